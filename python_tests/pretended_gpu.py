@@ -87,7 +87,8 @@ def pretend(monkeypatch) -> Waits:
     def init(self, context, *rest):
         if id(context) not in made:
             twin = RunContext(context.config, context.data)
-            twin.device, twin.teachers = META, context.teachers
+            twin.device = twin.networks.device = twin.samples.device = META
+            twin.teachers = context.teachers
             made[id(context)] = twin, context
         own_init(self, made[id(context)][0], *rest)
 

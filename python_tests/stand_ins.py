@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
+from fedkern.engine.notices import Notices
 from fedkern.engine.parts.base import Record
 from fedkern.engine.progress import Progress
 from fedkern.engine.timing import Timing
@@ -29,19 +30,15 @@ class Context:
 
     def __init__(self, count=3, disclosure=None, **settings):
         self.config = SimpleNamespace(**{**SETTINGS, "sampled_clients": count, "trained_clients": count, **settings})
-        self.disclosure = Disclosure() if disclosure is None else disclosure
+        self.notices = Notices(Disclosure() if disclosure is None else disclosure)
+        self.networks = SimpleNamespace(is_flat=lambda module: False)
+        self.samples = SimpleNamespace()
         self.federation = SimpleNamespace(clients=count, samples=[10 * (k + 1) for k in range(count)])
         self.data = SimpleNamespace(client_names=None, client_label=str, classes=("cat", "dog"))
-        self.device, self.warnings, self.uploaded = torch.device("cpu"), {}, []
+        self.device, self.uploaded = torch.device("cpu"), []
 
     def named(self, k):
         return {} if self.data.client_names is None else {"name": self.data.client_names[k]}
-
-    def warn(self, name, text):
-        self.warnings.setdefault(name, text)
-
-    def is_flat(self, module):
-        return False
 
 
 STORED = {
@@ -62,7 +59,8 @@ def run_objects(context=None, *, out=None, request=(), **given):
     """
     store = SimpleNamespace(out=out, **{name: given.pop(name, value) for name, value in STORED.items()})
     asked = {"profile": False, "predictions": False, "remote": None, **dict(request)}
-    given = {"config": getattr(context, "config", None), "progress": Progress(), "timing": Timing(), **given}
+    shared = {name: getattr(context, name, None) for name in ("config", "notices", "networks", "samples")}
+    given = {**shared, "progress": Progress(), "timing": Timing(), **given}
     return SimpleNamespace(context=context, out=out, store=store, request=SimpleNamespace(**asked), **given)
 
 

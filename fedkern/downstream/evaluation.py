@@ -21,11 +21,11 @@ from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.context import reader
 from fedkern.engine.evaluate import Key, batch_size, evaluate, evaluating, prefixed
 from fedkern.engine.item_sets import Trial
 from fedkern.engine.network import place
 from fedkern.engine.reader import Reader
+from fedkern.engine.samples import reader
 from fedkern.engine.serving import as_in_the_run
 from fedkern.engine.store.resuming import unedited
 from fedkern.errors import UserError, first_of, named

@@ -310,7 +310,7 @@ def _of_client(
         raise UserError(f"client must be a number from 0 to {count - 1}, not {shown(client)}.")
     context, state = _context(out, about, trusted, [1] * count), Checkpoints(out).last_client_state(client)
     check_own_entries(context, state, client)
-    module = context.build()
+    module = context.networks.build()
     inner(module).load_state_dict(inner(network).state_dict(), strict=False)  # which may lack statistics
     wrapper = Network(module, torch.device("cpu"))
     stand_in: Any = SimpleNamespace(id=client, state=state)

@@ -67,6 +67,11 @@ class Client(Node):
         return self._context
 
     @property
+    def _data(self) -> Any:
+        """The batches of the client's training samples."""
+        return self._context.samples.of_client(self.id)
+
+    @property
     def stored(self) -> dict[str, Any]:
         """Return what the checkpoint keeps of the client: the method's state, and the engine's own entries."""
         return {**self.state, **self._own_entries, **({STATES: self.encoded} if self.encoded else {})}
@@ -94,8 +99,8 @@ class Client(Node):
             raise UserError(f"{problems[0]}.")
 
     def warn(self, name: str, text: str) -> None:
-        if self._context.disclosure.clients:
-            self._context.warn(name, text)
+        if self._context.notices.disclosure.clients:
+            self._context.notices.warn(name, text)
 
     @functools.cached_property
     def groups(self) -> np.ndarray | None:
@@ -112,7 +117,7 @@ class Client(Node):
 
     @property
     def known(self) -> Tensor:
-        return self._context.client_data(self.id).known
+        return self._data.known
 
     @property
     def objects_known(self) -> bool:
@@ -127,7 +132,9 @@ class Client(Node):
         stream: str | None = None,
     ) -> Any:
         seed = None if stream is None else int(self.rng(f"model/{stream}", BEFORE).integers(2**63))
-        return self._context.place(self._context.build(model=model, width=width, classes=classes, seed=seed))
+        return self._context.networks.place(
+            self._context.networks.build(model=model, width=width, classes=classes, seed=seed)
+        )
 
     def train(
         self,
@@ -142,9 +149,11 @@ class Client(Node):
         extras: Mapping[str, Any] | None = None,
     ) -> Message:
         context = self._context
-        network = context.network("local")
+        network = context.networks.get("local")
         if parts is None and self.load_pretrained(network.module):
-            return {name: value.cpu() for name, value in network.read().items() if name in context.trained_vectors}
+            return {
+                name: value.cpu() for name, value in network.read().items() if name in context.networks.trained_vectors
+            }
         if context.script.train is not None:
             return self.upload(context.script.trained(self.model(message), self))
         buffers, flat = self._loaded(network, message)
@@ -154,10 +163,10 @@ class Client(Node):
         self.marks |= TRAINED
         network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
-        data = context.client_data(self.id)
+        data = context.samples.of_client(self.id)
         read_figures = started(
-            self, method, phase, trained, data, received, schedule, rows, graphs=context.graphs,
-            first_steps=context.first_steps(phase),
+            self, method, phase, trained, data, received, schedule, rows, graphs=context.networks.graphs,
+            first_steps=context.networks.first_steps(phase),
         )  # fmt: skip
         result = self._left(network, trained, flat)
         self._then(lambda: self.report.update(read_figures()))
@@ -180,9 +189,9 @@ class Client(Node):
         buffers = None
         if self._context.config.buffers != "average":
             buffers = self.own_buffers
-            network.write(buffers or self._context.initial_buffers())
+            network.write(buffers or self._context.networks.initial_buffers)
         network.write_personal(self.personal)
-        flat = self._context.placed.there(message["parameters"]) if "parameters" in message else None
+        flat = self._context.networks.send(message["parameters"]) if "parameters" in message else None
         network.write(message if flat is None else {**message, "parameters": flat})
         return buffers, flat
 
@@ -209,7 +218,7 @@ class Client(Node):
 
     def _course(self, phase: Phase) -> Course:
         if phase not in self._courses:
-            self._courses[phase] = Course(self, self._context.client_data(self.id), self._in_time(phase), phase)
+            self._courses[phase] = Course(self, self._data, self._in_time(phase), phase)
         return self._courses[phase]
 
     def left_marks(self) -> frozenset[str]:
@@ -238,7 +247,7 @@ class Client(Node):
                 "samples in stored order."
             )
         self.marks |= {"batches", "augmented"}
-        network = self._context.network("local").module
+        network = self._context.networks.get("local").module
         for batch in self._course(phase or self.phase):
             if inner(network) is not network and isinstance(batch.inputs, Tensor):
                 batch.inputs = plain_strides(batch.inputs)
@@ -246,19 +255,19 @@ class Client(Node):
 
     def model(self, message: Message) -> Any:
         if (precision := self._context.config.precision) != "fp32":
-            self._context.warn(
+            self._context.notices.warn(
                 "loop-precision",
                 f"--precision {precision} has no effect in a training loop of your own, only in evaluations: use "
                 "torch.autocast in the loop.",
             )
-        network = self._context.network("local")
+        network = self._context.networks.get("local")
         self._loaded(network, message)
         network.train_mode()
         return copy.deepcopy(inner(network.module))
 
     def upload(self, model: nn.Module) -> Message:
-        network = self._context.network("local")
-        self._context.first_steps(self.phase).take(self, network, model)
+        network = self._context.networks.get("local")
+        self._context.networks.first_steps(self.phase).take(self, network, model)
         if not network.finite():
             done = self._course(self.phase).done
             raise Diverged(self.id, self.phase.round, done, "the parameters are not finite")
@@ -294,15 +303,15 @@ class Client(Node):
 
     @property
     def personal(self) -> Message:
-        personal: Message = self._own_entries.get(PERSONAL) or self._context.initial_personal
+        personal: Message = self._own_entries.get(PERSONAL) or self._context.networks.initial_personal
         return personal
 
     def frozen(self, message: Message) -> Any:
-        return self._context.frozen(message, self.own_buffers, self.personal, self.id)
+        return self._context.networks.frozen(message, self.own_buffers, self.personal, self.id)
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
         self.marks |= set() if rng is None else {"augmented"}
-        return self._context.client_data(self.id).batch(indices, rng=rng)
+        return self._data.batch(indices, rng=rng)
 
     def load_pretrained(self, module: nn.Module) -> bool:
         self.marks.add("teachers")
@@ -329,11 +338,11 @@ class Client(Node):
         self.marks |= TRAINED
         schedule = self._in_time(phase, rows, epochs=epochs, first=first)
         received = self._received(phase, message or {}, schedule.epochs, None)
-        data = self._context.client_data(self.id)
+        data = self._data
         try:
             figures = train(
-                self, method, phase, trainable, data, received, schedule, rows, self._context.graphs,
-                self._context.first_steps(phase),
+                self, method, phase, trainable, data, received, schedule, rows, self._context.networks.graphs,
+                self._context.networks.first_steps(phase),
             )  # fmt: skip
         finally:
             trainable.release()
@@ -351,7 +360,7 @@ class Client(Node):
     ) -> dict[str, float]:
         self.marks |= TRAINED - {"clip"}
         schedule = self._schedule(phase, declared(self.samples, rows, spending))
-        received, data = self._received(phase, {}, schedule.epochs, None), self._context.client_data(self.id)
+        received, data = self._received(phase, {}, schedule.epochs, None), self._data
         figures = train_privately(self, method, phase, module, data, received, schedule, spending, rows)
         self.report.update(figures)
         return figures
@@ -372,7 +381,9 @@ class Client(Node):
             samples=self.samples,
             epochs=epochs,
             flat=flat.to(self.device) if isinstance(flat, Tensor) else None,
-            frozen=lambda: self._context.frozen(message if anchor is None else anchor, buffers, self.personal, self.id),
+            frozen=lambda: self._context.networks.frozen(
+                message if anchor is None else anchor, buffers, self.personal, self.id
+            ),
         )
 
     def _schedule(
@@ -405,18 +416,18 @@ class Client(Node):
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
         self.marks |= {"augmented"} if augment else set()
-        return self._context.client_data(self.id).batches(size, augment=augment, rng=rng)
+        return self._data.batches(size, augment=augment, rng=rng)
 
     def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:
         with torch.no_grad():
             right = [
                 answer(batch.inputs).argmax(1).to(batch.targets.device) == batch.targets
-                for batch in self._context.validation()
+                for batch in self._context.samples.validation()
             ]
         return float(torch.cat(right).double().mean()) if right else None
 
     def backgrounds(self, fill: str = "mean") -> BackgroundBank:
-        data = self._context.client_data(self.id)
+        data = self._data
         bank = data.backgrounds(fill)
         if len(bank) == 0:
             self.warn(
@@ -432,10 +443,10 @@ class Client(Node):
         return bank
 
     def background_images(self) -> Message:
-        return self._context.client_data(self.id).background_images()
+        return self._data.background_images()
 
     def make_backgrounds(self, message: Mapping[str, Tensor], fill: str = "mean") -> BackgroundBank:
-        return self._context.client_data(self.id).make_backgrounds(message, fill)
+        return self._data.make_backgrounds(message, fill)
 
     def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
         name = purpose if phase.exchange == "update" else f"{purpose}/{phase.exchange}"
@@ -444,8 +455,8 @@ class Client(Node):
 
 def check_own_entries(context: RunContext, entries: Mapping[str, Any], client: object) -> None:
     """Raise UserError where stored personal parts or buffers of a ``client`` are not those of the run's network."""
-    for name, expected in ((PERSONAL, lambda: context.initial_personal), (BUFFERS, context.initial_buffers)):
-        if name in entries and not _fits(entries[name], expected()):
+    for name, attribute in ((PERSONAL, "initial_personal"), (BUFFERS, "initial_buffers")):
+        if name in entries and not _fits(entries[name], getattr(context.networks, attribute)):
             raise UserError(
                 f'The checkpoint is damaged: "{name}" of client {client} does not fit the run\'s network. '
                 "Put the run's files back, or start the run again."

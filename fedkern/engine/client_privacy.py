@@ -50,7 +50,7 @@ class ClientPrivacy:
         self._config, self._participation = config, participation
         self.level = ClientLevel(config.dp_clip, config.dp_noise, config.delta)
         if config.dp_noise and self.level.delta * config.trained_clients >= 1:
-            context.warn(
+            context.notices.warn(
                 "large-delta",
                 f"--dp-delta {self.level.delta:g} is one in the number of clients ({config.trained_clients}) or more: "
                 "even a rule that publishes a client's data would count as private, so choose a smaller one.",

@@ -54,4 +54,4 @@ def compare_teachers(context: RunContext, fingerprint: int) -> None:
     """Warns where ``--teachers`` is a run on data with another ``fingerprint`` than this run's."""
     other = None if context.teachers is None else context.teachers.other_data(context.config.to_dict(), fingerprint)
     if other is not None:
-        context.warn("teachers-of-other-data", other)
+        context.notices.warn("teachers-of-other-data", other)

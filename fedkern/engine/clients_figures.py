@@ -45,7 +45,7 @@ class ClientsFigures:
         message = {"vectors": vectors, "tests": tests, "keep": keep, "own": own}
         figures: list[dict[str, float]] = []
         of_clients: dict[int, dict[str, float]] = {}
-        sets: dict[Any, Reader] = dict(context.test_sets) | (getattr(context, own) if own else {})
+        sets: dict[Any, Reader] = dict(context.samples.test_sets) | (getattr(context.samples, own) if own else {})
         kept: dict[Any, list[tuple[ClientId | None, Tensor]]] = {place: [] for place in sets}
         # No more states are in memory at once than in a round.
         clients, most = range(context.federation.clients), context.config.clients_of_a_round
@@ -65,7 +65,7 @@ class ClientsFigures:
 
     def _taken(self, answer: Answer) -> Any:
         for name, text in answer.warnings.items():
-            self._run.context.warn(name, text)
+            self._run.notices.warn(name, text)
         problem = answer.problem
         if problem is None:
             return answer.message

@@ -32,11 +32,11 @@ CPU_BATCH = 64
 """Images per evaluation batch on a CPU."""
 
 
-def test_sets(context: Any) -> dict[str, Reader]:
+def test_sets(samples: Any) -> dict[str, Reader]:
     """The test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
-    sets = {prefix: _test_set(context, split) for prefix, split in prefixed(context.data).items()}
+    sets = {prefix: _test_set(samples, split) for prefix, split in prefixed(samples.data).items()}
     for each in sets.values():
-        each.metrics = metrics_of(context.config.plugins)
+        each.metrics = metrics_of(samples.config.plugins)
     return sets
 
 
@@ -46,24 +46,24 @@ def prefixed(data: FederatedData) -> dict[str, Split]:
     return splits | ({"validation_": data.validation} if len(data.validation) else {})
 
 
-def client_sets(context: Any) -> dict[int, Reader]:
+def client_sets(samples: Any) -> dict[int, Reader]:
     """Every client's own test set, where clients have one."""
-    return _alike({k: _test_set(context, split) for k, split in enumerate(context.data.client_tests)})
+    return _alike({k: _test_set(samples, split) for k, split in enumerate(samples.data.client_tests)})
 
 
-def site_sets(context: Any) -> dict[int, Reader]:
+def site_sets(samples: Any) -> dict[int, Reader]:
     """Every client's part of the run's test set, where its images name their sites.
 
     Left out is a client with fewer than two images, or without a pixel whose class is known.
     """
-    data = context.data
+    data = samples.data
     test = data.tests.get("")
     if test is None or test.homes is None or data.client_names is None:
         return {}
     homes = test.homes
     parts = {k: test.subset((homes == k).nonzero().flatten()) for k in range(len(data.client_names))}
     fit = {k: split for k, split in parts.items() if len(split) > 1 and split.any_known()}
-    return _alike({k: _test_set(context, split) for k, split in fit.items()})
+    return _alike({k: _test_set(samples, split) for k, split in fit.items()})
 
 
 def _alike(sets: dict[int, Reader]) -> dict[int, Reader]:
@@ -102,8 +102,9 @@ def evaluating(config: RunConfig, run_network: bool) -> Iterator[int]:
         yield count
 
 
-def _test_set(context: Any, split: Any) -> Reader:
-    return context.reader(split, size=batch_size(context.device, context.config.statistics), cache=context.cache)
+def _test_set(samples: Any, split: Any) -> Reader:
+    size = batch_size(samples.device, samples.config.statistics)
+    return samples.reader(split, size=size, cache=samples.cache)
 
 
 def evaluate_clients(

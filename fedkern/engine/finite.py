@@ -25,7 +25,7 @@ def check_finite(tensors: Mapping[str, Any], when: str, context: RunContext) -> 
     """
     for name, value in tensors.items():
         if isinstance(value, Tensor) and not all_finite(value):
-            if name == "buffers" and infinite_as_sent(value, context.initial_buffers()[name]):
+            if name == "buffers" and infinite_as_sent(value, context.networks.initial_buffers[name]):
                 continue
             raise RunFailed(
                 f"The model {when} is not finite ({name}), though every upload was: nothing of that round is kept; "

@@ -147,7 +147,9 @@ class Hooks:
         """
         with self._code("model"):
             network: nn.Module | None = self._asked.model(self._server)
-        if network is not None and not self._context.is_flat(network):  # :meth:`check_model` has checked a flat one
+        if network is not None and not self._context.networks.is_flat(
+            network
+        ):  # :meth:`check_model` has checked a flat one
             network.eval()
             check_finite(network.state_dict(), f"in round {self._code.progress.done}", self._context)
         return network

@@ -34,14 +34,19 @@ def lanes(context: RunContext, method: Any) -> int:
     fedkern's, steps are recorded and need nothing that was computed for another client, and neither a client's state
     nor a generator that clients share is drawn on.
     """
-    graphs, config, kind = context.graphs, context.config, type(method)
+    graphs, config, kind = context.networks.graphs, context.config, type(method)
     if graphs is None or graphs.off or not graphs.lasting() or context.script.functions or context.teachers is not None:
         return 1
-    if config.buffers == "local" or config.keeps_parts or config.optimizer_state == "keep" or context.added_models:
+    if (
+        config.buffers == "local"
+        or config.keeps_parts
+        or config.optimizer_state == "keep"
+        or context.networks.added_models
+    ):
         return 1
     if getattr(kind, "client_update", None) is not LocalTraining.client_update:
         return 1
-    module = context.network("local").module
+    module = context.networks.get("local").module
     if (
         any(isinstance(layer, DRAWING) for layer in module.modules())
         or kind.prepare is not Objective.prepare

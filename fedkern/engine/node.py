@@ -66,10 +66,10 @@ class Node:
 
     @property
     def public(self) -> Any:
-        return self._context.public
+        return self._context.samples.public
 
     def notice(self, text: str) -> None:
-        self._context.notice(text)
+        self._context.notices.notice(text)
 
 
 def figures(report: Mapping[str, Any], whose: str, taken: Collection[str] = ()) -> dict[str, float]:

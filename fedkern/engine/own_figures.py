@@ -28,7 +28,7 @@ class OwnFigures:
 
         Args:
             message: ``vectors`` of the global network; whether to evaluate on the ``tests`` and to ``keep`` the answers
-                to them; ``own``, the attribute of the context that has the client's own test set, or "".
+                to them; ``own``, the attribute of the samples that has the client's own test set, or "".
 
         Returns:
             ``figures``, names prefixed; ``own``, figures on the client's own test set, by client; ``kept`` answers by
@@ -37,8 +37,8 @@ class OwnFigures:
         context, k = client.context, client.id
         seed = context.config.seed
         network = client.frozen(self._method.own_vectors(client, message["vectors"]))
-        tests = context.test_sets if message["tests"] else {}
-        sets = getattr(context, message["own"]) if message["own"] else {}
+        tests = context.samples.test_sets if message["tests"] else {}
+        sets = getattr(context.samples, message["own"]) if message["own"] else {}
         own, names = {k: sets[k]} if k in sets else {}, context.data.client_names
         unnamed, itself = lambda _: nullcontext(), lambda _: client  # a failure is named where it arrives
         one = ClientsNetworks(self._method, [k], lambda _: network)

@@ -64,15 +64,15 @@ def find_facts(
     if not from_user and not (config.init or config.features or config.stages) and is_of_images:
         return facts, data, []
     context = RunContext(config, data)
-    network = context.build()
-    notes = [context.unfit] if context.unfit and stored is None else []
+    network = context.networks.build()
+    notes = [context.networks.unfit] if context.networks.unfit and stored is None else []
     if not from_user:
         return facts, data, notes
     make: Any = entry.make
     if not is_of_images:
         data, output_bytes = _tried(network, make, data)
         facts["output_bytes"] = output_bytes if stored is None else stored.output_bytes
-        network = RunContext(config, data).build()
+        network = RunContext(config, data).networks.build()
     else:
         data = _with_classes(network, data)
         classes, form = len(data.classes), data.form
@@ -103,7 +103,7 @@ def gives_probabilities(context: RunContext) -> bool:
     entry, form, takes_logits = MODELS.get(context.config.model), context.data.form, context.data.task.takes_logits
     if not takes_logits or not isinstance(getattr(entry, "make", None), Own):
         return False
-    network = context.build().eval()
+    network = context.networks.build().eval()
     with suppress(Exception), seeded_generators(0):  # a network's code may raise anything, which the run says itself
         rows = logits_of(network(form.noise(2, np.random.default_rng(0))))
         certain = torch.allclose(rows.sum(1), torch.ones(())) and bool((rows >= 0).all())

@@ -98,7 +98,7 @@ def make_context(request: Request, config: RunConfig, origin: Origin, notice: Ca
     # The settings that describe the network and the functions.
     found, data, notes = own_model.find_facts(config, data, stored, out, known=known)
     config = config.replace(**found, identity=identity)
-    build, alike = RunContext(config, data).build, dict[str, str]()
+    build, alike = RunContext(config, data).networks.build, dict[str, str]()
     is_compared = isinstance(items.validation, Items) and known and stored is None
     if is_compared and isinstance(data.validation, Items):
         trial = Trial(data, config.kind, build)
@@ -121,15 +121,17 @@ def make_context(request: Request, config: RunConfig, origin: Origin, notice: Ca
     ):
         notice(sentence)
     context = RunContext(config, data, notice, script=script, code=code)
-    context.warnings.update(warnings | alike)
+    context.notices.warnings.update(warnings | alike)
     if data.form.outside and config.records != "private":
-        context.warn("pixels-outside-window", data.form.outside)
+        context.notices.warn("pixels-outside-window", data.form.outside)
     if changed:
         before = entry["info"]["parts"].get("warnings", {}).get("other-code", "") if entry is not None else ""
-        context.warn("other-code", " ".join([before, *(text for text in changed if text not in before)]).strip())
+        context.notices.warn(
+            "other-code", " ".join([before, *(text for text in changed if text not in before)]).strip()
+        )
     if request.at_once > 1:
         text = f"Up to {request.at_once} runs shared the machine: their seconds are not those of runs alone."
-        context.warn("shared-machine", text)
+        context.notices.warn("shared-machine", text)
     return context
 
 
@@ -164,25 +166,25 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
         with code("check"):
             check_client(method, Client(context, k, {}))
     if context.described:
-        network = context.network("server")  # raises where an encoder's folder cannot be read
+        network = context.networks.get("server")  # raises where an encoder's folder cannot be read
         pooling.check(network.module)
     with context.drawing(server, BEFORE), code("start"):
         method.start(server)
     participation = (asynchronous.Asynchronous if config.asynchronous else Participation)(config, context.federation)
     private, run_guarantee = _privacy(context, method, server, code, participation)
-    context.disclosure = Disclosure.of(config.records, run_guarantee)
-    if request.profile and not context.disclosure.clients:
+    context.notices.disclosure = Disclosure.of(config.records, run_guarantee)
+    if request.profile and not context.notices.disclosure.clients:
         raise UserError(
             "--profile writes what every client computed, step by step, and the records of this run are private: "
             "leave it out, or profile the same run with --records all."
         )
     if request.predictions:
-        predictions_file.check(context.data.task, told=context.disclosure.clients)
+        predictions_file.check(context.data.task, told=context.notices.disclosure.clients)
     if run_guarantee is not None and not run_guarantee.complete:
-        context.warn("partly-covered", run_guarantee.warning())
+        context.notices.warn("partly-covered", run_guarantee.warning())
     warnings = diagnostics.emulated(config.precision, config.device) | diagnostics.unrepeatable(context)
     for name, text in warnings.items():
-        context.warn(name, text)
+        context.notices.warn(name, text)
     if not is_begun:  # a run that goes on has loaded most of them already
         check_teachers(method, context)
     with code("rounds"):
@@ -201,21 +203,21 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
 def _warn_of_samples(context: RunContext) -> None:
     """Warn of a network and of items that a run can use, but that hardly give what their author wants."""
     if own_model.gives_probabilities(context):
-        context.warn(
+        context.notices.warn(
             "probabilities",
             f"The network {context.config.model} gives probabilities, and cross-entropy takes logits, of which it "
             "takes a softmax itself: leave the softmax out of the network.",
         )
     sights = [*context.data.sights.values()]
     if unsteady := [sight for sight in sights if not sight.is_steady]:
-        context.warn(
+        context.notices.warn(
             "unsteady-items",
             f"An item of {unsteady[0].owner} is another one when it is read again from the same seeds of torch, NumPy "
             "and random: it draws from a generator or a clock of its own, and the run may give other bits when "
             "repeated.",
         )
     if sights and sights[0].piles_threads:
-        context.warn(
+        context.notices.warn(
             "piling-threads",
             "Every item of client 0 that is read leaves another thread running: start it once, or end it in the item.",
         )

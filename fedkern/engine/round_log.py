@@ -61,14 +61,14 @@ class RoundLog:
     def heard(self, answer: Answer) -> None:
         """Takes in the warnings of a client's answer; called in client order."""
         for name, text in answer.warnings.items():
-            self._context.warn(name, text)
+            self._context.notices.warn(name, text)
 
     def done(self, k: ClientId, info: dict[str, Any], seconds: float) -> None:
         """A client's upload has passed all checks, with these figures."""
         self._states.done(k)
         self.reports.append(info)
         self.clients.setdefault(str(k), {}).update(info)
-        entry = self._context.disclosure.client({**info, "seconds": seconds})
+        entry = self._context.notices.disclosure.client({**info, "seconds": seconds})
         self._listener.on_client(self._progress.shown, k, entry)
 
     def note(self, k: ClientId, figures: Mapping[str, float]) -> None:
@@ -100,7 +100,7 @@ class RoundLog:
         Raises:
             UserError: the run is to stop.
         """
-        if self._silent or not self._context.disclosure.server:
+        if self._silent or not self._context.notices.disclosure.server:
             why = "is not as declared"
         label, exchange = self._context.data.client_label(k), self._progress.exchange
         sentence = f"Client {label}'s upload {self._progress.when(exchange)} {why}"
@@ -142,7 +142,7 @@ class RoundLog:
     def _broke(self, k: ClientId, problem: Diverged | ClientFailed) -> None:
         """A client diverged or failed."""
         when, config = self._progress.when(), self._context.config
-        label, public = self._context.data.client_label(k), self._context.disclosure.clients
+        label, public = self._context.data.client_label(k), self._context.notices.disclosure.clients
         why: dict[str, Any] = {}
         if isinstance(problem, ClientFailed):
             if config.on_error == "stop":
@@ -164,7 +164,7 @@ class RoundLog:
 
     def _warn(self, name: str, text: str) -> None:
         if not self._silent:
-            self._context.warn(name, text)
+            self._context.notices.warn(name, text)
 
     def _note_dropped(self, k: ClientId, why: dict[str, Any]) -> None:
         self.left.add(k)

@@ -138,7 +138,7 @@ def _play(run: RunObjects) -> dict[str, Any]:
     if entry is not None:
         warnings = {**changes(entry["info"], run.config), **repairs(store.checkpoints, entry, run.out)}
         for name, text in warnings.items():
-            run.context.warn(name, text)
+            run.notices.warn(name, text)
     executor = run.states.executor = executor_of(run)
     try:
         filters += filters_of(run)

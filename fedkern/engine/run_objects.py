@@ -21,10 +21,13 @@ from fedkern.engine.executors.base import Executor
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.ledger import Ledger
+from fedkern.engine.networks import Networks
+from fedkern.engine.notices import Notices
 from fedkern.engine.participation import Participation
 from fedkern.engine.progress import Progress
 from fedkern.engine.reader import Reader
 from fedkern.engine.round_log import RoundLog
+from fedkern.engine.samples import Samples
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.server import Server
 from fedkern.engine.store.background_writer import BackgroundWriter
@@ -137,6 +140,21 @@ class RunObjects:
         return self.context.config
 
     @property
+    def notices(self) -> Notices:
+        """Warnings, and what may be told."""
+        return self.context.notices
+
+    @property
+    def networks(self) -> Networks:
+        """Networks of this process."""
+        return self.context.networks
+
+    @property
+    def samples(self) -> Samples:
+        """The data in batches."""
+        return self.context.samples
+
+    @property
     def out(self) -> Path:
         """The run folder."""
         return self.request.out
@@ -149,12 +167,12 @@ class RunObjects:
     @property
     def sets(self) -> dict[str, Reader]:
         """The test sets by metric prefix."""
-        return self.context.test_sets
+        return self.samples.test_sets
 
     @cached_property
     def network(self) -> nn.Module:
         """A fresh network."""
-        return self.context.build()
+        return self.networks.build()
 
     @property
     def parameters(self) -> int:
@@ -176,7 +194,7 @@ class RunObjects:
     @property
     def hides_dropouts(self) -> bool:
         """Whether to hide dropped clients, because no noise covers that an upload was no good."""
-        return self.private is not None and not self.context.disclosure.clients
+        return self.private is not None and not self.notices.disclosure.clients
 
     @property
     def amplified(self) -> bool:
@@ -232,4 +250,4 @@ def open_store(run: RunObjects, check_lock: Callable[[], object]) -> None:
         run.participation.restore(store.checkpoints.participation_state(), messages, entry["round"])
         run.progress.done, run.progress.planned = entry["round"], entry["plan"]
     store.entry, store.facts = entry, facts
-    DataFacts.of(context.data, private=not context.disclosure.clients).write(store.out)
+    DataFacts.of(context.data, private=not context.notices.disclosure.clients).write(store.out)

@@ -25,7 +25,7 @@ class Server(Node):
     def __init__(self, context: RunContext, state: dict[str, Any] | None = None) -> None:
         super().__init__(context)
         self.federation = context.federation
-        self.trained_vectors = context.trained_vectors
+        self.trained_vectors = context.networks.trained_vectors
         self.state: dict[str, Any] = {} if state is None else state
         self.marks: set[str] = set()  # see `fedkern.engine.marks`
         self.refused: list[tuple[int, str]] = []  # in the current exchange
@@ -39,22 +39,22 @@ class Server(Node):
         self.summing: Callable[[Any], Any] | None = None  # makes an accumulator add what has stayed on ranks
 
     def warn(self, name: str, text: str) -> None:
-        if self._context.disclosure.server:
-            self._context.warn(name, text)
+        if self._context.notices.disclosure.server:
+            self._context.notices.warn(name, text)
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
-        return self._context.place(self._context.build(model=model, width=width, classes=classes))
+        return self._context.networks.place(self._context.networks.build(model=model, width=width, classes=classes))
 
     def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
         name = f"server/{purpose}" + ("" if phase.exchange == "update" else f"/{phase.exchange}")
         return stream(self._context.config.seed, name, round=phase.round)
 
     def initial(self) -> Message:
-        vectors = self._context.initial()
+        vectors = self._context.networks.initial()
         return vectors if self._context.config.statistics else {"parameters": vectors["parameters"]}
 
     def network(self, message: Message) -> nn.Module:
-        network = self._context.network("server")
+        network = self._context.networks.get("server")
         network.train_mode()  # before the weights change that eval() has derived others from
         network.write(message)
         network.statistics = self._context.config.statistics
@@ -67,13 +67,13 @@ class Server(Node):
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
         if self.showing:
-            with spared(lambda why: self._context.warn("no-picture", f"The picture {name} is missing: {why}.")):
+            with spared(lambda why: self._context.notices.warn("no-picture", f"The picture {name} is missing: {why}.")):
                 self.artifacts[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
 
     def refuse(self, client: int, reason: str) -> None:
-        if not self._context.disclosure.server:
+        if not self._context.notices.disclosure.server:
             reason = f"The upload of client {self._context.data.client_label(client)} was refused"
         if self._context.config.on_nan == "stop":
             raise UserError(f"{reason}; leave such uploads out with --on-nan skip.")
         self.refused.append((client, reason))
-        self._context.warn(f"refused-upload-{client}", f"{reason}; it was left out.")
+        self._context.notices.warn(f"refused-upload-{client}", f"{reason}; it was left out.")

@@ -53,7 +53,7 @@ def _served(context: RunContext, network: nn.Module) -> tuple[str, str]:
         raise _AsWritten("the compiled core serves AVX2 and AVX-512")
     largest = max(range(len(context.data.clients)), key=lambda k: len(context.data.clients[k]))
     rows = np.arange(min(context.config.batch_size, len(context.data.clients[largest])))
-    batch = context.client_data(largest).batch(rows)
+    batch = context.samples.of_client(largest).batch(rows)
     batch = replace(batch, task=batch.task.with_loss_copied())  # a loss may count its calls
     plain = _played(network, batch)
     if differs(_played(network, batch), plain, 0.0):

@@ -56,7 +56,7 @@ class Worker:
         MODELS.update({entry.name: entry for entry in setup.entries})
         registry.GIVEN.update(setup.methods)
         self._context = setup.context
-        self._context.on_notice = self._notice
+        self._context.notices.on_notice = self._notice
         threads = self._context.config.client_threads
         torch.set_num_threads(threads)
         self._serial = Serial(self._context, setup.handlers, lambda _: dict, threads)
@@ -175,10 +175,8 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
             channel.say(f"{type(error).__name__}: {error}")
             return
     else:  # networks stay with the run's process
-        make, arguments, state = setup.context.__reduce__()
-        context = make(*arguments)
-        vars(context).update(state)
-        setup = replace(setup, context=context)
+        make, arguments = setup.context.__reduce__()
+        setup = replace(setup, context=make(*arguments))
     if positions is not None:
         cut_connections(end.fileno())
     try:

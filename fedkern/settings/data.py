@@ -32,7 +32,9 @@ class DataSettings(Section):
     comparison gives to all its methods, None in a run of its own.
     """
 
-    data: str = option(COMMON["data"], lambda: f"data set: {', '.join(data_names())}, {FORMS}", path=named_code.absolute)
+    data: str = option(
+        COMMON["data"], lambda: f"data set: {', '.join(data_names())}, {FORMS}", path=named_code.absolute
+    )
     data_root: str | None = option(None, "folder that holds the data files", type=str, path=absolute)
     cache: str | None = option(
         None, "folder that keeps the decoded images of a data set of image files, for later runs and runs beside this",

@@ -171,7 +171,7 @@ def test_fit_is_train_on_a_module(model, kind, make_data, make_config):
         model=model, local_epochs=2, weight_decay=1e-3, clip_norm=1.0, augment="crop-flip", lr_decay=0.9
     )
     bench, phase = RunContext(config, make_data()), Phase(1, "train", "update")
-    message = bench.initial()
+    message = bench.networks.initial()
     answer = Client(bench, 1, {}).train(kind(), phase, message)
     client = Client(bench, 1, {})
     network = client.network()

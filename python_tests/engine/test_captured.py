@@ -25,7 +25,7 @@ from fedkern.engine.captured import Graphs, replayable
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.on_device import OnDevice
+from fedkern.engine.networks import Networks
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
@@ -144,7 +144,7 @@ def same_runs(config, data, tmp_path, monkeypatch):
         run(config, data=data, out=tmp_path / "eager")
         with monkeypatch.context() as patch:
             patch.setattr(lanes, "MOST", 1)
-            patch.setattr(RunContext, "graphs", property(lambda self: tapes))
+            patch.setattr(Networks, "graphs", property(lambda self: tapes))
             summary = run(config, data=data, out=tmp_path / "taped")
     return same_bits(tmp_path / "eager", tmp_path / "taped"), tapes, summary["diagnostics"]
 
@@ -485,8 +485,8 @@ def late():
         def finish():
             while waiting:
                 waiting.pop()()
-            with self._context.placed.on_lane(lane):
-                coming = [there for there, _ in self._context.graphs.coming]
+            with self._context.networks.on_lane(lane):
+                coming = [there for there, _ in self._context.networks.graphs.coming]
             with unread(lambda tensor: any(tensor is there for there in coming)):
                 return done["finish"]()
 
@@ -510,7 +510,7 @@ def test_clients_in_lanes_give_the_bits_of_clients_one_by_one(name, make_data, m
     with use_backend("reference"):
         run(config, data=data, out=tmp_path / "eager")
         with monkeypatch.context() as patch, late():
-            patch.setattr(RunContext, "graphs", property(lambda self: tapes[self.placed.lane]))
+            patch.setattr(Networks, "graphs", property(lambda self: tapes[self.lane]))
             run(config, data=data, out=tmp_path / "lanes")
     assert same_bits(tmp_path / "eager", tmp_path / "lanes")
     assert (Lane.open, Lane.most) == (0, 3 if name in SIDE_BY_SIDE else 0)
@@ -531,7 +531,7 @@ def test_a_client_that_diverges_in_a_lane_is_told_and_the_others_go_on(make_data
     monkeypatch.setattr(lanes, "MOST", 3)
     tapes, Lane.most = defaultdict(Lane), 0
     with use_backend("reference"), monkeypatch.context() as patch:
-        patch.setattr(RunContext, "graphs", property(lambda self: tapes[self.placed.lane]))
+        patch.setattr(Networks, "graphs", property(lambda self: tapes[self.lane]))
         with pytest.raises(UserError, match="Client 1 diverged in round 2, batch 11: the loss is inf"):
             run(make_config(**SMALL), data=make_data((20, 20, 20)), out=tmp_path)
     assert Lane.most == 3
@@ -582,7 +582,7 @@ class Looking(FedAvg):
 def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
     """The tapes after exchanges of clients with so many samples; what ran: e(ager), r(ecording), p(layed again)."""
     bench, tapes, line = RunContext(make_config(**{**SMALL, **settings}), make_data(sizes)), Tapes(), []
-    bench.placed.graphs[0] = tapes
+    bench.networks.lane_graphs[0] = tapes
     method = kind()
     with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
         call, loss = captured.Recorded.__call__, kind.loss
@@ -598,7 +598,7 @@ def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
         patch.setattr(kind, "replayable", True)
         for i in range(exchanges):
             client = Client(bench, i % len(sizes), {})
-            method.client_update(client, Phase(i // len(sizes), "train", "update"), bench.initial())
+            method.client_update(client, Phase(i // len(sizes), "train", "update"), bench.networks.initial())
             line.append(" ")
     return tapes, "".join(line).split()
 
@@ -632,23 +632,23 @@ def test_clients_of_few_batches_share_a_pass_that_lasts(make_data, make_config):
 
 
 def test_a_vector_that_many_clients_get_is_sent_once():
-    placed = OnDevice(torch.device("meta"), lambda: None)
+    networks = Networks(None, None, torch.device("meta"), dict)
     vector = torch.ones(3)
-    there = placed.there(vector)
+    there = networks.send(vector)
     assert there.device.type == "meta"
-    assert placed.there(vector) is there
-    assert placed.there(there) is there
+    assert networks.send(vector) is there
+    assert networks.send(there) is there
     vector.add_(1)
-    again = placed.there(vector)
+    again = networks.send(vector)
     assert again is not there
-    assert placed.there(vector.clone()) is not again
+    assert networks.send(vector.clone()) is not again
 
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("change", ["precision", "statistics", "method"])
 def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_config):
     bench, tapes = RunContext(make_config(**{**SMALL, "model": "resnet8"}), make_data()), Tapes()
-    bench.placed.graphs[0] = tapes
+    bench.networks.lane_graphs[0] = tapes
     method = FedAvg()
     with use_backend("reference"):
         for i in range(2):
@@ -658,7 +658,7 @@ def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_conf
             if change == "method":
                 method = FedAvg()
             with computing(precision):
-                method.client_update(Client(bench, 0, {}), Phase(i, "train", "update"), bench.initial())
+                method.client_update(Client(bench, 0, {}), Phase(i, "train", "update"), bench.networks.initial())
     assert tapes.recorded == 2
 
 
@@ -728,8 +728,8 @@ def on_the_gpu(config, data, kind, exchanges, graphs):
     with reproducible(), computing(config.precision):
         bench = RunContext(config, data)
         if not graphs:
-            bench.placed.graphs[0] = None
-        message, method, states = bench.initial(), kind(**config.options), [{} for _ in data.clients]
+            bench.networks.lane_graphs[0] = None
+        message, method, states = bench.networks.initial(), kind(**config.options), [{} for _ in data.clients]
         extra = {"control": torch.zeros_like(message["parameters"])} if kind is METHODS["scaffold"] else {}
         for i in range(exchanges):
             k = i % len(data.clients)
@@ -740,9 +740,9 @@ def on_the_gpu(config, data, kind, exchanges, graphs):
             if not extra:
                 message = {name: answer.get(name, value) for name, value in message.items()}
         if graphs:
-            assert bench.graphs._last is not None
-            assert not bench.graphs.off, bench.warnings
-        assert "no-cuda-graph" not in bench.warnings
+            assert bench.networks.graphs._last is not None
+            assert not bench.networks.graphs.off, bench.notices.warnings
+        assert "no-cuda-graph" not in bench.notices.warnings
     return found
 
 
@@ -800,7 +800,7 @@ def test_runs_with_graphs_are_runs_without(name, model, precision, make_data, ma
         data = None if name in OWN else make_data((50, 47, 20))
         summary = run(config, data=data, out=tmp_path / folder)
         assert "no-cuda-graph" not in summary["diagnostics"]
-        monkeypatch.setattr(RunContext, "graphs", None)
+        monkeypatch.setattr(Networks, "graphs", None)
     assert recorded
     assert same_bits(tmp_path / "graphs", tmp_path / "eager")
 
@@ -815,11 +815,11 @@ def test_after_a_failed_recording_a_gpu_goes_on(kind, make_data, make_config):
         with reproducible():
             bench = RunContext(config, data)
             if not graphs:
-                bench.placed.graphs[0] = None
+                bench.networks.lane_graphs[0] = None
             client = Client(bench, 0, {})
-            answer = kind().client_update(client, Phase(0, "train", "update"), bench.initial())
+            answer = kind().client_update(client, Phase(0, "train", "update"), bench.networks.initial())
             found.append((answer, client.report))
-            assert ("no-cuda-graph" in bench.warnings) == graphs
+            assert ("no-cuda-graph" in bench.notices.warnings) == graphs
     assert_same(*([each] for each in found))
     one, other = (on_the_gpu(config, data, FedAvg, 4, graphs) for graphs in (True, False))
     assert_same(one, other)

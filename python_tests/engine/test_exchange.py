@@ -182,7 +182,7 @@ def test_figures_of_a_client_that_is_done():
     assert bench.log.reports == [info]
     assert bench.log.clients == {"0": {**info, "noted by a": 2.0}}
     assert bench.heard == [(4, 0, {**info, "seconds": 7.0})]
-    assert bench.context.warnings == {"odd": "It is odd."}
+    assert bench.context.notices.warnings == {"odd": "It is odd."}
     private = Bench(disclosure=PRIVATE, clients=(0,))
     assert private.clients() == [0]
     assert private.heard == [(4, 0, {})]
@@ -196,7 +196,9 @@ def test_a_refused_upload_goes_no_further():
     assert not {("b decode", 1), ("a together", 1)} & {*bench.calls}
     assert bench.log.left == {1}
     assert bench.log.dropped == [{"round": 4, "client": 1, "exchange": "update", "reason": "is too long"}]
-    assert list(bench.context.warnings.values()) == ["Client 1's upload in round 4 is too long; it was left out."]
+    assert list(bench.context.notices.warnings.values()) == [
+        "Client 1's upload in round 4 is too long; it was left out."
+    ]
     with pytest.raises(
         UserError, match=r"^Client 1's upload in round 4 is too long; leave such uploads out with --on-"
     ):
@@ -209,7 +211,7 @@ def test_a_client_without_an_upload_is_left_out_or_ends_the_run(kind):
     assert bench.clients() == [0, 2]
     assert ("a lacking" + (kind in ("diverged", "failed")) * ", failed", 1) in bench.calls
     assert bench.log.dropped == [{"round": 4, "client": 1, **DROPPED[kind]}]
-    assert [*bench.context.warnings.items()] == [WARNINGS[kind]]
+    assert [*bench.context.notices.warnings.items()] == [WARNINGS[kind]]
     assert bench.log.clients.keys() == {"0", "2"}
     stopped = Bench({1: NO_UPLOAD[kind]}, on_nan="skip" if kind == "failed" else "stop",
                     on_error="stop" if kind == "failed" else "skip")  # fmt: skip
@@ -226,12 +228,12 @@ def test_a_client_without_an_upload_is_left_out_or_ends_the_run(kind):
 def test_what_is_told_of_a_client_that_is_left_out(kind):
     private = Bench({1: NO_UPLOAD[kind]}, disclosure=PRIVATE, on_nan="skip", on_error="skip")
     assert private.clients() == [0, 2]
-    (text,) = private.context.warnings.values()
+    (text,) = private.context.notices.warnings.values()
     secret = ("cannot be read", "the loss is nan", "batch", "KeyError")
     assert not any(word in f"{text} {private.log.dropped}" for word in secret)
     silent = Bench({1: NO_UPLOAD[kind]}, silent=True, on_nan="skip", on_error="skip")
     assert silent.clients() == [0, 2]
-    assert (silent.log.left, silent.log.dropped, silent.context.warnings) == ({1}, [], {})
+    assert (silent.log.left, silent.log.dropped, silent.context.notices.warnings) == ({1}, [], {})
 
 
 def test_an_empty_upload_is_not_handed_on_though_its_client_is_done():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fedkern.data import FederatedData
-from fedkern.engine import context
+from fedkern.engine import samples
 from fedkern.engine.evaluate import _alike
 from fedkern.engine.loop import Loop
 from fedkern.engine.run import run
@@ -142,9 +142,9 @@ def lengths(run):
 
 
 ROWS_OF_CLIENTS = {
-    "run._states._checkpoints._table.rows",  # a row per client that ever worked
-    "run._states._checkpoints.clients",
-    "run._context._clients",  # up to PREPARED
+    "run._run.store.checkpoints._table.rows",  # a row per client that ever worked
+    "run._run.store.checkpoints.clients",
+    "run._run.context.samples._clients",  # up to PREPARED
 }
 
 
@@ -161,10 +161,10 @@ def test_nothing_else_grows_with_the_rounds(workers, make_many, small, tmp_path,
     settings = small(500, rounds=17, workers=workers)
     run(settings, out=tmp_path, data=make_many(500), listener=Hearing(on_round=look))
     first, *_, last = found
-    assert "run._states._checkpoints._due" in first
+    assert "run._run.store.checkpoints._due" in first
     grown = {name for name, length in last.items() if length > first.get(name, 0) + 3 * WORKING}
     assert grown <= ROWS_OF_CLIENTS
-    assert {"run._states._checkpoints._table.rows"} <= grown  # the test would see it
+    assert {"run._run.store.checkpoints._table.rows"} <= grown  # the test would see it
     assert descriptors[-1] <= descriptors[0] + 3  # a file may be on its way to the disk
 
 
@@ -173,11 +173,11 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
     data, config = make_many(40), small(40, rounds=25, sample_fraction=1 / 40)
     running, kept, play = [], [], Loop.play
     monkeypatch.setattr(Loop, "play", lambda self: (running.append(self), play(self))[1])
-    prepared = Hearing(on_round=lambda record: kept.append(len(running[-1]._context._clients)))
+    prepared = Hearing(on_round=lambda record: kept.append(len(running[-1]._run.samples._clients)))
     run(config, out=tmp_path / "all", data=data, listener=prepared)
     assert max(kept) > 12
     kept.clear()
-    monkeypatch.setattr(context, "PREPARED", 2)
+    monkeypatch.setattr(samples, "PREPARED", 2)
     run(config, out=tmp_path / "few", data=data, listener=prepared)
     assert max(kept) == 10  # the clients of ten rounds
     assert outcome(tmp_path / "few") == outcome(tmp_path / "all")

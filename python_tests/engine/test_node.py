@@ -33,7 +33,7 @@ def test_what_was_kept_works_in_the_other_process(context):
     server, client = Server(context), Client(context, 1, {})
     there, notice, build, network = sent((context, server.notice, server.build, client.network))
     heard = []
-    there.on_notice = heard.append
+    there.notices.on_notice = heard.append
     notice("hello")
     assert heard == ["hello"]
     expected = {name: value.tolist() for name, value in server.build().state_dict().items()}
@@ -47,12 +47,12 @@ def test_what_was_kept_works_in_the_other_process(context):
     (Disclosure(clients=False, server=False), {}),
 ])  # fmt: skip
 def test_warnings_that_may_be_told(context, disclosure, told):
-    context.disclosure = disclosure
+    context.notices.disclosure = disclosure
     there, server, client = sent((context, Server(context).warn, Client(context, 1, {}).warn))
     server("of-server", "text")
     client("of-client", "text")
-    assert there.warnings == told
-    assert not context.warnings
+    assert there.notices.warnings == told
+    assert not context.notices.warnings
 
 
 @pytest.mark.parametrize("name", ["state", "report", "round_cache"])

@@ -188,21 +188,21 @@ def test_a_run_inside_a_callers_autocast_is_the_same(precision, make_data, make_
 def test_the_received_network_is_cast_once_and_anew_for_every_message(make_data, make_config):
     bench = RunContext(make_config(**BF16), make_data())
     images = torch.randn(4, 3, 8, 8)
-    message = bench.initial()
+    message = bench.networks.initial()
     with computing("bf16"):
-        own = bench.network("server")
+        own = bench.networks.get("server")
         own.write(message)
         own.eval_mode()
-        first = bench.frozen(message, None)
-        assert first is bench.frozen(message, None)
+        first = bench.networks.frozen(message, None)
+        assert first is bench.networks.frozen(message, None)
         weights = {name: p.dtype for name, p in first.named_parameters()}
         assert weights["layer1.0.weight"] == torch.bfloat16
         assert weights["head.weight"] == weights["layer1.1.weight"] == torch.float32
         assert torch.equal(first(images), own.module(images))  # what autocast gives that casts at every call
         changed = {**message, "parameters": message["parameters"] * 1.5}
         own.write(changed)
-        assert torch.equal(bench.frozen(changed, None)(images), own.module(images))
-    assert bench.network("frozen").parameters.dtype == torch.float32
+        assert torch.equal(bench.networks.frozen(changed, None)(images), own.module(images))
+    assert bench.networks.get("frozen").parameters.dtype == torch.float32
 
 
 @pytest.mark.exhaustive

@@ -26,7 +26,7 @@ PHASE = Phase(0, "train", "update")
 
 def one_client(config, data, method=None):
     bench = RunContext(config, data)
-    message = bench.initial()
+    message = bench.networks.initial()
     client = Client(bench, 0, {})
     return bench, message, client, (method or FedAvg()).client_update(client, PHASE, message)
 
@@ -43,7 +43,7 @@ def test_equals_plain_sgd(model, momentum, weight_decay, clip_norm, make_data, m
     )
     bench, _, client, answer = one_client(config, data)
 
-    oracle = bench.build().to(memory_format=torch.channels_last)
+    oracle = bench.networks.build().to(memory_format=torch.channels_last)
     oracle.train()
     optimiser = torch.optim.SGD(oracle.parameters(), lr=config.lr, momentum=momentum, weight_decay=weight_decay)
     split = data.clients[0]
@@ -69,7 +69,7 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     def trained(round, **more):
         bench = RunContext(make_config(**settings, **more), data)
         phase = Phase(round, "train", "update")
-        answer = Client(bench, 0, {}).train(FedAvg(), phase, bench.initial())
+        answer = Client(bench, 0, {}).train(FedAvg(), phase, bench.networks.initial())
         network = Client(bench, 0, {}).network()
         Client(bench, 0, {}).fit(FedAvg(), phase, network)
         assert torch.equal(Network(network, bench.device).read()["parameters"], answer["parameters"])
@@ -86,16 +86,16 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     assert torch.equal(trained(2, **few), trained(2, local_steps=3))
     assert torch.equal(trained(3, **few), trained(3, local_steps=3, lr_steps="1", lr_step_factor=0.5))
     quarter = RunContext(make_config(**{**settings, "lr": 0.0025}), data)
-    same = Client(quarter, 0, {}).train(FedAvg(), Phase(3, "train", "update"), quarter.initial())
+    same = Client(quarter, 0, {}).train(FedAvg(), Phase(3, "train", "update"), quarter.networks.initial())
     torch.testing.assert_close(trained(3, **steps), same["parameters"])
 
 
 def test_gradients_are_channels_last_views_of_one_vector(make_data, make_config):
     bench, message, _, _ = one_client(make_config(), make_data())
-    network = bench.network("local")
+    network = bench.networks.get("local")
     flat = network.gradients
     flat.fill_(0)
-    images = bench.client_data(0).pixels.take(np.arange(4))
+    images = bench.samples.of_client(0).pixels.take(np.arange(4))
     assert images.is_contiguous(memory_format=torch.channels_last)
     network.module(images).sum().backward()
     assert flat.abs().sum() > 0
@@ -192,7 +192,7 @@ def test_buffer_policies(policy, make_data, make_config, tmp_path):
     data = make_data()
     summary = run(make_config(buffers=policy, rounds=3), out=tmp_path, data=data)
     bench = RunContext(make_config(), data)
-    vectors = bench.initial()
+    vectors = bench.networks.initial()
     size = sum(v.numel() * v.element_size() for k, v in vectors.items() if policy == "average" or k == "parameters")
     assert summary["bytes"]["up"] == 3 * 3 * size
     assert ("no-running-statistics" in summary["diagnostics"]) == (policy != "average")
@@ -254,7 +254,7 @@ def test_a_private_model_trains_with_fixed_statistics_too(make_data, make_config
     data, message = make_data(), None
     for fixed in (None, 0):
         bench = RunContext(make_config("fml", model="resnet8", freeze_bn_after=fixed), data)
-        client, message = Client(bench, 0, {}), bench.initial()
+        client, message = Client(bench, 0, {}), bench.networks.initial()
         answer = FML().client_update(client, Phase(0, "train", "update"), message)
         assert torch.equal(answer["buffers"], message["buffers"]) == (fixed is not None)
         fresh = client.network().state_dict()

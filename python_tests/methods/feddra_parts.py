@@ -32,6 +32,6 @@ class Parts:
 
     def sizes(self):
         """Elements of the vector of parameters up to the encoders' end, and of the rest."""
-        flat = FlatParameters(self.bench.build())
+        flat = FlatParameters(self.bench.networks.build())
         begin = min(place.start for name, place in flat.places()["parameters"].items() if name.startswith(PARTS[2:]))
         return begin, len(flat.parameters) - begin

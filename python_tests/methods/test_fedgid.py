@@ -48,7 +48,7 @@ class Scene:
                     layer.running_mean += 0.1 * torch.randn(layer.running_mean.shape, generator=g2)
         self.frozen.eval()
         self.received = Received(self.frozen, phase=phase, epochs=epochs)
-        data = self.bench.client_data(0)
+        data = self.bench.samples.of_client(0)
         data.pixels._normalise = _double(data.pixels._normalise)
         rows = np.array([3, 1, 4, 11, 5])
         self.batch = Batch(data.pixels.take(rows), data.labels[rows], rows, phase)

@@ -34,7 +34,7 @@ SHARED = {**IMAGE, "background_pool": "shared"}
 def scene(make_data, make_config):
     def make(**options):
         made = Scene(make_data, make_config, **IMAGE, **options)
-        data = made.bench.client_data(0)
+        data = made.bench.samples.of_client(0)
         rows = made.batch.indices
         planned = data.batch(rows)
         assert planned.masks is None  # only methods that ask have them

@@ -184,7 +184,7 @@ def started(data, config):
 
 
 def batch_of(bench, client, rows):
-    data = bench.client_data(client)
+    data = bench.samples.of_client(client)
     return Batch(data.pixels.take(rows), data.labels[rows], rows, PHASE)
 
 
@@ -217,7 +217,7 @@ def test_the_teacher_neither_changes_nor_travels(data, make_config):
     client, message = Client(bench, 0, {}), method.send(server, PHASE)
     upload = method.client_update(client, PHASE, message)
     assert set(upload) == set(message)
-    proxy = bench.network("server")
+    proxy = bench.networks.get("server")
     assert message_bytes(upload) == 4 * (proxy.parameters.numel() + proxy.buffers.numel()) + 8 * 3
     for name, value in method._teachers[0].network.state_dict().items():
         assert torch.equal(value, before[name])

@@ -22,7 +22,7 @@ from fedkern.report.pages.html_page import Chart
 from fedkern.report.run_contents import Contents
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import Constant
-from python_tests.stand_ins import run_objects
+from python_tests.stand_ins import Context, run_objects
 
 FALLING = RunConfig.make("fedavg", data="digits", clients=45, main="mae", better="min")
 VALUES = (1.5, 0.75, 1.25)
@@ -129,11 +129,8 @@ def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
     monkeypatch.setattr("fedkern.engine.parts.stopping.write_model", lambda *_: None)
     monkeypatch.setattr("fedkern.engine.parts.stopping.about_network", lambda *_: {})
     monkeypatch.setattr("fedkern.engine.parts.stopping.checksum", lambda _: 0)
-    context = SimpleNamespace(
-        config=FALLING.replace(patience=2), data=SimpleNamespace(tests={"": None}), client_sets={},
-        is_flat=lambda _: True,
-        disclosure=SimpleNamespace(told=lambda entries: entries, clients=False),
-    )  # fmt: skip
+    context = Context(disclosure=SimpleNamespace(told=lambda entries: entries, clients=False))
+    context.config, context.data.tests, context.samples.client_sets = FALLING.replace(patience=2), {"": None}, {}
     run = run_objects(context, out=tmp_path, hooks={"method": SimpleNamespace(network=lambda: object())})
     part = Patience(run)
     values = iter((1.5, 0.75, float("nan"), 1.0))

@@ -60,7 +60,7 @@ def _on_ranks(run: RunObjects, ranks: torchrun_group.TorchrunGroup, asks: int) -
 
 def _no_workers(config: RunConfig, context: RunContext, why: str) -> None:
     if config.workers != "auto":
-        context.warn("no-workers", f"--workers {config.workers} changes nothing here, as {why}.")
+        context.notices.warn("no-workers", f"--workers {config.workers} changes nothing here, as {why}.")
 
 
 def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: int) -> int:
@@ -97,7 +97,7 @@ def worker_bytes(context: RunContext, parameters: int) -> int:
     """Estimated bytes of a worker, without the data, which all workers map."""
     data = context.data
     tests = (*data.tests.values(), data.validation, *data.client_tests) if context.config.own_networks else ()
-    images = sum(split.memory for split in (*data.clients, *tests)) if context.cache else 0
+    images = sum(split.memory for split in (*data.clients, *tests)) if context.samples.cache else 0
     return BASE_BYTES + NETWORKS * 4 * parameters + images
 
 

@@ -146,7 +146,7 @@ class Ordered:
         """The reply that another process has sent; None where it has sent a notice, which is passed on."""
         message = Unpacker().unpack(packet)
         if isinstance(message, Notice):
-            self._context.notice(message.text)
+            self._context.notices.notice(message.text)
             return None
         assert isinstance(message, Done)
         return message

@@ -60,7 +60,7 @@ class Ranks(Ordered):
         self._processes: list[Connection] = []
         self._home: dict[ClientId, Any] = {}  # as _at, with clients of this round that are done
         for rank, level in group.odd.items():
-            context.warn(
+            context.notices.warn(
                 "other-kernels",
                 f"Rank {rank} computes with other kernels than rank 0 (torch {level}): bits depend on where a client "
                 "works.",
@@ -77,7 +77,7 @@ class Ranks(Ordered):
         try:
             packet = self._pack(Setup.of(self._context, handlers))
         except NotPortable as error:
-            self._context.warn(
+            self._context.notices.warn(
                 "no-workers",
                 f"All clients work on rank 0, as {error} cannot be sent to other ranks: define it in a module of its "
                 "own to have them side by side.",
@@ -88,7 +88,7 @@ class Ranks(Ordered):
             connection.say(plugins.sent(self._context.config.plugins))
             connection.send(packet)
         self._packer.clear()
-        self._context.notice(f"clients work on {self._group.size} ranks")
+        self._context.notices.notice(f"clients work on {self._group.size} ranks")
 
     def _pack(self, setup: Setup) -> Packet:
         """Pack the setup, with a recipe in place of items that cannot be sent.

@@ -71,7 +71,7 @@ class Serial:
     def answers(
         self, asker: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
     ) -> Iterator[Answer]:
-        self._context.begin_exchange()
+        self._context.networks.begin_exchange()
         encoders = encoders or {}
         count = lanes(self._context, self._handlers[asker]) if len(messages) > 1 else 1
         begun = (
@@ -87,16 +87,16 @@ class Serial:
     def reply(self, job: Job) -> Done:
         """Does a job.  The client's warnings and its exception are in the reply: they wait for its turn."""
         context = self._context
-        earlier, context.warnings = context.warnings, {}
+        earlier, context.notices.warnings = context.notices.warnings, {}
         try:
             if job.state is not None:
                 self.take(job.client, dict(job.state), job.played)
             answer = self.ask(job.client, *job.request)
-            answer.warnings = context.warnings
+            answer.warnings = context.notices.warnings
         except Exception as error:
             return Done(None, failed=error)
         finally:
-            context.warnings = earlier
+            context.notices.warnings = earlier
         return Done(answer, self.changed(job.client))
 
     def _begin(
@@ -110,7 +110,7 @@ class Serial:
         client.later = None if lane is None else []
         answer, wait = Answer(k), None
         if lane is not None and isinstance(message.get("parameters"), Tensor):
-            context.placed.there(message["parameters"])  # sent once, before the lanes, which wait for it
+            context.networks.send(message["parameters"])  # sent once, before the lanes, which wait for it
         with (
             self._problems(answer, asker),
             cpu_threads(self._threads),
@@ -118,9 +118,9 @@ class Serial:
             ExitStack() as on,
         ):
             if lane is not None:
-                on.enter_context(context.placed.on_lane(lane))
-                assert context.graphs is not None
-                wait = on.enter_context(context.graphs.ahead())
+                on.enter_context(context.networks.on_lane(lane))
+                assert context.networks.graphs is not None
+                wait = on.enter_context(context.networks.graphs.ahead())
             answer.message = self._handlers[asker].client_update(client, phase, message)
         answer.seconds = time.perf_counter() - start
 
@@ -171,7 +171,7 @@ class Serial:
         sent, got = message.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
         if not isinstance(sent, Tensor) or not isinstance(got, Tensor) or got.device == sent.device:
             return message
-        return {**message, "parameters": self._context.placed.there(sent)}
+        return {**message, "parameters": self._context.networks.send(sent)}
 
     def changed(self, client: ClientId) -> dict[str, Any] | None:
         before = self._before.get(client)

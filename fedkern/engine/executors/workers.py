@@ -128,7 +128,7 @@ class Workers(Ordered):
             self._give_up(f"worker processes cannot be started ({error.strerror or error})", "")
 
     def _give_up(self, why: str, way: str) -> None:
-        self._context.warn(
+        self._context.notices.warn(
             "no-workers",
             f"Clients work one after another, as {why}" + (f": {way} to have them side by side." if way else "."),
         )
@@ -192,5 +192,7 @@ class Workers(Ordered):
                 f"The worker process of client {self._context.data.client_label(k)} was lost {LOSSES} times in this "
                 f"round ({how}): give fewer --workers, or a smaller --batch-size, --model or --width."
             )
-        self._context.warn("lost-worker", f"A worker process was lost ({how}); another one repeated its clients' work.")
+        self._context.notices.warn(
+            "lost-worker", f"A worker process was lost ({how}); another one repeated its clients' work."
+        )
         self._todo.insert(0, k)

@@ -15,7 +15,7 @@ class Answers(RunPart):
     def finish(self, summary: Summary) -> None:
         run = self._run
         run.store.check_lock()
-        if run.context.disclosure.clients and summary.final.confusion:
+        if run.notices.disclosure.clients and summary.final.confusion:
             confusions.write(run.out, run.context.data.classes, summary.final.confusion)
         if run.request.predictions:
             self._write_predictions()
@@ -31,4 +31,4 @@ class Answers(RunPart):
             predictions.write(run.out, classes, sets)
         else:
             why = f"the figures of {run.config.method} come from code of its own, which hands on no logits"
-            run.context.warn("no-predictions", f"{predictions.FILE} was not written: {why}.")
+            run.notices.warn("no-predictions", f"{predictions.FILE} was not written: {why}.")

@@ -20,7 +20,7 @@ class Artifacts(RunPart):
         self._log = ArtifactLog(run.out, run.rounds)
 
     def before_round(self, record: Record) -> None:
-        told = self._run.context.disclosure.server
+        told = self._run.notices.disclosure.server
         self._run.server.showing = told and not record.entry.one_off and self._log.wants(record.number)
 
     def round_end(self, record: Record) -> None:

@@ -30,11 +30,13 @@ class Diagnoses(RunPart):
 
     def finish(self, summary: Summary) -> None:
         run, context, sets, config = self._run, self._run.context, self._run.sets, self._run.config
-        public = context.disclosure.clients  # whether anything may be told that follows from what single clients have
+        public = (
+            context.notices.disclosure.clients
+        )  # whether anything may be told that follows from what single clients have
         classes, names, metrics = context.data.classes, [prefix[:-1] for prefix in sets], summary.metrics
         added = {name for data in sets.values() for name in getattr(data.task, "metrics", ())}
         added |= {metric.name for data in sets.values() for metric in getattr(data, "metrics", ())}
-        flat = context.is_flat(summary.network)
+        flat = context.networks.is_flat(summary.network)
         constant = diagnostics.constants(sets, classes) if public else {}
         with run.code("diagnose"):
             observed = run.method.diagnose(self._observed.summary()) if public else {}
@@ -49,9 +51,9 @@ class Diagnoses(RunPart):
             observed,
         ):
             for name, text in texts.items():
-                if name not in context.warnings:
+                if name not in context.notices.warnings:
                     self._final.append(name)
-                context.warn(name, text)
+                context.notices.warn(name, text)
 
     def state(self) -> dict[str, Any]:
         return {"observed": self._observed.to_dict(), "clients": self._last, "final": self._final}

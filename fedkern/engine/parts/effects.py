@@ -37,7 +37,7 @@ class Effects(RunPart):
         for sentence in unused(config, self._given, marks):
             raise NoEffect(sentence)
         if config.common is not None and (text := " ".join(comparison_notes(config, config.common, marks))):
-            self._run.context.warn("no-effect", text)
+            self._run.notices.warn("no-effect", text)
 
     def state(self) -> dict[str, list[str]]:
         if self._run.progress.done:

@@ -43,7 +43,7 @@ class Evaluation(RunPart):
     def __init__(self, run: RunObjects) -> None:
         super().__init__(run)
         self._context = run.context
-        self._client_sets, self._clients = run.context.client_sets, run.context.disclosure.clients
+        self._client_sets, self._clients = run.samples.client_sets, run.notices.disclosure.clients
         # None where the method's network is judged, and not those of the clients.
         self._networks = ClientsFigures(run) if run.config.own_networks else None
         self._kept = False  # whether the test sets have kept the present network's answers
@@ -81,7 +81,7 @@ class Evaluation(RunPart):
         if not self._kept:  # resumed after the last round, or ended before it
             self._evaluate(network, last=True, here=True)
         test_set, own_sets = OWN, self._client_sets
-        if not own_sets and (own_sets := self._context.site_sets):
+        if not own_sets and (own_sets := self._context.samples.site_sets):
             test_set = ONLY
             if self._networks is None:
                 self._evaluate_clients(network, own_sets)
@@ -93,7 +93,9 @@ class Evaluation(RunPart):
         answers = [answer for data in self._run.sets.values() if data.task.target == "class" for _, answer in data.kept]
         if classes and (widths := {answer.shape[-1] for answer in answers if answer.dim() == 2} - {len(classes)}):
             text = f"The network has {max(widths)} outputs for {len(classes)} named classes, so AUROC, calibration and "
-            self._context.warn("unnamed-outputs", text + "figures of classes are missing: name all in classes=.")
+            self._context.notices.warn(
+                "unnamed-outputs", text + "figures of classes are missing: name all in classes=."
+            )
         # The method's own figures come first, and stay where one has the name of a figure of ours.
         summary.of_tests = {**self.latest, **summary.final.metrics, **self.latest, **self._gradcam(network)}
         summary.latest, summary.best = self.latest, self.best
@@ -147,7 +149,7 @@ class Evaluation(RunPart):
         return Client(self._context, k, self._run.store.checkpoints.client_state(k))
 
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
-        return evaluating(self._run.config, self._context.is_flat(network))
+        return evaluating(self._run.config, self._context.networks.is_flat(network))
 
     def _of_clients(self, test_set: str, sets: dict[int, Reader]) -> dict[str, Any]:
         """The clients' figures on their own ``sets`` as entries of the summary; empty where nothing may be told.
@@ -183,6 +185,8 @@ class Evaluation(RunPart):
         # Grad-CAM takes single images in eval mode, which needs running statistics.
         judged, config = self._networks is None, self._run.config  # whether by this network
         count = config.grad_cam if config.statistics and judged else 0
-        with spared(lambda why: self._context.warn("no-grad-cam", f"The figures of Grad-CAM are missing: {why}.")):
+        with spared(
+            lambda why: self._context.notices.warn("no-grad-cam", f"The figures of Grad-CAM are missing: {why}.")
+        ):
             return gradcam(network, self._run.sets, count)
         return {}

@@ -45,6 +45,6 @@ def _info(run: RunObjects) -> RunInfo:
         frozen=sum(parameter.numel() for parameter in run.network.parameters() if not parameter.requires_grad),
         frozen_norms=len(frozen_norms(run.network)), rounds=tuple(entry for entry in run.plan if not entry.one_off),
         test_sets={prefix[:-1]: len(data) for prefix, data in run.sets.items()}, data=run.context.data,
-        private=not run.context.disclosure.clients, guarantee=run.guarantee, model=run.context.model_name,
+        private=not run.notices.disclosure.clients, guarantee=run.guarantee, model=run.networks.model_name,
         workers=workers, worker_bytes=worker_bytes(run.context, run.parameters) if workers > 1 else 0,
     )  # fmt: skip

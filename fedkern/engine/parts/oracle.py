@@ -18,7 +18,7 @@ class Oracle(RunPart):
         return None if run.request.remote is not None else cls(run)
 
     def finish(self, summary: Summary) -> None:
-        run, disclosure = self._run, self._run.context.disclosure
+        run, disclosure = self._run, self._run.notices.disclosure
         if disclosure.appraised is not None and not disclosure.appraised:
             return
         clients = AllClients(run.context, run.store.checkpoints)

@@ -24,7 +24,7 @@ class Privacy(RunPart):
     def begin(self, resumed: bool) -> None:
         run, store, private = self._run, self._run.store, self._run.private
         if private is not None and self._before.get("rounds", run.rounds) != run.rounds:
-            run.context.warn(
+            run.notices.warn(
                 "larger-epsilon",
                 f"The run was planned for {self._before['rounds']} rounds with epsilon {self._before['epsilon']:.3g}: "
                 f"its {run.rounds} rounds have epsilon {private.planned:.3g}.",

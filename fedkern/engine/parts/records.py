@@ -46,7 +46,7 @@ class Records(RunPart):
         if used := device_use.figures(self._run.context.device):
             record.put({"device": used})
         record.put({"round_seconds": time.perf_counter() - record.started, "seconds": self._run.timing.seconds()})
-        record.public = self._run.context.disclosure.told(record.entries)
+        record.public = self._run.notices.disclosure.told(record.entries)
         written = {name: value for name, value in record.public.items() if name not in ("rounds", "evaluated")}
         self._run.store.metrics.append(written)
 

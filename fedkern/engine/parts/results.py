@@ -20,10 +20,10 @@ class Results(RunPart):
         run, context, config, done = self._run, self._run.context, self._run.config, self._run.progress.done
         names = context.data.client_names
         write_evaluation(run.out, rows(summary.of_tests, [*run.sets], summary.of_clients, names, summary.client_set))
-        flat = context.is_flat(summary.network)
+        flat = context.networks.is_flat(summary.network)
         write_model(run.out / MODEL, summary.network, about_network(context, config, done, flat))
         first: dict[str, Any] = {
-            "method": config.method, "data": config.data, "model": context.model_name, "seed": config.seed,
+            "method": config.method, "data": config.data, "model": context.networks.model_name, "seed": config.seed,
             "rounds": done, "clients": config.clients, **self._names(), "metrics": summary.metrics,
         }  # fmt: skip
         last = {"seconds": run.timing.seconds(), "records": config.records, "versions": versions.versions()}

@@ -20,7 +20,7 @@ class ServerFigures(RunPart):
     def round_end(self, record: Record) -> None:
         if record.entry.one_off:
             return
-        report, told = self._run.server.report, self._run.context.disclosure.told(record.entries)
+        report, told = self._run.server.report, self._run.notices.disclosure.told(record.entries)
         for name, value in figures(
             report, "server.report", {*told, *RECORD_NAMES, *(FIGURE_NAMES & report.keys())}
         ).items():
@@ -29,7 +29,7 @@ class ServerFigures(RunPart):
 
     def finish(self, summary: Summary) -> None:
         entries = {name: (About.SERVER, value) for name, value in self._run.server.report.items()}
-        summary.metrics.update(self._run.context.disclosure.told(entries))
+        summary.metrics.update(self._run.notices.disclosure.told(entries))
 
     def state(self) -> dict[str, Any]:
         return dict(self._run.server.report)

@@ -42,7 +42,7 @@ class StopAt(RunPart):
     def round_end(self, record: Record) -> Stop | None:
         if not record.due:
             return None
-        entries = self._run.context.disclosure.told(record.entries)
+        entries = self._run.notices.disclosure.told(record.entries)
         figures = {name: value for name, value in entries.items() if isinstance(value, float) and name != "seconds"}
         if self._figure not in figures:
             raise UserError(
@@ -87,7 +87,7 @@ class Patience(RunPart):
     def round_end(self, record: Record) -> Stop | None:
         if not record.due:
             return None
-        figure, value = self._main(self._run.context.disclosure.told(record.entries))
+        figure, value = self._main(self._run.notices.disclosure.told(record.entries))
         sign = -1 if self._run.config.better == "min" else 1
         if not sign * value > sign * self._best.get("value", -sign * math.inf):  # NaN is never the best
             self._without += bool(self._best)
@@ -97,7 +97,7 @@ class Patience(RunPart):
         if network is None:
             return None
         context = self._run.context
-        about = about_network(context, self._run.config, record.number, context.is_flat(network))
+        about = about_network(context, self._run.config, record.number, context.networks.is_flat(network))
         write_model(self._out / name, network, about)
         self._best = {"figure": figure, "value": value, "round": record.number, "file": name}
         self._best["metrics"], self._best["sum"] = plain(record.figures), checksum(self._out / name)

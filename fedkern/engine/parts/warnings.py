@@ -24,20 +24,20 @@ class Warnings(RunPart):
 
     def finish(self, summary: Summary) -> None:
         self._tell()
-        summary.entries["diagnostics"] = self._run.context.warnings
+        summary.entries["diagnostics"] = self._run.notices.warnings
 
     def state(self) -> dict[str, Any]:
-        return dict(self._run.context.warnings)
+        return dict(self._run.notices.warnings)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._run.context.warnings = {**state, **self._run.context.warnings}
-        self._told = {name for name, text in state.items() if text == self._run.context.warnings[name]}
+        self._run.notices.warnings = {**state, **self._run.notices.warnings}
+        self._told = {name for name, text in state.items() if text == self._run.notices.warnings[name]}
 
     def _tell(self) -> None:
         for name, text in self._run.listener.warnings.items():  # told already, to the listeners that are left
-            self._run.context.warn(name, text)
+            self._run.notices.warn(name, text)
             self._told.add(name)
-        for name, text in self._run.context.warnings.items():
+        for name, text in self._run.notices.warnings.items():
             if name not in self._told:
                 self._told.add(name)
                 self._run.listener.on_warning(name, text)

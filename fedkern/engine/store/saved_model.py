@@ -37,13 +37,13 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
     """
     data = context.data
     about = {
-        "model": context.model_name, "width": config.width, "task": data.task.name, "classes": list(data.classes),
-        **data.form.about(), "method": config.method, "rounds": rounds,
+        "model": context.networks.model_name, "width": config.width, "task": data.task.name,
+        "classes": list(data.classes), **data.form.about(), "method": config.method, "rounds": rounds,
     }  # fmt: skip
     about |= context.described
-    if flat and (names := [*context.initial_personal]):
+    if flat and (names := [*context.networks.initial_personal]):
         about["personal"] = names
-    if flat and context.network("server").constants:
+    if flat and context.networks.get("server").constants:
         about["seed"] = config.seed  # from which code may draw buffers that the file does not hold
     if flat and lacks_statistics(context, config):
         about["statistics"] = "batch"
@@ -53,7 +53,7 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
 
 def lacks_statistics(context: RunContext, config: RunConfig) -> bool:
     """Whether the run's network has batch norm without running statistics of the global model (``--buffers``)."""
-    return not config.statistics and context.network("server").buffers.numel() > 0
+    return not config.statistics and context.networks.get("server").buffers.numel() > 0
 
 
 def write_model(path: Path, module: nn.Module, about: Mapping[str, Any]) -> None:

@@ -222,7 +222,7 @@ class NodeClients:
         with context.drawing(server, BEFORE):
             method.start(server)  # a method may note in itself what its clients need
         self._said = guarantee(method, server, config.records)
-        context.disclosure = Disclosure.of(context.config.records, self._said)
+        context.notices.disclosure = Disclosure.of(context.config.records, self._said)
         pooling = Pooling(method, on=config.buffers == "pool")
         handlers = {"method": method, "pooling": pooling}
         return Serial(context, handlers, lambda _: dict, context.config.client_threads)
@@ -270,7 +270,7 @@ class NodeClients:
     def _ask(self, request: ClientRequest, message: dict[str, Any], folder: NodeFolder) -> PackedMessage:
         assert self._serial is not None  # answer
         context, k = self._context, request.client
-        context.warnings.clear()
+        context.notices.warnings.clear()
         answer = self._serial.ask(k, request.asker, request.phase, message)
         self._places[k] = _Place(request.attempt, request.version)
         state = self._serial.changed(k)
@@ -287,7 +287,7 @@ class NodeClients:
         return reply
 
     def _reply(self, request: ClientRequest, answer: Answer, changed: bool, ledger: Any) -> PackedMessage:
-        public = self._context.disclosure.clients
+        public = self._context.notices.disclosure.clients
         return pack(
             {
                 "client": request.client,
@@ -295,7 +295,7 @@ class NodeClients:
                 "message": answer.message,
                 "problem": _problem(answer, public),
                 "report": answer.report if public else {},
-                "warnings": dict(self._context.warnings) if public else {},
+                "warnings": dict(self._context.notices.warnings) if public else {},
                 "marks": sorted(answer.marks),  # they tell of the method's code, not of the data
                 "seconds": answer.seconds if public else 0.0,
                 "changed": changed,

@@ -89,7 +89,7 @@ class Nodes(Ordered):
         self._pause = _FIRST_PAUSE
         self._versions: dict[ClientId, Version] = {}
         self._waiting: dict[str, ClientId] = {}  # by the name of a message whose reply has not come
-        registry.meet(run.context.warn)
+        registry.meet(run.notices.warn)
         self._name = self._named()
 
     def _named(self) -> str:
@@ -231,7 +231,7 @@ class Nodes(Ordered):
     def end_round(self) -> None:
         super().end_round()
         self._sent.clear()
-        if self._run.context.disclosure.clients:  # lengths of texts depend on what a client does not tell
+        if self._run.notices.disclosure.clients:  # lengths of texts depend on what a client does not tell
             for direction, total in (("up", self._channel.received), ("down", self._channel.sent)):
                 self._run.ledger.wire[direction] = (
                     self._run.ledger.wire.get(direction, 0) + total - self._booked[direction]

@@ -71,7 +71,7 @@ def unrepeatable(context: Any) -> dict[str, str]:
     """Warning about layers that upsample, whose gradient PyTorch adds up in another order every time on a GPU."""
     if context.device.type == "cpu":
         return {}
-    layers, shape = list(context.network("server").module.modules()), getattr(context.data.form, "shape", ())
+    layers, shape = list(context.networks.get("server").module.modules()), getattr(context.data.form, "shape", ())
     modes = {layer.mode for layer in layers if isinstance(layer, nn.Upsample)} & SMOOTH
     if shape and any(layer.interpolates(*shape[1:]) for layer in layers if isinstance(layer, PatchEmbedding)):
         modes.add("bicubic")

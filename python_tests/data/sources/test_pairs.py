@@ -51,7 +51,7 @@ def test_a_window_of_every_image(tmp_path):
         assert split.images[:, 0].eq(torch.arange(4, 20)).all()
     bench = RunContext(RunConfig.make("feddra", data="pairs", data_root=str(tmp_path), clients=3, partition="attribute",
                                  data_options=options, width=8), data)  # fmt: skip
-    own = bench.client_data(0)
+    own = bench.samples.of_client(0)
     rows = np.arange(len(own))
     columns = (own.take(rows) * data.form.std[0] + data.form.mean[0]).mul(255).round()[:, 0, 0, 0]
     assert columns.eq(4).all()

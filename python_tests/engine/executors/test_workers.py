@@ -313,7 +313,7 @@ def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
     """The bits of one after another, predictions too, whatever precision a network computes in."""
     monkeypatch.setattr(evaluation, "CPU_BATCH", 3)
     bench = RunContext(make_config(), make_data(), lambda text: None)
-    network, method = bench.build().eval(), METHODS["fedavg"](METHODS["fedavg"].Options())
+    network, method = bench.networks.build().eval(), METHODS["fedavg"](METHODS["fedavg"].Options())
     begun = set()
     forward = type(network).forward
 

@@ -23,7 +23,7 @@ def answered(out, *, keep=True, check_lock=lambda: None, counts=True, each=True)
     summary = Summary(network, final=final_figures(sets, ("cat", "dog")))
     run = run_objects(context, out=out, request={"predictions": each}, sets=sets, check_lock=check_lock)
     Answers(run).finish(summary)
-    return context.warnings
+    return context.notices.warnings
 
 
 def test_answers_are_written_as_counts_and_image_by_image(tmp_path):

@@ -14,7 +14,7 @@ from python_tests.stand_ins import Context, record, run_objects, stored
 
 def diagnoses(*, clients=True):
     method, context = Judged(), Context(disclosure=Disclosure(clients=clients), **SETTINGS)
-    context.warn("known", "It was known before.")
+    context.notices.warn("known", "It was known before.")
     return method, context, Diagnoses(run_objects(context, method=method, code=code(method), sets={}))
 
 
@@ -38,9 +38,9 @@ def test_diagnoses_of_what_clients_reported(resumed):
     part.finish(Summary(nn.Identity(), metrics={"accuracy": 0.5}))
     loss = method.observed["loss"]
     assert (loss.count, loss.mean, loss.low, loss.high) == (3, 4.0, 1.0, 8.0)
-    assert [*context.warnings] == ["known", "outlying-client", "chance-level", "odd"]
-    assert "client 2 is 90 times" in context.warnings["outlying-client"]
-    assert context.warnings["known"] == "It was known before."
+    assert [*context.notices.warnings] == ["known", "outlying-client", "chance-level", "odd"]
+    assert "client 2 is 90 times" in context.notices.warnings["outlying-client"]
+    assert context.notices.warnings["known"] == "It was known before."
     # A run that is made longer drops what was said of the network that is not the final one any more.
     assert part.state()["final"] == ["outlying-client", "chance-level", "odd"]
 
@@ -50,4 +50,4 @@ def test_diagnoses_of_private_clients_are_left_out():
     reported(part)
     part.finish(Summary(nn.Identity(), metrics={"accuracy": 0.5}))
     assert method.observed is None
-    assert [*context.warnings] == ["known", "chance-level"]
+    assert [*context.notices.warnings] == ["known", "chance-level"]

@@ -20,13 +20,13 @@ class Bench:
     def __init__(self, *, clients=True, own=True):
         self.method, self.network = Judged(), Says(0.5)
         self.context = Context(2, Disclosure(clients=clients), own_networks=False, **SETTINGS)
-        self.context.data.tests, self.context.site_sets = {}, {}
+        self.context.data.tests, self.context.samples.site_sets = {}, {}
         # At a level of 0.5 all of "id" is right, and three quarters of "ood".
         self.sets = {
             "id_": brightness_set([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1]),
             "ood_": brightness_set([0.1, 0.2, 0.8, 0.9], [0, 1, 1, 1]),
         }
-        self.context.client_sets = (
+        self.context.samples.client_sets = (
             {0: brightness_set([0.1, 0.9], [0, 1]), 1: brightness_set([0.1, 0.9], [1, 1])} if own else {}
         )
         hooks = {"method": SimpleNamespace(network=lambda: self.network)}
@@ -68,7 +68,7 @@ def test_a_grad_cam_that_fails_is_a_warning_and_leaves_the_figures(monkeypatch):
         failing(error)
         assert bench.finish().metrics["id_accuracy"] == 1.0
         said = f"The figures of Grad-CAM are missing: {type(error).__name__}"
-        assert bench.context.warnings["no-grad-cam"].startswith(said)
+        assert bench.context.notices.warnings["no-grad-cam"].startswith(said)
     failing(MemoryError())
     with pytest.raises(MemoryError):
         bench.finish()

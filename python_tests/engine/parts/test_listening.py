@@ -12,7 +12,7 @@ from python_tests.stand_ins import Context, Executor, record, run_objects, store
 
 def test_listeners_hear_of_rounds_what_may_be_told():
     heard, context, setup = Hearing(), Context(2), record(-1, entry=Round("setup", one_off=True, trains="generator"))
-    context.model_name, one = "cnn", record(1, entry=Round("train", trains="network"))
+    context.networks.model_name, one = "cnn", record(1, entry=Round("train", trains="network"))
     part = Listening(run_objects(
         context, listener=ListenerGroup(heard), network=nn.Linear(2, 1), parameters=3, plan=[setup.entry, one.entry],
         sets={"id_": [0, 0]}, guarantee=None, executor=Executor(),

@@ -70,8 +70,8 @@ def test_a_run_that_goes_on_for_more_rounds_says_what_that_costs(tmp_path):
         again = Kept(tmp_path, rounds=rounds)
         again.part.restore(state)
         again.part.begin(resumed=True)
-        assert [*again.context.warnings] == (["larger-epsilon"] if warned else [])
+        assert [*again.context.notices.warnings] == (["larger-epsilon"] if warned else [])
     assert (
         "planned for 3 rounds with epsilon 1.5: its 4 rounds have epsilon 2."
-        in again.context.warnings["larger-epsilon"]
+        in again.context.notices.warnings["larger-epsilon"]
     )

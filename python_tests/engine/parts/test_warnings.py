@@ -13,14 +13,14 @@ from python_tests.stand_ins import Context, record, run_objects, stored
 def test_every_warning_is_told_once():
     context, heard = Context(), Hearing()
     part = Warnings(run_objects(context, listener=ListenerGroup(heard)))
-    context.warn("setup", "It is slow.")
+    context.notices.warn("setup", "It is slow.")
     part.round_end(record(-1))
     assert heard.events == []  # with the first communication round
     part.round_end(record(1))
-    context.warn("setup", "It is still slow.")
+    context.notices.warn("setup", "It is still slow.")
     part.round_end(record(2))
     state = stored(part.state())
-    context.warn("late", "It is late.")
+    context.notices.warn("late", "It is late.")
     summary = Summary(nn.Identity())
     part.finish(summary)
     assert heard.events == [("warning", "setup", "It is slow."), ("warning", "late", "It is late.")]
@@ -30,18 +30,18 @@ def test_every_warning_is_told_once():
     part.restore(state)
     part.round_end(record(3))
     assert again.events == []
-    assert resumed.warnings == {"setup": "It is slow."}
+    assert resumed.notices.warnings == {"setup": "It is slow."}
 
 
 def test_a_resumed_run_tells_what_is_new():
     context, heard = Context(), Hearing()
-    context.warn("same", "It is slow.")
-    context.warn("other", "It has changed. It has changed again.")
+    context.notices.warn("same", "It is slow.")
+    context.notices.warn("other", "It has changed. It has changed again.")
     part = Warnings(run_objects(context, listener=ListenerGroup(heard)))
     part.restore({"early": "It was early.", "same": "It is slow.", "other": "It has changed."})
     part.round_end(record(3))
     assert heard.events == [("warning", "other", "It has changed. It has changed again.")]
-    assert [*context.warnings] == ["early", "same", "other"]
+    assert [*context.notices.warnings] == ["early", "same", "other"]
 
 
 def test_warnings_about_listeners_stand_beside_the_others():
@@ -50,5 +50,5 @@ def test_warnings_about_listeners_stand_beside_the_others():
     listeners.on_round({"round": 1})
     part = Warnings(run_objects(context, listener=listeners))
     part.round_end(record())
-    assert [*context.warnings] == ["listener-Hearing"]
+    assert [*context.notices.warnings] == ["listener-Hearing"]
     assert [event[0] for event in other.events] == ["warning", "round"]  # told at once, and not again

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedkern.engine.client import Client
-from fedkern.engine.on_device import OnDevice
+from fedkern.engine.networks import Networks
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads import reduction
@@ -62,7 +62,7 @@ def test_what_somebody_else_looks_at_comes_to_the_host(more, make_data, make_con
 
 def test_what_was_trained_elsewhere_is_compared_there(make_data, make_config, tmp_path, monkeypatch):
     """FML trains two networks of its own and uploads from the host."""
-    monkeypatch.setattr(OnDevice, "there", lambda self, vector: vector.to("meta"))
+    monkeypatch.setattr(Networks, "send", lambda self, vector: vector.to("meta"))
     _, _, figures = play("fml", True, make_data((8, 8, 8)), make_config, tmp_path, monkeypatch)
     assert all(each[k]["drift"] > 0 for each in figures for k in "012")
 

@@ -81,7 +81,7 @@ def test_a_run_changes_the_classifier_alone_and_counts_its_bytes(make_data, make
     run(make_config("fedcgs", model="cnn", rounds=None, workers="2"), out=tmp_path / "two", data=data)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    start = RunContext(config, data).build().state_dict()
+    start = RunContext(config, data).networks.build().state_dict()
     assert {name for name in one if not torch.equal(one[name], start[name])} == {"head.weight", "head.bias"}
     (record,) = read_metrics(tmp_path / "one")
     classes, width = one["head.weight"].shape

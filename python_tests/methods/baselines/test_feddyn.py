@@ -103,7 +103,7 @@ def test_what_is_evaluated_and_what_it_costs(make_data, make_config, tmp_path):
 def _network(make_config, data):
     from fedkern.engine.context import RunContext
 
-    return RunContext(make_config("feddyn"), data).build()
+    return RunContext(make_config("feddyn"), data).networks.build()
 
 
 def test_statistics_are_weighted_as_the_models_are(make_pairs, make_config):

@@ -47,7 +47,7 @@ def test_bytes_of_calibration(make_data, make_config, tmp_path):
     config = make_config("ccvr", model="cnn", rounds=None, options=FAST)
     run(config, out=tmp_path, data=data)
     one, two = read_metrics(tmp_path)
-    flat = FlatParameters(RunContext(config, data).build())
+    flat = FlatParameters(RunContext(config, data).networks.build())
     model = 4 * (len(flat.parameters) + len(flat.buffers)) + 8 * len(flat.integers)
     width = tensors(tmp_path)["head.weight"].shape[1]
     present = [len(set(client.labels.tolist())) for client in data.clients]

@@ -25,7 +25,7 @@ def trained(make_data, make_config, option, **settings):
     """
     config = make_config("scaffold", lr=LR, momentum=0.0, **settings)
     bench = RunContext(config, make_data())
-    message = bench.initial()
+    message = bench.networks.initial()
     g = torch.Generator().manual_seed(1)
     size = message["parameters"].numel()
     own, message["control"] = (1e-2 * torch.randn(size, generator=g) for _ in range(2))
@@ -50,12 +50,12 @@ def test_option_two_is_the_published_quotient_under_plain_sgd(weight_decay, make
 def test_option_one_is_the_gradient_at_the_received_model(settings, atol, make_data, make_config):
     """With the statistics that were received where they are fixed."""
     message, _, _, client, bench = trained(make_data, make_config, "I", **settings)
-    network = Network(bench.build(), torch.device("cpu"))
+    network = Network(bench.networks.build(), torch.device("cpu"))
     network.write(message)
     network.fixed = "freeze_bn_after" in settings
     network.train_mode()
     gradient = network.gradients
-    data = bench.client_data(0)
+    data = bench.samples.of_client(0)
     cross_entropy(network.module(data.pixels.take(np.arange(len(data)))), data.labels).backward()
     torch.testing.assert_close(client.state["control"], gradient, rtol=1e-4, atol=atol)
 
@@ -107,7 +107,7 @@ def test_bytes_double_but_for_the_buffers_and_the_first_round_is_fedavg(make_dat
     data = make_data()
     a = run(make_config("fedavg", rounds=1), out=tmp_path / "a", data=data)["bytes"]
     b = run(make_config("scaffold", rounds=1), out=tmp_path / "b", data=data)["bytes"]
-    size = RunContext(make_config(), data).initial()["parameters"].numel()
+    size = RunContext(make_config(), data).networks.initial()["parameters"].numel()
     for direction in ("up", "down"):
         assert b[direction] - a[direction] == 3 * 4 * size
         assert b["clients"]["1"][direction] - a["clients"]["1"][direction] == 4 * size
@@ -121,6 +121,6 @@ def test_server_learning_rate_scales_the_step(make_data, make_config, tmp_path):
         run(config, out=tmp_path / str(rate), data=make_data())
         state = Checkpoints(tmp_path / str(rate))
         state.open()
-        start = RunContext(config, make_data()).initial()["parameters"]
+        start = RunContext(config, make_data()).networks.initial()["parameters"]
         moved[rate] = state.server_state()["parameters"] - start
     torch.testing.assert_close(moved[0.5], 0.5 * moved[1.0], rtol=1e-4, atol=1e-7)

@@ -68,7 +68,7 @@ def test_a_run_on_a_gpu_tells_of_its_own_network(make_data, make_config, tmp_pat
     monkeypatch.setattr(
         diagnostics,
         "unrepeatable",
-        lambda context: own(pretended(context.network("server").module, (*context.data.form.shape[:2], 100))),
+        lambda context: own(pretended(context.networks.get("server").module, (*context.data.form.shape[:2], 100))),
     )
     data, settings = make_data(), {"model": "vit-tiny", "width": 8, "rounds": 1, "local_steps": 1}
     run(make_config(**settings), out=tmp_path / "run", data=data, listener=heard)

@@ -113,8 +113,8 @@ def test_a_held_out_client_is_reported_and_never_sent_anything(make_pairs, make_
 
 def test_a_part_is_trained_alone(make_pairs, make_config):
     bench = RunContext(make_config(**TINY, local_steps=2), make_pairs())
-    network, client = bench.network("local"), Client(bench, 0, {})
-    message = bench.initial()
+    network, client = bench.networks.get("local"), Client(bench, 0, {})
+    message = bench.networks.initial()
 
     class Heads(FedAvg):
         def loss(self, model, batch, received):
@@ -134,7 +134,7 @@ def test_a_part_is_trained_alone(make_pairs, make_config):
 
 
 def test_parts_must_be_neighbours_and_exist(make_pairs, make_config):
-    network = Network(RunContext(make_config(**TINY), make_pairs()).build(), torch.device("cpu"))
+    network = Network(RunContext(make_config(**TINY), make_pairs()).networks.build(), torch.device("cpu"))
     with pytest.raises(ValueError, match="neighbours"):
         Part(network, ("image_encoder", "text_align"))
     with pytest.raises(ValueError, match="given nose"):
@@ -157,7 +157,7 @@ class Watching(FedAvg):
 def test_a_limit_of_steps_replaces_epochs(steps, batches, make_data, make_config):
     method = Watching()
     client = Client(RunContext(make_config(local_steps=steps), make_data()), 0, {})
-    client.train(method, PHASE, client._context.initial())
+    client.train(method, PHASE, client._context.networks.initial())
     seen = [batch.indices for batch in method.batches]
     assert len(seen) == batches
     assert len(set(map(int, torch.cat([torch.from_numpy(i) for i in seen[:5]])))) == sum(map(len, seen[:5]))
@@ -167,8 +167,8 @@ def test_adamw_is_torchs(make_data, make_config):
     config = make_config(optimizer="adamw", lr=0.01, weight_decay=0.05, local_steps=4)
     bench = RunContext(config, make_data())
     method = Watching()
-    result = Client(bench, 0, {}).train(method, PHASE, bench.initial())
-    network = bench.build().to(memory_format=torch.channels_last)
+    result = Client(bench, 0, {}).train(method, PHASE, bench.networks.initial())
+    network = bench.networks.build().to(memory_format=torch.channels_last)
     adam = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.05)
     for batch in list(method.batches):
         adam.zero_grad()
@@ -182,7 +182,7 @@ def test_only_chosen_rows_are_trained_on(make_data, make_config):
     method = Watching()
     bench = RunContext(make_config(), make_data())
     rows = torch.tensor([1, 4, 5, 8, 11]).numpy()
-    Client(bench, 0, {}).train(method, PHASE, bench.initial(), rows=rows)
+    Client(bench, 0, {}).train(method, PHASE, bench.networks.initial(), rows=rows)
     assert {row for batch in method.batches for row in batch.indices.tolist()} == set(rows.tolist())
 
 
@@ -202,7 +202,7 @@ def test_fixed_statistics_are_trained_with_and_stay(make_pairs, make_config, tmp
     results = {}
     for fixed in (None, 1):
         bench = RunContext(make_config(**TINY, local_steps=2, freeze_bn_after=fixed), make_pairs())
-        message = bench.initial()
+        message = bench.networks.initial()
         for r in range(2):
             result = Client(bench, 0, {}).train(FedAvg(), Phase(r, "train", "update"), message)
             results[fixed, r] = result

@@ -128,7 +128,7 @@ def test_a_run_books_the_exchanges_and_sends_no_statistics_of_its_own(make_pairs
     config = make_config("fedavg", **SETTINGS, rounds=3, eval_every=2)
     summary = run(config, out=tmp_path, data=make_pairs())
     exchanges = summary["bytes"]["exchanges"]
-    parameters = 4 * len(FlatParameters(RunContext(config, make_pairs()).build()).parameters)
+    parameters = 4 * len(FlatParameters(RunContext(config, make_pairs()).networks.build()).parameters)
     assert exchanges["update"]["up"] == 3 * 3 * parameters
     assert 2 * 3 * parameters < exchanges["statistics"]["down"] < 2 * 3 * parameters * 1.2  # of rounds 2 and 3
     assert [record["round"] for record in read_metrics(tmp_path) if "i2t_r1" in record] == [2, 3]

@@ -272,9 +272,9 @@ def test_a_saturated_generator_is_told_of(world, bias):
     w.server.state["generator"] = vectors(flat)
     rounds = w.bench.federation.rounds
     for number in range(rounds):
-        assert "generator-collapsed" not in w.bench.warnings or number >= rounds / 2
+        assert "generator-collapsed" not in w.bench.notices.warnings or number >= rounds / 2
         w.play(w.round(), number)
-    assert ("generator-collapsed" in w.bench.warnings) == (bias != 0)
+    assert ("generator-collapsed" in w.bench.notices.warnings) == (bias != 0)
     assert (w.server.report["image_spread"] < ALIKE) == (bias != 0)
 
 
