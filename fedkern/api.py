@@ -684,7 +684,7 @@ def _play(
     rounds: int | None = None,
 ) -> None:
     from fedkern.report.figures.pictures import existing, finished_pictures
-    from fedkern.report.live.display import display
+    from fedkern.report.live.notebook import display
 
     listeners = _listeners(listener)
     view = display(quiet=not progress, json=False)

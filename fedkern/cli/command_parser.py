@@ -12,7 +12,7 @@ from types import ModuleType
 
 from fedkern.cli import flags
 from fedkern.cli.flags import Parser, as_request, check_filled
-from fedkern.cli.front_page import COMMANDS, TASKS
+from fedkern.cli.front_page import COMMANDS
 from fedkern.cli.request import Request
 from fedkern.errors import UserError, nearest
 from fedkern.process.standard_streams import put
@@ -32,8 +32,7 @@ def command(words: Sequence[str]) -> str:
 
 def load(name: str) -> ModuleType:
     """The module of a command."""
-    file = "downstream" if name in TASKS else "run" if name == "resume" else name
-    return importlib.import_module(f"fedkern.cli.commands.{file}")
+    return importlib.import_module(f"fedkern.cli.commands.{'run' if name == 'resume' else name}")
 
 
 def parse(words: Sequence[str]) -> Request:

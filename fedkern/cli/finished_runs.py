@@ -23,25 +23,19 @@ def add_data(parser: Parser, options: str = "an option of that other data set") 
     })  # fmt: skip
 
 
-def add_network(
-    parser: Parser, printed: str = "what was written", *, choice: bool = True, model: bool = True, data: bool = False
-) -> None:
+def add_network(parser: Parser, printed: str = "what was written", *, choice: bool = True) -> None:
     """Adds the flags about the run's network and code, and ``--json``, which prints what ``printed`` names.
 
     Args:
         choice: whether the best round's network can be had.
-        model: whether the run may have a network of the user's.
-        data: whether code may also be that of another data set.
     """
     if choice:
         text = "the network of the last round, or of the best one of a run with --patience; default last"
         parser.add_argument("--network", choices=("last", "best"), default="last", metavar="last|best", help=text)
-    if model:
-        add(parser, {"model": ("NAME", "the run's network again, where it names code that may run")})
-    text = f"code that registers the run's method or network{', or that other data set' if data else ''}; repeatable"
     add(parser, {
+        "model": ("NAME", "the run's network again, where it names code that may run"),
         "method_option": ("key=value", "an option of the run again, where it names code that may run; repeatable", []),
-        "plugin": ("FILE.py|MODULE", text, []),
+        "plugin": ("FILE.py|MODULE", "code that registers the run's method, network or data; repeatable", []),
         "json": ("", f"print {printed} as JSON"),
     })  # fmt: skip
 

@@ -6,19 +6,10 @@ import re
 import sys
 from pathlib import Path
 
-TASKS = {
-    "retrieval": "how often a finished run finds an image's text, and a text's image",
-    "zero-shot": "classify images by prompts with a finished run's encoders",
-    "probe": "classify images by few-shot or linear probes on a run's frozen encoder",
-    "decode": "segment images by a light decoder on a run's frozen image tokens",
-}
-"""Commands of the downstream tasks on a finished image-text run."""
-
 PROGRAM = "python -m fedkern.run"
 _USAGE = {
     "attack DIR": "how well a finished run's model tells who was in its training data",
-    **{f"{name} DIR": text for name, text in TASKS.items()},
-    "evaluate DIR": "a finished run's figures, also on other data",
+    "evaluate DIR": "a finished run's figures, also on other data or of another task",
     "predict DIR IMAGE...": "classes or masks of your own images, by a finished run",
     "export DIR": "a finished run's network as a file for other programs",
     "extend DIR --rounds R": "more rounds for a run",

@@ -11,6 +11,7 @@ from pathlib import Path
 from select import select
 from typing import Any
 
+from fedkern.comparison.boards import Board
 from fedkern.comparison.cells import Cell, Variant, cells
 from fedkern.comparison.found_runs import FoundRun, read_run
 from fedkern.comparison.parallel_runs import RunProcess, check_jobs
@@ -46,28 +47,6 @@ _OPEN = ("threads", "client_threads")
 
 class OtherGrounds(UserError):
     """A comparison that would go on with other data or code than its runs so far."""
-
-
-class Board(Listener):
-    """Receiver of a comparison's progress; also the listener of the cell that runs.  Does nothing until overridden."""
-
-    def on_cells(self, planned: Sequence[Cell]) -> None:
-        """These cells are next; some may be finished."""
-
-    def on_cell(self, cell: Cell) -> None:
-        """A cell starts or goes on."""
-
-    def focus(self, cell: Cell) -> None:
-        """The next event of a run is one of this cell's."""
-
-    def on_cell_end(self, cell: Cell, run: FoundRun, *, again: bool) -> None:
-        """A cell is finished; ``again`` if it was so before."""
-
-    def on_cell_failed(self, cell: Cell, message: str) -> None:
-        """A cell failed; the others go on."""
-
-    def close(self) -> None:
-        """Restores the terminal; safe to call twice."""
 
 
 @dataclass

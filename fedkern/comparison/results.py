@@ -19,8 +19,8 @@ from fedkern.engine.store import confusions, records
 from fedkern.errors import UserError, nearest, printable_name, spared
 from fedkern.files import atomic
 from fedkern.methods.registry import short
-from fedkern.report.chance import constants
 from fedkern.report.names import CELL
+from fedkern.report.run_contents import constants
 from fedkern.report.tables import human_bytes, human_metric, human_time
 from fedkern.tasks.figure_names import number, scale, short_set_title, short_title, split_metric
 from fedkern.text_table import Table

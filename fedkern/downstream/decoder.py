@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.data import IGNORE
-from fedkern.data.images.full_masks import FullMasks
-from fedkern.methods.protocol import Batch
 from fedkern.models import PairNetwork, initialise
 from fedkern.streams import stream
-from fedkern.tasks import SEGMENTATION
 from fedkern.tasks.cross_entropy import cross_entropy
 
 WIDTH = 48
@@ -80,19 +76,3 @@ def train_decoder(
             loss.backward()
             optimiser.step()
     return decoder.eval()
-
-
-class Pixelwise:
-    """Images and the class of every pixel as a test set for `fedkern.tasks.segmentation`."""
-
-    def __init__(
-        self, images: Sequence[Tensor], labels: Tensor, cases: Tensor | None = None, full: FullMasks | None = None
-    ) -> None:
-        self._images, self._labels, self.cases, self.full = images, labels, cases, full
-
-    def batches(self) -> Iterator[Batch]:
-        start = 0
-        for images in self._images:
-            rows = np.arange(start, start + len(images))
-            yield Batch(images, self._labels[rows[0] : rows[-1] + 1].to(images.device), rows, task=SEGMENTATION)
-            start += len(images)

@@ -63,37 +63,12 @@ def evaluate_run(
     ``model`` are those of :func:`fedkern.load`; ``best`` is that of :meth:`fedkern.api.Run.model`; with ``own_tests``
     intervals are given on the clients' own test sets too.
     """
-    if cache is not None and isinstance(data, FederatedData):
-        raise UserError("cache is for image files, and these data are in memory: leave it out.")
-    folder = None if cache is None else absolute(str(cache))
     apart = not best and _own_networks(out, trusted)
     module, about = read_model(out, trusted, model, best=best, client=0 if apart else None)
     config = unedited(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
-    if named_code.again(data, config.data, data_root, data_options):
-        data = None
-    if isinstance(data, FederatedData):
-        loaded = data
-    elif data is None:
-        if data_options:
-            raise UserError("--data-option is for another data set, named with --data: the run's own data keep theirs.")
-        rest = {name: value for name, value in config.data_options.items() if name != "window"}  # that of the training
-        options = {**_as_trained(config.data, about, config), **rest}
-        config = config.replace(data_root=data_root or config.data_root, data_options=options)
-        loaded = finished_data(config, out, cache=folder, progress=progress)
-    elif not isinstance(data, str):
-        raise UserError(
-            f"data must be the name of a data set or FederatedData, not {type(data).__name__}: a Dataset is "
-            "FederatedData.from_datasets([DATASET], DATASET)."
-        )
-    else:
-        again = data == config.data and data_root is not None and _same_files(data_root, config.data_root)
-        stored = config.data_options if again else {}  # the split of the training
-        options = {**stored, **_as_trained(data, about, config), **(data_options or {})}
-        one = (1, "iid") if lookup(data).function is None else (None, None)  # a function shares out by itself
-        loaded = load(
-            data, root=data_root, clients=one[0], partition=one[1], seed=config.seed, options=options,
-            cache=folder, progress=progress, judged=not again,
-        )  # fmt: skip
+    loaded = read_data(
+        out, config, about, data, data_root=data_root, data_options=data_options, cache=cache, progress=progress
+    )
     loaded = _fitted(with_images(config, loaded), about, Path(out))
     check_sets(loaded, config.plugins)
     if progress is not None and config.records != "private":
@@ -129,6 +104,58 @@ def evaluate_run(
         same = len(loaded.clients) == config.trained_clients  # else networks and sites are no pairs
         rows = intervals(sets, own, loaded, config.seed, same) if config.records != "private" else []
         return {**figures, **final_figures(sets, loaded.classes).metrics, **figures}, tuple(loaded.tests), rows
+
+
+def read_data(
+    out: Path | str,
+    config: RunConfig,
+    about: Mapping[str, Any],
+    data: str | FederatedData | None,
+    *,
+    data_root: str | None,
+    data_options: Mapping[str, object] | None,
+    cache: str | Path | None,
+    progress: Callable[[str], None] | None,
+    training: bool = False,
+) -> FederatedData:
+    """Read the data to try a run's network on: the run's own, or others sized and coloured as these.
+
+    Args:
+        config: the run's settings.
+        about: description of the network, see :func:`read_model`.
+        training: whether training samples are wanted too; the run's own data may then get other ``labels``.
+    """
+    options = dict(data_options or {})
+    if isinstance(data, FederatedData):
+        if cache is not None:
+            raise UserError("cache is for image files, and these data are in memory: leave it out.")
+        return data
+    if data is not None and not isinstance(data, str):
+        raise UserError(
+            f"data must be the name of a data set or FederatedData, not {type(data).__name__}: a Dataset is "
+            "FederatedData.from_datasets([DATASET], DATASET)."
+        )
+    folder = None if cache is None else absolute(str(cache))
+    if data is None or named_code.again(data, config.data, data_root, options):
+        if options.keys() - ({"labels"} if training else ()):
+            way = "of the run's own data only labels may change" if training else "the run's own data keep theirs"
+            raise UserError(f"--data-option is for another data set, named with --data: {way}.")
+        stored = {
+            name: value for name, value in config.data_options.items() if name != "window"
+        }  # that of the training
+        options = {**_as_trained(config.data, about, config), **stored, **options}
+        config = config.replace(data_root=data_root or config.data_root, data_options=options)
+        return finished_data(config, out, cache=folder, progress=progress)
+    again = data == config.data and data_root is not None and _same_files(data_root, config.data_root)
+    trained = _as_trained(data, about, config)
+    if training:
+        trained.pop("task", None)  # the labels serve another task
+    one = (1, "iid") if lookup(data).function is None else (None, None)  # a function shares out by itself
+    return load(
+        data, root=data_root, clients=one[0], partition=one[1], seed=config.seed,
+        options={**(config.data_options if again else {}), **trained, **options},  # the split of the training
+        cache=folder, progress=progress, judged=not (again or training),
+    )  # fmt: skip
 
 
 def _same_files(root: str, stored: str | None) -> bool:

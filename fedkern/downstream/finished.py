@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fedkern.data import Split, load, normalise
+from fedkern.data import Split
 from fedkern.data.images.transforms import central
 from fedkern.data.split import joined
+from fedkern.downstream.evaluation import read_data
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store.resuming import unedited
@@ -20,8 +22,6 @@ from fedkern.methods.protocol import batch_slices
 from fedkern.models import PairNetwork, Tokens
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import finished_data
-from fedkern.usercode import named_code
 
 SEEN = "seen"
 BATCH = 250
@@ -33,6 +33,7 @@ class Finished:
     Attributes:
         networks: the global pair of encoders, or every client's own pair where there is no global one; in eval mode.
         data: the run's federated data, or another data set.
+        form: of its images, as the networks see them.
         device: where the networks run.
     """
 
@@ -46,7 +47,7 @@ class Finished:
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.networks: list[PairNetwork] = [member.to(self.device).eval() for member in members]
-        self._mean, self._std = about["mean"], about["std"]
+        self.form = replace(data.form, mean=about["mean"], std=about["std"])
         check_shape(data, about, out)
 
     @classmethod
@@ -60,6 +61,7 @@ class Finished:
         data_options: Mapping[str, object] | None = None,
         cache: str | None = None,
         trusted: Collection[str] = (),
+        best: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> Self:
         """Reads a run folder, and the run's own data or another data set.
@@ -72,26 +74,18 @@ class Finished:
                 to another client or split.
             cache: folder that keeps decoded images; None: for the run's own data the folder that the run used.
             trusted: what may be imported, see :func:`fedkern.load`.
+            best: read the network of the best round (``--patience``) instead.
 
         Raises:
             UserError: the folder has no finished run of a pair of encoders, or the data cannot be used.
         """
         config = unedited(out, trusted=trusted, device="cpu")
-        module, about = read_model(out, trusted)
-        if data is not None and not named_code.again(data, config.data, data_root, data_options):
-            loaded = load(
-                data, root=data_root, clients=1, partition="iid", seed=config.seed, options=data_options or {},
-                cache=cache, progress=progress,
-            )  # fmt: skip
-            return cls(Path(out), config, module, about, loaded)
-        extra = dict(data_options or {})
-        if set(extra) - {"labels"}:
-            raise UserError(
-                "--data-option is for another data set, named with --data: of the run's own data only labels may "
-                "change."
-            )
-        config = config.replace(data_options={**config.data_options, **extra}, data_root=data_root or config.data_root)
-        return cls(Path(out), config, module, about, finished_data(config, out, cache=cache, progress=progress))
+        module, about = read_model(out, trusted, best=best)
+        loaded = read_data(
+            out, config, about, data, data_root=data_root, data_options=data_options, cache=cache, progress=progress,
+            training=True,
+        )  # fmt: skip
+        return cls(Path(out), config, module, about, loaded)
 
     @property
     def sets(self) -> dict[str, Split]:
@@ -105,7 +99,7 @@ class Finished:
     def images(self, split: Split) -> Iterator[Tensor]:
         """The images of a split in batches, normalised as in the run's training: fp32, channels-last."""
         for rows in batch_slices(len(split), BATCH):
-            yield normalise(split.images[rows].to(self.device), self._mean, self._std, channels_last=True)
+            yield self.form.normalised(split.images[rows].to(self.device))
 
     @torch.no_grad()
     def image_embeddings(self, network: PairNetwork, split: Split) -> Tensor:

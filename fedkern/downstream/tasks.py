@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch.nn.functional import normalize
 
 from fedkern.data import Split, lookup
 from fedkern.downstream import probes
-from fedkern.downstream.decoder import Pixelwise, train_decoder
+from fedkern.downstream.decoder import train_decoder
 from fedkern.downstream.finished import Finished
+from fedkern.engine.images import Images
 from fedkern.errors import UserError
 from fedkern.models import PairNetwork
 from fedkern.models.prompts import read_prompts
 from fedkern.process.torch_modes import reproducible
+from fedkern.tasks import SEGMENTATION
 from fedkern.tasks.retrieval import TEMPERATURE, Gallery, recalls
 from fedkern.tasks.segmentation import segmentation
 
@@ -137,13 +140,15 @@ def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) 
         train = train.subset(torch.from_numpy(order).sort().values)
     classes = len(run.data.classes) if train.masks is None else 2
     tests = {name: split for name, split in run.sets.items() if (split.masks is None) == (train.masks is None)}
+    pixelwise = {
+        name: replace(split, labels=_pixels(run, split), masks=None, task=SEGMENTATION) for name, split in tests.items()
+    }
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in tests}
     images = list(run.images(train))
     for network in run.networks:
         decoder = train_decoder(network, images, _pixels(run, train), classes, epochs=epochs, seed=seed)
-        for name, split in tests.items():
-            data = Pixelwise(list(run.images(split)), _pixels(run, split), split.cases, split.full)
-            figures[name].append(segmentation(decoder, data))
+        for name in tests:
+            figures[name].append(segmentation(decoder, Images(pixelwise[name], run.form, run.device)))
     return [{"set": name, **probes.averaged(each)} for name, each in figures.items()]
 
 
@@ -187,3 +192,9 @@ def _pixels(run: Finished, split: Split) -> Tensor:
     if split.masks is None and "pixels" not in run.data.task.offers:
         raise UserError(f'data set "{run.data.name}" has no masks to learn a segmentation from.')
     return split.labels if split.masks is None else split.masks.long()
+
+
+TASKS: Mapping[str, Callable[..., list[Row]]] = {
+    "retrieval": retrieve, "zero-shot": zero_shot, "probe": probe, "decode": decode,
+}  # fmt: skip
+"""Tasks by the name that ``evaluate DIR --task`` takes."""

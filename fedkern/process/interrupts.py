@@ -61,6 +61,12 @@ def ended() -> None:
         _current.over = True
 
 
+def end_by(stop: KeyboardInterrupt) -> tuple[str, int]:
+    """Mark the work that a signal interrupted as ended, and return the word for that end and the exit code."""
+    ended()
+    return ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+
+
 def whole_process() -> bool:
     """Whether the process exists for the guarded work alone and ends with it, as the command line's process does."""
     return _current is not None and _current.last

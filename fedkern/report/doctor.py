@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from fedkern.errors import MESSAGE
+from fedkern.process import machine
 from fedkern.process.commit import commit
 from fedkern.report.names import plain, say
 from fedkern.report.tables import human_bytes
@@ -97,7 +98,7 @@ def threads() -> dict[str, Any]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
-        "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable cores": machine.usable_cores(),
     }
 
 
@@ -109,15 +110,14 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
     """
     try:
         import pynvml
+
+        pynvml.nvmlInit()
     except ImportError:
         return [], "nvidia-ml-py is not installed"
-    try:
-        pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         return [], f"no NVIDIA driver: {error}"
     try:
-        driver = _text(pynvml.nvmlSystemGetDriverVersion())
-        devices = []
+        driver, devices = pynvml.nvmlSystemGetDriverVersion(), []
         for i in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(i)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
@@ -125,9 +125,10 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
                 utilisation: int | None = int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
             except pynvml.NVMLError:  # not reported for MIG slices and some virtual GPUs
                 utilisation = None
-            sizes = {"memory": int(memory.total), "used": int(memory.used)}
-            name = _text(pynvml.nvmlDeviceGetName(handle))
-            devices.append({"name": name, **sizes, "utilisation": utilisation, "driver": driver})
+            devices.append({
+                "name": pynvml.nvmlDeviceGetName(handle), "memory": int(memory.total), "used": int(memory.used),
+                "utilisation": utilisation, "driver": driver,
+            })  # fmt: skip
         return devices, "" if devices else "the driver lists no GPU"
     except pynvml.NVMLError as error:
         return [], f"NVML: {error}"
@@ -135,42 +136,28 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
         pynvml.nvmlShutdown()
 
 
-def _text(value: object) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def operators() -> tuple[list[Any], str | None, str]:
-    """Rows (operator, backend, serves, reason, leaves), the forced backend, and the error in forcing it (or "")."""
-    import fedkern.ops
-    from fedkern.ops._core import backend
-
-    del fedkern  # importing it is what registers the operators
-    try:
-        return list(backend.status()), backend.forced_backend(), ""
-    except ValueError as error:
-        return list(backend.status()), None, str(error)
-
-
 def collect() -> dict[str, Any]:
     """Everything that :func:`show` prints, as JSON-ready values."""
     import torch
 
-    from fedkern.ops._core import loading
+    import fedkern.ops  # registers the operators
+    from fedkern.ops._core import backend, loading
 
-    rows, forced, problem = operators()
+    del fedkern
     devices, reason = gpus()
-    cuda: dict[str, Any] = {
-        "torch": torch.version.cuda,
-        "hip": torch.version.hip,
-        "available": torch.cuda.is_available(),
-    }
-    cuda |= {"gpus": devices, "reason": reason, "core": cuda_core()}
-    table = [
-        {"operator": row[0], "backend": row[1], "serves": bool(row[2]), "reason": row[3], "leaves": row[4]}
-        for row in rows
-    ]
-    about = {"versions": versions(), "cpu": processor(), "stale": loading.stale_cores(), "threads": threads()}
-    return {**about, "cuda": cuda, "forced_backend": forced, "problem": problem, "operators": table}
+    forced, problem = None, ""
+    try:
+        forced = backend.forced_backend()
+    except ValueError as error:
+        problem = str(error)
+    return {
+        "versions": versions(), "cpu": processor(), "stale": loading.stale_cores(), "threads": threads(),
+        "cuda": {
+            "torch": torch.version.cuda, "hip": torch.version.hip, "available": torch.cuda.is_available(),
+            "gpus": devices, "reason": reason, "core": cuda_core(),
+        },
+        "forced_backend": forced, "problem": problem, "operators": [row._asdict() for row in backend.status()],
+    }  # fmt: skip
 
 
 def show(console: Console, report: dict[str, Any] | None = None) -> None:
@@ -223,28 +210,20 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     console.print(facts)
     console.print()
     console.print(_operator_table(report["operators"]))
-    reasons: dict[tuple[str, str], list[str]] = {}
-    partial: dict[tuple[str, str], list[str]] = {}
+    operators = {row["operator"] for row in report["operators"]}
+    notes: dict[tuple[str, bool, str], list[str]] = {}
     for row in report["operators"]:
-        if not row["serves"]:
-            reasons.setdefault((row["backend"], row["reason"]), []).append(row["operator"])
-        elif row["leaves"]:
-            partial.setdefault((row["backend"], row["leaves"]), []).append(row["operator"])
-    counts = {b: sum(row["backend"] == b for row in report["operators"]) for b in _backends(report["operators"])}
-    for (name, reason), who in reasons.items():
-        scope = "all operators" if len(who) == counts[name] else ", ".join(who)
-        say(console, f"{name} does not serve {scope}: {reason}")
-    for (name, what), who in partial.items():
-        say(console, f"{name} leaves to the reference, also where it is forced: of {', '.join(who)} {what}")
-
-
-def _backends(rows: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["backend"] for row in rows))
+        if text := row["leaves"] if row["serves"] else row["reason"]:
+            notes.setdefault((row["backend"], row["serves"], text), []).append(row["operator"])
+    for (name, serves, text), who in sorted(notes.items(), key=lambda note: note[0][1]):
+        scope = "all operators" if len(who) == len(operators) else ", ".join(who)
+        of = f"leaves to the reference, also where it is forced: of {scope} {text}"
+        say(console, f"{name} {of if serves else f'does not serve {scope}: {text}'}")
 
 
 def _operator_table(rows: list[dict[str, Any]]) -> Table:
-    backends, lines = _backends(rows), []
-    for operator in dict.fromkeys(row["operator"] for row in rows):
-        serves = {row["backend"]: row["serves"] for row in rows if row["operator"] == operator}
-        lines.append([operator, *("yes" if serves.get(name) else "-" for name in backends)])
+    backends = [*dict.fromkeys(row["backend"] for row in rows)]
+    serves = {(row["operator"], row["backend"]) for row in rows if row["serves"]}
+    operators = dict.fromkeys(row["operator"] for row in rows)
+    lines = [[each, *("yes" if (each, name) in serves else "-" for name in backends)] for each in operators]
     return Table(["operator", *backends], lines, words=1 + len(backends))

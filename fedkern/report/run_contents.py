@@ -17,9 +17,10 @@ from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.records import METRICS, read_metrics, read_summary
 from fedkern.engine.store.resuming import unedited
-from fedkern.report import chance
+from fedkern.methods.common.final_figures import set_name
 from fedkern.report.tables import ordered
 from fedkern.settings.config import RunConfig
+from fedkern.tasks import TASKS
 from fedkern.tasks.figure_names import split_metric
 
 
@@ -70,8 +71,8 @@ class Contents:
         return [name for name in names if self.split(name)[1] == main] or names[:1]
 
     def chance(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-        """See :func:`fedkern.report.chance.constants`."""
-        return chance.constants(records, self.config.main, self.facts.chance, self.confusion, len(self.facts.classes))
+        """See :func:`constants`."""
+        return constants(records, self.config.main, self.facts.chance, self.confusion, len(self.facts.classes))
 
     def split(self, name: str) -> tuple[str, str]:
         """Test set and figure of a name such as ``ood_accuracy``, also of test sets that a user has named."""
@@ -124,3 +125,31 @@ def merged(*tables: Mapping[str, float]) -> dict[str, float]:
         plain = re.sub(r" \d+$", "", name)
         seconds[plain] = seconds.get(plain, 0.0) + float(value)
     return seconds
+
+
+def constants(
+    records: Iterable[Mapping[str, Any]],
+    main: str,
+    known: Mapping[str, float | None],
+    confusion: Confusions | None,
+    classes: int,
+) -> dict[str, float]:
+    """The main figures in records that need no learning, such as those of predicting one class everywhere.
+
+    Those without a known constant are left out.  ``known`` are constants by test set, of data whose counts may be told.
+    The records have the numbers of candidates in retrieval.
+    """
+    metrics = {name: value for record in records for name, value in record.items()}
+    tasks = [task for task in TASKS.values() if task.main == main]
+    figures: dict[str, float] = {}
+    for name, (test_set, figure) in ((name, split_metric(name, known)) for name in metrics if tasks):
+        if figure != main:
+            continue
+        matrix = confusion.matrices.get(set_name(test_set)) if confusion is not None else None
+        counts = None if matrix is None else matrix.sum(1)
+        gallery = metrics.get(f"{test_set}_gallery" if test_set else "gallery", 0.0)
+        value = tasks[0].chance(None, classes, counts=counts, candidates=gallery)
+        value = known.get(test_set) if value is None else value
+        if value is not None:
+            figures[name] = value
+    return figures

@@ -317,7 +317,7 @@ def downstream_table(result: Mapping[str, Any]) -> Table:
     columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
     header = [{"set": "test set", "auc": "AUC"}.get(name, figure_title(name)) for name in columns]
     rows = [[_cell(name, row.get(name, "")) for name in columns] for row in result["rows"]]
-    title = printable_name(f"{result['command']}: {result['method']} on {result['data']}{mean}", CELL)
+    title = printable_name(f"{result['task']}: {result['method']} on {result['data']}{mean}", CELL)
     return Table(header, rows, title)
 
 

@@ -38,8 +38,8 @@ GROUP = "fedkern.plugins"
 """Group of the entry points that name plugins of installed packages."""
 
 COMMANDS = (
-    "attack", "compare", "decode", "doctor", "evaluate", "export", "extend", "flower", "help", "list", "predict",
-    "probe", "report", "reproduce", "resume", "retrieval", "run", "zero-shot",
+    "attack", "compare", "doctor", "evaluate", "export", "extend", "flower", "help", "list", "predict", "report",
+    "reproduce", "resume", "run",
 )  # fmt: skip
 """Names that nothing may be registered as, because the command line would read them as commands."""
 

@@ -148,13 +148,13 @@ def test_tasks_on_image_text_runs_take_a_cache(result, decoded, tmp_path):
                "--threads", "1", "--workers", "1", "--quiet", "--out", "run"]  # fmt: skip
     result(*command, "--cache", "decoded")
     decoded.clear()
-    expected, said = result("retrieval", "run")
+    expected, said = result("evaluate", "run", "--task", "retrieval")
     assert decoded == []
     assert "decoded images are read from" in said
-    assert result("retrieval", "run", "--cache", "mine")[0] == expected
+    assert result("evaluate", "run", "--task", "retrieval", "--cache", "mine")[0] == expected
     assert len(decoded) == 40
-    assert "decoding 40 images" in result("retrieval", "run", "--cache", "other")[1]
-    assert result("retrieval", "run", "--cache", "third", "--json")[1] == ""
+    assert "decoding 40 images" in result("evaluate", "run", "--task", "retrieval", "--cache", "other")[1]
+    assert result("evaluate", "run", "--task", "retrieval", "--cache", "third", "--json")[1] == ""
 
 
 def test_mistakes_are_one_sentence(result, fails, tmp_path):
@@ -164,7 +164,7 @@ def test_mistakes_are_one_sentence(result, fails, tmp_path):
     assert "name another folder with --cache DIR" in fails("evaluate", "run", "--cache", "file")
     assert "--cache" in fails("evaluate", "run", "--cache", "")
     assert "--cache" in fails("extend", "run", "--rounds", "2", "--cache", "")
-    assert "--cache" in fails("retrieval", "run", "--cache", "")
+    assert "--cache" in fails("evaluate", "run", "--task", "retrieval", "--cache", "")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -70,7 +70,7 @@ def test_pictures_of_others_are_not_drawn_over(fails, tmp_path):
         (["fedavg", "--data", "digits", "--data-root", ""], "--data-root is given without a value"),
         (["attack", ""], "attack needs the folder of a finished run"),
         (["fedavg", "--out", os.fsdecode(b"r\xe9sum")], r'the argument "r\xe9sum" has bytes that are not UTF-8'),
-        (["--shots", "5", "probe", "x"], "Name probe first, then its flags: python -m fedkern.run probe DIR."),
+        (["--shots", "5", "evaluate", "x"], "Name evaluate first, then its flags: python -m fedkern.run evaluate DIR."),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_not_named(fails, tmp_path, argv, part):
@@ -79,12 +79,12 @@ def test_a_folder_that_is_not_named(fails, tmp_path, argv, part):
 
 
 def test_a_folder_called_like_a_command():
-    for words in (["--resume", "probe"], ["fedavg", "--out", "retrieval"]):
+    for words in (["--resume", "attack"], ["fedavg", "--out", "evaluate"]):
         assert command_parser.command(words) == "run"
-    assert command_parser.parse(["attack", "decode"]).command == "attack"
-    assert flags.parse(["--resume", "probe"]).resume == Path("probe")
-    asked = command_parser.parse(["--json", "probe", "probe", "--shots", "all"])
-    assert (asked.command, asked.folder, asked.json) == ("probe", Path("probe"), True)
+    assert command_parser.parse(["attack", "evaluate"]).command == "attack"
+    assert flags.parse(["--resume", "attack"]).resume == Path("attack")
+    asked = command_parser.parse(["--json", "evaluate", "evaluate", "--task", "probe", "--shots", "all"])
+    assert (asked.command, asked.folder, asked.json) == ("evaluate", Path("evaluate"), True)
 
 
 def test_a_finished_run_without_gradcam_keeps_its_pictures(result, fails, finished, monkeypatch):

@@ -12,9 +12,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fedkern.cli.front_page import TASKS
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
+from fedkern.downstream.tasks import TASKS
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
@@ -115,22 +115,22 @@ def rebuilt_by_its_method(out: Path) -> None:
     save_file(tensors, path, metadata={"fedkern": json.dumps({**about, "samples": [20, 20]})})
 
 
-@pytest.mark.parametrize("command", ["attack", *TASKS])
-def test_no_command_builds_a_method_that_names_code(lpfm, marker, fails, command, monkeypatch):
+@pytest.mark.parametrize("words", [["attack"], *(["evaluate", "--task", task] for task in TASKS)])
+def test_no_command_builds_a_method_that_names_code(lpfm, marker, fails, words, monkeypatch):
     rebuilt_by_its_method(lpfm)
     made = []
     kind = METHODS["fedlpfm"]
     before = kind.model
     monkeypatch.setattr(kind, "model", lambda self, server: made.append(self._install) or before(self, server))
-    said = fails(command, str(lpfm))
+    said = fails(*words, str(lpfm))
     assert "names code to run" in said
     assert f"--method-option teacher={TEACHER}" in said
     assert not made
     assert not marker.ran()
     # Given again it is built; a classifier is then none of the downstream commands' business.
-    code = main([command, str(lpfm), "--method-option", f"teacher={TEACHER}"])
+    code = main([*words, str(lpfm), "--method-option", f"teacher={TEACHER}"])
     assert made
-    assert code == (0 if command == "attack" else 2)
+    assert code == (0 if words == ["attack"] else 2)
 
 
 def test_the_library_asks_too(lpfm, marker):
@@ -160,7 +160,7 @@ def test_every_option_that_imports_says_so():
 @pytest.mark.parametrize("name", [
     "config.toml", "model.safetensors", "metrics.jsonl", "summary.json", "checkpoints/manifest.json",
 ])  # fmt: skip
-@pytest.mark.parametrize("command", [["--resume"], ["attack"], ["probe"]])
+@pytest.mark.parametrize("command", [["--resume"], ["attack"], ["evaluate", "--task", "probe"]])
 def test_pipes_in_a_run_folder_are_not_waited_for(tmp_path, name, command, capsys):
     out = tmp_path / "run"
     (out / "checkpoints").mkdir(parents=True)

@@ -144,12 +144,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def told(folder: Path, command: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    assert main([command, str(folder), "--json", *words]) == 0
+def told(folder: Path, task: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["evaluate", str(folder), "--task", task, "--json", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     other = [words[words.index("--data") + 1]] if "--data" in words else []
     labels = [word.partition("=")[2] for word in words if word.startswith("labels=")]
-    assert found == json.loads((folder / ("-".join([command, *other, *labels]) + ".json")).read_text())
+    assert found == json.loads((folder / ("-".join(["evaluate", task, *other, *labels]) + ".json")).read_text())
     return found
 
 
@@ -179,7 +179,7 @@ def test_every_command(folder: Path, words: list[str], names: set[str], capsys: 
 
 
 def test_a_table_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["zero-shot", str(folder)]) == 0
+    assert main(["evaluate", str(folder), "--task", "zero-shot"]) == 0
     table = capsys.readouterr().out
     assert "unseen" in table
     assert "%" in table
@@ -192,15 +192,13 @@ def test_another_data_set(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (20, 20), (value, value, i)).save(path)
     words = ["--data", "folder", "--data-root", str(tmp_path / "set")]
-    right = [*words, "--data-option", "size=32"]
-    found = told(folder, "probe", capsys, *right, "--shots", "3")
+    found = told(folder, "probe", capsys, *words, "--shots", "3")  # in the size and colours of the training
     assert found["data"] == "folder"
     assert [row["accuracy"] for row in found["rows"]] == [1.0]
-    assert refused(capsys, "probe", str(folder), *words).endswith("match them with --data-option size=32.\n")
-    grey = refused(capsys, "probe", str(folder), *words, "--data-option", "colour=grey")
+    grey = refused(capsys, "probe", str(folder), *words, "--data-option", "colour=grey", "--data-option", "size=16")
     assert grey.endswith("match them with --data-option size=32 --data-option colour=rgb.\n")
-    assert 'data set "folder" has no texts' in refused(capsys, "retrieval", str(folder), *right)
-    assert 'data set "folder" has no masks' in refused(capsys, "decode", str(folder), *right)
+    assert 'data set "folder" has no texts' in refused(capsys, "retrieval", str(folder), *words)
+    assert 'data set "folder" has no masks' in refused(capsys, "decode", str(folder), *words)
 
 
 def test_other_labels_of_the_same_canvases(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,18 +207,24 @@ def test_other_labels_of_the_same_canvases(folder: Path, capsys: pytest.CaptureF
     assert colours["data_options"] == {"labels": "colour"}
     # Colours are easier to see than digits: networks that have hardly been trained show them.
     assert all(c["accuracy"] > d["accuracy"] for c, d in zip(colours["rows"], digits["rows"], strict=True))
-    assert json.loads((folder / "probe.json").read_text()) == digits
+    assert json.loads((folder / "evaluate-probe.json").read_text()) == digits
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(list(words)) == 2
+def refused(capsys: pytest.CaptureFixture[str], task: str, *words: str) -> str:
+    assert main(["evaluate", "--task", task, *words]) == 2
     return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["probe"], "probe needs the folder of a finished run"),
+        (["probe"], "evaluate needs the folder of a finished run"),
+        (["probes", "RUN"], "Argument --task: invalid choice: 'probes'"),
+        (["retrieval", "RUN", "--shots", "3"], "--shots is for --task probe: leave it out, or name such a task"),
+        (
+            ["zero-shot", "RUN", "--seed", "3"],
+            "--seed is for --task probe or decode: leave it out, or name such a task",
+        ),
         (["probe", "RUN", "--shots", "0"], "--shots takes whole numbers of at least 1, not '0'"),
         (["probe", "RUN", "--seed", "1" + "0" * 5000], "--seed takes whole numbers of at least 0"),
         (["probe", "RUN", "--features", "tokens"], "--features must be one of token, mean, embedding, not tokens"),

@@ -1,6 +1,7 @@
 """Linear probes, areas under the curve and the light decoder, against scikit-learn and by hand."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fedkern.data import IGNORE
 from fedkern.downstream import probes
-from fedkern.downstream.decoder import Pixelwise, train_decoder
+from fedkern.downstream.decoder import train_decoder
 from fedkern.models import build_pair
 from fedkern.tasks.segmentation import segmentation
 
@@ -72,7 +73,8 @@ def test_the_decoder_learns_from_frozen_tokens() -> None:
 
     def trained(epochs: int) -> dict[str, float]:
         decoder = train_decoder(pair, images[:32].split(10), labels[:32], 2, epochs=epochs, seed=0)
-        return segmentation(decoder, Pixelwise(images[32:].split(5), labels[32:]))
+        batch = SimpleNamespace(inputs=images[32:], targets=labels[32:])
+        return segmentation(decoder, SimpleNamespace(batches=lambda: [batch]))
 
     found = trained(25)
     assert found["dice"] > 0.7

@@ -290,7 +290,7 @@ def test_a_run_and_its_model(method, more, folders, tmp_path, monkeypatch):
     assert about["pair"]["image_encoder"] == str(folders["vit"])
     assert not torch.equal(made.image_encoder.network.embeddings.cls_token,
                            transformers.AutoModel.from_pretrained(folders["vit"]).embeddings.cls_token)  # fmt: skip
-    assert main(["retrieval", str(tmp_path / "run"), "--json"]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--task", "retrieval", "--json"]) == 0
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -142,7 +142,7 @@ def fake_nvml(**changes) -> types.SimpleNamespace:
         "NVMLError": _NVMLError,
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
-        "nvmlSystemGetDriverVersion": lambda: b"580.1",
+        "nvmlSystemGetDriverVersion": lambda: "580.1",
         "nvmlDeviceGetCount": lambda: 1,
         "nvmlDeviceGetHandleByIndex": lambda i: i,
         "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(total=150_000_000_000, used=1_500_000_000),

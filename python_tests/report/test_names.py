@@ -21,22 +21,14 @@ from fedkern.listeners import RunInfo
 from fedkern.listeners.tensorboard import TensorBoard, scalars
 from fedkern.methods.base import Round
 from fedkern.report import doctor, tables
-from fedkern.report.figures import (
-    artifact_sheet,
-    client_curves,
-    comparison_plot,
-    confusion_sheet,
-    curves,
-    gradcam,
-    plots,
-    segmentation_sheet,
-)
-from fedkern.report.live.display import display
+from fedkern.report.figures import answer_sheets, artifact_sheet, comparison_plot, confusion_sheet, curves, plots
+from fedkern.report.live.notebook import display
 from fedkern.report.names import TICK, TITLE, label
 from fedkern.report.pages import charts
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import read_settings
 from fedkern.tasks import CLASSIFICATION
+from python_tests.report.answer_data import data_of
 
 NAMES = {
     "formula": "US$ a_{$", "broken formula": r"$\frac$", "underscore": "_a", "percent": "%d %s",
@@ -94,20 +86,20 @@ def test_pictures(name, drawn, tmp_path):
     ]
     confusions = Confusions((name, "b", name), {name: np.eye(3, dtype=int), "id": np.ones((3, 3), int)})
     draw = {
-        "partition": lambda: plots.save(plots.partition_picture(statistics, title=name), path),
-        "curves": lambda: plots.save(curves.draw(curves.accuracy_panels(records, "accuracy"), title=name), path),
-        "confusion": lambda: plots.save(confusion_sheet.draw(confusions, title=name), path),
-        "weights": lambda: plots.save(curves.draw(client_curves.weight_panels(records), title=name), path),
+        "partition": lambda: plots.partition_picture(statistics, title=name),
+        "curves": lambda: curves.draw(curves.accuracy_panels(records, "accuracy"), title=name),
+        "confusion": lambda: confusion_sheet.draw(confusions, title=name),
+        "weights": lambda: curves.draw(curves.weight_panels(records), title=name),
         "table": lambda: artifact_sheet.draw(
-            [Artifact("x", 1, torch.eye(3), (name, "class"))], path, title=name, classes=(name, "b", "c")
+            [Artifact("x", 1, torch.eye(3), (name, "class"))], title=name, classes=(name, "b", "c")
         ),
         "images": lambda: artifact_sheet.draw(
-            [Artifact("x", 1, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ("", ""))], path, title=name
+            [Artifact("x", 1, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ("", ""))], title=name
         ),
     }  # fmt: skip
     for make in draw.values():
         drawn.clear()
-        make()
+        plots.save(make(), path)
         check(drawn, name)
 
 
@@ -117,14 +109,12 @@ def test_pictures_of_a_model(name, drawn, tmp_path):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     model = models.build("cnn", classes=3, channels=3, image_size=16, seed=0, width=2)
-    panel = (images, images / 255, torch.arange(3), None)
-    classes = (name, f"{name} ", "c")
-    gradcam.draw(model, {name: panel}, tmp_path / "g.png", classes=classes, title=name)
+    run, classes = SimpleNamespace(name=name), (name, f"{name} ", "c")
+    plots.save(answer_sheets.gradcam(run, data_of(images, torch.arange(3), classes, [name]), model), tmp_path / "g.png")
     check(drawn, name)
     drawn.clear()
-    split = SimpleNamespace(images=images, labels=torch.randint(0, 3, (3, 16, 16)))
-    net = torch.nn.Conv2d(3, 3, 1)
-    segmentation_sheet.draw(net, split, images / 255, tmp_path / "s.png", classes=classes[::-1], title=name)
+    data = data_of(images, torch.randint(0, 3, (3, 16, 16)), classes[::-1])
+    plots.save(answer_sheets.segmentation(run, data, torch.nn.Conv2d(3, 3, 1)), tmp_path / "s.png")
     check(drawn, name)
 
 
@@ -147,7 +137,7 @@ def expected(name: str) -> str:
 def test_tables(name):
     found = dict.fromkeys(("auc", "low", "high", "tpr", "tpr_low", "tpr_high", "fpr", "member_loss", "other_loss"), 0.5)
     found |= {"members": 3, "others": 3, "member_groups": 3, "other_groups": 3, "untrained": 0, "independent": "image"}
-    result = {"command": name, "method": name, "data": name, "networks": 1, "rows": [{"set": name, name or "n": name}]}
+    result = {"task": name, "method": name, "data": name, "networks": 1, "rows": [{"set": name, name or "n": name}]}
     summary = {"method": name, "data": name, "seed": 0, "rounds": 1, "seconds": 1.0, "bytes": {"up": 1, "down": 1}}
     private = {"covers": [name], "leaves_uncovered": [name]}
     for table in (
@@ -243,7 +233,7 @@ def named_curves(name):
     series = [curves.Curve(name, x, y), curves.Curve("b", x, y), curves.Curve(f"{name}s", x, y, curves.SOFT)]
     compared = comparison_plot.comparison_panels({name: [[{"round": 1, "accuracy": 0.1}]], "b": []}, ["accuracy"])
     figures = [curves.draw(panels) for panels in (
-        curves.accuracy_panels(records, "accuracy", tests=["", name]), client_curves.weight_panels(records),
+        curves.accuracy_panels(records, "accuracy", tests=["", name]), curves.weight_panels(records),
         [*compared.values()],
     )]  # fmt: skip
     texts = [[text.get_text().strip() for each in f.legends for text in each.get_texts()] for f in figures]

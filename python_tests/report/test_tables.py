@@ -137,7 +137,7 @@ def test_downstream_table():
         {"set": "seen", "shots": 5, "accuracy": 0.5, "auc": 0.75},
         {"set": "unseen", "shots": "all", "accuracy": 1.0},
     ]
-    result = {"command": "probe", "method": "local", "data": "captions", "networks": 5, "rows": rows}
+    result = {"task": "probe", "method": "local", "data": "captions", "networks": 5, "rows": rows}
     lines = [" ".join(line.split()) for line in text(tables.downstream_table(result)).splitlines()]
     assert lines[0] == "probe: local on captions, mean over 5 networks"
     assert "test set shots accuracy AUC" in lines

@@ -42,7 +42,7 @@ def play(request: Request) -> int:
     check_new(out, "predict")
     paths = prediction.found_images(request.arguments["paths"])
     first: list[tuple[Path, Any]] = []
-    with advancing(len(paths), "predicting", "images", json=request.json) as step:
+    with advancing(len(paths), "predicting") as step:
 
         def rows() -> Iterator[tuple[Path, Any, Any]]:
             for row in predictor.files(paths):

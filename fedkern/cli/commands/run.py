@@ -24,7 +24,6 @@ from fedkern.errors import UserError
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import registry
 from fedkern.process import interrupts, machine
-from fedkern.process.interrupts import Terminated
 from fedkern.process.standard_streams import put
 from fedkern.settings.config import RESUMABLE, RunConfig
 from fedkern.settings.stored import load_settings, stored_settings
@@ -76,7 +75,7 @@ def _workers_ahead(config: RunConfig) -> AbstractContextManager[None]:
 
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
-    from fedkern.report.live.display import display
+    from fedkern.report.live.notebook import display
     from fedkern.report.names import say
 
     if request.resume is None:  # the user named this code, in flags or in --config
@@ -100,16 +99,15 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         _close(request, config, out, summary)
         _illustrate(request, config, out, data, code, view)
     except KeyboardInterrupt as stop:
-        interrupts.ended()
+        how, code = interrupts.end_by(stop)
         view.close()
-        how = "terminated" if isinstance(stop, Terminated) else "interrupted"
         if (out / "config.toml").exists():
             again = " ".join([quote(out), *dict.fromkeys(flag for flag, _ in config.code())])
             way = "the run is complete, draw its pictures with" if complete else "continue with"
             say(view.console, f"{how}; {way}: {PROGRAM} --resume {again}{' --report' * request.report}")
         else:
             say(view.console, f"{how} before anything was written; start again.")
-        return 143 if isinstance(stop, Terminated) else 130
+        return code
     finally:
         view.close()
     return 0

@@ -31,8 +31,7 @@ OF_A_NETWORK = (
     *RESULTS, *ATTACKS.values(), REPORT, PICTURE_LIST,
     *(f"{network}.{form}{more}" for network in ("model", "best") for form in ("onnx", "pt2", "pt")
       for more in ("", ".json")),
-    *(f"{command}{more}.json" for command in ("evaluate", "retrieval", "zero-shot", "probe", "decode")
-      for more in ("", "-*")),
+    "evaluate.json", "evaluate-*.json",
 )  # fmt: skip
 """Files in a run folder that tell of the run's last network, as patterns: the run's, and those of commands on it."""
 

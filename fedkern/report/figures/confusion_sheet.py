@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Affine2D
 
 from fedkern.engine.store.confusions import Confusions
-from fedkern.report.figures.fitting import fitted
-from fedkern.report.figures.plots import GREY, ink
+from fedkern.report.figures.plots import GREY, fitted, heat_map
 from fedkern.report.names import TITLE, label
 from fedkern.tasks.figure_names import set_title
 
@@ -48,39 +46,37 @@ def draw(confusions: Confusions, *, title: str = "") -> Figure:
     top = _TOP + 0.19 * heading.count("\n") if title else 0.0
     height = top + down * high
     figure = Figure(figsize=(width, height), dpi=150)
-    figure.text(0.1 / width, 1 - (top / 2 + 0.02) / height, heading, fontsize=12, ha="left", va="center")
+    inches = Affine2D().scale(1, -1).translate(0, height) + figure.dpi_scale_trans  # from the top left corner
+
+    def write(x: float, y: float, text: str, size: float = 10, ha: str = "center", **how: Any) -> None:
+        # As texts, which take half the time of ticks.
+        figure.text(x, y, text, transform=inches, fontsize=size, **{"ha": ha, "va": "center", **how})
+
+    upwards: dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor"}
+    write(0.1, top / 2 + 0.02, heading, 12, "left")
     for number, (name, matrix) in enumerate(confusions.matrices.items()):
-        x = number % across * wide + left
-        y = top + number // across * high + _HEAD + side  # downwards, to the lower edge
-        axes = figure.add_axes((x / width, 1 - y / height, side / width, side / height))
-        _panel(axes, matrix, number_size=cell * 72 if numbers else 0.0)
+        x, y = number % across * wide + left, top + number // across * high + _HEAD  # of the upper left corner
+        end = y + side
+        axes = figure.add_axes((x / width, 1 - end / height, side / width, side / height))
+        _matrix(axes, matrix, cell * 72 if numbers else 0.0)
         right, count = int(np.trace(matrix)), int(matrix.sum())
-        share = f"{100 * right / max(count, 1):.1f} % of {count:,} right"
-        for line, up in ((label(set_title(name)), 0.29), (share, 0.1)):
-            figure.text(x / width, 1 - (y - side - up) / height, line, fontsize=10 if up > 0.2 else 9, va="center")
-        upwards: dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
-        under = upwards if upright else {"ha": "center", "va": "top"}
-        for c in range(0, classes, every):  # as texts, which take half the time of ticks
+        write(x, y - 0.29, label(set_title(name)), 10, "left")
+        write(x, y - 0.1, f"{100 * right / max(count, 1):.1f} % of {count:,} right", 9, "left")
+        for c in range(0, classes, every):
             along = (c + 0.5) * cell
-            left_of, beside = (x - _PAD) / width, 1 - (y - side + along) / height
-            figure.text(left_of, beside, names[c], fontsize=size, ha="right", va="center")
-            figure.text((x + along) / width, 1 - (y + _PAD) / height, names[c], fontsize=size, **under)
-        _axis_name(figure, (x + side / 2) / width, 1 - (y + below - 0.13) / height, "predicted class")
-        _axis_name(figure, (x - left + 0.15) / width, 1 - (y - side / 2) / height, "true class", rotation=90)
+            write(x - _PAD, y + along, names[c], size, "right")
+            under: dict[str, Any] = {"ha": "right", **upwards} if upright else {"va": "top"}
+            write(x + along, end + _PAD, names[c], size, **under)
+        write(x + side / 2, end + below - 0.13, "predicted class")
+        write(x - left + 0.15, y + side / 2, "true class", **upwards)
         for row, line in enumerate(("most frequent mistakes", *lists[number]) if lists else ()):
-            at = 1 - (y + below + 0.1 + row * _LINE) / height
-            figure.text(x / width, at, line, fontsize=9, va="center", color="black" if row else GREY)
-    x = across * wide - _GAP + 0.15
-    bar = figure.add_axes((x / width, 1 - (top + _HEAD + side) / height, 0.12 / width, side / height))
-    bar.imshow(np.linspace(1, 0, 256)[:, None], cmap="Blues", aspect="auto", extent=(0, 1, 0, 1))
-    bar.set_xticks([])
-    bar.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"], fontsize=8)
-    bar.yaxis.tick_right()
-    for spine in bar.spines.values():
-        spine.set_visible(False)
-    _axis_name(
-        figure, (x + 0.65) / width, 1 - (top + _HEAD + side / 2) / height, "share of the true class", rotation=90
-    )
+            write(x, end + below + 0.1 + row * _LINE, line, 9, "left", color="black" if row else GREY)
+    x, y = across * wide - _GAP + 0.15, top + _HEAD
+    bar = figure.add_axes((x / width, 1 - (y + side) / height, 0.12 / width, side / height))
+    heat_map(bar, np.linspace(1, 0, 256)[:, None], 1.0, rows=[], columns=[])
+    for share in (0.0, 0.5, 1.0):
+        write(x + 0.17, y + (1 - share) * side, f"{100 * share:.0f} %", 8, "left")
+    write(x + 0.65, y + side / 2, "share of the true class", **upwards)
     return figure
 
 
@@ -92,22 +88,11 @@ def mistakes(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> list[str]
     return [f"{label(classes[i])} taken for {label(classes[j])}: {wrong[i, j]:,}" for i, j in pairs]
 
 
-def _panel(axes: Axes, matrix: npt.NDArray[np.int64], number_size: float) -> None:
-    """One matrix; ``number_size``: points from one cell to the next, or 0 for no numbers."""
+def _matrix(axes: Any, matrix: npt.NDArray[np.int64], points: float) -> None:
+    """One matrix; ``points`` from one cell to the next, or 0 for no numbers."""
     totals = matrix.sum(1, keepdims=True)
     share = np.ma.masked_invalid(np.where(totals > 0, matrix / np.maximum(totals, 1), np.nan))
-    colours = colormaps["Blues"].with_extremes(bad="#eeeeee")  # of classes without images
-    axes.imshow(share, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    if number_size:
-        digits = len(str(int(matrix.max(initial=0))))
-        size = min(10.0, 1.4 * number_size / digits)
-        for i, j in np.argwhere(matrix):
-            axes.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=size, color=ink(share[i, j]))
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color("#cccccc")
-
-
-def _axis_name(figure: Figure, x: float, y: float, text: str, rotation: int = 0) -> None:
-    figure.text(x, y, text, fontsize=10, ha="center", va="center", rotation=rotation, rotation_mode="anchor")
+    texts = {(i, j): str(matrix[i, j]) for i, j in np.argwhere(matrix)} if points else {}
+    digits = len(str(int(matrix.max(initial=0))))
+    heat_map(axes, share, 1.0, texts=texts, rows=[], columns=[], size=min(10.0, 1.4 * points / digits) or 1.0)
+    axes.spines[:].set(visible=True, color="#cccccc")

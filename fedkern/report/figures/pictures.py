@@ -23,7 +23,6 @@ from fedkern.report.figures.matplotlib_import import undocumented
 from fedkern.report.names import capital
 from fedkern.report.run_contents import Contents, read
 from fedkern.settings.run_data import finished_data
-from fedkern.tasks.partition_statistics import PartitionStatistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 Samples = Callable[[], Any] | None
 """Gives a run's data to pictures of test samples; None: no data are read."""
-EXAMPLES = 8
 PICTURES = {name: f"{name}.png" for name in (
     "accuracy", "dice", "clients", "confusion", "partition", "gradcam", "weights", "segmentation", "retrieval",
 )}  # fmt: skip
@@ -137,48 +135,65 @@ def _draw(
 ) -> list[Path]:
     """Draws the pictures; those that fail, by name, get their reason in ``failed``."""
     with undocumented():
-        from fedkern.report.figures import client_curves, confusion_sheet, curves, plots
+        from fedkern.report.figures import answer_sheets, confusion_sheet, curves, plots
 
     config, facts, records, confusion = run.config, run.facts, run.records, run.confusion
     title = f"{run.name}, seed {config.seed}"
     paths: list[Path] = []
 
-    def keep(picture: str, make: Callable[[], Any], **how: Any) -> None:
-        """Draws what ``make`` gives: a figure, or panels of curves with arguments for their drawing."""
-        with spared(partial(failed.setdefault, PICTURES[picture])):
-            if drawing := make():
-                plots.save(curves.draw(drawing, **how) if how else drawing, run.folder / PICTURES[picture])
-                paths.append(run.folder / PICTURES[picture])
+    def of_panels(panels: Sequence[Panel], heading: str, **how: Any) -> Figure | None:
+        return curves.draw(panels, title=heading, **how) if panels else None
 
-    def accuracy() -> list[Panel]:
-        return curves.accuracy_panels(records, config.main, tests=facts.tests, chance=run.chance(records))
+    def accuracy() -> Figure | None:
+        chance = run.chance(records)
+        return of_panels(curves.accuracy_panels(records, config.main, tests=facts.tests, chance=chance), title)
 
-    def partition(statistics: PartitionStatistics) -> Figure:
+    def partition() -> Figure:
         parts = f"{config.data}: {statistics.title}"
         parts += f"; held out: {statistics.held_out[0]}" if statistics.held_out is not None else ""
         return plots.partition_picture(statistics, title=parts)
 
-    keep(CURVES.get(config.main, "accuracy"), accuracy, title=title)
-    keep("clients", lambda: curves.client_panels(records, config.main), title=f"Clients of {title}")
+    def weights() -> Figure | None:
+        by_samples = config.options.get("weighting") == "samples"
+        panels = curves.weight_panels(records, by_samples=by_samples)
+        return of_panels(panels, f"Clients of {title}", stacked=True)
+
+    def answer(name: str) -> Figure | None:
+        nonlocal model
+        model = read_model(run.folder, trusted)[0] if model is None else model
+        return answer_sheets.ANSWERS[name](run, samples and samples(), model, trusted)
+
+    statistics: Any = facts.statistics
+    makers: dict[str, Callable[[], Figure | None]] = {
+        CURVES.get(config.main, "accuracy"): accuracy,
+        "clients": lambda: of_panels(curves.client_panels(records, config.main), f"Clients of {title}"),
+    }
     if run.private:
         for picture in ("confusion", "partition"):
             (run.folder / PICTURES[picture]).unlink(missing_ok=True)
     else:
         if confusion is not None and confusion.matrices and confusion.classes:
-            keep("confusion", lambda: confusion_sheet.draw(confusion, title=f"Confusion of {title}"))
-        if facts.statistics is not None and facts.statistics.classes:
-            keep("partition", partial(partition, facts.statistics))
-    by_samples = config.options.get("weighting") == "samples"
-    weights = partial(client_curves.weight_panels, records, by_samples=by_samples)
-    keep("weights", weights, title=f"Clients of {title}", stacked=True)
+            makers["confusion"] = lambda: confusion_sheet.draw(confusion, title=f"Confusion of {title}")
+        if statistics is not None and statistics.classes:
+            makers["partition"] = partition
+    makers["weights"] = weights
+    for name, make in makers.items():
+        paths += _save(run.folder / PICTURES[name], make, failed)
     paths += draw_artifacts(run.artifacts, run.folder, run.name, facts.classes, failed)
-    for each in _answers(run) if samples is not None else ():
-        target = run.folder / PICTURES[each]
-        with spared(partial(failed.setdefault, target.name)):
-            model = read_model(run.folder, trusted)[0] if model is None else model
-            if _ANSWERS[each](run, samples, model, trusted, target):
-                paths.append(target)
+    for name in _answers(run) if samples is not None else ():
+        paths += _save(run.folder / PICTURES[name], partial(answer, name), failed)
     return paths
+
+
+def _save(path: Path, make: Callable[[], Figure | None], failed: dict[str, str]) -> list[Path]:
+    """Saves the figure that ``make`` draws, and returns its path; none where it draws none, or fails."""
+    from fedkern.report.figures import plots
+
+    with spared(partial(failed.setdefault, path.name)):
+        if (figure := make()) is not None:
+            plots.save(figure, path)
+            return [path]
+    return []
 
 
 def _answers(run: Contents) -> list[str]:
@@ -188,56 +203,6 @@ def _answers(run: Contents) -> list[str]:
     config = run.config
     without = () if config.grad_cam and config.statistics else ("gradcam",)
     return [] if config.keeps_parts else [name for name in run.facts.pictures if name not in without]
-
-
-def _draw_segmentation(run: Contents, samples: Any, model: Any, trusted: Collection[str], target: Path) -> bool:
-    from fedkern.report.figures import segmentation_sheet
-
-    data = samples()
-    split = next(iter(data.tests.values()))
-    split = split.subset(segmentation_sheet.examples(split.labels, EXAMPLES))
-    inputs = data.form.normalised(split.images)
-    title = f"Segmentation of {run.name}"
-    segmentation_sheet.draw(model, split, inputs, target, classes=data.classes, title=title)
-    return True
-
-
-def _draw_retrieval(run: Contents, samples: Any, model: Any, trusted: Collection[str], target: Path) -> bool:
-    from fedkern.report.figures import retrieval_sheet
-
-    data = samples()
-    try:
-        examples, title = retrieval_sheet.retrieval_examples(run, data, model=model, trusted=trusted)
-    except UserError:  # the method has no pair of encoders, as the report says
-        return False
-    retrieval_sheet.draw(examples, target, title=f"{title}, {run.name}")
-    return True
-
-
-def _draw_gradcam(run: Contents, samples: Any, model: Any, trusted: Collection[str], target: Path) -> bool:
-    from fedkern.models import StagedNetwork
-    from fedkern.models.mlp import MLP
-    from fedkern.report.figures import gradcam
-
-    # Maps of an MLP have one position, which Grad-CAM would show as an even colour.
-    if not (isinstance(model, StagedNetwork) and not isinstance(model, MLP) and model.maps):
-        return False
-    data, panels = samples(), {}
-    for key, split in data.tests.items():
-        rows = gradcam.choose(split.labels, EXAMPLES)
-        if len(rows) == 0:
-            continue
-        images = split.images[rows]
-        masks = split.masks[rows] if split.masks is not None else None
-        panels[key] = (data.form.to_bytes(images), data.form.normalised(images), split.labels[rows], masks)
-    if panels:
-        title = f"Grad-CAM of the global model, {run.name}"
-        gradcam.draw(model, panels, target, classes=data.classes, title=title)
-    return bool(panels)
-
-
-_ANSWERS = {"gradcam": _draw_gradcam, "segmentation": _draw_segmentation, "retrieval": _draw_retrieval}
-"""Functions that draw what the network answers to test images, by the picture's name; each says whether it has."""
 
 
 def existing(run_dir: Path) -> list[Path]:
@@ -260,14 +225,12 @@ def draw_artifacts(
     """
     from fedkern.report.figures import artifact_sheet
 
-    by_name: dict[str, list[Artifact]] = {}
+    groups: dict[str, list[Artifact]] = {}
     for entry in entries:
-        by_name.setdefault(entry.name, []).append(entry)
+        groups.setdefault(entry.name, []).append(entry)
     paths = []
-    for name, those in by_name.items():
-        target = artifact_path(folder, name)
+    for name, group in groups.items():
         heading = f"{capital(name.replace('_', ' '))}, {title}"
-        with spared(partial(failed.setdefault, target.name)):
-            artifact_sheet.draw(those, target, title=heading, classes=classes)
-            paths.append(target)
+        make = partial(artifact_sheet.draw, group, title=heading, classes=classes)
+        paths += _save(artifact_path(folder, name), make, failed)
     return paths

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -17,19 +17,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import font_manager, rc_context
+from matplotlib import colormaps, font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont
+from matplotlib.image import AxesImage
 from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from fedkern.files import atomic
 from fedkern.report.figures import png
-from fedkern.report.figures.fitting import fitted, width
 from fedkern.report.names import TITLE, label
 
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -131,6 +132,32 @@ def svg(figure: Figure, name: str) -> str:
     return re.sub(r"<[^>]+>", of_page, text).strip()
 
 
+@lru_cache(maxsize=4096)
+def width(text: str, size: float) -> float:
+    """Inches that one line of text takes at a font size in points."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        points, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)
+    return float(points) / 72
+
+
+def fitted(text: str, size: float, inches: float) -> str:
+    """A text in lines of at most ``inches``, broken between words, or inside a word that is longer than a line."""
+    lines = [""]
+    for word in text.split(" "):
+        line = f"{lines[-1]} {word}" if lines[-1] else word
+        if width(line, size) <= inches:
+            lines[-1] = line
+            continue
+        lines += [word] if lines[-1] else []
+        lines[-1] = word
+        while width(lines[-1], size) > inches and len(lines[-1]) > 1:
+            rest = lines[-1]
+            count = next(n for n in range(len(rest) - 1, 0, -1) if n == 1 or width(rest[:n], size) <= inches)
+            lines[-1:] = [rest[:count], rest[count:]]
+    return "\n".join(lines)
+
+
 def evenly(count: int, most: int) -> list[int]:
     """At most ``most`` positions of ``count``, evenly spread, the first and the last among them."""
     if count <= most:
@@ -165,9 +192,35 @@ def legend_below(figure: Figure) -> None:
     )
 
 
-def ink(share: float) -> str:
-    """Colour of a number on the colour of "Blues" at ``share`` of its scale."""
-    return "white" if share > 0.65 else "#222222"
+def heat_map(
+    axes: Axes, values: npt.NDArray[Any], top: float, *, low: float = 0.0, texts: Mapping[tuple[int, int], str] = {},
+    rows: Sequence[str] | None = None, columns: Sequence[str] | None = None, size: float = 10,
+) -> AxesImage:  # fmt: skip
+    """Draws a matrix in blue from ``low`` to ``top``, grey where it has no value, with the texts of some cells.
+
+    Without their names rows and columns are numbered.
+    """
+    colours = colormaps["Blues"].with_extremes(bad="#eeeeee")
+    image = axes.imshow(values, cmap=colours, vmin=low, vmax=top, aspect="auto", interpolation="nearest")
+    for (i, j), text in texts.items():
+        dark = values[i, j] - low > 0.65 * (top - low)
+        colour = "white" if dark else "#aaaaaa" if text == "0" else "#222222"
+        number = axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
+        number.set_in_layout(False)  # numbers lie inside the axes, and measuring all of them takes time
+    name_cells(axes, rows, columns, length=0 if texts else 3)
+    return image
+
+
+def name_cells(axes: Axes, rows: Sequence[str] | None, columns: Sequence[str] | None, length: float) -> None:
+    """Names rows and columns of a heat map, long columns at an angle; ``length`` is that of ticks, in points."""
+    if columns is not None:
+        long = any(len(name) > 5 for name in columns)
+        slant: dict[str, Any] = {"rotation": 40, "rotation_mode": "anchor", "ha": "right"} if long else {}
+        axes.set_xticks(range(len(columns)), columns, **slant)
+    if rows is not None:
+        axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=length)
+    axes.spines[:].set_visible(False)
 
 
 def whole_numbers() -> MaxNLocator:
@@ -195,38 +248,25 @@ def partition_picture(statistics: Any, *, title: str = "") -> Figure:
     numbers = clients <= 20 and classes <= 20
     width = min(3.2 + 0.55 * classes, 14.0) if numbers else min(4.0 + 0.12 * classes, 14.0)
     height = min(1.9 + 0.42 * clients, 12.0) if numbers else min(2.5 + 0.06 * clients, 12.0)
-    names = [label(name) for name in statistics.classes]
-    room = max(len(name) for name in names) / 20 if classes <= 20 else 0.0  # for names at an angle
-    beside = max(len(label(name)) for name in statistics.labels) / 14 if clients <= 20 and statistics.names else 0.0
+    names = [label(name) for name in statistics.classes] if classes <= 20 else None
+    labels = [label(name) for name in statistics.labels] if clients <= 20 else None
+    room = max(map(len, names)) / 20 if names else 0.0  # for names at an angle
+    beside = max(map(len, labels)) / 14 if labels and statistics.names else 0.0
     panels = 1 if statistics.colours is None else 2
     figure = new_figure(max(width, 5.0) + room + beside, panels * (max(height, 3.0) + room))
     axes, *below = figure.subplots(panels, 1, squeeze=False)[:, 0]
-    top = max(int(counts.max(initial=0)), 1)
-    image = axes.imshow(counts, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
-    if numbers:
-        for k in range(clients):
-            for c in range(classes):
-                colour = ink(counts[k, c] / top) if counts[k, c] else "#aaaaaa"
-                number = axes.text(c, k, str(counts[k, c]), ha="center", va="center", fontsize=10, color=colour)
-                number.set_in_layout(False)  # numbers lie inside the axes, and measuring all of them takes time
+    texts = {(k, c): str(counts[k, c]) for k, c in np.ndindex(counts.shape)} if numbers else {}
+    image = heat_map(axes, counts, max(int(counts.max(initial=0)), 1), texts=texts, rows=labels, columns=names)
     for panel in below:
         _colours(panel, statistics, rows)
+        name_cells(panel, labels, names, 0 if numbers else 3)
     for panel in (axes, *below):
-        if classes <= 20:
-            long = max(len(name) for name in names) > 5
-            slant: dict[str, Any] = {"rotation": 40, "rotation_mode": "anchor", "ha": "right"} if long else {}
-            panel.set_xticks(range(classes), names, **slant)
-        if clients <= 20:
-            panel.set_yticks(range(clients), [label(name) for name in statistics.labels])
+        panel.tick_params(labelsize=11)
         panel.set_xlabel("class", fontsize=12)
+        panel.set_ylabel("client", fontsize=12)
         if clients < every:
             panel.set_yticks([])
             panel.set_ylabel(f"{clients} of {every:,} clients, largest first", fontsize=12)
-        else:
-            panel.set_ylabel("client", fontsize=12)
-        panel.tick_params(labelsize=11, length=0 if numbers else 3)
-        for spine in panel.spines.values():
-            spine.set_visible(False)
     entitle(figure, title)
     bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=whole_numbers())
     bar.set_label("training samples", fontsize=12)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from contourpy import contour_generator
 from matplotlib import colormaps
-from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as Curves
 from matplotlib.transforms import Affine2D
+from PIL import Image
 
-from fedkern.report.figures.fitting import fitted, width
-from fedkern.report.figures.plots import save
+from fedkern.report.figures.plots import fitted, width
 from fedkern.report.names import TITLE, label
 
 LINE = 0.15
@@ -34,8 +31,7 @@ _Box = tuple[float, float, float, float]
 class Sheet:
     """Pictures and texts at places in inches, from the top left corner.
 
-    Axes for every picture, arranged by matplotlib, would take half a second at the end of a run.  Pictures are scaled
-    here, because matplotlib takes three times as long for its images.
+    Axes for every picture, arranged by matplotlib, would take half a second at the end of a run.
 
     Args:
         columns: most pictures in a row.
@@ -65,14 +61,14 @@ class Sheet:
         height = below + (0.22 * (places[-1][1] + 1) if places else 0.0) + high + _EDGE
         self.figure = Figure(figsize=(wide, height), dpi=150)
         self._inches = Affine2D().scale(1, -1).translate(0, height) + self.figure.dpi_scale_trans
-        self._pictures = _Pictures()
-        self.figure.add_artist(self._pictures)
+        self._high = int(self.figure.bbox.height)
         self._text(_EDGE, (top + 0.04) / 2, lines, fontsize=12, ha="left", va="center")
         for (text, colour), (x, line) in zip(legend, places, strict=True):
             self._text(x, below + 0.22 * (line + 0.5), text, color=colour, fontsize=_LEGEND, va="center")
         if scale:
             at = below + 0.1 + LINE / 2
-            self._place((left, left + 1.2, at - 0.07, at + 0.07), _coloured(np.linspace(0, 1, 256)[None]))
+            colours = np.linspace(0, 1, 256, dtype=np.float32)[None]
+            self._place((left, left + 1.2, at - 0.07, at + 0.07), colours)
             self._text(left - 0.05, at, "0", fontsize=9, ha="right", va="center")
             self._text(left + 1.25, at, "1", fontsize=9, va="center")
             self._text(left + 1.45, below + 0.1, caption, fontsize=9, va="top")
@@ -87,36 +83,24 @@ class Sheet:
         y = self._tops[row] + (self._side - high) / 2
         return x, x + wide, y, y + high
 
-    def _centres(self, start: float, end: float) -> tuple[int, npt.NDArray[np.float64]]:
-        """The first of the sheet's pixels from ``start`` to ``end`` inches, and where between 0 and 1 each one lies."""
-        low, high = start * self.figure.dpi, end * self.figure.dpi
-        first = math.ceil(low - 0.5)
-        centres = np.arange(first, math.ceil(high - 0.5), dtype=np.float64) + 0.5
-        return first, np.asarray((centres - low) / (high - low), np.float64)
-
-    def _place(self, box: _Box, image: npt.NDArray[np.uint8]) -> None:
-        """Draws an image ``[H, W, 4]`` in a box; every pixel of the sheet gets the nearest one of the image."""
-        left, columns = self._centres(*box[:2])
-        top, rows = self._centres(*box[2:])
-        nearest = (np.minimum((at * n).astype(int), n - 1) for at, n in zip((rows, columns), image.shape, strict=False))
-        self._pictures.placed.append((left, top, image[np.ix_(*nearest)]))
+    def _place(self, box: _Box, image: npt.NDArray[Any], opacity: float = 1.0) -> None:
+        """Draws an image ``[H, W, 3]`` in a box, or interpolated values ``[H, W]`` from 0 to 1 as colours."""
+        left, right, top, bottom = (round(self.figure.dpi * inches) for inches in box)
+        how = Image.Resampling.BILINEAR if image.ndim == 2 else Image.Resampling.NEAREST
+        pixels = np.asarray(Image.fromarray(image).resize((right - left, bottom - top), how))
+        pixels = colormaps[_MAP](pixels, bytes=True)[..., :3] if image.ndim == 2 else pixels
+        opaque = np.full((*pixels.shape[:2], 1), round(255 * opacity), np.uint8)
+        pixels = np.concatenate([pixels, opaque], axis=2)
+        self.figure.figimage(pixels, left, self._high - bottom, origin="upper")
 
     def picture(self, row: int, column: int, image: npt.NDArray[Any]) -> None:
         """Draws an image ``[H, W, 3]``, uint8 or a float from 0 to 1."""
-        if image.dtype != np.uint8:
-            image = (255 * image).astype(np.uint8)
-        opaque = np.full((*image.shape[:2], 1), 255, np.uint8)
-        self._place(self._box(row, column, image.shape), np.concatenate([image, opaque], axis=2))
+        image = image if image.dtype == np.uint8 else (255 * image).astype(np.uint8)
+        self._place(self._box(row, column, image.shape), image)
 
     def map(self, row: int, column: int, values: npt.NDArray[np.floating[Any]]) -> None:
         """Lays a map ``[H, W]`` of values from 0 to 1 over a picture; between its points values are interpolated."""
-        left, right, top, bottom = self._box(row, column, values.shape)
-        x, columns = self._centres(left, right)
-        y, rows = self._centres(top, bottom)
-        between = _interpolation(rows, values.shape[0]) @ values @ _interpolation(columns, values.shape[1]).T
-        image = _coloured(between)
-        image[..., 3] = round(255 * _OPACITY)
-        self._pictures.placed.append((x, y, image))
+        self._place(self._box(row, column, values.shape), values.astype(np.float32), _OPACITY)
 
     def outline(self, row: int, column: int, mask: npt.NDArray[np.bool_]) -> None:
         """Draws a white line around the True pixels of ``mask`` ``[H, W]``."""
@@ -146,39 +130,6 @@ class Sheet:
         for text, colour in lines:
             self._text(x, y, text, fontsize=9, color=colour, va="top")
             y += LINE * (1 + text.count("\n"))
-
-    def save(self, path: Path) -> None:
-        """Writes the PNG, completely or not at all.
-
-        Raises:
-            UserError: the disk is full or the folder cannot be written.
-        """
-        save(self.figure, path)
-
-
-class _Pictures(Artist):
-    """Images uint8 ``[H, W, 4]`` on a figure, with their first column and row in pixels from the top left corner."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.placed: list[tuple[int, int, npt.NDArray[np.uint8]]] = []
-
-    def draw(self, renderer: Any) -> None:
-        context = renderer.new_gc()
-        for left, top, image in self.placed:
-            renderer.draw_image(context, left, int(renderer.height) - top - len(image), image[::-1])
-        context.restore()
-
-
-def _coloured(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
-    """A map ``[H, W]`` of values from 0 to 1 as an image ``[H, W, 4]``."""
-    return np.asarray(colormaps[_MAP](values, bytes=True))
-
-
-def _interpolation(places: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
-    """Weights ``[n, count]`` of points in the middles of ``count`` equal parts of 0 to 1, for values at n places."""
-    at = np.clip(places * count - 0.5, 0, count - 1)
-    return np.maximum(1 - np.abs(at[:, None] - np.arange(count)), 0)
 
 
 def _flowing(texts: Sequence[str], wide: float) -> list[tuple[float, int]]:

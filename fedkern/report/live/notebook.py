@@ -14,7 +14,7 @@ from rich.console import Console
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import printable_name
 from fedkern.listeners.events import RunInfo
-from fedkern.report.live.progress import UNSHOWN, Clock, Lines, figures_by_set, headline, training_words
+from fedkern.report.live import progress
 from fedkern.report.tables import final_table, human_bytes, human_time, worst_client_line
 from fedkern.text_table import LINE, Table
 
@@ -41,9 +41,8 @@ def rounds_table(
         record for record in records if few or any(name.endswith(main) for name in record) or record is records[-1]
     ]
     every = -(-len(candidates) // ROUNDS) or 1
-    selection = [
-        (record, figures_by_set(record, main, tests)) for record in candidates[(len(candidates) - 1) % every :: every]
-    ]
+    some_records = candidates[(len(candidates) - 1) % every :: every]
+    selection = [(record, progress.figures_by_set(record, main, tests)) for record in some_records]
     titles = list(dict.fromkeys(title for _, figures in selection for title in figures))
     losses = ["loss"] if any("loss" in record for record, _ in selection) else []
     rows = []
@@ -63,24 +62,17 @@ class Output:
     def __init__(self) -> None:
         self._handle: Any = None
 
-    def start(self) -> None:
-        """Does nothing: the first content makes the place.  Start and stop are those of ``rich.live.Live``."""
-
-    def update(self, content: str | Table) -> None:
-        """Shows an HTML text, or a table."""
+    def update(self, content: str) -> None:
+        """Shows an HTML text."""
         from IPython.display import HTML, display
 
-        html = HTML(content.html() if isinstance(content, Table) else content)
         if self._handle is None:
-            self._handle = display(html, display_id=True)
+            self._handle = display(HTML(content), display_id=True)
         else:
-            self._handle.update(html)
-
-    def stop(self) -> None:
-        """Does nothing."""
+            self._handle.update(HTML(content))
 
 
-class Notebook(Lines):
+class Notebook(progress.Lines):
     """Display of a run below a cell: a table of the rounds, which stays, and a bar that moves with every client."""
 
     def __init__(self, console: Console) -> None:
@@ -96,9 +88,9 @@ class Notebook(Lines):
         self._show(text)
 
     def on_start(self, run: RunInfo) -> None:
-        self.clock, self.tests, self.main = Clock(training_words(run)), run.test_sets, run.config.main
-        self.title = "\n".join(headline(run))
-        self.notes += [UNSHOWN] if run.private else []
+        self.clock, self.tests, self.main = progress.Clock(progress.training_words(run)), run.test_sets, run.config.main
+        self.title = "\n".join(progress.headline(run))
+        self.notes += [progress.UNSHOWN] if run.private else []
         self.done, self.moved = run.first_round, float(run.first_round)
         self.records = read_metrics(run.out)[: self.done] if self.done else []
         self._tabulate(f"round {self.done}/{len(run.rounds)}")
@@ -160,3 +152,20 @@ class Pictures(list[Path]):
                 display(Image(filename=str(path), alt=path.stem, retina=True))
             else:
                 print(f"{path} is missing: draw the pictures again.")
+
+
+def display(*, quiet: bool, json: bool, console: Console | None = None) -> progress.Warnings:
+    """Chooses the display, which writes to standard error, so that standard output holds only results.
+
+    Only warnings are shown if ``quiet``, and with ``json`` unless a person watches a terminal.
+    """
+    console = console or progress.terminal(stderr=True)
+    if quiet:
+        return progress.Warnings(console)
+    if console.is_terminal:
+        return progress.Live(console)
+    if json:
+        return progress.Warnings(console)
+    if console.is_jupyter:
+        return Notebook(console)
+    return progress.Lines(console)

@@ -24,8 +24,6 @@ from fedkern.tasks.figure_names import set_noun, short_set_title, short_title, s
 PIPE_WIDTH = 120
 WIDE = 100
 """Least columns of a terminal whose bar has room for the bytes sent."""
-NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.02
-"""Least time, and least share of the task, between two lines of `advancing`."""
 SITES, STAGES = 8, 6
 """Most sites, and most stretches of rounds that train the same, that the heading names."""
 UNSHOWN = (
@@ -260,26 +258,18 @@ class Live(Lines):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("round {task.fields[round]}/{task.fields[rounds]}{task.fields[name]}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[figures]}", style="bold"),
-            TextColumn("{task.fields[traffic]}"),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            transient=True,
-        )
+        figures = TextColumn("{task.fields[figures]}", style="bold", markup=False)
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), figures
+        self.progress = Progress(*columns, TextColumn("{task.fields[rest]}"), console=console, transient=True)
         self.bar: Any = None
         self.participants = 1
         self.done = 0
 
     def on_start(self, run: RunInfo) -> None:
         super().on_start(run)
-        rounds, self.done = len(run.rounds), run.first_round
-        fields: dict[str, Any] = dict.fromkeys(("name", "figures", "traffic", "left"), "")
+        self.done = run.first_round
         self.bar = self.progress.add_task(
-            "", total=rounds, completed=self.done, round=self.done, rounds=rounds, **fields
+            f"round {self.done}/{len(run.rounds)}", total=len(run.rounds), completed=self.done, figures="", rest=""
         )
         self.progress.start()
 
@@ -287,8 +277,9 @@ class Live(Lines):
         super().on_round_start(round, name, participants)
         self.participants = max(len(participants), 1)
         if self.bar is not None and round > 0:
-            what = _in_parentheses(self.clock.words[round - 1])
-            self.progress.update(self.bar, round=round, name=what)
+            words = self.clock.words
+            text = f"round {round}/{len(words)}{_in_parentheses(words[round - 1])}"
+            self.progress.update(self.bar, description=text)
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
         if self.bar is not None and round > 0:
@@ -301,14 +292,11 @@ class Live(Lines):
         self.done = record["round"]
         if self.bar is None:
             return
-        wide = self.console.width >= WIDE
-        fields: dict[str, Any] = {
-            "traffic": f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}" * wide,
-            "left": "" if remaining is None else f"{human_time(remaining)} left",
-        }
-        if figures := main_figures(record, self.main, self.tests):
-            fields["figures"] = figures
-        self.progress.update(self.bar, completed=self.done, **fields)
+        sent = f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}"
+        left = "" if remaining is None else f"{human_time(remaining)} left"
+        rest = f"{sent} {left}" if self.console.width >= WIDE else left
+        figures = main_figures(record, self.main, self.tests) or self.progress.tasks[0].fields["figures"]
+        self.progress.update(self.bar, completed=self.done, rest=rest, figures=figures)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         self.close()
@@ -324,34 +312,12 @@ class _Console(Console):
 
 
 @contextmanager
-def advancing(total: int, doing: str, things: str, *, json: bool) -> Iterator[Callable[[], None]]:
-    """Shows on standard error how far a long task has come; yields a function to call after every part.
-
-    On a terminal it shows a bar, elsewhere a line now and then, and none for a task of seconds: ``predicting: 2,000 of
-    100,000 images, 20 min 05 s left``.  With ``json`` it shows nothing, unless a person watches a terminal.
-    """
+def advancing(total: int, doing: str) -> Iterator[Callable[[], None]]:
+    """Shows on a terminal how far a long task has come; yields a function to call after every part."""
     console = terminal(stderr=True)
-    if json and not console.is_terminal:
-        yield lambda: None
-        return
-    if not console.is_terminal:
-        done, count = 0, 0
-        begun = last = time.monotonic()
-
-        def line() -> None:
-            nonlocal done, count, last
-            done += 1
-            remaining = (time.monotonic() - begun) / done * (total - done)
-            due = time.monotonic() - last >= NOTICE_SECONDS and done - count >= NOTICE_SHARE * total
-            if due and done < total:
-                last, count = time.monotonic(), done
-                say(console, f"{doing}: {done:,} of {total:,} {things}, {human_time(remaining)} left")
-
-        yield line
-        return
     columns = (SpinnerColumn(), TextColumn(doing, markup=False), BarColumn(bar_width=30),
                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=total)
         yield lambda: progress.update(bar, advance=1)
 

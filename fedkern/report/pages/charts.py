@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedkern.report.figures.curves import THIN, Curve, Panel, draw
-from fedkern.report.figures.fitting import fitted
-from fedkern.report.figures.plots import COLOURS, MARKERS, PAGE, evenly, frame, legend_below, new_figure, svg
+from fedkern.report.figures.plots import COLOURS, MARKERS, PAGE, evenly, fitted, frame, legend_below, new_figure, svg
 from fedkern.report.names import TITLE, capital, entry, label
 from fedkern.report.pages.html_page import Chart
 from fedkern.report.tables import in_unit

@@ -20,15 +20,17 @@ from fedkern.methods import registry
 from fedkern.methods.common.diagnostics import hardly_better, telling_area
 from fedkern.methods.common.final_figures import set_name
 from fedkern.report.figures import confusion_sheet, pictures
-from fedkern.report.figures.client_curves import SPREAD, client_curves, weight_panels
 from fedkern.report.figures.curves import (
+    SPREAD,
     Curve,
     Panel,
     accuracy_panels,
     by_name,
+    client_curves,
     client_panels,
     over_clock,
     set_curves,
+    weight_panels,
 )
 from fedkern.report.figures.plots import COLOURS, DRAWN, partition_picture
 from fedkern.report.names import CELL, capital

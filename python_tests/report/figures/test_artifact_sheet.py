@@ -8,7 +8,7 @@ from PIL import Image
 from fedkern.data import load
 from fedkern.engine.store.artifacts import Artifact, ArtifactLog
 from fedkern.engine.store.data_facts import DataFacts
-from fedkern.report.figures import artifact_sheet, pictures
+from fedkern.report.figures import artifact_sheet, pictures, plots
 from fedkern.settings.config import RunConfig
 
 
@@ -45,45 +45,37 @@ def test_any_table_can_be_drawn(tmp_path, rows, columns, rounds):
     values[0, 0] = float("nan")
     entries = [Artifact("t", r + 1, values * (r + 1), ("client", "class")) for r in range(rounds)]
     names = [f"class number {i}" for i in range(columns)]
-    artifact_sheet.draw(entries, tmp_path / "t.png", title="t", classes=names)
+    plots.save(artifact_sheet.draw(entries, title="t", classes=names), tmp_path / "t.png")
     assert opened(tmp_path / "t.png").std() > 5
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn."""
-    found = []
-    monkeypatch.setattr(artifact_sheet, "save", lambda figure, path: found.append(figure))
-    return found
-
-
-def test_equal_tables_are_drawn_once(tmp_path, figures):
+def test_equal_tables_are_drawn_once():
     equal = torch.tensor([[0.25, float("nan")]])
     values = [equal, equal.clone(), equal.clone(), equal + 0.5]
     entries = [Artifact("teacher_weights", 4 * r, v, ("client", "class")) for r, v in enumerate(values, 5)]
-    artifact_sheet.draw(entries, tmp_path / "t.png", title="t")
-    *panels, bar = figures[0].axes
+    figure = artifact_sheet.draw(entries, title="t")
+    *panels, bar = figure.axes
     assert [axes.get_title() for axes in panels] == ["rounds 20 to 28: the same", "round 32"]
     assert [text.get_text() for text in panels[0].texts] == [".25", "–"]
     assert bar.get_ylabel() == "teacher weights"
 
 
-def test_values_of_a_table_are_named_and_whole(tmp_path, figures):
+def test_values_of_a_table_are_named_and_whole():
     axes = ("client", "class", "share of the votes that a client with many classes has")
     entries = [Artifact("votes", 1, torch.tensor([[10.25, -0.5]]), axes)]
-    artifact_sheet.draw(entries, tmp_path / "t.png", title="a title that is longer than this small picture " * 2)
-    panel, bar = figures[0].axes
+    figure = artifact_sheet.draw(entries, title="a title that is longer than this small picture " * 2)
+    panel, bar = figure.axes
     assert bar.get_ylabel().replace("\n", " ") == axes[2]
     assert [text.get_text() for text in panel.texts] == ["10.25", "-.50"]
-    figures[0].draw_without_rendering()
-    boxes = [figures[0]._suptitle.get_window_extent(), bar.yaxis.label.get_window_extent()]
-    assert all(figures[0].bbox.containsx(box.x1) and figures[0].bbox.containsy(box.y1) for box in boxes)
+    figure.draw_without_rendering()
+    boxes = [figure._suptitle.get_window_extent(), bar.yaxis.label.get_window_extent()]
+    assert all(figure.bbox.containsx(box.x1) and figure.bbox.containsy(box.y1) for box in boxes)
 
 
-def test_four_tables_of_many_with_one_scale(tmp_path, figures):
+def test_four_tables_of_many_with_one_scale():
     entries = [Artifact("t", r, torch.tensor([[0.2, 0.3 * r]]), ("client", "class")) for r in range(1, 10)]
-    artifact_sheet.draw(entries, tmp_path / "t.png", title="t", classes=("cat", "dog"))
-    panels = [axes for axes in figures[0].axes if axes.images]
+    figure = artifact_sheet.draw(entries, title="t", classes=("cat", "dog"))
+    panels = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in panels] == ["round 1", "round 4", "round 6", "round 9"]
     (scale,) = {axes.images[0].get_clim() for axes in panels}
     assert scale == pytest.approx((0.0, 2.7))

@@ -13,22 +13,12 @@ from matplotlib.artist import Artist
 from PIL import Image
 
 from fedkern import models
-from fedkern.data import PartitionStatistics, Split, load
+from fedkern.data import PartitionStatistics, load
 from fedkern.engine.store import saved_model
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.errors import UserError
-from fedkern.report import chance, run_contents
-from fedkern.report.figures import (
-    artifact_sheet,
-    client_curves,
-    confusion_sheet,
-    curves,
-    gradcam,
-    pictures,
-    plots,
-    segmentation_sheet,
-    sheet,
-)
+from fedkern.report import run_contents
+from fedkern.report.figures import answer_sheets, artifact_sheet, confusion_sheet, curves, pictures, plots
 from fedkern.report.figures.sheet import rgb
 from fedkern.report.names import label
 from fedkern.settings import run_data
@@ -36,6 +26,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import TASKS
+from python_tests.report.answer_data import data_of
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +121,13 @@ def test_data_that_are_loaded_again_are_those_of_the_run(tmp_path, data, monkeyp
         seen["root"] = config.data_root
         return data
 
-    def draw(model, panels, path, **_):
-        seen["panels"] = list(panels)
+    def draw(run, data, *_):
+        seen["sets"] = list(data.tests)
 
     monkeypatch.setattr(run_data, "load_data", loaded)
-    monkeypatch.setattr(gradcam, "draw", draw)
+    monkeypatch.setitem(answer_sheets.ANSWERS, "gradcam", draw)
     pictures.write_pictures(folder, data_root="/now")
-    assert seen == {"root": "/now", "panels": ["id", "ood", "held_out"]}
+    assert seen == {"root": "/now", "sets": ["id", "ood", "held_out"]}
 
 
 def test_grey_images_without_masks(tmp_path):
@@ -149,8 +140,7 @@ def test_grey_images_without_masks(tmp_path):
     save_model(model, tmp_path)
     # Without the data they are loaded again.
     assert len(pictures.write_pictures(tmp_path)) == 3
-    panel = (data.tests[""].images[:3], torch.zeros(3, 1, 32, 32), data.tests[""].labels[:3], None)
-    gradcam.draw(model, {"": panel}, tmp_path / "gradcam.png", classes=data.classes, title="t")
+    assert data.tests[""].masks is None
     assert opened(tmp_path / "gradcam.png").std() > 10
 
 
@@ -162,24 +152,21 @@ def apart(texts) -> bool:
     return not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
 
 
-def test_long_names_of_classes_stand_apart(tmp_path, monkeypatch):
-    sheets = []
-    monkeypatch.setattr(sheet, "save", lambda figure, path: sheets.append(figure))
+def test_long_names_of_classes_stand_apart():
     names = [f"{kind} adenocarcinoma of the colon" for kind in ("mucinous", "tubular", "W" * 20, "other")]
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     model = models.build("cnn", classes=4, channels=3, image_size=16, seed=0, width=2)
-    panel = (images, images / 255, torch.arange(4), torch.ones(4, 16, 16, dtype=torch.bool))
-    title = "Grad-CAM of a method on the data in a folder with a long name"
-    panels = {"id": panel, "a hospital of many words": panel}
-    gradcam.draw(model, panels, tmp_path / "g.png", classes=names, title=title)
-    split = Split(images, torch.zeros(4, 16, 16, dtype=torch.int64))
+    run = SimpleNamespace(name="a method on the data in a folder with a long name")
+    masks = torch.ones(4, 16, 16, dtype=torch.bool)
+    data = data_of(images, torch.arange(4), names, ["id", "a hospital of many words"], masks=masks)
+    first = answer_sheets.gradcam(run, data, model)
     network = models.build("unet-small", classes=9, channels=3, image_size=16, seed=0)
-    segmentation_sheet.draw(network, split, images / 255, tmp_path / "s.png", classes=names * 3, title=title * 2)
-    for figure in sheets:
-        assert apart(figure.texts)
-    texts = [text.get_text() for text in sheets[0].texts]
-    assert any("relative to the largest" in text for text in texts)
-    assert [text.get_text() for text in sheets[1].texts][1:12] == [label(name) for name in (names * 3)[1:]]
+    data = data_of(images, torch.zeros(4, 16, 16, dtype=torch.int64), names * 3)
+    second = answer_sheets.segmentation(run, data, network)
+    assert apart(first.texts)
+    assert apart(second.texts)
+    assert any("relative to the largest" in text.get_text() for text in first.texts)
+    assert [text.get_text() for text in second.texts][1:12] == [label(name) for name in (names * 3)[1:]]
 
 
 def test_a_segmentation_is_laid_over_its_images(tmp_path):
@@ -193,7 +180,7 @@ def test_a_segmentation_is_laid_over_its_images(tmp_path):
     assert [path.name for path in pictures.write_pictures(tmp_path)] == names
     assert all(opened(tmp_path / name).std() > 10 for name in names)
     colours = np.array([[1.0, 0, 0], [0, 1.0, 0]])
-    laid = segmentation_sheet.over(np.full((1, 4, 3), 0.5), np.array([[0, 1, 2, -100]]), colours)
+    laid = answer_sheets.over(np.full((1, 4, 3), 0.5), np.array([[0, 1, 2, -100]]), colours)
     np.testing.assert_allclose(laid[0], [[0.5] * 3, [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.25] * 3])
     assert rgb(np.zeros((4, 5, 6), np.uint8)).shape == (5, 6, 3)
 
@@ -251,7 +238,7 @@ def test_every_picture_of_an_asynchronous_run_is_over_the_clock():
     axes = clients_picture(records, "accuracy", title="t").axes[0]
     assert list(axes.get_lines()[0].get_xdata()) == [7.5, 15.0]
     assert axes.get_xlabel().startswith("virtual clock")
-    (weights,) = client_curves.weight_panels(records)
+    (weights,) = curves.weight_panels(records)
     assert weights.curves[0].at == [0.0, 7.5, 15.0]
 
 
@@ -386,9 +373,10 @@ def test_letters_are_drawn_without_hints(tmp_path):
 
 FAULTS = [
     ("figures.curves.accuracy_panels", "accuracy"), ("figures.curves.client_panels", "clients"),
-    ("figures.plots.partition_picture", "partition"), ("figures.client_curves.weight_panels", "weights"),
+    ("figures.plots.partition_picture", "partition"), ("figures.curves.weight_panels", "weights"),
     ("figures.confusion_sheet.draw", "confusion"),
-    ("chance.constants", "accuracy"), ("figures.gradcam.draw", "gradcam"), ("figures.gradcam.choose", "gradcam"),
+    ("run_contents.constants", "accuracy"), ("figures.answer_sheets.grad_cam", "gradcam"),
+    ("figures.answer_sheets.choose", "gradcam"),
     ("figures.pictures.read_model", "gradcam"), ("figures.artifact_sheet.draw", "clouds"),
 ]  # fmt: skip
 
@@ -396,16 +384,15 @@ FAULTS = [
 @pytest.fixture
 def quick(monkeypatch, tmp_path, data):
     """A run folder with every kind of picture of a classifier, all of them empty files."""
-    for module, name in ((curves, "accuracy_panels"), (curves, "client_panels"), (client_curves, "weight_panels"),
+    for module, name in ((curves, "accuracy_panels"), (curves, "client_panels"), (curves, "weight_panels"),
                          (curves, "draw"), (plots, "partition_picture")):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_, **__: object())
     monkeypatch.setattr(confusion_sheet, "draw", lambda *_, **__: object())
-    monkeypatch.setattr(chance, "constants", lambda *_: {})
+    monkeypatch.setattr(run_contents, "constants", lambda *_: {})
     monkeypatch.setattr(run_contents.confusions, "read", lambda _: SimpleNamespace(matrices={"id": 0}, classes=("0",)))
     monkeypatch.setattr(run_contents, "read_artifacts", lambda _: [SimpleNamespace(name="clouds")])
     monkeypatch.setattr(plots, "save", lambda _, path: path.touch())
-    monkeypatch.setattr(gradcam, "draw", lambda _, panels, path, **__: path.touch())
-    monkeypatch.setattr(artifact_sheet, "draw", lambda _, path, **__: path.touch())
+    monkeypatch.setattr(artifact_sheet, "draw", lambda *_, **__: object())
     return make_run(tmp_path, data)
 
 
@@ -446,9 +433,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_drawn(place, picture, 
 @pytest.mark.parametrize("task", ["segmentation", "retrieval"])
 def test_the_picture_of_another_task_fails_in_its_own_name(task, quick, data, monkeypatch):
     replace(DataFacts.read(quick), pictures=TASKS[task].pictures).write(quick)
-    monkeypatch.setattr(segmentation_sheet, "draw", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(segmentation_sheet, "examples", lambda labels, count: torch.arange(count))
-    monkeypatch.setattr("fedkern.report.figures.retrieval_sheet.retrieval_examples", lambda *_, **__: 1 / 0)
+    monkeypatch.setitem(answer_sheets.ANSWERS, task, lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match=rf"{task}\.png is missing, as it cannot be drawn: ZeroDivisionError"):
         found = pictures.write_pictures(quick, data=data)
     assert {"accuracy.png", "clients.png", "confusion.png", "clouds.png"} < {path.name for path in found}
@@ -463,9 +448,9 @@ def test_no_grad_cam_is_none(quick, data):
 
 def test_examples_go_through_the_classes_in_turn():
     labels = torch.tensor([2, 0, 0, 1, 2, 0])
-    assert gradcam.choose(labels, 5).tolist() == [1, 3, 0, 2, 4]
-    assert gradcam.choose(labels, 99).tolist() == [1, 3, 0, 2, 4, 5]
-    assert gradcam.choose(labels[:0], 4).tolist() == []
+    assert answer_sheets.choose(labels, 5).tolist() == [1, 3, 0, 2, 4]
+    assert answer_sheets.choose(labels, 99).tolist() == [1, 3, 0, 2, 4, 5]
+    assert answer_sheets.choose(labels[:0], 4).tolist() == []
 
 
 def test_letters_without_a_font_are_told_once(tmp_path, monkeypatch):

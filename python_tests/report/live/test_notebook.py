@@ -11,12 +11,11 @@ import pytest
 from rich.console import Console
 
 import fedkern
-from fedkern.comparison.boards import LiveBoard
 from fedkern.listeners import RunInfo
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Round
 from fedkern.report.live import notebook, progress
-from fedkern.report.live.display import display
+from fedkern.report.live.notebook import display
 from fedkern.settings.config import RunConfig
 from fedkern.text_table import Table
 from python_tests.html_reader import Reader
@@ -137,25 +136,6 @@ def test_names_are_texts_and_a_number_keeps_its_unit():
     assert "2.0\u00a0s" in html  # which no narrow screen parts
     assert Reader(html).text("p") == ["<i>x</i>folder", "note"]
     assert "color" not in html
-
-
-def test_a_comparison_moves_in_one_table(cells):
-    board = LiveBoard(console())
-    runs = [SimpleNamespace(name=seed, variant=SimpleNamespace(label="fed<avg>"), seed=seed) for seed in (0, 1)]
-    board.main = "accuracy"
-    board.on_cells(runs)
-    for cell in runs:
-        board.on_cell(cell)
-    for cell in runs:  # both play at once
-        board.focus(cell)
-        board.on_round({"round": 1, "rounds": 2, "accuracy": (cell.seed + 1) / 4})
-    assert [text.plain for text in board.texts.values()] == ["1/2  accuracy 25.0 %", "1/2  accuracy 50.0 %"]
-    for cell in runs:
-        found = SimpleNamespace(config=RunConfig.make("fedavg"), metrics={"accuracy": 0.5})
-        board.on_cell_end(cell, found, again=False)
-    board.close()
-    assert len(cells) == 1
-    assert cells_of(cells[0]) == [["", "seed 0", "seed 1"], ["fed<avg>", "accuracy 50.0 %", "accuracy 50.0 %"]]
 
 
 def test_pictures_are_shown_and_are_a_list_of_paths(cells, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import fedkern
 from fedkern.errors import UserError
 from fedkern.report.figures.curves import Curve, Panel
-from fedkern.report.figures.fitting import fitted
+from fedkern.report.figures.plots import fitted
 from fedkern.report.names import TITLE, label
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import curves

@@ -1,10 +1,10 @@
-"""Texts broken into lines that fit a width."""
+"""Widths and line breaks of texts in figures."""
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedkern.report.figures.fitting import fitted, width
+from fedkern.report.figures.plots import fitted, width
 
 
 @pytest.mark.parametrize("text", ["accuracy", "WWW iii", "$a_{$", ""])

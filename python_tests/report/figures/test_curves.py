@@ -7,8 +7,7 @@ from PIL import Image
 
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
-from fedkern.report.figures.client_curves import client_curves, weight_panels
-from fedkern.report.figures.curves import draw
+from fedkern.report.figures.curves import client_curves, draw, weight_panels
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.report.figures.plots import DRAWN, ORANGE, save
 from fedkern.settings.config import RunConfig

@@ -1,13 +1,13 @@
 """Images of a test set and the captions that a run's encoders find for them."""
 
+import re
 from itertools import pairwise
 
 import numpy as np
 
 from fedkern.engine.run import run
-from fedkern.report.figures import plots, sheet
+from fedkern.report.figures import answer_sheets, plots, sheet
 from fedkern.report.figures.pictures import write_pictures
-from fedkern.report.figures.retrieval_sheet import EXAMPLES, NEAREST, Example, draw, retrieval_examples
 from fedkern.report.pages import run_page
 from fedkern.report.run_contents import read
 from fedkern.settings.config import RunConfig
@@ -23,16 +23,32 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
     data = load_data(config)
     run(config, out=tmp_path)
     assert "retrieval.png" in [path.name for path in write_pictures(tmp_path, data=data)]
-    examples, title = retrieval_examples(read(tmp_path), data)
-    split = data.tests[""]
-    assert len(examples) == EXAMPLES
-    assert title == f"Test images and the nearest of {len(set(split.texts))} captions"
-    for example in examples:
-        assert example.image.shape == (*example.image.shape[:2], 3)
-        row = next(i for i, image in enumerate(split.images) if np.array_equal(sheet.rgb(image.numpy()), example.image))
+    split, sheets = data.tests[""], []
+
+    class Kept(sheet.Sheet):
+        def __init__(self, *given, title, **more):
+            sheets.append((title, [], []))
+            super().__init__(*given, title=title, **more)
+
+        def picture(self, row, column, image):
+            sheets[-1][1].append(image)
+
+        def after(self, row, lines):
+            sheets[-1][2].append(lines)
+
+    monkeypatch.setattr(answer_sheets, "Sheet", Kept)
+    answer_sheets.retrieval(read(tmp_path), data, None)
+    ((title, images, captions),) = sheets
+    assert len(images) == len(captions) == answer_sheets.CAPTIONED
+    assert title.startswith(f"Test images and the nearest of {len(set(split.texts))} captions, fedavg on captions")
+    for image, lines in zip(images, captions, strict=True):
+        row = next(i for i, each in enumerate(split.images) if np.array_equal(sheet.rgb(each.numpy()), image))
         own = {text for text, name in zip(split.texts, split.ids, strict=True) if name == split.ids[row]}
-        assert [text.split(": ", 1)[-1] in own for text, _ in example.lines] == [right for _, right in example.lines]
-        assert [right for _, right in example.lines[:NEAREST]].count(True) > 0 or example.lines[NEAREST][1]
+        for line in lines:
+            place, is_marked = re.match(r"(?:✓ )?(place \d+: )?", line[0])[1] or "", line[0].startswith("✓ ")
+            assert (line in {answer_sheets.caption_lines(place + text, is_marked) for text in own}) is is_marked
+        assert any(colour == plots.GREEN for _, colour in lines)
+        assert len(lines) <= answer_sheets.NEAREST + 1
 
     missing = "There are no retrieval examples: they need a complete network with an image and a text encoder."
     for there in (True, False):
@@ -42,13 +58,13 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
         (tmp_path / "retrieval.png").unlink(missing_ok=True)
 
 
-def test_long_captions_stay_beside_their_image(tmp_path, monkeypatch):
-    sheets = []
-    monkeypatch.setattr(sheet, "save", lambda figure, path: sheets.append(figure))
+def test_long_captions_stay_beside_their_image():
     lines = [("W" * 300, False), ("short", True), ("many words " * 30, False), ("place 9: " + "word " * 60, True)]
-    draw([Example(np.zeros((8, 8, 3), np.uint8), lines)] * 2, tmp_path / "r.png", title="t")
-    _, _, *texts = sheets[0].texts
+    made = sheet.Sheet(1, [0.12] * 2, side=1.25, left=0.1, right=5.2, title="t")
+    for row in (0, 1):
+        made.after(row, [answer_sheets.caption_lines(*line) for line in lines])
+    _, *texts = made.figure.texts
     boxes = [text.get_window_extent() for text in texts]
     assert [text.get_text()[:2] for text in texts[:4]] == ["WW", "✓ ", "ma", "✓ "]
     assert all(upper.y0 >= lower.y1 - 2 for upper, lower in pairwise(boxes))
-    assert all(box.x1 <= sheets[0].bbox.width for box in boxes)
+    assert all(box.x1 <= made.figure.bbox.width for box in boxes)
