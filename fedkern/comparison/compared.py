@@ -88,39 +88,64 @@ class Comparison:
         return write_report(self.folder, self.result)
 
 
-def play(
-    runner: Runner,
-    by_method: Mapping[str, Sequence[Variant]],
-    seeds: Sequence[int],
-    *,
-    select: str | None = None,
-    target: Target | None = None,
-    notes: Sequence[str] = (),
-) -> Comparison:
-    """Runs a comparison and writes its files; finished runs in the folder are not run again.
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison of new runs plays.
 
-    Args:
+    Attributes:
+        variants: of every method.
         seeds: the seeds; the first one serves for ``select``.
         select: ``"validation"`` runs only the best variant of every method with all seeds; None runs all.
         target: see :class:`~fedkern.comparison.results.Result`.
+        notes: sentences on settings and options that some methods do not read.
+    """
+
+    variants: Mapping[str, Sequence[Variant]]
+    seeds: tuple[int, ...]
+    select: str | None
+    target: Target | None
+    notes: list[str]
+
+    @classmethod
+    def of(
+        cls, methods: Sequence[str], settings: Mapping[str, Any], options: Mapping[str, Any], *,
+        sweep: Mapping[str, Sequence[Any]], seeds: str | int | Sequence[int], select: str | None, target: str | None,
+        others: Collection[str] = (),
+    ) -> Plan:  # fmt: skip
+        """The plan for some methods, with the settings and options of all runs; ``others``: see `check_option`.
+
+        Raises:
+            UserError: an option that no method has, or a wrong sweep, selection, target or number of seeds.
+        """
+        for name in options:
+            check_option(name, methods, others)
+        check_select(select, sweep)
+        return cls(
+            variants(methods, sweep, {*settings, *options}), read_seeds(seeds, int(settings.get("seed", 0))), select,
+            None if target is None else Target.read(target), unread(methods, settings, options),
+        )  # fmt: skip
+
+
+def play(runner: Runner, plan: Plan) -> Comparison:
+    """Runs a comparison and writes its files; finished runs in the folder are not run again.
 
     Raises:
         UserError: settings that cannot be run, a run folder of other settings, every run failed, or no round tells the
             target's figure.
     """
-    all_variants = [variant for each in by_method.values() for variant in each]
-    texts = list(notes)
+    all_variants, target = [variant for each in plan.variants.values() for variant in each], plan.target
+    texts = [*plan.notes]
     try:
-        planned = runner.plan(all_variants, seeds)  # every mistake in the settings shows before the first run
+        planned = runner.plan(all_variants, plan.seeds)  # every mistake in the settings shows before the first run
         if target is not None and (data := runner.data(planned[0].config)) is not None:
             known = data.task.directions
             if split_metric(target.figure, data.tests)[1] in known:
                 target.with_direction([direction(target.figure, known, data.tests)]).check_direction()
-        if select is not None:
-            winners, sentences = choose(runner, by_method, seeds[0])
+        if plan.select is not None:
+            winners, sentences = choose(runner, plan.variants, plan.seeds[0])
             texts += sentences
             planned = [cell for cell in planned if cell.variant in winners]
-        runner.play(planned, None if target is None else _target_check(target, [*by_method], runner.out))
+        runner.play(planned, None if target is None else _target_check(target, [*plan.variants], runner.out))
     finally:
         runner.board.close()
     finished = [cell for cell in planned if cell.name not in runner.failures]
@@ -132,7 +157,7 @@ def play(
     labels = {runner.folder(cell): cell.variant.label for cell in finished}
     groups = grouped([runner.read(cell) for cell in finished], lambda run: labels[run.folder])
     present = {*labels.values(), *(registry.short(cell.variant.method) for cell in finished)}
-    every = [*(cell.variant.label for cell in planned), *map(registry.short, by_method)]
+    every = [*(cell.variant.label for cell in planned), *map(registry.short, plan.variants)]
     if missing := [name for name in dict.fromkeys(every) if name not in present]:
         texts.append(f"No run of {', '.join(missing)} succeeded.")
     result = Result(groups, target, texts, failures)
@@ -156,7 +181,7 @@ def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable
     return check
 
 
-def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Target | None) -> Comparison:
+def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: str | None) -> Comparison:
     """Compares runs that exist, grouped by method and settings but for the seed, into ``out`` or a new folder.
 
     Raises:
@@ -164,7 +189,7 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: Ta
     """
     runs, unfinished = read_runs(folders)
     notes = [f"Left out, as not finished: {first_of(unfinished, SHOWN)}."] if unfinished else []
-    result = Result(grouped(runs), target, notes)
+    result = Result(grouped(runs), None if target is None else Target.read(target), notes)
     result.check_target()
     if out is not None:
         check_out(out)
@@ -230,13 +255,12 @@ def compare(
     single = isinstance(methods, (str, Path, Method, type)) or not isinstance(methods, Iterable)
     items = [methods] if single else list(methods)
     entries: list[Any] = [str(each) if isinstance(each, Path) else each for each in items]
-    goal = None if target is None else Target.read(target)
     folder = None if out is None else expand(api.folder_of(out))
     folders = [each for each in entries if isinstance(each, str) and each not in METHODS and Path(each).is_dir()]
     if folders and len(folders) == len(entries):
         if settings or sweep or select or jobs != 1:
             raise UserError("Settings are for new runs: name methods instead of folders, or leave the settings out.")
-        return compare_found(folders, out=folder, target=goal)
+        return compare_found(folders, out=folder, target=target)
     plugins.given(api.plugins_of(settings.get("plugins")))
     pairs = [api.named(each) for each in entries]
     names = _distinct_names(pairs)
@@ -244,7 +268,6 @@ def compare(
     for name, values in points.items():
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise UserError(f"sweep must have a list of values for {name}, not {values!r}.")
-    check_select(select, points)
     for name in ("train", "optimizer", "init"):
         if callable(settings.get(name)):
             raise UserError(f"{name} as a function or a module is for one run, fedkern.simulate: leave it out.")
@@ -252,10 +275,11 @@ def compare(
     options = api.table_of(settings.pop("options", None), "options")
     fields = {each.field for each in RunConfig.declared()} | {"data_options", "plugins"}
     options |= {name: settings.pop(name) for name in list(settings) if name not in fields}
-    for name in options:
-        check_option(name, names, {*fields, *api.ABOUT})
-    swept = variants(names, points, {*settings, *options})
-    by_method = {name: _of_objects(name, pairs, swept[name], options) for name in names}
+    plan = Plan.of(
+        names, settings, options, sweep=points, seeds=seeds, select=select, target=target, others={*fields, *api.ABOUT}
+    )
+    of_objects = {name: _of_objects(name, pairs, plan.variants[name], options) for name in names}
+    plan = replace(plan, variants=of_objects)
     data, model = settings.pop("data", None), settings.pop("model", None)
     check_in_memory(data, model, {**settings, **{name: values[0] for name, values in points.items() if values}})
     cache: dict[Any, Any] = {}
@@ -278,14 +302,12 @@ def compare(
         source = data_of(vars(config))
         return source if isinstance(source, FederatedData) else None
 
-    numbers = read_seeds(seeds, int(settings.get("seed", 0)))
-    notes = unread(names, settings, options)
     tracebacks: dict[str, str] = {}
 
     def begin(where: Path) -> Comparison:
         display, script = board(quiet=not progress, json=False), ScriptObjects.of(model, None, {})
         runner = Runner(where, make, frozenset(settings), display, in_memory, script, tracebacks=tracebacks, jobs=jobs)
-        return play(runner, by_method, numbers, select=select, target=goal, notes=notes)
+        return play(runner, plan)
 
     comparison = in_folder(folder, begin)
     if comparison.failures:

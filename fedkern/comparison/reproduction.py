@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,8 @@ from statistics import fmean
 from typing import Any
 
 from fedkern.comparison import reproduction_table
-from fedkern.comparison.cell_runner import Board, Runner, check_out
+from fedkern.comparison.boards import Board
+from fedkern.comparison.cell_runner import Runner, check_out
 from fedkern.comparison.cells import Variant, read_sweep, run_name, variants, word
 from fedkern.comparison.found_runs import FoundRun
 from fedkern.comparison.published import Before, NotHere, Paper, PublishedCell
@@ -43,8 +45,6 @@ from fedkern.settings.run_data import load_data
 REPRODUCTIONS = Path("reproductions")
 """Folder of reproductions without ``out``; each is named by its paper, so that the same command goes on."""
 CSV, MARKDOWN = "reproduction.csv", "reproduction.md"
-POLL = 2.0
-"""Seconds between two looks whether another process has played what a cell needs beforehand."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,11 @@ class OutOfTime(KeyboardInterrupt):
 
 
 class Deadline(Listener):
-    """Stops a run between two rounds once the budget of time is used up; ``seconds`` None: there is no budget."""
+    """Stops a run between two rounds once the budget of time is used up; ``seconds`` None: there is no budget.
+
+    Attributes:
+        left: seconds of the budget that are left.
+    """
 
     essential = True
 
@@ -74,8 +78,12 @@ class Deadline(Listener):
 
     def check(self) -> None:
         """Raises OutOfTime once the budget is used up."""
-        if self.seconds is not None and time.monotonic() - self._start >= self.seconds:
+        if self.left <= 0:
             raise OutOfTime
+
+    @property
+    def left(self) -> float:
+        return math.inf if self.seconds is None else self.seconds - (time.monotonic() - self._start)
 
 
 class Job:
@@ -127,64 +135,41 @@ class Job:
         return self.folder / f"{run_name(point, self.seeds[0])}.failed"
 
     @property
-    def count(self) -> tuple[int, int]:
-        """Number of the runs that are finished, and of all; runs of points that are not the best one do not count.
-
-        Where every point of a sweep has failed, none counts.
-        """
-        return self.total - len(self.left()), self.total
-
-    @property
     def total(self) -> int:
-        """Number of all runs."""
+        """Number of all runs; runs of points that are not the best one do not count."""
         return len(self.points) + len(self.seeds) - 1
 
     @property
-    def complete(self) -> bool:
-        """Whether all runs are finished."""
-        return not self.left()
-
-    def left(self) -> dict[tuple[object, ...], float]:
-        """Estimated minutes of every run that is not finished, by its folder.
-
-        Until a sweep's best point is known, runs of it are named by what chooses it.
-        """
+    def left(self) -> int:
+        """Number of the runs that are not finished; where every point of a sweep has failed, all are left."""
         first, *others = self.seeds
         swept = len(self.points) > 1
         over = [self.finished(first, point) or (swept and self.failed(point).exists()) for point in self.points]
-        best = self.chosen() if all(over) or not swept else None
-        again = all(over) and best is None
-        runs: list[tuple[object, ...]] = [
-            (self.folder_of(first, point),) for point, done in zip(self.points, over, strict=True) if again or not done
-        ]
-        if best is not None:
-            runs += [(self.folder_of(seed, best),) for seed in others if not self.finished(seed, best)]
-        else:
-            assert isinstance(self.entry, PublishedCell)
-            chooser = self.entry.select == "validation" or (self.entry.figure, self.entry.target)
-            runs += [(self.folder, self.entry.sweep, chooser, seed) for seed in others]
-        return dict.fromkeys(runs, self.entry.minutes / self.total)
+        if (best := self.chosen() if all(over) or not swept else None) is None:
+            return self.total if all(over) else self.total - sum(over)
+        return over.count(False) + sum(not self.finished(seed, best) for seed in others)
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time of the runs that are not finished, with those beforehand."""
+        before = 0.0 if self.before is None else self.before.seconds
+        return before + 60 * self.entry.minutes * self.left / self.total
 
     def play(self, deadline: Deadline) -> None:
         """Plays the runs that are not finished.
 
         Raises:
-            InUse: another process plays them.
+            InUse: another process plays them, or those beforehand.
             UserError: a run cannot be played, or all failed.
             OutOfTime: the budget is used up.
         """
         with atomic.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with FolderLock(self.folder):
-            while self.before is not None and not self.before.complete:
-                try:
-                    self.before.play(deadline)
-                except InUse:
-                    deadline.check()
-                    time.sleep(POLL)
-                else:
-                    if not self.before.complete:
-                        raise UserError(f"{self.before.entry.name}: {'; '.join(self.before.runner.failures.values())}")
+            if self.before is not None and self.before.left:
+                self.before.play(deadline)
+                if self.before.left:
+                    raise UserError(f"{self.before.entry.name}: {'; '.join(self.before.runner.failures.values())}")
             if len(self.points) > 1:
                 self._play_points()
             if (point := self.chosen()) is None:
@@ -308,67 +293,57 @@ class Reproduction:
         return chosen
 
     def plan(self, cells: Sequence[PublishedCell]) -> tuple[list[PublishedCell], list[str]]:
-        """Those cells that have runs left and fit the budget, the dearest last; and lines on all cells for people.
+        """Those cells that have runs left, the dearest last; and lines on all cells for people.
 
         Cells without data are noted as absent.
         """
-        reasons, left = dict[str, str](), dict[str, dict[tuple[object, ...], float]]()
-        for cell in cells:
+        reasons, lines = dict[str, str](), list[str]()
+        jobs = {cell.name: self.jobs[cell.name] for cell in cells if cell.name in self.jobs}
+        for name, job in jobs.items():
             try:
-                if (job := self.jobs.get(cell.name)) is not None:
-                    left[cell.name] = job.left()
-                    if left[cell.name] and (reason := _without_data(job, reasons)):
-                        self.absent[cell.name] = reason
+                if job.left and (reason := _without_data(job, reasons)):
+                    self.absent[name] = reason
             except UserError as error:
-                raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
-        allowed, lines, seconds, planned = [], list[str](), 0.0, dict[tuple[object, ...], float]()
+                raise UserError(f'{self.paper.name}, cell "{name}": {error}') from None
         for reason, names in by_reason((self.absent.get(cell.name, ""), cell.name) for cell in cells).items():
             lines.append(f"{NO_DATA}: {first_of(names, 3)} ({reason})")
-        jobs = {cell.name: self.jobs[cell.name] for cell in cells if cell.name not in self.absent}
-        needed = {
-            name: left[name] if job.before is None else job.before.left() | left[name] for name, job in jobs.items()
-        }
-        for name in sorted(jobs, key=lambda name: sum(needed[name].values())):
-            job = jobs[name]
-            if not left[name]:
-                lines.append(f"finished: {name}")
-                continue
-            cost = 60 * sum(max(0.0, minutes - planned.get(run, 0.0)) for run, minutes in needed[name].items())
-            fits = self.budget is None or seconds + cost <= self.budget
-            done = job.total - len(left[name])
-            what = "next" if fits else "beyond the budget"
-            lines.append(f"{what}: {name} ({done} of {job.total} runs finished, about {human_time(cost)} left)")
-            if fits:
-                seconds += cost
-                planned |= {run: max(minutes, planned.get(run, 0.0)) for run, minutes in needed[name].items()}
-                allowed.append(self.paper.find(name))
-        return allowed, lines
+        planned = []
+        for name in sorted(
+            jobs.keys() - self.absent.keys(), key=lambda name: (jobs[name].seconds, [*jobs].index(name))
+        ):
+            job, left = jobs[name], jobs[name].left
+            planned += [self.paper.find(name)] if left else []
+            done, about = job.total - left, human_time(job.seconds)
+            left_words = f"next: {name} ({done} of {job.total} runs finished, about {about} left)"
+            lines.append(left_words if left else f"finished: {name}")
+        return planned, lines
 
     def play(self, cells: Sequence[PublishedCell]) -> None:
-        """Plays cells until the budget is used up, and writes the table after each; failed cells are noted.
+        """Plays those cells whose estimates fit what is left of the budget, and writes the table after each.
 
-        Cells that another process plays are left to it.
+        Failed cells are noted.  Cells that another process plays are left to it.
         """
-        waiting, before = list(cells), -1
+        beyond = []
         try:
-            while waiting and len(waiting) != before:
-                before, busy = len(waiting), []
-                for cell in waiting:
-                    self.deadline.check()
-                    self.tell(f"{cell.name}:")
-                    if self._play(cell):
-                        self.write()
-                    else:
-                        busy.append(cell)
-                waiting = busy
+            for cell in cells:
+                if (seconds := self.jobs[cell.name].seconds) > self.deadline.left:
+                    beyond.append(f"{cell.name} (about {human_time(seconds)})")
+                    continue
+                self.deadline.check()
+                self.tell(f"{cell.name}:")
+                if self._play(cell):
+                    self.write()
         except OutOfTime:
             self.tell("The budget is used up: the same command goes on.")
+        if beyond:
+            self.tell(f"beyond the budget: {first_of(beyond, 3)}")
 
     def _play(self, cell: PublishedCell) -> bool:
         """Plays a cell; False where another process does."""
         job, board = self.jobs[cell.name], self.board()
-        for each in _needed(job):
-            each.runner.board = board
+        job.runner.board = board
+        if job.before is not None:
+            job.before.runner.board = board
         try:
             job.play(self.deadline)
         except InUse:
@@ -384,22 +359,11 @@ class Reproduction:
             self.failures.setdefault(cell.name, text)
         return True
 
-    def outcome(self, cell: PublishedCell) -> Outcome | None:
-        """What the runs of a cell give; None while one is not finished, or where they do not tell the figure."""
-        try:
-            return self._outcome(cell)
-        except UserError as error:
-            self.failures[cell.name] = str(error)
-            return None
-
-    def _outcome(self, cell: PublishedCell) -> Outcome | None:
-        job = self.jobs.get(cell.name)
-        point = None if job is None or not job.complete else job.chosen()
-        if job is None or point is None:
+    def _outcome(self, cell: PublishedCell, job: Job) -> Outcome | None:
+        """What the runs of a cell give; None while one is not finished."""
+        if job.left or (point := job.chosen()) is None:
             return None
         runs = job.runs(point)
-        if len(runs) < len(job.seeds):
-            return None
         firsts = job.first_runs() if len(job.points) > 1 else []
         effects = [f"{_point(each)}: {_reached(cell, run)}{' (chosen)' * (each == point)}" for each, run in firsts]
         return Outcome(
@@ -413,34 +377,31 @@ class Reproduction:
             date=max(_finished(run) for run in runs.values()),
         )
 
-    def _curves(self, cell: PublishedCell) -> Groups:
-        """Records of the runs of a cell with a target; none where they cannot be read, which is noted."""
-        job = self.jobs.get(cell.name)
-        try:
-            return {} if job is None or cell.goal is None else job.histories()
-        except UserError as error:
-            self.failures[cell.name] = str(error)
-            return {}
-
     def rows(self) -> list[Row]:
-        """A row for every cell of the paper."""
-        outcomes = {cell.name: self.outcome(cell) for cell in self.paper.cells}
-        curves = {cell.name: self._curves(cell) for cell in self.paper.cells}
+        """A row for every cell of the paper; what of it cannot be read is noted as a failure."""
+        outcomes, curves = dict[str, Outcome | None](), dict[str, Groups]()
+        for cell in self.paper.cells:
+            if (job := self.jobs.get(cell.name)) is not None:
+                try:
+                    outcomes[cell.name] = self._outcome(cell, job)
+                    curves[cell.name] = {} if cell.goal is None else job.histories()
+                except UserError as error:
+                    self.failures[cell.name] = str(error)
         rows = []
         for cell in self.paper.cells:
-            outcome, baseline = outcomes[cell.name], outcomes.get(cell.baseline)
+            outcome, job = outcomes.get(cell.name), self.jobs.get(cell.name)
             if outcome is not None:
                 published = self.paper.find(cell.baseline).published if cell.baseline else None
-                verdict = judge(cell, outcome, baseline, published)
+                verdict = judge(cell, outcome, outcomes.get(cell.baseline), published)
             elif cell.name in self.absent:
                 verdict = Verdict(NO_DATA, self.absent[cell.name])
-            elif cell.name in self.failures:
-                verdict = Verdict(NOT_PLAYED, self.failures[cell.name])
+            elif job is None or cell.name in self.failures:
+                verdict = Verdict(NOT_PLAYED, self.failures.get(cell.name, ""))
             else:
-                done, total = self.jobs[cell.name].count
-                verdict = Verdict(NOT_PLAYED, f"{done} of {total} runs finished" * bool(done))
-            job = None if cell.name in self.absent else self.jobs[cell.name]
-            rows.append(Row(cell, verdict, outcome, "" if job is None else str(job.folder), curves[cell.name]))
+                done = job.total - job.left
+                verdict = Verdict(NOT_PLAYED, f"{done} of {job.total} runs finished" * bool(done))
+            folder = "" if job is None or cell.name in self.absent else str(job.folder)
+            rows.append(Row(cell, verdict, outcome, folder, curves.get(cell.name, {})))
         return rows
 
     def write(self) -> list[Path]:
@@ -475,10 +436,6 @@ def _finished(run: FoundRun) -> str:
     ``rsync -t``.
     """
     return datetime.fromtimestamp((run.folder / SUMMARY).stat().st_mtime, UTC).date().isoformat()
-
-
-def _needed(job: Job) -> list[Job]:
-    return [job] if job.before is None else [job.before, job]
 
 
 _OF_DATA = ("data", "data_options", "clients", "partition", "train_samples", "public_samples", "correlation")

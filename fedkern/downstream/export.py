@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import logging
 import warnings
@@ -210,19 +209,26 @@ def _ones(leaf: Tensor) -> Tensor:
     return leaf if leaf.is_floating_point() else torch.ones_like(leaf)
 
 
-Axis = tuple[int, int]
-"""An input by number, and an axis of it."""
 Shapes = dict[str, Any] | tuple[Any, ...]
 """Free axes, as torch.export takes them."""
 
 
-def _export(bundle: Exportable, free: Collection[Axis]) -> tuple[ExportedProgram, Shapes]:
-    """Return the exported program and its dynamic shapes: the number of samples, and the axes ``free`` where it can."""
-    batch, numbers = torch.export.Dim("batch", min=1), itertools.count()
+def _trace_network(bundle: Exportable) -> tuple[ExportedProgram, Shapes]:
+    """Return the exported program, with free lengths where the network takes several, and its dynamic shapes."""
+    if bundle.lengths:
+        with suppress(Exception):  # exporters raise many kinds where a length cannot be free
+            program, shapes = _export(bundle, torch.export.Dim.AUTO)
+            if _takes_other_lengths(bundle, program):
+                return program, shapes
+    return _export(bundle, None)
+
+
+def _export(bundle: Exportable, length: object) -> tuple[ExportedProgram, Shapes]:
+    """Return the exported program and its dynamic shapes: the number of samples, and ``length`` for all other axes."""
+    batch = torch.export.Dim("batch", min=1)
 
     def axes_of(leaf: Tensor) -> dict[int, object]:
-        number = next(numbers)
-        return {0: batch, **{axis: torch.export.Dim.AUTO for axis in range(1, leaf.dim()) if (number, axis) in free}}
+        return {0: batch, **dict.fromkeys(range(1, leaf.dim()), length)}
 
     shapes = mapped(axes_of, bundle.args)
     if bundle.kwargs:
@@ -237,37 +243,22 @@ def _sizes(program: ExportedProgram) -> list[list[str]]:
     return [[*map(str, values[name].shape)] for name in program.graph_signature.user_inputs]
 
 
-def _trace_network(bundle: Exportable) -> tuple[ExportedProgram, Shapes]:
-    """Return the exported program, with free lengths where the network takes several, and its dynamic shapes."""
-    if not bundle.lengths:
-        return _export(bundle, ())
-    numbers = range(len(list(leaves([bundle.args, bundle.kwargs]))))
-    free = {(number, axis) for number in numbers for axis in range(1, 9)}
-    with suppress(Exception):  # exporters raise many kinds where a length cannot be free
-        program, shapes = _export(bundle, free)
-        groups: dict[str, set[Axis]] = {}
-        for number, sizes in enumerate(_sizes(program)):
-            for axis, size in enumerate(sizes[1:], 1):
-                groups.setdefault(size, set()).add((number, axis))
-        found = {axis for group in groups.values() if _is_free(bundle, program.module(), group) for axis in group}
-        return (program, shapes) if found == set().union(*groups.values()) else _export(bundle, found)
-    return _export(bundle, ())
-
-
-def _is_free(bundle: Exportable, program: nn.Module, group: Collection[Axis]) -> bool:
-    """Return whether a program gives the network's outputs for another length of these axes."""
+def _takes_other_lengths(bundle: Exportable, program: ExportedProgram) -> bool:
+    """Return whether a program gives the network's outputs for another length of its free axes, if it has some."""
     for change in (lambda size: 2 * size, lambda size: size + 1, lambda size: size - 1):
-        numbers = itertools.count()
+        inputs = iter(_sizes(program))
 
-        def resized(leaf: Tensor, change: Callable[[int], int] = change, numbers: Iterator[int] = numbers) -> Tensor:
-            number = next(numbers)
-            for axis in [axis for place, axis in group if place == number]:
-                leaf = torch.cat([leaf, leaf], axis).narrow(axis, 0, change(leaf.shape[axis]))
+        def resized(
+            leaf: Tensor, change: Callable[[int], int] = change, inputs: Iterator[list[str]] = inputs
+        ) -> Tensor:
+            for axis, size in enumerate(next(inputs)):
+                if axis and not size.isdecimal():
+                    leaf = torch.cat([leaf, leaf], axis).narrow(axis, 0, change(leaf.shape[axis]))
             return leaf
 
         other = replace(bundle, args=mapped(resized, bundle.args), kwargs=mapped(resized, bundle.kwargs))
         with suppress(Exception), torch.no_grad():
-            check(program(*other.args, **other.kwargs), other)
+            check(program.module()(*other.args, **other.kwargs), other)
             return True
     return False
 

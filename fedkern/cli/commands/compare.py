@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ from fedkern.methods import METHODS, registry
 from fedkern.process import interrupts
 from fedkern.process.standard_streams import put
 from fedkern.settings.config import RunConfig
+from fedkern.text_table import Table
 from fedkern.typed_option import flag
 
 _NOT_HERE = {
@@ -64,9 +65,8 @@ def add_flags(parser: Parser) -> None:
 
 def checked(request: Request, parser: Parser) -> Request:
     """The request for the methods or folders; raises UserError where these and the flags do not go together."""
-    from fedkern.comparison.cells import check_methods, check_option, read_seeds, read_sweep, variants
-    from fedkern.comparison.compared import check_select
-    from fedkern.comparison.seed_statistics import Target
+    from fedkern.comparison.cells import check_methods, read_sweep
+    from fedkern.comparison.compared import Plan
 
     words, arguments = parser.rest or [], request.arguments
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
@@ -85,10 +85,10 @@ def checked(request: Request, parser: Parser) -> Request:
     check_methods(names)
     run = _settings(names[0], rest, parser)
     options = key_values(request.options, "method_option")
-    for name in options:
-        check_option(name, names)
-    sweep = read_sweep(arguments["sweep"])
-    check_select(arguments["select"], sweep)
+    plan = Plan.of(
+        names, run.settings, options, sweep=read_sweep(arguments["sweep"]), seeds=arguments["seeds"] or "3",
+        select=arguments["select"], target=arguments["target"],
+    )  # fmt: skip
     jobs, number = arguments["jobs"] or "1", arguments["task"]
     if arguments["slurm"] and number:
         raise UserError(
@@ -97,14 +97,7 @@ def checked(request: Request, parser: Parser) -> Request:
     if (arguments["slurm"] or number) and (arguments["select"] or jobs != "1"):
         reason = "--select waits for runs of other tasks" if arguments["select"] else f"--jobs {jobs} plays several"
         raise UserError(f"--slurm and --task are for one run a task, and {reason}: leave one of the two out.")
-    planned = {
-        "jobs": int(jobs) if jobs.isdecimal() else jobs,
-        "variants": variants(names, sweep, {*run.settings, *options}),
-        "seeds": read_seeds(arguments["seeds"] or "3", run.settings.get("seed", 0)),
-        "options": options,
-    }
-    if arguments["target"] is not None:
-        Target.read(arguments["target"])
+    planned = {"jobs": int(jobs) if jobs.isdecimal() else jobs, "plan": plan, "options": options}
     common = {name: getattr(request, name) for name in ("command", "out", "report", "quiet", "json")}
     return dataclasses.replace(run, arguments={**arguments, **planned}, **common)
 
@@ -124,15 +117,13 @@ def play(request: Request) -> int:
     from fedkern.comparison import compared
     from fedkern.comparison.boards import board
     from fedkern.comparison.cell_runner import Runner
-    from fedkern.comparison.seed_statistics import Target
 
     arguments = request.arguments
-    target = None if arguments["target"] is None else Target.read(arguments["target"])
     if "folders" in arguments:
-        return _tell(request, compared.compare_found(arguments["folders"], out=request.out, target=target), {})
+        found = compared.compare_found(arguments["folders"], out=request.out, target=arguments["target"])
+        return _tell(request, found, {})
     check_backend()
     live_board = board(quiet=request.quiet, json=request.json)
-    notes = compared.unread([*arguments["variants"]], request.settings, arguments["options"])
     where: list[Path] = []
     tracebacks: dict[str, str] = {}
 
@@ -143,10 +134,10 @@ def play(request: Request) -> int:
             out, lambda variant, seed: config_of(request, variant, seed), given_names, live_board,
             tracebacks=tracebacks, jobs=arguments["jobs"],
         )  # fmt: skip
-        variants, seeds, select, number = (arguments[name] for name in ("variants", "seeds", "select", "task"))
+        plan, number = arguments["plan"], arguments["task"]
         if number is None and not arguments["slurm"]:
-            return compared.play(runner, variants, seeds, select=select, target=target, notes=notes)
-        pairs = [(variant, seed) for seed in seeds for variant in chain(*variants.values())]  # in the order of `cells`
+            return compared.play(runner, plan)
+        pairs = [(variant, seed) for seed in plan.seeds for variant in chain(*plan.variants.values())]  # as `cells`
         if number is not None and not (number.isdecimal() and int(number) < len(pairs)):
             raise UserError(f'--task must be the number of a run, from 0 to {len(pairs) - 1}, not "{number}".')
         chosen = pairs if number is None else [pairs[int(number)]]
@@ -162,14 +153,12 @@ def play(request: Request) -> int:
     try:
         result = compared.in_folder(request.out, begin)
     except KeyboardInterrupt as stop:
-        interrupts.ended()
+        how, code = interrupts.end_by(stop)
         live_board.close()
-        terminated = isinstance(stop, interrupts.Terminated)
-        how = "terminated" if terminated else "interrupted"
         begun = bool(where) and any(where[0].glob("*/config.toml"))
         again = f"; go on with: {_again(arguments['words'], where[0])}" if begun else " before anything was written"
         print(f"{how}{again}", file=sys.stderr)
-        return 143 if terminated else 130
+        return code
     return 0 if result is None else _tell(request, result, tracebacks)
 
 
@@ -220,25 +209,39 @@ def _tell(request: Request, comparison: Any, tracebacks: Mapping[str, str]) -> i
     from fedkern.report.names import say
 
     result = comparison.result
-    if request.json:
-        put(result.to_json(comparison.folder))
-    elif request.quiet:
-        print(comparison.folder)
-    else:
-        console = terminal()
-        console.print(result.text_table())
-        for text in result.sentences():
-            say(console, text)
-        say(console, f"folder: {comparison.folder}")
-        say(console, f"files:  {', '.join(path.name for path in comparison.files)}")
-    for text in tracebacks.values():
-        print(printable(text), end="", file=sys.stderr)
-    for text in comparison.failures:
-        print(f"error: {text}", file=sys.stderr)
+    places = [f"folder: {comparison.folder}", f"files:  {', '.join(path.name for path in comparison.files)}"]
+    code = tell(
+        request, comparison.folder, lambda: result.to_json(comparison.folder), result.text_table(),
+        [*result.sentences(), *places], tracebacks, comparison.failures,
+    )  # fmt: skip
     if request.report:
         from fedkern.comparison.comparison_page import write_report
 
         written = write_report(comparison.folder, comparison.result, commands=first_commands(comparison.result))
         if not (request.json or request.quiet):
             say(terminal(), f"report: {written}")
-    return 1 if comparison.failures else 0
+    return code
+
+
+def tell(
+    request: Request, folder: Path, as_json: Callable[[], object], table: Table, sentences: Iterable[str],
+    tracebacks: Mapping[str, str], failures: Collection[str],
+) -> int:  # fmt: skip
+    """Prints the result of many runs, as the request wants to have it, and their failures; returns the exit code."""
+    from fedkern.report.live.progress import terminal
+    from fedkern.report.names import say
+
+    if request.json:
+        put(as_json())
+    elif request.quiet:
+        print(folder)
+    else:
+        console = terminal()
+        console.print(table)
+        for text in sentences:
+            say(console, text)
+    for text in tracebacks.values():
+        print(printable(text), end="", file=sys.stderr)
+    for text in failures:
+        print(f"error: {text}", file=sys.stderr)
+    return 1 if failures else 0

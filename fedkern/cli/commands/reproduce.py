@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedkern.cli import extensions, flags
-from fedkern.cli.commands.compare import config_of
+from fedkern.cli.commands.compare import config_of, tell
 from fedkern.cli.flags import Parser, add, key_values
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
-from fedkern.errors import UserError, printable
+from fedkern.errors import UserError
 from fedkern.process import interrupts
-from fedkern.process.standard_streams import put
 
 if TYPE_CHECKING:
     from fedkern.comparison.reproduction import Command, Reproduction
@@ -112,10 +111,9 @@ def play(request: Request) -> int:
         reproduction.play(cells)
         reproduction.write()
     except KeyboardInterrupt as stop:
-        interrupts.ended()
-        terminated = isinstance(stop, interrupts.Terminated)
-        print(f"{'terminated' if terminated else 'interrupted'}; the same command goes on", file=sys.stderr)
-        return 143 if terminated else 130
+        how, code = interrupts.end_by(stop)
+        print(f"{how}; the same command goes on", file=sys.stderr)
+        return code
     return _tell(request, reproduction)
 
 
@@ -139,22 +137,11 @@ def command_of(request: Request, words: Sequence[str]) -> Command:
 
 def _tell(request: Request, reproduction: Reproduction) -> int:
     from fedkern.comparison.reproduction_table import text_table
-    from fedkern.report.live.progress import terminal
-    from fedkern.report.names import say
 
-    rows, paper = reproduction.rows(), reproduction.paper
-    if request.json:
-        put({"rows": [row.values() for row in rows], "folder": str(reproduction.out)})
-    elif request.quiet:
-        print(reproduction.out)
-    else:
-        console = terminal()
-        table = text_table(paper, rows)
-        console.print(dataclasses.replace(table, notes=()))
-        for text in (*table.notes, f"folder: {reproduction.out}"):
-            say(console, text)
-    for text in reproduction.tracebacks.values():
-        print(printable(text), end="", file=sys.stderr)
-    for name, text in reproduction.failures.items():
-        print(f"error: {name}: {text}", file=sys.stderr)
-    return 1 if reproduction.failures else 0
+    rows, out = reproduction.rows(), reproduction.out
+    table = text_table(reproduction.paper, rows)
+    return tell(
+        request, out, lambda: {"rows": [row.values() for row in rows], "folder": str(out)},
+        dataclasses.replace(table, notes=()), [*table.notes, f"folder: {out}"], reproduction.tracebacks,
+        [f"{name}: {text}" for name, text in reproduction.failures.items()],
+    )  # fmt: skip
