@@ -99,7 +99,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         _close(request, config, out, summary)
         _illustrate(request, config, out, data, code, view)
     except KeyboardInterrupt as stop:
-        how, code = interrupts.end_by(stop)
+        how, status = interrupts.end_by(stop)
         view.close()
         if (out / "config.toml").exists():
             again = " ".join([quote(out), *dict.fromkeys(flag for flag, _ in config.code())])
@@ -107,7 +107,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
             say(view.console, f"{how}; {way}: {PROGRAM} --resume {again}{' --report' * request.report}")
         else:
             say(view.console, f"{how} before anything was written; start again.")
-        return code
+        return status
     finally:
         view.close()
     return 0
