@@ -46,7 +46,7 @@ def files_identity(config: RunConfig) -> dict[str, str]:
                 identity[name] = digest.hexdigest()
     for name, text in {"data": config.data, **dict(config.chosen.code())}.items():
         if (named := named_code.parse(text)) is not None and named.file:
-            identity[name] = plugin_files.read_code(Path(os.path.realpath(named.file)), str(named))[2]
+            identity[name] = plugin_files.read_code(Path(os.path.realpath(named.file)), str(named)).identity
     return identity
 
 

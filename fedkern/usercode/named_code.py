@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from fedkern.usercode.identity import digest, identity_table, module_identity
 FORMS = "FILE.py:NAME or MODULE:NAME"
 INSTANCE = "module:"
 """Beginning of the name of a network that a script gives as a module, which no code can be named by."""
-_SEEN: dict[str, str] = {}  # identities of the files that this process has run, by module, and of those beside them
 
 
 @dataclass(frozen=True)
@@ -110,16 +108,6 @@ def as_it_is(what: str) -> str:
     )
 
 
-def _forget_changed(module: str, identity: str, folder: Path, neighbours: Iterable[str]) -> None:
-    """Has a file's module, and those beside it, made anew where one beside it has changed since this process ran it."""
-    hashes = plugin_files.parsed(identity).items()
-    now = {module: identity, **{str(folder / path): each for path, each in hashes if path}}
-    if any(_SEEN.get(name, each) != each for name, each in now.items()):
-        for name in (module, *plugin_files.loaded(folder, neighbours)):
-            sys.modules.pop(name, None)
-    _SEEN.update(now)
-
-
 def load(named: Named, what: str) -> tuple[Any, str]:
     """Imports the module, or runs the file, and returns what it calls by that name.
 
@@ -137,10 +125,10 @@ def load(named: Named, what: str) -> tuple[Any, str]:
     try:
         if named.file:
             file = Path(os.path.realpath(named.file))
-            source, neighbours, identity = plugin_files.read_code(file, f"{what} {named}")
-            name = module_name(named.file, source)
-            _forget_changed(name, identity, file.parent, neighbours.values())
-            module = run(name, named.file, source)
+            code = plugin_files.read_code(file, f"{what} {named}")
+            identity, name = code.identity, module_name(named.file, code.source)
+            plugin_files.forget_changed(file, code, name)
+            module = run(name, named.file, code.source)
         else:
             module = run(named.module)
             spec = getattr(module, "__spec__", None)  # os.path has another name there, as has __main__ of python -m

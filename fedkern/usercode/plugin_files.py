@@ -1,9 +1,8 @@
 """Files that a plugin imports from its own folder, which belong to the plugin's identity.
 
 They are found in the source, which is not executed: the ``import`` statements of the plugin, of what it imports, and so
-on, also those inside functions.  What a plugin imports in another way (``importlib``, a path of its own) is found among
-the modules that its execution has loaded.  Installed packages, the standard library and fedkern do not count, even if
-they lie in the plugin's folder.
+on, also those inside functions; what a plugin imports in another way (``importlib``, a path of its own) does not count.
+Neither do installed packages, the standard library and fedkern, even if they lie in the plugin's folder.
 
 An identity is ``sha256:HEX`` of the plugin, followed by ``; PATH sha256:HEX`` for every neighbour, with the path
 relative to the plugin's folder.
@@ -16,36 +15,61 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib.machinery import all_suffixes
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from fedkern.errors import UserError
-from fedkern.usercode.identity import INSTALLED, content, content_hash
+from fedkern.usercode.identity import content, content_hash
 
+_SEEN: dict[str, str] = {}  # identities of the files that this process has run, by module, and of those beside them
 _PART = re.compile(r"(?:(?P<path>.+?) )??(?P<hash>sha256:[0-9a-f]{64})(?:; |$)", re.DOTALL)
 
 
-def identity(file: Path, source: bytes, neighbours: Iterable[Path]) -> str:
-    """The identity of a plugin, whose path is absolute, with ``neighbours``, files in its folder or below.
+@dataclass(frozen=True)
+class CodeFile:
+    """A file of code as it is now.
+
+    Attributes:
+        source: its content.
+        hashes: by path from its folder, those of the files there that it imports, and its own under ``""``.
+        modules: names of the modules that it imports from its folder.
+    """
+
+    source: bytes
+    hashes: dict[str, str]
+    modules: tuple[str, ...]
+
+    @property
+    def identity(self) -> str:
+        return "; ".join(f"{path} {text}".lstrip() for path, text in self.hashes.items())
+
+
+def read_code(file: Path, what: str, source: bytes | None = None) -> CodeFile:
+    """Read a file of code, and the files that it imports from its own folder, without executing anything.
+
+    Args:
+        file: the file, by its absolute path.
+        what: what the error calls the file.
+        source: content that stands for the file's.
 
     Raises:
-        UserError: a neighbour cannot be read.
+        UserError: a file cannot be read.
     """
-    parts = sorted((path.relative_to(file.parent).as_posix(), path) for path in {*neighbours} - {file})
-    return "; ".join([content_hash(source), *(f"{name} {content_hash(content(path))}" for name, path in parts)])
-
-
-def read_code(file: Path, what: str) -> tuple[bytes, dict[Path, str], str]:
-    """Return content, neighbours with their modules, and identity of a file of code.
-
-    Raises:
-        UserError: the file, which the error calls ``what``, or a neighbour cannot be read.
-    """
-    source = content(file, what)
+    source = content(file, what) if source is None else source
     neighbours = imported(file, source)
-    return source, neighbours, identity(file, source, neighbours)
+    paths = sorted((path.relative_to(file.parent).as_posix(), path) for path in neighbours)
+    hashes = {"": content_hash(source), **{name: content_hash(content(path)) for name, path in paths}}
+    return CodeFile(source, hashes, tuple(dict.fromkeys(neighbours.values())))
+
+
+def forget_changed(file: Path, code: CodeFile, module: str) -> None:
+    """Have a file's ``module``, and those beside it, made anew where a file has changed since this process ran it."""
+    now = {module: code.identity, **{str(file.parent / path): text for path, text in code.hashes.items() if path}}
+    if any(_SEEN.get(name, text) != text for name, text in now.items()):
+        for name in (module, *loaded(file.parent, code.modules)):
+            sys.modules.pop(name, None)
+    _SEEN.update(now)
 
 
 def parsed(text: str) -> dict[str, str]:
@@ -60,33 +84,10 @@ def parsed(text: str) -> dict[str, str]:
     return parts if "" in parts else {}
 
 
-def current(file: Path, source: bytes, stored: Mapping[str, str]) -> dict[str, str]:
-    """Return the hashes of a plugin's files now, by relative path, without executing anything.
-
-    These are the files of a stored identity, those that the plugin imports, and those that Python may load in their
-    place.  A file that cannot be read, or that lies outside the plugin's folder, is left out.
-    """
-    found = [*imported(file, source), *in_the_place_of(file.parent, stored)]
-    hashes = {}
-    for name in {*stored, *(path.relative_to(file.parent).as_posix() for path in found)}:
-        path = PurePosixPath(name)
-        if not path.is_absolute() and ".." not in path.parts:
-            with suppress(UserError):
-                hashes[name] = content_hash(content(file.parent / path) if name else source)
-    return hashes
-
-
-def loaded(folder: Path, names: Iterable[str]) -> dict[str, Path]:
-    """The files in the folder or below, by name, of modules that this process has loaded."""
-    files: dict[str, Path] = {}
-    foreign = _foreign(folder)
-    for name in names:
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if isinstance(file, str):
-            path = Path(os.path.realpath(Path(file).parent), Path(file).name)  # a file may be a link to another folder
-            if _counts(path, folder, foreign) and path.is_file():
-                files[name] = path
-    return files
+def loaded(folder: Path, names: Iterable[str]) -> list[str]:
+    """Names of modules that this process has loaded from files in the folder or below."""
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
+    return [name for name, file in files.items() if file and Path(os.path.realpath(file)).is_relative_to(folder)]
 
 
 def imported(file: Path, source: bytes) -> dict[Path, str]:
@@ -102,23 +103,13 @@ def imported(file: Path, source: bytes) -> dict[Path, str]:
         current, text = todo.pop()
         for name in _names(current, text, folder):
             for path in _files(folder.joinpath(*name.split("."))):
-                if path not in modules and path != file and _counts(path, folder, foreign) and path.is_file():
+                if path in modules or path == file or any(path.is_relative_to(place) for place in foreign):
+                    continue
+                if path.is_file():
                     modules[path] = name
                     if path.suffix == ".py":
                         todo.append((path, content(path)))
     return modules
-
-
-def in_the_place_of(folder: Path, names: Iterable[str]) -> Iterator[Path]:
-    """Files that Python may load instead of others, such as a package or an extension beside a module of its name."""
-    for name in names:
-        path = PurePosixPath(name)
-        if not name or path.is_absolute() or ".." in path.parts:
-            continue
-        ending = next((suffix for suffix in sorted(all_suffixes(), key=len, reverse=True) if name.endswith(suffix)), "")
-        stem = folder / name.removesuffix(ending)
-        stem = stem.parent if stem.name == "__init__" else stem
-        yield from (path for path in _files(stem) if stem != folder and path.is_file())
 
 
 def _files(stem: Path) -> Iterator[Path]:
@@ -133,12 +124,6 @@ def _foreign(folder: Path) -> list[Path]:
     places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     folders = [os.path.realpath(place) for place in (str(Path(__file__).parents[1]), *places) if place]
     return [Path(path) for path in folders if Path(path).is_relative_to(folder)]
-
-
-def _counts(path: Path, folder: Path, foreign: Iterable[Path]) -> bool:
-    if not path.is_relative_to(folder) or any(path.is_relative_to(place) for place in foreign):
-        return False
-    return not any(part in INSTALLED for part in path.relative_to(folder).parts)
 
 
 def _names(file: Path, source: bytes, folder: Path) -> Iterator[str]:

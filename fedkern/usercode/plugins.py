@@ -30,7 +30,7 @@ from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import cache_folder, check_text, expand
 from fedkern.usercode import execution, plugin_files
 from fedkern.usercode.execution import module_name
-from fedkern.usercode.identity import content, content_hash, differences, module_identity
+from fedkern.usercode.identity import differences, module_identity
 from fedkern.usercode.named_code import changed, trust, untrusted
 from fedkern.usercode.registry import REGISTRIES, Registry, docstring
 
@@ -60,7 +60,7 @@ class Plugin:
         given: whether the user named the plugin, rather than an entry point or a run folder.
         installed: whether an entry point names the plugin.
         added: names that the plugin has registered, by kind (a key of `REGISTRIES`).
-        modules: names of modules in the folder of a file that its execution has loaded.
+        modules: names of modules in the folder of a file that it imports.
     """
 
     name: str
@@ -97,11 +97,11 @@ def load(name: str) -> Plugin:
     if path is None:
         plugin = plugin or _execute(Plugin(name, _module_identity(name)))
     else:
-        source = content(path, f"The plugin {path}")
-        if plugin is None or _differences(name, path, plugin.identity):
+        code = plugin_files.read_code(path, f"The plugin {path}")
+        if plugin is None or plugin.identity != code.identity:
             unload(name)
-            _forget_changed(path.parent)
-            plugin = _execute(Plugin(name, content_hash(source), source))
+            plugin_files.forget_changed(path, code, module_name(name, code.source))
+            plugin = _execute(Plugin(name, code.identity, code.source, modules=code.modules))
     _LOADED[name] = plugin = replace(plugin, given=True)
     return plugin
 
@@ -140,21 +140,14 @@ def unload(name: str) -> None:
     for kind, names in plugin.added.items():
         for each in names:
             tables[kind].pop(each, None)
-    sys.modules.pop(_module_name(plugin), None)
-    for name in plugin.modules:
+    _forget(plugin)
+
+
+def _forget(plugin: Plugin, kept: Collection[str] = ()) -> None:
+    """Have a plugin's module, and those beside it that it imports, loaded anew, but for those ``kept``."""
+    names = plugin_files.loaded(Path(plugin.name).parent, plugin.modules)
+    for name in {_module_name(plugin), *names} - {*kept}:
         sys.modules.pop(name, None)
-
-
-def _forget_changed(folder: Path) -> None:
-    """Has modules in a folder loaded anew that have changed since another plugin of the folder imported them."""
-    for plugin in _LOADED.values():
-        path = Path(plugin.name)
-        if plugin.modules and path.parent == folder:
-            with suppress(UserError):
-                if not _differences(plugin.name, path, plugin.identity):
-                    continue
-            for name in plugin.modules:
-                sys.modules.pop(name, None)
 
 
 def loaded() -> tuple[Plugin, ...]:
@@ -197,11 +190,12 @@ def _tables() -> Mapping[str, Registry[Any]]:
 
 
 def _execute(plugin: Plugin) -> Plugin:
-    """Runs a plugin's code; returns the plugin with what it registers, the modules it has loaded and its identity.
+    """Runs a plugin's code; returns the plugin with what it registers.
 
     An exception leaves nothing registered.
     """
     tables, module = _tables(), _module_name(plugin)
+    _check_apart(plugin)
     before = {kind: dict(table) for kind, table in tables.items()}
     modules = set(sys.modules)
     try:
@@ -212,40 +206,25 @@ def _execute(plugin: Plugin) -> Plugin:
                 f'The plugin {plugin.name} registers nothing: put @fedkern.register("NAME") on a method, or another of '
                 "the decorators of docs/plugins.md."
             )
-        return replace(_with_neighbours(plugin, modules), added=added)
+        return replace(plugin, added=added)
     except BaseException:
         for kind, table in tables.items():
             table.clear()
             table.update(before[kind])
-        for name in [*_loaded_beside(plugin, modules), *([] if module in modules else [module])]:
-            sys.modules.pop(name, None)
+        _forget(plugin, modules)
         raise
 
 
-def _with_neighbours(plugin: Plugin, before: Collection[str]) -> Plugin:
-    """A plugin that has been executed, with the modules of its folder that it has loaded and its identity."""
-    if plugin.source is None:
-        return plugin
-    file = Path(plugin.name)
-    imported, loaded_files = plugin_files.imported(file, plugin.source), _loaded_beside(plugin, before)
+def _check_apart(plugin: Plugin) -> None:
+    """Raise UserError where a plugin imports a module that a plugin of another folder has loaded by the same name."""
     for other in _LOADED.values():
-        elsewhere = Path(other.name).parent
-        for name in other.modules if elsewhere != file.parent else ():
-            if name in imported.values() and name in plugin_files.loaded(elsewhere, [name]):
-                raise UserError(
-                    f"The plugin {plugin.name} imports {name}, and another {name} is loaded already, of the plugin "
-                    f"{other.name}: rename one of the two."
-                )
-    identity = plugin_files.identity(file, plugin.source, [*imported, *loaded_files.values()])
-    return replace(plugin, identity=identity, modules=tuple(loaded_files))
-
-
-def _loaded_beside(plugin: Plugin, before: Collection[str]) -> dict[str, Path]:
-    """The files, by module, that a plugin's execution has loaded from its folder; no other plugins."""
-    if plugin.source is None:
-        return {}
-    names = [name for name in [*sys.modules] if name not in before and not name.startswith("fedkern_")]
-    return plugin_files.loaded(Path(plugin.name).parent, names)
+        folder = Path(other.name).parent
+        shared = plugin_files.loaded(folder, {*other.modules} & {*plugin.modules})
+        if shared and folder != Path(plugin.name).parent:
+            raise UserError(
+                f"The plugin {plugin.name} imports {shared[0]}, and another {shared[0]} is loaded already, of the "
+                f"plugin {other.name}: rename one of the two."
+            )
 
 
 def _run(plugin: Plugin, name: str) -> None:
@@ -313,9 +292,7 @@ def given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
     result = {}
     for name, identity in identities.items():
         plugin = load(name)
-        hashes = plugin_files.parsed(identity)
-        fits = hashes and hashes.items() <= plugin_files.parsed(plugin.identity).items()
-        if identity not in ("", plugin.identity) and not fits:
+        if identity not in ("", plugin.identity):
             raise UserError(
                 f"The plugin {plugin.name} is not the one that the settings name ({_short(identity)} there, "
                 f"{_short(plugin.identity)} now): put it back, or take the identity out of the settings."
@@ -393,17 +370,15 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
             raise changed(f"The plugin {name}", folder, words, f"the plugin again, {again} (in Python {trust(name)}),")
         if full != name or not _is_remembered(name, identity):
             raise untrusted(Path(folder) / "config.toml", f"the plugin {name}", "the plugin again", again)
-        load(name)
-        # The stored identity, whose files are unchanged: what is loaded in other ways than by import may differ.
-        _LOADED[name] = replace(_LOADED[name], given=False, identity=identity)
+        _LOADED[name] = replace(load(name), given=False)
 
 
 def _differences(name: str, path: Path | None, identity: str, source: bytes | None = None) -> list[str]:
     """Return what has changed of a plugin since it had an identity, in words, without executing anything."""
     then, now = {"": identity}, {"": "" if path is not None else _module_identity(name)}
     if path is not None:
-        then = plugin_files.parsed(identity) or then
-        now = plugin_files.current(path, source or content(path, f"The plugin {path}"), then)
+        code = plugin_files.read_code(path, f"The plugin {path}", source)
+        then, now = plugin_files.parsed(identity) or then, code.hashes
     tables = ({str(Path(name).parent / part) if part else name: table[part] for part in table} for table in (then, now))
     return [_short(text) for text in differences(*tables)]
 
@@ -484,4 +459,4 @@ def receive(plugins: Iterable[Plugin]) -> None:
         path = None if plugin.source is None else Path(plugin.name)
         if path is not None and (words := _differences(plugin.name, path, plugin.identity, plugin.source)):
             raise UserError(f"The plugin {plugin.name} has changed meanwhile ({first_of(words, 3)}).")
-        _LOADED[plugin.name] = replace(_execute(plugin), identity=plugin.identity)
+        _LOADED[plugin.name] = _execute(plugin)
