@@ -12,7 +12,7 @@ from fedkern import ops
 from python_tests.ops._aggregate.aggregate_cases import accumulate
 from python_tests.ops.emulated_core import emulated
 from python_tests.ops.operator_cases import BACKENDS, DTYPES, using
-from python_tests.ops.test_traps import Calls, Named
+from python_tests.ops.operator_runs import Calls, Named
 
 SIZE = 37
 WEIGHTS = [1.0, 2.0, 0.5]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
 from fedkern.ops._core import backend
@@ -24,7 +23,7 @@ from python_tests.ops.every_operator import (
     each_operator,
 )
 from python_tests.ops.operator_cases import BACKENDS, using
-from python_tests.ops.operator_runs import run
+from python_tests.ops.operator_runs import Calls, Named, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,23 +127,6 @@ def test_fake_and_meta_tensors(operator: Operator, dtype: torch.dtype) -> None:
             if not operator.only_cpu or (x is fake and i == 0):  # torch's convolution of meta tensors has other strides
                 assert x.stride() == real.stride()
         assert meta.is_meta
-
-
-class Named(Tensor):
-    """A subclass without any behaviour of its own."""
-
-
-class Calls(TorchDispatchMode):
-    """Remembers the calls of this project's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "fedkern":
-            self.seen.append((function, args, kwargs or {}))
-        return function(*args, **(kwargs or {}))
 
 
 @each_operator
@@ -476,11 +458,11 @@ def check_library(name: str) -> None:
             results = operator.results(*inputs)
             if operator.gradient:
                 torch.autograd.backward(results, [torch.ones_like(x) for x in results])
-        for function, args, kwargs in calls.seen:
+        for function, args in calls.seen:
             if function not in checked:
                 checked.add(function)
                 utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-                torch.library.opcheck(function, args, kwargs, test_utils=utilities)
+                torch.library.opcheck(function, args, test_utils=utilities)
     defined = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fedkern::")}
     seen = {f"fedkern::{function._schema.name.partition('::')[2]}" for function in checked}
     assert {name.partition(".")[0] for name in defined} <= seen | every_operator.INDIRECT

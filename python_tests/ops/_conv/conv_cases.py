@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,18 +13,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern import ops
 from fedkern.ops._conv import conv_norm
 from fedkern.ops._conv.kernels import ConvKernels, Inputs, Settings
 from python_tests.ops.operator_cases import KERNELS, using
+from python_tests.ops.operator_runs import Calls
 
 LAST = torch.channels_last
 # At the portable ISA level there is no kernel.
 CONV = [name for name in KERNELS if name != "cpu-portable"]
 each_kernel = pytest.mark.parametrize("name", CONV)
 needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")
+Given = dict[str, Any]
 LEAVES = ("x", "weight", "scale", "shift", "bias", "residual")
 
 # Of channels that no kernel takes: zeros fill them up to eights or sixteens.
@@ -66,7 +68,7 @@ def arguments(
     batch: int = 4, channels: int = 8, out: int = 16, height: int = 8, width: int = 8, *, residual: bool = False,
     grouped: bool = False, stride: int = 1, side: int = 3, weight_last: bool = True, seed: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:  # fmt: skip
+) -> Given:  # fmt: skip
     """Channels-last tensors for a call, all that have a gradient asking for it.
 
     ``grouped``: with groups.
@@ -102,7 +104,7 @@ def arguments(
 def pool_arguments(
     shape: tuple[int, ...] = (3, 1, 3, 8, 8, 8), batch: int = 4, *, bias: bool = True, last: bool = False,
     weight_last: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:  # fmt: skip
+) -> Given:  # fmt: skip
     """Tensors for a call of conv_pool that all ask for a gradient, and its padding; ``last``: channels-last."""
     side, padding, channels, out, height, width = shape
     given = arguments(batch, channels, out, height, width, side=side, seed=seed, dtype=dtype, weight_last=False)
@@ -114,7 +116,7 @@ def pool_arguments(
     return {**found, "bias": found["bias"] if bias else None, "padding": padding}
 
 
-def pool_grad_for(given: dict[str, Any], relu: bool = True, seed: int = 1) -> Tensor:
+def pool_grad_for(given: Given, relu: bool = True, seed: int = 1) -> Tensor:
     """As :func:`grad_for`, of conv_pool."""
     wide = exact(given)
     with torch.no_grad():
@@ -122,7 +124,7 @@ def pool_grad_for(given: dict[str, Any], relu: bool = True, seed: int = 1) -> Te
     return grad_of(z, relu, 2, seed)
 
 
-def exact(given: dict[str, Any]) -> dict[str, Any]:
+def exact(given: Given) -> Given:
     """The same in float64, as leaves of their own."""
     return {
         name: x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
@@ -130,12 +132,12 @@ def exact(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def cut_off(given: dict[str, Any]) -> dict[str, Any]:
+def cut_off(given: Given) -> Given:
     """The same tensors, none of which asks for a gradient."""
     return {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
-def grad_for(given: dict[str, Any], seed: int = 1, **settings: Any) -> Tensor:
+def grad_for(given: Given, seed: int = 1, **settings: Any) -> Tensor:
     """A gradient of the result: 0 where rounding could decide what the ReLU or the maximum of a window passes on."""
     plain = {**settings, "relu": False, "pool": 1, "update": False}
     with torch.no_grad(), ops.use_backend("reference"):
@@ -143,18 +145,18 @@ def grad_for(given: dict[str, Any], seed: int = 1, **settings: Any) -> Tensor:
     return grad_of(z, settings.get("relu", True), settings.get("pool", 1), seed).contiguous(memory_format=LAST)
 
 
-def grad_of(z: Tensor, relu: bool, pool: int, seed: int) -> Tensor:
-    """The same of what the ReLU and the pooling get."""
+def grad_of(z: Tensor, relu: bool, pool: int, seed: int, near: float = 1e-4) -> Tensor:
+    """The same of what the ReLU and the pooling get; ``near``: what rounding may change."""
     clear = torch.ones_like(z, dtype=torch.bool)
     if relu:
-        clear, z = z.abs() > 1e-4, z.relu()
+        clear, z = z.abs() > near, z.relu()
     if pool == 2:
         height, width = (size // 2 * 2 for size in z.shape[2:])
         windows = z[:, :, :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4)
         first, second = windows.topk(2, -1).values.unbind(-1)
-        clear = (first - second > 1e-4) | (first == 0)  # a dead window passes nothing on
+        clear = (first - second > near) | (first == 0)  # a dead window passes nothing on
         if relu:
-            clear &= (first == 0) | (first > 1e-4)
+            clear &= (first == 0) | (first > near)
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(clear.shape, generator=draw).where(clear, 0)
 
@@ -164,7 +166,7 @@ def results(given, grad=None, *, call=ops.conv_norm, **settings):
     statistics = {n: copy.deepcopy(given[n]) for n in ("mean", "variance") if given.get(n) is not None}
     out = call(**{**given, **statistics}, **settings)
     found = {"out": out.detach(), **statistics}
-    leaves = {n: given[n] for n in (*LEAVES, "bias") if given.get(n) is not None and given[n].requires_grad}
+    leaves = leaves_of(given)
     if grad is not None:
         gradients = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
         found |= {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
@@ -198,38 +200,93 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], names: Sequ
 # --- what is around calls
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, kernels: type) -> list[str]:
-    """A list that grows by "forward" or "backward" with every call of a kernel."""
-    seen: list[str] = []
-    for name in ("forward", "backward"):
-        before = getattr(kernels, name)
+class Served(list[str]):
+    """Grows by "forward" or "backward" with every call of a kernel, whose last result is ``last``."""
 
-        def one(*given: Any, before: Callable[..., Any] = before, name: str = name) -> Any:
-            seen.append(name)
-            return before(*given)
-
-        monkeypatch.setattr(kernels, name, one)
-    return seen
+    last: Any = None
 
 
-class Watching(TorchDispatchMode):
-    """A mode that changes nothing."""
+# --- what both operators promise
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
+
+def leaves_of(given: Given) -> dict[str, Tensor]:
+    """The tensors of a call that have a gradient, in the order of its kernel's gradients."""
+    return {name: given[name] for name in LEAVES if given.get(name) is not None and given[name].requires_grad}
+
+
+def check_chosen_gradients(served, name, given, grad, most, **settings):
+    """Check that gradients have the bits of a call for all, and that no other than those asked for is computed."""
+    leaves, order = [*leaves_of(given)], [leaf for leaf in LEAVES if leaf in given]
+    with using(name):
+        full = results(given, grad, **settings)
+        for count in range(1, most):
+            for chosen in itertools.combinations(leaves, count):
+                some = {n: x.detach().requires_grad_(n in chosen) if n in leaves else x for n, x in given.items()}
+                got = results(some, grad, **settings)
+                assert [n for n, x in zip(order, served.last, strict=True) if x is not None] == [*chosen]
+                assert set(got) - {"mean", "variance"} == {"out", *(f"gradient of {n}" for n in chosen)}
+                assert_same(got, full, list(got))
+
+
+def check_threads(name: str, counts: Sequence[int], given: Given, grad: Tensor, **settings: Any) -> None:
+    """Check that the bits are the same on any number of threads."""
+    found = []
+    for threads in counts:
+        torch.set_num_threads(threads)
+        with using(name):
+            found.append(results(given, grad, **settings))
+    for got in found[1:]:
+        assert_same(got, found[0])
+
+
+def check_second_derivatives(given: Given, grad: Tensor, call: Callable[..., Tensor], **settings: Any) -> None:
+    """Check the gradients and their derivatives beside the reference's."""
+    leaves, found = [*leaves_of(given).values()], []
+    for name in (None, "reference"):
+        with ops.use_backend(name):
+            along = grad.clone().requires_grad_()
+            first = torch.autograd.grad(call(**given, **settings), leaves, along, create_graph=True)
+            loss = torch.stack([(x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in first]).sum()
+            found.append([*first, *torch.autograd.grad(loss, [*leaves, along], materialize_grads=True)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.detach().abs().max()))
+
+
+def check_spreading(name, given, grad, what, call=ops.conv_norm, **settings):
+    """Check that what is not finite spreads as in torch, and nowhere else.
+
+    Returns the results with gradients, those without, and the reference's.
+    """
+    with using(name):
+        got, evaluated = results(given, grad, call=call, **settings), results(cut_off(given), call=call, **settings)
+    with ops.use_backend("reference"):
+        expected = results(given, grad, call=call, **settings)
+    assert torch.equal(got["out"].isfinite(), evaluated["out"].isfinite())
+    for which, x in expected.items():
+        finite = x.isfinite()
+        assert torch.equal(got[which][~finite].nan_to_num(9), x[~finite].nan_to_num(9)), (which, what)
+        if finite.any():
+            assert_near({which: got[which][finite]}, {which: x[finite]}, what=what)
+    return got, evaluated, expected
+
+
+def check_no_worse_than_eager(name: str, given: Given, grad: Tensor, what: object, **settings: Any) -> None:
+    with ops.use_backend("reference"):
+        expected, eager = results(exact(given), grad, **settings), results(given, grad, **settings)
+    with using(name):
+        ours = results(given, grad, **settings)
+    for which, x in expected.items():
+        off = [float((found[which] - x).abs().max() / x.abs().max()) for found in (ours, eager)]
+        assert off[0] <= max(3 * off[1], 1e-5), (what, which, off)
 
 
 class Overriding(TorchFunctionMode):
     pass
 
 
-class Named(Tensor):
-    """A subclass without any behaviour of its own."""
-
-
 SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "dispatch mode": Watching,
+    "dispatch mode": Calls,
     "function mode": Overriding,
     "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
     "forward-mode AD": forward_ad.dual_level,
@@ -245,7 +302,7 @@ def serving(**call: Any) -> ConvKernels | None:
     return conv_norm.serving(Inputs(**inputs), Settings(**call))
 
 
-def check_never_served(serves: Callable[..., Any], given: dict[str, Any]) -> None:
+def check_never_served(serves: Callable[..., Any], given: Given) -> None:
     """Compilers, transforms, tracing and exports meet no kernel, and are not disturbed where one is asked for."""
     asked: list[bool] = []
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fedkern import ops
 from python_tests.ops._conv.conv_cases import (
@@ -16,6 +15,9 @@ from python_tests.ops._conv.conv_cases import (
     arguments,
     assert_near,
     assert_same,
+    check_no_worse_than_eager,
+    check_spreading,
+    check_threads,
     cut_off,
     each_kernel,
     exact,
@@ -135,26 +137,16 @@ def test_bits_do_not_depend_on_threads(name: str, side: int, shape: tuple[int, i
         given = arguments(37, *shape, residual=residual, grouped="groups" in norm, side=side)
         settings = {"pool": pool, **norm}
         grad = grad_for(given, **settings)
-        found = []
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            with using(name):
-                found.append(results(given, grad, **settings))
-        for got in found[1:]:
-            assert_same(got, found[0])
+        check_threads(name, (1, 2, 3, 5), given, grad, **settings)
 
 
 @each_kernel
 def test_bits_do_not_depend_on_how_many_sums_of_wide_weights_are_held(name: str) -> None:
     """Partial sums of 8 MB, of which one thread holds one beside the total, and five threads all four."""
     given = arguments(32, 256, 528, 5, 6)
-    grad, found = torch.randn(32, 528, 5, 6).contiguous(memory_format=LAST), []
-    for threads in (1, 5):
-        torch.set_num_threads(threads)
-        with using(name):
-            assert serving(**given) is not None
-            found.append(results(given, grad))
-    assert_same(*found)
+    with using(name):
+        assert serving(**given) is not None
+    check_threads(name, (1, 5), given, torch.randn(32, 528, 5, 6).contiguous(memory_format=LAST))
 
 
 @each_kernel
@@ -225,17 +217,7 @@ def test_what_is_not_finite_spreads_as_in_torch(name, norm, stride, side, shape)
         if where != "residual" or given["residual"] is not None:
             with torch.no_grad():
                 {**given, "grad": grad}[where][places[where]] = value
-        with using(name):
-            got, evaluated = results(given, grad, **settings), results(cut_off(given), **settings)
-        with ops.use_backend("reference"):
-            expected = results(given, grad, **settings)
-        assert torch.equal(got["out"].isfinite(), evaluated["out"].isfinite())
-        for which, x in expected.items():
-            finite = x.isfinite()
-            assert torch.equal(got[which][~finite].nan_to_num(9), x[~finite].nan_to_num(9)), (which, where, end)
-            assert_near(
-                {which: got[which][finite]}, {which: x[finite]}, what=f"{where} {end}"
-            ) if finite.any() else None
+        check_spreading(name, given, grad, f"{where} {end}", **settings)
 
 
 @each_kernel
@@ -249,10 +231,6 @@ def test_finite_values_whose_tiles_overflow(name: str) -> None:
     assert bool(out.isfinite().all())
 
 
-def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float((found[name] - x).abs().max() / x.abs().max()) for name, x in expected.items()}
-
-
 @each_kernel
 @pytest.mark.parametrize("groups", [0, 8])
 @pytest.mark.parametrize("mean", [0, 100])
@@ -262,11 +240,4 @@ def test_no_worse_than_eager(name: str, mean: float, groups: int) -> None:
         given, settings = arguments(8, *shape, grouped=groups > 0), {"pool": 2, "groups": groups}
         with torch.no_grad():
             given["x"] += mean
-        grad = grad_for(given, **settings)
-        with ops.use_backend("reference"):
-            expected, eager = results(exact(given), grad, **settings), results(given, grad, **settings)
-        with using(name):
-            ours = results(given, grad, **settings)
-        theirs = errors(eager, expected)
-        for which, error in errors(ours, expected).items():
-            assert error <= max(3 * theirs[which], 1e-5), (shape, which, error, theirs[which])
+        check_no_worse_than_eager(name, given, grad_for(given, **settings), shape, **settings)

@@ -12,25 +12,26 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._conv.kernels import ConvKernels
 from fedkern.ops._core import backend
 from python_tests.ops._conv.conv_cases import (
     CONV,
-    LEAVES,
     SURROUNDINGS,
-    Named,
+    Served,
     arguments,
     assert_near,
     assert_same,
+    check_chosen_gradients,
     check_never_served,
-    counted,
+    check_second_derivatives,
     exact,
     grad_for,
+    leaves_of,
     needs_core,
     results,
     serving,
 )
 from python_tests.ops.operator_cases import using
+from python_tests.ops.operator_runs import Named
 
 # How a call ends, with what its gradient must know.
 ENDS: list[dict[str, Any]] = [
@@ -57,18 +58,12 @@ def split(end: dict[str, Any], **shape: Any) -> tuple[dict[str, Any], dict[str, 
     }
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by a name with every call of a kernel."""
-    return counted(monkeypatch, ConvKernels)
-
-
 # --- where the kernel serves
 
 
 @needs_core
 @pytest.mark.parametrize(("residual", "side"), [(False, 3), (True, 3), (False, 1)])
-def test_the_result_is_channels_last_where_x_or_the_weight_is(served: list[str], residual: bool, side: int) -> None:
+def test_the_result_is_channels_last_where_x_or_the_weight_is(served: Served, residual: bool, side: int) -> None:
     """As torch's.
 
     The kernel lays maps out anew where only the weight is, and leaves the rest to the reference.
@@ -83,7 +78,7 @@ def test_the_result_is_channels_last_where_x_or_the_weight_is(served: list[str],
         grad = grad_for(given)
         served.clear()
         out = ops.conv_norm(**{**given, "update": False})
-        got = torch.autograd.grad(out, [given[name] for name in LEAVES if given[name] is not None], grad)
+        got = torch.autograd.grad(out, [*leaves_of(given).values()], grad)
         assert bool(served) == (last[0] or (last[1] and side == 3))
         with ops.use_backend("reference"):
             expected = ops.conv_norm(**{**given, "update": False})
@@ -198,7 +193,7 @@ def test_fits_does_not_raise_for_a_wrong_setting(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_core
-def test_the_portable_level_has_no_kernel(served: list[str]) -> None:
+def test_the_portable_level_has_no_kernel(served: Served) -> None:
     given = arguments()
     with ops.use_isa("portable"):
         assert serving(**given) is None
@@ -251,20 +246,7 @@ def test_a_forced_kernel_knows_no_autocast_and_no_transforms() -> None:
 @pytest.mark.parametrize("end", ENDS, ids=str)
 def test_second_derivatives(end: dict[str, Any]) -> None:
     given, settings = split(end, batch=2, height=5, width=6)
-    leaves = [given[name] for name in LEAVES if given[name] is not None]
-    grad = grad_for(given, **settings)
-    found = []
-    for name in (None, "reference"):
-        with ops.use_backend(name):
-            out = ops.conv_norm(**given, **settings, update=False)
-            along = grad.clone().requires_grad_()
-            first = torch.autograd.grad(out, leaves, along, create_graph=True)
-            weights = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in first]
-            loss = torch.stack([(x * w).sum() for x, w in zip(first, weights, strict=True)]).sum()
-            second = torch.autograd.grad(loss, [*leaves, along], materialize_grads=True)
-            found.append([x.detach() for x in (*first, *second)])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    check_second_derivatives(given, grad_for(given, **settings), ops.conv_norm, **settings, update=False)
 
 
 @pytest.mark.parametrize("name", CONV)
@@ -275,7 +257,7 @@ def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], 
     given, settings = split(end, batch=3, channels=channels, height=5, width=8)
     for frozen in ("x", "weight", "bias"):
         given[frozen] = None if given[frozen] is None else given[frozen].detach()
-    leaves = [given[n] for n in LEAVES if given[n] is not None and given[n].requires_grad]
+    leaves = [*leaves_of(given).values()]
     grad = grad_for(given, **settings)
     bad = grad.clone()
     bad[1, 3, 1, 2] = math.inf
@@ -309,7 +291,7 @@ def test_a_residual_and_statistics_may_change() -> None:
             given["residual"].mul_(2)
             given["mean"].add_(1)
             given["variance"].mul_(3)
-        leaves = [name for name in LEAVES if given[name] is not None]
+        leaves = [*leaves_of(given)]
         gradients = torch.autograd.grad(out, [given[name] for name in leaves], grad, retain_graph=True)
         assert_same(dict(zip([f"gradient of {name}" for name in leaves], gradients, strict=True)),
                     {name: x for name, x in expected.items() if name.startswith("gradient")})  # fmt: skip
@@ -320,7 +302,7 @@ def test_a_residual_and_statistics_may_change() -> None:
 
 
 @needs_core
-def test_autograd_counts_no_change_of_the_statistics_as_in_torch(served: list[str]) -> None:
+def test_autograd_counts_no_change_of_the_statistics_as_in_torch(served: Served) -> None:
     given = arguments()
     statistics = given["mean"], given["variance"]
     by_torch = torch.nn.functional.batch_norm(torch.randn(2, 16, 4, 4), *statistics, given["scale"], training=True)
@@ -382,7 +364,7 @@ def test_compiled() -> None:
         compiled = torch.compile(ops.conv_norm, backend="aot_eager", fullgraph=True)
         statistics = {name: given[name].clone() for name in ("mean", "variance") if given[name] is not None}
         out = compiled(**{**given, **statistics}, pool=2, **norm)
-        leaves = [name for name in LEAVES if given[name] is not None]
+        leaves = [*leaves_of(given)]
         gradients = torch.autograd.grad(out, [given[name] for name in leaves], grad)
         got = {"out": out.detach(), **statistics}
         got |= {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
@@ -398,7 +380,7 @@ def test_no_samples(end: dict[str, Any]) -> None:
     size = 8 // settings.get("pool", 1) // settings.get("stride", 1)
     assert out.shape == (0, 16, size, size)
     out.sum().backward()
-    assert not any(given[name].grad.any() for name in LEAVES if given[name] is not None)
+    assert not any(x.grad.any() for x in leaves_of(given).values())
     assert_same(given, before)
 
 
@@ -475,29 +457,10 @@ def test_maps_too_small() -> None:
 
 @pytest.mark.parametrize("name", CONV)
 @pytest.mark.parametrize("end", ENDS, ids=str)
-def test_only_the_gradients_that_are_asked_for(end: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have the bits of a call for all.
-
-    Images have none, which would take as long as the convolution.
-    """
+def test_only_the_gradients_that_are_asked_for(end: dict[str, Any], name: str, served: Served) -> None:
+    """Images have none, which would take as long as the convolution."""
     given, settings = split(end)
-    before, computed = ConvKernels.backward, []
-
-    def seen(*arguments: Any) -> Any:
-        computed.append(before(*arguments))
-        return computed[-1]
-
-    monkeypatch.setattr(ConvKernels, "backward", seen)
-    leaves = [leaf for leaf in LEAVES if given[leaf] is not None]
-    grad = grad_for(given, **settings)
-    with using(name):
-        full = results(given, grad, **settings)
-        for count in range(1, len(leaves)):
-            for chosen in itertools.combinations(leaves, count):
-                some = {n: x.detach().requires_grad_(n in chosen) if n in leaves else x for n, x in given.items()}
-                got = results(some, grad, **settings)
-                assert [n for n, x in zip(LEAVES, computed[-1], strict=True) if x is not None] == [*chosen]
-                assert_same(got, full, list(got))
+    check_chosen_gradients(served, name, given, grad_for(given, **settings), len(leaves_of(given)), **settings)
 
 
 # Of a map's gradient; one of a batch of one, or of one row, has several layouts whose strides look alike.
@@ -521,7 +484,7 @@ def test_a_batch_of_one_or_one_row_whose_gradient_comes_in_another_layout(name, 
         if not last and name == "reference":
             for leaf in ("x", "weight"):
                 given[leaf] = given[leaf].detach().contiguous().requires_grad_()
-        leaves = [given[n] for n in LEAVES if given[n] is not None]
+        leaves = [*leaves_of(given).values()]
         with using(name) if serving(**given) is not None else ops.use_backend("reference"):
             y = ops.conv_norm(**{**given, "update": False}, training=training, relu=False)
             grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -12,19 +12,22 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._conv.conv_pool import pooling
-from fedkern.ops._conv.kernels import PoolKernels
 from python_tests.ops._conv.conv_cases import (
     LAST,
     POOLED,
     SURROUNDINGS,
-    Named,
+    Served,
     assert_near,
     assert_same,
+    check_chosen_gradients,
     check_never_served,
-    counted,
-    cut_off,
+    check_no_worse_than_eager,
+    check_second_derivatives,
+    check_spreading,
+    check_threads,
     each_kernel,
     exact,
+    leaves_of,
     needs_core,
     pool_arguments,
     pool_grad_for,
@@ -32,8 +35,9 @@ from python_tests.ops._conv.conv_cases import (
     serve_both,
 )
 from python_tests.ops.operator_cases import describe, pairwise, using
+from python_tests.ops.operator_runs import Named
 
-LEAVES = ("x", "weight", "bias")
+POOL_LEAVES = ("x", "weight", "bias")
 # One of each kernel: direct, of a few taps and of many; Winograd's; a bordered one.
 FEW = ((3, 0, 3, 20, 9, 12), (3, 1, 16, 32, 9, 8), (5, 0, 6, 16, 14, 14), (5, 2, 16, 20, 9, 8))
 
@@ -55,16 +59,6 @@ CASES = [
 
 def pooled(given: dict[str, Any], grad: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
     return results(given, grad, call=ops.conv_pool, **settings)
-
-
-def leaves_of(given: dict[str, Any]) -> list[Tensor]:
-    return [given[name] for name in LEAVES if given[name] is not None]
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by a name with every call of a kernel."""
-    return counted(monkeypatch, PoolKernels)
 
 
 # --- values and gradients
@@ -95,38 +89,16 @@ def test_these_shapes_are_served(shape: tuple[int, ...]) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("shape", FEW, ids=str)
-def test_only_the_gradients_that_are_asked_for(name, shape, monkeypatch):
-    before, computed = PoolKernels.backward, []
-
-    def seen(*given: Any) -> Any:
-        computed.append(before(*given))
-        return computed[-1]
-
-    monkeypatch.setattr(PoolKernels, "backward", seen)
+def test_only_the_gradients_that_are_asked_for(name: str, shape: tuple[int, ...], served: Served) -> None:
     given = pool_arguments(shape, last=True)
-    grad = pool_grad_for(given)
-    with using(name):
-        full = pooled(given, grad)
-        for count in (1, 2):
-            for chosen in itertools.combinations(LEAVES, count):
-                some = {n: x.detach().requires_grad_(n in chosen) if n in LEAVES else x for n, x in given.items()}
-                got = pooled(some, grad)
-                assert [n for n, x in zip(LEAVES, computed[-1], strict=True) if x is not None] == [*chosen]
-                assert_same(got, full, list(got))
-                assert set(got) == {"out", *(f"gradient of {n}" for n in chosen)}
+    check_chosen_gradients(served, name, given, pool_grad_for(given), 3, call=ops.conv_pool)
 
 
 @each_kernel
 @pytest.mark.parametrize("shape", [*FEW, (3, 1, 3, 32, 16, 17), (5, 2, 32, 64, 7, 6)], ids=str)
 def test_bits_do_not_depend_on_threads(name: str, shape: tuple[int, ...]) -> None:
     given = pool_arguments(shape, 37)
-    grad, found = pool_grad_for(given), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        with using(name):
-            found.append(pooled(given, grad))
-    for got in found[1:]:
-        assert_same(got, found[0])
+    check_threads(name, (1, 2, 3), given, pool_grad_for(given), call=ops.conv_pool)
 
 
 LAID: dict[str, Callable[[Tensor], Tensor]] = {
@@ -166,7 +138,7 @@ def test_maps_of_any_strides() -> None:
     with ops.use_backend("reference"):
         expected = pooled(exact(given), grad)
     for lay_out in LAID.values():
-        for which in (("x",), ("weight",), LEAVES[:2]):
+        for which in (("x",), ("weight",), POOL_LEAVES[:2]):
             laid = {n: lay_out(x.detach()).requires_grad_() if n in which else x for n, x in given.items()}
             assert_near(pooled(laid, grad), expected)
     assert_near(pooled({**given, "bias": wide(given["bias"])}, grad), expected)
@@ -184,7 +156,7 @@ def test_ties_go_to_the_first(name: str, shape: tuple[int, ...], relu: bool) -> 
     for last in (False, True):
         given = pool_arguments(shape, 5, last=last)
         with torch.no_grad():
-            for leaf in LEAVES:
+            for leaf in POOL_LEAVES:
                 given[leaf].mul_(2 if leaf != "weight" else 2 * given["weight"][0].numel() ** 0.5).round_().clamp_(
                     -2, 2
                 )
@@ -202,14 +174,7 @@ def test_no_worse_than_eager(name: str) -> None:
         given = pool_arguments(shape, 8)
         with torch.no_grad():
             given["x"] += mean
-        grad = pool_grad_for(given)
-        with ops.use_backend("reference"):
-            expected, eager = pooled(exact(given), grad), pooled(given, grad)
-        with using(name):
-            ours = pooled(given, grad)
-        for which, x in expected.items():
-            off = [float((found[which] - x).abs().max() / x.abs().max()) for found in (ours, eager)]
-            assert off[0] <= max(3 * off[1], 1e-5), (shape, which, off)
+        check_no_worse_than_eager(name, given, pool_grad_for(given), shape, call=ops.conv_pool)
 
 
 # --- infinities and NaN
@@ -227,17 +192,9 @@ def test_what_is_not_finite_spreads_as_in_torch(name: str, shape: tuple[int, ...
             if where == "zero":  # 0 times an infinity is NaN
                 grad.zero_()
             {**given, "grad": grad}["x" if where == "zero" else where][place] = value
-        with using(name):
-            got, evaluated = pooled(given, grad, relu=relu), pooled(cut_off(given), relu=relu)
-        with ops.use_backend("reference"):
-            expected = pooled(given, grad, relu=relu)
-        assert where != "zero" or expected["gradient of weight"].isnan().any()
+        got, evaluated, expected = check_spreading(name, given, grad, f"{where} {value}", ops.conv_pool, relu=relu)
         assert torch.equal(got["out"].nan_to_num(9), evaluated["out"].nan_to_num(9))
-        for which, x in expected.items():
-            finite = x.isfinite()
-            assert torch.equal(got[which][~finite].nan_to_num(9), x[~finite].nan_to_num(9)), (which, where, value)
-            if finite.any():
-                assert_near({which: got[which][finite]}, {which: x[finite]}, what=f"{where} {value}")
+        assert where != "zero" or expected["gradient of weight"].isnan().any()
 
 
 @each_kernel
@@ -254,7 +211,7 @@ def test_infinities_of_both_signs_that_meet_in_the_biass_gradient(name: str) -> 
 
 @each_kernel
 @pytest.mark.parametrize("relu", [True, False])
-def test_a_window_with_nan_is_nan(name: str, relu: bool, served: list[str]) -> None:
+def test_a_window_with_nan_is_nan(name: str, relu: bool, served: Served) -> None:
     """The kernel meets it in the bias.
 
     The gradient goes to the last NaN, as in torch.
@@ -296,7 +253,7 @@ def test_finite_values_that_overflow(name: str, shape: tuple[int, ...]) -> None:
 @needs_core
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("out", [1, 8])
-def test_strides_are_torchs(channels: int, out: int, served: list[str]) -> None:
+def test_strides_are_torchs(channels: int, out: int, served: Served) -> None:
     """Channels-last where x or the weight is.
 
     Of one channel strides alone say it.
@@ -391,7 +348,7 @@ def test_a_forced_kernel_that_does_not_fit_is_an_error() -> None:
 
 
 @needs_core
-def test_the_portable_level_has_no_kernel(served: list[str]) -> None:
+def test_the_portable_level_has_no_kernel(served: Served) -> None:
     with ops.use_isa("portable"):
         ops.conv_pool(**pool_arguments()).sum().backward()
     assert not served
@@ -404,24 +361,16 @@ def test_the_portable_level_has_no_kernel(served: list[str]) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_second_derivatives(relu: bool, bias: bool) -> None:
     given = pool_arguments(batch=2, bias=bias)
-    leaves, grad, found = leaves_of(given), pool_grad_for(given, relu), []
-    for name in (None, "reference"):
-        with ops.use_backend(name):
-            along = grad.clone().requires_grad_()
-            first = torch.autograd.grad(ops.conv_pool(**given, relu=relu), leaves, along, create_graph=True)
-            loss = torch.stack([(x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in first]).sum()
-            found.append([*first, *torch.autograd.grad(loss, [*leaves, along], materialize_grads=True)])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.detach().abs().max()))
+    check_second_derivatives(given, pool_grad_for(given, relu), ops.conv_pool, relu=relu)
 
 
 def test_the_result_may_change() -> None:
     given = pool_arguments()
     grad = pool_grad_for(given)
-    expected = torch.autograd.grad(ops.conv_pool(**given), leaves_of(given), grad)
+    expected = torch.autograd.grad(ops.conv_pool(**given), [*leaves_of(given).values()], grad)
     out = ops.conv_pool(**given)
     out.detach().mul_(2)
-    for x, y in zip(torch.autograd.grad(out, leaves_of(given), grad), expected, strict=True):
+    for x, y in zip(torch.autograd.grad(out, [*leaves_of(given).values()], grad), expected, strict=True):
         assert torch.equal(x, y)
 
 
@@ -429,7 +378,7 @@ def test_the_result_may_change() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes(dtype: torch.dtype, served: list[str]) -> None:
+def test_other_dtypes(dtype: torch.dtype, served: Served) -> None:
     given = pool_arguments(dtype=dtype)
     expected = F.max_pool2d(F.conv2d(given["x"], given["weight"], given["bias"], padding=1).relu(), 2)
     got = ops.conv_pool(**given)
@@ -440,7 +389,7 @@ def test_other_dtypes(dtype: torch.dtype, served: list[str]) -> None:
     assert not served
 
 
-def test_autocast_runs_the_convolution_in_16_bits(served: list[str]) -> None:
+def test_autocast_runs_the_convolution_in_16_bits(served: Served) -> None:
     given = pool_arguments()
     with torch.autocast("cpu", torch.bfloat16):
         out = ops.conv_pool(**given)
