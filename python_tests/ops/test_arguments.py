@@ -187,7 +187,7 @@ _STACK = Public(
     logits=(logits(3, 4, 7), "tensor"), weights=(torch.ones(3), "optional tensor"), reduction=_SUM, dim=_DIM,
 )  # fmt: skip
 _BOXES = Public(
-    images=(logits(2, 2, 5, 5), "images"), boxes=(torch.tensor([[[1.0, 1.0, 3.0, 3.0]]] * 2), "boxes"),
+    images=(logits(2, 3, 5, 6), "images"), boxes=(torch.tensor([[[1.0, 1.0, 3.0, 3.0]]] * 2), "boxes"),
     fill=(0.5, "fill"),
 )  # fmt: skip
 _FUSE = Public(

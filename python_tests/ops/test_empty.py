@@ -12,7 +12,7 @@ from python_tests.ops import empty_cases
 from python_tests.ops.operator_cases import BACKENDS, KERNELS
 
 # Every so many cases, and blend's in full; all of them where slow tests run.
-SOME, FEW = 6, 40
+SOME, FEW = 3, 20
 
 
 def child(*arguments: str) -> None:
@@ -22,12 +22,6 @@ def child(*arguments: str) -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     last = found.stdout.rstrip().rpartition("\n")[2]
     assert found.returncode == 0, f"exit {found.returncode} in {last}\n{found.stderr[-4000:]}"
-
-
-def test_every_operator_and_every_optional_argument_has_cases() -> None:
-    operators = {name for name in ops.__all__ if callable(getattr(ops, name)) and name[0].islower()}
-    assert {case.operator for case in empty_cases.cases()} == operators - {"empty_cache", "use_backend", "use_isa"}
-    assert not empty_cases.left_out()
 
 
 @pytest.mark.exhaustive
