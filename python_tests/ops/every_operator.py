@@ -20,7 +20,6 @@ NO_OPERATORS = {
 
 # Operators of torch.library that no public function calls with ordinary arguments.
 INDIRECT: set[str] = {
-    *("fedkern::contrastive", "fedkern::contrastive_backward"),  # under torch.func
     "fedkern::optimiser_step_and_zero",  # under torch.compile
 }
 

@@ -5,6 +5,7 @@ core refuses the call or computes what the reference does. Prints one line for e
 """
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,93 +13,37 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import use_backend
+from python_tests.ops.empty_cases import Case, outcome
+from python_tests.ops.every_operator import OPERATORS
+from python_tests.ops.operator_runs import Calls, run
+from python_tests.ops.test_arguments import PUBLIC
 
-BATCH, CLASSES, COUNT, SIZE = 4, 6, 3, 50
-
-
-def _randn(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+MOST = 2
+"""Calls of an operator that are tried: from the one with fewest arguments to the one with most."""
 
 
 def right_calls() -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments of right calls of every operator."""
-    rows, stack = _randn(BATCH, CLASSES), _randn(COUNT, BATCH, CLASSES)
-    weight, shares, number = torch.rand(BATCH), torch.rand(COUNT, BATCH), torch.tensor(1.0)
-    by_class = torch.rand(COUNT, BATCH, CLASSES)
-    mask = torch.tensor([[True] * CLASSES, [True, False] * 3, [False, True] * 3])
-    maps, index = _randn(BATCH, 2, 3, 3), torch.tensor([2, 0, 1, 2])
-    vectors, weights = [_randn(SIZE) for _ in range(5)], torch.rand(5)
-    features, scale = [_randn(2, c, 3, 3) for c in (2, 3)], _randn(5)
-    alike = [_randn(2, 3, 3, 3) for _ in range(2)]
-    embeddings, learnt = (_randn(BATCH, 8), _randn(BATCH, 8) * 2), torch.tensor(0.5)
-    sums = torch.ops.fedkern.contrastive(*embeddings, learnt, 0.5)[1]
-    fused = torch.ops.fedkern.fuse(features, scale, scale, True, False)
-    state = [_randn(SIZE).abs() for _ in range(6)]
-    one, rule = (torch.tensor(x, dtype=torch.float64) for x in (0.1, [0.1, 0.9, 0.99, 1e-3]))
-    # momentum, weight decay, proximal, max norm, betas, eps
-    sgd = torch.tensor([0.9, 0.1, 0.5, 1.0, 0.9, 0.99, 1e-8], dtype=torch.float64)
-    plain = torch.tensor([0.9, 0.1, 0.0, 1.0, 0.9, 0.99, 1e-8], dtype=torch.float64)
-    cohort, rates = [_randn(3, 8) for _ in range(4)], torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    return {
-        "divergence": [
-            (rows, rows + 1, rows * 2, weight, None, 2.0, False, 2),
-            (rows, None, rows * 2, None, None, 2.0, True, 0),
-            (rows, None, rows * 2, None, None, float("inf"), False, 1),
-        ],
-        "divergence_backward": [
-            (number, rows, rows + 1, rows * 2, weight, None, 2.0, False, 2, True, True, True, True),
-            (weight, rows, None, rows * 2, None, None, 2.0, True, 0, True, False, True, False),
-        ],
-        "entropy": [(rows, 2), (rows, 0)],
-        "entropy_backward": [(number, rows, 2), (weight, rows, 0)],
-        "ensemble": [
-            (rows, stack, by_class, mask, None, 2.0, 0, False, 2),
-            (rows, stack, shares[:, :, None], None, None, 1.0, 1, True, 0),
-            (rows, stack, None, None, None, 2.0, 2, False, 1),
-        ],
-        "ensemble_backward": [
-            (number, rows, stack, by_class, mask, None, 2.0, 0, False, 2, True, True, True),
-            (weight, rows, stack, shares[:, :, None], None, None, 2.0, 2, False, 0, True, True, True),
-        ],
-        "jensen_shannon": [(stack, shares, 2), (stack, None, 0)],
-        "jensen_shannon_backward": [(number, stack, shares, 2, True, True), (weight, stack, None, 0, True, False)],
-        "consensus": [(stack, shares, 2), (stack, None, 0)],
-        "consensus_backward": [
-            (number, number, stack, shares, 2, True, True),
-            (weight, weight, stack, None, 0, True, False),
-        ],
-        "blend": [(maps, maps[:3] * 2, weight, 0.0, index), (maps, maps * 2, None, 0.3, None)],
-        "blend_backward": [
-            (maps, maps, maps[:3], weight, 0.0, index, 3, True, True, True),
-            (maps, None, None, None, 0.3, None, BATCH, True, True, False),
-        ],
-        "fill_boxes": [(maps, torch.rand(BATCH, 2, 4) * 3, torch.zeros(1, 2), False)],
-        "contrastive": [(*embeddings, learnt, 0.5), (*embeddings, None, 0.5)],
-        "contrastive_training": [(*embeddings, learnt, 0.5, True, True, True)],
-        "contrastive_backward": [(number, *embeddings, learnt, sums, 0.5, True, True, True)],
-        "fuse": [(features, scale, scale, True, False), (alike, None, _randn(6), False, True)],
-        "fuse_backward": [
-            (fused, features, fused, scale, scale, True, False, [2, 3], [True, True], True, True),
-            (alike[0], alike, None, None, _randn(6), True, True, [3, 3], [True, False], False, True),
-        ],
-        "weighted_mean": [(torch.stack(vectors), weights, None)],
-        "sorted_mean": [(vectors, 1, 4, weights), (vectors, 0, 5, None)],
-        "weighted_median": [(vectors, weights)],
-        "geometric_median": [(vectors, weights, 20, 1e-6, 1e-9)],
-        "pairwise_distances": [(vectors,)],
-        "krum": [(vectors, 1, 2)],
-        "clip_and_noise": [(vectors, torch.tensor([1.0, 0.5], dtype=torch.float64), 3, 0)],
-        "server_step": [
-            (state[0], vectors, weights, 0, rule, None, None, None, False),
-            (state[0], vectors, weights, 2, rule, state[1], state[2], None, True),
-        ],
-        "optimiser_step_and_zero": [(state[0], state[1], state[2], None, None, None, None, one, plain, None)],
-        "optimiser_step": [
-            (state[0], state[1], state[2], None, state[3], state[4], state[5], one, sgd, None),
-            (state[0], state[1], state[2], state[3], None, None, None, one, plain, 3),
-            (*cohort[:3], None, cohort[3], None, None, rates, sgd, None),
-        ],
-    }  # fmt: skip
+    """Arguments of right calls of every operator: those that the public functions call them with."""
+    with Calls() as calls:
+        for operator in OPERATORS:
+            if not operator.only_cpu:
+                run(operator, operator.inputs(), operator.gradient)
+        for name, public in PUBLIC.items():
+            case = Case(name, _copied(public.arguments))
+            outcome(case, case.leaves())
+    found: dict[str, dict[str, tuple[Any, ...]]] = defaultdict(dict)
+    for function, arguments in calls.seen:
+        arguments = _copied(arguments)
+        found[function._schema.name.partition("::")[2]].setdefault(_shown(arguments), arguments)
+    return {name: _spread(sorted(forms.values(), key=_given)) for name, forms in sorted(found.items())}
+
+
+def _spread(calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return [calls[place * (len(calls) - 1) // (MOST - 1)] for place in range(MOST)] if len(calls) > MOST else calls
+
+
+def _given(arguments: tuple[Any, ...]) -> int:
+    return sum(value is not None for value in arguments)
 
 
 def _others(value: Any) -> Iterator[Any]:
@@ -130,8 +75,11 @@ def _others(value: Any) -> Iterator[Any]:
 
 
 def _copied(arguments: Any) -> Any:
+    """The same arguments, tensors in memory of their own and without a graph."""
     if isinstance(arguments, Tensor):
-        return arguments.clone() if arguments.numel() else arguments
+        return arguments.detach().clone() if arguments.numel() else arguments.detach()
+    if isinstance(arguments, dict):
+        return {name: _copied(value) for name, value in arguments.items()}
     return type(arguments)(map(_copied, arguments)) if isinstance(arguments, (list, tuple)) else arguments
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fedkern.ops._contrast.checks import check_pair, check_temperature
 from fedkern.ops._contrast.kernels import CpuContrast, CudaContrast
-from fedkern.ops._contrast.library import CONTRASTIVE, CONTRASTIVE_TRAINING, reference_at
+from fedkern.ops._contrast.library import CONTRASTIVE, reference_at
 from fedkern.ops._contrast.reference import ContrastCall, contrastive_reference
 from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import eager, readable, ready, select, serve
+from fedkern.ops._core.backend import eager, only_reference, readable, ready, select, serve
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._core.private_torch import functorch_active
@@ -73,14 +73,15 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
 
 
 def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
-    """Calls the torch.library operator: outside of torch.func, the one that computes gradients in the forward pass."""
+    """Calls the torch.library operator, under torch.func the reference: a batch that is mapped over has no kernel."""
+    if functorch_active():
+        only_reference("contrastive", "torch.func transforms")
+        return contrastive_reference(x, y, temperature)
     if not isinstance(temperature, Tensor) and torch.compiler.is_compiling():
         learnt = library.number_tensor(temperature).to(x.device)
-    value = temperature if learnt is None else 0.0
-    needs = [tensor is not None and tensor.requires_grad for tensor in (x, y, learnt)]
-    if functorch_active() or not (torch.is_grad_enabled() and any(needs)):
-        return CONTRASTIVE(x, y, learnt, value)[0]
-    return CONTRASTIVE_TRAINING(x, y, learnt, value, *needs)[0]
+    recorded = torch.is_grad_enabled()
+    needs = [recorded and tensor is not None and tensor.requires_grad for tensor in (x, y, learnt)]
+    return CONTRASTIVE(x, y, learnt, temperature if learnt is None else 0.0, *needs)[0]
 
 
 class _Contrastive(EagerFunction):

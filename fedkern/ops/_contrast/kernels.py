@@ -55,15 +55,6 @@ class CpuContrast(Launcher):
         """The loss, in the promoted dtype of x and y."""
         return self._loss(_batch(call), None)
 
-    def loss_and_sums(self, call: ContrastCall) -> tuple[Tensor, Tensor]:
-        """The loss, and the softmax statistics ``[4, B]``: maxima and sums of the rows, then of the columns.
-
-        A softmax is ``exp((x yᵀ - maximum) / temperature) / sum``.  The statistics have the computing dtype.
-        """
-        batch = _batch(call)
-        sums = batch.x.new_empty(4, batch.x.shape[0])
-        return self._loss(batch, sums), sums
-
     def loss_and_gradients(self, call: ContrastCall, needs: Sequence[bool]) -> tuple[Tensor, Gradients]:
         """The loss, and the gradients that ``needs`` (x, y, temperature) asks for."""
         batch = _batch(call)
@@ -71,14 +62,10 @@ class CpuContrast(Launcher):
             sums = batch.x.new_empty(4, batch.x.shape[0])
             return self._loss(batch, sums), self._gradients(batch, sums, needs)
         matrix = similarities(batch.x, batch.y)
-        loss = self._whole(batch, matrix, batch.scale / max(batch.x.shape[0], 1), None)
+        loss = self._whole(batch, matrix, batch.scale / max(batch.x.shape[0], 1))
         to_x = times(matrix, batch.y) if needs[0] or needs[2] else None
         to_y = transposed_times(matrix, batch.x).contiguous() if needs[1] else None
         return loss, self._with_temperature(batch, to_x, to_y, needs)
-
-    def gradients(self, call: ContrastCall, sums: Tensor, needs: Sequence[bool]) -> Gradients:
-        """The gradients, from the statistics ``sums`` of :meth:`loss_and_sums`."""
-        return self._gradients(_batch(call), sums, needs)
 
     def scaled(
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
@@ -97,15 +84,19 @@ class CpuContrast(Launcher):
             ]
         )
 
-    def _whole(self, batch: _Batch, matrix: Tensor, factor: float, sums: Tensor | None) -> Tensor:
+    def _whole(self, batch: _Batch, matrix: Tensor, factor: float) -> Tensor:
         """The loss from all similarities ``matrix``, which its gradient overwrites if ``factor`` is not 0."""
         x, y, scale, dtype = batch
-        return _scalar(self._contrast(x, y, matrix, scale, factor, sums, self.at(x)), dtype)
+        return _scalar(self._contrast(x, y, matrix, scale, factor, None, self.at(x)), dtype)
 
     def _loss(self, batch: _Batch, sums: Tensor | None) -> Tensor:
+        """The loss; ``sums`` receives softmax statistics ``[4, B]``: maxima and sums of the rows, then of the columns.
+
+        A softmax is ``exp((x yᵀ - maximum) / temperature) / sum``.  The statistics have the computing dtype.
+        """
         x, y, scale, dtype = batch
         if _fits(batch):
-            return self._whole(batch, similarities(x, y), 0.0, sums)
+            return self._whole(batch, similarities(x, y), 0.0)
         bounded = self.core.contrast_bounded(x, y, scale)
         statistics = x.new_empty(5, x.shape[0], dtype=torch.float64)
         for first, rows in _tiles(x):

@@ -32,35 +32,14 @@ class Gradients(NamedTuple):
 
 def contrastive_reference(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
     """The specification of :func:`fedkern.ops.contrastive`."""
-    logits, _ = _similarities(x, y, temperature)
-    log_likelihoods = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
-    return (-log_likelihoods.sum() / max(len(x), 1)).to(torch.promote_types(x.dtype, y.dtype))
-
-
-def gradients_reference(grad: Tensor, x: Tensor, y: Tensor, temperature: float | Tensor) -> Gradients:
-    """The gradients with respect to x, y and the temperature as formulas, for code that autograd does not reach.
-
-    With ``S = x yᵀ / T`` and ``G = (softmax of rows + softmax of columns - 2 I) / B``: ``G y / T``, ``Gᵀ x / T`` and
-    ``-Σ G S / T``.
-    """
-    logits, temperature = _similarities(x, y, temperature)
-    both = logits.softmax(1) + logits.softmax(0)
-    both.diagonal().sub_(2)
-    both *= grad / max(len(x), 1)
-    to_temperature = -(both * logits).sum() / temperature
-    with _full_precision(x):
-        both /= temperature
-        to_x, to_y = both @ y.to(both.dtype), both.T @ x.to(both.dtype)
-    return Gradients(to_x.to(x.dtype), to_y.to(y.dtype), to_temperature)
-
-
-def _similarities(x: Tensor, y: Tensor, temperature: float | Tensor) -> tuple[Tensor, float | Tensor]:
-    """``x yᵀ / temperature`` and the temperature, in the computing dtype."""
-    compute = compute_dtype(torch.promote_types(x.dtype, y.dtype))
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    compute = compute_dtype(dtype)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(compute)
     with _full_precision(x):
-        return x.to(compute) @ y.to(compute).T / temperature, temperature
+        logits = x.to(compute) @ y.to(compute).T / temperature
+    log_likelihoods = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
+    return (-log_likelihoods.sum() / max(len(x), 1)).to(dtype)
 
 
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -58,21 +58,14 @@ class TiledContrast:
         raise NotImplementedError
 
     def loss(self, call: ContrastCall) -> Tensor:
-        return self.loss_and_sums(call)[0]
-
-    def loss_and_sums(self, call: ContrastCall) -> tuple[Tensor, Tensor]:
         pairs = _pairs(call)
-        return self._sums(pairs, self._memory(pairs))
+        return self._sums(pairs, self._memory(pairs))[0]
 
     def loss_and_gradients(self, call: ContrastCall, needs: Sequence[bool]) -> tuple[Tensor, Gradients]:
         pairs = _pairs(call)
         memory = self._memory(pairs)
         loss, sums = self._sums(pairs, memory)
         return loss, self._gradients(pairs, sums, needs, memory, ready=memory.shape[0] == pairs.size)
-
-    def gradients(self, call: ContrastCall, sums: Tensor, needs: Sequence[bool]) -> Gradients:
-        pairs = _pairs(call)
-        return self._gradients(pairs, sums, needs, self._memory(pairs), ready=False)
 
     def scaled(
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]

@@ -102,13 +102,12 @@ def contrast_cases(full: bool) -> Iterator[Case]:
     kernel = TritonContrast()
     for dtype in (torch.float32, torch.float64) if full else (torch.float32,):
         for count in (1, 100, 256) if full else (256,):
-            x, sums = torch.empty(count, 8, dtype=dtype), torch.empty(4, count, dtype=dtype)
+            x = torch.empty(count, 8, dtype=dtype)
             learnt = torch.ones((), dtype=dtype)
             for temperature in (0.07, learnt) if full else (learnt,):
                 label = f"contrast {dtype} {count} {'learnt' if temperature is learnt else ''}"
                 call = ContrastCall(x, x, temperature)
-                yield f"{label} loss", lambda: kernel.loss_and_sums(call)
-                yield f"{label} gradient", lambda: kernel.gradients(call, sums, (True, True, True))
+                yield f"{label} loss and gradient", lambda: kernel.loss_and_gradients(call, (True, True, True))
 
 
 # Rows of each kind: in one tile and in several, whole and in pieces, in parts, and with the positions side by side.
