@@ -1,6 +1,6 @@
 """contrastive: the symmetric in-batch contrastive loss of image-text training.
 
-The reference is in reference.py, the torch.library operators in library.py, the launchers in kernels.py, and the loop
+The reference is in reference.py, the torch.library operator in library.py, the launchers in kernels.py, and the loop
 over tiles of similarities on a GPU in tiled.py.
 """
 

@@ -126,9 +126,10 @@ def test_backends_give_the_reference(name: str, dtype: torch.dtype, shape: tuple
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("max_norm", [None, 5.0])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, None])
-def test_steps_are_those_of_torch_optim(momentum: float | None) -> None:
-    """SGD's with ``momentum``, and AdamW's without."""
+def test_steps_are_those_of_torch_optim(momentum: float | None, max_norm: float | None) -> None:
+    """SGD's with ``momentum``, and AdamW's without; of gradients that torch clips or leaves."""
     theta, *gradients = vectors(1001, 6)
     leaf = torch.nn.Parameter(theta.clone())
     first, second = torch.zeros_like(theta), torch.zeros_like(theta)
@@ -137,11 +138,13 @@ def test_steps_are_those_of_torch_optim(momentum: float | None) -> None:
     theirs = torch.optim.AdamW([leaf], **adamw) if momentum is None else torch.optim.SGD([leaf], **sgd)
     for step, g in enumerate(gradients, 1):
         leaf.grad = g.clone()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_([leaf], max_norm)
         theirs.step()
         if momentum is None:
-            ops.adamw_step(theta, g, first, second, step, **adamw)
+            ops.adamw_step(theta, g, first, second, step, **adamw, max_norm=max_norm)
         else:
-            ops.sgd_step(theta, g, first if momentum else None, **sgd)
+            ops.sgd_step(theta, g, first if momentum else None, **sgd, max_norm=max_norm)
     torch.testing.assert_close(theta, leaf.detach(), rtol=1e-6, atol=1e-7)
 
 
