@@ -19,18 +19,33 @@ def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
         UserError: a pattern matches no name, or nothing of the network ``text`` would be trained.
     """
     named = dict(module.named_parameters())
-    for pattern in patterns:
-        chosen = [name for name in named if fnmatchcase(name, pattern)]
-        if not chosen:
-            children = [f"{name}.*" for name, child in module.named_children() if any(True for _ in child.parameters())]
-            raise UserError(
-                f"--freeze {pattern} matches no parameter of {text}, whose parts are {', '.join(children or named)}."
-                f"{nearest(pattern, [*children, *named])}"
-            )
-        for name in chosen:
-            named[name].requires_grad_(False)
+    for name in matching(module, patterns, [*named], "--freeze", f"parameter of {text}"):
+        named[name].requires_grad_(False)
     if named and not any(parameter.requires_grad for parameter in named.values()):
         raise UserError(f"every parameter of {text} is frozen, so there is nothing to train: leave some out.")
+
+
+def matching(module: nn.Module, patterns: Sequence[str], names: Sequence[str], flag: str, kind: str) -> set[str]:
+    """Return the names of a module's tensors that match a pattern of ``flag``.
+
+    Args:
+        names: those to choose from.
+        kind: what the names are of, for the error.
+
+    Raises:
+        UserError: a pattern matches no name.
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            children = [f"{name}.*" for name, child in module.named_children() if child.state_dict()]
+            raise UserError(
+                f"{flag} {pattern} matches no {kind}: its parts are {', '.join(children or names)}."
+                f"{nearest(pattern, [*children, *names])}"
+            )
+        chosen.update(matches)
+    return chosen
 
 
 def frozen_norms(module: nn.Module) -> list[_BatchNorm]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from fedkern.errors import UserError, nearest
-from fedkern.models.freezing import constant_buffers
+from fedkern.errors import UserError
+from fedkern.models.freezing import constant_buffers, matching
 from fedkern.ops import FlatParameters
 
 _MARK = "_fedkern_personal"
@@ -27,16 +26,7 @@ def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
     trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
     constants = constant_buffers(module)
     named = [*trained, *(name for name, _ in module.named_buffers() if name not in constants)]
-    chosen: set[str] = set()
-    for pattern in patterns:
-        matches = [name for name in named if fnmatchcase(name, pattern)]
-        if not matches:
-            children = [f"{name}.*" for name, child in module.named_children() if child.state_dict()]
-            raise UserError(
-                f"--personal {pattern} matches no trained parameter and no buffer of {text} that travels: its "
-                f"parts are {', '.join(children or named)}.{nearest(pattern, [*children, *named])}"
-            )
-        chosen.update(matches)
+    chosen = matching(module, patterns, named, "--personal", f"trained parameter and no travelling buffer of {text}")
     if chosen >= set(trained):
         raise UserError(
             f"--personal {','.join(patterns)} leaves nothing of {text} to be shared: name fewer of its parts, or take "

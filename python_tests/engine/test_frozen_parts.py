@@ -129,7 +129,7 @@ def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
 
 
 WRONG = {
-    "no name": ({"freeze": "bakbone.*"}, r'freeze="bakbone\.\*" matches no parameter of module:Small, whose parts '
+    "no name": ({"freeze": "bakbone.*"}, r'freeze="bakbone\.\*" matches no parameter of module:Small: its parts '
                 r'are backbone\.\*, head\.\*\. Did you mean "backbone\.\*"\?'),
     "everything": ({"freeze": "*"}, "every parameter of module:Small is frozen, so there is nothing to train"),
 }  # fmt: skip

@@ -426,8 +426,8 @@ def test_marks_stay_with_the_layers():
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "no name": ("fedavg", {"personal": "haed.*"}, r"personal=.haed\.\*. matches no trained parameter and no buffer of "
-                r"cnn that travels: its parts are .*head\.\*\. Did you mean .head\.\*.\?"),
+    "no name": ("fedavg", {"personal": "haed.*"}, r"personal=.haed\.\*. matches no trained parameter and no "
+                r"travelling buffer of cnn: its parts are .*head\.\*\. Did you mean .head\.\*.\?"),
     "frozen": ("fedavg", {"personal": "head.*", "freeze": "head.*"}, "matches no trained parameter"),
     "everything": ("fedavg", {"personal": "*"}, "leaves nothing of cnn to be shared: name fewer of its parts"),
     "local": ("local", {"personal": "head.*"}, "personal is for methods whose clients train the whole of one network"),
