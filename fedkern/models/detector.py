@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedkern.errors import UserError
 from fedkern.models.pretrained import Pretrained
-
-BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25
 
 
 class GroundingDino:
@@ -25,19 +22,16 @@ class GroundingDino:
         text_threshold: a box is kept only if a token of the class name itself scores more than this.
 
     Raises:
-        UserError: transformers is not installed, the folder holds no Grounding DINO, or a threshold outside [0, 1].
+        UserError: transformers is not installed, or the folder holds no Grounding DINO.
     """
 
     def __init__(
         self,
         model: str | Path,
-        box_threshold: float = BOX_THRESHOLD,
-        text_threshold: float = TEXT_THRESHOLD,
+        box_threshold: float = 0.35,
+        text_threshold: float = 0.25,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value in (("box_threshold", box_threshold), ("text_threshold", text_threshold)):
-            if not 0 <= value <= 1:
-                raise UserError(f"{name} of the detector must lie in [0, 1], got {value}")
         self._source = Pretrained(model, "detector")
         self.box_threshold, self.text_threshold = float(box_threshold), float(text_threshold)
         self.device = torch.device(device)

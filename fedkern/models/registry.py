@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -248,7 +248,6 @@ def build(
     image_size: int,
     seed: int | torch.Generator,
     width: int | None = None,
-    stem: Literal["auto", "cifar", "imagenet"] = "auto",
     sides: Sequence[int] | None = None,
 ) -> Any:
     """Builds a network with float32 parameters on the CPU.
@@ -262,14 +261,13 @@ def build(
         name: a name of ``MODELS``.
         classes: number of classes, at least 1.
         channels: image channels, 1 or 3 as a rule.
-        image_size: the smaller image side in pixels; decides the stem if ``stem`` is ``"auto"``.
+        image_size: the smaller image side in pixels, which decides the stem.
         seed: the run's root seed (the weights come from its own stream), or a CPU generator to draw from.
         width: channels of the first stage; None is the network's default.
-        stem: ``"auto"`` is ``"cifar"`` up to 64 pixels and ``"imagenet"`` above.
         sides: height and width of the images, on which a user's network is tried; None for square images.
 
     Raises:
-        UserError: the name or stem is unknown, the images are too small, or a number is not positive.
+        UserError: the name is unknown, the images are too small, or a number is not positive.
     """
     if name not in MODELS:
         raise UserError(unknown(name))
@@ -283,19 +281,14 @@ def build(
     for what, value in (("classes", classes), ("channels", channels), ("width", width)):
         if value < 1:
             raise UserError(f"the model's {what} must be at least 1, got {value}.")
-    if stem not in ("auto", "cifar", "imagenet"):
-        raise UserError(
-            f'the stem must be auto, cifar or imagenet, got "{stem}".{nearest(stem, ("auto", "cifar", "imagenet"))}'
-        )
-    kind: Stem = ("cifar" if image_size <= CIFAR_STEM_UP_TO else "imagenet") if stem == "auto" else stem
-    smallest = entry.smallest * (4 if kind == "imagenet" else 1)
-    if image_size < smallest:
-        raise UserError(f"{name} needs images of at least {smallest} pixels, got {image_size}.")
+    if image_size < entry.smallest:
+        raise UserError(f"{name} needs images of at least {entry.smallest} pixels, got {image_size}.")
+    stem: Stem = "cifar" if image_size <= CIFAR_STEM_UP_TO else "imagenet"
 
     # On the meta device the layers' own initialisation touches no memory and no generator.
     with torch.device("meta"):
         sized = {"image_size": image_size} if entry.sized else {}
-        model = entry.make(classes=classes, channels=channels, width=width, stem=kind, **sized)
+        model = entry.make(classes=classes, channels=channels, width=width, stem=stem, **sized)
     allocate(model)
     if not isinstance(seed, torch.Generator):
         seed = torch.Generator().manual_seed(_word(seed))

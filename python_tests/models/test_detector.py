@@ -208,9 +208,3 @@ def test_a_folder_with_a_pickle_alone(folder: Path, tmp_path: Path) -> None:
     assert GroundingDino(copied).identity != before
     with pytest.raises(UserError, match="cannot load a Grounding DINO from"):
         GroundingDino(copied).detect(images, "3")
-
-
-@pytest.mark.parametrize("thresholds", [(-0.1, 0.2), (0.2, 1.5), (float("nan"), 0.2)])
-def test_thresholds_outside_their_range(folder: Path, thresholds: tuple[float, float]) -> None:
-    with pytest.raises(UserError, match=r"_threshold of the detector must lie in \[0, 1\]"):
-        GroundingDino(folder, *thresholds)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -197,24 +198,26 @@ def swap(parts):
     parts["head.weight"], parts["head.bias"] = parts["head.bias"], parts["head.weight"]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict.popitem, swap, lambda parts: parts.update(more=torch.ones(1)),
-        lambda parts: parts.update({"head.bias": 1}),
-        lambda parts: parts.update({"head.bias": torch.zeros(1)}),  # which PyTorch would broadcast
-        lambda parts: parts.update({"head.bias": torch.zeros(3, dtype=torch.int64)}),
-    ],
+FORGED = (
+    dict.popitem, swap, lambda parts: parts.update(more=torch.ones(1)), lambda parts: parts.update({"head.bias": 1}),
+    lambda parts: parts.update({"head.bias": torch.zeros(1)}),  # which PyTorch would broadcast
+    lambda parts: parts.update({"head.bias": torch.zeros(3, dtype=torch.int64)}),
 )  # fmt: skip
-def test_forged_parts_are_refused_in_one_sentence(change, make_data, tmp_path):
-    run = played(tmp_path / "run", make_data, rounds=1, personal="head.*")
-    forge_state(run.out, "client-00001-000001.safetensors", lambda state: change(state["personal"]))
+
+
+def test_forged_parts_are_refused_in_one_sentence(make_data, tmp_path):
+    data = dataclasses.replace(make_data((20, 13, 9)), name="arrays")
+    played(tmp_path / "run", make_data, data=data, rounds=1, personal="head.*")
     said = 'The checkpoint is damaged: "personal" of client 1.* does not fit the run\'s network'
-    with pytest.raises(UserError, match=said):
-        run.model(client=1)
-    assert run.model(client=0)
-    with pytest.raises(UserError, match=said):
-        fedkern.load(run.out, data=dataclasses.replace(make_data((20, 13, 9)), name="arrays")).extend(2, progress=False)
+    for number, change in enumerate(FORGED):
+        out = shutil.copytree(tmp_path / "run", tmp_path / str(number))
+        forge_state(out, "client-00001-000001.safetensors", lambda state, change=change: change(state["personal"]))
+        run = fedkern.load(out, data=data)
+        with pytest.raises(UserError, match=said):
+            run.model(client=1)
+        assert run.model(client=0)
+        with pytest.raises(UserError, match=said):
+            run.extend(2, progress=False)
 
 
 def test_an_absent_client_has_the_parts_of_a_fresh_network(make_data, tmp_path):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
-
 from fedkern.methods.base import Method
+from fedkern.methods.common.personal import Personal
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
@@ -61,12 +60,14 @@ class Local(Objective, Method):
         for upload in uploads:
             server.state[str(upload.client_id)] = upload.message["network"]
 
-    def model(self, server: Server) -> Ensemble | Pairs:
+    def model(self, server: Server) -> Ensemble | Personal:
         members = [server.build() for _ in range(server.federation.clients)]
         for k, member in enumerate(members):
             if str(k) in server.state:  # a client that diverged in its first round keeps the initial network
                 member.load_state_dict(server.state[str(k)])
-        return Ensemble(members) if hasattr(members[0], "head") else Pairs(members)
+        if hasattr(members[0], "head"):
+            return Ensemble(members)
+        return Personal(dict(enumerate(members))).requires_grad_(False)  # pairs have no joint prediction
 
     def evaluate(self, model: Any, data: Any) -> dict[str, float]:
         """The usual figures of every client's own network on the whole test set, averaged over clients.
@@ -79,12 +80,3 @@ class Local(Objective, Method):
 
     def evaluate_own(self, model: Any, data: Any, client: Client) -> dict[str, float]:
         return super().evaluate(model.members[client.id], data)
-
-
-class Pairs(nn.Module):
-    """The clients' pairs of encoders, frozen; a container without a joint prediction."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.requires_grad_(False)
