@@ -200,7 +200,7 @@ class OptionTable:
         """The options in the order of their declaration.
 
         Raises:
-            UserError: a default is no value of its option.
+            UserError: a default is no value of its option, or the class is not decorated as a dataclass.
         """
         table: Any = cls
         return _declared(table)
@@ -208,6 +208,8 @@ class OptionTable:
 
 @functools.cache
 def _declared(cls: Any) -> tuple[Option, ...]:
+    if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
+        raise UserError(f"{cls.__qualname__} declares options: write @dataclass(frozen=True) above the class.")
     fields = [field for field in dataclasses.fields(cls) if "option" in field.metadata]
     options = tuple(field.metadata["option"].named(field.name, cls.label) for field in fields)
     for each in options:

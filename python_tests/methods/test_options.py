@@ -162,3 +162,13 @@ def test_registering_a_name_twice_or_without_description():
             pass
 
     assert "nameless" not in METHODS
+
+
+def test_a_class_without_the_decorator_is_told() -> None:
+    class Undecorated(Options):
+        mu: float = option(0.1, "weight")
+
+    with pytest.raises(
+        UserError, match=r"Undecorated declares options: write @dataclass\(frozen=True\) above the class"
+    ):
+        Undecorated.parse(["mu=1"])
