@@ -270,6 +270,23 @@ class FederatedData:
         return self.task.offers - (ImageForm.offers - self.form.offers)
 
     @property
+    def splits(self) -> list[Any]:
+        """All splits: the clients', those that judge, the public one and the clients' own tests."""
+        public = [] if self.public is None else [self.public]
+        return [*self.clients, self.validation, *self.tests.values(), *public, *self.client_tests]
+
+    def with_splits(self, change: Callable[[Any], Any]) -> FederatedData:
+        """Return the data with every split changed."""
+        return replace(
+            self,
+            clients=tuple(map(change, self.clients)),
+            validation=change(self.validation),
+            tests={name: change(split) for name, split in self.tests.items()},
+            public=None if self.public is None else change(self.public),
+            client_tests=tuple(map(change, self.client_tests)),
+        )
+
+    @property
     def client_sizes(self) -> tuple[int, ...]:
         """Number of training samples of every client."""
         return tuple(len(client) for client in self.clients)

@@ -59,9 +59,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
     Raises:
         UserError: items draw random numbers, have other shapes, take too much memory or have no class.
     """
-    splits = [*data.clients, data.validation, *data.tests.values(), *data.client_tests]
-    splits += [] if data.public is None else [data.public]
-    sets = {id(split.dataset): _used(split, splits) for split in splits if len(split)}
+    sets = {id(split.dataset): _used(split, data.splits) for split in data.splits if len(split)}
     shape = data.form.image_shape
     assert shape is not None
     total = sum(map(len, sets.values())) * math.prod(shape) * getattr(torch, data.form.dtype).itemsize
@@ -97,29 +95,18 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
         return Split(images[rows], labels[rows], masks, patients=split.patients, homes=split.homes, task=data.task)
 
     blank = columns[id(data.clients[0].dataset)][0][:0]
-    clients = tuple(map(rows_of, data.clients))
-    validation, tests = rows_of(data.validation), {name: rows_of(split) for name, split in data.tests.items()}
-    named = {f"client {k}": split for k, split in enumerate(clients)}
-    labelled = {**named, **tests, "validation": validation}
+    made = replace(data, public=None).with_splits(rows_of)
+    labelled = {f"client {k}": split for k, split in enumerate(made.clients)} | made.tests
+    labelled["validation"] = made.validation
     classes = (ANY,) if is_captioned else class_names(labelled, data.classes or None, "auto")
     public = data.public
     if public is not None:
         of_set = columns[id(public.dataset)]
         public = rows_of(public) if is_captioned else _public(public, of_set, len(classes))
-    statistics = PartitionStatistics.of(
-        [split.labels.numpy() for split in clients], classes, data.statistics.partition, data.task
-    )
-    return replace(
-        data,
-        classes=classes,
-        clients=clients,
-        validation=validation,
-        tests=tests,
-        form=form,
-        statistics=replace(statistics, names=data.statistics.names),
-        public=public,
-        client_tests=tuple(map(rows_of, data.client_tests)),
-    )
+    labels = [split.labels.numpy() for split in made.clients]
+    statistics = PartitionStatistics.of(labels, classes, data.statistics.partition, data.task)
+    statistics = replace(statistics, names=data.statistics.names)
+    return replace(made, classes=classes, form=form, statistics=statistics, public=public)
 
 
 def _add_texts(images: Tensor, split: Items) -> Split:

@@ -51,12 +51,12 @@ def inspect(data: Any, keep_items: str = "off", limit: int = 0) -> Any:
     """
     judged = [*data.clients, data.validation, *data.tests.values()]
     samples = per_set(len({id(split.dataset) for split in judged if len(split)}))
-    public = [] if data.public is None else [data.public]
     sets: dict[int, Items] = {}
-    for split in (*judged, *public, *data.client_tests):
+    for split in data.splits:
         store = _store(split, keep_items, limit)
         sets.setdefault(id(split.dataset), replace(split, rows=None, draws=set(), store=store))
-    unseen = {id(split.dataset) for split in data.client_tests} - {id(split.dataset) for split in (*judged, *public)}
+    seen = {id(split.dataset) for split in replace(data, client_tests=()).splits}
+    unseen = {id(split.dataset) for split in data.client_tests} - seen
     sights = {key: look(split, samples) for key, split in sets.items() if key not in unseen and len(split)}
     size = sum(len(split) * split.store.item_bytes for split in sets.values() if split.store is not None)
     is_kept = size <= limit or keep_items == "memory"
@@ -66,15 +66,7 @@ def inspect(data: Any, keep_items: str = "off", limit: int = 0) -> Any:
         store = of_set.store if is_kept else None
         return replace(split, draws=of_set.draws, store=store, item_bytes=of_set.item_bytes, unkept=of_set.unkept)
 
-    return replace(
-        data,
-        clients=tuple(map(equip, data.clients)),
-        validation=equip(data.validation),
-        tests={name: equip(split) for name, split in data.tests.items()},
-        public=None if data.public is None else equip(data.public),
-        client_tests=tuple(map(equip, data.client_tests)),
-        sights=sights,
-    )
+    return replace(data.with_splits(equip), sights=sights)
 
 
 def look(dataset: Items, samples: int = HASHED) -> Sight:
