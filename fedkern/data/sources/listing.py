@@ -67,7 +67,7 @@ class Reading:
     def of(cls, request: DataRequest) -> Reading:
         """Return the reading that a request asks for; other options than attributes of a reading do not count."""
         options = {name: request.options[name] for name in cls.__dataclass_fields__ if name in request.options}
-        return cls(**options, cache=request.cache, progress=request.progress)
+        return cls(**options | {"cache": request.cache, "progress": request.progress})
 
 
 @dataclass(frozen=True)
