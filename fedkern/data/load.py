@@ -167,7 +167,8 @@ def _share_out(
     splits = tuple(dataclasses.replace(source.train.take(chosen), homes=None) for chosen in client_rows)
     are_clients = spec.name == "attribute" or clients == 1  # those that the data name
     sets = {key: _center_cropped(source, pool.take(chosen), are_clients) for key, (pool, chosen) in rows.items()}
-    for split in sets.values():  # before a run begins: a mask may be unreadable
+    tests = {key: sets[f"test {key}"] for key in source.tests}
+    for split in (sets["validation"], *tests.values()):  # before a run begins: a mask may be unreadable
         if split.full is not None:
             split.full.loaded()
     identity: dict[str, str] = {}
@@ -176,7 +177,6 @@ def _share_out(
     elif is_identified:
         identity = _identify(name, source, splits, sets, samples, names or (), notice)
 
-    tests = {key: sets[f"test {key}"] for key in source.tests}
     client_tests: tuple[Split, ...] = ()
     if names is not None and source.own_tests:
         client_tests = _own_tests(name, source, rows["test "][1], tests[""])
