@@ -18,7 +18,7 @@ from fedkern.data.identity import of_memory, of_source, pixel_hashes, sampled
 from fedkern.data.images.background import MaskSource, extract_background
 from fedkern.data.images.boxes_file import BoxesFile
 from fedkern.data.images.detections import Detections, Detector
-from fedkern.data.images.image_cache import store_images, tell_unused
+from fedkern.data.images.image_cache import stored_images, tell_unused
 from fedkern.data.images.transforms import central
 from fedkern.data.registry import DATASETS, DatasetInfo, lookup, read_options
 from fedkern.data.sharing.backdoor import add_backdoor
@@ -163,10 +163,11 @@ def _share_out(
     # Some training samples stand for all of them where a run reads only some: read before images are stored.
     is_complete = len(train_rows) + len(public_rows) == len(source.train)
     samples = [sampled(source.train)] if is_identified and (info.palette or not is_complete) else []
-    store_images([(source.train, torch.cat(client_rows)), *rows.values()], request.cache, request.progress)
-    splits = tuple(dataclasses.replace(source.train.take(chosen), homes=None) for chosen in client_rows)
     are_clients = spec.name == "attribute" or clients == 1  # those that the data name
-    sets = {key: _center_cropped(source, pool.take(chosen), are_clients) for key, (pool, chosen) in rows.items()}
+    reads = [(source.train, torch.cat(client_rows)), *rows.values()]
+    with stored_images(reads, request.cache, request.progress):
+        splits = tuple(dataclasses.replace(source.train.take(chosen), homes=None) for chosen in client_rows)
+        sets = {key: _center_cropped(source, pool.take(chosen), are_clients) for key, (pool, chosen) in rows.items()}
     tests = {key: sets[f"test {key}"] for key in source.tests}
     for split in (sets["validation"], *tests.values()):  # before a run begins: a mask may be unreadable
         if split.full is not None:

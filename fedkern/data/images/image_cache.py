@@ -18,7 +18,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -52,11 +52,12 @@ Notice = Callable[[str], None] | None
 Rows = npt.NDArray[np.int64]
 
 
-def store_images(reads: Sequence[tuple[Pool, Tensor]], cache: str | Path | None, notice: Notice) -> None:
-    """Decode images into a file instead of memory, where they are many or there is a cache folder.
+@contextmanager
+def stored_images(reads: Sequence[tuple[Pool, Tensor]], cache: str | Path | None, notice: Notice) -> Iterator[None]:
+    """Context in which pools read images from a file on disk, where they are many or there is a cache folder.
 
-    Images that are in the file already are not decoded again.  Their pools then read
-    :class:`~fedkern.files.image_rows.ImageRows`.
+    Images that are in the file already are not decoded again.  What the pools read, an
+    :class:`~fedkern.files.image_rows.ImageRows`, outlives the context.
 
     Args:
         reads: the pools with the rows (int64 ``[m]``) that will be read.
@@ -69,10 +70,15 @@ def store_images(reads: Sequence[tuple[Pool, Tensor]], cache: str | Path | None,
     for pool, rows in reads:
         if isinstance(pool.read, ImageReader):
             places.setdefault(pool.read.files, []).append(pool.read.places[rows].numpy())
-    for files, chosen in places.items():
-        store_files(files, np.unique(np.concatenate(chosen)), cache, notice)
     if not places:
         tell_unused(cache, notice)
+    try:
+        for files, chosen in places.items():
+            store_files(files, np.unique(np.concatenate(chosen)), cache, notice)
+        yield
+    finally:
+        for files in places:  # a user's function may give the same files again, of which other rows are then read
+            files.stored = None
 
 
 def store_files(

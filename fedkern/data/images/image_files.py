@@ -163,8 +163,8 @@ class ImageFiles:
         max_pixels: most pixels of an image, as its file announces them.
         bits: bits of a grey value in files with more than eight, from :func:`grey_bits`; 0: there are no such files.
         window: see `fedkern.data.images.greys.window_of`; None: none.
-        stored: the decoded images in a file and their sizes, once :func:`fedkern.data.images.image_cache.store_images`
-            has written them.
+        stored: the decoded images in a file and their sizes, where `fedkern.data.images.image_cache.store_files` has
+            written them.
     """
 
     paths: Sequence[Path]

@@ -24,6 +24,7 @@ from fedkern.data import (
     to_source,
 )
 from fedkern.data.forms import ImageForm
+from fedkern.data.images import image_cache
 from fedkern.data.registry import open_code
 from fedkern.errors import UserError
 from fedkern.tasks import CLASSIFICATION, TASKS
@@ -325,7 +326,8 @@ def test_image_files_in_another_layout(registries, tmp_path):
         load(name, root=tmp_path, options={"window": "nonsense"})
 
 
-def test_an_image_file_is_decoded_when_it_is_needed(registries, tmp_path):
+def test_an_image_file_is_decoded_when_it_is_needed(registries, tmp_path, monkeypatch):
+    made = []
     for i in range(40):
         Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
 
@@ -335,10 +337,16 @@ def test_an_image_file_is_decoded_when_it_is_needed(registries, tmp_path):
         paths = sorted(root.glob("*.png"))
         names, labels = tuple(path.name for path in paths), np.arange(len(paths)) % 2
         assert (reading.colour, reading.size) == (colour, 64)
-        return to_source("files", Listing(paths, names, labels, [""] * 40, [""] * 40), ("a", "b"), reading)
+        made.append(to_source("files", Listing(paths, names, labels, [""] * 40, [""] * 40), ("a", "b"), reading))
+        return made[0]
 
     data = load("files", root=tmp_path, train_samples=8, options={"test_samples": 4, "validation_samples": 2})
     assert data.form.shape == (1, 64, 64)
+    with monkeypatch.context() as small:  # images of some rows in a file, and then all from the same source
+        small.setattr(image_cache, "MEMORY_BYTES", 0)
+        load("files", root=tmp_path, train_samples=8)
+    for split in load("files", root=tmp_path).clients:
+        assert [f"{int(image[0, 0, 0]):02}.png" for image in split.images] == [*split.ids]
     used = {name for split in (*data.clients, data.validation, *data.tests.values()) for name in split.ids}
     (tmp_path / min(data.image_ids - used)).write_bytes((tmp_path / min(used)).read_bytes()[:-30])
     load("files", root=tmp_path, train_samples=8, options={"test_samples": 4, "validation_samples": 2})
