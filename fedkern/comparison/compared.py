@@ -45,6 +45,9 @@ class Comparison:
     def __repr__(self) -> str:
         return f"<fedkern.Comparison of {len(self.result.groups)} groups in {str(self.folder)!r}>"
 
+    def __str__(self) -> str:
+        return self.result.text_table(self.result.all_sentences()).markdown()
+
     def _repr_html_(self) -> str:
         return self.result.text_table([*self.result.all_sentences(), f"files in {self.folder}"]).html()
 

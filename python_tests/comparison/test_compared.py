@@ -50,6 +50,7 @@ def test_methods_are_compared_over_seeds(tmp_path):
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("fedprox", "fedavg") for s in "01"]
     assert "rests on 2 seeds" in " ".join(found.notes)
     assert 'The option "mu" is not read by fedavg.' in found.notes
+    assert str(found) == (tmp_path / "x/comparison.md").read_text()
     assert found.plot() == [found.folder / "comparison.png"]
     assert all(word in found._repr_html_() for word in ("<td", "fedprox", " ± ", "rests on 2 seeds", "files in x"))
 
