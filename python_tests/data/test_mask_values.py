@@ -1,4 +1,4 @@
-"""What a mask file shows and the class numbers that are read from it: palettes, negatives."""
+"""Masks as a viewer shows them, and the class numbers that are read from them: palettes, negatives."""
 
 import struct
 

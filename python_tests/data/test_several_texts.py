@@ -132,7 +132,7 @@ def test_too_few_images_are_named(tmp_path):
 @pytest.mark.parametrize("seed", [0, 7])
 @pytest.mark.parametrize("spec", [*PARTITIONS, "attribute"])
 def test_distinct_images_are_drawn_as_ever(tmp_path, spec, seed):
-    """What recorded runs were made of: every draw is over the rows themselves."""
+    """As in recorded runs: every draw is over the rows themselves."""
     path = write(tmp_path, images=120, texts=1)
     data = open_set(path, partition=spec, seed=seed)
     whole = open_set(path, clients=1, seed=seed).clients[0]

@@ -142,7 +142,7 @@ def by_site(root, name, counts, patients=1):
 
 
 def shares(split):
-    """How many images of a split every site has."""
+    """Return the number of images of a split by site."""
     return dict(sorted(Counter(name[0] for name in split.ids).items()))
 
 

@@ -1,4 +1,4 @@
-"""What a run's header tells of image files: depth, window, size and colour of every set, and what a network sees."""
+"""Lines of a run's header on image files: depth, window, size and colour of every set, and of a network's input."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Where object masks come from, and the boxes file."""
+"""Sources of object masks, and the boxes file."""
 
 import json
 from pathlib import Path

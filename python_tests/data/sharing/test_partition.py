@@ -234,7 +234,7 @@ def test_statistics_table() -> None:
 
 
 def filled_one_by_one(parts: list[np.ndarray], minimum: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """What ``dirichlet:...:fill`` does, with a look at every client for each gift."""
+    """Fill clients as ``dirichlet:...:fill`` does, with a look at every client for each gift."""
     parts = list(parts)
     for k in np.argsort([len(part) for part in parts], kind="stable"):
         while len(parts[k]) < minimum:

@@ -42,7 +42,7 @@ def open_set(name, path, **settings):
 
 
 def people(split):
-    """Whom the images of a split show, by their names."""
+    """Return the patients that the images of a split show, by their names."""
     return {int(name.split("#")[0].removesuffix(".png")) % 30 for name in split.ids}
 
 
