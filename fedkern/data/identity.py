@@ -135,7 +135,7 @@ def identity(
 
 
 def _alike(read: Sequence[Split], pools: Sequence[Split | Pool]) -> bool:
-    """Whether ``read`` is all samples of the pools, with labels of the same form."""
+    """Return whether ``read`` is all samples of the pools, with labels of the same form."""
     forms = {(part.labels.shape[1:], part.labels.dtype) for part in (*read, *pools) if len(part)}
     return sum(map(len, read)) == sum(map(len, pools)) and len(forms) < 2
 

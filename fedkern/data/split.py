@@ -24,7 +24,7 @@ MOST = 32
 
 
 def are_classes(values: Sequence[int]) -> bool:
-    """Whether the sorted values of pixels are class numbers from 0 without a gap, and no more than `MOST`."""
+    """Return whether the sorted values of pixels are class numbers from 0 without a gap, and no more than `MOST`."""
     return 0 < len(values) <= MOST and values[-1] == len(values) - 1
 
 
@@ -113,7 +113,7 @@ class Split:
         return grouped_rows(self.ids, self.cases, self.patients)
 
     def identities(self) -> list[str]:
-        """What tells an image from others: its name, or a digest of its pixels and label without one."""
+        """Return the name of every image, or a digest of its pixels and label where it has none."""
         if self.ids is not None:
             return list(self.ids)
         pairs = zip(self.images, self.labels, strict=True)
@@ -122,7 +122,7 @@ class Split:
         ]
 
     def raw(self) -> dict[str, Any]:
-        """What a client would send who gives its samples away."""
+        """Return what a client would send to give its samples away."""
         return {"images": self.images, "labels": self.labels, "texts": self.texts}
 
     def plus(self, others: Sequence[Split]) -> Split:
@@ -130,7 +130,7 @@ class Split:
         return joined([self, *others])
 
     def any_known(self) -> bool:
-        """Whether the class of an image or of a pixel is known."""
+        """Return whether the class of an image or of a pixel is known."""
         return any(bool((part >= 0).any()) for part in in_parts(self.labels))
 
     def subset(self, indices: Tensor) -> Split:

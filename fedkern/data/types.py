@@ -143,7 +143,7 @@ class Source:
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What a run asks of a data set.
+    """Request of a run to a data set.
 
     Attributes:
         root: folder or file of the data set's files.
@@ -261,12 +261,12 @@ class FederatedData:
 
     @property
     def task(self) -> Task:
-        """What is learnt of the data."""
+        """Task that the data are for."""
         return self.validation.task
 
     @property
     def offers(self) -> frozenset[str]:
-        """What methods may ask for (`fedkern.tasks.Task.offers`)."""
+        """Offers to methods (`fedkern.tasks.Task.offers`)."""
         return self.task.offers - (ImageForm.offers - self.form.offers)
 
     @property

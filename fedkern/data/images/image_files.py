@@ -44,7 +44,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's: hidden, what macOS adds to an archive, or a lock of Office."""
+    """Return whether a name is none of the user's: hidden, what macOS adds to an archive, or a lock of Office."""
     return name.startswith((".", "~$")) or name == "__MACOSX"
 
 
@@ -401,12 +401,12 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether the image has one channel of whole numbers beyond eight bits."""
+    """Return whether the image has one channel of whole numbers beyond eight bits."""
     return image.mode.startswith("I")
 
 
 def _negative(image: Image.Image) -> bool:
-    """Whether 0 is white and the decoded values are the stored ones: Pillow inverts greys of up to eight bits alone."""
+    """Return whether 0 is white in the decoded values too: Pillow inverts greys of up to eight bits alone."""
     return image.format == "TIFF" and image.mode not in ("1", "L") and image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]
 
 

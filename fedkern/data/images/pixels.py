@@ -94,7 +94,7 @@ class Pixels:
         return images if rng is None else transforms.augment(images, self.augment, rng)
 
     def pairs(self, index: Tensor, labels: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
-        """What :meth:`take` gives of the images at ``index``, and their pixels' ``labels`` int64, moved with them."""
+        """Return what :meth:`take` gives of the images at ``index``, and their pixels' ``labels`` int64, moved too."""
         if self.augment == "none":
             rng = None
         images = self._whole(index)

@@ -99,7 +99,7 @@ def tied_colours(
 
 
 def ink_is_white(colours: Colours, palette: Palette) -> npt.NDArray[np.bool_]:
-    """Whether ink on these backgrounds is white (else black), bool ``[n]``."""
+    """Return whether ink on these backgrounds is white (else black), bool ``[n]``."""
     if not palette.contrast:
         return np.ones(len(colours), dtype=np.bool_)
     return colours.astype(np.int64) @ np.array(_LUMINANCE) <= 127_500

@@ -42,7 +42,7 @@ def hash_names(names: Iterable[str]) -> Rows:
 
 
 def unit_noun(cases: Tensor | None, patients: Tensor | None) -> str:
-    """What the units of :func:`grouped_rows` are, in the plural."""
+    """Return the noun for units of :func:`grouped_rows`, in the plural."""
     return "patients" if patients is not None else "different images" if cases is None else "cases"
 
 

@@ -86,7 +86,7 @@ class Style:
     noise: int = 0
 
     def shows(self, concept: str) -> bool:
-        """Whether the client shows the concept regularly, not only as a rare exception."""
+        """Return whether the client shows the concept regularly, not only as a rare exception."""
         kinds = (CLASSES, self.digits), (tuple(INK), self.inks)
         chance = next((shares[names.index(concept)] for names, shares in kinds if concept in names), 1.0)
         return bool(chance > 0.5 / len(CLASSES))

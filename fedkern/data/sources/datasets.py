@@ -387,7 +387,7 @@ def _difference(pool: Items, classes: Tensor) -> str:
 
 
 def is_dataset(value: object) -> bool:
-    """Whether something has the form of a map-style data set."""
+    """Return whether something has the form of a map-style data set."""
     if isinstance(value, (Tensor, np.ndarray, list, tuple, Mapping, str)):
         return False
     return hasattr(value, "__getitem__") and hasattr(value, "__len__")

@@ -83,7 +83,7 @@ class Items:
 
     @cached_property
     def still(self) -> bool:
-        """Whether no item can draw random numbers, so that it is the same whenever it is read."""
+        """Return whether no item can draw random numbers, so that it is the same whenever it is read."""
         return _still(self.dataset)
 
     def __len__(self) -> int:
@@ -131,7 +131,7 @@ class Items:
         return self.classes if self.rows is None else self.classes[self.rows]
 
     def any_known(self) -> bool:
-        """Whether a target is known: nobody can tell without reading all."""
+        """Return whether a target is known: nobody can tell without reading all."""
         return True
 
     def units(self) -> Rows | None:
@@ -139,7 +139,7 @@ class Items:
         return grouped_rows(None, None, self.patients)
 
     def identities(self) -> list[str]:
-        """What tells a sample from others, in this process: its data set below subsets and concatenations, and row."""
+        """Return the data set of every sample, below subsets and concatenations, and its row, as a text."""
         origins = (locate(self.dataset, row) for row in self._rows_at(range(len(self))).tolist())
         return [f"{id(dataset)}/{row}" for dataset, row in origins]
 
@@ -310,7 +310,7 @@ def cause(error: BaseException) -> str:
 
 
 def _still(dataset: object) -> bool:
-    """Whether a data set is torch's own, of tensors in memory."""
+    """Return whether a data set is torch's own, of tensors in memory."""
     if type(dataset) is Subset:
         return _still(dataset.dataset)
     if type(dataset) is ConcatDataset:

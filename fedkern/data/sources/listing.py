@@ -40,7 +40,7 @@ GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's values, averaged over the
 
 @dataclass(frozen=True)
 class Reading:
-    """How files become images: the options of `fedkern.data.READING`, and two of data sets.
+    """Reading of files as images: the options of `fedkern.data.READING`, and two of data sets.
 
     Attributes:
         test_share: 0: nothing is held out as test set, and the test set may be empty; 1: all images are the test set,

@@ -149,7 +149,7 @@ def _images(tree: Tree) -> Iterator[dict[str, Path]]:
 
 
 def _counts(masks: Tensor) -> npt.NDArray[np.int32]:
-    """How many pixels of every mask have every value, int32 ``[n, 256]``."""
+    """Count the pixels of every mask that have each value, int32 ``[n, 256]``."""
     each = (mask.reshape(-1) for part in in_parts(masks) for mask in part.numpy())
     return np.stack([np.bincount(mask, minlength=256).astype(np.int32) for mask in each])
 

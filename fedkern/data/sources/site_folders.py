@@ -69,13 +69,13 @@ def _split_trees(site: str, base: Path, data: str) -> list[Tree]:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether an image lies directly in ``folder``."""
+    """Return whether an image lies directly in ``folder``."""
     named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not hidden(path.name))
     return any(not path.is_dir() for path in named)
 
 
 def holds_classes(folder: Path) -> bool:
-    """Whether a folder in ``folder`` holds images."""
+    """Return whether a folder in ``folder`` holds images."""
     return any(holds_images(folder / name) for name in subfolders(folder))
 
 

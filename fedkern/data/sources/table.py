@@ -115,7 +115,7 @@ class Table:
         return classes, numbers
 
     def listed(self, image: str) -> dict[str, Any]:
-        """What the table says of the images in a column beside their labels: attributes of a `Listing`."""
+        """Return what the table says of a column of images beside their labels: attributes of a `Listing`."""
         paths, splits, owners = self.files(image), self.splits(), {}
         for names in (PATIENT, CLIENT):
             column = next((name for name in names if any(self.column(name))), None)
