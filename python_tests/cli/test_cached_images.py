@@ -51,7 +51,8 @@ def summary(tmp_path):
     return json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
 
 
-def test_evaluate_uses_the_cache_of_the_run(result, decoded, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("undrawn")
+def test_evaluate_and_extend_use_the_cache_of_the_run_and_do_not_make_it_again(result, decoded, tmp_path, monkeypatch):
     played("decoded")
     assert len(decoded) == IMAGES
     decoded.clear()
@@ -69,12 +70,11 @@ def test_evaluate_uses_the_cache_of_the_run(result, decoded, tmp_path, monkeypat
     shutil.copytree("run", "copy")
     assert remembered("copy") is None
     assert not any(str(tmp_path / "decoded") in path.read_text() for path in (tmp_path / "run").glob("*.toml"))
-
-
-def test_a_cache_that_is_gone_is_not_made_again(result, decoded, tmp_path):
-    played("decoded")
-    shutil.rmtree("decoded")
     decoded.clear()
+    result("extend", "run", "--rounds", "2", "--cache", "decoded", "--quiet")
+    assert decoded == []
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 2
+    shutil.rmtree("decoded")
     assert figures(result)["accuracy"] == summary(tmp_path)["accuracy"]
     assert len(decoded) == IMAGES
     assert not (tmp_path / "decoded").exists()
@@ -101,23 +101,6 @@ def test_evaluate_fills_a_cache(result, decoded, tmp_path, own):
     assert sorted(path.suffix for path in (tmp_path / "mine").iterdir()) == [".images", ".lock", ".sizes"]
     assert "60 decoded images are read from" in result("evaluate", "run", *more, "--cache", "mine")[1]
     assert remembered("run") is None  # a note is made by a run alone
-
-
-def test_large_data_of_evaluate_are_in_a_file(result, tmp_path, monkeypatch):
-    played()
-    expected = figures(result)
-    monkeypatch.setattr(image_cache, "MEMORY_BYTES", 0)
-    assert figures(result) == expected
-    assert "decoding 60 images (0.0 MB) into a temporary file" in result("evaluate", "run")[1]
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_extend_takes_a_cache(result, decoded, tmp_path):
-    played("decoded")
-    decoded.clear()
-    result("extend", "run", "--rounds", "2", "--cache", "decoded", "--quiet")
-    assert decoded == []
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 2
 
 
 def test_from_python(result, decoded, tmp_path):
@@ -157,8 +140,13 @@ def test_tasks_on_image_text_runs_take_a_cache(result, decoded, tmp_path):
     assert result("evaluate", "run", "--task", "retrieval", "--cache", "third", "--json")[1] == ""
 
 
-def test_mistakes_are_one_sentence(result, fails, tmp_path):
+def test_large_data_are_in_a_file_and_mistakes_are_one_sentence(result, fails, tmp_path, monkeypatch):
     played()
+    expected = figures(result)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_cache, "MEMORY_BYTES", 0)
+        assert figures(result) == expected
+        assert "decoding 60 images (0.0 MB) into a temporary file" in result("evaluate", "run")[1]
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
     assert "name another folder with --cache DIR" in fails("evaluate", "run", "--cache", "file")
