@@ -220,7 +220,7 @@ def _trace_network(bundle: Exportable) -> tuple[ExportedProgram, Shapes]:
             program, shapes = _export(bundle, torch.export.Dim.AUTO)
             if _takes_other_lengths(bundle, program):
                 return program, shapes
-    return _export(bundle, None)
+    return _export(bundle, torch.export.Dim.STATIC)
 
 
 def _export(bundle: Exportable, length: object) -> tuple[ExportedProgram, Shapes]:
