@@ -324,7 +324,7 @@ def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
     monkeypatch.setattr(type(network), "forward", noticed)
     found = []
     for at_once in (1, 2, 3):
-        sets = evaluation.test_sets(bench)
+        sets = evaluation.test_sets(bench.samples)
         with computing(precision):
             figures = evaluation.evaluate(method, network, sets, nullcontext, at_once, seed=0)
         found.append((figures, {name: data.predictions.tolist() for name, data in sets.items()}))
