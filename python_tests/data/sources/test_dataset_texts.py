@@ -97,7 +97,7 @@ def test_a_loss_and_a_network_of_ones_own_leave_texts_alone(named, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    ({"model": "resnet8"}, "model.*resnet8.* has no effect on the data set .captioned., whose network is a pair"),
+    ({"model": "resnet8"}, "^model has no effect on images with texts: leave it out, or give classes as whole numbers"),
     ({"method": "fedgid"}, "fedgid is for classification.*retrieval"),
     ({"test": "class"}, r"Item 0 of the test set cannot be read \(.*it has no text: give items \(image, text\)"),
     ({"partition": "dirichlet:0.5"}, "needs classes, and images with texts have none"),
