@@ -6,15 +6,12 @@ normalised, D = 128 where nothing else is said, and the temperature is 0.07.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from benchmarks.harness import compare
+from benchmarks.harness import compare, contest
 from fedkern import ops
 
 
@@ -30,36 +27,15 @@ def pair(pairs: int, size: int) -> list[Tensor]:
     return [normalize(t, dim=1).requires_grad_() for t in (x, x + 2 * noise)]
 
 
-def train_step(loss: Callable[..., Tensor], leaves: list[Tensor], *others: Any) -> Callable[[], None]:
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        loss(*leaves, *others).backward()
-
-    return step
-
-
-def contest(leaves: list[Tensor], *others: Any) -> dict[str, Callable[[], None]]:
-    return {
-        "fedkern": train_step(ops.contrastive, leaves, *others),
-        "eager": train_step(eager_contrastive, leaves, *others),
-        "compile": train_step(torch.compile(eager_contrastive, dynamic=False), leaves, *others),
-    }
-
-
 @pytest.mark.parametrize("pairs", [32, 64, 256, 1024])
 def test_contrastive(node: str, pairs: int, threads: int) -> None:
-    compare(
-        node,
-        "contrast",
-        f"B={pairs}",
-        contest(pair(pairs, 128), 0.07),
-        threads=threads,
-    )
+    runs = contest(ops.contrastive, eager_contrastive, pair(pairs, 128), 0.07)
+    compare(node, "contrast", f"B={pairs}", runs, threads=threads)
 
 
 @pytest.mark.parametrize(("pairs", "size"), [(2048, 128), (4096, 128), (4096, 512)], ids=str)
 def test_contrastive_of_large_batches(node: str, pairs: int, size: int, threads: int) -> None:
     """More similarities than are held: they are multiplied again for the gradients."""
     case = f"B={pairs}" + (f" D={size}" if size != 128 else "")
-    compare(node, "contrast", case, contest(pair(pairs, size), 0.07), threads=threads)
+    runs = contest(ops.contrastive, eager_contrastive, pair(pairs, size), 0.07)
+    compare(node, "contrast", case, runs, threads=threads)

@@ -7,16 +7,13 @@ Model bytes: every logit read once, every gradient written once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, softmax
 
 from benchmarks.baselines import liger_kl
-from benchmarks.harness import compare
+from benchmarks.harness import compare, contest
 from fedkern import ops
 
 SHAPES = [(64, 10), (4096, 100), (4096, 1000), (256, 32000)]
@@ -38,15 +35,6 @@ def eager_entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum() / logits.shape[0]
 
 
-def train_step(loss: Callable[..., Tensor], leaves: list[Tensor], *others: Any) -> Callable[[], None]:
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        loss(*leaves, *others).backward()
-
-    return step
-
-
 def leaves(count: int, shape: tuple[int, int]) -> list[Tensor]:
     return [torch.randn(shape, requires_grad=True) for _ in range(count)]
 
@@ -59,9 +47,7 @@ def test_kl_div(node: str, shape: tuple[int, int], threads: int) -> None:
         "kl_div",
         f"{shape} T=2",
         {
-            "fedkern": train_step(ops.kl_div, student, teacher, 2.0),
-            "eager": train_step(eager_kl, student, teacher, 2.0),
-            "compile": train_step(torch.compile(eager_kl, dynamic=False), student, teacher, 2.0),
+            **contest(ops.kl_div, eager_kl, student, teacher, 2.0),
             "Liger-Kernel": liger_kl(student[0], teacher, 2.0),
         },
         model_bytes=3 * 4 * teacher.numel(),
@@ -77,11 +63,7 @@ def test_dual_kl(node: str, shape: tuple[int, int], threads: int) -> None:
         node,
         "dual_kl",
         f"{shape} T=2",
-        {
-            "fedkern": train_step(ops.dual_kl, students, teacher, 2.0),
-            "eager": train_step(eager_dual, students, teacher, 2.0),
-            "compile": train_step(torch.compile(eager_dual, dynamic=False), students, teacher, 2.0),
-        },
+        contest(ops.dual_kl, eager_dual, students, teacher, 2.0),
         model_bytes=5 * 4 * teacher.numel(),
         copy=True,
         threads=threads,
@@ -95,11 +77,7 @@ def test_entropy(node: str, shape: tuple[int, int], threads: int) -> None:
         node,
         "entropy",
         f"{shape}",
-        {
-            "fedkern": train_step(ops.entropy, logits),
-            "eager": train_step(eager_entropy, logits),
-            "compile": train_step(torch.compile(eager_entropy, dynamic=False), logits),
-        },
+        contest(ops.entropy, eager_entropy, logits),
         model_bytes=2 * 4 * logits[0].numel(),
         copy=True,
         threads=threads,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, softmax
 
 from benchmarks.baselines import liger_jsd
-from benchmarks.harness import compare
+from benchmarks.harness import compare, contest
 from fedkern import ops
 
 SHAPES = [(20, 64, 10), (20, 256, 10), (20, 64, 100), (20, 256, 100)]
@@ -65,25 +65,6 @@ def joined(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tens
         return mixture - 0.5 * mean
 
     return loss
-
-
-def train_step(loss: Callable[..., Tensor], leaves: list[Tensor], *others: Any) -> Callable[[], None]:
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        loss(*leaves, *others).backward()
-
-    return step
-
-
-def contest(
-    ours: Callable[..., Tensor], eager: Callable[..., Tensor], leaves: list[Tensor], *others: Any
-) -> dict[str, Callable[[], None]]:
-    return {
-        "fedkern": train_step(ours, leaves, *others),
-        "eager": train_step(eager, leaves, *others),
-        "compile": train_step(torch.compile(eager, dynamic=False), leaves, *others),
-    }
 
 
 MIXES: dict[str, tuple[Callable[..., Tensor], dict[str, str]]] = {

@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import gate, machines, peak_memory, shown, sources, timing
 from benchmarks.baselines import Absent
@@ -72,6 +73,28 @@ GATED: list[str] = []
 def device() -> torch.device:
     """Where this run's tensors live."""
     return torch.device(SETTINGS.device)
+
+
+def train_step(loss: Callable[..., Tensor], leaves: list[Tensor], *others: Any) -> Callable[[], None]:
+    """Return a call that computes a loss and the gradients of its leaves."""
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss(*leaves, *others).backward()
+
+    return step
+
+
+def contest(
+    ours: Callable[..., Tensor], eager: Callable[..., Tensor], leaves: list[Tensor], *others: Any
+) -> dict[str, Callable[[], None]]:
+    """Return training steps of a loss: ours, eager and compiled."""
+    return {
+        "fedkern": train_step(ours, leaves, *others),
+        "eager": train_step(eager, leaves, *others),
+        "compile": train_step(torch.compile(eager, dynamic=False), leaves, *others),
+    }
 
 
 def compare(
