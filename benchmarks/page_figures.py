@@ -270,7 +270,8 @@ def iod_privacy() -> Lines:
         m, attack = run["metrics"], next(iter(run.get("after", {}).values()), None)
         accuracies = [percent(m[name]) if name in m else "–" for name in TEACHERS]
         area = "" if attack is None else f"{attack['auc']:.3f} ({attack['low']:.3f}–{attack['high']:.3f})"
-        rows.append([*words, *accuracies, f"{m['image_spread']:.2f}", area])
+        spread_of_images = f"{m['image_spread']:.2f}" if "image_spread" in m else "–"  # private records tell less
+        rows.append([*words, *accuracies, spread_of_images, area])
     header = ["covered", "epsilon", "student", "mean teacher", "teachers' ensemble", "spread of the images",
               "attack on the student: AUC (95 %)"]  # fmt: skip
     return table(header, rows).split("\n")
