@@ -88,6 +88,10 @@ def same_format(path: object, found: object, read: int) -> None:
     )
 
 
+class Malformed(ValueError):
+    """Bytes or values from elsewhere that are not what fedkern writes; the text says why, as the end of a sentence."""
+
+
 class RunFailed(UserError):
     """A run that failed without a result to keep, although every input was valid; exit code 1."""
 

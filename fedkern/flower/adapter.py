@@ -14,8 +14,7 @@ from logging import ERROR, INFO, WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fedkern.errors import UserError
-from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
+from fedkern.errors import Malformed, UserError
 from fedkern.process.extras import install
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def streaming(method: F) -> F:
     return method
 
 
-class StreamedGrid(Grid):
+class StreamedGrid:
     """A grid that gives a strategy the replies to training messages one by one, as they arrive.
 
     The ``begin`` of an `averaging.FedAvg` is told what is sent.  Everything else is the grid's own.
@@ -105,29 +104,6 @@ class StreamedGrid(Grid):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
-
-    def set_run(self, run: Any) -> None:
-        """See Flower's ``Grid``; so for the next methods."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        return self._grid.run
-
-    def create_message(self, *args: Any, **named: Any) -> Message:
-        return self._grid.create_message(*args, **named)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self._grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[Any]:
-        return self._grid.get_nodes()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Sends messages and gives their replies: a list, or for training an iterable that waits for each reply."""
@@ -274,9 +250,9 @@ def to_flat(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> ArrayReco
 # -- whole runs over Flower ------------------------------------------------------------------------------------------
 
 TRAIN, QUERY = MessageType.TRAIN, MessageType.QUERY
-_HEADER, _TEXT, _ARRAYS = "fedkern.header", "fedkern.message", "fedkern.arrays"
-_RAW = "fedkern.tensor"
-"""Encoding of an array: its elements as raw little-endian bytes."""
+_HEADER, _MESSAGE = "fedkern.header", "fedkern.message"
+_BYTES = "fedkern.bytes"
+"""Encoding of an array: the bytes of a packed message (`fedkern.flower.runs.portable`)."""
 _LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 
 
@@ -293,7 +269,7 @@ class Arrived:
     """
 
     reply_to: str
-    packed: PackedMessage | None = None
+    packed: bytes | None = None
     error: str = ""
     lost: bool = False
     malformed: str = ""
@@ -305,15 +281,13 @@ class NodeChannel:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.sent = self.received = 0
-        self._last: tuple[PackedMessage, ConfigRecord, ArrayRecord] | None = (
-            None  # of a packed message that several nodes get
-        )
+        self._last: tuple[bytes, ArrayRecord] | None = None  # of a packed message that several nodes get
 
     def nodes(self) -> list[int]:
         """The connected nodes (see :func:`nodes`)."""
         return nodes(self._grid)
 
-    def send(self, node: int, kind: str, header: str, packed: PackedMessage, ttl: float | None) -> str | None:
+    def send(self, node: int, kind: str, header: str, packed: bytes, ttl: float | None) -> str | None:
         """Sends a message.
 
         Args:
@@ -325,10 +299,9 @@ class NodeChannel:
             The message's name; None where Flower has not taken the message.
         """
         if self._last is None or self._last[0] is not packed:
-            self._last = (packed, *_in_records(packed))
-        _, text, arrays = self._last
-        content = RecordDict({_HEADER: ConfigRecord({"header": header}), _TEXT: text, _ARRAYS: arrays})
-        self.sent += packed.size + len(packed.text) + len(header)
+            self._last = packed, _in_record(packed)
+        content = RecordDict({_HEADER: ConfigRecord({"header": header}), _MESSAGE: self._last[1]})
+        self.sent += len(packed) + len(header)
         named = list(self._grid.push_messages([Message(content, node, kind, ttl=ttl)]))
         return named[0] if named and named[0] else None
 
@@ -349,7 +322,7 @@ class NodeChannel:
                 continue
             try:
                 packed = opened(reply)[1]
-                self.received += packed.size + len(packed.text)
+                self.received += len(packed)
                 arrivals.append(Arrived(to, packed))
             except Malformed as why:
                 arrivals.append(Arrived(to, malformed=str(why)))
@@ -367,37 +340,24 @@ def for_one_message() -> bool:
     return Path(sys.argv[0]).stem == "flwr-clientapp" and "--allow-runtime-dependency-installation" not in sys.argv
 
 
-def opened(message: Message) -> tuple[str, PackedMessage]:
-    """The header and the packed message of a message or a reply.
+def opened(message: Message) -> tuple[str, bytes]:
+    """Return the header and the packed message of a message or a reply.
 
     Raises:
         Malformed: its records are not as :meth:`NodeChannel.send` and :func:`replied` make them.
     """
-    content = message.content
-    header, text, arrays = (content.get(name) for name in (_HEADER, _TEXT, _ARRAYS))
-    complete = isinstance(header, ConfigRecord) and isinstance(text, ConfigRecord) and isinstance(arrays, ArrayRecord)
-    if not complete or len(content) != 3 or set(header) != {"header"} or set(text) != {"text"}:
+    header, record = (message.content.get(name) for name in (_HEADER, _MESSAGE))
+    text = header.get("header") if isinstance(header, ConfigRecord) else None
+    array = record.get(_MESSAGE) if isinstance(record, ArrayRecord) else None
+    if not isinstance(text, str) or array is None or array.stype != _BYTES or not isinstance(array.data, bytes):
         raise Malformed("has other records than a message of fedkern")
-    header_text, tree = header["header"], text["text"]
-    if not isinstance(header_text, str) or not isinstance(tree, str):
-        raise Malformed("has other records than a message of fedkern")
-    tensors = {}
-    for name, array in arrays.items():
-        if array.stype != _RAW or not isinstance(array.dtype, str) or not isinstance(array.data, bytes):
-            raise Malformed(f"has an array, {name[:80]!r}, in an encoding that is not known")
-        tensors[name] = Raw(array.dtype, tuple(array.shape), array.data)
-    return header_text, PackedMessage(tree, tensors)
+    return text, array.data
 
 
-def replied(message: Message, packed: PackedMessage) -> Message:
+def replied(message: Message, packed: bytes) -> Message:
     """The reply to a message."""
-    text, arrays = _in_records(packed)
-    content = RecordDict({_HEADER: ConfigRecord({"header": ""}), _TEXT: text, _ARRAYS: arrays})
-    return Message(content, reply_to=message)
+    return Message(RecordDict({_HEADER: ConfigRecord({"header": ""}), _MESSAGE: _in_record(packed)}), reply_to=message)
 
 
-def _in_records(packed: PackedMessage) -> tuple[ConfigRecord, ArrayRecord]:
-    arrays = ArrayRecord()
-    for name, raw in packed.tensors.items():
-        arrays[name] = Array(raw.dtype, raw.shape, _RAW, raw.data)
-    return ConfigRecord({"text": packed.text}), arrays
+def _in_record(packed: bytes) -> ArrayRecord:
+    return ArrayRecord({_MESSAGE: Array("uint8", (len(packed),), _BYTES, packed)})

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedkern.errors import same_format
+from fedkern.errors import Malformed, same_format
 from fedkern.files import atomic
 from fedkern.files.inputs import parse_json, special
 from fedkern.messages.digest import digest
@@ -23,6 +23,8 @@ from fedkern.ops._core.checks import python_number
 
 ABOUT = "fedkern"  # the file's only metadata key: the order of several keys in the file would be random
 FORMAT = 1
+DEEPEST = 64
+"""Most dicts and lists that stand in one another."""
 
 
 def save(path: Path, state: dict[Any, Any]) -> None:
@@ -60,17 +62,18 @@ class Packed:
         self._about = json.dumps({"format": FORMAT, "tree": tree}, allow_nan=False)
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
 
-    def _keep(self, value: Any, where: str) -> dict[str, str]:
+    def _keep(self, value: Any, where: str) -> str:
         check_tensor(value, where)
-        array, name = isinstance(value, np.ndarray), f"t{len(self._tensors)}"
-        tensor = torch.from_numpy(value.copy()) if array else value.detach()  # a view may have negative strides
+        name = f"t{len(self._tensors)}"
+        is_array = isinstance(value, np.ndarray)
+        tensor = torch.from_numpy(value.copy()) if is_array else value.detach()  # a view may have negative strides
         # Copied, because safetensors refuses shared storage, and a view would be saved with its whole buffer.
         self._tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-        return {"array" if array else "tensor": name}
+        return name
 
     def state(self) -> Any:
         """Another copy, as :func:`load` reads it."""
-        return _unpack(json.loads(self._about)["tree"], lambda name: self._tensors[name].clone())
+        return value_of(json.loads(self._about)["tree"], lambda name: self._tensors[name].clone())
 
     def save(self, path: Path) -> None:
         """Writes the copy (see :func:`save`)."""
@@ -115,22 +118,27 @@ def part(path: Path, *keys: str | int) -> Any:
             for key in keys:
                 entries = tree.get("dict", []) if isinstance(tree, dict) else []
                 tree = next((entry for name, entry in entries if name == key), None)
-            return _unpack(tree, file.get_tensor)
+            return value_of(tree, file.get_tensor)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from None
 
 
-def tree_of(value: Any, where: str, tensor: Callable[[Any, str], Any], most: float = math.inf) -> Any:
-    """A state or message, which error messages call ``where``, as a tree for JSON.
+def tree_of(value: Any, where: str, tensor: Callable[[Any, str], Any], most: float = math.inf, depth: int = 0) -> Any:
+    """Return a state or message as a tree for JSON.
 
-    ``tensor`` gives what stands in the tree for a tensor or an array, from it and its place.  Whole numbers, and their
-    negatives, are smaller than ``most``.
+    Args:
+        where: name of the value in error messages.
+        tensor: gives what stands in the tree for a tensor or an array, from it and its place.
+        most: whole numbers, and their negatives, are smaller.
+        depth: number of dicts and lists around the value.
 
     Raises:
         TypeError: something has no form in the tree.
     """
     if isinstance(value, (Tensor, np.ndarray)):
-        return tensor(value, where)
+        return {"array" if isinstance(value, np.ndarray) else "tensor": tensor(value, where)}
+    if depth > DEEPEST:
+        raise TypeError(f"{where[:80]} stands too deep in dicts and lists")
     value = python_number(value)
     if isinstance(value, int) and abs(value) >= most:
         raise TypeError(f"{where} is a whole number of more than {int(most).bit_length() - 1} bits")
@@ -140,12 +148,13 @@ def tree_of(value: Any, where: str, tensor: Callable[[Any, str], Any], most: flo
         return value
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [tree_of(entry, f"{where}[{i}]", tensor, most) for i, entry in enumerate(value)]}
+        return {kind: [tree_of(entry, f"{where}[{i}]", tensor, most, depth + 1) for i, entry in enumerate(value)]}
     if isinstance(value, Mapping):
         for key in value:
             if isinstance(key, bool) or not isinstance(key, (str, int)):
                 raise TypeError(f"{where} has a key of type {type(key).__name__}, which must be a text or an integer")
-        return {"dict": [[key, tree_of(entry, f"{where}[{key!r}]", tensor, most)] for key, entry in value.items()]}
+        entries = value.items()
+        return {"dict": [[key, tree_of(entry, f"{where}[{key!r}]", tensor, most, depth + 1)] for key, entry in entries]}
     raise TypeError(f"{where} is of type {type(value).__name__}: take tensors, numbers, texts, lists and dicts")
 
 
@@ -163,20 +172,37 @@ def check_tensor(value: Tensor | np.ndarray, where: str) -> None:
         raise TypeError(f"{where} is a tensor of {what}: take a strided one of real numbers")
 
 
-def _unpack(tree: Any, tensor: Callable[[str], Tensor]) -> Any:
-    if not isinstance(tree, dict):
+def value_of(tree: Any, tensor: Callable[[Any], Tensor], most: float = math.inf, depth: int = 0) -> Any:
+    """Return the value that :func:`tree_of` made a tree of.
+
+    Args:
+        tensor: gives the tensor for what stands in the tree.
+        most, depth: see :func:`tree_of`.
+
+    Raises:
+        Malformed: the tree is none.
+    """
+    if tree is None or isinstance(tree, (str, bool)) or (isinstance(tree, float) and math.isfinite(tree)):
         return tree
-    ((kind, value),) = tree.items()
-    if kind == "tensor":
-        return tensor(value)
-    if kind == "array":
-        return tensor(value).numpy()
-    if kind == "float":
+    if isinstance(tree, int):
+        if abs(tree) >= most:
+            raise Malformed(f"has a whole number of more than {int(most).bit_length() - 1} bits")
+        return tree
+    if depth > DEEPEST:
+        raise Malformed("has dicts and lists that stand too deep in one another")
+    kind, value = next(iter(tree.items())) if isinstance(tree, dict) and len(tree) == 1 else ("", None)
+    if kind in ("tensor", "array"):
+        return tensor(value).numpy() if kind == "array" else tensor(value)
+    if kind == "float" and value in ("nan", "inf", "-inf"):
         return float(value)
-    if kind == "dict":
-        return {key: _unpack(entry, tensor) for key, entry in value}
-    entries = [_unpack(entry, tensor) for entry in value]
-    return entries if kind == "list" else tuple(entries)
+    if kind in ("list", "tuple") and isinstance(value, list):
+        entries = [value_of(entry, tensor, most, depth + 1) for entry in value]
+        return entries if kind == "list" else tuple(entries)
+    if kind == "dict" and isinstance(value, list):
+        if not all(isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (str, int) for pair in value):
+            raise Malformed("has a dict that is none")
+        return {key: value_of(entry, tensor, most, depth + 1) for key, entry in value}
+    raise Malformed("has a text that describes no value")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from fedkern.files.inputs import parse_json
 from fedkern.flower.adapter import INFO, ClientApp, Context, Message, for_one_message, log, opened, replied
 from fedkern.flower.runs import client_daemon
 from fedkern.flower.runs.node_config import own_client
-from fedkern.flower.runs.packed_message import PackedMessage
 
 app = ClientApp()
 
@@ -51,7 +50,7 @@ def introduce(message: Message, context: Context) -> Message:
 def answer(message: Message, context: Context) -> Message:
     """Answers a message of the run's server."""
     header, packed = opened(message)
-    reply: PackedMessage | None = None
+    reply: bytes | None = None
     stays = _stays(context.run_config.get("flower.resident", client_daemon.STAYS))
     if stays > 0 and for_one_message():
         reply = client_daemon.ask(header, packed, context.run_config, context.node_config, _notice, stays)
@@ -62,7 +61,7 @@ def answer(message: Message, context: Context) -> Message:
     return replied(message, reply)
 
 
-def _ended(run: str, context: Context) -> PackedMessage:
+def _ended(run: str, context: Context) -> bytes:
     if for_one_message():
         if client_daemon.possible():
             client_daemon.end(run, context.node_config)
@@ -70,7 +69,7 @@ def _ended(run: str, context: Context) -> PackedMessage:
         from fedkern.flower.runs import node_process
 
         node_process.forget(run)
-    return PackedMessage("null", {})
+    return b""
 
 
 def _stays(value: Any) -> float:

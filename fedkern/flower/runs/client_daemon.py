@@ -15,30 +15,34 @@ import errno
 import hashlib
 import json
 import os
+import select
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedkern.errors import UserError
+from fedkern.errors import Malformed, UserError
 from fedkern.files.inputs import parse_json
-from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 
 STAYS = 600.0
 """Seconds that a client daemon waits for the next message, where the run-config does not say."""
+PATIENCE = 10.0
+"""Seconds that a client daemon waits for the bytes of a message that has begun; others wait behind that message."""
 _TRIES = 3
 _LOOKS, _PAUSE = 100, 0.02
 _MAIN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from fedkern.flower.runs.client_daemon_process import live; "
+    "from fedkern.flower.runs.client_daemon import live; "
     "live(int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))"
 )
-_LENGTH = struct.Struct(">Q")
+_LENGTHS = struct.Struct(">QQ")  # of the JSON and of the message
 _BACKLOG = 16
 _CREDENTIALS = struct.Struct("3i")  # process, user and group
 
@@ -55,12 +59,12 @@ class _Gone(Exception):
 
 def ask(
     header: str,
-    packed: PackedMessage,
+    packed: bytes,
     run_config: Mapping[str, Any],
     node: Mapping[str, Any],
     notice: Notice,
     stays: float = STAYS,
-) -> PackedMessage | None:
+) -> bytes | None:
     """The answer of the client daemon (see `node_process.answer`), which is started where there is none.
 
     A client daemon that is started now ends ``stays`` seconds after its last message.
@@ -166,9 +170,7 @@ def _start(name: bytes, stays: float) -> bool:
     return True
 
 
-def _asked(
-    link: socket.socket, replies: BinaryIO, request: Mapping[str, Any], packed: PackedMessage, notice: Notice
-) -> PackedMessage:
+def _asked(link: socket.socket, replies: BinaryIO, request: Mapping[str, Any], packed: bytes, notice: Notice) -> bytes:
     try:
         send(link, request, packed)
         receive(replies)  # that it has begun
@@ -203,20 +205,21 @@ def user_of(link: socket.socket) -> int:
     return int(_CREDENTIALS.unpack(credentials)[1])
 
 
-def send(link: socket.socket, values: Mapping[str, Any], packed: PackedMessage | None = None) -> None:
-    """Sends plain values and a packed: a length, that much JSON, and the arrays' bytes."""
-    packed = packed or PackedMessage("", {})
-    forms = [[name, raw.dtype, list(raw.shape), len(raw.data)] for name, raw in packed.tensors.items()]
-    head = json.dumps({"told": values, "text": packed.text, "tensors": forms}).encode()
-    link.sendall(_LENGTH.pack(len(head)) + head)
-    for raw in packed.tensors.values():
-        link.sendall(raw.data)
+def send(link: socket.socket, values: Mapping[str, Any], packed: bytes = b"") -> None:
+    """Send plain values and a packed message."""
+    head = json.dumps(values).encode()
+    link.sendall(_LENGTHS.pack(len(head), len(packed)) + head)
+    link.sendall(packed)
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], PackedMessage]:
-    head = json.loads(_exactly(stream, *_LENGTH.unpack(_exactly(stream, _LENGTH.size))))
-    tensors = {name: Raw(dtype, tuple(shape), _exactly(stream, size)) for name, dtype, shape, size in head["tensors"]}
-    return head["told"], PackedMessage(head["text"], tensors)
+def receive(stream: BinaryIO) -> tuple[dict[str, Any], bytes]:
+    """Return what the other end has sent.
+
+    Raises:
+        EOFError: the other end is gone.
+    """
+    head, size = _LENGTHS.unpack(_exactly(stream, _LENGTHS.size))
+    return json.loads(_exactly(stream, head)), _exactly(stream, size)
 
 
 def _exactly(stream: BinaryIO, size: int) -> bytes:
@@ -224,3 +227,62 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
     if len(data) < size:
         raise EOFError
     return data
+
+
+# -- the client daemon -----------------------------------------------------------------------------------------------
+
+
+def live(door: int, parent: int, stays: float) -> None:
+    """Answers messages at the listening socket ``door`` until none has come for ``stays`` seconds.
+
+    Both ``door`` and ``parent``, the process with which this one ends, are descriptors.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the SuperNode decides, and this process follows it
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    from fedkern.flower.runs import node_process
+
+    with socket.socket(fileno=door) as listening:
+        listening.settimeout(stays)
+        while True:
+            try:
+                link, _ = listening.accept()
+            except TimeoutError:
+                return
+            with link, suppress(EOFError, OSError):  # whoever asked is gone, or silent
+                link.settimeout(PATIENCE)
+                if user_of(link) == os.geteuid():
+                    with link.makefile("rb") as requests:
+                        if not _serve(link, requests, node_process.answer):
+                            return
+
+
+def _end_with(process: int) -> None:
+    select.select([process], [], [])
+    os._exit(0)  # whatever the main thread is computing: nobody waits for it
+
+
+def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., bytes]) -> bool:
+    """Answers one message.
+
+    False where the run has ended and no other will come.
+    """
+    request, packed = receive(requests)
+    if request.get("end"):
+        return False
+    send(link, {"begun": True})
+
+    def notice(text: str) -> None:
+        with suppress(OSError):
+            send(link, {"notice": text})
+
+    try:
+        reply = answer(request["header"], packed, request["run_config"], request["node"], notice)
+    except Malformed as why:
+        send(link, {"malformed": str(why)})
+    except UserError as error:
+        send(link, {"refused": str(error)})
+    except Exception as error:  # of a message that no server of fedkern sends
+        send(link, {"failed": f"{type(error).__name__}: {error}"})
+    else:
+        send(link, {}, reply)
+    return True

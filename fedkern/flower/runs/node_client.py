@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,8 @@ from fedkern.engine.node import TAKEN
 from fedkern.engine.server import Server
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.training import Diverged
-from fedkern.errors import ClientFailed, UserError, printable
+from fedkern.errors import ClientFailed, Malformed, UserError, printable
 from fedkern.flower.runs.node_folder import NodeFolder, Version
-from fedkern.flower.runs.packed_message import Malformed, PackedMessage
 from fedkern.flower.runs.portable import pack, unpack
 from fedkern.methods.base import Phase
 from fedkern.methods.common.pooling import Pooling
@@ -46,7 +45,7 @@ from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_data, data_of_one, effective, inspect_items, kept_data, load_data
 
-PROTOCOL = 8
+PROTOCOL = 9
 """Version of the messages; both ends must have the same."""
 ASKERS = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200
@@ -90,13 +89,7 @@ class ClientRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which :meth:`read` reads."""
-        return {
-            "protocol": PROTOCOL,
-            **{name: value for name, value in vars(self).items() if name not in ("phase", "version", "begin")},
-            "phase": [self.phase.round, self.phase.name, self.phase.exchange],
-            "version": list(self.version),
-            "begin": None if self.begin is None else list(self.begin),
-        }
+        return {"protocol": PROTOCOL, **vars(self), "phase": [*astuple(self.phase)]}
 
     @classmethod
     def read(cls, values: Any) -> ClientRequest:
@@ -105,45 +98,41 @@ class ClientRequest:
         Raises:
             Malformed: they are not what :meth:`to_dict` makes.
         """
-        if not isinstance(values, dict) or values.get("protocol") != PROTOCOL:
-            other = values.get("protocol") if isinstance(values, dict) else None
-            raise Malformed(f"has the form {other!r} where this version of fedkern reads {PROTOCOL}")
+        protocol = values.get("protocol") if isinstance(values, dict) else None
+        if protocol != PROTOCOL:
+            raise Malformed(f"has the form {protocol!r} where this version of fedkern reads {PROTOCOL}")
+        _check_form(values, _HEADER, "lacks entries of its header, or has others")
         table = {name: value for name, value in values.items() if name != "protocol"}
-        kinds = {name: str(kind) for name, kind in cls.__annotations__.items()}
-        if table.keys() != kinds.keys():
-            raise Malformed("lacks entries of its header, or has others")
-        for name, kind in kinds.items():
-            if kind in ("str", "int", "bool") and type(table[name]).__name__ != kind:
-                raise Malformed(f"has {name} of the wrong type")
-        threads = table["threads"], table["client_threads"]
-        if table["client"] < 0 or table["oldest"] < 0 or not all(1 <= count <= 1024 for count in threads):
+        if not all(1 <= table[name] <= 1024 for name in ("threads", "client_threads")):
             raise Malformed("has a number out of range")
-        if not all(_NAME.fullmatch(table[name]) for name in ("run", "attempt")):
+        if not _NAME.fullmatch(table["run"]):
             raise Malformed("names no run")
-        if table["data"] is not None and (type(table["data"]) is not int or not 0 <= table["data"] < 1 << 32):
-            raise Malformed("has no fingerprint of data")
-        if table["asker"] not in ASKERS:
+        if [type(part) for part in table["phase"]] != [int, str, str] or table["asker"] not in ASKERS:
             raise Malformed("asks for nothing that a client does")
-        phase = table["phase"]
-        if not (isinstance(phase, list) and [type(part) for part in phase] == [int, str, str]):
-            raise Malformed("names no exchange")
         begin = None if table["begin"] is None else _version(table["begin"])
-        return cls(**{**table, "phase": Phase(*phase), "version": _version(table["version"]), "begin": begin})
+        return cls(**{**table, "phase": Phase(*table["phase"]), "version": _version(table["version"]), "begin": begin})
 
 
-def _version(value: Any) -> Version:
-    is_pair = isinstance(value, list) and [type(part) for part in value] == [int, int]
+_HEADER: dict[str, tuple[type, ...]] = {
+    "protocol": (int,), "run": (str,), "attempt": (str,), "client": (int,), "asker": (str,), "phase": (list,),
+    "version": (list,), "begin": (list, type(None)), "oldest": (int,), "last": (bool,), "threads": (int,),
+    "client_threads": (int,), "plan": (str,), "data": (int, type(None)),
+}  # fmt: skip
+
+
+def _check_form(values: Any, form: Mapping[str, tuple[type, ...]], problem: str) -> None:
+    """Raise Malformed, with the problem, for anything but a dict with these entries of these types, () for any."""
+    if not isinstance(values, dict) or values.keys() != form.keys():
+        raise Malformed(problem)
+    if not all(type(values[name]) in kinds for name, kinds in form.items() if kinds):
+        raise Malformed(problem)
+
+
+def _version(value: list[Any]) -> Version:
+    is_pair = [type(part) for part in value] == [int, int]
     if not is_pair or not 0 < value[0] < 10**6 or not 0 <= value[1] < 10**6:
         raise Malformed("names no round")
     return Version(*value)
-
-
-@dataclass
-class _Place:
-    """How far a client has come in this process."""
-
-    attempt: str
-    version: Version  # of the last message
 
 
 @dataclass
@@ -164,10 +153,10 @@ class NodeClients:
     half: bool = False
     _stack: ExitStack = field(default_factory=ExitStack)
     _serial: Serial | None = None
-    _places: dict[int, _Place] = field(default_factory=dict)
+    _places: dict[int, tuple[str, Version]] = field(default_factory=dict)  # attempt and version of the last message
     _known: set[int] = field(default_factory=set)  # clients whose data fit the method
 
-    def answer(self, request: ClientRequest, packed: PackedMessage) -> PackedMessage:
+    def answer(self, request: ClientRequest, packed: bytes) -> bytes:
         """A client's answer to a message of the server, packed for :func:`read_reply`.
 
         Raises:
@@ -249,13 +238,11 @@ class NodeClients:
     def _go_to(self, request: ClientRequest, folder: NodeFolder) -> None:
         """Brings the client to where it was before this message of the round."""
         assert self._serial is not None  # answer
-        at = self._places.get(request.client)
         plan, number = request.version
-        before = Version(plan, number - 1)
-        here = request.client in self._serial.working()
-        if number and here and at is not None and at.attempt == request.attempt and at.version == before:
+        before = request.attempt, Version(plan, number - 1)
+        if number and request.client in self._serial.working() and self._places.get(request.client) == before:
             return
-        for k in [request.client, *(k for k, place in self._places.items() if place.version.plan < plan)]:
+        for k in [request.client, *(k for k, (_, version) in self._places.items() if version.plan < plan)]:
             self._places.pop(k, None)
             self._serial.forget(k)  # its round is over, or begins again
         folder.drop_messages(plan)
@@ -267,42 +254,28 @@ class NodeClients:
             played = ClientRequest.read(header)
             self._serial.ask(played.client, played.asker, played.phase, unpack(packed))
 
-    def _ask(self, request: ClientRequest, message: dict[str, Any], folder: NodeFolder) -> PackedMessage:
+    def _ask(self, request: ClientRequest, message: dict[str, Any], folder: NodeFolder) -> bytes:
         assert self._serial is not None  # answer
         context, k = self._context, request.client
         context.notices.warnings.clear()
         answer = self._serial.ask(k, request.asker, request.phase, message)
-        self._places[k] = _Place(request.attempt, request.version)
+        self._places[k] = request.attempt, request.version
         state = self._serial.changed(k)
         if state is not None:
             folder.write_state(request.version, state, request.oldest)
         ledger = None if state is None or self._said is None else state.get(LEDGER)
+        answer.warnings = dict(context.notices.warnings)
+        settings: dict[str, Any] = {
+            "public": context.notices.disclosure.clients, "changed": state is not None, "ledger": ledger, "half": self.half,
+        }  # fmt: skip
         try:
-            reply = self._reply(request, answer, state is not None, ledger)
+            reply = pack_reply(request, answer, **settings)
         except TypeError as error:
             answer = Answer(k, problem=ClientFailed(k, f"its upload cannot travel: {error}"))
-            reply = self._reply(request, answer, state is not None, ledger)
+            reply = pack_reply(request, answer, **settings)
         if self._said is not None:
             self._keep_digest(request, answer, folder)
         return reply
-
-    def _reply(self, request: ClientRequest, answer: Answer, changed: bool, ledger: Any) -> PackedMessage:
-        public = self._context.notices.disclosure.clients
-        return pack(
-            {
-                "client": request.client,
-                "version": list(request.version),
-                "message": answer.message,
-                "problem": _problem(answer, public),
-                "report": answer.report if public else {},
-                "warnings": dict(self._context.notices.warnings) if public else {},
-                "marks": sorted(answer.marks),  # they tell of the method's code, not of the data
-                "seconds": answer.seconds if public else 0.0,
-                "changed": changed,
-                "ledger": ledger,
-            },
-            half=self.half,
-        )
 
     def _keep_digest(self, request: ClientRequest, answer: Answer, folder: NodeFolder) -> None:
         """Keeps the digest of a private run's message before the message leaves its client."""
@@ -317,38 +290,55 @@ class NodeClients:
         releases.forget(request.oldest)
 
 
-def failed(request: ClientRequest, what: str, traceback: str) -> PackedMessage:
-    """The reply of a client that could not begin to answer."""
-    problem = {"kind": "failed", "what": what, "traceback": traceback}
-    empty: dict[str, Any] = {"message": None, "report": {}, "warnings": {}, "marks": [], "seconds": 0.0, "ledger": None}
-    head = {"client": request.client, "version": list(request.version), "changed": False}
-    return pack({**head, **empty, "problem": problem})
+def pack_reply(
+    request: ClientRequest,
+    answer: Answer,
+    *,
+    public: bool = True,
+    changed: bool = False,
+    ledger: Any = None,
+    half: bool = False,
+) -> bytes:
+    """Return the reply of a client to a request.
 
-
-def _problem(answer: Answer, public: bool) -> dict[str, Any] | None:
-    problem = answer.problem
-    if problem is None:
-        return None
-    if isinstance(problem, Diverged):
-        batch, what = (problem.batch, problem.what) if public else (0, "")
-        return {"kind": "diverged", "round": problem.round, "batch": batch, "what": what}
-    return {"kind": "failed", "what": problem.what if public else "", "traceback": problem.traceback if public else ""}
+    Args:
+        public: whether the reply may tell more of the client than its upload.
+        changed: whether the client's state has changed.
+        ledger: the client's privacy ledger, or None.
+        half: see :func:`~fedkern.flower.runs.portable.pack`.
+    """
+    problem: dict[str, Any] | None = None
+    if isinstance(failure := answer.problem, Diverged):
+        batch, what = (failure.batch, failure.what) if public else (0, "")
+        problem = {"kind": "diverged", "round": failure.round, "batch": batch, "what": what}
+    elif failure is not None:
+        what, traceback = (failure.what, failure.traceback) if public else ("", "")
+        problem = {"kind": "failed", "what": what, "traceback": traceback}
+    reply = {
+        "client": request.client,
+        "version": list(request.version),
+        "message": answer.message,
+        "problem": problem,
+        "report": answer.report if public else {},
+        "warnings": answer.warnings if public else {},
+        "marks": sorted(answer.marks),  # they tell of the method's code, not of the data
+        "seconds": answer.seconds if public else 0.0,
+        "changed": changed,
+        "ledger": ledger,
+    }
+    return pack(reply, half=half)
 
 
 # -- the server's end of a reply -------------------------------------------------------------------------------------
 
-_REPLY = {
-    "client": int, "version": list, "report": dict, "warnings": dict, "marks": list, "seconds": float, "changed": bool,
+_REPLY: dict[str, tuple[type, ...]] = {
+    "client": (int,), "version": (list,), "report": (dict,), "warnings": (dict,), "marks": (list,),
+    "seconds": (float,), "changed": (bool,), "message": (), "problem": (), "ledger": (),
 }  # fmt: skip
-
-
-@dataclass
-class Reply:
-    """A client's reply as the server has read it: the answer, whether the client's state changed, and its ledger."""
-
-    answer: Answer
-    changed: bool
-    ledger: Any
+_PROBLEMS: dict[str, dict[str, tuple[type, ...]]] = {
+    "diverged": {"kind": (str,), "round": (int,), "batch": (int,), "what": (str,)},
+    "failed": {"kind": (str,), "what": (str,), "traceback": (str,)},
+}
 
 
 def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alone: int | None = None) -> RunContext:
@@ -376,17 +366,17 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alon
     return RunContext(config.replace(**found), data, notice)
 
 
-def read_reply(packed: PackedMessage, client: int, version: Version) -> Reply:
-    """Unpacks a reply and checks everything but the upload itself, which the engine checks.
+def read_reply(packed: bytes, client: int, version: Version) -> tuple[Answer, bool, Any]:
+    """Unpack a reply and check everything but the upload itself, which the engine checks.
+
+    Returns:
+        The answer, whether the client's state has changed, and the client's privacy ledger.
 
     Raises:
         Malformed: the reply is none of fedkern's, or answers another message.
     """
     values = unpack(packed)
-    if not isinstance(values, dict) or values.keys() != {*_REPLY, "message", "problem", "ledger"}:
-        raise Malformed("is no answer of a fedkern client")
-    if any(type(values[name]) is not kind for name, kind in _REPLY.items()):
-        raise Malformed("is no answer of a fedkern client")
+    _check_form(values, _REPLY, "is no answer of a fedkern client")
     if values["client"] != client or values["version"] != list(version):
         raise Malformed("answers another message")
     report, warnings = values["report"], values["warnings"]
@@ -405,7 +395,7 @@ def read_reply(packed: PackedMessage, client: int, version: Version) -> Reply:
         warnings={name: printable(text) for name, text in warnings.items()}, seconds=values["seconds"],
         marks=frozenset(values["marks"]),
     )  # fmt: skip
-    return Reply(answer, values["changed"], values["ledger"])
+    return answer, values["changed"], values["ledger"]
 
 
 def _named(table: dict[Any, Any], taken: tuple[str, ...] = ()) -> bool:
@@ -417,13 +407,8 @@ def _named(table: dict[Any, Any], taken: tuple[str, ...] = ()) -> bool:
 def _read_problem(value: Any, client: int) -> Diverged | ClientFailed | None:
     if value is None:
         return None
-    forms: dict[str, dict[str, type]] = {
-        "diverged": {"kind": str, "round": int, "batch": int, "what": str},
-        "failed": {"kind": str, "what": str, "traceback": str},
-    }
-    form = forms.get(str(value.get("kind"))) if isinstance(value, dict) else None
-    if form is None or value.keys() != form.keys() or any(type(value[name]) is not kind for name, kind in form.items()):
-        raise Malformed("has a problem that is none")
-    if value["kind"] == "diverged":
+    kind = value.get("kind") if isinstance(value, dict) else None
+    _check_form(value, _PROBLEMS.get(str(kind), _PROBLEMS["failed"]), "has a problem that is none")
+    if kind == "diverged":
         return Diverged(client, value["round"], value["batch"], printable(value["what"]))
     return ClientFailed(client, value["what"] or "its part of the method raised an exception", value["traceback"])

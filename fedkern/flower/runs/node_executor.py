@@ -25,15 +25,14 @@ from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.worker_messages import Done
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.run_folder import NODES
-from fedkern.errors import ClientFailed, UserError, printable_name
+from fedkern.errors import ClientFailed, Malformed, UserError, printable_name
 from fedkern.files import atomic
 from fedkern.files.inputs import read_json
 from fedkern.flower.adapter import QUERY, TRAIN, Arrived, NodeChannel
 from fedkern.flower.runs.node_client import MOST_NAMES, ClientRequest, read_reply
 from fedkern.flower.runs.node_folder import Version
 from fedkern.flower.runs.node_registry import NodeRegistry
-from fedkern.flower.runs.packed_message import Malformed, PackedMessage
-from fedkern.flower.runs.portable import pack
+from fedkern.flower.runs.portable import LONGEST_TEXT, pack
 from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.methods.uploads import Maybe, Number, Values
 from fedkern.privacy import LEDGER, Accountant
@@ -41,13 +40,11 @@ from fedkern.privacy import LEDGER, Accountant
 STATE = "flower"
 """Entry of a checkpoint's client state that has the name of the state on the node."""
 LARGEST_REPLY = 2 << 30
-"""Most bytes of a reply's tensors where the method declares no sizes."""
+"""Most bytes of a reply where the method declares no sizes."""
 MOST_ENTRIES = 1024
 """Most entries of a client's privacy ledger: equal releases share one, and every entry is accounted for."""
 FAREWELL = 10.0
 """Seconds at the end of a run for the nodes to hear that it has ended: a SuperNode looks for messages every 3 s."""
-SLACK = 1 << 16
-"""Bytes that a reply may have beyond the declared upload."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 0.5
 _AT_ONCE = 16  # replies asked for at once
 
@@ -114,7 +111,7 @@ class Nodes(Ordered):
         self._end = time.monotonic() + self._deadline if self._deadline else None
         self._pause = _FIRST_PAUSE
         self._waiting.clear()
-        packed: dict[int, PackedMessage] = {}
+        packed: dict[int, bytes] = {}
         for k, (asker, phase, message, encoder) in self._requests.items():
             assert encoder is None  # no filter of a run over Flower has any: an encoder is code, which no node takes
             request = self._request(k, asker, phase)
@@ -153,7 +150,7 @@ class Nodes(Ordered):
         """Notes that nothing comes from a client."""
         self._replies[k] = Done(Answer(k, absent=why))
 
-    def _pack_message(self, message: Message) -> PackedMessage:
+    def _pack_message(self, message: Message) -> bytes:
         try:
             return pack(message, half=self._half)
         except TypeError as error:
@@ -191,10 +188,10 @@ class Nodes(Ordered):
             if arrived.packed is None:
                 raise Malformed(arrived.malformed)
             self._check_size(arrived.packed, k)
-            reply = read_reply(arrived.packed, k, self._versions[k])
-            ledger = self._checked(reply.ledger)
+            answer, is_changed, ledger = read_reply(arrived.packed, k, self._versions[k])
+            ledger = self._checked(ledger)
             names = self._names.setdefault(k, set())
-            names.update(reply.answer.report, reply.answer.warnings)
+            names.update(answer.report, answer.warnings)
             if len(names) > MOST_NAMES:  # records and checkpoints keep each
                 raise Malformed(f"brings names of figures and warnings beyond the {MOST_NAMES} of a client")
         except Malformed as why:
@@ -202,15 +199,15 @@ class Nodes(Ordered):
         except Exception as error:  # a node's reply may hold anything, and ends no run
             return Done(Answer(k, refused=printable_name(f"cannot be read ({type(error).__name__}: {error})", 400)))
         state = {STATE: list(self._versions[k]), **({} if ledger is None else {LEDGER: ledger})}
-        return Done(reply.answer, state if reply.changed else None)
+        return Done(answer, state if is_changed else None)
 
-    def _check_size(self, packed: PackedMessage, k: ClientId) -> None:
+    def _check_size(self, packed: bytes, k: ClientId) -> None:
         asker, phase, message, _ = self._requests[k]
         declared = self._run.hooks[asker].declared(phase, k, message)
         most = _bytes(declared)
-        most = LARGEST_REPLY if most is None else most + SLACK
-        if packed.size > most:
-            raise Malformed(f"has {packed.size:,} bytes where {most:,} are the most")
+        most = LARGEST_REPLY if most is None else most + LONGEST_TEXT
+        if len(packed) > most:
+            raise Malformed(f"has {len(packed):,} bytes where {most:,} are the most")
 
     def _checked(self, ledger: Any) -> Any:
         """A client's privacy ledger, in the form of :class:`Accountant`; None where the run has no guarantee."""
@@ -241,8 +238,8 @@ class Nodes(Ordered):
     def close(self) -> None:
         """Ends the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""
         with suppress(Exception):  # the run has ended, whatever becomes of them
-            header, nothing = json.dumps({"end": self._name}), PackedMessage("null", {})
-            sent = [self._channel.send(node, QUERY, header, nothing, FAREWELL) for node in self._registry.home.values()]
+            header = json.dumps({"end": self._name})
+            sent = [self._channel.send(node, QUERY, header, b"", FAREWELL) for node in self._registry.home.values()]
             names = {name for name in sent if name is not None}
             end = time.monotonic() + FAREWELL
             while names and time.monotonic() < end:

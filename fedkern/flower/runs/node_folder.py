@@ -7,6 +7,7 @@ of the last state whose answer it took.  So the node knows nothing of a server t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,19 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.files.filesystem import one_writer
-from fedkern.flower.runs.packed_message import PackedMessage, Raw
+from fedkern.files.inputs import open_regular, parse_json
 from fedkern.messages import states
 
 KEPT_RUNS = 16
 """Runs whose states stay on a node: those in which a client of the node has worked last."""
 _RUN = re.compile(r"[0-9a-f]{32}")
 _STATE = re.compile(r"state-(\d{6})-(\d{6})\.safetensors")
-_MESSAGE = re.compile(r"message-(\d{6})-(\d{6})\.safetensors")
+_MESSAGE = re.compile(r"message-(\d{6})-(\d{6})\.packed")
 
 
 class Version(NamedTuple):
@@ -85,27 +84,20 @@ class NodeFolder:
 
     # -- messages --------------------------------------------------------------------------------------------------
 
-    def keep_message(self, version: Version, header: dict[str, Any], packed: PackedMessage) -> None:
-        """Keeps a message, in case the client's next one of this round meets another process."""
-        filled = {name: raw.data for name, raw in packed.tensors.items() if raw.data}
-        flat = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in filled.items()}
-        forms = {name: [raw.dtype, list(raw.shape)] for name, raw in packed.tensors.items()}
-        states.save(self._message(version), {"header": header, "text": packed.text, "forms": forms, "data": flat})
+    def keep_message(self, version: Version, header: dict[str, Any], packed: bytes) -> None:
+        """Keep a message, in case the client's next one of this round meets another process."""
+        atomic.write_bytes(self._message(version), json.dumps(header).encode() + b"\n" + packed)
 
-    def message(self, version: Version) -> tuple[dict[str, Any], PackedMessage]:
-        """A kept message.
+    def message(self, version: Version) -> tuple[dict[str, Any], bytes]:
+        """Return a kept message.
 
-        Raises UserError where it is missing or damaged.
+        Raises:
+            UserError: the message is missing or damaged.
         """
         try:
-            content = states.load(self._message(version))
-            data = content["data"]
-            tensors = {
-                name: Raw(dtype, tuple(shape), data[name].numpy().tobytes() if name in data else b"")
-                for name, (dtype, shape) in content["forms"].items()
-            }
-            return content["header"], PackedMessage(content["text"], tensors)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            with open_regular(self._message(version)) as file:
+                return parse_json(file.readline().decode()), file.read()
+        except (OSError, ValueError) as error:
             raise UserError(f"An earlier message of this round cannot be read ({error}).") from None
 
     def drop_messages(self, plan: int) -> None:
@@ -115,7 +107,7 @@ class NodeFolder:
                 self._message(Version(*numbers)).unlink(missing_ok=True)
 
     def _message(self, version: Version) -> Path:
-        return self.path / f"message-{version.plan:06d}-{version.number:06d}.safetensors"
+        return self.path / f"message-{version.plan:06d}-{version.number:06d}.packed"
 
     def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
         matches = (pattern.fullmatch(path.name) for path in self.path.iterdir())

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkern.errors import UserError
+from fedkern.engine.executors.base import Answer
+from fedkern.errors import ClientFailed, Malformed, UserError
 from fedkern.files.filesystem import cache_folder, expand
 from fedkern.files.inputs import parse_json
 from fedkern.flower.runs import node_config, run_settings
-from fedkern.flower.runs.node_client import ClientRequest, NodeClients, failed
+from fedkern.flower.runs.node_client import ClientRequest, NodeClients, pack_reply
 from fedkern.flower.runs.own_data import form_of
-from fedkern.flower.runs.packed_message import Malformed, PackedMessage
 from fedkern.settings.run_data import data_of_one
 
 STATES = "flower"
@@ -22,9 +22,7 @@ Notice = Callable[[str], None]
 _here: tuple[Any, NodeClients] | None = None  # of the last message of this process, with what they were made of
 
 
-def answer(
-    header: str, packed: PackedMessage, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice
-) -> PackedMessage:
+def answer(header: str, packed: bytes, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice) -> bytes:
     """The answer to a message of the run's server.
 
     A client that cannot answer says why in it.
@@ -45,11 +43,12 @@ def answer(
     try:
         return _clients(request, run_config, node, notice).answer(request, packed)
     except Malformed as why:
-        return failed(request, f"the message of the server {why}", "")
+        failure = ClientFailed(client, f"the message of the server {why}")
     except UserError as error:
-        return failed(request, str(error), "")
+        failure = ClientFailed(client, str(error))
     except Exception as error:  # anything of data, method or plugin: the server says it, and decides
-        return failed(request, f"{type(error).__name__}: {error}", traceback.format_exc())
+        failure = ClientFailed(client, f"{type(error).__name__}: {error}", traceback.format_exc())
+    return pack_reply(request, Answer(client, problem=failure))
 
 
 def facts(run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice) -> dict[str, Any]:

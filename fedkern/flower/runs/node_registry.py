@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fedkern.errors import UserError, printable_name
+from fedkern.errors import Malformed, UserError, printable_name
 from fedkern.flower.adapter import QUERY, Arrived, NodeChannel
 from fedkern.flower.runs.node_client import PROTOCOL
-from fedkern.flower.runs.packed_message import Malformed
 from fedkern.flower.runs.portable import pack, unpack
 from fedkern.methods.base import ClientId
 from fedkern.process.interrupts import check

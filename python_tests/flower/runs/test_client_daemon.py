@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.errors import UserError
-from fedkern.flower.runs import client_daemon, client_daemon_process, node_process
+from fedkern.errors import Malformed, UserError
+from fedkern.flower.runs import client_daemon, node_process
 from fedkern.flower.runs.node_client import PROTOCOL
-from fedkern.flower.runs.packed_message import Malformed, PackedMessage, Raw
 from fedkern.flower.runs.portable import pack, unpack
 from python_tests.interrupted import wait_until
 
@@ -34,12 +33,10 @@ ASKING = """
 import json, sys
 from pathlib import Path
 from fedkern.flower.runs import client_daemon
-from fedkern.flower.runs.packed_message import PackedMessage, Raw
-header, text, forms, run, node, stays = json.loads(Path(sys.argv[1]).read_text())
-tensors = {name: Raw(dtype, tuple(shape), bytes.fromhex(data)) for name, dtype, shape, data in forms}
-found = client_daemon.ask(header, PackedMessage(text, tensors), run, node, print, stays)
+header, message, run, node, stays = json.loads(Path(sys.argv[1]).read_text())
+found = client_daemon.ask(header, bytes.fromhex(message), run, node, print, stays)
 assert "torch" not in sys.modules
-print(found.text)
+print(found[:1000])
 """
 
 
@@ -82,7 +79,7 @@ def daemons(of: str = "parent", number: int = 0) -> list[int]:
         with contextlib.suppress(OSError, IndexError):
             state, parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
             whose = int(group) == number if of == "group" else int(parent) == os.getpid()
-            if whose and state != "Z" and b"client_daemon_process import live" in (folder / "cmdline").read_bytes():
+            if whose and state != "Z" and b"client_daemon import live" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
     return found
 
@@ -155,8 +152,8 @@ def test_a_daemon_ends_with_its_run(message, tmp_path):
 
 
 def test_a_silent_connection_holds_nobody_up(message, tmp_path, monkeypatch):
-    live = "from fedkern.flower.runs.client_daemon_process import live"
-    impatient = f"from fedkern.flower.runs import client_daemon_process as process; process.PATIENCE = 0.3; {live}"
+    live = "from fedkern.flower.runs.client_daemon import live"
+    impatient = f"from fedkern.flower.runs import client_daemon as process; process.PATIENCE = 0.3; {live}"
     monkeypatch.setattr(client_daemon, "_MAIN", client_daemon._MAIN.replace(live, impatient))
     client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)
     (first,) = daemons()
@@ -179,9 +176,8 @@ def test_what_a_node_refuses_is_refused_by_the_daemon(message, tmp_path):
 
 def test_a_daemon_ends_with_the_process_that_starts_messages(message, tmp_path):
     """As on a SuperNode: one process starts a short one for a message, and is killed later."""
-    forms = [[name, raw.dtype, raw.shape, raw.data.hex()] for name, raw in message.tensors.items()]
     told_of = tmp_path / "message.json"
-    told_of.write_text(json.dumps([header(), message.text, forms, RUN, node(tmp_path), 60]))
+    told_of.write_text(json.dumps([header(), message.hex(), RUN, node(tmp_path), 60]))
     script = (
         "import subprocess, sys, time\n"
         "subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)\n"
@@ -192,7 +188,7 @@ def test_a_daemon_ends_with_the_process_that_starts_messages(message, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             lines = list(itertools.takewhile(lambda line: line != "answered\n", process.stdout))
-            assert '"problem",null' in re.sub(r"\s", "", lines[-1])
+            assert '"problem",null' in lines[-1].replace("\\", "")
             assert len(daemons("group", process.pid)) == 1
         finally:
             process.kill()
@@ -209,7 +205,7 @@ def ends():
         yield ours, replies, theirs, requests
 
 
-PARCEL = PackedMessage('{"list":[]}', {"a": Raw("float32", (2, 1), bytes(range(8))), "empty": Raw("bool", (0,), b"")})
+PARCEL = bytes(range(256))
 
 
 def test_messages_come_as_they_were_sent(ends):
@@ -217,7 +213,7 @@ def test_messages_come_as_they_were_sent(ends):
     client_daemon.send(ours, {"header": "é"}, PARCEL)
     assert client_daemon.receive(requests) == ({"header": "é"}, PARCEL)
     client_daemon.send(theirs, {"begun": True})
-    assert client_daemon.receive(replies) == ({"begun": True}, PackedMessage("", {}))
+    assert client_daemon.receive(replies) == ({"begun": True}, b"")
 
 
 def test_notices_reach_whoever_asks(ends):
@@ -254,7 +250,7 @@ def test_what_a_daemon_raises_is_raised_where_it_was_asked(ends, error):
     def answer(*_):
         raise KeyError("phase") if isinstance(error, RuntimeError) else error
 
-    served = threading.Thread(target=client_daemon_process._serve, args=(theirs, requests, answer))
+    served = threading.Thread(target=client_daemon._serve, args=(theirs, requests, answer))
     served.start()
     with pytest.raises(type(error), match=re.escape(str(error))):
         client_daemon._asked(ours, replies, {"header": "", "run_config": {}, "node": {}}, PARCEL, print)
@@ -273,7 +269,7 @@ def test_nobody_waits_for_an_answer(ends):
         return packed
 
     with pytest.raises(BrokenPipeError):
-        client_daemon_process._serve(theirs, requests, answer)
+        client_daemon._serve(theirs, requests, answer)
 
 
 def test_no_daemon_of_somebody_else(message, tmp_path, monkeypatch):
