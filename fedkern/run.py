@@ -44,10 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _shorten_waits()
     words = list(sys.argv[1:] if argv is None else argv)
     with in_order(to_the_end=argv is None), without_leftovers() as leftover:
-        code = _run_guarded(words, leftover)
-        if (ranks := _ranks()) is not None and argv is None and ranks.begun():
-            _exit(code)  # threads that wait inside gloo would outlive the interpreter, which aborts then
-        return code
+        return _run_guarded(words, leftover)
 
 
 def command() -> int:

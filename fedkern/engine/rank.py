@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkern.engine.executors.connection import Connection, Ended, Lost
 from fedkern.engine.executors.torchrun_group import GO_ON, LEAVING, TorchrunGroup
-from fedkern.engine.executors.worker_messages import Clear, Setup, Sum
+from fedkern.engine.executors.worker_messages import Clear, Done, Setup, Sum
 from fedkern.engine.worker import Worker, as_in_the_run
 from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Unpacker
@@ -38,7 +38,7 @@ def serve(group: TorchrunGroup) -> int:
     """
     connection = group.connections[0]
     try:
-        _serve(group, connection)
+        _serve(connection)
     except Ended as end:
         group.leave(end.code)
         return end.code
@@ -67,9 +67,8 @@ def serve(group: TorchrunGroup) -> int:
 class RankWorker(Worker):
     """A worker that can keep vectors of uploads, and add them up (see `Method.reduce`)."""
 
-    def __init__(self, setup: Setup, connection: Connection, group: TorchrunGroup) -> None:
+    def __init__(self, setup: Setup, connection: Connection) -> None:
         super().__init__(setup, connection)
-        self._group = group
         self._kept: dict[tuple[int, str], Tensor] = {}  # by client and name, until the next exchange
         self._serial.keep = self._keep
 
@@ -78,11 +77,7 @@ class RankWorker(Worker):
             total = Accumulator(request.size, exact=True)
             for client, name, weight in request.terms:
                 total.add(self._kept[client, name], weight)
-            try:
-                self._group.reduced(total, self._context.config.device)
-            except Lost:
-                _wait(self._group.connections[0])  # rank 0 says which rank was lost, or was lost itself
-                raise
+            self._send(Done(total.state_dict()))
             return
         if isinstance(request, Clear):
             self._kept.clear()
@@ -92,13 +87,13 @@ class RankWorker(Worker):
         self._kept[client, name] = vector.clone()  # the next client may train in the same memory
 
 
-def _serve(group: TorchrunGroup, connection: Connection) -> None:
+def _serve(connection: Connection) -> None:
     plugins.receive(connection.told())
     setup: Setup = Unpacker().unpack(connection.receive())
     if setup.context.config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU on this machine, but on that of rank 0: give fedkern --device cpu.")
     with as_in_the_run(setup):
-        RankWorker(setup, connection, group).serve()
+        RankWorker(setup, connection).serve()
 
 
 def _wait(connection: Connection) -> None:

@@ -12,28 +12,27 @@ not replaced: the run ends, and torchrun starts all ranks again if it may.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedkern.data.sources.items import Items
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import States
-from fedkern.engine.executors.connection import Connection, Lost
+from fedkern.engine.executors.connection import Connection
 from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.torchrun_group import GO_ON, TorchrunGroup
-from fedkern.engine.executors.worker_messages import Setup, Sum
-from fedkern.errors import RunFailed, UserError
+from fedkern.engine.executors.torchrun_group import TorchrunGroup
+from fedkern.engine.executors.worker_messages import Done, Setup, Sum
+from fedkern.errors import UserError
 from fedkern.files.image_rows import FileRows
 from fedkern.messages.packets import NotPortable, Packet
 from fedkern.methods.base import ClientId
 from fedkern.methods.uploads import Kept
 from fedkern.ops import Accumulator
+from fedkern.process.interrupts import check
 from fedkern.settings.run_data import DataRecipe
 from fedkern.usercode import plugins
 
@@ -126,8 +125,7 @@ class Ranks(Ordered):
         self._group.check()
         if (rank := self._at[k]) is not None:
             idle = bool(self._todo) and len(self._replies) < AHEAD
-            packet = self._group.heard(rank, 0.0 if idle else 0.5)
-            if packet is not None and (reply := self._read(packet)) is not None:
+            if (reply := self._hear_rank(rank, 0.0 if idle else 0.5)) is not None:
                 self._replies[k] = reply
             elif idle:
                 self._work(self._todo[0])
@@ -141,24 +139,24 @@ class Ranks(Ordered):
         return Spread(local, self._sum_on_ranks) if local.exact else local
 
     def _sum_on_ranks(self, size: int, terms: Sequence[tuple[Kept, float]]) -> Accumulator:
-        """The exact sum of vectors that have stayed on other ranks: one reduction of integers."""
-        there: dict[Connection, list[tuple[int, str, float]]] = {rank: [] for rank in self._processes}
-        weights = Accumulator(0, exact=True)
+        """Return the exact sum of vectors that have stayed on other ranks, each of which sends a sum of its own."""
+        there: dict[Connection, list[tuple[int, str, float]]] = {}
         for stand_in, weight in terms:
-            there[self._home[stand_in.client]].append((stand_in.client, stand_in.name, weight))
-            weights.add(torch.empty(0, dtype=stand_in.dtype), weight)
+            there.setdefault(self._home[stand_in.client], []).append((stand_in.client, stand_in.name, weight))
         for rank, vectors in there.items():
             self._tell(rank, Sum(size, tuple(vectors)))
-        try:
-            digits, top = self._group.reduced(Accumulator(size, exact=True), self._context.config.device)
-        except Lost as lost:
-            for _ in range(20):  # until this rank's connection to the lost one tells which it is
-                self._group.check()
-                time.sleep(0.1)
-            raise RunFailed(f"A rank was lost, as {lost}: {GO_ON}.") from None
         total = Accumulator(size, exact=True)
-        total.load_state_dict({**weights.state_dict(), "size": size, "digits": digits, "top": top})
+        for rank in there:
+            while (reply := self._hear_rank(rank, 0.5)) is None:
+                check()
+            part = Accumulator(size, exact=True)
+            part.load_state_dict(reply.answer)
+            total.merge(part)
         return total
+
+    def _hear_rank(self, rank: Connection, seconds: float) -> Done | None:
+        packet = self._group.heard(rank, seconds)
+        return None if packet is None else self._read(packet)
 
     def end_round(self) -> None:
         self._home.clear()

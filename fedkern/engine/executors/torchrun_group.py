@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
 
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import Store, TCPStore
 
-from fedkern.engine.executors.connection import Connection, Ended, Lost, first_line, how, silence
+from fedkern.engine.executors.connection import WINDOW, Connection, Ended, Lost, silence
 from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Packet
-from fedkern.ops import Accumulator
-from fedkern.ops._aggregate.reference import risen
 from fedkern.process import versions
 from fedkern.process.interrupts import check
 
-Result = TypeVar("Result")
 GO_ON = "go on from its last checkpoint with --resume, or have torchrun do so with --max-restarts"
 LEAVING = 10.0
 """Seconds that an ending rank gives the others to hear of it."""
+_ADDRESS = "fedkern/address"  # entry of torchrun's store: where rank 0 listens, and its token
+_HELLO = 64  # bytes of a rank's first words, at most
+_LOOK = 0.1  # seconds between two looks for another rank
 
 
 @dataclass(frozen=True)
@@ -94,8 +89,6 @@ class TorchrunGroup:
         self.launched, self.rank, self.size = launched, launched.rank, launched.size
         self.connections: dict[int, Connection] = {}
         self.odd: dict[int, str] = {}
-        self._group: Any = None
-        self._between_gpus: Any = None
 
     def meet(self, words: Sequence[str]) -> None:
         """Connects the ranks and compares what they were started with.
@@ -108,17 +101,16 @@ class TorchrunGroup:
         global _met
         if not hasattr(os, "memfd_create"):
             raise UserError("Ranks of torchrun share memory as only Linux has it: start the run without torchrun.")
-        limit = timedelta(seconds=silence())
         try:
-            patiently(lambda: self._connect(limit))
-        except Exception as error:
+            ends = self._connect(silence())
+        except (OSError, RuntimeError) as error:  # RuntimeError: of torch's store
+            reason = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
             raise RunFailed(
-                f"The {self.size} ranks cannot be connected ({first_line(error)}): see whether all machines reach "
-                f"{os.environ.get('MASTER_ADDR')}, and name their network in GLOO_SOCKET_IFNAME."
+                f"The {self.size} ranks cannot be connected ({reason}): see whether all machines reach "
+                f"{os.environ.get('MASTER_ADDR')} and each other."
             ) from None
         _met = True
-        others = range(1, self.size) if self.rank == 0 else [0]
-        self.connections = {other: Connection(other, serving=self.rank != 0) for other in others}
+        self.connections = {rank: Connection(end, 0 if self.rank else WINDOW) for rank, end in ends.items()}
         installed = {name: versions.versions()[name] for name in ("fedkern", "torch")}
         if self.rank:
             self.connections[0].say((list(words), installed, versions.kernels()))
@@ -142,13 +134,15 @@ class TorchrunGroup:
             if kernels["torch"] != ours["torch"]:
                 self.odd[rank] = kernels["torch"]
 
-    def _connect(self, limit: timedelta) -> None:
-        store, rank, size = next(rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(f"fedkern/{_agreed(store, rank, size, limit.total_seconds())}", store)
-        # Messages are tensors in a machine's own memory, also where clients train on GPUs.
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-        # Its collectives never meet the connections' packets.
-        self._group = dist.new_group(backend="gloo", timeout=limit)
+    def _connect(self, seconds: float) -> dict[int, socket.socket]:
+        until, host, port = time.monotonic() + seconds, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._store = TCPStore(host, port, None, serves, timedelta(seconds=seconds), wait_for_workers=False)
+        if self.rank:
+            return find_rank_0(self._store, self.rank, until)
+        with socket.create_connection((host, port)) as route:
+            own, other = route.getsockname()[0], route.getpeername()[0]
+        return accept_ranks(self._store, host if own == other else own, self.size, until)
 
     def heard(self, connection: Connection, seconds: float) -> Packet | None:
         """The next packet on a connection of rank 0, as `Connection.get` has it; raises as `check` for a lost rank."""
@@ -167,39 +161,6 @@ class TorchrunGroup:
             if isinstance(connection.over, Lost):
                 raise RunFailed(f"Rank {rank} was lost, as {connection.over}: {GO_ON}.")
 
-    def reduced(self, local: Accumulator, device: str) -> tuple[Tensor, Tensor]:
-        """Adds up the exact accumulators of all ranks, in a reduction of integers that every rank takes part in.
-
-        Args:
-            local: what this rank adds, an exact accumulator of the same size on every rank, in main memory.
-            device: the run's device; with "cuda" the integers travel between GPUs, over NCCL.
-
-        Returns:
-            On rank 0 the digits, int64 [3, P], and their positions, int8 [P], of the sum; elsewhere nothing of use.
-
-        Raises:
-            Lost: a rank is gone.
-        """
-        state = local.state_dict()
-        nccl = device == "cuda" and dist.is_nccl_available()
-        where = f"cuda:{self.launched.local}" if nccl else "cpu"
-
-        def reduce() -> tuple[Tensor, Tensor]:
-            if nccl and self._between_gpus is None:
-                self._between_gpus = dist.new_group(backend="nccl", timeout=timedelta(seconds=silence()))
-            group = self._between_gpus if nccl else self._group
-            before = state["top"].to(where)
-            top = before.clone()
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-            digits = risen(state["digits"].to(where), top.long() - before.long())
-            dist.reduce(digits, 0, dist.ReduceOp.SUM, group=group)
-            return digits.cpu(), top.cpu()
-
-        try:
-            return patiently(reduce)
-        except Exception as error:
-            raise Lost(how(error)) from None
-
     def leave(self, code: int, reason: str = "") -> None:
         """Tells the other ranks that this one ends (see `Connection.leave`), and waits until they know.
 
@@ -216,71 +177,63 @@ def _listed(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _agreed(store: Any, rank: int, size: int, seconds: float) -> str:
-    """A name for this start of the ranks that no earlier start has used.
+def accept_ranks(store: Store, address: str, size: int, until: float) -> dict[int, socket.socket]:
+    """Return the connections of rank 0 to all others, by rank.
 
-    torchrun's store outlives a restart, and not every machine counts the same restarts.  Without a name of its own, a
-    start would find the addresses of lost ranks in the store.  Rank 0 draws a name; a rank believes it once rank 0 has
-    answered a word that the rank has drawn itself.
-
-    Args:
-        store: where torchrun's ranks find each other.
-        rank, size: of this process, and the number of ranks.
-        seconds: how long to wait for the others.
+    The others learn from the store where this process listens, and show the token that is there too.
 
     Raises:
-        TimeoutError: not all ranks have come in time.
+        TimeoutError: a rank has not come until then.
     """
-    until, token, last = time.monotonic() + seconds, uuid.uuid4().hex, ""
-    if rank == 0:
-        store.set("fedkern/name", token)
-    while time.monotonic() < until:
-        if rank == 0:
-            words = [f"fedkern/{token}/{other}" for other in range(1, size)]
-            if store.check(words):
-                store.set(f"fedkern/{token}/all", " ".join(store.get(word).decode() for word in words))
-                return token
-        elif store.check(["fedkern/name"]):
-            name = store.get("fedkern/name").decode()
-            if name != last:
-                last = name
-                store.set(f"fedkern/{name}/{rank}", token)
-            answer = f"fedkern/{name}/all"
-            if store.check([answer]) and token in store.get(answer).decode().split():
-                return name
-        time.sleep(0.02)
-    raise TimeoutError(f"not all ranks have come within {seconds:g} seconds")
+    token, ends = secrets.token_hex(16), dict[int, socket.socket]()
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
+        server.settimeout(_LOOK)
+        store.set(_ADDRESS, f"{address} {server.getsockname()[1]} {token}")
+        while missing := [str(rank) for rank in range(1, size) if rank not in ends]:
+            check()
+            if time.monotonic() > until:
+                raise TimeoutError(f"nothing came from rank {', '.join(missing)}")
+            with suppress(OSError, ValueError):  # ValueError: it is no rank
+                end = server.accept()[0]
+                end.settimeout(1.0)
+                rank, shown = end.recv(_HELLO).decode().split()
+                if shown == token:
+                    ends[int(rank)] = end
+    for end in ends.values():
+        end.sendall(token.encode())
+    return ends
 
 
-def patiently(work: Callable[[], Result]) -> Result:
-    """Does ``work`` in a thread, because a signal reaches no thread that waits inside torch.distributed."""
-    future: Future[Result] = Future()
+def find_rank_0(store: Store, rank: int, until: float) -> dict[int, socket.socket]:
+    """Return the connection to rank 0, by its rank.
 
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except Exception as error:
-            future.set_exception(error)
+    The store may still hold the address of an earlier start of the ranks: a rank believes an address once rank 0 says
+    there that all ranks have come.
 
-    threading.Thread(target=run, daemon=True).start()
-    while not future.done():
+    Raises:
+        TimeoutError: rank 0 has not answered until then.
+    """
+    while (seconds := until - time.monotonic()) > 0:
         check()
-        wait([future], timeout=0.2)
-    return future.result()
+        if store.check([_ADDRESS]):
+            host, port, token = store.get(_ADDRESS).decode().split()
+            with suppress(OSError):
+                end = socket.create_connection((host, int(port)), seconds)
+                end.sendall(f"{rank} {token}".encode())
+                if end.recv(_HELLO) == token.encode():
+                    return {0: end}
+        time.sleep(_LOOK)
+    raise TimeoutError("rank 0 did not answer")
 
 
 _present: TorchrunGroup | None = None
-_begun = _met = False
+_met = False
 
 
 def present() -> TorchrunGroup | None:
     """The ranks that this process belongs to, where it is rank 0 of several."""
     return _present if _present is not None and _present.rank == 0 else None
-
-
-def begun() -> bool:
-    """Whether this process has begun to meet other ranks, so that threads may wait inside gloo."""
-    return _begun
 
 
 def met() -> bool:
@@ -294,8 +247,8 @@ def joined(launched: LaunchedRank) -> Iterator[TorchrunGroup]:
 
     An exception is told to the other ranks as its exit code: rank 0 says it.
     """
-    global _present, _begun
-    _present, _begun = TorchrunGroup(launched), True
+    global _present
+    _present = TorchrunGroup(launched)
     try:
         yield _present
     except BaseException as error:

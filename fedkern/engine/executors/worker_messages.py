@@ -47,11 +47,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Sum:
-    """Tells a rank of torchrun to add up vectors that have stayed there, and to take part in the reduction.
+    """Tells a rank of torchrun to add up vectors that have stayed there, and to send their exact sum.
 
     Attributes:
         size: number of elements of each vector.
-        terms: client, name in its upload, and weight of each vector; none where the rank has nothing to add.
+        terms: client, name in its upload, and weight of each vector.
     """
 
     size: int

@@ -149,7 +149,8 @@ def alone(words, out):
 
 @pytest.mark.usefixtures("undrawn")
 def test_two_ranks(tmp_path):
-    words = ("fedavg", "--data", "digits", *SMALL, "--rounds", "2", "--clients", "3", "--grad-cam", "0")
+    small = ("--rounds", "2", "--clients", "3", "--grad-cam", "0", "--sums", "exact")
+    words = ("fedavg", "--data", "digits", *SMALL, *small)
     ranks = compare_ranks(words, tmp_path)
     assert [out for _, out, _ in ranks] == [f"{tmp_path / 'ranks'}\n", ""]
 
@@ -329,28 +330,35 @@ def test_torchruns_variables(monkeypatch):
     assert torchrun_group.launched() is None
 
 
-def test_every_start_of_the_ranks_has_a_name_of_its_own():
+def test_every_start_of_the_ranks_finds_its_own():
     """What an earlier start has left in torchrun's store is not taken for this start's."""
-    store, names = dist.HashStore(), []
-    for late in (2, 0, 1):
-        found = [""] * 3
+    store, until = dist.HashStore(), time.monotonic() + 20
+    with socket.create_server(("127.0.0.1", 0)) as other:  # whoever has the port of an earlier start now
+        store.set("fedkern/address", f"127.0.0.1 {other.getsockname()[1]} {'0' * 32}")
+        found = {}
 
-        def meet(rank, found=found):
-            found[rank] = torchrun_group._agreed(store, rank, 3, 10.0)
+        def meet(rank):
+            found[rank] = torchrun_group.find_rank_0(store, rank, until)[0]
 
-        threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(3)]
-        for thread in [threads[k] for k in range(3) if k != late]:
+        waiting = [threading.Thread(target=meet, args=(rank,)) for rank in (2, 1)]
+        for thread in waiting:
             thread.start()
-        time.sleep(0.1)
-        assert found == [""] * 3  # nobody believes that all are there
-        threads[late].start()
-        for thread in threads:
-            thread.join(10)
-        assert len({*found}) == 1
-        names += found[:1]
-    assert len({*names}) == 3
-    with pytest.raises(TimeoutError, match=r"not all ranks have come within 0\.1 seconds"):
-        torchrun_group._agreed(store, 1, 3, 0.1)
+        for _ in waiting:
+            other.accept()[0].close()
+    ends = torchrun_group.accept_ranks(store, "127.0.0.1", 3, until)
+    for thread in waiting:
+        thread.join(10)
+    for rank, end in ends.items():
+        end.sendall(f"you are {rank}".encode())
+        assert found[rank].recv(64).decode() == f"you are {rank}"
+
+
+def test_ranks_that_do_not_come():
+    store = dist.HashStore()
+    with pytest.raises(TimeoutError, match="nothing came from rank 1, 2"):
+        torchrun_group.accept_ranks(store, "127.0.0.1", 3, time.monotonic() + 0.2)
+    with pytest.raises(TimeoutError, match="rank 0 did not answer"):  # refused, where an earlier start listened
+        torchrun_group.find_rank_0(store, 1, time.monotonic() + 0.2)
 
 
 def test_the_time_of_silence(monkeypatch):
