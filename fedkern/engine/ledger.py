@@ -38,42 +38,35 @@ class Ledger:
     """
 
     clients: int
-    up: list[int] = field(default_factory=list)
-    down: list[int] = field(default_factory=list)
-    one_off_up: list[int] = field(default_factory=list)
-    one_off_down: list[int] = field(default_factory=list)
-    exchanges: dict[str, dict[str, int]] = field(default_factory=dict)
-    rounds: dict[str, dict[str, int]] = field(default_factory=dict)
+    up: list[int] = field(init=False)
+    down: list[int] = field(init=False)
+    one_off_up: list[int] = field(init=False)
+    one_off_down: list[int] = field(init=False)
+    exchanges: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
+    rounds: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
     round_sums: dict[str, dict[str, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
     wire: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     # Kept beside the lists, so that a round's bookkeeping does not run over clients that are absent.
     _totals: dict[str, int] = field(init=False, repr=False, compare=False)
-    _changed: set[int] = field(init=False, repr=False, compare=False)
+    _changed: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in _COLUMNS:
-            if not getattr(self, name):
-                setattr(self, name, [0] * self.clients)
-        self._totals = {name: sum(getattr(self, name)) for name in _COLUMNS}
-        self._changed = {k for k in range(self.clients) if any(self._row(k))}
+            setattr(self, name, [0] * self.clients)
+        self._totals = dict.fromkeys(_COLUMNS, 0)
 
-    def restore(self, stored: Mapping[str, Any], rows: Mapping[int, Sequence[int]] | None) -> None:
-        """Goes on from what was stored.
+    def restore(self, sums: Mapping[str, Any], rows: Mapping[int, Sequence[int]]) -> None:
+        """Go on from what was stored.
 
         Args:
-            stored: what :meth:`to_dict` returned; with ``rows``, what :meth:`sums` did.
+            sums: what :meth:`sums` returned.
             rows: the last row of every client that has one, as :meth:`changed_rows` gave it.
         """
-        columns = {name: [0] * self.clients for name in _COLUMNS} if rows is not None else stored
-        for k, row in ((k, row) for k, row in (rows or {}).items() if k < self.clients):
-            for name, value in zip(_COLUMNS, row, strict=True):
-                columns[name][k] = value
-        for name in _COLUMNS:
-            setattr(self, name, columns[name])
-        self.exchanges, self.rounds = stored["exchanges"], stored["rounds"]
-        self.__post_init__()
-        if rows is not None:
-            self._changed.clear()
+        for k, row in rows.items():
+            for name, value in zip(_COLUMNS, row, strict=True) if k < self.clients else ():
+                getattr(self, name)[k] = value
+                self._totals[name] += value
+        self.exchanges, self.rounds = sums["exchanges"], sums["rounds"]
 
     def _row(self, client: int) -> list[int]:
         return [getattr(self, name)[client] for name in _COLUMNS]
@@ -134,6 +127,3 @@ class Ledger:
             **({"exchanges": self.exchanges} if len(self.exchanges) > 1 else {}),
             "clients": {str(k): dict(zip(_COLUMNS, self._row(k), strict=True)) for k in range(self.clients)},
         }
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _COLUMNS} | self.sums()

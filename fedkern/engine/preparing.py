@@ -193,7 +193,7 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
     rule = Rule(config.aggregator)
     if rule.entry.function is not None:
         rule.check(participation.fewest_uploads(plan))
-    store = RunStore(request.out, config.trained_clients, run_guarantee is not None)
+    store = RunStore(request.out, run_guarantee is not None)
     return RunObjects(
         request, context, listener, method, pooling, server, progress, code, plan, participation, private,
         run_guarantee, store, Ledger(config.trained_clients),

@@ -74,7 +74,6 @@ class RunStore:
 
     Args:
         out: the folder.
-        clients: number of clients that train.
         private: whether the run has a guarantee, so that releases leave digests.
 
     Attributes:
@@ -87,9 +86,9 @@ class RunStore:
         part_states: gives the states of all parts and filters, as a checkpoint keeps them.
     """
 
-    def __init__(self, out: Path, clients: int, private: bool) -> None:
+    def __init__(self, out: Path, private: bool) -> None:
         self.out, self.metrics = out, Metrics(out)
-        self.checkpoints = Checkpoints(out, BackgroundWriter(), clients)
+        self.checkpoints = Checkpoints(out, BackgroundWriter())
         self.releases = Releases(self.checkpoints.folder) if private else None
         self.entry: dict[str, Any] | None = None
         self.facts: dict[str, Any] = {}

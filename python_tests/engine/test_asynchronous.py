@@ -218,10 +218,7 @@ def test_the_bits_are_equal_on_workers_and_after_an_interruption(
 KILLED = {"clients": 4, "rounds": 5, "asynchronous": "fedbuff:buffer=1", "straggler_rate": 0.7, "workers": "1"}
 
 
-@pytest.mark.parametrize("clients", ["in the manifest", "in a table"])
-def test_each_message_is_written_once(clients, make_data, make_config, tmp_path, monkeypatch):
-    if clients == "in a table":
-        monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
+def test_each_message_is_written_once(make_data, make_config, tmp_path, monkeypatch):
     written, there = [], []
 
     def of_messages():
@@ -246,11 +243,8 @@ def test_each_message_is_written_once(clients, make_data, make_config, tmp_path,
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("clients", ["in the manifest", "in a table"])
 @pytest.mark.sampled(1)
-def test_a_kill_between_any_two_writes_loses_nothing(when, clients, make_data, make_config, tmp_path, monkeypatch):
-    if clients == "in a table":
-        monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
+def test_a_kill_between_any_two_writes_loses_nothing(when, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(run_objects, "BackgroundWriter", lambda: None)  # each write in its turn
     config, data = make_config("fedavg", **KILLED), make_data(SIZES)
     run(config, out=tmp_path / "whole", data=data)

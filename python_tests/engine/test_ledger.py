@@ -21,7 +21,6 @@ def test_ledger_counts_tensors_numbers_and_texts():
     summary = ledger.summary()
     assert (summary["up"], summary["down"], summary["one_off_down"], summary["total"]) == (45, 45, 45, 135)
     assert summary["clients"]["1"] == {"up": 0, "down": 45, "one_off_up": 0, "one_off_down": 45}
-    assert Ledger(2, **ledger.to_dict()).summary() == summary
 
 
 def test_ledger_tells_what_has_changed():
@@ -39,4 +38,3 @@ def test_ledger_tells_what_has_changed():
     assert again == ledger
     assert again.summary() == ledger.summary()
     assert again.changed_rows() == {}
-    assert list(Ledger(1000, **ledger.to_dict()).changed_rows()) == [0, 1, 2, 3, 4, 5, 6, 900]

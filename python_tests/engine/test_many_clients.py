@@ -119,7 +119,6 @@ def test_files_are_those_of_the_states(slack, make_many, small, tmp_path, monkey
     assert len(states) <= len(named) + WORKING  # those of the checkpoint before, of clients that have worked again
     assert len(there - states) <= 2 + 1 + 2  # two servers, the manifest, a table or two
     assert entry["table"]["file"] in there
-    assert "clients" not in entry
     assert len(entry["files"]) == WORKING + 1
     assert json.loads((checkpoints.folder / "manifest.json").read_text())["format"] == FORMAT
 
@@ -282,25 +281,12 @@ def test_what_an_interrupted_commit_left_in_the_table_is_dropped(cut, make_many,
     assert outcome(cut) == whole
 
 
-@pytest.mark.exhaustive
-def test_a_run_that_began_without_a_table_goes_on_with_one(make_many, small, whole, tmp_path, monkeypatch):
-    data, config = make_many(300), small(300, rounds=6)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "INLINE", 1000)
-        killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", 3))
-    assert "table" not in Checkpoints(tmp_path / "cut").peek()
-    go_on(tmp_path / "cut", data)
-    entry = Checkpoints(tmp_path / "cut").peek()
-    assert "clients" not in entry
-    assert outcome(tmp_path / "cut") == whole
-
-
 @pytest.mark.parametrize("slack", [0, 1 << 16])
 def test_what_is_written_beside_the_rounds_is_what_is_written_at_once(slack, commit, tmp_path, monkeypatch):
     monkeypatch.setattr(client_table, "SLACK", slack)
     folders = []
     for name, beside in (("once", None), ("beside", BackgroundWriter())):
-        checkpoints = Checkpoints(tmp_path / name, beside, clients=300)
+        checkpoints = Checkpoints(tmp_path / name, beside)
         checkpoints.open(fresh=True)
         for number in range(1, 9):
             checkpoints.write_client(280, number, {"x": torch.ones(1)} if number % 2 else {})

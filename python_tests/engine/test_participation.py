@@ -262,10 +262,7 @@ def test_no_upload_of_a_synchronous_round_is_stale(make_data, make_config, tmp_p
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("clients", ["in the manifest", "in a table"])
-def test_what_a_policy_keeps_survives_an_interruption(clients, make_data, make_config, tmp_path, monkeypatch):
-    if clients == "in a table":
-        monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
+def test_what_a_policy_keeps_survives_an_interruption(make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "Participation", Belated)
     heard = heard_by(monkeypatch)
     settings = {"clients": 4, "rounds": 5, "buffers": "local"}

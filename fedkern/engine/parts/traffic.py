@@ -61,10 +61,9 @@ class Traffic(RunPart):
 
     def state(self) -> dict[str, Any]:
         ledger = self._run.ledger
-        booked = ledger.sums() if self._run.store.checkpoints.tabled else ledger.to_dict()
-        return {"ledger": booked, **({"wire": ledger.wire} if ledger.wire else {})}
+        return {"ledger": ledger.sums(), **({"wire": ledger.wire} if ledger.wire else {})}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        ledger, complete = self._run.ledger, "up" in state["ledger"]  # written where no table of clients was needed
-        ledger.restore(state["ledger"], None if complete else self._run.store.checkpoints.booked())
+        ledger = self._run.ledger
+        ledger.restore(state["ledger"], self._run.store.checkpoints.booked())
         ledger.wire.update(state.get("wire", {}))

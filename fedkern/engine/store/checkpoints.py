@@ -6,14 +6,14 @@ import json
 import re
 import shlex
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
 from fedkern.engine.store import releases
 from fedkern.engine.store.background_writer import BackgroundWriter
-from fedkern.engine.store.client_table import INLINE, STATE, TABLE, ClientTable, Row, read_rows, sound_place
+from fedkern.engine.store.client_table import STATE, TABLE, ClientTable, Row, read_rows, sound_place
 from fedkern.errors import OtherFormat, UserError
 from fedkern.files import atomic, filesystem
 from fedkern.files.inputs import line_ends, open_regular, standing
@@ -26,7 +26,6 @@ KEEP = 2
 _NAMED = ("server", "participation")
 _FILES = re.compile(rf"({'|'.join(_NAMED)})-\d{{6,}}\.safetensors")
 _MESSAGES = re.compile(r"messages-(\d{6,})\.safetensors")
-_DIGITS = re.compile(r"[0-9]+")
 _TOLD = 3  # damaged files that a message names
 
 
@@ -37,16 +36,14 @@ class Checkpoints:
 
     * ``round``: communication rounds done.
     * ``plan``: rounds of the method's plan done, one-off rounds included.
-    * ``files``: CRC-32 by file name.
+    * ``files``: CRC-32, by name, of the files that are new in this checkpoint or no client's.
     * ``server``: file of the server's state.
     * ``participation``: file of what is kept of who takes part; none where nothing is.
-    * ``clients``: file of every client's state, by client id.
+    * ``table``: place of the :class:`ClientTable`, which names the files of the clients' states with their CRC-32.
     * ``info``: what a resumed run is compared with, and the states of the run's parts by name.
     * ``sum``: CRC-32 of all these.
 
-    A run of more than `INLINE` clients has ``table`` instead of ``clients``: the place of a :class:`ClientTable`, which
-    names the clients' files with their CRC-32.  ``files`` are then those that are new in this checkpoint.  A commit
-    writes and deletes no more than what has changed, however many clients are absent.
+    A commit writes and deletes no more than what has changed, however many clients are absent.
 
     Messages of an asynchronous run that wait for an answer are written once, into ``messages-NNNNNN.safetensors`` of
     the communication round that sent them.  The ``files`` of later checkpoints name the same file.
@@ -57,13 +54,12 @@ class Checkpoints:
     Args:
         out: the run folder.
         writer: writes files in the background; without it they are written at once.
-        clients: number of clients of a run that commits.
 
     Attributes:
         skipped: names of the damaged parts of checkpoints that are newer than the opened one.
     """
 
-    def __init__(self, out: Path, writer: BackgroundWriter | None = None, clients: int = 0) -> None:
+    def __init__(self, out: Path, writer: BackgroundWriter | None = None) -> None:
         # Absolute for a writer in the background: users' code may change the working folder meanwhile.
         self.folder, self._writer = (out if writer is None else out.absolute()) / FOLDER, writer
         self.entries: list[dict[str, Any]] = []
@@ -73,18 +69,12 @@ class Checkpoints:
         self._waiting: dict[str, states.Packed] = {}  # to be written
         self._last: Future[None] | None = None  # the last commit
         self._loose: list[Path] = []  # written, and not yet flushed to the disk
-        self._table = ClientTable(self.folder) if clients > INLINE else None
-        # With a table:
+        self._table = ClientTable(self.folder)
         self._touched: set[int] = set()  # clients with another file than in the last commit
         self._unchecked: dict[str, int] = {}  # CRC-32 of files that another process wrote and nobody has read
         self._named: list[str] = []  # the files of the last commit that are no client's
         self._left: dict[str, None] = {}  # files written before, which the next commit does not need
         self._due: list[list[str]] = []  # files that no kept entry needs once so many entries are newer
-
-    @property
-    def tabled(self) -> bool:
-        """Whether the clients are in a table, so that a commit takes the ledger's changed rows."""
-        return self._table is not None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -112,7 +102,7 @@ class Checkpoints:
                 )
             self._write_manifest([])
         if not entries:
-            self._collect()
+            self._collect(())
             return None
         while entries and (damaged := self._damaged(entries[-1])):
             self.skipped.append(f"{', '.join(damaged)} of round {entries.pop()['round']}")
@@ -120,10 +110,8 @@ class Checkpoints:
             raise UserError(f"All checkpoints in {self.folder} are damaged: the run cannot be resumed, start it again.")
         self.entries = entries
         self.clients, self._sums = self.files_of(entries[-1])
-        if "table" in entries[-1]:
-            self._table = self._table or ClientTable(self.folder)
-            self._table.open(entries[-1]["table"])
-            self._unchecked = {name: crc for name, crc in self._sums.items() if name not in entries[-1]["files"]}
+        self._table.open(entries[-1]["table"])
+        self._unchecked = {name: crc for name, crc in self._sums.items() if name not in entries[-1]["files"]}
         needed = [self._needed(entry) for entry in entries]
         self._named = [entries[-1][key] for key in _NAMED if key in entries[-1]]
         self._named += filter(_MESSAGES.fullmatch, entries[-1]["files"])
@@ -163,8 +151,6 @@ class Checkpoints:
         Raises:
             UserError: the table of the clients is missing or damaged.
         """
-        if "table" not in entry:
-            return {int(k): name for k, name in entry["clients"].items()}, dict(entry["files"])
         try:
             rows = read_rows(self.folder, entry["table"])
         except ValueError as error:
@@ -175,8 +161,6 @@ class Checkpoints:
 
     def _needed(self, entry: Mapping[str, Any]) -> set[str]:
         """Names of all files of an entry, as far as they are known."""
-        if "table" not in entry:
-            return set(entry["files"])
         try:
             sums = self.files_of(entry)[1]
         except UserError:  # an older entry, which cannot be resumed from
@@ -184,9 +168,8 @@ class Checkpoints:
         return {*sums, str(entry["table"]["file"])}
 
     def booked(self) -> dict[int, Sequence[int]]:
-        """The ledger's row of every client that has one, where clients are in a table."""
-        rows = {} if self._table is None else self._table.rows
-        return {k: row.booked for k, row in rows.items() if row.booked}
+        """Return the row of the byte ledger of every client that has one."""
+        return {k: row.booked for k, row in self._table.rows.items() if row.booked}
 
     def _read_manifest(self) -> list[dict[str, Any]] | None:
         path = self.folder / MANIFEST
@@ -205,12 +188,10 @@ class Checkpoints:
     def _damaged(self, entry: dict[str, Any]) -> list[str]:
         """Names of files that are missing or damaged.
 
-        With a table, the files that are new in the entry are read, and the others only looked for: an older entry needs
-        them too, so nothing is won by reading them before their clients work.
+        The files that are new in the entry are read, and the others only looked for: an older entry needs them too, so
+        nothing is won by reading them before their clients work.
         """
         bad = [name for name, value in entry["files"].items() if checksum(self.folder / name) != value]
-        if "table" not in entry:
-            return bad
         try:
             rows = read_rows(self.folder, entry["table"])
         except ValueError:
@@ -245,8 +226,7 @@ class Checkpoints:
     def oldest(self, client: int) -> int | None:
         """Rounds of the plan that were done when the oldest kept state of a client was written; None without one."""
         named = [self.clients[client]] if client in self.clients else []
-        named += [entry["clients"][str(client)] for entry in self.entries if str(client) in entry.get("clients", ())]
-        start = f"client-{client:05d}-"  # with a table, the files that older entries need
+        start = f"client-{client:05d}-"  # of files that older entries need
         named += [name for names in (*self._due, self._left) for name in names if name.startswith(start)]
         return min((int(name[-len("000000.safetensors") :][:6]) for name in named), default=None)
 
@@ -300,9 +280,8 @@ class Checkpoints:
         before = self.clients.pop(client, None)
         if file is not None:
             self.clients[client] = file
-        if self._table is not None:
-            self._touched.add(client)
-            self._leave(before, file)
+        self._touched.add(client)
+        self._leave(before, file)
 
     def _leave(self, before: str | None, now: str | None) -> None:
         """Notes that the next commit needs the file ``now`` in the place of ``before``."""
@@ -332,7 +311,7 @@ class Checkpoints:
             messages: those that wait for an answer, by communication round from 0.  A round that the last commit had is
                 not written again.
             before: called first; makes durable the other files that the entry refers to.
-            booked: the rows of the byte ledger that have changed since the last commit, by client, for the table.
+            booked: the rows of the byte ledger that have changed since the last commit, by client.
         """
         if self._writer is not None and self._last is not None:
             self._writer.settle(self._last)  # at most one commit waits: a slow disk would fall ever further behind
@@ -343,55 +322,39 @@ class Checkpoints:
             self._write(name, in_flight[name])
         entry_files = [*named.values(), *in_flight]
         files = self._leaving(entry_files)
-        add = self._adder(plan, booked or {}, files) if self._table is not None else None
-        clients = {} if add is not None else {str(k): file for k, file in sorted(self.clients.items())}
+        changed = {k: self.clients.get(k) for k in {*self._touched, *(booked or {})}}
+        self._touched.clear()
 
         def enter() -> None:
             before()
             self._flush()
-            entry: dict[str, Any]
             known = {**(self.entries[-1]["files"] if self.entries else {}), **self._sums}
-            if add is None:
-                sums = {file: known[file] for file in [*entry_files, *clients.values()]}
-                entry = {"round": round, "plan": plan, "files": sums, **named, "clients": clients, "info": info}
-            else:
-                fresh, place = add()
-                sums = {**{name: known[name] for name in entry_files}, **fresh}
-                entry = {"round": round, "plan": plan, "files": sums, **named, "table": place, "info": info}
+            last = self._table.file
+            place, fresh = self._add_rows(plan, changed, booked or {})
+            if last is not None and last != place["file"]:
+                files.append(last)
+            sums = {**{name: known[name] for name in entry_files}, **fresh}
+            entry = {"round": round, "plan": plan, "files": sums, **named, "table": place, "info": info}
             self._write_manifest([*self.entries, entry][-KEEP:])
-            if add is None:
-                self._collect(clients.values())
-            else:
-                self._drop(files)
+            self._drop(files)
 
         self._last = self._do(enter)
 
-    def _adder(
-        self, plan: int, booked: Mapping[int, Sequence[int]], files: list[str]
-    ) -> Callable[[], tuple[dict[str, int], dict[str, Any]]]:
-        """A function that adds to the table what has changed since the last commit.
+    def _add_rows(
+        self, plan: int, changed: Mapping[int, str | None], booked: Mapping[int, Sequence[int]]
+    ) -> tuple[dict[str, Any], dict[str, int]]:
+        """Add to the table the files of clients that have changed, and rows of the ledger.
 
-        It returns the CRC-32 of the new files by name, and the table's place.  A table's file that it replaces goes to
-        ``files``.
+        Returns:
+            The table's place, and the CRC-32 of the new files by name.
         """
-        named = {k: self.clients.get(k) for k in {*self._touched, *booked}}
-        self._touched.clear()
-
-        def add() -> tuple[dict[str, int], dict[str, Any]]:
-            assert self._table is not None
-            rows = {}
-            for k, file in named.items():
-                old = self._table.rows.get(k, Row())
-                total = None if file is None else self._sums.get(file, old.sum)
-                rows[k] = Row(file, total, tuple(booked.get(k, old.booked)))
-            fresh = {file: self._sums[file] for file in named.values() if file is not None and file in self._sums}
-            before = self._table.file
-            place = self._table.add(plan, rows)
-            if before is not None and before != place["file"]:
-                files.append(before)
-            return fresh, place
-
-        return add
+        rows = {}
+        for k, file in changed.items():
+            old = self._table.rows.get(k, Row())
+            total = None if file is None else self._sums.get(file, old.sum)
+            rows[k] = Row(file, total, tuple(booked.get(k, old.booked)))
+        fresh = {file: self._sums[file] for file in changed.values() if file is not None and file in self._sums}
+        return self._table.add(plan, rows), fresh
 
     def _leaving(self, named: list[str]) -> list[str]:
         """The files that a commit which beside clients' has those ``named`` does not need, and the one before may."""
@@ -453,22 +416,16 @@ class Checkpoints:
         self._do(write, packed.size)
         return name
 
-    def _collect(self, clients: Iterable[str] = ()) -> None:
-        """Deletes checkpoint files that neither a kept entry nor ``clients`` (file names) names."""
-        names = {MANIFEST, *clients}
-        for entry in self.entries:
-            names.update(entry["files"])
-        there = [path.name for path in self.folder.iterdir()]
-        for name in there:
-            if name not in names and (_of_state(name) or TABLE.fullmatch(name)):  # other files are left alone
+    def _collect(self, needed: Collection[str]) -> None:
+        """Delete checkpoint files that are not ``needed``."""
+        for name in [path.name for path in self.folder.iterdir()]:
+            if name not in needed and (_of_state(name) or TABLE.fullmatch(name)):  # other files are left alone
                 (self.folder / name).unlink(missing_ok=True)
-        self._sums = {name: value for name, value in self._sums.items() if name in names}
 
     def discard(self) -> None:
         """Deletes the files of a run that has committed nothing, and the folder if nothing else is in it."""
         if self.folder.is_dir():
-            self.entries, self.clients = [], {}
-            self._collect()
+            self._collect(())
             for name in (MANIFEST, releases.NAME, server_secret.NAME):
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
@@ -532,7 +489,7 @@ def _sound(entry: Any) -> bool:
     if not isinstance(entry, dict) or entry.get("sum") != entry_sum(entry):
         return False
     info, sums = entry.get("info"), entry.get("files")
-    clients, table = entry.get("clients", {}), entry.get("table", {})
+    table = entry.get("table")
     return (
         all(type(entry.get(key)) is int and entry[key] >= 0 for key in ("round", "plan"))
         and isinstance(info, dict)
@@ -541,11 +498,8 @@ def _sound(entry: Any) -> bool:
         and isinstance(sums, dict)
         and all(_of_state(name) and type(value) is int for name, value in sums.items())
         and all(isinstance(name := entry.get(key, entry.get("server")), str) and name in sums for key in _NAMED)
-        and ("table" in entry) != ("clients" in entry)
-        and isinstance(clients, dict)
-        and all(_DIGITS.fullmatch(k) and name in sums for k, name in clients.items())
         and isinstance(table, dict)
-        and ("table" not in entry or sound_place(table))
+        and sound_place(table)
     )
 
 

@@ -1,4 +1,4 @@
-"""Table of many clients in the checkpoints: a file that grows by the clients of a round, not by all clients.
+"""Table of the clients in the checkpoints: a file that grows by the clients of a round, not by all clients.
 
 A manifest with all clients would be written anew at every commit, however few clients a round has.  The table is a file
 of JSON lines instead.  Its first line holds the row of every client that has one, and every commit adds a line with the
@@ -22,8 +22,6 @@ from typing import Any
 from fedkern.files import atomic
 from fedkern.files.inputs import line_ends, open_regular, parse_json
 
-INLINE = 256
-"""Most clients of a run whose rows stand in the manifest itself."""
 SLACK = 1 << 16
 """Bytes of changes that a table may hold whatever the length of its first line."""
 TABLE = re.compile(r"clients-\d{6,}\.jsonl")

@@ -9,7 +9,6 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store import records
 from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.client_table import INLINE
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
 
@@ -30,7 +29,8 @@ def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path, commit
     assert second.server_state() == {"n": 3}
     names = {p.name for p in second.folder.iterdir()}
     assert names == {
-        "manifest.json", "server-000002.safetensors", "server-000003.safetensors", "client-00000-000002.safetensors",
+        "manifest.json", "clients-000001.jsonl", "server-000002.safetensors", "server-000003.safetensors",
+        "client-00000-000002.safetensors",
         "client-00001-000001.safetensors", "client-00001-000003.safetensors",
     }  # fmt: skip
 
@@ -89,9 +89,8 @@ def test_manifest_of_another_format(tmp_path):
             read(tmp_path)
 
 
-@pytest.mark.parametrize("clients", [8, INLINE + 1])
-def test_the_oldest_state_that_a_checkpoint_names(clients, tmp_path):
-    checkpoints = Checkpoints(tmp_path, clients=clients)
+def test_the_oldest_state_that_a_checkpoint_names(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
     checkpoints.open(fresh=True)
     found = []
     for plan in range(1, 6):
@@ -103,10 +102,9 @@ def test_the_oldest_state_that_a_checkpoint_names(clients, tmp_path):
     assert checkpoints.oldest(6) is None
 
 
-@pytest.mark.parametrize("clients", [8, INLINE + 1])
 @pytest.mark.parametrize("beside", [False, True])
-def test_a_state_that_is_taken_back_leaves_nothing(beside, clients, tmp_path, commit):
-    checkpoints = Checkpoints(tmp_path, writer := BackgroundWriter() if beside else None, clients=clients)
+def test_a_state_that_is_taken_back_leaves_nothing(beside, tmp_path, commit):
+    checkpoints = Checkpoints(tmp_path, writer := BackgroundWriter() if beside else None)
     checkpoints.open(fresh=True)
     commit(checkpoints, 1, (6, 7))
     for number in range(2, 6):

@@ -21,11 +21,9 @@ def victim(tmp_path):
     return path
 
 
-@pytest.fixture(params=["clients in the manifest", "clients in a table"])
-def folder(request, make_data, make_config, tmp_path, monkeypatch):
+@pytest.fixture
+def folder(make_data, make_config, tmp_path):
     """A run that was killed in its third round."""
-    if request.param == "clients in a table":
-        monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
     killed(make_config("scaffold", rounds=4), out=tmp_path / "run", data=make_data(), at=KillAt("round", 2))
     return tmp_path / "run"
 
@@ -52,17 +50,13 @@ def as_participation(entry, name):
     entry["participation"] = name
 
 
-def as_client(entry, name):
-    if "clients" in entry:
-        entry["clients"]["0"] = name
-        entry["files"][name] = 1
-    else:
-        entry["table"]["file"] = name
+def as_table(entry, name):
+    entry["table"]["file"] = name
 
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("way", ["resume", "extend"])
-@pytest.mark.parametrize("put", [in_files, as_server, as_participation, as_client])
+@pytest.mark.parametrize("put", [in_files, as_server, as_participation, as_table])
 @pytest.mark.parametrize("which", ["older", "every"])
 def test_names_in_a_manifest(which, put, way, folder, victim, make_data):
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -83,11 +77,7 @@ def test_names_in_a_manifest(which, put, way, folder, victim, make_data):
         }
 
 
-def test_names_in_the_table_of_clients(make_data, make_config, tmp_path, victim, monkeypatch):
-    monkeypatch.setattr("fedkern.engine.store.checkpoints.INLINE", 1)
-    folder = tmp_path / "run"
-    killed(make_config("scaffold", rounds=4), out=folder, data=make_data(), at=KillAt("round", 2))
-
+def test_names_in_the_table_of_clients(folder, make_data, victim):
     def change(entry):
         path = folder / "checkpoints" / entry["table"]["file"]
         line = (json.dumps({"0": ["../../victim", 3, []]}) + "\n").encode()

@@ -102,7 +102,7 @@ def test_rounds_that_metrics_have_lost_are_not_made_up(left, cut, make_data):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("key", ["info", "finished", "parts", "entry", "round", "files", "clients"])
+@pytest.mark.parametrize("key", ["info", "finished", "parts", "entry", "round", "files", "table"])
 def test_a_damaged_entry_falls_back_to_the_one_before(key, cut, make_data, make_config, tmp_path):
     run(make_config(rounds=3), out=tmp_path / "whole", data=make_data())
     manifest = cut / "checkpoints" / "manifest.json"
