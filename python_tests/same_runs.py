@@ -198,7 +198,7 @@ class Checkout:
         files = {str(path.relative_to(self.runs / out)): path for path in found if not path.name.startswith(".tmp")}
         files["events"] = self.runs / f"{out}.events.jsonl"
         for name, path in files.items():
-            if path.is_file():
+            if path.is_file() and not path.match("checkpoints/clients-*.jsonl"):  # of the form of the manifest
                 unread = path.suffix in UNREAD or path.name == ".lock"
                 left[name] = None if unread else without_folder(content(path), str(self.folder))
         return left, max(memory for _, _, memory in codes)
@@ -243,7 +243,8 @@ def content(path: Path) -> Any:
         return tomllib.loads(path.read_text())
     if path.name == "manifest.json":  # its form may change: resumed runs show that it serves
         entries = json.loads(path.read_text())["entries"]
-        return [timeless({name: value for name, value in entry.items() if name != "info"}) for entry in entries]
+        form = ("info", "clients", "table", "files")
+        return [timeless({name: value for name, value in entry.items() if name not in form}) for entry in entries]
     if path.suffix == ".json":
         return timeless(json.loads(path.read_text()))
     if path.suffix == ".jsonl":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from fedkern.errors import Malformed, same_format
 from fedkern.files import atomic
 from fedkern.files.inputs import parse_json, special
-from fedkern.messages.digest import digest
 from fedkern.ops._core.checks import python_number
 
 ABOUT = "fedkern"  # the file's only metadata key: the order of several keys in the file would be random
@@ -203,42 +201,3 @@ def value_of(tree: Any, tensor: Callable[[Any], Tensor], most: float = math.inf,
             raise Malformed("has a dict that is none")
         return {key: value_of(entry, tensor, most, depth + 1) for key, entry in value}
     raise Malformed("has a text that describes no value")
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """Version, address and shape of a tensor; holds the memory, so that no new tensor can get the same address."""
-
-    version: int
-    place: int
-    shape: tuple[int, ...]
-    memory: Any = field(compare=False)
-
-
-class Fingerprint:
-    """Record of a state, by which a change is noticed.
-
-    Whatever moves a tensor's version or address counts as a change.  Writes through ``.data``, NumPy's view or a fused
-    optimiser move neither: only then the contents are compared, by their BLAKE2b.
-    """
-
-    def __init__(self, state: Any) -> None:
-        self._seen, self._digest = _look(state), digest(state)
-
-    def matches(self, state: Any) -> bool:
-        """Return whether the state is unchanged."""
-        return bool(_look(state) == self._seen) and digest(state) == self._digest
-
-
-def _look(value: Any) -> Any:
-    """Return a value that differs where a state has certainly changed.
-
-    Contents of tensors and arrays are not read.
-    """
-    if isinstance(value, Tensor):
-        return ("tensor", _Seen(value._version, value.data_ptr(), tuple(value.shape), value.untyped_storage()))
-    if isinstance(value, Mapping):
-        return ("dict", tuple((key, _look(entry)) for key, entry in value.items()))
-    if isinstance(value, (list, tuple)):
-        return (type(value).__name__, tuple(_look(entry) for entry in value))
-    return value.shape if isinstance(value, np.ndarray) else repr(value)

@@ -738,27 +738,6 @@ def test_private_arguments_are_named():
         strategy.aggregate_train(1, replies)
 
 
-WRAPPERS = ["DifferentialPrivacyServerSideFixedClipping", "DifferentialPrivacyClientSideFixedClipping"]
-
-
-@pytest.mark.parametrize(("wrapper", "name"), [(WRAPPERS[0], "FedAvg"), (WRAPPERS[1], "FedMedian")])
-def test_flowers_accounting_wrappers_say_what_to_use(wrapper, name):
-    accounting = pytest.importorskip("flwr.supercore.privacy_accounting")
-    kind = getattr(theirs, wrapper)
-    if "accountant" not in inspect.signature(kind).parameters:
-        pytest.skip("this version of flwr accounts for nothing")
-
-    class Accountant:
-        class config:
-            sampling_method = accounting.SamplingMethod.NO_AMPLIFICATION
-
-    with pytest.raises(UserError, match=rf"{wrapper} does not take {name} of fedkern .* use fedkern.*DPFedAvg"):
-        kind(getattr(strategies, name)(), 1.0, 1.0, 3, accountant=Accountant())
-    assert kind(theirs.FedAvg(), 1.0, 1.0, 3, accountant=Accountant()).accountant
-    with pytest.raises(ValueError, match="clipping norm"):
-        kind(strategies.FedAvg(), 1.0, -1.0, 3)
-
-
 def test_flowers_wrappers_clip_and_noise_without_an_accountant():
     strategy = theirs.DifferentialPrivacyServerSideFixedClipping(
         strategies.FedAvg(**EVERYBODY, min_train_nodes=3), 0.0, 1e9, 3

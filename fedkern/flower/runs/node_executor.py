@@ -5,7 +5,7 @@ checkpoint has the name of the state, so that a resumed server tells every node 
 `fedkern.flower.runs.node_folder`).
 
 A client whose node is not connected, or that has not answered by the deadline, is left out of the round.  What comes
-from a node is checked: a reply that is none, or that is larger than the declared upload, is refused by name.
+from a node is checked: a reply that is none is refused by name, and so is an upload that is not as its method declares.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import uuid
 from contextlib import suppress
 from functools import cache
 from typing import Any
-
-from torch import Tensor
 
 from fedkern.engine.executors.base import Answer
 from fedkern.engine.executors.ordered import Ordered
@@ -32,15 +30,12 @@ from fedkern.flower.adapter import QUERY, TRAIN, Arrived, NodeChannel
 from fedkern.flower.runs.node_client import MOST_NAMES, ClientRequest, read_reply
 from fedkern.flower.runs.node_folder import Version
 from fedkern.flower.runs.node_registry import NodeRegistry
-from fedkern.flower.runs.portable import LONGEST_TEXT, pack
+from fedkern.flower.runs.portable import pack
 from fedkern.methods.base import ClientId, Message, Phase
-from fedkern.methods.uploads import Maybe, Number, Values
 from fedkern.privacy import LEDGER, Accountant
 
 STATE = "flower"
 """Entry of a checkpoint's client state that has the name of the state on the node."""
-LARGEST_REPLY = 2 << 30
-"""Most bytes of a reply where the method declares no sizes."""
 MOST_ENTRIES = 1024
 """Most entries of a client's privacy ledger: equal releases share one, and every entry is accounted for."""
 FAREWELL = 10.0
@@ -187,7 +182,6 @@ class Nodes(Ordered):
         try:
             if arrived.packed is None:
                 raise Malformed(arrived.malformed)
-            self._check_size(arrived.packed, k)
             answer, is_changed, ledger = read_reply(arrived.packed, k, self._versions[k])
             ledger = self._checked(ledger)
             names = self._names.setdefault(k, set())
@@ -200,14 +194,6 @@ class Nodes(Ordered):
             return Done(Answer(k, refused=printable_name(f"cannot be read ({type(error).__name__}: {error})", 400)))
         state = {STATE: list(self._versions[k]), **({} if ledger is None else {LEDGER: ledger})}
         return Done(answer, state if is_changed else None)
-
-    def _check_size(self, packed: bytes, k: ClientId) -> None:
-        asker, phase, message, _ = self._requests[k]
-        declared = self._run.hooks[asker].declared(phase, k, message)
-        most = _bytes(declared)
-        most = LARGEST_REPLY if most is None else most + LONGEST_TEXT
-        if len(packed) > most:
-            raise Malformed(f"has {len(packed):,} bytes where {most:,} are the most")
 
     def _checked(self, ledger: Any) -> Any:
         """A client's privacy ledger, in the form of :class:`Accountant`; None where the run has no guarantee."""
@@ -245,25 +231,3 @@ class Nodes(Ordered):
             while names and time.monotonic() < end:
                 names.difference_update(each.reply_to for each in self._channel.arrived(list(names)))
                 time.sleep(_FIRST_PAUSE if names else 0)
-
-
-def _bytes(declared: Any) -> int | None:
-    """Most bytes of the tensors of an upload.
-
-    None where the declaration leaves sizes open.
-    """
-    if isinstance(declared, Maybe):
-        return _bytes(declared.of)
-    if isinstance(declared, Number):
-        return 0
-    if isinstance(declared, Tensor):
-        return declared.numel() * declared.element_size()
-    if isinstance(declared, Values):
-        total = declared.dtype.itemsize
-        for size in declared.shape:
-            if not isinstance(size, int):
-                return None
-            total *= size
-        return total
-    sizes = [_bytes(entry) for entry in declared.values()]
-    return None if any(size is None for size in sizes) else sum(size or 0 for size in sizes)

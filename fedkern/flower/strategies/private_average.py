@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import secrets
 from collections import Counter
@@ -140,27 +139,3 @@ class DPFedAvg(FedAvg):
         metrics = MetricRecord() if metrics is None else metrics
         metrics[EPSILON] = self.epsilon()
         return metrics
-
-
-def _explained(construct: Any) -> Any:
-    """The constructor of a wrapper of Flower's, which says what to use where it refuses to account for a strategy."""
-
-    @functools.wraps(construct)
-    def explained(self: Any, strategy: Any, *args: Any, **named: Any) -> None:
-        try:
-            construct(self, strategy, *args, **named)
-        except ValueError as error:
-            if named.get("accountant") is None or not isinstance(strategy, FedAvg):
-                raise
-            raise UserError(
-                f"{type(self).__name__} does not take {type(strategy).__name__} of fedkern with an accountant, whose "
-                "figure needs every reply to count, as fedkern leaves bad replies out: use "
-                "fedkern.flower.strategies.DPFedAvg, which accounts for itself, or flwr.serverapp.strategy.FedAvg in "
-                f"the wrapper (Flower: {error})"
-            ) from error
-
-    return explained
-
-
-for _wrapper in (flower.DifferentialPrivacyServerSideFixedClipping, flower.DifferentialPrivacyClientSideFixedClipping):
-    _wrapper.__init__ = _explained(_wrapper.__init__)

@@ -204,13 +204,11 @@ def test_ranks_that_cannot_be_connected(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         monkeypatch.setenv("MASTER_PORT", str(closed.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    for text, error, said in (
-        ("1", RunFailed, r"^The 2 ranks cannot be connected \(.*\): .* reach 127\.0\.0\.1 and each other"),
-        ("soon", UserError, f'^{SILENCE} must be a number of seconds from 1 on, not "soon"'),
+    monkeypatch.setenv(SILENCE, "1")
+    with pytest.raises(
+        RunFailed, match=r"^The 2 ranks cannot be connected \(.*\): .* reach 127\.0\.0\.1 and each other"
     ):
-        monkeypatch.setenv(SILENCE, text)
-        with pytest.raises(error, match=said):
-            teams(2)[1].meet(WORDS)
+        teams(2)[1].meet(WORDS)
     assert not torchrun_group.met()
 
 
