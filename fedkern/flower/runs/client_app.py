@@ -20,7 +20,7 @@ from typing import Any
 from fedkern.files.inputs import parse_json
 from fedkern.flower.adapter import INFO, ClientApp, Context, Message, for_one_message, log, opened, replied
 from fedkern.flower.runs import client_daemon
-from fedkern.flower.runs.node_config import own_client
+from fedkern.flower.runs.node_config import STAYS, own_client
 
 app = ClientApp()
 
@@ -51,7 +51,7 @@ def answer(message: Message, context: Context) -> Message:
     """Answers a message of the run's server."""
     header, packed = opened(message)
     reply: bytes | None = None
-    stays = _stays(context.run_config.get("flower.resident", client_daemon.STAYS))
+    stays = _stays(context.run_config.get("flower.resident", STAYS))
     if stays > 0 and for_one_message():
         reply = client_daemon.ask(header, packed, context.run_config, context.node_config, _notice, stays)
     if reply is None:

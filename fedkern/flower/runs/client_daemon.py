@@ -30,9 +30,8 @@ from typing import Any, BinaryIO
 
 from fedkern.errors import Malformed, UserError
 from fedkern.files.inputs import parse_json
+from fedkern.flower.runs.node_config import STAYS
 
-STAYS = 600.0
-"""Seconds that a client daemon waits for the next message, where the run-config does not say."""
 PATIENCE = 10.0
 """Seconds that a client daemon waits for the bytes of a message that has begun; others wait behind that message."""
 _TRIES = 3

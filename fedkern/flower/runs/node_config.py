@@ -7,6 +7,9 @@ from typing import Any
 
 from fedkern.errors import UserError
 
+STAYS = 600.0
+"""Seconds that a client daemon waits for the next message, where the run-config does not say."""
+
 
 def own_client(node_config: Mapping[str, Any]) -> int:
     """The client that the node is.

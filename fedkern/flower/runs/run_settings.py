@@ -24,7 +24,7 @@ from fedkern.engine.order import FILTER_ORDER
 from fedkern.engine.registry import FILTERS
 from fedkern.engine.uploads.filters import Filter
 from fedkern.errors import UserError, nearest
-from fedkern.flower.runs.client_daemon import STAYS
+from fedkern.flower.runs.node_config import STAYS
 from fedkern.settings.config import RunConfig
 from fedkern.typed_option import Option, as_typed
 from fedkern.usercode import named_code, plugins
