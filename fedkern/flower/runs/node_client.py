@@ -265,9 +265,8 @@ class NodeClients:
             folder.write_state(request.version, state, request.oldest)
         ledger = None if state is None or self._said is None else state.get(LEDGER)
         answer.warnings = dict(context.notices.warnings)
-        settings: dict[str, Any] = {
-            "public": context.notices.disclosure.clients, "changed": state is not None, "ledger": ledger, "half": self.half,
-        }  # fmt: skip
+        public, changed = context.notices.disclosure.clients, state is not None
+        settings: dict[str, Any] = {"public": public, "changed": changed, "ledger": ledger, "half": self.half}
         try:
             reply = pack_reply(request, answer, **settings)
         except TypeError as error:
