@@ -27,7 +27,7 @@ def remote(**faults):
     )
 
     def made(side):
-        return kind(side.context, side.here._handlers, side.checkpoints.reader, side.context.config.client_threads)
+        return kind(side.context, side.here._handlers, side.store.checkpoints.reader, side.context.config.client_threads)
 
     return made
 
