@@ -27,7 +27,8 @@ def remote(**faults):
     )
 
     def made(side):
-        return kind(side.context, side.here._handlers, side.store.checkpoints.reader, side.context.config.client_threads)
+        threads = side.context.config.client_threads
+        return kind(side.context, side.here._handlers, side.store.checkpoints.reader, threads)
 
     return made
 
