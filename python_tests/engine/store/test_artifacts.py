@@ -127,7 +127,9 @@ def test_an_image_that_fails_ends_no_run():
 
     def log(name, value, axes=("", "")):
         warned = {}
-        server = SimpleNamespace(showing=True, artifacts={}, _context=SimpleNamespace(warn=warned.__setitem__))
+        server = SimpleNamespace(
+            showing=True, artifacts={}, _context=SimpleNamespace(notices=SimpleNamespace(warn=warned.__setitem__))
+        )
         Server.log_image(server, name, value, axes)
         return server.artifacts, warned
 

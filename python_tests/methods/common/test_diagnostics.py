@@ -31,7 +31,9 @@ def pretended(network, shape, device="cuda"):
     """A run's context, on a GPU that is not there."""
     own, form = types.SimpleNamespace(module=network), types.SimpleNamespace(**({"shape": shape} if shape else {}))
     data = types.SimpleNamespace(form=form)
-    return types.SimpleNamespace(device=torch.device(device), network=lambda name: own, data=data)
+    return types.SimpleNamespace(
+        device=torch.device(device), networks=types.SimpleNamespace(get=lambda name: own), data=data
+    )
 
 
 @pytest.mark.parametrize(("layer", "modes"), [
