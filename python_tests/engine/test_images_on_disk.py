@@ -39,7 +39,7 @@ def on_disk(monkeypatch, tmp_path):
 
     def change(yes=True):
         monkeypatch.setattr(image_cache, "MEMORY_BYTES", 0 if yes else 1 << 30)
-        monkeypatch.setattr("fedkern.engine.context.CACHE_BYTES", 0 if yes else 1 << 30)
+        monkeypatch.setattr("fedkern.engine.samples.CACHE_BYTES", 0 if yes else 1 << 30)
 
     return change
 
