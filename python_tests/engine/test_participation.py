@@ -261,7 +261,6 @@ def test_no_upload_of_a_synchronous_round_is_stale(make_data, make_config, tmp_p
     assert "participation" not in Checkpoints(tmp_path / "plain").peek()
 
 
-@pytest.mark.sampled(1)
 def test_what_a_policy_keeps_survives_an_interruption(make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "Participation", Belated)
     heard = heard_by(monkeypatch)
