@@ -91,10 +91,10 @@ class Client(Node):
                 if key in (PERSONAL, BUFFERS, STATES):
                     raise TypeError(f"client.state[{key!r}] is an entry of fedkern's own: take another name")
                 states.tree_of({key: self.state[key]}, "client.state", states.check_tensor)
-            except (TypeError, RecursionError) as error:
+            except TypeError as error:
                 del self.state[key]
                 deep = f"client.state[{key!r}] holds itself, or is nested too deeply: flatten it"
-                problems.append(deep if isinstance(error, RecursionError) else str(error))
+                problems.append(deep if isinstance(error, states.TooDeep) else str(error))
         if problems:
             raise UserError(f"{problems[0]}.")
 

@@ -121,6 +121,10 @@ def part(path: Path, *keys: str | int) -> Any:
         raise ValueError(f"{path} is missing or damaged: {error}") from None
 
 
+class TooDeep(TypeError):
+    """A value stands in too many dicts and lists, or in itself."""
+
+
 def tree_of(value: Any, where: str, tensor: Callable[[Any, str], Any], most: float = math.inf, depth: int = 0) -> Any:
     """Return a state or message as a tree for JSON.
 
@@ -136,7 +140,7 @@ def tree_of(value: Any, where: str, tensor: Callable[[Any, str], Any], most: flo
     if isinstance(value, (Tensor, np.ndarray)):
         return {"array" if isinstance(value, np.ndarray) else "tensor": tensor(value, where)}
     if depth > DEEPEST:
-        raise TypeError(f"{where[:80]} stands too deep in dicts and lists")
+        raise TooDeep(f"{where[:80]} stands too deep in dicts and lists")
     value = python_number(value)
     if isinstance(value, int) and abs(value) >= most:
         raise TypeError(f"{where} is a whole number of more than {int(most).bit_length() - 1} bits")
