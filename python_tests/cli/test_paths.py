@@ -33,7 +33,7 @@ def test_paths_are_stored_absolute(tmp_path):
         ["--config", "~nosuchuser/x"],
         ["--resume", "~nosuchuser/x"],
         ["attack", "~nosuchuser/x"],
-        ["probe", "~nosuchuser/x"],
+        ["evaluate", "--task", "probe", "~nosuchuser/x"],
         ["fedavg", "--boxes", "~nosuchuser/x"],
         ["fedavg", "--detector", "~nosuchuser/x"],
         ["feddra", "--data", "captions", "--image-encoder", "~nosuchuser/x"],

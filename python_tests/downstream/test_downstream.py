@@ -15,7 +15,7 @@ from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
 from fedkern.downstream.evaluation import counted, evaluate_run
 from fedkern.engine.run import run
 from fedkern.errors import UserError
-from fedkern.methods.baselines.alone import Pairs
+from fedkern.methods.common.personal import Personal
 from fedkern.models import PairNetwork, Tokens, build_pair
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
@@ -70,7 +70,7 @@ def test_zero_shot_is_right_where_the_network_is() -> None:
         {"set": "unseen", "accuracy": 1.0, "auc": 1.0},
     ]
     assert [row["accuracy"] for row in zero_shot(finished(oracle(wrong=True)), "{class}")] == [0.0, 0.0]
-    both = zero_shot(finished(Pairs([oracle(), oracle(wrong=True)])), "{class}")
+    both = zero_shot(finished(Personal({0: oracle(), 1: oracle(wrong=True)})), "{class}")
     assert [row["accuracy"] for row in both] == [0.5, 0.5]
 
 
@@ -89,7 +89,9 @@ def test_retrieval_of_the_clients_own_sets() -> None:
     assert rows["clients, mean"]["i2t_r1"] == pytest.approx(0.75)
     assert rows["clients, worst"]["i2t_r1"] == pytest.approx(0.5)
     # Where every client has a network of its own it is tried on that client's set.
-    rows = {row["set"]: row for row in retrieve(finished(Pairs([oracle(), oracle(wrong=True)]), **own), ks=(1,))}
+    rows = {
+        row["set"]: row for row in retrieve(finished(Personal({0: oracle(), 1: oracle(wrong=True)}), **own), ks=(1,))
+    }
     assert rows["clients, mean"]["i2t_r1"] == pytest.approx((1 + 0.5) / 2)
 
 

@@ -196,8 +196,8 @@ def test_feddra_learns_from_reports(tmp_path, partition):
                             data_options={"size": 18, "crop": 16})  # fmt: skip
     metrics = run(config, out=tmp_path / "run")["metrics"]
     assert metrics["gallery"] > 5
-    assert main(["retrieval", str(tmp_path / "run"), "--data", REPORTS]) == 0
-    rows = json.loads((tmp_path / "run" / "retrieval-reports.json").read_text())["rows"]
+    assert main(["evaluate", str(tmp_path / "run"), "--task", "retrieval", "--data", REPORTS]) == 0
+    rows = json.loads((tmp_path / "run" / "evaluate-retrieval-reports.json").read_text())["rows"]
     assert [row["set"] for row in rows] == ["seen", "clients, mean", "clients, worst"]
     assert 0 <= metrics["i2t_r1"] <= 1
     assert metrics["mean_client_loss"] <= metrics["worst_client_loss"]

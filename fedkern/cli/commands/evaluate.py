@@ -103,16 +103,16 @@ def play(request: Request) -> int:
 
     check_backend()
     keep_freed_memory()
-    out, task, network = folder(request), request.arguments["task"], request.arguments["network"]
+    out, chosen, network = folder(request), request.arguments["task"], request.arguments["network"]
     how: dict[str, Any] = {name: request.settings.get(name) for name in ("data", "data_root", "cache")}
     how |= {"data_options": request.data_options, "trusted": code(request), "best": network == "best"}
     how["progress"] = display(quiet=False, json=request.json).on_notice
-    if task is not None:
+    if chosen is not None:
         finished, settings = Finished.open(out, **how), request.arguments["settings"]
         result: dict[str, Any] = {
-            "task": task, "run": str(out), "method": finished.config.method, "data": finished.data.name,
+            "task": chosen, "run": str(out), "method": finished.config.method, "data": finished.data.name,
             "data_options": dict(request.data_options), "networks": len(finished.networks), "network": network,
-            "settings": settings, "rows": TASKS[task](finished, **settings),
+            "settings": settings, "rows": TASKS[chosen](finished, **settings),
         }  # fmt: skip
         return publish(request, result, downstream_table(result), result_path(request))
     metrics, sets, rows = evaluate_run(out, own_tests=True, **how)

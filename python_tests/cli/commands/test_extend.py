@@ -148,7 +148,7 @@ def test_runs_whose_plan_or_privacy_fixes_the_rounds_are_refused(result, fails):
 
 MADE = {
     "summary.json", "model.safetensors", "evaluation.csv", "confusion.json", "predictions.csv", "attack.json",
-    "report.html", "evaluate.json", "probe.json", "model.pt", "model.pt.json", "pictures.json", "accuracy.png",
+    "report.html", "evaluate.json", "evaluate-probe.json", "model.pt", "model.pt.json", "pictures.json", "accuracy.png",
 }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_what_was_made_of_the_former_network_is_moved_aside(records, start, resu
     start("fedavg", 1, "run", "--records", records, *(["--predictions"] if records == "all" else []))
     for command in (["evaluate"], ["report"], ["attack"], ["export", "--format", "state-dict"]):
         result(command[0], "run", *command[1:])
-    (run / "probe.json").write_text("{}")
+    (run / "evaluate-probe.json").write_text("{}")
     (run / "picture.png").write_bytes(b"mine")
     (run / "notes.json").write_bytes(b"mine")
     made = {path.name for path in run.iterdir() if path.name in MADE}
@@ -172,7 +172,7 @@ def test_what_was_made_of_the_former_network_is_moved_aside(records, start, resu
     assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]
     assert (
         not made
-        & {"evaluate.json", "probe.json", "model.pt", "model.pt.json", "attack.json"}
+        & {"evaluate.json", "evaluate-probe.json", "model.pt", "model.pt.json", "attack.json"}
         & {path.name for path in run.iterdir()}
     )
     assert (run / "picture.png").read_bytes() == (run / "notes.json").read_bytes() == b"mine"

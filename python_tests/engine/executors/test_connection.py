@@ -87,11 +87,11 @@ def test_uploads_wait_where_they_were_made_and_an_end_goes_first(pair):
     zero, one = pair
     for _ in range(10):
         one.say(bytes(1 << 22))  # more than a socket holds
+    taken = [zero.receive() for _ in range(WINDOW)]
     one.leave(3, "why")
-    taken = []
     with pytest.raises(Ended, match=r"^why$"):
         taken.extend(iter(zero.receive, None))
-    assert WINDOW <= len(taken) < 10
+    assert len(taken) < 10
     zero.say("more")  # is dropped
 
 

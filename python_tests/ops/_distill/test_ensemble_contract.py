@@ -214,7 +214,8 @@ def test_autocast_gives_losses_of_16_bits_in_float32(backend: str, dtype: torch.
         with torch.autocast("cpu", dtype=dtype):
             loss = call(student, teachers)
             assert call(student.double(), teachers.double()).dtype is torch.float64
-            mapped = torch.func.vmap(call)(student[None], teachers[None])
+            with ops.use_backend(None):  # the reference serves mapped contrastive losses
+                mapped = torch.func.vmap(call)(student[None], teachers[None])
         assert loss.dtype is mapped.dtype is torch.float32
         wide = [x.detach().float().requires_grad_() for x in (student, teachers)]
         expected = call(*wide)
