@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkern.ops._core.private_torch import functorch_active
 
@@ -37,6 +37,13 @@ def conv2d(
     if narrow and max(stride) > 1 and padding in ((0, 0), "valid"):
         x, stride = x[..., :: stride[0], :: stride[1]], 1
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+class SafeConv2d(nn.Conv2d):
+    """``nn.Conv2d`` by :func:`conv2d`, for layers that are padded with zeros."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def normed(norm: Callable[..., Tensor], x: Tensor, *settings: Any, **named: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from fedkern.ops._core import backend
 from fedkern.ops._core.checks import check_dense
+from fedkern.ops._core.layout import SafeConv2d
 
 _CONV = ("in_channels", "out_channels", "groups")
 WIDENED: dict[type[nn.Module], tuple[str, ...]] = {
@@ -88,6 +89,9 @@ class FusedBlocks(nn.Module):
                     layer.inplace = False  # type: ignore[assignment]
             # In a list, so that the template's parameters are not this module's.
             self._template = [copy.deepcopy(block).to("meta")]
+            for layer in self._template[0].modules():
+                if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+                    layer.__class__ = SafeConv2d
             self.block = _widen(block, members)
 
     def forward(self, x: Tensor) -> Tensor:
