@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -140,7 +140,7 @@ def wrong_classes(name: str, count: int, expected: int) -> UserError:
 
 
 def teacher_of(
-    function: Any, name: str, classes: int, device: torch.device | str = "cpu", identity: Identity | None = None
+    function: object, name: str, classes: int, device: torch.device | str = "cpu", identity: Identity | None = None
 ) -> Teacher:
     """A function or module from normalised images to logits as a teacher.
 
@@ -151,7 +151,11 @@ def teacher_of(
         raise UserError(
             f"the teacher {name} is of type {type(function).__name__}: name a function or module that takes images."
         )
-    return Teacher(name, classes, lambda: function, device=device, identity=identity)
+    return Teacher(name, classes, partial(_return_it, function), device=device, identity=identity)
+
+
+def _return_it(network: Callable[..., Any]) -> Callable[..., Any]:  # unlike a lambda it can be pickled
+    return network
 
 
 def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> Teacher:
