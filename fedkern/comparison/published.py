@@ -38,9 +38,8 @@ Keys of a cell:
 - ``name``: name of the row, unique in the file and without a comma.
 - ``command``: METHOD and flags of a run, as behind ``python -m fedkern.run``.  No seed, no output and no data folder:
   ``seeds``, ``--out`` and ``--data-root`` give these.  ``{NAME}`` is a text of ``words``, ``{before}`` the run folder
-  of ``before`` with the same seed.  A file name without a folder, ``FILE.py:NAME``, is looked up beside the TOML file,
-  ``examples/papers/FILE.py:NAME`` in a checkout of fedkern, ``package:NAME/FOLDER`` in an installed package; where
-  there is none, the cell has no data here.
+  of ``before`` with the same seed.  ``FILE.py:NAME`` has its path from the folder of the TOML file,
+  ``package:NAME/FOLDER`` its path in an installed package; where there is none, the cell has no data here.
 - ``figure``: what is published.  A final figure of a run (``accuracy``, ``ood_accuracy``, ``dice``); ``best FIGURE``,
   its best value over the rounds; ``rounds``, communication rounds to ``target`` on the curve of the best values so far,
   interpolated between evaluated rounds, as McMahan et al. count them; ``bytes``, sent in both directions.
@@ -77,7 +76,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fedkern
 from fedkern.comparison.cells import read_seeds, read_sweep
 from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError, first_of, nearest, shown
@@ -200,10 +198,10 @@ class Paper:
             return word
         if self.folder == PAPERS and "/" not in match["file"] and match["name"]:  # the same wherever it is installed
             return f"{head}{equals}{PAPERS_PACKAGE}.{match['file'].removesuffix('.py')}:{match['name']}"
-        for root in (self.folder, Path(fedkern.__file__).parents[1]):
-            if (root / match["file"]).is_file():
-                return f"{head}{equals}{root / code}"
-        raise NotHere(f"{match['file']} is neither beside the paper's file nor in a checkout of fedkern.")
+        path = (self.folder / match["file"]).resolve()
+        if not path.is_file():
+            raise NotHere(f"{match['file']} is not beside {self.name}.toml.")
+        return f"{head}{equals}{path}{code.removeprefix(match['file'])}"
 
     def find(self, name: str) -> PublishedCell:
         """The cell of a name; raises UserError where there is none."""

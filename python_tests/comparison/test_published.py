@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-import fedkern
 from fedkern.cli import flags
 from fedkern.comparison import published
 from fedkern.comparison.published import PAPERS, NotHere
@@ -80,14 +79,7 @@ def test_an_unknown_paper_is_refused():
         published.read("nothing.toml")
 
 
-@pytest.fixture
-def checkout(monkeypatch):
-    """fedkern stands in this checkout, also where the tests are of an installed one."""
-    monkeypatch.setattr(fedkern, "__file__", str(Path(__file__).parents[2] / "fedkern" / "__init__.py"))
-
-
-@pytest.mark.usefixtures("checkout")
-def test_files_of_code_are_found_beside_the_paper_in_a_checkout_and_in_a_package(write, tmp_path, monkeypatch):
+def test_files_of_code_are_found_beside_the_paper_and_in_a_package(write, tmp_path, monkeypatch):
     paper = published.read(write('[words]\nshared = "--rounds 2"\n' + CELL))
     (tmp_path / "mine.py").write_text("")
     words = paper.words(
@@ -97,11 +89,10 @@ def test_files_of_code_are_found_beside_the_paper_in_a_checkout_and_in_a_package
     assert words == [
         "fedavg", "--rounds", "2", "--model", f"{own}:Net", "--teachers", "/b c", "--method-option", f"a={own}:f",
     ]  # fmt: skip
-    (example,) = paper.words("examples/papers/nico.py:nico")
-    assert Path(example.partition(":")[0]).is_file()
-    for missing in ("other.py:Net", "examples/papers/nothing.py:nico"):
-        with pytest.raises(NotHere, match="neither beside"):
-            paper.words(f"fedavg --data {missing}")
+    (tmp_path / "code").mkdir()
+    assert paper.words(f"code/../../{tmp_path.name}/mine.py:Net") == [f"{own}:Net"]
+    with pytest.raises(NotHere, match=r"other.py is not beside mine\.toml"):
+        paper.words("fedavg --data other.py:Net")
     (tmp_path / "own_tower" / "model").mkdir(parents=True)
     (tmp_path / "own_tower" / "__init__.py").write_text("raise SystemExit('its code is run')")
     with pytest.raises(NotHere, match="package own_tower is missing: pip install own-tower"):
@@ -122,7 +113,6 @@ def test_files_of_code_are_found_beside_the_paper_in_a_checkout_and_in_a_package
         paper.words('fedavg "')
 
 
-@pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize("name", published.names())
 def test_a_paper_that_fedkern_ships_is_in_the_format(name):
     paper = published.read(name)

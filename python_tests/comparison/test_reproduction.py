@@ -298,11 +298,11 @@ def test_a_run_beforehand_that_fails_ends_the_cell(paper, monkeypatch):
 
 def test_cells_without_data_are_said_beforehand(paper):
     text = PAPER.replace("fedavg {digits}", "fedavg --data mnist --clients 3")
-    made = paper(text.replace("fedprox {digits}", "fedprox {digits} --plugin examples/papers/nothing.py", 1))
+    made = paper(text.replace("fedprox {digits}", "fedprox {digits} --plugin nothing.py", 1))
     cells, lines = made.plan(made.select())
     assert [cell.name for cell in cells] == ["bytes"]
     assert lines[0].startswith('no data here: average (data set "mnist" is read from files')
-    assert lines[1].startswith("no data here: proximal (examples/papers/nothing.py is neither")
+    assert lines[1].startswith("no data here: proximal (nothing.py is not beside")
     assert verdicts(made) == {"average": "no data here", "proximal": "no data here", "bytes": "not played"}
 
 
