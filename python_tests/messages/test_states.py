@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkern.errors import UserError
-from fedkern.messages import states
-from fedkern.messages.digest import digest
+from fedkern.messages import digest, states
+from fedkern.messages.digest import Fingerprint
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
@@ -114,9 +114,9 @@ def test_a_state_of_another_format_is_refused(tmp_path, monkeypatch):
         states.load(tmp_path / "x")
 
 
-def test_a_digest_sees_every_change():
+def test_a_fingerprint_sees_every_change():
     content = {"a": torch.zeros(3), "n": 1, "d": {"x": [1.5, torch.ones(2)]}, "w": np.zeros(2), "t": (torch.ones(4),)}
-    assert digest(content) == digest(content)
+    assert Fingerprint(content).matches(content)
     for change in (
         lambda: content["a"].add_(1),
         lambda: content.update(n=2),
@@ -127,8 +127,28 @@ def test_a_digest_sees_every_change():
         # Without a new version or address:
         lambda: content["a"].data.add_(1),
         lambda: content["d"]["x"][1].numpy().__setitem__(1, 5),
+        lambda: content.update(a=torch.from_numpy(content["a"].numpy().__iadd__(1))),
         lambda: torch._foreach_add_([content["t"][0].data], 1),
     ):
-        before = digest(content)
+        before = Fingerprint(content)
+        assert before.matches(content)
         change()
-        assert digest(content) != before
+        assert not before.matches(content)
+
+
+def test_a_moved_version_is_a_change_without_a_look_at_the_contents(monkeypatch):
+    content = {"a": torch.zeros(3)}
+    before = Fingerprint(content)
+    monkeypatch.setattr(digest, "digest", lambda state: pytest.fail("the contents were read"))
+    content["a"].add_(0)
+    assert not before.matches(content)
+
+
+def test_a_fingerprint_knows_a_tensor_in_the_memory_of_the_last():
+    content = {"a": torch.zeros(20_000_000)}
+    before, place = Fingerprint(content), content["a"].data_ptr()
+    for _ in range(3):
+        del content["a"]
+        content["a"] = torch.zeros(20_000_000)
+        assert content["a"].data_ptr() != place, "it may have the number and the version of the old one as well"
+        assert not before.matches(content)

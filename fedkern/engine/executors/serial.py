@@ -19,7 +19,7 @@ from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.encoders import Departure, Encoder, Keep
 from fedkern.errors import RAISED, ClientFailed
-from fedkern.messages.digest import digest
+from fedkern.messages.digest import Fingerprint
 from fedkern.methods.base import ClientId, Message, Messages, Phase
 from fedkern.process.torch_modes import cpu_threads
 
@@ -45,7 +45,7 @@ class Serial:
         self._context, self._handlers, self._states, self._threads = context, handlers, states, threads
         self.keep: Keep | None = None
         self._clients: dict[ClientId, Client] = {}
-        self._before: dict[ClientId, str] = {}  # digests of states, of clients that have worked since
+        self._before: dict[ClientId, Fingerprint] = {}  # of their states, of clients that have worked since
         self._asked = 0
         self._objects = context.user_objects()  # before any client has worked
 
@@ -58,7 +58,7 @@ class Serial:
         if k not in self._clients:
             self.take(k, self._states(k)())
         if k not in self._before:
-            self._before[k] = digest(self._clients[k].stored)
+            self._before[k] = Fingerprint(self._clients[k].stored)
         return self._clients[k]
 
     def take(self, k: ClientId, state: dict[str, Any], played: Iterable[Request] = ()) -> None:
@@ -176,7 +176,7 @@ class Serial:
     def changed(self, client: ClientId) -> dict[str, Any] | None:
         before = self._before.get(client)
         state = self._clients[client].stored if before is not None else {}
-        if before is None or before == digest(state):
+        if before is None or before.matches(state):
             return None
         del self._before[client]  # taken anew where the client works again in this round
         return state
