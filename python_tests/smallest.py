@@ -17,7 +17,7 @@ SETTINGS = {
         "options": {"alignment_steps": 1},
     },
     "fedgid": {"options": {"background_pool": "shared"}},
-    "fediod": {"options": {"ngf": 2, "ndf": 2, "batch": 8, "student_steps": 2}},
+    "fediod": {"options": {"ngf": 2, "ndf": 2, "batch": 8, "student_steps": 2, "iterations": 0}},
     "fedproto": {"options": {"networks": "personal"}},
     "fedcgs": {"local_epochs": None, "batch_size": None},  # its clients train nothing
     "fusefl": {"local_epochs": 4, "options": {"blocks": 3, "frozen_bn": "code"}},
