@@ -249,9 +249,7 @@ def parse(argv: Sequence[str], *around: Parser) -> Request:
     method, unknown = values.method, [word for word in rest if word.startswith("-")]
     # Unknown flags first: argparse may have taken the value of such a flag for the method.
     if not unknown and not values.help and method not in (None, *METHODS):
-        likely = nearest(method, [*METHODS, *COMMANDS, "--resume"])
-        known = ", ".join(sorted(METHODS))
-        raise UserError(f'Unknown method "{method}".{likely} Known methods: {known}; --plugin FILE.py adds others.')
+        raise registry.unknown_method(method, [*METHODS, *COMMANDS, "--resume"])
     for word in [*unknown, *rest]:
         raise _unknown(word, named, parser, *around)
     check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb")})

@@ -140,9 +140,8 @@ def read_data(
         if options.keys() - ({"labels"} if training else ()):
             way = "of the run's own data only labels may change" if training else "the run's own data keep theirs"
             raise UserError(f"--data-option is for another data set, named with --data: {way}.")
-        stored = {
-            name: value for name, value in config.data_options.items() if name != "window"
-        }  # that of the training
+        # The window is that of the training.
+        stored = {name: value for name, value in config.data_options.items() if name != "window"}
         options = {**_as_trained(config.data, about, config), **stored, **options}
         config = config.replace(data_root=data_root or config.data_root, data_options=options)
         return finished_data(config, out, cache=folder, progress=progress)

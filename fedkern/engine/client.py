@@ -132,9 +132,8 @@ class Client(Node):
         stream: str | None = None,
     ) -> Any:
         seed = None if stream is None else int(self.rng(f"model/{stream}", BEFORE).integers(2**63))
-        return self._context.networks.place(
-            self._context.networks.build(model=model, width=width, classes=classes, seed=seed)
-        )
+        networks = self._context.networks
+        return networks.place(networks.build(model=model, width=width, classes=classes, seed=seed))
 
     def train(
         self,
@@ -151,9 +150,8 @@ class Client(Node):
         context = self._context
         network = context.networks.get("local")
         if parts is None and self.load_pretrained(network.module):
-            return {
-                name: value.cpu() for name, value in network.read().items() if name in context.networks.trained_vectors
-            }
+            wanted = context.networks.trained_vectors
+            return {name: value.cpu() for name, value in network.read().items() if name in wanted}
         if context.script.train is not None:
             return self.upload(context.script.trained(self.model(message), self))
         buffers, flat = self._loaded(network, message)
@@ -163,9 +161,8 @@ class Client(Node):
         self.marks |= TRAINED
         network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
-        data = context.samples.of_client(self.id)
         read_figures = started(
-            self, method, phase, trained, data, received, schedule, rows, graphs=context.networks.graphs,
+            self, method, phase, trained, self._data, received, schedule, rows, graphs=context.networks.graphs,
             first_steps=context.networks.first_steps(phase),
         )  # fmt: skip
         result = self._left(network, trained, flat)
@@ -338,10 +335,9 @@ class Client(Node):
         self.marks |= TRAINED
         schedule = self._in_time(phase, rows, epochs=epochs, first=first)
         received = self._received(phase, message or {}, schedule.epochs, None)
-        data = self._data
         try:
             figures = train(
-                self, method, phase, trainable, data, received, schedule, rows, self._context.networks.graphs,
+                self, method, phase, trainable, self._data, received, schedule, rows, self._context.networks.graphs,
                 self._context.networks.first_steps(phase),
             )  # fmt: skip
         finally:
@@ -360,8 +356,8 @@ class Client(Node):
     ) -> dict[str, float]:
         self.marks |= TRAINED - {"clip"}
         schedule = self._schedule(phase, declared(self.samples, rows, spending))
-        received, data = self._received(phase, {}, schedule.epochs, None), self._data
-        figures = train_privately(self, method, phase, module, data, received, schedule, spending, rows)
+        received = self._received(phase, {}, schedule.epochs, None)
+        figures = train_privately(self, method, phase, module, self._data, received, schedule, spending, rows)
         self.report.update(figures)
         return figures
 

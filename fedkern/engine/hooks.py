@@ -147,9 +147,8 @@ class Hooks:
         """
         with self._code("model"):
             network: nn.Module | None = self._asked.model(self._server)
-        if network is not None and not self._context.networks.is_flat(
-            network
-        ):  # :meth:`check_model` has checked a flat one
+        # A flat one has been checked by :meth:`check_model`.
+        if network is not None and not self._context.networks.is_flat(network):
             network.eval()
             check_finite(network.state_dict(), f"in round {self._code.progress.done}", self._context)
         return network

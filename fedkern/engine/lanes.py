@@ -34,19 +34,15 @@ def lanes(context: RunContext, method: Any) -> int:
     fedkern's, steps are recorded and need nothing that was computed for another client, and neither a client's state
     nor a generator that clients share is drawn on.
     """
-    graphs, config, kind = context.networks.graphs, context.config, type(method)
+    networks, config, kind = context.networks, context.config, type(method)
+    graphs = networks.graphs
     if graphs is None or graphs.off or not graphs.lasting() or context.script.functions or context.teachers is not None:
         return 1
-    if (
-        config.buffers == "local"
-        or config.keeps_parts
-        or config.optimizer_state == "keep"
-        or context.networks.added_models
-    ):
+    if config.buffers == "local" or config.keeps_parts or config.optimizer_state == "keep" or networks.added_models:
         return 1
     if getattr(kind, "client_update", None) is not LocalTraining.client_update:
         return 1
-    module = context.networks.get("local").module
+    module = networks.get("local").module
     if (
         any(isinstance(layer, DRAWING) for layer in module.modules())
         or kind.prepare is not Objective.prepare

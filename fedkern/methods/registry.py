@@ -53,11 +53,14 @@ def get(name: str) -> type[Method]:
             f"...), or fedkern.load(DIR, method={short(name)}) to go on."
         )
     if name not in METHODS:
-        known = ", ".join(sorted(METHODS))
-        raise UserError(
-            f'Unknown method "{name}".{nearest(name, METHODS)} Known methods: {known}; --plugin FILE.py adds others.'
-        )
+        raise unknown_method(name, METHODS)
     return METHODS[name]
+
+
+def unknown_method(name: str, likely: Iterable[str]) -> UserError:
+    """Return the error for a name that no method has, with the nearest of the ``likely`` words."""
+    known = f"Known methods: {', '.join(sorted(METHODS))}"
+    return UserError(f'Unknown method "{name}".{nearest(name, likely)} {known}; --plugin FILE.py adds others.')
 
 
 def option_names(method: str) -> set[str]:

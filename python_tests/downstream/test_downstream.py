@@ -64,13 +64,17 @@ def finished(module: torch.nn.Module, **changes: Any) -> Finished:
     return Finished(Path("there"), RunConfig.make("fedavg", data="captions"), module, about, data)
 
 
+def right_and_wrong() -> Personal:
+    return Personal({0: oracle(), 1: oracle(wrong=True)})
+
+
 def test_zero_shot_is_right_where_the_network_is() -> None:
     assert zero_shot(finished(oracle()), "a {class}") == [
         {"set": "seen", "accuracy": 1.0, "auc": 1.0},
         {"set": "unseen", "accuracy": 1.0, "auc": 1.0},
     ]
     assert [row["accuracy"] for row in zero_shot(finished(oracle(wrong=True)), "{class}")] == [0.0, 0.0]
-    both = zero_shot(finished(Personal({0: oracle(), 1: oracle(wrong=True)})), "{class}")
+    both = zero_shot(finished(right_and_wrong()), "{class}")
     assert [row["accuracy"] for row in both] == [0.5, 0.5]
 
 
@@ -89,9 +93,7 @@ def test_retrieval_of_the_clients_own_sets() -> None:
     assert rows["clients, mean"]["i2t_r1"] == pytest.approx(0.75)
     assert rows["clients, worst"]["i2t_r1"] == pytest.approx(0.5)
     # Where every client has a network of its own it is tried on that client's set.
-    rows = {
-        row["set"]: row for row in retrieve(finished(Personal({0: oracle(), 1: oracle(wrong=True)}), **own), ks=(1,))
-    }
+    rows = {row["set"]: row for row in retrieve(finished(right_and_wrong(), **own), ks=(1,))}
     assert rows["clients, mean"]["i2t_r1"] == pytest.approx((1 + 0.5) / 2)
 
 

@@ -168,7 +168,6 @@ def test_a_class_without_the_decorator_is_told() -> None:
     class Undecorated(Options):
         mu: float = option(0.1, "weight")
 
-    with pytest.raises(
-        UserError, match=r"Undecorated declares options: write @dataclass\(frozen=True\) above the class"
-    ):
+    said = r"Undecorated declares options: write @dataclass\(frozen=True\) above the class"
+    with pytest.raises(UserError, match=said):
         Undecorated.parse(["mu=1"])

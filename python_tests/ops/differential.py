@@ -25,6 +25,7 @@ from fedkern.ops._distill.checks import spread_weights
 from fedkern.ops._distill.ensemble_reference import normalised_weights
 from python_tests.ops._conv.conv_cases import grad_of
 from python_tests.ops.operator_cases import assert_close
+from python_tests.ops.operator_runs import tensors_in
 
 Case = dict[str, Any]
 
@@ -178,7 +179,9 @@ def check(operator: str, case: Case) -> None:
     got = checked.results(operator, case, given)
     with ops.use_backend("reference"):
         expected = checked.results(operator, case, wide)
-    assert not checked.dtype or got[0].dtype == promoted(*(x for name in checked.dtype for x in tensors(given[name])))
+    assert not checked.dtype or got[0].dtype == promoted(
+        *(x for name in checked.dtype for x in tensors_in(given[name]))
+    )
     others = dict(leaves(wide))
     compare(got, expected, {name: (leaf, others[name]) for name, leaf in leaves(given)}, **tolerance)
 
@@ -190,14 +193,10 @@ def made(value: Any) -> Any:
     return make(value) if isinstance(value, dict) else value
 
 
-def tensors(value: Any) -> list[Tensor]:
-    return [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, Tensor)]
-
-
 def leaves(given: Arguments) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors that want a gradient."""
     for name, value in given.items():
-        for place, x in enumerate(tensors(value)):
+        for place, x in enumerate(tensors_in(value)):
             if x.requires_grad:
                 yield name if x is value else f"{name} {place}", x
 
@@ -452,14 +451,8 @@ def close_stack(case: Case, given: Arguments) -> Limits:
     size = spread(logits) * (max(1, logits.shape[1]) if case["reduction"] == "sum" else 1)
     # Gradients of weights are differences of entropies, which are log C at most.
     by_weights = over_weights(given["weights"]) * max(1.0, math.log(logits.shape[2]))
-    coarse = is_coarse(logits)
-    return {
-        "absolute": 2e-6 * size,
-        "gradient": 8e-6 * size,
-        "by_weights": by_weights,
-        "coarse": coarse,
-        "unseen": True,
-    }
+    tolerances: Limits = {"absolute": 2e-6 * size, "gradient": 8e-6 * size, "by_weights": by_weights}
+    return {**tolerances, "coarse": is_coarse(logits), "unseen": True}
 
 
 @st.composite
@@ -604,7 +597,7 @@ def prepare_vectors(case: Case, given: Arguments) -> Arguments:
 
 
 def close_robust(case: Case, given: Arguments) -> Limits:
-    size = largest(*tensors(given["vectors"]))
+    size = largest(*tensors_in(given["vectors"]))
     return {"relative": 1e-6, "absolute": 1e-7 * size, "gradient": 1e-6 * size}
 
 
@@ -677,7 +670,7 @@ def prepare_server(case: Case, given: Arguments) -> Arguments:
 
 
 def close_server(case: Case, given: Arguments) -> Limits:
-    size = largest(*tensors(given["vectors"]))
+    size = largest(*tensors_in(given["vectors"]))
     return {"relative": 1e-6, "absolute": 1e-6 * size, "later": 1e-6 * size**2}
 
 
@@ -696,7 +689,7 @@ def objective(vectors: Any, weights: Any = None) -> Tensor:
 
 
 def close_objective(case: Case, given: Arguments) -> Limits:
-    wide = tensors(given["vectors"])
+    wide = tensors_in(given["vectors"])
     eps, count = torch.finfo(wide[0].dtype).eps, sum(x.numel() for x in wide)
     by = case["_count"] * (largest(torch.as_tensor(given["weights"])) if "weights" in given else 1.0)
     unit = eps * largest(*wide) * math.sqrt(max(1, count)) * by
@@ -742,7 +735,7 @@ def prepare_clip(case: Case, given: Arguments) -> Arguments:
 
 def close_clip(case: Case, given: Arguments) -> Limits:
     """The noise has fp32 resolution whatever the dtype."""
-    size, noise = largest(*tensors(given["vectors"])), case.get("noise", 0.0)
+    size, noise = largest(*tensors_in(given["vectors"])), case.get("noise", 0.0)
     absolute = 2e-6 * max(size, 7 * noise * case["max_norm"]) if noise else 1e-7 * size
     return {"relative": 1e-6, "absolute": absolute, "coarse": noise > 0}
 
@@ -792,13 +785,8 @@ def step_case(draw: st.DrawFn, adamw: bool) -> Case:
     own: Case = {"velocity": vector(own=True) if momentum else None, "momentum": momentum}
     if adamw:
         betas, step = draw(st.sampled_from([(0.9, 0.999), (0.3, 0.5), (0.0, 0.9)])), draw(st.sampled_from([1, 2, 1000]))
-        own = {
-            "first": vector(own=True),
-            "second": vector("positive", own=True),
-            "betas": betas,
-            "step": step,
-            "eps": 1e-3,
-        }
+        moments = {"first": vector(own=True), "second": vector("positive", own=True)}
+        own = {**moments, "betas": betas, "step": step, "eps": 1e-3}
     return {
         "parameters": vector(own=True),
         "gradients": vector(own=True),

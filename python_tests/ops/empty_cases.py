@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedkern import ops
 from python_tests.ops.every_operator import OPERATORS
+from python_tests.ops.operator_runs import tensors_in
 from python_tests.ops.test_arguments import PUBLIC
 
 SEVERAL = 10_000
@@ -66,10 +67,6 @@ def _draw(shape: Sequence[int], dtype: torch.dtype, layout: int, draw: torch.Gen
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == 2 and len(shape) > 2 else x
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, Tensor)]
-
-
 def _subsets(operator: str) -> Iterator[list[str]]:
     """Arguments of calls: all, those without a default, and all but each one that has a default."""
     parameters = inspect.signature(getattr(ops, operator)).parameters
@@ -85,7 +82,7 @@ def cases() -> Iterator[Case]:
     draw, number = torch.Generator().manual_seed(0), 0
     for operator, public in PUBLIC.items():
         given = {**public.arguments, "out": torch.zeros(6), "log_probs": True}
-        sizes = dict.fromkeys(n for value in given.values() for x in _tensors(value) for n in x.shape)
+        sizes = dict.fromkeys(n for value in given.values() for x in tensors_in(value) for n in x.shape)
         for names in _subsets(operator):
             for empty in sizes:
                 number += 1

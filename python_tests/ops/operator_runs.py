@@ -13,6 +13,11 @@ from python_tests.ops.every_operator import Operator
 from python_tests.ops.operator_cases import assert_close
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors among an argument's values."""
+    return [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, Tensor)]
+
+
 class Named(Tensor):
     """A subclass without any behaviour of its own."""
 

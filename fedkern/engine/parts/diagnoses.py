@@ -30,9 +30,8 @@ class Diagnoses(RunPart):
 
     def finish(self, summary: Summary) -> None:
         run, context, sets, config = self._run, self._run.context, self._run.sets, self._run.config
-        public = (
-            context.notices.disclosure.clients
-        )  # whether anything may be told that follows from what single clients have
+        # Whether anything may be told that follows from what single clients have.
+        public = context.notices.disclosure.clients
         classes, names, metrics = context.data.classes, [prefix[:-1] for prefix in sets], summary.metrics
         added = {name for data in sets.values() for name in getattr(data.task, "metrics", ())}
         added |= {metric.name for data in sets.values() for metric in getattr(data, "metrics", ())}

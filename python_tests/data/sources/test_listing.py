@@ -22,7 +22,7 @@ def read(name, root, change=lambda line, row: None, again=(), said=None, rows=24
         row |= {
             "client": "AB"[i % 2],
             "patient_id": f"p{i // 2}",
-            "split": ("train", "train", "test", "val")[i // 2 % 4],
+            "split": ["train", "train", "test", "val"][i // 2 % 4],
         }
         if len(listed) >= rows or i not in again:
             change(len(listed) + 1, row)
