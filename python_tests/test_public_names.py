@@ -1,12 +1,17 @@
-"""What a user reads names nothing of fedkern's private packages: pages, examples and the docstrings of public names."""
+"""Public names: they change on purpose only, and what a user reads names nothing of fedkern's private packages."""
 
 import importlib
 import inspect
 import re
+import subprocess
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import fedkern
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIVATE = re.compile(r"(?:fedkern\.|from fedkern import [^\n]*\b)(?:engine|settings|downstream|messages)\b")
@@ -54,3 +59,15 @@ def test_events_of_a_run_come_from_a_public_place() -> None:
 
     assert {"Listener", "RunInfo"} <= set(listeners.__all__)
     assert inspect.signature(listeners.Listener.on_start).parameters["run"].annotation == "RunInfo"
+
+
+def test_public_names_change_on_purpose() -> None:
+    program = "runpy.run_module('python_tests.public_names', run_name='__main__')"
+    code = f"import runpy, sys; sys.path.append({str(ROOT)!r}); {program}"
+    done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True)
+    listed = (ROOT / "python_tests" / "public_names.txt").read_text()
+    assert done.stdout.splitlines() == listed.splitlines(), "a stored run, command or program of a user may break"
+
+
+def test_no_public_name_is_a_module() -> None:
+    assert [name for name in fedkern.__all__ if isinstance(getattr(fedkern, name), types.ModuleType)] == []
