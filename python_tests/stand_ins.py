@@ -12,7 +12,7 @@ from fedkern.engine.timing import Timing
 from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import Disclosure
 
-PRIVATE = Disclosure(clients=False, server=False, appraised=())
+PRIVATE = Disclosure(clients=False, server=False, derived_figures=())
 SETTINGS = {
     "on_nan": "stop", "on_error": "stop", "eval_every": 1, "dropout_rate": 0.0, "straggler_rate": 0.0,
     "stragglers": "keep",

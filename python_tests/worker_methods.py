@@ -82,7 +82,7 @@ class Unportable(FedAvg):
 class Counting(FedAvg):
     """Clients say on how many threads they work."""
 
-    asks = FedAvg.asks
+    requires = FedAvg.requires
 
     def client_update(self, client, phase, message):
         client.warn("threads", str(torch.get_num_threads()))

@@ -33,7 +33,7 @@ from fedkern.engine.participation import (
     speed,
 )
 from fedkern.engine.registry import register_filter
-from fedkern.engine.uploads.filters import Asked, Filter
+from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS, ClientId, Federation, Message, Round, Upload
 from fedkern.settings.config import RunConfig
@@ -193,12 +193,14 @@ class StaleUploads(Filter):
     def build(cls, run: Any) -> StaleUploads | None:
         return cls(run.participation) if isinstance(run.participation, Asynchronous) else None
 
-    def together(
-        self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
+    def combine(
+        self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
         return uploads if asked.entry.one_off else map(partial(self._counted, asked, note), uploads)
 
-    def _counted(self, asked: Asked, note: Callable[[ClientId, Mapping[str, float]], None], upload: Upload) -> Upload:
+    def _counted(
+        self, asked: ExchangeRequest, note: Callable[[ClientId, Mapping[str, float]], None], upload: Upload
+    ) -> Upload:
         k, message = upload.client_id, dict(upload.message)
         note(k, {"staleness": upload.staleness})
         now, weight = asked.hooks.declared(asked.phase, k, asked.sent[k]), (1 + upload.staleness) ** -self._power

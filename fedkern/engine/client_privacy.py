@@ -62,7 +62,7 @@ class ClientPrivacy:
         sampled = some and all(entry.participants == "sampled" for entry in plan)
         # Records of clients tell who took part, and so do numbers of uploads where the seed says who drops out.
         hidden = config.records == "private" and not config.dropout_rate and config.stragglers != "drop"
-        stateless = method.memoryless and config.buffers != "local" and config.optimizer_state != "keep"
+        stateless = method.stateless and config.buffers != "local" and config.optimizer_state != "keep"
         self.amplified = bool(self.level.noise) and sampled and hidden and stateless
         # Number of rounds, by rounds done, for which the client was asked that was asked most often.
         self._most = list(range(len(plan) + 1))
@@ -157,7 +157,7 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
         if phase in seen:
             continue
         seen.add(phase)
-        message = message_for(method.send(server, phase), 0, method.selective) or {}
+        message = message_for(method.send(server, phase), 0, method.may_skip_clients) or {}
         for key, due in method.expects(server, phase, 0, message).items():
             fits = key in method.reduce and (key not in VECTORS or size_of(due) == server.state[key].numel())
             if not fits and key != "integers":

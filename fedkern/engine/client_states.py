@@ -23,14 +23,14 @@ class ClientStates:
         checkpoints: of the run.
         context: of the run.
         progress: of the run.
-        memoryless: whether epsilon counts that clients keep no state.
+        stateless: whether epsilon counts that clients keep no state.
     """
 
     def __init__(
-        self, executor: Executor, checkpoints: Checkpoints, context: RunContext, progress: Progress, memoryless: bool
+        self, executor: Executor, checkpoints: Checkpoints, context: RunContext, progress: Progress, stateless: bool
     ) -> None:
         self.executor, self._checkpoints, self._context = executor, checkpoints, context
-        self._progress, self._memoryless = progress, memoryless
+        self._progress, self._stateless = progress, stateless
         # Of clients whose states are written in this round: the file and the reader of what they began the round with.
         self._begun: dict[ClientId, tuple[str | None, Callable[[], dict[str, Any]]]] = {}
 
@@ -79,11 +79,11 @@ class ClientStates:
 
     def _write(self, k: ClientId) -> None:
         state = self.executor.changed(k)
-        if state and self._memoryless:
+        if state and self._stateless:
             raise UserError(
                 "Epsilon counts that the clients of a round are drawn in secret, as "
-                f"{self._context.config.method} is declared memoryless, but client "
-                f"{self._context.data.client_label(k)} keeps state: declare memoryless = False."
+                f"{self._context.config.method} is declared stateless, but client "
+                f"{self._context.data.client_label(k)} keeps state: declare stateless = False."
             )
         if state is not None:
             self._begun.setdefault(k, self._now(k))

@@ -11,7 +11,7 @@ from typing import Any
 from fedkern.engine.executors.base import Answer, Executor
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.round_log import RoundLog
-from fedkern.engine.uploads.filters import Arrival, Asked, Filter, encoders_of
+from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter, encoders_of
 from fedkern.errors import named
 from fedkern.methods.base import ClientId, Message, Upload
 from fedkern.process.interrupts import check
@@ -32,7 +32,12 @@ class Exchange:
     """
 
     def __init__(
-        self, asked: Asked, filters: Sequence[Filter], executor: Executor, log: RoundLog, samples: Sequence[int]
+        self,
+        asked: ExchangeRequest,
+        filters: Sequence[Filter],
+        executor: Executor,
+        log: RoundLog,
+        samples: Sequence[int],
     ) -> None:
         self._asked, self._filters, self._executor, self._log = asked, filters, executor, log
         self._samples = samples
@@ -63,7 +68,7 @@ class Exchange:
         """
         uploads = self._each()
         for each in self._filters:
-            uploads = each.together(self._asked, uploads, self._log.note)
+            uploads = each.combine(self._asked, uploads, self._log.note)
         return uploads
 
     def _each(self) -> Iterator[Upload]:
@@ -99,7 +104,7 @@ class Exchange:
         arrival = Arrival(self._asked, k, answer.message, answer.checked, info)
         if answer.absent or answer.refused or answer.problem is not None:
             for each in self._filters:
-                each.lacking(arrival, failed=not answer.absent and answer.problem is not None)
+                each.on_missing(arrival, failed=not answer.absent and answer.problem is not None)
             self._log.lacks(answer)
             return None
         for each in self._filters:
@@ -111,7 +116,7 @@ class Exchange:
 
     def _leave(self, k: ClientId, message: Message) -> None:
         for each in self._filters:
-            each.sent(self._asked, k, message)
+            each.on_sent(self._asked, k, message)
 
     def _answers(self) -> Iterator[Answer]:
         """The clients' answers; the clients of a cohort may be asked at once."""

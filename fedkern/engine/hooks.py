@@ -82,7 +82,7 @@ class Hooks:
 
     def messages(self, outgoing: Any, clients: Iterable[ClientId]) -> dict[ClientId, Message]:
         """The messages out of what :meth:`send` returned, of the clients that have one (see :func:`messages_for`)."""
-        outgoing = messages_for(outgoing, clients, getattr(self._asked, "selective", False))
+        outgoing = messages_for(outgoing, clients, getattr(self._asked, "may_skip_clients", False))
         messages = {k: message for k, message in outgoing.items() if message is not None}
         if type(self._asked).__module__.startswith("fedkern."):
             return messages
@@ -154,29 +154,29 @@ class Hooks:
         return network
 
 
-def messages_for(outgoing: Any, clients: Iterable[int], selective: bool = False) -> dict[int, Message | None]:
+def messages_for(outgoing: Any, clients: Iterable[int], may_skip_clients: bool = False) -> dict[int, Message | None]:
     """The clients' messages out of what ``send`` returned: one message for all clients, or a dict by client id.
 
     Args:
         outgoing: what ``send`` returned.
         clients: ids of the clients.
-        selective: whether ``send`` may leave clients out, or return None for all clients.  The message of such a client
-            is None.
+        may_skip_clients: whether ``send`` may leave clients out, or return None for all clients.  The message of such a
+            client is None.
 
     Raises:
-        ValueError: a client has no message, and the method is not ``selective``.
+        ValueError: a client has no message, and the method is not ``may_skip_clients``.
     """
     # Looked at once for all clients: a message for every client of a large federation is a long dict.
     if not outgoing or not all(isinstance(key, int) for key in outgoing):
         return dict.fromkeys(clients, outgoing)
     messages: dict[int, Message | None] = {}
     for k in clients:
-        if k not in outgoing and not selective:
+        if k not in outgoing and not may_skip_clients:
             raise ValueError(f"send: expected a message for client {k}, which takes part; given none")
         messages[k] = outgoing.get(k)
     return messages
 
 
-def message_for(outgoing: Any, client: int, selective: bool = False) -> Message | None:
+def message_for(outgoing: Any, client: int, may_skip_clients: bool = False) -> Message | None:
     """One client's message out of what ``send`` returned (see :func:`messages_for`)."""
-    return messages_for(outgoing, [client], selective)[client]
+    return messages_for(outgoing, [client], may_skip_clients)[client]

@@ -11,7 +11,7 @@ from fedkern.engine.executors.base import Executor
 from fedkern.engine.participation import Assignment
 from fedkern.engine.parts.base import Part, Record, Stop, Summary
 from fedkern.engine.run_objects import RunObjects
-from fedkern.engine.uploads.filters import Asked, Filter
+from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.methods.base import Phase, Round
 from fedkern.privacy.disclosure import About
 from fedkern.process.interrupts import check
@@ -76,7 +76,9 @@ class Loop:
             phase = Phase(progress.index, entry.name, name)
             outgoing = hooks.send(phase)
             sent = run.participation.messages(present, partial(hooks.messages, outgoing))
-            asked = Asked(phase, entry, progress.planned, len(clients), tuple(present), hooks, sent, assigned.began)
+            asked = ExchangeRequest(
+                phase, entry, progress.planned, len(clients), tuple(present), hooks, sent, assigned.began
+            )
             exchange = Exchange(asked, self._filters, self._at_work(record), log, run.context.federation.samples)
             exchange.lose(hooks.messages(outgoing, absent), absent)
             absent = {}
@@ -102,5 +104,5 @@ class Loop:
     def _at_work(self, record: Record) -> Executor:
         """The executor of a round: this process's, where a cohort works together or a trace is made."""
         executor = self._run.executor
-        together = (record.entry.cohort or record.together) and not executor.remote
+        together = (record.entry.cohort or record.in_server_process) and not executor.remote
         return executor.here if together else executor

@@ -41,7 +41,7 @@ class Network:
         self.module: Any = module
         self._flat = personal.flatten(module)
         self.parameters: Tensor = self._flat.parameters
-        self.personal: Tensor = self._flat.apart
+        self.personal: Tensor = self._flat.personal
         self._own = personal.tensors(inner(module))
         self.frozen: Tensor = self._flat.frozen
         self.buffers: Tensor = self._flat.buffers
@@ -54,8 +54,8 @@ class Network:
         # Of a causal mask, for example: no sign of training that diverged.
         infinite = self.buffers.isinf()
         self._infinite = infinite if bool(infinite.any()) else None
-        self._apart_buffers = self._flat.apart_buffers
-        self._infinite_apart = self._apart_buffers.isinf()
+        self._personal_buffers = self._flat.personal_buffers
+        self._infinite_personal = self._personal_buffers.isinf()
         self._lacking: list[tuple[_BatchNorm, bool]] = []
         """Layers that evaluate by the batch's own statistics, and their ``track_running_stats`` before."""
         self.statistics = True
@@ -86,15 +86,17 @@ class Network:
 
     def attach_gradients(self) -> None:
         """Make every ``.grad`` a view of ``gradient_vectors``, with its present values."""
-        apart = (self._flat.apart_gradients(),) if len(self.personal) else ()
-        self._gradients = (self._flat.gradients(), *apart)
+        personal = (self._flat.personal_gradients(),) if len(self.personal) else ()
+        self._gradients = (self._flat.gradients(), *personal)
 
     def finite(self) -> Tensor:
         """bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
         finite = all_finite(self.parameters) & (self.finite_buffers() if len(self.buffers) else True)
-        rest = self._apart_buffers
+        rest = self._personal_buffers
         if len(self.personal) or len(rest):
-            finite &= all_finite(self.personal) & (torch.isfinite(rest) | (self._infinite_apart & ~rest.isnan())).all()
+            finite &= (
+                all_finite(self.personal) & (torch.isfinite(rest) | (self._infinite_personal & ~rest.isnan())).all()
+            )
         return finite
 
     def finite_buffers(self, which: slice = slice(None)) -> Tensor:

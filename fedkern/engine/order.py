@@ -43,8 +43,8 @@ def parts_of(run: RunObjects) -> list[Part]:
 def filters_of(run: RunObjects) -> list[Filter]:
     """What uploads pass on their way to the server of a run, in order; the run has its executor."""
     filters: list[Filter] = _built(FILTERS, FILTER_ORDER, run)
-    needs_whole = any(part.whole for part in filters)
-    return [part for part in filters if not (needs_whole and part.stays)]
+    needs_whole = any(part.needs_whole_upload for part in filters)
+    return [part for part in filters if not (needs_whole and part.keeps_on_device)]
 
 
 def _built(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[Any]:

@@ -147,9 +147,9 @@ def _play(run: RunObjects) -> dict[str, Any]:
         if run.request.rounds is not None and entry is not None:
             if write_extension(store.checkpoints, entry, run.out):
                 listener.on_notice(f"results of the former network: {aside(run.out, entry['round'])}")
-            if spans := run.config.kind.spans:
+            if schedule_note := run.config.kind.schedule_note:
                 rounds = f"a run of {run.request.rounds} rounds from the start"
-                listener.on_notice(f"{spans}: the network will not be that of {rounds}")
+                listener.on_notice(f"{schedule_note}: the network will not be that of {rounds}")
         for part in parts:
             part.begin(resumed=entry is not None)
         if (stop := loop.play()) is not None:

@@ -12,7 +12,7 @@ from fedkern.engine.hooks import MethodCode
 from fedkern.engine.parts.base import Part, Stop
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.records import plain
-from fedkern.engine.uploads.filters import Asked, Filter
+from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.errors import UserError, shown
 from fedkern.methods.base import ClientId, Upload
 from fedkern.tasks.figure_names import FIGURE_NAMES, RECORD_NAMES
@@ -42,7 +42,9 @@ def build(kind: Any, run: RunObjects) -> Any:
     if not isinstance(part, base):
         due = f"a fedkern.{base.__name__} or None"
         raise UserError(f"The {base.__name__.lower()}'s build of {kind.name} must return {due}, not {shown(part)}.")
-    alone = base is Part or not (kind.keeps or kind.state is not Filter.state or kind.together is not Filter.together)
+    alone = base is Part or not (
+        kind.keeps_client_state or kind.state is not Filter.state or kind.combine is not Filter.combine
+    )
     if run.config.dp_noise and not alone:
         raise UserError(
             "--dp-noise counts that what is added up of a client follows from its own data alone, and the filter "
@@ -51,7 +53,7 @@ def build(kind: Any, run: RunObjects) -> Any:
     own_entries: set[str] = set()
     for name, function in vars(base).items():
         if isfunction(function) and getattr(type(part), name) is not function:
-            call = _together if name == "together" else partial(_call, name, own_entries)
+            call = _combine if name == "combine" else partial(_call, name, own_entries)
             object.__setattr__(part, name, partial(call, code, getattr(part, name)))
     return part
 
@@ -76,17 +78,17 @@ def _call(
         return value
 
 
-def _together(
+def _combine(
     code: MethodCode,
     function: Callable[..., Iterator[Upload]],
-    asked: Asked,
+    asked: ExchangeRequest,
     uploads: Iterator[Upload],
     note: Callable[[ClientId, Mapping[str, float]], None],
 ) -> Iterator[Upload]:
-    with code("together"):
+    with code("combine"):
         answers = iter(function(asked, code.passing(uploads), note))
     while True:
-        with code("together"):
+        with code("combine"):
             handover = [next(answers, None)]  # no reference stays here (see `fedkern.engine.exchange`)
         if handover[0] is None:
             return

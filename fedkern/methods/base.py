@@ -63,22 +63,24 @@ class Method:
     description: ClassVar[str] = ""
     one_shot: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
-    asks: ClassVar[frozenset[str]] = frozenset({"loss", "criterion", "classes", "images"})
-    """What the method needs of a task, in the words of `fedkern.tasks.Task.offers`.  What a class inherits does not
-    count: a method that derives from another and declares nothing asks for what is here.  See :meth:`serves`."""
+    requires: ClassVar[frozenset[str]] = frozenset({"loss", "criterion", "classes", "images"})
+    """Requirements of the method on a task, among the words of `fedkern.tasks.Task.offers` (see :meth:`serves`).
 
-    selective: ClassVar[bool] = False
-    """Whether ``send`` may leave out clients (a dict without them) or all clients (None)."""
+    They are not inherited: a subclass of another method that declares nothing has the requirements of this class."""
+
+    may_skip_clients: ClassVar[bool] = False
+    """Whether ``send`` may return a dict without some clients, or None for all."""
     pools_statistics: ClassVar[bool] = False
     """Whether ``server.state`` is a network as flat vectors, so that `fedkern.methods.common.pooling` can estimate the
     statistics of its batch norms."""
     follows_own_update: ClassVar[bool] = False
     """Whether a client's state follows from its whole update, so that the server must not scale the update down."""
-    memoryless: ClassVar[bool] = False
-    """Whether clients keep no state from round to round.  Client-level differential privacy then counts that a round's
-    clients are drawn in secret; the engine checks that no state is written."""
-    spans: ClassVar[str] = ""
-    """What of the method follows a schedule over all rounds of a run; empty where nothing does."""
+    stateless: ClassVar[bool] = False
+    """Whether clients keep no state between rounds, which the engine checks.
+
+    Client-level differential privacy then uses amplification by the secret sampling of clients."""
+    schedule_note: ClassVar[str] = ""
+    """Notice for ``extend``: the parts of the method that follow a schedule over all rounds.  Empty: no part does."""
     averages: bool | None = False
     """Whether the server averages uploaded ``parameters``, so that ``--max-update-norm`` can bound updates.  None:
     nobody says so of the class's own ``server_update`` or ``average``."""
@@ -94,9 +96,10 @@ class Method:
     (``--asynchronous``).  None: nobody says so of the class's own hooks, which may count on whole rounds."""
     keeps_head: ClassVar[bool] = False
     """Whether every client keeps the network's last linear layer to itself, where ``--personal`` names nothing else."""
-    unread: ClassVar[frozenset[str]] = frozenset()
-    """Settings about later rounds, of a method whose clients train once.  A run refuses them, and `fedkern.compare`
-    names them; what else has no effect a run finds itself."""
+    ignored_settings: ClassVar[frozenset[str]] = frozenset()
+    """Settings that have no effect because clients train once.  A run refuses them, and `fedkern.compare` names them.
+
+    A run finds other settings without effect itself."""
     takes_teachers: ClassVar[bool] = False
     """Whether clients may load trained networks (``--teachers``) instead of training locally."""
 
@@ -139,8 +142,8 @@ class Method:
 
     @classmethod
     def serves(cls, data: Any) -> bool:
-        """Whether a task, or data with their task, offer all that the method asks for."""
-        return bool(vars(cls).get("asks", Method.asks) <= data.offers)
+        """Return whether a task, or data with their task, offer everything in ``requires``."""
+        return bool(vars(cls).get("requires", Method.requires) <= data.offers)
 
     @property
     def needs(self) -> str:
@@ -166,8 +169,8 @@ class Method:
         return True
 
     @property
-    def steps_once(self) -> bool:
-        """Whether the server may take one average of the whole network a round, as a step of ``--server-rule`` is."""
+    def allows_server_rule(self) -> bool:
+        """Whether the server averages the whole network once a round, as ``--server-rule`` needs."""
         return self.averages is not False and not self.one_shot
 
     def architecture(self, client: ClientId) -> dict[str, Any]:
@@ -318,8 +321,8 @@ class Method:
         """Figures for the run's summary that only a simulation can compute, because they need every client's data.
 
         The engine calls this once at the end and counts no bytes for it.  With private records (``--records``) the
-        summary keeps only the figures that the method's :class:`fedkern.privacy.Guarantee` lists as ``appraised``, and
-        no figure unless the guarantee covers every release.
+        summary keeps only the ``derived_figures`` of the method's :class:`fedkern.privacy.Guarantee`, and no figure
+        unless the guarantee covers every release.
 
         Args:
             sets: the test sets (see :meth:`evaluate`) by the prefix of their figures' names.
@@ -340,11 +343,8 @@ class Method:
         return None
 
     @classmethod
-    def promises(cls, options: Any) -> bool:
-        """Whether the options ask for any differential privacy.
-
-        ``--records`` is then private by default.
-        """
+    def is_private(cls, options: Any) -> bool:
+        """Return whether the options ask for differential privacy, which makes ``--records`` private by default."""
         return cls.guarantee is not Method.guarantee
 
 

@@ -55,7 +55,7 @@ ALIGNMENT = PARTS[2:]
 class FedDRA(Robust):
     """Trains image and text encoders in two stages, with anchors and robust client weights (arXiv 2404.03854)."""
 
-    asks = frozenset({"loss", "pairs", "images"})
+    requires = frozenset({"loss", "pairs", "images"})
     averages = True
     replayable = False
 
@@ -110,7 +110,7 @@ class FedDRA(Robust):
         return bool(self.options.stages == "two" and self.options.stage_schedule == "per_round")
 
     @property
-    def steps_once(self) -> bool:
+    def allows_server_rule(self) -> bool:
         return bool(self.options.stages == "one")  # the first of two stages averages a part of the network
 
     @property

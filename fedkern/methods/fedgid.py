@@ -58,8 +58,8 @@ STAGES = ("map", "feature", "layer1", "layer2", "layer3", "layer4")
 class FedGID(LocalTraining):
     """Background intervention and global distillation against attribute skew (arXiv 2504.00850)."""
 
-    asks = frozenset({"criterion", "classes", "images", "features"})
-    memoryless = True
+    requires = frozenset({"criterion", "classes", "images", "features"})
+    stateless = True
     asynchronous = True
     averages = True
     reduce = LocalTraining.reduce

@@ -62,7 +62,7 @@ TUNE = "tune"
 class FedLPFM(LocalTraining):
     """Frozen foundation models teach the lightweight network that clients train and share (arXiv 2311.08479)."""
 
-    asks = frozenset({"criterion", "classes", "images"})
+    requires = frozenset({"criterion", "classes", "images"})
     replayable = True
     asynchronous = True
     averages = True
@@ -190,7 +190,7 @@ class FedLPFM(LocalTraining):
     def rounds(self, federation: Federation) -> Iterator[Round]:
         """Plan of FedAvg, with a set-up round for tuned teachers, which uploads only a figure for the experimenter."""
         if self.options.lam and self.options.teacher_tuning != "zero-shot":
-            yield Round(TUNE, exchanges=(TUNE,), participants="all", one_off=True, booked=False, trains="teachers")
+            yield Round(TUNE, exchanges=(TUNE,), participants="all", one_off=True, counted=False, trains="teachers")
         yield from super().rounds(federation)
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:

@@ -29,7 +29,7 @@ class Round:
         participants: ``"sampled"`` (the engine's ``sample_fraction``), ``"all"``, or the ids of the participants.
         one_off: a set-up or closing round: its bytes are booked as one-off, and it is not one of the run's
             communication rounds.
-        booked: False if the messages are the experimenter's bookkeeping rather than the method's communication; or the
+        counted: False if the messages are the experimenter's bookkeeping rather than the method's communication; or the
             names of the exchanges that are communication.
         states: when the clients' states are written: after every ``"exchange"``, or once at the end of the ``"round"``
             (for rounds of many exchanges).
@@ -42,14 +42,14 @@ class Round:
     exchanges: tuple[str, ...] = ("update",)
     participants: Literal["sampled", "all"] | tuple[ClientId, ...] = "sampled"
     one_off: bool = False
-    booked: bool | tuple[str, ...] = True
+    counted: bool | tuple[str, ...] = True
     states: Literal["exchange", "round"] = "exchange"
     cohort: bool = False
     trains: str = field(default="", compare=False)
 
-    def books(self, exchange: str) -> bool:
+    def counts(self, exchange: str) -> bool:
         """Whether the messages of an exchange count."""
-        return exchange in self.booked if isinstance(self.booked, tuple) else self.booked
+        return exchange in self.counted if isinstance(self.counted, tuple) else self.counted
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,11 @@ class Values:
 
 @dataclass(frozen=True)
 class Number:
-    """Declaration of a Python number, an integer if ``whole``; ``low`` and ``high`` bound it as in `Values`."""
+    """Declaration of a Python number, an integer if ``integer``; ``low`` and ``high`` bound it as in `Values`."""
 
     low: float | None = None
     high: float | None = None
-    whole: bool = False
+    integer: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ def infinite_as_sent(came: Tensor, due: Tensor | Values) -> bool:
 
 
 def _number(came: Any, due: Number, name: str) -> Iterator[str]:
-    kind = int if due.whole else (int, float)
+    kind = int if due.integer else (int, float)
     if isinstance(came, bool) or not isinstance(came, kind):
-        noun = "an integer" if due.whole else "a number"
+        noun = "an integer" if due.integer else "a number"
         yield f"has {type(came).__name__} {name} where {noun} is expected"
     elif not -math.inf < came < math.inf:
         yield f"has {name} {came} where a finite number is expected"

@@ -18,7 +18,7 @@ from fedkern.ops._core.private_torch import functorch_active
 
 ALIGNED = 8  # elements, 16 bytes in 16 bits: at other addresses cuDNN finds no algorithm, or stops with an error
 
-_KINDS = ("parameters", "apart", "frozen", "buffers", "apart_buffers")
+_KINDS = ("parameters", "personal", "frozen", "buffers", "personal_buffers")
 # (owner, attribute, qualified name, tensor, is parameter)
 Entry = tuple[nn.Module, str, str, Tensor, bool]
 
@@ -30,19 +30,19 @@ class FlatGroup(NamedTuple):
         vector: ``[N]``, all elements of that dtype; zeros between tensors, so that each begins at a multiple of
             eight elements.
         parameters: ``[P]``, its first elements: the module's parameters in the order of ``module.parameters()``.
-        apart: ``[A]``, the trained parameters that were asked to lie apart, in that order.
+        personal: ``[A]``, the trained parameters that are personal, in the order of the names.
         frozen: ``[F]``, the frozen parameters of a module that also has trained ones, in the order of
             ``module.parameters()``; else empty.
         buffers: ``[Q]``, floating buffers in the order of ``module.buffers()``.
-        apart_buffers: ``[B]``, its last elements: the floating buffers that were asked to lie apart, in that order.
+        personal_buffers: ``[B]``, its last elements: the personal floating buffers, in the order of the names.
     """
 
     vector: Tensor
     parameters: Tensor
-    apart: Tensor
+    personal: Tensor
     frozen: Tensor
     buffers: Tensor
-    apart_buffers: Tensor
+    personal_buffers: Tensor
 
 
 class Slot(NamedTuple):
@@ -97,8 +97,8 @@ class FlatParameters:
 
     Integer and boolean parameters and buffers keep their dtype and memory; :attr:`integers` copies them into a vector.
 
-    Tensors named in ``apart`` are left out of :attr:`parameters`, :attr:`buffers` and :attr:`integers`, and so of what
-    clients exchange; :attr:`apart` and :meth:`apart_gradients` hold those that are trained.
+    Tensors named in ``personal`` are left out of :attr:`parameters`, :attr:`buffers` and :attr:`integers`, and so of
+    what clients exchange; :attr:`personal` and :meth:`personal_gradients` hold those that are trained.
 
     Operations that replace a module's tensors or layers unflatten the module: ``.to(dtype)``, ``.to(device)``,
     ``.to(memory_format=...)``, ``load_state_dict(assign=True)``, ``p.data = ...``.  So does freezing or unfreezing
@@ -117,7 +117,7 @@ class FlatParameters:
 
     Args:
         module: any module whose tensors live on one device.
-        apart: qualified names of parameters and buffers, as in ``state_dict``, that lie apart.
+        personal: qualified names of parameters and buffers, as in ``state_dict``, that do not travel.
 
     Attributes:
         module: the module.
@@ -132,10 +132,10 @@ class FlatParameters:
 
     module: nn.Module
 
-    def __init__(self, module: nn.Module, apart: Collection[str] = ()) -> None:
+    def __init__(self, module: nn.Module, personal: Collection[str] = ()) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, not {type(module).__name__}")
-        self.module, self._apart = module, frozenset(apart)
+        self.module, self._personal = module, frozenset(personal)
         self.flatten()
 
     def flatten(self) -> FlatParameters:
@@ -146,13 +146,13 @@ class FlatParameters:
             )
         all_entries = list(_tensors_of(self.module))
         _check_tensors(all_entries)
-        if unknown := self._apart - {name for _, _, name, _, _ in all_entries}:
-            raise ValueError(f"apart must hold names of the module's tensors, which {sorted(unknown)[0]!r} is not")
+        if unknown := self._personal - {name for _, _, name, _, _ in all_entries}:
+            raise ValueError(f"personal must hold names of the module's tensors, which {sorted(unknown)[0]!r} is not")
         floating = [entry for entry in all_entries if entry[3].is_floating_point() or entry[3].is_complex()]
         self._integers = [
             entry
             for entry in all_entries
-            if not (entry[3].is_floating_point() or entry[3].is_complex()) and entry[2] not in self._apart
+            if not (entry[3].is_floating_point() or entry[3].is_complex()) and entry[2] not in self._personal
         ]
         # Frozen as a whole, as a teacher or for evaluation, a module keeps its layout.
         self._mixed = len({tensor.requires_grad for _, _, _, tensor, is_parameter in floating if is_parameter}) == 2
@@ -163,7 +163,7 @@ class FlatParameters:
             entries = [entry for entry in floating if entry[3].dtype == dtype]
             # Ordinary tensors: autograd could not save those of inference mode.
             with torch.inference_mode(False):
-                group = _flatten_group(entries, self._mixed, self._apart)
+                group = _flatten_group(entries, self._mixed, self._personal)
             self._groups[dtype], self._slots[dtype] = group
         places = {id(slot.tensor): slot for slots in self._slots.values() for slot in slots}
         self._expect = [_expect(entry, places.get(id(entry[3]))) for entry in all_entries]
@@ -182,7 +182,7 @@ class FlatParameters:
 
     @property
     def vector(self) -> Tensor:
-        """``[N]``: trained parameters, those apart, frozen ones, then floating buffers, in the module's own memory.
+        """``[N]``: trained parameters, personal ones, frozen ones, then floating buffers, in the module's own memory.
 
         Raises:
             ValueError: the module has several floating dtypes; use :attr:`groups`.
@@ -195,9 +195,9 @@ class FlatParameters:
         return self._only().parameters
 
     @property
-    def apart(self) -> Tensor:
-        """``[A]``: the trained parameters that lie apart, behind the others."""
-        return self._only().apart
+    def personal(self) -> Tensor:
+        """``[A]``: the trained parameters that are personal, behind the others."""
+        return self._only().personal
 
     @property
     def frozen(self) -> Tensor:
@@ -210,9 +210,9 @@ class FlatParameters:
         return self._only().buffers
 
     @property
-    def apart_buffers(self) -> Tensor:
-        """``[B]``: the floating buffers that lie apart, behind the others."""
-        return self._only().apart_buffers
+    def personal_buffers(self) -> Tensor:
+        """``[B]``: the personal floating buffers, behind the others."""
+        return self._only().personal_buffers
 
     @property
     def integers(self) -> Tensor:
@@ -362,9 +362,9 @@ class FlatParameters:
         """
         return self._gradients(dtype, "parameters")
 
-    def apart_gradients(self, dtype: torch.dtype | None = None) -> Tensor:
-        """As :meth:`gradients`, one vector ``[A]`` for the parameters in :attr:`apart`."""
-        return self._gradients(dtype, "apart")
+    def personal_gradients(self, dtype: torch.dtype | None = None) -> Tensor:
+        """As :meth:`gradients`, one vector ``[A]`` for the parameters in :attr:`personal`."""
+        return self._gradients(dtype, "personal")
 
     def _gradients(self, dtype: torch.dtype | None, kind: str) -> Tensor:
         if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -383,7 +383,7 @@ class FlatParameters:
                 "decay them; call requires_grad_(True) on those to train"
             )
         if (dtype, kind) not in self._gradient:
-            _check_apart([slot for slot in self._slots[dtype] if slot.kind in ("parameters", "apart")])
+            _check_personal([slot for slot in self._slots[dtype] if slot.kind in ("parameters", "personal")])
             part = getattr(self._groups[dtype], kind)
             with torch.inference_mode(False):
                 flat = torch.zeros_like(part)
@@ -426,13 +426,13 @@ class FlatParameters:
         torch.autograd.graph.increment_version(tensors)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatParameters:
-        twin = FlatParameters(copy.deepcopy(self.module, memo), self._apart)
+        twin = FlatParameters(copy.deepcopy(self.module, memo), self._personal)
         memo[id(self)] = twin
         return twin
 
     def __reduce__(self) -> tuple[type[FlatParameters], tuple[nn.Module, Collection[str]]]:
         # pickle writes each tensor's whole storage, here the vector; a copy's tensors have storages of their own.
-        return FlatParameters, (copy.deepcopy(self.module), self._apart)
+        return FlatParameters, (copy.deepcopy(self.module), self._personal)
 
     def __repr__(self) -> str:
         parts = [
@@ -522,7 +522,7 @@ def _expect(entry: Entry, slot: Slot | None) -> Expected:
     return Expected(owner, key, name, tensor, tensor.dtype, tensor.stride(), place, tensor.requires_grad)
 
 
-def _check_apart(slots: list[Slot]) -> None:
+def _check_personal(slots: list[Slot]) -> None:
     """Raises ValueError if two parameters lie at the same place."""
     names: dict[int, str] = {}
     for slot in slots:
@@ -633,7 +633,7 @@ def _check_tensors(entries: list[Entry]) -> None:
             )
 
 
-def _flatten_group(entries: list[Entry], mixed: bool, apart: Collection[str]) -> tuple[FlatGroup, list[Slot]]:
+def _flatten_group(entries: list[Entry], mixed: bool, personal: Collection[str]) -> tuple[FlatGroup, list[Slot]]:
     """Moves parameters and buffers into a vector.
 
     Frozen parameters behind the trained ones if ``mixed``.
@@ -643,8 +643,8 @@ def _flatten_group(entries: list[Entry], mixed: bool, apart: Collection[str]) ->
         _, _, name, tensor, is_parameter = entry
         if is_parameter and mixed and not tensor.requires_grad:
             return "frozen"
-        if name in apart:
-            return "apart" if is_parameter else "apart_buffers"
+        if name in personal:
+            return "personal" if is_parameter else "personal_buffers"
         return "parameters" if is_parameter else "buffers"
 
     entries = sorted(entries, key=lambda entry: _KINDS.index(kind(entry)))

@@ -27,12 +27,12 @@ class Disclosure:
     Attributes:
         clients: whether anything may be told about a single client, or computed from data that clients did not send.
         server: whether what the server computes from the clients' messages may be told: figures, pictures, warnings.
-        appraised: names of the figures of ``Method.oracle_metrics`` that may be told; None: all.
+        derived_figures: names of the figures of ``Method.oracle_metrics`` that may be told; None: all.
     """
 
     clients: bool = True
     server: bool = True
-    appraised: Collection[str] | None = None
+    derived_figures: Collection[str] | None = None
 
     @classmethod
     def of(cls, records: str | None, guarantee: Guarantee | None) -> Disclosure:
@@ -41,14 +41,16 @@ class Disclosure:
             return cls()
         covered = guarantee is not None and guarantee.complete
         return cls(
-            clients=False, server=covered, appraised=guarantee.appraised if guarantee is not None and covered else ()
+            clients=False,
+            server=covered,
+            derived_figures=guarantee.derived_figures if guarantee is not None and covered else (),
         )
 
     def oracle_metrics(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
         """The figures of ``Method.oracle_metrics`` that may be told, on any test set."""
-        if self.appraised is None:
+        if self.derived_figures is None:
             return dict(figures)
-        names = {prefix + name for prefix in prefixes for name in self.appraised}
+        names = {prefix + name for prefix in prefixes for name in self.derived_figures}
         return {name: value for name, value in figures.items() if name in names}
 
     def told(self, entries: Mapping[str, tuple[About, Any]]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Guarantee:
         unit: the unit of privacy, in which neighbouring data sets differ.
         follows: what the server computes from the releases, which is covered where all of them are.
         advice: a clause on how to cover more.
-        appraised: figures of ``Method.oracle_metrics`` that follow from the releases alone.
+        derived_figures: figures of ``Method.oracle_metrics`` that follow from the releases alone.
     """
 
     delta: float
@@ -46,7 +46,7 @@ class Guarantee:
     unit: Unit = IMAGE
     follows: str = ""
     advice: str = ""
-    appraised: tuple[str, ...] = ()
+    derived_figures: tuple[str, ...] = ()
 
     public: ClassVar[str] = PUBLIC
     """The files that a complete figure is about."""

@@ -130,7 +130,7 @@ class FederationSettings(DataSettings):
         self.check_able(self.made.averages, AVERAGING, "compress")
         self.check_able(self.made.averages is not False, AVERAGING, "aggregator")
         once = "whose server averages the clients' parameters once a round"
-        self.check_able(self.made.steps_once, once, "server_rule", "server_lr")
+        self.check_able(self.made.allows_server_rule, once, "server_rule", "server_lr")
         if self.stop_at is not None:
             stop_target(self.stop_at)
         if self.asynchronous is not None:

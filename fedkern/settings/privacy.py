@@ -70,7 +70,7 @@ class PrivacySettings(FaultSettings, ModelSettings):
     def resolved(self) -> dict[str, Any]:
         values = super().resolved()
         if self.records is None:
-            promised = self.kind.promises(self.chosen) or bool(self.dp_noise)
+            promised = self.kind.is_private(self.chosen) or bool(self.dp_noise)
             values["records"] = "private" if promised else "all"
         return values
 

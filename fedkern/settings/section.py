@@ -41,7 +41,7 @@ class Section(OptionTable):
 
     def unused(self) -> dict[str, str]:
         """Settings that have no effect beside the others, each with why and the way out."""
-        return dict.fromkeys(self.kind.unread, f"on {self.method}, whose clients train once: leave it out")
+        return dict.fromkeys(self.kind.ignored_settings, f"on {self.method}, whose clients train once: leave it out")
 
     @property
     def kind(self) -> type[Method]:

@@ -68,7 +68,7 @@ class Task:
         partition: the partition of data that name none; empty where it is the data's usual one.
         network: what the output of a network is for (``fedkern.models.ModelEntry.gives``).
         pictures: names of the pictures of a finished run's answers, in `fedkern.report.figures.pictures`.
-        offers: what methods may ask for (``Method.asks``):
+        offers: what methods may ask for (``Method.requires``):
 
             - ``"loss"``: the loss of a batch, :meth:`loss`;
             - ``"criterion"``: a loss that is a mean over samples of a loss of the sample's output and target;

@@ -12,7 +12,7 @@ from fedkern.engine.participation import local_steps, speed
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
-from fedkern.engine.uploads.filters import Asked
+from fedkern.engine.uploads.filters import ExchangeRequest
 from fedkern.errors import UserError
 from fedkern.messages import states
 from fedkern.methods import METHODS, FedAvg, Phase, Round
@@ -127,12 +127,12 @@ class Hooks:
 
 def counted(text, stale, entry=None):
     """What the server gets of an upload."""
-    asked = Asked(
+    asked = ExchangeRequest(
         Phase(5, "train", "update"), entry or Round(), 5, 1, (0,), Hooks(), {0: {"parameters": SENT}}, {0: 5 - stale}
     )
     message, noted = {"parameters": OWN, "buffers": VARIANCES["own"], "integers": torch.tensor([3])}, []
     uploads = iter([Upload(0, 1, message, staleness=stale)])
-    (upload,) = StaleUploads(policy(text)).together(asked, uploads, lambda *given: noted.append(given))
+    (upload,) = StaleUploads(policy(text)).combine(asked, uploads, lambda *given: noted.append(given))
     assert noted == ([(0, {"staleness": stale})] if entry is None else [])
     assert upload.staleness == stale
     assert upload.message["integers"].tolist() == [3]

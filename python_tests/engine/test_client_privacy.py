@@ -115,7 +115,7 @@ def watched(monkeypatch, name):
     kind, seen = METHODS[name], []
 
     class Seeing(kind):
-        memoryless = kind.memoryless
+        stateless = kind.stateless
 
         def send(self, server, phase):
             kept = {key: value.clone() for key, value in server.state.items() if isinstance(value, torch.Tensor)}
@@ -462,7 +462,7 @@ def test_clients_that_remember_against_the_word_of_their_method(make_data, make_
 
     monkeypatch.setitem(METHODS, "fedavg", Remembering)
     config = make_config("fedavg", clients=4, sample_fraction=0.5, **NOISED)
-    with refuses(r"declared memoryless, but client \d keeps state: declare memoryless = False"):
+    with refuses(r"declared stateless, but client \d keeps state: declare stateless = False"):
         run(config, out=tmp_path / "run", data=make_data(SIZES))
 
 

@@ -14,7 +14,7 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.round_log import RoundLog
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.encoders import STATES, Encoders
-from fedkern.engine.uploads.filters import Asked, Filter
+from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.errors import ClientFailed, UserError
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Phase, Round, Upload
@@ -67,13 +67,13 @@ class Watching(Filter):
     def __init__(self, name, calls, refuses=()):
         self._name, self._calls, self._refuses = name, calls, refuses
 
-    def sent(self, asked, client, message):
+    def on_sent(self, asked, client, message):
         self._calls.append((f"{self._name} sent", client))
 
     def encoders(self, asked):
         return {0: self._name} if self._name == "a" else {0: self._name, 1: self._name}
 
-    def lacking(self, arrival, failed):
+    def on_missing(self, arrival, failed):
         self._calls.append((f"{self._name} lacking" + failed * ", failed", arrival.client))
 
     def decode(self, arrival):
@@ -81,7 +81,7 @@ class Watching(Filter):
         arrival.info[self._name] = 1.0
         return "is too long" if arrival.client in self._refuses else ""
 
-    def together(self, asked, uploads, note):
+    def combine(self, asked, uploads, note):
         return self._together(uploads, note)
 
     def _together(self, uploads, note):
@@ -110,7 +110,7 @@ class Bench:
         self.log = RoundLog(self.context, self.progress, self.states, listener, silent=silent)
         sent = {k: {"parameters": torch.full((2,), float(k))} for k in clients}
         phase = Phase(self.progress.index, entry.name, "update")
-        self.asked = Asked(phase, entry, 3, len(clients), tuple(clients), hooks or Hooks(), sent)
+        self.asked = ExchangeRequest(phase, entry, 3, len(clients), tuple(clients), hooks or Hooks(), sent)
         self.filters = [make(self.calls) for make in filters]
         self.exchange = Exchange(self.asked, self.filters, self.executor, self.log, self.context.federation.samples)
 
@@ -317,12 +317,12 @@ def test_a_cohorts_reports_are_numbers_by_names_of_their_own(report, why):
 # -- the clients' states -----------------------------------------------------------------------------------------------
 
 
-def states_of(entry, states, memoryless=False, before=None):
+def states_of(entry, states, stateless=False, before=None):
     executor, checkpoints = Executor(states=states), Checkpoints(before)
     progress = Progress(planned=3)
     progress.begin(entry)
     context = Context(method="fedavg")
-    return ClientStates(executor, checkpoints, context, progress, memoryless), executor, checkpoints, progress
+    return ClientStates(executor, checkpoints, context, progress, stateless), executor, checkpoints, progress
 
 
 def test_states_are_written_after_every_exchange_and_forgotten_after_the_last():
@@ -400,9 +400,9 @@ def test_encoders_forget_a_refused_upload_where_the_rest_is_kept(before, entry, 
     assert checkpoints.client_state(1) == {"x": 2, LEDGER: {}, **kept}
 
 
-def test_clients_of_a_memoryless_method_keep_nothing():
-    states, _, checkpoints, _ = states_of(Round(), {0: {}, 1: {"x": 1}}, memoryless=True)
+def test_clients_of_a_stateless_method_keep_nothing():
+    states, _, checkpoints, _ = states_of(Round(), {0: {}, 1: {"x": 1}}, stateless=True)
     states.done(0)
     assert checkpoints.written == [(0, 4, {})]
-    with pytest.raises(UserError, match="fedavg is declared memoryless, but client 1 keeps state"):
+    with pytest.raises(UserError, match="fedavg is declared stateless, but client 1 keeps state"):
         states.done(1)

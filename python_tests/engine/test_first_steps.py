@@ -155,7 +155,7 @@ def hooking_once(model, batch):
 class OwnParameters(FedAvg):
     """Has a parameter beside the network."""
 
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})
 
     def loss(self, model, batch, received):
         return super().loss(model, batch, received) + CENTRES.sum()

@@ -51,7 +51,7 @@ HERE = {**QUIET, "threads": 1, "client_threads": 1}
 class Recorded(FedAvg):
     """FedAvg that writes down what every client was given."""
 
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})
     seen: ClassVar[list] = []
 
     def loss(self, model, batch, received):
@@ -1025,7 +1025,7 @@ class Lenient(nn.Linear):
 
 
 class Converting(FedAvg):
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})
 
     def loss(self, model, batch, received):
         batch.inputs = batch.inputs.float()

@@ -87,7 +87,7 @@ class Watching(Filter):
     def __init__(self):
         self.asked, self.lost = [], []
 
-    def sent(self, asked, client, message):
+    def on_sent(self, asked, client, message):
         if client not in asked.participants:
             self.lost.append((asked.phase.exchange, client, message))
 
@@ -341,7 +341,7 @@ def test_the_servers_cache_ends_with_the_round():
 def test_which_executor_has_the_clients_of_a_round(cohort, together, remote, here):
     class Tracing(Part):
         def before_round(self, record):
-            record.together = together
+            record.in_server_process = together
 
     bench = Bench((Round(cohort=cohort),), [lambda calls: Tracing()])
     bench.executor.remote = remote

@@ -150,7 +150,7 @@ def method_that_writes(base, write):
     class Server(base):
         """A mean that takes in each upload as it comes."""
 
-        asks = base.asks
+        requires = base.requires
 
         def server_update(self, server, phase, uploads):
             old = server.state["parameters"]

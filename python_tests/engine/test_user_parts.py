@@ -188,7 +188,7 @@ def test_vectors_stay_on_the_gpu_where_no_filter_sees_them(whole, make_data, mak
     class Looking(fedkern.Filter):
         """Looks at uploads, or at their figures alone."""
 
-    Looking.whole = whole
+    Looking.needs_whole_upload = whole
     monkeypatch.setattr(reduction, "has_room", lambda *_: True)
     found = noted(monkeypatch)
     run(make_config("fedavg", rounds=1, workers="1"), out=tmp_path / "run", data=make_data())
@@ -251,8 +251,8 @@ FAULTS = {
     "encode": ("on_gpu = ()\n    def encoders(self, asked): return {1: self}\n"
                "    def encode(self, leaving): return leaving.message['mine'], None", "filter",
                r"^Client 1 failed in round 1: KeyError: 'mine'"),
-    "together": ("def together(self, *given):\n        raise SystemExit(1)\n        yield", "filter",
-                 r"^The filter's together of mine in round 1 failed: SystemExit: 1 \(mine.py, line 8\); the traceback"),
+    "combine": ("def combine(self, *given):\n        raise SystemExit(1)\n        yield", "filter",
+                 r"^The filter's combine of mine in round 1 failed: SystemExit: 1 \(mine.py, line 8\); the traceback"),
 }  # fmt: skip
 
 
@@ -271,14 +271,14 @@ def test_another_exception_has_a_note_and_one_of_the_uploads_none(make_data, mak
     with pytest.raises(KeyError) as told:
         run(config, out=tmp_path / "run", data=make_data())
     assert told.value.__notes__ == ["The part's round_end of mine in round 1 failed (mine.py, line 7)."]
-    body = "def together(self, asked, uploads, note):\n        yield from uploads"
+    body = "def combine(self, asked, uploads, note):\n        yield from uploads"
     config = make_config("fedavg", plugins=[written(tmp_path, body, "filter")], workers="1", lr=1e30)
     with pytest.raises(UserError, match=r"^Client 0 diverged in round 1, batch"):
         run(config, out=tmp_path / "run", data=make_data())
 
 
 @pytest.mark.parametrize(
-    "body", ["def state(self): return {}", "def together(self, *given): return given[1]", "keeps = True"]
+    "body", ["def state(self): return {}", "def combine(self, *given): return given[1]", "keeps_client_state = True"]
 )
 def test_noise_covers_no_filter_whose_uploads_may_follow_from_other_clients(body, make_data, make_config, tmp_path):
     pytest.importorskip("dp_accounting")

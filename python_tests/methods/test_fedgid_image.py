@@ -222,7 +222,7 @@ def test_a_method_of_ones_own_that_asks_for_masks_is_refused_without(
     images, make_data, make_config, tmp_path, monkeypatch
 ):
     class Masked(FedAvg):
-        asks = frozenset({"loss"})
+        requires = frozenset({"loss"})
         masked = True
 
     monkeypatch.setitem(METHODS, "fedavg", Masked)

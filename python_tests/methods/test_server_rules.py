@@ -14,7 +14,7 @@ from python_tests.interrupted import KillAt, check_interruption
 
 SIZES = (20, 13, 9)
 AVERAGED = {"fedproto": {"options": {"networks": "averaged"}}}
-ONCE = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options()).steps_once]
+ONCE = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options()).allows_server_rule]
 
 
 def weights_of(out):

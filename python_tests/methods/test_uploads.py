@@ -22,9 +22,9 @@ def test_named_sizes_must_agree():
 
 
 def test_numbers_have_a_range():
-    assert why_refused({"n": 3}, {"n": Number(low=1, whole=True)}) == ""
-    assert why_refused({"n": 0}, {"n": Number(low=1, whole=True)}).startswith("has n 0 where a number from 1 to any")
-    assert why_refused({"n": 2.5}, {"n": Number(whole=True)}) == "has float n where an integer is expected"
+    assert why_refused({"n": 3}, {"n": Number(low=1, integer=True)}) == ""
+    assert why_refused({"n": 0}, {"n": Number(low=1, integer=True)}).startswith("has n 0 where a number from 1 to any")
+    assert why_refused({"n": 2.5}, {"n": Number(integer=True)}) == "has float n where an integer is expected"
     assert why_refused({}, {"n": Maybe(Number())}) == ""
 
 

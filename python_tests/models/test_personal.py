@@ -286,7 +286,7 @@ def test_a_run_ends_by_the_clients_figures(make_data, tmp_path):
 class Told(FedAvg):
     """FedAvg whose clients count their rounds, and tell the count and their process in the figures on their own set."""
 
-    memoryless = False
+    stateless = False
 
     def client_update(self, client, phase, message):
         client.state["rounds"] = client.state.get("rounds", 0) + 1

@@ -555,44 +555,44 @@ def test_steps_leave_frozen_parameters(rule: str, frozen: list[str]) -> None:
         assert got.requires_grad or torch.equal(got, net().get_parameter(name))
 
 
-APART = ("norm.weight", "norm.running_mean", "norm.num_batches_tracked", "encode.weight")
+PERSONAL = ("norm.weight", "norm.running_mean", "norm.num_batches_tracked", "encode.weight")
 
 
-def test_tensors_apart_are_in_no_vector_that_travels() -> None:
+def test_personal_tensors_are_in_no_vector_that_travels() -> None:
     module, plain = net(), FlatParameters(net())
-    flat = FlatParameters(module, apart=APART)
-    assert torch.equal(flat.apart, laid_out([module.norm.weight, module.encode.weight]))
-    assert torch.equal(flat.apart_buffers, laid_out([module.norm.running_mean]))
+    flat = FlatParameters(module, personal=PERSONAL)
+    assert torch.equal(flat.personal, laid_out([module.norm.weight, module.encode.weight]))
+    assert torch.equal(flat.personal_buffers, laid_out([module.norm.running_mean]))
     assert torch.equal(flat.buffers, laid_out([module.scale, module.norm.running_var]))
     assert len(flat.integers) == len(plain.integers) - 1
     places, whole = flat.places(), plain.places()
-    assert set(places["parameters"]) == set(whole["parameters"]) - set(APART)
-    assert set(places["apart"]) == {"norm.weight", "encode.weight"}
-    assert set(places["apart_buffers"]) == {"norm.running_mean"}
+    assert set(places["parameters"]) == set(whole["parameters"]) - set(PERSONAL)
+    assert set(places["personal"]) == {"norm.weight", "encode.weight"}
+    assert set(places["personal_buffers"]) == {"norm.running_mean"}
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for kind, each in places.items():
         for name, place in each.items():
             assert torch.equal(getattr(flat, kind)[place], named[name].detach().reshape(-1)), name
-    before = {name: named[name].detach().clone() for name in APART}
+    before = {name: named[name].detach().clone() for name in PERSONAL}
     flat.load_vectors({name: getattr(flat, name) + 1 for name in ("parameters", "buffers")})
     assert all(torch.equal(named[name], value) for name, value in before.items())
     copies = copy.deepcopy(flat), pickle.loads(pickle.dumps(flat))
     assert all(each.layout() == flat.layout() for each in copies)
 
 
-def test_gradients_apart_are_those_of_the_whole() -> None:
+def test_personal_gradients_are_those_of_the_whole() -> None:
     module, plain = net(), FlatParameters(net())
-    flat = FlatParameters(module, apart=APART)
+    flat = FlatParameters(module, personal=PERSONAL)
     assert flat.gradients().shape == flat.parameters.shape
-    assert flat.apart_gradients().shape == flat.apart.shape
+    assert flat.personal_gradients().shape == flat.personal.shape
     for own in (module, plain.module):
         own(batch()).pow(2).mean().backward()
     for name, parameter in plain.module.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(module.get_parameter(name).grad, parameter.grad), name
     trained = [module.norm.weight, module.encode.weight]
-    assert torch.equal(flat.apart_gradients(), laid_out([each.grad for each in trained]))
-    flat.apart_gradients().zero_()
+    assert torch.equal(flat.personal_gradients(), laid_out([each.grad for each in trained]))
+    flat.personal_gradients().zero_()
     assert not module.encode.weight.grad.any()
     assert module.conv.weight.grad.any()
 
@@ -600,20 +600,20 @@ def test_gradients_apart_are_those_of_the_whole() -> None:
 def test_frozen_tensors_stay_with_the_frozen_and_a_frozen_module_keeps_its_layout() -> None:
     module = net()
     module.encode.weight.requires_grad_(False)
-    flat = FlatParameters(module, apart=APART)
-    assert set(flat.places()["apart"]) == {"norm.weight"}
+    flat = FlatParameters(module, personal=PERSONAL)
+    assert set(flat.places()["personal"]) == {"norm.weight"}
     assert set(flat.places()["frozen"]) == {"frozen", "encode.weight"}
     linear, other = nn.Linear(3, 5), nn.Linear(3, 5).requires_grad_(False)
     assert FlatParameters(linear, ["bias"]).layout() == FlatParameters(other, ["bias"]).layout()
 
 
-def test_what_cannot_lie_apart() -> None:
-    with pytest.raises(ValueError, match="apart must hold names of the module's tensors, which 'head' is not"):
+def test_what_cannot_be_personal() -> None:
+    with pytest.raises(ValueError, match="personal must hold names of the module's tensors, which 'head' is not"):
         FlatParameters(net(), ["head"])
     module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     module[1].weight.data = module[0].weight.data
     with pytest.raises(ValueError, match=r"shares memory with '0\.weight' without being the same parameter"):
-        FlatParameters(module, ["1.weight"]).apart_gradients()
+        FlatParameters(module, ["1.weight"]).personal_gradients()
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])

@@ -195,7 +195,7 @@ def talking(registries):
 
 
 def covering(leaves):
-    return lambda self, server: Guarantee(1e-5, {"noise": "the noise"}, leaves, appraised=("paid",))
+    return lambda self, server: Guarantee(1e-5, {"noise": "the noise"}, leaves, derived_figures=("paid",))
 
 
 @pytest.mark.sampled(1)
@@ -253,12 +253,12 @@ def test_records_are_a_setting_like_others(make_data, make_config, tmp_path):
 
 def test_what_is_of_no_client_is_always_told():
     assert Disclosure.of("all", None) == Disclosure()
-    assert Disclosure.of("private", None) == Disclosure(clients=False, server=False, appraised=())
+    assert Disclosure.of("private", None) == Disclosure(clients=False, server=False, derived_figures=())
     assert Disclosure.of("all", None).oracle_metrics({"unpaid": 1.0}, ("",)) == {"unpaid": 1.0}
-    part = Guarantee(1e-5, {"a": "a"}, {"b": "b"}, appraised=("paid",))
-    assert Disclosure.of("private", part) == Disclosure(clients=False, server=False, appraised=())
+    part = Guarantee(1e-5, {"a": "a"}, {"b": "b"}, derived_figures=("paid",))
+    assert Disclosure.of("private", part) == Disclosure(clients=False, server=False, derived_figures=())
     whole = Disclosure.of("private", dataclasses.replace(part, leaves={}))
-    assert whole == Disclosure(clients=False, server=True, appraised=("paid",))
+    assert whole == Disclosure(clients=False, server=True, derived_figures=("paid",))
     assert whole.oracle_metrics({"paid": 1.0, "id_paid": 2.0, "unpaid": 3.0}, ("", "id_")) == {
         "paid": 1.0,
         "id_paid": 2.0,

@@ -39,7 +39,7 @@ class Inheriting(FedAvg):
 class Asking(Inheriting):
     """One that needs the loss of a batch and nothing else."""
 
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})
 
 
 def test_what_a_method_inherits_is_no_promise():

@@ -31,7 +31,7 @@ def wrong(self, *values):
         (FedAvg, {"server_udpate": wrong}, "server_update"),
         (Helped, {"client_updates": staticmethod(wrong)}, "client_update"),
         (FedAvg, {"losss": wrong}, "loss"),
-        (FedAvg, {"memoryles": True}, "memoryless"),
+        (FedAvg, {"stateles": True}, "stateless"),
         (FedAvg, {"Option": FedAvg.Options}, "Options"),
         (Listener, {"on_round_ended": wrong}, "on_round"),
         (Listener, {"on_train_begin": wrong}, "on_start"),

@@ -39,7 +39,7 @@ class Record:
         participants: the clients that the server asks.
         due: whether the network is evaluated at the round's end.
         exchanges: names of its exchanges.
-        together: whether all clients work in the server's process.
+        in_server_process: whether all clients work in the server's process.
         clients: what every client reported, by its id as a text; filled when the round is over.
         reports: the same one exchange after another.
         figures: those of the network that is evaluated at the round's end, by name.
@@ -56,7 +56,7 @@ class Record:
     participants: list[int]
     due: bool = False
     exchanges: tuple[str, ...] = ()
-    together: bool = False
+    in_server_process: bool = False
     clients: dict[str, dict[str, Any]] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)

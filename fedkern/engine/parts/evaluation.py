@@ -63,7 +63,7 @@ class Evaluation(RunPart):
         begun = time.perf_counter()
         network = self._run.hooks["method"].network()
         if network is not None:
-            self._evaluate(network, last=record.last, here=record.together)
+            self._evaluate(network, last=record.last, here=record.in_server_process)
             record.figures = {**self.latest}
             record.put(self.latest)
             if self.of_clients:

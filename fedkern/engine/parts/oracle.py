@@ -19,7 +19,7 @@ class Oracle(RunPart):
 
     def finish(self, summary: Summary) -> None:
         run, disclosure = self._run, self._run.notices.disclosure
-        if disclosure.appraised is not None and not disclosure.appraised:
+        if disclosure.derived_figures is not None and not disclosure.derived_figures:
             return
         clients = AllClients(run.context, run.store.checkpoints)
         with run.code("oracle_metrics"):

@@ -41,7 +41,7 @@ class Trace(RunPart):
             cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._running = profile(activities=[ProfilerActivity.CPU, *cuda])
             self._running.start()
-            record.together = True
+            record.in_server_process = True
         self._wait -= 1
 
     def round_end(self, record: Record) -> None:

@@ -24,7 +24,7 @@ class Traffic(RunPart):
         ledger, context = self._run.ledger, self._run.context
         for k, raw in enumerate(context.uploaded):
             ledger.book(k, "up", raw)
-        shares_words = any(entry.booked for entry in self._run.plan if not entry.one_off)
+        shares_words = any(entry.counted for entry in self._run.plan if not entry.one_off)
         words = context.words() if shares_words else None
         if words is not None:
             for k, client_words in enumerate(words[0]):

@@ -39,8 +39,8 @@ OF_A_NETWORK = (
 def check_extension(out: Path, rounds: int | None, *, trusted: Collection[str] = ()) -> int | None:
     """Check that a run, finished or not, may have more rounds; nothing is written.
 
-    Where the method has no schedule over all rounds (``Method.spans``), the network is then, bit for bit, that of a run
-    that had this number of rounds from the start.
+    Where the method has no schedule over all rounds (``Method.schedule_note``), the network is then, bit for bit, that
+    of a run that had this number of rounds from the start.
 
     Args:
         out: the run folder.
@@ -71,7 +71,7 @@ def check_extension(out: Path, rounds: int | None, *, trusted: Collection[str] =
         raise UserError(f"{stored.method} is a one-shot method, whose plan has the rounds it needs: nothing to extend.")
     if entry is None or before is None:
         raise UserError(f"The run in {out} has no checkpoint yet: start it again with the rounds it should have.")
-    if kind.promises(options):
+    if kind.is_private(options):
         raise UserError(
             f"The run in {out} promises differential privacy for its {before} rounds, and more rounds would cost "
             "more: start a new run with --rounds."

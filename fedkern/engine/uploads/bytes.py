@@ -7,7 +7,7 @@ from typing import Any
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.registry import register_filter
 from fedkern.engine.run_objects import RunObjects
-from fedkern.engine.uploads.filters import Arrival, Asked, Filter
+from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter
 from fedkern.methods.base import ClientId, Message
 
 
@@ -20,7 +20,7 @@ class Bytes(Filter):
         hidden: whether it is secret which client has no upload: as many bytes are then booked as with one.
     """
 
-    whole = False
+    needs_whole_upload = False
 
     def __init__(self, ledger: Ledger, hidden: bool) -> None:
         self._ledger, self._hidden = ledger, hidden
@@ -29,10 +29,10 @@ class Bytes(Filter):
     def build(cls, run: RunObjects) -> Bytes:
         return cls(run.ledger, hidden=run.hides_dropouts)
 
-    def sent(self, asked: Asked, client: ClientId, message: Message) -> None:
+    def on_sent(self, asked: ExchangeRequest, client: ClientId, message: Message) -> None:
         self._book(asked, client, "down", message)
 
-    def lacking(self, arrival: Arrival, failed: bool) -> None:
+    def on_missing(self, arrival: Arrival, failed: bool) -> None:
         if self._hidden:
             self._book(arrival.asked, arrival.client, "up", dict(arrival.declared))
 
@@ -40,6 +40,6 @@ class Bytes(Filter):
         self._book(arrival.asked, arrival.client, "up", arrival.message)
         return ""
 
-    def _book(self, asked: Asked, client: ClientId, direction: str, message: Any) -> None:
-        if asked.entry.books(asked.phase.exchange):
+    def _book(self, asked: ExchangeRequest, client: ClientId, direction: str, message: Any) -> None:
+        if asked.entry.counts(asked.phase.exchange):
             self._ledger.book(client, direction, message, phase=None if asked.entry.one_off else asked.phase)

@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from fedkern.engine.registry import register_filter
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.uploads.encoders import Departure, Encoder
-from fedkern.engine.uploads.filters import Arrival, Asked, Filter
+from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter
 from fedkern.errors import UserError
 from fedkern.methods.base import ClientId, Declaration, Message, Phase
 from fedkern.methods.uploads import Values, all_finite, why_refused
@@ -127,7 +127,7 @@ class Compression(Filter):
         seed: the run's root seed.
     """
 
-    keeps = True
+    keeps_client_state = True
 
     @classmethod
     def build(cls, run: RunObjects) -> Compression | None:
@@ -140,7 +140,7 @@ class Compression(Filter):
         self._text, self._seed = text, seed
         self._starts: dict[ClientId, Tensor] = {}  # of this exchange: what updates are counted from
 
-    def encoders(self, asked: Asked) -> Mapping[ClientId, Encoder]:
+    def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
         starts = {k: asked.declared(k).get("parameters") for k in asked.sent} if asked.hooks.own else {}
         self._starts = {k: start for k, start in starts.items() if _is_vector(start)}
         if self._starts and asked.entry.cohort:

@@ -20,7 +20,7 @@ from fedkern.methods.uploads import is_alike, why_refused
 class Declared(Filter):
     """Refuses uploads of other names, kinds, shapes or dtypes than declared, and values that are not finite."""
 
-    whole = False
+    needs_whole_upload = False
 
     def decode(self, arrival: Arrival) -> str:
         if arrival.checked is not None:

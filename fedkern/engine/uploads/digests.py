@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fedkern.engine.registry import register_filter
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.releases import DIVERGED, Releases
-from fedkern.engine.uploads.filters import Arrival, Asked, Filter
+from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter
 from fedkern.methods.base import ClientId, Upload
 
 
@@ -22,7 +22,7 @@ class ClientDigests(Filter):
     def build(cls, run: RunObjects) -> ClientDigests | None:
         return cls(run.store.releases) if run.store.releases is not None and run.private is None else None
 
-    def lacking(self, arrival: Arrival, failed: bool) -> None:
+    def on_missing(self, arrival: Arrival, failed: bool) -> None:
         if failed:
             self._note(arrival, DIVERGED)
 
@@ -45,8 +45,8 @@ class ServerDigests(Filter):
     def build(cls, run: RunObjects) -> ServerDigests | None:
         return cls(run.store.releases) if run.store.releases is not None and run.private is not None else None
 
-    def together(
-        self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
+    def combine(
+        self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
         for upload in uploads:
             self._releases.add(asked.plan, asked.phase.exchange, upload.client_id, upload.message)

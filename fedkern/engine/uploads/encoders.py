@@ -62,7 +62,7 @@ class Departure:
         keep: keeps a vector where the client works; None where that is the server's own process.
         drift: the norm of the update, where the client has measured it.
         state: what the encoder keeps at the client from round to round, like a client's state; dropped unless its
-            filter ``keeps`` any.  It is as before the round again where the upload is lost or refused.
+            filter ``keeps_client_state`` any.  It is as before the round again where the upload is lost or refused.
     """
 
     client: ClientId

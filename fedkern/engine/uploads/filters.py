@@ -13,7 +13,7 @@ from fedkern.methods.base import ClientId, Declaration, Message, Phase, Round, U
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExchangeRequest:
     """One exchange: what the clients of a round are asked.
 
     Attributes:
@@ -61,7 +61,7 @@ class Arrival:
         info: the client's entry in the round's record, to which filters add figures.
     """
 
-    asked: Asked
+    asked: ExchangeRequest
     client: ClientId
     message: Any = None
     checked: dict[str, Any] | None = None
@@ -86,16 +86,16 @@ class Filter:
 
     Attributes:
         name: as registered.
-        whole: whether the filter sees uploads whole.  Where none of a run's filters does, vectors that the server only
-            adds up may stay on their rank of torchrun, or on the GPU.
-        stays: whether the filter has vectors stay there: a run whose filters see uploads whole does without it.
-        keeps: whether the filter's encoders keep state at clients (:class:`Departure`).
+        needs_whole_upload: whether the filter reads the vectors of uploads.  Where none of a run's filters does,
+            vectors that the server only adds up may stay on their rank of torchrun, or on the GPU.
+        keeps_on_device: whether the filter leaves vectors there.  Runs with a filter that reads them do without it.
+        keeps_client_state: whether the filter's encoders keep state at clients (:class:`Departure`).
     """
 
     name: ClassVar[str] = ""
-    whole: ClassVar[bool] = True
-    stays: ClassVar[bool] = False
-    keeps: ClassVar[bool] = False
+    needs_whole_upload: ClassVar[bool] = True
+    keeps_on_device: ClassVar[bool] = False
+    keeps_client_state: ClassVar[bool] = False
 
     @classmethod
     def build(cls, run: Any) -> Filter | None:
@@ -109,14 +109,14 @@ class Filter:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`state` returned at a checkpoint, before the first round that is played."""
 
-    def sent(self, asked: Asked, client: ClientId, message: Message) -> None:
+    def on_sent(self, asked: ExchangeRequest, client: ClientId, message: Message) -> None:
         """A message has left for a client, which may never answer."""
 
-    def encoders(self, asked: Asked) -> Mapping[ClientId, Encoder]:
+    def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
         """The client's half, by client; no entry where an upload travels as it is."""
         return {}
 
-    def lacking(self, arrival: Arrival, failed: bool) -> None:
+    def on_missing(self, arrival: Arrival, failed: bool) -> None:
         """No upload came from a client: it ``failed`` or diverged, or was not heard or not understood."""
 
     def decode(self, arrival: Arrival) -> str:
@@ -127,8 +127,8 @@ class Filter:
         """
         return ""
 
-    def together(
-        self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
+    def combine(
+        self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
         """All uploads of an exchange in client order, lazily; others in their place may be handed on.
 
@@ -140,10 +140,10 @@ class Filter:
         return uploads
 
 
-def encoders_of(filters: Sequence[Filter], asked: Asked) -> dict[ClientId, Encoders]:
+def encoders_of(filters: Sequence[Filter], asked: ExchangeRequest) -> dict[ClientId, Encoders]:
     """The encoders of every client whose upload does not travel as it is."""
     encoders: dict[ClientId, list[tuple[str, Encoder]]] = {}
     for one in reversed(filters):
         for k, encoder in (one.encoders(asked) or {}).items():
-            encoders.setdefault(k, []).append((one.name if one.keeps else "", encoder))
+            encoders.setdefault(k, []).append((one.name if one.keeps_client_state else "", encoder))
     return {k: Encoders(tuple(each)) for k, each in encoders.items()}

@@ -13,7 +13,7 @@ from fedkern.engine.client_privacy import ClientPrivacy, size_of
 from fedkern.engine.registry import register_filter
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
-from fedkern.engine.uploads.filters import Asked, Filter
+from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Phase, Upload
 from fedkern.models import personal
 from fedkern.privacy.client_level import CHANNEL, ClientLevel, keep_variances
@@ -89,10 +89,10 @@ class PrivateMean(Filter):
     def build(cls, run: RunObjects) -> PrivateMean | None:
         return None if run.private is None else cls(run.private, run.config, run.method, run.server)
 
-    def together(
-        self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
+    def combine(
+        self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
-        """Yields one upload, the private mean of all of them; see :meth:`Filter.together`.
+        """Yields one upload, the private mean of all of them; see :meth:`Filter.combine`.
 
         ``note`` gets ``update_norm`` and, where it is below 1, ``clipped``: the norm of a client's change and the
         factor on it.
@@ -100,7 +100,7 @@ class PrivateMean(Filter):
         return self._mean(asked, uploads, note) if asked.hooks.own else uploads
 
     def _mean(
-        self, asked: Asked, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
+        self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
         declared, state = asked.declared(asked.participants[0]), self._server.state
         start = self._start(declared)

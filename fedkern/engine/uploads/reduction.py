@@ -14,7 +14,7 @@ from fedkern.engine.registry import register_filter
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.uploads.declared import examined
 from fedkern.engine.uploads.encoders import Departure, Encoder
-from fedkern.engine.uploads.filters import Asked, Filter
+from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.methods.base import ClientId
 from fedkern.methods.uploads import Kept, like
 from fedkern.models.transfer import fetch
@@ -32,7 +32,7 @@ class Reduction(Filter):
         gpu: whether that is the GPU on which all clients work, in this process; else it is their ranks.
     """
 
-    whole, stays = False, True
+    needs_whole_upload, keeps_on_device = False, True
 
     def __init__(self, gpu: bool = False) -> None:
         self._gpu = gpu
@@ -45,7 +45,7 @@ class Reduction(Filter):
             run.server.summing = Following
         return cls(gpu) if (ranks or gpu) and run.server.aggregator is None else None
 
-    def encoders(self, asked: Asked) -> Mapping[ClientId, Encoder]:
+    def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
         names = asked.hooks.on_gpu if self._gpu else asked.hooks.reduced
         if not names:
             return {}

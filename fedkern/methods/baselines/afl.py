@@ -36,7 +36,7 @@ class AFL(Robust):
     Source: Mohri et al., ICML 2019.
     """
 
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})
     asynchronous = False  # counts on whole rounds
     replayable = True
 

@@ -28,7 +28,7 @@ class Local(Objective, Method):
     its whole network.
     """
 
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})
     replayable = True
 
     @property
@@ -41,7 +41,7 @@ class Local(Objective, Method):
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for _ in range(federation.rounds):
-            yield Round(participants="all", booked=False)
+            yield Round(participants="all", counted=False)
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
         return {k: {"network": server.state.get(str(k))} for k in range(server.federation.clients)}

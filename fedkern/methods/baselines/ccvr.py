@@ -33,7 +33,7 @@ class CCVR(OneShotFedAvg):
     Source: Luo et al., NeurIPS 2021, section 4.
     """
 
-    asks = frozenset({"classes", "features"})
+    requires = frozenset({"classes", "features"})
 
     @dataclass(frozen=True)
     class Options(OneShotFedAvg.Options):

@@ -25,14 +25,14 @@ class Centralised(Objective, Method):
     pooled = True
     pools_statistics = True
     replayable = True
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})
 
     def start(self, server: Server) -> None:
         server.state.update(server.initial())
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
         for _ in range(federation.rounds):
-            yield Round(participants="all", booked=False)
+            yield Round(participants="all", counted=False)
 
     def send(self, server: Server, phase: Phase) -> Message:
         return self.vectors(server)

@@ -47,7 +47,7 @@ class Ensemble(MemberNetworks):
     mean of the heads.
     """
 
-    asks = frozenset({"classes"})
+    requires = frozenset({"classes"})
 
     @dataclass(frozen=True)
     class Options(MemberNetworks.Options):

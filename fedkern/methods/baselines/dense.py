@@ -46,7 +46,7 @@ class DENSE(Distilled):
     Source: Zhang et al., NeurIPS 2022, section 3.
     """
 
-    asks = frozenset({"classes", "images", "features"})
+    requires = frozenset({"classes", "images", "features"})
 
     @dataclass(frozen=True)
     class Options(Distilled.Options):

@@ -34,8 +34,8 @@ class Ditto(FedAvg):
     Source: Li et al., ICML 2021, algorithm 1.
     """
 
-    asks = frozenset({"loss"})
-    memoryless = False
+    requires = frozenset({"loss"})
+    stateless = False
 
     @dataclass(frozen=True)
     class Options(FedAvg.Options):

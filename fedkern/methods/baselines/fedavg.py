@@ -21,7 +21,7 @@ class FedAvg(LocalTraining):
     Source: McMahan et al., AISTATS 2017, algorithm 1.
     """
 
-    memoryless = True
+    stateless = True
     asynchronous = True
     replayable = True
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})

@@ -48,7 +48,7 @@ class FedCGS(OneShot):
     Source: Guan et al., AAAI 2025.
     """
 
-    asks = frozenset({"classes", "features"})
+    requires = frozenset({"classes", "features"})
     takes_teachers = False
     averages = False
 

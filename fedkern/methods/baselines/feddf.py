@@ -42,7 +42,7 @@ class FedDF(Distilled):
     Source: Lin et al., NeurIPS 2020.
     """
 
-    asks = frozenset({"classes"})
+    requires = frozenset({"classes"})
 
     @dataclass(frozen=True)
     class Options(Distilled.Options):

@@ -42,12 +42,12 @@ class FedDyn(FedAvg):
     Source: Acar et al., ICLR 2021, algorithm 1.
     """
 
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})
     asynchronous = False  # counts on whole rounds
     averages = True
     reduce = FedAvg.reduce  # server_update only counts the uploads
     follows_own_update = True
-    memoryless = False
+    stateless = False
 
     @dataclass(frozen=True)
     class Options(FedAvg.Options):
@@ -101,7 +101,7 @@ class FedDyn(FedAvg):
             server.state["parameters"] = average + server.state["shift"]
 
     @property
-    def steps_once(self) -> bool:
+    def allows_server_rule(self) -> bool:
         return False  # the clients' states follow from the average itself
 
     def weight(self, server: Server, upload: Upload) -> float:

@@ -31,8 +31,8 @@ class FedNTD(LocalTraining):
     Source: Lee et al., NeurIPS 2022, equations 3 to 5.
     """
 
-    asks = frozenset({"criterion", "classes"})
-    memoryless = True
+    requires = frozenset({"criterion", "classes"})
+    stateless = True
     asynchronous = True
     replayable = True
 

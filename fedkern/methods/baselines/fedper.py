@@ -20,8 +20,8 @@ class FedPer(FedAvg):
     Source: Arivazhagan et al., 2019.
     """
 
-    asks = frozenset({"criterion"})
-    memoryless = False
+    requires = frozenset({"criterion"})
+    stateless = False
     asynchronous = False
     keeps_head = True
 

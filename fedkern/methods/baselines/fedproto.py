@@ -49,7 +49,7 @@ class FedProto(LocalTraining):
     Source: Tan et al., AAAI 2022, equations 3 to 7.
     """
 
-    asks = frozenset({"criterion", "classes", "features"})
+    requires = frozenset({"criterion", "classes", "features"})
     replayable = True
     averages = True
 

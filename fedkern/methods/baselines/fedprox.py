@@ -25,7 +25,7 @@ class FedProx(FedAvg):
     Source: Li et al., MLSys 2020, equation 2.
     """
 
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})
     asynchronous = True
 
     @dataclass(frozen=True)

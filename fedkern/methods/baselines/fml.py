@@ -49,7 +49,7 @@ class FML(LocalTraining):
     Source: Shen et al., 2020, equations 3 and 4.
     """
 
-    asks = frozenset({"criterion", "classes"})
+    requires = frozenset({"criterion", "classes"})
     replayable = True
 
     @dataclass(frozen=True)

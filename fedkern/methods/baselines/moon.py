@@ -39,7 +39,7 @@ class Moon(LocalTraining):
     Source: Li, He and Song, CVPR 2021, equations 3 and 4.
     """
 
-    asks = frozenset({"criterion", "classes", "features"})
+    requires = frozenset({"criterion", "classes", "features"})
     replayable = True
     asynchronous = True
 

@@ -15,4 +15,4 @@ class OneShotFedAvg(OneShot):
     Source: McMahan et al., AISTATS 2017, algorithm 1, with one round.
     """
 
-    asks = frozenset({"classes"})
+    requires = frozenset({"classes"})

@@ -53,11 +53,11 @@ class Scaffold(FedAvg):
     Source: Karimireddy et al., ICML 2020, algorithm 1.
     """
 
-    asks = frozenset({"loss"})
+    requires = frozenset({"loss"})
     asynchronous = False  # counts on whole rounds
     averages = True
     reduce = (*FedAvg.reduce, "control")
-    memoryless = False
+    stateless = False
 
     @dataclass(frozen=True)
     class Options(FedAvg.Options):

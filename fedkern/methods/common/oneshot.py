@@ -45,7 +45,7 @@ class OneShot(FedAvg):
     one_shot = True
     averages = True
     reduce = FedAvg.reduce
-    unread = frozenset({"lr_decay", "optimizer_state"})  # clients train once
+    ignored_settings = frozenset({"lr_decay", "optimizer_state"})  # clients train once
     takes_teachers = True
     needs_statistics = False
     """Whether the server uses the clients' networks in eval mode, so that batch norm needs running statistics."""

@@ -124,7 +124,7 @@ class Pooling:
 
         def made() -> Declaration:
             network: Any = server.build()
-            due: dict[str, Any] = {"samples": Number(low=1, whole=True)}
+            due: dict[str, Any] = {"samples": Number(low=1, integer=True)}
             for head in HEADS:
                 layers = getattr(network, head)
                 name = _batch_norms(layers)[EXCHANGES.index(phase.exchange)]

@@ -61,11 +61,11 @@ class FedIOD(Objective, OwnNetworks):
     class Options(IODOptions):
         """Options of FedIOD (docs/methods/fediod.md, section 8)."""
 
-    asks = frozenset({"classes", "images"})
-    selective = True
+    requires = frozenset({"classes", "images"})
+    may_skip_clients = True
     takes_teachers = True
     replayable = True
-    spans = "the cosine schedules and the warm-up span all rounds"
+    schedule_note = "the cosine schedules and the warm-up span all rounds"
 
     def __init__(self, options: Any = None, **values: Any) -> None:
         super().__init__(options, **values)
@@ -82,7 +82,7 @@ class FedIOD(Objective, OwnNetworks):
     def rounds(self, federation: Federation) -> Iterator[Round]:
         if private.draws_secrets(self.options):
             # The secrets are stored before anything is released, so that an interrupted round releases the same again.
-            yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, booked=False)
+            yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, counted=False)
         yield Round("teachers", exchanges=("teacher",), participants="all", one_off=True, trains="clients' teachers")
         if not self._generates:
             title = "teachers' answers to the public images"
@@ -322,7 +322,7 @@ class FedIOD(Objective, OwnNetworks):
         return promise.guarantee(self.options, server.federation.unit)
 
     @classmethod
-    def promises(cls, options: Any) -> bool:
+    def is_private(cls, options: Any) -> bool:
         return promise.claims(options)
 
     def oracle_metrics(

@@ -136,5 +136,5 @@ def guarantee(options: Any, unit: Unit = IMAGE) -> Guarantee | None:
         options.delta, covers, leaves, tuple(conditions), unit=unit,
         follows="the released generator and student" if makes_images else "the released student",
         advice="" if options.teacher_dp else "teacher_dp=true covers what comes from the teachers",
-        appraised=("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted"),
+        derived_figures=("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted"),
     )  # fmt: skip

@@ -50,7 +50,7 @@ Levels = Mapping[int, Mapping[ClientId, Message]]
 class FuseFL(Objective, Method):
     """One-shot federated learning by progressive model fusion (arXiv 2410.20380)."""
 
-    asks = frozenset({"classes", "images", "features"})
+    requires = frozenset({"classes", "images", "features"})
     replayable = True
 
     @dataclass(frozen=True)

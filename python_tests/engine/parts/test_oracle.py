@@ -23,7 +23,7 @@ def oracle(method, context, **given):
     ("disclosure", "told"),
     [
         (Disclosure(), {"paid": 2.0, "id_paid": 2.0, "unpaid": 4.0}),
-        (Disclosure(clients=False, appraised=("paid",)), {"paid": 2.0, "id_paid": 2.0}),
+        (Disclosure(clients=False, derived_figures=("paid",)), {"paid": 2.0, "id_paid": 2.0}),
         (PRIVATE, {}),
     ],
 )

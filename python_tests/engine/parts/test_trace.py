@@ -43,7 +43,7 @@ def test_the_second_round_is_traced_or_the_only_one(rounds, traced, profiles, tm
     for number in (-1, *range(1, rounds + 1)):
         one = record(number, rounds)
         part.before_round(one)
-        assert one.together is (number == traced)  # an operator of another process would be missing
+        assert one.in_server_process is (number == traced)  # an operator of another process would be missing
         part.round_end(one)
         assert trace.TRACE in [path.name for path in tmp_path.iterdir()] or number < traced
     part.close()

@@ -23,7 +23,7 @@ class Booked:
         self.context.words = lambda: ([{"words": ["red"]}, {"words": ["blue"]}], {"words": ["red", "blue"]})
         checkpoints = SimpleNamespace(booked=lambda: rows)
         self.ledger.wire = {} if wire is None else wire
-        plan = [Round(booked=("update",) if shared_words else ())]
+        plan = [Round(counted=("update",) if shared_words else ())]
         self.part = Traffic(run_objects(
             self.context, ledger=self.ledger, server=self.server, checkpoints=checkpoints, plan=plan, amplified=secret,
         ))  # fmt: skip

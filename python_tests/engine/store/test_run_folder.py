@@ -59,7 +59,7 @@ def test_a_new_run_never_goes_on_from_the_checkpoint_of_another(make_data, make_
 class Unstorable(FedAvg):
     """Puts what no file holds into the server's state."""
 
-    asks = FedAvg.asks
+    requires = FedAvg.requires
 
     def server_update(self, server, phase, uploads):
         super().server_update(server, phase, uploads)

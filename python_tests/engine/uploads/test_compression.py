@@ -13,7 +13,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.records import read_metrics
 from fedkern.engine.uploads.compression import CHUNK, Compression, Int8, TopK
 from fedkern.engine.uploads.encoders import STATES, Departure
-from fedkern.engine.uploads.filters import Arrival, Asked
+from fedkern.engine.uploads.filters import Arrival, ExchangeRequest
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
@@ -35,7 +35,9 @@ class Hooks:
 
 
 def asked(sent, entry=None):
-    return Asked(Phase(3, "train", "update"), entry or Round("train"), 3, len(sent), tuple(sent), Hooks(), sent)
+    return ExchangeRequest(
+        Phase(3, "train", "update"), entry or Round("train"), 3, len(sent), tuple(sent), Hooks(), sent
+    )
 
 
 def drawn(size):

@@ -12,7 +12,7 @@ from fedkern.engine.uploads.bytes import Bytes
 from fedkern.engine.uploads.declared import Declared
 from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
 from fedkern.engine.uploads.encoders import Departure, Encoders
-from fedkern.engine.uploads.filters import Arrival, Asked, Filter
+from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter
 from fedkern.engine.uploads.norm_bounds import NormBounds
 from fedkern.engine.uploads.reduction import Reducing, Reduction
 from fedkern.errors import UserError
@@ -34,7 +34,9 @@ class Hooks:
 
 def asked(entry=None, clients=(0, 1), sent=None):
     sent = {k: {"parameters": START} for k in clients} if sent is None else sent
-    return Asked(Phase(3, "train", "update"), entry or Round("train"), 3, len(clients), tuple(clients), Hooks(), sent)
+    return ExchangeRequest(
+        Phase(3, "train", "update"), entry or Round("train"), 3, len(clients), tuple(clients), Hooks(), sent
+    )
 
 
 def arrived(upload, **given):
@@ -49,7 +51,7 @@ def test_an_update_counts_from_what_its_client_was_sent():
             return {"parameters": START + 1, "buffers": START}
 
     old = {0: {"parameters": START}, 1: {"parameters": START + 1}}
-    exchange = Asked(Phase(3, "train", "update"), Round("train"), 3, 2, (0, 1), Now(), old, {0: 1})
+    exchange = ExchangeRequest(Phase(3, "train", "update"), Round("train"), 3, 2, (0, 1), Now(), old, {0: 1})
     assert [exchange.staleness(k) for k in (0, 1)] == [2, 0]
     assert exchange.declared(0)["parameters"] is START
     assert torch.equal(exchange.declared(1)["parameters"], START + 1)
@@ -60,7 +62,7 @@ def test_a_filter_that_overrides_nothing_lets_all_pass():
     upload, uploads = arrived({"parameters": START}), iter([Upload(0, 1, {})])
     assert Filter().decode(upload) == ""
     assert upload.message["parameters"] is START
-    assert Filter().together(asked(), uploads, None) is uploads
+    assert Filter().combine(asked(), uploads, None) is uploads
     assert Filter().encoders(asked()) == {}
 
 
@@ -122,11 +124,11 @@ def test_bounds_look_at_parameters_alone():
 def test_bytes_are_booked_and_a_missing_upload_where_nobody_may_know(hidden):
     ledger = Ledger(2)
     each = Bytes(ledger, hidden)
-    each.sent(asked(), 0, {"parameters": START})
+    each.on_sent(asked(), 0, {"parameters": START})
     assert (ledger.total_down, ledger.total_up) == (12, 0)
     each.decode(arrived({"parameters": START, "samples": 3}))
     assert ledger.total_up == 12 + 8
-    each.lacking(arrived(None), failed=True)
+    each.on_missing(arrived(None), failed=True)
     assert ledger.total_up == 12 + 8 + 12 * hidden
     assert ledger.rounds == {"train": {"up": ledger.total_up, "down": 12}}
 
@@ -134,19 +136,19 @@ def test_bytes_are_booked_and_a_missing_upload_where_nobody_may_know(hidden):
 def test_set_up_rounds_are_booked_apart_and_others_not_at_all():
     ledger = Ledger(2)
     each = Bytes(ledger, hidden=False)
-    each.sent(asked(Round("setup", one_off=True)), 1, {"parameters": START})
+    each.on_sent(asked(Round("setup", one_off=True)), 1, {"parameters": START})
     assert (ledger.total_down, ledger.one_off_down) == (0, [0, 12])
-    each.sent(asked(Round("audit", booked=False)), 1, {"parameters": START})
+    each.on_sent(asked(Round("audit", counted=False)), 1, {"parameters": START})
     assert ledger.summary()["total"] == 12
 
 
 def test_a_round_is_booked_exchange_by_exchange():
     """A client's figures of a network are bookkeeping, the update beside them is communication."""
-    ledger, entry = Ledger(2), Round(exchanges=("update", "figures"), booked=("update",))
+    ledger, entry = Ledger(2), Round(exchanges=("update", "figures"), counted=("update",))
     each = Bytes(ledger, hidden=True)
     for name in entry.exchanges:
         now = dataclasses.replace(asked(entry), phase=Phase(0, "train", name))
-        each.sent(now, 1, {"parameters": START})
+        each.on_sent(now, 1, {"parameters": START})
         each.decode(Arrival(now, 1, {"accuracy": 0.5}))
     assert ledger.exchanges == {"update": {"up": 8, "down": 12}}
 
@@ -155,8 +157,8 @@ def test_a_client_that_released_something_else_before_ends_the_run(tmp_path):
     first = Releases(tmp_path)
     first.open(0)
     ClientDigests(first).decode(arrived({"parameters": START}))
-    ClientDigests(first).lacking(Arrival(asked(), 1), failed=True)
-    ClientDigests(first).lacking(Arrival(asked(), 0), failed=False)  # nothing was released
+    ClientDigests(first).on_missing(Arrival(asked(), 1), failed=True)
+    ClientDigests(first).on_missing(Arrival(asked(), 0), failed=False)  # nothing was released
     again = Releases(tmp_path)
     again.open(0)
     ClientDigests(again).decode(arrived({"parameters": START.clone()}))
@@ -169,7 +171,7 @@ def test_a_client_that_released_something_else_before_ends_the_run(tmp_path):
 def test_where_the_server_releases_every_upload_is_noted_before_it_goes_on(tmp_path):
     releases = Releases(tmp_path)
     releases.open(0)
-    handed = ServerDigests(releases).together(asked(), iter([Upload(-1, 1, {"parameters": START})]), None)
+    handed = ServerDigests(releases).combine(asked(), iter([Upload(-1, 1, {"parameters": START})]), None)
     assert not (tmp_path / "releases.jsonl").exists()
     assert next(handed).message["parameters"] is START
     assert len((tmp_path / "releases.jsonl").read_text().splitlines()) == 1

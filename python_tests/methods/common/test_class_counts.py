@@ -110,7 +110,7 @@ def test_tasks_without_classes_are_refused():
     assert not any(METHODS[name].serves(TASKS["multilabel"]) for name in MEMBERS)
 
     class Anything(Ensemble):
-        asks = frozenset({"loss"})
+        requires = frozenset({"loss"})
 
         def members(self, server):
             return SimpleNamespace(check=lambda: None)

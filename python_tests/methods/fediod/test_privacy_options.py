@@ -89,9 +89,9 @@ def test_the_warning_names_what_is_covered_what_is_not_and_the_way_out():
 def test_records_are_private_where_an_option_asks_for_privacy():
     kind = METHODS["fediod"]
     for settings in (NOISED, TAUGHT, {"histogram_noise": 1.0}):
-        assert kind.promises(IODOptions(**settings))
+        assert kind.is_private(IODOptions(**settings))
         assert RunConfig.make("fediod", options=settings).records == "private"
-    assert not kind.promises(IODOptions())
+    assert not kind.is_private(IODOptions())
     assert RunConfig.make("fediod").records == RunConfig.make("fedavg").records == "all"
 
 
