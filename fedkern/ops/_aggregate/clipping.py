@@ -14,7 +14,7 @@ from fedkern.ops._aggregate.philox import signed
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_count, check_dense, check_number, no_vmap, refuse_gradient
+from fedkern.ops._core.checks import check_count, check_dense, check_number, refuse_gradient
 
 
 def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
@@ -150,5 +150,5 @@ _operator = library.register(
     "(Tensor[] vectors, Tensor numbers, SymInt seed, SymInt offset) -> Tensor",
     _implementation,
     fake=lambda vectors, *others: vectors[0].new_empty((len(vectors), vectors[0].shape[0])),
-    vmap=no_vmap("clip_by_norm and clip_and_noise"),
+    public="clip_by_norm and clip_and_noise",
 )

@@ -36,7 +36,7 @@ from fedkern.ops._aggregate.robust_reference import (
 )
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_count, check_number, no_vmap, shown
+from fedkern.ops._core.checks import check_count, check_number, shown
 
 # Vectors at larger distances than this, in multiples of most vectors', leave too few digits of most vectors' distances
 # to a mean: see _products.
@@ -397,15 +397,13 @@ _pairwise_operator = library.register(
     "(Tensor[] vectors) -> Tensor",
     _pairwise,
     fake=lambda vectors: vectors[0].new_empty((len(vectors), len(vectors)), dtype=torch.float64),
-    vmap=no_vmap("pairwise_distances"),
 )
 _krum_operator = library.register(
-    "krum", "(Tensor[] vectors, int byzantine, int keep) -> Tensor", _run_krum, fake=fake_vector, vmap=no_vmap("krum")
+    "krum", "(Tensor[] vectors, int byzantine, int keep) -> Tensor", _run_krum, fake=fake_vector
 )
 _geometric_median_operator = library.register(
     "geometric_median",
     "(Tensor[] vectors, Tensor weights, int iterations, float tolerance, float smoothing) -> Tensor",
     _geometric_median,
     fake=fake_vector,
-    vmap=no_vmap("geometric_median"),
 )

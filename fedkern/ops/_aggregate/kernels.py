@@ -9,6 +9,7 @@ inherits from it the methods that it does not implement.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class AggregateKernels(PlainAggregate, Launcher):
     64, and medians and trimmed means of more than 64 vectors or of weighted fp64.
     """
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
         self.host = not self.gpu
 

@@ -26,7 +26,7 @@ from fedkern.ops._aggregate.plain import PLAIN, PlainAggregate
 from fedkern.ops._aggregate.reference import countable, weighted_mean_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.function import EagerFunction, saved_tensors
+from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
 from fedkern.ops._core.memory import placed
 
 
@@ -115,32 +115,31 @@ class _WeightedMean(EagerFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: PlainAggregate, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor
+        ctx: Context, kernel: PlainAggregate, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor
     ) -> Tensor:
-        ctx.stacked = stacked
         vectors: Vectors = rows[0] if stacked else rows
         if isinstance(weights, tuple):
-            ctx.numbers = weights
+            ctx.settings = stacked, weights
             return kernel.weighted_mean(vectors, weights[0], None)
-        ctx.numbers = None
+        ctx.settings = stacked, None
         ctx.save_for_backward(weights, *(rows if ctx.needs_input_grad[2] else ()))
         return kernel.weighted_mean(vectors, kernel_weights(weights, count_of(vectors)), None)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        stacked, numbers = ctx.settings
         by_weights: Tensor | None = None
         shares: Tensor | list[float]
-        if ctx.numbers is None:
+        if numbers is None:
             weights, *rows = saved_tensors(ctx)
             shares = _shares(weights, grad)
             if ctx.needs_input_grad[2]:
-                by_weights = _by_weights(grad, rows[0] if ctx.stacked else torch.stack(rows), weights)
+                by_weights = _by_weights(grad, rows[0] if stacked else torch.stack(rows), weights)
         else:
-            values, total = ctx.numbers
+            values, total = numbers
             shares = [value / total for value in values]
         needs = ctx.needs_input_grad[3:]
-        if ctx.stacked:
+        if stacked:
             return None, None, by_weights, _outer(shares, grad) if needs[0] else None
         parts = [grad * share if need else None for share, need in zip(shares, needs, strict=True)]
         return None, None, by_weights, *parts
@@ -181,20 +180,24 @@ def _fake(vectors: Tensor, weights: Tensor, dtype: torch.dtype | None) -> Tensor
     return vectors.new_empty(vectors.shape[1], dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype | None], output: Tensor) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, torch.dtype | None], output: Tensor) -> None:
     vectors, weights, _ = inputs
-    ctx.dtype = vectors.dtype
+    ctx.settings = vectors.dtype
     ctx.save_for_backward(vectors if ctx.needs_input_grad[1] else None, weights)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     vectors, weights = ctx.saved_tensors
-    by_vectors = _outer(_shares(weights, grad), grad).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+    by_vectors = _outer(_shares(weights, grad), grad).to(ctx.settings) if ctx.needs_input_grad[0] else None
     return by_vectors, _by_weights(grad, vectors, weights) if ctx.needs_input_grad[1] else None, None
 
 
 def _vmap(
-    info: Any, in_dims: tuple[int | None, int | None, None], vectors: Tensor, weights: Tensor, dtype: torch.dtype | None
+    info: library.Mapped,
+    in_dims: tuple[int | None, int | None, None],
+    vectors: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, int]:
     rows, values, _ = in_dims
     if values is None:

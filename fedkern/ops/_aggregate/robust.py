@@ -22,7 +22,7 @@ from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.mean import fake_vector, select, weighted_mean
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_count, no_vmap, shown
+from fedkern.ops._core.checks import check_count, shown
 
 
 def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] | None = None) -> Tensor:
@@ -132,12 +132,12 @@ _sorted_mean_operator = library.register(
     "(Tensor[] vectors, SymInt low, SymInt high, Tensor? weights) -> Tensor",
     _sorted_mean_implementation,
     fake=fake_vector,
-    vmap=no_vmap("trimmed_mean and median"),
+    public="trimmed_mean and median",
 )
 _weighted_median_operator = library.register(
     "weighted_median",
     "(Tensor[] vectors, Tensor weights) -> Tensor",
     _weighted_median_implementation,
     fake=fake_vector,
-    vmap=no_vmap("median"),
+    public="median",
 )

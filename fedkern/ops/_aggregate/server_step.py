@@ -32,7 +32,6 @@ from fedkern.ops._core.checks import (
     check_device,
     check_flag,
     check_number,
-    no_vmap,
     refuse_gradient,
     share_memory,
     written,
@@ -279,5 +278,4 @@ _operator = library.register(
     "Tensor(a!)? first, Tensor(b!)? second, ScalarType? dtype, bool similarities) -> (Tensor, Tensor, Tensor)",
     _implementation,
     fake=_fake,
-    vmap=no_vmap("server_step"),
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from fedkern.ops._blend.reference import blend_reference, check_values
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import eager, ready, select
 from fedkern.ops._core.checks import check_device, check_floating, check_number, check_tensor
-from fedkern.ops._core.function import EagerFunction, saved_tensors
+from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
 
 _new = tuple.__new__  # makes a named tuple in half the time that its own constructor takes
 
@@ -115,7 +113,12 @@ class _Blend(EagerFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: BlendKernels, call: BlendCall, foreground: Tensor, background: Tensor, alpha: Tensor | None
+        ctx: Context,
+        kernel: BlendKernels,
+        call: BlendCall,
+        foreground: Tensor,
+        background: Tensor,
+        alpha: Tensor | None,
     ) -> Tensor:
         out = kernel.forward(foreground, background, call)
         if alpha is None:
@@ -128,8 +131,7 @@ class _Blend(EagerFunction):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = saved_tensors(ctx)
         index, foreground, background, alpha = saved if len(saved) > 1 else (saved[0], None, None, None)
         needs = ctx.needs_input_grad[2:]

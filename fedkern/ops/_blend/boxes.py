@@ -14,7 +14,7 @@ from fedkern.ops._blend.kernels import BoxesKernels, output_strides
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import eager, ready, select
 from fedkern.ops._core.checks import check_dense, check_device, check_memory, check_tensor, real, shown
-from fedkern.ops._core.function import EagerFunction
+from fedkern.ops._core.function import Context, EagerFunction
 from fedkern.ops._core.memory import placed
 
 
@@ -183,15 +183,15 @@ def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
 class _FillBoxes(EagerFunction):
     @staticmethod
     def forward(
-        ctx: Any, kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
+        ctx: Context, kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
     ) -> Tensor:
         ctx.save_for_backward(boxes)
-        ctx.keep = keep
+        ctx.settings = keep
         return _run(kernel, images, boxes, fill, keep)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_backward(ctx, *grads)
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_backward(ctx, grad)
 
 
 def _run(kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
@@ -209,11 +209,7 @@ def _run(kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tenso
 def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
     check_memory(images, "images")
     check_memory(boxes, "boxes")
-    if boxes.device.type == "cpu":
-        wrong = boxes.isnan().nonzero().tolist() if boxes.is_floating_point() else []
-        if wrong:
-            image, box = wrong[0][:2]
-            raise ValueError(f"boxes must not hold NaN; box {box} of image {image} does")
+    _check_coordinates(boxes)
     out = _fake(images, boxes, fill, keep)
     kernel: BoxesKernels | None = select("boxes", images)
     if kernel is None:
@@ -222,25 +218,31 @@ def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> 
     return out
 
 
+def _check_coordinates(boxes: Tensor) -> None:
+    if boxes.is_cpu and boxes.is_floating_point():
+        for *_, image, box, _ in boxes.isnan().nonzero().tolist():
+            raise ValueError(f"boxes must not hold NaN; box {box} of image {image} does")
+
+
 def _fake(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
     strides = output_strides(images.shape, images.stride())
     return torch.empty_strided(images.shape, strides, dtype=images.dtype, device=images.device)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
     _, boxes, _, keep = inputs
     ctx.save_for_backward(boxes)
-    ctx.keep = keep
+    ctx.settings = keep
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The gradient passes where the image passed: the same operator on the gradient, with fill 0.
     (boxes,) = ctx.saved_tensors
-    return (keep_boxes if ctx.keep else erase_boxes)(grad, boxes), None, None, None
+    return (keep_boxes if ctx.settings else erase_boxes)(grad, boxes), None, None, None
 
 
 def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
+    info: library.Mapped, in_dims: tuple[int | None, ...], images: Tensor, boxes: Tensor, fill: Tensor, keep: bool
 ) -> tuple[Tensor, int]:
     count = info.batch_size
     batch = images.movedim(in_dims[0], 0).shape[1] if in_dims[0] is not None else images.shape[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def users(index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
 
 
 class _Launcher(Launcher):
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
         self._wide = (torch.float64,) if self.gpu else (torch.float32, torch.float64)
 

@@ -10,6 +10,9 @@ from torch import Tensor
 from fedkern.ops._blend.kernels import BlendCall, check_memory, output_strides
 from fedkern.ops._blend.reference import backward_reference, blend_reference, check_values, second_derivative
 from fedkern.ops._core import backend, library
+from fedkern.ops._core.function import Context
+
+Inputs = tuple[Tensor, Tensor, Tensor | None, float, Tensor | None]
 
 
 def _reference(
@@ -28,48 +31,48 @@ def _implementation(foreground: Tensor, background: Tensor, *others: Any) -> Ten
     return _fake(foreground).copy_(_reference(foreground, background, *others))
 
 
-def _fake(foreground: Tensor, *others: Any) -> Tensor:
+def _fake(foreground: Tensor, *others: object) -> Tensor:
     strides = output_strides(foreground.shape, foreground.stride())
     return torch.empty_strided(foreground.shape, strides, dtype=foreground.dtype, device=foreground.device)
 
 
-def _backward_implementation(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    foreground, background, *settings, need_foreground, need_background, need_alpha = others
-    call = BlendCall(*settings)
-    check_memory(foreground, background, call)
-    kernel = backend.select("blend", grad)
-    run: Any = backward_reference if kernel is None else kernel.backward
-    result = run(grad, foreground, background, call, (need_foreground, need_background, need_alpha))
-    to_front, to_back, per_sample = map(library.laid_out, result, _backward_fake(grad, *others))
-    return to_front, to_back, per_sample
-
-
-def _backward_fake(grad: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, alpha, _, _, background_rows, *needs = others
-    strides = output_strides(grad.shape, grad.stride())
-    to_front = grad.new_empty_strided(grad.shape, strides) if needs[0] else grad.new_empty(0)
-    to_back = grad.new_empty_strided((background_rows, *grad.shape[1:]), strides) if needs[1] else grad.new_empty(0)
-    return to_front, to_back, alpha.new_empty(alpha.shape) if needs[2] else grad.new_empty(0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Context, inputs: Inputs, output: Tensor) -> None:
     foreground, background, alpha, value, index = inputs
     need = ctx.needs_input_grad[2]
     ctx.save_for_backward(foreground if need else None, background if need else None, alpha, index)
-    ctx.value, ctx.background_rows = value, background.shape[0]
+    ctx.settings = value, background.shape[0]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     foreground, background, alpha, index = ctx.saved_tensors
+    value, rows = ctx.settings
     needs = ctx.needs_input_grad[:3]
-    gradients = BLEND_BACKWARD(grad, foreground, background, alpha, ctx.value, index, ctx.background_rows, *needs)
+    gradients = BLEND_BACKWARD(grad, foreground, background, alpha, value, index, rows, *needs)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
 
 
-def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad, foreground, background, alpha, value, index, background_rows, *needs = inputs
+def _backward_implementation(grad: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    foreground, background, alpha, value, index, rows, *needs = others
+    call = BlendCall(alpha, value, index, rows)
+    check_memory(foreground, background, call)
+    kernel = backend.select("blend", grad)
+    run = backward_reference if kernel is None else kernel.backward
+    result = run(grad, foreground, background, call, needs)
+    return tuple(map(library.laid_out, result, _backward_fake(grad, *others)))
+
+
+def _backward_fake(grad: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    _, _, alpha, _, _, rows, *needs = others
+    strides = output_strides(grad.shape, grad.stride())
+    to_front = grad.new_empty_strided(grad.shape, strides) if needs[0] else grad.new_empty(0)
+    to_back = grad.new_empty_strided((rows, *grad.shape[1:]), strides) if needs[1] else grad.new_empty(0)
+    return to_front, to_back, alpha.new_empty(alpha.shape) if needs[2] else grad.new_empty(0)
+
+
+def _setup_second(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, foreground, background, alpha, value, index, _, *needs = inputs
     ctx.save_for_backward(grad, foreground, background, alpha, index)
-    ctx.value, ctx.background_rows, ctx.needs = value, background_rows, needs
+    ctx.settings = value, needs
 
 
 def _fold_index(index: Tensor, axis: int | None, count: int, rows: int) -> Tensor:
@@ -82,7 +85,7 @@ def _fold_index(index: Tensor, axis: int | None, count: int, rows: int) -> Tenso
     return torch.where((mapped < 0) | (mapped >= rows), count * rows, shifted).flatten()
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+def _vmap(info: library.Mapped, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
     foreground, background, alpha, value, index = arguments
     count = info.batch_size
     fore, back, weights, _, positions = in_dims
@@ -103,7 +106,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[
 
 
 def _vmap_backward(
-    info: Any, in_dims: tuple[int | None, ...], *arguments: Any
+    info: library.Mapped, in_dims: tuple[int | None, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     value, index, background_rows, *needs = arguments[4:]
     count = info.batch_size

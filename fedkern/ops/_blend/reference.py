@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fedkern.ops._blend.kernels import BlendCall, Gradients
+from fedkern.ops._core.function import Context
 
 
 def blend_reference(
@@ -29,18 +30,14 @@ def wide(x: Tensor) -> Tensor:
 def check_values(call: BlendCall) -> None:
     """Raises ValueError for CPU values out of range, as the CPU kernel does before it touches memory."""
     alpha, _, index, background_rows = call
-    if index is not None and index.device.type == "cpu" and len(index):
-        wrong = ((index < 0) | (index >= background_rows)).nonzero()
-        if len(wrong):
-            position = int(wrong[0])
+    if index is not None and index.device.type == "cpu":
+        for position in ((index < 0) | (index >= background_rows)).nonzero().flatten().tolist():
             raise ValueError(
                 f"index must be in [0, {background_rows}), the rows of background; "
                 f"index[{position}] is {int(index[position])}"
             )
-    if alpha is not None and alpha.device.type == "cpu" and len(alpha):
-        wrong = (~((alpha >= 0) & (alpha <= 1))).nonzero()
-        if len(wrong):
-            position = int(wrong[0])
+    if alpha is not None and alpha.device.type == "cpu":
+        for position in (~((alpha >= 0) & (alpha <= 1))).nonzero().flatten().tolist():
             raise ValueError(f"alpha must be in [0, 1]; alpha[{position}] is {alpha[position].item()}")
 
 
@@ -49,7 +46,7 @@ def per_sample(alpha: Tensor, like: Tensor) -> Tensor:
 
 
 def backward_reference(
-    grad: Tensor, foreground: Tensor | None, background: Tensor | None, call: BlendCall, needs: tuple[bool, ...]
+    grad: Tensor, foreground: Tensor | None, background: Tensor | None, call: BlendCall, needs: Sequence[bool]
 ) -> Gradients:
     alpha, value, index, background_rows = call
     dtype, grad = grad.dtype, wide(grad)
@@ -72,12 +69,13 @@ def backward_reference(
     return to_front, to_back, by_alpha
 
 
-def second_derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def second_derivative(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Backward pass of the backward pass, in plain PyTorch, so that autograd can take any higher derivative."""
     grad, foreground, background, alpha, index = ctx.saved_tensors
+    value, needs = ctx.settings
     dtype, grad = grad.dtype, wide(grad)
-    to_own, to_other, to_alpha = (wide(g) if need else None for g, need in zip(grads, ctx.needs, strict=True))
-    weight = ctx.value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
+    to_own, to_other, to_alpha = (wide(g) if need else None for g, need in zip(grads, needs, strict=True))
+    weight = value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
     picked = None if to_other is None else to_other if index is None else to_other[index]
     total = torch.zeros_like(grad)
     if to_own is not None:

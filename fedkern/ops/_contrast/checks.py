@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fedkern.ops._core.backend import eager
 from fedkern.ops._core.checks import check_device, check_floating, check_number
 
 
-def check_pair(x: Any, y: Any) -> None:
+def check_pair(x: Tensor, y: Tensor) -> None:
     """Raises TypeError or ValueError unless both are embeddings ``[B, D]`` of one shape on one device."""
     for name, tensor in (("x", x), ("y", y)):
         check_floating(tensor, name)
@@ -21,7 +19,7 @@ def check_pair(x: Any, y: Any) -> None:
     check_device(y, "y", x, "x")
 
 
-def check_temperature(temperature: Any, x: Tensor) -> float | Tensor:
+def check_temperature(temperature: float | Tensor, x: Tensor) -> float | Tensor:
     """Returns ``temperature`` as a float, or unchanged if it is a tensor.
 
     Raises:

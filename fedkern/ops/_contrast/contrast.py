@@ -6,8 +6,6 @@ over tiles of similarities on a GPU in tiled.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,10 +15,9 @@ from fedkern.ops._contrast.library import CONTRASTIVE, reference_at
 from fedkern.ops._contrast.reference import ContrastCall, contrastive_reference
 from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import eager, only_reference, readable, ready, select, serve
+from fedkern.ops._core.backend import eager, readable, ready, select, serve
 from fedkern.ops._core.checks import autocast
-from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
-from fedkern.ops._core.private_torch import functorch_active
+from fedkern.ops._core.function import Context, EagerFunction, handed_out, saved_tensors
 
 
 def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
@@ -73,10 +70,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
 
 
 def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
-    """Calls the torch.library operator, under torch.func the reference: a batch that is mapped over has no kernel."""
-    if functorch_active():
-        only_reference("contrastive", "torch.func transforms")
-        return contrastive_reference(x, y, temperature)
+    """Calls the torch.library operator."""
     if not isinstance(temperature, Tensor) and torch.compiler.is_compiling():
         learnt = library.number_tensor(temperature).to(x.device)
     recorded = torch.is_grad_enabled()
@@ -92,21 +86,22 @@ class _Contrastive(EagerFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: CpuContrast | TiledContrast, call: ContrastCall, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Context, kernel: CpuContrast | TiledContrast, call: ContrastCall, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
         loss, gradients = kernel.loss_and_gradients(call, (*needs, False)[:3])
-        ctx.kernel, ctx.temperature = kernel, None if len(tensors) > 2 else call.temperature
+        ctx.settings = kernel, None if len(tensors) > 2 else call.temperature
         ctx.save_for_backward(*tensors, *gradients)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = saved_tensors(ctx)
         tensors, gradients = saved[:-3], saved[-3:]
+        kernel, temperature = ctx.settings
         if not readable(grad):
-            reference, needs = reference_at(ctx.temperature), ctx.needs_input_grad[2:]
+            reference, needs = reference_at(temperature), ctx.needs_input_grad[2:]
             return (None, None, *library.differentiate_reference(reference, tensors, needs, grad))
-        scaled = ctx.kernel.scaled(gradients[: len(tensors)], grad, tensors)
+        scaled = kernel.scaled(gradients[: len(tensors)], grad, tensors)
         return (None, None, *handed_out(scaled, gradients))
 
 

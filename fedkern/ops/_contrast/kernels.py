@@ -7,7 +7,8 @@ over tiles of similarities is in tiled.py, which Triton shares.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class CpuContrast(Launcher):
     value, because that would synchronise.
     """
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
         self._contrast = core.contrast_whole
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedkern.ops._contrast.reference import ContrastCall, contrastive_reference
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import compute_dtype, select
+from fedkern.ops._core.function import Context
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -40,12 +41,9 @@ def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs
     gradients: Sequence[Tensor | None] = (None, None, None)
     if kernel is None:
         loss = contrastive_reference(*call)
-        leaves = [
-            t if t is None else t.detach().to(compute).requires_grad_(need)
-            for t, need in zip((x, y, learnt), needs, strict=True)
-        ]
+        wide = [t if t is None else t.to(compute) for t in (x, y, learnt)]
         one = loss.new_ones((), dtype=compute)
-        gradients = library.differentiate_reference(reference_at(temperature), leaves, needs, one, twice=False)
+        gradients = library.differentiate_reference(reference_at(temperature), wide, needs, one, twice=False)
     elif any(needs):
         loss, gradients = kernel.loss_and_gradients(call, needs)
     else:
@@ -70,22 +68,23 @@ def _nothing(x: Tensor) -> Tensor:
     return torch.empty(0, device=x.device)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.temperature, *ctx.needs = inputs[3:]
+def _setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.settings = inputs[3:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:3], *output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
+    temperature, *needs = ctx.settings
     inputs, gradients = saved[:3], saved[3:]
     results: Sequence[Tensor | None]
     if torch.is_grad_enabled():  # create_graph=True
-        results = library.differentiate_reference(reference_at(ctx.temperature), inputs, ctx.needs, grad)
+        results = library.differentiate_reference(reference_at(temperature), inputs, needs, grad)
     else:
         results = [
             (g * grad).to(t.dtype) if need and t is not None else None
-            for g, t, need in zip(gradients, inputs, ctx.needs, strict=True)
+            for g, t, need in zip(gradients, inputs, needs, strict=True)
         ]
     return (*results, *[None] * 4)
 

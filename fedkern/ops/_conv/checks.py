@@ -84,7 +84,7 @@ def check_tensors(inputs: Inputs, settings: Settings) -> None:
         _check_like(residual, "residual", x, free)
 
 
-def check_pooled(x: Any, weight: Any, bias: Any, padding: Any, relu: Any) -> None:
+def check_pooled(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu: bool) -> None:
     """Raises TypeError or ValueError unless all arguments of conv_pool fit together."""
     check_flag(relu, "relu")
     _check_maps(x, weight)
@@ -108,7 +108,7 @@ def check_pooled(x: Any, weight: Any, bias: Any, padding: Any, relu: Any) -> Non
         _check_like(bias, "bias", x, free)
 
 
-def _check_maps(x: Any, weight: Any) -> None:
+def _check_maps(x: Tensor, weight: Tensor) -> None:
     check_floating(x, "x")
     check_floating(weight, "weight")
     if x.dim() != 4 or min(x.shape[1:]) < 1:

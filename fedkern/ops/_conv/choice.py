@@ -13,7 +13,7 @@ from fedkern.ops._core.backend import eager, intercepted, ready, select, settle
 _autocast = torch.is_autocast_enabled
 
 
-def chosen(operator: str, *arguments: Any) -> Any | None:
+def choose_kernel(operator: str, *arguments: object) -> Any | None:
     """The kernel that serves an ordinary call.
 
     None where there is none. Never raises.
@@ -31,8 +31,8 @@ def check_forced(operator: str, *tensors: Tensor | None) -> None:
     """Raises RuntimeError if a backend was forced, and not the reference, which serves these tensors."""
     operands = [tensor for tensor in tensors if tensor is not None]
     if not eager(*operands):
-        if not backend.reference_alone(operator):
-            backend.only_reference(operator, "torch.compile, torch.func transforms, modes and tensor subclasses")
+        if not backend.needs_reference(operator):
+            backend.only_reference(operator, "torch.compile, modes and tensor subclasses")
     elif select(operator, *operands) is not None:
         where = "under autocast" if _autocast("cpu") else "of these sizes and strides, or at this ISA level"
         backend.not_forced(operator, "cpu", where)

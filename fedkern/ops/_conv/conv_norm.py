@@ -5,18 +5,16 @@ The reference is in reference.py, the launcher in kernels.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fedkern.ops._conv.checks import check_settings, check_tensors
-from fedkern.ops._conv.choice import check_forced, chosen
+from fedkern.ops._conv.choice import check_forced, choose_kernel
 from fedkern.ops._conv.kernels import ConvKernels, Inputs, NotFinite, Settings
 from fedkern.ops._conv.reference import conv_norm_reference, norm_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import readable
-from fedkern.ops._core.function import EagerFunction, saved_tensors
+from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
 
 _grad_enabled = torch.is_grad_enabled
 _CHANNELS_LAST = torch.channels_last
@@ -119,7 +117,7 @@ def serving(inputs: Inputs, settings: Settings) -> ConvKernels | None:
     x, weight, scale, shift, bias, residual = inputs
     mean, variance, _, _, stride, _, pool, _, _, groups = settings
     arguments = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
-    kernel: ConvKernels | None = chosen("conv_norm", *arguments)
+    kernel: ConvKernels | None = choose_kernel("conv_norm", *arguments)
     if kernel is None:
         return None
     if mean is not None and variance is not None and (mean.requires_grad or variance.requires_grad):
@@ -161,7 +159,7 @@ class _ConvNorm(EagerFunction):
     """Autograd function of the kernel; its tensors are those of :class:`Inputs`."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: ConvKernels, settings: Settings, *tensors: Any) -> Tensor:
+    def forward(ctx: Context, kernel: ConvKernels, settings: Settings, *tensors: Tensor) -> Tensor:
         inputs = Inputs(*tensors)
         x, weight, scale, shift, bias, residual = inputs
         out, intermediates = kernel.forward(inputs, settings, True)
@@ -173,7 +171,7 @@ class _ConvNorm(EagerFunction):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel, settings, added, shapes = ctx.settings
         x, weight, scale, shift, bias, y, raw, saved, out = saved_tensors(ctx)
         needs = ctx.needs_input_grad[2:]
@@ -202,7 +200,7 @@ class _ConvNorm(EagerFunction):
             height, width = (-(-size // settings.stride) for size in x.shape[2:])
             x, weight = y.view(len(x), height, width, -1).movedim(-1, 1)[:, : len(scale)], None
 
-        def reference(x: Tensor, weight: Any, scale: Tensor, shift: Tensor, bias: Tensor | None) -> Tensor:
+        def reference(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, bias: Tensor | None) -> Tensor:
             bias = bias if settings.groups else None
             inputs = Inputs(x, weight, scale, shift, bias)
             if frozen:

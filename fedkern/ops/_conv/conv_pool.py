@@ -5,19 +5,17 @@ The reference is in reference.py, the launcher in kernels.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fedkern.ops._conv.checks import check_pooled
-from fedkern.ops._conv.choice import check_forced, chosen
+from fedkern.ops._conv.choice import check_forced, choose_kernel
 from fedkern.ops._conv.kernels import NotFinite, Pooling, PoolKernels
 from fedkern.ops._conv.reference import conv_pool_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import readable
 from fedkern.ops._core.checks import python_number
-from fedkern.ops._core.function import EagerFunction, saved_tensors
+from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
 
 _grad_enabled = torch.is_grad_enabled
 _CHANNELS_LAST = torch.channels_last
@@ -71,7 +69,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
 
 def pooling(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> PoolKernels | None:
     """The kernel that serves this call, for :func:`run_pooling`; None where there is none. Never raises."""
-    return chosen("conv_pool", x, weight, bias, padding)
+    return choose_kernel("conv_pool", x, weight, bias, padding)
 
 
 def run_pooling(kernel: PoolKernels, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Pooling) -> Tensor:
@@ -90,7 +88,7 @@ class _ConvPool(EagerFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: PoolKernels, settings: Pooling, x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Context, kernel: PoolKernels, settings: Pooling, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         out, places = kernel.forward(x, weight, bias, settings)
         ctx.save_for_backward(x, weight, bias, places)
@@ -98,7 +96,7 @@ class _ConvPool(EagerFunction):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel, settings = ctx.settings
         x, weight, bias, places = saved_tensors(ctx)
         needs = ctx.needs_input_grad[2:]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class NotFinite(Exception):
 class ConvKernels(Launcher):
     """conv_norm of ``fedkern._cpu``, for calls that ``conv_fits`` takes; maps are channels-last here, in and out."""
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
         self._forward, self._backward, self._channels = core.conv_forward, core.conv_backward, core.conv_channels
 

@@ -66,7 +66,7 @@ class Kernel:
         leaves: what of the operator it leaves to the reference, in words; also where it is forced.
     """
 
-    load: Callable[[], Any]
+    load: Callable[[], object]
     dtypes: frozenset[torch.dtype]
     devices: frozenset[str]
     leaves: str = ""
@@ -85,9 +85,12 @@ class Row(NamedTuple):
     leaves: str = ""
 
 
+Choice = tuple[Any, frozenset[torch.dtype]]
+"""A launcher, or None for the reference, and the dtypes that it takes."""
+
 _kernels: dict[str, dict[str, Kernel]] = {}
-_loaded: dict[tuple[str, str], Any] = {}
-_chosen: dict[tuple[str, str], tuple[Any, frozenset[torch.dtype]]] = {}
+_loaded: dict[tuple[str, str], object] = {}
+_chosen: dict[tuple[str, str], Choice] = {}
 # Of operators whose calls can be ordinary: the name of the CPU core's check (csrc/bindings/cpu_tensors.cpp).
 _checks: dict[str, str] = {}
 # The same with the function itself, and the launchers by its answer: 0 (something is unusual), 1 (all tensors are on
@@ -105,8 +108,8 @@ def register(operator: str, backend: str, kernel: Kernel) -> None:
 def serve(
     operator: str,
     *,
-    cpu: Callable[[Any], Any],
-    cuda: Callable[[Any], Any] | None = None,
+    cpu: Callable[[ModuleType], object],
+    cuda: Callable[[ModuleType], object] | None = None,
     triton: str = "",
     triton_leaves: str = "",
     dtypes: frozenset[torch.dtype] = FLOATS,
@@ -186,7 +189,7 @@ def active_isa() -> str:
 _NEWEST = {"_cpu": "pool_fits", "_cuda": "take_tensors"}
 
 
-def _show_tensors(core: Any, name: str) -> None:
+def _show_tensors(core: ModuleType, name: str) -> None:
     """Hands the core the table of functions through which it reads tensors (csrc/bindings/exchange.h)."""
     table = private_torch.exchange_table()
     if not hasattr(core, _NEWEST[name]):
@@ -307,18 +310,21 @@ def intercepted() -> bool:
     return bool(_functorch_active() or _dispatch_modes() or _function_modes() or _forward_ad._current_level >= 0)
 
 
-def reference_alone(operator: str) -> bool:
-    """True where only the reference serves: inside forward-mode AD.
+def needs_reference(operator: str, *, has_rules: bool = False) -> bool:
+    """Return whether only the reference serves: inside forward-mode AD, and under other transforms of torch.func.
 
-    Forward-mode AD is ``torch.func.jvp`` and ``forward_ad.dual_level``.
+    Forward-mode AD is ``torch.func.jvp`` and ``forward_ad.dual_level``; ``has_rules``: the operator has rules for the
+    other transforms.
 
     Raises:
         RuntimeError: another backend was forced.
     """
-    if _forward_ad._current_level < 0:
+    is_forward = _forward_ad._current_level >= 0
+    if _is_compiling():
+        return bool(is_forward)
+    if not is_forward and (has_rules or not _functorch_active()):
         return False
-    if not _is_compiling():
-        only_reference(operator, "forward-mode AD")
+    only_reference(operator, "forward-mode AD" if is_forward else "torch.func transforms")
     return True
 
 
@@ -383,7 +389,7 @@ def eager(*tensors: Tensor) -> bool:
     )
 
 
-def ready(operator: str, *arguments: Any) -> Any | None:
+def ready(operator: str, *arguments: object) -> Any | None:
     """The launcher of a compiled core that serves an ordinary call, found in few steps.
 
     None: the general path decides.
@@ -442,7 +448,7 @@ def _describe(tensor: Tensor) -> str:
     return f"dtype {tensor.dtype}" + (f" and {kind}" if kind else "")
 
 
-def _load(operator: str, backend: str) -> Any:
+def _load(operator: str, backend: str) -> object:
     key = (operator, backend)
     if key not in _loaded:
         _loaded[key] = _kernels[operator][backend].load()
@@ -468,11 +474,12 @@ def _is_left_by_triton(operator: str) -> bool:
     return "cuda" in kernels and "triton" not in kernels
 
 
-def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
+def _choose(operator: str, device: str) -> Choice:
     forced = forced_backend()
     if forced == "triton" and _is_left_by_triton(operator):
         forced = "reference"
-    serving, choice = forced, (None, frozenset[torch.dtype]())
+    serving: str | None = forced
+    choice: Choice = None, frozenset()
     if forced is not None and forced != "reference":
         kernel = _kernels.get(operator, {}).get(forced)
         if kernel is None:
@@ -487,7 +494,7 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
         except Unavailable as error:
             raise RuntimeError(f"backend {forced!r} was forced, but it cannot be used because {error}") from error
     elif forced is None:
-        serving, choice = _first(operator, device)
+        serving, choice = _choose_unforced(operator, device)
     _chosen[operator, device] = choice
     if serving in ("cpu", "cuda") and operator in _checks:
         with contextlib.suppress(Unavailable):
@@ -496,7 +503,7 @@ def _choose(operator: str, device: str) -> tuple[Any, frozenset[torch.dtype]]:
     return choice
 
 
-def _first(operator: str, device: str) -> tuple[str | None, tuple[Any, frozenset[torch.dtype]]]:
+def _choose_unforced(operator: str, device: str) -> tuple[str | None, Choice]:
     """The first backend that can serve, its kernel and the dtypes that it takes.
 
     None, None and none: the reference.

@@ -41,7 +41,7 @@ def python_number(value: object) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
-def real(value: Any, name: str, kind: str = "a number") -> float:
+def real(value: object, name: str, kind: str = "a number") -> float:
     """``value``, a real number of any type or a tensor of one element, as a float.
 
     Raises:
@@ -53,7 +53,7 @@ def real(value: Any, name: str, kind: str = "a number") -> float:
     complex_ = isinstance(value, (complex, np.complexfloating)) or (isinstance(value, Tensor) and value.is_complex())
     if not complex_ and not isinstance(value, (str, bytes, bytearray, np.ndarray, np.bool_)):
         try:
-            return float(value)
+            return float(value)  # type: ignore[arg-type]
         except OverflowError:
             raise ValueError(f"{name} must be a number that a float can hold, not {shown(value)}") from None
         except (TypeError, ValueError, RuntimeError):
@@ -70,7 +70,7 @@ def check_dense(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, not a {kind} one; .to_dense() makes one of a sparse tensor")
 
 
-def check_number(value: float, name: str, high: float = math.inf, *, above: bool = False) -> float:
+def check_number(value: object, name: str, high: float = math.inf, *, above: bool = False) -> float:
     """Return ``value`` as a finite float in [0, high], or with ``above`` in (0, high]."""
     if isinstance(value, (bool, Tensor)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
@@ -108,15 +108,6 @@ def refuse_gradient(name: str, *arguments: object) -> None:
         raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
 
 
-def no_vmap(name: str) -> Any:
-    """A batching rule that raises NotImplementedError, for an operator without vmap."""
-
-    def refuse(*arguments: Any) -> Any:
-        raise NotImplementedError(f"torch.func.vmap over {name} is not supported: loop over the mapped axis")
-
-    return refuse
-
-
 def written(*tensors: Tensor | None) -> None:
     """Tells autograd that a kernel has written to ``tensors``."""
     changed = []
@@ -148,7 +139,7 @@ def check_tensor(tensor: object, name: str, kind: str = "a tensor") -> None:
         check_dense(tensor, name)
 
 
-def check_floating(tensor: Any, name: str, kind: str = "a tensor") -> None:
+def check_floating(tensor: Tensor, name: str, kind: str = "a tensor") -> None:
     """Raises TypeError unless ``tensor`` is a dense tensor of a floating dtype that kernels take."""
     check_tensor(tensor, name, kind)
     if tensor.dtype not in backend.FLOATS:

@@ -5,7 +5,7 @@ All GPUs that this process sees have to qualify: a check of the tensor's own GPU
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -19,13 +19,13 @@ DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 OLDEST_OF_TRITON = 80
 
 
-def driver_for(core: Any) -> str:
+def driver_for(core: ModuleType) -> str:
     """Returns the NVIDIA driver that ``core`` (``fedkern._cuda``) needs, for example "525.60.13 or newer"."""
     major = core.versions()[0] // 1000
     return f"{DRIVERS[major]} or newer" if major in DRIVERS else f"one for CUDA {major}.0 or newer"
 
 
-def check_cuda(core: Any) -> None:
+def check_cuda(core: ModuleType) -> None:
     """Raises :class:`Unavailable` where ``core`` (``fedkern._cuda``) cannot run on this machine's GPUs or driver.
 
     Without any GPU there is nothing to check.

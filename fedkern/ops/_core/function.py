@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from fedkern.ops._core.private_torch import apply_of, graph_is_retained
+
+
+class Context(Protocol):
+    """First argument of both passes of an operator's autograd function.
+
+    Attributes:
+        needs_input_grad: whether a gradient is wanted, by argument.
+        saved_tensors: those of ``save_for_backward``; None where an absent one was saved.
+        settings: what else the forward pass leaves to the backward pass.
+    """
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Any, ...]
+    settings: Any
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
 
 
 def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -22,12 +40,12 @@ def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None
     return [x.clone() if x is not None and any(x is original for original in saved) else x for x in gradients]
 
 
-def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+def saved_tensors(ctx: Context) -> tuple[Any, ...]:
     """``ctx.saved_tensors`` as kernels read them, for every backward pass that calls a kernel.
 
     Hooks on saved tensors may return negative views, whose memory lacks the sign.
     """
-    saved: tuple[Any, ...] = ctx.saved_tensors
+    saved = ctx.saved_tensors
     for x in saved:
         if x is not None and x.is_neg():
             return tuple(x if x is None else x.resolve_neg() for x in saved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Launcher:
         gpu: whether it is ``fedkern._cuda``.  It may run emulated, on CPU tensors, in the tests.
     """
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: ModuleType) -> None:
         self.core = core
         self.gpu = hasattr(core, "architectures")
         self.at: Callable[[Tensor], int] = _stream_of if self.gpu else _threads_of

@@ -6,8 +6,9 @@ functions call them under ``torch.compile``, functorch transforms and dispatch m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -32,16 +33,24 @@ def numbers_tensor(values: Sequence[float], device: torch.device | str = "cpu") 
     return torch.stack([number_tensor(value) for value in values]).to(device)
 
 
+class Mapped(Protocol):
+    """First argument of a batching rule."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+
 def register(
     name: str,
     schema: str,
-    implementation: Callable[..., Any],
+    implementation: Callable[..., object],
     *,
-    fake: Callable[..., Any],
+    fake: Callable[..., object],
     setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-    vmap: Callable[..., Any] | None = None,
-    reference: Callable[..., Any] | None = None,
+    backward: Callable[..., object] | None = None,
+    vmap: Callable[..., object] | None = None,
+    reference: Callable[..., object] | None = None,
+    public: str = "",
 ) -> Callable[..., Any]:
     """Defines ``torch.ops.fedkern.<name>`` and returns the function to call it with.
 
@@ -52,9 +61,11 @@ def register(
         setup_context, backward: the gradient, as ``torch.library.register_autograd`` takes it.
         vmap: the batching rule, as ``torch.library.register_vmap`` takes it.  ``vmap`` and ``backward`` must call
             operators through the functions that :func:`register` returned for them, since further transforms may be
-            active around them.
+            active around them.  None: all transforms of torch.func run through the reference.
         reference: the same computation in PyTorch's own operations.  Forward-mode AD runs through it, since a custom
             operator would silently drop the tangents.
+        public: names of the operators that call this one, for the error of vmap where there is neither a rule nor a
+            reference; default: ``name``.
 
     Returns:
         A function that calls the operator.  Under torch.func transforms it calls an ``autograd.Function`` around the
@@ -67,27 +78,32 @@ def register(
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-    if vmap is not None:
-        torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
     operator = getattr(torch.ops.fedkern, name)
-    if backward is None or setup_context is None:
+    if vmap is not None or reference is None:
+        rule = vmap or functools.partial(_refuse_vmap, public or name)
+        torch.library.register_vmap(qualified, rule, lib=LIBRARY)
+    if backward is None:
         return operator
     members: dict[str, Any] = {
-        "forward": staticmethod(lambda *arguments: operator(*arguments)),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
+        "forward": lambda *arguments: operator(*arguments),
+        "setup_context": setup_context,
+        "backward": backward,
     }
     if vmap is not None:
-        members["vmap"] = staticmethod(vmap)
-    function: Any = type(name, (torch.autograd.Function,), members)
+        members["vmap"] = vmap
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(rule) for key, rule in members.items()})
 
-    def call(*arguments: Any) -> Any:
-        if reference is not None and backend.reference_alone(name):
+    def call(*arguments: object) -> object:
+        if reference is not None and backend.needs_reference(name, has_rules=vmap is not None):
             return reference(*arguments)
         transformed = not torch.compiler.is_compiling() and functorch_active()
         return function.apply(*arguments) if transformed else operator(*arguments)
 
     return call
+
+
+def _refuse_vmap(public: str, *arguments: object) -> NoReturn:
+    raise NotImplementedError(f"torch.func.vmap over {public} is not supported: loop over the mapped axis")
 
 
 def second_derivative(
@@ -144,7 +160,7 @@ def laid_out(result: Tensor | None, like: Tensor) -> Tensor:
 
 
 def differentiate_reference(
-    reference: Callable[..., Any],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
     needs: Sequence[bool],
     grad: Tensor | Sequence[Tensor],
@@ -159,7 +175,10 @@ def differentiate_reference(
     ``inputs`` are the saved ones with the graph they came with, None where an argument was not given.
     """
     with recording():
-        views = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        views = [
+            x if x is None else x.view_as(x) if twice else x.detach().requires_grad_(bool(need))
+            for x, need in zip(inputs, needs, strict=True)
+        ]
         operands = [view for view, need in zip(views, needs, strict=True) if need and view is not None]
         result = reference(*views)
         gradients = iter(

@@ -10,6 +10,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,7 @@ def empty_cache() -> None:
     cache().clear()
 
 
-def fresh(core: Any, tensor: Tensor) -> Tensor:
+def fresh(core: ModuleType, tensor: Tensor) -> Tensor:
     """Returns ``tensor``, just allocated and about to be written by ``core``: in memory of the :class:`Cache` if large.
 
     A tensor of 4 MB or more that is too small or too large for the cache, or finds no memory there, is backed by huge

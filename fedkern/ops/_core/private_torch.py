@@ -76,8 +76,11 @@ is_legacy_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_bat
 is_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_batchedtensor")
 """Whether torch.func.vmap maps over a tensor."""
 
+is_wrapped: Callable[[Tensor], bool] = _find("_C._functorch.is_functorch_wrapped_tensor")
+"""Whether a tensor belongs to a torch.func transform."""
+
 unwrapped: Callable[[Tensor], Tensor] = _find("_C._functorch.get_unwrapped")
-"""What a tensor holds that vmap maps over."""
+"""What a tensor holds that belongs to a torch.func transform."""
 
 outlived: Callable[[Tensor], bool] = _find("_C._functorch.is_dead_tensor_wrapper")
 """Whether a tensor outlived its torch.func transform.  Autograd and the dispatcher unwrap it; its pointer raises."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ LOGITS = "a tensor of logits"
 # Checks in detail. The public functions first test all in one fast step, and need most of these only where it fails.
 
 
-def check_logits(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
+def check_logits(names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
     """Raises TypeError or ValueError unless all are logits ``[B, C, *positions]`` of one shape on one device."""
     for name, tensor in zip(names, tensors, strict=True):
         check_floating(tensor, name, LOGITS)
@@ -34,7 +33,9 @@ def check_logits(names: tuple[str, ...], tensors: tuple[Any, ...]) -> None:
         check_device(tensor, name, tensors[0], names[0])
 
 
-def move_classes(names: Sequence[str], tensors: tuple[Any, ...], dim: Any, stacks: Sequence[int]) -> tuple[Any, ...]:
+def move_classes(
+    names: Sequence[str], tensors: tuple[Tensor, ...], dim: int, stacks: Sequence[int]
+) -> tuple[Tensor, ...]:
     """Return views of ``tensors`` whose class axis is 1.
 
     Args:
@@ -56,7 +57,7 @@ def move_classes(names: Sequence[str], tensors: tuple[Any, ...], dim: Any, stack
     return tuple(views)
 
 
-def check_weight(weight: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
+def check_weight(weight: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns ``weight`` in the shape of the rows, ``[B, *positions]``, and a floating dtype."""
     check_tensor(weight, "weight")
     if weight.dtype is torch.bool:
@@ -75,7 +76,7 @@ def check_weight(weight: Any, logits: Tensor, dtype: torch.dtype) -> Tensor:
     raise ValueError(f"weight must have shape {expected}, one value per row, but has {list(weight.shape)}")
 
 
-def check_temperature(temperature: Any) -> float:
+def check_temperature(temperature: float) -> float:
     """Returns ``temperature`` as a float above 0, infinity included."""
     if isinstance(temperature, (Tensor, bool)):
         raise TypeError(f"temperature must be a number, not {type(temperature).__name__}")
@@ -85,14 +86,15 @@ def check_temperature(temperature: Any) -> float:
     return value
 
 
-def check_reduction(reduction: Any) -> int:
+def check_reduction(reduction: str) -> int:
     """Returns the number of a reduction's name."""
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+    code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if code is None:
         raise ValueError(f'reduction must be "none", "sum" or "batchmean", but is {reduction!r}')
-    return REDUCTIONS[reduction]
+    return code
 
 
-def check_stack(name: str, stack: Any) -> None:
+def check_stack(name: str, stack: Tensor) -> None:
     """Raises TypeError or ValueError unless ``stack`` is ``[K, B, C, *positions]`` with K and C at least 1."""
     check_floating(stack, name, LOGITS)
     if not 3 <= stack.dim() <= MAX_DIMS + 1 or stack.shape[0] == 0 or stack.shape[2] == 0:
@@ -102,7 +104,7 @@ def check_stack(name: str, stack: Any) -> None:
         )
 
 
-def check_student(student: Any, teachers: Tensor) -> None:
+def check_student(student: Tensor, teachers: Tensor) -> None:
     """Raises TypeError or ValueError unless ``student`` has the shape and device of one of ``teachers``."""
     check_floating(student, "student", LOGITS)
     if student.shape != teachers.shape[1:]:
@@ -113,7 +115,7 @@ def check_student(student: Any, teachers: Tensor) -> None:
     check_device(student, "student", teachers, "teachers")
 
 
-def check_values(weights: Any) -> None:
+def check_values(weights: object) -> None:
     """Raises ValueError unless all weights are finite and at least 0. Those on a GPU, or not known yet, pass."""
     if not (isinstance(weights, Tensor) and weights.is_cpu and eager(weights)):
         return
@@ -123,7 +125,7 @@ def check_values(weights: Any) -> None:
         raise ValueError("weights must be at least 0 and finite")
 
 
-def _check_kind(weights: Any, stack: Tensor) -> Tensor:
+def _check_kind(weights: Tensor, stack: Tensor) -> Tensor:
     check_tensor(weights, "weights")
     if weights.dtype is torch.bool or (
         weights.dtype in (torch.bfloat16, torch.float16) and (weights.dim() < stack.dim() or 1 in weights.shape)
@@ -150,7 +152,7 @@ def _near_one(weights: Tensor) -> Tensor:
     return weights / torch.where((largest > 0) & (largest < math.inf), largest, 1)
 
 
-def spread_weights(weights: Any, teachers: Tensor) -> Tensor:
+def spread_weights(weights: Tensor, teachers: Tensor) -> Tensor:
     """Returns ``weights`` as ``[K, B, 1, *positions]``, or ``[K, B, C, *positions]`` where they differ by class."""
     weights = _check_kind(weights, teachers)
     count, batch, classes, *positions = teachers.shape
@@ -180,7 +182,7 @@ def spread_weights(weights: Any, teachers: Tensor) -> Tensor:
     return _near_one(weights).reshape(full).expand(count, batch, full[2], *positions)
 
 
-def spread_row_weights(weights: Any, logits: Tensor, ordinary: bool = False) -> Tensor:
+def spread_row_weights(weights: Tensor, logits: Tensor, ordinary: bool = False) -> Tensor:
     """Returns ``weights`` ``[K]``, ``[K, B]`` or ``[K, B, *positions]`` expanded to ``[K, B, *positions]``."""
     weights = _check_kind(weights, logits)
     rows = logits.shape[:2] + logits.shape[3:]
@@ -196,7 +198,7 @@ def spread_row_weights(weights: Any, logits: Tensor, ordinary: bool = False) -> 
     return weights.reshape(*weights.shape, *[1] * (len(rows) - dims)).expand(rows)
 
 
-def check_mask(mask: Any, teachers: Tensor) -> None:
+def check_mask(mask: Tensor, teachers: Tensor) -> None:
     """Raises TypeError or ValueError unless ``mask`` is bool ``[K, C]``, on the device of ``teachers``."""
     check_tensor(mask, "class_mask", "a bool tensor")
     if mask.dtype is not torch.bool:
@@ -205,6 +207,12 @@ def check_mask(mask: Any, teachers: Tensor) -> None:
     if list(mask.shape) != expected:
         raise ValueError(f"class_mask must have shape [K, C], here {expected}, but has {list(mask.shape)}")
     check_device(mask, "class_mask", teachers, "the teachers")
+
+
+def mask_weights(weights: Tensor | None, mask: Tensor, teachers: Tensor) -> Tensor:
+    """Return weights that are 0 where a mask leaves out a class, which is all that it does: masks are not mapped."""
+    shares = torch.ones((), device=mask.device) if weights is None else weights
+    return torch.where(mask.reshape(len(mask), 1, -1, *[1] * (teachers.dim() - 3)), shares, 0).expand(teachers.shape)
 
 
 def without_unknown(teachers: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES, eager, readable, ready, select
+from fedkern.ops._core.backend import eager, ready, select
 from fedkern.ops._core.checks import autocast
-from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import check_reduction, check_stack, check_values, move_classes, spread_row_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
 from fedkern.ops._distill.entries import CONSENSUS, JS
-from fedkern.ops._distill.kernels import DistillKernels, consensus_call, js_call
-from fedkern.ops._distill.library import reference_gradients
-from fedkern.ops._distill.rows import MAX_DIMS, NONE, REDUCTIONS
+from fedkern.ops._distill.gradients import EnsembleFunction
+from fedkern.ops._distill.kernels import DistillKernels, Ensemble, consensus_call, js_call
+from fedkern.ops._distill.rows import MAX_DIMS
 
 
 def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean", dim: int = 1) -> Tensor:
@@ -54,9 +53,7 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
         kernel = select("js_div", *tensors)
     if kernel is None:
         return js_reference(logits, weights, code)
-    if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
-        return _JensenShannon.call((kernel, code), logits, weights)
-    return kernel.ensemble_forward(js_call(logits, weights, code))
+    return _compute(kernel, js_call(logits, weights, code))
 
 
 def consensus(
@@ -76,9 +73,7 @@ def consensus(
         kernel = select("consensus", *tensors)
     if kernel is None:
         return consensus_reference(logits, weights, code)
-    if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
-        return _Consensus.call((kernel, code), logits, weights)
-    return kernel.ensemble_forward(consensus_call(logits, weights, code))
+    return _compute(kernel, consensus_call(logits, weights, code))
 
 
 def _check(
@@ -93,88 +88,15 @@ def _check(
         kernel = None
     if kernel is None or 0 in (logits.shape[0], logits.shape[2]):
         check_stack("logits", logits)
-    code = REDUCTIONS.get(reduction) if type(reduction) is str else None
-    if code is None:
-        code = check_reduction(reduction)
+    code = check_reduction(reduction)
     if weights is not None:
         check_values(weights)
         weights = spread_row_weights(weights, logits, kernel is not None)
     return kernel, logits, weights, code
 
 
-class _JensenShannon(EagerFunction):
-    """js_div with its gradient for eager calls, computed in the forward pass where possible, as in kl_div.
-
-    On a GPU it would be as much to read and write again as the logits: the forward pass keeps what rows have in common.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, how: tuple[DistillKernels, int], logits: Tensor, weights: Tensor | None) -> Tensor:
-        ctx.how = kernel, reduction = how
-        call = js_call(logits, weights, reduction)
-        if reduction == NONE or not kernel.fused or ctx.needs_input_grad[2]:
-            statistics = None if ctx.needs_input_grad[2] else kernel.stack_statistics(logits)
-            ctx.save_for_backward(logits, weights, statistics)
-            return kernel.ensemble_forward(call, statistics=statistics)
-        gradient = kernel.empty_gradient(logits)
-        ctx.save_for_backward(logits, weights, None, gradient)
-        return kernel.ensemble_forward(call, (None, gradient, None))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = saved_tensors(ctx)
-        kernel, reduction = ctx.how
-        needs = ctx.needs_input_grad[1:]
-        if not readable(grad):
-            return (None, *reference_gradients(js_reference, (grad,), saved[:2], (reduction,), needs, graph=True))
-        logits, weights, statistics, *taken = saved
-        if taken:
-            scaled = kernel.scaled(tuple(taken), grad)
-            if scaled is not None:
-                return None, handed_out(scaled, taken)[0], None
-        # Its None for a student's gradient is that of ``how``.
-        return kernel.ensemble_backward((grad,), js_call(logits, weights, reduction), (False, *needs), statistics)
-
-
-# Zero grad_outputs for a scalar result that is not used: zeros made by autograd take a microsecond each.
-_ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPES}
-
-
-def _zero(grad: Tensor, plain: bool) -> Tensor:
-    """Zeros for the absent grad_output beside ``grad``; ``plain``: the zeros have to be :func:`readable`."""
-    return _ZEROS[grad.dtype] if plain and grad.dim() == 0 and grad.is_cpu else torch.zeros_like(grad)
-
-
-class _Consensus(EagerFunction):
-    """consensus with its gradient for eager calls, from the backward pass: both grad_outputs are known only there."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, how: tuple[DistillKernels, int], logits: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.how = kernel, reduction = how
-        ctx.set_materialize_grads(False)
-        statistics = None if ctx.needs_input_grad[2] else kernel.consensus_statistics(logits)
-        ctx.save_for_backward(logits, weights, statistics)
-        return kernel.ensemble_forward(consensus_call(logits, weights, reduction), statistics=statistics)
-
-    @staticmethod
-    def backward(ctx: Any, to_mixture: Tensor | None, to_mean: Tensor | None) -> tuple[Tensor | None, ...]:
-        if to_mixture is None:
-            if to_mean is None:
-                return None, None, None
-            plain = readable(to_mean)
-            to_mixture = _zero(to_mean, plain)
-        elif to_mean is None:
-            plain = readable(to_mixture)
-            to_mean = _zero(to_mixture, plain)
-        else:
-            plain = readable(to_mixture) and readable(to_mean)
-        kernel, reduction = ctx.how
-        needs = ctx.needs_input_grad[1:]
-        logits, weights, statistics = saved_tensors(ctx)
-        grads = (to_mixture, to_mean)
-        if not plain:
-            saved = (logits, weights)
-            return (None, *reference_gradients(consensus_reference, grads, saved, (reduction,), needs, graph=True))
-        return kernel.ensemble_backward(grads, consensus_call(logits, weights, reduction), (False, *needs), statistics)
+def _compute(kernel: DistillKernels, call: Ensemble) -> Any:
+    logits, weights = call.teachers, call.weights
+    if torch.is_grad_enabled() and (logits.requires_grad or (weights is not None and weights.requires_grad)):
+        return EnsembleFunction.call((kernel, call), *call[:4])
+    return kernel.ensemble_forward(call)

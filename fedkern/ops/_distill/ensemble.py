@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import eager, outlived, readable, ready
+from fedkern.ops._core.backend import eager, outlived, ready
 from fedkern.ops._core.checks import autocast, check_tensor
-from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
+from fedkern.ops._core.private_torch import is_wrapped
 from fedkern.ops._distill.checks import (
     check_mask,
     check_reduction,
@@ -17,16 +15,17 @@ from fedkern.ops._distill.checks import (
     check_student,
     check_temperature,
     check_values,
+    mask_weights,
     move_classes,
     spread_weights,
     without_unknown,
 )
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from fedkern.ops._distill.entries import ENSEMBLE, select_at
-from fedkern.ops._distill.kernels import DistillKernels, Ensemble, new_call
-from fedkern.ops._distill.library import reference_gradients
+from fedkern.ops._distill.gradients import EnsembleFunction
+from fedkern.ops._distill.kernels import Ensemble, new_call
 from fedkern.ops._distill.reference import is_flat
-from fedkern.ops._distill.rows import LOGITS, MAX_DIMS, MEAN, NONE, PROBS, REDUCTIONS
+from fedkern.ops._distill.rows import LOGITS, MAX_DIMS, MEAN, PROBS
 
 
 def ensemble_kl(
@@ -108,9 +107,7 @@ def ensemble_kl(
         check_student(student, teachers)
     if type(temperature) is not float or not temperature > 0:
         temperature = check_temperature(temperature)
-    code = REDUCTIONS.get(reduction) if type(reduction) is str else None
-    if code is None:
-        code = check_reduction(reduction)
+    code = check_reduction(reduction)
     how = _mixture(mix, mode)
     short = False
     if weights is not None:
@@ -130,9 +127,11 @@ def ensemble_kl(
 
     if not usual or is_flat(temperature):
         if not eager(*tensors, *(() if class_mask is None else (class_mask,))):
+            if class_mask is not None and not torch.compiler.is_compiling() and is_wrapped(class_mask):
+                weights, class_mask = mask_weights(weights, class_mask, teachers), None
             return ENSEMBLE(student, teachers, weights, class_mask, temperature, how, log_probs, code)
         kernel = select_at(temperature, "ensemble_kl", *tensors)
-    if short and (kernel is None or not kernel.short_weights):
+    if short and weights is not None and (kernel is None or not kernel.short_weights):
         weights = spread_weights(weights, teachers)
     if kernel is None:
         return ensemble_reference(student, teachers, weights, class_mask, temperature, how, log_probs, code)
@@ -140,11 +139,11 @@ def ensemble_kl(
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
-                return _Ensemble.call((kernel, call), student, teachers, weights, class_mask)
+                return EnsembleFunction.call((kernel, call), *call[:4])
     return kernel.ensemble_forward(call)
 
 
-def _mixture(mix: Any, mode: Any) -> int:
+def _mixture(mix: str, mode: str) -> int:
     if mode == "kl_of_mean":
         if mix == "probs":
             return PROBS
@@ -157,46 +156,3 @@ def _mixture(mix: Any, mode: Any) -> int:
     if mix != "probs":
         raise ValueError('mode="mean_of_kl" mixes no logits: mix must be "probs"')
     return MEAN
-
-
-class _Ensemble(EagerFunction):
-    """ensemble_kl with its gradients for eager calls, computed in the forward pass where possible, as in kl_div.
-
-    If weights require a gradient, all gradients are computed in the backward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        how: tuple[DistillKernels, Ensemble],
-        student: Tensor,
-        teachers: Tensor,
-        weights: Tensor | None,
-        class_mask: Tensor | None,
-    ) -> Tensor:
-        kernel, call = how
-        ctx.how = kernel, call[4:]  # without tensors, which autograd keeps
-        to_student, to_teachers, _ = needs = ctx.needs_input_grad[1:4]
-        if call.reduction == NONE or not kernel.ensemble_fused(student, needs):
-            ctx.save_for_backward(student, teachers, weights, class_mask)
-            return kernel.ensemble_forward(call)
-        to_student = kernel.empty_gradient(student) if to_student else None
-        to_teachers = kernel.empty_gradient(teachers) if to_teachers else None
-        ctx.save_for_backward(student, teachers, weights, class_mask, to_student, to_teachers)
-        return kernel.ensemble_forward(call, (to_student, to_teachers, None))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = saved_tensors(ctx)
-        tensors, taken = saved[:4], saved[4:]
-        kernel, settings = ctx.how
-        needs = ctx.needs_input_grad[1:4]
-        if not readable(grad):
-            if tensors[2] is not None and tensors[2].dim() == 1:
-                tensors = (*tensors[:2], spread_weights(tensors[2], tensors[1]), tensors[3])
-            return (None, *reference_gradients(ensemble_reference, (grad,), tensors, settings, needs, graph=True), None)
-        if taken:
-            scaled = kernel.scaled(taken, grad)
-            if scaled is not None:
-                return (None, *handed_out(scaled, taken), None, None)
-        return (None, *kernel.ensemble_backward((grad,), Ensemble(*tensors, *settings), needs), None)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import select
 from fedkern.ops._distill.checks import check_values
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
 from fedkern.ops._distill.kernels import DistillKernels, Divergence, Ensemble, consensus_call, entropy_call, js_call
-from fedkern.ops._distill.library import Loss, Optionals, define, fold_rows, fold_stack, fold_tensors
+from fedkern.ops._distill.library import Loss, Reference, define
 from fedkern.ops._distill.reference import divergence_reference, entropy_rows_reference, is_flat, result_dtype
 
 
@@ -41,7 +39,7 @@ DIVERGENCE = define(
         differentiable=4,
         settings=("float temperature", "bool reverse", "int reduction"),
         results=1,
-        stacked=(False, False, False, False),
+        axes=(0, 0, 0, 0),
         call=Divergence,
         kernel=_kernel_of_divergence,
         method="divergence",
@@ -56,7 +54,7 @@ ENTROPY = define(
         differentiable=1,
         settings=("int reduction",),
         results=1,
-        stacked=(False,),
+        axes=(0,),
         call=entropy_call,
         kernel=lambda call: _select("entropy", call.teacher),
         method="divergence",
@@ -82,21 +80,6 @@ def _kernel_of_ensemble(call: Ensemble) -> DistillKernels | None:
     return select_at(call.temperature, "ensemble_kl", *call[:3])
 
 
-def _fold_ensemble(loss: Loss, tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:
-    student, teachers, weights, mask = tensors
-    if mask is None or axes[3] is None:
-        return (*fold_tensors(loss, tensors[:3], axes[:3], count), mask)
-    # Masks of several mapped calls do not fold into one [K, C]. So they set weights to 0, which is all a mask does.
-    each = mask.movedim(axes[3], 0).transpose(0, 1)  # [K, V, C]
-    rows: Any = fold_rows(student, axes[0], count)
-    stack = (teachers.shape[0 if axes[1] is None or axes[1] > 0 else 1], count, rows.shape[0] // count)
-    shape = (*stack, *student.shape[1 if axes[0] is None else 2 :])
-    each = each.reshape(each.shape[0], count, 1, each.shape[2], *[1] * (len(shape) - 4)).expand(shape)
-    folded = fold_stack(weights, axes[2], count)
-    base = torch.ones((), dtype=torch.float32, device=mask.device) if folded is None else folded
-    return rows, fold_stack(teachers, axes[1], count), torch.where(each.flatten(1, 2), base, 0), None
-
-
 ENSEMBLE = define(
     Loss(
         name="ensemble",
@@ -104,25 +87,24 @@ ENSEMBLE = define(
         differentiable=3,
         settings=("float temperature", "int mix", "bool log_probs", "int reduction"),
         results=1,
-        stacked=(False, True, True),
+        axes=(0, 1, 1, None),
         call=Ensemble,
         kernel=_kernel_of_ensemble,
         method="ensemble",
         reference=ensemble_reference,
         dtype=lambda tensors: result_dtype(tensors[0], None, tensors[1]),
-        fold=_fold_ensemble,
     )
 )
 
 
-def _over_logits(name: str, operator: str, call: Callable[..., Ensemble], results: int, reference: Any) -> Loss:
+def _over_logits(name: str, operator: str, call: Callable[..., Ensemble], results: int, reference: Reference) -> Loss:
     def kernel(call: Ensemble) -> DistillKernels | None:
         _check_weights(call.weights, call.teachers.dim() - 1)
         return _select(operator, call.teachers, call.weights)
 
     return Loss(
         name=name, tensors=("logits", "weights?"), differentiable=2, settings=("int reduction",), results=results,
-        stacked=(True, True), call=call, kernel=kernel, method="ensemble", skips=1, reference=reference,
+        axes=(1, 1), call=call, kernel=kernel, method="ensemble", skips=1, reference=reference,
         dtype=lambda tensors: tensors[0].dtype,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -135,7 +136,7 @@ class DistillKernels(Launcher):
     # The cores read weights [K] for every row through a stride of 0, and have kernels of infinite temperature.
     short_weights = limits = True
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
         self.fused = not self.gpu
         self.keeps = self.gpu
@@ -244,7 +245,7 @@ class DistillKernels(Launcher):
             self.at(teacher),
         )  # fmt: skip
 
-    def ensemble_fused(self, student: Tensor, needs: Sequence[bool]) -> bool:
+    def ensemble_fused(self, student: Tensor | None, needs: Sequence[bool]) -> bool:
         """Whether ensemble_forward takes ``gradients`` of student, teachers, weights, where ``needs`` says.
 
         On a GPU the student's alone: reading all teachers again is several times its traffic, that of the teachers'
@@ -252,7 +253,8 @@ class DistillKernels(Launcher):
         """
         if needs[2]:
             return False
-        return self.fused or (self.keeps and needs[0] and not needs[1] and student.element_size() > 2)
+        beside = needs[0] and not needs[1] and student is not None and student.element_size() > 2
+        return self.fused or (self.keeps and beside)
 
     def ensemble_forward(
         self, call: Ensemble, gradients: Gradients = NO_GRADIENTS, statistics: Tensor | None = None
@@ -320,26 +322,21 @@ class DistillKernels(Launcher):
             self.at(teachers),
         )  # fmt: skip
 
-    def stack_statistics(self, logits: Tensor) -> Tensor | None:
-        """CUDA: uninitialised memory for what js_div and consensus keep for the backward pass.
+    def stack_statistics(self, logits: Tensor, mix: int) -> Tensor | None:
+        """Uninitialised memory for what js_div and consensus keep for the backward pass.
 
-        None: they keep nothing, where that were much beside the logits, and in float64.
+        None: they keep nothing, where that were much beside the logits, on a GPU in float64, and js_div on the CPU.
         """
         count, batch, classes, *positions = logits.shape
-        if not self.keeps or classes < _KEPT or logits.dtype is torch.float64:
-            return None
-        statistics = _empty((batch, *positions, 4 * count), dtype=torch.float32, device=logits.device)
-        return statistics.movedim(-1, 1)
-
-    def consensus_statistics(self, logits: Tensor) -> Tensor | None:
-        """Uninitialised memory for what consensus keeps for the backward pass; None: nothing."""
         if self.gpu:
-            return self.stack_statistics(logits)
+            if not self.keeps or classes < _KEPT or logits.dtype is torch.float64:
+                return None
+            statistics = _empty((batch, *positions, 4 * count), dtype=torch.float32, device=logits.device)
+            return statistics.movedim(-1, 1)
         # Per row: four numbers for each of the K, then the log of the mixture. The last layout has rows side by side,
         # where the core takes them side by side.
-        count, batch, classes, *positions = logits.shape
         numbers, dtype = 4 * count + classes, compute_dtype(logits.dtype)
-        if 2 * numbers > count * classes:  # not much less to read than the logits
+        if mix != CONSENSUS or 2 * numbers > count * classes:  # not much less to read than the logits
             return None
         if classes >= 24 and not positions:
             return torch.empty((batch, numbers), dtype=dtype, device="cpu")

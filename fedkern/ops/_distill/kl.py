@@ -5,21 +5,18 @@ The reference is in reference.py, the operators for compilers are in entries.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkern.ops._core import library
-from fedkern.ops._core.backend import compute_dtype, eager, readable, ready
+from fedkern.ops._core.backend import eager, ready
 from fedkern.ops._core.checks import autocast
-from fedkern.ops._core.function import EagerFunction, handed_out, saved_tensors
 from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight, move_classes
 from fedkern.ops._distill.entries import DIVERGENCE, select_at
-from fedkern.ops._distill.kernels import DistillKernels, Divergence, new_call
-from fedkern.ops._distill.reference import FLAT, divergence_reference, result_dtype
-from fedkern.ops._distill.rows import NONE, REDUCTIONS, mean_scale, row_shape
+from fedkern.ops._distill.gradients import DivergenceFunction
+from fedkern.ops._distill.kernels import Divergence, new_call
+from fedkern.ops._distill.reference import FLAT, divergence_reference
 
 
 def kl_div(
@@ -122,9 +119,7 @@ def _dispatch(
         check_logits(names, tensors)
     if type(temperature) is not float or not temperature > 0:
         temperature = check_temperature(temperature)
-    code = REDUCTIONS.get(reduction) if type(reduction) is str else None
-    if code is None:
-        code = check_reduction(reduction)
+    code = check_reduction(reduction)
     if weight is not None:
         weight = check_weight(weight, student, torch.float32)
         tensors = (*tensors, weight)
@@ -140,100 +135,5 @@ def _dispatch(
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:
-                return _Divergence.call((kernel, call), *tensors)
+                return DivergenceFunction.call((kernel, call), *call[:4])
     return kernel.divergence_forward(call)
-
-
-class _Divergence(EagerFunction):
-    """kl_div and dual_kl with their gradients for eager calls.
-
-    Where the kernel is ``fused``, the forward pass also computes the gradients for a grad_output of 1, while the row is
-    cached. With reduction "none", whose grad_output is rarely 1, and where the kernel is not fused, the backward pass
-    computes them from the logits, and from what the forward pass kept.
-
-    The tensors and their gradients are (student, [other], teacher, [weight]).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, how: tuple[DistillKernels, Divergence], *tensors: Tensor) -> Tensor:
-        kernel, call = how
-        student, other, teacher, weight, _, _, reduction = call
-        dual = other is not None
-        ctx.how = kernel, call[4:], dual  # without tensors, which autograd keeps
-        recompute = reduction == NONE or not kernel.fused
-        needs = ctx.needs_input_grad[1:]
-        if not recompute and weight is None:
-            # The general case below without its lists and loops, whose time shows at 64 rows.
-            to_student = kernel.empty_gradient(tensors[0]) if needs[0] else None
-            to_teacher = kernel.empty_gradient(teacher) if needs[-1] else None
-            to_other = None
-            if dual:
-                to_other = kernel.empty_gradient(tensors[1]) if needs[1] else None
-                ctx.save_for_backward(student, other, teacher, to_student, to_other, to_teacher)
-            else:
-                ctx.save_for_backward(student, teacher, to_student, to_teacher)
-            return kernel.divergence_forward(call, (to_student, to_other, to_teacher))
-        if recompute:
-            to_weight = weight is not None and needs[-1]
-            statistics = None if to_weight else kernel.divergence_statistics(call)
-            ctx.save_for_backward(*tensors, statistics)
-            return kernel.divergence_forward(call, statistics=statistics)
-        logits = 3 if dual else 2
-        gradients = [
-            kernel.empty_gradient(x) if need else None for x, need in zip(tensors[:logits], needs, strict=False)
-        ]
-        raw = None
-        if weight is not None:
-            if needs[logits]:
-                dtype = compute_dtype(result_dtype(student, other, teacher))
-                raw = torch.empty(row_shape(teacher), dtype=dtype, device=teacher.device)
-            gradients.append(raw)
-        to_other = gradients[1] if dual else None
-        ctx.save_for_backward(*tensors, *gradients)
-        return kernel.divergence_forward(call, (gradients[0], to_other, gradients[logits - 1]), raw)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = saved_tensors(ctx)
-        count = len(ctx.needs_input_grad) - 1
-        if not readable(grad):
-            return (None, *_backward_through_graph(ctx, saved[:count], grad))
-        kernel, (_, _, reduction), dual = ctx.how
-        if reduction == NONE or not kernel.fused:
-            return (None, *_backward_from_logits(ctx, saved[:count], grad, saved[count]))
-        gradients = kernel.scaled(saved[count:], grad)
-        if gradients is None:
-            return (None, *_backward_from_logits(ctx, saved[:count], grad))
-        logits = 3 if dual else 2
-        if count > logits and gradients[logits] is not None:
-            scaled = gradients[logits] * mean_scale(saved[0], reduction)
-            gradients = (*gradients[:logits], scaled.to(saved[logits].dtype))
-        return (None, *handed_out(gradients, saved[count:]))
-
-
-def _spread(tensors: Sequence[Tensor], dual: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """(student, [other], teacher, [weight]) as four, with None for a missing one."""
-    logits = 3 if dual else 2
-    weight = tensors[logits] if len(tensors) > logits else None
-    return tensors[0], tensors[1] if dual else None, tensors[logits - 1], weight
-
-
-def _backward_through_graph(ctx: Any, tensors: Sequence[Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the reference with a graph of their own, to be differentiated again or mapped over."""
-    _, settings, dual = ctx.how
-
-    def reference(*inputs: Tensor) -> Tensor:
-        return divergence_reference(*_spread(inputs, dual), *settings)
-
-    return library.differentiate_reference(reference, tensors, ctx.needs_input_grad[1:], grad)
-
-
-def _backward_from_logits(
-    ctx: Any, tensors: Sequence[Tensor], grad: Tensor, statistics: Tensor | None = None
-) -> tuple[Tensor | None, ...]:
-    kernel, settings, dual = ctx.how
-    call = Divergence(*_spread(tensors, dual), *settings)
-    weighted, needs = call.weight is not None, ctx.needs_input_grad[1:]
-    full = (needs[0], dual and needs[1], needs[2 if dual else 1], weighted and needs[-1])
-    gradients = kernel.divergence_backward((grad,), call, full, statistics)
-    return tuple(x for x, present in zip(gradients, (True, dual, True, weighted), strict=True) if present)

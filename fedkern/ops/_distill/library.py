@@ -1,7 +1,7 @@
 """torch.library entries of losses on rows of logits: one scheme for all of them.
 
-Each loss becomes two operators, the loss and its gradients: one graph node each under torch.compile. Second derivatives
-go through the reference. Batching rules fold the mapped axis into the batch.
+Each loss becomes two operators, the loss and its gradients: one graph node each under torch.compile. Recorded backward
+passes go through the reference.
 """
 
 from __future__ import annotations
@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import library
-from fedkern.ops._distill.rows import NONE, REDUCTIONS, reduce_mapped, spread_mapped
+from fedkern.ops._core.function import Context
+from fedkern.ops._core.private_torch import functorch_active
+from fedkern.ops._distill.reference import reduce_rows
+from fedkern.ops._distill.rows import NONE, REDUCTIONS
 
-Optionals = tuple[Any, ...]  # tensors, and None where an optional one was not given
+Optionals = Sequence[Any]  # tensors, and None where an optional one was not given
+
+
+Reference = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,13 @@ class Loss:
         differentiable: number of tensor arguments, from the first on, that have gradients.
         settings: the other arguments with their types; the last one is the reduction.
         results: number of results.
-        stacked: for each tensor that folds, whether its batch is axis 1, as of ``[K, B, C, *positions]``, and not 0.
+        axes: each tensor's axis of the batch, such as 1 of ``[K, B, C, *positions]``; None for one without.
         call: tensors and settings to the call that kernels take.
         kernel: (call) to the kernel that serves, or None: the reference does.
         method: the kernel's methods are ``<method>_forward`` and ``<method>_backward``.
         skips: tensors at the beginning of the call that the operator has not.
         reference: the loss in plain PyTorch, with tensors and settings as separate arguments.
         dtype: (tensors) to the dtype of the results.
-        fold: as :func:`fold_tensors`, for tensors that do not all fold alike.
     """
 
     name: str
@@ -44,42 +49,38 @@ class Loss:
     differentiable: int
     settings: tuple[str, ...]
     results: int
-    stacked: tuple[bool, ...]
+    axes: tuple[int | None, ...]
     call: Callable[..., Any]
     kernel: Callable[[Any], Any]
     method: str
-    reference: Callable[..., Any]
+    reference: Reference
     dtype: Callable[[Optionals], torch.dtype]
-    fold: Callable[[Loss, Optionals, Sequence[int | None], int], Optionals] | None = None
     skips: int = 0
 
     def rows(self, tensors: Optionals) -> tuple[int, ...]:
         """``[B, *positions]``."""
-        shape = tensors[0].shape[1:] if self.stacked[0] else tensors[0].shape
+        shape = tensors[0].shape[1:] if self.axes[0] else tensors[0].shape
         return (shape[0], *shape[2:])
 
 
 def define(loss: Loss) -> Callable[..., Any]:
     """Registers the operators of ``loss``; returns the function that calls the loss."""
-    count, differentiable = len(loss.tensors), loss.differentiable
+    count, differentiable, results = len(loss.tensors), loss.differentiable, loss.results
     named = [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors]
     # A temperature travels as a tensor under a compiler, which would compile every number anew.
     heated = loss.settings[0] == "float temperature"
-    arguments = ", ".join([*named, *(["Tensor? heat"] if heated else []), *loss.settings])
-    # One gradient alone is always wanted.
-    flags = [f"bool need_{name.rstrip('?')}" for name in loss.tensors[:differentiable]] if differentiable > 1 else []
-    grads_arguments = ", ".join(f"Tensor grad{i}" for i in range(loss.results))
-    result = "Tensor" if loss.results == 1 else f"({', '.join(['Tensor'] * loss.results)})"
-    results, fold = loss.results, loss.fold or fold_tensors
+    arguments = [*named, *(["Tensor? heat"] if heated else []), *loss.settings]
+    flags = [f"bool need_{name.rstrip('?')}" for name in loss.tensors[:differentiable]]
 
-    def many(value: Any) -> tuple[Tensor, ...]:
-        return (value,) if results == 1 else tuple(value)
+    def schema(parameters: Sequence[str], returns: int) -> str:
+        return f"({', '.join(parameters)}) -> ({', '.join(['Tensor'] * returns)})"
 
-    def one(values: Sequence[Any]) -> Any:
-        return values[0] if results == 1 else tuple(values)
+    def packed(values: Sequence[Any]) -> Any:
+        """An operator's results: one alone is no tuple."""
+        return values[0] if len(values) == 1 else tuple(values)
 
     def check(tensors: Optionals, reduction: int, grads: Sequence[Tensor] = ()) -> None:
-        """Of what programs that call the operators themselves may get wrong, what no kernel sees."""
+        """Check what no kernel sees, for programs that call the operators themselves."""
         if reduction not in REDUCTIONS.values():
             raise ValueError(f"reduction must be one of {REDUCTIONS}, but is {reduction}")
         for name, tensor in zip(loss.tensors, tensors, strict=True):
@@ -97,10 +98,10 @@ def define(loss: Loss) -> Callable[..., Any]:
         heat, temperature, *rest = settings
         return (temperature if heat is None else heat.item(), *rest)
 
-    def reference(*inputs: Any) -> Any:
+    def reference(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         return loss.reference(*inputs[:count], *plain(inputs[count:]))
 
-    def run(*inputs: Any) -> Any:
+    def run(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         tensors, settings = inputs[:count], plain(inputs[count:])
         check(tensors, settings[-1])
         call = loss.call(*tensors, *settings)
@@ -109,158 +110,127 @@ def define(loss: Loss) -> Callable[..., Any]:
             return loss.reference(*tensors, *settings)
         return getattr(kernel, f"{loss.method}_forward")(call)
 
-    def fake(*inputs: Any) -> Any:
+    def fake(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         tensors = inputs[:count]
         shape = loss.rows(tensors) if inputs[-1] == NONE else ()
-        return one([torch.empty(shape, dtype=loss.dtype(tensors), device=tensors[0].device) for _ in range(results)])
+        return packed([torch.empty(shape, dtype=loss.dtype(tensors), device=tensors[0].device) for _ in range(results)])
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup(ctx: Context, inputs: tuple[Any, ...], output: object) -> None:
         ctx.save_for_backward(*inputs[:count])
         ctx.settings = inputs[count:]
 
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = [bool(need) for need in ctx.needs_input_grad[:differentiable]]
-        gradients = gradients_of(*grads, *ctx.saved_tensors, *ctx.settings, *needs[: len(flags)])
+        gradients = gradients_of(*grads, *ctx.saved_tensors, *ctx.settings, *needs)
         gradients = (gradients,) if differentiable == 1 else gradients
-        outputs = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+        outputs = (g if need else None for g, need in zip(gradients, needs, strict=True))
         return (*outputs, *[None] * (count - differentiable + len(ctx.settings)))
 
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        size, *settings, reduction = (info.batch_size, *inputs[count:])
-        folded = fold(loss, inputs[:count], in_dims[:count], size)
-        rows = many(value_of(*folded, *settings, NONE))
-        reduced = [reduce_mapped(x.unflatten(0, (size, x.shape[0] // size)), reduction) for x in rows]
-        return one(reduced), one([0] * results)
+    def vmap(info: library.Mapped, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        *settings, reduction = inputs[count:]
+        folded = fold_tensors(inputs, in_dims, loss.axes, info.batch_size)
+        rows = value_of(*folded, *settings, NONE)
+        rows = [unfold_batch(x, 0, info.batch_size) for x in ((rows,) if results == 1 else rows)]
+        return packed([torch.vmap(lambda x: reduce_rows(x, None, reduction))(x) for x in rows]), packed([0] * results)
 
-    def split(inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any], Sequence[Any]]:
+    def split(inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Optionals, Sequence[Any], Sequence[bool]]:
         """(grads, tensors, settings, needs)"""
-        rest = inputs[results + count :]
-        settings, needs = (rest[:-differentiable], rest[-differentiable:]) if flags else (rest, (True,))
-        return inputs[:results], inputs[results : results + count], settings, needs
+        grads, tensors = inputs[:results], tuple(inputs[results : results + count])
+        return grads, tensors, inputs[results + count : -differentiable], inputs[-differentiable:]
 
-    def run_backward(*inputs: Any) -> Any:
+    def run_backward(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         grads, tensors, settings, needs = split(inputs)
-        check(tuple(tensors), settings[-1], grads)
-        settings = plain(settings)
+        check(tensors, settings[-1], grads)
+        settings, inner = plain(settings), tensors[:differentiable]
         call = loss.call(*tensors, *settings)
         kernel = loss.kernel(call)
         if kernel is None:
-            gradients = reference_gradients(loss.reference, grads, tensors, settings, needs)
+            rest = (*tensors[differentiable:], *settings)
+            gradients = library.differentiate_reference(
+                lambda *tensors: loss.reference(*tensors, *rest), inner, needs, grads, twice=False
+            )
         else:
             padded = (*[False] * loss.skips, *needs, False)
             gradients = getattr(kernel, f"{loss.method}_backward")(grads, call, padded)[loss.skips :][:differentiable]
-        outputs = place(gradients, tensors[:differentiable], needs)
-        return outputs[0] if differentiable == 1 else outputs
+        return packed(place(gradients, inner, needs))
 
-    def fake_backward(*inputs: Any) -> Any:
+    def fake_backward(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         _, tensors, _, needs = split(inputs)
-        outputs = place([None] * differentiable, tensors[:differentiable], needs)
-        return outputs[0] if differentiable == 1 else outputs
+        return packed(place([None] * differentiable, tensors[:differentiable], needs))
 
-    def setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_second(ctx: Context, inputs: tuple[Any, ...], output: object) -> None:
         ctx.save_for_backward(*inputs[: results + count])
-        _, _, ctx.settings, ctx.needs = split(inputs)
+        ctx.settings = split(inputs)[2:]
 
-    def second(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        def value(*tensors: Any) -> Any:
-            return reference(*tensors, *ctx.settings)
-
-        back = library.second_derivative(value, results, ctx.saved_tensors, ctx.needs, cotangents)
-        return (*back, *[None] * (len(ctx.settings) + len(flags)))
-
-    def vmap_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        size = info.batch_size
-        grads, tensors, settings, needs = split(inputs)
-        folded = fold(loss, tuple(tensors), in_dims[results : results + count], size)
-        rows = loss.rows(folded)
-        rows = (rows[0] // size, *rows[1:])
-        spread = [spread_mapped(g, d, size, rows, settings[-1]) for g, d in zip(grads, in_dims, strict=False)]
-        gradients = gradients_of(*spread, *folded, *settings[:-1], NONE, *needs[: len(flags)])
-        gradients = (gradients,) if differentiable == 1 else gradients
-        back = tuple(
-            g if not need else unfold_stack(g, size) if stacked else g.unflatten(0, (size, len(g) // size))
-            for g, need, stacked in zip(gradients, needs, loss.stacked, strict=True)
+    def second(ctx: Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        settings, needs = ctx.settings
+        back = library.second_derivative(
+            lambda *tensors: reference(*tensors, *settings), results, ctx.saved_tensors, needs, cotangents
         )
-        dims = tuple(0 if need else None for need in needs)
-        return (back[0], dims[0]) if differentiable == 1 else (back, dims)
+        return (*back, *[None] * (len(settings) + differentiable))
+
+    def vmap_backward(info: library.Mapped, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        """The rule where each row has a loss of its own, as under all transforms."""
+        _, _, settings, needs = split(inputs)
+        folded = fold_tensors(inputs, in_dims, (*[0] * results, *loss.axes), info.batch_size)
+        gradients = gradients_of(*folded, *settings, *needs)
+        gradients = (gradients,) if differentiable == 1 else gradients
+        back = [
+            unfold_batch(gradient, axis, info.batch_size) if need and axis is not None else gradient
+            for gradient, axis, need in zip(gradients, loss.axes, needs, strict=False)
+        ]
+        return packed(back), packed([0 if need else None for need in needs])
 
     value_of = library.register(
-        loss.name, f"({arguments}) -> {result}", run, fake=fake, setup_context=setup, backward=backward, vmap=vmap,
-        reference=reference,
+        loss.name, schema(arguments, results), run, fake=fake, setup_context=setup, backward=backward,
+        vmap=vmap, reference=reference,
     )  # fmt: skip
+    parameters = [*(f"Tensor grad{i}" for i in range(results)), *arguments, *flags]
     gradients_of = library.register(
-        f"{loss.name}_backward",
-        f"({', '.join([grads_arguments, arguments, *flags])}) -> "
-        + ("Tensor" if differentiable == 1 else f"({', '.join(['Tensor'] * differentiable)})"),
-        run_backward,
-        fake=fake_backward,
-        setup_context=setup_second,
-        backward=second,
-        vmap=vmap_backward,
-    )
-    if not heated:
-        return value_of
+        f"{loss.name}_backward", schema(parameters, differentiable), run_backward, fake=fake_backward,
+        setup_context=setup_second, backward=second, vmap=vmap_backward,
+    )  # fmt: skip
 
-    def call(*inputs: Any) -> Any:
-        tensors, temperature, rest = inputs[:count], inputs[count], inputs[count + 1 :]
+    def call(*inputs: Any) -> object:
+        tensors, settings, reduction = inputs[:count], inputs[count:-1], inputs[-1]
         if torch.compiler.is_compiling():
-            return value_of(*tensors, library.number_tensor(temperature), 1.0, *rest)
-        return value_of(*tensors, None, temperature, *rest)
+            if heated:
+                settings = (library.number_tensor(settings[0]), 1.0, *settings[1:])
+            return value_of(*tensors, *settings, reduction)
+        if heated:
+            settings = (None, *settings)
+        if not functorch_active():
+            return value_of(*tensors, *settings, reduction)
+        rows = value_of(*tensors, *settings, NONE)
+        return packed([reduce_rows(x, None, reduction) for x in ((rows,) if results == 1 else rows)])
 
     return call
 
 
-def place(gradients: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+def fold_tensors(
+    tensors: Optionals, dims: Sequence[int | None], axes: Sequence[int | None], count: int
+) -> list[Tensor | None]:
+    """The tensors of ``count`` mapped calls as one call's, whose batch holds the batches of all."""
+    folded = []
+    for x, dim, axis in zip(tensors, dims, axes, strict=False):
+        if x is not None and axis is not None:
+            x = library.mapped_first(x, dim, count).movedim(0, axis).flatten(axis, axis + 1)
+        folded.append(x)
+    return folded
+
+
+def unfold_batch(x: Tensor, axis: int, count: int) -> Tensor:
+    """``[count, ...]``: the parts of a result of ``count`` mapped calls."""
+    return x.unflatten(axis, (count, x.shape[axis] // count)).movedim(axis, 0)
+
+
+def place(gradients: Sequence[Tensor | None], inputs: Optionals, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """Results of a gradient operator, in the inputs' layout.
 
     An empty tensor where no gradient is wanted.
     """
     device = next(t.device for t in inputs if t is not None)
     return tuple(
-        torch.empty(0, device=device)
-        if x is None or not need
-        else library.laid_out(None if gradient is None else gradient.detach(), torch.empty_like(x))
+        torch.empty(0, device=device) if x is None or not need else library.laid_out(gradient, torch.empty_like(x))
         for gradient, x, need in zip(gradients, inputs, needs, strict=True)
     )
-
-
-def reference_gradients(
-    loss_reference: Callable[..., Any],
-    grads: Sequence[Tensor],
-    tensors: Sequence[Tensor | None],
-    settings: Sequence[Any],
-    needs: Sequence[bool],
-    *,
-    graph: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """The reference's gradients of the first ``len(needs)`` tensors.
-
-    ``graph``: with a graph of their own.
-    """
-    inputs, others = list(tensors[: len(needs)]), tensors[len(needs) :]
-    if not graph:
-        inputs = [
-            x if x is None else x.detach().requires_grad_(bool(need)) for x, need in zip(inputs, needs, strict=True)
-        ]
-    each = library.differentiate_reference(lambda *xs: loss_reference(*xs, *others, *settings), inputs, needs, grads)
-    return tuple(x if x is None or graph else x.detach() for x in each)
-
-
-def fold_rows(x: Tensor | None, axis: int | None, count: int) -> Tensor | None:
-    """``[B, ...]`` of every call as ``[V * B, ...]``."""
-    return None if x is None else library.fold_mapped(x, axis, count)
-
-
-def fold_stack(x: Tensor | None, axis: int | None, count: int) -> Tensor | None:
-    """``[K, B, ...]`` of every call as ``[K, V * B, ...]``."""
-    return None if x is None else library.mapped_first(x, axis, count).transpose(0, 1).flatten(1, 2)
-
-
-def fold_tensors(loss: Loss, tensors: Optionals, axes: Sequence[int | None], count: int) -> Optionals:
-    """``tensors`` of ``count`` mapped calls as one call's, whose batch holds the batches of all."""
-    folds = [fold_stack if stacked else fold_rows for stacked in loss.stacked]
-    return tuple(fold(x, axis, count) for fold, x, axis in zip(folds, tensors, axes, strict=True))
-
-
-def unfold_stack(x: Tensor, count: int) -> Tensor:
-    return x.unflatten(1, (count, x.shape[1] // count)).transpose(0, 1)

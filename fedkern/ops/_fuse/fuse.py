@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 from fedkern.ops._core import backend
 from fedkern.ops._core.backend import eager, readable, ready, select
 from fedkern.ops._core.checks import check_device, check_floating
-from fedkern.ops._core.function import EagerFunction, saved_tensors
-from fedkern.ops._core.private_torch import functorch_active
+from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
 from fedkern.ops._fuse.kernels import FuseKernels
 from fedkern.ops._fuse.library import FUSE
 from fedkern.ops._fuse.maps import wants_channels_last
@@ -94,10 +93,6 @@ def _dispatch(
     else:
         reference = fuse_mean_reference if mean else fuse_concat_reference
         if not eager(*features, *[vector for vector in (scale, shift) if vector is not None]):
-            if not torch.compiler.is_compiling() and functorch_active():
-                # The operator has no batching rule for a list of mapped tensors; the reference's operations have one.
-                backend.only_reference(operator, "torch.func transforms")
-                return reference(features, scale, shift, relu)
             return FUSE(list(features), scale, shift, relu, mean)
         kernel = select(operator, *features)
         if kernel is None:
@@ -162,7 +157,7 @@ class _Fuse(EagerFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[FuseKernels, FuseCall], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Context, how: tuple[FuseKernels, FuseCall], *tensors: Tensor) -> Tensor:
         kernel, call = how
         scale, shift, relu, mean, channels, _ = call
         features = tensors[: len(channels)]
@@ -183,7 +178,7 @@ class _Fuse(EagerFunction):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         kernel, settings, saves, learned_scale, learned_shift = ctx.settings
         _, mean, channels, last = settings
         scale, shift, out, *features = saved_tensors(ctx) if saves else (None, None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class FuseKernels(Launcher):
         views: whether gradients that are parts of the result's gradient are handed out as views of it.
     """
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
         self.views = not self.gpu
         self._forward, self._backward = core.fuse_forward, core.fuse_backward

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend, library
+from fedkern.ops._core.function import Context
 from fedkern.ops._fuse.maps import empty_map, order_of, wants_channels_last
 from fedkern.ops._fuse.reference import FuseCall, fuse_backward_reference, fuse_concat_reference, fuse_mean_reference
+
+Inputs = tuple[list[Tensor], Tensor | None, Tensor | None, bool, bool]
 
 
 def _reference(features: list[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:
@@ -36,22 +39,27 @@ def _fake(features: list[Tensor], scale: Tensor | None, shift: Tensor | None, re
     return empty_map((first.shape[0], channels, *first.shape[2:]), wants_channels_last(features), first)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Context, inputs: Inputs, output: Tensor) -> None:
     features, scale, shift, relu, mean = inputs
-    need_scale = scale is not None and scale.requires_grad
-    by_features = need_scale or (relu and mean)
+    needs = (
+        [x.requires_grad for x in features],
+        scale is not None and scale.requires_grad,
+        shift is not None and shift.requires_grad,
+    )
+    by_features = needs[1] or (relu and mean)
     ctx.save_for_backward(scale, shift, None if by_features or not relu else output, *(features if by_features else ()))
-    ctx.relu, ctx.mean, ctx.channels = relu, mean, [x.shape[1] for x in features]
-    ctx.need_features = [x.requires_grad for x in features]
-    ctx.need_scale, ctx.need_shift = need_scale, shift is not None and shift.requires_grad
+    ctx.settings = (relu, mean, [x.shape[1] for x in features]), needs
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Context, grad: Tensor) -> tuple[list[Tensor | None] | Tensor | None, ...]:
     scale, shift, out, *features = ctx.saved_tensors
-    settings = (ctx.relu, ctx.mean, ctx.channels, ctx.need_features, ctx.need_scale, ctx.need_shift)
-    maps, to_scale, to_shift = FUSE_BACKWARD(grad, features, out, scale, shift, *settings)
-    chosen = [x if need else None for x, need in zip(maps, ctx.need_features, strict=True)]
-    return chosen, to_scale if ctx.need_scale else None, to_shift if ctx.need_shift else None, None, None
+    (relu, mean, channels), needs = ctx.settings
+    if torch.is_grad_enabled():  # create_graph=True
+        call = FuseCall(scale, shift, relu, mean, channels, False)
+        return (*fuse_backward_reference(grad, features or None, out, call, needs), None, None)
+    maps, to_scale, to_shift = FUSE_BACKWARD(grad, features, out, scale, shift, relu, mean, channels, *needs)
+    chosen = [x if need else None for x, need in zip(maps, needs[0], strict=True)]
+    return chosen, to_scale if needs[1] else None, to_shift if needs[2] else None, None, None
 
 
 def _backward_implementation(
@@ -83,37 +91,6 @@ def _backward_fake(
     return maps, to_scale, to_shift
 
 
-def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grad, features, out, scale, shift, *settings = inputs
-    ctx.save_for_backward(grad, out, scale, shift, *features)
-    ctx.settings = settings
-    ctx.needs_second = [x is not None and x.requires_grad for x in (grad, scale, shift, *features)]
-
-
-def _second_derivative(ctx: Any, to_maps: list[Tensor], to_scale: Tensor, to_shift: Tensor) -> tuple[Any, ...]:
-    """The derivative of the gradients, through plain PyTorch."""
-    grad, out, scale, shift, *features = ctx.saved_tensors
-    relu, mean, channels, need_features, need_scale, need_shift = ctx.settings
-    needs = (need_features, need_scale, need_shift)
-    count = len(features)
-
-    def gradients(grad: Tensor, scale: Tensor | None, shift: Tensor | None, *features: Tensor) -> Tensor:
-        call = FuseCall(scale, shift, relu, mean, channels, False)
-        maps, by_scale, by_shift = fuse_backward_reference(grad, features or None, out, call, needs)
-        total = grad.new_zeros((), dtype=torch.float64)
-        for x, seed in (*zip(maps, to_maps, strict=True), (by_scale, to_scale), (by_shift, to_shift)):
-            if x is not None and seed is not None:
-                total = total + (x.double() * seed.double()).sum()
-        return total
-
-    inputs = (grad, scale, shift, *features)
-    one = torch.ones((), dtype=torch.float64, device=grad.device)
-    by_grad, by_scale, by_shift, *by_features = library.differentiate_reference(
-        gradients, inputs, ctx.needs_second, one
-    )
-    return (by_grad, by_features if count else [], None, by_scale, by_shift, *[None] * 6)
-
-
 FUSE: Callable[..., Any] = library.register(
     "fuse", "(Tensor[] features, Tensor? scale, Tensor? shift, bool relu, bool mean) -> Tensor", _implementation,
     fake=_fake, setup_context=_setup_context, backward=_backward, reference=_reference,
@@ -124,6 +101,4 @@ FUSE_BACKWARD: Callable[..., Any] = library.register(
     "SymInt[] channels, bool[] need_features, bool need_scale, bool need_shift) -> (Tensor[], Tensor, Tensor)",
     _backward_implementation,
     fake=_backward_fake,
-    setup_context=_setup_second,
-    backward=_second_derivative,
 )

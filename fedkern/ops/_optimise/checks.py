@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,9 @@ def check_like(tensor: Tensor, name: str, parameters: Tensor, *, shared: bool = 
     check_device(tensor, name, parameters, "parameters")
 
 
-def check_lr(lr: Any, parameters: Tensor, *, known: bool = True) -> float | list[float] | Tensor:
+def check_lr(
+    lr: float | Sequence[float] | Tensor, parameters: Tensor, *, known: bool = True
+) -> float | list[float] | Tensor:
     """Returns one learning rate for all rows, or one per row: a list, or an unchecked fp64 tensor.
 
     A tensor comes back as ``[M]`` from a GPU, and of any shape where its values are not ``known``: under
@@ -69,7 +70,7 @@ def _each(parameters: Tensor) -> str:
     return f", or one for each of the {parameters.shape[0]} rows" if parameters.dim() == 2 else ""
 
 
-def check_betas(betas: Any) -> tuple[float, float]:
+def check_betas(betas: Sequence[float]) -> tuple[float, float]:
     """Returns the decay rates of AdamW's two moments, each in [0, 1)."""
     if isinstance(betas, (str, bytes, bytearray)) or not isinstance(betas, Sequence) or len(betas) != 2:
         kind = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else type(betas).__name__

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Call(NamedTuple):
 class OptimiseKernels(Launcher):
     """sgd_step and adamw_step of a compiled core."""
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
         # For empty_like, which takes two thirds of the time of empty(()).
         self._finite, self._squared = (_empty((), dtype=kind, device="cpu") for kind in (torch.bool, torch.float64))

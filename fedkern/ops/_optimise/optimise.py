@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_count, check_flag, check_number, no_vmap, refuse_gradient, written
+from fedkern.ops._core.checks import check_count, check_flag, check_number, refuse_gradient, written
 from fedkern.ops._optimise.checks import check_betas, check_like, check_lr, check_memory, check_parameters
 from fedkern.ops._optimise.kernels import AdamW, Call, OptimiseKernels
 from fedkern.ops._optimise.reference import optimise_reference
@@ -182,7 +182,7 @@ def adamw_step(
     return _take("adamw_step", call, 0.0, {}, adamw)
 
 
-def _numbers(betas: Any, step: int, eps: float) -> AdamW | None:
+def _numbers(betas: Sequence[float], step: int, eps: float) -> AdamW | None:
     """AdamW's numbers for a step.
 
     None if ``betas`` must be checked first.
@@ -291,7 +291,7 @@ _operators = [
         "Tensor? correction, Tensor(d!)? gradient_sum, Tensor lr, Tensor settings, SymInt? step) -> (Tensor, Tensor)",
         functools.partial(_implementation, bool(zero)),
         fake=_fake,
-        vmap=no_vmap("sgd_step or adamw_step"),
+        public="sgd_step or adamw_step",
     )
     for zero, (name, alias) in enumerate((("optimiser_step", ""), ("optimiser_step_and_zero", "(e!)")))
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.ops._core.backend import select
 from fedkern.ops._distill.ensemble_reference import js_reference
+from fedkern.ops._distill.kernels import CONSENSUS
 from python_tests.ops._distill.ensemble_cases import AGREEMENTS, logits, run_agreement
 from python_tests.ops.operator_cases import BACKENDS, KERNELS, backends, describe, using
 
@@ -104,7 +105,7 @@ def test_gradients_from_what_consensus_kept(name: str, dtype: torch.dtype) -> No
             x.requires_grad_()
             with using(name):
                 kernel = select("consensus", x)
-                assert kernel.consensus_statistics(x) is not None
+                assert kernel.stack_statistics(x, CONSENSUS) is not None
                 torch.set_num_threads(1)
                 got = gradient(x)
                 torch.set_num_threads(2)

@@ -1,0 +1,159 @@
+"""Autograd functions of the distill family: kl_div, dual_kl and entropy, and the losses on K teachers' logits.
+
+Where the kernel is ``fused``, the forward pass also computes the gradients for a grad_output of 1, while the row is
+cached. With reduction "none", whose grad_output is rarely 1, and where the kernel is not fused, the backward pass
+computes them from the logits, and from what the forward pass kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedkern.ops._core.backend import DTYPES, compute_dtype, readable
+from fedkern.ops._core.function import Context, EagerFunction, handed_out, saved_tensors
+from fedkern.ops._core.library import differentiate_reference
+from fedkern.ops._distill.checks import spread_weights
+from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
+from fedkern.ops._distill.kernels import CONSENSUS, JS, DistillKernels, Divergence, Ensemble
+from fedkern.ops._distill.reference import divergence_reference, entropy_rows_reference, result_dtype
+from fedkern.ops._distill.rows import NONE, mean_scale, row_shape
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class DivergenceFunction(EagerFunction):
+    """kl_div, dual_kl and entropy, on the tensors of a :class:`Divergence`."""
+
+    @staticmethod
+    def forward(
+        ctx: Context,
+        how: tuple[DistillKernels, Divergence],
+        student: Tensor | None,
+        other: Tensor | None,
+        teacher: Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:
+        kernel, call = how
+        ctx.settings = kernel, call[4:]  # without tensors, which autograd keeps
+        _, need_student, need_other, need_teacher, need_weight = ctx.needs_input_grad
+        if call.reduction == NONE or not kernel.fused:
+            statistics = None if need_weight else kernel.divergence_statistics(call)
+            ctx.save_for_backward(student, other, teacher, weight, statistics)
+            return kernel.divergence_forward(call, statistics=statistics)
+        # One by one: the time of a loop shows at 64 rows.
+        to_student = kernel.empty_gradient(student) if need_student and student is not None else None
+        to_other = kernel.empty_gradient(other) if need_other and other is not None else None
+        to_teacher = kernel.empty_gradient(teacher) if need_teacher else None
+        losses = None
+        if need_weight:
+            dtype = compute_dtype(result_dtype(student, other, teacher))
+            losses = torch.empty(row_shape(teacher), dtype=dtype, device=teacher.device)
+        ctx.save_for_backward(student, other, teacher, weight, None, to_student, to_other, to_teacher, losses)
+        return kernel.divergence_forward(call, (to_student, to_other, to_teacher), losses)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
+        student, other, teacher, weight, statistics, *taken = saved_tensors(ctx)
+        kernel, settings = ctx.settings
+        needs = ctx.needs_input_grad[1:]
+        if not readable(grad):
+            tensors = (student, other, teacher, weight)
+            return (None, *differentiate_reference(lambda *some: _divergence(*some, *settings), tensors, needs, grad))
+        if taken and (scaled := kernel.scaled(tuple(taken), grad)) is not None:
+            *gradients, losses = handed_out(scaled, taken)
+            to_weight = None if losses is None else (losses * mean_scale(teacher, settings[-1])).to(weight.dtype)
+            return (None, *gradients, to_weight)
+        call = Divergence(student, other, teacher, weight, *settings)
+        return (None, *kernel.divergence_backward((grad,), call, needs, statistics))
+
+
+class EnsembleFunction(EagerFunction):
+    """ensemble_kl, js_div and consensus, on the tensors of an :class:`Ensemble`.
+
+    If weights require a gradient, all gradients are computed in the backward pass; of consensus always: only there are
+    both grad_outputs known.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Context,
+        how: tuple[DistillKernels, Ensemble],
+        student: Tensor | None,
+        teachers: Tensor,
+        weights: Tensor | None,
+        class_mask: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        kernel, call = how
+        ctx.settings = kernel, call[4:]  # without tensors, which autograd keeps
+        if call.mix == CONSENSUS:
+            ctx.set_materialize_grads(False)
+        need_student, need_teachers, need_weights = needs = ctx.needs_input_grad[1:4]
+        if call.reduction == NONE or call.mix == CONSENSUS or not kernel.ensemble_fused(student, needs):
+            keeps = student is None and not need_weights
+            statistics = kernel.stack_statistics(teachers, call.mix) if keeps else None
+            ctx.save_for_backward(student, teachers, weights, class_mask, statistics)
+            return kernel.ensemble_forward(call, statistics=statistics)
+        to_student = kernel.empty_gradient(student) if need_student and student is not None else None
+        to_teachers = kernel.empty_gradient(teachers) if need_teachers else None
+        ctx.save_for_backward(student, teachers, weights, class_mask, None, to_student, to_teachers)
+        return kernel.ensemble_forward(call, (to_student, to_teachers, None))
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor | None) -> Gradients:
+        student, teachers, weights, class_mask, statistics, *taken = saved_tensors(ctx)
+        kernel, settings = ctx.settings
+        needs = ctx.needs_input_grad[1:4]
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * 5
+        is_plain = all(map(readable, given))
+        results = [_zero(given[0], is_plain) if grad is None else grad for grad in grads]
+        if not is_plain:
+            rest, tensors = (class_mask, *settings), (student, teachers, weights)
+            gradients = differentiate_reference(lambda *some: _ensemble(*some, *rest), tensors, needs, results)
+            return (None, *gradients, None)
+        if taken and (scaled := kernel.scaled(tuple(taken), results[0])) is not None:
+            return (None, *handed_out(scaled, taken), None, None)
+        call = Ensemble(student, teachers, weights, class_mask, *settings)
+        return (None, *kernel.ensemble_backward(results, call, needs, statistics), None)
+
+
+def _divergence(
+    student: Tensor | None,
+    other: Tensor | None,
+    teacher: Tensor,
+    weight: Tensor | None,
+    temperature: float,
+    reverse: bool,
+    reduction: int,
+) -> Tensor:
+    if student is None:
+        return entropy_rows_reference(teacher, reduction)
+    return divergence_reference(student, other, teacher, weight, temperature, reverse, reduction)
+
+
+def _ensemble(
+    student: Tensor,
+    teachers: Tensor,
+    weights: Tensor | None,
+    class_mask: Tensor | None,
+    temperature: float,
+    mix: int,
+    log_probs: bool,
+    reduction: int,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if mix in (JS, CONSENSUS):
+        return (js_reference if mix == JS else consensus_reference)(teachers, weights, reduction)
+    if weights is not None and weights.dim() == 1:
+        weights = spread_weights(weights, teachers)
+    return ensemble_reference(student, teachers, weights, class_mask, temperature, mix, log_probs, reduction)
+
+
+# Zero grad_outputs for a scalar result that is not used: zeros made by autograd take a microsecond each.
+_ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPES}
+
+
+def _zero(grad: Tensor, is_plain: bool) -> Tensor:
+    """Return zeros for the absent grad_output beside ``grad``, with ``is_plain`` :func:`readable` ones."""
+    return _ZEROS[grad.dtype] if is_plain and grad.dim() == 0 and grad.is_cpu else torch.zeros_like(grad)
