@@ -8,7 +8,6 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 WORD, MESSAGE, TRACEBACK = 1000, 4000, 32_000
 """Most characters shown of a word, a message and a traceback: a name from a file can have any length."""
@@ -101,9 +100,9 @@ class RunFailed(UserError):
 class CodeFailed(RunFailed):
     """Code of a method raised what would otherwise be taken for an error of fedkern or the machine."""
 
-    def __init__(self, where: str, error: BaseException, code: Any) -> None:
-        what = f"{described(error)}{origin(error, code)}"
-        super().__init__(f"{where} failed: {what}; the traceback names the file to mend.")
+    def __init__(self, where: str, error: BaseException, code: object) -> None:
+        description = f"{described(error)}{origin(error, code)}"
+        super().__init__(f"{where} failed: {description}; the traceback names the file to mend.")
         self.traceback = traced(error)
         self.__cause__ = error
 
@@ -118,23 +117,23 @@ class ClientFailed(RunFailed):
     """
 
     def __init__(
-        self, client: int, what: str, traceback: str = "", when: str = "", label: str = "", exit_code: int = 1
+        self, client: int, description: str, traceback: str = "", when: str = "", label: str = "", exit_code: int = 1
     ) -> None:
         way = "; mend the method, or leave such clients out with --on-error skip" if exit_code == 1 else ""
-        super().__init__(f"Client {label or client} failed{f' {when}' if when else ''}: {what}{way}.")
-        self.client, self.what, self.traceback = client, printable(what), printable(traceback, TRACEBACK)
+        super().__init__(f"Client {label or client} failed{f' {when}' if when else ''}: {description}{way}.")
+        self.client, self.what, self.traceback = client, printable(description), printable(traceback, TRACEBACK)
         self.when, self.label, self.exit_code = when, label, exit_code
 
     def __reduce__(self) -> tuple[type, tuple[int, str, str, str, str, int]]:
         return ClientFailed, (self.client, self.what, self.traceback, self.when, self.label, self.exit_code)
 
     @staticmethod
-    def of(client: int, error: BaseException, code: Any) -> ClientFailed:
+    def of(client: int, error: BaseException, code: object) -> ClientFailed:
         """The error of a client whose part of a method, the class ``code``, has raised ``error``."""
         named = told(error)
-        what = (described(error) if named is None else named.rstrip(".")) + origin(error, code)
+        description = (described(error) if named is None else named.rstrip(".")) + origin(error, code)
         trace, exit_code = (traced(error), 1) if named is None else ("", error.exit_code)  # type: ignore[attr-defined]
-        failed = ClientFailed(client, what, trace, exit_code=exit_code)
+        failed = ClientFailed(client, description, trace, exit_code=exit_code)
         failed.__cause__ = error
         return failed
 
@@ -148,7 +147,7 @@ def told(error: BaseException) -> str | None:
     return str(error) if isinstance(error, UserError) and shows(error) else None
 
 
-def origin(error: BaseException, code: Any) -> str:
+def origin(error: BaseException, code: object) -> str:
     """File and line of a class or function at which an exception passed it, as ``" (FILE, line N)"``.
 
     Empty where it did not pass there, and for a :class:`UserError` that fedkern raised: it says itself what is wrong.
@@ -168,8 +167,8 @@ def origin(error: BaseException, code: Any) -> str:
         if not where[0].startswith(("fedkern.", "torch."))
         and not where[1].f_code.co_filename.startswith((installed["stdlib"], installed["purelib"], "<"))
     ]
-    for each in code.__mro__ if isinstance(code, type) else (code,):
-        module_of_code = str(getattr(each, "__module__", None))
+    for owner in code.__mro__ if isinstance(code, type) else (code,):
+        module_of_code = str(getattr(owner, "__module__", None))
         # What a method of fedkern calls of a user, such as the network, is what has to be mended.
         called = outside if module_of_code.startswith("fedkern.") else []
         for module, frame, line in reversed(called or frames):
@@ -179,7 +178,7 @@ def origin(error: BaseException, code: Any) -> str:
 
 
 @contextmanager
-def named(where: str, code: Any) -> Iterator[None]:
+def named(where: str, code: object) -> Iterator[None]:
     """Names the part of a method or data set in whatever its code raises inside.
 
     A UserError keeps its type, and ``where`` comes before its sentence.  Any other ordinary exception gets a note.  An
@@ -249,7 +248,7 @@ def traceback_of(error: BaseException) -> str:
     return str(getattr(error, "traceback", "" if isinstance(error, UserError) else traced(error)))
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A wrong argument in a message: a short value, or its type."""
     try:
         text = repr(value)
@@ -258,25 +257,25 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"an object of type {type(value).__name__}"
 
 
-def quoted(value: Any) -> str:
+def quoted(value: object) -> str:
     """A wrong value of a setting in a message: a word or number in quotes, anything else as :func:`shown`."""
     return f'"{value}"' if isinstance(value, (str, int, float)) else shown(value)
 
 
-def printable(text: str, most: int = MESSAGE) -> str:
+def printable(text: str, limit: int = MESSAGE) -> str:
     """Makes a message safe for a terminal: cuts the middle out of long words and messages, escapes control characters.
 
     Line ends and tabs are kept.  A text of more than ``most`` characters is a long message.
     """
     if len(text) > WORD:
         text = re.sub(rf"\S{{{WORD + 1},}}", lambda word: _cut(word[0], WORD), text)
-        text = _cut(text, most)
+        text = _cut(text, limit)
     return _escape_text(text, "\n\t")
 
 
-def printable_name(text: str, most: int) -> str:
+def printable_name(text: str, limit: int) -> str:
     """A name as one line of at most ``most`` characters: escapes control characters and line ends, cuts the middle."""
-    return _cut(_escape_text(text), most)
+    return _cut(_escape_text(text), limit)
 
 
 def _escape_text(text: str, kept: str = "") -> str:
@@ -285,15 +284,15 @@ def _escape_text(text: str, kept: str = "") -> str:
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
-def _cut(text: str, most: int) -> str:
+def _cut(text: str, limit: int) -> str:
     """Shortens ``text`` to ``most`` characters: three quarters from the beginning, "...", one quarter from the end."""
-    tail = most // 4
-    return text if len(text) <= most else f"{text[: most - tail - 3]}...{text[-tail:]}"
+    tail = limit // 4
+    return text if len(text) <= limit else f"{text[: limit - tail - 3]}...{text[-tail:]}"
 
 
-def first_of(words: Sequence[str], most: int, between: str = ", ") -> str:
+def first_of(words: Sequence[str], limit: int, between: str = ", ") -> str:
     """At most ``most`` of the words, and how many more there are: ``"a, b and 3 more"``."""
-    return between.join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+    return between.join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -137,8 +137,8 @@ class Option:
             if value not in self.choices:
                 raise UserError(f"{self.label} must be {self.range}, not {quoted(value)}.")
             return
-        if self.high is None and (most := self._most(value)) is not None and value > most:
-            raise UserError(f"{self.label} must be at most {most}, not {text}.")
+        if self.high is None and (largest := self._most(value)) is not None and value > largest:
+            raise UserError(f"{self.label} must be at most {largest}, not {text}.")
         bad = (
             value != value
             or (self.low is not None and value < self.low)
@@ -212,9 +212,9 @@ def _declared(cls: Any) -> tuple[Option, ...]:
         raise UserError(f"{cls.__qualname__} declares options: write @dataclass(frozen=True) above the class.")
     fields = [field for field in dataclasses.fields(cls) if "option" in field.metadata]
     options = tuple(field.metadata["option"].named(field.name, cls.label) for field in fields)
-    for each in options:
-        if each.default is not None:
-            each.check(each.default)
+    for entry in options:
+        if entry.default is not None:
+            entry.check(entry.default)
     return options
 
 
@@ -230,13 +230,13 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) 
     Raises:
         UserError: an unknown name or option, an option given twice, or a value of another type or out of range.
     """
-    name, colon, rest = text.strip().partition(":")
+    name, colon, words = text.strip().partition(":")
     if name not in entries:
         raise UserError(f'{flag} must be one of {", ".join(entries)}, not "{name}".{nearest(name, entries)}')
     options = {field.name: field for field in entries[name]}
-    values: dict[str, Value | None] = {key: each.default for key, each in options.items()}
+    values: dict[str, Value | None] = {key: entry.default for key, entry in options.items()}
     seen = set()
-    for word in rest.split(",") if colon else ():
+    for word in words.split(",") if colon else ():
         key, equals, value = (part.strip() for part in word.partition("="))
         if key not in options or not equals:
             has = f"It has {', '.join(options)}." if options else "It has no options."
@@ -248,7 +248,7 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) 
     return name, values
 
 
-def spelled(name: str, options: Mapping[str, Any]) -> str:
+def spelled(name: str, options: Mapping[str, object]) -> str:
     """What :func:`with_options` reads, with all options: the same for every text that means the same."""
     text = ",".join(f"{key}={as_typed(value)}" for key, value in options.items())
     return f"{name}:{text}" if text else name
@@ -257,7 +257,7 @@ def spelled(name: str, options: Mapping[str, Any]) -> str:
 def named_options(flag: str, **options: Option) -> tuple[Option, ...]:
     """The options of a value of ``flag`` such as ``--aggregator trimmed_mean``, which name it in what they refuse."""
     return tuple(
-        dataclasses.replace(each, name=key, label=f'Option "{key}" of {flag}') for key, each in options.items()
+        dataclasses.replace(entry, name=key, label=f'Option "{key}" of {flag}') for key, entry in options.items()
     )
 
 

@@ -55,9 +55,9 @@ def _take_gpu(request: Request, launched: LaunchedRank) -> None:
     if device == "cpu" or not torch.cuda.is_available():
         return
     count = torch.cuda.device_count()
-    if count < launched.here:
+    if count < launched.local_size:
         raise UserError(
-            f"This machine has {count} GPU{'s' * (count != 1)} for {launched.here} ranks: give torchrun "
+            f"This machine has {count} GPU{'s' * (count != 1)} for {launched.local_size} ranks: give torchrun "
             f"--nproc-per-node {count}, or fedkern --device cpu."
         )
     torch.cuda.set_device(launched.local)
@@ -67,15 +67,15 @@ def _again(request: Request, launched: LaunchedRank) -> Request:
     """The request of this start of the ranks: after a restart, that goes on with the run which was begun before."""
     if request.command == "run":
         if request.out is None:
-            if not launched.most_restarts:
+            if not launched.max_restarts:
                 return request
             raise UserError("torchrun --max-restarts goes on in the run's folder: name the folder with --out.")
-        if launched.most_restarts and (request.out / NAME).exists():
+        if launched.max_restarts and (request.out / NAME).exists():
             # A restart that another machine asked for is not counted on this one.
             entry = Checkpoints(request.out).peek()
             if launched.restarts if entry is None else entry["info"].get("torchrun") == launched.job:
                 return replace(request, command="resume", resume=request.out, out=None, config=None)
-    if request.command == "extend" and launched.most_restarts and request.folder is not None:
+    if request.command == "extend" and launched.max_restarts and request.folder is not None:
         stored = load_settings(request.folder, device="cpu")
         if stored.rounds == request.arguments["rounds"]:  # extended before the restart
             return replace(request, command="resume", resume=request.folder, folder=None, arguments={})

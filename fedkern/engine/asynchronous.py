@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -27,7 +27,6 @@ from fedkern.engine.participation import (
     Assignment,
     InFlight,
     Participation,
-    State,
     is_time,
     local_steps,
     speed,
@@ -35,9 +34,13 @@ from fedkern.engine.participation import (
 from fedkern.engine.registry import register_filter
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.errors import UserError
+from fedkern.messages.states import State
 from fedkern.methods.base import VECTORS, ClientId, Federation, Message, Round, Upload
 from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
+
+if TYPE_CHECKING:
+    from fedkern.engine.run_objects import RunObjects
 
 
 class Flight(NamedTuple):
@@ -130,7 +133,7 @@ class Asynchronous(Participation):
     def figures(self) -> dict[str, float]:
         return {"clock": self.clock, "staleness": self._staleness}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         at_work = {k: [*self._at_work[k], self._numbers[k]] for k in self._sent}
         return {"clock": self.clock, "begun": self._begun, "at_work": at_work, "messages": sorted(self.in_flight())}
 
@@ -190,7 +193,7 @@ class StaleUploads(Filter):
         self._power, self._mixing = policy.options["staleness"], policy.options.get("mixing")
 
     @classmethod
-    def build(cls, run: Any) -> StaleUploads | None:
+    def build(cls, run: RunObjects) -> StaleUploads | None:
         return cls(run.participation) if isinstance(run.participation, Asynchronous) else None
 
     def combine(
@@ -203,19 +206,19 @@ class StaleUploads(Filter):
     ) -> Upload:
         k, message = upload.client_id, dict(upload.message)
         note(k, {"staleness": upload.staleness})
-        now, weight = asked.hooks.declared(asked.phase, k, asked.sent[k]), (1 + upload.staleness) ** -self._power
+        current, weight = asked.hooks.declared(asked.phase, k, asked.sent[k]), (1 + upload.staleness) ** -self._power
         if self._mixing is not None:
             for name in message.keys() & {"parameters", "buffers"}:
-                message[name] = _moved(now[name], now[name], message[name], weight * self._mixing)
+                message[name] = _moved(current[name], current[name], message[name], weight * self._mixing)
         elif upload.staleness and "parameters" in message:
             start = asked.sent[k]["parameters"]
-            message["parameters"] = _moved(now["parameters"], start, message["parameters"], weight)
+            message["parameters"] = _moved(current["parameters"], start, message["parameters"], weight)
         return replace(upload, message=message)
 
 
-def _moved(now: Tensor, start: Tensor, end: Tensor, weight: float) -> Tensor:
+def _moved(current: Tensor, start: Tensor, end: Tensor, weight: float) -> Tensor:
     """``now`` moved by a part of the way from ``start`` to ``end``, in fp64 and then in the dtype of ``end``."""
-    return (now.double() + weight * (end.double() - start.double())).to(end.dtype)
+    return (current.double() + weight * (end.double() - start.double())).to(end.dtype)
 
 
 def check_local(config: RunConfig) -> None:

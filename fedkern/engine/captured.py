@@ -24,12 +24,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fedkern.engine.moments import Moment, alike, in_memory
+from fedkern.engine.moments import Snapshot, alike, in_memory
+from fedkern.engine.network import Trained
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.roles import Objective
 from fedkern.models.precision import lower
@@ -126,9 +127,9 @@ class Recorded(NamedTuple):
         self.counter.zero_()
         for _ in batches:
             self.replay()
-        loss, *others = self.records[: len(batches)].clone().split([part.numel() for part in self.outcome.parts()], 1)
-        squared = None if self.outcome.squared_norm is None else others.pop(0)[:, 0]
-        return self.outcome._replace(loss=loss[:, 0], squared_norm=squared, figures=tuple(others))
+        loss, *columns = self.records[: len(batches)].clone().split([part.numel() for part in self.outcome.parts()], 1)
+        squared = None if self.outcome.squared_norm is None else columns.pop(0)[:, 0]
+        return self.outcome._replace(loss=loss[:, 0], squared_norm=squared, figures=tuple(columns))
 
 
 class Graphs:
@@ -231,7 +232,7 @@ class Graphs:
     @contextmanager
     def replaying(
         self,
-        network: Any,
+        network: Trained,
         method: Objective,
         received: Received,
         run: Pass,
@@ -263,7 +264,7 @@ class Graphs:
             self._eager.clear()
             self._values.clear()
             self._compare.clear()
-        remaining, who = dict(sizes), (network, type(method))
+        remaining, owner = dict(sizes), (network, type(method))
         self._compare = {key: max(1, count) for key, count in self._compare.items()}
 
         def recorded(batch: Batch, key: Hashable) -> Recorded | None:
@@ -276,7 +277,7 @@ class Graphs:
             self._eager[key] += 1
             # Clients of few batches share a recording that lasts; whether one does is known once it is made.
             worth = remaining[size] + 1 >= LEAST or (self._eager[key] > EAGER + LEAST and not self._fleeting)
-            allowed = not self.off and who not in self._strangers
+            allowed = not self.off and owner not in self._strangers
             if allowed and key is not None and self._eager[key] > EAGER and worth and self._room():
                 try:
                     if strange:
@@ -288,7 +289,7 @@ class Graphs:
             return self._recorded.get(key)
 
         def give_up(error: Exception) -> None:
-            self._strangers.add(who)
+            self._strangers.add(owner)
             self.off = self.off or not strange
             failed(error)
 
@@ -308,9 +309,9 @@ class Graphs:
                     continue
                 if strange and self._compare[key]:
                     self._compare[key] -= 1
-                    outcome, same = self._compared(recording, run, batch, received, network)
+                    outcome, is_same = self._compared(recording, run, batch, received, network)
                     yield outcome
-                    if not same:
+                    if not is_same:
                         self._recorded.clear()
                         give_up(RuntimeError("a recorded step gives other numbers than the same step in Python"))
                     continue
@@ -333,25 +334,25 @@ class Graphs:
                 self._eager.clear()
             self._recorded = dict(list(lasting.items())[-MOST:])
 
-    def _check_repeats(self, run: Pass, batch: Batch, received: Received, network: Any, method: Objective) -> None:
+    def _check_repeats(self, run: Pass, batch: Batch, received: Received, network: Trained, method: Objective) -> None:
         """Takes a step twice, and back.
 
         Raises:
             RuntimeError: it gives other numbers, draws on the host or changes what the network or the method holds.
         """
-        before = Moment(self._written(network), self.device)
+        before = Snapshot(self._written(network), self.device)
         fields_before = {**attributes(network.module), **fields(method)}
         objects = [(thing, dict(vars(thing))) for thing in (*network.module.modules(), method)]
         try:
-            first = run(batch, received)
-            if drawn := before.drawn():
-                raise RuntimeError(f"it draws from {drawn} generator on the host")
-            now = {**attributes(network.module), **fields(method)}
-            if changed := [name for name, value in now.items() if fields_before.get(name) != value]:
+            outcome = run(batch, received)
+            if moved := before.moved_generator():
+                raise RuntimeError(f"it draws from the generator of {moved} on the host")
+            fields_now = {**attributes(network.module), **fields(method)}
+            if changed := [name for name, value in fields_now.items() if fields_before.get(name) != value]:
                 raise RuntimeError(f"it changes {', '.join(changed)}")
-            after = Moment(self._written(network), self.device)
+            after = Snapshot(self._written(network), self.device)
             before.restore()
-            if not (_same(first, run(batch, received)) and after.holds()):
+            if not (_same(outcome, run(batch, received)) and after.holds()):
                 raise RuntimeError("it does not repeat its own bits")
         finally:
             before.restore()
@@ -360,19 +361,19 @@ class Graphs:
                 vars(thing).update(values)
 
     def _compared(
-        self, step: Recorded, run: Pass, batch: Batch, received: Received, network: Any
+        self, step: Recorded, run: Pass, batch: Batch, received: Received, network: Trained
     ) -> tuple[Outcome, bool]:
         """Takes a step in Python and recorded: the first's outcome and state, and whether the other's are the same."""
-        before = Moment(self._written(network), self.device)
+        before = Snapshot(self._written(network), self.device)
         outcome = run(batch, received)
-        after = Moment(self._written(network), self.device)
+        after = Snapshot(self._written(network), self.device)
         before.restore()
-        same = _same(outcome, step([batch])) and after.holds()
-        if not same:
+        is_same = _same(outcome, step([batch])) and after.holds()
+        if not is_same:
             after.restore()
-        return outcome, same
+        return outcome, is_same
 
-    def _written(self, network: Any) -> list[Tensor]:
+    def _written(self, network: Trained) -> list[Tensor]:
         """What a step writes to."""
         module = network.module
         return [*module.parameters(), *module.buffers(), *network.gradient_vectors, *self.held.values()]
@@ -383,11 +384,13 @@ class Graphs:
             return True
         return 2 * torch.cuda.memory_reserved(self.device) < torch.cuda.get_device_properties(self.device).total_memory
 
-    def _record(self, run: Pass, batch: Batch, received: Received, network: Any, values: int, ahead: bool) -> Recorded:
-        first = [in_memory(tensor) for tensor in _tensors(batch)]
-        bytes_each = sum(tensor.nbytes for tensor in first)
+    def _record(
+        self, run: Pass, batch: Batch, received: Received, network: Trained, values: int, ahead: bool
+    ) -> Recorded:
+        tensors = [in_memory(tensor) for tensor in _tensors(batch)]
+        bytes_each = sum(tensor.nbytes for tensor in tensors)
         rows = max(1, min(AHEAD, AHEAD_BYTES // max(1, bytes_each))) if ahead else 1
-        tables = [tensor.new_zeros(rows, len(tensor)) for tensor in first]
+        tables = [tensor.new_zeros(rows, len(tensor)) for tensor in tensors]
         counter = torch.zeros(1, dtype=torch.int64, device=self.device)
         marks = torch.arange(rows, device=self.device)[:, None]
         records = torch.zeros(rows, values, dtype=torch.float64, device=self.device)
@@ -399,11 +402,11 @@ class Graphs:
         watched = _Watched(received)
 
         def work() -> Outcome:
-            inputs, targets, *others = (
+            inputs, targets, *drawn_tensors = (
                 table.index_select(0, counter).as_strided(like.shape, dense_stride(like))
                 for table, like in zip(tables, _tensors(batch), strict=True)
             )
-            draws = {**drawn, **dict(zip(_drawn(batch), others, strict=True))}
+            draws = {**drawn, **dict(zip(_drawn(batch), drawn_tensors, strict=True))}
             static = replace(batch, inputs=inputs, targets=targets, drawn=draws, **unread)
             with _gradients_apart(network.trained) as collect:
                 outcome = run(static, cast(Received, watched), collect=collect)
@@ -416,9 +419,9 @@ class Graphs:
         return Recorded(tables, counter, records, replay, outcome, not watched.read)
 
 
-def _same(one: Outcome, other: Outcome) -> bool:
-    pairs = zip(one.parts(), other.parts(), strict=True)
-    return one.names == other.names and all(alike(a.double().reshape(-1), b.double().reshape(-1)) for a, b in pairs)
+def _same(left: Outcome, right: Outcome) -> bool:
+    pairs = zip(left.parts(), right.parts(), strict=True)
+    return left.names == right.names and all(alike(a.double().reshape(-1), b.double().reshape(-1)) for a, b in pairs)
 
 
 class _Unread:
@@ -427,7 +430,7 @@ class _Unread:
     def __init__(self, name: str) -> None:
         self.__dict__["_name"] = name
 
-    def _refuse(self, *_: Any) -> Any:
+    def _refuse(self, *_: object) -> NoReturn:
         raise RuntimeError(f"a recorded step cannot read {self.__dict__['_name']}")
 
     __getattr__ = __getitem__ = __eq__ = __bool__ = __index__ = __len__ = __iter__ = __lt__ = __gt__ = _refuse
@@ -456,7 +459,7 @@ def _tensors(batch: Batch) -> list[Tensor]:
     return [batch.inputs, batch.targets, *_drawn(batch).values()]
 
 
-def _constants(batch: Batch) -> dict[str, Any]:
+def _constants(batch: Batch) -> dict[str, bool | int | float | str]:
     """The numbers and words that were drawn for a batch."""
     return {name: value for name, value in batch.drawn.items() if isinstance(value, bool | int | float | str)}
 
@@ -484,7 +487,7 @@ def _gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[]
             parameter.grad = gradient
 
     def collect() -> None:
-        pairs = [(old, each.grad) for old, each in zip(flat, parameters, strict=True) if each.grad is not None]
+        pairs = [(old, own.grad) for old, own in zip(flat, parameters, strict=True) if own.grad is not None]
         put_back()
         if pairs:
             foreach_add_([old for old, _ in pairs], [new for _, new in pairs])
@@ -497,15 +500,15 @@ def _gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[]
         put_back()
 
 
-def _state(network: Any) -> tuple[Any, ...]:
+def _state(network: Trained) -> tuple[object, ...]:
     """What a recorded step has taken over from a network and from the process, beside the values of tensors."""
     layers = list(network.module.modules())
     modules = tuple((id(module), module.training, getattr(module, "track_running_stats", None)) for module in layers)
     tensors = tuple(
-        (id(each), each.data_ptr(), each.requires_grad)
+        (id(tensor), tensor.data_ptr(), tensor.requires_grad)
         for module in layers
-        for each in (*module._parameters.values(), *module._buffers.values())
-        if each is not None
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
     )
     return lower(), network.gradients.data_ptr(), modules, tensors
 

@@ -21,10 +21,11 @@ from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.node import Node
 from fedkern.engine.participation import share_of_work
 from fedkern.engine.private_training import declared, train_privately
-from fedkern.engine.training import Context, Course, Diverged, Schedule, started, train
+from fedkern.engine.training import Diverged, EpochBatches, ReceivedMessage, Schedule, train_async
 from fedkern.engine.uploads.encoders import STATES, Drift
 from fedkern.errors import UserError, shown
 from fedkern.messages import states
+from fedkern.messages.states import State
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
 from fedkern.methods.uploads import is_alike
@@ -41,7 +42,7 @@ PERSONAL, BUFFERS = "personal", "buffers_local"
 class Client(Node):
     """A client (see :class:`fedkern.methods.roles.Client`)."""
 
-    def __init__(self, context: RunContext, client: int, state: dict[str, Any]) -> None:
+    def __init__(self, context: RunContext, client: int, state: State) -> None:
         super().__init__(context)
         self.id = client
         self.label: str = context.data.client_label(client)
@@ -54,7 +55,7 @@ class Client(Node):
         check_own_entries(context, self._own_entries, self.label)
         self.state = state
         self.phase: Phase = BEFORE  # the exchange that the client is asked in
-        self._courses: dict[Phase, Course] = {}
+        self._batches_by_phase: dict[Phase, EpochBatches] = {}
         self.marks: set[str] = set()
         self.on_gpu: tuple[str, ...] = ()  # vectors that train leaves there (see Encoder.on_gpu)
         self.drift: Drift | None = None
@@ -72,7 +73,7 @@ class Client(Node):
         return self._context.samples.of_client(self.id)
 
     @property
-    def stored(self) -> dict[str, Any]:
+    def stored(self) -> State:
         """Return what the checkpoint keeps of the client: the method's state, and the engine's own entries."""
         return {**self.state, **self._own_entries, **({STATES: self.encoded} if self.encoded else {})}
 
@@ -145,7 +146,7 @@ class Client(Node):
         steps: int | None = None,
         rows: np.ndarray | None = None,
         anchor: Message | None = None,
-        extras: Mapping[str, Any] | None = None,
+        extras: Mapping[str, object] | None = None,
     ) -> Message:
         context = self._context
         network = context.networks.get("local")
@@ -154,22 +155,22 @@ class Client(Node):
             return {name: value.cpu() for name, value in network.read().items() if name in wanted}
         if context.script.train is not None:
             return self.upload(context.script.trained(self.model(message), self))
-        buffers, flat = self._loaded(network, message)
-        schedule = self._in_time(phase, rows, steps=steps)
-        received = self._received(phase, message, schedule.epochs, buffers, anchor, flat)
+        buffers, flat = self._load_message(network, message)
+        schedule = self._cut_schedule(phase, rows, steps=steps)
+        received = self._make_received(phase, message, schedule.epochs, buffers, anchor, flat)
         received.extras = extras or {}
         self.marks |= TRAINED
         network.fixed = self.statistics_fixed(phase)
         trained = network if parts is None else Part(network, parts)
-        read_figures = started(
+        read_figures = train_async(
             self, method, phase, trained, self._data, received, schedule, rows, graphs=context.networks.graphs,
             first_steps=context.networks.first_steps(phase),
         )  # fmt: skip
-        result = self._left(network, trained, flat)
-        self._then(lambda: self.report.update(read_figures()))
+        result = self._collect_upload(network, trained, flat)
+        self._when_device_done(lambda: self.report.update(read_figures()))
         return result
 
-    def _then(self, work: Callable[[], None]) -> None:
+    def _when_device_done(self, work: Callable[[], None]) -> None:
         """Does what needs the GPU's results, now, waiting for them, or when it has them."""
         if self.later is None:
             arrived(self.device)
@@ -177,7 +178,7 @@ class Client(Node):
         else:
             self.later.append(work)
 
-    def _loaded(self, network: Network, message: Message) -> tuple[Message | None, Tensor | None]:
+    def _load_message(self, network: Network, message: Message) -> tuple[Message | None, Tensor | None]:
         """Writes a message, and what the client keeps to itself, into the network.
 
         Returns:
@@ -192,7 +193,7 @@ class Client(Node):
         network.write(message if flat is None else {**message, "parameters": flat})
         return buffers, flat
 
-    def _left(self, network: Network, trained: Network | Part, start: Tensor | None = None) -> Message:
+    def _collect_upload(self, network: Network, trained: Network | Part, start: Tensor | None = None) -> Message:
         """What a trained network, or a part of it, leaves: vectors that travel, and what the client keeps.
 
         They are on their way, as is the norm of an update of the parameters ``start`` that stays on the GPU.
@@ -213,19 +214,19 @@ class Client(Node):
 
     # -- a loop of somebody's own ----------------------------------------------------------------------------------
 
-    def _course(self, phase: Phase) -> Course:
-        if phase not in self._courses:
-            self._courses[phase] = Course(self, self._data, self._in_time(phase), phase)
-        return self._courses[phase]
+    def _epoch_batches(self, phase: Phase) -> EpochBatches:
+        if phase not in self._batches_by_phase:
+            self._batches_by_phase[phase] = EpochBatches(self, self._data, self._cut_schedule(phase), phase)
+        return self._batches_by_phase[phase]
 
     def left_marks(self) -> frozenset[str]:
         """Return the marks that the client has left in this exchange."""
-        return frozenset(self.marks | {"epochs" for course in self._courses.values() if course.complete})
+        return frozenset(self.marks | {"epochs" for batches in self._batches_by_phase.values() if batches.complete})
 
     @property
     def lr(self) -> float:
         self.marks.add("lr")
-        return self._course(self.phase).lr
+        return self._epoch_batches(self.phase).lr
 
     @property
     def batch_size(self) -> int:
@@ -235,7 +236,7 @@ class Client(Node):
     @property
     def epochs(self) -> int:
         self.marks.add("epochs")
-        return self._course(self.phase).schedule.epochs
+        return self._epoch_batches(self.phase).schedule.epochs
 
     def batches(self, phase: Phase | None = None) -> Iterator[Batch]:
         if not isinstance(phase, Phase | None):
@@ -245,7 +246,7 @@ class Client(Node):
             )
         self.marks |= {"batches", "augmented"}
         network = self._context.networks.get("local").module
-        for batch in self._course(phase or self.phase):
+        for batch in self._epoch_batches(phase or self.phase):
             if inner(network) is not network and isinstance(batch.inputs, Tensor):
                 batch.inputs = plain_strides(batch.inputs)
             yield batch
@@ -258,7 +259,7 @@ class Client(Node):
                 "torch.autocast in the loop.",
             )
         network = self._context.networks.get("local")
-        self._loaded(network, message)
+        self._load_message(network, message)
         network.train_mode()
         return copy.deepcopy(inner(network.module))
 
@@ -266,13 +267,13 @@ class Client(Node):
         network = self._context.networks.get("local")
         self._context.networks.first_steps(self.phase).take(self, network, model)
         if not network.finite():
-            done = self._course(self.phase).done
+            done = self._epoch_batches(self.phase).done
             raise Diverged(self.id, self.phase.round, done, "the parameters are not finite")
-        result = self._left(network, network)
+        result = self._collect_upload(network, network)
         arrived(self.device)
         return result
 
-    def _in_time(self, phase: Phase, rows: np.ndarray | None = None, **how: Any) -> Schedule:
+    def _cut_schedule(self, phase: Phase, rows: np.ndarray | None = None, **how: Any) -> Schedule:
         """The schedule on the samples at ``rows``, cut short where the client is slow (``--straggler-rate``)."""
         samples = self.samples if rows is None else len(rows)
         schedule = self._schedule(phase, samples, **how)
@@ -333,13 +334,15 @@ class Client(Node):
         trainable = Trainable(module)
         trainable.fixed = self.statistics_fixed(phase)
         self.marks |= TRAINED
-        schedule = self._in_time(phase, rows, epochs=epochs, first=first)
-        received = self._received(phase, message or {}, schedule.epochs, None)
+        schedule = self._cut_schedule(phase, rows, epochs=epochs, first=first)
+        received = self._make_received(phase, message or {}, schedule.epochs, None)
         try:
-            figures = train(
+            read_figures = train_async(
                 self, method, phase, trainable, self._data, received, schedule, rows, self._context.networks.graphs,
                 self._context.networks.first_steps(phase),
             )  # fmt: skip
+            arrived(self.device)
+            figures = read_figures()
         finally:
             trainable.release()
         self.report.update(figures)
@@ -356,12 +359,12 @@ class Client(Node):
     ) -> dict[str, float]:
         self.marks |= TRAINED - {"clip"}
         schedule = self._schedule(phase, declared(self.samples, rows, spending))
-        received = self._received(phase, {}, schedule.epochs, None)
+        received = self._make_received(phase, {}, schedule.epochs, None)
         figures = train_privately(self, method, phase, module, self._data, received, schedule, spending, rows)
         self.report.update(figures)
         return figures
 
-    def _received(
+    def _make_received(
         self,
         phase: Phase,
         message: Message,
@@ -369,9 +372,9 @@ class Client(Node):
         buffers: Message | None,
         anchor: Message | None = None,
         flat: Tensor | None = None,
-    ) -> Context:
+    ) -> ReceivedMessage:
         flat = message.get("parameters") if flat is None else flat
-        return Context(
+        return ReceivedMessage(
             message=message,
             phase=phase,
             samples=self.samples,
@@ -449,7 +452,7 @@ class Client(Node):
         return stream(self._context.config.seed, name, round=phase.round, client=self.id)
 
 
-def check_own_entries(context: RunContext, entries: Mapping[str, Any], client: object) -> None:
+def check_own_entries(context: RunContext, entries: Mapping[str, object], client: object) -> None:
     """Raise UserError where stored personal parts or buffers of a ``client`` are not those of the run's network."""
     for name, attribute in ((PERSONAL, "initial_personal"), (BUFFERS, "initial_buffers")):
         if name in entries and not _fits(entries[name], getattr(context.networks, attribute)):
@@ -459,11 +462,11 @@ def check_own_entries(context: RunContext, entries: Mapping[str, Any], client: o
             )
 
 
-def _fits(value: Any, expected: Message) -> bool:
+def _fits(value: object, expected: Message) -> bool:
     return (
         isinstance(value, Mapping)
         and value.keys() == expected.keys()
-        and all(isinstance(value[k], Tensor) and is_alike(value[k], each) for k, each in expected.items())
+        and all(isinstance(value[k], Tensor) and is_alike(value[k], tensor) for k, tensor in expected.items())
     )
 
 

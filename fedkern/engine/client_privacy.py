@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from fedkern.engine.hooks import message_for
 from fedkern.engine.participation import Participation
 from fedkern.engine.server import Server
 from fedkern.errors import UserError
+from fedkern.messages.states import State
 from fedkern.methods.base import VECTORS, Method, Phase
 from fedkern.methods.uploads import Values, like
 from fedkern.privacy.client_level import ClientGuarantee, ClientLevel
@@ -58,15 +58,15 @@ class ClientPrivacy:
         check(config, method, server, context)
         self.secret = ""
         plan = list(method.rounds(server.federation))
-        some = config.sampled_clients < config.trained_clients
-        sampled = some and all(entry.participants == "sampled" for entry in plan)
+        are_drawn = config.sampled_clients < config.trained_clients
+        sampled = are_drawn and all(entry.participants == "sampled" for entry in plan)
         # Records of clients tell who took part, and so do numbers of uploads where the seed says who drops out.
         hidden = config.records == "private" and not config.dropout_rate and config.stragglers != "drop"
         stateless = method.stateless and config.buffers != "local" and config.optimizer_state != "keep"
         self.amplified = bool(self.level.noise) and sampled and hidden and stateless
         # Number of rounds, by rounds done, for which the client was asked that was asked most often.
         self._most = list(range(len(plan) + 1))
-        if not self.amplified and some:
+        if not self.amplified and are_drawn:
             requests: Counter[int] = Counter()
             for number, entry in enumerate(plan):
                 requests.update(participation.clients(entry, number))
@@ -113,7 +113,7 @@ class ClientPrivacy:
         guarantee = self.guarantee()
         return {} if guarantee is None else {guarantee.figure: self.epsilon(rounds)}
 
-    def report(self, rounds: int) -> dict[str, Any]:
+    def report(self, rounds: int) -> State:
         """The ``privacy`` entry of summary.json after ``rounds`` rounds; empty without noise.
 
         Its entries are ``epsilon`` (or ``epsilon_covered``), ``delta``, ``unit``, ``rounds``, ``covers`` and
@@ -142,11 +142,11 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
         raise UserError(f"--dp-clip is not for {name}, which has differential privacy of its own: leave it out.")
     seen = set()
     for entry in method.rounds(server.federation):
-        more = entry.exchanges[0] if entry.one_off else next(iter(entry.exchanges[1:]), None)
-        if more is not None:
+        exchange = entry.exchanges[0] if entry.one_off else next(iter(entry.exchanges[1:]), None)
+        if exchange is not None:
             raise UserError(
-                f'--dp-clip is not for {name} with these options, whose clients upload more ("{more}") than a change '
-                "of the network: leave it out, or choose other options."
+                f'--dp-clip is not for {name} with these options, whose clients upload more ("{exchange}") than a '
+                "change of the network: leave it out, or choose other options."
             )
         if "parameters" not in method.reduce or entry.cohort or isinstance(entry.participants, tuple):
             raise UserError(
@@ -177,7 +177,7 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
         )
 
 
-def size_of(due: Any) -> int:
+def size_of(due: object) -> int:
     """Number of elements of a declared vector ``[P]``; -1 for anything else."""
     declared = like(due) if isinstance(due, Tensor) else due
     shape = declared.shape if isinstance(declared, Values) else ()

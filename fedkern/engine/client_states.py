@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.base import Executor
@@ -11,6 +10,7 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.uploads.encoders import STATES
 from fedkern.errors import UserError
+from fedkern.messages.states import State
 from fedkern.methods.base import ClientId
 from fedkern.privacy import LEDGER
 
@@ -32,7 +32,7 @@ class ClientStates:
         self.executor, self._checkpoints, self._context = executor, checkpoints, context
         self._progress, self._stateless = progress, stateless
         # Of clients whose states are written in this round: the file and the reader of what they began the round with.
-        self._begun: dict[ClientId, tuple[str | None, Callable[[], dict[str, Any]]]] = {}
+        self._begun: dict[ClientId, tuple[str | None, Callable[[], State]]] = {}
 
     @property
     def _late(self) -> bool:
@@ -89,5 +89,5 @@ class ClientStates:
             self._begun.setdefault(k, self._now(k))
             self._checkpoints.write_client(k, self._progress.planned + 1, state)
 
-    def _now(self, k: ClientId) -> tuple[str | None, Callable[[], dict[str, Any]]]:
+    def _now(self, k: ClientId) -> tuple[str | None, Callable[[], State]]:
         return self._checkpoints.clients.get(k), self._checkpoints.reader(k)

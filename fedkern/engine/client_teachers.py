@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedkern.engine.network import place
-from fedkern.engine.store.checkpoints import Checkpoints, checksum
+from fedkern.engine.store.checkpoints import Checkpoints, Entry, checksum
 from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
 from fedkern.messages import states
@@ -62,7 +62,7 @@ class ClientTeachers:
                     f"{kinds.get(name, 'buffers')} are not finite ({name}); bring one whose training has not diverged."
                 )
 
-    def other_data(self, config: Mapping[str, Any], fingerprint: int) -> str | None:
+    def other_data(self, config: Mapping[str, object], fingerprint: int) -> str | None:
         """A warning where the networks are of a run on other data than this run's; None where not, or not known.
 
         Args:
@@ -75,9 +75,9 @@ class ClientTeachers:
         theirs, number = entry["info"]["config"], entry["info"]["data"]
         names = [name for name in OF_DATA if name == "data" or theirs.get(name) != config.get(name)]
 
-        def text(settings: Mapping[str, Any], number: int) -> str:
-            each = [f"{name.replace('_', '-')} {settings.get(name, 'unset')}" for name in names]
-            return f"{', '.join(each)}; fingerprint {number:08x}"
+        def text(settings: Mapping[str, object], number: int) -> str:
+            words = [f"{name.replace('_', '-')} {settings.get(name, 'unset')}" for name in names]
+            return f"{', '.join(words)}; fingerprint {number:08x}"
 
         return (
             f"The networks that --teachers brings from {self.root} were trained on other data "
@@ -88,7 +88,7 @@ class ClientTeachers:
     # -- a run folder ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def _checkpoint(self) -> tuple[dict[str, Any] | None, dict[int, str], dict[str, int]]:
+    def _checkpoint(self) -> tuple[Entry | None, dict[int, str], dict[str, int]]:
         """The newest checkpoint of the folder, its files of the clients' states, and the CRC-32 of all of its files.
 
         The checkpoint is None where the folder is no run folder, or has none.
@@ -145,9 +145,9 @@ def _load_state(path: Path, client: int, module: nn.Module) -> None:
     try:
         module.load_state_dict(dict(bare_names(tensors, module.state_dict())))
     except RuntimeError as error:
-        first = str(error).split("\n", 1)[-1].strip().split("\n")[0].rstrip(". ")
+        reason = str(error).split("\n", 1)[-1].strip().split("\n")[0].rstrip(". ")
         raise UserError(
             f"--teachers: {path} is not a {type(module).__name__} as client {client} has it "
-            f"({textwrap.shorten(first, 160, placeholder=' ...')}): give the --model and the models it was trained "
+            f"({textwrap.shorten(reason, 160, placeholder=' ...')}): give the --model and the models it was trained "
             "with."
         ) from None

@@ -52,6 +52,6 @@ def check_teachers(method: Method, context: RunContext) -> None:
 
 def compare_teachers(context: RunContext, fingerprint: int) -> None:
     """Warns where ``--teachers`` is a run on data with another ``fingerprint`` than this run's."""
-    other = None if context.teachers is None else context.teachers.other_data(context.config.to_dict(), fingerprint)
-    if other is not None:
-        context.notices.warn("teachers-of-other-data", other)
+    warning = None if context.teachers is None else context.teachers.other_data(context.config.to_dict(), fingerprint)
+    if warning is not None:
+        context.notices.warn("teachers-of-other-data", warning)

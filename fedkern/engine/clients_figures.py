@@ -11,7 +11,7 @@ from fedkern.engine.own_figures import NAME
 from fedkern.engine.reader import Reader
 from fedkern.engine.run_objects import RunObjects
 from fedkern.errors import ClientFailed, RunFailed, UserError
-from fedkern.methods.base import ClientId, Phase
+from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.methods.common.personal import means
 
 
@@ -25,7 +25,7 @@ class ClientsFigures:
         self._run = run
 
     def __call__(
-        self, own: str, *, tests: bool, keep: bool, here: bool
+        self, own: str, *, tests: bool, keep: bool, locally: bool
     ) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
         """The means over all clients' networks, and every client's figures on its own test set.
 
@@ -33,13 +33,13 @@ class ClientsFigures:
             own: the attribute of the context that has these sets, or "".
             tests: whether to evaluate on the run's test sets.
             keep: whether these keep the networks' answers (``Reader.kept``).
-            here: whether all clients work in this process.
+            locally: whether all clients work in this process.
 
         Raises:
             UserError, RunFailed: a client's evaluation failed.
         """
         run, context, progress = self._run, self._run.context, self._run.progress
-        executor = run.here if here else run.executor
+        executor = run.here if locally else run.executor
         with run.code("vectors"):
             vectors = run.method.vectors(run.server)
         message = {"vectors": vectors, "tests": tests, "keep": keep, "own": own}
@@ -48,9 +48,9 @@ class ClientsFigures:
         sets: dict[Any, Reader] = dict(context.samples.test_sets) | (getattr(context.samples, own) if own else {})
         kept: dict[Any, list[tuple[ClientId | None, Tensor]]] = {place: [] for place in sets}
         # No more states are in memory at once than in a round.
-        clients, most = range(context.federation.clients), context.config.clients_of_a_round
-        for first in clients[::most]:
-            asked = dict.fromkeys(clients[first : first + most], message)
+        clients, at_once = range(context.federation.clients), context.config.clients_of_a_round
+        for start in clients[::at_once]:
+            asked = dict.fromkeys(clients[start : start + at_once], message)
             for answer in executor.answers(NAME, Phase(progress.index, NAME, NAME), asked):
                 executor.forget(answer.client)
                 evaluated = self._taken(answer)
@@ -63,7 +63,7 @@ class ClientsFigures:
             data.kept = kept[place]
         return means(figures), of_clients
 
-    def _taken(self, answer: Answer) -> Any:
+    def _taken(self, answer: Answer) -> Message:
         for name, text in answer.warnings.items():
             self._run.notices.warn(name, text)
         problem = answer.problem

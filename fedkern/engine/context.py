@@ -12,12 +12,15 @@ import numpy as np
 import torch
 
 from fedkern.data.sources.items import Items
+from fedkern.data.types import FederatedData
 from fedkern.engine.client_teachers import ClientTeachers
 from fedkern.engine.networks import Networks
 from fedkern.engine.notices import Notices
 from fedkern.engine.samples import Samples
 from fedkern.engine.script_objects import ScriptObjects
+from fedkern.messages.states import State
 from fedkern.methods.base import Federation, Message, Phase
+from fedkern.methods.roles import Client, Server
 from fedkern.models.python_state import attributes
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
@@ -48,7 +51,7 @@ class RunContext:
         config: RunConfig,
         data: Any,
         on_notice: Callable[[str], None] | None = None,
-        described: dict[str, Any] | None = None,
+        described: State | None = None,
         script: ScriptObjects = ScriptObjects(),
         code: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     ) -> None:
@@ -60,7 +63,7 @@ class RunContext:
         self.teachers = None if config.teachers is None else ClientTeachers(config.teachers)
         self.uploaded: list[Message] = []
 
-    def _take(self, data: Any) -> None:
+    def _take(self, data: FederatedData) -> None:
         config, splits = self.config, data.clients
         self.data = data
         self.networks = Networks(config, data, self.device, lambda: self.described)
@@ -72,9 +75,8 @@ class RunContext:
             unit=config.unit, seed=config.seed,
         )  # fmt: skip
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        about = self.config, self.data, None, self.described, self.script
-        return _copy_of, (about, self.notices.disclosure)
+    def __reduce__(self) -> tuple[Callable[..., RunContext], tuple[object, ...]]:
+        return _copy_of, (self.config, self.data, self.described, self.script, self.notices.disclosure)
 
     def _declare_size(self, split: Any) -> int:
         """Return the number of samples of a client, as everybody may know it.
@@ -87,14 +89,15 @@ class RunContext:
 
     def named(self, client: int) -> dict[str, str]:
         """A training client's name as an entry of a record; empty where clients have none."""
-        return {"name": self.data.client_names[client]} if self.data.client_label(client) != str(client) else {}
+        names = self.data.client_names
+        return {} if names is None or self.data.client_label(client) == str(client) else {"name": names[client]}
 
     def pool(self) -> None:
         """Put the data of all clients together, for a method that is not federated."""
         self.uploaded = [split.raw() for split in self.data.clients]
         self._take(self.data.pooled())
 
-    def drawing(self, node: Any, phase: Phase) -> AbstractContextManager[None]:
+    def drawing(self, node: Client | Server, phase: Phase) -> AbstractContextManager[None]:
         """Context of a client's or the server's work in an exchange.
 
         A user's network, loss, loop or method may draw from global generators (dropout).  They begin anew at a word of
@@ -106,7 +109,7 @@ class RunContext:
         return seeded_generators(int(node.rng("layers", phase).integers(2**63)), self.device)
 
     @cached_property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> State:
         """What the task needs to build the network beside the settings, such as a vocabulary of the clients' texts."""
         return self.data.task.described(self) if self._described is None else self._described
 
@@ -126,17 +129,17 @@ class RunContext:
         given = {name: thing for name, thing in things.items() if thing is not None}
         return identity_table(given, limit=1 << 14, here=True)
 
-    def tell_attributes(self, client: Any, objects: dict[str, str]) -> None:
+    def tell_attributes(self, client: Client, objects: dict[str, str]) -> None:
         """Warn, in a client's name, of Python state that has changed since this process began.
 
         Args:
             client: the client.
             objects: what :meth:`user_objects` returned when the process began.
         """
-        local, now = self.networks.slots.get(("local", 0)), self.user_objects()
+        local, current = self.networks.slots.get(("local", 0)), self.user_objects()
         before, held = ({}, {}) if local is None else (local.attributes, attributes(local.module))
         names = [name for name in held if held[name] != before.get(name)]
-        paths = sorted(path for path in {*objects, *now} if objects.get(path) != now.get(path))
+        paths = sorted(path for path in {*objects, *current} if objects.get(path) != current.get(path))
         if names or paths:
             parts = [f"The network changes {', '.join(names)} as it runs"] if names else []
             parts += [f"{'c' if names else 'C'}lients change {', '.join(paths[:3])} as they work"] if paths else []
@@ -148,7 +151,9 @@ class RunContext:
             )
 
 
-def _copy_of(about: tuple[Any, ...], disclosure: Disclosure) -> RunContext:
-    context = RunContext(*about)
+def _copy_of(
+    config: RunConfig, data: FederatedData, described: State, script: ScriptObjects, disclosure: Disclosure
+) -> RunContext:
+    context = RunContext(config, data, described=described, script=script)
     context.notices.disclosure = disclosure
     return context

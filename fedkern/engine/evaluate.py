@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,7 +22,6 @@ from fedkern.process.torch_modes import cpu_threads
 from fedkern.settings.config import RunConfig
 from fedkern.streams import preserve_generators
 from fedkern.tasks.figure_names import set_noun
-from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.tasks.retrieval import LOSS_BATCH
 
 Key = TypeVar("Key")
@@ -32,41 +31,13 @@ CPU_BATCH = 64
 """Images per evaluation batch on a CPU."""
 
 
-def test_sets(samples: Any) -> dict[str, Reader]:
-    """The test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
-    sets = {prefix: _test_set(samples, split) for prefix, split in prefixed(samples.data).items()}
-    for each in sets.values():
-        each.metrics = metrics_of(samples.config.plugins)
-    return sets
-
-
 def prefixed(data: FederatedData) -> dict[str, Split]:
     """The test sets and the validation set, where there is one, by metric prefix."""
     splits = {f"{name}_" if name else "": split for name, split in data.tests.items()}
     return splits | ({"validation_": data.validation} if len(data.validation) else {})
 
 
-def client_sets(samples: Any) -> dict[int, Reader]:
-    """Every client's own test set, where clients have one."""
-    return _alike({k: _test_set(samples, split) for k, split in enumerate(samples.data.client_tests)})
-
-
-def site_sets(samples: Any) -> dict[int, Reader]:
-    """Every client's part of the run's test set, where its images name their sites.
-
-    Left out is a client with fewer than two images, or without a pixel whose class is known.
-    """
-    data = samples.data
-    test = data.tests.get("")
-    if test is None or test.homes is None or data.client_names is None:
-        return {}
-    homes = test.homes
-    parts = {k: test.subset((homes == k).nonzero().flatten()) for k in range(len(data.client_names))}
-    fit = {k: split for k, split in parts.items() if len(split) > 1 and split.any_known()}
-    return _alike({k: _test_set(samples, split) for k, split in fit.items()})
-
-
-def _alike(sets: dict[int, Reader]) -> dict[int, Reader]:
+def compared_alike(sets: dict[int, Reader]) -> dict[int, Reader]:
     """The sets, with contrastive losses over batches of the same size in all, so that clients can be compared."""
     smallest = min(map(len, sets.values()), default=LOSS_BATCH)
     for data in sets.values():
@@ -100,11 +71,6 @@ def evaluating(config: RunConfig, run_network: bool) -> Iterator[int]:
     count = config.threads // config.client_threads if run_network and config.device == "cpu" else 1
     with cpu_threads(config.client_threads if count > 1 else config.threads):
         yield count
-
-
-def _test_set(samples: Any, split: Any) -> Reader:
-    size = batch_size(samples.device, samples.config.statistics)
-    return samples.reader(split, size=size, cache=samples.cache)
 
 
 def evaluate_clients(
@@ -141,9 +107,9 @@ def evaluate_clients(
         explained = _explained(f"The test set of client {label}", sets[k])
         keeping = sets[k].keeping() if keep else nullcontext()
         with explained, keeping, sets[k].repeating(seed, "client", k), code(label):
-            each = method.evaluate_own(network, sets[k], client(k)) if looks else method.evaluate(network, sets[k])
+            values = method.evaluate_own(network, sets[k], client(k)) if looks else method.evaluate(network, sets[k])
             buffers.put_back()
-            return {name: float(value) for name, value in each.items()}
+            return {name: float(value) for name, value in values.items()}
 
     def evaluate_all(at_once: int) -> dict[int, dict[str, float]]:
         return dict(zip(sets, _side_by_side(figures, list(sets), at_once), strict=True))
@@ -261,16 +227,16 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 @contextmanager
-def _explained(what: str, data: Reader) -> Iterator[None]:
+def _explained(subject: str, data: Reader) -> Iterator[None]:
     """Turn errors about a single image and about no known target into a UserError that names the set."""
     try:
         yield
     except ValueError as error:
         if len(data) and "at least one sample" in str(error):
-            raise UserError(f"{what} has no target that counts: give it one with known targets.") from None
+            raise UserError(f"{subject} has no target that counts: give it one with known targets.") from None
         if len(data) == 1 and "more than 1 value per channel" in str(error):
             raise UserError(
-                f"{what} has a single image, and batch norm without running statistics cannot normalise a single value "
-                "per channel: give it at least 2, or keep running statistics with --buffers average."
+                f"{subject} has a single image, and batch norm without running statistics cannot normalise a single "
+                "value per channel: give it at least 2, or keep running statistics with --buffers average."
             ) from None
         raise

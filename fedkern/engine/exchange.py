@@ -67,8 +67,8 @@ class Exchange:
                 left.
         """
         uploads = self._each()
-        for each in self._filters:
-            uploads = each.combine(self._asked, uploads, self._log.note)
+        for part in self._filters:
+            uploads = part.combine(self._asked, uploads, self._log.note)
         return uploads
 
     def _each(self) -> Iterator[Upload]:
@@ -103,27 +103,27 @@ class Exchange:
         info: dict[str, Any] = {"samples": self._samples[k], **answer.report}
         arrival = Arrival(self._asked, k, answer.message, answer.checked, info)
         if answer.absent or answer.refused or answer.problem is not None:
-            for each in self._filters:
-                each.on_missing(arrival, failed=not answer.absent and answer.problem is not None)
+            for part in self._filters:
+                part.on_missing(arrival, failed=not answer.absent and answer.problem is not None)
             self._log.lacks(answer)
             return None
-        for each in self._filters:
-            if why := each.decode(arrival):
+        for part in self._filters:
+            if why := part.decode(arrival):
                 self._log.refused(k, why)
                 return None
         self._log.done(k, info, answer.seconds)
         return Upload(k, self._samples[k], arrival.message, staleness=self._asked.staleness(k))
 
     def _leave(self, k: ClientId, message: Message) -> None:
-        for each in self._filters:
-            each.on_sent(self._asked, k, message)
+        for part in self._filters:
+            part.on_sent(self._asked, k, message)
 
     def _answers(self) -> Iterator[Answer]:
         """The clients' answers; the clients of a cohort may be asked at once."""
         asked, coded = self._asked, encoders_of(self._filters, self._asked)
         if asked.entry.cohort and not self._executor.remote and asked.sent:
-            start, here = time.perf_counter(), self._executor.here
-            clients = {k: here.client(k) for k in asked.participants}
+            start, serial = time.perf_counter(), self._executor.here
+            clients = {k: serial.client(k) for k in asked.participants}
             for client in clients.values():
                 client.report, client.marks = {}, set()
             uploads = asked.hooks.cohort_update(clients, asked.phase, asked.sent)
@@ -131,11 +131,14 @@ class Exchange:
                 with named(f"Client {client.label}", None):
                     client.check_state()
             if uploads is not None:
-                each = (time.perf_counter() - start) / len(asked.sent)
-                reports = {k: figures(one.report, f"client {k}: client.report", TAKEN) for k, one in clients.items()}
+                seconds_per_client = (time.perf_counter() - start) / len(asked.sent)
+                reports = {
+                    k: figures(client.report, f"client {k}: client.report", TAKEN) for k, client in clients.items()
+                }
                 marks = frozenset().union(*(client.left_marks() for client in clients.values()))
                 return (
-                    Answer(k, uploads.pop(k), report=reports[k], seconds=each, marks=marks) for k in list(asked.sent)
+                    Answer(k, uploads.pop(k), report=reports[k], seconds=seconds_per_client, marks=marks)
+                    for k in list(asked.sent)
                 )
         begun: dict[int, dict[ClientId, Message]] = {}
         for k, message in asked.sent.items():

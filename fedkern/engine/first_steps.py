@@ -88,7 +88,7 @@ class FirstSteps(Objective):
                 "once, or call remove() on its handle.",
             )
         self._hooked, self._left = grown, self._left - 1
-        if any(each.grad is not view for each, view in zip(trained, gradients, strict=True)):
+        if any(parameter.grad is not view for parameter, view in zip(trained, gradients, strict=True)):
             self._clears = True
             self._network.attach_gradients()
         return result
@@ -104,7 +104,7 @@ class FirstSteps(Objective):
         if not received:
             return
         self._left -= 1
-        if kinds := {_kind(each) for each in inner(model).parameters() if each.is_floating_point()} - {"float32"}:
+        if kinds := {_kind(x) for x in inner(model).parameters() if x.is_floating_point()} - {"float32"}:
             client.warn(
                 "converted-parameters",
                 f"The training loop leaves parameters in {', '.join(sorted(kinds))}, and the upload is their rounded "
@@ -128,8 +128,8 @@ class FirstSteps(Objective):
         name = "The loss of the network's outputs" if is_shipped(code) else getattr(batch.task, "loss_name", "loss_fn")
         name = name if is_shipped(owner) else f"{owner.__name__}.loss"
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
-            what = f"a tensor {list(loss.shape)} of {_kind(loss)}" if isinstance(loss, Tensor) else shown(loss)
-            raise UnfitStep(f"{name} must return one floating number, a tensor of no axes, and returns {what}.")
+            kind = f"a tensor {list(loss.shape)} of {_kind(loss)}" if isinstance(loss, Tensor) else shown(loss)
+            raise UnfitStep(f"{name} must return one floating number, a tensor of no axes, and returns {kind}.")
         # A loss of PyTorch's or fedkern's is right, so that the network's forward pass is wrong.
         shipped = is_shipped(code) and is_shipped(owner)
         forward = f"forward of {type(_of_user(self._network.module)).__name__}"
@@ -139,8 +139,10 @@ class FirstSteps(Objective):
                 f"{result} without a graph, so that no gradient reaches the network: leave out "
                 "what cuts the graph off (detach, no_grad, item, argmax, NumPy)."
             )
-        first = self._left == STEPS and batch.phase.round <= 0  # later ones may diverge, and a GPU would have to wait
-        if first and not self._keep_going and not bool(torch.isfinite(loss)):
+        is_first = (
+            self._left == STEPS and batch.phase.round <= 0
+        )  # later ones may diverge, and a GPU would have to wait
+        if is_first and not self._keep_going and not bool(torch.isfinite(loss)):
             raise UnfitStep(
                 f"{name} returns {loss.item()} for the first batch of client {self._client.label}: mend the network, "
                 "the loss or the samples."
@@ -188,17 +190,23 @@ def _kind(tensor: Tensor) -> str:
 
 def _tensors(module: nn.Module, buffers: bool) -> dict[str, tuple[object, ...]]:
     """Return identity, memory and kind of every parameter, and of floating buffers if asked, by name."""
-    floating = [(name, each) for name, each in module.named_buffers() if buffers and each.is_floating_point()]
+    floating = [(name, tensor) for name, tensor in module.named_buffers() if buffers and tensor.is_floating_point()]
     return {
-        name: (id(each), 0 if each.is_meta else each.data_ptr(), each.requires_grad, each.dtype, each.device)
-        for name, each in (*module.named_parameters(), *floating)
+        name: (
+            id(tensor),
+            0 if tensor.is_meta else tensor.data_ptr(),
+            tensor.requires_grad,
+            tensor.dtype,
+            tensor.device,
+        )
+        for name, tensor in (*module.named_parameters(), *floating)
     }
 
 
 def _hooks(module: nn.Module) -> dict[str, int]:
     """Return the number of hooks of every module and parameter, by name."""
-    modules = {name: sum(len(getattr(each, kind)) for kind in _HOOKS) for name, each in module.named_modules()}
-    return modules | {name: len(each._backward_hooks or ()) for name, each in module.named_parameters()}
+    modules = {name: sum(len(getattr(layer, kind)) for kind in _HOOKS) for name, layer in module.named_modules()}
+    return modules | {name: len(tensor._backward_hooks or ()) for name, tensor in module.named_parameters()}
 
 
 def _leaves_of(loss: Tensor) -> tuple[list[Tensor], bool]:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.finite import check_finite
 from fedkern.engine.progress import Progress
 from fedkern.engine.server import Server
-from fedkern.errors import RAISED, UserError, named, origin
+from fedkern.errors import RAISED, RunFailed, UserError, named, origin
 from fedkern.messages.leaves import leaves
 from fedkern.methods.base import ClientId, Declaration, Message, Phase, Upload
+from fedkern.methods.uploads import all_finite, infinite_as_sent
 
 
 class MethodCode:
@@ -32,8 +32,8 @@ class MethodCode:
         what: what is of the class: the method, or a part or filter of a user.
     """
 
-    def __init__(self, kind: type, name: str, progress: Progress, what: str = "method") -> None:
-        self._kind, self._name, self.progress, self._what = kind, name, progress, what
+    def __init__(self, kind: type, name: str, progress: Progress, role: str = "method") -> None:
+        self._kind, self._name, self.progress, self._what = kind, name, progress, role
         self._from_uploads: BaseException | None = None
 
     @contextmanager
@@ -75,15 +75,15 @@ class Hooks:
         """Whether the exchange is one of the method."""
         return self.asker == "method"
 
-    def send(self, phase: Phase) -> Any:
+    def send(self, phase: Phase) -> object:
         """What the server sends (see :meth:`messages`)."""
         with self._context.drawing(self._server, phase), self._code("send"):
             return self._asked.send(self._server, phase)
 
-    def messages(self, outgoing: Any, clients: Iterable[ClientId]) -> dict[ClientId, Message]:
+    def messages(self, outgoing: object, clients: Iterable[ClientId]) -> dict[ClientId, Message]:
         """The messages out of what :meth:`send` returned, of the clients that have one (see :func:`messages_for`)."""
-        outgoing = messages_for(outgoing, clients, getattr(self._asked, "may_skip_clients", False))
-        messages = {k: message for k, message in outgoing.items() if message is not None}
+        per_client = messages_for(outgoing, clients, getattr(self._asked, "may_skip_clients", False))
+        messages = {k: message for k, message in per_client.items() if message is not None}
         if type(self._asked).__module__.startswith("fedkern."):
             return messages
         # A user's server may write into the tensors of its state while other clients have yet to work.
@@ -100,24 +100,20 @@ class Hooks:
             return self._asked.expects(self._server, phase, client, message)
 
     @property
-    def reduced(self) -> tuple[str, ...]:
-        """The vectors of an upload that the server only adds up; none of the pooling's."""
-        return tuple(self._asked.reduce) if self.own else ()
-
-    @property
     def on_gpu(self) -> tuple[str, ...]:
-        """Those of :attr:`reduced` that may be left on the GPU: none where a ``client_update`` is somebody's own.
+        """Return the vectors of an upload that may stay on the GPU, as the server only adds them up.
 
-        That of others may compute with what ``train`` returned, on the CPU.
+        There are none where a ``client_update`` is user-defined, as it may compute with what ``train`` returned on the
+        CPU, and none of the pooling's.
         """
         update = getattr(self._asked, "client_update", None)
         # Not __module__, which functools.wraps copies.
         module = getattr(update, "__globals__", {}).get("__name__", "")
-        return self.reduced if module.startswith("fedkern.") else ()
+        return tuple(self._asked.reduce) if self.own and module.startswith("fedkern.") else ()
 
     def cohort_update(
         self, clients: Mapping[ClientId, Client], phase: Phase, sent: Mapping[ClientId, Message]
-    ) -> dict[ClientId, Any] | None:
+    ) -> dict[ClientId, Message] | None:
         """The uploads of a cohort that works together; None where its clients work on their own."""
         if not self.own:
             return None
@@ -180,3 +176,24 @@ def messages_for(outgoing: Any, clients: Iterable[int], may_skip_clients: bool =
 def message_for(outgoing: Any, client: int, may_skip_clients: bool = False) -> Message | None:
     """One client's message out of what ``send`` returned (see :func:`messages_for`)."""
     return messages_for(outgoing, [client], may_skip_clients)[client]
+
+
+def check_finite(tensors: Mapping[str, object], when: str, context: RunContext) -> None:
+    """Checks a model.
+
+    Args:
+        tensors: its tensors by name; other values pass.
+        when: the round, for the message.
+        context: has the initial buffers, whose infinities may stay.
+
+    Raises:
+        RunFailed: a tensor is not finite.
+    """
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and not all_finite(value):
+            if name == "buffers" and infinite_as_sent(value, context.networks.initial_buffers[name]):
+                continue
+            raise RunFailed(
+                f"The model {when} is not finite ({name}), though every upload was: nothing of that round is kept; "
+                "lower --lr, or refuse large updates with --max-update-norm."
+            )

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedkern.data.forms import ImageForm
 from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, images_and_labels, placed
 from fedkern.data.images.transforms import window
+from fedkern.data.split import Split
 from fedkern.engine.reader import BATCH, Plan, Reader
 from fedkern.files.image_rows import in_parts, loaded
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
@@ -112,10 +113,10 @@ class Images(Reader):
         sizes = [len(part) for part in plan]
         picked = PICKED_BYTES.get(self.device.type, 0) if rng is None else 0
         at_once = max(1, picked // max(1, max(sizes) * self.pixels.bytes_each))
-        for first in range(0, len(plan), at_once):
-            parts = slice(first, first + at_once)
-            there, sent = sent.tensor_split([sum(sizes[parts])])
-            columns = self._with_masks(there, rng) if masked else self.pairs(there, rng)
+        for start in range(0, len(plan), at_once):
+            parts = slice(start, start + at_once)
+            chosen, sent = sent.tensor_split([sum(sizes[parts])])
+            columns = self._with_masks(chosen, rng) if masked else self.pairs(chosen, rng)
             rows = zip(*(column.split(sizes[parts]) for column in columns), strict=True)
             for indices, (inputs, truth, *masks) in zip(plan[parts], rows, strict=True):
                 yield Batch(
@@ -166,7 +167,7 @@ class Images(Reader):
         return BackgroundBank(pixels, message["labels"].cpu().numpy())
 
 
-def _images_with_objects(split: Any) -> dict[str, Tensor]:
+def _images_with_objects(split: Split) -> dict[str, Tensor]:
     """The images of a split with a detected object, with their masks and labels."""
     if split.masks is None:
         raise ValueError("masks: expected bool [n, H, W] for a background bank, given none")

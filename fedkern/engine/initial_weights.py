@@ -87,8 +87,8 @@ def read(path: str, expected: str | None) -> Mapping[str, Tensor]:
             no finished run.
     """
     if sha256(path) != expected and expected is not None:
-        holds, what = ("does not hold", "network") if Path(path).is_dir() else ("is not", "file")
-        raise UserError(f"--init {path} {holds} the {what} that the run began with: put that {what} back.")
+        holds, noun = ("does not hold", "network") if Path(path).is_dir() else ("is not", "file")
+        raise UserError(f"--init {path} {holds} the {noun} that the run began with: put that {noun} back.")
     tensors = load(_GIVEN[path]) if path in _GIVEN else read_state_dict(_file(path), f"--init {path}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch.utils.data import default_collate
 
 from fedkern.data.sources.items import Items, tensor_bytes
@@ -45,11 +45,14 @@ class ItemReader(Reader):
         """The targets of all samples: those that the last pass has seen, or else read."""
         return self.split.labels if self._targets is None else self._targets.cpu()
 
-    def batches(self, *args: Any, **how: Any) -> Iterator[Batch]:
+    def batches(
+        self, size: int | None = None, *, even: bool = False, augment: bool = False, rng: Generator | None = None
+    ) -> Iterator[Batch]:
         seen = []
-        for batch in super().batches(*args, **how):
+        for batch in super().batches(size, even=even, augment=augment, rng=rng):
             yield batch
-            seen += [each for each in [batch.targets] if isinstance(each, torch.Tensor) and each.dim() == 1]
+            if isinstance(batch.targets, torch.Tensor) and batch.targets.dim() == 1:
+                seen.append(batch.targets)
         if seen:
             self._targets = torch.cat(seen)
 
@@ -58,7 +61,7 @@ class ItemReader(Reader):
         plan: Sequence[np.ndarray],
         phase: Phase = OUTSIDE,
         epoch: int = 0,
-        rng: np.random.Generator | None = None,
+        rng: Generator | None = None,
         *,
         masked: bool = False,
     ) -> Iterator[Batch]:

@@ -8,13 +8,14 @@ threads: clients are started, and their uploads taken, in client order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fedkern.engine.captured import replayable
 from fedkern.engine.context import RunContext
+from fedkern.engine.executors.base import Handler
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.roles import Objective
 
@@ -27,22 +28,22 @@ DRAWING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 T = TypeVar("T")
 
 
-def lanes(context: RunContext, method: Any) -> int:
+def lanes(context: RunContext, method: Handler) -> int:
     """How many clients may be at work at the same time.
 
     One, unless all that a client's exchange reads and writes is its lane's or only read: ``client_update`` is
     fedkern's, steps are recorded and need nothing that was computed for another client, and neither a client's state
     nor a generator that clients share is drawn on.
     """
-    networks, config, kind = context.networks, context.config, type(method)
+    networks, config = context.networks, context.config
     graphs = networks.graphs
     if graphs is None or graphs.off or not graphs.lasting() or context.script.functions or context.teachers is not None:
         return 1
     if config.buffers == "local" or config.keeps_parts or config.optimizer_state == "keep" or networks.added_models:
         return 1
-    if getattr(kind, "client_update", None) is not LocalTraining.client_update:
+    if not isinstance(method, LocalTraining) or type(method).client_update is not LocalTraining.client_update:
         return 1
-    module = networks.get("local").module
+    module, kind = networks.get("local").module, type(method)
     if (
         any(isinstance(layer, DRAWING) for layer in module.modules())
         or kind.prepare is not Objective.prepare
@@ -72,7 +73,7 @@ def side_by_side(begun: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
         yield waiting.pop(0)()
 
 
-def on_this_stream(value: Any) -> None:
+def on_this_stream(value: object) -> None:
     """Keeps a tensor's memory from other work of the stream that made it until the current stream is done with it."""
     if isinstance(value, Tensor) and value.is_cuda:
         value.record_stream(torch.cuda.current_stream(value.device))

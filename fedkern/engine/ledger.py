@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
+from fedkern.messages.states import State
 from fedkern.methods.base import Phase
-from fedkern.methods.uploads import Kept
 
 NUMBER_BYTES = 8
 _COLUMNS = ("up", "down", "one_off_up", "one_off_down")
 
 
-def message_bytes(message: Any) -> int:
+def message_bytes(message: object) -> int:
     """Bytes of a message's contents: its tensors' elements, 8 for a number, the UTF-8 length of a text."""
-    if isinstance(message, (Tensor, Kept)):
+    if isinstance(message, Tensor):
         return message.numel() * message.element_size()
     if isinstance(message, Mapping):
         return sum(message_bytes(value) for value in message.values())
@@ -55,7 +54,7 @@ class Ledger:
             setattr(self, name, [0] * self.clients)
         self._totals = dict.fromkeys(_COLUMNS, 0)
 
-    def restore(self, sums: Mapping[str, Any], rows: Mapping[int, Sequence[int]]) -> None:
+    def restore(self, sums: State, rows: Mapping[int, Sequence[int]]) -> None:
         """Go on from what was stored.
 
         Args:
@@ -71,7 +70,7 @@ class Ledger:
     def _row(self, client: int) -> list[int]:
         return [getattr(self, name)[client] for name in _COLUMNS]
 
-    def book(self, client: int, direction: str, message: Any, *, phase: Phase | None = None) -> int:
+    def book(self, client: int, direction: str, message: object, *, phase: Phase | None = None) -> int:
         """Books a message from (``"up"``) or to (``"down"``) a client and returns its bytes.
 
         Args:
@@ -111,11 +110,11 @@ class Ledger:
         self._changed.clear()
         return rows
 
-    def sums(self) -> dict[str, Any]:
+    def sums(self) -> State:
         """What the ledger holds beside the clients' rows."""
         return {"exchanges": self.exchanges, "rounds": self.rounds}
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> State:
         """Totals: ``up`` and ``down`` of the rounds, ``one_off_up``, ``one_off_down``, and the ``total`` of these four.
 
         ``clients`` holds the same four per client.  ``exchanges``, where there are several names of exchanges, holds

@@ -52,13 +52,13 @@ PLACES = {
 
 def unused(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
     """Yield a sentence for each of the settings ``names`` that says something and whose mark is missing."""
-    who, own = _code(config)
+    subject, own = _code(config)
     factory = {"optimizer"} if config.training and not config.training.startswith("train ") else set()
     for mark, place in PLACES.items():
         labels = {*config.given(*(name for name in place.settings if name in names)), *factory & {*place.settings}}
         for label in () if mark in marks else sorted(labels):
             way = f"{place.way}, or leave {label} out" if own else f"leave {label} out"
-            yield f"{label} has no effect on {who}, {place.lacks}: {way}."
+            yield f"{label} has no effect on {subject}, {place.lacks}: {way}."
 
 
 def comparison_notes(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
@@ -73,6 +73,6 @@ def comparison_notes(config: RunConfig, names: Collection[str], marks: Collectio
 
 def _code(config: RunConfig) -> tuple[str, bool]:
     """The class of the method, with the function that trains if there is one, and whether a user wrote them."""
-    who, script = config.kind.__name__, (config.training or "").startswith("train ")
-    name = f"{who} with the {config.training}" if script else who
+    subject, script = config.kind.__name__, (config.training or "").startswith("train ")
+    name = f"{subject} with the {config.training}" if script else subject
     return name, script or not config.kind.__module__.startswith("fedkern.")

@@ -1,59 +1,45 @@
-"""Moments of a training step, to compare with and to go back to: values of tensors and global random generators."""
+"""Snapshots of a training step, to compare with and to go back to: values of tensors and global random generators."""
 
 from __future__ import annotations
 
-import random
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedkern.ops._core.layout import dense_stride
+from fedkern.streams import forget_spare_number, generator_states, restore_generators
 
 
-class Moment:
+class Snapshot:
     """The values that tensors have now, and the states of the global generators."""
 
     def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
         self._tensors = tensors
         self._values = [tensor.detach().clone() for tensor in tensors]
         self._gpu = {device: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-        self._host = _generators()
+        forget_spare_number()
+        self._host = generator_states()
 
-    def drawn(self) -> str:
-        """Whose generator on the host has moved since, or ""."""
-        now = _generators()
-        moved = [name for name in ("Python's", "NumPy's") if self._host[name] != now[name]]
-        return moved[0] if moved else "" if torch.equal(self._host["torch's"], now["torch's"]) else "torch's"
+    def moved_generator(self) -> str:
+        """Return the name of a generator on the host that has moved since, or ""."""
+        current = generator_states()
+        return next((name for name, state in self._host.items() if state != current[name]), "")
 
     def holds(self) -> bool:
-        """Whether the tensors have the same bits now."""
+        """Return whether the tensors have the same bits now."""
         return all(alike(tensor.detach(), value) for tensor, value in zip(self._tensors, self._values, strict=True))
 
     def restore(self) -> None:
-        """Makes everything as it was."""
+        """Make everything as it was."""
         for tensor, value in zip(self._tensors, self._values, strict=True):
             tensor.detach().copy_(value)
         for device, state in self._gpu.items():
             torch.cuda.set_rng_state(state, device)
-        random.setstate(self._host["Python's"])
-        np.random.set_state(self._host["NumPy's"])  # noqa: NPY002
-        torch.set_rng_state(self._host["torch's"])
+        restore_generators(self._host)
 
 
-def _generators() -> dict[str, Any]:
-    kind, words, *rest = np.random.get_state()  # noqa: NPY002
-    return {
-        "Python's": random.getstate(),
-        "NumPy's": (kind, np.asarray(words).tolist(), *rest),
-        "torch's": torch.get_rng_state(),
-    }
-
-
-def alike(one: Tensor, other: Tensor) -> bool:
+def alike(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one shape, dtype and layout have the same bits."""
-    return torch.equal(in_memory(one).view(torch.uint8), in_memory(other).view(torch.uint8))
+    return torch.equal(in_memory(left).view(torch.uint8), in_memory(right).view(torch.uint8))
 
 
 def in_memory(tensor: Tensor) -> Tensor:

@@ -86,25 +86,23 @@ class Network:
 
     def attach_gradients(self) -> None:
         """Make every ``.grad`` a view of ``gradient_vectors``, with its present values."""
-        personal = (self._flat.personal_gradients(),) if len(self.personal) else ()
-        self._gradients = (self._flat.gradients(), *personal)
+        personal_gradients = (self._flat.personal_gradients(),) if len(self.personal) else ()
+        self._gradients = (self._flat.gradients(), *personal_gradients)
 
     def finite(self) -> Tensor:
         """bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
         finite = all_finite(self.parameters) & (self.finite_buffers() if len(self.buffers) else True)
-        rest = self._personal_buffers
-        if len(self.personal) or len(rest):
-            finite &= (
-                all_finite(self.personal) & (torch.isfinite(rest) | (self._infinite_personal & ~rest.isnan())).all()
-            )
+        kept = self._personal_buffers
+        if len(self.personal) or len(kept):
+            finite &= all_finite(self.personal) & (torch.isfinite(kept) | (self._infinite_personal & ~kept.isnan())).all()
         return finite
 
-    def finite_buffers(self, which: slice = slice(None)) -> Tensor:
+    def finite_buffers(self, part: slice = slice(None)) -> Tensor:
         """bool 0-d: whether the buffers' elements are finite numbers, or were infinite from the start."""
-        buffers = self.buffers[which]
+        buffers = self.buffers[part]
         if self._infinite is None:
             return all_finite(buffers)
-        return (torch.isfinite(buffers) | (self._infinite[which] & ~buffers.isnan())).all()
+        return (torch.isfinite(buffers) | (self._infinite[part] & ~buffers.isnan())).all()
 
     def read(self) -> dict[str, Tensor]:
         """Copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R]; empty ones are left out."""
@@ -141,13 +139,13 @@ class Network:
             UserError: a name or shape differs.
         """
         target = inner(self.module)
-        now = target.state_dict()
-        source = bare_names(inner(module).state_dict(), now)
-        still = {name for name, each in target.named_parameters() if not each.requires_grad}
-        still |= {*constant_buffers(target)}
-        if unfit := misfits(now, source):
+        state = target.state_dict()
+        source = bare_names(inner(module).state_dict(), state)
+        fixed = {name for name, parameter in target.named_parameters() if not parameter.requires_grad}
+        fixed |= {*constant_buffers(target)}
+        if unfit := misfits(state, source):
             raise UserError(f"The trained network is no longer the run's: {next(iter(unfit.values()))}.")
-        target.load_state_dict({name: now[name] if name in still else source[name] for name in now})
+        target.load_state_dict({name: state[name] if name in fixed else source[name] for name in state})
 
     @torch.no_grad()  # what a module derives in eval() is copied with it
     def eval_mode(self) -> None:
@@ -201,7 +199,7 @@ class Part:
         children = dict(network.module.named_children())
         if missing := [name for name in names if name not in children]:
             raise ValueError(f"parts: expected names of {', '.join(children)}, given {', '.join(missing)}")
-        self.trained = [each for name in names for each in children[name].parameters() if each.requires_grad]
+        self.trained = [x for name in names for x in children[name].parameters() if x.requires_grad]
         self._stretches = {kind: _stretch(network.places[kind], self.names) for kind in VECTORS}
         self.parameters = network.parameters[self._stretches["parameters"]]
         self.gradients = network.gradients[self._stretches["parameters"]]
@@ -235,10 +233,10 @@ def _stretch(places: Mapping[str, slice], names: tuple[str, ...]) -> slice:
     inside = [name.partition(".")[0] in names for name in places]
     if not any(inside):
         return slice(0, 0)
-    first, last = inside.index(True), len(inside) - inside[::-1].index(True)
-    if not all(inside[first:last]):
+    begin, end = inside.index(True), len(inside) - inside[::-1].index(True)
+    if not all(inside[begin:end]):
         raise ValueError(f"parts: expected neighbours in the network's vectors, given {', '.join(names)}")
-    slices = list(places.values())[first:last]
+    slices = list(places.values())[begin:end]
     return slice(slices[0].start, slices[-1].stop)
 
 
@@ -280,6 +278,10 @@ class Trainable:
         """Removes the gradients from the parameters."""
         for parameter in self.trained:
             parameter.grad = None
+
+
+Trained = Network | Part | Trainable
+"""What a training loop trains: a flat network, a part of it, or a module."""
 
 
 def all_finite(tensor: Tensor) -> Tensor:

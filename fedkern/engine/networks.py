@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
+from fedkern.data.types import FederatedData
 from fedkern.deferred.calls import apply_plan
 from fedkern.engine import initial_weights
 from fedkern.engine.captured import Graphs
@@ -47,7 +48,7 @@ class Networks:
     """
 
     def __init__(
-        self, config: RunConfig, data: Any, device: torch.device, describe: Callable[[], Mapping[str, Any]]
+        self, config: RunConfig, data: FederatedData, device: torch.device, describe: Callable[[], Mapping[str, object]]
     ) -> None:
         self._config, self._data, self.device, self._describe = config, data, device, describe
         self.unfit = ""
@@ -99,12 +100,12 @@ class Networks:
         }
         return self._data.form.build(task, about, config.seed if seed is None else seed)
 
-    def _personal(self, network: Any) -> list[str]:
+    def _personal(self, network: nn.Module) -> list[str]:
         """Names, or patterns of them, of what every client keeps to itself."""
         if self._config.personal is not None:
             return self._config.personal.split(",")
         head = getattr(network, "head", None)  # not known of a user's network before its first samples
-        return [f"{name}.*" for name, each in inner(network).named_modules() if each is head]
+        return [f"{name}.*" for name, module in inner(network).named_modules() if module is head]
 
     @cached_property
     def _initial_weights(self) -> Mapping[str, Tensor]:
@@ -223,8 +224,11 @@ class Networks:
         network = self.get("frozen")
         vectors = (message["parameters"], *(buffers or {}).values(), *message.values(), *(own_tensors or {}).values())
         # The key holds the tensors themselves, so that no new tensor can get the identity of a freed one.
-        counted = [isinstance(each, Tensor) and not each.is_inference() for each in vectors]  # others are numbers
-        key = [(each, each._version if has_version else 0) for each, has_version in zip(vectors, counted, strict=True)]
+        counted = [isinstance(vector, Tensor) and not vector.is_inference() for vector in vectors]  # others are numbers
+        key = [
+            (vector, vector._version if has_version else 0)
+            for vector, has_version in zip(vectors, counted, strict=True)
+        ]
         key += [(client, 0)] if network.constants else []
         old_key, _ = self._frozen
         if len(key) != len(old_key) or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(key, old_key, strict=True)):

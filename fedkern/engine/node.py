@@ -34,7 +34,7 @@ class Node:
         self.report: dict[str, float] = {}
         self.round_cache: dict[str, Any] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, RunContext]:
         # State, report and caches stay behind: a worker's changes to copies of them would be lost without a word.
         # In a worker they are an AttributeError.
         return {"_context": self._context}
@@ -72,11 +72,11 @@ class Node:
         self._context.notices.notice(text)
 
 
-def figures(report: Mapping[str, Any], whose: str, taken: Collection[str] = ()) -> dict[str, float]:
+def figures(report: Mapping[str, object], owner: str, taken: Collection[str] = ()) -> dict[str, float]:
     """A report's figures as Python's numbers; raises UserError for anything else, and for a name that is ``taken``."""
     numbers = {}
     for name, value in report.items():
-        where = f'{whose}["{name}"]'
+        where = f'{owner}["{name}"]'
         if name in taken:
             raise UserError(f"{where} has a name of the engine's: choose one besides {', '.join(sorted(taken))}.")
         try:

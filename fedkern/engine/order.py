@@ -15,6 +15,7 @@ from fedkern.engine.registry import register_part as register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.uploads.filters import Filter
 from fedkern.errors import UserError
+from fedkern.messages.states import State
 from fedkern.usercode import plugins
 from fedkern.usercode.registry import Registry
 
@@ -54,7 +55,7 @@ def _built(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[
     return [part for part in objects if part is not None]
 
 
-def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> dict[str, Any]:
+def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> State:
     """The states of a run's parts and filters, as a checkpoint keeps them.
 
     What a user has registered is there without a state too, so that a resumed run knows that it needs it.
@@ -63,7 +64,7 @@ def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> dict[str, Any
     return {"parts": of_parts, **({"filters": of_filters} if of_filters else {})}
 
 
-def _states(objects: Sequence[Part] | Sequence[Filter], order: Sequence[str]) -> dict[str, Any]:
+def _states(objects: Sequence[Part] | Sequence[Filter], order: Sequence[str]) -> State:
     return {part.name: state or {} for part in objects if (state := part.state()) or part.name not in order}
 
 
@@ -77,10 +78,10 @@ def restore(kind: str, objects: Sequence[Part] | Sequence[Filter], run: RunObjec
         return
     states, names = run.store.entry["info"].get(kind, {}), [part.name for part in objects]
     for name in sorted(({*states} ^ {*names}) - {*(PART_ORDER if kind == "parts" else FILTER_ORDER)}):
-        what = f'the {kind[:-1]} "{name}"'
+        words = f'the {kind[:-1]} "{name}"'
         if name in states:
-            raise UserError(f"The run in {run.out} began with {what}: register it again, or start a new run.")
-        raise UserError(f"The run in {run.out} began without {what}: leave it out, or start a new run.")
-    for each in objects:
-        if state := states.get(each.name):
-            each.restore(state)
+            raise UserError(f"The run in {run.out} began with {words}: register it again, or start a new run.")
+        raise UserError(f"The run in {run.out} began without {words}: leave it out, or start a new run.")
+    for part in objects:
+        if state := states.get(part.name):
+            part.restore(state)

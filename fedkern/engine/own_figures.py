@@ -41,9 +41,9 @@ class OwnFigures:
         sets = getattr(context.samples, message["own"]) if message["own"] else {}
         own, names = {k: sets[k]} if k in sets else {}, context.data.client_names
         unnamed, itself = lambda _: nullcontext(), lambda _: client  # a failure is named where it arrives
-        one = ClientsNetworks(self._method, [k], lambda _: network)
+        networks = ClientsNetworks(self._method, [k], lambda _: network)
         return {
-            "figures": evaluate(one, network, tests, nullcontext, seed=seed, keep=message["keep"]),
+            "figures": evaluate(networks, network, tests, nullcontext, seed=seed, keep=message["keep"]),
             "own": evaluate_clients(self._method, network, own, 1, names, unnamed, itself, seed, message["keep"]),
-            "kept": {prefix: each.kept for prefix, each in (tests | own).items()} if message["keep"] else {},
+            "kept": {prefix: reader.kept for prefix, reader in (tests | own).items()} if message["keep"] else {},
         }

@@ -18,6 +18,7 @@ from fedkern.engine import initial_weights, serving
 from fedkern.engine.context import RunContext
 from fedkern.engine.items import trial_batch
 from fedkern.errors import RAISED, UserError, origin
+from fedkern.messages.states import State
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
 from fedkern.models.cutting import find_head, logits_of
@@ -32,7 +33,7 @@ from fedkern.usercode.identity import digest, identity_table, layout
 
 def find_facts(
     config: RunConfig, data: FederatedData, stored: RunConfig | None, out: Path, *, known: bool
-) -> tuple[dict[str, Any], FederatedData, list[str]]:
+) -> tuple[State, FederatedData, list[str]]:
     """Try the network of a run and describe it.
 
     A user's network gets two samples, and its output is looked at.  Its source and its tensors are described by
@@ -52,7 +53,7 @@ def find_facts(
     Raises:
         UserError: the network does not fit, or another one was meant when the run began.
     """
-    facts: dict[str, Any] = {}
+    facts: State = {}
     if config.init is not None:
         facts["init_sha256"] = initial_weights.sha256(config.init) if stored is None else stored.init_sha256
         config = config.replace(**facts)
@@ -118,7 +119,7 @@ def network_hash(make: Own) -> str | None:
     return make.sha256
 
 
-def _tried(network: Any, make: Own, data: Any) -> tuple[Any, int]:
+def _tried(network: nn.Module, make: Own, data: FederatedData) -> tuple[FederatedData, int]:
     """Return the data with the classes and the head that a network tells, and the bytes of a sample's outputs.
 
     The network gets samples of the first client.  The bytes are those of outputs and targets where a user's loss may
@@ -169,7 +170,7 @@ def _tried(network: Any, make: Own, data: Any) -> tuple[Any, int]:
     return data, output_bytes
 
 
-def _with_classes(network: Any, data: Any) -> Any:
+def _with_classes(network: nn.Module, data: FederatedData) -> FederatedData:
     """Return data of a user's data sets with the classes that the network tells, where they are numbers of fewer."""
     count = len(data.classes)
     if not data.sights or data.classes != tuple(map(str, range(count))):
@@ -181,7 +182,7 @@ def _with_classes(network: Any, data: Any) -> Any:
     return data
 
 
-def _classes(outputs: Any, targets: Tensor, text: str, ignored: int) -> int:
+def _classes(outputs: object, targets: Tensor, text: str, ignored: int) -> int:
     """The number of classes in the logits of a network."""
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(targets):
         shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fedkern import ops
+from fedkern.engine.network import Trained
 from fedkern.errors import UserError, shown
+from fedkern.messages.states import State
 from fedkern.methods.terms import Terms
 from fedkern.usercode.execution import explained
 
+if TYPE_CHECKING:
+    from fedkern.engine.training import Schedule
 
-def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+
+def made(make: Callable[[list[nn.Parameter]], object], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimiser that a user's factory makes.
 
     Raises:
@@ -38,10 +43,10 @@ def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Paramete
         )
     given, stepped = {id(tensor) for tensor in parameters}, stepped_by(optimizer)
     if not stepped or any(id(tensor) not in given for tensor in stepped):
-        which = "parameters that it was not given" if stepped else "no parameters"
+        mistake = "parameters that it was not given" if stepped else "no parameters"
         raise UserError(
-            f"optimizer makes {type(optimizer).__name__} of {which}: make it of the argument, as in lambda parameters: "
-            "torch.optim.SGD(parameters, lr=0.1), because a run trains a copy of the network."
+            f"optimizer makes {type(optimizer).__name__} of {mistake}: make it of the argument, as in lambda "
+            "parameters: torch.optim.SGD(parameters, lr=0.1), because a run trains a copy of the network."
         )
     return optimizer
 
@@ -56,8 +61,8 @@ def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
     norms = [torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in vectors]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     if largest:
-        for each in vectors:
-            each.mul_((largest / norm).clamp(max=1))
+        for vector in vectors:
+            vector.mul_((largest / norm).clamp(max=1))
     return norm
 
 
@@ -112,9 +117,10 @@ class OwnStepper:
     rates are the optimiser's, times the schedule's.
     """
 
-    def __init__(self, network: Any, schedule: Any, terms: Terms | None, previous: Mapping[str, Any]) -> None:
+    def __init__(self, network: Trained, schedule: Schedule, terms: Terms | None, previous: State) -> None:
         self._theta, self._gradients = network.parameters.detach(), network.gradients
         self._vectors, self._schedule, self._terms = network.gradient_vectors, schedule, terms
+        assert schedule.make is not None
         self._optimizer = optimizer = made(schedule.make, network.trained)
         self._rates = _Rates(optimizer)
         if previous:
@@ -125,17 +131,17 @@ class OwnStepper:
         self.switch(True)
 
     @torch.no_grad()
-    def step(self, factor: Any) -> ops.StepResult:
+    def step(self, factor: float | Tensor) -> ops.StepResult:
         """Apply a batch's gradients at ``factor`` times the optimiser's rates, and zero them."""
         if self._terms is not None:
             self._terms.add_to(self._gradients, self._theta)
         norm = clip(self._vectors, self._schedule.clip_norm)
-        self._rates.step(factor)
+        self._rates.step(float(factor))
         for vector in self._vectors:
             vector.zero_()
         return ops.StepResult(torch.isfinite(norm), norm.square())
 
-    def read_state(self) -> dict[str, Any]:
+    def read_state(self) -> State:
         """Return the state to keep.
 
         Raises:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedkern.errors import UserError
+from fedkern.messages.states import State
 from fedkern.methods.protocol import ClientId, Federation, Message, Round, batch_slices
 from fedkern.privacy.dpsgd import stream_name
 from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
 
 DROPPED_OUT = "it dropped out of the round"
-State = Mapping[str, Any]
-"""What a checkpoint keeps of who takes part, in tensors, numbers, texts and dicts of these."""
 InFlight = dict[int, dict[int, Message]]
 """Messages that wait for an answer, by the communication round that sent them and their number within the round."""
 DAMAGED = (
@@ -183,8 +181,8 @@ class Participation:
         rounds = enumerate(entry for entry in plan if not entry.one_off)
         if not config.dropout_rate and (config.stragglers != "drop" or not config.straggler_rate):
             return min((self._size(entry) for _, entry in rounds), default=config.sampled_clients)
-        draws = ((each, self.clients(entry, each)) for each, entry in rounds)
-        counts = (len(them) - len(absent_clients(config, each, them)) for each, them in draws)
+        draws = ((number, self.clients(entry, number)) for number, entry in rounds)
+        counts = (len(clients) - len(absent_clients(config, number, clients)) for number, clients in draws)
         return min(counts, default=config.sampled_clients)
 
     def _size(self, entry: Round) -> int:
@@ -197,7 +195,7 @@ class Participation:
         """What the record of a round tells of it: ``clock``, where clients are of several speeds."""
         return {"clock": self.clock} if self._config.straggler_rate else {}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """What a checkpoint keeps, in tensors, numbers, texts and dicts of these; empty: nothing."""
         return self.figures()
 

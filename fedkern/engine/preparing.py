@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from fedkern.data.identity import of_memory
 from fedkern.data.sources.inspection import Sight
@@ -23,6 +21,7 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.run_objects import Request, RunObjects, RunStore
 from fedkern.engine.server import Server
 from fedkern.engine.store import predictions as predictions_file
+from fedkern.engine.store.checkpoints import Entry
 from fedkern.engine.store.resuming import check_settings, same_code
 from fedkern.errors import UserError, first_of
 from fedkern.listeners.listener_group import ListenerGroup
@@ -40,33 +39,26 @@ from fedkern.settings.grounds import files_identity
 from fedkern.usercode.identity import digest, left_out
 
 
-@dataclass(frozen=True)
-class Origin:
-    """The stored run that a run goes on from.
-
-    Attributes:
-        stored: its settings; None: a run begins.
-        entry: its newest checkpoint, or None.
-    """
-
-    stored: RunConfig | None = None
-    entry: dict[str, Any] | None = None
-
-
-def make_context(request: Request, config: RunConfig, origin: Origin, notice: Callable[[str], None]) -> RunContext:
+def make_context(
+    request: Request,
+    config: RunConfig,
+    notice: Callable[[str], None],
+    stored: RunConfig | None = None,
+    entry: Entry | None = None,
+) -> RunContext:
     """Load the data of a run, and complete its settings by all that data, network and functions decide.
 
     Args:
         request: what the run is asked for.
         config: the settings that were given; ``MODELS`` has the network.
-        origin: the run that is resumed.
         notice: told what the user should know of the data and the network.
+        stored: settings of the run that is resumed, or None.
+        entry: its newest checkpoint, or None.
 
     Raises:
         UserError: settings, data, network and functions do not fit together, or are not those that the run began with.
     """
     data, script, known, out = request.data, request.script, request.has_samples, request.out
-    stored, entry = origin.stored, origin.entry
     is_in_memory = bool(script.functions) or (data is not None and isinstance(data.validation, Items))
     if is_in_memory and torchrun_group.launched() is not None:
         raise UserError(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedkern.engine.reader import Reader
-from fedkern.engine.training import Context, Diverged, Schedule
+from fedkern.engine.training import Diverged, ReceivedMessage, Schedule
 from fedkern.methods.base import Client, Objective, Phase
 from fedkern.models.precision import computing
 from fedkern.privacy import DPSGD, LEDGER, Accountant
@@ -34,7 +34,7 @@ def train_privately(
     phase: Phase,
     module: nn.Module,
     data: Reader,
-    received: Context,
+    received: ReceivedMessage,
     schedule: Schedule,
     spending: DPSGD,
     rows: np.ndarray | None,
@@ -59,8 +59,8 @@ def train_privately(
     check_network(module, "this one")
     size = declared(len(data), rows, spending)
     rows = np.arange(len(data)) if rows is None else rows
-    each = math.ceil(size / schedule.batch_size)
-    steps = each * schedule.epochs if schedule.limit is None else schedule.limit
+    steps_per_epoch = math.ceil(size / schedule.batch_size)
+    steps = steps_per_epoch * schedule.epochs if schedule.limit is None else schedule.limit
     rate = min(1.0, schedule.batch_size / size)
     owners = None if spending.patients is None else np.unique(spending.patients[rows], return_inverse=True)[1]
     count = size // spending.images  # number of samples, or of patients
@@ -90,12 +90,12 @@ def train_privately(
     ) as private:
         for done in range(steps):
             check()  # may end the run, whose ledger already has the whole cost
-            optimizer.param_groups[0]["lr"] = schedule.lr_at(done // each)
+            optimizer.param_groups[0]["lr"] = schedule.lr_at(done // steps_per_epoch)
             chosen = draws.random(count) < rate
             drawn = rows[chosen if owners is None else chosen[owners]]
             private.zero_grad()
             if len(drawn):
-                batch = replace(data.batch(drawn, phase, done // each, augmentation), per_sample=True)
+                batch = replace(data.batch(drawn, phase, done // steps_per_epoch, augmentation), per_sample=True)
                 with torch.no_grad():
                     batch.drawn = method.prepare(module, batch, received)
                 result = method.loss(module, batch, received)

@@ -9,18 +9,15 @@ from __future__ import annotations
 import time
 import traceback
 from contextlib import suppress
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedkern.engine.executors.connection import Connection, Ended, Lost
 from fedkern.engine.executors.torchrun_group import GO_ON, LEAVING, TorchrunGroup
-from fedkern.engine.executors.worker_messages import Clear, Done, Setup, Sum
+from fedkern.engine.executors.worker_messages import Setup
 from fedkern.engine.worker import Worker, as_in_the_run
 from fedkern.errors import RunFailed, UserError
 from fedkern.messages.packets import Unpacker
-from fedkern.ops import Accumulator
 from fedkern.process import interrupts
 from fedkern.usercode import plugins
 
@@ -45,10 +42,10 @@ def serve(group: TorchrunGroup) -> int:
     except Lost as lost:
         raise RunFailed(f"Rank {group.rank} lost rank 0, as {lost}: {GO_ON}.") from None
     except KeyboardInterrupt as stop:
-        interrupts.ended()
+        _, code = interrupts.end_by(stop)
         with suppress(Ended, Lost):  # rank 0 has the same signal, and is not to take this rank for lost
             _wait(connection)
-        return 143 if isinstance(stop, interrupts.Terminated) else 130
+        return code
     except Exception as error:
         if not isinstance(error, UserError):
             traceback.print_exc()
@@ -64,36 +61,13 @@ def serve(group: TorchrunGroup) -> int:
     return 0
 
 
-class RankWorker(Worker):
-    """A worker that can keep vectors of uploads, and add them up (see `Method.reduce`)."""
-
-    def __init__(self, setup: Setup, connection: Connection) -> None:
-        super().__init__(setup, connection)
-        self._kept: dict[tuple[int, str], Tensor] = {}  # by client and name, until the next exchange
-        self._serial.keep = self._keep
-
-    def _heed(self, request: Any) -> None:
-        if isinstance(request, Sum):
-            total = Accumulator(request.size, exact=True)
-            for client, name, weight in request.terms:
-                total.add(self._kept[client, name], weight)
-            self._send(Done(total.state_dict()))
-            return
-        if isinstance(request, Clear):
-            self._kept.clear()
-        super()._heed(request)
-
-    def _keep(self, client: int, name: str, vector: Tensor) -> None:
-        self._kept[client, name] = vector.clone()  # the next client may train in the same memory
-
-
 def _serve(connection: Connection) -> None:
     plugins.receive(connection.told())
     setup: Setup = Unpacker().unpack(connection.receive())
     if setup.context.config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU on this machine, but on that of rank 0: give fedkern --device cpu.")
     with as_in_the_run(setup):
-        RankWorker(setup, connection).serve()
+        Worker(setup, connection).serve()
 
 
 def _wait(connection: Connection) -> None:

@@ -84,8 +84,8 @@ class Reader:
         """The samples in order, in batches of more than one (see ``batch_slices``), or of ``even`` sizes."""
         if augment and rng is None:
             raise ValueError("rng: expected a generator to augment with, given none")
-        size, every = size or self.size, np.arange(len(self))
-        parts = np.array_split(every, -(-len(self) // size)) if even else map(every.__getitem__, self.slices(size))
+        size, order = size or self.size, np.arange(len(self))
+        parts = np.array_split(order, -(-len(self) // size)) if even else map(order.__getitem__, self.slices(size))
         for number, rows in enumerate(parts):
             batch = self.batch(rows, rng=rng if augment and self.fresh else None)
             if self._word is not None:

@@ -18,6 +18,7 @@ FILTERS: Registry[type[Filter]] = Registry("filter")
 
 P = TypeVar("P", bound=type[Part])
 F = TypeVar("F", bound=type[Filter])
+K = TypeVar("K", bound=type)
 
 
 def register_part(name: str) -> Callable[[P], P]:
@@ -40,7 +41,7 @@ def register_filter(name: str) -> Callable[[F], F]:
     return lambda kind: _added(kind, name, Filter, FILTERS)
 
 
-def _added(kind: Any, name: str, base: type, table: Registry[Any]) -> Any:
+def _added(kind: K, name: str, base: type, table: Registry[Any]) -> K:
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise TypeError(f'{table.kind} "{name}": expected a class derived from fedkern.{base.__name__}, given {kind!r}')
     check_hooks(kind, Encoder)  # a filter may be its own encoder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.context import RunContext
@@ -12,6 +11,7 @@ from fedkern.engine.progress import Progress
 from fedkern.engine.training import Diverged
 from fedkern.errors import ClientFailed, UserError
 from fedkern.listeners.events import Listener
+from fedkern.messages.states import State
 from fedkern.methods.base import ClientId
 
 
@@ -46,10 +46,10 @@ class RoundLog:
     ) -> None:
         self._context, self._progress, self._states, self._listener = context, progress, states, listener
         self._silent, self._hint = silent, hint
-        self.clients: dict[str, dict[str, Any]] = {}
-        self.reports: list[dict[str, Any]] = []
+        self.clients: dict[str, State] = {}
+        self.reports: list[State] = []
         self.left: set[ClientId] = set()
-        self.dropped: list[dict[str, Any]] = []
+        self.dropped: list[State] = []
         self.marks: set[str] = set()
 
     def begin(self) -> None:
@@ -63,7 +63,7 @@ class RoundLog:
         for name, text in answer.warnings.items():
             self._context.notices.warn(name, text)
 
-    def done(self, k: ClientId, info: dict[str, Any], seconds: float) -> None:
+    def done(self, k: ClientId, info: State, seconds: float) -> None:
         """A client's upload has passed all checks, with these figures."""
         self._states.done(k)
         self.reports.append(info)
@@ -109,7 +109,7 @@ class RoundLog:
         self.leave_out(k, {"exchange": exchange, "reason": why})
         self._warn(f"refused-upload-{k}", f"{sentence}; it was left out.")
 
-    def leave_out(self, k: ClientId, why: dict[str, Any]) -> None:
+    def leave_out(self, k: ClientId, why: State) -> None:
         """Leaves a client out of the rest of the round."""
         self._states.left_out(k)
         if self._silent:
@@ -124,7 +124,7 @@ class RoundLog:
         """
         entry = self._progress.entry
         if entry is None or not (entry.one_off and isinstance(entry.participants, tuple)):
-            last: dict[str, Any] = self.dropped[-1] if self.dropped else {}
+            last: State = self.dropped[-1] if self.dropped else {}
             label = self._context.data.client_label(last["client"]) if "reason" in last else ""
             why = f" (client {label}: {last['reason']})" if label else ""
             raise UserError(
@@ -143,7 +143,7 @@ class RoundLog:
         """A client diverged or failed."""
         when, config = self._progress.when(), self._context.config
         label, public = self._context.data.client_label(k), self._context.notices.disclosure.clients
-        why: dict[str, Any] = {}
+        why: State = {}
         if isinstance(problem, ClientFailed):
             if config.on_error == "stop":
                 raise problem.at(when, label) from problem.__cause__
@@ -166,7 +166,7 @@ class RoundLog:
         if not self._silent:
             self._context.notices.warn(name, text)
 
-    def _note_dropped(self, k: ClientId, why: dict[str, Any]) -> None:
+    def _note_dropped(self, k: ClientId, why: State) -> None:
         self.left.add(k)
         at = max(self._progress.shown, 0)
         self.dropped = [*self.dropped, {"round": at, "client": k, **self._context.named(k), **why}]

@@ -7,14 +7,14 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from fedkern.data.types import FederatedData
 from fedkern.engine.executors.choice import executor_of, own_fork_server
 from fedkern.engine.executors.worker_messages import Setup
 from fedkern.engine.loop import Loop
 from fedkern.engine.order import filters_of, parts_of, restore, states_of
 from fedkern.engine.parts.base import Part
-from fedkern.engine.preparing import Origin, make_context, prepare
+from fedkern.engine.preparing import make_context, prepare
 from fedkern.engine.run_objects import Remote, Request, RunObjects, open_store
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.store.extending import aside, check_extension, write_extension
@@ -23,6 +23,7 @@ from fedkern.engine.store.run_folder import check_vacant, keep_settings, writing
 from fedkern.engine.uploads.filters import Filter
 from fedkern.listeners.events import Listener
 from fedkern.listeners.listener_group import ListenerGroup
+from fedkern.messages.states import State
 from fedkern.models import available
 from fedkern.models.precision import computing
 from fedkern.process.allocator import keep_freed_memory
@@ -38,7 +39,7 @@ def run(
     out: str | Path,
     resume: bool = False,
     listener: Listener | None = None,
-    data: Any = None,
+    data: FederatedData | None = None,
     trusted: Collection[str] = (),
     profile: bool = False,
     predictions: bool = False,
@@ -47,7 +48,7 @@ def run(
     check: Callable[[RunConfig], None] | None = None,
     rounds: int | None = None,
     at_once: int = 1,
-) -> dict[str, Any]:
+) -> State:
     """Runs a method and returns the summary that also stands in ``out/summary.json``.
 
     With several threads, set ``GOMP_SPINCOUNT=10000`` in the environment before torch is imported, as the command line
@@ -91,7 +92,7 @@ def run(
         remote=remote, at_once=at_once,
     )  # fmt: skip
     with closing(ListenerGroup(listener or Listener())) as listeners, reproducible():
-        config, origin = script.described(config), Origin()
+        config, stored, entry = script.described(config), None, None
         if resume:
             request = replace(request, rounds=check_extension(request.out, rounds, trusted=trusted))
             config, stored, entry = resumed_settings(config, request.out, trusted, request.rounds)
@@ -101,7 +102,6 @@ def run(
                 return finished
             check_place(stored, entry, config.device, request.out, trusted, remote=remote is not None)
             script.check_given(stored, request.out)
-            origin = Origin(stored, entry)
         else:
             check_vacant(request.out)
         keep_freed_memory()
@@ -109,10 +109,10 @@ def run(
             cpu_threads(config.threads), in_order(), computing(config.precision), current_gpu(config.device),
             available(config.model, script.network),
         ):  # fmt: skip
-            context = make_context(request, config, origin, listeners.on_notice)
+            context = make_context(request, config, listeners.on_notice, stored, entry)
             if check is not None:
                 check(context.config)
-            objects = prepare(request, context, listeners, is_begun=origin.entry is not None)
+            objects = prepare(request, context, listeners, is_begun=entry is not None)
             with (
                 own_fork_server(Setup.of(context, objects.handlers)),
                 writing(request.out, fresh=not resume) as check_lock,
@@ -127,7 +127,7 @@ def run(
                         note_change(context.code[group], table)
 
 
-def _play(run: RunObjects) -> dict[str, Any]:
+def _play(run: RunObjects) -> State:
     """Play the rounds that are left, and return the summary."""
     store, listener, entry = run.store, run.listener, run.store.entry
     parts: list[Part] = []

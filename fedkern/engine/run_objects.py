@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -17,7 +16,7 @@ from fedkern.engine.client_privacy import ClientPrivacy
 from fedkern.engine.client_states import ClientStates
 from fedkern.engine.clients import compare_teachers
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Executor
+from fedkern.engine.executors.base import Executor, Handler
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.hooks import Hooks, MethodCode
 from fedkern.engine.ledger import Ledger
@@ -31,13 +30,14 @@ from fedkern.engine.samples import Samples
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.engine.server import Server
 from fedkern.engine.store.background_writer import BackgroundWriter
-from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.checkpoints import Checkpoints, Entry
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.releases import Releases
 from fedkern.engine.store.resuming import change_rounds, check_same, facts_of
 from fedkern.engine.timing import Timing
 from fedkern.listeners.listener_group import ListenerGroup
+from fedkern.messages.states import State
 from fedkern.methods.base import Method, Round
 from fedkern.methods.common.pooling import Pooling
 from fedkern.privacy import Guarantee
@@ -90,10 +90,10 @@ class RunStore:
         self.out, self.metrics = out, Metrics(out)
         self.checkpoints = Checkpoints(out, BackgroundWriter())
         self.releases = Releases(self.checkpoints.folder) if private else None
-        self.entry: dict[str, Any] | None = None
-        self.facts: dict[str, Any] = {}
+        self.entry: Entry | None = None
+        self.facts: State = {}
         self.check_lock: Callable[[], object] = lambda: None
-        self.part_states: Callable[[], dict[str, Any]] = dict
+        self.part_states: Callable[[], State] = dict
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,10 @@ class RunObjects:
     def hooks(self) -> dict[str, Hooks]:
         """What is asked of method and pooling in an exchange, by the names of the handlers."""
         targets = {"method": self.method, "pooling": self.pooling}
-        return {name: Hooks(name, one, self.server, self.context, self.code) for name, one in targets.items()}
+        return {name: Hooks(name, handler, self.server, self.context, self.code) for name, handler in targets.items()}
 
     @property
-    def handlers(self) -> dict[str, object]:
+    def handlers(self) -> dict[str, Handler]:
         """Objects whose ``client_update`` may be called, by name."""
         figures = {own_figures.NAME: own_figures.OwnFigures(self.method)} if self.config.own_networks else {}
         return {"method": self.method, "pooling": self.pooling, **figures}
@@ -203,8 +203,8 @@ class RunObjects:
     @cached_property
     def states(self) -> ClientStates:
         """What becomes of the clients' states; has the run's executor, that of this process at first."""
-        here = Serial(self.context, self.handlers, self.store.checkpoints.reader, self.config.client_threads)
-        return ClientStates(here, self.store.checkpoints, self.context, self.progress, self.amplified)
+        serial = Serial(self.context, self.handlers, self.store.checkpoints.reader, self.config.client_threads)
+        return ClientStates(serial, self.store.checkpoints, self.context, self.progress, self.amplified)
 
     @cached_property
     def log(self) -> RoundLog:
@@ -223,8 +223,7 @@ class RunObjects:
     @property
     def here(self) -> Serial:
         """The executor of this process."""
-        executor: Serial = self.executor.here
-        return executor
+        return self.executor.here
 
 
 def open_store(run: RunObjects, check_lock: Callable[[], object]) -> None:

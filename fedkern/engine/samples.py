@@ -10,8 +10,8 @@ import torch
 
 from fedkern.data.images.pixels import CACHE_BYTES
 from fedkern.data.sources.items import Items
-from fedkern.data.types import AnySplit
-from fedkern.engine.evaluate import client_sets, site_sets, test_sets
+from fedkern.data.types import AnySplit, FederatedData
+from fedkern.engine.evaluate import batch_size, compared_alike, prefixed
 from fedkern.engine.images import Images
 from fedkern.engine.item_sets import Trial
 from fedkern.engine.items import ItemReader
@@ -19,6 +19,7 @@ from fedkern.engine.networks import Networks
 from fedkern.engine.reader import BATCH, Reader
 from fedkern.methods.protocol import Batch
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.registered_metrics import metrics_of
 
 PREPARED = 1000
 """Most clients whose prepared images are kept in memory, where a round has few of them; else those of ten rounds."""
@@ -38,7 +39,7 @@ def reader(split: AnySplit, form: Any, device: torch.device, *, seed: int, clien
 
 
 @reader.register
-def _(split: Items, form: Any, device: torch.device, *, seed: int, client: int = -1, **how: Any) -> Reader:
+def _(split: Items, form: object, device: torch.device, *, seed: int, client: int = -1, **how: Any) -> Reader:
     return ItemReader(split, device, seed=seed, client=client, size=how.get("size", BATCH))
 
 
@@ -55,13 +56,13 @@ class Samples:
         cache: whether normalised images stay in memory.
     """
 
-    def __init__(self, config: RunConfig, data: Any, device: torch.device, networks: Networks) -> None:
+    def __init__(self, config: RunConfig, data: FederatedData, device: torch.device, networks: Networks) -> None:
         self.config, self.data, self.device, self._networks = config, data, device, networks
         splits = [*data.clients, *data.tests.values(), *([data.public] if data.public is not None else [])]
         self.cache = sum(split.memory for split in splits) <= CACHE_BYTES
         self._clients: dict[int, Reader] = {}
 
-    def tokens(self, split: Any) -> Any:
+    def tokens(self, split: AnySplit) -> Any:
         """The tokens of a split's texts, on the CPU; None where there are no texts."""
         return split.task.tokens(split, lambda: self._networks.get("server").module.tokenize)
 
@@ -70,14 +71,14 @@ class Samples:
         """Augmentation of training batches."""
         return str(self.config.augment or self.data.form.augment)
 
-    def reader(self, split: Any, **how: Any) -> Reader:
+    def reader(self, split: AnySplit, **how: Any) -> Reader:
         """The batches of a split, see :func:`reader`."""
         tokens = self.tokens(split)
         batches = reader(split, self.data.form, self.device, seed=self.config.seed, tokens=tokens, **how)
         batches.output_bytes = len(split) * (self.config.output_bytes or 0)
         return batches
 
-    def of_client(self, client: int) -> Any:
+    def of_client(self, client: int) -> Reader:
         """The batches of a client's training samples."""
         if client not in self._clients:
             split = self.data.clients[client]
@@ -90,7 +91,7 @@ class Samples:
         return self._clients[client]
 
     @cached_property
-    def public(self) -> Any:
+    def public(self) -> Reader | None:
         """The public split."""
         public = self.data.public
         if isinstance(public, Items):
@@ -104,15 +105,30 @@ class Samples:
 
     @cached_property
     def test_sets(self) -> dict[str, Reader]:
-        """See :func:`~fedkern.engine.evaluate.test_sets`."""
-        return test_sets(self)
+        """The test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
+        sets = {prefix: self._test_set(split) for prefix, split in prefixed(self.data).items()}
+        for reader in sets.values():
+            reader.metrics = metrics_of(self.config.plugins)
+        return sets
 
     @cached_property
     def client_sets(self) -> dict[int, Reader]:
-        """See :func:`~fedkern.engine.evaluate.client_sets`."""
-        return client_sets(self)
+        """Every client's own test set, where clients have one."""
+        return compared_alike({k: self._test_set(split) for k, split in enumerate(self.data.client_tests)})
 
     @cached_property
     def site_sets(self) -> dict[int, Reader]:
-        """See :func:`~fedkern.engine.evaluate.site_sets`."""
-        return site_sets(self)
+        """Every client's part of the run's test set, where its images name their sites.
+
+        Left out is a client with fewer than two images, or without a pixel whose class is known.
+        """
+        test = self.data.tests.get("")
+        if test is None or test.homes is None or self.data.client_names is None:
+            return {}
+        homes = test.homes
+        parts = {k: test.subset((homes == k).nonzero().flatten()) for k in range(len(self.data.client_names))}
+        fit = {k: split for k, split in parts.items() if len(split) > 1 and split.any_known()}
+        return compared_alike({k: self._test_set(split) for k, split in fit.items()})
+
+    def _test_set(self, split: AnySplit) -> Reader:
+        return self.reader(split, size=batch_size(self.device, self.config.statistics), cache=self.cache)

@@ -17,6 +17,7 @@ from fedkern.engine.own_optimizer import made, stepped_by
 from fedkern.errors import UserError, first_of, shown
 from fedkern.methods import registry
 from fedkern.methods.base import LocalTraining
+from fedkern.methods.roles import Client
 from fedkern.models.user_models import check_module, unwrapped
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.user_tasks import inner
@@ -32,7 +33,7 @@ _UNREAD = {
 """Settings that a function takes the place of."""
 
 
-def _check_arguments(name: str, function: Any, words: str, count: int) -> None:
+def _check_arguments(name: str, function: Callable[..., object] | None, words: str, count: int) -> None:
     """Raises UserError where a function cannot be called with ``count`` arguments, which ``words`` name."""
     try:
         if function is not None:
@@ -65,11 +66,11 @@ class ScriptObjects:
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
     began: dict[str, dict[str, str]] | None = field(default=None, repr=False)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[ScriptObjects], tuple[object, ...]]:
         return ScriptObjects, (None, self.train, self.optimizer)  # another process gets the network with its entry
 
     @classmethod
-    def of(cls, network: Any, train: Any, settings: dict[str, Any]) -> ScriptObjects:
+    def of(cls, network: object, train: Any, settings: dict[str, Any]) -> ScriptObjects:
         """The objects among the arguments of a run; takes a factory out of the ``settings``.
 
         Raises:
@@ -80,10 +81,10 @@ class ScriptObjects:
             raise UserError(f"train must be a function of a model and a client, not {shown(train)}.")
         _check_arguments("train", train, "a model and a client", 2)
         _check_arguments("optimizer", optimizer, "a list of parameters", 1)
-        what = "train" if train is not None else "optimizer" if optimizer is not None else ""
-        for name in _UNREAD.get(what, ()):
+        replacing = "train" if train is not None else "optimizer" if optimizer is not None else ""
+        for name in _UNREAD.get(replacing, ()):
             if settings.get(name) is not None or (name == "optimizer" and optimizer is not None):
-                raise UserError(f"{name} has no effect beside a function {what}, which decides it: set it there.")
+                raise UserError(f"{name} has no effect beside a function {replacing}, which decides it: set it there.")
         return cls(None if isinstance(network, str) else unwrapped(network), train, optimizer, {})
 
     @property
@@ -104,14 +105,14 @@ class ScriptObjects:
 
     def code_at_begin(self, config: RunConfig, data: FederatedData | None) -> dict[str, dict[str, str]]:
         """Return what :meth:`code` returned when these objects were first used, unless functions or classes differ."""
-        now = self.code(config, data)
-        for name, table in now.items() if self.began is not None else ():
+        current = self.code(config, data)
+        for name, table in current.items() if self.began is not None else ():
             before = self.began.setdefault(name, table)  # type: ignore[union-attr]
             if only_code(before) != only_code(table):
                 self.began[name] = table  # type: ignore[index]
-        return now if self.began is None else {name: self.began[name] for name in now}
+        return current if self.began is None else {name: self.began[name] for name in current}
 
-    def trained(self, model: nn.Module, client: Any) -> nn.Module:
+    def trained(self, model: nn.Module, client: Client) -> nn.Module:
         """The model after ``train``, which trains it in place."""
         assert self.train is not None
         result: Any = self.train(model, client)
@@ -168,7 +169,7 @@ class ScriptObjects:
 
     def describe_training(
         self, build: Callable[[], nn.Module], code: Mapping[str, Mapping[str, str]]
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    ) -> tuple[dict[str, str], dict[str, str]]:
         """Return settings that say in words and as a hash what the functions are, and warnings by name.
 
         An optimiser of the network that ``build`` makes is made once to be tried.
@@ -182,12 +183,14 @@ class ScriptObjects:
         if self.optimizer is None:
             words = f"train function {getattr(self.train, '__qualname__', type(self.train).__name__)}"
         else:
-            trained = {name: each for name, each in inner(build()).named_parameters() if each.requires_grad}
+            trained = {
+                name: parameter for name, parameter in inner(build()).named_parameters() if parameter.requires_grad
+            }
             optimizer = made(self.optimizer, [*trained.values()])
             stepped = {id(tensor) for tensor in stepped_by(optimizer)}
             values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}
             words = f"{type(optimizer).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
-            if left := [name for name, each in trained.items() if id(each) not in stepped]:
+            if left := [name for name, parameter in trained.items() if id(parameter) not in stepped]:
                 words += f" of {len(stepped)} of {len(trained)} parameters"
                 warnings["partly-trained"] = (
                     f"The optimizer of the script steps {len(stepped)} of the network's {len(trained)} parameters and "

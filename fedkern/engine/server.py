@@ -13,6 +13,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.node import Node
 from fedkern.engine.store.artifacts import prepared
 from fedkern.errors import UserError, spared
+from fedkern.messages.states import State
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Message, Phase
 from fedkern.methods.server_rules import ServerRule
@@ -22,11 +23,11 @@ from fedkern.streams import stream
 class Server(Node):
     """The server (see :class:`fedkern.methods.roles.Server`)."""
 
-    def __init__(self, context: RunContext, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, context: RunContext, state: State | None = None) -> None:
         super().__init__(context)
         self.federation = context.federation
         self.trained_vectors = context.networks.trained_vectors
-        self.state: dict[str, Any] = {} if state is None else state
+        self.state: State = {} if state is None else state
         self.marks: set[str] = set()  # see `fedkern.engine.marks`
         self.refused: list[tuple[int, str]] = []  # in the current exchange
         self.showing = False  # whether log_image keeps the artifacts of this round
@@ -36,7 +37,9 @@ class Server(Node):
         self.aggregator = rule if rule.entry.function is not None else None
         optimiser = ServerRule(context.config.server_rule, context.config.server_lr)
         self.optimiser = None if optimiser.plain else optimiser
-        self.summing: Callable[[Any], Any] | None = None  # makes an accumulator add what has stayed on ranks
+        self.summing: Callable[[ops.Accumulator], object] | None = (
+            None  # has an accumulator follow vectors that stay on the GPU
+        )
 
     def warn(self, name: str, text: str) -> None:
         if self._context.notices.disclosure.server:
@@ -62,7 +65,7 @@ class Server(Node):
         return network.module
 
     def accumulator(self, size: int) -> Any:
-        total = ops.Accumulator(size, exact=self._context.config.sums == "exact")
+        total = ops.Accumulator(size)
         return total if self.summing is None else self.summing(total)
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:

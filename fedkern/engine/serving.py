@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from fedkern.deferred.comparison import Found, differs, far
 from fedkern.engine.context import RunContext
 from fedkern.errors import described
 from fedkern.messages.leaves import leaves
+from fedkern.methods.protocol import Batch
 from fedkern.models.freezing import train_mode
 from fedkern.models.user_models import OwnNetwork
 from fedkern.ops._core import backend
@@ -74,7 +74,7 @@ def _served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     return f"served {len(dict(record[0])) // 2} of {len(record[1]) // 2} convolutions", plan
 
 
-def _rehearsed(network: nn.Module, batch: Any) -> str:
+def _rehearsed(network: nn.Module, batch: Batch) -> str:
     """Return the plan of a network's convolutions in all modes."""
     module = copy.deepcopy(network)
     accelerate(inner(module), check=False)
@@ -101,7 +101,7 @@ def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
     return module
 
 
-def _played(network: nn.Module, batch: Any) -> Found:
+def _played(network: nn.Module, batch: Batch) -> Found:
     """Loss, gradients, buffers and evaluated outputs of a copy, by name."""
     module = copy.deepcopy(network)
     with seeded_generators(0):
@@ -109,8 +109,8 @@ def _played(network: nn.Module, batch: Any) -> Found:
         loss = batch.task.loss(module, batch)
         loss.backward()
     results: Found = {"the loss": loss.detach()}
-    results |= {f"the gradient of {name}": each.grad for name, each in inner(module).named_parameters()}
-    results |= {name: each.detach() for name, each in inner(module).named_buffers()}
+    results |= {f"the gradient of {name}": tensor.grad for name, tensor in inner(module).named_parameters()}
+    results |= {name: tensor.detach() for name, tensor in inner(module).named_buffers()}
     module.eval()
     with seeded_generators(0), torch.no_grad():
         answer = [leaf for leaf in leaves(module(batch.inputs)) if isinstance(leaf, Tensor)]

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.engine.captured import Graphs, Outcome, Play, replayable
 from fedkern.engine.first_steps import FirstSteps
-from fedkern.engine.network import Network, Part, Trainable
+from fedkern.engine.network import Network, Trained
 from fedkern.engine.own_optimizer import OwnStepper, clip
 from fedkern.engine.reader import Reader, batch_plan
 from fedkern.errors import UserError
 from fedkern.messages.leaves import mapped
+from fedkern.messages.states import State
 from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slices
 from fedkern.methods.roles import Client, Objective
 from fedkern.methods.terms import Terms
-from fedkern.models.transfer import arrived, bring, fetch
+from fedkern.models.transfer import bring, fetch
 from fedkern.ops._core.private_torch import backward
 from fedkern.process.interrupts import check
 
@@ -35,9 +36,9 @@ from fedkern.process.interrupts import check
 class Diverged(ArithmeticError):
     """A client's loss, gradient or parameters became NaN or infinite; ``batch`` counts from 1 within its exchange."""
 
-    def __init__(self, client: int, round: int, batch: int, what: str) -> None:
-        super().__init__(f"client {client}, round {round}, batch {batch}: {what}")
-        self.client, self.round, self.batch, self.what = client, round, batch, what
+    def __init__(self, client: int, round: int, batch: int, reason: str) -> None:
+        super().__init__(f"client {client}, round {round}, batch {batch}: {reason}")
+        self.client, self.round, self.batch, self.what = client, round, batch, reason
 
     def __reduce__(self) -> tuple[type, tuple[int, int, int, str]]:
         return Diverged, (self.client, self.round, self.batch, self.what)
@@ -77,7 +78,7 @@ class Schedule:
 
 
 @dataclass
-class Context:
+class ReceivedMessage:
     """What a client received in this exchange (see :class:`fedkern.methods.protocol.Received`)."""
 
     message: Message
@@ -104,6 +105,10 @@ class Context:
         return self.frozen()
 
 
+Rate = float | Tensor
+"""A learning rate, fp64 0-d where a recorded step reads it."""
+
+
 class Stepper(NamedTuple):
     """Steps of an optimiser.
 
@@ -113,16 +118,16 @@ class Stepper(NamedTuple):
         switch: puts the optimiser in train mode (True) or eval mode.
     """
 
-    step: Callable[[Any], ops.StepResult]
-    read_state: Callable[[], dict[str, Any]]
+    step: Callable[[Rate], ops.StepResult]
+    read_state: Callable[[], State]
     switch: Callable[[bool], None] = lambda training: None
 
 
 def stepper(
-    network: Network | Part | Trainable,
+    network: Trained,
     schedule: Schedule,
     terms: Terms | None,
-    previous: Mapping[str, Any],
+    previous: State,
     hold: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Stepper | OwnStepper:
     """Make the optimiser's steps.
@@ -140,19 +145,21 @@ def stepper(
     if not (isinstance(network, Network) and len(network.personal)):
         return Stepper(*_steps(theta, gradients, schedule, terms, previous, hold))
     plain, vectors = replace(schedule, clip_norm=0.0), network.gradient_vectors
-    shared, shared_state = _steps(theta, gradients, plain, None, previous.get("shared", {}))
-    alone, alone_state = _steps(network.personal.detach(), vectors[1], plain, None, previous.get("personal", {}))
+    step_shared, shared_state = _steps(theta, gradients, plain, None, previous.get("shared", {}))
+    step_personal, personal_state = _steps(
+        network.personal.detach(), vectors[1], plain, None, previous.get("personal", {})
+    )
 
     @torch.no_grad()
-    def both(lr: float) -> ops.StepResult:
+    def both(lr: Rate) -> ops.StepResult:
         if terms is not None:
             terms.add_to(gradients, theta)
         if schedule.clip_norm:
             clip(vectors, schedule.clip_norm)
-        first, second = shared(lr), alone(lr)
-        return ops.StepResult(first.finite & second.finite, first.squared_norm + second.squared_norm)
+        of_shared, of_personal = step_shared(lr), step_personal(lr)
+        return ops.StepResult(of_shared.finite & of_personal.finite, of_shared.squared_norm + of_personal.squared_norm)
 
-    return Stepper(both, lambda: {"shared": shared_state(), "personal": alone_state()})
+    return Stepper(both, lambda: {"shared": shared_state(), "personal": personal_state()})
 
 
 def _steps(
@@ -160,9 +167,9 @@ def _steps(
     gradients: Tensor,
     schedule: Schedule,
     terms: Terms | None,
-    previous: Mapping[str, Any],
+    previous: State,
     hold: Callable[[str, Tensor], Tensor] | None = None,
-) -> tuple[Callable[[Any], ops.StepResult], Callable[[], dict[str, Any]]]:
+) -> tuple[Callable[[Rate], ops.StepResult], Callable[[], State]]:
     """As :func:`stepper`, of the parameters ``theta``, fp32 [P]."""
     settings: dict[str, Any] = {"weight_decay": schedule.weight_decay, "zero": True}
     if schedule.clip_norm:
@@ -175,9 +182,11 @@ def _steps(
     if schedule.optimizer == "adamw":
         state = {"first": torch.zeros_like(gradients), "second": torch.zeros_like(gradients), "steps": 0, **state}
 
-        def adamw(lr: float) -> ops.StepResult:
+        def adamw(lr: Rate) -> ops.StepResult:
             state["steps"] += 1
-            return ops.adamw_step(theta, gradients, state["first"], state["second"], state["steps"], lr=lr, **settings)
+            return ops.adamw_step(
+                theta, gradients, state["first"], state["second"], state["steps"], lr=float(lr), **settings
+            )
 
         return adamw, lambda: state
     velocity = None
@@ -186,7 +195,7 @@ def _steps(
         if hold is not None:
             state["velocity"] = velocity = hold("velocity", velocity)
 
-    def sgd(lr: float | Tensor) -> ops.StepResult:
+    def sgd(lr: Rate) -> ops.StepResult:
         return ops.sgd_step(theta, gradients, velocity, lr=lr, momentum=schedule.momentum, **settings)
 
     # What is held is written to again in the next exchange.
@@ -206,14 +215,14 @@ def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator
         yield plan
 
 
-class Course:
+class EpochBatches:
     """The batches of an exchange for a loop of somebody's own, an epoch at a time: those that the run would take.
 
     Attributes:
         done: batches so far.
     """
 
-    def __init__(self, client: Any, data: Any, schedule: Schedule, phase: Phase) -> None:
+    def __init__(self, client: Client, data: Reader, schedule: Schedule, phase: Phase) -> None:
         self.schedule, self.done = schedule, 0
         self._epoch, self._amid = 0, False
         plans = epochs(len(data), replace(schedule, epochs=sys.maxsize), client.rng("batches", phase))
@@ -248,7 +257,7 @@ def batch_sizes(count: int, schedule: Schedule) -> Counter[int]:
 
 def one_pass(
     method: Objective,
-    module: Any,
+    module: nn.Module,
     apply: Callable[[], ops.StepResult] | None,
     batch: Batch,
     received: Received,
@@ -274,20 +283,13 @@ def one_by_one(run: Callable[[Batch], Outcome], batches: Iterable[Batch]) -> Ite
     return map(run, batches)
 
 
-def train(client: Client, *arguments: Any, **how: Any) -> dict[str, float]:
-    """As :func:`started`, and waits for the device: the figures."""
-    read_figures = started(client, *arguments, **how)
-    arrived(client.device)
-    return read_figures()
-
-
-def started(
+def train_async(
     client: Client,
     method: Objective,
     phase: Phase,
-    network: Network | Part | Trainable,
+    network: Trained,
     data: Reader,
-    received: Context,
+    received: ReceivedMessage,
     schedule: Schedule,
     rows: np.ndarray | None = None,
     graphs: Graphs | None = None,
@@ -325,16 +327,22 @@ def started(
     if recordable is False:
         graphs = None
     hold = None  # where the tensors of a step are that is recorded as a whole: AdamW's numbers are others every time
-    alone = len(network.gradient_vectors) > 1  # parameters that the client keeps to itself
-    if graphs is not None and not adjusts and not alone and schedule.make is None and schedule.optimizer == "sgd":
+    has_personal = len(network.gradient_vectors) > 1  # parameters that the client keeps to itself
+    if (
+        graphs is not None
+        and not adjusts
+        and not has_personal
+        and schedule.make is None
+        and schedule.optimizer == "sgd"
+    ):
         hold = graphs.hold
     as_whole = hold is not None
     optimiser = stepper(network, schedule, terms, previous, hold)
-    step: Callable[[Any], ops.StepResult] = optimiser.step
+    step: Callable[[Rate], ops.StepResult] = optimiser.step
     rate = torch.zeros((), dtype=torch.float64, device=theta.device)
     rate = rate if hold is None else hold("rate", rate)
-    for each in network.gradient_vectors:
-        each.zero_()
+    for vector in network.gradient_vectors:
+        vector.zero_()
     totals: dict[str, float] = {}
     seen: dict[str, int] = {}
     done, count = 0, len(data) if rows is None else len(rows)
@@ -378,7 +386,7 @@ def started(
                 done, records = _digest(client.id, phase, *_gathered(records), done, totals, seen), []
     optimiser.switch(False)
     finite = network.finite()
-    counted = schedule.make is not None or alone  # by the stepper
+    counted = schedule.make is not None or has_personal  # by the stepper
     if terms is not None and terms.gradient_sum is not None and not counted:
         terms.gradient_sum.steps += done + sum(outcome.loss.numel() for outcome in records)
         if graphs is not None and as_whole:
@@ -401,7 +409,7 @@ def started(
 def _warn(client: Client, error: Exception) -> None:
     client.warn(
         "no-cuda-graph",
-        "The GPU's kernels of a training step are started one by one, because they could not be recorded as a CUDA "
+        "The GPU's kernels of a training step are train_async one by one, because they could not be recorded as a CUDA "
         f"graph ({type(error).__name__}: {str(error).partition(chr(10))[0]}). The results are the same, but later.",
     )
 
@@ -427,8 +435,8 @@ def _gathered(records: list[Outcome], finite: Tensor | None = None) -> tuple[Gro
         columns += [torch.cat([part.reshape(-1) for part in column]) for column in zip(*parts, strict=True)]
         groups.append((names, sum(loss.numel() for loss, *_ in parts)))
     columns += [] if finite is None else [finite.reshape(1)]
-    there = [column.to(columns[-1].device, torch.float64) for column in columns]
-    return groups, torch.cat(there) if there else torch.empty(0)
+    numbers = [column.to(columns[-1].device, torch.float64) for column in columns]
+    return groups, torch.cat(numbers) if numbers else torch.empty(0)
 
 
 def _digest(
@@ -450,9 +458,9 @@ def _digest(
         losses, squares = list(islice(values, count)), list(islice(values, count))
         for loss, squared, *figures in zip(losses, squares, *(_columns(values, count, len(names))), strict=True):
             done += 1
-            for value, what in ((loss, "the loss"), (squared, "the gradient")):
+            for value, value_name in ((loss, "the loss"), (squared, "the gradient")):
                 if not math.isfinite(value):
-                    raise Diverged(client, phase.round, done, f"{what} is {value}")
+                    raise Diverged(client, phase.round, done, f"{value_name} is {value}")
             for name, value in zip(("loss", *names), (loss, *figures), strict=True):
                 totals[name] = totals.get(name, 0.0) + value
                 seen[name] = seen.get(name, 0) + 1

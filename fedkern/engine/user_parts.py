@@ -42,10 +42,10 @@ def build(kind: Any, run: RunObjects) -> Any:
     if not isinstance(part, base):
         due = f"a fedkern.{base.__name__} or None"
         raise UserError(f"The {base.__name__.lower()}'s build of {kind.name} must return {due}, not {shown(part)}.")
-    alone = base is Part or not (
+    sees_one = base is Part or not (
         kind.keeps_client_state or kind.state is not Filter.state or kind.combine is not Filter.combine
     )
-    if run.config.dp_noise and not alone:
+    if run.config.dp_noise and not sees_one:
         raise UserError(
             "--dp-noise counts that what is added up of a client follows from its own data alone, and the filter "
             f"{kind.name} keeps state or sees all uploads at once: leave one of the two out."
@@ -59,8 +59,8 @@ def build(kind: Any, run: RunObjects) -> Any:
 
 
 def _call(
-    name: str, own_entries: set[str], code: MethodCode, function: Callable[..., Any], *arguments: Any, **more: Any
-) -> Any:
+    name: str, own_entries: set[str], code: MethodCode, function: Callable[..., object], *arguments: Any, **more: object
+) -> object:
     with code(name):
         entries = arguments[0].entries if name in ("before_round", "round_end") else {}
         before = dict(entries)
@@ -95,7 +95,7 @@ def _combine(
         yield handover.pop()  # type: ignore[misc]
 
 
-def _check_plain(state: Any) -> None:
+def _check_plain(state: object) -> None:
     try:
         json.dumps(plain(state or {}))
     except (TypeError, ValueError) as error:

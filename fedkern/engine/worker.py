@@ -26,13 +26,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.shared_tensors import Channel
-from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Notice, Setup
+from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job, Notice, Setup
 from fedkern.messages.packets import NotPortable, Packer, PacketStream, Unpacker, portable
 from fedkern.methods import registry
 from fedkern.models import MODELS
@@ -68,7 +68,7 @@ class Worker:
             packet = self._channel.receive()
             self._heed(self._unpacker.unpack(packet))  # no reference stays: a message would live until the next one
 
-    def _heed(self, request: Any) -> None:
+    def _heed(self, request: Clear | Forget | Job) -> None:
         if isinstance(request, Clear):
             self._unpacker.clear()
             if request.round_over:
@@ -196,7 +196,7 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
         ours, positions = os.getpid(), read_positions()
         child = os.fork()
         if child:
-            os.close(request.more[0])
+            os.close(request.extra[0])
             channel.say(child)
             continue
         end_with_parent()
@@ -204,7 +204,7 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
             end.close()
             reopen_files(positions)
             assert setup is not None
-            _work(setup, socket.socket(fileno=request.more[0]))
+            _work(setup, socket.socket(fileno=request.extra[0]))
         os._exit(0)
 
 

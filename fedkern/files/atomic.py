@@ -70,7 +70,9 @@ def make_folder(path: Path, *, fresh: bool = False) -> None:
         Unwritable: the folder is a link, or cannot be made.
     """
     with writing(path):
-        filesystem.make_folder(path, fresh=fresh)
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, filesystem.LINK, str(path))
+        path.mkdir(parents=True, exist_ok=not fresh)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

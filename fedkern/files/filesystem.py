@@ -20,7 +20,7 @@ except ImportError:  # not a POSIX system: two writers are not kept apart there
     fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
-_LINK = "it is a link, through which nothing is written"
+LINK = "it is a link, through which nothing is written"
 
 
 def expand(path: str | Path) -> Path:
@@ -74,7 +74,7 @@ def check_working_folder() -> None:
         raise UserError("The working folder has been deleted or cannot be read: change to another one.") from None
 
 
-def check_text(text: str, what: str, way: str = "rename the file or folder, or take a link to it") -> None:
+def check_text(text: str, subject: str, way: str = "rename the file or folder, or take a link to it") -> None:
     """Raise UserError for a string with bytes that are not UTF-8, because a run's files could not store the string."""
     try:
         text.encode()
@@ -89,7 +89,7 @@ def check_text(text: str, what: str, way: str = "rename the file or folder, or t
                 "letters that Python does not read in this locale: set PYTHONUTF8=1 in the environment, or a locale "
                 "of UTF-8."
             )
-        raise UserError(f'{what} "{quote}" has {reason}') from None
+        raise UserError(f'{subject} "{quote}" has {reason}') from None
 
 
 def replace(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
@@ -141,29 +141,16 @@ def open_to_change(path: Path, mode: str, *, make: bool = False) -> BinaryIO:
 
     def opener(name: str, flags: int) -> int:
         if os.path.islink(name):  # noqa: PTH114 (O_NOFOLLOW alone has a misleading message)
-            raise OSError(errno.ELOOP, _LINK, name)
+            raise OSError(errno.ELOOP, LINK, name)
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | (os.O_CREAT if make else 0)
         descriptor = os.open(name, flags, 0o666)
-        there = os.fstat(descriptor)
-        if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             os.close(descriptor)
-            raise OSError(errno.EMLINK, _LINK if there.st_nlink > 1 else "it is no regular file", name)
+            raise OSError(errno.EMLINK, LINK if status.st_nlink > 1 else "it is no regular file", name)
         return descriptor
 
     return cast(BinaryIO, open(path, mode, opener=opener))
-
-
-def make_folder(path: Path, *, fresh: bool = False) -> None:
-    """Makes a folder of a run with its parents.
-
-    With ``fresh`` it must not exist.
-
-    Raises:
-        OSError: the folder cannot be made, or is a link, through which nothing is written.
-    """
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, _LINK, str(path))
-    path.mkdir(parents=True, exist_ok=not fresh)
 
 
 def sync_folder(folder: Path) -> None:

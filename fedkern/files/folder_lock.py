@@ -101,10 +101,10 @@ class FolderLock:
         end = time.monotonic() + WATCH
         while time.monotonic() < end:
             time.sleep(min(BEAT, WATCH) / 10)
-            if not (now := self._read()):
+            if not (current := self._read()):
                 return
-            if now != before:
-                raise self._in_use(now)
+            if current != before:
+                raise self._in_use(current)
 
     def _in_use(self, content: bytes) -> InUse:
         process = _named(content)

@@ -98,23 +98,23 @@ class FileRows(Tensor):
         """The same kind of rows at ``chosen``, int64 ``[m]`` rows of the store."""
         raise NotImplementedError
 
-    def like(self, other: FileRows) -> bool:
+    def like(self, rows: FileRows) -> bool:
         """Whether both show rows of one store in the same way."""
-        return type(self) is type(other) and self._store is other._store
+        return type(self) is type(rows) and self._store is rows._store
 
     def __getitem__(self, key: Any) -> Tensor:
-        first, *rest = key if isinstance(key, tuple) else (key,)
-        if first is None or first is Ellipsis or any(isinstance(part, (Tensor, np.ndarray, list)) for part in rest):
+        index, *tail = key if isinstance(key, tuple) else (key,)
+        if index is None or index is Ellipsis or any(isinstance(part, (Tensor, np.ndarray, list)) for part in tail):
             return self.plain()[key]
-        if isinstance(first, Tensor) and first.dtype == torch.bool and first.dim() > 1:  # chooses pixels, not rows
+        if isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() > 1:  # chooses pixels, not rows
             return self.plain()[key]
-        chosen = self._chosen[first]
+        chosen = self._chosen[index]
         if chosen.dim() == 0:
-            return self.picked(chosen[None]).plain()[(0, *rest)]
+            return self.picked(chosen[None]).plain()[(0, *tail)]
         if chosen.dim() > 1:
             return self.plain()[key]
         picked = self.picked(chosen)
-        return picked.plain()[(slice(None), *rest)] if rest else picked
+        return picked.plain()[(slice(None), *tail)] if tail else picked
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         return self[index] if dim == 0 else self.plain().index_select(dim, index)
@@ -142,7 +142,11 @@ class FileRows(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in _ABOUT:
@@ -187,9 +191,9 @@ class ImageRows(FileRows):
         """The images at ``chosen``, int64 ``[m]`` rows of the store."""
         return ImageRows.of(self._store, chosen, self._box)
 
-    def like(self, other: FileRows) -> bool:
+    def like(self, rows: FileRows) -> bool:
         """Whether both show the same part of the images of one store."""
-        return super().like(other) and isinstance(other, ImageRows) and self._box == other._box
+        return super().like(rows) and isinstance(rows, ImageRows) and self._box == rows._box
 
     def nhwc(self, index: Tensor | None = None) -> Tensor:
         """The images at ``index`` (int64 ``[m]``; None: all) in memory, uint8 ``[m, h, w, C]``, contiguous."""
@@ -212,7 +216,7 @@ class ImageRows(FileRows):
         place = top + (height - sides[0]) // 2, left + (width - sides[1]) // 2
         return ImageRows.of(self._store, self._chosen, (*place, *sides))
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return ImageRows.of, (self._store, self._chosen, self._box)
 
 
@@ -242,11 +246,11 @@ class PixelClasses(FileRows):
         """The classes of the masks at ``chosen``, int64 ``[m]`` rows of the store."""
         return PixelClasses.of(self._store, chosen, self._meaning)
 
-    def like(self, other: FileRows) -> bool:
+    def like(self, rows: FileRows) -> bool:
         """Whether both are masks of one store whose values mean the same."""
-        return super().like(other) and isinstance(other, PixelClasses) and torch.equal(self._meaning, other._meaning)
+        return super().like(rows) and isinstance(rows, PixelClasses) and torch.equal(self._meaning, rows._meaning)
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return PixelClasses.of, (self._store, self._chosen, self._meaning)
 
 
@@ -289,7 +293,7 @@ def _read(value: object) -> Any:
     if isinstance(value, FileRows):
         return value.plain()
     if isinstance(value, dict):
-        return {key: _read(each) for key, each in value.items()}
+        return {key: _read(entry) for key, entry in value.items()}
     if isinstance(value, list) or type(value) is tuple:
         return type(value)(_read(entry) for entry in value)
     return value

@@ -61,12 +61,22 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 @contextmanager
-def reading(what: object) -> Iterator[None]:
+def reading(subject: object) -> Iterator[None]:
     """Inside, an error of the file ``what`` becomes a UserError that names it."""
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise UserError(f"{subject} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+
+
+@contextmanager
+def naming_damage(sentence: str, way: str) -> Iterator[None]:
+    """Turn an error about a file's content into a UserError: a ``sentence``, the reason and the ``way`` out."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
+        raise UserError(f"{sentence} ({reason}): {way}.") from None
 
 
 def read_text(path: str | Path, encoding: str = "utf-8") -> str:
@@ -80,7 +90,7 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
         return file.read()
 
 
-def line_ends(path: Path, checksum: Callable[[bytes], Any], due: object, size: int | None = None) -> str:
+def line_ends(path: Path, checksum: Callable[[bytes], object], due: object, size: int | None = None) -> str:
     """The way out, as the end of a sentence, for a file that differs in its line ends (CRLF) alone.
 
     ``""`` for another.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 from fedkern.messages.leaves import leaves
 
 
-def digest(message: Any) -> str:
+def digest(message: object) -> str:
     """BLAKE2b of a message: names, dtypes, shapes and bits of all its contents."""
     total = hashlib.blake2b(digest_size=16)
 
-    def put(value: Any) -> None:
+    def put(value: object) -> None:
         if isinstance(value, Mapping):
             total.update(f"{{{len(value)}".encode())
             for name in sorted(value, key=repr):

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ TARGETS = ("labels", "targets", "label")
 
 
 Parts = dict[Any, Any]
+T = TypeVar("T")
 
 
-def _parts(value: Any) -> Parts | None:
+def _parts(value: object) -> Parts | None:
     """Return the parts of a container by key, index or name.
 
     None: ``value`` is a leaf.
@@ -31,8 +32,8 @@ def _parts(value: Any) -> Parts | None:
         return None
     if (node := PYTREE_NODES.get(type(value))) is not None:
         children = node.flatten_fn(value)[0]
-        named = isinstance(value, Mapping) and len(value) == len(children)
-        return dict(zip(value if named else range(len(children)), children, strict=True))
+        keys = value if isinstance(value, Mapping) and len(value) == len(children) else range(len(children))
+        return dict(zip(keys, children, strict=True))
     if isinstance(value, Mapping):
         return {key: value[key] for key in value}
     if isinstance(value, (tuple, list)):
@@ -40,7 +41,7 @@ def _parts(value: Any) -> Parts | None:
     return _attributes(value)
 
 
-def _attributes(value: Any) -> Parts | None:
+def _attributes(value: object) -> Parts | None:
     if isinstance(value, (SimpleNamespace, Namespace)):
         return vars(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -83,7 +84,7 @@ def _remade(value: Any, parts: Parts) -> object:
     return twin
 
 
-def mapped(function: Callable[[Any], Any], value: Any, is_leaf: Callable[[object], bool] | None = None) -> Any:
+def mapped(function: Callable[[Any], object], value: object, is_leaf: Callable[[object], bool] | None = None) -> Any:
     """Return the same nesting, of the same types, with every leaf changed.
 
     A container whose leaves all stay is returned itself. Containers are nodes of torch's pytree, mappings, tuples,
@@ -96,7 +97,7 @@ def mapped(function: Callable[[Any], Any], value: Any, is_leaf: Callable[[object
     return value if all(changed[key] is part for key, part in parts.items()) else _remade(value, changed)
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def leaves(value: object) -> Iterator[Any]:
     """Yield the leaves in order."""
     parts = _parts(value)
     if parts is None:
@@ -115,40 +116,48 @@ def together(values: list[Any], sizes: list[int]) -> Any:
     Raises:
         RuntimeError: tensors cannot be concatenated, or containers have other parts.
     """
-    first = values[0]
+    example = values[0]
     if all(value is None for value in values):
         return None
-    if isinstance(first, Tensor):
+    if isinstance(example, Tensor):
         return torch.cat([value.reshape(1) if value.dim() == 0 else value for value in values])
     parts = [_parts(value) or {} for value in values]
-    if _parts(first) is None or (isinstance(first, list) and not _positions(values, sizes)):
-        return [part for each in values for part in (each if isinstance(each, list) else [each])]
+    if _parts(example) is None or (isinstance(example, list) and not _positions(values, sizes)):
+        return [
+            part for value_list in values for part in (value_list if isinstance(value_list, list) else [value_list])
+        ]
     if any(part.keys() != parts[0].keys() for part in parts):
-        raise RuntimeError(f"batches give a {type(first).__name__} of other parts")
-    return _remade(first, {key: together([part[key] for part in parts], sizes) for key in parts[0]})
+        raise RuntimeError(f"batches give a {type(example).__name__} of other parts")
+    return _remade(example, {key: together([part[key] for part in parts], sizes) for key in parts[0]})
 
 
 def _positions(values: list[Any], sizes: list[int]) -> bool:
     """Whether lists of batches hold tensors of all samples, one behind another."""
     per_sample = all(
         isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size
-        for each, size in zip(values, sizes, strict=True)
-        for leaf in each
+        for leaves_of_batch, size in zip(values, sizes, strict=True)
+        for leaf in leaves_of_batch
     )
     return per_sample and len({len(value) for value in values}) == 1
 
 
-def sent(value: Any, device: torch.device) -> Any:
+def sent(value: T, device: torch.device) -> T:
     """The same nesting with every leaf that can be moved (tensors, batches of other libraries) on a device."""
-    if device.type == "cpu" and type(value) is list and all(type(part) is Tensor and part.is_cpu for part in value):
+    if (
+        device.type == "cpu"
+        and isinstance(value, list)
+        and type(value) is list
+        and all(type(part) is Tensor and part.is_cpu for part in value)
+    ):
         return value
 
-    def moved(leaf: Any) -> Any:
+    def moved(leaf: Any) -> object:
         if isinstance(leaf, Tensor):
             return leaf.to(device, non_blocking=True)
         return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
-    return mapped(moved, value, lambda part: callable(getattr(part, "to", None)))
+    result: T = mapped(moved, value, lambda part: callable(getattr(part, "to", None)))
+    return result
 
 
 class Positional(tuple[Any, ...]):
@@ -159,7 +168,7 @@ class Keywords(dict[str, Any]):
     """Inputs of a network by the names of its arguments."""
 
 
-def parted(batch: Any) -> tuple[Any, Any]:
+def parted(batch: object) -> tuple[Any, Any]:
     """Return inputs and targets of a batch: of a tuple the last part, of a mapping an entry of `TARGETS`.
 
     A dataclass or namespace is its own input, and an attribute of `TARGETS` holds the targets. Targets are None where

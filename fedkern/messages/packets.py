@@ -61,7 +61,7 @@ class Packet:
     payload: bytes
     files: dict[int, int] = field(default_factory=dict)
     contents: dict[int, memoryview] = field(default_factory=dict)
-    more: Sequence[int] = ()
+    extra: Sequence[int] = ()
 
     @property
     def value(self) -> Any:
@@ -89,9 +89,9 @@ class PacketStream:
         """
         raise NotImplementedError
 
-    def say(self, value: Any, more: Sequence[int] = ()) -> None:
+    def say(self, value: object, extra: Sequence[int] = ()) -> None:
         """Sends an object that holds no tensors, with ``more`` descriptors."""
-        self.send(Packet(pickle.dumps(value), more=more))
+        self.send(Packet(pickle.dumps(value), extra=extra))
 
     def told(self) -> Any:
         """Receives an object that the other end sent with :meth:`say`."""
@@ -118,7 +118,7 @@ class Packer:
         self._known: dict[tuple[int, int], tuple[_Place, Tensor]] = {}
         self._files: dict[int, int] = {}
 
-    def pack(self, value: Any) -> Packet:
+    def pack(self, value: object) -> Packet:
         """Pickles ``value``.
 
         Raises:
@@ -158,7 +158,7 @@ class Packer:
         self._known = {key: entry for key, entry in self._known.items() if entry[0].file not in gone}
 
 
-def check_portable(value: Any) -> None:
+def check_portable(value: object) -> None:
     """Raises NotPortable as :meth:`Packer.pack` does.
 
     Tensors and arrays are not copied for it.
@@ -171,7 +171,7 @@ def check_portable(value: Any) -> None:
         raise NotPortable(f"something that cannot be pickled ({str(error).partition(chr(10))[0]})") from None
 
 
-def only_code_bars(value: Any) -> bool:
+def only_code_bars(value: object) -> bool:
     """Whether everything but functions, classes and modules could be sent, so that nothing open would be shared."""
     try:
         _Held(io.BytesIO(), protocol=5).dump(value)
@@ -181,17 +181,17 @@ def only_code_bars(value: Any) -> bool:
 
 
 class _Held(pickle.Pickler):
-    def persistent_id(self, value: Any) -> str | None:
+    def persistent_id(self, value: object) -> str | None:
         code = (type, FunctionType, BuiltinFunctionType, ModuleType)
         return "not looked at" if isinstance(value, (*code, Tensor, np.ndarray)) else None
 
-    def reducer_override(self, value: Any) -> Any:
+    def reducer_override(self, value: object) -> Any:
         parametrized = isinstance(value, nn.Module) and is_parametrized(value)  # torch refuses to pickle those
         return (object, (), vars(value)) if parametrized else NotImplemented
 
 
 class _Light(pickle.Pickler):
-    def persistent_id(self, value: Any) -> str | None:
+    def persistent_id(self, value: object) -> str | None:
         if isinstance(value, (type, FunctionType)) and value.__module__ == "__main__":
             raise NotPortable(f"{value.__qualname__}, which is defined in __main__,")
         return "values" if isinstance(value, (Tensor, np.ndarray)) else None
@@ -209,7 +209,7 @@ class _Pickler(pickle.Pickler):
         self.used: set[int] = set()
         self.size = 0
 
-    def persistent_id(self, value: Any) -> _Place | None:
+    def persistent_id(self, value: object) -> _Place | None:
         if type(value) is not Tensor:
             if isinstance(value, (type, FunctionType)) and value.__module__ == "__main__":
                 raise NotPortable(f"{value.__qualname__}, which is defined in __main__,")
@@ -252,10 +252,10 @@ def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
     try:
         os.ftruncate(descriptor, size)
         for offset, piece in pieces:
-            rest = memoryview(piece.numpy().data)
-            while rest:
-                written = os.pwrite(descriptor, rest, offset)
-                rest, offset = rest[written:], offset + written
+            unwritten = memoryview(piece.numpy().data)
+            while unwritten:
+                written = os.pwrite(descriptor, unwritten, offset)
+                unwritten, offset = unwritten[written:], offset + written
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
     except BaseException:
@@ -318,7 +318,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(payload))
         self._unpacker = unpacker
 
-    def persistent_load(self, place: Any) -> Tensor:
+    def persistent_load(self, place: _Place) -> Tensor:
         return self._unpacker.tensor(place)
 
 

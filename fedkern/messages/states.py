@@ -23,9 +23,11 @@ ABOUT = "fedkern"  # the file's only metadata key: the order of several keys in 
 FORMAT = 1
 DEEPEST = 64
 """Most dicts and lists that stand in one another."""
+State = dict[str, Any]
+"""What a file keeps by name: tensors, numbers, texts, None, and lists and dicts of these."""
 
 
-def save(path: Path, state: dict[Any, Any]) -> None:
+def save(path: Path, state: object) -> None:
     """Writes ``state`` to ``path``, completely or not at all.
 
     ``state`` may hold tensors (any dtype of safetensors; saved contiguous, on the CPU), NumPy arrays, ``bool``,
@@ -53,23 +55,23 @@ class Packed:
         TypeError: see :func:`save`.
     """
 
-    def __init__(self, state: dict[Any, Any], *, durable: bool = True) -> None:
+    def __init__(self, state: object, *, durable: bool = True) -> None:
         self._durable = durable
         self._tensors: dict[str, Tensor] = {}
         tree = tree_of(state, "state", self._keep)
         self._about = json.dumps({"format": FORMAT, "tree": tree}, allow_nan=False)
         self.size = sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
 
-    def _keep(self, value: Any, where: str) -> str:
+    def _keep(self, value: Tensor | np.ndarray, where: str) -> str:
         check_tensor(value, where)
         name = f"t{len(self._tensors)}"
-        is_array = isinstance(value, np.ndarray)
-        tensor = torch.from_numpy(value.copy()) if is_array else value.detach()  # a view may have negative strides
+        # An array may be a view with negative strides.
+        tensor = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value.detach()
         # Copied, because safetensors refuses shared storage, and a view would be saved with its whole buffer.
         self._tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
         return name
 
-    def state(self) -> Any:
+    def state(self) -> State:
         """Another copy, as :func:`load` reads it."""
         return value_of(json.loads(self._about)["tree"], lambda name: self._tensors[name].clone())
 
@@ -82,7 +84,7 @@ class Packed:
         )
 
 
-def load(path: Path) -> dict[Any, Any]:
+def load(path: Path) -> State:
     """Reads what :func:`save` wrote, tensors on the CPU.
 
     Raises:
@@ -125,7 +127,9 @@ class TooDeep(TypeError):
     """A value stands in too many dicts and lists, or in itself."""
 
 
-def tree_of(value: Any, where: str, tensor: Callable[[Any, str], Any], most: float = math.inf, depth: int = 0) -> Any:
+def tree_of(
+    value: object, where: str, tensor: Callable[[Any, str], object], bound: float = math.inf, depth: int = 0
+) -> object:
     """Return a state or message as a tree for JSON.
 
     Args:
@@ -142,21 +146,23 @@ def tree_of(value: Any, where: str, tensor: Callable[[Any, str], Any], most: flo
     if depth > DEEPEST:
         raise TooDeep(f"{where[:80]} stands too deep in dicts and lists")
     value = python_number(value)
-    if isinstance(value, int) and abs(value) >= most:
-        raise TypeError(f"{where} is a whole number of more than {int(most).bit_length() - 1} bits")
+    if isinstance(value, int) and abs(value) >= bound:
+        raise TypeError(f"{where} is a whole number of more than {int(bound).bit_length() - 1} bits")
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     if value is None or isinstance(value, (int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [tree_of(entry, f"{where}[{i}]", tensor, most, depth + 1) for i, entry in enumerate(value)]}
+        return {kind: [tree_of(entry, f"{where}[{i}]", tensor, bound, depth + 1) for i, entry in enumerate(value)]}
     if isinstance(value, Mapping):
         for key in value:
             if isinstance(key, bool) or not isinstance(key, (str, int)):
                 raise TypeError(f"{where} has a key of type {type(key).__name__}, which must be a text or an integer")
         entries = value.items()
-        return {"dict": [[key, tree_of(entry, f"{where}[{key!r}]", tensor, most, depth + 1)] for key, entry in entries]}
+        return {
+            "dict": [[key, tree_of(entry, f"{where}[{key!r}]", tensor, bound, depth + 1)] for key, entry in entries]
+        }
     raise TypeError(f"{where} is of type {type(value).__name__}: take tensors, numbers, texts, lists and dicts")
 
 
@@ -170,11 +176,11 @@ def check_tensor(value: Tensor | np.ndarray, where: str) -> None:
         raise TypeError(f"{where} is an array of {value.dtype}: take numbers of this machine's kind") from None
     odd = tensor.is_complex() or tensor.is_quantized or tensor.is_nested or tensor.is_meta
     if odd or tensor.layout is not torch.strided:
-        what = f"{tensor.layout} and {tensor.dtype} on {tensor.device}"
-        raise TypeError(f"{where} is a tensor of {what}: take a strided one of real numbers")
+        kind = f"{tensor.layout} and {tensor.dtype} on {tensor.device}"
+        raise TypeError(f"{where} is a tensor of {kind}: take a strided one of real numbers")
 
 
-def value_of(tree: Any, tensor: Callable[[Any], Tensor], most: float = math.inf, depth: int = 0) -> Any:
+def value_of(tree: object, tensor: Callable[[Any], Tensor], bound: float = math.inf, depth: int = 0) -> Any:
     """Return the value that :func:`tree_of` made a tree of.
 
     Args:
@@ -187,8 +193,8 @@ def value_of(tree: Any, tensor: Callable[[Any], Tensor], most: float = math.inf,
     if tree is None or isinstance(tree, (str, bool)) or (isinstance(tree, float) and math.isfinite(tree)):
         return tree
     if isinstance(tree, int):
-        if abs(tree) >= most:
-            raise Malformed(f"has a whole number of more than {int(most).bit_length() - 1} bits")
+        if abs(tree) >= bound:
+            raise Malformed(f"has a whole number of more than {int(bound).bit_length() - 1} bits")
         return tree
     if depth > DEEPEST:
         raise Malformed("has dicts and lists that stand too deep in one another")
@@ -198,10 +204,10 @@ def value_of(tree: Any, tensor: Callable[[Any], Tensor], most: float = math.inf,
     if kind == "float" and value in ("nan", "inf", "-inf"):
         return float(value)
     if kind in ("list", "tuple") and isinstance(value, list):
-        entries = [value_of(entry, tensor, most, depth + 1) for entry in value]
+        entries = [value_of(entry, tensor, bound, depth + 1) for entry in value]
         return entries if kind == "list" else tuple(entries)
     if kind == "dict" and isinstance(value, list):
         if not all(isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (str, int) for pair in value):
             raise Malformed("has a dict that is none")
-        return {key: value_of(entry, tensor, most, depth + 1) for key, entry in value}
+        return {key: value_of(entry, tensor, bound, depth + 1) for key, entry in value}
     raise Malformed("has a text that describes no value")

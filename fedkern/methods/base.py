@@ -87,8 +87,6 @@ class Method:
     reduce: tuple[str, ...] = ()
     """Names of the vectors of an upload that ``server_update`` only hands to accumulators of the server.
 
-    With ``--sums exact`` these vectors stay on the rank of torchrun that made them.  The upload holds stand-ins
-    (`fedkern.methods.uploads.Kept`).  An accumulator's ``mean`` has the ranks add the vectors up and send one sum.
     Where clients work on a GPU, one after another, the vectors stay there, unless ``client_update`` is your own.
     With client-level differential privacy the vectors are clipped, and the server gets their noisy mean."""
     asynchronous: bool | None = False

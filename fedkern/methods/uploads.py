@@ -51,31 +51,6 @@ class Maybe:
     of: Any
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Stand-in for a vector of an upload that has stayed on the rank which made it (see `Method.reduce`).
-
-    Only an accumulator of the server can add it.
-
-    Attributes:
-        client: whose upload the vector is of.
-        name: its name in the upload.
-        size: number of its elements.
-        dtype: their type.
-    """
-
-    client: int
-    name: str
-    size: int
-    dtype: torch.dtype
-
-    def numel(self) -> int:
-        return self.size
-
-    def element_size(self) -> int:
-        return self.dtype.itemsize
-
-
 def like(value: Any) -> Any:
     """Declaration with the shapes and dtypes of ``value``, a tensor or nested dicts of tensors."""
     if isinstance(value, Tensor):

@@ -22,6 +22,7 @@ import logging
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from types import ModuleType
 from typing import Any
 
 from fedkern.process.extras import needed
@@ -59,7 +60,7 @@ class Entry:
 Entries = tuple[Entry, ...]
 
 
-def need_accounting() -> Any:
+def need_accounting() -> ModuleType:
     """The module ``dp_accounting``; raises UserError where it is not installed."""
     return needed("Privacy accounting needs dp-accounting", "privacy", "dp_accounting", "dp_accounting.rdp")
 
@@ -87,10 +88,10 @@ def replaced(entries: Entries, delta: float) -> float:
     if not shards:
         bounds.append(_together(unsampled, sampled, delta))
     for share in SPLITS if shards and (unsampled or sampled) else ():
-        one, other = share * delta, (1 - share) * delta
-        bounds.append(_rdp(shards, "REPLACE_ONE", one) + _together(unsampled, sampled, other))
+        left, right = share * delta, (1 - share) * delta
+        bounds.append(_rdp(shards, "REPLACE_ONE", left) + _together(unsampled, sampled, right))
         if sampled and unsampled:
-            bounds.append(replaced(shards + unsampled, one) + _together((), sampled, other))
+            bounds.append(replaced(shards + unsampled, left) + _together((), sampled, right))
     return min(bounds)
 
 

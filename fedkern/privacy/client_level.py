@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class ClientGuarantee(Guarantee):
         """For whom the figure holds, as a part of a sentence."""
         return "when the whole data set of one client is replaced"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The releases as for every guarantee, and the planned figure."""
         return {
             **super().to_dict(), "unit": self.unit.name, self.figure: self.planned, "delta": self.delta,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TypeVar
 
 from fedkern.privacy.guarantee import Guarantee
+
+T = TypeVar("T")
 
 
 class About(Enum):
@@ -53,12 +55,12 @@ class Disclosure:
         names = {prefix + name for prefix in prefixes for name in self.derived_figures}
         return {name: value for name, value in figures.items() if name in names}
 
-    def told(self, entries: Mapping[str, tuple[About, Any]]) -> dict[str, Any]:
+    def told(self, entries: Mapping[str, tuple[About, T]]) -> dict[str, T]:
         """The entries that may be told, by name, of those that parts of the run have written."""
         withheld = {About.RUN: False, About.SERVER: not self.server, About.CLIENTS: not self.clients}
         return {name: value for name, (about, value) in entries.items() if not withheld[about]}
 
-    def client(self, info: Mapping[str, Any]) -> dict[str, Any]:
+    def client(self, info: Mapping[str, T]) -> dict[str, T]:
         """A client's report.
 
         Empty where nothing of it may be told.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class DPSGD:
     images: int = 1
 
 
-def need_opacus() -> Any:
+def need_opacus() -> ModuleType:
     """The package ``opacus``; raises UserError where it is not installed."""
     return needed("Training with DP-SGD needs opacus", "privacy", "opacus", "opacus.optimizers")
 
@@ -118,7 +119,7 @@ def private_steps(
             handle.remove()
 
 
-def _optimizer(optimizer: torch.optim.Optimizer, deviation: float, **settings: Any) -> Any:
+def _optimizer(optimizer: torch.optim.Optimizer, deviation: float, **settings: object) -> Any:
     """opacus's optimiser with noise drawn in fp64.
 
     opacus draws in the gradients' fp32.  There torch's Box-Muller transform on the CPU has too few bits for the radius,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fedkern.errors import listed
 from fedkern.privacy.unit import IMAGE, Unit
@@ -72,7 +72,7 @@ class Guarantee:
         """The guarantee of a run that records figures of single clients, which no noise covers."""
         return replace(self, leaves={**self.leaves, RECORDS: "what the records tell of single clients"})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """``covers`` and ``leaves_uncovered``, names of releases."""
         return {"covers": list(self.covers), "leaves_uncovered": list(self.leaves)}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 
@@ -13,7 +11,7 @@ def begin(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def figures(device: torch.device) -> dict[str, Any]:
+def figures(device: torch.device) -> dict[str, int | None]:
     """GPU figures of the round.
 
     Empty on a CPU.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from fedkern.errors import UserError
 
@@ -25,7 +25,7 @@ def install(extra: str) -> str:
     )
 
 
-def needed(what: str, extra: str, *modules: str) -> Any:
+def needed(purpose: str, extra: str, *modules: str) -> ModuleType:
     """The first of the modules, all of which are imported.
 
     Raises:
@@ -34,5 +34,5 @@ def needed(what: str, extra: str, *modules: str) -> Any:
     try:
         imports = [import_module(name) for name in modules]
     except ImportError:
-        raise UserError(f"{what}: {install(extra)}.") from None
+        raise UserError(f"{purpose}: {install(extra)}.") from None
     return imports[0]

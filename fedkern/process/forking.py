@@ -53,8 +53,8 @@ def cut_connections(kept: int) -> None:
     Two processes that spoke over one connection would get each other's answers.
     """
     descriptors = [int(link.name) for link in Path("/proc/self/fd").iterdir() if link.is_socket()]
-    end, other = socket.socketpair()
-    other.close()
+    end, peer = socket.socketpair()
+    peer.close()
     with end:
         for descriptor in {*descriptors} - {0, 1, 2, kept}:
             os.dup2(end.fileno(), descriptor, inheritable=False)

@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
@@ -104,7 +103,7 @@ def in_order(*, to_the_end: bool = False) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in numbers}
     hook = sys.unraisablehook
 
-    def quiet(unraisable: Any) -> None:
+    def quiet(unraisable: sys.UnraisableHookArgs) -> None:
         if unraisable.exc_value is None or unraisable.exc_value is not handler.pending:
             hook(unraisable)
 

@@ -32,8 +32,8 @@ def _started_by_launcher() -> bool:
     except OSError:  # another user's, or gone
         return False
     names = (JOB, "RANK", "TORCHELASTIC_RESTART_COUNT")
-    same = all(inherited.get(name.encode()) == os.environb.get(name.encode()) for name in names)
-    return has_torch and not same
+    are_same = all(inherited.get(name.encode()) == os.environb.get(name.encode()) for name in names)
+    return has_torch and not are_same
 
 
 @contextmanager

@@ -70,14 +70,14 @@ def _groups(controller: str) -> list[Path]:
     group, mounts = "/", {(str(GROUPS / controller), "/")}
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            number, _, rest = line.partition(":")
-            names, _, path = rest.partition(":")
+            number, _, tail = line.partition(":")
+            names, _, path = tail.partition(":")
             if controller in names.split(",") and (controller or number == "0"):
                 group = path
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            mount, _, rest = line.partition(" - ")
-            kind, _, *options = [*rest.split(), ""]
+            mount, _, tail = line.partition(" - ")
+            kind, _, *options = [*tail.split(), ""]
             if kind == ("cgroup" if controller else "cgroup2") and (
                 not controller or controller in options[0].split(",")
             ):
@@ -86,5 +86,5 @@ def _groups(controller: str) -> list[Path]:
     for place, root in sorted(mounts):
         inside = Path(os.path.relpath(group, root))  # a container without a namespace mounts its own group alone
         below = [] if ".." in inside.parts else [inside, *inside.parents]
-        folders.update(dict.fromkeys(Path(place) / each for each in [*below, Path()]))
+        folders.update(dict.fromkeys(Path(place) / folder for folder in [*below, Path()]))
     return list(folders)

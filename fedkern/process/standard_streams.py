@@ -105,13 +105,13 @@ def put(result: object) -> None:
 
 
 @contextmanager
-def _first_descriptor(other: int) -> Iterator[None]:
+def _first_descriptor(descriptor: int) -> Iterator[None]:
     """Has descriptor 1 stand for the file of another one inside the block."""
     import ctypes
 
     before = os.dup(1)
     ctypes.CDLL(None).fflush(None)  # what C libraries have printed
-    os.dup2(other, 1)
+    os.dup2(descriptor, 1)
     try:
         yield
     finally:

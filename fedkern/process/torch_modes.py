@@ -65,7 +65,7 @@ def kept() -> Iterator[Callable[[], bool]]:
         restore()
 
 
-def _read_frequent() -> tuple[Any, ...]:
+def _read_frequent() -> tuple[object, ...]:
     """Read in half a microsecond the modes that items of data sets have been seen to change."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), deterministic
@@ -78,7 +78,7 @@ def _read_all() -> list[object]:
         return [_read(get) for get, _ in _MODES]
 
 
-def _read(get: Callable[[], Any]) -> Any:
+def _read(get: Callable[[], object]) -> object:
     try:
         return get()
     except (RuntimeError, OSError):  # precision of products that torch.backends has set too; a folder that is gone
@@ -115,8 +115,8 @@ def modes() -> dict[str, Any]:
 
 def set_modes(settings: dict[str, Any]) -> None:
     """Sets the process-wide settings that :func:`modes` returned in another process."""
-    now = modes()
-    if (now["deterministic"], now["warn_only"]) != (settings["deterministic"], settings["warn_only"]):
+    current = modes()
+    if (current["deterministic"], current["warn_only"]) != (settings["deterministic"], settings["warn_only"]):
         # Called only for a change: the call imports torch's compiler, which takes a second.
         torch.use_deterministic_algorithms(settings["deterministic"], warn_only=settings["warn_only"])
     torch.backends.mkldnn.enabled = settings["mkldnn"]

@@ -26,6 +26,7 @@ from fedkern.settings.found import FINGERPRINTS, Found
 from fedkern.settings.model import check_networks
 from fedkern.settings.privacy import PrivacySettings
 from fedkern.settings.run_format import NAME
+from fedkern.settings.section import Values
 from fedkern.settings.training import TrainingSettings
 from fedkern.typed_option import Option
 from fedkern.usercode import named_code
@@ -48,7 +49,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
     plugins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, values: Mapping[str, Any], *, stored: bool = False) -> dict[str, Any]:
+    def read(cls, values: Mapping[str, object], *, stored: bool = False) -> Values:
         """Values, words among them, in the types of their settings; those that are not ``stored`` with absolute paths.
 
         Raises:
@@ -56,14 +57,14 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         """
         options = {entry.field: entry for entry in cls.declared()}
         take = Option.convert if stored else Option.read
-        result = {name: take(options[name], each) if name in options else each for name, each in values.items()}
+        result = {name: take(options[name], value) if name in options else value for name, value in values.items()}
         for name, value in result.items():
             if name in options and value == "":
                 raise UserError(f"{options[name].label} is given without a value: give it one, or leave it out.")
         return result
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
+    def of(cls, values: Mapping[str, object]) -> Self:
         """The settings with these values of all that have no default; what follows from others is filled in.
 
         Raises:
@@ -74,7 +75,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         return cls._made(values, kind.Options.parse(values.get("options", {}), method=method))
 
     @classmethod
-    def _made(cls, values: Mapping[str, Any], options: Options) -> Self:
+    def _made(cls, values: Values, options: Options) -> Self:
         tables = {name: dict(values.get(name, {})) for name in ("data_options", "plugins")}
         config = cls(**{**values, **tables, "options": options.to_dict()})
         vars(config)["chosen"] = options
@@ -87,8 +88,8 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         cls,
         method: str,
         *,
-        options: Mapping[str, Any] | Iterable[str] = (),
-        data_options: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | Iterable[str] = (),
+        data_options: Mapping[str, object] | None = None,
         plugins: Iterable[str] | Mapping[str, str] = (),
         **settings: Any,
     ) -> Self:
@@ -119,9 +120,9 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
     def complete(
         cls,
         method: str,
-        values: Mapping[str, Any],
-        options: Mapping[str, Any],
-        data_options: Mapping[str, Any],
+        values: Mapping[str, object],
+        options: Mapping[str, object],
+        data_options: Mapping[str, object],
         plugins: Mapping[str, str],
     ) -> Self:
         """Complete settings that are converted already by the method's defaults on the data set.
@@ -147,7 +148,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
                 f"--local-steps is not for {method}, a one-shot method: give its budget with --local-epochs."
             )
         usual = defaults(method, str(values.get("data", default_data(method))))
-        base = {**usual, **values}
+        base: Values = {**usual, **values}
         check_networks({name: value for name, value in base.items() if value != usual.get(name)}, str(base["data"]))
         if "width" not in values and base["model"] != usual["model"]:
             base.pop("width", None)  # the default width belongs to the default network
@@ -175,7 +176,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         """Names of the settings in a config file; a run stores all but those of `UNSTORED`."""
         return {f.name for f in dataclasses.fields(cls)} - {"unset", "asked", "common"}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Values:
         """Plain values; settings that are ``None``, and those of `UNSTORED`, are left out."""
         names = self.names() - set(UNSTORED)
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
@@ -185,7 +186,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         table |= {name: dict(tables[name]) or None for name in ("plugins", "identity")}
         return {name: value for name, value in table.items() if value is not None}
 
-    def to_publish(self) -> dict[str, Any]:
+    def to_publish(self) -> Values:
         """What may be published of :meth:`to_dict`: with private records, hashes and sizes of data are left out.
 
         Whoever guesses the last unknown label could otherwise check the guess.  Checkpoints keep them.
@@ -257,7 +258,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         * the number of workers and the cache of decoded images, which change no bit;
         * what was found in files that the settings name.
         """
-        mine, theirs = (flat({**each.to_dict(), "plugins": {}, "identity": {}}) for each in (self, stored))
+        mine, theirs = (flat({**config.to_dict(), "plugins": {}, "identity": {}}) for config in (self, stored))
         if self.method != stored.method:
             mine, theirs = (
                 {name: value for name, value in table.items() if not name.startswith("options.")}
@@ -271,7 +272,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         ]
 
 
-def flat(table: Mapping[str, Any]) -> dict[str, Any]:
+def flat(table: Mapping[str, object]) -> Values:
     """Settings by name, those of a table such as ``options`` as ``options.NAME``."""
     result: dict[str, Any] = {}
     for name, value in table.items():

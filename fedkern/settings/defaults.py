@@ -84,14 +84,9 @@ METHOD: Mapping[str, Mapping[str, Any]] = {
     # name.
     "fedlpfm": {"data": "digits", "public_samples": 300},
     "fml": {"data": "digits"},
-    "fusefl": ONE_SHOT,
-    "oneshot-fedavg": ONE_SHOT,
-    "ccvr": ONE_SHOT,
-    "fedcgs": ONE_SHOT,
-    "ensemble": ONE_SHOT,
+    **dict.fromkeys(("fusefl", "oneshot-fedavg", "ccvr", "fedcgs", "ensemble", "dense"), ONE_SHOT),
     "feddf": {**ONE_SHOT, "public_samples": 1000},
     "feddra": {"data": "captions"},
-    "dense": ONE_SHOT,
     "fediod": FEDIOD,
 }
 """Settings of a method that differ from the data set's.  FedAvg and FedProx use the data set's own, so that comparisons
@@ -146,11 +141,11 @@ def defaults(method: str, data: str) -> dict[str, Any]:
     """
     info = lookup(data)
     data_defaults = {"clients": info.clients, "partition": info.partition, "correlation": info.correlation}
-    both = METHOD.get(method, {}), METHOD_ON.get((method, data), {})
-    options = {name: value for table in both for name, value in table.get("options", {}).items()}
+    tables = METHOD.get(method, {}), METHOD_ON.get((method, data), {})
+    options = {name: value for table in tables for name, value in table.get("options", {}).items()}
     kind = info.task.network
     usual = DATA.get(data, USUAL.get(kind, {}))
-    result = {**COMMON, **data_defaults, **usual, **both[0], **both[1], "data": data}
+    result = {**COMMON, **data_defaults, **usual, **tables[0], **tables[1], "data": data}
     if kind in NETWORKS:  # METHOD names networks that give classes of images
-        result["model"] = {"model": NETWORKS[kind], **DATA.get(data, {}), **both[1]}["model"]
+        result["model"] = {"model": NETWORKS[kind], **DATA.get(data, {}), **tables[1]}["model"]
     return {**result, "options": options} if options else result

@@ -86,7 +86,7 @@ def _is_value(flag: str, word: str) -> bool:
     """Whether the word behind a flag is its value: a number, a placeholder, a path, or one of the choices."""
     named: dict[str, Collection[Any]] = {"data": DATASETS, "model": MODELS}
     choices = named.get(flag) or next(
-        (each.choices for each in RunConfig.declared() if each.label == f"--{flag}"), None
+        (entry.choices for entry in RunConfig.declared() if entry.label == f"--{flag}"), None
     )
     return word[:1].isdigit() or word[:1].isupper() or bool({*"/=:'\"."} & {*word}) or word in (choices or ())
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from fedkern.errors import UserError
 from fedkern.settings.federation import FederationSettings
+from fedkern.settings.section import Values
 from fedkern.typed_option import option
 
 MOST_WORKERS = 1024
@@ -37,7 +38,7 @@ class ExecutionSettings(FederationSettings):
         "cores, memory and the length of the run",
     )
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Values:
         values = super().resolved()
         if self.device == "auto":
             values["device"] = "cuda" if torch.cuda.is_available() else "cpu"

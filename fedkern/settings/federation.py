@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from fedkern.errors import UserError
 from fedkern.methods import registry
@@ -13,6 +13,7 @@ from fedkern.methods.aggregators import AGGREGATORS, MEAN, Rule
 from fedkern.methods.server_rules import SERVER_RULES, ServerRule
 from fedkern.settings.data import DataSettings
 from fedkern.settings.defaults import COMMON
+from fedkern.settings.section import Values
 from fedkern.typed_option import Option, flag, named_options, option, spelled, with_options
 
 AVERAGING = "that average the clients' parameters"
@@ -80,12 +81,6 @@ class FederationSettings(DataSettings):
         "or fedasync:mixing=M,staleness=A; a round is a step",
         type=str,
     )
-    sums: str = option(
-        "ordered",
-        "how the server adds uploads up: ordered, in the order of the clients; exact, without regard to the order, so "
-        "that ranks of torchrun send sums instead of uploads",
-        choices=("ordered", "exact"),
-    )
     eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
     stop_at: str | None = option(
         None, "figure of the records and its value with which the run ends: accuracy>=0.9, loss<=0.1", type=str
@@ -107,7 +102,7 @@ class FederationSettings(DataSettings):
         type=float,
     )
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Values:
         values = {**super().resolved(), "aggregator": Rule(self.aggregator).text}
         values["server_rule"] = ServerRule(self.server_rule).text
         for setting, entries in (("compress", COMPRESSORS), ("asynchronous", POLICIES)):
@@ -161,7 +156,7 @@ class FederationSettings(DataSettings):
                 "of the two out."
             )
 
-    def check_able(self, able: bool | None, what: str, *names: str) -> None:
+    def check_able(self, able: bool | None, deed: str, *names: str) -> None:
         """Raises UserError for settings of methods that do ``what`` where the method is not ``able`` to.
 
         ``able`` is None where the method's class has hooks of its own and does not declare ``averages`` again.
@@ -173,12 +168,12 @@ class FederationSettings(DataSettings):
                     f"and {self.kind.__name__} has a server_update or average of its own: declare averages = True in "
                     "the class if it does so too, or leave it out."
                 )
-            raise UserError(f"{name} is for methods {what}, {why}")
+            raise UserError(f"{name} is for methods {deed}, {why}")
 
     @property
-    def policy(self) -> tuple[str, dict[str, Any]]:
+    def policy(self) -> tuple[str, Values]:
         """The policy of ``asynchronous`` and its options."""
-        return cast(tuple[str, dict[str, Any]], with_options("--asynchronous", self.asynchronous or "", POLICIES))
+        return cast(tuple[str, Values], with_options("--asynchronous", self.asynchronous or "", POLICIES))
 
     @property
     def sampled_clients(self) -> int:

@@ -11,6 +11,7 @@ import fedkern
 from fedkern.files.inputs import open_regular, reading
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FOLDER, NAME
+from fedkern.settings.section import Values
 from fedkern.usercode import named_code, plugin_files
 
 OF_DATA = ("classes", "sizes", "names", "labels", "images", "samples", "function")
@@ -21,7 +22,7 @@ _ELSEWHERE = ("data_root", "cache", "init", "model", "data_options.detector_cach
 """Paths whose contents are described elsewhere, or that change no figure."""
 
 
-def settings_by_name(config: RunConfig) -> dict[str, Any]:
+def settings_by_name(config: RunConfig) -> Values:
     """Every setting of a run, options as ``options.NAME``."""
     table = config.to_dict()
     for part in ("options", "data_options", "identity", "plugins"):
@@ -67,14 +68,14 @@ def code_identity(config: RunConfig) -> dict[str, str]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def other_data(first: RunConfig, second: RunConfig) -> list[str]:
+def other_data(mine: RunConfig, theirs: RunConfig) -> list[str]:
     """In what the data of two runs differ, though their settings call them the same."""
-    one, two = first.identity, second.identity
-    if first.data != second.data or first.data_options != second.data_options:
+    own, other_identity = mine.identity, theirs.identity
+    if mine.data != theirs.data or mine.data_options != theirs.data_options:
         return []
-    partly = any(getattr(first, name) != getattr(second, name) for name in _READ_IN_PART)
-    names = [name for name in OF_DATA if name in one and name in two and not (partly and name == "images")]
-    return [name for name in names if one[name] != two[name]]
+    partly = any(getattr(mine, name) != getattr(theirs, name) for name in _READ_IN_PART)
+    names = [name for name in OF_DATA if name in own and name in other_identity and not (partly and name == "images")]
+    return [name for name in names if own[name] != other_identity[name]]
 
 
 def other_code(first: RunConfig, second: RunConfig) -> list[str]:
@@ -91,10 +92,10 @@ def other_code(first: RunConfig, second: RunConfig) -> list[str]:
     return list(dict.fromkeys("model" if name == "layout" else name for name in changed))
 
 
-def difference(first: RunConfig, second: RunConfig) -> str:
+def difference(mine: RunConfig, theirs: RunConfig) -> str:
     """What two runs that are to be compared rest on differently, in words; empty where they do not."""
-    parts = [f"different data ({', '.join(data)})"] if (data := other_data(first, second)) else []
-    code = [_in_words(name, first) for name in other_code(first, second)]
+    parts = [f"different data ({', '.join(data)})"] if (data := other_data(mine, theirs)) else []
+    code = [_in_words(name, mine) for name in other_code(mine, theirs)]
     return " and ".join([*parts, *([f"another {', '.join(code)}"] if code else [])])
 
 

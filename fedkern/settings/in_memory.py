@@ -14,7 +14,7 @@ from fedkern.errors import UserError, quoted
 _READING = ("data_root", "cache", "public_samples", "correlation")
 
 
-def check_in_memory(data: Any, model: Any, settings: Mapping[str, Any]) -> None:
+def check_in_memory(data: Any, model: object, settings: Mapping[str, Any]) -> None:
     """Raises UserError where a setting would be ignored, and the user would take the result for its own.
 
     Args:
@@ -36,9 +36,9 @@ def check_in_memory(data: Any, model: Any, settings: Mapping[str, Any]) -> None:
     unused = [name for name in _READING if name in values]
     unused += ["partition"] if "partition" in values and not shared else []
     unused += ["train_samples"] if "train_samples" in values and federated else []
-    if each := (*unused, *names):
+    if names_unused := (*unused, *names):
         raise UserError(
-            f"{each[0]} has no effect on data in memory, whose clients have what they were given: leave it out."
+            f"{names_unused[0]} has no effect on data in memory, whose clients have what they were given: leave it out."
         )
     count = len(data.clients) if federated else len(data) if isinstance(data, (Mapping, list, tuple)) else None
     if count and values.get("clients", count) != count:

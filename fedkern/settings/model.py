@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fedkern.data import DATASETS
 from fedkern.errors import UserError
@@ -139,7 +138,7 @@ class ModelSettings(Section):
         return self.buffers in ("average", "pool")
 
 
-def check_networks(settings: Mapping[str, Any], data: str) -> None:
+def check_networks(settings: Mapping[str, object], data: str) -> None:
     """Raises UserError where ``settings`` choose a kind of network that the data set ``data`` does not use.
 
     Such a setting would have no effect, and the user would take the result for that network's.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fedkern.errors import UserError
 from fedkern.methods.aggregators import MEAN
@@ -11,6 +10,7 @@ from fedkern.privacy import IMAGE, UNITS, Unit
 from fedkern.settings.faults import FaultSettings
 from fedkern.settings.federation import AVERAGING
 from fedkern.settings.model import ModelSettings
+from fedkern.settings.section import Values
 from fedkern.typed_option import option
 
 PATIENT_IMAGES = 4
@@ -67,7 +67,7 @@ class PrivacySettings(FaultSettings, ModelSettings):
         type=str,
     )
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Values:
         values = super().resolved()
         if self.records is None:
             promised = self.kind.is_private(self.chosen) or bool(self.dp_noise)
@@ -89,11 +89,14 @@ class PrivacySettings(FaultSettings, ModelSettings):
         What depends on the method's plan is checked before the run starts.
         """
         if (self.dp_clip is None) != (self.dp_noise is None):
-            name, other = ("--dp-clip", "--dp-noise") if self.dp_noise is None else ("--dp-noise", "--dp-clip")
-            raise UserError(f"{name} needs {other}: give both, or leave both out.")
+            name, needed = ("--dp-clip", "--dp-noise") if self.dp_noise is None else ("--dp-noise", "--dp-clip")
+            raise UserError(f"{name} needs {needed}: give both, or leave both out.")
         if self.dp_clip is None:
-            for flag, there in (("--dp-delta", self.dp_delta is not None), ("--dp-draws", self.dp_draws != "secret")):
-                if there:
+            for flag, is_given in (
+                ("--dp-delta", self.dp_delta is not None),
+                ("--dp-draws", self.dp_draws != "secret"),
+            ):
+                if is_given:
                     raise UserError(
                         f"{flag} is about the noise of --dp-noise: give --dp-clip and --dp-noise too, or leave it out."
                     )

@@ -33,6 +33,7 @@ from fedkern.models import MODELS, Own
 from fedkern.models.registry import check_gives
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
+from fedkern.settings.section import Values
 from fedkern.tasks import TASKS
 from fedkern.tasks.figure_names import check_metric_names, check_set_names, set_noun
 from fedkern.tasks.partition_statistics import PartitionStatistics
@@ -79,12 +80,12 @@ def load_data(
     )  # fmt: skip
 
 
-def decided(config: RunConfig, data: FederatedData) -> dict[str, Any]:
+def decided(config: RunConfig, data: FederatedData) -> Values:
     """What the loaded data decide where nobody gave it: partition, clients, ``client_test``.
 
     Own test sets that the data have stay, unless the user asks for others.
     """
-    facts: dict[str, Any] = {"partition": data.statistics.partition, "clients": len(data.clients)}
+    facts: Values = {"partition": data.statistics.partition, "clients": len(data.clients)}
     if data.client_tests:
         facts["client_test"] = 0.0
     return {name: value for name, value in facts.items() if name in config.unset}
@@ -245,19 +246,19 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
             "folder or the column that holds the classes."
         )
     if not (kind.serves(data.task) and kind.serves(data)):
-        able = ", ".join(sorted(name for name, other in registry.METHODS.items() if other.serves(data)))
+        able = ", ".join(sorted(name for name, method in registry.METHODS.items() if method.serves(data)))
         if kind.serves(data.task):
             raise UserError(
                 f"{config.method} needs images [C, H, W]; samples have {data.form.input_words()}: methods for them are "
                 f"{able}."
             )
         tasks = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
-        what = f'the data set "{config.data}" is for {data.task.name}'
+        subject = f'the data set "{config.data}" is for {data.task.name}'
         if data.task.name == "own":
-            what = "a loss of your own tells no classes (give classes= where outputs are their logits)"
+            subject = "a loss of your own tells no classes (give classes= where outputs are their logits)"
         elif (usual := TASKS.get(data.task.name)) and kind.serves(usual):
-            what = "the loss takes logarithms of probabilities (nn.CrossEntropyLoss takes logits)"
-        raise UserError(f"{config.method} is for {tasks}, but {what}: methods for that are {able}.")
+            subject = "the loss takes logarithms of probabilities (nn.CrossEntropyLoss takes logits)"
+        raise UserError(f"{config.method} is for {tasks}, but {subject}: methods for that are {able}.")
     check_gives(config.model, data.task.network, config.data, "with --model")
     if config.augment not in (None, "none") and not data.form.offers:
         words = data.form.input_words()
@@ -291,12 +292,12 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
 def _check_varied(data: FederatedData, sets: Mapping[str, Sequence[Split]], *, blank: bool = False) -> None:
     """Raises UserError for a set of several images that are all equal; with ``blank`` only where all pixels are."""
     for name, splits in sets.items() if data.form.offers else ():
-        every = (loaded(split.images[row : row + 4]) for split in splits for row in range(0, len(split), 4))
-        head, count = next(every, None), sum(map(len, splits))
+        parts = (loaded(split.images[row : row + 4]) for split in splits for row in range(0, len(split), 4))
+        head, count = next(parts, None), sum(map(len, splits))
         if head is None or count < 2:
             continue
         model = head.flatten()[:1] if blank else head[:1]
-        if all(bool((rows == model).all()) for rows in chain([head], every)):
+        if all(bool((rows == model).all()) for rows in chain([head], parts)):
             raise UserError(
                 f"All {count:,} images of {name} are equal as a network sees them, so that they tell nothing: "
                 f"{data.form.outside or 'look at their values, and at --data-option window where it fits the files'}"
@@ -356,8 +357,8 @@ def caveats(data: FederatedData) -> list[str]:
     """Sentences on patients and on classes whose figures on the test sets are not what they seem."""
     sentences = _shared_patients(data)
     if data.statistics.counts.any() and data.form.offers:  # no sample is counted where clients are elsewhere
-        every = set(range(len(data.classes)))
-        test_classes = every - _unseen(every, (*data.tests.values(), data.validation))
+        classes = set(range(len(data.classes)))
+        test_classes = classes - _unseen(classes, (*data.tests.values(), data.validation))
         if untrained := sorted(_unseen(test_classes, data.clients)):
             names = first_of([data.classes[label] for label in untrained], SHOWN)
             sentences.append(f"No client trains on an image of {names}, which a test set or the validation set shows.")
@@ -366,11 +367,11 @@ def caveats(data: FederatedData) -> list[str]:
 
 def _unseen(classes: set[int], splits: Sequence[Split]) -> set[int]:
     """Those of the classes that no image of the splits shows; little is read once all have been seen."""
-    rest = set(classes)
+    unseen = set(classes)
     parts = ((split.task, rows) for split in splits for part in in_parts(split.labels) for rows in part.split(64))
-    for task, labels in takewhile(lambda _: rest, parts):
-        rest.difference_update(task.shown_classes(labels).tolist())
-    return rest
+    for task, labels in takewhile(lambda _: unseen, parts):
+        unseen.difference_update(task.shown_classes(labels).tolist())
+    return unseen
 
 
 def check_sets(data: FederatedData, plugins: Mapping[str, str]) -> None:

@@ -8,23 +8,24 @@ from typing import Any
 
 from fedkern.errors import same_format
 from fedkern.files.inputs import read_json
+from fedkern.messages.states import State
 
 NAME = "config.toml"
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 INIT = "init.safetensors"
 """File in a run folder with the weights of a module that a script gave as ``init``."""
-FORMAT = 14
+FORMAT = 15
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> State:
     """A manifest of this format, whose entries are not checked.
 
     Raises:
         OtherFormat: the manifest has another format.
         OSError, ValueError, KeyError, TypeError: the file is missing or damaged.
     """
-    manifest: dict[str, Any] = read_json(path)
+    manifest: State = read_json(path)
     same_format(path, manifest["format"], FORMAT)
     return manifest
 

@@ -14,6 +14,8 @@ from fedkern.typed_option import OptionTable, flag, option
 
 _NEUTRAL = {"sample_fraction": 1, "lr_decay": 1, "optimizer_state": "new", "augment": "none"}
 """Values of settings that say nothing, beside 0 and the mean."""
+Values = dict[str, Any]
+"""Settings by name, or a part of them: numbers, words, None, and tables of these."""
 OF_METHOD = ("chosen", "made")
 """What is made once of a method and its options."""
 
@@ -29,7 +31,7 @@ class Section(OptionTable):
     method: str = option("fedavg", "name of the method")
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Values:
         """Settings that follow from the others, in the place of what was given."""
         return {}
 
@@ -62,7 +64,7 @@ class Section(OptionTable):
         """The method, made from the options."""
         return self.kind(self.chosen)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Values:
         return {name: value for name, value in vars(self).items() if name not in OF_METHOD}
 
     def given(self, *names: str) -> Iterator[str]:

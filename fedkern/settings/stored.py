@@ -11,12 +11,14 @@ from typing import Any
 from fedkern.errors import UserError, nearest
 from fedkern.files.inputs import read_text, special
 from fedkern.methods import script_methods
+from fedkern.methods.base import Method
 from fedkern.settings.config import UNSTORED, RunConfig
 from fedkern.settings.run_format import INIT, NAME, check_format, stored_code
+from fedkern.settings.section import Values
 from fedkern.usercode import plugins
 
 
-def read_settings(text: str, *, source: str = NAME) -> dict[str, Any]:
+def read_settings(text: str, *, source: str = NAME) -> Values:
     """The settings named in TOML text, for ``make(**table)`` of a partial config file.
 
     Raises:
@@ -27,7 +29,7 @@ def read_settings(text: str, *, source: str = NAME) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
         raise UserError(f"{source} is not a valid TOML file: {error}.") from None
     names = RunConfig.names()
-    plain: dict[str, Any] = {}
+    plain: Values = {}
     for written, value in table.items():
         name = written.replace("-", "_")
         if name not in names:
@@ -43,7 +45,7 @@ def read_settings(text: str, *, source: str = NAME) -> dict[str, Any]:
     return plain
 
 
-def stored_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def stored_settings(folder: str | os.PathLike[str]) -> Values:
     """The settings named in ``config.toml`` of a run folder; raises UserError where it is missing or damaged."""
     path = Path(folder) / NAME
     try:
@@ -54,7 +56,7 @@ def stored_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_settings(
-    folder: str | os.PathLike[str], *, trusted: Collection[str] = (), given: Any = None, **replaced: Any
+    folder: str | os.PathLike[str], *, trusted: Collection[str] = (), given: type[Method] | None = None, **replaced: Any
 ) -> RunConfig:
     """The settings of a run folder, some of them ``replaced``; loads the run's plugins.
 
@@ -103,7 +105,7 @@ def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) 
     plugins.restore(table.get("plugins", {}), folder, trusted)
 
 
-def _plugin_table(value: Any, source: str) -> dict[str, str]:
+def _plugin_table(value: object, source: str) -> dict[str, str]:
     """Identities of plugins by name, from a table of a config file or from a list of names there."""
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return dict.fromkeys(value, "")
@@ -115,8 +117,8 @@ def _plugin_table(value: Any, source: str) -> dict[str, str]:
 def check_regular(folder: str | os.PathLike[str]) -> None:
     """Raises UserError where a run folder has a named pipe, a socket or a device: reading it might block for ever."""
     for path in (*Path(folder).glob("*"), *Path(folder).glob("checkpoints/*")):
-        if what := special(path):
-            raise UserError(f"{path} is {what}, not a regular file: remove it, or put back the run's own file.")
+        if kind := special(path):
+            raise UserError(f"{path} is {kind}, not a regular file: remove it, or put back the run's own file.")
 
 
 def check_run_folder(folder: str | os.PathLike[str]) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
 
 
-def dumps(table: Mapping[str, Any]) -> str:
+def dumps(table: Mapping[str, object]) -> str:
     """Returns TOML text; values are strings, numbers, booleans, lists of such, and one level of sub-tables."""
     plain = [f"{_key(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
     parts = ["\n".join(plain)]
@@ -20,26 +19,22 @@ def dumps(table: Mapping[str, Any]) -> str:
     return "\n\n".join(parts).rstrip() + "\n"
 
 
-def line(key: str, value: Any) -> str:
+def line(key: str, value: object) -> str:
     """A line ``key = value`` of TOML."""
     return f"{_key(key)} = {_value(value)}"
 
 
-def quoted(text: str) -> str:
-    """A text as a string of TOML."""
-    return _string(text)
-
-
 def _key(key: str) -> str:
-    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else _string(key)
+    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else quoted(key)
 
 
-def _string(text: str) -> str:
+def quoted(text: str) -> str:
+    """Return a text as a string of TOML."""
     # JSON's escapes are TOML's, except that TOML also wants DEL escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -49,7 +44,7 @@ def _value(value: Any) -> str:
             repr(value) if math.isfinite(value) else ("nan" if math.isnan(value) else ("inf" if value > 0 else "-inf"))
         )
     if isinstance(value, str):
-        return _string(value)
+        return quoted(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_value(entry) for entry in value) + "]"
     raise TypeError(f"value: expected a string, number, boolean or list, given {type(value).__name__}")

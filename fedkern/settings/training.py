@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fedkern.errors import UserError
 from fedkern.files.filesystem import absolute
 from fedkern.methods import registry
 from fedkern.settings.defaults import COMMON
-from fedkern.settings.section import Section
+from fedkern.settings.section import Section, Values
 from fedkern.typed_option import option
 
 
@@ -46,7 +45,7 @@ class TrainingSettings(Section):
         path=absolute,
     )
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> Values:
         values = super().resolved()
         return values if self.lr_steps is None else {**values, "lr_steps": ",".join(map(str, self.lr_epochs))}
 

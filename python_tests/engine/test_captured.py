@@ -297,9 +297,9 @@ class Unsteady(Stranger):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        (Tossing, "draws from Python's generator"),
-        (Noisy, "draws from NumPy's generator"),
-        (Dropping, "draws from torch's generator"),
+        (Tossing, "draws from the generator of random"),
+        (Noisy, "draws from the generator of NumPy"),
+        (Dropping, "draws from the generator of torch"),
         (Counted, "it changes calls"),
         (Unsteady, "does not repeat its own bits"),
         (Indexing, "cannot read batch.indices"),

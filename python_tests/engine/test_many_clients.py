@@ -15,7 +15,7 @@ import torch
 
 from fedkern.data import FederatedData
 from fedkern.engine import samples
-from fedkern.engine.evaluate import _alike
+from fedkern.engine.evaluate import compared_alike
 from fedkern.engine.loop import Loop
 from fedkern.engine.run import run
 from fedkern.engine.store import checkpoints as module
@@ -337,10 +337,10 @@ def test_own_test_sets_are_measured_once():
             Set.looks += 1
             return 2
 
-    sets = _alike({k: Set() for k in range(200)})
+    sets = compared_alike({k: Set() for k in range(200)})
     assert {data.loss_batch for data in sets.values()} == {2}
     assert Set.looks == 200
-    assert _alike({}) == {}
+    assert compared_alike({}) == {}
 
 
 # -- the real size -----------------------------------------------------------------------------------------------------

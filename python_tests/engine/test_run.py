@@ -12,7 +12,6 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
-from fedkern.engine.server import Server
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Phase
@@ -230,20 +229,3 @@ def test_a_missing_or_damaged_model_is_one_sentence(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is damaged"):
         read_model(tmp_path)
-
-
-@pytest.mark.parametrize("sums", ["ordered", "exact"])
-def test_sums_of_the_run(sums, make_data, make_config, tmp_path, monkeypatch):
-    made, accumulator = [], Server.accumulator
-
-    def seen(self, size):
-        made.append(accumulator(self, size))
-        return made[-1]
-
-    monkeypatch.setattr(Server, "accumulator", seen)
-    config = make_config("scaffold", sums=sums)
-    run(config, out=tmp_path / "run", data=make_data())
-    assert {found.exact for found in made} == {sums == "exact"}
-    other = config.replace(sums="ordered" if sums == "exact" else "exact")
-    with pytest.raises(UserError, match=f"sums: {sums} -> {other.sums}"):
-        run(other, out=tmp_path / "run", data=make_data(), resume=True)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import ClientFailed
+from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Message, Messages, Phase
 
-States = Callable[[ClientId], Callable[[], dict[str, Any]]]
+if TYPE_CHECKING:
+    from fedkern.engine.client import Client
+    from fedkern.engine.executors.serial import Serial
+
+States = Callable[[ClientId], Callable[[], State]]
 """Function of a client id.  It returns a reader of the client's state at the beginning of the round; the reader may be
 called several times within the round."""
 Request = tuple[str, Phase, Message, Encoder | None]
@@ -47,6 +52,14 @@ class Answer:
     absent: str = ""
 
 
+class Handler(Protocol):
+    """An object whose ``client_update`` answers for a client."""
+
+    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
+        """Return the client's upload."""
+        ...
+
+
 class Executor(Protocol):
     """Runs clients.
 
@@ -60,8 +73,8 @@ class Executor(Protocol):
     """Whether clients keep their data and states to themselves: no client ever works in this process."""
 
     @property
-    def here(self) -> Any:
-        """The :class:`~fedkern.engine.executors.serial.Serial` of this process."""
+    def here(self) -> Serial:
+        """The executor of this process."""
         ...
 
     def answers(
@@ -76,7 +89,7 @@ class Executor(Protocol):
         """
         ...
 
-    def changed(self, client: ClientId) -> dict[str, Any] | None:
+    def changed(self, client: ClientId) -> State | None:
         """The client's state if it has changed since the last call, or since the round began; else None."""
         ...
 

@@ -53,9 +53,7 @@ def _on_ranks(run: RunObjects, ranks: torchrun_group.TorchrunGroup, asks: int) -
         _no_workers(config, context, "each rank of torchrun has its clients work one after another")
     if not asks or config.clients_of_a_round < 2:
         return run.here
-    executor = Ranks(context, run.here, run.handlers, run.store.checkpoints.reader, ranks)
-    run.server.summing = executor.accumulator
-    return executor
+    return Ranks(context, run.here, run.handlers, run.store.checkpoints.reader, ranks)
 
 
 def _no_workers(config: RunConfig, context: RunContext, why: str) -> None:
@@ -76,12 +74,12 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
     if why:
         _no_workers(config, context, why)
         return 1
-    most = config.clients_of_a_round
+    limit = config.clients_of_a_round
     if config.workers != "auto":
-        return min(int(config.workers), most)
+        return min(int(config.workers), limit)
     # Fewer --threads than cores: the user leaves the others to other work.
     cores = min(machine.usable_cores(), config.threads)
-    return min(most, cores // config.client_threads, machine.free_memory() // worker_bytes(context, parameters))
+    return min(limit, cores // config.client_threads, machine.free_memory() // worker_bytes(context, parameters))
 
 
 def unavailable(device: str) -> str:

@@ -139,7 +139,7 @@ class Connection(PacketStream):
         except OSError as error:
             self._lose(error)
 
-    def _transmit(self, kind: int, value: Any, files: dict[int, memoryview]) -> None:
+    def _transmit(self, kind: int, value: object, files: dict[int, memoryview]) -> None:
         head = pickle.dumps((kind, value, {number: len(content) for number, content in files.items()}))
         self._end.sendall(len(head).to_bytes(8, "little") + head)
         for content in files.values():
@@ -187,14 +187,14 @@ class Connection(PacketStream):
 
     def _bytes(self, size: int) -> memoryview:
         content: memoryview = torch.empty(size, dtype=torch.uint8).numpy().data
-        rest = content
-        while rest:
+        unread = content
+        while unread:
             if not select.select([self._end], [], [], self._silence)[0]:
                 raise TimeoutError
-            count = self._end.recv_into(rest)
+            count = self._end.recv_into(unread)
             if not count:
                 raise EOFError
-            rest = rest[count:]
+            unread = unread[count:]
         return content
 
     def _lose(self, error: Exception) -> None:

@@ -9,7 +9,7 @@ client has answered since.  A message that cannot be sent to another process has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedkern.engine.context import RunContext
@@ -17,7 +17,8 @@ from fedkern.engine.executors.base import Answer, Request, States
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job, Notice
 from fedkern.engine.uploads.encoders import Encoder
-from fedkern.messages.packets import NotPortable, Packer, Packet, Unpacker
+from fedkern.messages.packets import NotPortable, Packer, Packet, PacketStream, Unpacker
+from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Messages, Phase
 from fedkern.process.interrupts import check
 
@@ -29,22 +30,22 @@ class Ordered:
 
     Args:
         context: of the run.
-        here: the executor of this process.
+        serial: the executor of this process.
         states: where a client's state comes from when the client first works in a round.
     """
 
     count = 1
     remote = False
 
-    def __init__(self, context: RunContext, here: Serial, states: States) -> None:
-        self.here, self._context, self._states = here, context, states
-        self._processes: list[Any] = []  # packet streams to the other processes that clients work in
+    def __init__(self, context: RunContext, serial: Serial, states: States) -> None:
+        self.here, self._context, self._states = serial, context, states
+        self._processes: Sequence[PacketStream] = []  # packet streams to the other processes that clients work in
         self._packer = Packer()
         # State of this round:
-        self._readers: dict[ClientId, Callable[[], dict[str, Any]]] = {}  # of states that clients began the round with
+        self._readers: dict[ClientId, Callable[[], State]] = {}  # of states that clients began the round with
         self._at: dict[ClientId, Any] = {}  # the process that has begun a client's round; None: this process
         self._played: dict[ClientId, list[Request]] = {}  # messages that a client has answered
-        self._changed: dict[ClientId, dict[str, Any]] = {}
+        self._changed: dict[ClientId, State] = {}
         # State of this exchange:
         self._requests: dict[ClientId, Request] = {}
         self._todo: list[ClientId] = []  # clients that nothing works for yet
@@ -82,7 +83,7 @@ class Ordered:
         answer: Answer = reply.answer
         return answer
 
-    def changed(self, client: ClientId) -> dict[str, Any] | None:
+    def changed(self, client: ClientId) -> State | None:
         if client in self._changed:
             return self._changed.pop(client)
         return self.here.changed(client)
@@ -118,7 +119,7 @@ class Ordered:
 
     # -- what a transport uses -------------------------------------------------------------------------------------
 
-    def _send(self, process: Any, k: ClientId) -> bool:
+    def _send(self, process: PacketStream, k: ClientId) -> bool:
         """Has client ``k`` work in another process; False where its message cannot be sent there."""
         try:
             self._tell(process, self._job(k, process))
@@ -133,7 +134,7 @@ class Ordered:
         self._todo.remove(k)
         self._replies[k] = self.here.reply(self._job(k, None))
 
-    def _job(self, k: ClientId, process: Any) -> Job:
+    def _job(self, k: ClientId, process: PacketStream | None) -> Job:
         """What client ``k`` has to do; it begins its round in ``process`` where it has not worked there yet."""
         begun = k in self.here.working() if process is None else self._at.get(k) is process
         self._at[k] = process
@@ -151,7 +152,7 @@ class Ordered:
         assert isinstance(message, Done)
         return message
 
-    def _tell(self, process: Any, message: Any) -> None:
+    def _tell(self, process: PacketStream, message: object) -> None:
         process.send(self._packer.pack(message))
 
     def _clear(self, *, round_over: bool = False) -> None:

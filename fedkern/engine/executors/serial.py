@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import Tensor
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, Request, States
+from fedkern.engine.executors.base import Answer, Handler, Request, States
 from fedkern.engine.executors.worker_messages import Done, Job
 from fedkern.engine.first_steps import UnfitStep
 from fedkern.engine.lanes import lanes, on_this_stream, side_by_side
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.training import Diverged
-from fedkern.engine.uploads.encoders import Departure, Encoder, Keep
+from fedkern.engine.uploads.encoders import Departure, Encoder
 from fedkern.errors import RAISED, ClientFailed
 from fedkern.messages.digest import Fingerprint
+from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Message, Messages, Phase
 from fedkern.process.torch_modes import cpu_threads
 
@@ -32,18 +32,13 @@ class Serial:
         handlers: objects whose ``client_update`` may be called, by name.
         states: where a client's state comes from when the client first works in a round.
         threads: CPU threads while a client works.
-
-    Attributes:
-        keep: keeps vectors of uploads in this process (see :class:`~fedkern.engine.uploads.encoders.Encoder`); None:
-            uploads leave whole.
     """
 
     count = 1
     remote = False
 
-    def __init__(self, context: RunContext, handlers: Mapping[str, Any], states: States, threads: int) -> None:
+    def __init__(self, context: RunContext, handlers: Mapping[str, Handler], states: States, threads: int) -> None:
         self._context, self._handlers, self._states, self._threads = context, handlers, states, threads
-        self.keep: Keep | None = None
         self._clients: dict[ClientId, Client] = {}
         self._before: dict[ClientId, Fingerprint] = {}  # of their states, of clients that have worked since
         self._asked = 0
@@ -61,7 +56,7 @@ class Serial:
             self._before[k] = Fingerprint(self._clients[k].stored)
         return self._clients[k]
 
-    def take(self, k: ClientId, state: dict[str, Any], played: Iterable[Request] = ()) -> None:
+    def take(self, k: ClientId, state: State, played: Iterable[Request] = ()) -> None:
         """Begins the round of client ``k`` with ``state``, and plays again the messages that it has answered."""
         self._clients[k] = Client(self._context, k, state)
         self._before.pop(k, None)
@@ -144,7 +139,7 @@ class Serial:
             if answer.problem is None and encoder is not None:
                 with self._problems(answer, asker), cpu_threads(self._threads):
                     sent = self._beside(message, answer.message) if encoder.on_gpu else message
-                    leaving = Departure(k, sent, answer.message, self.keep, client.drift, client.encoded)
+                    leaving = Departure(k, sent, answer.message, client.drift, client.encoded)
                     answer.message, answer.checked = encoder.encode(leaving)
             if answer.problem is not None:
                 answer.message, answer.report = None, {}
@@ -166,14 +161,14 @@ class Serial:
             code = self._context.script.train or type(self._handlers["method"])
             answer.problem = ClientFailed.of(answer.client, error, code)
 
-    def _beside(self, message: Message, upload: Any) -> Message:
+    def _beside(self, message: Message, upload: object) -> Message:
         """A message whose parameters are read on the GPU, where training has sent them, if the upload's are there."""
         sent, got = message.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
         if not isinstance(sent, Tensor) or not isinstance(got, Tensor) or got.device == sent.device:
             return message
         return {**message, "parameters": self._context.networks.send(sent)}
 
-    def changed(self, client: ClientId) -> dict[str, Any] | None:
+    def changed(self, client: ClientId) -> State | None:
         before = self._before.get(client)
         state = self._clients[client].stored if before is not None else {}
         if before is None or before.matches(state):

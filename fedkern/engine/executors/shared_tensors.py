@@ -32,7 +32,7 @@ class Channel(PacketStream):
         new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
         payload = pickle.dumps((list(new), packet.payload))
         spilt = len(payload) > _INLINE
-        descriptors = [*new.values(), *packet.more]
+        descriptors = [*new.values(), *packet.extra]
         if len(descriptors) + spilt > _MOST_FILES:
             raise ValueError(f"packet: expected at most {_MOST_FILES} files, given {len(descriptors) + spilt}")
         with contextlib.ExitStack() as stack:
@@ -71,7 +71,7 @@ class Channel(PacketStream):
         except ConnectionError:
             raise EOFError from None
         numbers, inner = pickle.loads(payload)
-        return Packet(inner, dict(zip(numbers, descriptors, strict=False)), more=descriptors[len(numbers) :])
+        return Packet(inner, dict(zip(numbers, descriptors, strict=False)), extra=descriptors[len(numbers) :])
 
     def _exactly(self, size: int) -> bytes:
         parts = bytearray()

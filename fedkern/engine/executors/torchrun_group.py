@@ -34,17 +34,17 @@ class LaunchedRank:
 
     Attributes:
         rank, size: its rank, and the number of ranks.
-        local, here: its number on this machine, and the number of ranks on this machine.
-        restarts, most_restarts: how often torchrun has restarted the ranks, and how often it may.
+        local, local_size: its number on this machine, and the number of ranks on this machine.
+        restarts, max_restarts: how often torchrun has restarted the ranks, and how often it may.
         job: name of the torchrun, the same after a restart.
     """
 
     rank: int
     size: int
     local: int
-    here: int
+    local_size: int
     restarts: int
-    most_restarts: int
+    max_restarts: int
     job: str
 
 
@@ -55,12 +55,12 @@ def launched() -> LaunchedRank | None:
         return None
     try:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, size, local, here = (int(environment[name]) for name in names)
+        rank, size, local, local_size = (int(environment[name]) for name in names)
         restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        most = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+        max_restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     except (KeyError, ValueError):
         return None
-    return LaunchedRank(rank, size, local, here, restarts, most, _job())
+    return LaunchedRank(rank, size, local, local_size, restarts, max_restarts, _job())
 
 
 def _job() -> str:
@@ -141,8 +141,8 @@ class TorchrunGroup:
         if self.rank:
             return find_rank_0(self._store, self.rank, until)
         with socket.create_connection((host, port)) as route:
-            own, other = route.getsockname()[0], route.getpeername()[0]
-        return accept_ranks(self._store, host if own == other else own, self.size, until)
+            own, peer = route.getsockname()[0], route.getpeername()[0]
+        return accept_ranks(self._store, host if own == peer else own, self.size, until)
 
     def heard(self, connection: Connection, seconds: float) -> Packet | None:
         """The next packet on a connection of rank 0, as `Connection.get` has it; raises as `check` for a lost rank."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Request
+from fedkern.engine.executors.base import Handler, Request
+from fedkern.messages.states import State
 from fedkern.methods import registry
 from fedkern.methods.base import Method
 from fedkern.models import ModelEntry
@@ -30,7 +31,7 @@ class Setup:
     """
 
     context: RunContext
-    handlers: dict[str, Any]
+    handlers: dict[str, Handler]
     methods: dict[str, type[Method]]
     entries: tuple[ModelEntry, ...]
     backend: str | None
@@ -38,24 +39,11 @@ class Setup:
     modes: dict[str, Any]
 
     @classmethod
-    def of(cls, context: RunContext, handlers: Mapping[str, Any]) -> Setup:
+    def of(cls, context: RunContext, handlers: Mapping[str, Handler]) -> Setup:
         """What clients need in order to work elsewhere as they would in this process."""
         entries, forced, name = context.networks.added_models, backend.forced_backend(), context.config.method
         methods = {name: registry.GIVEN[name]} if name in registry.GIVEN else {}
         return cls(context, dict(handlers), methods, entries, forced, backend.active_isa(), modes())
-
-
-@dataclass(frozen=True)
-class Sum:
-    """Tells a rank of torchrun to add up vectors that have stayed there, and to send their exact sum.
-
-    Attributes:
-        size: number of elements of each vector.
-        terms: client, name in its upload, and weight of each vector.
-    """
-
-    size: int
-    terms: tuple[tuple[int, str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +60,7 @@ class Job:
 
     client: int
     request: Request
-    state: dict[str, Any] | None = None
+    state: State | None = None
     played: tuple[Request, ...] = ()
 
 
@@ -84,7 +72,7 @@ class Done:
     """
 
     answer: Any
-    state: dict[str, Any] | None = None
+    state: State | None = None
     failed: Exception | None = None
     size: int = 0
 

@@ -12,10 +12,9 @@ import os
 import select
 import socket
 from collections.abc import Mapping
-from typing import Any
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, States
+from fedkern.engine.executors.base import Answer, Handler, States
 from fedkern.engine.executors.fork_server import ForkServer, Gone, fork_server_of
 from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.serial import Serial
@@ -51,7 +50,7 @@ class Workers(Ordered):
 
     Args:
         context: of the run.
-        here: the executor of this process.
+        serial: the executor of this process.
         handlers: objects whose ``client_update`` may be called, by name.
         states: where a client's state comes from when the client first works in a round.
         count: number of workers.
@@ -62,14 +61,14 @@ class Workers(Ordered):
     def __init__(
         self,
         context: RunContext,
-        here: Serial,
-        handlers: Mapping[str, Any],
+        serial: Serial,
+        handlers: Mapping[str, Handler],
         states: States,
         count: int,
         *,
         asks: int | None = None,
     ) -> None:
-        super().__init__(context, here, states)
+        super().__init__(context, serial, states)
         self._handlers, self.count = handlers, count
         self._left, self._asked, self._seconds = asks, 0, 0.0
         self._fork_server: ForkServer | None = None
@@ -146,13 +145,13 @@ class Workers(Ordered):
             self._fork_server = None
             self._give_up(str(error), "")
 
-    def _hand_out(self, first: ClientId) -> None:
+    def _hand_out(self, next_client: ClientId) -> None:
         """Gives every idle worker the next client that it may have."""
         for worker in [worker for worker in self._processes if worker.client is None]:
             for k in list(self._todo):
                 if self._at.get(k, worker) is not worker:
                     continue  # another worker or this process has the client in this round
-                if k != first and sum(reply.size for reply in self._replies.values()) > HELD_BYTES:
+                if k != next_client and sum(reply.size for reply in self._replies.values()) > HELD_BYTES:
                     break
                 if self._send(worker, k):
                     worker.client = k

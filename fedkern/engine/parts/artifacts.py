@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fedkern.engine.parts.base import Record, RunPart
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.artifacts import Artifact, ArtifactLog
+from fedkern.messages.states import State
 
 
 @register_part("artifacts")
@@ -28,9 +26,9 @@ class Artifacts(RunPart):
             self._log.add(Artifact(name, record.number, value, axes))
         self._run.server.artifacts.clear()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         self._log.write()
         return {"sha256": self._log.digest}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         self._log.restore(self._run.progress.done, state["sha256"])

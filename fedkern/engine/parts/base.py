@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fedkern.engine.run_objects import RunObjects
+from fedkern.messages.states import State
 from fedkern.methods.base import Round
 from fedkern.methods.common.final_figures import FinalFigures
 from fedkern.privacy.disclosure import About
@@ -71,7 +72,7 @@ class Record:
         """Whether it is the last communication round of the plan."""
         return self.number == self.rounds
 
-    def put(self, figures: Mapping[str, Any], about: About = About.RUN) -> None:
+    def put(self, figures: Mapping[str, object], about: About = About.RUN) -> None:
         """Adds entries."""
         self.entries.update({name: (about, value) for name, value in figures.items()})
 
@@ -135,11 +136,11 @@ class Part:
     def finish(self, summary: Summary) -> None:
         """All rounds are over."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """What a checkpoint keeps of this part, in plain values; files that these tell of are on the disk."""
         return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         """Goes on from what :meth:`state` returned at a checkpoint; before :meth:`begin`."""
 
     def close(self) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from fedkern.engine.parts.base import Part, Record, RunPart, Stop
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
+from fedkern.messages.states import State
 
 
 class _Budget(RunPart):
@@ -51,10 +50,10 @@ class _Budget(RunPart):
         if not record.entry.one_off:
             self._dearest = max(self._dearest, self.of_round(record))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return {"dearest": self._dearest}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         self._dearest = state["dearest"]
 
 
@@ -81,4 +80,4 @@ class MaxBytes(_Budget):
         return self._run.ledger.total
 
     def of_round(self, record: Record) -> float:
-        return sum(each["up"] + each["down"] for each in self._run.ledger.round_sums.values())
+        return sum(row["up"] + row["down"] for row in self._run.ledger.round_sums.values())

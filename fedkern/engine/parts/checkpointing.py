@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from fedkern.engine.parts.base import Record, RunPart, Summary
 from fedkern.engine.registry import register_part
@@ -11,6 +10,7 @@ from fedkern.engine.store import records
 from fedkern.engine.store.saved_model import results
 from fedkern.errors import NoEffect, UserError
 from fedkern.files.atomic import Unwritable
+from fedkern.messages.states import State
 
 
 @register_part("checkpoints")
@@ -47,6 +47,6 @@ class Checkpointing(RunPart):
         store = self._run.store
         store.checkpoints.amend({**self._info(finished=True), "results": results(store.out)})
 
-    def _info(self, finished: bool) -> dict[str, Any]:
+    def _info(self, finished: bool) -> State:
         store = self._run.store
         return dict(records.plain({**store.facts, **store.part_states(), "finished": finished}))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from fedkern.engine.parts.base import Record, RunPart, Summary
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store.saved_model import lacks_statistics
+from fedkern.messages.states import State
 from fedkern.methods.common import diagnostics
 
 
@@ -54,9 +54,9 @@ class Diagnoses(RunPart):
                     self._final.append(name)
                 context.notices.warn(name, text)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return {"observed": self._observed.to_dict(), "clients": self._last, "final": self._final}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         self._observed = diagnostics.Observations(state["observed"])
         self._last, self._final = state["clients"], list(state["final"])

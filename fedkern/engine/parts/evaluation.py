@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -21,6 +20,7 @@ from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import ONLY, OWN
 from fedkern.errors import spared
+from fedkern.messages.states import State
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.figures import gradcam
 from fedkern.methods.common.final_figures import final_figures
@@ -63,7 +63,7 @@ class Evaluation(RunPart):
         begun = time.perf_counter()
         network = self._run.hooks["method"].network()
         if network is not None:
-            self._evaluate(network, last=record.last, here=record.in_server_process)
+            self._evaluate(network, last=record.last, locally=record.in_server_process)
             record.figures = {**self.latest}
             record.put(self.latest)
             if self.of_clients:
@@ -79,14 +79,14 @@ class Evaluation(RunPart):
     def finish(self, summary: Summary) -> None:
         network = summary.network
         if not self._kept:  # resumed after the last round, or ended before it
-            self._evaluate(network, last=True, here=True)
+            self._evaluate(network, last=True, locally=True)
         test_set, own_sets = OWN, self._client_sets
         if not own_sets and (own_sets := self._context.samples.site_sets):
             test_set = ONLY
             if self._networks is None:
                 self._evaluate_clients(network, own_sets)
             elif self._clients:
-                _, self.of_clients = self._networks("site_sets", tests=False, keep=False, here=True)
+                _, self.of_clients = self._networks("site_sets", tests=False, keep=False, locally=True)
         summary.of_clients, summary.client_set = with_undefined(self.of_clients, own_sets), test_set
         classes = self._context.data.classes
         summary.final = final_figures(self._run.sets, classes)
@@ -103,22 +103,22 @@ class Evaluation(RunPart):
         summary.entries["better"] = self._directions(summary.metrics)
         summary.entries.update(self._of_clients(test_set, own_sets))
         if self._clients:
-            data, seed, apart = self._context.data, self._run.config.seed, self._networks is not None
-            summary.entries["intervals"] = intervals(self._run.sets, self._client_sets, data, seed, apart)
+            data, seed, are_personal = self._context.data, self._run.config.seed, self._networks is not None
+            summary.entries["intervals"] = intervals(self._run.sets, self._client_sets, data, seed, are_personal)
         if summary.final.per_class:
             summary.entries["per_class"] = summary.final.per_class
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return {"best": self.best, "latest": records.plain(self.latest)}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         self.best.update(state["best"])
         self.latest.update(state["latest"])
 
-    def _evaluate(self, network: nn.Module, last: bool, here: bool) -> None:
+    def _evaluate(self, network: nn.Module, last: bool, locally: bool) -> None:
         """Evaluates the network; the test sets keep the answers to the last one, for the figures of the run's end.
 
-        With ``here``, clients with networks of their own evaluate them in this process.
+        With ``locally``, clients with networks of their own evaluate them in this process.
         """
         if self._networks is None:
             code = partial(self._run.code, "evaluate")
@@ -129,7 +129,7 @@ class Evaluation(RunPart):
             self._evaluate_clients(network, self._client_sets, keep=last)
         else:
             own = "client_sets" if self._clients else ""
-            metrics, self.of_clients = self._networks(own, tests=True, keep=last, here=here)
+            metrics, self.of_clients = self._networks(own, tests=True, keep=last, locally=locally)
         self.latest.clear()
         self.latest.update(metrics)
         self.latest.update(over_clients(self.of_clients, self._client_sets))
@@ -151,7 +151,7 @@ class Evaluation(RunPart):
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
         return evaluating(self._run.config, self._context.networks.is_flat(network))
 
-    def _of_clients(self, test_set: str, sets: dict[int, Reader]) -> dict[str, Any]:
+    def _of_clients(self, test_set: str, sets: dict[int, Reader]) -> State:
         """The clients' figures on their own ``sets`` as entries of the summary; empty where nothing may be told.
 
         ``test_set`` says what these sets are, as in evaluation.csv.
@@ -160,11 +160,11 @@ class Evaluation(RunPart):
             return {}
         names, worst = self._context.data.client_names, worst_client(self.of_clients, sets)
 
-        def named(k: int) -> dict[str, Any]:
+        def named(k: int) -> dict[str, str]:
             return {} if names is None else {"name": names[k]}
 
         metrics = with_undefined(self.of_clients, sets)
-        entries: dict[str, Any] = {
+        entries: State = {
             "client_test_set": test_set,
             "client_metrics": {str(k): {**named(k), **figures} for k, figures in metrics.items()},
         }
@@ -181,7 +181,7 @@ class Evaluation(RunPart):
             known |= data.task.directions
         return {name: direction(name, known, [prefix[:-1] for prefix in self._run.sets]) for name in figures}
 
-    def _gradcam(self, network: Any) -> dict[str, float]:
+    def _gradcam(self, network: nn.Module) -> dict[str, float]:
         # Grad-CAM takes single images in eval mode, which needs running statistics.
         judged, config = self._networks is None, self._run.config  # whether by this network
         count = config.grad_cam if config.statistics and judged else 0

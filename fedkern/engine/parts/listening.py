@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fedkern.engine.executors.choice import worker_bytes
 from fedkern.engine.parts.base import Record, RunPart
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.listeners.events import RunInfo
+from fedkern.messages.states import State
 from fedkern.models.freezing import frozen_norms
 
 
@@ -29,10 +27,10 @@ class Listening(RunPart):
         if not record.entry.one_off:
             self._run.listener.on_round(record.public)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return self._run.listener.states()
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         self._run.listener.restore_all(state)
 
 

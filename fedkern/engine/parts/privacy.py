@@ -8,6 +8,7 @@ from typing import Any
 from fedkern.engine.parts.base import Record, RunPart, Summary
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
+from fedkern.messages.states import State
 from fedkern.methods.common.privacy_report import privacy_figures
 from fedkern.privacy import server_secret
 from fedkern.privacy.guarantee import EPSILON, PART
@@ -51,10 +52,10 @@ class Privacy(RunPart):
         if report:
             summary.entries["privacy"] = report
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         if self._run.private is None or self._run.guarantee is None:
             return {}
         return {"rounds": self._run.rounds, "epsilon": self._run.private.planned}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         self._before = state

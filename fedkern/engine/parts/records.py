@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from fedkern.engine.parts.base import Record, RunPart, Summary
 from fedkern.engine.registry import register_part
+from fedkern.messages.states import State
 from fedkern.privacy.disclosure import About
 from fedkern.process import device_use
 
@@ -55,14 +54,14 @@ class Records(RunPart):
         if self._run.log.dropped:  # after the last record
             summary.entries["dropped"] = self._run.log.dropped
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         timing, metrics, dropped = self._run.timing, self._run.store.metrics, self._run.log.dropped
         return {
             "seconds": timing.seconds(), "phases": timing.phases, "bytes": metrics.size, "sha256": metrics.digest,
             "dropped": dropped,
         }  # fmt: skip
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         self._run.timing.restore(state["seconds"], state["phases"])
         self._run.log.dropped = state["dropped"]
         self._run.store.metrics.truncate(state["bytes"], state["sha256"])

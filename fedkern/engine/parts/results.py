@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fedkern.engine.parts.base import RunPart, Summary
 from fedkern.engine.registry import register_part
 from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import rows, write_evaluation
 from fedkern.engine.store.saved_model import MODEL, about_network, write_model
+from fedkern.messages.states import State
 from fedkern.process import versions
 
 
@@ -22,17 +21,17 @@ class Results(RunPart):
         write_evaluation(run.out, rows(summary.of_tests, [*run.sets], summary.of_clients, names, summary.client_set))
         flat = context.networks.is_flat(summary.network)
         write_model(run.out / MODEL, summary.network, about_network(context, config, done, flat))
-        first: dict[str, Any] = {
+        head: State = {
             "method": config.method, "data": config.data, "model": context.networks.model_name, "seed": config.seed,
             "rounds": done, "clients": config.clients, **self._names(), "metrics": summary.metrics,
         }  # fmt: skip
-        last = {"seconds": run.timing.seconds(), "records": config.records, "versions": versions.versions()}
+        tail = {"seconds": run.timing.seconds(), "records": config.records, "versions": versions.versions()}
         if summary.stop is not None:
-            last["stopped"] = {"by": summary.stop.name, "reason": summary.stop.reason}
-        summary.entries = {**first, **summary.entries, **last}
+            tail["stopped"] = {"by": summary.stop.name, "reason": summary.stop.reason}
+        summary.entries = {**head, **summary.entries, **tail}
         records.write_summary(run.out, summary.entries)
 
-    def _names(self) -> dict[str, Any]:
+    def _names(self) -> State:
         """The clients' names as entries of the summary; empty where they have none."""
         data = self._run.context.data
         if data.client_names is None:

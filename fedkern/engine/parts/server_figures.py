@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from fedkern.engine.node import figures
 from fedkern.engine.parts.base import Record, RunPart, Summary
 from fedkern.engine.registry import register_part
+from fedkern.messages.states import State
 from fedkern.privacy.disclosure import About
 from fedkern.tasks.figure_names import FIGURE_NAMES, RECORD_NAMES
 
@@ -31,9 +30,9 @@ class ServerFigures(RunPart):
         entries = {name: (About.SERVER, value) for name, value in self._run.server.report.items()}
         summary.metrics.update(self._run.notices.disclosure.told(entries))
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return dict(self._run.server.report)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         # JSON has no NaN or infinity: such a value is None in a checkpoint.
         self._run.server.report = {name: math.nan if value is None else value for name, value in state.items()}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from fedkern.engine.parts.base import Part, Record, RunPart, Stop, Summary
 from fedkern.engine.registry import register_part
@@ -13,6 +11,7 @@ from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR
 from fedkern.engine.store.saved_model import about_network, checksum, write_model
 from fedkern.errors import UserError
+from fedkern.messages.states import State
 from fedkern.settings.federation import stop_target
 from fedkern.tasks.figure_names import check_reachable, split_metric
 
@@ -55,10 +54,10 @@ class StopAt(RunPart):
             return Stop("stop-at", self._reason)
         return None
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return {"reason": self._reason} if self._reason else {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         self._reason = state["reason"]
 
 
@@ -73,7 +72,7 @@ class Patience(RunPart):
     def __init__(self, run: RunObjects) -> None:
         super().__init__(run)
         self._most, self._out = run.config.patience or 0, run.out
-        self._best: dict[str, Any] = {}  # the best round: figure, value, round, file and its CRC-32, all figures
+        self._best: State = {}  # the best round: figure, value, round, file and its CRC-32, all figures
         self._kept = ""  # the file of the last checkpoint
         self._without = 0  # evaluations since the best
 
@@ -113,21 +112,21 @@ class Patience(RunPart):
             (self._out / name).unlink(missing_ok=True)
         summary.entries["best"] = {name: value for name, value in self._best.items() if name != "sum"}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         self._kept = self._best.get("file", "")
         return {"best": self._best, "without": self._without} if self._best else {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         self._best, self._without = dict(state["best"]), state["without"]
-        there = [name for name in (self._best["file"], BEST) if checksum(self._out / name) == self._best["sum"]]
-        if not there:
+        files = [name for name in (self._best["file"], BEST) if checksum(self._out / name) == self._best["sum"]]
+        if not files:
             raise UserError(
                 f"{self._out / self._best['file']} is not what the run wrote of its best round: put the file back, or "
                 "start the run again with another --out."
             )
-        self._best["file"] = self._kept = there[0]
+        self._best["file"] = self._kept = files[0]
 
-    def _main(self, metrics: Mapping[str, Any]) -> tuple[str, float]:
+    def _main(self, metrics: State) -> tuple[str, float]:
         """The main figure on the validation set."""
         main, figures = self._run.config.main, {}
         for name, value in metrics.items():

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fedkern.engine.parts.base import Record, RunPart, Summary
 from fedkern.engine.registry import register_part
+from fedkern.messages.states import State
 
 
 @register_part("traffic")
@@ -42,8 +40,8 @@ class Traffic(RunPart):
             {
                 "bytes_up": ledger.total_up,
                 "bytes_down": ledger.total_down,
-                "round_bytes_up": sum(each["up"] for each in sums.values()),
-                "round_bytes_down": sum(each["down"] for each in sums.values()),
+                "round_bytes_up": sum(row["up"] for row in sums.values()),
+                "round_bytes_down": sum(row["down"] for row in sums.values()),
             }
         )
         if len(record.exchanges) > 1:
@@ -59,11 +57,11 @@ class Traffic(RunPart):
         if ledger.wire:
             summary.entries["wire"] = ledger.wire
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         ledger = self._run.ledger
         return {"ledger": ledger.sums(), **({"wire": ledger.wire} if ledger.wire else {})}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         ledger = self._run.ledger
         ledger.restore(state["ledger"], self._run.store.checkpoints.booked())
         ledger.wire.update(state.get("wire", {}))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from fedkern.engine.parts.base import Record, RunPart, Summary
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
+from fedkern.messages.states import State
 
 
 @register_part("warnings")
@@ -26,10 +24,10 @@ class Warnings(RunPart):
         self._tell()
         summary.entries["diagnostics"] = self._run.notices.warnings
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return dict(self._run.notices.warnings)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         self._run.notices.warnings = {**state, **self._run.notices.warnings}
         self._told = {name for name, text in state.items() if text == self._run.notices.warnings[name]}
 

@@ -9,15 +9,16 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import NotRequired, TypedDict, cast
 
 from fedkern.engine.store import releases
 from fedkern.engine.store.background_writer import BackgroundWriter
-from fedkern.engine.store.client_table import STATE, TABLE, ClientTable, Row, read_rows, sound_place
+from fedkern.engine.store.client_table import STATE, TABLE, ClientTable, Place, Row, read_rows, sound_place
 from fedkern.errors import OtherFormat, UserError
 from fedkern.files import atomic, filesystem
-from fedkern.files.inputs import line_ends, open_regular, standing
+from fedkern.files.inputs import line_ends, naming_damage, open_regular, standing
 from fedkern.messages import states
+from fedkern.messages.states import State
 from fedkern.methods.protocol import Message
 from fedkern.privacy import server_secret
 from fedkern.settings.run_format import FOLDER, FORMAT, MANIFEST, read_manifest
@@ -27,6 +28,19 @@ _NAMED = ("server", "participation")
 _FILES = re.compile(rf"({'|'.join(_NAMED)})-\d{{6,}}\.safetensors")
 _MESSAGES = re.compile(r"messages-(\d{6,})\.safetensors")
 _TOLD = 3  # damaged files that a message names
+
+
+class Entry(TypedDict):
+    """A checkpoint in the manifest (see :class:`Checkpoints`)."""
+
+    round: int
+    plan: int
+    files: dict[str, int]
+    server: str
+    participation: NotRequired[str]
+    table: Place
+    info: State
+    sum: NotRequired[int]
 
 
 class Checkpoints:
@@ -62,7 +76,7 @@ class Checkpoints:
     def __init__(self, out: Path, writer: BackgroundWriter | None = None) -> None:
         # Absolute for a writer in the background: users' code may change the working folder meanwhile.
         self.folder, self._writer = (out if writer is None else out.absolute()) / FOLDER, writer
-        self.entries: list[dict[str, Any]] = []
+        self.entries: list[Entry] = []
         self.clients: dict[int, str] = {}
         self.skipped: list[str] = []
         self._sums: dict[str, int] = {}
@@ -78,8 +92,8 @@ class Checkpoints:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def open(self, *, fresh: bool = False, begun: bool = False) -> dict[str, Any] | None:
-        """Returns the newest intact entry, or None where nothing was committed yet; forgets everything after it.
+    def open(self, *, fresh: bool = False, begun: bool = False) -> Entry | None:
+        """Return the newest intact entry, or None where nothing was committed yet; forgets everything after it.
 
         The manifest of a new run is written at once, so that a missing one is noticed.
 
@@ -113,39 +127,35 @@ class Checkpoints:
         self._table.open(entries[-1]["table"])
         self._unchecked = {name: crc for name, crc in self._sums.items() if name not in entries[-1]["files"]}
         needed = [self._needed(entry) for entry in entries]
-        self._named = [entries[-1][key] for key in _NAMED if key in entries[-1]]
+        self._named = [entries[-1]["server"]]
+        self._named += [entries[-1]["participation"]] if "participation" in entries[-1] else []
         self._named += filter(_MESSAGES.fullmatch, entries[-1]["files"])
         self._due = [sorted(before - needed[-1]) for before in needed[:-1]]
         self._collect(set().union(*needed))
         return entries[-1]
 
-    def peek(self) -> dict[str, Any] | None:
+    def peek(self) -> Entry | None:
         """The newest undamaged entry, whose files are not checked; None where nothing was committed."""
         entries = self._read_manifest()
         return entries[-1] if entries else None
 
-    def last_server_state(self) -> dict[str, Any] | None:
+    def last_server_state(self) -> State | None:
         """The server's state of the last commit, read without changing the folder; None where there is none.
 
         Raises:
             UserError: the state's file is missing or damaged.
         """
         entry = self.peek()
-        return None if entry is None else self._checked(entry["server"], entry["files"])
+        self._unchecked = {} if entry is None else dict(entry["files"])
+        return None if entry is None else self._load(entry["server"])
 
-    def last_client_state(self, client: int) -> dict[str, Any]:
+    def last_client_state(self, client: int) -> State:
         """As :meth:`last_server_state`, a client's; empty where it has none."""
         entry = self.peek()
-        files, sums = ({}, {}) if entry is None else self.files_of(entry)
-        return self._checked(files[client], sums) if client in files else {}
+        self.clients, self._unchecked = ({}, {}) if entry is None else self.files_of(entry)
+        return self.client_state(client)
 
-    def _checked(self, name: str, sums: Mapping[str, int]) -> dict[str, Any]:
-        """The state in a file that has its CRC-32."""
-        if checksum(self.folder / name) != sums.get(name):
-            raise UserError(f"The checkpoint cannot be read: {self.folder / name} is missing or damaged.")
-        return self._load(name)
-
-    def files_of(self, entry: Mapping[str, Any]) -> tuple[dict[int, str], dict[str, int]]:
+    def files_of(self, entry: Entry) -> tuple[dict[int, str], dict[str, int]]:
         """The file of every client's state by client, and the CRC-32 of every file of an entry by name.
 
         Raises:
@@ -159,33 +169,31 @@ class Checkpoints:
         sums = {row.file: row.sum for row in rows.values() if row.file is not None and row.sum is not None}
         return named, {**sums, **entry["files"]}
 
-    def _needed(self, entry: Mapping[str, Any]) -> set[str]:
+    def _needed(self, entry: Entry) -> set[str]:
         """Names of all files of an entry, as far as they are known."""
         try:
             sums = self.files_of(entry)[1]
         except UserError:  # an older entry, which cannot be resumed from
             sums = entry["files"]
-        return {*sums, str(entry["table"]["file"])}
+        return {*sums, entry["table"]["file"]}
 
     def booked(self) -> dict[int, Sequence[int]]:
         """Return the row of the byte ledger of every client that has one."""
         return {k: row.booked for k, row in self._table.rows.items() if row.booked}
 
-    def _read_manifest(self) -> list[dict[str, Any]] | None:
+    def _read_manifest(self) -> list[Entry] | None:
         path = self.folder / MANIFEST
         if not path.exists():
             return None
-        try:
+        with naming_damage(f"{path} is damaged", "the run cannot be resumed, start it again"):
             entries = list(read_manifest(path)["entries"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): the run cannot be resumed, start it again.") from None
         sound = [entry for entry in entries if _sound(entry)]
         if entries and not sound:
             raise UserError(f"All entries of {path} are damaged: the run cannot be resumed, start it again.")
         self.skipped = [f"the last entry of {MANIFEST}"] if entries and not _sound(entries[-1]) else []
         return sound
 
-    def _damaged(self, entry: dict[str, Any]) -> list[str]:
+    def _damaged(self, entry: Entry) -> list[str]:
         """Names of files that are missing or damaged.
 
         The files that are new in the entry are read, and the others only looked for: an older entry needs them too, so
@@ -195,16 +203,16 @@ class Checkpoints:
         try:
             rows = read_rows(self.folder, entry["table"])
         except ValueError:
-            return [*bad, str(entry["table"]["file"])]
-        there = {path.name for path in self.folder.iterdir()}
-        bad += sorted({row.file for row in rows.values() if row.file is not None} - there - set(entry["files"]))
+            return [*bad, entry["table"]["file"]]
+        present = {path.name for path in self.folder.iterdir()}
+        bad += sorted({row.file for row in rows.values() if row.file is not None} - present - set(entry["files"]))
         return bad if len(bad) <= _TOLD else [*bad[:_TOLD], f"{len(bad) - _TOLD:,} more"]
 
-    def server_state(self) -> dict[str, Any]:
+    def server_state(self) -> State:
         """The server's state of the newest entry."""
         return self._load(self.entries[-1]["server"])
 
-    def participation_state(self) -> dict[str, Any]:
+    def participation_state(self) -> State:
         """What the newest entry keeps of who takes part; empty where it keeps nothing."""
         return self._load(self.entries[-1]["participation"]) if "participation" in self.entries[-1] else {}
 
@@ -214,11 +222,11 @@ class Checkpoints:
         contents = {int(name.partition("-")[2].partition(".")[0]) - 1: self._load(name) for name in names}
         return cast(dict[int, dict[int, Message]], contents)
 
-    def client_state(self, client: int) -> dict[str, Any]:
+    def client_state(self, client: int) -> State:
         """A client's state; empty for a client that has none yet."""
         return self._load(self.clients[client]) if client in self.clients else {}
 
-    def reader(self, client: int) -> Callable[[], dict[str, Any]]:
+    def reader(self, client: int) -> Callable[[], State]:
         """A function that reads a client's present state; it works until the next commit, also after newer writes."""
         name = self.clients.get(client)
         return dict if name is None else lambda: self._load(name)
@@ -230,7 +238,7 @@ class Checkpoints:
         named += [name for names in (*self._due, self._left) for name in names if name.startswith(start)]
         return min((int(name[-len("000000.safetensors") :][:6]) for name in named), default=None)
 
-    def _load(self, name: str) -> dict[str, Any]:
+    def _load(self, name: str) -> State:
         if (waiting := self._waiting.get(name)) is not None:
             return dict(waiting.state())
         crc = self._unchecked.pop(name, None)
@@ -270,7 +278,7 @@ class Checkpoints:
         job()
         return None
 
-    def write_client(self, client: int, plan: int, content: dict[str, Any]) -> None:
+    def write_client(self, client: int, plan: int, content: State) -> None:
         """Writes a client's new state, which becomes part of the checkpoint with the next commit."""
         name = f"client-{client:05d}-{plan:06d}.safetensors"
         self.name_client(client, self._write(name, content) if content else None)
@@ -283,21 +291,21 @@ class Checkpoints:
         self._touched.add(client)
         self._leave(before, file)
 
-    def _leave(self, before: str | None, now: str | None) -> None:
+    def _leave(self, old: str | None, new: str | None) -> None:
         """Notes that the next commit needs the file ``now`` in the place of ``before``."""
-        if before is not None:
-            self._left[before] = None
-        if now is not None:
-            self._left.pop(now, None)
+        if old is not None:
+            self._left[old] = None
+        if new is not None:
+            self._left.pop(new, None)
 
     def commit(
         self,
         *,
         round: int,
         plan: int,
-        server: dict[str, Any],
-        info: dict[str, Any],
-        participation: dict[str, Any] | None = None,
+        server: State,
+        info: State,
+        participation: State | None = None,
         messages: Mapping[int, dict[int, Message]] | None = None,
         before: Callable[[], object] = lambda: None,
         booked: Mapping[int, Sequence[int]] | None = None,
@@ -334,7 +342,11 @@ class Checkpoints:
             if last is not None and last != place["file"]:
                 files.append(last)
             sums = {**{name: known[name] for name in entry_files}, **fresh}
-            entry = {"round": round, "plan": plan, "files": sums, **named, "table": place, "info": info}
+            entry: Entry = {
+                "round": round, "plan": plan, "files": sums, "server": named["server"], "table": place, "info": info,
+            }  # fmt: skip
+            if "participation" in named:
+                entry["participation"] = named["participation"]
             self._write_manifest([*self.entries, entry][-KEEP:])
             self._drop(files)
 
@@ -342,7 +354,7 @@ class Checkpoints:
 
     def _add_rows(
         self, plan: int, changed: Mapping[int, str | None], booked: Mapping[int, Sequence[int]]
-    ) -> tuple[dict[str, Any], dict[str, int]]:
+    ) -> tuple[Place, dict[str, int]]:
         """Add to the table the files of clients that have changed, and rows of the ledger.
 
         Returns:
@@ -381,19 +393,19 @@ class Checkpoints:
             for name in self._due.pop(0):
                 (self.folder / name).unlink(missing_ok=True)
 
-    def amend(self, info: dict[str, Any]) -> None:
+    def amend(self, info: State) -> None:
         """Replaces ``info`` of the newest checkpoint, at once; the checkpoint's files stay."""
         self.settle()
-        entries = [*self.entries[:-1], {**self.entries[-1], "info": info}]
+        entries = [*self.entries[:-1], Entry({**self.entries[-1], "info": info})]
         self._write_manifest(entries)
 
-    def _write_manifest(self, entries: list[dict[str, Any]]) -> None:
-        entries = [{**entry, "sum": entry_sum(entry)} for entry in entries]
+    def _write_manifest(self, entries: list[Entry]) -> None:
+        entries = [Entry({**entry, "sum": entry_sum(entry)}) for entry in entries]
         text = json.dumps({"format": FORMAT, "entries": entries}, indent=1)
         atomic.write_bytes(self.folder / MANIFEST, text.encode())
         self.entries = entries
 
-    def _write(self, name: str, content: dict[str, Any] | dict[int, Message]) -> str:
+    def _write(self, name: str, content: State | dict[int, Message]) -> str:
         # In the background the disk is waited for once, before the commit, and not for every file.
         path, at_once = self.folder / name, self._writer is None
         try:
@@ -431,7 +443,7 @@ class Checkpoints:
             self.folder.rmdir()
 
 
-def newest(out: Path) -> dict[str, Any] | None:
+def newest(out: Path) -> Entry | None:
     """The newest checkpoint of a run folder, for its readers; None where there is none, or no readable manifest.
 
     Raises:
@@ -469,12 +481,12 @@ def again(out: Path | str) -> str:
     return f"delete it, and --resume {shlex.quote(str(out))} makes it again"
 
 
-def entry_sum(entry: dict[str, Any]) -> int:
+def entry_sum(entry: Mapping[str, object]) -> int:
     """CRC-32 of an entry of a manifest without its ``sum``."""
     return zlib.crc32(json.dumps({k: v for k, v in entry.items() if k != "sum"}, sort_keys=True).encode())
 
 
-def _of_state(name: Any) -> bool:
+def _of_state(name: object) -> bool:
     """Whether a name is that of a file with a state: no other name of a manifest is ever joined to the folder."""
     return isinstance(name, str) and any(pattern.fullmatch(name) for pattern in (_FILES, _MESSAGES, STATE))
 
@@ -484,7 +496,7 @@ def _ours(name: str) -> bool:
     return _of_state(name) or bool(TABLE.fullmatch(name)) or name in (MANIFEST, releases.NAME, server_secret.NAME)
 
 
-def _sound(entry: Any) -> bool:
+def _sound(entry: object) -> bool:
     """Whether an entry of a manifest is undamaged and names no files but those that a run writes."""
     if not isinstance(entry, dict) or entry.get("sum") != entry_sum(entry):
         return False
@@ -498,7 +510,6 @@ def _sound(entry: Any) -> bool:
         and isinstance(sums, dict)
         and all(_of_state(name) and type(value) is int for name, value in sums.items())
         and all(isinstance(name := entry.get(key, entry.get("server")), str) and name in sums for key in _NAMED)
-        and isinstance(table, dict)
         and sound_place(table)
     )
 

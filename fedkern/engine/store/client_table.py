@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeGuard
 
 from fedkern.files import atomic
 from fedkern.files.inputs import line_ends, open_regular, parse_json
@@ -26,6 +26,14 @@ SLACK = 1 << 16
 """Bytes of changes that a table may hold whatever the length of its first line."""
 TABLE = re.compile(r"clients-\d{6,}\.jsonl")
 STATE = re.compile(r"client-\d{5,}-\d{6,}\.safetensors")
+
+
+class Place(TypedDict):
+    """A checkpoint's part of a table: name of the file, bytes of it, and their CRC-32."""
+
+    file: str
+    bytes: int
+    sum: int
 
 
 @dataclass(frozen=True)
@@ -56,15 +64,15 @@ class ClientTable:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.rows: dict[int, Row] = {}
-        self._place: dict[str, Any] | None = None
+        self._place: Place | None = None
         self._first = 0  # bytes of the file's first line
 
     @property
     def file(self) -> str | None:
         """Name of the table's file; None where there is none yet."""
-        return None if self._place is None else str(self._place["file"])
+        return None if self._place is None else self._place["file"]
 
-    def open(self, place: Mapping[str, Any]) -> None:
+    def open(self, place: Place) -> None:
         """Takes the table as it was at a checkpoint; what was added after it is dropped.
 
         Args:
@@ -74,10 +82,10 @@ class ClientTable:
             ValueError: the file is missing or damaged.
         """
         content = _content(self._folder, place)
-        self.rows, self._place = _rows(content, place), dict(place)
+        self.rows, self._place = _rows(content, place), place
         self._first = content.find(b"\n") + 1
 
-    def add(self, plan: int, rows: Mapping[int, Row]) -> dict[str, Any]:
+    def add(self, plan: int, rows: Mapping[int, Row]) -> Place:
         """Adds rows that have changed; they are on the disk when the call returns.
 
         Args:
@@ -104,10 +112,10 @@ class ClientTable:
                 file.seek(place["bytes"])
                 file.write(line)
         self._place = {**place, "bytes": place["bytes"] + len(line), "sum": zlib.crc32(line, place["sum"])}
-        return dict(self._place)
+        return self._place
 
 
-def read_rows(folder: Path, place: Mapping[str, Any]) -> dict[int, Row]:
+def read_rows(folder: Path, place: Place) -> dict[int, Row]:
     """The rows of the table at a checkpoint, read without changing the folder.
 
     Args:
@@ -120,13 +128,13 @@ def read_rows(folder: Path, place: Mapping[str, Any]) -> dict[int, Row]:
     return _rows(_content(folder, place), place)
 
 
-def sound_place(place: Mapping[str, Any]) -> bool:
+def sound_place(place: object) -> TypeGuard[Place]:
     """Whether a checkpoint's entry ``table`` names a table's file, with its length and sum."""
-    name, size, total = (place.get(key) for key in ("file", "bytes", "sum"))
+    name, size, total = (place.get(key) if isinstance(place, dict) else None for key in ("file", "bytes", "sum"))
     return isinstance(name, str) and bool(TABLE.fullmatch(name)) and type(size) is int and type(total) is int
 
 
-def _content(folder: Path, place: Mapping[str, Any]) -> bytes:
+def _content(folder: Path, place: Place) -> bytes:
     if not sound_place(place):
         raise ValueError(f"{folder / 'clients.jsonl'} is missing or damaged: it is no table of clients")
     name, size, total = place["file"], place["bytes"], place["sum"]
@@ -141,7 +149,7 @@ def _content(folder: Path, place: Mapping[str, Any]) -> bytes:
     return content
 
 
-def _rows(content: bytes, place: Mapping[str, Any]) -> dict[int, Row]:
+def _rows(content: bytes, place: Place) -> dict[int, Row]:
     rows: dict[int, Row] = {}
     try:
         for line in content.splitlines():

@@ -12,9 +12,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fedkern.engine.store.checkpoints import check_results
-from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.files.inputs import read_json, standing
+from fedkern.files.inputs import naming_damage, read_json, standing
 
 FILE = "confusion.json"
 LARGEST = 1 << 53
@@ -50,7 +49,7 @@ def read(out: Path) -> Confusions | None:
     check_results(out, FILE)
     if standing(path) == "missing":
         return None
-    try:
+    with naming_damage(f"{path} is damaged", "delete it, only a picture is lost"):
         content = read_json(path)
         classes, sets = content["classes"], content["test_sets"]
         if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
@@ -58,9 +57,6 @@ def read(out: Path) -> Confusions | None:
         if not (isinstance(sets, dict) and all(_square(rows, len(classes)) for rows in sets.values())):
             raise ValueError("a matrix does not have a count for every two classes")
         matrices = {name: np.array(rows, dtype=np.int64).reshape(len(classes), -1) for name, rows in sets.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
-        raise UserError(f"{path} is damaged ({reason}): delete it, only a picture is lost.") from None
     return Confusions(tuple(classes), matrices)
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fedkern.data.types import FederatedData
-from fedkern.errors import UserError
+from fedkern.data.types import AnySplit, FederatedData
 from fedkern.files import atomic
-from fedkern.files.inputs import read_json
+from fedkern.files.inputs import naming_damage, read_json
 from fedkern.tasks.partition_statistics import PartitionStatistics
 
 FILE = "facts.json"
@@ -67,18 +66,15 @@ class DataFacts:
         Raises:
             UserError: the file is missing or damaged.
         """
-        try:
+        way = f"--resume {shlex.quote(str(out))} writes it again"
+        with naming_damage(f"{out / FILE} is missing or damaged", way):
             table = read_json(out / FILE)
             statistics = None if table["statistics"] is None else PartitionStatistics.of_table(table["statistics"])
             names = {name: tuple(table[name]) for name in ("classes", "pictures")}
             return cls(**{**table, **names, "statistics": statistics})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
-            way = f"--resume {shlex.quote(str(out))} writes it again"
-            raise UserError(f"{out / FILE} is missing or damaged ({reason}): {way}.") from None
 
 
-def _facts_of_set(data: FederatedData, split: Any) -> dict[str, Any]:
+def _facts_of_set(data: FederatedData, split: AnySplit) -> dict[str, object]:
     units = split.units()
     chance = {"chance": data.task.chance(split, len(data.classes))} if data.form.offers else {}
     return {"samples": len(split), "groups": None if units is None else len(np.unique(units)), **chance}

@@ -6,9 +6,8 @@ import re
 from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.checkpoints import Checkpoints, Entry
 from fedkern.engine.store.records import Metrics
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.engine.store.run_folder import ATTACKS, NODES
@@ -16,7 +15,7 @@ from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.files.inputs import read_json, standing
-from fedkern.methods.base import Federation, Round
+from fedkern.methods.base import Federation, Method, Round
 from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FOLDER
@@ -89,7 +88,7 @@ def check_extension(out: Path, rounds: int | None, *, trusted: Collection[str] =
     return rounds
 
 
-def write_extension(checkpoints: Checkpoints, entry: dict[str, Any], out: Path) -> bool:
+def write_extension(checkpoints: Checkpoints, entry: Entry, out: Path) -> bool:
     """Give a run more rounds, and move what was made of the former network to a folder ``round-NNNN``.
 
     After an interruption between the three writes, ``config.toml`` has the new number of rounds and the last checkpoint
@@ -141,7 +140,7 @@ def set_aside(out: Path, round: int) -> None:
             (out / name).replace(target)
 
 
-def _plan(method: Any, config: RunConfig, rounds: int, done: int) -> list[Round]:
+def _plan(method: Method, config: RunConfig, rounds: int, done: int) -> list[Round]:
     """The first ``done`` rounds of the plan of a run with this number of rounds."""
     federation = Federation(
         rounds=rounds, samples=(config.batch_size,) * config.trained_clients, classes=2,

@@ -12,13 +12,14 @@ from typing import Any
 from fedkern.engine.store import checkpoints
 from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.files.inputs import line_ends, parse_json, read_json, read_text, reading, standing
+from fedkern.files.inputs import line_ends, naming_damage, parse_json, read_json, read_text, reading, standing
+from fedkern.messages.states import State
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """``value`` in terms of JSON: NaN and infinities become None, tuples become lists, keys become strings."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
@@ -52,11 +53,11 @@ class Metrics:
         Raises:
             UserError: the file is missing, shorter than ``size``, different, or cannot be read.
         """
-        there = self.path.stat().st_size if self.path.exists() else 0
-        if there < size:
+        present = self.path.stat().st_size if self.path.exists() else 0
+        if present < size:
             raise UserError(
-                f"{self.path} has lost rounds that the checkpoint has ({there:,} of {size:,} bytes are there): put the "
-                "file back, or start the run again with another --out."
+                f"{self.path} has lost rounds that the checkpoint has ({present:,} of {size:,} bytes are there): put "
+                "the file back, or start the run again with another --out."
             )
         with reading(self.path):
             self._sum = hashlib.sha256(self.path.read_bytes()[:size] if size else b"")
@@ -65,7 +66,7 @@ class Metrics:
             way = way or ": put the file back, or start the run again with another --out"
             raise UserError(f"{self.path} is not what the run wrote{way}.")
 
-    def check_entry(self, entry: Mapping[str, Any]) -> int:
+    def check_entry(self, entry: checkpoints.Entry) -> int:
         """Compares the file with what the entry of a checkpoint says of it, as :meth:`check`; returns the size."""
         state = entry["info"]["parts"]["records"]
         self.check(state["bytes"], state["sha256"])
@@ -83,7 +84,7 @@ class Metrics:
             file.truncate(size)
         self.size = size
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, object]) -> None:
         """Adds one line."""
         line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
         with atomic.changing(self.path, "ab") as file:
@@ -96,7 +97,7 @@ class Metrics:
         atomic.flush(self.path)
 
 
-def read_metrics(out: Path | str) -> list[dict[str, Any]]:
+def read_metrics(out: Path | str) -> list[State]:
     """The records of a run folder, one per round, with metrics where the round was evaluated.
 
     A last line cut off by a crash is left out.
@@ -124,13 +125,13 @@ def read_metrics(out: Path | str) -> list[dict[str, Any]]:
     return records
 
 
-def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
+def write_summary(out: Path, summary: Mapping[str, object]) -> None:
     """Writes summary.json, completely or not at all."""
     text = json.dumps(plain(summary), indent=2, allow_nan=False, ensure_ascii=False)
     atomic.write_bytes(out / SUMMARY, (text + "\n").encode())
 
 
-def read_summary(out: Path | str) -> dict[str, Any] | None:
+def read_summary(out: Path | str) -> State | None:
     """summary.json of a finished run, or None where there is none.
 
     Raises:
@@ -141,11 +142,8 @@ def read_summary(out: Path | str) -> dict[str, Any] | None:
     checkpoints.check_results(out, SUMMARY)
     if standing(path) == "missing":
         return None
-    try:
+    with naming_damage(f"{path} is damaged", checkpoints.again(out)):
         summary = read_json(path)
         if not isinstance(summary, dict):
             raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} is damaged ({reason}): {checkpoints.again(out)}.") from None
     return summary

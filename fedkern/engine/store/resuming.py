@@ -14,10 +14,11 @@ import torch
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors import torchrun_group
 from fedkern.engine.store import predictions, records
-from fedkern.engine.store.checkpoints import Checkpoints, newest
+from fedkern.engine.store.checkpoints import Checkpoints, Entry, newest
 from fedkern.engine.store.run_folder import NODES
 from fedkern.engine.store.saved_model import damaged
 from fedkern.errors import UserError
+from fedkern.messages.states import State
 from fedkern.methods.base import Round
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
@@ -35,7 +36,7 @@ MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 
 def resumed_settings(
     config: RunConfig, out: Path, trusted: Collection[str], rounds: int | None = None
-) -> tuple[RunConfig, RunConfig, dict[str, Any] | None]:
+) -> tuple[RunConfig, RunConfig, Entry | None]:
     """Return the settings that a stored run goes on with, its stored ones, and its newest checkpoint or None.
 
     Args:
@@ -64,7 +65,7 @@ def resumed_settings(
     return config, stored, entry
 
 
-def change_rounds(entry: dict[str, Any], rounds: int | None) -> dict[str, Any]:
+def change_rounds(entry: Entry, rounds: int | None) -> Entry:
     """Return a checkpoint as that of an unfinished run of so many communication rounds; None: as it is."""
     if rounds is None:
         return entry
@@ -84,7 +85,7 @@ def check_settings(config: RunConfig, stored: RunConfig, out: Path) -> None:
         raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
 
 
-def finished_summary(entry: dict[str, Any] | None, out: Path, predicted: bool) -> dict[str, Any] | None:
+def finished_summary(entry: Entry | None, out: Path, predicted: bool) -> State | None:
     """The summary of a finished, undamaged run; None where the run has to go on.
 
     Args:
@@ -105,7 +106,7 @@ def finished_summary(entry: dict[str, Any] | None, out: Path, predicted: bool) -
 
 def check_place(
     stored: RunConfig,
-    entry: Mapping[str, Any] | None,
+    entry: Entry | None,
     device: str,
     out: Path,
     trusted: Collection[str],
@@ -122,20 +123,20 @@ def check_place(
         trusted: code of the run that may be imported.
         remote: whether its clients keep their states to themselves.
     """
-    there = (out / NODES).exists()
-    if entry is not None and there and not remote:
+    is_remote = (out / NODES).exists()
+    if entry is not None and is_remote and not remote:
         raise UserError(
             f"The states of the clients of {out} are on nodes of Flower: go on with flwr run and the run-config "
             f"'out=\"{out}\" resume=true'."
         )
-    if entry is not None and remote and not there:
+    if entry is not None and remote and not is_remote:
         raise UserError(f"The run in {out} was not begun over Flower: go on with --resume {shlex.quote(str(out))}.")
     if entry is not None:
         check_kernels(entry["info"], device, out)
     stored.check_code(out, trusted)
 
 
-def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> None:
+def check_unedited(stored: RunConfig, entry: Entry, out: Path) -> None:
     """Compares the settings in config.toml with those that the run was started with.
 
     Args:
@@ -163,7 +164,7 @@ def check_unedited(stored: RunConfig, entry: Mapping[str, Any], out: Path) -> No
         )
 
 
-def with_identity(config: RunConfig, entry: Mapping[str, Any] | None) -> RunConfig:
+def with_identity(config: RunConfig, entry: Entry | None) -> RunConfig:
     """The settings in config.toml with all that the run found in data and files, also where its records are private.
 
     ``entry`` is the newest checkpoint; without one, the settings are returned as they are.
@@ -183,7 +184,7 @@ def unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any)
     return config
 
 
-def facts_of(context: RunContext, fingerprint: int, out: Path) -> dict[str, Any]:
+def facts_of(context: RunContext, fingerprint: int, out: Path) -> State:
     """What checkpoints keep of a run, so that it goes on with the same settings, data and kernels, or says so."""
     config, data = context.config, context.data
     names = {"clients": data.client_names or (), "classes": data.classes}
@@ -192,7 +193,7 @@ def facts_of(context: RunContext, fingerprint: int, out: Path) -> dict[str, Any]
         "config": make_portable(config, out).to_dict(),
         "data": fingerprint,
         "code": {group: folded(table) for group, table in context.code.items()},
-        "names": {what: zlib.crc32(json.dumps(list(each)).encode()) for what, each in names.items()},
+        "names": {kind: zlib.crc32(json.dumps(list(words)).encode()) for kind, words in names.items()},
         "versions": versions.versions(),
         "kernels": versions.kernels(),
         **({} if launched is None else {"torchrun": launched.job}),  # by which a restart knows the run
@@ -202,7 +203,7 @@ def facts_of(context: RunContext, fingerprint: int, out: Path) -> dict[str, Any]
 def same_code(
     config: RunConfig,
     stored: RunConfig,
-    entry: Mapping[str, Any] | None,
+    entry: Entry | None,
     code: Mapping[str, Mapping[str, str]],
     out: Path,
     trusted: Collection[str],
@@ -223,9 +224,9 @@ def same_code(
     Raises:
         UserError: code that is not ``trusted`` has changed.
     """
-    began, now = stored.training or "none", config.training or "none"
+    began, current = stored.training or "none", config.training or "none"
     loss = "batch_loss" if "batch_loss" in code.get("loss_fn", {}) else "loss_fn"
-    functions = "train" if "train function" in began + now else "optimizer"
+    functions = "train" if "train function" in began + current else "optimizer"
     stored_code = {} if entry is None else read_code(entry["info"])
     identity = with_identity(stored, entry).identity
     groups = {
@@ -235,25 +236,25 @@ def same_code(
         "loss_fn": (identity.get("loss_fn"), "the loss, a metric or the collation", loss),
     }
     changed = []
-    for group, (sha256, what, name) in groups.items():
+    for group, (sha256, subject, name) in groups.items():
         table = code.get(group, {})
         if (sha256 or group in stored_code or entry is not None) and not is_unchanged(sha256 or "", digest(table)):
             words = differences(stored_code[group], folded(table)) if group in stored_code else []
-            words = ([f"{began} then, {now} now"] if group == "training" and began != now else []) + words
-            changed.append((what, name, words))
+            words = ([f"{began} then, {current} now"] if group == "training" and began != current else []) + words
+            changed.append((subject, name, words))
     if named_code.parse(config.model) is not None and stored.model_sha256 not in (None, config.model_sha256):
         files = (plugin_files.parsed(str(sha256)) for sha256 in (stored.model_sha256, config.model_sha256))
         changed.append((f"the network {config.model}", config.model, differences(*files)))
     warnings = []
-    for what, name, words in changed:
+    for subject, name, words in changed:
         if not named_code.trusts(trusted, name):
-            raise named_code.changed(what, out, words, f'trusted=["{name}"] to fedkern.load')
-        warnings.append(named_code.as_it_is(what))
+            raise named_code.changed(subject, out, words, f'trusted=["{name}"] to fedkern.load')
+        warnings.append(named_code.as_it_is(subject))
     kept = {name: getattr(stored, name) for name in ("model_sha256", "training", "training_sha256")}
     return config.replace(**kept), warnings
 
 
-def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequence[Round], out: Path) -> None:
+def check_same(entry: Entry, facts: State, plan: Sequence[Round], out: Path) -> None:
     """Compares data and method with those that the run was started with.
 
     Args:
@@ -267,12 +268,12 @@ def check_same(entry: Mapping[str, Any], facts: Mapping[str, Any], plan: Sequenc
     """
     info = entry["info"]
     judged = ("main", "better")
-    if info["data"] != facts["data"] or any(info["config"][each] != facts["config"][each] for each in judged):
+    if info["data"] != facts["data"] or any(info["config"][key] != facts["config"][key] for key in judged):
         raise UserError(f"The data are not those that {out} was started with: restore them, or start anew.")
-    for what, total in facts["names"].items():
-        if info["names"][what] != total:
+    for kind, total in facts["names"].items():
+        if info["names"][kind] != total:
             raise UserError(
-                f"The {what} of the data have other names than when the run in {out} began: put the names back, or "
+                f"The {kind} of the data have other names than when the run in {out} began: put the names back, or "
                 "start a new run with another --out."
             )
     if sum(not planned.one_off for planned in plan[: entry["plan"]]) != entry["round"]:
@@ -286,7 +287,7 @@ FORCED = {"backend": "FEDKERN_BACKEND", "isa": "FEDKERN_CPU_ISA"}
 """Properties of the kernels that can be chosen, and the environment variable that chooses each."""
 
 
-def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
+def check_kernels(info: State, device: str, out: Path) -> None:
     """Compares the kernels with those that the run was made with, on which the run's bits depend.
 
     Args:
@@ -298,17 +299,17 @@ def check_kernels(info: Mapping[str, Any], device: str, out: Path) -> None:
     Raises:
         UserError: the kernels differ, and this machine could have the same ones; the message says how.
     """
-    now = versions.kernels()
+    current = versions.kernels()
     stored = info["kernels"]
     if device != info["config"]["device"]:
         return
     changed, ways = [], []
     for name, variable in FORCED.items():
         before = stored[name]
-        choosable = _choosable(name) if before != now[name] else {}
+        choosable = _choosable(name) if before != current[name] else {}
         if before in choosable:
             value = choosable[before]
-            changed.append(f"{name}: {before} -> {now[name]}")
+            changed.append(f"{name}: {before} -> {current[name]}")
             ways.append(f"set {variable}={value}" if value else f"unset {variable}")
     if changed:
         raise UserError(
@@ -329,7 +330,7 @@ def _choosable(name: str) -> dict[str, str]:
         return {}
 
 
-def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
+def changes(info: State, config: RunConfig) -> dict[str, str]:
     """Warnings, by name, about what makes the bits of a resumed run differ from those of an uninterrupted one.
 
     Args:
@@ -349,12 +350,14 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
             "one."
         )
     before = info["config"].get("plugins") or {}
-    other = [name for name, identity in config.plugins.items() if identity not in before.values()]  # a file may move
-    if other:
-        warnings["other-plugin"] = named_code.as_it_is(", ".join(other))
-    now = versions.kernels()
+    replaced = [name for name, identity in config.plugins.items() if identity not in before.values()]  # a file may move
+    if replaced:
+        warnings["other-plugin"] = named_code.as_it_is(", ".join(replaced))
+    current = versions.kernels()
     stored = info["kernels"]
-    differ = [f"{name} {value} and now {now[name]}" for name, value in stored.items() if now.get(name, value) != value]
+    differ = [
+        f"{name} {value} and now {current[name]}" for name, value in stored.items() if current.get(name, value) != value
+    ]
     if differ:
         warnings["other-kernels"] = (
             f"The run was started with other kernels ({'; '.join(differ)}), which this machine does not have: its bits "
@@ -363,7 +366,7 @@ def changes(info: Mapping[str, Any], config: RunConfig) -> dict[str, str]:
     return warnings
 
 
-def repairs(checkpoints: Checkpoints, entry: Mapping[str, Any], out: Path) -> dict[str, str]:
+def repairs(checkpoints: Checkpoints, entry: Entry, out: Path) -> dict[str, str]:
     """Warnings, by name, about damage in a run folder in spite of which the run goes on.
 
     Args:
@@ -378,7 +381,7 @@ def repairs(checkpoints: Checkpoints, entry: Mapping[str, Any], out: Path) -> di
             f"the run goes on from the one of round {entry['round']}."
         )
     if entry["info"]["finished"]:
-        other = [name for name in damaged(out, entry) if (out / name).exists()]
-        if other:
-            warnings["damaged-results"] = f"{', '.join(other)} in {out} was not what the run wrote, and was made again."
+        names = [name for name in damaged(out, entry) if (out / name).exists()]
+        if names:
+            warnings["damaged-results"] = f"{', '.join(names)} in {out} was not what the run wrote, and was made again."
     return warnings

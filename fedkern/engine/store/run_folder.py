@@ -94,11 +94,11 @@ def reserve(parent: Path, stem: str, way_out: str) -> Path:
 
 def check_free(out: Path, names: tuple[str, ...]) -> None:
     """Raises UserError where one of ``names``, which a new run writes, is in the folder already."""
-    there = [name for name in names if (out / name).exists() or (out / name).is_symlink()]
-    if there:
+    present = [name for name in names if (out / name).exists() or (out / name).is_symlink()]
+    if present:
         raise UserError(
-            f"{out} already holds {', '.join(there)}, which a new run would write over: choose another --out, or move "
-            "what is there away first."
+            f"{out} already holds {', '.join(present)}, which a new run would write over: choose another --out, or "
+            "move what is there away first."
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,13 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import models
 from fedkern.engine.context import RunContext
-from fedkern.engine.store.checkpoints import checksum
+from fedkern.engine.store.checkpoints import Entry, checksum
 from fedkern.engine.store.confusions import FILE as CONFUSION
 from fedkern.engine.store.data_facts import FILE as FACTS
 from fedkern.engine.store.evaluation_file import EVALUATION
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import SUMMARY
 from fedkern.files import atomic
+from fedkern.messages.states import State
 from fedkern.settings.config import RunConfig
 
 MODEL = "model.safetensors"
@@ -28,7 +28,7 @@ FORMAT = 1
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def about_network(context: RunContext, config: RunConfig, rounds: int, flat: bool) -> dict[str, Any]:
+def about_network(context: RunContext, config: RunConfig, rounds: int, flat: bool) -> State:
     """The description that model.safetensors carries.
 
     Args:
@@ -56,7 +56,7 @@ def lacks_statistics(context: RunContext, config: RunConfig) -> bool:
     return not config.statistics and context.networks.get("server").buffers.numel() > 0
 
 
-def write_model(path: Path, module: nn.Module, about: Mapping[str, Any]) -> None:
+def write_model(path: Path, module: nn.Module, about: Mapping[str, object]) -> None:
     """Writes a network, such as model.safetensors.
 
     The tensors are contiguous, by state-dict key; format and ``about`` are JSON in the metadata.
@@ -85,7 +85,7 @@ def results(out: Path) -> dict[str, int | None]:
     return {name: checksum(out / name) for name in (*RESULTS, FACTS) if (out / name).exists()}
 
 
-def damaged(out: Path, entry: Mapping[str, Any]) -> list[str]:
+def damaged(out: Path, entry: Entry) -> list[str]:
     """Return the :func:`results` of a finished run that are missing or changed.
 
     Args:

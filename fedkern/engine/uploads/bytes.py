@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fedkern.engine.ledger import Ledger
 from fedkern.engine.registry import register_filter
 from fedkern.engine.run_objects import RunObjects
@@ -40,6 +38,6 @@ class Bytes(Filter):
         self._book(arrival.asked, arrival.client, "up", arrival.message)
         return ""
 
-    def _book(self, asked: ExchangeRequest, client: ClientId, direction: str, message: Any) -> None:
+    def _book(self, asked: ExchangeRequest, client: ClientId, direction: str, message: object) -> None:
         if asked.entry.counts(asked.phase.exchange):
             self._ledger.book(client, direction, message, phase=None if asked.entry.one_off else asked.phase)

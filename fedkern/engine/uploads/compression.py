@@ -78,9 +78,9 @@ class TopK:
     def compress(self, vector: Tensor, draw: Draw) -> Message:
         magnitude, count = vector.abs(), self._count(vector.numel())
         # Nine times as fast as torch's topk, which does not say which of equal values it takes.
-        least = float(np.partition(magnitude.numpy(), -count)[-count])
-        chosen = magnitude > least
-        chosen[(magnitude == least).nonzero().squeeze(1)[: count - int(chosen.sum())]] = True
+        threshold = float(np.partition(magnitude.numpy(), -count)[-count])
+        chosen = magnitude > threshold
+        chosen[(magnitude == threshold).nonzero().squeeze(1)[: count - int(chosen.sum())]] = True
         indices = chosen.nonzero().squeeze(1)
         return {"indices": indices.to(self.declared(vector.numel())["indices"].dtype), "values": vector[indices]}
 
@@ -203,7 +203,8 @@ class Compressing:
         return {**message, "parameters": sent}, None
 
 
-def _is_vector(value: Any) -> TypeGuard[Tensor]:
+def _is_vector(value: object) -> TypeGuard[Tensor]:
     """Whether a value is a vector fp32 ``[P]`` with elements."""
-    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-    return plain and value.dim() == 1 and value.dtype == torch.float32 and value.numel() > 0
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        return False
+    return value.dim() == 1 and value.dtype == torch.float32 and value.numel() > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from fedkern.engine.registry import register_filter
 from fedkern.engine.uploads.encoders import Drift
 from fedkern.engine.uploads.filters import Arrival, Filter
+from fedkern.messages.states import State
 from fedkern.methods.base import Declaration, Message
 from fedkern.methods.uploads import is_alike, why_refused
 
@@ -33,7 +33,7 @@ class Declared(Filter):
 
 
 def examined(
-    message: Message, answer: Any, declared: Declaration, info: dict[str, Any], measured: Drift | None = None
+    message: Message, answer: object, declared: Declaration, info: State, measured: Drift | None = None
 ) -> str:
     """Checks a client's upload against the method's declaration.
 

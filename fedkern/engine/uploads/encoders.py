@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Message
 
-Keep = Callable[[ClientId, str, Tensor], None]
-"""Keeps a vector of a client's upload, by name, in the process where the client works."""
 STATES = "encoders"
 """Entry of a client's stored state that holds the states of its encoders; a method never sees it."""
 
@@ -24,7 +22,7 @@ class Encoder(Protocol):
         """Names of trained vectors that are encoded on the GPU and stay there; the others come to the host first."""
         ...
 
-    def encode(self, leaving: Departure) -> tuple[Any, dict[str, Any] | None]:
+    def encode(self, leaving: Departure) -> tuple[Any, State | None]:
         """Changes an upload before it leaves.
 
         Returns:
@@ -59,7 +57,6 @@ class Departure:
         client: the client's id.
         sent: the message that the client was sent.
         message: what the client answered, not checked yet.
-        keep: keeps a vector where the client works; None where that is the server's own process.
         drift: the norm of the update, where the client has measured it.
         state: what the encoder keeps at the client from round to round, like a client's state; dropped unless its
             filter ``keeps_client_state`` any.  It is as before the round again where the upload is lost or refused.
@@ -68,9 +65,8 @@ class Departure:
     client: ClientId
     sent: Message
     message: Any
-    keep: Keep | None = None
     drift: Drift | None = None
-    state: dict[str, Any] = field(default_factory=dict)
+    state: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,24 +74,24 @@ class Encoders:
     """A client's encoders, one after another.
 
     Attributes:
-        each: the encoders in the order in which they change the upload, each with the name of its state; no name: it
+        encoders: in the order in which they change the upload, each with the name of its state.  One without a name
             keeps none.
     """
 
-    each: tuple[tuple[str, Encoder], ...]
+    encoders: tuple[tuple[str, Encoder], ...]
 
     @property
     def on_gpu(self) -> tuple[str, ...]:
         """See :attr:`Encoder.on_gpu`: what stays there for every encoder."""
-        (_, first), *rest = self.each
-        return tuple(name for name in first.on_gpu if all(name in one.on_gpu for _, one in rest))
+        (_, head), *tail = self.encoders
+        return tuple(name for name in head.on_gpu if all(name in encoder.on_gpu for _, encoder in tail))
 
-    def encode(self, leaving: Departure) -> tuple[Any, dict[str, Any] | None]:
+    def encode(self, leaving: Departure) -> tuple[Any, State | None]:
         """See :meth:`Encoder.encode`; ``leaving.state`` holds the states of all encoders by name."""
         message, checked = leaving.message, None
-        for name, one in self.each:
+        for name, encoder in self.encoders:
             state = leaving.state.get(name, {}) if name else {}
-            message, checked = one.encode(replace(leaving, message=message, state=state))
+            message, checked = encoder.encode(replace(leaving, message=message, state=state))
             if name and state:
                 leaving.state[name] = state
         return message, checked

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedkern.engine.hooks import Hooks
 from fedkern.engine.uploads.encoders import Encoder, Encoders
+from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Declaration, Message, Phase, Round, Upload
+
+if TYPE_CHECKING:
+    from fedkern.engine.run_objects import RunObjects
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Arrival:
     asked: ExchangeRequest
     client: ClientId
     message: Any = None
-    checked: dict[str, Any] | None = None
-    info: dict[str, Any] = field(default_factory=dict)
+    checked: State | None = None
+    info: State = field(default_factory=dict)
 
     @property
     def sent(self) -> Message:
@@ -86,9 +90,9 @@ class Filter:
 
     Attributes:
         name: as registered.
-        needs_whole_upload: whether the filter reads the vectors of uploads.  Where none of a run's filters does,
-            vectors that the server only adds up may stay on their rank of torchrun, or on the GPU.
-        keeps_on_device: whether the filter leaves vectors there.  Runs with a filter that reads them do without it.
+        needs_whole_upload: whether the filter sees uploads whole.  Where none of a run's filters does, vectors that the server only
+            adds up may stay on the GPU.
+        keeps_on_device: whether the filter has vectors stay there, which a run whose filters see uploads whole does without.
         keeps_client_state: whether the filter's encoders keep state at clients (:class:`Departure`).
     """
 
@@ -98,15 +102,15 @@ class Filter:
     keeps_client_state: ClassVar[bool] = False
 
     @classmethod
-    def build(cls, run: Any) -> Filter | None:
+    def build(cls, run: RunObjects) -> Filter | None:
         """The filter of a run, made of the run's objects; None where the run does without it."""
         return cls()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """What a checkpoint keeps of the server's half, in plain values."""
         return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         """Goes on from what :meth:`state` returned at a checkpoint, before the first round that is played."""
 
     def on_sent(self, asked: ExchangeRequest, client: ClientId, message: Message) -> None:
@@ -143,7 +147,7 @@ class Filter:
 def encoders_of(filters: Sequence[Filter], asked: ExchangeRequest) -> dict[ClientId, Encoders]:
     """The encoders of every client whose upload does not travel as it is."""
     encoders: dict[ClientId, list[tuple[str, Encoder]]] = {}
-    for one in reversed(filters):
-        for k, encoder in (one.encoders(asked) or {}).items():
-            encoders.setdefault(k, []).append((one.name if one.keeps_client_state else "", encoder))
-    return {k: Encoders(tuple(each)) for k, each in encoders.items()}
+    for part in reversed(filters):
+        for k, encoder in (part.encoders(asked) or {}).items():
+            encoders.setdefault(k, []).append((part.name if part.keeps_client_state else "", encoder))
+    return {k: Encoders(tuple(pairs)) for k, pairs in encoders.items()}

@@ -33,12 +33,11 @@ class ClippedSum:
     Args:
         level: the mechanism.
         start: fp32 ``[P_i]`` by name, the vectors from which the clients' are counted.
-        exact: whether the bits of the sum do not depend on the order of the clients.
     """
 
-    def __init__(self, level: ClientLevel, start: Mapping[str, Tensor], exact: bool) -> None:
+    def __init__(self, level: ClientLevel, start: Mapping[str, Tensor]) -> None:
         self._level, self._start = level, dict(start)
-        self._sum = ops.Accumulator(sum(vector.numel() for vector in start.values()), exact)
+        self._sum = ops.Accumulator(sum(vector.numel() for vector in start.values()))
 
     def add(self, message: Message) -> tuple[float, float]:
         """Adds a client's vectors, fp32 ``[P_i]`` by name.
@@ -49,8 +48,8 @@ class ClippedSum:
         # Equal infinities, of a mask among the buffers, differ by nothing.
         change = torch.cat(
             [
-                torch.where(message[name] == there, 0.0, message[name].double() - there.double())
-                for name, there in self._start.items()
+                torch.where(message[name] == before, 0.0, message[name].double() - before.double())
+                for name, before in self._start.items()
             ]
         )
         norm = float(torch.linalg.vector_norm(change))
@@ -66,8 +65,8 @@ class ClippedSum:
             total += ops.clip_and_noise(torch.zeros(len(total)), 1.0, deviation, key.seed, key.offset)
         parts = total.div_(clients).split([vector.numel() for vector in self._start.values()])
         return {
-            name: (there.double() + part).to(there.dtype)
-            for (name, there), part in zip(self._start.items(), parts, strict=True)
+            name: (before.double() + part).to(before.dtype)
+            for (name, before), part in zip(self._start.items(), parts, strict=True)
         }
 
 
@@ -104,7 +103,7 @@ class PrivateMean(Filter):
     ) -> Iterator[Upload]:
         declared, state = asked.declared(asked.participants[0]), self._server.state
         start = self._start(declared)
-        total = ClippedSum(self._privacy.level, start, self._config.sums == "exact")
+        total = ClippedSum(self._privacy.level, start)
         for upload in uploads:
             norm, factor = total.add(upload.message)
             note(upload.client_id, {"update_norm": norm, **({"clipped": factor} if factor < 1 else {})})

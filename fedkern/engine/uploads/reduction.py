@@ -1,4 +1,4 @@
-"""Vectors of an upload that stay where they were made (see `Method.reduce`): on a rank of torchrun, or on the GPU."""
+"""Vectors of an upload that stay on the GPU where they were made (see `Method.reduce`)."""
 
 from __future__ import annotations
 
@@ -9,81 +9,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.engine.executors.ranks import Ranks
 from fedkern.engine.registry import register_filter
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.uploads.declared import examined
 from fedkern.engine.uploads.encoders import Departure, Encoder
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter
-from fedkern.methods.base import ClientId
-from fedkern.methods.uploads import Kept, like
+from fedkern.messages.states import State
+from fedkern.methods.base import ClientId, Declaration
+from fedkern.methods.uploads import like
 from fedkern.models.transfer import fetch
 from fedkern.ops import Accumulator
 
 BYTES_FREE = 128
-"""Bytes of free memory of the GPU, per parameter, with which uploads stay there: an exact sum takes 25."""
+"""Bytes of free memory of the GPU, per parameter, with which uploads stay there."""
 
 
 @register_filter("reduction")
 class Reduction(Filter):
-    """Has vectors that the method's server only adds up stay where their client works; they are added up there.
-
-    Args:
-        gpu: whether that is the GPU on which all clients work, in this process; else it is their ranks.
-    """
+    """Leave vectors that the method's server only adds up on the GPU on which all clients work, in this process."""
 
     needs_whole_upload, keeps_on_device = False, True
 
-    def __init__(self, gpu: bool = False) -> None:
-        self._gpu = gpu
-
     @classmethod
     def build(cls, run: RunObjects) -> Reduction | None:
-        ranks = isinstance(run.executor, Ranks) and run.config.sums == "exact"
-        gpu = run.executor is run.here and has_room(run.context.device, run.parameters)
-        if gpu:
-            run.server.summing = Following
-        return cls(gpu) if (ranks or gpu) and run.server.aggregator is None else None
+        if run.executor is not run.here or not has_room(run.context.device, run.parameters):
+            return None
+        run.server.summing = Following
+        return cls() if run.server.aggregator is None else None
 
     def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
-        names = asked.hooks.on_gpu if self._gpu else asked.hooks.reduced
-        if not names:
-            return {}
-        there = names if self._gpu else ()
-        return {k: Reducing(names, _without_tensors(asked.declared(k)), there) for k in asked.sent}
+        names = asked.hooks.on_gpu
+        return {k: Reducing(names, _without_tensors(asked.declared(k))) for k in asked.sent} if names else {}
 
 
 @dataclass(frozen=True)
 class Reducing:
-    """Checks an upload and keeps vectors of it where its client works.
+    """Checks an upload, vectors of which stay on the GPU.
 
     Attributes:
-        names: names of the vectors that stay.
+        on_gpu: names of these vectors (see :attr:`Encoder.on_gpu`).
         declared: declaration of the upload, without tensors (see `fedkern.methods.uploads`).
-        on_gpu: see :attr:`Encoder.on_gpu`.
     """
 
-    names: tuple[str, ...]
-    declared: Any
-    on_gpu: tuple[str, ...] = ()
+    on_gpu: tuple[str, ...]
+    declared: Declaration
 
-    def encode(self, leaving: Departure) -> tuple[Any, dict[str, Any] | None]:
+    def encode(self, leaving: Departure) -> tuple[Any, State | None]:
         """See :meth:`Encoder.encode`; an upload that does not fit travels whole, and the server says why."""
-        info: dict[str, Any] = {}
-        upload, keep = leaving.message, leaving.keep
-        if (
-            (keep is None and not self.on_gpu)
-            or examined(leaving.sent, upload, self.declared, info, leaving.drift)
-            or not upload
-        ):
-            return _fetch_upload(upload) if self.on_gpu else upload, None
-        if keep is None:
-            return upload, info
-        stay = {name: upload[name] for name in self.names if name in upload}
-        for name, vector in stay.items():
-            keep(leaving.client, name, vector)
-        stand_ins = {name: Kept(leaving.client, name, vector.numel(), vector.dtype) for name, vector in stay.items()}
-        return {**upload, **stand_ins}, info
+        info: State = {}
+        upload = leaving.message
+        if examined(leaving.sent, upload, self.declared, info, leaving.drift) or not upload:
+            return _fetch_upload(upload), None
+        return upload, info
 
 
 def _without_tensors(declared: Any) -> Any:
@@ -93,7 +70,7 @@ def _without_tensors(declared: Any) -> Any:
     return like(declared) if isinstance(declared, Tensor) else declared
 
 
-def _fetch_upload(upload: Any) -> Any:
+def _fetch_upload(upload: object) -> object:
     """What may not stay on the GPU."""
     if not isinstance(upload, Mapping):
         return upload

@@ -22,7 +22,7 @@ from fedkern.data.identity import data_fingerprint
 from fedkern.engine import own_model
 from fedkern.engine.client import Client, check_client
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.base import Answer, Handler
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.marks import PLACES
 from fedkern.engine.node import TAKEN
@@ -213,7 +213,7 @@ class NodeClients:
         self._said = guarantee(method, server, config.records)
         context.notices.disclosure = Disclosure.of(context.config.records, self._said)
         pooling = Pooling(method, on=config.buffers == "pool")
-        handlers = {"method": method, "pooling": pooling}
+        handlers: dict[str, Handler] = {"method": method, "pooling": pooling}
         return Serial(context, handlers, lambda _: dict, context.config.client_threads)
 
     def _admit(self, k: int) -> None:

@@ -45,7 +45,7 @@ class Wire:
         """The value at the other end."""
         self.here.send(self.packer.pack(value))
         packet = self.there.receive()
-        assert packet.more == []
+        assert packet.extra == []
         return self.unpacker.unpack(packet)
 
 
@@ -200,7 +200,7 @@ def test_a_packet_of_any_size_waits_for_its_reader(wire, size):
 @pytest.mark.parametrize("size", [10, 1 << 20])
 def test_descriptors_come_beside_a_packet(wire, size):
     reader, writer = os.pipe()
-    wire.here.send(replace(wire.packer.pack((torch.arange(3.0), bytes(size))), more=[writer]))
+    wire.here.send(replace(wire.packer.pack((torch.arange(3.0), bytes(size))), extra=[writer]))
     os.close(writer)
     packet = wire.there.receive()
     (other,) = packet.more
@@ -228,12 +228,12 @@ def test_too_many_files_are_refused_and_nothing_is_sent(wire):
     packet = wire.packer.pack(torch.arange(4.0))
     (descriptor,) = packet.files.values()
     with pytest.raises(ValueError, match="packet: expected at most 250 files, given 251"):
-        wire.here.send(replace(packet, more=[descriptor] * 250))
+        wire.here.send(replace(packet, extra=[descriptor] * 250))
     before = set(Path("/proc/self/fd").iterdir())
     with pytest.raises(ValueError, match="packet: expected at most 250 files, given 251"):
         wire.here.say(bytes(1 << 20), [descriptor] * 250)  # long: it has a file of its own
     assert set(Path("/proc/self/fd").iterdir()) == before
-    wire.here.send(replace(packet, more=[descriptor] * 249))
+    wire.here.send(replace(packet, extra=[descriptor] * 249))
     packet = wire.there.receive()
     for each in packet.more:
         os.close(each)

@@ -22,6 +22,7 @@ from fedkern.engine.executors import workers as module
 from fedkern.engine.executors.fork_server import ForkServer
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
+from fedkern.engine.samples import Samples
 from fedkern.errors import ClientFailed, RunFailed
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
@@ -324,7 +325,7 @@ def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
     monkeypatch.setattr(type(network), "forward", noticed)
     found = []
     for at_once in (1, 2, 3):
-        sets = evaluation.test_sets(bench.samples)
+        sets = Samples(bench.config, bench.data, bench.device, bench.networks).test_sets
         with computing(precision):
             figures = evaluation.evaluate(method, network, sets, nullcontext, at_once, seed=0)
         found.append((figures, {name: data.predictions.tolist() for name, data in sets.items()}))
@@ -415,6 +416,7 @@ from pathlib import Path
 import torch
 
 from fedkern.engine.run import run
+from fedkern.engine.samples import Samples
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.methods import FedAvg

@@ -88,7 +88,7 @@ def test_a_client_update_of_somebody_elses_gets_vectors_of_the_host(
 
 def test_uploads_that_fit_are_not_checked_again_and_others_are_handed_on_unchecked():
     start = torch.tensor([1.0, 2.0, 2.0])
-    encoder = Reducing(("parameters",), {"parameters": like(start)}, ("parameters",))
+    encoder = Reducing(("parameters",), {"parameters": like(start)})
     upload = {"parameters": start + 1}
     sent = {"parameters": start}
     assert encoder.encode(Departure(0, sent, upload)) == (upload, {"drift": pytest.approx(3**0.5)})
@@ -98,7 +98,7 @@ def test_uploads_that_fit_are_not_checked_again_and_others_are_handed_on_uncheck
 
 def test_a_measured_norm_is_that_of_the_vector_that_was_measured():
     start = torch.tensor([1.0, 2.0, 2.0])
-    encoder = Reducing(("parameters",), {"parameters": like(start)}, ("parameters",))
+    encoder = Reducing(("parameters",), {"parameters": like(start)})
     left = start + 1
     drift = Drift(left, left._version, torch.tensor(7.0))
 
