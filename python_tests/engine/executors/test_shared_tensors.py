@@ -203,7 +203,7 @@ def test_descriptors_come_beside_a_packet(wire, size):
     wire.here.send(replace(wire.packer.pack((torch.arange(3.0), bytes(size))), extra=[writer]))
     os.close(writer)
     packet = wire.there.receive()
-    (other,) = packet.more
+    (other,) = packet.extra
     assert not os.get_inheritable(other)
     assert wire.unpacker.unpack(packet)[0].tolist() == [0, 1, 2]
     os.close(other)

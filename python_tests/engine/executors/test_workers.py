@@ -416,7 +416,6 @@ from pathlib import Path
 import torch
 
 from fedkern.engine.run import run
-from fedkern.engine.samples import Samples
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.methods import FedAvg
