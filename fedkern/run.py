@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from types import ModuleType
 from typing import NoReturn
 
-OK, FAILED, USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
+OK, FAILED, USAGE, BROKEN_PIPE = 0, 1, 2, 141
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -111,7 +111,7 @@ def _run_guarded(words: list[str], leftover: bool) -> int:
     """Runs one command and turns the exception that ended the command into a sentence and an exit code."""
     from fedkern.errors import NO_MEMORY, UserError
     from fedkern.files.filesystem import check_working_folder
-    from fedkern.process.interrupts import Terminated, ended
+    from fedkern.process.interrupts import end_by
     from fedkern.process.standard_streams import lost, results_alone
 
     try:
@@ -140,11 +140,10 @@ def _run_guarded(words: list[str], leftover: bool) -> int:
     except SystemExit as error:  # of code that the command runs: no exit code of its own may pass for success
         return _say(f"code that the command runs called sys.exit({error.code!r}): let it raise an exception", FAILED)
     except KeyboardInterrupt as stop:
-        ended()
-        terminated = isinstance(stop, Terminated)
+        word, code = end_by(stop)
         if _first():
-            print("terminated" if terminated else "interrupted", file=sys.stderr)
-        return TERMINATED if terminated else INTERRUPTED
+            print(word, file=sys.stderr)
+        return code
     except MemoryError as error:
         why = f" ({error})" if str(error) else ""
         return _say(
@@ -243,7 +242,7 @@ def _told_elsewhere() -> bool:
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
         return False
     ranks = _ranks()
-    return ranks is None or not ranks.met()
+    return ranks is None or not ranks.is_connected()
 
 
 if __name__ == "__main__":

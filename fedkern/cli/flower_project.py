@@ -6,7 +6,7 @@ from fedkern.cli.request import Given, Request, given
 from fedkern.flower.runs.project import Project
 from fedkern.flower.runs.run_settings import check_own_data, check_portable
 from fedkern.settings.model import check_networks
-from fedkern.settings.run_data import decided, kept_data, load_data
+from fedkern.settings.run_data import find_decided, kept_data, load_data
 
 
 def write(request: Request) -> int:
@@ -42,5 +42,5 @@ def _clients(choices: Given) -> list[str]:
     if "clients" not in config.unset:
         return [str(k) for k in range(config.trained_clients)]
     data = load_data(config, masks=False)
-    data = kept_data(config.replace(**decided(config, data)), data)
+    data = kept_data(config.replace(**find_decided(config, data)), data)
     return [str(data.client_label(k)) for k in range(len(data.clients))]

@@ -23,7 +23,7 @@ def play(request: Request, words: Sequence[str], done: Callable[[Request], int])
     Raises:
         UserError: the ranks do not fit together, or the run cannot go on.
     """
-    launched = torchrun_group.launched()
+    launched = torchrun_group.find_launched_rank()
     if launched is None:
         return done(request)
     if request.command not in RUNS:
@@ -34,7 +34,7 @@ def play(request: Request, words: Sequence[str], done: Callable[[Request], int])
 
     check_backend()
     _take_gpu(request, launched)
-    with torchrun_group.joined(launched) as ranks:
+    with torchrun_group.join_ranks(launched) as ranks:
         ranks.meet(words)
         if launched.rank:
             from fedkern.engine import rank

@@ -208,7 +208,7 @@ class Runner:
         folder = self.folder(cell)
         check_regular(folder)
         stored = load_settings(folder, trusted=self._trusted(cell), device=cell.config.device)
-        now = self.script.described(cell.config)
+        now = self.script.describe_settings(cell.config)
         fields = (*now.unset, *(name for name in _OPEN if name not in self.settings))
         now = now.replace(**{name: getattr(stored, name) for name in fields}, augment=now.augment or stored.augment)
         if changed := now.with_client_threads().differences(stored.with_client_threads()):

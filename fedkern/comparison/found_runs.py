@@ -12,7 +12,7 @@ from typing import Any
 from fedkern.comparison.cells import word
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.records import read_metrics, read_summary
-from fedkern.engine.store.resuming import unedited, with_identity
+from fedkern.engine.store.resuming import load_unedited, with_identity
 from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import expand
 from fedkern.methods.registry import short
@@ -88,7 +88,7 @@ def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
         UserError: there is no run, it is not finished, its settings were changed, or a file is damaged.
     """
     path = Path(folder)
-    config = unedited(path, trusted=trusted, device="cpu")
+    config = load_unedited(path, trusted=trusted, device="cpu")
     summary = read_summary(path)
     if summary is None:
         raise UserError(f"The run in {path} is not finished: go on with it by --resume {path}, or leave it out.")

@@ -21,13 +21,13 @@ from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.evaluate import Key, batch_size, evaluate, evaluating, prefixed
+from fedkern.engine.evaluate import Key, batch_size, evaluate, evaluating, sets_by_prefix
 from fedkern.engine.item_sets import Trial
 from fedkern.engine.network import place
 from fedkern.engine.reader import Reader
 from fedkern.engine.samples import reader
 from fedkern.engine.serving import as_in_the_run
-from fedkern.engine.store.resuming import unedited
+from fedkern.engine.store.resuming import load_unedited
 from fedkern.errors import UserError, first_of, named
 from fedkern.files.filesystem import absolute
 from fedkern.methods.base import Method
@@ -65,7 +65,7 @@ def evaluate_run(
     """
     apart = not best and _own_networks(out, trusted)
     module, about = read_model(out, trusted, model, best=best, client=0 if apart else None)
-    config = unedited(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
+    config = load_unedited(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
     loaded = read_data(
         out, config, about, data, data_root=data_root, data_options=data_options, cache=cache, progress=progress
     )
@@ -89,7 +89,7 @@ def evaluate_run(
         network = lambda k: placed(read_model(out, trusted, model, client=k)[0])  # noqa: E731
         judge = ClientsNetworks(method, range(config.trained_clients), network)
     module = placed(module)
-    sets = _sets(prefixed(loaded), module, about, config)
+    sets = _sets(sets_by_prefix(loaded), module, about, config)
     usual = own_tests and type(method).evaluate_own is Method.evaluate_own  # else a client's state is needed
     own = _sets(dict(enumerate(loaded.client_tests if usual else ())), module, about, config)
     code = partial(named, f"The method's evaluate of {config.method}", config.kind)
@@ -168,7 +168,7 @@ def _same_files(root: str, stored: str | None) -> bool:
 def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
     """Whether a run is judged by networks of its clients; what is wrong with its folder is said elsewhere."""
     try:
-        return unedited(out, trusted=trusted, device="cpu").own_networks
+        return load_unedited(out, trusted=trusted, device="cpu").own_networks
     except UserError:
         return False
 

@@ -16,7 +16,7 @@ from fedkern.data.split import joined
 from fedkern.downstream.evaluation import read_data
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.store.resuming import unedited
+from fedkern.engine.store.resuming import load_unedited
 from fedkern.errors import UserError
 from fedkern.methods.protocol import batch_slices
 from fedkern.models import PairNetwork, Tokens
@@ -79,7 +79,7 @@ class Finished:
         Raises:
             UserError: the folder has no finished run of a pair of encoders, or the data cannot be used.
         """
-        config = unedited(out, trusted=trusted, device="cpu")
+        config = load_unedited(out, trusted=trusted, device="cpu")
         module, about = read_model(out, trusted, best=best)
         loaded = read_data(
             out, config, about, data, data_root=data_root, data_options=data_options, cache=cache, progress=progress,

@@ -17,7 +17,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.reader import BATCH
 from fedkern.engine.store.records import plain
-from fedkern.engine.store.resuming import unedited
+from fedkern.engine.store.resuming import load_unedited
 from fedkern.engine.store.run_folder import ATTACKS
 from fedkern.errors import UserError
 from fedkern.files import atomic
@@ -82,7 +82,7 @@ def attack(
     """
     out = Path(out)
     moved = {} if data_root is None else {"data_root": data_root}
-    config = unedited(out, trusted=trusted, device="cpu", cache=remembered(out), **moved)
+    config = load_unedited(out, trusted=trusted, device="cpu", cache=remembered(out), **moved)
     network, about = read_model(out, trusted, model, best=best)
     if "items" in about:
         raise UserError(f"The membership attack is for images, and the samples of {out} are none.")

@@ -20,7 +20,7 @@ from fedkern.data.images.greys import looked_at, pixels_outside
 from fedkern.data.images.image_files import MAX_PIXELS, ImageFiles, list_images
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.serving import as_in_the_run
-from fedkern.engine.store.resuming import unedited
+from fedkern.engine.store.resuming import load_unedited
 from fedkern.errors import UserError
 from fedkern.files import atomic, filesystem
 from fedkern.files.filesystem import check_text
@@ -91,7 +91,7 @@ class Predictor:
                 f"The network in {out} is for samples that are no images: give them in Python, "
                 "fedkern.load(DIR, ...).predict(DATASET)."
             )
-        config = unedited(out, trusted=trusted, device="cpu")
+        config = load_unedited(out, trusted=trusted, device="cpu")
         if crop := config.data_options.get("crop"):
             raise UserError(
                 f"The network in {out} saw parts of images (data option crop={crop}): predictions are for networks "

@@ -22,7 +22,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.network import Network
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum, newest
-from fedkern.engine.store.resuming import unedited
+from fedkern.engine.store.resuming import load_unedited
 from fedkern.engine.store.run_folder import BEST
 from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
 from fedkern.errors import UserError, described, first_of, same_format, shown
@@ -195,7 +195,7 @@ def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> n
 
 def _context(out: Path, about: Mapping[str, Any], trusted: Collection[str], sizes: Sequence[int]) -> RunContext:
     """The context of a finished run, without data, whose clients have as many samples as ``sizes`` says."""
-    config = unedited(out, trusted=trusted, device="cpu")
+    config = load_unedited(out, trusted=trusted, device="cpu")
     config.check_code(out, trusted)
     config = config.replace(init=None)  # the weights are the run's, and that file may be gone
     outline = Outline(tuple(about["classes"]), form_of(about), tuple(sizes), task_named(about["task"]))
@@ -210,7 +210,7 @@ def _of_client(
     Raises:
         UserError: there is no such client, its state is damaged, or clients have no networks of their own.
     """
-    config = unedited(out, trusted=trusted, device="cpu")
+    config = load_unedited(out, trusted=trusted, device="cpu")
     count = config.trained_clients
     if not config.own_networks or "samples" in about:
         raise UserError(f"The clients of {out} have no networks of their own beside the global one: leave client out.")

@@ -199,24 +199,25 @@ class StaleUploads(Filter):
     def combine(
         self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
-        return uploads if asked.entry.one_off else map(partial(self._counted, asked, note), uploads)
+        return uploads if asked.entry.one_off else map(partial(self._rebase, asked, note), uploads)
 
-    def _counted(
-        self, asked: ExchangeRequest, note: Callable[[ClientId, Mapping[str, float]], None], upload: Upload
-    ) -> Upload:
+    def _rebase(self, asked: ExchangeRequest, note: Callable[[ClientId, Mapping[str, float]], None], upload: Upload) -> Upload:
         k, message = upload.client_id, dict(upload.message)
         note(k, {"staleness": upload.staleness})
-        current, weight = asked.hooks.declared(asked.phase, k, asked.sent[k]), (1 + upload.staleness) ** -self._power
+        current, weight = (
+            asked.hooks.declare_upload(asked.phase, k, asked.sent[k]),
+            (1 + upload.staleness) ** -self._power,
+        )
         if self._mixing is not None:
             for name in message.keys() & {"parameters", "buffers"}:
-                message[name] = _moved(current[name], current[name], message[name], weight * self._mixing)
+                message[name] = _move_towards(current[name], current[name], message[name], weight * self._mixing)
         elif upload.staleness and "parameters" in message:
             start = asked.sent[k]["parameters"]
-            message["parameters"] = _moved(current["parameters"], start, message["parameters"], weight)
+            message["parameters"] = _move_towards(current["parameters"], start, message["parameters"], weight)
         return replace(upload, message=message)
 
 
-def _moved(current: Tensor, start: Tensor, end: Tensor, weight: float) -> Tensor:
+def _move_towards(current: Tensor, start: Tensor, end: Tensor, weight: float) -> Tensor:
     """``now`` moved by a part of the way from ``start`` to ``end``, in fp64 and then in the dtype of ``end``."""
     return (current.double() + weight * (end.double() - start.double())).to(end.dtype)
 
@@ -234,7 +235,7 @@ def check_plan(config: RunConfig, plan: Iterable[Round]) -> None:
     """Raises UserError where ``--asynchronous`` does not fit a method's rounds, or where clients work."""
     if config.asynchronous is None:
         return
-    if torchrun_group.launched() is not None:
+    if torchrun_group.find_launched_rank() is not None:
         check_local(config)
     rounds = [entry for entry in plan if not entry.one_off]
     if any(entry.participants != "sampled" or len(entry.exchanges) > 1 or entry.cohort for entry in rounds):

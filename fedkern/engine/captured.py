@@ -85,11 +85,11 @@ def replayable(kind: type[Objective], network: nn.Module | None = None) -> bool 
     A ``network`` of somebody's own may compute on the host.
     """
     flag: bool | None = getattr(kind, "replayable", False)
-    known = network is None or all(_known(type(module)) for module in network.modules())
+    known = network is None or all(_is_own_module(type(module)) for module in network.modules())
     return flag if known or flag is False else None
 
 
-def _known(kind: type) -> bool:
+def _is_own_module(kind: type) -> bool:
     return kind.__module__.partition(".")[0] in ("fedkern", "torch")
 
 
@@ -267,7 +267,7 @@ class Graphs:
         remaining, owner = dict(sizes), (network, type(method))
         self._compare = {key: max(1, count) for key, count in self._compare.items()}
 
-        def recorded(batch: Batch, key: Hashable) -> Recorded | None:
+        def find_recording(batch: Batch, key: Hashable) -> Recorded | None:
             size = len(batch.indices)
             remaining[size] = remaining.get(size, 0) - 1
             recording = self._recorded.pop(key, None)
@@ -301,7 +301,7 @@ class Graphs:
                 if waiting and key != last:
                     yield step(waiting)
                     waiting = []
-                recording, last = recorded(batch, key), key
+                recording, last = find_recording(batch, key), key
                 if recording is None:
                     outcome = run(batch, received)
                     self._values[key] = sum(part.numel() for part in outcome.parts())
@@ -309,7 +309,7 @@ class Graphs:
                     continue
                 if strange and self._compare[key]:
                     self._compare[key] -= 1
-                    outcome, is_same = self._compared(recording, run, batch, received, network)
+                    outcome, is_same = self._compare_step(recording, run, batch, received, network)
                     yield outcome
                     if not is_same:
                         self._recorded.clear()
@@ -340,7 +340,7 @@ class Graphs:
         Raises:
             RuntimeError: it gives other numbers, draws on the host or changes what the network or the method holds.
         """
-        before = Snapshot(self._written(network), self.device)
+        before = Snapshot(self._list_written(network), self.device)
         fields_before = {**attributes(network.module), **fields(method)}
         objects = [(thing, dict(vars(thing))) for thing in (*network.module.modules(), method)]
         try:
@@ -350,7 +350,7 @@ class Graphs:
             fields_now = {**attributes(network.module), **fields(method)}
             if changed := [name for name, value in fields_now.items() if fields_before.get(name) != value]:
                 raise RuntimeError(f"it changes {', '.join(changed)}")
-            after = Snapshot(self._written(network), self.device)
+            after = Snapshot(self._list_written(network), self.device)
             before.restore()
             if not (_same(outcome, run(batch, received)) and after.holds()):
                 raise RuntimeError("it does not repeat its own bits")
@@ -360,20 +360,20 @@ class Graphs:
                 vars(thing).clear()
                 vars(thing).update(values)
 
-    def _compared(
+    def _compare_step(
         self, step: Recorded, run: Pass, batch: Batch, received: Received, network: Trained
     ) -> tuple[Outcome, bool]:
         """Takes a step in Python and recorded: the first's outcome and state, and whether the other's are the same."""
-        before = Snapshot(self._written(network), self.device)
+        before = Snapshot(self._list_written(network), self.device)
         outcome = run(batch, received)
-        after = Snapshot(self._written(network), self.device)
+        after = Snapshot(self._list_written(network), self.device)
         before.restore()
         is_same = _same(outcome, step([batch])) and after.holds()
         if not is_same:
             after.restore()
         return outcome, is_same
 
-    def _written(self, network: Trained) -> list[Tensor]:
+    def _list_written(self, network: Trained) -> list[Tensor]:
         """What a step writes to."""
         module = network.module
         return [*module.parameters(), *module.buffers(), *network.gradient_vectors, *self.held.values()]
@@ -406,9 +406,9 @@ class Graphs:
                 table.index_select(0, counter).as_strided(like.shape, dense_stride(like))
                 for table, like in zip(tables, _tensors(batch), strict=True)
             )
-            draws = {**drawn, **dict(zip(_drawn(batch), drawn_tensors, strict=True))}
+            draws = {**drawn, **dict(zip(_drawn_tensors(batch), drawn_tensors, strict=True))}
             static = replace(batch, inputs=inputs, targets=targets, drawn=draws, **unread)
-            with _gradients_apart(network.trained) as collect:
+            with _gradients_apart(network.trained_parameters) as collect:
                 outcome = run(static, cast(Received, watched), collect=collect)
             row = torch.cat([part.reshape(-1).double() for part in outcome.parts()])
             torch.where(marks == counter, row, records, out=records)
@@ -449,14 +449,14 @@ class _Watched:
         return getattr(self._received, name)
 
 
-def _drawn(batch: Batch) -> dict[str, Tensor]:
+def _drawn_tensors(batch: Batch) -> dict[str, Tensor]:
     """The tensors that were drawn for a batch."""
     return {name: value for name, value in batch.drawn.items() if isinstance(value, Tensor)}
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
     """All tensors of a batch."""
-    return [batch.inputs, batch.targets, *_drawn(batch).values()]
+    return [batch.inputs, batch.targets, *_drawn_tensors(batch).values()]
 
 
 def _constants(batch: Batch) -> dict[str, bool | int | float | str]:
@@ -471,7 +471,7 @@ def _signature(batch: Batch, device: torch.device) -> Hashable:
         return None  # tokens of texts are no tensor: they are as long as the longest text of a batch
     shapes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
     constants = tuple((name, type(value), repr(value)) for name, value in _constants(batch).items())
-    return shapes, tuple(_drawn(batch)), tuple(batch.drawn), constants, batch.fresh
+    return shapes, tuple(_drawn_tensors(batch)), tuple(batch.drawn), constants, batch.fresh
 
 
 @contextmanager

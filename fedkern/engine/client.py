@@ -20,7 +20,7 @@ from fedkern.engine.marks import TRAINED
 from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.node import Node
 from fedkern.engine.participation import share_of_work
-from fedkern.engine.private_training import declared, train_privately
+from fedkern.engine.private_training import count_declared, train_privately
 from fedkern.engine.training import Diverged, EpochBatches, ReceivedMessage, Schedule, train_async
 from fedkern.engine.uploads.encoders import STATES, Drift
 from fedkern.errors import UserError, shown
@@ -73,7 +73,7 @@ class Client(Node):
         return self._context.samples.of_client(self.id)
 
     @property
-    def stored(self) -> State:
+    def stored_state(self) -> State:
         """Return what the checkpoint keeps of the client: the method's state, and the engine's own entries."""
         return {**self.state, **self._own_entries, **({STATES: self.encoded} if self.encoded else {})}
 
@@ -154,7 +154,7 @@ class Client(Node):
             wanted = context.networks.trained_vectors
             return {name: value.cpu() for name, value in network.read().items() if name in wanted}
         if context.script.train is not None:
-            return self.upload(context.script.trained(self.model(message), self))
+            return self.upload(context.script.train_model(self.model(message), self))
         buffers, flat = self._load_message(network, message)
         schedule = self._cut_schedule(phase, rows, steps=steps)
         received = self._make_received(phase, message, schedule.epochs, buffers, anchor, flat)
@@ -358,7 +358,7 @@ class Client(Node):
         rows: np.ndarray | None = None,
     ) -> dict[str, float]:
         self.marks |= TRAINED - {"clip"}
-        schedule = self._schedule(phase, declared(self.samples, rows, spending))
+        schedule = self._schedule(phase, count_declared(self.samples, rows, spending))
         received = self._make_received(phase, {}, schedule.epochs, None)
         figures = train_privately(self, method, phase, module, self._data, received, schedule, spending, rows)
         self.report.update(figures)

@@ -108,7 +108,7 @@ class ClientPrivacy:
         assert isinstance(guarantee, ClientGuarantee)
         return guarantee
 
-    def spent(self, rounds: int) -> dict[str, float]:
+    def figures_after(self, rounds: int) -> dict[str, float]:
         """The figure of the first ``rounds`` rounds by its name, for a record; empty without noise."""
         guarantee = self.guarantee()
         return {} if guarantee is None else {guarantee.figure: self.epsilon(rounds)}

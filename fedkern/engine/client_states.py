@@ -39,7 +39,7 @@ class ClientStates:
         """Whether the states of this round are written at its end."""
         return self._progress.entry is not None and self._progress.entry.states == "round"
 
-    def done(self, k: ClientId) -> None:
+    def finish_exchange(self, k: ClientId) -> None:
         """A client has done its part of an exchange."""
         if self._late:
             return
@@ -53,7 +53,7 @@ class ClientStates:
         These are a privacy ledger, as releases count in any case, and a round whose earlier exchanges are not written
         yet.  The state is then the present one, but for those of encoders, which count uploads that have arrived.
         """
-        state, written = self.executor.changed(k), k in self._begun
+        state, written = self.executor.changed_state(k), k in self._begun
         self.executor.forget(k)
         if state is None and written:
             state = self._checkpoints.client_state(k)
@@ -78,7 +78,7 @@ class ClientStates:
         self._begun.clear()
 
     def _write(self, k: ClientId) -> None:
-        state = self.executor.changed(k)
+        state = self.executor.changed_state(k)
         if state and self._stateless:
             raise UserError(
                 "Epsilon counts that the clients of a round are drawn in secret, as "

@@ -53,7 +53,7 @@ class ClientsFigures:
             asked = dict.fromkeys(clients[start : start + at_once], message)
             for answer in executor.answers(NAME, Phase(progress.index, NAME, NAME), asked):
                 executor.forget(answer.client)
-                evaluated = self._taken(answer)
+                evaluated = self._read_answer(answer)
                 figures.append(evaluated["figures"])
                 of_clients.update(evaluated["own"])
                 for place, answers in evaluated["kept"].items():
@@ -63,7 +63,7 @@ class ClientsFigures:
             data.kept = kept[place]
         return means(figures), of_clients
 
-    def _taken(self, answer: Answer) -> Message:
+    def _read_answer(self, answer: Answer) -> Message:
         for name, text in answer.warnings.items():
             self._run.notices.warn(name, text)
         problem = answer.problem

@@ -66,7 +66,7 @@ class RunContext:
     def _take(self, data: FederatedData) -> None:
         config, splits = self.config, data.clients
         self.data = data
-        self.networks = Networks(config, data, self.device, lambda: self.described)
+        self.networks = Networks(config, data, self.device, lambda: self.task_facts)
         self.samples = Samples(config, data, self.device, self.networks)
         # The Outline of a finished run has no splits, only the sizes that were declared during the run.
         sizes = tuple(map(self._declare_size, splits)) if splits else data.client_sizes
@@ -76,7 +76,7 @@ class RunContext:
         )  # fmt: skip
 
     def __reduce__(self) -> tuple[Callable[..., RunContext], tuple[object, ...]]:
-        return _copy_of, (self.config, self.data, self.described, self.script, self.notices.disclosure)
+        return _copy_of, (self.config, self.data, self.task_facts, self.script, self.notices.disclosure)
 
     def _declare_size(self, split: Any) -> int:
         """Return the number of samples of a client, as everybody may know it.
@@ -87,7 +87,7 @@ class RunContext:
         unit = self.config.unit
         return len(split) if unit.name == "image" else unit.images * len(np.unique(split.patients))
 
-    def named(self, client: int) -> dict[str, str]:
+    def name_entry(self, client: int) -> dict[str, str]:
         """A training client's name as an entry of a record; empty where clients have none."""
         names = self.data.client_names
         return {} if names is None or self.data.client_label(client) == str(client) else {"name": names[client]}
@@ -109,7 +109,7 @@ class RunContext:
         return seeded_generators(int(node.rng("layers", phase).integers(2**63)), self.device)
 
     @cached_property
-    def described(self) -> State:
+    def task_facts(self) -> State:
         """What the task needs to build the network beside the settings, such as a vocabulary of the clients' texts."""
         return self.data.task.described(self) if self._described is None else self._described
 

@@ -31,7 +31,7 @@ CPU_BATCH = 64
 """Images per evaluation batch on a CPU."""
 
 
-def prefixed(data: FederatedData) -> dict[str, Split]:
+def sets_by_prefix(data: FederatedData) -> dict[str, Split]:
     """The test sets and the validation set, where there is one, by metric prefix."""
     splits = {f"{name}_" if name else "": split for name, split in data.tests.items()}
     return splits | ({"validation_": data.validation} if len(data.validation) else {})
@@ -104,7 +104,7 @@ def evaluate_clients(
 
     def figures(k: int) -> dict[str, float]:
         label = client_label(names, k)
-        explained = _explained(f"The test set of client {label}", sets[k])
+        explained = _name_set(f"The test set of client {label}", sets[k])
         keeping = sets[k].keeping() if keep else nullcontext()
         with explained, keeping, sets[k].repeating(seed, "client", k), code(label):
             values = method.evaluate_own(network, sets[k], client(k)) if looks else method.evaluate(network, sets[k])
@@ -181,7 +181,7 @@ def evaluate(
 
     def figures(prefix: str) -> dict[str, float]:
         data = sets[prefix]
-        explained = _explained(f"The {set_noun(prefix[:-1])}", data)
+        explained = _name_set(f"The {set_noun(prefix[:-1])}", data)
         with explained, data.keeping() if keep else nullcontext(), data.repeating(seed, prefix), code():
             result = method.evaluate(network, data)
             buffers.put_back()
@@ -227,7 +227,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 @contextmanager
-def _explained(subject: str, data: Reader) -> Iterator[None]:
+def _name_set(subject: str, data: Reader) -> Iterator[None]:
     """Turn errors about a single image and about no known target into a UserError that names the set."""
     try:
         yield

@@ -53,7 +53,7 @@ class Exchange:
         for k, why in absent.items():
             if k in messages:
                 self._leave(k, messages[k])
-            self._log.lost(k, self._asked.phase.exchange, why)
+            self._log.note_lost(k, self._asked.phase.exchange, why)
 
     def uploads(self) -> Iterator[Upload]:
         """Yields the uploads in client order, lazily: the server is done with an upload before it gets the next one.
@@ -79,7 +79,7 @@ class Exchange:
             answer = next(answers, None)
             if answer is None:
                 break
-            upload = self._received(answer)
+            upload = self._take_answer(answer)
             self.seconds += time.perf_counter() - start
             del answer
             if upload is None:
@@ -93,7 +93,7 @@ class Exchange:
         if left_out == len(self._asked.participants):
             self._log.none_left()
 
-    def _received(self, answer: Answer) -> Upload | None:
+    def _take_answer(self, answer: Answer) -> Upload | None:
         """The upload of an answer, its message None where it is empty; None where its client is left out."""
         k = answer.client
         self._leave(k, self._asked.sent[k])
@@ -109,9 +109,9 @@ class Exchange:
             return None
         for part in self._filters:
             if why := part.decode(arrival):
-                self._log.refused(k, why)
+                self._log.note_refused(k, why)
                 return None
-        self._log.done(k, info, answer.seconds)
+        self._log.note_done(k, info, answer.seconds)
         return Upload(k, self._samples[k], arrival.message, staleness=self._asked.staleness(k))
 
     def _leave(self, k: ClientId, message: Message) -> None:

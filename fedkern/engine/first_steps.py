@@ -57,7 +57,7 @@ class FirstSteps(Objective):
             if self._clears:
                 self._network.attach_gradients()
             return result
-        module, trained = inner(self._network.module), self._network.trained
+        module, trained = inner(self._network.module), self._network.trained_parameters
         flat = not isinstance(self._network, Trainable)  # whose buffers lie in no vector
         before, hooks, gradients = _tensors(module, flat), _hooks(module), [tensor.grad for tensor in trained]
         frozen = self._sum_frozen()
@@ -153,7 +153,9 @@ class FirstSteps(Objective):
         # A tensor that a loss makes for itself, to take its gradient, is another one in the next step.
         own = [leaf for leaf in outside if isinstance(leaf, nn.Parameter) or any(leaf is old for old in self._outside)]
         self._outside = outside if self._left > 1 else []
-        if not opaque and not {id(tensor) for tensor in self._network.trained} & {id(leaf) for leaf in found}:
+        if not opaque and not {id(tensor) for tensor in self._network.trained_parameters} & {
+            id(leaf) for leaf in found
+        }:
             result, way = f"{name} returns a loss", "compute it with the model and the outputs that it is given"
             if shipped:
                 result, way = f"{forward} returns outputs", "compute them with layers and parameters of self"

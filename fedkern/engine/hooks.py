@@ -94,7 +94,7 @@ class Hooks:
         with self._code("send"):
             return copy.deepcopy(messages, copies)
 
-    def declared(self, phase: Phase, client: ClientId, message: Message) -> Declaration:
+    def declare_upload(self, phase: Phase, client: ClientId, message: Message) -> Declaration:
         """The declaration of a client's upload."""
         with self._code("expects"):
             return self._asked.expects(self._server, phase, client, message)

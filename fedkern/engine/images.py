@@ -17,7 +17,7 @@ from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, ima
 from fedkern.data.images.transforms import window
 from fedkern.data.split import Split
 from fedkern.engine.reader import BATCH, Plan, Reader
-from fedkern.files.image_rows import in_parts, loaded
+from fedkern.files.image_rows import in_parts, load_rows
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
 from fedkern.models.transfer import send
 
@@ -91,7 +91,7 @@ class Images(Reader):
 
     def _labels(self, chosen: Tensor, index: Tensor) -> Tensor:
         label_index = index if index.device == self._there.device else send(chosen, self._there.device)
-        return send(loaded(self._there.index_select(0, label_index)), self.device)
+        return send(load_rows(self._there.index_select(0, label_index)), self.device)
 
     def _with_masks(self, chosen: Tensor, rng: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and object masks bool [B, H, W] at ``chosen``; masks move with the images."""

@@ -58,7 +58,7 @@ class Loop:
 
     def _record(self, entry: Round, assigned: Assignment) -> Record:
         """The record of a round that is about to begin."""
-        number, rounds, interval = self._run.progress.shown, self._run.rounds, self._run.config.eval_every
+        number, rounds, interval = self._run.progress.shown_number, self._run.rounds, self._run.config.eval_every
         due = not entry.one_off and (number % interval == 0 or number == rounds)
         return Record(entry, number, rounds, list(assigned.clients), due)
 

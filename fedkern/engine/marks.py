@@ -50,7 +50,7 @@ PLACES = {
 """Places by the name of their mark."""
 
 
-def unused(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
+def find_unused(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
     """Yield a sentence for each of the settings ``names`` that says something and whose mark is missing."""
     subject, own = _code(config)
     factory = {"optimizer"} if config.training and not config.training.startswith("train ") else set()
@@ -65,7 +65,7 @@ def comparison_notes(config: RunConfig, names: Collection[str], marks: Collectio
     """Yield sentences on settings without effect: those of ``names``, which a comparison gives, and defaults."""
     for name, way in config.unused().items():
         yield from (f"{label} has no effect {way}." for label in config.given(name) if name in names)
-    yield from unused(config, names, marks)
+    yield from find_unused(config, names, marks)
     unmarked = {name for mark, place in PLACES.items() if mark not in marks for name in place.settings}
     if labels := sorted(config.given(*(unmarked - {*names, *config.unused()}))):
         yield f"The defaults of {', '.join(labels)} have no effect on {_code(config)[0]}."

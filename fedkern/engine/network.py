@@ -68,7 +68,7 @@ class Network:
         return self._flat.places()
 
     @property
-    def trained(self) -> list[nn.Parameter]:
+    def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained, views of ``parameters`` and ``personal``."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
@@ -199,7 +199,7 @@ class Part:
         children = dict(network.module.named_children())
         if missing := [name for name in names if name not in children]:
             raise ValueError(f"parts: expected names of {', '.join(children)}, given {', '.join(missing)}")
-        self.trained = [x for name in names for x in children[name].parameters() if x.requires_grad]
+        self.trained_parameters = [x for name in names for x in children[name].parameters() if x.requires_grad]
         self._stretches = {kind: _stretch(network.places[kind], self.names) for kind in VECTORS}
         self.parameters = network.parameters[self._stretches["parameters"]]
         self.gradients = network.gradients[self._stretches["parameters"]]
@@ -257,7 +257,7 @@ class Trainable:
         if not trained:
             raise ValueError("module: expected a parameter that requires gradients, given none")
         self._flat = ops.FlatParameters(nn.ParameterList(trained))
-        self.trained = trained
+        self.trained_parameters = trained
         self.parameters: Tensor = self._flat.parameters
         self.gradients: Tensor = self._flat.gradients()
         self.gradient_vectors = (self.gradients,)
@@ -276,7 +276,7 @@ class Trainable:
 
     def release(self) -> None:
         """Removes the gradients from the parameters."""
-        for parameter in self.trained:
+        for parameter in self.trained_parameters:
             parameter.grad = None
 
 

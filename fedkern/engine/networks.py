@@ -71,7 +71,7 @@ class Networks:
         Raises:
             UserError: there is no network ``model``, it is for another task, or the file does not fit it.
         """
-        config, network = self._config, self._built(model, width, classes, seed)
+        config, network = self._config, self._build_network(model, width, classes, seed)
         if model not in (None, config.model):
             return network
         if config.init is not None and classes is None:
@@ -88,7 +88,7 @@ class Networks:
             personal.keep(inner(network), self._personal(network), self.model_name)
         return network
 
-    def _built(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:
+    def _build_network(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:
         config, task = self._config, self._data.task
         if model is not None:  # the run's own network was checked before
             check_gives(model, task.network, config.data, "in the method option that names it")
@@ -116,7 +116,7 @@ class Networks:
     def _taps(self) -> tuple[Any, ...]:
         """Where ``--features`` and ``--stages`` take the results of the run's network."""
         stages = [name.strip() for name in (self._config.stages or "").split(",") if name.strip()]
-        network = self._built(None, None, None, None)
+        network = self._build_network(None, None, None, None)
         return find_taps(network, stages, self._config.features, self._data.form, self.model_name)
 
     @property

@@ -38,17 +38,17 @@ for package in (parts, uploads):
 
 def parts_of(run: RunObjects) -> list[Part]:
     """The parts of a run, in order."""
-    return _built(PARTS, PART_ORDER, run)
+    return _build_all(PARTS, PART_ORDER, run)
 
 
 def filters_of(run: RunObjects) -> list[Filter]:
     """What uploads pass on their way to the server of a run, in order; the run has its executor."""
-    filters: list[Filter] = _built(FILTERS, FILTER_ORDER, run)
+    filters: list[Filter] = _build_all(FILTERS, FILTER_ORDER, run)
     needs_whole = any(part.needs_whole_upload for part in filters)
     return [part for part in filters if not (needs_whole and part.keeps_on_device)]
 
 
-def _built(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[Any]:
+def _build_all(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[Any]:
     user_names = [name for name in plugins.of_run(table, run.config.plugins) if name not in order]
     names = [entry for name in order for entry in (user_names if name == USERS else [name])]
     objects = (user_parts.build(table[name], run) if name in user_names else table[name].build(run) for name in names)

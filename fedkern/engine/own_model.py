@@ -71,7 +71,7 @@ def find_facts(
         return facts, data, notes
     make: Any = entry.make
     if not is_of_images:
-        data, output_bytes = _tried(network, make, data)
+        data, output_bytes = _try_network(network, make, data)
         facts["output_bytes"] = output_bytes if stored is None else stored.output_bytes
         network = RunContext(config, data).networks.build()
     else:
@@ -94,7 +94,7 @@ def find_facts(
         facts["model_layout"] = stored.model_layout or facts["model_layout"]
         facts["served"], facts["plan"] = stored.served, stored.plan
     elif config.accelerate == "auto" and config.device == "cpu" and config.precision == "fp32" and known:
-        facts["served"], facts["plan"] = serving.decided(RunContext(config, data), network)
+        facts["served"], facts["plan"] = serving.decide_acceleration(RunContext(config, data), network)
     return facts, data, notes
 
 
@@ -119,7 +119,7 @@ def network_hash(make: Own) -> str | None:
     return make.sha256
 
 
-def _tried(network: nn.Module, make: Own, data: FederatedData) -> tuple[FederatedData, int]:
+def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[FederatedData, int]:
     """Return the data with the classes and the head that a network tells, and the bytes of a sample's outputs.
 
     The network gets samples of the first client.  The bytes are those of outputs and targets where a user's loss may

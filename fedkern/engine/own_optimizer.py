@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from fedkern.engine.training import Schedule
 
 
-def made(make: Callable[[list[nn.Parameter]], object], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    make: Callable[[list[nn.Parameter]], object], parameters: list[nn.Parameter]
+) -> torch.optim.Optimizer:
     """Return the optimiser that a user's factory makes.
 
     Raises:
@@ -121,7 +123,7 @@ class OwnStepper:
         self._theta, self._gradients = network.parameters.detach(), network.gradients
         self._vectors, self._schedule, self._terms = network.gradient_vectors, schedule, terms
         assert schedule.make is not None
-        self._optimizer = optimizer = made(schedule.make, network.trained)
+        self._optimizer = optimizer = make_optimizer(schedule.make, network.trained_parameters)
         self._rates = _Rates(optimizer)
         if previous:
             self.switch(False)  # the state was kept in this mode

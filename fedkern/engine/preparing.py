@@ -60,7 +60,7 @@ def make_context(
     """
     data, script, known, out = request.data, request.script, request.has_samples, request.out
     is_in_memory = bool(script.functions) or (data is not None and isinstance(data.validation, Items))
-    if is_in_memory and torchrun_group.launched() is not None:
+    if is_in_memory and torchrun_group.find_launched_rank() is not None:
         raise UserError(
             "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's other "
             "ranks have none: start the script without torchrun, with workers=N, or have python -m fedkern.run load "
@@ -157,7 +157,7 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
     for k in range(context.federation.clients) if request.has_samples else ():
         with code("check"):
             check_client(method, Client(context, k, {}))
-    if context.described:
+    if context.task_facts:
         network = context.networks.get("server")  # raises where an encoder's folder cannot be read
         pooling.check(network.module)
     with context.drawing(server, BEFORE), code("start"):

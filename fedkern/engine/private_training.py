@@ -57,7 +57,7 @@ def train_privately(
             fact, and its batch, would tell of the samples, while the parameters are differentially private.
     """
     check_network(module, "this one")
-    size = declared(len(data), rows, spending)
+    size = count_declared(len(data), rows, spending)
     rows = np.arange(len(data)) if rows is None else rows
     steps_per_epoch = math.ceil(size / schedule.batch_size)
     steps = steps_per_epoch * schedule.epochs if schedule.limit is None else schedule.limit
@@ -116,7 +116,7 @@ def train_privately(
     return {"loss": total / max(batches, 1), "noise": noise}
 
 
-def declared(samples: int, rows: np.ndarray | None, spending: DPSGD) -> int:
+def count_declared(samples: int, rows: np.ndarray | None, spending: DPSGD) -> int:
     """Number of samples that a schedule may depend on: every patient counts as the largest allowed number of images."""
     if spending.patients is None:
         return samples if rows is None else len(rows)

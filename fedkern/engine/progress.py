@@ -32,7 +32,7 @@ class Progress:
         self.entry, self.index = entry, -1 - self.planned if entry.one_off else self.done
 
     @property
-    def shown(self) -> int:
+    def shown_number(self) -> int:
         """Number of the round in events and records: from 1, negative for one-off rounds."""
         return self.index + 1 if self.index >= 0 else self.index
 
@@ -45,12 +45,12 @@ class Progress:
         """
         entry = self.entry
         if entry is None or entry.one_off:
-            name = "" if entry is None else _told(entry, exchange)
+            name = "" if entry is None else _in_brackets(entry, exchange)
             return (f"after round {self.done}" if self.done else "before the first round") + name
-        return f"in round {self.index + 1}" + (_told(entry, exchange) if exchange is not None else "")
+        return f"in round {self.index + 1}" + (_in_brackets(entry, exchange) if exchange is not None else "")
 
 
-def _told(entry: Round, exchange: str | None) -> str:
+def _in_brackets(entry: Round, exchange: str | None) -> str:
     """The exchange or the round by a name of its own, in brackets; empty where neither has one."""
     names = [name for name in (entry.name, exchange) if name not in ("train", "update", None)]
     return f' ("{names[-1]}")' if names else ""

@@ -62,7 +62,7 @@ def serve(group: TorchrunGroup) -> int:
 
 
 def _serve(connection: Connection) -> None:
-    plugins.receive(connection.told())
+    plugins.receive(connection.receive_value())
     setup: Setup = Unpacker().unpack(connection.receive())
     if setup.context.config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU on this machine, but on that of rank 0: give fedkern --device cpu.")

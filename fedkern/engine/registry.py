@@ -28,7 +28,7 @@ def register_part(name: str) -> Callable[[P], P]:
         ValueError: another part has the name.
         TypeError: the class is not derived from :class:`Part`, or has no docstring.
     """
-    return lambda kind: _added(kind, name, Part, PARTS)
+    return lambda kind: _add(kind, name, Part, PARTS)
 
 
 def register_filter(name: str) -> Callable[[F], F]:
@@ -38,10 +38,10 @@ def register_filter(name: str) -> Callable[[F], F]:
         ValueError: another filter has the name.
         TypeError: the class is not derived from :class:`Filter`, or has no docstring.
     """
-    return lambda kind: _added(kind, name, Filter, FILTERS)
+    return lambda kind: _add(kind, name, Filter, FILTERS)
 
 
-def _added(kind: K, name: str, base: type, table: Registry[Any]) -> K:
+def _add(kind: K, name: str, base: type, table: Registry[Any]) -> K:
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise TypeError(f'{table.kind} "{name}": expected a class derived from fedkern.{base.__name__}, given {kind!r}')
     check_hooks(kind, Encoder)  # a filter may be its own encoder

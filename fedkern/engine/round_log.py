@@ -63,13 +63,13 @@ class RoundLog:
         for name, text in answer.warnings.items():
             self._context.notices.warn(name, text)
 
-    def done(self, k: ClientId, info: State, seconds: float) -> None:
+    def note_done(self, k: ClientId, info: State, seconds: float) -> None:
         """A client's upload has passed all checks, with these figures."""
-        self._states.done(k)
+        self._states.finish_exchange(k)
         self.reports.append(info)
         self.clients.setdefault(str(k), {}).update(info)
         entry = self._context.notices.disclosure.client({**info, "seconds": seconds})
-        self._listener.on_client(self._progress.shown, k, entry)
+        self._listener.on_client(self._progress.shown_number, k, entry)
 
     def note(self, k: ClientId, figures: Mapping[str, float]) -> None:
         """Adds figures to a client that is done."""
@@ -77,7 +77,7 @@ class RoundLog:
 
     # -- who is left out -------------------------------------------------------------------------------------------
 
-    def lost(self, k: ClientId, exchange: str, why: str) -> None:
+    def note_lost(self, k: ClientId, exchange: str, why: str) -> None:
         """A client was sent a message and never answers in this round."""
         self._note_dropped(k, {"exchange": exchange, "reason": why})
 
@@ -92,9 +92,9 @@ class RoundLog:
         elif answer.problem is not None:
             self._broke(answer.client, answer.problem)
         else:
-            self.refused(answer.client, answer.refused)
+            self.note_refused(answer.client, answer.refused)
 
-    def refused(self, k: ClientId, why: str) -> None:
+    def note_refused(self, k: ClientId, why: str) -> None:
         """A client's upload is not as declared, or larger than allowed.
 
         Raises:
@@ -168,5 +168,5 @@ class RoundLog:
 
     def _note_dropped(self, k: ClientId, why: State) -> None:
         self.left.add(k)
-        at = max(self._progress.shown, 0)
-        self.dropped = [*self.dropped, {"round": at, "client": k, **self._context.named(k), **why}]
+        at = max(self._progress.shown_number, 0)
+        self.dropped = [*self.dropped, {"round": at, "client": k, **self._context.name_entry(k), **why}]

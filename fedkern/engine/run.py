@@ -92,7 +92,7 @@ def run(
         remote=remote, at_once=at_once,
     )  # fmt: skip
     with closing(ListenerGroup(listener or Listener())) as listeners, reproducible():
-        config, stored, entry = script.described(config), None, None
+        config, stored, entry = script.describe_settings(config), None, None
         if resume:
             request = replace(request, rounds=check_extension(request.out, rounds, trusted=trusted))
             config, stored, entry = resumed_settings(config, request.out, trusted, request.rounds)

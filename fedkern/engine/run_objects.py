@@ -196,7 +196,7 @@ class RunObjects:
         return self.private is not None and not self.notices.disclosure.clients
 
     @property
-    def amplified(self) -> bool:
+    def samples_in_secret(self) -> bool:
         """Whether epsilon counts that nobody knows who takes part in a round."""
         return self.private is not None and self.private.amplified
 
@@ -204,7 +204,7 @@ class RunObjects:
     def states(self) -> ClientStates:
         """What becomes of the clients' states; has the run's executor, that of this process at first."""
         serial = Serial(self.context, self.handlers, self.store.checkpoints.reader, self.config.client_threads)
-        return ClientStates(serial, self.store.checkpoints, self.context, self.progress, self.amplified)
+        return ClientStates(serial, self.store.checkpoints, self.context, self.progress, self.samples_in_secret)
 
     @cached_property
     def log(self) -> RoundLog:

@@ -11,7 +11,7 @@ import torch
 from fedkern.data.images.pixels import CACHE_BYTES
 from fedkern.data.sources.items import Items
 from fedkern.data.types import AnySplit, FederatedData
-from fedkern.engine.evaluate import batch_size, compared_alike, prefixed
+from fedkern.engine.evaluate import batch_size, compared_alike, sets_by_prefix
 from fedkern.engine.images import Images
 from fedkern.engine.item_sets import Trial
 from fedkern.engine.items import ItemReader
@@ -106,7 +106,7 @@ class Samples:
     @cached_property
     def test_sets(self) -> dict[str, Reader]:
         """The test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
-        sets = {prefix: self._test_set(split) for prefix, split in prefixed(self.data).items()}
+        sets = {prefix: self._test_set(split) for prefix, split in sets_by_prefix(self.data).items()}
         for reader in sets.values():
             reader.metrics = metrics_of(self.config.plugins)
         return sets

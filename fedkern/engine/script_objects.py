@@ -13,7 +13,7 @@ from torch import nn
 
 from fedkern.data import FederatedData
 from fedkern.data.identity import code_of
-from fedkern.engine.own_optimizer import made, stepped_by
+from fedkern.engine.own_optimizer import make_optimizer, stepped_by
 from fedkern.errors import UserError, first_of, shown
 from fedkern.methods import registry
 from fedkern.methods.base import LocalTraining
@@ -112,7 +112,7 @@ class ScriptObjects:
                 self.began[name] = table  # type: ignore[index]
         return current if self.began is None else {name: self.began[name] for name in current}
 
-    def trained(self, model: nn.Module, client: Client) -> nn.Module:
+    def train_model(self, model: nn.Module, client: Client) -> nn.Module:
         """The model after ``train``, which trains it in place."""
         assert self.train is not None
         result: Any = self.train(model, client)
@@ -123,7 +123,7 @@ class ScriptObjects:
             )
         return model
 
-    def described(self, config: RunConfig) -> RunConfig:
+    def describe_settings(self, config: RunConfig) -> RunConfig:
         """The settings of a run with these objects.
 
         Raises:
@@ -186,7 +186,7 @@ class ScriptObjects:
             trained = {
                 name: parameter for name, parameter in inner(build()).named_parameters() if parameter.requires_grad
             }
-            optimizer = made(self.optimizer, [*trained.values()])
+            optimizer = make_optimizer(self.optimizer, [*trained.values()])
             stepped = {id(tensor) for tensor in stepped_by(optimizer)}
             values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}
             words = f"{type(optimizer).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.engine.context import RunContext
 from fedkern.engine.node import Node
-from fedkern.engine.store.artifacts import prepared
+from fedkern.engine.store.artifacts import prepare_artifact
 from fedkern.errors import UserError, spared
 from fedkern.messages.states import State
 from fedkern.methods.aggregators import Rule
@@ -71,7 +71,7 @@ class Server(Node):
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
         if self.showing:
             with spared(lambda why: self._context.notices.warn("no-picture", f"The picture {name} is missing: {why}.")):
-                self.artifacts[name] = prepared(name, value if isinstance(value, Tensor) else value()), axes
+                self.artifacts[name] = prepare_artifact(name, value if isinstance(value, Tensor) else value()), axes
 
     def refuse(self, client: int, reason: str) -> None:
         if not self._context.notices.disclosure.server:

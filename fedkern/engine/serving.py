@@ -27,7 +27,7 @@ LEAST = 0.5
 (benchmarks/bench_guest.py)."""
 
 
-def decided(context: RunContext, network: nn.Module) -> tuple[str, str | None]:
+def decide_acceleration(context: RunContext, network: nn.Module) -> tuple[str, str | None]:
     """The record of a run, ``"served 9 of 9 convolutions"``, or ``"as written: "`` and why; and the plan, if served.
 
     A copy plays a batch of the largest client in both modes, with the task's loss: plain twice; with every step
@@ -35,7 +35,7 @@ def decided(context: RunContext, network: nn.Module) -> tuple[str, str | None]:
     roundings and by a ReLU that one of them flips.
     """
     try:
-        return _served(context, copy.deepcopy(network))
+        return _check_served(context, copy.deepcopy(network))
     except _AsWritten as reason:
         return f"as written: {reason}", None
     except Exception as error:  # a network's code may raise anything about a tensor that it does not know
@@ -46,7 +46,7 @@ class _AsWritten(Exception):
     pass
 
 
-def _served(context: RunContext, network: nn.Module) -> tuple[str, str]:
+def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     if not any(isinstance(layer, nn.Conv2d) for layer in inner(network).modules()):
         raise _AsWritten("it has no convolutions")
     if not backend.active_isa().startswith("avx"):
@@ -55,18 +55,18 @@ def _served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     rows = np.arange(min(context.config.batch_size, len(context.data.clients[largest])))
     batch = context.samples.of_client(largest).batch(rows)
     batch = replace(batch, task=batch.task.with_loss_copied())  # a loss may count its calls
-    plain = _played(network, batch)
-    if differs(_played(network, batch), plain, 0.0):
+    plain = _play_batch(network, batch)
+    if differs(_play_batch(network, batch), plain, 0.0):
         raise _AsWritten("it draws from generators of its own, or changes as it runs")
-    plan = _rehearsed(network, batch)
+    plan = _rehearse(network, batch)
     calls.apply_plan(inner(network), plan)
     with calls.calling(serve=lambda chain, dense: None):
-        waiting = _played(network, batch)
+        waiting = _play_batch(network, batch)
     if name := differs(waiting, plain, 1e-5):
         raise _AsWritten(f"{name} is another one where convolutions wait")
     record: calls.Record = ([], [])
     with calls.calling(record=record):
-        results = _played(network, batch)
+        results = _play_batch(network, batch)
     if (share := worth(record)) < LEAST:
         raise _AsWritten(f"operators would save work in {share:.0%} of its convolutions")
     if name := far(results, plain):
@@ -74,7 +74,7 @@ def _served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     return f"served {len(dict(record[0])) // 2} of {len(record[1]) // 2} convolutions", plan
 
 
-def _rehearsed(network: nn.Module, batch: Batch) -> str:
+def _rehearse(network: nn.Module, batch: Batch) -> str:
     """Return the plan of a network's convolutions in all modes."""
     module = copy.deepcopy(network)
     accelerate(inner(module), check=False)
@@ -101,7 +101,7 @@ def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
     return module
 
 
-def _played(network: nn.Module, batch: Batch) -> Found:
+def _play_batch(network: nn.Module, batch: Batch) -> Found:
     """Loss, gradients, buffers and evaluated outputs of a copy, by name."""
     module = copy.deepcopy(network)
     with seeded_generators(0):

@@ -383,7 +383,7 @@ def train_async(
                     raise UserError(_too_small(client)) from None
                 raise
             if graphs is None and theta.device.type == "cpu":
-                done, records = _digest(client.id, phase, *_gathered(records), done, totals, seen), []
+                done, records = _digest(client.id, phase, *_gather_records(records), done, totals, seen), []
     optimiser.switch(False)
     finite = network.finite()
     counted = schedule.make is not None or has_personal  # by the stepper
@@ -396,7 +396,7 @@ def train_async(
             lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, optimiser.read_state()
         )
 
-    groups, values = _gathered(records, finite)
+    groups, values = _gather_records(records, finite)
     values = bring(values)
 
     def read_figures() -> dict[str, float]:
@@ -426,7 +426,7 @@ Groups = list[tuple[tuple[str, ...], int]]
 """Names of the figures of batches in a row, and the number of those batches."""
 
 
-def _gathered(records: list[Outcome], finite: Tensor | None = None) -> tuple[Groups, Tensor]:
+def _gather_records(records: list[Outcome], finite: Tensor | None = None) -> tuple[Groups, Tensor]:
     """Batches' records as numbers in one fp64 vector, which ends with ``finite`` (bool 0-d)."""
     columns: list[Tensor] = []
     groups: Groups = []

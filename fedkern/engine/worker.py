@@ -166,7 +166,7 @@ def serve(
 def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | None) -> None:
     channel, unpacker = Channel(end), Unpacker()
     if setup is None:
-        sys.path[:], plugin_list = channel.told()
+        sys.path[:], plugin_list = channel.receive_value()
         packet = channel.receive()
         try:
             plugins.receive(plugin_list)
@@ -191,7 +191,7 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
     while True:
         request = channel.receive()
         if request.value != "fork":
-            channel.say(_ended(int(request.value)))
+            channel.say(_wait_for_end(int(request.value)))
             continue
         ours, positions = os.getpid(), read_positions()
         child = os.fork()
@@ -208,7 +208,7 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
         os._exit(0)
 
 
-def _ended(process: int) -> int | None:
+def _wait_for_end(process: int) -> int | None:
     """Exit code of a worker (see ``os.waitstatus_to_exitcode``); None where it has not ended, or is not known."""
     with suppress(ChildProcessError):
         for _ in range(50):  # the worker's connection closes a little before the worker has ended

@@ -82,7 +82,7 @@ class FolderLock:
     def check(self) -> None:
         """Raises UserError where another process has taken the folder: this one must not write there any more."""
         if not self._ours():
-            raise UserError(f"{_named(self._read())} has taken over {self.path.parent}: this one stops here.")
+            raise UserError(f"{_name_process(self._read())} has taken over {self.path.parent}: this one stops here.")
 
     def _take_lock(self, file: BinaryIO) -> bool:
         """Whether the system gave its lock.
@@ -107,7 +107,7 @@ class FolderLock:
                 raise self._in_use(current)
 
     def _in_use(self, content: bytes) -> InUse:
-        process = _named(content)
+        process = _name_process(content)
         return InUse(
             f"{self.path.parent} is in use by {process[0].lower()}{process[1:]}: wait for it, or choose another --out."
         )
@@ -164,6 +164,6 @@ def _dead(content: bytes) -> bool:
     return False
 
 
-def _named(content: bytes) -> str:
+def _name_process(content: bytes) -> str:
     lines = content.decode(errors="replace").splitlines()
     return f"Process {lines[0]} on {lines[1]}" if len(lines) > 1 else "Another process"

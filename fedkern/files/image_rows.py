@@ -56,13 +56,13 @@ class ImageStore:
         return pixels
 
     def __reduce__(self) -> tuple[Callable[[str, Shape], ImageStore], tuple[str, Shape]]:
-        return _opened, (f"/proc/{os.getpid()}/fd/{self._descriptor}", self.shape)
+        return _open_store, (f"/proc/{os.getpid()}/fd/{self._descriptor}", self.shape)
 
     def __deepcopy__(self, memo: object) -> ImageStore:
         return self
 
 
-def _opened(path: str, shape: Shape) -> ImageStore:
+def _open_store(path: str, shape: Shape) -> ImageStore:
     return ImageStore(os.open(path, os.O_RDONLY), shape)
 
 
@@ -94,7 +94,7 @@ class FileRows(Tensor):
         """The rows in memory, contiguous."""
         raise NotImplementedError
 
-    def picked(self, chosen: Tensor) -> FileRows:
+    def pick_rows(self, chosen: Tensor) -> FileRows:
         """The same kind of rows at ``chosen``, int64 ``[m]`` rows of the store."""
         raise NotImplementedError
 
@@ -110,10 +110,10 @@ class FileRows(Tensor):
             return self.plain()[key]
         chosen = self._chosen[index]
         if chosen.dim() == 0:
-            return self.picked(chosen[None]).plain()[(0, *tail)]
+            return self.pick_rows(chosen[None]).plain()[(0, *tail)]
         if chosen.dim() > 1:
             return self.plain()[key]
-        picked = self.picked(chosen)
+        picked = self.pick_rows(chosen)
         return picked.plain()[(slice(None), *tail)] if tail else picked
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class FileRows(Tensor):
         kwargs = dict(kwargs or {})
         if func in _ABOUT:
             return super().__torch_function__(func, types, args, kwargs)
-        if func in _JOINING and not kwargs and len(args) == 1 and (joined := _joined(args[0])) is not None:
+        if func in _JOINING and not kwargs and len(args) == 1 and (joined := _join_rows(args[0])) is not None:
             return joined
         name = getattr(func, "__name__", "")
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
@@ -187,7 +187,7 @@ class ImageRows(FileRows):
         # Of grey images contiguous() would keep the strides of one channel as they are, which choose other kernels.
         return torch.empty(pixels.shape, dtype=torch.uint8).copy_(pixels)
 
-    def picked(self, chosen: Tensor) -> ImageRows:
+    def pick_rows(self, chosen: Tensor) -> ImageRows:
         """The images at ``chosen``, int64 ``[m]`` rows of the store."""
         return ImageRows.of(self._store, chosen, self._box)
 
@@ -204,7 +204,7 @@ class ImageRows(FileRows):
             pixels = np.ascontiguousarray(pixels[:, top : top + height, left : left + width])
         return torch.from_numpy(pixels)
 
-    def windowed(self, sides: tuple[int, int]) -> ImageRows:
+    def cut_window(self, sides: tuple[int, int]) -> ImageRows:
         """The central window of height and width ``sides`` of every image; reads nothing.
 
         Raises:
@@ -242,7 +242,7 @@ class PixelClasses(FileRows):
         """The classes in memory, int64 ``[n, H, W]``, contiguous."""
         return torch.from_numpy(self._meaning.numpy()[self._store.gather(self._chosen.numpy())[..., 0]])
 
-    def picked(self, chosen: Tensor) -> PixelClasses:
+    def pick_rows(self, chosen: Tensor) -> PixelClasses:
         """The classes of the masks at ``chosen``, int64 ``[m]`` rows of the store."""
         return PixelClasses.of(self._store, chosen, self._meaning)
 
@@ -254,7 +254,7 @@ class PixelClasses(FileRows):
         return PixelClasses.of, (self._store, self._chosen, self._meaning)
 
 
-def loaded(tensor: Tensor) -> Tensor:
+def load_rows(tensor: Tensor) -> Tensor:
     """The tensor with its rows in memory.
 
     The tensor itself where it is no :class:`FileRows`.
@@ -274,10 +274,10 @@ def in_parts(tensor: Tensor) -> Iterator[Tensor]:
         return
     count = max(1, PART_BYTES // max(1, math.prod(tensor.shape[1:]) * tensor.element_size()))
     for start in range(0, max(1, len(tensor)), count):
-        yield loaded(tensor[start : start + count])
+        yield load_rows(tensor[start : start + count])
 
 
-def _joined(parts: Sequence[Tensor]) -> FileRows | None:
+def _join_rows(parts: Sequence[Tensor]) -> FileRows | None:
     """The concatenation of rows of one store.
 
     None for other tensors.
@@ -285,7 +285,7 @@ def _joined(parts: Sequence[Tensor]) -> FileRows | None:
     file_rows = [part for part in parts if isinstance(part, FileRows)]
     if not file_rows or len(file_rows) < len(parts) or not all(file_rows[0].like(part) for part in file_rows):
         return None
-    return file_rows[0].picked(torch.cat([part._chosen for part in file_rows]))
+    return file_rows[0].pick_rows(torch.cat([part._chosen for part in file_rows]))
 
 
 def _read(value: object) -> Any:

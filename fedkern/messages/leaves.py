@@ -151,12 +151,12 @@ def sent(value: T, device: torch.device) -> T:
     ):
         return value
 
-    def moved(leaf: Any) -> object:
+    def move_leaf(leaf: Any) -> object:
         if isinstance(leaf, Tensor):
             return leaf.to(device, non_blocking=True)
         return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
-    result: T = mapped(moved, value, lambda part: callable(getattr(part, "to", None)))
+    result: T = mapped(move_leaf, value, lambda part: callable(getattr(part, "to", None)))
     return result
 
 

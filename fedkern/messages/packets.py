@@ -93,7 +93,7 @@ class PacketStream:
         """Sends an object that holds no tensors, with ``more`` descriptors."""
         self.send(Packet(pickle.dumps(value), extra=extra))
 
-    def told(self) -> Any:
+    def receive_value(self) -> Any:
         """Receives an object that the other end sent with :meth:`say`."""
         return self.receive().value
 
@@ -264,7 +264,7 @@ def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
     return descriptor
 
 
-def mapped(descriptor: int) -> memoryview:
+def map_file(descriptor: int) -> memoryview:
     """The content of a memory file, mapped privately.
 
     It stays when the descriptor is closed.
@@ -288,7 +288,7 @@ class Unpacker:
         self._maps.update(packet.contents)
         for number, descriptor in packet.files.items():
             if number not in self._maps:
-                self._maps[number] = mapped(descriptor)
+                self._maps[number] = map_file(descriptor)
             os.close(descriptor)
         return _Unpickler(packet.payload, self).load()
 

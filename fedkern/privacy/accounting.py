@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fedkern.errors import UserError
 from fedkern.messages.states import State
-from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, replaced
+from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, bound_replaced
 
 _MOST_STEPS = 1 << 53
 _EXACT = 1e-3  # relative width at which the search for noise ends
@@ -119,7 +119,9 @@ class Accountant:
         """
         if not 0 < delta < 1:
             raise ValueError(f"delta must be in (0, 1), not {delta}")
-        return replaced(tuple(e for name, log in self._entries.items() if channel in (None, name) for e in log), delta)
+        return bound_replaced(
+            tuple(e for name, log in self._entries.items() if channel in (None, name) for e in log), delta
+        )
 
     def figure(self, delta: float) -> Figure:
         """The epsilon of all channels together and of each alone."""

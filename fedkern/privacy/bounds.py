@@ -65,7 +65,7 @@ def need_accounting() -> ModuleType:
     return needed("Privacy accounting needs dp-accounting", "privacy", "dp_accounting", "dp_accounting.rdp")
 
 
-def replaced(entries: Entries, delta: float) -> float:
+def bound_replaced(entries: Entries, delta: float) -> float:
     """The epsilon of all releases at ``delta``, one record replaced.
 
     Infinite where a release has no noise.
@@ -91,7 +91,7 @@ def replaced(entries: Entries, delta: float) -> float:
         left, right = share * delta, (1 - share) * delta
         bounds.append(_rdp(shards, "REPLACE_ONE", left) + _together(unsampled, sampled, right))
         if sampled and unsampled:
-            bounds.append(replaced(shards + unsampled, left) + _together((), sampled, right))
+            bounds.append(bound_replaced(shards + unsampled, left) + _together((), sampled, right))
     return min(bounds)
 
 

@@ -55,7 +55,7 @@ class Disclosure:
         names = {prefix + name for prefix in prefixes for name in self.derived_figures}
         return {name: value for name, value in figures.items() if name in names}
 
-    def told(self, entries: Mapping[str, tuple[About, T]]) -> dict[str, T]:
+    def filter_entries(self, entries: Mapping[str, tuple[About, T]]) -> dict[str, T]:
         """The entries that may be told, by name, of those that parts of the run have written."""
         withheld = {About.RUN: False, About.SERVER: not self.server, About.CLIENTS: not self.clients}
         return {name: value for name, (about, value) in entries.items() if not withheld[about]}

@@ -79,7 +79,7 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
     from scipy.special import ndtri
 
     # A record with a lower loss is more likely a member.
-    x, y = (-_checked(losses, name) for losses, name in ((members, "members"), (others, "others")))
+    x, y = (-_check_losses(losses, name) for losses, name in ((members, "members"), (others, "others")))
     owners = (np.arange(len(x)), np.arange(len(y)) + len(x)) if groups is None else _owners(groups, len(x), len(y))
     sizes = [counts[counts > 0] for counts in (np.bincount(numbers) for numbers in owners)]
     # Kish: the number of independent records that grouped records are worth if they agree within their group.
@@ -154,7 +154,7 @@ def _owners(groups: tuple[Tensor, Tensor], members: int, others: int) -> tuple[n
     return numbers[:members], numbers[members:]
 
 
-def _checked(losses: Tensor, name: str) -> np.ndarray:
+def _check_losses(losses: Tensor, name: str) -> np.ndarray:
     if losses.dim() != 1 or len(losses) < 2:
         raise ValueError(f"{name} must be losses [n] of at least two records, not {list(losses.shape)}")
     values = losses.detach().cpu().double().numpy()

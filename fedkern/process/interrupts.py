@@ -35,7 +35,7 @@ class Handler:
         self.over = False
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.over or (self.pending is not None and _handled(self.pending)):
+        if self.over or (self.pending is not None and _is_handled(self.pending)):
             return
         if self.pending is None:
             self.pending = Terminated("SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt()
@@ -51,7 +51,7 @@ def check() -> None:
         raise _current.pending
 
 
-def ended() -> None:
+def mark_ended() -> None:
     """Marks the work that a signal interrupted as ended.
 
     Further signals are ignored.
@@ -62,7 +62,7 @@ def ended() -> None:
 
 def end_by(stop: KeyboardInterrupt) -> tuple[str, int]:
     """Mark the work that a signal interrupted as ended, and return the word for that end and the exit code."""
-    ended()
+    mark_ended()
     return ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
 
 
@@ -71,7 +71,7 @@ def whole_process() -> bool:
     return _current is not None and _current.last
 
 
-def _handled(exception: BaseException) -> bool:
+def _is_handled(exception: BaseException) -> bool:
     """Whether an except or finally block, or a context manager, is currently handling ``exception``."""
     at, seen = sys.exception(), set[int]()
     while at is not None and id(at) not in seen:

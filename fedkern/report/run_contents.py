@@ -16,7 +16,7 @@ from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.records import METRICS, read_metrics, read_summary
-from fedkern.engine.store.resuming import unedited
+from fedkern.engine.store.resuming import load_unedited
 from fedkern.methods.common.final_figures import set_name
 from fedkern.report.tables import ordered
 from fedkern.settings.config import RunConfig
@@ -94,7 +94,7 @@ def read(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents:
     Raises:
         UserError: there is no run, a file is damaged, or the settings were changed after the run began.
     """
-    config = unedited(run_dir, trusted=trusted, device="cpu")
+    config = load_unedited(run_dir, trusted=trusted, device="cpu")
     entry = newest(run_dir)
     info = {} if entry is None else entry["info"]
     summary = read_summary(run_dir) if info.get("finished", True) else None  # an older one, of a run since extended

@@ -72,10 +72,10 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         """
         values = cls.read(values, stored=True)
         kind = registry.get(method := values.get("method", cls.method))
-        return cls._made(values, kind.Options.parse(values.get("options", {}), method=method))
+        return cls._make(values, kind.Options.parse(values.get("options", {}), method=method))
 
     @classmethod
-    def _made(cls, values: Values, options: Options) -> Self:
+    def _make(cls, values: Values, options: Options) -> Self:
         tables = {name: dict(values.get(name, {})) for name in ("data_options", "plugins")}
         config = cls(**{**values, **tables, "options": options.to_dict()})
         vars(config)["chosen"] = options
@@ -169,7 +169,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width
         unset = frozenset(DATA_DEPENDENT) - values.keys()
-        return cls._made({**config, "unset": unset}, kind.Options.of(merged))
+        return cls._make({**config, "unset": unset}, kind.Options.of(merged))
 
     @classmethod
     def names(cls) -> set[str]:

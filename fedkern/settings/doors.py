@@ -23,7 +23,7 @@ _TABLES = {"data-option": 'data_options={{"{0}": {1}}}', "sweep": 'sweep={{"{0}"
 
 
 @contextmanager
-def _said(words: Callable[[str], str]) -> Iterator[None]:
+def _reword(words: Callable[[str], str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
@@ -34,14 +34,14 @@ def _said(words: Callable[[str], str]) -> Iterator[None]:
 @contextmanager
 def python_words() -> Iterator[None]:
     """Context, or decorator, in which the sentences of UserErrors name arguments in place of flags."""
-    with _said(spoken):
+    with _reword(spoken):
         yield
 
 
 @contextmanager
 def key_words() -> Iterator[None]:
     """Context, or decorator, in which the sentences of UserErrors name keys of a run-config in place of flags."""
-    with _said(lambda sentence: _FLAG.sub(_key, sentence)):
+    with _reword(lambda sentence: _FLAG.sub(_key, sentence)):
         yield
 
 

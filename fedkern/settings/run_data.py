@@ -27,7 +27,7 @@ from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.data.types import AnySplit, client_label
 from fedkern.errors import UserError, first_of
-from fedkern.files.image_rows import in_parts, loaded
+from fedkern.files.image_rows import in_parts, load_rows
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
 from fedkern.models.registry import check_gives
@@ -80,7 +80,7 @@ def load_data(
     )  # fmt: skip
 
 
-def decided(config: RunConfig, data: FederatedData) -> Values:
+def find_decided(config: RunConfig, data: FederatedData) -> Values:
     """What the loaded data decide where nobody gave it: partition, clients, ``client_test``.
 
     Own test sets that the data have stay, unless the user asks for others.
@@ -230,7 +230,7 @@ def effective(config: RunConfig, data: FederatedData, *, are_loaded: bool) -> Ru
     Raises:
         UserError: settings do not fit together with what the data decide.
     """
-    facts = decided(config, data) if are_loaded else {}
+    facts = find_decided(config, data) if are_loaded else {}
     facts |= {"clients": len(data.clients), "main": data.task.main, "better": data.task.better}
     config = config.replace(**facts, augment=config.augment or data.form.augment).with_client_threads()
     config.check()
@@ -292,7 +292,7 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
 def _check_varied(data: FederatedData, sets: Mapping[str, Sequence[Split]], *, blank: bool = False) -> None:
     """Raises UserError for a set of several images that are all equal; with ``blank`` only where all pixels are."""
     for name, splits in sets.items() if data.form.offers else ():
-        parts = (loaded(split.images[row : row + 4]) for split in splits for row in range(0, len(split), 4))
+        parts = (load_rows(split.images[row : row + 4]) for split in splits for row in range(0, len(split), 4))
         head, count = next(parts, None), sum(map(len, splits))
         if head is None or count < 2:
             continue

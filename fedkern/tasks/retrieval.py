@@ -115,7 +115,7 @@ class Retrieval(Task):
         return f"{config.image_encoder}+{config.text_encoder}"
 
     def vocabulary_messages(self, context: Any) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
-        words = context.described["pair"]["vocabulary"]
+        words = context.task_facts["pair"]["vocabulary"]
         if words is None:
             return None
         counts = [Counter(word for text in split.texts for word in split_words(text)) for split in context.data.clients]

@@ -57,7 +57,7 @@ class Hooks:
             client.report["loss"] = float(client.id)
         return self._together
 
-    def declared(self, phase, client, message):
+    def declare_upload(self, phase, client, message):
         return message
 
 

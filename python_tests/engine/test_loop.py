@@ -39,7 +39,7 @@ class Hooks:
     def messages(self, outgoing, clients):
         return {k: outgoing for k in clients if self.sends_to is None or k in self.sends_to}
 
-    def declared(self, phase, client, message):
+    def declare_upload(self, phase, client, message):
         return message
 
     def cohort_update(self, clients, phase, sent):

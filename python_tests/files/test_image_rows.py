@@ -13,7 +13,7 @@ from fedkern.data import Split, normalise
 from fedkern.data.images.transforms import central
 from fedkern.data.split import joined
 from fedkern.files import image_rows as module
-from fedkern.files.image_rows import ImageRows, ImageStore, PixelClasses, in_parts, loaded
+from fedkern.files.image_rows import ImageRows, ImageStore, PixelClasses, in_parts, load_rows
 from python_tests.image_files import count_gathered
 
 COUNT, CHANNELS, HEIGHT, WIDTH = 12, 3, 6, 8
@@ -215,7 +215,7 @@ def test_classes_of_pixels_look_like_a_tensor_and_are_read_when_needed(classes, 
     assert read == []
     assert isinstance(found.labels, PixelClasses)
     assert torch.equal(found.labels, expected.labels)
-    assert loaded(found.labels).stride() == expected.labels.stride()
+    assert load_rows(found.labels).stride() == expected.labels.stride()
     assert read == [6, 6]
     both = pickle.loads(pickle.dumps((rows, rows[:1])))
     assert torch.equal(both[0], plain)
@@ -265,4 +265,4 @@ def test_parts(classes, pair, monkeypatch):
     assert [part is plain for part in in_parts(plain)] == [True]
     monkeypatch.setattr(module, "PART_BYTES", 100)
     assert torch.equal(torch.cat(list(in_parts(pair[0]))), pair[1])
-    assert loaded(plain) is plain
+    assert load_rows(plain) is plain

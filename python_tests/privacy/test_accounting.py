@@ -8,7 +8,7 @@ import pytest
 
 from fedkern.errors import UserError
 from fedkern.privacy import Accountant, bounds, least_noise
-from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, added_or_removed, replaced
+from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, added_or_removed, bound_replaced
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
 
@@ -86,7 +86,7 @@ def test_losses_are_tighter_than_renyi_and_no_tighter_than_one_record_added(z, r
     library = dp_accounting.pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     library.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(z)), steps)
     assert library.get_epsilon(DELTA) < found < bounds._hop(sampled, DELTA)
-    assert replaced(sampled, DELTA) == found
+    assert bound_replaced(sampled, DELTA) == found
 
 
 def test_losses_bound_what_one_step_can_tell():
@@ -105,7 +105,7 @@ def test_an_accountant_that_refuses_leaves_the_figure_to_renyi(monkeypatch):
 
     sampled = (Entry(DP_SGD, 1.0, 0.05, 401),)
     monkeypatch.setattr(dp_accounting.pld.PLDAccountant, "supports", lambda self, event: False)
-    assert replaced(sampled, DELTA) == bounds._hop(sampled, DELTA)
+    assert bound_replaced(sampled, DELTA) == bounds._hop(sampled, DELTA)
     bounds._distribution.cache_clear()
 
 
@@ -113,10 +113,10 @@ def test_parts_of_several_accountants_share_delta():
     """Shards, which PLD has not, beside DP-SGD: never above half and half, and never below either part alone."""
     shards, whole = Entry(GAUSSIAN, 2.5, 1 / 50, 10_000), Entry(GAUSSIAN, 50.0, 1.0, 1)
     sampled = Entry(DP_SGD, 1.0, 0.05, 400)
-    found = replaced((shards, whole, sampled), DELTA)
-    assert found <= replaced((shards, whole), DELTA / 2) + replaced((sampled,), DELTA / 2)
-    assert found > replaced((shards,), DELTA) + 0.5 * replaced((sampled,), DELTA)
-    assert found > max(replaced((shards, whole), DELTA), replaced((whole, sampled), DELTA))
+    found = bound_replaced((shards, whole, sampled), DELTA)
+    assert found <= bound_replaced((shards, whole), DELTA / 2) + bound_replaced((sampled,), DELTA / 2)
+    assert found > bound_replaced((shards,), DELTA) + 0.5 * bound_replaced((sampled,), DELTA)
+    assert found > max(bound_replaced((shards, whole), DELTA), bound_replaced((whole, sampled), DELTA))
     # A split is only sound where the parts of delta do not exceed it.
     assert all(0 < share < 1 for share in bounds.SPLITS)
 
@@ -126,11 +126,11 @@ def test_parts_of_several_accountants_share_delta():
     "entry", [Entry(DP_SGD, 1.0, 0.05, 100), Entry(GAUSSIAN, 3.0, 0.1, 50), Entry(GAUSSIAN, 3.0, 1.0, 5)]
 )
 def test_every_kind_is_monotone(entry):
-    base = replaced((entry,), DELTA)
+    base = bound_replaced((entry,), DELTA)
     for cheaper in ({"noise": 2 * entry.noise}, {"steps": entry.steps // 2}, {"rate": entry.rate / 2}):
-        assert replaced((dataclasses.replace(entry, **cheaper),), DELTA) < base
-    assert replaced((entry,), DELTA / 100) > base > replaced((entry,), DELTA * 100)
-    assert replaced((entry, Entry(GAUSSIAN, 100.0, 1.0, 1)), DELTA) > base
+        assert bound_replaced((dataclasses.replace(entry, **cheaper),), DELTA) < base
+    assert bound_replaced((entry,), DELTA / 100) > base > bound_replaced((entry,), DELTA * 100)
+    assert bound_replaced((entry, Entry(GAUSSIAN, 100.0, 1.0, 1)), DELTA) > base
 
 
 def test_two_channels_compose_as_one():

@@ -107,7 +107,7 @@ def central(split: Split, sides: tuple[int, int]) -> Split:
     images, masks = split.images, split.masks
     return dataclasses.replace(
         split,
-        images=images.windowed(sides) if isinstance(images, ImageRows) else window(images, sides),
+        images=images.cut_window(sides) if isinstance(images, ImageRows) else window(images, sides),
         masks=None if masks is None else window(masks[:, None], sides)[:, 0],
     )
 

@@ -89,7 +89,7 @@ class Executor(Protocol):
         """
         ...
 
-    def changed(self, client: ClientId) -> State | None:
+    def changed_state(self, client: ClientId) -> State | None:
         """The client's state if it has changed since the last call, or since the round began; else None."""
         ...
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fedkern.errors import UserError
-from fedkern.messages.packets import Packet, PacketStream, mapped
+from fedkern.messages.packets import Packet, PacketStream, map_file
 from fedkern.process.interrupts import check
 
 SILENCE = "FEDKERN_RANK_TIMEOUT"
@@ -104,7 +104,7 @@ class Connection(PacketStream):
         new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
         self._sent.update(new)
         # The contents of memory files stay when the descriptors are closed.
-        files = {number: mapped(descriptor) for number, descriptor in new.items()}
+        files = {number: map_file(descriptor) for number, descriptor in new.items()}
         self._outgoing.put((_PACKET, packet.payload, files))
 
     def leave(self, code: int, reason: str = "") -> None:
@@ -118,7 +118,7 @@ class Connection(PacketStream):
             self._leaving = _BYE, (code, reason), {}
             self._outgoing.put((_BEAT, None, {}))  # wakes the thread that sends
 
-    def left(self, until: float, *, heard: bool = False) -> None:
+    def wait_until_told(self, until: float, *, heard: bool = False) -> None:
         """Wait until the other end has been told, and with ``heard`` has ended or answered.
 
         ``until`` is the time on the monotonic clock at which the wait ends in any case.

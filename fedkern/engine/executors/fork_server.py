@@ -99,7 +99,7 @@ class ForkServer:
 
     def _answer(self) -> Any:
         try:
-            return self.channel.told()
+            return self.channel.receive_value()
         except (EOFError, OSError):
             raise Gone("the process that starts workers was lost") from None
 
@@ -134,7 +134,7 @@ def fork_server_of(setup: Setup) -> ForkServer:
     packer = Packer()
     try:
         packet = packer.pack(setup)
-        server = _ahead.pop() if _ahead else _started()
+        server = _ahead.pop() if _ahead else _start_process()
         paths = [path or str(Path.cwd()) for path in sys.path]
         server.channel.say((paths, plugins.sent(setup.context.config.plugins)))
         server.channel.send(packet)
@@ -194,7 +194,7 @@ def _fork(setup: Setup | None) -> ForkServer | None:
     return ForkServer(_Forked(child), ours, prepared=setup is not None)
 
 
-def _started() -> ForkServer:
+def _start_process() -> ForkServer:
     """Starts the fork server as a new process, in a group of its own: a terminal's Ctrl-C must not reach it."""
     ours, theirs = socket.socketpair()
     folder = str(Path(fedkern.__file__).parents[1])

@@ -83,10 +83,10 @@ class Ordered:
         answer: Answer = reply.answer
         return answer
 
-    def changed(self, client: ClientId) -> State | None:
+    def changed_state(self, client: ClientId) -> State | None:
         if client in self._changed:
             return self._changed.pop(client)
-        return self.here.changed(client)
+        return self.here.changed_state(client)
 
     def working(self) -> list[ClientId]:
         return sorted({*self._readers, *self.here.working()})

@@ -53,7 +53,7 @@ class Serial:
         if k not in self._clients:
             self.take(k, self._states(k)())
         if k not in self._before:
-            self._before[k] = Fingerprint(self._clients[k].stored)
+            self._before[k] = Fingerprint(self._clients[k].stored_state)
         return self._clients[k]
 
     def take(self, k: ClientId, state: State, played: Iterable[Request] = ()) -> None:
@@ -92,7 +92,7 @@ class Serial:
             return Done(None, failed=error)
         finally:
             context.notices.warnings = earlier
-        return Done(answer, self.changed(job.client))
+        return Done(answer, self.changed_state(job.client))
 
     def _begin(
         self, k: ClientId, asker: str, phase: Phase, message: Message, encoder: Encoder | None, lane: int | None = None
@@ -168,9 +168,9 @@ class Serial:
             return message
         return {**message, "parameters": self._context.networks.send(sent)}
 
-    def changed(self, client: ClientId) -> State | None:
+    def changed_state(self, client: ClientId) -> State | None:
         before = self._before.get(client)
-        state = self._clients[client].stored if before is not None else {}
+        state = self._clients[client].stored_state if before is not None else {}
         if before is None or before.matches(state):
             return None
         del self._before[client]  # taken anew where the client works again in this round

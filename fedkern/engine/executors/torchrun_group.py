@@ -48,7 +48,7 @@ class LaunchedRank:
     job: str
 
 
-def launched() -> LaunchedRank | None:
+def find_launched_rank() -> LaunchedRank | None:
     """This process among the ranks; None where torchrun has not started it."""
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" not in environment:
@@ -127,8 +127,8 @@ class TorchrunGroup:
                 )
             if their_versions != installed:
                 raise UserError(
-                    f"Rank {rank} has {_listed(their_versions)}, and rank 0 {_listed(installed)}: install the same "
-                    "versions on every machine."
+                    f"Rank {rank} has {_list_versions(their_versions)}, and rank 0 {_list_versions(installed)}: "
+                    "install the same versions on every machine."
                 )
             # Rank 0 sends the others its own backend and instruction set to compute with.
             if kernels["torch"] != ours["torch"]:
@@ -170,10 +170,10 @@ class TorchrunGroup:
             connection.leave(code, reason)
         until = time.monotonic() + LEAVING
         for connection in self.connections.values():
-            connection.left(until, heard=self.rank == 0)
+            connection.wait_until_told(until, heard=self.rank == 0)
 
 
-def _listed(versions: dict[str, str]) -> str:
+def _list_versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
@@ -236,13 +236,13 @@ def present() -> TorchrunGroup | None:
     return _present if _present is not None and _present.rank == 0 else None
 
 
-def met() -> bool:
+def is_connected() -> bool:
     """Whether this process has met other ranks, so that an error of rank 0 ends all of them."""
     return _met
 
 
 @contextmanager
-def joined(launched: LaunchedRank) -> Iterator[TorchrunGroup]:
+def join_ranks(launched: LaunchedRank) -> Iterator[TorchrunGroup]:
     """Has this process belong to its ranks inside the block, whose end all other ranks learn on rank 0.
 
     An exception is told to the other ranks as its exit code: rank 0 says it.

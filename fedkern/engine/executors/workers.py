@@ -163,7 +163,7 @@ class Workers(Ordered):
             try:
                 packet = worker.receive()
             except (EOFError, OSError):
-                self._lost(worker)
+                self._free_clients(worker)
                 continue
             size = sum(os.fstat(descriptor).st_size for descriptor in packet.files.values())
             reply = self._read(packet)
@@ -172,7 +172,7 @@ class Workers(Ordered):
                 reply.size = size
                 self._replies[worker.client], worker.client = reply, None
 
-    def _lost(self, worker: _Worker) -> None:
+    def _free_clients(self, worker: _Worker) -> None:
         """Frees the clients of a worker that has ended, so that they begin their round again elsewhere.
 
         Raises:

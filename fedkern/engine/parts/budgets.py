@@ -30,7 +30,7 @@ class _Budget(RunPart):
     def build(cls, run: RunObjects) -> Part | None:
         return None if getattr(run.config, cls.name) is None else cls(run)
 
-    def spent(self) -> float:
+    def amount_spent(self) -> float:
         """What the run has spent."""
         raise NotImplementedError
 
@@ -39,7 +39,7 @@ class _Budget(RunPart):
         raise NotImplementedError
 
     def before_round(self, record: Record) -> Stop | None:
-        spent = self.spent()
+        spent = self.amount_spent()
         if record.entry.one_off or (spent < self._most and spent + self._dearest <= self._most):
             return None
         name = self.name.replace("_", "-")
@@ -63,7 +63,7 @@ class MaxSeconds(_Budget):
 
     unit = "seconds"
 
-    def spent(self) -> float:
+    def amount_spent(self) -> float:
         return self._run.timing.seconds()
 
     def of_round(self, record: Record) -> float:
@@ -76,7 +76,7 @@ class MaxBytes(_Budget):
 
     unit = "bytes"
 
-    def spent(self) -> float:
+    def amount_spent(self) -> float:
         return self._run.ledger.total
 
     def of_round(self, record: Record) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedkern.engine.marks import comparison_notes, unused
+from fedkern.engine.marks import comparison_notes, find_unused
 from fedkern.engine.parts.base import Part, Record, RunPart
 from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
@@ -34,7 +34,7 @@ class Effects(RunPart):
         config, marks = self._run.config, self._marks()
         if record.entry.one_off or self._run.progress.done != 1:
             return
-        for sentence in unused(config, self._given, marks):
+        for sentence in find_unused(config, self._given, marks):
             raise NoEffect(sentence)
         if config.common is not None and (text := " ".join(comparison_notes(config, config.common, marks))):
             self._run.notices.warn("no-effect", text)

@@ -160,17 +160,22 @@ class Evaluation(RunPart):
             return {}
         names, worst = self._context.data.client_names, worst_client(self.of_clients, sets)
 
-        def named(k: int) -> dict[str, str]:
+        def name_entry(k: int) -> dict[str, str]:
             return {} if names is None else {"name": names[k]}
 
         metrics = with_undefined(self.of_clients, sets)
         entries: State = {
             "client_test_set": test_set,
-            "client_metrics": {str(k): {**named(k), **figures} for k, figures in metrics.items()},
+            "client_metrics": {str(k): {**name_entry(k), **figures} for k, figures in metrics.items()},
         }
         if worst is not None:
             k, figure = worst
-            entries["worst_client"] = {"client": k, **named(k), "metric": figure, "value": self.of_clients[k][figure]}
+            entries["worst_client"] = {
+                "client": k,
+                **name_entry(k),
+                "metric": figure,
+                "value": self.of_clients[k][figure],
+            }
         return entries
 
     def _directions(self, figures: Iterable[str]) -> dict[str, str | None]:

@@ -39,7 +39,7 @@ class Privacy(RunPart):
 
     def round_end(self, record: Record) -> None:
         if self._run.private is not None and not record.entry.one_off:
-            record.put(self._run.private.spent(self._run.progress.done))
+            record.put(self._run.private.figures_after(self._run.progress.done))
 
     def finish(self, summary: Summary) -> None:
         run = self._run

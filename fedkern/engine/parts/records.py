@@ -35,7 +35,7 @@ class Records(RunPart):
     def round_end(self, record: Record) -> None:
         if record.entry.one_off:
             return
-        clients = {k: {**self._run.context.named(int(k)), **info} for k, info in record.clients.items()}
+        clients = {k: {**self._run.context.name_entry(int(k)), **info} for k, info in record.clients.items()}
         record.put({"clients": clients}, About.CLIENTS)
         if self._run.log.dropped:
             record.put({"dropped": self._run.log.dropped})
@@ -45,7 +45,7 @@ class Records(RunPart):
         if used := device_use.figures(self._run.context.device):
             record.put({"device": used})
         record.put({"round_seconds": time.perf_counter() - record.started, "seconds": self._run.timing.seconds()})
-        record.public = self._run.notices.disclosure.told(record.entries)
+        record.public = self._run.notices.disclosure.filter_entries(record.entries)
         written = {name: value for name, value in record.public.items() if name not in ("rounds", "evaluated")}
         self._run.store.metrics.append(written)
 

@@ -19,7 +19,7 @@ class ServerFigures(RunPart):
     def round_end(self, record: Record) -> None:
         if record.entry.one_off:
             return
-        report, told = self._run.server.report, self._run.notices.disclosure.told(record.entries)
+        report, told = self._run.server.report, self._run.notices.disclosure.filter_entries(record.entries)
         for name, value in figures(
             report, "server.report", {*told, *RECORD_NAMES, *(FIGURE_NAMES & report.keys())}
         ).items():
@@ -28,7 +28,7 @@ class ServerFigures(RunPart):
 
     def finish(self, summary: Summary) -> None:
         entries = {name: (About.SERVER, value) for name, value in self._run.server.report.items()}
-        summary.metrics.update(self._run.notices.disclosure.told(entries))
+        summary.metrics.update(self._run.notices.disclosure.filter_entries(entries))
 
     def state(self) -> State:
         return dict(self._run.server.report)

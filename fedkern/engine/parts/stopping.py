@@ -41,7 +41,7 @@ class StopAt(RunPart):
     def round_end(self, record: Record) -> Stop | None:
         if not record.due:
             return None
-        entries = self._run.notices.disclosure.told(record.entries)
+        entries = self._run.notices.disclosure.filter_entries(record.entries)
         figures = {name: value for name, value in entries.items() if isinstance(value, float) and name != "seconds"}
         if self._figure not in figures:
             raise UserError(
@@ -86,7 +86,7 @@ class Patience(RunPart):
     def round_end(self, record: Record) -> Stop | None:
         if not record.due:
             return None
-        figure, value = self._main(self._run.notices.disclosure.told(record.entries))
+        figure, value = self._main(self._run.notices.disclosure.filter_entries(record.entries))
         sign = -1 if self._run.config.better == "min" else 1
         if not sign * value > sign * self._best.get("value", -sign * math.inf):  # NaN is never the best
             self._without += bool(self._best)

@@ -51,7 +51,7 @@ class Traffic(RunPart):
     def finish(self, summary: Summary) -> None:
         ledger = self._run.ledger
         entry = ledger.summary()
-        if self._run.amplified:  # nobody may know who took part in which round
+        if self._run.samples_in_secret:  # nobody may know who took part in which round
             del entry["clients"]
         summary.entries["bytes"] = entry
         if ledger.wire:
@@ -63,5 +63,5 @@ class Traffic(RunPart):
 
     def restore(self, state: State) -> None:
         ledger = self._run.ledger
-        ledger.restore(state["ledger"], self._run.store.checkpoints.booked())
+        ledger.restore(state["ledger"], self._run.store.checkpoints.ledger_rows())
         ledger.wire.update(state.get("wire", {}))

@@ -37,7 +37,7 @@ class Artifact:
     axes: tuple[str, ...]
 
 
-def prepared(name: str, value: Tensor) -> Tensor:
+def prepare_artifact(name: str, value: Tensor) -> Tensor:
     """A copy of ``value`` on the CPU in the form in which it is kept: images in [0, 1] as uint8, tables as fp32.
 
     Raises:

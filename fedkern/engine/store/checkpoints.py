@@ -118,7 +118,7 @@ class Checkpoints:
         if not entries:
             self._collect(())
             return None
-        while entries and (damaged := self._damaged(entries[-1])):
+        while entries and (damaged := self._find_damaged(entries[-1])):
             self.skipped.append(f"{', '.join(damaged)} of round {entries.pop()['round']}")
         if not entries:
             raise UserError(f"All checkpoints in {self.folder} are damaged: the run cannot be resumed, start it again.")
@@ -126,7 +126,7 @@ class Checkpoints:
         self.clients, self._sums = self.files_of(entries[-1])
         self._table.open(entries[-1]["table"])
         self._unchecked = {name: crc for name, crc in self._sums.items() if name not in entries[-1]["files"]}
-        needed = [self._needed(entry) for entry in entries]
+        needed = [self._list_needed(entry) for entry in entries]
         self._named = [entries[-1]["server"]]
         self._named += [entries[-1]["participation"]] if "participation" in entries[-1] else []
         self._named += filter(_MESSAGES.fullmatch, entries[-1]["files"])
@@ -169,7 +169,7 @@ class Checkpoints:
         sums = {row.file: row.sum for row in rows.values() if row.file is not None and row.sum is not None}
         return named, {**sums, **entry["files"]}
 
-    def _needed(self, entry: Entry) -> set[str]:
+    def _list_needed(self, entry: Entry) -> set[str]:
         """Names of all files of an entry, as far as they are known."""
         try:
             sums = self.files_of(entry)[1]
@@ -177,7 +177,7 @@ class Checkpoints:
             sums = entry["files"]
         return {*sums, entry["table"]["file"]}
 
-    def booked(self) -> dict[int, Sequence[int]]:
+    def ledger_rows(self) -> dict[int, Sequence[int]]:
         """Return the row of the byte ledger of every client that has one."""
         return {k: row.booked for k, row in self._table.rows.items() if row.booked}
 
@@ -193,7 +193,7 @@ class Checkpoints:
         self.skipped = [f"the last entry of {MANIFEST}"] if entries and not _sound(entries[-1]) else []
         return sound
 
-    def _damaged(self, entry: Entry) -> list[str]:
+    def _find_damaged(self, entry: Entry) -> list[str]:
         """Names of files that are missing or damaged.
 
         The files that are new in the entry are read, and the others only looked for: an older entry needs them too, so

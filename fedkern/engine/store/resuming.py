@@ -16,7 +16,7 @@ from fedkern.engine.executors import torchrun_group
 from fedkern.engine.store import predictions, records
 from fedkern.engine.store.checkpoints import Checkpoints, Entry, newest
 from fedkern.engine.store.run_folder import NODES
-from fedkern.engine.store.saved_model import damaged
+from fedkern.engine.store.saved_model import find_damaged
 from fedkern.errors import UserError
 from fedkern.messages.states import State
 from fedkern.methods.base import Round
@@ -99,7 +99,7 @@ def finished_summary(entry: Entry | None, out: Path, predicted: bool) -> State |
     if entry is None or not entry["info"]["finished"]:
         return None
     records.Metrics(out).check_entry(entry)
-    if damaged(out, entry) or (predicted and not (out / predictions.FILE).exists()):
+    if find_damaged(out, entry) or (predicted and not (out / predictions.FILE).exists()):
         return None
     return records.read_summary(out)
 
@@ -172,7 +172,7 @@ def with_identity(config: RunConfig, entry: Entry | None) -> RunConfig:
     return config if entry is None else config.replace(identity=entry["info"]["config"].get("identity", {}))
 
 
-def unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any) -> RunConfig:
+def load_unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any) -> RunConfig:
     """The settings of a run folder as :func:`load_settings` reads them, for a reader of what the run has made.
 
     Raises:
@@ -188,7 +188,7 @@ def facts_of(context: RunContext, fingerprint: int, out: Path) -> State:
     """What checkpoints keep of a run, so that it goes on with the same settings, data and kernels, or says so."""
     config, data = context.config, context.data
     names = {"clients": data.client_names or (), "classes": data.classes}
-    launched = torchrun_group.launched()
+    launched = torchrun_group.find_launched_rank()
     return {
         "config": make_portable(config, out).to_dict(),
         "data": fingerprint,
@@ -381,7 +381,7 @@ def repairs(checkpoints: Checkpoints, entry: Entry, out: Path) -> dict[str, str]
             f"the run goes on from the one of round {entry['round']}."
         )
     if entry["info"]["finished"]:
-        names = [name for name in damaged(out, entry) if (out / name).exists()]
+        names = [name for name in find_damaged(out, entry) if (out / name).exists()]
         if names:
             warnings["damaged-results"] = f"{', '.join(names)} in {out} was not what the run wrote, and was made again."
     return warnings

@@ -40,7 +40,7 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
         "model": context.networks.model_name, "width": config.width, "task": data.task.name,
         "classes": list(data.classes), **data.form.about(), "method": config.method, "rounds": rounds,
     }  # fmt: skip
-    about |= context.described
+    about |= context.task_facts
     if flat and (names := [*context.networks.initial_personal]):
         about["personal"] = names
     if flat and context.networks.get("server").constants:
@@ -85,7 +85,7 @@ def results(out: Path) -> dict[str, int | None]:
     return {name: checksum(out / name) for name in (*RESULTS, FACTS) if (out / name).exists()}
 
 
-def damaged(out: Path, entry: Entry) -> list[str]:
+def find_damaged(out: Path, entry: Entry) -> list[str]:
     """Return the :func:`results` of a finished run that are missing or changed.
 
     Args:

@@ -44,7 +44,7 @@ Draw = Callable[[int], Tensor]
 class Compressor(Protocol):
     """A compression of vectors, fp32 ``[P]``."""
 
-    def declared(self, size: int) -> Declaration:
+    def declare(self, size: int) -> Declaration:
         """Declaration of a compressed vector of ``size`` elements."""
         ...
 
@@ -70,7 +70,7 @@ class TopK:
     def _count(self, size: int) -> int:
         return min(size, max(1, round(self.share * size)))
 
-    def declared(self, size: int) -> Declaration:
+    def declare(self, size: int) -> Declaration:
         count = self._count(size)
         index = torch.int32 if size < 1 << 31 else torch.int64
         return {"indices": Values((count,), index, low=0, high=size - 1), "values": Values((count,))}
@@ -82,7 +82,7 @@ class TopK:
         chosen = magnitude > threshold
         chosen[(magnitude == threshold).nonzero().squeeze(1)[: count - int(chosen.sum())]] = True
         indices = chosen.nonzero().squeeze(1)
-        return {"indices": indices.to(self.declared(vector.numel())["indices"].dtype), "values": vector[indices]}
+        return {"indices": indices.to(self.declare(vector.numel())["indices"].dtype), "values": vector[indices]}
 
     def restore(self, message: Message, size: int) -> Tensor:
         indices = message["indices"].long()
@@ -95,7 +95,7 @@ class TopK:
 class Int8:
     """Stochastic rounding to multiples of a 127th of the largest absolute value of every `CHUNK` coordinates."""
 
-    def declared(self, size: int) -> Declaration:
+    def declare(self, size: int) -> Declaration:
         return {
             "levels": Values((size,), torch.int8, low=-LEVELS, high=LEVELS),
             "scales": Values((-(-size // CHUNK),), low=0),
@@ -141,7 +141,7 @@ class Compression(Filter):
         self._starts: dict[ClientId, Tensor] = {}  # of this exchange: what updates are counted from
 
     def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
-        starts = {k: asked.declared(k).get("parameters") for k in asked.sent} if asked.hooks.own else {}
+        starts = {k: asked.declaration_of(k).get("parameters") for k in asked.sent} if asked.hooks.own else {}
         self._starts = {k: start for k, start in starts.items() if _is_vector(start)}
         if self._starts and asked.entry.cohort:
             raise UserError(
@@ -155,7 +155,7 @@ class Compression(Filter):
         if start is None or not isinstance(message, Mapping) or not isinstance(message.get("parameters"), Mapping):
             return ""  # what does not fit has travelled as it is
         sent, size = message["parameters"], start.numel()
-        if why := why_refused({"parameters": sent}, {"parameters": self._compressor.declared(size)}):
+        if why := why_refused({"parameters": sent}, {"parameters": self._compressor.declare(size)}):
             return why
         try:
             update = self._compressor.restore(sent, size)

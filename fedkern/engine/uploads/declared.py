@@ -26,13 +26,13 @@ class Declared(Filter):
         if arrival.checked is not None:
             arrival.info.update(arrival.checked)
             return ""
-        why = examined(arrival.sent, arrival.message, arrival.declared, arrival.info)
+        why = examine_upload(arrival.sent, arrival.message, arrival.declared, arrival.info)
         if not why and arrival.declared and not arrival.message:
             arrival.message = None
         return why
 
 
-def examined(
+def examine_upload(
     message: Message, answer: object, declared: Declaration, info: State, measured: Drift | None = None
 ) -> str:
     """Checks a client's upload against the method's declaration.

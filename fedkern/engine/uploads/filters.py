@@ -44,10 +44,10 @@ class ExchangeRequest:
         """Rounds since the client was sent its message."""
         return self.phase.round - self.began.get(client, self.phase.round)
 
-    def declared(self, client: ClientId) -> Declaration:
+    def declaration_of(self, client: ClientId) -> Declaration:
         """The declaration of a client's upload; its ``parameters``, from which an update counts, are what was sent."""
         sent = self.sent.get(client, {})
-        declared = self.hooks.declared(self.phase, client, sent)
+        declared = self.hooks.declare_upload(self.phase, client, sent)
         if self.staleness(client) and "parameters" in declared and "parameters" in sent:
             return {**declared, "parameters": sent["parameters"]}  # the method declares what its server has now
         return declared
@@ -79,7 +79,7 @@ class Arrival:
     @cached_property
     def declared(self) -> Declaration:
         """The declaration of the upload."""
-        return self.asked.declared(self.client)
+        return self.asked.declaration_of(self.client)
 
 
 class Filter:

@@ -101,7 +101,7 @@ class PrivateMean(Filter):
     def _mean(
         self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
-        declared, state = asked.declared(asked.participants[0]), self._server.state
+        declared, state = asked.declaration_of(asked.participants[0]), self._server.state
         start = self._start(declared)
         total = ClippedSum(self._privacy.level, start)
         for upload in uploads:

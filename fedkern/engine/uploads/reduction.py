@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.engine.registry import register_filter
 from fedkern.engine.run_objects import RunObjects
-from fedkern.engine.uploads.declared import examined
+from fedkern.engine.uploads.declared import examine_upload
 from fedkern.engine.uploads.encoders import Departure, Encoder
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.messages.states import State
@@ -39,7 +39,7 @@ class Reduction(Filter):
 
     def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
         names = asked.hooks.on_gpu
-        return {k: Reducing(names, _without_tensors(asked.declared(k))) for k in asked.sent} if names else {}
+        return {k: Reducing(names, _without_tensors(asked.declaration_of(k))) for k in asked.sent} if names else {}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Reducing:
         """See :meth:`Encoder.encode`; an upload that does not fit travels whole, and the server says why."""
         info: State = {}
         upload = leaving.message
-        if examined(leaving.sent, upload, self.declared, info, leaving.drift) or not upload:
+        if examine_upload(leaving.sent, upload, self.declared, info, leaving.drift) or not upload:
             return _fetch_upload(upload), None
         return upload, info
 

@@ -260,7 +260,7 @@ class NodeClients:
         context.notices.warnings.clear()
         answer = self._serial.ask(k, request.asker, request.phase, message)
         self._places[k] = request.attempt, request.version
-        state = self._serial.changed(k)
+        state = self._serial.changed_state(k)
         if state is not None:
             folder.write_state(request.version, state, request.oldest)
         ledger = None if state is None or self._said is None else state.get(LEDGER)

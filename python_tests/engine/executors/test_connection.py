@@ -42,8 +42,8 @@ def test_objects_arrive_in_order_both_ways(pair):
     for number in numbers:
         zero.say(("down", number))
         one.say(("up", number))
-    assert [one.told() for _ in numbers] == [("down", number) for number in numbers]
-    assert [zero.told() for _ in numbers] == [("up", number) for number in numbers]
+    assert [one.receive_value() for _ in numbers] == [("down", number) for number in numbers]
+    assert [zero.receive_value() for _ in numbers] == [("up", number) for number in numbers]
     assert zero.over is one.over is None
 
 
@@ -101,7 +101,7 @@ def test_ends_that_say_nothing_beat(ends, monkeypatch):
     time.sleep(0.5)
     assert zero.get(0.0) is one.get(0.0) is None
     one.say("word")
-    assert zero.told() == "word"
+    assert zero.receive_value() == "word"
 
 
 # -- the end of a connection ---------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_ranks_meet(meet, name, entries, odd):
     assert (zero.rank, one.rank, zero.size, zero.odd) == (0, 1, 2, odd)
     one.connections[0].say("up")
     zero.connections[1].say("down")
-    assert (zero.connections[1].told(), one.connections[0].told()) == ("up", "down")
+    assert (zero.connections[1].receive_value(), one.connections[0].receive_value()) == ("up", "down")
 
 
 def test_ranks_that_were_started_otherwise_are_refused(meet):

@@ -53,7 +53,7 @@ class Here(Process, Executor):
     def working(self):
         return sorted(self.sums)
 
-    def changed(self, k):
+    def changed_state(self, k):
         return {"sum": self.sums[k]} if k in self.sums else None
 
 
@@ -118,8 +118,8 @@ def sums(answers):
 def test_answers_and_changed_states_come_in_client_order(transport):
     answers, seen = exchange(transport, 1), []
     for answer in answers:
-        seen.append((answer.client, answer.message["sum"], transport.changed(answer.client)))
-        assert [transport.changed(k) for k in range(4)] == 4 * [None]  # each once, and at its turn
+        seen.append((answer.client, answer.message["sum"], transport.changed_state(answer.client)))
+        assert [transport.changed_state(k) for k in range(4)] == 4 * [None]  # each once, and at its turn
     assert seen == [(k, 100 * k + 1, {"sum": 100 * k + 1}) for k in range(4)]
 
 
@@ -161,7 +161,7 @@ def test_the_round_of_a_client_whose_process_is_lost_begins_again(transport, che
     """In another process, or in the run's own where none is left."""
     assert sums(exchange(transport, 1)) == {k: 100 * k + 1 for k in range(4)}
     for k in range(4):  # what is written within the round is not what the round begins with
-        checkpoints.write_client(k, 1, transport.changed(k))
+        checkpoints.write_client(k, 1, transport.changed_state(k))
     for process in transport._processes[:lost]:
         transport.lose(process)
     assert sums(exchange(transport, 2)) == {k: 100 * k + 3 for k in range(4)}
@@ -176,19 +176,19 @@ def test_a_state_from_a_lost_process_gives_way_to_a_later_one(transport):
     for process in list(transport._processes):
         transport.lose(process)
     assert sums(exchange(transport, 2)) == {k: 100 * k + 3 for k in range(4)}  # in the run's own process
-    assert [transport.changed(k)["sum"] for k in range(4)] == [3, 103, 203, 303]
+    assert [transport.changed_state(k)["sum"] for k in range(4)] == [3, 103, 203, 303]
 
 
 def test_states_of_clients_whose_process_is_lost_are_not(transport):
     assert len(list(exchange(transport, 1))) == 4
     transport.lose(transport._processes[0])
     assert transport.working() == [0, 1, 2, 3]
-    assert [transport.changed(k)["sum"] for k in range(4)] == [1, 101, 201, 301]
+    assert [transport.changed_state(k)["sum"] for k in range(4)] == [1, 101, 201, 301]
 
 
 def test_a_forgotten_client_begins_with_its_present_state(transport, checkpoints):
     assert len(list(exchange(transport, 1))) == 4
-    checkpoints.write_client(2, 1, transport.changed(2))
+    checkpoints.write_client(2, 1, transport.changed_state(2))
     transport.forget(2)
     assert transport.working() == [0, 1, 3]
     assert transport.told == [(transport._processes[0], Forget(2))]

@@ -189,11 +189,11 @@ def test_a_packet_of_any_size_waits_for_its_reader(wire, size):
     wire.here.say("first")
     wire.here.send(wire.packer.pack((content, torch.arange(3.0))))
     wire.here.say("last")
-    assert wire.there.told() == "first"
+    assert wire.there.receive_value() == "first"
     found, tensor = wire.unpacker.unpack(wire.there.receive())
     assert found == content
     assert tensor.tolist() == [0, 1, 2]
-    assert wire.there.told() == "last"
+    assert wire.there.receive_value() == "last"
     assert open_files() == before + 1  # the packer's
 
 
@@ -245,7 +245,7 @@ def test_a_closed_end(wire):
     wire.here.say("unread")
     wire.there.say("last")
     wire.there.close()
-    assert wire.here.told() == "last"
+    assert wire.here.receive_value() == "last"
     for _ in range(3):  # the connection was reset, then it is over
         with pytest.raises(EOFError):
             wire.here.receive()
@@ -259,7 +259,7 @@ def test_a_message_that_is_cut(arrived):
     message = two.recv(1 << 16)
     one.sendall(message + message[:arrived])
     one.close()
-    assert Channel(two).told() == "x" * 100
+    assert Channel(two).receive_value() == "x" * 100
     with pytest.raises(EOFError):
         Channel(two).receive()
     two.close()

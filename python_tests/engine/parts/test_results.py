@@ -18,7 +18,7 @@ from python_tests.stand_ins import Context, run_objects
 @pytest.mark.parametrize("names", [None, ("x", "y")])
 def test_the_files_of_a_run(names, tmp_path):
     context = Context(2, **SETTINGS)
-    context.networks.model_name, context.described = "cnn", {}
+    context.networks.model_name, context.task_facts = "cnn", {}
     facts = {"task": CLASSIFICATION, "form": FORM}
     vars(context.data).update(
         client_names=names, statistics=SimpleNamespace(held_out=("z", 3) if names else None), **facts

@@ -11,7 +11,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store import artifacts
-from fedkern.engine.store.artifacts import Artifact, ArtifactLog, prepared
+from fedkern.engine.store.artifacts import Artifact, ArtifactLog, prepare_artifact
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError
@@ -116,9 +116,9 @@ def test_every_round_of_a_short_run_is_wanted(tmp_path):
 def test_what_cannot_be_shown():
     for name, value in (("Bad name", torch.zeros(2, 2)), ("../up", torch.zeros(2, 2)), ("cube", torch.zeros(2, 2, 2))):
         with pytest.raises(ValueError, match="log_image: expected"):
-            prepared(name, value)
-    assert prepared("mri", torch.rand(2, 4, 3, 3)).shape == (2, 1, 3, 3)
-    found = prepared("odd", torch.tensor([[-1.0, 2.0, math.nan, 0.5]]).view(1, 1, 2, 2))
+            prepare_artifact(name, value)
+    assert prepare_artifact("mri", torch.rand(2, 4, 3, 3)).shape == (2, 1, 3, 3)
+    found = prepare_artifact("odd", torch.tensor([[-1.0, 2.0, math.nan, 0.5]]).view(1, 1, 2, 2))
     assert found.flatten().tolist() == [0, 255, 0, 128]
 
 

@@ -30,7 +30,7 @@ class Hooks:
 
     own = True
 
-    def declared(self, phase, client, message):
+    def declare_upload(self, phase, client, message):
         return message
 
 

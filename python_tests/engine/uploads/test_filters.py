@@ -28,7 +28,7 @@ class Hooks:
     own, asker = True, "method"
     on_gpu = ("parameters",)
 
-    def declared(self, phase, client, message):
+    def declare_upload(self, phase, client, message):
         return message
 
 
@@ -47,15 +47,15 @@ def test_an_update_counts_from_what_its_client_was_sent():
     """The method declares what its server has now, from which a stale upload has not begun."""
 
     class Now(Hooks):
-        def declared(self, phase, client, message):
+        def declare_upload(self, phase, client, message):
             return {"parameters": START + 1, "buffers": START}
 
     old = {0: {"parameters": START}, 1: {"parameters": START + 1}}
     exchange = ExchangeRequest(Phase(3, "train", "update"), Round("train"), 3, 2, (0, 1), Now(), old, {0: 1})
     assert [exchange.staleness(k) for k in (0, 1)] == [2, 0]
-    assert exchange.declared(0)["parameters"] is START
-    assert torch.equal(exchange.declared(1)["parameters"], START + 1)
-    assert exchange.declared(0).keys() == {"parameters", "buffers"}
+    assert exchange.declaration_of(0)["parameters"] is START
+    assert torch.equal(exchange.declaration_of(1)["parameters"], START + 1)
+    assert exchange.declaration_of(0).keys() == {"parameters", "buffers"}
 
 
 def test_a_filter_that_overrides_nothing_lets_all_pass():
