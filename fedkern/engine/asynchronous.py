@@ -201,7 +201,9 @@ class StaleUploads(Filter):
     ) -> Iterator[Upload]:
         return uploads if asked.entry.one_off else map(partial(self._rebase, asked, note), uploads)
 
-    def _rebase(self, asked: ExchangeRequest, note: Callable[[ClientId, Mapping[str, float]], None], upload: Upload) -> Upload:
+    def _rebase(
+        self, asked: ExchangeRequest, note: Callable[[ClientId, Mapping[str, float]], None], upload: Upload
+    ) -> Upload:
         k, message = upload.client_id, dict(upload.message)
         note(k, {"staleness": upload.staleness})
         current, weight = (

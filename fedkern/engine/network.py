@@ -94,7 +94,9 @@ class Network:
         finite = all_finite(self.parameters) & (self.finite_buffers() if len(self.buffers) else True)
         kept = self._personal_buffers
         if len(self.personal) or len(kept):
-            finite &= all_finite(self.personal) & (torch.isfinite(kept) | (self._infinite_personal & ~kept.isnan())).all()
+            finite &= (
+                all_finite(self.personal) & (torch.isfinite(kept) | (self._infinite_personal & ~kept.isnan())).all()
+            )
         return finite
 
     def finite_buffers(self, part: slice = slice(None)) -> Tensor:

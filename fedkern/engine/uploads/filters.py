@@ -90,9 +90,9 @@ class Filter:
 
     Attributes:
         name: as registered.
-        needs_whole_upload: whether the filter sees uploads whole.  Where none of a run's filters does, vectors that the server only
-            adds up may stay on the GPU.
-        keeps_on_device: whether the filter has vectors stay there, which a run whose filters see uploads whole does without.
+        needs_whole_upload: whether the filter reads the vectors of uploads.  Where none of a run's filters does,
+            vectors that the server only adds up may stay on the GPU.
+        keeps_on_device: whether the filter leaves vectors there.  Runs with a filter that reads them do without it.
         keeps_client_state: whether the filter's encoders keep state at clients (:class:`Departure`).
     """
 
