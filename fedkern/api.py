@@ -30,7 +30,7 @@ from fedkern.errors import WAYS, UserError, nearest, shown
 from fedkern.files.filesystem import check_new, check_text
 from fedkern.listeners.events import Listener, Listeners
 from fedkern.methods import Method, registry, script_methods
-from fedkern.process.extras import needed
+from fedkern.process.extras import import_extra
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import NETWORKS
@@ -83,7 +83,7 @@ class History:
         Raises:
             UserError: pandas is not installed.
         """
-        return needed("to_pandas needs pandas", "pandas", "pandas").json_normalize(self.records)
+        return import_extra("to_pandas needs pandas", "pandas", "pandas").json_normalize(self.records)
 
 
 class Run:

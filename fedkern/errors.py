@@ -103,7 +103,7 @@ class CodeFailed(RunFailed):
     def __init__(self, where: str, error: BaseException, code: object) -> None:
         description = f"{described(error)}{origin(error, code)}"
         super().__init__(f"{where} failed: {description}; the traceback names the file to mend.")
-        self.traceback = traced(error)
+        self.traceback = format_traceback(error)
         self.__cause__ = error
 
 
@@ -132,7 +132,7 @@ class ClientFailed(RunFailed):
         """The error of a client whose part of a method, the class ``code``, has raised ``error``."""
         named = told(error)
         description = (described(error) if named is None else named.rstrip(".")) + origin(error, code)
-        trace, exit_code = (traced(error), 1) if named is None else ("", error.exit_code)  # type: ignore[attr-defined]
+        trace, exit_code = (format_traceback(error), 1) if named is None else ("", error.exit_code)  # type: ignore[attr-defined]
         failed = ClientFailed(client, description, trace, exit_code=exit_code)
         failed.__cause__ = error
         return failed
@@ -205,7 +205,7 @@ def named(where: str, code: object) -> Iterator[None]:
 
 
 @contextmanager
-def spared(tell: Callable[[str], object]) -> Iterator[None]:
+def warn_instead(tell: Callable[[str], object]) -> Iterator[None]:
     """Tells of an error inside, as :func:`described`, where only a picture is lost by it.
 
     UserError and whatever says that memory is exhausted are raised.
@@ -238,14 +238,14 @@ def shows(error: BaseException) -> bool:
         return False
 
 
-def traced(error: BaseException) -> str:
+def format_traceback(error: BaseException) -> str:
     """The traceback of an exception, as text of bounded length."""
     return printable("".join(traceback.format_exception(error)), TRACEBACK)
 
 
 def traceback_of(error: BaseException) -> str:
     """Return the traceback that an exception carries, or that of itself; empty for a UserError without one."""
-    return str(getattr(error, "traceback", "" if isinstance(error, UserError) else traced(error)))
+    return str(getattr(error, "traceback", "" if isinstance(error, UserError) else format_traceback(error)))
 
 
 def shown(value: object) -> str:

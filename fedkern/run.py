@@ -112,14 +112,14 @@ def _run_guarded(words: list[str], leftover: bool) -> int:
     from fedkern.errors import NO_MEMORY, UserError
     from fedkern.files.filesystem import check_working_folder
     from fedkern.process.interrupts import end_by
-    from fedkern.process.standard_streams import lost, results_alone
+    from fedkern.process.standard_streams import has_lost_output, results_alone
 
     try:
         check_working_folder()
         with results_alone() if "--json" in words else nullcontext():
             code = _dispatch(words, leftover)
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
-        return FAILED if code == OK and lost() else code
+        return FAILED if code == OK and has_lost_output() else code
     except UserError as error:
         print(getattr(error, "traceback", ""), end="", file=sys.stderr)  # ClientFailed and CodeFailed have one
         return _say(str(error), error.exit_code)
@@ -183,10 +183,10 @@ def _dispatch(words: list[str], leftover: bool) -> int:
         if _first():
             print(front_page.front_page())
         return OK
-    from fedkern.process.garbage import uncollected
+    from fedkern.process.garbage import without_collection
 
     # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
-    with _told("loading torch ..."), uncollected():
+    with _told("loading torch ..."), without_collection():
         from fedkern.cli import command_parser, extensions, torchrun
         from fedkern.errors import UserError
         from fedkern.files.filesystem import check_text

@@ -67,7 +67,7 @@ class Option:
         if self.type is None:
             object.__setattr__(self, "type", builtins.type(self.default))
 
-    def named(self, field: str, label: str) -> Self:
+    def bind_field(self, field: str, label: str) -> Self:
         """The option of a field; ``{}`` in its label stands for its name, in a flag's with hyphens."""
         name = self.name or field
         label = label.format(name.replace("_", "-") if label.startswith("--") else name)
@@ -108,7 +108,7 @@ class Option:
             kind = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}[self.type]
             raise UserError(f"{self.label} must be {kind}, not {quoted(value)}.{self._several(value)}") from None
         if isinstance(result, str):
-            return self._chosen(result)
+            return self._find_choice(result)
         self.check(result)
         return result
 
@@ -128,7 +128,7 @@ class Option:
         """Raises UserError when ``value`` is outside the allowed range."""
         if isinstance(value, (str, bool)):
             if isinstance(value, str):
-                self._chosen(value)
+                self._find_choice(value)
             return
         if isinstance(value, float) and math.isinf(value) and not self.infinite:
             raise UserError(f"{self.label} must be finite, not {value:g}.")
@@ -148,7 +148,7 @@ class Option:
         if bad:
             raise UserError(f"{self.label} must be {self.range or 'a number'}, not {text}.")
 
-    def _chosen(self, value: str) -> str:
+    def _find_choice(self, value: str) -> str:
         """The one of the choices that a word means."""
         if self.choices is None:
             return value
@@ -203,15 +203,15 @@ class OptionTable:
             UserError: a default is no value of its option, or the class is not decorated as a dataclass.
         """
         table: Any = cls
-        return _declared(table)
+        return _list_options(table)
 
 
 @functools.cache
-def _declared(cls: Any) -> tuple[Option, ...]:
+def _list_options(cls: Any) -> tuple[Option, ...]:
     if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
         raise UserError(f"{cls.__qualname__} declares options: write @dataclass(frozen=True) above the class.")
     fields = [field for field in dataclasses.fields(cls) if "option" in field.metadata]
-    options = tuple(field.metadata["option"].named(field.name, cls.label) for field in fields)
+    options = tuple(field.metadata["option"].bind_field(field.name, cls.label) for field in fields)
     for entry in options:
         if entry.default is not None:
             entry.check(entry.default)
@@ -248,7 +248,7 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) 
     return name, values
 
 
-def spelled(name: str, options: Mapping[str, object]) -> str:
+def spell_options(name: str, options: Mapping[str, object]) -> str:
     """What :func:`with_options` reads, with all options: the same for every text that means the same."""
     text = ",".join(f"{key}={as_typed(value)}" for key, value in options.items())
     return f"{name}:{text}" if text else name

@@ -37,7 +37,7 @@ class Context:
         self.data = SimpleNamespace(client_names=None, client_label=str, classes=("cat", "dog"))
         self.device, self.uploaded = torch.device("cpu"), []
 
-    def named(self, k):
+    def name_entry(self, k):
         return {} if self.data.client_names is None else {"name": self.data.client_names[k]}
 
 
@@ -90,7 +90,7 @@ class Executor:
             self.asked.append((asker, phase.exchange, k))
             yield self._work(k, message)
 
-    def changed(self, k):
+    def changed_state(self, k):
         return self._states.pop(k, None)
 
     def working(self):

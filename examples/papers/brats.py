@@ -44,7 +44,7 @@ from fedkern.data.sources.listing import SPLITS, split_rows
 from fedkern.data.sources.site_folders import left_out
 from fedkern.errors import first_of
 from fedkern.files.inputs import open_regular, real_file
-from fedkern.process.extras import needed
+from fedkern.process.extras import import_extra
 from fedkern.tasks.segmentation import largest_classes
 
 PARTS = {"necrotic core": (1,), "oedema": (2,), "enhancing tumour": (4, 3)}
@@ -426,4 +426,4 @@ def _slices(
 
 
 def _nibabel() -> Any:
-    return needed('data set "brats" reads NIfTI files with nibabel, which is not installed', "medical", "nibabel")
+    return import_extra('data set "brats" reads NIfTI files with nibabel, which is not installed', "medical", "nibabel")

@@ -45,7 +45,7 @@ def command_line(method: str, config: RunConfig) -> str:
         others = {"method", "options", "data_options", "plugins", *FINGERPRINTS, *idle}
         if f.name not in config.names() - others or value is None:
             continue
-        if f.name == "records" and value == config.replace(records=None).resolved()["records"]:
+        if f.name == "records" and value == config.replace(records=None).resolve()["records"]:
             continue  # follows from the method's options
         if (
             f.name == "client_threads"

@@ -19,7 +19,7 @@ from fedkern.engine.script_objects import ScriptObjects
 from fedkern.errors import RunFailed, UserError, first_of, printable
 from fedkern.files.filesystem import expand
 from fedkern.methods import METHODS, Method, registry
-from fedkern.process.extras import needed
+from fedkern.process.extras import import_extra
 from fedkern.settings.config import RunConfig
 from fedkern.settings.doors import python_words
 from fedkern.settings.in_memory import check_in_memory
@@ -72,7 +72,7 @@ class Comparison:
         Raises:
             UserError: pandas is not installed.
         """
-        return needed("to_pandas needs pandas", "pandas", "pandas").DataFrame(self.table)
+        return import_extra("to_pandas needs pandas", "pandas", "pandas").DataFrame(self.table)
 
     def plot(self) -> list[Path]:
         """The path of the picture of the curves, in a list that a notebook shows; empty where nothing was drawn."""

@@ -16,7 +16,7 @@ from typing import Any
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
 from fedkern.comparison.seed_statistics import Target, interval_text, paired, plus_minus, spread
 from fedkern.engine.store import confusions, records
-from fedkern.errors import UserError, nearest, printable_name, spared
+from fedkern.errors import UserError, nearest, printable_name, warn_instead
 from fedkern.files import atomic
 from fedkern.methods.registry import short
 from fedkern.report.names import CELL
@@ -194,7 +194,7 @@ class Result:
         for name, text in texts.items():
             atomic.write_bytes(folder / name, text.encode())
         paths = [folder / name for name in texts]
-        with spared(lambda why: warnings.warn(f"{PICTURE} is missing: {why}.", stacklevel=2)):
+        with warn_instead(lambda why: warnings.warn(f"{PICTURE} is missing: {why}.", stacklevel=2)):
             panels = comparison_panels(self.histories(), self.figures, chance=self.chance())
             if panels:
                 save(draw([*panels.values()], title=self.title()), folder / PICTURE)

@@ -26,7 +26,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.files import atomic
 from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
 from fedkern.ops._core.private_torch import ONNX_LOG
-from fedkern.process.extras import needed
+from fedkern.process.extras import import_extra
 from fedkern.process.torch_modes import reproducible
 from fedkern.tasks.user_tasks import inner
 
@@ -286,7 +286,7 @@ def _program(bundle: Exportable, exported: ExportedProgram, axes: Shapes, path: 
 
 
 def _onnx(bundle: Exportable, exported: ExportedProgram, axes: Shapes, path: Path) -> None:
-    onnx = needed("--format onnx needs the packages onnx and onnxscript", "export", "onnx", "onnxscript")
+    onnx = import_extra("--format onnx needs the packages onnx and onnxscript", "export", "onnx", "onnxscript")
     logging.getLogger(ONNX_LOG).addFilter(_of_the_network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about its own parts

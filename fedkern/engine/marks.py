@@ -55,7 +55,10 @@ def find_unused(config: RunConfig, names: Collection[str], marks: Collection[str
     subject, own = _code(config)
     factory = {"optimizer"} if config.training and not config.training.startswith("train ") else set()
     for mark, place in PLACES.items():
-        labels = {*config.given(*(name for name in place.settings if name in names)), *factory & {*place.settings}}
+        labels = {
+            *config.given_flags(*(name for name in place.settings if name in names)),
+            *factory & {*place.settings},
+        }
         for label in () if mark in marks else sorted(labels):
             way = f"{place.way}, or leave {label} out" if own else f"leave {label} out"
             yield f"{label} has no effect on {subject}, {place.lacks}: {way}."
@@ -63,11 +66,11 @@ def find_unused(config: RunConfig, names: Collection[str], marks: Collection[str
 
 def comparison_notes(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
     """Yield sentences on settings without effect: those of ``names``, which a comparison gives, and defaults."""
-    for name, way in config.unused().items():
-        yield from (f"{label} has no effect {way}." for label in config.given(name) if name in names)
+    for name, way in config.find_unused().items():
+        yield from (f"{label} has no effect {way}." for label in config.given_flags(name) if name in names)
     yield from find_unused(config, names, marks)
     unmarked = {name for mark, place in PLACES.items() if mark not in marks for name in place.settings}
-    if labels := sorted(config.given(*(unmarked - {*names, *config.unused()}))):
+    if labels := sorted(config.given_flags(*(unmarked - {*names, *config.find_unused()}))):
         yield f"The defaults of {', '.join(labels)} have no effect on {_code(config)[0]}."
 
 

@@ -78,7 +78,7 @@ def find_facts(
         data = _with_classes(network, data)
         classes, form = len(data.classes), data.form
         check_output(network, make.text, form, data.task.output(classes, form.shape[1:]), classes, config.data)
-    registry.check_network(config.method, config.made.needs, network, data, make.text)
+    registry.check_network(config.method, config.method_instance.needs, network, data, make.text)
     facts["model_layout"], facts["model_sha256"] = layout(network.state_dict()), network_hash(make)
     if stored is not None:
         if stored.model_layout not in (None, facts["model_layout"]):

@@ -130,7 +130,7 @@ class ScriptObjects:
             UserError: the functions would drop a part of the method, or the network cannot be trained or copied.
         """
         kind, usual = config.kind, registry.get("fedavg")
-        if self.functions and kind.is_private(config.chosen):
+        if self.functions and kind.is_private(config.method_options):
             raise UserError(f"{config.method} with differential privacy has an optimiser of its own: leave yours out.")
         plain = issubclass(kind, LocalTraining) and all(getattr(kind, part) is getattr(usual, part) for part in _PARTS)
         if self.train is not None and not plain:

@@ -12,7 +12,7 @@ from fedkern import ops
 from fedkern.engine.context import RunContext
 from fedkern.engine.node import Node
 from fedkern.engine.store.artifacts import prepare_artifact
-from fedkern.errors import UserError, spared
+from fedkern.errors import UserError, warn_instead
 from fedkern.messages.states import State
 from fedkern.methods.aggregators import Rule
 from fedkern.methods.base import Message, Phase
@@ -70,7 +70,9 @@ class Server(Node):
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
         if self.showing:
-            with spared(lambda why: self._context.notices.warn("no-picture", f"The picture {name} is missing: {why}.")):
+            with warn_instead(
+                lambda why: self._context.notices.warn("no-picture", f"The picture {name} is missing: {why}.")
+            ):
                 self.artifacts[name] = prepare_artifact(name, value if isinstance(value, Tensor) else value()), axes
 
     def refuse(self, client: int, reason: str) -> None:

@@ -10,7 +10,7 @@ from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.listeners.events import Listener, RunInfo
 from fedkern.listeners.scalars import scalars
-from fedkern.process.extras import needed
+from fedkern.process.extras import import_extra
 
 FOLDER = "tensorboard"
 
@@ -18,7 +18,7 @@ FOLDER = "tensorboard"
 def check() -> Any:
     """The class ``torch.utils.tensorboard.SummaryWriter``; raises UserError where tensorboard is not installed."""
     what = "TensorBoard files (--tensorboard) need tensorboard"
-    return needed(what, "tensorboard", "torch.utils.tensorboard").SummaryWriter
+    return import_extra(what, "tensorboard", "torch.utils.tensorboard").SummaryWriter
 
 
 class TensorBoard(Listener):

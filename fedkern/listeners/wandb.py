@@ -14,7 +14,7 @@ from fedkern.files import atomic
 from fedkern.files.inputs import read_json
 from fedkern.listeners.events import Listener, RunInfo
 from fedkern.listeners.scalars import scalars
-from fedkern.process.extras import needed
+from fedkern.process.extras import import_extra
 
 FOLDER, LOGGED = "wandb", "fedkern.json"
 """wandb's folder in the run folder, and the file in it with the last round that was logged."""
@@ -22,7 +22,7 @@ FOLDER, LOGGED = "wandb", "fedkern.json"
 
 def check() -> Any:
     """The module ``wandb``; raises UserError where it is not installed."""
-    return needed("Weights & Biases (--wandb) needs wandb", "wandb", "wandb")
+    return import_extra("Weights & Biases (--wandb) needs wandb", "wandb", "wandb")
 
 
 class WandB(Listener):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.errors import RAISED, UserError, described, origin
-from fedkern.typed_option import Option, named_options, spelled, with_options
+from fedkern.typed_option import Option, named_options, spell_options, with_options
 from fedkern.usercode.registry import Registry, keyword_options
 
 MEAN = "mean"
@@ -104,7 +104,7 @@ class Rule:
     @property
     def text(self) -> str:
         """The name with all options, the same for every text that names this rule."""
-        return spelled(self.entry.name, self.options)
+        return spell_options(self.entry.name, self.options)
 
     def __call__(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The combination, in the dtype of ``vectors``, a list of M tensors ``[P]``.

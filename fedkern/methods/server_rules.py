@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.typed_option import Option, named_options, spelled, with_options
+from fedkern.typed_option import Option, named_options, spell_options, with_options
 
 MEAN = "mean"
 _MOMENTS = {"first": ("momentum", "adam", "yogi", "adagrad"), "second": ("adam", "yogi", "adagrad")}
@@ -52,7 +52,7 @@ class ServerRule:
     @property
     def text(self) -> str:
         """The name with all options, the same for every text that names this rule."""
-        return spelled(self.name, self.options)
+        return spell_options(self.name, self.options)
 
     @property
     def plain(self) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_json, special, standing
-from fedkern.process.extras import needed
+from fedkern.process.extras import import_extra
 
 ADAPTER = "adapter_config.json"
 _UNADAPTED = (
@@ -170,7 +170,7 @@ def loading(title: str, user: str, where: str | Path) -> Iterator[Any]:
     Raises:
         UserError: transformers is not installed, or raised.
     """
-    transformers = needed(f"the {user} needs transformers", "foundation", "transformers")
+    transformers = import_extra(f"the {user} needs transformers", "foundation", "transformers")
     try:
         with quiet(transformers):
             yield transformers

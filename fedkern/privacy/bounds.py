@@ -25,7 +25,7 @@ from fractions import Fraction
 from types import ModuleType
 from typing import Any
 
-from fedkern.process.extras import needed
+from fedkern.process.extras import import_extra
 
 GAUSSIAN, DP_SGD = "gaussian", "dp-sgd"
 SPLITS = (0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
@@ -62,7 +62,7 @@ Entries = tuple[Entry, ...]
 
 def need_accounting() -> ModuleType:
     """The module ``dp_accounting``; raises UserError where it is not installed."""
-    return needed("Privacy accounting needs dp-accounting", "privacy", "dp_accounting", "dp_accounting.rdp")
+    return import_extra("Privacy accounting needs dp-accounting", "privacy", "dp_accounting", "dp_accounting.rdp")
 
 
 def bound_replaced(entries: Entries, delta: float) -> float:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.errors import UserError
 from fedkern.ops._core.layout import plain_strides
-from fedkern.process.extras import needed
+from fedkern.process.extras import import_extra
 
 WAY_OUT = "such as cnn-gn, resnet8-gn or resnet18-gn (unet-small-gn for segmentation)"
 OF_OPACUS = (nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)
@@ -47,7 +47,7 @@ class DPSGD:
 
 def need_opacus() -> ModuleType:
     """The package ``opacus``; raises UserError where it is not installed."""
-    return needed("Training with DP-SGD needs opacus", "privacy", "opacus", "opacus.optimizers")
+    return import_extra("Training with DP-SGD needs opacus", "privacy", "opacus", "opacus.optimizers")
 
 
 def check_network(module: nn.Module, name: str) -> None:

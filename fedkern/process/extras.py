@@ -25,7 +25,7 @@ def install(extra: str) -> str:
     )
 
 
-def needed(purpose: str, extra: str, *modules: str) -> ModuleType:
+def import_extra(purpose: str, extra: str, *modules: str) -> ModuleType:
     """The first of the modules, all of which are imported.
 
     Raises:

@@ -11,7 +11,7 @@ from fedkern.process.interrupts import whole_process
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Keeps the garbage collector off while the block imports modules, and from what was imported ever after.
 
     The collector would look through objects that stay, several times: a quarter of what the imports of torch and

@@ -29,14 +29,14 @@ class _Lossy(io.FileIO):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            if self.fileno() == 1 and not lost():
+            if self.fileno() == 1 and not has_lost_output():
                 with suppress(OSError):
                     os.write(2, f"what is printed is lost: {error.strerror}\n".encode())
             _lost.add(self.fileno())
             return len(content)
 
 
-def lost() -> bool:
+def has_lost_output() -> bool:
     """Whether a part of what this process has printed on standard output could not be written."""
     return 1 in _lost
 

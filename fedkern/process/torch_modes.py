@@ -25,7 +25,7 @@ def reproducible() -> Iterator[None]:
     the gradients of fused kernels are added up in any order.  The caller's settings are back afterwards.  Deterministic
     algorithms, anomaly detection and function modes are tools of the caller's that stay.
     """
-    with kept(), ExitStack() as modes:
+    with keep_modes(), ExitStack() as modes:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         # By the order, which only GPUs look at: the CPU takes its own flash kernel wherever that one is enabled.
         torch.backends.cuda.enable_flash_sdp(True)
@@ -46,7 +46,7 @@ def reproducible() -> Iterator[None]:
 
 
 @contextmanager
-def kept() -> Iterator[Callable[[], bool]]:
+def keep_modes() -> Iterator[Callable[[], bool]]:
     """Put modes and working folder back at the end of the block.
 
     Yield a function that does so at once where a frequent mode has changed, and returns whether that is so.

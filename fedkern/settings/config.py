@@ -78,8 +78,8 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
     def _make(cls, values: Values, options: Options) -> Self:
         tables = {name: dict(values.get(name, {})) for name in ("data_options", "plugins")}
         config = cls(**{**values, **tables, "options": options.to_dict()})
-        vars(config)["chosen"] = options
-        config = config.replace(**config.resolved())
+        vars(config)["method_options"] = options
+        config = config.replace(**config.resolve())
         config.check()
         return config
 
@@ -219,8 +219,8 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         Raises:
             UserError: a setting has no effect beside the others.
         """
-        for name, way in self.unused().items():
-            for label in self.given(name) if name in names else ():
+        for name, way in self.find_unused().items():
+            for label in self.given_flags(name) if name in names else ():
                 raise UserError(f"{label} has no effect {way}.")
         return self.replace(asked=frozenset(names))
 
@@ -242,7 +242,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
     def code(self) -> list[tuple[str, str]]:
         """Code that the settings name and a run imports: pairs of the flag that names the code, and the code's name."""
-        options = [(shlex.quote(f"{name}={self.options[name]}"), part) for name, part in self.chosen.code()]
+        options = [(shlex.quote(f"{name}={self.options[name]}"), part) for name, part in self.method_options.code()]
         pairs = [(f"--method-option {text}", part) for text, part in options]
         is_code = named_code.parse(self.model) is not None
         return [*pairs, *([(f"--model {shlex.quote(self.model)}", self.model)] if is_code else [])]

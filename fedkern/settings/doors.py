@@ -34,7 +34,7 @@ def _reword(words: Callable[[str], str]) -> Iterator[None]:
 @contextmanager
 def python_words() -> Iterator[None]:
     """Context, or decorator, in which the sentences of UserErrors name arguments in place of flags."""
-    with _reword(spoken):
+    with _reword(to_python_words):
         yield
 
 
@@ -45,7 +45,7 @@ def key_words() -> Iterator[None]:
         yield
 
 
-def spoken(sentence: str) -> str:
+def to_python_words(sentence: str) -> str:
     """A sentence for the command line in Python's words."""
     return _FLAG.sub(_argument, _COMPARED.sub(r"fedkern.compare(METHOD, \1)", _SAID.sub(r"\1", sentence)))
 

@@ -38,8 +38,8 @@ class ExecutionSettings(FederationSettings):
         "cores, memory and the length of the run",
     )
 
-    def resolved(self) -> Values:
-        values = super().resolved()
+    def resolve(self) -> Values:
+        values = super().resolve()
         if self.device == "auto":
             values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         if self.threads == 0:

@@ -54,10 +54,10 @@ class FaultSettings(FederationSettings):
 
     def check(self) -> None:
         super().check()
-        self.check_able(self.made.averages, AVERAGING, "max_update_norm", "clip_update_norm")
-        rounds = self.made.averages is not False and not self.kind.one_shot
+        self.check_able(self.method_instance.averages, AVERAGING, "max_update_norm", "clip_update_norm")
+        rounds = self.method_instance.averages is not False and not self.kind.one_shot
         self.check_able(rounds, f"{AVERAGING} round by round", "dropout_rate", "straggler_rate")
-        if self.straggler_rate and self.kind.is_private(self.chosen):
+        if self.straggler_rate and self.kind.is_private(self.method_options):
             raise UserError(
                 f"--straggler-rate is not for {self.method} with differential privacy, whose epsilon counts all steps "
                 "of a client: leave one of the two out."

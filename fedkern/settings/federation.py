@@ -14,7 +14,7 @@ from fedkern.methods.server_rules import SERVER_RULES, ServerRule
 from fedkern.settings.data import DataSettings
 from fedkern.settings.defaults import COMMON
 from fedkern.settings.section import Values
-from fedkern.typed_option import Option, flag, named_options, option, spelled, with_options
+from fedkern.typed_option import Option, flag, named_options, option, spell_options, with_options
 
 AVERAGING = "that average the clients' parameters"
 COMPRESSORS = {
@@ -102,12 +102,12 @@ class FederationSettings(DataSettings):
         type=float,
     )
 
-    def resolved(self) -> Values:
-        values = {**super().resolved(), "aggregator": Rule(self.aggregator).text}
+    def resolve(self) -> Values:
+        values = {**super().resolve(), "aggregator": Rule(self.aggregator).text}
         values["server_rule"] = ServerRule(self.server_rule).text
         for setting, entries in (("compress", COMPRESSORS), ("asynchronous", POLICIES)):
             if (text := getattr(self, setting)) is not None:
-                values[setting] = spelled(*with_options(flag(setting), text, entries))
+                values[setting] = spell_options(*with_options(flag(setting), text, entries))
         return values
 
     def check(self) -> None:
@@ -122,10 +122,10 @@ class FederationSettings(DataSettings):
                     f"{flag(name)} is not for {self.method}, a one-shot method, whose rounds belong together: leave it "
                     "out."
                 )
-        self.check_able(self.made.averages, AVERAGING, "compress")
-        self.check_able(self.made.averages is not False, AVERAGING, "aggregator")
+        self.check_able(self.method_instance.averages, AVERAGING, "compress")
+        self.check_able(self.method_instance.averages is not False, AVERAGING, "aggregator")
         once = "whose server averages the clients' parameters once a round"
-        self.check_able(self.made.allows_server_rule, once, "server_rule", "server_lr")
+        self.check_able(self.method_instance.allows_server_rule, once, "server_rule", "server_lr")
         if self.stop_at is not None:
             stop_target(self.stop_at)
         if self.asynchronous is not None:
@@ -133,9 +133,9 @@ class FederationSettings(DataSettings):
 
     def _check_asynchronous(self) -> None:
         """Raises UserError where the method cannot take stale uploads, or a step needs more clients than there are."""
-        if not (self.kind.asynchronous and self.made.averages):
+        if not (self.kind.asynchronous and self.method_instance.averages):
             able = ", ".join(name for name, kind in registry.METHODS.items() if kind.asynchronous)
-            silent = self.kind.asynchronous is None or self.made.averages is None
+            silent = self.kind.asynchronous is None or self.method_instance.averages is None
             why = "overrides what they reach and does not declare it again" if silent else "counts on whole rounds"
             raise UserError(
                 f"--asynchronous is for methods whose class declares that stale uploads do no harm ({able}), and "
@@ -161,7 +161,7 @@ class FederationSettings(DataSettings):
 
         ``able`` is None where the method's class has hooks of its own and does not declare ``averages`` again.
         """
-        if not able and (name := next(self.given(*names), None)):
+        if not able and (name := next(self.given_flags(*names), None)):
             why = f"which {self.method} with these options does not do: leave it out."
             if able is None:
                 why = (

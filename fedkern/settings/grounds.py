@@ -45,7 +45,7 @@ def files_identity(config: RunConfig) -> dict[str, str]:
                 with reading(path), open_regular(path) as file:
                     digest.update(hashlib.file_digest(cast(Any, file), "sha256").digest())
                 identity[name] = digest.hexdigest()
-    for name, text in {"data": config.data, **dict(config.chosen.code())}.items():
+    for name, text in {"data": config.data, **dict(config.method_options.code())}.items():
         if (named := named_code.parse(text)) is not None and named.file:
             identity[name] = plugin_files.read_code(Path(os.path.realpath(named.file)), str(named)).identity
     return identity

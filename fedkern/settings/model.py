@@ -97,7 +97,7 @@ class ModelSettings(Section):
                 "--freeze-bn-after trains with received running statistics, of which --buffers drop leaves nobody any: "
                 "leave one of the two out."
             )
-        if self.buffers in ("local", "drop") and not self.made.takes_buffers:
+        if self.buffers in ("local", "drop") and not self.method_instance.takes_buffers:
             raise UserError(
                 f"--buffers {self.buffers} is not for {self.method} with these options, which keeps every client's "
                 "running statistics: leave it out."
@@ -107,7 +107,7 @@ class ModelSettings(Section):
                 f"--freeze-bn-after is not for {self.method}, whose clients' networks are not trained round by round."
             )
 
-        if self.personal is not None and not self.made.takes_personal:
+        if self.personal is not None and not self.method_instance.takes_personal:
             raise UserError(
                 "--personal is for methods whose clients train the whole of one network, which the server averages in "
                 f"every round, and {self.method} with these options is none: leave it out."
@@ -118,8 +118,8 @@ class ModelSettings(Section):
                 "its own: take --buffers average, local or drop."
             )
 
-    def unused(self) -> dict[str, str]:
-        ways = super().unused()
+    def find_unused(self) -> dict[str, str]:
+        ways = super().find_unused()
         return ways | ({"init_partial": "without --init: give that too, or leave it out"} if self.init is None else {})
 
     @property

@@ -67,16 +67,16 @@ class PrivacySettings(FaultSettings, ModelSettings):
         type=str,
     )
 
-    def resolved(self) -> Values:
-        values = super().resolved()
+    def resolve(self) -> Values:
+        values = super().resolve()
         if self.records is None:
-            promised = self.kind.is_private(self.chosen) or bool(self.dp_noise)
+            promised = self.kind.is_private(self.method_options) or bool(self.dp_noise)
             values["records"] = "private" if promised else "all"
         return values
 
     def check(self) -> None:
         super().check()
-        self.check_able(self.made.averages is not False, AVERAGING, "dp_clip", "dp_noise")
+        self.check_able(self.method_instance.averages is not False, AVERAGING, "dp_clip", "dp_noise")
         self._check_client_level()
         self.check_whole_rounds("--dp-clip", self.dp_clip is not None)
         self.check_whole_rounds("--buffers pool", self.buffers == "pool")

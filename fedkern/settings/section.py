@@ -16,7 +16,7 @@ _NEUTRAL = {"sample_fraction": 1, "lr_decay": 1, "optimizer_state": "new", "augm
 """Values of settings that say nothing, beside 0 and the mean."""
 Values = dict[str, Any]
 """Settings by name, or a part of them: numbers, words, None, and tables of these."""
-OF_METHOD = ("chosen", "made")
+OF_METHOD = ("method_options", "method_instance")
 """What is made once of a method and its options."""
 
 
@@ -31,7 +31,7 @@ class Section(OptionTable):
     method: str = option("fedavg", "name of the method")
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def resolved(self) -> Values:
+    def resolve(self) -> Values:
         """Settings that follow from the others, in the place of what was given."""
         return {}
 
@@ -41,7 +41,7 @@ class Section(OptionTable):
         A forbidden pair stands in the section of the setting that forbids it.
         """
 
-    def unused(self) -> dict[str, str]:
+    def find_unused(self) -> dict[str, str]:
         """Settings that have no effect beside the others, each with why and the way out."""
         return dict.fromkeys(self.kind.ignored_settings, f"on {self.method}, whose clients train once: leave it out")
 
@@ -51,22 +51,22 @@ class Section(OptionTable):
         return registry.get(self.method)
 
     @cached_property
-    def chosen(self) -> Options:
+    def method_options(self) -> Options:
         """The method's options."""
         return self.kind.Options.parse(self.options, method=self.method)
 
     @cached_property
-    def made(self) -> Method:
+    def method_instance(self) -> Method:
         """The method, to ask what it is able to; a run plays a :meth:`new_method`."""
         return self.new_method()
 
     def new_method(self) -> Method:
         """The method, made from the options."""
-        return self.kind(self.chosen)
+        return self.kind(self.method_options)
 
     def __getstate__(self) -> Values:
         return {name: value for name, value in vars(self).items() if name not in OF_METHOD}
 
-    def given(self, *names: str) -> Iterator[str]:
+    def given_flags(self, *names: str) -> Iterator[str]:
         """The flags of those of the settings that say anything."""
         return (flag(name) for name in names if getattr(self, name) not in ("mean", None, 0, _NEUTRAL.get(name)))

@@ -25,10 +25,10 @@ def line(key: str, value: object) -> str:
 
 
 def _key(key: str) -> str:
-    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else quoted(key)
+    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else quote_text(key)
 
 
-def quoted(text: str) -> str:
+def quote_text(text: str) -> str:
     """Return a text as a string of TOML."""
     # JSON's escapes are TOML's, except that TOML also wants DEL escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -44,7 +44,7 @@ def _value(value: object) -> str:
             repr(value) if math.isfinite(value) else ("nan" if math.isnan(value) else ("inf" if value > 0 else "-inf"))
         )
     if isinstance(value, str):
-        return quoted(value)
+        return quote_text(value)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_value(entry) for entry in value) + "]"
     raise TypeError(f"value: expected a string, number, boolean or list, given {type(value).__name__}")

@@ -45,8 +45,8 @@ class TrainingSettings(Section):
         path=absolute,
     )
 
-    def resolved(self) -> Values:
-        values = super().resolved()
+    def resolve(self) -> Values:
+        values = super().resolve()
         return values if self.lr_steps is None else {**values, "lr_steps": ",".join(map(str, self.lr_epochs))}
 
     def check(self) -> None:
@@ -59,8 +59,8 @@ class TrainingSettings(Section):
                 f"--teachers is not for {self.method}, whose clients train round by round; it is for {able}."
             )
 
-    def unused(self) -> dict[str, str]:
-        ways = super().unused()
+    def find_unused(self) -> dict[str, str]:
+        ways = super().find_unused()
         if self.local_steps is not None:
             ways["local_epochs"] = "beside --local-steps: leave one of the two out"
         if self.optimizer == "adamw":

@@ -328,12 +328,12 @@ def states_of(entry, states, stateless=False, before=None):
 def test_states_are_written_after_every_exchange_and_forgotten_after_the_last():
     states, executor, checkpoints, progress = states_of(Round(), {0: {"x": 1}})
     progress.last_exchange = False
-    states.done(0)
+    states.finish_exchange(0)
     assert checkpoints.written == [(0, 4, {"x": 1})]
     assert executor.calls == []
     progress.last_exchange = True
-    states.done(0)
-    states.done(1)
+    states.finish_exchange(0)
+    states.finish_exchange(1)
     assert len(checkpoints.written) == 1  # nothing has changed since
     assert executor.calls == [("forget", 0), ("forget", 1)]
     states.end_round()
@@ -342,7 +342,7 @@ def test_states_are_written_after_every_exchange_and_forgotten_after_the_last():
 
 def test_states_of_rounds_of_many_exchanges_are_written_at_the_end():
     states, executor, checkpoints, _ = states_of(Round(states="round"), {0: {"x": 1}, 2: {"x": 2}})
-    states.done(0)
+    states.finish_exchange(0)
     assert (checkpoints.written, executor.calls) == ([], [])
     states.end_round()
     assert checkpoints.written == [(0, 4, {"x": 1}), (2, 4, {"x": 2})]
@@ -373,16 +373,16 @@ def test_what_the_server_refuses_leaves_the_state_as_before_the_round(before):
     """The server looks at an upload after its client is done."""
     states, executor, checkpoints, progress = states_of(Round(), {1: NEW}, before=before)
     progress.last_exchange = False
-    states.done(1)
+    states.finish_exchange(1)
     executor._states[1] = {"x": 3}
     progress.last_exchange = True
-    states.done(1)
+    states.finish_exchange(1)
     assert checkpoints.client_state(1) == {"x": 3}
     states.left_out(1)
     assert checkpoints.client_state(1) == before.get(1, {})
     states.end_round()
     executor._states[1] = NEW
-    states.done(1)
+    states.finish_exchange(1)
     states.end_round()
     states.left_out(1)  # in another round, whose beginning is this state
     assert checkpoints.client_state(1) == NEW
@@ -394,7 +394,7 @@ def test_what_the_server_refuses_leaves_the_state_as_before_the_round(before):
 def test_encoders_forget_a_refused_upload_where_the_rest_is_kept(before, entry, served):
     states, _, checkpoints, _ = states_of(entry, {1: {**NEW, LEDGER: {}}}, before=before)
     if served:
-        states.done(1)
+        states.finish_exchange(1)
     states.left_out(1)
     kept = {name: value for name, value in before.get(1, {}).items() if name == STATES}
     assert checkpoints.client_state(1) == {"x": 2, LEDGER: {}, **kept}
@@ -402,7 +402,7 @@ def test_encoders_forget_a_refused_upload_where_the_rest_is_kept(before, entry, 
 
 def test_clients_of_a_stateless_method_keep_nothing():
     states, _, checkpoints, _ = states_of(Round(), {0: {}, 1: {"x": 1}}, stateless=True)
-    states.done(0)
+    states.finish_exchange(0)
     assert checkpoints.written == [(0, 4, {})]
     with pytest.raises(UserError, match="fedavg is declared stateless, but client 1 keeps state"):
-        states.done(1)
+        states.finish_exchange(1)

@@ -20,7 +20,7 @@ from fedkern.data.sharing.groups import Rows, grouped_rows
 from fedkern.data.sources.row_store import RowStore
 from fedkern.errors import RAISED, UserError, described, told
 from fedkern.messages.leaves import leaves, parted
-from fedkern.process.torch_modes import kept
+from fedkern.process.torch_modes import keep_modes
 from fedkern.streams import (
     GENERATORS,
     forget_spare_number,
@@ -174,7 +174,7 @@ class Items:
             return [self._read_item(row) for row in places]
         if "NumPy" in self.draws:
             forget_spare_number()
-        with _LOCK, kept() as restore:
+        with _LOCK, keep_modes() as restore:
             states = generator_states()
             try:
                 while True:
@@ -277,7 +277,7 @@ class Items:
             if self.collate is default_collate:  # draws nothing
                 return default_collate(items)
             digest = hashlib.blake2b(np.asarray(places, dtype=np.int64).tobytes(), digest_size=8).digest()
-            with _LOCK, preserve_generators(), kept():
+            with _LOCK, preserve_generators(), keep_modes():
                 seed_generators(mix_words(mix_words(word, -1), int.from_bytes(digest, "little")))
                 return self.collate(items)
         except RAISED as error:

@@ -19,7 +19,7 @@ from fedkern.engine.registry import register_part
 from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.store import records
 from fedkern.engine.store.evaluation_file import ONLY, OWN
-from fedkern.errors import spared
+from fedkern.errors import warn_instead
 from fedkern.messages.states import State
 from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.figures import gradcam
@@ -190,7 +190,7 @@ class Evaluation(RunPart):
         # Grad-CAM takes single images in eval mode, which needs running statistics.
         judged, config = self._networks is None, self._run.config  # whether by this network
         count = config.grad_cam if config.statistics and judged else 0
-        with spared(
+        with warn_instead(
             lambda why: self._context.notices.warn("no-grad-cam", f"The figures of Grad-CAM are missing: {why}.")
         ):
             return gradcam(network, self._run.sets, count)

@@ -55,7 +55,7 @@ def check_extension(out: Path, rounds: int | None, *, trusted: Collection[str] =
             rounds that were played would have been others in such a run.
     """
     stored = load_settings(out, trusted=trusted, device="cpu")
-    kind, options, entry = stored.kind, stored.chosen, Checkpoints(out).peek()
+    kind, options, entry = stored.kind, stored.method_options, Checkpoints(out).peek()
     before = None if entry is None else int(entry["info"]["config"]["rounds"])
     if rounds is None:
         if before is None or stored.rounds <= before:

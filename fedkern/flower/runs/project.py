@@ -105,9 +105,9 @@ class Project:
 # A run of fedkern over Flower; README.md has the commands.
 
 [project]
-name = {toml.quoted(plain)}
+name = {toml.quote_text(plain)}
 version = "1.0.0"
-description = {toml.quoted(f"fedkern: {self.method}")}
+description = {toml.quote_text(f"fedkern: {self.method}")}
 license = "Apache-2.0"
 # fedkern and flwr are installed on every machine: Flower 1.42 installs what is named here anew for every run.
 dependencies = []

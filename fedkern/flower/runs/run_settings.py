@@ -110,7 +110,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     config = config.replace(asked=frozenset(settings))
     # The ClientApp reads flower.resident itself, before it imports all this.
     switches: dict[str, Any] = {
-        key: each.named(key, key).convert(values[key]) if key in values else each.default
+        key: each.bind_field(key, key).convert(values[key]) if key in values else each.default
         for key, each in {**SWITCHES, **FLOWER}.items()
     }
     if switches["flower.own-data"]:

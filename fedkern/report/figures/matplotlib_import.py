@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fedkern.process.garbage import uncollected
+from fedkern.process.garbage import without_collection
 from fedkern.process.interrupts import whole_process
 
 
@@ -25,7 +25,7 @@ def undocumented() -> Iterator[None]:
         yield
         return
     backend = os.environ.pop("MPLBACKEND", None)
-    with uncollected():
+    with without_collection():
         try:
             from matplotlib import artist
         finally:

@@ -17,7 +17,7 @@ from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.extending import PICTURE_LIST
 from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.records import read_metrics, read_summary
-from fedkern.errors import UserError, spared
+from fedkern.errors import UserError, warn_instead
 from fedkern.files import atomic
 from fedkern.report.figures.matplotlib_import import undocumented
 from fedkern.report.names import capital
@@ -189,7 +189,7 @@ def _save(path: Path, make: Callable[[], Figure | None], failed: dict[str, str])
     """Saves the figure that ``make`` draws, and returns its path; none where it draws none, or fails."""
     from fedkern.report.figures import plots
 
-    with spared(partial(failed.setdefault, path.name)):
+    with warn_instead(partial(failed.setdefault, path.name)):
         if (figure := make()) is not None:
             plots.save(figure, path)
             return [path]

@@ -82,7 +82,7 @@ def headline(run: RunInfo) -> list[str]:
 def _local_training(config: RunConfig) -> str:
     """Return a line on what a client trains with: optimiser, learning rate, momentum, batch size and passes."""
     step_words = {"lr": f"learning rate {config.lr:g}", "momentum": f"momentum {config.momentum:g}"}
-    ignored = {*config.unused()}
+    ignored = {*config.find_unused()}
     if config.training:
         ignored |= {"momentum"} if config.training.startswith("train ") else {"lr", "momentum"}
     words = [config.training or {"sgd": "SGD", "adamw": "AdamW"}[config.optimizer]]

@@ -233,7 +233,7 @@ def test_a_word_is_converted_once(monkeypatch):
     words = ["--lr", "0.0321", "--method-option", "alpha=0.4321", "--cue-size", "12", "--cue-clients", "1"]
     config = request.effective(flags.parse(["fedgid", *words]))
     again = config.replace(rounds=3).with_client_threads()
-    assert (again.lr, again.made.options.alpha, again.data_options["cue_size"]) == (0.0321, 0.4321, 12)
+    assert (again.lr, again.method_instance.options.alpha, again.data_options["cue_size"]) == (0.0321, 0.4321, 12)
     assert [converted.count(word) for word in ("0.0321", 0.0321, "0.4321", 0.4321, "12", 12)] == [1, 0, 1, 0, 1, 0]
 
 

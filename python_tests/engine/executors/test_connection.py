@@ -112,15 +112,15 @@ def test_an_end_that_leaves_says_why(pair):
     one.leave(3, "it could not go on")
     one.leave(0)  # it has left
     wait_until(lambda: zero.over)
-    for ask in (zero.receive, zero.told, lambda: zero.get(0.0), lambda: zero.get(1.0)):
+    for ask in (zero.receive, zero.receive_value, lambda: zero.get(0.0), lambda: zero.get(1.0)):
         with pytest.raises(Ended, match=r"^it could not go on$") as found:
             ask()
         assert (found.value.code, found.value.said) == (3, "it could not go on")
     began = time.monotonic()
-    one.left(began + 0.05, heard=True)  # no answer
+    one.wait_until_told(began + 0.05, heard=True)  # no answer
     assert time.monotonic() - began >= 0.05
     zero.leave(2)
-    one.left(time.monotonic() + 5, heard=True)
+    one.wait_until_told(time.monotonic() + 5, heard=True)
     assert (one.over.code, one.over.said) == (2, "")
 
 
@@ -174,7 +174,7 @@ def meet(ends, monkeypatch):
 )
 def test_ranks_meet(meet, name, entries, odd):
     zero, one = meet(name=name, **entries)
-    assert torchrun_group.met()
+    assert torchrun_group.is_connected()
     assert (zero.rank, one.rank, zero.size, zero.odd) == (0, 1, 2, odd)
     one.connections[0].say("up")
     zero.connections[1].say("down")
@@ -209,7 +209,7 @@ def test_ranks_that_cannot_be_connected(monkeypatch):
         RunFailed, match=r"^The 2 ranks cannot be connected \(.*\): .* reach 127\.0\.0\.1 and each other"
     ):
         teams(2)[1].meet(WORDS)
-    assert not torchrun_group.met()
+    assert not torchrun_group.is_connected()
 
 
 def test_the_rank_that_fails_is_named():

@@ -93,7 +93,7 @@ def test_rounding_is_right_on_average():
 def test_levels_of_extreme_values_are_finite(value):
     vector = torch.tensor([value, -value, value / 2])
     sent = Int8().compress(vector, drawn)
-    assert why_refused(sent, Int8().declared(3)) == ""
+    assert why_refused(sent, Int8().declare(3)) == ""
     assert bool((Int8().restore(sent, 3) - vector).abs().max() <= value * (1 if value < 1e-39 else 0.01))
 
 
