@@ -23,7 +23,7 @@ def play(request: Request, words: Sequence[str], done: Callable[[Request], int])
     Raises:
         UserError: the ranks do not fit together, or the run cannot go on.
     """
-    launched = torchrun_group.find_launched_rank()
+    launched = torchrun_group.find_rank()
     if launched is None:
         return done(request)
     if request.command not in RUNS:

@@ -237,7 +237,7 @@ def check_plan(config: RunConfig, plan: Iterable[Round]) -> None:
     """Raises UserError where ``--asynchronous`` does not fit a method's rounds, or where clients work."""
     if config.asynchronous is None:
         return
-    if torchrun_group.find_launched_rank() is not None:
+    if torchrun_group.find_rank() is not None:
         check_local(config)
     rounds = [entry for entry in plan if not entry.one_off]
     if any(entry.participants != "sampled" or len(entry.exchanges) > 1 or entry.cohort for entry in rounds):

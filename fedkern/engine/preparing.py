@@ -60,7 +60,7 @@ def make_context(
     """
     data, script, known, out = request.data, request.script, request.has_samples, request.out
     is_in_memory = bool(script.functions) or (data is not None and isinstance(data.validation, Items))
-    if is_in_memory and torchrun_group.find_launched_rank() is not None:
+    if is_in_memory and torchrun_group.find_rank() is not None:
         raise UserError(
             "Data sets of PyTorch and functions that train are in the memory of this process, and torchrun's other "
             "ranks have none: start the script without torchrun, with workers=N, or have python -m fedkern.run load "

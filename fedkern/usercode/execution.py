@@ -21,14 +21,14 @@ def hosted(file: str = "") -> Iterator[None]:
 
     The modes of PyTorch and NumPy and the working folder are afterwards what they were: other code runs after it.
     """
-    from fedkern.process.torch_modes import kept  # here, since the front page is printed without torch
+    from fedkern.process.torch_modes import keep_modes  # here, since the front page is printed without torch
 
     folder = str(Path(file).parent) if file else ""
     added = bool(folder) and folder not in sys.path
     if added:
         sys.path.append(folder)
     try:
-        with kept():
+        with keep_modes():
             yield
     finally:
         if added and folder in sys.path:  # the code may have removed it

@@ -47,9 +47,7 @@ def test_a_restart_of_extend(tmp_path, monkeypatch):
     assert torchrun._again(asked, launched()) is asked
     again = torchrun._again(asked, launched(restarts=1, max_restarts=1))
     assert (again.command, again.resume, again.quiet) == ("resume", tmp_path, True)
-    monkeypatch.setattr(
-        torchrun.torchrun_group, "find_launched_rank", lambda: launched(restarts=1, max_restarts=1, size=1)
-    )
+    monkeypatch.setattr(torchrun.torchrun_group, "find_rank", lambda: launched(restarts=1, max_restarts=1, size=1))
     assert torchrun.play(asked, ["extend"], lambda again: int(again.command != "resume")) == 0
     more = Request("extend", folder=tmp_path, arguments={"rounds": 9})  # the first start did not come so far
     assert torchrun._again(more, launched(restarts=1, max_restarts=1)) is more
@@ -75,9 +73,7 @@ def test_ranks_take_a_gpu_each(monkeypatch):
 def test_only_rank_0_does_what_is_no_run(monkeypatch):
     done = []
     for rank in (0, 1):
-        monkeypatch.setattr(
-            torchrun.torchrun_group, "find_launched_rank", lambda rank=rank: launched(rank=rank, size=2)
-        )
+        monkeypatch.setattr(torchrun.torchrun_group, "find_rank", lambda rank=rank: launched(rank=rank, size=2))
         code = torchrun.play(Request("list"), ["list"], lambda request: done.append(request.command) or 3)
         assert code == (0 if rank else 3)
     assert done == ["list"]

@@ -404,6 +404,6 @@ def test_ranks_and_flower_are_refused(make_data, make_config, refuses, tmp_path,
     assert main(words) == 2
     assert "leave it out over Flower and on ranks of torchrun" in capsys.readouterr().err
     assert not (tmp_path / "project").exists()
-    monkeypatch.setattr(asynchronous.torchrun_group, "find_launched_rank", lambda: SimpleNamespace(job="one"))
+    monkeypatch.setattr(asynchronous.torchrun_group, "find_rank", lambda: SimpleNamespace(job="one"))
     with refuses("leave it out over Flower and on ranks of torchrun"):
         run(make_config("fedavg", asynchronous="fedasync"), out=tmp_path / "run", data=make_data(SIZES))

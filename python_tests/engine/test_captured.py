@@ -319,9 +319,7 @@ def test_a_stranger_that_a_recording_would_freeze_runs_eagerly(
 
 def test_a_strangers_loss_is_recorded_and_compared(make_data, make_config, tmp_path, monkeypatch):
     compared, compare = [], Graphs._compare_step
-    monkeypatch.setattr(
-        Graphs, "_compare_step", lambda self, *rest: compared.append(compare(self, *rest)) or compared[-1]
-    )
+    monkeypatch.setattr(Graphs, "_compare_step", lambda self, *a: compared.append(compare(self, *a)) or compared[-1])
     monkeypatch.setitem(METHODS, "fedavg", Stranger)
     same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data((20, 20, 20)), tmp_path, monkeypatch)
     assert same

@@ -315,7 +315,7 @@ def test_what_users_code_sets_is_put_back(source, setting, fails, tmp_path, monk
     found = state()
     plugins.unload(str(path) if "file" in source else name)
     METRICS.pop(name, None)
-    with torch_modes.kept():  # the check itself: the setting does change what is compared
+    with torch_modes.keep_modes():  # the check itself: the setting does change what is compared
         exec(f"import os, numpy, torch\n{SETTINGS[setting]}", {})
         assert state() != before
     os.chdir(before["folder"])
@@ -323,7 +323,7 @@ def test_what_users_code_sets_is_put_back(source, setting, fails, tmp_path, monk
 
 
 def test_what_a_caller_has_set_stays_where_users_code_sets_nothing():
-    with torch_modes.kept():
+    with torch_modes.keep_modes():
         torch.set_default_dtype(torch.float64)
         torch.set_float32_matmul_precision("medium")
         before = state()

@@ -48,7 +48,7 @@ class LaunchedRank:
     job: str
 
 
-def find_launched_rank() -> LaunchedRank | None:
+def find_rank() -> LaunchedRank | None:
     """This process among the ranks; None where torchrun has not started it."""
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" not in environment:

@@ -188,7 +188,7 @@ def facts_of(context: RunContext, fingerprint: int, out: Path) -> State:
     """What checkpoints keep of a run, so that it goes on with the same settings, data and kernels, or says so."""
     config, data = context.config, context.data
     names = {"clients": data.client_names or (), "classes": data.classes}
-    launched = torchrun_group.find_launched_rank()
+    launched = torchrun_group.find_rank()
     return {
         "config": make_portable(config, out).to_dict(),
         "data": fingerprint,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.engine.store.extending import REPORT
-from fedkern.errors import UserError, printable_name, spared
+from fedkern.errors import UserError, printable_name, warn_instead
 from fedkern.files import atomic
 from fedkern.process.versions import versions
 from fedkern.text_table import Table
@@ -85,7 +85,7 @@ class Page:
 def section(name: str, title: str, blocks: Iterable[Block]) -> Section:
     """A section of these blocks; where making one fails, a sentence stands in its place and ends the section."""
     content: list[Block] = []
-    with spared(lambda why: content.append(f"The rest of this section is missing: {why}.")):
+    with warn_instead(lambda why: content.append(f"The rest of this section is missing: {why}.")):
         content.extend(blocks)
     return Section(name, title, content)
 

@@ -311,19 +311,19 @@ def test_other_commands_are_for_rank_0(tmp_path):
 def test_torchruns_variables(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    assert torchrun_group.find_launched_rank() is None
+    assert torchrun_group.find_rank() is None
     for name, value in zip(TORCHRUN, ("none", "3", "4", "1", "2"), strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "5")
-    found = torchrun_group.find_launched_rank()
+    found = torchrun_group.find_rank()
     assert (found.rank, found.size, found.local, found.local_size) == (3, 4, 1, 2)
     assert (found.restarts, found.max_restarts) == (2, 5)
     assert str(os.getppid()) in found.job  # torchrun's own id says nothing
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
-    assert torchrun_group.find_launched_rank().job == "job-7"
+    assert torchrun_group.find_rank().job == "job-7"
     monkeypatch.delenv("WORLD_SIZE")
-    assert torchrun_group.find_launched_rank() is None
+    assert torchrun_group.find_rank() is None
 
 
 def test_every_start_of_the_ranks_finds_its_own():
