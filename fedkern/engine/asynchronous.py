@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -38,9 +38,6 @@ from fedkern.messages.states import State
 from fedkern.methods.base import VECTORS, ClientId, Federation, Message, Round, Upload
 from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
-
-if TYPE_CHECKING:
-    from fedkern.engine.run_objects import RunObjects
 
 
 class Flight(NamedTuple):
@@ -193,7 +190,7 @@ class StaleUploads(Filter):
         self._power, self._mixing = policy.options["staleness"], policy.options.get("mixing")
 
     @classmethod
-    def build(cls, run: RunObjects) -> StaleUploads | None:
+    def build(cls, run: Any) -> StaleUploads | None:
         return cls(run.participation) if isinstance(run.participation, Asynchronous) else None
 
     def combine(
@@ -206,10 +203,8 @@ class StaleUploads(Filter):
     ) -> Upload:
         k, message = upload.client_id, dict(upload.message)
         note(k, {"staleness": upload.staleness})
-        current, weight = (
-            asked.hooks.declare_upload(asked.phase, k, asked.sent[k]),
-            (1 + upload.staleness) ** -self._power,
-        )
+        current = asked.hooks.declare_upload(asked.phase, k, asked.sent[k])
+        weight = (1 + upload.staleness) ** -self._power
         if self._mixing is not None:
             for name in message.keys() & {"parameters", "buffers"}:
                 message[name] = _move_towards(current[name], current[name], message[name], weight * self._mixing)

@@ -131,14 +131,11 @@ class Exchange:
                 with named(f"Client {client.label}", None):
                     client.check_state()
             if uploads is not None:
-                seconds_per_client = (time.perf_counter() - start) / len(asked.sent)
-                reports = {
-                    k: figures(client.report, f"client {k}: client.report", TAKEN) for k, client in clients.items()
-                }
+                share = (time.perf_counter() - start) / len(asked.sent)
+                reports = {k: figures(own.report, f"client {k}: client.report", TAKEN) for k, own in clients.items()}
                 marks = frozenset().union(*(client.left_marks() for client in clients.values()))
                 return (
-                    Answer(k, uploads.pop(k), report=reports[k], seconds=seconds_per_client, marks=marks)
-                    for k in list(asked.sent)
+                    Answer(k, uploads.pop(k), report=reports[k], seconds=share, marks=marks) for k in list(asked.sent)
                 )
         begun: dict[int, dict[ClientId, Message]] = {}
         for k, message in asked.sent.items():

@@ -139,9 +139,8 @@ class FirstSteps(Objective):
                 f"{result} without a graph, so that no gradient reaches the network: leave out "
                 "what cuts the graph off (detach, no_grad, item, argmax, NumPy)."
             )
-        is_first = (
-            self._left == STEPS and batch.phase.round <= 0
-        )  # later ones may diverge, and a GPU would have to wait
+        # Later ones may diverge, and a GPU would have to wait.
+        is_first = self._left == STEPS and batch.phase.round <= 0
         if is_first and not self._keep_going and not bool(torch.isfinite(loss)):
             raise UnfitStep(
                 f"{name} returns {loss.item()} for the first batch of client {self._client.label}: mend the network, "
@@ -153,9 +152,7 @@ class FirstSteps(Objective):
         # A tensor that a loss makes for itself, to take its gradient, is another one in the next step.
         own = [leaf for leaf in outside if isinstance(leaf, nn.Parameter) or any(leaf is old for old in self._outside)]
         self._outside = outside if self._left > 1 else []
-        if not opaque and not {id(tensor) for tensor in self._network.trained_parameters} & {
-            id(leaf) for leaf in found
-        }:
+        if not opaque and {id(x) for x in self._network.trained_parameters}.isdisjoint(id(leaf) for leaf in found):
             result, way = f"{name} returns a loss", "compute it with the model and the outputs that it is given"
             if shipped:
                 result, way = f"{forward} returns outputs", "compute them with layers and parameters of self"
@@ -194,14 +191,8 @@ def _tensors(module: nn.Module, buffers: bool) -> dict[str, tuple[object, ...]]:
     """Return identity, memory and kind of every parameter, and of floating buffers if asked, by name."""
     floating = [(name, tensor) for name, tensor in module.named_buffers() if buffers and tensor.is_floating_point()]
     return {
-        name: (
-            id(tensor),
-            0 if tensor.is_meta else tensor.data_ptr(),
-            tensor.requires_grad,
-            tensor.dtype,
-            tensor.device,
-        )
-        for name, tensor in (*module.named_parameters(), *floating)
+        name: (id(x), 0 if x.is_meta else x.data_ptr(), x.requires_grad, x.dtype, x.device)
+        for name, x in (*module.named_parameters(), *floating)
     }
 
 

@@ -120,18 +120,13 @@ class Trial:
     def _network(self) -> nn.Module:
         return self._build()
 
-    def _targets(self, split: Items, first_targets: object) -> Tensor | None:
+    def _targets(self, split: Items, seen: object) -> Tensor | None:
         """Return the classes that a set states, or else those of its first items, if any, with 0 for ignored ones."""
         targets = stated_targets(split.dataset, self._stated)
         if targets is not None and split.rows is not None:
             targets = targets[split.rows]
-        if (
-            targets is None
-            and isinstance(first_targets, Tensor)
-            and first_targets.dtype in INTEGERS
-            and first_targets.dim()
-        ):
-            targets = first_targets.long()
+        if targets is None and isinstance(seen, Tensor) and seen.dtype in INTEGERS and seen.dim():
+            targets = seen.long()
         ignored = getattr(self._task, "ignored", -100)
         return None if targets is None else targets.masked_fill(targets == ignored, 0)
 

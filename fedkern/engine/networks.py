@@ -224,11 +224,8 @@ class Networks:
         network = self.get("frozen")
         vectors = (message["parameters"], *(buffers or {}).values(), *message.values(), *(own_tensors or {}).values())
         # The key holds the tensors themselves, so that no new tensor can get the identity of a freed one.
-        counted = [isinstance(vector, Tensor) and not vector.is_inference() for vector in vectors]  # others are numbers
-        key = [
-            (vector, vector._version if has_version else 0)
-            for vector, has_version in zip(vectors, counted, strict=True)
-        ]
+        counted = [isinstance(x, Tensor) and not x.is_inference() for x in vectors]  # others are numbers
+        key = [(x, x._version if has_version else 0) for x, has_version in zip(vectors, counted, strict=True)]
         key += [(client, 0)] if network.constants else []
         old_key, _ = self._frozen
         if len(key) != len(old_key) or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(key, old_key, strict=True)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,11 @@ from fedkern.messages.states import State
 from fedkern.methods.terms import Terms
 from fedkern.usercode.execution import explained
 
-if TYPE_CHECKING:
-    from fedkern.engine.training import Schedule
+Factory = Callable[[list[nn.Parameter]], object]
+"""Makes an optimiser of parameters, if it is right."""
 
 
-def make_optimizer(
-    make: Callable[[list[nn.Parameter]], object], parameters: list[nn.Parameter]
-) -> torch.optim.Optimizer:
+def make_optimizer(make: Factory, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the optimiser that a user's factory makes.
 
     Raises:
@@ -119,10 +117,9 @@ class OwnStepper:
     rates are the optimiser's, times the schedule's.
     """
 
-    def __init__(self, network: Trained, schedule: Schedule, terms: Terms | None, previous: State) -> None:
+    def __init__(self, network: Trained, schedule: Any, terms: Terms | None, previous: State) -> None:
         self._theta, self._gradients = network.parameters.detach(), network.gradients
         self._vectors, self._schedule, self._terms = network.gradient_vectors, schedule, terms
-        assert schedule.make is not None
         self._optimizer = optimizer = make_optimizer(schedule.make, network.trained_parameters)
         self._rates = _Rates(optimizer)
         if previous:

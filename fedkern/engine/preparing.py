@@ -40,11 +40,7 @@ from fedkern.usercode.identity import digest, left_out
 
 
 def make_context(
-    request: Request,
-    config: RunConfig,
-    notice: Callable[[str], None],
-    stored: RunConfig | None = None,
-    entry: Entry | None = None,
+    request: Request, config: RunConfig, notice: Callable[[str], None], stored: RunConfig | None, entry: Entry | None
 ) -> RunContext:
     """Load the data of a run, and complete its settings by all that data, network and functions decide.
 

@@ -223,7 +223,8 @@ class RunObjects:
     @property
     def here(self) -> Serial:
         """The executor of this process."""
-        return self.executor.here
+        executor: Serial = self.executor.here
+        return executor
 
 
 def open_store(run: RunObjects, check_lock: Callable[[], object]) -> None:

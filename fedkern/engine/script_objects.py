@@ -183,9 +183,7 @@ class ScriptObjects:
         if self.optimizer is None:
             words = f"train function {getattr(self.train, '__qualname__', type(self.train).__name__)}"
         else:
-            trained = {
-                name: parameter for name, parameter in inner(build()).named_parameters() if parameter.requires_grad
-            }
+            trained = {name: x for name, x in inner(build()).named_parameters() if x.requires_grad}
             optimizer = make_optimizer(self.optimizer, [*trained.values()])
             stepped = {id(tensor) for tensor in stepped_by(optimizer)}
             values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}

@@ -37,9 +37,8 @@ class Server(Node):
         self.aggregator = rule if rule.entry.function is not None else None
         optimiser = ServerRule(context.config.server_rule, context.config.server_lr)
         self.optimiser = None if optimiser.plain else optimiser
-        self.summing: Callable[[ops.Accumulator], object] | None = (
-            None  # has an accumulator follow vectors that stay on the GPU
-        )
+        # Has an accumulator follow vectors that stay on the GPU.
+        self.summing: Callable[[ops.Accumulator], object] | None = None
 
     def warn(self, name: str, text: str) -> None:
         if self._context.notices.disclosure.server:
@@ -70,9 +69,8 @@ class Server(Node):
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
         if self.showing:
-            with warn_instead(
-                lambda why: self._context.notices.warn("no-picture", f"The picture {name} is missing: {why}.")
-            ):
+            warn = self._context.notices.warn
+            with warn_instead(lambda why: warn("no-picture", f"The picture {name} is missing: {why}.")):
                 self.artifacts[name] = prepare_artifact(name, value if isinstance(value, Tensor) else value()), axes
 
     def refuse(self, client: int, reason: str) -> None:

@@ -10,9 +10,9 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fedkern.errors import UserError
-from fedkern.messages.states import State
 from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, bound_replaced
 
 _MOST_STEPS = 1 << 53
@@ -38,7 +38,7 @@ class Accountant:
         ValueError: ``state`` holds an entry that no release books.
     """
 
-    def __init__(self, state: State | None = None) -> None:
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self._entries: dict[str, list[Entry]] = {}
         for channel, rows in (state or {}).items():
             self._entries[channel] = [Entry(str(k), float(z), float(q), int(n)) for k, z, q, n in rows]
@@ -49,7 +49,7 @@ class Accountant:
                 raise ValueError(f"state: no release books the entry {e}")
 
     @property
-    def state(self) -> State:
+    def state(self) -> dict[str, list[list[str | float]]]:
         """The ledger as plain lists.
 
         Equal releases share one entry, so they do not make it longer.

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from fedkern.engine.client import Client
 from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.errors import ClientFailed
 from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Message, Messages, Phase
-
-if TYPE_CHECKING:
-    from fedkern.engine.client import Client
-    from fedkern.engine.executors.serial import Serial
 
 States = Callable[[ClientId], Callable[[], State]]
 """Function of a client id.  It returns a reader of the client's state at the beginning of the round; the reader may be
@@ -73,8 +70,8 @@ class Executor(Protocol):
     """Whether clients keep their data and states to themselves: no client ever works in this process."""
 
     @property
-    def here(self) -> Serial:
-        """The executor of this process."""
+    def here(self) -> Any:
+        """The :class:`~fedkern.engine.executors.serial.Serial` of this process."""
         ...
 
     def answers(

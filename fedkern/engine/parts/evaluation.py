@@ -170,12 +170,8 @@ class Evaluation(RunPart):
         }
         if worst is not None:
             k, figure = worst
-            entries["worst_client"] = {
-                "client": k,
-                **name_entry(k),
-                "metric": figure,
-                "value": self.of_clients[k][figure],
-            }
+            value = self.of_clients[k][figure]
+            entries["worst_client"] = {"client": k, **name_entry(k), "metric": figure, "value": value}
         return entries
 
     def _directions(self, figures: Iterable[str]) -> dict[str, str | None]:

@@ -52,9 +52,7 @@ class Releases:
             if complete != text:
                 atomic.write_bytes(self._path, complete)
             lines = [json.loads(line) for line in complete.decode().splitlines()]
-            self._due = {
-                (int(at), str(exchange), int(k)): str(digest) for at, exchange, k, digest in lines if at >= plan
-            }
+            self._due = {(int(at), str(name), int(k)): str(digest) for at, name, k, digest in lines if at >= plan}
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{self._path} is damaged ({error}), so that nobody can tell what this private run has released: start "
@@ -74,11 +72,9 @@ class Releases:
             with atomic.changing(self._path, "ab", durable=True) as file:
                 file.write(line.encode())
         elif before != message_digest:
-            sender, release = (
-                ("the server", "the mean of a round") if client < 0 else (f"client {client}", "its answer")
-            )
+            sender, given = ("the server", "the mean of a round") if client < 0 else (f"client {client}", "its answer")
             raise UserError(
-                f"This private run was interrupted after {sender} had released {release}, and what would be "
+                f"This private run was interrupted after {sender} had released {given}, and what would be "
                 "released in its place now differs: both together would tell more than epsilon says. Resume it with "
                 "the processor or GPU, the PyTorch and the threads that it was interrupted with; where those are the "
                 "same, start it again (what it released so far then comes on top of the new run's epsilon)."

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fedkern.engine.hooks import Hooks
 from fedkern.engine.uploads.encoders import Encoder, Encoders
 from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Declaration, Message, Phase, Round, Upload
-
-if TYPE_CHECKING:
-    from fedkern.engine.run_objects import RunObjects
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ class Filter:
     keeps_client_state: ClassVar[bool] = False
 
     @classmethod
-    def build(cls, run: RunObjects) -> Filter | None:
+    def build(cls, run: Any) -> Filter | None:
         """The filter of a run, made of the run's objects; None where the run does without it."""
         return cls()
 
