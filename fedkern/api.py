@@ -179,7 +179,7 @@ class Run:
                 themselves, and no ``client`` is named.
         """
         self._give_method()
-        return cast(nn.Module, inner(self._network(best=best, client=client)))
+        return inner(self._network(best=best, client=client))
 
     def _network(self, *, best: bool = False, client: int | None = None) -> nn.Module:
         """Return the network as runs call it."""
@@ -294,7 +294,7 @@ class Run:
         self._give_method()
         source = self._kept_data() if data is None else data
         if self._data is not None and isinstance(self._data.validation, Items) and is_dataset(data):
-            source = replace(self._data, tests={"": items_like(self._data, data, "data")}, client_tests=())
+            source = replace(self._data, tests={"": items_like(self._data.clients[0], data, "data")}, client_tests=())
         root = None if data_root is None else str(data_root)
         options = table_of(data_options, "data_options")
         return evaluate_run(

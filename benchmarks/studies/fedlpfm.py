@@ -39,7 +39,7 @@ class FrozenFeatures(nn.Module):
 
 @cache
 def _extractor() -> tuple[LogitsCache, Teacher]:
-    mean, std = CIFAR10_SCALE["mean"], CIFAR10_SCALE["std"]
+    mean, std = CIFAR10_SCALE
     network = efficientnet_lite_teacher(CIFAR10_CLASSES, mean=mean, std=std)
     name = f"features of {NAME}"
     extractor = teacher_of(network.features, name, WIDTH, identity={"model": name, "weights": SHA256})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from fedkern import models
 from fedkern.data.images.transforms import central, normalise
+from fedkern.data.split import Split
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, leaves, mapped, parted
+from fedkern.tasks import Task
+from fedkern.tasks.protocols import Description
 
+Scale = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation per channel, of images in [0, 1]."""
+T = TypeVar("T")
 OF_DATASETS = ("dtype", "is_raw", "is_scaled")
 """Attributes of images that networks get as a user's data set gives them."""
 MASK = "mask"
@@ -71,7 +77,7 @@ class ImageForm:
             return images.contiguous(memory_format=torch.channels_last)
         return normalise(images, self.mean, self.std, channels_last=True)
 
-    def scale(self, purpose: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def scale(self, purpose: str) -> Scale:
         """Return mean and standard deviation of every channel.
 
         Raises:
@@ -105,11 +111,11 @@ class ImageForm:
         colour = {1: "grey", 3: "RGB"}.get(self.shape[0], f"{self.shape[0]} channels")
         return (f"images: 8-bit {colour}, {self.shape[2]} x {self.shape[1]}",)
 
-    def central(self, split: Any) -> Any:
+    def central(self, split: Split) -> Split:
         """A split that is not augmented: the window that a network sees."""
         return central(split, self.shape[1:])
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, object]:
         """Entries of model.safetensors."""
         return {
             "channels": self.shape[0], "image_size": list(self.shape[1:]), "mean": list(self.mean),
@@ -123,13 +129,12 @@ class ImageForm:
             return torch.from_numpy(rng.integers(0, 256, (samples, *self.shape), dtype="uint8"))
         return torch.from_numpy(rng.standard_normal((samples, *self.shape), dtype="float32"))
 
-    def build(self, task: Any, about: Mapping[str, Any], seed: Any) -> nn.Module:
+    def build(self, task: Task, about: Description, seed: int | torch.Generator) -> nn.Module:
         """A freshly initialised network; ``about`` is as in `fedkern.tasks.Task.build`."""
-        network: nn.Module = task.build({**about, "channels": self.shape[0], "image_size": self.shape[1:]}, seed)
-        return network
+        return task.build({**about, "channels": self.shape[0], "image_size": self.shape[1:]}, seed)
 
 
-def form_of(about: Mapping[str, Any]) -> ImageForm | SampleForm:
+def form_of(about: Description) -> ImageForm | SampleForm:
     """The form that ``about()`` of it has described."""
     if "items" in about:
         return SampleForm(tuple(about["items"]), about["inputs"], about["head"])
@@ -161,10 +166,10 @@ class SampleForm:
     shapes: tuple[str, ...]
     inputs: Any = None
     head: str | None = None
-    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = field(default=None, compare=False)
+    normalize: Scale | None = field(default=None, compare=False)
 
     @staticmethod
-    def of(batch: Any, called: bool = True, normalize: Any = None) -> SampleForm:
+    def of(batch: object, called: bool = True, normalize: Scale | None = None) -> SampleForm:
         """The form of samples of which ``batch`` has two; ``called``: fedkern calls the network on a batch's inputs."""
         x = parted(batch)[0]
         by_name = isinstance(x, Keywords)
@@ -209,15 +214,15 @@ class SampleForm:
         """Nothing: samples are what a user's data set gives."""
         return ()
 
-    def central(self, split: Any) -> Any:
+    def central(self, split: T) -> T:
         """The split itself."""
         return split
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, object]:
         """Entries of model.safetensors."""
         return {"items": list(self.shapes), "inputs": self.inputs, "head": self.head}
 
-    def noise(self, samples: int, rng: np.random.Generator) -> Any:
+    def noise(self, samples: int, rng: np.random.Generator) -> object:
         """Normally distributed inputs of a network; zeros, of which any is an index, where they are no floats."""
 
         def draw(words: str) -> Tensor:
@@ -238,7 +243,7 @@ class SampleForm:
             return Keywords(x["kwargs"])
         return x["args"][0] if len(x["args"]) == 1 else Positional(x["args"])
 
-    def build(self, task: Any, about: Mapping[str, Any], seed: Any) -> nn.Module:
+    def build(self, task: Task, about: Description, seed: int | torch.Generator) -> nn.Module:
         """A freshly initialised network."""
         return models.build_any(
             about["model"], classes=about["classes"], width=about["width"], seed=seed, head=self.head,
@@ -254,7 +259,7 @@ def _outlined(value: object) -> object:
     return [*map(_outlined, value)] if isinstance(value, (tuple, list)) else in_words(value)
 
 
-def in_words(leaf: Any) -> str:
+def in_words(leaf: object) -> str:
     """Return dtype and shape of a tensor, or the type of another leaf, in words."""
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')} {[*leaf.shape]}"

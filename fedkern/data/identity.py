@@ -140,7 +140,7 @@ def _alike(read: Sequence[Split], pools: Sequence[Split | Pool]) -> bool:
     return sum(map(len, read)) == sum(map(len, pools)) and len(forms) < 2
 
 
-def _told(set_name: str, part: Split | Pool) -> Iterator[Any]:
+def _told(set_name: str, part: Split | Pool) -> Iterator[hashlib.blake2b]:
     """For every sample a hash of its set, name, text, patient and label, to which more can be added."""
     patients = None if part.patients is None else part.patients.tolist()
     for row, label in enumerate(_rows(part.labels)):
@@ -162,7 +162,7 @@ def _text(text: str) -> bytes:
     return text.encode(errors="surrogateescape")
 
 
-def _hash(*pieces: bytes | memoryview) -> Any:
+def _hash(*pieces: bytes | memoryview) -> hashlib.blake2b:
     hasher = hashlib.blake2b(digest_size=16)
     for piece in pieces:
         hasher.update(piece)
@@ -176,7 +176,7 @@ def _digest(rows: Iterable[bytes]) -> str:
     return hasher.hexdigest()
 
 
-def code_of(data: FederatedData) -> dict[str, Any]:
+def code_of(data: FederatedData) -> dict[str, object]:
     """Return the objects that the user gives beside the data: loss and metrics or a task, and collation, by name."""
     collate = getattr(data.clients[0], "collate", default_collate)
     return {**data.task.code(), **({} if collate is default_collate else {"collate_fn": collate})}

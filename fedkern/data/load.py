@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.data_option import DETECTION_OPTIONS, check_single
+from fedkern.data.data_option import DETECTION_OPTIONS, CommonOptions, check_single
 from fedkern.data.forms import ImageForm
 from fedkern.data.identity import of_memory, of_source, pixel_hashes, sampled
 from fedkern.data.images.background import MaskSource, extract_background
@@ -24,12 +23,11 @@ from fedkern.data.registry import DATASETS, DatasetInfo, lookup, read_options
 from fedkern.data.sharing.backdoor import add_backdoor
 from fedkern.data.sharing.coloured import paint
 from fedkern.data.sharing.cue import add_cues
-from fedkern.data.sharing.groups import grouped_rows, share_cases, share_units, training_cases, unit_noun
-from fedkern.data.sharing.partition import PartitionSpec, parse_partition
-from fedkern.data.sharing.partition import partition as share_out
+from fedkern.data.sharing.groups import grouped_rows, training_cases, unit_noun
+from fedkern.data.sharing.partition import PartitionSpec, parse_partition, share_samples
 from fedkern.data.sources.copies import copies
 from fedkern.data.sources.items import Items
-from fedkern.data.split import Split
+from fedkern.data.split import Split, rows_of
 from fedkern.data.types import DataRequest, FederatedData, Pool, Source
 from fedkern.errors import UserError
 from fedkern.streams import stream
@@ -102,12 +100,12 @@ def load(
             "with fedkern.load(DIR, ...).resume(), where load gets the same data"
         )
     request = DataRequest(
-        root, clients, partition, seed, own_options, train_samples, public_samples, common["test_samples"],
-        common["validation_samples"], cache, progress,
+        root, clients, partition, seed, own_options, train_samples, public_samples, common.test_samples,
+        common.validation_samples, cache, progress,
     )  # fmt: skip
     data = info.make(request)
     drawn = info.function.identity() if info.function is not None and "seed" in info.function.takes else None
-    check_single(name, data.train.task if isinstance(data, Source) else data.task, **common)
+    check_single(name, data.train.task if isinstance(data, Source) else data.task, common)
     if isinstance(data, Source):
         shares = {"is_identified": identify and drawn is None, "is_judged": judged and info.palette is None}
         data = _share_out(name, info, data, request, spec, notice, **shares)
@@ -119,7 +117,7 @@ def load(
     if identify and drawn is not None:
         data = dataclasses.replace(data, identity=drawn)
     if info.palette is not None:
-        data = paint(data, info.palette, correlation, own_options["mask"], seed)
+        data = paint(data, info.palette, correlation, str(own_options["mask"]), seed)
     return _add_objects(data, options or {}, common, make_detector, progress, seed)
 
 
@@ -240,7 +238,7 @@ def _identify(
 def _add_objects(
     data: FederatedData,
     options: Mapping[str, object],
-    common: Mapping[str, Any],
+    common: CommonOptions,
     make_detector: Callable[[str, float, float], Detector] | None,
     notice: Callable[[str], None] | None,
     seed: int,
@@ -249,14 +247,14 @@ def _add_objects(
     background = _background_source(options, common, data, make_detector, notice)
     if background is not None:  # find the objects before cues and patches are drawn over them
         data = extract_background(data, background)
-    data = add_cues(data, common["cue_clients"], common["cue_size"], seed)
-    return add_backdoor(data, common["backdoor_clients"], common["backdoor_target"], common["backdoor_size"], seed)
+    data = add_cues(data, common.cue_clients, common.cue_size, seed)
+    return add_backdoor(data, common.backdoor_clients, common.backdoor_target, common.backdoor_size, seed)
 
 
-def _subsample_sets(data: FederatedData, common: Mapping[str, Any]) -> FederatedData:
+def _subsample_sets(data: FederatedData, common: CommonOptions) -> FederatedData:
     """Keep as many test and validation samples as the common options ask for."""
-    tests = {key: _subsampled(split, common["test_samples"], f"test/{key}") for key, split in data.tests.items()}
-    validation = _subsampled(data.validation, common["validation_samples"], "validation")
+    tests = {key: _subsampled(split, common.test_samples, f"test/{key}") for key, split in data.tests.items()}
+    validation = _subsampled(data.validation, common.validation_samples, "validation")
     return dataclasses.replace(data, tests=tests, validation=validation)
 
 
@@ -266,25 +264,25 @@ def _subsampled(split: Split, count: int, purpose: str) -> Split:
 
 def _background_source(
     options: Mapping[str, object],
-    common: Mapping[str, Any],
+    common: CommonOptions,
     data: FederatedData,
     make_detector: Callable[[str, float, float], Detector] | None,
     notice: Callable[[str], None] | None,
 ) -> MaskSource | None:
     """The mask source that the options name; None for the data set's own masks, if any."""
-    if common["boxes"] and common["detector"]:
+    if common.boxes and common.detector:
         raise UserError("give either a boxes file or a detector to find the objects, not both")
-    if common["boxes"]:
-        return BoxesFile(common["boxes"], data.image_ids)
-    if not common["detector"]:
+    if common.boxes:
+        return BoxesFile(common.boxes, data.image_ids)
+    if not common.detector:
         for option in DETECTION_OPTIONS:
             if option in options and option not in ("boxes", "detector"):
                 raise UserError(f'option {option} of data set "{data.name}" has no effect without the option detector')
         return None
     if make_detector is None:
-        raise UserError(f'the detector "{common["detector"]}" needs a make_detector that loads it')
-    detector = make_detector(common["detector"], common["box_threshold"], common["text_threshold"])
-    return Detections(detector, common["detector_cache"] or None, notice)
+        raise UserError(f'the detector "{common.detector}" needs a make_detector that loads it')
+    detector = make_detector(common.detector, common.box_threshold, common.text_threshold)
+    return Detections(detector, common.detector_cache or None, notice)
 
 
 def _check_correlation(name: str, info: DatasetInfo, correlation: float | None) -> float:
@@ -371,27 +369,12 @@ def _shares(source: Source, spec: PartitionSpec, rows: Tensor, clients: int, see
     """
     pool = source.train
     labels, classes = pool.task.shared_classes(pool.labels[rows].numpy(), len(source.classes))
-    groups = None if pool.groups is None else pool.groups[rows].numpy()
-
-    def share(
-        labels: npt.NDArray[np.int64], first: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64] | None
-    ) -> list[npt.NDArray[np.int64]]:
-        unit_groups = None if groups is None else groups[first]
-        unit = "samples" if sizes is None else unit_noun(pool.cases, pool.patients)
-        return share_out(spec, labels, clients, seed, class_count=classes, groups=unit_groups, sizes=sizes, unit=unit)
-
-    named = spec.name == "attribute" and groups is not None
-    there = set(groups.tolist()) if named and groups is not None else set()
-    for k, site in enumerate(source.sites if named else ()):
-        if k not in there:
+    owners = pool.groups[rows].numpy() if spec.name == "attribute" and pool.groups is not None else None
+    for k, site in enumerate(source.sites):
+        if owners is not None and k not in owners:
             raise UserError(f"the client {site} would have no training sample; take more --train-samples")
-    patients = None if pool.patients is None or named else pool.patients[rows]
-    if pool.cases is None:
-        units = grouped_rows([pool.ids[row] for row in rows.tolist()], None, patients)
-        if units is None or named:
-            return share(labels, np.arange(len(labels)), None)
-        return share_units(units, lambda first, sizes: share(labels[first], first, sizes))
-    return share_cases((pool.cases[rows] if patients is None else patients).numpy(), labels, share)
+    units = {name: rows_of(getattr(pool, name), rows) for name in ("ids", "cases", "patients")}
+    return share_samples(spec, labels, clients, seed, classes, owners=owners, **units)
 
 
 def _training_rows(name: str, pool: Pool, request: DataRequest) -> tuple[Tensor, Tensor]:

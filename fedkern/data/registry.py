@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fedkern.data.data_option import COMMON_OPTIONS, READING
+from fedkern.data.data_option import COMMON_OPTIONS, READING, CommonOptions
 from fedkern.data.sharing.coloured import PALETTES, Palette
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sources.captions import CLIENTS, PROMPTS, make_captions
@@ -27,7 +27,7 @@ from fedkern.data.sources.table import AUTO
 from fedkern.data.types import DataRequest, FederatedData, Source
 from fedkern.errors import UserError, nearest
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, SEGMENTATION, TASKS, Task
-from fedkern.typed_option import Option
+from fedkern.typed_option import Option, Value
 from fedkern.usercode import named_code
 from fedkern.usercode.registry import Registry
 
@@ -176,7 +176,6 @@ DATASETS: Registry[DatasetInfo] = Registry("data set", {
     ),
     "svhn": DatasetInfo(
         "SVHN, 99,289 photographed house numbers (official MATLAB files)", _published(open_svhn), 10, "dirichlet:0.5",
-        options={"extra": Option("no", "531,131 easier training images more", choices=("no", "yes"))},
     ),
     "folder": DatasetInfo(
         "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",
@@ -251,22 +250,26 @@ def lookup(name: str) -> DatasetInfo:
     return DATASETS[name]
 
 
-def _label_option(data: str, key: str) -> Option:
-    option = lookup(data).options.get(key) or COMMON_OPTIONS[key]
-    return dataclasses.replace(option, name=key, label=f'option {key} of data set "{data}"')
+def _find_option(data: str, key: str) -> Option:
+    """Return an option of a data set, which errors then name so; raises UserError where there is none."""
+    choices = {**lookup(data).options, **COMMON_OPTIONS}
+    if key not in choices:
+        raise UserError(
+            f'data set "{data}" has no option "{key}": expected one of {", ".join(choices)}.{nearest(key, choices)}'
+        )
+    return dataclasses.replace(choices[key], name=key, label=f'option {key} of data set "{data}"')
 
 
-def given_options(name: str, options: Mapping[str, object]) -> dict[str, Any]:
+def given_options(name: str, options: Mapping[str, object]) -> dict[str, Value]:
     """The given options, converted, without defaults and with absolute paths.
 
     Raises:
         UserError: as :func:`read_options`, or a path in the home folder of an unknown user.
     """
-    values = {key: value for part in read_options(name, options) for key, value in part.items() if key in options}
-    return {key: _label_option(name, key).absolute(value) for key, value in values.items()}
+    return {key: _find_option(name, key).read(value) for key, value in options.items()}
 
 
-def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Value], CommonOptions]:
     """Checks ``key=value`` options and fills in defaults.
 
     Returns:
@@ -275,15 +278,9 @@ def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, An
     Raises:
         UserError: an unknown key (the message suggests the nearest), or a value of the wrong type or out of range.
     """
-    choices = {**lookup(name).options, **COMMON_OPTIONS}
-    for key in options:
-        if key not in choices:
-            raise UserError(
-                f'data set "{name}" has no option "{key}": expected one of {", ".join(choices)}.{nearest(key, choices)}'
-            )
-    values: dict[str, Any] = {key: each.default for key, each in choices.items()}
-    values |= {key: _label_option(name, key).convert(value) for key, value in options.items()}
-    return {key: values[key] for key in lookup(name).options}, {key: values[key] for key in COMMON_OPTIONS}
+    given: dict[str, Any] = {key: _find_option(name, key).convert(value) for key, value in options.items()}
+    own = {key: given.pop(key, option.default) for key, option in lookup(name).options.items()}
+    return own, CommonOptions(**given)
 
 
 F = TypeVar("F", bound=Callable[..., Any])

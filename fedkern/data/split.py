@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from fedkern.data.sharing.groups import grouped_rows
 from fedkern.files.image_rows import in_parts
 from fedkern.tasks import Task, task_of
 
+T = TypeVar("T")
 MOST = 32
 """Most classes of pixels that are not named: soft edges and photographs hold more values."""
 
@@ -121,7 +122,7 @@ class Split:
             blake2b(b"".join(part.numpy().tobytes() for part in pair), digest_size=16).hexdigest() for pair in pairs
         ]
 
-    def raw(self) -> dict[str, Any]:
+    def raw(self) -> dict[str, object]:
         """Return what a client would send to give its samples away."""
         return {"images": self.images, "labels": self.labels, "texts": self.texts}
 
@@ -129,30 +130,32 @@ class Split:
         """The split with the images of others behind its own, see :func:`joined`."""
         return joined([self, *others])
 
-    def any_known(self) -> bool:
-        """Return whether the class of an image or of a pixel is known."""
-        return any(bool((part >= 0).any()) for part in in_parts(self.labels))
-
     def subset(self, indices: Tensor) -> Split:
         """A new split with copies of the rows ``indices``, int64 ``[m]``."""
         return Split(**{field.name: rows_of(getattr(self, field.name), indices) for field in fields(self)})
 
 
-def rows_of(column: Any, rows: Tensor) -> Any:
+def rows_of(column: T, rows: Tensor) -> T:
     """The ``rows``, int64 ``[m]``, of an attribute of a split: of a tensor, names or masks; others have no rows."""
+    chosen: Any = column
     if isinstance(column, (tuple, list)):
-        return tuple(column[i] for i in rows.tolist())
-    if isinstance(column, FullMasks):
-        return column.subset(rows)
-    return column[rows] if isinstance(column, Tensor) else column
+        chosen = tuple(column[row] for row in rows.tolist())
+    elif isinstance(column, Tensor):
+        chosen = column[rows]
+    elif isinstance(column, FullMasks):
+        chosen = column.subset(rows)
+    return chosen
 
 
 def joined(splits: Sequence[Split]) -> Split:
     """Concatenates splits; an attribute (masks, texts ...) that is None in one of them is None in the result."""
-    return Split(**{field.name: _together([getattr(split, field.name) for split in splits]) for field in fields(Split)})
+    columns: dict[str, Any] = {
+        field.name: _together([getattr(split, field.name) for split in splits]) for field in fields(Split)
+    }
+    return Split(**columns)
 
 
-def _together(parts: list[Any]) -> Any:
+def _together(parts: list[Any]) -> object:
     if any(part is None for part in parts):
         return None
     if isinstance(parts[0], FullMasks):

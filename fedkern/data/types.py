@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.data.forms import ImageForm
+from fedkern.data.forms import ImageForm, Scale
 from fedkern.data.images.full_masks import FullMasks
+from fedkern.data.sources.arrays import Labelled as Pair
 from fedkern.data.sources.arrays import parts_of_arrays
-from fedkern.data.sources.datasets import parts_of_datasets
+from fedkern.data.sources.datasets import Sets, parts_of_datasets
 from fedkern.data.sources.items import Items
 from fedkern.data.split import Split, describe, rows_of
 from fedkern.files.filesystem import check_text
@@ -122,7 +123,7 @@ class Source:
     tests: dict[str, Pool]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augment: str
+    augment: str = "none"
     groups: int | None = None
     crop: int = 0
     sites: tuple[str, ...] = ()
@@ -172,21 +173,24 @@ def client_label(names: Sequence[str] | None, client: int) -> str:
 
 
 def memory_source(
-    data: str, train: Labelled, test: Labelled, held_out: int, order: Sequence[int] | None = None, **how: Any
+    data: str,
+    train: Labelled,
+    test: Labelled,
+    held_out: int,
+    classes: tuple[str, ...],
+    scale: Scale,
+    *,
+    order: Sequence[int] | None = None,
+    augment: str = "none",
 ) -> Source:
     """A data set in memory; of the training images the last ``held_out`` in ``order`` are the validation set.
 
-    The order is a random one by default, the same for every seed.  ``how`` are other attributes of the source.
+    The order is a random one by default, the same for every seed.
     """
     count = len(train[1])
     order = stream(0, f"split/{data}").permutation(count).tolist() if order is None else order
-    train_rows, rest = fixed_rows(order, count - held_out)
-    return Source(
-        train=memory_pool(*train, "train", train_rows),
-        validation=memory_pool(*train, "train", rest),
-        tests={"": memory_pool(*test, "test")},
-        **how,
-    )
+    training, validation = (memory_pool(*train, "train", rows) for rows in fixed_rows(order, count - held_out))
+    return Source(classes, training, validation, {"": memory_pool(*test, "test")}, *scale, augment)
 
 
 @dataclass(frozen=True)
@@ -294,10 +298,10 @@ class FederatedData:
     @classmethod
     def from_arrays(
         cls,
-        clients: Mapping[str, tuple[Any, Any]] | Sequence[tuple[Any, Any]],
-        test: tuple[Any, Any] | Mapping[str, tuple[Any, Any]] | None = None,
+        clients: Mapping[str, Pair] | Sequence[Pair],
+        test: Pair | Mapping[str, Pair] | None = None,
         *,
-        validation: tuple[Any, Any] | None = None,
+        validation: Pair | None = None,
         classes: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -326,10 +330,11 @@ class FederatedData:
         Warns:
             UserWarning: floats are no multiples of 1/255, and are rounded to these.
         """
-        return cls(**parts_of_arrays(clients, test, validation, classes, mean, std, augment, task))
+        parts: dict[str, Any] = parts_of_arrays(clients, test, validation, classes, mean, std, augment, task)
+        return cls(**parts)
 
     @classmethod
-    def from_datasets(cls, clients: Any, test: Any, **about: Any) -> FederatedData:
+    def from_datasets(cls, clients: Sets, test: Sets, **about: Any) -> FederatedData:
         """Federated data of map-style PyTorch data sets, whose samples are read when a batch needs them.
 
         Args:
@@ -363,7 +368,8 @@ class FederatedData:
         Warns:
             UserWarning: all items are read for their classes or groups, as no attribute states these.
         """
-        return cls(**parts_of_datasets(clients, test, **about))
+        parts: dict[str, Any] = parts_of_datasets(clients, test, **about)
+        return cls(**parts)
 
     def pooled(self) -> FederatedData:
         """The data with one client that holds all training samples; statistics and names remain the partition's."""

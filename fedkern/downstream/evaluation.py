@@ -39,6 +39,7 @@ from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets, finished_data, with_images
 from fedkern.tasks.figure_names import set_noun
+from fedkern.tasks.protocols import Description
 from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.usercode import named_code
 
@@ -109,7 +110,7 @@ def evaluate_run(
 def read_data(
     out: Path | str,
     config: RunConfig,
-    about: Mapping[str, Any],
+    about: Description,
     data: str | FederatedData | None,
     *,
     data_root: str | None,
@@ -187,7 +188,7 @@ def counted(data: FederatedData) -> Iterator[str]:
         yield f"the {set_noun(name)}: {data.form.noun} {', '.join(counts)}"
 
 
-def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[str, object]:
+def _as_trained(data: str, about: Description, config: RunConfig) -> dict[str, object]:
     """The options by which images are sized, coloured and scaled and labels read as in the training."""
     values: dict[str, object] = {}
     options, (height, width) = lookup(data).options, about["image_size"] if "items" not in about else (0, 1)
@@ -205,9 +206,7 @@ def _as_trained(data: str, about: Mapping[str, Any], config: RunConfig) -> dict[
     return {**values, "task": about["task"]} if named else values
 
 
-def _sets(
-    splits: Mapping[Key, Split], module: nn.Module, about: Mapping[str, Any], config: RunConfig
-) -> dict[Key, Reader]:
+def _sets(splits: Mapping[Key, Split], module: nn.Module, about: Description, config: RunConfig) -> dict[Key, Reader]:
     """Return a reader of every split, by the same keys."""
     device = torch.device(config.device)
     size = batch_size(device, config.statistics)
@@ -222,7 +221,7 @@ def _sets(
     return sets
 
 
-def _fitted(data: FederatedData, about: Mapping[str, Any], out: Path) -> FederatedData:
+def _fitted(data: FederatedData, about: Description, out: Path) -> FederatedData:
     """The data, whose test sets and validation set get the network's classes: the data may lack some of them."""
     task, classes = data.task, list(about["classes"])
     if data.task.name != about["task"]:

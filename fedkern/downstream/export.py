@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -28,6 +28,7 @@ from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
 from fedkern.ops._core.private_torch import ONNX_LOG
 from fedkern.process.extras import import_extra
 from fedkern.process.torch_modes import reproducible
+from fedkern.tasks.protocols import Description
 from fedkern.tasks.user_tasks import inner
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
@@ -104,7 +105,7 @@ class Exportable:
     unfit: str = ""
     lengths: bool = False
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         """The program's output for the two samples."""
         return self.program(*self.args, **self.kwargs)
 
@@ -139,7 +140,7 @@ def of_images(predictor: Predictor) -> Exportable:
     return Exportable(network, program, (example,), {}, predictor.task.probabilities, about, raw, ("images",))
 
 
-def of_items(module: nn.Module, about: Mapping[str, Any]) -> Exportable:
+def of_items(module: nn.Module, about: Description) -> Exportable:
     """A user's network of samples that are no images: the user's own module."""
     form: Any = form_of(about)
     network, unfit = inner(module), ""
@@ -310,7 +311,7 @@ def _of_the_network(record: logging.LogRecord) -> bool:
 
 
 @torch.no_grad()
-def check(outputs: Any, bundle: Exportable) -> None:
+def check(outputs: object, bundle: Exportable) -> None:
     """Raises UserError where what a file says of the two samples is not what the network says."""
     for pair in zip(leaves(outputs), leaves(bundle()), strict=True):
         if not isinstance(pair[1], Tensor):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from fedkern.data import Split
+from fedkern.data import FederatedData, Split
 from fedkern.data.images.transforms import central
 from fedkern.data.split import joined
 from fedkern.downstream.evaluation import read_data
@@ -22,6 +22,7 @@ from fedkern.methods.protocol import batch_slices
 from fedkern.models import PairNetwork, Tokens
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
+from fedkern.tasks.protocols import Description
 
 SEEN = "seen"
 BATCH = 250
@@ -37,7 +38,9 @@ class Finished:
         device: where the networks run.
     """
 
-    def __init__(self, out: Path, config: RunConfig, module: nn.Module, about: Mapping[str, Any], data: Any) -> None:
+    def __init__(
+        self, out: Path, config: RunConfig, module: nn.Module, about: Description, data: FederatedData
+    ) -> None:
         self.out, self.config, self.data = out, config, data
         members = [module] if isinstance(module, PairNetwork) else list(getattr(module, "members", ()))
         if not members or not all(isinstance(member, PairNetwork) for member in members):

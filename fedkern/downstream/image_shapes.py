@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fedkern.data import DATASETS, FederatedData
 from fedkern.errors import UserError
+from fedkern.tasks.protocols import Description
 
 
-def check_shape(data: FederatedData, about: Mapping[str, Any], out: Path) -> None:
+def check_shape(data: FederatedData, about: Description, out: Path) -> None:
     """Raises UserError where the images of a data set have other channels, height or width than ``about`` tells."""
     expected, dtype = (about["channels"], *about["image_size"]), about.get("dtype", "uint8")
     if data.form.dtype != dtype:

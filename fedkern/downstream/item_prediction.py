@@ -19,7 +19,7 @@ from fedkern.process.torch_modes import reproducible
 
 @reproducible()
 @torch.no_grad()
-def outputs(module: nn.Module, data: FederatedData, samples: Any, size: int) -> Any:
+def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) -> object:
     """The network's outputs on the CPU: probabilities of the classes, or all that a user's own task has it give.
 
     Args:
@@ -31,14 +31,14 @@ def outputs(module: nn.Module, data: FederatedData, samples: Any, size: int) -> 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device).eval()
 
-    def answer(inputs: Any) -> Any:
+    def answer(inputs: object) -> Any:
         try:
             return mapped(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, module(inputs))
         except RAISED as error:  # the user's own network may raise anything
             raise UserError(f"the network fails on the samples ({cause(error)}).") from error
 
     if is_dataset(samples):
-        reader = ItemReader(items_like(data, samples, "the samples"), device, seed=0, size=size)
+        reader = ItemReader(items_like(data.clients[0], samples, "the samples"), device, seed=0, size=size)
         pairs = [(answer(inputs), count) for inputs, count in _inputs(reader, data)]
         results = together([each for each, _ in pairs], [count for _, count in pairs])
     else:
@@ -47,7 +47,7 @@ def outputs(module: nn.Module, data: FederatedData, samples: Any, size: int) -> 
     return data.task.probabilities(results) if "classes" in data.offers else results
 
 
-def _inputs(reader: ItemReader, data: FederatedData) -> Iterator[tuple[Any, int]]:
+def _inputs(reader: ItemReader, data: FederatedData) -> Iterator[tuple[object, int]]:
     """The network's inputs of every batch, and its number of samples; the samples may have no targets."""
     takes = 0 if data.form.inputs is None else len(data.form.inputs["args"])
     for batch in reader.batches():

@@ -31,6 +31,9 @@ from fedkern.settings.run_data import kept_data, load_data
 from fedkern.settings.run_format import FOLDER
 from fedkern.settings.stored import load_settings
 
+Result = dict[str, Any]
+"""Entries of attack.json."""
+
 
 @reproducible()
 def attack(
@@ -42,7 +45,7 @@ def attack(
     trusted: Collection[str] = (),
     model: nn.Module | None = None,
     best: bool = False,
-) -> dict[str, Any]:
+) -> Result:
     """Attacks the model of a finished run: members are the clients' training samples, the others are test images.
 
     Samples that the run holds out (``--client-test``, ``--held-out-client``) are neither.  Samples that a method keeps
@@ -158,7 +161,7 @@ def place(out: Path | str, network: str = "last") -> Path:
     return Path(out) / (FOLDER if private else "") / ATTACKS[network]
 
 
-def write(out: Path | str, result: dict[str, Any]) -> None:
+def write(out: Path | str, result: Result) -> None:
     """Writes what :func:`attack` found to attack.json (see :func:`place`), completely or not at all."""
     text, path = json.dumps(plain(result), indent=2, allow_nan=False), place(out, result["network"])
     if path.parent != Path(out):
@@ -167,7 +170,7 @@ def write(out: Path | str, result: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def losses(model: nn.Module, split: Any, data: FederatedData) -> Tensor:
+def losses(model: nn.Module, split: Split, data: FederatedData) -> Tensor:
     """The cross-entropy of every image of a split, fp64 [n]; for segmentation the mean over the image's known pixels.
 
     Images without a known pixel have no loss and are left out, so that n is then less than the split's length.

@@ -28,6 +28,7 @@ from fedkern.files.inputs import standing
 from fedkern.methods.protocol import batch_slices
 from fedkern.process.torch_modes import reproducible
 from fedkern.tasks import TASKS, Task
+from fedkern.tasks.protocols import Description
 
 Value = TypeVar("Value")
 Row = tuple[Path, Tensor, Tensor]
@@ -54,7 +55,7 @@ class Predictor:
         batch: images that the network sees at once.
     """
 
-    def __init__(self, module: nn.Module, about: Mapping[str, Any], where: Path | str = "The run") -> None:
+    def __init__(self, module: nn.Module, about: Description, where: Path | str = "The run") -> None:
         self.task: Task = TASKS[about["task"]]
         if "pairs" in self.task.offers:
             raise UserError(
@@ -84,7 +85,7 @@ class Predictor:
         return cls.of(out, *read_model(out, trusted, model, best=best), trusted)
 
     @classmethod
-    def of(cls, out: Path | str, module: nn.Module, about: Mapping[str, Any], trusted: Collection[str] = ()) -> Self:
+    def of(cls, out: Path | str, module: nn.Module, about: Description, trusted: Collection[str] = ()) -> Self:
         """The network that has been read from a run folder, as :meth:`open`."""
         if "items" in about:
             raise UserError(

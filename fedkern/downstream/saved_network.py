@@ -31,6 +31,7 @@ from fedkern.process.torch_modes import reproducible
 from fedkern.settings.run_format import check_format
 from fedkern.settings.stored import check_regular, check_run_folder, load_plugins
 from fedkern.tasks import Task, task_named
+from fedkern.tasks.protocols import Description
 from fedkern.tasks.user_tasks import inner
 from fedkern.usercode import named_code
 
@@ -72,7 +73,7 @@ def read_model(
     *,
     best: bool = False,
     client: int | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, Description]:
     """Reads the network that a finished run evaluated last, in eval mode on the CPU.
 
     The run's own network is built from its name alone.  Any other module (fused clients, an ensemble) is built by the
@@ -172,7 +173,7 @@ def _forget_statistics(module: nn.Module, state: Collection[str]) -> None:
                 setattr(layer, buffer, None)
 
 
-def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.Module:
+def _plain(about: Description, out: Path, trusted: Collection[str]) -> nn.Module:
     if "pair" not in about and about["model"] not in models.MODELS:
         load_plugins(out, trusted)
     return form_of(about).build(
@@ -180,7 +181,7 @@ def _plain(about: Mapping[str, Any], out: Path, trusted: Collection[str]) -> nn.
     )
 
 
-def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> nn.Module:
+def _rebuilt(out: Path, about: Description, trusted: Collection[str]) -> nn.Module:
     """The module that the method makes of the server's state at the end of the run."""
     context = _context(out, about, trusted, about["samples"])
     state = Checkpoints(out).last_server_state()
@@ -193,7 +194,7 @@ def _rebuilt(out: Path, about: Mapping[str, Any], trusted: Collection[str]) -> n
     return module
 
 
-def _context(out: Path, about: Mapping[str, Any], trusted: Collection[str], sizes: Sequence[int]) -> RunContext:
+def _context(out: Path, about: Description, trusted: Collection[str], sizes: Sequence[int]) -> RunContext:
     """The context of a finished run, without data, whose clients have as many samples as ``sizes`` says."""
     config = load_unedited(out, trusted=trusted, device="cpu")
     config.check_code(out, trusted)
@@ -202,9 +203,7 @@ def _context(out: Path, about: Mapping[str, Any], trusted: Collection[str], size
     return RunContext(config, outline, described={name: about[name] for name in ("pair",) if name in about})
 
 
-def _of_client(
-    network: nn.Module, about: Mapping[str, Any], out: Path, trusted: Collection[str], client: int
-) -> nn.Module:
+def _of_client(network: nn.Module, about: Description, out: Path, trusted: Collection[str], client: int) -> nn.Module:
     """The network that a client uses at the end of a run with the global ``network``.
 
     Raises:

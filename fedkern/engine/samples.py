@@ -127,7 +127,7 @@ class Samples:
             return {}
         homes = test.homes
         parts = {k: test.subset((homes == k).nonzero().flatten()) for k in range(len(self.data.client_names))}
-        fit = {k: split for k, split in parts.items() if len(split) > 1 and split.any_known()}
+        fit = {k: split for k, split in parts.items() if len(split) > 1 and not split.task.unfit(split)}
         return compared_alike({k: self._test_set(split) for k, split in fit.items()})
 
     def _test_set(self, split: AnySplit) -> Reader:

@@ -140,9 +140,7 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
     if config.unit.name == "patient":
         data = limited(data, config.unit.images, config.seed)
     options = read_options(config.data, config.data_options)[1]
-    return add_backdoor(
-        data, options["backdoor_clients"], options["backdoor_target"], options["backdoor_size"], config.seed
-    )
+    return add_backdoor(data, options.backdoor_clients, options.backdoor_target, options.backdoor_size, config.seed)
 
 
 def finished_data(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
+from torch import Tensor
 
 from fedkern.tasks.base import Constant as Constant
 from fedkern.tasks.base import Figures as Figures
@@ -24,7 +25,7 @@ def task_named(name: str) -> Task:
     return TASKS.get(name, OwnTask())
 
 
-def task_of(labels: Any, texts: Any = None, pixels: Any = None, said: str = "auto") -> Task:
+def task_of(labels: Tensor | np.ndarray, texts: object = None, pixels: object = None, said: str = "auto") -> Task:
     """The task of samples.
 
     Args:

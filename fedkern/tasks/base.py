@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
+from fedkern.models.vocabulary import Tokens
+from fedkern.tasks.protocols import Description, JudgedSet, Label, Members, RunFacts, SampleSet, TaskBatch, Words
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -99,20 +101,20 @@ class Task:
     sampled: ClassVar[str] = ""
     lacks: ClassVar[str] = ""
 
-    def __reduce__(self) -> str:
+    def __reduce__(self) -> str | tuple[object, ...]:
         return self.name.upper()  # the object of the task's file
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def loss(self, model: Any, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
         """The loss of a batch (`fedkern.methods.protocol.Batch`), a scalar."""
         return self.criterion(model(batch.inputs), batch)
 
-    def read_targets(self, targets: Any) -> Any:
+    def read_targets(self, targets: object) -> object:
         """Return the targets of a batch of items as the loss takes them."""
         return targets
 
-    def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
+    def criterion(self, outputs: Tensor, batch: TaskBatch) -> Tensor:
         """The loss of a batch by the network's outputs, a scalar."""
         raise NotImplementedError
 
@@ -120,9 +122,10 @@ class Task:
         """Return the task with a copy of the loss, whose calls do not change the loss of the run."""
         return self
 
-    def known(self, batch: Any) -> Any:
+    def known(self, batch: TaskBatch) -> Tensor | int:
         """How many targets of a batch are known: samples or, of a segmentation, pixels."""
-        return (batch.targets >= 0).sum()
+        known: Tensor = (batch.targets >= 0).sum()
+        return known
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of every sample with a known target, ``[n]``; the others are left out."""
@@ -130,7 +133,7 @@ class Task:
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
-    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Figures of a network in eval mode on a test set, the main figure first.
 
         Args:
@@ -154,7 +157,7 @@ class Task:
         value = figures.get(self.main)
         return -figures["loss"] if value is None else value if self.better == "max" else -value
 
-    def member_figures(self, model: Any, data: Any) -> dict[str, float]:
+    def member_figures(self, model: Members, data: JudgedSet) -> dict[str, float]:
         """Means of the figures of ``model.members``, and the lowest and highest value of their main figure."""
         each = [self.figures_of_client(member, data, k) for k, member in enumerate(model.members)]
         shared = [name for name in each[0] if all(name in one for one in each)]
@@ -162,11 +165,11 @@ class Task:
         ends = [one[self.main] for one in each if self.main in one]
         return {**means, **({f"lowest_{self.main}": min(ends), f"highest_{self.main}": max(ends)} if ends else {})}
 
-    def figures_of_client(self, model: nn.Module, data: object, client: int) -> dict[str, float]:
+    def figures_of_client(self, model: nn.Module, data: JudgedSet, client: int) -> dict[str, float]:
         """Return :meth:`figures` of a client's own network."""
         return self.figures(model, data)
 
-    def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
+    def final(self, data: SampleSet, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         """Figures of the run's end from what the last evaluation kept, one entry for every network."""
         return Figures()
 
@@ -200,7 +203,7 @@ class Task:
         figures: Floats = torch.from_numpy(means).nanmean(1).numpy()
         return figures
 
-    def kept_shape(self, data: Any, classes: int) -> tuple[int, ...]:
+    def kept_shape(self, data: SampleSet, classes: int) -> tuple[int, ...]:
         """Shape of what :meth:`figures` keeps of a network."""
         return len(data), classes
 
@@ -212,16 +215,16 @@ class Task:
         """Names of the figures beside the loss by which clients with test sets of these sizes are compared."""
         return (self.main,)
 
-    def defined(self, data: Any) -> bool:
+    def defined(self, data: SampleSet) -> bool:
         """Whether a set can have the main figure, whatever is predicted; else it ``lacks`` something."""
         return True
 
-    def constant(self, data: Any, classes: Sequence[str]) -> Constant | None:
+    def constant(self, data: SampleSet, classes: Sequence[str]) -> Constant | None:
         """What predicting one class everywhere gives on a set; None where there is nothing to compare."""
         return None
 
     def chance(
-        self, data: Any, classes: int, *, counts: npt.NDArray[np.int64] | None = None, candidates: float = 0.0
+        self, data: SampleSet | None, classes: int, *, counts: Rows | None = None, candidates: float = 0.0
     ) -> float | None:
         """The main figure that needs no learning, or None where it is not known.
 
@@ -232,11 +235,11 @@ class Task:
         """
         return None
 
-    def unvaried(self, data: Any) -> bool:
+    def unvaried(self, data: JudgedSet) -> bool:
         """Whether the answers that an evaluation kept are the same for all of several samples."""
         return False
 
-    def unfit(self, split: Any) -> str:
+    def unfit(self, split: SampleSet) -> str:
         """What a set lacks so that it has no figures at all, such as "no pixel whose class is known"."""
         return ""
 
@@ -324,13 +327,9 @@ class Task:
         """Numbers of the classes that the labels show, int64."""
         return (labels.flatten().clamp(min=-1) + 1).bincount()[1:].nonzero().flatten()
 
-    def label_text(self, label: Any, classes: Sequence[str]) -> str:
+    def label_text(self, label: Label, classes: Sequence[str]) -> str:
         """An image's label in words."""
         return classes[int(label)]
-
-    def both_labels(self, labels: Sequence[Any], classes: Sequence[str]) -> str:
-        """Words for two different labels of one image."""
-        return f"two labels, {' and '.join(self.label_text(label, classes) for label in labels)}"
 
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
         """The labels where the class at position k is the class number ``places[k]`` of ``classes``."""
@@ -343,15 +342,15 @@ class Task:
 
     # -- networks --------------------------------------------------------------------------------------------------
 
-    def code(self) -> dict[str, Any]:
+    def code(self) -> dict[str, object]:
         """Return the objects that a user gave for the task, by name; none for a task of fedkern."""
         return {} if type(self).__module__.startswith("fedkern.") else {"task": self}
 
-    def described(self, context: Any) -> dict[str, Any]:
+    def described(self, context: RunFacts) -> Description:
         """What :meth:`build` needs beside the network's name and sizes: entries of model.safetensors."""
         return {}
 
-    def build(self, about: Mapping[str, Any], seed: Any) -> nn.Module:
+    def build(self, about: Description, seed: int | torch.Generator) -> nn.Module:
         """A freshly initialised network.
 
         Args:
@@ -367,15 +366,15 @@ class Task:
         """Name of the network that a run trains."""
         return str(config.model)
 
-    def vocabulary_messages(self, context: Any) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+    def vocabulary_messages(self, context: RunFacts) -> tuple[list[Words], Words] | None:
         """Every client's message and the server's that make a vocabulary which all share; None without one."""
         return None
 
-    def tokens(self, split: Any, tokenise: Callable[[], Callable[..., Any]]) -> Any:
+    def tokens(self, split: Any, tokenise: Callable[[], Callable[[Sequence[str]], Tokens]]) -> Tokens | None:
         """The tokens of a split's texts on the CPU, by the tokeniser that ``tokenise()`` gives; None without texts."""
         return None
 
-    def targets(self, labels: Tensor, tokens: Any, rows: Tensor) -> Any:
+    def targets(self, labels: Tensor, tokens: Tokens | None, rows: Tensor) -> Tensor | Tokens:
         """Targets of a batch: its labels, or those of the ``tokens`` that belong to the ``rows``, on labels' device."""
         return labels
 
@@ -403,7 +402,7 @@ def check_shape(labels: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Non
         raise ValueError(f"labels: expected {expected}, got {actual}")
 
 
-def answers(model: nn.Module, data: Any) -> Iterator[tuple[Any, Any]]:
+def answers(model: nn.Module, data: JudgedSet) -> Iterator[tuple[Tensor, Tensor]]:
     """A network's outputs for ``data.batches()`` with the targets, in order.
 
     If ``data.pool`` is a pool of threads, several batches run at once; the outputs are the same as with one thread.
@@ -414,7 +413,7 @@ def answers(model: nn.Module, data: Any) -> Iterator[tuple[Any, Any]]:
             yield model(batch.inputs), batch.targets
         return
     forward = torch.no_grad()(model)
-    ahead: deque[tuple[Future[Tensor], Any]] = deque()
+    ahead: deque[tuple[Future[Tensor], Tensor]] = deque()
     for batch in data.batches():
         # Copy this thread's context: the precision of networks is a context variable.
         ahead.append((pool.submit(copy_context().run, forward, batch.inputs), batch.targets))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.tasks import classification_figures as of_classes
-from fedkern.tasks.base import Constant, Figures, Task, answers, check_shape, mean, named
+from fedkern.tasks.base import Constant, Figures, Rows, Task, answers, check_shape, mean, named
 from fedkern.tasks.cross_entropy import check_classes, cross_entropy
+from fedkern.tasks.protocols import JudgedSet, Members, SampleSet, TaskBatch
 from fedkern.tasks.registered_metrics import Answers
 
 MATRIX = 1000
@@ -35,18 +35,19 @@ class Classification(Task):
     ignored: ClassVar[int] = -100
     takes_logits = True
 
-    def read_targets(self, targets: Any) -> Any:
-        other = not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool
-        return targets if other else targets.long()
+    def read_targets(self, targets: object) -> object:
+        if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool):
+            return targets.long()
+        return targets
 
-    def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
+    def criterion(self, outputs: Tensor, batch: TaskBatch) -> Tensor:
         return cross_entropy(outputs, batch.targets)
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets, reduction="none")
 
     @torch.no_grad()
-    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Returns ``accuracy``, ``loss`` (nats) and ``confidence``, the mean probability of the true class.
 
         Predictions are int64 [n], and the answers kept are the logits [n, C] on the CPU.  ``data.metrics``, where it
@@ -96,8 +97,8 @@ class Classification(Task):
         return {**figures, **gathered.figures()}
 
     @torch.no_grad()
-    def member_figures(self, model: Any, data: Any) -> dict[str, float]:
-        clients = len(model.members)
+    def member_figures(self, model: Members, data: JudgedSet) -> dict[str, float]:
+        clients = len([*model.members])
         correct, loss, confidence = (torch.zeros(clients, dtype=torch.float64) for _ in range(3))
         total = 0
         keep, all_outputs = getattr(data, "keep", None), []
@@ -124,7 +125,7 @@ class Classification(Task):
             "confidence": float(confidence.mean()) / total,
         }
 
-    def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
+    def final(self, data: SampleSet, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         labels = data.labels.cpu().long()
         counted = labels != self.ignored
         labels, outputs = labels[counted], [logits[counted] for logits in outputs]
@@ -150,10 +151,10 @@ class Classification(Task):
         right = (output.double().argmax(1) == labels).double()
         return torch.where((labels < 0) | (labels == self.ignored), math.nan, right)[:, None]
 
-    def kept_shape(self, data: Any, classes: int) -> tuple[int, ...]:
+    def kept_shape(self, data: SampleSet, classes: int) -> tuple[int, ...]:
         return len(data.labels), classes
 
-    def constant(self, data: Any, classes: Sequence[str]) -> Constant | None:
+    def constant(self, data: SampleSet, classes: Sequence[str]) -> Constant | None:
         labels = data.labels.cpu()
         labels = labels[labels != self.ignored]
         counts = torch.bincount(labels, minlength=len(classes))
@@ -164,7 +165,7 @@ class Classification(Task):
         return Constant({"accuracy": top / len(labels), "balanced_accuracy": 1 / present}, name)
 
     def chance(
-        self, data: Any, classes: int, *, counts: npt.NDArray[np.int64] | None = None, candidates: float = 0.0
+        self, data: SampleSet | None, classes: int, *, counts: Rows | None = None, candidates: float = 0.0
     ) -> float | None:
         if self.main != self.__class__.main:
             return None

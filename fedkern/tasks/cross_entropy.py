@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +60,7 @@ def added_in_any_order(logits: Tensor) -> bool:
     return logits.is_cuda and logits.dim() > 2
 
 
-def repeatable(loss: Callable[..., Any], outputs: Any) -> Callable[..., Any]:
+def repeatable(loss: Callable[..., object], outputs: object) -> Callable[..., object]:
     """PyTorch's module of the mean cross-entropy as :func:`cross_entropy` where its own sum of ``outputs`` does not
     repeat; any other loss as it is."""
     if type(loss) is not nn.CrossEntropyLoss or loss.reduction != "mean":

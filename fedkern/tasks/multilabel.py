@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from fedkern.tasks.base import Figures, Floats, Rows, Task, check_shape, mean, named
 from fedkern.tasks.classification_figures import areas
+from fedkern.tasks.protocols import JudgedSet, Label, SampleSet, TaskBatch
 
 MAIN = "macro_auroc"
 """Main figure: mean of the labels' areas under the ROC curve."""
@@ -31,14 +31,14 @@ class Multilabel(Task):
     lacks = "no label that some images have and others lack"
     outside = 16
 
-    def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
+    def criterion(self, outputs: Tensor, batch: TaskBatch) -> Tensor:
         return binary_cross_entropy_with_logits(outputs, batch.targets.to(outputs.dtype))
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none").mean(1)
 
     @torch.no_grad()
-    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Returns ``loss`` (mean binary cross-entropy in nats) and the figures of `label_figures`.
 
         The answers kept are the logits [n, L] on the CPU.
@@ -53,7 +53,7 @@ class Multilabel(Task):
         loss = float(binary_cross_entropy_with_logits(logits.double(), labels.double()))
         return {**label_figures(logits, labels), "loss": loss}
 
-    def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
+    def final(self, data: SampleSet, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         labels = data.labels.cpu()
         each = {"auroc": areas, "average_precision": average_precisions}
         return Figures(
@@ -79,13 +79,13 @@ class Multilabel(Task):
         figures: Floats = torch.from_numpy(np.stack(areas_drawn)).nanmean(0).numpy()
         return figures
 
-    def defined(self, data: Any) -> bool:
+    def defined(self, data: SampleSet) -> bool:
         return bool((data.labels != data.labels[:1]).any())
 
-    def chance(self, data: Any, classes: int, **facts: Any) -> float | None:
+    def chance(self, data: SampleSet | None, classes: int, **facts: object) -> float | None:
         return 0.5
 
-    def unvaried(self, data: Any) -> bool:
+    def unvaried(self, data: JudgedSet) -> bool:
         outputs = [logits for _, logits in data.kept if logits.shape == data.labels.shape]
         return bool(outputs) and len(data) > 1 and all(map(unvaried, outputs))
 
@@ -133,7 +133,7 @@ class Multilabel(Task):
     def shown_classes(self, labels: Tensor) -> Tensor:
         return labels.sum(0).nonzero().flatten()
 
-    def label_text(self, label: Any, classes: Sequence[str]) -> str:
+    def label_text(self, label: Label, classes: Sequence[str]) -> str:
         return "|".join(name for name, has in zip(classes, label.tolist(), strict=True) if has) or "none"
 
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.tasks import classification_figures as of_classes
-from fedkern.tasks.base import Constant, Figures, Task, answers, mean, named
+from fedkern.tasks.base import Constant, Figures, Rows, Task, answers, mean, named
+from fedkern.tasks.protocols import Description, JudgedSet, SampleSet, TaskBatch
 
 UNIT = 0.5413248546129181
 """softplus(UNIT) is 1: thresholds begin one apart."""
@@ -59,14 +59,14 @@ class Ordinal(Task):
     name, main, better, sampled = "ordinal", "mae", "min", "mae"
     offers = frozenset({"loss", "criterion", "images"})
 
-    def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
+    def criterion(self, outputs: Tensor, batch: TaskBatch) -> Tensor:
         return F.nll_loss(outputs, batch.targets)
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.nll_loss(outputs, targets, reduction="none")
 
     @torch.no_grad()
-    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Returns ``mae`` (mean absolute error in classes), ``kappa`` (quadratic weights; left out where all samples
         and predictions are of one class), ``accuracy`` and ``loss`` (nats).
 
@@ -90,7 +90,7 @@ class Ordinal(Task):
             "loss": float(F.nll_loss(logits, labels)),
         }
 
-    def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
+    def final(self, data: SampleSet, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         labels, every = data.labels.cpu(), [logits.argmax(1) for logits in outputs]
         recalls = mean([of_classes.recalls(labels, predicted, len(names)) for predicted in every])
         matrices = [of_classes.confusion(labels, predicted, len(names)) for predicted in every]
@@ -99,7 +99,7 @@ class Ordinal(Task):
     def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
         return (output.argmax(1) - labels).abs().double()[:, None]
 
-    def constant(self, data: Any, classes: Sequence[str]) -> Constant | None:
+    def constant(self, data: SampleSet, classes: Sequence[str]) -> Constant | None:
         counts = torch.bincount(data.labels.cpu(), minlength=len(classes))
         if int((counts > 0).sum()) < 2:
             return None
@@ -107,7 +107,7 @@ class Ordinal(Task):
         return Constant(figures, "")
 
     def chance(
-        self, data: Any, classes: int, *, counts: npt.NDArray[np.int64] | None = None, candidates: float = 0.0
+        self, data: SampleSet | None, classes: int, *, counts: Rows | None = None, candidates: float = 0.0
     ) -> float | None:
         if counts is None and data is not None:
             counts = np.bincount(data.labels.numpy())
@@ -120,7 +120,7 @@ class Ordinal(Task):
                 f"order={'|'.join(names[:4])}."
             )
 
-    def build(self, about: Mapping[str, Any], seed: Any) -> nn.Module:
+    def build(self, about: Description, seed: int | torch.Generator) -> nn.Module:
         return CumulativeLink(super().build({**about, "classes": 1}, seed), about["classes"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models, ops
-from fedkern.models.vocabulary import split_words
+from fedkern.models.vocabulary import Tokens, split_words
 from fedkern.tasks.base import Task
+from fedkern.tasks.protocols import Description, JudgedSet, RunFacts, TaskBatch, Words
 
 TEMPERATURE = 0.07
 """Fixed temperature of the similarities of unit vectors in the contrastive loss (FedDRA)."""
@@ -29,7 +30,7 @@ class Retrieval(Task):
     target, network, pictures = "text", "pairs", ("retrieval",)
     offers = frozenset({"loss", "pairs", "images"})
 
-    def loss(self, model: Any, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
         """Contrastive loss, the sum of both directions (docs/methods/feddra.md, section 5).
 
         Raises:
@@ -42,11 +43,11 @@ class Retrieval(Task):
         x, y = model(batch.inputs, batch.targets)
         return ops.contrastive(x, y, TEMPERATURE)
 
-    def known(self, batch: Any) -> int:
+    def known(self, batch: TaskBatch) -> int:
         return len(batch.indices)
 
     @torch.no_grad()
-    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Figures of a pair of encoders.
 
         Args:
@@ -73,7 +74,7 @@ class Retrieval(Task):
     def comparable(self, sizes: Sequence[int]) -> tuple[str, ...]:
         return ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5") if len(set(sizes)) == 1 else ()  # of equally many candidates
 
-    def chance(self, data: Any, classes: int, *, candidates: float = 0.0, **facts: Any) -> float | None:
+    def chance(self, data: object, classes: int, *, candidates: float = 0.0, **facts: object) -> float | None:
         return 1 / candidates if candidates else None
 
     def places(self, classes: Sequence[str], network_classes: Sequence[str]) -> Sequence[int] | None:
@@ -85,7 +86,7 @@ class Retrieval(Task):
     def shown_classes(self, labels: Tensor) -> Tensor:
         return labels[:0]
 
-    def described(self, context: Any) -> dict[str, Any]:
+    def described(self, context: RunFacts) -> Description:
         """``pair``, the arguments of ``build_pair``; a vocabulary is learnt from the clients' texts."""
         data, config = context.data, context.config
         channels, *size = data.form.shape
@@ -108,23 +109,27 @@ class Retrieval(Task):
             }
         }
 
-    def build(self, about: Mapping[str, Any], seed: Any) -> nn.Module:
-        return models.build_pair(**about["pair"], seed=seed) if "pair" in about else super().build(about, seed)
+    def build(self, about: Description, seed: int | torch.Generator) -> nn.Module:
+        if "pair" not in about:
+            return super().build(about, seed)
+        assert isinstance(seed, int)
+        return models.build_pair(**about["pair"], seed=seed)
 
     def network_name(self, config: Any) -> str:
         return f"{config.image_encoder}+{config.text_encoder}"
 
-    def vocabulary_messages(self, context: Any) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+    def vocabulary_messages(self, context: RunFacts) -> tuple[list[Words], Words] | None:
         words = context.task_facts["pair"]["vocabulary"]
         if words is None:
             return None
         counts = [Counter(word for text in split.texts for word in split_words(text)) for split in context.data.clients]
         return [{"words": list(c), "counts": list(c.values())} for c in counts], {"words": words}
 
-    def tokens(self, split: Any, tokenise: Callable[[], Callable[..., Any]]) -> Any:
+    def tokens(self, split: Any, tokenise: Callable[[], Callable[[Sequence[str]], Tokens]]) -> Tokens:
         return tokenise()(split.texts)
 
-    def targets(self, labels: Tensor, tokens: Any, rows: Tensor) -> Any:
+    def targets(self, labels: Tensor, tokens: Tokens | None, rows: Tensor) -> Tokens:
+        assert tokens is not None
         # All tokens stay on the CPU: the length of a batch's longest text is read from them, which nobody waits for.
         return tokens.take(rows).to(labels.device)
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 from fedkern.files.image_rows import in_parts
 from fedkern.tasks.base import Constant, Figures, Task, check_shape, mean, named
 from fedkern.tasks.cross_entropy import added_in_any_order
+from fedkern.tasks.protocols import JudgedSet, SampleSet, TaskBatch
 
 PIXELS = 1 << 19
 """Pixels per evaluation batch of a segmentation network; a batch may have one image more (see ``batch_slices``)."""
@@ -55,7 +55,7 @@ class Segmentation(Task):
     lacks = "no mask with an object"
     outside = 16  # logits are as large as the images
 
-    def criterion(self, outputs: Tensor, batch: Any) -> Tensor:
+    def criterion(self, outputs: Tensor, batch: TaskBatch) -> Tensor:
         return pixelwise_loss(outputs, batch.targets, per_sample=batch.per_sample)
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -65,10 +65,10 @@ class Segmentation(Task):
         mean = torch.where(valid, loss, 0.0).sum(1) / pixels
         return mean[pixels > 0]
 
-    def figures(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         return segmentation(model, data)
 
-    def final(self, data: Any, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
+    def final(self, data: SampleSet, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         return Figures(per_class={"dice": named(mean([output.nanmean(0) for output in outputs]), names)})
 
     def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
@@ -76,26 +76,27 @@ class Segmentation(Task):
         parts[_case_rows(len(labels), cases)] = output[:, 1:]  # all images of a case belong to its unit
         return parts
 
-    def kept_shape(self, data: Any, classes: int) -> tuple[int, ...]:
+    def kept_shape(self, data: SampleSet, classes: int) -> tuple[int, ...]:
         return len(_case_rows(len(data), getattr(data, "cases", None))), classes
 
     def batch_size(self, size: int, positions: int) -> int:
         return min(size, max(1, PIXELS // positions))  # feature maps are as large as the images
 
-    def defined(self, data: Any) -> bool:
-        full = data.full
+    def defined(self, data: SampleSet) -> bool:
+        full = getattr(data, "full", None)
         masks = in_parts(data.labels) if full is None else (full[row][0] for row in range(len(data)))
         return any(bool((mask > 0).any()) for mask in masks)
 
-    def constant(self, data: Any, classes: Sequence[str]) -> Constant | None:
-        value, best = constant_dice(data.labels, len(classes), data.cases, data.full)
+    def constant(self, data: SampleSet, classes: Sequence[str]) -> Constant | None:
+        value, best = constant_dice(data, len(classes))
         return Constant({"dice": value}, classes[best] if value else "")
 
-    def chance(self, data: Any, classes: int, **facts: Any) -> float | None:
-        return None if data is None else constant_dice(data.labels, classes, data.cases, data.full)[0]
+    def chance(self, data: SampleSet | None, classes: int, **facts: object) -> float | None:
+        return None if data is None else constant_dice(data, classes)[0]
 
-    def unfit(self, split: Any) -> str:
-        return "" if split.any_known() else "no pixel whose class is known"
+    def unfit(self, split: SampleSet) -> str:
+        is_known = any(bool((part >= 0).any()) for part in in_parts(split.labels))
+        return "" if is_known else "no pixel whose class is known"
 
     def check_labels(self, labels: Tensor, samples: int, sides: Sequence[int]) -> None:
         check_shape(labels, torch.int64, (samples, *sides))
@@ -119,9 +120,6 @@ class Segmentation(Task):
 
     def image_labels(self, labels: Tensor) -> Tensor:
         return torch.cat([largest_classes(part) for part in in_parts(labels)]) if len(labels) else labels.reshape(0)
-
-    def both_labels(self, labels: Sequence[Any], classes: Sequence[str]) -> str:
-        return "two masks"
 
     def places(self, classes: Sequence[str], network_classes: Sequence[str]) -> Sequence[int] | None:
         places = super().places(classes, network_classes)  # the values of masks are numbers in the order of the classes
@@ -158,7 +156,7 @@ def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) 
 
 
 @torch.no_grad()
-def segmentation(model: nn.Module, data: Any) -> dict[str, float]:
+def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
     """Figures of a network with logits [B, C, H, W].
 
     Args:
@@ -262,14 +260,9 @@ def case_dice(counts: Tensor) -> Tensor:
     return torch.where(counted, 2 * both / (guesses + true), math.nan)
 
 
-def constant_dice(labels: Tensor, classes: int, cases: Tensor | None = None, full: Any = None) -> tuple[float, int]:
-    """The largest ``dice`` that predicting one class for every pixel gives, and that class.
-
-    Args:
-        labels: int64 [n, H, W], negative where the class is unknown.
-        cases: int64 [n], the case of every image; None: every image is a case.
-        full: the masks in the size in which they are given; None: ``labels`` are.
-    """
+def constant_dice(data: SampleSet, classes: int) -> tuple[float, int]:
+    """Return the largest ``dice`` that predicting one class for every pixel gives, and that class."""
+    labels, cases, full = data.labels, getattr(data, "cases", None), getattr(data, "full", None)
     if full is None:
         counts = torch.cat([overlaps(part, part, classes) for part in in_parts(labels)])
     else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.tasks.base import Task
 from fedkern.tasks.classification import CLASSIFICATION, Classification
+from fedkern.tasks.protocols import JudgedSet
 from fedkern.tasks.user_tasks import OwnTask, SetEvaluation, TorchLoss, torch_loss
 
 TAKEN = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")
@@ -50,10 +51,10 @@ class OwnClassification(OwnTask, Classification):
         self.offers = CLASSIFICATION.offers - ({"features"} if options.logarithms else set())  # type: ignore[misc]
 
     @torch.no_grad()
-    def figures(self, model: nn.Module, data: object) -> dict[str, float]:
+    def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         return self.figures_of_client(model, data, None)
 
-    def figures_of_client(self, model: nn.Module, data: object, client: int | None) -> dict[str, float]:
+    def figures_of_client(self, model: nn.Module, data: JudgedSet, client: int | None) -> dict[str, float]:
         evaluation = SetEvaluation(self, model, data)
         with evaluation.turn:
             pairs = cast("Iterator[tuple[Tensor, Tensor]]", evaluation.batches())

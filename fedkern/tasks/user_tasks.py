@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from fedkern.models.precision import autocast_on, full
 from fedkern.tasks.base import Task
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
+from fedkern.tasks.protocols import JudgedSet, TaskBatch
 from fedkern.usercode.execution import explained
 
 _GRAPH = threading.Lock()
@@ -34,7 +35,7 @@ MOST = 1 << 30
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+def cross_entropy(outputs: object, targets: Tensor) -> Tensor:
     """The loss of whole-number targets where nobody gives one."""
     classes = targets.long() if targets.dtype in INTEGERS else targets
     return mean_cross_entropy(logits_of(outputs), classes)
@@ -105,13 +106,13 @@ class OwnTask(Task):
         if self.better not in ("max", "min"):
             raise UserError(f'better must be "max" or "min", not {better!r}.')
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.loss_fn, self.metrics, self.main, self.better, self.batch_loss)
 
-    def __deepcopy__(self, memo: Any) -> OwnTask:
+    def __deepcopy__(self, memo: object) -> OwnTask:
         return self
 
-    def code(self) -> dict[str, Any]:
+    def code(self) -> dict[str, object]:
         metrics = {f"metrics.{name}": metric for name, metric in self.metrics.items()}
         return {"main": self.main, "better": self.better, self.loss_name: self.loss_code, **metrics}
 
@@ -153,19 +154,19 @@ class OwnTask(Task):
                 "and compute, which sees a batch at a time."
             )
 
-    def known(self, batch: Any) -> int:
+    def known(self, batch: TaskBatch) -> int:
         return len(batch.indices)
 
-    def loss(self, model: Any, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
         if self.takes_batches:
             with autocast_on(next(model.parameters()).device):
                 return full(self._checked(inner(model), batch.data))
         return self.criterion(model(batch.inputs), batch)
 
-    def criterion(self, outputs: Any, batch: Any) -> Tensor:
+    def criterion(self, outputs: object, batch: TaskBatch) -> Tensor:
         return self._checked(outputs, batch.targets)
 
-    def _checked(self, *arguments: Any) -> Tensor:
+    def _checked(self, *arguments: object) -> Tensor:
         name, function = self.loss_name, self.loss_code
         with explained(name, function):
             value: Any = repeatable(self._placed(function, arguments), arguments[0])(*arguments)
@@ -174,9 +175,11 @@ class OwnTask(Task):
             raise UserError(f"{name} must return one number, a tensor of no axes, and returns {what}: take the mean.")
         return value
 
-    def _placed(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+    def _placed(self, function: Callable[..., object], arguments: tuple[object, ...]) -> Callable[..., object]:
         """A loss that is a module with tensors (weights of classes) on the device of what it is given."""
-        weight = next(iter(function.state_dict().values()), None) if isinstance(function, nn.Module) else None
+        if not isinstance(function, nn.Module):
+            return function
+        weight = next(iter(function.state_dict().values()), None)
         device = next((leaf.device for leaf in leaves(arguments) if isinstance(leaf, Tensor)), None)
         if weight is None or device is None or weight.device == device:
             return function
@@ -184,7 +187,7 @@ class OwnTask(Task):
             self._copies[device] = deepcopy(function).to(device)
         return self._copies[device]
 
-    def evaluated(self, model: nn.Module, batch: Any, *, lossless: bool = False) -> tuple[object, float]:
+    def evaluated(self, model: nn.Module, batch: TaskBatch, *, lossless: bool = False) -> tuple[object, float]:
         """Return the outputs of a batch, None where the loss calls the network, and the loss, 0 where ``lossless``."""
 
         def play() -> tuple[object, float]:
@@ -238,7 +241,7 @@ class OwnTask(Task):
         return float(sizes[0] if sizes else samples)
 
     @torch.no_grad()
-    def figures(self, model: nn.Module, data: object) -> dict[str, float]:
+    def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Return the metrics' values by name, and ``loss``."""
         evaluation = SetEvaluation(self, model, data)
         with evaluation.turn:
@@ -262,10 +265,10 @@ class SetEvaluation:
         turn: held during the pass, as sets may be evaluated side by side, in threads.
     """
 
-    def __init__(self, task: OwnTask, model: nn.Module, data: object) -> None:
+    def __init__(self, task: OwnTask, model: nn.Module, data: JudgedSet) -> None:
         size = getattr(data, "output_bytes", 0)
         self._task, self._model, self._lossless = task, model, 0 < size <= MOST
-        self._data: Any = data
+        self._data = data
         self.turn: AbstractContextManager[object] = _LARGE if MOST >> 3 < size <= MOST else nullcontext()
         self._objects = {name: deepcopy(metric) for name, metric in task.metrics.items() if _stateful(metric)}
         self._functions = {name: metric for name, metric in task.metrics.items() if name not in self._objects}
@@ -373,13 +376,13 @@ def tensors(values: object) -> Iterator[Tensor]:
     return (leaf for leaf in leaves(values) if isinstance(leaf, Tensor))
 
 
-def check_object(name: str, value: Any) -> None:
+def check_object(name: str, value: object) -> None:
     """Raise UserError for a class where an object of the class is meant."""
     if isinstance(value, type):
         raise UserError(f"{name} is the class {value.__name__}: make an object of it, {value.__name__}().")
 
 
-def check_metrics(metrics: Any) -> None:
+def check_metrics(metrics: object) -> None:
     """Raise UserError for metrics that are no functions or objects by name."""
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) and name.strip() for name in metrics):
         raise UserError(f'metrics must be a dict by name, such as {{"mae": FUNCTION}}, not {shown(metrics)}.')
@@ -388,12 +391,13 @@ def check_metrics(metrics: Any) -> None:
         check_object(f"the metric {name}", metric)
 
 
-def inner(model: Any) -> Any:
+def inner(model: nn.Module) -> nn.Module:
     """The user's own module."""
-    return model.module if getattr(model, "own", False) is True else model
+    wrapper: Any = model
+    return wrapper.module if getattr(model, "own", False) is True else model
 
 
-def _on_cpu(leaf: Any) -> Any:
+def _on_cpu(leaf: object) -> object:
     return leaf.detach().cpu() if isinstance(leaf, Tensor) and (leaf.requires_grad or not leaf.is_cpu) else leaf
 
 
@@ -409,7 +413,7 @@ def _copies(pair: tuple[object, object]) -> tuple[object, object]:
     return pair
 
 
-def _stateful(metric: Any) -> bool:
+def _stateful(metric: object) -> bool:
     return all(callable(getattr(metric, name, None)) for name in ("update", "compute"))
 
 
@@ -438,6 +442,6 @@ def _check_loss(name: str, loss: object) -> None:
         )
 
 
-def _number(name: str, metric: Callable[..., Any], *arguments: Any) -> float:
+def _number(name: str, metric: Callable[..., SupportsFloat], *arguments: object) -> float:
     with explained(name, metric):
         return float(metric(*arguments))

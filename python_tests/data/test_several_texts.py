@@ -19,7 +19,7 @@ from fedkern.methods.protocol import OUTSIDE
 from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
 
-PARTITIONS = ["iid", "stratified", "dirichlet:0.5:min=2", "dirichlet:0.5:fill:min=5", "dirichlet:1:plain", "classes:1"]
+PARTITIONS = ["iid", "stratified", "dirichlet:0.5:min=2", "dirichlet:1:plain", "classes:1"]
 
 
 def write(root, images=40, texts=5, client=lambda i, j: "ABC"[i % 3]):

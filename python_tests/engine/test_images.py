@@ -124,7 +124,7 @@ def test_batches_picked_at_once_are_those_picked_one_by_one(one, kind, cache, at
 
 
 @pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize("kind", ["crop-flip", "dihedral"])
+@pytest.mark.parametrize("kind", ["crop-flip", "nico"])
 def test_augmentation_draws_from_the_given_stream_alone(one, kind, cache):
     data, given, own = client(one, kind, cache=cache), stream(), stream()
     for rows in ([3, 1, 8], [5]):

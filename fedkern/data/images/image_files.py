@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -189,7 +189,7 @@ class ImageFiles:
         return self.size, self.size, 1 if self.grey else 3
 
     @property
-    def how(self) -> tuple[Any, ...]:
+    def how(self) -> tuple[object, ...]:
         """Everything but the files that decides the decoded images."""
         return self.things, self.size, self.data, self.grey, self.pad, self.max_pixels, self.bits, self.window
 

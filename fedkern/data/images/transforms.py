@@ -142,25 +142,6 @@ def rotate(
     return turned.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else turned.contiguous()
 
 
-def dihedral(images: Tensor, rng: Generator) -> Tensor:
-    """Flips and quarter turns every image at random: one of the 8 symmetries of a square, or of 4 where H != W.
-
-    Draws, for ``B`` images each: horizontal flips, vertical flips and (square images) transpositions.
-    """
-    batch, _, height, width = images.shape
-    rows, columns = torch.arange(height).expand(batch, -1), torch.arange(width).expand(batch, -1)
-    across, down = (torch.from_numpy(rng.random(batch) < 0.5)[:, None] for _ in range(2))
-    columns = torch.where(across, columns.flip(1), columns)[:, None, :].expand(-1, height, -1)
-    rows = torch.where(down, rows.flip(1), rows)[:, :, None].expand(-1, -1, width)
-    if height == width:
-        turned = torch.from_numpy(rng.random(batch) < 0.5)[:, None, None]
-        rows, columns = (
-            torch.where(turned, rows.transpose(1, 2), rows),
-            torch.where(turned, columns.transpose(1, 2), columns),
-        )
-    return _gather(images.permute(0, 2, 3, 1), rows, columns).contiguous(memory_format=_format(images))
-
-
 def jitter(images: Tensor, rng: Generator) -> Tensor:
     """Scales and shifts every channel of every image: ``v -> a v + b`` of a normalised value.
 
@@ -191,14 +172,12 @@ class Augmentation:
         padding: border added before a window of the original size is cut, or None for no crop and no flip.
         flip: mirror half of the images, left to right.
         degrees: largest angle of a rotation.
-        symmetries: flip and rotate by right angles.
         jitter: scale and shift every channel, but not the last ``nearest`` ones.
     """
 
     padding: int | None = None
     flip: bool = False
     degrees: float = 0.0
-    symmetries: bool = False
     jitter: bool = False
 
     def __call__(self, images: Tensor, rng: Generator, fill: float | Sequence[float], nearest: int = 0) -> Tensor:
@@ -206,8 +185,6 @@ class Augmentation:
             images = crop(images, rng, padding=self.padding, flip=self.flip, fill=fill)
         if self.degrees:
             images = rotate(images, rng, degrees=self.degrees, fill=fill, nearest=nearest)
-        if self.symmetries:
-            images = dihedral(images, rng)
         if not self.jitter:
             return images
         colours = images.shape[1] - nearest
@@ -221,7 +198,6 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "crop-flip": Augmentation(padding=PADDING, flip=True),
     "nico": Augmentation(padding=PADDING, flip=True, degrees=ROTATION),
     "flip-rotate": Augmentation(padding=0, flip=True, degrees=20.0),
-    "dihedral": Augmentation(symmetries=True),
     "jitter": Augmentation(jitter=True),
     "window": Augmentation(),
 }
@@ -235,7 +211,6 @@ def augment(images: Tensor, kind: str, rng: Generator) -> Tensor:
     - ``crop-flip``: ``crop``, and a horizontal flip of half of the images.
     - ``nico``: ``crop-flip``, and a rotation of up to 15 degrees (the NICO setting of FedGID's authors).
     - ``flip-rotate``: horizontal flip, and a rotation of up to 20 degrees (FuseFL's setting for Tiny-ImageNet).
-    - ``dihedral``: flips and quarter turns, for images without an up and a down, such as microscopy.
     - ``jitter``: a random scale and shift of every channel, against colours that give the class away (`jitter`).
     - ``window``: no change beyond the random window of data read with the option ``crop``.  For such data every kind
       but ``none`` draws the place of the window (`window`).

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fedkern.data.data_option import check_single
+from fedkern.data.data_option import CommonOptions, check_single
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData
 from fedkern.errors import UserError
@@ -42,7 +42,7 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
     """
     if not clients:
         return data
-    check_single(data.name, data.task, backdoor_clients=clients)
+    check_single(data.name, data.task, CommonOptions(backdoor_clients=clients))
     side = min(data.form.shape[1:])
     if clients > len(data.clients):
         raise UserError(f"backdoor_clients is {clients}, but the data are shared out among {len(data.clients)} clients")

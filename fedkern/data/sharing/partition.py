@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from fedkern.data.sharing.groups import rows_by_owner
+from fedkern.data.sharing.groups import grouped_rows, rows_by_owner, share_cases, share_units, unit_noun
 from fedkern.errors import UserError, nearest
 from fedkern.streams import stream
 
@@ -37,7 +37,7 @@ PARTITIONERS: dict[str, PartitionerInfo] = {
     "iid": PartitionerInfo("iid", "equal random shares: every client sees the same distribution"),
     "stratified": PartitionerInfo("stratified", "equal shares of every class"),
     "dirichlet": PartitionerInfo(
-        "dirichlet:ALPHA[:min=N][:fill][:plain]",
+        "dirichlet:ALPHA[:min=N][:plain]",
         "label skew (class shares differ by client) by a Dirichlet(ALPHA) draw per class; small ALPHA, strong skew",
     ),
     "classes": PartitionerInfo(
@@ -59,7 +59,6 @@ class PartitionSpec:
         alpha: Dirichlet concentration.
         classes_per_client: S of ``classes:S``.
         min_samples: fewest samples of a client that ``dirichlet`` accepts; of a patient or case each image counts.
-        fill: ``dirichlet`` tops up clients that are too small instead of drawing again.
         plain: ``dirichlet`` without balancing and without shuffling inside a class.
     """
 
@@ -68,12 +67,11 @@ class PartitionSpec:
     alpha: float = math.nan
     classes_per_client: int = 0
     min_samples: int = DIRICHLET_MIN_SAMPLES
-    fill: bool = False
     plain: bool = False
 
 
 def parse_partition(text: str) -> PartitionSpec:
-    """Reads ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:fill][:plain]``, ``classes:S`` or ``attribute``.
+    """Reads ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:plain]``, ``classes:S`` or ``attribute``.
 
     Raises:
         UserError: an unknown name (the message suggests the nearest), or a missing, malformed or superfluous value.
@@ -107,17 +105,14 @@ def _parse_dirichlet(text: str, values: Sequence[str], usage: str) -> PartitionS
             f'partition "{text}": expected dirichlet:ALPHA with a positive number ALPHA up to {DIRICHLET_ALPHA:g}, for '
             "example 0.5; stratified gives equal shares of every class"
         )
-    options: dict[str, Any] = {}
+    plain = "plain" in values[1:]
+    fewest = 1 if plain else DIRICHLET_MIN_SAMPLES
     for value in values[1:]:
-        if value in ("fill", "plain"):
-            options[value] = True
-        elif value.startswith("min=") and value[4:].isdecimal():
-            options["min_samples"] = int(value[4:])
-        else:
+        if value.startswith("min=") and value[4:].isdecimal():
+            fewest = int(value[4:])
+        elif value != "plain":
             raise UserError(f'partition "{text}": cannot read "{value}", expected {usage}')
-    if options.get("plain") and "min_samples" not in options:
-        options["min_samples"] = 1
-    return PartitionSpec(text, "dirichlet", alpha=alpha, **options)
+    return PartitionSpec(text, "dirichlet", alpha=alpha, min_samples=fewest, plain=plain)
 
 
 def partition(
@@ -168,7 +163,7 @@ def partition(
         parts = _by_classes(spec, labels, clients, class_count, rng)
     else:
         each = np.ones(n, dtype=np.int64) if sizes is None else sizes
-        parts = _dirichlet(spec, labels, clients, class_count, rng, each, unit)
+        parts = _dirichlet(spec, labels, clients, class_count, rng, each)
     parts = [np.sort(part).astype(np.int64) for part in parts]
     for k, part in enumerate(parts):
         if len(part) == 0:
@@ -177,6 +172,43 @@ def partition(
                 f"{unit} or a milder partition"
             )
     return parts
+
+
+def share_samples(
+    spec: PartitionSpec,
+    labels: Rows,
+    clients: int,
+    seed: int,
+    classes: int,
+    *,
+    ids: Sequence[str] | None = None,
+    cases: Tensor | None = None,
+    patients: Tensor | None = None,
+    owners: Rows | None = None,
+) -> list[Rows]:
+    """Share rows out, so that patients, cases and images with several texts stay whole.
+
+    Args:
+        labels: int64 ``[n]``, the class of every row.
+        ids, cases, patients: of every row, as in `fedkern.data.Split`.
+        owners: int64 ``[n]``, the client that the data name for every row, which then decides.
+
+    Returns:
+        As :func:`partition`.
+    """
+
+    def share(labels: Rows, rows: Rows, sizes: Rows | None) -> list[Rows]:
+        unit = "samples" if sizes is None else unit_noun(cases, patients)
+        groups = None if owners is None else owners[rows]
+        return partition(spec, labels, clients, seed, class_count=classes, groups=groups, sizes=sizes, unit=unit)
+
+    patients = None if owners is not None else patients
+    if cases is not None:
+        return share_cases((cases if patients is None else patients).numpy(), labels, share)
+    units = None if owners is not None else grouped_rows(ids, None, patients)
+    if units is None:
+        return share(labels, np.arange(len(labels)), None)
+    return share_units(units, lambda rows, sizes: share(labels[rows], rows, sizes))
 
 
 def partition_like(
@@ -238,7 +270,7 @@ def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, r
 
 
 def _dirichlet(
-    spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator, sizes: Rows, unit: str
+    spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator, sizes: Rows
 ) -> list[Rows]:
     """Label skew by one Dirichlet draw per class.
 
@@ -253,9 +285,9 @@ def _dirichlet(
             f"share only {n}; take fewer clients, more samples, or append :min=1"
         )
     per_class = np.bincount(labels, minlength=classes)
-    for _ in range(1 if spec.fill else DIRICHLET_DRAWS):
+    for _ in range(DIRICHLET_DRAWS):
         counts = _dirichlet_counts(spec, per_class, clients, rng)
-        if not spec.fill and counts.sum(axis=0).min() * sizes.max() < spec.min_samples:
+        if counts.sum(axis=0).min() * sizes.max() < spec.min_samples:
             continue  # before the rows are shuffled: counting makes a retry cheap
         parts: list[list[Rows]] = [[] for _ in range(clients)]
         for label in range(classes):
@@ -264,18 +296,11 @@ def _dirichlet(
             for part, piece in zip(parts, np.split(rows, np.cumsum(counts[label])[:-1]), strict=True):
                 part.append(piece)
         joined = [np.concatenate(part) for part in parts]
-        if spec.fill:
-            joined = _fill(joined, max(spec.min_samples, 1), rng, sizes)
         if min(sizes[part].sum() for part in joined) >= spec.min_samples:
             return joined
-    if spec.fill:
-        raise UserError(
-            f'partition "{spec.text}" cannot give each of {clients} clients {spec.min_samples} samples of {n}, because '
-            f"{unit} are never divided; take fewer clients, or append :min=1"
-        )
     raise UserError(
         f'partition "{spec.text}" found no draw in {DIRICHLET_DRAWS} that leaves each of {clients} clients '
-        f"{spec.min_samples} samples of {n}; take a larger ALPHA, fewer clients, or append :fill to top up small ones"
+        f"{spec.min_samples} samples of {n}; take a larger ALPHA or fewer clients, or append :min=1"
     )
 
 
@@ -298,37 +323,3 @@ def _dirichlet_counts(
         counts[label] = np.diff(cuts, prepend=0, append=available)
         totals += counts[label]
     return counts
-
-
-def _fill(parts: list[Rows], minimum: int, rng: np.random.Generator, sizes: Rows) -> list[Rows]:
-    """Moves random rows from the largest clients to those below ``minimum`` samples; the largest keep ``minimum``.
-
-    A client stays too small where every row of all others stands for more samples than its holder can give.
-    """
-    totals = np.array([sizes[part].sum() for part in parts])
-    able = np.ones(len(parts), dtype=bool)
-    for k in np.argsort(totals, kind="stable").tolist():
-        while totals[k] < minimum and able.any():
-            largest = int(np.where(able, totals, -1).argmax())  # of equals the one with the lowest number
-            spare = int(totals[largest]) - minimum
-            donor = rng.permutation(parts[largest])
-            gift = _gift(sizes[donor], min(minimum - int(totals[k]), max(1, spare // 2)), spare)
-            able[largest] = bool(gift)
-            if gift:
-                parts[k], parts[largest] = np.concatenate([parts[k], donor[gift]]), np.delete(donor, gift)
-                moved = sizes[donor[gift]].sum()
-                totals[k], totals[largest], able[k] = totals[k] + moved, totals[largest] - moved, True
-    return parts
-
-
-def _gift(sizes: Rows, amount: int, spare: int) -> list[int]:
-    """The first positions whose ``sizes`` come to ``amount`` or more, without those that make them exceed ``spare``."""
-    positions: list[int] = []
-    total = 0
-    for position, size in enumerate(sizes.tolist()):
-        if total >= amount:
-            break
-        if total + size <= spare:
-            positions.append(position)
-            total += size
-    return positions

@@ -25,6 +25,7 @@ MEAN, STD = 0.5, 0.25
 Labelled = tuple[Any, Any]
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing"])
 """Names of the splits of a data set."""
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -37,12 +38,12 @@ def parts_of_arrays(
     std: Sequence[float] | None,
     augment: str,
     task: str,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The attributes of the data that :meth:`fedkern.data.FederatedData.from_arrays` makes of these arguments."""
     changes: list[float] = []
     if isinstance(clients, str) or not isinstance(clients, Iterable):
         raise UserError(f"clients must be pairs (images, labels), by name or in a list, not {type(clients).__name__}.")
-    pairs = clients if isinstance(clients, Mapping) else dict(enumerate(clients))
+    pairs: Mapping[Any, Labelled] = clients if isinstance(clients, Mapping) else dict(enumerate(clients))
     named = by_text(pairs, "clients", 'clients=[d["train"]]')
     if not named:
         raise UserError("clients must hold at least one client, but is empty.")
@@ -92,7 +93,7 @@ def parts_of_arrays(
     }
 
 
-def by_text(sets: Mapping[Any, T], noun: str, training: str = "") -> dict[str, T]:
+def by_text(sets: Mapping[K, T], noun: str, training: str = "") -> dict[str, T]:
     """Return the sets by the texts of their keys.
 
     Args:
@@ -174,7 +175,7 @@ NAMES = {"class": class_names, "pixels": _pixel_names, "labels": _label_names}
 """What makes the names of the classes, by the kind of labels (`fedkern.tasks.Task.target`)."""
 
 
-def _split(pair: Any, name: str, changes: list[float], task: str) -> Split:
+def _split(pair: Labelled, name: str, changes: list[float], task: str) -> Split:
     try:
         images, labels = pair
     except (TypeError, ValueError):
@@ -187,7 +188,7 @@ def _split(pair: Any, name: str, changes: list[float], task: str) -> Split:
         raise UserError(f"{name}: {error}.") from None
 
 
-def _tensor(value: Any) -> Tensor:
+def _tensor(value: object) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().cpu()
     array = np.array(value)
@@ -197,7 +198,7 @@ def _tensor(value: Any) -> Tensor:
         raise ValueError(f"expected numbers, given {array.dtype}") from None
 
 
-def _images(value: Any, changes: list[float]) -> Tensor:
+def _images(value: object, changes: list[float]) -> Tensor:
     """uint8 ``[n, C, H, W]`` of ``[n, H, W]``, ``[n, C, H, W]`` or ``[n, H, W, C]``, uint8 or floats in [0, 1].
 
     The largest change of a float goes to ``changes``, unless it is no more than the dtype's own rounding.

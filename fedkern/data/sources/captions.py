@@ -8,7 +8,6 @@ do not use, or it has their words and noisy images.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -298,7 +297,7 @@ def _canvases(
     )
 
 
-def _caption(words: dict[str, str], classes: Digits, inks: list[str], cells: Any) -> str:
+def _caption(words: dict[str, str], classes: Digits, inks: list[str], cells: Digits) -> str:
     """Caption of a canvas, such as ``a red three above a blue seven and left of a green one``."""
     things = [
         words["thing"].format(colour=words[ink], digit=words[CLASSES[label]])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedkern.data.forms import Scale
 from fedkern.data.sources.found_files import find_folder, read_bytes
 from fedkern.data.types import Labelled, Source, memory_source
 from fedkern.errors import UserError
@@ -66,7 +65,8 @@ def read_records(folder: Path, name: str, data: str, label_counts: tuple[int, ..
     return images, torch.from_numpy(labels)
 
 
-CIFAR10_SCALE: Mapping[str, tuple[float, ...]] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+CIFAR10_SCALE: Scale = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR100_SCALE: Scale = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 """Normalisation of CIFAR-10's images, per channel."""
 
 
@@ -77,24 +77,18 @@ def open_cifar10(root: str | Path | None) -> Source:
     parts = [read_records(folder, name, "cifar10", (10,)) for name in batches]
     train = torch.cat([images for images, _ in parts]), torch.cat([labels[:, 0] for _, labels in parts])
     test_images, test_labels = read_records(folder, "test_batch.bin", "cifar10", (10,))
-    return _source("cifar10", train, (test_images, test_labels[:, 0]), classes=CIFAR10_CLASSES, **CIFAR10_SCALE)
+    return _source("cifar10", train, (test_images, test_labels[:, 0]), CIFAR10_CLASSES, CIFAR10_SCALE)
 
 
 def open_cifar100(root: str | Path | None, labels: str = "fine") -> Source:
     """Reads CIFAR-100 from ``root``, ``root/cifar100`` or ``root/cifar-100-binary``."""
     folder = find_folder(root, "cifar100", ("cifar-100-binary", "cifar100", "CIFAR100"), ["train.bin", "test.bin"])
-    column = 1 if labels == "fine" else 0
-    train_images, train_labels = read_records(folder, "train.bin", "cifar100", (20, 100))
-    test_images, test_labels = read_records(folder, "test.bin", "cifar100", (20, 100))
-    return _source(
-        "cifar100",
-        (train_images, train_labels[:, column].contiguous()),
-        (test_images, test_labels[:, column].contiguous()),
-        classes=CIFAR100_CLASSES if labels == "fine" else CIFAR100_COARSE_CLASSES,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-    )
+    column, classes = (1, CIFAR100_CLASSES) if labels == "fine" else (0, CIFAR100_COARSE_CLASSES)
+    files = (read_records(folder, name, "cifar100", (20, 100)) for name in ("train.bin", "test.bin"))
+    train, test = ((images, labels[:, column].contiguous()) for images, labels in files)
+    return _source("cifar100", train, test, classes, CIFAR100_SCALE)
 
 
-def _source(data: str, train: Labelled, test: Labelled, **how: Any) -> Source:
-    return memory_source(data, train, test, max(1, len(train[1]) // VALIDATION_SHARE), augment="crop-flip", **how)
+def _source(data: str, train: Labelled, test: Labelled, classes: tuple[str, ...], scale: Scale) -> Source:
+    held_out = max(1, len(train[1]) // VALIDATION_SHARE)
+    return memory_source(data, train, test, held_out, classes, scale, augment="crop-flip")

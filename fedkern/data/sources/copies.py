@@ -54,7 +54,10 @@ def copies(
         remarks = []
         if len(labels) > 1:
             first, other = [*labels.values()][:2]
-            both = first.split.task.both_labels([each.split.labels[each.row] for each in (first, other)], classes)
+            both, task = "two masks", first.split.task
+            if "pixels" not in task.offers:
+                words = [task.label_text(image.split.labels[image.row], classes) for image in (first, other)]
+                both = f"two labels, {' and '.join(words)}"
             channels = first.split.images[first.row].flatten(1)
             if not (channels == channels[:, :1]).all():  # pictures of a single colour are alike without being copies
                 raise UserError(
@@ -62,12 +65,12 @@ def copies(
                     f"{outside or 'leave one of the two out'}"
                 )
             remarks.append(f"with {both}")
-        for places, words in (
+        for places, phrase in (
             ([image.site for image in group if image.site], "at the clients {}"),
             ([image.where for image in group], "in the sets {}"),
         ):
             if len(distinct := [*dict.fromkeys(places)]) > 1:
-                remarks.append(words.format(" and ".join(distinct)))
+                remarks.append(phrase.format(" and ".join(distinct)))
         about = f" ({', '.join(remarks)})" if remarks else ""
         sentences.append((not remarks, f"{first.name} and {other.name}{about}"))
     if not sentences:

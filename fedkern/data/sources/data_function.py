@@ -37,7 +37,7 @@ class DataFunction:
         task: what the data are registered for.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], task: Task, clients: int, partition: str) -> None:
+    def __init__(self, name: str, function: Callable[..., object], task: Task, clients: int, partition: str) -> None:
         self.name, self.function, self.task, self._clients, self._partition = name, function, task, clients, partition
         self.takes = frozenset(PARAMETERS) & frozenset(inspect.signature(function).parameters)
         self._own = {key: _option(name, key, default) for key, default in keyword_options(function, PARAMETERS).items()}
@@ -154,7 +154,7 @@ class DataFunction:
         return UserError(f"{self._who} {what}")
 
 
-def _option(name: str, key: str, default: Any) -> Option:
+def _option(name: str, key: str, default: object) -> Option:
     if key in COMMON_OPTIONS:
         raise TypeError(f'data set "{name}": {key} is an option of every data set, and cannot be a parameter')
     if isinstance(default, Option):

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import ConcatDataset, Subset
 
 from fedkern.data.forms import SampleForm
+from fedkern.data.sources.items import MapStyle
 from fedkern.messages.leaves import Keywords, parted
 
 
@@ -25,7 +26,7 @@ class Captioned:
         texts: the texts of the items that were read, else empty ones.
     """
 
-    def __init__(self, dataset: Any, group_key: str) -> None:
+    def __init__(self, dataset: MapStyle, group_key: str) -> None:
         self.dataset, self.stated, self.group_key = dataset, stated_texts(dataset), group_key
         self.texts = [""] * len(dataset)
 

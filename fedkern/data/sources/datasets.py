@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,15 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from fedkern.data.forms import SampleForm
+from fedkern.data.forms import SampleForm, Scale
 from fedkern.data.labels.spelling import numbered
-from fedkern.data.sharing.groups import grouped_rows, share_units, training_cases, unit_noun
-from fedkern.data.sharing.partition import parse_partition
-from fedkern.data.sharing.partition import partition as share_out
+from fedkern.data.sharing.groups import grouped_rows, training_cases, unit_noun
+from fedkern.data.sharing.partition import parse_partition, share_samples
 from fedkern.data.sources.arrays import by_text, check_names
 from fedkern.data.sources.dataset_texts import Captioned, are_captioned
 from fedkern.data.sources.item_groups import GroupReader
-from fedkern.data.sources.items import Items, cause, draw_rows
+from fedkern.data.sources.items import Items, MapStyle, cause, draw_rows
 from fedkern.errors import RAISED, UserError, first_of, shown
 from fedkern.messages.leaves import leaves, parted
 from fedkern.streams import stream
@@ -34,24 +32,27 @@ from fedkern.tasks.user_tasks import INTEGERS, torch_loss
 from fedkern.usercode.hooks import check_hooks
 
 NAME, PAIRS = "datasets", "captioned"
+Sets = MapStyle | Mapping[str, MapStyle] | Sequence[MapStyle]
+"""A data set, or several by name or in an order."""
+Collate = Callable[[list[Any]], Any]
+Normalize = tuple[float | Sequence[float], float | Sequence[float]]
 LONGEST = 1 << 28
 """Most samples of a set: an epoch puts the numbers of all in an order, which takes 2 GB."""
 COMPARED = 16
 """Items whose classes are compared with those that a data set states."""
 
 
-def items_like(data: Any, dataset: Any, who: str) -> Items:
-    """Another data set with the task and the collation of federated data; raises UserError where it is none."""
-    _check(dataset, who)
-    first = data.clients[0]
-    dataset = Captioned(dataset, first.group_key) if isinstance(first.dataset, Captioned) else dataset
-    return Items(dataset, who, first.task, first.collate, group_key=first.group_key)
+def items_like(first: Items, dataset: object, who: str) -> Items:
+    """Another data set with the task and the collation of ``first``; raises UserError where it is none."""
+    samples: MapStyle = _check(dataset, who)
+    samples = Captioned(samples, first.group_key) if isinstance(first.dataset, Captioned) else samples
+    return Items(samples, who, first.task, first.collate, group_key=first.group_key)
 
 
 def task_of_targets(
-    batch: Any,
+    batch: object,
     loss_fn: Callable[..., Tensor] | None,
-    metrics: Mapping[str, Any] | None,
+    metrics: Mapping[str, object] | None,
     main: str | None,
     better: Literal["max", "min"] | None,
     batch_loss: Callable[..., Tensor] | None = None,
@@ -94,27 +95,27 @@ def task_of_targets(
 
 
 def parts_of_datasets(
-    clients: Any,
-    test: Any,
+    clients: Sets,
+    test: Sets | None,
     *,
-    validation: Any = None,
-    public: Any = None,
+    validation: Sets | None = None,
+    public: MapStyle | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
-    metrics: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, object] | None = None,
     main: str | None = None,
     better: Literal["max", "min"] | None = None,
     batch_loss: Callable[..., Tensor] | None = None,
     task: Task | None = None,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    collate_fn: Collate | None = None,
     classes: Sequence[str] | int | None = None,
-    normalize: tuple[float | Sequence[float], float | Sequence[float]] | None = None,
+    normalize: Normalize | None = None,
     groups: object = None,
     partition: str = "iid",
     count: int | None = None,
     samples: int | None = None,
     seed: int = 0,
     beside_classes: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the attributes of the data that :meth:`fedkern.data.FederatedData.from_datasets` makes of the arguments.
 
     Args:
@@ -122,8 +123,9 @@ def parts_of_datasets(
     """
     _check_arrays(clients, "data")
     several = isinstance(clients, (Mapping, list, tuple)) and not is_dataset(clients)
-    sets = clients if isinstance(clients, Mapping) else dict(enumerate(clients)) if several else {"": clients}
-    named = by_text(sets, "clients", 'data=d["train"]')
+    entries: Any = clients
+    entries = clients if isinstance(clients, Mapping) else dict(enumerate(entries)) if several else {"": clients}
+    named: dict[str, MapStyle] = by_text(entries, "clients", 'data=d["train"]')
     if not named:
         raise UserError("data must hold at least one client's data set, and is empty.")
     for name, dataset in named.items():
@@ -148,9 +150,9 @@ def parts_of_datasets(
     is_captioned = "pairs" in learnt.offers
     wrappers: dict[int, Captioned] = {}
 
-    def items(dataset: Any, who: str) -> Items:
+    def items(dataset: MapStyle, who: str) -> Items:
         parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
-        inner = [part.dataset for part in parts if isinstance(part, Captioned)]
+        inner: list[Any] = [part.dataset for part in parts if isinstance(part, Captioned)]
         is_wrapped = len(inner) == len(parts)
         plain = ConcatDataset(inner) if is_wrapped else dataset
         split = Items(plain, who, learnt, collate, group_key=key)
@@ -211,7 +213,7 @@ def parts_of_datasets(
     }
 
 
-def _scale(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _scale(normalize: Normalize | None) -> Scale | None:
     """Return means and standard deviations, one or one per channel."""
     if normalize is None:
         return None
@@ -228,7 +230,7 @@ def _scale(normalize: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None
 
 
 def _tests(
-    test: Any, named: Mapping[str, Any], items: Callable[..., Items]
+    test: Sets | None, named: Mapping[str, MapStyle], items: Callable[[MapStyle, str], Items]
 ) -> tuple[dict[str, Items], tuple[Items, ...]]:
     """The test sets by name, and the clients' own."""
     if test is None or (isinstance(test, Mapping) and not test):
@@ -246,7 +248,7 @@ def _tests(
     return {name: items(each, f"the test set {name}".strip()) for name, each in tests.items()}, ()
 
 
-def _as_one(sets: list[Any]) -> Any:
+def _as_one(sets: list[Any]) -> MapStyle:
     """Several data sets as one; none is an empty one."""
     return sets[0] if len(sets) == 1 else ConcatDataset(sets) if sets else []
 
@@ -271,15 +273,9 @@ def _shared_out(
         sites = numbered(homes)
         if count not in (None, len(sites)):
             raise UserError(f"groups has {len(sites)} sites, not {count}: leave clients out, or partition another way.")
-        count, patients, owners = len(sites), None, _places(homes, sites)
+        count, owners = len(sites), _places(homes, sites)
     count = 5 if count is None else count
-    units = grouped_rows(None, None, patients)
-    share = partial(share_out, spec, clients=count, seed=seed, class_count=classes, groups=owners)
-    if units is None:
-        shares = share(labels)
-    else:
-        unit = unit_noun(None, patients)
-        shares = share_units(units, lambda first, sizes: share(labels[first], sizes=sizes, unit=unit))
+    shares = share_samples(spec, labels, count, seed, classes, patients=patients, owners=owners)
     pool = replace(pool, classes=all_labels, groups=None if sites else pool.groups)
     splits = {
         name: replace(pool.subset(torch.from_numpy(rows[part])), who=f"client {name}")
@@ -393,9 +389,9 @@ def is_dataset(value: object) -> bool:
     return hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 
-def _check_arrays(value: Any, who: str) -> None:
+def _check_arrays(value: object, who: str) -> None:
     """Raise UserError for arrays in place of a data set."""
-    arrays = [*value] if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    arrays: list[Any] = [*value] if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
     if not all(isinstance(array, (np.ndarray, Tensor)) for array in arrays):
         return
     casts, words = {"float64": ".float()", "int32": ".long()"}, []
@@ -408,8 +404,8 @@ def _check_arrays(value: Any, who: str) -> None:
     )
 
 
-def _check(dataset: Any, who: str, limit: int = LONGEST) -> None:
-    """Raises UserError where something is no map-style data set, is empty, or has more than ``limit`` samples."""
+def _check(dataset: Any, who: str, limit: int = LONGEST) -> MapStyle:
+    """Return a data set; raises UserError where it is no map-style one, is empty or has over ``limit`` samples."""
     _check_arrays(dataset, who)
     if isinstance(dataset, DataLoader):
         sampler = "" if dataset.sampler is None else f" and sampler ({type(dataset.sampler).__name__})"
@@ -439,9 +435,10 @@ def _check(dataset: Any, who: str, limit: int = LONGEST) -> None:
             f"{who} has {count:,} samples, and at most {limit:,} fit into an epoch: take some of a client's with "
             "train_samples=N, and of another set with torch.utils.data.Subset."
         )
+    return dataset
 
 
-def _check_floats(batch: Any) -> None:
+def _check_floats(batch: object) -> None:
     inputs, _ = parted(batch)
     if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in leaves(inputs)):
         raise UserError("samples are float64, and networks are float32: call .float() on them.")

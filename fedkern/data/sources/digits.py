@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fedkern.data.forms import Scale
 from fedkern.data.sources.listing import interleaved
 from fedkern.data.types import Source, fixed_rows, memory_pool
 
@@ -60,17 +60,16 @@ def fixed_split(labels: npt.NDArray[np.int64]) -> list[Tensor]:
     return fixed_rows(interleaved(labels, "split/digits"), TRAIN, VALIDATION)
 
 
-def digit_source(prefix: str, images: Tensor, labels: Tensor, targets: Tensor | None = None, **how: Any) -> Source:
-    """A data set with an image of every digit and their fixed split; see `memory_pool`.
-
-    ``how`` are other attributes of the source.
-    """
+def digit_source(
+    prefix: str, images: Tensor, labels: Tensor, classes: tuple[str, ...], scale: Scale, targets: Tensor | None = None
+) -> Source:
+    """A data set with an image of every digit and their fixed split; see `memory_pool` and `memory_source`."""
     train, validation, test = (
         memory_pool(images, labels, prefix, rows, targets) for rows in fixed_split(labels.numpy())
     )
-    return Source(train=train, validation=validation, tests={"": test}, augment="none", **how)
+    return Source(classes, train, validation, {"": test}, *scale)
 
 
 def open_digits(root: str | Path | None = None) -> Source:
     """Return the digits with their fixed split; they need no file."""
-    return digit_source("digits", *read_digits(), classes=tuple(map(str, range(10))), mean=(0.3101,), std=(0.3490,))
+    return digit_source("digits", *read_digits(), tuple(map(str, range(10))), ((0.3101,), (0.3490,)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import zlib
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import open_regular
 
-BLOCK = 1 << 20  # bytes read at once
 MOST = 1 << 32
 """Most bytes of content of a ``.gz`` file, whatever its header announces."""
 
@@ -113,29 +113,19 @@ def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int) -> bytes:
             where the content has fewer than ``header`` bytes.
 
     Raises:
-        ValueError: the file is cut off, a checksum or length is wrong, other bytes follow the end, or there is more
-            content than is due.
+        ValueError: the file is empty or cut off, a checksum or length is wrong, other bytes than zeros follow the end,
+            or there is more content than is due.
     """
-    content = bytearray()
-    most, has_limit = header, False
-    unzip = zlib.decompressobj(wbits=31)  # 31: with gzip's header and trailer, which zlib then checks
-    begun = False
-    while True:
-        if not has_limit and len(content) >= header:
-            most, has_limit = min(due(bytes(content)), MOST), True
-        if has_limit and len(content) > most:
-            raise ValueError(f"it holds more than the {most:,} bytes that are due")
-        waiting = (unzip.unused_data if unzip.eof else unzip.unconsumed_tail) or file.read(BLOCK)
-        if unzip.eof:
-            if not waiting:
-                return bytes(content)
-            unzip = zlib.decompressobj(wbits=31)
-            begun = True
-        try:
-            piece = unzip.decompress(waiting, most - len(content) + has_limit)
-        except zlib.error as error:
-            raise ValueError("there are other bytes behind its end" if begun else str(error)) from None
-        if not (waiting or piece or unzip.eof):
-            raise ValueError("its end is missing")
-        content += piece
-        begun = begun and not piece
+    try:
+        with gzip.GzipFile(fileobj=file) as unzipped:
+            content = unzipped.read(header)
+            if len(content) == header:
+                most = min(due(content), MOST)
+                content += unzipped.read(max(0, most + 1 - header))
+                if len(content) > most:
+                    raise ValueError(f"it holds more than the {most:,} bytes that are due")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(str(error)) from None
+    if not file.tell():
+        raise ValueError("it is empty")
+    return content

@@ -6,7 +6,6 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -106,8 +105,8 @@ def open_idx(data: str, root: str | Path | None) -> Source:
         other = IDX_SETS["mnist" if data == "fashionmnist" else "fashionmnist"]
         raise UserError(f'data set "{data}": the files in {folder} are not {idx_set.title} (probably {other.title})')
     train, test = (train_images, train_labels), (test_images, test_labels)
-    how: dict[str, Any] = {"mean": (idx_set.mean,), "std": (idx_set.std,), "augment": "none"}
-    return memory_source(data, train, test, len(train_labels) // VALIDATION_SHARE, classes=idx_set.classes, **how)
+    scale = (idx_set.mean,), (idx_set.std,)
+    return memory_source(data, train, test, len(train_labels) // VALIDATION_SHARE, idx_set.classes, scale)
 
 
 def _read_pair(folder: Path, data: str, images: str, labels: str, classes: int) -> tuple[Tensor, Tensor]:

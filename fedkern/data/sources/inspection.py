@@ -7,12 +7,12 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch.utils.data import TensorDataset, default_collate
 
 from fedkern.data.sources.items import ALONE, Items, cannot_keep, draw_rows, tensor_bytes
 from fedkern.data.sources.row_store import RowStore
+from fedkern.data.types import FederatedData
 from fedkern.streams import GENERATORS, stream
 from fedkern.usercode.identity import digest, identity_table, left_out
 
@@ -41,7 +41,7 @@ class Sight:
     hashes: Mapping[int, bytes] = field(default_factory=dict, repr=False)
 
 
-def inspect(data: Any, keep_items: str = "off", limit: int = 0) -> Any:
+def inspect(data: FederatedData, keep_items: str = "off", limit: int = 0) -> FederatedData:
     """Return federated data of items with the sights of their data sets.
 
     Args:

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,14 @@ PERMUTED = 1 << 24
 ALONE = "alone"
 """Mark of data sets whose items are read one by one, as they draw, fail together or leave modes behind."""
 _LOCK = threading.RLock()  # items draw from the process's generators, and sets are evaluated in threads
+
+
+class MapStyle(Protocol):
+    """Data set of which only ``len`` and ``[index]`` are used."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> Any: ...
 
 
 @dataclass(eq=False)
@@ -121,18 +129,15 @@ class Items:
     def labels(self) -> Tensor:
         """The targets of all samples, where a method needs them: every item is read for it."""
         batches = (self.batch(rows, 0) for rows in np.array_split(np.arange(len(self)), -(-len(self) // 256)))
-        targets: Tensor = self.task.read_targets(torch.cat([torch.as_tensor(parted(batch)[1]) for batch in batches]))
-        return targets
+        return torch.as_tensor(
+            self.task.read_targets(torch.cat([torch.as_tensor(parted(batch)[1]) for batch in batches]))
+        )
 
     @property
     def image_labels(self) -> Tensor:
         """The class of every sample, int64 ``[n]``, where classes are known."""
         assert self.classes is not None
         return self.classes if self.rows is None else self.classes[self.rows]
-
-    def any_known(self) -> bool:
-        """Return whether a target is known: nobody can tell without reading all."""
-        return True
 
     def units(self) -> Rows | None:
         """Return the patient of every sample, counted from 0, where samples belong together, else None."""
@@ -152,7 +157,7 @@ class Items:
         """A CRC-32 of the rows, which goes on from ``value``."""
         return zlib.crc32(b"" if self.rows is None else self.rows.numpy().tobytes(), value)
 
-    def read(self, indices: Sequence[int] | np.ndarray, word: int) -> Iterator[Any]:
+    def read(self, indices: Sequence[int] | np.ndarray, word: int) -> Iterator[object]:
         """Yield the items at ``indices``, one read at a time, see :meth:`batch`."""
         return (self._read([row], word)[0] for row in self._rows_at(indices).tolist())
 
@@ -209,11 +214,11 @@ class Items:
         except RAISED as error:  # the user's own code may raise anything
             raise UserError(f"Item {row} of {self.who} cannot be read ({cause(error)}).") from error
 
-    def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> Any:
+    def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> object:
         """Return the batch of the items at ``indices``, see :meth:`batches`."""
         return next(self.batches([indices], word))
 
-    def batches(self, plan: Sequence[Sequence[int] | np.ndarray], word: int, reads: int = 2) -> Iterator[Any]:
+    def batches(self, plan: Sequence[Sequence[int] | np.ndarray], word: int, reads: int = 2) -> Iterator[object]:
         """Yield what ``collate`` makes of the items of every batch, read now or taken from rows.
 
         What a user's collation draws begins at a seed made of ``word`` and all rows of the batch.
@@ -244,7 +249,7 @@ class Items:
             self.is_kept = self.store.has_rows(slice(None) if self.rows is None else self.rows.numpy())
         return self.store is not None and self.is_kept
 
-    def _take(self, rows: Tensor, reads: int) -> Any:
+    def _take(self, rows: Tensor, reads: int) -> object:
         """Return the batch of rows of the data set from memory, None where its items have to be read."""
         if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same, sooner
             return [tensor.index_select(0, rows) for tensor in self.dataset.tensors]
@@ -271,7 +276,7 @@ class Items:
             raise cannot_keep(self.who, reason)
         self.store = None if reason else self.store
 
-    def _collate(self, places: list[int], items: list[object], word: int) -> Any:
+    def _collate(self, places: list[int], items: list[object], word: int) -> object:
         """Return the batch of items, see :meth:`batches`."""
         try:
             if self.collate is default_collate:  # draws nothing

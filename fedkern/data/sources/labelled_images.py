@@ -8,21 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from fedkern.data.images.image_files import subfolders
 from fedkern.data.labels.label_sets import COLUMN as SETS
 from fedkern.data.labels.label_sets import check_several, label_sets
 from fedkern.data.labels.spelling import number
 from fedkern.data.sources.found_files import need_root, read_file
-from fedkern.data.sources.listing import Listing, Reading, to_source
+from fedkern.data.sources.listing import Labels, Reading, to_source
 from fedkern.data.sources.site_folders import Tree, find_trees, holds_classes, holds_images, nested_images, tree_table
-from fedkern.data.sources.table import AUTO, CLIENT, Table, csv_files, open_table
+from fedkern.data.sources.table import AUTO, CLIENT, PATIENT, Table, csv_files, open_table
 from fedkern.data.types import Source
 from fedkern.errors import UserError
-from fedkern.tasks import TASKS, task_of
+from fedkern.tasks import TASKS
 
 COLUMNS = {"class": "label", "labels": SETS}
 """The column of a CSV file with the labels, by the kind of labels (`fedkern.tasks.Task.target`)."""
@@ -56,9 +53,10 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
             f"class folders{table_hint}"
         )
 
-    def images(tree: Tree) -> Iterator[dict[str, Any]]:
+    def images(tree: Tree) -> Iterator[dict[str, Path | str]]:
         for name in subfolders(tree.folder):
-            yield from ({**image, "label": name} for image in nested_images(tree.folder / name, layout))
+            for path, patient in nested_images(tree.folder / name, layout):
+                yield {"image": path, PATIENT[0]: patient, "label": name}
 
     table = tree_table(base, "folder", layout, trees, images)
     classes, labels = table.classes(table.column("label"))
@@ -82,7 +80,7 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
             "so that they are no sites with the same task; put all classes into one folder, list the images in a CSV "
             "file with a column client or, for CLASS/PATIENT/image, give --data-option layout=patients"
         )
-    return to_source("folder", Listing(labels=labels, **table.listed("image")), classes, reading)
+    return to_source("folder", table.listing("image", labels), classes, reading)
 
 
 def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, **chosen: str) -> Source:
@@ -113,7 +111,7 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, *
             f'data set "csv": leave out one of the options {options}: label is for one class an image, {SETS} for '
             "several"
         )
-    labels: np.ndarray
+    labels: Labels
     if target == "class":
         table.require("label")
         classes, labels = table.classes(table.column("label"), order)
@@ -126,9 +124,9 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, *
             "give --data-option task=multilabel",
         )  # fmt: skip
         table.notices.extend(notices)
-    kind = task_of(labels, said=task)
-    kind.check_classes(classes, bool(order) or None not in map(number, classes))
-    return to_source("csv", Listing(labels=labels, task=kind, **table.listed("path")), classes, reading)
+    listing = table.listing("path", labels, task=task)
+    listing.task.check_classes(classes, bool(order) or None not in map(number, classes))
+    return to_source("csv", listing, classes, reading)
 
 
 def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: str, **chosen: str) -> Source:
@@ -151,10 +149,9 @@ def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: 
     """
     table = open_table(root, "pairs", ("image", "text"), chosen, tree=_read_captions, layout=layout)
     table.require("image", "text")
-    rest = table.listed("image")
-    classes, labels = table.classes([label or ANY for label in table.column("label")])
     texts = [" ".join(text.split()[:longest]) for text in table.column("text")]
-    return to_source("pairs", Listing(labels=labels, texts=texts, **rest), classes, replace(reading, pad=True))
+    classes, labels = table.classes([label or ANY for label in table.column("label")])
+    return to_source("pairs", table.listing("image", labels, texts), classes, replace(reading, pad=True))
 
 
 def _read_captions(base: Path, layout: str) -> Table:
@@ -162,10 +159,10 @@ def _read_captions(base: Path, layout: str) -> Table:
     has_layout = lambda folder: holds_images(folder) or holds_classes(folder)  # noqa: E731
     trees = find_trees(base, "pairs", layout, plain=holds_images, whole=has_layout, mixed=True, single=single)
 
-    def images(tree: Tree) -> Iterator[dict[str, Any]]:
+    def images(tree: Tree) -> Iterator[dict[str, Path | str]]:
         for label in ("", *subfolders(tree.folder)):
-            for image in nested_images(tree.folder / label, layout if label else ""):
-                yield {**image, "label": label, "text": _text(image["image"])}
+            for path, patient in nested_images(tree.folder / label, layout if label else ""):
+                yield {"image": path, PATIENT[0]: patient, "label": label, "text": _text(path)}
 
     table = tree_table(base, "pairs", layout, trees, images)
     if not table.rows:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +34,8 @@ from fedkern.tasks import Task, task_of
 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test",
           "val": "validation", "valid": "validation", "validation": "validation"}  # fmt: skip
+Labels = npt.NDArray[np.int64] | npt.NDArray[np.uint8]
+Masks = npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor
 GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's values, averaged over the channels
 
 
@@ -95,10 +96,10 @@ class Listing:
 
     paths: Sequence[Path]
     ids: tuple[str, ...]
-    labels: npt.NDArray[np.int64] | npt.NDArray[np.uint8]
+    labels: Labels
     splits: Sequence[str]
     clients: Sequence[str]
-    masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor | None = None
+    masks: Masks | None = None
     texts: Sequence[str] | None = None
     patients: Sequence[str] | None = None
     named_by: str = ""
@@ -133,6 +134,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     numbers = {name: k for k, name in enumerate(sites)}
     groups = torch.tensor([numbers.get(name, -1) for name in listing.clients]) if sites else None
     patients = None if listing.patients is None else torch.from_numpy(units)
+    texts = None if listing.texts is None else tuple(listing.texts)
     trained_on = {listing.paths[row] for row in rows["train"].tolist()}
     files, seen, notices = _image_files(data, listing, reading, trained_on)
     places = {path: place for place, path in enumerate(files.paths)}
@@ -144,7 +146,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
             labels=torch.from_numpy(listing.labels)[chosen], ids=tuple(listing.ids[row] for row in chosen.tolist()),
             read=ImageReader(files, images[chosen]), groups=None if groups is None else groups[chosen],
             targets=None if masks is None else lambda part: _targets(masks, chosen[part]),
-            texts=rows_of(listing.texts, chosen), patients=None if patients is None else patients[chosen],
+            texts=rows_of(texts, chosen), patients=None if patients is None else patients[chosen],
             full=rows_of(listing.full, chosen), task=listing.task,
         )  # fmt: skip
 
@@ -163,7 +165,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
 
 def _image_files(
     data: str, listing: Listing, reading: Reading, trained_on: Collection[Path]
-) -> tuple[ImageFiles, dict[str, Any], list[str]]:
+) -> tuple[ImageFiles, dict[str, object], list[str]]:
     """The files, each once though it may have several texts; `Source.files`; and sentences on their greys."""
     paths = tuple(dict.fromkeys(listing.paths))
     looks = looked_at(paths, reading.max_image_pixels, not reading.bits or bool(reading.window))
@@ -185,7 +187,7 @@ def _image_files(
     return files, {"grey_bits": bits, "window": window, "seen": seen, "outside": outside}, sentences
 
 
-def _targets(masks: npt.NDArray[np.uint8] | npt.NDArray[np.int16] | Tensor, rows: Tensor) -> Tensor:
+def _targets(masks: Masks, rows: Tensor) -> Tensor:
     """The class of every pixel of the images at ``rows``, int64 ``[m, H, W]``."""
     return masks[rows] if isinstance(masks, Tensor) else torch.from_numpy(masks[rows.numpy()]).long()
 

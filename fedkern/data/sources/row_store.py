@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ class RowStore:
         """Return whether items were read often enough for rows, once where any value of an item will do."""
         return bool(self._columns) and (reads < 2 or self.equal >= EQUAL) and bool((self.reads[places] >= reads).all())
 
-    def take(self, rows: Tensor) -> Any:
+    def take(self, rows: Tensor) -> object:
         """Return the batch of ``rows``, int64 ``[B]``, as torch's collation makes it, None where they are lost."""
         columns = self._columns  # another thread may drop them
         if columns and type(self._empty) is list and all(type(part) is Tensor for part in self._empty):

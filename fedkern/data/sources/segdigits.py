@@ -24,7 +24,7 @@ from fedkern.streams import stream
 SIZE = 32
 SMALLEST, LARGEST = 24, 30  # side of a digit in pixels
 CONTRAST = 90  # least difference in brightness between ink and ground
-MEAN, STD = (0.3837, 0.3838, 0.3849), (0.1769, 0.1771, 0.1764)
+SCALE = (0.3837, 0.3838, 0.3849), (0.1769, 0.1771, 0.1764)
 
 
 @cache
@@ -53,7 +53,7 @@ def open_segdigits(root: str | Path | None = None) -> Source:
     """The data set with the split of the digits."""
     images, targets = read_segdigits()
     classes = ("background", *map(str, range(10)))
-    return digit_source("segdigits", images, targets.flatten(1).amax(1), targets, classes=classes, mean=MEAN, std=STD)
+    return digit_source("segdigits", images, targets.flatten(1).amax(1), classes, SCALE, targets)
 
 
 def _brightness(rng: np.random.Generator) -> tuple[int, int]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,14 @@ from torch import Tensor
 from fedkern.data.images.full_masks import FullMasks, MaskStore
 from fedkern.data.images.image_cache import store_files
 from fedkern.data.images.image_files import MaskFiles, list_images
-from fedkern.data.sources.listing import Listing, Reading, check_one, to_source
+from fedkern.data.sources.listing import Reading, check_one, to_source
 from fedkern.data.sources.site_folders import Tree, find_trees, tree_table
 from fedkern.data.sources.table import Table, open_table
 from fedkern.data.split import MOST, are_classes
 from fedkern.data.types import Source
 from fedkern.errors import UserError, first_of
 from fedkern.files.image_rows import PixelClasses, in_parts
-from fedkern.tasks.segmentation import IGNORE
+from fedkern.tasks.segmentation import IGNORE, SEGMENTATION
 
 PAIRS = ("images", "masks"), ("image", "label")
 """Accepted names of the image folder and the mask folder."""
@@ -59,10 +59,10 @@ def open_segmentation(
     """
     table = open_table(root, "segmentation", ("image", "mask"), chosen, tree=_tree, layout=layout)
     table.require("image", "mask")
-    rest, masks = table.listed("image"), table.files("mask")
-    check_one("segmentation", rest["ids"], table.names_of("mask"), "the image {} has two masks", table.lines)
+    listing, masks = table.listing("image", np.zeros(len(table.rows), dtype=np.int64)), table.files("mask")
+    check_one("segmentation", listing.ids, table.names_of("mask"), "the image {} has two masks", table.lines)
     limit = reading.max_image_pixels
-    files = MaskFiles(masks, reading.size, "segmentation", max_pixels=limit, images=rest["paths"])
+    files = MaskFiles(masks, reading.size, "segmentation", max_pixels=limit, images=listing.paths)
     store_files(files, np.arange(len(files)), reading.cache, reading.progress, in_memory=8)  # classes are int64
     values, _ = files.read()
     counts = _counts(values)
@@ -84,7 +84,8 @@ def open_segmentation(
     else:
         pixels = PixelClasses.of(files.stored[0], everything, torch.from_numpy(meaning))
     full = FullMasks(MaskStore(Meanings(files, class_of, len(classes)), reading.size), everything)
-    listing = Listing(labels=_largest(counts, len(classes)), masks=pixels, full=full, **rest)
+    labels = _largest(counts, len(classes))
+    listing = replace(listing, labels=labels, masks=pixels, full=full, task=SEGMENTATION)
     return to_source("segmentation", listing, classes, reading)
 
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fedkern.data.images.image_files import SUFFIXES, hidden, list_images, subfolders
 from fedkern.data.sources.listing import SPLITS
@@ -35,8 +35,6 @@ _NUMBER = re.compile(r"(?!n\d{8}$)([a-z]{0,3}[ _-]?\d{3,}|[ps][ _-]?\d+)")
 TEXTS = frozenset({"", ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".pdf", ".txt", ".xml", ".yaml", ".yml"})
 """Endings of files that are not counted as left out."""
 MAC = "._* of macOS"  # what another file system has no place for
-FILES = "image", "mask"
-"""Columns of a tree's table that hold files."""
 
 
 class Tree(NamedTuple):
@@ -169,14 +167,18 @@ def _check_names(base: Path, data: str, sites: Sequence[str], trees: Sequence[Tr
 
 
 def tree_table(
-    base: Path, data: str, layout: str, trees: Sequence[Tree], read: Callable[[Tree], Iterable[dict[str, Any]]]
+    base: Path,
+    data: str,
+    layout: str,
+    trees: Sequence[Tree],
+    read: Callable[[Tree], Iterable[Mapping[str, Path | str]]],
 ) -> Table:
     """The table of the images in folders.
 
     Args:
         layout: with ``patients`` what would be sites are patients.
         trees: the folders, from `find_trees`.
-        read: the images of a folder, each as a row without split and client; `FILES` are paths.
+        read: the images of a folder, each as a row without split and client.
 
     Raises:
         UserError: a site has no image of a split; or what ``read`` raises.
@@ -191,14 +193,16 @@ def tree_table(
                 f'data set "{data}": the site {tree.site} has no image in {tree.folder}; add some, or leave it out'
             )
         for image in images:
-            paths = {name: image[name] for name in FILES if name in image}
-            used += paths.values()
-            names = {name: path.relative_to(base).as_posix() for name, path in paths.items()}
-            rows.append({owner: tree.site, **image, **names, "split": tree.split})
+            used += [path for path in image.values() if isinstance(path, Path)]
+            texts = {
+                name: value.relative_to(base).as_posix() if isinstance(value, Path) else value
+                for name, value in image.items()
+            }
+            rows.append({owner: tree.site, **texts, "split": tree.split})
     return Table(data, base, rows, notices=left_out(base, used))
 
 
-def nested_images(folder: Path, layout: str) -> list[dict[str, Any]]:
+def nested_images(folder: Path, layout: str) -> list[tuple[Path, str]]:
     """The images of a class folder and the patient of each, ``""`` for an image that lies directly in it.
 
     Only with the layout ``patients`` folders in ``folder`` are read; the outermost one names the patient.
@@ -206,7 +210,7 @@ def nested_images(folder: Path, layout: str) -> list[dict[str, Any]]:
     images = [(path, "") for path in list_images(folder)]
     for name in subfolders(folder) if layout == "patients" else ():
         images += [(path, name) for place, _ in _walk(folder / name) for path in list_images(place)]
-    return [{"image": path, PATIENT[0]: name} for path, name in images]
+    return images
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:

@@ -17,7 +17,7 @@ from fedkern.errors import UserError
 
 VALIDATION_SHARE = 10
 SIDE = 32
-MOST = 1_000_000  # images in a file; the largest official one has 531,131
+MOST = 1_000_000  # images in a file
 
 
 def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
@@ -58,15 +58,13 @@ def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(labels.astype(np.int64) % 10)
 
 
-def open_svhn(root: str | Path | None, extra: str = "no") -> Source:
+def open_svhn(root: str | Path | None) -> Source:
     """Reads SVHN from ``root``, ``root/svhn`` or ``root/SVHN``."""
-    names = ["train_32x32.mat", *(["extra_32x32.mat"] if extra == "yes" else [])]
-    folder = find_folder(root, "svhn", ("svhn", "SVHN"), [*names, "test_32x32.mat"])
-    parts = [read_mat(folder, name) for name in names]
-    train = torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
-    test = read_mat(folder, "test_32x32.mat")
+    files = "train_32x32.mat", "test_32x32.mat"
+    folder = find_folder(root, "svhn", ("svhn", "SVHN"), files)
+    train, test = (read_mat(folder, name) for name in files)
     order = interleaved(train[1].numpy(), "split/svhn")
     classes, held_out = tuple(str(digit) for digit in range(10)), max(1, len(order) // VALIDATION_SHARE)
-    scale = {"mean": (0.4377, 0.4438, 0.4728), "std": (0.1980, 0.2010, 0.1970)}
+    scale = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
     # Not augmented: a flipped or shifted house number may be another number.
-    return memory_source("svhn", train, test, held_out, order, classes=classes, augment="none", **scale)
+    return memory_source("svhn", train, test, held_out, classes, scale, order=order)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from os.path import normpath
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +19,11 @@ import numpy.typing as npt
 from fedkern.data.images.image_files import hidden
 from fedkern.data.labels.spelling import classes_of, emptied, filled, unified
 from fedkern.data.sources.found_files import read_file
-from fedkern.data.sources.listing import SPLITS
+from fedkern.data.sources.listing import SPLITS, Labels, Listing
 from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import standing
+from fedkern.tasks import task_of
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _MARK = re.compile(r"(?i)sep=([,;\t])(?=\n)")
@@ -114,8 +114,8 @@ class Table:
         self.notices.extend(notices)
         return classes, numbers
 
-    def listed(self, image: str) -> dict[str, Any]:
-        """Return what the table says of a column of images beside their labels: attributes of a `Listing`."""
+    def listing(self, image: str, labels: Labels, texts: Sequence[str] | None = None, task: str = AUTO) -> Listing:
+        """Return the images in a column with their labels, and what else the table says of them."""
         paths, splits, owners = self.files(image), self.splits(), {}
         for names in (PATIENT, CLIENT):
             column = next((name for name in names if any(self.column(name))), None)
@@ -124,17 +124,12 @@ class Table:
                 owners[names] = values, f"the {self.called(column)}"
                 self.notices.extend(notices)
         clients, named_by = owners.get(CLIENT, ([""] * len(self.rows), ""))
-        return {
-            "paths": paths,
-            "ids": self.names_of(image),
-            "splits": splits,
-            "clients": clients,
-            "patients": owners[PATIENT][0] if PATIENT in owners else None,
-            "named_by": named_by,
-            "own_tests": bool(named_by) and not self.lines and "test" in splits,
-            "lines": self.lines,
-            "notices": self.notices,
-        }
+        return Listing(
+            paths, self.names_of(image), labels, splits, clients, texts=texts,
+            patients=owners[PATIENT][0] if PATIENT in owners else None, named_by=named_by,
+            own_tests=bool(named_by) and not self.lines and "test" in splits, lines=self.lines, notices=self.notices,
+            task=task_of(labels, texts, said=task),
+        )  # fmt: skip
 
     def splits(self) -> list[str]:
         """The column ``split`` as train, validation or test; ``""`` everywhere if it is missing or empty.

@@ -113,7 +113,7 @@ def test_a_line_that_the_small_masks_miss_counts(tmp_path):
     assert not bool((split.labels == 2).any())
     counts = split.full.overlaps(torch.zeros_like(split.labels), 0, 3)
     assert counts[:, 2, 2].tolist() == [40] * len(split)
-    assert constant_dice(split.labels, 3, full=split.full)[0] > 0
+    assert constant_dice(split, 3)[0] > 0
 
 
 def test_padded_slices(tmp_path):

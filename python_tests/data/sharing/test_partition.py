@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from fedkern.data import PARTITIONERS, PartitionStatistics, parse_partition, partition, partition_like
 from fedkern.data.sharing.groups import rows_by_owner, share_cases, share_units
-from fedkern.data.sharing.partition import _fill
 from fedkern.errors import UserError
 
 LABELS = np.random.default_rng(0).integers(0, 10, size=3_000)
@@ -25,7 +24,7 @@ def assert_partition(parts: list[np.ndarray], n: int) -> None:
 
 
 SPECS = (
-    "iid", "dirichlet:0.1", "dirichlet:0.5", "dirichlet:100", "dirichlet:0.5:plain", "dirichlet:0.05:fill:min=20",
+    "iid", "dirichlet:0.1", "dirichlet:0.5", "dirichlet:100", "dirichlet:0.5:plain", "dirichlet:0.2:min=20",
     "classes:1", "classes:2", "classes:3", "classes:10", "attribute",
 )  # fmt: skip
 # classes:S needs enough clients for every class to be held; fewer are an error, tested below.
@@ -58,11 +57,11 @@ def test_the_seed_reproduces_and_changes_the_partition(spec: str) -> None:
 @settings(max_examples=150, deadline=None)
 def test_any_size_ends_in_a_partition_or_a_user_error(n: int, clients: int, classes: int, seed: int) -> None:
     labels = np.random.default_rng(seed).integers(0, classes, size=n)
-    for spec in ("iid", "dirichlet:0.2:min=1", "dirichlet:0.2:fill:min=1", "dirichlet:0.001:plain", "classes:2"):
+    for spec in ("iid", "dirichlet:0.2:min=1", "dirichlet:0.001:plain", "classes:2"):
         try:
             parts = partition(spec, labels, clients, seed, class_count=classes)
         except UserError:
-            assert clients > n or spec not in ("iid", "dirichlet:0.2:fill:min=1")
+            assert clients > n or spec != "iid"
             continue
         assert_partition(parts, n)
         assert min(len(part) for part in parts) > 0
@@ -114,9 +113,6 @@ def test_dirichlet_gives_up_with_a_message_instead_of_looping() -> None:
     with pytest.raises(UserError, match=r"dirichlet:0.01.*500 clients.*larger ALPHA"):
         partition("dirichlet:0.01", labels, 500, seed=0)
     assert time.perf_counter() - start < 20
-    parts = partition("dirichlet:0.01:fill", labels, 500, seed=0)
-    assert_partition(parts, len(labels))
-    assert min(len(part) for part in parts) >= 10
 
 
 def test_dirichlet_minimum_that_cannot_exist_is_refused_at_once() -> None:
@@ -233,30 +229,6 @@ def test_statistics_table() -> None:
     assert [row[0] for row in short] == ["0", "... 2 more", "all"]
 
 
-def filled_one_by_one(parts: list[np.ndarray], minimum: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Fill clients as ``dirichlet:...:fill`` does, with a look at every client for each gift."""
-    parts = list(parts)
-    for k in np.argsort([len(part) for part in parts], kind="stable"):
-        while len(parts[k]) < minimum:
-            largest = max(range(len(parts)), key=lambda j: len(parts[j]))
-            give = min(minimum - len(parts[k]), max(1, (len(parts[largest]) - minimum) // 2))
-            donor = rng.permutation(parts[largest])
-            parts[k], parts[largest] = np.concatenate([parts[k], donor[:give]]), donor[give:]
-    return parts
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_gifts_come_from_the_largest_client(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(0, (3, 40)[seed % 2], size=60)
-    minimum = int(min(sizes.mean(), 1 + seed % 7))
-    parts = np.split(rng.permutation(int(sizes.sum())), np.cumsum(sizes)[:-1])
-    expected = filled_one_by_one(parts, minimum, np.random.default_rng(seed))
-    found = _fill(list(parts), minimum, np.random.default_rng(seed), np.ones(int(sizes.sum()), dtype=np.int64))
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_rows_of_owners() -> None:
     owners = np.random.default_rng(0).integers(-2, 9, size=200)
     found = rows_by_owner(owners, 7)
@@ -280,7 +252,7 @@ def test_units_and_cases_are_shared_out_by_owner() -> None:
             np.testing.assert_array_equal(rows, np.flatnonzero(np.isin(units, part)))
 
 
-@pytest.mark.parametrize("spec", ["dirichlet:0.5", "dirichlet:0.1:fill", "dirichlet:0.5:plain:min=40"])
+@pytest.mark.parametrize("spec", ["dirichlet:0.5", "dirichlet:0.5:plain:min=40"])
 def test_the_minimum_counts_the_samples_of_a_unit(spec: str) -> None:
     sizes = np.random.default_rng(0).integers(10, 30, size=40)
     labels = np.arange(40) % 2
@@ -289,14 +261,6 @@ def test_the_minimum_counts_the_samples_of_a_unit(spec: str) -> None:
         parts = partition(spec, labels, 5, seed, sizes=sizes, unit="patients")
         assert_partition(parts, 40)
         assert min(sizes[part].sum() for part in parts) >= least
-
-
-def test_units_are_never_divided_to_fill_a_client() -> None:
-    sizes = np.array([100, 1, 1, 1])
-    with pytest.raises(UserError, match="3 clients 10 samples of 103, because patients are never divided; take fewer"):
-        partition("dirichlet:1:fill", np.zeros(4, dtype=np.int64), 3, 0, sizes=sizes, unit="patients")
-    parts = partition("dirichlet:1:fill:min=1", np.zeros(4, dtype=np.int64), 3, 0, sizes=sizes, unit="patients")
-    assert_partition(parts, 4)
 
 
 def test_units_have_their_name_in_messages() -> None:
@@ -319,7 +283,7 @@ def test_clients_that_stand_for_all() -> None:
 @pytest.mark.parametrize(
     ("text", "title"),
     [("iid", "equal random shares"), ("attribute", "attribute skew"), ("classes:2", "label skew, 2 classes a client"),
-     ("dirichlet:0.10:fill", "label skew, Dirichlet(0.1), fill"), ("stratified", "equal shares of every class"),
+     ("dirichlet:0.10:plain", "label skew, Dirichlet(0.1), plain"), ("stratified", "equal shares of every class"),
      ("own data", "own data")],
 )  # fmt: skip
 def test_a_partition_in_words(text, title):

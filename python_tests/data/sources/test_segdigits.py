@@ -7,7 +7,7 @@ import torch
 from fedkern.data import load
 from fedkern.data.sharing.groups import share_cases, training_cases
 from fedkern.data.sources.digits import read_digits
-from fedkern.data.sources.segdigits import CONTRAST, MEAN, STD, read_segdigits
+from fedkern.data.sources.segdigits import CONTRAST, SCALE, read_segdigits
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
@@ -40,8 +40,8 @@ def test_every_image_holds_its_digit(whole):
 def test_it_is_the_same_everywhere(whole):
     images, labels = whole
     x = images.double() / 255
-    np.testing.assert_allclose(x.mean((0, 2, 3)), MEAN, atol=5e-4)
-    np.testing.assert_allclose(x.std((0, 2, 3)), STD, atol=5e-4)
+    np.testing.assert_allclose(x.mean((0, 2, 3)), SCALE[0], atol=5e-4)
+    np.testing.assert_allclose(x.std((0, 2, 3)), SCALE[1], atol=5e-4)
     assert int(images.long().sum()) == 540699730
     assert int((labels > 0).sum()) == 411025
 

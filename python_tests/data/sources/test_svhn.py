@@ -34,16 +34,6 @@ def test_content(tmp_path, layout):
     assert sorted(data.validation.labels.tolist()) == list(range(10))  # class shares are kept
 
 
-def test_extra_images_are_added_on_request(tmp_path):
-    write(tmp_path, "train_32x32.mat", 40, 0)
-    write(tmp_path, "test_32x32.mat", 10, 1)
-    with pytest.raises(UserError, match=r"extra_32x32\.mat"):
-        load("svhn", root=tmp_path, options={"extra": "yes"}, clients=2, partition="iid")
-    write(tmp_path, "extra_32x32.mat", 60, 2)
-    data = load("svhn", root=tmp_path, options={"extra": "yes"}, clients=2, partition="iid")
-    assert sum(data.client_sizes) + len(data.validation) == 100
-
-
 def damage(path, kind):
     raw = path.read_bytes()
     if kind == "cut":

@@ -1,0 +1,66 @@
+"""Protocols of what tasks read: batches, sets of samples, networks and runs, whoever makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+Words = dict[str, list[str] | list[int]]
+"""Words of texts, and how often a client has each."""
+Label = Tensor | np.ndarray
+"""A label of one sample."""
+Description = Mapping[str, Any]
+"""What `Task.build` needs, as the JSON in model.safetensors has it."""
+
+
+class TaskBatch(Protocol):
+    """Batch as a task reads it: `fedkern.methods.protocol.Batch`."""
+
+    inputs: Any
+    targets: Any
+    indices: np.ndarray
+    per_sample: bool
+
+    @property
+    def data(self) -> object: ...
+
+
+class SampleSet(Protocol):
+    """Samples with labels: a split, or a reader of one."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+class JudgedSet(SampleSet, Protocol):
+    """Samples as an evaluation reads them: `fedkern.engine.reader.Reader`."""
+
+    split: Any
+    loss_batch: int
+    kept: list[tuple[int | None, Tensor]]
+
+    def batches(self, *, even: bool = False) -> Iterator[TaskBatch]: ...
+
+
+class Members(Protocol):
+    """Module of the clients' own networks: `fedkern.models.Ensemble`."""
+
+    @property
+    def members(self) -> Iterable[nn.Module]: ...
+
+    def logits(self, x: Tensor, /) -> Tensor: ...
+
+
+class RunFacts(Protocol):
+    """Facts on a run that describe its network: `fedkern.engine.context.RunContext`."""
+
+    data: Any
+    config: Any
+
+    @property
+    def task_facts(self) -> Description: ...
