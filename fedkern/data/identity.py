@@ -85,8 +85,8 @@ def sample_hashes(split: Split | Items, sights: Mapping[int, Sight]) -> list[byt
 
 def sampled(pool: Pool) -> Split:
     """Rows of a pool that no seed changes; all of them where the pool is small."""
-    one = pool.take(torch.arange(min(1, len(pool)))).images
-    count = min(len(pool), SAMPLED_IMAGES, max(1, SAMPLED_BYTES // max(1, one.numel())))
+    image = pool.take(torch.arange(min(1, len(pool)))).images
+    count = min(len(pool), SAMPLED_IMAGES, max(1, SAMPLED_BYTES // max(1, image.numel())))
     order = stream(0, "identity").permutation(len(pool))[:count]
     return pool.take(torch.from_numpy(np.sort(order).astype(np.int64)))
 

@@ -400,8 +400,8 @@ def _training_rows(name: str, pool: Pool, request: DataRequest) -> tuple[Tensor,
         beside = f" beside {public} public ones" if public else ""
         raise UserError(f'data set "{name}" has {len(pool)} training samples, so it cannot give {count}{beside}')
     chosen = stream(seed, "train-samples").choice(len(pool), size=count, replace=False)
-    rest = np.setdiff1d(np.arange(len(pool)), chosen)
-    public_rows = stream(seed, "public-samples").choice(rest, size=public, replace=False)
+    remaining = np.setdiff1d(np.arange(len(pool)), chosen)
+    public_rows = stream(seed, "public-samples").choice(remaining, size=public, replace=False)
     train_rows, open_to_all = (torch.from_numpy(np.sort(rows).astype(np.int64)) for rows in (chosen, public_rows))
     return train_rows, open_to_all
 

@@ -81,8 +81,8 @@ def _own_files(reader: Callable[..., Source]) -> Make:
     """Read a user's own files, with the options on images as one `Reading`."""
 
     def make(request: DataRequest) -> Source:
-        rest = {name: value for name, value in request.options.items() if name not in Reading.__dataclass_fields__}
-        return reader(request.root, Reading.of(request), **rest)
+        own = {name: value for name, value in request.options.items() if name not in Reading.__dataclass_fields__}
+        return reader(request.root, Reading.of(request), **own)
 
     return make
 

@@ -126,9 +126,9 @@ class Split:
         """Return what a client would send to give its samples away."""
         return {"images": self.images, "labels": self.labels, "texts": self.texts}
 
-    def plus(self, others: Sequence[Split]) -> Split:
+    def plus(self, splits: Sequence[Split]) -> Split:
         """The split with the images of others behind its own, see :func:`joined`."""
-        return joined([self, *others])
+        return joined([self, *splits])
 
     def subset(self, indices: Tensor) -> Split:
         """A new split with copies of the rows ``indices``, int64 ``[m]``."""

@@ -255,8 +255,8 @@ class FederatedData:
         clients, validation = len(self.clients), len(self.validation)
         sizes = [f"{sum(self.client_sizes):,} training", *([f"{validation:,} validation"] if validation else [])]
         sizes += [f"{len(split):,} {f'{name} ' if name else ''}test" for name, split in self.tests.items()]
-        what = f"{', '.join(sizes)} {self.form.noun}{self.form.said()}"
-        return f"{self.name}: {clients} client{'s' * (clients != 1)}, {what}"
+        samples_text = f"{', '.join(sizes)} {self.form.noun}{self.form.said()}"
+        return f"{self.name}: {clients} client{'s' * (clients != 1)}, {samples_text}"
 
     def client_label(self, client: int) -> str:
         """A training client in messages, see `client_label`; the one client of `pooled` data has no name."""

@@ -64,8 +64,8 @@ def evaluate_run(
     ``model`` are those of :func:`fedkern.load`; ``best`` is that of :meth:`fedkern.api.Run.model`; with ``own_tests``
     intervals are given on the clients' own test sets too.
     """
-    apart = not best and _own_networks(out, trusted)
-    module, about = read_model(out, trusted, model, best=best, client=0 if apart else None)
+    has_own = not best and _own_networks(out, trusted)
+    module, about = read_model(out, trusted, model, best=best, client=0 if has_own else None)
     config = load_unedited(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
     loaded = read_data(
         out, config, about, data, data_root=data_root, data_options=data_options, cache=cache, progress=progress
@@ -86,7 +86,7 @@ def evaluate_run(
         return place(module, device).requires_grad_(False) if flat else module.to(device)
 
     judge: Method | ClientsNetworks = method
-    if apart:
+    if has_own:
         network = lambda k: placed(read_model(out, trusted, model, client=k)[0])  # noqa: E731
         judge = ClientsNetworks(method, range(config.trained_clients), network)
     module = placed(module)
@@ -97,13 +97,13 @@ def evaluate_run(
     with cpu_threads(config.threads), computing(config.precision):
         if isinstance(loaded.validation, Items):
             Trial(loaded, config.kind, lambda: deepcopy(module).cpu()).check_tests()
-        threads = config.client_threads if apart else config.threads  # as in the run
-        with evaluating(config.replace(threads=threads), flat and not apart) as at_once:
+        threads = config.client_threads if has_own else config.threads  # as in the run
+        with evaluating(config.replace(threads=threads), flat and not has_own) as at_once:
             figures = evaluate(judge, module, sets, code, at_once, seed=config.seed, keep=True)
-            for k, each in own.items():
-                evaluate(judge, module, {f"client_{k}_": each}, code, at_once, seed=config.seed, keep=True)
-        same = len(loaded.clients) == config.trained_clients  # else networks and sites are no pairs
-        rows = intervals(sets, own, loaded, config.seed, same) if config.records != "private" else []
+            for k, test_set in own.items():
+                evaluate(judge, module, {f"client_{k}_": test_set}, code, at_once, seed=config.seed, keep=True)
+        is_paired = len(loaded.clients) == config.trained_clients  # else networks and sites are no pairs
+        rows = intervals(sets, own, loaded, config.seed, is_paired) if config.records != "private" else []
         return {**figures, **final_figures(sets, loaded.classes).metrics, **figures}, tuple(loaded.tests), rows
 
 
@@ -150,9 +150,9 @@ def read_data(
     trained = _as_trained(data, about, config)
     if training:
         trained.pop("task", None)  # the labels serve another task
-    one = (1, "iid") if lookup(data).function is None else (None, None)  # a function shares out by itself
+    share = (1, "iid") if lookup(data).function is None else (None, None)  # a function shares out by itself
     return load(
-        data, root=data_root, clients=one[0], partition=one[1], seed=config.seed,
+        data, root=data_root, clients=share[0], partition=share[1], seed=config.seed,
         options={**(config.data_options if again else {}), **trained, **options},  # the split of the training
         cache=folder, progress=progress, judged=not (again or training),
     )  # fmt: skip
@@ -177,13 +177,13 @@ def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
 def counted(data: FederatedData) -> Iterator[str]:
     """A line on every test set: its images and patients, and those of every site that it shows."""
     for name, split in data.tests.items():
-        every, names = torch.arange(len(split)), data.client_names or data.form.sites
+        all_rows, names = torch.arange(len(split)), data.client_names or data.form.sites
         sites = [] if split.homes is None else [(site, split.homes == k) for k, site in enumerate(names)]
-        parts = [("", every), *((f"{site} ", every[rows]) for site, rows in sites if rows.any())]
+        parts = [("", all_rows), *((f"{site} ", all_rows[rows]) for site, rows in sites if rows.any())]
         people = [None if split.patients is None else len(split.patients[rows].unique()) for _, rows in parts]
         counts = [
-            f"{site}{len(rows):,}" + ("" if who is None else f" of {who:,} patient{'s' * (who != 1)}")
-            for (site, rows), who in zip(parts, people, strict=True)
+            f"{site}{len(rows):,}" + ("" if number is None else f" of {number:,} patient{'s' * (number != 1)}")
+            for (site, rows), number in zip(parts, people, strict=True)
         ]
         yield f"the {set_noun(name)}: {data.form.noun} {', '.join(counts)}"
 
@@ -212,9 +212,9 @@ def _sets(splits: Mapping[Key, Split], module: nn.Module, about: Description, co
     size = batch_size(device, config.statistics)
     form = form_of(about)
     sets: dict[Key, Reader] = {}
-    first: Any = next(iter(getattr(module, "members", (module,))))  # clients' own networks have the same words
+    member: Any = next(iter(getattr(module, "members", (module,))))  # clients' own networks have the same words
     for prefix, split in splits.items():
-        tokens = split.task.tokens(split, lambda: first.tokenize)
+        tokens = split.task.tokens(split, lambda: member.tokenize)
         sets[prefix] = reader(split, form, device, seed=config.seed, tokens=tokens, size=size)
         sets[prefix].metrics = metrics_of(config.plugins)
         sets[prefix].output_bytes = len(split) * (config.output_bytes or 0)

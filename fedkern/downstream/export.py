@@ -148,8 +148,8 @@ def of_items(module: nn.Module, about: Description) -> Exportable:
     inputs: Any = Positional()
     if form.inputs is None:
         unfit = "the run's loss calls the network itself, so that its inputs are not known"
-    elif other := [words for words in leaves(form.inputs) if not words.endswith(" [2]") and " [2, " not in words]:
-        unfit = f"an input of two samples is {other[0]}, and only tensors [B, ...] can be exported"
+    elif untraceable := [words for words in leaves(form.inputs) if not words.endswith(" [2]") and " [2, " not in words]:
+        unfit = f"an input of two samples is {untraceable[0]}, and only tensors [B, ...] can be exported"
     else:
         inputs = form.noise(2, np.random.default_rng(0))
     by_name = isinstance(inputs, Keywords)
@@ -257,9 +257,9 @@ def _takes_other_lengths(bundle: Exportable, program: ExportedProgram) -> bool:
                     leaf = torch.cat([leaf, leaf], axis).narrow(axis, 0, change(leaf.shape[axis]))
             return leaf
 
-        other = replace(bundle, args=mapped(resized, bundle.args), kwargs=mapped(resized, bundle.kwargs))
+        resized_bundle = replace(bundle, args=mapped(resized, bundle.args), kwargs=mapped(resized, bundle.kwargs))
         with suppress(Exception), torch.no_grad():
-            check(program.module()(*other.args, **other.kwargs), other)
+            check(program.module()(*resized_bundle.args, **resized_bundle.kwargs), resized_bundle)
             return True
     return False
 
@@ -316,8 +316,8 @@ def check(outputs: object, bundle: Exportable) -> None:
     for pair in zip(leaves(outputs), leaves(bundle()), strict=True):
         if not isinstance(pair[1], Tensor):
             continue
-        there, here = (bundle.judged(leaf.float()) for leaf in pair)
-        difference = float((there - here).abs().max() / here.abs().max().clamp(min=1))
+        exported, expected = (bundle.judged(leaf.float()) for leaf in pair)
+        difference = float((exported - expected).abs().max() / expected.abs().max().clamp(min=1))
         if not difference <= TOLERANCE:
             raise UserError(
                 f"The exported network's outputs differ from the run's by {difference:.2g}: take --format state-dict."

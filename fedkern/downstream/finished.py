@@ -114,8 +114,8 @@ class Finished:
         """Unit vectors fp32 ``[n, 128]``."""
         tokens = network.tokenize(texts)
         parts = []
-        every = torch.arange(len(texts))
-        for rows in (every[cut] for cut in batch_slices(len(texts), BATCH)):
+        all_rows = torch.arange(len(texts))
+        for rows in (all_rows[cut] for cut in batch_slices(len(texts), BATCH)):
             part: Tokens = tokens.take(rows).to(self.device)
             parts.append(network.text_embedding(part))
         return torch.cat(parts)

@@ -40,7 +40,7 @@ def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) 
     if is_dataset(samples):
         reader = ItemReader(items_like(data.clients[0], samples, "the samples"), device, seed=0, size=size)
         pairs = [(answer(inputs), count) for inputs, count in _inputs(reader, data)]
-        results = together([each for each, _ in pairs], [count for _, count in pairs])
+        results = together([answer_part for answer_part, _ in pairs], [count for _, count in pairs])
     else:
         inputs = Positional(samples) if isinstance(samples, tuple) else samples
         results = answer(sent(Keywords(inputs) if isinstance(inputs, Mapping) else inputs, device))

@@ -71,7 +71,7 @@ def attack(
         These entries:
 
         * ``network``: ``"best"``, or ``"last"`` for that of the last round.
-        * ``auc``, ``low``, ``high``, ``tpr``, ``tpr_low``, ``tpr_high``, ``fpr``, ``members``, ``others``,
+        * ``auc``, ``low``, ``high``, ``tpr``, ``tpr_low``, ``tpr_high``, ``fpr``, ``members``, ``test_losses``,
           ``member_groups``, ``other_groups``: see :class:`fedkern.privacy.Attack`.
         * ``independent``: the unit that the intervals take as independent, "image", "patient" or "case".
         * ``member_loss``, ``other_loss``: means in nats; infinite means are null in the file.
@@ -94,21 +94,21 @@ def attack(
         raise UserError(f"The membership attack is for classes of images or pixels, and {out} is for {data.task.name}.")
     splits, untrained = trained(config, data)
     test = data.tests["id" if "id" in data.tests else next(iter(data.tests))]
-    others = losses(network, test, data)
+    test_losses = losses(network, test, data)
     members = [losses(network, split, data) for split in splits]
-    every = torch.cat(members)
-    _check(every, others, out)
+    member_losses = torch.cat(members)
+    _check(member_losses, test_losses, out)
     independent, groups = grouped(splits, test)
-    outcome = membership_attack(every, others, groups=groups)
+    outcome = membership_attack(member_losses, test_losses, groups=groups)
     result = {
         "network": "best" if best else "last",
         **outcome.to_dict(),
         "independent": independent,
-        "member_loss": float(every.mean()),
-        "other_loss": float(others.mean()),
-        "clients": [membership_attack(values, others).auc if len(values) > 1 else None for values in members],
+        "member_loss": float(member_losses.mean()),
+        "other_loss": float(test_losses.mean()),
+        "clients": [membership_attack(values, test_losses).auc if len(values) > 1 else None for values in members],
     }
-    left_out = sum(len(split) for split in (test, *splits)) - len(every) - len(others)
+    left_out = sum(len(split) for split in (test, *splits)) - len(member_losses) - len(test_losses)
     result |= {name: count for name, count in (("left_out", left_out), ("untrained", untrained)) if count}
     if keep:
         write(out, result)
@@ -131,14 +131,14 @@ def trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
     return splits, count
 
 
-def grouped(members: Sequence[Split], others: Split) -> tuple[str, tuple[Tensor, Tensor] | None]:
+def grouped(members: Sequence[Split], test: Split) -> tuple[str, tuple[Tensor, Tensor] | None]:
     """The independent unit ("image", "patient" or "case"), and the groups of all images with a loss.
 
     Returns:
         The unit's name, and the group numbers of the members' and the others' images; None where images are the unit.
     """
-    splits = (*members, others)
-    loss_rows = [torch.cat([(part[:, None] >= 0).flatten(1).any(1) for part in in_parts(one.labels)]) for one in splits]
+    splits = (*members, test)
+    loss_rows = [torch.cat([(part[:, None] >= 0).flatten(1).any(1) for part in in_parts(own.labels)]) for own in splits]
     for name, numbers in (("patient", [s.patients for s in splits]), ("case", [s.cases for s in splits])):
         groups = [n[rows] for n, rows in zip(numbers, loss_rows, strict=True) if n is not None]
         if len(groups) == len(splits):
@@ -182,16 +182,16 @@ def losses(model: nn.Module, split: Split, data: FederatedData) -> Tensor:
     return torch.cat(values)
 
 
-def _check(members: Tensor, others: Tensor, out: Path) -> None:
+def _check(members: Tensor, test_losses: Tensor, out: Path) -> None:
     """Raises UserError where there are too few losses to compare, or a loss is NaN."""
-    for values, what in ((members, "training samples"), (others, "test images")):
+    for values, noun in ((members, "training samples"), (test_losses, "test images")):
         if len(values) < 2:
             raise UserError(
                 f"The membership attack compares at least two training samples with two test images, and {out} has "
-                f"{len(values)} {what} with known answers: attack a run on more data."
+                f"{len(values)} {noun} with known answers: attack a run on more data."
             )
         if bool(values.isnan().any()):
             raise UserError(
                 f"The model of {out} has losses that are not numbers (NaN) on {int(values.isnan().sum())} of its "
-                f"{len(values)} {what}, which no attack can compare: train it again with a lower learning rate."
+                f"{len(values)} {noun}, which no attack can compare: train it again with a lower learning rate."
             )

@@ -179,8 +179,8 @@ def found_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         check_text(str(path), "the path")
         if not path.is_dir():
-            if what := standing(path):
-                raise UserError(f"{path} is {what}: name image files, or folders of image files.")
+            if problem := standing(path):
+                raise UserError(f"{path} is {problem}: name image files, or folders of image files.")
             images.append(path)
             continue
         folders = [path, *sorted(folder for folder in path.rglob("*") if folder.is_dir())]

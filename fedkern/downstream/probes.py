@@ -71,7 +71,7 @@ def figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return result if math.isnan(area) else {**result, "auc": area}
 
 
-def averaged(many: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of every figure that all of ``many`` have."""
-    shared = [name for name in many[0] if all(name in row for row in many)]
-    return {name: sum(row[name] for row in many) / len(many) for name in shared}
+def averaged(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of every figure that all of ``rows`` have."""
+    shared = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: sum(row[name] for row in rows) / len(rows) for name in shared}

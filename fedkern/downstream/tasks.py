@@ -53,9 +53,9 @@ def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
     client_sets = run.data.client_tests
     if client_sets:
         single = len(run.networks) == 1
-        each = [of(split, run.networks if single else run.networks[k : k + 1]) for k, split in enumerate(client_sets)]
-        rows.append({"set": "clients, mean", **probes.averaged(each)})
-        rows.append({"set": "clients, worst", **{name: min(one[name] for one in each) for name in each[0]}})
+        scores = [of(split, run.networks if single else run.networks[k : k + 1]) for k, split in enumerate(client_sets)]
+        rows.append({"set": "clients, mean", **probes.averaged(scores)})
+        rows.append({"set": "clients, worst", **{name: min(row[name] for row in scores) for name in scores[0]}})
     return rows
 
 
@@ -115,7 +115,7 @@ def probe(
                 fits = [probes.LinearProbe(seen[pick], labels[pick], len(classes), probes.FEW_SHOT) for pick in chosen]
             else:
                 fits = [_chosen(run, network, seen, labels, validation, len(classes), features)]
-            fitted += [_apply_probe(run, network, one, features) for one in fits]
+            fitted += [_apply_probe(run, network, fit, features) for fit in fits]
         rows += [{"set": row.pop("set"), "shots": count or "all", **row} for row in _classified(run, fitted)]
     return rows
 
@@ -149,7 +149,7 @@ def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) 
         decoder = train_decoder(network, images, _pixels(run, train), classes, epochs=epochs, seed=seed)
         for name in tests:
             figures[name].append(segmentation(decoder, Images(pixelwise[name], run.form, run.device)))
-    return [{"set": name, **probes.averaged(each)} for name, each in figures.items()]
+    return [{"set": name, **probes.averaged(network_figures)} for name, network_figures in figures.items()]
 
 
 def _classes(run: Finished) -> tuple[str, ...]:

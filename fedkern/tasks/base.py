@@ -159,10 +159,10 @@ class Task:
 
     def member_figures(self, model: Members, data: JudgedSet) -> dict[str, float]:
         """Means of the figures of ``model.members``, and the lowest and highest value of their main figure."""
-        each = [self.figures_of_client(member, data, k) for k, member in enumerate(model.members)]
-        shared = [name for name in each[0] if all(name in one for one in each)]
-        means = {name: sum(one[name] for one in each) / len(each) for name in shared}
-        ends = [one[self.main] for one in each if self.main in one]
+        rows = [self.figures_of_client(member, data, k) for k, member in enumerate(model.members)]
+        shared = [name for name in rows[0] if all(name in row for row in rows)]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in shared}
+        ends = [row[self.main] for row in rows if self.main in row]
         return {**means, **({f"lowest_{self.main}": min(ends), f"highest_{self.main}": max(ends)} if ends else {})}
 
     def figures_of_client(self, model: nn.Module, data: JudgedSet, client: int) -> dict[str, float]:
@@ -397,7 +397,7 @@ class Task:
 
 def check_shape(labels: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
     """Raises ValueError where a split's labels have another dtype or shape."""
-    expected, actual = (f"{each} {[*axes]}"[6:] for each, axes in ((dtype, shape), (labels.dtype, labels.shape)))
+    expected, actual = (f"{kind} {[*axes]}"[6:] for kind, axes in ((dtype, shape), (labels.dtype, labels.shape)))
     if actual != expected:
         raise ValueError(f"labels: expected {expected}, got {actual}")
 

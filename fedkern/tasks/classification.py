@@ -129,13 +129,13 @@ class Classification(Task):
         labels = data.labels.cpu().long()
         counted = labels != self.ignored
         labels, outputs = labels[counted], [logits[counted] for logits in outputs]
-        each = [_classified(logits, labels) for logits in outputs]
+        summaries = [_classified(logits, labels) for logits in outputs]
         metrics = {
-            figure: sum(one[figure] for one, _ in each) / len(each)
-            for figure in each[0][0]
-            if all(figure in one for one, _ in each)
+            figure: sum(row[figure] for row, _ in summaries) / len(summaries)
+            for figure in summaries[0][0]
+            if all(figure in row for row, _ in summaries)
         }
-        tables = [table for _, table in each]
+        tables = [table for _, table in summaries]
         per_class = {
             figure: named(mean([table[figure] for table in tables]), names)
             for figure in tables[0]

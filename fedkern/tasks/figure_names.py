@@ -123,15 +123,15 @@ def check_metric_names(metrics: Collection[str]) -> None:
 def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> None:
     """Raises UserError where figures of a test set, users' ``metrics`` included, would have the names of others'."""
     figures = ("dice_1", *FIGURE_NAMES, *metrics)
-    others = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
+    other_sets = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
     sets = {f"{name}_" if name else "": f"the {set_noun(name)}{'' if name else ' without a name'}" for name in names}
     for prefix in sets:
         if entry := next((prefix + figure for figure in figures if prefix + figure in RECORD_NAMES), ""):
             raise UserError(f'The test set "{prefix[:-1]}" would have a figure {entry}, which records have: rename it.')
-        for other, called in (sets | others).items():
-            rest = prefix[len(other) :] if prefix.startswith(other) else ""
-            alike = prefix == "test_" or any(figure.startswith(rest) for figure in figures)
-            if prefix == other in others or (rest and alike):
+        for other_prefix, called in (sets | other_sets).items():
+            remainder = prefix[len(other_prefix) :] if prefix.startswith(other_prefix) else ""
+            alike = prefix == "test_" or any(figure.startswith(remainder) for figure in figures)
+            if prefix == other_prefix in other_sets or (remainder and alike):
                 raise UserError(
                     f'The test set "{prefix[:-1]}" cannot have this name, as its figures would have the names of those '
                     f"of {called}: give it another name."
@@ -183,12 +183,12 @@ def short_title(name: str) -> str:
 
 
 def _title_of(name: str, titles: Mapping[str, str]) -> str:
-    figure = max((each for each in titles if f"_{name}".endswith(f"_{each}")), key=len, default="")
-    ending = next((each for each in _ENDINGS if name.endswith(each)), "")
+    figure = max((known_name for known_name in titles if f"_{name}".endswith(f"_{known_name}")), key=len, default="")
+    ending = next((known_name for known_name in _ENDINGS if name.endswith(known_name)), "")
     if not figure:
         return name.removesuffix(ending).replace("_", " ") + _ENDINGS.get(ending, "")
-    which = name.removesuffix(figure).replace("_", " ").strip()
-    return f"{which}: {titles[figure]}" if which else titles[figure]
+    prefix = name.removesuffix(figure).replace("_", " ").strip()
+    return f"{prefix}: {titles[figure]}" if prefix else titles[figure]
 
 
 def set_title(name: str) -> str:

@@ -55,10 +55,10 @@ class Multilabel(Task):
 
     def final(self, data: SampleSet, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         labels = data.labels.cpu()
-        each = {"auroc": areas, "average_precision": average_precisions}
+        functions = {"auroc": areas, "average_precision": average_precisions}
         return Figures(
             per_class={
-                name: named(mean([of(logits, labels) for logits in outputs]), names) for name, of in each.items()
+                name: named(mean([of(logits, labels) for logits in outputs]), names) for name, of in functions.items()
             }
         )
 

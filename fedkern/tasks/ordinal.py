@@ -45,10 +45,10 @@ class CumulativeLink(nn.Module):
         score = self.network(images).float()
         if score.shape[1:] != (1,):
             raise ValueError(f"an ordinal network gives one number an image, [n, 1], and not {list(score.shape)}")
-        apart = self.thresholds - score
+        margins = self.thresholds - score
         gaps = F.softplus(self.steps[1:])
         # log(sigmoid(a) - sigmoid(b)) is log sigmoid(a) + log sigmoid(-b) + log(1 - exp(b - a)), without cancellation.
-        below, above = F.logsigmoid(apart), F.logsigmoid(-apart)
+        below, above = F.logsigmoid(margins), F.logsigmoid(-margins)
         between = below[:, 1:] + above[:, :-1] + torch.log(-torch.expm1(-gaps))
         return torch.cat([below[:, :1], between, above[:, -1:]], 1)
 
@@ -91,9 +91,9 @@ class Ordinal(Task):
         }
 
     def final(self, data: SampleSet, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
-        labels, every = data.labels.cpu(), [logits.argmax(1) for logits in outputs]
-        recalls = mean([of_classes.recalls(labels, predicted, len(names)) for predicted in every])
-        matrices = [of_classes.confusion(labels, predicted, len(names)) for predicted in every]
+        labels, predictions = data.labels.cpu(), [logits.argmax(1) for logits in outputs]
+        recalls = mean([of_classes.recalls(labels, predicted, len(names)) for predicted in predictions])
+        matrices = [of_classes.confusion(labels, predicted, len(names)) for predicted in predictions]
         return Figures(per_class={"recall": named(recalls, names)}, confusion=torch.stack(matrices).sum(0))
 
     def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:

@@ -59,7 +59,7 @@ class PartitionStatistics:
         Raises:
             KeyError, TypeError, ValueError: the table is none of statistics.
         """
-        values: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in table.items()}
+        values: dict[str, Any] = {name: tuple(cell) if isinstance(cell, list) else cell for name, cell in table.items()}
         counts = np.array(table["counts"], dtype=np.int64).reshape(len(table["counts"]), len(table["classes"]))
         colours = None if table["colours"] is None else np.array(table["colours"], dtype=np.uint8)
         values |= {"counts": counts, "colours": colours}
@@ -82,15 +82,15 @@ class PartitionStatistics:
 
     def without(self, client: int, samples: int) -> PartitionStatistics:
         """The same partition with one client held out, whose ``samples`` are a test set."""
-        rest = [k for k in range(len(self.counts)) if k != client]
+        staying = [k for k in range(len(self.counts)) if k != client]
         return replace(
             self,
-            counts=self.counts[rest],
-            names=None if self.names is None else tuple(self.names[k] for k in rest),
-            own_tests=tuple(self.own_tests[k] for k in rest) if self.own_tests else (),
+            counts=self.counts[staying],
+            names=None if self.names is None else tuple(self.names[k] for k in staying),
+            own_tests=tuple(self.own_tests[k] for k in staying) if self.own_tests else (),
             held_out=(self.labels[client], samples),
-            colours=None if self.colours is None else self.colours[rest],
-            samples=None if self.samples is None else tuple(self.samples[k] for k in rest),
+            colours=None if self.colours is None else self.colours[staying],
+            samples=None if self.samples is None else tuple(self.samples[k] for k in staying),
         )
 
     @property
@@ -129,15 +129,15 @@ class PartitionStatistics:
         """Every client by its name, or by its number where it has none."""
         return list(self.names) if self.names is not None else [str(k) for k in range(len(self.counts))]
 
-    def spread(self, most: int) -> npt.NDArray[np.int64]:
-        """Clients that stand for all in a picture, int64: all in their order, or ``most`` of them by size.
+    def spread(self, limit: int) -> npt.NDArray[np.int64]:
+        """Clients that stand for all in a picture, int64: all in their order, or ``limit`` of them by size.
 
         Of more clients those evenly spaced in the order of their samples, the largest first and the smallest last.
         """
         count = len(self.counts)
-        if count <= most:
+        if count <= limit:
             return np.arange(count)
-        places = np.linspace(0, count - 1, most).round().astype(np.int64)
+        places = np.linspace(0, count - 1, limit).round().astype(np.int64)
         return np.argsort(-self.sizes, kind="stable")[places]
 
     @property

@@ -62,10 +62,10 @@ class Retrieval(Task):
             - ``gallery``: the number of texts to choose from;
             - ``loss``: the mean contrastive loss.
         """
-        both = [model(batch.inputs, batch.targets) for batch in data.batches(even=True)]
-        if not both:
+        embeddings = [model(batch.inputs, batch.targets) for batch in data.batches(even=True)]
+        if not embeddings:
             raise ValueError("data: expected at least one sample, given none")
-        images, texts = torch.cat([x for x, _ in both]), torch.cat([y for _, y in both])
+        images, texts = torch.cat([x for x, _ in embeddings]), torch.cat([y for _, y in embeddings])
         gallery = Gallery.of(data.split.ids, data.split.texts)
         figures = recalls(images[gallery.images.to(images.device)], texts, RECALLS, pairs=gallery.pairs)
         loss = contrastive_among(images, texts, data.loss_batch)
@@ -167,15 +167,15 @@ class Gallery:
         """Gallery of rows: rows of equal id are one image with several captions; equal texts share their images."""
         names = [str(row) for row in range(len(texts))] if ids is None else ids
         place: dict[str, int] = {}
-        first: list[int] = []
+        first_rows: list[int] = []
         holders: dict[str, dict[int, None]] = {}  # ordered sets
         for row, (name, text) in enumerate(zip(names, texts, strict=True)):
             if name not in place:
-                place[name] = len(first)
-                first.append(row)
+                place[name] = len(first_rows)
+                first_rows.append(row)
             holders.setdefault(text, {})[place[name]] = None
         pairs = [(image, row) for row, text in enumerate(texts) for image in holders[text]]
-        return Gallery(torch.tensor(first, dtype=torch.int64), torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
+        return Gallery(torch.tensor(first_rows, dtype=torch.int64), torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
 
 
 @torch.no_grad()
@@ -236,9 +236,9 @@ def _recalls(queries: Tensor, gallery: Tensor, ks: Sequence[int], pairs: Tensor)
         scores = queries[start : start + CHUNK] @ gallery.T
         # Equal texts should tie for a query, but a matrix product may round their columns differently.
         scores = (scores.double() * 2**20).round().nan_to_num_(nan=-torch.inf)  # NaN ranks last
-        first, last = torch.searchsorted(pairs[:, 0].contiguous(), torch.tensor([start, start + CHUNK]).to(pairs))
+        begin, last = torch.searchsorted(pairs[:, 0].contiguous(), torch.tensor([start, start + CHUNK]).to(pairs))
         is_pair = torch.zeros_like(scores, dtype=torch.bool)
-        is_pair[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
+        is_pair[pairs[begin:last, 0] - start, pairs[begin:last, 1]] = True
         has = is_pair.any(1)
         scores, is_pair = scores[has], is_pair[has]
         best = scores.masked_fill(~is_pair, -torch.inf).amax(1, keepdim=True)

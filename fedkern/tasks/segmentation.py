@@ -115,8 +115,8 @@ class Segmentation(Task):
 
     def shared_classes(self, labels: np.ndarray, classes: int) -> tuple[npt.NDArray[np.int64], int]:
         """Where every image holds an object, no image counts as background, which is then no class."""
-        none = int(labels.min(initial=1) > 0)
-        return labels - none, classes - none
+        has_no_background = int(labels.min(initial=1) > 0)
+        return labels - has_no_background, classes - has_no_background
 
     def image_labels(self, labels: Tensor) -> Tensor:
         return torch.cat([largest_classes(part) for part in in_parts(labels)]) if len(labels) else labels.reshape(0)
@@ -181,10 +181,10 @@ def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
     predictions: list[Tensor] = []
     for batch in data.batches():
         logits, labels = model(batch.inputs), batch.targets
-        here = labels >= 0
+        valid = labels >= 0
         truth = labels.clamp_min(0)
-        loss -= float(F.log_softmax(logits, 1).gather(1, truth[:, None])[:, 0][here].double().sum())
-        pixels += int(here.sum())
+        loss -= float(F.log_softmax(logits, 1).gather(1, truth[:, None])[:, 0][valid].double().sum())
+        pixels += int(valid.sum())
         predicted = logits.argmax(1)
         if full is None:
             counts.append(overlaps(predicted, labels, logits.shape[1]))
@@ -199,14 +199,14 @@ def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
         record(torch.cat(predictions))
     cases = getattr(data, "cases", None)
     per_image = torch.cat(counts)
-    every = case_dice(per_image if cases is None else _together(per_image, cases))
+    case_scores = case_dice(per_image if cases is None else _together(per_image, cases))
     keep = getattr(data, "keep", None)
     if keep is not None:
-        keep(every)
-    by_class = every.nanmean(0)[1:]
-    both, guesses, true = per_image.sum(0).double().unbind(0)
-    union = torch.where(true > 0, guesses + true - both, math.nan)[1:]
-    means = {"dice": float(by_class.nanmean()), "iou": float((both[1:] / union).nanmean())}
+        keep(case_scores)
+    by_class = case_scores.nanmean(0)[1:]
+    common, guesses, true = per_image.sum(0).double().unbind(0)
+    union = torch.where(true > 0, guesses + true - common, math.nan)[1:]
+    means = {"dice": float(by_class.nanmean()), "iou": float((common[1:] / union).nanmean())}
     figures = {**{name: mean for name, mean in means.items() if not math.isnan(mean)}, "loss": loss / pixels}
     if distances:
         figures["hd95"] = float(np.mean(distances))
@@ -254,10 +254,10 @@ def case_dice(counts: Tensor) -> Tensor:
     Args:
         counts: int64 [n, 3, C], as from :func:`overlaps`.
     """
-    both, guesses, true = counts.double().unbind(1)
+    common, guesses, true = counts.double().unbind(1)
     healthy = true[:, 1:].sum(1, keepdim=True) == 0
     counted = (true.sum(0) > 0) & ((true > 0) | (healthy & (guesses > 0)))
-    return torch.where(counted, 2 * both / (guesses + true), math.nan)
+    return torch.where(counted, 2 * common / (guesses + true), math.nan)
 
 
 def constant_dice(data: SampleSet, classes: int) -> tuple[float, int]:

@@ -90,14 +90,14 @@ class OwnTask(Task):
         if "loss" in self.metrics:
             raise UserError("metrics has one called loss, which is the loss itself: give it another name.")
         self.labelled = False  # whether targets are whole numbers, one a sample
-        for each, metric in self.metrics.items():
+        for key, metric in self.metrics.items():
             if not callable(metric) and not _stateful(metric):
-                raise UserError(f"the metric {each} must be a function, or an object with update and compute.")
+                raise UserError(f"the metric {key} must be a function, or an object with update and compute.")
         self.offers = frozenset({"loss"} if self.takes_batches else {"loss", "criterion"})  # type: ignore[misc]
-        higher = {each: getattr(metric, "higher_is_better", None) for each, metric in self.metrics.items()}
+        higher = {key: getattr(metric, "higher_is_better", None) for key, metric in self.metrics.items()}
         usual = (*(name for name, up in higher.items() if up is not None), "loss")
-        first = "accuracy" if "accuracy" in self.built_in else usual[0]
-        self.main = first if main is None else main  # type: ignore[misc]
+        usual_main = "accuracy" if "accuracy" in self.built_in else usual[0]
+        self.main = usual_main if main is None else main  # type: ignore[misc]
         names = (*self.built_in, *self.metrics)
         if self.main not in names:
             raise UserError(f"main must be one of {', '.join(names)}, not {self.main!r}.")
@@ -171,8 +171,8 @@ class OwnTask(Task):
         with explained(name, function):
             value: Any = repeatable(self._placed(function, arguments), arguments[0])(*arguments)
         if not isinstance(value, Tensor) or value.dim():
-            what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"{name} must return one number, a tensor of no axes, and returns {what}: take the mean.")
+            result = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{name} must return one number, a tensor of no axes, and returns {result}: take the mean.")
         return value
 
     def _placed(self, function: Callable[..., object], arguments: tuple[object, ...]) -> Callable[..., object]:
@@ -207,13 +207,13 @@ class OwnTask(Task):
         with _GRAPH, torch.enable_grad():
             parameters = [*model.parameters()]
             frozen = [] if any(tensor.requires_grad for tensor in parameters) else parameters
-            for each in frozen:
-                each.requires_grad_(True)
+            for parameter in frozen:
+                parameter.requires_grad_(True)
             try:
                 return play()
             finally:
-                for each in frozen:
-                    each.requires_grad_(False)
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
 
     def set_loss(self, outputs: object, targets: object) -> float | None:
         """Return the loss of a whole set, or None where it takes gradients of the network."""
@@ -281,7 +281,7 @@ class SetEvaluation:
 
     def batches(self) -> Iterator[tuple[object, object]]:
         """Evaluate the batches in order, and yield the outputs and targets of each."""
-        whole = self._task.takes_batches
+        takes_batches = self._task.takes_batches
         for batch in self._data.batches():
             outputs, loss = self._task.evaluated(self._model, batch, lossless=self._lossless)
             share = self._task.share(batch.targets, batch.data, len(batch.indices))
@@ -289,16 +289,16 @@ class SetEvaluation:
             self._count += len(batch.indices)
             self._device = next((leaf.device for leaf in tensors(outputs)), self._device)
             pair = inner(self._model), batch.data
-            if not whole:
+            if not takes_batches:
                 pair = mapped(_on_cpu, outputs), mapped(_on_cpu, batch.targets)
-            with autocast_on(next(self._model.parameters()).device) if whole else nullcontext():
+            with autocast_on(next(self._model.parameters()).device) if takes_batches else nullcontext():
                 values = {name: _number(name, self._functions[name], *pair) for name in self._sums if name != "loss"}
                 for name, metric in self._objects.items():
                     with explained(name, metric):
-                        metric.update(*(pair if whole else _copies(pair)))
+                        metric.update(*(pair if takes_batches else _copies(pair)))
             for name, value in {"loss": loss, **values}.items() if share else ():  # the mean of no targets is NaN
                 self._sums[name] += share * value
-            if not whole and (self._functions or self._lossless):
+            if not takes_batches and (self._functions or self._lossless):
                 self._gather(pair, len(batch.indices))
             yield outputs, batch.targets
 
@@ -367,8 +367,8 @@ def torch_loss(loss: object) -> TorchLoss | None:
 def sample_form(values: object) -> tuple[tuple[object, ...], ...]:
     """Return dtype and shape of a sample in tensors of batches, or nothing where some have other numbers of samples."""
     found = [leaf for leaf in leaves(values) if leaf is not None]
-    whole = all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(found[0]) for leaf in found)
-    return tuple((leaf.dtype, *leaf.shape[1:]) for leaf in found) if whole else ()
+    is_per_sample = all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(found[0]) for leaf in found)
+    return tuple((leaf.dtype, *leaf.shape[1:]) for leaf in found) if is_per_sample else ()
 
 
 def tensors(values: object) -> Iterator[Tensor]:
@@ -429,7 +429,7 @@ def _check_loss(name: str, loss: object) -> None:
     check_object(name, loss)
     if not callable(loss):
         raise UserError(f"{name} must be a function or a module, not an object of type {type(loss).__name__}.")
-    takes, names, other = _FIRST[name]
+    takes, names, twin = _FIRST[name]
     try:
         function = loss.forward if isinstance(loss, nn.Module) else loss
         parameter = next(iter(inspect.signature(function).parameters), "")
@@ -437,7 +437,7 @@ def _check_loss(name: str, loss: object) -> None:
         return
     if parameter and parameter in names.split():
         raise UserError(
-            f"{name} takes {takes}, and the first parameter of this one is called {parameter}: give it as {other}=, or "
+            f"{name} takes {takes}, and the first parameter of this one is called {parameter}: give it as {twin}=, or "
             "rename the parameter."
         )
 

@@ -80,9 +80,9 @@ def rasterise(boxes: Sequence[Tensor], height: int, width: int) -> Tensor:
     """
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
     for start in range(0, len(boxes), _CHUNK):
-        some = [torch.as_tensor(one, dtype=torch.float64).reshape(-1, 4) for one in boxes[start : start + _CHUNK]]
-        blank = torch.zeros(len(some), 1, height, width)
-        masks[start : start + len(some)] = ops.erase_boxes(blank, some, fill=1.0)[:, 0] > 0
+        chunk = [torch.as_tensor(xyxy, dtype=torch.float64).reshape(-1, 4) for xyxy in boxes[start : start + _CHUNK]]
+        blank = torch.zeros(len(chunk), 1, height, width)
+        masks[start : start + len(chunk)] = ops.erase_boxes(blank, chunk, fill=1.0)[:, 0] > 0
     return masks
 
 

@@ -89,17 +89,17 @@ class FullMasks:
         rows, columns = (self.store.places(side, max(classes.shape)) for side in classes.shape)
         return classes, rows, columns
 
-    def overlaps(self, predicted: Tensor, first: int, classes: int) -> Tensor:
+    def overlaps(self, predicted: Tensor, first_row: int, classes: int) -> Tensor:
         """Pixel counts of images and classes (in both, predicted, true), int64 ``[B, 3, C]``.
 
         Args:
             predicted: int64 ``[B, h, w]``, the predicted class of every pixel that the network sees; it counts for all
                 pixels of the full mask that lie in it.
-            first: the row of the first image.
+            first_row: the row of the first image.
         """
         counts = np.zeros((len(predicted), 3, classes), dtype=np.int64)
         for row, guess in enumerate(predicted.cpu().numpy()):
-            truth, rows, columns = self[first + row]
+            truth, rows, columns = self[first_row + row]
             valid = truth >= 0
             label, prediction = truth[valid], guess[rows[:, None], columns][valid]
             for part, values in enumerate((label[label == prediction], prediction, label)):

@@ -146,7 +146,7 @@ def described(
     by_set: dict[Set, list[Look]] = {}
     for path in sorted(looks, key=lambda path: ([*SPLITS].index(sets[path][0]), sets[path][1])):
         by_set.setdefault(sets[path], []).append(looks[path])
-    every = _sites(by_set)
+    all_sites = _sites(by_set)
 
     def words(chosen: Collection[Set]) -> str:
         files = [look for one in chosen for look in by_set[one]]
@@ -158,10 +158,10 @@ def described(
 
     def line(chosen: Collection[Set]) -> str:
         of = {
-            split: "" if sites == every[split] else f" of {first_of(sites, SHOWN)}"
+            split: "" if sites == all_sites[split] else f" of {first_of(sites, SHOWN)}"
             for split, sites in _sites(chosen).items()
         }
-        if of.keys() == every.keys() and len({*of.values()}) == 1:  # the same sites of every split
+        if of.keys() == all_sites.keys() and len({*of.values()}) == 1:  # the same sites of every split
             of = {"": of.popitem()[1]}
         return f"{'; '.join(f'{SPLITS[split]}images{where}' for split, where in of.items())}: {words(chosen)}"
 

@@ -163,8 +163,8 @@ class _Cache:
             return entry
         sizes = self._read_sizes(needed)
         missing = len(needed) if sizes is None else int((sizes[needed, 0] == 0).sum())
-        there = next(folder for folder in (self._folder, *self._folder.parents) if os.access(folder, os.F_OK))
-        _check_space(there, missing * _bytes(self._files))
+        existing = next(folder for folder in (self._folder, *self._folder.parents) if os.access(folder, os.F_OK))
+        _check_space(existing, missing * _bytes(self._files))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with one_writer(self._lock, self._wait):
@@ -318,16 +318,16 @@ def _decode_rows(
     if notice is not None:
         notice(f"decoding {len(rows):,} {files.things} ({_size(len(rows) * _bytes(files))}) into {where}")
     for start in range(0, len(rows), at_once):
-        some = rows[start : start + at_once]
-        images, sizes = files.read(torch.from_numpy(some))
+        chunk = rows[start : start + at_once]
+        images, sizes = files.read(torch.from_numpy(chunk))
         pixels = np.ascontiguousarray(images.numpy().transpose(0, 2, 3, 1))
-        for part in np.split(np.arange(len(some)), np.flatnonzero(np.diff(some) > 1) + 1):
-            _write(file, int(some[part[0]]) * _bytes(files), pixels[part[0] : part[-1] + 1])
-        yield some, sizes.numpy(), pixels
-        done, now = start + len(some), time.monotonic()
-        if notice is not None and now - last_time >= NOTICE_SECONDS and done - last_count >= NOTICE_SHARE * len(rows):
-            last_time, last_count = now, done
-            seconds = (now - began) / done * (len(rows) - done)
+        for part in np.split(np.arange(len(chunk)), np.flatnonzero(np.diff(chunk) > 1) + 1):
+            _write(file, int(chunk[part[0]]) * _bytes(files), pixels[part[0] : part[-1] + 1])
+        yield chunk, sizes.numpy(), pixels
+        done, tick = start + len(chunk), time.monotonic()
+        if notice is not None and tick - last_time >= NOTICE_SECONDS and done - last_count >= NOTICE_SHARE * len(rows):
+            last_time, last_count = tick, done
+            seconds = (tick - began) / done * (len(rows) - done)
             notice(f"decoding {files.things}: {done:,} of {len(rows):,}, about {max(1, round(seconds / 60))} min left")
 
 
@@ -337,10 +337,10 @@ def _checksum(size: npt.NDArray[np.int32], pixels: bytes | memoryview) -> np.int
 
 
 def _write(file: IO[bytes], offset: int, values: npt.NDArray[np.generic]) -> None:
-    rest = values.reshape(-1).view(np.uint8).data
+    unwritten = values.reshape(-1).view(np.uint8).data
     file.seek(offset)
-    while rest:
-        rest = rest[file.write(rest) :]
+    while unwritten:
+        unwritten = unwritten[file.write(unwritten) :]
 
 
 def _check_space(folder: Path, count: int) -> None:

@@ -66,8 +66,8 @@ def list_images(folder: Path) -> list[Path]:
     images = sorted(path for path in named if not path.is_dir())
     for path in images:
         check_text(str(path), "the image")
-        if what := standing(path):
-            raise UserError(f"the image {path} is {what}, not a regular file: remove it, or put the image there.")
+        if problem := standing(path):
+            raise UserError(f"the image {path} is {problem}, not a regular file: remove it, or put the image there.")
     return images
 
 
@@ -81,10 +81,10 @@ def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> No
     """
     names_of: dict[object, str] = {}
     for path, name in zip(paths, names, strict=True):
-        other = names_of.setdefault(real_file(path), name)
-        if other != name:
+        known_name = names_of.setdefault(real_file(path), name)
+        if known_name != name:
             raise UserError(
-                f'data set "{data}": {other} and {name} are one file, {path.resolve()}, and would be two images: '
+                f'data set "{data}": {known_name} and {name} are one file, {path.resolve()}, and would be two images: '
                 "remove the link that makes it two."
             )
 
@@ -457,12 +457,12 @@ def _eight_bits(
         )
     if not (low >= 0 and high <= top):
         expected = "fractions from 0 to 1" if image.mode == "F" else f"whole numbers from 0 to {top}"
-        more = (
+        advice = (
             f", or give --data-option bits={BITS[-1]}" if high > top >= 2 and low >= 0 and high < 2 ** BITS[-1] else ""
         )
         raise UserError(
             f'data set "{data}": the image {path} holds grey values from {low:g} to {high:g}, expected {expected}; '
-            f"choose the range that shows what matters with --data-option window=CENTRE,WIDTH{more}"
+            f"choose the range that shows what matters with --data-option window=CENTRE,WIDTH{advice}"
         )
     return _with_clear((top - values if _negative(image) else values) * (255 / top), values, image)
 
@@ -475,7 +475,7 @@ def _with_clear(scaled: np.ndarray, values: np.ndarray, image: Image.Image) -> I
     return grey
 
 
-def unreadable(data: str, what: str, path: Path, error: Exception) -> UserError:
+def unreadable(data: str, noun: str, path: Path, error: Exception) -> UserError:
     """The error for a file that cannot be decoded."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):  # its own message names the file object
@@ -486,7 +486,7 @@ def unreadable(data: str, what: str, path: Path, error: Exception) -> UserError:
             tags.load(file)
             kind = f"{tags[BITS_EACH][0]} bits{', floats' * (3 in tags.get(SAMPLE_FORMAT, ()))}"
             reason = f"a TIFF of {tags[BANDS]} bands of {kind}, expected grey or three colours of 8 or 16 bits"
-    return UserError(f'data set "{data}": cannot read the {what} {path} ({reason}); replace or remove it')
+    return UserError(f'data set "{data}": cannot read the {noun} {path} ({reason}); replace or remove it')
 
 
 def each(work: Callable[[int], None], count: int) -> None:

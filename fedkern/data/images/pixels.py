@@ -99,8 +99,8 @@ class Pixels:
             rng = None
         images = self._whole(index)
         if self._sides is not None:  # a window of both: class numbers are exact as a last channel
-            both = self._window(torch.cat([images, labels[:, None].to(images.dtype)], 1), rng)
-            images, labels = both[:, :-1].contiguous(memory_format=torch.channels_last), both[:, -1].long()
+            stacked = self._window(torch.cat([images, labels[:, None].to(images.dtype)], 1), rng)
+            images, labels = stacked[:, :-1].contiguous(memory_format=torch.channels_last), stacked[:, -1].long()
         return (images, labels) if rng is None else transforms.augment_pairs(images, labels, self.augment, rng)
 
 

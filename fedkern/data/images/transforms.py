@@ -258,14 +258,14 @@ def augment_pairs(images: Tensor, labels: Tensor, kind: str, rng: Generator) -> 
         return images, labels
     # Class numbers become a last channel; they are small enough to be exact in any floating type.
     keeps_channels_last = _is_channels_last(images)
-    both = torch.cat([images, labels[:, None].to(images.dtype)], 1)
+    stacked = torch.cat([images, labels[:, None].to(images.dtype)], 1)
     if keeps_channels_last:
-        both = both.contiguous(memory_format=torch.channels_last)
-    both = augmentation(both, rng, [*[0.0] * images.shape[1], float(IGNORE)], nearest=1)
-    moved = both[:, :-1].contiguous(
+        stacked = stacked.contiguous(memory_format=torch.channels_last)
+    stacked = augmentation(stacked, rng, [*[0.0] * images.shape[1], float(IGNORE)], nearest=1)
+    moved = stacked[:, :-1].contiguous(
         memory_format=torch.channels_last if keeps_channels_last else torch.contiguous_format
     )
-    return moved, both[:, -1].round().long()
+    return moved, stacked[:, -1].round().long()
 
 
 def _find(kind: str) -> Augmentation:

@@ -29,11 +29,11 @@ def filled(value: str) -> str:
     return "" if value in MISSING else value
 
 
-def emptied(cells: Iterable[str], what: str) -> list[str]:
-    """A sentence on the cells that say that their value is missing, or nothing; ``what`` they are, in words."""
+def emptied(cells: Iterable[str], noun: str) -> list[str]:
+    """A sentence on the cells that say that their value is missing, or nothing; ``noun`` they are, in words."""
     counts = Counter(value for cell in cells if (value := cell.strip()) in MISSING)
     values = ", ".join(f"{value} ({count})" for value, count in counts.most_common())
-    return [f"{what} that count as empty: {values}."] if counts else []
+    return [f"{noun} that count as empty: {values}."] if counts else []
 
 
 def number(value: str) -> Decimal | None:
@@ -57,18 +57,18 @@ def unified(values: Sequence[str], where: str) -> tuple[list[str], list[str]]:
     spellings: dict[Hashable, list[str]] = {}
     for value in dict.fromkeys(values):
         spellings.setdefault(_key(value), []).append(value)
-    one = {key: min(same, key=lambda text: (len(text), text)) for key, same in spellings.items()}
+    spelling_of = {key: min(spelled, key=lambda text: (len(text), text)) for key, spelled in spellings.items()}
     alike: dict[Hashable, list[str]] = {}
-    for text in one.values():
+    for text in spelling_of.values():
         alike.setdefault(_fold_text(text), []).append(text)
     notices = []
-    for groups, what in (
+    for groups, phrase in (
         (spellings, "writes one value in several ways, which count as one"),
         (alike, "has values that differ only in case or spaces and do not count as one"),
     ):
         if several := [sorted(texts) for texts in groups.values() if len(texts) > 1]:
-            notices.append(f"{where} {what}: {_examples(several)}.")
-    return [one[_key(value)] for value in values], notices
+            notices.append(f"{where} {phrase}: {_examples(several)}.")
+    return [spelling_of[_key(value)] for value in values], notices
 
 
 def numbered(names: Iterable[str]) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ def _key(value: str) -> Hashable:
 def _fold_text(value: str) -> str:
     """The text without what readers do not see: case, spaces, characters without width, compatible forms."""
     plain = unicodedata.normalize("NFKC", value).casefold()
-    return "".join(each for each in plain if not each.isspace() and unicodedata.category(each)[0] != "C")
+    return "".join(char for char in plain if not char.isspace() and unicodedata.category(char)[0] != "C")
 
 
 def _examples(groups: Sequence[Sequence[str]]) -> str:
@@ -123,5 +123,5 @@ def _examples(groups: Sequence[Sequence[str]]) -> str:
 
 
 def _quote_text(text: str, among: Sequence[str]) -> str:
-    same = {unicodedata.normalize("NFKC", "".join(other.split())) for other in among}
-    return f'"{text}"' if len(same) == len(among) else ascii(text)
+    plain_forms = {unicodedata.normalize("NFKC", "".join(text_of_group.split())) for text_of_group in among}
+    return f'"{text}"' if len(plain_forms) == len(among) else ascii(text)

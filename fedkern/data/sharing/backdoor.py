@@ -62,9 +62,9 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
         rows = torch.nonzero(split.labels != target)[:, 0]
         if not len(rows):
             raise UserError(f'the test set "{name or "test"}" has no image of a class other than {target} to attack')
-        others = split.subset(rows)
-        labels = torch.full_like(others.labels, target)
-        return dataclasses.replace(others, images=draw_patch(others.images, size), labels=labels)
+        victims = split.subset(rows)
+        labels = torch.full_like(victims.labels, target)
+        return dataclasses.replace(victims, images=draw_patch(victims.images, size), labels=labels)
 
     splits = [poisoned(split, k) if k < clients else split for k, split in enumerate(data.clients)]
     statistics = data.statistics.recounted(splits)

@@ -90,9 +90,9 @@ def share_units(units: Rows, share: Callable[[Rows, Rows], list[Rows]]) -> list[
     Returns:
         A sorted array of rows for every client.
     """
-    first = np.unique(units, return_index=True)[1].astype(np.int64)
-    parts = share(first, np.bincount(units))
-    return rows_by_owner(_owners(parts, len(first))[units], len(parts))
+    first_rows = np.unique(units, return_index=True)[1].astype(np.int64)
+    parts = share(first_rows, np.bincount(units))
+    return rows_by_owner(_owners(parts, len(first_rows))[units], len(parts))
 
 
 def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows, Rows], list[Rows]]) -> list[Rows]:
@@ -108,12 +108,12 @@ def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows, Rows], l
     Returns:
         A sorted array of rows for every client.
     """
-    _, first, position = np.unique(cases, return_index=True, return_inverse=True)
-    counts = np.zeros((len(first), int(labels.max(initial=0)) + 1), dtype=np.int64)
+    _, first_rows, position = np.unique(cases, return_index=True, return_inverse=True)
+    counts = np.zeros((len(first_rows), int(labels.max(initial=0)) + 1), dtype=np.int64)
     np.add.at(counts, (position, labels), 1)
     counts[:, 0] = counts[:, 1:].sum(1) == 0
-    parts = share(counts.argmax(1), first, np.bincount(position))
-    return rows_by_owner(_owners(parts, len(first))[position], len(parts))
+    parts = share(counts.argmax(1), first_rows, np.bincount(position))
+    return rows_by_owner(_owners(parts, len(first_rows))[position], len(parts))
 
 
 def training_cases(
@@ -132,12 +132,12 @@ def training_cases(
     place[stream(seed, "train-samples").permutation(len(names))] = np.arange(len(names))
     order = np.argsort(place[position], kind="stable")
     public_rows = order[len(order) - public :]
-    rest = order[~np.isin(position[order], position[public_rows])]
-    if len(rest) == 0 or (count is not None and count > len(rest)):
+    pool = order[~np.isin(position[order], position[public_rows])]
+    if len(pool) == 0 or (count is not None and count > len(pool)):
         request = f"give {count}" if count is not None else "train on the others"
-        beside = f" beside {public} public ones, whose {len(order) - len(rest)} images of the same {unit} nobody gets"
+        beside = f" beside {public} public ones, whose {len(order) - len(pool)} images of the same {unit} nobody gets"
         raise UserError(
             f'data set "{name}" has {len(order)} training images of {len(names)} {unit}, so it cannot {request}'
             f"{beside if public else ''}"
         )
-    return np.sort(rest[:count]), np.sort(public_rows)
+    return np.sort(pool[:count]), np.sort(public_rows)

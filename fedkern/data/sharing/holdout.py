@@ -69,19 +69,19 @@ def _client(data: FederatedData, client: str | int) -> int:
     if count > 1 and len(meant) == 1:
         return meant[0]
     named = [names[k] if numbers else data.client_label(k) for k in range(min(count, SHOWN))] if names else []
-    every = ", ".join(named) + ", ..." * (count > SHOWN) if named else f"0 to {count - 1}"
-    last = every if count > 1 else "and a single one cannot be"
+    choices = ", ".join(named) + ", ..." * (count > SHOWN) if named else f"0 to {count - 1}"
+    last = choices if count > 1 else "and a single one cannot be"
     raise UserError(f"--held-out-client must be one of the clients, {last}, not {text}.{nearest(text, names or ())}")
 
 
-def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedData:
+def _without(data: FederatedData, absent: int, staying: list[int]) -> FederatedData:
     """The data whose validation, public and test sets have no image of a client, with the test set ``held_out``.
 
     Args:
-        others: the numbers of all other clients, which count anew in the homes of images.
+        staying: the numbers of all other clients, which count anew in the homes of images.
     """
     place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1
-    place[others] = torch.arange(len(others))
+    place[staying] = torch.arange(len(staying))
     train = data.clients[absent]
     identities = {name for split in (train, *data.client_tests[absent : absent + 1]) for name in split.identities()}
     unseen = [data.form.central(train)]
@@ -106,22 +106,22 @@ def _without(data: FederatedData, absent: int, others: list[int]) -> FederatedDa
     validation = purged(data.validation)
     public = None if data.public is None else purged(data.public)
     tests = {name: split for name, split in tests.items() if len(split)}
-    apart = unseen[0].plus(unseen[1:])
-    tests[HELD_OUT] = apart if apart.homes is None else replace(apart, homes=None)
+    held_out = unseen[0].plus(unseen[1:])
+    tests[HELD_OUT] = held_out if held_out.homes is None else replace(held_out, homes=None)
     return replace(
         data, tests=tests, validation=validation, public=public if public is not None and len(public) else None
     )
 
 
-def _check_unseen(data: FederatedData, held_out: int, others: list[int]) -> None:
+def _check_unseen(data: FederatedData, held_out: int, staying: list[int]) -> None:
     identities = set(data.clients[held_out].identities())
-    for k in others:
+    for k in staying:
         shared = identities.intersection(data.clients[k].identities())
         if shared:
             named = f" ({min(shared)})" if data.clients[k].ids is not None else ""
-            what = f"{len(shared)} of its {data.form.noun}{named}"
+            samples_text = f"{len(shared)} of its {data.form.noun}{named}"
             raise UserError(
-                f"Client {data.client_label(held_out)} cannot be held out: {what} belong to client "
+                f"Client {data.client_label(held_out)} cannot be held out: {samples_text} belong to client "
                 f"{data.client_label(k)}, which trains on them; name one client for every one of them."
             )
 
@@ -131,10 +131,10 @@ def _divide_split(split: Split, label: str, client: int, share: float, seed: int
     parts = drawn_rows(stream(seed, "client-test", client=client), len(split), units)
     count = max(2, round(share * len(parts)))
     if len(parts) < count + 2:
-        what = "samples" if units is None else unit_noun(split.cases, split.patients)
+        noun = "samples" if units is None else unit_noun(split.cases, split.patients)
         raise UserError(
-            f"Client {label} has {len(parts)} {what}, too few for a test set of its own: use fewer clients, more "
-            f"{what}, or --client-test 0."
+            f"Client {label} has {len(parts)} {noun}, too few for a test set of its own: use fewer clients, more "
+            f"{noun}, or --client-test 0."
         )
     test, train = (torch.from_numpy(np.sort(np.concatenate(rows))) for rows in (parts[:count], parts[count:]))
     return split.subset(train), split.subset(test)

@@ -162,8 +162,8 @@ def partition(
     elif spec.name == "classes":
         parts = _by_classes(spec, labels, clients, class_count, rng)
     else:
-        each = np.ones(n, dtype=np.int64) if sizes is None else sizes
-        parts = _dirichlet(spec, labels, clients, class_count, rng, each)
+        row_sizes = np.ones(n, dtype=np.int64) if sizes is None else sizes
+        parts = _dirichlet(spec, labels, clients, class_count, rng, row_sizes)
     parts = [np.sort(part).astype(np.int64) for part in parts]
     for k, part in enumerate(parts):
         if len(part) == 0:

@@ -52,30 +52,30 @@ def parts_of_arrays(
     tests = {name: _split(pair, f"the test set {name}".rstrip(), changes, task) for name, pair in test_pairs.items()}
     if not tests:
         raise UserError("There is no test set: give test=(images, labels), or such pairs by name.")
-    first = next(iter(splits.values()))
-    shape = first.images.shape[1:]
-    none = torch.arange(0)
-    validation_split = first.subset(none) if validation is None else _split(validation, "validation", changes, task)
+    model = next(iter(splits.values()))
+    shape = model.images.shape[1:]
+    empty = torch.arange(0)
+    validation_split = model.subset(empty) if validation is None else _split(validation, "validation", changes, task)
     if (change := max(changes, default=0.0)) > 0:
         warnings.warn(
             "Images in floats are kept in 8 bits, as multiples of 1/255: the largest change of a value is "
             f"{change:.2g}.",
             stacklevel=3,
         )
-    every = {**{f"client {name}": split for name, split in splits.items()}, **tests, "validation": validation_split}
-    for name, split in every.items():
-        if split.images.shape[1:] != shape or split.task != first.task:
+    parts = {**{f"client {name}": split for name, split in splits.items()}, **tests, "validation": validation_split}
+    for name, split in parts.items():
+        if split.images.shape[1:] != shape or split.task != model.task:
             raise UserError(
-                f"{name or 'test'}: images must have shape {list(shape)} and labels {first.labels.dim()} axes like the "
+                f"{name or 'test'}: images must have shape {list(shape)} and labels {model.labels.dim()} axes like the "
                 f"first client's, but have {list(split.images.shape[1:])} and {split.labels.dim()}."
             )
     if classes is not None:
         check_names(classes)
-    names = NAMES[first.task.target](every, classes, task)
+    names = NAMES[model.task.target](parts, classes, task)
     channels = int(shape[0])
     sites = tuple(named) if isinstance(clients, Mapping) else None
     labels = [split.labels.numpy() for split in splits.values()]
-    statistics = PartitionStatistics.of(labels, names, "attribute", first.task)
+    statistics = PartitionStatistics.of(labels, names, "attribute", model.task)
     return {
         "name": NAME,
         "classes": names,
@@ -128,34 +128,34 @@ def check_names(classes: Sequence[str]) -> None:
         raise UserError(f"classes must be a list of different names, none of them empty, not {shown(classes)}.")
 
 
-def class_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
+def class_names(splits: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
     """Return the names of the classes; default: their numbers, up to the largest."""
-    most = 1 + max(int(split.labels.max()) for split in every.values() if split.labels.numel())
-    names = tuple(str(number) for number in range(most)) if classes is None else tuple(classes)
-    if len(names) < max(2, most):
-        raise UserError(f"classes must name at least {max(2, most)} classes, but has {len(names)}.")
+    count = 1 + max(int(split.labels.max()) for split in splits.values() if split.labels.numel())
+    names = tuple(str(number) for number in range(count)) if classes is None else tuple(classes)
+    if len(names) < max(2, count):
+        raise UserError(f"classes must name at least {max(2, count)} classes, but has {len(names)}.")
     return names
 
 
-def _pixel_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
-    values = sorted({value for split in every.values() for value in split.labels.unique().tolist() if value >= 0})
+def _pixel_names(splits: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
+    values = sorted({value for split in splits.values() for value in split.labels.unique().tolist() if value >= 0})
     if classes is None and not are_classes(values):
         raise UserError(
             f"labels of pixels hold {first_of([*map(str, values)], 6)}, expected class numbers from 0 to at most "
             f"{MOST - 1} without a gap: name all classes with classes=[...], or number them."
         )
-    return class_names(every, classes, task)
+    return class_names(splits, classes, task)
 
 
-def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
+def _label_names(splits: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
     """The names of the labels where an image may have several, one for every column."""
-    count = next(iter(every.values())).labels.shape[1]
+    count = next(iter(splits.values())).labels.shape[1]
     if count < 2:
         raise UserError(
             f"labels of several labels an image must have two or more columns, but have {count}: give labels [n] for a "
             "single class an image."
         )
-    for name, split in every.items():
+    for name, split in splits.items():
         if split.labels.shape[1] != count:
             raise UserError(
                 f"{name or 'test'}: labels must have {count} columns like the first client's, but have "
@@ -164,10 +164,10 @@ def _label_names(every: Mapping[str, Split], classes: Sequence[str] | None, task
     names = tuple(str(number) for number in range(count)) if classes is None else tuple(classes)
     if len(names) != count:
         raise UserError(f"classes must name the {count} labels, a name for every column, but has {len(names)}.")
-    counts = [count for split in every.values() for count in split.labels.sum(1).tolist()]
-    first = list(next(iter(every.values())).labels.shape)
+    counts = [count for split in splits.values() for count in split.labels.sum(1).tolist()]
+    shape = list(next(iter(splits.values())).labels.shape)
     way_out = "give labels [n] of whole numbers, such as labels.argmax(1)"
-    check_several(counts, task, f"labels {first}", way_out, 'give task="multilabel".')
+    check_several(counts, task, f"labels {shape}", way_out, 'give task="multilabel".')
     return names
 
 

@@ -48,9 +48,9 @@ def _glyphs(side: int) -> Bytes:
 
 def random_ground(texture: str, rng: np.random.Generator) -> Ground:
     """A background of the given texture with two dark colours that differ visibly."""
-    first = rng.integers(0, BRIGHTEST // 2, size=3)
-    second = first + rng.integers(BRIGHTEST // 4, BRIGHTEST // 2, size=3)
-    return Ground(texture, np.stack([first, second]).astype(np.uint8))
+    dark = rng.integers(0, BRIGHTEST // 2, size=3)
+    second = dark + rng.integers(BRIGHTEST // 4, BRIGHTEST // 2, size=3)
+    return Ground(texture, np.stack([dark, second]).astype(np.uint8))
 
 
 def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
@@ -87,17 +87,17 @@ def draw(ground: Ground, digits: Sequence[Placed], rng: np.random.Generator) -> 
     light, dark = ground.colours[1].astype(np.float64), ground.colours[0].astype(np.float64)
     image = (share * light + (1 - share) * dark) * rng.uniform(0.8, 1.2)
     mask = np.zeros((SIDE, SIDE), dtype=np.bool_)
-    for one in digits:
-        top, left = (CELL * place + rng.integers(0, CELL - one.side + 1) for place in divmod(one.cell, 2))
-        where = slice(top, top + one.side), slice(left, left + one.side)
-        opacity = _glyphs(one.side)[one.row]
+    for placed in digits:
+        top, left = (CELL * place + rng.integers(0, CELL - placed.side + 1) for place in divmod(placed.cell, 2))
+        where = slice(top, top + placed.side), slice(left, left + placed.side)
+        opacity = _glyphs(placed.side)[placed.row]
         alpha = opacity[..., None] / 255
-        image[where] = (1 - alpha) * image[where] + alpha * np.array(INK[one.ink])
+        image[where] = (1 - alpha) * image[where] + alpha * np.array(INK[placed.ink])
         mask[where] = opacity > INK_THRESHOLD
     return np.rint(image).clip(0, 255).astype(np.uint8).transpose(2, 0, 1), mask
 
 
-def noisy(image: Bytes, most: int, rng: np.random.Generator) -> Bytes:
-    """The image, uint8, with a uniform change of up to ``most`` in every value; in integers, so all machines agree."""
-    change = rng.integers(-most, most, size=image.shape, endpoint=True)
+def noisy(image: Bytes, limit: int, rng: np.random.Generator) -> Bytes:
+    """The image, uint8, with a uniform change of up to ``limit`` in every value; in integers, so all machines agree."""
+    change = rng.integers(-limit, limit, size=image.shape, endpoint=True)
     return (image + change).clip(0, 255).astype(np.uint8)

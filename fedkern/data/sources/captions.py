@@ -136,9 +136,9 @@ def make_captions(
             f"Data option minority_trait = {minority_trait} has no effect without a minority: give --partition "
             "attribute, two clients or more and a minority above 0, or leave it out."
         )
-    apart = small and minority_trait == "concepts"
-    styles = [_style(seed, k, rare=apart and k == clients - 1, avoid=apart) for k in range(clients)]
-    if small and not apart:
+    is_rare = small and minority_trait == "concepts"
+    styles = [_style(seed, k, rare=is_rare and k == clients - 1, avoid=is_rare) for k in range(clients)]
+    if small and not is_rare:
         styles[-1] = replace(styles[-1], noise=NOISE)
     sizes, subjects = _subjects(spec, clients, samples, seed, minority if small else 0.0)
     drawn = enlarged()[1]
@@ -162,9 +162,9 @@ def make_captions(
         unseen = [_unseen(seed, k, styles) for k in range(held_out)]
         tests["unseen"] = canvases("unseen", -1, unseen, test_samples)
     validation = canvases("validation", -1, styles, request.validation_samples or VALIDATE)
-    few = min(CLIENT_TEST, test_samples)
+    test_size = min(CLIENT_TEST, test_samples)
     client_tests = tuple(
-        canvases("client-test", k, common or [styles[k]], few, _alike(subjects[k], few, seed, k))
+        canvases("client-test", k, common or [styles[k]], test_size, _alike(subjects[k], test_size, seed, k))
         for k in range(clients)
     )
     names = [name for split in (*splits, validation, *tests.values(), *client_tests) for name in split.ids or ()]
@@ -195,8 +195,8 @@ def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
         avoid: there is a minority with concepts of its own, which the other clients rarely show.
     """
     rng = stream(seed, "captions/style", client=client)
-    first = int(stream(seed, "captions/texture").integers(len(TEXTURES)))
-    ground = random_ground(TEXTURES[(first + client) % len(TEXTURES)], rng)
+    first_texture = int(stream(seed, "captions/texture").integers(len(TEXTURES)))
+    ground = random_ground(TEXTURES[(first_texture + client) % len(TEXTURES)], rng)
     liked = np.ones(len(CLASSES)), np.ones(len(INK))
     for weights, concepts in zip(liked, _rare_concepts(seed), strict=True):
         if avoid:
@@ -231,9 +231,9 @@ def _subjects(
         labels = np.arange(samples) % len(CLASSES)
         parts = share_out(spec, labels, clients, seed, class_count=len(CLASSES))
         return [len(part) for part in parts], [labels[part] for part in parts]
-    few = max(1, round(minority * samples)) if minority else 0
-    others = clients - bool(few)
-    sizes = [len(part) for part in np.array_split(np.arange(samples - few), others)] + [few] * bool(few)
+    small = max(1, round(minority * samples)) if minority else 0
+    larger = clients - bool(small)
+    sizes = [len(part) for part in np.array_split(np.arange(samples - small), larger)] + [small] * bool(small)
     if min(sizes) < 1:
         raise UserError(
             f'data set "captions": {clients} clients are more than {samples} canvases can serve; take fewer clients or '

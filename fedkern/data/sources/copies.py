@@ -45,26 +45,26 @@ def copies(
     """
     sentences: list[tuple[bool, str]] = []
     for group in _groups(sets, pixels, sites):
-        first, other = group[0], next((image for image in group if image.name != group[0].name), None)
-        if other is None:
+        model, twin = group[0], next((image for image in group if image.name != group[0].name), None)
+        if twin is None:
             continue
         labels: dict[bytes, _Image] = {}
         for image in group:
             labels.setdefault(image.split.labels[image.row].numpy().tobytes(), image)
         remarks = []
         if len(labels) > 1:
-            first, other = [*labels.values()][:2]
-            both, task = "two masks", first.split.task
+            model, twin = [*labels.values()][:2]
+            conflict, task = "two masks", model.split.task
             if "pixels" not in task.offers:
-                words = [task.label_text(image.split.labels[image.row], classes) for image in (first, other)]
-                both = f"two labels, {' and '.join(words)}"
-            channels = first.split.images[first.row].flatten(1)
+                words = [task.label_text(image.split.labels[image.row], classes) for image in (model, twin)]
+                conflict = f"two labels, {' and '.join(words)}"
+            channels = model.split.images[model.row].flatten(1)
             if not (channels == channels[:, :1]).all():  # pictures of a single colour are alike without being copies
                 raise UserError(
-                    f'data set "{data}": {first.name} and {other.name} are the same image with {both}; '
+                    f'data set "{data}": {model.name} and {twin.name} are the same image with {conflict}; '
                     f"{outside or 'leave one of the two out'}"
                 )
-            remarks.append(f"with {both}")
+            remarks.append(f"with {conflict}")
         for places, phrase in (
             ([image.site for image in group if image.site], "at the clients {}"),
             ([image.where for image in group], "in the sets {}"),
@@ -72,7 +72,7 @@ def copies(
             if len(distinct := [*dict.fromkeys(places)]) > 1:
                 remarks.append(phrase.format(" and ".join(distinct)))
         about = f" ({', '.join(remarks)})" if remarks else ""
-        sentences.append((not remarks, f"{first.name} and {other.name}{about}"))
+        sentences.append((not remarks, f"{model.name} and {twin.name}{about}"))
     if not sentences:
         return []
     sentences.sort(key=lambda each: each[0])

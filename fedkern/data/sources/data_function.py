@@ -100,8 +100,8 @@ class DataFunction:
         pool = source.train
         if not len(pool):
             raise self._wrong("returns no training sample")
-        for where, each in {"train": pool, "validation": source.validation, **source.tests}.items():
-            self._check_labels(each, where, len(source.classes))
+        for where, pool_of_set in {"train": pool, "validation": source.validation, **source.tests}.items():
+            self._check_labels(pool_of_set, where, len(source.classes))
         if isinstance(pool.read, ImageReader):  # files are decoded when a split needs them
             channels = pool.read.files.shape[2]
         else:
@@ -119,9 +119,9 @@ class DataFunction:
         if not data.clients or not data.tests:
             raise self._wrong(f"returns no {'test set' if data.clients else 'client'}")
         splits = {f"client {k}": split for k, split in enumerate(data.clients)}
-        for where, each in {**splits, "validation": data.validation, **data.tests}.items():
-            self._check_labels(each, where, len(data.classes))
-            self._check_channels(each.images.shape[1], data.form)
+        for where, part in {**splits, "validation": data.validation, **data.tests}.items():
+            self._check_labels(part, where, len(data.classes))
+            self._check_channels(part.images.shape[1], data.form)
 
     def _check_channels(self, channels: int, data: Source | ImageForm) -> None:
         if not channels == len(data.mean) == len(data.std):
@@ -150,8 +150,8 @@ class DataFunction:
     def _who(self) -> str:
         return f'data set "{self.name}": {self.function.__qualname__} of {self.function.__module__}'
 
-    def _wrong(self, what: str) -> UserError:
-        return UserError(f"{self._who} {what}")
+    def _wrong(self, problem: str) -> UserError:
+        return UserError(f"{self._who} {problem}")
 
 
 def _option(name: str, key: str, default: object) -> Option:

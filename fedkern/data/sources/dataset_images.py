@@ -184,9 +184,9 @@ def _parts(split: Items, batch: object) -> Columns:
     """Return the images, classes and masks in a batch."""
     inputs, targets = parted(batch)
     mask = inputs.get(MASK) if isinstance(inputs, Keywords) else None
-    images, *others = [leaf for leaf in leaves(inputs) if leaf is not mask and getattr(leaf, "ndim", 0) == 4] or [None]
-    if images is None or others:
-        raise UserError(f"Items of {split.who} have {'several images' if others else 'no image'}: give one [C, H, W].")
+    images, *further = [leaf for leaf in leaves(inputs) if leaf is not mask and getattr(leaf, "ndim", 0) == 4] or [None]
+    if images is None or further:
+        raise UserError(f"Items of {split.who} have {'several images' if further else 'no image'}: give one [C, H, W].")
     if mask is not None:
         mask = mask.squeeze(1) if mask.dim() == 4 else mask
         if mask.shape != (len(images), *images.shape[2:]):
@@ -253,9 +253,9 @@ def _image_form(form: SampleForm, is_raw: bool) -> ImageForm:
     )
 
 
-def _unkept(reason: str, who: str, why: str) -> UserError:
+def _unkept(reason: str, title: str, why: str) -> UserError:
     augmentation = " of the data set, and give --augment crop-flip" if "draw" in why else " of the data set"
     return UserError(
-        f"{reason} needs images that are the same whenever they are read, and {who} has none, as {why}: leave random "
+        f"{reason} needs images that are the same whenever they are read, and {title} has none, as {why}: leave random "
         f"transforms out{augmentation}."
     )

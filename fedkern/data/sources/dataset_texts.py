@@ -48,8 +48,8 @@ class Captioned:
 def stated_texts(dataset: Any) -> Sequence[str] | None:
     """Return the texts in an attribute ``texts`` of a data set, one per item, or None."""
     if type(dataset) is Subset:
-        whole = stated_texts(dataset.dataset)
-        return None if whole is None else [whole[row] for row in dataset.indices]
+        texts_below = stated_texts(dataset.dataset)
+        return None if texts_below is None else [texts_below[row] for row in dataset.indices]
     if type(dataset) is ConcatDataset:
         parts = [part for part in map(stated_texts, dataset.datasets) if part is not None]
         return [*chain(*parts)] if len(parts) == len(dataset.datasets) else None

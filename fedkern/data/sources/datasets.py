@@ -42,11 +42,11 @@ COMPARED = 16
 """Items whose classes are compared with those that a data set states."""
 
 
-def items_like(first: Items, dataset: object, who: str) -> Items:
-    """Another data set with the task and the collation of ``first``; raises UserError where it is none."""
-    samples: MapStyle = _check(dataset, who)
-    samples = Captioned(samples, first.group_key) if isinstance(first.dataset, Captioned) else samples
-    return Items(samples, who, first.task, first.collate, group_key=first.group_key)
+def items_like(pattern: Items, dataset: object, title: str) -> Items:
+    """Another data set with the task and the collation of ``pattern``; raises UserError where it is none."""
+    samples: MapStyle = _check(dataset, title)
+    samples = Captioned(samples, pattern.group_key) if isinstance(pattern.dataset, Captioned) else samples
+    return Items(samples, title, pattern.task, pattern.collate, group_key=pattern.group_key)
 
 
 def task_of_targets(
@@ -136,10 +136,10 @@ def parts_of_datasets(
     reader = None if groups is None else GroupReader(groups, collate)
     key, group_names = ("", {}) if reader is None else (reader.key, reader.names)
     name, dataset = next(iter(named.items()))
-    first = Items(dataset, f"client {name}" if several else "data", CLASSIFICATION, collate, group_key=key)
-    batch = first.batch(range(min(2, len(first))), 0)
+    first_split = Items(dataset, f"client {name}" if several else "data", CLASSIFICATION, collate, group_key=key)
+    batch = first_split.batch(range(min(2, len(first_split))), 0)
     has_loss = not (loss_fn is batch_loss is metrics is main is better is collate_fn is classes is None)
-    is_captioned = not has_loss and are_captioned(first.dataset, batch, beside_classes)
+    is_captioned = not has_loss and are_captioned(first_split.dataset, batch, beside_classes)
     usual = RETRIEVAL if is_captioned else None
     learnt = task or usual or task_of_targets(batch, loss_fn, metrics, main, better, batch_loss, classes)
     if task and not (loss_fn is batch_loss is metrics is main is better is None and isinstance(learnt, Task)):
@@ -150,19 +150,19 @@ def parts_of_datasets(
     is_captioned = "pairs" in learnt.offers
     wrappers: dict[int, Captioned] = {}
 
-    def items(dataset: MapStyle, who: str) -> Items:
+    def items(dataset: MapStyle, title: str) -> Items:
         parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
         inner: list[Any] = [part.dataset for part in parts if isinstance(part, Captioned)]
         is_wrapped = len(inner) == len(parts)
         plain = ConcatDataset(inner) if is_wrapped else dataset
-        split = Items(plain, who, learnt, collate, group_key=key)
+        split = Items(plain, title, learnt, collate, group_key=key)
         groups = None if reader is None or not len(split) else reader.read(split)
         if is_captioned and len(split) and not is_wrapped:
             dataset = wrappers.setdefault(id(dataset), Captioned(dataset, key))
         return replace(split, dataset=dataset, groups=groups)
 
     if is_captioned:
-        batch = items(first.dataset, first.who).batch(range(min(2, len(first))), 0)
+        batch = items(first_split.dataset, first_split.who).batch(range(min(2, len(first_split))), 0)
 
     own_sets = {name: items(dataset, f"client {name}" if several else "data") for name, dataset in named.items()}
     tests, client_tests = _tests(test, named if isinstance(clients, Mapping) else {}, items)
@@ -181,8 +181,8 @@ def parts_of_datasets(
     if several:
         splits = own_sets if samples is None else _fewer(own_sets, samples, seed)
         sizes = tuple(map(len, splits.values()))
-        none = np.zeros((len(splits), 0), dtype=np.int64)
-        counted = PartitionStatistics(none, (), "attribute", names=sites, samples=sizes)
+        no_counts = np.zeros((len(splits), 0), dtype=np.int64)
+        counted = PartitionStatistics(no_counts, (), "attribute", names=sites, samples=sizes)
     else:
         if is_captioned and parse_partition(partition).name not in ("iid", "attribute"):
             raise UserError(f"partition={partition!r} needs classes, and images with texts have none: take iid.")
@@ -244,8 +244,8 @@ def _tests(
         if extra := [name for name in tests if name not in named]:
             raise UserError(f"test has sets of the clients and also {extra[0]}: give the clients' own sets, or others.")
         client_tests = tuple(items(tests[name], f"the test set of {name}") for name in named)
-        return {"": items(_as_one([each.dataset for each in client_tests]), "the test set")}, client_tests
-    return {name: items(each, f"the test set {name}".strip()) for name, each in tests.items()}, ()
+        return {"": items(_as_one([tested.dataset for tested in client_tests]), "the test set")}, client_tests
+    return {name: items(tested, f"the test set {name}".strip()) for name, tested in tests.items()}, ()
 
 
 def _as_one(sets: list[Any]) -> MapStyle:
@@ -283,8 +283,8 @@ def _shared_out(
     }
     sizes = tuple(map(len, splits.values()))
     if all_labels is None:
-        none = np.zeros((count, 0), dtype=np.int64)
-        return splits, PartitionStatistics(none, (), spec.text, names=sites, samples=sizes), names
+        no_counts = np.zeros((count, 0), dtype=np.int64)
+        return splits, PartitionStatistics(no_counts, (), spec.text, names=sites, samples=sizes), names
     names = names or tuple(map(str, range(classes)))
     return splits, PartitionStatistics.of([labels[share] for share in shares], names, spec.text), names
 
@@ -389,7 +389,7 @@ def is_dataset(value: object) -> bool:
     return hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 
-def _check_arrays(value: object, who: str) -> None:
+def _check_arrays(value: object, title: str) -> None:
     """Raise UserError for arrays in place of a data set."""
     arrays: list[Any] = [*value] if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
     if not all(isinstance(array, (np.ndarray, Tensor)) for array in arrays):
@@ -399,40 +399,41 @@ def _check_arrays(value: object, who: str) -> None:
         tensor = f"torch.from_numpy({name})" if isinstance(array, np.ndarray) else name
         words.append(tensor + casts.get(str(array.dtype).removeprefix("torch."), ""))
     raise UserError(
-        f"{who} is {'a pair of arrays' if len(arrays) == 2 else 'an array'}: give "
+        f"{title} is {'a pair of arrays' if len(arrays) == 2 else 'an array'}: give "
         f"torch.utils.data.TensorDataset({', '.join([*words, 'y'][:2])})."
     )
 
 
-def _check(dataset: Any, who: str, limit: int = LONGEST) -> MapStyle:
+def _check(dataset: Any, name: str, limit: int = LONGEST) -> MapStyle:
     """Return a data set; raises UserError where it is no map-style one, is empty or has over ``limit`` samples."""
-    _check_arrays(dataset, who)
+    _check_arrays(dataset, name)
     if isinstance(dataset, DataLoader):
         sampler = "" if dataset.sampler is None else f" and sampler ({type(dataset.sampler).__name__})"
         raise UserError(
-            f"{who} is a DataLoader: give its dataset and collate_fn; its batch size ({dataset.batch_size}){sampler} "
+            f"{name} is a DataLoader: give its dataset and collate_fn; its batch size ({dataset.batch_size}){sampler} "
             "are the run's own."
         )
     if isinstance(dataset, IterableDataset) or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
-        raise UserError(f"{who} has no length and no order ({type(dataset).__name__}): give a map-style data set.")
+        raise UserError(f"{name} has no length and no order ({type(dataset).__name__}): give a map-style data set.")
     if isinstance(dataset, (list, tuple)) or (isinstance(dataset, Mapping) and 0 not in dataset):
         holds = f", of {first_of([*map(str, dataset)], 4)}" if isinstance(dataset, Mapping) else " of samples"
-        raise UserError(f"{who} is a {type(dataset).__name__}{holds}: give a data set, a class with len and [index].")
+        raise UserError(f"{name} is a {type(dataset).__name__}{holds}: give a data set, a class with len and [index].")
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise UserError(
-            f"{who} must be a map-style data set, with len and [index], not an object of type {type(dataset).__name__}."
+            f"{name} must be a map-style data set, with len and [index], not an object of type "
+            f"{type(dataset).__name__}."
         )
     try:
         count = len(dataset)
     except RAISED as error:  # the user's own code, or a result that is no length
         raise UserError(
-            f"{who} has no length that is a whole number from 0 ({cause(error)}): mend its __len__."
+            f"{name} has no length that is a whole number from 0 ({cause(error)}): mend its __len__."
         ) from error
     if count == 0:
-        raise UserError(f"{who} has no samples: leave it out.")
+        raise UserError(f"{name} has no samples: leave it out.")
     if count > limit:
         raise UserError(
-            f"{who} has {count:,} samples, and at most {limit:,} fit into an epoch: take some of a client's with "
+            f"{name} has {count:,} samples, and at most {limit:,} fit into an epoch: take some of a client's with "
             "train_samples=N, and of another set with torch.utils.data.Subset."
         )
     return dataset

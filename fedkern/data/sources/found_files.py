@@ -55,7 +55,7 @@ def find_file(folder: Path, name: str) -> Path | None:
     return None
 
 
-def read_file(path: Path, what: str) -> str:
+def read_file(path: Path, prefix: str) -> str:
     """The text of a file in UTF-8, or in UTF-16 with a byte-order mark; line ends become ``\\n``.
 
     Raises:
@@ -67,14 +67,14 @@ def read_file(path: Path, what: str) -> str:
         text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
         reason = "it holds zero bytes, as UTF-32 does and UTF-16 without a byte-order mark" if "\0" in text else ""
     except OSError as error:
-        raise UserError(f"{what}: cannot read {path}: {error.strerror or error}") from None
+        raise UserError(f"{prefix}: cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         line, byte = 1 + error.object.count(b"\n", 0, error.start), error.object[error.start]
         reason = f"line {line} has the byte 0x{byte:02X}, which is not {error.encoding.upper()}"
     if content.startswith(b"PK\x03\x04"):
         reason = "it is a workbook (xlsx, ods) or another zip archive"
     if reason:
-        raise UserError(f'{what}: cannot read {path}: {reason}; save it as UTF-8 text, in Excel as "CSV UTF-8"')
+        raise UserError(f'{prefix}: cannot read {path}: {reason}; save it as UTF-8 text, in Excel as "CSV UTF-8"')
     return io.StringIO(text, newline=None).getvalue()
 
 
@@ -120,10 +120,10 @@ def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int) -> bytes:
         with gzip.GzipFile(fileobj=file) as unzipped:
             content = unzipped.read(header)
             if len(content) == header:
-                most = min(due(content), MOST)
-                content += unzipped.read(max(0, most + 1 - header))
-                if len(content) > most:
-                    raise ValueError(f"it holds more than the {most:,} bytes that are due")
+                limit = min(due(content), MOST)
+                content += unzipped.read(max(0, limit + 1 - header))
+                if len(content) > limit:
+                    raise ValueError(f"it holds more than the {limit:,} bytes that are due")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(str(error)) from None
     if not file.tell():

@@ -65,9 +65,9 @@ def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
     def announced(head: bytes, path: Path) -> list[int]:
         number, *shape = struct.unpack_from(f">{1 + dimensions}I", head)
         if number != magic:
-            what = "images" if dimensions == 3 else "labels"
+            noun = "images" if dimensions == 3 else "labels"
             raise UserError(
-                f'data set "{data}": {path} starts with magic {number:#010x}, expected {magic:#010x} (IDX {what})'
+                f'data set "{data}": {path} starts with magic {number:#010x}, expected {magic:#010x} (IDX {noun})'
             )
         return shape
 
@@ -102,8 +102,8 @@ def open_idx(data: str, root: str | Path | None) -> Source:
         )
     counts = torch.bincount(train_labels, minlength=10)
     if len(train_labels) == 60_000 and bool((counts == 6_000).all()) != idx_set.balanced:
-        other = IDX_SETS["mnist" if data == "fashionmnist" else "fashionmnist"]
-        raise UserError(f'data set "{data}": the files in {folder} are not {idx_set.title} (probably {other.title})')
+        likely = IDX_SETS["mnist" if data == "fashionmnist" else "fashionmnist"]
+        raise UserError(f'data set "{data}": the files in {folder} are not {idx_set.title} (probably {likely.title})')
     train, test = (train_images, train_labels), (test_images, test_labels)
     scale = (idx_set.mean,), (idx_set.std,)
     return memory_source(data, train, test, len(train_labels) // VALIDATION_SHARE, idx_set.classes, scale)

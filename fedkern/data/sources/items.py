@@ -112,10 +112,10 @@ class Items:
         tensors = [leaf for leaf in leaves(next(self.read([0], 0))) if isinstance(leaf, Tensor)]
         return {str(place): leaf.detach().expand(len(self), *leaf.shape) for place, leaf in enumerate(tensors)}
 
-    def plus(self, others: Sequence[Items]) -> Items:
+    def plus(self, splits: Sequence[Items]) -> Items:
         """A split with the items of others behind its own."""
-        parts = [self, *others]
-        sets = [each.dataset if each.rows is None else Subset(each.dataset, each.rows.tolist()) for each in parts]
+        parts = [self, *splits]
+        sets = [part.dataset if part.rows is None else Subset(part.dataset, part.rows.tolist()) for part in parts]
         patients = [split.patients for split in parts if split.patients is not None]
         groups = torch.cat(patients) if len(patients) == len(parts) else None
         return Items(ConcatDataset(sets), self.who, self.task, self.collate, groups=groups, group_key=self.group_key)
@@ -233,8 +233,8 @@ class Items:
         """
         for number, indices in enumerate(plan):
             if not number and reads > 1 and self._has_rows():  # an item is read again in every pass
-                first = self._rows_at(indices[:1]).tolist()
-                self.watch_items(first, self._read(first, word))
+                first_rows = self._rows_at(indices[:1]).tolist()
+                self.watch_items(first_rows, self._read(first_rows, word))
             batch = self._take(self._rows_at(indices), reads)
             if batch is None:
                 places = self._rows_at(indices).tolist()
@@ -286,9 +286,9 @@ class Items:
                 seed_generators(mix_words(mix_words(word, -1), int.from_bytes(digest, "little")))
                 return self.collate(items)
         except RAISED as error:
-            first = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
+            rows = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
             raise UserError(
-                f"Items {first} of {self.who} make no batch ({cause(error)}): give tensors of one shape, or collate_fn."
+                f"Items {rows} of {self.who} make no batch ({cause(error)}): give tensors of one shape, or collate_fn."
             ) from error
 
 

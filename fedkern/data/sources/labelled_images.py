@@ -105,8 +105,8 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, *
     sets = chosen.get(SETS) or (SETS in table.rows[0] and "label" not in table.rows[0])
     target = choice.target if choice else "labels" if sets and not chosen.get("label") else "class"
     if any(chosen.get(column) for kind, column in COLUMNS.items() if kind != target):
-        both = {"task": choice, **chosen}
-        options = " and ".join(name for name, value in both.items() if value and name in ("task", "label", SETS))
+        given = {"task": choice, **chosen}
+        options = " and ".join(name for name, value in given.items() if value and name in ("task", "label", SETS))
         raise UserError(
             f'data set "csv": leave out one of the options {options}: label is for one class an image, {SETS} for '
             "several"

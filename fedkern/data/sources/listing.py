@@ -173,15 +173,15 @@ def _image_files(
     training = [path for path in paths if path in trained_on] if "%" in reading.window else ()
     window = window_of(reading.window, looked_at(training, reading.max_image_pixels, True).values())
     sets = dict(zip(listing.paths, zip(listing.splits, listing.clients, strict=True), strict=True))
-    first = {one: path for path, one in reversed(sets.items())}
-    lacking = [first[name] for name in first.keys() - {sets[path] for path in looks}]
-    every = looks | looked_at(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
+    first_path = {set_name: path for path, set_name in reversed(sets.items())}
+    lacking = [first_path[name] for name in first_path.keys() - {sets[path] for path in looks}]
+    all_looks = looks | looked_at(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
     sides = " of ".join(f"{side} x {side}" for side in dict.fromkeys((reading.crop or reading.size, reading.size)))
     grey = reading.colour == "grey"
-    seen = described(sets, every, (sides, "grey" if grey else "RGB"), bits, window)
+    seen = described(sets, all_looks, (sides, "grey" if grey else "RGB"), bits, window)
     files = ImageFiles(paths, reading.size, data, grey, reading.pad, reading.max_image_pixels, bits, window)
     sentences = [*_darker(listing, looks, bits)] if window is None else []
-    if reading.window and every and not any(look.mode.startswith(("I", "F")) for look in every.values()):
+    if reading.window and all_looks and not any(look.mode.startswith(("I", "F")) for look in all_looks.values()):
         sentences.append(f"The data option window={reading.window} has no effect: no file has greys of over 8 bits.")
     outside = pixels_outside(window, looks.values())
     return files, {"grey_bits": bits, "window": window, "seen": seen, "outside": outside}, sentences
@@ -223,33 +223,33 @@ def _siteless(listing: Listing, rows: dict[str, Tensor]) -> Iterator[str]:
 
 
 def check_one(
-    data: str, keys: Sequence[str], values: Sequence[str], what: str, lines: Sequence[int], advice: str = "name one"
+    data: str, keys: Sequence[str], values: Sequence[str], phrase: str, lines: Sequence[int], advice: str = "name one"
 ) -> None:
     """Raises UserError where two rows of one key have different values; empty keys and values say nothing.
 
     Args:
         keys, values: of every row.
-        what: words for a key and its values, such as ``"the image {} has two labels"``.
+        phrase: words for a key and its values, such as ``"the image {} has two labels"``.
         lines: the line of every row, or nothing.
     """
-    first: dict[str, int] = {}
+    first_rows: dict[str, int] = {}
     for row, (key, value) in enumerate(zip(keys, values, strict=True)):
-        if key and value and values[other := first.setdefault(key, row)] != value:
-            both = (f"{values[k]} (line {lines[k]})" if lines else values[k] for k in (other, row))
-            raise UserError(f'data set "{data}": {what.format(key)}, {" and ".join(both)}; {advice}')
+        if key and value and values[earlier := first_rows.setdefault(key, row)] != value:
+            pair = (f"{values[k]} (line {lines[k]})" if lines else values[k] for k in (earlier, row))
+            raise UserError(f'data set "{data}": {phrase.format(key)}, {" and ".join(pair)}; {advice}')
 
 
 def _check_single(data: str, listing: Listing, classes: Sequence[str]) -> None:
     """Raises UserError where one image is trained on as two, or a patient stands in two splits."""
     labels = [listing.task.label_text(label, classes) for label in listing.labels]
-    for what, values in (
+    for phrase, values in (
         ("is in two splits", listing.splits),
         ("belongs to two patients", listing.patients or ()),
         ("has two labels", labels),
         ("belongs to two clients", listing.clients),
     ):
         if values:
-            check_one(data, listing.ids, values, f"the image {{}} {what}", listing.lines)
+            check_one(data, listing.ids, values, f"the image {{}} {phrase}", listing.lines)
     if listing.patients is not None:
         check_one(
             data, listing.patients, listing.splits, "the patient {} has images in two splits", listing.lines,
@@ -309,8 +309,8 @@ def _held_out(
     else:  # without several sites, or where every unit has a site of its own, units are drawn from all
         chosen = interleaved(kinds, key)[: max(1, round(share * len(homes)))]
     if not 0 < len(chosen) < len(groups):
-        what = listing.thing if listing.patients is None else "patient"
-        raise UserError(f'data set "{data}": {len(groups)} {what}s are too few to hold some out as {purpose} set')
+        noun = listing.thing if listing.patients is None else "patient"
+        raise UserError(f'data set "{data}": {len(groups)} {noun}s are too few to hold some out as {purpose} set')
     held_out = np.array(sorted(row for i in chosen for row in groups[i]), dtype=np.int64)
     return held_out, np.setdiff1d(rows, held_out)
 

@@ -141,8 +141,8 @@ def _images(tree: Tree) -> Iterator[dict[str, Path]]:
             )
     partners: dict[str, Path] = {}
     for mask in list_images(masks):
-        if (other := partners.setdefault(mask.stem, mask)) is not mask:
-            raise UserError(f'data set "segmentation": {other} and {mask} are two masks of one name; remove one')
+        if (earlier := partners.setdefault(mask.stem, mask)) is not mask:
+            raise UserError(f'data set "segmentation": {earlier} and {mask} are two masks of one name; remove one')
     for image in list_images(images):
         if image.stem not in partners:
             raise UserError(f'data set "segmentation": the image {image} has no mask of its name in {masks}')
@@ -151,8 +151,8 @@ def _images(tree: Tree) -> Iterator[dict[str, Path]]:
 
 def _counts(masks: Tensor) -> npt.NDArray[np.int32]:
     """Count the pixels of every mask that have each value, int32 ``[n, 256]``."""
-    each = (mask.reshape(-1) for part in in_parts(masks) for mask in part.numpy())
-    return np.stack([np.bincount(mask, minlength=256).astype(np.int32) for mask in each])
+    all_values = (mask.reshape(-1) for part in in_parts(masks) for mask in part.numpy())
+    return np.stack([np.bincount(mask, minlength=256).astype(np.int32) for mask in all_values])
 
 
 def _classes(
@@ -172,8 +172,8 @@ def _classes(
     top = int(present.max())
     if top >= count or not (classes or are_classes(present.tolist())):
         path = masks[int(np.flatnonzero(counts[:, top])[0])]
-        others = present[:-1]
-        sound = len(others) > 0 and others[-1] < count if classes else are_classes(others.tolist()) and len(others) > 1
+        lower = present[:-1]
+        sound = len(lower) > 0 and lower[-1] < count if classes else are_classes(lower.tolist()) and len(lower) > 1
         void = f"; where {top} marks unknown pixels, give --data-option ignore={top}" if sound else ""
         if classes:
             raise UserError(f'data set "segmentation": the mask {path} holds {top}, expected 0 to {count - 1}{void}')

@@ -104,43 +104,43 @@ def find_trees(
         UserError: a single site, a folder beside the sites that is none, sites of which some have split folders and
             others have not, plain folders beside sites, or names that look like patients under ``auto``.
     """
-    splits, alone = _split_trees("", base, data), [Tree("", "", base)]
+    splits, whole_tree = _split_trees("", base, data), [Tree("", "", base)]
     if splits or single:
-        return splits or alone
+        return splits or whole_tree
     names = subfolders(base)
     parts = [name for name in names if plain(base / name)]
     if parts and mixed:
-        return alone
+        return whole_tree
     layouts = {name: _site_trees(name, base / name, data, whole) for name in names if name not in parts}
     sites = {name: trees for name, trees in layouts.items() if trees}
     if not sites:
-        return alone
-    first = next(iter(sites))
+        return whole_tree
+    model = next(iter(sites))
     if parts:
         raise UserError(
-            f'data set "{data}": {base / parts[0]} holds images and {base / first} holds folders of images, so that '
+            f'data set "{data}": {base / parts[0]} holds images and {base / model} holds folders of images, so that '
             "the folders are neither all classes nor all sites; lay them out alike"
         )
-    others = [name for name in layouts if name not in sites]
-    if others:
+    unlike = [name for name in layouts if name not in sites]
+    if unlike:
         raise UserError(
-            f'data set "{data}": {base / first} is laid out as a site and {base / others[0]} beside it is not; lay it '
+            f'data set "{data}": {base / model} is laid out as a site and {base / unlike[0]} beside it is not; lay it '
             "out alike, or take it away"
         )
     if len(sites) == 1:
         raise UserError(
-            f'data set "{data}": {base} holds the single site {first}; name {base / first} with --data-root to share '
+            f'data set "{data}": {base} holds the single site {model}; name {base / model} with --data-root to share '
             "its images out, or put the folders of other sites beside it"
         )
     for trees in sites.values():
-        less, more = sorted((sites[first], trees), key=len)
+        less, longer = sorted((sites[model], trees), key=len)
         splits_of_less = {tree.split for tree in less}
-        if lacking := [tree for tree in more if tree.split not in splits_of_less]:
+        if lacking := [tree for tree in longer if tree.split not in splits_of_less]:
             raise UserError(
-                f'data set "{data}": the site {more[0].site} has a folder {lacking[0].folder.name} and the site '
+                f'data set "{data}": the site {longer[0].site} has a folder {lacking[0].folder.name} and the site '
                 f"{less[0].site} has none for that split; lay all sites out alike"
             )
-    trees = [tree for each in sites.values() for tree in each]
+    trees = [tree for site_trees in sites.values() for tree in site_trees]
     if layout == "auto":
         _check_names(base, data, [*sites], trees)
     return trees
@@ -231,13 +231,13 @@ def left_out(base: Path, used: Iterable[Path] | None = None) -> list[str]:
 
     Files that macOS puts beside others are counted too, and without ``used``, the files that are read, they alone.
     """
-    read, alone = set(used or ()), used is None
+    read, counts_mac = set(used or ()), used is None
     counts: Counter[str] = Counter()
     example = None
     for place, names in _walk(base):
         for name in names:
             mac = name.startswith("._")
-            if mac or not (alone or hidden(name)):  # no path of each of many files where they do not count
+            if mac or not (counts_mac or hidden(name)):  # no path of each of many files where they do not count
                 path = place / name
                 kind = MAC if mac else path.suffix.lower()
                 if mac or (kind not in TEXTS and path not in read):

@@ -92,11 +92,11 @@ class Table:
         values, folder = self.column(name), self.path.parent if self.lines else self.path
         paths = [folder / value for value in values]
         for path, value, line in zip(paths, values, self.lines, strict=False):  # a tree has no lines, and has its files
-            if what := standing(path):
+            if flaw := standing(path):
                 file = path if len(value) <= SHOWN else folder / f"{' '.join(value[:SHOWN].split())}..."
                 slashes = value.replace("\\", "/")
                 hint = f"; names of folders end with / and not with \\: write {slashes}" if slashes != value else ""
-                raise UserError(f'data set "{self.data}": the file {file} of {self.path}, line {line}, is {what}{hint}')
+                raise UserError(f'data set "{self.data}": the file {file} of {self.path}, line {line}, is {flaw}{hint}')
         return paths
 
     def names_of(self, name: str) -> tuple[str, ...]:
@@ -236,10 +236,10 @@ def _read_csv(path: Path, data: str, chosen: Mapping[str, str]) -> Table:
         if not text or (option == "patient" and column == AUTO):
             continue
         if not column or column not in names:
-            there = ", ".join(name for name in names if name)
+            columns = ", ".join(name for name in names if name)
             raise UserError(
                 f'data set "{data}": the option {option} names the column "{column}", which {path} does not have; it '
-                f"has {there}.{nearest(column, names)}"
+                f"has {columns}.{nearest(column, names)}"
             )
         if not any(row.get(column) for row in rows):
             raise UserError(
@@ -252,12 +252,12 @@ def _read_csv(path: Path, data: str, chosen: Mapping[str, str]) -> Table:
     return Table(data, path, rows, lines, choices, notices)
 
 
-def parsed(path: Path, what: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
+def parsed(path: Path, prefix: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
     """The column names in lower case, the rows, their line numbers, and a sentence where cells count as empty.
 
-    ``what`` begins the message of an error.
+    ``prefix`` begins the message of an error.
     """
-    text, where = read_file(path, what), f"{what}: {path}"
+    text, where = read_file(path, prefix), f"{prefix}: {path}"
     if marked := _MARK.match(text):
         text = text[marked.end() :]
     separator = marked[1] if marked else _separator(text)
@@ -302,7 +302,7 @@ def _separator(text: str) -> str:
         with suppress(csv.Error):  # a field without an end: the rows before it tell
             for values in islice(filter(None, rows), LOOKED_AT):
                 counts.append(len(values))
-        header, *rest = counts or [0]
-        return header > 1, sum(count == header for count in rest), header
+        header, *rows_below = counts or [0]
+        return header > 1, sum(count == header for count in rows_below), header
 
     return max(SEPARATORS, key=fit)
