@@ -37,8 +37,8 @@ from torch import Tensor
 from fedkern import UserError, register_data
 from fedkern.data import READING, Listing, Option, Pool, Reading, Source
 from fedkern.data.images.full_masks import FullMasks, MaskStore
-from fedkern.data.images.image_files import MAX_PIXELS, each, hidden, subfolders
-from fedkern.data.labels.spelling import SHOWN, numbered
+from fedkern.data.images.image_files import MAX_PIXELS, each, is_hidden, subfolders
+from fedkern.data.labels.spelling import SHOWN, sort_names
 from fedkern.data.sources.found_files import gunzip, need_root
 from fedkern.data.sources.listing import SPLITS, split_rows
 from fedkern.data.sources.site_folders import left_out
@@ -152,7 +152,7 @@ def brats(
     for row, (i, z) in enumerate(rows):
         full.pack(row, voxels[i][z])
     pools = _pools(cases, grids, where, targets, full, (test_share, validation_share), max_image_pixels)
-    sites = numbered(case.site for case in cases)
+    sites = sort_names(case.site for case in cases)
     return Source(
         classes=("background", *values),
         train=pools["train"],
@@ -226,7 +226,7 @@ def ending(folder: Path, name: str) -> Path | None:
     """The NIfTI file in ``folder`` that is called ``name``, or whose name ends in ``_name`` or ``-name``."""
     for path in sorted(folder.iterdir()):
         for suffix in (".nii.gz", ".nii"):
-            if path.name.endswith(suffix) and not hidden(path.name) and path.is_file():
+            if path.name.endswith(suffix) and not is_hidden(path.name) and path.is_file():
                 stem = path.name.removesuffix(suffix)
                 if stem == name or stem.endswith(("_" + name, "-" + name)):
                     return path
@@ -364,7 +364,7 @@ def _pools(
     max_voxels: int,
 ) -> dict[str, Pool]:
     largest = largest_classes(targets)
-    sites = numbered(case.site for case in cases)
+    sites = sort_names(case.site for case in cases)
     site = torch.tensor([sites.index(case.site) for case in cases])
 
     def pool(chosen: npt.NDArray[np.int64]) -> Pool:

@@ -67,11 +67,11 @@ class ImageForm:
         """Return whether networks get uint8 images."""
         return self.is_raw and self.dtype == "uint8"
 
-    def said(self) -> str:
+    def size_text(self) -> str:
         """The size of a sample in words."""
         return f" of {'×'.join(map(str, self.shape))}"
 
-    def normalised(self, images: Tensor) -> Tensor:
+    def normalise_images(self, images: Tensor) -> Tensor:
         """Return what a network sees of images ``[B, C, H, W]`` of a split, or of uint8 images, channels-last."""
         if images.dtype != torch.uint8 or self.feeds_bytes:
             return images.contiguous(memory_format=torch.channels_last)
@@ -106,7 +106,7 @@ class ImageForm:
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.scale("A picture"))
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    def stored(self) -> tuple[str, ...]:
+    def describe_stored(self) -> tuple[str, ...]:
         """A line on images that are no files: depth, colour and size."""
         colour = {1: "grey", 3: "RGB"}.get(self.shape[0], f"{self.shape[0]} channels")
         return (f"images: 8-bit {colour}, {self.shape[2]} x {self.shape[1]}",)
@@ -174,7 +174,7 @@ class SampleForm:
         x = parted(batch)[0]
         by_name = isinstance(x, Keywords)
         args = () if by_name else x if isinstance(x, Positional) else (x,)
-        inputs = {"args": _outlined(args), "kwargs": _outlined(x) if by_name else {}}
+        inputs = {"args": _outline_inputs(args), "kwargs": _outline_inputs(x) if by_name else {}}
         return SampleForm(tuple(map(in_words, leaves(batch))), inputs if called else None, normalize=normalize)
 
     @property
@@ -206,11 +206,11 @@ class SampleForm:
             return f"one input of shape {shape}" + (f" and dtype {dtype}" if len(shape) == 3 else "")
         return f"the parts {', '.join(self.shapes)} (of two samples)"
 
-    def said(self) -> str:
+    def size_text(self) -> str:
         """The tensors of a batch in words."""
         return f", two of which are {', '.join(self.shapes)}"
 
-    def stored(self) -> tuple[str, ...]:
+    def describe_stored(self) -> tuple[str, ...]:
         """Nothing: samples are what a user's data set gives."""
         return ()
 
@@ -252,11 +252,11 @@ class SampleForm:
         )  # fmt: skip
 
 
-def _outlined(value: object) -> object:
+def _outline_inputs(value: object) -> object:
     """Return nested inputs in words, as JSON holds them; a container of another type than JSON's is named."""
     if isinstance(value, Mapping):
-        return {key: _outlined(part) for key, part in value.items()}
-    return [*map(_outlined, value)] if isinstance(value, (tuple, list)) else in_words(value)
+        return {key: _outline_inputs(part) for key, part in value.items()}
+    return [*map(_outline_inputs, value)] if isinstance(value, (tuple, list)) else in_words(value)
 
 
 def in_words(leaf: object) -> str:

@@ -83,7 +83,7 @@ def sample_hashes(split: Split | Items, sights: Mapping[int, Sight]) -> list[byt
     return [hashes[row] for row in np.arange(len(split.dataset))[rows].tolist() if row in hashes]
 
 
-def sampled(pool: Pool) -> Split:
+def sample_pool(pool: Pool) -> Split:
     """Rows of a pool that no seed changes; all of them where the pool is small."""
     image = pool.take(torch.arange(min(1, len(pool)))).images
     count = min(len(pool), SAMPLED_IMAGES, max(1, SAMPLED_BYTES // max(1, image.numel())))
@@ -113,7 +113,7 @@ def identity(
     labels: dict[str, list[bytes]] = {name: [] for name in (*sets, *contents)}
     for name, parts in contents.items():
         for part in parts:
-            for hasher, image in zip(_told(name, part), _rows(part.images), strict=True):
+            for hasher, image in zip(_hash_labels(name, part), _rows(part.images), strict=True):
                 labels[name].append(hasher.digest())
                 for piece in image:
                     hasher.update(piece)
@@ -123,7 +123,7 @@ def identity(
     for name, pools in sets.items():
         names += [_hash(_text(f"{name}\0{row}")).digest() for part in pools for row in part.ids or ()]
         if not _alike(contents.get(name, ()), pools):  # else their labels have been read with the images
-            labels[name] = [hasher.digest() for part in pools for hasher in _told(name, part)]
+            labels[name] = [hasher.digest() for part in pools for hasher in _hash_labels(name, part)]
     sizes = {name: sum(map(len, parts)) for name, parts in sets.items()}
     return {
         "classes": _digest(repr(name).encode() for name in classes),
@@ -140,7 +140,7 @@ def _alike(read: Sequence[Split], pools: Sequence[Split | Pool]) -> bool:
     return sum(map(len, read)) == sum(map(len, pools)) and len(forms) < 2
 
 
-def _told(set_name: str, part: Split | Pool) -> Iterator[hashlib.blake2b]:
+def _hash_labels(set_name: str, part: Split | Pool) -> Iterator[hashlib.blake2b]:
     """For every sample a hash of its set, name, text, patient and label, to which more can be added."""
     patients = None if part.patients is None else part.patients.tolist()
     for row, label in enumerate(_rows(part.labels)):

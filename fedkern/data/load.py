@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkern.data.data_option import DETECTION_OPTIONS, CommonOptions, check_single
 from fedkern.data.forms import ImageForm
-from fedkern.data.identity import of_memory, of_source, pixel_hashes, sampled
+from fedkern.data.identity import of_memory, of_source, pixel_hashes, sample_pool
 from fedkern.data.images.background import MaskSource, extract_background
 from fedkern.data.images.boxes_file import BoxesFile
 from fedkern.data.images.detections import Detections, Detector
@@ -160,7 +160,7 @@ def _share_out(
 
     # Some training samples stand for all of them where a run reads only some: read before images are stored.
     is_complete = len(train_rows) + len(public_rows) == len(source.train)
-    samples = [sampled(source.train)] if is_identified and (info.palette or not is_complete) else []
+    samples = [sample_pool(source.train)] if is_identified and (info.palette or not is_complete) else []
     are_clients = spec.name == "attribute" or clients == 1  # those that the data name
     reads = [(source.train, torch.cat(client_rows)), *rows.values()]
     with stored_images(reads, request.cache, request.progress):
@@ -169,10 +169,10 @@ def _share_out(
     tests = {key: sets[f"test {key}"] for key in source.tests}
     for split in (sets["validation"], *tests.values()):  # before a run begins: a mask may be unreadable
         if split.full is not None:
-            split.full.loaded()
+            split.full.load_masks()
     identity: dict[str, str] = {}
     if is_identified and info.palette:
-        identity = of_source(source, {"train": samples, "test": [sampled(source.tests[""])]}, [])
+        identity = of_source(source, {"train": samples, "test": [sample_pool(source.tests[""])]}, [])
     elif is_identified:
         identity = _identify(name, source, splits, sets, samples, names or (), notice)
 
@@ -253,12 +253,12 @@ def _add_objects(
 
 def _subsample_sets(data: FederatedData, common: CommonOptions) -> FederatedData:
     """Keep as many test and validation samples as the common options ask for."""
-    tests = {key: _subsampled(split, common.test_samples, f"test/{key}") for key, split in data.tests.items()}
-    validation = _subsampled(data.validation, common.validation_samples, "validation")
+    tests = {key: _subsample(split, common.test_samples, f"test/{key}") for key, split in data.tests.items()}
+    validation = _subsample(data.validation, common.validation_samples, "validation")
     return dataclasses.replace(data, tests=tests, validation=validation)
 
 
-def _subsampled(split: Split, count: int, purpose: str) -> Split:
+def _subsample(split: Split, count: int, purpose: str) -> Split:
     return split if count == 0 or count >= len(split) else split.subset(_first_rows(split, count, purpose))
 
 

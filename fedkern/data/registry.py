@@ -67,12 +67,12 @@ class DatasetInfo:
 Make = Callable[[DataRequest], Source]
 
 
-def _published(reader: Callable[..., Source], *args: str) -> Make:
+def _from_disk(reader: Callable[..., Source], *args: str) -> Make:
     """Read files of a published set, whose options are arguments of the reader."""
     return lambda request: reader(*args, request.root, **request.options)
 
 
-def _uncoloured(reader: Callable[..., Source], *args: str) -> Make:
+def _read_grey(reader: Callable[..., Source], *args: str) -> Make:
     """Read grey images that are coloured later, as the data set's options say."""
     return lambda request: reader(*args, request.root)
 
@@ -124,19 +124,19 @@ def _columns(*options: str) -> dict[str, Option]:
 DATASETS: Registry[DatasetInfo] = Registry("data set", {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _uncoloured(open_digits), 5, "attribute", 0.7, PALETTES["white"], _MASK,
+        _read_grey(open_digits), 5, "attribute", 0.7, PALETTES["white"], _MASK,
     ),
     "colormnist": DatasetInfo(
         "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _uncoloured(open_idx, "mnist"), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
+        _read_grey(open_idx, "mnist"), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
     ),
     "colorfashion": DatasetInfo(
         "Fashion-MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _uncoloured(open_idx, "fashionmnist"), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
+        _read_grey(open_idx, "fashionmnist"), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
     ),
     "digits": DatasetInfo(
         "UCI's 1,797 handwritten digits enlarged to 32x32; needs no file",
-        _published(open_digits), 5, "dirichlet:0.5",
+        _from_disk(open_digits), 5, "dirichlet:0.5",
     ),
     "captions": DatasetInfo(
         "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
@@ -156,26 +156,26 @@ DATASETS: Registry[DatasetInfo] = Registry("data set", {
     ),
     "segdigits": DatasetInfo(
         "embedded digits on textured grounds; segmentation into background and ten digits; needs no file",
-        _published(open_segdigits), 5, "dirichlet:0.5", task=SEGMENTATION,
+        _from_disk(open_segdigits), 5, "dirichlet:0.5", task=SEGMENTATION,
     ),
     "mnist": DatasetInfo(
-        "MNIST, 70,000 handwritten digits (IDX files)", _published(open_idx, "mnist"), 10, "dirichlet:0.5"
+        "MNIST, 70,000 handwritten digits (IDX files)", _from_disk(open_idx, "mnist"), 10, "dirichlet:0.5"
     ),
     "fashionmnist": DatasetInfo(
-        "Fashion-MNIST, 70,000 pictures of clothes (IDX files)", _published(open_idx, "fashionmnist"), 10,
+        "Fashion-MNIST, 70,000 pictures of clothes (IDX files)", _from_disk(open_idx, "fashionmnist"), 10,
         "dirichlet:0.5",
     ),
     "cifar10": DatasetInfo(
         "CIFAR-10, 60,000 colour images of 10 classes (official binary files)",
-        _published(open_cifar10), 10, "dirichlet:0.5",
+        _from_disk(open_cifar10), 10, "dirichlet:0.5",
     ),
     "cifar100": DatasetInfo(
         "CIFAR-100, 60,000 colour images of 100 classes (official binary files)",
-        _published(open_cifar100), 10, "dirichlet:0.5",
+        _from_disk(open_cifar100), 10, "dirichlet:0.5",
         options={"labels": Option("fine", "100 fine classes or 20 coarse ones", choices=("fine", "coarse"))},
     ),
     "svhn": DatasetInfo(
-        "SVHN, 99,289 photographed house numbers (official MATLAB files)", _published(open_svhn), 10, "dirichlet:0.5",
+        "SVHN, 99,289 photographed house numbers (official MATLAB files)", _from_disk(open_svhn), 10, "dirichlet:0.5",
     ),
     "folder": DatasetInfo(
         "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",

@@ -127,8 +127,8 @@ class Split:
         return {"images": self.images, "labels": self.labels, "texts": self.texts}
 
     def plus(self, splits: Sequence[Split]) -> Split:
-        """The split with the images of others behind its own, see :func:`joined`."""
-        return joined([self, *splits])
+        """The split with the images of others behind its own, see :func:`join_splits`."""
+        return join_splits([self, *splits])
 
     def subset(self, indices: Tensor) -> Split:
         """A new split with copies of the rows ``indices``, int64 ``[m]``."""
@@ -147,7 +147,7 @@ def rows_of(column: T, rows: Tensor) -> T:
     return chosen
 
 
-def joined(splits: Sequence[Split]) -> Split:
+def join_splits(splits: Sequence[Split]) -> Split:
     """Concatenates splits; an attribute (masks, texts ...) that is None in one of them is None in the result."""
     columns: dict[str, Any] = {
         field.name: _together([getattr(split, field.name) for split in splits]) for field in fields(Split)

@@ -255,7 +255,7 @@ class FederatedData:
         clients, validation = len(self.clients), len(self.validation)
         sizes = [f"{sum(self.client_sizes):,} training", *([f"{validation:,} validation"] if validation else [])]
         sizes += [f"{len(split):,} {f'{name} ' if name else ''}test" for name, split in self.tests.items()]
-        samples_text = f"{', '.join(sizes)} {self.form.noun}{self.form.said()}"
+        samples_text = f"{', '.join(sizes)} {self.form.noun}{self.form.size_text()}"
         return f"{self.name}: {clients} client{'s' * (clients != 1)}, {samples_text}"
 
     def client_label(self, client: int) -> str:

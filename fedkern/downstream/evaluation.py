@@ -70,10 +70,10 @@ def evaluate_run(
     loaded = read_data(
         out, config, about, data, data_root=data_root, data_options=data_options, cache=cache, progress=progress
     )
-    loaded = _fitted(with_images(config, loaded), about, Path(out))
+    loaded = _fit_classes(with_images(config, loaded), about, Path(out))
     check_sets(loaded, config.plugins)
     if progress is not None and config.records != "private":
-        for line in counted(loaded):
+        for line in list_sets(loaded):
             progress(line)
     if loaded.form.outside and config.records != "private":
         (progress or warnings.warn)(loaded.form.outside)
@@ -81,15 +81,15 @@ def evaluate_run(
     flat, device = "samples" not in about, torch.device(config.device)
     # Placed and frozen as the run's: PyTorch chooses kernels by strides and by whether weights need gradients.
 
-    def placed(module: nn.Module) -> nn.Module:
+    def place_on_device(module: nn.Module) -> nn.Module:
         module = as_in_the_run(module, config)
         return place(module, device).requires_grad_(False) if flat else module.to(device)
 
     judge: Method | ClientsNetworks = method
     if has_own:
-        network = lambda k: placed(read_model(out, trusted, model, client=k)[0])  # noqa: E731
+        network = lambda k: place_on_device(read_model(out, trusted, model, client=k)[0])  # noqa: E731
         judge = ClientsNetworks(method, range(config.trained_clients), network)
-    module = placed(module)
+    module = place_on_device(module)
     sets = _sets(sets_by_prefix(loaded), module, about, config)
     usual = own_tests and type(method).evaluate_own is Method.evaluate_own  # else a client's state is needed
     own = _sets(dict(enumerate(loaded.client_tests if usual else ())), module, about, config)
@@ -174,7 +174,7 @@ def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
         return False
 
 
-def counted(data: FederatedData) -> Iterator[str]:
+def list_sets(data: FederatedData) -> Iterator[str]:
     """A line on every test set: its images and patients, and those of every site that it shows."""
     for name, split in data.tests.items():
         all_rows, names = torch.arange(len(split)), data.client_names or data.form.sites
@@ -221,7 +221,7 @@ def _sets(splits: Mapping[Key, Split], module: nn.Module, about: Description, co
     return sets
 
 
-def _fitted(data: FederatedData, about: Description, out: Path) -> FederatedData:
+def _fit_classes(data: FederatedData, about: Description, out: Path) -> FederatedData:
     """The data, whose test sets and validation set get the network's classes: the data may lack some of them."""
     task, classes = data.task, list(about["classes"])
     if data.task.name != about["task"]:

@@ -249,15 +249,13 @@ def _takes_other_lengths(bundle: Exportable, program: ExportedProgram) -> bool:
     for change in (lambda size: 2 * size, lambda size: size + 1, lambda size: size - 1):
         inputs = iter(_sizes(program))
 
-        def resized(
-            leaf: Tensor, change: Callable[[int], int] = change, inputs: Iterator[list[str]] = inputs
-        ) -> Tensor:
+        def resize(leaf: Tensor, change: Callable[[int], int] = change, inputs: Iterator[list[str]] = inputs) -> Tensor:
             for axis, size in enumerate(next(inputs)):
                 if axis and not size.isdecimal():
                     leaf = torch.cat([leaf, leaf], axis).narrow(axis, 0, change(leaf.shape[axis]))
             return leaf
 
-        resized_bundle = replace(bundle, args=mapped(resized, bundle.args), kwargs=mapped(resized, bundle.kwargs))
+        resized_bundle = replace(bundle, args=mapped(resize, bundle.args), kwargs=mapped(resize, bundle.kwargs))
         with suppress(Exception), torch.no_grad():
             check(program.module()(*resized_bundle.args, **resized_bundle.kwargs), resized_bundle)
             return True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkern.data import FederatedData, Split
 from fedkern.data.images.transforms import central
-from fedkern.data.split import joined
+from fedkern.data.split import join_splits
 from fedkern.downstream.evaluation import read_data
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
@@ -97,12 +97,12 @@ class Finished:
 
     def train(self) -> Split:
         """All clients' training samples at the networks' image size, for probes and decoders on the frozen encoders."""
-        return central(joined(self.data.clients), self.data.form.shape[1:])
+        return central(join_splits(self.data.clients), self.data.form.shape[1:])
 
     def images(self, split: Split) -> Iterator[Tensor]:
         """The images of a split in batches, normalised as in the run's training: fp32, channels-last."""
         for rows in batch_slices(len(split), BATCH):
-            yield self.form.normalised(split.images[rows].to(self.device))
+            yield self.form.normalise_images(split.images[rows].to(self.device))
 
     @torch.no_grad()
     def image_embeddings(self, network: PairNetwork, split: Split) -> Tensor:

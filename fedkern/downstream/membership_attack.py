@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData, Split
-from fedkern.data.images.used_cache import remembered
+from fedkern.data.images.used_cache import recall_cache
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
@@ -85,20 +85,20 @@ def attack(
     """
     out = Path(out)
     moved = {} if data_root is None else {"data_root": data_root}
-    config = load_unedited(out, trusted=trusted, device="cpu", cache=remembered(out), **moved)
+    config = load_unedited(out, trusted=trusted, device="cpu", cache=recall_cache(out), **moved)
     network, about = read_model(out, trusted, model, best=best)
     if "items" in about:
         raise UserError(f"The membership attack is for images, and the samples of {out} are none.")
     data = kept_data(config, load_data(config, masks=False) if data is None else data)
     if "classes" not in data.task.offers:
         raise UserError(f"The membership attack is for classes of images or pixels, and {out} is for {data.task.name}.")
-    splits, untrained = trained(config, data)
+    splits, untrained = find_trained(config, data)
     test = data.tests["id" if "id" in data.tests else next(iter(data.tests))]
     test_losses = losses(network, test, data)
     members = [losses(network, split, data) for split in splits]
     member_losses = torch.cat(members)
     _check(member_losses, test_losses, out)
-    independent, groups = grouped(splits, test)
+    independent, groups = group_samples(splits, test)
     outcome = membership_attack(member_losses, test_losses, groups=groups)
     result = {
         "network": "best" if best else "last",
@@ -115,7 +115,7 @@ def attack(
     return result
 
 
-def trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
+def find_trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
     """Every client's samples except those that the method keeps from the training, and the number of the latter."""
     # A network of --teachers may have trained on any sample.
     if config.kind.untrained is Method.untrained or config.teachers is not None:
@@ -131,7 +131,7 @@ def trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
     return splits, count
 
 
-def grouped(members: Sequence[Split], test: Split) -> tuple[str, tuple[Tensor, Tensor] | None]:
+def group_samples(members: Sequence[Split], test: Split) -> tuple[str, tuple[Tensor, Tensor] | None]:
     """The independent unit ("image", "patient" or "case"), and the groups of all images with a loss.
 
     Returns:
@@ -177,7 +177,7 @@ def losses(model: nn.Module, split: Split, data: FederatedData) -> Tensor:
     """
     values = []
     for rows in batch_slices(len(split), BATCH):
-        logits = model(data.form.normalised(split.images[rows])).double()
+        logits = model(data.form.normalise_images(split.images[rows])).double()
         values.append(split.task.sample_losses(logits, split.labels[rows]))
     return torch.cat(values)
 

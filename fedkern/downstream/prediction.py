@@ -144,7 +144,7 @@ class Predictor:
             return torch.empty(0, *self.task.output(len(self.classes), self.image_shape[1:]))
         parts = []
         for rows in batch_slices(len(images), self.batch):
-            batch = self.form.normalised(images[rows].to(self.device))
+            batch = self.form.normalise_images(images[rows].to(self.device))
             parts.append(self.task.probabilities(self.module(batch).float()).cpu())
         return torch.cat(parts)
 
@@ -188,12 +188,12 @@ def found_images(paths: Sequence[Path]) -> list[Path]:
         if not inside:
             raise UserError(f"The folder {path} holds no image file.")
         images += inside
-    if twice := repeated(images):
+    if twice := find_repeat(images):
         raise UserError(f"The image {twice} is named twice.")
     return images
 
 
-def repeated(values: Sequence[Value]) -> Value | None:
+def find_repeat(values: Sequence[Value]) -> Value | None:
     """The first value that comes more than once, or None."""
     return next((value for value, count in Counter(values).items() if count > 1), None)
 
@@ -244,7 +244,7 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> Non
             behind.
     """
     names = [f"{path.stem}.png" for path in paths]
-    if twice := repeated(names):
+    if twice := find_repeat(names):
         raise UserError(f"Two images would give the mask {twice}: predict them one folder at a time.")
     part = folder.with_name(f"{folder.name}.part")
     try:

@@ -71,7 +71,7 @@ def figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return result if math.isnan(area) else {**result, "auc": area}
 
 
-def averaged(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+def average_figures(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of every figure that all of ``rows`` have."""
     shared = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: sum(row[name] for row in rows) / len(rows) for name in shared}

@@ -47,14 +47,14 @@ def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
         for network in networks:
             images = run.image_embeddings(network, split)[gallery.images.to(run.device)]
             figures.append(recalls(images, run.text_embeddings(network, texts), ks, pairs=gallery.pairs))
-        return {**probes.averaged(figures), "gallery": len(texts)}
+        return {**probes.average_figures(figures), "gallery": len(texts)}
 
     rows = [{"set": name, **of(split, run.networks)} for name, split in run.sets.items()]
     client_sets = run.data.client_tests
     if client_sets:
         single = len(run.networks) == 1
         scores = [of(split, run.networks if single else run.networks[k : k + 1]) for k, split in enumerate(client_sets)]
-        rows.append({"set": "clients, mean", **probes.averaged(scores)})
+        rows.append({"set": "clients, mean", **probes.average_figures(scores)})
         rows.append({"set": "clients, worst", **{name: min(row[name] for row in scores) for name in scores[0]}})
     return rows
 
@@ -77,11 +77,11 @@ def zero_shot(run: Finished, prompts: str = "") -> list[Row]:
     else:
         texts = [list(default_prompts[name]) for name in classes]
 
-    def fitted(network: PairNetwork) -> Callable[[Split], Tensor]:
+    def fit_prompts(network: PairNetwork) -> Callable[[Split], Tensor]:
         weight = torch.stack([normalize(run.text_embeddings(network, words).mean(0), dim=0) for words in texts])
         return lambda split: run.image_embeddings(network, split) @ weight.T / TEMPERATURE
 
-    return _classified(run, [fitted(network) for network in run.networks])
+    return _judge_classifiers(run, [fit_prompts(network) for network in run.networks])
 
 
 @reproducible()
@@ -114,9 +114,9 @@ def probe(
                 chosen = [probes.few_shot_rows(train.labels, count, seed, draw).to(run.device) for draw in range(draws)]
                 fits = [probes.LinearProbe(seen[pick], labels[pick], len(classes), probes.FEW_SHOT) for pick in chosen]
             else:
-                fits = [_chosen(run, network, seen, labels, validation, len(classes), features)]
+                fits = [_choose_probe(run, network, seen, labels, validation, len(classes), features)]
             fitted += [_apply_probe(run, network, fit, features) for fit in fits]
-        rows += [{"set": row.pop("set"), "shots": count or "all", **row} for row in _classified(run, fitted)]
+        rows += [{"set": row.pop("set"), "shots": count or "all", **row} for row in _judge_classifiers(run, fitted)]
     return rows
 
 
@@ -149,7 +149,7 @@ def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) 
         decoder = train_decoder(network, images, _pixels(run, train), classes, epochs=epochs, seed=seed)
         for name in tests:
             figures[name].append(segmentation(decoder, Images(pixelwise[name], run.form, run.device)))
-    return [{"set": name, **probes.averaged(network_figures)} for name, network_figures in figures.items()]
+    return [{"set": name, **probes.average_figures(network_figures)} for name, network_figures in figures.items()]
 
 
 def _classes(run: Finished) -> tuple[str, ...]:
@@ -162,12 +162,12 @@ def _classes(run: Finished) -> tuple[str, ...]:
     return tuple(run.data.classes)
 
 
-def _classified(run: Finished, classifiers: Sequence[Callable[[Split], Tensor]]) -> list[Row]:
+def _judge_classifiers(run: Finished, classifiers: Sequence[Callable[[Split], Tensor]]) -> list[Row]:
     """Figures on every test set of classifiers (functions from a split to logits), averaged over the classifiers."""
     rows = []
     for name, split in run.sets.items():
         results = [probes.figures(logits(split).cpu(), split.labels) for logits in classifiers]
-        rows.append({"set": name, **probes.averaged(results)})
+        rows.append({"set": name, **probes.average_figures(results)})
     return rows
 
 
@@ -177,7 +177,7 @@ def _apply_probe(
     return lambda split: fitted.logits(run.features(network, split, features))
 
 
-def _chosen(
+def _choose_probe(
     run: Finished, network: PairNetwork, seen: Tensor, labels: Tensor, validation: Split, classes: int, features: str
 ) -> probes.LinearProbe:
     """The probe on all training images, with the penalty of the lowest cross-entropy on the validation set."""

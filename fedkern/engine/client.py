@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern.data.sharing.patients import numbered
+from fedkern.data.sharing.patients import number_patients
 from fedkern.engine.context import RunContext
 from fedkern.engine.images import BackgroundBank
 from fedkern.engine.marks import TRAINED
@@ -109,7 +109,7 @@ class Client(Node):
 
     @functools.cached_property
     def patients(self) -> np.ndarray | None:
-        return numbered(self._context.data.clients[self.id]) if self.unit.name == "patient" else None
+        return number_patients(self._context.data.clients[self.id]) if self.unit.name == "patient" else None
 
     @property
     def labels(self) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from fedkern.data.forms import ImageForm
-from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, images_and_labels, placed
+from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, images_and_labels, place_labels
 from fedkern.data.images.transforms import window
 from fedkern.data.split import Split
 from fedkern.engine.reader import BATCH, Plan, Reader
@@ -70,10 +70,10 @@ class Images(Reader):
         self.pixels = make(split.images)
         self._pick = PICK.get(self.task.network, images_alone)
         self.labels: Tensor = split.labels
-        self._there = placed(split.labels, device)
+        self._there = place_labels(split.labels, device)
         self.fresh = augment != "none"
         self.cases: Tensor | None = split.cases
-        self.full = None if split.full is None else split.full.loaded()  # read now: later the files may be gone
+        self.full = None if split.full is None else split.full.load_masks()  # read now: later the files may be gone
         self._banks: dict[str, BackgroundBank] = {}
 
     @property
@@ -86,7 +86,7 @@ class Images(Reader):
     def pairs(self, indices: np.ndarray | Tensor, rng: Generator | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
         chosen = as_index(indices)
-        index = self.pixels.sent(chosen)
+        index = self.pixels.send_index(chosen)
         return self._pick(self.pixels, index, self._labels(chosen, index), rng)
 
     def _labels(self, chosen: Tensor, index: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Images(Reader):
 
     def _with_masks(self, chosen: Tensor, rng: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """Images, labels and object masks bool [B, H, W] at ``chosen``; masks move with the images."""
-        index = self.pixels.sent(chosen)
+        index = self.pixels.send_index(chosen)
         masks = self._masks.index_select(0, send(index, self.device)).long()
         images, moved = images_and_labels(self.pixels, index, masks, rng)
         return images, self._labels(chosen, index), moved > 0  # what comes from outside the image is no object
@@ -109,7 +109,7 @@ class Images(Reader):
         self, plan: Plan, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None, *, masked: bool = False
     ) -> Iterator[Batch]:
         """The batches of an epoch, made when they are asked for; their indices are sent to the device at once."""
-        sent = self.pixels.sent(as_index(plan[0] if len(plan) == 1 else np.concatenate(plan)))
+        sent = self.pixels.send_index(as_index(plan[0] if len(plan) == 1 else np.concatenate(plan)))
         sizes = [len(part) for part in plan]
         picked = PICKED_BYTES.get(self.device.type, 0) if rng is None else 0
         at_once = max(1, picked // max(1, max(sizes) * self.pixels.bytes_each))

@@ -85,7 +85,7 @@ class Trial:
                 for batch in batches
             ]
             if words[0] != words[1]:
-                odd = f"A batch of {split.who} is {words[0]}, not {words[1]} as that of {self._client.who}"
+                odd = f"A batch of {split.name} is {words[0]}, not {words[1]} as that of {self._client.name}"
                 self._try(split, purpose, (rows[:2], rows), odd, "give all sets one form")
             if has_classes and stated is None:
                 self._check_classes(split, purpose, self._targets(split, batches[0].targets), rows)
@@ -101,7 +101,7 @@ class Trial:
         ends = [rows[int(targets.argmin()) // size], rows[int(targets.argmax()) // size]]
         if low < self._range[0] or high > self._range[1] or split is self._client:
             usual = f", not {self._range[0]} to {self._range[1]}" if (low, high) != self._range else ""
-            odd = f"The classes of {split.who} are {low} to {high}{usual}"
+            odd = f"The classes of {split.name} are {low} to {high}{usual}"
             self._try(split, purpose, (ends,), odd, "number classes from 0, and give the network as many outputs")
 
     @cached_property
@@ -172,7 +172,7 @@ def check_apart(data: FederatedData) -> dict[str, str]:
         for client in holders.get(id(test.dataset), ()):
             if test.rows is None or client.rows is None or bool(torch.isin(test.rows, client.rows).any()):
                 text = (
-                    f"{test.who[:1].upper()}{test.who[1:]} is the data set that {client.who} trains on: give "
+                    f"{test.name[:1].upper()}{test.name[1:]} is the data set that {client.name} trains on: give "
                     "test=DATASET of other samples, such as a part of torch.utils.data.random_split."
                 )
                 if data.client_names is not None:

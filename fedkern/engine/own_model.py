@@ -151,7 +151,7 @@ def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[Fe
         raise
     except RAISED as error:  # a network's code may raise anything
         raise UserError(
-            f"the network {make.text} fails on two samples of {split.who}, {', '.join(data.form.shapes)} "
+            f"the network {make.text} fails on two samples of {split.name}, {', '.join(data.form.shapes)} "
             f"({cause(error)}){origin(error, type(inner(network)))}: it gets an item's parts but the last, or a dict's "
             "keys but its label; a collate_fn that returns (inputs, targets) picks others."
         ) from error

@@ -20,7 +20,7 @@ from fedkern.data.labels.spelling import SHOWN
 from fedkern.data.registry import read_options
 from fedkern.data.sharing.backdoor import add_backdoor
 from fedkern.data.sharing.holdout import hold_out
-from fedkern.data.sharing.patients import limited
+from fedkern.data.sharing.patients import limit_patients
 from fedkern.data.sources.dataset_images import as_images, can_be_images
 from fedkern.data.sources.inspection import inspect
 from fedkern.data.sources.items import Items
@@ -138,7 +138,7 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
     if config.records == "private" and data.drawn_validation:
         data = replace(data, validation=data.validation.subset(torch.zeros(0, dtype=torch.int64)))
     if config.unit.name == "patient":
-        data = limited(data, config.unit.images, config.seed)
+        data = limit_patients(data, config.unit.images, config.seed)
     options = read_options(config.data, config.data_options)[1]
     return add_backdoor(data, options.backdoor_clients, options.backdoor_target, options.backdoor_size, config.seed)
 
@@ -157,7 +157,7 @@ def finished_data(
     Raises:
         UserError: see :func:`load_data` and :func:`kept_data`.
     """
-    config = config.replace(cache=cache or used_cache.remembered(out))
+    config = config.replace(cache=cache or used_cache.recall_cache(out))
     return kept_data(config, load_data(config, masks=False, progress=progress))
 
 

@@ -429,7 +429,7 @@ def mean(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean(0)
 
 
-def named(values: Tensor, names: Sequence[str]) -> dict[str, float | None]:
+def to_dict(values: Tensor, names: Sequence[str]) -> dict[str, float | None]:
     """Values by name, None for NaN."""
     pairs = zip(names, values.tolist(), strict=True)
     return {name: None if math.isnan(value) else value for name, value in pairs}

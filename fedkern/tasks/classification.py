@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.tasks import classification_figures as of_classes
-from fedkern.tasks.base import Constant, Figures, Rows, Task, answers, check_shape, mean, named
+from fedkern.tasks.base import Constant, Figures, Rows, Task, answers, check_shape, mean, to_dict
 from fedkern.tasks.cross_entropy import check_classes, cross_entropy
 from fedkern.tasks.protocols import JudgedSet, Members, SampleSet, TaskBatch
 from fedkern.tasks.registered_metrics import Answers
@@ -129,7 +129,7 @@ class Classification(Task):
         labels = data.labels.cpu().long()
         counted = labels != self.ignored
         labels, outputs = labels[counted], [logits[counted] for logits in outputs]
-        summaries = [_classified(logits, labels) for logits in outputs]
+        summaries = [_summarise_logits(logits, labels) for logits in outputs]
         metrics = {
             figure: sum(row[figure] for row, _ in summaries) / len(summaries)
             for figure in summaries[0][0]
@@ -137,7 +137,7 @@ class Classification(Task):
         }
         tables = [table for _, table in summaries]
         per_class = {
-            figure: named(mean([table[figure] for table in tables]), names)
+            figure: to_dict(mean([table[figure] for table in tables]), names)
             for figure in tables[0]
             if all(figure in table for table in tables)
         }
@@ -187,7 +187,7 @@ CLASSIFICATION = Classification()
 UNLABELLED = Unlabelled()
 
 
-def _classified(logits: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+def _summarise_logits(logits: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
     """One network's figures from its logits [n, C], and those of every class, fp64 [C]."""
     logits = logits.double()
     classes = logits.shape[1]

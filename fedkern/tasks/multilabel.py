@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from fedkern.tasks.base import Figures, Floats, Rows, Task, check_shape, mean, named
+from fedkern.tasks.base import Figures, Floats, Rows, Task, check_shape, mean, to_dict
 from fedkern.tasks.classification_figures import areas
 from fedkern.tasks.protocols import JudgedSet, Label, SampleSet, TaskBatch
 
@@ -58,7 +58,7 @@ class Multilabel(Task):
         functions = {"auroc": areas, "average_precision": average_precisions}
         return Figures(
             per_class={
-                name: named(mean([of(logits, labels) for logits in outputs]), names) for name, of in functions.items()
+                name: to_dict(mean([of(logits, labels) for logits in outputs]), names) for name, of in functions.items()
             }
         )
 
@@ -87,7 +87,7 @@ class Multilabel(Task):
 
     def unvaried(self, data: JudgedSet) -> bool:
         outputs = [logits for _, logits in data.kept if logits.shape == data.labels.shape]
-        return bool(outputs) and len(data) > 1 and all(map(unvaried, outputs))
+        return bool(outputs) and len(data) > 1 and all(map(predicts_alike, outputs))
 
     def checked(self, labels: Tensor) -> Tensor:
         if labels.is_complex() or not bool(((labels == 0) | (labels == 1)).all()):
@@ -200,7 +200,7 @@ def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
     return result
 
 
-def unvaried(logits: Tensor) -> bool:
+def predicts_alike(logits: Tensor) -> bool:
     """Whether every label is predicted for all images alike."""
     predicted = logits > 0
     return bool((predicted == predicted[:1]).all())

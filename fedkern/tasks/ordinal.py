@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.tasks import classification_figures as of_classes
-from fedkern.tasks.base import Constant, Figures, Rows, Task, answers, mean, named
+from fedkern.tasks.base import Constant, Figures, Rows, Task, answers, mean, to_dict
 from fedkern.tasks.protocols import Description, JudgedSet, SampleSet, TaskBatch
 
 UNIT = 0.5413248546129181
@@ -94,7 +94,7 @@ class Ordinal(Task):
         labels, predictions = data.labels.cpu(), [logits.argmax(1) for logits in outputs]
         recalls = mean([of_classes.recalls(labels, predicted, len(names)) for predicted in predictions])
         matrices = [of_classes.confusion(labels, predicted, len(names)) for predicted in predictions]
-        return Figures(per_class={"recall": named(recalls, names)}, confusion=torch.stack(matrices).sum(0))
+        return Figures(per_class={"recall": to_dict(recalls, names)}, confusion=torch.stack(matrices).sum(0))
 
     def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
         return (output.argmax(1) - labels).abs().double()[:, None]

@@ -158,11 +158,11 @@ class PartitionStatistics:
         totals = self.counts.sum(axis=0)
         mean_skew = float(self.skew.mean()) if len(self.counts) else 0.0
 
-        def row(first: str, name: str, samples: object, test: object, skew: str, counts: Sequence[object]) -> list[str]:
+        def row(head: str, name: str, samples: object, test: object, skew: str, counts: Sequence[object]) -> list[str]:
             named = [name] if self.names is not None else []
             test_cells = [str(test)] if self.untrained else []
-            rest = [skew, *(str(count) for count in counts)] if self.classes else []
-            return [first, *named, str(samples), *test_cells, *rest]
+            cells = [skew, *(str(count) for count in counts)] if self.classes else []
+            return [head, *named, str(samples), *test_cells, *cells]
 
         nothing = [""] * len(self.classes)
         rows = [
@@ -172,8 +172,8 @@ class PartitionStatistics:
         if clients < len(self.counts):
             rows.append(row(f"... {len(self.counts) - clients} more", "", "", "", "", nothing))
         if self.held_out is not None:
-            first = "held out" if self.names is not None else f"held out ({self.held_out[0]})"
-            rows.append(row(first, self.held_out[0], "", self.held_out[1], "", nothing))
+            title = "held out" if self.names is not None else f"held out ({self.held_out[0]})"
+            rows.append(row(title, self.held_out[0], "", self.held_out[1], "", nothing))
         untrained = sum(tests) + (self.held_out[1] if self.held_out is not None else 0)
         rows.append(row("all", "", self.sizes.sum(), untrained, f"{mean_skew:.2f}", list(totals)))
         return rows

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.files.image_rows import in_parts
-from fedkern.tasks.base import Constant, Figures, Task, check_shape, mean, named
+from fedkern.tasks.base import Constant, Figures, Task, check_shape, mean, to_dict
 from fedkern.tasks.cross_entropy import added_in_any_order
 from fedkern.tasks.protocols import JudgedSet, SampleSet, TaskBatch
 
@@ -69,7 +69,7 @@ class Segmentation(Task):
         return segmentation(model, data)
 
     def final(self, data: SampleSet, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
-        return Figures(per_class={"dice": named(mean([output.nanmean(0) for output in outputs]), names)})
+        return Figures(per_class={"dice": to_dict(mean([output.nanmean(0) for output in outputs]), names)})
 
     def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
         parts = torch.full((len(labels), output.shape[1] - 1), math.nan, dtype=torch.float64)

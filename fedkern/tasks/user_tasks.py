@@ -160,22 +160,22 @@ class OwnTask(Task):
     def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
         if self.takes_batches:
             with autocast_on(next(model.parameters()).device):
-                return full(self._checked(inner(model), batch.data))
+                return full(self._call_loss(inner(model), batch.data))
         return self.criterion(model(batch.inputs), batch)
 
     def criterion(self, outputs: object, batch: TaskBatch) -> Tensor:
-        return self._checked(outputs, batch.targets)
+        return self._call_loss(outputs, batch.targets)
 
-    def _checked(self, *arguments: object) -> Tensor:
+    def _call_loss(self, *arguments: object) -> Tensor:
         name, function = self.loss_name, self.loss_code
         with explained(name, function):
-            value: Any = repeatable(self._placed(function, arguments), arguments[0])(*arguments)
+            value: Any = repeatable(self._place_loss(function, arguments), arguments[0])(*arguments)
         if not isinstance(value, Tensor) or value.dim():
             result = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UserError(f"{name} must return one number, a tensor of no axes, and returns {result}: take the mean.")
         return value
 
-    def _placed(self, function: Callable[..., object], arguments: tuple[object, ...]) -> Callable[..., object]:
+    def _place_loss(self, function: Callable[..., object], arguments: tuple[object, ...]) -> Callable[..., object]:
         """A loss that is a module with tensors (weights of classes) on the device of what it is given."""
         if not isinstance(function, nn.Module):
             return function
@@ -187,7 +187,7 @@ class OwnTask(Task):
             self._copies[device] = deepcopy(function).to(device)
         return self._copies[device]
 
-    def evaluated(self, model: nn.Module, batch: TaskBatch, *, lossless: bool = False) -> tuple[object, float]:
+    def evaluate_batch(self, model: nn.Module, batch: TaskBatch, *, lossless: bool = False) -> tuple[object, float]:
         """Return the outputs of a batch, None where the loss calls the network, and the loss, 0 where ``lossless``."""
 
         def play() -> tuple[object, float]:
@@ -220,7 +220,7 @@ class OwnTask(Task):
         for gradients in (False, True):
             try:
                 with torch.set_grad_enabled(gradients):
-                    return self._checked(outputs, targets).item()
+                    return self._call_loss(outputs, targets).item()
             except (UserError, RuntimeError) as error:
                 if "does not require grad" not in str(error):
                     raise
@@ -283,7 +283,7 @@ class SetEvaluation:
         """Evaluate the batches in order, and yield the outputs and targets of each."""
         takes_batches = self._task.takes_batches
         for batch in self._data.batches():
-            outputs, loss = self._task.evaluated(self._model, batch, lossless=self._lossless)
+            outputs, loss = self._task.evaluate_batch(self._model, batch, lossless=self._lossless)
             share = self._task.share(batch.targets, batch.data, len(batch.indices))
             self._shares += share
             self._count += len(batch.indices)
@@ -341,7 +341,7 @@ class SetEvaluation:
         loss = 0.0
         for batch in self._data.batches():
             if share := self._task.share(batch.targets, batch.data, len(batch.indices)):
-                loss += share * self._task.evaluated(self._model, batch)[1]
+                loss += share * self._task.evaluate_batch(self._model, batch)[1]
         return loss / self._shares if self._shares else math.nan
 
 

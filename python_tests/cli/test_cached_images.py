@@ -12,7 +12,7 @@ from PIL import Image
 
 import fedkern
 from fedkern.data.images import image_cache
-from fedkern.data.images.used_cache import remembered
+from fedkern.data.images.used_cache import recall_cache
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
@@ -68,7 +68,7 @@ def test_evaluate_and_extend_use_the_cache_of_the_run_and_do_not_make_it_again(r
     assert f"{IMAGES} decoded images are read from {tmp_path / 'decoded'}" in said
     # Nothing of it stands in the run folder, which may go to other people.
     shutil.copytree("run", "copy")
-    assert remembered("copy") is None
+    assert recall_cache("copy") is None
     assert not any(str(tmp_path / "decoded") in path.read_text() for path in (tmp_path / "run").glob("*.toml"))
     decoded.clear()
     result("extend", "run", "--rounds", "2", "--cache", "decoded", "--quiet")
@@ -82,10 +82,10 @@ def test_evaluate_and_extend_use_the_cache_of_the_run_and_do_not_make_it_again(r
 
 def test_a_new_run_in_the_place_of_another_has_its_own_cache(tmp_path):
     played("decoded")
-    assert remembered("run") == remembered(tmp_path / "run") == str(tmp_path / "decoded")
+    assert recall_cache("run") == recall_cache(tmp_path / "run") == str(tmp_path / "decoded")
     shutil.rmtree("run")
     played()
-    assert remembered("run") is None
+    assert recall_cache("run") is None
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "other"])
@@ -100,7 +100,7 @@ def test_evaluate_fills_a_cache(result, decoded, tmp_path, own):
         decoded.clear()
     assert sorted(path.suffix for path in (tmp_path / "mine").iterdir()) == [".images", ".lock", ".sizes"]
     assert "60 decoded images are read from" in result("evaluate", "run", *more, "--cache", "mine")[1]
-    assert remembered("run") is None  # a note is made by a run alone
+    assert recall_cache("run") is None  # a note is made by a run alone
 
 
 def test_from_python(result, decoded, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedkern.data import Split, load
 from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
-from fedkern.downstream.evaluation import counted, evaluate_run
+from fedkern.downstream.evaluation import evaluate_run, list_sets
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods.common.personal import Personal
@@ -278,5 +278,5 @@ def test_images_and_patients_of_every_site_are_told() -> None:
     test = data.tests[""].subset(torch.arange(6))
     test = dataclasses.replace(test, patients=torch.tensor([3, 3, 4, 5, 5, 5]), homes=torch.tensor([0, 0, 0, 1, 1, -1]))
     named = dataclasses.replace(data, client_names=("Bern", "Rome"), tests={"": test})
-    assert list(counted(named)) == ["the test set: images 6 of 3 patients, Bern 3 of 2 patients, Rome 2 of 1 patient"]
-    assert list(counted(data)) == [f"the test set: images {len(data.tests[''])}"]
+    assert list(list_sets(named)) == ["the test set: images 6 of 3 patients, Bern 3 of 2 patients, Rome 2 of 1 patient"]
+    assert list(list_sets(data)) == [f"the test set: images {len(data.tests[''])}"]

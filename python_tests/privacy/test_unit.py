@@ -15,7 +15,7 @@ from torch import nn
 
 from fedkern.data import Split
 from fedkern.data.forms import ImageForm
-from fedkern.data.sharing.patients import limited
+from fedkern.data.sharing.patients import limit_patients
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.images import Images
@@ -144,15 +144,15 @@ def test_patients_are_drawn_by_themselves_and_bring_all_their_images():
 
 
 def test_at_most_so_many_images_of_a_patient_stay(federation):
-    kept = limited(federation, 3, seed=0)
+    kept = limit_patients(federation, 3, seed=0)
     for before, after in zip(federation.clients, kept.clients, strict=True):
         counts = np.unique(after.patients.numpy(), return_counts=True)[1]
         assert counts.tolist() == [min(n, 3) for n in COUNTS]
         images = {image.numpy().tobytes() for image in before.images}
         assert all(image.numpy().tobytes() in images for image in after.images)
-    assert not torch.equal(limited(federation, 3, seed=1).clients[0].images, kept.clients[0].images)
+    assert not torch.equal(limit_patients(federation, 3, seed=1).clients[0].images, kept.clients[0].images)
     # What is drawn differs between patients: not always the first rows.
-    whole = limited(federation, 6, seed=0).clients[0]
+    whole = limit_patients(federation, 6, seed=0).clients[0]
     assert torch.equal(whole.images, federation.clients[0].images)
 
 
@@ -165,7 +165,7 @@ def test_a_patients_draw_depends_on_no_other_patient(federation):
     fewer = dataclasses.replace(federation, clients=(client.subset(torch.from_numpy(np.sort(rows))),))
 
     def others(data):
-        kept = limited(data, 3, seed=0).clients[0]
+        kept = limit_patients(data, 3, seed=0).clients[0]
         return kept.images[kept.patients != patient]
 
     assert torch.equal(others(federation), others(fewer))
@@ -173,10 +173,10 @@ def test_a_patients_draw_depends_on_no_other_patient(federation):
 
 def test_data_without_patients_or_with_a_shared_one_are_refused(federation, make_data, make_config, refuses, tmp_path):
     with pytest.raises(UserError, match="names no patients: give its table a column patient_id"):
-        limited(make_data(), 4, seed=0)
+        limit_patients(make_data(), 4, seed=0)
     shared = dataclasses.replace(federation, clients=(federation.clients[0], federation.clients[0]))
     with pytest.raises(UserError, match="clients 0 and 1 share a patient"):
-        limited(shared, 4, seed=0)
+        limit_patients(shared, 4, seed=0)
     with pytest.raises(UserError, match="--patient-images is for --privacy-unit patient"):
         make_config("fediod", patient_images=3)
     config = make_config("fediod", privacy_unit="patient")

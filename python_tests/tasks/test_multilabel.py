@@ -115,8 +115,8 @@ def test_a_network_is_asked_batch_by_batch():
 
 
 def test_unvaried_predictions():
-    assert of_labels.unvaried(torch.tensor([[1.0, -1.0], [2.0, -3.0]]))
-    assert not of_labels.unvaried(torch.tensor([[1.0, -1.0], [2.0, 3.0]]))
+    assert of_labels.predicts_alike(torch.tensor([[1.0, -1.0], [2.0, -3.0]]))
+    assert not of_labels.predicts_alike(torch.tensor([[1.0, -1.0], [2.0, 3.0]]))
 
 
 def test_the_loss_is_the_mean_binary_cross_entropy():

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fedkern.data.images.background import rasterise
 from fedkern.data.sources.found_files import read_file
-from fedkern.data.sources.table import parsed
+from fedkern.data.sources.table import parse_table
 from fedkern.data.split import Split
 from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import expand
@@ -110,7 +110,7 @@ class BoxesFile:
 
     def _read_csv(self) -> dict[str, list[Box]]:
         columns = ("image", "x1", "y1", "x2", "y2")
-        names, rows, lines, _ = parsed(self.path, "boxes file")
+        names, rows, lines, _ = parse_table(self.path, "boxes file")
         missing = [column for column in columns if column not in names]
         if missing:
             raise UserError(

@@ -64,7 +64,7 @@ class FullMasks:
         """The masks at ``indices``, int64 ``[m]``."""
         return FullMasks(self.store, self.rows[indices])
 
-    def loaded(self) -> FullMasks | None:
+    def load_masks(self) -> FullMasks | None:
         """The same masks, held in memory, compressed; None where all have the size of the resized ones.
 
         Raises:

@@ -128,7 +128,7 @@ def pixels_outside(window: Window | None, looks: Collection[Look], advice: str =
     return f"{' and '.join(sides)} the window; stored values {low:,.6g} to {high:,.6g}: {advice}."
 
 
-def described(
+def describe_files(
     sets: Mapping[Path, Set], looks: Mapping[Path, Look], seen: tuple[str, str], bits: int, window: Window | None
 ) -> tuple[str, ...]:
     """Lines on depth, size and colour of files: one on all, then, where sets differ, at most `LINES` on sets.
@@ -149,7 +149,7 @@ def described(
     all_sites = _sites(by_set)
 
     def words(chosen: Collection[Set]) -> str:
-        files = [look for one in chosen for look in by_set[one]]
+        files = [look for set_name in chosen for look in by_set[set_name]]
         sizes = sorted({look.size for look in files}, key=lambda sides: (sides[0] * sides[1], sides))
         ends = dict.fromkeys(f"{width} x {height}" for width, height in (sizes[0], sizes[-1]))
         stored = f"{listed(sorted({look.kind for look in files}))}, {' to '.join(ends)}"
@@ -166,8 +166,8 @@ def described(
         return f"{'; '.join(f'{SPLITS[split]}images{where}' for split, where in of.items())}: {words(chosen)}"
 
     alike: dict[str, list[Set]] = {}
-    for one in by_set:
-        alike.setdefault(words([one]), []).append(one)
+    for set_name in by_set:
+        alike.setdefault(words([set_name]), []).append(set_name)
     groups = [*alike.values()]
     if len(groups) > LINES:
         groups[LINES - 1 :] = [sorted(line for group in groups[LINES - 1 :] for line in group)]
@@ -176,4 +176,4 @@ def described(
 
 def _sites(sets: Collection[Set]) -> dict[str, list[str]]:
     """The sites of every split."""
-    return {split: [site or "no site" for other, site in sets if other == split] for split, _ in sets}
+    return {split: [site or "no site" for part, site in sets if part == split] for split, _ in sets}

@@ -154,7 +154,7 @@ class _Cache:
 
     def fetch(self, needed: Rows) -> tuple[ImageStore, Tensor]:
         """The images, of which at least those at ``needed`` are decoded, and int64 ``[N, 2]``, see `ImageFiles`."""
-        entry = self._opened(needed)
+        entry = self._open_entry(needed)
         if self._damaged and self._notice is not None:
             self._notice(f"{self._damaged:,} images in {self._images} are damaged and are decoded again")
         if entry is not None:
@@ -169,7 +169,7 @@ class _Cache:
             self._folder.mkdir(parents=True, exist_ok=True)
             with one_writer(self._lock, self._wait):
                 self._fill(needed)
-            entry = self._opened(needed)
+            entry = self._open_entry(needed)
         except BrokenPipeError:  # of a progress line
             raise
         except OSError as error:
@@ -184,7 +184,7 @@ class _Cache:
                 f"another run decodes the same {self._files.things} into {self._folder}: this run waits for it"
             )
 
-    def _opened(self, needed: Rows) -> tuple[ImageStore, Tensor] | None:
+    def _open_entry(self, needed: Rows) -> tuple[ImageStore, Tensor] | None:
         """The images and their sizes; None unless all images at ``needed`` are decoded."""
         sizes = self._read_sizes(needed)
         if sizes is None or not sizes[needed, 0].all():

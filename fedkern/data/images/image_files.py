@@ -43,14 +43,14 @@ TURNS = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Return whether a name is none of the user's: hidden, what macOS adds to an archive, or a lock of Office."""
     return name.startswith((".", "~$")) or name == "__MACOSX"
 
 
 def subfolders(folder: Path) -> list[str]:
     """Sorted names of the folders in ``folder`` that are not hidden; raises UserError where one is not UTF-8."""
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not hidden(path.name))
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     for path in folders:
         check_text(str(path), "the folder")
     return [path.name for path in folders]
@@ -62,7 +62,7 @@ def list_images(folder: Path) -> list[Path]:
     Raises:
         UserError: a name is not UTF-8, or belongs to a link to nothing, a named pipe, a socket or a device.
     """
-    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not hidden(path.name))
+    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not is_hidden(path.name))
     images = sorted(path for path in named if not path.is_dir())
     for path in images:
         check_text(str(path), "the image")
@@ -231,7 +231,7 @@ class ImageFiles:
             image.draft(mode, (2 * self.size, 2 * self.size))
             picture = _on_white(_eight_bits(image, path, self.data, self.bits, self.window)).convert(mode)
             square = (self.size, self.size)
-            small = _padded(picture, self.size) if self.pad else picture.resize(square, Image.Resampling.BICUBIC)
+            small = _pad_image(picture, self.size) if self.pad else picture.resize(square, Image.Resampling.BICUBIC)
             return np.atleast_3d(np.asarray(small)).transpose(2, 0, 1), stored_size
 
 
@@ -425,7 +425,7 @@ def grey_bits(tops: Iterable[int]) -> int:
     return 0 if top < 0 else next((bits for bits in BITS if top < 2**bits), BITS[-1])
 
 
-def _padded(image: Image.Image, size: int) -> Image.Image:
+def _pad_image(image: Image.Image, size: int) -> Image.Image:
     """Like Pillow's ``ImageOps.pad``, which rounds the short side of a thin image to no pixel at all."""
     longest = max(image.size)
     width, height = (max(1, round(side / longest * size)) for side in image.size)

@@ -59,7 +59,7 @@ class Pixels:
             rows = transforms.normalise(rows.permute(0, 3, 1, 2), self._mean, self._std).permute(0, 2, 3, 1)
         return rows if erased is None else torch.where(erased[..., None], self._fill.to(rows.dtype), rows)
 
-    def sent(self, index: Tensor) -> Tensor:
+    def send_index(self, index: Tensor) -> Tensor:
         """Indices on the CPU, sent to where the images are; :meth:`take` then sends them no more."""
         return index if self._file is not None else send(index, self._device)
 
@@ -109,7 +109,7 @@ def as_index(indices: np.ndarray | Tensor) -> Tensor:
     return indices if isinstance(indices, Tensor) else torch.from_numpy(np.ascontiguousarray(indices))
 
 
-def placed(labels: Tensor, device: torch.device) -> Tensor:
+def place_labels(labels: Tensor, device: torch.device) -> Tensor:
     """Labels on the device; classes of pixels that are in a file stay there."""
     return labels if isinstance(labels, FileRows) else labels.to(device)
 

@@ -15,7 +15,7 @@ from fedkern.errors import UserError
 from fedkern.files.filesystem import cache_folder
 
 
-def remember(out: Path, cache: str | None) -> None:
+def note_cache(out: Path, cache: str | None) -> None:
     """Notes that the run in ``out`` uses ``cache``; None removes the note of an earlier run in that place.
 
     Without a cache folder that can be written to, nothing is noted.
@@ -29,7 +29,7 @@ def remember(out: Path, cache: str | None) -> None:
         note.write_text(cache, encoding="utf-8")
 
 
-def remembered(out: str | Path) -> str | None:
+def recall_cache(out: str | Path) -> str | None:
     """The cache that a run of this user in ``out`` has used; None where there is none any more."""
     try:
         note = _note(Path(out))

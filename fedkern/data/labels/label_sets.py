@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.data.labels.spelling import classes_of, emptied, filled
+from fedkern.data.labels.spelling import classes_of, clean_cell, describe_missing
 from fedkern.errors import UserError
 
 COLUMN = "labels"
@@ -52,11 +52,11 @@ def label_sets(
         UserError: the rows name no label.
     """
     parts = [[part.strip() for part in cell.split(SEPARATOR)] for cell in cells]
-    split = [[part for part in row if filled(part)] for row in parts]
+    split = [[part for part in row if clean_cell(part)] for row in parts]
     names, numbers, notices = classes_of([name for row in split for name in row], where[:1].upper() + where[1:], order)
     if not names:
         raise UserError(f'data set "{data}": {where} names no label, expected two or more, joined by "{SEPARATOR}"')
-    notices = [*emptied((part for row in parts for part in row), f"Labels of {where}"), *notices]
+    notices = [*describe_missing((part for row in parts for part in row), f"Labels of {where}"), *notices]
     sets = np.zeros((len(split), len(names)), dtype=np.uint8)
     sets[np.repeat(np.arange(len(split)), [len(row) for row in split]), numbers] = 1
     return names, sets, notices

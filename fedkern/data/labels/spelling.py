@@ -23,13 +23,13 @@ SHOWN = 3
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
 
 
-def filled(value: str) -> str:
+def clean_cell(value: str) -> str:
     """A cell without the spaces around it, ``""`` where it says that the value is missing."""
     value = value.strip()
     return "" if value in MISSING else value
 
 
-def emptied(cells: Iterable[str], noun: str) -> list[str]:
+def describe_missing(cells: Iterable[str], noun: str) -> list[str]:
     """A sentence on the cells that say that their value is missing, or nothing; ``noun`` they are, in words."""
     counts = Counter(value for cell in cells if (value := cell.strip()) in MISSING)
     values = ", ".join(f"{value} ({count})" for value, count in counts.most_common())
@@ -41,7 +41,7 @@ def number(value: str) -> Decimal | None:
     return Decimal(value) if _NUMBER.fullmatch(value) else None
 
 
-def unified(values: Sequence[str], where: str) -> tuple[list[str], list[str]]:
+def unify_spelling(values: Sequence[str], where: str) -> tuple[list[str], list[str]]:
     """The values with one spelling for each: equal numbers, and texts with equal Unicode normal forms, are one value.
 
     The spelling is the shortest one that occurs.
@@ -71,7 +71,7 @@ def unified(values: Sequence[str], where: str) -> tuple[list[str], list[str]]:
     return [spelling_of[_key(value)] for value in values], notices
 
 
-def numbered(names: Iterable[str]) -> tuple[str, ...]:
+def sort_names(names: Iterable[str]) -> tuple[str, ...]:
     """Distinct names in order: by value if all of them are numbers, else as texts."""
     distinct = set(names)
     numbers = {name: value for name in distinct if (value := number(name)) is not None}
@@ -83,10 +83,10 @@ def classes_of(
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64], list[str]]:
     """The classes of a column of labels; every row's class, int64 ``[n]``; and sentences.
 
-    ``order`` has the classes in their order, joined by ``|``, each once, else UserError; empty: see :func:`numbered`.
+    ``order`` has the classes in their order, joined by ``|``, each once, else UserError; empty: see :func:`sort_names`.
     """
-    labels, notices = unified(labels, where)
-    classes = _in_order(order, numbered(labels), where) if order else numbered(labels)
+    labels, notices = unify_spelling(labels, where)
+    classes = _in_order(order, sort_names(labels), where) if order else sort_names(labels)
     place = {name: label for label, name in enumerate(classes)}
     return classes, np.array([place[name] for name in labels], dtype=np.int64), notices
 

@@ -51,14 +51,14 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
     if size >= side:
         raise UserError(f'backdoor_size is {size}, but the images of "{data.name}" are only {side} pixels high or wide')
 
-    def poisoned(split: Split, client: int) -> Split:
+    def poison_split(split: Split, client: int) -> Split:
         rng = stream(seed, "backdoor/train", client=client)
         rows = torch.from_numpy(rng.permutation(len(split))[: round(SHARE * len(split))])
         images, labels = split.images.clone(), split.labels.clone()
         images[rows], labels[rows] = draw_patch(images[rows], size), target
         return dataclasses.replace(split, images=images, labels=labels)
 
-    def attacked(name: str, split: Split) -> Split:
+    def attack_split(name: str, split: Split) -> Split:
         rows = torch.nonzero(split.labels != target)[:, 0]
         if not len(rows):
             raise UserError(f'the test set "{name or "test"}" has no image of a class other than {target} to attack')
@@ -66,8 +66,8 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
         labels = torch.full_like(victims.labels, target)
         return dataclasses.replace(victims, images=draw_patch(victims.images, size), labels=labels)
 
-    splits = [poisoned(split, k) if k < clients else split for k, split in enumerate(data.clients)]
+    splits = [poison_split(split, k) if k < clients else split for k, split in enumerate(data.clients)]
     statistics = data.statistics.recounted(splits)
     tests = dict(data.tests)
-    tests.update({f"{name}_backdoor" if name else "backdoor": attacked(name, s) for name, s in data.tests.items()})
+    tests.update({f"{name}_backdoor" if name else "backdoor": attack_split(name, s) for name, s in data.tests.items()})
     return dataclasses.replace(data, clients=tuple(splits), tests=tests, statistics=statistics)

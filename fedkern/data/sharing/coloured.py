@@ -144,11 +144,11 @@ def paint(data: FederatedData, palette: Palette, correlation: float, mask: str, 
     numbers = [-1 if has_one_map else k for k in range(len(data.clients))]
     maps = [class_colours(seed, k, len(data.classes), palette) for k in numbers]
 
-    def painted(grey: Split, colours: Colours) -> Split:
+    def paint_split(grey: Split, colours: Colours) -> Split:
         images, masks = colourise(grey.images, colours, palette)
         return Split(images, grey.labels, masks, grey.ids)
 
-    def tied(labels: npt.NDArray[np.int64], purpose: str, client: int) -> Colours:
+    def draw_tied(labels: npt.NDArray[np.int64], purpose: str, client: int) -> Colours:
         rng = stream(seed, f"colours/{purpose}", client=client)
         return tied_colours(labels, maps[client], correlation, palette, rng)
 
@@ -157,18 +157,18 @@ def paint(data: FederatedData, palette: Palette, correlation: float, mask: str, 
         colours = np.empty((len(grey), 3), dtype=np.uint8)
         homes = torch.full((len(grey),), -1)
         for k, rows in enumerate(partition_like(labels, data.statistics.counts, stream(seed, f"assign/{purpose}"))):
-            colours[rows] = tied(labels[rows], purpose, k)
+            colours[rows] = draw_tied(labels[rows], purpose, k)
             homes[rows] = k
-        split = painted(grey, colours)
+        split = paint_split(grey, colours)
         return replace(split, homes=homes) if correlation and not has_one_map else split
 
-    clients = [painted(grey, tied(grey.labels.numpy(), "train", k)) for k, grey in enumerate(data.clients)]
+    clients = [paint_split(grey, draw_tied(grey.labels.numpy(), "train", k)) for k, grey in enumerate(data.clients)]
     if mask == "box":
         clients = [replace(split, masks=bounding_boxes(split.masks)) for split in clients]
     test = data.tests[""]
     tests = {
         "id": in_distribution(test, "test"),
-        "ood": painted(test, random_colours(len(test), palette, stream(seed, "colours/ood"))),
+        "ood": paint_split(test, random_colours(len(test), palette, stream(seed, "colours/ood"))),
     }
     form = replace(data.form, shape=(3, *data.form.shape[1:]), mean=(palette.mean,) * 3, std=(palette.std,) * 3)
     statistics = data.statistics

@@ -98,19 +98,19 @@ def add_cues(data: FederatedData, clients: int, size: int, seed: int) -> Federat
     if size > side:
         raise UserError(f'cue_size is {size}, but the images of "{data.name}" are only {side} pixels high or wide')
 
-    def tied(split: Split, purpose: str, client: int = -1) -> Split:
+    def draw_tied(split: Split, purpose: str, client: int = -1) -> Split:
         rng = stream(seed, f"cue/{purpose}", client=client)
         return dataclasses.replace(split, images=draw_shapes(split.images, split.labels.numpy(), size, rng))
 
-    def untied(split: Split, purpose: str) -> Split:
+    def draw_untied(split: Split, purpose: str) -> Split:
         rng = stream(seed, f"cue/{purpose}")
         shapes = rng.integers(0, classes, size=len(split))
         return dataclasses.replace(split, images=draw_shapes(split.images, shapes, size, rng))
 
-    splits = [tied(split, "train", k) if k < clients else split for k, split in enumerate(data.clients)]
+    splits = [draw_tied(split, "train", k) if k < clients else split for k, split in enumerate(data.clients)]
     tests = dict(data.tests)
     for name, split in data.tests.items():
         prefix = f"{name}_" if name else ""
-        tests[f"{prefix}cue_tied"] = tied(split, f"test/{name}/tied")
-        tests[f"{prefix}cue_random"] = untied(split, f"test/{name}/random")
+        tests[f"{prefix}cue_tied"] = draw_tied(split, f"test/{name}/tied")
+        tests[f"{prefix}cue_random"] = draw_untied(split, f"test/{name}/random")
     return dataclasses.replace(data, clients=tuple(splits), tests=tests)

@@ -87,7 +87,7 @@ def _without(data: FederatedData, absent: int, staying: list[int]) -> FederatedD
     unseen = [data.form.central(train)]
     counted = set(train.identities())
 
-    def purged(split: Split) -> Split:
+    def purge_split(split: Split) -> Split:
         images = split.identities()
         mask = torch.tensor([name in identities for name in images], dtype=torch.bool)
         if split.homes is not None:
@@ -102,9 +102,9 @@ def _without(data: FederatedData, absent: int, staying: list[int]) -> FederatedD
             counted.update(unseen[-1].identities())
         return split.subset((~mask).nonzero().flatten())
 
-    tests = {name: purged(split) for name, split in data.tests.items()}
-    validation = purged(data.validation)
-    public = None if data.public is None else purged(data.public)
+    tests = {name: purge_split(split) for name, split in data.tests.items()}
+    validation = purge_split(data.validation)
+    public = None if data.public is None else purge_split(data.public)
     tests = {name: split for name, split in tests.items() if len(split)}
     held_out = unseen[0].plus(unseen[1:])
     tests[HELD_OUT] = held_out if held_out.homes is None else replace(held_out, homes=None)

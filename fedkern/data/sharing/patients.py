@@ -14,13 +14,13 @@ from fedkern.errors import UserError
 from fedkern.streams import stream
 
 
-def numbered(split: Split) -> Rows:
+def number_patients(split: Split) -> Rows:
     """Patient of every image, int64 ``[n]`` counted from 0, of a split that names patients."""
     assert split.patients is not None  # checked in limited
     return np.unique(split.patients.numpy(), return_inverse=True)[1].astype(np.int64)
 
 
-def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
+def limit_patients(data: FederatedData, images: int, seed: int) -> FederatedData:
     """The federation with at most ``images`` training images of every patient, drawn at random; order is kept.
 
     A patient's draw depends on no other patient's images.  Otherwise one patient's images could change which images of
@@ -50,7 +50,7 @@ def limited(data: FederatedData, images: int, seed: int) -> FederatedData:
 def _limit_images(split: Split, images: int, client: int, seed: int) -> Split:
     assert split.patients is not None  # checked in limited
     parts = []
-    for rows in rows_of_units(numbered(split)):
+    for rows in rows_of_units(number_patients(split)):
         if len(rows) > images:
             rng = stream(seed, f"patient-images/{int(split.patients[rows[0]])}", client=client)
             rows = rng.permutation(rows)[:images]

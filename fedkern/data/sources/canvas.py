@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.data.sources.digits import Bytes, enlarged, resized
+from fedkern.data.sources.digits import Bytes, enlarge_digits, resize_glyph
 
 SIDE, CELL = 32, 16  # a canvas has two by two cells
 SUBJECT, OTHER = 14, 11  # side in pixels of the digit that the caption begins with, and of the other digits
@@ -43,7 +43,7 @@ class Placed:
 @functools.cache
 def _glyphs(side: int) -> Bytes:
     """All digits as opacities, uint8 ``[1797, side, side]``."""
-    return np.stack([resized(image, side) for image in enlarged()[0]])
+    return np.stack([resize_glyph(image, side) for image in enlarge_digits()[0]])
 
 
 def random_ground(texture: str, rng: np.random.Generator) -> Ground:

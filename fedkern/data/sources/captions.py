@@ -17,7 +17,7 @@ from fedkern.data.forms import ImageForm
 from fedkern.data.sharing.partition import PartitionSpec, parse_partition
 from fedkern.data.sharing.partition import partition as share_out
 from fedkern.data.sources.canvas import INK, OTHER, SIDE, SUBJECT, TEXTURES, Ground, Placed, draw, noisy, random_ground
-from fedkern.data.sources.digits import enlarged, fixed_split
+from fedkern.data.sources.digits import enlarge_digits, fixed_split
 from fedkern.data.split import Split
 from fedkern.data.types import DataRequest, FederatedData
 from fedkern.errors import UserError
@@ -141,7 +141,7 @@ def make_captions(
     if small and not is_rare:
         styles[-1] = replace(styles[-1], noise=NOISE)
     sizes, subjects = _subjects(spec, clients, samples, seed, minority if small else 0.0)
-    drawn = enlarged()[1]
+    drawn = enlarge_digits()[1]
     pools = [rows.numpy() for rows in fixed_split(drawn)]
 
     def canvases(purpose: str, k: int, chosen: list[Style], count: int, subjects: Digits | None = None) -> Split:

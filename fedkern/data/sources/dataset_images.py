@@ -72,8 +72,8 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
     columns = {key: _columns(split, reason, again) for key, split in sets.items()}
     form = _image_form(data.form, is_raw)
     for key, (images, *_) in columns.items():
-        if wrong := _fault(images, form, data.clients[0].who):
-            raise UserError(f"Images of {sets[key].who} {wrong}.")
+        if wrong := _fault(images, form, data.clients[0].name):
+            raise UserError(f"Images of {sets[key].name} {wrong}.")
     is_captioned = "pairs" in data.task.offers
 
     def rows_of(split: Items) -> Split:
@@ -82,7 +82,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
             return Split(blank, no_labels, texts=() if is_captioned else None, task=data.task)
         images, labels, masks = columns[id(split.dataset)]
         if labels is None:
-            raise UserError(f"{reason} needs classes, whole numbers, and items of {split.who} have none.")
+            raise UserError(f"{reason} needs classes, whole numbers, and items of {split.name} have none.")
         used = sets[id(split.dataset)].rows
         rows: Any = slice(None) if split.rows is None else split.rows
         rows = rows if used is None or split.rows is None else torch.searchsorted(used, split.rows)
@@ -90,7 +90,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
             return _add_texts(images[rows], split)
         low, high = map(int, labels[rows].aminmax())
         if low < 0 or high >= MOST_CLASSES:
-            raise UserError(f"{reason} needs classes from 0, below {MOST_CLASSES}: {split.who} has {low} to {high}.")
+            raise UserError(f"{reason} needs classes from 0, below {MOST_CLASSES}: {split.name} has {low} to {high}.")
         masks = None if masks is None else masks[rows]
         return Split(images[rows], labels[rows], masks, patients=split.patients, homes=split.homes, task=data.task)
 
@@ -146,13 +146,13 @@ def _columns(split: Items, reason: str, again: int) -> Columns:
         split.store = RowStore(count, None)
     store = split.store
     if store is None:
-        raise _unkept(reason, split.who, split.unkept or "its rows take more memory than a run keeps")
+        raise _unkept(reason, split.name, split.unkept or "its rows take more memory than a run keeps")
     unread = np.flatnonzero(store.reads == 0)
     for rows in [*_in_batches(unread), *_in_batches(_find_repeats(store, count, again))]:
         if len(rows):
             split.batch(rows, 0)
         if store.reason:
-            raise _unkept(reason, split.who, store.reason)
+            raise _unkept(reason, split.name, store.reason)
     return _parts(split, store.take(torch.arange(count)))
 
 
@@ -184,18 +184,18 @@ def _parts(split: Items, batch: object) -> Columns:
     """Return the images, classes and masks in a batch."""
     inputs, targets = parted(batch)
     mask = inputs.get(MASK) if isinstance(inputs, Keywords) else None
-    images, *further = [leaf for leaf in leaves(inputs) if leaf is not mask and getattr(leaf, "ndim", 0) == 4] or [None]
-    if images is None or further:
-        raise UserError(f"Items of {split.who} have {'several images' if further else 'no image'}: give one [C, H, W].")
+    images, *extra = [leaf for leaf in leaves(inputs) if leaf is not mask and getattr(leaf, "ndim", 0) == 4] or [None]
+    if images is None or extra:
+        raise UserError(f"Items of {split.name} have {'several images' if extra else 'no image'}: give one [C, H, W].")
     if mask is not None:
         mask = mask.squeeze(1) if mask.dim() == 4 else mask
         if mask.shape != (len(images), *images.shape[2:]):
             raise UserError(
-                f"The mask of an item of {split.who} is {list(mask.shape[1:])}, not {list(images.shape[2:])} as the "
+                f"The mask of an item of {split.name} is {list(mask.shape[1:])}, not {list(images.shape[2:])} as the "
                 "image: give one value per pixel."
             )
         if not bool(((mask == 0) | (mask == mask.max())).all() & (mask.max() >= 0)):
-            raise UserError(f"The mask of an item of {split.who} has more than two values: give 0 and 1.")
+            raise UserError(f"The mask of an item of {split.name} has more than two values: give 0 and 1.")
         mask = mask != 0
     has_classes = isinstance(targets, Tensor) and targets.dtype in INTEGERS and targets.shape == images.shape[:1]
     return images.detach(), targets.to(torch.int64) if has_classes else None, mask

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from fedkern.data.forms import SampleForm, Scale
-from fedkern.data.labels.spelling import numbered
+from fedkern.data.labels.spelling import sort_names
 from fedkern.data.sharing.groups import grouped_rows, training_cases, unit_noun
 from fedkern.data.sharing.partition import parse_partition, share_samples
 from fedkern.data.sources.arrays import by_text, check_names
@@ -162,7 +162,7 @@ def parts_of_datasets(
         return replace(split, dataset=dataset, groups=groups)
 
     if is_captioned:
-        batch = items(first_split.dataset, first_split.who).batch(range(min(2, len(first_split))), 0)
+        batch = items(first_split.dataset, first_split.name).batch(range(min(2, len(first_split))), 0)
 
     own_sets = {name: items(dataset, f"client {name}" if several else "data") for name, dataset in named.items()}
     tests, client_tests = _tests(test, named if isinstance(clients, Mapping) else {}, items)
@@ -260,7 +260,7 @@ def _shared_out(
     """A single data set shared out among ``count`` clients, or a client for every group of ``group_names``."""
     spec = parse_partition(partition)
     all_labels = None if spec.name in ("iid", "attribute") else classes_of(pool)
-    rows = np.arange(len(pool)) if samples is None else _drawn(len(pool), samples, seed, pool.groups)
+    rows = np.arange(len(pool)) if samples is None else _draw_samples(len(pool), samples, seed, pool.groups)
     labels = np.zeros(len(rows), dtype=np.int64) if all_labels is None else all_labels.numpy()[rows]
     classes = 1 if all_labels is None else max(len(names), 1 + int(all_labels.max()))
     patients, sites, owners = None if pool.groups is None else pool.groups[rows], None, None
@@ -270,7 +270,7 @@ def _shared_out(
             raise UserError(
                 f"partition={partition!r} needs the site of every item: give groups=, or a dict of clients."
             )
-        sites = numbered(homes)
+        sites = sort_names(homes)
         if count not in (None, len(sites)):
             raise UserError(f"groups has {len(sites)} sites, not {count}: leave clients out, or partition another way.")
         count, owners = len(sites), _places(homes, sites)
@@ -278,7 +278,7 @@ def _shared_out(
     shares = share_samples(spec, labels, count, seed, classes, patients=patients, owners=owners)
     pool = replace(pool, classes=all_labels, groups=None if sites else pool.groups)
     splits = {
-        name: replace(pool.subset(torch.from_numpy(rows[part])), who=f"client {name}")
+        name: replace(pool.subset(torch.from_numpy(rows[part])), name=f"client {name}")
         for name, part in zip(sites or map(str, range(count)), shares, strict=True)
     }
     sizes = tuple(map(len, splits.values()))
@@ -299,7 +299,7 @@ def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items
     """The clients with ``samples`` of all samples."""
     ends = np.cumsum([0, *map(len, splits.values())])
     patients = [split.groups for split in splits.values() if split.groups is not None]
-    rows = _drawn(int(ends[-1]), samples, seed, torch.cat(patients) if patients else None)
+    rows = _draw_samples(int(ends[-1]), samples, seed, torch.cat(patients) if patients else None)
     subsets = {}
     for k, (name, split) in enumerate(splits.items()):
         client_rows = rows[(rows >= ends[k]) & (rows < ends[k + 1])] - ends[k]
@@ -307,7 +307,7 @@ def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items
     return subsets
 
 
-def _drawn(count: int, samples: int, seed: int, patients: Tensor | None) -> npt.NDArray[np.int64]:
+def _draw_samples(count: int, samples: int, seed: int, patients: Tensor | None) -> npt.NDArray[np.int64]:
     if samples > count:
         raise UserError(f"train_samples must be at most {count}, the number of training samples, not {samples}.")
     units = grouped_rows(None, None, patients)

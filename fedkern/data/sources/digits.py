@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fedkern.data.forms import Scale
-from fedkern.data.sources.listing import interleaved
+from fedkern.data.sources.listing import interleave_classes
 from fedkern.data.types import Source, fixed_rows, memory_pool
 
 SIZE = 32
@@ -35,29 +35,29 @@ def glyphs() -> Bytes:
     return np.rint(small_digits()[0] * (255 / 16)).astype(np.uint8)
 
 
-def resized(image: Bytes, side: int) -> Bytes:
+def resize_glyph(image: Bytes, side: int) -> Bytes:
     """An image of ``side`` x ``side`` pixels: Pillow's bicubic filter is in integers, so that all machines agree."""
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
 
 
 @cache
-def enlarged() -> tuple[Bytes, npt.NDArray[np.int64]]:
+def enlarge_digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
     """The digits uint8 ``[1797, 32, 32]`` and their labels, which nobody may change.
 
     Kept, as a process often opens the digits more than once: a run and its pictures, the runs of a comparison.
     """
-    return np.stack([resized(glyph, SIZE) for glyph in glyphs()]), small_digits()[1]
+    return np.stack([resize_glyph(glyph, SIZE) for glyph in glyphs()]), small_digits()[1]
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
     """The digits as images uint8 ``[1797, 1, 32, 32]`` and labels int64 ``[1797]``."""
-    large, labels = enlarged()
+    large, labels = enlarge_digits()
     return torch.from_numpy(large.copy()).unsqueeze(1), torch.from_numpy(labels.copy())
 
 
 def fixed_split(labels: npt.NDArray[np.int64]) -> list[Tensor]:
     """The rows of the digits to train, to validate and to test with, the same for every seed."""
-    return fixed_rows(interleaved(labels, "split/digits"), TRAIN, VALIDATION)
+    return fixed_rows(interleave_classes(labels, "split/digits"), TRAIN, VALIDATION)
 
 
 def digit_source(

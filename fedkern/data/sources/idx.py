@@ -62,7 +62,7 @@ def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
     magic = IMAGES_MAGIC if dimensions == 3 else LABELS_MAGIC
     header = 4 * (1 + dimensions)
 
-    def announced(head: bytes, path: Path) -> list[int]:
+    def read_shape(head: bytes, path: Path) -> list[int]:
         number, *shape = struct.unpack_from(f">{1 + dimensions}I", head)
         if number != magic:
             noun = "images" if dimensions == 3 else "labels"
@@ -71,10 +71,10 @@ def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
             )
         return shape
 
-    raw, path = read_bytes(folder, name, data, lambda head, path: header + math.prod(announced(head, path)), header)
+    raw, path = read_bytes(folder, name, data, lambda head, path: header + math.prod(read_shape(head, path)), header)
     if len(raw) < header:
         raise UserError(f'data set "{data}": {path} has {len(raw)} bytes, fewer than the {header} of an IDX header')
-    shape = announced(raw, path)
+    shape = read_shape(raw, path)
     expected, size = header + math.prod(shape), "x".join(str(axis) for axis in shape)
     if len(raw) != expected:
         raise UserError(

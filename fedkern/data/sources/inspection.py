@@ -94,7 +94,7 @@ def look(dataset: Items, samples: int = HASHED) -> Sight:
         dataset.draws.update(seeded.draws)
         return look(dataset, samples)
     piles_threads = len({*threads[:3]}) == 3 and threads[:3] == sorted(threads[:3])
-    return Sight(dataset.who, value.digest(), is_steady, piles_threads, tuple(left_out(tables[0])), hashes)
+    return Sight(dataset.name, value.digest(), is_steady, piles_threads, tuple(left_out(tables[0])), hashes)
 
 
 def per_set(sets: int) -> int:
@@ -113,6 +113,6 @@ def _store(split: Items, keep_items: str, limit: int) -> RowStore | None:
         return None
     if split.collate is not default_collate:
         if keep_items == "memory":
-            raise cannot_keep(split.who, "its collate_fn may make other batches of the same items")
+            raise cannot_keep(split.name, "its collate_fn may make other batches of the same items")
         return None
     return RowStore(len(split.dataset), None if keep_items == "memory" else limit)

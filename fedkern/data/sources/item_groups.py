@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, default_collate
 
-from fedkern.data.labels.spelling import filled, number
+from fedkern.data.labels.spelling import clean_cell, number
 from fedkern.data.sharing.groups import hash_names
 from fedkern.data.sources.items import Items, cause, locate
 from fedkern.errors import RAISED, UserError, shown
@@ -54,8 +54,8 @@ class GroupReader:
             names = [*map(_name, self._values(split))]
         except RAISED as error:  # the user's own code
             rule = shown(self._rule)
-            raise UserError(f"groups={rule} of {split.who} cannot be read ({cause(error)}): {WAY}.") from error
-        hashes = hash_names(f"patient/{name}" if name else f"item/{split.who}/{row}" for row, name in enumerate(names))
+            raise UserError(f"groups={rule} of {split.name} cannot be read ({cause(error)}): {WAY}.") from error
+        hashes = hash_names(f"patient/{name}" if name else f"item/{split.name}/{row}" for row, name in enumerate(names))
         self.names |= dict(zip(hashes.tolist(), names, strict=True))
         return torch.from_numpy(hashes)
 
@@ -66,7 +66,7 @@ class GroupReader:
             return values
         values = [self._value_of_key(item) for item in replace(split, group_key="").read(range(len(split)), 0)]
         way = "give the data set an attribute or a column of this name"
-        warnings.warn(f"All {len(split)} items of {split.who} are read once for their groups: {way}.", stacklevel=7)
+        warnings.warn(f"All {len(split)} items of {split.name} are read once for their groups: {way}.", stacklevel=7)
         self._known[id(split.dataset)] = values
         return values
 
@@ -101,6 +101,6 @@ def _name(value: Any) -> str:
     value = value.item() if getattr(value, "shape", None) == () else value
     if value is not None and not isinstance(value, (str, int, float)):
         raise UserError(f"one is {shown(value)}, neither a text nor a number nor None")
-    name = filled(str(value))
+    name = clean_cell(str(value))
     amount = number(name)
     return unicodedata.normalize("NFC", name) if amount is None else f"{amount.normalize():f}"

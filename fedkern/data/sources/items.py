@@ -53,7 +53,7 @@ class Items:
 
     Attributes:
         dataset: the data set.
-        who: the split in messages: ``client a``, ``the test set``.
+        name: the split in messages: ``client a``, ``the test set``.
         task: what is learnt of it.
         collate: makes a batch of a list of items.
         rows: int64 ``[n]``, the items of the split; None: all.
@@ -72,7 +72,7 @@ class Items:
     cases: ClassVar[None] = None
 
     dataset: Any
-    who: str
+    name: str
     task: Task
     collate: Callable[[list[Any]], Any]
     rows: Tensor | None = None
@@ -118,7 +118,7 @@ class Items:
         sets = [part.dataset if part.rows is None else Subset(part.dataset, part.rows.tolist()) for part in parts]
         patients = [split.patients for split in parts if split.patients is not None]
         groups = torch.cat(patients) if len(patients) == len(parts) else None
-        return Items(ConcatDataset(sets), self.who, self.task, self.collate, groups=groups, group_key=self.group_key)
+        return Items(ConcatDataset(sets), self.name, self.task, self.collate, groups=groups, group_key=self.group_key)
 
     @property
     def patients(self) -> Tensor | None:
@@ -212,7 +212,7 @@ class Items:
         try:
             return self.dataset[row]
         except RAISED as error:  # the user's own code may raise anything
-            raise UserError(f"Item {row} of {self.who} cannot be read ({cause(error)}).") from error
+            raise UserError(f"Item {row} of {self.name} cannot be read ({cause(error)}).") from error
 
     def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> object:
         """Return the batch of the items at ``indices``, see :meth:`batches`."""
@@ -273,7 +273,7 @@ class Items:
             reason = self.store.watch(places, items, batch, bool(self.draws & {*GENERATORS}))
         self.unkept = self.unkept or reason
         if reason and self.store.limit is None:
-            raise cannot_keep(self.who, reason)
+            raise cannot_keep(self.name, reason)
         self.store = None if reason else self.store
 
     def _collate(self, places: list[int], items: list[object], word: int) -> object:
@@ -288,7 +288,7 @@ class Items:
         except RAISED as error:
             rows = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
             raise UserError(
-                f"Items {rows} of {self.who} make no batch ({cause(error)}): give tensors of one shape, or collate_fn."
+                f"Items {rows} of {self.name} make no batch ({cause(error)}): give tensors of one shape, or collate_fn."
             ) from error
 
 

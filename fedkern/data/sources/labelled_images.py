@@ -42,7 +42,7 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
     """
     base = need_root(root, "folder", "train/CLASS/image.png")
     single = layout == "patients"
-    trees = find_trees(base, "folder", layout, plain=holds_images, whole=holds_classes, mixed=False, single=single)
+    trees = find_trees(base, "folder", layout, plain=holds_images, is_site=holds_classes, mixed=False, single=single)
     training = [tree for tree in trees if tree.split in ("", "train")]
     folders = [(tree, name) for tree in trees for name in subfolders(tree.folder)]
     if not any(tree in training for tree, _ in folders):
@@ -157,7 +157,7 @@ def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: 
 def _read_captions(base: Path, layout: str) -> Table:
     single = layout == "patients" or holds_images(base)
     has_layout = lambda folder: holds_images(folder) or holds_classes(folder)  # noqa: E731
-    trees = find_trees(base, "pairs", layout, plain=holds_images, whole=has_layout, mixed=True, single=single)
+    trees = find_trees(base, "pairs", layout, plain=holds_images, is_site=has_layout, mixed=True, single=single)
 
     def images(tree: Tree) -> Iterator[dict[str, Path | str]]:
         for label in ("", *subfolders(tree.folder)):

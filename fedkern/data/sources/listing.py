@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.images.full_masks import FullMasks
-from fedkern.data.images.greys import LOOKED_AT, Look, described, looked_at, pixels_outside, window_of
+from fedkern.data.images.greys import LOOKED_AT, Look, describe_files, looked_at, pixels_outside, window_of
 from fedkern.data.images.image_files import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -24,7 +24,7 @@ from fedkern.data.images.image_files import (
     check_distinct,
     grey_bits,
 )
-from fedkern.data.labels.spelling import SHOWN, numbered
+from fedkern.data.labels.spelling import SHOWN, sort_names
 from fedkern.data.sharing.groups import hash_names
 from fedkern.data.split import rows_of
 from fedkern.data.types import DataRequest, Pool, Source
@@ -128,7 +128,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     units = _units(listing)
     rows = split_rows(data, listing, reading, units)
     trained = [listing.clients[row] for row in rows["train"].tolist()]
-    names = numbered(trained)
+    names = sort_names(trained)
     unnamed = trained.count("") if names != ("",) else 0
     sites = () if "" in names else names
     numbers = {name: k for k, name in enumerate(sites)}
@@ -178,7 +178,7 @@ def _image_files(
     all_looks = looks | looked_at(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
     sides = " of ".join(f"{side} x {side}" for side in dict.fromkeys((reading.crop or reading.size, reading.size)))
     grey = reading.colour == "grey"
-    seen = described(sets, all_looks, (sides, "grey" if grey else "RGB"), bits, window)
+    seen = describe_files(sets, all_looks, (sides, "grey" if grey else "RGB"), bits, window)
     files = ImageFiles(paths, reading.size, data, grey, reading.pad, reading.max_image_pixels, bits, window)
     sentences = [*_darker(listing, looks, bits)] if window is None else []
     if reading.window and all_looks and not any(look.mode.startswith(("I", "F")) for look in all_looks.values()):
@@ -307,7 +307,7 @@ def _held_out(
     if 1 < max(Counter(homes).values(), default=0) < len(homes):
         chosen = _by_site(kinds, homes, share, stream(0, key))
     else:  # without several sites, or where every unit has a site of its own, units are drawn from all
-        chosen = interleaved(kinds, key)[: max(1, round(share * len(homes)))]
+        chosen = interleave_classes(kinds, key)[: max(1, round(share * len(homes)))]
     if not 0 < len(chosen) < len(groups):
         noun = listing.thing if listing.patients is None else "patient"
         raise UserError(f'data set "{data}": {len(groups)} {noun}s are too few to hold some out as {purpose} set')
@@ -315,7 +315,7 @@ def _held_out(
     return held_out, np.setdiff1d(rows, held_out)
 
 
-def interleaved(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
+def interleave_classes(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
     """A fixed random order in which the classes alternate: any stretch has about the class shares of the whole."""
     order = stream(0, purpose).permutation(len(labels))
     position = np.empty(len(labels))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.sources.digits import digit_source, glyphs, resized, small_digits
+from fedkern.data.sources.digits import digit_source, glyphs, resize_glyph, small_digits
 from fedkern.data.types import Source
 from fedkern.streams import stream
 
@@ -42,7 +42,7 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
         side = int(rng.integers(SMALLEST, LARGEST + 1))
         top, left = rng.integers(0, SIZE - side + 1, size=2)
         cover = np.zeros((SIZE, SIZE), dtype=np.int64)
-        cover[top : top + side, left : left + side] = resized(glyph, side)
+        cover[top : top + side, left : left + side] = resize_glyph(glyph, side)
         share = cover[..., None]
         images[i] = (share * _texture(ink, rng) + (255 - share) * _texture(ground, rng) + 127) // 255
         labels[i][cover >= 128] = 1 + int(digits[i])
@@ -67,7 +67,7 @@ def _texture(brightness: int, rng: np.random.Generator) -> npt.NDArray[np.int64]
     values = np.full((SIZE, SIZE, 3), brightness, dtype=np.int64) + rng.integers(-18, 19, size=3)
     for cells, size in ((3, 24), (8, 20), (SIZE, 12)):
         grid = rng.integers(128 - size, 129 + size, size=(cells, cells, 3)).astype(np.uint8)
-        values += resized(grid, SIZE).astype(np.int64) - 128
+        values += resize_glyph(grid, SIZE).astype(np.int64) - 128
     across, down = rng.integers(-8, 9, size=2)
     period = int(rng.integers(24, 65))
     y, x = np.mgrid[:SIZE, :SIZE]

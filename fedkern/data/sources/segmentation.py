@@ -124,7 +124,7 @@ def _pair(tree: Tree) -> tuple[Path, Path]:
 
 
 def _tree(base: Path, layout: str) -> Table:
-    trees = find_trees(base, "segmentation", layout, plain=_is_part, whole=_has_pair, mixed=True)
+    trees = find_trees(base, "segmentation", layout, plain=_is_part, is_site=_has_pair, mixed=True)
     table = tree_table(base, "segmentation", layout, trees, _images)
     if not table.rows:
         raise UserError(f'data set "segmentation": no image found in {_pair(trees[-1])[0]}')

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fedkern.data.images.image_files import SUFFIXES, hidden, list_images, subfolders
+from fedkern.data.images.image_files import SUFFIXES, is_hidden, list_images, subfolders
 from fedkern.data.sources.listing import SPLITS
 from fedkern.data.sources.table import CLIENT, PATIENT, Table
 from fedkern.errors import UserError, first_of
@@ -68,7 +68,7 @@ def _split_trees(site: str, base: Path, data: str) -> list[Tree]:
 
 def holds_images(folder: Path) -> bool:
     """Return whether an image lies directly in ``folder``."""
-    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not hidden(path.name))
+    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not is_hidden(path.name))
     return any(not path.is_dir() for path in named)
 
 
@@ -83,19 +83,19 @@ def find_trees(
     layout: str,
     *,
     plain: Callable[[Path], bool],
-    whole: Callable[[Path], bool],
+    is_site: Callable[[Path], bool],
     mixed: bool,
     single: bool = False,
 ) -> list[Tree]:
     """The folders under ``base`` that hold the images, one for every site and split.
 
-    Sites are recognised by structure: no folder in ``base`` is ``plain``, and several folders are ``whole``, or have
+    Sites are recognised by structure: no folder in ``base`` is ``plain``, and several folders are ``is_site``, or have
     split folders that are.
 
     Args:
         layout: one of `LAYOUTS`.
         plain: whether a folder in ``base`` is part of a tree without sites, such as a class folder with images.
-        whole: whether a folder has the layout of the data set without splits, such as class folders with images.
+        is_site: whether a folder has the layout of the data set without splits, such as class folders with images.
         mixed: whether a tree with plain folders beside whole ones is read as one without sites; otherwise it is an
             error.
         single: whether no folder in ``base`` is a site, whatever it looks like.
@@ -111,7 +111,7 @@ def find_trees(
     parts = [name for name in names if plain(base / name)]
     if parts and mixed:
         return whole_tree
-    layouts = {name: _site_trees(name, base / name, data, whole) for name in names if name not in parts}
+    layouts = {name: _site_trees(name, base / name, data, is_site) for name in names if name not in parts}
     sites = {name: trees for name, trees in layouts.items() if trees}
     if not sites:
         return whole_tree
@@ -146,12 +146,12 @@ def find_trees(
     return trees
 
 
-def _site_trees(site: str, folder: Path, data: str, whole: Callable[[Path], bool]) -> list[Tree]:
+def _site_trees(site: str, folder: Path, data: str, is_site: Callable[[Path], bool]) -> list[Tree]:
     """The trees of the site in a folder; none where the folder is no site."""
     splits = _split_trees(site, folder, data)
-    if any(whole(tree.folder) for tree in splits):
+    if any(is_site(tree.folder) for tree in splits):
         return splits
-    return [Tree(site, "", folder)] if whole(folder) else []
+    return [Tree(site, "", folder)] if is_site(folder) else []
 
 
 def _check_names(base: Path, data: str, sites: Sequence[str], trees: Sequence[Tree]) -> None:
@@ -220,7 +220,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """
     seen = {real_file(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
-        ways = {real_file(Path(place, name)): name for name in sorted(folders, reverse=True) if not hidden(name)}
+        ways = {real_file(Path(place, name)): name for name in sorted(folders, reverse=True) if not is_hidden(name)}
         folders[:] = sorted(name for real, name in ways.items() if real not in seen)
         seen.update(ways)
         yield Path(place), sorted(names)
@@ -237,7 +237,7 @@ def left_out(base: Path, used: Iterable[Path] | None = None) -> list[str]:
     for place, names in _walk(base):
         for name in names:
             mac = name.startswith("._")
-            if mac or not (counts_mac or hidden(name)):  # no path of each of many files where they do not count
+            if mac or not (counts_mac or is_hidden(name)):  # no path of each of many files where they do not count
                 path = place / name
                 kind = MAC if mac else path.suffix.lower()
                 if mac or (kind not in TEXTS and path not in read):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.sources.found_files import find_folder, read_bytes
-from fedkern.data.sources.listing import interleaved
+from fedkern.data.sources.listing import interleave_classes
 from fedkern.data.types import Source, memory_source
 from fedkern.errors import UserError
 
@@ -63,7 +63,7 @@ def open_svhn(root: str | Path | None) -> Source:
     files = "train_32x32.mat", "test_32x32.mat"
     folder = find_folder(root, "svhn", ("svhn", "SVHN"), files)
     train, test = (read_mat(folder, name) for name in files)
-    order = interleaved(train[1].numpy(), "split/svhn")
+    order = interleave_classes(train[1].numpy(), "split/svhn")
     classes, held_out = tuple(str(digit) for digit in range(10)), max(1, len(order) // VALIDATION_SHARE)
     scale = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
     # Not augmented: a flipped or shifted house number may be another number.

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedkern.data.images.image_files import hidden
-from fedkern.data.labels.spelling import classes_of, emptied, filled, unified
+from fedkern.data.images.image_files import is_hidden
+from fedkern.data.labels.spelling import classes_of, clean_cell, describe_missing, unify_spelling
 from fedkern.data.sources.found_files import read_file
 from fedkern.data.sources.listing import SPLITS, Labels, Listing
 from fedkern.errors import UserError, nearest
@@ -103,14 +103,14 @@ class Table:
         """Names of the column's files in the data set, normalised: ``./a.png`` and ``a.png`` are one image."""
         return tuple(normpath(value) for value in self.column(name))
 
-    def called(self, column: str) -> str:
+    def name_column(self, column: str) -> str:
         """Words for a column."""
         named = f'column "{self.chosen.get(column, column)}" of {self.path.name}'
         return named if self.lines else f"layout of {self.path}"
 
     def classes(self, labels: Sequence[str], order: str = "") -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
         """The classes of ``labels``, which stand in the label column, and every row's class, see `classes_of`."""
-        classes, numbers, notices = classes_of(labels, f"The {self.called('label')}", order)
+        classes, numbers, notices = classes_of(labels, f"The {self.name_column('label')}", order)
         self.notices.extend(notices)
         return classes, numbers
 
@@ -120,8 +120,8 @@ class Table:
         for names in (PATIENT, CLIENT):
             column = next((name for name in names if any(self.column(name))), None)
             if column is not None:
-                values, notices = unified(self.column(column), f"The {self.called(column)}")
-                owners[names] = values, f"the {self.called(column)}"
+                values, notices = unify_spelling(self.column(column), f"The {self.name_column(column)}")
+                owners[names] = values, f"the {self.name_column(column)}"
                 self.notices.extend(notices)
         clients, named_by = owners.get(CLIENT, ([""] * len(self.rows), ""))
         return Listing(
@@ -222,12 +222,12 @@ def _csv_file(root: str | Path | None, data: str, columns: tuple[str, ...]) -> P
 
 def csv_files(folder: Path) -> list[Path]:
     """The CSV files directly in ``folder``, sorted, without hidden ones."""
-    named = (path for path in folder.iterdir() if path.suffix.lower() == ".csv" and not hidden(path.name))
+    named = (path for path in folder.iterdir() if path.suffix.lower() == ".csv" and not is_hidden(path.name))
     return sorted(path for path in named if path.is_file())
 
 
 def _read_csv(path: Path, data: str, chosen: Mapping[str, str]) -> Table:
-    names, rows, lines, notices = parsed(path, f'data set "{data}"')
+    names, rows, lines, notices = parse_table(path, f'data set "{data}"')
     if not rows:
         raise UserError(f'data set "{data}": {path} lists no image')
     choices: dict[str, str] = {}
@@ -252,7 +252,7 @@ def _read_csv(path: Path, data: str, chosen: Mapping[str, str]) -> Table:
     return Table(data, path, rows, lines, choices, notices)
 
 
-def parsed(path: Path, prefix: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
+def parse_table(path: Path, prefix: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
     """The column names in lower case, the rows, their line numbers, and a sentence where cells count as empty.
 
     ``prefix`` begins the message of an error.
@@ -281,7 +281,7 @@ def parsed(path: Path, prefix: str) -> tuple[list[str], list[dict[str, str]], li
             raise UserError(f'{where} has {names.count(name)} columns "{name}", expected one')
     rows: list[dict[str, str]] = []
     for line, values in body:
-        cells = [filled(value) for value in values]
+        cells = [clean_cell(value) for value in values]
         if any(cells[len(names) :]):
             raise UserError(
                 f"{where}, line {line}, has {len(cells)} values for {len(names)} columns; quote texts that hold "
@@ -289,7 +289,7 @@ def parsed(path: Path, prefix: str) -> tuple[list[str], list[dict[str, str]], li
             )
         cells += [""] * (len(names) - len(cells))
         rows.append({name: value for name, value in zip(names, cells, strict=False) if name})
-    notices = emptied((cell for _, values in body for cell in values), f"Cells of {path.name}")
+    notices = describe_missing((cell for _, values in body for cell in values), f"Cells of {path.name}")
     return names, rows, [line for line, _ in body], notices
 
 

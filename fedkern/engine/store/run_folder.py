@@ -59,7 +59,7 @@ def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None
     """Keeps what a run is made of: its settings where it is ``fresh``, and what the user's cache notes of it."""
     plugins.remember(settings.plugins)
     if settings.cache is not None or fresh:
-        used_cache.remember(out, settings.cache)
+        used_cache.note_cache(out, settings.cache)
     if fresh:
         initial_weights.keep(settings.init)
         atomic.write_bytes(out / config.NAME, make_portable(settings, out).to_toml().encode())

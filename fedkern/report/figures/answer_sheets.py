@@ -70,7 +70,7 @@ def gradcam(run: Contents, data: Any, model: nn.Module, trusted: Collection[str]
         return None
     maps, heads, room = [], [], []
     for split in chosen.values():
-        cams, predicted = grad_cam(model, _answers(model, data.form.normalised(split.images)))
+        cams, predicted = grad_cam(model, _answers(model, data.form.normalise_images(split.images)))
         above = []
         for truth, guess in zip(split.labels.tolist(), predicted.tolist(), strict=True):
             wrong = f", taken for {label(data.classes[guess])}" if truth != guess else ""
@@ -110,7 +110,7 @@ def segmentation(run: Contents, data: Any, model: nn.Module, trusted: Collection
     split = next(iter(data.tests.values()))
     highest = torch.cat([part.flatten(1).amax(1) for part in in_parts(split.labels)])  # the class of an image
     split = split.subset(choose(highest, EXAMPLES))
-    predicted = model(_answers(model, data.form.normalised(split.images))).argmax(1).cpu()
+    predicted = model(_answers(model, data.form.normalise_images(split.images))).argmax(1).cpu()
     colours = colormaps["tab10"](np.arange(max(len(data.classes) - 1, 1)) % 10)[:, :3]
     legend = [(label(name), colour) for name, colour in zip(data.classes[1:], colours[:LISTED], strict=False)]
     rows, title = ("image", "truth", "model"), f"Segmentation of {run.name}"

@@ -66,7 +66,7 @@ def headline(run: RunInfo) -> list[str]:
     lines += [f"{config.model}: {config.served}"] if config.served else []
     lines += [] if config.teachers else [_local_training(config)]
     lines += [] if run.data is None else run.data.task.header(config.output_bytes or 0, run.test_sets)
-    notes = () if run.data is None else run.data.form.seen or run.data.form.stored()
+    notes = () if run.data is None else run.data.form.seen or run.data.form.describe_stored()
     lines += notes[:1] if run.private else notes[1:] or notes  # of single sites nothing, where records are private
     lines += _resized(run.data)
     if run.guarantee is not None:

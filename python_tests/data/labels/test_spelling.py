@@ -7,7 +7,7 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import load
-from fedkern.data.labels.spelling import MISSING, unified
+from fedkern.data.labels.spelling import MISSING, unify_spelling
 from fedkern.errors import UserError
 from fedkern.tasks import CLASSIFICATION, TASKS
 
@@ -57,7 +57,7 @@ def test_one_label_in_several_spellings(tmp_path, name, spellings, classes, told
     rows = [int(image.removesuffix(".png")) for split in data.clients for image in split.ids]
     labels = [int(label) for split in data.clients for label in split.labels]
     plain = [unicodedata.normalize("NFC", text) for text in spellings]
-    names = unified(plain, "")[0]
+    names = unify_spelling(plain, "")[0]
     assert [classes[label] for label in labels] == [names[row % len(names)] for row in rows]
     assert (told in said[0] and "label" in said[0]) if told else said == []
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fedkern.data import load
 from fedkern.data.sharing.holdout import hold_out
-from fedkern.data.sharing.patients import limited
+from fedkern.data.sharing.patients import limit_patients
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
@@ -89,7 +89,7 @@ def test_another_patient_in_the_file_changes_no_draw(tmp_path):
     settings = {"clients": 1, "options": {"validation_share": 0}}
 
     def kept():
-        data = limited(open_set("csv", path, **settings), 2, seed=0)
+        data = limit_patients(open_set("csv", path, **settings), 2, seed=0)
         return [name for name in data.clients[0].ids if name != "new.png"]
 
     before = kept()

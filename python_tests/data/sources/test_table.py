@@ -10,7 +10,7 @@ from PIL import Image
 from fedkern.data import load
 from fedkern.data.images.boxes_file import BoxesFile
 from fedkern.data.sources.found_files import read_file
-from fedkern.data.sources.table import parsed
+from fedkern.data.sources.table import parse_table
 from fedkern.errors import UserError
 
 TEXT = "image,größe\r\na.png,1\r\nb.png,2\r\n"
@@ -19,7 +19,7 @@ ROWS = [{"image": "a.png", "größe": "1"}, {"image": "b.png", "größe": "2"}]
 
 def rows(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return parsed(path, "here")[1]
+    return parse_table(path, "here")[1]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
@@ -83,7 +83,7 @@ def test_the_first_line_may_tell_the_separator(tmp_path, separator, mark):
 
 def parsed_lines(path, text):
     path.write_text(text, newline="")
-    _, found, lines, _ = parsed(path, "here")
+    _, found, lines, _ = parse_table(path, "here")
     return list(zip(found, lines, strict=True))
 
 
