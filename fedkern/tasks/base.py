@@ -331,6 +331,10 @@ class Task:
         """An image's label in words."""
         return classes[int(label)]
 
+    def both_labels(self, labels: Sequence[Label], classes: Sequence[str]) -> str:
+        """Return words for two different labels of one image."""
+        return f"two labels, {' and '.join(self.label_text(label, classes) for label in labels)}"
+
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
         """The labels where the class at position k is the class number ``places[k]`` of ``classes``."""
         return torch.tensor(places)[labels]

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from fedkern.files.image_rows import in_parts
 from fedkern.tasks.base import Constant, Figures, Task, check_shape, mean, to_dict
 from fedkern.tasks.cross_entropy import added_in_any_order
-from fedkern.tasks.protocols import JudgedSet, SampleSet, TaskBatch
+from fedkern.tasks.protocols import JudgedSet, Label, SampleSet, TaskBatch
 
 PIXELS = 1 << 19
 """Pixels per evaluation batch of a segmentation network; a batch may have one image more (see ``batch_slices``)."""
@@ -120,6 +120,9 @@ class Segmentation(Task):
 
     def image_labels(self, labels: Tensor) -> Tensor:
         return torch.cat([largest_classes(part) for part in in_parts(labels)]) if len(labels) else labels.reshape(0)
+
+    def both_labels(self, labels: Sequence[Label], classes: Sequence[str]) -> str:
+        return "two masks"
 
     def places(self, classes: Sequence[str], network_classes: Sequence[str]) -> Sequence[int] | None:
         places = super().places(classes, network_classes)  # the values of masks are numbers in the order of the classes

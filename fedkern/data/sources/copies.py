@@ -54,10 +54,8 @@ def copies(
         remarks = []
         if len(labels) > 1:
             model, twin = [*labels.values()][:2]
-            conflict, task = "two masks", model.split.task
-            if "pixels" not in task.offers:
-                words = [task.label_text(image.split.labels[image.row], classes) for image in (model, twin)]
-                conflict = f"two labels, {' and '.join(words)}"
+            pair = [image.split.labels[image.row] for image in (model, twin)]
+            conflict = model.split.task.both_labels(pair, classes)
             channels = model.split.images[model.row].flatten(1)
             if not (channels == channels[:, :1]).all():  # pictures of a single colour are alike without being copies
                 raise UserError(
