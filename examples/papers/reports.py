@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedkern import UserError, register_data
-from fedkern.data import Listing, Option, Reading, Source, to_source
+from fedkern.data import Option, Reading, Source, to_source
 from fedkern.data.labels.spelling import number
 from fedkern.data.sources.table import AUTO, Table, open_table
 
@@ -148,7 +148,7 @@ def reports(
     table = replace(table, rows=[table.rows[row] for row in rows], lines=[table.lines[row] for row in rows])
     labels = _labels(table)
     classes, numbers = table.classes(labels)
-    listing = Listing(labels=numbers, texts=[texts[row] for row in rows], **table.listed(images))
+    listing = table.listing(images, numbers, [texts[row] for row in rows])
     return to_source("reports", listing, classes, replace(reading, pad=True))
 
 

@@ -129,8 +129,8 @@ class ImageForm:
             return torch.from_numpy(rng.integers(0, 256, (samples, *self.shape), dtype="uint8"))
         return torch.from_numpy(rng.standard_normal((samples, *self.shape), dtype="float32"))
 
-    def build(self, task: Task, about: Description, seed: int | torch.Generator) -> nn.Module:
-        """A freshly initialised network; ``about`` is as in `fedkern.tasks.Task.build`."""
+    def build(self, task: Task, about: Description, seed: int) -> nn.Module:
+        """Return a freshly initialised network, described as for `fedkern.tasks.Task.build`."""
         return task.build({**about, "channels": self.shape[0], "image_size": self.shape[1:]}, seed)
 
 
@@ -170,7 +170,7 @@ class SampleForm:
 
     @staticmethod
     def of(batch: object, called: bool = True, normalize: Scale | None = None) -> SampleForm:
-        """The form of samples of which ``batch`` has two; ``called``: fedkern calls the network on a batch's inputs."""
+        """Return the form of samples of which ``batch`` has two, where fedkern calls the network if ``called``."""
         x = parted(batch)[0]
         by_name = isinstance(x, Keywords)
         args = () if by_name else x if isinstance(x, Positional) else (x,)
@@ -243,7 +243,7 @@ class SampleForm:
             return Keywords(x["kwargs"])
         return x["args"][0] if len(x["args"]) == 1 else Positional(x["args"])
 
-    def build(self, task: Task, about: Description, seed: int | torch.Generator) -> nn.Module:
+    def build(self, task: Task, about: Description, seed: int) -> nn.Module:
         """A freshly initialised network."""
         return models.build_any(
             about["model"], classes=about["classes"], width=about["width"], seed=seed, head=self.head,
@@ -253,7 +253,7 @@ class SampleForm:
 
 
 def _outline_inputs(value: object) -> object:
-    """Return nested inputs in words, as JSON holds them; a container of another type than JSON's is named."""
+    """Return nested inputs in words, as JSON holds them, and containers of other types by their type's name."""
     if isinstance(value, Mapping):
         return {key: _outline_inputs(part) for key, part in value.items()}
     return [*map(_outline_inputs, value)] if isinstance(value, (tuple, list)) else in_words(value)

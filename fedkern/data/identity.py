@@ -33,18 +33,17 @@ Sets = Mapping[str, Sequence[Split]]
 
 def of_memory(data: FederatedData) -> dict[str, str]:
     """Identity of data in memory: of all samples, whichever client holds them (see `identity`)."""
+    sets: dict[str, list[Any]] = {"train": list(data.clients), "validation": [data.validation]}
+    sets |= {f"test {name}".strip(): [split] for name, split in data.tests.items()}
     if isinstance(data.validation, Items):
-        return _of_items(data)
-    train = [*data.clients, *(() if data.public is None else (data.public,))]
-    tests = {f"test {name}".strip(): [split] for name, split in data.tests.items()}
-    sets: Sets = {"train": train, "validation": [data.validation], **tests, "client tests": data.client_tests}
+        return _of_items(data, sets)
+    public = [] if data.public is None else [data.public]
+    sets |= {"train": [*data.clients, *public], "client tests": list(data.client_tests)}
     return identity(data.classes, sets, sets)
 
 
-def _of_items(data: FederatedData) -> dict[str, str]:
+def _of_items(data: FederatedData, sets: Mapping[str, list[Any]]) -> dict[str, str]:
     """Identity of items: their number and some of them, whoever holds them."""
-    sets: dict[str, list[Any]] = {"train": list(data.clients), "validation": [data.validation]}
-    sets |= {f"test {name}".strip(): [split] for name, split in data.tests.items()}
     datasets = {
         name: {id(part.dataset): replace(part, rows=None) for part in parts if len(part)}.values()
         for name, parts in sets.items()
@@ -84,7 +83,7 @@ def sample_hashes(split: Split | Items, sights: Mapping[int, Sight]) -> list[byt
 
 
 def sample_pool(pool: Pool) -> Split:
-    """Rows of a pool that no seed changes; all of them where the pool is small."""
+    """Read rows of a pool that no seed changes, all of them where the pool is small."""
     image = pool.take(torch.arange(min(1, len(pool)))).images
     count = min(len(pool), SAMPLED_IMAGES, max(1, SAMPLED_BYTES // max(1, image.numel())))
     order = stream(0, "identity").permutation(len(pool))[:count]
@@ -97,7 +96,7 @@ def identity(
     contents: Sets,
     pixels: list[bytes] | None = None,
 ) -> dict[str, str]:
-    """Hashes, in hexadecimal, of what data consist of; the order of samples does not count.
+    """Return hashes of what data consist of, in hexadecimal, whatever the order of samples.
 
     Args:
         classes: names of classes and sites.

@@ -132,7 +132,7 @@ def _share_out(
     is_identified: bool,
     is_judged: bool,
 ) -> FederatedData:
-    """Share the pools of a source out among clients, and read what they hold; see :func:`load`."""
+    """Share the pools of a source out among clients, and read what they hold, as :func:`load` says."""
     for text in source.notices:
         notice(text)
     spec = spec or _default_partition(name, info, source)
@@ -253,13 +253,13 @@ def _add_objects(
 
 def _subsample_sets(data: FederatedData, common: CommonOptions) -> FederatedData:
     """Keep as many test and validation samples as the common options ask for."""
-    tests = {key: _subsample(split, common.test_samples, f"test/{key}") for key, split in data.tests.items()}
-    validation = _subsample(data.validation, common.validation_samples, "validation")
+
+    def subsample(split: Split, count: int, purpose: str) -> Split:
+        return split if count == 0 or count >= len(split) else split.subset(_first_rows(split, count, purpose))
+
+    tests = {key: subsample(split, common.test_samples, f"test/{key}") for key, split in data.tests.items()}
+    validation = subsample(data.validation, common.validation_samples, "validation")
     return dataclasses.replace(data, tests=tests, validation=validation)
-
-
-def _subsample(split: Split, count: int, purpose: str) -> Split:
-    return split if count == 0 or count >= len(split) else split.subset(_first_rows(split, count, purpose))
 
 
 def _background_source(
@@ -269,7 +269,7 @@ def _background_source(
     make_detector: Callable[[str, float, float], Detector] | None,
     notice: Callable[[str], None] | None,
 ) -> MaskSource | None:
-    """The mask source that the options name; None for the data set's own masks, if any."""
+    """Return the mask source that the options name, or None for the data set's own masks."""
     if common.boxes and common.detector:
         raise UserError("give either a boxes file or a detector to find the objects, not both")
     if common.boxes:
@@ -413,7 +413,7 @@ def _validation_rows(source: Source, trained: int, samples: int) -> Tensor:
 
 
 def _homes(source: Source, pool: Pool) -> npt.NDArray[np.int64] | None:
-    """The site of every row of a pool; None where the data name no sites."""
+    """Return the site of every row of a pool, or None where the data name no sites."""
     return pool.groups.numpy() if source.sites and pool.groups is not None else None
 
 

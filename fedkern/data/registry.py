@@ -64,20 +64,7 @@ class DatasetInfo:
     function: DataFunction | None = None
 
 
-Make = Callable[[DataRequest], Source]
-
-
-def _from_disk(reader: Callable[..., Source], *args: str) -> Make:
-    """Read files of a published set, whose options are arguments of the reader."""
-    return lambda request: reader(*args, request.root, **request.options)
-
-
-def _read_grey(reader: Callable[..., Source], *args: str) -> Make:
-    """Read grey images that are coloured later, as the data set's options say."""
-    return lambda request: reader(*args, request.root)
-
-
-def _own_files(reader: Callable[..., Source]) -> Make:
+def _own_files(reader: Callable[..., Source]) -> Callable[[DataRequest], Source]:
     """Read a user's own files, with the options on images as one `Reading`."""
 
     def make(request: DataRequest) -> Source:
@@ -124,19 +111,19 @@ def _columns(*options: str) -> dict[str, Option]:
 DATASETS: Registry[DatasetInfo] = Registry("data set", {
     "colordigits": DatasetInfo(
         "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _read_grey(open_digits), 5, "attribute", 0.7, PALETTES["white"], _MASK,
+        lambda request: open_digits(), 5, "attribute", 0.7, PALETTES["white"], _MASK,
     ),
     "colormnist": DatasetInfo(
         "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _read_grey(open_idx, "mnist"), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
+        lambda request: open_idx("mnist", request.root), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
     ),
     "colorfashion": DatasetInfo(
         "Fashion-MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
-        _read_grey(open_idx, "fashionmnist"), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
+        lambda request: open_idx("fashionmnist", request.root), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
     ),
     "digits": DatasetInfo(
         "UCI's 1,797 handwritten digits enlarged to 32x32; needs no file",
-        _from_disk(open_digits), 5, "dirichlet:0.5",
+        lambda request: open_digits(), 5, "dirichlet:0.5",
     ),
     "captions": DatasetInfo(
         "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
@@ -156,26 +143,28 @@ DATASETS: Registry[DatasetInfo] = Registry("data set", {
     ),
     "segdigits": DatasetInfo(
         "embedded digits on textured grounds; segmentation into background and ten digits; needs no file",
-        _from_disk(open_segdigits), 5, "dirichlet:0.5", task=SEGMENTATION,
+        lambda request: open_segdigits(), 5, "dirichlet:0.5", task=SEGMENTATION,
     ),
     "mnist": DatasetInfo(
-        "MNIST, 70,000 handwritten digits (IDX files)", _from_disk(open_idx, "mnist"), 10, "dirichlet:0.5"
+        "MNIST, 70,000 handwritten digits (IDX files)",
+        lambda request: open_idx("mnist", request.root), 10, "dirichlet:0.5",
     ),
     "fashionmnist": DatasetInfo(
-        "Fashion-MNIST, 70,000 pictures of clothes (IDX files)", _from_disk(open_idx, "fashionmnist"), 10,
-        "dirichlet:0.5",
+        "Fashion-MNIST, 70,000 pictures of clothes (IDX files)",
+        lambda request: open_idx("fashionmnist", request.root), 10, "dirichlet:0.5",
     ),
     "cifar10": DatasetInfo(
         "CIFAR-10, 60,000 colour images of 10 classes (official binary files)",
-        _from_disk(open_cifar10), 10, "dirichlet:0.5",
+        lambda request: open_cifar10(request.root), 10, "dirichlet:0.5",
     ),
     "cifar100": DatasetInfo(
         "CIFAR-100, 60,000 colour images of 100 classes (official binary files)",
-        _from_disk(open_cifar100), 10, "dirichlet:0.5",
+        lambda request: open_cifar100(request.root, **request.options), 10, "dirichlet:0.5",
         options={"labels": Option("fine", "100 fine classes or 20 coarse ones", choices=("fine", "coarse"))},
     ),
     "svhn": DatasetInfo(
-        "SVHN, 99,289 photographed house numbers (official MATLAB files)", _from_disk(open_svhn), 10, "dirichlet:0.5",
+        "SVHN, 99,289 photographed house numbers (official MATLAB files)",
+        lambda request: open_svhn(request.root), 10, "dirichlet:0.5",
     ),
     "folder": DatasetInfo(
         "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",
@@ -235,7 +224,7 @@ def data_names() -> list[str]:
 
 
 def lookup(name: str) -> DatasetInfo:
-    """The entry of a data set; raises UserError for an unknown name, and suggests the nearest known one."""
+    """Return the entry of a data set, or raise UserError that suggests the nearest known name."""
     name = named_code.absolute(name)
     if name not in DATASETS:
         hint = nearest(name, data_names())
@@ -251,7 +240,7 @@ def lookup(name: str) -> DatasetInfo:
 
 
 def _find_option(data: str, key: str) -> Option:
-    """Return an option of a data set, which errors then name so; raises UserError where there is none."""
+    """Return an option of a data set for error messages, or raise UserError where there is none."""
     choices = {**lookup(data).options, **COMMON_OPTIONS}
     if key not in choices:
         raise UserError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ from fedkern.data.sharing.groups import grouped_rows
 from fedkern.files.image_rows import in_parts
 from fedkern.tasks import Task, task_of
 
-T = TypeVar("T")
 MOST = 32
 """Most classes of pixels that are not named: soft edges and photographs hold more values."""
 
@@ -135,27 +134,21 @@ class Split:
         return Split(**{field.name: rows_of(getattr(self, field.name), indices) for field in fields(self)})
 
 
-def rows_of(column: T, rows: Tensor) -> T:
+def rows_of(column: Any, rows: Tensor) -> Any:
     """The ``rows``, int64 ``[m]``, of an attribute of a split: of a tensor, names or masks; others have no rows."""
-    chosen: Any = column
     if isinstance(column, (tuple, list)):
-        chosen = tuple(column[row] for row in rows.tolist())
-    elif isinstance(column, Tensor):
-        chosen = column[rows]
-    elif isinstance(column, FullMasks):
-        chosen = column.subset(rows)
-    return chosen
+        return tuple(column[row] for row in rows.tolist())
+    if isinstance(column, FullMasks):
+        return column.subset(rows)
+    return column[rows] if isinstance(column, Tensor) else column
 
 
 def join_splits(splits: Sequence[Split]) -> Split:
     """Concatenates splits; an attribute (masks, texts ...) that is None in one of them is None in the result."""
-    columns: dict[str, Any] = {
-        field.name: _together([getattr(split, field.name) for split in splits]) for field in fields(Split)
-    }
-    return Split(**columns)
+    return Split(**{field.name: _together([getattr(split, field.name) for split in splits]) for field in fields(Split)})
 
 
-def _together(parts: list[Any]) -> object:
+def _together(parts: list[Any]) -> Any:
     if any(part is None for part in parts):
         return None
     if isinstance(parts[0], FullMasks):

@@ -38,11 +38,9 @@ class Finished:
         device: where the networks run.
     """
 
-    def __init__(
-        self, out: Path, config: RunConfig, module: nn.Module, about: Description, data: FederatedData
-    ) -> None:
+    def __init__(self, out: Path, config: RunConfig, model: nn.Module, about: Description, data: FederatedData) -> None:
         self.out, self.config, self.data = out, config, data
-        members = [module] if isinstance(module, PairNetwork) else list(getattr(module, "members", ()))
+        members = [model] if isinstance(model, PairNetwork) else list(getattr(model, "members", ()))
         if not members or not all(isinstance(member, PairNetwork) for member in members):
             raise UserError(
                 f"{out} holds {about['model']}, trained by {config.method}: downstream tasks are for pairs of an image "

@@ -131,7 +131,7 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
 
     Raises:
         UserError: see :func:`with_images`, :func:`fedkern.data.sharing.holdout.hold_out`,
-            :func:`fedkern.data.sharing.patients.limited` and :func:`fedkern.data.sharing.backdoor.add_backdoor`.
+            :func:`fedkern.data.sharing.patients.limit_patients` and :func:`fedkern.data.sharing.backdoor.add_backdoor`.
     """
     data = with_images(config, data)
     data = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)

@@ -124,8 +124,7 @@ class Task:
 
     def known(self, batch: TaskBatch) -> Tensor | int:
         """How many targets of a batch are known: samples or, of a segmentation, pixels."""
-        known: Tensor = (batch.targets >= 0).sum()
-        return known
+        return (batch.targets >= 0).sum()
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of every sample with a known target, ``[n]``; the others are left out."""
@@ -354,7 +353,7 @@ class Task:
         """What :meth:`build` needs beside the network's name and sizes: entries of model.safetensors."""
         return {}
 
-    def build(self, about: Description, seed: int | torch.Generator) -> nn.Module:
+    def build(self, about: Description, seed: int) -> nn.Module:
         """A freshly initialised network.
 
         Args:

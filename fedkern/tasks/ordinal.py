@@ -120,7 +120,7 @@ class Ordinal(Task):
                 f"order={'|'.join(names[:4])}."
             )
 
-    def build(self, about: Description, seed: int | torch.Generator) -> nn.Module:
+    def build(self, about: Description, seed: int) -> nn.Module:
         return CumulativeLink(super().build({**about, "classes": 1}, seed), about["classes"])
 
 

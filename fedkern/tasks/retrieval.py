@@ -109,11 +109,8 @@ class Retrieval(Task):
             }
         }
 
-    def build(self, about: Description, seed: int | torch.Generator) -> nn.Module:
-        if "pair" not in about:
-            return super().build(about, seed)
-        assert isinstance(seed, int)
-        return models.build_pair(**about["pair"], seed=seed)
+    def build(self, about: Description, seed: int) -> nn.Module:
+        return models.build_pair(**about["pair"], seed=seed) if "pair" in about else super().build(about, seed)
 
     def network_name(self, config: Any) -> str:
         return f"{config.image_encoder}+{config.text_encoder}"

@@ -10,7 +10,7 @@ from PIL import Image
 from fedkern.data import load
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sharing.partition import partition
-from fedkern.data.split import joined
+from fedkern.data.split import join_splits
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
@@ -87,7 +87,7 @@ def test_the_public_images_are_nobodys(tmp_path):
 def test_an_image_of_two_clients_cannot_be_held_out(tmp_path):
     path = write(tmp_path, client=lambda i, j: "ABC"[i % 3])
     data = open_set(path, partition="attribute")
-    shared = joined([data.clients[0], data.clients[2].subset(torch.arange(2))])
+    shared = join_splits([data.clients[0], data.clients[2].subset(torch.arange(2))])
     data = replace(data, clients=(shared, *data.clients[1:]))
     with pytest.raises(
         UserError, match=r"Client 2 \(C\) cannot be held out: \d+ of its images \(\d+\.png\) belong to client 0 \(A\)"

@@ -11,7 +11,7 @@ import torch
 
 from fedkern.data import Split, normalise
 from fedkern.data.images.transforms import central
-from fedkern.data.split import joined
+from fedkern.data.split import join_splits
 from fedkern.files import image_rows as module
 from fedkern.files.image_rows import ImageRows, ImageStore, PixelClasses, in_parts, load_rows
 from python_tests.image_files import count_gathered
@@ -105,7 +105,7 @@ def test_splits_are_divided_joined_and_cut_without_reading(pair, read):
     lazy, whole = Split(rows, labels), Split(plain, labels)
     chosen = torch.tensor([7, 2, 11])
     parts = [[split.subset(chosen), split.subset(torch.arange(3))] for split in (lazy, whole)]
-    made = [central(joined(part), (4, 5)) for part in parts]
+    made = [central(join_splits(part), (4, 5)) for part in parts]
     again = [central(split, (3, 3)) for split in made]
     assert central(made[0], (4, 5)) is made[0]
     assert read == []
@@ -211,7 +211,7 @@ def test_classes_of_pixels_look_like_a_tensor_and_are_read_when_needed(classes, 
     lazy = Split(torch.zeros(COUNT, 1, HEIGHT, WIDTH, dtype=torch.uint8), rows)
     whole = Split(lazy.images, plain)
     chosen = torch.tensor([7, 2, 11])
-    found, expected = (joined([split.subset(chosen), split.subset(torch.arange(3))]) for split in (lazy, whole))
+    found, expected = (join_splits([split.subset(chosen), split.subset(torch.arange(3))]) for split in (lazy, whole))
     assert read == []
     assert isinstance(found.labels, PixelClasses)
     assert torch.equal(found.labels, expected.labels)

@@ -420,15 +420,15 @@ def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monk
     config = stored("fediod", options={"holdout": 0.2})
     found = attacking.attack(folder, data=data)
     assert (found["members"], found["untrained"]) == (80, 20)
-    splits, _ = attacking.trained(config, data)
+    splits, _ = attacking.find_trained(config, data)
     for k, split in enumerate(splits):  # those that the teacher is trained on
         rows, _ = local_teachers.split(Client(RunContext(config, data), k, {}), 0.2)
         assert torch.equal(split.images, data.clients[k].images[torch.from_numpy(rows)])
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: data)
     assert play(parse(["attack", str(folder)])) == 0
     assert "images left out, which the method kept from the training" in capsys.readouterr().out
-    assert attacking.trained(config.replace(teachers="anywhere"), data)[1] == 0  # may have been trained on any
+    assert attacking.find_trained(config.replace(teachers="anywhere"), data)[1] == 0  # may have been trained on any
     stored("fediod", options={"holdout": 0.0})
     assert attacking.attack(folder, data=data) == whole
-    assert attacking.trained(stored("afl", options={"loss_share": 0.3}), data)[1] == 30
-    assert attacking.trained(stored("afl", options={"loss_split": "train"}), data)[1] == 0
+    assert attacking.find_trained(stored("afl", options={"loss_share": 0.3}), data)[1] == 30
+    assert attacking.find_trained(stored("afl", options={"loss_split": "train"}), data)[1] == 0

@@ -87,7 +87,7 @@ def rasterise(boxes: Sequence[Tensor], height: int, width: int) -> Tensor:
 
 
 def bounding_boxes(masks: Tensor | None) -> Tensor:
-    """The filled bounding box of every mask, bool ``[n, H, W]``; an empty mask stays empty.
+    """Return the filled bounding box of every mask, bool ``[n, H, W]``, and an empty one of an empty mask.
 
     A mask that follows the outline leaves the object's silhouette in the background image.  A box hides the shape, as a
     detector's box does.

@@ -41,7 +41,7 @@ Box = tuple[float, float, float, float]
 
 
 class BoxesFile:
-    """Object boxes read from a JSON or CSV file; the suffix decides which.
+    """Object boxes read from a JSON or CSV file, as its suffix says.
 
     Args:
         known: names of all images of the data set; a box for any other image is an error.

@@ -185,7 +185,7 @@ class _Cache:
             )
 
     def _open_entry(self, needed: Rows) -> tuple[ImageStore, Tensor] | None:
-        """The images and their sizes; None unless all images at ``needed`` are decoded."""
+        """Return the images and their sizes, or None unless all images at ``needed`` are decoded."""
         sizes = self._read_sizes(needed)
         if sizes is None or not sizes[needed, 0].all():
             return None
@@ -225,7 +225,7 @@ class _Cache:
         return table
 
     def _fill(self, needed: Rows) -> None:
-        """Decodes what is missing; called with the lock held."""
+        """Decode what is missing, with the lock held."""
         sizes = self._read_sizes(needed)
         fresh = sizes is None
         if sizes is None:
@@ -245,7 +245,7 @@ class _Cache:
             raise
 
     def _begin(self, sizes: npt.NDArray[np.int32]) -> None:
-        """Makes both files, without images; another process may still read older ones, which keep their contents."""
+        """Make both files without images, beside older ones that another process may still read."""
         self._remove()
         with self._images.open("xb") as file:
             file.truncate(self._shape[0] * _bytes(self._files))

@@ -91,7 +91,7 @@ def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> No
 
 @contextmanager
 def open_image(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """Opens an image of one of `FORMATS`; only its header is decoded.
+    """Open an image of one of `FORMATS`, of which only the header is decoded.
 
     Inside the block ``max_pixels`` replaces Pillow's own limit, which is global to the process and only warns.
 
@@ -237,7 +237,7 @@ class ImageFiles:
 
 @dataclass(eq=False)
 class MaskFiles(ImageFiles):
-    """Mask files of a data set, each beside its image in ``images``; decoded by :func:`read_mask`.
+    """Mask files of a data set, each beside its image in ``images``, which :func:`read_mask` decodes.
 
     The sizes of masks are those of the decoded ones.
     """
@@ -253,7 +253,7 @@ class MaskFiles(ImageFiles):
 
     @property
     def sources(self) -> Iterable[Path]:
-        """The files that decide the decoded masks; of an image its size and orientation do."""
+        """The files that decide the decoded masks, where of an image its size and orientation do."""
         return chain(self.paths, self.images)
 
     def values(self, row: int, size: int | None = None) -> npt.NDArray[np.uint8]:
@@ -366,7 +366,7 @@ def _without_palette(mask: Image.Image, path: Path, data: str) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The transpose that makes the image upright by its EXIF orientation; None if it is upright or has none."""
+    """Return the transpose that makes the image upright by its EXIF orientation, if it needs one."""
     if image.format in ("PNG", "TIFF"):
         image.load()  # a PNG may hold its EXIF data behind its pixels, and Pillow itself turns a TIFF when it loads
     try:
@@ -382,7 +382,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned and mirrored as its EXIF orientation says; the same image without an orientation.
+    """Return the image turned and mirrored as its EXIF orientation says, if it has one.
 
     ``exif_transpose`` is not used: it rewrites the EXIF data and fails where they are damaged.
     """
@@ -420,7 +420,7 @@ def _check_bands(image: Image.Image, path: Path, data: str) -> None:
 
 
 def grey_bits(tops: Iterable[int]) -> int:
-    """The smallest of `BITS` that holds every largest value of files; 0 where there is none."""
+    """Return the smallest of `BITS` that holds every largest value of files, or 0 where there is none."""
     top = max(tops, default=-1)
     return 0 if top < 0 else next((bits for bits in BITS if top < 2**bits), BITS[-1])
 

@@ -60,7 +60,7 @@ class Pixels:
         return rows if erased is None else torch.where(erased[..., None], self._fill.to(rows.dtype), rows)
 
     def send_index(self, index: Tensor) -> Tensor:
-        """Indices on the CPU, sent to where the images are; :meth:`take` then sends them no more."""
+        """Send indices on the CPU to where the images are, so that :meth:`take` sends them no more."""
         return index if self._file is not None else send(index, self._device)
 
     def _read(self, indices: np.ndarray | Tensor | None) -> Tensor:
@@ -110,7 +110,7 @@ def as_index(indices: np.ndarray | Tensor) -> Tensor:
 
 
 def place_labels(labels: Tensor, device: torch.device) -> Tensor:
-    """Labels on the device; classes of pixels that are in a file stay there."""
+    """Return labels on the device, but classes of pixels that are in a file where they are."""
     return labels if isinstance(labels, FileRows) else labels.to(device)
 
 

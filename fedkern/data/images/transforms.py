@@ -51,7 +51,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, ch
 def crop(
     images: Tensor, rng: Generator, *, padding: int = PADDING, flip: bool = False, fill: float | Sequence[float] = 0.0
 ) -> Tensor:
-    """Pads every side by ``padding`` and cuts a random window of the original size; then flips half of the images.
+    """Pad every side by ``padding``, cut a random window of the original size, and flip half of the images.
 
     Args:
         images: uint8 or floating ``[B, C, H, W]``; the memory format is kept.
@@ -101,7 +101,7 @@ def window(images: Tensor, sides: tuple[int, int], rng: Generator | None = None)
 
 
 def central(split: Split, sides: tuple[int, int]) -> Split:
-    """The split with the central window of ``sides`` of every image; ``split`` itself if the window is the image."""
+    """Return the split with the central window of every image, or itself if ``sides`` are those of the images."""
     if tuple(split.images.shape[2:]) == tuple(sides):
         return split
     images, masks = split.images, split.masks
@@ -115,7 +115,7 @@ def central(split: Split, sides: tuple[int, int]) -> Split:
 def rotate(
     images: Tensor, rng: Generator, *, degrees: float = ROTATION, fill: float | Sequence[float] = 0.0, nearest: int = 0
 ) -> Tensor:
-    """Rotates every image about its centre by an angle uniform in [-degrees, degrees]; corners get ``fill``.
+    """Rotate every image about its centre by an angle uniform in [-degrees, degrees], with corners of ``fill``.
 
     Interpolation is bilinear, but the last ``nearest`` channels take the value of the nearest pixel.
     """

@@ -30,14 +30,14 @@ def clean_cell(value: str) -> str:
 
 
 def describe_missing(cells: Iterable[str], noun: str) -> list[str]:
-    """A sentence on the cells that say that their value is missing, or nothing; ``noun`` they are, in words."""
+    """Return a sentence on the cells, called ``noun``, that say that their value is missing, if there are some."""
     counts = Counter(value for cell in cells if (value := cell.strip()) in MISSING)
     values = ", ".join(f"{value} ({count})" for value, count in counts.most_common())
     return [f"{noun} that count as empty: {values}."] if counts else []
 
 
 def number(value: str) -> Decimal | None:
-    """The number that a text is, exactly; None for any other text."""
+    """Return the number that a text is, exactly, or None for any other text."""
     return Decimal(value) if _NUMBER.fullmatch(value) else None
 
 

@@ -129,7 +129,7 @@ def check_names(classes: Sequence[str]) -> None:
 
 
 def class_names(splits: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
-    """Return the names of the classes; default: their numbers, up to the largest."""
+    """Return the names of the classes, by default their numbers up to the largest."""
     count = 1 + max(int(split.labels.max()) for split in splits.values() if split.labels.numel())
     names = tuple(str(number) for number in range(count)) if classes is None else tuple(classes)
     if len(names) < max(2, count):

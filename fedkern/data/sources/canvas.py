@@ -98,6 +98,6 @@ def draw(ground: Ground, digits: Sequence[Placed], rng: np.random.Generator) -> 
 
 
 def noisy(image: Bytes, limit: int, rng: np.random.Generator) -> Bytes:
-    """The image, uint8, with a uniform change of up to ``limit`` in every value; in integers, so all machines agree."""
+    """Return the image, uint8, with a uniform change of up to ``limit`` in every value, in integers on all machines."""
     change = rng.integers(-limit, limit, size=image.shape, endpoint=True)
     return (image + change).clip(0, 255).astype(np.uint8)

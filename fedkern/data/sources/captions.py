@@ -243,7 +243,7 @@ def _subjects(
 
 
 def _alike(subjects: Digits | None, count: int, seed: int, client: int) -> Digits | None:
-    """``count`` subjects with the frequencies of ``subjects``; None where the client's style decides them."""
+    """Return ``count`` subjects with the frequencies of ``subjects``, or None where the client's style decides them."""
     if subjects is None:
         return None
     return stream(seed, "captions/client-test/subjects", client=client).choice(subjects, size=count)

@@ -226,7 +226,7 @@ def _fault(images: Tensor, form: ImageForm, usual: str) -> str:
 
 
 def _image_form(form: SampleForm, is_raw: bool) -> ImageForm:
-    """Return the form of images; ``is_raw``: networks get them as the data set gives them."""
+    """Return the form of images, which networks get as the data set gives them if ``is_raw``."""
     shape, is_bytes = form.image_shape, form.dtype == "uint8"
     assert shape is not None
     if is_raw and is_bytes:

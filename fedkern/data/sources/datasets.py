@@ -43,7 +43,7 @@ COMPARED = 16
 
 
 def items_like(pattern: Items, dataset: object, title: str) -> Items:
-    """Another data set with the task and the collation of ``pattern``; raises UserError where it is none."""
+    """Return another data set with the task and the collation of ``pattern``, or raise UserError where it is none."""
     samples: MapStyle = _check(dataset, title)
     samples = Captioned(samples, pattern.group_key) if isinstance(pattern.dataset, Captioned) else samples
     return Items(samples, title, pattern.task, pattern.collate, group_key=pattern.group_key)
@@ -249,7 +249,7 @@ def _tests(
 
 
 def _as_one(sets: list[Any]) -> MapStyle:
-    """Several data sets as one; none is an empty one."""
+    """Return several data sets as one, which is empty where there are none."""
     return sets[0] if len(sets) == 1 else ConcatDataset(sets) if sets else []
 
 
@@ -405,7 +405,7 @@ def _check_arrays(value: object, title: str) -> None:
 
 
 def _check(dataset: Any, name: str, limit: int = LONGEST) -> MapStyle:
-    """Return a data set; raises UserError where it is no map-style one, is empty or has over ``limit`` samples."""
+    """Return a data set, or raise UserError where it is no map-style one, is empty or has over ``limit`` samples."""
     _check_arrays(dataset, name)
     if isinstance(dataset, DataLoader):
         sampler = "" if dataset.sampler is None else f" and sampler ({type(dataset.sampler).__name__})"

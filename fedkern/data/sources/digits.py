@@ -63,13 +63,13 @@ def fixed_split(labels: npt.NDArray[np.int64]) -> list[Tensor]:
 def digit_source(
     prefix: str, images: Tensor, labels: Tensor, classes: tuple[str, ...], scale: Scale, targets: Tensor | None = None
 ) -> Source:
-    """A data set with an image of every digit and their fixed split; see `memory_pool` and `memory_source`."""
+    """Return a data set with an image of every digit and their fixed split."""
     train, validation, test = (
         memory_pool(images, labels, prefix, rows, targets) for rows in fixed_split(labels.numpy())
     )
     return Source(classes, train, validation, {"": test}, *scale)
 
 
-def open_digits(root: str | Path | None = None) -> Source:
+def open_digits() -> Source:
     """Return the digits with their fixed split; they need no file."""
     return digit_source("digits", *read_digits(), tuple(map(str, range(10))), ((0.3101,), (0.3490,)))

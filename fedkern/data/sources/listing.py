@@ -134,7 +134,6 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
     numbers = {name: k for k, name in enumerate(sites)}
     groups = torch.tensor([numbers.get(name, -1) for name in listing.clients]) if sites else None
     patients = None if listing.patients is None else torch.from_numpy(units)
-    texts = None if listing.texts is None else tuple(listing.texts)
     trained_on = {listing.paths[row] for row in rows["train"].tolist()}
     files, seen, notices = _image_files(data, listing, reading, trained_on)
     places = {path: place for place, path in enumerate(files.paths)}
@@ -146,7 +145,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
             labels=torch.from_numpy(listing.labels)[chosen], ids=tuple(listing.ids[row] for row in chosen.tolist()),
             read=ImageReader(files, images[chosen]), groups=None if groups is None else groups[chosen],
             targets=None if masks is None else lambda part: _targets(masks, chosen[part]),
-            texts=rows_of(texts, chosen), patients=None if patients is None else patients[chosen],
+            texts=rows_of(listing.texts, chosen), patients=None if patients is None else patients[chosen],
             full=rows_of(listing.full, chosen), task=listing.task,
         )  # fmt: skip
 

@@ -10,7 +10,6 @@ digit.
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +48,7 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
-def open_segdigits(root: str | Path | None = None) -> Source:
+def open_segdigits() -> Source:
     """The data set with the split of the digits."""
     images, targets = read_segdigits()
     classes = ("background", *map(str, range(10)))

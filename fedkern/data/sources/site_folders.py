@@ -37,6 +37,10 @@ TEXTS = frozenset({"", ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", "
 MAC = "._* of macOS"  # what another file system has no place for
 
 
+Image = Mapping[str, Path | str]
+"""Columns of an image: its files and what is known of it."""
+
+
 class Tree(NamedTuple):
     """A folder that is read, and its split and site, ``""`` where the layout does not tell."""
 
@@ -167,11 +171,7 @@ def _check_names(base: Path, data: str, sites: Sequence[str], trees: Sequence[Tr
 
 
 def tree_table(
-    base: Path,
-    data: str,
-    layout: str,
-    trees: Sequence[Tree],
-    read: Callable[[Tree], Iterable[Mapping[str, Path | str]]],
+    base: Path, data: str, layout: str, trees: Sequence[Tree], read: Callable[[Tree], Iterable[Image]]
 ) -> Table:
     """The table of the images in folders.
 

@@ -8,7 +8,7 @@ import torch
 
 import fedkern
 from fedkern.data import FederatedData, Split
-from fedkern.data.split import joined
+from fedkern.data.split import join_splits
 from fedkern.data.types import memory_pool
 from fedkern.engine.store.records import read_summary
 from fedkern.tasks import TASKS
@@ -105,7 +105,8 @@ def test_another_task_of_such_labels_can_be_named(monkeypatch, target):
     monkeypatch.setitem(TASKS, "other", other)
     data = FederatedData.from_arrays([own, own], {"a": own}, task="other")
     made = (
-        *data.clients, data.validation, data.tests["a"], joined(data.clients), data.clients[0].subset(torch.arange(1)),
+        *data.clients, data.validation, data.tests["a"], join_splits(data.clients),
+        data.clients[0].subset(torch.arange(1)),
     )  # fmt: skip
     assert all(split.task is other for split in made)
     assert FederatedData.from_arrays([own], own, task="auto").task is usual

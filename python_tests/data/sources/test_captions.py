@@ -10,7 +10,7 @@ from fedkern.data import Split, load, lookup
 from fedkern.data.sources.canvas import CELL, INK, SIDE, Ground, Placed, draw, noisy
 from fedkern.data.sources.captions import CLASSES, WORDS
 from fedkern.data.sources.digits import read_digits
-from fedkern.data.split import joined
+from fedkern.data.split import join_splits
 from fedkern.errors import UserError
 
 SMALL = {"test_samples": 20, "validation_samples": 10}
@@ -240,8 +240,8 @@ def test_texts_follow_their_rows(data):
     split = data.clients[0]
     rows = torch.tensor([5, 2, 2])
     assert split.subset(rows).texts == tuple(split.texts[i] for i in (5, 2, 2))
-    whole = joined(data.clients)
+    whole = join_splits(data.clients)
     assert whole.texts == tuple(text for one in data.clients for text in one.texts)
-    assert joined([split, dataclasses.replace(split, texts=None)]).texts is None
+    assert join_splits([split, dataclasses.replace(split, texts=None)]).texts is None
     with pytest.raises(ValueError, match="texts: expected 48, one for every image, got 1"):
         Split(split.images, split.labels, texts=("one",))
