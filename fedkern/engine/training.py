@@ -27,7 +27,7 @@ from fedkern.messages.leaves import mapped
 from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slices
 from fedkern.methods.roles import Client, Objective
 from fedkern.methods.terms import Terms
-from fedkern.models.transfer import arrived, bring, fetch
+from fedkern.models.transfer import fetch, to_host_async, wait_for_stream
 from fedkern.ops._core.private_torch import backward
 from fedkern.process.interrupts import check
 
@@ -277,7 +277,7 @@ def one_by_one(run: Callable[[Batch], Outcome], batches: Iterable[Batch]) -> Ite
 def train(client: Client, *arguments: Any, **how: Any) -> dict[str, float]:
     """As :func:`started`, and waits for the device: the figures."""
     read_figures = started(client, *arguments, **how)
-    arrived(client.device)
+    wait_for_stream(client.device)
     return read_figures()
 
 
@@ -301,7 +301,8 @@ def started(
 
     Returns:
         A function that returns the means over all batches of ``loss`` and of whatever the method observed, once the
-        device's work has :func:`~fedkern.models.transfer.arrived`.  Nothing waits for it where steps are recorded.
+        device has done its work (:func:`~fedkern.models.transfer.wait_for_stream`).  Nothing waits for it where steps
+        are recorded.
 
     Raises:
         Diverged: the loss or the gradient of a batch, or the parameters at the end, are NaN or infinite.  Losses and
@@ -389,7 +390,7 @@ def started(
         )
 
     groups, values = _gathered(records, finite)
-    values = bring(values)
+    values = to_host_async(values)
 
     def read_figures() -> dict[str, float]:
         _digest(client.id, phase, groups, values, done, totals, seen)

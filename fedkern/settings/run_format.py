@@ -14,7 +14,7 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 INIT = "init.safetensors"
 """File in a run folder with the weights of a module that a script gave as ``init``."""
-FORMAT = 14
+FORMAT = 15
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
