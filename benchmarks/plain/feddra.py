@@ -25,12 +25,12 @@ from fedkern import models
 from fedkern.models.vocabulary import Tokens
 
 FLAGS: dict[str, Any] = {
-    "mu": 1.0, "lambda1": 1.0, "rho": 1.0, "eta": 0.5, "alignment_steps": 20, "alignment_rounds": 0,
+    "mu": 1.0, "lambda1": 1.0, "rho": 1.0, "eta": 0.5, "alignment_steps": 20,
     "loss_share": 0.1, "loss_batch": 32,
 }  # fmt: skip
 ASSUMES = {
     "weighting": "uniform", "dro_apply": "aggregate", "loss_split": "holdout", "loss_samples": 0, "dro": True,
-    "anchors": True, "align_reduction": "mean", "stages": "two", "stage_schedule": "sequential", "joint_start": "own",
+    "anchors": True, "stages": "two", "stage_schedule": "sequential", "joint_start": "own",
 }  # fmt: skip
 TEMPERATURE = 0.07
 FROZEN_FIRST = ("image_encoder", "text_encoder")
@@ -209,7 +209,7 @@ def main() -> None:
     test_sets = [(pairs(split, source, model), split.texts) for split in source.client_tests]
     loss_batch = min(args.loss_batch, *(len(data) for data in held))
     weights = [1 / len(training)] * len(training)
-    first = min(args.alignment_rounds or max(1, args.rounds // 4), args.rounds - 1)
+    first = min(max(1, args.rounds // 4), args.rounds - 1)
 
     records = common.Records(args)
     for number in range(1, args.rounds + 1):

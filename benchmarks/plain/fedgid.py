@@ -20,8 +20,8 @@ from benchmarks.plain import common
 FLAGS: dict[str, Any] = {"alpha": 0.6, "lambda": 1.0, "temperature": 1.0}
 ASSUMES = {
     "weighting": "samples", "intervention": True, "distillation": True, "mix_stage": "map",
-    "kl_direction": "local_global", "distill_on": "features", "background_pool": "own",
-    "background_fill": "mean", "intervene": "map",
+    "kl_direction": "local_global", "distill_on": "features",
+    "intervene": "map",
 }  # fmt: skip
 
 

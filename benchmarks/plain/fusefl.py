@@ -23,7 +23,7 @@ FLAGS: dict[str, Any] = {
     "blocks": 2, "calibration_epochs": 5, "calibration_lr": 0.01, "virtual_features": 5000,
 }  # fmt: skip
 ASSUMES = {
-    "calibrate": True, "covariance": "full", "ccvr_compat": False, "cuts": "", "adaptor": "cnn1x1",
+    "calibrate": True, "covariance": "full", "ccvr_compat": False, "adaptor": "cnn1x1",
     "adaptor_init": "average", "final_fuse": "mean", "frozen_bn": "owner", "width": "auto", "models": "",
 }  # fmt: skip
 CALIBRATION_BATCH = 128

@@ -121,7 +121,7 @@ def _pooled(features: Tensor, pool: Pool) -> Tensor:
 def _branches(network: Any) -> Callable[[Tensor], Tensor]:
     """A function from images to the branches' last features ``[B, M, d]``."""
     if isinstance(network, FusedNetwork):
-        return lambda x: network.joined(x).unflatten(1, (_count(network), -1))
+        return lambda x: network.run_levels(x).unflatten(1, (_count(network), -1))
     if isinstance(network, Ensemble):
         return lambda x: torch.stack(network.parts(x)[0], 1)
     if hasattr(network, "features") and isinstance(getattr(network, "head", None), nn.Linear):

@@ -29,7 +29,7 @@ from fedkern.messages.states import State
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
 from fedkern.methods.uploads import is_alike
-from fedkern.models.transfer import arrived, bring
+from fedkern.models.transfer import to_host_async, wait_for_stream
 from fedkern.ops._core.layout import plain_strides
 from fedkern.privacy import DPSGD
 from fedkern.streams import stream
@@ -173,7 +173,7 @@ class Client(Node):
     def _when_device_done(self, work: Callable[[], None]) -> None:
         """Does what needs the GPU's results, now, waiting for them, or when it has them."""
         if self.later is None:
-            arrived(self.device)
+            wait_for_stream(self.device)
             work()
         else:
             self.later.append(work)
@@ -201,16 +201,18 @@ class Client(Node):
         policy = self._context.config.buffers
         result: Message = trained.read()
         if personal := network.read_personal():
-            self._own_entries[PERSONAL] = {name: bring(value) for name, value in personal.items()}
+            self._own_entries[PERSONAL] = {name: to_host_async(value) for name, value in personal.items()}
         if policy == "local":
             copies = result if trained is network else network.read()
-            self._own_entries[BUFFERS] = {name: bring(value) for name, value in copies.items() if name != "parameters"}
+            self._own_entries[BUFFERS] = {
+                name: to_host_async(value) for name, value in copies.items() if name != "parameters"
+            }
         if policy != "average":
             result = {"parameters": result["parameters"]}
         if "parameters" in self.on_gpu and start is not None and is_alike(result["parameters"], start):
             vector = result["parameters"]
-            self.drift = Drift(vector, vector._version, bring(torch.linalg.vector_norm(vector - start)))
-        return {name: value if name in self.on_gpu else bring(value) for name, value in result.items()}
+            self.drift = Drift(vector, vector._version, to_host_async(torch.linalg.vector_norm(vector - start)))
+        return {name: value if name in self.on_gpu else to_host_async(value) for name, value in result.items()}
 
     # -- a loop of somebody's own ----------------------------------------------------------------------------------
 
@@ -270,7 +272,7 @@ class Client(Node):
             done = self._epoch_batches(self.phase).done
             raise Diverged(self.id, self.phase.round, done, "the parameters are not finite")
         result = self._collect_upload(network, network)
-        arrived(self.device)
+        wait_for_stream(self.device)
         return result
 
     def _cut_schedule(self, phase: Phase, rows: np.ndarray | None = None, **how: Any) -> Schedule:
@@ -341,7 +343,7 @@ class Client(Node):
                 self, method, phase, trainable, self._data, received, schedule, rows, self._context.networks.graphs,
                 self._context.networks.first_steps(phase),
             )  # fmt: skip
-            arrived(self.device)
+            wait_for_stream(self.device)
             figures = read_figures()
         finally:
             trainable.release()
@@ -425,9 +427,8 @@ class Client(Node):
             ]
         return float(torch.cat(right).double().mean()) if right else None
 
-    def backgrounds(self, fill: str = "mean") -> BackgroundBank:
-        data = self._data
-        bank = data.backgrounds(fill)
+    def backgrounds(self) -> BackgroundBank:
+        bank = self._data.backgrounds
         if len(bank) == 0:
             self.warn(
                 "background-bank-empty",
@@ -440,12 +441,6 @@ class Client(Node):
                 "background bank is small.",
             )
         return bank
-
-    def background_images(self) -> Message:
-        return self._data.background_images()
-
-    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str = "mean") -> BackgroundBank:
-        return self._data.make_backgrounds(message, fill)
 
     def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
         name = purpose if phase.exchange == "update" else f"{purpose}/{phase.exchange}"

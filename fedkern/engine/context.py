@@ -25,6 +25,7 @@ from fedkern.models.python_state import attributes
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
 from fedkern.streams import seeded_generators
+from fedkern.tasks.protocols import Description
 from fedkern.usercode.identity import identity_table
 
 
@@ -109,7 +110,7 @@ class RunContext:
         return seeded_generators(int(node.rng("layers", phase).integers(2**63)), self.device)
 
     @cached_property
-    def task_facts(self) -> State:
+    def task_facts(self) -> Description:
         """What the task needs to build the network beside the settings, such as a vocabulary of the clients' texts."""
         return self.data.task.described(self) if self._described is None else self._described
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from fedkern.data.forms import ImageForm
 from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, images_and_labels, place_labels
 from fedkern.data.images.transforms import window
-from fedkern.data.split import Split
 from fedkern.engine.reader import BATCH, Plan, Reader
 from fedkern.files.image_rows import in_parts, load_rows
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
@@ -74,7 +73,6 @@ class Images(Reader):
         self.fresh = augment != "none"
         self.cases: Tensor | None = split.cases
         self.full = None if split.full is None else split.full.load_masks()  # read now: later the files may be gone
-        self._banks: dict[str, BackgroundBank] = {}
 
     @property
     def known(self) -> Tensor:
@@ -136,40 +134,17 @@ class Images(Reader):
             masks = window(self.split.masks[part, None], self.form.shape[1:])[:, 0]
             yield self.pixels.take(np.arange(part.start, part.stop)), masks
 
-    def background_images(self) -> dict[str, Tensor]:
-        """Images with a detected object, the object's pixels 0: images, bool masks, int64 labels.
-
-        Of images that are larger than what a network sees, the central windows.
+    @cached_property
+    def backgrounds(self) -> BackgroundBank:
+        """The images with a detected object, which is erased: 0 after normalisation, middle grey of uint8 images.
 
         Raises:
             ValueError: nothing is known about what is object and what is background.
         """
-        tensors = _images_with_objects(self.form.central(self.split))
-        return {**tensors, "images": tensors["images"].masked_fill(tensors["masks"][:, None], 0)}
-
-    def backgrounds(self, fill: str) -> BackgroundBank:
-        """The client's own bank, made once."""
-        if fill not in self._banks:
-            self._banks[fill] = self.make_backgrounds(_images_with_objects(self.split), fill)
-        return self._banks[fill]
-
-    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str) -> BackgroundBank:
-        """Erase the objects and normalise.
-
-        Args:
-            fill: ``"mean"``, 0 after normalisation and middle grey of uint8 images as they are, or ``"zero"``, black.
-        """
+        split = self.split
+        if split.masks is None:
+            raise ValueError("masks: expected bool [n, H, W] for a background bank, given none")
+        detected = split.masks.flatten(1).any(1)
         value = torch.full((len(self.form.mean),), 128.0 * self.form.feeds_bytes)
-        if fill != "mean":
-            mean, std = map(torch.tensor, self.form.scale("A background of black pixels"))
-            value = -mean / std
-        pixels = self._make_pixels(message["images"], erased=message["masks"], fill=value)
-        return BackgroundBank(pixels, message["labels"].cpu().numpy())
-
-
-def _images_with_objects(split: Split) -> dict[str, Tensor]:
-    """The images of a split with a detected object, with their masks and labels."""
-    if split.masks is None:
-        raise ValueError("masks: expected bool [n, H, W] for a background bank, given none")
-    detected = split.masks.flatten(1).any(1)
-    return {"images": split.images[detected], "masks": split.masks[detected], "labels": split.labels[detected]}
+        pixels = self._make_pixels(split.images[detected], erased=split.masks[detected], fill=value)
+        return BackgroundBank(pixels, split.labels[detected].cpu().numpy())

@@ -13,8 +13,7 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.models import personal
-from fedkern.models.freezing import constant_buffers, frozen_norms, train_mode
-from fedkern.models.norms import freeze_bn_after
+from fedkern.models.freezing import constant_buffers, freeze_bn_after, frozen_norms, train_mode
 from fedkern.models.python_state import attributes
 from fedkern.models.user_models import channels_last
 from fedkern.models.weight_files import bare_names, misfits

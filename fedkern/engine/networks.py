@@ -22,7 +22,7 @@ from fedkern.models import personal
 from fedkern.models.freezing import freeze
 from fedkern.models.hooked import find_taps
 from fedkern.models.precision import frozen
-from fedkern.models.registry import added, check_gives
+from fedkern.models.registry import check_gives, list_added
 from fedkern.models.weight_files import load_by_name
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.user_tasks import inner
@@ -127,7 +127,7 @@ class Networks:
     @cached_property
     def added_models(self) -> tuple[models.ModelEntry, ...]:
         """The networks that the settings name and that are not fedkern's."""
-        return added(" ".join(map(str, (self._config.model, *self._config.options.values()))))
+        return list_added(" ".join(map(str, (self._config.model, *self._config.options.values()))))
 
     def initial(self) -> Message:
         """The vectors of a fresh network."""

@@ -21,7 +21,7 @@ from fedkern.errors import RAISED, UserError, origin
 from fedkern.messages.states import State
 from fedkern.methods import registry
 from fedkern.models import MODELS, Own
-from fedkern.models.cutting import find_head, logits_of
+from fedkern.models.cutting import find_head, find_logits
 from fedkern.models.registry import unknown
 from fedkern.models.user_models import check_output
 from fedkern.settings.config import RunConfig
@@ -86,7 +86,7 @@ def find_facts(
                 f"The network {make.text} has other parameters than when the run in {out} began: put its code back, or "
                 "start a new run."
             )
-        if isinstance(make.what, nn.Module) and stored.model_sha256 not in (None, facts["model_sha256"]):
+        if isinstance(make.source, nn.Module) and stored.model_sha256 not in (None, facts["model_sha256"]):
             notes.append(
                 f"The network {make.text} has other initial weights since the run in {out} began, and a client that "
                 "has not trained yet may start from them: call torch.manual_seed before you make it, or give its class."
@@ -106,7 +106,7 @@ def gives_probabilities(context: RunContext) -> bool:
         return False
     network = context.networks.build().eval()
     with suppress(Exception), seeded_generators(0):  # a network's code may raise anything, which the run says itself
-        rows = logits_of(network(form.noise(2, np.random.default_rng(0))))
+        rows = find_logits(network(form.noise(2, np.random.default_rng(0))))
         certain = torch.allclose(rows.sum(1), torch.ones(())) and bool((rows >= 0).all())
         return certain and rows.dim() > 1 and rows.shape[1] > 1
     return False
@@ -114,8 +114,8 @@ def gives_probabilities(context: RunContext) -> bool:
 
 def network_hash(make: Own) -> str | None:
     """Return the hash of the weights of a module, or the identity of the file with the network's code, if any."""
-    if isinstance(make.what, nn.Module):
-        return digest(identity_table({"weights": dict(make.what.state_dict())}, limit=sys.maxsize))
+    if isinstance(make.source, nn.Module):
+        return digest(identity_table({"weights": dict(make.source.state_dict())}, limit=sys.maxsize))
     return make.sha256
 
 
@@ -176,7 +176,7 @@ def _with_classes(network: nn.Module, data: FederatedData) -> FederatedData:
     if not data.sights or data.classes != tuple(map(str, range(count))):
         return data
     with suppress(Exception), torch.no_grad(), seeded_generators(0):  # what fails is said by `check_output`
-        outputs = logits_of(network.eval()(data.form.noise(2, np.random.default_rng(0)))).shape[1]
+        outputs = find_logits(network.eval()(data.form.noise(2, np.random.default_rng(0)))).shape[1]
         data = replace(data, classes=tuple(map(str, range(max(count, outputs)))))
     network.train()
     return data

@@ -170,7 +170,9 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
         predictions_file.check(context.data.task, told=context.notices.disclosure.clients)
     if run_guarantee is not None and not run_guarantee.complete:
         context.notices.warn("partly-covered", run_guarantee.warning())
-    warnings = diagnostics.emulated(config.precision, config.device) | diagnostics.unrepeatable(context)
+    warnings = diagnostics.warn_emulated(config.precision, config.device)
+    shape = getattr(context.data.form, "shape", ())
+    warnings |= diagnostics.unrepeatable(lambda: context.networks.get("server").module, shape, context.device)
     for name, text in warnings.items():
         context.notices.warn(name, text)
     if not is_begun:  # a run that goes on has loaded most of them already

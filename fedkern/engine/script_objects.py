@@ -18,7 +18,7 @@ from fedkern.errors import UserError, first_of, shown
 from fedkern.methods import registry
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.roles import Client
-from fedkern.models.user_models import check_module, unwrapped
+from fedkern.models.user_models import check_module, unwrap
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.user_tasks import inner
 from fedkern.usercode.identity import digest, identity_table, only_code
@@ -85,7 +85,7 @@ class ScriptObjects:
         for name in _UNREAD.get(replacing, ()):
             if settings.get(name) is not None or (name == "optimizer" and optimizer is not None):
                 raise UserError(f"{name} has no effect beside a function {replacing}, which decides it: set it there.")
-        return cls(None if isinstance(network, str) else unwrapped(network), train, optimizer, {})
+        return cls(None if isinstance(network, str) else unwrap(network), train, optimizer, {})
 
     @property
     def functions(self) -> bool:

@@ -28,7 +28,7 @@ from fedkern.messages.states import State
 from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slices
 from fedkern.methods.roles import Client, Objective
 from fedkern.methods.terms import Terms
-from fedkern.models.transfer import bring, fetch
+from fedkern.models.transfer import fetch, to_host_async
 from fedkern.ops._core.private_torch import backward
 from fedkern.process.interrupts import check
 
@@ -303,7 +303,8 @@ def train_async(
 
     Returns:
         A function that returns the means over all batches of ``loss`` and of whatever the method observed, once the
-        device's work has :func:`~fedkern.models.transfer.arrived`.  Nothing waits for it where steps are recorded.
+        device has done its work (:func:`~fedkern.models.transfer.wait_for_stream`).  Nothing waits for it where steps
+        are recorded.
 
     Raises:
         Diverged: the loss or the gradient of a batch, or the parameters at the end, are NaN or infinite.  Losses and
@@ -397,7 +398,7 @@ def train_async(
         )
 
     groups, values = _gather_records(records, finite)
-    values = bring(values)
+    values = to_host_async(values)
 
     def read_figures() -> dict[str, float]:
         _digest(client.id, phase, groups, values, done, totals, seen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def register_aggregator(name: str) -> Callable[[F], F]:
     return add
 
 
-def _options(name: str, function: Callable[..., Any]) -> tuple[Option, ...]:
+def _options(name: str, function: Callable[..., object]) -> tuple[Option, ...]:
     first = list(inspect.signature(function).parameters)[:_FIRST]
     if len(first) < _FIRST:
         raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(first)}")

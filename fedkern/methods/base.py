@@ -19,7 +19,7 @@ from fedkern.errors import UserError
 from fedkern.methods.aggregators import Gathered
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import ClientId, Federation, Message, Messages, Observed, Phase, Round, Upload
-from fedkern.methods.roles import Client, Objective, Server
+from fedkern.methods.roles import Architecture, Client, Objective, Offering, Server, Summing, TestSet
 from fedkern.methods.uploads import Declaration
 from fedkern.privacy import Guarantee
 from fedkern.typed_option import option
@@ -28,7 +28,7 @@ VECTORS = ("parameters", "buffers", "integers")
 """Flat vectors of a network in a message or state: fp32 [P], fp32 [Q], int64 [R]; the last two where they travel."""
 
 
-def vectors_of(message: Mapping[str, Any]) -> Message:
+def vectors_of(message: Mapping[str, object]) -> Message:
     """The flat vectors of a network in a message or state."""
     return {name: message[name] for name in VECTORS if name in message}
 
@@ -117,7 +117,7 @@ class Method:
             if getattr(cls, name, None) and min(depth.get(part, depth[name]) for part in parts) < depth[name]:
                 setattr(cls, name, unknown)
 
-    def __init__(self, options: Any = None, **values: Any) -> None:
+    def __init__(self, options: BaseOptions | None = None, **values: object) -> None:
         """Makes the method.
 
         Args:
@@ -139,7 +139,7 @@ class Method:
         self.options: Any = options
 
     @classmethod
-    def serves(cls, data: Any) -> bool:
+    def serves(cls, data: Offering) -> bool:
         """Return whether a task, or data with their task, offer everything in ``requires``."""
         return bool(vars(cls).get("requires", Method.requires) <= data.offers)
 
@@ -171,7 +171,7 @@ class Method:
         """Whether the server averages the whole network once a round, as ``--server-rule`` needs."""
         return self.averages is not False and not self.one_shot
 
-    def architecture(self, client: ClientId) -> dict[str, Any]:
+    def architecture(self, client: ClientId) -> Architecture:
         """Arguments of ``Client.network`` for this client's network, trained or loaded.
 
         Empty: the run's network.
@@ -281,7 +281,7 @@ class Method:
         """
         return np.zeros(0, dtype=np.int64)
 
-    def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
         """Figures of ``model`` on a test set.
 
         ``data.batches()`` yields a :class:`Batch` at a time, in order.
@@ -294,8 +294,8 @@ class Method:
         Returns:
             The figures of the task (``data.task.figures``), the main one first.
         """
-        figures: dict[str, float] = data.task.figures(model, data)
-        return figures
+        judged: Any = data  # a task reads more of the sets that the engine makes
+        return data.task.figures(model, judged)
 
     def own_vectors(self, client: Client, message: Message) -> Message:
         """Flat vectors of the network that a client uses, from its state and the global network's in ``message``.
@@ -304,7 +304,7 @@ class Method:
         """
         return message
 
-    def evaluate_own(self, model: nn.Module, data: Any, client: Client) -> dict[str, float]:
+    def evaluate_own(self, model: nn.Module, data: TestSet, client: Client) -> dict[str, float]:
         """Figures, as :meth:`evaluate` returns them, of the network that this client would use on its own test set.
 
         Changes of ``client.state`` are dropped.  Where every client has a network of its own, ``model`` is that
@@ -314,7 +314,7 @@ class Method:
         return self.evaluate(model, data)
 
     def oracle_metrics(
-        self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]
+        self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, TestSet]
     ) -> dict[str, float]:
         """Figures for the run's summary that only a simulation can compute, because they need every client's data.
 
@@ -341,7 +341,7 @@ class Method:
         return None
 
     @classmethod
-    def is_private(cls, options: Any) -> bool:
+    def is_private(cls, options: BaseOptions) -> bool:
         """Return whether the options ask for differential privacy, which makes ``--records`` private by default."""
         return cls.guarantee is not Method.guarantee
 
@@ -399,7 +399,7 @@ class LocalTraining(Objective, Method):
         With ``--aggregator`` another rule takes the place of the mean.  With ``--server-rule`` the parameters are those
         after a step of a server optimiser from ``server.state["parameters"]`` towards them.
         """
-        means: dict[str, Any] = {}
+        means: dict[str, Summing] = {}
         server.marks.update(("average", "server_step"))
         rule = getattr(server, "aggregator", None)  # a server of somebody's own may know only the mean
         gathered = None if rule is None else Gathered(rule)

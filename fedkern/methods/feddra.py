@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +40,9 @@ from fedkern.methods.common.frozen import cached_rows
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
-from fedkern.methods.uploads import Declaration, cached
+from fedkern.methods.uploads import Declaration, make_once
 from fedkern.models import personal
-from fedkern.models.towers import PARTS
+from fedkern.models.towers import PARTS, PairNetwork
 from fedkern.tasks.retrieval import TEMPERATURE
 from fedkern.typed_option import option
 
@@ -70,15 +69,11 @@ class FedDRA(Robust):
         lambda1: float = option(1.0, "weight of the contrastive loss", low=0)
         dro: bool = option(True, "weigh clients by their losses; off leaves the weights at their centre")
         anchors: bool = option(True, "align embeddings with those of the frozen global model")
-        align_reduction: str = option(
-            "mean", "alignment loss: mean over samples and dimensions, or over samples alone (128 times as large)",
-            choices=("mean", "sum_dim"),
-        )  # fmt: skip
         stages: str = option(
             "two", "alignment modules first and then everything, or everything at once", choices=("two", "one")
         )
         stage_schedule: str = option(
-            "per_round", "both stages in every round, or rounds of the first and then rounds of the second",
+            "per_round", "both stages in every round, or a quarter of the rounds for the first and then the second",
             choices=("per_round", "sequential"),
         )  # fmt: skip
         joint_start: str = option(
@@ -86,9 +81,6 @@ class FedDRA(Robust):
             choices=("own", "average"),
         )  # fmt: skip
         alignment_steps: int = option(20, "optimiser steps of the first stage", low=1)
-        alignment_rounds: int = option(
-            0, "rounds of the first stage with stage_schedule=sequential; 0 for a quarter of all", low=0
-        )
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -125,14 +117,18 @@ class FedDRA(Robust):
     def rounds(self, federation: Federation) -> Iterator[Round]:
         o, count = self.options, federation.rounds
         losses = (LOSSES,) if o.dro else ()
-        first = 0
+        first_rounds = 0
         if o.stages == "two" and not self.paired:
-            first = min(o.alignment_rounds or max(1, count // 4), count - 1)
-        for _ in range(first):
+            first_rounds = min(max(1, count // 4), count - 1)
+        for _ in range(first_rounds):
             yield Round("alignment", ("alignment", *losses), trains="alignment modules")
         stages = ("alignment", "joint") if self.paired else ("joint",)
-        for _ in range(count - first):
-            yield Round("joint" if first else "train", (*stages, *losses), trains="whole networks" if first else "")
+        for _ in range(count - first_rounds):
+            yield Round(
+                "joint" if first_rounds else "train",
+                (*stages, *losses),
+                trains="whole networks" if first_rounds else "",
+            )
 
     def statistics_at(self, entry: Round) -> int | None:
         at = super().statistics_at(entry)
@@ -153,7 +149,7 @@ class FedDRA(Robust):
         if not self.averaged:
             return {}
         declaration = super().expects(server, phase, client, message)
-        sizes = cached(server.round_cache, "alignment", lambda: part_sizes(server.build()))
+        sizes = make_once(server.round_cache, "alignment", lambda: part_sizes(server.build()))
         return {name: vector[-sizes[name] :] for name, vector in declaration.items() if sizes[name]}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
@@ -163,7 +159,7 @@ class FedDRA(Robust):
         mean = self.average(server, uploads)
         if phase.exchange == "alignment" and mean:
             server.state["part"] = {name: vector.numel() for name, vector in mean.items()}
-            mean = spliced(server.state, mean)
+            mean = splice_ends(server.state, mean)
         server.state.update(mean)
 
     # -- a client --------------------------------------------------------------------------------------------------
@@ -182,14 +178,14 @@ class FedDRA(Robust):
         if self.paired:
             model, part = client.round_cache.get("model") or client.state["model"], vectors_of(message)
             alignment = client.round_cache.get("alignment", part) if self.options.joint_start == "own" else part
-            start, anchor = spliced(model, alignment), spliced(model, part)
+            start, anchor = splice_ends(model, alignment), splice_ends(model, part)
         else:
             model = start = anchor = self.held(client, message)
         result = client.train(self, phase, {**message, **start}, rows=rows, anchor=anchor)
         client.report["drift"] = float(torch.linalg.vector_norm(result["parameters"] - model["parameters"]))
         return result
 
-    def loss(self, model: Any, batch: Batch, received: Received) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: PairNetwork, batch: Batch, received: Received) -> tuple[Tensor, dict[str, Tensor]]:
         o = self.options
         frozen = batch.phase.exchange == "alignment"
         with torch.set_grad_enabled(not frozen):
@@ -207,15 +203,13 @@ class FedDRA(Robust):
                     return glob.project_image(image if frozen else glob.encode_image(batch.inputs))
                 return glob.project_text(text if frozen else glob.encode_text(batch.targets), mask)
 
-            apart = mse_loss(x, cached_rows("image", batch, received, lambda: anchor("image"))) + mse_loss(
+            distance = mse_loss(x, cached_rows("image", batch, received, lambda: anchor("image"))) + mse_loss(
                 y, cached_rows("text", batch, received, lambda: anchor("text"))
             )
-            if o.align_reduction == "sum_dim":
-                apart = apart * x.shape[1]
-            loss, seen["anchor"] = loss + o.mu * apart, apart.detach()
+            loss, seen["anchor"] = loss + o.mu * distance, distance.detach()
         return self.scaled(loss, received), seen
 
-    def judge(self, model: Any, batch: Any) -> Tensor:
+    def judge(self, model: nn.Module, batch: Batch) -> Tensor:
         x, y = model(batch.inputs, batch.targets)
         return self.options.lambda1 * ops.contrastive(x, y, TEMPERATURE)
 
@@ -229,7 +223,7 @@ def part_sizes(network: nn.Module) -> dict[str, int]:
     return sizes
 
 
-def spliced(model: Mapping[str, Any], part: Mapping[str, Tensor]) -> Message:
+def splice_ends(model: Mapping[str, Tensor], part: Mapping[str, Tensor]) -> Message:
     """The vectors of a network with their ends replaced by ``part``, the vectors of the last submodules."""
     return {
         name: torch.cat([model[name][: -len(part[name])], part[name]]) if name in part else model[name]

@@ -11,12 +11,12 @@ T^2 keeps the gradient's size for other temperatures.
 ``intervene=image`` is a variant of ours: f_INV are the features of the sample's object on a random background, composed
 in the image, so that nothing of the sample's own background is left in them.
 
-Only the model travels, so every round costs the bytes of FedAvg.  ``background_pool=shared`` adds a one-off exchange.
+Only the model travels, so every round costs the bytes of FedAvg.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,22 +30,10 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import cached_rows, normalises_by_batch
-from fedkern.methods.protocol import (
-    Backgrounds,
-    Batch,
-    ClientId,
-    Federation,
-    Message,
-    Observed,
-    Phase,
-    Received,
-    Round,
-    Upload,
-)
+from fedkern.methods.protocol import Batch, Observed, Received
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Client, Server
-from fedkern.methods.uploads import Declaration, Values
-from fedkern.models import resolve_stage
+from fedkern.methods.roles import Client, Drawn, Server
+from fedkern.models import StagedNetwork, resolve_stage
 from fedkern.models.transfer import send
 from fedkern.typed_option import option
 
@@ -85,12 +73,6 @@ class FedGID(LocalTraining):
             "local_global", "KL(local || global) or KL(global || local)", choices=("local_global", "global_local")
         )
         distill_on: str = option("features", "what the distillation compares", choices=("features", "logits"))
-        background_pool: str = option(
-            "own", "backgrounds of the client alone, or of all clients (sent once)", choices=("own", "shared")
-        )
-        background_fill: str = option(
-            "mean", "colour of erased objects: the mean colour, or black", choices=("mean", "zero")
-        )
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -120,20 +102,22 @@ class FedGID(LocalTraining):
 
     # -- the client ------------------------------------------------------------------------------------------------
 
-    def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
+    def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> Drawn:
         """A random background for every sample."""
         if not self._mixes:
             return {}
-        bank = self._bank(client)
+        if "bank" not in client.round_cache:
+            client.round_cache["bank"] = client.backgrounds()
+        bank = client.round_cache["bank"]
         if not len(bank):
             return {}
         index = rng.integers(0, len(bank), len(batch.indices))
-        drawn: dict[str, Any] = {"bank": bank, "index": index}
+        drawn: Drawn = {"bank": bank, "index": index}
         if bank.augmented:
             drawn["images"] = bank.take(index, rng)
         return drawn
 
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: StagedNetwork, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         o, drawn = self.options, batch.drawn
         if self.masked:
             features = model.features(batch.inputs)
@@ -180,21 +164,21 @@ class FedGID(LocalTraining):
 
     # -- the frozen global encoder ---------------------------------------------------------------------------------
 
-    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
+    def prepare(self, model: StagedNetwork, batch: Batch, received: Received) -> Drawn:
         """``maps`` of backgrounds and ``rows``, int64 [B], of every sample's map (absent: in order); ``anchor``.
 
         ``composed`` [B, C, H, W] instead of maps with ``intervene=image``.
         """
-        tensors: dict[str, Any] = {}
+        tensors: Drawn = {}
         if self.options.distillation and self.options.lam:
             tensors["anchor"] = self._anchor(batch, received)
         if "index" in batch.drawn and self.masked:
-            tensors["composed"] = self._composed(batch)
+            tensors["composed"] = self._compose(batch)
         elif "index" in batch.drawn:
             tensors |= self._background_maps(batch, received, resolve_stage(model, self.options.mix_stage))
         return tensors
 
-    def _composed(self, batch: Batch) -> Tensor:
+    def _compose(self, batch: Batch) -> Tensor:
         """Every sample's object on its background.
 
         A sample of which no object is known stays as it is.
@@ -215,10 +199,10 @@ class FedGID(LocalTraining):
             maps = received.round_cache.get("bank")
             if maps is None:
                 chunks = [np.arange(i, min(i + CHUNK, len(bank))) for i in range(0, len(bank), CHUNK)]
-                first = received.model.stages(bank.take(chunks[0]), upto=stage)
-                if first.numel() // len(chunks[0]) * len(bank) * first.element_size() <= CACHE_BYTES:
-                    rest = [received.model.stages(bank.take(chunk), upto=stage) for chunk in chunks[1:]]
-                    maps = torch.cat([first, *rest])
+                begin = received.model.stages(bank.take(chunks[0]), upto=stage)
+                if begin.numel() // len(chunks[0]) * len(bank) * begin.element_size() <= CACHE_BYTES:
+                    later = [received.model.stages(bank.take(chunk), upto=stage) for chunk in chunks[1:]]
+                    maps = torch.cat([begin, *later])
                 received.round_cache["bank"] = maps if maps is not None else ()
             if isinstance(maps, Tensor):
                 rows = send(torch.from_numpy(index), maps.device)
@@ -235,18 +219,7 @@ class FedGID(LocalTraining):
 
         return cached_rows("anchor", batch, received, answer)
 
-    # -- backgrounds -----------------------------------------------------------------------------------------------
-
-    def _bank(self, client: Client) -> Backgrounds:
-        bank = client.round_cache.get("bank")
-        if bank is None:
-            fill = self.options.background_fill
-            pool = client.state.get("pool")
-            bank = client.backgrounds(fill) if pool is None else client.make_backgrounds(pool, fill)
-            client.round_cache["bank"] = bank
-        return bank
-
-    # -- the one-off exchange of a shared pool ---------------------------------------------------------------------
+    # -- the run ---------------------------------------------------------------------------------------------------
 
     def check(self, client: Client) -> None:
         if self._mixes and not client.objects_known:
@@ -255,56 +228,12 @@ class FedGID(LocalTraining):
                 "--boxes FILE or --detector PATH_OR_NAME, of a Dataset items with a key mask, or turn it off with "
                 "--method-option intervention=off."
             )
-        if self._mixes and self.options.background_fill == "zero":
-            _ = client.mean  # raises where nothing says which value is black
 
     def start(self, server: Server) -> None:
         super().start(server)
         network: Any = self.model(server)
         if not self.masked:
             resolve_stage(network, self.options.mix_stage)  # raises on an unknown stage before the run starts
-
-    def rounds(self, federation: Federation) -> Iterator[Round]:
-        if self.options.background_pool == "shared" and self._mixes:
-            names = ("collect", "distribute")
-            yield Round("backgrounds", names, participants="all", one_off=True, trains="shared backgrounds")
-        yield from super().rounds(federation)
-
-    def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
-        if phase.exchange == "collect":
-            return {}
-        if phase.exchange == "distribute":
-            return {"pool": server.round_cache["pool"]}
-        return super().send(server, phase)
-
-    def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        if phase.exchange == "collect":
-            return client.background_images()
-        if phase.exchange == "distribute":
-            client.state["pool"] = message["pool"]
-            return {}
-        return super().client_update(client, phase, message)
-
-    def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        if phase.exchange == "collect":
-            channels, height, width = server.image_shape
-            return {
-                "images": Values(("images", channels, height, width), server.image_dtype),
-                "masks": Values(("images", height, width), torch.bool),
-                "labels": Values(("images",), torch.int64, low=0, high=server.federation.classes - 1),
-            }
-        return {} if phase.exchange == "distribute" else super().expects(server, phase, client, message)
-
-    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
-        if phase.exchange == "collect":
-            banks = [upload.message for upload in uploads]
-            server.round_cache["pool"] = {name: torch.cat([bank[name] for bank in banks]) for name in banks[0]}
-        elif phase.exchange == "distribute":
-            for _ in uploads:
-                pass
-            server.round_cache.pop("pool")
-        else:
-            super().server_update(server, phase, uploads)
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
         changed = observed.get("intervention_changed")

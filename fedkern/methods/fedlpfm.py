@@ -28,6 +28,7 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.files import filesystem
 from fedkern.methods.base import LocalTraining
+from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import (
     BEFORE,
     Batch,
@@ -41,7 +42,7 @@ from fedkern.methods.protocol import (
     Upload,
 )
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Client, Server
+from fedkern.methods.roles import Client, Drawn, Server, TestSet
 from fedkern.methods.uploads import Declaration, Maybe, Number
 from fedkern.models import prompts as templates
 from fedkern.models import teachers
@@ -50,7 +51,7 @@ from fedkern.models.precision import computing
 from fedkern.models.prompts import DEFAULT
 from fedkern.models.teacher import Teacher, trained_teacher
 from fedkern.models.teacher_cache import LogitsCache
-from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, pretrained, tune
+from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, load_or_pretrain, tune
 from fedkern.models.transfer import send
 from fedkern.typed_option import option
 
@@ -120,7 +121,7 @@ class FedLPFM(LocalTraining):
             "", "folder for teachers' weights and logits; empty: the user's cache folder", path=filesystem.absolute
         )
 
-    def __init__(self, options: Any = None, **values: Any) -> None:
+    def __init__(self, options: BaseOptions | None = None, **values: object) -> None:
         super().__init__(options, **values)
         o = self.options
         if o.mixing == "convex" and o.lam > 1:
@@ -142,7 +143,7 @@ class FedLPFM(LocalTraining):
 
     # -- the loss --------------------------------------------------------------------------------------------------
 
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         o = self.options
         logits = model(batch.inputs)
         em = batch.task.criterion(logits, batch)
@@ -232,7 +233,7 @@ class FedLPFM(LocalTraining):
                 client.report["teacher_right"] = float((guesses == client.labels).float().mean())
         return super().client_update(client, phase, message)
 
-    def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
+    def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> Drawn:
         """The teacher's logits of the batch's samples."""
         if not self.options.lam:
             return {}
@@ -308,7 +309,7 @@ class FedLPFM(LocalTraining):
 
     # -- teachers --------------------------------------------------------------------------------------------------
 
-    def _install(self, place: Client | Server, build: Callable[..., Any]) -> None:
+    def _install(self, place: Client | Server, build: Callable[..., nn.Module]) -> None:
         """Sets the teachers' settings once.
 
         The teachers themselves are built on first use.
@@ -358,10 +359,10 @@ class FedLPFM(LocalTraining):
                 server.report["teacher_inference_mflops"], server.report["teacher_parameters"] = mflops, parameters
         if server.public is not None and int(server.public.labels.min()) >= 0:
             network = server.build()
-            pretrained(network, server.public, self._teachers.cache, name="proxy", recipe=self._teachers.recipe)
+            load_or_pretrain(network, server.public, self._teachers.cache, name="proxy", recipe=self._teachers.recipe)
             self._proxy = trained_teacher(network, "proxy", len(server.classes), server.device)
 
-    def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
         """Figures of the proxy, and ``teacher_accuracy`` and ``public_proxy_accuracy`` where they can be computed.
 
         - ``teacher_accuracy``: accuracy of the ensemble of the teachers that every client has; if clients draw their
@@ -379,7 +380,7 @@ class FedLPFM(LocalTraining):
             figures.update(self._known[id(data)][1])
         return figures
 
-    def _teacher_figures(self, data: Any) -> dict[str, float]:
+    def _teacher_figures(self, data: TestSet) -> dict[str, float]:
         labels = torch.cat([batch.targets.cpu() for batch in data.batches()])
 
         def answers(teacher: Teacher) -> Tensor:
@@ -392,11 +393,11 @@ class FedLPFM(LocalTraining):
         figures: dict[str, float] = {}
         kinds = {self._teachers.specs[index].kind for index in self._used()}
         if "logits" not in kinds:  # stored logits may lack the test images
-            each = [answers(teacher).double().softmax(1) for teacher in used]
+            probabilities = [answers(teacher).double().softmax(1) for teacher in used]
             if self.options.backbone == "consistent":
-                figures["teacher_accuracy"] = accuracy(torch.stack(each).mean(0))
+                figures["teacher_accuracy"] = accuracy(torch.stack(probabilities).mean(0))
             else:
-                figures["teacher_accuracy"] = sum(accuracy(one) for one in each) / len(each)
+                figures["teacher_accuracy"] = sum(map(accuracy, probabilities)) / len(used)
         if self._proxy is not None:
             figures["public_proxy_accuracy"] = accuracy(answers(self._proxy))
         return figures

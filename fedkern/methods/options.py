@@ -26,31 +26,31 @@ class Options(OptionTable):
         return options
 
     def __post_init__(self) -> None:
-        for each in self.declared():
-            value = getattr(self, each.field)
-            if each.field in self._given or not isinstance(value, each.type):  # other defaults are checked already
-                object.__setattr__(self, each.field, each.convert(value))
+        for entry in self.declared():
+            value = getattr(self, entry.field)
+            if entry.field in self._given or not isinstance(value, entry.type):  # other defaults are checked already
+                object.__setattr__(self, entry.field, entry.convert(value))
 
     @classmethod
-    def parse(cls, options: Iterable[str] | Mapping[str, Any], *, method: str = "this method") -> Self:
+    def parse(cls, options: Iterable[str] | Mapping[str, object], *, method: str = "this method") -> Self:
         """Makes the options from ``["alpha=0.6", "lambda=1"]`` or from a mapping of published or field names.
 
         Raises:
             UserError: an unknown name (the message suggests the nearest one), a value of the wrong type or out of
                 range, a word without ``=``, or the same option twice.
         """
-        pairs: list[tuple[str, Any]] = []
+        pairs: list[tuple[str, object]] = []
         if isinstance(options, Mapping):
             pairs = list(options.items())
         else:
             for word in options:
-                key, equals, value = word.partition("=")
+                key, equals, text = word.partition("=")
                 if not equals:
                     raise UserError(f'Method option "{word}" must have the form key=value.')
-                pairs.append((key.strip(), value.strip()))
+                pairs.append((key.strip(), text.strip()))
         names = {entry.name: entry for entry in cls.declared()}
         fields = {entry.field: entry for entry in cls.declared()}
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for key, value in pairs:
             plain = key.replace("-", "_")
             named = names.get(plain) or fields.get(plain)
@@ -65,7 +65,7 @@ class Options(OptionTable):
         return cls(**values)
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
+    def of(cls, values: Mapping[str, object]) -> Self:
         """Make the options of values by published name that are converted already."""
         fields = {entry.name: entry.field for entry in cls.declared()}
         options = cls()
@@ -77,8 +77,8 @@ class Options(OptionTable):
 
     def code(self) -> list[tuple[str, str]]:
         """Code that the given values name and a run imports: pairs of an option's published name and the code's."""
-        named = [entry for entry in self.declared() if entry.field in self._given]
-        return [(each.name, part) for each in named if each.code for part in each.code(getattr(self, each.field))]
+        given = [(entry, entry.code) for entry in self.declared() if entry.field in self._given]
+        return [(entry.name, part) for entry, code in given if code for part in code(getattr(self, entry.field))]
 
     def given(self) -> dict[str, Value]:
         """The values that this object was constructed with, without defaults, by published name."""

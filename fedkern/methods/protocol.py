@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -192,14 +192,14 @@ class Batch:
         return (self.inputs, self.targets) if self.raw is None else self.raw
 
     @property
-    def known(self) -> Any:
+    def known(self) -> Tensor | int:
         """How many of its targets are known: samples or, of a segmentation, pixels."""
         return self.task.known(self)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> NoReturn:
         raise TypeError("a batch is no pair: say batch.inputs and batch.targets")
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         named = {"images": "inputs", "labels": "targets", "tokens": "targets", "augmented": "fresh"}
         raise AttributeError(
             f"a batch has no {name}: expected one of {', '.join(vars(self))}"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 from fedkern.errors import UserError, first_of, nearest
 from fedkern.models.user_models import LEVELS, level
+from fedkern.typed_option import Value
 from fedkern.usercode.hooks import check_hooks
 from fedkern.usercode.registry import Registry
 
 if TYPE_CHECKING:
     from fedkern.methods.base import Method
+    from fedkern.methods.roles import Offering
 
 METHODS: Registry[type[Method]] = Registry("method")
 """Method classes by name; ``METHODS[name].description`` is the line that ``list`` shows."""
@@ -68,7 +70,7 @@ def option_names(method: str) -> set[str]:
     return {name for entry in get(method).Options.declared() for name in (entry.name, entry.field)}
 
 
-def given_options(method: str, texts: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
+def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> dict[str, Value]:
     """The given method options by published name, converted, without defaults and with absolute paths.
 
     Raises:
@@ -96,7 +98,7 @@ def short(name: str) -> str:
     return name.rpartition(":")[2].rpartition(".")[2] if name.startswith(CLASS) else name
 
 
-def check_network(method: str, needs: str, network: nn.Module, data: Any, text: str) -> None:
+def check_network(method: str, needs: str, network: nn.Module, data: Offering, text: str) -> None:
     """Raises UserError where a method needs more of a network than this one has.
 
     Args:
@@ -109,9 +111,7 @@ def check_network(method: str, needs: str, network: nn.Module, data: Any, text: 
     if LEVELS.index(needs) <= LEVELS.index(has):
         return
     fitting = sorted(
-        name
-        for name, other in METHODS.items()
-        if other.serves(data) and LEVELS.index(other().needs) <= LEVELS.index(has)
+        name for name, kind in METHODS.items() if kind.serves(data) and LEVELS.index(kind().needs) <= LEVELS.index(has)
     )
     lacks = {
         "features": "a linear layer with a bias as its last step, or --features NAME",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -15,6 +15,54 @@ from fedkern.methods.server_rules import ServerRule
 from fedkern.methods.terms import Terms
 from fedkern.privacy import DPSGD, Unit
 from fedkern.tasks import Task
+from fedkern.tasks.protocols import JudgedSet
+
+Drawn = dict[str, Any]
+"""What a method draws or prepares for a batch, by name: tensors, numbers, a bank of backgrounds."""
+
+
+class Architecture(TypedDict, total=False):
+    """Arguments of ``Client.network`` and ``Server.build``: the name of a network, and channels of its first stage."""
+
+    model: str | None
+    width: int | None
+
+
+class Offering(Protocol):
+    """A task, or data with their task, and what these offer to methods."""
+
+    @property
+    def offers(self) -> frozenset[str]: ...
+
+
+class TestSet(Protocol):
+    """Samples that a network is evaluated on, in batches of known targets."""
+
+    @property
+    def task(self) -> Task: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self) -> Iterator[Batch]:
+        """The samples in order."""
+        ...
+
+
+class EvaluatedSet(JudgedSet, Protocol):
+    """A test set of the run, with what its last evaluation kept (`fedkern.engine.reader.Reader`).
+
+    Attributes:
+        split: the samples.
+        kept: the networks' answers, each with the network's client (None: the network is the run's).
+        predictions: predicted classes of the last evaluation, int64 [n] (segmentation: [n, H, W]), or None.
+        metrics: the run's own metrics.
+    """
+
+    predictions: Tensor | None
+    metrics: Sequence[Any]
+
+    @property
+    def task(self) -> Task: ...
 
 
 class Objective:
@@ -41,14 +89,14 @@ class Objective:
         """
         return batch.task.loss(model, batch)
 
-    def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:
+    def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> Drawn:
         """Random draws of a batch.
 
         The result becomes ``batch.drawn``.
         """
         return {}
 
-    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
+    def prepare(self, model: Any, batch: Batch, received: Received) -> Drawn:
         """What the loss takes from elsewhere than the trained network, such as answers of frozen ones, by name.
 
         Called before ``loss``, without gradients; the result joins ``batch.drawn``.
@@ -105,7 +153,7 @@ class Node(Protocol):
     @property
     def public(self) -> Samples | None: ...
 
-    def noise(self, samples: int, rng: np.random.Generator) -> Any:
+    def noise(self, samples: int, rng: np.random.Generator) -> object:
         """Inputs of a network for so many samples, of normally distributed numbers, on the device."""
         ...
 
@@ -226,7 +274,7 @@ class Client(Node, Protocol):
         steps: int | None = None,
         rows: np.ndarray | None = None,
         anchor: Message | None = None,
-        extras: Mapping[str, Any] | None = None,
+        extras: Mapping[str, object] | None = None,
     ) -> Message:
         """The engine's training loop: local epochs on ``method.loss`` from the received parameters.
 
@@ -387,20 +435,17 @@ class Client(Node, Protocol):
         """
         ...
 
-    def backgrounds(self, fill: str = "mean") -> Backgrounds:
+    def backgrounds(self) -> Backgrounds:
         """The client's own background bank, without the images that have no detected object."""
         ...
 
-    def background_images(self) -> Message:
-        """The client's background bank as a message.
 
-        ``{"images": uint8 [N, C, H, W], "masks": bool [N, H, W], "labels": int64 [N]}``, objects black in ``images``.
-        """
-        ...
+class Summing(Protocol):
+    """A streaming weighted mean of vectors."""
 
-    def make_backgrounds(self, message: Mapping[str, Tensor], fill: str = "mean") -> Backgrounds:
-        """A bank from any client's ``background_images``: erases the objects and normalises."""
-        ...
+    def add(self, vector: Tensor, weight: float) -> None: ...
+
+    def mean(self) -> Tensor: ...
 
 
 class Server(Node, Protocol):
@@ -445,7 +490,7 @@ class Server(Node, Protocol):
         """
         ...
 
-    def accumulator(self, size: int) -> Any:
+    def accumulator(self, size: int) -> Summing:
         """A streaming weighted mean of vectors with ``size`` elements."""
         ...
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
@@ -110,7 +109,7 @@ def options_of(method: Method) -> dict[str, Value]:
             f"{kind.__name__} has no options of its own class: let its __init__ take options=None and call "
             "super().__init__(options)."
         )
-    fresh = _made(kind, options)
+    fresh = _make(kind, options)
     for name in dict.fromkeys([*vars(method), *vars(fresh)]):
         mine, new = vars(method).get(name, _MISSING), vars(fresh).get(name, _MISSING)
         if type(mine) is not type(new) or (isinstance(mine, PLAIN) and mine != new):
@@ -133,13 +132,13 @@ def _check(kind: type[Method]) -> None:
     if not issubclass(kind.Options, Options):
         base = kind.__mro__[1].__name__
         raise UserError(f"{name}.Options must derive from the options of its base: class Options({base}.Options).")
-    bare = [each for each, value in vars(kind.Options).items() if isinstance(value, dataclasses.Field)]
+    bare = [field for field, value in vars(kind.Options).items() if isinstance(value, dataclasses.Field)]
     if bare:
         raise UserError(f"{name}.Options declares {bare[0]} without effect: put @dataclass(frozen=True) above it.")
-    _made(kind, kind.Options())
+    _make(kind, kind.Options())
 
 
-def _made(kind: type[Method], options: Any) -> Method:
+def _make(kind: type[Method], options: Options) -> Method:
     try:
         return kind(options)
     except UserError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ def _option(name: str, default: float) -> Option:
 
 
 def _options(rule: str, **defaults: float) -> tuple[Option, ...]:
-    return named_options(f"--server-rule {rule}", **{name: _option(name, each) for name, each in defaults.items()})
+    options = {name: _option(name, default) for name, default in defaults.items()}
+    return named_options(f"--server-rule {rule}", **options)
 
 
 # As in arXiv 1909.06335 and 2003.00295, where beta1 of FedAvgM and FedAdagrad is not left at 0.
@@ -59,7 +60,7 @@ class ServerRule:
         """Whether the rule takes the average as it is."""
         return self.name == MEAN and self.learning_rate in (None, 1.0)
 
-    def step(self, state: dict[str, Any], average: Tensor) -> Tensor:
+    def step(self, state: dict[str, Tensor], average: Tensor) -> Tensor:
         """The new network.
 
         Args:
@@ -72,12 +73,12 @@ class ServerRule:
         """
         self.used = True
         moments = {}
-        for which, rules in _MOMENTS.items():
+        for name, rules in _MOMENTS.items():
             if self.name in rules:
-                former = state.get(f"server_{which}")
+                former = state.get(f"server_{name}")
                 # A copy: a checkpoint of the round before may still be written from the former tensor.
-                moments[which] = torch.zeros_like(average) if former is None else former.clone()
-        settings = cast(dict[str, Any], {**moments, **self.options, "learning_rate": self.learning_rate})
+                moments[name] = torch.zeros_like(average) if former is None else former.clone()
+        settings: dict[str, Any] = {**moments, **self.options, "learning_rate": self.learning_rate}
         result = ops.server_step(state["parameters"], [average], [1.0], self.name, similarities=False, **settings)
-        state.update({f"server_{which}": moment for which, moment in moments.items()})
+        state.update({f"server_{name}": moment for name, moment in moments.items()})
         return result.model

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Declaration = Mapping[Any, Any]
+Cache = dict[Any, Any]
+"""What a client or the server keeps for a round, by name."""
+T = TypeVar("T")
 LONGEST = 80
 """Most characters shown of a name in an upload, because clients choose these names."""
 
@@ -48,14 +51,18 @@ class Number:
 class Maybe:
     """Declaration of an entry that an upload may lack."""
 
-    of: Any
+    of: Tensor | Values | Number | Declaration
 
 
-def like(value: Any) -> Any:
+Due = Tensor | Values | Number | Maybe | Declaration
+"""What is expected of one entry of an upload."""
+
+
+def like(value: Tensor | Mapping[str, object]) -> Any:
     """Declaration with the shapes and dtypes of ``value``, a tensor or nested dicts of tensors."""
     if isinstance(value, Tensor):
         return Values(tuple(value.shape), value.dtype)
-    return {name: like(entry) for name, entry in value.items()}
+    return {name: like(entry) for name, entry in value.items() if isinstance(entry, (Tensor, Mapping))}
 
 
 def is_alike(value: Tensor, tensor: Tensor) -> bool:
@@ -64,7 +71,7 @@ def is_alike(value: Tensor, tensor: Tensor) -> bool:
     return alike and value.device == tensor.device and value.layout is tensor.layout
 
 
-def cached(round_cache: dict[Any, Any], key: str, make: Callable[[], Any]) -> Any:
+def make_once(round_cache: Cache, key: str, make: Callable[[], T]) -> T:
     """Result of ``make()``, computed once a round.
 
     For declarations that need a network to be built.
@@ -72,7 +79,8 @@ def cached(round_cache: dict[Any, Any], key: str, make: Callable[[], Any]) -> An
     name = ("declared", key)
     if name not in round_cache:
         round_cache[name] = make()
-    return round_cache[name]
+    made: T = round_cache[name]
+    return made
 
 
 def needs_something(declared: Declaration) -> bool:
@@ -81,7 +89,7 @@ def needs_something(declared: Declaration) -> bool:
                for entry in declared.values())  # fmt: skip
 
 
-def why_refused(message: Any, declared: Declaration, known_finite: Tensor | None = None) -> str:
+def why_refused(message: object, declared: Declaration, known_finite: Tensor | None = None) -> str:
     """Reason why an upload does not fit its declaration, as the end of a sentence.
 
     Empty if the upload fits.
@@ -93,7 +101,7 @@ def why_refused(message: Any, declared: Declaration, known_finite: Tensor | None
     return next(_faults(message, declared, "", sizes, known_finite), "")
 
 
-def _faults(came: Any, due: Any, name: str, sizes: dict[str, int], finite: Tensor | None) -> Iterator[str]:
+def _faults(came: object, due: Due, name: str, sizes: dict[str, int], finite: Tensor | None) -> Iterator[str]:
     if isinstance(due, Maybe):
         due = due.of
     if not isinstance(due, Mapping):
@@ -110,20 +118,22 @@ def _faults(came: Any, due: Any, name: str, sizes: dict[str, int], finite: Tenso
         yield "is empty"
     for key, entry in due.items():
         if key in came:
-            yield from _faults(came[key], entry, _joined(name, key), sizes, finite)
+            yield from _faults(came[key], entry, _join_names(name, key), sizes, finite)
         elif not isinstance(entry, Maybe) and not (isinstance(entry, Mapping) and not needs_something(entry)):
-            yield f"lacks {_joined(name, key)}"
+            yield f"lacks {_join_names(name, key)}"
     for key in came:
         if key not in due:
-            yield f"should not hold {_joined(name, key)}"
+            yield f"should not hold {_join_names(name, key)}"
 
 
-def _joined(name: str, key: Any) -> str:
+def _join_names(name: str, key: object) -> str:
     text = f"{name}.{key}" if name else str(key)
     return text if len(text) <= LONGEST else text[: LONGEST - 4] + " ..."
 
 
-def _tensor(came: Any, due: Tensor | Values, name: str, sizes: dict[str, int], finite: Tensor | None) -> Iterator[str]:
+def _tensor(
+    came: object, due: Tensor | Values, name: str, sizes: dict[str, int], finite: Tensor | None
+) -> Iterator[str]:
     if not isinstance(came, Tensor):
         yield f"has {type(came).__name__} {name} where a tensor is expected"
         return
@@ -157,9 +167,9 @@ def infinite_as_sent(came: Tensor, due: Tensor | Values) -> bool:
     return bool((came.isfinite() | (came == due.to(came.device))).all())
 
 
-def _number(came: Any, due: Number, name: str) -> Iterator[str]:
-    kind = int if due.integer else (int, float)
-    if isinstance(came, bool) or not isinstance(came, kind):
+def _number(came: object, due: Number, name: str) -> Iterator[str]:
+    is_number = isinstance(came, int) or (isinstance(came, float) and not due.integer)
+    if isinstance(came, bool) or not isinstance(came, (int, float)) or not is_number:
         noun = "an integer" if due.integer else "a number"
         yield f"has {type(came).__name__} {name} where {noun} is expected"
     elif not -math.inf < came < math.inf:

@@ -17,7 +17,7 @@ SMALL = 1 << 28
 """Bytes of a network up to which nobody asks for the free memory, which takes most of a millisecond."""
 
 
-def uninitialised(kind: Callable[..., Layer], *arguments: int, device: torch.device | str | None = None) -> Layer:
+def make_empty(kind: Callable[..., Layer], *arguments: int, device: torch.device | str | None = None) -> Layer:
     """A layer with uninitialised parameters, as ``torch.nn.utils.skip_init`` makes it.
 
     Args:
@@ -32,7 +32,7 @@ def uninitialised(kind: Callable[..., Layer], *arguments: int, device: torch.dev
 def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Linear:
     """A classifier with these weights."""
     classes, width = state["weight"].shape
-    head = uninitialised(nn.Linear, width, classes, device=device)
+    head = make_empty(nn.Linear, width, classes, device=device)
     head.load_state_dict(state)
     return head
 

@@ -81,7 +81,7 @@ class BlockNetwork(nn.Module):
                 y = copy.deepcopy(block).cpu().eval()(x)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 reason = str(error).strip().split("\n")[0].rstrip(".")
-                hint = _wanted(block, tuple(x.shape[1:])) or f": {reason}"
+                hint = _explain(block, tuple(x.shape[1:])) or f": {reason}"
                 raise UserError(f"Block {i} cannot take {source}, of shape {list(x.shape[1:])}{hint}.") from None
             if not isinstance(y, Tensor) or y.dim() not in (2, 3, 4):
                 raise UserError(f"Block {i} must give features [B, d], tokens [B, N, C] or a map [B, C, H, W].")
@@ -94,13 +94,13 @@ class BlockNetwork(nn.Module):
         return shapes
 
 
-def _wanted(block: nn.Module, shape: tuple[int, ...]) -> str:
+def _explain(block: nn.Module, shape: tuple[int, ...]) -> str:
     """The reason for the error if the block's first layer takes another number of channels; else empty."""
-    first = next(module for module in block.modules() if not any(True for _ in module.children()))
-    if isinstance(first, nn.Conv2d) and len(shape) == 3 and first.in_channels != shape[0]:
-        return f", as its first layer takes {first.in_channels} channels"
-    if isinstance(first, nn.Linear) and first.in_features != shape[-1]:
-        return f", as its first layer takes {first.in_features} features"
+    layer = next(module for module in block.modules() if not any(True for _ in module.children()))
+    if isinstance(layer, nn.Conv2d) and len(shape) == 3 and layer.in_channels != shape[0]:
+        return f", as its first layer takes {layer.in_channels} channels"
+    if isinstance(layer, nn.Linear) and layer.in_features != shape[-1]:
+        return f", as its first layer takes {layer.in_features} features"
     return ""
 
 
@@ -112,12 +112,12 @@ def channels(shape: Sequence[int]) -> int:
 def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
     """Raises UserError if blocks of one level differ in the shape they give, so that they cannot be fused."""
     for k, shapes in enumerate(interfaces):
-        for level, (shape, first) in enumerate(zip(shapes, interfaces[0], strict=True), start=1):
-            if shape != first:
+        for level, (shape, expected) in enumerate(zip(shapes, interfaces[0], strict=True), start=1):
+            if shape != expected:
                 raise UserError(
-                    f"Block {level} of client {k} gives {list(shape)} and that of client 0 {list(first)}: networks can "
-                    "only be fused where their blocks give the same shape, so cut them elsewhere (the method option "
-                    "cuts) or take networks of one kind, such as resnet18,resnet10."
+                    f"Block {level} of client {k} gives {list(shape)} and that of client 0 {list(expected)}: networks "
+                    "can only be fused where their blocks give the same shape, so take networks of one kind, such as "
+                    "resnet18,resnet10, or another number of blocks."
                 )
 
 
@@ -168,23 +168,17 @@ def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
     return tuple(int(part[-1]) for part in np.array_split(np.arange(count), blocks)[:-1])
 
 
-def cut(model: StagedNetwork, blocks: int | Sequence[int]) -> BlockNetwork:
+def cut(model: StagedNetwork, blocks: int) -> BlockNetwork:
     """Cuts a network into blocks, which share its parameters.
 
     Args:
         model: the network; its average pooling ends the last block.
-        blocks: number of blocks (cut at :func:`cut_points`), or the layers behind which to cut, ascending.
+        blocks: number of blocks, see :func:`cut_points`.
 
     Raises:
-        UserError: the network has too few layers, or the layers are not ascending.
+        UserError: the network has too few layers.
     """
     parts = [*layers(model), model.pooling]
-    points = cut_points(model, blocks) if isinstance(blocks, int) else tuple(blocks)
-    ends = [*(point + 1 for point in points), len(parts)]
-    if any(a >= b for a, b in zip([0, *ends], ends, strict=False)):
-        raise UserError(
-            f"A network of {len(parts) - 1} layers and a pooling can be cut behind layers 0 to {len(parts) - 2}, in "
-            f"ascending order, not behind {', '.join(map(str, points))}."
-        )
+    ends = [*(point + 1 for point in cut_points(model, blocks)), len(parts)]
     starts, block = [0, *ends[:-1]], OwnBlock if isinstance(model, OwnNetwork) else nn.Sequential
     return BlockNetwork([block(*parts[a:b]) for a, b in zip(starts, ends, strict=True)], model.head)

@@ -40,7 +40,7 @@ def run_conv_norm(
         relu: a module, ``F.relu``, or None for no activation.
         residual: a tensor like the norm's result, or None.
     """
-    served = None if torch.compiler.is_compiling() else _served(x, conv, norm, relu, pool, residual)
+    served = None if torch.compiler.is_compiling() else _run_operator(x, conv, norm, relu, pool, residual)
     if served is not None:
         return served
     y = normed(norm, conv(x))
@@ -51,12 +51,14 @@ def run_conv_norm(
     return y if pool is None else pool(y)
 
 
-def _served(x: Tensor, conv: Any, norm: Any, relu: Any, pool: Any, residual: Tensor | None) -> Tensor | None:
+def _run_operator(
+    x: Tensor, conv: nn.Module, norm: nn.Module, relu: object, pool: nn.Module | None, residual: Tensor | None
+) -> Tensor | None:
     """The operator's result.
 
     None where the layers have to run.
     """
-    called = [conv, norm]
+    called: list[nn.Module] = [conv, norm]
     if relu is not None and relu is not F.relu:
         if type(relu) is not nn.ReLU:
             return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +23,17 @@ class Counted:
 
     flops: int = 0
 
-    def add(self, layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def add(self, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
         """Forward hook of a linear layer or an ungrouped convolution.
 
         If the output requires a gradient, the backward pass is added: as much again for the weights and for the input,
         if these require a gradient.
         """
         # Every weight is used once per position of the output, which has as many channels as the weight has rows.
-        each = 2 * output.numel() * layer.weight.numel() // layer.weight.shape[0]
+        operations = 2 * output.numel() * layer.weight.numel() // layer.weight.shape[0]
         if output.requires_grad:
-            each *= 1 + layer.weight.requires_grad + inputs[0].requires_grad
-        self.flops += each
+            operations *= 1 + layer.weight.requires_grad + inputs[0].requires_grad
+        self.flops += operations
 
 
 @contextmanager
@@ -54,12 +53,12 @@ def count_flops(module: nn.Module | None) -> Iterator[Counted]:
             yield counted
         counted.flops = int(counter.get_total_flops())
         return
-    with hooked((layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))), counted.add):
+    with hook_layers((layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))), counted.add):
         yield counted
 
 
 @contextmanager
-def hooked(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+def hook_layers(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
     """Context in which ``hook(layer, inputs, output)`` is called after every layer."""
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
@@ -113,12 +112,12 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
     buffers = stored_bytes(module) - weights
     largest = 0  # sum of a layer's input and output, in bytes
 
-    def look(layer: nn.Module, inputs: Any, output: Any) -> None:
+    def look(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         nonlocal largest
         largest = max(largest, sum(x.nbytes for x in (*inputs, output) if isinstance(x, Tensor)))
 
     leaves = [layer for layer in module.eval().modules() if not any(True for _ in layer.children())]
-    with torch.no_grad(), hooked(leaves, look), count_flops(module) as forward:
+    with torch.no_grad(), hook_layers(leaves, look), count_flops(module) as forward:
         module(images)
     saved: dict[int, int] = {}
     storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -130,14 +129,14 @@ def cost(module: nn.Module, images: Tensor) -> Cost:
         return tensor
 
     module.train().requires_grad_(True)
-    with count_flops(module) as both, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with count_flops(module) as step, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(images).sum().backward()
     for parameter in module.parameters():
         parameter.grad = None
     return Cost(
         parameters=sum(p.numel() for p in module.parameters()),
         inference_flops=forward.flops // count,
-        training_flops=both.flops // count,
+        training_flops=step.flops // count,
         inference_bytes=weights + buffers + largest // count,
         training_bytes=3 * weights + buffers + sum(saved.values()) // count,
     )

@@ -44,7 +44,7 @@ class NotCut(Exception):
     """A network that cannot be cut; the message says why, as a part of a sentence."""
 
 
-def logits_of(output: Any) -> Any:
+def find_logits(output: object) -> Any:
     """The logits in a network's output: the tensor, or the entry ``logits`` of an object or a mapping."""
     if isinstance(output, (Tensor, fx.Proxy)):
         return output
@@ -58,19 +58,19 @@ def find_head(module: nn.Module, images: Tensor) -> str | None:
         module: in any mode; a copy is run.
         images: ``[B, C, H, W]``.
     """
-    tried = moved(module)
+    tried = move_weights(module)
     tried.eval()  # whose train() may be the user's and return nothing
     calls: dict[str, list[Tensor]] = {}
     for name, layer in tried.named_modules():
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             layer.register_forward_hook(lambda _, __, output, name=name: calls.setdefault(name, []).append(output))
     with torch.no_grad():
-        logits = logits_of(tried(images.clone()))
-    heads = [name for name, each in calls.items() if len(each) == 1 and each[0] is logits and logits.dim() == 2]
+        logits = find_logits(tried(images.clone()))
+    heads = [name for name, found in calls.items() if len(found) == 1 and found[0] is logits and logits.dim() == 2]
     return heads[0] if heads else None
 
 
-def find_cut(module: nn.Module, images: Tensor, declared: Any = None) -> Cut:
+def find_cut(module: nn.Module, images: Tensor, declared: object = None) -> Cut:
     """The cut of a network.
 
     Args:
@@ -83,26 +83,26 @@ def find_cut(module: nn.Module, images: Tensor, declared: Any = None) -> Cut:
         NotCut: the pieces do not give the network's logits.
         UserError: ``declared`` names submodules that do not exist or that do not follow each other.
     """
-    paths = _wanted(declared)
+    paths = _read_stages(declared)
     names = _pieces(module, set(paths.values()))
     if not names:
         raise NotCut("it has no submodules")
     _check_shared(module, names)
     while True:
-        used, shapes, changed = _tried(module, names, images)
+        used, shapes, changed = _try_pieces(module, names, images)
         pieces, head = used[:-1], used[-1]
-        stages = _declared(paths, pieces, module) if paths else _automatic(module, pieces, shapes)
-        opened = _opened(module, names)
-        if paths or len(stages) > 1 or opened == names:
+        stages = _divide_declared(paths, pieces, module) if paths else _divide_automatically(module, pieces, shapes)
+        finer = _open_sequentials(module, names)
+        if paths or len(stages) > 1 or finer == names:
             break
-        names = opened
+        names = finer
     ends = [sum(len(inside) for _, inside in stages[: i + 1]) for i in range(len(stages))]
     maps = next((i for i, end in enumerate(ends) if len(shapes[end - 1]) != 4), len(ends))
     inputs = frozenset(stage for (stage, _), end in zip(stages, ends, strict=True) if end - 1 in changed)
     return Cut((*stages, ("feature", tuple(pieces[ends[-1] :]))), head, maps, inputs)
 
 
-def _wanted(declared: Any) -> dict[str, str]:
+def _read_stages(declared: object) -> dict[str, str]:
     """The declared stages: name and the submodule that ends the stage."""
     if declared is None:
         return {}
@@ -143,7 +143,7 @@ def _pieces(module: nn.Module, opened: set[str], prefix: str = "") -> list[str]:
     return names
 
 
-def _opened(module: nn.Module, names: Sequence[str]) -> list[str]:
+def _open_sequentials(module: nn.Module, names: Sequence[str]) -> list[str]:
     """The same pieces with every Sequential taken apart."""
     opened: list[str] = []
     for name in names:
@@ -165,14 +165,14 @@ def _check_shared(module: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         parameters = {id(parameter) for parameter in module.get_submodule(name).parameters()}
         inside += len(parameters)
-        for each in parameters:
-            if owners.setdefault(each, name) != name:
-                raise NotCut(f"{owners[each]} and {name} share parameters")
+        for parameter in parameters:
+            if owners.setdefault(parameter, name) != name:
+                raise NotCut(f"{owners[parameter]} and {name} share parameters")
     if inside != sum(1 for _ in module.parameters()):
         raise NotCut("it has parameters outside of the modules that run one after another")
 
 
-def moved(module: nn.Module) -> nn.Module:
+def move_weights(module: nn.Module) -> nn.Module:
     """A copy whose parameters are moved a little."""
     twin = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
@@ -205,7 +205,7 @@ def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str],
 
 
 @torch.no_grad()
-def _tried(
+def _try_pieces(
     module: nn.Module, names: Sequence[str], images: Tensor
 ) -> tuple[list[str], list[tuple[int, ...]], set[int]]:
     """The pieces with ``FLATTEN``, the shapes of their results and which change, if the pieces are the network."""
@@ -213,12 +213,12 @@ def _tried(
     results: list[Tensor] = []
     changed: set[int] = set()
     for training in (True, False):
-        network, parts = moved(module), moved(module)
+        network, parts = move_weights(module), move_weights(module)
         for copied in (network, parts):
             copied.train(training)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # dropout
-            expected = logits_of(network(images.clone()))  # a network may change its input in place
+            expected = find_logits(network(images.clone()))  # a network may change its input in place
             torch.default_generator.manual_seed(0)
             try:
                 used, results, later = _run(parts, names, images.clone())
@@ -236,7 +236,9 @@ def _tried(
     return used, [tuple(result.shape) for result in results], changed
 
 
-def _declared(paths: Mapping[str, str], names: Sequence[str], module: nn.Module) -> list[tuple[str, tuple[str, ...]]]:
+def _divide_declared(
+    paths: Mapping[str, str], names: Sequence[str], module: nn.Module
+) -> list[tuple[str, tuple[str, ...]]]:
     stages: list[tuple[str, tuple[str, ...]]] = []
     start = 0
     for stage, path in paths.items():
@@ -254,7 +256,7 @@ def _declared(paths: Mapping[str, str], names: Sequence[str], module: nn.Module)
     return stages
 
 
-def _automatic(
+def _divide_automatically(
     module: nn.Module, names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> list[tuple[str, tuple[str, ...]]]:
     """A stage for every piece with weights.

@@ -74,7 +74,7 @@ class GroundingDino:
         limits = torch.tensor([width, height, width, height], dtype=torch.float32)
         centre, size = output.pred_boxes.float().cpu().split(2, dim=-1)
         boxes = torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, 1) * limits
-        return [one[keep] for one, keep in zip(boxes, selected.cpu(), strict=True)]
+        return [found[keep] for found, keep in zip(boxes, selected.cpu(), strict=True)]
 
     def _prepare(self, images: Tensor) -> Tensor:
         """Resizes and normalises as preprocessor_config.json says, float32 ``[B, 3, h, w]``."""

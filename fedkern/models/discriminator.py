@@ -73,7 +73,7 @@ class PatchDiscriminators(nn.Module):
         return list(zip(images.unbind(0), weights, biases, strict=True))
 
 
-def seen(layers: int) -> int:
+def receptive_field(layers: int) -> int:
     """Receptive field of a logit after this many layers, in pixels a side."""
     return 3 * 2**layers - 2
 
@@ -81,7 +81,7 @@ def seen(layers: int) -> int:
 def whole_image(height: int, width: int) -> int:
     """Number of layers, at least 2, after which a logit sees the whole image, or as many as the shorter side allows."""
     layers = 2
-    while seen(layers) < max(height, width) and 2 ** (layers + 1) <= min(height, width):
+    while receptive_field(layers) < max(height, width) and 2 ** (layers + 1) <= min(height, width):
         layers += 1
     return layers
 

@@ -71,8 +71,9 @@ class EfficientNetB0(StagedNetwork):
         for i, (expansion, size, after, count, stride) in enumerate(STAGES):
             layers: list[nn.Module] = []
             if i == 0:
-                first = 1 if stem == "cifar" else 2
-                layers += conv_norm(channels, current, 3, stride=first, activation=self.activation())
+                layers += conv_norm(
+                    channels, current, 3, stride=1 if stem == "cifar" else 2, activation=self.activation()
+                )
             for j in range(count):
                 wide = divisible(after * scale)
                 step = stride if j == 0 else 1

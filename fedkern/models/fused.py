@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fedkern.models.allocate import uninitialised
+from fedkern.models.allocate import make_empty
 from fedkern.models.blocks import channels
 from fedkern.models.precision import autocasts, full
 from fedkern.ops import fuse_concat, fuse_mean
@@ -61,7 +61,7 @@ def make_adaptor(
     if kind != "cnn1x1":
         return Pool(branches, total=kind == "sum")
     width, joined = channels(shape), branches * channels(shape)
-    adaptor = uninitialised(nn.Conv2d, joined, width, 1) if len(shape) == 3 else uninitialised(nn.Linear, joined, width)
+    adaptor = make_empty(nn.Conv2d, joined, width, 1) if len(shape) == 3 else make_empty(nn.Linear, joined, width)
     weight, bias = adaptor.weight, cast(Tensor, adaptor.bias)
     with torch.no_grad():
         if generator is None:
@@ -102,10 +102,10 @@ class FusedLevel(nn.Module):
         self._buffer_names = [
             [name for name, _ in branch.block.named_buffers() if name in branch.states["block"]] for branch in branches
         ]
-        first = branches[0].adaptor
+        adaptor = branches[0].adaptor
         # A pooling adaptor is the same for every block, so it runs once, before all blocks.
-        self.shared: nn.Module = first if isinstance(first, Pool) else nn.Identity()
-        self.branches = nn.ModuleList(_loaded(branch) for branch in branches)
+        self.shared: nn.Module = adaptor if isinstance(adaptor, Pool) else nn.Identity()
+        self.branches = nn.ModuleList(_load_branch(branch) for branch in branches)
         self.requires_grad_(False)
         self.eval()
 
@@ -127,7 +127,7 @@ class FusedLevel(nn.Module):
         ]
 
 
-def _loaded(branch: Branch) -> nn.Module:
+def _load_branch(branch: Branch) -> nn.Module:
     sequence = copy.deepcopy(_sequence(branch))
     sequence.load_state_dict(_flat(branch, sequence))
     return sequence
@@ -183,7 +183,7 @@ class FusedNetwork(nn.Module):
         """Lets batch norms use batch statistics from now on, which also update the running statistics."""
         super().train(True)
 
-    def joined(self, x: Tensor) -> Tensor:
+    def run_levels(self, x: Tensor) -> Tensor:
         """The last level's results on images ``[B, C, H, W]``, side by side."""
         for level in self.levels:
             x = level(x)
@@ -198,7 +198,7 @@ class FusedNetwork(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """The features that the classifier reads (:meth:`fuse`), of images ``[B, C, H, W]``."""
-        return self.fuse(full(self.joined(x)))
+        return self.fuse(full(self.run_levels(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""

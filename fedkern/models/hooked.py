@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkern.deferred.pending import computed
 from fedkern.errors import UserError, nearest
 from fedkern.messages.leaves import mapped
-from fedkern.models.cutting import find_head, moved
+from fedkern.models.cutting import find_head, move_weights
 from fedkern.models.precision import full
 from fedkern.models.user_models import ItemNetwork, OwnNetwork
 
@@ -48,7 +48,7 @@ class Hooked(OwnNetwork):
     """
 
     def __init__(
-        self, module: nn.Module, head: str | None, stages: Sequence[str], features: str | None, blank: Any,
+        self, module: nn.Module, head: str | None, stages: Sequence[str], features: str | None, blank: object,
         widths: tuple[int, int] = (0, 0), changed: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__(module, head)
@@ -66,7 +66,7 @@ class Hooked(OwnNetwork):
         """
         results, calls = dict[str, Tensor](), Counter[str]()
 
-        def met(stage: str, layer: nn.Module, inputs: tuple[Any, ...], *output: Any) -> Tensor:
+        def keep_result(stage: str, layer: nn.Module, inputs: tuple[Tensor, ...], *output: Tensor) -> Tensor:
             result = computed((output or inputs)[0])
             calls[stage] += 1
             if put is not None and put[0] == stage:
@@ -78,14 +78,14 @@ class Hooked(OwnNetwork):
             # In the place of what waits to be computed; a copy, where the result would not stay as it is.
             return result.clone() if stage in self._changed else result
 
-        met.takes_computed = True  # type: ignore[attr-defined]
+        keep_result.takes_computed = True  # type: ignore[attr-defined]
         with ExitStack() as hooks:
             for stage, name in zip(self.stage_names, (*self.stage_names[:-1], self._features), strict=True):
                 if name is not None:
                     layer = self.module.get_submodule(name)
-                    hooks.enter_context(layer.register_forward_hook(partial(met, stage)))
+                    hooks.enter_context(layer.register_forward_hook(partial(keep_result, stage)))
                 else:  # the features are what the classifier takes
-                    hooks.enter_context(super().head.register_forward_pre_hook(partial(met, stage)))
+                    hooks.enter_context(super().head.register_forward_pre_hook(partial(keep_result, stage)))
             with suppress(_Stop):
                 results[LOGITS] = full(self._logits(x))
         if FEATURE in results:
@@ -116,7 +116,7 @@ class Hooked(OwnNetwork):
         results = self.results
         return results if results.get(stage) is h and LOGITS in results else self.again(stage, h)
 
-    def stages(self, x: Any, upto: str) -> Tensor:
+    def stages(self, x: object, upto: str) -> Tensor:
         """See :meth:`fedkern.models.StagedNetwork.stages`."""
         return self.call(x, stop="" if torch.is_grad_enabled() else upto)[upto]
 
@@ -124,7 +124,7 @@ class Hooked(OwnNetwork):
         """See :meth:`fedkern.models.StagedNetwork.tail`."""
         return h if after == FEATURE else self.after(after, h)[FEATURE]
 
-    def features(self, x: Any) -> Tensor:
+    def features(self, x: object) -> Tensor:
         """The features ``[B, d]``: the named submodule's result, flattened, or what the classifier takes."""
         return self.stages(x, FEATURE)
 
@@ -133,7 +133,7 @@ class Hooked(OwnNetwork):
         """The linear classifier, or what follows the named features."""
         return super().head if self._rest is None else self._rest
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "results": {}}
 
 
@@ -171,13 +171,13 @@ def find_taps(network: Any, stages: Sequence[str], features: str | None, form: A
     samples = form.noise(2, np.random.default_rng(0))
     blank = mapped(lambda leaf: torch.zeros_like(leaf[:1]), samples)
     paths = [name for name, _ in network.module.named_modules() if name]
-    for flag, name in [("stages", each) for each in stages] + [("features", features)] * (features is not None):
+    for flag, name in [("stages", stage) for stage in stages] + [("features", features)] * (features is not None):
         if name not in paths:
             raise UserError(f'--{flag}: the network {text} has no submodule "{name}".{nearest(str(name), paths)}')
     head = None if items else find_head(network.module, samples)
     if head is None and features is None:
         raise UserError(f"--stages: {text} ends in no linear layer, whose input are the features: give --features too.")
-    tried, changed = kind(moved(network.module), head, stages, features, blank), set[str]()
+    tried, changed = kind(move_weights(network.module), head, stages, features, blank), set[str]()
 
     def results_of(stop: str = "") -> dict[str, Tensor]:
         torch.manual_seed(0)  # dropout
@@ -188,12 +188,12 @@ def find_taps(network: Any, stages: Sequence[str], features: str | None, form: A
             tried.train(training)
             results, calls = results_of(), tried.calls
             for name in tried.stage_names:
-                what = f"--stages {name}" if name != FEATURE else f"--features {features}"
+                given = f"--stages {name}" if name != FEATURE else f"--features {features}"
                 result, times = results.get(name), calls[name]
                 if times != 1 or not isinstance(result, Tensor) or len(result) != 2:
                     where = " in train mode" * training
                     raise UserError(
-                        f"{what}: {text} calls it {times} times{where}, or it gives no tensor of a row a sample."
+                        f"{given}: {text} calls it {times} times{where}, or it gives no tensor of a row a sample."
                     )
                 before = results_of(name)[name]  # what follows has not changed it
                 changed |= set() if torch.equal(result, before) else {name}
@@ -201,7 +201,7 @@ def find_taps(network: Any, stages: Sequence[str], features: str | None, form: A
                     tried.again(name, before)[LOGITS], results[LOGITS], rtol=1e-3, atol=1e-4
                 ):
                     raise UserError(
-                        f"{what}: the logits of {text} depend on more than it gives: name a later submodule."
+                        f"{given}: the logits of {text} depend on more than it gives: name a later submodule."
                     )
     widths = results[FEATURE].shape[1], results[LOGITS].shape[1]
     return kind, head, stages, features, blank, widths, changed

@@ -19,9 +19,9 @@ class MLP(StagedNetwork):
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = 256, image_size: int = 32) -> None:
-        first: list[nn.Module] = [nn.AdaptiveAvgPool2d(image_size), nn.Conv2d(channels, width, image_size, bias=False)]
+        front: list[nn.Module] = [nn.AdaptiveAvgPool2d(image_size), nn.Conv2d(channels, width, image_size, bias=False)]
         stages: list[nn.Module] = []
         for i in range(3):
-            layers = first if i == 0 else [nn.Conv2d(width, width, 1, bias=False)]
+            layers = front if i == 0 else [nn.Conv2d(width, width, 1, bias=False)]
             stages.append(nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU()))
         super().__init__(stages, width=width, classes=classes)

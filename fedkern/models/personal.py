@@ -23,7 +23,7 @@ def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
     Raises:
         UserError: a pattern matches no name, or nothing of the network ``text`` would be shared.
     """
-    trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     constants = constant_buffers(module)
     named = [*trained, *(name for name, _ in module.named_buffers() if name not in constants)]
     chosen = matching(module, patterns, named, "--personal", f"trained parameter and no travelling buffer of {text}")
@@ -41,7 +41,7 @@ def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
 def names(module: nn.Module) -> list[str]:
     """Names of the personal parameters and buffers of a module."""
     return [
-        f"{path}.{key}" if path else key for path, each in module.named_modules() for key in vars(each).get(_MARK, ())
+        f"{path}.{key}" if path else key for path, layer in module.named_modules() for key in vars(layer).get(_MARK, ())
     ]
 
 
@@ -59,7 +59,7 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def copies(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of :func:`tensors`."""
-    return {name: each.detach().clone() for name, each in named.items()}
+    return {name: tensor.detach().clone() for name, tensor in named.items()}
 
 
 @torch.no_grad()

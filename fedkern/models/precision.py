@@ -23,6 +23,7 @@ PRECISIONS = tuple(DTYPES)
 
 _dtype: ContextVar[torch.dtype | None] = ContextVar("precision", default=None)
 
+N = TypeVar("N", bound=nn.Module)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -35,10 +36,10 @@ def computing(precision: str) -> Iterator[None]:
     """
     token = _dtype.set(DTYPES[precision])
     try:
-        with ExitStack() as others:
+        with ExitStack() as callers:
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
-                    others.enter_context(torch.autocast(kind, enabled=False))
+                    callers.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         _dtype.reset(token)
@@ -56,7 +57,7 @@ def autocasts(method: Callable[P, T]) -> Callable[P, T]:
     """Decorates a network's method to compute in the current precision, on its first argument's or its own device."""
 
     @functools.wraps(method)
-    def called(*args: P.args, **named: P.kwargs) -> T:
+    def run(*args: P.args, **named: P.kwargs) -> T:
         dtype = _dtype.get()
         x: Any = args[1] if len(args) > 1 else next(iter(named.values()))
         if dtype is None or isinstance(x, fx.Proxy):  # a traced graph runs later, in its caller's precision
@@ -65,7 +66,7 @@ def autocasts(method: Callable[P, T]) -> Callable[P, T]:
         with autocast_on(device):
             return method(*args, **named)
 
-    return called
+    return run
 
 
 def autocast_on(device: torch.device) -> AbstractContextManager[object]:
@@ -85,7 +86,7 @@ MATRICES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 """The layers whose weights autocast casts."""
 
 
-def frozen(module: Any) -> Any:
+def frozen(module: N) -> N:
     """Casts the weights of a frozen network once, where autocast would cast them at every call.
 
     Returns ``module`` itself in fp32, else a copy whose output has the same bits.  Heads stay fp32, as they run outside

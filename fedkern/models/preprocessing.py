@@ -14,8 +14,8 @@ from fedkern.errors import UserError
 from fedkern.files.inputs import read_json
 from fedkern.models.teacher_cache import to_pixels
 
-NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3  # Pillow's numbers, as the files have them
-MODES = {NEAREST: "nearest", LANCZOS: "lanczos", BILINEAR: "bilinear", BICUBIC: "bicubic"}
+NEAREST, BILINEAR, BICUBIC = 0, 2, 3  # Pillow's numbers, as the files have them
+MODES = {NEAREST: "nearest", BILINEAR: "bilinear", BICUBIC: "bicubic"}
 WHOLE = 384  # from this side on, ConvNeXt resizes the whole image and does not crop
 
 
@@ -84,14 +84,14 @@ class Preprocessing:
     def __call__(self, images: Tensor) -> Tensor:
         """Images fp32 ``[B, 1 or 3, H, W]`` to fp32 ``[B, 3, h, w]``."""
         # Whole bytes as floats: sums that end in one half are then exact, and rounded up as Pillow does.
-        pixels = _rounded(to_pixels(images, self.mean, self.std) * 255)
+        pixels = _round_bytes(to_pixels(images, self.mean, self.std) * 255)
         pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
         height, width = pixels.shape[-2:]
         if self.size is not None:
             tall, wide = self.size if len(self.size) == 2 else _proportional(self.size[0], height, width)
             for size in ((height, wide), (tall, wide)):  # Pillow rounds after either direction
                 if size != tuple(pixels.shape[-2:]):
-                    pixels = _rounded(_resized(pixels, size, self.mode))
+                    pixels = _round_bytes(_resize(pixels, size, self.mode))
         if self.crop is not None:
             height, width = pixels.shape[-2:]
             top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
@@ -108,17 +108,14 @@ class Preprocessing:
         return ((pixels - self.offset if self.offset else pixels) - mean) / std
 
 
-def _rounded(values: Tensor) -> Tensor:
+def _round_bytes(values: Tensor) -> Tensor:
     return values.add(0.5).floor_().clamp_(0, 255)
 
 
-def _resized(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+def _resize(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     if mode == "nearest":
         rows, columns = (_nearest(*pair).to(pixels.device) for pair in zip(pixels.shape[-2:], size, strict=True))
         return pixels[..., rows[:, None], columns]
-    if mode == "lanczos":
-        down, across = (_lanczos(*pair).to(pixels) for pair in zip(pixels.shape[-2:], size, strict=True))
-        return down @ pixels @ across.T
     return functional.interpolate(pixels, size, mode=mode, antialias=True, align_corners=False)
 
 
@@ -130,18 +127,6 @@ def _nearest(before: int, after: int) -> Tensor:
     steps = torch.full((after,), before / after, dtype=torch.float64)
     steps[0] /= 2
     return steps.cumsum(0).long()
-
-
-def _lanczos(before: int, after: int) -> Tensor:
-    """Weights ``[after, before]`` of Pillow's windowed sinc, which ends at the third zero on either side."""
-    if before == after:
-        return torch.eye(before, dtype=torch.float64)
-    scale = before / after
-    wide = max(scale, 1.0)
-    centres = (torch.arange(after, dtype=torch.float64)[:, None] + 0.5) * scale
-    at = (torch.arange(before, dtype=torch.float64) + 0.5 - centres) / wide
-    weights = torch.where(at.abs() < 3, torch.sinc(at) * torch.sinc(at / 3), 0.0)
-    return weights / weights.sum(1, keepdim=True)
 
 
 def _size(size: Any, *, square: bool = False) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -45,16 +46,16 @@ class Pretrained:
 
     Args:
         model: folder or name.
-        what: kind of network, for messages.
+        role: kind of network, for messages.
 
     Raises:
         UserError: ``model`` is written as a folder and there is none.
     """
 
-    def __init__(self, model: str | Path, what: str) -> None:
-        self.name, self.what, self.folder = str(model), what, expand(model)
+    def __init__(self, model: str | Path, role: str) -> None:
+        self.name, self.role, self.folder = str(model), role, expand(model)
         if not self.folder.is_dir() and (self.folder.is_absolute() or self.name.startswith((".", "~"))):
-            raise UserError(f"the {what} folder {self.folder} does not exist.")
+            raise UserError(f"the {role} folder {self.folder} does not exist.")
 
     @property
     def identity(self) -> dict[str, str]:
@@ -89,7 +90,7 @@ class Pretrained:
         """
         local = self.folder.is_dir()
         if local:
-            check_folder(self.folder, self.what)
+            check_folder(self.folder, self.role)
         where = str(self.folder) if local else self.name
         with loading(title, user, where if local else f"{where}{hint}") as transformers:
             if not local and transformers.utils.find_adapter_config_file(where) is not None:
@@ -104,7 +105,7 @@ class Pretrained:
         return Loaded(network, report["missing_keys"], tokenizer, settings)
 
 
-def without_code(*, local: bool) -> dict[str, Any]:
+def without_code(*, local: bool) -> dict[str, bool]:
     """Arguments of every ``from_pretrained``: no Python code of a folder is run.
 
     ``local`` forbids downloads.
@@ -112,7 +113,7 @@ def without_code(*, local: bool) -> dict[str, Any]:
     return {"local_files_only": local, "trust_remote_code": False}
 
 
-def weights(*, local: bool) -> dict[str, Any]:
+def weights(*, local: bool) -> dict[str, bool | None]:
     """Arguments of ``from_pretrained`` for a network's weights.
 
     The weights are model.safetensors or, in a ``local`` folder without that file, pytorch_model.bin (loaded with
@@ -121,30 +122,30 @@ def weights(*, local: bool) -> dict[str, Any]:
     return {**without_code(local=local), "use_safetensors": None if local else True, "weights_only": True}
 
 
-def check_folder(folder: Path, what: str) -> None:
+def check_folder(folder: Path, kind: str) -> None:
     """Raises UserError for a folder with files that are not regular, or that refers to code or weights elsewhere.
 
     transformers would wait for a named pipe.  It would also load a kernel that config.json names on the hub, or the
     base network of a PEFT adapter.
     """
     for path in (*folder.iterdir(), *folder.glob("*/*")):
-        if kind := special(path):
-            raise UserError(f"the folder {folder} of the {what} has {kind}, {path.name}: put a regular file there.")
+        if fault := special(path):
+            raise UserError(f"the folder {folder} of the {kind} has {fault}, {path.name}: put a regular file there.")
     if standing(folder / ADAPTER) != "missing":
-        raise UserError(f"the folder {folder} of the {what} holds {_UNADAPTED}.")
+        raise UserError(f"the folder {folder} of the {kind} holds {_UNADAPTED}.")
     try:
         config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return  # transformers reports a missing or damaged file
-    kernels = [name for name in _named(config, "attn_implementation") if "/" in name]
+    kernels = [name for name in _find_texts(config, "attn_implementation") if "/" in name]
     if kernels:
         raise UserError(
-            f"the config.json of the {what} in {folder} names code to be downloaded and run (attn_implementation "
+            f"the config.json of the {kind} in {folder} names code to be downloaded and run (attn_implementation "
             f"{kernels[0]}): take that entry out."
         )
 
 
-def _named(value: Any, ending: str) -> Iterator[str]:
+def _find_texts(value: object, ending: str) -> Iterator[str]:
     """The strings in a JSON value, at any depth, whose keys end in ``ending``."""
     waiting = [value]
     while waiting:
@@ -157,7 +158,7 @@ def _named(value: Any, ending: str) -> Iterator[str]:
 
 
 @contextmanager
-def loading(title: str, user: str, where: str | Path) -> Iterator[Any]:
+def loading(title: str, user: str, where: str | Path) -> Iterator[ModuleType]:
     """Gives transformers, silenced.
 
     Its errors become one sentence.
@@ -209,7 +210,7 @@ def check_complete(name: str, network: nn.Module, used: nn.Module, missing: Coll
 
 
 @contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: ModuleType) -> Iterator[None]:
     """Silences transformers and the hub's client, as fedkern reports failures itself, and keeps them from asking.
 
     For a sub-network that config.json names, transformers asks on standard input whether to run its code, even with

@@ -47,8 +47,8 @@ class PretrainedImage(ImageEncoder):
             tokens = out
             grid, special = self._layout(out.shape[1], pixels.shape[2], pixels.shape[3])
         patches = tokens[:, special:]
-        first = tokens[:, :1] if special else patches.mean(1, keepdim=True)
-        return torch.cat([first, patches], 1), grid
+        front = tokens[:, :1] if special else patches.mean(1, keepdim=True)
+        return torch.cat([front, patches], 1), grid
 
     def _layout(self, count: int, height: int, width: int) -> tuple[tuple[int, int], int]:
         """Rows and columns of the patches among ``count`` tokens, and the number of tokens in front of the patches."""
@@ -200,7 +200,7 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
     with loading(f"the {kind} encoder", f"{kind} encoder {path}", path) as transformers:
         config = transformers.AutoConfig.from_pretrained(str(path), **without_code(local=True))
         for part_config in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-            _without_dropout(part_config)
+            _remove_dropout(part_config)
         network, report = transformers.AutoModel.from_pretrained(
             str(path), config=config, dtype=torch.float32, output_loading_info=True, **weights(local=True)
         )
@@ -214,7 +214,7 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
     return network.float()
 
 
-def _without_dropout(config: Any) -> None:
+def _remove_dropout(config: object) -> None:
     for name, value in vars(config).items() if config is not None else ():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)

@@ -7,7 +7,6 @@ import io
 import pickle
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ SMALL = 1 << 20
 class _Pickler(pickle.Pickler):
     """Writes values without modules and parameters, which are compared elsewhere."""
 
-    def persistent_id(self, value: Any) -> Any:
+    def persistent_id(self, value: object) -> object:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             if value.numel() > SMALL:
                 return value.data_ptr(), value._version
@@ -53,13 +52,13 @@ def attributes(network: nn.Module) -> dict[str, int]:
     return hashes
 
 
-def _hash_hooks(hooks: Sequence[Any]) -> int:
+def _hash_hooks(hooks: Sequence[object]) -> int:
     """Return a hash of the number of hooks and of what those of the user hold."""
     of_user = [hook for hook in hooks if getattr(hook, "__module__", "").partition(".")[0] not in _SHIPPED]
     return hash((len(hooks), digest(identity_table({"hooks": of_user}, weights=False, here=True)) if of_user else ""))
 
 
-def fields(thing: Any, *, shipped: bool = False) -> dict[str, int]:
+def fields(thing: object, *, shipped: bool = False) -> dict[str, int]:
     """Return hashes of what an object of a user's class, and the class, hold, by name (see :func:`attributes`).
 
     Args:
@@ -73,7 +72,7 @@ def fields(thing: Any, *, shipped: bool = False) -> dict[str, int]:
         if name in _ENGINES or name.startswith("__") or isinstance(of_classes.get(name), functools.cached_property):
             continue
         if isinstance(value, dict):
-            value = {key: each for key, each in value.items() if getattr(each, "grad_fn", None) is None}
+            value = {key: entry for key, entry in value.items() if getattr(entry, "grad_fn", None) is None}
         elif getattr(value, "grad_fn", None) is not None:  # of a graph: what the last pass left
             continue
         try:

@@ -23,7 +23,7 @@ from fedkern.models.resnet import ResNet, Stem
 from fedkern.models.resnet8t import ResNet8T
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
-from fedkern.models.user_models import Own, opened
+from fedkern.models.user_models import Own, load_maker
 from fedkern.models.vit import ViT
 from fedkern.streams import stream
 from fedkern.usercode import named_code
@@ -62,18 +62,18 @@ class ModelEntry:
     gives: str = "classes"
 
     @property
-    def code(self) -> Any:
+    def code(self) -> Callable[..., nn.Module] | None:
         """The class or function that a user has registered, or None."""
-        return self.make.what if isinstance(self.make, Own) and not isinstance(self.make.what, nn.Module) else None
+        return self.make.source if isinstance(self.make, Own) and not isinstance(self.make.source, nn.Module) else None
 
 
 def _any_size(make: Callable[..., Network]) -> Callable[..., Network]:
     """Wraps the ``make`` of a network whose first layers are the same for images of any size."""
 
-    def made(*, stem: Stem, **settings: Any) -> Network:
+    def make_without_stem(*, stem: Stem, **settings: Any) -> Network:
         return make(**settings)
 
-    return made
+    return make_without_stem
 
 
 _cnn, _mlp, _vit = _any_size(CNN), _any_size(MLP), _any_size(ViT)
@@ -88,18 +88,18 @@ def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
     least four channels each.
     """
 
-    def made(**settings: Any) -> Network:
+    def make_with_groups(**settings: Any) -> Network:
         network = make(**settings)
         for module in list(network.modules()):
             for name, layer in list(module.named_children()):
                 if isinstance(layer, nn.BatchNorm2d):
                     channels = layer.num_features
-                    most = min(32, max(1, channels // 4))
-                    groups = max(n for n in range(1, most + 1) if channels % n == 0)
+                    limit = min(32, max(1, channels // 4))
+                    groups = max(n for n in range(1, limit + 1) if channels % n == 0)
                     setattr(module, name, nn.GroupNorm(groups, channels))
         return network
 
-    return made
+    return make_with_groups
 
 
 _SHIPPED = {
@@ -181,7 +181,7 @@ def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
     if module is None and named is None:
         yield
         return
-    make = opened(named) if named is not None and module is None else Own(module, name)  # type: ignore[arg-type]
+    make = load_maker(named) if named is not None and module is None else Own(module, name)  # type: ignore[arg-type]
     MODELS[name] = ModelEntry(name, "a network of your own", None, 1, make, gives="any")
     try:
         yield
@@ -189,7 +189,7 @@ def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
         MODELS.pop(name, None)
 
 
-def added(settings: str) -> tuple[ModelEntry, ...]:
+def list_added(settings: str) -> tuple[ModelEntry, ...]:
     """The entries of ``MODELS`` that somebody added or replaced, and whose name is part of the text ``settings``."""
     entries = [entry for name, entry in MODELS.items() if entry is not _SHIPPED.get(name) and name in settings]
     # First those whose file another process runs: the file may define the others.
@@ -278,9 +278,9 @@ def build(
             seed=seed if isinstance(seed, int) else seed.initial_seed(), word=_word(seed),
         )  # fmt: skip
     width = (entry.width or 0) if width is None else width
-    for what, value in (("classes", classes), ("channels", channels), ("width", width)):
+    for argument, value in (("classes", classes), ("channels", channels), ("width", width)):
         if value < 1:
-            raise UserError(f"the model's {what} must be at least 1, got {value}.")
+            raise UserError(f"the model's {argument} must be at least 1, got {value}.")
     if image_size < entry.smallest:
         raise UserError(f"{name} needs images of at least {entry.smallest} pixels, got {image_size}.")
     stem: Stem = "cifar" if image_size <= CIFAR_STEM_UP_TO else "imagenet"

@@ -56,9 +56,9 @@ class StagedNetwork(Classifier):
             raise ValueError(f"stage must be one of {', '.join(self.stage_names)}, got {stage!r}") from None
 
     @autocasts
-    def _run(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Applies stages ``first`` to ``last``, both included."""
-        for name in self.stage_names[first : last + 1]:
+    def _run(self, x: Tensor, begin: int, last: int) -> Tensor:
+        """Apply stages ``begin`` to ``last``, both included."""
+        for name in self.stage_names[begin : last + 1]:
             if name != "feature":
                 x = getattr(self, name)(x)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from fedkern.models.precision import frozen, lower
 from fedkern.models.staged import Classifier
 from fedkern.ops._core.layout import plain_strides
 
+F = TypeVar("F", bound=Callable[..., Any])
 Identity = Mapping[str, str | int | float]
 UNTUNABLE = (
     "gives logits alone, and tuning needs features: take teacher_tuning=zero-shot, or a network of fedkern or CLIP."
@@ -41,7 +42,7 @@ class Teacher:
         self,
         name: str,
         classes: int,
-        load: Callable[[], Any],
+        load: Callable[[], Callable[..., Any]],
         *,
         device: torch.device | str = "cpu",
         identity: Identity | None = None,
@@ -77,7 +78,7 @@ class Teacher:
         return self.network
 
     @cached_property
-    def _lowered(self) -> Classifier:
+    def _low_precision(self) -> Classifier:
         """The network, its weights cast for computing in the lower precision."""
         return frozen(self.classifier)
 
@@ -93,7 +94,7 @@ class Teacher:
         Raises:
             UserError: the teacher gives logits without features.
         """
-        network = self.classifier if lower() is None else self._lowered
+        network = self.classifier if lower() is None else self._low_precision
         return network.features(images.to(self.device)).float()
 
     @torch.no_grad()
@@ -112,19 +113,19 @@ class Teacher:
         except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the user's own code may raise anything
-            what = f"{type(error).__name__}: {error}"
-            raise UserError(f"the teacher {self.name} failed on images {list(images.shape)} ({what}).") from error
-        return self.checked(answer, len(images))
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"the teacher {self.name} failed on images {list(images.shape)} ({reason}).") from error
+        return self.check_logits(answer, len(images))
 
-    def checked(self, logits: Any, count: int) -> Tensor:
+    def check_logits(self, logits: object, count: int) -> Tensor:
         """``logits`` as fp32 ``[count, classes]``.
 
         Raises:
             UserError: ``logits`` is no tensor, has another shape, or is not finite.
         """
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
-            what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(f"the teacher {self.name} must give logits [{count}, {self.classes}], but gave {what}.")
+            given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(f"the teacher {self.name} must give logits [{count}, {self.classes}], but gave {given}.")
         if logits.shape[1] != self.classes:
             raise wrong_classes(self.name, logits.shape[1], self.classes)
         if not bool(torch.isfinite(logits).all()):
@@ -154,7 +155,7 @@ def teacher_of(
     return Teacher(name, classes, partial(_return_it, function), device=device, identity=identity)
 
 
-def _return_it(network: Callable[..., Any]) -> Callable[..., Any]:  # unlike a lambda it can be pickled
+def _return_it(network: F) -> F:  # unlike a lambda it can be pickled
     return network
 
 

@@ -77,11 +77,11 @@ class LogitsCache:
         """
         identity = teacher.identity
         if identity is None:
-            each = [teacher.logits(part).cpu() for images in batches for part in images.split(teacher.batch)]
-            return torch.cat(each) if each else torch.empty(0, teacher.classes)
+            answers = [teacher.logits(part).cpu() for images in batches for part in images.split(teacher.batch)]
+            return torch.cat(answers) if answers else torch.empty(0, teacher.classes)
         rows = self.read_logits(identity, teacher.classes)
         keys: list[bytes] = []
-        written, tell = len(rows), paced(self.notice, time.monotonic())
+        written, tell = len(rows), limit_notices(self.notice, time.monotonic())
         try:
             for images in batches:
                 batch = image_keys(images, self.mean, self.std)
@@ -89,8 +89,8 @@ class LogitsCache:
                 missing = [row for row, key in enumerate(batch) if key not in rows]
                 for start in range(0, len(missing), teacher.batch):
                     part = missing[start : start + teacher.batch]
-                    answers = teacher.logits(images[torch.tensor(part, device=images.device)]).cpu()
-                    rows.update(zip((batch[row] for row in part), answers, strict=True))
+                    logits = teacher.logits(images[torch.tensor(part, device=images.device)]).cpu()
+                    rows.update(zip((batch[row] for row in part), logits, strict=True))
                     if len(rows) - written >= SAVE_EVERY:
                         self.write_logits(identity, rows)
                         written = len(rows)
@@ -117,12 +117,12 @@ class LogitsCache:
         """
         classes = next(iter(rows.values())).numel()
 
-        def merged() -> dict[str, Tensor]:
-            every = {**self.read_logits(identity, classes), **rows}
-            keys = np.frombuffer(b"".join(every), dtype=np.uint8).reshape(-1, KEY)
-            return {"keys": torch.from_numpy(keys.copy()), "logits": torch.stack(list(every.values()))}
+        def merge() -> dict[str, Tensor]:
+            stored = {**self.read_logits(identity, classes), **rows}
+            keys = np.frombuffer(b"".join(stored), dtype=np.uint8).reshape(-1, KEY)
+            return {"keys": torch.from_numpy(keys.copy()), "logits": torch.stack(list(stored.values()))}
 
-        self.write("logits", identity, merged)
+        self.write("logits", identity, merge)
 
     def read(self, kind: str, identity: Identity) -> dict[str, Tensor] | None:
         """The tensors in a teacher's file, as they were written; None if the file is missing or damaged."""
@@ -198,7 +198,7 @@ def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Se
     return Teacher(f"logits:{file}", classes, lambda: look_up, untunable=reason)
 
 
-def paced(notice: Callable[[str], None] | None, since: float = -math.inf) -> Callable[[str], None]:
+def limit_notices(notice: Callable[[str], None] | None, since: float = -math.inf) -> Callable[[str], None]:
     """``notice`` at most once in :data:`TELL_EVERY` seconds, the first time that long after ``since``."""
 
     def tell(text: str) -> None:
@@ -269,8 +269,8 @@ def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]
     about = about if isinstance(about, dict) else {}
     if text is not None:
         same_format(path, about.get("format"), FORMAT)
-    same = identity is None or about.get("identity") == json.loads(json.dumps(dict(identity)))
-    if not same or about.get("format") != FORMAT or about.get("sum") != _sum(tensors):
+    is_same = identity is None or about.get("identity") == json.loads(json.dumps(dict(identity)))
+    if not is_same or about.get("format") != FORMAT or about.get("sum") != _sum(tensors):
         raise ValueError("it is not what was written there")
     return tensors
 

@@ -30,7 +30,7 @@ class TeacherStack:
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
-        self._teachers = [_Teacher(folded(network)) for network in networks]
+        self._teachers = [_Teacher(fold_norms(network)) for network in networks]
 
     def logits(self, images: Tensor) -> Tensor:
         """Return logits ``[K, B, C, *positions]`` of normalised images ``[B, C, H, W]``; gradients reach the images."""
@@ -66,7 +66,7 @@ def _headless(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def folded(network: nn.Module) -> nn.Module:
+def fold_norms(network: nn.Module) -> nn.Module:
     """A frozen copy in eval mode, with batch norms folded into the convolutions before them where that is safe.
 
     A batch norm is folded if torch.fx sees that it alone reads a convolution's result and that both are called once.
@@ -86,8 +86,8 @@ def folded(network: nn.Module) -> nn.Module:
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
             continue
         convolution, norm = modules[str(before.target)], modules[node.target]
-        alone = called.count(node.target) == 1 and called.count(before.target) == 1
-        if alone and type(convolution) is nn.Conv2d and norm.running_mean is not None:
+        is_single = called.count(node.target) == 1 and called.count(before.target) == 1
+        if is_single and type(convolution) is nn.Conv2d and norm.running_mean is not None:
             frozen.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
             frozen.set_submodule(node.target, nn.Identity())
     return frozen.eval().requires_grad_(False)
@@ -106,13 +106,13 @@ def overwriting(network: nn.Module) -> nn.Module:
         return network
     modules = dict(graph.named_modules())
 
-    def fresh(value: Any) -> bool:
+    def fresh(value: object) -> bool:
         """Whether a value is the result of a convolution or of an in-place sum, and only one node reads it."""
         if not isinstance(value, fx.Node) or len(value.users) != 1:
             return False
         if value.op == "call_module":
             layer = modules[str(value.target)]
-            # An Identity (a folded batch norm) passes its input on, so nothing else may read that input.
+            # An Identity (a fold_norms batch norm) passes its input on, so nothing else may read that input.
             return type(layer) is nn.Conv2d or (type(layer) is nn.Identity and fresh(value.args[0]))
         return value.op == "call_method" and value.target == "add_"
 

@@ -20,7 +20,7 @@ from fedkern.models.optimisers import SGD
 from fedkern.models.precision import computing
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher import Identity, Teacher, content
-from fedkern.models.teacher_cache import LogitsCache, image_keys, paced
+from fedkern.models.teacher_cache import LogitsCache, image_keys, limit_notices
 
 PROBE_LR, FINETUNE_LR = 1e-3, 1e-5
 
@@ -93,7 +93,7 @@ def pretrain(
 
 
 @computing("fp32")  # runs of either precision read the cached weights
-def pretrained(
+def load_or_pretrain(
     network: StagedNetwork, data: Labelled, cache: LogitsCache, *, name: str, recipe: Recipe, seed: int = 0
 ) -> None:
     """Gives ``network`` the weights that :func:`pretrain` makes, from the cache if they are there.
@@ -118,7 +118,7 @@ def pretrained(
         network.load_state_dict(stored)
         network.eval()
         return
-    tell, of = paced(cache.notice), f"of {recipe.epochs}"
+    tell, of = limit_notices(cache.notice), f"of {recipe.epochs}"
     images = f"{len(data):,} public images"
     pretrain(network, data, recipe, seed, lambda epoch: tell(f"training {name} on {images}: epoch {epoch + 1} {of}"))
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
@@ -167,7 +167,7 @@ def tune(
     module.requires_grad_(False)
     with torch.no_grad():
         logits = torch.cat([module(part) for part in inputs.split(len(inputs) if head_only else teacher.batch)])
-    return module, teacher.checked(logits, len(labels)).cpu()
+    return module, teacher.check_logits(logits, len(labels)).cpu()
 
 
 def _digest(data: Labelled, mean: Sequence[float], std: Sequence[float], seed: int) -> str:

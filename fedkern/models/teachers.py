@@ -19,7 +19,7 @@ from fedkern.models.registry import MODELS
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.teacher import Teacher, teacher_of, trained_teacher
 from fedkern.models.teacher_cache import LogitsCache, stored_logits
-from fedkern.models.teacher_training import Labelled, Recipe, pretrained
+from fedkern.models.teacher_training import Labelled, Recipe, load_or_pretrain
 from fedkern.usercode import named_code
 from fedkern.usercode.named_code import FORMS
 
@@ -36,13 +36,13 @@ CHOICES = 3
 
 @dataclass(frozen=True)
 class Spec:
-    """One teacher as the user names it: ``kind:what``, or the name of code alone."""
+    """One teacher as the user names it: ``kind:source``, or the name of code alone."""
 
     kind: str
-    what: str
+    source: str
 
     def __str__(self) -> str:
-        return self.what if self.kind == CODE else f"{self.kind}:{self.what}" if self.what else self.kind
+        return self.source if self.kind == CODE else f"{self.kind}:{self.source}" if self.source else self.kind
 
 
 def parse(text: str) -> list[Spec]:
@@ -53,7 +53,7 @@ def parse(text: str) -> list[Spec]:
     """
     specs = []
     for word in text.split(","):
-        kind, _, what = word.strip().partition(":")
+        kind, _, source = word.strip().partition(":")
         if kind not in KINDS:
             misspelt = nearest(kind, KINDS) and kind.isidentifier() and find_spec(kind) is None
             if named_code.parse(word.strip()) is None or misspelt:
@@ -61,10 +61,10 @@ def parse(text: str) -> list[Spec]:
                     f'unknown teacher "{word.strip()}": expected pretrained, pretrained:MODEL/WIDTH, '
                     f"clip:PATH_OR_NAME, {LITE}, logits:FILE, {FORMS}.{nearest(kind, KINDS)}"
                 )
-            kind, what = CODE, word.strip()
-        if kind not in ALONE and not what:
+            kind, source = CODE, word.strip()
+        if kind not in ALONE and not source:
             raise UserError(f"the teacher {kind} needs a name after the colon, for example {_EXAMPLES[kind]}.")
-        specs.append(Spec(kind, what))
+        specs.append(Spec(kind, source))
     return specs
 
 
@@ -79,7 +79,7 @@ def absolute(text: str) -> str:
             "clip": filesystem.absolute_folder, "logits": filesystem.absolute, LITE: filesystem.absolute,
             CODE: named_code.absolute,
         }  # fmt: skip
-        path = paths.get(spec.kind, str)(spec.what) if spec.what else ""
+        path = paths.get(spec.kind, str)(spec.source) if spec.source else ""
         words.append(str(spec if "," in path else Spec(spec.kind, path)))
     return ",".join(words)
 
@@ -92,7 +92,7 @@ def code(text: str) -> list[str]:
 _EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE"}
 
 
-def expand(specs: Sequence[Spec], build: Callable[..., Any]) -> list[Spec]:
+def expand(specs: Sequence[Spec], build: Callable[..., nn.Module]) -> list[Spec]:
     """The list with plain ``pretrained`` replaced by up to three networks that are larger than the run's own.
 
     Raises:
@@ -100,18 +100,18 @@ def expand(specs: Sequence[Spec], build: Callable[..., Any]) -> list[Spec]:
     """
     result: list[Spec] = []
     for spec in specs:
-        if spec.kind != "pretrained" or spec.what:
+        if spec.kind != "pretrained" or spec.source:
             result.append(spec)
             continue
-        least = size(build())
+        smallest = size(build())
         larger: list[Spec] = []
         for model, width in LARGER:
-            if len(larger) < CHOICES and size(build(model=model, width=width)) > least:
+            if len(larger) < CHOICES and size(build(model=model, width=width)) > smallest:
                 larger.append(Spec("pretrained", f"{model}/{width}"))
         if not larger:
             model, width = LARGER[-1]
             raise UserError(
-                f"no embedded teacher is larger than the run's own network ({least:,} parameters): name one, for "
+                f"no embedded teacher is larger than the run's own network ({smallest:,} parameters): name one, for "
                 f"example teacher=pretrained:{model}/{2 * width}."
             )
         result += larger
@@ -158,14 +158,14 @@ class Teachers:
         """
         scale = {"mean": self.cache.mean, "std": self.cache.std}
         if spec.kind == "clip":
-            return clip_teacher(spec.what, self.classes, **scale, prompts=self.prompts, device=self.device)
+            return clip_teacher(spec.source, self.classes, **scale, prompts=self.prompts, device=self.device)
         if spec.kind == LITE:
-            return efficientnet_lite_teacher(self.classes, **scale, path=spec.what, device=self.device)
+            return efficientnet_lite_teacher(self.classes, **scale, path=spec.source, device=self.device)
         if spec.kind == "logits":
-            return stored_logits(spec.what, len(self.classes), **scale)
+            return stored_logits(spec.source, len(self.classes), **scale)
         if spec.kind == CODE:
             return self._import_teacher(spec)
-        model, _, width = spec.what.partition("/")
+        model, _, width = spec.source.partition("/")
         if model not in MODELS or (width and not (width.isdigit() and int(width) > 0)):
             raise UserError(
                 f'the teacher "{spec}" must be pretrained:MODEL or pretrained:MODEL/WIDTH with one of '
@@ -178,7 +178,7 @@ class Teachers:
             )
         network: StagedNetwork = self.build(model=model, width=int(width) if width else None)
         name = f"{model} of width {int(width) if width else MODELS[model].width}"
-        pretrained(network, self.public, self.cache, name=name, recipe=self.recipe)
+        load_or_pretrain(network, self.public, self.cache, name=name, recipe=self.recipe)
         name += f", pre-trained by fedkern on {len(self.public):,} public images"
         return trained_teacher(network, name, len(self.classes), self.device)
 
@@ -187,7 +187,7 @@ class Teachers:
 
         With an attribute ``identity`` its logits are cached.
         """
-        named = named_code.parse(spec.what)
+        named = named_code.parse(spec.source)
         assert named is not None  # parse has looked
         thing: Any = named_code.load(named, "the teacher")[0]
         if isinstance(thing, Teacher):

@@ -44,7 +44,7 @@ class PairNetwork(nn.Module):
     """
 
     def __init__(
-        self, image_encoder: nn.Module, text_encoder: nn.Module, *, about: Mapping[str, Any] | None = None
+        self, image_encoder: nn.Module, text_encoder: nn.Module, *, about: Mapping[str, object] | None = None
     ) -> None:
         super().__init__()
         widths = [int(cast(Any, encoder).width) for encoder in (image_encoder, text_encoder)]
@@ -152,8 +152,8 @@ def build_pair(
         UserError: an unknown encoder, a folder that cannot be used, or images too small.
     """
     named = image_encoder in IMAGE_ENCODERS, text_encoder in TEXT_ENCODERS
-    _known(image_encoder, "image", IMAGE_ENCODERS)
-    _known(text_encoder, "text", TEXT_ENCODERS)
+    _check_name(image_encoder, "image", IMAGE_ENCODERS)
+    _check_name(text_encoder, "text", TEXT_ENCODERS)
     width = WIDTH if width is None else width
     if width < 4 or width % 4:
         raise UserError(f"the width of an image-text pair must be a multiple of 4, got {width}.")
@@ -190,7 +190,7 @@ def build_pair(
     return network
 
 
-def _known(name: str, kind: str, names: Mapping[str, str]) -> None:
+def _check_name(name: str, kind: str, names: Mapping[str, str]) -> None:
     """Raises UserError for a name that is neither a built-in encoder nor looks like a folder."""
     looks_like_path = expand(name).is_dir() or name.startswith((".", "~")) or "/" in name
     if name not in names and not looks_like_path:

@@ -28,8 +28,10 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return staged.to(device, non_blocking=True)
 
 
-def bring(tensor: Tensor) -> Tensor:
-    """The tensor in the host's memory as soon as the current stream has :func:`arrived`; as it is where it is there.
+def to_host_async(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the host without waiting for the device.
+
+    The copy is valid after :func:`wait_for_stream`.  A tensor in the host's memory is returned itself.
 
     From a GPU it comes in page-locked memory, several times as fast as in ordinary memory, and nothing waits for it.
     """
@@ -38,8 +40,8 @@ def bring(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def arrived(device: torch.device) -> None:
-    """Waits for the current stream's work."""
+def wait_for_stream(device: torch.device) -> None:
+    """Wait for the current stream's work."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
@@ -49,6 +51,6 @@ def fetch(tensor: Tensor) -> Tensor:
 
     As it is where it is there already.
     """
-    there = bring(tensor)
-    arrived(tensor.device)
-    return there
+    copied = to_host_async(tensor)
+    wait_for_stream(tensor.device)
+    return copied

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fedkern.deferred.calls import called
 from fedkern.deferred.pending import computed
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
-from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, logits_of, moved
+from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, find_logits, move_weights
 from fedkern.models.precision import autocasts, full, lower
 from fedkern.models.staged import StagedNetwork
 from fedkern.models.unet import UNet
@@ -27,6 +27,9 @@ from fedkern.usercode import named_code
 from fedkern.usercode.execution import hosted
 from fedkern.usercode.named_code import Named
 
+N = TypeVar("N", bound=nn.Module)
+X = TypeVar("X")
+Y = TypeVar("Y")
 GIVEN = ("classes", "channels", "image_size", "width", "seed")
 """Arguments that a class or function gets, by name, where its signature has them."""
 
@@ -66,10 +69,10 @@ class OwnNetwork(nn.Module):
 
     @autocasts
     def _logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = logits_of(self._call_apart(self.module, plain_strides(x)))
+        logits: Tensor = find_logits(self._call_on_copy(self.module, plain_strides(x)))
         return logits
 
-    def _call_apart(self, call: Callable[[Any], Any], x: Any, part: object = None) -> Any:
+    def _call_on_copy(self, call: Callable[[X], Y], x: X, part: object = None) -> Y:
         """Call ``module``, or a part of it, so that its changes to the inputs in place do not reach the caller.
 
         Other networks read the same batch.  The first call of a kind works on a copy and finds out whether later calls
@@ -106,7 +109,7 @@ class OwnNetwork(nn.Module):
         """The module's own state dict."""
         return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         for key in [key for key in state_dict if key.startswith(prefix)]:
             state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -125,10 +128,10 @@ class ItemNetwork(OwnNetwork):
 
     @autocasts
     def _logits(self, x: Any) -> Any:
-        output = self._call_apart(self._call, x)
-        return output if self.raw else logits_of(output)
+        output = self._call_on_copy(self._call, x)
+        return output if self.raw else find_logits(output)
 
-    def _call(self, x: Any) -> Any:
+    def _call(self, x: object) -> Any:
         if isinstance(x, Positional):
             return self.module(*x)
         return self.module(**x) if isinstance(x, Keywords) else self.module(x)
@@ -166,17 +169,17 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
         return self.stage_names[: self._cut.maps]
 
     @autocasts
-    def _run(self, x: Tensor, first: int, last: int) -> Tensor:
-        if 0 < first <= last and self.stage_names[first - 1] in self._cut.changed:
+    def _run(self, x: Tensor, begin: int, last: int) -> Tensor:
+        if 0 < begin <= last and self.stage_names[begin - 1] in self._cut.changed:
             x = x.clone()  # the caller's map stays as it is
-        if first == 0:
-            x = self._call_apart(lambda x: called(self.module, self._pieces, x, 0, last), plain_strides(x), last)
+        if begin == 0:
+            x = self._call_on_copy(lambda x: called(self.module, self._pieces, x, 0, last), plain_strides(x), last)
         else:
-            x = called(self.module, self._pieces, x, first, last)
+            x = called(self.module, self._pieces, x, begin, last)
         return full(x) if last == len(self.stage_names) - 1 else x
 
-    def _pieces(self, x: Tensor, first: int, last: int) -> Tensor:
-        for _, pieces in self._cut.stages[first : last + 1]:
+    def _pieces(self, x: Tensor, begin: int, last: int) -> Tensor:
+        for _, pieces in self._cut.stages[begin : last + 1]:
             for piece in pieces:
                 x = self.module.get_submodule(piece)(x) if piece else x.flatten(1)
         return x
@@ -215,51 +218,51 @@ class Own:
     Pickled, it is the name of its code, which the other process imports.
 
     Attributes:
-        what: a class or function that returns a module, or the module itself, which is copied with its weights.
+        source: a class or function that returns a module, or the module itself, which is copied with its weights.
         text: the network's name in messages.
         named: where the code was found; None for a registered class or function, and for a module.
         sha256: of the file with the code, if any.
 
     Raises:
-        UserError: ``what`` is neither, or needs an argument that it does not get.
+        UserError: ``source`` is neither, or needs an argument that it does not get.
     """
 
     def __init__(
         self,
-        what: Callable[..., nn.Module] | nn.Module,
+        source: Callable[..., nn.Module] | nn.Module,
         text: str,
         *,
         named: Named | None = None,
         sha256: str | None = None,
     ) -> None:
-        self.what, self.text, self.named, self.sha256 = what, text, named, sha256
+        self.source, self.text, self.named, self.sha256 = source, text, named, sha256
         self._cuts: dict[Any, Cut | str | None] = {}
         self._latest: tuple[Any, nn.Module] | None = None
-        self.takes: tuple[str, ...] = () if isinstance(what, nn.Module) else self._arguments()
+        self.takes: tuple[str, ...] = () if isinstance(source, nn.Module) else self._arguments()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         cuts = {"_cuts": self._cuts}
         if self.named is not None:
-            return _opened, (self.named, self.sha256), cuts
-        return Own, (self.what, self.text), cuts
+            return _open_again, (self.named, self.sha256), cuts
+        return Own, (self.source, self.text), cuts
 
     def _arguments(self) -> tuple[str, ...]:
-        if not callable(self.what):
+        if not callable(self.source):
             raise UserError(
-                f"the model {self.text} is {type(self.what).__name__}, not a class or function that returns an "
+                f"the model {self.text} is {type(self.source).__name__}, not a class or function that returns an "
                 "nn.Module."
             )
         try:
-            parameters = inspect.signature(self.what).parameters.values()
+            parameters = inspect.signature(self.source).parameters.values()
         except (TypeError, ValueError):
             return ()
         free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        for each in parameters:
-            by_name = each.kind is not inspect.Parameter.POSITIONAL_ONLY
-            if each.default is each.empty and each.kind not in free and not (by_name and each.name in GIVEN):
+        for given in parameters:
+            by_name = given.kind is not inspect.Parameter.POSITIONAL_ONLY
+            if given.default is given.empty and given.kind not in free and not (by_name and given.name in GIVEN):
                 raise UserError(
-                    f"the model {self.text} needs the argument {each.name}, and gets only {', '.join(GIVEN)}, by name: "
-                    f"give {each.name} a default."
+                    f"the model {self.text} needs the argument {given.name}, and gets only {', '.join(GIVEN)}, by "
+                    f"name: give {given.name} a default."
                 )
         return tuple(parameter.name for parameter in parameters if parameter.name in GIVEN)
 
@@ -279,13 +282,13 @@ class Own:
         """
         module = self._copy(classes, channels, min(sides), seed, word, width)
         if isinstance(module, (StagedNetwork, UNet)):
-            return self._marked(module)
+            return self._mark_scalable(module)
         key = classes, channels, tuple(sides), width
         if key not in self._cuts:
             images = torch.randn((2, channels, *sides), generator=torch.Generator().manual_seed(0))
             self._cuts[key] = self._cut(module, images)
         cut = self._cuts[key]
-        return self._marked(StagedOwn(module, cut) if isinstance(cut, Cut) else OwnNetwork(module, cut))
+        return self._mark_scalable(StagedOwn(module, cut) if isinstance(cut, Cut) else OwnNetwork(module, cut))
 
     def on_items(
         self, *, classes: int, seed: int, word: int, width: int | None, head: str | None, raw: bool
@@ -294,43 +297,43 @@ class Own:
 
         Arguments are also those of `ItemNetwork`.
         """
-        return self._marked(ItemNetwork(self._copy(classes, None, None, seed, word, width), head, raw))
+        return self._mark_scalable(ItemNetwork(self._copy(classes, None, None, seed, word, width), head, raw))
 
-    def _marked(self, network: Any) -> Any:
+    def _mark_scalable(self, network: N) -> N:
         """The network with ``scales``: whether it can be made wider and narrower."""
         convolutions = any(isinstance(layer, nn.Conv2d) for layer in network.modules())
-        network.scales = "width" in self.takes and convolutions
+        setattr(network, "scales", "width" in self.takes and convolutions)  # noqa: B010 (no tensor or module)
         return network
 
     def _copy(self, *arguments: Any) -> nn.Module:
         """A copy of :meth:`_module`, as the code may take long, for example to read pretrained weights."""
         if self._latest is None or self._latest[0] != arguments:
             module = self._module(*arguments)
-            _check_modes(self._copied(module), self.text)
+            _check_modes(self._copy_module(module), self.text)
             self._latest = arguments, module
-        return self._copied(self._latest[1])
+        return self._copy_module(self._latest[1])
 
     def _module(
         self, classes: int, channels: int | None, side: int | None, seed: int, word: int, width: int | None
     ) -> nn.Module:
         if width is not None and "width" not in self.takes:
             raise UserError(f"--width {width} is not for {self.text}, which takes no argument width: leave width out.")
-        if isinstance(self.what, nn.Module):
-            check_bare(self.what, self.text)
-            module = self._copied(self.what).cpu()
+        if isinstance(self.source, nn.Module):
+            check_bare(self.source, self.text)
+            module = self._copy_module(self.source).cpu()
             module.train(True)  # may freeze parts, which then count as frozen from the beginning
             return module
         unset = inspect.Parameter.empty
         if (
             width is None
             and "width" in self.takes
-            and inspect.signature(self.what).parameters["width"].default is unset
+            and inspect.signature(self.source).parameters["width"].default is unset
         ):
             raise UserError(f"the model {self.text} needs a width: give one with --width.")
         values = {"classes": classes, "channels": channels, "image_size": side, "seed": seed, "width": width}
         with seeded_generators(word), hosted(self.named.file if self.named else ""):
             try:
-                module = self.what(**{name: values[name] for name in self.takes if values[name] is not None})
+                module = self.source(**{name: values[name] for name in self.takes if values[name] is not None})
             except UserError:
                 raise
             except (Exception, SystemExit) as error:
@@ -341,7 +344,7 @@ class Own:
         module.train(True)  # which may return nothing where it is the user's
         return module.cpu()
 
-    def _copied(self, module: nn.Module) -> nn.Module:
+    def _copy_module(self, module: nn.Module) -> nn.Module:
         try:
             return plain(copy.deepcopy(module))  # as workers have it, who get it by a pickle
         except Exception as error:  # a module may hold anything
@@ -353,7 +356,7 @@ class Own:
         """The cut of a network, the name of its classifier alone, or None."""
         declared = getattr(module, "stages", None)
         if declared is None or callable(declared):
-            declared = getattr(self.what, "stages", None)
+            declared = getattr(self.source, "stages", None)
         declared = None if callable(declared) else declared
         try:
             return find_cut(module, images, declared)
@@ -373,15 +376,15 @@ class Own:
             return None
 
 
-def _opened(named: Named, sha256: str | None) -> Own:
+def _open_again(named: Named, sha256: str | None) -> Own:
     """The same maker in another process."""
-    maker = opened(named)
+    maker = load_maker(named)
     if maker.sha256 != sha256:
         raise UserError(f"the model {named} has changed since the run began")
     return maker
 
 
-def opened(named: Named) -> Own:
+def load_maker(named: Named) -> Own:
     """The maker of the network that code makes.
 
     Imports the code.
@@ -389,13 +392,13 @@ def opened(named: Named) -> Own:
     Raises:
         UserError: the code cannot be imported, or is no class or function that can be called.
     """
-    what, digest = named_code.load(named, "the model")
-    if isinstance(what, nn.Module):
+    source, digest = named_code.load(named, "the model")
+    if isinstance(source, nn.Module):
         raise UserError(f"the model {named} is a module, not a class or function: write a function that returns it.")
-    return Own(what, str(named), named=named, sha256=digest)
+    return Own(source, str(named), named=named, sha256=digest)
 
 
-def unwrapped(module: Any) -> Any:
+def unwrap(module: Any) -> Any:
     """The module inside of DataParallel and torch.compile, whose names its state dict shall have."""
     while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
         module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
@@ -451,7 +454,7 @@ def _check_modes(module: nn.Module, text: str) -> None:
     if all(getattr(mode, "__func__", mode) in (nn.Module.train, nn.Module.eval) for mode in modes):
         return
     module.train(True)  # whose mode may have no default
-    tried = moved(module)  # what is merged may begin at zero
+    tried = move_weights(module)  # what is merged may begin at zero
     before, memory = _weights_of(tried), _memory_of(tried)
     tried.eval()
     after, memory_after = _weights_of(tried), _memory_of(tried)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,26 +21,26 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 """Entries of checkpoints under which training programs keep a state dict."""
 
 
-def read_state_dict(path: Path, what: str) -> Mapping[str, Any]:
+def read_state_dict(path: Path, source: str) -> Mapping[str, Tensor]:
     """The state dict in a file: safetensors, or saved with torch.save and read with `weights_only`.
 
     Args:
-        what: flag and file, for messages.
+        source: flag and file, for messages.
 
     Raises:
         UserError: the file is missing, damaged or no regular file, or holds anything but tensors by name.
     """
     if kind := special(path):
-        raise UserError(f"{what} is {kind}, not a regular file: put the file there.")
+        raise UserError(f"{source} is {kind}, not a regular file: put the file there.")
     try:
         if path.suffix not in PICKLED:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror or error}.") from None
+        raise UserError(f"{source} cannot be read: {error.strerror or error}.") from None
     except (SafetensorError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
-        raise UserError(f"{what} is damaged: {reason}.") from None
+        raise UserError(f"{source} is damaged: {reason}.") from None
     except Exception:
         # pickle raises anything for a file that it has not written, a KeyError for example.  torch's message is not
         # shown: it is long and recommends to execute whatever the file holds.
@@ -50,7 +49,7 @@ def read_state_dict(path: Path, what: str) -> Mapping[str, Any]:
         loaded = next((loaded[key] for key in _NESTED if isinstance(loaded.get(key), Mapping)), loaded)
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(
-            f"{what} does not hold a state dict, tensors by name and nothing else: save module.state_dict() with "
+            f"{source} does not hold a state dict, tensors by name and nothing else: save module.state_dict() with "
             "torch.save, or as safetensors."
         )
     return loaded

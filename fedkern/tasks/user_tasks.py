@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError, described, shown
 from fedkern.files.filesystem import check_text
 from fedkern.messages.leaves import leaves, mapped, sent, together
-from fedkern.models.cutting import logits_of
+from fedkern.models.cutting import find_logits
 from fedkern.models.precision import autocast_on, full
 from fedkern.tasks.base import Task
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
@@ -38,7 +38,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def cross_entropy(outputs: object, targets: Tensor) -> Tensor:
     """The loss of whole-number targets where nobody gives one."""
     classes = targets.long() if targets.dtype in INTEGERS else targets
-    return mean_cross_entropy(logits_of(outputs), classes)
+    return mean_cross_entropy(find_logits(outputs), classes)
 
 
 class OwnTask(Task):

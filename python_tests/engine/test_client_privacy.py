@@ -19,6 +19,7 @@ from fedkern.privacy import ClientLevel, server_secret
 from fedkern.privacy.keys import noise_key
 from fedkern.report.live.progress import headline
 from fedkern.settings.config import RunConfig
+from python_tests.engine.test_resume import WithSetUp
 from python_tests.extras import needs_accounting
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, kill_and_resume, killed, outcome
@@ -290,13 +291,16 @@ def test_settings_that_do_not_fit_are_refused(method, settings, message):
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("fedgid", {"options": {"background_pool": "shared"}}, MORE.format("collect")),
+        ("fedgid", {}, MORE.format("collect")),
         ("fedproto", {"options": {"networks": "averaged"}}, "whose server does more with uploads than adding them up"),
         ("oneshot-fedavg", {"rounds": None, "options": {"calibrate": True}}, 'whose clients upload "counts", which'),
         ("fedavg", {"buffers": "pool"}, "--buffers pool"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(method, settings, message, make_data, make_config, refuses, tmp_path):
+def test_methods_and_options_that_do_not_fit_are_refused(
+    method, settings, message, make_data, make_config, refuses, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(METHODS, "fedgid", WithSetUp)
     with refuses(message):
         run(make_config(method, **{**settings, **NOISED}), out=tmp_path / "run", data=make_data())
 

@@ -16,7 +16,6 @@ from fedkern.tasks import RETRIEVAL, SEGMENTATION
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-BLACK = -torch.tensor(MEAN) / torch.tensor(STD)
 NONE = np.array([], dtype=np.int64)
 COUNT, SIDE = 12, 8
 
@@ -184,23 +183,22 @@ def test_tokens_are_those_of_the_rows_up_to_the_longest(one):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize(("fill", "colour"), [("mean", torch.zeros(3)), ("zero", BLACK)])
-def test_a_bank_holds_the_images_with_an_object_and_erases_it(sparse, fill, colour, cache):
+def test_a_bank_holds_the_images_with_an_object_and_erases_it(sparse, cache):
     data = client(sparse, cache=cache)
-    bank, masks = data.backgrounds(fill), sparse.masks[HAVING][:, None]
-    expected = torch.where(masks, colour.double()[:, None, None], plain(sparse.images[HAVING]))
+    bank, masks = data.backgrounds, sparse.masks[HAVING][:, None]
+    expected = torch.where(masks, 0.0, plain(sparse.images[HAVING]))
     assert len(bank) == len(HAVING)
     assert bank.labels.tolist() == sparse.labels[HAVING].tolist()
     assert not bank.augmented
     for rows in ([9, 0, 9], [2], []):
         close(bank.take(np.array(rows, dtype=np.int64), stream()), expected[rows])
     close(bank.take(None), expected)
-    assert torch.equal(bank.take(None)[2, :, 0, 0], colour)  # to the bit
-    assert data.backgrounds(fill) is bank
+    assert torch.equal(bank.take(None)[2, :, 0, 0], torch.zeros(3))  # to the bit
+    assert data.backgrounds is bank
 
 
 def test_an_augmented_bank_moves_what_is_left_after_erasing(sparse):
-    bank = client(sparse, "crop-flip").backgrounds("zero")
+    bank = client(sparse, "crop-flip").backgrounds
     rows = np.array([0, 4])
     assert bank.augmented
     assert torch.equal(bank.take(rows, stream()), augment(bank.take(rows), "crop-flip", stream()))
@@ -208,24 +206,12 @@ def test_an_augmented_bank_moves_what_is_left_after_erasing(sparse):
 
 def test_clients_without_a_detected_object_and_without_masks(one):
     data = client(dataclasses.replace(one, masks=torch.zeros_like(one.masks)))
-    bank = data.backgrounds("mean")
-    assert len(bank) == len(data.background_images()["images"]) == 0
+    bank = data.backgrounds
+    assert len(bank) == 0
     assert bank.take(None).shape == bank.take(NONE, stream()).shape == (0, 3, SIDE, SIDE)
     data = client(dataclasses.replace(one, masks=None))
-    for asked in (data.background_images, lambda: data.backgrounds("mean")):
-        with pytest.raises(ValueError, match="masks: expected bool"):
-            asked()
-
-
-def test_a_bank_of_several_clients_messages(sparse, make_data):
-    clients = [client(sparse), client(make_data((5,), seed=9).clients[0])]
-    messages = [each.background_images() for each in clients]
-    together = {name: torch.cat([message[name] for message in messages]) for name in messages[0]}
-    for fill in ("mean", "zero"):
-        bank = clients[1].make_backgrounds(together, fill)
-        own = [each.backgrounds(fill) for each in clients]
-        assert torch.equal(bank.take(None), torch.cat([each.take(None) for each in own]))
-        assert bank.labels.tolist() == [label for each in own for label in each.labels]
+    with pytest.raises(ValueError, match="masks: expected bool"):
+        _ = data.backgrounds
 
 
 # -- test sets -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.listeners import Listener, Listeners
-from fedkern.methods import METHODS, FedAvg
+from fedkern.methods import METHODS, FedAvg, FedGID, Round
 from fedkern.process.interrupts import Terminated
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
@@ -31,8 +31,46 @@ from python_tests.interrupted import (
     without,
 )
 
-STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "options": {"background_pool": "shared"}, "rounds": 4}
+STATEFUL = {"buffers": "local", "sample_fraction": 0.6, "rounds": 4}
 PLAIN = {"rounds": 4}
+
+
+class WithSetUp(FedGID):
+    """FedGID with a set-up round, whose sum every client keeps."""
+
+    def rounds(self, federation):
+        yield Round("set-up", ("collect", "distribute"), participants="all", one_off=True)
+        yield from super().rounds(federation)
+
+    def send(self, server, phase):
+        if phase.name == "set-up":
+            return {} if phase.exchange == "collect" else {"sum": server.round_cache["sum"]}
+        return super().send(server, phase)
+
+    def client_update(self, client, phase, message):
+        if phase.name != "set-up":
+            assert client.state["sum"] == 3.0
+            return super().client_update(client, phase, message)
+        client.state.update(message)
+        return {"one": torch.ones(())} if phase.exchange == "collect" else {}
+
+    def expects(self, server, phase, client, message):
+        if phase.name != "set-up":
+            return super().expects(server, phase, client, message)
+        return {"one": torch.ones(())} if phase.exchange == "collect" else {}
+
+    def server_update(self, server, phase, uploads):
+        if phase.name != "set-up":
+            super().server_update(server, phase, uploads)
+        elif phase.exchange == "collect":
+            server.round_cache["sum"] = torch.stack([upload.message["one"] for upload in uploads]).sum()
+        else:
+            assert len(list(uploads)) == 3
+
+
+@pytest.fixture
+def with_set_up(monkeypatch):
+    monkeypatch.setitem(METHODS, "fedgid", WithSetUp)
 
 
 @pytest.fixture
@@ -40,6 +78,7 @@ def reference(played_once):
     return lambda name, config, data: outcome(played_once(name, lambda out: run(config, out=out, data=data)))
 
 
+@pytest.mark.usefixtures("with_set_up")
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("settings", [PLAIN, STATEFUL], ids=["plain", "stateful"])
 @pytest.mark.parametrize(
@@ -52,6 +91,7 @@ def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_pat
     assert kill_and_resume(config, out=tmp_path, data=data, at=KillAt(hook, count)) == expected
 
 
+@pytest.mark.usefixtures("with_set_up")
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("count", range(0, 15, 2))
@@ -69,6 +109,7 @@ def test_killed_around_every_file(count, when, make_data, make_config, tmp_path,
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.usefixtures("with_set_up")
 def test_killed_again_and_again(make_data, make_config, tmp_path, reference):
     data, config = make_data(), make_config("fedgid", **STATEFUL)
     expected = reference(f"hook-{len(STATEFUL)}", config, data)

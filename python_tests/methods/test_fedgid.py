@@ -285,38 +285,11 @@ def test_an_intervention_that_changes_nothing_is_reported(make_data, make_config
     assert "intervention-inert" not in active["diagnostics"]
 
 
-def test_shared_pool_reaches_every_client(make_data, make_config, tmp_path, monkeypatch):
-    sizes = []
-
-    class Spy(FedGID):
-        def draw(self, client, batch, rng):
-            drawn = super().draw(client, batch, rng)
-            sizes.append(len(drawn["bank"]))
-            return drawn
-
-    from fedkern.methods import METHODS
-
-    monkeypatch.setitem(METHODS, "fedgid", Spy)
-    options = {"background_pool": "shared"}
-    run(make_config("fedgid", options=options), out=tmp_path, data=make_data())
-    assert set(sizes) == {20 + 13 + 9}
-
-
-def test_no_background_travels_where_none_is_mixed(make_data, make_config, tmp_path):
-    """An alpha of 1 needs no masks either."""
+def test_an_alpha_of_1_needs_no_masks(make_data, make_config, tmp_path):
     data = make_data()
     plain = dataclasses.replace(data, clients=tuple(dataclasses.replace(c, masks=None) for c in data.clients))
-    options = {"background_pool": "shared", "alpha": 1}
-    summary = run(make_config("fedgid", rounds=2, options=options), out=tmp_path, data=plain)
+    summary = run(make_config("fedgid", rounds=2, options={"alpha": 1}), out=tmp_path, data=plain)
     assert summary["rounds"] == len(read_metrics(tmp_path)) == 2
-    assert all(record["name"] != "backgrounds" for record in read_metrics(tmp_path))
-
-
-def test_objects_do_not_travel_with_a_shared_pool(make_data, make_config):
-    bench = RunContext(make_config("fedgid"), make_data())
-    message = Client(bench, 0, {}).background_images()
-    assert message["images"].dtype == torch.uint8
-    assert (message["images"][message["masks"][:, None].expand(-1, 3, -1, -1)] == 0).all()
 
 
 def test_unknown_stage_ends_the_run_before_it_starts(make_data, make_config, tmp_path):

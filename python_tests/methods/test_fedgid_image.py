@@ -27,7 +27,6 @@ from python_tests.methods.test_fedgid import PHASE, Scene, gradient
 from python_tests.pretended_gpu import pretend
 
 IMAGE = {"intervene": "image"}
-SHARED = {**IMAGE, "background_pool": "shared"}
 
 
 @pytest.fixture
@@ -131,7 +130,7 @@ def test_a_bank_shows_windows_as_a_batch_does(make_data):
     form = dataclasses.replace(data.form, shape=(3, *sides))
     erased = normalise(split.images, form.mean, form.std).masked_fill(split.masks[:, None], 0)[rows]
     reader = Images(split, form, torch.device("cpu"), augment="window")
-    bank = reader.backgrounds("mean")
+    bank = reader.backgrounds
     torch.testing.assert_close(bank.take(rows), window(erased, sides))
     rng, again = (np.random.default_rng(3) for _ in range(2))
     torch.testing.assert_close(bank.take(rows, rng), window(erased, sides, again))
@@ -141,7 +140,7 @@ def test_a_bank_shows_windows_as_a_batch_does(make_data):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
-    ("augment", "options"), [("none", IMAGE), ("crop-flip", SHARED), ("none", SHARED), ("crop-flip", {})]
+    ("augment", "options"), [("none", IMAGE), ("crop-flip", IMAGE), ("none", {}), ("crop-flip", {})]
 )
 def test_a_network_may_see_windows(augment, options, make_data, make_config, tmp_path):
     data = make_data()
@@ -180,15 +179,13 @@ def test_backgrounds_are_augmented_apart(make_data, make_config, tmp_path, monke
 
 
 @pytest.mark.usefixtures("forked_workers")
-@pytest.mark.sampled(1)
-@pytest.mark.parametrize("options", [SHARED, IMAGE])
-def test_two_workers_give_the_bits_of_one(options, make_data, make_config, tmp_path):
-    one, two = compared(make_config("fedgid", augment="crop-flip", options=options), make_data(), tmp_path)
+def test_two_workers_give_the_bits_of_one(make_data, make_config, tmp_path):
+    one, two = compared(make_config("fedgid", augment="crop-flip", options=IMAGE), make_data(), tmp_path)
     assert one == two
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(make_data, make_config, tmp_path):
-    data, config = make_data(), make_config("fedgid", rounds=3, sample_fraction=0.6, options=SHARED)
+    data, config = make_data(), make_config("fedgid", rounds=3, sample_fraction=0.6, options=IMAGE)
     check_interruption(config, tmp_path, data=data, at=KillAt("client", 3))
 
 
@@ -296,11 +293,11 @@ def staged():
 
 @pytest.mark.parametrize(("kind", "model", "options"), [
     ("uint8", "cnn", {}),
-    ("uint8", "cnn", {**SHARED, "background_fill": "zero"}),
+    ("uint8", "cnn", IMAGE),
     ("uint8", "cnn", {"intervention": "off"}),
-    ("float32", "cnn", {"background_fill": "zero"}),
+    ("float32", "cnn", {}),
     ("float32", staged(), {}),
-    ("float32", staged(), SHARED),
+    ("float32", staged(), IMAGE),
 ])  # fmt: skip
 def test_items_with_the_key_mask_are_images_with_masks(kind, model, options, tmp_path):
     masked = options.get("intervention") != "off"
@@ -309,11 +306,10 @@ def test_items_with_the_key_mask_are_images_with_masks(kind, model, options, tmp
     test = Masked(2, 12, kind, masked=False)
     how = {"rounds": 2, "batch_size": 8, "workers": 1, "progress": False, "options": options}
     how |= {"model": model, "width": 4} if model == "cnn" else {"model": model}
-    about = {"normalize": (0.5, 0.25)} if "background_fill" in options and kind == "float32" else {}
-    result = fedkern.simulate("fedgid", data=sets, test=test, out=tmp_path / "run", **about, **how)
+    result = fedkern.simulate("fedgid", data=sets, test=test, out=tmp_path / "run", **how)
     clients = read_metrics(tmp_path / "run")[0]["clients"]
     assert ("loss_gi" in clients["0"]) == masked
-    assert ("loss_gi" in clients["1"]) == (options.get("background_pool") == "shared")  # it has no object
+    assert "loss_gi" not in clients["1"]  # it has no object
     if kind == "float32":
         return
     arrays = FederatedData.from_arrays([(part.images, part.targets) for part in sets], (test.images, test.targets))
@@ -324,11 +320,7 @@ def test_items_with_the_key_mask_are_images_with_masks(kind, model, options, tmp
     assert fedkern.simulate("fedgid", data=arrays, out=tmp_path / "arrays", **how).metrics == result.metrics
 
 
-@pytest.mark.parametrize(("kind", "masked", "options", "sentence"), [
-    ("uint8", False, {}, "has no masks: give .*, of a Dataset items with a key mask, or turn it off"),
-    ("float32", True, {"background_fill": "zero"}, r"gives float images: add normalize=\(mean, std\)"),
-])  # fmt: skip
-def test_what_items_lack_is_said_before_the_run(kind, masked, options, sentence, refuses, tmp_path):
-    sets = {"data": [Masked(k, 24, kind, masked) for k in range(2)], "test": Masked(2, 12, kind, masked)}
-    with refuses(sentence):
-        fedkern.simulate("fedgid", **sets, model="cnn", rounds=1, options=options, out=tmp_path / "run")
+def test_that_items_lack_masks_is_said_before_the_run(refuses, tmp_path):
+    sets = {"data": [Masked(k, 24, masked=False) for k in range(2)], "test": Masked(2, 12, masked=False)}
+    with refuses("has no masks: give .*, of a Dataset items with a key mask, or turn it off"):
+        fedkern.simulate("fedgid", **sets, model="cnn", rounds=1, out=tmp_path / "run")

@@ -136,8 +136,8 @@ def test_every_method_is_described_and_its_options_round_trip(name):
 def test_every_published_option_of_fedgid_can_be_set():
     names = {each.name for each in METHODS["fedgid"].Options.declared()}
     assert {
-        "alpha", "lambda", "temperature", "mix_stage", "kl_direction", "distill_on", "background_pool",
-        "intervention", "distillation", "background_fill",
+        "alpha", "lambda", "temperature", "mix_stage", "kl_direction", "distill_on",
+        "intervention", "distillation",
     } <= names  # fmt: skip
 
 

@@ -516,7 +516,7 @@ def test_fusefl_statistics_of_frozen_levels_are_not_quite_the_released_ones(play
     """
     alone = play.frozen()
     for images in play.images[2]:
-        alone.joined(images)
+        alone.run_levels(images)
     for j, (together, own) in enumerate(
         zip(*(net.levels[0].statistics() for net in (play.shared, alone)), strict=True)
     ):

@@ -88,7 +88,3 @@ def test_mistakes_are_named():
         BlockNetwork([nn.Conv2d(3, 4, 1)], head).interfaces((3, 8, 8))
     with pytest.raises(UserError, match="has 4 layers and a pooling and can be cut into 1 to 5 blocks, not 6"):
         cut(make("resnet8", width=4), 6)
-    with pytest.raises(UserError, match="behind layers 0 to 3, in ascending order, not behind 2, 1"):
-        cut(make("resnet8", width=4), (2, 1))
-    with pytest.raises(UserError, match="not behind 4"):
-        cut(make("resnet8", width=4), (4,))

@@ -20,7 +20,7 @@ from fedkern.models import conv_norm
 from fedkern.models.blocks import cut
 from fedkern.models.conv_norm import ConvSequential, run_conv_norm
 from fedkern.models.cost import count_flops
-from fedkern.models.teacher_stack import folded
+from fedkern.models.teacher_stack import fold_norms
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -416,7 +416,7 @@ def test_operations_are_counted_by_layers(name, calls):
 @pytest.mark.parametrize("name", ["cnn", "resnet8"])
 def test_networks_are_traced_into_layers(name, calls):
     module = network(name).eval()
-    made = folded(module)
+    made = fold_norms(module)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in made.modules())
     assert calls == []
     x = images(2, 3, 32, 32)

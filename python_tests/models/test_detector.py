@@ -83,7 +83,7 @@ def detect(folder: Path, cache: Path, box: float, text: float = 0.0) -> Any:
 
 
 def backgrounds(split: Split, data: FederatedData) -> BackgroundBank:
-    return Images(split, data.form, torch.device("cpu"), cache=True).backgrounds("mean")
+    return Images(split, data.form, torch.device("cpu"), cache=True).backgrounds
 
 
 def test_only_the_boxes_are_erased_and_the_cache_is_used(folder: Path, tmp_path: Path, forwards: list[int]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedkern import models
-from fedkern.models.discriminator import PatchDiscriminators, seen, whole_image
+from fedkern.models.discriminator import PatchDiscriminators, receptive_field, whole_image
 
 
 def draws(*seeds):
@@ -51,7 +51,7 @@ def test_what_a_logit_sees(layers):
         torch.nn.functional.batch_norm = original
     middle = patches.shape[-1] // 2
     (reached,) = torch.autograd.grad(patches[0, 0, middle, middle], image)
-    assert int(reached.abs().sum(2).gt(0).sum()) == seen(layers)
+    assert int(reached.abs().sum(2).gt(0).sum()) == receptive_field(layers)
 
 
 def test_layers_that_see_a_whole_image():

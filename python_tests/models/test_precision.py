@@ -12,7 +12,7 @@ from fedkern.models.generator import Generator
 from fedkern.models.precision import autocasts, computing, frozen, lower
 from fedkern.models.teacher import trained_teacher
 from fedkern.models.teacher_cache import LogitsCache
-from fedkern.models.teacher_stack import TeacherStack, folded
+from fedkern.models.teacher_stack import TeacherStack, fold_norms
 from fedkern.models.unet import UNet
 
 BF16 = torch.bfloat16
@@ -174,7 +174,7 @@ def test_fused_levels_in_either_precision(name):
 
 
 def test_batch_norms_statistics_stay_fp32():
-    own = folded(build("cnn").train())
+    own = fold_norms(build("cnn").train())
     with computing("bf16"):
         trained = build("cnn").train()
         trained(images())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedkern import models
-from fedkern.models.teacher_stack import TeacherStack, folded
+from fedkern.models.teacher_stack import TeacherStack, fold_norms
 
 
 def network(name, seed, width=4, **settings):
@@ -60,7 +60,7 @@ def test_pixels_of_a_segmentation(images):
 def test_folding_leaves_no_batch_norm_and_the_network_as_it_was(images):
     original = network("resnet8", 0)
     before = {name: value.clone() for name, value in original.state_dict().items()}
-    made = folded(original)
+    made = fold_norms(original)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in made.modules())
     assert not any(p.requires_grad for p in made.parameters())
     assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
@@ -86,7 +86,7 @@ def test_a_convolution_that_is_used_twice_is_not_folded(images):
 
     for kind in (Twice, Untraceable):
         odd = kind().double().eval()
-        assert isinstance(folded(odd).norm, nn.BatchNorm2d)
+        assert isinstance(fold_norms(odd).norm, nn.BatchNorm2d)
         check([odd], images)
 
 

@@ -19,7 +19,7 @@ from fedkern.models import teacher_cache, teachers
 from fedkern.models.cost import cost
 from fedkern.models.teacher import Teacher, teacher_of, trained_teacher
 from fedkern.models.teacher_cache import LogitsCache, image_keys, read_file, stored_logits
-from fedkern.models.teacher_training import Recipe, pretrain, pretrained, tune
+from fedkern.models.teacher_training import Recipe, load_or_pretrain, pretrain, tune
 
 MEAN, STD = (0.4,), (0.3,)
 CLASSES = ("a", "b", "c")
@@ -284,7 +284,7 @@ def test_pre_training_learns_and_is_cached(tmp_path: Path, monkeypatch: pytest.M
 
     def make(data: Public = public, width: int = 4) -> Any:
         network = build(width=width)
-        pretrained(network, data, cache, name=f"cnn of width {width}", recipe=recipe, seed=0)
+        load_or_pretrain(network, data, cache, name=f"cnn of width {width}", recipe=recipe, seed=0)
         return network
 
     first = make()
@@ -317,7 +317,7 @@ def test_other_augmentation_is_another_training(tmp_path: Path) -> None:
     cache, found = LogitsCache(tmp_path, MEAN, STD), []
     for data in (Public(), Flipped()):
         network = build()
-        pretrained(network, data, cache, name="cnn", recipe=Recipe(epochs=1, batch_size=8), seed=0)
+        load_or_pretrain(network, data, cache, name="cnn", recipe=Recipe(epochs=1, batch_size=8), seed=0)
         found.append(network.head.weight)
     assert not torch.equal(*found)
 
@@ -329,7 +329,7 @@ def test_long_work_is_told_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for seconds, epochs, asked in ((3600.0, [1], []), (0.0, [1, 2, 3], [256, 400, 600])):
         monkeypatch.setattr(teacher_cache, "TELL_EVERY", seconds)
         said.clear()
-        pretrained(build(), Public(), cache, name="cnn", recipe=recipe, seed=int(seconds))
+        load_or_pretrain(build(), Public(), cache, name="cnn", recipe=recipe, seed=int(seconds))
         assert said == [f"training cnn on 30 public images: epoch {epoch} of 3" for epoch in epochs]
         said.clear()
         cache.logits(counting(version=int(seconds)), images.split(400), 600)

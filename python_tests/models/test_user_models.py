@@ -566,7 +566,7 @@ def test_a_pickled_maker_is_the_name_of_its_code(file):
     again = Unpacker().unpack(packet)
     packer.clear()
     assert isinstance(again, Own)
-    assert again.what is make.what
+    assert again.source is make.source
     assert again._cuts == make._cuts
     packer = Packer()
     packet = packer.pack(make)

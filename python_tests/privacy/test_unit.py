@@ -27,7 +27,7 @@ from fedkern.methods.base import Objective, Phase
 from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.iod_options import IODOptions
-from fedkern.methods.fediod.local_teachers import split as held_out
+from fedkern.methods.fediod.local_teachers import split_holdout as held_out
 from fedkern.privacy import DPSGD, LEDGER
 from fedkern.report.live.progress import Lines
 from fedkern.settings.run_data import kept_data

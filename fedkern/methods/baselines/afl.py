@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkern.methods.common.dro import LOSSES, Robust
 from fedkern.methods.protocol import Batch, Federation, Received, Round
@@ -48,5 +47,5 @@ class AFL(Robust):
         for _ in range(federation.rounds):
             yield Round(exchanges=("update", LOSSES))
 
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, received: Received) -> Tensor:
         return self.scaled(batch.task.loss(model, batch), received)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch import nn
+
 from fedkern.methods.base import Method
 from fedkern.methods.common.personal import Personal
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Client, Objective, Server
-from fedkern.methods.uploads import Declaration, cached, like
+from fedkern.methods.roles import Client, Objective, Server, TestSet
+from fedkern.methods.uploads import Declaration, like, make_once
 from fedkern.models import Ensemble
 
 
@@ -54,7 +56,7 @@ class Local(Objective, Method):
         return {"network": network.state_dict()}
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        return {"network": cached(server.round_cache, "network", lambda: like(server.build().state_dict()))}
+        return {"network": make_once(server.round_cache, "network", lambda: like(server.build().state_dict()))}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         for upload in uploads:
@@ -69,14 +71,16 @@ class Local(Objective, Method):
             return Ensemble(members)
         return Personal(dict(enumerate(members))).requires_grad_(False)  # pairs have no joint prediction
 
-    def evaluate(self, model: Any, data: Any) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
         """The usual figures of every client's own network on the whole test set, averaged over clients.
 
         ``lowest_accuracy`` and ``highest_accuracy`` (``lowest_i2t_r1`` and so on) are the figures of the worst and the
         best client.
         """
-        figures: dict[str, float] = data.task.member_figures(model, data)
-        return figures
+        members: Any = model
+        judged: Any = data
+        return data.task.member_figures(members, judged)
 
-    def evaluate_own(self, model: Any, data: Any, client: Client) -> dict[str, float]:
+    def evaluate_own(self, model: nn.Module, data: TestSet, client: Client) -> dict[str, float]:
+        assert isinstance(model, (Ensemble, Personal))
         return super().evaluate(model.members[client.id], data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,9 @@ from fedkern.errors import UserError
 from fedkern.methods.base import vectors_of
 from fedkern.methods.common.figures import with_accuracies
 from fedkern.methods.common.oneshot import MemberNetworks, exhaust
-from fedkern.methods.common.oneshot_members import Members
 from fedkern.methods.protocol import ClientId, Message, Phase, Upload
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Client, Server
+from fedkern.methods.roles import Client, Server, TestSet
 from fedkern.models.cost import memory_ratio
 from fedkern.typed_option import option
 
@@ -89,19 +87,19 @@ class Ensemble(MemberNetworks):
         if phase.exchange != "update":
             super().server_update(server, phase, uploads)
             return
-        exhaust(self.members(server).collect(phase, uploads))
+        exhaust(self.collect_members(server, phase, uploads))
         ensemble = self.model(server)
         server.report["members"] = float(len(ensemble.members))
         server.report["memory_ratio"] = memory_ratio(ensemble, server.build())
 
     def model(self, server: Server) -> models.Ensemble:
-        members, state = self.members(server), server.state
+        state = server.state
         if "members" not in state:  # no client has trained yet
             return models.Ensemble([server.build()])
         weights = self.member_weights(server)
         if self.options.weighting == "samples":
-            weights = torch.tensor([float(state["members"][k]["samples"]) for k in members.clients()])
-        ensemble = models.Ensemble(members.modules(), weights, pool=self.options.pool)
+            weights = torch.tensor([float(state["members"][k]["samples"]) for k in sorted(state["members"])])
+        ensemble = models.Ensemble(self.build_members(server.build, state["members"]), weights, pool=self.options.pool)
         if "head" in state:
             ensemble.replace_head(state["head"]["weight"], state["head"]["bias"])
         return ensemble
@@ -110,7 +108,7 @@ class Ensemble(MemberNetworks):
 
     def publish(self, server: Server) -> dict[ClientId, Message]:
         """For every client, the other clients' networks, and ``left_out`` if the client's own network was refused."""
-        members = self.members(server).messages()
+        members = {k: vectors_of(member) for k, member in sorted(server.state["members"].items())}
         messages: dict[ClientId, Message] = {}
         for k in range(server.federation.clients):
             messages[k] = {"members": {j: member for j, member in members.items() if j != k}}
@@ -122,7 +120,7 @@ class Ensemble(MemberNetworks):
         members = dict(message["members"])
         if "left_out" not in message:
             members[client.id] = client.state["own"]
-        return models.Ensemble(Members(client, self.architectures).modules(members), pool=self.options.pool)
+        return models.Ensemble(self.build_members(client.network, members), pool=self.options.pool)
 
     def head(self, server: Server) -> nn.Linear:
         return self.model(server).joint_head()
@@ -132,7 +130,7 @@ class Ensemble(MemberNetworks):
 
     # -- figures ---------------------------------------------------------------------------------------------------
 
-    def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
         """The figures of the mean logits.
 
         For classification also ``vote_accuracy`` and ``probability_accuracy``.
@@ -141,9 +139,9 @@ class Ensemble(MemberNetworks):
             return super().evaluate(model, data)
 
         def answer(images: Tensor) -> tuple[Tensor, Tensor]:
-            each, logits = model.parts(images)
+            features, logits = model.parts(images)
             votes = torch.stack([vote(logits), F.softmax(logits.double(), 2).mean(0).argmax(1)])
-            return model.answer(each, logits), votes
+            return model.answer(features, logits), votes
 
         return with_accuracies(("vote_accuracy", "probability_accuracy"), answer, data)
 

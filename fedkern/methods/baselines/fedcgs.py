@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +128,7 @@ class FeatureStatistics:
             "scatter": total["scatters"][0],
         }
 
-    def merge(self, message: Mapping[str, Any]) -> None:
+    def merge(self, message: Mapping[str, Tensor]) -> None:
         """Adds a client's :meth:`message`.
 
         Raises:

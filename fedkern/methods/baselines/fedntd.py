@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import cached_rows
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.registry import register
+from fedkern.methods.roles import Drawn
 from fedkern.typed_option import option
 
 
@@ -41,7 +41,7 @@ class FedNTD(LocalTraining):
         beta: float = option(1.0, "weight of the not-true distillation", low=0)
         temperature: float = option(1.0, "temperature of the not-true distillation", above=0, infinite=True)
 
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         logits = model(batch.inputs)
         if not self.options.beta or logits.shape[1] == 1:  # a single class has no not-true class
             return batch.task.criterion(logits, batch)
@@ -52,7 +52,7 @@ class FedNTD(LocalTraining):
         )
         return em + self.options.beta * ntd, {"loss_em": em.detach(), "loss_ntd": ntd.detach()}
 
-    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
+    def prepare(self, model: nn.Module, batch: Batch, received: Received) -> Drawn:
         """The received model's logits of the batch."""
         if not self.options.beta:
             return {}

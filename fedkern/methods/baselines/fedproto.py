@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from fedkern.methods.base import VECTORS, LocalTraining
 from fedkern.methods.common.personal import OfClient, Personal, keep_network, mean_figures, own_network, with_vectors
+from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Client, Server
-from fedkern.methods.uploads import Declaration, Maybe, Values, cached, like
+from fedkern.methods.roles import Client, Drawn, Server, TestSet
+from fedkern.methods.uploads import Declaration, Maybe, Values, like, make_once
+from fedkern.models.staged import Classifier
 from fedkern.typed_option import option
 
 
@@ -64,7 +66,7 @@ class FedProto(LocalTraining):
             "head", "prediction by the classifier, or by the nearest prototype", choices=("head", "prototype")
         )
 
-    def __init__(self, options: Any = None, **values: Any) -> None:
+    def __init__(self, options: BaseOptions | None = None, **values: object) -> None:
         super().__init__(options, **values)
         if self.options.networks == "personal":
             self.averages = False
@@ -75,25 +77,25 @@ class FedProto(LocalTraining):
 
     # -- the client ------------------------------------------------------------------------------------------------
 
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Classifier, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         features = model.features(batch.inputs)
         em = batch.task.criterion(model.head(features), batch)
         if "means" not in batch.drawn:
             return em
         means, present = batch.drawn["means"], batch.drawn["known"]
-        apart = (features - means[batch.targets]).square().mean(1)
-        distance = torch.where(present[batch.targets], apart, 0.0).mean()
+        distances = (features - means[batch.targets]).square().mean(1)
+        distance = torch.where(present[batch.targets], distances, 0.0).mean()
         return em + self.options.lam * distance, {"loss_em": em.detach(), "loss_proto": distance.detach()}
 
-    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
+    def prepare(self, model: Classifier, batch: Batch, received: Received) -> Drawn:
         """The global prototypes ``means`` [C, d], and which of them there are, ``known`` bool [C]."""
         if not self.options.lam or "prototypes" not in received.message:
             return {}
         if "targets" not in received.round_cache:
             means, present = table(received.message["prototypes"], model.head.out_features)
-            there = batch.inputs.device
-            received.round_cache["targets"] = {"means": means.to(there), "known": present.to(there)}
-        targets: dict[str, Any] = received.round_cache["targets"]
+            device = batch.inputs.device
+            received.round_cache["targets"] = {"means": means.to(device), "known": present.to(device)}
+        targets: Drawn = received.round_cache["targets"]
         return targets
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
@@ -133,9 +135,9 @@ class FedProto(LocalTraining):
         return {name: server.state[name] for name in travels if name in server.state}
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        network: Any = cached(server.round_cache, "network", server.build)
+        network: Any = make_once(server.round_cache, "network", server.build)
         if phase.exchange == "collect":  # a client that never took part has no network
-            return {"network": Maybe(cached(server.round_cache, "state", lambda: like(network.state_dict())))}
+            return {"network": Maybe(make_once(server.round_cache, "state", lambda: like(network.state_dict())))}
         vectors = {} if self.options.networks == "personal" else super().expects(server, phase, client, message)
         prototypes = {
             "classes": Values(("classes present",), torch.int64, low=0, high=server.federation.classes - 1),
@@ -196,12 +198,12 @@ class FedProto(LocalTraining):
             members[int(client)] = network
         return Personal(members)
 
-    def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
         if not isinstance(model, Personal):
             return super().evaluate(model, data)
         return mean_figures(super().evaluate, zip(model.clients, model.members, strict=True), data)
 
-    def evaluate_own(self, model: nn.Module, data: Any, client: Client) -> dict[str, float]:
+    def evaluate_own(self, model: nn.Module, data: TestSet, client: Client) -> dict[str, float]:
         if isinstance(model, Personal) and client.id in model.clients:
             model = model.members[model.clients.index(client.id)]
         elif isinstance(model, Personal):
@@ -222,7 +224,7 @@ class Nearest(nn.Module):
     means: Tensor
     known: Tensor
 
-    def __init__(self, network: Any, means: Tensor, present: Tensor) -> None:
+    def __init__(self, network: Classifier, means: Tensor, present: Tensor) -> None:
         super().__init__()
         self.network = network
         device = next(network.parameters()).device
@@ -240,7 +242,7 @@ class Nearest(nn.Module):
         return -distances.masked_fill(~self.known, torch.inf)
 
 
-def prototypes(network: Any, client: Client) -> Message:
+def prototypes(network: Classifier, client: Client) -> Message:
     """The mean feature of each of the client's classes.
 
     Returns:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
+from fedkern.methods.common.oneshot_members import vectors
 from fedkern.methods.common.personal import keep_network, own_network
 from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
@@ -63,7 +63,7 @@ class FML(LocalTraining):
     def takes_personal(self) -> bool:
         return False  # the private model is all that a client keeps to itself
 
-    def loss(self, model: Any, batch: Batch, received: Received) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Pair, batch: Batch, received: Received) -> tuple[Tensor, dict[str, Tensor]]:
         o = self.options
         h, z = model.private(batch.inputs), model.proxy(batch.inputs)
         private_loss, shared_loss = batch.task.criterion(h, batch), batch.task.criterion(z, batch)
@@ -83,21 +83,19 @@ class FML(LocalTraining):
         client.fit(self, phase, pair)
         keep_network(client, "private", pair.private)
         proxy.flatten()  # the training loop has moved the parameters
-        trained = {"parameters": proxy.parameters, "buffers": proxy.buffers, "integers": proxy.integers}
-        return {name: trained[name].detach().cpu().clone() for name in message if name in trained}
+        return {name: vector for name, vector in vectors(proxy).items() if name in message}
 
     def start(self, server: Server) -> None:
         super().start(server)
-        self._fresh(server.build)  # raises on an unknown private model before the run starts
+        self._build_private(server.build)  # raises on an unknown private model before the run starts
 
     def _private(self, client: Client) -> nn.Module:
         """The client's private model from the last round, or a fresh one."""
         # Its own initial weights: equal networks that train on the same batches could not teach each other.
-        return own_network(client, "private", self._fresh(partial(client.network, stream="private")))
+        return own_network(client, "private", self._build_private(partial(client.network, stream="private")))
 
-    def _fresh(self, build: Callable[..., Any]) -> nn.Module:
+    def _build_private(self, build: Callable[..., nn.Module]) -> nn.Module:
         name, _, width = self.options.private.partition("/")
         if width and not width.isdigit():
             raise UserError(f'Method option "private" must be MODEL or MODEL/WIDTH, not "{self.options.private}".')
-        network: nn.Module = build(model=name or None, width=int(width) if width else None)
-        return network
+        return build(model=name or None, width=int(width) if width else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, softplus
@@ -12,7 +11,8 @@ from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import cached_rows, frozen_copy
 from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Client
+from fedkern.methods.roles import Client, Drawn
+from fedkern.models.staged import Classifier
 from fedkern.models.transfer import fetch
 from fedkern.typed_option import option
 
@@ -60,7 +60,7 @@ class Moon(LocalTraining):
         client.state["previous"] = {name: fetch(result[name]) for name in ("parameters", "buffers") if name in result}
         return result
 
-    def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Classifier, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         if "previous" not in batch.drawn:
             return batch.task.criterion(model(batch.inputs), batch)
         z, z_glob, z_prev = model.features(batch.inputs), batch.drawn["global"], batch.drawn["previous"]
@@ -69,7 +69,7 @@ class Moon(LocalTraining):
         em = batch.task.criterion(model.head(z), batch)
         return em + self.options.mu * contrast, {"loss_em": em.detach(), "loss_con": contrast.detach()}
 
-    def prepare(self, model: Any, batch: Batch, received: Received) -> dict[str, Any]:
+    def prepare(self, model: Classifier, batch: Batch, received: Received) -> Drawn:
         """Features of the batch by the global model and by the client's last local model."""
         if not self.options.mu or "previous" not in received.extras:
             return {}
@@ -77,8 +77,9 @@ class Moon(LocalTraining):
         prev = cached_rows("previous", batch, received, lambda: self._previous(received).features(batch.inputs))
         return {"global": glob, "previous": prev}
 
-    def _previous(self, received: Received) -> Any:
+    def _previous(self, received: Received) -> Classifier:
         """The client's last local model, built once per exchange."""
         if "network" not in received.round_cache:
             received.round_cache["network"] = frozen_copy(received.model, received.extras["previous"])
-        return received.round_cache["network"]
+        network: Classifier = received.round_cache["network"]
+        return network

@@ -17,7 +17,7 @@ from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.terms import GradientSum, Terms
 from fedkern.methods.uploads import Declaration
-from fedkern.models.norms import freeze_bn_after
+from fedkern.models.freezing import freeze_bn_after
 from fedkern.typed_option import option
 
 GRADIENT_BATCH = 64

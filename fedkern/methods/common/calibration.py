@@ -6,7 +6,7 @@ samples virtual features from one Gaussian per class and trains only the classif
     client:   statistics = ClassStatistics(classes, width)
               statistics.add(features, labels)                         # batch by batch
               return statistics.message()
-    server:   head = calibrated(server, phase, uploads, head, options)
+    server:   head = calibrate_head(server, phase, uploads, head, options)
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +104,7 @@ class ClassStatistics:
             scatters = scatters[:, i, j]
         return {"counts": self.counts.int(), "means": self.means[present].float(), "scatters": scatters.float()}
 
-    def merge(self, message: Mapping[str, Any]) -> None:
+    def merge(self, message: Mapping[str, Tensor]) -> None:
         """Adds a client's :meth:`message`, which fits :func:`statistics_of`.
 
         Raises:
@@ -188,7 +187,7 @@ def statistics_of(head: nn.Linear, options: CalibrationOptions) -> Declaration:
     }
 
 
-def pool(server: Server, uploads: Iterable[Upload], merge: Callable[[Mapping[str, Any]], None]) -> None:
+def pool(server: Server, uploads: Iterable[Upload], merge: Callable[[Message], None]) -> None:
     """Hands the clients' statistics to ``merge`` one by one, and refuses uploads that it cannot use (ValueError)."""
     for upload in uploads:
         try:
@@ -198,7 +197,7 @@ def pool(server: Server, uploads: Iterable[Upload], merge: Callable[[Mapping[str
             server.refuse(k, f"The class statistics of client {k} cannot be used: {error}")
 
 
-def calibrated(
+def calibrate_head(
     server: Server, phase: Phase, uploads: Iterable[Upload], head: nn.Linear, options: CalibrationOptions
 ) -> nn.Linear:
     """The classifier ``head`` trained on what the clients' statistics of the features that it reads tell.

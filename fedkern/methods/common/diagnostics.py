@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from fedkern.files.image_rows import in_parts
 from fedkern.methods.protocol import Observed
+from fedkern.methods.roles import EvaluatedSet
 from fedkern.models.vit import PatchEmbedding
 from fedkern.tasks import Constant
 from fedkern.tasks.figure_names import OVER_CLIENTS, direction, number, scale, set_noun, short_title, split_metric
@@ -30,13 +31,23 @@ RARE = "train longer, weight rare classes in the loss, or predict them from a lo
 """Ways out of a network that tells classes apart and predicts the common ones."""
 
 
+class Judged(Protocol):
+    """Settings that name the main figure, and whether larger (``"max"``) or smaller (``"min"``) values are better."""
+
+    @property
+    def main(self) -> str: ...
+
+    @property
+    def better(self) -> str: ...
+
+
 class Observations:
     """Count, mean and range of every scalar that clients report, over the whole run."""
 
     def __init__(self, stored: Mapping[str, Sequence[float]] | None = None) -> None:
         self._values: dict[str, list[float]] = {name: list(value) for name, value in (stored or {}).items()}
 
-    def add(self, report: Mapping[str, Any]) -> None:
+    def add(self, report: Mapping[str, object]) -> None:
         for name, value in report.items():
             if isinstance(value, float) and math.isfinite(value):
                 count, total, low, high = self._values.get(name, (0, 0.0, math.inf, -math.inf))
@@ -52,7 +63,7 @@ class Observations:
         return self._values
 
 
-def emulated(precision: str, device: str) -> dict[str, str]:
+def warn_emulated(precision: str, device: str) -> dict[str, str]:
     """Warning about a precision for which the processor has no instructions."""
     if precision != "bf16":
         return {}
@@ -67,11 +78,15 @@ def emulated(precision: str, device: str) -> dict[str, str]:
     return {"emulated-bf16": f"This {lacks}, so that --precision bf16 is emulated and slower than fp32: leave it out."}
 
 
-def unrepeatable(context: Any) -> dict[str, str]:
-    """Warning about layers that upsample, whose gradient PyTorch adds up in another order every time on a GPU."""
-    if context.device.type == "cpu":
+def unrepeatable(find_network: Callable[[], nn.Module], shape: Sequence[int], device: torch.device) -> dict[str, str]:
+    """Warning about layers that upsample, whose gradient PyTorch adds up in another order every time on a GPU.
+
+    Args:
+        shape: of an image, empty for other samples.
+    """
+    if device.type == "cpu":
         return {}
-    layers, shape = list(context.networks.get("server").module.modules()), getattr(context.data.form, "shape", ())
+    layers = list(find_network().modules())
     modes = {layer.mode for layer in layers if isinstance(layer, nn.Upsample)} & SMOOTH
     if shape and any(layer.interpolates(*shape[1:]) for layer in layers if isinstance(layer, PatchEmbedding)):
         modes.add("bicubic")
@@ -84,15 +99,15 @@ def unrepeatable(context: Any) -> dict[str, str]:
     }
 
 
-def telling_area(metrics: Mapping[str, float], test_set: str, config: Any) -> str:
+def telling_area(metrics: Mapping[str, float], test_set: str, config: Judged) -> str:
     """Return a test set's AUROC in words, or an empty text where there is none or it is near that of chance."""
     value = metrics.get(f"{test_set}_auroc" if test_set else "auroc", math.nan)
     near = math.isnan(value) or hardly_better("auroc", value, 0.5, config)
-    return "" if near else f"AUROC is {_shown('auroc', value)}"
+    return "" if near else f"AUROC is {_format_figure('auroc', value)}"
 
 
 def collapsed_classes(
-    sets: Mapping[str, Any], classes: Sequence[str], metrics: Mapping[str, float], config: Any
+    sets: Mapping[str, EvaluatedSet], classes: Sequence[str], metrics: Mapping[str, float], config: Judged
 ) -> dict[str, str]:
     """Return a warning about classes of a test set that were never predicted."""
     for prefix, data in sets.items():
@@ -116,21 +131,21 @@ def collapsed_classes(
     return {}
 
 
-def unvaried_labels(sets: Mapping[str, Any]) -> dict[str, str]:
+def unvaried_labels(sets: Mapping[str, EvaluatedSet]) -> dict[str, str]:
     """Warning about a test set with several labels an image, on which every label is predicted alike everywhere."""
     alike = [prefix for prefix, data in sets.items() if prefix != "validation_" and data.task.unvaried(data)]
     text = f"Every label is predicted for all images of the {set_noun(alike[0][:-1])} or for none: " if alike else ""
     return {"unvaried-labels": f"{text}train longer, or change the learning rate."} if alike else {}
 
 
-def outlying_drift(clients: Mapping[str, Mapping[str, Any]], label: Callable[[int], str] = str) -> dict[str, str]:
+def outlying_drift(clients: Mapping[str, Mapping[str, float]], label: Callable[[int], str] = str) -> dict[str, str]:
     """Warning about a client, shown by its ``label``, whose update is many times longer than the others'."""
     drifts = {name: entry["drift"] for name, entry in clients.items() if "drift" in entry}
     if len(drifts) < 3:
         return {}
     worst = max(drifts, key=lambda name: drifts[name])
-    others = sorted(value for name, value in drifts.items() if name != worst)
-    median = others[len(others) // 2]
+    usual = sorted(value for name, value in drifts.items() if name != worst)
+    median = usual[len(usual) // 2]
     if median > 0 and drifts[worst] > DRIFT_FACTOR * median:
         return {
             "outlying-client": f"The update of client {label(int(worst))} is {drifts[worst] / median:.0f} times as "
@@ -139,16 +154,16 @@ def outlying_drift(clients: Mapping[str, Mapping[str, Any]], label: Callable[[in
     return {}
 
 
-def constants(sets: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Constant]:
+def constants(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> dict[str, Constant]:
     """What predicting one class everywhere gives, by the prefix of the test set's figures.
 
     Sets of pairs and sets with images of a single class are left out: nothing can be compared there.
     """
-    every = {prefix: data.task.constant(data, classes) for prefix, data in sets.items()}
-    return {prefix: constant for prefix, constant in every.items() if constant is not None}
+    by_set = {prefix: data.task.constant(data, classes) for prefix, data in sets.items()}
+    return {prefix: constant for prefix, constant in by_set.items() if constant is not None}
 
 
-def hardly_better(figure: str, value: float, constant: float, config: Any) -> bool:
+def hardly_better(figure: str, value: float, constant: float, config: Judged) -> bool:
     """Return whether a figure is near that of a constant prediction, or above most of it where it is to fall."""
     if direction(figure, {config.main: config.better}) == "min":
         return value > (1 - CHANCE_REST) * constant
@@ -161,7 +176,7 @@ def poor_metrics(
     best: Mapping[str, float],
     classes: int,
     constant: Mapping[str, Constant],
-    config: Any,
+    config: Judged,
     tests: Collection[str] = (),
     added: Collection[str] = (),
 ) -> dict[str, str]:
@@ -181,50 +196,52 @@ def poor_metrics(
     texts: dict[str, str] = {}
     retry = "train longer, or change the learning rate."
     for name, value in metrics.items():
-        test_set, rest = split_metric(name, tests)
+        test_set, base = split_metric(name, tests)
         where = f" on the {set_noun(test_set)}" if test_set else ""
-        if rest == config.main and not math.isfinite(value) and name not in best:
+        if base == config.main and not math.isfinite(value) and name not in best:
             no_number = "NaN" if math.isnan(value) else "infinite"
-            text = f"{short_title(rest)}{where} is {no_number} in every evaluated round and ranks no rounds"
-            texts.setdefault(f"undefined-{rest}", f"{text}: look at the metric, or name another main figure.")
-        if test_set == "validation" or rest in added:
+            text = f"{short_title(base)}{where} is {no_number} in every evaluated round and ranks no rounds"
+            texts.setdefault(f"undefined-{base}", f"{text}: look at the metric, or name another main figure.")
+        if test_set == "validation" or base in added:
             continue
-        is_low = f"{short_title(rest)}{where} is {_shown(rest, value)}"
+        is_low = f"{short_title(base)}{where} is {_format_figure(base, value)}"
         if name.endswith("dice") and value < NOTHING:
             texts.setdefault("chance-level", f"{is_low}, so hardly anything but background is found: {retry}")
-        if name.endswith(AREA) and hardly_better(rest, value, 0.5, config):
+        if name.endswith(AREA) and hardly_better(base, value, 0.5, config):
             texts.setdefault("chance-level", f"{is_low}, and scoring all images alike gives 50.0 %: {retry}")
-        always = None if rest.startswith(OVER_CLIENTS) else constant.get(f"{test_set}_" if test_set else "")
+        always = None if base.startswith(OVER_CLIENTS) else constant.get(f"{test_set}_" if test_set else "")
         if always is not None:
-            figure = max((each for each in always.figures if name.endswith(each)), key=len, default="")
+            figure = max((known for known in always.figures if name.endswith(known)), key=len, default="")
             level = always.figures.get(figure)
-            what = f'"{always.name}"' if always.name and figure != "balanced_accuracy" else "one class"
-            text = f"and predicting {what} everywhere gives {_shown(rest, level or 0.0)}"
+            guess = f'"{always.name}"' if always.name and figure != "balanced_accuracy" else "one class"
+            text = f"and predicting {guess} everywhere gives {_format_figure(base, level or 0.0)}"
         else:
             level = 1 / classes if classes > 1 and name.endswith("accuracy") else None  # one class is always right
-            text = f"near chance ({_shown(rest, level or 0.0)})"
-        if level is not None and hardly_better(rest, value, level, config):
-            if area := "" if rest.startswith(OVER_CLIENTS) else telling_area(metrics, test_set, config):
+            text = f"near chance ({_format_figure(base, level or 0.0)})"
+        if level is not None and hardly_better(base, value, level, config):
+            if area := "" if base.startswith(OVER_CLIENTS) else telling_area(metrics, test_set, config):
                 texts.setdefault("majority-level", f"{is_low}, {text}, but {area}: {RARE}")
             else:
                 texts.setdefault("chance-level", f"{is_low}, {text}: {retry}")
     name, falls = config.main, config.better == "min"
-    now, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
-    levels = [each.figures[name] for each in constant.values() if name in each.figures]
-    least = FALL * (1.0 if scale(name)[1] else max(levels, default=abs(top or 0.0)))
-    if now is not None and top is not None and (now - top if falls else top - now) > least:
+    final, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
+    levels = [always.figures[name] for always in constant.values() if name in always.figures]
+    tolerance = FALL * (1.0 if scale(name)[1] else max(levels, default=abs(top or 0.0)))
+    if final is not None and top is not None and (final - top if falls else top - final) > tolerance:
         texts[f"{'rising' if falls else 'falling'}-{name}"] = (
-            f"Validation {short_title(name)} {'rose' if falls else 'fell'} from {_shown(name, top)} to "
-            f"{_shown(name, now)}: lower the learning rate or stop earlier."
+            f"Validation {short_title(name)} {'rose' if falls else 'fell'} from {_format_figure(name, top)} to "
+            f"{_format_figure(name, final)}: lower the learning rate or stop earlier."
         )
     return texts
 
 
-def _shown(figure: str, value: float) -> str:
+def _format_figure(figure: str, value: float) -> str:
     return f"{number(figure, value)} {scale(figure)[1]}".rstrip()
 
 
-def missing_metrics(method: str, source: str, sets: Mapping[str, Any], figures: Mapping[str, float]) -> dict[str, str]:
+def missing_metrics(
+    method: str, source: str, sets: Mapping[str, EvaluatedSet], figures: Mapping[str, float]
+) -> dict[str, str]:
     """Warnings about metrics of plugins that an evaluation did not compute.
 
     Args:
@@ -244,7 +261,7 @@ def missing_metrics(method: str, source: str, sets: Mapping[str, Any], figures: 
 
 
 def undefined_figures(
-    sets: Mapping[str, Any], of_clients: Mapping[int, Mapping[str, float | None]], label: Callable[[int], str]
+    sets: Mapping[str, EvaluatedSet], of_clients: Mapping[int, Mapping[str, float | None]], label: Callable[[int], str]
 ) -> dict[str, str]:
     """Return warnings about main figures that are not defined on a test set, and figures that clients lack.
 
@@ -260,10 +277,10 @@ def undefined_figures(
         lacking = [k for k, figures in of_clients.items() if name in figures and figures[name] is None]
         task = next(iter(sets.values())).task
         why = f"have {task.lacks} in their test sets, and so no" if task.lacks and name == task.main else "have NaN as"
-        some = ", ".join(label(k) for k in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
+        named = ", ".join(label(k) for k in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         if lacking:
             texts[f"no-client-{name}"] = (
-                f"{len(lacking)} of {len(of_clients)} clients ({some}) {why} {short_title(name)}"
+                f"{len(lacking)} of {len(of_clients)} clients ({named}) {why} {short_title(name)}"
                 + (": its mean and the worst client are of the others." if len(lacking) < len(of_clients) else ".")
             )
     return texts

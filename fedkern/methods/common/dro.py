@@ -15,17 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkern.data.sharing.groups import drawn_rows
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining, vectors_of
 from fedkern.methods.common.robust_weights import Weights, distance, exponentiated_step, project
-from fedkern.methods.protocol import OUTSIDE, ClientId, Message, Phase, Received, Round, Upload
+from fedkern.methods.protocol import OUTSIDE, Batch, ClientId, Message, Phase, Received, Round, Upload
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, Number
 from fedkern.typed_option import option
@@ -139,12 +138,6 @@ class Robust(LocalTraining):
             return 1.0
         return max(float(vector[upload.client_id]) * len(vector), LEAST)
 
-    def scale(self, server: Server, client: int) -> float:
-        """The factor on a client's local loss."""
-        w = float(self.weights(server)[client])
-        apply = self.options.dro_apply
-        return w / float(self.centre(server)[client]) if apply == "loss" else w if apply == "loss_code" else 1.0
-
     def assign(self, server: Server) -> dict[ClientId, Message]:
         """Messages of the training exchange: a client's weight, and the model unless the client already holds it."""
         vectors = vectors_of(server.state)
@@ -153,20 +146,20 @@ class Robust(LocalTraining):
 
     def shares(self, server: Server) -> dict[ClientId, Message]:
         """Every client's weight and, if the weights act on local losses, the factor on the client's loss."""
-        result: dict[ClientId, Message] = {}
-        for k, weight in enumerate(self.weights(server).tolist()):
-            result[k] = {"weight": weight}
-            if self.options.dro_apply != "aggregate":
-                result[k]["scale"] = self.scale(server, k)
+        result: dict[ClientId, Message] = {k: {"weight": w} for k, w in enumerate(self.weights(server).tolist())}
+        if self.options.dro_apply != "aggregate":
+            is_relative, centre = self.options.dro_apply == "loss", self.centre(server)
+            for k, share in result.items():
+                share["scale"] = share["weight"] / float(centre[k]) if is_relative else share["weight"]
         return result
 
     def ask(self, server: Server) -> Message:
         """Message of the exchange ``losses``: the model and the batch size of the losses, the same for all clients."""
-        least = min(self.judged(n) for n in server.federation.samples)
+        fewest = min(self.judged(n) for n in server.federation.samples)
         vectors = vectors_of(server.state)
         if "asked" in server.round_cache:  # pooling has sent the model already; only its statistics are new
             vectors = {"buffers": vectors["buffers"]}
-        return {**vectors, "batch": min(self.options.loss_batch, least)}
+        return {**vectors, "batch": min(self.options.loss_batch, fewest)}
 
     def average(self, server: Server, uploads: Iterable[Upload]) -> Message:
         server.state["current"] = []
@@ -210,25 +203,24 @@ class Robust(LocalTraining):
                 "for its loss: use fewer clients or more samples."
             )
 
-    def divided(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
-        """Splits the client's samples into two int64 arrays of rows: the rest, and the rows of the loss.
+    def rows(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
+        """int64 rows of the client's training samples and of the samples of its loss, the same in every round.
 
-        All samples of a patient and all texts of an image stay in one array.  The second array first has one sample of
-        every patient or image, then second samples and so on, so that a batch seldom holds one of them twice.
+        With ``loss_split=holdout`` all samples of a patient and all texts of an image are in one of both.  The second
+        array first has one sample of every patient or image, then second samples and so on, so that a batch seldom
+        holds one of them twice.
         """
         units, count = client.groups, self.judged(client.samples)
         if units is None:
             order = client.rng("held-out", OUTSIDE).permutation(client.samples)
-            return order[count:], order[:count]
-        parts = drawn_rows(client.rng("held-out", OUTSIDE), client.samples, units)
-        end = int(np.searchsorted(np.cumsum([len(part) for part in parts]), count)) + 1
-        most = max(len(part) for part in parts[:end])
-        judged = [part[turn] for turn in range(most) for part in parts[:end] if turn < len(part)]
-        return np.concatenate([np.empty(0, dtype=np.int64), *parts[end:]]), np.array(judged, dtype=np.int64)
-
-    def rows(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
-        """int64 rows of the client's training samples and of the samples of its loss, the same in every round."""
-        trained, judged = self.divided(client)
+            trained, judged = order[count:], order[:count]
+        else:
+            parts = drawn_rows(client.rng("held-out", OUTSIDE), client.samples, units)
+            end = int(np.searchsorted(np.cumsum([len(part) for part in parts]), count)) + 1
+            longest = max(len(part) for part in parts[:end])
+            turns = [part[turn] for turn in range(longest) for part in parts[:end] if turn < len(part)]
+            trained = np.concatenate([np.empty(0, dtype=np.int64), *parts[end:]])
+            judged = np.array(turns, dtype=np.int64)
         return np.arange(client.samples) if self.options.loss_split == "train" else np.sort(trained), judged
 
     def statistics_rows(self, client: Client) -> np.ndarray:
@@ -259,16 +251,16 @@ class Robust(LocalTraining):
 
         The rounds' samples are the same ones: the mean smooths what the models' last steps did to few of them.
         """
-        least = self.options.loss_samples
-        if samples >= least:
+        wanted = self.options.loss_samples
+        if samples >= wanted:
             return loss
         past = client.state.get("losses", torch.empty(0, 2, dtype=torch.float64))
         latest = torch.cat([torch.tensor([[loss, samples]], dtype=torch.float64), past])  # [rounds, 2], latest first
         before = latest[:, 1].cumsum(0) - latest[:, 1]
-        client.state["losses"] = latest = latest[before < least]
+        client.state["losses"] = latest = latest[before < wanted]
         return float((latest[:, 0] * latest[:, 1]).sum() / latest[:, 1].sum())
 
-    def judge(self, model: Any, batch: Any) -> Tensor:
+    def judge(self, model: nn.Module, batch: Batch) -> Tensor:
         """Loss of a batch, a scalar, that determines the client weights."""
         return batch.task.loss(model, batch)
 

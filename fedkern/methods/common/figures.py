@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.methods.protocol import Batch
+from fedkern.methods.roles import EvaluatedSet, TestSet
 from fedkern.models import StagedNetwork, object_share
 from fedkern.models.precision import computing
 
 
 @computing("fp32")
-def gradcam(network: nn.Module, sets: Mapping[str, Any], count: int) -> dict[str, float]:
+def gradcam(network: nn.Module, sets: Mapping[str, EvaluatedSet], count: int) -> dict[str, float]:
     """The share of Grad-CAM mass inside the object, on the first ``count`` images of every test set with masks."""
     metrics: dict[str, float] = {}
     if not count or not isinstance(network, StagedNetwork) or not network.maps:
         return metrics
     for prefix, data in sets.items():
         if prefix != "validation_" and getattr(data.split, "masks", None) is not None and bool(data.split.masks.any()):
-            for name, value in object_share(network, data.masked_batches(count)).items():
+            images: Any = data
+            for name, value in object_share(network, images.masked_batches(count)).items():
                 metrics[prefix + name] = float(value)
     return metrics
 
@@ -32,7 +34,7 @@ class _BatchAtHand:
     pool = None
     targets: Tensor
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: TestSet) -> None:
         self._data = data
 
     def __getattr__(self, name: str) -> Any:
@@ -45,7 +47,7 @@ class _BatchAtHand:
 
 
 def with_accuracies(
-    names: Sequence[str], answer: Callable[[Any], tuple[Tensor, Tensor]], data: Any
+    names: Sequence[str], answer: Callable[[Tensor], tuple[Tensor, Tensor]], data: TestSet
 ) -> dict[str, float]:
     """Return the task's figures of a network, and the accuracies of other predictions of the same passes.
 
@@ -55,14 +57,16 @@ def with_accuracies(
             ``[len(names), B]``.
         data: a test set of a classification.
     """
-    test_set, right, total = _BatchAtHand(data), torch.zeros(len(names), dtype=torch.int64), 0
+    test_set: Any = _BatchAtHand(data)
+    right, total = torch.zeros(len(names), dtype=torch.int64), 0
 
-    def network(inputs: Any) -> Tensor:
+    def call(inputs: Tensor) -> Tensor:
         nonlocal total
         logits, predictions = answer(inputs)
         right.add_((predictions == test_set.targets).sum(1).cpu())
         total += len(test_set.targets)
         return logits
 
-    figures: dict[str, float] = data.task.figures(network, test_set)
+    network: Any = call
+    figures = data.task.figures(network, test_set)
     return {**figures, **dict(zip(names, (right.double() / total).tolist(), strict=True))}

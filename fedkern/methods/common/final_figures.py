@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
+
+from fedkern.methods.roles import EvaluatedSet
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class FinalFigures:
     confusion: dict[str, Tensor] = field(default_factory=dict)
 
 
-def final_figures(sets: Mapping[str, Any], classes: Sequence[str]) -> FinalFigures:
+def final_figures(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> FinalFigures:
     """The figures that follow from what the last evaluation kept (``TestSet.kept``).
 
     No network is asked again.
@@ -49,7 +50,7 @@ def final_figures(sets: Mapping[str, Any], classes: Sequence[str]) -> FinalFigur
     return result
 
 
-def answers(data: Any, classes: int) -> list[tuple[int | None, Tensor]]:
+def answers(data: EvaluatedSet, classes: int) -> list[tuple[int | None, Tensor]]:
     """What ``data`` kept, if that has the shape that the task's figures of the run's end need."""
     shape = data.task.kept_shape(data, classes)
     return data.kept if all(answer.shape == shape for _, answer in data.kept) else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from fedkern.methods.protocol import Batch, Received
 from fedkern.models import personal, precision
 from fedkern.models.transfer import send
 
+N = TypeVar("N", bound=nn.Module)
 CACHE_BYTES = 1 << 30
 """Rows beyond this size are not cached."""
 
@@ -59,7 +60,7 @@ def normalises_by_batch(model: nn.Module) -> bool:
     return any(isinstance(layer, _BatchNorm) and layer.training for layer in model.modules())
 
 
-def frozen_copy(model: nn.Module, vectors: Mapping[str, Tensor]) -> Any:
+def frozen_copy(model: N, vectors: Mapping[str, Tensor]) -> N:
     """A copy of a frozen network, in the same mode, with other flat vectors.
 
     Raises:

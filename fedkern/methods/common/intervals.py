@@ -22,6 +22,7 @@ from torch import Tensor
 from fedkern.data import FederatedData
 from fedkern.data.sharing.groups import unit_noun
 from fedkern.methods.common.final_figures import answers, set_name
+from fedkern.methods.roles import EvaluatedSet
 from fedkern.streams import stream
 from fedkern.tasks.base import Floats, Rows
 from fedkern.tasks.figure_names import scale
@@ -35,7 +36,11 @@ Row = dict[str, Any]
 
 
 def intervals(
-    sets: Mapping[str, Any], own_sets: Mapping[int, Any], federation: FederatedData, seed: int, apart: bool
+    sets: Mapping[str, EvaluatedSet],
+    own_sets: Mapping[int, EvaluatedSet],
+    federation: FederatedData,
+    seed: int,
+    own: bool,
 ) -> list[Row]:
     """Return the intervals on the test sets and for the clients, from what the last evaluation kept.
 
@@ -44,7 +49,7 @@ def intervals(
         own_sets: the clients' own test sets; without any, the parts of ``sets`` that show a client's site.
         federation: the data, which have the names of clients or sites.
         seed: the run's.
-        apart: whether a client is judged by its own network where clients have networks of their own.
+        own: whether a client is judged by its own network where clients have networks of their own.
 
     Returns:
         Rows with ``set``, for a client ``client``, the ``figure``, its ``value``, ``low`` and ``high``, the ``unit`` in
@@ -68,7 +73,7 @@ def intervals(
     found = []
     for about, data, k, rows in places:
         kept = answers(data, len(federation.classes))
-        outputs = [output for owner, output in kept if not apart or k < 0 or owner in (None, k)]
+        outputs = [output for owner, output in kept if not own or k < 0 or owner in (None, k)]
         name = data.task.sampled
         if name and outputs and len(rows):
             row = _interval(data, name, outputs, rows, stream(seed, f"interval/{about['set']}", client=k))
@@ -76,7 +81,7 @@ def intervals(
     return found
 
 
-def _interval(data: Any, name: str, outputs: Sequence[Tensor], rows: Rows, rng: np.random.Generator) -> Row:
+def _interval(data: EvaluatedSet, name: str, outputs: Sequence[Tensor], rows: Rows, rng: np.random.Generator) -> Row:
     """Return the interval of a figure, the mean over networks' ``outputs``, on rows of a set, int64 ``[n]``."""
     split, task, cases = data.split, data.task, getattr(data, "cases", None)
     labels = data.labels if task.target == "pixels" else data.labels.cpu()  # masks may be in a file

@@ -9,7 +9,7 @@ figures without calibration.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.methods.base import vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.methods.common.calibration import CalibrationOptions, calibrated, collect, statistics_of
+from fedkern.methods.common.calibration import CalibrationOptions, calibrate_head, collect, statistics_of
 from fedkern.methods.common.class_counts import class_counts
-from fedkern.methods.common.oneshot_members import Members, OwnNetworks, flatten, load, vectors
+from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, load, vectors
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Server
-from fedkern.methods.uploads import Declaration, Values, cached, like
+from fedkern.methods.uploads import Declaration, Values, all_finite, like, make_once
 from fedkern.typed_option import option
+
+PROBES = 16
+"""Number of noise images on which a member's logits must be finite before the server accepts the member."""
 
 
 class OneShot(FedAvg):
@@ -94,12 +97,12 @@ class OneShot(FedAvg):
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         if phase.exchange == "statistics":
-            return cached(server.round_cache, "statistics", lambda: statistics_of(self.head(server), self.options))
+            return make_once(server.round_cache, "statistics", lambda: statistics_of(self.head(server), self.options))
         return super().expects(server, phase, client, message)
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.exchange == "statistics":
-            self.replace_head(server, calibrated(server, phase, uploads, self.head(server), self.options))
+            self.replace_head(server, calibrate_head(server, phase, uploads, self.head(server), self.options))
         else:
             super().server_update(server, phase, uploads)
 
@@ -168,9 +171,37 @@ class MemberNetworks(OwnNetworks, OneShot):
     def needs(self) -> str:
         return "features"
 
-    def members(self, server: Server) -> Members:
-        """The uploaded networks."""
-        return Members(server, self.architectures)
+    def build_members(self, build: Callable[..., nn.Module], messages: Mapping[ClientId, Message]) -> list[nn.Module]:
+        """Return networks with these vectors in eval mode, in ascending order of client ids.
+
+        Args:
+            build: ``Server.build`` or ``Client.network``.
+        """
+        return [load(flatten(build(**self.architecture(k))), messages[k]).eval() for k in sorted(messages)]
+
+    def collect_members(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> Iterator[Upload]:
+        """Store and yield every upload whose network has finite logits, and refuse the others.
+
+        The networks stay in ``server.state["members"]`` by client id: vectors, number of samples and class counts.
+
+        Raises:
+            UserError: an upload is refused with ``--on-nan stop``, or no upload is left.
+        """
+        members = server.state["members"] = {}
+        for upload in uploads:
+            k = upload.client_id
+            (network,) = self.build_members(server.build, {k: upload.message})
+            with torch.no_grad():
+                is_sound = all_finite(network(server.noise(PROBES, server.rng("probe", phase))))
+            if not is_sound:
+                server.refuse(k, f"The network of client {k} cannot be used: its logits are not finite")
+                continue
+            members[k] = {**vectors_of(upload.message), "samples": upload.samples}
+            if "classes" in upload.message:
+                members[k]["classes"] = upload.message["classes"].cpu()
+            yield upload
+        if not members:
+            raise UserError("Every client's network was refused: lower --lr, or set --clip-norm.")
 
     @property
     def by_class(self) -> bool:
@@ -194,7 +225,8 @@ class MemberNetworks(OwnNetworks, OneShot):
                 f"class_weights=counts weighs networks class by class, and this run is for {server.task.name}: leave "
                 "it out."
             )
-        self.members(server).check()
+        for client in range(len(self.architectures)):
+            server.build(**self.architecture(client))  # raises where one does not fit the images
 
     def send(self, server: Server, phase: Phase) -> Message | dict[int, Message]:
         if phase.exchange == "update" and self.options.models:
@@ -221,7 +253,7 @@ class MemberNetworks(OwnNetworks, OneShot):
             declared = super().expects(server, phase, client, message)
         else:
             key = f"member {architecture['model']} {architecture['width']}"
-            declared = cached(server.round_cache, key, lambda: like(vectors(flatten(server.build(**architecture)))))
+            declared = make_once(server.round_cache, key, lambda: like(vectors(flatten(server.build(**architecture)))))
         if phase.exchange != "update" or not self.by_class:
             return declared
         return {**declared, "classes": Values((server.federation.classes,), low=0)}

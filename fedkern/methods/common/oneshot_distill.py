@@ -68,7 +68,7 @@ class Distilled(MemberNetworks):
         self,
         student: nn.Module,
         teachers: Ensemble,
-        batches: Iterable[tuple[Any, Tensor]],
+        batches: Iterable[tuple[object, Tensor]],
         optimiser: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> dict[str, float]:
@@ -130,7 +130,7 @@ class Distilled(MemberNetworks):
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.exchange == "update":
             sizes = {name: server.state[name].shape for name in VECTORS if name in server.state}
-            sound = self.members(server).collect(phase, uploads)
+            sound = self.collect_members(server, phase, uploads)
             alike = (u for u in sound if {n: u.message[n].shape for n in VECTORS if n in u.message} == sizes)
             # Averages the accepted networks of the student's architecture; without any, the state stays fresh.
             super(OneShot, self).server_update(server, phase, alike)
@@ -141,7 +141,8 @@ class Distilled(MemberNetworks):
             if self.options.student_init == "average":
                 load(flat, server.state)
             train_mode(student)
-            teachers = Ensemble(self.members(server).modules(), self.member_weights(server))
+            members = self.build_members(server.build, server.state["members"])
+            teachers = Ensemble(members, self.member_weights(server))
             self.distil(server, phase, teachers, student)
             refuse_diverged(student)
             server.state.update(vectors(flat))
@@ -177,17 +178,19 @@ class Pool:
         logits, begin = self._teachers.logits(inputs), self._count
         end = begin + logits.shape[1]
         if not begin:
-            self._rows = mapped(lambda leaf: leaf.new_empty(self._capacity, *_stored(leaf).shape[1:]), inputs)
+            self._rows = mapped(lambda leaf: leaf.new_empty(self._capacity, *_to_rows(leaf).shape[1:]), inputs)
             self._logits = logits.new_empty(len(logits), self._capacity, *logits.shape[2:])
         for rows, leaf in zip(leaves(self._rows), leaves(inputs), strict=True):
-            rows[begin:end] = _stored(leaf)
+            rows[begin:end] = _to_rows(leaf)
         self._logits[:, begin:end] = logits
         self._count = end
 
-    def take(self, index: Tensor) -> tuple[Any, Tensor]:
+    def take(self, index: Tensor) -> tuple[object, Tensor]:
         """Inputs of B samples and the members' logits, [K, B, C] or [K, B, C, H, W], at ``index`` int64 [B] (CPU)."""
         index = send(index, self._logits.device)
-        return mapped(lambda rows: _taken(rows.index_select(0, index)), self._rows), self._logits.index_select(1, index)
+        return mapped(lambda rows: _from_rows(rows.index_select(0, index)), self._rows), self._logits.index_select(
+            1, index
+        )
 
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
         """Positions of one epoch in random order, in batches of ``size``.
@@ -199,12 +202,12 @@ class Pool:
                 yield batch
 
 
-def _stored(leaf: Tensor) -> Tensor:
+def _to_rows(leaf: Tensor) -> Tensor:
     """Images in NHWC, so that selecting rows keeps channels-last and copies whole images."""
     return leaf.permute(0, 2, 3, 1) if leaf.dim() == 4 else leaf
 
 
-def _taken(rows: Tensor) -> Tensor:
+def _from_rows(rows: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows
 
 

@@ -161,8 +161,8 @@ def synthesise(
     adversarial = how.adversarial if student is not None else 0.0
     best: Tensor | None = None
     lowest = torch.full((), torch.inf, device=device)
-    still = nullcontext() if student is None else frozen(student)
-    with still, BatchNormStatistics(teachers.members if how.batch_norm else ()) as statistics:
+    student_frozen = nullcontext() if student is None else frozen(student)
+    with student_frozen, BatchNormStatistics(teachers.members if how.batch_norm else ()) as statistics:
         for _ in range(how.steps):
             images = generator(z)
             logits = teachers.logits(images)

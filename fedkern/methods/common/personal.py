@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedkern.methods.base import Method
 from fedkern.methods.protocol import ClientId, Message
-from fedkern.methods.roles import Client
+from fedkern.methods.roles import Client, TestSet
 from fedkern.models import personal
 from fedkern.ops import FlatParameters
 from fedkern.tasks.user_tasks import inner
@@ -65,7 +65,7 @@ class OfClient:
         client: the client; None: nothing of the answers is kept.
     """
 
-    def __init__(self, data: Any, client: ClientId | None) -> None:
+    def __init__(self, data: TestSet, client: ClientId | None) -> None:
         keep = getattr(data, "keep", None)
         self._data, self.keep = data, None if keep is None or client is None else partial(keep, client=client)
 
@@ -80,7 +80,9 @@ class OfClient:
 
 
 def mean_figures(
-    figures: Callable[[Any, Any], Mapping[str, float]], networks: Iterable[tuple[ClientId, Any]], data: Any
+    figures: Callable[[nn.Module, TestSet], Mapping[str, float]],
+    networks: Iterable[tuple[ClientId, nn.Module]],
+    data: TestSet,
 ) -> dict[str, float]:
     """Means of the figures of the clients' networks on a test set."""
     return means([figures(network, OfClient(data, client)) for client, network in networks])
@@ -102,9 +104,9 @@ class ClientsNetworks:
         network: a client's own network, in eval mode; the next call may overwrite the network.
     """
 
-    def __init__(self, method: Method, clients: Collection[ClientId], network: Callable[[ClientId], Any]) -> None:
+    def __init__(self, method: Method, clients: Collection[ClientId], network: Callable[[ClientId], nn.Module]) -> None:
         self._method, self._clients, self._network = method, clients, network
 
-    def evaluate(self, model: nn.Module, data: Any) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
         """The mean over all clients' networks."""
         return mean_figures(self._method.evaluate, ((k, self._network(k)) for k in self._clients), data)

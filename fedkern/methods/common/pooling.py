@@ -34,8 +34,9 @@ from fedkern.methods.base import Method
 from fedkern.methods.common.oneshot_members import flatten, load
 from fedkern.methods.protocol import ClientId, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Server
-from fedkern.methods.uploads import Declaration, Number, Values, cached
+from fedkern.methods.uploads import Declaration, Number, Values, make_once
 from fedkern.models.freezing import constant_buffers
+from fedkern.models.towers import PairNetwork
 
 EXCHANGES = ("statistics", "normalised")
 HEADS = ("image_head", "text_head")
@@ -106,7 +107,7 @@ class Pooling:
                 answer["samples"] = len(x)
         return answer
 
-    def _heads(self, client: Client, network: Any, phase: Phase) -> dict[str, Tensor]:
+    def _heads(self, client: Client, network: PairNetwork, phase: Phase) -> dict[str, Tensor]:
         """Inputs of both heads, fp32 [n, d], for the samples drawn for this round."""
         rows = self.method.statistics_rows(client)
         if len(rows) > SAMPLES:
@@ -122,7 +123,7 @@ class Pooling:
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         """Declaration of the upload of `client_update`."""
 
-        def made() -> Declaration:
+        def declare() -> Declaration:
             network: Any = server.build()
             due: dict[str, Any] = {"samples": Number(low=1, integer=True)}
             for head in HEADS:
@@ -131,7 +132,7 @@ class Pooling:
                 due[f"{head}.{name}"] = Values((2, layers.get_submodule(name).num_features), torch.float64)
             return due
 
-        return cached(server.round_cache, phase.exchange, made)
+        return make_once(server.round_cache, phase.exchange, declare)
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         """Writes mean and variance of the mixture of clients into ``server.state["buffers"]``."""

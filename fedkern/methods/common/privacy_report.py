@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from fedkern.methods.base import Method
+from fedkern.methods.protocol import Message
 from fedkern.methods.roles import Server
 from fedkern.privacy import LEDGER, Accountant, Guarantee
 
@@ -16,9 +16,7 @@ def guarantee(method: Method, server: Server, records: str | None) -> Guarantee 
     return result if result is None or records == "private" else result.with_records()
 
 
-def privacy_figures(
-    bound: Guarantee | None, state_of: Callable[[int], Mapping[str, Any]], clients: int
-) -> dict[str, Any]:
+def privacy_figures(bound: Guarantee | None, state_of: Callable[[int], Message], clients: int) -> dict[str, object]:
     """The ``privacy`` entry of summary.json.
 
     Empty where the run has no guarantee.

@@ -95,8 +95,8 @@ def _around_uniform(v: Weights, bound: float) -> Weights:
     scatter = np.cumsum(high * high) - m * mean * mean
     room = bound - 1 / m
     with np.errstate(divide="ignore", invalid="ignore"):
-        least = 1 / m + np.sqrt(np.maximum(room, 0) / scatter) * (high - mean)
-    fits = (room >= 0) & (scatter > 0) & (least >= 0)
+        lowest = 1 / m + np.sqrt(np.maximum(room, 0) / scatter) * (high - mean)
+    fits = (room >= 0) & (scatter > 0) & (lowest >= 0)
     p = np.zeros(n)
     # Without scatter (only ties are left) the nearest point is uniform on as many tied entries as the bound needs.
     count = int(m[fits][-1]) if fits.any() else min(n, math.ceil(1 / bound - 1e-12))

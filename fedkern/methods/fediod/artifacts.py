@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedkern.methods.common.oneshot_distill import torch_stream
-from fedkern.methods.fediod.losses import normalised
+from fedkern.methods.fediod.iod_options import IODOptions
+from fedkern.methods.fediod.losses import normalise_weights
 from fedkern.methods.fediod.server import NOISE, Ensemble
 from fedkern.methods.protocol import BEFORE
 from fedkern.methods.roles import Server
+from fedkern.models.generator import Generator
 
 SHOWN = 8
 """Number of generated images in the picture."""
 
 
-def show(server: Server, generator: Any, options: Any, ensemble: Ensemble | None) -> None:
+def log_pictures(server: Server, generator: Generator | None, options: IODOptions, ensemble: Ensemble | None) -> None:
     """Logs the three pictures of the last iteration of a round.
 
     Args:
@@ -31,7 +32,7 @@ def show(server: Server, generator: Any, options: Any, ensemble: Ensemble | None
         server.log_image("generated", lambda: _images(server, generator, options))
     if ensemble is None:
         return
-    ids, logits, weights = ensemble.ids, ensemble.logits, normalised(ensemble.weights, ensemble.mask)
+    ids, logits, weights = ensemble.ids, ensemble.logits, normalise_weights(ensemble.weights, ensemble.mask)
     server.log_image(
         "teacher_weights",
         lambda: _rows(weights.mean(1), ids, everyone),
@@ -61,7 +62,7 @@ def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _images(server: Server, generator: Any, options: Any) -> Tensor:
+def _images(server: Server, generator: Generator, options: IODOptions) -> Tensor:
     """Generated images in [0, 1] from the same noise in every round."""
     draw = torch_stream(server, "shown", BEFORE)
     z = torch.randn(options.batch, NOISE, generator=draw).to(server.device)

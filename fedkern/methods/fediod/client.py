@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkern.data.images.transforms import normalise
-from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.discriminators import Discriminators
-from fedkern.methods.fediod.losses import reached, teacher_log_probs
+from fedkern.methods.fediod.iod_options import IODOptions
+from fedkern.methods.fediod.losses import scalar_of, teacher_log_probs
+from fedkern.methods.fediod.server import prepare_images
 from fedkern.methods.protocol import ClientId, Message, Messages, Phase
 from fedkern.methods.roles import Client
 from fedkern.models.teacher_stack import TeacherStack
@@ -37,7 +36,7 @@ class Answers:
         bank: the clients' teachers.
     """
 
-    def __init__(self, clients: Sequence[Client], bank: TeacherStack, options: Any) -> None:
+    def __init__(self, clients: Sequence[Client], bank: TeacherStack, options: IODOptions) -> None:
         self.clients, self.bank, self.options = list(clients), bank, options
         self.slots = {client.id: slot for slot, client in enumerate(clients)}
         self.discriminators = Discriminators(clients, options)
@@ -56,7 +55,7 @@ class Answers:
         self._pending = None
         present = [self.slots[k] for k in messages]
         message = next(iter(messages.values()))
-        images = self.normalised(message["images"])
+        images = prepare_images(message["images"], self.clients[0]).clone()  # a leaf of the graph below
         self._bring_training(phase, iteration)
         drawn = {slot: self.discriminators.real(slot, phase, iteration) for slot in present}
         trained = {slot: real for slot, real in drawn.items() if real is not None}
@@ -90,21 +89,16 @@ class Answers:
         if pending is None:
             return {k: {} for k in messages}
         self._report()
-        if promise.private(self.options):
+        if self.options.noises_gradients:
             return {k: self._own(pending, k, message) for k, message in messages.items()}
         self._measure(phase, pending, messages)
-        outputs: list[Tensor] = []
-        grads: list[Tensor] = []
-        if self.options.w_real:
-            outputs.append(pending.realism)
-            grads.append(torch.zeros_like(pending.realism))
-            for k, message in messages.items():
-                grads[-1][self.slots[k]] = self.options.w_real * message["share"]
-        outputs.append(pending.logits)
-        grads.append(torch.zeros_like(pending.logits))
+        outputs, gradients = [pending.realism, pending.logits], [torch.zeros_like(pending.realism)]
+        gradients.append(torch.zeros_like(pending.logits))
         for k, message in messages.items():
-            grads[-1][self.slots[k]] = message["logits"]
-        (total,) = torch.autograd.grad(reached(outputs, grads), pending.images)
+            gradients[0][self.slots[k]] = self.options.w_real * message["share"]
+            gradients[1][self.slots[k]] = message["logits"]
+        used = slice(None) if self.options.w_real else slice(1, None)
+        (total,) = torch.autograd.grad(scalar_of(outputs[used], gradients[used]), pending.images)
         zero = total.new_zeros(()).expand(total.shape)
         return {k: {"gradients": zero if i else total} for i, k in enumerate(messages)}
 
@@ -122,7 +116,7 @@ class Answers:
         slot, images = self.slots[k], pending.images
         rows = private.sanitise(self.clients[slot], self._realism_rows(pending, k), self.options)
         grad = message["logits"].to(images.device) / message["share"]
-        (total,) = torch.autograd.grad(reached([pending.logits[slot]], [grad]), images, retain_graph=True)
+        (total,) = torch.autograd.grad(scalar_of([pending.logits[slot]], [grad]), images, retain_graph=True)
         if rows is not None:
             total = self.options.w_real * rows + total
         return {"gradients": message["share"] * total}
@@ -135,27 +129,20 @@ class Answers:
         """
         client = self.clients[phase.round % len(self.clients)]
         last = private.trainings(client, self.options) - 1
-        if promise.claims(self.options) or client.id not in messages or pending.iteration != last:
+        if self.options.claims_privacy or client.id not in messages or pending.iteration != last:
             return  # in a private run this figure would be a release
         if (rows := self._realism_rows(pending, client.id)) is not None:
             client.report["norm_d"] = float(rows.flatten(1).norm(dim=1).median())
 
     @torch.no_grad()
-    def distil(
-        self, phase: Phase, iteration: int, messages: Messages, logits: Tensor | None = None
-    ) -> dict[ClientId, Message]:
-        """Answers with logits and confidences on the images that the student learns from.
-
-        Args:
-            logits: the teachers' logits ``[K, B, C, *positions]``, where they are known already.
-        """
-        images = self.normalised(next(iter(messages.values()))["images"])
+    def distil(self, phase: Phase, iteration: int, messages: Messages) -> dict[ClientId, Message]:
+        """Answer with logits and confidences on the images that the student learns from."""
+        images = prepare_images(next(iter(messages.values()))["images"], self.clients[0])
         scores: Tensor | None = None
-        if promise.tells_scores(self.options):
+        if self.options.tells_scores:
             self._bring_training(phase, iteration)
             scores = self.discriminators.judge(images)
-        logits = self.bank.logits(images) if logits is None else logits
-        return self._answers(messages, teacher_log_probs(logits), scores)
+        return self._answers(messages, teacher_log_probs(self.bank.logits(images)), scores)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -167,16 +154,9 @@ class Answers:
         for k in messages:
             slot = self.slots[k]
             answers[k] = {"logits": logits[slot]}
-            if scores is not None and promise.tells_scores(self.options):
+            if scores is not None and self.options.tells_scores:
                 answers[k]["scores"] = scores[slot]
         return answers
-
-    def normalised(self, images: Tensor) -> Tensor:
-        """A copy of received images, normalised for the networks: fp32, channels-last, on the clients' device."""
-        client = self.clients[0]
-        if images.dtype == torch.uint8:
-            images = normalise(images, client.mean, client.std)
-        return images.detach().to(client.device, memory_format=torch.channels_last, copy=True)
 
     def _count(self, row: int, values: Tensor, slots: Sequence[int]) -> None:
         """Adds the values ``[K]`` of the clients in ``slots`` to a figure's sums.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fediod import private_messages as private
+from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.losses import against, confidence
 from fedkern.methods.protocol import BEFORE, Phase, batch_slices
 from fedkern.methods.roles import Client
@@ -26,17 +27,17 @@ class Discriminators:
     are views of the live tensors, so that nothing is copied during a round.
     """
 
-    def __init__(self, clients: Sequence[Client], options: Any) -> None:
-        o, first = options, clients[0]
+    def __init__(self, clients: Sequence[Client], options: IODOptions) -> None:
+        o = options
         self._clients, self._options = list(clients), o
         self._shards = [private.shards(client, o) for client in clients]
         self._here = [0] * len(clients)
         self._steps = [0] * len(clients)
-        channels, height, width = first.image_shape
+        channels, height, width = clients[0].image_shape
         drawn = [torch_stream(client, "critic/0", BEFORE) for client in clients]
         layers = o.critic_layers or whole_image(height, width)
         module = PatchDiscriminators(drawn, channels=channels, ndf=o.ndf, layers=layers)
-        self.module = module.to(first.device)
+        self.module = module.to(clients[0].device)
         self._parts = module.parts()
         tensors = [part[name] for part in self._parts for name in part]
         self._adam = Adam(tensors, o.critic_lr, (0.5, 0.999))
@@ -103,7 +104,7 @@ class Discriminators:
         With shards, every batch is drawn anew from the shard whose discriminator is loaded.
         """
         client, size = self._clients[slot], self._options.batch
-        batches = private.batches(client.declared, self._options)
+        batches = self._options.count_batches(client.declared)
         if iteration >= batches:
             return None
         shards = self._shards[slot]
@@ -130,13 +131,13 @@ class Discriminators:
         if not real:
             return None
         module = self.module
-        none = next(iter(real.values()))
-        stack = torch.stack([real.get(slot, none) for slot in range(len(self._clients))])
+        blank = next(iter(real.values()))
+        stack = torch.stack([real.get(slot, blank) for slot in range(len(self._clients))])
         module.requires_grad_(True)
         with torch.enable_grad():
-            both = against(module(fake), False).mean(1) + against(module(stack), True).mean(1)
-            active = send(torch.tensor([0.5 if k in real else 0.0 for k in range(len(self._clients))]), both.device)
-            losses = both * active
+            entropies = against(module(fake), False).mean(1) + against(module(stack), True).mean(1)
+            active = send(torch.tensor([0.5 if k in real else 0.0 for k in range(len(self._clients))]), stack.device)
+            losses = entropies * active
             named = dict(module.named_parameters())
             gradients = torch.autograd.grad(losses.sum(), list(named.values()))
         module.requires_grad_(False)

@@ -1,18 +1,53 @@
-"""FedIOD's options; docs/fediod.md says what each was measured to do."""
+"""FedIOD's options, and what follows from them: the plan's numbers, and which releases epsilon covers.
+
+docs/fediod.md says what each option was measured to do.  This module sees no data; the mechanisms of privacy are in
+`fedkern.methods.fediod.private_messages`.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from fedkern.errors import UserError
 from fedkern.methods.base import Method
-from fedkern.methods.fediod.privacy_options import PrivacyOptions
+from fedkern.methods.protocol import Federation
+from fedkern.privacy import IMAGE, Guarantee, Unit
 from fedkern.typed_option import option
 
 
 @dataclass(frozen=True)
-class IODOptions(PrivacyOptions, Method.Options):
+class IODOptions(Method.Options):
     """Options of FedIOD; the defaults are the settings of docs/fediod.md."""
 
+    epsilon: float | None = option(
+        None, "target epsilon of the whole run, for the releases that are covered (all of them with teacher_dp). The "
+        "run solves for the noise on the discriminators' gradients, and with teacher_dp for that of DP-SGD",
+        above=0, type=float,
+    )  # fmt: skip
+    delta: float = option(1e-5, "delta at which epsilon is met or reported", above=0, high=0.5)
+    shards: int = option(
+        1, "disjoint parts of a client's data, each with its own discriminator. A secret draw chooses the "
+        "discriminator that serves a step", low=1,
+    )  # fmt: skip
+    clip_d: float = option(
+        0.03, "clipping norm of an image's gradient through the discriminator, before the client's weight and w_real. "
+        "Choose it near the median norm; a non-private run on public data of the same kind reports that median as "
+        "norm_d (with m shards, of the first m-th of the run)", above=0,
+    )  # fmt: skip
+    histogram_noise: float = option(
+        0.0, "standard deviation of the noise on a client's class counts, in images (for segmentation, all pixels of "
+        "an image). 0: the exact counts", low=0,
+    )  # fmt: skip
+    teacher_dp: bool = option(
+        False, "train the teachers with DP-SGD, so that their logits and gradients are covered; needs epsilon"
+    )
+    noise: str = option(
+        "secret", "source of noise and secret draws: 128 bits that every client draws and keeps (each release has a "
+        "key made of them), or the run's seed. With the seed a run can be repeated, and epsilon holds only while the "
+        "seed is secret", choices=("secret", "seed"),
+    )  # fmt: skip
+    teacher_share: float = option(0.5, "least share of epsilon for the teacher, with teacher_dp", low=0.01, high=0.99)
     mode: str = option(
         "generator",
         "images that the student learns on: generated ones, or public ones (then only outputs travel)",
@@ -67,3 +102,112 @@ class IODOptions(PrivacyOptions, Method.Options):
     batched: bool = option(
         True, "ask the clients' networks in one pass where the clients share a process; off: as workers and nodes do"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_dp and self.epsilon is None:
+            raise UserError('Method option "teacher_dp" needs a target for its noise: give epsilon with it.')
+        if self.epsilon is not None and not (self.teacher_dp or self.makes_images):
+            raise UserError(
+                'Method option "mode" = public sends no gradients to add noise to: only teacher_dp makes it private.'
+            )
+        if self.shards > 1 and not self.noises_gradients:
+            raise UserError(
+                'Method option "shards" is for the gradients through the discriminators: give epsilon with it.'
+            )
+
+    @property
+    def makes_images(self) -> bool:
+        """Return whether the run has a generator, for whose images the clients send gradients."""
+        return self.mode == "generator"
+
+    @property
+    def noises_gradients(self) -> bool:
+        """Return whether the clients' gradients are clipped and noised, so that each client's are needed alone."""
+        return self.makes_images and self.epsilon is not None
+
+    @property
+    def tells_counts(self) -> bool:
+        """Return whether clients disclose their class counts."""
+        return self.class_weights != "uniform"
+
+    @property
+    def noises_counts(self) -> bool:
+        """Return whether clients disclose class counts with noise."""
+        return self.histogram_noise > 0 and self.tells_counts
+
+    @property
+    def tells_scores(self) -> bool:
+        """Return whether clients send the discriminators' mean confidence in every image, in (0, 1), to the server.
+
+        Noise that covers B confidences at every step would be tens of times larger than the confidences.  So a private
+        client withholds them, and the ensemble's weights follow the classes alone.
+        """
+        return self.makes_images and self.disc_weight and not self.noises_gradients
+
+    @property
+    def needs_realism(self) -> bool:
+        """Return whether the generator's loss uses the discriminators at all."""
+        return self.makes_images and self.w_real > 0
+
+    @property
+    def claims_privacy(self) -> bool:
+        """Return whether the options ask for differential privacy of anything."""
+        return self.epsilon is not None or self.noises_counts
+
+    @property
+    def draws_secrets(self) -> bool:
+        """Return whether the clients' noise is drawn from secrets of their own."""
+        return self.noise != "seed" and self.claims_privacy
+
+    def count_batches(self, samples: int) -> int:
+        """Number of batches that a client's samples fill: its most discriminator steps in a round."""
+        return math.ceil(samples / self.batch)
+
+    def count_iterations(self, federation: Federation) -> int:
+        """Number of iterations of a round."""
+        return self.iterations or self.count_batches(max(federation.samples))
+
+    def count_steps(self, federation: Federation) -> int:
+        """Number of iterations of the whole run, each of which asks every client for its gradient once."""
+        return federation.rounds * self.count_iterations(federation)
+
+    def find_first_taught(self, federation: Federation) -> int:
+        """The run's first iteration in which the student learns."""
+        return int(self.warmup * self.count_steps(federation)) if self.makes_images else 0
+
+    def guarantee(self, unit: Unit = IMAGE) -> Guarantee | None:
+        """Return the guarantee of a run: which of a client's releases epsilon covers and which not.
+
+        None where nothing is private.  ``teacher_dp`` covers everything that is computed from the teachers.
+        """
+        if not self.claims_privacy:
+            return None
+        covers: dict[str, str] = {}
+        leaves: dict[str, str] = {}
+
+        def place(name: str, text: str, covered: bool) -> None:
+            (covers if covered else leaves)[name] = text
+
+        if self.needs_realism:
+            text = "the generator's gradients through the discriminators"
+            place("discriminator_gradients", text, self.epsilon is not None)
+        if self.makes_images:
+            place("teacher_gradients", "the generator's gradients through the teachers", self.teacher_dp)
+        text = "the teachers' answers that the student learns from"
+        if self.makes_images and not self.teacher_dp:  # every gradient depends on the mixture of the answers
+            text = "the teachers' answers (which change the student and other clients' gradients)"
+        place("teacher_logits", text, self.teacher_dp)
+        if self.tells_counts:
+            place("class_counts", "the clients' class counts", self.histogram_noise > 0)
+        if self.tells_scores:
+            leaves["scores"] = "the discriminators' confidence in every image"
+        seeded = self.noise == "seed"
+        secrets = "" if seeded else ", and their secret bits"
+        conditions = [f"checkpoints/ (the clients' networks as they are{secrets}) stays with the clients"]
+        return Guarantee(
+            self.delta, covers, leaves, (*conditions, *["the run's seed stays secret"] * seeded), unit=unit,
+            follows="the released generator and student" if self.makes_images else "the released student",
+            advice="" if self.teacher_dp else "teacher_dp=true covers what comes from the teachers",
+            derived_figures=("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted"),
+        )  # fmt: skip

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from fedkern.data.sharing.groups import drawn_rows
-from fedkern.methods.common.oneshot_members import flatten, load, vectors
+from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, load, vectors
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.protocol import Batch, Phase, batch_slices
 from fedkern.methods.roles import Client
@@ -31,7 +30,7 @@ class Held:
         return len(self._rows)
 
     @property
-    def scored(self) -> bool:
+    def can_be_scored(self) -> bool:
         """Whether these samples can be scored: at least one sample (segmentation: pixel) has a known class."""
         return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
 
@@ -41,7 +40,7 @@ class Held:
             yield self._client.batch(self._rows[part])
 
 
-def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
+def split_holdout(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the samples that train the teacher, and of the held-out samples.
 
     At least one sample trains.
@@ -55,8 +54,8 @@ def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
     if client.patients is not None:  # a share of the patients, however many images each has
         parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.patients)
         groups = min(round(share * len(parts)), len(parts) - 1)
-        out, rest = (np.concatenate([np.zeros(0, np.int64), *rows]) for rows in (parts[:groups], parts[groups:]))
-        return np.sort(rest), np.sort(out)
+        out, train = (np.concatenate([np.zeros(0, np.int64), *rows]) for rows in (parts[:groups], parts[groups:]))
+        return np.sort(train), np.sort(out)
     count = min(round(share * client.samples), client.samples - 1)
     parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.groups)
     groups = int(np.searchsorted(np.cumsum([len(part) for part in parts]), count, side="right"))
@@ -65,31 +64,31 @@ def split(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def make_teacher(method: Any, client: Client) -> None:
+def make_teacher(method: OwnNetworks, client: Client) -> None:
     """Trains the client's teacher, or loads a pretrained one, and keeps it in ``client.state["teacher"]``.
 
     The state has ``parameters``, ``buffers`` and ``integers``.  It also has ``holdout``, the figure on the client's own
     hold-out, where a held-out sample has a known class.  A pretrained teacher has no such figure, because it may have
     trained on any of the client's samples.
     """
-    module = build(method, client)
-    rows, out = split(client, method.options.holdout)
+    module = build_network(method, client)
+    rows, out = split_holdout(client, method.options.holdout)
     test_set = Held(client, out)
     load_pretrained = client.load_pretrained(module)
     if not load_pretrained and not private.train_teacher(method, client, TRAIN, module, rows):
         client.fit(method, TRAIN, module, rows=None if len(rows) == client.samples else rows)
     module.eval()
     state = client.state["teacher"] = vectors(flatten(module))
-    if test_set.scored and not load_pretrained:
+    if test_set.can_be_scored and not load_pretrained:
         with torch.no_grad():
             state["holdout"] = test_set.task.score(method.evaluate(module, test_set))
 
 
-def build(method: Any, client: Client) -> Any:
+def build_network(method: OwnNetworks, client: Client) -> nn.Module:
     """A fresh network of the client's architecture, in train mode on its device."""
     return client.network(**method.architecture(client.id))
 
 
-def teacher(method: Any, client: Client) -> nn.Module:
+def load_teacher(method: OwnNetworks, client: Client) -> nn.Module:
     """The client's trained teacher, frozen, in eval mode."""
-    return load(flatten(build(method, client)), client.state["teacher"]).eval().requires_grad_(False)
+    return load(flatten(build_network(method, client)), client.state["teacher"]).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedkern import ops
 
 
-def reached(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+def scalar_of(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """A scalar whose gradients with respect to ``outputs`` are ``gradients``, to the last bit.
 
     The alternative, ``grad_outputs`` of ``torch.autograd.grad``, imports sympy at its first call: a third of a second.
@@ -51,11 +51,11 @@ def importance(by_class: Tensor, scores: Tensor | None) -> Tensor:
     if scores is None:
         return by_class[:, None]
     # Scores vanish where every discriminator is sure that an image is generated; class weights then still count.
-    least = torch.finfo(scores.dtype).tiny ** 0.5
-    return by_class[:, None] * scores.detach().clamp_min(least)[:, :, None]
+    floor = torch.finfo(scores.dtype).tiny ** 0.5
+    return by_class[:, None] * scores.detach().clamp_min(floor)[:, :, None]
 
 
-def normalised(weights: Tensor, mask: Tensor | None = None) -> Tensor:
+def normalise_weights(weights: Tensor, mask: Tensor | None = None) -> Tensor:
     """Weights ``[K, B or 1, C]`` over their sum over the clients.
 
     1/K where ``mask`` [K, C] leaves a sum of 0.
@@ -68,7 +68,7 @@ def normalised(weights: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def mixture(logits: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
     """Return the ensemble's logits ``[B, C, *positions]``, the weighted mean of the teachers' answers."""
-    share = normalised(weights, mask)
+    share = normalise_weights(weights, mask)
     share = share.reshape(*share.shape, *[1] * (logits.dim() - 3))
     return (share * logits).sum(0)
 

@@ -23,95 +23,85 @@ FedIOD protects data; it does not save bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Messages
 from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, vectors
-from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as private
-from fedkern.methods.fediod.artifacts import show
+from fedkern.methods.fediod.artifacts import log_pictures
 from fedkern.methods.fediod.client import Answers
-from fedkern.methods.fediod.comparisons import oracle_metrics
+from fedkern.methods.fediod.comparisons import compare_teachers
 from fedkern.methods.fediod.iod_options import IODOptions
-from fedkern.methods.fediod.local_teachers import build, make_teacher, split, teacher
+from fedkern.methods.fediod.local_teachers import build_network, load_teacher, make_teacher, split_holdout
 from fedkern.methods.fediod.losses import teacher_log_probs
-from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, first_taught, make_generator
+from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, make_generator
+from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import BEFORE, ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Client, Objective, Server
+from fedkern.methods.roles import Client, Server, TestSet
 from fedkern.methods.uploads import Declaration, Maybe, Values
 from fedkern.models.teacher_stack import TeacherStack
 from fedkern.privacy import Guarantee
 
 
 @register("fediod")
-class FedIOD(Objective, OwnNetworks):
+class FedIOD(OwnNetworks):
     """A student distilled from private teachers on the images of one generator (FedIOD, arXiv 2312.14478)."""
 
-    @dataclass(frozen=True)
-    class Options(IODOptions):
-        """Options of FedIOD (docs/methods/fediod.md, section 8)."""
-
+    Options = IODOptions
+    options: IODOptions
     requires = frozenset({"classes", "images"})
     may_skip_clients = True
     takes_teachers = True
     replayable = True
     schedule_note = "the cosine schedules and the warm-up span all rounds"
 
-    def __init__(self, options: Any = None, **values: Any) -> None:
+    def __init__(self, options: BaseOptions | None = None, **values: object) -> None:
         super().__init__(options, **values)
         self._teachers: dict[ClientId, nn.Module] = {}  # frozen: built once in a run
         self._banks: dict[tuple[ClientId, ...], TeacherStack] = {}
-        self._generates = self.options.mode == "generator"
 
     # -- the plan --------------------------------------------------------------------------------------------------
 
-    def iterations(self, federation: Federation) -> int:
-        """Iterations of a round."""
-        return private.iterations(federation, self.options)
-
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        if private.draws_secrets(self.options):
+        if self.options.draws_secrets:
             # The secrets are stored before anything is released, so that an interrupted round releases the same again.
             yield Round("secrets", exchanges=("secret",), participants="all", one_off=True, counted=False)
         yield Round("teachers", exchanges=("teacher",), participants="all", one_off=True, trains="clients' teachers")
-        if not self._generates:
+        if not self.options.makes_images:
             title = "teachers' answers to the public images"
             yield Round("answers", exchanges=("answers",), participants="all", one_off=True, trains=title)
-        each = ("images", "gradients", "distil") if self._generates else ("distil",)
-        every = self.iterations(federation)
-        names = tuple(f"{name} {i}" for i in range(every) for name in each)
-        cohort = self.options.batched or not self._generates
+        exchanges = ("images", "gradients", "distil") if self.options.makes_images else ("distil",)
+        iterations, taught = self.options.count_iterations(federation), self.options.find_first_taught(federation)
+        names = tuple(f"{name} {i}" for i in range(iterations) for name in exchanges)
+        cohort = self.options.batched or not self.options.makes_images
         for number in range(1, federation.rounds + 1):
-            teaches = number * every > first_taught(self.options, federation.rounds * every)
-            trained = [*["generator"] * self._generates, *["student"] * teaches]
+            trained = [*["generator"] * self.options.makes_images, *["student"] * (number * iterations > taught)]
             yield Round("distil", exchanges=names, states="round", cohort=cohort, trains=" and ".join(trained))
 
     def check(self, client: Client) -> None:
-        private.check(client, lambda: build(self, client), self.options)
+        private.check(client, lambda: build_network(self, client), self.options)
 
     def start(self, server: Server) -> None:
         o = self.options
         public = 0 if server.public is None else len(server.public)
-        if not self._generates and public < 2:
+        if not self.options.makes_images and public < 2:
             raise UserError(
                 "fediod with mode=public learns on at least 2 public images and this run sets "
                 f"{public or 'none'} aside: give --public-samples N, or in Python beside data sets public=DATASET."
             )
-        least = 2**o.critic_layers
-        if self._generates and min(server.image_shape[1:]) < least:
+        smallest = 2**o.critic_layers
+        if self.options.makes_images and min(server.image_shape[1:]) < smallest:
             raise UserError(
-                f"The discriminators with critic_layers={o.critic_layers} need images of at least {least} x {least} "
-                "pixels: give fewer, or 0 for as many as fit."
+                f"The discriminators with critic_layers={o.critic_layers} need images of at least {smallest} x "
+                f"{smallest} pixels: give fewer, or 0 for as many as fit."
             )
         flat = flatten(server.build())
         if flat.buffers.numel() and "buffers" not in server.initial():
@@ -119,7 +109,7 @@ class FedIOD(Objective, OwnNetworks):
         for entry in self.architectures:
             server.build(model=entry and entry[0], width=entry and entry[1])
         server.state.update(student=vectors(flat), iteration=0, classes={})
-        if self._generates:
+        if self.options.makes_images:
             draw = torch_stream(server, "generator", BEFORE)
             server.state["generator"] = vectors(flatten(make_generator(server, o, draw)))
         private.prepare(server, o)
@@ -128,22 +118,20 @@ class FedIOD(Objective, OwnNetworks):
 
     def _workshop(self, server: Server) -> Workshop:
         if "workshop" not in server.round_cache:
-            total = server.federation.rounds * self.iterations(server.federation)
-            server.round_cache["workshop"] = Workshop(server, self.options, total)
+            server.round_cache["workshop"] = Workshop(server, self.options)
         return server.round_cache["workshop"]
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message] | None:
         kind, _ = parts(phase)
         if kind == "teacher":
-            terms = private.terms(server)
-            return {"privacy": terms} if terms else {}
+            return {"privacy": dict(server.state["privacy"])} if "privacy" in server.state else {}
         if kind == "secret":
             return {}
         ids = sorted(server.state["classes"])
         if kind == "answers":
             return {k: {} for k in ids}
         shop = self._workshop(server)
-        if not self._generates:
+        if not self.options.makes_images:
             return {k: {} for k in ids}
         if kind == "gradients":
             return server.round_cache.pop("criticism", None)
@@ -165,16 +153,16 @@ class FedIOD(Objective, OwnNetworks):
         if kind == "secret":
             return {}
         if kind == "teacher":
-            return {"classes": Values((classes,), low=0)} if promise.tells_counts(self.options) else {}
+            return {"classes": Values((classes,), low=0)} if self.options.tells_counts else {}
         if kind == "answers":
             assert server.public is not None  # checked in start
             return {"logits": Values((len(server.public), classes, *positions))}
-        if not self._generates:
+        if not self.options.makes_images:
             return {}
         if kind == "gradients":  # a client that has lost its state of the images sends none
             return {"gradients": Maybe(Values((self.options.batch, channels, height, width)))}
         size = len(message["images"])
-        scores = {"scores": Values((size,), low=0, high=1)} if promise.tells_scores(self.options) else {}
+        scores = {"scores": Values((size,), low=0, high=1)} if self.options.tells_scores else {}
         return {"logits": Values((size, classes, *positions)), **scores}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
@@ -199,13 +187,13 @@ class FedIOD(Objective, OwnNetworks):
         else:
             ensemble = self._teach(server, shop, phase, answers)
             shop.iteration += 1
-            if i + 1 == self.iterations(server.federation):
+            if i + 1 == self.options.count_iterations(server.federation):
                 shop.keep()
-                show(server, shop.generator if self._generates else None, self.options, ensemble)
+                log_pictures(server, shop.generator.network if shop.generator else None, self.options, ensemble)
 
     def _teach(self, server: Server, shop: Workshop, phase: Phase, answers: Messages) -> Ensemble | None:
         size = self.options.batch
-        if self._generates:
+        if self.options.makes_images:
             images = server.round_cache.pop("images", None)  # none before the student's first iteration
             if not answers:
                 return None
@@ -229,29 +217,18 @@ class FedIOD(Objective, OwnNetworks):
 
         The client's discriminators do train on these images.
         """
-        return split(client, self.options.holdout)[1]
+        return split_holdout(client, self.options.holdout)[1]
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         return self._update({client.id: client}, phase, {client.id: message})[client.id]
 
     def cohort_update(self, clients: Mapping[ClientId, Client], phase: Phase, messages: Messages) -> Messages | None:
-        kind, number = parts(phase)
-        if not (self.options.batched and self._generates) or kind not in ("images", "gradients", "distil"):
-            return None
+        kind, _ = parts(phase)
+        together = self.options.batched and self.options.makes_images and not self.options.noises_gradients
+        if not together or kind not in ("images", "gradients", "distil"):
+            return None  # with noise each client's gradients are needed alone
         clients = {k: client for k, client in clients.items() if "teacher" in client.state}  # the others diverged
-        if not promise.private(self.options):
-            return self._update(clients, phase, messages)
-        if kind != "distil":
-            return None  # each client's gradients are needed alone
-        alone = {k: self._answers({k: clients[k]}) for k in messages}
-        first = next(iter(messages))
-        with torch.no_grad():
-            logits = self.bank(clients).logits(alone[first].normalised(messages[first]["images"]))
-        answers: dict[ClientId, Message] = {}
-        for i, k in enumerate(clients):
-            if k in messages:
-                answers.update(alone[k].distil(phase, number, {k: messages[k]}, logits[i : i + 1]))
-        return answers
+        return self._update(clients, phase, messages)
 
     def _update(self, clients: Mapping[ClientId, Client], phase: Phase, messages: Messages) -> Messages:
         kind, i = parts(phase)
@@ -266,7 +243,7 @@ class FedIOD(Objective, OwnNetworks):
                 clients[k].report["holdout"] = clients[k].state["teacher"]["holdout"]
         if kind == "answers":
             return {k: self._answer(client) for k, client in clients.items()}
-        if not self._generates:
+        if not self.options.makes_images:
             return {k: {} for k in messages}
         answers = self._answers(clients)
         if kind == "images":
@@ -279,7 +256,7 @@ class FedIOD(Objective, OwnNetworks):
         private.agree(client, message)
         make_teacher(self, client)
         counts = private.release_histogram(client, class_counts(client), self.options)
-        return {"classes": counts} if promise.tells_counts(self.options) else {}
+        return {"classes": counts} if self.options.tells_counts else {}
 
     @torch.no_grad()
     def _answer(self, client: Client) -> Message:
@@ -294,24 +271,20 @@ class FedIOD(Objective, OwnNetworks):
         if ids not in self._banks:
             for k in ids:
                 if k not in self._teachers:
-                    self._teachers[k] = teacher(self, clients[k])
+                    self._teachers[k] = load_teacher(self, clients[k])
             for cohort in [cohort for cohort in self._banks if len(cohort) > 1 < len(ids)]:
                 del self._banks[cohort]  # of another cohort: one cohort's stack is kept
             self._banks[ids] = TeacherStack([self._teachers[k] for k in ids])
         return self._banks[ids]
 
     def _answers(self, clients: Mapping[ClientId, Client]) -> Answers:
-        first = next(iter(clients.values()))
-        answers = first.round_cache.get("answers")
-        if answers is None:
-            answers = Answers(list(clients.values()), self.bank(clients), self.options)
+        """The clients' answers, the same object in every exchange of a round."""
+        cache = next(iter(clients.values())).round_cache
+        if "answers" not in cache:
+            cache["answers"] = Answers(list(clients.values()), self.bank(clients), self.options)
             for client in clients.values():
-                client.round_cache["answers"] = answers
-        return answers
-
-    def disclosed(self, server: Server, ids: Sequence[ClientId]) -> Tensor:
-        """Class counts or flags as the clients disclosed them, fp32 ``[K, C]``; ones ``[K, 1]`` without any."""
-        return torch.stack([server.state["classes"][k].float() for k in ids])
+                client.round_cache["answers"] = cache["answers"]
+        return cache["answers"]
 
     # -- results ---------------------------------------------------------------------------------------------------
 
@@ -319,16 +292,25 @@ class FedIOD(Objective, OwnNetworks):
         return server.network(server.state["student"])
 
     def guarantee(self, server: Server) -> Guarantee | None:
-        return promise.guarantee(self.options, server.federation.unit)
+        return self.options.guarantee(server.federation.unit)
 
     @classmethod
-    def is_private(cls, options: Any) -> bool:
-        return promise.claims(options)
+    def is_private(cls, options: BaseOptions) -> bool:
+        return isinstance(options, IODOptions) and options.claims_privacy
 
     def oracle_metrics(
-        self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, Any]
+        self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, TestSet]
     ) -> dict[str, float]:
-        return oracle_metrics(self, server, clients, sets)
+        """The teachers' figures on every test set, and ``holdout``, their mean on their clients' own hold-outs."""
+        members = {k: clients[k] for k in sorted(server.state["classes"]) if "teacher" in clients[k].state}
+        figures: dict[str, float] = {}
+        for prefix, data in sets.items() if members else ():
+            compared = compare_teachers(self, self.bank(members), server, members, data)
+            figures |= {prefix + name: value for name, value in compared.items()}
+        teachers = [client.state["teacher"] for client in members.values()]
+        if holdouts := [teacher["holdout"] for teacher in teachers if "holdout" in teacher]:
+            figures["holdout"] = sum(holdouts) / len(holdouts)
+        return figures
 
 
 def parts(phase: Phase) -> tuple[str, int]:

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.fediod.privacy_options import asks_discriminators, claims, noises_counts, private
-from fedkern.methods.protocol import OUTSIDE, Federation, Phase
+from fedkern.methods.common.oneshot_members import OwnNetworks
+from fedkern.methods.fediod.iod_options import IODOptions
+from fedkern.methods.protocol import OUTSIDE, Phase
 from fedkern.methods.roles import Client, Server
 from fedkern.ops import clip_and_noise
 from fedkern.privacy import DPSGD, LEDGER, Accountant, Unit, least_noise, need_accounting
@@ -56,71 +57,44 @@ TEACHER_CLIP = 1.0
 """Clipping norm of a sample's gradient in DP-SGD, or of the sum of a patient's gradients."""
 
 
-def prepare(server: Server, options: Any) -> None:
+def prepare(server: Server, options: IODOptions) -> None:
     """Finds the noise before anything is written (in ``Method.start``) and keeps it in ``server.state["privacy"]``.
 
     Raises:
         UserError: dp-accounting is not installed, no noise meets the target, or there are no gradients to noise.
     """
-    if not claims(options):
+    if not options.claims_privacy:
         return
-    if private(options) and not options.w_real and not options.teacher_dp:
+    if options.noises_gradients and not options.w_real and not options.teacher_dp:
         raise UserError(
             'Method option "epsilon" is for the gradients through the discriminators, and with w_real=0 there are none.'
         )
     need_accounting()
-    sigma, steps = 0.0, planned_steps(server.federation, options)
-    if options.epsilon is not None and _beside_teachers(options):
-        epsilon, delta = _part(options, 1 - options.teacher_share)
-        unit = server.federation.unit
-        sigma = least_noise(lambda noise: _beside(options, noise, steps, unit), epsilon, delta)
+    sigma, steps = 0.0, options.count_steps(server.federation)
+    if options.epsilon is not None and (options.needs_realism or options.noises_counts):
+        epsilon, delta, unit = options.epsilon, options.delta, server.federation.unit
+        if options.teacher_dp:  # the private teachers take the rest
+            epsilon, delta = (1 - options.teacher_share) * epsilon, delta / 2
+        sigma = least_noise(lambda noise: _plan_releases(options, noise, steps, unit), epsilon, delta)
     server.state["privacy"] = {"sigma_d": float(sigma), "steps": steps}
 
 
-def _beside(options: Any, sigma: float, steps: int, unit: Unit) -> Accountant:
+def _plan_releases(options: IODOptions, sigma: float, steps: int, unit: Unit) -> Accountant:
     """Books a client's noised releases of a whole run, all but a private teacher's.
 
     ``steps`` are generator steps.
     """
     accountant = Accountant()
-    if asks_discriminators(options) and sigma:
+    if options.needs_realism and sigma:
         accountant.gaussian(DISCRIMINATOR, multiplier(sigma, options.batch), shards=options.shards, steps=steps)
-    if noises_counts(options):
-        accountant.gaussian(HISTOGRAM, _counted(options, unit))
+    if options.noises_counts:
+        accountant.gaussian(HISTOGRAM, _count_multiplier(options, unit))
     return accountant
 
 
-def _counted(options: Any, unit: Unit) -> float:
+def _count_multiplier(options: IODOptions, unit: Unit) -> float:
     """Noise over sensitivity of the class counts (see :func:`release_histogram`)."""
     return float(options.histogram_noise / (math.sqrt(2) * unit.images))
-
-
-def _beside_teachers(options: Any) -> bool:
-    """Whether a client releases anything with noise that does not come from a private teacher."""
-    return asks_discriminators(options) or noises_counts(options)
-
-
-def _part(options: Any, share: float) -> tuple[float, float]:
-    """The target (epsilon, delta).
-
-    Beside private teachers ``share`` of epsilon and half of delta.
-    """
-    if options.teacher_dp and _beside_teachers(options):
-        return share * options.epsilon, options.delta / 2
-    return options.epsilon, options.delta
-
-
-def planned_steps(federation: Federation, options: Any) -> int:
-    """Generator steps of the whole run.
-
-    Each step asks every client for its gradient once.
-    """
-    return federation.rounds * iterations(federation, options)
-
-
-def iterations(federation: Federation, options: Any) -> int:
-    """Iterations of a round."""
-    return options.iterations or batches(max(federation.samples), options)
 
 
 def multiplier(sigma: float, rows: int) -> float:
@@ -134,26 +108,13 @@ def multiplier(sigma: float, rows: int) -> float:
 # -- noise terms, secrets and shards of a client -----------------------------------------------------------------------
 
 
-def terms(server: Server) -> dict[str, float]:
-    """Noise terms that every client needs before its first step.
-
-    Sent once, as ``"privacy"``.
-    """
-    return dict(server.state.get("privacy", {}))
-
-
 def agree(client: Client, message: Mapping[str, Any]) -> None:
-    """Keeps the noise terms of the server (:func:`terms`)."""
+    """Keep the noise terms of the server (:func:`prepare`), which every client needs before its first step."""
     if message.get("privacy"):
         client.state[TERMS] = {name: float(value) for name, value in message["privacy"].items()}
 
 
-def draws_secrets(options: Any) -> bool:
-    """Whether the clients' noise is drawn from secrets of their own."""
-    return options.noise != "seed" and claims(options)
-
-
-def secret(client: Client, options: Any) -> str:
+def secret(client: Client, options: IODOptions) -> str:
     """The client's secret, which is mixed into its private streams: hexadecimal digits.
 
     "" where the seed is used.
@@ -161,14 +122,14 @@ def secret(client: Client, options: Any) -> str:
     Drawn at the first call and kept in the client's state, so that a resumed run has the same secret.  The secret must
     not appear in any message, report or error.
     """
-    if not draws_secrets(options):
+    if not options.draws_secrets:
         return ""
     if SECRET not in client.state:
         client.state[SECRET] = secrets.token_hex(SECRET_BYTES)
     return str(client.state[SECRET])
 
 
-def next_key(client: Client, channel: str, options: Any) -> NoiseKey:
+def next_key(client: Client, channel: str, options: IODOptions) -> NoiseKey:
     """The key of the client's next release in a channel.  No key is given twice, not even by a resumed client."""
     digits = secret(client, options)
     # With noise=seed the 16 bytes follow from the run's seed: whoever knows the seed has them.
@@ -179,12 +140,7 @@ def next_key(client: Client, channel: str, options: Any) -> NoiseKey:
     return noise_key(material, client.id, channel, number)
 
 
-def hidden(client: Client, purpose: str, phase: Phase, options: Any) -> np.random.Generator:
-    """``client.rng`` for draws that nobody else may foresee."""
-    return client.rng(stream_name(purpose, secret(client, options)), phase)
-
-
-def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
+def shards(client: Client, options: IODOptions) -> Sequence[np.ndarray]:
     """The client's samples in disjoint shards, one for each discriminator: positions int64 in the client's split.
 
     The shards are the same at every call of a run and do not depend on the data.  Patients stay whole where they are
@@ -206,34 +162,31 @@ def shards(client: Client, options: Any) -> Sequence[np.ndarray]:
     return [np.flatnonzero(np.isin(units, part)) for part in np.array_split(order, options.shards)]
 
 
-def batches(samples: int, options: Any) -> int:
-    """Batches that a client's samples fill: the most discriminator steps that the client takes in a round."""
-    return math.ceil(samples / options.batch)
-
-
-def trainings(client: Client, options: Any) -> int:
+def trainings(client: Client, options: IODOptions) -> int:
     """Number of iterations in which the client trains a discriminator.
 
     These are the first ones of a round.
     """
-    count = batches(client.declared, options)
+    count = options.count_batches(client.declared)
     return min(options.iterations or count, count)
 
 
-def training(client: Client, round: int, iteration: int, options: Any) -> int:
+def training(client: Client, round: int, iteration: int, options: IODOptions) -> int:
     """Shard whose discriminator trains: round robin over the client's trainings of the run, a public schedule."""
     return (round * trainings(client, options) + iteration) % options.shards
 
 
-def serving(client: Client, phase: Phase, options: Any) -> int:
+def serving(client: Client, phase: Phase, options: IODOptions) -> int:
     """Shard whose discriminator gives the gradients of ``phase``: drawn in secret, from a stream of its own."""
-    return 0 if options.shards == 1 else int(hidden(client, "serving", phase, options).integers(options.shards))
+    if options.shards == 1:
+        return 0
+    return int(client.rng(stream_name("serving", secret(client, options)), phase).integers(options.shards))
 
 
 # -- what leaves the client ----------------------------------------------------------------------------------------
 
 
-def release_histogram(client: Client, histogram: Tensor, options: Any) -> Tensor:
+def release_histogram(client: Client, histogram: Tensor, options: IODOptions) -> Tensor:
     """The client's class counts fp32 [C] (samples, or pixels for segmentation) as sent to the server, once.
 
     The noise is measured in records.  A record has a count of N: 1 for classification, all pixels of an image for
@@ -243,16 +196,16 @@ def release_histogram(client: Client, histogram: Tensor, options: Any) -> Tensor
     the counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N, which is sqrt(2) records.  The bound is
     reached where all N move from one class to another.  A patient with at most k images counts as k records.
     """
-    if not noises_counts(options):
+    if not options.noises_counts:
         return histogram  # sent as it is, or not at all
     record = math.prod(client.labels.shape[1:])  # N: 1, or all pixels of an image
     rows = histogram.detach()[None].float().contiguous()
     noisy = rows + _noise(client, HISTOGRAM, torch.zeros_like(rows), 1.0, options.histogram_noise * record, options)
-    _book(client, HISTOGRAM, _counted(options, client.unit))
+    _book(client, HISTOGRAM, _count_multiplier(options, client.unit))
     return noisy[0].clamp_min(0)
 
 
-def sanitise(client: Client, u_d: Tensor | None, options: Any) -> Tensor | None:
+def sanitise(client: Client, u_d: Tensor | None, options: IODOptions) -> Tensor | None:
     """The gradient of a generator step through the private discriminator, as sent to the server.
 
     A row that is not finite is released as noise around 0: a NaN in the answer would reveal something about the data.
@@ -269,7 +222,7 @@ def sanitise(client: Client, u_d: Tensor | None, options: Any) -> Tensor | None:
     Raises:
         ValueError: the client has not received the noise terms.
     """
-    if not private(options):
+    if not options.noises_gradients:
         return u_d
     if TERMS not in client.state:
         raise ValueError(f"sanitise: expected client {client.id} to have been told the noise, given no terms")
@@ -283,7 +236,7 @@ def sanitise(client: Client, u_d: Tensor | None, options: Any) -> Tensor | None:
     return noisy.reshape(u_d.shape)
 
 
-def _noise(client: Client, channel: str, rows: Tensor, bound: float, noise: float, options: Any) -> Tensor:
+def _noise(client: Client, channel: str, rows: Tensor, bound: float, noise: float, options: IODOptions) -> Tensor:
     """One release: rows clipped to ``bound`` plus noise from a key of its own."""
     key = next_key(client, channel, options)
     return clip_and_noise(rows, bound, noise, key.seed, key.offset)
@@ -298,7 +251,7 @@ def _book(client: Client, channel: str, noise: float, shards: int = 1) -> None:
 # -- the teacher -----------------------------------------------------------------------------------------------------
 
 
-def check(client: Client, make: Callable[[], nn.Module], options: Any) -> None:
+def check(client: Client, make: Callable[[], nn.Module], options: IODOptions) -> None:
     """Checks a client before anything is written.
 
     Args:
@@ -320,25 +273,25 @@ def check(client: Client, make: Callable[[], nn.Module], options: Any) -> None:
     check_network(teacher, f"the network of client {client.label}")
 
 
-def train_teacher(method: Any, client: Client, phase: Phase, module: nn.Module, rows: np.ndarray) -> bool:
+def train_teacher(method: OwnNetworks, client: Client, phase: Phase, module: nn.Module, rows: np.ndarray) -> bool:
     """Trains the client's teacher with DP-SGD on the samples at ``rows``, in place.
 
     Returns:
         False where the teacher is to be trained without privacy.
     """
-    options = method.options
-    if not options.teacher_dp:
+    options, epsilon = method.options, method.options.epsilon
+    if not options.teacher_dp or epsilon is None:
         return False
 
     def noise(rate: float, steps: int) -> float:
         agreed = client.state.get(TERMS, {"sigma_d": 0.0, "steps": 0})
 
         def account(sigma: float) -> Accountant:
-            accountant = _beside(options, agreed["sigma_d"], int(agreed["steps"]), client.unit)
+            accountant = _plan_releases(options, agreed["sigma_d"], int(agreed["steps"]), client.unit)
             accountant.dp_sgd(TEACHER, sigma, rate=rate, steps=steps)
             return accountant
 
-        return least_noise(account, options.epsilon, options.delta)  # all that other releases leave
+        return least_noise(account, epsilon, options.delta)  # all that other releases leave
 
     patients, images = client.patients, client.unit.images
     spending = DPSGD(TEACHER_CLIP, noise, TEACHER, secret(client, options), patients, images)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedkern.data.images.transforms import normalise
 from fedkern.errors import UserError
 from fedkern.methods.common.oneshot_distill import Means
 from fedkern.methods.common.oneshot_members import flatten, load, vectors
-from fedkern.methods.fediod.losses import distillation, importance, mixture, reached, teacher_terms
-from fedkern.methods.fediod.privacy_options import tells_scores
-from fedkern.methods.protocol import Message, batch_slices
-from fedkern.methods.roles import Server
+from fedkern.methods.fediod.iod_options import IODOptions
+from fedkern.methods.fediod.losses import distillation, importance, mixture, scalar_of, teacher_terms
+from fedkern.methods.protocol import ClientId, Message, batch_slices
+from fedkern.methods.roles import Node, Server
 from fedkern.models.freezing import train_mode
 from fedkern.models.generator import Generator
 from fedkern.models.optimisers import SGD, Adam
@@ -30,10 +31,23 @@ Below this value the generator has collapsed to one image, and its saturated sig
 change that.
 """
 
+N = TypeVar("N", bound=nn.Module)
 NOISE = 100
 """Dimensions of the generator's noise, as in the released CIFAR-10 script."""
 STUDENT_MOMENTUM, STUDENT_DECAY, STUDENT_LR_END = 0.9, 3e-5, 1e-5
 """Of the student's optimiser and of its cosine schedule, as in the released CIFAR-10 script."""
+
+
+def stack_class_counts(server: Server, ids: Sequence[ClientId]) -> Tensor:
+    """Return the class counts as the clients disclosed them, fp32 ``[K, C]``; ones ``[K, 1]`` without any."""
+    return torch.stack([server.state["classes"][k].float() for k in ids])
+
+
+def prepare_images(images: Tensor, node: Node) -> Tensor:
+    """Normalise images as they were sent for the networks: fp32, channels-last, on the node's device."""
+    if images.dtype == torch.uint8:
+        images = normalise(images, node.mean, node.std)
+    return images.detach().to(node.device, memory_format=torch.channels_last)
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -41,7 +55,7 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_generator(server: Server, options: Any, draw: torch.Generator) -> Generator:
+def make_generator(server: Server, options: IODOptions, draw: torch.Generator) -> Generator:
     """A fresh generator for the images of the run, on the server's device.
 
     The first images have the data's mean colour.  Teachers may be sure of grey images, and leaving these can take half
@@ -55,21 +69,55 @@ def make_generator(server: Server, options: Any, draw: torch.Generator) -> Gener
     return generator.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def moments(optimiser: SGD | Adam, vector: Tensor) -> dict[str, Tensor]:
-    """The optimiser's state of its one tensor, copied to the CPU."""
-    state = optimiser.state.get(vector, {})
-    return {name: value.detach().cpu().clone() for name, value in state.items()}
+class Learner(Generic[N]):
+    """A network of the server with an optimiser over all its parameters as one tensor: one kernel a step.
 
-
-def restore(optimiser: SGD | Adam, vector: Tensor, state: Mapping[str, Tensor] | None) -> None:
-    """Gives an optimiser the state that :func:`moments` returned.
-
-    None changes nothing.
+    Args:
+        module: a fresh network, which gets the vectors of ``state``.
+        optimise: makes the optimiser of the tensor.
+        state: the server's state.
+        key: of the network's vectors in the state.
+        moments: key of the optimiser's state.
     """
-    device = vector.device
-    for name, value in (state or {}).items():  # on CUDA a fused Adam needs its step count there too
-        place = torch.device("cpu") if name == "step" and device.type != "cuda" else device
-        optimiser.state.setdefault(vector, {})[name] = value.to(place, copy=True)
+
+    def __init__(
+        self,
+        module: N,
+        optimise: Callable[[list[Tensor]], SGD | Adam],
+        state: dict[str, Any],
+        key: str,
+        moments: str,
+    ) -> None:
+        self._state, self._key, self._moments = state, key, moments
+        self._flat = flatten(module)
+        load(self._flat, state[key])
+        self.network = train_mode(module)
+        self._vector = self._flat.parameters.detach()
+        self._vector.grad = self._flat.gradients()
+        self._optimiser = optimise([self._vector])
+        device = self._vector.device
+        for name, value in state.get(moments, {}).items():  # on CUDA a fused Adam needs its step count there too
+            place = torch.device("cpu") if name == "step" and device.type != "cuda" else device
+            self._optimiser.state.setdefault(self._vector, {})[name] = value.to(place, copy=True)
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        """Take one step down the gradient of ``loss``."""
+        assert self._vector.grad is not None
+        self._vector.grad.zero_()
+        loss.backward()
+        self._optimiser.lr = lr
+        self._optimiser.step()
+        self._flat.mark_changed()
+
+    def is_finite(self) -> bool:
+        """Return whether all parameters are finite."""
+        return bool(torch.isfinite(self._flat.parameters).all())
+
+    def store(self) -> None:
+        """Write copies of the network and of the optimiser's state into the server's state."""
+        self._state[self._key] = vectors(self._flat)
+        if learnt := self._optimiser.state.get(self._vector):
+            self._state[self._moments] = {name: value.detach().cpu().clone() for name, value in learnt.items()}
 
 
 @dataclass
@@ -92,53 +140,30 @@ class Ensemble:
     mask: Tensor | None
 
 
-def first_taught(options: Any, total: int) -> int:
-    """The student's first iteration among ``total`` of a run."""
-    return int(options.warmup * total) if options.mode == "generator" else 0
-
-
 class Workshop:
     """Generator, student, their optimisers and averages: read from ``server.state``, written back by :meth:`keep`.
 
     Args:
         server: its state has ``student``, ``generator`` and the optimiser states of the rounds before.
         options: the method's options.
-        total: iterations of the whole run.
     """
 
-    def __init__(self, server: Server, options: Any, total: int) -> None:
-        self.server, self.options, self.total = server, options, total
-        state = server.state
+    def __init__(self, server: Server, options: IODOptions) -> None:
+        self.server, self.options, self.total = server, options, options.count_steps(server.federation)
+        o, state = options, server.state
         self.iteration: int = state["iteration"]
-        self._student = flatten(server.build())
-        self.student = train_mode(load(self._student, state["student"]))
-        vector = self._student.parameters.detach()  # all parameters as one tensor: one kernel a step
-        vector.grad = self._to_student = self._student.gradients()
-        lr, decay = options.student_lr, STUDENT_DECAY
-        self._optimiser: SGD | Adam
-        if options.student_optimizer == "sgd":
-            self._optimiser = SGD([vector], lr, STUDENT_MOMENTUM, weight_decay=decay)
-        else:
-            self._optimiser = Adam([vector], lr, weight_decay=decay, decoupled=True)
-        self._student_vector = vector
-        restore(self._optimiser, vector, state.get("student_moments"))
-        self.generates = options.mode == "generator"
-        self.first = first_taught(options, total)
+        sgd = partial(SGD, lr=o.student_lr, momentum=STUDENT_MOMENTUM, weight_decay=STUDENT_DECAY)
+        adamw = partial(Adam, lr=o.student_lr, weight_decay=STUDENT_DECAY, decoupled=True)
+        optimise = sgd if o.student_optimizer == "sgd" else adamw
+        self.student = Learner(server.build(), optimise, state, "student", "student_moments")
+        self.generator: Learner[Generator] | None = None
+        if o.makes_images:
+            blank = torch.Generator().manual_seed(0)
+            adam = partial(Adam, lr=o.generator_lr, betas=(0.5, 0.999))
+            self.generator = Learner(make_generator(server, o, blank), adam, state, "generator", "adam")
+        self._first_taught = o.find_first_taught(server.federation)
         self.running = Means()
         self.x: Tensor | None = None  # images with the generator's graph, until the gradients are back
-        if self.generates:
-            self._open_generator()
-
-    def _open_generator(self) -> None:
-        o, state = self.options, self.server.state
-        blank = torch.Generator().manual_seed(0)
-        self._flat = flatten(make_generator(self.server, o, blank))
-        self.generator: Any = load(self._flat, state["generator"]).train()
-        vector = self._flat.parameters.detach()
-        vector.grad = self._to_generator = self._flat.gradients()
-        self._adam = Adam([vector], o.generator_lr, (0.5, 0.999))
-        restore(self._adam, vector, state.get("adam"))
-        self._generator_vector = vector
 
     # -- images ----------------------------------------------------------------------------------------------------
 
@@ -150,7 +175,7 @@ class Workshop:
     @property
     def teaches(self) -> bool:
         """Whether the warm-up is over, so that the student learns in this iteration."""
-        return self.iteration >= self.first
+        return self.iteration >= self._first_taught
 
     def generate(self, draw: torch.Generator) -> Tensor:
         """Images for the discriminators and the generator, as they are sent.
@@ -158,10 +183,11 @@ class Workshop:
         Their graph stays in ``x``.
         """
         z = send(torch.randn(self.options.batch, NOISE, generator=draw), self.server.device)
+        assert self.generator is not None
         with torch.enable_grad():
-            x = self.generator(z)
+            x = self.generator.network(z)
         self.running.add(image_spread=x.detach().std(0).mean())
-        sent = self._sent(x.detach())
+        sent = self._encode(x.detach())
         # The clients' gradients are at the images as sent (pixels=uint8: rounded) and go to the generator unchanged.
         self.x = x
         return sent
@@ -171,9 +197,10 @@ class Workshop:
         """The student's images of an iteration, for all steps one after another, as they are sent."""
         o = self.options
         zs = [send(torch.randn(o.batch, NOISE, generator=draw), self.server.device) for _ in range(o.student_steps)]
-        return self._sent(torch.cat([self.generator(z) for z in zs]))
+        assert self.generator is not None
+        return self._encode(torch.cat([self.generator.network(z) for z in zs]))
 
-    def _sent(self, images: Tensor) -> Tensor:
+    def _encode(self, images: Tensor) -> Tensor:
         if self.options.pixels == "float32":
             return images
         mean, std = (
@@ -181,23 +208,17 @@ class Workshop:
         )
         return ((images * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
-    def seen(self, sent: Tensor) -> Tensor:
-        """Sent images, normalised for the networks as the clients do it (:meth:`Answers.normalised`)."""
-        if sent.dtype == torch.uint8:
-            sent = normalise(sent, self.server.mean, self.server.std)
-        return sent.contiguous(memory_format=torch.channels_last)
-
     # -- the generator's step --------------------------------------------------------------------------------------
 
     def gather(self, answers: Mapping[int, Message]) -> Ensemble:
         """Stacks the clients' answers of an exchange."""
-        device, state, ids = self.server.device, self.server.state, sorted(answers)
+        device, ids = self.server.device, sorted(answers)
         logits = torch.stack([answers[k]["logits"].to(device) for k in ids])
         samples = torch.tensor([float(self.server.federation.samples[k]) for k in ids])
         pi = samples / samples.sum()
-        disclosed = send(torch.stack([state["classes"][k].float() for k in ids]), device)
+        disclosed = send(stack_class_counts(self.server, ids), device)
         scores = None
-        if tells_scores(self.options):
+        if self.options.tells_scores:
             scores = torch.stack([answers[k]["scores"].to(device) for k in ids])
         mask = None if self.options.class_weights == "uniform" else disclosed > 0
         return Ensemble(ids, logits, send(pi, device), pi.tolist(), importance(disclosed, scores), mask)
@@ -221,17 +242,13 @@ class Workshop:
     def improve(self, gradients: list[Tensor]) -> None:
         """One step of the generator with the sum of the clients' gradients with respect to the images."""
         x, self.x = self.x, None
-        if x is None or not gradients:
+        if x is None or self.generator is None or not gradients:
             return
         total = gradients[0].to(x.device, copy=True)
-        for one in gradients[1:]:
-            total += one.to(x.device)
+        for gradient in gradients[1:]:
+            total += gradient.to(x.device)
         total /= len(x)
-        self._to_generator.zero_()
-        reached([x], [total]).backward()
-        self._adam.lr = cosine(self.options.generator_lr, 0.0, self.progress)
-        self._adam.step()
-        self._flat.mark_changed()
+        self.generator.step(scalar_of([x], [total]), cosine(self.options.generator_lr, 0.0, self.progress))
 
     # -- the student's steps ---------------------------------------------------------------------------------------
 
@@ -241,23 +258,19 @@ class Workshop:
         With public images the last step may be smaller, but it has at least two images where ``images`` has two (see
         ``batch_slices``).
         """
-        progress = (self.iteration - self.first) / (self.total - self.first)
+        progress = (self.iteration - self._first_taught) / (self.total - self._first_taught)
         lr = cosine(self.options.student_lr, STUDENT_LR_END, progress)
-        self._optimiser.lr = lr
-        every = ensemble.weights.shape[1] > 1
+        per_image = ensemble.weights.shape[1] > 1
         target = mixture(ensemble.logits, ensemble.weights, ensemble.mask).argmax(1)
         guesses: list[Tensor] = []
         for rows in batch_slices(len(images), size):
-            x = self.seen(images[rows])
-            weights = ensemble.weights[:, rows] if every else ensemble.weights
+            x = prepare_images(images[rows], self.server)
+            weights = ensemble.weights[:, rows] if per_image else ensemble.weights
             logits = ensemble.logits[:, rows]
             with torch.enable_grad():
-                student_logits = self.student(x)
+                student_logits: Tensor = self.student.network(x)
                 loss = distillation(student_logits, logits, weights, ensemble.mask)
-            self._to_student.zero_()
-            loss.backward()
-            self._optimiser.step()
-            self._student.mark_changed()
+            self.student.step(loss, lr)
             self.running.add(student_loss=loss)
             guesses.append(student_logits.detach().argmax(1))
         self.running.add(
@@ -276,20 +289,14 @@ class Workshop:
         Raises:
             UserError: a parameter of the student or the generator is not finite.
         """
-        state = self.server.state
-        state["iteration"] = self.iteration
-        state["student"] = vectors(self._student)
-        if learnt := moments(self._optimiser, self._student_vector):
-            state["student_moments"] = learnt
-        networks = [("student", "student_lr", self._student)]
-        if self.generates:
-            networks.append(("generator", "generator_lr", self._flat))
-            state["generator"] = vectors(self._flat)
-            if learnt := moments(self._adam, self._generator_vector):
-                state["adam"] = learnt
-        for name, rate, flat in networks:
-            if not bool(torch.isfinite(flat.parameters).all()):
-                raise UserError(f"The {name} diverged in iteration {self.iteration}: lower the method option {rate}.")
+        self.server.state["iteration"] = self.iteration
+        for name, learner in (("student", self.student), ("generator", self.generator)):
+            if learner is None:
+                continue
+            learner.store()
+            if not learner.is_finite():
+                option = f"{name}_lr"
+                raise UserError(f"The {name} diverged in iteration {self.iteration}: lower the method option {option}.")
         figures = self.running.read()
         self.server.report.update(figures)
         if self.progress >= 0.5 and (spread := figures.get("image_spread", 1.0)) < ALIKE:

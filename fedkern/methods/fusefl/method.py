@@ -24,15 +24,15 @@ from torch.nn.functional import cross_entropy
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
-from fedkern.methods.common.calibration import CalibrationOptions, calibrated, collect, statistics_of
+from fedkern.methods.common.calibration import CalibrationOptions, calibrate_head, collect, statistics_of
 from fedkern.methods.common.figures import with_accuracies
 from fedkern.methods.common.frozen import cached_rows
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fusefl.levels import LocalPart, plain_head, scaled_width, sent_state, tensors_of
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.registry import register
-from fedkern.methods.roles import Client, Objective, Server
-from fedkern.methods.uploads import Declaration, cached
+from fedkern.methods.roles import Client, Drawn, Objective, Server, TestSet
+from fedkern.methods.uploads import Declaration, make_once
 from fedkern.models import MODELS
 from fedkern.models.allocate import linear_of
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
@@ -58,7 +58,6 @@ class FuseFL(Objective, Method):
         """Options of FuseFL (docs/methods/fusefl.md, section 5)."""
 
         blocks: int = option(2, "number of blocks of the network", low=1)
-        cuts: str = option("", "layers that end a block, for example 0,4,6 (the first layer is 0); replaces blocks")
         adaptor: str = option(
             "cnn1x1",
             "module between a fused level and the next block: a 1x1 convolution, the average or the sum",
@@ -104,16 +103,16 @@ class FuseFL(Objective, Method):
         networks = _Networks(self, server, widths)
         used = range(min(clients, len(kinds)))
         for j in used:
-            if len(networks.of(j).blocks) != self._levels():
+            if len(networks.of(j).blocks) != self.options.blocks:
                 raise UserError(
                     f"Client {j}'s network has {len(networks.of(j).blocks)} blocks, but the method option blocks says "
-                    f"{self._levels()}."
+                    f"{self.options.blocks}."
                 )
         check_alike([networks.shapes(j) for j in used])
-        if server.federation.local_epochs < self._levels():
+        if server.federation.local_epochs < self.options.blocks:
             raise UserError(
-                f"--local-epochs {server.federation.local_epochs} cannot be divided over {self._levels()} levels: "
-                f"raise it to {self._levels()} or more, or lower the method option blocks."
+                f"--local-epochs {server.federation.local_epochs} cannot be divided over {self.options.blocks} levels: "
+                f"raise it to {self.options.blocks} or more, or lower the method option blocks."
             )
         model = server.build().state_dict().values()
         server.report["model_bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in model)
@@ -134,25 +133,15 @@ class FuseFL(Objective, Method):
         return [min(widths) if can else 0 for can in scale]
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        for level in range(1, self._levels() + 1):
+        for level in range(1, self.options.blocks + 1):
             yield Round(f"level{level}", participants="all", trains="blocks")
         if self.options.calibrate:
             yield Round(CALIBRATE, participants="all", trains="classifier")
 
     def epochs(self, level: int, budget: int) -> int:
         """Local epochs of a level (counted from 1) out of a client's whole budget."""
-        each, rest = divmod(budget, self._levels())
-        return each + (level <= rest)
-
-    def _levels(self) -> int:
-        return len(self._cuts()) + 1 if self.options.cuts else self.options.blocks
-
-    def _cuts(self) -> tuple[int, ...]:
-        try:
-            return tuple(int(word) for word in self.options.cuts.split(","))
-        except ValueError:
-            text = self.options.cuts
-            raise UserError(f'Method option "cuts" must be numbers with commas between, not "{text}".') from None
+        epochs, remainder = divmod(budget, self.options.blocks)
+        return epochs + (level <= remainder)
 
     def _models(self) -> list[str | None]:
         """Names of the clients' networks in turn.
@@ -179,7 +168,7 @@ class FuseFL(Objective, Method):
         kind = client % len(widths)
         build: Any = getattr(place, "build", place.network)
         built = build(model=self._models()[kind], width=widths[kind] or None)
-        return cut(built, self._cuts() if self.options.cuts else self.options.blocks)
+        return cut(built, self.options.blocks)
 
     # -- what travels ----------------------------------------------------------------------------------------------
 
@@ -195,8 +184,8 @@ class FuseFL(Objective, Method):
         for k in range(server.federation.clients):
             message: Message = {"widths": list(state["widths"])}
             if phase.name != CALIBRATE:
-                each = [self.epochs(i, server.federation.local_epochs) for i in range(1, level + 1)]
-                message.update(epochs=each[-1], first=sum(each[:-1]))
+                epochs = [self.epochs(i, server.federation.local_epochs) for i in range(1, level + 1)]
+                message.update(epochs=epochs[-1], first=sum(epochs[:-1]))
             new = {i: state["levels"][i] for i in range(max(1, state["seen"].get(k, 0)), level)}
             message["others"] = {i: {j: pair for j, pair in pairs.items() if j != k} for i, pairs in new.items()}
             if "statistics" in state:
@@ -207,9 +196,9 @@ class FuseFL(Objective, Method):
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         level = phase.round + 1
         networks = _Networks(self, client, message["widths"])
-        levels = _received(client, message)
+        levels = _gather_levels(client, message)
         if phase.name == CALIBRATE:
-            fused = self._fused(client, networks, levels)
+            fused = self._fuse(client, networks, levels)
             return collect(fused.features, client.in_order(), len(client.classes), self.options)
         network = networks.of(client.id)
         if "local" in client.state:
@@ -219,7 +208,7 @@ class FuseFL(Objective, Method):
         adaptor = frozen = None
         if level > 1:
             adaptor = self._fresh_adaptor(client, phase, networks.shapes(client.id)[level - 2], len(levels[level - 1]))
-            frozen = self._fused(client, networks, levels)
+            frozen = self._fuse(client, networks, levels)
         if frozen is not None and self.options.frozen_bn != "owner":
             frozen.normalise_by_batch()
         part = LocalPart(frozen, adaptor, list(network.blocks)[level - 1 :], network.head)
@@ -238,7 +227,7 @@ class FuseFL(Objective, Method):
             }
         )
         upload: Message = dict(pair)
-        if level == self._levels():
+        if level == self.options.blocks:
             upload["head"] = tensors_of(network.head)
         if frozen is not None and self.options.frozen_bn == "code":
             upload["statistics"] = _statistics(frozen, levels)
@@ -251,16 +240,16 @@ class FuseFL(Objective, Method):
     def loss(self, model: LocalPart, batch: Batch, received: Received) -> Tensor:
         return cross_entropy(model(batch.drawn["inputs"]), batch.targets)
 
-    def prepare(self, model: LocalPart, batch: Batch, received: Received) -> dict[str, Any]:
+    def prepare(self, model: LocalPart, batch: Batch, received: Received) -> Drawn:
         """The frozen levels' joined results on the batch, computed once where they stay the same."""
         frozen, x = model.frozen, batch.inputs
         if frozen is None:
             return {"inputs": x}
-        return {"inputs": cached_rows("joined", batch, received, lambda: frozen.joined(x), frozen)}
+        return {"inputs": cached_rows("joined", batch, received, lambda: frozen.run_levels(x), frozen)}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         if phase.name == CALIBRATE:
-            head = calibrated(server, phase, uploads, self._plain_head(server), self.options)
+            head = calibrate_head(server, phase, uploads, self._plain_head(server), self.options)
             self._report_traffic(server)
             server.state["head"] = tensors_of(head)
             return
@@ -279,7 +268,7 @@ class FuseFL(Objective, Method):
         state["levels"][level] = dict(sorted(accepted.items()))
         state["heads"] = dict(sorted(state["heads"].items()))
         self._report_traffic(server)
-        if level == self._levels():
+        if level == self.options.blocks:
             fused = self.model(server)
             assert fused is not None
             server.report["parameters"] = sum(p.numel() for p in fused.parameters())
@@ -287,9 +276,11 @@ class FuseFL(Objective, Method):
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         if phase.name == CALIBRATE:
-            return cached(server.round_cache, CALIBRATE, lambda: statistics_of(self._plain_head(server), self.options))
+            return make_once(
+                server.round_cache, CALIBRATE, lambda: statistics_of(self._plain_head(server), self.options)
+            )
         level, levels = phase.round + 1, server.state["levels"]
-        networks = cached(server.round_cache, "networks", lambda: _Networks(self, server, server.state["widths"]))
+        networks = make_once(server.round_cache, "networks", lambda: _Networks(self, server, server.state["widths"]))
         network = networks.of(client)
         expected: dict[str, Any] = {"block": sent_state(network, level)}
         if level > 1:
@@ -307,7 +298,7 @@ class FuseFL(Objective, Method):
                     }
                     for i, pairs in levels.items()
                 }
-        if level == self._levels():
+        if level == self.options.blocks:
             expected["head"] = network.head.state_dict()
         return expected
 
@@ -317,8 +308,8 @@ class FuseFL(Objective, Method):
         for name, ways in server.traffic.items():
             report.update({f"{name}_{way}_bytes": total / clients for way, total in ways.items()})
         for way in ("up", "down"):
-            each = (report.get(f"level{level}_{way}_bytes", 0.0) for level in range(1, self._levels() + 1))
-            report[f"levels_{way}_bytes"] = sum(each)
+            totals = (report.get(f"level{level}_{way}_bytes", 0.0) for level in range(1, self.options.blocks + 1))
+            report[f"levels_{way}_bytes"] = sum(totals)
 
     # -- the fused model -------------------------------------------------------------------------------------------
 
@@ -328,31 +319,32 @@ class FuseFL(Objective, Method):
         None before, when there is no common model.
         """
         state = server.state
-        if len(state["levels"]) < self._levels():
+        if len(state["levels"]) < self.options.blocks:
             return None
         plain = self._plain_head(server)
         head = linear_of(state["head"], server.device) if "head" in state else None
         levels = _with_statistics(state["levels"], state.get("statistics", {}))
-        fused = self._fused(server, _Networks(self, server, state["widths"]), levels)
+        fused = self._fuse(server, _Networks(self, server, state["widths"]), levels)
         frozen: list[Any] = list(fused.levels)
         plain_head = None if head is None else plain
         return FusedNetwork(frozen, head or plain, final=self.options.final_fuse, plain_head=plain_head)
 
-    def evaluate(self, model: Any, data: Any) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
         """The usual figures and ``uncalibrated_accuracy``, that of the averaged classifier before calibration."""
-        if model.plain_head is None:
+        head, plain_head = (model.head, model.plain_head) if isinstance(model, FusedNetwork) else (None, None)
+        if not isinstance(model, FusedNetwork) or head is None or plain_head is None:
             return super().evaluate(model, data)
 
         def answer(images: Tensor) -> tuple[Tensor, Tensor]:
             features = model.features(images)
-            return model.head(features), model.plain_head(features).argmax(1)[None]
+            return head(features), plain_head(features).argmax(1)[None]
 
         return with_accuracies(("uncalibrated_accuracy",), answer, data)
 
     def _plain_head(self, server: Server) -> nn.Linear:
         return linear_of(plain_head(list(server.state["heads"].values()), self.options.final_fuse), server.device)
 
-    def _fused(self, place: Client | Server, networks: _Networks, levels: Levels) -> FusedNetwork:
+    def _fuse(self, place: Client | Server, networks: _Networks, levels: Levels) -> FusedNetwork:
         """The given levels 1, 2, ... as one frozen network."""
         frozen: list[FusedLevel] = []
         for level, pairs in sorted(levels.items()):
@@ -387,19 +379,21 @@ class _Networks:
         return self._shapes[kind]
 
 
-def _received(client: Client, message: Message) -> dict[int, dict[ClientId, Message]]:
+def _gather_levels(client: Client, message: Message) -> dict[int, dict[ClientId, Message]]:
     """All pairs of the levels so far: those that the client kept, its own last one, and the others' in the message."""
     levels = {i: dict(pairs) for i, pairs in client.state.get("levels", {}).items()}
     last = client.state.get("own", {"level": 0})
-    for i, others in message["others"].items():
-        pairs = dict(others)
+    for i, received in message["others"].items():
+        pairs = dict(received)
         if last["level"] == i:
             pairs[client.id] = last["pair"]
         levels[i] = dict(sorted(pairs.items()))
     return _with_statistics(levels, message.get("statistics", {}))
 
 
-def _with_statistics(levels: Levels, statistics: Mapping[int, Any]) -> dict[int, dict[ClientId, Message]]:
+def _with_statistics(
+    levels: Levels, statistics: Mapping[int, Mapping[ClientId, Mapping[str, Tensor]]]
+) -> dict[int, dict[ClientId, Message]]:
     """The levels with the given buffers in their blocks."""
     changed = {i: dict(pairs) for i, pairs in levels.items()}
     for i, by_client in statistics.items():

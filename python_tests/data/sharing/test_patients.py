@@ -188,7 +188,9 @@ def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients,
     own = data.clients[0]
     own = own.subset(torch.nonzero(own.patients == own.patients[0])[:, 0]) if patients == 1 else own
     bench = RunContext(RunConfig.make("fediod", data="csv", clients=1), replace(data, clients=(own,)))
-    trained, out = (own.subset(torch.from_numpy(rows)) for rows in local_teachers.split(Client(bench, 0, {}), share))
+    trained, out = (
+        own.subset(torch.from_numpy(rows)) for rows in local_teachers.split_holdout(Client(bench, 0, {}), share)
+    )
     assert len(trained) + len(out) == len(own)
     assert not people(trained) & people(out)
     assert len(people(out)) >= held

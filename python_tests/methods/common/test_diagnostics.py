@@ -27,15 +27,6 @@ def test_a_healthy_run_has_none(make_data, make_config, tmp_path):
     assert summary["diagnostics"] == heard.warnings == {}
 
 
-def pretended(network, shape, device="cuda"):
-    """A run's context, on a GPU that is not there."""
-    own, form = types.SimpleNamespace(module=network), types.SimpleNamespace(**({"shape": shape} if shape else {}))
-    data = types.SimpleNamespace(form=form)
-    return types.SimpleNamespace(
-        device=torch.device(device), networks=types.SimpleNamespace(get=lambda name: own), data=data
-    )
-
-
 @pytest.mark.parametrize(("layer", "modes"), [
     (nn.Upsample(scale_factor=2, mode="bicubic"), ["bicubic"]),
     (nn.Sequential(nn.UpsamplingBilinear2d(4), nn.Upsample(4, mode="trilinear")), ["bilinear", "trilinear"]),
@@ -45,11 +36,11 @@ def pretended(network, shape, device="cuda"):
 ])  # fmt: skip
 def test_upsampling_that_does_not_repeat_on_a_gpu(layer, modes):
     for shape in ((1, 16, 16), (1, 16, 24), ()):
-        told = diagnostics.unrepeatable(pretended(layer, shape))
+        told = diagnostics.unrepeatable(lambda: layer, shape, torch.device("cuda"))
         if modes and (shape == (1, 16, 24) or not isinstance(layer, StagedNetwork)):
             assert f"by {' and '.join(modes)} interpolation" in told.pop("unrepeatable-gradient")
         assert told == {}
-        assert diagnostics.unrepeatable(pretended(layer, shape, "cpu")) == {}
+        assert diagnostics.unrepeatable(lambda: layer, shape, torch.device("cpu")) == {}
 
 
 @pytest.mark.parametrize("sides", [(16, 16), (16, 24), (24, 16), (17, 19), (16, 20)])
@@ -70,7 +61,7 @@ def test_a_run_on_a_gpu_tells_of_its_own_network(make_data, make_config, tmp_pat
     monkeypatch.setattr(
         diagnostics,
         "unrepeatable",
-        lambda context: own(pretended(context.networks.get("server").module, (*context.data.form.shape[:2], 100))),
+        lambda network, shape, device: own(network, (*shape[:2], 100), torch.device("cuda")),
     )
     data, settings = make_data(), {"model": "vit-tiny", "width": 8, "rounds": 1, "local_steps": 1}
     run(make_config(**settings), out=tmp_path / "run", data=data, listener=heard)

@@ -28,7 +28,7 @@ class Kept(SimpleNamespace):
 
 
 def of(data, seed=0, own=None):
-    return intervals({"": data}, own or {}, FEDERATION, seed, apart=False)
+    return intervals({"": data}, own or {}, FEDERATION, seed, own=False)
 
 
 @pytest.mark.parametrize("task", ["classification", "ordinal", "multilabel", "segmentation"])

@@ -33,7 +33,7 @@ PI = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
 def test_class_weights_sum_to_one_and_an_absent_class_counts_equally():
     counts = torch.tensor([[3.0, 0, 0, 2], [1, 0, 0, 2], [0, 5, 0, 0]])
-    w = losses.normalised(losses.importance(counts, None), counts > 0)[:, 0]
+    w = losses.normalise_weights(losses.importance(counts, None), counts > 0)[:, 0]
     assert torch.equal(w.sum(0), torch.ones(4))
     assert torch.equal(w[:, 0], torch.tensor([0.75, 0.25, 0]))
     assert torch.equal(w[:, 2], torch.full((3,), 1 / 3))
@@ -42,7 +42,7 @@ def test_class_weights_sum_to_one_and_an_absent_class_counts_equally():
 def test_weights_of_an_image_sum_to_one_and_a_client_without_the_class_counts_nothing():
     counts = torch.tensor([[3.0, 0, 0, 2], [1, 0, 0, 2], [0, 5, 0, 0]])
     scores = torch.rand(3, B, generator=torch.Generator().manual_seed(0))
-    w = losses.normalised(losses.importance(counts, scores), counts > 0)
+    w = losses.normalise_weights(losses.importance(counts, scores), counts > 0)
     assert w.shape == (3, B, 4)
     torch.testing.assert_close(w.sum(0), torch.ones(B, 4))
     assert not w[0, :, 1].any()
@@ -149,7 +149,7 @@ def test_scores_of_nothing_leave_the_classes_their_weights():
     """Discriminators that are sure an image is made up do not hand its classes to clients that never saw them."""
     by_class = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     weights = losses.importance(by_class, torch.zeros(2, 1))
-    assert torch.equal(losses.normalised(weights)[:, 0], by_class)
+    assert torch.equal(losses.normalise_weights(weights)[:, 0], by_class)
 
 
 def settings_of(study, cell, *chosen):

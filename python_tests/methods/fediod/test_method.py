@@ -16,9 +16,9 @@ from fedkern.engine.training import Diverged
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods.common.oneshot_members import flatten, load, vectors
-from fedkern.methods.fediod.local_teachers import teacher
+from fedkern.methods.fediod.local_teachers import load_teacher
 from fedkern.methods.fediod.losses import against, teacher_terms
-from fedkern.methods.fediod.server import ALIKE, make_generator
+from fedkern.methods.fediod.server import ALIKE, make_generator, stack_class_counts
 from fedkern.models.teacher_stack import TeacherStack
 from python_tests.methods.fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
 
@@ -69,15 +69,15 @@ def test_messages_give_the_gradient_of_a_single_graph(world):
     assert set(ensemble) == {0, 1, 2}
     discriminators = [w.clients[k].round_cache["answers"].discriminators.module for k in range(3)]
     seen = x.contiguous(memory_format=torch.channels_last)
-    logits = torch.stack([teacher(w.method, w.clients[k])(seen) for k in range(3)]).log_softmax(2)
+    logits = torch.stack([load_teacher(w.method, w.clients[k])(seen) for k in range(3)]).log_softmax(2)
     patches = torch.cat([critic(seen) for critic in discriminators])
     samples = torch.tensor([float(c.samples) for c in w.clients.values()])
     pi = samples / samples.sum()
     total = teacher_terms(logits, pi, options.w_balance)[0]
     total = total + options.w_real * (pi * against(patches, True).mean(1)).sum()
-    expected = torch.autograd.grad(total, list(shop.generator.parameters()), retain_graph=True)
+    expected = torch.autograd.grad(total, list(shop.generator.network.parameters()), retain_graph=True)
     w.exchange(gradients)
-    got = [p.grad for p in shop.generator.parameters()]
+    got = [p.grad for p in shop.generator.network.parameters()]
     scale = max(float(g.abs().max()) for g in expected)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * scale)
@@ -93,13 +93,13 @@ def test_an_exchange_changes_what_it_may(world):
     """
     w = world(**EVERY_TERM)
     probe = torch.randn(3, *w.bench.data.form.shape)
-    said = TeacherStack([teacher(w.method, client) for client in w.clients.values()]).logits(probe)
+    said = TeacherStack([load_teacher(w.method, client) for client in w.clients.values()]).logits(probe)
     live = None
     for phase in w.phases(w.round(), 0)[:3]:
         before = {k: frozen(c.state.get("critics", {})) for k, c in w.clients.items()}
         teachers = {k: frozen(c.state["teacher"]) for k, c in w.clients.items()}
         if live is not None:
-            g, s = live.generator, live.student
+            g, s = live.generator.network, live.student.network
             weights = [[p.detach().clone() for p in m.parameters()] for m in (g, s)]
         w.exchange(phase)
         kind = phase.exchange.split()[0]
@@ -126,8 +126,8 @@ def test_a_client_trains_its_discriminator_as_long_as_its_samples_last(world):
     w = world(iterations=6)
     w.play(w.round(), 0)
     assert [client.state["critics"][0]["steps"] for client in w.clients.values()] == [5, 4, 3]
-    assert w.method.iterations(w.bench.federation) == 6
-    assert FedIOD(FedIOD.Options(batch=4, iterations=0)).iterations(w.bench.federation) == 5
+    assert w.method.options.count_iterations(w.bench.federation) == 6
+    assert FedIOD.Options(batch=4, iterations=0).count_iterations(w.bench.federation) == 5
 
 
 def test_nobody_but_the_client_sees_its_networks(world):
@@ -189,7 +189,7 @@ def test_a_client_without_a_class_has_no_say_in_it(world, make_data):
     first = data.clients[0]
     data = dataclasses.replace(data, clients=(Split(first.images, torch.zeros_like(first.labels)), *data.clients[1:]))
     w = world(data, class_weights="counts")
-    disclosed = w.method.disclosed(w.server, [0, 1, 2])
+    disclosed = stack_class_counts(w.server, [0, 1, 2])
     assert disclosed.shape == (3, 3)
     assert disclosed[0, 1:].tolist() == [0, 0]
     w.exchange(w.phases(w.round(), 0)[0])
@@ -198,7 +198,7 @@ def test_a_client_without_a_class_has_no_say_in_it(world, make_data):
     known = w.server.round_cache["workshop"].gather(answers)
     assert known.mask.tolist()[0] == [True, False, False]
     uniform = world(data, class_weights="uniform")
-    assert uniform.method.disclosed(uniform.server, [0, 1]).tolist() == [[1.0], [1.0]]
+    assert stack_class_counts(uniform.server, [0, 1]).tolist() == [[1.0], [1.0]]
 
 
 def test_bytes_are_those_of_the_specification(make_data, make_config, tmp_path):
@@ -237,7 +237,7 @@ def test_the_student_begins_after_the_warm_up(world):
             assert bool(messages) == (kind != "distil" or number == 1)
             if kind == "distil":
                 shop = w.server.round_cache["workshop"]
-                rates.append(shop._optimiser.lr)
+                rates.append(shop.student._optimiser.lr)
                 assert shop.iteration == 4 * number + int(i) + 1
         assert same(before, w.server.state["student"]) == (number == 0)
         assert set(w.server.artifacts) == {"generated"} | ({"teacher_weights", "agreement"} if number else set())

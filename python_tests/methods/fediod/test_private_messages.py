@@ -11,7 +11,6 @@ import torch
 from fedkern.data import IGNORE
 from fedkern.errors import UserError
 from fedkern.methods.base import Federation, Phase
-from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.privacy import IMAGE, LEDGER, Accountant
@@ -71,12 +70,12 @@ def test_off_is_the_identity():
     assert privacy.release_histogram(client, histogram, options) is histogram
     assert [part.tolist() for part in privacy.shards(client, options)] == [list(range(50))]
     assert privacy.serving(client, PHASE, options) == 0
-    assert promise.tells_scores(options)
-    assert not promise.private(options)
-    assert promise.guarantee(options) is None
+    assert options.tells_scores
+    assert not options.noises_gradients
+    assert options.guarantee() is None
     server = place(3)
     privacy.prepare(server, options)
-    privacy.agree(client, {"privacy": privacy.terms(server)})
+    privacy.agree(client, {"privacy": server.state.get("privacy", {})})
     assert server.state == client.state == {}
 
 
@@ -298,11 +297,11 @@ def test_a_target_is_met_by_what_the_clients_then_release(teacher):
     server = place(2)
     privacy.prepare(server, options)
     client = Client()
-    privacy.agree(client, {"privacy": privacy.terms(server)})
+    privacy.agree(client, {"privacy": server.state.get("privacy", {})})
     privacy.release_histogram(client, torch.tensor([20.0, 30.0]), options)
     for _ in range(6):
         privacy.sanitise(client, gradients(rows=4), options)
-    assert promise.guarantee(options).complete == teacher
+    assert options.guarantee().complete == teacher
     accountant = Accountant(client.state[LEDGER])
     part = (2.0, options.delta / 2) if teacher else (4.0, options.delta)
     assert 0.99 * part[0] < accountant.epsilon(part[1]) <= part[0]
@@ -311,7 +310,7 @@ def test_a_target_is_met_by_what_the_clients_then_release(teacher):
 @needs_accounting
 def test_public_images_leave_the_teachers_alone_to_be_covered():
     options = Options(epsilon=4.0, teacher_dp=True, mode="public", class_weights="uniform")
-    assert not promise.private(options)
+    assert not options.noises_gradients
     spent = []
 
     class Training(Client):
@@ -322,7 +321,7 @@ def test_public_images_leave_the_teachers_alone_to_be_covered():
     accountant = Accountant()
     accountant.dp_sgd("teacher", spent[0], rate=0.1, steps=100)
     assert 0.99 * 4 < accountant.epsilon(options.delta) <= 4
-    said = promise.guarantee(options)
+    said = options.guarantee()
     assert said.to_dict() == {"covers": ["teacher_logits"], "leaves_uncovered": []}
     assert said.statement(4.0).endswith(
         "it covers the teachers' answers that the student learns from and so the released student."
@@ -331,9 +330,9 @@ def test_public_images_leave_the_teachers_alone_to_be_covered():
 
 @needs_accounting
 def test_steps_are_counted_from_the_largest_client_where_none_are_given():
-    assert privacy.planned_steps(Federation(7, (10, 33), 10), Options(iterations=0)) == 7 * 5
-    assert privacy.planned_steps(Federation(7, (10, 33), 10), Options()) == 7 * 5
-    assert privacy.planned_steps(Federation(2, (10, 33), 10), Options(iterations=9)) == 18
+    assert Options(iterations=0).count_steps(Federation(7, (10, 33), 10)) == 7 * 5
+    assert Options().count_steps(Federation(7, (10, 33), 10)) == 7 * 5
+    assert Options(iterations=9).count_steps(Federation(2, (10, 33), 10)) == 18
 
 
 def test_a_teacher_that_cannot_be_private_is_told_before_anything_is_written():

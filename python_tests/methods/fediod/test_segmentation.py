@@ -10,8 +10,8 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.methods.common.class_counts import class_counts
-from fedkern.methods.fediod.local_teachers import split
-from fedkern.methods.fediod.losses import distillation, importance, mixture, normalised, teacher_terms
+from fedkern.methods.fediod.local_teachers import split_holdout
+from fedkern.methods.fediod.losses import distillation, importance, mixture, normalise_weights, teacher_terms
 from python_tests.tasks import test_segmentation as segmented
 
 K, B, C, H, W = 3, 2, 4, 3, 5
@@ -37,7 +37,7 @@ def test_weights_count_pixels():
     labels = torch.tensor([[[0, 0, 1], [0, 1, IGNORE]], [[2, 2, 2], [0, 0, IGNORE]]])
     counts = class_counts(Place(labels))
     assert counts.tolist() == [5, 2, 3]
-    weights = normalised(importance(torch.stack([counts, torch.tensor([5.0, 0, 1])]), None))[:, 0]
+    weights = normalise_weights(importance(torch.stack([counts, torch.tensor([5.0, 0, 1])]), None))[:, 0]
     torch.testing.assert_close(weights, torch.tensor([[0.5, 1, 0.75], [0.5, 0, 0.25]]))
     torch.testing.assert_close(weights.sum(0), torch.ones(3))
 
@@ -48,7 +48,7 @@ def test_one_confidence_for_all_pixels_of_an_image():
     scores = torch.rand(K, B, dtype=torch.float64) + 0.1
     weights = importance(counts, scores)  # normalised over the clients below, as the operator does
     assert weights.shape == (K, B, C)
-    share = normalised(weights)
+    share = normalise_weights(weights)
     torch.testing.assert_close(share.sum(0), torch.ones(B, C, dtype=torch.float64))
     assert torch.allclose(share[:, :, 2], torch.full((K, B), 1 / 3, dtype=torch.float64))  # nobody has class 2
     mixed = mixture(logits(), weights, None)
@@ -120,7 +120,7 @@ def test_a_hold_out_of_which_nothing_is_known_has_no_figure(tmp_path):
     """A tenth of nine images is one, which may be unknown as a whole."""
     config = segmented.settings("fediod", options={**OPTIONS, "holdout": 0.1}, rounds=1)
     data = segmented.federation((12, 9, 7))
-    held = split(Client(RunContext(config, data), 1, {}), 0.1)[1]
+    held = split_holdout(Client(RunContext(config, data), 1, {}), 0.1)[1]
     assert len(held) == 1
     data.clients[1].labels[held] = IGNORE
     metrics = run(config, out=tmp_path, data=data)["metrics"]

@@ -172,7 +172,7 @@ def test_the_base_width_is_read_from_the_network(name):
 @pytest.mark.parametrize(("settings", "options"), [
     ({"model": "mlp", "width": 6}, {"blocks": 3, "ccvr_compat": True}),
     ({"model": "resnet8"}, {"blocks": 5, "adaptor": "avg", "final_fuse": "sum"}),
-    ({"model": "resnet8"}, {"cuts": "0,2", "adaptor": "sum", "covariance": "diagonal"}),
+    ({"model": "resnet8"}, {"blocks": 3, "adaptor": "sum", "covariance": "diagonal"}),
     ({"model": "vit-tiny", "width": 4, "local_epochs": 2}, {"blocks": 2, "adaptor_init": "random"}),
     ({"model": "resnet8"}, {"blocks": 2, "final_fuse": "concat"}),
     ({"model": "cnn"}, {"models": "resnet18,resnet10", "blocks": 2, "width": "1", "frozen_bn": "batch"}),
@@ -227,7 +227,7 @@ def test_features_are_kept_where_images_are_not_augmented(make_data, make_config
     play = Play(config_of(make_config, {"blocks": 2, "width": "2"}), make_data())
     play.round(0, "level1")
     sent = play.method.send(play.server, Phase(1, "level2", "update"))
-    joined, prepare, asked = FusedNetwork.joined, FuseFL.prepare, []
+    joined, prepare, asked = FusedNetwork.run_levels, FuseFL.prepare, []
 
     def spy(method, model, batch, received):
         found = prepare(method, model, batch, received)
@@ -235,7 +235,7 @@ def test_features_are_kept_where_images_are_not_augmented(make_data, make_config
         return found
 
     monkeypatch.setattr(FuseFL, "prepare", spy)
-    monkeypatch.setattr(FusedNetwork, "joined", lambda network, x: asked.append(len(x)) or joined(network, x))
+    monkeypatch.setattr(FusedNetwork, "run_levels", lambda network, x: asked.append(len(x)) or joined(network, x))
     message, samples = {**sent[0], "epochs": 2}, play.clients[0].samples
     play.method.client_update(play.clients[0], Phase(1, "level2", "update"), message)
     assert sum(asked) == samples

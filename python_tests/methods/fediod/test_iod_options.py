@@ -7,7 +7,6 @@ import pytest
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.base import Federation
-from fedkern.methods.fediod import privacy_options as promise
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.settings.config import RunConfig
@@ -50,7 +49,7 @@ def options(**settings):
     ],
 )
 def test_every_release_is_covered_or_listed(settings, covers, leaves, texts):
-    told = promise.guarantee(options(**settings))
+    told = options(**settings).guarantee()
     assert told.to_dict() == {"covers": covers, "leaves_uncovered": leaves}
     assert {**told.covers, **told.leaves} == {name: {**TEXTS, **texts}[name] for name in (*covers, *leaves)}
     assert told.figure == ("epsilon_covered" if leaves else "epsilon")
@@ -61,7 +60,7 @@ def test_every_release_is_covered_or_listed(settings, covers, leaves, texts):
 
 def test_nothing_is_promised_where_nothing_is_private():
     for settings in ({}, {"histogram_noise": 3.0, **SILENT}):  # noise on counts that nobody is told
-        assert promise.guarantee(options(**settings)) is None
+        assert options(**settings).guarantee() is None
         server = SimpleNamespace(state={}, warn=None)
         privacy.prepare(server, options(**settings))
         assert server.state == {}
@@ -77,13 +76,13 @@ def test_the_noise_is_settled_before_the_first_round():
 
 
 def test_the_warning_names_what_is_covered_what_is_not_and_the_way_out():
-    told = promise.guarantee(options(**NOISED, histogram_noise=3.0))
+    told = options(**NOISED, histogram_noise=3.0).guarantee()
     assert told.warning() == (
         f"The whole release has no epsilon: what is told as epsilon_covered covers {TEXTS[THROUGH_D]} and "
         f"{TEXTS[COUNTS]}, not {TEXTS[THROUGH_T]} and {TEXTS[LOGITS]}; teacher_dp=true covers what comes from the "
         "teachers."
     )
-    assert "teacher_dp" not in promise.guarantee(options(**TAUGHT)).warning()
+    assert "teacher_dp" not in options(**TAUGHT).guarantee().warning()
 
 
 def test_records_are_private_where_an_option_asks_for_privacy():
@@ -96,9 +95,9 @@ def test_records_are_private_where_an_option_asks_for_privacy():
 
 
 def test_confidence_travels_where_nobody_withholds_it():
-    assert promise.tells_scores(options())
+    assert options().tells_scores
     for settings in (NOISED, {"disc_weight": False}, {"mode": "public"}):
-        assert not promise.tells_scores(options(**settings))
+        assert not options(**settings).tells_scores
 
 
 @pytest.mark.parametrize(
