@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.deferred import pending
-from fedkern.deferred.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, hooked, square_windows, untouched
-from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Site, computed, is_plain, value
+from fedkern.deferred.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, has_hooks, is_untouched, square_windows
+from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Site, compute_pending, is_plain, value
 from fedkern.messages.leaves import mapped
 from fedkern.ops._conv.conv_norm import run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
 from fedkern.ops._conv.kernels import Inputs, Pooling, Settings
-from fedkern.ops._core.backend import intercepted
+from fedkern.ops._core.backend import is_intercepted
 from fedkern.ops._core.private_torch import functorch_active, saved_hooks
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,7 +54,7 @@ def put_hooks(module: M, begin: Begin) -> M:
     """Accelerate a network, in place, whose calls begin with a hook, and return it."""
     plain(module)
     for layer in module.modules():
-        if untouched(layer):
+        if is_untouched(layer):
             vars(layer)["_conv_forward"] = Convolution(layer, SETTINGS(layer))
     if type(module) is not nn.Conv2d:  # a convolution alone has nothing to wait for
         module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
@@ -146,7 +146,7 @@ class Begin(_Hook):
             begun = _thread.run = None
         if begun is not None:
             begun.depth += module is begun.module
-        elif (recorder := getattr(_thread, "recorder", None)) is not None or not _watched(module):
+        elif (recorder := getattr(_thread, "recorder", None)) is not None or not _is_watched(module):
             mode = module.training, torch.is_grad_enabled()
             if mode not in self.modes and named is not None:
                 self.rehearse(module, args, named)
@@ -193,7 +193,7 @@ def begin_of(module: nn.Module) -> Begin | None:
     return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Begin)), None)
 
 
-def called(module: nn.Module, function: Any, *args: Any) -> Any:
+def call_parts(module: nn.Module, function: Any, *args: Any) -> Any:
     """Call a function of parts of a network, as a call of the network if it is accelerated."""
     begin = begin_of(module)
     if begin is None:
@@ -240,16 +240,16 @@ def _products(shape: tuple[int, ...], weight: Tensor) -> int:
 def _plain(part: Any) -> Any:
     """A part of a network's result, computed; objects with tensors are looked into as far as attributes."""
     if type(part) is Pending:
-        return computed(part)
+        return compute_pending(part)
     for name, each in list(getattr(part, "__dict__", {}).items()):
         if type(each) is Pending:
-            object.__setattr__(part, name, computed(each))
+            object.__setattr__(part, name, compute_pending(each))
     return part
 
 
-def _watched(module: nn.Module) -> bool:
+def _is_watched(module: nn.Module) -> bool:
     """Whether something looks at the layers of a network, or takes their operations apart."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or intercepted() or functorch_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_intercepted() or functorch_active():
         return True
     if torch.is_autocast_enabled("cpu") or any(GLOBAL_HOOKS) or saved_hooks(True) is not None:
         return True
@@ -266,13 +266,13 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
         elif layer is not None:
             attributes = vars(layer)
             layers += attributes["_modules"].values()
-            if hooked(layer):
+            if has_hooks(layer):
                 for name in HOOKS if layer is not module else HOOKS[2:]:
                     yield from attributes[name].values()
 
 
 def takes_computed(hook: Any) -> bool:
-    """Whether a hook computes what it is given by itself, with :func:`fedkern.deferred.pending.computed`."""
+    """Whether a hook computes what it is given by itself, with :func:`fedkern.deferred.pending.compute_pending`."""
     return getattr(getattr(hook, "func", hook), "takes_computed", False) is True
 
 
@@ -304,7 +304,7 @@ class Convolution:
     def written(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the result as torch computes it."""
         layer = self._layer()
-        result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, computed(x), weight, bias)
+        result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, compute_pending(x), weight, bias)
         return result
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -374,16 +374,16 @@ def _serve(chain: Chain, dense: bool) -> Tensor | None:
     """A chain by an operator; None where the layers have to run as written, or are faster than copies around it."""
     site = chain.site
     products = _products(site.shape, site.weight)
-    result = _pooled(chain, dense)
+    result = _serve_pool(chain, dense)
     if result is None and site.padding == site.weight.shape[2] // 2:
-        result = _normed(chain, dense, products)
+        result = _serve_norm(chain, dense, products)
     record: Record | None = getattr(_thread, "record", None)
     if result is not None and record is not None:
         record[0].append((site, products))
     return result
 
 
-def _pooled(chain: Chain, dense: bool) -> Tensor | None:
+def _serve_pool(chain: Chain, dense: bool) -> Tensor | None:
     """A chain without norm by ``conv_pool``, which reads and writes maps of either layout."""
     site = chain.site
     if chain.norm is not None or chain.residual is not None or chain.pool == 1 or site.stride > 1:
@@ -394,7 +394,7 @@ def _pooled(chain: Chain, dense: bool) -> Tensor | None:
     return run_pooling(kernel, site.x, site.weight, site.bias, Pooling(site.padding, chain.relu, dense))
 
 
-def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
+def _serve_norm(chain: Chain, dense: bool, products: int) -> Tensor | None:
     """A chain by ``conv_norm``."""
     site, norm, x, bias = chain.site, chain.norm, chain.site.x, chain.site.bias
     moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()

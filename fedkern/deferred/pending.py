@@ -57,7 +57,7 @@ class Site:
     noted: Noted = field(init=False)
 
     def __post_init__(self) -> None:
-        self.noted = _noted(self.x, self.weight, self.bias)
+        self.noted = _note_versions(self.x, self.weight, self.bias)
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +81,7 @@ class Norm:
     counted: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.noted = _noted(self.weight, self.bias, self.mean, self.variance)
+        self.noted = _note_versions(self.weight, self.bias, self.mean, self.variance)
         self.counted = not self.training or self.mean is None
 
     def __call__(self, y: Tensor) -> Tensor:
@@ -197,19 +197,19 @@ def version(tensor: Tensor) -> int:
         return 0
 
 
-def _noted(*tensors: Tensor | None) -> Noted:
+def _note_versions(*tensors: Tensor | None) -> Noted:
     """Return tensors with their versions."""
     return [(each, version(each)) for each in tensors if each is not None]
 
 
-def _lost(gradient: Tensor) -> None:
+def _refuse_gradient(gradient: Tensor) -> None:
     raise RuntimeError(
         "A torch.autograd.Function took a tensor that fedkern.accelerate has not computed yet, and its gradient would "
         f"be lost: {WAY_OUT}."
     )
 
 
-_LOST: Any = OrderedDict({0: _lost})
+_LOST: Any = OrderedDict({0: _refuse_gradient})
 
 
 class Pending(Tensor):
@@ -233,7 +233,9 @@ class Pending(Tensor):
             if type(each) is Pending:
                 each.__dict__["node"].run.settle()
                 each.__dict__["node"].taken = True
-        return func(*map(computed, args), **{name: computed(each) for name, each in (kwargs or {}).items()})
+        return func(
+            *map(compute_pending, args), **{name: compute_pending(each) for name, each in (kwargs or {}).items()}
+        )
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -258,11 +260,11 @@ def handle(node: Node) -> Pending:
     return tensor
 
 
-def computed(item: Any) -> Any:
+def compute_pending(item: Any) -> Any:
     """A value with what waits in it computed, in torch's layout."""
     if type(item) is Pending:
         return value(item.__dict__["node"])
-    return type(item)(map(computed, item)) if type(item) in (tuple, list) else item
+    return type(item)(map(compute_pending, item)) if type(item) in (tuple, list) else item
 
 
 def value(node: Node, dense: bool = True) -> Tensor:
@@ -270,7 +272,7 @@ def value(node: Node, dense: bool = True) -> Tensor:
     if node.value is None:
         _compute(node, dense)
     elif dense:
-        node.value = _formed(node.value, node.chain.site)
+        node.value = _lay_out(node.value, node.chain.site)
     assert node.value is not None
     return node.value
 
@@ -282,10 +284,10 @@ def _compute(node: Node, dense: bool) -> None:
         node.run.waits = None
     grad = node.chain.site.grad
     if grad == _grad_enabled() and not _autocast("cpu") and _is_calm():
-        node.value = _computed(node, dense)
+        node.value = _compute_value(node, dense)
     else:  # as where the convolution stands: a checkpoint counts what is saved inside of it
         with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=False), saved_tensors_hooks(_same, _same):
-            node.value = _computed(node, dense)
+            node.value = _compute_value(node, dense)
     node.parent = node.step = None
 
 
@@ -305,7 +307,7 @@ def strides(shape: tuple[int, ...], last: bool) -> tuple[int, ...]:
     return channels * height * width, height * width, width, 1
 
 
-def _formed(result: Tensor, site: Site) -> Tensor:
+def _lay_out(result: Tensor, site: Site) -> Tensor:
     """Return a result in torch's layout."""
     if result.stride() == strides(tuple(result.shape), site.last):
         return result
@@ -313,7 +315,7 @@ def _formed(result: Tensor, site: Site) -> Tensor:
     return result.clone(memory_format=torch.channels_last if site.last else torch.contiguous_format)
 
 
-def _computed(node: Node, dense: bool) -> Tensor:
+def _compute_value(node: Node, dense: bool) -> Tensor:
     chain, parent = node.chain, node.parent
     marks = chain.site.noted + (chain.norm.noted if chain.norm else []) + ([chain.residual] if chain.residual else [])
     if any(version(tensor) != before for tensor, before in marks):
@@ -327,7 +329,7 @@ def _computed(node: Node, dense: bool) -> Tensor:
     if before is None and (served := node.run.serve(chain, dense and not chain.site.last)) is not None:
         if chain.norm is not None:
             chain.norm.count()
-        return _formed(served, chain.site) if dense else served
+        return _lay_out(served, chain.site) if dense else served
     if parent is None:
         site = chain.site
         x = site.x if site.last or site.x.is_contiguous() else site.x.contiguous()
@@ -356,7 +358,7 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
     return x.__dict__["node"].shape if type(x) is Pending else tuple(x.shape)
 
 
-def _extended(x: Any, node: Node, step: Step, chain: Chain, inplace: bool = False) -> Any:
+def _extend_chain(x: Any, node: Node, step: Step, chain: Chain, inplace: bool = False) -> Any:
     shape = node.shape
     if chain.pool > node.chain.pool:
         shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
@@ -388,7 +390,7 @@ def _batch_norm(
     if training and batch * height * width == 1:
         return None
     norm = Norm(weight, bias, eps, running_mean, running_var, training, momentum)
-    return _extended(x, node, norm, Chain(node.chain.site, norm))
+    return _extend_chain(x, node, norm, Chain(node.chain.site, norm))
 
 
 def _group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
@@ -396,14 +398,14 @@ def _group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, e
     if node is None or num_groups < 1 or node.shape[1] % num_groups:
         return None
     norm = Norm(weight, bias, eps, groups=num_groups)
-    return _extended(x, node, norm, Chain(node.chain.site, norm))
+    return _extend_chain(x, node, norm, Chain(node.chain.site, norm))
 
 
 def _relu(x: Any, inplace: bool = False) -> Tensor | None:
     node = _waiting(x)
     if node is None or node.chain.relu:
         return None
-    return _extended(x, node, torch.relu_ if inplace else torch.relu, node.chain._replace(relu=True), inplace)
+    return _extend_chain(x, node, torch.relu_ if inplace else torch.relu, node.chain._replace(relu=True), inplace)
 
 
 def _takes_sum(x: Any) -> Node | None:
@@ -428,7 +430,7 @@ def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tens
     if not is_plain(summand, node.shape):
         return None
     chain = Chain(node.chain.site, node.chain.norm, (summand, version(summand)))
-    return _extended(x, node, (lambda y: y.add_(summand)) if writes else lambda y: y + summand, chain, inplace)
+    return _extend_chain(x, node, (lambda y: y.add_(summand)) if writes else lambda y: y + summand, chain, inplace)
 
 
 def halves(
@@ -448,7 +450,7 @@ def _max_pool(x: Any, *args: Any, **named: Any) -> Tensor | None:
     site, norm, residual, relu, pool = node.chain
     if pool > 1 or residual is not None:
         return None
-    return _extended(x, node, lambda y: F.max_pool2d(y, 2), Chain(site, norm, None, relu, 2))
+    return _extend_chain(x, node, lambda y: F.max_pool2d(y, 2), Chain(site, norm, None, relu, 2))
 
 
 POOLS = (torch.max_pool2d, F.max_pool2d)

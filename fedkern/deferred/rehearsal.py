@@ -79,12 +79,12 @@ class Rehearsal(Begin):
         mode = module.training, torch.is_grad_enabled()
         self.modes[mode] = False
         try:
-            twins = [_copied(module, args, named) for _ in range(1 + self.check)]
+            twins = [_copy_call(module, args, named) for _ in range(1 + self.check)]
         except Exception as error:
             return self._leave(mode, f"the network cannot be copied ({described(error)})")
         recorder, before = Recorder(), [(each, each.clone()) for each in module.buffers()]
         try:
-            expected = _played(*twins[0], recorder)
+            expected = _play_call(*twins[0], recorder)
         except Exception:  # which the call itself raises
             del self.modes[mode]
             return None
@@ -103,7 +103,7 @@ class Rehearsal(Begin):
         if not self.check or not recorder.states:
             return None
         try:
-            name = far(_played(*twins[1]), expected)
+            name = far(_play_call(*twins[1]), expected)
         except Exception as error:  # a network's code may raise anything about a tensor that it does not know
             return self._leave(mode, described(error))
         return self._leave(mode, f"{name} would be another one") if name else None
@@ -116,7 +116,7 @@ class Rehearsal(Begin):
 _Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
-def _copied(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> _Call:
+def _copy_call(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> _Call:
     """Deep copies of a network and of the inputs of a call, also of tensors that were computed."""
     call: _Call = module, args, dict(named)
     parts = leaves([call[1:], *(list(vars(layer).values()) for layer in module.modules())])
@@ -125,7 +125,9 @@ def _copied(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) 
         return copy.deepcopy(call, {id(each): each.detach().clone().requires_grad_() for each in results})
 
 
-def _played(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], recorder: Recorder | None = None) -> Found:
+def _play_call(
+    module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], recorder: Recorder | None = None
+) -> Found:
     """Outputs, gradients and buffers of a call of a copy, by name."""
     for layer in module.modules():
         for name in HOOKS if layer is not module else ():  # those of fedkern

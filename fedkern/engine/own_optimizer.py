@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.errors import UserError, shown
 from fedkern.methods.terms import Terms
-from fedkern.usercode.execution import explained
+from fedkern.usercode.execution import explain_errors
 
 
 def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -22,7 +22,7 @@ def made(make: Callable[[list[nn.Parameter]], Any], parameters: list[nn.Paramete
     Raises:
         UserError: it is none that a loop can step, or steps other parameters than those that it was given.
     """
-    with explained("optimizer", make):
+    with explain_errors("optimizer", make):
         optimizer = make(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimizer must return a torch.optim.Optimizer, not {shown(optimizer)}.")
@@ -159,5 +159,5 @@ class OwnStepper:
         """Call the optimiser's own ``train()`` or ``eval()``, which schedule-free optimisers have."""
         method = getattr(self._optimizer, "train" if training else "eval", None)
         if callable(method):
-            with explained("optimizer", self._schedule.make):
+            with explain_errors("optimizer", self._schedule.make):
                 method()

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedkern.errors import RAISED, UserError, described, origin, told
 from fedkern.listeners.events import Listener, Listeners, RunInfo
-from fedkern.usercode.execution import hosted
+from fedkern.usercode.execution import host_code
 
 
 class ListenerGroup(Listeners):
@@ -30,7 +30,7 @@ class ListenerGroup(Listeners):
         self._present = [*self.listeners]
         self._names: dict[int, str] = {}
         for each in self._present:
-            self._names[id(each)] = _numbered(type(each).__name__, self._names.values())
+            self._names[id(each)] = _number_name(type(each).__name__, self._names.values())
         self._states: dict[str, dict[str, Any]] = {}
         self._when = ""
         self.warnings: dict[str, str] = {}
@@ -43,7 +43,7 @@ class ListenerGroup(Listeners):
             if getattr(getattr(each, hook), "__func__", None) is getattr(Listener, hook):
                 continue
             try:
-                with hosted():
+                with host_code():
                     call(each)
             except RAISED as error:
                 if each.essential or (early and isinstance(error, UserError)):
@@ -60,7 +60,7 @@ class ListenerGroup(Listeners):
         self.warnings[name] = text
         self.on_warning(name, text)
         if hook != "close":
-            with suppress(*RAISED), hosted():  # the listener is broken, and its first error was told
+            with suppress(*RAISED), host_code():  # the listener is broken, and its first error was told
                 listener.close()
 
     def restore_all(self, states: Mapping[str, dict[str, Any]]) -> None:
@@ -112,7 +112,7 @@ def _parts(listener: Listener) -> Iterator[Listener]:
         yield from _parts(each)
 
 
-def _numbered(name: str, names: Iterable[str]) -> str:
+def _number_name(name: str, names: Iterable[str]) -> str:
     """``name``, with a number behind it where another listener of the same class came before."""
     taken, candidate, number = set(names), name, 2
     while candidate in taken:

@@ -27,7 +27,7 @@ from fedkern.ops._aggregate.reference import countable, weighted_mean_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
 from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
-from fedkern.ops._core.memory import placed
+from fedkern.ops._core.memory import place_values
 
 
 def weighted_mean(
@@ -153,7 +153,7 @@ def _shares(weights: Tensor, grad: Tensor) -> Tensor:
 def _outer(shares: Tensor | list[float], grad: Tensor) -> Tensor:
     """``[M, P]`` from shares ``[M]`` and a gradient ``[P]``."""
     dtype = grad.dtype if grad.dtype.itemsize > 2 else torch.float32
-    shares = shares.to(dtype) if isinstance(shares, Tensor) else placed(shares, grad.device, dtype)
+    shares = shares.to(dtype) if isinstance(shares, Tensor) else place_values(shares, grad.device, dtype)
     outer = torch.outer(shares, grad)
     return outer if outer.dtype is grad.dtype else outer.to(grad.dtype)
 

@@ -75,7 +75,7 @@ def define(loss: Loss) -> Callable[..., Any]:
     def schema(parameters: Sequence[str], returns: int) -> str:
         return f"({', '.join(parameters)}) -> ({', '.join(['Tensor'] * returns)})"
 
-    def packed(values: Sequence[Any]) -> Any:
+    def pack_results(values: Sequence[Any]) -> Any:
         """An operator's results: one alone is no tuple."""
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -113,7 +113,9 @@ def define(loss: Loss) -> Callable[..., Any]:
     def fake(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         tensors = inputs[:count]
         shape = loss.rows(tensors) if inputs[-1] == NONE else ()
-        return packed([torch.empty(shape, dtype=loss.dtype(tensors), device=tensors[0].device) for _ in range(results)])
+        return pack_results(
+            [torch.empty(shape, dtype=loss.dtype(tensors), device=tensors[0].device) for _ in range(results)]
+        )
 
     def setup(ctx: Context, inputs: tuple[Any, ...], output: object) -> None:
         ctx.save_for_backward(*inputs[:count])
@@ -131,7 +133,9 @@ def define(loss: Loss) -> Callable[..., Any]:
         folded = fold_tensors(inputs, in_dims, loss.axes, info.batch_size)
         rows = value_of(*folded, *settings, NONE)
         rows = [unfold_batch(x, 0, info.batch_size) for x in ((rows,) if results == 1 else rows)]
-        return packed([torch.vmap(lambda x: reduce_rows(x, None, reduction))(x) for x in rows]), packed([0] * results)
+        return pack_results([torch.vmap(lambda x: reduce_rows(x, None, reduction))(x) for x in rows]), pack_results(
+            [0] * results
+        )
 
     def split(inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Optionals, Sequence[Any], Sequence[bool]]:
         """(grads, tensors, settings, needs)"""
@@ -152,11 +156,11 @@ def define(loss: Loss) -> Callable[..., Any]:
         else:
             padded = (*[False] * loss.skips, *needs, False)
             gradients = getattr(kernel, f"{loss.method}_backward")(grads, call, padded)[loss.skips :][:differentiable]
-        return packed(place(gradients, inner, needs))
+        return pack_results(place(gradients, inner, needs))
 
     def fake_backward(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         _, tensors, _, needs = split(inputs)
-        return packed(place([None] * differentiable, tensors[:differentiable], needs))
+        return pack_results(place([None] * differentiable, tensors[:differentiable], needs))
 
     def setup_second(ctx: Context, inputs: tuple[Any, ...], output: object) -> None:
         ctx.save_for_backward(*inputs[: results + count])
@@ -179,7 +183,7 @@ def define(loss: Loss) -> Callable[..., Any]:
             unfold_batch(gradient, axis, info.batch_size) if need and axis is not None else gradient
             for gradient, axis, need in zip(gradients, loss.axes, needs, strict=False)
         ]
-        return packed(back), packed([0 if need else None for need in needs])
+        return pack_results(back), pack_results([0 if need else None for need in needs])
 
     value_of = library.register(
         loss.name, schema(arguments, results), run, fake=fake, setup_context=setup, backward=backward,
@@ -202,7 +206,7 @@ def define(loss: Loss) -> Callable[..., Any]:
         if not functorch_active():
             return value_of(*tensors, *settings, reduction)
         rows = value_of(*tensors, *settings, NONE)
-        return packed([reduce_rows(x, None, reduction) for x in ((rows,) if results == 1 else rows)])
+        return pack_results([reduce_rows(x, None, reduction) for x in ((rows,) if results == 1 else rows)])
 
     return call
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.launch import Launcher
-from fedkern.ops._core.memory import placed
+from fedkern.ops._core.memory import place_values
 from fedkern.ops._optimise.checks import check_like
 
 _empty, _empty_like = torch.empty, torch.empty_like
@@ -102,7 +102,7 @@ class OptimiseKernels(Launcher):
             if isinstance(lr, Tensor):
                 each = lr.contiguous()
             elif self.gpu and isinstance(lr, Sequence):
-                each = placed(lr, parameters.device)
+                each = place_values(lr, parameters.device)
         if self.gpu:
             rows = squared.numel()
             workspace = squared.new_empty(2 * rows * self.core.optimise_blocks(rows, parameters.shape[-1]))
