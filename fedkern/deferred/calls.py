@@ -13,7 +13,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -86,7 +86,7 @@ def plan_of(module: nn.Module) -> str:
 def convolutions(module: nn.Module) -> list[Convolution]:
     """Return what computes a network's convolutions, in order of its modules."""
     found = (vars(layer).get("_conv_forward") for layer in module.modules())
-    return [each for each in found if isinstance(each, Convolution)]
+    return [item for item in found if isinstance(item, Convolution)]
 
 
 def plain(module: M) -> M:
@@ -137,10 +137,10 @@ class Begin(_Hook):
         vars(twin).update(vars(self), modes=dict(self.modes))
         return twin
 
-    def rehearse(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def rehearse(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> None:
         """Decide on the mode of a call that begins: here none but those of the plan is accelerated."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object] | None = None) -> None:
         begun: Run | None = getattr(_thread, "run", None)
         if begun is not None and not _is_on_stack(begun):
             begun = _thread.run = None
@@ -193,7 +193,7 @@ def begin_of(module: nn.Module) -> Begin | None:
     return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Begin)), None)
 
 
-def call_parts(module: nn.Module, function: Any, *args: Any) -> Any:
+def call_parts(module: nn.Module, function: Callable[..., object], *args: object) -> Any:
     """Call a function of parts of a network, as a call of the network if it is accelerated."""
     begin = begin_of(module)
     if begin is None:
@@ -237,13 +237,13 @@ def _products(shape: tuple[int, ...], weight: Tensor) -> int:
     return batch * height * width * weight.numel()
 
 
-def _plain(part: Any) -> Any:
+def _plain(part: object) -> object:
     """A part of a network's result, computed; objects with tensors are looked into as far as attributes."""
     if type(part) is Pending:
         return compute_pending(part)
-    for name, each in list(getattr(part, "__dict__", {}).items()):
-        if type(each) is Pending:
-            object.__setattr__(part, name, compute_pending(each))
+    for name, item in list(getattr(part, "__dict__", {}).items()):
+        if type(item) is Pending:
+            object.__setattr__(part, name, compute_pending(item))
     return part
 
 
@@ -256,7 +256,7 @@ def _is_watched(module: nn.Module) -> bool:
     return any(not takes_computed(hook) for hook in _hooks(module))
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
+def _hooks(module: nn.Module) -> Iterator[object]:
     """Hooks of a network's parts, and those of gradients that it has itself; parts of TorchScript count as hooks."""
     layers: list[Any] = [module]
     while layers:
@@ -271,7 +271,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
                     yield from attributes[name].values()
 
 
-def takes_computed(hook: Any) -> bool:
+def takes_computed(hook: object) -> bool:
     """Whether a hook computes what it is given by itself, with :func:`fedkern.deferred.pending.compute_pending`."""
     return getattr(getattr(hook, "func", hook), "takes_computed", False) is True
 
@@ -362,12 +362,12 @@ def _fits(weight: Tensor, windows: Windows, shape: tuple[int, ...]) -> bool:
     if len(shape) != 4 or shape[0] == 0 or shape[1] != weight.shape[1] or min(_result(windows, 1, shape)) < 1:
         return False
     x = torch.empty(shape, memory_format=_CHANNELS_LAST)
-    weight, ones = weight.detach(), torch.ones(len(weight))
+    weight, units = weight.detach(), torch.ones(len(weight))
     if stride == 1 and pooling(x, weight, None, padding) is not None:
         return True
     if padding != side // 2:
         return False
-    return serving(Inputs(x, weight, ones, ones), Settings(ones, ones, stride=stride)) is not None
+    return serving(Inputs(x, weight, units, units), Settings(units, units, stride=stride)) is not None
 
 
 def _serve(chain: Chain, dense: bool) -> Tensor | None:
@@ -400,14 +400,14 @@ def _serve_norm(chain: Chain, dense: bool, products: int) -> Tensor | None:
     moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()
     behind = math.prod(site.shape) // chain.pool**2 if dense else 0
     residual = None if chain.residual is None else chain.residual[0]
-    spared = sum(each.numel() for each in (x, residual) if each is not None and is_last(each)) if dense else 0
+    spared = sum(item.numel() for item in (x, residual) if item is not None and is_last(item)) if dense else 0
     if MOVE * (moved + behind - spared) * (2 if norm is None else 1) > products:  # half is won without a norm's passes
         return None
     if moved:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
     if norm is None:  # one that changes nothing, and adds the bias
-        none, ones = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
-        norm, bias = Norm(ones, none if bias is None else bias, _NO_EPS, none, ones), None
+        zeros, units = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
+        norm, bias = Norm(units, zeros if bias is None else bias, _NO_EPS, zeros, units), None
     after = site.stride, chain.relu, chain.pool
     shift = norm.bias
     if norm.groups:

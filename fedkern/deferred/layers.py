@@ -24,7 +24,7 @@ Convolution = tuple[Tensor, Tensor | None, int, int, int]
 """Weight, bias, side of the windows, stride and padding."""
 
 
-def convolution(layer: Any) -> Convolution | None:
+def convolution(layer: object) -> Convolution | None:
     """A convolution with square windows that are neither dilated nor grouped; None for other layers.
 
     Also where something else stands in the place of a parameter, as ``weight_norm``, pruning and parametrisations leave
@@ -65,6 +65,6 @@ def _square(size: Any, stride: Any, padding: Any, dilation: Any, groups: int, mo
     return (size[0], stride[0], padding[0]) if same else None
 
 
-def has_hooks(layer: Any) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
     """Whether a module has hooks of its own."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +199,7 @@ def version(tensor: Tensor) -> int:
 
 def _note_versions(*tensors: Tensor | None) -> Noted:
     """Return tensors with their versions."""
-    return [(each, version(each)) for each in tensors if each is not None]
+    return [(item, version(item)) for item in tensors if item is not None]
 
 
 def _refuse_gradient(gradient: Tensor) -> None:
@@ -217,8 +217,12 @@ class Pending(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         how = EXTENDING.get(func)
         if how is not None and not _autocast("cpu") and "out" not in (named := dict(kwargs or {})) and _is_calm():
             first = (named.pop("input"),) if "input" in named else ()
@@ -229,16 +233,16 @@ class Pending(Tensor):
         elif func in ABOUT:
             with WithoutTorchFunction():
                 return func(*args, **(kwargs or {}))
-        for each in (*args, *(kwargs or {}).values()):
-            if type(each) is Pending:
-                each.__dict__["node"].run.settle()
-                each.__dict__["node"].taken = True
+        for item in (*args, *(kwargs or {}).values()):
+            if type(item) is Pending:
+                item.__dict__["node"].run.settle()
+                item.__dict__["node"].taken = True
         return func(
-            *map(compute_pending, args), **{name: compute_pending(each) for name, each in (kwargs or {}).items()}
+            *map(compute_pending, args), **{name: compute_pending(item) for name, item in (kwargs or {}).items()}
         )
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> NoReturn:  # type: ignore[override]
         raise RuntimeError(
             f"{func} reads a tensor that fedkern.accelerate has not computed yet, as code that torch.jit has compiled "
             f"does: {WAY_OUT}."
@@ -341,7 +345,7 @@ def _compute_value(node: Node, dense: bool) -> Tensor:
 # -- what extends a chain ----------------------------------------------------------------------------------------------
 
 
-def _waiting(x: Any) -> Node | None:
+def _waiting(x: object) -> Node | None:
     """The node of the tensor that waits, in the mode of gradients in which it was begun; else None."""
     node: Node | None = x.__dict__["node"] if type(x) is Pending else None
     return node if node is not None and node.run.waits is node and node.chain.site.grad == _grad_enabled() else None
@@ -358,7 +362,7 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
     return x.__dict__["node"].shape if type(x) is Pending else tuple(x.shape)
 
 
-def _extend_chain(x: Any, node: Node, step: Step, chain: Chain, inplace: bool = False) -> Any:
+def _extend_chain(x: Tensor, node: Node, step: Step, chain: Chain, inplace: bool = False) -> Tensor:
     shape = node.shape
     if chain.pool > node.chain.pool:
         shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
@@ -370,21 +374,23 @@ def _extend_chain(x: Any, node: Node, step: Step, chain: Chain, inplace: bool = 
     return x if type(result) is Pending else result
 
 
-def _takes_norm(x: Any, eps: float, weight: Any, bias: Any, *statistics: Any) -> Node | None:
+def _takes_norm(
+    x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None
+) -> Node | None:
     """The node of a convolution's result that a norm may extend: torch raises its errors where the norm is called."""
     node = _waiting(x)
     if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
         return None
-    vectors = (each for each in (weight, bias, *statistics) if each is not None)
-    return node if all(is_plain(each, node.shape[1:2]) for each in vectors) else None
+    vectors = (item for item in (weight, bias, *statistics) if item is not None)
+    return node if all(is_plain(item, node.shape[1:2]) for item in vectors) else None
 
 
 def _batch_norm(
-    x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False,
-    momentum: float = 0.1, eps: float = 1e-5,
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor | None:  # fmt: skip
     node = _takes_norm(x, eps, weight, bias, running_mean, running_var)
-    if node is None or (running_mean is None and not training):
+    if node is None or weight is None or bias is None or (running_mean is None and not training):
         return None
     batch, _, height, width = node.shape
     if training and batch * height * width == 1:
@@ -393,28 +399,30 @@ def _batch_norm(
     return _extend_chain(x, node, norm, Chain(node.chain.site, norm))
 
 
-def _group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
+def _group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | None:
     node = _takes_norm(x, eps, weight, bias)
-    if node is None or num_groups < 1 or node.shape[1] % num_groups:
+    if node is None or weight is None or bias is None or num_groups < 1 or node.shape[1] % num_groups:
         return None
     norm = Norm(weight, bias, eps, groups=num_groups)
     return _extend_chain(x, node, norm, Chain(node.chain.site, norm))
 
 
-def _relu(x: Any, inplace: bool = False) -> Tensor | None:
+def _relu(x: Tensor, inplace: bool = False) -> Tensor | None:
     node = _waiting(x)
     if node is None or node.chain.relu:
         return None
     return _extend_chain(x, node, torch.relu_ if inplace else torch.relu, node.chain._replace(relu=True), inplace)
 
 
-def _takes_sum(x: Any) -> Node | None:
+def _takes_sum(x: object) -> Node | None:
     node = _waiting(x)
     open_ = node is not None and node.chain.residual is None and not node.chain.relu and node.chain.pool == 1
     return node if open_ else None
 
 
-def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tensor | None:
+def _add(x: object, other: object, *, alpha: float = 1, inplace: bool = False) -> Tensor | None:
     if alpha != 1 or not isinstance(other, Tensor) or not isinstance(x, Tensor) or x is other:
         return None
     node, summand, writes = _takes_sum(x), other, inplace
@@ -434,8 +442,8 @@ def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tens
 
 
 def halves(
-    x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    return_indices: bool = False,
+    x: object, kernel_size: object, stride: object = None, padding: object = 0, dilation: object = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
 ) -> bool:  # fmt: skip
     """Return whether arguments of max pooling are those of windows of 2 x 2 side by side."""
     pairs = [(kernel_size, 2), (kernel_size if stride is None or stride == [] else stride, 2), (padding, 0)]
@@ -443,7 +451,7 @@ def halves(
     return square and not ceil_mode and not return_indices
 
 
-def _max_pool(x: Any, *args: Any, **named: Any) -> Tensor | None:
+def _max_pool(x: Tensor, *args: Any, **named: Any) -> Tensor | None:
     node = _waiting(x)
     if node is None or not halves(x, *args, **named) or min(node.shape[2:]) < 2:
         return None

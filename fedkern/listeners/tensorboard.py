@@ -17,8 +17,8 @@ FOLDER = "tensorboard"
 
 def check() -> Any:
     """The class ``torch.utils.tensorboard.SummaryWriter``; raises UserError where tensorboard is not installed."""
-    what = "TensorBoard files (--tensorboard) need tensorboard"
-    return needed(what, "tensorboard", "torch.utils.tensorboard").SummaryWriter
+    purpose = "TensorBoard files (--tensorboard) need tensorboard"
+    return needed(purpose, "tensorboard", "torch.utils.tensorboard").SummaryWriter
 
 
 class TensorBoard(Listener):

@@ -138,8 +138,8 @@ def unload(name: str) -> None:
         return
     tables = _tables()
     for kind, names in plugin.added.items():
-        for each in names:
-            tables[kind].pop(each, None)
+        for entry in names:
+            tables[kind].pop(entry, None)
     _forget(plugin)
 
 
@@ -251,7 +251,7 @@ def _line(error: BaseException, plugin: Plugin) -> str:
 
 
 def _registered_names(
-    plugin: Plugin, before: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Mapping[str, Any]]
+    plugin: Plugin, before: Mapping[str, Mapping[str, object]], tables: Mapping[str, Mapping[str, object]]
 ) -> dict[str, tuple[str, ...]]:
     """The names that a plugin has registered, by kind."""
     added: dict[str, tuple[str, ...]] = {}

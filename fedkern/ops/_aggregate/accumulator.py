@@ -306,10 +306,10 @@ class Accumulator:
             _check_digits(state["digits"], state["top"], count)
         return count, weight, codes.get(code)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
     def __repr__(self) -> str:
@@ -328,7 +328,7 @@ def _whole(state: Mapping[str, Any], name: str) -> int:
     return int(value) if isinstance(value, bool) else check_count(value, f"the state's {name}", -1)
 
 
-def _check_entry(value: Any, name: str, dtype: torch.dtype, shape: list[int]) -> None:
+def _check_entry(value: Tensor, name: str, dtype: torch.dtype, shape: list[int]) -> None:
     name = f"the state's {name}"
     check_tensor(value, name)
     if value.dtype is not dtype:

@@ -205,9 +205,11 @@ def _vmap(
         stacked = vectors.movedim(rows, 1)
         return _weighted_mean(stacked.flatten(1, 2), weights, dtype).unflatten(0, stacked.shape[1:]), 0
     # Every mapped entry has weights of its own: one call each.
-    each = weights.movedim(values, 0).unbind()
-    parts = [vectors] * len(each) if rows is None else vectors.movedim(rows, 0).unbind()
-    return torch.stack([_weighted_mean(part, value, dtype) for part, value in zip(parts, each, strict=True)]), 0
+    rows_of_weights = weights.movedim(values, 0).unbind()
+    parts = [vectors] * len(rows_of_weights) if rows is None else vectors.movedim(rows, 0).unbind()
+    return torch.stack(
+        [_weighted_mean(part, value, dtype) for part, value in zip(parts, rows_of_weights, strict=True)]
+    ), 0
 
 
 _weighted_mean = library.register(
