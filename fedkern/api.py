@@ -537,7 +537,7 @@ def requested(
     settings = dict(arguments)
     settings |= {table: table_of(settings.get(table), table) for table in ("options", "data_options")}
     settings["plugins"] = plugins_of(settings.get("plugins"))
-    plugins.given(settings["plugins"])
+    plugins.load_given(settings["plugins"])
     name, made_with = named(method)
     memory = data if isinstance(data, FederatedData) else None
     option_names = registry.option_names(name)

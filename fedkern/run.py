@@ -85,7 +85,7 @@ def _modules_need_no_end() -> bool:
     torch, plugins = sys.modules.get("torch"), sys.modules.get("fedkern.usercode.plugins")
     if torch is None or torch.cuda.is_initialized():
         return False
-    return plugins is None or not plugins.loaded()
+    return plugins is None or not plugins.loaded_plugins()
 
 
 def _end_process(code: int) -> NoReturn:

@@ -80,7 +80,7 @@ def check_refused(
 
 def unload_all() -> None:
     """Forgets all plugins, as a new process would."""
-    for plugin in plugins.loaded():
+    for plugin in plugins.loaded_plugins():
         plugins.unload(plugin.name)
 
 

@@ -28,7 +28,7 @@ def load(words: Sequence[str]) -> None:
 
         open_code(name)
     for file in values(words, "--config"):
-        plugins.given(_named(expand(file)))
+        plugins.load_given(_named(expand(file)))
     for folder in values(words, "--resume"):
         from fedkern.settings.stored import load_plugins
 

@@ -82,7 +82,7 @@ class Given:
     def config(self) -> RunConfig:
         """The settings of the run: these, and defaults."""
         plugin_room.load_installed()
-        loaded = plugin_room.given(self.plugins)
+        loaded = plugin_room.load_given(self.plugins)
         return RunConfig.complete(self.method, self.settings, self.options, self.data_options, loaded)
 
 

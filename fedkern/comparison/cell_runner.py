@@ -37,7 +37,7 @@ from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.run_format import stored_code
 from fedkern.settings.stored import check_regular, load_settings
 from fedkern.tasks.figure_names import short_title
-from fedkern.usercode.identity import differences, digest, folded, is_unchanged
+from fedkern.usercode.identity import differences, digest, fold_table, is_unchanged
 
 COMPARISONS = Path("comparisons")
 """Folder of comparisons without ``out``."""
@@ -243,7 +243,9 @@ class Runner:
                 found["model_sha256"] = network_hash(maker)
         if reason := difference(stored, config.replace(identity=identity, **found)):
             tables = stored_code(folder)
-            words = [text for group in tables.keys() & code for text in differences(tables[group], folded(code[group]))]
+            words = [
+                text for group in tables.keys() & code for text in differences(tables[group], fold_table(code[group]))
+            ]
             raise UserError(
                 f"{folder} was made with {reason}{f' ({first_of(words, 3)})' if words else ''}: name another --out, or "
                 "put the former code back."

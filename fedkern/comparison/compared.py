@@ -264,7 +264,7 @@ def compare(
         if settings or sweep or select or jobs != 1:
             raise UserError("Settings are for new runs: name methods instead of folders, or leave the settings out.")
         return compare_found(folders, out=folder, target=target)
-    plugins.given(api.plugins_of(settings.get("plugins")))
+    plugins.load_given(api.plugins_of(settings.get("plugins")))
     pairs = [api.named(each) for each in entries]
     names = _distinct_names(pairs)
     points = api.table_of(sweep, "sweep")

@@ -92,7 +92,7 @@ class RunProcess:
         can_fork = can_fork and not torch.cuda.is_initialized()
         context: Any = multiprocessing.get_context("fork" if can_fork else "spawn")
         methods = {name: registry.GIVEN[name] for name in {config.method} & registry.GIVEN.keys()}
-        state = plugins.loaded(), methods, modes(), backend.active_isa(), backend.forced_backend()
+        state = plugins.loaded_plugins(), methods, modes(), backend.active_isa(), backend.forced_backend()
         self.cell, self.log = cell, log
         self.connection, end = context.Pipe()
         work = end, log, state, script, script.network, play

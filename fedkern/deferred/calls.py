@@ -13,7 +13,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.deferred import pending
-from fedkern.deferred.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, hooked, square_windows, untouched
-from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Site, computed, is_plain, value
+from fedkern.deferred.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, has_hooks, is_untouched, square_windows
+from fedkern.deferred.pending import Chain, Node, Norm, Pending, Run, Site, compute_pending, is_plain, value
 from fedkern.messages.leaves import mapped
 from fedkern.ops._conv.conv_norm import run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
 from fedkern.ops._conv.kernels import Inputs, Pooling, Settings
-from fedkern.ops._core.backend import intercepted
+from fedkern.ops._core.backend import is_intercepted
 from fedkern.ops._core.private_torch import functorch_active, saved_hooks
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,7 +54,7 @@ def put_hooks(module: M, begin: Begin) -> M:
     """Accelerate a network, in place, whose calls begin with a hook, and return it."""
     plain(module)
     for layer in module.modules():
-        if untouched(layer):
+        if is_untouched(layer):
             vars(layer)["_conv_forward"] = Convolution(layer, SETTINGS(layer))
     if type(module) is not nn.Conv2d:  # a convolution alone has nothing to wait for
         module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
@@ -86,7 +86,7 @@ def plan_of(module: nn.Module) -> str:
 def convolutions(module: nn.Module) -> list[Convolution]:
     """Return what computes a network's convolutions, in order of its modules."""
     found = (vars(layer).get("_conv_forward") for layer in module.modules())
-    return [each for each in found if isinstance(each, Convolution)]
+    return [item for item in found if isinstance(item, Convolution)]
 
 
 def plain(module: M) -> M:
@@ -137,16 +137,16 @@ class Begin(_Hook):
         vars(twin).update(vars(self), modes=dict(self.modes))
         return twin
 
-    def rehearse(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def rehearse(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> None:
         """Decide on the mode of a call that begins: here none but those of the plan is accelerated."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object] | None = None) -> None:
         begun: Run | None = getattr(_thread, "run", None)
         if begun is not None and not _is_on_stack(begun):
             begun = _thread.run = None
         if begun is not None:
             begun.depth += module is begun.module
-        elif (recorder := getattr(_thread, "recorder", None)) is not None or not _watched(module):
+        elif (recorder := getattr(_thread, "recorder", None)) is not None or not _is_watched(module):
             mode = module.training, torch.is_grad_enabled()
             if mode not in self.modes and named is not None:
                 self.rehearse(module, args, named)
@@ -193,7 +193,7 @@ def begin_of(module: nn.Module) -> Begin | None:
     return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Begin)), None)
 
 
-def called(module: nn.Module, function: Any, *args: Any) -> Any:
+def call_parts(module: nn.Module, function: Callable[..., object], *args: object) -> Any:
     """Call a function of parts of a network, as a call of the network if it is accelerated."""
     begin = begin_of(module)
     if begin is None:
@@ -237,26 +237,26 @@ def _products(shape: tuple[int, ...], weight: Tensor) -> int:
     return batch * height * width * weight.numel()
 
 
-def _plain(part: Any) -> Any:
+def _plain(part: object) -> object:
     """A part of a network's result, computed; objects with tensors are looked into as far as attributes."""
     if type(part) is Pending:
-        return computed(part)
-    for name, each in list(getattr(part, "__dict__", {}).items()):
-        if type(each) is Pending:
-            object.__setattr__(part, name, computed(each))
+        return compute_pending(part)
+    for name, item in list(getattr(part, "__dict__", {}).items()):
+        if type(item) is Pending:
+            object.__setattr__(part, name, compute_pending(item))
     return part
 
 
-def _watched(module: nn.Module) -> bool:
+def _is_watched(module: nn.Module) -> bool:
     """Whether something looks at the layers of a network, or takes their operations apart."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or intercepted() or functorch_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_intercepted() or functorch_active():
         return True
     if torch.is_autocast_enabled("cpu") or any(GLOBAL_HOOKS) or saved_hooks(True) is not None:
         return True
     return any(not takes_computed(hook) for hook in _hooks(module))
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
+def _hooks(module: nn.Module) -> Iterator[object]:
     """Hooks of a network's parts, and those of gradients that it has itself; parts of TorchScript count as hooks."""
     layers: list[Any] = [module]
     while layers:
@@ -266,13 +266,13 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
         elif layer is not None:
             attributes = vars(layer)
             layers += attributes["_modules"].values()
-            if hooked(layer):
+            if has_hooks(layer):
                 for name in HOOKS if layer is not module else HOOKS[2:]:
                     yield from attributes[name].values()
 
 
-def takes_computed(hook: Any) -> bool:
-    """Whether a hook computes what it is given by itself, with :func:`fedkern.deferred.pending.computed`."""
+def takes_computed(hook: object) -> bool:
+    """Whether a hook computes what it is given by itself, with :func:`fedkern.deferred.pending.compute_pending`."""
     return getattr(getattr(hook, "func", hook), "takes_computed", False) is True
 
 
@@ -304,7 +304,7 @@ class Convolution:
     def written(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the result as torch computes it."""
         layer = self._layer()
-        result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, computed(x), weight, bias)
+        result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, compute_pending(x), weight, bias)
         return result
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -362,28 +362,28 @@ def _fits(weight: Tensor, windows: Windows, shape: tuple[int, ...]) -> bool:
     if len(shape) != 4 or shape[0] == 0 or shape[1] != weight.shape[1] or min(_result(windows, 1, shape)) < 1:
         return False
     x = torch.empty(shape, memory_format=_CHANNELS_LAST)
-    weight, ones = weight.detach(), torch.ones(len(weight))
+    weight, units = weight.detach(), torch.ones(len(weight))
     if stride == 1 and pooling(x, weight, None, padding) is not None:
         return True
     if padding != side // 2:
         return False
-    return serving(Inputs(x, weight, ones, ones), Settings(ones, ones, stride=stride)) is not None
+    return serving(Inputs(x, weight, units, units), Settings(units, units, stride=stride)) is not None
 
 
 def _serve(chain: Chain, dense: bool) -> Tensor | None:
     """A chain by an operator; None where the layers have to run as written, or are faster than copies around it."""
     site = chain.site
     products = _products(site.shape, site.weight)
-    result = _pooled(chain, dense)
+    result = _serve_pool(chain, dense)
     if result is None and site.padding == site.weight.shape[2] // 2:
-        result = _normed(chain, dense, products)
+        result = _serve_norm(chain, dense, products)
     record: Record | None = getattr(_thread, "record", None)
     if result is not None and record is not None:
         record[0].append((site, products))
     return result
 
 
-def _pooled(chain: Chain, dense: bool) -> Tensor | None:
+def _serve_pool(chain: Chain, dense: bool) -> Tensor | None:
     """A chain without norm by ``conv_pool``, which reads and writes maps of either layout."""
     site = chain.site
     if chain.norm is not None or chain.residual is not None or chain.pool == 1 or site.stride > 1:
@@ -394,20 +394,20 @@ def _pooled(chain: Chain, dense: bool) -> Tensor | None:
     return run_pooling(kernel, site.x, site.weight, site.bias, Pooling(site.padding, chain.relu, dense))
 
 
-def _normed(chain: Chain, dense: bool, products: int) -> Tensor | None:
+def _serve_norm(chain: Chain, dense: bool, products: int) -> Tensor | None:
     """A chain by ``conv_norm``."""
     site, norm, x, bias = chain.site, chain.norm, chain.site.x, chain.site.bias
     moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()
     behind = math.prod(site.shape) // chain.pool**2 if dense else 0
     residual = None if chain.residual is None else chain.residual[0]
-    spared = sum(each.numel() for each in (x, residual) if each is not None and is_last(each)) if dense else 0
+    spared = sum(item.numel() for item in (x, residual) if item is not None and is_last(item)) if dense else 0
     if MOVE * (moved + behind - spared) * (2 if norm is None else 1) > products:  # half is won without a norm's passes
         return None
     if moved:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
     if norm is None:  # one that changes nothing, and adds the bias
-        none, ones = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
-        norm, bias = Norm(ones, none if bias is None else bias, _NO_EPS, none, ones), None
+        zeros, units = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
+        norm, bias = Norm(units, zeros if bias is None else bias, _NO_EPS, zeros, units), None
     after = site.stride, chain.relu, chain.pool
     shift = norm.bias
     if norm.groups:

@@ -13,7 +13,7 @@ Found = dict[str, Tensor | None]
 
 def differs(results: Found, plain: Found, tolerance: float) -> str:
     """The first thing that differs by more than a share of the largest of its kind; empty where nothing does."""
-    sizes = {name: _size(each) for name, each in plain.items()}
+    sizes = {name: _size(tensor) for name, tensor in plain.items()}
     largest = max((size for name, size in sizes.items() if name.startswith("the gradient")), default=0.0)
     for name, expected in plain.items():
         result, variance = results.get(name), name.replace("running_mean", "running_var")  # a mean may be 0
@@ -34,15 +34,16 @@ def _size(tensor: Tensor | None) -> float:
 
 def far(results: Found, plain: Found) -> str:
     """What operators have computed too far from torch; empty where nothing is."""
-    gradients = {name: each for name, each in plain.items() if name.startswith("the gradient") and each is not None}
-    rest = {name: each for name, each in plain.items() if name not in gradients}
-    if name := differs(results, rest, 1e-3):
+    gradients = {name: grad for name, grad in plain.items() if name.startswith("the gradient") and grad is not None}
+    outputs = {name: tensor for name, tensor in plain.items() if name not in gradients}
+    if name := differs(results, outputs, 1e-3):
         return name
     if missing := [name for name in gradients if results[name] is None]:
         return missing[0]
-    apart: Mapping[str, float] = {name: float((results[name] - each).norm()) for name, each in gradients.items()}  # type: ignore[operator]
-    norm = sum(float(each.norm()) ** 2 for each in gradients.values()) ** 0.5
-    if sum(each**2 for each in apart.values()) ** 0.5 > 5e-2 * norm:
-        return max(apart, key=lambda name: apart[name])
-    norms = {name: float(each.norm()) for name, each in gradients.items()}
-    return next((name for name in norms if norms[name] > 1e-2 * norm and apart[name] > 0.2 * norms[name]), "")
+    distances: Mapping[str, float]
+    distances = {name: float((results[name] - grad).norm()) for name, grad in gradients.items()}  # type: ignore[operator]
+    norm = sum(float(tensor.norm()) ** 2 for tensor in gradients.values()) ** 0.5
+    if sum(distance**2 for distance in distances.values()) ** 0.5 > 5e-2 * norm:
+        return max(distances, key=lambda name: distances[name])
+    norms = {name: float(tensor.norm()) for name, tensor in gradients.items()}
+    return next((name for name in norms if norms[name] > 1e-2 * norm and distances[name] > 0.2 * norms[name]), "")

@@ -24,7 +24,7 @@ Convolution = tuple[Tensor, Tensor | None, int, int, int]
 """Weight, bias, side of the windows, stride and padding."""
 
 
-def convolution(layer: Any) -> Convolution | None:
+def convolution(layer: object) -> Convolution | None:
     """A convolution with square windows that are neither dilated nor grouped; None for other layers.
 
     Also where something else stands in the place of a parameter, as ``weight_norm``, pruning and parametrisations leave
@@ -40,7 +40,7 @@ def convolution(layer: Any) -> Convolution | None:
     return None if weight is None or square is None else (weight, bias, *square)
 
 
-def untouched(layer: nn.Module) -> bool:
+def is_untouched(layer: nn.Module) -> bool:
     """Return whether a module is a convolution of torch with torch's methods."""
     if type(layer) is not nn.Conv2d or [nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.Conv2d.__call__] != _METHODS:
         return False
@@ -65,6 +65,6 @@ def _square(size: Any, stride: Any, padding: Any, dilation: Any, groups: int, mo
     return (size[0], stride[0], padding[0]) if same else None
 
 
-def hooked(layer: Any) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
     """Whether a module has hooks of its own."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ class Site:
     noted: Noted = field(init=False)
 
     def __post_init__(self) -> None:
-        self.noted = _noted(self.x, self.weight, self.bias)
+        self.noted = _note_versions(self.x, self.weight, self.bias)
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +81,7 @@ class Norm:
     counted: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.noted = _noted(self.weight, self.bias, self.mean, self.variance)
+        self.noted = _note_versions(self.weight, self.bias, self.mean, self.variance)
         self.counted = not self.training or self.mean is None
 
     def __call__(self, y: Tensor) -> Tensor:
@@ -197,19 +197,19 @@ def version(tensor: Tensor) -> int:
         return 0
 
 
-def _noted(*tensors: Tensor | None) -> Noted:
+def _note_versions(*tensors: Tensor | None) -> Noted:
     """Return tensors with their versions."""
-    return [(each, version(each)) for each in tensors if each is not None]
+    return [(item, version(item)) for item in tensors if item is not None]
 
 
-def _lost(gradient: Tensor) -> None:
+def _refuse_gradient(gradient: Tensor) -> None:
     raise RuntimeError(
         "A torch.autograd.Function took a tensor that fedkern.accelerate has not computed yet, and its gradient would "
         f"be lost: {WAY_OUT}."
     )
 
 
-_LOST: Any = OrderedDict({0: _lost})
+_LOST: Any = OrderedDict({0: _refuse_gradient})
 
 
 class Pending(Tensor):
@@ -217,8 +217,12 @@ class Pending(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         how = EXTENDING.get(func)
         if how is not None and not _autocast("cpu") and "out" not in (named := dict(kwargs or {})) and _is_calm():
             first = (named.pop("input"),) if "input" in named else ()
@@ -229,14 +233,16 @@ class Pending(Tensor):
         elif func in ABOUT:
             with WithoutTorchFunction():
                 return func(*args, **(kwargs or {}))
-        for each in (*args, *(kwargs or {}).values()):
-            if type(each) is Pending:
-                each.__dict__["node"].run.settle()
-                each.__dict__["node"].taken = True
-        return func(*map(computed, args), **{name: computed(each) for name, each in (kwargs or {}).items()})
+        for item in (*args, *(kwargs or {}).values()):
+            if type(item) is Pending:
+                item.__dict__["node"].run.settle()
+                item.__dict__["node"].taken = True
+        return func(
+            *map(compute_pending, args), **{name: compute_pending(item) for name, item in (kwargs or {}).items()}
+        )
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> NoReturn:  # type: ignore[override]
         raise RuntimeError(
             f"{func} reads a tensor that fedkern.accelerate has not computed yet, as code that torch.jit has compiled "
             f"does: {WAY_OUT}."
@@ -258,11 +264,11 @@ def handle(node: Node) -> Pending:
     return tensor
 
 
-def computed(item: Any) -> Any:
+def compute_pending(item: Any) -> Any:
     """A value with what waits in it computed, in torch's layout."""
     if type(item) is Pending:
         return value(item.__dict__["node"])
-    return type(item)(map(computed, item)) if type(item) in (tuple, list) else item
+    return type(item)(map(compute_pending, item)) if type(item) in (tuple, list) else item
 
 
 def value(node: Node, dense: bool = True) -> Tensor:
@@ -270,7 +276,7 @@ def value(node: Node, dense: bool = True) -> Tensor:
     if node.value is None:
         _compute(node, dense)
     elif dense:
-        node.value = _formed(node.value, node.chain.site)
+        node.value = _lay_out(node.value, node.chain.site)
     assert node.value is not None
     return node.value
 
@@ -282,10 +288,10 @@ def _compute(node: Node, dense: bool) -> None:
         node.run.waits = None
     grad = node.chain.site.grad
     if grad == _grad_enabled() and not _autocast("cpu") and _is_calm():
-        node.value = _computed(node, dense)
+        node.value = _compute_value(node, dense)
     else:  # as where the convolution stands: a checkpoint counts what is saved inside of it
         with torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=False), saved_tensors_hooks(_same, _same):
-            node.value = _computed(node, dense)
+            node.value = _compute_value(node, dense)
     node.parent = node.step = None
 
 
@@ -305,7 +311,7 @@ def strides(shape: tuple[int, ...], last: bool) -> tuple[int, ...]:
     return channels * height * width, height * width, width, 1
 
 
-def _formed(result: Tensor, site: Site) -> Tensor:
+def _lay_out(result: Tensor, site: Site) -> Tensor:
     """Return a result in torch's layout."""
     if result.stride() == strides(tuple(result.shape), site.last):
         return result
@@ -313,7 +319,7 @@ def _formed(result: Tensor, site: Site) -> Tensor:
     return result.clone(memory_format=torch.channels_last if site.last else torch.contiguous_format)
 
 
-def _computed(node: Node, dense: bool) -> Tensor:
+def _compute_value(node: Node, dense: bool) -> Tensor:
     chain, parent = node.chain, node.parent
     marks = chain.site.noted + (chain.norm.noted if chain.norm else []) + ([chain.residual] if chain.residual else [])
     if any(version(tensor) != before for tensor, before in marks):
@@ -327,7 +333,7 @@ def _computed(node: Node, dense: bool) -> Tensor:
     if before is None and (served := node.run.serve(chain, dense and not chain.site.last)) is not None:
         if chain.norm is not None:
             chain.norm.count()
-        return _formed(served, chain.site) if dense else served
+        return _lay_out(served, chain.site) if dense else served
     if parent is None:
         site = chain.site
         x = site.x if site.last or site.x.is_contiguous() else site.x.contiguous()
@@ -339,7 +345,7 @@ def _computed(node: Node, dense: bool) -> Tensor:
 # -- what extends a chain ----------------------------------------------------------------------------------------------
 
 
-def _waiting(x: Any) -> Node | None:
+def _waiting(x: object) -> Node | None:
     """The node of the tensor that waits, in the mode of gradients in which it was begun; else None."""
     node: Node | None = x.__dict__["node"] if type(x) is Pending else None
     return node if node is not None and node.run.waits is node and node.chain.site.grad == _grad_enabled() else None
@@ -356,7 +362,7 @@ def shape_of(x: Tensor) -> tuple[int, ...]:
     return x.__dict__["node"].shape if type(x) is Pending else tuple(x.shape)
 
 
-def _extended(x: Any, node: Node, step: Step, chain: Chain, inplace: bool = False) -> Any:
+def _extend_chain(x: Tensor, node: Node, step: Step, chain: Chain, inplace: bool = False) -> Tensor:
     shape = node.shape
     if chain.pool > node.chain.pool:
         shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
@@ -368,51 +374,55 @@ def _extended(x: Any, node: Node, step: Step, chain: Chain, inplace: bool = Fals
     return x if type(result) is Pending else result
 
 
-def _takes_norm(x: Any, eps: float, weight: Any, bias: Any, *statistics: Any) -> Node | None:
+def _takes_norm(
+    x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None
+) -> Node | None:
     """The node of a convolution's result that a norm may extend: torch raises its errors where the norm is called."""
     node = _waiting(x)
     if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
         return None
-    vectors = (each for each in (weight, bias, *statistics) if each is not None)
-    return node if all(is_plain(each, node.shape[1:2]) for each in vectors) else None
+    vectors = (item for item in (weight, bias, *statistics) if item is not None)
+    return node if all(is_plain(item, node.shape[1:2]) for item in vectors) else None
 
 
 def _batch_norm(
-    x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False,
-    momentum: float = 0.1, eps: float = 1e-5,
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor | None:  # fmt: skip
     node = _takes_norm(x, eps, weight, bias, running_mean, running_var)
-    if node is None or (running_mean is None and not training):
+    if node is None or weight is None or bias is None or (running_mean is None and not training):
         return None
     batch, _, height, width = node.shape
     if training and batch * height * width == 1:
         return None
     norm = Norm(weight, bias, eps, running_mean, running_var, training, momentum)
-    return _extended(x, node, norm, Chain(node.chain.site, norm))
+    return _extend_chain(x, node, norm, Chain(node.chain.site, norm))
 
 
-def _group_norm(x: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
+def _group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | None:
     node = _takes_norm(x, eps, weight, bias)
-    if node is None or num_groups < 1 or node.shape[1] % num_groups:
+    if node is None or weight is None or bias is None or num_groups < 1 or node.shape[1] % num_groups:
         return None
     norm = Norm(weight, bias, eps, groups=num_groups)
-    return _extended(x, node, norm, Chain(node.chain.site, norm))
+    return _extend_chain(x, node, norm, Chain(node.chain.site, norm))
 
 
-def _relu(x: Any, inplace: bool = False) -> Tensor | None:
+def _relu(x: Tensor, inplace: bool = False) -> Tensor | None:
     node = _waiting(x)
     if node is None or node.chain.relu:
         return None
-    return _extended(x, node, torch.relu_ if inplace else torch.relu, node.chain._replace(relu=True), inplace)
+    return _extend_chain(x, node, torch.relu_ if inplace else torch.relu, node.chain._replace(relu=True), inplace)
 
 
-def _takes_sum(x: Any) -> Node | None:
+def _takes_sum(x: object) -> Node | None:
     node = _waiting(x)
     open_ = node is not None and node.chain.residual is None and not node.chain.relu and node.chain.pool == 1
     return node if open_ else None
 
 
-def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tensor | None:
+def _add(x: object, other: object, *, alpha: float = 1, inplace: bool = False) -> Tensor | None:
     if alpha != 1 or not isinstance(other, Tensor) or not isinstance(x, Tensor) or x is other:
         return None
     node, summand, writes = _takes_sum(x), other, inplace
@@ -428,12 +438,12 @@ def _add(x: Any, other: Any, *, alpha: float = 1, inplace: bool = False) -> Tens
     if not is_plain(summand, node.shape):
         return None
     chain = Chain(node.chain.site, node.chain.norm, (summand, version(summand)))
-    return _extended(x, node, (lambda y: y.add_(summand)) if writes else lambda y: y + summand, chain, inplace)
+    return _extend_chain(x, node, (lambda y: y.add_(summand)) if writes else lambda y: y + summand, chain, inplace)
 
 
 def halves(
-    x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-    return_indices: bool = False,
+    x: object, kernel_size: object, stride: object = None, padding: object = 0, dilation: object = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
 ) -> bool:  # fmt: skip
     """Return whether arguments of max pooling are those of windows of 2 x 2 side by side."""
     pairs = [(kernel_size, 2), (kernel_size if stride is None or stride == [] else stride, 2), (padding, 0)]
@@ -441,14 +451,14 @@ def halves(
     return square and not ceil_mode and not return_indices
 
 
-def _max_pool(x: Any, *args: Any, **named: Any) -> Tensor | None:
+def _max_pool(x: Tensor, *args: Any, **named: Any) -> Tensor | None:
     node = _waiting(x)
     if node is None or not halves(x, *args, **named) or min(node.shape[2:]) < 2:
         return None
     site, norm, residual, relu, pool = node.chain
     if pool > 1 or residual is not None:
         return None
-    return _extended(x, node, lambda y: F.max_pool2d(y, 2), Chain(site, norm, None, relu, 2))
+    return _extend_chain(x, node, lambda y: F.max_pool2d(y, 2), Chain(site, norm, None, relu, 2))
 
 
 POOLS = (torch.max_pool2d, F.max_pool2d)

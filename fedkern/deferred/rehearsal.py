@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -74,26 +74,26 @@ class Rehearsal(Begin):
         super().__init__({})
         self.check = check
 
-    def rehearse(self, module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def rehearse(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> None:
         """Play a copy as written and note what follows its convolutions; then check another copy, accelerated."""
         mode = module.training, torch.is_grad_enabled()
         self.modes[mode] = False
         try:
-            twins = [_copied(module, args, named) for _ in range(1 + self.check)]
+            twins = [_copy_call(module, args, named) for _ in range(1 + self.check)]
         except Exception as error:
             return self._leave(mode, f"the network cannot be copied ({described(error)})")
-        recorder, before = Recorder(), [(each, each.clone()) for each in module.buffers()]
+        recorder, before = Recorder(), [(tensor, tensor.clone()) for tensor in module.buffers()]
         try:
-            expected = _played(*twins[0], recorder)
+            expected = _play_call(*twins[0], recorder)
         except Exception:  # which the call itself raises
             del self.modes[mode]
             return None
-        moved = [each for each, content in before if not torch.allclose(each, content, 0, 0, equal_nan=True)]
+        moved = [tensor for tensor, content in before if not torch.allclose(tensor, content, 0, 0, equal_nan=True)]
         own = convolutions(module)
         if moved or any(layer in own for layer, _ in recorder.chains):
             with torch.no_grad():
-                for each, content in before:
-                    each.copy_(content)
+                for tensor, content in before:
+                    tensor.copy_(content)
             return self._leave(mode, "a copy of the network calls layers of the network itself")
         recorder.stop()
         for part, *others in zip(*map(convolutions, (module, *(twin[0] for twin in twins))), strict=True):
@@ -103,7 +103,7 @@ class Rehearsal(Begin):
         if not self.check or not recorder.states:
             return None
         try:
-            name = far(_played(*twins[1]), expected)
+            name = far(_play_call(*twins[1]), expected)
         except Exception as error:  # a network's code may raise anything about a tensor that it does not know
             return self._leave(mode, described(error))
         return self._leave(mode, f"{name} would be another one") if name else None
@@ -113,19 +113,21 @@ class Rehearsal(Begin):
         warnings.warn(f"fedkern.accelerate: in {_MODES[mode]} the network runs as written: {reason}.", stacklevel=7)
 
 
-_Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+_Call = tuple[nn.Module, tuple[object, ...], dict[str, object]]
 
 
-def _copied(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> _Call:
+def _copy_call(module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> _Call:
     """Deep copies of a network and of the inputs of a call, also of tensors that were computed."""
     call: _Call = module, args, dict(named)
     parts = leaves([call[1:], *(list(vars(layer).values()) for layer in module.modules())])
     results = (leaf for leaf in parts if isinstance(leaf, Tensor) and not leaf.is_leaf)
     with torch.inference_mode(False):
-        return copy.deepcopy(call, {id(each): each.detach().clone().requires_grad_() for each in results})
+        return copy.deepcopy(call, {id(tensor): tensor.detach().clone().requires_grad_() for tensor in results})
 
 
-def _played(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], recorder: Recorder | None = None) -> Found:
+def _play_call(
+    module: nn.Module, args: tuple[object, ...], named: dict[str, object], recorder: Recorder | None = None
+) -> Found:
     """Outputs, gradients and buffers of a call of a copy, by name."""
     for layer in module.modules():
         for name in HOOKS if layer is not module else ():  # those of fedkern
@@ -141,15 +143,15 @@ def _played(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], rec
             result = module(*args, **named)
         outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in leaves((args, named)) if isinstance(leaf, Tensor)]
-        operands = [each for each in (*inputs, *module.parameters()) if each.requires_grad]
+        operands = [tensor for tensor in (*inputs, *module.parameters()) if tensor.requires_grad]
         if operands and (graded := [leaf for leaf in outputs if leaf.requires_grad]):
             draws = torch.Generator().manual_seed(0)
-            grads = [torch.randn(each.shape, generator=draws).to(each) for each in graded]
+            grads = [torch.randn(tensor.shape, generator=draws).to(tensor) for tensor in graded]
             torch.autograd.backward(graded, grads, inputs=operands)
     found: Found = {f"output {number}": leaf.detach() for number, leaf in enumerate(outputs)}
     found |= {f"the gradient of input {number}": leaf.grad for number, leaf in enumerate(inputs)}
-    found |= {f"the gradient of {name}": each.grad for name, each in module.named_parameters()}
-    return found | {name: each.detach() for name, each in module.named_buffers()}
+    found |= {f"the gradient of {name}": tensor.grad for name, tensor in module.named_parameters()}
+    return found | {name: tensor.detach() for name, tensor in module.named_buffers()}
 
 
 class _Chain:
@@ -213,7 +215,13 @@ class Recorder(TorchFunctionMode):
             if (code := chain.code) is not None:
                 convolution.plan[key] = code
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         named = kwargs or {}
         tensors = [leaf for leaf in leaves((args, named)) if isinstance(leaf, Tensor)]
         counts = func in _COUNTS and len(tensors) == 1 and tensors[0].dtype is torch.int64 and not tensors[0].dim()
@@ -223,17 +231,17 @@ class Recorder(TorchFunctionMode):
         state, operands = self._latest, tensors[: 2 if func in ADDS else 1]
         if state is not None and not (
             func in EXTENDING and "out" not in named and (func not in POOLS or halves(*args, **named))
-            and state.is_as_made() and any(each is state.result for each in operands)
+            and state.is_as_made() and any(tensor is state.result for tensor in operands)
         ):  # fmt: skip
             self._end_latest()
             state = None
         self._latest = None
         takes = func is F.conv2d if convolution is not None else state is not None and func in ADDS
-        for each in tensors:
-            if state is not None and each is state.result and id(each) not in self._extended:
-                self._extended.add(id(each))
-            elif (taken := self.states.get(id(each))) is not None:
-                opens = takes and id(each) not in self._extended and taken.is_as_made()
+        for tensor in tensors:
+            if state is not None and tensor is state.result and id(tensor) not in self._extended:
+                self._extended.add(id(tensor))
+            elif (taken := self.states.get(id(tensor))) is not None:
+                opens = takes and id(tensor) not in self._extended and taken.is_as_made()
                 taken.chain.end(taken.steps, opens)
         last = state.last if state is not None else any(map(is_last, tensors[:2]))
         result = func(*args, **named)

@@ -156,7 +156,7 @@ def read_model(
 def _check_code(path: Path, name: str, trusted: Collection[str], model: nn.Module | None) -> None:
     """Raises UserError where a network is made by code that only the file names, or was a module of a script."""
     if named_code.parse(name) is not None and not named_code.trusts(trusted, name):
-        raise named_code.untrusted(path, name, "it again", f"--model {shlex.quote(name)}")
+        raise named_code.refuse_untrusted(path, name, "it again", f"--model {shlex.quote(name)}")
     if model is None and name.startswith(named_code.INSTANCE):
         raise UserError(
             f"{path} holds a module that a script made ({name.removeprefix(named_code.INSTANCE)}): give such a module "

@@ -15,7 +15,7 @@ from fedkern.engine.network import Trained
 from fedkern.errors import UserError, shown
 from fedkern.messages.states import State
 from fedkern.methods.terms import Terms
-from fedkern.usercode.execution import explained
+from fedkern.usercode.execution import explain_errors
 
 Factory = Callable[[list[nn.Parameter]], object]
 """Makes an optimiser of parameters, if it is right."""
@@ -27,7 +27,7 @@ def make_optimizer(make: Factory, parameters: list[nn.Parameter]) -> torch.optim
     Raises:
         UserError: it is none that a loop can step, or steps other parameters than those that it was given.
     """
-    with explained("optimizer", make):
+    with explain_errors("optimizer", make):
         optimizer = make(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optimizer must return a torch.optim.Optimizer, not {shown(optimizer)}.")
@@ -164,5 +164,5 @@ class OwnStepper:
         """Call the optimiser's own ``train()`` or ``eval()``, which schedule-free optimisers have."""
         method = getattr(self._optimizer, "train" if training else "eval", None)
         if callable(method):
-            with explained("optimizer", self._schedule.make):
+            with explain_errors("optimizer", self._schedule.make):
                 method()

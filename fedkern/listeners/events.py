@@ -145,30 +145,30 @@ class Listeners(Listener):
 
     def _each(self, hook: str, call: Callable[[Listener], object], *, early: bool = False) -> None:
         """Passes the event ``hook`` to every listener; subclasses read ``early``: a UserError in it is for the user."""
-        for each in self.listeners:
-            call(each)
+        for listener in self.listeners:
+            call(listener)
 
     def on_start(self, run: RunInfo) -> None:
         self.info = run
-        self._each("on_start", lambda each: each.on_start(deepcopy(run)), early=True)
+        self._each("on_start", lambda listener: listener.on_start(deepcopy(run)), early=True)
 
     def on_notice(self, text: str) -> None:
-        self._each("on_notice", lambda each: each.on_notice(text))
+        self._each("on_notice", lambda listener: listener.on_notice(text))
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
-        self._each("on_round_start", lambda each: each.on_round_start(round, name, [*participants]))
+        self._each("on_round_start", lambda listener: listener.on_round_start(round, name, [*participants]))
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        self._each("on_client", lambda each: each.on_client(round, client, deepcopy(info)))
+        self._each("on_client", lambda listener: listener.on_client(round, client, deepcopy(info)))
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        self._each("on_round", lambda each: each.on_round(deepcopy(record)))
+        self._each("on_round", lambda listener: listener.on_round(deepcopy(record)))
 
     def on_warning(self, name: str, text: str) -> None:
-        self._each("on_warning", lambda each: each.on_warning(name, text))
+        self._each("on_warning", lambda listener: listener.on_warning(name, text))
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        self._each("on_end", lambda each: each.on_end(deepcopy(summary)))
+        self._each("on_end", lambda listener: listener.on_end(deepcopy(summary)))
 
     def close(self) -> None:
-        self._each("close", lambda each: each.close())
+        self._each("close", lambda listener: listener.close())

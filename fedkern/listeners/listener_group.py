@@ -10,7 +10,7 @@ from typing import Any
 
 from fedkern.errors import RAISED, UserError, described, origin, told
 from fedkern.listeners.events import Listener, Listeners, RunInfo
-from fedkern.usercode.execution import hosted
+from fedkern.usercode.execution import host_code
 
 
 class ListenerGroup(Listeners):
@@ -29,26 +29,26 @@ class ListenerGroup(Listeners):
         self._whole = listener if type(listener) is Listeners else None
         self._present = [*self.listeners]
         self._names: dict[int, str] = {}
-        for each in self._present:
-            self._names[id(each)] = _numbered(type(each).__name__, self._names.values())
+        for member in self._present:
+            self._names[id(member)] = _number_name(type(member).__name__, self._names.values())
         self._states: dict[str, dict[str, Any]] = {}
         self._when = ""
         self.warnings: dict[str, str] = {}
 
     def _each(self, hook: str, call: Callable[[Listener], object], *, early: bool = False) -> None:
         """Calls every listener.  ``early``: a UserError is for the user and ends the run."""
-        for each in [*self._present]:
-            if each not in self._present:  # a warning about another listener was too much for this one
+        for member in [*self._present]:
+            if member not in self._present:  # a warning about another listener was too much for this one
                 continue
-            if getattr(getattr(each, hook), "__func__", None) is getattr(Listener, hook):
+            if getattr(getattr(member, hook), "__func__", None) is getattr(Listener, hook):
                 continue
             try:
-                with hosted():
-                    call(each)
+                with host_code():
+                    call(member)
             except RAISED as error:
-                if each.essential or (early and isinstance(error, UserError)):
+                if member.essential or (early and isinstance(error, UserError)):
                     raise
-                self._leave_out(each, hook, error)
+                self._leave_out(member, hook, error)
 
     def _leave_out(self, listener: Listener, hook: str, error: BaseException) -> None:
         self._present.remove(listener)
@@ -60,28 +60,28 @@ class ListenerGroup(Listeners):
         self.warnings[name] = text
         self.on_warning(name, text)
         if hook != "close":
-            with suppress(*RAISED), hosted():  # the listener is broken, and its first error was told
+            with suppress(*RAISED), host_code():  # the listener is broken, and its first error was told
                 listener.close()
 
     def restore_all(self, states: Mapping[str, dict[str, Any]]) -> None:
         """Gives every listener its state of a checkpoint; states of absent listeners stay for a later resumption."""
         self._states = dict(states)
 
-        def give(each: Listener) -> None:
-            name = self._names[id(each)]
+        def give(member: Listener) -> None:
+            name = self._names[id(member)]
             if name in self._states:
-                each.restore(deepcopy(self._states[name]))
+                member.restore(deepcopy(self._states[name]))
 
         self._each("restore", give, early=True)
 
     def states(self) -> dict[str, dict[str, Any]]:
         """The states of all listeners by name; the last one of a listener that was left out."""
 
-        def ask(each: Listener) -> None:
-            state = each.state()
+        def ask(member: Listener) -> None:
+            state = member.state()
             if not isinstance(state, dict) or json.loads(json.dumps(state, allow_nan=False)) != state:
                 raise TypeError("a state must be a dict of texts, numbers, lists and such dicts, with texts as keys")
-            name = self._names[id(each)]
+            name = self._names[id(member)]
             if state:
                 self._states[name] = json.loads(json.dumps(state))
             else:
@@ -108,11 +108,11 @@ def _parts(listener: Listener) -> Iterator[Listener]:
     if type(listener) is not Listeners:
         yield listener
         return
-    for each in listener.listeners:
-        yield from _parts(each)
+    for member in listener.listeners:
+        yield from _parts(member)
 
 
-def _numbered(name: str, names: Iterable[str]) -> str:
+def _number_name(name: str, names: Iterable[str]) -> str:
     """``name``, with a number behind it where another listener of the same class came before."""
     taken, candidate, number = set(names), name, 2
     while candidate in taken:

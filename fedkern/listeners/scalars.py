@@ -40,4 +40,4 @@ def _means(clients: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for name, value in info.items():
             if name not in _NOT_OF_CLIENTS and isinstance(value, (int, float)) and not isinstance(value, bool):
                 values.setdefault(name, []).append(float(value))
-    return {name: sum(each) / len(each) for name, each in values.items()}
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}

@@ -18,7 +18,7 @@ from fedkern.methods.registry import CLASS, GIVEN, METHODS, short
 from fedkern.typed_option import Value
 from fedkern.usercode import named_code
 from fedkern.usercode.hooks import check_hooks
-from fedkern.usercode.identity import PLAIN, differences, digest, folded, identity_table, is_unchanged
+from fedkern.usercode.identity import PLAIN, differences, digest, fold_table, identity_table, is_unchanged
 
 _MISSING = object()
 
@@ -92,8 +92,8 @@ def check(
         )
     table = identity_table({"method": GIVEN[name]})
     if not is_unchanged(sha256 or "", digest(table)) and "method" not in trusted:
-        words, again = differences(stored, folded(table)), 'trusted=["method"] to fedkern.load'
-        raise named_code.changed(f"the class {GIVEN[name].__name__}", folder, words, again)
+        words, again = differences(stored, fold_table(table)), 'trusted=["method"] to fedkern.load'
+        raise named_code.refuse_changed(f"the class {GIVEN[name].__name__}", folder, words, again)
 
 
 def options_of(method: Method) -> dict[str, Value]:

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.deferred.layers import GLOBAL_HOOKS, PARAMETERS, convolution, hooked
+from fedkern.deferred.layers import GLOBAL_HOOKS, PARAMETERS, convolution, has_hooks
 from fedkern.ops._conv.conv_norm import run, serving
 from fedkern.ops._conv.kernels import Inputs, Settings
-from fedkern.ops._core.layout import normed
+from fedkern.ops._core.layout import apply_norm
 from fedkern.ops._core.private_torch import functorch_active
 
 _POOL = attrgetter("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
@@ -43,7 +43,7 @@ def run_conv_norm(
     served = None if torch.compiler.is_compiling() else _run_operator(x, conv, norm, relu, pool, residual)
     if served is not None:
         return served
-    y = normed(norm, conv(x))
+    y = apply_norm(norm, conv(x))
     if residual is not None:
         y = y + residual
     if relu is not None:
@@ -71,7 +71,7 @@ def _run_operator(
     if parts is None or type(norm) is not nn.BatchNorm2d:
         return None
     for layer in called:
-        if hooked(layer) or not layer.__dict__.keys().isdisjoint(("forward", "_conv_forward")):
+        if has_hooks(layer) or not layer.__dict__.keys().isdisjoint(("forward", "_conv_forward")):
             return None
     weight, bias, side, stride, padding = parts
     try:
@@ -100,12 +100,12 @@ def _run_operator(
 
 
 class NormSequential(nn.Sequential):
-    """``nn.Sequential`` whose batch norms have the right gradient, see :func:`fedkern.ops._core.layout.normed`."""
+    """``nn.Sequential`` whose batch norms have the right gradient, see :func:`fedkern.ops._core.layout.apply_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layers one after another."""
         for layer in self:
-            x = normed(layer, x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
+            x = apply_norm(layer, x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
         return x
 
 
@@ -120,7 +120,7 @@ class ConvSequential(nn.Sequential):
             norm, relu, pool = layers[at + 1 : at + 4]
             at += 1
             if type(layer) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
-                x = normed(layer, x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
+                x = apply_norm(layer, x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
                 continue
             if type(relu) is not nn.ReLU:
                 relu, pool = None, relu

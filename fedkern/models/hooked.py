@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern.deferred.pending import computed
+from fedkern.deferred.pending import compute_pending
 from fedkern.errors import UserError, nearest
 from fedkern.messages.leaves import mapped
 from fedkern.models.cutting import find_head, move_weights
@@ -67,7 +67,7 @@ class Hooked(OwnNetwork):
         results, calls = dict[str, Tensor](), Counter[str]()
 
         def keep_result(stage: str, layer: nn.Module, inputs: tuple[Tensor, ...], *output: Tensor) -> Tensor:
-            result = computed((output or inputs)[0])
+            result = compute_pending((output or inputs)[0])
             calls[stage] += 1
             if put is not None and put[0] == stage:
                 put[2]()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.deferred import plain
-from fedkern.deferred.calls import called
-from fedkern.deferred.pending import computed
+from fedkern.deferred.calls import call_parts
+from fedkern.deferred.pending import compute_pending
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
 from fedkern.models.cutting import Cut, NotCut, find_cut, find_head, find_logits, move_weights
@@ -24,7 +24,7 @@ from fedkern.ops._core.layout import plain_strides
 from fedkern.ops._core.private_torch import functorch_active
 from fedkern.streams import seeded_generators
 from fedkern.usercode import named_code
-from fedkern.usercode.execution import hosted
+from fedkern.usercode.execution import host_code
 from fedkern.usercode.named_code import Named
 
 N = TypeVar("N", bound=nn.Module)
@@ -98,7 +98,7 @@ class OwnNetwork(nn.Module):
         taken: list[Tensor] = []
 
         def remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            taken.append(computed(inputs[0]))
+            taken.append(compute_pending(inputs[0]))
 
         remember.takes_computed = True  # type: ignore[attr-defined]
         with self.head.register_forward_pre_hook(remember):
@@ -173,9 +173,9 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
         if 0 < begin <= last and self.stage_names[begin - 1] in self._cut.changed:
             x = x.clone()  # the caller's map stays as it is
         if begin == 0:
-            x = self._call_on_copy(lambda x: called(self.module, self._pieces, x, 0, last), plain_strides(x), last)
+            x = self._call_on_copy(lambda x: call_parts(self.module, self._pieces, x, 0, last), plain_strides(x), last)
         else:
-            x = called(self.module, self._pieces, x, begin, last)
+            x = call_parts(self.module, self._pieces, x, begin, last)
         return full(x) if last == len(self.stage_names) - 1 else x
 
     def _pieces(self, x: Tensor, begin: int, last: int) -> Tensor:
@@ -331,7 +331,7 @@ class Own:
         ):
             raise UserError(f"the model {self.text} needs a width: give one with --width.")
         values = {"classes": classes, "channels": channels, "image_size": side, "seed": seed, "width": width}
-        with seeded_generators(word), hosted(self.named.file if self.named else ""):
+        with seeded_generators(word), host_code(self.named.file if self.named else ""):
             try:
                 module = self.source(**{name: values[name] for name in self.takes if values[name] is not None})
             except UserError:

@@ -7,7 +7,7 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -425,7 +425,7 @@ class FlatParameters:
         tensors += [tensor for group in self._groups.values() for tensor in group]
         torch.autograd.graph.increment_version(tensors)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FlatParameters:
+    def __deepcopy__(self, memo: dict[int, object]) -> FlatParameters:
         twin = FlatParameters(copy.deepcopy(self.module, memo), self._personal)
         memo[id(self)] = twin
         return twin
@@ -546,10 +546,10 @@ class _StateDictHooks(OrderedDict[int, Any]):
         super().__init__({0: separate_storages})
         self._owner = weakref.ref(owner)
 
-    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
         return self._others().__reduce_ex__(protocol)
 
-    def __deepcopy__(self, memo: dict[Any, Any]) -> OrderedDict[int, Any]:
+    def __deepcopy__(self, memo: dict[Any, Any]) -> OrderedDict[int, object]:
         # Of a buffer torch copies the whole storage, here the vector: give each copied buffer a storage of its own.
         for buffer in () if (owner := self._owner()) is None else owner._buffers.values():
             twin = memo.get(id(buffer))
@@ -559,11 +559,11 @@ class _StateDictHooks(OrderedDict[int, Any]):
                     twin.data = memo.setdefault(place, twin.data.clone())
         return copy.deepcopy(self._others(), memo)
 
-    def _others(self) -> OrderedDict[int, Any]:
+    def _others(self) -> OrderedDict[int, object]:
         return OrderedDict((key, hook) for key, hook in self.items() if hook is not separate_storages)
 
 
-def separate_storages(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+def separate_storages(module: nn.Module, state: dict[str, object], prefix: str, _metadata: object) -> None:
     """Gives the module's tensors in a state dict storages of their own over the same memory.
 
     Tied ones share one.

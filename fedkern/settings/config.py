@@ -99,7 +99,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
             method: a registered method.
             options: method options, a mapping or ``key=value`` words.
             data_options: options of the data set (for example ``protocol``, ``boxes``, ``detector``).
-            plugins: files and modules to load first (:func:`plugins.given`).  The run stores these, and those
+            plugins: files and modules to load first (:func:`plugins.load_given`).  The run stores these, and those
                 loaded before that registered what the run uses.
             **settings: any other field; ``None`` means not given.
 
@@ -107,7 +107,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
             UserError: an unknown name, a value out of range, or a plugin that cannot be loaded.
         """
         plugin_room.load_installed()
-        loaded = plugin_room.given(plugins)
+        loaded = plugin_room.load_given(plugins)
         registry.get(method)
         names = cls.names()
         for name in settings:
@@ -238,7 +238,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         """
         for option, code in self.code():
             if not named_code.trusts(trusted, code):
-                raise named_code.untrusted(Path(folder) / NAME, code, "the option again", option)
+                raise named_code.refuse_untrusted(Path(folder) / NAME, code, "the option again", option)
 
     def code(self) -> list[tuple[str, str]]:
         """Code that the settings name and a run imports: pairs of the flag that names the code, and the code's name."""

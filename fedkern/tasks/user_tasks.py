@@ -24,7 +24,7 @@ from fedkern.tasks.base import Task
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
 from fedkern.tasks.protocols import JudgedSet, TaskBatch
-from fedkern.usercode.execution import explained
+from fedkern.usercode.execution import explain_errors
 
 _GRAPH = threading.Lock()
 """Held while parameters take part in a graph: sets may be evaluated side by side, in threads."""
@@ -168,7 +168,7 @@ class OwnTask(Task):
 
     def _call_loss(self, *arguments: object) -> Tensor:
         name, function = self.loss_name, self.loss_code
-        with explained(name, function):
+        with explain_errors(name, function):
             value: Any = repeatable(self._place_loss(function, arguments), arguments[0])(*arguments)
         if not isinstance(value, Tensor) or value.dim():
             result = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -294,7 +294,7 @@ class SetEvaluation:
             with autocast_on(next(self._model.parameters()).device) if takes_batches else nullcontext():
                 values = {name: _number(name, self._functions[name], *pair) for name in self._sums if name != "loss"}
                 for name, metric in self._objects.items():
-                    with explained(name, metric):
+                    with explain_errors(name, metric):
                         metric.update(*(pair if takes_batches else _copies(pair)))
             for name, value in {"loss": loss, **values}.items() if share else ():  # the mean of no targets is NaN
                 self._sums[name] += share * value
@@ -443,5 +443,5 @@ def _check_loss(name: str, loss: object) -> None:
 
 
 def _number(name: str, metric: Callable[..., SupportsFloat], *arguments: object) -> float:
-    with explained(name, metric):
+    with explain_errors(name, metric):
         return float(metric(*arguments))

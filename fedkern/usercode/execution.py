@@ -16,7 +16,7 @@ from fedkern.errors import RAISED, UserError, described, origin, told
 
 
 @contextmanager
-def hosted(file: str = "") -> Iterator[None]:
+def host_code(file: str = "") -> Iterator[None]:
     """Context of users' code: it can import the modules beside its ``file``, as a script can, and changes no mode.
 
     The modes of PyTorch and NumPy and the working folder are afterwards what they were: other code runs after it.
@@ -36,7 +36,7 @@ def hosted(file: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def explained(name: str, code: object) -> Iterator[None]:
+def explain_errors(name: str, code: object) -> Iterator[None]:
     """Context in which an exception of the user's function, class or object is named with its file and line."""
     try:
         yield
@@ -61,7 +61,7 @@ def run(module: str, file: str = "", source: bytes = b"") -> ModuleType:
     Raises:
         Exception, SystemExit: whatever the code raises.
     """
-    with hosted(file):
+    with host_code(file):
         if not file or module in sys.modules:
             return importlib.import_module(module)
         sys.modules[module] = executed = ModuleType(module)  # dataclasses and pickle look there

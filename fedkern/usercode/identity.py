@@ -158,7 +158,7 @@ def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [*values, *others]
 
 
-def folded(table: Mapping[str, str], rows: int = ROWS) -> dict[str, str]:
+def fold_table(table: Mapping[str, str], rows: int = ROWS) -> dict[str, str]:
     """Return a table of at most ``rows`` rows, if possible, in which a hash stands for all below a path."""
     parts = {path: re.split(r"(?=[.\[])", path) for path in table}
     groups: dict[str, Table] = {}
@@ -466,7 +466,7 @@ def _text(value: Any, limit: int, deep: int = _FEW) -> str | None:
         return f"re.compile({value.pattern!r}, {value.flags})"
     if isinstance(value, memoryview):
         return repr((value.format, value.shape, value.tobytes()))
-    return repr(value) if isinstance(value, _described()) else None
+    return repr(value) if isinstance(value, _described_types()) else None
 
 
 @functools.cache
@@ -478,7 +478,7 @@ def _arrays() -> tuple[type, ...]:
 
 
 @functools.cache
-def _described() -> tuple[type, ...]:
+def _described_types() -> tuple[type, ...]:
     import numpy as np
     import torch
 

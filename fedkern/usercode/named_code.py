@@ -67,7 +67,7 @@ def trusts(trusted: Iterable[str], code: str) -> bool:
     return absolute(code) in {absolute(part) for part in trusted}
 
 
-def untrusted(file: object, code: str, again: str, flag: str) -> UserError:
+def refuse_untrusted(file: object, code: str, again: str, flag: str) -> UserError:
     """Return the refusal of code that only a file of a run folder names.
 
     Args:
@@ -85,7 +85,7 @@ def trust(name: str) -> str:
     return f"trusted=[{json.dumps(name)}] to fedkern.load"
 
 
-def changed(what: str, out: object, differences: Sequence[str], again: str) -> UserError:
+def refuse_changed(what: str, out: object, differences: Sequence[str], again: str) -> UserError:
     """The refusal to go on with code that is not as it was when the run in ``out`` began, where nobody has trusted it.
 
     Args:

@@ -57,7 +57,7 @@ def read_code(file: Path, what: str, source: bytes | None = None) -> CodeFile:
         UserError: a file cannot be read.
     """
     source = content(file, what) if source is None else source
-    neighbours = imported(file, source)
+    neighbours = imported_modules(file, source)
     paths = sorted((path.relative_to(file.parent).as_posix(), path) for path in neighbours)
     hashes = {"": content_hash(source), **{name: content_hash(content(path)) for name, path in paths}}
     return CodeFile(source, hashes, tuple(dict.fromkeys(neighbours.values())))
@@ -67,12 +67,12 @@ def forget_changed(file: Path, code: CodeFile, module: str) -> None:
     """Have a file's ``module``, and those beside it, made anew where a file has changed since this process ran it."""
     now = {module: code.identity, **{str(file.parent / path): text for path, text in code.hashes.items() if path}}
     if any(_SEEN.get(name, text) != text for name, text in now.items()):
-        for name in (module, *loaded(file.parent, code.modules)):
+        for name in (module, *loaded_modules(file.parent, code.modules)):
             sys.modules.pop(name, None)
     _SEEN.update(now)
 
 
-def parsed(text: str) -> dict[str, str]:
+def parse_identity(text: str) -> dict[str, str]:
     """Hashes by relative path, that of the plugin under ``""``; empty where the text is no identity of a file."""
     parts: dict[str, str] = {}
     at = 0
@@ -84,13 +84,13 @@ def parsed(text: str) -> dict[str, str]:
     return parts if "" in parts else {}
 
 
-def loaded(folder: Path, names: Iterable[str]) -> list[str]:
+def loaded_modules(folder: Path, names: Iterable[str]) -> list[str]:
     """Names of modules that this process has loaded from files in the folder or below."""
     files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
     return [name for name, file in files.items() if file and Path(os.path.realpath(file)).is_relative_to(folder)]
 
 
-def imported(file: Path, source: bytes) -> dict[Path, str]:
+def imported_modules(file: Path, source: bytes) -> dict[Path, str]:
     """Modules by file, in the plugin's folder or below, that import statements lead to, from one file to the next.
 
     Raises:

@@ -31,7 +31,7 @@ from fedkern.files.filesystem import cache_folder, check_text, expand
 from fedkern.usercode import execution, plugin_files
 from fedkern.usercode.execution import module_name
 from fedkern.usercode.identity import differences, module_identity
-from fedkern.usercode.named_code import changed, trust, untrusted
+from fedkern.usercode.named_code import refuse_changed, refuse_untrusted, trust
 from fedkern.usercode.registry import REGISTRIES, Registry, docstring
 
 GROUP = "fedkern.plugins"
@@ -92,7 +92,7 @@ def load(name: str) -> Plugin:
         UserError: there is no such plugin, it raises an exception, it registers nothing, or it registers a name that
             is taken.  Nothing that it registered is kept then.
     """
-    name, path = _located(name)
+    name, path = _locate_plugin(name)
     plugin = _LOADED.get(name)
     if path is None:
         plugin = plugin or _execute(Plugin(name, _module_identity(name)))
@@ -122,7 +122,7 @@ def load_installed(warn: Callable[[str], None] = warnings.warn) -> None:
         return
     for point in points:
         try:
-            name, _ = _located(point.module)
+            name, _ = _locate_plugin(point.module)
             if name not in _LOADED:
                 _LOADED[name] = _execute(Plugin(name, _module_identity(name), given=False, installed=True))
             point.load()
@@ -138,24 +138,24 @@ def unload(name: str) -> None:
         return
     tables = _tables()
     for kind, names in plugin.added.items():
-        for each in names:
-            tables[kind].pop(each, None)
+        for entry in names:
+            tables[kind].pop(entry, None)
     _forget(plugin)
 
 
 def _forget(plugin: Plugin, kept: Collection[str] = ()) -> None:
     """Have a plugin's module, and those beside it that it imports, loaded anew, but for those ``kept``."""
-    names = plugin_files.loaded(Path(plugin.name).parent, plugin.modules)
+    names = plugin_files.loaded_modules(Path(plugin.name).parent, plugin.modules)
     for name in {_module_name(plugin), *names} - {*kept}:
         sys.modules.pop(name, None)
 
 
-def loaded() -> tuple[Plugin, ...]:
+def loaded_plugins() -> tuple[Plugin, ...]:
     """The plugins of this process, in the order in which they were loaded."""
     return tuple(_LOADED.values())
 
 
-def _located(text: str) -> tuple[str, Path | None]:
+def _locate_plugin(text: str) -> tuple[str, Path | None]:
     """The plugin's name, and its path if it is a file."""
     text = text.strip()
     check_text(text, "the plugin")
@@ -200,7 +200,7 @@ def _execute(plugin: Plugin) -> Plugin:
     modules = set(sys.modules)
     try:
         _run(plugin, module)
-        added = _added(plugin, before, tables)
+        added = _registered_names(plugin, before, tables)
         if not added and module not in modules:
             raise UserError(
                 f'The plugin {plugin.name} registers nothing: put @fedkern.register("NAME") on a method, or another of '
@@ -219,7 +219,7 @@ def _check_apart(plugin: Plugin) -> None:
     """Raise UserError where a plugin imports a module that a plugin of another folder has loaded by the same name."""
     for other in _LOADED.values():
         folder = Path(other.name).parent
-        shared = plugin_files.loaded(folder, {*other.modules} & {*plugin.modules})
+        shared = plugin_files.loaded_modules(folder, {*other.modules} & {*plugin.modules})
         if shared and folder != Path(plugin.name).parent:
             raise UserError(
                 f"The plugin {plugin.name} imports {shared[0]}, and another {shared[0]} is loaded already, of the "
@@ -250,8 +250,8 @@ def _line(error: BaseException, plugin: Plugin) -> str:
     return f" (line {lines[-1]})" if lines else ""
 
 
-def _added(
-    plugin: Plugin, before: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Mapping[str, Any]]
+def _registered_names(
+    plugin: Plugin, before: Mapping[str, Mapping[str, object]], tables: Mapping[str, Mapping[str, object]]
 ) -> dict[str, tuple[str, ...]]:
     """The names that a plugin has registered, by kind."""
     added: dict[str, tuple[str, ...]] = {}
@@ -276,7 +276,7 @@ def _added(
 # -- plugins of a run --------------------------------------------------------------------------------------------------
 
 
-def given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
+def load_given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
     """Loads plugins that the user names for a run.
 
     Args:
@@ -322,11 +322,11 @@ def of_run(table: Registry[Any], stored: Mapping[str, str]) -> list[str]:
         stored: the run's plugins, identities by name.
     """
     of_all = {name for plugin in _LOADED.values() for name in plugin.added.get(table.kind, ())}
-    of_run = [name for plugin in sent(stored) for name in plugin.added.get(table.kind, ())]
+    of_run = [name for plugin in sent_plugins(stored) for name in plugin.added.get(table.kind, ())]
     return [*of_run, *(name for name in table if name not in of_all)]
 
 
-def described(kind: str) -> dict[str, str]:
+def describe_plugins(kind: str) -> dict[str, str]:
     """The first lines of docstrings, by name, of the classes of a kind that loaded plugins have registered."""
     names = [name for plugin in _LOADED.values() for name in plugin.added.get(kind, ())]
     return {name: docstring(_tables()[kind][name]).splitlines()[0] for name in names}
@@ -359,7 +359,7 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
             load(given_again[0])
             continue
         try:
-            full, path = _located(name)
+            full, path = _locate_plugin(name)
             words = _differences(name, path, identity)
         except UserError as error:
             raise UserError(
@@ -367,9 +367,11 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
                 "give it again, --plugin FILE (in Python trusted=[FILE] to fedkern.load)."
             ) from None
         if words:
-            raise changed(f"The plugin {name}", folder, words, f"the plugin again, {again} (in Python {trust(name)}),")
+            raise refuse_changed(
+                f"The plugin {name}", folder, words, f"the plugin again, {again} (in Python {trust(name)}),"
+            )
         if full != name or not _is_remembered(name, identity):
-            raise untrusted(Path(folder) / "config.toml", f"the plugin {name}", "the plugin again", again)
+            raise refuse_untrusted(Path(folder) / "config.toml", f"the plugin {name}", "the plugin again", again)
         _LOADED[name] = replace(load(name), given=False)
 
 
@@ -378,7 +380,7 @@ def _differences(name: str, path: Path | None, identity: str, source: bytes | No
     then, now = {"": identity}, {"": "" if path is not None else _module_identity(name)}
     if path is not None:
         code = plugin_files.read_code(path, f"The plugin {path}", source)
-        then, now = plugin_files.parsed(identity) or then, code.hashes
+        then, now = plugin_files.parse_identity(identity) or then, code.hashes
     tables = ({str(Path(name).parent / part) if part else name: table[part] for part in table} for table in (then, now))
     return [_short(text) for text in differences(*tables)]
 
@@ -442,13 +444,13 @@ def _note(name: str, identity: str) -> Path:
 # -- worker processes --------------------------------------------------------------------------------------------------
 
 
-def sent(stored: Mapping[str, str]) -> list[Plugin]:
+def sent_plugins(stored: Mapping[str, str]) -> list[Plugin]:
     """The plugins of a run for another process, which gets the content of files as this process has executed it."""
     return [plugin for name, identity in stored.items() if (plugin := _stand_in(name, identity)) is not None]
 
 
 def receive(plugins: Iterable[Plugin]) -> None:
-    """Loads plugins that another process has :func:`sent`.
+    """Loads plugins that another process has :func:`sent_plugins`.
 
     Raises:
         UserError: see :func:`load`; or a file that a plugin imports has changed meanwhile.

@@ -70,7 +70,7 @@ def check_untouched(fails, begun, pair, *parts):
 @pytest.mark.exhaustive
 def test_an_unchanged_neighbour_goes_on(result, begun, pair):
     stored = tomllib.loads((begun / "config.toml").read_text())["plugins"][str(pair.path)]
-    assert list(plugin_files.parsed(stored)) == ["", "helpers_of_a_test.py"]
+    assert list(plugin_files.parse_identity(stored)) == ["", "helpers_of_a_test.py"]
     result("--resume", str(begun), "--quiet")
     assert pair.runs == 2
     assert "other-plugin" not in json.loads((begun / "summary.json").read_text())["diagnostics"]
@@ -98,7 +98,7 @@ def test_a_neighbour_that_is_gone_or_new_is_a_change(fails, begun, pair):
 
 def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
     config = begun / "config.toml"
-    stored = plugin_files.parsed(tomllib.loads(config.read_text())["plugins"][str(pair.path)])
+    stored = plugin_files.parse_identity(tomllib.loads(config.read_text())["plugins"][str(pair.path)])
     whole = f"{stored['']}; helpers_of_a_test.py {stored['helpers_of_a_test.py']}"
     assert whole in config.read_text()
     for other, said in (
@@ -114,10 +114,10 @@ def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
 
 
 def test_another_process_executes_no_other_neighbour(pair):
-    sent = plugins.sent(plugins.given([str(pair.path)]))
+    sent = plugins.sent_plugins(plugins.load_given([str(pair.path)]))
     unload_all()
     plugins.receive(sent)
-    assert [plugin.identity for plugin in plugins.loaded()] == [sent[0].identity]
+    assert [plugin.identity for plugin in plugins.loaded_plugins()] == [sent[0].identity]
     unload_all()
     pair.write(20)
     with pytest.raises(UserError, match=r"has changed meanwhile \(`.*helpers_of_a_test\.py` changed"):
@@ -135,11 +135,11 @@ def test_a_changed_neighbour_is_loaded_again(pair):
     pair.write(20)
     assert plugins.load(str(pair.path)).identity != first.identity
     assert (pair.runs, METHODS["mine"].weights) == (2, 20)
-    assert plugins.given({str(pair.path): plugins.load(str(pair.path)).identity})
+    assert plugins.load_given({str(pair.path): plugins.load(str(pair.path)).identity})
     with pytest.raises(UserError, match="is not the one that the settings name"):
-        plugins.given({str(pair.path): first.identity})
+        plugins.load_given({str(pair.path): first.identity})
     with pytest.raises(UserError, match="is not the one that the settings name"):
-        plugins.given({str(pair.path): "anything"})
+        plugins.load_given({str(pair.path): "anything"})
     unload_all()
     assert "helpers_of_a_test" not in sys.modules
     assert str(pair.path.parent) not in sys.path
@@ -161,7 +161,7 @@ def test_plugins_of_two_folders_cannot_import_modules_of_one_name(pair, tmp_path
     assert "yours" not in METHODS
     beside = pair.path.with_name("beside.py")
     beside.write_text(OWN.replace('"mine"', '"beside"'))
-    assert plugin_files.parsed(plugins.load(str(beside)).identity).keys() == {"", "helpers_of_a_test.py"}
+    assert plugin_files.parse_identity(plugins.load(str(beside)).identity).keys() == {"", "helpers_of_a_test.py"}
     assert pair.runs == 1  # both share the module
 
 
@@ -180,7 +180,7 @@ def test_neighbours_are_found_from_import_to_import(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    found = plugin_files.parsed(plugins.load(str(tmp_path / "own.py")).identity)
+    found = plugin_files.parse_identity(plugins.load(str(tmp_path / "own.py")).identity)
     own = {name for name in files if name not in ("own.py", "unused.py")}
     assert found.keys() == {"", *own}
     for name in own:
@@ -189,30 +189,33 @@ def test_neighbours_are_found_from_import_to_import(tmp_path):
 
 def test_installed_code_in_the_folder_is_no_neighbour(tmp_path, monkeypatch):
     root = Path(fedkern.__file__).resolve().parents[1]
-    assert plugin_files.imported(root / "own.py", b"import fedkern.ops\nfrom fedkern.methods import FedAvg\n") == {}
+    assert (
+        plugin_files.imported_modules(root / "own.py", b"import fedkern.ops\nfrom fedkern.methods import FedAvg\n")
+        == {}
+    )
     for place in ("stdlib", "vendored"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "x.py").write_text("")
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "stdlib"))
-    found = plugin_files.imported(tmp_path / "own.py", b"import stdlib.x, vendored.x, json")
+    found = plugin_files.imported_modules(tmp_path / "own.py", b"import stdlib.x, vendored.x, json")
     assert found == {tmp_path / "vendored" / "x.py": "vendored.x"}
 
 
 def test_an_identity_is_read_as_it_is_written():
     hashes = {"": content_hash(b"own"), "a file.py": content_hash(b"a")}
     text = plugin_files.CodeFile(b"own", hashes, ()).identity
-    assert plugin_files.parsed(text) == hashes
-    assert plugin_files.parsed(text.partition("; ")[2]) == {}
+    assert plugin_files.parse_identity(text) == hashes
+    assert plugin_files.parse_identity(text.partition("; ")[2]) == {}
     for other in ("", "sha256:12", "1.0, sha256:" + 64 * "a" + ", /a/file.py", text + "; x"):
-        assert plugin_files.parsed(other) == {}
+        assert plugin_files.parse_identity(other) == {}
 
 
 def test_a_neighbour_that_cannot_be_read_leaves_nothing_registered(pair, monkeypatch):
-    monkeypatch.setattr(plugin_files, "imported", lambda *_: {pair.path.parent / "missing.py": "missing"})
+    monkeypatch.setattr(plugin_files, "imported_modules", lambda *_: {pair.path.parent / "missing.py": "missing"})
     with pytest.raises(UserError, match=r"missing\.py, which a plugin imports, cannot be read"):
         plugins.load(str(pair.path))
     assert "mine" not in METHODS
-    assert plugins.loaded() == ()
+    assert plugins.loaded_plugins() == ()
 
 
 def test_a_stored_identity_without_its_plugin_is_not_there(fails, begun, pair):

@@ -237,9 +237,9 @@ def command(tmp_path, monkeypatch, capfd, undrawn):
             code = 1
         return code, capfd.readouterr().err
 
-    before = {each.name for each in plugins.loaded()}
+    before = {each.name for each in plugins.loaded_plugins()}
     yield run
-    for each in plugins.loaded():
+    for each in plugins.loaded_plugins():
         if each.name not in before:
             plugins.unload(each.name)
 

@@ -27,8 +27,8 @@ def test_the_examples_have_the_same_bits(method, file, make_data, tmp_path):
 
 def test_another_process_gets_the_content_that_this_one_has_executed(tmp_path):
     marked = Marked(tmp_path)
-    stored = plugins.given([str(marked.path)])
-    sent = plugins.sent(stored)
+    stored = plugins.load_given([str(marked.path)])
+    sent = plugins.sent_plugins(stored)
     marked.path.unlink()
     name = METHODS["mine"].__module__
     unload_all()
@@ -36,4 +36,4 @@ def test_another_process_gets_the_content_that_this_one_has_executed(tmp_path):
     assert METHODS["mine"].__module__ == name  # what a pickle of the method refers to
     plugins.receive(sent)
     assert marked.runs == 2
-    assert plugins.sent({}) == []
+    assert plugins.sent_plugins({}) == []

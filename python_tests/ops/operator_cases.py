@@ -30,7 +30,7 @@ def _triton() -> list[str]:
         loading.load_triton("_core.triton.launch")
     except loading.Unavailable:
         return []
-    return ["triton"] if loading.interpreted() else []
+    return ["triton"] if loading.is_interpreted() else []
 
 
 KERNELS = [f"cpu-{isa}" for isa in _isas()]

@@ -148,7 +148,7 @@ def test_a_plugin_that_prints_leaves_standard_output_alone(words, tmp_path, monk
     try:
         assert main(["--json", *words, "--plugin", "loud.py"]) == 0
     finally:
-        for plugin in plugins.loaded():
+        for plugin in plugins.loaded_plugins():
             plugins.unload(plugin.name)
     out, err = capfd.readouterr()
     assert sorted(err.splitlines()) == ["import", "import by descriptor"]

@@ -29,7 +29,7 @@ from fedkern.process import torch_modes
 from fedkern.settings.run_data import load_data
 from fedkern.tasks.registered_metrics import METRICS
 from fedkern.usercode import named_code, plugins
-from fedkern.usercode.execution import hosted
+from fedkern.usercode.execution import host_code
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, "rounds": 2, "threads": 1,
         "grad_cam": 0, "progress": False, "pictures": False}  # fmt: skip
@@ -327,7 +327,7 @@ def test_what_a_caller_has_set_stays_where_users_code_sets_nothing():
         torch.set_default_dtype(torch.float64)
         torch.set_float32_matmul_precision("medium")
         before = state()
-        with hosted():
+        with host_code():
             pass
         assert state() == before
         with torch_modes.reproducible():

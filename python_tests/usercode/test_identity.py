@@ -28,7 +28,7 @@ from fedkern.usercode.identity import (
     content_hash,
     differences,
     digest,
-    folded,
+    fold_table,
     identity_table,
     is_unchanged,
     left_out,
@@ -283,9 +283,9 @@ def test_a_large_table_is_stored_as_few_rows_that_tell_as_much():
     first = table(nn.Sequential(*(nn.Sequential(nn.Dropout(0.1), nn.ReLU()) for _ in range(200))))
     second = {**first, "x.150.0.p": "0.2"}
     assert len(first) > 600
-    assert len(folded(first, 250)) <= 250
-    assert differences(folded(first, 250), folded(second, 250)) == ["`x.150` changed"]
-    assert folded({"a": "1"}) == {"a": "1"}
+    assert len(fold_table(first, 250)) <= 250
+    assert differences(fold_table(first, 250), fold_table(second, 250)) == ["`x.150` changed"]
+    assert fold_table({"a": "1"}) == {"a": "1"}
 
 
 def test_objects_that_a_run_has_changed_count_as_the_former_ones():

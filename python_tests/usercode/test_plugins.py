@@ -39,7 +39,7 @@ def test_a_file_is_executed_once_until_it_changes(tmp_path):
     assert METHODS["mine"] is not former
     plugins.unload(plugin.name)
     assert "mine" not in METHODS
-    assert plugins.loaded() == ()
+    assert plugins.loaded_plugins() == ()
 
 
 def test_a_plugin_whose_code_is_also_named_is_executed_once(tmp_path):
@@ -98,7 +98,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path, text, message):
         plugins.load(path)
     assert path in str(told.value)
     assert registered() == before
-    assert plugins.loaded() == ()
+    assert plugins.loaded_plugins() == ()
     assert not [name for name in set(sys.modules) - modules if name.startswith("fedkern_file")]
 
 
@@ -166,8 +166,8 @@ def test_entry_points_are_loaded_and_broken_ones_warn(points, tmp_path):
     points("broken", "good", "missing")
     said = []
     plugins.load_installed(said.append)
-    assert [plugin.name for plugin in plugins.loaded()] == ["good_of_a_test"]
-    assert not plugins.loaded()[0].given
+    assert [plugin.name for plugin in plugins.loaded_plugins()] == ["good_of_a_test"]
+    assert not plugins.loaded_plugins()[0].given
     assert len(said) == 2
     assert "broken of an installed package is left out: The plugin broken_of_a_test cannot be loaded" in said[0]
     assert "ZeroDivisionError" in said[0]

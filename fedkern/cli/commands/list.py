@@ -37,7 +37,7 @@ def catalogue() -> dict[str, dict[str, str]]:
         "partitioners": {info.usage: info.description for info in PARTITIONERS.values()},
         "aggregators": {Rule(name).text: entry.description for name, entry in AGGREGATORS.items()},
         **(metrics if METRICS else {}),
-        **{f"{kind}s": descriptions for kind in ("part", "filter") if (descriptions := plugins.described(kind))},
+        **{f"{kind}s": descriptions for kind in ("part", "filter") if (descriptions := plugins.describe_plugins(kind))},
     }
 
 

@@ -68,7 +68,7 @@ def _workers_ahead(config: RunConfig) -> AbstractContextManager[None]:
     from fedkern.engine.executors import choice, fork_server, torchrun_group
 
     alone = config.workers == "1" or config.trained_clients < 2 or bool(choice.unavailable(config.device))
-    alone = alone or bool(plugins.loaded())  # a plugin may have computed already
+    alone = alone or bool(plugins.loaded_plugins())  # a plugin may have computed already
     alone = alone or torchrun_group.present() is not None  # clients work on ranks
     idle = min(machine.usable_cores(), config.threads) > 1 or config.workers != "auto"
     return fork_server.ahead() if interrupts.whole_process() and idle and not alone else nullcontext()

@@ -20,7 +20,7 @@ from fedkern.data.types import DataRequest, FederatedData, Pool, Source
 from fedkern.errors import UserError
 from fedkern.tasks import Task, task_of
 from fedkern.typed_option import Option
-from fedkern.usercode.execution import explained, hosted
+from fedkern.usercode.execution import explain_errors, host_code
 from fedkern.usercode.identity import digest, identity_table
 from fedkern.usercode.registry import keyword_options
 
@@ -62,7 +62,7 @@ class DataFunction:
         if "reading" in self.takes:
             settings["reading"] = Reading.of(request)
         settings = {name: settings[name] for name in self.takes}
-        with explained(self._who, self.function), hosted():
+        with explain_errors(self._who, self.function), host_code():
             data = self.function(**settings, **{key: request.options[key] for key in self._own})
         if isinstance(data, Source):
             data = data.with_pools(self._with_task)

@@ -136,7 +136,7 @@ def fork_server_of(setup: Setup) -> ForkServer:
         packet = packer.pack(setup)
         server = _ahead.pop() if _ahead else _start_process()
         paths = [path or str(Path.cwd()) for path in sys.path]
-        server.channel.say((paths, plugins.sent(setup.context.config.plugins)))
+        server.channel.say((paths, plugins.sent_plugins(setup.context.config.plugins)))
         server.channel.send(packet)
     finally:
         packer.clear()

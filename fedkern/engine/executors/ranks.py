@@ -78,7 +78,7 @@ class Ranks(Ordered):
             return
         self._processes = list(self._group.connections.values())
         for connection in self._processes:
-            connection.say(plugins.sent(self._context.config.plugins))
+            connection.say(plugins.sent_plugins(self._context.config.plugins))
             connection.send(packet)
         self._packer.clear()
         self._context.notices.notice(f"clients work on {self._group.size} ranks")

@@ -28,7 +28,7 @@ from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.run_format import read_code
 from fedkern.settings.stored import load_settings, make_portable
 from fedkern.usercode import named_code, plugin_files, plugins
-from fedkern.usercode.identity import differences, digest, folded, is_unchanged
+from fedkern.usercode.identity import differences, digest, fold_table, is_unchanged
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""
@@ -192,7 +192,7 @@ def facts_of(context: RunContext, fingerprint: int, out: Path) -> State:
     return {
         "config": make_portable(config, out).to_dict(),
         "data": fingerprint,
-        "code": {group: folded(table) for group, table in context.code.items()},
+        "code": {group: fold_table(table) for group, table in context.code.items()},
         "names": {kind: zlib.crc32(json.dumps(list(words)).encode()) for kind, words in names.items()},
         "versions": versions.versions(),
         "kernels": versions.kernels(),
@@ -239,16 +239,16 @@ def same_code(
     for group, (sha256, subject, name) in groups.items():
         table = code.get(group, {})
         if (sha256 or group in stored_code or entry is not None) and not is_unchanged(sha256 or "", digest(table)):
-            words = differences(stored_code[group], folded(table)) if group in stored_code else []
+            words = differences(stored_code[group], fold_table(table)) if group in stored_code else []
             words = ([f"{began} then, {current} now"] if group == "training" and began != current else []) + words
             changed.append((subject, name, words))
     if named_code.parse(config.model) is not None and stored.model_sha256 not in (None, config.model_sha256):
-        files = (plugin_files.parsed(str(sha256)) for sha256 in (stored.model_sha256, config.model_sha256))
+        files = (plugin_files.parse_identity(str(sha256)) for sha256 in (stored.model_sha256, config.model_sha256))
         changed.append((f"the network {config.model}", config.model, differences(*files)))
     warnings = []
     for subject, name, words in changed:
         if not named_code.trusts(trusted, name):
-            raise named_code.changed(subject, out, words, f'trusted=["{name}"] to fedkern.load')
+            raise named_code.refuse_changed(subject, out, words, f'trusted=["{name}"] to fedkern.load')
         warnings.append(named_code.as_it_is(subject))
     kept = {name: getattr(stored, name) for name in ("model_sha256", "training", "training_sha256")}
     return config.replace(**kept), warnings

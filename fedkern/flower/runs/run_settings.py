@@ -96,7 +96,7 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
             raise UserError(f'The run-config has an unknown key "{key}".{nearest(key, keys)}')
     named = [_located(name.strip()) for name in values.get("plugins", "").split(",") if name.strip()]
     plugins.load_installed()
-    loaded = plugins.given(named)
+    loaded = plugins.load_given(named)
     settings: dict[str, Any] = {fields[key]: word for key, word in values.items() if key in fields}
     method = settings.pop("method", "fedavg")
     settings |= {field: _located_code(settings[field]) for field in CODE if field in settings}

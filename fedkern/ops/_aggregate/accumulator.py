@@ -16,7 +16,7 @@ from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.reference import INFINITE, LOWEST, NOT_A_NUMBER, exact_merge_reference
 from fedkern.ops._core import backend
-from fedkern.ops._core.checks import check_count, check_tensor, shown
+from fedkern.ops._core.checks import check_count, check_tensor, show_value
 from fedkern.ops._core.private_torch import functorch_active
 
 # Exact weights are integers in units of the smallest positive double.
@@ -58,7 +58,7 @@ class Accumulator:
         try:
             self.device = torch.empty(0, device=device).device
         except (RuntimeError, TypeError, AssertionError) as error:  # each from another part of torch
-            raise ValueError(f"device must be one that torch can use here, not {shown(device)}") from error
+            raise ValueError(f"device must be one that torch can use here, not {show_value(device)}") from error
         self._count = 0
         self._dtype: torch.dtype | None = None
         self._weight = 0.0
@@ -273,7 +273,7 @@ class Accumulator:
         if size != self.size or exact != self.exact:
             raise ValueError(
                 f"the state must be of size {self.size} and exact={self.exact}, "
-                f"not of size {shown(size)} and exact={exact}"
+                f"not of size {show_value(size)} and exact={exact}"
             )
         forms: dict[str, tuple[torch.dtype, list[int]]] = {"sum": (torch.float64, [size])}
         if exact:
@@ -283,7 +283,7 @@ class Accumulator:
                 "top": (torch.int8, [size]),
             }
         for name in sorted({*state} ^ {*numbers, *forms}, key=str):
-            raise ValueError(f"the state must {'not ' if name in state else ''}have the entry {shown(name)!r}")
+            raise ValueError(f"the state must {'not ' if name in state else ''}have the entry {show_value(name)!r}")
         for name, form in forms.items():
             _check_entry(state[name], name, *form)
         count, weight = _whole(state, "count"), check_weight(state["weight"], "the state's weight")
@@ -296,20 +296,20 @@ class Accumulator:
             if not math.isclose(total, weight, rel_tol=1e-6):
                 raise ValueError(f"the state's weight must be that of its units, {total:g}, not {weight:g}")
         if count < 0 or (exact and count > _MOST_EXACT) or (not count and weight):
-            raise ValueError(f"the state's count must be that of vectors of weight {weight:g}, not {shown(count)}")
+            raise ValueError(f"the state's count must be that of vectors of weight {weight:g}, not {show_value(count)}")
         codes = {number: dtype for dtype, number in backend.DTYPES.items()}
         code = _whole(state, "dtype")
         if code not in (codes if count else {-1}):
             allowed = f"one of {', '.join(map(str, codes))}" if count else "-1 before the first vector"
-            raise ValueError(f"the state's dtype must be {allowed}, not {shown(code)}")
+            raise ValueError(f"the state's dtype must be {allowed}, not {show_value(code)}")
         if exact:
             _check_digits(state["digits"], state["top"], count)
         return count, weight, codes.get(code)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
     def __repr__(self) -> str:
@@ -328,7 +328,7 @@ def _whole(state: Mapping[str, Any], name: str) -> int:
     return int(value) if isinstance(value, bool) else check_count(value, f"the state's {name}", -1)
 
 
-def _check_entry(value: Any, name: str, dtype: torch.dtype, shape: list[int]) -> None:
+def _check_entry(value: Tensor, name: str, dtype: torch.dtype, shape: list[int]) -> None:
     name = f"the state's {name}"
     check_tensor(value, name)
     if value.dtype is not dtype:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
-from fedkern.ops._core.checks import check_dense, check_device, check_floating, real, refuse_gradient, written
+from fedkern.ops._core.checks import check_dense, check_device, check_floating, mark_written, real, refuse_gradient
 from fedkern.ops._core.library import numbers_tensor
-from fedkern.ops._core.memory import placed
+from fedkern.ops._core.memory import place_values
 
 Vectors = Tensor | Sequence[Tensor]
 #: Checked numbers: finite, not negative, of positive sum.  For vectors on a GPU also a tensor ``[M]`` there, unchecked.
@@ -218,7 +218,7 @@ def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> T
     if isinstance(weights, Tensor):
         return weights
     values, _ = check_weights(weights, count)
-    return numbers_tensor(values, first.device) if torch.compiler.is_compiling() else placed(values, first.device)
+    return numbers_tensor(values, first.device) if torch.compiler.is_compiling() else place_values(values, first.device)
 
 
 def direct_target(out: Tensor | None, vectors: Vectors) -> Tensor | None:
@@ -241,7 +241,7 @@ def direct_target(out: Tensor | None, vectors: Vectors) -> Tensor | None:
 def deliver(result: Tensor, out: Tensor) -> Tensor:
     """Returns ``out`` with ``result`` in it, copied if necessary, and tells autograd that ``out`` has changed."""
     if result is out:
-        written(out)
+        mark_written(out)
         return out
     with torch.no_grad():
         return out.copy_(result)

@@ -36,7 +36,7 @@ from fedkern.ops._aggregate.robust_reference import (
 )
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_count, check_number, shown
+from fedkern.ops._core.checks import check_count, check_number, show_value
 
 # Vectors at larger distances than this, in multiples of most vectors', leave too few digits of most vectors' distances
 # to a mean: see _products.
@@ -176,7 +176,9 @@ def _pairwise(vectors: Vectors) -> Tensor:
 def _check_krum(byzantine: int, keep: int, count: int) -> None:
     check_count(byzantine, "byzantine", 0)
     if 2 * byzantine + 2 >= count:
-        raise ValueError(f"byzantine must be less than (M - 2) / 2 with M = {count} vectors, not {shown(byzantine)}")
+        raise ValueError(
+            f"byzantine must be less than (M - 2) / 2 with M = {count} vectors, not {show_value(byzantine)}"
+        )
     check_count(keep, "keep", 1, count - byzantine)
 
 

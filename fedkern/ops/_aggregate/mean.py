@@ -27,7 +27,7 @@ from fedkern.ops._aggregate.reference import countable, weighted_mean_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
 from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
-from fedkern.ops._core.memory import placed
+from fedkern.ops._core.memory import place_values
 
 
 def weighted_mean(
@@ -153,7 +153,7 @@ def _shares(weights: Tensor, grad: Tensor) -> Tensor:
 def _outer(shares: Tensor | list[float], grad: Tensor) -> Tensor:
     """``[M, P]`` from shares ``[M]`` and a gradient ``[P]``."""
     dtype = grad.dtype if grad.dtype.itemsize > 2 else torch.float32
-    shares = shares.to(dtype) if isinstance(shares, Tensor) else placed(shares, grad.device, dtype)
+    shares = shares.to(dtype) if isinstance(shares, Tensor) else place_values(shares, grad.device, dtype)
     outer = torch.outer(shares, grad)
     return outer if outer.dtype is grad.dtype else outer.to(grad.dtype)
 
@@ -205,9 +205,11 @@ def _vmap(
         stacked = vectors.movedim(rows, 1)
         return _weighted_mean(stacked.flatten(1, 2), weights, dtype).unflatten(0, stacked.shape[1:]), 0
     # Every mapped entry has weights of its own: one call each.
-    each = weights.movedim(values, 0).unbind()
-    parts = [vectors] * len(each) if rows is None else vectors.movedim(rows, 0).unbind()
-    return torch.stack([_weighted_mean(part, value, dtype) for part, value in zip(parts, each, strict=True)]), 0
+    rows_of_weights = weights.movedim(values, 0).unbind()
+    parts = [vectors] * len(rows_of_weights) if rows is None else vectors.movedim(rows, 0).unbind()
+    return torch.stack(
+        [_weighted_mean(part, value, dtype) for part, value in zip(parts, rows_of_weights, strict=True)]
+    ), 0
 
 
 _weighted_mean = library.register(

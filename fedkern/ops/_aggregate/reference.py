@@ -117,8 +117,8 @@ def exact_merge_reference(digits: Tensor, top: Tensor, more: Tensor, more_top: T
         finite = after < INFINITE
         opposed = (torch.minimum(before, theirs) >= INFINITE) & (before != theirs)
         ours, added = (
-            risen(each[:, piece], torch.where(finite, after - position, 0))
-            for each, position in ((digits, before), (more, theirs))
+            risen(sums[:, piece], torch.where(finite, after - position, 0))
+            for sums, position in ((digits, before), (more, theirs))
         )
         digits[:, piece] = (ours + added) * finite
         top[piece] = torch.where(opposed, NOT_A_NUMBER, after).to(torch.int8)

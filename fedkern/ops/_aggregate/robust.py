@@ -22,7 +22,7 @@ from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.mean import fake_vector, select, weighted_mean
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_count, shown
+from fedkern.ops._core.checks import check_count, show_value
 
 
 def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] | None = None) -> Tensor:
@@ -104,7 +104,7 @@ def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) ->
 def _check_trim(trim: int, count: int) -> None:
     check_count(trim, "trim", 0)
     if 2 * trim >= count:
-        raise ValueError(f"trim must be less than half of the number of vectors, {count}, not {shown(trim)}")
+        raise ValueError(f"trim must be less than half of the number of vectors, {count}, not {show_value(trim)}")
 
 
 def _sorted_mean(

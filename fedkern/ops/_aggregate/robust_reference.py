@@ -12,7 +12,7 @@ from fedkern.ops._aggregate.checks import Vectors, Weights
 from fedkern.ops._aggregate.philox import normal
 from fedkern.ops._aggregate.reference import pieces
 from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
-from fedkern.ops._core.memory import placed
+from fedkern.ops._core.memory import place_values
 
 # Relative tolerance: a partial sum of weights this close to half of their sum counts as half, however it was rounded.
 HALF = 2.0**-40
@@ -35,7 +35,7 @@ def as_weights(weights: Weights, like: Tensor) -> Tensor:
     """fp64 ``[M]`` on the device of ``like``."""
     if isinstance(weights, Tensor):
         return weights.to(like.device, torch.float64)
-    return placed(weights, like.device)
+    return place_values(weights, like.device)
 
 
 def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:

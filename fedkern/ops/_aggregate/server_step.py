@@ -32,9 +32,9 @@ from fedkern.ops._core.checks import (
     check_device,
     check_flag,
     check_number,
+    mark_written,
     refuse_gradient,
     share_memory,
-    written,
 )
 
 
@@ -138,7 +138,7 @@ def server_step(
                 call = ServerCall(global_, vectors, values, settings, first, second, out, similarities)
                 step = kernel.server_step(call)
                 if first is not None or out is not None:
-                    written(first, second, out)
+                    mark_written(first, second, out)
                 return ServerStep(*step)
     one, count = check_vectors(vectors)
     size = one.shape[-1]
@@ -242,7 +242,7 @@ def _compute(call: ServerCall) -> ServerStep:
     if out is not None and not _direct(out, global_, vectors, first, second):
         target = torch.empty_like(out, memory_format=torch.contiguous_format)  # rounded once, to out's dtype
     model, norms, cosines = kernel.server_step(call._replace(weights=values, out=target))
-    written(first, second)
+    mark_written(first, second)
     return ServerStep(model if out is None else deliver(model, out), norms, cosines)
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from fedkern.ops._blend.kernels import BoxesKernels, output_strides
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import eager, ready, select
-from fedkern.ops._core.checks import check_dense, check_device, check_memory, check_tensor, real, shown
+from fedkern.ops._core.checks import check_dense, check_device, check_memory, check_tensor, real, show_value
 from fedkern.ops._core.function import Context, EagerFunction
-from fedkern.ops._core.memory import placed
+from fedkern.ops._core.memory import place_values
 
 
 def boxes_mask_reference(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -155,7 +155,7 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
         if fill.is_cpu and eager(fill):  # on a GPU reading the values would wait for the device
             _check_values(fill.flatten().tolist(), images.dtype)
             if not fill.dim():
-                return placed([fill.item()], images.device, images.dtype).expand(channels)[None]
+                return place_values([fill.item()], images.device, images.dtype).expand(channels)[None]
         return fill.to(images).expand(channels)[None]
     several = isinstance(fill, Sequence) and not isinstance(fill, (str, bytes, bytearray))
     values: list[Any] = list(fill) if several else [fill]  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
     _check_values(values, images.dtype)
     if images.is_floating_point() and torch.compiler.is_compiling():
         return library.numbers_tensor(values, images.device).to(images.dtype).expand(channels)[None]
-    return placed(values, images.device, images.dtype).expand(channels)[None]
+    return place_values(values, images.device, images.dtype).expand(channels)[None]
 
 
 def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
@@ -177,7 +177,7 @@ def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
     low, high = (0, 1) if info is None else (info.min, info.max)
     for value in values:
         if not low <= value <= high or value != math.floor(value):
-            raise ValueError(f"fill must be a value of the images' dtype {dtype}, not {shown(value)}")
+            raise ValueError(f"fill must be a value of the images' dtype {dtype}, not {show_value(value)}")
 
 
 class _FillBoxes(EagerFunction):

@@ -59,7 +59,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
         temperature = check_temperature(temperature, x)
     if kernel is None:
         if not eager(*tensors):
-            return _watched(x, y, learnt, temperature)
+            return _call_operator(x, y, learnt, temperature)
         kernel = select("contrastive", *tensors)
     if kernel is None:
         return contrastive_reference(x, y, temperature)
@@ -69,7 +69,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
     return kernel.loss(call)
 
 
-def _watched(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
+def _call_operator(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
     """Calls the torch.library operator."""
     if not isinstance(temperature, Tensor) and torch.compiler.is_compiling():
         learnt = library.number_tensor(temperature).to(x.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._conv.kernels import Inputs, Settings
-from fedkern.ops._core.checks import check_count, check_device, check_flag, check_floating, check_number, shown
+from fedkern.ops._core.checks import check_count, check_device, check_flag, check_floating, check_number, show_value
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -45,7 +45,9 @@ def check_tensors(inputs: Inputs, settings: Settings) -> None:
     values = x.shape[0] * height * width
     if groups:
         if weight.shape[0] % groups:
-            raise ValueError(f"groups must divide the {weight.shape[0]} channels of the result, but is {shown(groups)}")
+            raise ValueError(
+                f"groups must divide the {weight.shape[0]} channels of the result, but is {show_value(groups)}"
+            )
         if mean is not None or variance is not None:
             raise ValueError("mean and variance must be None with groups, which have no running statistics")
         if values * weight.shape[0] == groups:

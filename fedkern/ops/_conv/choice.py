@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
-from fedkern.ops._core.backend import eager, intercepted, ready, select, settle
+from fedkern.ops._core.backend import eager, is_intercepted, ready, select, settle
 
 _autocast = torch.is_autocast_enabled
 
@@ -20,7 +20,7 @@ def choose_kernel(operator: str, *arguments: object) -> Any | None:
     """
     try:
         kernel = ready(operator, *arguments)
-        if kernel is None and not intercepted() and settle(operator, "cpu"):
+        if kernel is None and not is_intercepted() and settle(operator, "cpu"):
             kernel = ready(operator, *arguments)
     except (RuntimeError, ValueError):  # another backend is forced; torch.jit.trace is recording
         return None

@@ -181,7 +181,8 @@ class PoolKernels(Launcher):
         padding, relu, dense = pooling
         grad = grad.resolve_neg().contiguous(memory_format=torch.contiguous_format if dense else _CHANNELS_LAST)
         x, weight = (
-            each if each.is_contiguous() else each.contiguous(memory_format=_CHANNELS_LAST) for each in (x, weight)
+            tensor if tensor.is_contiguous() else tensor.contiguous(memory_format=_CHANNELS_LAST)
+            for tensor in (x, weight)
         )  # hooks on saved tensors may have changed strides
         to_x = _empty_like(x) if needs[0] else None
         to_weight = _empty_like(weight) if needs[1] else None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkern.ops._conv.kernels import Inputs, Settings
-from fedkern.ops._core.layout import conv2d, group_normed, normed
+from fedkern.ops._core.layout import apply_norm, conv2d, group_normed
 
 
 def conv_norm_reference(inputs: Inputs, settings: Settings) -> Tensor:
@@ -29,7 +29,7 @@ def norm_reference(y: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     if groups:
         y = group_normed(y, groups, scale, shift, eps)
     else:
-        y = normed(F.batch_norm, y, mean, variance, scale.contiguous(), shift, training, momentum, eps)
+        y = apply_norm(F.batch_norm, y, mean, variance, scale.contiguous(), shift, training, momentum, eps)
     if residual is not None:
         y = y + residual
     if relu:

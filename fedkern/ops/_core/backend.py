@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import devices, private_torch
-from fedkern.ops._core.loading import REBUILD, Unavailable, Unsuited, interpreted, load_core, load_triton, tell
+from fedkern.ops._core.loading import REBUILD, Unavailable, Unsuited, is_interpreted, load_core, load_triton, tell
 from fedkern.ops._core.memory import cache
 from fedkern.ops._core.private_torch import outlived as outlived
 from fedkern.ops._core.torchscript import refuse
@@ -146,7 +146,7 @@ def _forget() -> None:
 
 
 def _serves(backend: str, kernel: Kernel, device: str) -> bool:
-    if backend == "triton" and interpreted():
+    if backend == "triton" and is_interpreted():
         return device == "cpu"  # the interpreter would copy every CUDA tensor to the host and back
     return device in kernel.devices
 
@@ -297,7 +297,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
-def intercepted() -> bool:
+def is_intercepted() -> bool:
     """True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
 
     Raises:
@@ -370,14 +370,14 @@ def tangents(values: Iterable[object]) -> bool:
 def readable(grad: Tensor) -> bool:
     """True where a backward pass may hand ``grad`` to a kernel: the pass is neither recorded nor mapped over."""
     # is_grads_batched=True hands a legacy batched tensor to a backward pass.
-    if type(grad) is not Tensor or _grad_enabled() or intercepted():
+    if type(grad) is not Tensor or _grad_enabled() or is_intercepted():
         return False
     return not _legacy_batched(grad) and not outlived(grad)
 
 
 def eager(*tensors: Tensor) -> bool:
     """Return whether kernels may use the pointers of ``tensors``: ordinary ones, no transform, mode or compiler."""
-    if intercepted():
+    if is_intercepted():
         return False
     return all(
         # is_grads_batched=True hands a legacy batched tensor to a backward pass.
@@ -397,7 +397,7 @@ def ready(operator: str, *arguments: object) -> Any | None:
     A call is ordinary where nothing intercepts it, a core serves the operator, and the check that :func:`serve` named
     finds nothing unusual about ``arguments``.  On small tensors the general path takes longer than a kernel.
     """
-    if intercepted():  # first of all: a compiler would guard on everything that is looked up below
+    if is_intercepted():  # first of all: a compiler would guard on everything that is looked up below
         return None
     entry = _ordinary.get(operator)
     return None if entry is None else entry[1][entry[0](*arguments)]
@@ -461,7 +461,7 @@ def _candidates(device: str) -> tuple[str, ...]:
     Triton's interpreter serves only where it is forced.
     """
     if device == "cuda":
-        return ("cuda",) if interpreted() or devices.only_forced("triton") else ("cuda", "triton")
+        return ("cuda",) if is_interpreted() or devices.only_forced("triton") else ("cuda", "triton")
     return ("cpu",) if device == "cpu" else ()
 
 
@@ -542,7 +542,7 @@ def status() -> list[Row]:
                 rows.append(Row(operator, backend, False, str(error)))
                 continue
             dtypes = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))
-            if backend == "triton" and interpreted():
+            if backend == "triton" and is_interpreted():
                 dtypes += "; interpreted, on CPU tensors, only when forced (TRITON_INTERPRET)"
             elif "cpu" not in kernel.devices and not torch.cuda.is_available():
                 have = "installed" if backend == "triton" else "built"

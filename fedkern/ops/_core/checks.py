@@ -21,7 +21,7 @@ _MOST_CHARACTERS = 80
 _SEARCH = 100_000
 
 
-def shown(value: object) -> str:
+def show_value(value: object) -> str:
     """``value`` as error messages show it, cut short if long."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
@@ -55,7 +55,7 @@ def real(value: object, name: str, kind: str = "a number") -> float:
         try:
             return float(value)  # type: ignore[arg-type]
         except OverflowError:
-            raise ValueError(f"{name} must be a number that a float can hold, not {shown(value)}") from None
+            raise ValueError(f"{name} must be a number that a float can hold, not {show_value(value)}") from None
         except (TypeError, ValueError, RuntimeError):
             pass
     raise TypeError(f"{name} must be {kind}, not {'complex' if complex_ else type(value).__name__}")
@@ -79,7 +79,7 @@ def check_number(value: object, name: str, high: float = math.inf, *, above: boo
     if not (0 <= number <= high) or number == math.inf or (above and number == 0):
         bound = "greater than 0" if above else "at least 0"
         raise ValueError(
-            f"{name} must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, not {shown(value)}"
+            f"{name} must be {bound}{'' if math.isinf(high) else f' and at most {high:g}'}, not {show_value(value)}"
         )
     return number
 
@@ -91,7 +91,7 @@ def check_count(value: int, name: str, low: int, high: int | None = None) -> int
         raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {bound}, not {shown(value)}")
+        raise ValueError(f"{name} must be {bound}, not {show_value(value)}")
     return value
 
 
@@ -108,7 +108,7 @@ def refuse_gradient(name: str, *arguments: object) -> None:
         raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
 
 
-def written(*tensors: Tensor | None) -> None:
+def mark_written(*tensors: Tensor | None) -> None:
     """Tells autograd that a kernel has written to ``tensors``."""
     changed = []
     for tensor in tensors:

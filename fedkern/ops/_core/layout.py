@@ -46,7 +46,7 @@ class SafeConv2d(nn.Conv2d):
         return conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def normed(norm: Callable[..., Tensor], x: Tensor, *settings: Any, **named: Any) -> Tensor:
+def apply_norm(norm: Callable[..., Tensor], x: Tensor, *settings: Any, **named: Any) -> Tensor:
     """``norm(x, ...)``, a batch norm of PyTorch's, with the gradient in the layout of the map.
 
     The strides of axes of size 1 say nothing of the layout, but PyTorch 2.13 chooses by them how it reads the gradient

@@ -92,14 +92,14 @@ def load_triton(module: str) -> ModuleType:
     if release < TRITON:
         oldest = ".".join(str(part) for part in TRITON)
         raise Unavailable(f"triton {triton.__version__} is installed, and fedkern needs {oldest} or newer")
-    if release == (3, 6) and interpreted():
+    if release == (3, 6) and is_interpreted():
         import numpy
 
         try:
             int(numpy.zeros(1))
         except TypeError:
             raise Unavailable(f"the interpreter of triton 3.6 does not run with numpy {numpy.__version__}") from None
-    if interpreted() and isinstance(triton.language.sum, triton.JITFunction):
+    if is_interpreted() and isinstance(triton.language.sum, triton.JITFunction):
         raise Unavailable(
             "triton was imported before TRITON_INTERPRET=1 was set (torch imports it too: set it before Python starts)"
         )
@@ -109,7 +109,7 @@ def load_triton(module: str) -> ModuleType:
         raise Unavailable(f"fedkern.ops.{module} does not load ({error})") from error
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """True where Triton's kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
     loaded = sys.modules.get("fedkern.ops._core.triton")
     if loaded is not None:

@@ -180,12 +180,12 @@ def fresh(core: ModuleType, tensor: Tensor) -> Tensor:
     bytes_ = tensor.nbytes
     if bytes_ < HUGE:
         return tensor
-    if bytes_ < KEPT or not _moved(tensor, bytes_):
+    if bytes_ < KEPT or not _move_to_cache(tensor, bytes_):
         core.advise_huge_pages(tensor)
     return tensor
 
 
-def _moved(tensor: Tensor, bytes_: int) -> bool:
+def _move_to_cache(tensor: Tensor, bytes_: int) -> bool:
     """Moves ``tensor`` into memory of the cache where possible.
 
     Returns whether it did.
@@ -207,7 +207,7 @@ def _moved(tensor: Tensor, bytes_: int) -> bool:
     return True
 
 
-def placed(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+def place_values(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     """``values`` as a tensor on ``device``.
 
     On a GPU the values are filled in there: a copy from the host would wait and end the capture of a CUDA graph.

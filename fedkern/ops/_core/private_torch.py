@@ -157,7 +157,7 @@ def backward(loss: Tensor) -> None:
 # What is tried at its first use, because with another meaning it would compute wrong numbers.
 
 
-def _changed(name: str) -> str:
+def _name_change(name: str) -> str:
     """The end of a sentence that names what this torch has changed."""
     return f"torch.{name}, which torch {torch.__version__} lacks or has changed"
 
@@ -171,7 +171,7 @@ def check_stream() -> None:
     if raw_stream is not None and torch.version.cuda and torch.cuda.is_available():
         index = torch.cuda.current_device()
         if raw_stream(index) != torch.cuda.current_stream(index).cuda_stream:
-            raise Unsuited(f"kernels need {_changed('_C._cuda_getCurrentRawStream')}")
+            raise Unsuited(f"kernels need {_name_change('_C._cuda_getCurrentRawStream')}")
 
 
 # The table of functions through which compiled cores read tensors (csrc/bindings/exchange.h).

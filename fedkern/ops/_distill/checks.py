@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import DTYPES, eager
-from fedkern.ops._core.checks import check_count, check_device, check_floating, check_tensor, real, shown
+from fedkern.ops._core.checks import check_count, check_device, check_floating, check_tensor, real, show_value
 from fedkern.ops._distill.rows import MAX_DIMS, REDUCTIONS, row_shape
 
 LOGITS = "a tensor of logits"
@@ -82,7 +82,7 @@ def check_temperature(temperature: float) -> float:
         raise TypeError(f"temperature must be a number, not {type(temperature).__name__}")
     value = real(temperature, "temperature")
     if not value > 0:
-        raise ValueError(f"temperature must be above 0 (math.inf for the limit), but is {shown(temperature)}")
+        raise ValueError(f"temperature must be above 0 (math.inf for the limit), but is {show_value(temperature)}")
     return value
 
 

@@ -41,7 +41,7 @@ def normalised_weights(weights: Tensor | None, class_mask: Tensor | None, teache
     return torch.where(none, 1 / count, weights / torch.where(none, 1, total))
 
 
-def _skipped(teachers: Tensor, share: Tensor) -> Tensor:
+def _skip_rows(teachers: Tensor, share: Tensor) -> Tensor:
     """``teachers`` with zeros in rows whose shares are all 0, so that no value there reaches a gradient."""
     return torch.where((share == 0).all(2, keepdim=True), 0, teachers)
 
@@ -88,7 +88,7 @@ def ensemble_reference(
     compute = torch.float64 if is_flat(temperature) else compute_dtype(dtype)
     student, teachers = student.to(compute), teachers.to(compute)
     share = normalised_weights(weights, class_mask, teachers)
-    teachers = _skipped(teachers, share)
+    teachers = _skip_rows(teachers, share)
     rows = (_limit if math.isinf(temperature) else _finite)(student, teachers, share, temperature, mix, log_probs)
     return reduce_rows(rows, None, reduction).to(dtype)
 
@@ -155,7 +155,7 @@ def consensus_reference(logits: Tensor, weights: Tensor | None, reduction: int) 
 def _against_mixture(logits: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     x = logits.to(compute_dtype(logits.dtype))
     share = normalised_weights(None if weights is None else weights.unsqueeze(2), None, x)
-    log_p = _skipped(x, share).log_softmax(2)
+    log_p = _skip_rows(x, share).log_softmax(2)
     return log_p, log_mixture(log_p, share), share
 
 

@@ -20,6 +20,8 @@ from fedkern.ops._distill.reference import reduce_rows
 from fedkern.ops._distill.rows import NONE, REDUCTIONS
 
 Optionals = Sequence[Any]  # tensors, and None where an optional one was not given
+Arguments = Sequence[Any]  # some of an operator's, as torch hands them over
+Operation = Callable[..., Any]
 
 
 Reference = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -63,7 +65,7 @@ class Loss:
         return (shape[0], *shape[2:])
 
 
-def define(loss: Loss) -> Callable[..., Any]:
+def define(loss: Loss) -> Operation:
     """Registers the operators of ``loss``; returns the function that calls the loss."""
     count, differentiable, results = len(loss.tensors), loss.differentiable, loss.results
     named = [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors]
@@ -75,7 +77,7 @@ def define(loss: Loss) -> Callable[..., Any]:
     def schema(parameters: Sequence[str], returns: int) -> str:
         return f"({', '.join(parameters)}) -> ({', '.join(['Tensor'] * returns)})"
 
-    def packed(values: Sequence[Any]) -> Any:
+    def pack_results(values: Arguments) -> Any:
         """An operator's results: one alone is no tuple."""
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -91,7 +93,7 @@ def define(loss: Loss) -> Callable[..., Any]:
             if tuple(grad.shape) != expected:
                 raise ValueError(f"a result's gradient must have shape {list(expected)}, but has {list(grad.shape)}")
 
-    def plain(settings: Sequence[Any]) -> tuple[Any, ...]:
+    def plain(settings: Arguments) -> Arguments:
         """The settings as the loss takes them."""
         if not heated:
             return tuple(settings)
@@ -113,9 +115,11 @@ def define(loss: Loss) -> Callable[..., Any]:
     def fake(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         tensors = inputs[:count]
         shape = loss.rows(tensors) if inputs[-1] == NONE else ()
-        return packed([torch.empty(shape, dtype=loss.dtype(tensors), device=tensors[0].device) for _ in range(results)])
+        return pack_results(
+            [torch.empty(shape, dtype=loss.dtype(tensors), device=tensors[0].device) for _ in range(results)]
+        )
 
-    def setup(ctx: Context, inputs: tuple[Any, ...], output: object) -> None:
+    def setup(ctx: Context, inputs: Arguments, output: object) -> None:
         ctx.save_for_backward(*inputs[:count])
         ctx.settings = inputs[count:]
 
@@ -126,14 +130,16 @@ def define(loss: Loss) -> Callable[..., Any]:
         outputs = (g if need else None for g, need in zip(gradients, needs, strict=True))
         return (*outputs, *[None] * (count - differentiable + len(ctx.settings)))
 
-    def vmap(info: library.Mapped, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+    def vmap(info: library.Mapped, in_dims: tuple[int | None, ...], *inputs: Any) -> Arguments:
         *settings, reduction = inputs[count:]
         folded = fold_tensors(inputs, in_dims, loss.axes, info.batch_size)
         rows = value_of(*folded, *settings, NONE)
         rows = [unfold_batch(x, 0, info.batch_size) for x in ((rows,) if results == 1 else rows)]
-        return packed([torch.vmap(lambda x: reduce_rows(x, None, reduction))(x) for x in rows]), packed([0] * results)
+        return pack_results([torch.vmap(lambda x: reduce_rows(x, None, reduction))(x) for x in rows]), pack_results(
+            [0] * results
+        )
 
-    def split(inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Optionals, Sequence[Any], Sequence[bool]]:
+    def split(inputs: Arguments) -> tuple[Sequence[Tensor], Optionals, Arguments, Sequence[bool]]:
         """(grads, tensors, settings, needs)"""
         grads, tensors = inputs[:results], tuple(inputs[results : results + count])
         return grads, tensors, inputs[results + count : -differentiable], inputs[-differentiable:]
@@ -152,13 +158,13 @@ def define(loss: Loss) -> Callable[..., Any]:
         else:
             padded = (*[False] * loss.skips, *needs, False)
             gradients = getattr(kernel, f"{loss.method}_backward")(grads, call, padded)[loss.skips :][:differentiable]
-        return packed(place(gradients, inner, needs))
+        return pack_results(place(gradients, inner, needs))
 
     def fake_backward(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         _, tensors, _, needs = split(inputs)
-        return packed(place([None] * differentiable, tensors[:differentiable], needs))
+        return pack_results(place([None] * differentiable, tensors[:differentiable], needs))
 
-    def setup_second(ctx: Context, inputs: tuple[Any, ...], output: object) -> None:
+    def setup_second(ctx: Context, inputs: Arguments, output: object) -> None:
         ctx.save_for_backward(*inputs[: results + count])
         ctx.settings = split(inputs)[2:]
 
@@ -169,7 +175,7 @@ def define(loss: Loss) -> Callable[..., Any]:
         )
         return (*back, *[None] * (len(settings) + differentiable))
 
-    def vmap_backward(info: library.Mapped, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+    def vmap_backward(info: library.Mapped, in_dims: tuple[int | None, ...], *inputs: Any) -> Arguments:
         """The rule where each row has a loss of its own, as under all transforms."""
         _, _, settings, needs = split(inputs)
         folded = fold_tensors(inputs, in_dims, (*[0] * results, *loss.axes), info.batch_size)
@@ -179,7 +185,7 @@ def define(loss: Loss) -> Callable[..., Any]:
             unfold_batch(gradient, axis, info.batch_size) if need and axis is not None else gradient
             for gradient, axis, need in zip(gradients, loss.axes, needs, strict=False)
         ]
-        return packed(back), packed([0 if need else None for need in needs])
+        return pack_results(back), pack_results([0 if need else None for need in needs])
 
     value_of = library.register(
         loss.name, schema(arguments, results), run, fake=fake, setup_context=setup, backward=backward,
@@ -202,7 +208,7 @@ def define(loss: Loss) -> Callable[..., Any]:
         if not functorch_active():
             return value_of(*tensors, *settings, reduction)
         rows = value_of(*tensors, *settings, NONE)
-        return packed([reduce_rows(x, None, reduction) for x in ((rows,) if results == 1 else rows)])
+        return pack_results([reduce_rows(x, None, reduction) for x in ((rows,) if results == 1 else rows)])
 
     return call
 

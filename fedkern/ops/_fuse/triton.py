@@ -96,7 +96,7 @@ def mean_map_kernel(
 
 
 @triton.jit
-def _passed(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps,
+def _pass_gradient(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps,
             COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     """The gradient by the activation's input, and the map's values (without ``maps``: the gradient again)."""
     g = tl.load(grad + at_grad, mask=mask, other=0).to(COMPUTE)
@@ -131,7 +131,7 @@ def back_kernel(
     at_grad = element if MEAN else run * width * step + first * step + place
     channel = first + place // step
     at_map = starts_of(starts, m, COUNT) + element
-    g, _ = _passed(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps, COMPUTE, RELU, MEAN)
+    g, _ = _pass_gradient(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps, COMPUTE, RELU, MEAN)
     if scale is not None:
         g = g * tl.load(scale + channel, mask=mask, other=0).to(COMPUTE)
     place = starts_of(targets, m, COUNT) + element
@@ -166,7 +166,9 @@ def sums_kernel(
             b, p = q // positions, q % positions
             at_grad = (b * width + in_grad) * positions + p
             at_map = start + (b * number + local) * positions + p
-        g, x = _passed(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps, COMPUTE, RELU, MEAN)
+        g, x = _pass_gradient(
+            grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps, COMPUTE, RELU, MEAN
+        )
         to_shift += g.to(tl.float64)
         if by_scale is not None:
             to_scale += g.to(tl.float64) * x.to(tl.float64)

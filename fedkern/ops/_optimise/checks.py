@@ -91,14 +91,14 @@ def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *
     twice is found.
     """
     for name, tensor in written.items():
-        if not hidden and folded(tensor):
+        if not hidden and is_folded(tensor):
             raise ValueError(f"{name} must not be expanded: several of its elements share one place in memory")
         for other, candidate in tensors.items():
             if other != name and (tensor is candidate if hidden else share_memory(tensor, candidate)):
                 raise ValueError(f"{name} must not share memory with {other}: it is written to while that is used")
 
 
-def folded(tensor: Tensor) -> bool:
+def is_folded(tensor: Tensor) -> bool:
     """Return whether two elements of ``tensor``, which has at most two axes, lie at the same address."""
     axes = [(size, step) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     if not tensor.numel() or not axes:

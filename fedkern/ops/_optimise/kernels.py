@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.launch import Launcher
-from fedkern.ops._core.memory import placed
+from fedkern.ops._core.memory import place_values
 from fedkern.ops._optimise.checks import check_like
 
 _empty, _empty_like = torch.empty, torch.empty_like
@@ -97,14 +97,14 @@ class OptimiseKernels(Launcher):
             rows = shape[0] if len(shape) == 2 else ()
             finite = _empty(rows, dtype=torch.bool, device=device)
             squared = _empty(rows, dtype=torch.float64, device=device)
-        each = workspace = None
+        rates = workspace = None
         if type(lr) is not float:
             if isinstance(lr, Tensor):
-                each = lr.contiguous()
+                rates = lr.contiguous()
             elif self.gpu and isinstance(lr, Sequence):
-                each = placed(lr, parameters.device)
+                rates = place_values(lr, parameters.device)
         if self.gpu:
             rows = squared.numel()
             workspace = squared.new_empty(2 * rows * self.core.optimise_blocks(rows, parameters.shape[-1]))
-        self.core.optimise_step(call, each, finite, squared, workspace, self.at(parameters))
+        self.core.optimise_step(call, rates, finite, squared, workspace, self.at(parameters))
         return finite, squared

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import ready
-from fedkern.ops._core.checks import check_count, check_flag, check_number, refuse_gradient, written
+from fedkern.ops._core.checks import check_count, check_flag, check_number, mark_written, refuse_gradient
 from fedkern.ops._optimise.checks import check_betas, check_like, check_lr, check_memory, check_parameters
 from fedkern.ops._optimise.kernels import AdamW, Call, OptimiseKernels
 from fedkern.ops._optimise.reference import optimise_reference
@@ -104,7 +104,7 @@ def sgd_step(
     kernel = ready("optimise", call, _grad_enabled())
     if kernel is not None:
         result = kernel.step(call)
-        written(parameters, velocity, gradient_sum, gradients if zero else None)
+        mark_written(parameters, velocity, gradient_sum, gradients if zero else None)
         return _new(StepResult, result)
     check_parameters(parameters)
     momentum = check_number(momentum, "momentum")
@@ -172,7 +172,7 @@ def adamw_step(
         kernel = ready("optimise", call, _grad_enabled())
         if kernel is not None:
             result = kernel.step(call)
-            written(parameters, first, second, gradient_sum, gradients if zero else None)
+            mark_written(parameters, first, second, gradient_sum, gradients if zero else None)
             return _new(StepResult, result)
     check_parameters(parameters)
     check_like(first, "first", parameters)
@@ -256,7 +256,7 @@ def _compute(call: Call) -> tuple[Tensor, Tensor]:
         for rows, copy in copies:
             rows.copy_(copy)
     if kernel is not None:
-        written(*changed.values())
+        mark_written(*changed.values())
     return (finite[0], squared[0]) if flat else (finite, squared)
 
 

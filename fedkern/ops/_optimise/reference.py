@@ -77,8 +77,8 @@ def _adamw(call: Call, theta: Tensor, gradient: Tensor) -> None:
         decay, rate = ((x.to(theta.dtype))[:, None] for x in (1 - lr * call.weight_decay, -lr / numbers.bias))
         theta.mul_(decay).add_(rate * first / scale)
     elif isinstance(lr, Sequence):
-        for row, one, each, row_rate in zip(theta, first, scale, lr, strict=True):
-            row.mul_(1 - row_rate * call.weight_decay).addcdiv_(one, each, value=-row_rate / numbers.bias)
+        for row, moment, scales, row_rate in zip(theta, first, scale, lr, strict=True):
+            row.mul_(1 - row_rate * call.weight_decay).addcdiv_(moment, scales, value=-row_rate / numbers.bias)
     else:
         theta.mul_(1 - lr * call.weight_decay).addcdiv_(first, scale, value=-lr / numbers.bias)
 

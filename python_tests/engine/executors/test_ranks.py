@@ -88,9 +88,9 @@ class Linear(nn.Linear):
 @pytest.fixture(autouse=True)
 def _without_plugins():
     """Later tests know fedkern's own methods alone."""
-    before = {plugin.name for plugin in plugins.loaded()}
+    before = {plugin.name for plugin in plugins.loaded_plugins()}
     yield
-    for plugin in plugins.loaded():
+    for plugin in plugins.loaded_plugins():
         if plugin.name not in before:
             plugins.unload(plugin.name)
 

@@ -49,9 +49,9 @@ def ours():
 @pytest.fixture(autouse=True)
 def _without_plugins(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    before = {plugin.name for plugin in plugins.loaded()}
+    before = {plugin.name for plugin in plugins.loaded_plugins()}
     yield
-    for plugin in plugins.loaded():
+    for plugin in plugins.loaded_plugins():
         if plugin.name not in before:
             plugins.unload(plugin.name)
 

@@ -127,7 +127,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(private_torch, "raw_stream", lambda index: 0)
     monkeypatch.setattr(private_torch, "check_stream", lambda: None)  # of the GPUs that fake_gpus makes up
     monkeypatch.setattr(backend, "load_core", lambda name: fake_core())
-    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(backend, "is_interpreted", lambda: False)
     kernel = backend.Kernel(lambda: "triton's", frozenset(backend.DTYPES), frozenset({"cuda"}))
     monkeypatch.setitem(backend._kernels["blend"], "triton", kernel)
 

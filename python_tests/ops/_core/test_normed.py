@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkern.ops._core.layout import normed
+from fedkern.ops._core.layout import apply_norm
 
 SHAPES = (
     (1, 6, 4, 5), (3, 6, 1, 5), (3, 6, 4, 1), (1, 6, 1, 5), (1, 6, 4, 1), (1, 1, 4, 5), (3, 6, 4, 5), (4, 6, 1, 1),
@@ -50,7 +50,7 @@ def test_the_gradient_is_the_formulas(shape: tuple[int, ...], read: str, dtype: 
     for kind, unusual, training in itertools.product(FORMATS, (False, True), (True, False)):
         x = laid_out(torch.randn(shape, generator=draw).to(dtype), kind, unusual).requires_grad_()
         exact = x.detach().double().requires_grad_()
-        y = normed(F.batch_norm, x, *(v.clone() for v in vectors), training)
+        y = apply_norm(F.batch_norm, x, *(v.clone() for v in vectors), training)
         z = formula(exact, *(v.double() for v in vectors), training)
         grad = torch.randn(READ[read](z).shape, generator=draw).to(dtype)
         (got,) = torch.autograd.grad(READ[read](y), x, grad)
@@ -62,7 +62,7 @@ def test_the_gradient_is_the_formulas(shape: tuple[int, ...], read: str, dtype: 
 
 def loss(x: Tensor) -> Tensor:
     """Of a gradient that is channels-last in a contiguous map of a batch of one."""
-    y = torch.relu_(normed(F.batch_norm, x, None, None, None, None, True))
+    y = torch.relu_(apply_norm(F.batch_norm, x, None, None, None, None, True))
     return (y.squeeze(0).movedim(0, -1).contiguous() * torch.arange(120).view(4, 5, 6)).square().sum()
 
 
@@ -97,10 +97,10 @@ def test_other_maps_are_given_as_they_are() -> None:
     alone = torch.nn.Identity()
     for shape in ((4, 6, 4, 5), (1, 6, 1, 1), (4, 6, 1, 1), (3, 6), (3, 6, 5)):
         x = torch.randn(shape)
-        assert normed(alone, x) is x
+        assert apply_norm(alone, x) is x
     one = image()
-    assert normed(alone, one) is not one
+    assert apply_norm(alone, one) is not one
     with torch.no_grad():
-        assert normed(alone, one) is one
-    traced = torch.jit.trace(lambda x: normed(F.batch_norm, x, torch.zeros(6), torch.ones(6)), one.float())
+        assert apply_norm(alone, one) is one
+    traced = torch.jit.trace(lambda x: apply_norm(F.batch_norm, x, torch.zeros(6), torch.ones(6)), one.float())
     assert traced(torch.randn(7, 6, 4, 5)).shape == (7, 6, 4, 5)

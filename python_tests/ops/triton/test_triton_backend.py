@@ -94,7 +94,7 @@ def test_cuda_serves_where_both_can_and_triton_where_it_cannot(monkeypatch: pyte
         return name
 
     monkeypatch.setattr(backend, "_load", load)
-    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(backend, "is_interpreted", lambda: False)
     monkeypatch.setattr(backend, "forced_backend", lambda: None)
     monkeypatch.setattr(backend, "_ordinary", {})
     for built[0], serving in ((True, "cuda"), (False, "triton")):

@@ -89,15 +89,15 @@ def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, re
     gradients = (to_student, to_logits, to_weights)
     logits, student = readable(logits, to_logits, 2), None if student is None else readable(student, to_student)
     weights, grad, more_grad = _readable_members(weights), readable_rows(grad), readable_rows(more_grad)
-    each = reduction == NONE
+    by_row = reduction == NONE
     plan, steps = share(
         logits[0],
         [
             known_steps(logits, 2),
             known_steps(student, 1),
             known_steps(None if weights is None else weights.unsqueeze(2), 2),
-            row_steps_of(grad) or ALL_ROWS if each else ALL_ROWS,
-            row_steps_of(more_grad) or ALL_ROWS if each else ALL_ROWS,
+            row_steps_of(grad) or ALL_ROWS if by_row else ALL_ROWS,
+            row_steps_of(more_grad) or ALL_ROWS if by_row else ALL_ROWS,
             known_steps(None if to_weights is None else to_weights.unsqueeze(2), 2),
         ],
         4,
@@ -110,7 +110,7 @@ def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, re
     bound = math.log(len(logits)) if mix == JS else math.inf
     launch(
         stack_kernel, plan.groups, device, student, logits, weights, grad, more_grad, tops, logs, *gradients,
-        *(results if each else (None, None)), *totals, double_bits(temperature),
+        *(results if by_row else (None, None)), *totals, double_bits(temperature),
         rows if reduction == BATCHMEAN else 1, double_bits(bound), len(logits), plan.inner, plan.classes, plan.tiles,
         rows, *s_steps, *t_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row, m_steps.outer, m_steps.row,
         b_steps.outer, b_steps.row, logits.stride(0), 0 if weights is None else weights.stride(0),

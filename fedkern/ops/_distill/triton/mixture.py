@@ -297,7 +297,7 @@ def mixture_kernel(
                                 tl.store(to_teachers + place, narrow(by_x, to_teachers), mask=mask)
                             if to_weights is not None and BY_CLASS:
                                 place = (at_by + k * by_stride)[:, None] + (column * by_column)[None, :]
-                                each = (by_share - back) / tl.where(present, sum_of_weights, 1.0)
-                                tl.store(to_weights + place, tl.where(present, each, 0.0), mask=mask)
+                                by_raw = (by_share - back) / tl.where(present, sum_of_weights, 1.0)
+                                tl.store(to_weights + place, tl.where(present, by_raw, 0.0), mask=mask)
                 if to_weights is not None and not BY_CLASS:
                     tl.store(to_weights + at_by + k * by_stride, by_weight, mask=valid)

@@ -55,7 +55,7 @@ class Mixture(NamedTuple):
         ``student`` is the call's.
         """
         _, teachers, weights, class_mask, _, _, _, reduction = call
-        each = reduction == NONE
+        by_row = reduction == NONE
         compute = compute_dtype(result_dtype(student, None, teachers))
         to_student, to_teachers, to_weights = writable(gradients[0]), writable(gradients[1], 2), gradients[2]
         student, teachers = readable(student, to_student), readable(teachers, to_teachers, 2)
@@ -66,7 +66,7 @@ class Mixture(NamedTuple):
                 known_steps(student, 1),
                 known_steps(teachers, 2),
                 known_steps(weights, 2),
-                row_steps_of(grad) or ALL_ROWS if each else ALL_ROWS,
+                row_steps_of(grad) or ALL_ROWS if by_row else ALL_ROWS,
                 known_steps(to_weights, 2),
             ],
             4,
@@ -75,7 +75,7 @@ class Mixture(NamedTuple):
         return cls(
             compute, plan, row_count(student) if reduction == BATCHMEAN else 1, student, teachers, weights,
             None if class_mask is None else class_mask.view(torch.uint8), grad, (to_student, to_teachers, to_weights),
-            gradients, result if each else None, totals_of(result, reduction, plan), result, steps,
+            gradients, result if by_row else None, totals_of(result, reduction, plan), result, steps,
         )  # fmt: skip
 
     @property
