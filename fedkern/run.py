@@ -64,7 +64,7 @@ def command() -> int:
 
 
 def _nothing_follows() -> bool:
-    """Whether the process ends when the caller's caller has ended, a module that ``python`` was started with.
+    """Return whether the process ends when the caller's caller has ended, a module that ``python`` was started with.
 
     A profiler or a debugger that runs the module has something to do afterwards, as has ``python -i``.
     """
@@ -77,7 +77,7 @@ def _nothing_follows() -> bool:
 
 
 def _modules_need_no_end() -> bool:
-    """Whether torch is loaded, and no module has work left for the interpreter's end.
+    """Return whether torch is loaded, and no module has work left for the interpreter's end.
 
     Libraries of a plugin, such as HDF5 with its open files, and profilers of CUDA write what they hold when the C
     library ends the process.
@@ -187,7 +187,7 @@ def _dispatch(words: list[str], leftover: bool) -> int:
     from fedkern.process.garbage import uncollected
 
     # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
-    with _told("loading torch ..."), uncollected():
+    with _show_waiting("loading torch ..."), uncollected():
         from fedkern.cli import command_parser, extensions, torchrun
         from fedkern.errors import UserError
         from fedkern.files.filesystem import check_text
@@ -206,7 +206,7 @@ def _dispatch(words: list[str], leftover: bool) -> int:
 
 
 @contextmanager
-def _told(text: str) -> Iterator[None]:
+def _show_waiting(text: str) -> Iterator[None]:
     """Shows ``text`` while the block runs, where somebody looks at a terminal."""
     if "torch" in sys.modules or not sys.stderr.isatty() or not _first():
         yield
@@ -229,7 +229,7 @@ def _say(text: str, code: int = USAGE) -> int:
 
 
 def _first() -> bool:
-    """Whether this process is no rank of torchrun but the first, which alone says what all have to say."""
+    """Return whether this process is no rank of torchrun but the first, which alone says what all have to say."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
@@ -239,7 +239,10 @@ def _ranks() -> ModuleType | None:
 
 
 def _told_elsewhere() -> bool:
-    """Whether another rank tells this error: before ranks meet, all have it, and the first of a machine tells it."""
+    """Return whether another rank tells this error.
+
+    Before ranks meet, all have the error, and the first of a machine tells it.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
         return False
     ranks = _ranks()

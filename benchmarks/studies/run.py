@@ -71,7 +71,7 @@ def stored_run(run: FoundRun, commands: Sequence[str]) -> dict[str, Any]:
 
 def played_runs(job: Job, commands: Sequence[str]) -> dict[str, Any]:
     """Return the runs of a finished job's best point by seed."""
-    point = job.chosen()
+    point = job.best_point()
     return {} if point is None else {str(seed): stored_run(run, commands) for seed, run in job.runs(point).items()}
 
 

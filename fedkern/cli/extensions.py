@@ -28,7 +28,7 @@ def load(words: Sequence[str]) -> None:
 
         open_code(name)
     for file in values(words, "--config"):
-        plugins.given(_named(expand(file)))
+        plugins.given(_read_plugin_names(expand(file)))
     for folder in values(words, "--resume"):
         from fedkern.settings.stored import load_plugins
 
@@ -44,8 +44,11 @@ def values(words: Sequence[str], flag: str) -> Iterator[str]:
             yield word.partition("=")[2]
 
 
-def _named(path: Path) -> dict[str, str]:
-    """The plugins in a file of settings; none where the file is missing or damaged, which its reader says later."""
+def _read_plugin_names(path: Path) -> dict[str, str]:
+    """The plugins in a file of settings.
+
+    None where the file is missing or damaged, which its reader says later.
+    """
     from fedkern.settings.stored import read_settings  # here, since the front page is printed without torch
 
     try:

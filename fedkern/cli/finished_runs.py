@@ -1,19 +1,21 @@
-"""What commands on a finished run have in common: the run's folder, its network, its code, and how results are told."""
+"""Helpers of commands on a finished run: the run's folder, its network, its code, and how results are told."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from fedkern.cli.flags import Parser, add
-from fedkern.cli.request import Request, trusted
+from fedkern.cli.request import Request, find_trusted_code
 from fedkern.process.standard_streams import put
 
 
 def add_data(parser: Parser, options: str = "an option of that other data set") -> None:
-    """Adds the flags of another data set than the run's own; ``options`` is the help of ``--data-option``."""
+    """Adds the flags of another data set than the run's own.
+
+    ``options`` is the help of ``--data-option``.
+    """
     cache = "folder that keeps the decoded images; by default the run's own data are read from that of the run"
     add(parser, {
         "data": ("NAME", "another data set than the run's own"),
@@ -47,12 +49,15 @@ def folder(request: Request) -> Path:
 
 
 def code(request: Request) -> tuple[str, ...]:
-    """The code that the run may import (:func:`fedkern.cli.request.trusted`)."""
-    return trusted(folder(request), request.options, request.settings)
+    """The code that the run may import (:func:`fedkern.cli.request.find_trusted_code`)."""
+    return find_trusted_code(folder(request), request.options, request.settings)
 
 
-def publish(request: Request, result: Mapping[str, Any], table: object, path: Path) -> int:
-    """Prints a command's result, as JSON or as its table, and writes it to ``path``; returns 0."""
+def publish(request: Request, result: Mapping[str, object], table: object, path: Path) -> int:
+    """Prints a command's result, as JSON or as its table, and writes it to ``path``.
+
+    Returns 0.
+    """
     from fedkern.files import atomic
     from fedkern.report.live.progress import terminal
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedkern.cli.flags import DATA_FLAGS, flag, quote
 from fedkern.cli.front_page import PROGRAM
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from fedkern.comparison.results import Result
 
 
-def _section(field: dataclasses.Field[Any]) -> int:
+def _section(field: dataclasses.Field[object]) -> int:
     """Place of a setting's section in a command."""
     order = (DataSettings, FederationSettings, TrainingSettings, ModelSettings)
-    return next((i for i, each in enumerate(order) if field.name in each.__annotations__), len(order))
+    return next((i for i, section in enumerate(order) if field.name in section.__annotations__), len(order))
 
 
 def command_line(method: str, config: RunConfig) -> str:
@@ -42,8 +42,8 @@ def command_line(method: str, config: RunConfig) -> str:
     idle = {name for mark in TRAINED for name in PLACES[mark].settings} if config.teachers else set()
     for f in sorted(dataclasses.fields(RunConfig), key=_section):
         value = getattr(config, f.name)
-        others = {"method", "options", "data_options", "plugins", *FINGERPRINTS, *idle}
-        if f.name not in config.names() - others or value is None:
+        skipped = {"method", "options", "data_options", "plugins", *FINGERPRINTS, *idle}
+        if f.name not in config.names() - skipped or value is None:
             continue
         if f.name == "records" and value == config.replace(records=None).resolved()["records"]:
             continue  # follows from the method's options
@@ -69,7 +69,10 @@ def command_line(method: str, config: RunConfig) -> str:
 
 
 def repeating(folder: Path) -> str:
-    """The command that repeats a run; empty where data or network were in the memory of a Python program."""
+    """The command that repeats a run.
+
+    Empty where data or network were in the memory of a Python program.
+    """
     from fedkern.report.pages.run_page import in_memory, stored_device
 
     config = load_settings(folder, device="cpu")

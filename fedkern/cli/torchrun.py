@@ -18,7 +18,9 @@ RUNS = ("run", "resume", "extend")
 
 
 def play(request: Request, words: Sequence[str], done: Callable[[Request], int]) -> int:
-    """Has a request ``done``, on all ranks where torchrun has started this process; returns the exit code.
+    """Has a request ``done``, on all ranks where torchrun has started this process.
+
+    Returns the exit code.
 
     Raises:
         UserError: the ranks do not fit together, or the run cannot go on.

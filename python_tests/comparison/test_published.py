@@ -54,7 +54,6 @@ def test_defaults_hold_where_a_cell_says_nothing_else(write):
         (CELL + 'scale = "small"', 'scale must be paper or smaller, not "small".'),
         (CELL + 'smaller = "3 rounds"', 'scale = "smaller" and smaller go together'),
         (CELL + 'scale = "smaller"\nsmaller = "3 rounds"', "it needs a baseline"),
-        (CELL + 'measure = "ratio"', "a ratio needs a baseline"),
         (CELL + 'baseline = "b"', 'mine has no cell "b"'),
         (CELL + 'before = "b"', 'there is no entry "b" of before'),
         (CELL + 'target = "accuracy=0.9"', 'the figure "rounds" and a target go together'),

@@ -72,29 +72,6 @@ def test_the_ordering_of_a_baseline_that_is_not_played():
     assert judge(replace(SMALLER, baseline=""), around(0.9, 0.1)).kind == "smaller scale: baseline"
 
 
-def test_a_published_difference_is_paired():
-    cell = replace(CELL, measure="difference", baseline="b", published=0.03, tolerance=0.005)
-    others = Outcome({0: 0.4, 1: 0.6, 2: 0.8})
-    values = Outcome({0: 0.431, 1: 0.629, 2: 0.83})
-    assert str(judge(cell, values, others)) == "reproduced"
-    assert str(judge(cell, values, None)) == "undecided: its baseline is not played"
-    assert str(judge(replace(cell, published=0.05), values, others)) == "differs: by -2.0 points"
-    smaller = replace(cell, scale="smaller", smaller="x")
-    assert judge(smaller, values, others).kind == "smaller scale: same ordering"
-    assert judge(replace(smaller, published=-0.01), values, others).kind == "smaller scale: reversed"
-
-
-def test_a_published_ratio_is_a_geometric_mean():
-    cell = replace(ROUNDS, measure="ratio", baseline="b", published=4.0, tolerance=0.5)
-    judged = judge(cell, Outcome({0: 390.0, 1: 820.0, 2: 1600.0}), Outcome({0: 100.0, 1: 200.0, 2: 400.0}))
-    assert str(judged) == "reproduced"
-    assert math.isclose(judged.ours.mean, (3.9 * 4.1 * 4.0) ** (1 / 3))
-    assert judged.published_gap == 3.0
-    assert str(judge(replace(cell, published=2.0), Outcome({0: 390.0, 1: 820.0}), Outcome({0: 100.0, 1: 200.0}))) == (
-        "differs: by +2.00"
-    )
-
-
 def test_seeds_that_miss_the_target():
     played = {0: 200.0, 1: 200.0, 2: 200.0}
     outcome = Outcome({0: 100.0, 1: None, 2: 120.0}, played)

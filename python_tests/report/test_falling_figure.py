@@ -65,7 +65,7 @@ def test_curves_and_tables_begin_with_it_and_know_no_per_cent():
     assert above.get_ylim() == pytest.approx((0, 2.2))  # the line of chance is inside
     worst = client_panels(RECORDS, "mae")[0].curves[-1]
     assert (worst.name, worst.rounds, worst.values) == ("worst client", [1, 2, 3], [3.0, 1.5, 2.5])
-    assert tables.ordered({"loss": 1.0, "accuracy": 0.5, "mae": 1.0}, main="mae") == ["mae", "accuracy", "loss"]
+    assert tables.sort_metrics({"loss": 1.0, "accuracy": 0.5, "mae": 1.0}, main="mae") == ["mae", "accuracy", "loss"]
     assert tables.final_table(summary(1.25), "mae").rows[0][0] == "mae"
     shown = tables.own_tests_table({"client_metrics": {"0": {"mae": 1.25, "loss": 1.0}}}, "mae")
     assert shown.header == ["client", "mae", "loss"]

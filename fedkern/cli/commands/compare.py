@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedkern.cli import flags
 from fedkern.cli.flags import Parser, add, key_values, quote
@@ -23,6 +23,10 @@ from fedkern.process.standard_streams import put
 from fedkern.settings.config import RunConfig
 from fedkern.text_table import Table
 from fedkern.typed_option import flag
+
+if TYPE_CHECKING:
+    from fedkern.comparison.cells import Variant
+    from fedkern.comparison.compared import Comparison
 
 _NOT_HERE = {
     "resume": "give the same command again with the same --out to go on",
@@ -42,7 +46,10 @@ methods that have it. The same command with the same --out goes on where it stop
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags; methods and their flags, or folders, are words around them."""
+    """Adds the flags.
+
+    Methods and their flags, or folders, are words around them.
+    """
     parser.begin(USAGE)
     parser.rest = []
     add(parser, {
@@ -63,27 +70,30 @@ def add_flags(parser: Parser) -> None:
     })  # fmt: skip
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request for the methods or folders; raises UserError where these and the flags do not go together."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request for the methods or folders.
+
+    Raises UserError where these and the flags do not go together.
+    """
     from fedkern.comparison.cells import check_methods, read_sweep
     from fedkern.comparison.compared import Plan
 
     words, arguments = parser.rest or [], request.arguments
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    names, rest = words[:count], words[count:]
+    names, run_words = words[:count], words[count:]
     folders = [name for name in names if name not in METHODS and Path(name).is_dir()]
     if names and len(folders) == len(names):
         new = {name: arguments[name] for name in ("seeds", "sweep", "select", "jobs", "slurm", "task")}
         new["method_option"] = request.options
-        if extra := [*(flag(name) for name, value in new.items() if value), *rest]:
+        if extra := [*(flag(name) for name, value in new.items() if value), *run_words]:
             raise UserError(f"{extra[0]} is for new runs: name methods instead of folders, or leave it out.")
         return dataclasses.replace(request, arguments={"target": arguments["target"], "folders": folders})
     if folders and len(folders) < len(names):
-        other = next(name for name in names if name not in folders)
-        what = "a method" if other in METHODS else "no folder"
-        raise UserError(f"{folders[0]} is a folder and {other} is {what}: name methods alone, or folders alone.")
+        name = next(name for name in names if name not in folders)
+        kind = "a method" if name in METHODS else "no folder"
+        raise UserError(f"{folders[0]} is a folder and {name} is {kind}: name methods alone, or folders alone.")
     check_methods(names)
-    run = _settings(names[0], rest, parser)
+    run = _settings(names[0], run_words, parser)
     options = key_values(request.options, "method_option")
     plan = Plan.of(
         names, run.settings, options, sweep=read_sweep(arguments["sweep"]), seeds=arguments["seeds"] or "3",
@@ -102,9 +112,9 @@ def checked(request: Request, parser: Parser) -> Request:
     return dataclasses.replace(run, arguments={**arguments, **planned}, **common)
 
 
-def _settings(method: str, rest: Sequence[str], parser: Parser) -> Request:
+def _settings(method: str, run_words: Sequence[str], parser: Parser) -> Request:
     """The run's settings behind the methods, as a request for one of the methods."""
-    run = flags.parse([method, *rest], parser)
+    run = flags.parse([method, *run_words], parser)
     for name, way in _NOT_HERE.items():
         if getattr(run, name):
             raise UserError(f"--{name} is not for {parser.command}: {way}.")
@@ -112,7 +122,10 @@ def _settings(method: str, rest: Sequence[str], parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Compares methods or finished runs; returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM."""
+    """Compares methods or finished runs.
+
+    Returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM.
+    """
     from fedkern.cli.backend_check import check_backend
     from fedkern.comparison import compared
     from fedkern.comparison.boards import board
@@ -192,19 +205,19 @@ def _again(words: Sequence[str], out: Path) -> str:
     return " ".join([PROGRAM, *map(quote, words), *([] if named else ["--out", quote(out)])])
 
 
-def config_of(request: Request, variant: Any, seed: int) -> RunConfig:
+def config_of(request: Request, variant: Variant, seed: int) -> RunConfig:
     """The settings of one run: the common ones, the variant's, and those of ``arguments["options"]`` the method has."""
     from fedkern.comparison.cells import own_settings, word
 
     method, options = variant.method, request.arguments["options"]
     common = {name: value for name, value in options.items() if name in registry.option_names(method)}
-    both: Mapping[str, Any] = {**common, **variant.options}
+    options_given: Mapping[str, Any] = {**common, **variant.options}
     settings = {**own_settings(method, request.settings), **RunConfig.read(variant.settings), "seed": seed}
-    words = tuple(f"{name}={word(value)}" for name, value in both.items())
+    words = tuple(f"{name}={word(value)}" for name, value in options_given.items())
     return effective(dataclasses.replace(request, method=method, settings=settings, options=words))
 
 
-def _tell(request: Request, comparison: Any, tracebacks: Mapping[str, str]) -> int:
+def _tell(request: Request, comparison: Comparison, tracebacks: Mapping[str, str]) -> int:
     from fedkern.report.live.progress import terminal
     from fedkern.report.names import say
 
@@ -227,7 +240,10 @@ def tell(
     request: Request, folder: Path, as_json: Callable[[], object], table: Table, sentences: Iterable[str],
     tracebacks: Mapping[str, str], failures: Collection[str],
 ) -> int:  # fmt: skip
-    """Prints the result of many runs, as the request wants to have it, and their failures; returns the exit code."""
+    """Prints the result of many runs, as the request wants to have it, and their failures.
+
+    Returns the exit code.
+    """
     from fedkern.report.live.progress import terminal
     from fedkern.report.names import say
 

@@ -48,8 +48,11 @@ def _tasks_with(name: str) -> list[str]:
     return [task for task, function in TASKS.items() if name in signature(function).parameters]
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request with the task's ``settings``; raises UserError for a flag of another task or a wrong value."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request with the task's ``settings``.
+
+    Raises UserError for a flag of another task or a wrong value.
+    """
     arguments = request.arguments
     words, settings = {name: arguments.pop(name) for name in FLAGS}, {}
     for name, word in words.items():
@@ -62,8 +65,11 @@ def checked(request: Request, parser: Parser) -> Request:
     return request
 
 
-def _argument(name: str, value: str) -> Any:
-    """The value of one of `FLAGS`; raises UserError for one that the flag does not take."""
+def _argument(name: str, value: str) -> str | int | tuple[int, ...]:
+    """The value of one of `FLAGS`.
+
+    Raises UserError for one that the flag does not take.
+    """
     if name == "features" and value not in FEATURES:
         raise UserError(f"--features must be one of {', '.join(FEATURES)}, not {value}.")
     if name in ("prompts", "features"):

@@ -24,8 +24,11 @@ def add_flags(parser: Parser) -> None:
     add_network(parser)
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request; raises UserError where the format is unknown."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request.
+
+    Raises UserError where the format is unknown.
+    """
     export.find_format(request.arguments["format"], request.out)
     return request
 

@@ -25,8 +25,11 @@ def add_flags(parser: Parser) -> None:
     add_network(parser, choice=False)
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request; raises UserError where the number of rounds is missing."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request.
+
+    Raises UserError where the number of rounds is missing.
+    """
     if "rounds" not in request.settings:
         raise UserError(f"{parser.prog} needs --rounds R, the communication rounds in all.")
     settings = {**request.settings}

@@ -49,10 +49,13 @@ def add_flags(parser: Parser) -> None:
 
 
 def play(request: Request) -> int:
-    """Runs the project; raises UserError where Flower refuses it, and RunFailed where the run fails or is stopped."""
+    """Runs the project.
+
+    Raises UserError where Flower refuses it, and RunFailed where the run fails or is stopped.
+    """
     importlib.import_module("fedkern.flower.adapter")  # says which flwr is needed
     project, name, settings = folder(request), *(request.arguments[key] for key in ("superlink", "federation_config"))
-    simulated, where = _simulated(name), [name] if name else []
+    simulated, where = _is_simulation(name), [name] if name else []
     if settings and not simulated:
         raise UserError("--federation-config is for simulations: a SuperLink has the nodes that connect to it.")
     words = [f"--run-config={text}" for text in request.arguments["run_config"]]
@@ -62,8 +65,11 @@ def play(request: Request) -> int:
     return 0
 
 
-def _simulated(name: str | None) -> bool:
-    """Whether a connection of Flower's configuration, None for its default one, is a simulation on this machine."""
+def _is_simulation(name: str | None) -> bool:
+    """Return whether a connection of Flower's configuration is a simulation on this machine.
+
+    None stands for its default connection.
+    """
     with suppress(OSError, ValueError, LookupError, AttributeError):  # Flower writes the file, or says what is wrong
         path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
         connections = tomllib.loads(path.read_text(encoding="utf-8"))["superlink"]
@@ -91,7 +97,10 @@ def _simulator() -> Iterator[None]:
 
 
 def _play(words: Sequence[str], where: Sequence[str]) -> None:
-    """Submits a run, prints its log and waits for its end; stops it at Ctrl-C."""
+    """Submits a run, prints its log and waits for its end.
+
+    Stops it at Ctrl-C.
+    """
     with _python([*_FLWR, "run", "--stream", *words]) as process:
         run, output = "", bytearray()
         try:
@@ -109,7 +118,10 @@ def _play(words: Sequence[str], where: Sequence[str]) -> None:
 
 
 def _await_run_number(process: subprocess.Popen[bytes], output: bytearray) -> str:
-    """The number of the run, from what Flower has said and says; raises UserError where Flower refuses the run."""
+    """The number of the run, from what Flower has said and says.
+
+    Raises UserError where Flower refuses the run.
+    """
     while not (match := re.search(r"Successfully started run (\d+)", text := output.decode(errors="replace"))):
         for line in process.stdout or ():
             output += line
@@ -120,7 +132,10 @@ def _await_run_number(process: subprocess.Popen[bytes], output: bytearray) -> st
 
 
 def _end(run: str, where: Sequence[str]) -> None:
-    """Waits for the end of a run, whose log ends before it where the connection is lost; raises RunFailed."""
+    """Waits for the end of a run, whose log ends before it where the connection is lost.
+
+    Raises RunFailed.
+    """
     record = {"status": ""}
     while not record["status"].startswith("finished"):
         # Flower takes a folder that has the connection's name for a project.
@@ -136,7 +151,10 @@ def _end(run: str, where: Sequence[str]) -> None:
 def _python(
     words: Sequence[str], output: int | IO[bytes] = subprocess.PIPE, cwd: str | None = None
 ) -> subprocess.Popen[bytes]:
-    """Starts Python; Ctrl-C at the terminal reaches this process alone, which then decides."""
+    """Starts Python.
+
+    Ctrl-C at the terminal reaches this process alone, which then decides.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     return subprocess.Popen(

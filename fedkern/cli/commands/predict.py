@@ -23,8 +23,11 @@ def add_flags(parser: Parser) -> None:
     add_network(parser)
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request; raises UserError where no image is named."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request.
+
+    Raises UserError where no image is named.
+    """
     if not (paths := request.arguments["paths"]):
         raise UserError(f"{parser.prog} needs images behind the run folder: files, or folders of files.")
     request.arguments["paths"] = [expand(path) for path in paths]
@@ -32,7 +35,10 @@ def checked(request: Request, parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Writes a table of classes, or for segmentation masks; prints a few rows."""
+    """Writes a table of classes, or for segmentation masks.
+
+    Prints a few rows.
+    """
     from fedkern.downstream import prediction
     from fedkern.report.live.progress import advancing
 
@@ -41,13 +47,13 @@ def play(request: Request) -> int:
     out = request.out or Path(name)
     check_new(out, "predict")
     paths = prediction.found_images(request.arguments["paths"])
-    first: list[tuple[Path, Any]] = []
+    shown_rows: list[tuple[Path, Any]] = []
     with advancing(len(paths), "predicting") as step:
 
         def rows() -> Iterator[tuple[Path, Any, Any]]:
             for row in predictor.files(paths):
-                if len(first) < limit:
-                    first.append(row[:2])
+                if len(shown_rows) < limit:
+                    shown_rows.append(row[:2])
                 yield row
                 step()
 
@@ -55,7 +61,7 @@ def play(request: Request) -> int:
     if request.json:
         put({"images": len(paths), "classes": list(predictor.classes), "out": str(out)})
         return 0
-    for path, probabilities in first:
+    for path, probabilities in shown_rows:
         print(f"{path}  {predictor.task.said(probabilities, predictor.classes)}")
     if len(paths) > limit > 0:
         print("...")

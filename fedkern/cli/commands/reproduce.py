@@ -60,8 +60,11 @@ def add_flags(parser: Parser) -> None:
     })  # fmt: skip
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request; raises UserError where no paper is named or the budget is none."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request.
+
+    Raises UserError where no paper is named or the budget is none.
+    """
     from fedkern.comparison import published
 
     arguments = request.arguments
@@ -77,7 +80,10 @@ def checked(request: Request, parser: Parser) -> Request:
 
 
 def read_budget(text: str) -> float:
-    """Seconds of a time such as ``2h``, ``90m`` or ``0``; raises UserError for another text."""
+    """Seconds of a time such as ``2h``, ``90m`` or ``0``.
+
+    Raises UserError for another text.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(h|min|m|s)?\s*", text)
     if match is None or (match[2] is None and float(match[1])):
         raise UserError(f'--budget must be a time such as 2h, 90m or 30s, not "{text}".')
@@ -85,7 +91,10 @@ def read_budget(text: str) -> float:
 
 
 def play(request: Request) -> int:
-    """Plays what the budget allows; returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM."""
+    """Plays what the budget allows.
+
+    Returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM.
+    """
     from fedkern.cli.backend_check import check_backend
     from fedkern.comparison import published
     from fedkern.comparison.boards import board
@@ -118,7 +127,7 @@ def play(request: Request) -> int:
 
 
 def command_of(request: Request, words: Sequence[str]) -> Command:
-    """What the words of a cell's command ask for, with the data folder and the workers of this command."""
+    """Read the words of a cell's command, with the data folder and the workers of this command."""
     from fedkern.comparison.reproduction import Command
 
     extensions.load(words)

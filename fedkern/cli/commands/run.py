@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from fedkern.cli.backend_check import check_backend
 from fedkern.cli.flags import quote
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.repeat import command_line, repeating
-from fedkern.cli.request import Request, effective, trusted
+from fedkern.cli.request import Request, effective, find_trusted_code
 from fedkern.data.registry import given_options
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import REPORT
@@ -21,7 +21,7 @@ from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError
-from fedkern.listeners.events import Listener, Listeners
+from fedkern.listeners.events import Listener, Listeners, Summary
 from fedkern.methods import registry
 from fedkern.process import interrupts, machine
 from fedkern.process.standard_streams import put
@@ -32,7 +32,10 @@ from fedkern.usercode import plugins
 
 @contextmanager
 def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
-    """The run folder; the default folder is made at once, so that no other run takes it, and removed if left empty."""
+    """The run folder.
+
+    The default folder is made at once, so that no other run takes it, and removed if left empty.
+    """
     from fedkern.report.figures.pictures import PICTURE_LIST, PICTURES
 
     if request.resume is not None:
@@ -54,11 +57,14 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
 
 
 def play(request: Request) -> int:
-    """Plays a run or, with ``--flower``, writes a project; returns 0, or 130 after Ctrl-C and 143 after SIGTERM."""
+    """Plays a run or, with ``--flower``, writes a project.
+
+    Returns 0, or 130 after Ctrl-C and 143 after SIGTERM.
+    """
     if request.flower is not None:
         return flower_project.write(request)
     check_backend()
-    config = effective(request) if request.resume is None else _stored(request)
+    config = effective(request) if request.resume is None else _load_stored_config(request)
     with _folder(request, config) as out, _workers_ahead(config):
         return _run(request, config, out)
 
@@ -67,11 +73,11 @@ def _workers_ahead(config: RunConfig) -> AbstractContextManager[None]:
     """Forks the process that starts workers, if the run may use workers, before this process computes anything."""
     from fedkern.engine.executors import choice, fork_server, torchrun_group
 
-    alone = config.workers == "1" or config.trained_clients < 2 or bool(choice.unavailable(config.device))
-    alone = alone or bool(plugins.loaded())  # a plugin may have computed already
-    alone = alone or torchrun_group.present() is not None  # clients work on ranks
+    in_one_process = config.workers == "1" or config.trained_clients < 2 or bool(choice.unavailable(config.device))
+    in_one_process = in_one_process or bool(plugins.loaded())  # a plugin may have computed already
+    in_one_process = in_one_process or torchrun_group.present() is not None  # clients work on ranks
     idle = min(machine.usable_cores(), config.threads) > 1 or config.workers != "auto"
-    return fork_server.ahead() if interrupts.whole_process() and idle and not alone else nullcontext()
+    return fork_server.ahead() if interrupts.whole_process() and idle and not in_one_process else nullcontext()
 
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
@@ -81,10 +87,10 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
     if request.resume is None:  # the user named this code, in flags or in --config
         code = tuple(part for _, part in config.code())
     else:
-        code = trusted(out, request.options, request.settings)
-    others = trackers(request)
+        code = find_trusted_code(out, request.options, request.settings)
+    loggers = trackers(request)
     view = display(quiet=request.quiet, json=request.json)
-    tee = Listeners(*others, view)  # a tracker that asks something at its start does so before the progress bar
+    tee = Listeners(*loggers, view)  # a tracker that asks something at its start does so before the progress bar
     complete = False
     try:
         summary = run(
@@ -159,7 +165,7 @@ def trackers(request: Request) -> list[Listener]:
     return listeners
 
 
-def _stored(request: Request) -> RunConfig:
+def _load_stored_config(request: Request) -> RunConfig:
     """The settings of the run to resume.
 
     Flags may repeat stored settings.  Only --data-root, --cache, --device, --keep-items and --workers may differ.
@@ -186,7 +192,7 @@ def _stored(request: Request) -> RunConfig:
     return stored.replace(**{name: changes.get(name, getattr(stored, name)) for name in RESUMABLE})
 
 
-def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any]) -> None:
+def _close(request: Request, config: RunConfig, out: Path, summary: Summary) -> None:
     """Prints the result of a finished run."""
     if request.json:
         put(plain(summary))
@@ -216,8 +222,8 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     one_shot = METHODS[config.method].one_shot
     baseline, name = ("oneshot-fedavg", "one-shot FedAvg") if one_shot else ("fedavg", "FedAvg")
     if config.method != baseline:
-        same = config if METHODS[baseline].takes_teachers else config.replace(teachers=None)
-        say(console, f"{name} on the same split: {command_line(baseline, same)}")
+        baseline_config = config if METHODS[baseline].takes_teachers else config.replace(teachers=None)
+        say(console, f"{name} on the same split: {command_line(baseline, baseline_config)}")
     say(console, f"run folder: {out}")
     if request.predictions and (out / PREDICTIONS).exists():
         say(console, f"answers:    {PREDICTIONS}")

@@ -19,7 +19,7 @@ from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError, spared
 from fedkern.files import atomic
-from fedkern.report.figures.matplotlib_import import undocumented
+from fedkern.report.figures.matplotlib_import import without_docstrings
 from fedkern.report.names import capital
 from fedkern.report.run_contents import Contents, read
 from fedkern.settings.run_data import finished_data
@@ -97,7 +97,7 @@ def draw_pictures(
     from fedkern.report.figures import plots
 
     plots.tell_lacking(warn)
-    unseen = [] if samples is not None else [PICTURES[each] for each in _answers(run)]
+    unseen = [] if samples is not None else [PICTURES[answer_name] for answer_name in _answers(run)]
     if any(not (run.folder / name).exists() for name in unseen):
         way = f"fedkern.load({str(run.folder)!r}).plot() draws those that the network allows"
         warn(f"Pictures of test samples are left out, as a report reads no data: {way}.")
@@ -121,9 +121,9 @@ def finished_pictures(
     Returns:
         The pictures, and the reason, without a full stop, why they cannot be drawn or written, or None.
     """
-    there = existing(run_dir) if data is None else []
-    if there:
-        return there, None
+    drawn_before = existing(run_dir) if data is None else []
+    if drawn_before:
+        return drawn_before, None
     try:
         return write_pictures(run_dir, data=data, model=model, data_root=data_root, trusted=trusted, warn=warn), None
     except UserError as error:
@@ -133,8 +133,11 @@ def finished_pictures(
 def _draw(
     run: Contents, samples: Samples, model: nn.Module | None, trusted: Collection[str], failed: dict[str, str]
 ) -> list[Path]:
-    """Draws the pictures; those that fail, by name, get their reason in ``failed``."""
-    with undocumented():
+    """Draws the pictures.
+
+    Those that fail, by name, get their reason in ``failed``.
+    """
+    with without_docstrings():
         from fedkern.report.figures import answer_sheets, confusion_sheet, curves, plots
 
     config, facts, records, confusion = run.config, run.facts, run.records, run.confusion
@@ -186,7 +189,10 @@ def _draw(
 
 
 def _save(path: Path, make: Callable[[], Figure | None], failed: dict[str, str]) -> list[Path]:
-    """Saves the figure that ``make`` draws, and returns its path; none where it draws none, or fails."""
+    """Saves the figure that ``make`` draws, and returns its path.
+
+    None where it draws none, or fails.
+    """
     from fedkern.report.figures import plots
 
     with spared(partial(failed.setdefault, path.name)):
@@ -206,13 +212,16 @@ def _answers(run: Contents) -> list[str]:
 
 
 def existing(run_dir: Path) -> list[Path]:
-    """The pictures that were drawn into a run folder, if all of them are still there; else none."""
-    there = [run_dir / name for name in listed(run_dir)]
-    return there if all(path.exists() for path in there) else []
+    """The pictures that were drawn into a run folder, if all of them are still there.
+
+    Else none.
+    """
+    listed_paths = [run_dir / name for name in listed(run_dir)]
+    return listed_paths if all(path.exists() for path in listed_paths) else []
 
 
 def artifact_path(folder: Path, name: str) -> Path:
-    """Where the picture of the artifacts of a name stands in a folder."""
+    """Return the path of the picture of the artifacts of a name."""
     return folder / f"{name if name not in PICTURES else name + '_shown'}.png"
 
 

@@ -13,7 +13,7 @@ _LEVEL = 2
 """Level of zlib's compression: level 6 takes twice as long for files that are a tenth smaller."""
 
 
-def encoded(pixels: npt.NDArray[np.uint8], dpi: float) -> bytes:
+def encode_png(pixels: npt.NDArray[np.uint8], dpi: float) -> bytes:
     """A PNG file of 8 bits a channel.
 
     Every row is filtered in the same way, the one that suits figures.  Encoders of images try five filters on every

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedkern.report.figures.curves import THIN, Curve, Panel, draw
-from fedkern.report.figures.plots import COLOURS, MARKERS, PAGE, evenly, fitted, frame, legend_below, new_figure, svg
+from fedkern.report.figures.plots import COLOURS, MARKERS, PAGE, evenly, frame, legend_below, new_figure, svg, wrap_text
 from fedkern.report.names import TITLE, capital, entry, label
 from fedkern.report.pages.html_page import Chart
 from fedkern.report.tables import in_unit
@@ -37,15 +37,17 @@ def curves(name: str, title: str, panels: Sequence[Panel], *, note: str = "") ->
                 ends = [f"{in_unit(y, panel.unit)} in round {x}" for x, y in dict.fromkeys((points[0], points[-1]))]
                 parts.append(f"{where}{curve.name}: {', '.join(ends)}")
         tables += [_rounds_table(lines, panel.unit, axis)] if lines else []
-    more = f"; and {len(parts) - TOLD} more" if len(parts) > TOLD else ""
-    return chart(name, title, f"{'; '.join(parts[:TOLD])}{more}.", draw(panels, page=True), tables, note)
+    more_words = f"; and {len(parts) - TOLD} more" if len(parts) > TOLD else ""
+    return chart(name, title, f"{'; '.join(parts[:TOLD])}{more_words}.", draw(panels, page=True), tables, note)
 
 
 def bars(
     name: str, title: str, labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, axis: str,
     unit: str = "", note: str = "", falls: bool = False,
 ) -> Chart:  # fmt: skip
-    """Horizontal bars, one of every series for every label; of many labels those with the worst values.
+    """Horizontal bars, one of every series for every label.
+
+    Of many labels those with the worst values.
 
     These are the lowest values, or the highest ones where the figure ``falls``.
     """
@@ -63,10 +65,10 @@ def bars(
         drawing = axes.barh(places, widths, 0.9 * thick, color=COLOURS[number % len(COLOURS)], label=entry(key))
         axes.bar_label(drawing, [in_unit(values[i], unit) for i in order], padding=3, fontsize=9)
         if points := [(y, -i) for i, y in enumerate(values) if _finite(y)]:
-            (low, first), (high, last) = min(points, key=lambda point: (point[0], -point[1])), max(points)
+            (low, low_at), (high, high_at) = min(points, key=lambda point: (point[0], -point[1])), max(points)
             parts.append(
-                f"{key + ': ' if len(series) > 1 else ''}lowest {in_unit(low, unit)} ({labels[-first]}), highest "
-                f"{in_unit(high, unit)} ({labels[-last]})"
+                f"{key + ': ' if len(series) > 1 else ''}lowest {in_unit(low, unit)} ({labels[-low_at]}), highest "
+                f"{in_unit(high, unit)} ({labels[-high_at]})"
             )
     axes.margins(x=0.12)
     if len(series) > 1:
@@ -99,7 +101,10 @@ def dots(
 def counts_table(
     counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequence[str], *, row: str, column: str
 ) -> Table:
-    """Numbers of images by row and column; of many rows or columns those evenly spread."""
+    """Numbers of images by row and column.
+
+    Of many rows or columns those evenly spread.
+    """
     places, lines = evenly(len(columns), COLUMNS), evenly(len(rows), ROWS)
     body = [[rows[i], *(f"{int(counts[i][j]):,}" for j in places)] for i in lines]
     parts = [f"{len(lines)} of {len(rows)} rows" * (len(lines) < len(rows)),
@@ -109,12 +114,15 @@ def counts_table(
 
 
 def _rounds_table(series: Sequence[Curve], unit: str, caption: str) -> Table:
-    """Values of curves by round; of many rounds those evenly spread."""
+    """Values of curves by round.
+
+    Of many rounds those evenly spread.
+    """
     rounds = sorted({x for curve in series for x in curve.rounds})
-    some = [rounds[i] for i in evenly(len(rounds), ROWS)]
+    shown_rounds = [rounds[i] for i in evenly(len(rounds), ROWS)]
     values = [dict(zip(curve.rounds, curve.values, strict=True)) for curve in series]
-    rows = [[str(r), *(in_unit(each.get(r), unit) for each in values)] for r in some]
-    part = f"{len(some)} of {len(rounds)} rounds" if len(some) < len(rounds) else ""
+    rows = [[str(r), *(in_unit(curve_values.get(r), unit) for curve_values in values)] for r in shown_rounds]
+    part = f"{len(shown_rounds)} of {len(rounds)} rounds" if len(shown_rounds) < len(rounds) else ""
     return Table(["round", *(curve.name for curve in series)], rows, ", ".join(filter(None, [caption, part])))
 
 
@@ -133,7 +141,7 @@ def _rows(names: Sequence[str], axis: str, unit: str, height: float) -> tuple[Fi
     axes.set_yticks(range(len(names)), [label(name) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(fitted(label(axis, TITLE), 12, 3.5) + " (%)" * (unit == "%"), fontsize=12)
+    axes.set_xlabel(wrap_text(label(axis, TITLE), 12, 3.5) + " (%)" * (unit == "%"), fontsize=12)
     if unit in ("B", "s"):
         axes.xaxis.set_major_formatter(lambda value, _: in_unit(value, unit))
         axes.xaxis.set_major_locator(MaxNLocator(4))  # texts such as "3 min 20 s" are long

@@ -151,7 +151,7 @@ def test_what_is_simulated_is_said_by_flowers_configuration(tmp_path, monkeypatc
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     if configuration is not None:
         (tmp_path / "config.toml").write_text(f"[superlink]\n{configuration}\n")
-    assert flower._simulated(name) is simulated
+    assert flower._is_simulation(name) is simulated
 
 
 @pytest.mark.flower

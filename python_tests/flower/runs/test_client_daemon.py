@@ -224,7 +224,7 @@ def test_notices_reach_whoever_asks(ends):
         heard.append(text)
     client_daemon.send(theirs, {}, PARCEL)
     said = []
-    assert client_daemon._asked(ours, replies, {}, PARCEL, said.append) == PARCEL
+    assert client_daemon._ask_daemon(ours, replies, {}, PARCEL, said.append) == PARCEL
     assert said == ["decoded"]
 
 
@@ -240,7 +240,7 @@ def test_a_daemon_that_is_lost(ends, begun, error):
     theirs.sendall(b"\0")  # a part of a frame
     theirs.shutdown(socket.SHUT_WR)
     with pytest.raises(error):
-        client_daemon._asked(ours, replies, {"header": ""}, PARCEL, print)
+        client_daemon._ask_daemon(ours, replies, {"header": ""}, PARCEL, print)
 
 
 @pytest.mark.parametrize("error", [Malformed("is none"), UserError("no data"), RuntimeError("KeyError: 'phase'")])
@@ -253,7 +253,7 @@ def test_what_a_daemon_raises_is_raised_where_it_was_asked(ends, error):
     served = threading.Thread(target=client_daemon._serve, args=(theirs, requests, answer))
     served.start()
     with pytest.raises(type(error), match=re.escape(str(error))):
-        client_daemon._asked(ours, replies, {"header": "", "run_config": {}, "node": {}}, PARCEL, print)
+        client_daemon._ask_daemon(ours, replies, {"header": "", "run_config": {}, "node": {}}, PARCEL, print)
     served.join()
 
 

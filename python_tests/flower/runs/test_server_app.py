@@ -17,7 +17,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.extending import check_extension
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import Malformed, RunFailed, UserError
-from fedkern.flower.adapter import opened, replied
+from fedkern.flower.adapter import make_reply, unpack_message
 from fedkern.flower.runs import (
     client_app,
     node_client,
@@ -306,8 +306,8 @@ def changed_reply(change):
 
     def fault(message, context):
         reply = client_app.app(message, context)
-        _, packed = opened(reply)
-        return replied(message, change(packed))
+        _, packed = unpack_message(reply)
+        return make_reply(message, change(packed))
 
     return fault
 
@@ -706,4 +706,4 @@ def test_flower_messages_of_other_apps():
 
     other = Message(RecordDict({"config": ConfigRecord({"lr": 0.1})}), 1, "train")
     with pytest.raises(ValueError, match="has other records than a message of fedkern"):
-        opened(other)
+        unpack_message(other)

@@ -4,7 +4,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedkern.report.figures.plots import fitted, width
+from fedkern.report.figures.plots import width, wrap_text
 
 
 @pytest.mark.parametrize("text", ["accuracy", "WWW iii", "$a_{$", ""])
@@ -19,10 +19,10 @@ def test_widths_are_those_of_drawn_texts(text):
 
 
 def test_lines_are_broken_between_words_and_inside_long_ones():
-    assert fitted("one two", 9, 10) == "one two"
-    assert fitted("malignant melanoma, taken for nevus", 9, 1.2) == "malignant\nmelanoma, taken\nfor nevus"
-    lines = fitted("W" * 30, 9, 1.0).split("\n")
+    assert wrap_text("one two", 9, 10) == "one two"
+    assert wrap_text("malignant melanoma, taken for nevus", 9, 1.2) == "malignant\nmelanoma, taken\nfor nevus"
+    lines = wrap_text("W" * 30, 9, 1.0).split("\n")
     assert "".join(lines) == "W" * 30
     assert max(width(line, 9) for line in lines) <= 1.0
-    assert fitted("WW", 9, 0.01) == "W\nW"
-    assert fitted("", 9, 1.0) == ""
+    assert wrap_text("WW", 9, 0.01) == "W\nW"
+    assert wrap_text("", 9, 1.0) == ""

@@ -16,18 +16,18 @@ def pixels(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (7, 1), (30, 41)])
 def test_a_reader_finds_the_same_pixels(height, width):
     given = pixels(height, width)
-    with Image.open(io.BytesIO(png.encoded(given, 150))) as image:
+    with Image.open(io.BytesIO(png.encode_png(given, 150))) as image:
         assert (image.format, image.mode) == ("PNG", "RGB")
         np.testing.assert_array_equal(np.asarray(image), given)
 
 
 def test_the_file_tells_the_resolution():
-    with Image.open(io.BytesIO(png.encoded(pixels(2, 2), 150))) as image:
+    with Image.open(io.BytesIO(png.encode_png(pixels(2, 2), 150))) as image:
         assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 
 def test_checksums_are_those_of_the_chunks():
-    written = bytearray(png.encoded(pixels(3, 3), 150))
+    written = bytearray(png.encode_png(pixels(3, 3), 150))
     with Image.open(io.BytesIO(written)) as image:
         image.verify()
     for at in (20, 45, len(written) - 30):  # a byte of every chunk that has some
@@ -39,4 +39,4 @@ def test_checksums_are_those_of_the_chunks():
 
 def test_equal_rows_take_no_room():
     given = pixels(1, 400).repeat(300, 0)
-    assert len(png.encoded(given, 150)) < given.size / 50
+    assert len(png.encode_png(given, 150)) < given.size / 50

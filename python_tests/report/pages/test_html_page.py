@@ -10,7 +10,7 @@ import pytest
 import fedkern
 from fedkern.errors import UserError
 from fedkern.report.figures.curves import Curve, Panel
-from fedkern.report.figures.plots import fitted
+from fedkern.report.figures.plots import wrap_text
 from fedkern.report.names import TITLE, label
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import curves
@@ -53,7 +53,7 @@ def test_names_are_texts(evil):
     assert page.text("h1") == [EVIL]
     assert EVIL in page.values("alt")
     assert any(EVIL in text for text in page.values("aria-label"))
-    assert {*fitted(label(EVIL, TITLE), 12, 2.2).split("\n")} <= {*page.text("text")}
+    assert {*wrap_text(label(EVIL, TITLE), 12, 2.2).split("\n")} <= {*page.text("text")}
     assert page.text("script") == []
 
 

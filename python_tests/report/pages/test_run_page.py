@@ -148,7 +148,7 @@ def test_the_same_folder_gives_the_same_file(finished, finished_page):
 
 
 def test_numbered_parts_of_a_phase_are_one():
-    found = run_contents.merged({"train": 3.0, "train/images 0": 1.0, "train/images 11": 0.5, "evaluate": 1})
+    found = run_contents.sum_phases({"train": 3.0, "train/images 0": 1.0, "train/images 11": 0.5, "evaluate": 1})
     assert found == {"train": 3.0, "train/images": 1.5, "evaluate": 1.0}
 
 
