@@ -180,7 +180,7 @@ def _dispatch(words: list[str], leftover: bool) -> int:
     if words in (["--help"], ["-h"]):
         from fedkern.cli import extensions, front_page
 
-        extensions.load(words)
+        extensions.load_plugins(words)
         if _first():
             print(front_page.front_page())
         return OK
@@ -192,17 +192,17 @@ def _dispatch(words: list[str], leftover: bool) -> int:
         from fedkern.errors import UserError
         from fedkern.files.filesystem import check_text
 
-        command_parser.load(command_parser.command(words))
+        command_parser.load_command(command_parser.find_command(words))
     for word in words:
         check_text(word, "the argument")
-    extensions.load(words)
-    request = command_parser.parse(words)
+    extensions.load_plugins(words)
+    request = command_parser.parse_words(words)
     if leftover and request.command in torchrun.RUNS:
         raise UserError(
             "torchrun's variables are set, but torchrun did not start this process: unset TORCHELASTIC_RUN_ID for a "
             "run of its own, or have the script that torchrun starts begin fedkern with exec."
         )
-    return torchrun.play(request, words, command_parser.play)
+    return torchrun.play_on_ranks(request, words, command_parser.play_request)
 
 
 @contextmanager

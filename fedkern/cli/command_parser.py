@@ -21,7 +21,7 @@ SETTINGS = ("rounds", "data_root", "cache", "workers", "model")
 """Flags that are settings of a run; ``data`` is one where it does not name other data than the run's."""
 
 
-def command(words: Sequence[str]) -> str:
+def find_command(words: Sequence[str]) -> str:
     """The command that the words name.
 
     "run" where they name none.
@@ -32,21 +32,21 @@ def command(words: Sequence[str]) -> str:
     return first_word if first_word in COMMANDS else "run"
 
 
-def load(name: str) -> ModuleType:
+def load_command(name: str) -> ModuleType:
     """The module of a command."""
     return importlib.import_module(f"fedkern.cli.commands.{'run' if name == 'resume' else name}")
 
 
-def parse(words: Sequence[str]) -> Request:
+def parse_words(words: Sequence[str]) -> Request:
     """Reads the words after ``python -m fedkern.run``.
 
     Raises:
         UserError: an unknown method, command or flag, or a value that its flag does not take.
     """
-    name = command(words)
+    name = find_command(words)
     if name == "run":
-        return flags.parse(words)
-    module, parser, at = load(name), Parser(name), words.index(name)
+        return flags.parse_run(words)
+    module, parser, at = load_command(name), Parser(name), words.index(name)
     parser.description = f"{COMMANDS[name][:1].upper()}{COMMANDS[name][1:]}."
     module.add_flags(parser)
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
@@ -68,7 +68,7 @@ def parse(words: Sequence[str]) -> Request:
     return getattr(module, "check_request", lambda request, _: request)(request, parser)
 
 
-def play(request: Request) -> int:
+def play_request(request: Request) -> int:
     """Does what a request asks.
 
     Returns the exit code.
@@ -76,5 +76,5 @@ def play(request: Request) -> int:
     if request.command == "help":
         put(request.help)
         return 0
-    code: int = load(request.command).play(request)
+    code: int = load_command(request.command).play(request)
     return code

@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message[:1].upper() + message[1:] + ".")
 
 
-def add(group: argparse._ActionsContainer, flags: Mapping[str, tuple[Any, ...]]) -> None:
+def add_arguments(group: argparse._ActionsContainer, flags: Mapping[str, tuple[Any, ...]]) -> None:
     """Adds flags by name, each with the name of its value ("" for a switch) and its help.
 
     A third entry is its default; that of a flag which may be given several times is ``[]``.
@@ -156,9 +156,9 @@ def _parser(method: str | None, data: str) -> Parser:
                 metavar = _metavar(name, type(option.default), option.choices)
                 group.add_argument(flag(name), dest=f"data:{name}", metavar=metavar, help=_data_help(name, option))
             text = f"an option of one data set: {_other_data_options()}"
-            add(group, {"data_option": ("key=value", text, [])})
+            add_arguments(group, {"data_option": ("key=value", text, [])})
     group = parser.add_argument_group("run")
-    add(group, RUN_FLAGS)
+    add_arguments(group, RUN_FLAGS)
     group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     return parser
 
@@ -216,7 +216,7 @@ def key_values(words: Sequence[str], name: str) -> dict[str, str]:
 
 def _named_data(argv: Sequence[str], method: str | None) -> str:
     """The data set whose defaults the help shows."""
-    named = extensions.values(argv, "--data")
+    named = extensions.flag_values(argv, "--data")
     return next((name for value in named if (name := absolute(value)) in DATASETS), default_data(method or ""))
 
 
@@ -233,7 +233,7 @@ def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
     return UserError(f'Unknown flag "{token}".{hint}{registry.owners(option)} See {see} --help.')
 
 
-def parse(argv: Sequence[str], *around: Parser) -> Request:
+def parse_run(argv: Sequence[str], *around: Parser) -> Request:
     """Reads the words after ``python -m fedkern.run``, or a run's words in a command with a parser ``around`` them.
 
     Raises:
@@ -304,6 +304,6 @@ def _check(request: Request) -> None:
         raise UserError(f"Which method? For example: {PROGRAM} fedgid (all of them: {PROGRAM} list).")
 
 
-def quote(value: object) -> str:
+def as_word(value: object) -> str:
     """A value quoted as one word of the shell."""
     return shlex.quote(as_typed(value))

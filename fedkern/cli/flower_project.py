@@ -9,7 +9,7 @@ from fedkern.settings.model import check_networks
 from fedkern.settings.run_data import decided, kept_data, load_data
 
 
-def write(request: Request) -> int:
+def write_project(request: Request) -> int:
     """Writes the project that a command line describes, and prints its files.
 
     Raises:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkern.cli.flags import DATA_FLAGS, flag, quote
+from fedkern.cli.flags import DATA_FLAGS, as_word, flag
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import one_shot
 from fedkern.engine.marks import PLACES, TRAINED
@@ -55,20 +55,20 @@ def command_line(method: str, config: RunConfig) -> str:
         if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
             continue  # a one-shot method plans its own rounds
         if value != (width if f.name == "width" else getattr(target, f.name)):
-            words += [flag(f.name), quote(value)]
+            words += [flag(f.name), as_word(value)]
     if config.data != RunConfig.make(method).data:
-        words[2:2] = ["--data", quote(config.data)]
+        words[2:2] = ["--data", as_word(config.data)]
     for name, value in config.data_options.items():
-        words += [flag(name), quote(value)] if name in DATA_FLAGS else ["--data-option", quote(f"{name}={value}")]
+        words += [flag(name), as_word(value)] if name in DATA_FLAGS else ["--data-option", as_word(f"{name}={value}")]
     for name, value in config.options.items():
         if value != base.options[name] and value != target.options.get(name, value):
-            words += ["--method-option", quote(f"{name}={as_typed(value)}")]
+            words += ["--method-option", as_word(f"{name}={as_typed(value)}")]
     for name in config.plugins:
-        words += ["--plugin", quote(name)]
+        words += ["--plugin", as_word(name)]
     return " ".join(words)
 
 
-def repeating(folder: Path) -> str:
+def repeat_command(folder: Path) -> str:
     """The command that repeats a run.
 
     Empty where data or network were in the memory of a Python program.
@@ -79,10 +79,10 @@ def repeating(folder: Path) -> str:
     if in_memory(config):
         return ""
     device = stored_device(folder)
-    return command_line(config.method, config) + ("" if device == "cpu" else f" --device {quote(device)}")
+    return command_line(config.method, config) + ("" if device == "cpu" else f" --device {as_word(device)}")
 
 
 def first_commands(result: Result) -> dict[str, str]:
     """The command that repeats the first run of every group of a comparison, by the group's name."""
     firsts = {group.label: next(iter(group.runs.values())).folder for group in result.groups}
-    return {label: text for label, run in firsts.items() if (text := repeating(run))}
+    return {label: text for label, run in firsts.items() if (text := repeat_command(run))}

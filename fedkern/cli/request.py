@@ -90,7 +90,7 @@ class Given:
         return RunConfig.complete(self.method, self.settings, self.options, self.data_options, loaded)
 
 
-def effective(request: Request) -> RunConfig:
+def effective_config(request: Request) -> RunConfig:
     """Makes the settings of a new run: defaults, then the ``--config`` file, then the flags.
 
     Raises:

@@ -17,7 +17,7 @@ RUNS = ("run", "resume", "extend")
 """Commands that play a run.  Any other command is for rank 0 alone."""
 
 
-def play(request: Request, words: Sequence[str], done: Callable[[Request], int]) -> int:
+def play_on_ranks(request: Request, words: Sequence[str], done: Callable[[Request], int]) -> int:
     """Has a request ``done``, on all ranks where torchrun has started this process.
 
     Returns the exit code.

@@ -11,8 +11,8 @@ from rich.status import Status
 from fedkern.comparison.cells import Cell
 from fedkern.comparison.found_runs import FoundRun
 from fedkern.listeners.events import Listener, Record, RunInfo
-from fedkern.report.live.progress import main_figures, terminal
-from fedkern.report.names import plain, say
+from fedkern.report.live.progress import main_figures, make_console
+from fedkern.report.names import literal_text, print_line
 from fedkern.report.tables import human_time
 
 
@@ -59,7 +59,7 @@ class Board(Listener):
 
     def _show(self, text: str) -> None:
         if self.status is not None:
-            self.status.update(plain(f"{self.playing}  {text}"))
+            self.status.update(literal_text(f"{self.playing}  {text}"))
             self.status.start()
 
     def on_cell_end(self, cell: Cell, run: FoundRun, *, again: bool) -> None:
@@ -85,7 +85,7 @@ class Board(Listener):
         self._line(cell, f"failed: {' '.join(message.split())}")
 
     def _line(self, cell: Cell, text: str) -> None:
-        say(self.console, f"{self.done}/{len(self.planned)}  {cell.variant.label}, seed {cell.seed}  {text}")
+        print_line(self.console, f"{self.done}/{len(self.planned)}  {cell.variant.label}, seed {cell.seed}  {text}")
 
     def close(self) -> None:
         """Restores the terminal.
@@ -96,7 +96,7 @@ class Board(Listener):
             self.status.stop()
 
 
-def board(*, quiet: bool, json: bool) -> Board:
+def choose_board(*, quiet: bool, json: bool) -> Board:
     """Chooses the display, which writes to standard error: none if ``quiet``, for ``json`` one on a terminal alone."""
-    console = terminal(stderr=True)
+    console = make_console(stderr=True)
     return Board(None if quiet or (json and not console.is_terminal) else console)

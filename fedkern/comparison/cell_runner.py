@@ -269,7 +269,7 @@ def check_grounds(begun: list[tuple[Path, RunConfig]], folder: Path, config: Run
     begun.append((folder, config))
 
 
-def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:
+def pick_best(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:
     """The best variant of every method, by the main figure on the validation set of one seed's runs.
 
     Test figures choose nothing.  Of equally good variants the first is taken, one that failed never, nor one whose

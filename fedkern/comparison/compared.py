@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedkern.comparison import cells
-from fedkern.comparison.cell_runner import Runner, check_out, choose, reserve_folder
+from fedkern.comparison.cell_runner import Runner, check_out, pick_best, reserve_folder
 from fedkern.comparison.cells import OF_ROUNDS, Cell, Variant, own_settings
 from fedkern.comparison.found_runs import SHOWN, FoundRun, group_runs, read_runs
 from fedkern.comparison.results import Result
@@ -139,7 +139,7 @@ class Plan:
         )  # fmt: skip
 
 
-def play(runner: Runner, plan: Plan) -> Comparison:
+def play_comparison(runner: Runner, plan: Plan) -> Comparison:
     """Runs a comparison and writes its files.
 
     Finished runs in the folder are not run again.
@@ -157,7 +157,7 @@ def play(runner: Runner, plan: Plan) -> Comparison:
             if split_metric(target.figure, data.tests)[1] in known:
                 target.with_direction([direction(target.figure, known, data.tests)]).check_direction()
         if plan.select is not None:
-            winners, sentences = choose(runner, plan.variants, plan.seeds[0])
+            winners, sentences = pick_best(runner, plan.variants, plan.seeds[0])
             texts += sentences
             planned = [cell for cell in planned if cell.variant in winners]
         runner.play(planned, None if target is None else _target_check(target, [*plan.variants], runner.out))
@@ -263,7 +263,7 @@ def compare(
         UserError: anything the caller can put right, or every run failed.
     """
     from fedkern import api
-    from fedkern.comparison.boards import board
+    from fedkern.comparison.boards import choose_board
     from fedkern.usercode import plugins
 
     single = isinstance(methods, (str, Path, Method, type)) or not isinstance(methods, Iterable)
@@ -319,9 +319,9 @@ def compare(
     tracebacks: dict[str, str] = {}
 
     def begin(where: Path) -> Comparison:
-        display, script = board(quiet=not progress, json=False), ScriptObjects.of(model, None, {})
+        display, script = choose_board(quiet=not progress, json=False), ScriptObjects.of(model, None, {})
         runner = Runner(where, make, frozenset(settings), display, in_memory, script, tracebacks=tracebacks, jobs=jobs)
-        return play(runner, plan)
+        return play_comparison(runner, plan)
 
     comparison = in_folder(folder, begin)
     if comparison.failures:

@@ -13,16 +13,16 @@ from typing import Any
 from fedkern.comparison.cells import word
 from fedkern.comparison.found_runs import group_runs, own_sets, read_run, read_runs
 from fedkern.comparison.results import CSV, MARKDOWN, Result, spread_text
-from fedkern.comparison.seed_statistics import plus_minus, spread
+from fedkern.comparison.seed_statistics import mean_std, plus_minus
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
 from fedkern.files.inputs import read_text
 from fedkern.report.figures.comparison_plot import comparison_panels, on_clock
-from fedkern.report.names import CELL, capital
+from fedkern.report.names import CELL, capitalize
 from fedkern.report.pages import html_page, run_page
 from fedkern.report.pages.charts import bars, curves, dots
-from fedkern.report.pages.html_page import Block, Code, Page, section, versions_table
-from fedkern.report.run_contents import read as read_contents
+from fedkern.report.pages.html_page import Block, Code, Page, make_section, versions_table
+from fedkern.report.run_contents import read_run_folder as read_contents
 from fedkern.report.run_contents import sum_phases
 from fedkern.report.tables import human_bytes, human_metric, human_time, sort_metrics
 from fedkern.settings.run_format import NAME as SETTINGS
@@ -44,7 +44,7 @@ def holds_runs(folder: Path) -> bool:
     return (folder / CSV).is_file() or any(folder.glob(f"*/{SETTINGS}"))
 
 
-def read(folder: Path) -> Result:
+def read_comparison(folder: Path) -> Result:
     """The comparison in a folder: the groups of ``comparison.csv``, or all finished runs in the folder.
 
     Raises:
@@ -82,7 +82,7 @@ def write_report(folder: Path, result: Result, *, commands: Mapping[str, str] | 
         UserError: the folder cannot be written.
     """
     html_page.check_target(folder)
-    return html_page.write(page(folder, result, commands or {}), folder)
+    return html_page.write_page(page(folder, result, commands or {}), folder)
 
 
 def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
@@ -108,16 +108,16 @@ def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
     clients = printable_name(f"Clients of {groups[0].label}, seed {runs[0].config.seed}", CELL)
     return Page(
         title=result.title(), about=" · ".join(about), tiles=_tiles(result),
-        headline=[*headline(result), *run_page.baseline(first_run, judged=False)],
+        headline=[*headline(result), *run_page.describe_baseline(first_run, judged=False)],
         warnings=[*warnings, *(("failed run", text) for text in result.failures)],
         sections=[
-            section("table", "Table", _table(folder, result)),
-            section("curves", "Curves", _curves(result)),
-            section("finals", "Final figures of every run", _finals(result)),
-            section("cost", "Bytes and time", _cost(result)),
-            section("clients", clients, run_page.clients(first_run)),
-            section("runs", "Runs", _runs(result)),
-            section("settings", "Configuration and versions", _settings(result, commands)),
+            make_section("table", "Table", _table(folder, result)),
+            make_section("curves", "Curves", _curves(result)),
+            make_section("finals", "Final figures of every run", _finals(result)),
+            make_section("cost", "Bytes and time", _cost(result)),
+            make_section("clients", clients, run_page.clients(first_run)),
+            make_section("runs", "Runs", _runs(result)),
+            make_section("settings", "Configuration and versions", _settings(result, commands)),
         ],
     )  # fmt: skip
 
@@ -172,7 +172,7 @@ def headline(result: Result) -> list[str]:
 
 
 def _figure_label(figure: str) -> str:
-    return capital(figure_and_set(figure))
+    return capitalize(figure_and_set(figure))
 
 
 def _value(figure: str, row: Mapping[str, Any]) -> str:
@@ -197,7 +197,7 @@ def _table(folder: Path, result: Result) -> Iterator[Block]:
         if split_metric(name, sets)[0] != "validation":
             values = [list(group.values(name).values()) for group in result.groups]
             text = partial(human_metric, name)
-            body.append([_figure_label(name), *(plus_minus(*spread(row), text) if row else "" for row in values)])
+            body.append([_figure_label(name), *(plus_minus(*mean_std(row), text) if row else "" for row in values)])
     caption = "All final figures: mean ± standard deviation over the runs"
     yield Table(["figure", *(group.label for group in result.groups)], body, caption)
 
@@ -228,7 +228,7 @@ def _finals(result: Result) -> Iterator[Block]:
         groups, (factor, unit) = [], scale(figure)
         for group in result.groups:
             if values := [factor * value for value in group.values(figure).values()]:
-                groups.append((group.label, values, *spread(values)))
+                groups.append((group.label, values, *mean_std(values)))
         if groups:
             axis = figure_title(split_metric(figure)[1])
             yield dots(f"final-{place}", _figure_label(figure), groups, axis=axis, unit=unit, note=note)

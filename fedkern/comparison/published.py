@@ -210,8 +210,8 @@ class Paper:
         for cell in self.cells:
             if cell.name == name:
                 return cell
-        names = [cell.name for cell in self.cells]
-        way = nearest(name, names) or f" Its cells are {first_of(names, 8)}."
+        cell_names = [cell.name for cell in self.cells]
+        way = nearest(name, cell_names) or f" Its cells are {first_of(cell_names, 8)}."
         raise UserError(f'{self.name} has no cell "{name}".{way}')
 
 
@@ -235,22 +235,22 @@ def _folder_of_package(word: str) -> Path:
 Entry = TypeVar("Entry", Before, PublishedCell)
 
 
-def names() -> list[str]:
+def list_papers() -> list[str]:
     """Names of the papers that fedkern ships."""
     return sorted(path.stem for path in PAPERS.glob("*.toml"))
 
 
-def read(name: str) -> Paper:
+def read_paper(name: str) -> Paper:
     """The paper of a name, or in the file ``NAME.toml``.
 
     Raises:
         UserError: there is no such paper or file, it is no TOML, or a cell is not in the format.
     """
     path = expand(name) if name.endswith(".toml") else PAPERS / f"{name}.toml"
-    if not name.endswith(".toml") and name not in names():
+    if not name.endswith(".toml") and name not in list_papers():
         raise UserError(
-            f'There is no paper "{name}": name one of {", ".join(names())}, or a file of your own, FILE.toml.'
-            f"{nearest(name, names())}"
+            f'There is no paper "{name}": name one of {", ".join(list_papers())}, or a file of your own, FILE.toml.'
+            f"{nearest(name, list_papers())}"
         )
     try:
         table = tomllib.loads(read_text(path, "utf-8-sig"))

@@ -25,11 +25,11 @@ from fedkern.comparison.verdicts import (
     NOT_PLAYED,
     Outcome,
     Verdict,
-    best,
+    best_value,
     figure_of,
     figure_text,
-    judge,
-    quality,
+    judge_cell,
+    rate_run,
 )
 from fedkern.engine.store.records import METRICS, SUMMARY, read_metrics
 from fedkern.errors import UserError, described, first_of
@@ -153,9 +153,9 @@ class Job:
         seed, *other_seeds = self.seeds
         swept = len(self.points) > 1
         over = [self.is_finished(seed, point) or (swept and self.failure_file(point).exists()) for point in self.points]
-        if (best := self.best_point() if all(over) or not swept else None) is None:
+        if (winner := self.best_point() if all(over) or not swept else None) is None:
             return self.total if all(over) else self.total - sum(over)
-        return over.count(False) + sum(not self.is_finished(seed, best) for seed in other_seeds)
+        return over.count(False) + sum(not self.is_finished(seed, winner) for seed in other_seeds)
 
     @property
     def seconds(self) -> float:
@@ -215,7 +215,7 @@ class Job:
         for point, run in self.first_runs():
             try:
                 if run is not None:
-                    scores.append((quality(self.entry, run), point))
+                    scores.append((rate_run(self.entry, run), point))
             except UserError as error:  # a figure that is NaN
                 undefined = error
         if undefined is not None and not scores:
@@ -387,12 +387,12 @@ class Reproduction:
 
         None while one is not finished.
         """
-        if job.runs_left or (best := job.best_point()) is None:
+        if job.runs_left or (winner := job.best_point()) is None:
             return None
-        runs = job.runs(best)
+        runs = job.runs(winner)
         firsts = job.first_runs() if len(job.points) > 1 else []
         effects = [
-            f"{_point(point)}: {_reached_text(cell, run)}{' (chosen)' * (point == best)}" for point, run in firsts
+            f"{_point(point)}: {_reached_text(cell, run)}{' (chosen)' * (point == winner)}" for point, run in firsts
         ]
         return Outcome(
             {seed: figure_of(cell, run) for seed, run in runs.items()},
@@ -423,7 +423,7 @@ class Reproduction:
             outcome, job = outcomes.get(cell.name), self.jobs.get(cell.name)
             if outcome is not None:
                 published = self.paper.find(cell.baseline).published if cell.baseline else None
-                verdict = judge(cell, outcome, outcomes.get(cell.baseline), published)
+                verdict = judge_cell(cell, outcome, outcomes.get(cell.baseline), published)
             elif cell.name in self.absent:
                 verdict = Verdict(NO_DATA, self.absent[cell.name])
             elif job is None or cell.name in self.failures:
@@ -450,7 +450,7 @@ class Reproduction:
             atomic.write_bytes(self.out / name, text.encode())
         return [
             *(self.out / name for name in texts),
-            html_page.write(reproduction_table.page(self.paper, rows), self.out),
+            html_page.write_page(reproduction_table.page(self.paper, rows), self.out),
         ]
 
 
@@ -504,4 +504,4 @@ def _reached_text(cell: PublishedCell, run: FoundRun | None) -> str:
     if value is not None:
         return figure_text(cell, value)
     assert cell.goal is not None
-    return f"misses the target with {human_metric(cell.goal.figure, best(cell.goal.figure, run))}"
+    return f"misses the target with {human_metric(cell.goal.figure, best_value(cell.goal.figure, run))}"

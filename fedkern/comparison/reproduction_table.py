@@ -13,7 +13,7 @@ from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, fig
 from fedkern.errors import first_of, listed
 from fedkern.report.figures.comparison_plot import Groups, comparison_panels
 from fedkern.report.pages.charts import curves
-from fedkern.report.pages.html_page import Block, Code, Page, section
+from fedkern.report.pages.html_page import Block, Code, Page, make_section
 from fedkern.report.tables import human_metric, human_time
 from fedkern.text_table import Table
 
@@ -80,12 +80,12 @@ def page(paper: Paper, rows: Sequence[Row]) -> Page:
     """The page of a reproduction."""
     tables = dict.fromkeys(row.cell.table for row in rows)
     sections = [
-        section(f"table-{number}", f"Table {name}", _table([row for row in rows if row.cell.table == name]))
+        make_section(f"table-{number}", f"Table {name}", _table([row for row in rows if row.cell.table == name]))
         for number, name in enumerate(tables)
     ]
-    curved = section("curves", "Curves", _curves(rows))
-    notes = section("notes", "What the table rests on", sentences(paper, rows))
-    commands = section("commands", "Commands", _commands(paper))
+    curved = make_section("curves", "Curves", _curves(rows))
+    notes = make_section("notes", "What the table rests on", sentences(paper, rows))
+    commands = make_section("commands", "Commands", _commands(paper))
     about = f"{len(rows)} cells · {paper.citation}" if paper.citation else f"{len(rows)} cells"
     return Page(_title(paper), about, [summary(rows)], [], [], [*sections, curved, notes, commands])
 

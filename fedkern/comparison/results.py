@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
-from fedkern.comparison.seed_statistics import Target, compare_pairs, interval_text, plus_minus, spread
+from fedkern.comparison.seed_statistics import Target, compare_pairs, interval_text, mean_std, plus_minus
 from fedkern.engine.store import confusions, records
 from fedkern.errors import UserError, nearest, printable_name, spared
 from fedkern.files import atomic
 from fedkern.listeners.events import Record
 from fedkern.methods.registry import short
 from fedkern.report.names import CELL
-from fedkern.report.run_contents import constants
+from fedkern.report.run_contents import constant_figures
 from fedkern.report.tables import human_bytes, human_metric, human_time
 from fedkern.tasks.figure_names import number, scale, short_set_title, short_title, split_metric
 from fedkern.text_table import Table
@@ -87,14 +87,14 @@ class Result:
             row: dict[str, Any] = {"group": group.label, "method": short(group.method), "seeds": len(group.runs)}
             for figure in self.figures:
                 values = group.values(figure)
-                row[figure], row[f"{figure}_std"] = spread(list(values.values())) if values else (None, None)
+                row[figure], row[f"{figure}_std"] = mean_std(list(values.values())) if values else (None, None)
                 difference = None if group is base else compare_pairs(values, base.values(figure))
                 row[f"{figure}_difference"] = None if difference is None else difference.mean
                 row[f"{figure}_low"] = None if difference is None else difference.low
                 row[f"{figure}_high"] = None if difference is None else difference.high
             sent = [float(run.summary["bytes"]["total"]) for run in group.runs.values()]
-            row["bytes"], row["bytes_std"] = spread(sent)
-            row["seconds"], row["seconds_std"] = spread([run.summary["seconds"] for run in group.runs.values()])
+            row["bytes"], row["bytes_std"] = mean_std(sent)
+            row["seconds"], row["seconds_std"] = mean_std([run.summary["seconds"] for run in group.runs.values()])
             if self.target is not None:
                 took = [self.target.cost_of_target(run.records) for run in group.runs.values()]
                 reached = [reached_by for reached_by in took if reached_by is not None]
@@ -102,7 +102,7 @@ class Result:
                 complete = len(reached) == len(took)
                 for name in TAKEN:
                     key = f"{name}_to_target"
-                    row[key], row[f"{key}_std"] = spread([e[name] for e in reached]) if complete else (None, None)
+                    row[key], row[f"{key}_std"] = mean_std([e[name] for e in reached]) if complete else (None, None)
             rows.append(row)
         return rows
 
@@ -189,8 +189,8 @@ class Result:
 
         with without_docstrings():
             from fedkern.report.figures.comparison_plot import comparison_panels
-            from fedkern.report.figures.curves import draw
-            from fedkern.report.figures.plots import save, tell_lacking
+            from fedkern.report.figures.curves import draw_panels
+            from fedkern.report.figures.plots import save_png, tell_lacking
 
         folder.mkdir(parents=True, exist_ok=True)
         table = self.text_table(self.all_sentences())
@@ -201,7 +201,7 @@ class Result:
         with spared(lambda why: warnings.warn(f"{PICTURE} is missing: {why}.", stacklevel=2)):
             panels = comparison_panels(self.histories(), self.figures, chance=self.chance())
             if panels:
-                save(draw([*panels.values()], title=self.title()), folder / PICTURE)
+                save_png(draw_panels([*panels.values()], title=self.title()), folder / PICTURE)
                 tell_lacking(warnings.warn)
                 paths.append(folder / PICTURE)
         return paths
@@ -220,7 +220,7 @@ class Result:
         first_run = self.runs[0]
         confusion = None if first_run.config.records == "private" else confusions.read(first_run.folder)
         figure_tables = [dict.fromkeys(self.figures), first_run.summary["metrics"]]
-        return constants(figure_tables, first_run.config.main, {}, confusion, 0)
+        return constant_figures(figure_tables, first_run.config.main, {}, confusion, 0)
 
     def to_json(self, folder: Path) -> str:
         """Table, sentences and folder as JSON."""

@@ -29,7 +29,7 @@ class Difference:
     high: float | None
 
 
-def spread(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and standard deviation (n - 1) of at least one value.
 
     None as the deviation of a single value.
@@ -64,7 +64,7 @@ def compare_pairs(values: Mapping[int, float], base_values: Mapping[int, float])
     if not seeds:
         return None
     differences = [values[seed] - base_values[seed] for seed in sorted(seeds)]
-    mean, deviation = spread(differences)
+    mean, deviation = mean_std(differences)
     if deviation is None:
         return Difference(mean, None, None)
     from scipy.special import stdtrit  # what scipy.stats, which takes a second to load, calls

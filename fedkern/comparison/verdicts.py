@@ -86,7 +86,7 @@ def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
     return run.metrics[cell.figure]
 
 
-def best(figure: str, run: FoundRun) -> float:
+def best_value(figure: str, run: FoundRun) -> float:
     """The best value of a figure over the evaluated rounds.
 
     Raises UserError where no round tells the figure.
@@ -122,7 +122,7 @@ def falls(figure: str, run: FoundRun) -> bool:
     return better != "max"
 
 
-def quality(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
+def rate_run(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
     """Rate a run by what a sweep's best point is best in, the larger the better.
 
     Without the target: worse.
@@ -141,11 +141,11 @@ def quality(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
     if value is None:
         assert cell.goal is not None
         name, reached = cell.goal.figure, 0.0
-        value = best(name, run)
+        value = best_value(name, run)
     return reached, -math.inf if math.isnan(value) else -value if falls(name, run) else value
 
 
-def judge(
+def judge_cell(
     cell: PublishedCell, outcome: Outcome, baseline: Outcome | None = None, published_baseline: float | None = None
 ) -> Verdict:
     """The verdict on a cell all of whose runs are finished.

@@ -77,7 +77,7 @@ class Header(NamedTuple):
         return math.prod(self.shape)
 
 
-def header(array: FlowerArray, name: str) -> Header:
+def read_header(array: FlowerArray, name: str) -> Header:
     """The form of an array, plain or a flat vector, checked against the length of its bytes.
 
     Raises:
@@ -129,7 +129,7 @@ def is_shape(sizes: Sequence[int]) -> bool:
     return math.prod(max(size, 1) for size in sizes) <= _MOST_ELEMENTS
 
 
-def tensor(array: FlowerArray, form: Header) -> Tensor:
+def as_tensor(array: FlowerArray, form: Header) -> Tensor:
     """The elements of a floating array as a vector ``[n]`` that shares the array's memory.
 
     It may only be read.
@@ -138,7 +138,7 @@ def tensor(array: FlowerArray, form: Header) -> Tensor:
     """
     dtype, data, begin, count = FLOATS[form.dtype], array.data, form.begin, form.elements
     if form.order == "F" or form.swapped:
-        return torch.from_numpy(np.array(numbers(array, form), order="C").reshape(-1))
+        return torch.from_numpy(np.array(as_numpy(array, form), order="C").reshape(-1))
     if not count:
         return torch.empty(0, dtype=dtype)
     address = _address(data)
@@ -154,10 +154,10 @@ def join_tensors(arrays: Sequence[tuple[FlowerArray, Header]]) -> Tensor:
     The elements of several one after another, copied.
     """
     if len(arrays) == 1:
-        return tensor(*arrays[0])
+        return as_tensor(*arrays[0])
     dtype = arrays[0][1].dtype
     if any(form.dtype != dtype or form.order == "F" or form.swapped for _, form in arrays):
-        return torch.cat([tensor(*array) for array in arrays])
+        return torch.cat([as_tensor(*array) for array in arrays])
     data = bytearray().join([memoryview(array.data)[form.begin :] for array, form in arrays])
     return torch.frombuffer(data, dtype=FLOATS[dtype]) if data else torch.empty(0, dtype=FLOATS[dtype])
 
@@ -167,7 +167,7 @@ def _address(data: bytes) -> int:
     return int(np.frombuffer(data, np.uint8).ctypes.data)
 
 
-def numbers(array: FlowerArray, form: Header) -> np.ndarray:
+def as_numpy(array: FlowerArray, form: Header) -> np.ndarray:
     """The elements of an array in Flower's encoding, in their shape.
 
     Not writable.
@@ -197,7 +197,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def writable(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, Tensor]:
+def allocate_bytes(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, Tensor]:
     """New bytes that begin with ``head``, and the ``count`` elements behind it as a vector that shares their memory.
 
     The elements hold nothing yet.  They may be written to only until somebody else sees the bytes: CPython allows that

@@ -121,7 +121,7 @@ class Layout:
         return json.dumps([[entry.key, list(entry.shape), entry.dtype] for entry in self.entries]).encode()
 
     def form(self, key: str, array: FlowerArray) -> Header:
-        """`array_bytes.header` of an entry's array.
+        """`array_bytes.read_header` of an entry's array.
 
         The arrays of a round mostly begin with the same bytes.
         """
@@ -130,7 +130,7 @@ class Layout:
         plain = array.stype == NUMPY and type(data) is bytes
         if plain and entry is not None and len(data) == entry[1] and data.startswith(entry[0]):
             return entry[2]
-        form = array_bytes.header(array, _name(key))
+        form = array_bytes.read_header(array, _name(key))
         if plain:
             self._known[key] = (data[: form.begin], len(data), form)
         return form
@@ -143,7 +143,7 @@ class Layout:
             Misfit: an array's bytes, or the list of a flat record's entries, cannot be read.
         """
         if FLAT not in record:
-            forms = {key: array_bytes.header(array, _name(key)) for key, array in record.items()}
+            forms = {key: array_bytes.read_header(array, _name(key)) for key, array in record.items()}
             return cls([(key, form.shape, form.dtype) for key, form in forms.items()])
         layout = cls(_read_listing(record), record[FLAT].dtype)
         Model(record, layout)  # checks the vector's length, and the other arrays
@@ -204,7 +204,7 @@ class Model:
                 self._dtypes.add((form.dtype, entry.dtype))
                 self.nbytes += len(array.data) - form.begin
             elif form.dtype == entry.dtype:
-                self.whole[entry.key] = array_bytes.numbers(array, form)
+                self.whole[entry.key] = array_bytes.as_numpy(array, form)
             else:
                 expected = "a floating dtype" if entry.floating else entry.dtype
                 raise Misfit("dtypes", f"has {_name(entry.key)} of {form.dtype} where {expected} is expected")
@@ -224,12 +224,12 @@ class Model:
                 if floating != entry.floating:
                     raise Misfit("dtypes", f"has {name} of {dtype[:20]} where {entry.dtype} is expected")
         _check_keys(keys - {FLAT, LISTING}, {entry.key for entry in layout.whole})
-        form = array_bytes.header(record[FLAT], FLAT)
+        form = array_bytes.read_header(record[FLAT], FLAT)
         if record[FLAT].stype != FLAT:
             raise Misfit("dtypes", f"has {FLAT!r} in another encoding than its own")
         if form.shape != (layout.size,):
             raise Misfit("size", f"has a flat vector of {form.elements} elements where {layout.size} are expected")
-        self._vector = array_bytes.tensor(record[FLAT], form)
+        self._vector = array_bytes.as_tensor(record[FLAT], form)
         self._dtypes = {(form.dtype, entry.dtype) for entry in layout.floating}
         self.nbytes = self._vector.nbytes
         return keys
@@ -238,7 +238,7 @@ class Model:
         """The numbers of a floating entry, ``[n]``."""
         if self._vector is not None:
             return self._vector[entry.begin : entry.end]
-        return array_bytes.tensor(*self._arrays[entry.key])
+        return array_bytes.as_tensor(*self._arrays[entry.key])
 
     def segment(self, run: Sequence[Entry]) -> Tensor:
         """The numbers of neighbouring floating entries, ``[n]``.

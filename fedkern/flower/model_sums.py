@@ -53,14 +53,14 @@ class NewModel:
             return self.vector[begin:end]
         if self._layout.flat:
             if self._flat is None:
-                self.data[FLAT], self._flat = array_bytes.writable(b"", self._layout.dtype, self._layout.size)
+                self.data[FLAT], self._flat = array_bytes.allocate_bytes(b"", self._layout.dtype, self._layout.size)
             return self._flat[begin:end]
         if len(run) > 1:
             part = torch.empty(end - begin, dtype=self._layout.dtype)
             self._copied.append((run, part))
             return part
         head = array_bytes.npy_header(np.dtype(run[0].dtype).str, run[0].shape)
-        self.data[run[0].key], part = array_bytes.writable(head, self._layout.dtype, end - begin)
+        self.data[run[0].key], part = array_bytes.allocate_bytes(head, self._layout.dtype, end - begin)
         return part
 
     def finish(self) -> NewModel:

@@ -18,7 +18,7 @@ from rich.table import Table as TerminalTable
 from fedkern.errors import MESSAGE
 from fedkern.process import machine
 from fedkern.process.commit import commit
-from fedkern.report.names import plain, say
+from fedkern.report.names import literal_text, print_line
 from fedkern.report.tables import human_bytes
 from fedkern.text_table import Table
 
@@ -143,7 +143,7 @@ def gpus() -> tuple[list[dict[str, object]], str]:
         pynvml.nvmlShutdown()
 
 
-def collect() -> dict[str, Any]:
+def collect_report() -> dict[str, Any]:
     """Everything that :func:`show` prints, as JSON-ready values."""
     import torch
 
@@ -167,15 +167,15 @@ def collect() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(console: Console, report: dict[str, Any] | None = None) -> None:
+def print_report(console: Console, report: dict[str, Any] | None = None) -> None:
     """Prints the report: versions, processor, threads, GPU, and the backends that serve each operator."""
-    report = collect() if report is None else report
+    report = collect_report() if report is None else report
     facts = TerminalTable(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
 
     def add(name: str, value: object) -> None:
-        facts.add_row(name, plain(value, limit=MESSAGE))
+        facts.add_row(name, literal_text(value, limit=MESSAGE))
 
     present = {name: version for name, version in report["versions"].items() if version != "not installed"}
     absent = [name for name, version in report["versions"].items() if version == "not installed"]
@@ -225,7 +225,7 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     for (name, serves, text), operator_names in sorted(notes.items(), key=lambda note: note[0][1]):
         scope = "all operators" if len(operator_names) == len(operators) else ", ".join(operator_names)
         of = f"leaves to the reference, also where it is forced: of {scope} {text}"
-        say(console, f"{name} {of if serves else f'does not serve {scope}: {text}'}")
+        print_line(console, f"{name} {of if serves else f'does not serve {scope}: {text}'}")
 
 
 def _operator_table(rows: Sequence[Mapping[str, Any]]) -> Table:

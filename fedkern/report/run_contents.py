@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
-from fedkern.engine.store.artifacts import read as read_artifacts
+from fedkern.engine.store.artifacts import read_run_folder as read_artifacts
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.data_facts import DataFacts
@@ -76,7 +76,7 @@ class Contents:
 
     def chance(self, records: Iterable[Record]) -> dict[str, float]:
         """See :func:`constants`."""
-        return constants(records, self.config.main, self.facts.chance, self.confusion, len(self.facts.classes))
+        return constant_figures(records, self.config.main, self.facts.chance, self.confusion, len(self.facts.classes))
 
     def split(self, name: str) -> tuple[str, str]:
         """Test set and figure of a name such as ``ood_accuracy``, also of test sets that a user has named."""
@@ -88,7 +88,7 @@ class Contents:
         return names[int(k)] if names is not None and int(k) < len(names) else f"client {k}"
 
 
-def read(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents:
+def read_run_folder(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents:
     """Reads a run folder.
 
     Args:
@@ -134,7 +134,7 @@ def sum_phases(*tables: Mapping[str, float]) -> dict[str, float]:
     return seconds
 
 
-def constants(
+def constant_figures(
     records: Iterable[Record],
     main: str,
     known: Mapping[str, float | None],

@@ -101,7 +101,7 @@ def sort_metrics(metrics: Mapping[str, object], sets: Collection[str] = (), main
     return sorted(names, key=lambda name: _rank(name, sets, main))
 
 
-def covering(private: Mapping[str, Any]) -> str:
+def describe_epsilon(private: Mapping[str, Any]) -> str:
     """One line on what the epsilon of a run covers, so that nobody takes a partial epsilon for that of the release.
 
     Args:
@@ -153,7 +153,7 @@ def final_table(summary: Summary, main: str) -> Table:
     rounds_ = f"{rounds} round{'s' * (rounds > 1)}"
     title = printable_name(f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds_}", CELL)
     if summary.get("privacy"):
-        title += f"\n{printable_name(covering(summary['privacy']), MESSAGE)}"
+        title += f"\n{printable_name(describe_epsilon(summary['privacy']), MESSAGE)}"
     by_class = summary.get("per_class", {})
     by_name = any("dice" in class_table for class_table in by_class.values())
     table = figures_table(title, summary["metrics"], by_class, main, by_name=by_name)

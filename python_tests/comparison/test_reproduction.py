@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.cli.command_parser import parse
+from fedkern.cli.command_parser import parse_words
 from fedkern.cli.commands import reproduce
 from fedkern.comparison import cell_runner, published
 from fedkern.comparison.reproduction import CSV, MARKDOWN, Deadline, OutOfTime, Reproduction
@@ -84,9 +84,9 @@ def paper(tmp_path):
     def made(text: str = PAPER, *flags: str, budget: float | None = None) -> Reproduction:
         path = tmp_path / "tiny.toml"
         path.write_text(text)
-        request = parse(["reproduce", str(path), "--workers", "1", *flags])
+        request = parse_words(["reproduce", str(path), "--workers", "1", *flags])
         return Reproduction(
-            published.read(str(path)),
+            published.read_paper(str(path)),
             tmp_path / "out",
             lambda words: reproduce.command_of(request, words),
             budget=budget,

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy.stats import ttest_rel
 
-from fedkern.comparison.seed_statistics import Target, compare_pairs, spread
+from fedkern.comparison.seed_statistics import Target, compare_pairs, mean_std
 from fedkern.errors import UserError
 
 
@@ -32,8 +32,8 @@ def test_equal_differences_have_an_interval_without_width():
 
 
 def test_spread():
-    assert spread([1.0]) == (1.0, None)
-    assert spread([1.0, 3.0]) == (2.0, math.sqrt(2))
+    assert mean_std([1.0]) == (1.0, None)
+    assert mean_std([1.0, 3.0]) == (2.0, math.sqrt(2))
 
 
 def records(name, *values):

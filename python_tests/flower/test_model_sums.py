@@ -124,9 +124,9 @@ def test_whole_numbers_by_rank(kind):
 
 
 def test_new_bytes_share_their_memory_with_a_vector():
-    data, vector = array_bytes.writable(b"head" * 4, torch.float32, 5)
+    data, vector = array_bytes.allocate_bytes(b"head" * 4, torch.float32, 5)
     vector.copy_(torch.arange(5.0))
     assert data == b"head" * 4 + np.arange(5, dtype=np.float32).tobytes()
     del data
     assert vector.sum() == 10
-    assert array_bytes.writable(b"head", torch.float16, 0)[0] == b"head"
+    assert array_bytes.allocate_bytes(b"head", torch.float16, 0)[0] == b"head"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkern.cli import flags
-from fedkern.cli.flags import Parser, add, key_values, quote
+from fedkern.cli.flags import Parser, add_arguments, as_word, key_values
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.repeat import first_commands
-from fedkern.cli.request import Request, effective
+from fedkern.cli.request import Request, effective_config
 from fedkern.errors import UserError, printable
 from fedkern.files import atomic
 from fedkern.methods import METHODS, registry
@@ -52,7 +52,7 @@ def add_flags(parser: Parser) -> None:
     """
     parser.begin(USAGE)
     parser.rest = []
-    add(parser, {
+    add_arguments(parser, {
         "seeds": ("N", "number of seeds, from --seed on, or a list such as 0,4,7; default 3"),
         "sweep": ("NAME=V,V", "values of a setting or a method option; repeatable, all combinations are run; values "
                               "with commas are parted by ;", []),
@@ -114,7 +114,7 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 def _settings(method: str, run_words: Sequence[str], parser: Parser) -> Request:
     """The run's settings behind the methods, as a request for one of the methods."""
-    run = flags.parse([method, *run_words], parser)
+    run = flags.parse_run([method, *run_words], parser)
     for name, way in _NOT_HERE.items():
         if getattr(run, name):
             raise UserError(f"--{name} is not for {parser.command}: {way}.")
@@ -128,7 +128,7 @@ def play(request: Request) -> int:
     """
     from fedkern.cli.backend_check import check_backend
     from fedkern.comparison import compared
-    from fedkern.comparison.boards import board
+    from fedkern.comparison.boards import choose_board
     from fedkern.comparison.cell_runner import Runner
 
     arguments = request.arguments
@@ -136,7 +136,7 @@ def play(request: Request) -> int:
         found = compared.compare_found(arguments["folders"], out=request.out, target=arguments["target"])
         return _tell(request, found, {})
     check_backend()
-    live_board = board(quiet=request.quiet, json=request.json)
+    live_board = choose_board(quiet=request.quiet, json=request.json)
     where: list[Path] = []
     tracebacks: dict[str, str] = {}
 
@@ -149,7 +149,7 @@ def play(request: Request) -> int:
         )  # fmt: skip
         plan, number = arguments["plan"], arguments["task"]
         if number is None and not arguments["slurm"]:
-            return compared.play(runner, plan)
+            return compared.play_comparison(runner, plan)
         pairs = [(variant, seed) for seed in plan.seeds for variant in chain(*plan.variants.values())]  # as `cells`
         if number is not None and not (number.isdecimal() and int(number) < len(pairs)):
             raise UserError(f'--task must be the number of a run, from 0 to {len(pairs) - 1}, not "{number}".')
@@ -181,7 +181,7 @@ def _write_script(request: Request, configs: Sequence[RunConfig], out: Path) -> 
 
     words = [word for word in request.arguments["words"] if word != "--slurm"]
     fixed = [] if len({config.threads for config in configs}) > 1 else ["--threads", str(configs[0].threads)]
-    command = f"{quote(sys.executable or 'python')} -m fedkern.run{_again([*words, *fixed], out)[len(PROGRAM) :]}"
+    command = f"{as_word(sys.executable or 'python')} -m fedkern.run{_again([*words, *fixed], out)[len(PROGRAM) :]}"
     text = f"""\
 #!/bin/bash
 #SBATCH --job-name=fedkern
@@ -189,20 +189,20 @@ def _write_script(request: Request, configs: Sequence[RunConfig], out: Path) -> 
 #SBATCH --cpus-per-task={most_threads(configs)}
 {"#SBATCH --gres=gpu:1" if any(config.device != "cpu" for config in configs) else ""}
 # Task K plays run K.  When all tasks have ended, the same command without --slurm writes the result.
-cd {quote(Path.cwd())} || exit
+cd {as_word(Path.cwd())} || exit
 exec {command} --task "$SLURM_ARRAY_TASK_ID"
 """
     path = out / "slurm.sh"
     atomic.make_folder(out)
     atomic.write_bytes(path, text.encode())
-    say = f"start: sbatch {quote(path)}\nafter the last task: {_again(words, out)}"
-    put({"script": str(path), "runs": len(configs)} if request.json else str(path) if request.quiet else say)
+    hint = f"start: sbatch {as_word(path)}\nafter the last task: {_again(words, out)}"
+    put({"script": str(path), "runs": len(configs)} if request.json else str(path) if request.quiet else hint)
 
 
 def _again(words: Sequence[str], out: Path) -> str:
     """The command that goes on with the comparison in ``out``."""
     named = any(word == "--out" or word.startswith("--out=") for word in words)
-    return " ".join([PROGRAM, *map(quote, words), *([] if named else ["--out", quote(out)])])
+    return " ".join([PROGRAM, *map(as_word, words), *([] if named else ["--out", as_word(out)])])
 
 
 def config_of(request: Request, variant: Variant, seed: int) -> RunConfig:
@@ -214,16 +214,16 @@ def config_of(request: Request, variant: Variant, seed: int) -> RunConfig:
     options_given: Mapping[str, Any] = {**common, **variant.options}
     settings = {**own_settings(method, request.settings), **RunConfig.read(variant.settings), "seed": seed}
     words = tuple(f"{name}={word(value)}" for name, value in options_given.items())
-    return effective(dataclasses.replace(request, method=method, settings=settings, options=words))
+    return effective_config(dataclasses.replace(request, method=method, settings=settings, options=words))
 
 
 def _tell(request: Request, comparison: Comparison, tracebacks: Mapping[str, str]) -> int:
-    from fedkern.report.live.progress import terminal
-    from fedkern.report.names import say
+    from fedkern.report.live.progress import make_console
+    from fedkern.report.names import print_line
 
     result = comparison.result
     places = [f"folder: {comparison.folder}", f"files:  {', '.join(path.name for path in comparison.files)}"]
-    code = tell(
+    code = print_outcome(
         request, comparison.folder, lambda: result.to_json(comparison.folder), result.text_table(),
         [*result.sentences(), *places], tracebacks, comparison.failures,
     )  # fmt: skip
@@ -232,11 +232,11 @@ def _tell(request: Request, comparison: Comparison, tracebacks: Mapping[str, str
 
         written = write_report(comparison.folder, comparison.result, commands=first_commands(comparison.result))
         if not (request.json or request.quiet):
-            say(terminal(), f"report: {written}")
+            print_line(make_console(), f"report: {written}")
     return code
 
 
-def tell(
+def print_outcome(
     request: Request, folder: Path, as_json: Callable[[], object], table: Table, sentences: Iterable[str],
     tracebacks: Mapping[str, str], failures: Collection[str],
 ) -> int:  # fmt: skip
@@ -244,18 +244,18 @@ def tell(
 
     Returns the exit code.
     """
-    from fedkern.report.live.progress import terminal
-    from fedkern.report.names import say
+    from fedkern.report.live.progress import make_console
+    from fedkern.report.names import print_line
 
     if request.json:
         put(as_json())
     elif request.quiet:
         print(folder)
     else:
-        console = terminal()
+        console = make_console()
         console.print(table)
         for text in sentences:
-            say(console, text)
+            print_line(console, text)
     for text in tracebacks.values():
         print(printable(text), end="", file=sys.stderr)
     for text in failures:

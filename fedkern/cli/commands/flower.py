@@ -22,11 +22,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
-from fedkern.cli.finished_runs import folder
-from fedkern.cli.flags import Parser, add
+from fedkern.cli.finished_runs import run_folder
+from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.errors import RunFailed, UserError, printable
-from fedkern.flower.runs.project import simulation
+from fedkern.flower.runs.project import simulation_settings
 from fedkern.process.extras import install
 
 _FLWR = ("-m", "flwr.cli.app")
@@ -39,7 +39,7 @@ def add_flags(parser: Parser) -> None:
     parser.description = f"Runs a Flower project to its end. Needs {install('flower')}."
     parser.usage = f"{parser.prog} PROJECT_DIR [flags]"
     parser.add_folder("a Flower project", "folder of the Flower project", "PROJECT_DIR")
-    add(parser, {
+    add_arguments(parser, {
         "superlink": ("NAME", "a connection of Flower's configuration, not its default"),
         "run_config": ("'key=value ...'", "settings of the project, in TOML; repeatable", []),
         "federation_config": (
@@ -54,12 +54,13 @@ def play(request: Request) -> int:
     Raises UserError where Flower refuses it, and RunFailed where the run fails or is stopped.
     """
     importlib.import_module("fedkern.flower.adapter")  # says which flwr is needed
-    project, name, settings = folder(request), *(request.arguments[key] for key in ("superlink", "federation_config"))
+    project, arguments = run_folder(request), request.arguments
+    name, settings = arguments["superlink"], arguments["federation_config"]
     simulated, where = _is_simulation(name), [name] if name else []
     if settings and not simulated:
         raise UserError("--federation-config is for simulations: a SuperLink has the nodes that connect to it.")
-    words = [f"--run-config={text}" for text in request.arguments["run_config"]]
-    words += [f"--federation-config={text}" for text in (simulation(project, settings) if simulated else ())]
+    words = [f"--run-config={text}" for text in arguments["run_config"]]
+    words += [f"--federation-config={text}" for text in (simulation_settings(project, settings) if simulated else ())]
     with _simulator() if simulated else nullcontext():
         _play([str(project), *where, *words], where)
     return 0

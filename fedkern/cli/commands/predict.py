@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedkern.cli.finished_runs import add_network, code, folder
-from fedkern.cli.flags import Parser, add
+from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
+from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 from fedkern.files.filesystem import check_new, expand
@@ -19,7 +19,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_folder("a finished run")
     parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")
     text = "CSV file to write; for segmentation a new folder of masks. Default predictions.csv, masks"
-    add(parser, {"out": ("FILE", text)})
+    add_arguments(parser, {"out": ("FILE", text)})
     add_network(parser)
 
 
@@ -40,15 +40,16 @@ def play(request: Request) -> int:
     Prints a few rows.
     """
     from fedkern.downstream import prediction
-    from fedkern.report.live.progress import advancing
+    from fedkern.report.live.progress import show_progress
 
-    predictor = prediction.Predictor.open(folder(request), code(request), best=request.arguments["network"] == "best")
+    best = request.arguments["network"] == "best"
+    predictor = prediction.Predictor.open(run_folder(request), trusted_code(request), best=best)
     name, limit, write = prediction.WRITERS[predictor.task.network]
     out = request.out or Path(name)
     check_new(out, "predict")
     paths = prediction.found_images(request.arguments["paths"])
     shown_rows: list[tuple[Path, Any]] = []
-    with advancing(len(paths), "predicting") as step:
+    with show_progress(len(paths), "predicting") as step:
 
         def rows() -> Iterator[tuple[Path, Any, Any]]:
             for row in predictor.files(paths):

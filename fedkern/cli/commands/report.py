@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedkern.cli.finished_runs import add_network
 from fedkern.cli.flags import Parser
-from fedkern.cli.repeat import first_commands, repeating
+from fedkern.cli.repeat import first_commands, repeat_command
 from fedkern.cli.request import Request, find_trusted_code
 from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
@@ -39,12 +39,12 @@ def play(request: Request) -> int:
     written = []
     for folder in folders.values():
         if comparison_page.holds_runs(folder):
-            result = comparison_page.read(folder)
+            result = comparison_page.read_comparison(folder)
             commands = first_commands(result)
             written.append(comparison_page.write_report(folder, result, commands=commands))
         else:
             code = find_trusted_code(folder, request.options, request.settings)
-            written.append(run_page.write_report(folder, command=repeating(folder), trusted=code))
+            written.append(run_page.write_report(folder, command=repeat_command(folder), trusted=code))
         if not request.json:
             print(written[-1], flush=True)
     if request.json:

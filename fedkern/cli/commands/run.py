@@ -10,10 +10,10 @@ from typing import Any
 
 from fedkern.cli import flower_project
 from fedkern.cli.backend_check import check_backend
-from fedkern.cli.flags import quote
+from fedkern.cli.flags import as_word
 from fedkern.cli.front_page import PROGRAM
-from fedkern.cli.repeat import command_line, repeating
-from fedkern.cli.request import Request, effective, find_trusted_code
+from fedkern.cli.repeat import command_line, repeat_command
+from fedkern.cli.request import Request, effective_config, find_trusted_code
 from fedkern.data.registry import given_options
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import REPORT
@@ -62,9 +62,9 @@ def play(request: Request) -> int:
     Returns 0, or 130 after Ctrl-C and 143 after SIGTERM.
     """
     if request.flower is not None:
-        return flower_project.write(request)
+        return flower_project.write_project(request)
     check_backend()
-    config = effective(request) if request.resume is None else _load_stored_config(request)
+    config = effective_config(request) if request.resume is None else _load_stored_config(request)
     with _folder(request, config) as out, _workers_ahead(config):
         return _run(request, config, out)
 
@@ -82,7 +82,7 @@ def _workers_ahead(config: RunConfig) -> AbstractContextManager[None]:
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
     from fedkern.report.live.notebook import display
-    from fedkern.report.names import say
+    from fedkern.report.names import print_line
 
     if request.resume is None:  # the user named this code, in flags or in --config
         code = tuple(part for _, part in config.code())
@@ -108,11 +108,11 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         how, status = interrupts.end_by(stop)
         view.close()
         if (out / "config.toml").exists():
-            again = " ".join([quote(out), *dict.fromkeys(flag for flag, _ in config.code())])
+            again = " ".join([as_word(out), *dict.fromkeys(flag for flag, _ in config.code())])
             way = "the run is complete, draw its pictures with" if complete else "continue with"
-            say(view.console, f"{how}; {way}: {PROGRAM} --resume {again}{' --report' * request.report}")
+            print_line(view.console, f"{how}; {way}: {PROGRAM} --resume {again}{' --report' * request.report}")
         else:
-            say(view.console, f"{how} before anything was written; start again.")
+            print_line(view.console, f"{how} before anything was written; start again.")
         return status
     finally:
         view.close()
@@ -124,29 +124,29 @@ def _illustrate(
 ) -> None:
     """Draws the pictures of a finished run, and writes its report where it was asked for."""
     from fedkern.report.figures.pictures import finished_pictures
-    from fedkern.report.live.progress import terminal
-    from fedkern.report.names import say
+    from fedkern.report.live.progress import make_console
+    from fedkern.report.names import print_line
 
     def tell(text: str) -> None:
         if not request.quiet and not request.json:
-            say(terminal(), text)
+            print_line(make_console(), text)
 
     missing: list[str] = []
     warn = partial(view.on_warning, "no-picture")
     pictures, undrawn = finished_pictures(out, data=data, data_root=config.data_root, trusted=code, warn=warn)
     if undrawn is not None:
-        missing.append(f"pictures ({undrawn}): draw them with {PROGRAM} --resume {quote(out)}")
+        missing.append(f"pictures ({undrawn}): draw them with {PROGRAM} --resume {as_word(out)}")
     elif pictures:
         tell(f"pictures:   {', '.join(path.name for path in pictures)}")
     if request.report:
         from fedkern.report.pages.run_page import write_report
 
         try:
-            command = repeating(out)
+            command = repeat_command(out)
             report = write_report(out, command=command, trusted=code)
             tell(f"report:     {report}")
         except UserError as error:
-            missing.append(f"report ({str(error).rstrip('.')}): write it with {PROGRAM} report {quote(out)}")
+            missing.append(f"report ({str(error).rstrip('.')}): write it with {PROGRAM} report {as_word(out)}")
     if missing:
         raise UserError(f"The run is complete, but not its {missing[0]}.")
 
@@ -200,11 +200,11 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Summary) -> 
     if request.quiet:
         print(out, flush=True)
         return
-    from fedkern.report.live.progress import terminal
-    from fedkern.report.names import say
+    from fedkern.report.live.progress import make_console
+    from fedkern.report.names import print_line
     from fedkern.report.tables import class_table, final_table, intervals_tables, own_tests_table, worst_client_line
 
-    console = terminal()
+    console = make_console()
     main = stored_settings(out)["main"]
     console.print(final_table(summary, main))
     if (classes := class_table(summary)) is not None:
@@ -212,18 +212,18 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Summary) -> 
     if summary.get("client_metrics"):
         console.print(own_tests_table(summary, main))
         if worst := worst_client_line(summary):
-            say(console, worst)
+            print_line(console, worst)
     for table in intervals_tables(summary.get("intervals", ())):
         console.print(table)
     if names := sorted(summary.get("diagnostics") or ()):
-        say(console, f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})")
+        print_line(console, f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})")
     from fedkern.methods import METHODS
 
     one_shot = METHODS[config.method].one_shot
     baseline, name = ("oneshot-fedavg", "one-shot FedAvg") if one_shot else ("fedavg", "FedAvg")
     if config.method != baseline:
         baseline_config = config if METHODS[baseline].takes_teachers else config.replace(teachers=None)
-        say(console, f"{name} on the same split: {command_line(baseline, baseline_config)}")
-    say(console, f"run folder: {out}")
+        print_line(console, f"{name} on the same split: {command_line(baseline, baseline_config)}")
+    print_line(console, f"run folder: {out}")
     if request.predictions and (out / PREDICTIONS).exists():
-        say(console, f"answers:    {PREDICTIONS}")
+        print_line(console, f"answers:    {PREDICTIONS}")

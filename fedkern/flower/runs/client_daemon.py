@@ -59,7 +59,7 @@ class _Gone(Exception):
     """The client daemon has ended before it took the message."""
 
 
-def ask(
+def ask_daemon(
     header: str,
     packed: bytes,
     run_config: UserConfig,
@@ -67,7 +67,7 @@ def ask(
     notice: Notice,
     stays: float = STAYS,
 ) -> bytes | None:
-    """The answer of the client daemon (see `node_process.answer`), which is started where there is none.
+    """The answer of the client daemon (see `node_process.answer_message`), which is started where there is none.
 
     A client daemon that is started now ends ``stays`` seconds after its last message.
 
@@ -75,11 +75,11 @@ def ask(
         The answer; None where no client daemon can be had.
 
     Raises:
-        Malformed, UserError: as `fedkern.flower.runs.node_process.answer`.
+        Malformed, UserError: as `fedkern.flower.runs.node_process.answer_message`.
         RuntimeError: another exception of it.
         Lost: the client daemon has ended while it worked.
     """
-    if not possible():
+    if not is_possible():
         return None
     request = {"header": header, "run_config": dict(run_config), "node": dict(node)}
     for _ in range(_TRIES):
@@ -91,18 +91,18 @@ def ask(
             return None
         with link, link.makefile("rb") as replies:
             try:
-                return _ask_daemon(link, replies, request, packed, notice)
+                return _exchange(link, replies, request, packed, notice)
             except _Gone:
                 continue
     return None
 
 
-def possible() -> bool:
+def is_possible() -> bool:
     """Return whether this system has what client daemons need."""
     return sys.platform == "linux" and hasattr(os, "pidfd_open")
 
 
-def end(run: str, node: UserConfig) -> None:
+def end_daemon(run: str, node: UserConfig) -> None:
     """Ends the client daemon of a run on the node of this configuration, if there is one."""
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.connect(_name(run, node))
@@ -172,7 +172,7 @@ def _start(name: bytes, stays: float) -> bool:
     return True
 
 
-def _ask_daemon(
+def _exchange(
     link: socket.socket, replies: BinaryIO, request: Mapping[str, object], packed: bytes, notice: Notice
 ) -> bytes:
     try:
@@ -256,7 +256,7 @@ def live(door: int, parent: int, stays: float) -> None:
                 link.settimeout(PATIENCE)
                 if user_of(link) == os.geteuid():
                     with link.makefile("rb") as requests:
-                        if not _serve(link, requests, node_process.answer):
+                        if not _serve(link, requests, node_process.answer_message):
                             return
 
 

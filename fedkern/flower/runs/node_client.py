@@ -31,7 +31,7 @@ from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.training import Diverged
 from fedkern.errors import ClientFailed, Malformed, UserError, printable
 from fedkern.flower.runs.node_folder import NodeFolder, Version
-from fedkern.flower.runs.portable import pack, unpack
+from fedkern.flower.runs.portable import pack_value, unpack_value
 from fedkern.methods.base import Message, Phase
 from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.common.privacy_report import guarantee
@@ -144,7 +144,7 @@ class NodeClients:
         base: folder of the clients' states of all runs on this node.
         notice: called with the progress of something long; may be set anew between messages.
         own_data: whether this node's folder holds the data of its client alone.
-        half: whether replies travel as bf16 (:func:`~fedkern.flower.runs.portable.pack`).
+        half: whether replies travel as bf16 (:func:`~fedkern.flower.runs.portable.pack_value`).
     """
 
     config: RunConfig
@@ -289,7 +289,7 @@ class NodeClients:
 
 
 def _unpack_message(packed: bytes) -> Message:
-    if not isinstance(message := unpack(packed), dict):
+    if not isinstance(message := unpack_value(packed), dict):
         raise Malformed("holds no message")
     return message
 
@@ -309,7 +309,7 @@ def pack_reply(
         public: whether the reply may tell more of the client than its upload.
         changed: whether the client's state has changed.
         ledger: the client's privacy ledger, or None.
-        half: see :func:`~fedkern.flower.runs.portable.pack`.
+        half: see :func:`~fedkern.flower.runs.portable.pack_value`.
     """
     problem: dict[str, Any] | None = None
     if isinstance(failure := answer.problem, Diverged):
@@ -330,7 +330,7 @@ def pack_reply(
         "changed": changed,
         "ledger": ledger,
     }
-    return pack(reply, half=half)
+    return pack_value(reply, half=half)
 
 
 # -- the server's end of a reply -------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def read_reply(packed: bytes, client: int, version: Version) -> tuple[Answer, bo
     Raises:
         Malformed: the reply is none of fedkern's, or answers another message.
     """
-    values = _check_form(unpack(packed), _REPLY, "is no answer of a fedkern client")
+    values = _check_form(unpack_value(packed), _REPLY, "is no answer of a fedkern client")
     if values["client"] != client or values["version"] != list(version):
         raise Malformed("answers another message")
     report, warnings = values["report"], values["warnings"]

@@ -30,7 +30,7 @@ from fedkern.flower.adapter import QUERY, TRAIN, Arrived, NodeChannel
 from fedkern.flower.runs.node_client import MOST_NAMES, ClientRequest, read_reply
 from fedkern.flower.runs.node_folder import Version
 from fedkern.flower.runs.node_registry import NodeRegistry
-from fedkern.flower.runs.portable import pack
+from fedkern.flower.runs.portable import pack_value
 from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.privacy import LEDGER, Accountant
 
@@ -49,7 +49,7 @@ class Nodes(Ordered):
 
     Args:
         deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
-        half: whether messages travel as bf16 (:func:`~fedkern.flower.runs.portable.pack`).
+        half: whether messages travel as bf16 (:func:`~fedkern.flower.runs.portable.pack_value`).
         own_data: whether nodes have data of their own, which the server does not know.
 
     Raises:
@@ -147,7 +147,7 @@ class Nodes(Ordered):
 
     def _pack_message(self, message: Message) -> bytes:
         try:
-            return pack(message, half=self._half)
+            return pack_value(message, half=self._half)
         except TypeError as error:
             method = self._run.context.config.method
             raise UserError(

@@ -23,7 +23,7 @@ Notice = Callable[[str], None]
 _here: tuple[Any, NodeClients] | None = None  # of the last message of this process, with what they were made of
 
 
-def answer(header: str, packed: bytes, run_config: UserConfig, node: UserConfig, notice: Notice) -> bytes:
+def answer_message(header: str, packed: bytes, run_config: UserConfig, node: UserConfig, notice: Notice) -> bytes:
     """The answer to a message of the run's server.
 
     A client that cannot answer says why in it.
@@ -52,9 +52,11 @@ def answer(header: str, packed: bytes, run_config: UserConfig, node: UserConfig,
     return pack_reply(request, Answer(client, problem=failure))
 
 
-def facts(run_config: UserConfig, node: UserConfig, notice: Notice) -> dict[str, object]:
+def describe_data(run_config: UserConfig, node: UserConfig, notice: Notice) -> dict[str, object]:
     """Number of samples and form of the data of a node whose folder holds its own data alone."""
-    data = data_of_one(run_settings.read(run_config, node_config.folder(node, "data-root")).config, notice, node=True)
+    data = data_of_one(
+        run_settings.read_run_config(run_config, node_config.folder(node, "data-root")).config, notice, node=True
+    )
     return {"samples": len(data.clients[0]), **form_of(data)}
 
 
@@ -70,8 +72,8 @@ def _clients(request: ClientRequest, run_config: UserConfig, node: UserConfig, n
     if _here is not None and _here[0] == made_of:
         _here[1].notice = notice
         return _here[1]
-    forget()
-    settings = run_settings.read(run_config, node_config.folder(node, "data-root"))
+    drop_clients()
+    settings = run_settings.read_run_config(run_config, node_config.folder(node, "data-root"))
     folder = node_config.folder(node, "state-dir") or settings.state
     base = expand(folder) if folder else cache_folder(STATES)
     clients = NodeClients(
@@ -81,7 +83,7 @@ def _clients(request: ClientRequest, run_config: UserConfig, node: UserConfig, n
     return clients
 
 
-def forget(run: str | None = None) -> None:
+def drop_clients(run: str | None = None) -> None:
     """Drops the clients of this process, or those of a run.
 
     The next message begins with what is on the disk.

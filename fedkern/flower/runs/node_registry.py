@@ -10,7 +10,7 @@ from typing import Any
 from fedkern.errors import Malformed, UserError, printable_name
 from fedkern.flower.adapter import QUERY, Arrived, NodeChannel
 from fedkern.flower.runs.node_client import PROTOCOL
-from fedkern.flower.runs.portable import pack, unpack
+from fedkern.flower.runs.portable import pack_value, unpack_value
 from fedkern.methods.base import ClientId
 from fedkern.process.interrupts import check
 
@@ -96,7 +96,7 @@ class NodeRegistry:
             if node not in self._asked:
                 self._asked[node] = time.monotonic()
                 header = json.dumps({"data": self._own_data})
-                name = self._channel.send(node, QUERY, header, pack({}), ACQUAINTED * 10)
+                name = self._channel.send(node, QUERY, header, pack_value({}), ACQUAINTED * 10)
                 if name is not None:
                     self._waiting[name] = node
         for arrived in self._channel.collect_replies(list(self._waiting)):
@@ -123,7 +123,7 @@ class NodeRegistry:
         try:
             if arrived.packed is None:
                 raise Malformed(arrived.malformed or f"failed: {arrived.error}")
-            if not isinstance(values := unpack(arrived.packed), dict):
+            if not isinstance(values := unpack_value(arrived.packed), dict):
                 values = {}
             spoken, k = values.get("protocol"), values.get("client")
             if spoken != PROTOCOL:

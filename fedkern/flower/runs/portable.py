@@ -28,7 +28,7 @@ LEAST_HALVED = 1024
 """Elements from which on an fp32 tensor may travel as bf16: small ones hold single figures, and weigh nothing."""
 
 
-def pack(value: object, *, half: bool = False) -> bytes:
+def pack_value(value: object, *, half: bool = False) -> bytes:
     """Pack tensors, NumPy arrays, numbers, texts, None, and lists, tuples and dicts of these.
 
     A tensor that stands in several places travels once.
@@ -64,7 +64,7 @@ def pack(value: object, *, half: bool = False) -> bytes:
     return save(tensors, {ABOUT: json.dumps(tree, allow_nan=False, separators=(",", ":"))})
 
 
-def unpack(data: bytes) -> object:
+def unpack_value(data: bytes) -> object:
     """Return the value that was packed, its tensors on the CPU, in memory of their own.
 
     Raises:

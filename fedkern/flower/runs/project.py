@@ -247,7 +247,7 @@ Files that settings name by a path (data, initial weights, teachers) must be on 
 """
 
 
-def simulation(folder: Path, options: Sequence[str]) -> list[str]:
+def simulation_settings(folder: Path, options: Sequence[str]) -> list[str]:
     """Flower's settings of a simulation of a project on this machine: fedkern's, then the user's ``options``.
 
     In a :class:`Project`, each client needs a node; the folder may be that of any other Flower project too.

@@ -83,7 +83,7 @@ def setting_key(field: str) -> str:
     return field.replace("_", "-")
 
 
-def read(run_config: UserConfig, data_root: str | None = None) -> RunSettings:
+def read_run_config(run_config: UserConfig, data_root: str | None = None) -> RunSettings:
     """Reads Flower's flat run-config, and loads the plugins that it names.
 
     ``data_root`` is the folder of the data on this machine, instead of that of the run-config.

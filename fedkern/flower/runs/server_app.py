@@ -42,7 +42,7 @@ def play(grid: Grid, run_config: UserConfig) -> Summary:
         UserError: anything that the user can put right.
         RunFailed: the run was stopped, or failed without a result to keep.
     """
-    settings = run_settings.read(run_config)
+    settings = run_settings.read_run_config(run_config)
     config, out, fresh = settings.config, settings.out, False
     run_settings.check_portable(config)
     if out is None:

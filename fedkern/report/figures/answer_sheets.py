@@ -23,8 +23,8 @@ from fedkern.errors import UserError
 from fedkern.files.image_rows import in_parts
 from fedkern.models import StagedNetwork, grad_cam, mass_inside
 from fedkern.models.mlp import MLP
-from fedkern.report.figures.plots import GREEN, evenly, wrap_text
-from fedkern.report.figures.sheet import LINE, Sheet, rgb
+from fedkern.report.figures.plots import GREEN, spread_evenly, wrap_text
+from fedkern.report.figures.sheet import LINE, Sheet, to_rgb
 from fedkern.report.names import label
 from fedkern.report.run_contents import Contents
 from fedkern.tasks.figure_names import set_title
@@ -92,7 +92,7 @@ def gradcam(run: Contents, data: FederatedData, model: nn.Module, trusted: Colle
         shares = None if split.masks is None else mass_inside(cams.cpu(), split.masks)
         scaled = (cams / cams.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cams.dtype).tiny)).cpu()
         for i, (text, colour) in enumerate(heads[block]):
-            picture = rgb(images[i].numpy())
+            picture = to_rgb(images[i].numpy())
             sheet.picture(top, i, picture)
             sheet.above(top, i, text, color=colour)
             # The image in dark grey (white at 400 instead of 255), so that the map stands out.
@@ -120,7 +120,7 @@ def segmentation(run: Contents, data: FederatedData, model: nn.Module, trusted: 
     for row, name in enumerate(rows):
         sheet.beside(row, name)
     for column in range(len(split)):
-        image = rgb(split.images[column].numpy()) / 255.0
+        image = to_rgb(split.images[column].numpy()) / 255.0
         for row, laid in enumerate((None, split.labels[column], predicted[column])):
             sheet.picture(row, column, image if laid is None else over(image, laid.numpy(), colours))
     return sheet.figure
@@ -147,7 +147,7 @@ def retrieval(run: Contents, data: FederatedData, model: nn.Module, trusted: Col
     name, split = next(iter(data.tests.items()))
     network, texts = finished.networks[0], split.texts or ()
     gallery = Gallery.of(split.ids, texts)
-    rows = gallery.images[torch.tensor(evenly(len(gallery.images), CAPTIONED))]
+    rows = gallery.images[torch.tensor(spread_evenly(len(gallery.images), CAPTIONED))]
     captions: dict[int, set[str]] = {}
     for image, text in gallery.pairs.tolist():
         captions.setdefault(int(gallery.images[image]), set()).add(texts[text])
@@ -163,7 +163,7 @@ def retrieval(run: Contents, data: FederatedData, model: nn.Module, trusted: Col
         order = [(distinct[at], distinct[at] in captions[row]) for at in ranked[number].tolist()]
         place, right = next((i, text) for i, (text, own) in enumerate(order) if own)
         beyond = [(f"place {place + 1}: {right}", True)] if place >= NEAREST else []
-        sheet.picture(number, 0, rgb(split.images[row].numpy()))
+        sheet.picture(number, 0, to_rgb(split.images[row].numpy()))
         sheet.after(number, [caption_lines(text, own) for text, own in (*order[:NEAREST], *beyond)])
     return sheet.figure
 

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.report.figures.plots import heat_map, new_figure, wrap_text
-from fedkern.report.figures.sheet import Sheet, rgb
+from fedkern.report.figures.sheet import Sheet, to_rgb
 from fedkern.report.names import TITLE, label
 
 TABLES = 4  # tables side by side, evenly over the run
 
 
-def draw(entries: Sequence[Artifact], *, title: str, classes: Sequence[str] = ()) -> Figure:
+def draw_sheet(entries: Sequence[Artifact], *, title: str, classes: Sequence[str] = ()) -> Figure:
     """Draws all artifacts of one name, in the order of their rounds: all images, or all tables.
 
     ``classes`` names the positions of an axis called ``"class"``.
@@ -32,7 +32,7 @@ def images(entries: Sequence[Artifact], title: str) -> Figure:
     for row, entry in enumerate(entries):
         sheet.beside(row, f"round {entry.round}")
         for column, image in enumerate(entry.value):
-            sheet.picture(row, column, rgb(image.numpy()))
+            sheet.picture(row, column, to_rgb(image.numpy()))
     return sheet.figure
 
 

@@ -47,7 +47,7 @@ def comparison_panels(
     Args:
         groups: records of the rounds of every run, by the group's name.
         figures: names of the figures; shares are in per cent.
-        chance: see :func:`fedkern.report.run_contents.constants`.
+        chance: see :func:`fedkern.report.run_contents.constant_figures`.
     """
     clocks = {name: mean_curve(runs, "clock") for name, runs in groups.items()} if on_clock(groups) else {}
     panels = {}

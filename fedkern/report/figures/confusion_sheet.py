@@ -25,7 +25,7 @@ _LEAST = 0.08  # inches from one readable name to the next
 _PAD = 2 / 72  # inches from a matrix to its names
 
 
-def draw(confusions: Confusions, *, title: str = "") -> Figure:
+def draw_confusions(confusions: Confusions, *, title: str = "") -> Figure:
     """Draws at least one matrix, of at least one class, on one scale of colours: the share of a true class's images."""
     classes = len(confusions.classes)
     numbers = classes <= NUMBERS
@@ -36,7 +36,7 @@ def draw(confusions: Confusions, *, title: str = "") -> Figure:
     room = max(len(name) for name in names) * size * 0.62 / 72 + 0.1
     upright = room > cell * name_step
     below = (room if upright else size / 72 + 0.1) + _AXIS
-    lists = [] if numbers else [mistakes(matrix, confusions.classes) for matrix in confusions.matrices.values()]
+    lists = [] if numbers else [list_mistakes(matrix, confusions.classes) for matrix in confusions.matrices.values()]
     notes = 0.1 + _LINE * (1 + max(len(lines) for lines in lists)) if lists else 0.0
     across = min(2 if numbers else 1, len(confusions.matrices))
     down = -(-len(confusions.matrices) // across)
@@ -81,7 +81,7 @@ def draw(confusions: Confusions, *, title: str = "") -> Figure:
     return figure
 
 
-def mistakes(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> list[str]:
+def list_mistakes(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> list[str]:
     """The most frequent mistakes of a matrix, as lines of text.
 
     The lower class comes first among equal counts.

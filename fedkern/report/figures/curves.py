@@ -25,8 +25,8 @@ from fedkern.report.figures.plots import (
     ORANGE,
     PAGE,
     PINK,
-    entitle,
-    frame,
+    add_frame,
+    add_title,
     legend_below,
     new_figure,
     whole_numbers,
@@ -149,7 +149,7 @@ def accuracy_panels(
         records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
         main: the figure's name.
         tests: names of test sets.
-        chance: see :func:`fedkern.report.run_contents.constants`.
+        chance: see :func:`fedkern.report.run_contents.constant_figures`.
     """
     (factor, unit), entries = scale(main), [(r["round"], *item) for r in records for item in r.items()]
     split = [(*split_metric(name, tests), at, value) for at, name, value in entries]
@@ -296,7 +296,7 @@ def over_clock(records: Sequence[Record], panels: Sequence[Panel]) -> list[Panel
 # -- the drawing -------------------------------------------------------------------------------------------------------
 
 
-def draw(panels: Sequence[Panel], *, title: str = "", stacked: bool = False, page: bool = False) -> Figure:
+def draw_panels(panels: Sequence[Panel], *, title: str = "", stacked: bool = False, page: bool = False) -> Figure:
     """Draws panels, at least one, for a file, side by side or ``stacked``.
 
     Or for a ``page``, which has the title.
@@ -324,11 +324,11 @@ def draw(panels: Sequence[Panel], *, title: str = "", stacked: bool = False, pag
             axes.set_xlabel("virtual clock: local steps of a client of usual speed", fontsize=12)
             axes.xaxis.set_major_locator(MaxNLocator(8))
             axes.set_xlim(start - 0.02 * end, 1.02 * end)
-        frame(axes)
+        add_frame(axes)
     for axes in rows[:-1].flat:
         axes.set_xlabel("")
     banded = any(curve.deviation is not None for curve in curves)
-    entitle(figure, title, "mean and standard deviation over seeds" if banded else "")
+    add_title(figure, title, "mean and standard deviation over seeds" if banded else "")
     legend_below(figure)
     return figure
 

@@ -20,8 +20,8 @@ from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError, spared
 from fedkern.files import atomic
 from fedkern.report.figures.matplotlib_import import without_docstrings
-from fedkern.report.names import capital
-from fedkern.report.run_contents import Contents, read
+from fedkern.report.names import capitalize
+from fedkern.report.run_contents import Contents, read_run_folder
 from fedkern.settings.run_data import finished_data
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def write_pictures(
         UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
             or the records are private and the run is not finished; or the data that are needed cannot be loaded.
     """
-    run = read(run_dir, trusted=trusted)
+    run = read_run_folder(run_dir, trusted=trusted)
     config = run.config if data_root is None else run.config.replace(data_root=data_root)
     samples = partial(finished_data, config, run_dir) if data is None else lambda: data
     return draw_pictures(run, samples, model=model, trusted=trusted, warn=warn)
@@ -121,7 +121,7 @@ def finished_pictures(
     Returns:
         The pictures, and the reason, without a full stop, why they cannot be drawn or written, or None.
     """
-    drawn_before = existing(run_dir) if data is None else []
+    drawn_before = find_pictures(run_dir) if data is None else []
     if drawn_before:
         return drawn_before, None
     try:
@@ -145,7 +145,7 @@ def _draw(
     paths: list[Path] = []
 
     def of_panels(panels: Sequence[Panel], heading: str, **how: Any) -> Figure | None:
-        return curves.draw(panels, title=heading, **how) if panels else None
+        return curves.draw_panels(panels, title=heading, **how) if panels else None
 
     def accuracy() -> Figure | None:
         chance = run.chance(records)
@@ -176,7 +176,7 @@ def _draw(
             (run.folder / PICTURES[picture]).unlink(missing_ok=True)
     else:
         if confusion is not None and confusion.matrices and confusion.classes:
-            makers["confusion"] = lambda: confusion_sheet.draw(confusion, title=f"Confusion of {title}")
+            makers["confusion"] = lambda: confusion_sheet.draw_confusions(confusion, title=f"Confusion of {title}")
         if statistics is not None and statistics.classes:
             makers["partition"] = partition
     makers["weights"] = weights
@@ -197,7 +197,7 @@ def _save(path: Path, make: Callable[[], Figure | None], failed: dict[str, str])
 
     with spared(partial(failed.setdefault, path.name)):
         if (figure := make()) is not None:
-            plots.save(figure, path)
+            plots.save_png(figure, path)
             return [path]
     return []
 
@@ -211,7 +211,7 @@ def _answers(run: Contents) -> list[str]:
     return [] if config.keeps_parts else [name for name in run.facts.pictures if name not in without]
 
 
-def existing(run_dir: Path) -> list[Path]:
+def find_pictures(run_dir: Path) -> list[Path]:
     """The pictures that were drawn into a run folder, if all of them are still there.
 
     Else none.
@@ -239,7 +239,7 @@ def draw_artifacts(
         groups.setdefault(entry.name, []).append(entry)
     paths = []
     for name, group in groups.items():
-        heading = f"{capital(name.replace('_', ' '))}, {title}"
-        make = partial(artifact_sheet.draw, group, title=heading, classes=classes)
+        heading = f"{capitalize(name.replace('_', ' '))}, {title}"
+        make = partial(artifact_sheet.draw_sheet, group, title=heading, classes=classes)
         paths += _save(artifact_path(folder, name), make, failed)
     return paths

@@ -85,7 +85,7 @@ def _literal_texts(figure: Figure) -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
     """Writes a PNG completely or not at all.
 
     Raises:
@@ -106,7 +106,7 @@ def save(figure: Figure, path: Path) -> None:
     atomic.write_bytes(path, png.encode_png(np.asarray(image.convert("RGB")), figure.dpi))  # the ground is opaque
 
 
-def svg(figure: Figure, name: str) -> str:
+def to_svg(figure: Figure, name: str) -> str:
     """A figure as an SVG element of an HTML page, on the page's ground and in its font.
 
     Equal figures give equal texts.
@@ -161,7 +161,7 @@ def wrap_text(text: str, size: float, inches: float) -> str:
     return "\n".join(lines)
 
 
-def evenly(count: int, limit: int) -> list[int]:
+def spread_evenly(count: int, limit: int) -> list[int]:
     """At most ``most`` positions of ``count``, evenly spread, the first and the last among them."""
     if count <= limit:
         return list(range(count))
@@ -173,7 +173,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def entitle(figure: Figure, text: str, below: str = "") -> None:
+def add_title(figure: Figure, text: str, below: str = "") -> None:
     """Gives the first axes of a figure a title, in as many lines as the figure's width asks for, and a line below."""
     title = wrap_text(label(text, TITLE), 13, figure.get_figwidth() - 1.0)
     figure.axes[0].set_title(f"{title}\n{below}".strip(), fontsize=13, loc="left")
@@ -234,7 +234,7 @@ def whole_numbers() -> MaxNLocator:
     return MaxNLocator(integer=True, min_n_ticks=1)
 
 
-def frame(axes: Axes) -> None:
+def add_frame(axes: Axes) -> None:
     """Gives axes their grid, and leaves out the upper and the right edge."""
     axes.tick_params(labelsize=11)
     axes.grid(True, color=GRID, lw=0.7)
@@ -273,7 +273,7 @@ def partition_picture(statistics: PartitionStatistics, *, title: str = "") -> Fi
         if clients < client_count:
             panel.set_yticks([])
             panel.set_ylabel(f"{clients} of {client_count:,} clients, largest first", fontsize=12)
-    entitle(figure, title)
+    add_title(figure, title)
     bar = figure.colorbar(image, ax=axes, pad=0.02, ticks=whole_numbers())
     bar.set_label("training samples", fontsize=12)
     bar.ax.tick_params(labelsize=11)

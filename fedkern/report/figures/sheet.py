@@ -149,7 +149,7 @@ def _flowing(texts: Sequence[str], wide: float) -> list[tuple[float, int]]:
     return places
 
 
-def rgb(image: npt.NDArray[Pixel]) -> npt.NDArray[Pixel]:
+def to_rgb(image: npt.NDArray[Pixel]) -> npt.NDArray[Pixel]:
     """An image ``[C, H, W]`` as ``[H, W, 3]``.
 
     Unless C is 3, the first channel in grey.

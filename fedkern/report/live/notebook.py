@@ -92,7 +92,7 @@ class Notebook(progress.Lines):
 
     def on_start(self, run: RunInfo) -> None:
         self.clock, self.tests, self.main = progress.Clock(progress.training_words(run)), run.test_sets, run.config.main
-        self.title = "\n".join(progress.headline(run))
+        self.title = "\n".join(progress.run_headline(run))
         self.notes += [progress.UNSHOWN] if run.private else []
         self.done, self.moved = run.first_round, float(run.first_round)
         self.records = read_metrics(run.out)[: self.done] if self.done else []
@@ -162,7 +162,7 @@ def display(*, quiet: bool, json: bool, console: Console | None = None) -> progr
 
     Only warnings are shown if ``quiet``, and with ``json`` unless a person watches a terminal.
     """
-    console = console or progress.terminal(stderr=True)
+    console = console or progress.make_console(stderr=True)
     if quiet:
         return progress.Warnings(console)
     if console.is_terminal:

@@ -17,8 +17,8 @@ from rich.text import Text
 from fedkern.data import FederatedData
 from fedkern.errors import MESSAGE
 from fedkern.listeners.events import Listener, Record, RunInfo, Summary
-from fedkern.report.names import TITLE, label, plain, say
-from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table
+from fedkern.report.names import TITLE, label, literal_text, print_line
+from fedkern.report.tables import describe_epsilon, human_bytes, human_metric, human_time, partition_table
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.figure_names import set_noun, short_set_title, short_title, split_metric
 
@@ -34,7 +34,7 @@ UNSHOWN = (
 )
 
 
-def headline(run: RunInfo) -> list[str]:
+def run_headline(run: RunInfo) -> list[str]:
     """Heading of a run: method, data, model, device, run folder and what epsilon covers, in two to eight lines."""
     config = run.config
     samples, clients = sum(run.samples), len(run.samples)
@@ -73,7 +73,7 @@ def headline(run: RunInfo) -> list[str]:
     if run.guarantee is not None:
         unit = run.guarantee.unit
         lines.append(f"differential privacy of every {unit.name}: {unit.change}")
-        lines.append(covering(run.guarantee.to_dict()))
+        lines.append(describe_epsilon(run.guarantee.to_dict()))
     lines += schedule(training_words(run))
     if run.first_round:
         lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")
@@ -224,7 +224,7 @@ class Warnings(Listener):
         self.console = console
 
     def on_warning(self, name: str, text: str) -> None:
-        message = Text("warning", "yellow").append(plain(f" ({name}): {text}", limit=MESSAGE))
+        message = Text("warning", "yellow").append(literal_text(f" ({name}): {text}", limit=MESSAGE))
         self.console.print(message, soft_wrap=True)
 
     def close(self) -> None:
@@ -244,16 +244,16 @@ class Lines(Warnings):
         self.main = ""
 
     def on_start(self, run: RunInfo) -> None:
-        for text in headline(run):
-            say(self.console, text)
+        for text in run_headline(run):
+            print_line(self.console, text)
         if run.private:
-            say(self.console, UNSHOWN)
+            print_line(self.console, UNSHOWN)
         elif run.data is not None:
             self.console.print(partition_table(run.data.statistics))
         self.clock, self.tests, self.main = Clock(training_words(run)), run.test_sets, run.config.main
 
     def on_notice(self, text: str) -> None:
-        say(self.console, text)
+        print_line(self.console, text)
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
         if round > 0:
@@ -263,7 +263,7 @@ class Lines(Warnings):
         remaining, trains = self.clock.remaining(record["round"]), self.clock.words[record["round"] - 1]
         figures = main_figures(record, self.main, self.tests)
         if trains or figures or record["round"] == record["rounds"]:
-            say(self.console, line(record, trains, figures, remaining))
+            print_line(self.console, line(record, trains, figures, remaining))
 
 
 class Live(Lines):
@@ -331,12 +331,12 @@ class _Console(Console):
 
 
 @contextmanager
-def advancing(total: int, doing: str) -> Iterator[Callable[[], None]]:
+def show_progress(total: int, doing: str) -> Iterator[Callable[[], None]]:
     """Shows on a terminal how far a long task has come.
 
     Yields a function to call after every part.
     """
-    console = terminal(stderr=True)
+    console = make_console(stderr=True)
     columns = (SpinnerColumn(), TextColumn(doing, markup=False), BarColumn(bar_width=30),
                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -344,7 +344,7 @@ def advancing(total: int, doing: str) -> Iterator[Callable[[], None]]:
         yield lambda: progress.update(bar, advance=1)
 
 
-def terminal(*, stderr: bool = False) -> Console:
+def make_console(*, stderr: bool = False) -> Console:
     """The console to print on.
 
     Lines in files and pipes have :data:`PIPE_WIDTH` columns, not rich's 80.

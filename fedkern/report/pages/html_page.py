@@ -84,7 +84,7 @@ class Page:
     sections: Sequence[Section]
 
 
-def section(name: str, title: str, blocks: Iterable[Block]) -> Section:
+def make_section(name: str, title: str, blocks: Iterable[Block]) -> Section:
     """A section of these blocks.
 
     Where making one fails, a sentence stands in its place and ends the section.
@@ -127,7 +127,7 @@ def render(page: Page) -> str:
     )  # fmt: skip
     return environment.get_template("report.html.j2").render(
         page=page,
-        sections=[section for section in page.sections if section.blocks],
+        sections=[part for part in page.sections if part.blocks],
         style=(_TEMPLATES / "report.css").read_text("utf-8").strip(),
     )
 
@@ -142,7 +142,7 @@ def _text(value: object) -> object:
     return "\n".join(printable_name(line, sys.maxsize) for line in value.split("\n"))
 
 
-def write(page: Page, folder: Path) -> Path:
+def write_page(page: Page, folder: Path) -> Path:
     """Writes a page into ``folder``, completely or not at all, over an older report, and returns its path.
 
     Raises:

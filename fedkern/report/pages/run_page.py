@@ -34,16 +34,16 @@ from fedkern.report.figures.curves import (
     weight_panels,
 )
 from fedkern.report.figures.plots import COLOURS, DRAWN, partition_picture
-from fedkern.report.names import CELL, capital
+from fedkern.report.names import CELL, capitalize
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import bars, chart, counts_table, curves
-from fedkern.report.pages.html_page import Block, Code, Page, Picture, section, versions_table
-from fedkern.report.run_contents import Contents, read, sum_phases
+from fedkern.report.pages.html_page import Block, Code, Page, Picture, make_section, versions_table
+from fedkern.report.run_contents import Contents, read_run_folder, sum_phases
 from fedkern.report.tables import (
     class_figures,
     class_title,
     cost_rows,
-    covering,
+    describe_epsilon,
     figures_table,
     human_metric,
     human_time,
@@ -116,15 +116,15 @@ def write_report(
         UserError: a file of the run is damaged, or the folder cannot be written.
     """
     html_page.check_target(run_dir)
-    run = read(run_dir, trusted=trusted)
+    run = read_run_folder(run_dir, trusted=trusted)
     undrawn: list[str] = []
-    if run.finished and not pictures.existing(run_dir):
+    if run.finished and not pictures.find_pictures(run_dir):
         try:
             samples = None if data is None else lambda: data
             pictures.draw_pictures(run, samples, model=model, trusted=trusted, warn=undrawn.append)
         except UserError as error:
             undrawn.append(f"The run's pictures could not be drawn: {str(error).rstrip('.')}.")
-    return html_page.write(page(run, command=command, undrawn=undrawn), run_dir)
+    return html_page.write_page(page(run, command=command, undrawn=undrawn), run_dir)
 
 
 def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Page:
@@ -144,14 +144,14 @@ def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Pa
         warnings=[*run.warnings.items()],
         tiles=[*_tiles(run)],
         sections=[
-            section("figures", "Final figures", _figures(run)),
-            section("curves", "Curves", _curves(run)),
-            section("clients", "Clients", clients(run)),
-            section("weights", "Client weights", _weights(run)),
-            section("cost", "Bytes and time", _cost(run)),
-            section("confusion", "Confusion matrix", _confusion(run)),
-            section("pictures", "Pictures", _pictures(run, undrawn)),
-            section("settings", "Configuration and versions", _settings(run, command)),
+            make_section("figures", "Final figures", _figures(run)),
+            make_section("curves", "Curves", _curves(run)),
+            make_section("clients", "Clients", clients(run)),
+            make_section("weights", "Client weights", _weights(run)),
+            make_section("cost", "Bytes and time", _cost(run)),
+            make_section("confusion", "Confusion matrix", _confusion(run)),
+            make_section("pictures", "Pictures", _pictures(run, undrawn)),
+            make_section("settings", "Configuration and versions", _settings(run, command)),
         ],
     )
 
@@ -175,7 +175,7 @@ def headline(run: Contents) -> Iterator[str]:
         yield "The run tells no main figure."
     if stopped := summary.get("stopped"):
         yield f"It ended before its {run.config.rounds} rounds were over: {stopped['reason']}."
-    yield from baseline(run)
+    yield from describe_baseline(run)
     if not run.finished:
         python = f"fedkern.load({str(run.folder)!r}, ...).resume() in Python"
         command = f"python -m fedkern.run --resume {shlex.quote(str(run.folder))}"
@@ -186,7 +186,7 @@ def headline(run: Contents) -> Iterator[str]:
     if dropped := sum(bool(record.get("dropped")) for record in run.records):
         yield f"Clients were left out in {dropped} of {len(run.records)} rounds."
     if summary.get("privacy"):
-        yield f"{capital(covering(summary['privacy']))}."
+        yield f"{capitalize(describe_epsilon(summary['privacy']))}."
 
 
 def _values(run: Contents) -> list[str]:
@@ -205,7 +205,7 @@ def _on(test_set: str) -> str:
     return set_title(test_set) if test_set in ("id", "ood") else f"on the {set_noun(test_set)}"
 
 
-def baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
+def describe_baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
     """Yield the sentence on what predicting one class everywhere gives.
 
     None where a run that goes on does not tell.
@@ -438,12 +438,12 @@ def _confusion(run: Contents) -> Iterator[Block]:
     classes = list(run.confusion.classes)
     for number, (name, matrix) in enumerate(run.confusion.matrices.items()):
         if count := int(matrix.sum()):
-            wrong = confusion_sheet.mistakes(matrix, classes)
+            wrong = confusion_sheet.list_mistakes(matrix, classes)
             text = f"{100 * int(np.trace(matrix)) / count:.1f} % of {count:,} samples are right."
             text += f" Most frequent mistakes: {'; '.join(wrong)}." if wrong else ""
             title = f"Which class was taken for which, {set_title(name)}"
             table = counts_table(matrix.tolist(), classes, classes, row="true class", column="predicted class")
-            figure = confusion_sheet.draw(replace(run.confusion, matrices={name: matrix}))
+            figure = confusion_sheet.draw_confusions(replace(run.confusion, matrices={name: matrix}))
             yield chart(f"confusion-{number}", title, text, figure, [table], text)
 
 
@@ -462,7 +462,7 @@ def _pictures(run: Contents, undrawn: Sequence[str]) -> Iterator[Block]:
         alt = f"Images that the method logged as {text}, a row for every round kept." if entry.value.dim() == 4 else (
             f"Tables that the method logged as {text}, as heat maps of several rounds."
         )  # fmt: skip
-        title = f"{capital(text)}, as the method logged it"
+        title = f"{capitalize(text)}, as the method logged it"
         texts[pictures.artifact_path(run.folder, entry.name).name] = title, alt
     if run.finished:
         for name, (title, alt) in texts.items():
