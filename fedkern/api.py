@@ -709,7 +709,7 @@ def _play(
     trusted: Collection[str] = (),
     rounds: int | None = None,
 ) -> None:
-    from fedkern.report.figures.pictures import existing, finished_pictures
+    from fedkern.report.figures.pictures import find_pictures, finished_pictures
     from fedkern.report.live.notebook import display
 
     listeners = _listeners(listener)
@@ -727,7 +727,7 @@ def _play(
     code = trusted if resume else [part for _, part in config.code()]
     network = None if script.network is None or config.keeps_parts else read_model(out, code, script.network)[0]
     shared = None if heard.info is None else heard.info.data
-    if shared is None and data is not None and not existing(out):  # the run was finished before, without pictures
+    if shared is None and data is not None and not find_pictures(out):  # the run was finished before, without pictures
         shared = kept_data(config, data)
     warn = partial(view.on_warning, "no-picture")
     _, undrawn = finished_pictures(out, data=shared, model=network, data_root=config.data_root, trusted=code, warn=warn)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fedkern.errors import Malformed, UserError
 from fedkern.process.extras import install
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedkern.flower.model_layout import Layout
-    from fedkern.flower.strategies.averaging import FedAvg
 
 TESTED = ("1.41", "1.42")
 """Versions of flwr on which whole runs are tested."""
@@ -94,13 +93,22 @@ def streaming(method: F) -> F:
     return method
 
 
+class ToldStrategy(Protocol):
+    """Strategy that is told what is sent: `averaging.FedAvg`."""
+
+    arrayrecord_key: str
+    aggregate_train: Callable[..., object]
+    begin: Callable[[ArrayRecord | None, Sequence[int]], None]
+    begin_evaluation: Callable[[Sequence[int]], None]
+
+
 class StreamedGrid:
     """A grid that gives a strategy the replies to training messages one by one, as they arrive.
 
     The ``begin`` of an `averaging.FedAvg` is told what is sent.  Everything else is the grid's own.
     """
 
-    def __init__(self, grid: Grid, strategy: FedAvg) -> None:
+    def __init__(self, grid: Grid, strategy: ToldStrategy) -> None:
         self._grid, self._strategy = grid, strategy
 
     def __getattr__(self, name: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
-from fedkern.engine.store.artifacts import read_run_folder as read_artifacts
+from fedkern.engine.store.artifacts import read as read_artifacts
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.data_facts import DataFacts

@@ -132,7 +132,7 @@ def test_the_summary_comes_before_what_is_wrong_with_the_pictures(capsys, finish
     def full(*_, **__):
         raise UserError("The disk is full.")
 
-    monkeypatch.setattr("fedkern.report.figures.pictures.read", full)
+    monkeypatch.setattr("fedkern.report.figures.pictures.read_run_folder", full)
     assert main(["--resume", "probe", "--json"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["rounds"] == 1

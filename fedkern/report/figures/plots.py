@@ -30,7 +30,6 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from fedkern.files import atomic
-from fedkern.report.figures import png
 from fedkern.report.names import TITLE, label
 from fedkern.tasks.partition_statistics import PartitionStatistics
 
@@ -102,8 +101,9 @@ def save_png(figure: Figure, path: Path) -> None:
     with _literal_texts(figure), rc_context({"text.hinting": "none"}):
         canvas.draw()
     size = canvas.get_width_height()
-    image = Image.frombuffer("RGBA", size, canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
-    atomic.write_bytes(path, png.encode_png(np.asarray(image.convert("RGB")), figure.dpi))  # the ground is opaque
+    image = Image.frombuffer("RGBA", size, canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")  # it is opaque
+    # Level 6, Pillow's own, takes twice as long for files that are a quarter smaller.
+    atomic.write(path, lambda file: image.save(file, "PNG", compress_level=1, dpi=(figure.dpi, figure.dpi)))
 
 
 def to_svg(figure: Figure, name: str) -> str:

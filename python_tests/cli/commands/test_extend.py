@@ -155,7 +155,7 @@ MADE = {
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("records", ["all", "private"])
 def test_what_was_made_of_the_former_network_is_moved_aside(records, start, result, monkeypatch, tmp_path):
-    monkeypatch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr("fedkern.report.figures.plots.to_svg", lambda figure, name: "<svg></svg>")
     run = tmp_path / "run"
     start("fedavg", 1, "run", "--records", records, *(["--predictions"] if records == "all" else []))
     for command in (["evaluate"], ["report"], ["attack"], ["export", "--format", "state-dict"]):

@@ -17,7 +17,7 @@ from fedkern.settings.run_data import load_data
 def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
     save = plots.save_png
     monkeypatch.setattr(plots, "save_png", lambda figure, path: path.stem == "retrieval" and save(figure, path))
-    monkeypatch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr("fedkern.report.figures.plots.to_svg", lambda figure, name: "<svg></svg>")
     options = {"test_samples": 12, "validation_samples": 6}
     small = {"clients": 2, "train_samples": 40, "rounds": 1, "local_steps": 1, "width": 4, "workers": 1}
     config = RunConfig.make("fedavg", data="captions", **small, data_options=options)

@@ -1,10 +1,12 @@
-"""Widths and line breaks of texts in figures."""
+"""Widths and line breaks of texts in figures, and their files."""
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
-from fedkern.report.figures.plots import width, wrap_text
+from fedkern.report.figures.plots import save_png, width, wrap_text
 
 
 @pytest.mark.parametrize("text", ["accuracy", "WWW iii", "$a_{$", ""])
@@ -26,3 +28,12 @@ def test_lines_are_broken_between_words_and_inside_long_ones():
     assert max(width(line, 9) for line in lines) <= 1.0
     assert wrap_text("WW", 9, 0.01) == "W\nW"
     assert wrap_text("", 9, 1.0) == ""
+
+
+def test_a_file_has_the_drawn_pixels_and_tells_its_resolution(tmp_path):
+    figure = Figure(figsize=(2, 1), dpi=150, facecolor="#0072B2")
+    save_png(figure, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (300, 150))
+        assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+        assert (np.asarray(image) == (0, 0x72, 0xB2)).all()

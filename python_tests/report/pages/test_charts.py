@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from fedkern.report.figures import plots
 from fedkern.report.figures.curves import SOFT, Curve, Panel
 from fedkern.report.figures.plots import GREY, spread_evenly, to_svg
-from fedkern.report.pages import charts
 from fedkern.report.pages.charts import BARS, ROWS, bars, counts_table, curves, dots
 from fedkern.report.tables import in_unit
 
@@ -22,7 +22,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def drawn(monkeypatch) -> list[Figure]:
     """The figures of the charts."""
     found = []
-    monkeypatch.setattr(charts, "svg", lambda figure, name: found.append(figure) or to_svg(figure, name))
+    monkeypatch.setattr(plots, "to_svg", lambda figure, name: found.append(figure) or to_svg(figure, name))
     return found
 
 

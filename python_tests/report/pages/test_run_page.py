@@ -48,7 +48,7 @@ def finished_page(finished):
 @pytest.fixture
 def uncharted(monkeypatch):
     """Charts without their drawings; the run's own pictures are drawn, unlike with ``undrawn``."""
-    monkeypatch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr("fedkern.report.figures.plots.to_svg", lambda figure, name: "<svg></svg>")
 
 
 @pytest.fixture
