@@ -69,9 +69,30 @@ from flwr.serverapp.strategy import Result  # noqa: E402
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords  # noqa: E402
 
 __all__ = [
-    "ERROR", "INFO", "QUERY", "TRAIN", "WARNING", "Array", "ArrayRecord", "Arrived", "ClientApp", "ConfigRecord",
-    "Context", "Grid", "Message", "MessageType", "MetricRecord", "NodeChannel", "RecordDict", "Result", "ServerApp",
-    "aggregate_metricrecords", "flower", "log", "make_reply", "unpack_message",
+    "ERROR",
+    "INFO",
+    "QUERY",
+    "TRAIN",
+    "WARNING",
+    "Array",
+    "ArrayRecord",
+    "ClientApp",
+    "ConfigRecord",
+    "Context",
+    "Grid",
+    "Message",
+    "MessageType",
+    "MetricRecord",
+    "NodeChannel",
+    "NodeReply",
+    "RecordDict",
+    "Result",
+    "ServerApp",
+    "aggregate_metricrecords",
+    "flower",
+    "log",
+    "make_reply",
+    "unpack_message",
 ]  # fmt: skip
 
 _GROUP_BYTES = 4 << 20
@@ -93,7 +114,7 @@ def streaming(method: F) -> F:
     return method
 
 
-class ToldStrategy(Protocol):
+class InformedStrategy(Protocol):
     """Strategy that is told what is sent: `averaging.FedAvg`."""
 
     arrayrecord_key: str
@@ -108,7 +129,7 @@ class StreamedGrid:
     The ``begin`` of an `averaging.FedAvg` is told what is sent.  Everything else is the grid's own.
     """
 
-    def __init__(self, grid: Grid, strategy: ToldStrategy) -> None:
+    def __init__(self, grid: Grid, strategy: InformedStrategy) -> None:
         self._grid, self._strategy = grid, strategy
 
     def __getattr__(self, name: str) -> Any:
@@ -237,7 +258,7 @@ _LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, Err
 
 
 @dataclass
-class Arrived:
+class NodeReply:
     """A node's reply.
 
     Attributes:
@@ -288,29 +309,29 @@ class NodeChannel:
         named = list(self._grid.push_messages([Message(content, node, kind, ttl=ttl)]))
         return named[0] if named and named[0] else None
 
-    def collect_replies(self, names: Sequence[str]) -> list[Arrived]:
+    def collect_replies(self, names: Sequence[str]) -> list[NodeReply]:
         """The replies that have come to some messages.
 
         Each is handed on once.
         """
         if not names:
             return []
-        arrivals: list[Arrived] = []
+        arrivals: list[NodeReply] = []
         for reply in self._grid.pull_messages(list(names)):
             to = reply.metadata.reply_to_message_id
             if reply.has_error():
                 error = reply.error
                 text = str(error.reason or f"error {error.code}")
-                arrivals.append(Arrived(to, error=text, lost=error.code in _LOST))
+                arrivals.append(NodeReply(to, error=text, lost=error.code in _LOST))
                 continue
             try:
                 packed = unpack_message(reply)[1]
                 self.received += len(packed)
-                arrivals.append(Arrived(to, packed))
+                arrivals.append(NodeReply(to, packed))
             except Malformed as why:
-                arrivals.append(Arrived(to, malformed=str(why)))
+                arrivals.append(NodeReply(to, malformed=str(why)))
             except Exception as error:  # a node's reply may hold anything, and ends no run
-                arrivals.append(Arrived(to, malformed=f"cannot be read ({type(error).__name__}: {error})"))
+                arrivals.append(NodeReply(to, malformed=f"cannot be read ({type(error).__name__}: {error})"))
         return arrivals
 
 

@@ -26,7 +26,7 @@ from fedkern.engine.store.run_folder import NODES
 from fedkern.errors import ClientFailed, Malformed, UserError, printable_name
 from fedkern.files import atomic
 from fedkern.files.inputs import read_json
-from fedkern.flower.adapter import QUERY, TRAIN, Arrived, NodeChannel
+from fedkern.flower.adapter import QUERY, TRAIN, NodeChannel, NodeReply
 from fedkern.flower.runs.node_client import MOST_NAMES, ClientRequest, read_reply
 from fedkern.flower.runs.node_folder import Version
 from fedkern.flower.runs.node_registry import NodeRegistry
@@ -167,13 +167,13 @@ class Nodes(Ordered):
             client_threads=run.context.config.client_threads, plan=run.context.config.plan or "", data=self._data,
         )  # fmt: skip
 
-    def _collect_replies(self, next_client: ClientId) -> list[tuple[str, Arrived]]:
+    def _collect_replies(self, next_client: ClientId) -> list[tuple[str, NodeReply]]:
         """Replies that have come: of the next client in order, then of some of the others."""
         names = sorted(self._waiting, key=lambda name: self._waiting[name] != next_client)
         replies = [(reply.reply_to, reply) for reply in self._channel.collect_replies(names[:_AT_ONCE])]
         return [(name, reply) for name, reply in replies if name in self._waiting]
 
-    def _reply(self, k: ClientId, arrived: Arrived) -> Done:
+    def _reply(self, k: ClientId, arrived: NodeReply) -> Done:
         """Check the reply of a node."""
         if arrived.lost:
             return Done(Answer(k, absent=f"its node was lost ({printable_name(arrived.error, 200)})"))

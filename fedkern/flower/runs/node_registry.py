@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedkern.errors import Malformed, UserError, printable_name
-from fedkern.flower.adapter import QUERY, Arrived, NodeChannel
+from fedkern.flower.adapter import QUERY, NodeChannel, NodeReply
 from fedkern.flower.runs.node_client import PROTOCOL
 from fedkern.flower.runs.portable import pack_value, unpack_value
 from fedkern.methods.base import ClientId
@@ -115,7 +115,7 @@ class NodeRegistry:
                     self._warn("nodes-of-one-client", text)
                 self.home[k] = node
 
-    def _read_introduction(self, node: int, arrived: Arrived) -> ClientId | None:
+    def _read_introduction(self, node: int, arrived: NodeReply) -> ClientId | None:
         """The client that a node says it is.
 
         None where the node is not one of this run's.

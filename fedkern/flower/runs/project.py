@@ -17,7 +17,15 @@ from pathlib import Path
 from fedkern.data import COMMON_OPTIONS, lookup
 from fedkern.errors import UserError, printable_name
 from fedkern.files import atomic
-from fedkern.flower.runs.run_settings import CODE, DATA_OPTION, ELSEWHERE, FLOWER, METHOD_OPTION, SWITCHES, setting_key
+from fedkern.flower.runs.run_settings import (
+    CODE,
+    DATA_OPTION,
+    FLOWER,
+    LOCAL_ONLY,
+    METHOD_OPTION,
+    SWITCHES,
+    setting_key,
+)
 from fedkern.methods import registry
 from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
@@ -133,7 +141,7 @@ clientapp = "fedkern.flower.runs.client_app:app"
         settings = {**GOES_ON, **self.settings}
         rows: dict[str, tuple[object, str]] = {"method": (self.method, "")}
         for setting in RunConfig.declared():
-            if setting.field == "method" or setting.field in ELSEWHERE:
+            if setting.field == "method" or setting.field in LOCAL_ONLY:
                 continue
             value = settings.get(setting.field)
             default = usual.get(setting.field, setting.default)

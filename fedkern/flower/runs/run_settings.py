@@ -53,7 +53,7 @@ FLOWER = {
 """Settings of a run over Flower."""
 JUDGING = {"test_share": 0.5, "validation_share": 0.9}
 """Shares of the server's images, where nobody gives them and nodes have data of their own: none of them trains."""
-ELSEWHERE = ("workers",)
+LOCAL_ONLY = ("workers",)
 """Settings that say nothing about a run over Flower."""
 CODE = ("model", "data")
 """Settings that may name code, whose files the project takes along."""
@@ -92,7 +92,7 @@ def read_run_config(run_config: UserConfig, data_root: str | None = None) -> Run
         UserError: an unknown key, a value out of range, or a plugin or file that is not on this machine.
     """
     values = {key: word for key, value in run_config.items() if (word := as_typed(value).strip())}
-    fields = {setting_key(entry.field): entry.field for entry in RunConfig.declared() if entry.field not in ELSEWHERE}
+    fields = {setting_key(entry.field): entry.field for entry in RunConfig.declared() if entry.field not in LOCAL_ONLY}
     keys = [*fields, *SWITCHES, *FLOWER, "out", "plugins"]
     for key in values:
         if key not in keys and not key.startswith((METHOD_OPTION, DATA_OPTION)):

@@ -53,7 +53,7 @@ def play(grid: Grid, run_config: UserConfig) -> Summary:
     log(INFO, "run folder: %s", out)
     again = f"flwr run with the run-config 'out=\"{out}\" resume=true'"
     code = tuple(part for _, part in config.code())
-    channel, listener = NodeChannel(grid), Told()
+    channel, listener = NodeChannel(grid), FlowerLog()
     registry = NodeRegistry(channel, wait=settings.wait, own_data=settings.own_data)
     try:
         summary = run(
@@ -110,7 +110,7 @@ def draw(out: Path, data: FederatedData | None, data_root: str | None, code: tup
             log(WARNING, "The run is complete, but not its report: %s", error)
 
 
-class Told(Listener):
+class FlowerLog(Listener):
     """Writes what happens in a run to Flower's log, a line each.
 
     Keeps the run's ``data``, None before the start.
