@@ -86,7 +86,7 @@ def test_runs_are_compared_in_its_own_unit():
     assert result.text_table().rows[1][3].startswith("-0.375 [")
     assert "percentage points" not in " ".join(result.sentences())
     assert str(result.target) == "mae <= 1"
-    assert result.target.reached(RECORDS)["rounds"] == 2
+    assert result.target.cost_of_target(RECORDS)["rounds"] == 2
     assert "b is -0.375 from a (95 % interval" in comparison_page.headline(result)[1]
     chart, *_ = comparison_page._finals(result)
     assert chart.text.startswith("a: mean 1.38, runs 1.5, 1.25;")
@@ -149,7 +149,7 @@ def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
         entry = SimpleNamespace(one_off=False)
         judge.round_end(
             SimpleNamespace(
-                entry=entry, clients={}, due=True, last=False, together=False, put=lambda *_: None, seconds={}
+                entry=entry, clients={}, due=True, last=False, in_server_process=False, put=lambda *_: None, seconds={}
             )
         )
     assert judge.best == {"mae": 0.75}

@@ -385,7 +385,7 @@ FAULTS = [
 def quick(monkeypatch, tmp_path, data):
     """A run folder with every kind of picture of a classifier, all of them empty files."""
     for module, name in ((curves, "accuracy_panels"), (curves, "client_panels"), (curves, "weight_panels"),
-                         (curves, "draw"), (plots, "partition_picture")):  # fmt: skip
+                         (curves, "draw_panels"), (plots, "partition_picture")):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_, **__: object())
     monkeypatch.setattr(confusion_sheet, "draw_confusions", lambda *_, **__: object())
     monkeypatch.setattr(run_contents, "constant_figures", lambda *_: {})
