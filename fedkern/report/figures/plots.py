@@ -102,8 +102,10 @@ def save_png(figure: Figure, path: Path) -> None:
         canvas.draw()
     size = canvas.get_width_height()
     image = Image.frombuffer("RGBA", size, canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")  # it is opaque
+    file = io.BytesIO()
     # Level 6, Pillow's own, takes twice as long for files that are a quarter smaller.
-    atomic.write(path, lambda file: image.save(file, "PNG", compress_level=1, dpi=(figure.dpi, figure.dpi)))
+    image.save(file, "PNG", compress_level=1, dpi=(figure.dpi, figure.dpi))
+    atomic.write_bytes(path, file.getvalue())
 
 
 def to_svg(figure: Figure, name: str) -> str:
