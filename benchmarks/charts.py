@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from benchmarks import bench_methods, comparisons, method_gains
 from benchmarks.page import load
-from fedkern.report.figures.plots import BLUE, GREY, ORANGE, frame, new_figure, svg
+from fedkern.report.figures.plots import BLUE, GREY, ORANGE, add_frame, new_figure, to_svg
 
 STYLE = """<style>
 svg { background: #ffffff; color: #1a1d21; --line: #d5dae0; --soft: #555d66; --blue: #0072b2; }
@@ -61,7 +61,7 @@ class Chart:
         """Return the chart as the text of an SVG file, for light and for dark pages."""
         figure = new_figure(6.2, 0.6 + 0.27 * len(self.rows))
         axes = figure.subplots()
-        frame(axes)
+        add_frame(axes)
         axes.grid(False, axis="y")
         axes.set_axisbelow(True)
         axes.axvline(self.neutral, color=GREY, lw=1)
@@ -80,7 +80,7 @@ class Chart:
                 errors = [[row.value - low], [high - row.value]]
                 axes.errorbar(row.value, place, xerr=errors, fmt="o", ms=6, color=colour, capsize=4)
         axes.margins(x=0.1)
-        text = re.sub(r'style="--wide: (\d+)px"', rf'width="\1" {self.mark}', svg(figure, self.name), count=1)
+        text = re.sub(r'style="--wide: (\d+)px"', rf'width="\1" {self.mark}', to_svg(figure, self.name), count=1)
         return text.replace(">", f">\n{STYLE}", 1) + "\n"
 
 

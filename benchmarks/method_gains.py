@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.page import RESULTS, by_seed, decimal, load, read_rows, table
-from fedkern.comparison.seed_statistics import paired
+from fedkern.comparison.seed_statistics import compare_pairs
 from fedkern.tasks.figure_names import direction
 
 PUBLISHED = "as published"
@@ -40,7 +40,7 @@ class Contest:
         """The mean difference, paired by seed, and the ends of its 95 % interval; above 0 the method is better."""
         assert self.own is not None
         assert self.other is not None
-        found = paired(self.own.values, self.other.values)
+        found = compare_pairs(self.own.values, self.other.values)
         assert found is not None, f"no seed in common with {self.rival}"
         assert found.low is not None and found.high is not None, f"one seed in common with {self.rival}"  # noqa: PT018
         mean, low, high = (round(self.own.scale * value, 3) for value in (found.mean, found.low, found.high))

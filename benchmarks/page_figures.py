@@ -15,7 +15,7 @@ from benchmarks.page import Page, by_seed, decimal, load, read_rows, spread, tab
 from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
 from benchmarks.studies.page_commands import COMMANDS
-from fedkern.comparison.seed_statistics import paired
+from fedkern.comparison.seed_statistics import compare_pairs
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
 
@@ -58,7 +58,7 @@ def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, 
     """
     values = [by_seed(each) for each in (row, start, goal)]
     shared = set.intersection(*(set(each) for each in values))
-    gap = paired(*({seed: each[seed] for seed in shared} for each in (values[2], values[1])))
+    gap = compare_pairs(*({seed: each[seed] for seed in shared} for each in (values[2], values[1])))
     if gap is None or gap.low is None or gap.low <= 0:
         return ""
     here, low, high = (mean(cell[seed] for seed in sorted(shared)) for cell in values)

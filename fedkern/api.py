@@ -28,7 +28,7 @@ from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import WAYS, UserError, nearest, shown
 from fedkern.files.filesystem import check_new, check_text
-from fedkern.listeners.events import Listener, Listeners
+from fedkern.listeners.events import Listener, Listeners, Record, Summary
 from fedkern.methods import Method, registry, script_methods
 from fedkern.process.extras import import_extra
 from fedkern.process.torch_modes import reproducible
@@ -40,6 +40,7 @@ from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import Task
 from fedkern.tasks.user_tasks import inner
+from fedkern.typed_option import Value
 from fedkern.usercode import named_code, plugins
 from fedkern.usercode.hooks import check_hooks
 
@@ -47,7 +48,7 @@ from fedkern.usercode.hooks import check_hooks
 class History:
     """The records of a run's rounds, in order."""
 
-    def __init__(self, records: Sequence[Mapping[str, Any]], main: str, tests: Collection[str] = ()) -> None:
+    def __init__(self, records: Sequence[Record], main: str, tests: Collection[str] = ()) -> None:
         self.records = [dict(record) for record in records]
         self._main, self._tests = main, tests  # the main figure, and names of the test sets
 
@@ -78,7 +79,9 @@ class History:
         return list(dict.fromkeys(name for record in self.records for name in record))
 
     def to_pandas(self) -> Any:
-        """A ``pandas.DataFrame`` with a row for every round; nested figures become ``clients.0.loss`` and so on.
+        """A ``pandas.DataFrame`` with a row for every round.
+
+        Nested figures become ``clients.0.loss`` and so on.
 
         Raises:
             UserError: pandas is not installed.
@@ -106,7 +109,7 @@ class Run:
     ) -> None:
         self.out = folder_of(out)
         self._kind: type[Method] | None = None
-        options: dict[str, Any] = {}
+        options: dict[str, Value] = {}
         if method is not None:
             self._kind, options = _class_of(method)
         self.config = load_settings(out, trusted=trusted, given=self._kind, device="cpu")
@@ -122,7 +125,10 @@ class Run:
                 open_code(name)
 
     def _kept_data(self) -> FederatedData | None:
-        """The run's data in memory without what it holds out; None where a data set's name says where they are."""
+        """The run's data in memory without what it holds out.
+
+        None where a data set's name says where they are.
+        """
         return None if self._data is None else kept_data(self.config, self._data)
 
     def _give_method(self) -> None:
@@ -140,7 +146,7 @@ class Run:
         return self.history._repr_html_() if summary is None else run_table(summary, self.out, self.config.main)
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """Contents of ``summary.json``.
 
         Raises:
@@ -236,7 +242,9 @@ class Run:
 
     @python_words()
     def export(self, out: str | Path, format: str | None = None, *, best: bool = False) -> list[Path]:
-        """Write the network for other programs, and a JSON file that describes it; return both paths.
+        """Write the network for other programs, and a JSON file that describes it.
+
+        Return both paths.
 
         Files of ``torch.export`` and ONNX take images in [0, 1] and return logits.  Of samples that are no images they
         hold the user's module as it is.  Texts, waves and other inputs take any length that the network takes.  The
@@ -312,7 +320,9 @@ class Run:
         workers: str | int = "auto",
         cache: str | Path | None = None,
     ) -> Run:
-        """Goes on with an interrupted run; a finished one stays as it is.  Returns the run itself.
+        """Goes on with an interrupted run.
+
+        A finished one stays as it is.  Returns the run itself.
 
         Display, listeners, pictures, workers and the cache of decoded images are those of :func:`simulate`.
         """
@@ -346,10 +356,10 @@ class Run:
             self.config = load_settings(self.out, trusted=self._trusted, given=self._kind, device="cpu")
 
     def _go_on(
-        self, moved: Mapping[str, Any], progress: bool, listener: Listener | Sequence[Listener] | None, pictures: bool
+        self, new: Mapping[str, object], progress: bool, listener: Listener | Sequence[Listener] | None, pictures: bool
     ) -> Run:
         self._give_method()
-        changes = RunConfig.read(moved)
+        changes = RunConfig.read(new)
         rounds = changes.pop("rounds", None)
         config = load_settings(self.out, trusted=self._trusted, **changes)
         _play(
@@ -358,7 +368,7 @@ class Run:
         )  # fmt: skip
         return self
 
-    def _drawn(self) -> nn.Module | None:
+    def _network_for_pictures(self) -> nn.Module | None:
         """The network for pictures, where it was a module of a script and clients share the whole of it."""
         return None if self._script.network is None or self.config.keeps_parts else self._network()
 
@@ -375,8 +385,8 @@ class Run:
 
         self._give_method()
         data = self._kept_data()
-        root = self.config.data_root
-        return Pictures(write_pictures(self.out, data=data, model=self._drawn(), data_root=root, trusted=self._trusted))
+        model, root = self._network_for_pictures(), self.config.data_root
+        return Pictures(write_pictures(self.out, data=data, model=model, data_root=root, trusted=self._trusted))
 
     @python_words()
     @reproducible()
@@ -390,7 +400,7 @@ class Run:
 
         self._give_method()
         data = self._kept_data()
-        network = None if read_summary(self.out) is None else self._drawn()
+        network = None if read_summary(self.out) is None else self._network_for_pictures()
         return write_report(self.out, data=data, model=network, trusted=self._trusted)
 
 
@@ -398,21 +408,21 @@ class Run:
 def simulate(
     method: str | Method | type[Method],
     *,
-    data: Any = None,
-    test: Any = None,
-    validation: Any = None,
-    public: Any = None,
+    data: object = None,
+    test: object = None,
+    validation: object = None,
+    public: object = None,
     model: str | nn.Module | Callable[..., nn.Module] | None = None,
-    train: Callable[[Any, Any], None] | None = None,
+    train: Callable[..., None] | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     batch_loss: Callable[..., Tensor] | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    collate_fn: Callable[[list[Any]], Any] | None = None,
+    metrics: Mapping[str, object] | None = None,
+    collate_fn: Callable[..., object] | None = None,
     main: str | None = None,
     better: Literal["max", "min"] | None = None,
     task: Task | None = None,
     classes: Sequence[str] | int | None = None,
-    normalize: tuple[Any, Any] | None = None,
+    normalize: tuple[object, object] | None = None,
     groups: str | Callable[[int], object] | None = None,
     out: str | Path | None = None,
     progress: bool = True,
@@ -459,10 +469,10 @@ def simulate(
         "task": task, "classes": classes, "normalize": normalize, "groups": groups,
     }  # fmt: skip
     check_in_memory(data, model, settings)
-    data = federated(data, about, {**settings, "model": model})
+    data = federate(data, about, {**settings, "model": model})
     script = ScriptObjects.of(model, train, settings)
     start = settings.pop("init") if isinstance(settings.get("init"), nn.Module) else None
-    config, memory = requested(method, data, model, settings)
+    config, memory = read_request(method, data, model, settings)
     names = {name for name, value in settings.items() if value is not None}
     config = config.for_user(names if start is None else names - {"init_partial"})
     if pictures and where is not None:
@@ -491,8 +501,10 @@ _LOADERS = {
 }
 
 
-def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-    """The federated data of an argument ``data`` that is PyTorch data sets; other data are returned as they are.
+def federate(data: object, about: Mapping[str, object], settings: Mapping[str, object]) -> str | FederatedData | None:
+    """The federated data of an argument ``data`` that is PyTorch data sets.
+
+    Other data are returned as they are.
 
     Raises:
         UserError: arguments about data sets stand beside other data, or something is no data set.
@@ -523,9 +535,9 @@ def federated(data: Any, about: Mapping[str, Any], settings: Mapping[str, Any]) 
 _ARGUMENTS = ("data", *ABOUT, "model", "out", "progress", "listener", "pictures", "fedkern.load(DIR).resume()")
 
 
-def requested(
+def read_request(
     method: str | Method | type[Method],
-    data: Any,
+    data: str | FederatedData | None,
     model: str | Callable[..., nn.Module] | None,
     arguments: Mapping[str, Any],
 ) -> tuple[RunConfig, FederatedData | None]:
@@ -538,28 +550,28 @@ def requested(
     settings |= {table: table_of(settings.get(table), table) for table in ("options", "data_options")}
     settings["plugins"] = plugins_of(settings.get("plugins"))
     plugins.load_given(settings["plugins"])
-    name, made_with = named(method)
+    name, made_with = find_method(method)
     memory = data if isinstance(data, FederatedData) else None
     option_names = registry.option_names(name)
     fields = {entry.field for entry in RunConfig.declared()} | {"options", "data_options", "plugins"}
     options = settings.pop("options")
-    for each in [each for each in settings if each in option_names and each not in fields]:
-        options[each] = settings.pop(each)
-    for each in settings:
-        if each in _LOADERS:
-            raise UserError(f"{each} is a DataLoader's: {_LOADERS[each]}, so leave it out.")
-        if each not in fields:
-            hint = nearest(each, {*fields, *option_names, *_ARGUMENTS}) + registry.owners(each)
-            if is_data_option(each):
-                hint = f' Did you mean data_options={{"{each}": ...}}?'
-            raise UserError(f'{registry.short(name)} and its runs have no setting "{each}".{hint}')
-    for each in ("freeze", "personal", "stages"):
-        if isinstance(settings.get(each), (list, tuple)):
-            settings[each] = ",".join(map(str, settings[each]))
+    for key in [key for key in settings if key in option_names and key not in fields]:
+        options[key] = settings.pop(key)
+    for setting in settings:
+        if setting in _LOADERS:
+            raise UserError(f"{setting} is a DataLoader's: {_LOADERS[setting]}, so leave it out.")
+        if setting not in fields:
+            hint = nearest(setting, {*fields, *option_names, *_ARGUMENTS}) + registry.owners(setting)
+            if is_data_option(setting):
+                hint = f' Did you mean data_options={{"{setting}": ...}}?'
+            raise UserError(f'{registry.short(name)} and its runs have no setting "{setting}".{hint}')
+    for list_name in ("freeze", "personal", "stages"):
+        if isinstance(settings.get(list_name), (list, tuple)):
+            settings[list_name] = ",".join(map(str, settings[list_name]))
     if memory is not None:
         settings = {"clients": len(memory.clients), **settings, "data": memory.name}
         model = NETWORKS.get(memory.task.network) if model is None else model
-    elif data is not None:
+    elif isinstance(data, str):
         settings["data"] = open_code(data)
     if isinstance(model, str):
         settings["model"] = model
@@ -573,21 +585,30 @@ def requested(
     return config, memory
 
 
-def plugins_of(value: Any) -> list[str]:
-    """The names in an argument ``plugins``; raises UserError where it is no list of files and modules."""
+def plugins_of(value: object) -> list[str]:
+    """The names in an argument ``plugins``.
+
+    Raises UserError where it is no list of files and modules.
+    """
     return [] if value is None else _paths(value, "plugins must be a list of files and modules")
 
 
-def _paths(value: Any, must: str) -> list[str]:
-    """Texts of a list of texts and paths; raises UserError, beginning with ``must``, where it is none."""
+def _paths(value: object, must: str) -> list[str]:
+    """Texts of a list of texts and paths.
+
+    Raises UserError, beginning with ``must``, where it is none.
+    """
     paths = None if isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable) else [*value]
     if paths is None or not all(isinstance(path, (str, os.PathLike)) for path in paths):
         raise UserError(f"{must}, not {shown(value)}.")
     return [os.fspath(path) for path in paths]
 
 
-def table_of(value: Any, name: str) -> dict[str, Any]:
-    """A copy of the values by name in an argument; raises UserError where it is no dict of these."""
+def table_of(value: object, name: str) -> dict[str, Any]:
+    """A copy of the values by name in an argument.
+
+    Raises UserError where it is no dict of these.
+    """
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -595,15 +616,18 @@ def table_of(value: Any, name: str) -> dict[str, Any]:
     return dict(value)
 
 
-def folder_of(out: Any) -> Path:
-    """The path in an argument ``out``; raises UserError where it is none, or empty: that is the current folder."""
+def folder_of(out: object) -> Path:
+    """The path in an argument ``out``.
+
+    Raises UserError where it is none, or empty: that is the current folder.
+    """
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise UserError(f"out must be the path of a folder, not {shown(out)}.")
     check_text(str(out), "the folder")
     return Path(out)
 
 
-def named(method: str | Method | type[Method]) -> tuple[str, dict[str, Any]]:
+def find_method(method: str | Method | type[Method]) -> tuple[str, dict[str, Value]]:
     """The name of a run's method, and the options that an object of it was made with.
 
     Raises:
@@ -616,7 +640,7 @@ def named(method: str | Method | type[Method]) -> tuple[str, dict[str, Any]]:
     return script_methods.give(kind), options
 
 
-def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, Any]]:
+def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, Value]]:
     """The class of a method that the caller gives, and the options that an object of it was made with."""
     if isinstance(method, Method):
         return type(method), dict(script_methods.options_of(method))
@@ -633,9 +657,9 @@ def load(
     out: str | Path,
     *,
     method: Method | type[Method] | None = None,
-    data: Any = None,
+    data: object = None,
     model: nn.Module | Callable[..., nn.Module] | None = None,
-    train: Callable[[Any, Any], None] | None = None,
+    train: Callable[..., None] | None = None,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     trusted: Collection[str] = (),
     **about: Any,
@@ -665,7 +689,9 @@ def load(
     run = Run(out, script=ScriptObjects.of(model, train, {"optimizer": optimizer}), trusted=trusted, method=method)
     if isinstance(data, str) and named_code.absolute(data) != run.config.data:
         raise UserError(f'The run in {out} learns from {run.config.data}, not from "{data}": leave data out.')
-    run._data = federated(None if isinstance(data, str) else data, about, vars(run.config))
+    memory = federate(None if isinstance(data, str) else data, about, vars(run.config))
+    if isinstance(memory, FederatedData):
+        run._data = memory
     return run
 
 
@@ -683,7 +709,7 @@ def _play(
     trusted: Collection[str] = (),
     rounds: int | None = None,
 ) -> None:
-    from fedkern.report.figures.pictures import existing, finished_pictures
+    from fedkern.report.figures.pictures import find_pictures, finished_pictures
     from fedkern.report.live.notebook import display
 
     listeners = _listeners(listener)
@@ -701,7 +727,7 @@ def _play(
     code = trusted if resume else [part for _, part in config.code()]
     network = None if script.network is None or config.keeps_parts else read_model(out, code, script.network)[0]
     shared = None if heard.info is None else heard.info.data
-    if shared is None and data is not None and not existing(out):  # the run was finished before, without pictures
+    if shared is None and data is not None and not find_pictures(out):  # the run was finished before, without pictures
         shared = kept_data(config, data)
     warn = partial(view.on_warning, "no-picture")
     _, undrawn = finished_pictures(out, data=shared, model=network, data_root=config.data_root, trusted=code, warn=warn)
@@ -713,12 +739,12 @@ def _play(
 def _listeners(listener: Listener | Sequence[Listener] | None) -> list[Listener]:
     """The listeners of an argument ``listener``."""
     listeners = [] if listener is None else [listener] if isinstance(listener, Listener) else listener
-    for each in listeners if isinstance(listeners, (list, tuple)) else [listeners]:
-        if not isinstance(each, Listener):
-            hint = f": make one, {each.__name__}()" if isinstance(each, type) and issubclass(each, Listener) else ""
-            what = (
-                f"the class {each.__name__}" if isinstance(each, type) else f"an object of type {type(each).__name__}"
-            )
-            raise UserError(f"listener must be a fedkern.listeners.Listener or a list of them, not {what}{hint}.")
-        check_hooks(type(each))
+    for item in listeners if isinstance(listeners, (list, tuple)) else [listeners]:
+        if not isinstance(item, Listener):
+            hint, kind = "", f"an object of type {type(item).__name__}"
+            if isinstance(item, type):
+                hint = f": make one, {item.__name__}()" if issubclass(item, Listener) else ""
+                kind = f"the class {item.__name__}"
+            raise UserError(f"listener must be a fedkern.listeners.Listener or a list of them, not {kind}{hint}.")
+        check_hooks(type(item))
     return [*listeners]

@@ -64,7 +64,7 @@ def command() -> int:
 
 
 def _nothing_follows() -> bool:
-    """Whether the process ends when the caller's caller has ended, a module that ``python`` was started with.
+    """Return whether the process ends when the caller's caller has ended, a module that ``python`` was started with.
 
     A profiler or a debugger that runs the module has something to do afterwards, as has ``python -i``.
     """
@@ -77,7 +77,7 @@ def _nothing_follows() -> bool:
 
 
 def _modules_need_no_end() -> bool:
-    """Whether torch is loaded, and no module has work left for the interpreter's end.
+    """Return whether torch is loaded, and no module has work left for the interpreter's end.
 
     Libraries of a plugin, such as HDF5 with its open files, and profilers of CUDA write what they hold when the C
     library ends the process.
@@ -179,33 +179,33 @@ def _dispatch(words: list[str], leftover: bool) -> int:
     if words in (["--help"], ["-h"]):
         from fedkern.cli import extensions, front_page
 
-        extensions.load(words)
+        extensions.load_plugins(words)
         if _first():
             print(front_page.front_page())
         return OK
     from fedkern.process.garbage import without_collection
 
     # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
-    with _told("loading torch ..."), without_collection():
+    with _show_waiting("loading torch ..."), without_collection():
         from fedkern.cli import command_parser, extensions, torchrun
         from fedkern.errors import UserError
         from fedkern.files.filesystem import check_text
 
-        command_parser.load(command_parser.command(words))
+        command_parser.load_command(command_parser.find_command(words))
     for word in words:
         check_text(word, "the argument")
-    extensions.load(words)
-    request = command_parser.parse(words)
+    extensions.load_plugins(words)
+    request = command_parser.parse_words(words)
     if leftover and request.command in torchrun.RUNS:
         raise UserError(
             "torchrun's variables are set, but torchrun did not start this process: unset TORCHELASTIC_RUN_ID for a "
             "run of its own, or have the script that torchrun starts begin fedkern with exec."
         )
-    return torchrun.play(request, words, command_parser.play)
+    return torchrun.play_on_ranks(request, words, command_parser.play_request)
 
 
 @contextmanager
-def _told(text: str) -> Iterator[None]:
+def _show_waiting(text: str) -> Iterator[None]:
     """Shows ``text`` while the block runs, where somebody looks at a terminal."""
     if "torch" in sys.modules or not sys.stderr.isatty() or not _first():
         yield
@@ -228,7 +228,7 @@ def _say(text: str, code: int = USAGE) -> int:
 
 
 def _first() -> bool:
-    """Whether this process is no rank of torchrun but the first, which alone says what all have to say."""
+    """Return whether this process is no rank of torchrun but the first, which alone says what all have to say."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
@@ -238,7 +238,10 @@ def _ranks() -> ModuleType | None:
 
 
 def _told_elsewhere() -> bool:
-    """Whether another rank tells this error: before ranks meet, all have it, and the first of a machine tells it."""
+    """Return whether another rank tells this error.
+
+    Before ranks meet, all have the error, and the first of a machine tells it.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
         return False
     ranks = _ranks()

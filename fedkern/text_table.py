@@ -53,8 +53,8 @@ class Table:
         from rich.table import Table as TerminalTable
         from rich.text import Text
 
-        def plain(text: str, most: int = CELL, style: str = "") -> Text:
-            return Text(printable_name(text, most), style=style)
+        def plain(text: str, limit: int = CELL, style: str = "") -> Text:
+            return Text(printable_name(text, limit), style=style)
 
         table = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False, show_header=not self.bare)
         for number, name in enumerate(self.header):
@@ -70,10 +70,13 @@ class Table:
         return Group(*titles, table, *(plain(note, MESSAGE) for note in self.notes))
 
     def html(self) -> str:
-        """The table in a notebook's own colours, where the title's first line stands out; none without a header."""
+        """The table in a notebook's own colours, where the title's first line stands out.
 
-        def text(name: str, most: int = LINE) -> str:
-            return escape(printable_name(name, most))
+        None without a header.
+        """
+
+        def text(name: str, limit: int = LINE) -> str:
+            return escape(printable_name(name, limit))
 
         def row(tag: str, cells: Sequence[str | Text]) -> str:
             texts = [text(str(cell), CELL) for cell in cells]
@@ -84,8 +87,8 @@ class Table:
                 f'<{tag} style="text-align: {side}">{cell}</{tag}>' for side, cell in zip(sides, texts, strict=True)
             )
 
-        first, *more = self.title.split("\n")
-        above = "<br>".join([f"<strong>{text(first)}</strong>", *map(text, more)])
+        first_line, *more_lines = self.title.split("\n")
+        above = "<br>".join([f"<strong>{text(first_line)}</strong>", *map(text, more_lines)])
         body = "\n".join(f"<tr>{row('td', cells)}</tr>" for cells in self.rows)
         table = f"<table>\n<thead><tr>{row('th', self.header)}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
         parts = [
@@ -104,7 +107,10 @@ class Table:
 
     @classmethod
     def of_markdown(cls, text: str) -> Table | None:
-        """Header, rows and notes of a :meth:`markdown`; None where the text does not have this form."""
+        """Header, rows and notes of a :meth:`markdown`.
+
+        None where the text does not have this form.
+        """
         lines = text.splitlines()
         body = [line for line in lines if line.startswith("| ")]
         rows = [[_of_markdown(cell) for cell in line[2:-2].split(" | ")] for line in body]
@@ -114,7 +120,10 @@ class Table:
         return cls(rows[0], rows[1:], notes=[_of_markdown(line) for line in after if line.strip()])
 
     def latex(self) -> str:
-        """The table as LaTeX (package booktabs); title and notes are comments."""
+        """The table as LaTeX (package booktabs).
+
+        Title and notes are comments.
+        """
         lines = [f"% {_line(text)}" for text in (self.title, *self.notes)]
         lines += [f"\\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", "\\toprule", _latex(self.header)]
         lines += ["\\midrule", *map(_latex, self.rows), "\\bottomrule", "\\end{tabular}"]

@@ -131,7 +131,7 @@ def refuses(tmp_path: Path) -> Callable[..., AbstractContextManager[Any]]:
 def _undrawn() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedkern.report.figures.pictures._draw", lambda *_: [])
-        patch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
+        patch.setattr("fedkern.report.figures.plots.to_svg", lambda figure, name: "<svg></svg>")
         yield
 
 

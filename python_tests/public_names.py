@@ -53,7 +53,7 @@ def public_api() -> Iterator[str]:
 def typed_words() -> Iterator[str]:
     """Yield commands with their flags, settings, and the options of methods and data sets."""
     for command in ("fedavg", *COMMANDS):
-        help_page = command_parser.parse([command, "--help"]).help
+        help_page = command_parser.parse_words([command, "--help"]).help
         yield from (
             f"flag {command} {flag}" for flag in re.findall(r"^ +(?:-\w, )?(--[\w-]+)", help_page, re.MULTILINE)
         )

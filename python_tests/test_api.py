@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import fedkern
-from fedkern.api import requested
+from fedkern.api import read_request
 from fedkern.listeners import Listener
 from fedkern.report.figures import curves
 from fedkern.run import main
@@ -183,7 +183,7 @@ def test_paths_are_texts_or_paths(tmp_path):
     fedkern.simulate("fedavg", rounds=1, out=Path("first"), **TINY)
     run = fedkern.simulate("fedavg", rounds=1, out="run", init=Path("first"), **TINY)
     assert run.config.init == str(tmp_path / "first")
-    assert requested("fedavg", "mnist", None, {"data_root": Path()})[0].data_root == str(tmp_path)
+    assert read_request("fedavg", "mnist", None, {"data_root": Path()})[0].data_root == str(tmp_path)
     assert len(run.config.init_sha256) == 64
     with pytest.raises(fedkern.UserError, match=re.escape(str(tmp_path / "no.json"))):
         fedkern.simulate("fedavg", rounds=1, out="other", data_options={"boxes": Path("no.json")}, **TINY)

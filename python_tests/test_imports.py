@@ -76,7 +76,7 @@ def test_no_module_needs_what_other_systems_lack() -> None:
     assert found == ["fedkern.files.filesystem"]
 
 
-ELSEWHERE = """
+LOCAL_ONLY = """
 import os, sys
 
 sys.modules["fcntl"] = None
@@ -102,7 +102,7 @@ except fedkern.UserError as error:
 
 @pytest.mark.exhaustive
 def test_a_run_in_one_process_where_fcntl_and_memory_files_are_absent(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LOCAL_ONLY, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     workers, ranks = done.stdout.splitlines()
     assert workers == "--workers 2 changes nothing here, as workers need Linux."

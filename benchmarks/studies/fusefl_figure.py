@@ -54,10 +54,10 @@ def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
         panel.set_xticks([], minor=True)
         panel.margins(x=0.2)
         panel.set_xlabel(title)
-        plots.frame(panel)
+        plots.add_frame(panel)
     panels[0].set_ylabel("accuracy, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    plots.save(figure, path)
+    plots.save_png(figure, path)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from pathlib import Path
 from benchmarks.page import RESULTS
 from benchmarks.recorded import recorded_versions
 from benchmarks.studies.run import read_study
-from fedkern.cli.flags import parse
+from fedkern.cli.flags import parse_run
 from fedkern.cli.repeat import command_line
-from fedkern.cli.request import effective
+from fedkern.cli.request import effective_config
 from fedkern.settings.config import RunConfig
 
 FILE = RESULTS / "page_commands.json"
@@ -53,7 +53,7 @@ class Command:
         """Return the command with ``DIR`` in place of the data's folder."""
         study, root = read_study(self.study), ["--data-root", "DIR"] if self.files else []
         words = [*study.words(study.find(self.cell).command), *self.flags.split(), "--seed", "0", *root]
-        config = effective(parse(words))
+        config = effective_config(parse_run(words))
         # How often what is looked at and kept, and on how many threads, is left to the defaults.
         usual = RunConfig.make(config.method, data=config.data)
         quiet = {name: getattr(usual, name) for name in ("eval_every", "checkpoint_every", "grad_cam", "threads")}

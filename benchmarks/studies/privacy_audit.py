@@ -289,7 +289,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("μ of Gaussian differential privacy")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    plots.save(figure, path)
+    plots.save_png(figure, path)
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ AFTER, LATE = "after", 5
 
 def read_study(name: str) -> published.Paper:
     """Return the cells of a file in this folder, of another file, or of a paper that fedkern ships."""
-    elsewhere = name in published.names() or name.endswith(".toml")
-    return published.read(name if elsewhere else str(page.STUDIES / f"{name}.toml"))
+    elsewhere = name in published.list_papers() or name.endswith(".toml")
+    return published.read_paper(name if elsewhere else str(page.STUDIES / f"{name}.toml"))
 
 
 def commands_after(paper: published.Paper) -> list[str]:
@@ -71,7 +71,7 @@ def stored_run(run: FoundRun, commands: Sequence[str]) -> dict[str, Any]:
 
 def played_runs(job: Job, commands: Sequence[str]) -> dict[str, Any]:
     """Return the runs of a finished job's best point by seed."""
-    point = job.chosen()
+    point = job.best_point()
     return {} if point is None else {str(seed): stored_run(run, commands) for seed, run in job.runs(point).items()}
 
 
@@ -89,7 +89,7 @@ def main(words: Sequence[str]) -> int:
     paper, flags = read_study(words[0]), words[1:]
     shipped = paper.folder == published.PAPERS
     place = paper.name if shipped else f"{paper.folder / paper.name}.toml"
-    request = command_parser.parse(["reproduce", place, *flags])
+    request = command_parser.parse_words(["reproduce", place, *flags])
     if (code := reproduce.play(request)) > 1:  # interrupted
         return code
     out = request.out or REPRODUCTIONS / paper.name

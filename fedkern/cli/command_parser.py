@@ -1,7 +1,7 @@
 """The tree of commands: the first word names a file of `fedkern.cli.commands`, or all words are those of a run.
 
 A command's file is imported when its command is asked for.  Its functions are ``add_flags(parser)``, ``play(request)``,
-which returns the exit code, and where the values of the flags need it ``checked(request, parser)``.
+which returns the exit code, and where the values of the flags need it ``check_request(request, parser)``.
 """
 
 from __future__ import annotations
@@ -21,40 +21,42 @@ SETTINGS = ("rounds", "data_root", "cache", "workers", "model")
 """Flags that are settings of a run; ``data`` is one where it does not name other data than the run's."""
 
 
-def command(words: Sequence[str]) -> str:
-    """The command that the words name; "run" where they name none.
+def find_command(words: Sequence[str]) -> str:
+    """The command that the words name.
+
+    "run" where they name none.
 
     Only ``--json`` and ``--help`` may stand before it: after another flag the word is that flag's value.
     """
-    first = next((word for word in words if word not in ("--json", "-h", "--help")), "")
-    return first if first in COMMANDS else "run"
+    first_word = next((word for word in words if word not in ("--json", "-h", "--help")), "")
+    return first_word if first_word in COMMANDS else "run"
 
 
-def load(name: str) -> ModuleType:
+def load_command(name: str) -> ModuleType:
     """The module of a command."""
     return importlib.import_module(f"fedkern.cli.commands.{'run' if name == 'resume' else name}")
 
 
-def parse(words: Sequence[str]) -> Request:
+def parse_words(words: Sequence[str]) -> Request:
     """Reads the words after ``python -m fedkern.run``.
 
     Raises:
         UserError: an unknown method, command or flag, or a value that its flag does not take.
     """
-    name = command(words)
+    name = find_command(words)
     if name == "run":
-        return flags.parse(words)
-    module, parser, at = load(name), Parser(name), words.index(name)
+        return flags.parse_run(words)
+    module, parser, at = load_command(name), Parser(name), words.index(name)
     parser.description = f"{COMMANDS[name][:1].upper()}{COMMANDS[name][1:]}."
     module.add_flags(parser)
     parser.add_argument("-h", "--help", action="store_true", help="show this help and exit")
-    arguments, rest = parser.parse_known_args([*words[:at], *words[at + 1 :]])
+    arguments, unknown_words = parser.parse_known_args([*words[:at], *words[at + 1 :]])
     if parser.rest is not None:
-        parser.rest, arguments.words = rest, tuple(words)
-    elif rest:
+        parser.rest, arguments.words = unknown_words, tuple(words)
+    elif unknown_words:
         names = [word for action in parser._actions for word in action.option_strings]
-        unknown = rest[0].partition("=")[0]
-        raise UserError(f'{parser.prog} does not take "{unknown}".{nearest(unknown, names)} See --help.')
+        flag_name = unknown_words[0].partition("=")[0]
+        raise UserError(f'{parser.prog} does not take "{flag_name}".{nearest(flag_name, names)} See --help.')
     if arguments.help:
         return Request("help", help=parser.format_help())
     open_ones = [action.dest for action in parser._actions if action.option_strings and action.default is None]
@@ -63,13 +65,16 @@ def parse(words: Sequence[str]) -> Request:
         raise UserError(f"{parser.prog} needs the folder of {parser.folder_of}.")
     settings = SETTINGS if "data_option" in arguments else (*SETTINGS, "data")
     request = as_request(vars(arguments), settings, name)
-    return getattr(module, "checked", lambda request, _: request)(request, parser)
+    return getattr(module, "check_request", lambda request, _: request)(request, parser)
 
 
-def play(request: Request) -> int:
-    """Does what a request asks; returns the exit code."""
+def play_request(request: Request) -> int:
+    """Does what a request asks.
+
+    Returns the exit code.
+    """
     if request.command == "help":
         put(request.help)
         return 0
-    code: int = load(request.command).play(request)
+    code: int = load_command(request.command).play(request)
     return code

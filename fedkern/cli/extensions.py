@@ -12,30 +12,30 @@ from fedkern.files.inputs import read_text
 from fedkern.usercode import plugins
 
 
-def load(words: Sequence[str]) -> None:
+def load_plugins(words: Sequence[str]) -> None:
     """Loads the plugins of installed packages, of ``--plugin``, of the ``--config`` file and of the ``--resume`` run.
 
     Raises:
         UserError: a plugin cannot be loaded, or may not be executed (:func:`fedkern.usercode.plugins.restore`).
     """
     plugins.load_installed(_warn)
-    for name in values(words, "--plugin"):
+    for name in flag_values(words, "--plugin"):
         if not name.strip():
             raise UserError("--plugin is given without a value: give it one, or leave the flag out.")
         plugins.load(name)
-    for name in values(words, "--data"):
+    for name in flag_values(words, "--data"):
         from fedkern.data.registry import open_code  # here, since the front page is printed without torch
 
         open_code(name)
-    for file in values(words, "--config"):
-        plugins.load_given(_named(expand(file)))
-    for folder in values(words, "--resume"):
+    for file in flag_values(words, "--config"):
+        plugins.load_given(_read_plugin_names(expand(file)))
+    for folder in flag_values(words, "--resume"):
         from fedkern.settings.stored import load_plugins
 
         load_plugins(expand(folder))
 
 
-def values(words: Sequence[str], flag: str) -> Iterator[str]:
+def flag_values(words: Sequence[str], flag: str) -> Iterator[str]:
     """The values of a flag, in words that no parser has read yet."""
     for i, word in enumerate(words):
         if word == flag and i + 1 < len(words):
@@ -44,8 +44,11 @@ def values(words: Sequence[str], flag: str) -> Iterator[str]:
             yield word.partition("=")[2]
 
 
-def _named(path: Path) -> dict[str, str]:
-    """The plugins in a file of settings; none where the file is missing or damaged, which its reader says later."""
+def _read_plugin_names(path: Path) -> dict[str, str]:
+    """The plugins in a file of settings.
+
+    None where the file is missing or damaged, which its reader says later.
+    """
     from fedkern.settings.stored import read_settings  # here, since the front page is printed without torch
 
     try:

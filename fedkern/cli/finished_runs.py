@@ -1,21 +1,23 @@
-"""What commands on a finished run have in common: the run's folder, its network, its code, and how results are told."""
+"""Helpers of commands on a finished run: the run's folder, its network, its code, and how results are told."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from fedkern.cli.flags import Parser, add
-from fedkern.cli.request import Request, trusted
+from fedkern.cli.flags import Parser, add_arguments
+from fedkern.cli.request import Request, find_trusted_code
 from fedkern.process.standard_streams import put
 
 
 def add_data(parser: Parser, options: str = "an option of that other data set") -> None:
-    """Adds the flags of another data set than the run's own; ``options`` is the help of ``--data-option``."""
+    """Adds the flags of another data set than the run's own.
+
+    ``options`` is the help of ``--data-option``.
+    """
     cache = "folder that keeps the decoded images; by default the run's own data are read from that of the run"
-    add(parser, {
+    add_arguments(parser, {
         "data": ("NAME", "another data set than the run's own"),
         "data_root": ("DIR", "where the data files are"),
         "cache": ("DIR", cache),
@@ -32,7 +34,7 @@ def add_network(parser: Parser, printed: str = "what was written", *, choice: bo
     if choice:
         text = "the network of the last round, or of the best one of a run with --patience; default last"
         parser.add_argument("--network", choices=("last", "best"), default="last", metavar="last|best", help=text)
-    add(parser, {
+    add_arguments(parser, {
         "model": ("NAME", "the run's network again, where it names code that may run"),
         "method_option": ("key=value", "an option of the run again, where it names code that may run; repeatable", []),
         "plugin": ("FILE.py|MODULE", "code that registers the run's method, network or data; repeatable", []),
@@ -40,27 +42,30 @@ def add_network(parser: Parser, printed: str = "what was written", *, choice: bo
     })  # fmt: skip
 
 
-def folder(request: Request) -> Path:
+def run_folder(request: Request) -> Path:
     """The run's folder."""
     assert request.folder is not None
     return request.folder
 
 
-def code(request: Request) -> tuple[str, ...]:
-    """The code that the run may import (:func:`fedkern.cli.request.trusted`)."""
-    return trusted(folder(request), request.options, request.settings)
+def trusted_code(request: Request) -> tuple[str, ...]:
+    """The code that the run may import (:func:`fedkern.cli.request.find_trusted_code`)."""
+    return find_trusted_code(run_folder(request), request.options, request.settings)
 
 
-def publish(request: Request, result: Mapping[str, Any], table: object, path: Path) -> int:
-    """Prints a command's result, as JSON or as its table, and writes it to ``path``; returns 0."""
+def publish_result(request: Request, result: Mapping[str, object], table: object, path: Path) -> int:
+    """Prints a command's result, as JSON or as its table, and writes it to ``path``.
+
+    Returns 0.
+    """
     from fedkern.files import atomic
-    from fedkern.report.live.progress import terminal
+    from fedkern.report.live.progress import make_console
 
     text = json.dumps(result, indent=2, allow_nan=False)
     if request.json:
         put(text)
     else:
-        terminal().print(table)
+        make_console().print(table)
     # Last, so that the printed result is not lost if the folder cannot be written.
     atomic.write_bytes(path, (text + "\n").encode())
     return 0

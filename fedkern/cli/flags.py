@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message[:1].upper() + message[1:] + ".")
 
 
-def add(group: argparse._ActionsContainer, flags: Mapping[str, tuple[Any, ...]]) -> None:
+def add_arguments(group: argparse._ActionsContainer, flags: Mapping[str, tuple[Any, ...]]) -> None:
     """Adds flags by name, each with the name of its value ("" for a switch) and its help.
 
     A third entry is its default; that of a flag which may be given several times is ``[]``.
@@ -118,7 +118,7 @@ def _describe(option: Option, default: object, *, choices: bool = False) -> str:
     return "; ".join(parts)
 
 
-def _metavar(name: str, type_: Any, choices: Iterable[object] | None) -> str:
+def _metavar(name: str, type_: type, choices: Iterable[object] | None) -> str:
     if choices:
         return "|".join(map(str, choices))
     return METAVARS.get(name) or {int: "N", float: "F", bool: "true|false"}.get(type_, "NAME")
@@ -138,26 +138,27 @@ def _other_data_options() -> str:
 def _parser(method: str | None, data: str) -> Parser:
     parser = Parser()
     # The parser keeps values as strings; options convert them, with messages that name the flag and the allowed range.
-    first = parser.add_argument_group("method")
-    first.add_argument("method", nargs="?", metavar="METHOD", help="one of " + ", ".join(sorted(METHODS)))
+    method_group = parser.add_argument_group("method")
+    method_group.add_argument("method", nargs="?", metavar="METHOD", help="one of " + ", ".join(sorted(METHODS)))
     base = defaults(method or "", data)
     for title, settings in _sections().items():
         group = parser.add_argument_group(title)
-        for each in settings:
-            name, default = each.field, base.get(each.field, each.default)
-            metavar, help_text = _metavar(name, each.type, each.choices), _describe(each, default).replace("%", "%%")
+        for setting in settings:
+            name, default = setting.field, base.get(setting.field, setting.default)
+            metavar = _metavar(name, setting.type, setting.choices)
+            help_text = _describe(setting, default).replace("%", "%%")
             if name == "rounds" and one_shot(method):
                 help_text = argparse.SUPPRESS  # accepted but hidden, so that giving it raises an error of its own
-            alone: dict[str, Any] = {"nargs": "?", "const": "true"} if each.type is bool else {}
-            group.add_argument(flag(name), dest=name, metavar=metavar, help=help_text, **alone)
+            switch_words: dict[str, Any] = {"nargs": "?", "const": "true"} if setting.type is bool else {}
+            group.add_argument(flag(name), dest=name, metavar=metavar, help=help_text, **switch_words)
         if title == "data":
             for name, option in DATA_FLAGS.items():
                 metavar = _metavar(name, type(option.default), option.choices)
                 group.add_argument(flag(name), dest=f"data:{name}", metavar=metavar, help=_data_help(name, option))
             text = f"an option of one data set: {_other_data_options()}"
-            add(group, {"data_option": ("key=value", text, [])})
+            add_arguments(group, {"data_option": ("key=value", text, [])})
     group = parser.add_argument_group("run")
-    add(group, RUN_FLAGS)
+    add_arguments(group, RUN_FLAGS)
     group.add_argument("-h", "--help", action="store_true", help="show this help and exit")
     return parser
 
@@ -180,15 +181,15 @@ def _method_options(method: str, data: str) -> str:
     base = kind.Options.parse(defaults(method, data).get("options", {}), method=method).to_dict()
     lines = [f"{method}: {kind.description}", "", "method options (--method-option key=value):"]
     width = max(len(entry.name) for entry in declared) + 2
-    for each in declared:
-        text = _describe(each, base[each.name], choices=True)
+    for option in declared:
+        text = _describe(option, base[option.name], choices=True)
         lines += textwrap.wrap(
-            text, 108, initial_indent="  " + each.name.ljust(width), subsequent_indent=" " * (width + 2)
+            text, 108, initial_indent="  " + option.name.ljust(width), subsequent_indent=" " * (width + 2)
         )
     return "\n".join(lines)
 
 
-def check_filled(values: Mapping[str, Any]) -> None:
+def check_filled(values: Mapping[str, str | None]) -> None:
     """Raises UserError for a flag with an empty value, such as that of an unset shell variable."""
     for name, value in values.items():
         if value is not None and not value.strip():
@@ -215,14 +216,14 @@ def key_values(words: Sequence[str], name: str) -> dict[str, str]:
 
 def _named_data(argv: Sequence[str], method: str | None) -> str:
     """The data set whose defaults the help shows."""
-    named = extensions.values(argv, "--data")
+    named = extensions.flag_values(argv, "--data")
     return next((name for value in named if (name := absolute(value)) in DATASETS), default_data(method or ""))
 
 
 def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
     if not word.startswith("-"):
-        both = f"; {PROGRAM} compare {method} {word} plays both" if word in METHODS and word != method else ""
-        return UserError(f'Unexpected word "{word}": one METHOD is expected, and values follow their flag{both}.')
+        hint = f"; {PROGRAM} compare {method} {word} plays both" if word in METHODS and word != method else ""
+        return UserError(f'Unexpected word "{word}": one METHOD is expected, and values follow their flag{hint}.')
     token = word.partition("=")[0]
     option = token.lstrip("-").replace("-", "_")
     if method is not None and option in registry.option_names(method):
@@ -232,7 +233,7 @@ def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
     return UserError(f'Unknown flag "{token}".{hint}{registry.owners(option)} See {see} --help.')
 
 
-def parse(argv: Sequence[str], *around: Parser) -> Request:
+def parse_run(argv: Sequence[str], *around: Parser) -> Request:
     """Reads the words after ``python -m fedkern.run``, or a run's words in a command with a parser ``around`` them.
 
     Raises:
@@ -242,15 +243,15 @@ def parse(argv: Sequence[str], *around: Parser) -> Request:
     named = next((word for word in argv if word in METHODS), None)
     data = _named_data(argv, named)
     parser = _parser(named, data)
-    values, rest = parser.parse_known_args(list(argv))
-    command = next((word for word in (values.method, *rest) if word in COMMANDS), None)
+    values, extra_words = parser.parse_known_args(list(argv))
+    command = next((word for word in (values.method, *extra_words) if word in COMMANDS), None)
     if command is not None:  # with such a word first, another parser reads the command
         raise UserError(f"Name {command} first, then its flags: {PROGRAM} {USAGE[command]}.")
-    method, unknown = values.method, [word for word in rest if word.startswith("-")]
+    method, unknown = values.method, [word for word in extra_words if word.startswith("-")]
     # Unknown flags first: argparse may have taken the value of such a flag for the method.
     if not unknown and not values.help and method not in (None, *METHODS):
         raise registry.unknown_method(method, [*METHODS, *COMMANDS, "--resume"])
-    for word in [*unknown, *rest]:
+    for word in [*unknown, *extra_words]:
         raise _unknown(word, named, parser, *around)
     check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb")})
     if values.help:
@@ -273,7 +274,8 @@ def as_request(values: dict[str, Any], settings: Iterable[str], command: str) ->
         UserError: a value of the wrong type or out of range, or a data option that is given twice.
     """
     read = RunConfig.read({name: value for name in settings if (value := values.pop(name, None)) is not None})
-    other = {"data": values.pop("data")} if "data" in values else {}  # other data than the run's, named as it is typed
+    # Other data than the run's are named as they are typed.
+    other_data = {"data": values.pop("data")} if "data" in values else {}
     named = {name: value for name in DATA_FLAGS if (value := values.pop(f"data:{name}", None)) is not None}
     pairs = key_values(values.pop("data_option", ()), "data_option")
     if twice := [key for key in pairs if key in named]:
@@ -281,7 +283,7 @@ def as_request(values: dict[str, Any], settings: Iterable[str], command: str) ->
     fields = {field.name: values.pop(field.name) for field in dataclasses.fields(Request) if field.name in values}
     options, plugins = (tuple(values.pop(name, ())) for name in ("method_option", "plugin"))
     return Request(
-        **{**fields, "command": command, "help": ""}, settings={**other, **read}, options=options, plugins=plugins,
+        **{**fields, "command": command, "help": ""}, settings={**other_data, **read}, options=options, plugins=plugins,
         data_options={**named, **pairs}, arguments=values,
     )  # fmt: skip
 
@@ -302,6 +304,6 @@ def _check(request: Request) -> None:
         raise UserError(f"Which method? For example: {PROGRAM} fedgid (all of them: {PROGRAM} list).")
 
 
-def quote(value: object) -> str:
+def as_word(value: object) -> str:
     """A value quoted as one word of the shell."""
     return shlex.quote(as_typed(value))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fedkern.cli.request import Given, Request, given
+from fedkern.cli.request import Given, Request, read_given
 from fedkern.flower.runs.project import Project
 from fedkern.flower.runs.run_settings import check_own_data, check_portable
 from fedkern.settings.model import check_networks
 from fedkern.settings.run_data import find_decided, kept_data, load_data
 
 
-def write(request: Request) -> int:
+def write_project(request: Request) -> int:
     """Writes the project that a command line describes, and prints its files.
 
     Raises:
@@ -17,7 +17,7 @@ def write(request: Request) -> int:
             nobody says how many clients there are, or the folder is not empty.
     """
     assert request.flower is not None
-    choices = given(request)
+    choices = read_given(request)
     config = choices.config()
     check_networks(request.settings, config.data)
     config.for_user(request.settings)

@@ -1,4 +1,4 @@
-"""What ``--help`` without a method prints, without torch: the commands, and the methods with a line on each."""
+"""The front page of ``--help``, made without torch: the commands, and the methods with a line on each."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fedkern.cli.flags import DATA_FLAGS, flag, quote
+from fedkern.cli.flags import DATA_FLAGS, as_word, flag
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import one_shot
 from fedkern.engine.marks import PLACES, TRAINED
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from fedkern.comparison.results import Result
 
 
-def _section(field: dataclasses.Field[Any]) -> int:
+def _section(field: dataclasses.Field[object]) -> int:
     """Place of a setting's section in a command."""
     order = (DataSettings, FederationSettings, TrainingSettings, ModelSettings)
-    return next((i for i, each in enumerate(order) if field.name in each.__annotations__), len(order))
+    return next((i for i, section in enumerate(order) if field.name in section.__annotations__), len(order))
 
 
 def command_line(method: str, config: RunConfig) -> str:
@@ -42,8 +42,8 @@ def command_line(method: str, config: RunConfig) -> str:
     idle = {name for mark in TRAINED for name in PLACES[mark].settings} if config.teachers else set()
     for f in sorted(dataclasses.fields(RunConfig), key=_section):
         value = getattr(config, f.name)
-        others = {"method", "options", "data_options", "plugins", *FINGERPRINTS, *idle}
-        if f.name not in config.names() - others or value is None:
+        skipped = {"method", "options", "data_options", "plugins", *FINGERPRINTS, *idle}
+        if f.name not in config.names() - skipped or value is None:
             continue
         if f.name == "records" and value == config.replace(records=None).resolve()["records"]:
             continue  # follows from the method's options
@@ -55,31 +55,34 @@ def command_line(method: str, config: RunConfig) -> str:
         if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
             continue  # a one-shot method plans its own rounds
         if value != (width if f.name == "width" else getattr(target, f.name)):
-            words += [flag(f.name), quote(value)]
+            words += [flag(f.name), as_word(value)]
     if config.data != RunConfig.make(method).data:
-        words[2:2] = ["--data", quote(config.data)]
+        words[2:2] = ["--data", as_word(config.data)]
     for name, value in config.data_options.items():
-        words += [flag(name), quote(value)] if name in DATA_FLAGS else ["--data-option", quote(f"{name}={value}")]
+        words += [flag(name), as_word(value)] if name in DATA_FLAGS else ["--data-option", as_word(f"{name}={value}")]
     for name, value in config.options.items():
         if value != base.options[name] and value != target.options.get(name, value):
-            words += ["--method-option", quote(f"{name}={as_typed(value)}")]
+            words += ["--method-option", as_word(f"{name}={as_typed(value)}")]
     for name in config.plugins:
-        words += ["--plugin", quote(name)]
+        words += ["--plugin", as_word(name)]
     return " ".join(words)
 
 
-def repeating(folder: Path) -> str:
-    """The command that repeats a run; empty where data or network were in the memory of a Python program."""
+def repeat_command(folder: Path) -> str:
+    """The command that repeats a run.
+
+    Empty where data or network were in the memory of a Python program.
+    """
     from fedkern.report.pages.run_page import in_memory, stored_device
 
     config = load_settings(folder, device="cpu")
     if in_memory(config):
         return ""
     device = stored_device(folder)
-    return command_line(config.method, config) + ("" if device == "cpu" else f" --device {quote(device)}")
+    return command_line(config.method, config) + ("" if device == "cpu" else f" --device {as_word(device)}")
 
 
 def first_commands(result: Result) -> dict[str, str]:
     """The command that repeats the first run of every group of a comparison, by the group's name."""
     firsts = {group.label: next(iter(group.runs.values())).folder for group in result.groups}
-    return {label: text for label, run in firsts.items() if (text := repeating(run))}
+    return {label: text for label, run in firsts.items() if (text := repeat_command(run))}

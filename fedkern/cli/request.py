@@ -21,7 +21,9 @@ from fedkern.usercode import plugins as plugin_room
 
 @dataclass(frozen=True)
 class Request:
-    """A parsed command line; the flags of a run are in `fedkern.cli.flags.RUN_FLAGS`.
+    """A parsed command line.
+
+    The flags of a run are in `fedkern.cli.flags.RUN_FLAGS`.
 
     Attributes:
         command: ``"run"``, ``"resume"``, ``"help"`` or a name in `fedkern.cli.front_page.COMMANDS`.
@@ -61,13 +63,15 @@ class Request:
 
 
 def one_shot(method: str | None) -> bool:
-    """Whether a method plans its own rounds and takes no ``--rounds``."""
+    """Return whether a method plans its own rounds and takes no ``--rounds``."""
     return method is not None and method in METHODS and METHODS[method].one_shot
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the ``--config`` file and the flags say about a new run, without defaults; plugins have their identities.
+    """Choices for a new run from the ``--config`` file and the flags, without defaults.
+
+    Plugins have their identities.
 
     ``names`` are the settings that somebody chose: a file that a run wrote has all settings.
     """
@@ -86,13 +90,13 @@ class Given:
         return RunConfig.complete(self.method, self.settings, self.options, self.data_options, loaded)
 
 
-def effective(request: Request) -> RunConfig:
+def effective_config(request: Request) -> RunConfig:
     """Makes the settings of a new run: defaults, then the ``--config`` file, then the flags.
 
     Raises:
         UserError: the file is missing or not TOML, or a setting is unknown or out of range.
     """
-    choices = given(request)
+    choices = read_given(request)
     config = choices.config()
     check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
     if request.command == "run":  # the runs of a comparison differ in which settings they use
@@ -100,8 +104,8 @@ def effective(request: Request) -> RunConfig:
     return config
 
 
-def given(request: Request) -> Given:
-    """What a new run is given: the ``--config`` file, then the flags.
+def read_given(request: Request) -> Given:
+    """Read the choices for a new run: the ``--config`` file, then the flags.
 
     Raises:
         UserError: the file is missing or not TOML, or a setting is unknown or out of range.
@@ -134,13 +138,13 @@ def given(request: Request) -> Given:
     return Given(method, settings, options, data_options, plugins, frozenset(names | request.settings.keys()))
 
 
-def trusted(folder: Path, options: Sequence[str], settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+def find_trusted_code(folder: Path, options: Sequence[str], settings: Mapping[str, object]) -> tuple[str, ...]:
     """The code that a stored run may import: the code named by options and by --model that the command line repeats.
 
     Raises:
         UserError: the folder holds no run, or a run with other values of these options.
     """
-    model = (settings or {}).get("model")
+    model = settings.get("model")
     if not options and model is None:
         return ()
     stored = load_settings(folder, device="cpu")

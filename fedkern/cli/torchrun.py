@@ -17,8 +17,10 @@ RUNS = ("run", "resume", "extend")
 """Commands that play a run.  Any other command is for rank 0 alone."""
 
 
-def play(request: Request, words: Sequence[str], done: Callable[[Request], int]) -> int:
-    """Has a request ``done``, on all ranks where torchrun has started this process; returns the exit code.
+def play_on_ranks(request: Request, words: Sequence[str], done: Callable[[Request], int]) -> int:
+    """Has a request ``done``, on all ranks where torchrun has started this process.
+
+    Returns the exit code.
 
     Raises:
         UserError: the ranks do not fit together, or the run cannot go on.

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 from rich.console import Console
 from rich.status import Status
 
 from fedkern.comparison.cells import Cell
 from fedkern.comparison.found_runs import FoundRun
-from fedkern.listeners.events import Listener, RunInfo
-from fedkern.report.live.progress import main_figures, terminal
-from fedkern.report.names import plain, say
+from fedkern.listeners.events import Listener, Record, RunInfo
+from fedkern.report.live.progress import main_figures, make_console
+from fedkern.report.names import literal_text, print_line
 from fedkern.report.tables import human_time
 
 
 class Board(Listener):
-    """Display of a comparison, which also hears the cell that runs; without a console it shows nothing.
+    """Display of a comparison, which also hears the cell that runs.
+
+    Without a console it shows nothing.
 
     Every finished cell has a line, with the time left as this process's cells predict.
     """
@@ -37,7 +38,10 @@ class Board(Listener):
         self.tests, self.main = run.test_sets, run.config.main
 
     def on_cells(self, planned: Sequence[Cell]) -> None:
-        """These cells are next; some may be finished."""
+        """These cells are next.
+
+        Some may be finished.
+        """
         self.planned, self.done = planned, 0
 
     def focus(self, cell: Cell) -> None:
@@ -50,16 +54,19 @@ class Board(Listener):
         self.focus(cell)
         self._show("starts")
 
-    def on_round(self, record: Mapping[str, Any]) -> None:
+    def on_round(self, record: Record) -> None:
         self._show(f"{record['round']}/{record['rounds']}  {main_figures(record, self.main, self.tests)}")
 
     def _show(self, text: str) -> None:
         if self.status is not None:
-            self.status.update(plain(f"{self.playing}  {text}"))
+            self.status.update(literal_text(f"{self.playing}  {text}"))
             self.status.start()
 
     def on_cell_end(self, cell: Cell, run: FoundRun, *, again: bool) -> None:
-        """A cell is finished; ``again`` if it was so before."""
+        """A cell is finished.
+
+        ``again`` if it was so before.
+        """
         self.done += 1
         self.played += not again
         took = "finished before" if again else human_time(time.monotonic() - self.began[cell.name])
@@ -69,21 +76,27 @@ class Board(Listener):
         self._line(cell, f"{figures}  {took}" + f", about {human_time(left)} left" * bool(remaining and not again))
 
     def on_cell_failed(self, cell: Cell, message: str) -> None:
-        """A cell failed; the others go on."""
+        """A cell failed.
+
+        The others go on.
+        """
         self.done += 1
         self.played += 1
         self._line(cell, f"failed: {' '.join(message.split())}")
 
     def _line(self, cell: Cell, text: str) -> None:
-        say(self.console, f"{self.done}/{len(self.planned)}  {cell.variant.label}, seed {cell.seed}  {text}")
+        print_line(self.console, f"{self.done}/{len(self.planned)}  {cell.variant.label}, seed {cell.seed}  {text}")
 
     def close(self) -> None:
-        """Restores the terminal; safe to call twice."""
+        """Restores the terminal.
+
+        Safe to call twice.
+        """
         if self.status is not None:
             self.status.stop()
 
 
-def board(*, quiet: bool, json: bool) -> Board:
+def choose_board(*, quiet: bool, json: bool) -> Board:
     """Chooses the display, which writes to standard error: none if ``quiet``, for ``json`` one on a terminal alone."""
-    console = terminal(stderr=True)
+    console = make_console(stderr=True)
     return Board(None if quiet or (json and not console.is_terminal) else console)

@@ -1,4 +1,7 @@
-"""Runs the cells of a comparison, each into a folder of its own; finished cells are not run again."""
+"""Runs the cells of a comparison, each into a folder of its own.
+
+Finished cells are not run again.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,9 @@ class OtherGrounds(UserError):
 
 @dataclass
 class Runner:
-    """The runs of a comparison, in folders in ``out``; ``script`` as in :func:`fedkern.engine.run.run`.
+    """The runs of a comparison, in folders in ``out``.
+
+    ``script`` as in :func:`fedkern.engine.run.run`.
 
     Attributes:
         data: gives the data of a run that are in memory, or None.
@@ -88,8 +93,8 @@ class Runner:
         for cell in result:
             folder = self.folder(cell)
             if (folder / SETTINGS).exists():
-                configs.append(self._stored(cell))
-                before = load_settings(folder, trusted=self._trusted(cell), device="cpu")
+                configs.append(self._stored_config(cell))
+                before = load_settings(folder, trusted=self._trusted_code(cell), device="cpu")
                 self.begun.append((folder, with_identity(before, newest(folder))))
                 continue
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -104,10 +109,12 @@ class Runner:
 
     def read(self, cell: Cell) -> FoundRun:
         """A finished cell's run."""
-        return read_run(self.folder(cell), self._trusted(cell))
+        return read_run(self.folder(cell), self._trusted_code(cell))
 
     def play(self, planned: Sequence[Cell], check: Callable[[Cell, FoundRun], None] | None = None) -> None:
-        """Runs those cells that are not finished; a failed cell is noted, and the others are run.
+        """Runs those cells that are not finished.
+
+        A failed cell is noted, and the others are run.
 
         Args:
             check: called with every finished cell and its run; its UserError ends the comparison.
@@ -137,9 +144,9 @@ class Runner:
                         self.begun.append((result.folder, result.config))
                     if check is not None:
                         check(cell, result)
-        first = next(iter(outcomes), None)
-        if first is not None and all(each is not None and str(each) == str(first) for each in outcomes):
-            raise first
+        first_error = next(iter(outcomes), None)
+        if first_error is not None and all(error is not None and str(error) == str(first_error) for error in outcomes):
+            raise first_error
 
     def _play_all(self, planned: Sequence[Cell]) -> Generator[tuple[Cell, bool, Exception | None], None, None]:
         """Yield cells as they end, with whether they were finished before and their errors, `jobs` of them at once."""
@@ -180,11 +187,11 @@ class Runner:
         self.board.on_cell(cell)
         folder = self.folder(cell)
         resume = (folder / SETTINGS).exists()
-        config = cell.config if not resume else self._stored(cell)
+        config = cell.config if not resume else self._stored_config(cell)
         config = config.replace(common=self.settings | cell.variant.settings.keys())
         config = config.replace(workers="1") if self.jobs > 1 else config
         play: partial[dict[str, Any]] = partial(
-            run, config, out=folder, resume=resume, data=self.data(config), trusted=self._trusted(cell),
+            run, config, out=folder, resume=resume, data=self.data(config), trusted=self._trusted_code(cell),
             check=partial(check_grounds, self.begun, folder), at_once=self.jobs,
         )  # fmt: skip
         if self.jobs > 1:
@@ -199,27 +206,28 @@ class Runner:
             self.tracebacks[cell.name] = trace
         self.board.on_cell_failed(cell, message)
 
-    def _trusted(self, cell: Cell) -> list[str]:
+    def _trusted_code(self, cell: Cell) -> list[str]:
         # The user has named this code again in this command.
         return [*(part for _, part in cell.config.code()), *cell.config.plugins]
 
-    def _stored(self, cell: Cell) -> RunConfig:
+    def _stored_config(self, cell: Cell) -> RunConfig:
         """The settings to go on with a cell's run."""
         folder = self.folder(cell)
         check_regular(folder)
-        stored = load_settings(folder, trusted=self._trusted(cell), device=cell.config.device)
-        now = self.script.describe_settings(cell.config)
-        fields = (*now.unset, *(name for name in _OPEN if name not in self.settings))
-        now = now.replace(**{name: getattr(stored, name) for name in fields}, augment=now.augment or stored.augment)
-        if changed := now.with_client_threads().differences(stored.with_client_threads()):
+        stored = load_settings(folder, trusted=self._trusted_code(cell), device=cell.config.device)
+        current = self.script.describe_settings(cell.config)
+        fields = (*current.unset, *(name for name in _OPEN if name not in self.settings))
+        stored_values = {name: getattr(stored, name) for name in fields}
+        current = current.replace(**stored_values, augment=current.augment or stored.augment)
+        if changed := current.with_client_threads().differences(stored.with_client_threads()):
             raise UserError(
                 f"{folder} was made with other settings ({'; '.join(changed)}): name another --out, or give the former "
                 "settings."
             )
         if folder not in self._compared:
-            self._check_identity(now, with_identity(stored, newest(folder)), folder)
+            self._check_identity(current, with_identity(stored, newest(folder)), folder)
             self._compared.add(folder)
-        return now
+        return current
 
     def _check_identity(self, config: RunConfig, stored: RunConfig, folder: Path) -> None:
         """Raise UserError where code, files or data in memory are not those that a stored run was made with."""
@@ -228,10 +236,10 @@ class Runner:
         identity = {} if data is None else of_memory(data)
         identity |= {name: text for name, text in files_identity(config).items() if name != "version"}
         hashes = {group: digest(table) for group, table in code.items()}
-        then = {**stored.identity, "method": stored.method_sha256}
+        before = {**stored.identity, "method": stored.method_sha256}
         hashes = {
-            group: then[group] or now if is_unchanged(then.get(group, ""), now) else now
-            for group, now in hashes.items()
+            group: before[group] or hash_now if is_unchanged(before.get(group, ""), hash_now) else hash_now
+            for group, hash_now in hashes.items()
         }
         identity |= {group: hashes[group] for group in ("network", "loss_fn") if group in hashes}
         found: dict[str, Any] = {"method_sha256": hashes.get("method")}
@@ -263,7 +271,7 @@ def check_grounds(begun: list[tuple[Path, RunConfig]], folder: Path, config: Run
     begun.append((folder, config))
 
 
-def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:
+def pick_best(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:
     """The best variant of every method, by the main figure on the validation set of one seed's runs.
 
     Test figures choose nothing.  Of equally good variants the first is taken, one that failed never, nor one whose
@@ -275,7 +283,7 @@ def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int
     Raises:
         UserError: a run has no figure on a validation set.
     """
-    candidates = [variant for each in by_method.values() if len(each) > 1 for variant in each]
+    candidates = [variant for choices in by_method.values() if len(choices) > 1 for variant in choices]
     winners, sentences = [], []
     scores: dict[str, tuple[float, RunConfig]] = {}
 
@@ -290,11 +298,11 @@ def choose(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int
             )
 
     runner.play(runner.plan(candidates, (seed,)), score)
-    for method, each in by_method.items():
-        if len(each) == 1:
-            winners.append(each[0])
+    for method, choices in by_method.items():
+        if len(choices) == 1:
+            winners.append(choices[0])
             continue
-        finished = [variant for variant in each if variant.label in scores]
+        finished = [variant for variant in choices if variant.label in scores]
         if not finished:
             continue
         config = scores[finished[0].label][1]
@@ -319,6 +327,9 @@ def check_out(out: Path) -> None:
         raise UserError(f"{out} is the folder of a single run: name another --out for the comparison.")
 
 
-def reserved() -> Path:
-    """A new empty folder in `COMPARISONS`; raises UserError where it cannot be made."""
+def reserve_folder() -> Path:
+    """A new empty folder in `COMPARISONS`.
+
+    Raises UserError where it cannot be made.
+    """
     return reserve(COMPARISONS, time.strftime("%Y%m%d-%H%M%S"), "name another folder with --out")

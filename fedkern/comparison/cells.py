@@ -7,14 +7,16 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fedkern.errors import UserError, nearest
 from fedkern.methods import registry
 from fedkern.ops._core.checks import python_number
 from fedkern.settings.config import RESUMABLE, RunConfig
 from fedkern.settings.found import FINGERPRINTS
-from fedkern.typed_option import as_typed
+from fedkern.typed_option import Option, Value, as_typed
+
+T = TypeVar("T")
 
 MOST_CELLS = 100_000
 _FIXED = {
@@ -38,11 +40,14 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """Name of the variant for people: ``fedgid alpha=0.3``; of a class without a registered name its own."""
+        """Name of the variant for people: ``fedgid alpha=0.3``.
+
+        Of a class without a registered name its own.
+        """
         return " ".join([registry.short(self.method), *(f"{name}={word(value)}" for name, value in self.swept.items())])
 
     @property
-    def swept(self) -> dict[str, Any]:
+    def swept(self) -> dict[str, object]:
         """Swept settings and options together."""
         return {**self.settings, **self.options}
 
@@ -90,25 +95,28 @@ def check_methods(names: Sequence[str]) -> None:
             raise UserError(f"{registry.short(name)} is named twice: name every method once.")
 
 
-def check_option(name: str, methods: Sequence[str], others: Collection[str] = ()) -> None:
-    """Raises UserError for a method option that none of the methods has; ``others``: names that could be meant too."""
-    options = {each for method in methods for each in registry.option_names(method)}
+def check_option(name: str, methods: Sequence[str], similar: Collection[str] = ()) -> None:
+    """Raises UserError for a method option that none of the methods has.
+
+    ``similar``: names that could be meant too.
+    """
+    options = {option for method in methods for option in registry.option_names(method)}
     if name not in options:
         names = ", ".join(map(registry.short, methods))
         raise UserError(
-            f'None of the methods ({names}) has an option "{name}".{nearest(name, {*options, *others})}'
+            f'None of the methods ({names}) has an option "{name}".{nearest(name, {*options, *similar})}'
             f"{registry.owners(name)} METHOD --help lists a method's options."
         )
 
 
-def own_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def own_settings(method: str, settings: Mapping[str, T]) -> dict[str, T]:
     """The common settings that a method takes: all, but for a one-shot method without those of `OF_ROUNDS`."""
     one_shot = registry.get(method).one_shot
     return {name: value for name, value in settings.items() if not (one_shot and name in OF_ROUNDS)}
 
 
 def variants(
-    methods: Sequence[str], sweep: Mapping[str, Sequence[Any]], singles: Iterable[str] = ()
+    methods: Sequence[str], sweep: Mapping[str, Sequence[object]], singles: Iterable[str] = ()
 ) -> dict[str, list[Variant]]:
     """The variants of every method: all combinations of those swept settings that the method has.
 
@@ -121,7 +129,7 @@ def variants(
         UserError: a name that nothing has or that cannot be swept, one that is given too, or a value that is wrong or
             given twice.
     """
-    declared = {each.field: each for each in RunConfig.declared()}
+    declared = {setting.field: setting for setting in RunConfig.declared()}
     swept: dict[str, Sequence[Any]] = {}
     for flag, values in sweep.items():
         name = flag.strip().replace("-", "_")
@@ -132,7 +140,7 @@ def variants(
         if name in singles:
             raise UserError(f'"{name}" is swept and given with one value too: leave one of the two out.')
         if name not in declared and not any(name in registry.option_names(method) for method in methods):
-            choices = {*declared, *(each for method in methods for each in registry.option_names(method))}
+            choices = {*declared, *(option for method in methods for option in registry.option_names(method))}
             raise UserError(
                 f'Neither the runs nor the methods have a setting "{name}" to sweep.{nearest(name, choices)}'
             )
@@ -141,8 +149,8 @@ def variants(
         swept[name] = values
     result: dict[str, list[Variant]] = {}
     for method in methods:
-        declarations = {each.name: each for each in registry.get(method).Options.declared()}
-        fields = {each.field: name for name, each in declarations.items()}
+        declarations = {option.name: option for option in registry.get(method).Options.declared()}
+        fields = {option.field: name for name, option in declarations.items()}
         axes: list[list[tuple[str, str, Any]]] = []
         for name, values in swept.items():
             if name in declared:
@@ -157,7 +165,7 @@ def variants(
     return result
 
 
-def _distinct(option: Any, values: Sequence[Any], name: str) -> list[Any]:
+def _distinct(option: Option, values: Sequence[object], name: str) -> list[Value]:
     """The values as the setting's type."""
     result = [option.convert(value) for value in values]
     for value in result:
@@ -172,13 +180,13 @@ def cells(choices: Iterable[Variant], seeds: Sequence[int], make: Callable[[Vari
     Raises:
         UserError: settings that a method does not take, or more than `MOST_CELLS` runs.
     """
-    every = list(choices)
-    if len(every) * len(seeds) > MOST_CELLS:
-        raise UserError(f"These are {len(every) * len(seeds)} runs: sweep fewer values, or take fewer seeds.")
-    return [Cell(variant, seed, make(variant, seed)) for seed in seeds for variant in every]
+    all_variants = list(choices)
+    if len(all_variants) * len(seeds) > MOST_CELLS:
+        raise UserError(f"These are {len(all_variants) * len(seeds)} runs: sweep fewer values, or take fewer seeds.")
+    return [Cell(variant, seed, make(variant, seed)) for seed in seeds for variant in all_variants]
 
 
-def read_seeds(text: str | int | Sequence[int], first: int = 0) -> tuple[int, ...]:
+def read_seeds(text: str | int | Sequence[int], first_seed: int = 0) -> tuple[int, ...]:
     """Seeds from their number (``3``: the seeds ``first``, ``first + 1``, ``first + 2``) or their list (``0,4,7``).
 
     Raises:
@@ -193,7 +201,7 @@ def read_seeds(text: str | int | Sequence[int], first: int = 0) -> tuple[int, ..
     if isinstance(text := python_number(text), int):
         if isinstance(text, bool) or not 1 <= text <= MOST_CELLS:
             raise UserError(wrong)
-        return tuple(range(first, first + text))
+        return tuple(range(first_seed, first_seed + text))
     try:
         seeds = tuple(python_number(seed) for seed in text)
     except TypeError:
@@ -209,17 +217,19 @@ def most_threads(configs: Iterable[RunConfig]) -> int:
 
 
 def read_sweep(words: Iterable[str]) -> dict[str, list[str]]:
-    """Sweeps ``NAME=VALUE,VALUE``; values that have commas themselves are parted by ``;``.
+    """Read sweeps ``NAME=VALUE,VALUE``.
+
+    Values that have commas themselves are parted by semicolons.
 
     Raises:
         UserError: a word of another form, or a name that is given twice.
     """
     sweep: dict[str, list[str]] = {}
-    for each in words:
-        name, equals, text = each.partition("=")
+    for sweep_word in words:
+        name, equals, text = sweep_word.partition("=")
         values = [value.strip() for value in text.split(";" if ";" in text else ",")]
         if not equals or not name.strip() or not all(values):
-            raise UserError(f'--sweep needs the form NAME=VALUE,VALUE, got "{each}".')
+            raise UserError(f'--sweep needs the form NAME=VALUE,VALUE, got "{sweep_word}".')
         name = name.strip().replace("-", "_")
         if name in sweep:
             raise UserError(f'The sweep over "{name}" is given twice: give all values at once.')

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedkern.comparison.cell_runner import Runner, check_out, choose, reserved
-from fedkern.comparison.cells import OF_ROUNDS, Variant, check_methods, check_option, own_settings, read_seeds, variants
-from fedkern.comparison.found_runs import SHOWN, FoundRun, grouped, read_runs
+from fedkern.comparison import cells
+from fedkern.comparison.cell_runner import Runner, check_out, pick_best, reserve_folder
+from fedkern.comparison.cells import OF_ROUNDS, Cell, Variant, own_settings
+from fedkern.comparison.found_runs import SHOWN, FoundRun, group_runs, read_runs
 from fedkern.comparison.results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.data import FederatedData
@@ -24,9 +26,11 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.doors import python_words
 from fedkern.settings.in_memory import check_in_memory
 from fedkern.tasks.figure_names import direction, split_metric
-from fedkern.typed_option import flag
+from fedkern.typed_option import Value, flag
 
 T = TypeVar("T")
+Given = tuple[str, Mapping[str, Value]]
+"""Name of a method, and the options that an object of it was made with."""
 
 
 @dataclass
@@ -75,7 +79,10 @@ class Comparison:
         return import_extra("to_pandas needs pandas", "pandas", "pandas").DataFrame(self.table)
 
     def plot(self) -> list[Path]:
-        """The path of the picture of the curves, in a list that a notebook shows; empty where nothing was drawn."""
+        """The path of the picture of the curves, in a list that a notebook shows.
+
+        Empty where nothing was drawn.
+        """
         from fedkern.report.live.notebook import Pictures
 
         return Pictures(path for path in self.files if path.suffix == ".png")
@@ -93,7 +100,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison of new runs plays.
+    """Plan of a comparison of new runs.
 
     Attributes:
         variants: of every method.
@@ -111,32 +118,37 @@ class Plan:
 
     @classmethod
     def of(
-        cls, methods: Sequence[str], settings: Mapping[str, Any], options: Mapping[str, Any], *,
-        sweep: Mapping[str, Sequence[Any]], seeds: str | int | Sequence[int], select: str | None, target: str | None,
-        others: Collection[str] = (),
+        cls, methods: Sequence[str], settings: Mapping[str, Any], options: Mapping[str, object], *,
+        sweep: Mapping[str, Sequence[object]], seeds: str | int | Sequence[int], select: str | None, target: str | None,
+        similar: Collection[str] = (),
     ) -> Plan:  # fmt: skip
-        """The plan for some methods, with the settings and options of all runs; ``others``: see `check_option`.
+        """The plan for some methods, with the settings and options of all runs.
+
+        ``similar``: see `check_option`.
 
         Raises:
             UserError: an option that no method has, or a wrong sweep, selection, target or number of seeds.
         """
         for name in options:
-            check_option(name, methods, others)
+            cells.check_option(name, methods, similar)
         check_select(select, sweep)
         return cls(
-            variants(methods, sweep, {*settings, *options}), read_seeds(seeds, int(settings.get("seed", 0))), select,
+            cells.variants(methods, sweep, {*settings, *options}),
+            cells.read_seeds(seeds, int(settings.get("seed", 0))), select,
             None if target is None else Target.read(target), unread(methods, settings, options),
         )  # fmt: skip
 
 
-def play(runner: Runner, plan: Plan) -> Comparison:
-    """Runs a comparison and writes its files; finished runs in the folder are not run again.
+def play_comparison(runner: Runner, plan: Plan) -> Comparison:
+    """Runs a comparison and writes its files.
+
+    Finished runs in the folder are not run again.
 
     Raises:
         UserError: settings that cannot be run, a run folder of other settings, every run failed, or no round tells the
             target's figure.
     """
-    all_variants, target = [variant for each in plan.variants.values() for variant in each], plan.target
+    all_variants, target = [*chain(*plan.variants.values())], plan.target
     texts = [*plan.notes]
     try:
         planned = runner.plan(all_variants, plan.seeds)  # every mistake in the settings shows before the first run
@@ -145,7 +157,7 @@ def play(runner: Runner, plan: Plan) -> Comparison:
             if split_metric(target.figure, data.tests)[1] in known:
                 target.with_direction([direction(target.figure, known, data.tests)]).check_direction()
         if plan.select is not None:
-            winners, sentences = choose(runner, plan.variants, plan.seeds[0])
+            winners, sentences = pick_best(runner, plan.variants, plan.seeds[0])
             texts += sentences
             planned = [cell for cell in planned if cell.variant in winners]
         runner.play(planned, None if target is None else _target_check(target, [*plan.variants], runner.out))
@@ -158,26 +170,26 @@ def play(runner: Runner, plan: Plan) -> Comparison:
     order = {variant.label: number for number, variant in enumerate(all_variants)}
     finished.sort(key=lambda cell: (order[cell.variant.label], cell.seed))
     labels = {runner.folder(cell): cell.variant.label for cell in finished}
-    groups = grouped([runner.read(cell) for cell in finished], lambda run: labels[run.folder])
+    groups = group_runs([runner.read(cell) for cell in finished], lambda run: labels[run.folder])
     present = {*labels.values(), *(registry.short(cell.variant.method) for cell in finished)}
-    every = [*(cell.variant.label for cell in planned), *map(registry.short, plan.variants)]
-    if missing := [name for name in dict.fromkeys(every) if name not in present]:
+    planned_names = [*(cell.variant.label for cell in planned), *map(registry.short, plan.variants)]
+    if missing := [name for name in dict.fromkeys(planned_names) if name not in present]:
         texts.append(f"No run of {', '.join(missing)} succeeded.")
     result = Result(groups, target, texts, failures)
     result.check_target()
     return Comparison(result, runner.out, result.write(runner.out))
 
 
-def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable[[Any, FoundRun], None]:
+def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable[[Cell, FoundRun], None]:
     """A check that ends a comparison once every method has a run and none tells the target's figure."""
     runs: dict[str, FoundRun] = {}
 
-    def check(_: object, run: FoundRun) -> None:
+    def check(_: Cell, run: FoundRun) -> None:
         if run.config.method not in runs:
             runs[run.config.method] = run
             if len(runs) == len(methods):
                 try:
-                    Result(grouped(runs.values()), target).check_target()
+                    Result(group_runs(runs.values()), target).check_target()
                 except UserError as error:
                     raise UserError(f"{error} The same command with --out {out} goes on.") from None
 
@@ -192,11 +204,11 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: st
     """
     runs, unfinished = read_runs(folders)
     notes = [f"Left out, as not finished: {first_of(unfinished, SHOWN)}."] if unfinished else []
-    result = Result(grouped(runs), None if target is None else Target.read(target), notes)
+    result = Result(group_runs(runs), None if target is None else Target.read(target), notes)
     result.check_target()
     if out is not None:
         check_out(out)
-    where = reserved() if out is None else out
+    where = reserve_folder() if out is None else out
     return Comparison(result, where, result.write(where))
 
 
@@ -208,10 +220,9 @@ def unread(methods: Sequence[str], settings: Collection[str], options: Iterable[
     sentences = (
         [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."] if names and one_shot else []
     )
-    ways = {f'The option "{name}"': [name not in registry.option_names(each) for each in methods] for name in options}
-    for name, marks in ways.items():
-        others = [registry.short(method) for method, mark in zip(methods, marks, strict=True) if mark]
-        sentences += [f"{name} is not read by {', '.join(others)}."] if others else []
+    for name in options:
+        ignoring = [registry.short(method) for method in methods if name not in registry.option_names(method)]
+        sentences += [f'The option "{name}" is not read by {", ".join(ignoring)}.'] if ignoring else []
     return sentences
 
 
@@ -220,7 +231,7 @@ def compare(
     methods: Sequence[str | Method | type[Method]] | Sequence[str | Path],
     *,
     seeds: int | Sequence[int] = 3,
-    sweep: Mapping[str, Sequence[Any]] | None = None,
+    sweep: Mapping[str, Sequence[object]] | None = None,
     select: str | None = None,
     target: str | None = None,
     out: str | Path | None = None,
@@ -252,20 +263,20 @@ def compare(
         UserError: anything the caller can put right, or every run failed.
     """
     from fedkern import api
-    from fedkern.comparison.boards import board
+    from fedkern.comparison.boards import choose_board
     from fedkern.usercode import plugins
 
     single = isinstance(methods, (str, Path, Method, type)) or not isinstance(methods, Iterable)
     items = [methods] if single else list(methods)
-    entries: list[Any] = [str(each) if isinstance(each, Path) else each for each in items]
+    entries: list[Any] = [str(item) if isinstance(item, Path) else item for item in items]
     folder = None if out is None else expand(api.folder_of(out))
-    folders = [each for each in entries if isinstance(each, str) and each not in METHODS and Path(each).is_dir()]
+    folders = [entry for entry in entries if isinstance(entry, str) and entry not in METHODS and Path(entry).is_dir()]
     if folders and len(folders) == len(entries):
         if settings or sweep or select or jobs != 1:
             raise UserError("Settings are for new runs: name methods instead of folders, or leave the settings out.")
         return compare_found(folders, out=folder, target=target)
     plugins.load_given(api.plugins_of(settings.get("plugins")))
-    pairs = [api.named(each) for each in entries]
+    pairs = [api.find_method(entry) for entry in entries]
     names = _distinct_names(pairs)
     points = api.table_of(sweep, "sweep")
     for name, values in points.items():
@@ -276,10 +287,10 @@ def compare(
             raise UserError(f"{name} as a function or a module is for one run, fedkern.simulate: leave it out.")
     about = {name: settings.pop(name) for name in api.ABOUT if name in settings}
     options = api.table_of(settings.pop("options", None), "options")
-    fields = {each.field for each in RunConfig.declared()} | {"data_options", "plugins"}
+    fields = {setting.field for setting in RunConfig.declared()} | {"data_options", "plugins"}
     options |= {name: settings.pop(name) for name in list(settings) if name not in fields}
     plan = Plan.of(
-        names, settings, options, sweep=points, seeds=seeds, select=select, target=target, others={*fields, *api.ABOUT}
+        names, settings, options, sweep=points, seeds=seeds, select=select, target=target, similar={*fields, *api.ABOUT}
     )
     of_objects = {name: _of_objects(name, pairs, plan.variants[name], options) for name in names}
     plan = replace(plan, variants=of_objects)
@@ -287,17 +298,17 @@ def compare(
     check_in_memory(data, model, {**settings, **{name: values[0] for name, values in points.items() if values}})
     cache: dict[Any, Any] = {}
 
-    def data_of(how: Mapping[str, Any]) -> Any:  # every seed draws and shares out anew
+    def data_of(how: Mapping[str, object]) -> str | FederatedData | None:  # every seed draws and shares out anew
         key = tuple(str(how.get(name)) for name in ("seed", "clients", "partition", "train_samples"))
         if key not in cache:
-            cache[key] = api.federated(data, about, {**how, "model": model})
+            cache[key] = api.federate(data, about, {**how, "model": model})
         return cache[key]
 
     def make(variant: Variant, seed: int) -> RunConfig:
         subset = {name: value for name, value in options.items() if name in registry.option_names(variant.method)}
         merged = {**own_settings(variant.method, settings), **variant.settings, "seed": seed}
         network = merged.pop("model", model)
-        return api.requested(
+        return api.read_request(
             variant.method, data_of(merged), network, {**merged, "options": {**subset, **variant.options}}
         )[0]
 
@@ -308,9 +319,9 @@ def compare(
     tracebacks: dict[str, str] = {}
 
     def begin(where: Path) -> Comparison:
-        display, script = board(quiet=not progress, json=False), ScriptObjects.of(model, None, {})
+        display, script = choose_board(quiet=not progress, json=False), ScriptObjects.of(model, None, {})
         runner = Runner(where, make, frozenset(settings), display, in_memory, script, tracebacks=tracebacks, jobs=jobs)
-        return play(runner, plan)
+        return play_comparison(runner, plan)
 
     comparison = in_folder(folder, begin)
     if comparison.failures:
@@ -323,10 +334,10 @@ def compare(
     return comparison
 
 
-def _distinct_names(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+def _distinct_names(entries: Sequence[Given]) -> list[str]:
     """The methods' names, each once, of names with the options that an object of the method was made with."""
     plain = [name for name, options in entries if not options]
-    check_methods(plain if len(plain) == len(entries) else list(dict.fromkeys(name for name, _ in entries)))
+    cells.check_methods(plain if len(plain) == len(entries) else list(dict.fromkeys(name for name, _ in entries)))
     for entry in entries:
         if entries.count(entry) > 1:
             raise UserError(f"{registry.short(entry[0])} is given twice with the same options: leave one out.")
@@ -341,13 +352,13 @@ def _distinct_names(entries: Sequence[tuple[str, Mapping[str, Any]]]) -> list[st
 
 
 def _of_objects(
-    name: str, entries: Sequence[tuple[str, Mapping[str, Any]]], swept: Sequence[Variant], options: Mapping[str, Any]
+    name: str, entries: Sequence[Given], swept: Sequence[Variant], options: Mapping[str, object]
 ) -> list[Variant]:
     """The variants of a method: of every object that is given, with all points of the sweep."""
     beside = registry.given_options(name, {key: options[key] for key in registry.option_names(name) & options.keys()})
     keys = {*beside, *(key for variant in swept for key in variant.options)}
     result = []
-    for made_with in (arguments for other, arguments in entries if other == name):
+    for made_with in (arguments for method_name, arguments in entries if method_name == name):
         if twice := [key for key in made_with if key in keys]:
             raise UserError(
                 f"{twice[0]} is given twice, in {registry.short(name)}(...) and beside it: leave one of the two out."
@@ -356,7 +367,7 @@ def _of_objects(
     return result
 
 
-def check_select(select: str | None, sweep: Mapping[str, Any] | None) -> None:
+def check_select(select: str | None, sweep: Mapping[str, object] | None) -> None:
     """Raises UserError for an unknown way of selection, or one without anything to select from."""
     if select is None:
         return
@@ -367,7 +378,9 @@ def check_select(select: str | None, sweep: Mapping[str, Any] | None) -> None:
 
 
 def in_folder(out: Path | None, begin: Callable[[Path], T]) -> T:
-    """Calls ``begin`` with the comparison's folder; a new folder that stays empty is removed.
+    """Calls ``begin`` with the comparison's folder.
+
+    A new folder that stays empty is removed.
 
     Raises:
         UserError: the folder cannot be used.
@@ -375,7 +388,7 @@ def in_folder(out: Path | None, begin: Callable[[Path], T]) -> T:
     fresh = [] if out is None else [folder for folder in (out, *out.parents) if not folder.exists()]
     if out is not None:
         check_out(out)
-    folder = reserved() if out is None else out
+    folder = reserve_folder() if out is None else out
     try:
         return begin(folder)
     finally:

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.cells import word
-from fedkern.comparison.found_runs import grouped, own_sets, read_run, read_runs
+from fedkern.comparison.found_runs import group_runs, own_sets, read_run, read_runs
 from fedkern.comparison.results import CSV, MARKDOWN, Result, spread_text
-from fedkern.comparison.seed_statistics import plus_minus, spread
+from fedkern.comparison.seed_statistics import mean_std, plus_minus
 from fedkern.engine.store.records import SUMMARY
 from fedkern.errors import UserError, printable_name
 from fedkern.files.inputs import read_text
 from fedkern.report.figures.comparison_plot import comparison_panels, on_clock
-from fedkern.report.names import CELL, capital
+from fedkern.report.names import CELL, capitalize
 from fedkern.report.pages import html_page, run_page
 from fedkern.report.pages.charts import bars, curves, dots
-from fedkern.report.pages.html_page import Block, Code, Page, section, versions_table
-from fedkern.report.run_contents import merged
-from fedkern.report.run_contents import read as read_contents
-from fedkern.report.tables import human_bytes, human_metric, human_time, ordered
+from fedkern.report.pages.html_page import Block, Code, Page, make_section, versions_table
+from fedkern.report.run_contents import read_run_folder as read_contents
+from fedkern.report.run_contents import sum_phases
+from fedkern.report.tables import human_bytes, human_metric, human_time, sort_metrics
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import figure_and_set, figure_title, number, scale, split_metric
 from fedkern.text_table import Table
@@ -38,20 +38,20 @@ COLUMNS = 6
 
 
 def holds_runs(folder: Path) -> bool:
-    """Whether a folder is that of a comparison: one with its files, or with folders of runs."""
+    """Return whether a folder is that of a comparison: one with its files, or with folders of runs."""
     if (folder / SETTINGS).exists():
         return False
     return (folder / CSV).is_file() or any(folder.glob(f"*/{SETTINGS}"))
 
 
-def read(folder: Path) -> Result:
+def read_comparison(folder: Path) -> Result:
     """The comparison in a folder: the groups of ``comparison.csv``, or all finished runs in the folder.
 
     Raises:
         UserError: a run is missing, not finished or damaged, or ``comparison.csv`` is damaged.
     """
     if not (folder / CSV).exists():
-        return Result(grouped(read_runs([folder])[0]))
+        return Result(group_runs(read_runs([folder])[0]))
     labels: dict[Path, str] = {}
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(folder / CSV))))
@@ -70,7 +70,7 @@ def read(folder: Path) -> Result:
         labels[place] = label
     if not labels:
         raise UserError(f"{folder / CSV} names no run: compare the runs again.")
-    return Result(grouped([read_run(path) for path in labels], lambda run: labels[run.folder]))
+    return Result(group_runs([read_run(path) for path in labels], lambda run: labels[run.folder]))
 
 
 def write_report(folder: Path, result: Result, *, commands: Mapping[str, str] | None = None) -> Path:
@@ -82,13 +82,16 @@ def write_report(folder: Path, result: Result, *, commands: Mapping[str, str] | 
         UserError: the folder cannot be written.
     """
     html_page.check_target(folder)
-    return html_page.write(page(folder, result, commands or {}), folder)
+    return html_page.write_page(page(folder, result, commands or {}), folder)
 
 
 def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
-    """The page of a comparison; see :func:`write_report`."""
+    """The page of a comparison.
+
+    See :func:`write_report`.
+    """
     groups, runs = result.groups, result.runs
-    first = read_contents(runs[0].folder)
+    first_run = read_contents(runs[0].folder)
     diagnostics: dict[str, list[str]] = {}
     for run in runs:
         for name, text in dict(run.summary.get("diagnostics") or {}).items():
@@ -105,52 +108,52 @@ def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
     clients = printable_name(f"Clients of {groups[0].label}, seed {runs[0].config.seed}", CELL)
     return Page(
         title=result.title(), about=" · ".join(about), tiles=_tiles(result),
-        headline=[*headline(result), *run_page.baseline(first, judged=False)],
+        headline=[*headline(result), *run_page.describe_baseline(first_run, judged=False)],
         warnings=[*warnings, *(("failed run", text) for text in result.failures)],
         sections=[
-            section("table", "Table", _table(folder, result)),
-            section("curves", "Curves", _curves(result)),
-            section("finals", "Final figures of every run", _finals(result)),
-            section("cost", "Bytes and time", _cost(result)),
-            section("clients", clients, run_page.clients(first)),
-            section("runs", "Runs", _runs(result)),
-            section("settings", "Configuration and versions", _settings(result, commands)),
+            make_section("table", "Table", _table(folder, result)),
+            make_section("curves", "Curves", _curves(result)),
+            make_section("finals", "Final figures of every run", _finals(result)),
+            make_section("cost", "Bytes and time", _cost(result)),
+            make_section("clients", clients, run_page.clients(first_run)),
+            make_section("runs", "Runs", _runs(result)),
+            make_section("settings", "Configuration and versions", _settings(result, commands)),
         ],
     )  # fmt: skip
 
 
 def headline(result: Result) -> list[str]:
-    """What a sceptic concludes from a comparison, sentence by sentence."""
+    """Return what a sceptic concludes from a comparison, sentence by sentence."""
     if not result.figures:
         return ["The runs tell no main figure, so nothing is compared."]
-    first, *others = result.table
-    if not others:
-        parts = [f"{_called(figure)} {_value(figure, first)}" for figure in result.figures]
-        return [f"One group, {first['group']}, with {'; '.join(parts)}: nothing is compared."]
+    base_row, *other_rows = result.table
+    if not other_rows:
+        parts = [f"{_figure_label(figure)} {_value(figure, base_row)}" for figure in result.figures]
+        return [f"One group, {base_row['group']}, with {'; '.join(parts)}: nothing is compared."]
     sentences, sure, unsure = [], 0, 0
     for figure in result.figures:
-        for row in others:
+        for row in other_rows:
             mean, low, high = (row[f"{figure}_{part}"] for part in ("difference", "low", "high"))
             if mean is None:
                 continue
-            title, both = _called(figure), f"{row['group']} and {first['group']}"
+            title, both_groups = _figure_label(figure), f"{row['group']} and {base_row['group']}"
             points = number(figure, mean, "+") + " points" * bool(scale(figure)[1])
-            far = f"{title}: {row['group']} is {points} from {first['group']}"
+            far = f"{title}: {row['group']} is {points} from {base_row['group']}"
             if low is None or high is None:
                 unsure += 1
                 sentences.append(f"{far}, without an interval.")
                 continue
             interval = f"{number(figure, low, '+')} to {number(figure, high, '+')}"
-            if min(row["seeds"], first["seeds"]) < FEW:
+            if min(row["seeds"], base_row["seeds"]) < FEW:
                 unsure += 1
                 sentences.append(f"{far} (95 % interval {interval}, which two seeds can make narrow by accident).")
             elif low <= 0 <= high:
-                sentences.append(f"{title}: {both} cannot be told apart ({points}, 95 % interval {interval}).")
+                sentences.append(f"{title}: {both_groups} cannot be told apart ({points}, 95 % interval {interval}).")
             else:
                 sure += 1
                 way = "higher" if mean > 0 else "lower"
                 sentences.append(
-                    f"{title}: {row['group']} is {way} than {first['group']} ({points}, 95 % interval {interval})."
+                    f"{title}: {row['group']} is {way} than {base_row['group']} ({points}, 95 % interval {interval})."
                 )
     seeds = min(row["seeds"] for row in result.table)
     if not sentences:
@@ -158,18 +161,18 @@ def headline(result: Result) -> list[str]:
     if unsure == len(sentences):
         opening = f"With {seeds} seed{'s' * (seeds != 1)} in the smallest group no difference can be told from chance."
     elif sure == 0:
-        opening = f"No group can be told apart from {first['group']}: every 95 % interval holds 0."
+        opening = f"No group can be told apart from {base_row['group']}: every 95 % interval holds 0."
     else:
         several = " (not corrected for their number)" if len(sentences) > 1 else ""
         opening = (
-            f"{sure} of {len(sentences)} differences from {first['group']} have a 95 % interval without 0{several}."
+            f"{sure} of {len(sentences)} differences from {base_row['group']} have a 95 % interval without 0{several}."
         )
-    more = [f"{len(sentences) - TOLD} more differences are in the table."] if len(sentences) > TOLD else []
-    return [opening, *sentences[:TOLD], *more]
+    more_sentences = [f"{len(sentences) - TOLD} more differences are in the table."] if len(sentences) > TOLD else []
+    return [opening, *sentences[:TOLD], *more_sentences]
 
 
-def _called(figure: str) -> str:
-    return capital(figure_and_set(figure))
+def _figure_label(figure: str) -> str:
+    return capitalize(figure_and_set(figure))
 
 
 def _value(figure: str, row: Mapping[str, Any]) -> str:
@@ -180,7 +183,7 @@ def _tiles(result: Result) -> list[tuple[str, str]]:
     if not result.figures or len(result.groups) > COLUMNS:
         return []
     figure = result.figures[0]
-    return [(f"{row['group']}: {_called(figure).lower()}", _value(figure, row)) for row in result.table]
+    return [(f"{row['group']}: {_figure_label(figure).lower()}", _value(figure, row)) for row in result.table]
 
 
 def _table(folder: Path, result: Result) -> Iterator[Block]:
@@ -190,17 +193,20 @@ def _table(folder: Path, result: Result) -> Iterator[Block]:
     yield replace(table, title="")
     figures, sets = dict.fromkeys((name for run in result.runs for name in run.metrics), 0.0), own_sets(result.groups)
     body = []
-    for name in ordered(figures, sets, result.runs[0].config.main):
+    for name in sort_metrics(figures, sets, result.runs[0].config.main):
         if split_metric(name, sets)[0] != "validation":
             values = [list(group.values(name).values()) for group in result.groups]
             text = partial(human_metric, name)
-            body.append([_called(name), *(plus_minus(*spread(each), text) if each else "" for each in values)])
+            body.append([_figure_label(name), *(plus_minus(*mean_std(row), text) if row else "" for row in values)])
     caption = "All final figures: mean ± standard deviation over the runs"
     yield Table(["figure", *(group.label for group in result.groups)], body, caption)
 
 
 def _stored_table(folder: Path) -> Table | None:
-    """The table and sentences of ``comparison.md``; None where the file does not have its usual form."""
+    """The table and sentences of ``comparison.md``.
+
+    None where the file does not have its usual form.
+    """
     try:
         return Table.of_markdown(read_text(folder / MARKDOWN))
     except (OSError, UnicodeDecodeError):
@@ -213,7 +219,7 @@ def _curves(result: Result) -> Iterator[Block]:
     over = "the virtual clock" if on_clock(histories) else "the rounds"
     for place, figure in enumerate(result.figures):
         if figure in panels:
-            yield curves(f"curve-{place}", f"{_called(figure)}, over {over}", [panels[figure]])
+            yield curves(f"curve-{place}", f"{_figure_label(figure)}, over {over}", [panels[figure]])
 
 
 def _finals(result: Result) -> Iterator[Block]:
@@ -222,28 +228,28 @@ def _finals(result: Result) -> Iterator[Block]:
         groups, (factor, unit) = [], scale(figure)
         for group in result.groups:
             if values := [factor * value for value in group.values(figure).values()]:
-                groups.append((group.label, values, *spread(values)))
+                groups.append((group.label, values, *mean_std(values)))
         if groups:
             axis = figure_title(split_metric(figure)[1])
-            yield dots(f"final-{place}", _called(figure), groups, axis=axis, unit=unit, note=note)
+            yield dots(f"final-{place}", _figure_label(figure), groups, axis=axis, unit=unit, note=note)
 
 
 def _cost(result: Result) -> Iterator[Block]:
     labels, table = [group.label for group in result.groups], result.table
     sent = {"sent": [row["bytes"] for row in table]}
     yield bars("bytes", "Sent in both directions, mean of the runs", labels, sent, axis="sent", unit="B")
-    phases = [merged(*(run.summary.get("phases") or {} for run in group.runs.values()))
+    phases = [sum_phases(*(run.summary.get("phases") or {} for run in group.runs.values()))
               for group in result.groups]  # fmt: skip
     seconds = {"whole run": [row["seconds"] for row in table]}
-    for name in dict.fromkeys(name for each in phases for name in each if "/" not in name):
+    for name in dict.fromkeys(name for phase in phases for name in phase if "/" not in name):
         seconds[name] = [
-            each.get(name, 0.0) / len(group.runs) for each, group in zip(phases, result.groups, strict=True)
+            phase.get(name, 0.0) / len(group.runs) for phase, group in zip(phases, result.groups, strict=True)
         ]
     yield bars("time", "Time, mean of the runs", labels, seconds, axis="time", unit="s")
 
 
 def _runs(result: Result) -> Iterator[Block]:
-    header = ["group", "seed", *map(_called, result.figures), "sent", "time", "warnings", "folder"]
+    header = ["group", "seed", *map(_figure_label, result.figures), "sent", "time", "warnings", "folder"]
     rows = []
     for group in result.groups:
         for seed, run in group.runs.items():
@@ -268,8 +274,8 @@ def _settings(result: Result, commands: Mapping[str, str]) -> Iterator[Block]:
         cells = {name: [word(table[name]) if name in table else "" for table in tables] for name in differ}
         if len(tables) > COLUMNS:
             labels, cells = ["values"], {k: [", ".join(filter(None, dict.fromkeys(v)))] for k, v in cells.items()}
-        rows = [[name, *each] for name, each in cells.items()]
+        rows = [[name, *texts] for name, texts in cells.items()]
         yield Table(["setting", *labels], rows, "Settings that differ", words=1 + len(labels))
-    same = [[name, word(tables[0][name])] for name in names if name not in differ]
-    yield Table(["setting", "value"], same, "Settings of all groups", words=2)
+    same_rows = [[name, word(tables[0][name])] for name in names if name not in differ]
+    yield Table(["setting", "value"], same_rows, "Settings of all groups", words=2)
     yield versions_table(run.summary.get("versions") or {} for run in result.runs)

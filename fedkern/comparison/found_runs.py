@@ -15,8 +15,9 @@ from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.engine.store.resuming import load_unedited, with_identity
 from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import expand
+from fedkern.listeners.events import Record, Summary
 from fedkern.methods.registry import short
-from fedkern.report.tables import ordered
+from fedkern.report.tables import sort_metrics
 from fedkern.settings.config import RESUMABLE, RunConfig
 from fedkern.settings.found import FINGERPRINTS
 from fedkern.settings.grounds import code_identity, difference, other_data
@@ -40,22 +41,25 @@ class FoundRun:
 
     folder: Path
     config: RunConfig
-    summary: Mapping[str, Any]
-    records: Sequence[Mapping[str, Any]] = field(repr=False)
+    summary: Summary
+    records: Sequence[Record] = field(repr=False)
 
     @property
     def metrics(self) -> dict[str, float]:
         """The final figures that are numbers.  A privately recorded run has only those that it tells."""
         metrics = self.summary["metrics"]
-        return {name: metrics[name] for name in ordered(metrics, main=self.config.main)}
+        return {name: metrics[name] for name in sort_metrics(metrics, main=self.config.main)}
 
     def direction(self, figure: str) -> str | None:
-        """Return which values of a figure are the better ones, ``"max"`` or ``"min"``; None where that is not known."""
+        """Return which values of a figure are the better ones, ``"max"`` or ``"min"``.
+
+        None where that is not known.
+        """
         named, main = self.summary.get("better", {}), {self.config.main: self.config.better}
         return named[figure] if figure in named else direction(figure, main, self.summary.get("per_class", ()))
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Settings that part groups: plain values by name, method options as ``options.NAME``."""
         table = self.config.to_dict()
         plain = {name: value for name, value in table.items() if name not in _NO_GROUP}
@@ -96,15 +100,17 @@ def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]:
-    """Reads run folders, and all finished runs in folders of runs such as that of a comparison; names those left out.
+    """Reads run folders, and all finished runs in folders of runs such as that of a comparison.
+
+    Names those left out.
 
     Raises:
         UserError: a folder holds no finished run, a run is given twice or is not finished.
     """
     runs: dict[Path, FoundRun] = {}
     unfinished: list[str] = []
-    for each in folders:
-        path = expand(each)
+    for given_folder in folders:
+        path = expand(given_folder)
         inside = [] if (path / SETTINGS).exists() else sorted(file.parent for file in path.glob(f"*/{SETTINGS}"))
         finished = [folder for folder in inside if (folder / "summary.json").exists()]
         if inside and not finished:
@@ -118,7 +124,7 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]
     return list(runs.values()), unfinished
 
 
-def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = None) -> list[Group]:
+def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = None) -> list[Group]:
     """Runs grouped by method and by all settings but the seed, in the order of each group's first run.
 
     Args:
@@ -149,8 +155,8 @@ def grouped(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = 
         group.runs = dict(sorted(group.runs.items()))
     if label is None:
         for group, (method, table) in zip(groups, tables, strict=True):
-            siblings = [other for name, other in tables if name == method]
-            differing = [name for name in _names(siblings) if len({str(other.get(name)) for other in siblings}) > 1]
+            siblings = [sibling for name, sibling in tables if name == method]
+            differing = [name for name in _names(siblings) if len({str(sibling.get(name)) for sibling in siblings}) > 1]
             words = [f"{name.removeprefix('options.')}={word(table.get(name, 'unset'))}" for name in differing]
             group.label = " ".join([short(method), *words])
     return groups
@@ -161,20 +167,22 @@ def check_grounds(runs: Sequence[FoundRun], *, code: bool) -> None:
     alike: dict[str, FoundRun] = {}  # a run for all that rest on the same
     for run in runs:
         alike.setdefault(repr((run.config.identity, code_identity(run.config), run.settings)), run)
-    for one, other in combinations(alike.values(), 2):
-        if (code or other_data(one.config, other.config)) and (reason := difference(one.config, other.config)):
+    for run, other_run in combinations(alike.values(), 2):
+        if (code or other_data(run.config, other_run.config)) and (reason := difference(run.config, other_run.config)):
             raise UserError(
-                f"{one.folder} and {other.folder} were made with {reason}, and are no runs of one comparison: compare "
-                "runs of the same data and code."
+                f"{run.folder} and {other_run.folder} were made with {reason}, and are no runs of one comparison: "
+                "compare runs of the same data and code."
             )
 
 
-def _names(tables: Iterable[Mapping[str, Any]]) -> list[str]:
+def _names(tables: Iterable[Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(name for table in tables for name in table))
 
 
 def differing_settings(groups: Sequence[Group]) -> str:
-    """One sentence on the settings in which the groups differ besides the method; empty for a single group.
+    """One sentence on the settings in which the groups differ besides the method.
+
+    Empty for a single group.
 
     A method option that only one method has is no difference.
     """
@@ -197,16 +205,18 @@ def differing_settings(groups: Sequence[Group]) -> str:
 
 
 def main_figures(groups: Sequence[Group]) -> list[str]:
-    """Names of each run's main figure on the test sets that it tells; the validation set's are no results.
+    """Names of each run's main figure on the test sets that it tells.
+
+    The validation set's are no results.
 
     Where clients of a run have networks of their own, the mean and the worst client on its own test set follow.
     """
     runs, sets = [run for group in groups for run in group.runs.values()], own_sets(groups)
-    every = {name: 0 for run in runs for name in run.metrics if name.endswith(run.config.main)}
-    names = ordered({name: 0 for name in every if split_metric(name, sets)[0] != "validation"}, sets)
+    main_names = {name: 0 for run in runs for name in run.metrics if name.endswith(run.config.main)}
+    names = sort_metrics({name: 0 for name in main_names if split_metric(name, sets)[0] != "validation"}, sets)
     mains = {run.config.main for run in runs}
-    apart = any(run.config.own_networks for run in runs)
-    clients = {prefix + main for prefix in OVER_CLIENTS for main in mains} if apart else set()
+    has_own_networks = any(run.config.own_networks for run in runs)
+    clients = {prefix + main for prefix in OVER_CLIENTS for main in mains} if has_own_networks else set()
     return [name for name in names if split_metric(name, sets)[1] in mains or name in clients] or names
 
 

@@ -92,10 +92,17 @@ class RunProcess:
         can_fork = can_fork and not torch.cuda.is_initialized()
         context: Any = multiprocessing.get_context("fork" if can_fork else "spawn")
         methods = {name: registry.GIVEN[name] for name in {config.method} & registry.GIVEN.keys()}
-        state = plugins.loaded_plugins(), methods, modes(), backend.active_isa(), backend.forced_backend()
+        state = (
+            plugins.loaded_plugins(),
+            methods,
+            modes(),
+            backend.active_isa(),
+            backend.forced_backend(),
+            script.network,
+        )
         self.cell, self.log = cell, log
         self.connection, end = context.Pipe()
-        work = end, log, state, script, script.network, play
+        work = end, log, state, script, play
         self.process = context.Process(target=play_run, args=work)
         script_module = sys.modules["__main__"]
         if not can_fork:
@@ -138,13 +145,13 @@ class RunProcess:
 
 
 def play_run(
-    end: Connection, log: Path, state: Sequence[Any], script: ScriptObjects, network: Any, play: Callable[..., object]
+    end: Connection, log: Path, state: Sequence[Any], script: ScriptObjects, play: Callable[..., object]
 ) -> None:
     """Play a run in this process, which exists for it, and send events and outcome over ``end``.
 
     Args:
-        state: plugins, methods of a script, modes and kernels of the comparison's process.
-        network: that of ``script``, which another process gets without it.
+        state: plugins, methods of a script, modes and kernels of the comparison's process, and the network of
+            ``script``, which another process gets without it.
     """
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the comparison, which ends its runs
@@ -153,7 +160,7 @@ def play_run(
     for number in (1, 2):
         os.dup2(sys.stdout.fileno(), number)
     try:
-        plugin_list, methods, mode_table, isa, backend_name = state
+        plugin_list, methods, mode_table, isa, backend_name, network = state
         plugins.receive(plugin_list)
         registry.GIVEN.update(methods)
         set_modes(mode_table)

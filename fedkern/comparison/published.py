@@ -40,15 +40,13 @@ Keys of a cell:
   ``seeds``, ``--out`` and ``--data-root`` give these.  ``{NAME}`` is a text of ``words``, ``{before}`` the run folder
   of ``before`` with the same seed.  ``FILE.py:NAME`` has its path from the folder of the TOML file,
   ``package:NAME/FOLDER`` its path in an installed package; where there is none, the cell has no data here.
-- ``figure``: what is published.  A final figure of a run (``accuracy``, ``ood_accuracy``, ``dice``); ``best FIGURE``,
-  its best value over the rounds; ``rounds``, communication rounds to ``target`` on the curve of the best values so far,
-  interpolated between evaluated rounds, as McMahan et al. count them; ``bytes``, sent in both directions.
+- ``figure``: what is published.  A final figure of a run (``accuracy``, ``ood_accuracy``, ``dice``); or ``rounds``,
+  communication rounds to ``target`` on the curve of the best values so far, interpolated between evaluated rounds, as
+  McMahan et al. count them.
 - ``target``: ``FIGURE=VALUE``, for ``rounds`` alone.
 - ``published``: the paper's value in the figure's own unit, 0.415 for an accuracy of 41.5 %.  Left out, the row has no
   verdict: it may be a baseline, or a variant that the paper lacks.
 - ``source``: where the value stands, such as ``Table 1, row 2``.
-- ``measure``: ``value`` (default); ``difference`` or ``ratio``: ``published`` is that of the figure to the figure of
-  ``baseline``, and ours is paired by seed.
 - ``baseline``: name of another cell, which this one is compared with, paired by seed.
 - ``scale``: ``paper`` (default): as published; ``smaller``: ``smaller`` says what was made smaller, and the verdict is
   whether cell and baseline are ordered as in the paper.
@@ -86,13 +84,9 @@ from fedkern.tasks.figure_names import check_reachable
 PAPERS = Path(__file__).parent / "papers"
 """Folder of the papers that fedkern ships."""
 PAPERS_PACKAGE = f"{__package__}.papers"
-ROUNDS, BYTES, BEST = "rounds", "bytes", "best "
-"""Figures that are no final figures of a run, and the beginning of those that are best values over the rounds."""
-_CHOICES = {
-    "scale": ("paper", "smaller"),
-    "measure": ("value", "difference", "ratio"),
-    "select": ("figure", "validation"),
-}
+ROUNDS = "rounds"
+"""The figure that is no final figure of a run: rounds up to a target."""
+_CHOICES = {"scale": ("paper", "smaller"), "select": ("figure", "validation")}
 _TABLES = {"title": str, "citation": str, "note": str, "words": dict, "defaults": dict, "before": list, "cells": list}
 
 
@@ -111,7 +105,10 @@ class Before:
 
 @dataclass(frozen=True)
 class PublishedCell:
-    """A cell of a paper's table; the attributes are the keys of the file."""
+    """A cell of a paper's table.
+
+    The attributes are the keys of the file.
+    """
 
     table: str
     name: str
@@ -120,7 +117,6 @@ class PublishedCell:
     source: str = ""
     published: float | None = None
     target: str = ""
-    measure: str = "value"
     baseline: str = ""
     scale: str = "paper"
     smaller: str = ""
@@ -144,10 +140,8 @@ class PublishedCell:
         read_sweep(self.sweep)
         if (self.figure == ROUNDS) != bool(self.target):
             raise UserError(f'the figure "{ROUNDS}" and a target go together: give both, or leave both out.')
-        if self.goal is None and self.measure == "value" and self.published is not None:
-            check_reachable("published", self.figure.removeprefix(BEST), self.published, falls=False)
-        if self.measure != "value" and not self.baseline:
-            raise UserError(f"a {self.measure} needs a baseline: name another cell.")
+        if self.goal is None and self.published is not None:
+            check_reachable("published", self.figure, self.published, falls=False)
         if (self.scale == "smaller") != bool(self.smaller):
             raise UserError('scale = "smaller" and smaller go together: say what was made smaller.')
         if self.scale == "paper" and self.published is not None and self.tolerance is None:
@@ -156,7 +150,10 @@ class PublishedCell:
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper's cells; ``folder`` is that of its file."""
+    """A paper's cells.
+
+    ``folder`` is that of its file.
+    """
 
     name: str
     folder: Path
@@ -174,7 +171,9 @@ class Paper:
         return command
 
     def words(self, command: str, before: Path | None = None) -> list[str]:
-        """The words of a command, with the run folder ``before``; files of code and folders by their place here.
+        """The words of a command, with the run folder ``before``.
+
+        Files of code and folders by their place here.
 
         Raises:
             NotHere: a file of code or a package is not there.
@@ -184,12 +183,12 @@ class Paper:
             words = shlex.split(self.text(command))
         except ValueError as error:
             raise UserError(f"{self.name}: the command {command} cannot be read: {error}.") from None
-        words = [self._located(word.replace("{before}", str(before)) if before else word) for word in words]
+        words = [self._locate_word(word.replace("{before}", str(before)) if before else word) for word in words]
         if open_word := next((word for word in words if re.search(r"\{[a-z_0-9]+\}", word)), None):
             raise UserError(f'{self.name}: "{open_word}" stands for nothing: give the name a text in words.')
         return words
 
-    def _located(self, word: str) -> str:
+    def _locate_word(self, word: str) -> str:
         head, equals, code = word.rpartition("=")
         if code.startswith("package:"):
             return f"{head}{equals}{_folder_of_package(code)}"
@@ -204,17 +203,23 @@ class Paper:
         return f"{head}{equals}{path}{code.removeprefix(match['file'])}"
 
     def find(self, name: str) -> PublishedCell:
-        """The cell of a name; raises UserError where there is none."""
+        """The cell of a name.
+
+        Raises UserError where there is none.
+        """
         for cell in self.cells:
             if cell.name == name:
                 return cell
-        names = [cell.name for cell in self.cells]
-        way = nearest(name, names) or f" Its cells are {first_of(names, 8)}."
+        cell_names = [cell.name for cell in self.cells]
+        way = nearest(name, cell_names) or f" Its cells are {first_of(cell_names, 8)}."
         raise UserError(f'{self.name} has no cell "{name}".{way}')
 
 
 def _folder_of_package(word: str) -> Path:
-    """The folder of ``package:NAME/FOLDER``; none of the package's code is run."""
+    """The folder of ``package:NAME/FOLDER``.
+
+    None of the package's code is run.
+    """
     match = re.fullmatch(r"package:(\w+)/([^/].*)", word)
     if match is None or ".." in Path(match[2]).parts:
         raise UserError(f'"{word}" must be package:NAME/FOLDER: the name of a module, and a folder in it without "..".')
@@ -230,22 +235,22 @@ def _folder_of_package(word: str) -> Path:
 Entry = TypeVar("Entry", Before, PublishedCell)
 
 
-def names() -> list[str]:
+def list_papers() -> list[str]:
     """Names of the papers that fedkern ships."""
     return sorted(path.stem for path in PAPERS.glob("*.toml"))
 
 
-def read(name: str) -> Paper:
+def read_paper(name: str) -> Paper:
     """The paper of a name, or in the file ``NAME.toml``.
 
     Raises:
         UserError: there is no such paper or file, it is no TOML, or a cell is not in the format.
     """
     path = expand(name) if name.endswith(".toml") else PAPERS / f"{name}.toml"
-    if not name.endswith(".toml") and name not in names():
+    if not name.endswith(".toml") and name not in list_papers():
         raise UserError(
-            f'There is no paper "{name}": name one of {", ".join(names())}, or a file of your own, FILE.toml.'
-            f"{nearest(name, names())}"
+            f'There is no paper "{name}": name one of {", ".join(list_papers())}, or a file of your own, FILE.toml.'
+            f"{nearest(name, list_papers())}"
         )
     try:
         table = tomllib.loads(read_text(path, "utf-8-sig"))
@@ -266,15 +271,15 @@ def _paper(path: Path, table: Mapping[str, Any]) -> Paper:
     defaults = table.get("defaults", {})
     if phrase := next((name for name, text in table.get("words", {}).items() if not isinstance(text, str)), None):
         raise UserError(f"{phrase} in words must be a text.")
-    befores = [_entry(Before, each) for each in table.get("before", ())]
-    cells = [_entry(PublishedCell, {**defaults, **each}) for each in table.get("cells", ())]
+    befores = [_entry(Before, entry) for entry in table.get("before", ())]
+    cells = [_entry(PublishedCell, {**defaults, **entry}) for entry in table.get("cells", ())]
     if not cells:
         raise UserError("there is no cell: write [[cells]].")
     paper = Paper(
-        path.stem, path.parent, tuple(cells), {each.name: each for each in befores}, table.get("words", {}),
+        path.stem, path.parent, tuple(cells), {entry.name: entry for entry in befores}, table.get("words", {}),
         **{key: table.get(key, "") for key in ("title", "citation", "note")},
     )  # fmt: skip
-    for entries in ([each.name for each in cells], [each.name for each in befores]):
+    for entries in ([entry.name for entry in cells], [entry.name for entry in befores]):
         if twice := next((name for name in entries if entries.count(name) > 1), None):
             raise UserError(f'the name "{twice}" is there twice: give every cell a name of its own.')
     for cell in cells:
@@ -290,13 +295,13 @@ def _paper(path: Path, table: Mapping[str, Any]) -> Paper:
 
 
 def _entry(kind: type[Entry], table: object) -> Entry:
-    fields = {each.name: each for each in dataclasses.fields(kind)}
+    fields = {key_field.name: key_field for key_field in dataclasses.fields(kind)}
     if not isinstance(table, Mapping):
         raise UserError("a cell must be a table.")
     label = f'cell "{table.get("name", "")}"'
     try:
         _check_keys(table, fields)
-        lacking = [key for key, each in fields.items() if each.default is dataclasses.MISSING and key not in table]
+        lacking = [key for key, item in fields.items() if item.default is dataclasses.MISSING and key not in table]
         if lacking:
             raise UserError(f"{lacking[0]} is missing.")
         entry = kind(**{key: _value(key, value, fields[key].type) for key, value in table.items()})
@@ -309,21 +314,21 @@ def _entry(kind: type[Entry], table: object) -> Entry:
     return entry
 
 
-def _check_keys(table: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def _check_keys(table: Mapping[str, object], known: Mapping[str, object]) -> None:
     for key in table:
         if key not in known:
             raise UserError(f'there is no key "{key}": the keys are {", ".join(known)}.{nearest(key, known)}')
 
 
-def _value(key: str, value: Any, kind: Any) -> Any:
+def _value(key: str, value: Any, kind: object) -> Any:
     """A value of the file as the type that an attribute declares."""
     if key == "seeds":
         return read_seeds(value)
     if key == "sweep":
-        if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, str) for each in value):
+        if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise UserError(f"sweep must be a list of texts NAME=VALUE,VALUE, not {shown(value)}.")
-    if "float" in kind:
+    if "float" in str(kind):
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
         raise UserError(f"{key} must be a number, not {shown(value)}.")

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,11 +25,11 @@ from fedkern.comparison.verdicts import (
     NOT_PLAYED,
     Outcome,
     Verdict,
-    best,
+    best_value,
     figure_of,
-    judge,
-    quality,
-    shown,
+    figure_text,
+    judge_cell,
+    rate_run,
 )
 from fedkern.engine.store.records import METRICS, SUMMARY, read_metrics
 from fedkern.errors import UserError, described, first_of
@@ -49,7 +49,7 @@ CSV, MARKDOWN = "reproduction.csv", "reproduction.md"
 
 @dataclass(frozen=True)
 class Command:
-    """What the words of a cell's command ask for: a method, the names of what they set, and the settings of a run."""
+    """Request of a cell's command: a method, the names of what they set, and the settings of a run."""
 
     method: str
     names: frozenset[str]
@@ -61,10 +61,12 @@ class OutOfTime(KeyboardInterrupt):
 
 
 class Deadline(Listener):
-    """Stops a run between two rounds once the budget of time is used up; ``seconds`` None: there is no budget.
+    """Stops a run between two rounds once the budget of time is used up.
+
+    ``seconds`` None: there is no budget.
 
     Attributes:
-        left: seconds of the budget that are left.
+        seconds_left: seconds of the budget that are left.
     """
 
     essential = True
@@ -78,11 +80,11 @@ class Deadline(Listener):
 
     def check(self) -> None:
         """Raises OutOfTime once the budget is used up."""
-        if self.left <= 0:
+        if self.seconds_left <= 0:
             raise OutOfTime
 
     @property
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         return math.inf if self.seconds is None else self.seconds - (time.monotonic() - self._start)
 
 
@@ -108,12 +110,12 @@ class Job:
         name, sweep = (entry.before, entry.sweep) if isinstance(entry, PublishedCell) else ("", ())
         self.before = Job(paper, paper.befores[name], seeds, read, out, runner) if name else None
         self._commands: dict[Path | None, Command] = {}
-        first = self._command(self.seeds[0])
-        self.points = variants([first.method], read_sweep(sweep), first.names)[first.method]
+        first_command = self._command(self.seeds[0])
+        self.points = variants([first_command.method], read_sweep(sweep), first_command.names)[first_command.method]
         text = paper.text(entry.command) + ("" if self.before is None else self.before.folder.name)
-        self.folder: Path = out / f"{first.method}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        self.folder: Path = out / f"{first_command.method}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         self.runner = Runner(
-            self.folder, lambda point, seed: self._command(seed).make(point, seed), first.names, **runner
+            self.folder, lambda point, seed: self._command(seed).make(point, seed), first_command.names, **runner
         )
 
     def _command(self, seed: int) -> Command:
@@ -126,34 +128,40 @@ class Job:
         """The run folder of a point and a seed."""
         return self.folder / run_name(point, seed)
 
-    def finished(self, seed: int, point: Variant) -> bool:
-        """Whether the run of a seed is finished."""
+    def is_finished(self, seed: int, point: Variant) -> bool:
+        """Return whether the run of a seed is finished."""
         return (self.folder_of(seed, point) / SUMMARY).exists()
 
-    def failed(self, point: Variant) -> Path:
+    def failure_file(self, point: Variant) -> Path:
         """The file that says why a point of the sweep failed with the first seed, as at too large a rate."""
         return self.folder / f"{run_name(point, self.seeds[0])}.failed"
 
     @property
     def total(self) -> int:
-        """Number of all runs; runs of points that are not the best one do not count."""
+        """Number of all runs.
+
+        Runs of points that are not the best one do not count.
+        """
         return len(self.points) + len(self.seeds) - 1
 
     @property
-    def left(self) -> int:
-        """Number of the runs that are not finished; where every point of a sweep has failed, all are left."""
-        first, *others = self.seeds
+    def runs_left(self) -> int:
+        """Number of the runs that are not finished.
+
+        Where every point of a sweep has failed, all are left.
+        """
+        seed, *other_seeds = self.seeds
         swept = len(self.points) > 1
-        over = [self.finished(first, point) or (swept and self.failed(point).exists()) for point in self.points]
-        if (best := self.chosen() if all(over) or not swept else None) is None:
+        over = [self.is_finished(seed, point) or (swept and self.failure_file(point).exists()) for point in self.points]
+        if (winner := self.best_point() if all(over) or not swept else None) is None:
             return self.total if all(over) else self.total - sum(over)
-        return over.count(False) + sum(not self.finished(seed, best) for seed in others)
+        return over.count(False) + sum(not self.is_finished(seed, winner) for seed in other_seeds)
 
     @property
     def seconds(self) -> float:
         """Estimated time of the runs that are not finished, with those beforehand."""
         before = 0.0 if self.before is None else self.before.seconds
-        return before + 60 * self.entry.minutes * self.left / self.total
+        return before + 60 * self.entry.minutes * self.runs_left / self.total
 
     def play(self, deadline: Deadline) -> None:
         """Plays the runs that are not finished.
@@ -166,22 +174,24 @@ class Job:
         with atomic.writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with FolderLock(self.folder):
-            if self.before is not None and self.before.left:
+            if self.before is not None and self.before.runs_left:
                 self.before.play(deadline)
-                if self.before.left:
+                if self.before.runs_left:
                     raise UserError(f"{self.before.entry.name}: {'; '.join(self.before.runner.failures.values())}")
             if len(self.points) > 1:
                 self._play_points()
-            if (point := self.chosen()) is None:
+            if (point := self.best_point()) is None:
                 raise UserError(f"Every point of the sweep failed: {self.folder}/*.failed say why.")
             self.runner.play(self.runner.plan([point], self.seeds))
 
     def _play_points(self) -> None:
-        """Plays the points of the sweep with the first seed; one that fails is noted and not played again.
+        """Plays the points of the sweep with the first seed.
+
+        One that fails is noted and not played again.
 
         Where all fail for the same reason, such as a missing package, no point is to blame and none is noted.
         """
-        points = [point for point in self.points if not self.failed(point).exists()]
+        points = [point for point in self.points if not self.failure_file(point).exists()]
         firsts = self.runner.plan(points, self.seeds[:1])
         try:
             self.runner.play(firsts)
@@ -191,10 +201,13 @@ class Job:
         finally:
             for cell in firsts:
                 if (text := self.runner.failures.pop(cell.name, None)) is not None:
-                    atomic.write_bytes(self.failed(cell.variant), text.encode())
+                    atomic.write_bytes(self.failure_file(cell.variant), text.encode())
 
-    def chosen(self) -> Variant | None:
-        """The best point of the sweep, all of whose points are played; None where all failed."""
+    def best_point(self) -> Variant | None:
+        """The best point of the sweep, all of whose points are played.
+
+        None where all failed.
+        """
         if len(self.points) == 1:
             return self.points[0]
         assert isinstance(self.entry, PublishedCell)
@@ -202,15 +215,18 @@ class Job:
         for point, run in self.first_runs():
             try:
                 if run is not None:
-                    scores.append((quality(self.entry, run), point))
+                    scores.append((rate_run(self.entry, run), point))
             except UserError as error:  # a figure that is NaN
                 undefined = error
         if undefined is not None and not scores:
             raise undefined
-        return max(scores, key=lambda each: each[0], default=((), None))[1]
+        return max(scores, key=lambda score: score[0], default=((), None))[1]
 
     def first_runs(self) -> list[tuple[Variant, FoundRun | None]]:
-        """Every point of the sweep with its run of the first seed; None where that failed."""
+        """Every point of the sweep with its run of the first seed.
+
+        None where that failed.
+        """
         return [(point, self.runs(point).get(self.seeds[0])) for point in self.points]
 
     def histories(self) -> Groups:
@@ -224,7 +240,7 @@ class Job:
 
     def runs(self, point: Variant) -> dict[int, FoundRun]:
         """The finished runs of a point, by seed."""
-        seeds = [seed for seed in self.seeds if self.finished(seed, point)]
+        seeds = [seed for seed in self.seeds if self.is_finished(seed, point)]
         return {cell.seed: self.runner.read(cell) for cell in self.runner.plan([point], seeds)}
 
 
@@ -269,7 +285,9 @@ class Reproduction:
                 raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
 
     def select(self, names: Sequence[str] = (), table: str | None = None) -> list[PublishedCell]:
-        """The cells whose names are among ``names``, which may be patterns such as ``2NN*``, in a table; or all.
+        """The cells whose names are among ``names``, which may be patterns such as ``2NN*``, in a table.
+
+        Or all.
 
         Raises:
             UserError: there is no such cell or table.
@@ -293,7 +311,9 @@ class Reproduction:
         return chosen
 
     def plan(self, cells: Sequence[PublishedCell]) -> tuple[list[PublishedCell], list[str]]:
-        """Those cells that have runs left, the dearest last; and lines on all cells for people.
+        """Return the cells that have runs left, the dearest last.
+
+        And lines on all cells for people.
 
         Cells without data are noted as absent.
         """
@@ -301,7 +321,7 @@ class Reproduction:
         jobs = {cell.name: self.jobs[cell.name] for cell in cells if cell.name in self.jobs}
         for name, job in jobs.items():
             try:
-                if job.left and (reason := _without_data(job, reasons)):
+                if job.runs_left and (reason := _without_data(job, reasons)):
                     self.absent[name] = reason
             except UserError as error:
                 raise UserError(f'{self.paper.name}, cell "{name}": {error}') from None
@@ -311,7 +331,7 @@ class Reproduction:
         for name in sorted(
             jobs.keys() - self.absent.keys(), key=lambda name: (jobs[name].seconds, [*jobs].index(name))
         ):
-            job, left = jobs[name], jobs[name].left
+            job, left = jobs[name], jobs[name].runs_left
             planned += [self.paper.find(name)] if left else []
             done, about = job.total - left, human_time(job.seconds)
             left_words = f"next: {name} ({done} of {job.total} runs finished, about {about} left)"
@@ -326,7 +346,7 @@ class Reproduction:
         beyond = []
         try:
             for cell in cells:
-                if (seconds := self.jobs[cell.name].seconds) > self.deadline.left:
+                if (seconds := self.jobs[cell.name].seconds) > self.deadline.seconds_left:
                     beyond.append(f"{cell.name} (about {human_time(seconds)})")
                     continue
                 self.deadline.check()
@@ -339,7 +359,10 @@ class Reproduction:
             self.tell(f"beyond the budget: {first_of(beyond, 3)}")
 
     def _play(self, cell: PublishedCell) -> bool:
-        """Plays a cell; False where another process does."""
+        """Plays a cell.
+
+        False where another process does.
+        """
         job, board = self.jobs[cell.name], self.board()
         job.runner.board = board
         if job.before is not None:
@@ -360,12 +383,17 @@ class Reproduction:
         return True
 
     def _outcome(self, cell: PublishedCell, job: Job) -> Outcome | None:
-        """What the runs of a cell give; None while one is not finished."""
-        if job.left or (point := job.chosen()) is None:
+        """Return the outcome of a cell's runs.
+
+        None while one is not finished.
+        """
+        if job.runs_left or (winner := job.best_point()) is None:
             return None
-        runs = job.runs(point)
+        runs = job.runs(winner)
         firsts = job.first_runs() if len(job.points) > 1 else []
-        effects = [f"{_point(each)}: {_reached(cell, run)}{' (chosen)' * (each == point)}" for each, run in firsts]
+        effects = [
+            f"{_point(point)}: {_reached_text(cell, run)}{' (chosen)' * (point == winner)}" for point, run in firsts
+        ]
         return Outcome(
             {seed: figure_of(cell, run) for seed, run in runs.items()},
             {seed: float(run.records[-1]["round"]) for seed, run in runs.items()},
@@ -374,11 +402,14 @@ class Reproduction:
             bytes=fmean(run.summary["bytes"]["total"] for run in runs.values()),
             up=fmean(run.summary["bytes"]["up"] for run in runs.values()),
             build=", ".join(dict.fromkeys(_build(run) for run in runs.values())),
-            date=max(_finished(run) for run in runs.values()),
+            date=max(_finish_day(run) for run in runs.values()),
         )
 
     def rows(self) -> list[Row]:
-        """A row for every cell of the paper; what of it cannot be read is noted as a failure."""
+        """A row for every cell of the paper.
+
+        What of it cannot be read is noted as a failure.
+        """
         outcomes, curves = dict[str, Outcome | None](), dict[str, Groups]()
         for cell in self.paper.cells:
             if (job := self.jobs.get(cell.name)) is not None:
@@ -392,13 +423,13 @@ class Reproduction:
             outcome, job = outcomes.get(cell.name), self.jobs.get(cell.name)
             if outcome is not None:
                 published = self.paper.find(cell.baseline).published if cell.baseline else None
-                verdict = judge(cell, outcome, outcomes.get(cell.baseline), published)
+                verdict = judge_cell(cell, outcome, outcomes.get(cell.baseline), published)
             elif cell.name in self.absent:
                 verdict = Verdict(NO_DATA, self.absent[cell.name])
             elif job is None or cell.name in self.failures:
                 verdict = Verdict(NOT_PLAYED, self.failures.get(cell.name, ""))
             else:
-                done = job.total - job.left
+                done = job.total - job.runs_left
                 verdict = Verdict(NOT_PLAYED, f"{done} of {job.total} runs finished" * bool(done))
             folder = "" if job is None or cell.name in self.absent else str(job.folder)
             rows.append(Row(cell, verdict, outcome, folder, curves.get(cell.name, {})))
@@ -419,7 +450,7 @@ class Reproduction:
             atomic.write_bytes(self.out / name, text.encode())
         return [
             *(self.out / name for name in texts),
-            html_page.write(reproduction_table.page(self.paper, rows), self.out),
+            html_page.write_page(reproduction_table.page(self.paper, rows), self.out),
         ]
 
 
@@ -429,7 +460,7 @@ def _build(run: FoundRun) -> str:
     return " ".join(str(versions[name]) for name in ("fedkern", "commit") if name in versions)
 
 
-def _finished(run: FoundRun) -> str:
+def _finish_day(run: FoundRun) -> str:
     """The day on which a run was finished, in UTC.
 
     No file of a run tells a time, so this is the time of the summary's file, which a copy keeps only with ``cp -p`` or
@@ -443,7 +474,10 @@ _OF_DATA = ("data", "data_options", "clients", "partition", "train_samples", "pu
 
 
 def _without_data(job: Job, reasons: dict[str, str]) -> str:
-    """Why a job has no data here, or ""; ``reasons`` keeps the answers for jobs on the same data."""
+    """Why a job has no data here, or "".
+
+    ``reasons`` keeps the answers for jobs on the same data.
+    """
     config = job.runner.make(job.points[0], job.seeds[0])
     key = repr([(name, getattr(config, name)) for name in _OF_DATA])
     if key not in reasons:
@@ -459,12 +493,15 @@ def _point(point: Variant) -> str:
     return ", ".join(f"{name} {word(value)}" for name, value in point.swept.items())
 
 
-def _reached(cell: PublishedCell, run: FoundRun | None) -> str:
-    """The figure of a run for people; where the run misses the target, its best value."""
+def _reached_text(cell: PublishedCell, run: FoundRun | None) -> str:
+    """The figure of a run for people.
+
+    Where the run misses the target, its best value.
+    """
     if run is None:
         return "failed"
     value = figure_of(cell, run)
     if value is not None:
-        return shown(replace(cell, measure="value"), value)
+        return figure_text(cell, value)
     assert cell.goal is not None
-    return f"misses the target with {human_metric(cell.goal.figure, best(cell.goal.figure, run))}"
+    return f"misses the target with {human_metric(cell.goal.figure, best_value(cell.goal.figure, run))}"

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from fedkern.comparison.published import ROUNDS, Paper, PublishedCell
 from fedkern.comparison.results import csv_text
 from fedkern.comparison.seed_statistics import Difference, interval_text
-from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, shown
+from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, figure_text
 from fedkern.errors import first_of, listed
 from fedkern.report.figures.comparison_plot import Groups, comparison_panels
 from fedkern.report.pages.charts import curves
-from fedkern.report.pages.html_page import Block, Code, Page, section
+from fedkern.report.pages.html_page import Block, Code, Page, make_section
 from fedkern.report.tables import human_metric, human_time
 from fedkern.text_table import Table
 
@@ -40,21 +39,20 @@ class Row:
     def texts(self) -> list[str]:
         """The row's texts, one for every title of `HEADER`."""
         cell, verdict, outcome = self.cell, self.verdict, self.outcome
-        published = "" if cell.published is None else shown(cell, cell.published)
+        published = "" if cell.published is None else figure_text(cell, cell.published)
         ours = "" if verdict.ours is None else _interval(cell, verdict.ours)
-        gap = "" if verdict.gap is None or cell.measure != "value" else _interval(cell, verdict.gap, "+")
+        gap = "" if verdict.gap is None else _interval(cell, verdict.gap, "+")
         if gap and verdict.published_gap is not None:
-            gap += f", published {shown(cell, verdict.published_gap, '+')}"
+            gap += f", published {figure_text(cell, verdict.published_gap, '+')}"
         seeds, effect = ("", "") if outcome is None else (str(len(outcome.values)), outcome.effect)
-        name = cell.name if cell.measure == "value" else f"{cell.name} ({cell.measure} to {cell.baseline})"
         # The sentences below the table have the reason, which many cells share.
         short = verdict.kind if verdict.kind == NO_DATA else str(verdict)
-        return [cell.table, name, published, ours, gap, seeds, effect, short]
+        return [cell.table, cell.name, published, ours, gap, seeds, effect, short]
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, object]:
         """The row as plain values by name, empty where there is none."""
         cell, verdict, outcome = self.cell, self.verdict, self.outcome
-        keys = ("table", "name", "figure", "target", "measure", "baseline", "published")
+        keys = ("table", "name", "figure", "target", "baseline", "published")
         row = {key: getattr(cell, key) for key in keys}
         for name, difference in (("ours", verdict.ours), ("gap", verdict.gap)):
             for part in ("mean", "low", "high"):
@@ -82,12 +80,12 @@ def page(paper: Paper, rows: Sequence[Row]) -> Page:
     """The page of a reproduction."""
     tables = dict.fromkeys(row.cell.table for row in rows)
     sections = [
-        section(f"table-{number}", f"Table {name}", _table([row for row in rows if row.cell.table == name]))
+        make_section(f"table-{number}", f"Table {name}", _table([row for row in rows if row.cell.table == name]))
         for number, name in enumerate(tables)
     ]
-    curved = section("curves", "Curves", _curves(rows))
-    notes = section("notes", "What the table rests on", sentences(paper, rows))
-    commands = section("commands", "Commands", _commands(paper))
+    curved = make_section("curves", "Curves", _curves(rows))
+    notes = make_section("notes", "What the table rests on", sentences(paper, rows))
+    commands = make_section("commands", "Commands", _commands(paper))
     about = f"{len(rows)} cells · {paper.citation}" if paper.citation else f"{len(rows)} cells"
     return Page(_title(paper), about, [summary(rows)], [], [], [*sections, curved, notes, commands])
 
@@ -99,7 +97,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
-    """What the table rests on, sentence by sentence."""
+    """Return what the table rests on, sentence by sentence."""
     texts = [f"Published figures: {paper.citation}." if paper.citation else "", paper.note]
     sources = by_reason((row.cell.source, row.cell.name) for row in rows)
     texts += [f"{source}: {'; '.join(names)}." for source, names in sources.items()]
@@ -107,8 +105,8 @@ def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
     texts += [f"No data for {first_of(names, 3)}: {reason}" for reason, names in absent.items()]
     if any(row.outcome is not None for row in rows):
         texts.append(
-            "Ours: mean over the seeds, with a 95 % interval (Student's t); differences and ratios to a baseline are "
-            "paired by seed. Intervals are not corrected for their number."
+            "Ours: mean over the seeds, with a 95 % interval (Student's t); differences to a baseline are paired by "
+            "seed. Intervals are not corrected for their number."
         )
     if any(row.cell.figure == ROUNDS for row in rows):
         texts.append(
@@ -131,7 +129,10 @@ def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
 
 
 def by_reason(cells: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Names of cells by what is said of all of them, from pairs of both; where nothing is said, a cell is left out."""
+    """Names of cells by what is said of all of them, from pairs of both.
+
+    Where nothing is said, a cell is left out.
+    """
     names: dict[str, list[str]] = {}
     for reason, name in cells:
         if reason:
@@ -159,7 +160,7 @@ def _commands(paper: Paper) -> Iterator[Block]:
         yield Code(paper.text(before.command))
     for cell in paper.cells:
         yield cell.name
-        yield Code(paper.text(cell.command) + "".join(f" --sweep {each}" for each in cell.sweep))
+        yield Code(paper.text(cell.command) + "".join(f" --sweep {sweep}" for sweep in cell.sweep))
 
 
 def _title(paper: Paper) -> str:
@@ -167,4 +168,4 @@ def _title(paper: Paper) -> str:
 
 
 def _interval(cell: PublishedCell, ours: Difference, sign: str = "") -> str:
-    return interval_text(ours.mean, ours.low, ours.high, partial(shown, cell, sign=sign))
+    return interval_text(ours.mean, ours.low, ours.high, partial(figure_text, cell, sign=sign))

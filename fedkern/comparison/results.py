@@ -10,17 +10,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
-from fedkern.comparison.seed_statistics import Target, interval_text, paired, plus_minus, spread
+from fedkern.comparison.seed_statistics import Target, compare_pairs, interval_text, mean_std, plus_minus
 from fedkern.engine.store import confusions, records
 from fedkern.errors import UserError, nearest, printable_name, warn_instead
 from fedkern.files import atomic
+from fedkern.listeners.events import Record
 from fedkern.methods.registry import short
 from fedkern.report.names import CELL
-from fedkern.report.run_contents import constants
+from fedkern.report.run_contents import constant_figures
 from fedkern.report.tables import human_bytes, human_metric, human_time
 from fedkern.tasks.figure_names import number, scale, short_set_title, short_title, split_metric
 from fedkern.text_table import Table
@@ -69,7 +71,9 @@ class Result:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A row for every group, with plain numbers; None where there is no value.
+        """A row for every group, with plain numbers.
+
+        None where there is no value.
 
         Keys: ``group``, ``method``, ``seeds`` (number of runs); for every main figure its mean under the figure's name
         and ``FIGURE_std``, ``FIGURE_difference``, ``FIGURE_low`` and ``FIGURE_high`` (to the first group);
@@ -77,32 +81,32 @@ class Result:
         ``rounds_to_target``, ``bytes_to_target`` and ``seconds_to_target``, each with
         ``_std``, where all runs reach it.
         """
-        first = self.groups[0]
+        base = self.groups[0]
         rows = []
         for group in self.groups:
             row: dict[str, Any] = {"group": group.label, "method": short(group.method), "seeds": len(group.runs)}
             for figure in self.figures:
                 values = group.values(figure)
-                row[figure], row[f"{figure}_std"] = spread(list(values.values())) if values else (None, None)
-                difference = None if group is first else paired(values, first.values(figure))
+                row[figure], row[f"{figure}_std"] = mean_std(list(values.values())) if values else (None, None)
+                difference = None if group is base else compare_pairs(values, base.values(figure))
                 row[f"{figure}_difference"] = None if difference is None else difference.mean
                 row[f"{figure}_low"] = None if difference is None else difference.low
                 row[f"{figure}_high"] = None if difference is None else difference.high
             sent = [float(run.summary["bytes"]["total"]) for run in group.runs.values()]
-            row["bytes"], row["bytes_std"] = spread(sent)
-            row["seconds"], row["seconds_std"] = spread([run.summary["seconds"] for run in group.runs.values()])
+            row["bytes"], row["bytes_std"] = mean_std(sent)
+            row["seconds"], row["seconds_std"] = mean_std([run.summary["seconds"] for run in group.runs.values()])
             if self.target is not None:
-                took = [self.target.reached(run.records) for run in group.runs.values()]
-                reached = [each for each in took if each is not None]
+                took = [self.target.cost_of_target(run.records) for run in group.runs.values()]
+                reached = [reached_by for reached_by in took if reached_by is not None]
                 row["reached"] = len(reached)
                 complete = len(reached) == len(took)
                 for name in TAKEN:
                     key = f"{name}_to_target"
-                    row[key], row[f"{key}_std"] = spread([e[name] for e in reached]) if complete else (None, None)
+                    row[key], row[f"{key}_std"] = mean_std([e[name] for e in reached]) if complete else (None, None)
             rows.append(row)
         return rows
 
-    def run_rows(self) -> list[dict[str, Any]]:
+    def run_rows(self) -> list[dict[str, object]]:
         """A row for every run: group, method, seed, all final figures, bytes, seconds, the target, the folder."""
         rows = []
         for group in self.groups:
@@ -110,13 +114,13 @@ class Result:
                 row = {"group": group.label, "method": short(group.method), "seed": seed, **run.metrics}
                 row |= {"bytes": run.summary["bytes"]["total"], "seconds": run.summary["seconds"]}
                 if self.target is not None:
-                    took = self.target.reached(run.records) or {}
+                    took = self.target.cost_of_target(run.records) or {}
                     row |= {f"{name}_to_target": took.get(name) for name in TAKEN}
                 rows.append({**row, "folder": str(run.folder)})
         return rows
 
     def sentences(self) -> list[str]:
-        """What the table rests on, sentence by sentence."""
+        """Return what the table rests on, sentence by sentence."""
         texts = [_seeds(self.groups)]
         if self.shared_start:
             texts.append(
@@ -133,8 +137,8 @@ class Result:
                 "are those of the machine that ran."
             )
         diagnostics = [run.summary.get("diagnostics") or {} for run in self.runs]
-        texts += dict.fromkeys(str(each[name]) for name in TOLD for each in diagnostics if name in each)
-        if numbers := Counter(str(name) for each in diagnostics for name in each if name not in TOLD):
+        texts += dict.fromkeys(str(table[name]) for name in TOLD for table in diagnostics if name in table)
+        if numbers := Counter(str(name) for table in diagnostics for name in table if name not in TOLD):
             counts = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in sorted(numbers.items()))
             texts.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
         return [*texts, *self.notes]
@@ -156,7 +160,7 @@ class Result:
             if len(rows) > 1:
                 columns.append((f"{title}: difference", [_difference(figure, row) for row in rows]))
         for name in TAKEN if self.target is not None else ():
-            columns.append((f"{name} to target", [_taken(name, row) for row in rows]))
+            columns.append((f"{name} to target", [_target_text(name, row) for row in rows]))
         columns.append(("sent", [human_bytes(row["bytes"]) for row in rows]))
         columns.append(("time", [human_time(row["seconds"]) for row in rows]))
         titles, cells = zip(*columns, strict=True)
@@ -171,9 +175,9 @@ class Result:
 
     @property
     def shared_start(self) -> bool:
-        """Whether all seeds of a group train copies of one module, which has its weights already."""
+        """Return whether all seeds of a group train copies of one module, which has its weights already."""
         starts = [[run.config for run in group.runs.values()] for group in self.groups if len(group.runs) > 1]
-        return any(each.model_sha256 and each.model.startswith(INSTANCE) for configs in starts for each in configs)
+        return any(start.model_sha256 and start.model.startswith(INSTANCE) for start in chain(*starts))
 
     def write(self, folder: Path) -> list[Path]:
         """Writes the table's files and the picture, each completely or not at all, and returns their paths.
@@ -181,12 +185,12 @@ class Result:
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        from fedkern.report.figures.matplotlib_import import undocumented
+        from fedkern.report.figures.matplotlib_import import without_docstrings
 
-        with undocumented():
+        with without_docstrings():
             from fedkern.report.figures.comparison_plot import comparison_panels
-            from fedkern.report.figures.curves import draw
-            from fedkern.report.figures.plots import save, tell_lacking
+            from fedkern.report.figures.curves import draw_panels
+            from fedkern.report.figures.plots import save_png, tell_lacking
 
         folder.mkdir(parents=True, exist_ok=True)
         table = self.text_table(self.all_sentences())
@@ -197,23 +201,26 @@ class Result:
         with warn_instead(lambda why: warnings.warn(f"{PICTURE} is missing: {why}.", stacklevel=2)):
             panels = comparison_panels(self.histories(), self.figures, chance=self.chance())
             if panels:
-                save(draw([*panels.values()], title=self.title()), folder / PICTURE)
+                save_png(draw_panels([*panels.values()], title=self.title()), folder / PICTURE)
                 tell_lacking(warnings.warn)
                 paths.append(folder / PICTURE)
         return paths
 
-    def histories(self) -> dict[str, list[Sequence[Mapping[str, Any]]]]:
+    def histories(self) -> dict[str, list[Sequence[Record]]]:
         """Records of the rounds of every run, by the group's name."""
         return {group.label: [run.records for run in group.runs.values()] for group in self.groups}
 
     def chance(self) -> dict[str, float]:
-        """The main figures that need no learning, by the first run; empty where runs are of several data sets."""
+        """The main figures that need no learning, by the first run.
+
+        Empty where runs are of several data sets.
+        """
         if len({run.config.data for run in self.runs}) > 1:
             return {}
-        first = self.runs[0]
-        confusion = None if first.config.records == "private" else confusions.read(first.folder)
-        every = [dict.fromkeys(self.figures), first.summary["metrics"]]
-        return constants(every, first.config.main, {}, confusion, 0)
+        first_run = self.runs[0]
+        confusion = None if first_run.config.records == "private" else confusions.read(first_run.folder)
+        figure_tables = [dict.fromkeys(self.figures), first_run.summary["metrics"]]
+        return constant_figures(figure_tables, first_run.config.main, {}, confusion, 0)
 
     def to_json(self, folder: Path) -> str:
         """Table, sentences and folder as JSON."""
@@ -235,8 +242,8 @@ def _difference(figure: str, row: Mapping[str, Any]) -> str:
     return "" if mean is None else interval_text(mean, low, high, partial(number, figure, sign="+"))
 
 
-def _taken(name: str, row: Mapping[str, Any]) -> str:
-    """What reaching the target took, with its unit."""
+def _target_text(name: str, row: Mapping[str, Any]) -> str:
+    """Return what reaching the target took, with its unit."""
     mean, deviation = row[f"{name}_to_target"], row[f"{name}_to_target_std"]
     if mean is None:
         return f"reached by {row['reached']} of {row['seeds']}" if name == "rounds" else "–"
@@ -244,7 +251,7 @@ def _taken(name: str, row: Mapping[str, Any]) -> str:
     return plus_minus(mean, deviation, {"rounds": rounds.format, "bytes": human_bytes, "seconds": human_time}[name])
 
 
-def _listed(seeds: Sequence[int]) -> str:
+def _list_seeds(seeds: Sequence[int]) -> str:
     text = ", ".join(map(str, seeds[:10]))
     return text if len(seeds) <= 10 else f"{text} ..."
 
@@ -257,32 +264,32 @@ def _seeds(groups: Sequence[Group]) -> str:
         seeds = next(iter(by_seeds))
         if len(seeds) == 1:
             return f"One seed ({seeds[0]}): no standard deviation; --seeds 3 gives one."
-        return f"Mean ± standard deviation over {len(seeds)} seeds ({_listed(seeds)})."
+        return f"Mean ± standard deviation over {len(seeds)} seeds ({_list_seeds(seeds)})."
     parts = "; ".join(
-        f"{', '.join(labels)}: {len(seeds)} seed{'s' * (len(seeds) > 1)} ({_listed(seeds)})"
+        f"{', '.join(labels)}: {len(seeds)} seed{'s' * (len(seeds) > 1)} ({_list_seeds(seeds)})"
         for seeds, labels in by_seeds.items()
     )
     return f"Mean ± standard deviation over seeds, whose number differs: {parts}."
 
 
 def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
-    first = groups[0]
+    base = groups[0]
     points = " in percentage points" if all(scale(figure)[1] for figure in figures) else ""
-    differences = f"Differences are to {first.label}{points}"
-    pairs = [len(set(group.runs) & set(first.runs)) for group in groups[1:]]
+    differences = f"Differences are to {base.label}{points}"
+    pairs = [len(set(group.runs) & set(base.runs)) for group in groups[1:]]
     if max(pairs) < 2:
         return f"{differences}; an interval needs two seeds in common, so none is given."
-    least, most = min(pairs), max(pairs)
-    count = f"{most}" if least == most else f"{least} to {most}"
-    few = ", so few that it holds only if differences are nearly normal" if most < 6 else ""
+    fewest_pairs, most_pairs = min(pairs), max(pairs)
+    count = f"{most_pairs}" if fewest_pairs == most_pairs else f"{fewest_pairs} to {most_pairs}"
+    few_words = ", so few that it holds only if differences are nearly normal" if most_pairs < 6 else ""
     several = f"; the {len(pairs)} intervals are not corrected for their number" if len(pairs) > 1 else ""
     return (
         f"{differences}, paired by seed, each with a 95 % interval (Student's t) that rests on "
-        f"{count} seeds{few}{several}."
+        f"{count} seeds{few_words}{several}."
     )
 
 
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     """Rows as CSV, with all names that one of them has."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")

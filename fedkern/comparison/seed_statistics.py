@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
-from typing import Any
 
 from fedkern.errors import UserError
+from fedkern.listeners.events import Record
 from fedkern.tasks.figure_names import check_reachable, direction
 
 LEVEL = 0.95
@@ -19,38 +19,52 @@ _TARGET = re.compile(r"\s*([^<>=]*[^<>=\s])\s*(<=|>=|=)\s*([^<>=]+)")
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference of two methods, paired by seed, and the ends of its interval; None with a single pair."""
+    """Mean difference of two methods, paired by seed, and the ends of its interval.
+
+    None with a single pair.
+    """
 
     mean: float
     low: float | None
     high: float | None
 
 
-def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation (n - 1) of at least one value; None as the deviation of a single value."""
+def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation (n - 1) of at least one value.
+
+    None as the deviation of a single value.
+    """
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
 def plus_minus(mean: float, deviation: float | None, text: Callable[[float], str]) -> str:
-    """A mean ± standard deviation, if it has one, for people; ``text`` makes a value readable."""
+    """A mean ± standard deviation, if it has one, for people.
+
+    ``text`` makes a value readable.
+    """
     return text(mean) if deviation is None else f"{text(mean)} ± {text(deviation)}"
 
 
 def interval_text(mean: float, low: float | None, high: float | None, text: Callable[[float], str]) -> str:
-    """A mean with its interval, if it has one, for people; ``text`` makes a value readable."""
+    """A mean with its interval, if it has one, for people.
+
+    ``text`` makes a value readable.
+    """
     return text(mean) if low is None or high is None else f"{text(mean)} [{text(low)}, {text(high)}]"
 
 
-def paired(values: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
-    """The differences ``own - other`` over the seeds that both have, with Student's t interval; None without any.
+def compare_pairs(values: Mapping[int, float], base_values: Mapping[int, float]) -> Difference | None:
+    """The differences ``own - other`` over the seeds that both have, with Student's t interval.
+
+    None without any.
 
     The interval assumes that the differences are normally distributed over seeds.
     """
-    seeds = values.keys() & other.keys()
+    seeds = values.keys() & base_values.keys()
     if not seeds:
         return None
-    differences = [values[seed] - other[seed] for seed in sorted(seeds)]
-    mean, deviation = spread(differences)
+    differences = [values[seed] - base_values[seed] for seed in sorted(seeds)]
+    mean, deviation = mean_std(differences)
     if deviation is None:
         return Difference(mean, None, None)
     from scipy.special import stdtrit  # what scipy.stats, which takes a second to load, calls
@@ -106,14 +120,19 @@ class Target:
             )
 
     def check(self, sets: Collection[str] = ()) -> None:
-        """Raises UserError where the figure is a fraction out of reach; ``sets``: names of the runs' test sets."""
+        """Raises UserError where the figure is a fraction out of reach.
+
+        ``sets``: names of the runs' test sets.
+        """
         check_reachable("--target", self.figure, self.value, falls=bool(self.falls), own=sets)
 
     def __str__(self) -> str:
         return f"{self.figure} {'<=' if self.falls else '>='} {self.value:g}"
 
-    def crossing(self, records: Sequence[Mapping[str, Any]]) -> float | None:
-        """Rounds up to the target on the curve of the best values so far; None where the curve stays below it.
+    def crossing(self, records: Sequence[Record]) -> float | None:
+        """Rounds up to the target on the curve of the best values so far.
+
+        None where the curve stays below it.
 
         Between evaluated rounds the curve is interpolated linearly (McMahan et al., arXiv 1602.05629, section 3).
         """
@@ -130,8 +149,11 @@ class Target:
             curve = number, value if curve is None else sign * max(sign * value, sign * curve[1])
         return None
 
-    def reached(self, records: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-        """Rounds, bytes in both directions and seconds up to the first round that has the target; None without one."""
+    def cost_of_target(self, records: Sequence[Record]) -> dict[str, float] | None:
+        """Rounds, bytes in both directions and seconds up to the first round that has the target.
+
+        None without one.
+        """
         for record in records:
             value = record.get(self.figure)
             if isinstance(value, (int, float)) and (value <= self.value if self.falls else value >= self.value):

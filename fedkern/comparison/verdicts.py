@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedkern.comparison.found_runs import FoundRun
-from fedkern.comparison.published import BEST, BYTES, ROUNDS, PublishedCell
-from fedkern.comparison.seed_statistics import Difference, paired
+from fedkern.comparison.published import ROUNDS, PublishedCell
+from fedkern.comparison.seed_statistics import Difference, compare_pairs
 from fedkern.errors import UserError, nearest
 from fedkern.report.tables import human_metric
 from fedkern.tasks.figure_names import number, scale
@@ -44,7 +44,7 @@ class Outcome:
     date: str = ""
 
     @property
-    def reached(self) -> dict[int, float]:
+    def reached_values(self) -> dict[int, float]:
         """The values of the seeds that have one."""
         return {seed: value for seed, value in self.values.items() if value is not None}
 
@@ -55,7 +55,7 @@ class Verdict:
 
     Attributes:
         detail: a few words, such as by how much the figure differs.
-        ours: mean over the seeds of the cell's measure, with its interval; None where a seed has no figure.
+        ours: mean of the figure over the seeds, with its interval; None where a seed has no figure.
         gap: mean difference to the baseline, paired by seed, with its interval; None without a baseline.
         published_gap: the paper's difference to its baseline; None where the paper does not tell.
     """
@@ -71,7 +71,9 @@ class Verdict:
 
 
 def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
-    """The cell's figure of a finished run; None where the run does not reach the target.
+    """The cell's figure of a finished run.
+
+    None where the run does not reach the target.
 
     Raises:
         UserError: the run does not tell the figure.
@@ -79,17 +81,16 @@ def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
     if cell.goal is not None:
         check_told(cell.goal.figure, run)
         return cell.goal.crossing(run.records)
-    if cell.figure == BYTES:
-        return float(run.summary["bytes"]["total"])
-    if cell.figure.startswith(BEST):
-        return best(cell.figure.removeprefix(BEST), run)
     if cell.figure not in run.metrics:
         raise _untold(cell.figure, run, run.metrics)
     return run.metrics[cell.figure]
 
 
-def best(figure: str, run: FoundRun) -> float:
-    """The best value of a figure over the evaluated rounds; raises UserError where no round tells the figure."""
+def best_value(figure: str, run: FoundRun) -> float:
+    """The best value of a figure over the evaluated rounds.
+
+    Raises UserError where no round tells the figure.
+    """
     check_told(figure, run)
     values = [record[figure] for record in run.records if isinstance(record.get(figure), float)]
     finite = [value for value in values if math.isfinite(value)]
@@ -116,18 +117,20 @@ def falls(figure: str, run: FoundRun) -> bool:
     Raises:
         UserError: nothing says so.
     """
-    if (better := run.direction(figure)) is None and figure not in (ROUNDS, BYTES):
+    if (better := run.direction(figure)) is None and figure != ROUNDS:
         raise UserError(f'The run in {run.folder} does not say whether a low "{figure}" is a good one: choose another.')
     return better != "max"
 
 
-def quality(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
-    """How good a run is in what a sweep's best point is best in, the larger the better; without the target: worse.
+def rate_run(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
+    """Rate a run by what a sweep's best point is best in, the larger the better.
+
+    Without the target: worse.
 
     Raises:
         UserError: the run does not tell the figure.
     """
-    name, reached = cell.figure.removeprefix(BEST), 1.0
+    name, reached = cell.figure, 1.0
     if cell.select == "validation":
         name = f"validation_{run.config.main}"
         if name not in run.metrics:
@@ -138,11 +141,11 @@ def quality(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
     if value is None:
         assert cell.goal is not None
         name, reached = cell.goal.figure, 0.0
-        value = best(name, run)
+        value = best_value(name, run)
     return reached, -math.inf if math.isnan(value) else -value if falls(name, run) else value
 
 
-def judge(
+def judge_cell(
     cell: PublishedCell, outcome: Outcome, baseline: Outcome | None = None, published_baseline: float | None = None
 ) -> Verdict:
     """The verdict on a cell all of whose runs are finished.
@@ -153,16 +156,10 @@ def judge(
         baseline: of the baseline's runs; None without a baseline or while it is not played.
         published_baseline: the paper's value of the baseline.
     """
-    values, others = outcome.reached, {} if baseline is None else baseline.reached
-    published, gap = cell.published, paired(values, others)
-    published_gap: float | None
-    if cell.measure == "value":
-        ours = paired(values, dict.fromkeys(values, 0.0)) if len(values) == len(outcome.values) else None
-        published_gap = None if published is None or published_baseline is None else published - published_baseline
-    elif cell.measure == "difference":
-        ours, published_gap = gap, published
-    else:
-        ours, published_gap = _ratio(values, others), None if published is None else published - 1
+    values, base_values = outcome.reached_values, {} if baseline is None else baseline.reached_values
+    published, gap = cell.published, compare_pairs(values, base_values)
+    ours = compare_pairs(values, dict.fromkeys(values, 0.0)) if len(values) == len(outcome.values) else None
+    published_gap = None if published is None or published_baseline is None else published - published_baseline
 
     def verdict(kind: str, detail: str = "") -> Verdict:
         return Verdict(kind, detail, ours, gap, published_gap)
@@ -171,42 +168,28 @@ def judge(
         return verdict(UNPUBLISHED)
     if cell.scale == "smaller" and not cell.baseline:
         return verdict(BASELINE)
-    if len(values) < len(outcome.values):
-        return verdict(*_unreached(cell, published, outcome))
-    alone = "its baseline is not played" if baseline is None else "no seed of its baseline has the figure"
-    if cell.scale == "smaller":
-        return verdict(*_ordering(gap, published_gap, alone))
     if ours is None:
-        return verdict(UNDECIDED, alone)
+        return verdict(*_judge_missed_target(cell, published, outcome))
+    if cell.scale == "smaller":
+        missing_words = "its baseline is not played" if baseline is None else "no seed of its baseline has the figure"
+        return verdict(*_ordering(gap, published_gap, missing_words))
     return verdict(*_value(cell, published, ours))
-
-
-def _ratio(values: Mapping[int, float], others: Mapping[int, float]) -> Difference | None:
-    """The geometric mean of the ratios over common seeds, with the interval of their logarithms; None without any."""
-    if any(value <= 0 for value in (*values.values(), *others.values())):
-        return None
-    logarithms = [{seed: math.log(value) for seed, value in each.items()} for each in (values, others)]
-    difference = paired(*logarithms)
-    if difference is None:
-        return None
-    low, high = (None if end is None else math.exp(end) for end in (difference.low, difference.high))
-    return Difference(math.exp(difference.mean), low, high)
 
 
 def _value(cell: PublishedCell, published: float, ours: Difference) -> tuple[str, str]:
     if ours.low is None or ours.high is None:
         return UNDECIDED, "one seed has no interval"
     if not ours.low <= published <= ours.high:
-        return DIFFERS, f"by {shown(cell, ours.mean - published, '+')}"
+        return DIFFERS, f"by {figure_text(cell, ours.mean - published, '+')}"
     half = (ours.high - ours.low) / 2
     if cell.tolerance is not None and half > cell.tolerance:
-        return UNDECIDED, f"± {shown(cell, half)} is wider than ± {shown(cell, cell.tolerance)}"
+        return UNDECIDED, f"± {figure_text(cell, half)} is wider than ± {figure_text(cell, cell.tolerance)}"
     return REPRODUCED, ""
 
 
-def _ordering(gap: Difference | None, published_gap: float | None, alone: str) -> tuple[str, str]:
+def _ordering(gap: Difference | None, published_gap: float | None, missing_words: str) -> tuple[str, str]:
     if gap is None or published_gap is None:
-        return UNDECIDED, alone if gap is None else "the paper tells no value of the baseline"
+        return UNDECIDED, missing_words if gap is None else "the paper tells no value of the baseline"
     if gap.low is None or gap.high is None:
         return UNDECIDED, "one seed has no interval"
     if gap.low <= 0 <= gap.high:
@@ -216,23 +199,20 @@ def _ordering(gap: Difference | None, published_gap: float | None, alone: str) -
     return (SAME if gap.mean * published_gap > 0 else REVERSED), ""
 
 
-def _unreached(cell: PublishedCell, published: float, outcome: Outcome) -> tuple[str, str]:
+def _judge_missed_target(cell: PublishedCell, published: float, outcome: Outcome) -> tuple[str, str]:
     """The verdict where seeds miss the target: they need more rounds than they played."""
     missing = [outcome.rounds[seed] for seed, value in outcome.values.items() if value is None]
     count = f"{len(missing)} of {len(outcome.values)} seeds miss {cell.goal} in {min(missing):,.0f} rounds"
-    fewest = min([*missing, *outcome.reached.values()])
-    if cell.scale == "paper" and cell.measure == "value" and fewest > published + (cell.tolerance or 0):
-        return DIFFERS, f"by more than {shown(cell, fewest - published, '+')}; {count}"
+    fewest = min([*missing, *outcome.reached_values.values()])
+    if cell.scale == "paper" and fewest > published + (cell.tolerance or 0):
+        return DIFFERS, f"by more than {figure_text(cell, fewest - published, '+')}; {count}"
     return UNDECIDED, count
 
 
-def shown(cell: PublishedCell, value: float, sign: str = "") -> str:
-    """A value of the cell's measure, or with ``sign`` "+" a difference, for people."""
-    if cell.measure == "ratio":
-        return f"{value:{sign}.2f}"
-    if cell.figure in (ROUNDS, BYTES):
+def figure_text(cell: PublishedCell, value: float, sign: str = "") -> str:
+    """Return a value of the cell's figure, or with ``sign`` "+" a difference, for people."""
+    if cell.figure == ROUNDS:
         return f"{value:{sign},.0f}"
-    figure = cell.figure.removeprefix(BEST)
-    if sign or cell.measure == "difference":
-        return number(figure, value, sign or "+") + " points" * bool(scale(figure)[1])
-    return human_metric(figure, value)
+    if sign:
+        return number(cell.figure, value, sign) + " points" * bool(scale(cell.figure)[1])
+    return human_metric(cell.figure, value)

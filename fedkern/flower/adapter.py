@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fedkern.errors import Malformed, UserError
 from fedkern.process.extras import install
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor
 
     from fedkern.flower.model_layout import Layout
@@ -70,9 +69,30 @@ from flwr.serverapp.strategy import Result  # noqa: E402
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords  # noqa: E402
 
 __all__ = [
-    "ERROR", "INFO", "QUERY", "TRAIN", "WARNING", "Array", "ArrayRecord", "Arrived", "ClientApp", "ConfigRecord",
-    "Context", "Grid", "Message", "MessageType", "MetricRecord", "NodeChannel", "RecordDict", "Result", "ServerApp",
-    "aggregate_metricrecords", "flower", "log", "opened", "replied",
+    "ERROR",
+    "INFO",
+    "QUERY",
+    "TRAIN",
+    "WARNING",
+    "Array",
+    "ArrayRecord",
+    "ClientApp",
+    "ConfigRecord",
+    "Context",
+    "Grid",
+    "Message",
+    "MessageType",
+    "MetricRecord",
+    "NodeChannel",
+    "NodeReply",
+    "RecordDict",
+    "Result",
+    "ServerApp",
+    "aggregate_metricrecords",
+    "flower",
+    "log",
+    "make_reply",
+    "unpack_message",
 ]  # fmt: skip
 
 _GROUP_BYTES = 4 << 20
@@ -80,7 +100,8 @@ _GROUP_BYTES = 4 << 20
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 3.0
 """Seconds between two looks for replies: the pause grows while none comes, up to Flower's own."""
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
+R = TypeVar("R")
 
 
 def streaming(method: F) -> F:
@@ -93,13 +114,22 @@ def streaming(method: F) -> F:
     return method
 
 
+class InformedStrategy(Protocol):
+    """Strategy that is told what is sent: `averaging.FedAvg`."""
+
+    arrayrecord_key: str
+    aggregate_train: Callable[..., object]
+    begin: Callable[[ArrayRecord | None, Sequence[int]], None]
+    begin_evaluation: Callable[[Sequence[int]], None]
+
+
 class StreamedGrid:
     """A grid that gives a strategy the replies to training messages one by one, as they arrive.
 
     The ``begin`` of an `averaging.FedAvg` is told what is sent.  Everything else is the grid's own.
     """
 
-    def __init__(self, grid: Grid, strategy: Any) -> None:
+    def __init__(self, grid: Grid, strategy: InformedStrategy) -> None:
         self._grid, self._strategy = grid, strategy
 
     def __getattr__(self, name: str) -> Any:
@@ -114,7 +144,7 @@ class StreamedGrid:
             return list(Arrivals(self._grid, sent, timeout, len(sent)))
         if kind != MessageType.TRAIN:
             return self._grid.send_and_receive(sent, timeout=timeout)
-        array_records = records(sent[0].content, ArrayRecord)
+        array_records = find_records(sent[0].content, ArrayRecord)
         named = sent[0].content.get(self._strategy.arrayrecord_key)
         arrays = named if isinstance(named, ArrayRecord) else next(iter(array_records), None)
         self._strategy.begin(arrays, [message.metadata.dst_node_id for message in sent])
@@ -125,7 +155,9 @@ class StreamedGrid:
 
 
 class Arrivals:
-    """Replies to messages, which are sent at once; iteration waits for each, and keeps none.
+    """Replies to messages, which are sent at once.
+
+    Iteration waits for each, and keeps none.
 
     At most ``group`` replies are asked for at once.  After ``timeout`` seconds no more is waited for; None: no limit.
     """
@@ -176,45 +208,33 @@ def nodes(grid: Grid) -> list[int]:
     return [node for _, node in sorted(pairs)]
 
 
-def record(layout: Layout, vector: Tensor | Mapping[str, bytes], others: Mapping[str, np.ndarray]) -> ArrayRecord:
+def make_record(
+    layout: Layout, vector: Tensor | Mapping[str, bytes], integers: Mapping[str, np.ndarray]
+) -> ArrayRecord:
     """A model as Flower's arrays: its floating entries ``[P]``, or the bytes of their arrays by key, and the others."""
     import numpy as np  # not above, as with torch: a process that only hands messages on needs neither
 
-    from fedkern.flower import array_bytes
-    from fedkern.flower.array_bytes import FLAT, LISTING
+    from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, NUMPY, npy_bytes, raw_bytes
 
-    floats = vector if isinstance(vector, Mapping) else _bytes_of(layout, vector)
     arrays = ArrayRecord()
     if layout.flat:
-        arrays[FLAT] = Array(layout.flat, (layout.size,), FLAT, floats[FLAT])
-        listing = layout.listing
-        arrays[LISTING] = Array("uint8", (len(listing),), LISTING, listing)
+        data = vector[FLAT] if isinstance(vector, Mapping) else raw_bytes(vector.to(FLOATS[layout.flat]))
+        arrays[FLAT] = Array(layout.flat, (layout.size,), FLAT, data)
+        arrays[LISTING] = Array("uint8", (len(layout.listing),), LISTING, layout.listing)
     for entry in layout.entries:
-        if entry.floating and layout.flat:
+        if not entry.floating:
+            data = npy_bytes(np.ascontiguousarray(integers[entry.key]), entry.shape)
+        elif layout.flat:
             continue
-        if entry.floating:
-            data = floats[entry.key]
+        elif isinstance(vector, Mapping):
+            data = vector[entry.key]
         else:
-            data = array_bytes.npy_bytes(np.ascontiguousarray(others[entry.key]), entry.shape)
-        arrays[entry.key] = Array(entry.dtype, entry.shape, array_bytes.NUMPY, data)
+            data = npy_bytes(vector[entry.begin : entry.end].to(FLOATS[entry.dtype]).numpy(), entry.shape)
+        arrays[entry.key] = Array(entry.dtype, entry.shape, NUMPY, data)
     return arrays
 
 
-def _bytes_of(layout: Layout, vector: Tensor) -> dict[str, bytes]:
-    """The bytes of the arrays of all floating entries, by key."""
-    from fedkern.flower import array_bytes
-    from fedkern.flower.array_bytes import FLAT, FLOATS
-
-    if layout.flat:
-        return {FLAT: array_bytes.raw_bytes(vector.to(FLOATS[layout.flat]))}
-    arrays = {}
-    for entry in layout.floating:
-        numbers = vector[entry.begin : entry.end].to(FLOATS[entry.dtype]).numpy()
-        arrays[entry.key] = array_bytes.npy_bytes(numbers, entry.shape)
-    return arrays
-
-
-def records(content: RecordDict, kind: type[Any]) -> list[Any]:
+def find_records(content: RecordDict, kind: type[R]) -> list[R]:
     """The records of a kind.
 
     Flower's own properties for this (``array_records``) make a reference cycle that keeps the arrays alive until the
@@ -228,25 +248,6 @@ def without_arrays(content: RecordDict) -> RecordDict:
     return RecordDict({name: value for name, value in content.items() if not isinstance(value, ArrayRecord)})
 
 
-def to_flat(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> ArrayRecord:
-    """See :func:`fedkern.flower.strategies.flat_arrays.pack`."""
-    import torch
-
-    from fedkern.flower import array_bytes
-    from fedkern.flower.array_bytes import FLOATS
-    from fedkern.flower.model_layout import Layout
-
-    forms = []
-    for key, value in state.items():
-        name = array_bytes.dtype_name(value.dtype) if value.is_floating_point() else value.cpu().numpy().dtype.name
-        forms.append((key, tuple(value.shape), name))
-    layout = Layout(forms)
-    layout.flat = array_bytes.dtype_name(dtype or layout.dtype)
-    parts = [state[entry.key].detach().cpu().reshape(-1).to(FLOATS[layout.flat]) for entry in layout.floating]
-    vector = torch.cat(parts) if parts else torch.empty(0, dtype=FLOATS[layout.flat])
-    return record(layout, vector, {entry.key: state[entry.key].detach().cpu().numpy() for entry in layout.whole})
-
-
 # -- whole runs over Flower ------------------------------------------------------------------------------------------
 
 TRAIN, QUERY = MessageType.TRAIN, MessageType.QUERY
@@ -257,7 +258,7 @@ _LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, Err
 
 
 @dataclass
-class Arrived:
+class NodeReply:
     """A node's reply.
 
     Attributes:
@@ -276,7 +277,10 @@ class Arrived:
 
 
 class NodeChannel:
-    """Messages to nodes, and their replies; ``sent`` and ``received`` are bytes without what Flower adds."""
+    """Messages to nodes, and their replies.
+
+    ``sent`` and ``received`` are bytes without what Flower adds.
+    """
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -305,34 +309,34 @@ class NodeChannel:
         named = list(self._grid.push_messages([Message(content, node, kind, ttl=ttl)]))
         return named[0] if named and named[0] else None
 
-    def arrived(self, names: Sequence[str]) -> list[Arrived]:
+    def collect_replies(self, names: Sequence[str]) -> list[NodeReply]:
         """The replies that have come to some messages.
 
         Each is handed on once.
         """
         if not names:
             return []
-        arrivals: list[Arrived] = []
+        arrivals: list[NodeReply] = []
         for reply in self._grid.pull_messages(list(names)):
             to = reply.metadata.reply_to_message_id
             if reply.has_error():
                 error = reply.error
                 text = str(error.reason or f"error {error.code}")
-                arrivals.append(Arrived(to, error=text, lost=error.code in _LOST))
+                arrivals.append(NodeReply(to, error=text, lost=error.code in _LOST))
                 continue
             try:
-                packed = opened(reply)[1]
+                packed = unpack_message(reply)[1]
                 self.received += len(packed)
-                arrivals.append(Arrived(to, packed))
+                arrivals.append(NodeReply(to, packed))
             except Malformed as why:
-                arrivals.append(Arrived(to, malformed=str(why)))
+                arrivals.append(NodeReply(to, malformed=str(why)))
             except Exception as error:  # a node's reply may hold anything, and ends no run
-                arrivals.append(Arrived(to, malformed=f"cannot be read ({type(error).__name__}: {error})"))
+                arrivals.append(NodeReply(to, malformed=f"cannot be read ({type(error).__name__}: {error})"))
         return arrivals
 
 
 def for_one_message() -> bool:
-    """Whether Flower has started this process for a single message, with packages that outlive the process.
+    """Return whether Flower has started this process for a single message, with packages that outlive the process.
 
     A SuperNode does; the processes of a simulation stay.  With dependencies that are installed at run time Flower
     deletes the packages when the process ends.
@@ -340,11 +344,11 @@ def for_one_message() -> bool:
     return Path(sys.argv[0]).stem == "flwr-clientapp" and "--allow-runtime-dependency-installation" not in sys.argv
 
 
-def opened(message: Message) -> tuple[str, bytes]:
+def unpack_message(message: Message) -> tuple[str, bytes]:
     """Return the header and the packed message of a message or a reply.
 
     Raises:
-        Malformed: its records are not as :meth:`NodeChannel.send` and :func:`replied` make them.
+        Malformed: its records are not as :meth:`NodeChannel.send` and :func:`make_reply` make them.
     """
     header, record = (message.content.get(name) for name in (_HEADER, _MESSAGE))
     text = header.get("header") if isinstance(header, ConfigRecord) else None
@@ -354,7 +358,7 @@ def opened(message: Message) -> tuple[str, bytes]:
     return text, array.data
 
 
-def replied(message: Message, packed: bytes) -> Message:
+def make_reply(message: Message, packed: bytes) -> Message:
     """The reply to a message."""
     return Message(RecordDict({_HEADER: ConfigRecord({"header": ""}), _MESSAGE: _in_record(packed)}), reply_to=message)
 

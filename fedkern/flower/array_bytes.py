@@ -1,6 +1,6 @@
-"""Arrays of Flower messages as tensors and back: bytes of ``.npy`` files, or one flat vector; no copy, no pickle.
+"""Arrays of Flower messages as tensors and back: bytes of ``.npy`` files, or one flat vector.
 
-An array is any object with the attributes ``dtype``, ``shape``, ``stype`` and ``data`` of Flower's ``Array``.
+No copy, no pickle.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import io
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _new_bytes: Any = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
     ("PyBytes_FromStringAndSize", ctypes.pythonapi)
 )
-_start_of: Any = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(("PyBytes_AsString", ctypes.pythonapi))
 
 
 class Misfit(Exception):
@@ -48,6 +47,15 @@ class Misfit(Exception):
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
         self.reason = reason
+
+
+class FlowerArray(Protocol):
+    """The attributes of Flower's ``Array`` that are read here."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    stype: str
+    data: bytes
 
 
 class Header(NamedTuple):
@@ -69,7 +77,7 @@ class Header(NamedTuple):
         return math.prod(self.shape)
 
 
-def header(array: Any, name: str) -> Header:
+def read_header(array: FlowerArray, name: str) -> Header:
     """The form of an array, plain or a flat vector, checked against the length of its bytes.
 
     Raises:
@@ -111,14 +119,17 @@ def _parse_header(data: bytes) -> tuple[Header, int]:
     return Header(dtype.name, tuple(shape), "F" if fortran else "C", len(data), not dtype.isnative), dtype.itemsize
 
 
-def is_shape(sizes: Sequence[Any]) -> bool:
-    """Whether sizes that came with a message are those of an array that memory can hold, also without its zeros."""
+def is_shape(sizes: Sequence[int]) -> bool:
+    """Return whether sizes that came with a message are those of an array that memory can hold.
+
+    Sizes of 0 count as 1.
+    """
     if len(sizes) > _MOST_SIZES or any(type(size) is not int or not 0 <= size <= _MOST_ELEMENTS for size in sizes):
         return False
     return math.prod(max(size, 1) for size in sizes) <= _MOST_ELEMENTS
 
 
-def tensor(array: Any, form: Header) -> Tensor:
+def as_tensor(array: FlowerArray, form: Header) -> Tensor:
     """The elements of a floating array as a vector ``[n]`` that shares the array's memory.
 
     It may only be read.
@@ -127,7 +138,7 @@ def tensor(array: Any, form: Header) -> Tensor:
     """
     dtype, data, begin, count = FLOATS[form.dtype], array.data, form.begin, form.elements
     if form.order == "F" or form.swapped:
-        return torch.from_numpy(np.array(numbers(array, form), order="C").reshape(-1))
+        return torch.from_numpy(np.array(as_numpy(array, form), order="C").reshape(-1))
     if not count:
         return torch.empty(0, dtype=dtype)
     address = _address(data)
@@ -137,28 +148,30 @@ def tensor(array: Any, form: Header) -> Tensor:
     return _share_memory(data, address, dtype, count, begin)
 
 
-def joined(arrays: Sequence[tuple[Any, Header]]) -> Tensor:
+def join_tensors(arrays: Sequence[tuple[FlowerArray, Header]]) -> Tensor:
     """:func:`tensor` of one floating array.
 
     The elements of several one after another, copied.
     """
     if len(arrays) == 1:
-        return tensor(*arrays[0])
+        return as_tensor(*arrays[0])
     dtype = arrays[0][1].dtype
     if any(form.dtype != dtype or form.order == "F" or form.swapped for _, form in arrays):
-        return torch.cat([tensor(*array) for array in arrays])
+        return torch.cat([as_tensor(*array) for array in arrays])
     data = bytearray().join([memoryview(array.data)[form.begin :] for array, form in arrays])
     return torch.frombuffer(data, dtype=FLOATS[dtype]) if data else torch.empty(0, dtype=FLOATS[dtype])
 
 
-def _address(data: Any) -> int:
-    """Where the bytes of an object with a buffer lie."""
-    address: int = _start_of(data) if type(data) is bytes else np.frombuffer(data, np.uint8).ctypes.data
-    return address
+def _address(data: bytes) -> int:
+    """Return the address of the first byte, of at least one."""
+    return int(np.frombuffer(data, np.uint8).ctypes.data)
 
 
-def numbers(array: Any, form: Header) -> np.ndarray:
-    """The elements of an array in Flower's encoding, in their shape; not writable."""
+def as_numpy(array: FlowerArray, form: Header) -> np.ndarray:
+    """The elements of an array in Flower's encoding, in their shape.
+
+    Not writable.
+    """
     dtype = np.dtype(form.dtype)
     stored = dtype.newbyteorder() if form.swapped else dtype
     if not form.elements:
@@ -168,7 +181,10 @@ def numbers(array: Any, form: Header) -> np.ndarray:
 
 
 def npy_bytes(vector: np.ndarray, shape: tuple[int, ...]) -> bytes:
-    """The bytes of a ``.npy`` file with the elements of a contiguous array, in a given shape; one copy."""
+    """The bytes of a ``.npy`` file with the elements of a contiguous array, in a given shape.
+
+    One copy.
+    """
     flat: Any = vector.reshape(-1)
     return b"".join((npy_header(vector.dtype.str, shape), flat.view(np.uint8).data))
 
@@ -181,7 +197,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def writable(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, Tensor]:
+def allocate_bytes(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, Tensor]:
     """New bytes that begin with ``head``, and the ``count`` elements behind it as a vector that shares their memory.
 
     The elements hold nothing yet.  They may be written to only until somebody else sees the bytes: CPython allows that
@@ -195,7 +211,7 @@ def writable(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, Tensor
     return data, _share_memory(data, address, dtype, count, len(head))
 
 
-def _share_memory(data: Any, address: int, dtype: torch.dtype, count: int, begin: int) -> Tensor:
+def _share_memory(data: bytes, address: int, dtype: torch.dtype, count: int, begin: int) -> Tensor:
     """A vector in the memory of ``data``, which lies at ``address`` and lives as long as the vector."""
     # torch warns of bytes that nobody may write to.
     memory: Any = (ctypes.c_char * len(data)).from_address(address)
@@ -204,10 +220,16 @@ def _share_memory(data: Any, address: int, dtype: torch.dtype, count: int, begin
 
 
 def raw_bytes(vector: Tensor) -> bytes:
-    """The elements of a contiguous vector as raw bytes; one copy."""
+    """The elements of a contiguous vector as raw bytes.
+
+    One copy.
+    """
     return bytes(vector.view(torch.uint8).numpy().data) if vector.numel() else b""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a floating dtype, as in `FLOATS`; raises KeyError for another dtype."""
+    """The name of a floating dtype, as in `FLOATS`.
+
+    Raises KeyError for another dtype.
+    """
     return _NAMES[dtype]

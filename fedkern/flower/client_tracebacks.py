@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedkern.flower.adapter import Context, Message
 
 
 class ClientAppFailed(Exception):
     """An exception of a ClientApp whose message is the traceback of the original one."""
 
 
-def with_traceback(message: Any, context: Any, call_next: Callable[[Any, Any], Any]) -> Any:
+def with_traceback(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
     """Runs the ClientApp.
 
     An exception's traceback goes to the server as the error's reason.

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.errors import printable_name
 from fedkern.flower import array_bytes
-from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, NUMPY, Header, Misfit
+from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, NUMPY, FlowerArray, Header, Misfit
 
 # Elements from which an entry is worth a call of its own: below, the call costs more than copying the entry.
 _LARGE = 8192
@@ -48,17 +47,17 @@ class Entry:
 
     @property
     def floating(self) -> bool:
-        """Whether the entry is part of the flat vector."""
+        """Return whether the entry is part of the flat vector."""
         return self.dtype in FLOATS
 
     @property
     def variance(self) -> bool:
-        """Whether the entry holds the running variances of a batch norm."""
+        """Return whether the entry holds the running variances of a batch norm."""
         return self.floating and self.key.endswith(_VARIANCES)
 
     @property
     def statistic(self) -> bool:
-        """Whether the entry holds running statistics of a batch norm: no parameter that an optimiser may move."""
+        """Return whether the entry holds running statistics of a batch norm, which no optimiser may move."""
         return self.floating and self.key.endswith(_STATISTICS)
 
 
@@ -121,8 +120,8 @@ class Layout:
         """JSON of the entries, ``[[key, shape, dtype], ...]``."""
         return json.dumps([[entry.key, list(entry.shape), entry.dtype] for entry in self.entries]).encode()
 
-    def form(self, key: str, array: Any) -> Header:
-        """`array_bytes.header` of an entry's array.
+    def form(self, key: str, array: FlowerArray) -> Header:
+        """`array_bytes.read_header` of an entry's array.
 
         The arrays of a round mostly begin with the same bytes.
         """
@@ -131,27 +130,27 @@ class Layout:
         plain = array.stype == NUMPY and type(data) is bytes
         if plain and entry is not None and len(data) == entry[1] and data.startswith(entry[0]):
             return entry[2]
-        form = array_bytes.header(array, _name(key))
+        form = array_bytes.read_header(array, _name(key))
         if plain:
             self._known[key] = (data[: form.begin], len(data), form)
         return form
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Layout:
+    def of(cls, record: Mapping[str, FlowerArray]) -> Layout:
         """The layout of a record.
 
         Raises:
             Misfit: an array's bytes, or the list of a flat record's entries, cannot be read.
         """
         if FLAT not in record:
-            forms = {key: array_bytes.header(array, _name(key)) for key, array in record.items()}
+            forms = {key: array_bytes.read_header(array, _name(key)) for key, array in record.items()}
             return cls([(key, form.shape, form.dtype) for key, form in forms.items()])
-        layout = cls(_listed(record), record[FLAT].dtype)
+        layout = cls(_read_listing(record), record[FLAT].dtype)
         Model(record, layout)  # checks the vector's length, and the other arrays
         return layout
 
 
-def _listed(record: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...], str]]:
+def _read_listing(record: Mapping[str, FlowerArray]) -> list[tuple[str, tuple[int, ...], str]]:
     """The entries that a flat record lists."""
     if LISTING not in record:
         raise Misfit("keys", f"has {FLAT!r} but lacks {LISTING!r}")
@@ -178,10 +177,10 @@ class Model:
         Misfit: keys, shapes, dtypes or lengths differ.
     """
 
-    def __init__(self, record: Mapping[str, Any], layout: Layout, sent: Model | None = None) -> None:
+    def __init__(self, record: Mapping[str, FlowerArray], layout: Layout, sent: Model | None = None) -> None:
         self._layout, self._sent = layout, sent
         self._vector: Tensor | None = None
-        self._arrays: dict[str, tuple[Any, Header]] = {}
+        self._arrays: dict[str, tuple[FlowerArray, Header]] = {}
         self._dtypes: set[tuple[str, str]] = set()  # of the entries, as they came and as the layout has them
         self.nbytes = 0
         """Bytes of the floating entries."""
@@ -205,15 +204,15 @@ class Model:
                 self._dtypes.add((form.dtype, entry.dtype))
                 self.nbytes += len(array.data) - form.begin
             elif form.dtype == entry.dtype:
-                self.whole[entry.key] = array_bytes.numbers(array, form)
+                self.whole[entry.key] = array_bytes.as_numpy(array, form)
             else:
                 expected = "a floating dtype" if entry.floating else entry.dtype
                 raise Misfit("dtypes", f"has {_name(entry.key)} of {form.dtype} where {expected} is expected")
 
-    def _read_flat(self, record: Mapping[str, Any], keys: set[str]) -> set[str]:
+    def _read_flat(self, record: Mapping[str, FlowerArray], keys: set[str]) -> set[str]:
         layout = self._layout
         if LISTING not in keys or record[LISTING].data != layout.listing:
-            listed = {key: (shape, dtype in FLOATS, dtype) for key, shape, dtype in _listed(record)}
+            listed = {key: (shape, dtype in FLOATS, dtype) for key, shape, dtype in _read_listing(record)}
             _check_keys(set(listed), {entry.key for entry in layout.entries})
             if list(listed) != [entry.key for entry in layout.entries]:
                 raise Misfit("keys", "lists the entries of its flat vector in another order than the global model's")
@@ -225,12 +224,12 @@ class Model:
                 if floating != entry.floating:
                     raise Misfit("dtypes", f"has {name} of {dtype[:20]} where {entry.dtype} is expected")
         _check_keys(keys - {FLAT, LISTING}, {entry.key for entry in layout.whole})
-        form = array_bytes.header(record[FLAT], FLAT)
+        form = array_bytes.read_header(record[FLAT], FLAT)
         if record[FLAT].stype != FLAT:
             raise Misfit("dtypes", f"has {FLAT!r} in another encoding than its own")
         if form.shape != (layout.size,):
             raise Misfit("size", f"has a flat vector of {form.elements} elements where {layout.size} are expected")
-        self._vector = array_bytes.tensor(record[FLAT], form)
+        self._vector = array_bytes.as_tensor(record[FLAT], form)
         self._dtypes = {(form.dtype, entry.dtype) for entry in layout.floating}
         self.nbytes = self._vector.nbytes
         return keys
@@ -239,13 +238,16 @@ class Model:
         """The numbers of a floating entry, ``[n]``."""
         if self._vector is not None:
             return self._vector[entry.begin : entry.end]
-        return array_bytes.tensor(*self._arrays[entry.key])
+        return array_bytes.as_tensor(*self._arrays[entry.key])
 
     def segment(self, run: Sequence[Entry]) -> Tensor:
-        """The numbers of neighbouring floating entries, ``[n]``; several arrays are copied together."""
+        """The numbers of neighbouring floating entries, ``[n]``.
+
+        Several arrays are copied together.
+        """
         if self._vector is not None:
             return self._vector[run[0].begin : run[-1].end]
-        return array_bytes.joined([self._arrays[entry.key] for entry in run])
+        return array_bytes.join_tensors([self._arrays[entry.key] for entry in run])
 
     def segments(self) -> Iterator[Tensor]:
         """All segments of the layout, in order."""
@@ -277,12 +279,12 @@ class Model:
         for run in self._layout.segments:
             kind = FLOATS[flat or run[0].dtype]
             if not _all_good(self.segment(run), kind):
-                bad = next((entry for entry in run if not _all_good(self._changed(entry), kind)), None)
+                bad = next((entry for entry in run if not _all_good(self._without_sent_infinities(entry), kind)), None)
                 if bad is None:
                     continue
                 raise Misfit("finite", f"holds NaN, infinite or too large values in {_name(bad.key)}")
 
-    def _changed(self, entry: Entry) -> Tensor:
+    def _without_sent_infinities(self, entry: Entry) -> Tensor:
         """The numbers of a floating entry, with 0 in the place of infinities that were sent (a causal mask of -inf)."""
         data = self.entry(entry)
         return data if self._sent is None else data.masked_fill(data.isinf() & (data == self._sent.entry(entry)), 0.0)
@@ -295,8 +297,8 @@ class Model:
         """
         entries = self._layout.variances
         if self._vector is None and entries:
-            least = float(array_bytes.joined([self._arrays[entry.key] for entry in entries]).min())
-            if not least < 0:
+            lowest = float(array_bytes.join_tensors([self._arrays[entry.key] for entry in entries]).min())
+            if not lowest < 0:
                 return
         for entry in entries:
             if float(self.entry(entry).min()) < 0:
@@ -306,9 +308,9 @@ class Model:
     def distance(self, start: Model) -> float:
         """Euclidean distance to another model over all floating entries, computed in fp64."""
         parts = []
-        for part, other in zip(self.segments(), start.segments(), strict=True):
-            wide = torch.promote_types(part.dtype, other.dtype)
-            parts.append(float(ops.pairwise_distances([part.to(wide), other.to(wide)])[0, 1]))
+        for part, start_part in zip(self.segments(), start.segments(), strict=True):
+            wide = torch.promote_types(part.dtype, start_part.dtype)
+            parts.append(float(ops.pairwise_distances([part.to(wide), start_part.to(wide)])[0, 1]))
         return math.hypot(*parts)
 
     def norm(self) -> float:
@@ -317,7 +319,7 @@ class Model:
 
 
 def _all_good(part: Tensor, kind: torch.dtype) -> bool:
-    """Whether all numbers are finite, also in the dtype ``kind`` of the new model, and far from overflowing a sum."""
+    """Return whether all numbers are finite, also in the new model's dtype ``kind``, and far from overflowing a sum."""
     if not part.numel():
         return True
     if part.dtype == torch.float64:
@@ -329,7 +331,7 @@ def _all_good(part: Tensor, kind: torch.dtype) -> bool:
 
 
 def _shows_in_sums(dtype: torch.dtype, kind: torch.dtype) -> bool:
-    """Whether numbers that are no good make a sum in fp64 infinite or NaN."""
+    """Return whether numbers that are no good make a sum in fp64 infinite or NaN."""
     return dtype != torch.float64 and (kind.itemsize > 2 or dtype == kind)
 
 

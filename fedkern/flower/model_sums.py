@@ -1,4 +1,4 @@
-"""What a round keeps of the clients' models: a running mean, or all of them."""
+"""Models of a round: their running mean, or all of them."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ class NewModel:
         self._copied: list[tuple[tuple[Entry, ...], Tensor]] = []
 
     def part(self, run: tuple[Entry, ...]) -> Tensor:
-        """Where the numbers of a segment of the layout are to be written, ``[n]``."""
+        """Return the memory for the numbers of a segment of the layout, ``[n]``."""
         begin, end = run[0].begin, run[-1].end
         if self.vector is not None:
             return self.vector[begin:end]
         if self._layout.flat:
             if self._flat is None:
-                self.data[FLAT], self._flat = array_bytes.writable(b"", self._layout.dtype, self._layout.size)
+                self.data[FLAT], self._flat = array_bytes.allocate_bytes(b"", self._layout.dtype, self._layout.size)
             return self._flat[begin:end]
         if len(run) > 1:
             part = torch.empty(end - begin, dtype=self._layout.dtype)
             self._copied.append((run, part))
             return part
         head = array_bytes.npy_header(np.dtype(run[0].dtype).str, run[0].shape)
-        self.data[run[0].key], part = array_bytes.writable(head, self._layout.dtype, end - begin)
+        self.data[run[0].key], part = array_bytes.allocate_bytes(head, self._layout.dtype, end - begin)
         return part
 
     def finish(self) -> NewModel:
@@ -76,7 +76,9 @@ class NewModel:
 
 
 class RunningMean:
-    """Weighted mean of models that arrive one after another; its bits do not depend on the order of arrival.
+    """Weighted mean of models that arrive one after another.
+
+    Its bits do not depend on the order of arrival.
 
     Memory: 25 bytes for each of P elements (:class:`fedkern.ops.Accumulator` with exact sums), however many models are
     added.
@@ -110,23 +112,28 @@ class RunningMean:
 
     def add_update(self, model: Model, start: Model, factor: float) -> None:
         """Adds ``factor * (model - start)`` with weight 1, computed in fp64."""
-        for total, part, there in zip(self._sums, model.segments(), start.segments(), strict=True):
+        for total, part, start_part in zip(self._sums, model.segments(), start.segments(), strict=True):
             # Equal infinities, of a mask among the buffers, differ by nothing.
-            change = torch.where(part == there, 0.0, part.double() - there.double())
+            change = torch.where(part == start_part, 0.0, part.double() - start_part.double())
             total.add(change * factor)
         self._add_whole(model)
 
     def _add_whole(self, model: Model) -> None:
         self._some = True
         for key, array in model.whole.items():
-            self._whole[key] = ranked([self._whole.get(key, array), array])
+            self._whole[key] = take_rank([self._whole.get(key, array), array])
 
     def norms(self) -> list[float]:
-        """Euclidean norms of the updates, one for each of :attr:`nodes`; empty where they are not wanted."""
+        """Euclidean norms of the updates, one for each of :attr:`nodes`.
+
+        Empty where they are not wanted.
+        """
         return self._norms
 
     def result(self, model: NewModel) -> tuple[NewModel, Whole] | None:
-        """Writes the mean to ``model``; gives it with the other entries, or None where no weight was added.
+        """Writes the mean to ``model``.
+
+        Gives it with the other entries, or None where no weight was added.
 
         The sums are given up on the way, so that sums and mean are never whole at the same time.
         """
@@ -159,7 +166,6 @@ class AllModels:
     def __init__(self, layout: Layout, start: Model | None = None) -> None:
         self.layout, self._start = layout, start
         self._held: list[_Held] = []
-        self._squares: Tensor | None = None  # of the updates' norms, where the mean has measured them
         self._grown = False
         self.refused: dict[int, Misfit] = {}
 
@@ -211,7 +217,6 @@ class AllModels:
         """
         while any(self.weights):
             model = NewModel(self.layout, as_arrays)
-            self._squares = None
             finite = [self._mean_of(run, model) for run in self.layout.segments]
             if all(finite) or not self._refuse():
                 return model.finish()
@@ -245,24 +250,22 @@ class AllModels:
         ops.weighted_mean(rows, self.weights, out=part)
         largest = _magnitude(part)
         if self._start is not None:
-            squares = self._squared_norms(run, self._start.segment(run), rows)
-            self._squares = squares if self._squares is None else self._squares + squares
             self._grown |= largest > _GROWN * _magnitude(self._start.segment(run))
         return math.isfinite(largest)
 
     def norms(self) -> list[float]:
-        """Euclidean norms of the updates, one for each of :attr:`nodes`; empty where the model sent is not known.
+        """Euclidean norms of the updates, one for each of :attr:`nodes`.
+
+        Empty where the model sent is not known.
 
         Those of large models are estimated from a part of every segment, unless the mean shows that numbers have grown.
         """
         if self._start is None or not self._held:
             return []
-        squares = self._squares
-        if squares is None or self._grown:
-            squares = torch.zeros(len(self._held), dtype=torch.float64)
-            for run in self.layout.segments:
-                rows = [reply.model.segment(run) for reply in self._held]
-                squares += self._squared_norms(run, self._start.segment(run), rows)
+        squares = torch.zeros(len(self._held), dtype=torch.float64)
+        for run in self.layout.segments:
+            rows = [reply.model.segment(run) for reply in self._held]
+            squares += self._squared_norms(run, self._start.segment(run), rows)
         return squares.sqrt().tolist()
 
     def _squared_norms(self, run: tuple[Entry, ...], sent: Tensor, rows: Sequence[Tensor]) -> Tensor:
@@ -280,10 +283,11 @@ class AllModels:
     def whole(self, chosen: Sequence[int] | None = None, rank: int = -1) -> Whole:
         """The other entries of the chosen models (None: of all), element by element: see :func:`ranked`."""
         models = [self._held[i].model for i in (range(len(self._held)) if chosen is None else chosen)]
-        return {key: ranked([model.whole[key] for model in models], rank) for key in models[0].whole} if models else {}
+        keys = models[0].whole if models else ()
+        return {key: take_rank([model.whole[key] for model in models], rank) for key in keys}
 
 
-def ranked(rows: Sequence[np.ndarray], rank: int = -1) -> np.ndarray:
+def take_rank(rows: Sequence[np.ndarray], rank: int = -1) -> np.ndarray:
     """The value of a rank among M arrays, element by element, in their own dtype.
 
     -1: the largest, 0: the smallest.

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from fedkern.privacy import Guarantee
     from fedkern.settings.config import RunConfig
 
+Record = Mapping[str, Any]
+"""A line of metrics.jsonl, the values of a round by name: JSON, with figures that the user may have named."""
+Summary = Mapping[str, Any]
+"""Contents of summary.json."""
+
 
 @dataclass(frozen=True)
 class RunInfo:

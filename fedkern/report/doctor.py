@@ -7,6 +7,7 @@ import importlib
 import os
 import platform
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rich.table import Table as TerminalTable
 from fedkern.errors import MESSAGE
 from fedkern.process import machine
 from fedkern.process.commit import commit
-from fedkern.report.names import plain, say
+from fedkern.report.names import literal_text, print_line
 from fedkern.report.tables import human_bytes
 from fedkern.text_table import Table
 
@@ -29,7 +30,10 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, fedkern (with its commit) and packages it uses; absent packages are ``"not installed"``."""
+    """Versions of Python, fedkern (with its commit) and packages it uses.
+
+    Absent packages are ``"not installed"``.
+    """
     packages = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -43,7 +47,10 @@ def versions() -> dict[str, str]:
 
 
 def cpuinfo(path: Path) -> dict[str, str]:
-    """Entries of ``/proc/cpuinfo`` for the first processor; none where there is no such file."""
+    """Entries of ``/proc/cpuinfo`` for the first processor.
+
+    None where there is no such file.
+    """
     entries: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in path.read_text(errors="replace").partition("\n\n")[0].splitlines():
@@ -53,7 +60,7 @@ def cpuinfo(path: Path) -> dict[str, str]:
     return entries
 
 
-def processor() -> dict[str, Any]:
+def processor() -> dict[str, object]:
     """The CPU: ``name``, ``cores``, and the ISA levels of fedkern's compiled core.
 
     The levels are ``available``, ``active`` and ``forced`` (None if not forced).  If the compiled core cannot be used,
@@ -62,7 +69,7 @@ def processor() -> dict[str, Any]:
     from fedkern.ops._core import backend, loading
 
     name = cpuinfo(CPUINFO).get("model name") or platform.processor() or platform.machine()
-    entries: dict[str, Any] = {"name": name, "cores": os.cpu_count()}
+    entries: dict[str, object] = {"name": name, "cores": os.cpu_count()}
     forced = os.environ.get("FEDKERN_CPU_ISA")
     entries["forced"] = forced or None
     try:
@@ -77,19 +84,19 @@ def processor() -> dict[str, Any]:
 
 
 def cuda_core() -> str:
-    """What fedkern's CUDA core was built for and the driver that it needs, or why there is none."""
+    """Return the architectures and the driver of fedkern's CUDA core, or why there is none."""
     from fedkern.ops._core import devices, loading
 
     try:
         core = loading.load_core("_cuda")
-        kinds = ", ".join(f"sm_{one}" for one in core.architectures())
+        kinds = ", ".join(f"sm_{architecture}" for architecture in core.architectures())
         built = f"built with CUDA {devices.version(core.versions()[0])} for {kinds} and newer"
         return f"{built}; needs NVIDIA's driver {devices.driver_for(core)}"
     except (loading.Unavailable, AttributeError) as error:  # AttributeError: an outdated core
         return f"none: {error}"
 
 
-def threads() -> dict[str, Any]:
+def threads() -> dict[str, object]:
     """Number of PyTorch's threads, which fedkern's compiled core uses too, and the settings that limit them."""
     import torch
 
@@ -102,7 +109,7 @@ def threads() -> dict[str, Any]:
     }
 
 
-def gpus() -> tuple[list[dict[str, Any]], str]:
+def gpus() -> tuple[list[dict[str, object]], str]:
     """GPUs that the NVIDIA driver lists through NVML, and the reason why there are none, empty if there are.
 
     A GPU has ``name``, ``memory`` and ``used`` (bytes), ``utilisation`` (per cent, or None if the driver does not
@@ -136,7 +143,7 @@ def gpus() -> tuple[list[dict[str, Any]], str]:
         pynvml.nvmlShutdown()
 
 
-def collect() -> dict[str, Any]:
+def collect_report() -> dict[str, Any]:
     """Everything that :func:`show` prints, as JSON-ready values."""
     import torch
 
@@ -160,15 +167,15 @@ def collect() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(console: Console, report: dict[str, Any] | None = None) -> None:
+def print_report(console: Console, report: dict[str, Any] | None = None) -> None:
     """Prints the report: versions, processor, threads, GPU, and the backends that serve each operator."""
-    report = collect() if report is None else report
+    report = collect_report() if report is None else report
     facts = TerminalTable(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
 
     def add(name: str, value: object) -> None:
-        facts.add_row(name, plain(value, most=MESSAGE))
+        facts.add_row(name, literal_text(value, limit=MESSAGE))
 
     present = {name: version for name, version in report["versions"].items() if version != "not installed"}
     absent = [name for name, version in report["versions"].items() if version == "not installed"]
@@ -215,15 +222,15 @@ def show(console: Console, report: dict[str, Any] | None = None) -> None:
     for row in report["operators"]:
         if text := row["leaves"] if row["serves"] else row["reason"]:
             notes.setdefault((row["backend"], row["serves"], text), []).append(row["operator"])
-    for (name, serves, text), who in sorted(notes.items(), key=lambda note: note[0][1]):
-        scope = "all operators" if len(who) == len(operators) else ", ".join(who)
+    for (name, serves, text), operator_names in sorted(notes.items(), key=lambda note: note[0][1]):
+        scope = "all operators" if len(operator_names) == len(operators) else ", ".join(operator_names)
         of = f"leaves to the reference, also where it is forced: of {scope} {text}"
-        say(console, f"{name} {of if serves else f'does not serve {scope}: {text}'}")
+        print_line(console, f"{name} {of if serves else f'does not serve {scope}: {text}'}")
 
 
-def _operator_table(rows: list[dict[str, Any]]) -> Table:
+def _operator_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     backends = [*dict.fromkeys(row["backend"] for row in rows)]
     serves = {(row["operator"], row["backend"]) for row in rows if row["serves"]}
     operators = dict.fromkeys(row["operator"] for row in rows)
-    lines = [[each, *("yes" if (each, name) in serves else "-" for name in backends)] for each in operators]
+    lines = [[operator, *("yes" if (operator, name) in serves else "-" for name in backends)] for operator in operators]
     return Table(["operator", *backends], lines, words=1 + len(backends))

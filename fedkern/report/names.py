@@ -13,27 +13,30 @@ TITLE, TICK, CELL = 100, 24, 200
 """Most characters of a picture's title, of a label in a picture, and of a table's cell."""
 
 
-def label(name: object, most: int = TICK) -> str:
-    """A name as a text in a picture; :func:`fedkern.report.figures.plots.save` prevents parsing it as a formula."""
-    return printable_name(str(name), most)
+def label(name: object, limit: int = TICK) -> str:
+    """A name as a text in a picture.
+
+    :func:`fedkern.report.figures.plots.save_png` prevents parsing it as a formula.
+    """
+    return printable_name(str(name), limit)
 
 
-def capital(text: str) -> str:
+def capitalize(text: str) -> str:
     """A text that begins with a capital letter."""
     return text[:1].upper() + text[1:]
 
 
-def entry(name: object, most: int = TICK) -> str:
+def entry(name: object, limit: int = TICK) -> str:
     """:func:`label` in a legend, from which matplotlib leaves out texts that begin with "_"."""
-    text = label(name, most)
+    text = label(name, limit)
     return f"\N{NO-BREAK SPACE}{text}" if text.startswith("_") else text
 
 
-def plain(name: object, style: str = "", most: int = CELL) -> Text:
+def literal_text(name: object, style: str = "", limit: int = CELL) -> Text:
     """A name as literal text in a table: in a plain string rich reads ``[red]`` as a colour, ``:dog:`` as an emoji."""
-    return Text(printable_name(str(name), most), style=style)
+    return Text(printable_name(str(name), limit), style=style)
 
 
-def say(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
     """Prints a line with names in it literally and in full length."""
-    console.print(plain(text, most=sys.maxsize), soft_wrap=True)
+    console.print(literal_text(text, limit=sys.maxsize), soft_wrap=True)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
@@ -17,8 +16,9 @@ from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.records import METRICS, read_metrics, read_summary
 from fedkern.engine.store.resuming import load_unedited
+from fedkern.listeners.events import Record, Summary
 from fedkern.methods.common.final_figures import set_name
-from fedkern.report.tables import ordered
+from fedkern.report.tables import sort_metrics
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import TASKS
 from fedkern.tasks.figure_names import split_metric
@@ -26,7 +26,7 @@ from fedkern.tasks.figure_names import split_metric
 
 @dataclass(frozen=True)
 class Contents:
-    """What is known of a run.
+    """Contents of a run folder.
 
     Attributes:
         summary: contents of ``summary.json``, or those that the rounds so far tell.
@@ -38,8 +38,8 @@ class Contents:
 
     folder: Path
     config: RunConfig
-    records: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any]
+    records: Sequence[Record]
+    summary: Summary
     facts: DataFacts = field(repr=False)
     finished: bool = True
     confusion: Confusions | None = None
@@ -54,14 +54,18 @@ class Contents:
 
     @property
     def private(self) -> bool:
-        """Whether nothing may be told of single clients and of counts of samples."""
+        """Return whether nothing may be told of single clients and of counts of samples."""
         return self.config.records == "private"
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The final figures that are numbers; those of the last evaluated round where the run is not finished."""
+        """The final figures that are numbers.
+
+        Those of the last evaluated round where the run is not finished.
+        """
         metrics = self.summary["metrics"]
-        return {name: metrics[name] for name in ordered(metrics, main=self.config.main) if math.isfinite(metrics[name])}
+        names = sort_metrics(metrics, main=self.config.main)
+        return {name: metrics[name] for name in names if math.isfinite(metrics[name])}
 
     @property
     def main(self) -> list[str]:
@@ -70,9 +74,9 @@ class Contents:
         names = [name for name in self.metrics if name.endswith(main) and self.split(name)[0] != "validation"]
         return [name for name in names if self.split(name)[1] == main] or names[:1]
 
-    def chance(self, records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    def chance(self, records: Iterable[Record]) -> dict[str, float]:
         """See :func:`constants`."""
-        return constants(records, self.config.main, self.facts.chance, self.confusion, len(self.facts.classes))
+        return constant_figures(records, self.config.main, self.facts.chance, self.confusion, len(self.facts.classes))
 
     def split(self, name: str) -> tuple[str, str]:
         """Test set and figure of a name such as ``ood_accuracy``, also of test sets that a user has named."""
@@ -84,7 +88,7 @@ class Contents:
         return names[int(k)] if names is not None and int(k) < len(names) else f"client {k}"
 
 
-def read(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents:
+def read_run_folder(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents:
     """Reads a run folder.
 
     Args:
@@ -108,17 +112,20 @@ def read(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents:
     )  # fmt: skip
 
 
-def _so_far(records: Sequence[Mapping[str, Any]], main: str) -> dict[str, Any]:
-    """What the summary of a run that is not finished would hold; figures are those of the last evaluated round."""
-    evaluated = (each for each in reversed(records) if any(name.endswith(main) for name in each))
+def _so_far(records: Sequence[Record], main: str) -> Summary:
+    """Return the summary of a run that is not finished.
+
+    Figures are those of the last evaluated round.
+    """
+    evaluated = (record for record in reversed(records) if any(name.endswith(main) for name in record))
     last = records[-1] if records else {}
     sent = {"total": last["bytes_up"] + last["bytes_down"]} if "bytes_up" in last else {}
-    phases = merged(*(record.get("phases", {}) for record in records))
+    phases = sum_phases(*(record.get("phases", {}) for record in records))
     seconds = {"seconds": last["seconds"]} if "seconds" in last else {}
     return {"metrics": next(evaluated, {}), "rounds": last.get("round", 0), "bytes": sent, "phases": phases, **seconds}
 
 
-def merged(*tables: Mapping[str, float]) -> dict[str, float]:
+def sum_phases(*tables: Mapping[str, float]) -> dict[str, float]:
     """Seconds by phase over all tables, where the numbered parts of a phase (``train/images 3``) are one."""
     seconds: dict[str, float] = {}
     for name, value in (item for table in tables for item in table.items()):
@@ -127,8 +134,8 @@ def merged(*tables: Mapping[str, float]) -> dict[str, float]:
     return seconds
 
 
-def constants(
-    records: Iterable[Mapping[str, Any]],
+def constant_figures(
+    records: Iterable[Record],
     main: str,
     known: Mapping[str, float | None],
     confusion: Confusions | None,

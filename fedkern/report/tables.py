@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from fedkern.errors import MESSAGE, printable_name
+from fedkern.listeners.events import Summary
 from fedkern.methods.common.intervals import LEAST, Row
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import CELL, TICK, label
 from fedkern.tasks.figure_names import RECALLS, TEST_SETS, figure_title, scale, set_title, short_title, split_metric
-from fedkern.tasks.partition_statistics import SKEW
+from fedkern.tasks.partition_statistics import SKEW, PartitionStatistics
 from fedkern.text_table import Table
 
 _ORDER = (
@@ -45,14 +46,16 @@ def human_time(seconds: float) -> str:
         return f"{seconds:.2f} s"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_left = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
+        return f"{minutes} min {seconds_left:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def in_unit(value: float | None, unit: str) -> str:
-    """A value as text; None, and what is not finite, is a dash.
+    """A value as text.
+
+    None, and what is not finite, is a dash.
 
     Args:
         value: the value.
@@ -92,13 +95,13 @@ def _rank(name: str, sets: Collection[str], main: str) -> tuple[int, int, str, i
     return (order.index(figure) if figure in order else len(order), column, plain, place)
 
 
-def ordered(metrics: Mapping[str, Any], sets: Collection[str] = (), main: str = "") -> list[str]:
+def sort_metrics(metrics: Mapping[str, object], sets: Collection[str] = (), main: str = "") -> list[str]:
     """Names of the numeric ``metrics``, in order: the main figure first, in distribution before out of distribution."""
     names = (name for name, value in metrics.items() if isinstance(value, (int, float)))
     return sorted(names, key=lambda name: _rank(name, sets, main))
 
 
-def covering(private: Mapping[str, Any]) -> str:
+def describe_epsilon(private: Mapping[str, Any]) -> str:
     """One line on what the epsilon of a run covers, so that nobody takes a partial epsilon for that of the release.
 
     Args:
@@ -116,19 +119,21 @@ def covering(private: Mapping[str, Any]) -> str:
         return f"NO epsilon of the whole release: a partial epsilon{figure} covers {covers} alone, not {leaves}"
     if value is not ... and not finite:
         return "no finite epsilon: a release had no noise"
-    who = "the server releases" if private.get("unit") == "client" else "clients release"
-    return f"{name}{figure} covers everything that {who}: {covers}"
+    releaser = "the server releases" if private.get("unit") == "client" else "clients release"
+    return f"{name}{figure} covers everything that {releaser}: {covers}"
 
 
 def figures_table(
     title: str, metrics: Mapping[str, float], sets: Collection[str], main: str, *, by_name: bool = False
 ) -> Table:
-    """A row for each figure and a column for each test set that has figures; the validation set's are no results.
+    """A row for each figure and a column for each test set that has figures.
+
+    The validation set's are no results.
 
     With ``by_name`` the Dice of single classes is left out, which a table of the classes has.
     """
     figures: dict[str, dict[str, str]] = {}
-    for name in ordered(metrics, sets, main):
+    for name in sort_metrics(metrics, sets, main):
         test_set, figure = split_metric(name, sets)
         if test_set != "validation" and not (by_name and figure.startswith("dice_")):
             figures.setdefault(figure, {})[test_set] = human_metric(name, metrics[name])
@@ -139,7 +144,7 @@ def figures_table(
     return Table(header, rows, title, bold=True, bare=columns == [""])
 
 
-def final_table(summary: Mapping[str, Any], main: str) -> Table:
+def final_table(summary: Summary, main: str) -> Table:
     """The closing table of a run's ``summary.json``: figures by test set, the ``main`` one first, then bytes and time.
 
     The validation set serves to choose settings.  Its figures are no results and are not shown.
@@ -148,17 +153,20 @@ def final_table(summary: Mapping[str, Any], main: str) -> Table:
     rounds_ = f"{rounds} round{'s' * (rounds > 1)}"
     title = printable_name(f"{summary['method']} on {summary['data']}, seed {summary['seed']}, {rounds_}", CELL)
     if summary.get("privacy"):
-        title += f"\n{printable_name(covering(summary['privacy']), MESSAGE)}"
+        title += f"\n{printable_name(describe_epsilon(summary['privacy']), MESSAGE)}"
     by_class = summary.get("per_class", {})
-    by_name = any("dice" in each for each in by_class.values())
+    by_name = any("dice" in class_table for class_table in by_class.values())
     table = figures_table(title, summary["metrics"], by_class, main, by_name=by_name)
     blank = [""] * (len(table.header) - 2)
     rows = [*table.rows, *([text, value, *blank] for text, value in cost_rows(summary).items())]
     return replace(table, rows=rows, breaks=[len(table.rows)])
 
 
-def cost_rows(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Bytes and time in a run's ``summary.json``, in words; a run that is not finished has no bytes by direction."""
+def cost_rows(summary: Summary) -> dict[str, str]:
+    """Bytes and time in a run's ``summary.json``, in words.
+
+    A run that is not finished has no bytes by direction.
+    """
     ways, sent = {"up": "sent to the server (up)", "down": "sent to the clients (down)"}, summary["bytes"]
     rows = {text: human_bytes(sent[way]) for way, text in ways.items() if way in sent}
     for way in ways:
@@ -174,8 +182,11 @@ ALL, LOWEST = 6, 3
 """Classes up to which a terminal shows all, and the number of classes that it shows of more."""
 
 
-def class_figures(summary: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, float | None]]]:
-    """Recall, Dice or AUROC of every class or label by test set, by kind; AUROC only where there is no recall."""
+def class_figures(summary: Summary) -> dict[str, dict[str, Mapping[str, float | None]]]:
+    """Recall, Dice or AUROC of every class or label by test set, by kind.
+
+    AUROC only where there is no recall.
+    """
     tables = {name: table for name, table in summary.get("per_class", {}).items() if name != "validation"}
     figures = {
         kind: {name: table[kind] for name, table in tables.items() if table.get(kind)}
@@ -190,8 +201,10 @@ def class_title(kind: str) -> str:
     return f"{short_title(kind)} of every {'label' if kind == 'auroc' else 'class'}"
 
 
-def class_table(summary: Mapping[str, Any]) -> Table | None:
-    """:func:`class_figures` of the first kind; of many classes those with the lowest figures.
+def class_table(summary: Summary) -> Table | None:
+    """:func:`class_figures` of the first kind.
+
+    Of many classes those with the lowest figures.
 
     A line below names classes without a figure, because a test set has no sample of them.  The figures of all classes
     are in summary.json.  None where a summary has no such figures.
@@ -199,46 +212,46 @@ def class_table(summary: Mapping[str, Any]) -> Table | None:
     figure, tables = next(iter(class_figures(summary).items()), ("", {}))
     if not tables:
         return None
-    names = list(dict.fromkeys(each for table in tables.values() for each in table))
-    by_class = {each: [value for table in tables.values() if (value := table.get(each)) is not None] for each in names}
+    names = list(dict.fromkeys(key for table in tables.values() for key in table))
+    by_class = {key: [value for table in tables.values() if (value := table.get(key)) is not None] for key in names}
     rows = names
     if len(names) > ALL:
-        rows = sorted((each for each in names if by_class[each]), key=lambda each: min(by_class[each]))[:LOWEST]
+        rows = sorted((key for key in names if by_class[key]), key=lambda key: min(by_class[key]))[:LOWEST]
     labels, title = figure == "auroc", class_title(figure)
     if len(rows) < len(names):
-        many = f"{len(names)} {'labels' if labels else 'classes'}"
-        title = f"lowest {short_title(figure)} among {many} (all of them: per_class in summary.json)"
+        count_words = f"{len(names)} {'labels' if labels else 'classes'}"
+        title = f"lowest {short_title(figure)} among {count_words} (all of them: per_class in summary.json)"
     gaps = []
     for name, table in tables.items():
-        none = [f'"{printable_name(each, TICK)}"' for each in names if table.get(each) is None]
-        if none:
-            some = ", ".join(none[:LOWEST]) + (" ..." if len(none) > LOWEST else "")
+        missing = [f'"{printable_name(key, TICK)}"' for key in names if table.get(key) is None]
+        if missing:
+            shown_names = ", ".join(missing[:LOWEST]) + (" ..." if len(missing) > LOWEST else "")
             only = "" if len(tables) == 1 else f" ({set_title(name)})"
-            what = "labels that all images have, or none" if labels else "classes without samples"
-            gaps.append(f"means leave out {len(none)} of {len(names)} {what}{only}: {some}")
+            kind_words = "labels that all images have, or none" if labels else "classes without samples"
+            gaps.append(f"means leave out {len(missing)} of {len(names)} {kind_words}{only}: {shown_names}")
     texts = []
-    for each in rows:
-        values = [table.get(each) for table in tables.values()]
-        texts.append([label(each), *("none" if value is None else human_metric(figure, value) for value in values)])
+    for key in rows:
+        values = [table.get(key) for table in tables.values()]
+        texts.append([label(key), *("none" if value is None else human_metric(figure, value) for value in values)])
     header = ["", *(label(set_title(name)) for name in tables)]
     notes = ["; ".join(gaps)] if gaps else []
     return Table(header, texts, title, notes=notes, bold=True, bare=len(tables) == 1)
 
 
-def partition_table(statistics: Any, limit: int = CLIENTS) -> Table:
+def partition_table(statistics: PartitionStatistics, limit: int = CLIENTS) -> Table:
     """Client x class counts of a partition's ``PartitionStatistics``, for at most ``limit`` clients."""
-    what = "client and class" if statistics.classes else "client"
+    row_words = "client and class" if statistics.classes else "client"
     header = statistics.header()
     # More than twelve classes do not fit a terminal.
     columns = len(header) - (len(statistics.classes) if len(statistics.classes) > 12 else 0)
     header, *rows = [[*map(label, row[:columns])] for row in (header, *statistics.rows(limit))]
-    title = printable_name(f"training samples per {what} ({statistics.partition})", CELL)
+    title = printable_name(f"training samples per {row_words} ({statistics.partition})", CELL)
     words = 2 if statistics.names is not None else 0
     notes = [SKEW] if statistics.classes else []
     return Table(header, rows, title, words=words, notes=notes, breaks=[len(rows) - 1])
 
 
-def own_tests_table(summary: Mapping[str, Any], main: str) -> Table:
+def own_tests_table(summary: Summary, main: str) -> Table:
     """The ``main`` figure and a few more of the first clients on their own test sets, or their parts of the run's.
 
     evaluation.csv lists all clients.
@@ -253,8 +266,8 @@ def own_tests_table(summary: Mapping[str, Any], main: str) -> Table:
         figures = clients[k]
         cells = [human_metric(name, figures[name]) if figures.get(name) is not None else "" for name in columns]
         rows.append([k, *([label(figures.get("name", ""))] if has_names else []), *cells])
-    more = [f"... {len(clients) - CLIENTS} more"] if len(clients) > CLIENTS else []
-    return Table(header, rows, title, words=2 if has_names else 0, notes=more)
+    more_notes = [f"... {len(clients) - CLIENTS} more"] if len(clients) > CLIENTS else []
+    return Table(header, rows, title, words=2 if has_names else 0, notes=more_notes)
 
 
 def interval_texts(row: Row) -> list[str]:
@@ -274,12 +287,15 @@ def intervals_tables(rows: Sequence[Row], limit: int = CLIENTS) -> list[Table]:
         name, client = set_title(row["set"]), label(row.get("client", ""))
         place = client if client and row["set"] in ("own", "test") else f"{client} {name}".strip()
         texts.append([place, human_metric(row["figure"], row["value"]), *interval_texts(row)])
-    more = [f"... {len(rows) - limit} more: intervals in summary.json"] if len(rows) > limit else []
-    return [Table(["", figure_title(row["figure"]), "95 % interval", "of"], texts, notes=more) for row in rows[:1]]
+    notes = [f"... {len(rows) - limit} more: intervals in summary.json"] if len(rows) > limit else []
+    return [Table(["", figure_title(row["figure"]), "95 % interval", "of"], texts, notes=notes) for row in rows[:1]]
 
 
-def worst_client_line(summary: Mapping[str, Any]) -> str:
-    """The client with the worst figure on its own test set, as a sentence; empty where there is none."""
+def worst_client_line(summary: Summary) -> str:
+    """The client with the worst figure on its own test set, as a sentence.
+
+    Empty where there is none.
+    """
     worst = summary.get("worst_client")
     if worst is None:
         return ""
@@ -311,9 +327,12 @@ def attack_table(attack: Mapping[str, Any], name: str) -> Table:
 
 
 def downstream_table(result: Mapping[str, Any]) -> Table:
-    """The table of a downstream task's figures, with a row for each test set; fractions are shown in per cent."""
-    many = result["networks"]
-    mean = f", mean over {many} networks" if many > 1 else ""
+    """The table of a downstream task's figures, with a row for each test set.
+
+    Fractions are shown in per cent.
+    """
+    network_count = result["networks"]
+    mean = f", mean over {network_count} networks" if network_count > 1 else ""
     columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
     header = [{"set": "test set", "auc": "AUC"}.get(name, figure_title(name)) for name in columns]
     rows = [[_cell(name, row.get(name, "")) for name in columns] for row in result["rows"]]
@@ -321,7 +340,7 @@ def downstream_table(result: Mapping[str, Any]) -> Table:
     return Table(header, rows, title)
 
 
-def _cell(name: str, value: Any) -> str:
+def _cell(name: str, value: object) -> str:
     if isinstance(value, float):
         return human_metric(name, value)
-    return set_title(value) if name == "set" else str(value)
+    return set_title(str(value)) if name == "set" else str(value)

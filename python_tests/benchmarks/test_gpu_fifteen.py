@@ -15,8 +15,8 @@ from benchmarks import bench_methods, comparisons, gpu_figures, timing
 from benchmarks.gpu import fifteen, kernels, stages, without
 from benchmarks.gpu.playing import FAILED, PASSED, RECORD
 from benchmarks.gpu.stages import ROOT, Stage
-from fedkern.cli.flags import parse
-from fedkern.cli.request import effective
+from fedkern.cli.flags import parse_run
+from fedkern.cli.request import effective_config
 from fedkern.engine import lanes, training
 from python_tests.ops.emulated_core import emulated
 from python_tests.ops.every_operator import OPERATORS
@@ -214,7 +214,7 @@ def test_what_binds_a_kernel_stands_for_its_share() -> None:
 def test_runs_are_runs(name, monkeypatch) -> None:
     part, *words = words_of(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert effective(parse(words)).rounds == 12
+    assert effective_config(parse_run(words)).rounds == 12
     assert ("without" in name) == (part != "nothing")
     played = []
     monkeypatch.setattr(without, "play", lambda given: played.append((given, training.replayable, lanes.MOST)) or 0)

@@ -12,8 +12,8 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import stages
 from benchmarks.gpu.playing import CUT, FAILED, PASSED, RECORD, Playing
 from benchmarks.gpu.stages import ROOT, Stage
-from fedkern.cli.flags import parse
-from fedkern.cli.request import effective
+from fedkern.cli.flags import parse_run
+from fedkern.cli.request import effective_config
 from python_tests.interrupted import wait_until
 
 GPU = {"gpu": "a GPU", "capability": "9.0"}
@@ -85,14 +85,14 @@ def test_the_plan():
 @pytest.mark.parametrize("stage", stages.traces(Path("/out")), ids=lambda stage: stage.name)
 def test_traced_runs_are_runs(stage, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    request = parse([*stage.command[3:], "--profile"])
-    assert effective(request).device == "cuda"
+    request = parse_run([*stage.command[3:], "--profile"])
+    assert effective_config(request).device == "cuda"
 
 
 @pytest.mark.parametrize("method", stages.PUBLISHED)
 def test_published_settings_are_settings(method):
     words = [method, *stages.PUBLISHED[method][0].split(), "--data-root", "DIR"]
-    assert effective(parse(words)).method == method
+    assert effective_config(parse_run(words)).method == method
 
 
 def test_no_gpu_is_one_sentence(capsys):

@@ -204,7 +204,7 @@ def test_augmented_images_keep_their_shape_and_move():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_is_a_command_of_all_variants(case, tmp_path):
     words = bench_methods.run_words(case, tmp_path, "/data", seed=1, threads=2)
-    effective = request.effective(flags.parse(words))
+    effective = request.effective_config(flags.parse_run(words))
     wanted = bench_methods.config(case, tmp_path, "/data").replace(seed=1, threads=2)
     assert effective.differences(wanted) == []
     plain = bench_methods.plain_words(wanted, tmp_path, seed=1, threads=2)

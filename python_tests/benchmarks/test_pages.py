@@ -11,8 +11,8 @@ from benchmarks import page_figures, pages
 from benchmarks.page import load
 from benchmarks.pages import Page
 from benchmarks.studies.page_commands import COMMANDS
-from fedkern.cli.flags import parse
-from fedkern.cli.request import effective
+from fedkern.cli.flags import parse_run
+from fedkern.cli.request import effective_config
 from fedkern.comparison import published
 
 BY_PATH = {page.path: page for page in page_figures.PAGES}
@@ -145,20 +145,22 @@ def test_the_published_commands_are_the_published_settings():
     found = {}
     commands_of = r"^python -m fedkern\.run (.*(?:--lr-steps|critic_layers=2|ccvr_compat).*)$"
     for line in re.findall(commands_of, text, re.MULTILINE):
-        config = effective(parse(shlex.split(line)))
+        config = effective_config(parse_run(shlex.split(line)))
         found[config.method] = config
     assert set(found) == {"fusefl", "fedlpfm", "fediod"}
     fuse = found["fusefl"].options
-    cells = published.read(str(pages.ROOT / "benchmarks/studies/fusefl_parts.toml"))
-    released = effective(parse(cells.words(cells.find("Dirichlet 0.5: as in the released code").command))).options
+    cells = published.read_paper(str(pages.ROOT / "benchmarks/studies/fusefl_parts.toml"))
+    released = effective_config(
+        parse_run(cells.words(cells.find("Dirichlet 0.5: as in the released code").command))
+    ).options
     changed = ("final_fuse", "adaptor_init", "frozen_bn", "ccvr_compat")
     assert [fuse[name] for name in changed] == [released[name] for name in changed] == ["sum", "random", "code", True]
     assert found["fusefl"].model == "resnet18"
     assert fuse["width"] == "20"
     paper = found["fediod"]
     assert paper.partition == "dirichlet:1.0:plain"  # neither balanced nor shuffled within a class
-    cells = published.read(str(pages.ROOT / "benchmarks/studies/fediod.toml"))
-    cell = effective(parse(cells.words(cells.find("FedIOD as published").command)))
+    cells = published.read_paper(str(pages.ROOT / "benchmarks/studies/fediod.toml"))
+    cell = effective_config(parse_run(cells.words(cells.find("FedIOD as published").command)))
     assert paper.options == cell.options
     assert (paper.options["w_real"], paper.options["ndf"], paper.options["holdout"]) == (1, 128, 0)
     assert (found["fedlpfm"].rounds, found["fedlpfm"].lr, found["fedlpfm"].weight_decay) == (600, 0.01, 5e-4)

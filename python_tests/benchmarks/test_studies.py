@@ -48,8 +48,8 @@ def test_cells_of_a_file_are_command_lines_of_different_runs(name, tmp_path, mon
     study = runner.read_study(name)
     assert study.title
     assert study.citation
-    assert name not in published.names()  # whose default folder has another table
-    asked = command_parser.parse(["reproduce", str(page.STUDIES / f"{name}.toml"), "--data-root", str(tmp_path)])
+    assert name not in published.list_papers()  # whose default folder has another table
+    asked = command_parser.parse_words(["reproduce", str(page.STUDIES / f"{name}.toml"), "--data-root", str(tmp_path)])
     runs = []
     for cell in study.cells:
         assert cell.minutes > 0
@@ -64,7 +64,7 @@ def test_cells_of_a_file_are_command_lines_of_different_runs(name, tmp_path, mon
         module, *words = shlex.split(text.replace("{run}", str(tmp_path)))
         assert str(tmp_path) in words
         if module == "fedkern.run":
-            assert command_parser.parse(words).json
+            assert command_parser.parse_words(words).json
         else:
             assert (page.STUDIES / f"{module.rpartition('.')[2]}.py").is_file()
 

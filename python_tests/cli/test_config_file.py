@@ -23,7 +23,9 @@ def test_a_config_file_with_a_mistake(fails, tmp_path):
 def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text('method = "fedgid"\nrounds = 7\nlr = 0.2\n[options]\nalpha = 0.9\ntemperature = 3.0\n')
-    config = request.effective(flags.parse(["--config", str(path), "--lr", "0.3", "--method-option", "alpha=0.8"]))
+    config = request.effective_config(
+        flags.parse_run(["--config", str(path), "--lr", "0.3", "--method-option", "alpha=0.8"])
+    )
     assert (config.method, config.rounds, config.lr) == ("fedgid", 7, 0.3)
     assert (config.options["alpha"], config.options["temperature"]) == (0.8, 3)
     assert config.batch_size == RunConfig.make("fedgid").batch_size
@@ -32,26 +34,26 @@ def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
 def test_a_file_of_another_method_gives_its_settings_but_no_options(tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text('method = "fedgid"\nrounds = 7\nlr = 0.2\n[options]\nalpha = 0.9\n')
-    other = request.effective(flags.parse(["fedavg", "--config", str(path)]))
+    other = request.effective_config(flags.parse_run(["fedavg", "--config", str(path)]))
     assert (other.method, other.rounds, other.lr) == ("fedavg", 7, 0.2)
 
 
 def test_a_file_of_a_run_may_name_settings_without_effect(tmp_path):
     config = RunConfig.make("fedavg", optimizer="adamw", local_steps=2)
     (tmp_path / "config.toml").write_text(config.to_toml())
-    assert request.effective(flags.parse(["--config", "config.toml"])) == config
+    assert request.effective_config(flags.parse_run(["--config", "config.toml"])) == config
 
 
 def test_epochs_take_the_place_of_default_steps(tmp_path):
     assert RunConfig.make("feddra").local_steps == 20
-    config = request.effective(flags.parse(["feddra", "--local-epochs", "1"]))
+    config = request.effective_config(flags.parse_run(["feddra", "--local-epochs", "1"]))
     assert (config.local_epochs, config.local_steps) == (1, None)
 
 
 def test_a_byte_order_mark_says_nothing(tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text('method = "fedavg"\nrounds = 7\n', encoding="utf-8-sig")
-    config = request.effective(flags.parse(["--config", str(path)]))
+    config = request.effective_config(flags.parse_run(["--config", str(path)]))
     assert config.rounds == 7
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text(config.to_toml(), encoding="utf-8-sig")

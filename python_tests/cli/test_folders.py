@@ -35,8 +35,8 @@ def finished(played, tmp_path):
 
 def test_two_runs_of_one_second_take_two_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
-    asked = flags.parse(["fedavg"])
-    config = request.effective(asked)
+    asked = flags.parse_run(["fedavg"])
+    config = request.effective_config(asked)
     with run._folder(asked, config) as first, run._folder(asked, config) as second:
         assert (first.name, second.name) == (
             "fedavg-colordigits-20260101-000000",
@@ -80,10 +80,10 @@ def test_a_folder_that_is_not_named(fails, tmp_path, argv, part):
 
 def test_a_folder_called_like_a_command():
     for words in (["--resume", "attack"], ["fedavg", "--out", "evaluate"]):
-        assert command_parser.command(words) == "run"
-    assert command_parser.parse(["attack", "evaluate"]).command == "attack"
-    assert flags.parse(["--resume", "attack"]).resume == Path("attack")
-    asked = command_parser.parse(["--json", "evaluate", "evaluate", "--task", "probe", "--shots", "all"])
+        assert command_parser.find_command(words) == "run"
+    assert command_parser.parse_words(["attack", "evaluate"]).command == "attack"
+    assert flags.parse_run(["--resume", "attack"]).resume == Path("attack")
+    asked = command_parser.parse_words(["--json", "evaluate", "evaluate", "--task", "probe", "--shots", "all"])
     assert (asked.command, asked.folder, asked.json) == ("evaluate", Path("evaluate"), True)
 
 
@@ -132,7 +132,7 @@ def test_the_summary_comes_before_what_is_wrong_with_the_pictures(capsys, finish
     def full(*_, **__):
         raise UserError("The disk is full.")
 
-    monkeypatch.setattr("fedkern.report.figures.pictures.read", full)
+    monkeypatch.setattr("fedkern.report.figures.pictures.read_run_folder", full)
     assert main(["--resume", "probe", "--json"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["rounds"] == 1

@@ -246,7 +246,7 @@ def test_pictures_name_the_sites(listed, tmp_path, monkeypatch):
     out = tmp_path / "run"
     assert main(["fedavg", "--data", "csv", "--data-root", str(listed), *TINY, "--out", str(out), "--quiet"]) == 0
     seen = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: seen.append((path.name, figure)))
+    monkeypatch.setattr(plots, "save_png", lambda figure, path: seen.append((path.name, figure)))
     write_pictures(out)
     figure = dict(seen)["partition.png"]
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == list(SITES)

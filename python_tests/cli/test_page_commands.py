@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedkern.cli import extensions
-from fedkern.cli.command_parser import parse
-from fedkern.cli.request import effective
+from fedkern.cli.command_parser import parse_words
+from fedkern.cli.request import effective_config
 from fedkern.data.registry import open_code
 from fedkern.run import main
 
@@ -45,11 +45,11 @@ def test_a_command_of_a_page_is_taken(page, line, monkeypatch, tmp_path, registr
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for name, code in re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", page.read_text(), re.DOTALL):
         (tmp_path / name).write_text(code)
-    for name in extensions.values(words, "--data"):
+    for name in extensions.flag_values(words, "--data"):
         open_code(name)
-    request = parse(words)
+    request = parse_words(words)
     if request.command == "run":
-        assert effective(request).method == request.method
+        assert effective_config(request).method == request.method
 
 
 def test_the_pages_have_commands():

@@ -14,12 +14,12 @@ TINY = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--thr
 
 
 def effective(*argv):
-    return request.effective(flags.parse(list(argv)))
+    return request.effective_config(flags.parse_run(list(argv)))
 
 
 def test_paths_are_stored_absolute(tmp_path):
     argv = ["fedavg", "--data", "mnist", "--data-root", "here", "--boxes", "b.csv", "--detector-cache", "~/c"]
-    config = request.effective(flags.parse(argv))
+    config = request.effective_config(flags.parse_run(argv))
     assert config.data_root == str(tmp_path / "here")
     assert config.data_options["boxes"] == str(tmp_path / "b.csv")
     assert not config.data_options["detector_cache"].startswith("~")
@@ -57,10 +57,10 @@ def test_a_tilde_in_what_is_no_path_is_none(fails):
 
 def test_folders_of_runs_may_be_in_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert flags.parse(["fedavg", "--out=~/x"]).out == tmp_path / "x"
-    assert flags.parse(["--resume=~/x"]).resume == tmp_path / "x"
-    assert flags.parse(["fedavg", "--config=~/x"]).config == tmp_path / "x"
-    assert command_parser.parse(["attack", "~/x"]).folder == tmp_path / "x"
+    assert flags.parse_run(["fedavg", "--out=~/x"]).out == tmp_path / "x"
+    assert flags.parse_run(["--resume=~/x"]).resume == tmp_path / "x"
+    assert flags.parse_run(["fedavg", "--config=~/x"]).config == tmp_path / "x"
+    assert command_parser.parse_words(["attack", "~/x"]).folder == tmp_path / "x"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_a_restart_of_extend(tmp_path, monkeypatch):
     again = torchrun._again(asked, launched(restarts=1, max_restarts=1))
     assert (again.command, again.resume, again.quiet) == ("resume", tmp_path, True)
     monkeypatch.setattr(torchrun.torchrun_group, "find_rank", lambda: launched(restarts=1, max_restarts=1, size=1))
-    assert torchrun.play(asked, ["extend"], lambda again: int(again.command != "resume")) == 0
+    assert torchrun.play_on_ranks(asked, ["extend"], lambda again: int(again.command != "resume")) == 0
     more = Request("extend", folder=tmp_path, arguments={"rounds": 9})  # the first start did not come so far
     assert torchrun._again(more, launched(restarts=1, max_restarts=1)) is more
 
@@ -74,6 +74,6 @@ def test_only_rank_0_does_what_is_no_run(monkeypatch):
     done = []
     for rank in (0, 1):
         monkeypatch.setattr(torchrun.torchrun_group, "find_rank", lambda rank=rank: launched(rank=rank, size=2))
-        code = torchrun.play(Request("list"), ["list"], lambda request: done.append(request.command) or 3)
+        code = torchrun.play_on_ranks(Request("list"), ["list"], lambda request: done.append(request.command) or 3)
         assert code == (0 if rank else 3)
     assert done == ["list"]

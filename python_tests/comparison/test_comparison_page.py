@@ -21,7 +21,7 @@ def compared(tmp_path_factory):
 def test_the_page_of_a_comparison(compared):
     folder = compared.folder
     assert comparison_page.holds_runs(folder)
-    result = comparison_page.read(folder)
+    result = comparison_page.read_comparison(folder)
     assert [group.label for group in result.groups] == ["fedavg", "fedprox"]
     path = comparison_page.write_report(folder, result, commands={"fedavg": "python -m fedkern.run fedavg"})
     page = Reader(path.read_text())
@@ -95,10 +95,10 @@ def test_a_single_group_is_not_compared():
 def test_damaged_and_incomplete_comparisons(tmp_path):
     (tmp_path / "comparison.csv").write_text("group,seed\na,0\n")
     with pytest.raises(UserError, match="it has no column 'folder'"):
-        comparison_page.read(tmp_path)
+        comparison_page.read_comparison(tmp_path)
     (tmp_path / "comparison.csv").write_text("group,folder\na,/nowhere/run\n")
     with pytest.raises(UserError, match="names the run in /nowhere/run, which is not there"):
-        comparison_page.read(tmp_path)
+        comparison_page.read_comparison(tmp_path)
     (tmp_path / "comparison.csv").write_text("group,folder\n")
     with pytest.raises(UserError, match="names no run"):
-        comparison_page.read(tmp_path)
+        comparison_page.read_comparison(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkern.cli.command_parser import parse
+from fedkern.cli.command_parser import parse_words
 from fedkern.cli.commands import reproduce
 from fedkern.comparison import cell_runner, published
 from fedkern.comparison.reproduction import CSV, MARKDOWN, Deadline, OutOfTime, Reproduction
@@ -44,10 +44,10 @@ baseline = "average"
 minutes = 2
 
 [[cells]]
-name = "bytes"
+name = "loss"
 table = "2"
 command = "fedprox {{digits}} --lr 0.1"
-figure = "bytes"
+figure = "loss"
 seeds = 3
 minutes = 1
 """
@@ -84,9 +84,9 @@ def paper(tmp_path):
     def made(text: str = PAPER, *flags: str, budget: float | None = None) -> Reproduction:
         path = tmp_path / "tiny.toml"
         path.write_text(text)
-        request = parse(["reproduce", str(path), "--workers", "1", *flags])
+        request = parse_words(["reproduce", str(path), "--workers", "1", *flags])
         return Reproduction(
-            published.read(str(path)),
+            published.read_paper(str(path)),
             tmp_path / "out",
             lambda words: reproduce.command_of(request, words),
             budget=budget,
@@ -102,8 +102,8 @@ def verdicts(made: Reproduction) -> dict[str, str]:
 def test_cells_are_played_once_and_the_best_point_with_every_seed(paper, played):
     made = paper()
     cells, lines = made.plan(made.select())
-    assert [cell.name for cell in cells] == ["bytes", "proximal", "average"]  # the dearest last
-    assert lines[0] == "next: bytes (0 of 3 runs finished, about 1 min 00 s left)"
+    assert [cell.name for cell in cells] == ["loss", "proximal", "average"]  # the dearest last
+    assert lines[0] == "next: loss (0 of 3 runs finished, about 1 min 00 s left)"
     made.play(cells)
     assert not made.failures
     assert played == [
@@ -112,15 +112,15 @@ def test_cells_are_played_once_and_the_best_point_with_every_seed(paper, played)
     ]  # fmt: skip
     found = verdicts(made)
     assert found["average"] == "smaller scale: baseline"
-    assert found["bytes"] == "nothing published"
+    assert found["loss"] == "nothing published"
     again = paper()
     assert again.plan(again.select())[0] == []
     assert verdicts(again) == found
     rows = list(csv.DictReader((made.out / CSV).read_text().splitlines()))
-    assert [row["name"] for row in rows] == ["average", "proximal", "bytes"]
+    assert [row["name"] for row in rows] == ["average", "proximal", "loss"]
     assert "lr 0.1: " in rows[0]["swept"]
     assert rows[0]["swept"].endswith("(chosen)")
-    assert float(rows[2]["bytes_up"]) == pytest.approx(float(rows[2]["ours"]) / 2)  # FedProx's bytes, each way
+    assert 0 < float(rows[2]["bytes_up"]) == pytest.approx(float(rows[2]["bytes"]) / 2)  # FedProx's bytes, each way
     assert float(rows[1]["gap"]) == pytest.approx(float(rows[1]["ours"]) - float(rows[0]["ours"]))
     text = (made.out / MARKDOWN).read_text()
     assert text.startswith("# Tiny\n")
@@ -129,8 +129,8 @@ def test_cells_are_played_once_and_the_best_point_with_every_seed(paper, played)
     moments = (datetime(2026, 1, 2, 12, tzinfo=UTC), datetime(2026, 1, 3, 12, tzinfo=UTC))
     for path, moment in zip(sorted(Path(made.rows()[1].folder).glob("*/summary.json")), moments, strict=False):
         os.utime(path, (moment.timestamp(),) * 2)
-    _, proximal, size = (row.values() for row in made.rows())
-    assert proximal["bytes"] == size["ours"] > 0
+    _, proximal, repeated = (row.values() for row in made.rows())
+    assert proximal["bytes"] == repeated["bytes"] > 0
     assert proximal["date"] == "2026-01-03"  # of its last run
 
 
@@ -142,55 +142,55 @@ def test_a_budget_leaves_the_dearest_out(paper, played):
     made.play(cells)
     assert [method for method, _, _ in played] == ["fedprox"] * 3  # what cells share costs nothing the second time
     assert told[-1] == "beyond the budget: average (about 3 min 00 s)"
-    assert verdicts(made) == {"average": "not played", "proximal": "undecided", "bytes": "nothing published"}
+    assert verdicts(made) == {"average": "not played", "proximal": "undecided", "loss": "nothing published"}
     none = paper(budget=0)
     none.play(none.plan(none.select(["average"]))[0])
     assert len(played) == 3
 
 
 def test_damaged_records_are_a_failure_of_their_cell_alone(paper):
-    made = paper(PAPER.replace('figure = "bytes"', 'figure = "rounds"\ntarget = "accuracy=0.99"'))
-    run = made.jobs["bytes"].folder_of(0, made.jobs["bytes"].points[0])
+    made = paper(PAPER.replace('figure = "loss"', 'figure = "rounds"\ntarget = "accuracy=0.99"'))
+    run = made.jobs["loss"].folder_of(0, made.jobs["loss"].points[0])
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text("{\n{}\n")
     made.write()
-    assert "metrics.jsonl, line 1, is damaged" in made.failures["bytes"]
-    assert [(row.cell.name, row.verdict.kind) for row in made.rows() if row.verdict.detail] == [("bytes", "not played")]
+    assert "metrics.jsonl, line 1, is damaged" in made.failures["loss"]
+    assert [(row.cell.name, row.verdict.kind) for row in made.rows() if row.verdict.detail] == [("loss", "not played")]
     assert "is damaged" in (made.out / MARKDOWN).read_text()
 
 
 def test_cells_are_chosen_by_name_pattern_and_table(paper):
     made = paper()
-    assert [cell.name for cell in made.select(["p*", "bytes"])] == ["proximal", "bytes"]
+    assert [cell.name for cell in made.select(["p*", "loss"])] == ["proximal", "loss"]
     assert [cell.name for cell in made.select(table="1")] == ["average", "proximal"]
     for names, table, said in (
         (["averge"], None, 'Did you mean "average"'),
         ([], "3", 'no table "3", but 1, 2'),
-        (["bytes"], "1", 'table "1" of tiny has no cell bytes'),
+        (["loss"], "1", 'table "1" of tiny has no cell loss'),
     ):
         with pytest.raises(UserError, match=said):
             made.select(names, table)
 
 
 def test_a_run_stops_between_rounds_has_its_curve_on_the_page_and_goes_on(paper, played, monkeypatch):
-    text = PAPER.replace('figure = "bytes"', 'figure = "rounds"\ntarget = "accuracy=0.99"')
+    text = PAPER.replace('figure = "loss"', 'figure = "rounds"\ntarget = "accuracy=0.99"')
     made, check = paper(text, budget=1000), Deadline.check
     end_at_look(3, monkeypatch)  # before the cell, and before the second round of its first run
-    made.play(made.select(["bytes"]))
+    made.play(made.select(["loss"]))
     assert played == [("fedprox", 0.1, 0)]
     assert not made.failures
-    (row,) = [row for row in made.rows() if row.cell.name == "bytes"]
+    (row,) = [row for row in made.rows() if row.cell.name == "loss"]
     assert row.verdict.kind == "not played"
     assert list(row.curves) == ["seed 0"]
     made.write()
     page = (made.out / "report.html").read_text()
-    assert "Bytes: accuracy, over the rounds. seed 0: " in page
+    assert "Loss: accuracy, over the rounds. seed 0: " in page
     assert "target 99.0 %" in page
     monkeypatch.setattr(Deadline, "check", check)
     again = paper(text, budget=1000)
-    again.play(again.select(["bytes"]))
+    again.play(again.select(["loss"]))
     assert played[1:] == [("fedprox", 0.1, seed) for seed in (0, 1, 2)]
-    assert verdicts(again)["bytes"] == "nothing published"
+    assert verdicts(again)["loss"] == "nothing published"
 
 
 def test_a_cell_that_another_process_plays_is_left_to_it(paper, played):
@@ -200,7 +200,7 @@ def test_a_cell_that_another_process_plays_is_left_to_it(paper, played):
     lines = []
     made.tell = lines.append
     with FolderLock(job.folder):
-        made.play(made.select(["average", "bytes"]))
+        made.play(made.select(["average", "loss"]))
     assert {method for method, _, _ in played} == {"fedprox"}
     assert "  another process plays it" in lines
     assert verdicts(made)["average"] == "not played"
@@ -224,7 +224,7 @@ def test_points_that_all_fail_alike_are_played_again(paper, monkeypatch):
     assert made.failures == {"average": "no such package."}
     assert not list(made.out.rglob("*.failed"))
     again = paper()
-    assert again.jobs["average"].left
+    assert again.jobs["average"].runs_left
     again.play(again.select(["average"]))
     assert verdicts(again)["average"] == "smaller scale: baseline"
 
@@ -234,10 +234,10 @@ def test_a_better_point_is_played_with_every_seed(paper, played):
     made.play(made.select(["average"]))
     swept = PAPER.replace("lr=0.0001,0.1", "lr=0.0001,0.1,0.3")
     more = paper(swept)
-    assert (more.jobs["average"].left, more.jobs["average"].total) == (2, 4)
+    assert (more.jobs["average"].runs_left, more.jobs["average"].total) == (2, 4)
     more.play(more.select(["average"]))
-    best = more.jobs["average"].chosen()
-    assert not more.jobs["average"].left
+    best = more.jobs["average"].best_point()
+    assert not more.jobs["average"].runs_left
     assert [seed for seed, run in more.jobs["average"].runs(best).items() if run] == [0, 1]
     assert played[3][1] == 0.3
 
@@ -247,7 +247,7 @@ def test_a_cell_that_fails_leaves_the_others(paper):
     made.play(made.plan(made.select())[0])
     assert list(made.failures) == ["proximal"]
     assert verdicts(made) == {
-        "average": "smaller scale: baseline", "proximal": "not played", "bytes": "nothing published"
+        "average": "smaller scale: baseline", "proximal": "not played", "loss": "nothing published"
     }  # fmt: skip
     assert "proximal" in (made.out / MARKDOWN).read_text()
 
@@ -300,15 +300,15 @@ def test_cells_without_data_are_said_beforehand(paper):
     text = PAPER.replace("fedavg {digits}", "fedavg --data mnist --clients 3")
     made = paper(text.replace("fedprox {digits}", "fedprox {digits} --plugin nothing.py", 1))
     cells, lines = made.plan(made.select())
-    assert [cell.name for cell in cells] == ["bytes"]
+    assert [cell.name for cell in cells] == ["loss"]
     assert lines[0].startswith('no data here: average (data set "mnist" is read from files')
     assert lines[1].startswith("no data here: proximal (nothing.py is not beside")
-    assert verdicts(made) == {"average": "no data here", "proximal": "no data here", "bytes": "not played"}
+    assert verdicts(made) == {"average": "no data here", "proximal": "no data here", "loss": "not played"}
 
 
 def test_data_that_cannot_be_cut_so_are_no_reason_for_other_cells(paper):
     made = paper(PAPER.replace("fedavg {digits}", "fedavg {digits} --train-samples 90000"))
-    made.plan(made.select(["bytes"]))
+    made.plan(made.select(["loss"]))
     assert not made.absent  # of a cell that nobody asked for
     made.plan(made.select())
     assert list(made.absent) == ["average"]
@@ -316,9 +316,9 @@ def test_data_that_cannot_be_cut_so_are_no_reason_for_other_cells(paper):
 
 
 def test_a_figure_that_runs_do_not_tell_is_refused(paper):
-    made = paper(PAPER.replace('figure = "bytes"', 'figure = "accurcy"'))
-    made.play(made.select(["bytes"]))
-    assert 'no figure "accurcy"' in made.failures["bytes"]
+    made = paper(PAPER.replace('figure = "loss"', 'figure = "accurcy"'))
+    made.play(made.select(["loss"]))
+    assert 'no figure "accurcy"' in made.failures["loss"]
 
 
 @pytest.mark.parametrize(

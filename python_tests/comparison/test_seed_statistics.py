@@ -5,14 +5,14 @@ import math
 import pytest
 from scipy.stats import ttest_rel
 
-from fedkern.comparison.seed_statistics import Target, paired, spread
+from fedkern.comparison.seed_statistics import Target, compare_pairs, mean_std
 from fedkern.errors import UserError
 
 
 def test_the_interval_is_that_of_the_paired_t_test():
     own = {0: 0.81, 1: 0.84, 2: 0.79, 5: 0.9}
     other = {0: 0.78, 1: 0.8, 2: 0.8, 7: 0.1}
-    found = paired(own, other)
+    found = compare_pairs(own, other)
     expected = ttest_rel([own[s] for s in (0, 1, 2)], [other[s] for s in (0, 1, 2)]).confidence_interval(0.95)
     assert math.isclose(found.low, expected.low)
     assert math.isclose(found.high, expected.high)
@@ -20,20 +20,20 @@ def test_the_interval_is_that_of_the_paired_t_test():
 
 
 def test_one_pair_has_no_interval_and_none_no_difference():
-    found = paired({3: 0.5}, {3: 0.4, 4: 0.1})
+    found = compare_pairs({3: 0.5}, {3: 0.4, 4: 0.1})
     assert math.isclose(found.mean, 0.1)
     assert (found.low, found.high) == (None, None)
-    assert paired({0: 0.5}, {1: 0.5}) is None
+    assert compare_pairs({0: 0.5}, {1: 0.5}) is None
 
 
 def test_equal_differences_have_an_interval_without_width():
-    found = paired({0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5})
+    found = compare_pairs({0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5})
     assert found.low == found.mean == found.high == 0.25
 
 
 def test_spread():
-    assert spread([1.0]) == (1.0, None)
-    assert spread([1.0, 3.0]) == (2.0, math.sqrt(2))
+    assert mean_std([1.0]) == (1.0, None)
+    assert mean_std([1.0, 3.0]) == (2.0, math.sqrt(2))
 
 
 def records(name, *values):
@@ -45,9 +45,9 @@ def records(name, *values):
 
 def test_a_target_is_reached_in_the_first_round_that_has_it():
     target = Target.read("accuracy=0.8")
-    found = target.reached(records("accuracy", 0.5, None, 0.8, 0.7))
+    found = target.cost_of_target(records("accuracy", 0.5, None, 0.8, 0.7))
     assert found == {"rounds": 3, "bytes": 33, "seconds": 1.5}
-    assert target.reached(records("accuracy", 0.5)) is None
+    assert target.cost_of_target(records("accuracy", 0.5)) is None
     assert str(target) == "accuracy >= 0.8"
 
 
@@ -57,7 +57,7 @@ def test_a_target_is_reached_in_the_first_round_that_has_it():
 )
 def test_a_target_is_to_fall_where_figure_or_sign_say_so(text, rounds):
     target = Target.read(text)
-    assert target.reached(records(target.figure, 0.9, 0.4))["rounds"] == rounds
+    assert target.cost_of_target(records(target.figure, 0.9, 0.4))["rounds"] == rounds
     assert str(target) == f"{target.figure} {'<=' if rounds == 2 else '>='} 0.5"
 
 

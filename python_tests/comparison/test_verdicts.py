@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fedkern.comparison.published import PublishedCell
-from fedkern.comparison.verdicts import Outcome, judge
+from fedkern.comparison.verdicts import Outcome, judge_cell
 
 CELL = PublishedCell("1", "a", "fedavg", "accuracy", published=0.9, tolerance=0.02)
 ROUNDS = PublishedCell("1", "a", "fedavg", "rounds", published=87, tolerance=20, target="accuracy=0.97")
@@ -31,19 +31,19 @@ def around(mean, deviation):
     ],
 )
 def test_a_value_at_the_published_scale(mean, deviation, verdict):
-    judged = judge(CELL, around(mean, deviation))
+    judged = judge_cell(CELL, around(mean, deviation))
     assert str(judged) == verdict
     assert math.isclose(judged.ours.high - judged.ours.mean, HALF * deviation)
     assert judged.gap is None
 
 
 def test_one_seed_decides_nothing():
-    assert str(judge(CELL, Outcome({0: 0.9}))) == "undecided: one seed has no interval"
-    assert judge(SMALLER, Outcome({0: 0.9}), Outcome({0: 0.1}), 0.5).kind == "undecided"
+    assert str(judge_cell(CELL, Outcome({0: 0.9}))) == "undecided: one seed has no interval"
+    assert judge_cell(SMALLER, Outcome({0: 0.9}), Outcome({0: 0.1}), 0.5).kind == "undecided"
 
 
 def test_nothing_published_has_no_verdict():
-    assert judge(replace(CELL, published=None), around(0.5, 0.1)).kind == "nothing published"
+    assert judge_cell(replace(CELL, published=None), around(0.5, 0.1)).kind == "nothing published"
 
 
 @pytest.mark.parametrize(
@@ -61,47 +61,24 @@ def test_the_ordering_at_a_smaller_scale(gain, published, verdict):
     """Paired by seed: the figures differ far more between seeds than between cells."""
     others = {0: 0.4, 1: 0.6, 2: 0.8}
     values = {0: 0.4 + gain, 1: 0.61 + gain, 2: 0.79 + gain}
-    judged = judge(SMALLER, Outcome(values), Outcome(others), published)
+    judged = judge_cell(SMALLER, Outcome(values), Outcome(others), published)
     assert str(judged) == verdict
     assert math.isclose(judged.gap.mean, gain)
     assert judged.published_gap == (None if published is None else 0.9 - published)
 
 
 def test_the_ordering_of_a_baseline_that_is_not_played():
-    assert str(judge(SMALLER, around(0.9, 0.1), None, 0.8)) == "undecided: its baseline is not played"
-    assert judge(replace(SMALLER, baseline=""), around(0.9, 0.1)).kind == "smaller scale: baseline"
-
-
-def test_a_published_difference_is_paired():
-    cell = replace(CELL, measure="difference", baseline="b", published=0.03, tolerance=0.005)
-    others = Outcome({0: 0.4, 1: 0.6, 2: 0.8})
-    values = Outcome({0: 0.431, 1: 0.629, 2: 0.83})
-    assert str(judge(cell, values, others)) == "reproduced"
-    assert str(judge(cell, values, None)) == "undecided: its baseline is not played"
-    assert str(judge(replace(cell, published=0.05), values, others)) == "differs: by -2.0 points"
-    smaller = replace(cell, scale="smaller", smaller="x")
-    assert judge(smaller, values, others).kind == "smaller scale: same ordering"
-    assert judge(replace(smaller, published=-0.01), values, others).kind == "smaller scale: reversed"
-
-
-def test_a_published_ratio_is_a_geometric_mean():
-    cell = replace(ROUNDS, measure="ratio", baseline="b", published=4.0, tolerance=0.5)
-    judged = judge(cell, Outcome({0: 390.0, 1: 820.0, 2: 1600.0}), Outcome({0: 100.0, 1: 200.0, 2: 400.0}))
-    assert str(judged) == "reproduced"
-    assert math.isclose(judged.ours.mean, (3.9 * 4.1 * 4.0) ** (1 / 3))
-    assert judged.published_gap == 3.0
-    assert str(judge(replace(cell, published=2.0), Outcome({0: 390.0, 1: 820.0}), Outcome({0: 100.0, 1: 200.0}))) == (
-        "differs: by +2.00"
-    )
+    assert str(judge_cell(SMALLER, around(0.9, 0.1), None, 0.8)) == "undecided: its baseline is not played"
+    assert judge_cell(replace(SMALLER, baseline=""), around(0.9, 0.1)).kind == "smaller scale: baseline"
 
 
 def test_seeds_that_miss_the_target():
     played = {0: 200.0, 1: 200.0, 2: 200.0}
     outcome = Outcome({0: 100.0, 1: None, 2: 120.0}, played)
-    judged = judge(ROUNDS, outcome)
+    judged = judge_cell(ROUNDS, outcome)
     assert str(judged) == "undecided: 1 of 3 seeds miss accuracy >= 0.97 in 200 rounds"
     assert judged.ours is None
-    judged = judge(ROUNDS, replace(outcome, values={0: 110.0, 1: None, 2: None}))
+    judged = judge_cell(ROUNDS, replace(outcome, values={0: 110.0, 1: None, 2: None}))
     assert str(judged) == "differs: by more than +23; 2 of 3 seeds miss accuracy >= 0.97 in 200 rounds"
     cut_short = Outcome(dict.fromkeys(range(3)), dict.fromkeys(range(3), 80.0))
-    assert judge(ROUNDS, cut_short).kind == "undecided"
+    assert judge_cell(ROUNDS, cut_short).kind == "undecided"

@@ -6,7 +6,7 @@ import pytest
 
 from fedkern.data import load
 from fedkern.errors import UserError
-from fedkern.report.live.progress import headline
+from fedkern.report.live.progress import run_headline
 from fedkern.settings.config import RunConfig
 from python_tests.data.image_sets import write_mask
 
@@ -126,7 +126,7 @@ def test_other_names_are_sites_as_ever_and_the_heading_names_them(tmp_path):
         rounds=(), frozen=0, frozen_norms=0,
     )  # fmt: skip
     words = "local training: SGD, learning rate 0.05, momentum 0.9, batch size 32, 2 local epochs"
-    assert {"sites: Berlin, Bonn", words} <= {*headline(info)}
+    assert {"sites: Berlin, Bonn", words} <= {*run_headline(info)}
 
 
 @pytest.mark.parametrize("name", ["folder", "pairs", "segmentation"])

@@ -17,7 +17,7 @@ from fedkern.methods import METHODS, FedAvg, Federation
 from fedkern.models import build
 from fedkern.privacy import ClientLevel, server_secret
 from fedkern.privacy.keys import noise_key
-from fedkern.report.live.progress import headline
+from fedkern.report.live.progress import run_headline
 from fedkern.settings.config import RunConfig
 from python_tests.engine.test_resume import WithSetUp
 from python_tests.extras import needs_accounting
@@ -398,7 +398,7 @@ def test_epsilon_is_told_as_planned_so_far_and_spent(make_data, make_config, tmp
     assert private["leaves_uncovered"] == []
     assert "when the whole data set of one client is replaced" in private["statement"]
     assert "the run's seed stays secret" in private["statement"]
-    told = "\n".join(headline(heard.info))
+    told = "\n".join(run_headline(heard.info))
     assert f"epsilon {level.epsilon(3):.3g} at delta 1e-05 after 3 rounds covers everything that the server" in told
     assert "differential privacy of every client: the whole data set of one is replaced" in told
 

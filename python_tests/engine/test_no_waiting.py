@@ -23,9 +23,9 @@ OWN = {
 }
 ONE_SHOT = {"fusefl", "oneshot-fedavg", "ensemble"}
 QUICK = ("fedgid",)
-ELSEWHERE = {"fediod", "local", "centralised", "ccvr", "dense", "fedcgs", "feddf"}
+LOCAL_ONLY = {"fediod", "local", "centralised", "ccvr", "dense", "fedcgs", "feddf"}
 """Methods whose own step is not a client's, or that train as FedAvg does and answer with tensors of the device."""
-LATER = tuple(sorted(set(METHODS) - set(QUICK) - ELSEWHERE))
+LATER = tuple(sorted(set(METHODS) - set(QUICK) - LOCAL_ONLY))
 
 
 def settings(name):

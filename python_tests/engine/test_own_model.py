@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fedkern
-from fedkern.api import requested
+from fedkern.api import read_request
 from fedkern.data.forms import ImageForm
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
@@ -460,7 +460,7 @@ def test_a_start_from_every_kind_of_file(own, make_data, tmp_path):
     for name, content in {"w.pt": state, "w.pth": state, "w.ckpt": {"state_dict": state, "epoch": 3}}.items():
         torch.save(content, tmp_path / name)
     for path in sorted(tmp_path.iterdir()):
-        config, data = requested("fedavg", memory, STAGED, {"init": path})
+        config, data = read_request("fedavg", memory, STAGED, {"init": path})
         with available(STAGED, None):
             network = RunContext(config, data).networks.build()
         assert all(map(torch.equal, network.module.state_dict().values(), expected.values())), path.name

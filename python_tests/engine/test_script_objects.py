@@ -18,7 +18,7 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import ClientFailed, UserError
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.report.live.progress import headline
+from fedkern.report.live.progress import run_headline
 from fedkern.settings.defaults import COMMON
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
@@ -222,10 +222,12 @@ def test_python_s_words(known, tmp_path):
     how = {"model": "cnn", "width": 2, "rounds": 1, "pictures": False, "progress": False, "listener": heard}
     found = fedkern.simulate("fedavg", data=known(), train=loop, out=tmp_path / "loop", **how)
     words = "local training: train function loop, learning rate 0.05, batch size 32, 2 local epochs"
-    assert words in headline(heard.info)
+    assert words in run_headline(heard.info)
     assert found.history.records[0]["clients"]["0"]["steps"] > 0
     fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "adam", **how)
-    (told,) = (line for line in headline(heard.info) if line.startswith("local training: AdamW(lr=0.01, betas=(0.9, 0"))
+    (told,) = (
+        line for line in run_headline(heard.info) if line.startswith("local training: AdamW(lr=0.01, betas=(0.9, 0")
+    )
     assert told.endswith("), batch size 32, 2 local epochs")
     again = fedkern.load(tmp_path / "adam", data=known(), optimizer=adam).extend(2, progress=False, pictures=False)
     whole = fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "two", **{**how, "rounds": 2})

@@ -13,7 +13,7 @@ from fedkern.deferred import calls
 from fedkern.engine.run import run
 from fedkern.engine.script_objects import ScriptObjects
 from fedkern.ops._core import backend
-from fedkern.report.live.progress import headline
+from fedkern.report.live.progress import run_headline
 from fedkern.settings.stored import load_settings
 from python_tests.guest_networks import Doubling, Head, block
 from python_tests.hearing import Hearing
@@ -105,7 +105,7 @@ def test_the_record_says_what_is_served_or_why_not(kind, said, played):
 def test_the_header_says_it(make_config, make_data, tmp_path):
     heard, script = Hearing(), ScriptObjects(guest(Guest))
     run(make_config(width=None), out=tmp_path / "run", data=make_data(), script=script, listener=heard)
-    assert "module:Guest: served 2 of 2 convolutions" in headline(heard.info)
+    assert "module:Guest: served 2 of 2 convolutions" in run_headline(heard.info)
 
 
 @pytest.mark.sampled(1)

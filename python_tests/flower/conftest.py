@@ -33,4 +33,4 @@ def alone(tmp_path, monkeypatch, audible):
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(server_app, "draw", lambda *_: None)
     yield
-    node_process.forget()
+    node_process.drop_clients()

@@ -98,7 +98,7 @@ class NodeGrid(FakeGrid):
             number = sum(client == k for client in self.asked) - 1
             fault = self.faults.get((k, number))
         if not self.lives:
-            node_process.forget()
+            node_process.drop_clients()
         try:
             return (fault or client_app.app)(message, context)
         except Exception as error:  # as Flower does (supernode/runtime/run_clientapp.py)
@@ -106,7 +106,7 @@ class NodeGrid(FakeGrid):
             return Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
         finally:
             if not self.lives:
-                node_process.forget()
+                node_process.drop_clients()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         raise NotImplementedError

@@ -40,13 +40,13 @@ ARRAYS = [
 @pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype.str}{array.shape}")
 def test_reads_what_numpy_saves(array):
     sent = saved(array)
-    form = array_bytes.header(sent, "'w'")
+    form = array_bytes.read_header(sent, "'w'")
     assert (form.shape, form.dtype) == (array.shape, array.dtype.name)
-    found = array_bytes.numbers(sent, form)
+    found = array_bytes.as_numpy(sent, form)
     assert np.array_equal(found, array)
     assert found.dtype == array.dtype.newbyteorder("=")
     if form.dtype in array_bytes.FLOATS:
-        vector = array_bytes.tensor(sent, form)
+        vector = array_bytes.as_tensor(sent, form)
         assert vector.dtype == array_bytes.FLOATS[form.dtype]
         assert np.array_equal(vector.numpy(), array.reshape(-1))
 
@@ -62,7 +62,7 @@ def test_numpy_reads_what_is_written(array):
 def test_a_tensor_lies_in_the_bytes_and_keeps_them():
     sent = saved(np.arange(1000, dtype=np.float32))
     begin = np.frombuffer(sent.data, np.uint8).ctypes.data
-    vector = array_bytes.tensor(sent, array_bytes.header(sent, "'w'"))
+    vector = array_bytes.as_tensor(sent, array_bytes.read_header(sent, "'w'"))
     assert begin < vector.data_ptr() < begin + len(sent.data)
     del sent
     assert torch.equal(vector, torch.arange(1000.0))
@@ -72,7 +72,7 @@ def test_a_flat_vector_of_bf16():
     vector = torch.randn(7).bfloat16()
     sent = Sent("bfloat16", (7,), FLAT, array_bytes.raw_bytes(vector))
     assert len(sent.data) == 14
-    assert torch.equal(array_bytes.tensor(sent, array_bytes.header(sent, FLAT)), vector)
+    assert torch.equal(array_bytes.as_tensor(sent, array_bytes.read_header(sent, FLAT)), vector)
 
 
 def cut(sent, data):
@@ -103,7 +103,7 @@ HOSTILE = {
 def test_bytes_that_do_not_fit_are_refused_by_name(case):
     sent, reason = HOSTILE[case]
     with pytest.raises(Misfit, match="'w'") as caught:
-        array_bytes.header(sent, "'w'")
+        array_bytes.read_header(sent, "'w'")
     assert caught.value.reason == reason
 
 
@@ -121,6 +121,6 @@ def test_bytes_that_do_not_fit_are_refused_by_name(case):
 )
 def test_joins_arrays(arrays):
     sent = [saved(array) for array in arrays]
-    found = array_bytes.joined([(each, array_bytes.header(each, "'w'")) for each in sent])
+    found = array_bytes.join_tensors([(each, array_bytes.read_header(each, "'w'")) for each in sent])
     assert np.array_equal(found.numpy(), np.concatenate([array.reshape(-1) for array in arrays]))
     assert found.dtype == array_bytes.FLOATS[np.result_type(*arrays).name]

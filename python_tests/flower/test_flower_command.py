@@ -15,7 +15,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower
 from python_tests.flower.federation import CONNECTION, Federation, commands, surroundings
 from python_tests.flower.flower_processes import processes_of
 from python_tests.flower.test_deployed_runs import in_one_process, project, records
-from python_tests.flower.test_deployment import faulty, quickstart
+from python_tests.flower.test_deployment import faulty
 from python_tests.interrupted import wait_until
 
 pytestmark = [pytest.mark.flower, pytest.mark.exhaustive]
@@ -98,7 +98,7 @@ def test_a_foreign_superlink_on_the_default_port_does_not_take_a_simulation(tmp_
         before = set(foreign.processes())
         default = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(foreign.port)}
         nodes = ["--federation-config", "num-supernodes=3"]
-        code, out, err = played(simulation | default, quickstart(tmp_path / "project"), *nodes)
+        code, out, err = played(simulation | default, faulty(tmp_path / "project", 3), *nodes)
         assert code == 0, err
         assert "Round 1: 3 replies count, 0 do not." in out
         assert foreign.asked("ls", CONNECTION)["runs"] == []

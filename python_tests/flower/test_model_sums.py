@@ -11,7 +11,7 @@ from fedkern import ops
 from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT
 from fedkern.flower.model_layout import Layout, Model
-from fedkern.flower.model_sums import AllModels, NewModel, RunningMean, ranked
+from fedkern.flower.model_sums import AllModels, NewModel, RunningMean, take_rank
 from python_tests.flower.test_model_layout import LAYOUT, MODEL, flat, record
 
 WEIGHTS = [3.0, 1000.0, 17.0, 1.0, 250.0]
@@ -118,15 +118,15 @@ def test_no_mean_of_nothing():
 @pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint16, bool])
 def test_whole_numbers_by_rank(kind):
     rows = [np.array([[3, 1], [0, 2]]).astype(kind), np.array([[1, 0], [0, 9]]).astype(kind), np.zeros((2, 2), kind)]
-    assert np.array_equal(ranked(rows), np.maximum(np.maximum(rows[0], rows[1]), rows[2]))
-    assert np.array_equal(ranked(rows, 1), np.median(np.stack(rows).astype(float), axis=0).astype(kind))
-    assert ranked(rows, 0).dtype == kind
+    assert np.array_equal(take_rank(rows), np.maximum(np.maximum(rows[0], rows[1]), rows[2]))
+    assert np.array_equal(take_rank(rows, 1), np.median(np.stack(rows).astype(float), axis=0).astype(kind))
+    assert take_rank(rows, 0).dtype == kind
 
 
 def test_new_bytes_share_their_memory_with_a_vector():
-    data, vector = array_bytes.writable(b"head" * 4, torch.float32, 5)
+    data, vector = array_bytes.allocate_bytes(b"head" * 4, torch.float32, 5)
     vector.copy_(torch.arange(5.0))
     assert data == b"head" * 4 + np.arange(5, dtype=np.float32).tobytes()
     del data
     assert vector.sum() == 10
-    assert array_bytes.writable(b"head", torch.float16, 0)[0] == b"head"
+    assert array_bytes.allocate_bytes(b"head", torch.float16, 0)[0] == b"head"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fedkern.cli.command_parser import parse, play
+from fedkern.cli.command_parser import parse_words, play_request
 from fedkern.cli.commands import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
@@ -38,7 +38,7 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(UserError, match="need tensorboard: pip install "):
         TensorBoard()
     with pytest.raises(UserError, match="tensorboard"):
-        play(parse(["fedavg", "--tensorboard"]))
+        play_request(parse_words(["fedavg", "--tensorboard"]))
 
 
 def read(folder):
@@ -63,10 +63,10 @@ def test_every_round_of_a_run_stands_in_them(last, tmp_path, monkeypatch, capsys
     make = run.Listeners
     monkeypatch.setattr(run, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
     with pytest.raises(Kill):  # the last round is in the event files but in no checkpoint
-        play(parse([*WORDS, "--out", str(out)]))
+        play_request(parse_words([*WORDS, "--out", str(out)]))
     monkeypatch.setattr(run, "Listeners", make)
     assert [step for step, _ in read(out / FOLDER)["loss"]] == list(range(1, last + 1))
-    assert play(parse(["--resume", str(out), "--tensorboard", "--quiet"])) == 0
+    assert play_request(parse_words(["--resume", str(out), "--tensorboard", "--quiet"])) == 0
     found = read(out / FOLDER)
     assert [step for step, _ in found["loss"]] == [1, 2, 3, 4]
     for tag in ("accuracy", "validation/accuracy", "loss", "clients/drift", "run/bytes_up", "final/accuracy"):

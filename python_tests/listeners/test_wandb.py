@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from fedkern.cli.command_parser import parse, play
+from fedkern.cli.command_parser import parse_words, play_request
 from fedkern.cli.commands import run
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
@@ -63,12 +63,12 @@ def cut(monkeypatch, last, *words):
     make = run.Listeners
     monkeypatch.setattr(run, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
     with pytest.raises(Kill):
-        play(parse([*words, "--quiet"]))
+        play_request(parse_words([*words, "--quiet"]))
     monkeypatch.setattr(run, "Listeners", make)
 
 
 def resume(out, *words):
-    assert play(parse(["--resume", str(out), "--quiet", *words])) == 0
+    assert play_request(parse_words(["--resume", str(out), "--quiet", *words])) == 0
 
 
 def test_a_resumed_run_goes_on_with_the_same_curve(wandb, tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_runs_with_curves_of_their_own(wandb, tmp_path, monkeypatch):
 
 def test_private_records_tell_it_what_they_tell_anybody(wandb, tmp_path):
     out = tmp_path / "run"
-    assert play(parse([*WORDS, "--records=private", "--out", str(out), "--wandb=p", "--quiet"])) == 0
+    assert play_request(parse_words([*WORDS, "--records=private", "--out", str(out), "--wandb=p", "--quiet"])) == 0
     (only,) = wandb.runs
     assert [row for _, row in only.rows] == [scalars(record) for record in read_metrics(out)]
     assert not [tag for _, row in only.rows for tag in row if tag.startswith("clients/")]
@@ -116,14 +116,14 @@ def test_mistakes_are_said_and_leave_nothing(wandb, tmp_path, monkeypatch):
     wandb.problem = "No API key configured. Use `wandb login` to log in."
     said = "wandb cannot open the project p (No API key configured. Use `wandb login` to log in): put that right, set"
     with pytest.raises(UserError, match=re.escape(said)):
-        play(parse([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
+        play_request(parse_words([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
     with pytest.raises(UserError, match="--wandb is given without a value"):
-        parse([*WORDS, "--wandb", ""])
+        parse_words([*WORDS, "--wandb", ""])
     with pytest.raises(UserError, match="name of a project"):
         WandB("/")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="needs wandb: pip install "):
-        play(parse([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
+        play_request(parse_words([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))
     assert list(tmp_path.iterdir()) == []
 
 

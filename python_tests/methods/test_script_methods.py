@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fedkern
-from fedkern.api import requested
+from fedkern.api import read_request
 from fedkern.methods import FedAvg, FedIOD, FedLPFM, FedProx, option, registry, script_methods
 from fedkern.run import main
 
@@ -107,7 +107,7 @@ def test_an_object_means_its_name_and_the_options_it_was_made_with():
     assert fedkern.load("one", method=FedProx(mu=0.1)).metrics == one.metrics
 
     def options(method):
-        return requested(method, "digits", None, {})[0].options
+        return read_request(method, "digits", None, {})[0].options
 
     assert options(FedLPFM) == options(FedLPFM()) == options("fedlpfm")
     assert options(FedLPFM())["lambda"] == 0.9 != FedLPFM().options.lam  # the data set's default

@@ -9,7 +9,7 @@ import torch
 
 from fedkern.privacy import Accountant, ClientGuarantee, ClientLevel
 from fedkern.privacy.client_level import keep_variances
-from fedkern.report.tables import covering
+from fedkern.report.tables import describe_epsilon
 
 DELTA = 1e-5
 
@@ -81,12 +81,12 @@ def test_what_the_guarantee_says():
         "Epsilon 2 at delta 1e-05, when the whole data set of one client is replaced, is of what the server sends "
         "and the run folder without checkpoints/ while this is so; it covers the networks."
     )
-    assert covering(said.to_dict()) == (
+    assert describe_epsilon(said.to_dict()) == (
         "epsilon 3 at delta 1e-05 after 20 rounds covers everything that the server releases: networks"
     )
     part = said.with_records()
     assert part.to_dict()["leaves_uncovered"] == ["records"]
-    assert covering(part.to_dict()) == (
+    assert describe_epsilon(part.to_dict()) == (
         "NO epsilon of the whole release: a partial epsilon 3 at delta 1e-05 after 20 rounds covers networks alone, "
         "not records"
     )

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fedkern.privacy import Guarantee
-from fedkern.report.tables import covering
+from fedkern.report.tables import describe_epsilon
 
 
 def test_a_finite_figure_is_said_to_rest_on_its_conditions():
@@ -37,10 +37,13 @@ def test_the_headline_never_shows_a_part_as_the_whole(known):
     whole, part = {"covers": ["a", "b"], "leaves_uncovered": []}, {"covers": ["a"], "leaves_uncovered": ["b", "c"]}
     at = {"delta": 1e-5, "epsilon": 8.0} if known else {}
     value = " 8 at delta 1e-05" if known else ""
-    assert covering({**whole, **at}) == f"epsilon{value} covers everything that clients release: a, b"
+    assert describe_epsilon({**whole, **at}) == f"epsilon{value} covers everything that clients release: a, b"
     at = {"delta": 1e-5, "epsilon_covered": 8.0} if known else {}
-    assert covering({**part, **at}) == (
+    assert describe_epsilon({**part, **at}) == (
         f"NO epsilon of the whole release: a partial epsilon{value} covers a alone, not b, c"
     )
     for nothing in (None, math.inf):
-        assert covering({**whole, "delta": 1e-5, "epsilon": nothing}) == "no finite epsilon: a release had no noise"
+        assert (
+            describe_epsilon({**whole, "delta": 1e-5, "epsilon": nothing})
+            == "no finite epsilon: a release had no noise"
+        )

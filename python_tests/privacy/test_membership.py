@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fedkern import models
-from fedkern.cli.command_parser import parse, play
+from fedkern.cli.command_parser import parse_words, play_request
 from fedkern.data import FederatedData, PartitionStatistics, Split, normalise
 from fedkern.data.forms import ImageForm
 from fedkern.downstream import membership_attack as attacking
@@ -284,7 +284,7 @@ def test_images_without_a_known_pixel_are_left_out_and_told(tmp_path, data, monk
     assert (found["members"], found["others"], found["left_out"]) == (8, 6, 2)
     assert json.loads((folder / "attack.json").read_text()) == found
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: whole)
-    assert play(parse(["attack", str(folder)])) == 0
+    assert play_request(parse_words(["attack", str(folder)])) == 0
     assert "images left out, without a known pixel" in capsys.readouterr().out
     complete = dataclasses.replace(whole, clients=(clients[0],))
     assert "left_out" not in attacking.attack(folder, data=complete)
@@ -308,9 +308,9 @@ def test_an_infinite_loss_is_null_in_the_file_and_one_that_is_no_number_a_senten
     stored = json.loads((folder / "attack.json").read_text())
     assert stored["member_loss"] is None
     assert stored["auc"] == found["auc"]
-    assert play(parse(["attack", str(folder), "--json"])) == 0
+    assert play_request(parse_words(["attack", str(folder), "--json"])) == 0
     assert json.loads(capsys.readouterr().out)["other_loss"] is None
-    assert play(parse(["attack", str(folder)])) == 0
+    assert play_request(parse_words(["attack", str(folder)])) == 0
     monkeypatch.setattr(Certain, "said", math.nan)
     with pytest.raises(UserError, match=r"The model of .*run has losses that are not numbers .*lower learning rate"):
         attacking.attack(folder, data=data)
@@ -328,9 +328,9 @@ def test_a_single_image_is_too_few_to_compare(tmp_path, data):
 def test_the_command(tmp_path, data, monkeypatch, capsys):
     folder = release(tmp_path / "run", data, 40)
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: data)
-    assert play(parse(["attack", str(folder), "--json"])) == 0
+    assert play_request(parse_words(["attack", str(folder), "--json"])) == 0
     assert json.loads(capsys.readouterr().out)["auc"] > 0.7
-    assert play(parse(["attack", str(folder)])) == 0
+    assert play_request(parse_words(["attack", str(folder)])) == 0
     said = capsys.readouterr().out
     assert "area under the ROC curve" in said
     assert "members found, 1 % of the others taken for members" in said
@@ -341,12 +341,12 @@ def test_the_command(tmp_path, data, monkeypatch, capsys):
         (["attack", str(folder), "again"], 'attack does not take "again"'),
     ):
         with pytest.raises(UserError, match=sentence):
-            parse(words)
+            parse_words(words)
     with pytest.raises(UserError, match="is not a run folder"):
-        play(parse(["attack", str(tmp_path)]))
+        play_request(parse_words(["attack", str(tmp_path)]))
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="its run is not finished"):
-        play(parse(["attack", str(folder)]))
+        play_request(parse_words(["attack", str(folder)]))
 
 
 def test_what_a_run_set_aside_was_never_trained_on(tmp_path, data):
@@ -385,7 +385,7 @@ def test_images_of_a_patient_are_one_group(tmp_path, data, monkeypatch, capsys):
     cases = attacking.attack(folder, data=named("cases"))  # their numbers are those of each pool
     assert (cases["independent"], cases["low"], cases["high"]) == ("case", found["low"], found["high"])
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: named("patients"))
-    assert play(parse(["attack", str(folder)])) == 0
+    assert play_request(parse_words(["attack", str(folder)])) == 0
     assert "taken as independent: patients of members, of others 25, 75" in re.sub(r"\s+", " ", capsys.readouterr().out)
     half = dataclasses.replace(named("patients"), tests=data.tests)
     assert attacking.attack(folder, data=half)["independent"] == "image"
@@ -398,7 +398,7 @@ def test_too_few_patients_have_no_interval(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setattr(
         attacking, "load_data", lambda config, masks: dataclasses.replace(data, clients=clients, tests={"": test})
     )
-    assert play(parse(["attack", str(folder)])) == 0
+    assert play_request(parse_words(["attack", str(folder)])) == 0
     assert "none: too few patients" in capsys.readouterr().out
     assert json.loads((folder / "attack.json").read_text())["low"] is None
 
@@ -425,7 +425,7 @@ def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monk
         rows, _ = local_teachers.split_holdout(Client(RunContext(config, data), k, {}), 0.2)
         assert torch.equal(split.images, data.clients[k].images[torch.from_numpy(rows)])
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: data)
-    assert play(parse(["attack", str(folder)])) == 0
+    assert play_request(parse_words(["attack", str(folder)])) == 0
     assert "images left out, which the method kept from the training" in capsys.readouterr().out
     assert attacking.find_trained(config.replace(teachers="anywhere"), data)[1] == 0  # may have been trained on any
     stored("fediod", options={"holdout": 0.0})

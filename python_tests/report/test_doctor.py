@@ -16,7 +16,7 @@ from fedkern.report import doctor
 
 def shown() -> str:
     console = Console(file=io.StringIO(), width=160)
-    doctor.show(console)
+    doctor.print_report(console)
     return console.file.getvalue()
 
 
@@ -24,7 +24,7 @@ def test_it_names_versions_processor_threads_and_operators():
     text = shown()
     for part in ("python", "torch", "processor", "threads", "GPU"):
         assert part in text
-    report = doctor.collect()
+    report = doctor.collect_report()
     json.dumps(report)
     operators = {row["operator"] for row in report["operators"]}
     assert "blend" in operators
@@ -35,7 +35,7 @@ def test_it_names_versions_processor_threads_and_operators():
 
 
 def test_operators_without_kernels_for_gpus():
-    rows = {(row["operator"], row["backend"]): row for row in doctor.collect()["operators"]}
+    rows = {(row["operator"], row["backend"]): row for row in doctor.collect_report()["operators"]}
     for name in ("triton", "cuda"):
         assert not any(rows[operator, name]["serves"] for operator in ("conv_norm", "conv_pool"))
         assert f"{name} does not serve conv_norm, conv_pool: not implemented" in shown()
@@ -44,12 +44,12 @@ def test_operators_without_kernels_for_gpus():
 
 
 def test_what_a_backend_leaves_to_the_reference_is_told():
-    report = doctor.collect()
+    report = doctor.collect_report()
     for row in report["operators"]:
         if row["backend"] == "triton" and row["operator"] in ("kl_div", "blend"):
             row.update(serves=True, leaves="limits" if row["operator"] == "kl_div" else "")
     console = Console(record=True, width=300)
-    doctor.show(console, report)
+    doctor.print_report(console, report)
     assert "triton leaves to the reference, also where it is forced: of kl_div limits\n" in console.export_text()
 
 
@@ -64,7 +64,7 @@ def test_a_missing_core_is_explained(monkeypatch):
     assert "CPU core" in text
     assert "fedkern._cpu was not built" in text
     assert "the reference serves, in plain PyTorch" in text
-    rows = [row for row in doctor.collect()["operators"] if row["backend"] == "cpu"]
+    rows = [row for row in doctor.collect_report()["operators"] if row["backend"] == "cpu"]
     assert rows
     assert not any(row["serves"] for row in rows)
 
@@ -91,7 +91,7 @@ def test_rocm_is_called_by_its_name(monkeypatch):
     text = " ".join(shown().split())
     assert "ROCm (HIP 6.4.1), where no kernel was ever tried: the reference serves unless another is forced" in text
     assert "a CPU build" not in text
-    assert doctor.collect()["cuda"]["hip"] == "6.4.1"
+    assert doctor.collect_report()["cuda"]["hip"] == "6.4.1"
 
 
 def test_a_forced_isa_that_does_not_exist_is_explained(monkeypatch):

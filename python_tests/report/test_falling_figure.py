@@ -16,7 +16,7 @@ from fedkern.engine.parts.stopping import Patience
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.methods.common import diagnostics
 from fedkern.report import tables
-from fedkern.report.figures.curves import accuracy_panels, client_panels, draw
+from fedkern.report.figures.curves import accuracy_panels, client_panels, draw_panels
 from fedkern.report.pages import run_page
 from fedkern.report.pages.html_page import Chart
 from fedkern.report.run_contents import Contents
@@ -57,15 +57,15 @@ def test_a_run_s_page_has_the_figure_in_its_own_unit(tmp_path):
 
 
 def test_curves_and_tables_begin_with_it_and_know_no_per_cent():
-    axes = draw(accuracy_panels(RECORDS, "mae", chance={"mae": 1.125})).axes[0]
+    axes = draw_panels(accuracy_panels(RECORDS, "mae", chance={"mae": 1.125})).axes[0]
     assert axes.get_ylabel() == "mae"
     assert [list(line.get_ydata()) for line in axes.get_lines()] == [[*VALUES], [*VALUES], [1.125, 1.125]]
     assert axes.get_ylim() == pytest.approx((0, 1.65))
-    above = draw(accuracy_panels(RECORDS, "mae", chance={"mae": 2.0})).axes[0]
+    above = draw_panels(accuracy_panels(RECORDS, "mae", chance={"mae": 2.0})).axes[0]
     assert above.get_ylim() == pytest.approx((0, 2.2))  # the line of chance is inside
     worst = client_panels(RECORDS, "mae")[0].curves[-1]
     assert (worst.name, worst.rounds, worst.values) == ("worst client", [1, 2, 3], [3.0, 1.5, 2.5])
-    assert tables.ordered({"loss": 1.0, "accuracy": 0.5, "mae": 1.0}, main="mae") == ["mae", "accuracy", "loss"]
+    assert tables.sort_metrics({"loss": 1.0, "accuracy": 0.5, "mae": 1.0}, main="mae") == ["mae", "accuracy", "loss"]
     assert tables.final_table(summary(1.25), "mae").rows[0][0] == "mae"
     shown = tables.own_tests_table({"client_metrics": {"0": {"mae": 1.25, "loss": 1.0}}}, "mae")
     assert shown.header == ["client", "mae", "loss"]
@@ -86,7 +86,7 @@ def test_runs_are_compared_in_its_own_unit():
     assert result.text_table().rows[1][3].startswith("-0.375 [")
     assert "percentage points" not in " ".join(result.sentences())
     assert str(result.target) == "mae <= 1"
-    assert result.target.reached(RECORDS)["rounds"] == 2
+    assert result.target.cost_of_target(RECORDS)["rounds"] == 2
     assert "b is -0.375 from a (95 % interval" in comparison_page.headline(result)[1]
     chart, *_ = comparison_page._finals(result)
     assert chart.text.startswith("a: mean 1.38, runs 1.5, 1.25;")
@@ -104,7 +104,7 @@ def test_the_smallest_validation_figure_is_chosen(monkeypatch):
             for cell, mae in zip(planned, (1.5, 0.5, 1.0), strict=True):
                 score(cell, found(mae))
 
-    chosen, (told,) = cell_runner.choose(Runner(), {"fedavg": variants}, 0)
+    chosen, (told,) = cell_runner.pick_best(Runner(), {"fedavg": variants}, 0)
     assert chosen == [variants[1]]
     assert told == "fedavg: lr=0.2 was chosen by validation mae of seed 0 (lr=0.1: 1.5, lr=0.2: 0.5, lr=0.3: 1)."
 
@@ -149,7 +149,7 @@ def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
         entry = SimpleNamespace(one_off=False)
         judge.round_end(
             SimpleNamespace(
-                entry=entry, clients={}, due=True, last=False, together=False, put=lambda *_: None, seconds={}
+                entry=entry, clients={}, due=True, last=False, in_server_process=False, put=lambda *_: None, seconds={}
             )
         )
     assert judge.best == {"mae": 0.75}

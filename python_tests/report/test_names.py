@@ -87,19 +87,19 @@ def test_pictures(name, drawn, tmp_path):
     confusions = Confusions((name, "b", name), {name: np.eye(3, dtype=int), "id": np.ones((3, 3), int)})
     draw = {
         "partition": lambda: plots.partition_picture(statistics, title=name),
-        "curves": lambda: curves.draw(curves.accuracy_panels(records, "accuracy"), title=name),
-        "confusion": lambda: confusion_sheet.draw(confusions, title=name),
-        "weights": lambda: curves.draw(curves.weight_panels(records), title=name),
-        "table": lambda: artifact_sheet.draw(
+        "curves": lambda: curves.draw_panels(curves.accuracy_panels(records, "accuracy"), title=name),
+        "confusion": lambda: confusion_sheet.draw_confusions(confusions, title=name),
+        "weights": lambda: curves.draw_panels(curves.weight_panels(records), title=name),
+        "table": lambda: artifact_sheet.draw_sheet(
             [Artifact("x", 1, torch.eye(3), (name, "class"))], title=name, classes=(name, "b", "c")
         ),
-        "images": lambda: artifact_sheet.draw(
+        "images": lambda: artifact_sheet.draw_sheet(
             [Artifact("x", 1, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ("", ""))], title=name
         ),
     }  # fmt: skip
     for make in draw.values():
         drawn.clear()
-        plots.save(make(), path)
+        plots.save_png(make(), path)
         check(drawn, name)
 
 
@@ -110,11 +110,13 @@ def test_pictures_of_a_model(name, drawn, tmp_path):
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     model = models.build("cnn", classes=3, channels=3, image_size=16, seed=0, width=2)
     run, classes = SimpleNamespace(name=name), (name, f"{name} ", "c")
-    plots.save(answer_sheets.gradcam(run, data_of(images, torch.arange(3), classes, [name]), model), tmp_path / "g.png")
+    plots.save_png(
+        answer_sheets.gradcam(run, data_of(images, torch.arange(3), classes, [name]), model), tmp_path / "g.png"
+    )
     check(drawn, name)
     drawn.clear()
     data = data_of(images, torch.randint(0, 3, (3, 16, 16)), classes[::-1])
-    plots.save(answer_sheets.segmentation(run, data, torch.nn.Conv2d(3, 3, 1)), tmp_path / "s.png")
+    plots.save_png(answer_sheets.segmentation(run, data, torch.nn.Conv2d(3, 3, 1)), tmp_path / "s.png")
     check(drawn, name)
 
 
@@ -183,9 +185,9 @@ def test_progress(name, terminal, tmp_path):
 
 def test_doctor(monkeypatch):
     out = console()
-    report = doctor.collect()
+    report = doctor.collect_report()
     report["cpu"]["name"] = report["forced_backend"] = "[bold]x[/] :dog: \x1b[2J"
-    doctor.show(out, report)
+    doctor.print_report(out, report)
     assert out.file.getvalue().count(r"[bold]x[/] :dog: \x1b[2J") == 2
 
 
@@ -232,7 +234,7 @@ def named_curves(name):
     ]  # fmt: skip
     series = [curves.Curve(name, x, y), curves.Curve("b", x, y), curves.Curve(f"{name}s", x, y, curves.SOFT)]
     compared = comparison_plot.comparison_panels({name: [[{"round": 1, "accuracy": 0.1}]], "b": []}, ["accuracy"])
-    figures = [curves.draw(panels) for panels in (
+    figures = [curves.draw_panels(panels) for panels in (
         curves.accuracy_panels(records, "accuracy", tests=["", name]), curves.weight_panels(records),
         [*compared.values()],
     )]  # fmt: skip

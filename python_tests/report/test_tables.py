@@ -26,7 +26,7 @@ def test_bytes_and_times():
 
 
 def test_the_order_of_figures():
-    names = tables.ordered({"ood_loss": 1.0, "ood_accuracy": 0.5, "id_accuracy": 0.6, "note": "x"})
+    names = tables.sort_metrics({"ood_loss": 1.0, "ood_accuracy": 0.5, "id_accuracy": 0.6, "note": "x"})
     assert names == ["id_accuracy", "ood_accuracy", "ood_loss"]
 
 

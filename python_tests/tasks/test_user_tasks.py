@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, StackDataset, TensorDataset, default
 
 import fedkern
 from fedkern.errors import UserError
-from fedkern.report.live.progress import headline
+from fedkern.report.live.progress import run_headline
 from fedkern.tasks import OwnTask, user_tasks
 from python_tests.hearing import Hearing
 
@@ -34,7 +34,7 @@ def simulate(out, method="fedavg", **given):
     usual = {"data": [site(30), site(20, 1)], "test": site(150, 2), "model": nn.Linear(4, 3), "rounds": 1, "lr": 0.1}
     run = fedkern.simulate(method, **usual | given | HERE, out=out, listener=heard)
     with torch.no_grad():
-        return run, run.model()((usual | given)["test"].tensors[0]), headline(heard.info)
+        return run, run.model()((usual | given)["test"].tensors[0]), run_headline(heard.info)
 
 
 def focal(outputs, targets):
@@ -221,7 +221,7 @@ def test_outputs_that_stay_apart(test, given, tmp_path):
     heard, given = Hearing(), {"data": [ConcatDataset([test])] * 2, "test": test, "rounds": 1, **given, **HERE}
     run = fedkern.simulate("fedavg", **given, out=tmp_path / "run", listener=heard)
     rows, targets = given.get("collate_fn", default_collate)([test[row] for row in range(150)])
-    assert APART in headline(heard.info)
+    assert APART in run_headline(heard.info)
     assert run.metrics["loss"] == pytest.approx(given["loss_fn"](run.model()(rows), targets).item(), rel=1e-5)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedkern.cli.finished_runs import add_network, code, folder
-from fedkern.cli.flags import Parser, add
+from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
+from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.engine.store.records import plain
 from fedkern.process.standard_streams import put
@@ -12,7 +12,7 @@ from fedkern.process.standard_streams import put
 def add_flags(parser: Parser) -> None:
     """Adds the flags."""
     parser.add_folder("a finished run")
-    add(parser, {"data_root": ("DIR", "where the data files are, if not where the run found them")})
+    add_arguments(parser, {"data_root": ("DIR", "where the data files are, if not where the run found them")})
     add_network(parser)
 
 
@@ -20,16 +20,16 @@ def play(request: Request) -> int:
     """Attacks the network, prints the result and keeps it in the run folder."""
     from fedkern.downstream import membership_attack
 
-    out, best = folder(request), request.arguments["network"] == "best"
+    out, best = run_folder(request), request.arguments["network"] == "best"
     root = request.settings.get("data_root")
-    result = membership_attack.attack(out, data_root=root, keep=False, trusted=code(request), best=best)
+    result = membership_attack.attack(out, data_root=root, keep=False, trusted=trusted_code(request), best=best)
     if request.json:
         put(plain(result))
     else:
-        from fedkern.report.live.progress import terminal
+        from fedkern.report.live.progress import make_console
         from fedkern.report.tables import attack_table
 
-        terminal().print(attack_table(result, f"{out}, network of the {result['network']} round"))
+        make_console().print(attack_table(result, f"{out}, network of the {result['network']} round"))
     # Last, so that the printed result is not lost if the folder cannot be written.
     membership_attack.write(out, result)
     return 0

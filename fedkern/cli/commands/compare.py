@@ -8,13 +8,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedkern.cli import flags
-from fedkern.cli.flags import Parser, add, key_values, quote
+from fedkern.cli.flags import Parser, add_arguments, as_word, key_values
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.repeat import first_commands
-from fedkern.cli.request import Request, effective
+from fedkern.cli.request import Request, effective_config
 from fedkern.errors import UserError, printable
 from fedkern.files import atomic
 from fedkern.methods import METHODS, registry
@@ -23,6 +23,10 @@ from fedkern.process.standard_streams import put
 from fedkern.settings.config import RunConfig
 from fedkern.text_table import Table
 from fedkern.typed_option import flag
+
+if TYPE_CHECKING:
+    from fedkern.comparison.cells import Variant
+    from fedkern.comparison.compared import Comparison
 
 _NOT_HERE = {
     "resume": "give the same command again with the same --out to go on",
@@ -42,10 +46,13 @@ methods that have it. The same command with the same --out goes on where it stop
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags; methods and their flags, or folders, are words around them."""
+    """Adds the flags.
+
+    Methods and their flags, or folders, are words around them.
+    """
     parser.begin(USAGE)
     parser.rest = []
-    add(parser, {
+    add_arguments(parser, {
         "seeds": ("N", "number of seeds, from --seed on, or a list such as 0,4,7; default 3"),
         "sweep": ("NAME=V,V", "values of a setting or a method option; repeatable, all combinations are run; values "
                               "with commas are parted by ;", []),
@@ -63,27 +70,30 @@ def add_flags(parser: Parser) -> None:
     })  # fmt: skip
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request for the methods or folders; raises UserError where these and the flags do not go together."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request for the methods or folders.
+
+    Raises UserError where these and the flags do not go together.
+    """
     from fedkern.comparison.cells import check_methods, read_sweep
     from fedkern.comparison.compared import Plan
 
     words, arguments = parser.rest or [], request.arguments
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    names, rest = words[:count], words[count:]
+    names, run_words = words[:count], words[count:]
     folders = [name for name in names if name not in METHODS and Path(name).is_dir()]
     if names and len(folders) == len(names):
         new = {name: arguments[name] for name in ("seeds", "sweep", "select", "jobs", "slurm", "task")}
         new["method_option"] = request.options
-        if extra := [*(flag(name) for name, value in new.items() if value), *rest]:
+        if extra := [*(flag(name) for name, value in new.items() if value), *run_words]:
             raise UserError(f"{extra[0]} is for new runs: name methods instead of folders, or leave it out.")
         return dataclasses.replace(request, arguments={"target": arguments["target"], "folders": folders})
     if folders and len(folders) < len(names):
-        other = next(name for name in names if name not in folders)
-        what = "a method" if other in METHODS else "no folder"
-        raise UserError(f"{folders[0]} is a folder and {other} is {what}: name methods alone, or folders alone.")
+        name = next(name for name in names if name not in folders)
+        kind = "a method" if name in METHODS else "no folder"
+        raise UserError(f"{folders[0]} is a folder and {name} is {kind}: name methods alone, or folders alone.")
     check_methods(names)
-    run = _settings(names[0], rest, parser)
+    run = _settings(names[0], run_words, parser)
     options = key_values(request.options, "method_option")
     plan = Plan.of(
         names, run.settings, options, sweep=read_sweep(arguments["sweep"]), seeds=arguments["seeds"] or "3",
@@ -102,9 +112,9 @@ def checked(request: Request, parser: Parser) -> Request:
     return dataclasses.replace(run, arguments={**arguments, **planned}, **common)
 
 
-def _settings(method: str, rest: Sequence[str], parser: Parser) -> Request:
+def _settings(method: str, run_words: Sequence[str], parser: Parser) -> Request:
     """The run's settings behind the methods, as a request for one of the methods."""
-    run = flags.parse([method, *rest], parser)
+    run = flags.parse_run([method, *run_words], parser)
     for name, way in _NOT_HERE.items():
         if getattr(run, name):
             raise UserError(f"--{name} is not for {parser.command}: {way}.")
@@ -112,10 +122,13 @@ def _settings(method: str, rest: Sequence[str], parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Compares methods or finished runs; returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM."""
+    """Compares methods or finished runs.
+
+    Returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM.
+    """
     from fedkern.cli.backend_check import check_backend
     from fedkern.comparison import compared
-    from fedkern.comparison.boards import board
+    from fedkern.comparison.boards import choose_board
     from fedkern.comparison.cell_runner import Runner
 
     arguments = request.arguments
@@ -123,7 +136,7 @@ def play(request: Request) -> int:
         found = compared.compare_found(arguments["folders"], out=request.out, target=arguments["target"])
         return _tell(request, found, {})
     check_backend()
-    live_board = board(quiet=request.quiet, json=request.json)
+    live_board = choose_board(quiet=request.quiet, json=request.json)
     where: list[Path] = []
     tracebacks: dict[str, str] = {}
 
@@ -136,7 +149,7 @@ def play(request: Request) -> int:
         )  # fmt: skip
         plan, number = arguments["plan"], arguments["task"]
         if number is None and not arguments["slurm"]:
-            return compared.play(runner, plan)
+            return compared.play_comparison(runner, plan)
         pairs = [(variant, seed) for seed in plan.seeds for variant in chain(*plan.variants.values())]  # as `cells`
         if number is not None and not (number.isdecimal() and int(number) < len(pairs)):
             raise UserError(f'--task must be the number of a run, from 0 to {len(pairs) - 1}, not "{number}".')
@@ -168,7 +181,7 @@ def _write_script(request: Request, configs: Sequence[RunConfig], out: Path) -> 
 
     words = [word for word in request.arguments["words"] if word != "--slurm"]
     fixed = [] if len({config.threads for config in configs}) > 1 else ["--threads", str(configs[0].threads)]
-    command = f"{quote(sys.executable or 'python')} -m fedkern.run{_again([*words, *fixed], out)[len(PROGRAM) :]}"
+    command = f"{as_word(sys.executable or 'python')} -m fedkern.run{_again([*words, *fixed], out)[len(PROGRAM) :]}"
     text = f"""\
 #!/bin/bash
 #SBATCH --job-name=fedkern
@@ -176,41 +189,41 @@ def _write_script(request: Request, configs: Sequence[RunConfig], out: Path) -> 
 #SBATCH --cpus-per-task={most_threads(configs)}
 {"#SBATCH --gres=gpu:1" if any(config.device != "cpu" for config in configs) else ""}
 # Task K plays run K.  When all tasks have ended, the same command without --slurm writes the result.
-cd {quote(Path.cwd())} || exit
+cd {as_word(Path.cwd())} || exit
 exec {command} --task "$SLURM_ARRAY_TASK_ID"
 """
     path = out / "slurm.sh"
     atomic.make_folder(out)
     atomic.write_bytes(path, text.encode())
-    say = f"start: sbatch {quote(path)}\nafter the last task: {_again(words, out)}"
-    put({"script": str(path), "runs": len(configs)} if request.json else str(path) if request.quiet else say)
+    hint = f"start: sbatch {as_word(path)}\nafter the last task: {_again(words, out)}"
+    put({"script": str(path), "runs": len(configs)} if request.json else str(path) if request.quiet else hint)
 
 
 def _again(words: Sequence[str], out: Path) -> str:
     """The command that goes on with the comparison in ``out``."""
     named = any(word == "--out" or word.startswith("--out=") for word in words)
-    return " ".join([PROGRAM, *map(quote, words), *([] if named else ["--out", quote(out)])])
+    return " ".join([PROGRAM, *map(as_word, words), *([] if named else ["--out", as_word(out)])])
 
 
-def config_of(request: Request, variant: Any, seed: int) -> RunConfig:
+def config_of(request: Request, variant: Variant, seed: int) -> RunConfig:
     """The settings of one run: the common ones, the variant's, and those of ``arguments["options"]`` the method has."""
     from fedkern.comparison.cells import own_settings, word
 
     method, options = variant.method, request.arguments["options"]
     common = {name: value for name, value in options.items() if name in registry.option_names(method)}
-    both: Mapping[str, Any] = {**common, **variant.options}
+    options_given: Mapping[str, Any] = {**common, **variant.options}
     settings = {**own_settings(method, request.settings), **RunConfig.read(variant.settings), "seed": seed}
-    words = tuple(f"{name}={word(value)}" for name, value in both.items())
-    return effective(dataclasses.replace(request, method=method, settings=settings, options=words))
+    words = tuple(f"{name}={word(value)}" for name, value in options_given.items())
+    return effective_config(dataclasses.replace(request, method=method, settings=settings, options=words))
 
 
-def _tell(request: Request, comparison: Any, tracebacks: Mapping[str, str]) -> int:
-    from fedkern.report.live.progress import terminal
-    from fedkern.report.names import say
+def _tell(request: Request, comparison: Comparison, tracebacks: Mapping[str, str]) -> int:
+    from fedkern.report.live.progress import make_console
+    from fedkern.report.names import print_line
 
     result = comparison.result
     places = [f"folder: {comparison.folder}", f"files:  {', '.join(path.name for path in comparison.files)}"]
-    code = tell(
+    code = print_outcome(
         request, comparison.folder, lambda: result.to_json(comparison.folder), result.text_table(),
         [*result.sentences(), *places], tracebacks, comparison.failures,
     )  # fmt: skip
@@ -219,27 +232,30 @@ def _tell(request: Request, comparison: Any, tracebacks: Mapping[str, str]) -> i
 
         written = write_report(comparison.folder, comparison.result, commands=first_commands(comparison.result))
         if not (request.json or request.quiet):
-            say(terminal(), f"report: {written}")
+            print_line(make_console(), f"report: {written}")
     return code
 
 
-def tell(
+def print_outcome(
     request: Request, folder: Path, as_json: Callable[[], object], table: Table, sentences: Iterable[str],
     tracebacks: Mapping[str, str], failures: Collection[str],
 ) -> int:  # fmt: skip
-    """Prints the result of many runs, as the request wants to have it, and their failures; returns the exit code."""
-    from fedkern.report.live.progress import terminal
-    from fedkern.report.names import say
+    """Prints the result of many runs, as the request wants to have it, and their failures.
+
+    Returns the exit code.
+    """
+    from fedkern.report.live.progress import make_console
+    from fedkern.report.names import print_line
 
     if request.json:
         put(as_json())
     elif request.quiet:
         print(folder)
     else:
-        console = terminal()
+        console = make_console()
         console.print(table)
         for text in sentences:
-            say(console, text)
+            print_line(console, text)
     for text in tracebacks.values():
         print(printable(text), end="", file=sys.stderr)
     for text in failures:

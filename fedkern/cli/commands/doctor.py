@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from fedkern.cli.flags import Parser, add
+from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
     """Adds the flags."""
-    add(parser, {"json": ("", "print the report as JSON")})
+    add_arguments(parser, {"json": ("", "print the report as JSON")})
 
 
 def play(request: Request) -> int:
     """Prints the state of the installation."""
     from fedkern.report import doctor
-    from fedkern.report.live.progress import terminal
+    from fedkern.report.live.progress import make_console
 
     if request.json:
-        put(doctor.collect())
+        put(doctor.collect_report())
     else:
-        doctor.show(terminal())
+        doctor.print_report(make_console())
     return 0

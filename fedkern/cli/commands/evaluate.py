@@ -6,7 +6,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from fedkern.cli.finished_runs import add_data, add_network, code, folder, publish
+from fedkern.cli.finished_runs import add_data, add_network, publish_result, run_folder, trusted_code
 from fedkern.cli.flags import Parser
 from fedkern.cli.request import Request
 from fedkern.downstream.tasks import FEATURES, TASKS
@@ -48,8 +48,11 @@ def _tasks_with(name: str) -> list[str]:
     return [task for task, function in TASKS.items() if name in signature(function).parameters]
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request with the task's ``settings``; raises UserError for a flag of another task or a wrong value."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request with the task's ``settings``.
+
+    Raises UserError for a flag of another task or a wrong value.
+    """
     arguments = request.arguments
     words, settings = {name: arguments.pop(name) for name in FLAGS}, {}
     for name, word in words.items():
@@ -62,8 +65,11 @@ def checked(request: Request, parser: Parser) -> Request:
     return request
 
 
-def _argument(name: str, value: str) -> Any:
-    """The value of one of `FLAGS`; raises UserError for one that the flag does not take."""
+def _argument(name: str, value: str) -> str | int | tuple[int, ...]:
+    """The value of one of `FLAGS`.
+
+    Raises UserError for one that the flag does not take.
+    """
     if name == "features" and value not in FEATURES:
         raise UserError(f"--features must be one of {', '.join(FEATURES)}, not {value}.")
     if name in ("prompts", "features"):
@@ -86,7 +92,7 @@ def result_path(request: Request) -> Path:
     data, labels = named_code.short(request.settings.get("data") or ""), request.data_options.get("labels")
     task, network = (request.arguments[name] for name in ("task", "network"))
     words = ["evaluate", task, network.replace("last", ""), data, labels if task else None]
-    return folder(request) / f"{'-'.join(str(word) for word in words if word)}.json"
+    return run_folder(request) / f"{'-'.join(str(word) for word in words if word)}.json"
 
 
 def play(request: Request) -> int:
@@ -103,9 +109,9 @@ def play(request: Request) -> int:
 
     check_backend()
     keep_freed_memory()
-    out, chosen, network = folder(request), request.arguments["task"], request.arguments["network"]
+    out, chosen, network = run_folder(request), request.arguments["task"], request.arguments["network"]
     how: dict[str, Any] = {name: request.settings.get(name) for name in ("data", "data_root", "cache")}
-    how |= {"data_options": request.data_options, "trusted": code(request), "best": network == "best"}
+    how |= {"data_options": request.data_options, "trusted": trusted_code(request), "best": network == "best"}
     how["progress"] = display(quiet=False, json=request.json).on_notice
     if chosen is not None:
         finished, settings = Finished.open(out, **how), request.arguments["settings"]
@@ -114,10 +120,11 @@ def play(request: Request) -> int:
             "data_options": dict(request.data_options), "networks": len(finished.networks), "network": network,
             "settings": settings, "rows": TASKS[chosen](finished, **settings),
         }  # fmt: skip
-        return publish(request, result, downstream_table(result), result_path(request))
+        return publish_result(request, result, downstream_table(result), result_path(request))
     metrics, sets, rows = evaluate_run(out, own_tests=True, **how)
     config = load_settings(out, device="cpu")
     result = {"method": config.method, "data": how["data"] or config.data, "network": network}
     title = printable_name(f"{result['method']} on {result['data']}, network of the {network} round", CELL)
     tables = Group(figures_table(title, metrics, sets, config.main), *intervals_tables(rows))
-    return publish(request, {**result, "metrics": plain(metrics), "intervals": rows}, tables, result_path(request))
+    result |= {"metrics": plain(metrics), "intervals": rows}
+    return publish_result(request, result, tables, result_path(request))

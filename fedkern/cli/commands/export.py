@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fedkern.cli.finished_runs import add_network, code, folder
-from fedkern.cli.flags import Parser, add
+from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
+from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.downstream import export
 from fedkern.files.filesystem import check_new
@@ -17,15 +17,18 @@ from fedkern.process.standard_streams import put
 def add_flags(parser: Parser) -> None:
     """Adds the flags."""
     parser.add_folder("a finished run")
-    add(parser, {
+    add_arguments(parser, {
         "format": ("|".join(export.FORMATS), "form of the file; default as the name of --out ends, else torch-export"),
         "out": ("FILE", "file to write; default model.onnx, model.pt2 or model.pt in the run folder"),
     })  # fmt: skip
     add_network(parser)
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request; raises UserError where the format is unknown."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request.
+
+    Raises UserError where the format is unknown.
+    """
     export.find_format(request.arguments["format"], request.out)
     return request
 
@@ -33,8 +36,8 @@ def checked(request: Request, parser: Parser) -> Request:
 def play(request: Request) -> int:
     """Writes the network in another form, and prints the files."""
     kind, best = export.find_format(request.arguments["format"], request.out), request.arguments["network"] == "best"
-    bundle = export.exportable(folder(request), code(request), best=best)
-    out = request.out or folder(request) / f"{'best' if best else 'model'}{export.FORMATS[kind]}"
+    bundle = export.exportable(run_folder(request), trusted_code(request), best=best)
+    out = request.out or run_folder(request) / f"{'best' if best else 'model'}{export.FORMATS[kind]}"
     check_new(out, "export")
     written = [str(path) for path in export.export(bundle, out, kind)]
     if request.json:

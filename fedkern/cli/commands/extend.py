@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from fedkern.cli.commands import run
-from fedkern.cli.finished_runs import add_network, folder
-from fedkern.cli.flags import RUN_FLAGS, TRACKERS, Parser, add
+from fedkern.cli.finished_runs import add_network, run_folder
+from fedkern.cli.flags import RUN_FLAGS, TRACKERS, Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 
@@ -14,7 +14,7 @@ from fedkern.errors import UserError
 def add_flags(parser: Parser) -> None:
     """Adds the flags."""
     parser.add_folder("a finished run")
-    add(parser, {
+    add_arguments(parser, {
         "rounds": ("R", "communication rounds in all, those done included"),
         "data_root": ("DIR", "where the data files are, if they have moved"),
         "data": ("FILE.py:NAME", "the run's data again, where they name code"),
@@ -25,8 +25,11 @@ def add_flags(parser: Parser) -> None:
     add_network(parser, choice=False)
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request; raises UserError where the number of rounds is missing."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request.
+
+    Raises UserError where the number of rounds is missing.
+    """
     if "rounds" not in request.settings:
         raise UserError(f"{parser.prog} needs --rounds R, the communication rounds in all.")
     settings = {**request.settings}
@@ -35,4 +38,4 @@ def checked(request: Request, parser: Parser) -> Request:
 
 def play(request: Request) -> int:
     """Gives the run more rounds and goes on with it."""
-    return run.play(dataclasses.replace(request, command="resume", resume=folder(request), folder=None))
+    return run.play(dataclasses.replace(request, command="resume", resume=run_folder(request), folder=None))

@@ -22,11 +22,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
-from fedkern.cli.finished_runs import folder
-from fedkern.cli.flags import Parser, add
+from fedkern.cli.finished_runs import run_folder
+from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.errors import RunFailed, UserError, printable
-from fedkern.flower.runs.project import simulation
+from fedkern.flower.runs.project import simulation_settings
 from fedkern.process.extras import install
 
 _FLWR = ("-m", "flwr.cli.app")
@@ -39,7 +39,7 @@ def add_flags(parser: Parser) -> None:
     parser.description = f"Runs a Flower project to its end. Needs {install('flower')}."
     parser.usage = f"{parser.prog} PROJECT_DIR [flags]"
     parser.add_folder("a Flower project", "folder of the Flower project", "PROJECT_DIR")
-    add(parser, {
+    add_arguments(parser, {
         "superlink": ("NAME", "a connection of Flower's configuration, not its default"),
         "run_config": ("'key=value ...'", "settings of the project, in TOML; repeatable", []),
         "federation_config": (
@@ -49,21 +49,28 @@ def add_flags(parser: Parser) -> None:
 
 
 def play(request: Request) -> int:
-    """Runs the project; raises UserError where Flower refuses it, and RunFailed where the run fails or is stopped."""
+    """Runs the project.
+
+    Raises UserError where Flower refuses it, and RunFailed where the run fails or is stopped.
+    """
     importlib.import_module("fedkern.flower.adapter")  # says which flwr is needed
-    project, name, settings = folder(request), *(request.arguments[key] for key in ("superlink", "federation_config"))
-    simulated, where = _simulated(name), [name] if name else []
+    project, arguments = run_folder(request), request.arguments
+    name, settings = arguments["superlink"], arguments["federation_config"]
+    simulated, where = _is_simulation(name), [name] if name else []
     if settings and not simulated:
         raise UserError("--federation-config is for simulations: a SuperLink has the nodes that connect to it.")
-    words = [f"--run-config={text}" for text in request.arguments["run_config"]]
-    words += [f"--federation-config={text}" for text in (simulation(project, settings) if simulated else ())]
+    words = [f"--run-config={text}" for text in arguments["run_config"]]
+    words += [f"--federation-config={text}" for text in (simulation_settings(project, settings) if simulated else ())]
     with _simulator() if simulated else nullcontext():
         _play([str(project), *where, *words], where)
     return 0
 
 
-def _simulated(name: str | None) -> bool:
-    """Whether a connection of Flower's configuration, None for its default one, is a simulation on this machine."""
+def _is_simulation(name: str | None) -> bool:
+    """Return whether a connection of Flower's configuration is a simulation on this machine.
+
+    None stands for its default connection.
+    """
     with suppress(OSError, ValueError, LookupError, AttributeError):  # Flower writes the file, or says what is wrong
         path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
         connections = tomllib.loads(path.read_text(encoding="utf-8"))["superlink"]
@@ -91,7 +98,10 @@ def _simulator() -> Iterator[None]:
 
 
 def _play(words: Sequence[str], where: Sequence[str]) -> None:
-    """Submits a run, prints its log and waits for its end; stops it at Ctrl-C."""
+    """Submits a run, prints its log and waits for its end.
+
+    Stops it at Ctrl-C.
+    """
     with _python([*_FLWR, "run", "--stream", *words]) as process:
         run, output = "", bytearray()
         try:
@@ -109,7 +119,10 @@ def _play(words: Sequence[str], where: Sequence[str]) -> None:
 
 
 def _await_run_number(process: subprocess.Popen[bytes], output: bytearray) -> str:
-    """The number of the run, from what Flower has said and says; raises UserError where Flower refuses the run."""
+    """The number of the run, from what Flower has said and says.
+
+    Raises UserError where Flower refuses the run.
+    """
     while not (match := re.search(r"Successfully started run (\d+)", text := output.decode(errors="replace"))):
         for line in process.stdout or ():
             output += line
@@ -120,7 +133,10 @@ def _await_run_number(process: subprocess.Popen[bytes], output: bytearray) -> st
 
 
 def _end(run: str, where: Sequence[str]) -> None:
-    """Waits for the end of a run, whose log ends before it where the connection is lost; raises RunFailed."""
+    """Waits for the end of a run, whose log ends before it where the connection is lost.
+
+    Raises RunFailed.
+    """
     record = {"status": ""}
     while not record["status"].startswith("finished"):
         # Flower takes a folder that has the connection's name for a project.
@@ -136,7 +152,10 @@ def _end(run: str, where: Sequence[str]) -> None:
 def _python(
     words: Sequence[str], output: int | IO[bytes] = subprocess.PIPE, cwd: str | None = None
 ) -> subprocess.Popen[bytes]:
-    """Starts Python; Ctrl-C at the terminal reaches this process alone, which then decides."""
+    """Starts Python.
+
+    Ctrl-C at the terminal reaches this process alone, which then decides.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     return subprocess.Popen(

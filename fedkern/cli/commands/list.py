@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedkern.cli.flags import Parser, add
+from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
 from fedkern.process.standard_streams import put
@@ -11,7 +11,7 @@ from fedkern.process.standard_streams import put
 def add_flags(parser: Parser) -> None:
     """Adds the flags."""
     text = "code whose methods, data sets ... are listed too; repeatable"
-    add(parser, {"plugin": ("FILE.py|MODULE", text, []), "json": ("", "print the names as JSON")})
+    add_arguments(parser, {"plugin": ("FILE.py|MODULE", text, []), "json": ("", "print the names as JSON")})
 
 
 def catalogue() -> dict[str, dict[str, str]]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedkern.cli.finished_runs import add_network, code, folder
-from fedkern.cli.flags import Parser, add
+from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
+from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 from fedkern.files.filesystem import check_new, expand
@@ -19,12 +19,15 @@ def add_flags(parser: Parser) -> None:
     parser.add_folder("a finished run")
     parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")
     text = "CSV file to write; for segmentation a new folder of masks. Default predictions.csv, masks"
-    add(parser, {"out": ("FILE", text)})
+    add_arguments(parser, {"out": ("FILE", text)})
     add_network(parser)
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request; raises UserError where no image is named."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request.
+
+    Raises UserError where no image is named.
+    """
     if not (paths := request.arguments["paths"]):
         raise UserError(f"{parser.prog} needs images behind the run folder: files, or folders of files.")
     request.arguments["paths"] = [expand(path) for path in paths]
@@ -32,22 +35,26 @@ def checked(request: Request, parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Writes a table of classes, or for segmentation masks; prints a few rows."""
-    from fedkern.downstream import prediction
-    from fedkern.report.live.progress import advancing
+    """Writes a table of classes, or for segmentation masks.
 
-    predictor = prediction.Predictor.open(folder(request), code(request), best=request.arguments["network"] == "best")
+    Prints a few rows.
+    """
+    from fedkern.downstream import prediction
+    from fedkern.report.live.progress import show_progress
+
+    best = request.arguments["network"] == "best"
+    predictor = prediction.Predictor.open(run_folder(request), trusted_code(request), best=best)
     name, limit, write = prediction.WRITERS[predictor.task.network]
     out = request.out or Path(name)
     check_new(out, "predict")
     paths = prediction.found_images(request.arguments["paths"])
-    first: list[tuple[Path, Any]] = []
-    with advancing(len(paths), "predicting") as step:
+    shown_rows: list[tuple[Path, Any]] = []
+    with show_progress(len(paths), "predicting") as step:
 
         def rows() -> Iterator[tuple[Path, Any, Any]]:
             for row in predictor.files(paths):
-                if len(first) < limit:
-                    first.append(row[:2])
+                if len(shown_rows) < limit:
+                    shown_rows.append(row[:2])
                 yield row
                 step()
 
@@ -55,7 +62,7 @@ def play(request: Request) -> int:
     if request.json:
         put({"images": len(paths), "classes": list(predictor.classes), "out": str(out)})
         return 0
-    for path, probabilities in first:
+    for path, probabilities in shown_rows:
         print(f"{path}  {predictor.task.said(probabilities, predictor.classes)}")
     if len(paths) > limit > 0:
         print("...")

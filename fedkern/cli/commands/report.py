@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fedkern.cli.finished_runs import add_network
 from fedkern.cli.flags import Parser
-from fedkern.cli.repeat import first_commands, repeating
-from fedkern.cli.request import Request, trusted
+from fedkern.cli.repeat import first_commands, repeat_command
+from fedkern.cli.request import Request, find_trusted_code
 from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
 from fedkern.process.standard_streams import put
@@ -24,9 +24,9 @@ def add_flags(parser: Parser) -> None:
 
 def play(request: Request) -> int:
     """Writes the report of every folder, and prints the files."""
-    from fedkern.report.figures.matplotlib_import import undocumented
+    from fedkern.report.figures.matplotlib_import import without_docstrings
 
-    with undocumented():
+    with without_docstrings():
         from fedkern.comparison import comparison_page
         from fedkern.report.pages import html_page, run_page
 
@@ -39,12 +39,12 @@ def play(request: Request) -> int:
     written = []
     for folder in folders.values():
         if comparison_page.holds_runs(folder):
-            result = comparison_page.read(folder)
+            result = comparison_page.read_comparison(folder)
             commands = first_commands(result)
             written.append(comparison_page.write_report(folder, result, commands=commands))
         else:
-            code = trusted(folder, request.options, request.settings)
-            written.append(run_page.write_report(folder, command=repeating(folder), trusted=code))
+            code = find_trusted_code(folder, request.options, request.settings)
+            written.append(run_page.write_report(folder, command=repeat_command(folder), trusted=code))
         if not request.json:
             print(written[-1], flush=True)
     if request.json:

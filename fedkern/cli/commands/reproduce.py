@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedkern.cli import extensions, flags
-from fedkern.cli.commands.compare import config_of, tell
-from fedkern.cli.flags import Parser, add, key_values
+from fedkern.cli.commands.compare import config_of, print_outcome
+from fedkern.cli.flags import Parser, add_arguments, key_values
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
@@ -46,7 +46,7 @@ def add_flags(parser: Parser) -> None:
     """Adds the flags."""
     parser.begin(USAGE)
     parser.add_argument("paper", nargs="?", metavar="NAME|FILE.toml", help="a paper that fedkern ships, or your own")
-    add(parser, {
+    add_arguments(parser, {
         "table": ("T", "cells of one table alone"),
         "cells": ("NAME,NAME", "cells of these names alone; a name may be a pattern such as 'CNN*'"),
         "budget": ("2h", "time to spend, such as 2h, 90m or 30s: cells whose estimates fit are played, the dearest "
@@ -60,13 +60,16 @@ def add_flags(parser: Parser) -> None:
     })  # fmt: skip
 
 
-def checked(request: Request, parser: Parser) -> Request:
-    """The request; raises UserError where no paper is named or the budget is none."""
+def check_request(request: Request, parser: Parser) -> Request:
+    """The request.
+
+    Raises UserError where no paper is named or the budget is none.
+    """
     from fedkern.comparison import published
 
     arguments = request.arguments
     if not arguments["paper"]:
-        names = ", ".join(published.names())
+        names = ", ".join(published.list_papers())
         raise UserError(f"{parser.prog} needs a paper: {names}, or a file of your own, FILE.toml.")
     budget = arguments["budget"]
     settings = dict(request.settings)
@@ -77,7 +80,10 @@ def checked(request: Request, parser: Parser) -> Request:
 
 
 def read_budget(text: str) -> float:
-    """Seconds of a time such as ``2h``, ``90m`` or ``0``; raises UserError for another text."""
+    """Seconds of a time such as ``2h``, ``90m`` or ``0``.
+
+    Raises UserError for another text.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(h|min|m|s)?\s*", text)
     if match is None or (match[2] is None and float(match[1])):
         raise UserError(f'--budget must be a time such as 2h, 90m or 30s, not "{text}".')
@@ -85,24 +91,27 @@ def read_budget(text: str) -> float:
 
 
 def play(request: Request) -> int:
-    """Plays what the budget allows; returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM."""
+    """Plays what the budget allows.
+
+    Returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM.
+    """
     from fedkern.cli.backend_check import check_backend
     from fedkern.comparison import published
-    from fedkern.comparison.boards import board
+    from fedkern.comparison.boards import choose_board
     from fedkern.comparison.reproduction import REPRODUCTIONS, Reproduction
-    from fedkern.report.live.progress import terminal
-    from fedkern.report.names import say
+    from fedkern.report.live.progress import make_console
+    from fedkern.report.names import print_line
 
     arguments = request.arguments
-    paper = published.read(arguments["paper"])
+    paper = published.read_paper(arguments["paper"])
     out = request.out or REPRODUCTIONS / paper.name
     check_backend()
     reproduction = Reproduction(
-        paper, out, lambda words: command_of(request, words), lambda: board(quiet=request.quiet, json=request.json),
-        arguments["budget"],
+        paper, out, lambda words: command_of(request, words),
+        lambda: choose_board(quiet=request.quiet, json=request.json), arguments["budget"],
     )  # fmt: skip
     if not (request.quiet or request.json):
-        reproduction.tell = lambda text: say(terminal(stderr=True), text)
+        reproduction.tell = lambda text: print_line(make_console(stderr=True), text)
     names = [name.strip() for name in (arguments["cells"] or "").split(",") if name.strip()]
     cells, lines = reproduction.plan(reproduction.select(names, arguments["table"]))
     for line in lines:
@@ -118,11 +127,11 @@ def play(request: Request) -> int:
 
 
 def command_of(request: Request, words: Sequence[str]) -> Command:
-    """What the words of a cell's command ask for, with the data folder and the workers of this command."""
+    """Read the words of a cell's command, with the data folder and the workers of this command."""
     from fedkern.comparison.reproduction import Command
 
-    extensions.load(words)
-    run = flags.parse(words)
+    extensions.load_plugins(words)
+    run = flags.parse_run(words)
     if (method := run.method) is None:
         raise UserError("its command names no method: write METHOD and the flags of a run.")
     for name, way in _OTHERWISE.items():
@@ -140,7 +149,7 @@ def _tell(request: Request, reproduction: Reproduction) -> int:
 
     rows, out = reproduction.rows(), reproduction.out
     table = text_table(reproduction.paper, rows)
-    return tell(
+    return print_outcome(
         request, out, lambda: {"rows": [row.values() for row in rows], "folder": str(out)},
         dataclasses.replace(table, notes=()), [*table.notes, f"folder: {out}"], reproduction.tracebacks,
         [f"{name}: {text}" for name, text in reproduction.failures.items()],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import Any
 
 from fedkern.cli import flower_project
 from fedkern.cli.backend_check import check_backend
-from fedkern.cli.flags import quote
+from fedkern.cli.flags import as_word
 from fedkern.cli.front_page import PROGRAM
-from fedkern.cli.repeat import command_line, repeating
-from fedkern.cli.request import Request, effective, trusted
+from fedkern.cli.repeat import command_line, repeat_command
+from fedkern.cli.request import Request, effective_config, find_trusted_code
 from fedkern.data.registry import given_options
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import REPORT
@@ -21,7 +21,7 @@ from fedkern.engine.store.predictions import FILE as PREDICTIONS
 from fedkern.engine.store.records import plain
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError
-from fedkern.listeners.events import Listener, Listeners
+from fedkern.listeners.events import Listener, Listeners, Summary
 from fedkern.methods import registry
 from fedkern.process import interrupts, machine
 from fedkern.process.standard_streams import put
@@ -32,7 +32,10 @@ from fedkern.usercode import plugins
 
 @contextmanager
 def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
-    """The run folder; the default folder is made at once, so that no other run takes it, and removed if left empty."""
+    """The run folder.
+
+    The default folder is made at once, so that no other run takes it, and removed if left empty.
+    """
     from fedkern.report.figures.pictures import PICTURE_LIST, PICTURES
 
     if request.resume is not None:
@@ -54,11 +57,14 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
 
 
 def play(request: Request) -> int:
-    """Plays a run or, with ``--flower``, writes a project; returns 0, or 130 after Ctrl-C and 143 after SIGTERM."""
+    """Plays a run or, with ``--flower``, writes a project.
+
+    Returns 0, or 130 after Ctrl-C and 143 after SIGTERM.
+    """
     if request.flower is not None:
-        return flower_project.write(request)
+        return flower_project.write_project(request)
     check_backend()
-    config = effective(request) if request.resume is None else _stored(request)
+    config = effective_config(request) if request.resume is None else _load_stored_config(request)
     with _folder(request, config) as out, _workers_ahead(config):
         return _run(request, config, out)
 
@@ -67,24 +73,24 @@ def _workers_ahead(config: RunConfig) -> AbstractContextManager[None]:
     """Forks the process that starts workers, if the run may use workers, before this process computes anything."""
     from fedkern.engine.executors import choice, fork_server, torchrun_group
 
-    alone = config.workers == "1" or config.trained_clients < 2 or bool(choice.unavailable(config.device))
-    alone = alone or bool(plugins.loaded_plugins())  # a plugin may have computed already
-    alone = alone or torchrun_group.present() is not None  # clients work on ranks
+    in_one_process = config.workers == "1" or config.trained_clients < 2 or bool(choice.unavailable(config.device))
+    in_one_process = in_one_process or bool(plugins.loaded_plugins())  # a plugin may have computed already
+    in_one_process = in_one_process or torchrun_group.present() is not None  # clients work on ranks
     idle = min(machine.usable_cores(), config.threads) > 1 or config.workers != "auto"
-    return fork_server.ahead() if interrupts.whole_process() and idle and not alone else nullcontext()
+    return fork_server.ahead() if interrupts.whole_process() and idle and not in_one_process else nullcontext()
 
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
     from fedkern.report.live.notebook import display
-    from fedkern.report.names import say
+    from fedkern.report.names import print_line
 
     if request.resume is None:  # the user named this code, in flags or in --config
         code = tuple(part for _, part in config.code())
     else:
-        code = trusted(out, request.options, request.settings)
-    others = trackers(request)
+        code = find_trusted_code(out, request.options, request.settings)
+    loggers = trackers(request)
     view = display(quiet=request.quiet, json=request.json)
-    tee = Listeners(*others, view)  # a tracker that asks something at its start does so before the progress bar
+    tee = Listeners(*loggers, view)  # a tracker that asks something at its start does so before the progress bar
     complete = False
     try:
         summary = run(
@@ -102,11 +108,11 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
         how, status = interrupts.end_by(stop)
         view.close()
         if (out / "config.toml").exists():
-            again = " ".join([quote(out), *dict.fromkeys(flag for flag, _ in config.code())])
+            again = " ".join([as_word(out), *dict.fromkeys(flag for flag, _ in config.code())])
             way = "the run is complete, draw its pictures with" if complete else "continue with"
-            say(view.console, f"{how}; {way}: {PROGRAM} --resume {again}{' --report' * request.report}")
+            print_line(view.console, f"{how}; {way}: {PROGRAM} --resume {again}{' --report' * request.report}")
         else:
-            say(view.console, f"{how} before anything was written; start again.")
+            print_line(view.console, f"{how} before anything was written; start again.")
         return status
     finally:
         view.close()
@@ -118,29 +124,29 @@ def _illustrate(
 ) -> None:
     """Draws the pictures of a finished run, and writes its report where it was asked for."""
     from fedkern.report.figures.pictures import finished_pictures
-    from fedkern.report.live.progress import terminal
-    from fedkern.report.names import say
+    from fedkern.report.live.progress import make_console
+    from fedkern.report.names import print_line
 
     def tell(text: str) -> None:
         if not request.quiet and not request.json:
-            say(terminal(), text)
+            print_line(make_console(), text)
 
     missing: list[str] = []
     warn = partial(view.on_warning, "no-picture")
     pictures, undrawn = finished_pictures(out, data=data, data_root=config.data_root, trusted=code, warn=warn)
     if undrawn is not None:
-        missing.append(f"pictures ({undrawn}): draw them with {PROGRAM} --resume {quote(out)}")
+        missing.append(f"pictures ({undrawn}): draw them with {PROGRAM} --resume {as_word(out)}")
     elif pictures:
         tell(f"pictures:   {', '.join(path.name for path in pictures)}")
     if request.report:
         from fedkern.report.pages.run_page import write_report
 
         try:
-            command = repeating(out)
+            command = repeat_command(out)
             report = write_report(out, command=command, trusted=code)
             tell(f"report:     {report}")
         except UserError as error:
-            missing.append(f"report ({str(error).rstrip('.')}): write it with {PROGRAM} report {quote(out)}")
+            missing.append(f"report ({str(error).rstrip('.')}): write it with {PROGRAM} report {as_word(out)}")
     if missing:
         raise UserError(f"The run is complete, but not its {missing[0]}.")
 
@@ -159,7 +165,7 @@ def trackers(request: Request) -> list[Listener]:
     return listeners
 
 
-def _stored(request: Request) -> RunConfig:
+def _load_stored_config(request: Request) -> RunConfig:
     """The settings of the run to resume.
 
     Flags may repeat stored settings.  Only --data-root, --cache, --device, --keep-items and --workers may differ.
@@ -186,7 +192,7 @@ def _stored(request: Request) -> RunConfig:
     return stored.replace(**{name: changes.get(name, getattr(stored, name)) for name in RESUMABLE})
 
 
-def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str, Any]) -> None:
+def _close(request: Request, config: RunConfig, out: Path, summary: Summary) -> None:
     """Prints the result of a finished run."""
     if request.json:
         put(plain(summary))
@@ -194,11 +200,11 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     if request.quiet:
         print(out, flush=True)
         return
-    from fedkern.report.live.progress import terminal
-    from fedkern.report.names import say
+    from fedkern.report.live.progress import make_console
+    from fedkern.report.names import print_line
     from fedkern.report.tables import class_table, final_table, intervals_tables, own_tests_table, worst_client_line
 
-    console = terminal()
+    console = make_console()
     main = stored_settings(out)["main"]
     console.print(final_table(summary, main))
     if (classes := class_table(summary)) is not None:
@@ -206,18 +212,18 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Mapping[str,
     if summary.get("client_metrics"):
         console.print(own_tests_table(summary, main))
         if worst := worst_client_line(summary):
-            say(console, worst)
+            print_line(console, worst)
     for table in intervals_tables(summary.get("intervals", ())):
         console.print(table)
     if names := sorted(summary.get("diagnostics") or ()):
-        say(console, f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})")
+        print_line(console, f"warnings: {', '.join(names)} (see diagnostics in {out / 'summary.json'})")
     from fedkern.methods import METHODS
 
     one_shot = METHODS[config.method].one_shot
     baseline, name = ("oneshot-fedavg", "one-shot FedAvg") if one_shot else ("fedavg", "FedAvg")
     if config.method != baseline:
-        same = config if METHODS[baseline].takes_teachers else config.replace(teachers=None)
-        say(console, f"{name} on the same split: {command_line(baseline, same)}")
-    say(console, f"run folder: {out}")
+        baseline_config = config if METHODS[baseline].takes_teachers else config.replace(teachers=None)
+        print_line(console, f"{name} on the same split: {command_line(baseline, baseline_config)}")
+    print_line(console, f"run folder: {out}")
     if request.predictions and (out / PREDICTIONS).exists():
-        say(console, f"answers:    {PREDICTIONS}")
+        print_line(console, f"answers:    {PREDICTIONS}")

@@ -1,1 +1,4 @@
-"""Published tables as data, a TOML file for every paper; the format is that of `fedkern.comparison.published`."""
+"""Published tables as data, a TOML file for every paper.
+
+The format is that of `fedkern.comparison.published`.
+"""

@@ -18,7 +18,10 @@ SHARDS = 2
 
 
 class TwoNN(nn.Sequential):
-    """Two hidden layers of 200 units with ReLU; 199,210 parameters on MNIST."""
+    """Two hidden layers of 200 units with ReLU.
+
+    199,210 parameters on MNIST.
+    """
 
     def __init__(self, classes: int = 10, channels: int = 1, image_size: int = 28) -> None:
         super().__init__(
@@ -59,7 +62,10 @@ def mnist(root: str | Path | None, clients: int, partition: str, seed: int) -> F
 
 
 def shares(labels: Tensor, clients: int, partition: str, seed: int) -> list[Tensor]:
-    """Rows of every client, int64; ``labels`` and the other arguments are those of :func:`mnist`."""
+    """Rows of every client, int64.
+
+    ``labels`` and the other arguments are those of :func:`mnist`.
+    """
     draw = stream(seed, "partition").permutation
     if partition == "iid":
         return [torch.from_numpy(rows) for rows in np.array_split(draw(len(labels)), clients)]

@@ -49,7 +49,9 @@ def mnist(root: str | Path | None, clients: int, partition: str, seed: int) -> F
 
 
 def shares(labels: Tensor, clients: int, partition: str, seed: int) -> list[Tensor]:
-    """Rows of every client, int64; ``labels``, int64 ``[n]``, and the other arguments are those of :func:`mnist`.
+    """Rows of every client, int64.
+
+    ``labels``, int64 ``[n]``, and the other arguments are those of :func:`mnist`.
 
     With ``classes:2`` client i holds digit i and one other digit drawn at random, and the holders of a digit share
     its images equally: unlike in fedkern's own ``classes:2``, a digit may have many holders.
@@ -61,7 +63,7 @@ def shares(labels: Tensor, clients: int, partition: str, seed: int) -> list[Tens
         raise UserError(
             f"the paper's classes:2 needs a client for every digit, not {clients}: use --clients {classes}."
         )
-    pairs = [(first, (first + rng.integers(1, classes)) % classes) for first in np.arange(clients) % classes]
+    pairs = [(digit, (digit + rng.integers(1, classes)) % classes) for digit in np.arange(clients) % classes]
     parts: list[list[Tensor]] = [[] for _ in range(clients)]
     for digit in range(classes):
         holders = [client for client, pair in enumerate(pairs) if digit in pair]

@@ -24,7 +24,7 @@ def pixel_mnist(root: str | Path | None, shares: Callable[[Tensor], list[Tensor]
     """
     source = open_idx("mnist", root)
     pools = [pool.take(torch.arange(len(pool))) for pool in (source.train, source.validation)]
-    images, labels = torch.cat([each.images for each in pools]), torch.cat([each.labels for each in pools])
+    images, labels = torch.cat([pool.images for pool in pools]), torch.cat([pool.labels for pool in pools])
     test = source.tests[""].take(torch.arange(len(source.tests[""])))
     return FederatedData.from_arrays(
         [(images[rows], labels[rows]) for rows in shares(labels)], (test.images, test.labels), classes=source.classes,

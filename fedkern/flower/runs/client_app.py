@@ -18,7 +18,7 @@ import math
 from typing import Any
 
 from fedkern.files.inputs import parse_json
-from fedkern.flower.adapter import INFO, ClientApp, Context, Message, for_one_message, log, opened, replied
+from fedkern.flower.adapter import INFO, ClientApp, Context, Message, for_one_message, log, make_reply, unpack_message
 from fedkern.flower.runs import client_daemon
 from fedkern.flower.runs.node_config import STAYS, own_client
 
@@ -31,48 +31,48 @@ def introduce(message: Message, context: Context) -> Message:
 
     Where the server says that its run has ended, this node's process of the run ends too.
     """
-    header, _ = opened(message)
+    header, _ = unpack_message(message)
     request = parse_json(header)
     if isinstance(request, dict) and isinstance(request.get("end"), str):
-        return replied(message, _ended(request["end"], context))
+        return make_reply(message, _end_run(request["end"], context))
     from fedkern.flower.runs.node_client import PROTOCOL
-    from fedkern.flower.runs.portable import pack
+    from fedkern.flower.runs.portable import pack_value
 
     entries: dict[str, Any] = {"protocol": PROTOCOL, "client": own_client(context.node_config)}
     if isinstance(request, dict) and request.get("data") is True:
-        from fedkern.flower.runs.node_process import facts
+        from fedkern.flower.runs.node_process import describe_data
 
-        entries["data"] = facts(context.run_config, context.node_config, _notice)
-    return replied(message, pack(entries))
+        entries["data"] = describe_data(context.run_config, context.node_config, _notice)
+    return make_reply(message, pack_value(entries))
 
 
 @app.train()
 def answer(message: Message, context: Context) -> Message:
     """Answers a message of the run's server."""
-    header, packed = opened(message)
+    header, packed = unpack_message(message)
     reply: bytes | None = None
     stays = _stays(context.run_config.get("flower.resident", STAYS))
     if stays > 0 and for_one_message():
-        reply = client_daemon.ask(header, packed, context.run_config, context.node_config, _notice, stays)
+        reply = client_daemon.ask_daemon(header, packed, context.run_config, context.node_config, _notice, stays)
     if reply is None:
         from fedkern.flower.runs import node_process
 
-        reply = node_process.answer(header, packed, context.run_config, context.node_config, _notice)
-    return replied(message, reply)
+        reply = node_process.answer_message(header, packed, context.run_config, context.node_config, _notice)
+    return make_reply(message, reply)
 
 
-def _ended(run: str, context: Context) -> bytes:
+def _end_run(run: str, context: Context) -> bytes:
     if for_one_message():
-        if client_daemon.possible():
-            client_daemon.end(run, context.node_config)
+        if client_daemon.is_possible():
+            client_daemon.end_daemon(run, context.node_config)
     else:
         from fedkern.flower.runs import node_process
 
-        node_process.forget(run)
+        node_process.drop_clients(run)
     return b""
 
 
-def _stays(value: Any) -> float:
+def _stays(value: bool | float | int | str) -> float:
     """Seconds that a client daemon stays.
 
     0 for what is no number of seconds, which reading the settings refuses.

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 
 from fedkern.errors import Malformed, UserError
 from fedkern.files.inputs import parse_json
-from fedkern.flower.runs.node_config import STAYS
+from fedkern.flower.runs.node_config import STAYS, UserConfig
 
 PATIENCE = 10.0
 """Seconds that a client daemon waits for the bytes of a message that has begun; others wait behind that message."""
@@ -49,22 +49,25 @@ Notice = Callable[[str], None]
 
 
 class Lost(Exception):
-    """The client daemon has ended while it worked; the text says so in a sentence."""
+    """The client daemon has ended while it worked.
+
+    The text says so in a sentence.
+    """
 
 
 class _Gone(Exception):
     """The client daemon has ended before it took the message."""
 
 
-def ask(
+def ask_daemon(
     header: str,
     packed: bytes,
-    run_config: Mapping[str, Any],
-    node: Mapping[str, Any],
+    run_config: UserConfig,
+    node: UserConfig,
     notice: Notice,
     stays: float = STAYS,
 ) -> bytes | None:
-    """The answer of the client daemon (see `node_process.answer`), which is started where there is none.
+    """The answer of the client daemon (see `node_process.answer_message`), which is started where there is none.
 
     A client daemon that is started now ends ``stays`` seconds after its last message.
 
@@ -72,11 +75,11 @@ def ask(
         The answer; None where no client daemon can be had.
 
     Raises:
-        Malformed, UserError: as `fedkern.flower.runs.node_process.answer`.
+        Malformed, UserError: as `fedkern.flower.runs.node_process.answer_message`.
         RuntimeError: another exception of it.
         Lost: the client daemon has ended while it worked.
     """
-    if not possible():
+    if not is_possible():
         return None
     request = {"header": header, "run_config": dict(run_config), "node": dict(node)}
     for _ in range(_TRIES):
@@ -88,18 +91,18 @@ def ask(
             return None
         with link, link.makefile("rb") as replies:
             try:
-                return _asked(link, replies, request, packed, notice)
+                return _exchange(link, replies, request, packed, notice)
             except _Gone:
                 continue
     return None
 
 
-def possible() -> bool:
-    """Whether this system has what client daemons need."""
+def is_possible() -> bool:
+    """Return whether this system has what client daemons need."""
     return sys.platform == "linux" and hasattr(os, "pidfd_open")
 
 
-def end(run: str, node: Mapping[str, Any]) -> None:
+def end_daemon(run: str, node: UserConfig) -> None:
     """Ends the client daemon of a run on the node of this configuration, if there is one."""
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.connect(_name(run, node))
@@ -112,7 +115,7 @@ def _run(header: str) -> str:
     return str(values.get("run")) if isinstance(values, dict) else ""
 
 
-def _name(run: str, node: Mapping[str, Any]) -> bytes:
+def _name(run: str, node: UserConfig) -> bytes:
     """The socket's name: another one for every run, configuration of the node, code, and SuperNode."""
     parent = os.getppid()
     started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
@@ -169,7 +172,9 @@ def _start(name: bytes, stays: float) -> bool:
     return True
 
 
-def _asked(link: socket.socket, replies: BinaryIO, request: Mapping[str, Any], packed: bytes, notice: Notice) -> bytes:
+def _exchange(
+    link: socket.socket, replies: BinaryIO, request: Mapping[str, object], packed: bytes, notice: Notice
+) -> bytes:
     try:
         send(link, request, packed)
         receive(replies)  # that it has begun
@@ -204,7 +209,7 @@ def user_of(link: socket.socket) -> int:
     return int(_CREDENTIALS.unpack(credentials)[1])
 
 
-def send(link: socket.socket, values: Mapping[str, Any], packed: bytes = b"") -> None:
+def send(link: socket.socket, values: Mapping[str, object], packed: bytes = b"") -> None:
     """Send plain values and a packed message."""
     head = json.dumps(values).encode()
     link.sendall(_LENGTHS.pack(len(head), len(packed)) + head)
@@ -251,7 +256,7 @@ def live(door: int, parent: int, stays: float) -> None:
                 link.settimeout(PATIENCE)
                 if user_of(link) == os.geteuid():
                     with link.makefile("rb") as requests:
-                        if not _serve(link, requests, node_process.answer):
+                        if not _serve(link, requests, node_process.answer_message):
                             return
 
 

@@ -31,8 +31,8 @@ from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.training import Diverged
 from fedkern.errors import ClientFailed, Malformed, UserError, printable
 from fedkern.flower.runs.node_folder import NodeFolder, Version
-from fedkern.flower.runs.portable import pack, unpack
-from fedkern.methods.base import Phase
+from fedkern.flower.runs.portable import pack_value, unpack_value
+from fedkern.methods.base import Message, Phase
 from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.common.privacy_report import guarantee
 from fedkern.methods.protocol import BEFORE
@@ -57,7 +57,7 @@ _NAME = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class ClientRequest:
-    """What a server's message says beside the message of the method.
+    """Header of a server's message, beside the message of the method.
 
     Attributes:
         run: name of the run, 32 hexadecimal digits.
@@ -87,12 +87,12 @@ class ClientRequest:
     plan: str
     data: int | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values, which :meth:`read` reads."""
         return {"protocol": PROTOCOL, **vars(self), "phase": [*astuple(self.phase)]}
 
     @classmethod
-    def read(cls, values: Any) -> ClientRequest:
+    def read(cls, values: object) -> ClientRequest:
         """Checks plain values and makes a request of them.
 
         Raises:
@@ -101,8 +101,8 @@ class ClientRequest:
         protocol = values.get("protocol") if isinstance(values, dict) else None
         if protocol != PROTOCOL:
             raise Malformed(f"has the form {protocol!r} where this version of fedkern reads {PROTOCOL}")
-        _check_form(values, _HEADER, "lacks entries of its header, or has others")
-        table = {name: value for name, value in values.items() if name != "protocol"}
+        table = _check_form(values, _HEADER, "lacks entries of its header, or has others")
+        table = {name: value for name, value in table.items() if name != "protocol"}
         if not all(1 <= table[name] <= 1024 for name in ("threads", "client_threads")):
             raise Malformed("has a number out of range")
         if not _NAME.fullmatch(table["run"]):
@@ -120,15 +120,16 @@ _HEADER: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def _check_form(values: Any, form: Mapping[str, tuple[type, ...]], problem: str) -> None:
-    """Raise Malformed, with the problem, for anything but a dict with these entries of these types, () for any."""
+def _check_form(values: object, form: Mapping[str, tuple[type, ...]], problem: str) -> dict[str, Any]:
+    """Return the values, or raise Malformed, with the problem, unless they have these types, () for any."""
     if not isinstance(values, dict) or values.keys() != form.keys():
         raise Malformed(problem)
     if not all(type(values[name]) in kinds for name, kinds in form.items() if kinds):
         raise Malformed(problem)
+    return values
 
 
-def _version(value: list[Any]) -> Version:
+def _version(value: list[int]) -> Version:
     is_pair = [type(part) for part in value] == [int, int]
     if not is_pair or not 0 < value[0] < 10**6 or not 0 <= value[1] < 10**6:
         raise Malformed("names no round")
@@ -143,7 +144,7 @@ class NodeClients:
         base: folder of the clients' states of all runs on this node.
         notice: called with the progress of something long; may be set anew between messages.
         own_data: whether this node's folder holds the data of its client alone.
-        half: whether replies travel as bf16 (:func:`~fedkern.flower.runs.portable.pack`).
+        half: whether replies travel as bf16 (:func:`~fedkern.flower.runs.portable.pack_value`).
     """
 
     config: RunConfig
@@ -163,12 +164,10 @@ class NodeClients:
             UserError: data, settings or an earlier state are not as they must be on this node.
             Malformed: the message is none of fedkern's.
         """
-        message = unpack(packed)
-        if not isinstance(message, dict):
-            raise Malformed("holds no message")
+        message = _unpack_message(packed)
         if self._serial is None:
             try:
-                self._serial = self._prepared(request)
+                self._serial = self._prepare_clients(request)
             except BaseException:
                 self._stack.close()
                 raise
@@ -189,7 +188,7 @@ class NodeClients:
 
     # -- once in a process -----------------------------------------------------------------------------------------
 
-    def _prepared(self, request: ClientRequest) -> Serial:
+    def _prepare_clients(self, request: ClientRequest) -> Serial:
         """Makes data and method, as `fedkern.engine.run.run` does before its first round."""
         keep_freed_memory()
         config = self.config.replace(
@@ -246,15 +245,15 @@ class NodeClients:
             self._places.pop(k, None)
             self._serial.forget(k)  # its round is over, or begins again
         folder.drop_messages(plan)
-        earlier = [folder.message(Version(plan, each)) for each in range(number)]
+        earlier = [folder.message(Version(plan, earlier_number)) for earlier_number in range(number)]
         if any(header.get("attempt") != request.attempt for header, _ in earlier):
             raise UserError("The earlier messages of this round are those of another process of the server.")
         self._serial.take(request.client, folder.read_state(request.begin))
         for header, packed in earlier:
             played = ClientRequest.read(header)
-            self._serial.ask(played.client, played.asker, played.phase, unpack(packed))
+            self._serial.ask(played.client, played.asker, played.phase, _unpack_message(packed))
 
-    def _ask(self, request: ClientRequest, message: dict[str, Any], folder: NodeFolder) -> bytes:
+    def _ask(self, request: ClientRequest, message: Message, folder: NodeFolder) -> bytes:
         assert self._serial is not None  # answer
         context, k = self._context, request.client
         context.notices.warnings.clear()
@@ -289,13 +288,19 @@ class NodeClients:
         releases.forget(request.oldest)
 
 
+def _unpack_message(packed: bytes) -> Message:
+    if not isinstance(message := unpack_value(packed), dict):
+        raise Malformed("holds no message")
+    return message
+
+
 def pack_reply(
     request: ClientRequest,
     answer: Answer,
     *,
     public: bool = True,
     changed: bool = False,
-    ledger: Any = None,
+    ledger: object = None,
     half: bool = False,
 ) -> bytes:
     """Return the reply of a client to a request.
@@ -304,15 +309,15 @@ def pack_reply(
         public: whether the reply may tell more of the client than its upload.
         changed: whether the client's state has changed.
         ledger: the client's privacy ledger, or None.
-        half: see :func:`~fedkern.flower.runs.portable.pack`.
+        half: see :func:`~fedkern.flower.runs.portable.pack_value`.
     """
     problem: dict[str, Any] | None = None
     if isinstance(failure := answer.problem, Diverged):
-        batch, what = (failure.batch, failure.what) if public else (0, "")
-        problem = {"kind": "diverged", "round": failure.round, "batch": batch, "what": what}
+        batch, cause = (failure.batch, failure.what) if public else (0, "")
+        problem = {"kind": "diverged", "round": failure.round, "batch": batch, "what": cause}
     elif failure is not None:
-        what, traceback = (failure.what, failure.traceback) if public else ("", "")
-        problem = {"kind": "failed", "what": what, "traceback": traceback}
+        cause, traceback = (failure.what, failure.traceback) if public else ("", "")
+        problem = {"kind": "failed", "what": cause, "traceback": traceback}
     reply = {
         "client": request.client,
         "version": list(request.version),
@@ -325,7 +330,7 @@ def pack_reply(
         "changed": changed,
         "ledger": ledger,
     }
-    return pack(reply, half=half)
+    return pack_value(reply, half=half)
 
 
 # -- the server's end of a reply -------------------------------------------------------------------------------------
@@ -340,32 +345,32 @@ _PROBLEMS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, alone: int | None = None) -> RunContext:
-    """What all clients of a run share, as :func:`fedkern.engine.run.run` makes it, for a client that works elsewhere.
+def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, owner: int | None = None) -> RunContext:
+    """Return the context that all clients of a run share, for a client on a node of its own.
 
-    ``alone`` is the client whose data alone this machine has; None: this machine has the data of all clients.
+    ``owner`` is the client whose data alone this machine has; None: this machine has the data of all clients.
 
     Raises:
         UserError: the data, or the files that the settings name, are not on this machine.
     """
-    if alone is None:
+    if owner is None:
         data = inspect_items(config, load_data(config, notice=notice))
         config = effective(config, data, are_loaded=True)
         data = kept_data(config, data)
     else:
         data = data_of_one(config, notice=notice, node=True)
         (split,) = data.clients
-        none = split.subset(torch.zeros(0, dtype=torch.int64))
-        data = replace(data, clients=tuple(split if k == alone else none for k in range(config.clients)))
+        no_samples = split.subset(torch.zeros(0, dtype=torch.int64))
+        data = replace(data, clients=tuple(split if k == owner else no_samples for k in range(config.clients)))
         config = effective(config, data, are_loaded=False)
     if notice is not None and data.form.seen:
         notice(data.form.seen[0])
-    check_data(config, data, alone)
+    check_data(config, data, owner)
     found, _, _ = own_model.find_facts(config, data, None, Path(), known=False)
     return RunContext(config.replace(**found), data, notice)
 
 
-def read_reply(packed: bytes, client: int, version: Version) -> tuple[Answer, bool, Any]:
+def read_reply(packed: bytes, client: int, version: Version) -> tuple[Answer, bool, object]:
     """Unpack a reply and check everything but the upload itself, which the engine checks.
 
     Returns:
@@ -374,16 +379,15 @@ def read_reply(packed: bytes, client: int, version: Version) -> tuple[Answer, bo
     Raises:
         Malformed: the reply is none of fedkern's, or answers another message.
     """
-    values = unpack(packed)
-    _check_form(values, _REPLY, "is no answer of a fedkern client")
+    values = _check_form(unpack_value(packed), _REPLY, "is no answer of a fedkern client")
     if values["client"] != client or values["version"] != list(version):
         raise Malformed("answers another message")
     report, warnings = values["report"], values["warnings"]
-    if not _named(report, TAKEN) or not all(isinstance(value, (int, float)) for value in report.values()):
+    if not _has_valid_names(report, TAKEN) or not all(isinstance(value, (int, float)) for value in report.values()):
         raise Malformed("has a report that is none")
     if not all(abs(value) <= LARGEST_FIGURE or not math.isfinite(value) for value in report.values()):
         raise Malformed(f"reports a figure above {LARGEST_FIGURE:g}")
-    if not _named(warnings) or not all(isinstance(text, str) for text in warnings.values()):
+    if not _has_valid_names(warnings) or not all(isinstance(text, str) for text in warnings.values()):
         raise Malformed("has warnings that are none")
     if not all(mark in [*PLACES] for mark in values["marks"]):
         raise Malformed("has marks that are none")
@@ -397,17 +401,17 @@ def read_reply(packed: bytes, client: int, version: Version) -> tuple[Answer, bo
     return answer, values["changed"], values["ledger"]
 
 
-def _named(table: dict[Any, Any], taken: tuple[str, ...] = ()) -> bool:
-    """Whether a reply's table has few entries, with names that a record may show and none that is ``taken``."""
+def _has_valid_names(table: dict[object, object], taken: tuple[str, ...] = ()) -> bool:
+    """Return whether a reply's table has few entries, with names that a record may show and none that is ``taken``."""
     names = all(isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable() for name in table)
     return len(table) <= MOST_NAMES and names and table.keys().isdisjoint(taken)
 
 
-def _read_problem(value: Any, client: int) -> Diverged | ClientFailed | None:
+def _read_problem(value: object, client: int) -> Diverged | ClientFailed | None:
     if value is None:
         return None
     kind = value.get("kind") if isinstance(value, dict) else None
-    _check_form(value, _PROBLEMS.get(str(kind), _PROBLEMS["failed"]), "has a problem that is none")
+    problem = _check_form(value, _PROBLEMS.get(str(kind), _PROBLEMS["failed"]), "has a problem that is none")
     if kind == "diverged":
-        return Diverged(client, value["round"], value["batch"], printable(value["what"]))
-    return ClientFailed(client, value["what"] or "its part of the method raised an exception", value["traceback"])
+        return Diverged(client, problem["round"], problem["batch"], printable(problem["what"]))
+    return ClientFailed(client, problem["what"] or "its part of the method raised an exception", problem["traceback"])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fedkern.errors import UserError
 
+UserConfig = Mapping[str, bool | float | int | str]
+"""A run-config, or the configuration of a node, as Flower gives them."""
 STAYS = 600.0
 """Seconds that a client daemon waits for the next message, where the run-config does not say."""
 
 
-def own_client(node_config: Mapping[str, Any]) -> int:
+def own_client(node_config: UserConfig) -> int:
     """The client that the node is.
 
     Raises UserError where the node's configuration does not say it.
@@ -25,7 +26,7 @@ def own_client(node_config: Mapping[str, Any]) -> int:
     return client
 
 
-def folder(node_config: Mapping[str, Any], name: str) -> str | None:
+def folder(node_config: UserConfig, name: str) -> str | None:
     """The folder on this machine that an entry names.
 
     None: that of the run-config.

@@ -26,11 +26,11 @@ from fedkern.engine.store.run_folder import NODES
 from fedkern.errors import ClientFailed, Malformed, UserError, printable_name
 from fedkern.files import atomic
 from fedkern.files.inputs import read_json
-from fedkern.flower.adapter import QUERY, TRAIN, Arrived, NodeChannel
+from fedkern.flower.adapter import QUERY, TRAIN, NodeChannel, NodeReply
 from fedkern.flower.runs.node_client import MOST_NAMES, ClientRequest, read_reply
 from fedkern.flower.runs.node_folder import Version
 from fedkern.flower.runs.node_registry import NodeRegistry
-from fedkern.flower.runs.portable import pack
+from fedkern.flower.runs.portable import pack_value
 from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.privacy import LEDGER, Accountant
 
@@ -49,7 +49,7 @@ class Nodes(Ordered):
 
     Args:
         deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
-        half: whether messages travel as bf16 (:func:`~fedkern.flower.runs.portable.pack`).
+        half: whether messages travel as bf16 (:func:`~fedkern.flower.runs.portable.pack_value`).
         own_data: whether nodes have data of their own, which the server does not know.
 
     Raises:
@@ -82,9 +82,9 @@ class Nodes(Ordered):
         self._versions: dict[ClientId, Version] = {}
         self._waiting: dict[str, ClientId] = {}  # by the name of a message whose reply has not come
         registry.meet(run.notices.warn)
-        self._name = self._named()
+        self._name = self._load_run_name()
 
-    def _named(self) -> str:
+    def _load_run_name(self) -> str:
         """The run's name on the nodes, the same in every process of the server."""
         path = self._run.out / NODES
         if path.exists():
@@ -129,7 +129,7 @@ class Nodes(Ordered):
         if k in self._replies:
             return
         late = self._end is not None and time.monotonic() >= self._end
-        heard = self._heard(k)
+        heard = self._collect_replies(k)
         for name, arrived in heard:
             client = self._waiting.pop(name)
             self._replies[client] = self._reply(client, arrived)
@@ -147,7 +147,7 @@ class Nodes(Ordered):
 
     def _pack_message(self, message: Message) -> bytes:
         try:
-            return pack(message, half=self._half)
+            return pack_value(message, half=self._half)
         except TypeError as error:
             method = self._run.context.config.method
             raise UserError(
@@ -167,14 +167,14 @@ class Nodes(Ordered):
             client_threads=run.context.config.client_threads, plan=run.context.config.plan or "", data=self._data,
         )  # fmt: skip
 
-    def _heard(self, first: ClientId) -> list[tuple[str, Arrived]]:
+    def _collect_replies(self, next_client: ClientId) -> list[tuple[str, NodeReply]]:
         """Replies that have come: of the next client in order, then of some of the others."""
-        names = sorted(self._waiting, key=lambda name: self._waiting[name] != first)
-        replies = [(each.reply_to, each) for each in self._channel.arrived(names[:_AT_ONCE])]
-        return [(name, each) for name, each in replies if name in self._waiting]
+        names = sorted(self._waiting, key=lambda name: self._waiting[name] != next_client)
+        replies = [(reply.reply_to, reply) for reply in self._channel.collect_replies(names[:_AT_ONCE])]
+        return [(name, reply) for name, reply in replies if name in self._waiting]
 
-    def _reply(self, k: ClientId, arrived: Arrived) -> Done:
-        """What a node has sent, checked."""
+    def _reply(self, k: ClientId, arrived: NodeReply) -> Done:
+        """Check the reply of a node."""
         if arrived.lost:
             return Done(Answer(k, absent=f"its node was lost ({printable_name(arrived.error, 200)})"))
         if arrived.error:
@@ -183,7 +183,7 @@ class Nodes(Ordered):
             if arrived.packed is None:
                 raise Malformed(arrived.malformed)
             answer, is_changed, ledger = read_reply(arrived.packed, k, self._versions[k])
-            ledger = self._checked(ledger)
+            ledger = self._check_ledger(ledger)
             names = self._names.setdefault(k, set())
             names.update(answer.report, answer.warnings)
             if len(names) > MOST_NAMES:  # records and checkpoints keep each
@@ -195,8 +195,11 @@ class Nodes(Ordered):
         state = {STATE: list(self._versions[k]), **({} if ledger is None else {LEDGER: ledger})}
         return Done(answer, state if is_changed else None)
 
-    def _checked(self, ledger: Any) -> Any:
-        """A client's privacy ledger, in the form of :class:`Accountant`; None where the run has no guarantee."""
+    def _check_ledger(self, ledger: Any) -> dict[str, Any] | None:
+        """A client's privacy ledger, in the form of :class:`Accountant`.
+
+        None where the run has no guarantee.
+        """
         if ledger is None or self._run.guarantee is None:
             return None
         try:
@@ -229,5 +232,5 @@ class Nodes(Ordered):
             names = {name for name in sent if name is not None}
             end = time.monotonic() + FAREWELL
             while names and time.monotonic() < end:
-                names.difference_update(each.reply_to for each in self._channel.arrived(list(names)))
+                names.difference_update(reply.reply_to for reply in self._channel.collect_replies(list(names)))
                 time.sleep(_FIRST_PAUSE if names else 0)

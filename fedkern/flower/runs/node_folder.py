@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fedkern.errors import UserError
 from fedkern.files import atomic
@@ -55,7 +55,7 @@ class NodeFolder:
 
     # -- states ----------------------------------------------------------------------------------------------------
 
-    def read_state(self, version: Version | None) -> dict[str, Any]:
+    def read_state(self, version: Version | None) -> dict[str, object]:
         """The state of that name, empty for None.
 
         Raises UserError where it is missing or damaged.
@@ -69,26 +69,26 @@ class NodeFolder:
                 f"The client's state cannot be read ({error}): put the folder back, or start the run again."
             ) from None
 
-    def write_state(self, version: Version, content: dict[str, Any], oldest: int) -> None:
+    def write_state(self, version: Version, content: dict[str, object], oldest: int) -> None:
         """Writes a state, and deletes those that no checkpoint of the server can name: of rounds before ``oldest``."""
         states.save(self._state(version), content)
-        names = [Version(*numbers) for numbers in self._numbered(_STATE)]
-        before = max((each for each in names if each.plan == version.plan and each < version), default=None)
-        for each in names:
-            of_this_round = each.plan == version.plan and each not in (version, before)
-            if each.plan < oldest or of_this_round:
-                self._state(each).unlink(missing_ok=True)
+        names = [Version(*numbers) for numbers in self._list_versions(_STATE)]
+        before = max((name for name in names if name.plan == version.plan and name < version), default=None)
+        for name in names:
+            of_this_round = name.plan == version.plan and name not in (version, before)
+            if name.plan < oldest or of_this_round:
+                self._state(name).unlink(missing_ok=True)
 
     def _state(self, version: Version) -> Path:
         return self.path / f"state-{version.plan:06d}-{version.number:06d}.safetensors"
 
     # -- messages --------------------------------------------------------------------------------------------------
 
-    def keep_message(self, version: Version, header: dict[str, Any], packed: bytes) -> None:
+    def keep_message(self, version: Version, header: dict[str, object], packed: bytes) -> None:
         """Keep a message, in case the client's next one of this round meets another process."""
         atomic.write_bytes(self._message(version), json.dumps(header).encode() + b"\n" + packed)
 
-    def message(self, version: Version) -> tuple[dict[str, Any], bytes]:
+    def message(self, version: Version) -> tuple[dict[str, object], bytes]:
         """Return a kept message.
 
         Raises:
@@ -102,20 +102,23 @@ class NodeFolder:
 
     def drop_messages(self, plan: int) -> None:
         """Deletes the kept messages of rounds before ``plan``."""
-        for numbers in self._numbered(_MESSAGE):
+        for numbers in self._list_versions(_MESSAGE):
             if numbers[0] < plan:
                 self._message(Version(*numbers)).unlink(missing_ok=True)
 
     def _message(self, version: Version) -> Path:
         return self.path / f"message-{version.plan:06d}-{version.number:06d}.packed"
 
-    def _numbered(self, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
+    def _list_versions(self, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
         matches = (pattern.fullmatch(path.name) for path in self.path.iterdir())
         return [(int(match[1]), int(match[2])) for match in matches if match is not None]
 
 
 def _drop_runs(base: Path) -> None:
-    """Deletes the states of all runs but the last `KEPT_RUNS`; what else lies in the folder stays."""
+    """Deletes the states of all runs but the last `KEPT_RUNS`.
+
+    What else lies in the folder stays.
+    """
     runs = [path for path in base.iterdir() if _RUN.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
     for path in sorted(runs, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_RUNS]:
         shutil.rmtree(path, ignore_errors=True)

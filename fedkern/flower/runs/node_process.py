@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from fedkern.files.filesystem import cache_folder, expand
 from fedkern.files.inputs import parse_json
 from fedkern.flower.runs import node_config, run_settings
 from fedkern.flower.runs.node_client import ClientRequest, NodeClients, pack_reply
+from fedkern.flower.runs.node_config import UserConfig
 from fedkern.flower.runs.own_data import form_of
 from fedkern.settings.run_data import data_of_one
 
@@ -22,7 +23,7 @@ Notice = Callable[[str], None]
 _here: tuple[Any, NodeClients] | None = None  # of the last message of this process, with what they were made of
 
 
-def answer(header: str, packed: bytes, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice) -> bytes:
+def answer_message(header: str, packed: bytes, run_config: UserConfig, node: UserConfig, notice: Notice) -> bytes:
     """The answer to a message of the run's server.
 
     A client that cannot answer says why in it.
@@ -51,28 +52,28 @@ def answer(header: str, packed: bytes, run_config: Mapping[str, Any], node: Mapp
     return pack_reply(request, Answer(client, problem=failure))
 
 
-def facts(run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice) -> dict[str, Any]:
+def describe_data(run_config: UserConfig, node: UserConfig, notice: Notice) -> dict[str, object]:
     """Number of samples and form of the data of a node whose folder holds its own data alone."""
-    data = data_of_one(run_settings.read(run_config, node_config.folder(node, "data-root")).config, notice, node=True)
+    data = data_of_one(
+        run_settings.read_run_config(run_config, node_config.folder(node, "data-root")).config, notice, node=True
+    )
     return {"samples": len(data.clients[0]), **form_of(data)}
 
 
-def _clients(
-    request: ClientRequest, run_config: Mapping[str, Any], node: Mapping[str, Any], notice: Notice
-) -> NodeClients:
+def _clients(request: ClientRequest, run_config: UserConfig, node: UserConfig, notice: Notice) -> NodeClients:
     """The clients of this process.
 
     Those of another run, or with other settings, are dropped.
     """
     global _here
     alike = {name: value for name, value in node.items() if name != "partition-id"}
-    whose = request.client if run_config.get("flower.own-data") else None
-    made_of = (request.run, request.attempt, request.threads, request.client_threads, dict(run_config), alike, whose)
+    owner = request.client if run_config.get("flower.own-data") else None
+    made_of = (request.run, request.attempt, request.threads, request.client_threads, dict(run_config), alike, owner)
     if _here is not None and _here[0] == made_of:
         _here[1].notice = notice
         return _here[1]
-    forget()
-    settings = run_settings.read(run_config, node_config.folder(node, "data-root"))
+    drop_clients()
+    settings = run_settings.read_run_config(run_config, node_config.folder(node, "data-root"))
     folder = node_config.folder(node, "state-dir") or settings.state
     base = expand(folder) if folder else cache_folder(STATES)
     clients = NodeClients(
@@ -82,7 +83,7 @@ def _clients(
     return clients
 
 
-def forget(run: str | None = None) -> None:
+def drop_clients(run: str | None = None) -> None:
     """Drops the clients of this process, or those of a run.
 
     The next message begins with what is on the disk.

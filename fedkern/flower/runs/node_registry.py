@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fedkern.errors import Malformed, UserError, printable_name
-from fedkern.flower.adapter import QUERY, Arrived, NodeChannel
+from fedkern.flower.adapter import QUERY, NodeChannel, NodeReply
 from fedkern.flower.runs.node_client import PROTOCOL
-from fedkern.flower.runs.portable import pack, unpack
+from fedkern.flower.runs.portable import pack_value, unpack_value
 from fedkern.methods.base import ClientId
 from fedkern.process.interrupts import check
 
@@ -70,8 +70,8 @@ class NodeRegistry:
                 f"client, with --node-config 'partition-id=K num-partitions={self.count}' for client K."
             )
         if missing:
-            who = ", ".join(map(str, missing))
-            text = f"Clients without a node when the run began: {who}; rounds go on without them until they connect."
+            names = ", ".join(map(str, missing))
+            text = f"Clients without a node when the run began: {names}; rounds go on without them until they connect."
             warn("clients-without-node", text)
 
     def find(self) -> None:
@@ -91,18 +91,18 @@ class NodeRegistry:
         for node in [node for node in self._asked if node not in present]:
             del self._asked[node]
             self._client_of.pop(node, None)
-            self._waiting = {name: other for name, other in self._waiting.items() if other != node}
+            self._waiting = {name: asked_node for name, asked_node in self._waiting.items() if asked_node != node}
         for node in present:
             if node not in self._asked:
                 self._asked[node] = time.monotonic()
                 header = json.dumps({"data": self._own_data})
-                name = self._channel.send(node, QUERY, header, pack({}), ACQUAINTED * 10)
+                name = self._channel.send(node, QUERY, header, pack_value({}), ACQUAINTED * 10)
                 if name is not None:
                     self._waiting[name] = node
-        for arrived in self._channel.arrived(list(self._waiting)):
+        for arrived in self._channel.collect_replies(list(self._waiting)):
             if arrived.reply_to in self._waiting:
                 node = self._waiting.pop(arrived.reply_to)
-                client = self._introduced(node, arrived)
+                client = self._read_introduction(node, arrived)
                 if client is not None:
                     self._client_of[node] = client
         self.home = {}
@@ -115,7 +115,7 @@ class NodeRegistry:
                     self._warn("nodes-of-one-client", text)
                 self.home[k] = node
 
-    def _introduced(self, node: int, arrived: Arrived) -> ClientId | None:
+    def _read_introduction(self, node: int, arrived: NodeReply) -> ClientId | None:
         """The client that a node says it is.
 
         None where the node is not one of this run's.
@@ -123,8 +123,9 @@ class NodeRegistry:
         try:
             if arrived.packed is None:
                 raise Malformed(arrived.malformed or f"failed: {arrived.error}")
-            values = unpack(arrived.packed)
-            spoken, k = (values.get("protocol"), values.get("client")) if isinstance(values, dict) else (None, None)
+            if not isinstance(values := unpack_value(arrived.packed), dict):
+                values = {}
+            spoken, k = values.get("protocol"), values.get("client")
             if spoken != PROTOCOL:
                 raise Malformed(
                     f"has form {spoken!r} of fedkern's messages, and the server has form {PROTOCOL}: install one "
@@ -146,9 +147,8 @@ class NodeRegistry:
         return None
 
 
-def _facts(values: Any) -> dict[str, Any]:
-    samples = values.get("samples") if isinstance(values, dict) else None
-    if type(samples) is not int or not 0 < samples < 1 << 40:
+def _facts(values: object) -> dict[str, Any]:
+    if not isinstance(values, dict) or type(values.get("samples")) is not int or not 0 < values["samples"] < 1 << 40:
         raise Malformed("does not say how many samples it has")
     if not all(isinstance(value, (str, int, float, list)) for value in values.values()) or len(values) > MOST_FACTS:
         raise Malformed("does not say what form its data have")

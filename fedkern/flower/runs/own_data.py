@@ -7,7 +7,7 @@ samples are not used.  Of a client's data it learns the number of samples.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.utils.data import default_collate
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedkern.flower.runs.node_registry import NodeRegistry
 
 
-def form_of(data: FederatedData) -> dict[str, Any]:
+def form_of(data: FederatedData) -> dict[str, object]:
     """Return the facts on data that server and nodes must have in common, as plain values."""
     form = data.form
     facts = {"task": data.task.name, "classes": list(data.classes)}
@@ -36,7 +36,7 @@ def form_of(data: FederatedData) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def declared(config: RunConfig, registry: NodeRegistry, warn: Callable[[str, str], None]) -> FederatedData:
+def declare_federation(config: RunConfig, registry: NodeRegistry, warn: Callable[[str, str], None]) -> FederatedData:
     """The federation as the server sees it: its own test sets, and the number of samples of every node.
 
     Raises:

@@ -1,4 +1,6 @@
-"""Messages between a run's server and its clients' nodes: bytes of a safetensors file with a JSON tree; no pickle.
+"""Messages between a run's server and its clients' nodes: bytes of a safetensors file with a JSON tree.
+
+No pickle.
 
 What arrives comes from another machine and is checked before anything is made of it.  A tensor keeps the order of its
 strides: channels-last images arrive as such, so that networks compute with the same kernels and give the same bits.
@@ -7,7 +9,6 @@ strides: channels-last images arrive as such, so that networks compute with the 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ LEAST_HALVED = 1024
 """Elements from which on an fp32 tensor may travel as bf16: small ones hold single figures, and weigh nothing."""
 
 
-def pack(value: Any, *, half: bool = False) -> bytes:
+def pack_value(value: object, *, half: bool = False) -> bytes:
     """Pack tensors, NumPy arrays, numbers, texts, None, and lists, tuples and dicts of these.
 
     A tensor that stands in several places travels once.
@@ -40,17 +41,21 @@ def pack(value: Any, *, half: bool = False) -> bytes:
         TypeError: ``value`` holds something else; the message says where.
     """
     tensors: dict[str, Tensor] = {}
-    entries: dict[int, tuple[Any, list[Any]]] = {}  # with the values, whose ids are then nobody else's
+    # With the values, whose ids are then nobody else's.
+    entries: dict[int, tuple[Tensor | np.ndarray, list[object]]] = {}
 
-    def keep(value: Any, where: str) -> list[Any]:
+    def keep(value: Tensor | np.ndarray, where: str) -> list[object]:
         if id(value) not in entries:
             check_tensor(value, where)
-            is_array, name = isinstance(value, np.ndarray), f"t{len(tensors)}"
-            tensor = torch.from_numpy(np.ascontiguousarray(value)) if is_array else value.detach()
+            name = f"t{len(tensors)}"
+            if isinstance(value, np.ndarray):
+                tensor, can_halve = torch.from_numpy(np.ascontiguousarray(value)), False
+            else:
+                tensor, can_halve = value.detach(), half and value.dtype == torch.float32
             # Dimensions of one element go last among equal strides: PyTorch takes their strides for a memory format.
             order = sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride()[dim], tensor.shape[dim] == 1))
             dense = tensor.permute(order).cpu().clone(memory_format=torch.contiguous_format)
-            halved = half and not is_array and tensor.dtype == torch.float32 and tensor.numel() >= LEAST_HALVED
+            halved = can_halve and tensor.numel() >= LEAST_HALVED
             tensors[name] = dense.bfloat16() if halved else dense
             entries[id(value)] = value, [name, order, halved]
         return entries[id(value)][1]
@@ -59,7 +64,7 @@ def pack(value: Any, *, half: bool = False) -> bytes:
     return save(tensors, {ABOUT: json.dumps(tree, allow_nan=False, separators=(",", ":"))})
 
 
-def unpack(data: bytes) -> Any:
+def unpack_value(data: bytes) -> object:
     """Return the value that was packed, its tensors on the CPU, in memory of their own.
 
     Raises:
@@ -75,7 +80,7 @@ def unpack(data: bytes) -> Any:
         raise Malformed(f"cannot be read ({error})") from None
     known: dict[str, Tensor] = {}
 
-    def tensor(entry: Any) -> Tensor:
+    def tensor(entry: object) -> Tensor:
         name, order, halved = entry if isinstance(entry, list) and len(entry) == 3 else ("", [], False)
         if name not in tensors or not isinstance(order, list):
             raise Malformed("has a tensor that did not come with it")

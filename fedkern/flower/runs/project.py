@@ -13,12 +13,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedkern.data import COMMON_OPTIONS, lookup
 from fedkern.errors import UserError, printable_name
 from fedkern.files import atomic
-from fedkern.flower.runs.run_settings import CODE, DATA_OPTION, ELSEWHERE, FLOWER, METHOD_OPTION, SWITCHES, setting_key
+from fedkern.flower.runs.run_settings import (
+    CODE,
+    DATA_OPTION,
+    FLOWER,
+    LOCAL_ONLY,
+    METHOD_OPTION,
+    SWITCHES,
+    setting_key,
+)
 from fedkern.methods import registry
 from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
@@ -33,7 +40,7 @@ _WIDE = 60
 
 @dataclass(frozen=True)
 class Project:
-    """What a project is made of: what the user gave, without defaults (compare `fedkern.cli.request.Given`).
+    """Contents of a project: what the user gave, without defaults (compare `fedkern.cli.request.Given`).
 
     Attributes:
         plugins: names of plugins: absolute paths of files, or modules.
@@ -43,9 +50,9 @@ class Project:
     """
 
     method: str
-    settings: Mapping[str, Any]
-    options: Mapping[str, Any]
-    data_options: Mapping[str, Any]
+    settings: Mapping[str, object]
+    options: Mapping[str, object]
+    data_options: Mapping[str, object]
     plugins: Sequence[str]
     out: Path | None
     own_data: bool
@@ -129,51 +136,52 @@ clientapp = "fedkern.flower.runs.client_app:app"
 [tool.flwr.app.config.flower]
 {self._table(self._flower())}"""
 
-    def _settings(self) -> dict[str, tuple[Any, str]]:
+    def _settings(self) -> dict[str, tuple[object, str]]:
         usual = defaults(self.method, self._data)
         settings = {**GOES_ON, **self.settings}
-        rows: dict[str, tuple[Any, str]] = {"method": (self.method, "")}
-        for each in RunConfig.declared():
-            if each.field == "method" or each.field in ELSEWHERE:
+        rows: dict[str, tuple[object, str]] = {"method": (self.method, "")}
+        for setting in RunConfig.declared():
+            if setting.field == "method" or setting.field in LOCAL_ONLY:
                 continue
-            value = settings.get(each.field)
-            default = usual.get(each.field, each.default)
+            value = settings.get(setting.field)
+            default = usual.get(setting.field, setting.default)
             comment = "" if value is not None or default is None else f"default {default}"
-            rows[setting_key(each.field)] = (self._portable(each.field, value), comment)
+            rows[setting_key(setting.field)] = (self._portable(setting.field, value), comment)
         named = (Path(name).name if Path(name).is_absolute() else name for name in self.plugins)
         rows["plugins"] = (",".join(named), "")
         rows["out"] = ("" if self.out is None else str(self.out), "the run folder; resume = true goes on with it")
-        for name, each in SWITCHES.items():
-            rows[name] = (bool(getattr(self, name, False)), each.help)
+        for name, switch in SWITCHES.items():
+            rows[name] = (bool(getattr(self, name, False)), switch.help)
         return rows
 
-    def _portable(self, field: str, value: Any) -> Any:
+    def _portable(self, field: str, value: object) -> object:
         """The value of a setting as it stands in the project, where its code has no folder."""
         if value is None:
             return ""
         named = named_code.parse(str(value)) if field in CODE else None
         return f"{Path(named.file).name}:{named.name}" if named is not None and named.file else value
 
-    def _options(self) -> dict[str, tuple[Any, str]]:
+    def _options(self) -> dict[str, tuple[object, str]]:
         declared = registry.get(self.method).Options.declared()
         return {
-            each.name: ("" if self.options.get(each.name) is None else self.options[each.name], "") for each in declared
+            option.name: ("" if self.options.get(option.name) is None else self.options[option.name], "")
+            for option in declared
         }
 
     @property
     def _data(self) -> str:
         return str(self.settings.get("data") or default_data(self.method))
 
-    def _data_options(self) -> dict[str, tuple[Any, str]]:
+    def _data_options(self) -> dict[str, tuple[object, str]]:
         names = dict.fromkeys([*self.data_options, *COMMON_OPTIONS, *lookup(self._data).options])
         return {name: (self.data_options.get(name, ""), "") for name in names}
 
-    def _flower(self) -> dict[str, tuple[Any, str]]:
-        rows = {key.partition(".")[2]: (each.default, each.help) for key, each in FLOWER.items()}
+    def _flower(self) -> dict[str, tuple[object, str]]:
+        rows = {key.partition(".")[2]: (option.default, option.help) for key, option in FLOWER.items()}
         return {**rows, "own-data": (self.own_data, rows["own-data"][1])}
 
     @staticmethod
-    def _table(rows: Mapping[str, tuple[Any, str]]) -> str:
+    def _table(rows: Mapping[str, tuple[object, str]]) -> str:
         lines = []
         for key, (value, comment) in rows.items():
             line = toml.line(key, value)
@@ -235,15 +243,10 @@ flwr run . NAME --stream
 ## Settings
 
 The settings are the run-config in `pyproject.toml`: the flags of fedkern without dashes in front. A single run has its
-own with `--run-config`:
+own with `--run-config`, and a run whose server was stopped goes on with the same bits:
 
 ```
 flwr run . local --stream --run-config 'rounds=3 lr=0.05'
-```
-
-A run whose server was stopped goes on with the same bits:
-
-```
 flwr run . local --stream --run-config 'out="DIR" resume=true'
 ```
 
@@ -252,7 +255,7 @@ Files that settings name by a path (data, initial weights, teachers) must be on 
 """
 
 
-def simulation(folder: Path, options: Sequence[str]) -> list[str]:
+def simulation_settings(folder: Path, options: Sequence[str]) -> list[str]:
     """Flower's settings of a simulation of a project on this machine: fedkern's, then the user's ``options``.
 
     In a :class:`Project`, each client needs a node; the folder may be that of any other Flower project too.

@@ -24,7 +24,7 @@ from fedkern.engine.order import FILTER_ORDER
 from fedkern.engine.registry import FILTERS
 from fedkern.engine.uploads.filters import Filter
 from fedkern.errors import UserError, nearest
-from fedkern.flower.runs.node_config import STAYS
+from fedkern.flower.runs.node_config import STAYS, UserConfig
 from fedkern.settings.config import RunConfig
 from fedkern.typed_option import Option, as_typed
 from fedkern.usercode import named_code, plugins
@@ -53,7 +53,7 @@ FLOWER = {
 """Settings of a run over Flower."""
 JUDGING = {"test_share": 0.5, "validation_share": 0.9}
 """Shares of the server's images, where nobody gives them and nodes have data of their own: none of them trains."""
-ELSEWHERE = ("workers",)
+LOCAL_ONLY = ("workers",)
 """Settings that say nothing about a run over Flower."""
 CODE = ("model", "data")
 """Settings that may name code, whose files the project takes along."""
@@ -61,7 +61,10 @@ CODE = ("model", "data")
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run-config says: see `SWITCHES` and `FLOWER`; without a run folder ``out`` it is a new one in ``runs``."""
+    """Values of a run-config: see `SWITCHES` and `FLOWER`.
+
+    Without a run folder ``out`` it is a new one in ``runs``.
+    """
 
     config: RunConfig
     out: Path | None
@@ -80,7 +83,7 @@ def setting_key(field: str) -> str:
     return field.replace("_", "-")
 
 
-def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSettings:
+def read_run_config(run_config: UserConfig, data_root: str | None = None) -> RunSettings:
     """Reads Flower's flat run-config, and loads the plugins that it names.
 
     ``data_root`` is the folder of the data on this machine, instead of that of the run-config.
@@ -89,12 +92,12 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
         UserError: an unknown key, a value out of range, or a plugin or file that is not on this machine.
     """
     values = {key: word for key, value in run_config.items() if (word := as_typed(value).strip())}
-    fields = {setting_key(each.field): each.field for each in RunConfig.declared() if each.field not in ELSEWHERE}
+    fields = {setting_key(entry.field): entry.field for entry in RunConfig.declared() if entry.field not in LOCAL_ONLY}
     keys = [*fields, *SWITCHES, *FLOWER, "out", "plugins"]
     for key in values:
         if key not in keys and not key.startswith((METHOD_OPTION, DATA_OPTION)):
             raise UserError(f'The run-config has an unknown key "{key}".{nearest(key, keys)}')
-    named = [_located(name.strip()) for name in values.get("plugins", "").split(",") if name.strip()]
+    named = [_locate_file(name.strip()) for name in values.get("plugins", "").split(",") if name.strip()]
     plugins.load_installed()
     loaded = plugins.load_given(named)
     settings: dict[str, Any] = {fields[key]: word for key, word in values.items() if key in fields}
@@ -110,8 +113,8 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
     config = config.replace(asked=frozenset(settings))
     # The ClientApp reads flower.resident itself, before it imports all this.
     switches: dict[str, Any] = {
-        key: each.bind_field(key, key).convert(values[key]) if key in values else each.default
-        for key, each in {**SWITCHES, **FLOWER}.items()
+        key: option.bind_field(key, key).convert(values[key]) if key in values else option.default
+        for key, option in {**SWITCHES, **FLOWER}.items()
     }
     if switches["flower.own-data"]:
         check_own_data(config)
@@ -121,8 +124,8 @@ def read(run_config: Mapping[str, Any], data_root: str | None = None) -> RunSett
         config=config,
         out=Path(values["out"]).expanduser() if "out" in values else None,
         **{
-            key.removeprefix("flower.").replace("-", "_"): each
-            for key, each in switches.items()
+            key.removeprefix("flower.").replace("-", "_"): value
+            for key, value in switches.items()
             if key != "flower.resident"
         },
     )
@@ -175,15 +178,18 @@ def _under(values: Mapping[str, str], prefix: str) -> Iterable[tuple[str, str]]:
     return ((key, word) for key, word in values.items() if key.startswith(prefix))
 
 
-def _located(name: str) -> str:
-    """The path of a file of the project, which Flower puts on ``sys.path``; another name is returned as it is."""
+def _locate_file(name: str) -> str:
+    """The path of a file of the project, which Flower puts on ``sys.path``.
+
+    Another name is returned as it is.
+    """
     path = Path(name)
     if path.is_absolute() or not name.endswith(".py"):
         return name
-    file = next((each for folder in sys.path if (each := Path(folder) / name).is_file()), None)
+    file = next((candidate for folder in sys.path if (candidate := Path(folder) / name).is_file()), None)
     return name if file is None else str(file.absolute())
 
 
 def _located_code(text: str) -> str:
     file, _, name = text.rpartition(":")
-    return f"{_located(file)}:{name}" if file.endswith(".py") and named_code.parse(text) is not None else text
+    return f"{_locate_file(file)}:{name}" if file.endswith(".py") and named_code.parse(text) is not None else text

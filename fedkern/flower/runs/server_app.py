@@ -6,21 +6,22 @@ their nodes (`fedkern.flower.runs.node_executor`).  Like the command line it may
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedkern.data import FederatedData
 from fedkern.engine.run import run
 from fedkern.engine.store.run_folder import RUNS, reserve, run_name
 from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.flower.adapter import ERROR, INFO, WARNING, Context, Grid, NodeChannel, ServerApp, log, warn_of_version
 from fedkern.flower.runs import run_settings
+from fedkern.flower.runs.node_config import UserConfig
 from fedkern.flower.runs.node_executor import Nodes
 from fedkern.flower.runs.node_registry import NodeRegistry
-from fedkern.flower.runs.own_data import declared
-from fedkern.listeners.events import Listener, RunInfo
+from fedkern.flower.runs.own_data import declare_federation
+from fedkern.listeners.events import Listener, Record, RunInfo, Summary
 from fedkern.settings.doors import key_words
 
 app = ServerApp()
@@ -34,14 +35,14 @@ def main(grid: Grid, context: Context) -> None:
 
 
 @key_words()
-def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
+def play(grid: Grid, run_config: UserConfig) -> Summary:
     """Plays the run of a flat run-config (`fedkern.flower.runs.run_settings`), and returns its summary.
 
     Raises:
         UserError: anything that the user can put right.
         RunFailed: the run was stopped, or failed without a result to keep.
     """
-    settings = run_settings.read(run_config)
+    settings = run_settings.read_run_config(run_config)
     config, out, fresh = settings.config, settings.out, False
     run_settings.check_portable(config)
     if out is None:
@@ -52,12 +53,12 @@ def play(grid: Grid, run_config: Mapping[str, Any]) -> dict[str, Any]:
     log(INFO, "run folder: %s", out)
     again = f"flwr run with the run-config 'out=\"{out}\" resume=true'"
     code = tuple(part for _, part in config.code())
-    channel, listener = NodeChannel(grid), Told()
+    channel, listener = NodeChannel(grid), FlowerLog()
     registry = NodeRegistry(channel, wait=settings.wait, own_data=settings.own_data)
     try:
         summary = run(
             config,
-            data=declared(config, registry, _warn) if settings.own_data else None,
+            data=declare_federation(config, registry, _warn) if settings.own_data else None,
             out=out,
             resume=settings.resume,
             listener=listener,
@@ -91,7 +92,7 @@ def _warn(name: str, text: str) -> None:
     log(WARNING, "%s", text)
 
 
-def draw(out: Path, data: Any, data_root: str | None, code: tuple[str, ...], report: bool) -> None:
+def draw(out: Path, data: FederatedData | None, data_root: str | None, code: tuple[str, ...], report: bool) -> None:
     """Draws the pictures of a finished run, and writes its report.
 
     The run is complete without them.
@@ -109,8 +110,11 @@ def draw(out: Path, data: Any, data_root: str | None, code: tuple[str, ...], rep
             log(WARNING, "The run is complete, but not its report: %s", error)
 
 
-class Told(Listener):
-    """Writes what happens in a run to Flower's log, a line each; keeps the run's ``data``, None before the start."""
+class FlowerLog(Listener):
+    """Writes what happens in a run to Flower's log, a line each.
+
+    Keeps the run's ``data``, None before the start.
+    """
 
     data: Any = None
 
@@ -124,7 +128,7 @@ class Told(Listener):
     def on_notice(self, text: str) -> None:
         log(INFO, "%s", text)
 
-    def on_round(self, record: Mapping[str, Any]) -> None:
+    def on_round(self, record: Record) -> None:
         from fedkern.report.live.progress import main_figures
 
         figures = [f"loss {record['loss']:.3f}"] if "loss" in record else []
@@ -138,5 +142,5 @@ class Told(Listener):
     def on_warning(self, name: str, text: str) -> None:
         log(WARNING, "%s", text)
 
-    def on_end(self, summary: Mapping[str, Any]) -> None:
+    def on_end(self, summary: Summary) -> None:
         log(INFO, "the run is complete")

@@ -1,4 +1,7 @@
-"""Flower's FedAvg and FedProx with fedkern's mean, which leaves bad replies out; the base of the other strategies."""
+"""Flower's FedAvg and FedProx with fedkern's mean, which leaves bad replies out.
+
+The base of the other strategies.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,8 @@ from fedkern.ops._core.checks import check_count, check_flag, check_number
 from fedkern.streams import stream
 
 C = TypeVar("C", bound=type)
+R = TypeVar("R")
+Gathered = RunningMean | AllModels
 
 LEFT_OUT = "left-out/"
 """Beginning of the names of metrics that list nodes whose replies did not count, by reason."""
@@ -64,7 +69,7 @@ class Combined(NamedTuple):
     """The models of a round, combined.
 
     Attributes:
-        vector: ``[P]``, the floating entries; or the bytes of their arrays (see `adapter.record`).
+        vector: ``[P]``, the floating entries; or the bytes of their arrays (see `adapter.make_record`).
         whole: the other entries.
         nodes: nodes whose replies were combined; None for all.
     """
@@ -81,7 +86,7 @@ def constructed_like(original: Any, *extra: str) -> Callable[[C], C]:
         inherited: Any = cls.__init__  # type: ignore[misc]
 
         @functools.wraps(inherited)
-        def construct(self: Any, *args: Any, **named: Any) -> None:
+        def construct(self: object, *args: Any, **named: Any) -> None:
             inherited(self, *args, **named)
 
         parameters = list(inspect.signature(original.__init__).parameters.values())
@@ -169,10 +174,10 @@ class FedAvg(flower.FedAvg):
             evaluate_fn, **named,
         )  # fmt: skip
         if self._lost and (len(self._lost) >= _LAST_ROUNDS or not self._ever_fitted):
-            fault, who = self._lost[0], type(self).__name__
-            which = f"of the last {len(self._lost)} rounds" if self._ever_fitted else "of this run"
+            fault, name = self._lost[0], type(self).__name__
+            rounds = f"of the last {len(self._lost)} rounds" if self._ever_fitted else "of this run"
             raise RunFailed(
-                f"{who}: no reply {which} has counted, so that the model is as it was before round {fault.round}; in "
+                f"{name}: no reply {rounds} has counted, so that the model is as it was before round {fault.round}; in "
                 f"round {fault.round} the reply of node {fault.node} {fault.text}"
             )
         return result
@@ -183,7 +188,7 @@ class FedAvg(flower.FedAvg):
         adapter.log(adapter.INFO, "\t├──> fedkern:")
         adapter.log(adapter.INFO, "\t│\t├── Seed of the choice of nodes: %s", self.seed)
         adapter.log(adapter.INFO, "\t│\t├── Largest norm of an update: %s", bound)
-        adapter.log(adapter.INFO, "\t│\t└── Aggregation: %s", self._described())
+        adapter.log(adapter.INFO, "\t│\t└── Aggregation: %s", self._describe_rule())
         super().summary()
 
     def configure_train(
@@ -192,7 +197,7 @@ class FedAvg(flower.FedAvg):
         """See Flower's ``FedAvg.configure_train``."""
         if self.fraction_train == 0.0:
             return []
-        chosen = self._chosen(grid, self.fraction_train, self.min_train_nodes, server_round, "training")
+        chosen = self._choose_nodes(grid, self.fraction_train, self.min_train_nodes, server_round, "training")
         self.begin(arrays, chosen)
         return self._messages(server_round, arrays, config, chosen, adapter.MessageType.TRAIN)
 
@@ -202,7 +207,7 @@ class FedAvg(flower.FedAvg):
         """See Flower's ``FedAvg.configure_evaluate``."""
         if self.fraction_evaluate == 0.0:
             return []
-        chosen = self._chosen(grid, self.fraction_evaluate, self.min_evaluate_nodes, server_round, "evaluation")
+        chosen = self._choose_nodes(grid, self.fraction_evaluate, self.min_evaluate_nodes, server_round, "evaluation")
         return self._messages(server_round, arrays, config, chosen, adapter.MessageType.EVALUATE)
 
     @adapter.streaming
@@ -254,7 +259,7 @@ class FedAvg(flower.FedAvg):
                 vector = combined.vector
                 if isinstance(vector, Tensor):
                     vector = self._step(vector, server_round)
-                arrays = adapter.record(self._layout, vector, combined.whole)
+                arrays = adapter.make_record(self._layout, vector, combined.whole)
         contents.sort(key=lambda content: content.node)
         if combined is not None and combined.nodes is not None:
             contents = [content for content in contents if content.node in combined.nodes]
@@ -288,23 +293,23 @@ class FedAvg(flower.FedAvg):
 
     # -- the nodes of a round ------------------------------------------------------------------------------------------
 
-    def _chosen(self, grid: Grid, fraction: float, least: int, server_round: int, purpose: str) -> list[int]:
+    def _choose_nodes(self, grid: Grid, fraction: float, minimum: int, server_round: int, purpose: str) -> list[int]:
         """Nodes of a round, once enough are connected: a fraction of them, chosen by seed, purpose and round alone."""
         while True:
-            there = adapter.nodes(grid)
-            count = max(int(len(there) * fraction), least)
+            connected = adapter.nodes(grid)
+            count = max(int(len(connected) * fraction), minimum)
             needed = max(self.min_available_nodes, count)
-            if len(there) >= needed:
+            if len(connected) >= needed:
                 break
-            adapter.log(adapter.INFO, "%s nodes are connected, %s are needed: waiting.", len(there), needed)
+            adapter.log(adapter.INFO, "%s nodes are connected, %s are needed: waiting.", len(connected), needed)
             time.sleep(1)
         draws = [
             float(stream(self.seed, f"flower {purpose} nodes", round=server_round, client=place).random())
-            for place in range(len(there))
+            for place in range(len(connected))
         ]
-        places = sorted(sorted(range(len(there)), key=draws.__getitem__)[:count])
-        adapter.log(adapter.INFO, "Round %s: %s of %s nodes for %s.", server_round, count, len(there), purpose)
-        return [there[place] for place in places]
+        places = sorted(sorted(range(len(connected)), key=draws.__getitem__)[:count])
+        adapter.log(adapter.INFO, "Round %s: %s of %s nodes for %s.", server_round, count, len(connected), purpose)
+        return [connected[place] for place in places]
 
     def _messages(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, chosen: list[int], kind: str
@@ -328,8 +333,8 @@ class FedAvg(flower.FedAvg):
                 layout = Layout.of(arrays)
                 self._start = Model(arrays, layout)
             except Misfit as misfit:
-                who = type(self).__name__
-                raise UserError(f"{who}: the global model {misfit}; it must hold real numbers.") from None
+                name = type(self).__name__
+                raise UserError(f"{name}: the global model {misfit}; it must hold real numbers.") from None
             self._sent, self._layout = arrays, layout
 
     def begin_evaluation(self, nodes: Sequence[int]) -> None:
@@ -338,7 +343,7 @@ class FedAvg(flower.FedAvg):
 
     # -- replies -------------------------------------------------------------------------------------------------------
 
-    def _take(self, reply: Message, gathered: Any) -> _Content:
+    def _take(self, reply: Message, gathered: Gathered) -> _Content:
         """Checks a reply and adds it to what the round keeps."""
         content, node = _content(reply), _node(reply)
         arrays = _only(content, ArrayRecord)
@@ -365,7 +370,8 @@ class FedAvg(flower.FedAvg):
             raise Misfit("weight", f"has no single number as metric {self.weighted_by_key!r}, its weight")
         if not 0 <= weight <= _HEAVIEST:
             raise Misfit(
-                "weight", f"has {_shown(weight)} as {self.weighted_by_key!r}, its weight: it must be from 0 to 2^53"
+                "weight",
+                f"has {_number_text(weight)} as {self.weighted_by_key!r}, its weight: it must be from 0 to 2^53",
             )
         for name, value in metrics.items():
             for number in value if isinstance(value, list) else [value]:
@@ -439,18 +445,18 @@ class FedAvg(flower.FedAvg):
     _averages = True
     """Whether models are combined by their weighted mean, which shows where numbers are not finite."""
 
-    def _described(self) -> str:
+    def _describe_rule(self) -> str:
         kind = "exact sums of replies as they arrive" if self.low_memory else "all replies (memory: replies × model)"
         return f"weighted mean, {kind}"
 
-    def _gather(self, layout: Layout) -> Any:
+    def _gather(self, layout: Layout) -> Gathered:
         """An empty collection of a round's models."""
         return (RunningMean if self.low_memory else AllModels)(layout, self._start)
 
-    def _add(self, gathered: Any, model: Model, weight: float, node: int) -> None:
+    def _add(self, gathered: Gathered, model: Model, weight: float, node: int) -> None:
         gathered.add(model, weight, node)
 
-    def _combine(self, gathered: Any, server_round: int) -> Combined | None:
+    def _combine(self, gathered: Gathered, server_round: int) -> Combined | None:
         """The models combined.
 
         None where their weights are all 0.
@@ -466,8 +472,8 @@ class FedAvg(flower.FedAvg):
             averaged = None if model is None else (model, gathered.whole(counted))
         if averaged is None:
             return None
-        model, others = averaged
-        return Combined(model.data if model.vector is None else model.vector, others)
+        model, integer_arrays = averaged
+        return Combined(model.data if model.vector is None else model.vector, integer_arrays)
 
     def _step(self, vector: Tensor, server_round: int) -> Tensor:
         """The new global model ``[P]``, from the combined one."""
@@ -535,7 +541,7 @@ class _Content(NamedTuple):
 def _alike(contents: list[_Content]) -> list[_Content]:
     """The replies whose metrics have the names and lengths that most have."""
 
-    def form(content: _Content) -> tuple[Any, ...]:
+    def form(content: _Content) -> tuple[tuple[str, int], ...]:
         record = _only(content.record, MetricRecord)
         return tuple(sorted((name, len(value) if isinstance(value, list) else -1) for name, value in record.items()))
 
@@ -544,10 +550,10 @@ def _alike(contents: list[_Content]) -> list[_Content]:
         return contents
     best = min(counts, key=lambda kind: (-counts[kind], kind))
     majority = [content for content in contents if form(content) == best]
-    others = [content.node for content in contents if form(content) != best]
+    minority = [content.node for content in contents if form(content) != best]
     adapter.log(
         adapter.WARNING, "%s replies have metrics of other names than most, those of nodes %s: these are left out of "
-        "the metrics.", len(others), ", ".join(map(str, others)),
+        "the metrics.", len(minority), ", ".join(map(str, minority)),
     )  # fmt: skip
     return majority
 
@@ -560,23 +566,23 @@ def _content(reply: Message) -> RecordDict:
 
 
 def _left_out(server_round: int, reply: Message, error: Exception) -> LeftOut:
-    """What is said of a reply that could not be read."""
+    """Describe a reply that could not be read."""
     if not isinstance(error, Misfit):
         error = Misfit("unreadable", f"cannot be read ({type(error).__name__}: {printable_name(str(error), 200)})")
     return LeftOut(server_round, _node(reply), error.reason, printable(str(error)))
 
 
 def _too_large(number: float) -> bool:
-    """Whether a whole number is beyond fp64."""
+    """Return whether a whole number is beyond fp64."""
     return isinstance(number, int) and abs(number) > sys.float_info.max
 
 
-def _shown(number: float) -> str:
+def _number_text(number: float) -> str:
     return "a number of too many digits" if _too_large(number) else f"{number!r:.30}"
 
 
-def _only(content: RecordDict, kind: type[Any]) -> Any:
-    records = adapter.records(content, kind)
+def _only(content: RecordDict, kind: type[R]) -> R:
+    records = adapter.find_records(content, kind)
     if len(records) != 1:
         raise Misfit("records", f"has {len(records)} {kind.__name__}s where one is expected")
     return records[0]
@@ -585,7 +591,7 @@ def _only(content: RecordDict, kind: type[Any]) -> Any:
 def _layout_of_first(replies: Iterable[Message]) -> Layout | None:
     """The form of the first reply that can be read, where nobody has told what was sent."""
     for reply in replies:
-        for arrays in () if reply.has_error() else adapter.records(reply.content, ArrayRecord):
+        for arrays in () if reply.has_error() else adapter.find_records(reply.content, ArrayRecord):
             with contextlib.suppress(Misfit):
                 return Layout.of(arrays)
     return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.errors import UserError
 from fedkern.flower import adapter
-from fedkern.flower.array_bytes import FLOATS, Misfit
+from fedkern.flower.array_bytes import FLOATS, Misfit, dtype_name
 from fedkern.flower.model_layout import Layout, Model
 
 __all__ = ["pack", "unpack"]
@@ -35,12 +35,19 @@ def pack(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> adapt
     dtypes = tuple(FLOATS.values())
     if dtype is not None and dtype not in dtypes:
         raise UserError(f"pack: dtype must be float32, float64, bfloat16 or float16, not {dtype}.")
+    forms = []
     for key, value in state.items():
-        real = isinstance(value, Tensor) and not value.is_complex()
-        if not real or (value.is_floating_point() and value.dtype not in dtypes):
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        is_tensor = isinstance(value, Tensor)
+        if not is_tensor or value.is_complex() or (value.is_floating_point() and value.dtype not in dtypes):
+            kind = value.dtype if is_tensor else type(value).__name__
             raise UserError(f"pack: {key!r} must be a tensor of real numbers, not {kind}.")
-    return adapter.to_flat(state, dtype)
+        forms.append((key, tuple(value.shape), str(value.dtype).removeprefix("torch.")))
+    layout = Layout(forms)
+    layout.flat = dtype_name(dtype or layout.dtype)
+    parts = [state[entry.key].detach().cpu().reshape(-1).to(FLOATS[layout.flat]) for entry in layout.floating]
+    vector = torch.cat(parts) if parts else torch.empty(0, dtype=FLOATS[layout.flat])
+    integer_arrays = {entry.key: state[entry.key].detach().cpu().numpy() for entry in layout.whole}
+    return adapter.make_record(layout, vector, integer_arrays)
 
 
 def unpack(record: adapter.ArrayRecord) -> OrderedDict[str, Tensor]:

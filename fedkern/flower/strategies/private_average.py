@@ -16,7 +16,7 @@ from fedkern.flower.adapter import ArrayRecord, MetricRecord, RecordDict, flower
 from fedkern.flower.array_bytes import Misfit
 from fedkern.flower.model_layout import Layout, Model
 from fedkern.flower.model_sums import NewModel, RunningMean
-from fedkern.flower.strategies.averaging import Combined, FedAvg, LeftOut, constructed_like
+from fedkern.flower.strategies.averaging import Combined, FedAvg, Gathered, LeftOut, constructed_like
 from fedkern.privacy.client_level import ClientLevel, keep_variances
 from fedkern.streams import stream
 
@@ -82,7 +82,7 @@ class DPFedAvg(FedAvg):
         """
         return self._level.epsilon(max(self._asked.values(), default=0))
 
-    def _described(self) -> str:
+    def _describe_rule(self) -> str:
         return (
             f"sum of updates clipped to norm {self.clipping_norm:g}, noise {self.noise_multiplier:g}, "
             f"epsilon at delta {self.delta:g}"
@@ -104,21 +104,23 @@ class DPFedAvg(FedAvg):
         self._asked.update(self._nodes)
         return RunningMean(layout)
 
-    def _add(self, gathered: Any, model: Model, weight: float, node: int) -> None:
+    def _add(self, gathered: Gathered, model: Model, weight: float, node: int) -> None:
         assert self._start is not None
+        assert isinstance(gathered, RunningMean)  # _gather
         if node in gathered.nodes or node not in self._nodes:
             raise Misfit("twice", "is not the one reply to this round's message")
         gathered.nodes.append(node)
         gathered.add_update(model, self._start, self._level.factor(model.distance(self._start)))
 
-    def _combine(self, gathered: Any, server_round: int) -> Combined | None:
+    def _combine(self, gathered: Gathered, server_round: int) -> Combined | None:
         assert self._start is not None
         assert self._layout is not None
-        result, count = gathered.result(NewModel(self._layout, False, torch.float64)), len(self._nodes)
-        if result is None:
+        assert isinstance(gathered, RunningMean)  # _gather
+        model, count = NewModel(self._layout, False, torch.float64), len(self._nodes)
+        if gathered.result(model) is None or model.vector is None:
             return None
         old = self._start.vector()
-        vector = result[0].vector.mul_(len(gathered.nodes) / count).add_(old)
+        vector = model.vector.mul_(len(gathered.nodes) / count).add_(old)
         deviation = self._level.deviation(count)
         if deviation:
             rng = self._noise(server_round)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from fedkern.flower.adapter import flower
 from fedkern.flower.array_bytes import Misfit
 from fedkern.flower.model_layout import Layout, Model
 from fedkern.flower.model_sums import AllModels
-from fedkern.flower.strategies.averaging import Combined, FedAvg, constructed_like
+from fedkern.flower.strategies.averaging import Combined, FedAvg, Gathered, constructed_like
 
 
 class _Robust(FedAvg):
@@ -24,22 +22,23 @@ class _Robust(FedAvg):
 
     _averages = False
 
-    def _described(self) -> str:
+    def _describe_rule(self) -> str:
         return "a rule over all replies of a round (memory: replies × model)"
 
     def _gather(self, layout: Layout) -> AllModels:
         return AllModels(layout, self._start)
 
-    def _add(self, gathered: Any, model: Model, weight: float, node: int) -> None:
+    def _add(self, gathered: Gathered, model: Model, weight: float, node: int) -> None:
         if not weight:
             raise Misfit("empty", f"has 0 as {self.weighted_by_key!r}, its weight, and is no part of the choice")
         super()._add(gathered, model, weight, node)
 
-    def _combine(self, gathered: Any, server_round: int) -> Combined | None:
+    def _combine(self, gathered: Gathered, server_round: int) -> Combined | None:
+        assert isinstance(gathered, AllModels)  # _gather
         gathered.sort()
-        return self._ruled(gathered)
+        return self._apply_rule(gathered)
 
-    def _ruled(self, models: AllModels) -> Combined | None:
+    def _apply_rule(self, models: AllModels) -> Combined | None:
         return Combined(models.by_coordinate(self._rule), models.whole(rank=self._rank(len(models.nodes))))
 
     def _rank(self, count: int) -> int:
@@ -77,7 +76,7 @@ class FedTrimmedAvg(_Robust, flower.FedTrimmedAvg):
 class GeometricMedian(_Robust):
     """The point with the least sum of distances to the replies' models (RFA, arXiv 1912.13445)."""
 
-    def _ruled(self, models: AllModels) -> Combined | None:
+    def _apply_rule(self, models: AllModels) -> Combined | None:
         return Combined(ops.geometric_median(models.vectors), models.whole(rank=self._rank(len(models.nodes))))
 
 
@@ -89,7 +88,7 @@ class MultiKrum(_Robust, flower.MultiKrum):
     beside the weights are ranked rightly.
     """
 
-    def _ruled(self, models: AllModels) -> Combined | None:
+    def _apply_rule(self, models: AllModels) -> Combined | None:
         chosen = self._closest(models)
         weights = [models.weights[i] for i in chosen]
         vector = models.by_coordinate(lambda rows: ops.weighted_mean(rows, weights), chosen)
@@ -104,12 +103,15 @@ class MultiKrum(_Robust, flower.MultiKrum):
         squares = torch.zeros(count, count, dtype=torch.float64)
         for run in models.layout.segments:
             squares += ops.pairwise_distances(models.rows(run)).square_()
-        others = squares[~torch.eye(count, dtype=torch.bool)].view(count, max(count - 1, 0))
+        other_squares = squares[~torch.eye(count, dtype=torch.bool)].view(count, max(count - 1, 0))
         near = max(1, count - self.num_malicious_nodes - 2)
-        scores = others.sort(dim=1).values[:, :near].sum(1).tolist()
+        scores = other_squares.sort(dim=1).values[:, :near].sum(1).tolist()
         return sorted(sorted(range(count), key=scores.__getitem__)[: self.num_nodes_to_select])
 
 
 @constructed_like(flower.Krum)
 class Krum(MultiKrum, flower.Krum):
-    """Flower's ``Krum``: the model that is closest to others; see :class:`MultiKrum`."""
+    """Flower's ``Krum``: the model that is closest to others.
+
+    See :class:`MultiKrum`.
+    """

@@ -27,7 +27,7 @@ class _Optimised(FedAvg):
         super().__init__(*args, **named)
         self._moments: list[Tensor] = []
 
-    def _settings(self, server_round: int) -> dict[str, Any]:
+    def _settings(self, server_round: int) -> dict[str, float]:
         """The options of `fedkern.ops.server_step` in a round."""
         raise NotImplementedError
 
@@ -48,11 +48,14 @@ class _Optimised(FedAvg):
 
 @constructed_like(flower.FedAvgM)
 class FedAvgM(_Optimised, flower.FedAvgM):
-    """Flower's ``FedAvgM``: momentum on the server (arXiv 1909.06335); see :class:`FedAvg` for fedkern's arguments."""
+    """Flower's ``FedAvgM``: momentum on the server (arXiv 1909.06335).
+
+    See :class:`FedAvg` for fedkern's arguments.
+    """
 
     rule, moments = "momentum", 1
 
-    def _settings(self, server_round: int) -> dict[str, Any]:
+    def _settings(self, server_round: int) -> dict[str, float]:
         return {"learning_rate": self.server_learning_rate, "beta1": self.server_momentum}
 
     def _step(self, vector: Tensor, server_round: int) -> Tensor:
@@ -65,7 +68,7 @@ class FedAdam(_Optimised, flower.FedAdam):
 
     rule = "adam"
 
-    def _settings(self, server_round: int) -> dict[str, Any]:
+    def _settings(self, server_round: int) -> dict[str, float]:
         past = server_round + 1.0  # Flower's count, one ahead of the number of steps
         rate = self.eta * math.sqrt(1 - self.beta_2**past) / (1 - self.beta_1**past)
         return {"learning_rate": rate, "beta1": self.beta_1, "beta2": self.beta_2, "tau": self.tau}
@@ -73,19 +76,25 @@ class FedAdam(_Optimised, flower.FedAdam):
 
 @constructed_like(flower.FedYogi)
 class FedYogi(_Optimised, flower.FedYogi):
-    """Flower's ``FedYogi`` (arXiv 2003.00295); see :class:`FedAvg` for fedkern's arguments."""
+    """Flower's ``FedYogi`` (arXiv 2003.00295).
+
+    See :class:`FedAvg` for fedkern's arguments.
+    """
 
     rule = "yogi"
 
-    def _settings(self, server_round: int) -> dict[str, Any]:
+    def _settings(self, server_round: int) -> dict[str, float]:
         return {"learning_rate": self.eta, "beta1": self.beta_1, "beta2": self.beta_2, "tau": self.tau}
 
 
 @constructed_like(flower.FedAdagrad)
 class FedAdagrad(_Optimised, flower.FedAdagrad):
-    """Flower's ``FedAdagrad`` (arXiv 2003.00295); see :class:`FedAvg` for fedkern's arguments."""
+    """Flower's ``FedAdagrad`` (arXiv 2003.00295).
+
+    See :class:`FedAvg` for fedkern's arguments.
+    """
 
     rule = "adagrad"
 
-    def _settings(self, server_round: int) -> dict[str, Any]:
+    def _settings(self, server_round: int) -> dict[str, float]:
         return {"learning_rate": self.eta, "beta1": self.beta_1, "tau": self.tau}

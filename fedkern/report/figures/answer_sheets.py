@@ -1,4 +1,6 @@
-"""Figures of what a run's network answers to test samples: Grad-CAM, segmentation, captions; None where there is none.
+"""Figures of what a run's network answers to test samples: Grad-CAM, segmentation, captions.
+
+None where there is none.
 
 Each takes the run, its data, its network and the code that may be imported.
 """
@@ -6,7 +8,6 @@ Each takes the run, its data, its network and the code that may be imported.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +16,15 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from fedkern.data import FederatedData
 from fedkern.downstream.finished import Finished
 from fedkern.downstream.saved_network import read_model
 from fedkern.errors import UserError
 from fedkern.files.image_rows import in_parts
 from fedkern.models import StagedNetwork, grad_cam, mass_inside
 from fedkern.models.mlp import MLP
-from fedkern.report.figures.plots import GREEN, evenly, fitted
-from fedkern.report.figures.sheet import LINE, Sheet, rgb
+from fedkern.report.figures.plots import GREEN, spread_evenly, wrap_text
+from fedkern.report.figures.sheet import LINE, Sheet, to_rgb
 from fedkern.report.names import label
 from fedkern.report.run_contents import Contents
 from fedkern.tasks.figure_names import set_title
@@ -57,7 +59,7 @@ def _answers(model: nn.Module, inputs: Tensor) -> Tensor:
     return inputs.to(device=reference.device, dtype=reference.dtype)
 
 
-def gradcam(run: Contents, data: Any, model: nn.Module, trusted: Collection[str] = ()) -> Figure | None:
+def gradcam(run: Contents, data: FederatedData, model: nn.Module, trusted: Collection[str] = ()) -> Figure | None:
     """Two rows for every test set: images, and the same images with the model's Grad-CAM of the predicted class.
 
     If masks are known, a white line outlines the object, and a number gives the share of the map inside the object.
@@ -74,12 +76,12 @@ def gradcam(run: Contents, data: Any, model: nn.Module, trusted: Collection[str]
         above = []
         for truth, guess in zip(split.labels.tolist(), predicted.tolist(), strict=True):
             wrong = f", taken for {label(data.classes[guess])}" if truth != guess else ""
-            text = fitted(f"{label(data.classes[truth])}{wrong}", 9, SIDE)
+            text = wrap_text(f"{label(data.classes[truth])}{wrong}", 9, SIDE)
             above.append((text, "#D55E00" if wrong else "#222222"))
         maps.append(cams)
         heads.append(above)
         room += [0.06 + LINE * max(1 + text.count("\n") for text, _ in above), 0.2]
-    sides = [fitted(label(_NAMES.get(name, name)), 10, 1.2 * SIDE) for name in chosen]
+    sides = [wrap_text(label(_NAMES.get(name, name)), 10, 1.2 * SIDE) for name in chosen]
     left = 0.2 + 0.16 * max(1 + text.count("\n") for text in sides)
     title = f"Grad-CAM of the global model, {run.name}"
     sheet = Sheet(max(map(len, chosen.values())), room, side=SIDE, left=left, title=title, scale=SCALE)
@@ -90,7 +92,7 @@ def gradcam(run: Contents, data: Any, model: nn.Module, trusted: Collection[str]
         shares = None if split.masks is None else mass_inside(cams.cpu(), split.masks)
         scaled = (cams / cams.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(cams.dtype).tiny)).cpu()
         for i, (text, colour) in enumerate(heads[block]):
-            picture = rgb(images[i].numpy())
+            picture = to_rgb(images[i].numpy())
             sheet.picture(top, i, picture)
             sheet.above(top, i, text, color=colour)
             # The image in dark grey (white at 400 instead of 255), so that the map stands out.
@@ -105,7 +107,7 @@ def gradcam(run: Contents, data: Any, model: nn.Module, trusted: Collection[str]
 
 
 @torch.no_grad()
-def segmentation(run: Contents, data: Any, model: nn.Module, trusted: Collection[str] = ()) -> Figure:
+def segmentation(run: Contents, data: FederatedData, model: nn.Module, trusted: Collection[str] = ()) -> Figure:
     """A column per image of the first test set: the image, under its true classes, and under the predicted classes."""
     split = next(iter(data.tests.values()))
     highest = torch.cat([part.flatten(1).amax(1) for part in in_parts(split.labels)])  # the class of an image
@@ -118,7 +120,7 @@ def segmentation(run: Contents, data: Any, model: nn.Module, trusted: Collection
     for row, name in enumerate(rows):
         sheet.beside(row, name)
     for column in range(len(split)):
-        image = rgb(split.images[column].numpy()) / 255.0
+        image = to_rgb(split.images[column].numpy()) / 255.0
         for row, laid in enumerate((None, split.labels[column], predicted[column])):
             sheet.picture(row, column, image if laid is None else over(image, laid.numpy(), colours))
     return sheet.figure
@@ -135,7 +137,7 @@ def over(
     return result
 
 
-def retrieval(run: Contents, data: Any, model: nn.Module, trusted: Collection[str] = ()) -> Figure | None:
+def retrieval(run: Contents, data: FederatedData, model: nn.Module, trusted: Collection[str] = ()) -> Figure | None:
     """A row for each of some images of the first test set, with the captions that the encoders find nearest."""
     try:
         module, about = read_model(run.folder, trusted, model)
@@ -145,7 +147,7 @@ def retrieval(run: Contents, data: Any, model: nn.Module, trusted: Collection[st
     name, split = next(iter(data.tests.items()))
     network, texts = finished.networks[0], split.texts or ()
     gallery = Gallery.of(split.ids, texts)
-    rows = gallery.images[torch.tensor(evenly(len(gallery.images), CAPTIONED))]
+    rows = gallery.images[torch.tensor(spread_evenly(len(gallery.images), CAPTIONED))]
     captions: dict[int, set[str]] = {}
     for image, text in gallery.pairs.tolist():
         captions.setdefault(int(gallery.images[image]), set()).add(texts[text])
@@ -153,22 +155,25 @@ def retrieval(run: Contents, data: Any, model: nn.Module, trusted: Collection[st
     scores = finished.image_embeddings(network, split.subset(rows)) @ finished.text_embeddings(network, distinct).T
     ranked = scores.cpu().nan_to_num(-2.0).argsort(dim=1, descending=True, stable=True)
     where = f" {set_title(name)}" if name in ("id", "ood") else f" of {set_title(name)}" if name else ""
-    many = " by the first client's network" if len(finished.networks) > 1 else ""
-    title = f"Test images{where} and the nearest of {len(distinct):,} captions{many}, {run.name}"
+    network_words = " by the first client's network" if len(finished.networks) > 1 else ""
+    title = f"Test images{where} and the nearest of {len(distinct):,} captions{network_words}, {run.name}"
     legend = [("✓ a caption of the image", GREEN)]
     sheet = Sheet(1, [0.12] * len(rows), side=1.25, left=0.1, right=_WIDE, title=title, legend=legend)
     for number, row in enumerate(rows.tolist()):
         order = [(distinct[at], distinct[at] in captions[row]) for at in ranked[number].tolist()]
         place, right = next((i, text) for i, (text, own) in enumerate(order) if own)
         beyond = [(f"place {place + 1}: {right}", True)] if place >= NEAREST else []
-        sheet.picture(number, 0, rgb(split.images[row].numpy()))
+        sheet.picture(number, 0, to_rgb(split.images[row].numpy()))
         sheet.after(number, [caption_lines(text, own) for text, own in (*order[:NEAREST], *beyond)])
     return sheet.figure
 
 
 def caption_lines(text: str, own: bool) -> tuple[str, str]:
-    """A caption in at most two lines, and its colour; ``own``: it is a caption of the image."""
-    lines = fitted("✓ " * own + label(text, CAPTION), 9, _WIDE - 0.4).split("\n")
+    """A caption in at most two lines, and its colour.
+
+    ``own``: it is a caption of the image.
+    """
+    lines = wrap_text("✓ " * own + label(text, CAPTION), 9, _WIDE - 0.4).split("\n")
     return "\n".join(lines[:2]) + " …" * (len(lines) > 2), GREEN if own else "#222222"
 
 

@@ -10,14 +10,14 @@ import torch
 from matplotlib.figure import Figure
 
 from fedkern.engine.store.artifacts import Artifact
-from fedkern.report.figures.plots import fitted, heat_map, new_figure
-from fedkern.report.figures.sheet import Sheet, rgb
+from fedkern.report.figures.plots import heat_map, new_figure, wrap_text
+from fedkern.report.figures.sheet import Sheet, to_rgb
 from fedkern.report.names import TITLE, label
 
 TABLES = 4  # tables side by side, evenly over the run
 
 
-def draw(entries: Sequence[Artifact], *, title: str, classes: Sequence[str] = ()) -> Figure:
+def draw_sheet(entries: Sequence[Artifact], *, title: str, classes: Sequence[str] = ()) -> Figure:
     """Draws all artifacts of one name, in the order of their rounds: all images, or all tables.
 
     ``classes`` names the positions of an axis called ``"class"``.
@@ -32,12 +32,15 @@ def images(entries: Sequence[Artifact], title: str) -> Figure:
     for row, entry in enumerate(entries):
         sheet.beside(row, f"round {entry.round}")
         for column, image in enumerate(entry.value):
-            sheet.picture(row, column, rgb(image.numpy()))
+            sheet.picture(row, column, to_rgb(image.numpy()))
     return sheet.figure
 
 
 def tables(entries: Sequence[Artifact], title: str, classes: Sequence[str]) -> Figure:
-    """Draws tables of up to four rounds as heat maps on one scale; equal tables one after another are drawn once."""
+    """Draws tables of up to four rounds as heat maps on one scale.
+
+    Equal tables one after another are drawn once.
+    """
     spans: list[list[Artifact]] = []
     for entry in entries:
         last = spans[-1][0].value if spans else None
@@ -54,28 +57,28 @@ def tables(entries: Sequence[Artifact], title: str, classes: Sequence[str]) -> F
     low = min(low, 0.0) if low < 0.5 * high else low  # the scale starts at 0, unless all values are alike
     numbers = high_count <= 12 and wide_count <= 12
     width, height = (0.5, 0.42) if numbers else (0.12, 0.12)
-    each = min(max(1.0 + width * wide_count, 2.4), 6.0)
+    side = min(max(1.0 + width * wide_count, 2.4), 6.0)
     across = min(2, len(firsts))
     down = -(-len(firsts) // across)
-    figure = new_figure(max(each * across + 0.9, 5.0), min(max(1.3 + height * high_count, 2.2), 10.0) * down + 0.3)
+    figure = new_figure(max(side * across + 0.9, 5.0), min(max(1.3 + height * high_count, 2.2), 10.0) * down + 0.3)
     grid = figure.subplots(down, across, squeeze=False).ravel()
     for axes in grid[len(firsts) :]:
         axes.set_axis_off()
     for axes, span, value in zip(grid, spans, values, strict=False):
         texts = {at: _number(float(value[at])) for at in np.ndindex(value.shape)} if numbers else {}
-        rows, columns = (_names(*each, classes) for each in zip(span[0].axes, value.shape, strict=False))
+        rows, columns = (_names(*pair, classes) for pair in zip(span[0].axes, value.shape, strict=False))
         image = heat_map(axes, value, high, low=low, texts=texts, rows=rows, columns=columns, size=8)
-        same = f"rounds {span[0].round} to {span[-1].round}: the same"
-        axes.set_title(same if len(span) > 1 else f"round {span[0].round}", fontsize=10)
+        span_title = f"rounds {span[0].round} to {span[-1].round}: the same"
+        axes.set_title(span_title if len(span) > 1 else f"round {span[0].round}", fontsize=10)
         axes.tick_params(labelsize=9)
         axes.set_xlabel(label(firsts[0].axes[1]), fontsize=10)
     for axes in grid[::across]:
         axes.set_ylabel(label(firsts[0].axes[0]), fontsize=10)
     bar = figure.colorbar(image, ax=list(grid), pad=0.01)
     bar.ax.tick_params(labelsize=9)
-    what = (*firsts[0].axes, firsts[0].name.replace("_", " "))[2]
-    bar.set_label(fitted(label(what, TITLE), 10, figure.get_figheight() - 1), fontsize=10)
-    lines = fitted(label(title, TITLE), 12, figure.get_figwidth() - 0.2)
+    bar_label = (*firsts[0].axes, firsts[0].name.replace("_", " "))[2]
+    bar.set_label(wrap_text(label(bar_label, TITLE), 10, figure.get_figheight() - 1), fontsize=10)
+    lines = wrap_text(label(title, TITLE), 12, figure.get_figwidth() - 0.2)
     figure.suptitle(lines, fontsize=12, x=0.01, ha="left")
     return figure
 
@@ -85,7 +88,10 @@ def _number(value: float) -> str:
 
 
 def _names(axis: str, count: int, classes: Sequence[str]) -> list[str] | None:
-    """Names of the positions of a table's axis; None where these are too many."""
+    """Names of the positions of a table's axis.
+
+    None where these are too many.
+    """
     if count > 20:
         return None
     return [*map(label, classes)] if axis == "class" and len(classes) == count else [*map(str, range(count))]

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from fedkern.listeners.events import Record
 from fedkern.report.figures.curves import Curve, Panel, clock_of, levels, look
 from fedkern.tasks.figure_names import scale, set_title, short_title, split_metric
 
-Groups = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
+Groups = Mapping[str, Sequence[Sequence[Record]]]
 """Records of the rounds of every run, by the group's name."""
 
 
-def mean_curve(runs: Sequence[Sequence[Mapping[str, Any]]], figure: str) -> tuple[np.ndarray, np.ndarray]:
+def mean_curve(runs: Sequence[Sequence[Record]], figure: str) -> tuple[np.ndarray, np.ndarray]:
     """A figure by round, of the records of several runs.
 
     Returns:
         int64 ``[n]``, the rounds in which every run that tells the figure does; fp64 ``[runs, n]``, its values.
     """
-    every = [
+    all_tables = [
         {int(r["round"]): float(r[figure]) for r in records if isinstance(r.get(figure), (int, float))}
         for records in runs
     ]
-    tables = [table for table in every if table]
+    tables = [table for table in all_tables if table]
     rounds = sorted(set.intersection(*map(set, tables))) if tables else []
     values = [[table[r] for r in rounds] for table in tables]
     return np.array(rounds, dtype=np.int64), np.array(values, dtype=np.float64).reshape(len(tables), len(rounds))
 
 
 def on_clock(groups: Groups) -> bool:
-    """Whether curves are drawn over the virtual clock: some runs are asynchronous, and the records of all tell it."""
-    every = [records for runs in groups.values() for records in runs]
-    return any(map(clock_of, every)) and all("clock" in record for records in every for record in records)
+    """Return whether curves are drawn over the virtual clock.
+
+    They are where some runs are asynchronous, and the records of all tell the clock.
+    """
+    histories = [records for runs in groups.values() for records in runs]
+    return any(map(clock_of, histories)) and all("clock" in record for records in histories for record in records)
 
 
 def comparison_panels(
@@ -44,7 +47,7 @@ def comparison_panels(
     Args:
         groups: records of the rounds of every run, by the group's name.
         figures: names of the figures; shares are in per cent.
-        chance: see :func:`fedkern.report.run_contents.constants`.
+        chance: see :func:`fedkern.report.run_contents.constant_figures`.
     """
     clocks = {name: mean_curve(runs, "clock") for name, runs in groups.items()} if on_clock(groups) else {}
     panels = {}

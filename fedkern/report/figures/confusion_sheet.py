@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Affine2D
 
 from fedkern.engine.store.confusions import Confusions
-from fedkern.report.figures.plots import GREY, fitted, heat_map
+from fedkern.report.figures.plots import GREY, heat_map, wrap_text
 from fedkern.report.names import TITLE, label
 from fedkern.tasks.figure_names import set_title
 
@@ -24,25 +25,25 @@ _LEAST = 0.08  # inches from one readable name to the next
 _PAD = 2 / 72  # inches from a matrix to its names
 
 
-def draw(confusions: Confusions, *, title: str = "") -> Figure:
+def draw_confusions(confusions: Confusions, *, title: str = "") -> Figure:
     """Draws at least one matrix, of at least one class, on one scale of colours: the share of a true class's images."""
     classes = len(confusions.classes)
     numbers = classes <= NUMBERS
     cell = max(0.42 if classes <= 10 else 0.36, 2.1 / classes) if numbers else min(max(6 / classes, 0.1), 16 / classes)
-    every = math.ceil(_LEAST / cell)  # of very many classes, only every so many have their names written
+    name_step = math.ceil(_LEAST / cell)  # of very many classes, only every so many have their names written
     names = [label(name, 18) for name in confusions.classes]
-    size = min(9.0, cell * every * 72 * 0.8)
+    size = min(9.0, cell * name_step * 72 * 0.8)
     room = max(len(name) for name in names) * size * 0.62 / 72 + 0.1
-    upright = room > cell * every
+    upright = room > cell * name_step
     below = (room if upright else size / 72 + 0.1) + _AXIS
-    lists = [] if numbers else [mistakes(matrix, confusions.classes) for matrix in confusions.matrices.values()]
+    lists = [] if numbers else [list_mistakes(matrix, confusions.classes) for matrix in confusions.matrices.values()]
     notes = 0.1 + _LINE * (1 + max(len(lines) for lines in lists)) if lists else 0.0
     across = min(2 if numbers else 1, len(confusions.matrices))
     down = -(-len(confusions.matrices) // across)
     side, left = classes * cell, _AXIS + room
     wide, high = left + side + _GAP, _HEAD + side + below + notes
     width = max(across * wide + 0.8, 5.0)
-    heading = fitted(label(title, TITLE), 12, width - 0.2)
+    heading = wrap_text(label(title, TITLE), 12, width - 0.2)
     top = _TOP + 0.19 * heading.count("\n") if title else 0.0
     height = top + down * high
     figure = Figure(figsize=(width, height), dpi=150)
@@ -62,7 +63,7 @@ def draw(confusions: Confusions, *, title: str = "") -> Figure:
         right, count = int(np.trace(matrix)), int(matrix.sum())
         write(x, y - 0.29, label(set_title(name)), 10, "left")
         write(x, y - 0.1, f"{100 * right / max(count, 1):.1f} % of {count:,} right", 9, "left")
-        for c in range(0, classes, every):
+        for c in range(0, classes, name_step):
             along = (c + 0.5) * cell
             write(x - _PAD, y + along, names[c], size, "right")
             under: dict[str, Any] = {"ha": "right", **upwards} if upright else {"va": "top"}
@@ -80,16 +81,22 @@ def draw(confusions: Confusions, *, title: str = "") -> Figure:
     return figure
 
 
-def mistakes(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> list[str]:
-    """The most frequent mistakes of a matrix, as lines of text; the lower class comes first among equal counts."""
+def list_mistakes(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> list[str]:
+    """The most frequent mistakes of a matrix, as lines of text.
+
+    The lower class comes first among equal counts.
+    """
     wrong = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
     order = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
     pairs = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
     return [f"{label(classes[i])} taken for {label(classes[j])}: {wrong[i, j]:,}" for i, j in pairs]
 
 
-def _matrix(axes: Any, matrix: npt.NDArray[np.int64], points: float) -> None:
-    """One matrix; ``points`` from one cell to the next, or 0 for no numbers."""
+def _matrix(axes: Axes, matrix: npt.NDArray[np.int64], points: float) -> None:
+    """One matrix.
+
+    ``points`` from one cell to the next, or 0 for no numbers.
+    """
     totals = matrix.sum(1, keepdims=True)
     share = np.ma.masked_invalid(np.where(totals > 0, matrix / np.maximum(totals, 1), np.nan))
     texts = {(i, j): str(matrix[i, j]) for i, j in np.argwhere(matrix)} if points else {}

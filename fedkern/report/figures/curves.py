@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fedkern.listeners.events import Record
 from fedkern.report.figures.plots import (
     BLUE,
     COLOURS,
@@ -24,12 +25,12 @@ from fedkern.report.figures.plots import (
     ORANGE,
     PAGE,
     PINK,
-    entitle,
-    fitted,
-    frame,
+    add_frame,
+    add_title,
     legend_below,
     new_figure,
     whole_numbers,
+    wrap_text,
 )
 from fedkern.report.names import TITLE, entry, label
 from fedkern.report.tables import in_unit
@@ -57,7 +58,9 @@ Points = tuple[list[int], list[float]]
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve; a value that is None or not finite leaves a gap.
+    """A curve.
+
+    A value that is None or not finite leaves a gap.
 
     Attributes:
         name: the name in the legend, the text and the table.
@@ -106,8 +109,11 @@ def look(number: int) -> tuple[str, str, str]:
     return COLOURS[number % colours], DASHES[number // colours % len(DASHES)], MARKERS[number % markers]
 
 
-def by_name(points: Iterable[tuple[str, int, Any]], factor: float = 1) -> dict[str, Points]:
-    """Rounds and values, times a factor, by the name of their curve; what is no number is left out."""
+def by_name(points: Iterable[tuple[str, int, object]], factor: float = 1) -> dict[str, Points]:
+    """Rounds and values, times a factor, by the name of their curve.
+
+    What is no number is left out.
+    """
     curves: dict[str, Points] = {}
     for name, at, value in points:
         if isinstance(value, (int, float)):
@@ -122,13 +128,13 @@ def by_name(points: Iterable[tuple[str, int, Any]], factor: float = 1) -> dict[s
 
 def set_curves(points: Mapping[str, Points]) -> dict[str, Curve]:
     """A curve for every test set, known sets first."""
-    others = [name for name in points if name not in _SETS]
-    looks = _SETS | {name: look(2 + number) for number, name in enumerate(others)}
+    user_sets = [name for name in points if name not in _SETS]
+    looks = _SETS | {name: look(2 + number) for number, name in enumerate(user_sets)}
     return {name: Curve(set_title(name) or "test", *points[name], looks[name]) for name in looks if name in points}
 
 
 def accuracy_panels(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     main: str,
     *,
     tests: Collection[str] = (),
@@ -143,7 +149,7 @@ def accuracy_panels(
         records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
         main: the figure's name.
         tests: names of test sets.
-        chance: see :func:`fedkern.report.run_contents.constants`.
+        chance: see :func:`fedkern.report.run_contents.constant_figures`.
     """
     (factor, unit), entries = scale(main), [(r["round"], *item) for r in records for item in r.items()]
     split = [(*split_metric(name, tests), at, value) for at, name, value in entries]
@@ -164,40 +170,43 @@ def accuracy_panels(
 
 
 def levels(figure: str, values: Iterable[float | None]) -> dict[str, Any]:
-    """Arguments of a panel for dotted lines at figures that need no learning; equal ones once, None not at all."""
+    """Arguments of a panel for dotted lines at figures that need no learning.
+
+    Equal ones once, None not at all.
+    """
     factor, unit = scale(figure)
     lines = {round(factor * value, 1 if unit else 3): GREY for value in values if value is not None}
     names = {"accuracy": "commonest class", "dice": "one class everywhere"}
     return {"levels": lines, "level_name": names.get(figure, "chance")}
 
 
-def client_panels(records: Sequence[Mapping[str, Any]], main: str) -> list[Panel]:
+def client_panels(records: Sequence[Record], main: str) -> list[Panel]:
     """The main figure of the mean and the worst client on their own test sets, over thin curves of single clients.
 
     No panel where the records have no such figure, such as those of clients without test sets.
     """
     factor, unit = scale(main)
     curves = by_name(
-        ((f"{which} client", r["round"], r.get(f"{which}_client_{main}")) for which in ("mean", "worst")
+        ((f"{statistic} client", r["round"], r.get(f"{statistic}_client_{main}")) for statistic in ("mean", "worst")
          for r in records), factor,
     )  # fmt: skip
     singles = by_name(
         ((k, r["round"], figures.get(main)) for r in records for k, figures in r.get("client_metrics", {}).items()),
         factor,
     )
-    every = [*thin_curves(singles), *(Curve(name, *points) for name, points in curves.items())]
+    all_curves = [*thin_curves(singles), *(Curve(name, *points) for name, points in curves.items())]
     axis = f"{short_title(main)}\non the clients' own test sets"
-    return over_clock(records, [Panel(axis, every, unit, ends=True)]) if curves else []
+    return over_clock(records, [Panel(axis, all_curves, unit, ends=True)]) if curves else []
 
 
 def thin_curves(points: Mapping[str, Points]) -> list[Curve]:
     """Thin curves of at most `DRAWN` single clients, the first of which names them all."""
-    some = list(points.values())[:: -(-len(points) // DRAWN) or 1]
-    name = "single clients" if len(some) == len(points) else f"{len(some)} of {len(points):,} clients"
-    return [Curve("" if number else name, *each, THIN) for number, each in enumerate(some)]
+    drawn_points = list(points.values())[:: -(-len(points) // DRAWN) or 1]
+    name = "single clients" if len(drawn_points) == len(points) else f"{len(drawn_points)} of {len(points):,} clients"
+    return [Curve("" if number else name, *client_points, THIN) for number, client_points in enumerate(drawn_points)]
 
 
-def client_curves(records: Sequence[Mapping[str, Any]], key: str) -> list[Curve]:
+def client_curves(records: Sequence[Record], key: str) -> list[Curve]:
     """A figure's curve for every client by its number, or for many clients of the highest, middle and lowest one."""
     points = _points(records, key)
     if len(points) <= CLIENTS:
@@ -207,12 +216,14 @@ def client_curves(records: Sequence[Mapping[str, Any]], key: str) -> list[Curve]
     for rounds, curve in points.values():
         for at, value in zip(rounds, curve, strict=True):
             values.setdefault(at, []).append(value)
-    every = sorted(values)
-    return [Curve(name, every, [pick(values[at]) for at in every]) for name, pick in SPREAD.items()]
+    rounds_told = sorted(values)
+    return [Curve(name, rounds_told, [pick(values[at]) for at in rounds_told]) for name, pick in SPREAD.items()]
 
 
-def weight_panels(records: Sequence[Mapping[str, Any]], *, by_samples: bool = False) -> list[Panel]:
-    """Every client's weight, and its loss on held-out samples, over the rounds; none without weights.
+def weight_panels(records: Sequence[Record], *, by_samples: bool = False) -> list[Panel]:
+    """Every client's weight, and its loss on held-out samples, over the rounds.
+
+    None without weights.
 
     Dotted lines are the initial weights: the clients' shares of the samples if ``by_samples``, otherwise equal.  Of
     more than `CLIENTS` clients only the one with the largest final weight has a curve that stands out.
@@ -223,12 +234,12 @@ def weight_panels(records: Sequence[Mapping[str, Any]], *, by_samples: bool = Fa
         return []
     clients = sorted(weights, key=int)
     heaviest = max(clients, key=lambda client: weights[client][1][-1])
-    few = len(clients) <= CLIENTS
-    looks = {k: look(number) for number, k in enumerate(clients)} if few else {heaviest: (ORANGE, "-", "o")}
+    has_few_clients = len(clients) <= CLIENTS
+    looks = {k: look(number) for number, k in enumerate(clients)} if has_few_clients else {heaviest: (ORANGE, "-", "o")}
     names, panels = _names(records), []
     for key, axis in WEIGHTS.items():
         points = _points(records, key)
-        curves = [] if few else thin_curves({k: points[k] for k in clients if k in points})
+        curves = [] if has_few_clients else thin_curves({k: points[k] for k in clients if k in points})
         curves += [Curve(names[k], *points[k], looks[k]) for k in looks if k in points]
         levels, name = {}, ""
         if key == "weight" and by_samples:
@@ -237,63 +248,69 @@ def weight_panels(records: Sequence[Mapping[str, Any]], *, by_samples: bool = Fa
             curves.append(Curve("share of the samples", [], [], (GREY, ":", "")))  # the name of all these lines
         elif key == "weight":
             levels, name = {1 / len(clients): GREY}, "equal weights"
-        summary = [] if few else client_curves(records, key)
+        summary = [] if has_few_clients else client_curves(records, key)
         if points:
             panels.append(Panel(axis, curves, "", key == "weight", False, levels, name, summary))
     return over_clock(records, panels)
 
 
-def _points(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, Points]:
+def _points(records: Sequence[Record], key: str) -> dict[str, Points]:
     return by_name((k, r["round"], info.get(key)) for r in records for k, info in r.get("clients", {}).items())
 
 
-def _names(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _names(records: Sequence[Record]) -> dict[str, str]:
     names = {k: info.get("name") for r in records for k, info in r.get("clients", {}).items()}
     return {k: f"client {k}" if name is None else str(name) for k, name in names.items()}
 
 
-def _shares(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _shares(records: Sequence[Record]) -> dict[str, float]:
     """Every client's share of all samples, including the samples of clients that never took part.
 
     In the first record the weights still are these shares, so samples over weights gives the sum of all samples.
     """
     weighted = [{k: info for k, info in r.get("clients", {}).items() if "weight" in info} for r in records]
-    first = next(clients for clients in weighted if clients)
-    total = sum(info["samples"] for info in first.values()) / sum(info["weight"] for info in first.values())
+    begun = next(clients for clients in weighted if clients).values()
+    total = sum(info["samples"] for info in begun) / sum(info["weight"] for info in begun)
     return {client: info["samples"] / total for clients in weighted for client, info in clients.items()}
 
 
-def clock_of(records: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """When every round of an asynchronous run was over on the virtual clock; empty for a run of synchronous rounds."""
+def clock_of(records: Iterable[Record]) -> dict[int, float]:
+    """Return the time on the virtual clock at the end of every round of an asynchronous run.
+
+    Empty for a run of synchronous rounds.
+    """
     return {int(record["round"]): float(record["clock"]) for record in records if "staleness" in record}
 
 
-def over_clock(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> list[Panel]:
+def over_clock(records: Sequence[Record], panels: Sequence[Panel]) -> list[Panel]:
     """The panels, their curves over the clock where the records are of an asynchronous run."""
     if not (clock := clock_of(records)):
         return [*panels]
 
-    def moved(curve: Curve) -> Curve:
+    def move_to_clock(curve: Curve) -> Curve:
         return replace(curve, at=[clock.get(number, 0.0) for number in curve.rounds])  # set-up rounds take no time
 
-    return [replace(panel, curves=[*map(moved, panel.curves)]) for panel in panels]
+    return [replace(panel, curves=[*map(move_to_clock, panel.curves)]) for panel in panels]
 
 
 # -- the drawing -------------------------------------------------------------------------------------------------------
 
 
-def draw(panels: Sequence[Panel], *, title: str = "", stacked: bool = False, page: bool = False) -> Figure:
-    """Draws panels, at least one, for a file, side by side or ``stacked``; or for a ``page``, which has the title."""
+def draw_panels(panels: Sequence[Panel], *, title: str = "", stacked: bool = False, page: bool = False) -> Figure:
+    """Draws panels, at least one, for a file, side by side or ``stacked``.
+
+    Or for a ``page``, which has the title.
+    """
     down, across = (len(panels), 1) if page or stacked else (1, len(panels))
     wide = PAGE if page else 7.2 if across == 1 else 5.4 * across
     figure = new_figure(wide, 0.7 + 2.7 * down if page else 1.2 + 3.0 * down)
     rows = figure.subplots(down, across, squeeze=False)
     curves = [curve for panel in panels for curve in panel.curves]
     places = [float(x) for curve in curves for x in (curve.rounds if curve.at is None else curve.at)]
-    first, last = min(places), max(places)
+    start, end = min(places), max(places)
     for axes, panel in zip(rows.flat, panels, strict=True):
         _draw_panel(axes, panel, 2.2 if page else 3.4)
-        alike = [each for each in panels if (each.unit, each.zero) == (panel.unit, panel.zero)]
+        alike = [peer for peer in panels if (peer.unit, peer.zero) == (panel.unit, panel.zero)]
         low, _ = axes.dataLim.intervaly
         if low >= 0 and (panel.zero or axes.get_ylim()[0] < 0):
             axes.set_ylim(0, _highest(alike))
@@ -302,16 +319,16 @@ def draw(panels: Sequence[Panel], *, title: str = "", stacked: bool = False, pag
         if all(curve.at is None for curve in curves):
             axes.set_xlabel("communication round", fontsize=12)
             axes.xaxis.set_major_locator(whole_numbers())
-            axes.set_xlim(first - 0.5, last + 0.5)
+            axes.set_xlim(start - 0.5, end + 0.5)
         else:
             axes.set_xlabel("virtual clock: local steps of a client of usual speed", fontsize=12)
             axes.xaxis.set_major_locator(MaxNLocator(8))
-            axes.set_xlim(first - 0.02 * last, 1.02 * last)
-        frame(axes)
+            axes.set_xlim(start - 0.02 * end, 1.02 * end)
+        add_frame(axes)
     for axes in rows[:-1].flat:
         axes.set_xlabel("")
     banded = any(curve.deviation is not None for curve in curves)
-    entitle(figure, title, "mean and standard deviation over seeds" if banded else "")
+    add_title(figure, title, "mean and standard deviation over seeds" if banded else "")
     legend_below(figure)
     return figure
 
@@ -335,7 +352,7 @@ def _draw_panel(axes: Axes, panel: Panel, room: float) -> None:
     for number, (height, colour) in enumerate(panel.levels.items()):
         axes.axhline(height, color=colour, lw=1.5, ls=":", label="" if number else panel.level_name)
     axis = f"{panel.axis} (%)" if panel.unit == "%" else panel.axis
-    lines = [fitted(label(line, TITLE), 12, room) for line in axis.split("\n")]
+    lines = [wrap_text(label(line, TITLE), 12, room) for line in axis.split("\n")]
     axes.set_ylabel("\n".join(lines), fontsize=12)
     if panel.unit in ("B", "s"):
         axes.yaxis.set_major_formatter(lambda value, _: in_unit(value, panel.unit))
@@ -361,7 +378,8 @@ def _write_ends(axes: Axes, panel: Panel) -> None:
 def _highest(panels: Sequence[Panel]) -> float:
     """Upper end of the vertical axes: a round share that leaves room above the values, or above other values."""
     heights = [value for panel in panels for curve in panel.curves for value in curve.values if value is not None]
-    most = max((*filter(math.isfinite, heights), *(height for panel in panels for height in panel.levels)), default=0.0)
+    heights = [*filter(math.isfinite, heights), *(height for panel in panels for height in panel.levels)]
+    highest = max(heights, default=0.0)
     if panels[0].unit == "%":
-        return 1.02 * next((end for end in (5, 10, 20, 50) if most < 0.9 * end), 100)
-    return 1.1 * most or 1.0
+        return 1.02 * next((end for end in (5, 10, 20, 50) if highest < 0.9 * end), 100)
+    return 1.1 * highest or 1.0

@@ -12,7 +12,7 @@ from fedkern.process.interrupts import whole_process
 
 
 @contextmanager
-def undocumented() -> Iterator[None]:
+def without_docstrings() -> Iterator[None]:
     """Has the block import matplotlib in two thirds of the time, in a process that ends with its command.
 
     Matplotlib writes tables of the properties of its classes into docstrings while it is imported, for ``help`` in

@@ -19,9 +19,9 @@ from fedkern.engine.store.extending import pictures as listed
 from fedkern.engine.store.records import read_metrics, read_summary
 from fedkern.errors import UserError, warn_instead
 from fedkern.files import atomic
-from fedkern.report.figures.matplotlib_import import undocumented
-from fedkern.report.names import capital
-from fedkern.report.run_contents import Contents, read
+from fedkern.report.figures.matplotlib_import import without_docstrings
+from fedkern.report.names import capitalize
+from fedkern.report.run_contents import Contents, read_run_folder
 from fedkern.settings.run_data import finished_data
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def write_pictures(
         UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
             or the records are private and the run is not finished; or the data that are needed cannot be loaded.
     """
-    run = read(run_dir, trusted=trusted)
+    run = read_run_folder(run_dir, trusted=trusted)
     config = run.config if data_root is None else run.config.replace(data_root=data_root)
     samples = partial(finished_data, config, run_dir) if data is None else lambda: data
     return draw_pictures(run, samples, model=model, trusted=trusted, warn=warn)
@@ -97,7 +97,7 @@ def draw_pictures(
     from fedkern.report.figures import plots
 
     plots.tell_lacking(warn)
-    unseen = [] if samples is not None else [PICTURES[each] for each in _answers(run)]
+    unseen = [] if samples is not None else [PICTURES[answer_name] for answer_name in _answers(run)]
     if any(not (run.folder / name).exists() for name in unseen):
         way = f"fedkern.load({str(run.folder)!r}).plot() draws those that the network allows"
         warn(f"Pictures of test samples are left out, as a report reads no data: {way}.")
@@ -121,9 +121,9 @@ def finished_pictures(
     Returns:
         The pictures, and the reason, without a full stop, why they cannot be drawn or written, or None.
     """
-    there = existing(run_dir) if data is None else []
-    if there:
-        return there, None
+    drawn_before = find_pictures(run_dir) if data is None else []
+    if drawn_before:
+        return drawn_before, None
     try:
         return write_pictures(run_dir, data=data, model=model, data_root=data_root, trusted=trusted, warn=warn), None
     except UserError as error:
@@ -133,8 +133,11 @@ def finished_pictures(
 def _draw(
     run: Contents, samples: Samples, model: nn.Module | None, trusted: Collection[str], failed: dict[str, str]
 ) -> list[Path]:
-    """Draws the pictures; those that fail, by name, get their reason in ``failed``."""
-    with undocumented():
+    """Draws the pictures.
+
+    Those that fail, by name, get their reason in ``failed``.
+    """
+    with without_docstrings():
         from fedkern.report.figures import answer_sheets, confusion_sheet, curves, plots
 
     config, facts, records, confusion = run.config, run.facts, run.records, run.confusion
@@ -142,7 +145,7 @@ def _draw(
     paths: list[Path] = []
 
     def of_panels(panels: Sequence[Panel], heading: str, **how: Any) -> Figure | None:
-        return curves.draw(panels, title=heading, **how) if panels else None
+        return curves.draw_panels(panels, title=heading, **how) if panels else None
 
     def accuracy() -> Figure | None:
         chance = run.chance(records)
@@ -173,7 +176,7 @@ def _draw(
             (run.folder / PICTURES[picture]).unlink(missing_ok=True)
     else:
         if confusion is not None and confusion.matrices and confusion.classes:
-            makers["confusion"] = lambda: confusion_sheet.draw(confusion, title=f"Confusion of {title}")
+            makers["confusion"] = lambda: confusion_sheet.draw_confusions(confusion, title=f"Confusion of {title}")
         if statistics is not None and statistics.classes:
             makers["partition"] = partition
     makers["weights"] = weights
@@ -186,12 +189,15 @@ def _draw(
 
 
 def _save(path: Path, make: Callable[[], Figure | None], failed: dict[str, str]) -> list[Path]:
-    """Saves the figure that ``make`` draws, and returns its path; none where it draws none, or fails."""
+    """Saves the figure that ``make`` draws, and returns its path.
+
+    None where it draws none, or fails.
+    """
     from fedkern.report.figures import plots
 
     with warn_instead(partial(failed.setdefault, path.name)):
         if (figure := make()) is not None:
-            plots.save(figure, path)
+            plots.save_png(figure, path)
             return [path]
     return []
 
@@ -205,14 +211,17 @@ def _answers(run: Contents) -> list[str]:
     return [] if config.keeps_parts else [name for name in run.facts.pictures if name not in without]
 
 
-def existing(run_dir: Path) -> list[Path]:
-    """The pictures that were drawn into a run folder, if all of them are still there; else none."""
-    there = [run_dir / name for name in listed(run_dir)]
-    return there if all(path.exists() for path in there) else []
+def find_pictures(run_dir: Path) -> list[Path]:
+    """The pictures that were drawn into a run folder, if all of them are still there.
+
+    Else none.
+    """
+    listed_paths = [run_dir / name for name in listed(run_dir)]
+    return listed_paths if all(path.exists() for path in listed_paths) else []
 
 
 def artifact_path(folder: Path, name: str) -> Path:
-    """Where the picture of the artifacts of a name stands in a folder."""
+    """Return the path of the picture of the artifacts of a name."""
     return folder / f"{name if name not in PICTURES else name + '_shown'}.png"
 
 
@@ -230,7 +239,7 @@ def draw_artifacts(
         groups.setdefault(entry.name, []).append(entry)
     paths = []
     for name, group in groups.items():
-        heading = f"{capital(name.replace('_', ' '))}, {title}"
-        make = partial(artifact_sheet.draw, group, title=heading, classes=classes)
+        heading = f"{capitalize(name.replace('_', ' '))}, {title}"
+        make = partial(artifact_sheet.draw_sheet, group, title=heading, classes=classes)
         paths += _save(artifact_path(folder, name), make, failed)
     return paths

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from matplotlib.path import Path as Curves
 from matplotlib.transforms import Affine2D
 from PIL import Image
 
-from fedkern.report.figures.plots import fitted, width
+from fedkern.report.figures.plots import width, wrap_text
 from fedkern.report.names import TITLE, label
 
 LINE = 0.15
@@ -24,6 +24,8 @@ _EDGE = 0.08  # inches around everything
 _LEGEND = 11  # points
 _MAP, _OPACITY = "inferno", 0.75  # colours of maps, and how much they hide of the picture below
 
+Pixel = TypeVar("Pixel", bound=np.generic)
+Colour = str | npt.NDArray[np.float64]
 _Box = tuple[float, float, float, float]
 """Left, right, top and bottom in inches, from the top left corner of a sheet."""
 
@@ -46,17 +48,17 @@ class Sheet:
 
     def __init__(
         self, columns: int, rows: Sequence[float], *, side: float, left: float, title: str, right: float = 0.0,
-        legend: Sequence[tuple[str, Any]] = (), scale: str = "",
+        legend: Sequence[tuple[str, Colour]] = (), scale: str = "",
     ) -> None:  # fmt: skip
         gap = 0.08 * side
         wide = max(left + columns * (side + gap) + right + _EDGE, 5.0)
-        lines = fitted(label(title, TITLE), 12, wide - 2 * _EDGE)
+        lines = wrap_text(label(title, TITLE), 12, wide - 2 * _EDGE)
         top = 0.21 + 0.19 * len(lines.split("\n"))
         self._side, self._lefts = side, [left + k * (side + gap) for k in range(columns)]
         self._tops = [top + gap * i + side * i + sum(rows[: i + 1]) for i in range(len(rows))]
         below = self._tops[-1] + side + 0.08
         places = _flowing([text for text, _ in legend], wide)
-        caption = fitted(scale, 9, wide - left - 1.55)
+        caption = wrap_text(scale, 9, wide - left - 1.55)
         high = 0.12 + LINE * (1 + caption.count("\n")) if scale else 0.0
         height = below + (0.22 * (places[-1][1] + 1) if places else 0.0) + high + _EDGE
         self.figure = Figure(figsize=(wide, height), dpi=150)
@@ -99,7 +101,10 @@ class Sheet:
         self._place(self._box(row, column, image.shape), image)
 
     def map(self, row: int, column: int, values: npt.NDArray[np.floating[Any]]) -> None:
-        """Lays a map ``[H, W]`` of values from 0 to 1 over a picture; between its points values are interpolated."""
+        """Lays a map ``[H, W]`` of values from 0 to 1 over a picture.
+
+        Between its points values are interpolated.
+        """
         self._place(self._box(row, column, values.shape), values.astype(np.float32), _OPACITY)
 
     def outline(self, row: int, column: int, mask: npt.NDArray[np.bool_]) -> None:
@@ -144,7 +149,10 @@ def _flowing(texts: Sequence[str], wide: float) -> list[tuple[float, int]]:
     return places
 
 
-def rgb(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """An image ``[C, H, W]`` as ``[H, W, 3]``; unless C is 3, the first channel in grey."""
+def to_rgb(image: npt.NDArray[Pixel]) -> npt.NDArray[Pixel]:
+    """An image ``[C, H, W]`` as ``[H, W, 3]``.
+
+    Unless C is 3, the first channel in grey.
+    """
     channels = image if len(image) == 3 else np.repeat(image[:1], 3, axis=0)
     return np.moveaxis(channels, 0, 2)

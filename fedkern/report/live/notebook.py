@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import printable_name
-from fedkern.listeners.events import RunInfo
+from fedkern.listeners.events import Record, RunInfo, Summary
 from fedkern.report.live import progress
 from fedkern.report.tables import final_table, human_bytes, human_time, worst_client_line
 from fedkern.text_table import LINE, Table
@@ -24,7 +24,7 @@ PAUSE = 0.2
 """Least seconds before the end of a client moves the bar again: the whole table travels to the browser."""
 
 
-def run_table(summary: Mapping[str, Any], out: Path, main: str) -> str:
+def run_table(summary: Summary, out: Path, main: str) -> str:
     """The final figures of a run and its warnings, from its ``summary.json``, as HTML."""
     warnings = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
     worst = worst_client_line(summary)
@@ -33,15 +33,18 @@ def run_table(summary: Mapping[str, Any], out: Path, main: str) -> str:
 
 
 def rounds_table(
-    records: Sequence[Mapping[str, Any]], title: str, main: str, notes: Sequence[str] = (), tests: Collection[str] = ()
+    records: Sequence[Record], title: str, main: str, notes: Sequence[str] = (), tests: Collection[str] = ()
 ) -> str:
-    """The rounds with their ``main`` figure as HTML; of many rounds evaluated ones, evenly spaced, and the last one."""
-    few = len(records) <= ROUNDS
+    """The rounds with their ``main`` figure as HTML.
+
+    Of many rounds evaluated ones, evenly spaced, and the last one.
+    """
+    complete = len(records) <= ROUNDS
     candidates = [
-        record for record in records if few or any(name.endswith(main) for name in record) or record is records[-1]
+        record for record in records if complete or any(name.endswith(main) for name in record) or record is records[-1]
     ]
-    every = -(-len(candidates) // ROUNDS) or 1
-    some_records = candidates[(len(candidates) - 1) % every :: every]
+    step = -(-len(candidates) // ROUNDS) or 1
+    some_records = candidates[(len(candidates) - 1) % step :: step]
     selection = [(record, progress.figures_by_set(record, main, tests)) for record in some_records]
     titles = list(dict.fromkeys(title for _, figures in selection for title in figures))
     losses = ["loss"] if any("loss" in record for record, _ in selection) else []
@@ -52,8 +55,8 @@ def rounds_table(
         cells += [human_bytes(record["bytes_up"]), human_bytes(record["bytes_down"]), human_time(record["seconds"])]
         rows.append([str(record["round"]), *cells])
     header = ["round", *titles, *losses, "up", "down", "time"] if rows else []
-    some = [] if few else [f"{len(selection)} of {len(records)} rounds"]
-    return Table(header, rows, title, notes=[*some, *notes]).html()
+    selection_notes = [] if complete else [f"{len(selection)} of {len(records)} rounds"]
+    return Table(header, rows, title, notes=[*selection_notes, *notes]).html()
 
 
 class Output:
@@ -89,7 +92,7 @@ class Notebook(progress.Lines):
 
     def on_start(self, run: RunInfo) -> None:
         self.clock, self.tests, self.main = progress.Clock(progress.training_words(run)), run.test_sets, run.config.main
-        self.title = "\n".join(progress.headline(run))
+        self.title = "\n".join(progress.run_headline(run))
         self.notes += [progress.UNSHOWN] if run.private else []
         self.done, self.moved = run.first_round, float(run.first_round)
         self.records = read_metrics(run.out)[: self.done] if self.done else []
@@ -99,17 +102,17 @@ class Notebook(progress.Lines):
         super().on_round_start(round, name, participants)
         self.participants = max(len(participants), 1)
         if round > 0:
-            what = self.clock.words[round - 1]
-            self._show(f"round {round}/{len(self.clock.words)}{f' ({what})' if what else ''}{self.left}")
+            trains = self.clock.words[round - 1]
+            self._show(f"round {round}/{len(self.clock.words)}{f' ({trains})' if trains else ''}{self.left}")
 
-    def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
+    def on_client(self, round: int, client: int, info: Mapping[str, object]) -> None:
         if round > 0:
             # A round with several exchanges must not move the bar past the end of the round.
             self.moved = min(self.moved + 1 / self.participants, self.done + 1)
             if time.monotonic() - self.shown >= PAUSE:
                 self._show(self.doing)
 
-    def on_round(self, record: Mapping[str, Any]) -> None:
+    def on_round(self, record: Record) -> None:
         self.records.append({name: value for name, value in record.items() if name != "clients"})
         self.done, self.moved = record["round"], float(record["round"])
         remaining = self.clock.remaining(self.done)
@@ -120,7 +123,7 @@ class Notebook(progress.Lines):
         self.notes.append(f"warning ({name}): {text}")
         self._tabulate(self.doing)
 
-    def on_end(self, summary: Mapping[str, Any]) -> None:
+    def on_end(self, summary: Summary) -> None:
         if self.doing:  # otherwise the run was finished before
             self._show("")
 
@@ -159,7 +162,7 @@ def display(*, quiet: bool, json: bool, console: Console | None = None) -> progr
 
     Only warnings are shown if ``quiet``, and with ``json`` unless a person watches a terminal.
     """
-    console = console or progress.terminal(stderr=True)
+    console = console or progress.make_console(stderr=True)
     if quiet:
         return progress.Warnings(console)
     if console.is_terminal:

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fedkern.data import FederatedData
 from fedkern.errors import MESSAGE
-from fedkern.listeners.events import Listener, RunInfo
-from fedkern.report.names import TITLE, label, plain, say
-from fedkern.report.tables import covering, human_bytes, human_metric, human_time, partition_table
+from fedkern.listeners.events import Listener, Record, RunInfo, Summary
+from fedkern.report.names import TITLE, label, literal_text, print_line
+from fedkern.report.tables import describe_epsilon, human_bytes, human_metric, human_time, partition_table
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.figure_names import set_noun, short_set_title, short_title, split_metric
 
@@ -33,7 +34,7 @@ UNSHOWN = (
 )
 
 
-def headline(run: RunInfo) -> list[str]:
+def run_headline(run: RunInfo) -> list[str]:
     """Heading of a run: method, data, model, device, run folder and what epsilon covers, in two to eight lines."""
     config = run.config
     samples, clients = sum(run.samples), len(run.samples)
@@ -42,11 +43,11 @@ def headline(run: RunInfo) -> list[str]:
         for name, size in run.test_sets.items()
         if name != "validation"
     ]
-    who = f"{clients} client{'s' * (clients != 1)}"
+    who_trains = f"{clients} client{'s' * (clients != 1)}"
     if clients != config.trained_clients:
-        who = f"the data of {config.trained_clients} clients in one place"
+        who_trains = f"the data of {config.trained_clients} clients in one place"
     if config.held_out_client is not None:
-        who += f" (one of {config.clients} is held out)"
+        who_trains += f" (one of {config.clients} is held out)"
     client_tests = sum(len(split) for split in getattr(run.data, "client_tests", ())) if not run.private else 0
     tests += [f"{client_tests:,} own test"] if client_tests else []
     validation = run.test_sets.get("validation", 0)
@@ -55,7 +56,7 @@ def headline(run: RunInfo) -> list[str]:
         training = f"training images of {samples // config.unit.images:,} patients"
     noun = "images" if run.data is None else run.data.form.noun
     lines = [
-        f"{config.method} on {config.data}: {who}, {training}, "
+        f"{config.method} on {config.data}: {who_trains}, {training}, "
         f"{f'{validation:,} validation, ' if validation else ''}{', '.join(tests)} {noun}",
         f"{run.model or config.model} with {run.parameters:,} parameters{_frozen(run)} on {config.device}, "
         f"{config.threads} thread{'s' * (config.threads != 1)}{_side_by_side(run)}; run folder {run.out}",
@@ -68,11 +69,11 @@ def headline(run: RunInfo) -> list[str]:
     lines += [] if run.data is None else run.data.task.header(config.output_bytes or 0, run.test_sets)
     notes = () if run.data is None else run.data.form.seen or run.data.form.describe_stored()
     lines += notes[:1] if run.private else notes[1:] or notes  # of single sites nothing, where records are private
-    lines += _resized(run.data)
+    lines += _resize_lines(run.data)
     if run.guarantee is not None:
         unit = run.guarantee.unit
         lines.append(f"differential privacy of every {unit.name}: {unit.change}")
-        lines.append(covering(run.guarantee.to_dict()))
+        lines.append(describe_epsilon(run.guarantee.to_dict()))
     lines += schedule(training_words(run))
     if run.first_round:
         lines.append(f"resumed after round {run.first_round} of {len(run.rounds)}")
@@ -96,7 +97,7 @@ def _frozen(run: RunInfo) -> str:
     return f" ({run.frozen:,} frozen{norms})" if run.frozen else ""
 
 
-def _resized(data: Any) -> list[str]:
+def _resize_lines(data: FederatedData | None) -> list[str]:
     """A line on the size in which images and masks of pixels are given, and the size that a network sees."""
     splits = () if data is None or not data.form.offers else (data.validation, *data.tests.values())
     masks = [split.full for split in splits if split.full is not None and len(split)]
@@ -115,9 +116,12 @@ def _factor(factor: float) -> str:
 
 
 def _side_by_side(run: RunInfo) -> str:
-    """Threads and worker processes of the clients, if they differ from the server's; else empty."""
-    each = run.config.client_threads
-    words = [f"{each} of a client"] if each and each != run.config.threads else []
+    """Threads and worker processes of the clients, if they differ from the server's.
+
+    Else empty.
+    """
+    client_threads = run.config.client_threads
+    words = [f"{client_threads} of a client"] if client_threads and client_threads != run.config.threads else []
     if run.workers > 1:
         upto = "up to " if run.config.workers == "auto" else ""
         words.append(f"{upto}{run.workers} workers of some {run.worker_bytes / 1e6:.0f} MB")
@@ -125,7 +129,10 @@ def _side_by_side(run: RunInfo) -> str:
 
 
 def training_words(run: RunInfo) -> list[str]:
-    """What every communication round trains, in words; empty texts where all rounds train the same."""
+    """Describe what every communication round trains.
+
+    Empty texts where all rounds train the same.
+    """
     words = [entry.trains or entry.name for entry in run.rounds]
     return words if len(set(words)) > 1 else [""] * len(words)
 
@@ -136,15 +143,15 @@ def schedule(words: Sequence[str]) -> list[str]:
     None where all rounds train the same, or where this changes more than `STAGES` times.
     """
     parts: list[str] = []
-    first = 1
-    for what, group in groupby(words):
-        last = first + len(list(group)) - 1
-        parts.append(f"{what} (round {first})" if first == last else f"{what} (rounds {first} to {last})")
-        first = last + 1
+    start = 1
+    for stage, group in groupby(words):
+        end = start + len(list(group)) - 1
+        parts.append(f"{stage} (round {start})" if start == end else f"{stage} (rounds {start} to {end})")
+        start = end + 1
     return [f"trained: {', '.join(parts)}"] if 1 < len(parts) <= STAGES else []
 
 
-def figures_by_set(record: Mapping[str, Any], main: str, tests: Collection[str] = ()) -> dict[str, str]:
+def figures_by_set(record: Record, main: str, tests: Collection[str] = ()) -> dict[str, str]:
     """The ``main`` figure of a record per test set: ``{"ID": "93.0 %", "OOD": "71.2 %"}``."""
     figures = {}
     for name, value in record.items():
@@ -155,15 +162,15 @@ def figures_by_set(record: Mapping[str, Any], main: str, tests: Collection[str] 
     return figures
 
 
-def main_figures(record: Mapping[str, Any], main: str, tests: Collection[str] = ()) -> str:
+def main_figures(record: Record, main: str, tests: Collection[str] = ()) -> str:
     """:func:`figures_by_set` as a text: ``"ID 93.0 %  OOD 71.2 %"``."""
     return "  ".join(f"{title} {value}" for title, value in figures_by_set(record, main, tests).items())
 
 
-def line(record: Mapping[str, Any], what: str, figures: str, remaining: float | None) -> str:
+def line(record: Record, trains: str, figures: str, remaining: float | None) -> str:
     """One line for a finished round, which trained ``what`` and has the main ``figures``."""
     width = len(str(record["rounds"]))
-    parts = [f"round {record['round']:>{width}}/{record['rounds']}{_in_parentheses(what)}"]
+    parts = [f"round {record['round']:>{width}}/{record['rounds']}{_in_parentheses(trains)}"]
     parts += [figures] if figures else []
     if isinstance(record.get("loss"), (int, float)):
         parts.append(f"loss {record['loss']:.3f}")
@@ -172,8 +179,8 @@ def line(record: Mapping[str, Any], what: str, figures: str, remaining: float | 
     return "  ".join(parts)
 
 
-def _in_parentheses(what: str) -> str:
-    return f" ({label(what, TITLE)})" if what else ""
+def _in_parentheses(trains: str) -> str:
+    return f" ({label(trains, TITLE)})" if trains else ""
 
 
 class Clock:
@@ -194,15 +201,18 @@ class Clock:
             self.since = time.monotonic()
 
     def remaining(self, done: int) -> float | None:
-        """Seconds left after ``done`` rounds; None where a single round is known, and others train something else."""
-        what, rest = self.words[done - 1], Counter(self.words[done:])
-        count, seconds = self.spent.get(what, (0, 0.0))
+        """Seconds left after ``done`` rounds.
+
+        None where a single round is known, and others train something else.
+        """
+        trains, remaining_rounds = self.words[done - 1], Counter(self.words[done:])
+        count, seconds = self.spent.get(trains, (0, 0.0))
         before, self.since = self.since, time.monotonic()
-        self.spent[what] = count + 1, seconds + self.since - before
-        means = {each: seconds / count for each, (count, seconds) in self.spent.items()}
-        if not count and rest.keys() - means.keys():
+        self.spent[trains] = count + 1, seconds + self.since - before
+        means = {stage: seconds / count for stage, (count, seconds) in self.spent.items()}
+        if not count and remaining_rounds.keys() - means.keys():
             return None
-        return sum(means.get(each, means[what]) * rounds for each, rounds in rest.items())
+        return sum(means.get(stage, means[trains]) * rounds for stage, rounds in remaining_rounds.items())
 
 
 class Warnings(Listener):
@@ -214,11 +224,14 @@ class Warnings(Listener):
         self.console = console
 
     def on_warning(self, name: str, text: str) -> None:
-        message = Text("warning", "yellow").append(plain(f" ({name}): {text}", most=MESSAGE))
+        message = Text("warning", "yellow").append(literal_text(f" ({name}): {text}", limit=MESSAGE))
         self.console.print(message, soft_wrap=True)
 
     def close(self) -> None:
-        """Restores the terminal; safe to call twice, and after an interruption."""
+        """Restores the terminal.
+
+        Safe to call twice, and after an interruption.
+        """
 
 
 class Lines(Warnings):
@@ -231,30 +244,33 @@ class Lines(Warnings):
         self.main = ""
 
     def on_start(self, run: RunInfo) -> None:
-        for text in headline(run):
-            say(self.console, text)
+        for text in run_headline(run):
+            print_line(self.console, text)
         if run.private:
-            say(self.console, UNSHOWN)
+            print_line(self.console, UNSHOWN)
         elif run.data is not None:
             self.console.print(partition_table(run.data.statistics))
         self.clock, self.tests, self.main = Clock(training_words(run)), run.test_sets, run.config.main
 
     def on_notice(self, text: str) -> None:
-        say(self.console, text)
+        print_line(self.console, text)
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
         if round > 0:
             self.clock.begin()
 
-    def on_round(self, record: Mapping[str, Any]) -> None:
-        remaining, what = self.clock.remaining(record["round"]), self.clock.words[record["round"] - 1]
+    def on_round(self, record: Record) -> None:
+        remaining, trains = self.clock.remaining(record["round"]), self.clock.words[record["round"] - 1]
         figures = main_figures(record, self.main, self.tests)
-        if what or figures or record["round"] == record["rounds"]:
-            say(self.console, line(record, what, figures, remaining))
+        if trains or figures or record["round"] == record["rounds"]:
+            print_line(self.console, line(record, trains, figures, remaining))
 
 
 class Live(Lines):
-    """Display on a terminal: a bar that moves with every client; accuracies, bytes, time left."""
+    """Display on a terminal: a bar that moves with every client.
+
+    Accuracies, bytes, time left.
+    """
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -281,24 +297,24 @@ class Live(Lines):
             text = f"round {round}/{len(words)}{_in_parentheses(words[round - 1])}"
             self.progress.update(self.bar, description=text)
 
-    def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
+    def on_client(self, round: int, client: int, info: Mapping[str, object]) -> None:
         if self.bar is not None and round > 0:
             bar = self.progress.tasks[0]
             # A round with several exchanges must not move the bar past the end of the round.
             self.progress.update(self.bar, completed=min(bar.completed + 1 / self.participants, self.done + 1))
 
-    def on_round(self, record: Mapping[str, Any]) -> None:
+    def on_round(self, record: Record) -> None:
         remaining = self.clock.remaining(record["round"])
         self.done = record["round"]
         if self.bar is None:
             return
         sent = f"up {human_bytes(record['bytes_up'])} down {human_bytes(record['bytes_down'])}"
         left = "" if remaining is None else f"{human_time(remaining)} left"
-        rest = f"{sent} {left}" if self.console.width >= WIDE else left
+        status = f"{sent} {left}" if self.console.width >= WIDE else left
         figures = main_figures(record, self.main, self.tests) or self.progress.tasks[0].fields["figures"]
-        self.progress.update(self.bar, completed=self.done, rest=rest, figures=figures)
+        self.progress.update(self.bar, completed=self.done, rest=status, figures=figures)
 
-    def on_end(self, summary: Mapping[str, Any]) -> None:
+    def on_end(self, summary: Summary) -> None:
         self.close()
 
     def close(self) -> None:
@@ -307,14 +323,20 @@ class Live(Lines):
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Raises BrokenPipeError for the command line to handle; rich would exit with code 1 at once."""
+        """Raises BrokenPipeError for the command line to handle.
+
+        Rich would exit with code 1 at once.
+        """
         raise BrokenPipeError
 
 
 @contextmanager
-def advancing(total: int, doing: str) -> Iterator[Callable[[], None]]:
-    """Shows on a terminal how far a long task has come; yields a function to call after every part."""
-    console = terminal(stderr=True)
+def show_progress(total: int, doing: str) -> Iterator[Callable[[], None]]:
+    """Shows on a terminal how far a long task has come.
+
+    Yields a function to call after every part.
+    """
+    console = make_console(stderr=True)
     columns = (SpinnerColumn(), TextColumn(doing, markup=False), BarColumn(bar_width=30),
                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -322,8 +344,11 @@ def advancing(total: int, doing: str) -> Iterator[Callable[[], None]]:
         yield lambda: progress.update(bar, advance=1)
 
 
-def terminal(*, stderr: bool = False) -> Console:
-    """The console to print on; lines in files and pipes have :data:`PIPE_WIDTH` columns, not rich's 80."""
+def make_console(*, stderr: bool = False) -> Console:
+    """The console to print on.
+
+    Lines in files and pipes have :data:`PIPE_WIDTH` columns, not rich's 80.
+    """
     stream = sys.stderr if stderr else sys.stdout
     # FORCE_COLOR and TTY_COMPATIBLE ask for colours; a bar that moves belongs on a terminal alone.
     console = _Console(stderr=stderr, force_terminal=None if stream.isatty() else False)

@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedkern.report.figures.curves import THIN, Curve, Panel, draw
-from fedkern.report.figures.plots import COLOURS, MARKERS, PAGE, evenly, fitted, frame, legend_below, new_figure, svg
-from fedkern.report.names import TITLE, capital, entry, label
+from fedkern.report.figures import plots
+from fedkern.report.figures.curves import THIN, Curve, Panel, draw_panels
+from fedkern.report.figures.plots import COLOURS, MARKERS, PAGE
+from fedkern.report.names import TITLE, capitalize, entry, label
 from fedkern.report.pages.html_page import Chart
 from fedkern.report.tables import in_unit
 from fedkern.text_table import Table
@@ -37,15 +38,17 @@ def curves(name: str, title: str, panels: Sequence[Panel], *, note: str = "") ->
                 ends = [f"{in_unit(y, panel.unit)} in round {x}" for x, y in dict.fromkeys((points[0], points[-1]))]
                 parts.append(f"{where}{curve.name}: {', '.join(ends)}")
         tables += [_rounds_table(lines, panel.unit, axis)] if lines else []
-    more = f"; and {len(parts) - TOLD} more" if len(parts) > TOLD else ""
-    return chart(name, title, f"{'; '.join(parts[:TOLD])}{more}.", draw(panels, page=True), tables, note)
+    more_words = f"; and {len(parts) - TOLD} more" if len(parts) > TOLD else ""
+    return chart(name, title, f"{'; '.join(parts[:TOLD])}{more_words}.", draw_panels(panels, page=True), tables, note)
 
 
 def bars(
     name: str, title: str, labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, axis: str,
     unit: str = "", note: str = "", falls: bool = False,
 ) -> Chart:  # fmt: skip
-    """Horizontal bars, one of every series for every label; of many labels those with the worst values.
+    """Horizontal bars, one of every series for every label.
+
+    Of many labels those with the worst values.
 
     These are the lowest values, or the highest ones where the figure ``falls``.
     """
@@ -63,14 +66,14 @@ def bars(
         drawing = axes.barh(places, widths, 0.9 * thick, color=COLOURS[number % len(COLOURS)], label=entry(key))
         axes.bar_label(drawing, [in_unit(values[i], unit) for i in order], padding=3, fontsize=9)
         if points := [(y, -i) for i, y in enumerate(values) if _finite(y)]:
-            (low, first), (high, last) = min(points, key=lambda point: (point[0], -point[1])), max(points)
+            (low, low_at), (high, high_at) = min(points, key=lambda point: (point[0], -point[1])), max(points)
             parts.append(
-                f"{key + ': ' if len(series) > 1 else ''}lowest {in_unit(low, unit)} ({labels[-first]}), highest "
-                f"{in_unit(high, unit)} ({labels[-last]})"
+                f"{key + ': ' if len(series) > 1 else ''}lowest {in_unit(low, unit)} ({labels[-low_at]}), highest "
+                f"{in_unit(high, unit)} ({labels[-high_at]})"
             )
     axes.margins(x=0.12)
     if len(series) > 1:
-        legend_below(figure)
+        plots.legend_below(figure)
     rows = [[labels[i], *(in_unit(values[i], unit) for values in series.values())] for i in order]
     return chart(name, title, f"{'; '.join(parts)}.", figure, [Table(["", *series], rows)], note)
 
@@ -99,8 +102,11 @@ def dots(
 def counts_table(
     counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequence[str], *, row: str, column: str
 ) -> Table:
-    """Numbers of images by row and column; of many rows or columns those evenly spread."""
-    places, lines = evenly(len(columns), COLUMNS), evenly(len(rows), ROWS)
+    """Numbers of images by row and column.
+
+    Of many rows or columns those evenly spread.
+    """
+    places, lines = plots.spread_evenly(len(columns), COLUMNS), plots.spread_evenly(len(rows), ROWS)
     body = [[rows[i], *(f"{int(counts[i][j]):,}" for j in places)] for i in lines]
     parts = [f"{len(lines)} of {len(rows)} rows" * (len(lines) < len(rows)),
              f"{len(places)} of {len(columns)} columns" * (len(places) < len(columns))]  # fmt: skip
@@ -109,31 +115,34 @@ def counts_table(
 
 
 def _rounds_table(series: Sequence[Curve], unit: str, caption: str) -> Table:
-    """Values of curves by round; of many rounds those evenly spread."""
+    """Values of curves by round.
+
+    Of many rounds those evenly spread.
+    """
     rounds = sorted({x for curve in series for x in curve.rounds})
-    some = [rounds[i] for i in evenly(len(rounds), ROWS)]
+    shown_rounds = [rounds[i] for i in plots.spread_evenly(len(rounds), ROWS)]
     values = [dict(zip(curve.rounds, curve.values, strict=True)) for curve in series]
-    rows = [[str(r), *(in_unit(each.get(r), unit) for each in values)] for r in some]
-    part = f"{len(some)} of {len(rounds)} rounds" if len(some) < len(rounds) else ""
+    rows = [[str(r), *(in_unit(curve_values.get(r), unit) for curve_values in values)] for r in shown_rounds]
+    part = f"{len(shown_rounds)} of {len(rounds)} rounds" if len(shown_rounds) < len(rounds) else ""
     return Table(["round", *(curve.name for curve in series)], rows, ", ".join(filter(None, [caption, part])))
 
 
 def chart(name: str, title: str, text: str, figure: Figure, tables: Sequence[Table], note: str = "") -> Chart:
     """A chart of a figure, with its title in upper case."""
-    return Chart(name, capital(title), text, svg(figure, name), tables, note)
+    return Chart(name, capitalize(title), text, plots.to_svg(figure, name), tables, note)
 
 
 def _rows(names: Sequence[str], axis: str, unit: str, height: float) -> tuple[Figure, Axes]:
     """A figure with axes of named rows, the first one at the top."""
-    figure = new_figure(PAGE, height)
+    figure = plots.new_figure(PAGE, height)
     axes = figure.subplots()
-    frame(axes)
+    plots.add_frame(axes)
     axes.set_axisbelow(True)
     axes.grid(False, axis="y")
     axes.set_yticks(range(len(names)), [label(name) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(fitted(label(axis, TITLE), 12, 3.5) + " (%)" * (unit == "%"), fontsize=12)
+    axes.set_xlabel(plots.wrap_text(label(axis, TITLE), 12, 3.5) + " (%)" * (unit == "%"), fontsize=12)
     if unit in ("B", "s"):
         axes.xaxis.set_major_formatter(lambda value, _: in_unit(value, unit))
         axes.xaxis.set_major_locator(MaxNLocator(4))  # texts such as "3 min 20 s" are long

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedkern.engine.store.extending import REPORT
 from fedkern.errors import UserError, printable_name, warn_instead
@@ -59,7 +58,10 @@ Block = str | Code | Table | Chart | Picture
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a page; one without any block is left out.  Its name is unique on the page."""
+    """A section of a page.
+
+    One without any block is left out.  Its name is unique on the page.
+    """
 
     name: str
     title: str
@@ -82,21 +84,24 @@ class Page:
     sections: Sequence[Section]
 
 
-def section(name: str, title: str, blocks: Iterable[Block]) -> Section:
-    """A section of these blocks; where making one fails, a sentence stands in its place and ends the section."""
+def make_section(name: str, title: str, blocks: Iterable[Block]) -> Section:
+    """A section of these blocks.
+
+    Where making one fails, a sentence stands in its place and ends the section.
+    """
     content: list[Block] = []
     with warn_instead(lambda why: content.append(f"The rest of this section is missing: {why}.")):
         content.extend(blocks)
     return Section(name, title, content)
 
 
-def versions_table(builds: Iterable[Mapping[str, Any]]) -> Table:
+def versions_table(builds: Iterable[Mapping[str, object]]) -> Table:
     """Versions that runs were made with, a mapping for each run, and the version that writes the report."""
     packages: dict[str, dict[str, None]] = {}
     for build in builds:
         for name, version in build.items():
             packages.setdefault(name, {})[str(version)] = None
-    rows = [[name, ", ".join(each)] for name, each in packages.items()]
+    rows = [[name, ", ".join(package_versions)] for name, package_versions in packages.items()]
     return Table(["package", "version"], [*rows, ["this report", f"fedkern {versions()['fedkern']}"]], "Versions", 2)
 
 
@@ -122,19 +127,22 @@ def render(page: Page) -> str:
     )  # fmt: skip
     return environment.get_template("report.html.j2").render(
         page=page,
-        sections=[section for section in page.sections if section.blocks],
+        sections=[part for part in page.sections if part.blocks],
         style=(_TEMPLATES / "report.css").read_text("utf-8").strip(),
     )
 
 
-def _text(value: object) -> Any:
-    """What the template shows: a text, which may hold names of users, without control characters; HTML as it is."""
+def _text(value: object) -> object:
+    """Return a value as the template shows it: a text, which may hold names of users, without control characters.
+
+    HTML as it is.
+    """
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return "\n".join(printable_name(line, sys.maxsize) for line in value.split("\n"))
 
 
-def write(page: Page, folder: Path) -> Path:
+def write_page(page: Page, folder: Path) -> Path:
     """Writes a page into ``folder``, completely or not at all, over an older report, and returns its path.
 
     Raises:

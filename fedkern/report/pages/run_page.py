@@ -16,6 +16,7 @@ from fedkern.data import DATASETS
 from fedkern.data.sources.arrays import NAME as ARRAYS
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.files.inputs import open_regular
+from fedkern.listeners.events import Record
 from fedkern.methods import registry
 from fedkern.methods.common.diagnostics import hardly_better, telling_area
 from fedkern.methods.common.final_figures import set_name
@@ -33,16 +34,16 @@ from fedkern.report.figures.curves import (
     weight_panels,
 )
 from fedkern.report.figures.plots import COLOURS, DRAWN, partition_picture
-from fedkern.report.names import CELL, capital
+from fedkern.report.names import CELL, capitalize
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import bars, chart, counts_table, curves
-from fedkern.report.pages.html_page import Block, Code, Page, Picture, section, versions_table
-from fedkern.report.run_contents import Contents, merged, read
+from fedkern.report.pages.html_page import Block, Code, Page, Picture, make_section, versions_table
+from fedkern.report.run_contents import Contents, read_run_folder, sum_phases
 from fedkern.report.tables import (
     class_figures,
     class_title,
     cost_rows,
-    covering,
+    describe_epsilon,
     figures_table,
     human_metric,
     human_time,
@@ -76,7 +77,10 @@ _PRIVATE = "The records are private: nothing is told of single clients."
 
 
 def in_memory(config: RunConfig) -> bool:
-    """Whether a run's data, network or method were in the memory of a Python program: no command repeats the run."""
+    """Return whether a run's data, network or method were in the memory of a Python program.
+
+    No command repeats such a run.
+    """
     code = config.model.startswith(INSTANCE) or config.method.startswith(registry.CLASS)
     return code or config.data == ARRAYS or config.data not in DATASETS
 
@@ -112,19 +116,22 @@ def write_report(
         UserError: a file of the run is damaged, or the folder cannot be written.
     """
     html_page.check_target(run_dir)
-    run = read(run_dir, trusted=trusted)
+    run = read_run_folder(run_dir, trusted=trusted)
     undrawn: list[str] = []
-    if run.finished and not pictures.existing(run_dir):
+    if run.finished and not pictures.find_pictures(run_dir):
         try:
             samples = None if data is None else lambda: data
             pictures.draw_pictures(run, samples, model=model, trusted=trusted, warn=undrawn.append)
         except UserError as error:
             undrawn.append(f"The run's pictures could not be drawn: {str(error).rstrip('.')}.")
-    return html_page.write(page(run, command=command, undrawn=undrawn), run_dir)
+    return html_page.write_page(page(run, command=command, undrawn=undrawn), run_dir)
 
 
 def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Page:
-    """The page of a run; ``undrawn`` are sentences on pictures that could not be drawn."""
+    """The page of a run.
+
+    ``undrawn`` are sentences on pictures that could not be drawn.
+    """
     config, count, rounds = run.config, run.config.trained_clients, run.summary["rounds"]
     about = (
         f"seed {config.seed} · {count} client{'s' * (count != 1)} · {rounds} round{'s' * (rounds != 1)} · "
@@ -137,14 +144,14 @@ def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Pa
         warnings=[*run.warnings.items()],
         tiles=[*_tiles(run)],
         sections=[
-            section("figures", "Final figures", _figures(run)),
-            section("curves", "Curves", _curves(run)),
-            section("clients", "Clients", clients(run)),
-            section("weights", "Client weights", _weights(run)),
-            section("cost", "Bytes and time", _cost(run)),
-            section("confusion", "Confusion matrix", _confusion(run)),
-            section("pictures", "Pictures", _pictures(run, undrawn)),
-            section("settings", "Configuration and versions", _settings(run, command)),
+            make_section("figures", "Final figures", _figures(run)),
+            make_section("curves", "Curves", _curves(run)),
+            make_section("clients", "Clients", clients(run)),
+            make_section("weights", "Client weights", _weights(run)),
+            make_section("cost", "Bytes and time", _cost(run)),
+            make_section("confusion", "Confusion matrix", _confusion(run)),
+            make_section("pictures", "Pictures", _pictures(run, undrawn)),
+            make_section("settings", "Configuration and versions", _settings(run, command)),
         ],
     )
 
@@ -153,7 +160,7 @@ def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Pa
 
 
 def headline(run: Contents) -> Iterator[str]:
-    """What a sceptic concludes from a run, sentence by sentence."""
+    """Yield what a sceptic concludes from a run, sentence by sentence."""
     summary, rounds = run.summary, run.summary["rounds"]
     values = listed(_values(run)) if run.main else ""
     if not run.finished:
@@ -168,7 +175,7 @@ def headline(run: Contents) -> Iterator[str]:
         yield "The run tells no main figure."
     if stopped := summary.get("stopped"):
         yield f"It ended before its {run.config.rounds} rounds were over: {stopped['reason']}."
-    yield from baseline(run)
+    yield from describe_baseline(run)
     if not run.finished:
         python = f"fedkern.load({str(run.folder)!r}, ...).resume() in Python"
         command = f"python -m fedkern.run --resume {shlex.quote(str(run.folder))}"
@@ -179,7 +186,7 @@ def headline(run: Contents) -> Iterator[str]:
     if dropped := sum(bool(record.get("dropped")) for record in run.records):
         yield f"Clients were left out in {dropped} of {len(run.records)} rounds."
     if summary.get("privacy"):
-        yield f"{capital(covering(summary['privacy']))}."
+        yield f"{capitalize(describe_epsilon(summary['privacy']))}."
 
 
 def _values(run: Contents) -> list[str]:
@@ -198,8 +205,10 @@ def _on(test_set: str) -> str:
     return set_title(test_set) if test_set in ("id", "ood") else f"on the {set_noun(test_set)}"
 
 
-def baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
-    """What predicting one class everywhere gives, as a sentence; none where a run that goes on does not tell.
+def describe_baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
+    """Yield the sentence on what predicting one class everywhere gives.
+
+    None where a run that goes on does not tell.
 
     If ``judged``, a second sentence says whether the run's network is hardly better.
     """
@@ -210,7 +219,7 @@ def baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
             why = "the records are private" if run.private else "the run folder does not tell how common each class is"
             yield f"What predicting one class everywhere gives is not known: {why}."
         return
-    what = {
+    prediction_words = {
         "accuracy": "Predicting the commonest class everywhere gives",
         "dice": "Predicting one class for every pixel gives",
         "macro_auroc": "Scoring all images alike gives",
@@ -226,7 +235,7 @@ def baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
     if poor:
         where = "" if len(poor) == len(values) else " " + listed([_on(run.split(name)[0]) for name in poor])
         verdict += f" The network is hardly better{where}."
-    yield f"{what} {listed(texts)}.{verdict}"
+    yield f"{prediction_words} {listed(texts)}.{verdict}"
 
 
 def _worst(run: Contents) -> Iterator[str]:
@@ -244,7 +253,7 @@ def _worst(run: Contents) -> Iterator[str]:
 
 
 def _certainty(run: Contents) -> Iterator[str]:
-    """How sure the figures are: the test set's size, and the number of seeds."""
+    """Yield how sure the figures are: the test set's size, and the number of seeds."""
     rows = {(row["set"], row["figure"]): row for row in run.summary.get("intervals", ()) if "client" not in row}
     texts, unit = [], "samples"
     for test_set, figure in map(run.split, run.main):
@@ -279,16 +288,16 @@ def _figures(run: Contents) -> Iterator[Block]:
     metrics = {name: value for name, value in run.metrics.items() if not name.startswith(OVER_CLIENTS)}
     yield figures_table("", metrics, run.facts.tests, run.config.main, by_name=bool(by_class))
     over_clients = dict.fromkeys(name.partition("_client_")[2] for name in run.metrics if name not in metrics)
-    rows = [[figure_title(name), *(human_metric(name, run.metrics[which + name]) for which in OVER_CLIENTS)]
+    rows = [[figure_title(name), *(human_metric(name, run.metrics[statistic + name]) for statistic in OVER_CLIENTS)]
             for name in over_clients]  # fmt: skip
     if rows:
         yield Table(["over the clients' own test sets", "mean", "worst"], rows)
     yield from intervals_tables(run.summary.get("intervals", ()), LISTED)
     for kind, tables in by_class.items():
-        classes = list(dict.fromkeys(each for table in tables.values() for each in table))
-        missing = sum(all(table.get(each) is None for table in tables.values()) for each in classes)
+        classes = list(dict.fromkeys(class_name for table in tables.values() for class_name in table))
+        missing = sum(all(table.get(class_name) is None for table in tables.values()) for class_name in classes)
         note = f"{missing} of {len(classes)} classes have no sample in any test set." if missing else ""
-        series = {set_title(name): _scaled(map(table.get, classes), 100) for name, table in tables.items()}
+        series = {set_title(name): _scale_values(map(table.get, classes), 100) for name, table in tables.items()}
         title = class_title(kind)
         yield bars(f"class-{kind}", title, classes, series, axis=short_title(kind), unit="%", note=note)
 
@@ -307,7 +316,7 @@ def _curves(run: Contents) -> Iterator[Block]:
         yield curves("loss", "Loss", over_clock(run.records, panels))
 
 
-def _training_loss(record: Mapping[str, Any], main: str) -> float | None:
+def _training_loss(record: Record, main: str) -> float | None:
     losses = [info["loss"] for info in record.get("clients", {}).values() if isinstance(info.get("loss"), float)]
     return sum(losses) / len(losses) if losses else None if main in record else record.get("loss")
 
@@ -321,14 +330,14 @@ def clients(run: Contents) -> Iterator[Block]:
     if statistics is not None and len(statistics.classes) > 1:
         yield from _label_distribution(run, statistics)
     figures = run.summary.get("client_metrics") or {}
-    name = next((each for each in (main, "loss") if any(each in one for one in figures.values())), None)
+    name = next((key for key in (main, "loss") if any(key in table for table in figures.values())), None)
     if name is not None and len(figures) > 1:
         where = "its own test set" if run.summary.get("client_test_set") == "own" else "its part of the test set"
         factor, unit = scale(name)
         yield bars(
             "client-final", f"Final {figure_title(name)} of every client on {where}", [*map(run.client, figures)],
-            {name: _scaled((one.get(name) for one in figures.values()), factor)}, axis=figure_title(name), unit=unit,
-            falls=direction(name, {main: run.config.better}) == "min",
+            {name: _scale_values((table.get(name) for table in figures.values()), factor)}, axis=figure_title(name),
+            unit=unit, falls=direction(name, {main: run.config.better}) == "min",
         )  # fmt: skip
     if panels := client_panels(run.records, main):
         title = f"{figure_title(main)}: every client, their mean and the worst on their own test sets"
@@ -337,10 +346,10 @@ def clients(run: Contents) -> Iterator[Block]:
         ("loss", "Training loss of the clients", "training loss"),
         ("drift", "Length of the clients' updates", "norm of the update"),
     ):
-        if each := client_curves(run.records, key):
-            some = {curve.name for curve in each} == {*SPREAD}
-            note = "The highest, the middle and the lowest value of each round." if some else ""
-            panels = [Panel(axis, each, zero=key != "loss")]
+        if drawn_curves := client_curves(run.records, key):
+            is_spread = {curve.name for curve in drawn_curves} == {*SPREAD}
+            note = "The highest, the middle and the lowest value of each round." if is_spread else ""
+            panels = [Panel(axis, drawn_curves, zero=key != "loss")]
             yield curves(f"client-{key}", title, over_clock(run.records, panels), note=note)
     yield from _client_table(run)
 
@@ -356,12 +365,12 @@ def _label_distribution(run: Contents, statistics: PartitionStatistics) -> Itera
         "all clients' class shares: 0 is the same, 1 shares no class."
     )
     yield text
-    some = statistics.spread(DRAWN)
-    which = "every client" if len(some) == count else f"{len(some)} of {count:,} clients"
-    note = "" if len(some) == count else "Clients evenly spaced by number of samples, the largest first."
-    title = f"Label distribution of {which} ({statistics.title})"
-    names = [run.client(str(k)) for k in some]
-    table = counts_table(statistics.counts[some].tolist(), names, statistics.classes, row="client", column="class")
+    rows = statistics.spread(DRAWN)
+    clients_words = "every client" if len(rows) == count else f"{len(rows)} of {count:,} clients"
+    note = "" if len(rows) == count else "Clients evenly spaced by number of samples, the largest first."
+    title = f"Label distribution of {clients_words} ({statistics.title})"
+    names = [run.client(str(k)) for k in rows]
+    table = counts_table(statistics.counts[rows].tolist(), names, statistics.classes, row="client", column="class")
     yield chart("labels", title, text, partition_picture(statistics), [table], note)
 
 
@@ -382,7 +391,7 @@ def _client_table(run: Contents) -> Iterator[Block]:
         columns["training samples"] = [in_unit(latest.get(k, {}).get("samples"), "images") for k in keys]
     metrics = run.summary.get("client_metrics") or {}
     for name in (run.config.main, "loss"):
-        if any(name in one for one in metrics.values()):
+        if any(name in table for table in metrics.values()):
             values = [metrics.get(k, {}).get(name) for k in keys]
             columns[figure_title(name)] = ["" if value is None else human_metric(name, value) for value in values]
     sent = run.summary["bytes"].get("clients") or {}
@@ -409,13 +418,13 @@ def _cost(run: Contents) -> Iterator[Block]:
     sent = by_name((name, r["round"], r.get(key)) for key, name in ways.items() for r in run.records)
     if sent:
         yield curves("bytes", "Sent since the start", [Panel("sent", [Curve(k, *v) for k, v in sent.items()], "B")])
-    if phases := merged(run.summary.get("phases") or {}):
+    if phases := sum_phases(run.summary.get("phases") or {}):
         names = sorted(phases, key=lambda name: -phases[name])
         note = "A name with a slash is a part of the phase before the slash." if any("/" in n for n in names) else ""
         seconds = {"time": [phases[name] for name in names]}
         yield bars("phases", "Time by phase", names, seconds, axis="time", unit="s", note=note)
-        parts = [(int(record["round"]), merged(record.get("phases", {}))) for record in run.records]
-        by_round = by_name((name, at, each.get(name)) for name in names[: len(COLOURS)] for at, each in parts)
+        parts = [(int(record["round"]), sum_phases(record.get("phases", {}))) for record in run.records]
+        by_round = by_name((name, at, part.get(name)) for name in names[: len(COLOURS)] for at, part in parts)
         if by_round and len(run.records) > 1:
             panel = Panel("time", [Curve(name, *points) for name, points in by_round.items()], "s")
             yield curves("phase-rounds", "Time of every round by phase", [panel])
@@ -429,12 +438,12 @@ def _confusion(run: Contents) -> Iterator[Block]:
     classes = list(run.confusion.classes)
     for number, (name, matrix) in enumerate(run.confusion.matrices.items()):
         if count := int(matrix.sum()):
-            wrong = confusion_sheet.mistakes(matrix, classes)
+            wrong = confusion_sheet.list_mistakes(matrix, classes)
             text = f"{100 * int(np.trace(matrix)) / count:.1f} % of {count:,} samples are right."
             text += f" Most frequent mistakes: {'; '.join(wrong)}." if wrong else ""
             title = f"Which class was taken for which, {set_title(name)}"
             table = counts_table(matrix.tolist(), classes, classes, row="true class", column="predicted class")
-            figure = confusion_sheet.draw(replace(run.confusion, matrices={name: matrix}))
+            figure = confusion_sheet.draw_confusions(replace(run.confusion, matrices={name: matrix}))
             yield chart(f"confusion-{number}", title, text, figure, [table], text)
 
 
@@ -453,7 +462,7 @@ def _pictures(run: Contents, undrawn: Sequence[str]) -> Iterator[Block]:
         alt = f"Images that the method logged as {text}, a row for every round kept." if entry.value.dim() == 4 else (
             f"Tables that the method logged as {text}, as heat maps of several rounds."
         )  # fmt: skip
-        title = f"{capital(text)}, as the method logged it"
+        title = f"{capitalize(text)}, as the method logged it"
         texts[pictures.artifact_path(run.folder, entry.name).name] = title, alt
     if run.finished:
         for name, (title, alt) in texts.items():
@@ -487,12 +496,15 @@ def _settings(run: Contents, command: str) -> Iterator[Block]:
 # -- pieces ------------------------------------------------------------------------------------------------------------
 
 
-def _scaled(values: Iterable[float | None], factor: float) -> list[float | None]:
+def _scale_values(values: Iterable[float | None], factor: float) -> list[float | None]:
     return [None if value is None else factor * value for value in values]
 
 
 def _picture(path: Path, title: str, alt: str) -> Iterator[Picture]:
-    """A picture of the run folder; none where there is none, or it is no PNG."""
+    """A picture of the run folder.
+
+    None where there is none, or it is no PNG.
+    """
     try:
         with open_regular(path) as file:
             content = file.read(_LARGEST + 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fedkern
-from fedkern.cli.command_parser import parse
+from fedkern.cli.command_parser import parse_words
 from fedkern.cli.commands import extend
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store.records import read_metrics
@@ -102,10 +102,10 @@ def test_a_schedule_over_all_rounds_is_told(result):
     "flags", [["--tensorboard"], ["--wandb", "a/b"], ["--wandb=p", "--tensorboard", "--quiet"], []]
 )
 def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch):
-    given, played = parse(["extend", "run", "--rounds", "9", *flags, "--workers", "2"]), []
+    given, played = parse_words(["extend", "run", "--rounds", "9", *flags, "--workers", "2"]), []
     monkeypatch.setattr(extend.run, "play", played.append)
     extend.play(given)
-    plain = parse(["--resume", "run", *flags, "--workers", "2"])
+    plain = parse_words(["--resume", "run", *flags, "--workers", "2"])
     assert {**vars(played[0]), "predictions": False} == {**vars(plain), "arguments": {"rounds": 9}}
 
 
@@ -155,7 +155,7 @@ MADE = {
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("records", ["all", "private"])
 def test_what_was_made_of_the_former_network_is_moved_aside(records, start, result, monkeypatch, tmp_path):
-    monkeypatch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr("fedkern.report.figures.plots.to_svg", lambda figure, name: "<svg></svg>")
     run = tmp_path / "run"
     start("fedavg", 1, "run", "--records", records, *(["--predictions"] if records == "all" else []))
     for command in (["evaluate"], ["report"], ["attack"], ["export", "--format", "state-dict"]):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fedkern.cli.command_parser import parse
+from fedkern.cli.command_parser import parse_words
 from fedkern.cli.commands import flower
 from fedkern.errors import RunFailed, UserError
 from fedkern.run import main
@@ -46,7 +46,7 @@ def listed(status, details="N/A"):
 
 
 def test_flags_are_read():
-    request = parse(
+    request = parse_words(
         ["flower", "project", "--run-config", "rounds=2", "--run-config", "lr=0.1", "--superlink", "hospital"]
     )
     assert str(request.folder) == "project"
@@ -151,7 +151,7 @@ def test_what_is_simulated_is_said_by_flowers_configuration(tmp_path, monkeypatc
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     if configuration is not None:
         (tmp_path / "config.toml").write_text(f"[superlink]\n{configuration}\n")
-    assert flower._simulated(name) is simulated
+    assert flower._is_simulation(name) is simulated
 
 
 @pytest.mark.flower

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from fedkern.cli import flags, repeat
-from fedkern.cli.request import effective
+from fedkern.cli.request import effective_config
 from fedkern.run import main
 from fedkern.settings.stored import load_settings
 from python_tests.html_reader import Reader
@@ -22,9 +22,11 @@ def test_a_report_at_the_end_of_a_run_and_later(result, tmp_path):
     assert "report:     run/report.html" in out
     text = (tmp_path / "run/report.html").read_text()
     (command,) = Reader(text).text("code")
-    again = dataclasses.replace(flags.parse(shlex.split(command)[3:]), out=None)
+    again = dataclasses.replace(flags.parse_run(shlex.split(command)[3:]), out=None)
     assert (
-        effective(again).with_client_threads().differences(load_settings("run", device="cpu").with_client_threads())
+        effective_config(again)
+        .with_client_threads()
+        .differences(load_settings("run", device="cpu").with_client_threads())
         == []
     )
     (tmp_path / "run/report.html").unlink()
@@ -131,6 +133,6 @@ def test_a_run_with_data_in_memory_has_no_command(tmp_path):
     site = (np.arange(512).astype(np.uint8).reshape(8, 8, 8), np.arange(8) % 2)
     data = fedkern.FederatedData.from_arrays([site, site], site)
     run = fedkern.simulate("fedavg", data=data, model="mlp", rounds=1, out="run", progress=False, pictures=False)
-    assert repeat.repeating(run.out) == ""
+    assert repeat.repeat_command(run.out) == ""
     assert main(["report", "run"]) == 0
     assert "memory of a Python program" in Reader((tmp_path / "run/report.html").read_text()).words

@@ -220,7 +220,7 @@ def test_a_backend_that_does_not_exist(fails, monkeypatch, name, value):
     ],
 )
 def test_the_command_for_comparison_repeats_what_differs_from_its_own_defaults(argv, repeated):
-    config = request.effective(flags.parse(argv))
+    config = request.effective_config(flags.parse_run(argv))
     baseline = "oneshot-fedavg" if argv[0] == "fusefl" else "fedavg"
     command = repeat.command_line(baseline, config)
     assert all(f" {words}" in command for words in repeated)
@@ -231,14 +231,14 @@ def test_a_word_is_converted_once(monkeypatch):
     converted, convert = [], typed_option._convert
     monkeypatch.setattr(typed_option, "_convert", lambda value, kind: converted.append(value) or convert(value, kind))
     words = ["--lr", "0.0321", "--method-option", "alpha=0.4321", "--cue-size", "12", "--cue-clients", "1"]
-    config = request.effective(flags.parse(["fedgid", *words]))
+    config = request.effective_config(flags.parse_run(["fedgid", *words]))
     again = config.replace(rounds=3).with_client_threads()
     assert (again.lr, again.method_instance.options.alpha, again.data_options["cue_size"]) == (0.0321, 0.4321, 12)
     assert [converted.count(word) for word in ("0.0321", 0.0321, "0.4321", 0.4321, "12", 12)] == [1, 0, 1, 0, 1, 0]
 
 
 def test_data_options_have_flags():
-    request = flags.parse(["fedgid", "--data", "csv", "--client-column", "ward", "--data-option", "label=kind"])
+    request = flags.parse_run(["fedgid", "--data", "csv", "--client-column", "ward", "--data-option", "label=kind"])
     assert request.data_options == {"client_column": "ward", "label": "kind"}
 
 
@@ -254,11 +254,11 @@ def test_data_options_have_flags():
     ],
 )
 def test_the_command_for_comparison_has_the_same_split_and_budget(argv):
-    config = request.effective(flags.parse(argv))
+    config = request.effective_config(flags.parse_run(argv))
     command = repeat.command_line("fedavg", config)
     words = shlex.split(command)
     assert words[:4] == ["python", "-m", "fedkern.run", "fedavg"]
-    other = request.effective(flags.parse(words[3:]))
+    other = request.effective_config(flags.parse_run(words[3:]))
     assert other.method == "fedavg"
     for field in dataclasses.fields(RunConfig):
         if field.name not in ("method", "options"):

@@ -52,7 +52,7 @@ def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
     assert f"{100 * summary['metrics']['ood_accuracy']:.1f} %" in out
     assert f"run folder: {folder}" in out
     (command,) = re.findall(r"python -m fedkern\.run fedavg .*", out)
-    other = request.effective(flags.parse(shlex.split(command)[3:]))
+    other = request.effective_config(flags.parse_run(shlex.split(command)[3:]))
     assert (other.train_samples, other.clients, other.width, other.rounds) == (60, 2, 4, 2)
     assert "round 1/2" in err
     assert "\x1b" not in out + err  # no colours into a pipe
@@ -206,7 +206,7 @@ def test_ctrl_c_while_drawing_comes_after_the_result(capsys, finished, monkeypat
         told.append(capsys.readouterr().out)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(pictures, "existing", lambda _: [])
+    monkeypatch.setattr(pictures, "find_pictures", lambda _: [])
     monkeypatch.setattr(pictures, "_draw", stop)
     assert main(["--resume", str(folder), "--quiet", "--report"]) == 130
     assert told == [f"{folder}\n"]

@@ -20,7 +20,8 @@ from fedkern.engine.store.records import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import About, Disclosure
-from fedkern.report.pages.run_page import headline, read
+from fedkern.report.pages.run_page import headline
+from fedkern.report.run_contents import read_run_folder
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import KillAt, kill_and_resume, killed, outcome
@@ -117,7 +118,7 @@ def test_the_best_round_stays_beside_the_last(data, make_config, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert not list((tmp_path / "patient").glob("best-*"))
     assert f"It ended before its 12 rounds were over: {summary['stopped']['reason']}." in headline(
-        read(tmp_path / "patient")
+        read_run_folder(tmp_path / "patient")
     )
 
 

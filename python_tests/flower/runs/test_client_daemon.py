@@ -17,7 +17,7 @@ import pytest
 from fedkern.errors import Malformed, UserError
 from fedkern.flower.runs import client_daemon, node_process
 from fedkern.flower.runs.node_client import PROTOCOL
-from fedkern.flower.runs.portable import pack, unpack
+from fedkern.flower.runs.portable import pack_value, unpack_value
 from python_tests.interrupted import wait_until
 
 pytestmark = [
@@ -34,7 +34,7 @@ import json, sys
 from pathlib import Path
 from fedkern.flower.runs import client_daemon
 header, message, run, node, stays = json.loads(Path(sys.argv[1]).read_text())
-found = client_daemon.ask(header, bytes.fromhex(message), run, node, print, stays)
+found = client_daemon.ask_daemon(header, bytes.fromhex(message), run, node, print, stays)
 assert "torch" not in sys.modules
 print(found[:1000])
 """
@@ -69,7 +69,7 @@ def message(tmp_path_factory):
     method, server = kind(kind.Options.parse(context.config.options, method="fedavg")), Server(context)
     with context.drawing(server, BEFORE):
         method.start(server)
-    return pack(method.send(server, Phase(0, "train", "update")))
+    return pack_value(method.send(server, Phase(0, "train", "update")))
 
 
 def daemons(of: str = "parent", number: int = 0) -> list[int]:
@@ -91,7 +91,7 @@ def wait_for_none() -> None:
 @pytest.fixture(autouse=True)
 def _ended():
     yield
-    node_process.forget()
+    node_process.drop_clients()
     for pid in daemons():
         os.kill(pid, signal.SIGKILL)
     wait_for_none()
@@ -99,55 +99,55 @@ def _ended():
 
 def told(packed):
     """An answer without its duration."""
-    found = unpack(packed)
+    found = unpack_value(packed)
     plain = {name: value for name, value in found.items() if name not in ("seconds", "message")}
-    return plain, pack(found["message"])
+    return plain, pack_value(found["message"])
 
 
 def test_a_daemon_gives_the_bits_of_this_process_and_stays(message, tmp_path):
-    here = node_process.answer(header(), message, RUN, node(tmp_path / "here"), print)
+    here = node_process.answer_message(header(), message, RUN, node(tmp_path / "here"), print)
     assert told(here)[0]["problem"] is None
-    there = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)
+    there = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
     assert told(there) == told(here)
     (first,) = daemons()
-    again = client_daemon.ask(header(round=1), message, RUN, node(tmp_path), print, 60)
+    again = client_daemon.ask_daemon(header(round=1), message, RUN, node(tmp_path), print, 60)
     assert told(again)[0]["problem"] is None
     assert daemons() == [first]
 
 
 @pytest.mark.exhaustive
 def test_daemons_belong_to_one_run_and_one_configuration(message, tmp_path):
-    client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)
-    client_daemon.ask(header(run="1" * 32), message, RUN, node(tmp_path), print, 60)
-    client_daemon.ask(header(client=0), message, RUN, node(tmp_path, 0), print, 60)
+    client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
+    client_daemon.ask_daemon(header(run="1" * 32), message, RUN, node(tmp_path), print, 60)
+    client_daemon.ask_daemon(header(client=0), message, RUN, node(tmp_path, 0), print, 60)
     assert len(daemons()) == 3
 
 
 @pytest.mark.exhaustive
 def test_a_daemon_ends_when_no_message_comes_and_the_next_starts_another(message, tmp_path):
-    first = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 0.2)
+    first = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 0.2)
     wait_for_none()
-    again = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 0.2)
+    again = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 0.2)
     assert told(again) == told(first)
 
 
 @pytest.mark.exhaustive
 def test_a_killed_daemon_is_replaced(message, tmp_path):
-    first = client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)
+    first = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
     os.kill(*daemons(), signal.SIGKILL)
     wait_for_none()
-    assert told(client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)) == told(first)
+    assert told(client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)) == told(first)
 
 
 def test_a_daemon_ends_with_its_run(message, tmp_path):
     for run in ("0" * 32, "1" * 32):
-        client_daemon.ask(header(run=run), message, RUN, node(tmp_path), print, 60)
+        client_daemon.ask_daemon(header(run=run), message, RUN, node(tmp_path), print, 60)
     first, second = daemons()
-    client_daemon.end("2" * 32, node(tmp_path))
+    client_daemon.end_daemon("2" * 32, node(tmp_path))
     assert daemons() == [first, second]
-    client_daemon.end("0" * 32, node(tmp_path))
+    client_daemon.end_daemon("0" * 32, node(tmp_path))
     wait_until(lambda: len(daemons()) == 1, 20)
-    again = client_daemon.ask(header(run="1" * 32, round=1), message, RUN, node(tmp_path), print, 60)
+    again = client_daemon.ask_daemon(header(run="1" * 32, round=1), message, RUN, node(tmp_path), print, 60)
     assert told(again)[0]["problem"] is None
 
 
@@ -155,23 +155,23 @@ def test_a_silent_connection_holds_nobody_up(message, tmp_path, monkeypatch):
     live = "from fedkern.flower.runs.client_daemon import live"
     impatient = f"from fedkern.flower.runs import client_daemon as process; process.PATIENCE = 0.3; {live}"
     monkeypatch.setattr(client_daemon, "_MAIN", client_daemon._MAIN.replace(live, impatient))
-    client_daemon.ask(header(), message, RUN, node(tmp_path), print, 60)
+    client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
     (first,) = daemons()
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as silent:
         silent.connect(client_daemon._name("0" * 32, node(tmp_path)))
         silent.sendall(b"\0\0")  # the beginning of a message
-        again = client_daemon.ask(header(round=1), message, RUN, node(tmp_path), print, 60)
+        again = client_daemon.ask_daemon(header(round=1), message, RUN, node(tmp_path), print, 60)
     assert told(again)[0]["problem"] is None
     assert daemons() == [first]
 
 
 def test_what_a_node_refuses_is_refused_by_the_daemon(message, tmp_path):
     with pytest.raises(Malformed, match="is for client 0, and this node is client 1"):
-        client_daemon.ask(header(client=0), message, RUN, node(tmp_path), print, 60)
+        client_daemon.ask_daemon(header(client=0), message, RUN, node(tmp_path), print, 60)
     with pytest.raises(UserError, match="partition-id must be a number"):
-        client_daemon.ask(header(), message, RUN, {**node(tmp_path), "partition-id": 9}, print, 60)
-    found = client_daemon.ask(header(), message, {**RUN, "no-such-key": 1}, node(tmp_path), print, 60)
-    assert 'unknown key "no-such-key"' in unpack(found)["problem"]["what"]
+        client_daemon.ask_daemon(header(), message, RUN, {**node(tmp_path), "partition-id": 9}, print, 60)
+    found = client_daemon.ask_daemon(header(), message, {**RUN, "no-such-key": 1}, node(tmp_path), print, 60)
+    assert 'unknown key "no-such-key"' in unpack_value(found)["problem"]["what"]
 
 
 def test_a_daemon_ends_with_the_process_that_starts_messages(message, tmp_path):
@@ -224,7 +224,7 @@ def test_notices_reach_whoever_asks(ends):
         heard.append(text)
     client_daemon.send(theirs, {}, PARCEL)
     said = []
-    assert client_daemon._asked(ours, replies, {}, PARCEL, said.append) == PARCEL
+    assert client_daemon._exchange(ours, replies, {}, PARCEL, said.append) == PARCEL
     assert said == ["decoded"]
 
 
@@ -240,7 +240,7 @@ def test_a_daemon_that_is_lost(ends, begun, error):
     theirs.sendall(b"\0")  # a part of a frame
     theirs.shutdown(socket.SHUT_WR)
     with pytest.raises(error):
-        client_daemon._asked(ours, replies, {"header": ""}, PARCEL, print)
+        client_daemon._exchange(ours, replies, {"header": ""}, PARCEL, print)
 
 
 @pytest.mark.parametrize("error", [Malformed("is none"), UserError("no data"), RuntimeError("KeyError: 'phase'")])
@@ -253,7 +253,7 @@ def test_what_a_daemon_raises_is_raised_where_it_was_asked(ends, error):
     served = threading.Thread(target=client_daemon._serve, args=(theirs, requests, answer))
     served.start()
     with pytest.raises(type(error), match=re.escape(str(error))):
-        client_daemon._asked(ours, replies, {"header": "", "run_config": {}, "node": {}}, PARCEL, print)
+        client_daemon._exchange(ours, replies, {"header": "", "run_config": {}, "node": {}}, PARCEL, print)
     served.join()
 
 
@@ -274,14 +274,14 @@ def test_nobody_waits_for_an_answer(ends):
 
 def test_no_daemon_of_somebody_else(message, tmp_path, monkeypatch):
     monkeypatch.setattr(client_daemon, "user_of", lambda link: os.geteuid() + 1)
-    assert client_daemon.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+    assert client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 5) is None
 
 
 def test_a_name_that_somebody_has_and_does_not_listen_to(message, tmp_path, monkeypatch):
     monkeypatch.setattr(client_daemon, "_PAUSE", 0.0)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as taken:
         taken.bind(client_daemon._name("0" * 32, node(tmp_path)))
-        assert client_daemon.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+        assert client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 5) is None
 
 
 def test_no_daemon_where_the_system_forbids_it(message, tmp_path, monkeypatch):
@@ -289,11 +289,11 @@ def test_no_daemon_where_the_system_forbids_it(message, tmp_path, monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "pidfd_open", forbidden)
-    assert client_daemon.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+    assert client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 5) is None
     assert daemons() == []
 
 
 def test_no_daemon_without_linux(message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert client_daemon.ask(header(), message, RUN, node(tmp_path), print, 5) is None
+    assert client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 5) is None
     assert daemons() == []

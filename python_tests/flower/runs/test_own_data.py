@@ -64,7 +64,7 @@ def test_the_bits_of_the_same_clients_in_one_process(folders):
 def same_as_here(run_config, folder):
     """Compare a run over Flower with one of the same clients in this process."""
     settings = {name: value for name, value in run_config.items() if name not in ("out", "data-root")}
-    config = run_settings.read({**settings, "data-root": str(folder / "server")}).config
+    config = run_settings.read_run_config({**settings, "data-root": str(folder / "server")}).config
     roots = [config.replace(data_root=str(folder / str(k))) for k in range(3)]
     clients = tuple(data_of_one(root, node=True).clients[0] for root in roots)
     run(config, data=replace(data_of_one(config), clients=clients, sights={}), out=folder / "here")
@@ -177,7 +177,9 @@ def test_nobody_holds_images_out_that_nobody_looks_at(folders, source):
     over_flower(folders, data=name)
     clients = read_metrics(folders / "run")[0]["clients"]
     assert [clients[str(k)]["samples"] for k in range(3)] == [2 * (SIZES[k] + bool(bare)) for k in range(3)]
-    server = data_of_one(run_settings.read({**RUN, "data": name, "data-root": str(folders / "server")}).config)
+    server = data_of_one(
+        run_settings.read_run_config({**RUN, "data": name, "data-root": str(folders / "server")}).config
+    )
     assert len(server.clients[0]) == 1
     assert len(server.validation) + len(server.tests[""]) + len(server.clients[0]) == 2 * (SIZES["server"] + 4)
 
@@ -250,7 +252,7 @@ def test_all_nodes_must_be_there(folders, caplog):
 )  # fmt: skip
 def test_settings_that_need_all_data(changed, why):
     with pytest.raises(UserError, match=why):
-        run_settings.read({**RUN, **changed})
+        run_settings.read_run_config({**RUN, **changed})
 
 
 @pytest.mark.parametrize(
@@ -260,12 +262,12 @@ def test_settings_that_need_all_data(changed, why):
     ids=str,
 )  # fmt: skip
 def test_whatever_a_node_says_of_its_data_is_read(folders, facts, monkeypatch, caplog):
-    true = node_process.facts
+    true = node_process.describe_data
 
     def of_node(run_config, node, notice):
         return facts if node["partition-id"] == 1 else true(run_config, node, notice)
 
-    monkeypatch.setattr(node_process, "facts", of_node)
+    monkeypatch.setattr(node_process, "describe_data", of_node)
     with pytest.raises(UserError, match="Clients without a node: 1; where nodes have their own data"):
         over_flower(folders)
     assert "Node 101 does not say" in caplog.text

@@ -12,7 +12,7 @@ import pytest
 from fedkern.data import load
 from fedkern.errors import UserError
 from fedkern.flower.runs import run_settings
-from fedkern.flower.runs.project import simulation
+from fedkern.flower.runs.project import simulation_settings
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from fedkern.usercode import plugins
@@ -77,7 +77,7 @@ def test_the_settings_are_those_of_the_flags(tmp_path, capsys):
         "files:          README.md, pyproject.toml",
         "commands:       README.md",
     ]
-    read = run_settings.read(run_config(folder))
+    read = run_settings.read_run_config(run_config(folder))
     boxes = str(Path("all.json").absolute())
     expected = RunConfig.make(
         "fedgid", options=["background_pool=shared"], data_options={"boxes": boxes}, data="digits", clients=4, rounds=3,
@@ -93,7 +93,7 @@ def test_the_settings_are_those_of_the_flags(tmp_path, capsys):
 @pytest.mark.parametrize("method", ["fusefl", "fedlpfm", pytest.param("feddra", marks=pytest.mark.exhaustive)])
 def test_settings_that_are_left_open_stay_open(method, tmp_path):
     assert main([method, "--flower", str(tmp_path / "project"), "--on-nan", "stop"]) == 0
-    read = run_settings.read(run_config(tmp_path / "project"))
+    read = run_settings.read_run_config(run_config(tmp_path / "project"))
     assert read.config == RunConfig.make(method, on_nan="stop", on_error="skip")
     assert read.config.unset == {"partition", "clients", "client_test"}
 
@@ -102,10 +102,12 @@ def test_every_setting_can_be_overridden(tmp_path):
     """Flower refuses keys that the project does not have."""
     assert main(["fedprox", "--flower", str(tmp_path / "project")]) == 0
     found = run_config(tmp_path / "project")
-    settings = {run_settings.setting_key(each.field) for each in RunConfig.declared()} - {*run_settings.ELSEWHERE}
+    settings = {run_settings.setting_key(each.field) for each in RunConfig.declared()} - {*run_settings.LOCAL_ONLY}
     assert settings <= set(found)
     assert {"method-option.mu", "method-option.weighting", "out", "resume", "plugins", "flower.deadline"} <= set(found)
-    changed = run_settings.read({**found, "lr": 0.25, "method-option.mu": 0.5, "rounds": 7, "resume": True, "out": "x"})
+    changed = run_settings.read_run_config(
+        {**found, "lr": 0.25, "method-option.mu": 0.5, "rounds": 7, "resume": True, "out": "x"}
+    )
     assert (changed.config.lr, changed.config.options["mu"], changed.config.rounds) == (0.25, 0.5, 7)
     assert changed.resume
 
@@ -118,7 +120,7 @@ def test_every_setting_can_be_overridden(tmp_path):
 )  # fmt: skip
 def test_a_wrong_run_config_is_named(key, value, why):
     with pytest.raises(UserError, match=why):
-        run_settings.read({"method": "fedprox", key: value})
+        run_settings.read_run_config({"method": "fedprox", key: value})
 
 
 def test_code_comes_along(tmp_path, capsys, registries):
@@ -135,7 +137,7 @@ def test_code_comes_along(tmp_path, capsys, registries):
     assert str(tmp_path) not in (folder / "pyproject.toml").read_text()
     plugins.unload(str(tmp_path / "halved.py"))
     sys.path.insert(0, str(folder))
-    config = run_settings.read(found).config
+    config = run_settings.read_run_config(found).config
     assert config.model == f"{folder / 'net.py'}:Net"
     assert config.data == f"{folder / 'ours.py'}:ours"
     assert load(config.data).client_sizes == (6, 6, 6)
@@ -223,7 +225,7 @@ def test_nodes_with_data_of_their_own(method, tmp_path):
     shared, own = tmp_path / "shared", tmp_path / "own"
     assert main([method, *FLAGS, "--flower", str(shared)]) == 0
     assert main([method, *FLAGS, "--own-data", "--flower", str(own)]) == 0
-    assert [run_settings.read(run_config(folder)).own_data for folder in (shared, own)] == [False, True]
+    assert [run_settings.read_run_config(run_config(folder)).own_data for folder in (shared, own)] == [False, True]
     assert "the data of its client alone" in (own / "README.md").read_text()
     assert "--own-data" in (shared / "README.md").read_text()
 
@@ -249,22 +251,22 @@ def test_a_simulation_of_a_whole_run_has_a_node_for_each_client(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert main(["fedavg", *FLAGS, "--flower", "p"]) == 0
     path, one, two = Path("p/pyproject.toml"), "client-resources-num-cpus=1", "verbose=true num-supernodes=2"
-    assert simulation(Path("p"), ["verbose=true"]) == [one, "num-supernodes=4", "verbose=true"]
-    assert simulation(Path("p"), [two]) == [one, two]
+    assert simulation_settings(Path("p"), ["verbose=true"]) == [one, "num-supernodes=4", "verbose=true"]
+    assert simulation_settings(Path("p"), [two]) == [one, two]
 
     text = path.read_text()
     path.write_text(text.replace("\nclients = 4\n", '\nclients = ""\n'))
     with pytest.raises(UserError, match=r"give that number with --federation-config num-supernodes=N\."):
-        simulation(Path("p"), [])
-    assert simulation(Path("p"), [two]) == [one, two]
+        simulation_settings(Path("p"), [])
+    assert simulation_settings(Path("p"), [two]) == [one, two]
 
     for other in (text.replace("fedkern.flower.runs.server_app:app", "own:app"), "", "[tool.flwr]\napp = 3\n", "[tool"):
         path.write_text(other)
-        assert simulation(Path("p"), []) == [one]
-    assert simulation(Path("nonesuch"), []) == [one]
+        assert simulation_settings(Path("p"), []) == [one]
+    assert simulation_settings(Path("nonesuch"), []) == [one]
 
 
 def test_a_simulation_without_ray_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs Ray, which is not installed: pip install 'flwr\[simulation\]>=1.41"):
-        simulation(tmp_path, [])
+        simulation_settings(tmp_path, [])

@@ -17,7 +17,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.extending import check_extension
 from fedkern.engine.store.records import read_metrics
 from fedkern.errors import Malformed, RunFailed, UserError
-from fedkern.flower.adapter import opened, replied
+from fedkern.flower.adapter import make_reply, unpack_message
 from fedkern.flower.runs import (
     client_app,
     node_client,
@@ -27,7 +27,7 @@ from fedkern.flower.runs import (
     run_settings,
     server_app,
 )
-from fedkern.flower.runs.portable import pack, unpack
+from fedkern.flower.runs.portable import pack_value, unpack_value
 from fedkern.messages.states import ABOUT
 from fedkern.methods import FedAvg, registry
 from fedkern.ops._core.backend import active_isa
@@ -76,7 +76,9 @@ def settings(method, **more):
 
 
 def in_one_process(run_config, out):
-    config = run_settings.read({key: v for key, v in run_config.items() if key not in ("out", "resume")}).config
+    config = run_settings.read_run_config(
+        {key: v for key, v in run_config.items() if key not in ("out", "resume")}
+    ).config
     run(config, out=out)
     return outcome(out)
 
@@ -284,7 +286,7 @@ def test_a_run_goes_on_where_its_states_are(tmp_path):
     run_config = settings("fedavg")
     with pytest.raises(Killed):
         over_flower(run_config, tmp_path / "run", faults={(1, 1): killing})
-    config = run_settings.read(run_config).config
+    config = run_settings.read_run_config(run_config).config
     with pytest.raises(UserError, match=r"are on nodes of Flower: go on with flwr run"):
         run(config, out=tmp_path / "run", resume=True)
     with pytest.raises(UserError, match=r"resume=true goes on with a run: name its folder"):
@@ -306,8 +308,8 @@ def changed_reply(change):
 
     def fault(message, context):
         reply = client_app.app(message, context)
-        _, packed = opened(reply)
-        return replied(message, change(packed))
+        _, packed = unpack_message(reply)
+        return make_reply(message, change(packed))
 
     return fault
 
@@ -328,8 +330,8 @@ def head_of(packed):
 
 def with_upload(change):
     def changed(packed):
-        found = unpack(packed)
-        return pack({**found, "message": change(found["message"])})
+        found = unpack_value(packed)
+        return pack_value({**found, "message": change(found["message"])})
 
     return changed_reply(changed)
 
@@ -344,7 +346,9 @@ REFUSED = {
     "more": (with_upload(lambda upload: {**upload, "more": torch.zeros(9)}), "should not hold more"),
     "text": (with_text(lambda text: "{"), "cannot be read"),
     "bytes": (changed_reply(lambda packed: packed[:-1]), "cannot be read"),
-    "another": (changed_reply(lambda packed: pack({**unpack(packed), "client": 99})), "answers another message"),
+    "another": (
+        changed_reply(lambda packed: pack_value({**unpack_value(packed), "client": 99})), "answers another message"
+    ),
 }  # fmt: skip
 
 
@@ -355,8 +359,8 @@ def replied_with(**changed):
     """
 
     def change(packed):
-        found = unpack(packed)
-        return pack({**found, **{k: v(found[k]) if callable(v) else v for k, v in changed.items()}})
+        found = unpack_value(packed)
+        return pack_value({**found, **{k: v(found[k]) if callable(v) else v for k, v in changed.items()}})
 
     return changed_reply(change)
 
@@ -686,7 +690,7 @@ def test_letters_that_are_refused(changed):
 
 def test_a_message_is_no_reply(tmp_path):
     with pytest.raises(ValueError, match="is no answer of a fedkern client"):
-        node_client.read_reply(pack({"parameters": torch.zeros(2)}), 0, node_client.Version(1, 0))
+        node_client.read_reply(pack_value({"parameters": torch.zeros(2)}), 0, node_client.Version(1, 0))
 
 
 @pytest.mark.parametrize("name", ["samples", "name", "seconds", "clipped", "update_norm"])
@@ -694,11 +698,11 @@ def test_a_reply_reports_no_name_of_the_engines(name):
     reply = {"client": 0, "version": [1, 0], "message": None, "problem": None, "warnings": {}, "marks": [],
              "seconds": 0.0, "changed": False, "ledger": None}  # fmt: skip
     version = node_client.Version(1, 0)
-    assert node_client.read_reply(pack({**reply, "report": {"own": 1}}), 0, version)[0].report == {"own": 1}
+    assert node_client.read_reply(pack_value({**reply, "report": {"own": 1}}), 0, version)[0].report == {"own": 1}
     with pytest.raises(Malformed, match="has a report that is none"):
-        node_client.read_reply(pack({**reply, "report": {name: 1}}), 0, version)
+        node_client.read_reply(pack_value({**reply, "report": {name: 1}}), 0, version)
     with pytest.raises(Malformed, match="has marks that are none"):
-        node_client.read_reply(pack({**reply, "report": {}, "marks": [name]}), 0, version)
+        node_client.read_reply(pack_value({**reply, "report": {}, "marks": [name]}), 0, version)
 
 
 def test_flower_messages_of_other_apps():
@@ -706,4 +710,4 @@ def test_flower_messages_of_other_apps():
 
     other = Message(RecordDict({"config": ConfigRecord({"lr": 0.1})}), 1, "train")
     with pytest.raises(ValueError, match="has other records than a message of fedkern"):
-        opened(other)
+        unpack_message(other)

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.studies.run import read_study
 from fedkern import ops
-from fedkern.cli.flags import parse
-from fedkern.cli.request import effective
+from fedkern.cli.flags import parse_run
+from fedkern.cli.request import effective_config
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods.fediod import losses
@@ -156,8 +156,8 @@ def settings_of(study, cell, *chosen):
     """Return the settings of a study's cell and the names of what its command sets."""
     cells = read_study(study)
     words = [*cells.words(cells.find(cell).command, Path("teachers")), *chosen]
-    config = effective(parse(words))
-    return config, [*parse(words).settings]
+    config = effective_config(parse_run(words))
+    return config, [*parse_run(words).settings]
 
 
 def test_masks_of_ones_own_are_learnt_with_the_settings_of_the_study():

@@ -9,15 +9,15 @@ from fedkern.engine.run import run
 from fedkern.report.figures import answer_sheets, plots, sheet
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.report.pages import run_page
-from fedkern.report.run_contents import read
+from fedkern.report.run_contents import read_run_folder
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 
 
 def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
-    save = plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, path: path.stem == "retrieval" and save(figure, path))
-    monkeypatch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
+    save = plots.save_png
+    monkeypatch.setattr(plots, "save_png", lambda figure, path: path.stem == "retrieval" and save(figure, path))
+    monkeypatch.setattr("fedkern.report.figures.plots.to_svg", lambda figure, name: "<svg></svg>")
     options = {"test_samples": 12, "validation_samples": 6}
     small = {"clients": 2, "train_samples": 40, "rounds": 1, "local_steps": 1, "width": 4, "workers": 1}
     config = RunConfig.make("fedavg", data="captions", **small, data_options=options)
@@ -38,12 +38,12 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
             sheets[-1][2].append(lines)
 
     monkeypatch.setattr(answer_sheets, "Sheet", Kept)
-    answer_sheets.retrieval(read(tmp_path), data, None)
+    answer_sheets.retrieval(read_run_folder(tmp_path), data, None)
     ((title, images, captions),) = sheets
     assert len(images) == len(captions) == answer_sheets.CAPTIONED
     assert title.startswith(f"Test images and the nearest of {len(set(split.texts))} captions, fedavg on captions")
     for image, lines in zip(images, captions, strict=True):
-        row = next(i for i, each in enumerate(split.images) if np.array_equal(sheet.rgb(each.numpy()), image))
+        row = next(i for i, each in enumerate(split.images) if np.array_equal(sheet.to_rgb(each.numpy()), image))
         own = {text for text, name in zip(split.texts, split.ids, strict=True) if name == split.ids[row]}
         for line in lines:
             place, is_marked = re.match(r"(?:✓ )?(place \d+: )?", line[0])[1] or "", line[0].startswith("✓ ")
@@ -53,7 +53,7 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
 
     missing = "There are no retrieval examples: they need a complete network with an image and a text encoder."
     for there in (True, False):
-        *_, section, _ = run_page.page(read(tmp_path)).sections
+        *_, section, _ = run_page.page(read_run_folder(tmp_path)).sections
         assert (missing in section.blocks) is not there
         assert ("Retrieval examples" in [getattr(block, "title", "") for block in section.blocks]) is there
         (tmp_path / "retrieval.png").unlink(missing_ok=True)

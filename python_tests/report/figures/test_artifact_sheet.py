@@ -45,7 +45,7 @@ def test_any_table_can_be_drawn(tmp_path, rows, columns, rounds):
     values[0, 0] = float("nan")
     entries = [Artifact("t", r + 1, values * (r + 1), ("client", "class")) for r in range(rounds)]
     names = [f"class number {i}" for i in range(columns)]
-    plots.save(artifact_sheet.draw(entries, title="t", classes=names), tmp_path / "t.png")
+    plots.save_png(artifact_sheet.draw_sheet(entries, title="t", classes=names), tmp_path / "t.png")
     assert opened(tmp_path / "t.png").std() > 5
 
 
@@ -53,7 +53,7 @@ def test_equal_tables_are_drawn_once():
     equal = torch.tensor([[0.25, float("nan")]])
     values = [equal, equal.clone(), equal.clone(), equal + 0.5]
     entries = [Artifact("teacher_weights", 4 * r, v, ("client", "class")) for r, v in enumerate(values, 5)]
-    figure = artifact_sheet.draw(entries, title="t")
+    figure = artifact_sheet.draw_sheet(entries, title="t")
     *panels, bar = figure.axes
     assert [axes.get_title() for axes in panels] == ["rounds 20 to 28: the same", "round 32"]
     assert [text.get_text() for text in panels[0].texts] == [".25", "–"]
@@ -63,7 +63,7 @@ def test_equal_tables_are_drawn_once():
 def test_values_of_a_table_are_named_and_whole():
     axes = ("client", "class", "share of the votes that a client with many classes has")
     entries = [Artifact("votes", 1, torch.tensor([[10.25, -0.5]]), axes)]
-    figure = artifact_sheet.draw(entries, title="a title that is longer than this small picture " * 2)
+    figure = artifact_sheet.draw_sheet(entries, title="a title that is longer than this small picture " * 2)
     panel, bar = figure.axes
     assert bar.get_ylabel().replace("\n", " ") == axes[2]
     assert [text.get_text() for text in panel.texts] == ["10.25", "-.50"]
@@ -74,7 +74,7 @@ def test_values_of_a_table_are_named_and_whole():
 
 def test_four_tables_of_many_with_one_scale():
     entries = [Artifact("t", r, torch.tensor([[0.2, 0.3 * r]]), ("client", "class")) for r in range(1, 10)]
-    figure = artifact_sheet.draw(entries, title="t", classes=("cat", "dog"))
+    figure = artifact_sheet.draw_sheet(entries, title="t", classes=("cat", "dog"))
     panels = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in panels] == ["round 1", "round 4", "round 6", "round 9"]
     (scale,) = {axes.images[0].get_clim() for axes in panels}

@@ -3,12 +3,12 @@
 import numpy as np
 
 from fedkern.report.figures.comparison_plot import comparison_panels, mean_curve
-from fedkern.report.figures.curves import draw
-from fedkern.report.figures.plots import save
+from fedkern.report.figures.curves import draw_panels
+from fedkern.report.figures.plots import save_png
 
 
 def curves(*args, title="", **more):
-    return draw([*comparison_panels(*args, **more).values()], title=title)
+    return draw_panels([*comparison_panels(*args, **more).values()], title=title)
 
 
 def run(*values, every=1):
@@ -30,7 +30,7 @@ def test_many_groups_and_odd_names_are_drawn(tmp_path):
     figure = curves({**groups, "one-shot": [run(0.5)]}, ["accuracy", "none"], title="a $ b")
     assert len(figure.axes[0].get_lines()) == 31
     assert len(figure.legends[0].get_texts()) == 24
-    save(figure, tmp_path / "x.png")
+    save_png(figure, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 

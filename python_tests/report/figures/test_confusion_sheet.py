@@ -28,7 +28,7 @@ def texts(figure) -> list[str]:
 def test_counts_and_names_are_written():
     counts = np.array([[50, 3], [0, 7]])
     found = Confusions(("nevus", "melanoma"), {"id": counts, "ood": counts * 0 + 1})
-    figure = confusion_sheet.draw(found, title="t")
+    figure = confusion_sheet.draw_confusions(found, title="t")
     first = figure.axes[0]
     assert sorted(text.get_text() for text in first.texts) == ["3", "50", "7"]  # nought is an empty cell
     image = next(child for child in first.get_children() if isinstance(child, AxesImage))
@@ -41,7 +41,7 @@ def test_counts_and_names_are_written():
 
 @pytest.mark.parametrize("names", [("a", "b", "c"), ("nevus", "a melanoma", "anything else")])
 def test_names_stand_beside_their_row_and_under_their_column(names):
-    figure = confusion_sheet.draw(Confusions(names, {"id": matrix(3), "ood": matrix(3)}), title="t")
+    figure = confusion_sheet.draw_confusions(Confusions(names, {"id": matrix(3), "ood": matrix(3)}), title="t")
     figure.draw_without_rendering()
     for number, axes in enumerate(figure.axes[:2]):
         labels = [text for text in figure.texts if text.get_text() in names][6 * number :]
@@ -56,7 +56,7 @@ def test_names_stand_beside_their_row_and_under_their_column(names):
 
 
 def test_a_class_without_images_has_no_colour():
-    figure = confusion_sheet.draw(Confusions(("a", "b"), {"test": np.array([[0, 0], [1, 3]])}), title="t")
+    figure = confusion_sheet.draw_confusions(Confusions(("a", "b"), {"test": np.array([[0, 0], [1, 3]])}), title="t")
     image = next(child for child in figure.axes[0].get_children() if isinstance(child, AxesImage))
     assert image.get_array().mask.tolist() == [[True, True], [False, False]]
 
@@ -65,7 +65,7 @@ def test_many_classes_have_a_list_of_mistakes():
     counts = matrix(100)
     counts[3, 7] = 25
     names = tuple(f"class {c}" for c in range(100))
-    figure = confusion_sheet.draw(Confusions(names, {"test": counts}), title="t")
+    figure = confusion_sheet.draw_confusions(Confusions(names, {"test": counts}), title="t")
     assert len(figure.axes[0].texts) == 0
     assert "class 3 taken for class 7: 25" in texts(figure)
     labels = [text for text in figure.texts if text.get_text() in names]
@@ -75,7 +75,7 @@ def test_many_classes_have_a_list_of_mistakes():
 
 def test_the_most_frequent_mistakes():
     counts = np.array([[90, 2, 0], [5, 70, 2], [0, 0, 3]])
-    assert confusion_sheet.mistakes(counts, ("a", "b", "c")) == [
+    assert confusion_sheet.list_mistakes(counts, ("a", "b", "c")) == [
         "b taken for a: 5", "a taken for b: 2", "b taken for c: 2",
     ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_the_most_frequent_mistakes():
 def test_any_matrix_can_be_drawn(classes, sets, tmp_path):
     names = tuple(f"US$ class number {c} {{$" for c in range(classes))
     found = Confusions(names, {name: matrix(classes) for name in ("id", "ood", "held_out")[:sets]})
-    plots.save(confusion_sheet.draw(found, title="$ {$"), tmp_path / "c.png")
+    plots.save_png(confusion_sheet.draw_confusions(found, title="$ {$"), tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as image:
         assert max(image.size) <= 6000
         assert np.asarray(image.convert("L")).std() > 10

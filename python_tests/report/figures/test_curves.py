@@ -7,9 +7,9 @@ from PIL import Image
 
 from fedkern.engine.run import run
 from fedkern.engine.store.records import read_metrics
-from fedkern.report.figures.curves import client_curves, draw, weight_panels
+from fedkern.report.figures.curves import client_curves, draw_panels, weight_panels
 from fedkern.report.figures.pictures import write_pictures
-from fedkern.report.figures.plots import DRAWN, ORANGE, save
+from fedkern.report.figures.plots import DRAWN, ORANGE, save_png
 from fedkern.settings.config import RunConfig
 
 
@@ -26,7 +26,7 @@ def records(clients, rounds=3):
 @pytest.mark.parametrize("clients", [3, 120])
 def test_weights_and_losses_are_drawn(clients, tmp_path):
     path = tmp_path / "weights.png"
-    save(weights_picture(list(records(clients))), path)
+    save_png(weights_picture(list(records(clients))), path)
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
     blue, orange = ((np.abs(pixels - np.array(rgb)).sum(1) < 30).sum() for rgb in ((0, 114, 178), (213, 94, 0)))
     assert orange > 100
@@ -34,7 +34,7 @@ def test_weights_and_losses_are_drawn(clients, tmp_path):
 
 
 def weights_picture(records, *, by_samples=False, page=False):
-    return draw(weight_panels(records, by_samples=by_samples), title="t", stacked=True, page=page)
+    return draw_panels(weight_panels(records, by_samples=by_samples), title="t", stacked=True, page=page)
 
 
 def centre_lines(monkeypatch):

@@ -10,10 +10,10 @@ CODE = """
 import sys
 {before}
 from fedkern.process.interrupts import in_order
-from fedkern.report.figures.matplotlib_import import undocumented
+from fedkern.report.figures.matplotlib_import import without_docstrings
 with in_order(to_the_end={last}):
     try:
-        with undocumented():
+        with without_docstrings():
             import matplotlib.lines
             {inside}
     except KeyError:

@@ -19,7 +19,7 @@ from fedkern.engine.store.data_facts import DataFacts
 from fedkern.errors import UserError
 from fedkern.report import run_contents
 from fedkern.report.figures import answer_sheets, artifact_sheet, confusion_sheet, curves, pictures, plots
-from fedkern.report.figures.sheet import rgb
+from fedkern.report.figures.sheet import to_rgb
 from fedkern.report.names import label
 from fedkern.settings import run_data
 from fedkern.settings.config import RunConfig
@@ -89,23 +89,23 @@ def test_a_run_with_private_records_has_no_counts(tmp_path, data):
     written = pictures.write_pictures(folder, data=data)
     assert [path.name for path in written] == ["accuracy.png", "gradcam.png"]
     assert not (folder / "partition.png").exists()
-    assert pictures.existing(folder) == written
+    assert pictures.find_pictures(folder) == written
 
 
 def test_pictures_are_listed_and_missed(tmp_path, data):
     """Without running statistics there is no gradcam.png, and none is waited for."""
     folder = make_run(tmp_path, data)
-    assert pictures.existing(folder) == []
+    assert pictures.find_pictures(folder) == []
     config = load_settings(folder)
     (folder / "config.toml").write_text(config.replace(buffers="drop").to_toml())
     written = pictures.write_pictures(folder, data=data)
     assert [path.name for path in written] == ["accuracy.png", "partition.png"]
-    assert pictures.existing(folder) == written
+    assert pictures.find_pictures(folder) == written
     written[0].unlink()
-    assert pictures.existing(folder) == []
+    assert pictures.find_pictures(folder) == []
     for damaged in ("[", "[]", '{"pictures": null}'):
         (folder / "pictures.json").write_text(damaged)
-        assert pictures.existing(folder) == []
+        assert pictures.find_pictures(folder) == []
 
 
 def test_data_that_are_loaded_again_are_those_of_the_run(tmp_path, data, monkeypatch):
@@ -182,15 +182,15 @@ def test_a_segmentation_is_laid_over_its_images(tmp_path):
     colours = np.array([[1.0, 0, 0], [0, 1.0, 0]])
     laid = answer_sheets.over(np.full((1, 4, 3), 0.5), np.array([[0, 1, 2, -100]]), colours)
     np.testing.assert_allclose(laid[0], [[0.5] * 3, [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.25] * 3])
-    assert rgb(np.zeros((4, 5, 6), np.uint8)).shape == (5, 6, 3)
+    assert to_rgb(np.zeros((4, 5, 6), np.uint8)).shape == (5, 6, 3)
 
 
 def accuracy_curves(records, main, *, title="", stacked=False, **more):
-    return curves.draw(curves.accuracy_panels(records, main, **more), title=title, stacked=stacked)
+    return curves.draw_panels(curves.accuracy_panels(records, main, **more), title=title, stacked=stacked)
 
 
 def clients_picture(records, main, *, title=""):
-    return curves.draw(curves.client_panels(records, main), title=title)
+    return curves.draw_panels(curves.client_panels(records, main), title=title)
 
 
 def test_rounds_and_samples_are_counted_in_whole_numbers():
@@ -203,7 +203,7 @@ def test_rounds_and_samples_are_counted_in_whole_numbers():
 
 def test_the_curve_has_the_colours_of_both_test_sets(tmp_path):
     records = [{"round": i, "id_accuracy": 0.1 * i, "ood_accuracy": 0.05 * i} for i in range(1, 10)]
-    plots.save(accuracy_curves(records, "accuracy", title="t"), tmp_path / "a.png")
+    plots.save_png(accuracy_curves(records, "accuracy", title="t"), tmp_path / "a.png")
     pixels = opened(tmp_path / "a.png").reshape(-1, 3)
     for colour in (plots.BLUE, plots.ORANGE):
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
@@ -314,7 +314,7 @@ def test_figures_that_need_no_learning_are_dotted_lines():
 def test_any_partition_can_be_drawn(tmp_path, shape):
     counts = np.arange(shape[0] * shape[1]).reshape(shape)
     names = tuple(f"class number {i}" for i in range(shape[1]))
-    plots.save(plots.partition_picture(PartitionStatistics(counts, names, "iid"), title="t"), tmp_path / "p.png")
+    plots.save_png(plots.partition_picture(PartitionStatistics(counts, names, "iid"), title="t"), tmp_path / "p.png")
     assert opened(tmp_path / "p.png").std() > 10
 
 
@@ -366,7 +366,7 @@ def test_letters_are_drawn_without_hints(tmp_path):
 
     figure = plots.new_figure(2, 2)
     figure.add_artist(Letters())
-    plots.save(figure, tmp_path / "p.png")
+    plots.save_png(figure, tmp_path / "p.png")
     assert seen == ["none"]
     assert rcParams["text.hinting"] == before != "none"
 
@@ -374,10 +374,10 @@ def test_letters_are_drawn_without_hints(tmp_path):
 FAULTS = [
     ("figures.curves.accuracy_panels", "accuracy"), ("figures.curves.client_panels", "clients"),
     ("figures.plots.partition_picture", "partition"), ("figures.curves.weight_panels", "weights"),
-    ("figures.confusion_sheet.draw", "confusion"),
-    ("run_contents.constants", "accuracy"), ("figures.answer_sheets.grad_cam", "gradcam"),
+    ("figures.confusion_sheet.draw_confusions", "confusion"),
+    ("run_contents.constant_figures", "accuracy"), ("figures.answer_sheets.grad_cam", "gradcam"),
     ("figures.answer_sheets.choose", "gradcam"),
-    ("figures.pictures.read_model", "gradcam"), ("figures.artifact_sheet.draw", "clouds"),
+    ("figures.pictures.read_model", "gradcam"), ("figures.artifact_sheet.draw_sheet", "clouds"),
 ]  # fmt: skip
 
 
@@ -385,14 +385,14 @@ FAULTS = [
 def quick(monkeypatch, tmp_path, data):
     """A run folder with every kind of picture of a classifier, all of them empty files."""
     for module, name in ((curves, "accuracy_panels"), (curves, "client_panels"), (curves, "weight_panels"),
-                         (curves, "draw"), (plots, "partition_picture")):  # fmt: skip
+                         (curves, "draw_panels"), (plots, "partition_picture")):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_, **__: object())
-    monkeypatch.setattr(confusion_sheet, "draw", lambda *_, **__: object())
-    monkeypatch.setattr(run_contents, "constants", lambda *_: {})
+    monkeypatch.setattr(confusion_sheet, "draw_confusions", lambda *_, **__: object())
+    monkeypatch.setattr(run_contents, "constant_figures", lambda *_: {})
     monkeypatch.setattr(run_contents.confusions, "read", lambda _: SimpleNamespace(matrices={"id": 0}, classes=("0",)))
     monkeypatch.setattr(run_contents, "read_artifacts", lambda _: [SimpleNamespace(name="clouds")])
-    monkeypatch.setattr(plots, "save", lambda _, path: path.touch())
-    monkeypatch.setattr(artifact_sheet, "draw", lambda *_, **__: object())
+    monkeypatch.setattr(plots, "save_png", lambda _, path: path.touch())
+    monkeypatch.setattr(artifact_sheet, "draw_sheet", lambda *_, **__: object())
     return make_run(tmp_path, data)
 
 
@@ -407,7 +407,7 @@ def test_the_settings_are_loaded_once(quick, data, monkeypatch):
 def test_a_picture_that_fails_is_named_and_the_others_are_drawn(place, picture, quick, data, monkeypatch):
     whole = {path.name for path in pictures.write_pictures(quick, data=data)}
     assert len(whole) == 7
-    assert {path.name for path in pictures.existing(quick)} == whole
+    assert {path.name for path in pictures.find_pictures(quick)} == whole
 
     def failing(error):
         def call(*_, **__):
@@ -423,7 +423,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_drawn(place, picture, 
     assert {path.name for path in written} == whole - {f"{picture}.png"}
     assert warned == [f"{picture}.png is missing, as it cannot be drawn: RuntimeError: odd map."]
     assert not (quick / f"{picture}.png").exists()  # that of an older network
-    assert pictures.existing(quick) == []  # so that resume and report draw again
+    assert pictures.find_pictures(quick) == []  # so that resume and report draw again
     for error in (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
         failing(error())
         with pytest.raises(error):
@@ -461,7 +461,7 @@ def test_letters_without_a_font_are_told_once(tmp_path, monkeypatch):
     plots._find_families.cache_clear()
     for name, site in (("latin.png", "north"), ("partition.png", "\u534f\u548c"), ("again.png", "\u0915")):
         statistics = PartitionStatistics(np.full((2, 2), 7), ("a", "b"), "iid", names=(site, "south"))
-        plots.save(plots.partition_picture(statistics), tmp_path / name)
+        plots.save_png(plots.partition_picture(statistics), tmp_path / name)
     plots.tell_lacking(warnings.append)
     plots.tell_lacking(warnings.append)
     (sentence,) = warnings

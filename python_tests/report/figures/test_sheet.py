@@ -5,7 +5,7 @@ import pytest
 from matplotlib import colormaps
 from PIL import Image
 
-from fedkern.report.figures.plots import save
+from fedkern.report.figures.plots import save_png
 from fedkern.report.figures.sheet import Sheet
 
 SIDE, LEFT, DPI = 1.14, 0.9, 150
@@ -19,7 +19,7 @@ def sheet(columns: int = 1) -> Sheet:
 
 def drawn(made: Sheet, folder) -> np.ndarray:
     """The pixels of the first place, and of a margin of a tenth of its side around it."""
-    save(made.figure, folder / "sheet.png")
+    save_png(made.figure, folder / "sheet.png")
     with Image.open(folder / "sheet.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     assert pixels.shape[:2] == tuple(int(size) for size in made.figure.bbox.size[::-1])

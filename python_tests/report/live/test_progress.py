@@ -167,11 +167,11 @@ def test_the_first_round_of_a_plan_of_equal_rounds_tells_the_time_left(monkeypat
 
 def test_the_headline_says_what_an_epsilon_does_not_cover():
     said = Guarantee(1e-5, {"noise": "the noise"}, {"labels": "the labels"})
-    text = "\n".join(progress.headline(dataclasses.replace(info(), guarantee=said)))
+    text = "\n".join(progress.run_headline(dataclasses.replace(info(), guarantee=said)))
     assert "NO epsilon of the whole release: a partial epsilon covers noise alone, not labels" in text
-    whole = "\n".join(progress.headline(dataclasses.replace(info(), guarantee=Guarantee(1e-5, {"noise": "it"}))))
+    whole = "\n".join(progress.run_headline(dataclasses.replace(info(), guarantee=Guarantee(1e-5, {"noise": "it"}))))
     assert "epsilon covers everything that clients release: noise" in whole
-    assert "epsilon" not in "\n".join(progress.headline(info()))
+    assert "epsilon" not in "\n".join(progress.run_headline(info()))
 
 
 def test_class_counts_are_shown_but_with_private_records():
@@ -225,18 +225,18 @@ def test_only_warnings_are_left(quiet, json):
 
 
 def test_depth_colour_and_size_of_images_that_are_no_files_are_told():
-    assert "images: 8-bit grey, 8 x 8" in progress.headline(info())
+    assert "images: 8-bit grey, 8 x 8" in progress.run_headline(info())
 
 
 def test_a_resumed_run_says_so():
-    assert progress.headline(info(first_round=2))[-1] == "resumed after round 2 of 3"
+    assert progress.run_headline(info(first_round=2))[-1] == "resumed after round 2 of 3"
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_long_task_has_a_bar_on_a_terminal(is_terminal, monkeypatch):
     out = console(is_terminal)
-    monkeypatch.setattr(progress, "terminal", lambda stderr: out)
-    with progress.advancing(3, "predicting") as step:
+    monkeypatch.setattr(progress, "make_console", lambda stderr: out)
+    with progress.show_progress(3, "predicting") as step:
         for _ in range(3):
             step()
     assert ("3/3" in out.file.getvalue()) is is_terminal

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from fedkern.report.figures import plots
 from fedkern.report.figures.curves import SOFT, Curve, Panel
-from fedkern.report.figures.plots import GREY, evenly, svg
-from fedkern.report.pages import charts
+from fedkern.report.figures.plots import GREY, spread_evenly, to_svg
 from fedkern.report.pages.charts import BARS, ROWS, bars, counts_table, curves, dots
 from fedkern.report.tables import in_unit
 
@@ -22,7 +22,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def drawn(monkeypatch) -> list[Figure]:
     """The figures of the charts."""
     found = []
-    monkeypatch.setattr(charts, "svg", lambda figure, name: found.append(figure) or svg(figure, name))
+    monkeypatch.setattr(plots, "to_svg", lambda figure, name: found.append(figure) or to_svg(figure, name))
     return found
 
 
@@ -126,7 +126,7 @@ def image(name):
     axes.imshow(np.eye(3))
     axes.plot([0, 1], [0, 1], "o-", label='id="x" #000000 $a_{$ <b> 肺')
     axes.legend()
-    return svg(figure, name)
+    return to_svg(figure, name)
 
 
 def test_equal_figures_give_equal_texts_and_others_share_no_id():
@@ -157,5 +157,5 @@ def test_values_as_texts(value, unit, text):
 
 
 def test_evenly_spread_positions():
-    assert evenly(3, 10) == [0, 1, 2]
-    assert evenly(100, 4) == [0, 33, 66, 99]
+    assert spread_evenly(3, 10) == [0, 1, 2]
+    assert spread_evenly(100, 4) == [0, 33, 66, 99]

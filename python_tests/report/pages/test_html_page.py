@@ -10,11 +10,11 @@ import pytest
 import fedkern
 from fedkern.errors import UserError
 from fedkern.report.figures.curves import Curve, Panel
-from fedkern.report.figures.plots import fitted
+from fedkern.report.figures.plots import wrap_text
 from fedkern.report.names import TITLE, label
 from fedkern.report.pages import html_page
 from fedkern.report.pages.charts import curves
-from fedkern.report.pages.html_page import Code, Page, Picture, Section, section
+from fedkern.report.pages.html_page import Code, Page, Picture, Section, make_section
 from fedkern.text_table import Table
 from python_tests.html_reader import Reader
 
@@ -53,7 +53,7 @@ def test_names_are_texts(evil):
     assert page.text("h1") == [EVIL]
     assert EVIL in page.values("alt")
     assert any(EVIL in text for text in page.values("aria-label"))
-    assert {*fitted(label(EVIL, TITLE), 12, 2.2).split("\n")} <= {*page.text("text")}
+    assert {*wrap_text(label(EVIL, TITLE), 12, 2.2).split("\n")} <= {*page.text("text")}
     assert page.text("script") == []
 
 
@@ -106,13 +106,13 @@ def test_a_report_is_written_over_an_older_one_or_not_at_all(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_bytes", full)
         with pytest.raises(UserError, match="the disk is full"):
-            html_page.write(made(), tmp_path)
+            html_page.write_page(made(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "old"
-    assert html_page.write(made(), tmp_path) == tmp_path / "report.html"
+    assert html_page.write_page(made(), tmp_path) == tmp_path / "report.html"
     text = (tmp_path / "report.html").read_bytes()
     assert text.startswith(b"<!doctype html>")
-    html_page.write(made(), tmp_path)
+    html_page.write_page(made(), tmp_path)
     assert (tmp_path / "report.html").read_bytes() == text
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -122,18 +122,21 @@ def test_a_section_says_what_it_lacks():
         yield "first"
         yield {}["site"]
 
-    assert section("one", "One", blocks()).blocks == ["first", "The rest of this section is missing: KeyError: 'site'."]
+    assert make_section("one", "One", blocks()).blocks == [
+        "first",
+        "The rest of this section is missing: KeyError: 'site'.",
+    ]
 
 
 def test_a_name_that_is_no_unicode_is_written(tmp_path):
-    html_page.write(made("\udcff"), tmp_path)
+    html_page.write_page(made("\udcff"), tmp_path)
     assert "\\udcff" in (tmp_path / "report.html").read_text()
 
 
 def test_a_folder_in_the_file_s_place(tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(UserError, match="is a folder, where the report is to be written"):
-        html_page.write(made(), tmp_path)
+        html_page.write_page(made(), tmp_path)
 
 
 def test_templates_are_part_of_the_package():

@@ -48,7 +48,7 @@ def finished_page(finished):
 @pytest.fixture
 def uncharted(monkeypatch):
     """Charts without their drawings; the run's own pictures are drawn, unlike with ``undrawn``."""
-    monkeypatch.setattr("fedkern.report.pages.charts.svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr("fedkern.report.figures.plots.to_svg", lambda figure, name: "<svg></svg>")
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_headline_is_what_a_sceptic_concludes(finished, finished_page):
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_headline_tells_of_poor_figures_and_warnings(finished):
-    run = run_contents.read(finished)
+    run = run_contents.read_run_folder(finished)
     for area, verdict in ((0.85, "AUROC is 85.0 % on the test set: the network tells classes apart."),
                           (0.5, "The network is hardly better.")):  # fmt: skip
         poor = {**run.summary, "metrics": {**run.summary["metrics"], "accuracy": 0.1, "auroc": area}}
@@ -99,7 +99,7 @@ def columns(chart):
 
 @pytest.mark.usefixtures("undrawn")
 def test_charts_hold_the_figures_of_the_run(finished):
-    run, records = run_contents.read(finished), read_metrics(finished)
+    run, records = run_contents.read_run_folder(finished), read_metrics(finished)
     found = charts(run_page.page(run))
     assert {"main", "loss", "labels", "client-final", "client-loss", "client-drift", "bytes", "phases", "class-recall",
             "confusion-0"} <= found.keys()  # fmt: skip
@@ -119,7 +119,7 @@ def test_charts_hold_the_figures_of_the_run(finished):
 
 
 def test_curves_of_an_asynchronous_run_are_over_the_clock(finished, monkeypatch):
-    run, drawn = run_contents.read(finished), []
+    run, drawn = run_contents.read_run_folder(finished), []
     monkeypatch.setattr(run_page, "curves", lambda _, __, panels, **___: drawn.extend(panels))
     records = [{**record, "clock": 7.5 * record["round"], "staleness": 0.5} for record in run.records]
     run = dataclasses.replace(run, records=records)
@@ -148,7 +148,7 @@ def test_the_same_folder_gives_the_same_file(finished, finished_page):
 
 
 def test_numbered_parts_of_a_phase_are_one():
-    found = run_contents.merged({"train": 3.0, "train/images 0": 1.0, "train/images 11": 0.5, "evaluate": 1})
+    found = run_contents.sum_phases({"train": 3.0, "train/images 0": 1.0, "train/images 11": 0.5, "evaluate": 1})
     assert found == {"train": 3.0, "train/images": 1.5, "evaluate": 1.0}
 
 
@@ -213,7 +213,7 @@ def test_missing_pictures_are_drawn(folder):
         (folder / name).unlink()
     read(folder)
     assert (folder / "accuracy.png").exists()
-    assert {"accuracy.png", "confusion.png", "partition.png"} <= {path.name for path in pictures.existing(folder)}
+    assert {"accuracy.png", "confusion.png", "partition.png"} <= {path.name for path in pictures.find_pictures(folder)}
 
 
 def test_changed_settings_and_folders_without_a_run(folder, tmp_path):
@@ -256,7 +256,7 @@ def test_a_run_that_is_not_finished_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("undrawn")
 def test_of_many_clients_some_are_charted(finished):
-    run = run_contents.read(finished)
+    run = run_contents.read_run_folder(finished)
     counts = np.random.default_rng(0).integers(1, 9, size=(10_000, 10))
     sizes = tuple(counts.sum(1).tolist())
     statistics = dataclasses.replace(run.facts.statistics, counts=counts, own_tests=(), samples=sizes)
