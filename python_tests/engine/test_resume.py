@@ -263,6 +263,7 @@ def kill_after(process, lines, number):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("warm_processes")
 def test_processes_really_killed(make_data, tmp_path):
     cut = tmp_path / "cut"
     assert kill_after(start(cut, "new"), 9, signal.SIGKILL) == -signal.SIGKILL

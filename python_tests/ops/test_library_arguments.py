@@ -70,6 +70,7 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(getattr(FEDKERN, name).default, arguments, **utilities)
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_wrong_arguments_are_refused_before_any_memory_is_touched() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fedkern.__file__).parents[1])}
     command = [sys.executable, "-P", wrong_calls.__file__]

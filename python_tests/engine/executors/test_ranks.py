@@ -25,6 +25,8 @@ from fedkern.usercode import plugins
 from python_tests.interrupted import outcome, wait_until, without
 from python_tests.test_own_dataset import NEED_PUBLIC, SERVING, words_of, write_images
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 SMALL = (
     *("--clients", "5", "--train-samples", "100", "--width", "2", "--rounds", "3", "--local-epochs", "1"),
     *("--batch-size", "8", "--threads", "1", "--client-threads", "1", "--quiet"),
