@@ -7,106 +7,74 @@ imports, starts a real one.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import fcntl
 import functools
-import gc
 import json
 import os
 import runpy
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import NoReturn
 
 StartedPopen = subprocess.Popen
 PRELOADED = ("fedkern.api", "fedkern.engine.run", "fedkern.engine.worker")
 MAX_FILES = 16
 FREE = 200
 """Descriptors from here on are free in a process that has just begun."""
-
-
-class WarmServer:
-    """The process that forks others, until the connection to it is closed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._connection, theirs = socket.socketpair()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with theirs:
-            self._process = StartedPopen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())], stdin=subprocess.DEVNULL, env=environment,
-                pass_fds=[theirs.fileno()], process_group=0,
-            )  # fmt: skip
-
-    def start(self, request: dict[str, Any], files: list[int]) -> tuple[int, socket.socket]:
-        """Start a process, and return its number and the socket that tells how the process ends."""
-        told, tells = socket.socketpair()
-        with tells, self._lock, tempfile.TemporaryFile() as file:
-            file.write(json.dumps(request).encode())
-            file.flush()
-            socket.send_fds(self._connection, [b"."], [file.fileno(), tells.fileno(), *files])
-        return int.from_bytes(told.recv(4), "big"), told
-
-    def close(self) -> None:
-        """End the process, which waits for those that it has forked."""
-        self._connection.close()
-        self._process.wait()
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 @functools.cache
-def warm_server() -> WarmServer:
-    """Return the server of this process, which starts with the first call."""
-    server = WarmServer()
-    atexit.register(server.close)
-    return server
+def warm_server() -> socket.socket:
+    """Start the process that forks others, and return the connection to it, with which it ends."""
+    connection, theirs = socket.socketpair()
+    with theirs:
+        process = StartedPopen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())], stdin=subprocess.DEVNULL, process_group=0,
+            pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )  # fmt: skip
+    atexit.register(process.wait)
+    atexit.register(connection.close)
+    return connection
 
 
 class Popen(StartedPopen):  # type: ignore[type-arg]
-    """``subprocess.Popen`` that forks the warm process for ``[sys.executable, flags, -m or -c or a file, ...]``."""
+    """``subprocess.Popen`` whose ``[sys.executable, flags, -m or a file, ...]`` is a fork of the warm process.
 
-    _told: socket.socket | None = None
+    It is this process's child, as any other: what has forked it ends at once, and this process takes it in.
+    """
 
-    def _execute_child(self, args: Any, *others: Any) -> None:
-        if isinstance(args, (str, bytes, os.PathLike)) or args[0] != sys.executable:
+    def _execute_child(self, args, *others) -> None:  # type: ignore[no-untyped-def]
+        words = [os.fspath(word) for word in args[1:] if word != "-P"]
+        if args[0] != sys.executable or (words[0].startswith("-") and words[0] != "-m"):
             super()._execute_child(args, *others)  # type: ignore[misc]
             return
         _, _, _, pass_fds, cwd, env, _, _, _, *pipes, _, _, _, _, _, is_session, group = others
-        request = {
-            "words": [os.fspath(word) for word in args[1:]], "folder": os.fspath(cwd or "."), "group": group,
-            "environment": dict(os.environ if env is None else env), "is_session": is_session, "files": list(pass_fds),
-        }  # fmt: skip
         streams = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
-        self.pid, self._told = warm_server().start(request, [*streams, *pass_fds])
+        request = {
+            "words": words, "folder": os.fspath(cwd or "."), "environment": dict(os.environ if env is None else env),
+            "parent": os.getpid(), "group": 0 if is_session else group, "files": list(pass_fds),
+        }  # fmt: skip
+        connection, prctl = warm_server(), ctypes.CDLL(None).prctl
+        with tempfile.TemporaryFile() as file:
+            file.write(json.dumps(request).encode())
+            file.flush()
+            prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            socket.send_fds(connection, [b"."], [file.fileno(), *streams, *pass_fds])
+            self.pid = int.from_bytes(connection.recv(4), "big")
+            prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
-
-    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
-        if self._told is None:
-            return super()._try_wait(wait_flags)  # type: ignore[misc, no-any-return]
-        try:
-            status = self._told.recv(4, socket.MSG_DONTWAIT if wait_flags else socket.MSG_WAITALL)
-        except BlockingIOError:
-            return 0, 0
-        self._told.close()
-        return self.pid, int.from_bytes(status, "big")
-
-    def _internal_poll(self, *given: Any, **more: Any) -> int | None:
-        if self._told is None:
-            return super()._internal_poll(*given, **more)  # type: ignore[misc, no-any-return]
-        with self._waitpid_lock:  # type: ignore[attr-defined]
-            if self.returncode is None:
-                process, status = self._try_wait(os.WNOHANG)
-                if process:
-                    self._handle_exitstatus(status)  # type: ignore[attr-defined]
-        return self.returncode
 
 
 @contextmanager
@@ -121,59 +89,34 @@ def warm_fork_servers() -> Iterator[None]:
         yield
 
 
-# -- in the warm process -----------------------------------------------------------------------------------------------
-
-
 def _serve(connection: socket.socket) -> None:
-    """Fork a process for each request, with a parent that waits for it."""
+    """Fork a process for each request."""
     for name in PRELOADED:
         import_module(name)
-    base = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
-    gc.collect()
-    gc.freeze()
     while True:
         message, files, _, _ = socket.recv_fds(connection, 1, MAX_FILES)
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
         if not message:
-            break
-        if not os.fork():
-            connection.close()
-            _wait_for_another(files, base)
+            return
+        if (child := os.fork()) == 0:
+            if os.fork() == 0:
+                _become(connection, files)
+            os._exit(0)
+        os.waitpid(child, 0)
         for file in files:
             os.close(file)
-    signal.alarm(20)  # for what a failed test has left
-    with suppress(ChildProcessError):
-        while os.wait():
-            pass
 
 
-def _wait_for_another(files: list[int], base: list[str]) -> NoReturn:
-    """Fork the process that was asked for, say its number, and how it ends."""
-    with os.fdopen(files[0], "rb") as file:
+def _become(connection: socket.socket, files: list[int]) -> NoReturn:
+    """Go on as ``python`` does that was started with the words of a request."""
+    with os.fdopen(files.pop(0), "rb") as file:
         file.seek(0)
         request = json.load(file)
-    tells = socket.socket(fileno=files[1])
-    process = os.fork()
-    if not process:
-        tells.close()
-        _become(request, files[2:], base)
-    for file in files[2:]:
-        os.close(file)
-    tells.sendall(process.to_bytes(4, "big"))
-    status = os.waitpid(process, 0)[1]
-    with suppress(OSError):
-        tells.sendall(status.to_bytes(4, "big"))
-    os._exit(0)
-
-
-def _become(request: dict[str, Any], files: list[int], base: list[str]) -> NoReturn:
-    """Go on as ``python`` does that was started with the words of the request."""
-    if request["is_session"]:
+    while os.getppid() != request["parent"]:
+        time.sleep(0.001)
+    if request["group"] == 0:
         os.setsid()
-    elif request["group"] != -1:
-        os.setpgid(0, request["group"])
+    with connection:
+        connection.sendall(os.getpid().to_bytes(4, "big"))
     high = [fcntl.fcntl(file, fcntl.F_DUPFD, FREE) for file in files]
     for file, number in zip(high, (0, 1, 2, *request["files"]), strict=True):
         os.dup2(file, number)
@@ -181,49 +124,33 @@ def _become(request: dict[str, Any], files: list[int], base: list[str]) -> NoRet
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
-    words, is_safe = request["words"], False
-    while words[0] not in ("-m", "-c") and words[0].startswith("-"):
-        is_safe |= words.pop(0) in ("-P", "-I")
-    code = 0
+    paths = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
+    sys.path[:] = [path for path in paths if path]
+    code = 1
     try:
-        paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        sys.path[:] = [path for path in paths if path] + base
-        run_words(words, is_safe=is_safe or bool(os.environ.get("PYTHONSAFEPATH")))
+        run_words(request["words"])
+        code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else bool(end.code)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException as error:
+        code = int(end.code or 0)
+    except BaseException:
         sys.excepthook(*sys.exc_info())
-        if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
-    os._exit(code & 0xFF)
+    os._exit(code)
 
 
-def run_words(words: list[str], *, is_safe: bool) -> None:
-    """Run the module, code or file that the words of a command line name."""
+def run_words(words: list[str]) -> None:
+    """Run the module or file that the words of a command line name."""
     if words[0] == "-m":
-        sys.path[:0] = [] if is_safe else [str(Path.cwd())]
         sys.argv[:] = words[1:]
-        if words[1] == "fedkern.engine.worker":
-            sys.argv[-1] = str(os.getppid())  # whose end is this process's
         sys.modules.pop(words[1], None)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    elif words[0] == "-c":
-        sys.path[:0] = [] if is_safe else [""]
-        sys.argv[:] = ["-c", *words[2:]]
-        sys.modules["__main__"] = main = ModuleType("__main__")
-        exec(compile(words[1], "<string>", "exec"), vars(main))
     else:
-        sys.path[:0] = [] if is_safe else [str(Path(words[0]).resolve().parent)]
         sys.argv[:] = words
+        sys.path.insert(0, str(Path(words[0]).parent))
         runpy.run_path(words[0], run_name="__main__")
 
 
