@@ -64,22 +64,9 @@ def test_sigterm_inside_a_run_says_how_to_go_on(jobs, cores, capsys, tmp_path):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    words = [
-        "compare",
-        "fedavg",
-        *TINY[:-1],
-        "100000",
-        "--eval-every",
-        "100000",
-        "--seeds",
-        "1",
-        "--out",
-        "x",
-        "--jobs",
-        jobs,
-    ]
+    words = ["compare", "fedavg", *TINY[:-1], "100000", "--eval-every", "100000", "--seeds", "1", "--out", "x"]
     threading.Thread(target=stop, daemon=True).start()
-    assert main(words) == 143
+    assert main([*words, "--jobs", jobs]) == 143
     assert capsys.readouterr().err.splitlines()[-1].startswith("terminated; go on with: ")
     assert multiprocessing.active_children() == []
 
