@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -49,20 +48,20 @@ def warm_server() -> socket.socket:
 
 
 class Popen(StartedPopen):  # type: ignore[type-arg]
-    """``subprocess.Popen`` whose ``[sys.executable, flags, -m or a file, ...]`` is a fork of the warm process.
+    """``subprocess.Popen`` whose ``[sys.executable, "-m", ...]`` is a fork of the warm process.
 
     It is this process's child, as any other: what has forked it ends at once, and this process takes it in.
     """
 
     def _execute_child(self, args, *others) -> None:  # type: ignore[no-untyped-def]
-        words = [os.fspath(word) for word in args[1:] if word != "-P"]
-        if args[0] != sys.executable or (words[0].startswith("-") and words[0] != "-m"):
+        words = [os.fspath(word) for word in args if word != "-P"]
+        if words[:2] != [sys.executable, "-m"]:
             super()._execute_child(args, *others)  # type: ignore[misc]
             return
         _, _, _, pass_fds, cwd, env, _, _, _, *pipes, _, _, _, _, _, is_session, group = others
         streams = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
         request = {
-            "words": words, "folder": os.fspath(cwd or "."), "environment": dict(os.environ if env is None else env),
+            "words": words[2:], "folder": os.fspath(cwd or "."), "environment": dict(os.environ if env is None else env),
             "parent": os.getpid(), "group": 0 if is_session else group, "files": list(pass_fds),
         }  # fmt: skip
         connection, prctl = warm_server(), ctypes.CDLL(None).prctl
@@ -128,7 +127,9 @@ def _become(connection: socket.socket, files: list[int]) -> NoReturn:
     sys.path[:] = [path for path in paths if path]
     code = 1
     try:
-        run_words(request["words"])
+        sys.argv[:] = request["words"]
+        sys.modules.pop(sys.argv[0], None)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
@@ -140,18 +141,6 @@ def _become(connection: socket.socket, files: list[int]) -> NoReturn:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
-
-
-def run_words(words: list[str]) -> None:
-    """Run the module or file that the words of a command line name."""
-    if words[0] == "-m":
-        sys.argv[:] = words[1:]
-        sys.modules.pop(words[1], None)
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv[:] = words
-        sys.path.insert(0, str(Path(words[0]).parent))
-        runpy.run_path(words[0], run_name="__main__")
 
 
 if __name__ == "__main__":

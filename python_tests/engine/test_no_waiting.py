@@ -13,7 +13,7 @@ from fedkern.settings.config import RunConfig
 from python_tests.pretended_gpu import META, pretend
 from python_tests.smallest import SETTINGS
 
-STEADY = {"rounds": 2, "local_epochs": 2, "batch_size": 8, "clients": 2, "augment": "crop-flip", "workers": "1"}
+STEADY = {"rounds": 2, "local_epochs": 2, "batch_size": 8, "clients": 3, "augment": "crop-flip", "workers": "1"}
 NETWORK = {"data": "digits", "model": "resnet8", "width": 2}
 OWN = {
     "ensemble": {"options": {"models": "cnn:2,resnet8:2", "calibrate": False}},
@@ -42,7 +42,7 @@ def test_no_step_waits_for_the_device(name, make_data, monkeypatch, tmp_path):
     given = settings(name)
     waits = pretend(monkeypatch)
     config = RunConfig.make(name, device="cpu", grad_cam=0, **given)
-    made = make_data((9, 6))
+    made = make_data()
     form = dataclasses.replace(made.form, augment=given["augment"])
     data = None if "train_samples" in given else dataclasses.replace(made, form=form)
     with waits:
@@ -81,7 +81,7 @@ def test_steps_that_wait_are_noticed(kind, what, make_data, monkeypatch, tmp_pat
     waits = pretend(monkeypatch)
     short = {**settings("fedavg"), "rounds": 1, "local_epochs": 1}
     with waits:
-        run(RunConfig.make("fedavg", device="cpu", grad_cam=0, **short), data=make_data((9, 6)), out=tmp_path)
+        run(RunConfig.make("fedavg", device="cpu", grad_cam=0, **short), data=make_data(), out=tmp_path)
     assert any(what in found for found in waits.found)
 
 
