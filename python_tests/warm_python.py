@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -61,8 +62,8 @@ class Popen(StartedPopen):  # type: ignore[type-arg]
         _, _, _, pass_fds, cwd, env, _, _, _, *pipes, _, _, _, _, _, is_session, group = others
         streams = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
         request = {
-            "words": words[2:], "folder": os.fspath(cwd or "."), "environment": dict(os.environ if env is None else env),
-            "parent": os.getpid(), "group": 0 if is_session else group, "files": list(pass_fds),
+            "words": words[2:], "folder": str(Path(cwd or ".").absolute()), "parent": os.getpid(),
+            "environment": {**(os.environ if env is None else env)}, "group": 0 if is_session else group, "files": list(pass_fds),
         }  # fmt: skip
         connection, prctl = warm_server(), ctypes.CDLL(None).prctl
         with tempfile.TemporaryFile() as file:
