@@ -63,7 +63,8 @@ class Popen(StartedPopen):  # type: ignore[type-arg]
         streams = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
         request = {
             "words": words[2:], "folder": str(Path(cwd or ".").absolute()), "parent": os.getpid(),
-            "environment": {**(os.environ if env is None else env)}, "group": 0 if is_session else group, "files": list(pass_fds),
+            "group": 0 if is_session else group, "files": list(pass_fds),
+            "environment": {**(os.environ if env is None else env)},
         }  # fmt: skip
         connection, prctl = warm_server(), ctypes.CDLL(None).prctl
         with tempfile.TemporaryFile() as file:
