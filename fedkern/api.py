@@ -501,7 +501,7 @@ _LOADERS = {
 }
 
 
-def federate(data: object, about: Mapping[str, object], settings: Mapping[str, object]) -> str | FederatedData | None:
+def federate(data: Any, about: Mapping[str, object], settings: Mapping[str, object]) -> str | FederatedData | None:
     """The federated data of an argument ``data`` that is PyTorch data sets.
 
     Other data are returned as they are.
@@ -509,7 +509,7 @@ def federate(data: object, about: Mapping[str, object], settings: Mapping[str, o
     Raises:
         UserError: arguments about data sets stand beside other data, or something is no data set.
     """
-    arguments = {name: value for name, value in about.items() if value is not None}
+    arguments: dict[str, Any] = {name: value for name, value in about.items() if value is not None}
     if unknown := [name for name in arguments if name not in ABOUT]:
         raise UserError(f'There is no argument "{unknown[0]}".{nearest(unknown[0], ABOUT)}')
     if data is None or isinstance(data, (str, FederatedData)):

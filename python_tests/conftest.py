@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -23,6 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
+from python_tests import warm_python
 from python_tests.workers_first import waiting_for_workers
 
 
@@ -98,8 +101,14 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture(autouse=True, scope="session")
 def _waiting_for_workers() -> Iterator[None]:
     """Tests of the same bits on two workers would else compare a run without workers with another one."""
-    with waiting_for_workers():
+    with waiting_for_workers(), warm_python.warm_fork_servers():
         yield
+
+
+@pytest.fixture
+def warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pythons that a test starts have PyTorch and fedkern imported: it is about what they do later."""
+    monkeypatch.setattr(subprocess, "Popen", warm_python.Popen)
 
 
 @pytest.fixture
@@ -182,6 +191,12 @@ def _interruptible() -> None:
     """A shell starts background jobs with Ctrl-C ignored, and so would be the tests' own processes."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is there by now out of later collections of garbage, each of which would walk through all tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

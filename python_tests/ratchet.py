@@ -9,10 +9,8 @@ Ceilings only fall.  A feature that needs more lines removes others.
 
 import argparse
 import ast
-import io
 import re
 import sys
-import tokenize
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,27 +43,40 @@ IRREGULAR = frozenset(
         "won bound borne laid lain hidden spared",
     )
 )
+QUOTES = re.compile(r"'''|\"\"\"")
 NO_PARTICIPLES = {"seed", "speed", "embed", "shed", "feed", "need", "exceed", "proceed", "indeed", "red"}
-LAYOUT = {
-    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
-}  # fmt: skip
 
 
-def count_code_lines(text: str, tree: ast.Module) -> int:
+def walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield all nodes but operators and contexts, in half the time that ``ast.walk`` takes."""
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        yield node
+        for field in node._fields:
+            value = getattr(node, field, None)
+            if isinstance(value, list):
+                nodes += [child for child in value if isinstance(child, ast.AST)]
+            elif isinstance(value, ast.AST) and value._fields:
+                nodes.append(value)
+
+
+def count_code_lines(text: str, nodes: list[ast.AST]) -> int:
     """Return the number of lines without blank ones, comments, and strings that stand alone (docstrings)."""
-    lines: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in LAYOUT:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(tree):
+    rows = text.split("\n")
+    lines = {number for number, row in enumerate(rows, 1) if row.strip() and row.lstrip()[0] != "#"}
+    alone = set()
+    for node in nodes:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            lines.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    return len(lines)
+            alone.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        elif isinstance(node, (ast.Constant, ast.JoinedStr)) and QUOTES.search(rows[node.lineno - 1]):
+            lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(lines - alone)
 
 
-def find_language(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
+def find_language(nodes: list[ast.AST]) -> Iterator[tuple[str, int, str]]:
     """Yield kind, line number and wording of whatever ``KINDS`` counts."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
             summary = (ast.get_docstring(node) or "").split("\n\n")[0]
             line = getattr(node, "lineno", 1)
@@ -81,7 +92,7 @@ def find_language(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
                 if argument.arg in GRAMMAR:
                     yield "grammar", node.lineno, argument.arg
             for hint in (*(argument.annotation for argument in arguments), node.returns):
-                names = ast.walk(hint) if hint is not None else ()
+                names = walk(hint) if hint is not None else ()
                 for _ in (name for name in names if isinstance(name, ast.Name) and name.id == "Any"):
                     yield "any", node.lineno, node.name
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in GRAMMAR:
@@ -96,11 +107,11 @@ def is_participle(name: str) -> bool:
     )
 
 
-def read_trees(folder: str) -> Iterator[tuple[Path, str, ast.Module]]:
-    """Yield path, text and syntax tree of every Python file below a folder of the checkout."""
+def read_files(folder: str) -> Iterator[tuple[Path, str, list[ast.AST]]]:
+    """Yield path, text and syntax of every Python file below a folder of the checkout."""
     for path in sorted((ROOT / folder).rglob("*.py")):
         text = path.read_text()
-        yield path, text, ast.parse(text)
+        yield path, text, [*walk(ast.parse(text))]
 
 
 def count_all() -> dict[str, dict[str, int]]:
@@ -108,9 +119,9 @@ def count_all() -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {"code_lines": {}}
     for folder in CODE:
         lines, kinds = 0, dict.fromkeys(KINDS, 0)
-        for _, text, tree in read_trees(folder):
-            lines += count_code_lines(text, tree)
-            for kind, _, _ in find_language(tree) if folder in LANGUAGE else ():
+        for _, text, nodes in read_files(folder):
+            lines += count_code_lines(text, nodes)
+            for kind, _, _ in find_language(nodes) if folder in LANGUAGE else ():
                 kinds[kind] += 1
         counts["code_lines"][folder] = lines
         if folder in LANGUAGE:
@@ -144,8 +155,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.list:
         folder, wanted = arguments.list
-        for path, _, tree in read_trees(folder):
-            for kind, line, wording in find_language(tree):
+        for path, _, nodes in read_files(folder):
+            for kind, line, wording in sorted(find_language(nodes), key=lambda place: place[1]):
                 if kind == wanted:
                     print(f"{path.relative_to(ROOT)}:{line} {wording}")
         return

@@ -153,14 +153,34 @@ def test_everything_works_without_core_and_triton() -> None:
     assert "fedkern._cpu" in result.stdout  # and why it does not serve
 
 
+STEPS = """
+import sys, torch, fedkern.engine.worker, fedkern.methods, fedkern.ops, fedkern.run
+from torch import nn
+from fedkern.models import blocks, build, cost, fused, optimisers
+from fedkern.process.torch_modes import modes, set_modes
+assert fedkern.run.main(['list']) == 0
+for name in ("cnn", "unet", "resnet8"):
+    network = build(name, classes=3, channels=3, image_size=32, seed=0)
+cost.cost(network, torch.zeros(2, 3, 32, 32))
+blocks.cut(network, 2).interfaces((3, 32, 32))
+x = torch.ones(3)
+x.grad = x.clone()
+optimisers.SGD([x], 0.1, 0.9).step()
+optimisers.Adam([x], 0.1).step()
+fused.make_adaptor("cnn1x1", (4, 3, 3), 2)
+parts = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)) for _ in range(2)]
+assert fedkern.ops.FusedBlocks(parts).eval()(torch.ones(2, 3, 9, 9)).shape[1] == 16
+set_modes({**modes(), "deterministic": True, "warn_only": True})
+assert modes()["warn_only"]
+late = {"torch._dynamo", "sympy", "triton", "transformers", "fedkern.ops._core.triton"}
+sys.exit(", ".join(late & set(sys.modules)) or 0)
+"""
+
+
 @pytest.mark.exhaustive
-def test_triton_and_transformers_are_imported_by_those_who_need_them() -> None:
-    """Importing them takes seconds, and Triton looks for its interpreter's switch when it is imported."""
-    result = run_python(
-        "import sys, fedkern.run, fedkern.methods, fedkern.ops\n"
-        "fedkern.run.main(['list'])\n"
-        "sys.exit(', '.join({'triton', 'transformers', 'fedkern.ops._core.triton'} & set(sys.modules)) or 0)"
-    )
+def test_what_takes_seconds_to_import_is_imported_by_those_who_need_it() -> None:
+    """The compiler of torch would cost each run and worker a second, and Triton reads a switch when it is imported."""
+    result = run_python(STEPS)
     assert result.returncode == 0, result.stderr
 
 

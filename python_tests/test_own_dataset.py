@@ -43,7 +43,8 @@ def sets(tmp_path: Path) -> tuple[Any, Any]:
 
 
 def settings_of(method: str) -> dict[str, Any]:
-    how = {**SMALL, **({} if METHODS[method].one_shot else {"rounds": 2}), **SETTINGS.get(method, {})}
+    plan = {"local_epochs": 1, **({} if METHODS[method].one_shot else {"rounds": 2})}
+    how = {**SMALL, **({} if method == "fediod" else plan), **SETTINGS.get(method, {})}
     how["options"] = {**how.get("options", {}), **OPTIONS.get(method, {})}
     how |= {"augment": None} if method == "fedcgs" else {}  # its clients take no augmented images
     return {name: value for name, value in how.items() if value not in (None, {})}
@@ -101,7 +102,7 @@ def convolve() -> nn.Sequential:
 
 def test_a_module_of_ones_own_gets_the_floats_of_the_data_set(sets: tuple[Any, Any], tmp_path: Path) -> None:
     train, test = map(Scaled, sets)
-    how = {**SMALL, "width": None, "model": convolve(), "rounds": 1, "normalize": (0.5, 0.25)}
+    how = {**SMALL, "width": None, "model": convolve(), "rounds": 1, "normalize": (0.5, 0.25), **SETTINGS["fediod"]}
     run = fedkern.simulate("fediod", data=[train, train], test=test, out=tmp_path / "run", **how)
     stacked = torch.stack([image for image, _ in test])
     with torch.no_grad():

@@ -117,7 +117,7 @@ def make_public():
 @pytest.fixture
 def make_config():
     def make(method="fedavg", **settings):
-        plain = {"width": 2, "rounds": 2, "local_epochs": 1, "batch_size": 4, "clients": 3, "threads": 1, "grad_cam": 4}
+        plain = {"width": 2, "rounds": 2, "local_epochs": 1, "batch_size": 8, "clients": 3, "threads": 1, "grad_cam": 0}
         return RunConfig.make(method, **{**plain, **settings})  # None takes one of these away
 
     return make

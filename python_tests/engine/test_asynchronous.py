@@ -167,11 +167,9 @@ def test_fedasync_goes_a_part_of_the_way_to_the_upload(stale, weight):
 
 
 def test_fedbuff_that_waits_for_all_is_fedavg(make_data, make_config, tmp_path):
-    settings = {"clients": 4, "rounds": 3}
-    run(make_config("fedavg", **settings), out=tmp_path / "avg", data=make_data(SIZES))
-    run(
-        make_config("fedavg", asynchronous="fedbuff:buffer=4", **settings), out=tmp_path / "buff", data=make_data(SIZES)
-    )
+    settings = {"clients": 4, "rounds": 3, "batch_size": 4}
+    for name, more in (("avg", {}), ("buff", {"asynchronous": "fedbuff:buffer=4"})):
+        run(make_config("fedavg", **settings, **more), out=tmp_path / name, data=make_data(SIZES))
     assert outcome(tmp_path / "buff")[0] == outcome(tmp_path / "avg")[0]
     records = read_metrics(tmp_path / "buff")
     assert [(record["clock"], record["staleness"]) for record in records] == [(5.0, 0), (10.0, 0), (15.0, 0)]

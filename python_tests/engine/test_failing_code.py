@@ -16,7 +16,7 @@ from fedkern.errors import MESSAGE, ClientFailed
 from fedkern.listeners import Listener
 from fedkern.methods import FedAvg, registry
 from fedkern.run import main
-from fedkern.usercode import plugins
+from python_tests.plugin_sources import unload_all
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 1, "rounds": 1, "threads": 1,
         "model": "mlp", "grad_cam": 0, "progress": False, "pictures": False, "workers": 1}  # fmt: skip
@@ -237,11 +237,8 @@ def command(tmp_path, monkeypatch, capfd, undrawn):
             code = 1
         return code, capfd.readouterr().err
 
-    before = {each.name for each in plugins.loaded_plugins()}
     yield run
-    for each in plugins.loaded_plugins():
-        if each.name not in before:
-            plugins.unload(each.name)
+    unload_all()
 
 
 def check(place, kind, code, err):

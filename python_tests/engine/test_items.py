@@ -300,12 +300,15 @@ class Rows(Dataset):
     def __len__(self): return self.n
     def __getitem__(self, i): return torch.randn(3) + i % 2, torch.tensor([float(i % 2)])
 
+class Mine(fedkern.methods.FedAvg):
+    "FedAvg under another name."
+
 net = nn.Linear(3, 1)
-for count in (1, 2):
+for count, threads in ((1, 1), (2, 1), (2, 2)):
     torch.manual_seed(0)
-    run = fedkern.simulate("fedavg", data=[Rows(30), Rows(20)], test=Rows(10), model=net,
-        loss_fn=lambda o, t: (o - t).abs().mean(), rounds=2, out=f"run-{count}", workers=count, threads=2,
-        client_threads=1, progress=False, pictures=False)
+    run = fedkern.simulate(Mine, data=[Rows(30), Rows(20)], test=Rows(10), model=net,
+        loss_fn=lambda o, t: (o - t).abs().mean(), rounds=2, out=f"run-{count}-{threads}", workers=count, threads=2,
+        client_threads=threads, progress=False, pictures=False)
     print(run.metrics["loss"], run.summary["diagnostics"])
 """
 
@@ -319,9 +322,10 @@ def test_what_cannot_be_sent_is_forked(tmp_path):
         [sys.executable, "script.py"], cwd=tmp_path, env=environment, timeout=120, capture_output=True, text=True,
         check=True,
     ).stdout.splitlines()  # fmt: skip
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert lines[0] == lines[1]
     assert lines[0].endswith("{}")
+    assert "which is defined in __main__, cannot be sent to worker processes: define it in a module" in lines[2]
 
 
 # -- kinds of samples --------------------------------------------------------------------------------------------------

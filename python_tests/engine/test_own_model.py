@@ -373,14 +373,14 @@ def weights(tmp_path):
 def test_initial_weights_of_a_file(weights, own, make_data, tmp_path):
     module = Staged()
     module.load_state_dict(load_file(weights))
-    config = own(init=str(weights), rounds=3)
+    config = own(init=str(weights), rounds=2)
     run(config, out=tmp_path / "run", data=make_data())
-    run(own(rounds=3), out=tmp_path / "same", data=make_data(), script=ScriptObjects(module))
-    run(own(rounds=3), out=tmp_path / "other", data=make_data())
+    run(own(rounds=2), out=tmp_path / "same", data=make_data(), script=ScriptObjects(module))
+    run(own(rounds=2), out=tmp_path / "other", data=make_data())
     found = [tensors(tmp_path / name)["0.weight"] for name in ("run", "same", "other")]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-    killed(config, out=tmp_path / "cut", data=make_data(), at=KillAt("round", 1))
+    killed(config, out=tmp_path / "cut", data=make_data(), at=KillAt("round"))
     stored = load_settings(tmp_path / "cut")
     assert len(stored.init_sha256) == 64
     content = weights.read_bytes()

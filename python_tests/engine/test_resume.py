@@ -4,9 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -221,59 +218,6 @@ def test_thread_count_is_stored_restored_and_given_back(make_data, make_config, 
         assert load_settings(tmp_path).threads == 2
     finally:
         torch.set_num_threads(before)
-
-
-# Real processes, really killed.
-
-PROGRAM = """
-import sys
-from python_tests.engine.conftest import federation
-from fedkern.engine.run import run
-from fedkern.process.interrupts import Terminated
-from fedkern.listeners import Listener
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
-
-class Tell(Listener):
-    def on_client(self, round, client, info):
-        print(round, client, flush=True)
-
-config = RunConfig.make("fedgid", width=2, rounds=40, local_epochs=1, batch_size=4, clients=3, threads=1, grad_cam=0,
-                        sample_fraction=0.6, buffers="local")
-try:
-    run(config, out=sys.argv[1], resume=sys.argv[2] == "resume", data=federation(), listener=Tell())
-except Terminated:
-    sys.exit(143)
-"""
-
-
-def start(out, mode):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-P", "-c", PROGRAM, str(out), mode]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def kill_after(process, lines, number):
-    for _ in range(lines):
-        assert process.stdout.readline()
-    time.sleep(0.003 * (lines % 5))  # not always at the same place of a round
-    process.send_signal(number)
-    process.stdout.read()
-    return process.wait(60)
-
-
-@pytest.mark.exhaustive
-def test_processes_really_killed(make_data, tmp_path):
-    cut = tmp_path / "cut"
-    assert kill_after(start(cut, "new"), 9, signal.SIGKILL) == -signal.SIGKILL
-    first = Checkpoints(cut).peek()["round"]
-    assert kill_after(start(cut, "resume"), 13, signal.SIGTERM) == 143
-    second = Checkpoints(cut).peek()["round"]
-    assert 0 < first < second < 40
-    config = load_settings(cut)
-    run(config, out=cut, resume=True, data=make_data())
-    run(config, out=tmp_path / "whole", data=make_data())
-    assert outcome(cut) == outcome(tmp_path / "whole")
 
 
 def test_sigterm_is_an_interrupt_of_its_own(make_data, make_config, tmp_path):

@@ -24,7 +24,7 @@ from python_tests.hearing import Hearing
 
 def test_folder_holds_what_the_interface_promises(make_data, make_config, tmp_path):
     heard = Hearing()
-    config = make_config("fedgid")
+    config = make_config("fedgid", grad_cam=4)
     summary = run(config, out=tmp_path / "run", listener=heard, data=make_data())
     out = tmp_path / "run"
     stored = load_settings(out)

@@ -338,8 +338,15 @@ def test_what_a_state_cannot_hold_is_one_sentence(name, make, said, played):
 
     with pytest.raises(ClientFailed, match=rf"Client 1 failed in round 1: client.state\['{name}'\]\S* {said}"):
         played("run", script=ScriptObjects(train=train))
-    out = played("skipped", script=ScriptObjects(train=train), on_error="skip")
-    assert [each["client"] for each in read_metrics(out)[0]["dropped"]] == [1]
+
+
+def test_a_client_whose_state_cannot_be_kept_is_skipped(played):
+    def train(model, client):
+        if client.id == 1:
+            client.state["x"] = {1}
+
+    out = played("skipped", script=ScriptObjects(train=train), on_error="skip", rounds=1)
+    assert [drop["client"] for drop in read_metrics(out)[0]["dropped"]] == [1]
 
 
 def test_an_inference_tensor_and_a_state_that_holds_itself_are_refused(played):
@@ -517,6 +524,7 @@ FACTORIES = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("name", list(FACTORIES))
 def test_a_factory_keeps_its_own_schedule(name, decay, played):

@@ -173,7 +173,7 @@ def test_a_diverging_client_stops_the_run_and_is_named(kind, make_data, make_con
     monkeypatch.setattr(Bomb, "kind", kind)
     monkeypatch.setitem(METHODS, "fedavg", Bomb)
     with pytest.raises(UserError, match=rf"Client 1 diverged in round 2, batch 3: the {kind} is (nan|inf)"):
-        run(make_config(), out=tmp_path, data=make_data())
+        run(make_config(batch_size=4), out=tmp_path, data=make_data())
 
 
 def test_divergence_in_the_last_step_is_seen(make_data, make_config):
@@ -221,7 +221,7 @@ def test_the_global_network_normalises_by_what_it_has(policy, make_data, make_co
 
 
 def test_local_buffers_stay_with_their_client(make_data, make_config):
-    config = make_config(buffers="local")
+    config = make_config(buffers="local", batch_size=4)
     _, message, client, answer = one_client(config, make_data())
     assert set(answer) == {"parameters"}
     kept = copy.deepcopy(client.own_buffers)
@@ -232,7 +232,7 @@ def test_local_buffers_stay_with_their_client(make_data, make_config):
 
 
 def test_own_statistics_are_measured_before_they_are_fixed(make_data, make_config):
-    config = make_config(buffers="local", freeze_bn_after=0)
+    config = make_config(buffers="local", freeze_bn_after=0, batch_size=4)
     _, message, client, _ = one_client(config, make_data())
     first = copy.deepcopy(client.own_buffers)
     assert first["integers"].tolist() == [5] * 3

@@ -1,8 +1,5 @@
 """Networks made on the meta device get memory as torch's to_empty gives it, without what that imports."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -44,36 +41,3 @@ def test_a_network_without_memory_is_refused_before_it_takes_any(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 1_000_000_000)
     with pytest.raises(UserError, match=r"takes 0\.5 GB, twice that with its copies, and the machine has 1\.0 GB free"):
         models.build("mlp", classes=10, channels=1, image_size=8, seed=0, width=1 << 13)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["cnn", "resnet8", "unet"])
-def test_building_a_network_imports_no_symbolic_algebra(name):
-    code = (
-        "import sys, fedkern.models as m; "
-        f"m.build({name!r}, classes=3, channels=3, image_size=32, seed=0); "
-        "sys.exit('sympy' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-STEPS = (
-    "import sys, torch; from fedkern.models.optimisers import SGD, Adam; x = torch.ones(3); x.grad = x.clone()\n"
-    "SGD([x], 0.1, 0.9).step(); Adam([x], 0.1).step(); print(x.numel())"
-)
-FUSED = (
-    "import sys, torch; from torch import nn; from fedkern.models.fused import make_adaptor\n"
-    "from fedkern.ops import FusedBlocks\n"
-    "make_adaptor('cnn1x1', (4, 3, 3), 2)\n"
-    "block = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1))\n"
-    "fused = FusedBlocks([block(), block()]).eval(); print(fused(torch.ones(2, 3, 9, 9)).shape[1])"
-)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("code", "told"), [(STEPS, "3"), (FUSED, "16")], ids=["steps", "fused"])
-def test_neither_torchs_compiler_nor_sympy_is_imported(code, told):
-    """Importing them takes a second of a run, and of every worker."""
-    code += "\nprint(*(name in sys.modules for name in ('torch._dynamo', 'sympy')))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.split() == [told, "False", "False"]

@@ -62,9 +62,10 @@ class Cases:
 def cases() -> Iterator[Cases]:
     """Starts a server of cases for the ``with`` block, on the package and the search path of this process."""
     import fedkern
+    from python_tests import warm_python
 
     path = [str(Path(fedkern.__file__).parent.parent), *sys.path]
-    process = subprocess.Popen(
+    process = warm_python.Popen(
         [sys.executable, "-P", "-m", "python_tests.ops.case_server"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

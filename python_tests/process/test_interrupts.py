@@ -80,7 +80,7 @@ def test_handlers_are_given_back_and_others_are_left_alone():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("undrawn", "warm_processes")
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [(signal.SIGTERM, 143, "terminated"), pytest.param(signal.SIGINT, 130, "inter", marks=pytest.mark.exhaustive)],

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fedkern.process.standard_streams import put, results_alone
 from fedkern.run import main
-from fedkern.usercode import plugins
+from python_tests.plugin_sources import unload_all
 
 RUN = f"{sys.executable} -m fedkern.run"
 TINY = ("fedavg --data digits --train-samples 60 --clients 2 --model mlp --threads 1 --grad-cam 0 --local-steps 1 "
@@ -148,8 +148,7 @@ def test_a_plugin_that_prints_leaves_standard_output_alone(words, tmp_path, monk
     try:
         assert main(["--json", *words, "--plugin", "loud.py"]) == 0
     finally:
-        for plugin in plugins.loaded_plugins():
-            plugins.unload(plugin.name)
+        unload_all()
     out, err = capfd.readouterr()
     assert sorted(err.splitlines()) == ["import", "import by descriptor"]
     assert "--json" in out if "--help" in words else json.loads(out)["models"]["talker"] == "A network."

@@ -222,6 +222,7 @@ def test_an_unwritable_folder(fails, tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [

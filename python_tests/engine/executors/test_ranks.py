@@ -17,9 +17,11 @@ from fedkern.engine.executors.connection import SILENCE, silence
 from fedkern.errors import UserError
 from fedkern.methods import AFL, FedAvg, FedProx, Scaffold
 from fedkern.run import main
-from fedkern.usercode import plugins
 from python_tests.interrupted import outcome, wait_until, without
+from python_tests.plugin_sources import plugged  # noqa: F401
 from python_tests.test_own_dataset import NEED_PUBLIC, SERVING, words_of, write_images
+
+pytestmark = pytest.mark.usefixtures("warm_processes", "plugged")
 
 SMALL = (
     *("--clients", "5", "--train-samples", "100", "--width", "2", "--rounds", "3", "--local-epochs", "1"),
@@ -83,16 +85,6 @@ class Linear(nn.Linear):
     def __init__(self):
         super().__init__(6, 3)
 """
-
-
-@pytest.fixture(autouse=True)
-def _without_plugins():
-    """Later tests know fedkern's own methods alone."""
-    before = {plugin.name for plugin in plugins.loaded_plugins()}
-    yield
-    for plugin in plugins.loaded_plugins():
-        if plugin.name not in before:
-            plugins.unload(plugin.name)
 
 
 def launched(ranks, words, *, restarts=0, seconds=170, **environment):

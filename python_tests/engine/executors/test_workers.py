@@ -23,6 +23,7 @@ from fedkern.engine.executors.fork_server import ForkServer
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.run import run
 from fedkern.engine.samples import Samples
+from fedkern.engine.store.records import read_metrics
 from fedkern.errors import ClientFailed, RunFailed
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
@@ -150,19 +151,13 @@ def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config
     assert without(side_by_side, "lost-worker") == serial
 
 
-@pytest.mark.exhaustive
-def test_a_network_of_the_users_own(make_data, make_config, tmp_path, monkeypatch, processes):
-    monkeypatch.setitem(MODELS, "narrow", worker_methods.NARROW)
-    serial, side_by_side = compared(make_config(model="narrow"), make_data(), tmp_path)
-    assert len(processes) == 2
-    assert side_by_side == serial
-
-
-def test_a_network_that_cannot_be_sent_is_forked(make_data, make_config, tmp_path, monkeypatch, processes):
-    entry = dataclasses.replace(worker_methods.NARROW, make=lambda **settings: worker_methods.narrow(**settings))
+@pytest.mark.parametrize("make", [pytest.param(worker_methods.narrow, marks=pytest.mark.exhaustive), None])
+def test_a_network_of_the_users_own(make, make_data, make_config, tmp_path, monkeypatch, processes):
+    """One that cannot be sent is forked."""
+    entry = dataclasses.replace(worker_methods.NARROW, make=make or (lambda **given: worker_methods.narrow(**given)))
     monkeypatch.setitem(MODELS, "narrow", entry)
     serial, side_by_side = compared(make_config(model="narrow"), make_data(), tmp_path)
-    assert processes
+    assert len(processes) == 2
     assert side_by_side == serial
 
 
@@ -201,15 +196,9 @@ def test_a_client_that_raises(workers, make_data, make_config, tmp_path, monkeyp
     assert not living(processes)
     summary = run(config.replace(on_error="skip"), out=tmp_path / "skipped", data=make_data())
     assert "Client 1 failed in round 2: ZeroDivisionError" in summary["diagnostics"]["failing-client-1"]
-    dropped = [entry for record in _records(tmp_path / "skipped") for entry in record.get("dropped", [])]
+    dropped = [entry for record in read_metrics(tmp_path / "skipped") for entry in record.get("dropped", [])]
     (raised,) = re.findall(r"ZeroDivisionError: nothing to divide by \(worker_methods\.py, line \d+\)", str(dropped))
     assert dropped == [{"round": 2, "client": 1, "reason": raised}]
-
-
-def _records(out):
-    from fedkern.engine.store.records import read_metrics
-
-    return read_metrics(out)
 
 
 @pytest.mark.exhaustive
@@ -409,49 +398,6 @@ def test_a_slow_start_is_no_waiting(make_data, make_config, tmp_path, monkeypatc
     assert not processes
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-
-import torch
-
-from fedkern.engine.run import run
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
-from fedkern.methods import FedAvg
-from fedkern.methods.registry import register
-
-from python_tests.workers_first import waiting_for_workers
-
-waiting_for_workers().__enter__()
-
-@register("mine")
-class Mine(FedAvg):
-    "FedAvg under another name."
-
-print("main runs", flush=True)
-for out, workers, client_threads in (("alone", "1", 1), ("beside", "2", 1), ("threads", "2", 2)):
-    config = RunConfig.make("mine", rounds=1, train_samples=100, width=2, threads=1, workers=workers, grad_cam=0,
-                            client_threads=client_threads)
-    found = run(config, out=out)
-    print(out, found["metrics"], found["diagnostics"].get("no-workers"), flush=True)
-"""
-
-
-@pytest.mark.exhaustive
-def test_what_main_defines_is_forked_or_stays_in_its_process(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    said = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
-        check=True,
-    ).stdout.splitlines()  # fmt: skip
-    assert said[0] == "main runs"
-    assert said[1].removeprefix("alone") == said[2].removeprefix("beside")
-    assert said[2].endswith("None")
-    assert "Mine, which is defined in __main__, cannot be sent to worker processes: define it in a module" in said[3]
-
-
 LONG = ["fedavg", "--rounds", "500", "--train-samples", "200", "--model", "cnn", "--width", "8", "--grad-cam", "0"]
 
 
@@ -501,19 +447,6 @@ def test_an_interrupted_group_ends_in_order(number, code, tmp_path):
     assert said.splitlines()[-1].startswith("interrupted; " if code == 130 else "terminated; ")
     assert "Traceback" not in said
     assert not living(others)
-
-
-@pytest.mark.exhaustive
-def test_a_worker_does_not_import_torchs_compiler():
-    """It takes a second of both cores, in which no client works."""
-    code = (
-        "import sys, torch, fedkern.engine.worker\n"
-        "from fedkern.process.torch_modes import modes, set_modes\n"
-        "set_modes(modes()); print('torch._dynamo' in sys.modules)\n"
-        "set_modes({**modes(), 'deterministic': True, 'warn_only': True}); print(modes()['warn_only'])"
-    )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.split() == ["False", "True"]
 
 
 @pytest.mark.exhaustive

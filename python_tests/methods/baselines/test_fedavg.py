@@ -112,6 +112,6 @@ def test_fedprox_holds_clients_closer_to_the_global_model(make_data, make_config
     drifts = []
     for mu in (0.0, 1.0, 10.0):
         out = tmp_path / str(mu)
-        run(make_config("fedprox", options={"mu": mu}, momentum=0.0, rounds=1), out=out, data=make_data())
+        run(make_config("fedprox", options={"mu": mu}, momentum=0.0, rounds=1, batch_size=4), out=out, data=make_data())
         drifts.append([client["drift"] for client in read_metrics(out)[0]["clients"].values()])
     assert all(a > b > c for a, b, c in zip(*drifts, strict=True))

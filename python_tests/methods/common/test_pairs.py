@@ -156,7 +156,7 @@ class Watching(FedAvg):
 @pytest.mark.parametrize(("steps", "batches"), [(2, 2), (3, 3), (9, 9)])
 def test_a_limit_of_steps_replaces_epochs(steps, batches, make_data, make_config):
     method = Watching()
-    client = Client(RunContext(make_config(local_steps=steps), make_data()), 0, {})
+    client = Client(RunContext(make_config(local_steps=steps, batch_size=4), make_data()), 0, {})
     client.train(method, PHASE, client._context.networks.initial())
     seen = [batch.indices for batch in method.batches]
     assert len(seen) == batches

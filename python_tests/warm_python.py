@@ -1,0 +1,149 @@
+"""Python processes that begin with PyTorch and fedkern imported: forks of one process that has computed nothing.
+
+The imports take a process longer than most of what tests ask of it.  A test of how a process starts, or of what it
+imports, starts a real one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import fcntl
+import functools
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
+
+StartedPopen = subprocess.Popen
+PRELOADED = ("fedkern.api", "fedkern.engine.run", "fedkern.engine.worker")
+MAX_FILES = 16
+FREE = 200
+"""Descriptors from here on are free in a process that has just begun."""
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@functools.cache
+def warm_server() -> socket.socket:
+    """Start the process that forks others, and return the connection to it, with which it ends."""
+    connection, theirs = socket.socketpair()
+    with theirs:
+        process = StartedPopen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())], stdin=subprocess.DEVNULL, process_group=0,
+            pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )  # fmt: skip
+    atexit.register(process.wait)
+    atexit.register(connection.close)
+    return connection
+
+
+class Popen(StartedPopen):  # type: ignore[type-arg]
+    """``subprocess.Popen`` whose ``[sys.executable, "-m", ...]`` is a fork of the warm process.
+
+    It is this process's child, as any other: what has forked it ends at once, and this process takes it in.
+    """
+
+    def _execute_child(self, args, *others) -> None:  # type: ignore[no-untyped-def]
+        words = [os.fspath(word) for word in args if word != "-P"]
+        if words[:2] != [sys.executable, "-m"]:
+            super()._execute_child(args, *others)  # type: ignore[misc]
+            return
+        _, _, _, pass_fds, cwd, env, _, _, _, *pipes, _, _, _, _, _, is_session, group = others
+        streams = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
+        request = {
+            "words": words[2:], "folder": str(Path(cwd or ".").absolute()), "parent": os.getpid(),
+            "group": 0 if is_session else group, "files": list(pass_fds),
+            "environment": {**(os.environ if env is None else env)},
+        }  # fmt: skip
+        connection, prctl = warm_server(), ctypes.CDLL(None).prctl
+        with tempfile.TemporaryFile() as file:
+            file.write(json.dumps(request).encode())
+            file.flush()
+            prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            socket.send_fds(connection, [b"."], [file.fileno(), *streams, *pass_fds])
+            self.pid = int.from_bytes(connection.recv(4), "big")
+            prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def warm_fork_servers() -> Iterator[None]:
+    """Have runs inside the block start their fork servers warm."""
+    import pytest
+
+    from fedkern.engine.executors import fork_server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fork_server, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Popen}))
+        yield
+
+
+def _serve(connection: socket.socket) -> None:
+    """Fork a process for each request."""
+    for name in PRELOADED:
+        import_module(name)
+    while True:
+        message, files, _, _ = socket.recv_fds(connection, 1, MAX_FILES)
+        if not message:
+            return
+        if (child := os.fork()) == 0:
+            if os.fork() == 0:
+                _become(connection, files)
+            os._exit(0)
+        os.waitpid(child, 0)
+        for file in files:
+            os.close(file)
+
+
+def _become(connection: socket.socket, files: list[int]) -> NoReturn:
+    """Go on as ``python`` does that was started with the words of a request."""
+    with os.fdopen(files.pop(0), "rb") as file:
+        file.seek(0)
+        request = json.load(file)
+    while os.getppid() != request["parent"]:
+        time.sleep(0.001)
+    if request["group"] == 0:
+        os.setsid()
+    with connection:
+        connection.sendall(os.getpid().to_bytes(4, "big"))
+    high = [fcntl.fcntl(file, fcntl.F_DUPFD, FREE) for file in files]
+    for file, number in zip(high, (0, 1, 2, *request["files"]), strict=True):
+        os.dup2(file, number)
+    os.closerange(FREE, FREE + MAX_FILES)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    paths = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
+    sys.path[:] = [path for path in paths if path]
+    code = 1
+    try:
+        sys.argv[:] = request["words"]
+        sys.modules.pop(sys.argv[0], None)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
