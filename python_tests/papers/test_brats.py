@@ -356,10 +356,10 @@ def test_both_versions_of_nifti(tmp_path, kind, ending):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(("harm", "words"), [
-    (lambda made: made[:-8] + bytes([made[-8] ^ 1]) + made[-7:], "incorrect data check"),
-    (lambda made: made[:-1] + bytes([made[-1] ^ 1]), "incorrect length check"),
-    (lambda made: made[:-8], "its end is missing"), (lambda made: made[:-3], "its end is missing"),
-    (lambda made: made + b"more", "other bytes behind its end"), (lambda made: made + b"\0", "behind its end|its end"),
+    (lambda made: made[:-8] + bytes([made[-8] ^ 1]) + made[-7:], "CRC check failed"),
+    (lambda made: made[:-1] + bytes([made[-1] ^ 1]), "Incorrect length of data"),
+    (lambda made: made[:-8], "ended before the end"), (lambda made: made[:-3], "ended before the end"),
+    (lambda made: made + b"more", "Not a gzipped file"),
     (lambda made: gzip.compress(gzip.decompress(made) + b"\0"), "more than the|stand behind its last voxel"),
     (lambda made: made + gzip.compress(bytes(1_000_000)), "more than the"),
     (lambda made: gzip.compress(gzip.decompress(made)[:-1]), "Expected"),
