@@ -170,10 +170,11 @@ optimisers.Adam([x], 0.1).step()
 fused.make_adaptor("cnn1x1", (4, 3, 3), 2)
 parts = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)) for _ in range(2)]
 assert fedkern.ops.FusedBlocks(parts).eval()(torch.ones(2, 3, 9, 9)).shape[1] == 16
+set_modes(modes())
+late = {"torch._dynamo", "sympy", "triton", "transformers", "fedkern.ops._core.triton"} & set(sys.modules)
 set_modes({**modes(), "deterministic": True, "warn_only": True})
 assert modes()["warn_only"]
-late = {"torch._dynamo", "sympy", "triton", "transformers", "fedkern.ops._core.triton"}
-sys.exit(", ".join(late & set(sys.modules)) or 0)
+sys.exit(", ".join(late) or 0)
 """
 
 

@@ -290,6 +290,7 @@ SCRIPT = """
 import torch, fedkern
 from torch import nn
 from torch.utils.data import Dataset
+from fedkern.methods import FedAvg
 from python_tests.workers_first import waiting_for_workers
 waiting_for_workers().__enter__()
 torch.set_num_threads(2)
@@ -300,7 +301,7 @@ class Rows(Dataset):
     def __len__(self): return self.n
     def __getitem__(self, i): return torch.randn(3) + i % 2, torch.tensor([float(i % 2)])
 
-class Mine(fedkern.methods.FedAvg):
+class Mine(FedAvg):
     "FedAvg under another name."
 
 net = nn.Linear(3, 1)
