@@ -67,7 +67,7 @@ class Option:
         if self.type is None:
             object.__setattr__(self, "type", builtins.type(self.default))
 
-    def bind_field(self, field: str, label: str) -> Self:
+    def named(self, field: str, label: str) -> Self:
         """The option of a field; ``{}`` in its label stands for its name, in a flag's with hyphens."""
         name = self.name or field
         label = label.format(name.replace("_", "-") if label.startswith("--") else name)
@@ -211,7 +211,7 @@ def _list_options(cls: Any) -> tuple[Option, ...]:
     if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
         raise UserError(f"{cls.__qualname__} declares options: write @dataclass(frozen=True) above the class.")
     fields = [field for field in dataclasses.fields(cls) if "option" in field.metadata]
-    options = tuple(field.metadata["option"].bind_field(field.name, cls.label) for field in fields)
+    options = tuple(field.metadata["option"].named(field.name, cls.label) for field in fields)
     for entry in options:
         if entry.default is not None:
             entry.check(entry.default)

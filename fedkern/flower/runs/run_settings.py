@@ -113,7 +113,7 @@ def read_run_config(run_config: UserConfig, data_root: str | None = None) -> Run
     config = config.replace(asked=frozenset(settings))
     # The ClientApp reads flower.resident itself, before it imports all this.
     switches: dict[str, Any] = {
-        key: option.bind_field(key, key).convert(values[key]) if key in values else option.default
+        key: option.named(key, key).convert(values[key]) if key in values else option.default
         for key, option in {**SWITCHES, **FLOWER}.items()
     }
     if switches["flower.own-data"]:
