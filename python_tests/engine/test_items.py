@@ -290,7 +290,6 @@ SCRIPT = """
 import torch, fedkern
 from torch import nn
 from torch.utils.data import Dataset
-from fedkern.methods import FedAvg
 from python_tests.workers_first import waiting_for_workers
 waiting_for_workers().__enter__()
 torch.set_num_threads(2)
@@ -301,13 +300,10 @@ class Rows(Dataset):
     def __len__(self): return self.n
     def __getitem__(self, i): return torch.randn(3) + i % 2, torch.tensor([float(i % 2)])
 
-class Mine(FedAvg):
-    "FedAvg under another name."
-
 net = nn.Linear(3, 1)
 for count, threads in ((1, 1), (2, 1), (2, 2)):
     torch.manual_seed(0)
-    run = fedkern.simulate(Mine, data=[Rows(30), Rows(20)], test=Rows(10), model=net,
+    run = fedkern.simulate("fedavg", data=[Rows(30), Rows(20)], test=Rows(10), model=net,
         loss_fn=lambda o, t: (o - t).abs().mean(), rounds=2, out=f"run-{count}-{threads}", workers=count, threads=2,
         client_threads=threads, progress=False, pictures=False)
     print(run.metrics["loss"], run.summary["diagnostics"])
