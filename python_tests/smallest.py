@@ -16,7 +16,7 @@ SETTINGS = {
         "buffers": "pool",
         "options": {"alignment_steps": 1},
     },
-    "fedgid": {"options": {"background_pool": "shared"}},
+    "fedgid": {"options": {"alpha": 0.5}},
     "fediod": {"options": {"ngf": 2, "ndf": 2, "batch": 8, "student_steps": 2, "iterations": 0}},
     "fedproto": {"options": {"networks": "personal"}},
     "fedcgs": {"local_epochs": None, "batch_size": None},  # its clients train nothing

@@ -19,6 +19,7 @@ from fedkern.ops import FlatParameters
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 from fedkern.settings.stored import load_settings
+from python_tests.engine.test_resume import WithSetUp
 from python_tests.hearing import Hearing
 
 
@@ -83,16 +84,14 @@ def test_ledger_counts_what_travels(make_data, make_config, tmp_path):
     assert summary["bytes"]["total"] == 18 * size
 
 
-def test_shared_backgrounds_are_booked_as_one_off(make_data, make_config, tmp_path):
+def test_a_set_up_round_is_counted_as_one_off(make_data, make_config, tmp_path, monkeypatch):
     data = make_data()
-    own = run(make_config("fedgid"), out=tmp_path / "own", data=data)["bytes"]
-    config = make_config("fedgid", options={"background_pool": "shared"})
-    shared = run(config, out=tmp_path / "shared", data=data)
-    each = [n * (3 * 64 + 64 + 8) for n in (20, 13, 9)]  # uint8 images, bool masks, int64 labels
-    assert shared["bytes"]["up"] == own["up"]
-    assert shared["bytes"]["one_off_up"] == sum(each)
-    assert shared["bytes"]["one_off_down"] == 3 * sum(each)
-    assert shared["rounds"] == 2
+    plain = run(make_config("fedgid"), out=tmp_path / "plain", data=data)["bytes"]
+    monkeypatch.setitem(METHODS, "fedgid", WithSetUp)
+    summary = run(make_config("fedgid"), out=tmp_path / "run", data=data)
+    assert summary["bytes"]["up"] == plain["up"]
+    assert summary["bytes"]["one_off_up"] == summary["bytes"]["one_off_down"] == 3 * 4  # a number of each client
+    assert summary["rounds"] == 2
 
 
 @pytest.mark.parametrize("name", ["validation", "test", "balanced", "worst_client"])

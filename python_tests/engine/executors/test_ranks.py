@@ -186,7 +186,7 @@ def compare_torchrun(ranks, words, folder, **environment):
         (4, ("fedavg", "--data", "digits")),
         (2, ("scaffold", "--data", "digits", "--sample-fraction", "0.6")),
         (2, ("fedavg", "--data", "digits", "--sample-fraction", "0.6", "--compress", "int8")),
-        (4, ("fedgid", "--data", "colordigits", "--method-option", "background_pool=shared")),
+        (4, ("fedgid", "--data", "colordigits")),
         (2, ("fedlpfm", "--data", "digits")),
         (2, ("ditto", "--data", "digits", "--client-test", "0.2")),
         *(

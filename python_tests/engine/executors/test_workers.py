@@ -110,7 +110,7 @@ def test_fediods_graphs_in_workers(make_data, make_config, tmp_path, processes):
     "count", [pytest.param(0, marks=pytest.mark.exhaustive), 3], ids=["at once", "in the second round"]
 )
 def test_a_lost_worker_is_replaced(count, make_data, make_config, tmp_path, processes):
-    config = make_config("fedgid", rounds=3, buffers="local", options={"background_pool": "shared"})
+    config = make_config("fedgid", rounds=3, buffers="local")
     kills = At(count, lambda: os.kill(processes[1], signal.SIGKILL))
     serial, side_by_side = compared(config, make_data(), tmp_path, kills)
     assert len(processes) == 3

@@ -70,7 +70,7 @@ def run_config(folder):
 
 def test_the_settings_are_those_of_the_flags(tmp_path, capsys):
     folder = tmp_path / "project"
-    words = ("fedgid", *FLAGS, "--threads", "1", "--method-option", "background_pool=shared", "--boxes", "all.json")
+    words = ("fedgid", *FLAGS, "--threads", "1", "--method-option", "alpha=0.7", "--boxes", "all.json")
     assert main([*words, "--out", str(tmp_path / "run"), "--flower", str(folder)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"Flower project: {folder}",
@@ -80,7 +80,7 @@ def test_the_settings_are_those_of_the_flags(tmp_path, capsys):
     read = run_settings.read_run_config(run_config(folder))
     boxes = str(Path("all.json").absolute())
     expected = RunConfig.make(
-        "fedgid", options=["background_pool=shared"], data_options={"boxes": boxes}, data="digits", clients=4, rounds=3,
+        "fedgid", options=["alpha=0.7"], data_options={"boxes": boxes}, data="digits", clients=4, rounds=3,
         lr=0.05, partition="dirichlet:0.5", threads=1, on_nan="skip", on_error="skip",
     )  # fmt: skip
     assert read.config == expected

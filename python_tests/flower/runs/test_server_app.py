@@ -47,7 +47,7 @@ TINY = {
 METHODS = {
     "fedavg": {},
     "scaffold": {"method-option.control": "I"},
-    "fedgid": {"data": "", "method-option.background_pool": "shared"},
+    "fedgid": {"data": "", "method-option.alpha": 0.5},
     "fusefl": {"rounds": "", "local-epochs": 4, "method-option.blocks": 3, "method-option.frozen_bn": "code"},
     "fedlpfm": {"public-samples": 20, "partition": "iid"},
     "fediod": {
