@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import comparisons, machines
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples/flower_deployment/deploy.py"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.recorded import recorded_commit
-from fedkern.report.doctor import CPUINFO, cpuinfo
+from fedkern.report.doctor_page import CPUINFO, cpuinfo
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # A virtual machine's processor often has a name that says no more than the maker: these tell its generation.

@@ -40,9 +40,9 @@ REGIONS = {
     "fedkern.tasks.retrieval:Retrieval.targets": BATCHES,
     "fedkern.engine.parts.evaluation:Evaluation._evaluate": EVALUATE,
     "fedkern.engine.parts.checkpointing:Checkpointing.round_end": KEEP,
-    "fedkern.engine.client_states:ClientStates._write": KEEP,
-    "fedkern.engine.training:stepper": STEP,
-    "fedkern.models.conv_norm:run": OURS,
+    "fedkern.engine.rounds.client_states:ClientStates._write": KEEP,
+    "fedkern.engine.local.training:stepper": STEP,
+    "fedkern.models.networks.conv_norm_layers:run": OURS,
 }
 """Functions whose time is one part, as module:name, where a run looks them up; of `stepper` it is the step."""
 OPERATORS = (

@@ -11,12 +11,12 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedkern.acceleration import accelerate, plain
     from fedkern.api import History, Run, load, simulate
     from fedkern.comparison.compared import Comparison, compare
     from fedkern.data import FederatedData, register_data
-    from fedkern.deferred import accelerate, plain
-    from fedkern.engine.order import register_filter, register_part
-    from fedkern.engine.parts.base import Part, Stop
+    from fedkern.engine.parts.part import Part, Stop
+    from fedkern.engine.setup.order import register_filter, register_part
     from fedkern.engine.uploads.filters import Filter
     from fedkern.errors import UserError
     from fedkern.methods import option, register, register_aggregator, register_metric
@@ -38,10 +38,10 @@ _LAZY = {
     **dict.fromkeys(("History", "Run", "load", "simulate"), "fedkern.api"),
     **dict.fromkeys(("Comparison", "compare"), "fedkern.comparison.compared"),
     **dict.fromkeys(("FederatedData", "register_data"), "fedkern.data"),
-    **dict.fromkeys(("accelerate", "plain"), "fedkern.deferred"),
+    **dict.fromkeys(("accelerate", "plain"), "fedkern.acceleration"),
     **dict.fromkeys(("option", "register", "register_aggregator", "register_metric"), "fedkern.methods"),
-    **dict.fromkeys(("Part", "Stop"), "fedkern.engine.parts.base"),
-    **dict.fromkeys(("register_filter", "register_part"), "fedkern.engine.order"),
+    **dict.fromkeys(("Part", "Stop"), "fedkern.engine.parts.part"),
+    **dict.fromkeys(("register_filter", "register_part"), "fedkern.engine.setup.order"),
     "About": "fedkern.privacy.disclosure",
     "Filter": "fedkern.engine.uploads.filters",
     "UserError": "fedkern.errors",

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData
-from fedkern.data.registry import open_code
+from fedkern.data.dataset_registry import open_code
 from fedkern.data.sources.dataset_images import read_images
 from fedkern.data.sources.datasets import PAIRS, is_dataset, items_like
 from fedkern.data.sources.items import Items
 from fedkern.downstream.item_prediction import outputs
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine import initial_weights
+from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
-from fedkern.engine.script_objects import ScriptObjects
+from fedkern.engine.store import initial_weights
 from fedkern.engine.store.data_facts import DataFacts
-from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import WAYS, UserError, nearest, shown
 from fedkern.files.filesystem import check_new, check_text
 from fedkern.listeners.events import Listener, Listeners, Record, Summary
-from fedkern.methods import Method, registry, script_methods
+from fedkern.methods import Method, method_registry, script_methods
 from fedkern.process.extras import import_extra
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
@@ -42,7 +42,7 @@ from fedkern.tasks import Task
 from fedkern.tasks.user_tasks import inner
 from fedkern.typed_option import Value
 from fedkern.usercode import named_code, plugins
-from fedkern.usercode.hooks import check_hooks
+from fedkern.usercode.hook_checks import check_hooks
 
 
 class History:
@@ -113,11 +113,11 @@ class Run:
         if method is not None:
             self._kind, options = _class_of(method)
         self.config = load_settings(out, trusted=trusted, given=self._kind, device="cpu")
-        for name, value in registry.given_options(self.config.method, options).items():
+        for name, value in method_registry.given_options(self.config.method, options).items():
             if self.config.options.get(name) != value:
                 raise UserError(
                     f"The run in {out} has {name}={self.config.options.get(name)}, not {name}={value}: give "
-                    f"method={registry.short(self.config.method)} without options, or start a new run."
+                    f"method={method_registry.short(self.config.method)} without options, or start a new run."
                 )
         self._data, self._script, self._trusted = data, script, tuple(trusted)
         for name in self._trusted:
@@ -262,7 +262,7 @@ class Run:
             UserError: the name contradicts the format or tells none, a package for the format is missing, the network
                 cannot be written in it or read again, or the file exists or cannot be written; nothing is then left.
         """
-        from fedkern.downstream.export import export, exportable, find_format
+        from fedkern.downstream.model_export import export, exportable, find_format
 
         self._give_method()
         kind = find_format(format, out)
@@ -297,7 +297,7 @@ class Run:
             UserError: the run is not finished, the data have other classes, another image size or another task, or
                 there is a cache for data in memory.
         """
-        from fedkern.downstream.evaluation import evaluate_run
+        from fedkern.downstream.run_evaluation import evaluate_run
 
         self._give_method()
         source = self._kept_data() if data is None else data
@@ -552,7 +552,7 @@ def read_request(
     plugins.load_given(settings["plugins"])
     name, made_with = find_method(method)
     memory = data if isinstance(data, FederatedData) else None
-    option_names = registry.option_names(name)
+    option_names = method_registry.option_names(name)
     fields = {entry.field for entry in RunConfig.declared()} | {"options", "data_options", "plugins"}
     options = settings.pop("options")
     for key in [key for key in settings if key in option_names and key not in fields]:
@@ -561,10 +561,10 @@ def read_request(
         if setting in _LOADERS:
             raise UserError(f"{setting} is a DataLoader's: {_LOADERS[setting]}, so leave it out.")
         if setting not in fields:
-            hint = nearest(setting, {*fields, *option_names, *_ARGUMENTS}) + registry.owners(setting)
+            hint = nearest(setting, {*fields, *option_names, *_ARGUMENTS}) + method_registry.owners(setting)
             if is_data_option(setting):
                 hint = f' Did you mean data_options={{"{setting}": ...}}?'
-            raise UserError(f'{registry.short(name)} and its runs have no setting "{setting}".{hint}')
+            raise UserError(f'{method_registry.short(name)} and its runs have no setting "{setting}".{hint}')
     for list_name in ("freeze", "personal", "stages"):
         if isinstance(settings.get(list_name), (list, tuple)):
             settings[list_name] = ",".join(map(str, settings[list_name]))
@@ -575,12 +575,12 @@ def read_request(
         settings["data"] = open_code(data)
     if isinstance(model, str):
         settings["model"] = model
-    given_options = registry.given_options(name, options)
+    given_options = method_registry.given_options(name, options)
     if twice := [name for name in given_options if name in made_with]:
         raise UserError(
-            f"{twice[0]} is given twice, in {registry.short(name)}(...) and beside it: leave one of the two out."
+            f"{twice[0]} is given twice, in {method_registry.short(name)}(...) and beside it: leave one of the two out."
         )
-    given_options |= registry.given_options(name, made_with)
+    given_options |= method_registry.given_options(name, made_with)
     config = RunConfig.make(name, options=given_options, **cast(Any, settings))
     return config, memory
 
@@ -634,7 +634,7 @@ def find_method(method: str | Method | type[Method]) -> tuple[str, dict[str, Val
         UserError: there is no such method, or a run cannot make it from its options.
     """
     if isinstance(method, str):
-        registry.get(method)
+        method_registry.get(method)
         return method, {}
     kind, options = _class_of(method)
     return script_methods.give(kind), options

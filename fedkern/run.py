@@ -234,7 +234,7 @@ def _first() -> bool:
 
 def _ranks() -> ModuleType | None:
     """The module of this process's fellow ranks, where torchrun has started it and it has come so far."""
-    return sys.modules.get("fedkern.engine.executors.torchrun_group") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    return sys.modules.get("fedkern.engine.transport.torchrun_group") if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def _told_elsewhere() -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import checksum, entry_sum
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.listeners import Listener
 from fedkern.messages import states
 from fedkern.settings.stored import load_settings

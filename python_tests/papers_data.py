@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.data import DATASETS
-from fedkern.data.registry import open_code
+from fedkern.data.dataset_registry import open_code
 from fedkern.usercode import named_code
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "papers"

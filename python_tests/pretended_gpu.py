@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from fedkern.engine import client, network, training
+from fedkern.engine import client
 from fedkern.engine.context import RunContext
+from fedkern.engine.local import network, training
 from fedkern.engine.parts import evaluation
 from fedkern.ops import flat
 

@@ -19,7 +19,7 @@ import torch
 import fedkern
 from fedkern.cli import command_parser
 from fedkern.cli.front_page import COMMANDS
-from fedkern.data.registry import DATASETS
+from fedkern.data.dataset_registry import DATASETS
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
 

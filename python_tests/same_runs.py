@@ -175,7 +175,7 @@ class Checkout:
         given = settings_of(method, task)
         if task == "multilabel":
             given["data_root"] = str(self.runs.parent / "labels.csv")
-        if task in NETWORKS and (self.folder / "fedkern" / "deferred").exists():
+        if task in NETWORKS and (self.folder / "fedkern" / "acceleration").exists():
             given["accelerate"] = "off"  # then the bits are those of checkouts that know nothing else
         words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "options"]
         words += [f"--method-option={name}={value}" for name, value in given.get("options", {}).items()]

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import torch
 
 from fedkern.engine.notices import Notices
-from fedkern.engine.parts.base import Record
-from fedkern.engine.progress import Progress
-from fedkern.engine.timing import Timing
+from fedkern.engine.parts.part import Record
+from fedkern.engine.rounds.progress import Progress
+from fedkern.engine.rounds.timing import Timing
 from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import Disclosure
 

@@ -154,7 +154,7 @@ def test_everything_works_without_core_and_triton() -> None:
 
 
 STEPS = """
-import sys, torch, fedkern.engine.worker, fedkern.methods, fedkern.ops, fedkern.run
+import sys, torch, fedkern.engine.executors.worker, fedkern.methods, fedkern.ops, fedkern.run
 from torch import nn
 from fedkern.models import blocks, build, cost, fused, optimisers
 from fedkern.process.torch_modes import modes, set_modes

@@ -85,7 +85,7 @@ for name in ("memfd_create", "MFD_CLOEXEC", "MFD_ALLOW_SEALING", "sched_getaffin
 import numpy as np
 import fedkern
 import fedkern.api
-from fedkern.engine.executors.torchrun_group import LaunchedRank, TorchrunGroup
+from fedkern.engine.transport.torchrun_group import LaunchedRank, TorchrunGroup
 
 settings = {"data": "digits", "clients": 2, "train_samples": 40, "rounds": 1, "model": "mlp", "grad_cam": 0,
             "threads": 1, "progress": False, "pictures": False}
@@ -110,7 +110,7 @@ def test_a_run_in_one_process_where_fcntl_and_memory_files_are_absent(tmp_path: 
 
 
 ORDER = (
-    "errors streams", "ops", "files", "process", "messages privacy text_table typed_option usercode", "deferred",
+    "errors streams", "ops", "files", "process", "messages privacy text_table typed_option usercode", "acceleration",
     "models", "tasks", "data", "methods", "settings", "listeners", "engine", "downstream", "report", "flower", "api",
     "comparison", "cli", "run",
 )  # fmt: skip

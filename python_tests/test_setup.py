@@ -15,7 +15,7 @@ import pytest
 from fedkern.files.filesystem import one_writer
 from fedkern.process import versions
 from fedkern.process.commit import commit
-from fedkern.report import doctor
+from fedkern.report import doctor_page
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -278,8 +278,8 @@ def test_a_build_notes_the_commit_and_records_and_doctor_tell_it(script: Any, tm
     noted = tmp_path / "commit.txt"
     assert (noted.read_text().strip() if noted.exists() else "") == known
     monkeypatch.setattr(versions, "commit", lambda: "abc1234")
-    monkeypatch.setattr(doctor, "commit", lambda: "abc1234")
+    monkeypatch.setattr(doctor_page, "commit", lambda: "abc1234")
     assert versions.versions()["commit"] == "abc1234"
-    assert doctor.versions()["fedkern"].endswith(" (commit abc1234)")
+    assert doctor_page.versions()["fedkern"].endswith(" (commit abc1234)")
     monkeypatch.setattr(versions, "commit", lambda: "")
     assert "commit" not in versions.versions()

@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import NoReturn
 
 StartedPopen = subprocess.Popen
-PRELOADED = ("fedkern.api", "fedkern.engine.run", "fedkern.engine.worker")
+PRELOADED = ("fedkern.api", "fedkern.engine.run", "fedkern.engine.executors.worker")
 MAX_FILES = 16
 FREE = 200
 """Descriptors from here on are free in a process that has just begun."""

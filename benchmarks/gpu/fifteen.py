@@ -52,7 +52,7 @@ RUNS = {"fedavg": ("nothing", "graphs", "lanes"), "fedgid": ("nothing", "graphs"
 """Methods, and what they are played without: FedGID's clients work one after another."""
 TWICE = ("fedgid", *stages.NETWORKS)
 FLAGS = ("--rounds", "12", "--grad-cam", "0", "--workers", "1", "--device", "cuda", "--quiet")
-TESTED = (stages.TESTED[0], "python_tests/engine/test_captured.py")
+TESTED = (stages.TESTED[0], "python_tests/engine/local/test_captured.py")
 SIZE = "(4096, 1000)"
 """Of the losses beside torch.compile, as bench_distill.py names it."""
 

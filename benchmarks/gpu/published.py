@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.playing import wait
-from fedkern.engine.store.records import METRICS, read_metrics
+from fedkern.engine.store.record_files import METRICS, read_metrics
 from fedkern.settings.run_format import NAME
 
 PAPERS = {"fusefl": "85.92 %", "fediod": "82.78 %"}

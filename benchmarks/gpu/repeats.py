@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from benchmarks import bench_methods, processes
 from benchmarks.gpu import stages
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 
 MODEL = "model.safetensors"
 MEASURED = ("phases", "device")

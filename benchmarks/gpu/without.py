@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from fedkern.engine import lanes, training
+from fedkern.engine.local import lanes, training
 from fedkern.run import main as play
 
 PARTS: dict[str, tuple[Any, str, Any]] = {

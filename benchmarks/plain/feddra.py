@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.plain import common
 from fedkern import models
-from fedkern.models.vocabulary import Tokens
+from fedkern.models.pretrained.vocabulary import Tokens
 
 FLAGS: dict[str, Any] = {
     "mu": 1.0, "lambda1": 1.0, "rho": 1.0, "eta": 0.5, "alignment_steps": 20,

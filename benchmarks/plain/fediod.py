@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.plain import common
 from benchmarks.plain.fedavg import loss_of as teacher_loss
-from fedkern.models.discriminator import PatchDiscriminators, whole_image
-from fedkern.models.generator import Generator
+from fedkern.models.networks.discriminator import PatchDiscriminators, whole_image
+from fedkern.models.networks.generator import Generator
 
 FLAGS: dict[str, Any] = {
     "holdout": 0.0, "iterations": 30, "batch": 32, "warmup": 0.5, "student_steps": 3, "ngf": 16, "ndf": 16,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data.sources.cifar import CIFAR10_CLASSES, CIFAR10_SCALE
-from fedkern.models.efficientnet_lite import NAME, SHA256, efficientnet_lite_teacher
-from fedkern.models.teacher import Teacher, teacher_of
-from fedkern.models.teacher_cache import LogitsCache
+from fedkern.models.teachers.efficientnet_lite import NAME, SHA256, efficientnet_lite_teacher
+from fedkern.models.teachers.teacher import Teacher, teacher_of
+from fedkern.models.teachers.teacher_cache import LogitsCache
 
 WIDTH = 1280
 

@@ -15,7 +15,7 @@ from benchmarks.page import RESULTS
 from benchmarks.recorded import recorded_versions
 from fedkern.models import build
 from fedkern.models.cost import cost
-from fedkern.models.efficientnet_lite import NAME, SIDE, EfficientNetLite0
+from fedkern.models.teachers.efficientnet_lite import NAME, SIDE, EfficientNetLite0
 
 
 def main() -> None:

@@ -34,9 +34,9 @@ from benchmarks.recorded import recorded_versions
 from benchmarks.studies.audit import audit, claimed_mu
 from fedkern.data import Split
 from fedkern.data.forms import ImageForm
-from fedkern.engine import private_training
-from fedkern.engine.images import Images
-from fedkern.engine.training import Schedule
+from fedkern.engine.batches.images import Images
+from fedkern.engine.local import private_training
+from fedkern.engine.local.training import Schedule
 from fedkern.methods.base import Objective, Phase
 from fedkern.methods.fediod import private_messages
 from fedkern.methods.fediod.iod_options import IODOptions

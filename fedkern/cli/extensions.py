@@ -24,7 +24,7 @@ def load_plugins(words: Sequence[str]) -> None:
             raise UserError("--plugin is given without a value: give it one, or leave the flag out.")
         plugins.load(name)
     for name in flag_values(words, "--data"):
-        from fedkern.data.registry import open_code  # here, since the front page is printed without torch
+        from fedkern.data.dataset_registry import open_code  # here, since the front page is printed without torch
 
         open_code(name)
     for file in flag_values(words, "--config"):

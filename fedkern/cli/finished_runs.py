@@ -59,7 +59,7 @@ def publish_result(request: Request, result: Mapping[str, object], table: object
     Returns 0.
     """
     from fedkern.files import atomic
-    from fedkern.report.live.progress import make_console
+    from fedkern.report.live.progress_bar import make_console
 
     text = json.dumps(result, indent=2, allow_nan=False)
     if request.json:

@@ -17,7 +17,7 @@ from fedkern.cli.front_page import COMMANDS, PROGRAM, USAGE, front_page
 from fedkern.cli.request import Request, one_shot
 from fedkern.data import COMMON_OPTIONS, DATASETS
 from fedkern.errors import UserError, nearest
-from fedkern.methods import METHODS, registry
+from fedkern.methods import METHODS, method_registry
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import default_data, defaults
 from fedkern.typed_option import Option, as_typed, flag
@@ -226,11 +226,11 @@ def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
         return UserError(f'Unexpected word "{word}": one METHOD is expected, and values follow their flag{hint}.')
     token = word.partition("=")[0]
     option = token.lstrip("-").replace("-", "_")
-    if method is not None and option in registry.option_names(method):
+    if method is not None and option in method_registry.option_names(method):
         return UserError(f"{token} is an option of {method}: write --method-option {option}=VALUE.")
     hint = nearest(token, [name for parser in parsers for action in parser._actions for name in action.option_strings])
     see = f"{PROGRAM} {method or 'METHOD'}" if len(parsers) == 1 else parsers[-1].prog
-    return UserError(f'Unknown flag "{token}".{hint}{registry.owners(option)} See {see} --help.')
+    return UserError(f'Unknown flag "{token}".{hint}{method_registry.owners(option)} See {see} --help.')
 
 
 def parse_run(argv: Sequence[str], *around: Parser) -> Request:
@@ -250,7 +250,7 @@ def parse_run(argv: Sequence[str], *around: Parser) -> Request:
     method, unknown = values.method, [word for word in extra_words if word.startswith("-")]
     # Unknown flags first: argparse may have taken the value of such a flag for the method.
     if not unknown and not values.help and method not in (None, *METHODS):
-        raise registry.unknown_method(method, [*METHODS, *COMMANDS, "--resume"])
+        raise method_registry.unknown_method(method, [*METHODS, *COMMANDS, "--resume"])
     for word in [*unknown, *extra_words]:
         raise _unknown(word, named, parser, *around)
     check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb")})

@@ -20,7 +20,7 @@ from fedkern.settings.training import TrainingSettings
 from fedkern.typed_option import as_typed
 
 if TYPE_CHECKING:
-    from fedkern.comparison.results import Result
+    from fedkern.comparison.run_results import Result
 
 
 def _section(field: dataclasses.Field[object]) -> int:

@@ -11,7 +11,7 @@ from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_text
 from fedkern.methods import METHODS
-from fedkern.methods.registry import given_options
+from fedkern.methods.method_registry import given_options
 from fedkern.settings.config import RunConfig
 from fedkern.settings.found import FINGERPRINTS
 from fedkern.settings.model import check_networks

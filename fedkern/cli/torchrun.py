@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fedkern.cli.request import Request
-from fedkern.engine.executors import torchrun_group
-from fedkern.engine.executors.torchrun_group import LaunchedRank
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.transport import torchrun_group
+from fedkern.engine.transport.torchrun_group import LaunchedRank
 from fedkern.errors import UserError
 from fedkern.settings.run_format import NAME
 from fedkern.settings.stored import load_settings
@@ -39,7 +39,7 @@ def play_on_ranks(request: Request, words: Sequence[str], done: Callable[[Reques
     with torchrun_group.join_ranks(launched) as ranks:
         ranks.meet(words)
         if launched.rank:
-            from fedkern.engine import rank
+            from fedkern.engine.executors import rank
 
             return rank.serve(ranks)
         code = done(_again(request, launched))

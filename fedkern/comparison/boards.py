@@ -11,7 +11,7 @@ from rich.status import Status
 from fedkern.comparison.cells import Cell
 from fedkern.comparison.found_runs import FoundRun
 from fedkern.listeners.events import Listener, Record, RunInfo
-from fedkern.report.live.progress import main_figures, make_console
+from fedkern.report.live.progress_bar import main_figures, make_console
 from fedkern.report.names import literal_text, print_line
 from fedkern.report.tables import human_time
 

@@ -20,17 +20,17 @@ from fedkern.comparison.found_runs import FoundRun, read_run
 from fedkern.comparison.parallel_runs import RunProcess, check_jobs
 from fedkern.data import FederatedData
 from fedkern.data.identity import of_memory
-from fedkern.engine import initial_weights
-from fedkern.engine.own_model import network_hash
+from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
-from fedkern.engine.script_objects import ScriptObjects
+from fedkern.engine.setup.own_model import network_hash
+from fedkern.engine.store import initial_weights
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.resuming import with_identity
 from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError, first_of, traceback_of
 from fedkern.files import atomic
 from fedkern.listeners.events import Listener, Listeners
-from fedkern.methods.registry import short
+from fedkern.methods.method_registry import short
 from fedkern.models import MODELS, Own, available
 from fedkern.process import interrupts
 from fedkern.report.tables import human_metric
@@ -40,7 +40,7 @@ from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.run_format import stored_code
 from fedkern.settings.stored import check_regular, load_settings
 from fedkern.tasks.figure_names import short_title
-from fedkern.usercode.identity import differences, digest, fold_table, is_unchanged
+from fedkern.usercode.code_identity import differences, digest, fold_table, is_unchanged
 
 COMPARISONS = Path("comparisons")
 """Folder of comparisons without ``out``."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fedkern.errors import UserError, nearest
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.ops._core.checks import python_number
 from fedkern.settings.config import RESUMABLE, RunConfig
 from fedkern.settings.found import FINGERPRINTS
@@ -44,7 +44,9 @@ class Variant:
 
         Of a class without a registered name its own.
         """
-        return " ".join([registry.short(self.method), *(f"{name}={word(value)}" for name, value in self.swept.items())])
+        return " ".join(
+            [method_registry.short(self.method), *(f"{name}={word(value)}" for name, value in self.swept.items())]
+        )
 
     @property
     def swept(self) -> dict[str, object]:
@@ -90,9 +92,9 @@ def check_methods(names: Sequence[str]) -> None:
     if not names:
         raise UserError("Nothing to compare: name methods, such as fedgid fedavg, or folders of runs.")
     for name in names:
-        registry.get(name)
+        method_registry.get(name)
         if names.count(name) > 1:
-            raise UserError(f"{registry.short(name)} is named twice: name every method once.")
+            raise UserError(f"{method_registry.short(name)} is named twice: name every method once.")
 
 
 def check_option(name: str, methods: Sequence[str], similar: Collection[str] = ()) -> None:
@@ -100,18 +102,18 @@ def check_option(name: str, methods: Sequence[str], similar: Collection[str] = (
 
     ``similar``: names that could be meant too.
     """
-    options = {option for method in methods for option in registry.option_names(method)}
+    options = {option for method in methods for option in method_registry.option_names(method)}
     if name not in options:
-        names = ", ".join(map(registry.short, methods))
+        names = ", ".join(map(method_registry.short, methods))
         raise UserError(
             f'None of the methods ({names}) has an option "{name}".{nearest(name, {*options, *similar})}'
-            f"{registry.owners(name)} METHOD --help lists a method's options."
+            f"{method_registry.owners(name)} METHOD --help lists a method's options."
         )
 
 
 def own_settings(method: str, settings: Mapping[str, T]) -> dict[str, T]:
     """The common settings that a method takes: all, but for a one-shot method without those of `OF_ROUNDS`."""
-    one_shot = registry.get(method).one_shot
+    one_shot = method_registry.get(method).one_shot
     return {name: value for name, value in settings.items() if not (one_shot and name in OF_ROUNDS)}
 
 
@@ -139,8 +141,8 @@ def variants(
             raise UserError(f'The sweep over "{name}" is given twice: give all values at once.')
         if name in singles:
             raise UserError(f'"{name}" is swept and given with one value too: leave one of the two out.')
-        if name not in declared and not any(name in registry.option_names(method) for method in methods):
-            choices = {*declared, *(option for method in methods for option in registry.option_names(method))}
+        if name not in declared and not any(name in method_registry.option_names(method) for method in methods):
+            choices = {*declared, *(option for method in methods for option in method_registry.option_names(method))}
             raise UserError(
                 f'Neither the runs nor the methods have a setting "{name}" to sweep.{nearest(name, choices)}'
             )
@@ -149,7 +151,7 @@ def variants(
         swept[name] = values
     result: dict[str, list[Variant]] = {}
     for method in methods:
-        declarations = {option.name: option for option in registry.get(method).Options.declared()}
+        declarations = {option.name: option for option in method_registry.get(method).Options.declared()}
         fields = {option.field: name for name, option in declarations.items()}
         axes: list[list[tuple[str, str, Any]]] = []
         for name, values in swept.items():

@@ -14,13 +14,13 @@ from fedkern.comparison import cells
 from fedkern.comparison.cell_runner import Runner, check_out, pick_best, reserve_folder
 from fedkern.comparison.cells import OF_ROUNDS, Cell, Variant, own_settings
 from fedkern.comparison.found_runs import SHOWN, FoundRun, group_runs, read_runs
-from fedkern.comparison.results import Result
+from fedkern.comparison.run_results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.data import FederatedData
-from fedkern.engine.script_objects import ScriptObjects
+from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.errors import RunFailed, UserError, first_of, printable
 from fedkern.files.filesystem import expand
-from fedkern.methods import METHODS, Method, registry
+from fedkern.methods import METHODS, Method, method_registry
 from fedkern.process.extras import import_extra
 from fedkern.settings.config import RunConfig
 from fedkern.settings.doors import python_words
@@ -57,7 +57,7 @@ class Comparison:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A row for every group (:attr:`fedkern.comparison.results.Result.table`)."""
+        """A row for every group (:attr:`fedkern.comparison.run_results.Result.table`)."""
         return self.result.table
 
     @property
@@ -106,7 +106,7 @@ class Plan:
         variants: of every method.
         seeds: the seeds; the first one serves for ``select``.
         select: ``"validation"`` runs only the best variant of every method with all seeds; None runs all.
-        target: see :class:`~fedkern.comparison.results.Result`.
+        target: see :class:`~fedkern.comparison.run_results.Result`.
         notes: sentences on settings and options that some methods do not read.
     """
 
@@ -171,8 +171,8 @@ def play_comparison(runner: Runner, plan: Plan) -> Comparison:
     finished.sort(key=lambda cell: (order[cell.variant.label], cell.seed))
     labels = {runner.folder(cell): cell.variant.label for cell in finished}
     groups = group_runs([runner.read(cell) for cell in finished], lambda run: labels[run.folder])
-    present = {*labels.values(), *(registry.short(cell.variant.method) for cell in finished)}
-    planned_names = [*(cell.variant.label for cell in planned), *map(registry.short, plan.variants)]
+    present = {*labels.values(), *(method_registry.short(cell.variant.method) for cell in finished)}
+    planned_names = [*(cell.variant.label for cell in planned), *map(method_registry.short, plan.variants)]
     if missing := [name for name in dict.fromkeys(planned_names) if name not in present]:
         texts.append(f"No run of {', '.join(missing)} succeeded.")
     result = Result(groups, target, texts, failures)
@@ -215,13 +215,15 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: st
 def unread(methods: Sequence[str], settings: Collection[str], options: Iterable[str]) -> list[str]:
     """Sentences on settings that some of the methods do not take, and on options that a method has not."""
     names = [name for name in OF_ROUNDS if name in settings]
-    one_shot = [registry.short(method) for method in methods if registry.get(method).one_shot]
+    one_shot = [method_registry.short(method) for method in methods if method_registry.get(method).one_shot]
     flags = " and ".join(map(flag, names))
     sentences = (
         [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."] if names and one_shot else []
     )
     for name in options:
-        ignoring = [registry.short(method) for method in methods if name not in registry.option_names(method)]
+        ignoring = [
+            method_registry.short(method) for method in methods if name not in method_registry.option_names(method)
+        ]
         sentences += [f'The option "{name}" is not read by {", ".join(ignoring)}.'] if ignoring else []
     return sentences
 
@@ -305,7 +307,9 @@ def compare(
         return cache[key]
 
     def make(variant: Variant, seed: int) -> RunConfig:
-        subset = {name: value for name, value in options.items() if name in registry.option_names(variant.method)}
+        subset = {
+            name: value for name, value in options.items() if name in method_registry.option_names(variant.method)
+        }
         merged = {**own_settings(variant.method, settings), **variant.settings, "seed": seed}
         network = merged.pop("model", model)
         return api.read_request(
@@ -340,9 +344,9 @@ def _distinct_names(entries: Sequence[Given]) -> list[str]:
     cells.check_methods(plain if len(plain) == len(entries) else list(dict.fromkeys(name for name, _ in entries)))
     for entry in entries:
         if entries.count(entry) > 1:
-            raise UserError(f"{registry.short(entry[0])} is given twice with the same options: leave one out.")
+            raise UserError(f"{method_registry.short(entry[0])} is given twice with the same options: leave one out.")
     names = list(dict.fromkeys(name for name, _ in entries))
-    shorts = [registry.short(name) for name in names]
+    shorts = [method_registry.short(name) for name in names]
     for name, short in zip(names, shorts, strict=True):
         if shorts.count(short) > 1:
             raise UserError(
@@ -355,13 +359,15 @@ def _of_objects(
     name: str, entries: Sequence[Given], swept: Sequence[Variant], options: Mapping[str, object]
 ) -> list[Variant]:
     """The variants of a method: of every object that is given, with all points of the sweep."""
-    beside = registry.given_options(name, {key: options[key] for key in registry.option_names(name) & options.keys()})
+    beside = method_registry.given_options(
+        name, {key: options[key] for key in method_registry.option_names(name) & options.keys()}
+    )
     keys = {*beside, *(key for variant in swept for key in variant.options)}
     result = []
     for made_with in (arguments for method_name, arguments in entries if method_name == name):
         if twice := [key for key in made_with if key in keys]:
             raise UserError(
-                f"{twice[0]} is given twice, in {registry.short(name)}(...) and beside it: leave one of the two out."
+                f"{twice[0]} is given twice, in {method_registry.short(name)}(...) and beside it: leave one of the two out."
             )
         result += [replace(variant, options={**made_with, **variant.options}) for variant in swept]
     return result

@@ -12,9 +12,9 @@ from typing import Any
 
 from fedkern.comparison.cells import word
 from fedkern.comparison.found_runs import group_runs, own_sets, read_run, read_runs
-from fedkern.comparison.results import CSV, MARKDOWN, Result, spread_text
+from fedkern.comparison.run_results import CSV, MARKDOWN, Result, spread_text
 from fedkern.comparison.seed_statistics import mean_std, plus_minus
-from fedkern.engine.store.records import SUMMARY
+from fedkern.engine.store.record_files import SUMMARY
 from fedkern.errors import UserError, printable_name
 from fedkern.files.inputs import read_text
 from fedkern.report.figures.comparison_plot import comparison_panels, on_clock

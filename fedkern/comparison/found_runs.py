@@ -11,12 +11,12 @@ from typing import Any
 
 from fedkern.comparison.cells import word
 from fedkern.engine.store.checkpoints import newest
-from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.engine.store.resuming import load_unedited, with_identity
 from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import expand
 from fedkern.listeners.events import Record, Summary
-from fedkern.methods.registry import short
+from fedkern.methods.method_registry import short
 from fedkern.report.tables import sort_metrics
 from fedkern.settings.config import RESUMABLE, RunConfig
 from fedkern.settings.found import FINGERPRINTS

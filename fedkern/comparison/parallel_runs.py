@@ -21,12 +21,12 @@ import torch
 from fedkern.comparison.cells import Cell, most_threads
 from fedkern.engine.executors.choice import unavailable
 from fedkern.engine.executors.fork_server import describe_end
-from fedkern.engine.script_objects import ScriptObjects
-from fedkern.engine.worker import end_with_parent, with_kernels
+from fedkern.engine.executors.worker import end_with_parent, with_kernels
+from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.errors import RunFailed, UserError, traceback_of
 from fedkern.listeners.events import Listener, RunInfo
 from fedkern.messages.packets import portable
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.ops._core import backend
 from fedkern.process import machine
 from fedkern.process.forking import has_threads
@@ -91,7 +91,7 @@ class RunProcess:
         can_fork = config.device == "cpu" and most_threads([config]) == 1 and not has_threads()
         can_fork = can_fork and not torch.cuda.is_initialized()
         context: Any = multiprocessing.get_context("fork" if can_fork else "spawn")
-        methods = {name: registry.GIVEN[name] for name in {config.method} & registry.GIVEN.keys()}
+        methods = {name: method_registry.GIVEN[name] for name in {config.method} & method_registry.GIVEN.keys()}
         state = (
             plugins.loaded_plugins(),
             methods,
@@ -162,7 +162,7 @@ def play_run(
     try:
         plugin_list, methods, mode_table, isa, backend_name, network = state
         plugins.receive(plugin_list)
-        registry.GIVEN.update(methods)
+        method_registry.GIVEN.update(methods)
         set_modes(mode_table)
         with with_kernels(isa, backend_name):
             play(script=replace(script, network=network), listener=_Forwarder(end))

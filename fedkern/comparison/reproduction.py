@@ -31,7 +31,7 @@ from fedkern.comparison.verdicts import (
     judge_cell,
     rate_run,
 )
-from fedkern.engine.store.records import METRICS, SUMMARY, read_metrics
+from fedkern.engine.store.record_files import METRICS, SUMMARY, read_metrics
 from fedkern.errors import UserError, described, first_of
 from fedkern.files import atomic
 from fedkern.files.folder_lock import FolderLock, InUse

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fedkern.comparison.published import ROUNDS, Paper, PublishedCell
-from fedkern.comparison.results import csv_text
+from fedkern.comparison.run_results import csv_text
 from fedkern.comparison.seed_statistics import Difference, interval_text
 from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, figure_text
 from fedkern.errors import first_of, listed

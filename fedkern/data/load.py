@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.data_option import DETECTION_OPTIONS, CommonOptions, check_single
+from fedkern.data.dataset_registry import DATASETS, DatasetInfo, lookup, read_options
 from fedkern.data.forms import ImageForm
 from fedkern.data.identity import of_memory, of_source, pixel_hashes, sample_pool
 from fedkern.data.images.background import MaskSource, extract_background
@@ -19,7 +20,6 @@ from fedkern.data.images.boxes_file import BoxesFile
 from fedkern.data.images.detections import Detections, Detector
 from fedkern.data.images.image_cache import stored_images, tell_unused
 from fedkern.data.images.transforms import central
-from fedkern.data.registry import DATASETS, DatasetInfo, lookup, read_options
 from fedkern.data.sharing.backdoor import add_backdoor
 from fedkern.data.sharing.coloured import paint
 from fedkern.data.sharing.cue import add_cues
@@ -72,7 +72,7 @@ def load(
         correlation: coloured sets only, probability in [0, 1] that a sample shows its client's colour of its class.
         options: the data set's own ``key=value`` options and `COMMON_OPTIONS`.
         make_detector: makes the detector of the option ``detector`` from its name, box threshold and text threshold,
-            for example `fedkern.models.detector.GroundingDino`.
+            for example `fedkern.models.pretrained.detector.GroundingDino`.
         notice: called with a progress message during a long detection or decoding, and with a sentence where the data
             name sites that the partition does not use.
         progress: called with the former messages instead of ``notice``.

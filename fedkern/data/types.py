@@ -28,7 +28,7 @@ LISTED = 12
 Labelled = tuple[Tensor, Tensor]
 """Images and their labels."""
 AnySplit = Split | Items
-"""Images or other samples, which `fedkern.engine.samples.reader` reads in batches."""
+"""Images or other samples, which `fedkern.engine.local.samples.reader` reads in batches."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fedkern.data import FederatedData, Split
 from fedkern.data.images.transforms import central
 from fedkern.data.split import join_splits
-from fedkern.downstream.evaluation import read_data
 from fedkern.downstream.image_shapes import check_shape
+from fedkern.downstream.run_evaluation import read_data
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store.resuming import load_unedited
 from fedkern.errors import UserError

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkern.data import FederatedData
 from fedkern.data.sources.datasets import is_dataset, items_like
 from fedkern.data.sources.items import cause
-from fedkern.engine.items import ItemReader
+from fedkern.engine.batches.item_batches import ItemReader
 from fedkern.errors import RAISED, UserError
 from fedkern.messages.leaves import Keywords, Positional, mapped, sent, together
 from fedkern.process.torch_modes import reproducible

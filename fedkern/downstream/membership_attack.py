@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fedkern.data import FederatedData, Split
 from fedkern.data.images.used_cache import recall_cache
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.batches.reader import BATCH
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.reader import BATCH
-from fedkern.engine.store.records import plain
+from fedkern.engine.store.record_files import plain
 from fedkern.engine.store.resuming import load_unedited
 from fedkern.engine.store.run_folder import ATTACKS
 from fedkern.errors import UserError

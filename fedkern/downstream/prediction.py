@@ -19,7 +19,7 @@ from fedkern.data.forms import form_of
 from fedkern.data.images.greys import looked_at, pixels_outside
 from fedkern.data.images.image_files import MAX_PIXELS, ImageFiles, list_images
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.serving import as_in_the_run
+from fedkern.engine.setup.serving import as_in_the_run
 from fedkern.engine.store.resuming import load_unedited
 from fedkern.errors import UserError
 from fedkern.files import atomic, filesystem

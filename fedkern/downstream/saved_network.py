@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedkern import models
+from fedkern.acceleration import plain
 from fedkern.data.forms import form_of
-from fedkern.deferred import plain
 from fedkern.engine.client import BUFFERS, PERSONAL, check_own_entries
 from fedkern.engine.context import RunContext
-from fedkern.engine.network import Network
+from fedkern.engine.local.network import Network
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum, newest
 from fedkern.engine.store.resuming import load_unedited

@@ -14,10 +14,10 @@ from fedkern.data import Split, lookup
 from fedkern.downstream import probes
 from fedkern.downstream.decoder import train_decoder
 from fedkern.downstream.finished import Finished
-from fedkern.engine.images import Images
+from fedkern.engine.batches.images import Images
 from fedkern.errors import UserError
 from fedkern.models import PairNetwork
-from fedkern.models.prompts import read_prompts
+from fedkern.models.teachers.prompts import read_prompts
 from fedkern.process.torch_modes import reproducible
 from fedkern.tasks import SEGMENTATION
 from fedkern.tasks.retrieval import TEMPERATURE, Gallery, recalls
@@ -65,7 +65,7 @@ def zero_shot(run: Finished, prompts: str = "") -> list[Row]:
 
     Args:
         run: the run; its data have labels.
-        prompts: see :func:`fedkern.models.prompts.read_prompts`; empty for the data set's own.
+        prompts: see :func:`fedkern.models.teachers.prompts.read_prompts`; empty for the data set's own.
 
     Raises:
         UserError: fewer than two classes, or prompts that do not fit them.

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data.sharing.patients import number_patients
+from fedkern.engine.batches.images import BackgroundBank
 from fedkern.engine.context import RunContext
-from fedkern.engine.images import BackgroundBank
+from fedkern.engine.local.network import Network, Part, Trainable
+from fedkern.engine.local.private_training import count_declared, train_privately
+from fedkern.engine.local.training import Diverged, EpochBatches, ReceivedMessage, Schedule, train_async
 from fedkern.engine.marks import TRAINED
-from fedkern.engine.network import Network, Part, Trainable
 from fedkern.engine.node import Node
 from fedkern.engine.participation import share_of_work
-from fedkern.engine.private_training import count_declared, train_privately
-from fedkern.engine.training import Diverged, EpochBatches, ReceivedMessage, Schedule, train_async
 from fedkern.engine.uploads.encoders import STATES, Drift
 from fedkern.errors import UserError, shown
 from fedkern.messages import states
@@ -29,9 +29,9 @@ from fedkern.messages.states import State
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
 from fedkern.methods.uploads import is_alike
-from fedkern.models.transfer import to_host_async, wait_for_stream
 from fedkern.ops._core.layout import plain_strides
 from fedkern.privacy import DPSGD
+from fedkern.process.device_copies import to_host_async, wait_for_stream
 from fedkern.streams import stream
 from fedkern.tasks.user_tasks import inner
 

@@ -13,20 +13,20 @@ import torch
 
 from fedkern.data.sources.items import Items
 from fedkern.data.types import FederatedData
-from fedkern.engine.client_teachers import ClientTeachers
-from fedkern.engine.networks import Networks
+from fedkern.engine.local.client_teachers import ClientTeachers
+from fedkern.engine.local.networks import Networks
+from fedkern.engine.local.samples import Samples
+from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.notices import Notices
-from fedkern.engine.samples import Samples
-from fedkern.engine.script_objects import ScriptObjects
 from fedkern.messages.states import State
 from fedkern.methods.base import Federation, Message, Phase
 from fedkern.methods.roles import Client, Server
-from fedkern.models.python_state import attributes
+from fedkern.models.users.python_state import attributes
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
 from fedkern.streams import seeded_generators
 from fedkern.tasks.protocols import Description
-from fedkern.usercode.identity import identity_table
+from fedkern.usercode.code_identity import identity_table
 
 
 class RunContext:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData, client_label
-from fedkern.engine.reader import BATCH, Reader
+from fedkern.engine.batches.reader import BATCH, Reader
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
 from fedkern.methods.common.personal import ClientsNetworks

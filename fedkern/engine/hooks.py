@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.progress import Progress
+from fedkern.engine.rounds.progress import Progress
 from fedkern.engine.server import Server
 from fedkern.errors import RAISED, RunFailed, UserError, named, origin
 from fedkern.messages.leaves import leaves

@@ -11,12 +11,12 @@ from pathlib import Path
 from fedkern.data.types import FederatedData
 from fedkern.engine.executors.choice import executor_of, own_fork_server
 from fedkern.engine.executors.worker_messages import Setup
-from fedkern.engine.loop import Loop
-from fedkern.engine.order import filters_of, parts_of, restore, states_of
-from fedkern.engine.parts.base import Part
-from fedkern.engine.preparing import make_context, prepare
-from fedkern.engine.run_objects import Remote, Request, RunObjects, open_store
-from fedkern.engine.script_objects import ScriptObjects
+from fedkern.engine.local.script_objects import ScriptObjects
+from fedkern.engine.parts.part import Part
+from fedkern.engine.rounds.loop import Loop
+from fedkern.engine.setup.order import filters_of, parts_of, restore, states_of
+from fedkern.engine.setup.preparing import make_context, prepare
+from fedkern.engine.setup.run_objects import Remote, Request, RunObjects, open_store
 from fedkern.engine.store.extending import aside, check_extension, write_extension
 from fedkern.engine.store.resuming import changes, check_place, finished_summary, repairs, resumed_settings
 from fedkern.engine.store.run_folder import check_vacant, keep_settings, writing
@@ -30,7 +30,7 @@ from fedkern.process.allocator import keep_freed_memory
 from fedkern.process.interrupts import in_order
 from fedkern.process.torch_modes import cpu_threads, current_gpu, reproducible
 from fedkern.settings.config import RunConfig
-from fedkern.usercode.identity import note_change
+from fedkern.usercode.code_identity import note_change
 
 
 def run(
@@ -73,7 +73,7 @@ def run(
         predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification).
             A finished run without this file is evaluated once more.
         remote: makes the executor of clients that keep their data and states to themselves (see
-            :attr:`~fedkern.engine.executors.base.Executor.remote`); None: clients work on this machine, or on the ranks
+            :attr:`~fedkern.engine.executors.executor.Executor.remote`); None: clients work on this machine, or on the ranks
             of torchrun.  With ``data``, their samples are not known here (:func:`declared_data`).
         check: called with the effective settings, what was found in data and files included, before anything is
             written; its UserError ends the run.

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedkern.errors import RAISED, UserError, described, origin, told
 from fedkern.listeners.events import Listener, Listeners, RunInfo
-from fedkern.usercode.execution import host_code
+from fedkern.usercode.code_execution import host_code
 
 
 class ListenerGroup(Listeners):

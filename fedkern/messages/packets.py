@@ -8,7 +8,7 @@ process that writes to a tensor writes to its own copy.  They have no name in th
 the last process that maps it ends, however it ends.
 
 Both ends are processes of one run: a packet is never read from a file.  `engine/executors/shared_tensors.py` sends
-packets over a socket, `engine/executors/connection.py` over a network.  Nothing else in fedkern pickles.
+packets over a socket, `engine/transport/connection.py` over a network.  Nothing else in fedkern pickles.
 """
 
 from __future__ import annotations

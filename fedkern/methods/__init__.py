@@ -26,8 +26,8 @@ from fedkern.methods.fedgid import FedGID
 from fedkern.methods.fediod import FedIOD
 from fedkern.methods.fedlpfm import FedLPFM
 from fedkern.methods.fusefl import FuseFL
+from fedkern.methods.method_registry import METHODS, get, register
 from fedkern.methods.protocol import Backgrounds, Batch, Federation, Message, Phase, Received, Round, Samples, Upload
-from fedkern.methods.registry import METHODS, get, register
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.terms import GradientSum, Terms
 from fedkern.methods.uploads import Maybe, Number, Values, like

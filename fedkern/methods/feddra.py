@@ -37,11 +37,11 @@ from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.methods.common.dro import LOSSES, Robust, vectors_of
 from fedkern.methods.common.frozen import cached_rows
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, make_once
-from fedkern.models import personal
+from fedkern.models.state import personal_parts
 from fedkern.models.towers import PARTS, PairNetwork
 from fedkern.tasks.retrieval import TEMPERATURE
 from fedkern.typed_option import option
@@ -217,7 +217,7 @@ class FedDRA(Robust):
 def part_sizes(network: nn.Module) -> dict[str, int]:
     """Number of elements, by vector, that belong to the submodules of the first stage (`ALIGNMENT`)."""
     sizes = {}
-    for vector, places in personal.flatten(network).places().items():
+    for vector, places in personal_parts.flatten(network).places().items():
         slices = [place for name, place in places.items() if name.partition(".")[0] in ALIGNMENT]
         sizes[vector] = slices[-1].stop - slices[0].start if slices else 0
     return sizes

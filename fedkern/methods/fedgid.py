@@ -30,11 +30,11 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import cached_rows, normalises_by_batch
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, Observed, Received
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Drawn, Server
 from fedkern.models import StagedNetwork, resolve_stage
-from fedkern.models.transfer import send
+from fedkern.process.device_copies import send
 from fedkern.typed_option import option
 
 CHUNK = 256  # images per pass of the frozen encoder over a bank

@@ -28,6 +28,7 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.files import filesystem
 from fedkern.methods.base import LocalTraining
+from fedkern.methods.method_registry import register
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import (
     BEFORE,
@@ -41,18 +42,17 @@ from fedkern.methods.protocol import (
     Round,
     Upload,
 )
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Drawn, Server, TestSet
 from fedkern.methods.uploads import Declaration, Maybe, Number
-from fedkern.models import prompts as templates
-from fedkern.models import teachers
 from fedkern.models.cost import cost, count_flops
 from fedkern.models.precision import computing
-from fedkern.models.prompts import DEFAULT
-from fedkern.models.teacher import Teacher, trained_teacher
-from fedkern.models.teacher_cache import LogitsCache
-from fedkern.models.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, load_or_pretrain, tune
-from fedkern.models.transfer import send
+from fedkern.models.teachers import named_teachers
+from fedkern.models.teachers import prompts as templates
+from fedkern.models.teachers.prompts import DEFAULT
+from fedkern.models.teachers.teacher import Teacher, trained_teacher
+from fedkern.models.teachers.teacher_cache import LogitsCache
+from fedkern.models.teachers.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, load_or_pretrain, tune
+from fedkern.process.device_copies import send
 from fedkern.typed_option import option
 
 _ASKING = threading.Lock()  # test sets are evaluated in threads: a teacher is built once and runs once on each set
@@ -75,8 +75,8 @@ class FedLPFM(LocalTraining):
             "pretrained",
             "frozen teachers, separated by commas: pretrained[:MODEL/WIDTH], clip:PATH_OR_NAME, efficientnet-lite0, "
             "logits:FILE, FILE.py:NAME, MODULE:NAME",
-            path=teachers.absolute,
-            code=teachers.code,
+            path=named_teachers.absolute,
+            code=named_teachers.code,
         )
         lam: float = option(0.5, "weight of the distillation loss; 0 is FedAvg", low=0, name="lambda")
         temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)
@@ -132,12 +132,12 @@ class FedLPFM(LocalTraining):
             raise UserError("A fine-tuned teacher is kept as its logits alone: take teacher_view=cached.")
         if math.isinf(o.temperature) and o.divergence != "kl":
             raise UserError('Method option "temperature" may be inf with divergence=kl alone.')
-        if o.prompts != DEFAULT and all(spec.kind != "clip" for spec in teachers.parse(o.teacher)):
+        if o.prompts != DEFAULT and all(spec.kind != "clip" for spec in named_teachers.parse(o.teacher)):
             raise UserError(
                 f'Method option "prompts" is for CLIP, and the teacher is {o.teacher}: leave it out, or take '
                 "teacher=clip:FOLDER."
             )
-        self._teachers: teachers.Teachers  # from _install on
+        self._teachers: named_teachers.Teachers  # from _install on
         self._proxy: Teacher | None = None
         self._known: dict[int, tuple[Any, dict[str, float]]] = {}
 
@@ -317,13 +317,13 @@ class FedLPFM(LocalTraining):
         if hasattr(self, "_teachers"):
             return
         o = self.options
-        specs = teachers.expand(teachers.parse(o.teacher), build)
+        specs = named_teachers.expand(named_teachers.parse(o.teacher), build)
         if o.teachers > len(specs):
             raise UserError(
                 f"{o.teachers} teachers per client need as many backbones, but teacher={o.teacher} names "
                 f"{len(specs)}: name them all, separated by commas."
             )
-        self._teachers = teachers.Teachers(
+        self._teachers = named_teachers.Teachers(
             specs, LogitsCache(o.teacher_cache or None, place.mean, place.std, place.notice), classes=place.classes,
             device=place.device, build=build, public=place.public, prompts=o.prompts,
             recipe=Recipe(epochs=o.pretrain_epochs),

@@ -157,7 +157,7 @@ class Batch:
         inputs: what the network is called with: images fp32 [B, C, H, W], augmented and normalised, on the client's
             device.
         targets: labels as the task has them, int64 [B] or [B, H, W] (negative: unknown) or uint8 [B, L]; of image-text
-            pairs the tokenised texts (``fedkern.models.vocabulary.Tokens``).
+            pairs the tokenised texts (``fedkern.models.pretrained.vocabulary.Tokens``).
         indices: int64 [B] (NumPy), the samples' positions in the client's split.
         phase: the round and exchange that the batch is trained in.
         epoch: local epoch within the round, from 0.

@@ -49,7 +49,7 @@ class TestSet(Protocol):
 
 
 class EvaluatedSet(JudgedSet, Protocol):
-    """A test set of the run, with what its last evaluation kept (`fedkern.engine.reader.Reader`).
+    """A test set of the run, with what its last evaluation kept (`fedkern.engine.batches.reader.Reader`).
 
     Attributes:
         split: the samples.
@@ -69,7 +69,7 @@ class Objective:
     """Interface that the engine's training loop calls: the loss, its random draws and changes to the gradient."""
 
     replayable: bool | None = None
-    """Whether a recording of ``loss`` and its gradients, made with one batch, serves others (`engine/captured.py`).
+    """Whether a recording of ``loss`` and its gradients, made with one batch, serves others (`engine/local/captured.py`).
 
     The loss then may depend on the network, on the batch's ``inputs``, ``targets`` and the tensors and numbers in
     ``drawn``, on the method's options and on what of ``received`` stays the same in the exchange.  It reads no value

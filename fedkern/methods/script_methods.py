@@ -13,12 +13,12 @@ from collections.abc import Collection, Mapping
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
+from fedkern.methods.method_registry import CLASS, GIVEN, METHODS, short
 from fedkern.methods.options import Options
-from fedkern.methods.registry import CLASS, GIVEN, METHODS, short
 from fedkern.typed_option import Value
 from fedkern.usercode import named_code
-from fedkern.usercode.hooks import check_hooks
-from fedkern.usercode.identity import PLAIN, differences, digest, fold_table, identity_table, is_unchanged
+from fedkern.usercode.code_identity import PLAIN, differences, digest, fold_table, identity_table, is_unchanged
+from fedkern.usercode.hook_checks import check_hooks
 
 _MISSING = object()
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedkern.errors import UserError
-from fedkern.models.conv_norm import ConvSequential
+from fedkern.models.networks.conv_norm_layers import ConvSequential
+from fedkern.models.networks.resnet import ResNet
+from fedkern.models.networks.staged import StagedNetwork
 from fedkern.models.precision import autocasts, full
-from fedkern.models.resnet import ResNet
-from fedkern.models.staged import StagedNetwork
-from fedkern.models.user_models import OwnNetwork
+from fedkern.models.users.user_models import OwnNetwork
 from fedkern.ops._core.layout import plain_strides
 
 CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {

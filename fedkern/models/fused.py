@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fedkern.models.allocate import make_empty
 from fedkern.models.blocks import channels
 from fedkern.models.precision import autocasts, full
+from fedkern.models.state.allocate import make_empty
 from fedkern.ops import fuse_concat, fuse_mean
 
 AdaptorKind = Literal["cnn1x1", "avg", "sum"]

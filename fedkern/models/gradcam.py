@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedkern.models.staged import StagedNetwork
+from fedkern.models.networks.staged import StagedNetwork
 
 # The last map of the paper's networks is 7x7 (224 pixels / 32); a coarser one cannot tell object from surroundings.
 SMALLEST_MAP = 7

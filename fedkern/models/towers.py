@@ -11,13 +11,13 @@ from torch.nn import functional
 
 from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import expand
-from fedkern.models import pretrained_pair
-from fedkern.models.allocate import allocate
-from fedkern.models.attention import TransformerLayer
-from fedkern.models.encoders import LONGEST, WIDTH, ConvTokens, PatchTokens, TextTransformer
+from fedkern.models.network_registry import initialise
+from fedkern.models.networks.attention import TransformerLayer
+from fedkern.models.networks.small_encoders import LONGEST, WIDTH, ConvTokens, PatchTokens, TextTransformer
 from fedkern.models.precision import autocasts
-from fedkern.models.registry import initialise
-from fedkern.models.vocabulary import Kind, Tokens, Vocabulary
+from fedkern.models.pretrained import pretrained_pair
+from fedkern.models.pretrained.vocabulary import Kind, Tokens, Vocabulary
+from fedkern.models.state.allocate import allocate
 from fedkern.streams import stream
 
 EMBEDDING = 128

@@ -8,16 +8,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedkern.engine.figures.final_figures import set_name
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.artifacts import read as read_artifacts
 from fedkern.engine.store.checkpoints import newest
 from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.data_facts import DataFacts
-from fedkern.engine.store.records import METRICS, read_metrics, read_summary
+from fedkern.engine.store.record_files import METRICS, read_metrics, read_summary
 from fedkern.engine.store.resuming import load_unedited
 from fedkern.listeners.events import Record, Summary
-from fedkern.methods.common.final_figures import set_name
 from fedkern.report.tables import sort_metrics
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import TASKS

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fedkern.engine.figures.intervals import LEAST, Row
 from fedkern.errors import MESSAGE, printable_name
 from fedkern.listeners.events import Summary
-from fedkern.methods.common.intervals import LEAST, Row
 from fedkern.privacy.guarantee import EPSILON, PART
 from fedkern.report.names import CELL, TICK, label
 from fedkern.tasks.figure_names import RECALLS, TEST_SETS, figure_title, scale, set_title, short_title, split_metric
@@ -271,7 +271,7 @@ def own_tests_table(summary: Summary, main: str) -> Table:
 
 
 def interval_texts(row: Row) -> list[str]:
-    """The ends of an interval (`fedkern.methods.common.intervals`) in words, and the numbers that it rests on."""
+    """The ends of an interval (`fedkern.engine.figures.intervals`) in words, and the numbers that it rests on."""
     unit = row["unit"]
     counts = {unit: row["units"], "samples": row["samples"]}
     ends = f"none: {'too few' if row['units'] < LEAST else 'equal'} {unit}"

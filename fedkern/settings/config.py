@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from fedkern.data.registry import given_options
+from fedkern.data.dataset_registry import given_options
 from fedkern.errors import UserError, nearest
 from fedkern.files.filesystem import check_text
-from fedkern.methods import registry, script_methods
+from fedkern.methods import method_registry, script_methods
 from fedkern.methods.aggregators import MEAN
 from fedkern.methods.options import Options
 from fedkern.models import MODELS
@@ -71,7 +71,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
             UserError: an unknown method, a value of the wrong type or out of range, or settings that do not fit.
         """
         values = cls.read(values, stored=True)
-        kind = registry.get(method := values.get("method", cls.method))
+        kind = method_registry.get(method := values.get("method", cls.method))
         return cls._make(values, kind.Options.parse(values.get("options", {}), method=method))
 
     @classmethod
@@ -108,13 +108,13 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         """
         plugin_room.load_installed()
         loaded = plugin_room.load_given(plugins)
-        registry.get(method)
+        method_registry.get(method)
         names = cls.names()
         for name in settings:
             if name not in names:
                 raise UserError(f'Unknown setting "{name}".{nearest(name, names)}')
         values = cls.read({name: value for name, value in settings.items() if value is not None})
-        return cls.complete(method, values, registry.given_options(method, options), data_options or {}, loaded)
+        return cls.complete(method, values, method_registry.given_options(method, options), data_options or {}, loaded)
 
     @classmethod
     def complete(
@@ -137,7 +137,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         Raises:
             UserError: settings that do not fit together, or a wrong data option.
         """
-        kind = registry.get(method)
+        kind = method_registry.get(method)
         if kind.one_shot and "rounds" in values:
             raise UserError(
                 f"--rounds is not for {method}, a one-shot method whose plan has the rounds it needs: give a client's "
@@ -164,7 +164,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
             {"method": method, "data set": str(base["data"]), "model": str(base["model"]), "aggregator": rule}
         )
         config = {**base, "method": method, "data_options": merged_data, "plugins": {**plugins, **used}}
-        if method in registry.GIVEN:
+        if method in method_registry.GIVEN:
             config["method_sha256"] = script_methods.fingerprint(kind)
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width

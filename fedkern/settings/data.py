@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from fedkern.data import AUGMENTATIONS, DATASETS
-from fedkern.data.registry import data_names
+from fedkern.data.dataset_registry import data_names
 from fedkern.errors import UserError
 from fedkern.files.filesystem import absolute
 from fedkern.settings.defaults import COMMON

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedkern.data import lookup
-from fedkern.models.encoders import WIDTH
+from fedkern.models.networks.small_encoders import WIDTH
 
 COMMON: Mapping[str, Any] = {
     "data": "colordigits", "model": "cnn", "rounds": 20, "local_epochs": 2, "batch_size": 32, "optimizer": "sgd",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from fedkern.errors import UserError
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.methods.aggregators import AGGREGATORS, MEAN, Rule
 from fedkern.methods.server_rules import SERVER_RULES, ServerRule
 from fedkern.settings.data import DataSettings
@@ -33,7 +33,7 @@ POLICIES = {
         "--asynchronous fedasync", mixing=Option(0.6, "weight of an upload", above=0, high=1), staleness=_STALENESS
     ),
 }
-"""Options of every policy of asynchronous rounds (`fedkern.engine.asynchronous`), by its name."""
+"""Options of every policy of asynchronous rounds (`fedkern.engine.uploads.asynchronous`), by its name."""
 _TARGET = re.compile(r"\s*([A-Za-z]\w*)\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*")
 
 
@@ -134,7 +134,7 @@ class FederationSettings(DataSettings):
     def _check_asynchronous(self) -> None:
         """Raises UserError where the method cannot take stale uploads, or a step needs more clients than there are."""
         if not (self.kind.asynchronous and self.method_instance.averages):
-            able = ", ".join(name for name, kind in registry.METHODS.items() if kind.asynchronous)
+            able = ", ".join(name for name, kind in method_registry.METHODS.items() if kind.asynchronous)
             silent = self.kind.asynchronous is None or self.method_instance.averages is None
             why = "overrides what they reach and does not declare it again" if silent else "counts on whole rounds"
             raise UserError(

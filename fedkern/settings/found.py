@@ -12,7 +12,7 @@ from fedkern.settings.section import Section
 class Found(Section):
     """What was found.
 
-    ``served`` says whether the run accelerates its network, and ``plan`` how, as `fedkern.deferred` has it.
+    ``served`` says whether the run accelerates its network, and ``plan`` how, as `fedkern.acceleration` has it.
     ``main`` and ``better`` are those of the data's task (`fedkern.tasks`), and those of classification until the data
     are loaded.
     """

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
+from fedkern.data.dataset_registry import read_options
 from fedkern.data.forms import SampleForm
 from fedkern.data.identity import data_fingerprint, sample_hashes
 from fedkern.data.images import used_cache
 from fedkern.data.images.pixels import CACHE_BYTES
 from fedkern.data.labels.spelling import SHOWN
-from fedkern.data.registry import read_options
 from fedkern.data.sharing.backdoor import add_backdoor
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sharing.patients import limit_patients
@@ -28,9 +28,9 @@ from fedkern.data.split import Split
 from fedkern.data.types import AnySplit, client_label
 from fedkern.errors import UserError, first_of
 from fedkern.files.image_rows import in_parts, load_rows
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.models import MODELS, Own
-from fedkern.models.registry import check_gives
+from fedkern.models.network_registry import check_gives
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.section import Values
@@ -61,7 +61,7 @@ def load_data(
     """
 
     def detector(name: str, box_threshold: float, text_threshold: float) -> Any:
-        from fedkern.models.detector import GroundingDino
+        from fedkern.models.pretrained.detector import GroundingDino
 
         return GroundingDino(name, box_threshold, text_threshold, device=config.device)
 
@@ -244,7 +244,7 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
             "folder or the column that holds the classes."
         )
     if not (kind.serves(data.task) and kind.serves(data)):
-        able = ", ".join(sorted(name for name, method in registry.METHODS.items() if method.serves(data)))
+        able = ", ".join(sorted(name for name, method in method_registry.METHODS.items() if method.serves(data)))
         if kind.serves(data.task):
             raise UserError(
                 f"{config.method} needs images [C, H, W]; samples have {data.form.input_words()}: methods for them are "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.methods.base import Method
 from fedkern.methods.options import Options
 from fedkern.typed_option import OptionTable, flag, option
@@ -48,7 +48,7 @@ class Section(OptionTable):
     @property
     def kind(self) -> type[Method]:
         """The method's class."""
-        return registry.get(self.method)
+        return method_registry.get(self.method)
 
     @cached_property
     def method_options(self) -> Options:

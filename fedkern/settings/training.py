@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedkern.errors import UserError
 from fedkern.files.filesystem import absolute
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.settings.defaults import COMMON
 from fedkern.settings.section import Section, Values
 from fedkern.typed_option import option
@@ -54,7 +54,7 @@ class TrainingSettings(Section):
         if self.momentum >= 1:
             raise UserError("--momentum must be below 1; at 1 the velocity never decays.")
         if self.teachers is not None and not self.kind.takes_teachers:
-            able = ", ".join(sorted(name for name, kind in registry.METHODS.items() if kind.takes_teachers))
+            able = ", ".join(sorted(name for name, kind in method_registry.METHODS.items() if kind.takes_teachers))
             raise UserError(
                 f"--teachers is not for {self.method}, whose clients train round by round; it is for {able}."
             )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from fedkern.tasks.base import Constant as Constant
-from fedkern.tasks.base import Figures as Figures
-from fedkern.tasks.base import Task as Task
 from fedkern.tasks.classification import CLASSIFICATION as CLASSIFICATION
 from fedkern.tasks.multilabel import MULTILABEL as MULTILABEL
 from fedkern.tasks.ordinal import ORDINAL as ORDINAL
 from fedkern.tasks.retrieval import RETRIEVAL as RETRIEVAL
 from fedkern.tasks.segmentation import SEGMENTATION as SEGMENTATION
+from fedkern.tasks.task import Constant as Constant
+from fedkern.tasks.task import Figures as Figures
+from fedkern.tasks.task import Task as Task
 from fedkern.tasks.user_classes import OwnClassification as OwnClassification
 from fedkern.tasks.user_tasks import OwnTask as OwnTask
 

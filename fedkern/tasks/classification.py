@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.tasks import classification_figures as of_classes
-from fedkern.tasks.base import Constant, Figures, Rows, Task, answers, check_shape, mean, to_dict
 from fedkern.tasks.cross_entropy import check_classes, cross_entropy
 from fedkern.tasks.protocols import JudgedSet, Members, SampleSet, TaskBatch
 from fedkern.tasks.registered_metrics import Answers
+from fedkern.tasks.task import Constant, Figures, Rows, Task, answers, check_shape, mean, to_dict
 
 MATRIX = 1000
 """Most classes of a confusion matrix that is kept: a larger one cannot be drawn."""

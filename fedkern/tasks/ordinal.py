@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.tasks import classification_figures as of_classes
-from fedkern.tasks.base import Constant, Figures, Rows, Task, answers, mean, to_dict
 from fedkern.tasks.protocols import Description, JudgedSet, SampleSet, TaskBatch
+from fedkern.tasks.task import Constant, Figures, Rows, Task, answers, mean, to_dict
 
 UNIT = 0.5413248546129181
 """softplus(UNIT) is 1: thresholds begin one apart."""

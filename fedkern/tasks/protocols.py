@@ -38,7 +38,7 @@ class SampleSet(Protocol):
 
 
 class JudgedSet(SampleSet, Protocol):
-    """Samples as an evaluation reads them: `fedkern.engine.reader.Reader`."""
+    """Samples as an evaluation reads them: `fedkern.engine.batches.reader.Reader`."""
 
     split: Any
     loss_batch: int

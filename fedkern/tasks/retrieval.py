@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models, ops
-from fedkern.models.vocabulary import Tokens, split_words
-from fedkern.tasks.base import Task
+from fedkern.models.pretrained.vocabulary import Tokens, split_words
 from fedkern.tasks.protocols import Description, JudgedSet, RunFacts, TaskBatch, Words
+from fedkern.tasks.task import Task
 
 TEMPERATURE = 0.07
 """Fixed temperature of the similarities of unit vectors in the contrastive loss (FedDRA)."""

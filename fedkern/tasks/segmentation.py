@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.files.image_rows import in_parts
-from fedkern.tasks.base import Constant, Figures, Task, check_shape, mean, to_dict
 from fedkern.tasks.cross_entropy import added_in_any_order
 from fedkern.tasks.protocols import JudgedSet, Label, SampleSet, TaskBatch
+from fedkern.tasks.task import Constant, Figures, Task, check_shape, mean, to_dict
 
 PIXELS = 1 << 19
 """Pixels per evaluation batch of a segmentation network; a batch may have one image more (see ``batch_slices``)."""

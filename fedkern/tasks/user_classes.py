@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.tasks.base import Task
 from fedkern.tasks.classification import CLASSIFICATION, Classification
 from fedkern.tasks.protocols import JudgedSet
+from fedkern.tasks.task import Task
 from fedkern.tasks.user_tasks import OwnTask, SetEvaluation, TorchLoss, torch_loss
 
 TAKEN = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")

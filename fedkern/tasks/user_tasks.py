@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from fedkern.errors import UserError, described, shown
 from fedkern.files.filesystem import check_text
 from fedkern.messages.leaves import leaves, mapped, sent, together
-from fedkern.models.cutting import find_logits
 from fedkern.models.precision import autocast_on, full
-from fedkern.tasks.base import Task
+from fedkern.models.users.cutting import find_logits
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
 from fedkern.tasks.protocols import JudgedSet, TaskBatch
-from fedkern.usercode.execution import explain_errors
+from fedkern.tasks.task import Task
+from fedkern.usercode.code_execution import explain_errors
 
 _GRAPH = threading.Lock()
 """Held while parameters take part in a graph: sets may be evaluated side by side, in threads."""

@@ -12,8 +12,8 @@ from typing import Any
 from fedkern.errors import UserError, first_of, nearest
 from fedkern.files import filesystem
 from fedkern.usercode import plugin_files
-from fedkern.usercode.execution import module_name, run
-from fedkern.usercode.identity import digest, identity_table, module_identity
+from fedkern.usercode.code_execution import module_name, run
+from fedkern.usercode.code_identity import digest, identity_table, module_identity
 
 FORMS = "FILE.py:NAME or MODULE:NAME"
 INSTANCE = "module:"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.machinery import all_suffixes
 from pathlib import Path
 
-from fedkern.usercode.identity import content, content_hash
+from fedkern.usercode.code_identity import content, content_hash
 
 _SEEN: dict[str, str] = {}  # identities of the files that this process has run, by module, and of those beside them
 _PART = re.compile(r"(?:(?P<path>.+?) )??(?P<hash>sha256:[0-9a-f]{64})(?:; |$)", re.DOTALL)

@@ -28,9 +28,9 @@ from typing import Any
 
 from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import cache_folder, check_text, expand
-from fedkern.usercode import execution, plugin_files
-from fedkern.usercode.execution import module_name
-from fedkern.usercode.identity import differences, module_identity
+from fedkern.usercode import code_execution, plugin_files
+from fedkern.usercode.code_execution import module_name
+from fedkern.usercode.code_identity import differences, module_identity
 from fedkern.usercode.named_code import refuse_changed, refuse_untrusted, trust
 from fedkern.usercode.registry import REGISTRIES, Registry, docstring
 
@@ -43,7 +43,7 @@ COMMANDS = (
 )  # fmt: skip
 """Names that nothing may be registered as, because the command line would read them as commands."""
 
-_REGISTERED = ("fedkern.methods", "fedkern.data", "fedkern.models", "fedkern.tasks", "fedkern.engine.order")
+_REGISTERED = ("fedkern.methods", "fedkern.data", "fedkern.models", "fedkern.tasks", "fedkern.engine.setup.order")
 """Modules that fill the registries with fedkern's own entries, which would else be taken for a plugin's."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -230,10 +230,10 @@ def _check_apart(plugin: Plugin) -> None:
 def _run(plugin: Plugin, name: str) -> None:
     try:
         if plugin.source is None:
-            execution.run(name)
+            code_execution.run(name)
         else:
             sys.modules.pop(name, None)  # as a network's code it was executed without a look at what it registers
-            execution.run(name, plugin.name, plugin.source)
+            code_execution.run(name, plugin.name, plugin.source)
     except UserError as error:
         raise UserError(f"The plugin {plugin.name} cannot be loaded: {error}") from None
     except (Exception, SystemExit) as error:

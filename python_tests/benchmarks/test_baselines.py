@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks import baselines, bench_aggregate, bench_boxes, bench_robust, bench_server_step
 from fedkern import ops
-from fedkern.models.resnet import BasicBlock
+from fedkern.models.networks.resnet import BasicBlock
 
 SIZE, COUNT = 3 * bench_aggregate.LAYERS + 7, 4  # layers of two lengths
 

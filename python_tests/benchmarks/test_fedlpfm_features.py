@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.studies import fedlpfm
-from fedkern.models import efficientnet_lite
+from fedkern.models.teachers import efficientnet_lite
 from fedkern.usercode import named_code
-from python_tests.models.test_efficientnet_lite import wheel
+from python_tests.models.teachers.test_efficientnet_lite import wheel
 
 
 def test_features_are_asked_once_and_the_head_alone_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

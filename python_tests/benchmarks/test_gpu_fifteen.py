@@ -17,7 +17,7 @@ from benchmarks.gpu.playing import FAILED, PASSED, RECORD
 from benchmarks.gpu.stages import ROOT, Stage
 from fedkern.cli.flags import parse_run
 from fedkern.cli.request import effective_config
-from fedkern.engine import lanes, training
+from fedkern.engine.local import lanes, training
 from python_tests.ops.emulated_core import emulated
 from python_tests.ops.every_operator import OPERATORS
 

@@ -20,11 +20,11 @@ from fedkern import models
 from fedkern.cli import flags, request
 from fedkern.data import load
 from fedkern.engine.run import run
-from fedkern.methods import FedGID, FedLPFM, Phase, registry
+from fedkern.methods import FedGID, FedLPFM, Phase, method_registry
 from fedkern.methods.common.robust_weights import exponentiated_step, project
 from fedkern.methods.fediod.losses import distillation, importance, teacher_terms
 from fedkern.methods.protocol import Batch
-from fedkern.models.vocabulary import Tokens
+from fedkern.models.pretrained.vocabulary import Tokens
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import RETRIEVAL
 
@@ -82,7 +82,7 @@ def test_fedlpfm_has_the_loss_of_fedkern():
 
 def test_fedprox_has_the_gradient_of_fedkern():
     model, globally, one = network().train(), network(1), batch()
-    method = registry.get("fedprox")(registry.get("fedprox").Options.parse({"mu": 0.3}, method="fedprox"))
+    method = method_registry.get("fedprox")(method_registry.get("fedprox").Options.parse({"mu": 0.3}, method="fedprox"))
     theirs = fedprox.loss_of(model, one.inputs, one.targets, globally=globally, mu=0.3)
     parameters = list(model.parameters())
     own = torch.cat([g.flatten() for g in torch.autograd.grad(theirs, parameters)])
@@ -99,7 +99,7 @@ def test_feddra_has_the_loss_of_fedkern():
     model, globally = (models.build_pair(**about, vocabulary=words, seed=seed) for seed in (0, 1))
     texts = ["red two", "green two", "red three", "green three red", "two", "three"]
     one = replace(batch(), targets=model.tokenize(texts), task=RETRIEVAL)
-    globally, kind = common.frozen(globally), registry.get("feddra")
+    globally, kind = common.frozen(globally), method_registry.get("feddra")
     method = kind(kind.Options.parse({"mu": 3.0}, method="feddra"))
     ours, _ = method.loss(model.train(), one, received(globally))
     args = argparse.Namespace(mu=3.0, lambda1=1.0)

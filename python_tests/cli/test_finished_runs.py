@@ -326,7 +326,7 @@ def exporter(monkeypatch):
     known = SimpleNamespace(checker=SimpleNamespace(check_model=lambda path: Path(path).read_text()))
     monkeypatch.setitem(sys.modules, "onnx", known)
     monkeypatch.setitem(sys.modules, "onnxscript", SimpleNamespace())
-    monkeypatch.setattr("fedkern.downstream.export.find_spec", {"onnxruntime": None}.get)
+    monkeypatch.setattr("fedkern.downstream.model_export.find_spec", {"onnxruntime": None}.get)
     monkeypatch.setattr("torch.onnx.export", run)
     return known
 
@@ -343,7 +343,7 @@ def test_an_onnx_file_that_cannot_be_read_leaves_nothing(where, digits, exporter
         exporter.checker.check_model = unreadable
     else:
         session = SimpleNamespace(run=lambda *_: [np.eye(2, 10, dtype=np.float32)])
-        monkeypatch.setattr("fedkern.downstream.export.find_spec", lambda name: name)
+        monkeypatch.setattr("fedkern.downstream.model_export.find_spec", lambda name: name)
         opened = unreadable if where == "runtime" else lambda path: session if Path(path).exists() else None
         made = SimpleNamespace(InferenceSession=lambda path, providers: opened(path))
         monkeypatch.setitem(sys.modules, "onnxruntime", made)

@@ -12,7 +12,7 @@ from PIL import Image
 import fedkern
 from fedkern.data import load
 from fedkern.downstream.saved_network import read_model
-from fedkern.methods.common import diagnostics
+from fedkern.engine.figures import diagnostics
 from fedkern.run import main
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION, MULTILABEL

@@ -10,7 +10,7 @@ import pytest
 from fedkern.cli import extensions
 from fedkern.cli.command_parser import parse_words
 from fedkern.cli.request import effective_config
-from fedkern.data.registry import open_code
+from fedkern.data.dataset_registry import open_code
 from fedkern.run import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ import fedkern
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.usercode import plugin_files, plugins
-from fedkern.usercode.identity import content_hash
+from fedkern.usercode.code_identity import content_hash
 from python_tests.plugin_sources import Executed, begin, check_refused, plugged, unload_all  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("plugged")

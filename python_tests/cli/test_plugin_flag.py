@@ -10,7 +10,7 @@ import pytest
 from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.run import main
 from fedkern.settings.config import RunConfig

@@ -5,8 +5,8 @@ import torch
 
 from fedkern.cli import torchrun
 from fedkern.cli.request import Request
-from fedkern.engine.executors.torchrun_group import LaunchedRank
 from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.transport.torchrun_group import LaunchedRank
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
 

@@ -11,7 +11,7 @@ import fedkern
 from fedkern.comparison import found_runs
 from fedkern.comparison.cells import OF_ROUNDS
 from fedkern.comparison.found_runs import FoundRun, Group, main_figures
-from fedkern.comparison.results import Result
+from fedkern.comparison.run_results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg

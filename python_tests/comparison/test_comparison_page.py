@@ -4,7 +4,7 @@ import pytest
 
 import fedkern
 from fedkern.comparison import comparison_page
-from fedkern.comparison.results import Result
+from fedkern.comparison.run_results import Result
 from fedkern.errors import UserError
 from python_tests.html_reader import Reader
 

@@ -20,10 +20,10 @@ from fedkern.data.images.detections import Detections
 from fedkern.data.split import Split
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.errors import UserError
-from fedkern.models.preprocessing import Preprocessing
-from fedkern.models.prompts import read_prompts
+from fedkern.models.pretrained.preprocessing import Preprocessing
+from fedkern.models.teachers.prompts import read_prompts
 from fedkern.settings.stored import load_settings
 from python_tests.papers_data import BRATS, open_all
 

@@ -6,7 +6,7 @@ import pytest
 
 from fedkern.data import load
 from fedkern.errors import UserError
-from fedkern.report.live.progress import run_headline
+from fedkern.report.live.progress_bar import run_headline
 from fedkern.settings.config import RunConfig
 from python_tests.data.image_sets import write_mask
 

@@ -18,7 +18,7 @@ from fedkern.data.images.image_files import FORMATS, ImageFiles, list_images, op
 from fedkern.data.sources.found_files import gunzip
 from fedkern.errors import UserError
 from fedkern.files.inputs import open_regular, parse_json
-from fedkern.models.prompts import read_prompts
+from fedkern.models.teachers.prompts import read_prompts
 from fedkern.run import main
 from python_tests.in_time import in_time
 

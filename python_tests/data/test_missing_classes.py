@@ -10,7 +10,7 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import FederatedData, load
-from fedkern.downstream.evaluation import _as_trained, _fitted
+from fedkern.downstream.run_evaluation import _as_trained, _fitted
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import caveats, check_data, declared_data

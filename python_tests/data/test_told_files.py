@@ -10,8 +10,8 @@ from rich.console import Console
 import fedkern
 from fedkern.data import load
 from fedkern.data.images import greys
-from fedkern.downstream.evaluation import evaluate_run
-from fedkern.report.live import progress
+from fedkern.downstream.run_evaluation import evaluate_run
+from fedkern.report.live import progress_bar
 
 GREY, RGB, DEEP = "8-bit grey, 96 x 96", "16 x 16 RGB", "16-bit grey, 96 x 96"
 WINDOW = "window 40,400"
@@ -121,7 +121,7 @@ def test_the_header_tells_it_of_sites_only_where_records_are_not_private(tmp_pat
         console = Console(file=io.StringIO(), width=200)
         fedkern.simulate(
             "fedavg", data="csv", data_root=path, data_options={"size": 8, "window": "40,400"}, rounds=1, model="mlp",
-            out=tmp_path / records, progress=False, pictures=False, listener=progress.Lines(console), records=records,
+            out=tmp_path / records, progress=False, pictures=False, listener=progress_bar.Lines(console), records=records,
         )  # fmt: skip
         lines = [text for text in console.file.getvalue().splitlines() if text.startswith("images")]
         assert len(lines) == count

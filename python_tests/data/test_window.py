@@ -15,8 +15,8 @@ import fedkern
 from fedkern.data import load, lookup
 from fedkern.data.images import greys
 from fedkern.data.images.greys import as_text, looked_at, window_of
-from fedkern.downstream import evaluation
-from fedkern.downstream.evaluation import _as_trained
+from fedkern.downstream import run_evaluation
+from fedkern.downstream.run_evaluation import _as_trained
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
 
@@ -115,7 +115,7 @@ def test_other_images_are_seen_in_the_size_of_the_run(data, given, tmp_path):
 
 def test_a_user_s_data_set_may_have_parts_without_a_size(monkeypatch):
     info = SimpleNamespace(options={"crop": lookup("pairs").options["crop"]})
-    monkeypatch.setattr(evaluation, "lookup", lambda data: info if data == "mine" else lookup(data))
+    monkeypatch.setattr(run_evaluation, "lookup", lambda data: info if data == "mine" else lookup(data))
     about = {"image_size": (8, 8), "channels": 1, "grey_bits": 8, "window": None, "task": "pairs"}
     seen = _as_trained("pairs", about, SimpleNamespace(data="mine", data_options={"crop": 8}))
     assert (seen["size"], seen["colour"]) == (8, "grey")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedkern.data import Split, load
 from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
-from fedkern.downstream.evaluation import evaluate_run, list_sets
+from fedkern.downstream.run_evaluation import evaluate_run, list_sets
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods.common.personal import Personal

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedkern import ops
 from fedkern.data.images.image_files import ImageFiles
-from fedkern.downstream.export import check, export, of_images
+from fedkern.downstream.model_export import check, export, of_images
 from fedkern.downstream.prediction import BATCH, Predictor, found_images, write_masks, write_table
 from fedkern.errors import UserError
 from fedkern.tasks import CLASSIFICATION

@@ -8,10 +8,10 @@ from torch.nn.functional import cross_entropy
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.network import Network
+from fedkern.engine.local.network import Network
 from fedkern.engine.run import run
 from fedkern.engine.server import Server
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Method, Objective, Phase, Round, register
 from fedkern.methods.uploads import Number, like

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from benchmarks.studies.audit import audit
+from fedkern.engine.local.training import Diverged
 from fedkern.engine.participation import absent_clients, sample_clients
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics, read_summary
-from fedkern.engine.training import Diverged
+from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.engine.uploads.private_mean import ClippedSum, variances
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Federation
 from fedkern.models import build
 from fedkern.privacy import ClientLevel, server_secret
 from fedkern.privacy.keys import noise_key
-from fedkern.report.live.progress import run_headline
+from fedkern.report.live.progress_bar import run_headline
 from fedkern.settings.config import RunConfig
 from python_tests.engine.test_resume import WithSetUp
 from python_tests.extras import needs_accounting

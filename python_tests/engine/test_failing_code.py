@@ -11,10 +11,10 @@ import pytest
 import fedkern
 from fedkern import UserError
 from fedkern.data import DATASETS, register_data
-from fedkern.engine.store.records import read_summary
+from fedkern.engine.store.record_files import read_summary
 from fedkern.errors import MESSAGE, ClientFailed
 from fedkern.listeners import Listener
-from fedkern.methods import FedAvg, registry
+from fedkern.methods import FedAvg, method_registry
 from fedkern.run import main
 from python_tests.plugin_sources import unload_all
 
@@ -45,9 +45,9 @@ ERRORS = {
 
 @pytest.fixture(autouse=True)
 def classes():
-    registry.GIVEN.clear()
+    method_registry.GIVEN.clear()
     yield
-    registry.GIVEN.clear()
+    method_registry.GIVEN.clear()
 
 
 class Failing(FedAvg):

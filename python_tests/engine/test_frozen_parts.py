@@ -11,7 +11,7 @@ import fedkern
 from fedkern import models
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
-from fedkern.models.freezing import freeze, freeze_bn_after, train_mode
+from fedkern.models.state.freezing import freeze, freeze_bn_after, train_mode
 from fedkern.tasks import CLASSIFICATION
 from python_tests import own_networks, smallest
 from python_tests.own_networks import Small

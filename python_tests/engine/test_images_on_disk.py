@@ -9,7 +9,7 @@ from fedkern.data import Split, load
 from fedkern.data.forms import ImageForm
 from fedkern.data.identity import data_fingerprint
 from fedkern.data.images import image_cache
-from fedkern.engine.images import Images
+from fedkern.engine.batches.images import Images
 from fedkern.engine.run import run
 from fedkern.files import image_rows
 from fedkern.files.image_rows import ImageRows, PixelClasses
@@ -39,7 +39,7 @@ def on_disk(monkeypatch, tmp_path):
 
     def change(yes=True):
         monkeypatch.setattr(image_cache, "MEMORY_BYTES", 0 if yes else 1 << 30)
-        monkeypatch.setattr("fedkern.engine.samples.CACHE_BYTES", 0 if yes else 1 << 30)
+        monkeypatch.setattr("fedkern.engine.local.samples.CACHE_BYTES", 0 if yes else 1 << 30)
 
     return change
 

@@ -35,10 +35,10 @@ from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, parted
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.models.user_models import ItemNetwork
+from fedkern.models.users.user_models import ItemNetwork
 from fedkern.run import main
 from fedkern.tasks import CLASSIFICATION, Task
-from fedkern.usercode.identity import identity_table
+from fedkern.usercode.code_identity import identity_table
 from python_tests import opened_at_import, worker_methods
 from python_tests.hearing import Hearing
 from python_tests.interrupted import Kill, KillAt

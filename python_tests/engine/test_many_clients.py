@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from fedkern.data import FederatedData
-from fedkern.engine import samples
 from fedkern.engine.evaluate import compared_alike
-from fedkern.engine.loop import Loop
+from fedkern.engine.local import samples
+from fedkern.engine.rounds.loop import Loop
 from fedkern.engine.run import run
 from fedkern.engine.store import checkpoints as module
 from fedkern.engine.store import client_table

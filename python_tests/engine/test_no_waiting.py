@@ -8,7 +8,7 @@ import torch
 
 from fedkern.engine.run import run
 from fedkern.methods import METHODS, FedAvg
-from fedkern.models.transfer import send
+from fedkern.process.device_copies import send
 from fedkern.settings.config import RunConfig
 from python_tests.pretended_gpu import META, pretend
 from python_tests.smallest import SETTINGS

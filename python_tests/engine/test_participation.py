@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedkern.engine import preparing
 from fedkern.engine.participation import (
     DROPPED_OUT,
     LATE,
@@ -18,8 +17,9 @@ from fedkern.engine.participation import (
     speed,
 )
 from fedkern.engine.run import run
+from fedkern.engine.setup import preparing
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Round
 from fedkern.methods.base import Federation

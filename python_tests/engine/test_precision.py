@@ -15,10 +15,10 @@ import fedkern
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.context import RunContext
-from fedkern.engine.network import Network
+from fedkern.engine.local.network import Network
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import ClientFailed, UserError
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.fedgid import FedGID

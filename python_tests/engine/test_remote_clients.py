@@ -2,10 +2,10 @@
 
 from typing import ClassVar
 
-from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.executor import Answer
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from python_tests.interrupted import outcome
 
 

@@ -12,7 +12,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Phase
 from fedkern.ops import FlatParameters
@@ -186,7 +186,7 @@ def test_a_detector_runs_on_the_device_of_the_run(make_config, monkeypatch):
         given.update(model=model, thresholds=(box_threshold, text_threshold), device=device)
         raise UserError("made")
 
-    monkeypatch.setattr("fedkern.models.detector.GroundingDino", detector)
+    monkeypatch.setattr("fedkern.models.pretrained.detector.GroundingDino", detector)
     config = make_config(data="digits", partition="iid", data_options={"detector": "tiny", "text_threshold": 0.4})
     with pytest.raises(UserError, match="made"):
         load_data(config)

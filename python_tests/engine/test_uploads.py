@@ -6,7 +6,7 @@ import torch
 
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.engine.uploads.declared import Declared
 from fedkern.errors import RunFailed, UserError
 from fedkern.methods import METHODS, Scaffold

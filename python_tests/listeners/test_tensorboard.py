@@ -8,7 +8,7 @@ import pytest
 
 from fedkern.cli.command_parser import parse_words, play_request
 from fedkern.cli.commands import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners.tensorboard import FOLDER, TensorBoard, scalars
 from python_tests.interrupted import Kill, KillAt

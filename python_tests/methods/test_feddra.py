@@ -10,10 +10,10 @@ import torch
 
 from fedkern import ops
 from fedkern.engine.client import Client
-from fedkern.engine.ledger import message_bytes
+from fedkern.engine.rounds.ledger import message_bytes
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA, Federation
 from fedkern.methods.feddra import ALIGNMENT, splice_ends

@@ -10,9 +10,9 @@ from torch.nn.functional import cross_entropy
 from fedkern import models
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.network import Network
+from fedkern.engine.local.network import Network
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedGID, Phase
 from fedkern.methods.fedgid import batch_statistics_only
@@ -271,7 +271,7 @@ def test_empty_bank_trains_without_intervention_and_says_so(make_data, make_conf
     summary = run(make_config("fedgid"), out=tmp_path, data=data)
     assert "client 1" in summary["diagnostics"]["background-bank-empty"]
     assert "1 of the 9 images of client 2" in summary["diagnostics"]["background-bank-sparse"]
-    from fedkern.engine.store.records import read_metrics
+    from fedkern.engine.store.record_files import read_metrics
 
     clients = read_metrics(tmp_path)[0]["clients"]
     assert "loss_gi" in clients["0"]

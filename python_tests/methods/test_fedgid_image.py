@@ -15,13 +15,13 @@ import fedkern
 from fedkern.data import AUGMENTATIONS, FederatedData, Split, normalise
 from fedkern.data.forms import ImageForm
 from fedkern.data.images.transforms import window
-from fedkern.engine.images import Images
+from fedkern.engine.batches.images import Images
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, FedGID
 from python_tests.engine.executors.test_workers import compared
-from python_tests.engine.test_captured import SMALL, same_runs
+from python_tests.engine.local.test_captured import SMALL, same_runs
 from python_tests.interrupted import KillAt, check_interruption
 from python_tests.methods.test_fedgid import PHASE, Scene, gradient
 from python_tests.pretended_gpu import pretend

@@ -12,17 +12,17 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, sof
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.ledger import message_bytes
+from fedkern.engine.rounds.ledger import message_bytes
 from fedkern.engine.run import run
 from fedkern.engine.server import Server
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedLPFM, Phase
 from fedkern.methods.fedlpfm import teacher_mflops
 from fedkern.methods.protocol import BEFORE
 from fedkern.models.precision import computing
-from fedkern.models.teacher import teacher_of
-from fedkern.models.teacher_training import tune
+from fedkern.models.teachers.teacher import teacher_of
+from fedkern.models.teachers.teacher_training import tune
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, killed, outcome
@@ -313,7 +313,7 @@ def test_an_embedded_teacher_needs_public_images(make_data, make_config, tmp_pat
 def test_a_teacher_of_other_classes(data, make_config, monkeypatch):
     config = small(make_config)
     monkeypatch.setattr(
-        "fedkern.models.teachers.Teachers.make",
+        "fedkern.models.teachers.named_teachers.Teachers.make",
         lambda *_: teacher_of(lambda x: torch.zeros(len(x), 7), "imagenet", 3),
     )
     with pytest.raises(UserError, match="the teacher imagenet knows 7 classes and the data have 3"):

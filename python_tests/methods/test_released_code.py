@@ -25,11 +25,11 @@ from fedkern.methods.fusefl.levels import LocalPart, plain_head, tensors_of
 from fedkern.methods.protocol import Batch
 from fedkern.models.blocks import cut
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
-from fedkern.models.generator import Generator
-from fedkern.models.resnet import ResNet
-from fedkern.models.teacher_stack import TeacherStack
+from fedkern.models.networks.generator import Generator
+from fedkern.models.networks.resnet import ResNet
+from fedkern.models.pretrained.vocabulary import Tokens
+from fedkern.models.teachers.teacher_stack import TeacherStack
 from fedkern.models.towers import PairNetwork
-from fedkern.models.vocabulary import Tokens
 
 FOLDER = Path(__file__).parent / "released"
 DTYPES = {"f32": torch.float32, "f64": torch.float64}

@@ -14,7 +14,15 @@ import torch
 
 import fedkern
 from fedkern.api import read_request
-from fedkern.methods import FedAvg, FedIOD, FedLPFM, FedProx, option, registry, script_methods
+from fedkern.methods import (
+    FedAvg,
+    FedIOD,
+    FedLPFM,
+    FedProx,
+    method_registry,
+    option,
+    script_methods,
+)
 from fedkern.run import main
 
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,
@@ -42,9 +50,9 @@ class Half(FedAvg):
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    registry.GIVEN.clear()
+    method_registry.GIVEN.clear()
     yield
-    registry.GIVEN.clear()
+    method_registry.GIVEN.clear()
 
 
 def memory():
@@ -122,7 +130,7 @@ def test_a_class_without_a_name_is_stored_and_given_again(capsys):
     assert run.config.method == f"class:{__name__}:Slow"
     assert run.config.options["share"] == 0.5
     assert run.config.method_sha256 == script_methods.fingerprint(Slow)
-    registry.GIVEN.clear()  # as in another process
+    method_registry.GIVEN.clear()  # as in another process
     with pytest.raises(fedkern.UserError, match=re.escape("go on with it in Python, fedkern.load('run', method=Slow)")):
         fedkern.load("run")
     assert main(["--resume", "run"]) == 2

@@ -16,11 +16,11 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedkern import models, ops
-from fedkern.models import conv_norm
 from fedkern.models.blocks import cut
-from fedkern.models.conv_norm import ConvSequential, run_conv_norm
 from fedkern.models.cost import count_flops
-from fedkern.models.teacher_stack import fold_norms
+from fedkern.models.networks import conv_norm_layers
+from fedkern.models.networks.conv_norm_layers import ConvSequential, run_conv_norm
+from fedkern.models.teachers.teacher_stack import fold_norms
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -43,8 +43,8 @@ def calls(monkeypatch):
         x = inputs.x
         return (type(x) is Tensor and x.dim() == 4 and not torch.is_autocast_enabled("cpu")) or None
 
-    monkeypatch.setattr(conv_norm, "run", run)
-    monkeypatch.setattr(conv_norm, "serving", serving)
+    monkeypatch.setattr(conv_norm_layers, "run", run)
+    monkeypatch.setattr(conv_norm_layers, "serving", serving)
     return found
 
 
@@ -369,7 +369,7 @@ def test_convolutions_of_a_network(name, calls, monkeypatch):
     layers = copy.deepcopy(module)
     found = module(x)
     assert len(calls) == SERVED[name]
-    monkeypatch.setattr(conv_norm, "serving", lambda *_: None)
+    monkeypatch.setattr(conv_norm_layers, "serving", lambda *_: None)
     torch.testing.assert_close(found, layers(x), rtol=1e-3, atol=1e-3)
     same(module.state_dict(), layers.state_dict())
     assert len(calls) == SERVED[name]

@@ -14,10 +14,10 @@ import pytest
 
 import fedkern
 from fedkern.errors import UserError
-from fedkern.models import pretrained_pair
-from fedkern.models.clip import clip_teacher
-from fedkern.models.detector import GroundingDino
-from fedkern.models.pretrained import quiet
+from fedkern.models.pretrained import pretrained_pair
+from fedkern.models.pretrained.detector import GroundingDino
+from fedkern.models.pretrained.safe_loading import quiet
+from fedkern.models.teachers.clip import clip_teacher
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
 

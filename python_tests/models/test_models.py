@@ -12,8 +12,8 @@ from torch import nn
 
 from fedkern import models
 from fedkern.errors import UserError
-from fedkern.models.cutting import find_cut
-from fedkern.models.resnet import BasicBlock
+from fedkern.models.networks.resnet import BasicBlock
+from fedkern.models.users.cutting import find_cut
 
 NAMES = tuple(name for name, entry in models.MODELS.items() if entry.gives == "classes")
 
@@ -243,7 +243,7 @@ def test_narrow_shortcut_is_the_strided_convolution():
 def test_narrow_residual_networks_train_on_two_threads():
     # In a process of its own: what is tested for ends a process.
     code = (
-        "import torch; from fedkern.models.resnet import BasicBlock; torch.set_num_threads(2)\n"
+        "import torch; from fedkern.models.networks.resnet import BasicBlock; torch.set_num_threads(2)\n"
         "block = BasicBlock(8, 16, stride=2).to(memory_format=torch.channels_last)\n"
         "for batch in (1, 3, 5, 13, 31) * 4:\n"
         "    x = torch.randn(batch, 8, 32, 32).contiguous(memory_format=torch.channels_last)\n"

@@ -8,12 +8,12 @@ from fedkern import models
 from fedkern.models import Ensemble
 from fedkern.models.blocks import cut
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork
-from fedkern.models.generator import Generator
+from fedkern.models.networks.generator import Generator
+from fedkern.models.networks.unet import UNet
 from fedkern.models.precision import autocasts, computing, frozen, lower
-from fedkern.models.teacher import trained_teacher
-from fedkern.models.teacher_cache import LogitsCache
-from fedkern.models.teacher_stack import TeacherStack, fold_norms
-from fedkern.models.unet import UNet
+from fedkern.models.teachers.teacher import trained_teacher
+from fedkern.models.teachers.teacher_cache import LogitsCache
+from fedkern.models.teachers.teacher_stack import TeacherStack, fold_norms
 
 BF16 = torch.bfloat16
 

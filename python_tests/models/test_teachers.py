@@ -15,11 +15,11 @@ from torch import nn
 
 from fedkern import models
 from fedkern.errors import UserError
-from fedkern.models import teacher_cache, teachers
 from fedkern.models.cost import cost
-from fedkern.models.teacher import Teacher, teacher_of, trained_teacher
-from fedkern.models.teacher_cache import LogitsCache, image_keys, read_file, stored_logits
-from fedkern.models.teacher_training import Recipe, load_or_pretrain, pretrain, tune
+from fedkern.models.teachers import named_teachers, teacher_cache
+from fedkern.models.teachers.teacher import Teacher, teacher_of, trained_teacher
+from fedkern.models.teachers.teacher_cache import LogitsCache, image_keys, read_file, stored_logits
+from fedkern.models.teachers.teacher_training import Recipe, load_or_pretrain, pretrain, tune
 
 MEAN, STD = (0.4,), (0.3,)
 CLASSES = ("a", "b", "c")
@@ -294,7 +294,9 @@ def test_pre_training_learns_and_is_cached(tmp_path: Path, monkeypatch: pytest.M
         assert (first(public.images).argmax(1) == public.labels).float().mean() > 0.9
     trained: list[int] = []
     real = pretrain
-    monkeypatch.setattr("fedkern.models.teacher_training.pretrain", lambda *args: (trained.append(1), real(*args)))
+    monkeypatch.setattr(
+        "fedkern.models.teachers.teacher_training.pretrain", lambda *args: (trained.append(1), real(*args))
+    )
     for (name, a), b in zip(first.state_dict().items(), make().state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert not trained
@@ -368,15 +370,15 @@ def test_a_callable_has_nothing_to_tune() -> None:
     assert teacher_of(build(), "mine", 3).features(torch.zeros(2, 1, 8, 8)).shape == (2, 8)
 
 
-def made(spec: teachers.Spec, folder: Path, public: Public | None = None) -> Any:
-    named = teachers.Teachers(
+def made(spec: named_teachers.Spec, folder: Path, public: Public | None = None) -> Any:
+    named = named_teachers.Teachers(
         [spec], LogitsCache(folder, MEAN, STD), CLASSES, torch.device("cpu"), build, public, "", Recipe(epochs=1)
     )
     return named[0]
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    larger = teachers.expand(teachers.parse("pretrained, pretrained:cnn/3"), build)
+    larger = named_teachers.expand(named_teachers.parse("pretrained, pretrained:cnn/3"), build)
     assert [str(spec) for spec in larger] == [
         "pretrained:resnet8/32", "pretrained:cnn/64", "pretrained:resnet8/64", "pretrained:cnn/3"
     ]  # fmt: skip
@@ -387,9 +389,9 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module.bright = lambda images: images.mean((2, 3)).expand(-1, 3)  # type: ignore[attr-defined]
     module.mine = counting()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "teachers_of_a_test", module)
-    (spec,) = teachers.parse("teachers_of_a_test:bright")
+    (spec,) = named_teachers.parse("teachers_of_a_test:bright")
     assert made(spec, tmp_path).logits(torch.ones(2, 1, 8, 8)).tolist() == [[1.0] * 3] * 2
-    assert made(teachers.parse("teachers_of_a_test:mine")[0], tmp_path) is module.mine
+    assert made(named_teachers.parse("teachers_of_a_test:mine")[0], tmp_path) is module.mine
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
@@ -406,12 +408,12 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 ])  # fmt: skip
 def test_names_that_mean_nothing(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        made(teachers.parse(text)[0], tmp_path, Public())
+        made(named_teachers.parse(text)[0], tmp_path, Public())
 
 
 def test_no_public_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"are none: give --public-samples N, .*public=DATASET, or another teacher"):
-        made(teachers.Spec("pretrained", "cnn"), tmp_path)
+        made(named_teachers.Spec("pretrained", "cnn"), tmp_path)
 
 
 def test_cost_of_a_network() -> None:

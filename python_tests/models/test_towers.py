@@ -10,10 +10,10 @@ from torch import nn
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.models import PairNetwork, Tokens, Vocabulary, build_pair, learn_vocabulary
-from fedkern.models.attention import TransformerLayer, head_count
-from fedkern.models.encoders import ImageEncoder
+from fedkern.models.networks.attention import TransformerLayer, head_count
+from fedkern.models.networks.small_encoders import ImageEncoder
+from fedkern.models.pretrained.vocabulary import CLS, PAD, SPECIAL, UNKNOWN
 from fedkern.models.towers import IMAGE_ENCODERS, PARTS, TEXT_ENCODERS
-from fedkern.models.vocabulary import CLS, PAD, SPECIAL, UNKNOWN
 
 TEXTS = ("a red three above a blue seven", "A blue seven, left of a green one!", "a red three")
 PICTURE = {"channels": 3, "image_size": (16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3}

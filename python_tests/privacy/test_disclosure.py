@@ -15,7 +15,7 @@ from fedkern.data.identity import of_memory
 from fedkern.downstream import membership_attack
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import newest
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import register
@@ -23,7 +23,7 @@ from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import Guarantee
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.report.figures.pictures import write_pictures
-from fedkern.report.live.progress import Live
+from fedkern.report.live.progress_bar import Live
 from fedkern.report.pages.run_page import write_report
 from fedkern.report.tables import final_table
 from fedkern.settings.config import RunConfig

@@ -16,12 +16,12 @@ from torch import nn
 from fedkern.data import Split
 from fedkern.data.forms import ImageForm
 from fedkern.data.sharing.patients import limit_patients
+from fedkern.engine.batches.images import Images
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.images import Images
-from fedkern.engine.private_training import train_privately
+from fedkern.engine.local.private_training import train_privately
+from fedkern.engine.local.training import Schedule
 from fedkern.engine.run import run
-from fedkern.engine.training import Schedule
 from fedkern.errors import UserError
 from fedkern.methods.base import Objective, Phase
 from fedkern.methods.common.class_counts import class_counts
@@ -29,7 +29,7 @@ from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.local_teachers import split_holdout as held_out
 from fedkern.privacy import DPSGD, LEDGER
-from fedkern.report.live.progress import Lines
+from fedkern.report.live.progress_bar import Lines
 from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings
 from fedkern.streams import stream

@@ -19,17 +19,17 @@ import fedkern
 from fedkern.data.sources.data_function import DataFunction
 from fedkern.data.types import DataRequest
 from fedkern.downstream import Finished, decode, probe, retrieve, zero_shot
-from fedkern.downstream.evaluation import evaluate_run
-from fedkern.downstream.export import export, exportable
 from fedkern.downstream.membership_attack import attack
+from fedkern.downstream.model_export import export, exportable
 from fedkern.downstream.prediction import Predictor
+from fedkern.downstream.run_evaluation import evaluate_run
 from fedkern.downstream.saved_network import read_model
-from fedkern.models.user_models import Own
+from fedkern.models.users.user_models import Own
 from fedkern.process import torch_modes
 from fedkern.settings.run_data import load_data
 from fedkern.tasks.registered_metrics import METRICS
 from fedkern.usercode import named_code, plugins
-from fedkern.usercode.execution import host_code
+from fedkern.usercode.code_execution import host_code
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, "rounds": 2, "threads": 1,
         "grad_cam": 0, "progress": False, "pictures": False}  # fmt: skip

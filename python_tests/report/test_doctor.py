@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from fedkern.ops._core import backend, loading
-from fedkern.report import doctor
+from fedkern.report import doctor_page
 
 
 def shown() -> str:
     console = Console(file=io.StringIO(), width=160)
-    doctor.print_report(console)
+    doctor_page.print_report(console)
     return console.file.getvalue()
 
 
@@ -24,7 +24,7 @@ def test_it_names_versions_processor_threads_and_operators():
     text = shown()
     for part in ("python", "torch", "processor", "threads", "GPU"):
         assert part in text
-    report = doctor.collect_report()
+    report = doctor_page.collect_report()
     json.dumps(report)
     operators = {row["operator"] for row in report["operators"]}
     assert "blend" in operators
@@ -35,7 +35,7 @@ def test_it_names_versions_processor_threads_and_operators():
 
 
 def test_operators_without_kernels_for_gpus():
-    rows = {(row["operator"], row["backend"]): row for row in doctor.collect_report()["operators"]}
+    rows = {(row["operator"], row["backend"]): row for row in doctor_page.collect_report()["operators"]}
     for name in ("triton", "cuda"):
         assert not any(rows[operator, name]["serves"] for operator in ("conv_norm", "conv_pool"))
         assert f"{name} does not serve conv_norm, conv_pool: not implemented" in shown()
@@ -44,12 +44,12 @@ def test_operators_without_kernels_for_gpus():
 
 
 def test_what_a_backend_leaves_to_the_reference_is_told():
-    report = doctor.collect_report()
+    report = doctor_page.collect_report()
     for row in report["operators"]:
         if row["backend"] == "triton" and row["operator"] in ("kl_div", "blend"):
             row.update(serves=True, leaves="limits" if row["operator"] == "kl_div" else "")
     console = Console(record=True, width=300)
-    doctor.print_report(console, report)
+    doctor_page.print_report(console, report)
     assert "triton leaves to the reference, also where it is forced: of kl_div limits\n" in console.export_text()
 
 
@@ -64,7 +64,7 @@ def test_a_missing_core_is_explained(monkeypatch):
     assert "CPU core" in text
     assert "fedkern._cpu was not built" in text
     assert "the reference serves, in plain PyTorch" in text
-    rows = [row for row in doctor.collect_report()["operators"] if row["backend"] == "cpu"]
+    rows = [row for row in doctor_page.collect_report()["operators"] if row["backend"] == "cpu"]
     assert rows
     assert not any(row["serves"] for row in rows)
 
@@ -91,14 +91,14 @@ def test_rocm_is_called_by_its_name(monkeypatch):
     text = " ".join(shown().split())
     assert "ROCm (HIP 6.4.1), where no kernel was ever tried: the reference serves unless another is forced" in text
     assert "a CPU build" not in text
-    assert doctor.collect_report()["cuda"]["hip"] == "6.4.1"
+    assert doctor_page.collect_report()["cuda"]["hip"] == "6.4.1"
 
 
 def test_a_forced_isa_that_does_not_exist_is_explained(monkeypatch):
     pytest.importorskip("fedkern._cpu", reason="the compiled core is not built")
     monkeypatch.setenv("FEDKERN_CPU_ISA", "avx1024")
     monkeypatch.setattr(backend, "_isa_applied", False)
-    assert "avx1024" in doctor.processor()["problem"]
+    assert "avx1024" in doctor_page.processor()["problem"]
     assert "avx1024" in shown()
 
 
@@ -111,10 +111,10 @@ def test_a_forced_isa_that_does_not_exist_is_explained(monkeypatch):
     ],
 )
 def test_the_processors_name(text, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(doctor_page, "CPUINFO", tmp_path / "cpuinfo")
     if text is not None:
         (tmp_path / "cpuinfo").write_text(text)
-    assert doctor.processor()["name"] == name
+    assert doctor_page.processor()["name"] == name
 
 
 def test_a_forced_backend_is_shown(monkeypatch):
@@ -126,7 +126,7 @@ def test_a_forced_backend_is_shown(monkeypatch):
 
 def test_no_driver_and_no_nvml(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert doctor.gpus() == ([], "nvidia-ml-py is not installed")
+    assert doctor_page.gpus() == ([], "nvidia-ml-py is not installed")
     assert "GPU" in shown()
 
 
@@ -158,9 +158,9 @@ def test_the_driver_that_the_cuda_core_needs_is_named(monkeypatch):
     built = types.SimpleNamespace(architectures=lambda: [80, 90, 100], versions=lambda: (12080, 0))
     monkeypatch.setattr(loading, "load_core", lambda name: built)
     expected = "built with CUDA 12.8 for sm_80, sm_90, sm_100 and newer; needs NVIDIA's driver 525.60.13 or newer"
-    assert doctor.cuda_core() == expected
+    assert doctor_page.cuda_core() == expected
     monkeypatch.undo()
-    assert doctor.cuda_core() in " ".join(shown().split())
+    assert doctor_page.cuda_core() in " ".join(shown().split())
 
 
 def test_a_gpu_is_shown(monkeypatch):

@@ -8,13 +8,13 @@ import pytest
 from fedkern.comparison import cell_runner, comparison_page
 from fedkern.comparison.cells import Variant
 from fedkern.comparison.found_runs import FoundRun, Group
-from fedkern.comparison.results import Result
+from fedkern.comparison.run_results import Result
 from fedkern.comparison.seed_statistics import Target
-from fedkern.engine.parts.base import Stop
+from fedkern.engine.figures import diagnostics
 from fedkern.engine.parts.evaluation import Evaluation
+from fedkern.engine.parts.part import Stop
 from fedkern.engine.parts.stopping import Patience
 from fedkern.engine.store.data_facts import DataFacts
-from fedkern.methods.common import diagnostics
 from fedkern.report import tables
 from fedkern.report.figures.curves import accuracy_panels, client_panels, draw_panels
 from fedkern.report.pages import run_page

@@ -20,7 +20,7 @@ from fedkern.errors import UserError
 from fedkern.listeners import RunInfo
 from fedkern.listeners.tensorboard import TensorBoard, scalars
 from fedkern.methods.base import Round
-from fedkern.report import doctor, tables
+from fedkern.report import doctor_page, tables
 from fedkern.report.figures import answer_sheets, artifact_sheet, comparison_plot, confusion_sheet, curves, plots
 from fedkern.report.live.notebook import display
 from fedkern.report.names import TICK, TITLE, label
@@ -185,9 +185,9 @@ def test_progress(name, terminal, tmp_path):
 
 def test_doctor(monkeypatch):
     out = console()
-    report = doctor.collect_report()
+    report = doctor_page.collect_report()
     report["cpu"]["name"] = report["forced_backend"] = "[bold]x[/] :dog: \x1b[2J"
-    doctor.print_report(out, report)
+    doctor_page.print_report(out, report)
     assert out.file.getvalue().count(r"[bold]x[/] :dog: \x1b[2J") == 2
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import fedkern
 from fedkern import UserError
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.settings.stored import load_settings
 from python_tests.plugin_sources import unload_all
 
@@ -45,9 +45,9 @@ class Net(nn.Sequential):
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    registry.GIVEN.clear()
+    method_registry.GIVEN.clear()
     yield
-    registry.GIVEN.clear()
+    method_registry.GIVEN.clear()
     unload_all()
 
 
@@ -169,7 +169,7 @@ def test_a_changed_class_is_refused(monkeypatch, tmp_path):
         text = PLUGIN.replace('@register("NAME")', "").replace("SHARE", str(factor))
         Path("of_a_module.py").write_text(text)
         linecache.clearcache()
-        registry.GIVEN.clear()
+        method_registry.GIVEN.clear()
         module = types.ModuleType("of_a_module")
         module.__file__ = str(tmp_path / "of_a_module.py")
         monkeypatch.setitem(sys.modules, "of_a_module", module)

@@ -5,7 +5,7 @@ from PIL import Image
 
 from fedkern.data import FederatedData, load
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import declared_data, kept_data
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.methods import register_metric
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import Kill, KillAt, outcome

@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy, one_hot
 from fedkern.data import IGNORE, FederatedData, PartitionStatistics, Split
 from fedkern.data.forms import ImageForm
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.batches.images import Images
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.images import Images
-from fedkern.engine.network import Network
+from fedkern.engine.local.network import Network
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Phase, Scaffold

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, StackDataset, TensorDataset, default
 
 import fedkern
 from fedkern.errors import UserError
-from fedkern.report.live.progress import run_headline
+from fedkern.report.live.progress_bar import run_headline
 from fedkern.tasks import OwnTask, user_tasks
 from python_tests.hearing import Hearing
 

@@ -3,7 +3,7 @@
 import pytest
 
 import fedkern
-from fedkern.engine.registry import PARTS
+from fedkern.engine.parts.part import PARTS
 from fedkern.listeners import Listener
 from fedkern.methods.baselines.fedavg import FedAvg
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedkern.usercode.identity import (
+from fedkern.usercode.code_identity import (
     DEEP,
     LIMIT,
     NODES,

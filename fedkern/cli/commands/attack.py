@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
 from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
-from fedkern.engine.store.records import plain
+from fedkern.engine.store.record_files import plain
 from fedkern.process.standard_streams import put
 
 
@@ -26,7 +26,7 @@ def play(request: Request) -> int:
     if request.json:
         put(plain(result))
     else:
-        from fedkern.report.live.progress import make_console
+        from fedkern.report.live.progress_bar import make_console
         from fedkern.report.tables import attack_table
 
         make_console().print(attack_table(result, f"{out}, network of the {result['network']} round"))

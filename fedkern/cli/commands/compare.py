@@ -17,7 +17,7 @@ from fedkern.cli.repeat import first_commands
 from fedkern.cli.request import Request, effective_config
 from fedkern.errors import UserError, printable
 from fedkern.files import atomic
-from fedkern.methods import METHODS, registry
+from fedkern.methods import METHODS, method_registry
 from fedkern.process import interrupts
 from fedkern.process.standard_streams import put
 from fedkern.settings.config import RunConfig
@@ -210,7 +210,7 @@ def config_of(request: Request, variant: Variant, seed: int) -> RunConfig:
     from fedkern.comparison.cells import own_settings, word
 
     method, options = variant.method, request.arguments["options"]
-    common = {name: value for name, value in options.items() if name in registry.option_names(method)}
+    common = {name: value for name, value in options.items() if name in method_registry.option_names(method)}
     options_given: Mapping[str, Any] = {**common, **variant.options}
     settings = {**own_settings(method, request.settings), **RunConfig.read(variant.settings), "seed": seed}
     words = tuple(f"{name}={word(value)}" for name, value in options_given.items())
@@ -218,7 +218,7 @@ def config_of(request: Request, variant: Variant, seed: int) -> RunConfig:
 
 
 def _tell(request: Request, comparison: Comparison, tracebacks: Mapping[str, str]) -> int:
-    from fedkern.report.live.progress import make_console
+    from fedkern.report.live.progress_bar import make_console
     from fedkern.report.names import print_line
 
     result = comparison.result
@@ -244,7 +244,7 @@ def print_outcome(
 
     Returns the exit code.
     """
-    from fedkern.report.live.progress import make_console
+    from fedkern.report.live.progress_bar import make_console
     from fedkern.report.names import print_line
 
     if request.json:

@@ -14,11 +14,11 @@ def add_flags(parser: Parser) -> None:
 
 def play(request: Request) -> int:
     """Prints the state of the installation."""
-    from fedkern.report import doctor
-    from fedkern.report.live.progress import make_console
+    from fedkern.report import doctor_page
+    from fedkern.report.live.progress_bar import make_console
 
     if request.json:
-        put(doctor.collect_report())
+        put(doctor_page.collect_report())
     else:
-        doctor.print_report(make_console())
+        doctor_page.print_report(make_console())
     return 0

@@ -10,7 +10,7 @@ from fedkern.cli.finished_runs import add_data, add_network, publish_result, run
 from fedkern.cli.flags import Parser
 from fedkern.cli.request import Request
 from fedkern.downstream.tasks import FEATURES, TASKS
-from fedkern.engine.store.records import plain
+from fedkern.engine.store.record_files import plain
 from fedkern.errors import UserError, printable_name
 from fedkern.settings.stored import load_settings
 from fedkern.typed_option import flag
@@ -101,7 +101,7 @@ def play(request: Request) -> int:
 
     from fedkern.cli.backend_check import check_backend
     from fedkern.downstream import Finished
-    from fedkern.downstream.evaluation import evaluate_run
+    from fedkern.downstream.run_evaluation import evaluate_run
     from fedkern.process.allocator import keep_freed_memory
     from fedkern.report.live.notebook import display
     from fedkern.report.names import CELL

@@ -8,7 +8,7 @@ from pathlib import Path
 from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
 from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
-from fedkern.downstream import export
+from fedkern.downstream import model_export
 from fedkern.files.filesystem import check_new
 from fedkern.messages.leaves import leaves
 from fedkern.process.standard_streams import put
@@ -18,7 +18,7 @@ def add_flags(parser: Parser) -> None:
     """Adds the flags."""
     parser.add_folder("a finished run")
     add_arguments(parser, {
-        "format": ("|".join(export.FORMATS), "form of the file; default as the name of --out ends, else torch-export"),
+        "format": ("|".join(model_export.FORMATS), "form of the file; default as the name of --out ends, else torch-export"),
         "out": ("FILE", "file to write; default model.onnx, model.pt2 or model.pt in the run folder"),
     })  # fmt: skip
     add_network(parser)
@@ -29,17 +29,20 @@ def check_request(request: Request, parser: Parser) -> Request:
 
     Raises UserError where the format is unknown.
     """
-    export.find_format(request.arguments["format"], request.out)
+    model_export.find_format(request.arguments["format"], request.out)
     return request
 
 
 def play(request: Request) -> int:
     """Writes the network in another form, and prints the files."""
-    kind, best = export.find_format(request.arguments["format"], request.out), request.arguments["network"] == "best"
-    bundle = export.exportable(run_folder(request), trusted_code(request), best=best)
-    out = request.out or run_folder(request) / f"{'best' if best else 'model'}{export.FORMATS[kind]}"
+    kind, best = (
+        model_export.find_format(request.arguments["format"], request.out),
+        request.arguments["network"] == "best",
+    )
+    bundle = model_export.exportable(run_folder(request), trusted_code(request), best=best)
+    out = request.out or run_folder(request) / f"{'best' if best else 'model'}{model_export.FORMATS[kind]}"
     check_new(out, "export")
-    written = [str(path) for path in export.export(bundle, out, kind)]
+    written = [str(path) for path in model_export.export(bundle, out, kind)]
     if request.json:
         put({"files": written})
     else:

@@ -40,7 +40,7 @@ def play(request: Request) -> int:
     Prints a few rows.
     """
     from fedkern.downstream import prediction
-    from fedkern.report.live.progress import show_progress
+    from fedkern.report.live.progress_bar import show_progress
 
     best = request.arguments["network"] == "best"
     predictor = prediction.Predictor.open(run_folder(request), trusted_code(request), best=best)

@@ -99,7 +99,7 @@ def play(request: Request) -> int:
     from fedkern.comparison import published
     from fedkern.comparison.boards import choose_board
     from fedkern.comparison.reproduction import REPRODUCTIONS, Reproduction
-    from fedkern.report.live.progress import make_console
+    from fedkern.report.live.progress_bar import make_console
     from fedkern.report.names import print_line
 
     arguments = request.arguments

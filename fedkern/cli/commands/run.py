@@ -14,15 +14,15 @@ from fedkern.cli.flags import as_word
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.repeat import command_line, repeat_command
 from fedkern.cli.request import Request, effective_config, find_trusted_code
-from fedkern.data.registry import given_options
+from fedkern.data.dataset_registry import given_options
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import REPORT
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
-from fedkern.engine.store.records import plain
+from fedkern.engine.store.record_files import plain
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import UserError
 from fedkern.listeners.events import Listener, Listeners, Summary
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.process import interrupts, machine
 from fedkern.process.standard_streams import put
 from fedkern.settings.config import RESUMABLE, RunConfig
@@ -71,7 +71,8 @@ def play(request: Request) -> int:
 
 def _workers_ahead(config: RunConfig) -> AbstractContextManager[None]:
     """Forks the process that starts workers, if the run may use workers, before this process computes anything."""
-    from fedkern.engine.executors import choice, fork_server, torchrun_group
+    from fedkern.engine.executors import choice, fork_server
+    from fedkern.engine.transport import torchrun_group
 
     in_one_process = config.workers == "1" or config.trained_clients < 2 or bool(choice.unavailable(config.device))
     in_one_process = in_one_process or bool(plugins.loaded_plugins())  # a plugin may have computed already
@@ -124,7 +125,7 @@ def _illustrate(
 ) -> None:
     """Draws the pictures of a finished run, and writes its report where it was asked for."""
     from fedkern.report.figures.pictures import finished_pictures
-    from fedkern.report.live.progress import make_console
+    from fedkern.report.live.progress_bar import make_console
     from fedkern.report.names import print_line
 
     def tell(text: str) -> None:
@@ -177,7 +178,7 @@ def _load_stored_config(request: Request) -> RunConfig:
     if request.method is not None and request.method != stored.method:
         changes["method"], changes["options"] = request.method, {}
     elif request.options:
-        changes["options"] = {**stored.options, **registry.given_options(stored.method, request.options)}
+        changes["options"] = {**stored.options, **method_registry.given_options(stored.method, request.options)}
     if request.data_options:
         typed = given_options(str(changes.get("data", stored.data)), request.data_options)
         changes["data_options"] = {**stored.data_options, **typed}
@@ -200,7 +201,7 @@ def _close(request: Request, config: RunConfig, out: Path, summary: Summary) -> 
     if request.quiet:
         print(out, flush=True)
         return
-    from fedkern.report.live.progress import make_console
+    from fedkern.report.live.progress_bar import make_console
     from fedkern.report.names import print_line
     from fedkern.report.tables import class_table, final_table, intervals_tables, own_tests_table, worst_client_line
 

@@ -26,7 +26,7 @@ SAVE_EVERY = 16  # batches between two writes of the cache
 
 
 class Detector(Protocol):
-    """Finds objects of a named class, for example `fedkern.models.detector.GroundingDino`."""
+    """Finds objects of a named class, for example `fedkern.models.pretrained.detector.GroundingDino`."""
 
     @property
     def identity(self) -> Mapping[str, str | float]:

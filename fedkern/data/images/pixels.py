@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.data.images import transforms
 from fedkern.files.image_rows import FileRows, ImageRows
-from fedkern.models.transfer import send
+from fedkern.process.device_copies import send
 
 CACHE_BYTES = 1 << 30
 """Bytes up to which the normalised images of a whole run are kept in memory; beyond, every batch is normalised anew."""

@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedkern.data.split import Split
 from fedkern.errors import UserError, nearest
 from fedkern.files.image_rows import ImageRows
-from fedkern.models.transfer import send
+from fedkern.process.device_copies import send
 from fedkern.tasks.segmentation import IGNORE
 
 PADDING = 4

@@ -29,7 +29,7 @@ from fedkern.streams import stream
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, OwnClassification, OwnTask, Task
 from fedkern.tasks.partition_statistics import PartitionStatistics
 from fedkern.tasks.user_tasks import INTEGERS, torch_loss
-from fedkern.usercode.hooks import check_hooks
+from fedkern.usercode.hook_checks import check_hooks
 
 NAME, PAIRS = "datasets", "captioned"
 Sets = MapStyle | Mapping[str, MapStyle] | Sequence[MapStyle]

@@ -14,7 +14,7 @@ from fedkern.data.sources.items import ALONE, Items, cannot_keep, draw_rows, ten
 from fedkern.data.sources.row_store import RowStore
 from fedkern.data.types import FederatedData
 from fedkern.streams import GENERATORS, stream
-from fedkern.usercode.identity import digest, identity_table, left_out
+from fedkern.usercode.code_identity import digest, identity_table, left_out
 
 HASHED, HASHED_IN_ALL = 64, 2000
 """Most items of a data set, and of all sets together but for two of each, that are read for the fingerprint."""

@@ -40,7 +40,7 @@ class Gone(Exception):
 
 
 class ForkServer:
-    """The fork server process, which loads once what clients need and forks workers (see `fedkern.engine.worker`).
+    """The fork server process, which loads once what clients need and forks workers (see `fedkern.engine.executors.worker`).
 
     Args:
         process: the process.
@@ -169,7 +169,7 @@ def _fork(setup: Setup | None) -> ForkServer | None:
 
     None where the system allows no process more, or where this process has threads.
     """
-    from fedkern.engine import worker
+    from fedkern.engine.executors import worker
 
     if has_threads():
         return None
@@ -201,7 +201,15 @@ def _start_process() -> ForkServer:
     paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # -I, -E, -O, -X ...
-    words = [sys.executable, *flags, "-P", "-m", "fedkern.engine.worker", str(theirs.fileno()), str(os.getpid())]
+    words = [
+        sys.executable,
+        *flags,
+        "-P",
+        "-m",
+        "fedkern.engine.executors.worker",
+        str(theirs.fileno()),
+        str(os.getpid()),
+    ]
     try:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment, process_group=0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, Request, States
+from fedkern.engine.executors.executor import Answer, Request, States
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job, Notice
 from fedkern.engine.uploads.encoders import Encoder
@@ -24,7 +24,7 @@ from fedkern.process.interrupts import check
 
 
 class Ordered:
-    """An executor over a transport (see :class:`~fedkern.engine.executors.base.Executor`).
+    """An executor over a transport (see :class:`~fedkern.engine.executors.executor.Executor`).
 
     A transport derives from it: :meth:`_begin` and :meth:`_advance` send ``_requests`` and fill ``_replies``.
 
@@ -54,7 +54,7 @@ class Ordered:
     def answers(
         self, asker: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
     ) -> Iterator[Answer]:
-        """See :class:`~fedkern.engine.executors.base.Executor`."""
+        """See :class:`~fedkern.engine.executors.executor.Executor`."""
         encoders = encoders or {}
         self._requests = {k: (asker, phase, message, encoders.get(k)) for k, message in messages.items()}
         for k in messages:

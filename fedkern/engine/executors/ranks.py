@@ -1,7 +1,7 @@
 """Executor of torchrun: clients on all ranks, with the bits of :class:`Serial` for any number of ranks.
 
 Rank 0 runs the round loop and serves; its own share of the clients works between two answers of other ranks.  The other
-ranks (`fedkern.engine.rank`) work as worker processes do and get the same messages.
+ranks (`fedkern.engine.executors.rank`) work as worker processes do and get the same messages.
 
 The clients of a round are dealt out in turn, and keep their rank within the round (see
 `fedkern.engine.executors.ordered`).  A client's state comes with its first message of a round, and returns with its
@@ -18,12 +18,12 @@ from dataclasses import replace
 from fedkern.data.sources.items import Items
 from fedkern.data.types import FederatedData
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Handler, States
-from fedkern.engine.executors.connection import Connection
+from fedkern.engine.executors.executor import Handler, States
 from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.torchrun_group import TorchrunGroup
 from fedkern.engine.executors.worker_messages import Setup
+from fedkern.engine.transport.connection import Connection
+from fedkern.engine.transport.torchrun_group import TorchrunGroup
 from fedkern.errors import UserError
 from fedkern.files.image_rows import FileRows
 from fedkern.messages.packets import NotPortable, Packet
@@ -36,7 +36,7 @@ AHEAD = 2
 
 
 class Ranks(Ordered):
-    """The executor of several ranks (see :class:`~fedkern.engine.executors.base.Executor`).
+    """The executor of several ranks (see :class:`~fedkern.engine.executors.executor.Executor`).
 
     Args:
         context: of the run.

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, Handler, Request, States
+from fedkern.engine.executors.executor import Answer, Handler, Request, States
 from fedkern.engine.executors.worker_messages import Done, Job
-from fedkern.engine.first_steps import UnfitStep
-from fedkern.engine.lanes import lanes, on_this_stream, side_by_side
+from fedkern.engine.local.first_steps import UnfitStep
+from fedkern.engine.local.lanes import lanes, on_this_stream, side_by_side
+from fedkern.engine.local.training import Diverged
 from fedkern.engine.node import TAKEN, figures
-from fedkern.engine.training import Diverged
 from fedkern.engine.uploads.encoders import Departure, Encoder
 from fedkern.errors import RAISED, ClientFailed
 from fedkern.messages.digest import Fingerprint
@@ -25,7 +25,7 @@ from fedkern.process.torch_modes import cpu_threads
 
 
 class Serial:
-    """The executor of one process (see :class:`~fedkern.engine.executors.base.Executor`).
+    """The executor of one process (see :class:`~fedkern.engine.executors.executor.Executor`).
 
     Args:
         context: of the run.

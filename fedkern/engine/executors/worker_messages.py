@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Handler, Request
+from fedkern.engine.executors.executor import Handler, Request
 from fedkern.messages.states import State
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.methods.base import Method
 from fedkern.models import ModelEntry
 from fedkern.ops._core import backend
@@ -42,7 +42,7 @@ class Setup:
     def of(cls, context: RunContext, handlers: Mapping[str, Handler]) -> Setup:
         """What clients need in order to work elsewhere as they would in this process."""
         entries, forced, name = context.networks.added_models, backend.forced_backend(), context.config.method
-        methods = {name: registry.GIVEN[name]} if name in registry.GIVEN else {}
+        methods = {name: method_registry.GIVEN[name]} if name in method_registry.GIVEN else {}
         return cls(context, dict(handlers), methods, entries, forced, backend.active_isa(), modes())
 
 

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Mapping
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, Handler, States
+from fedkern.engine.executors.executor import Answer, Handler, States
 from fedkern.engine.executors.fork_server import ForkServer, Gone, fork_server_of
 from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.serial import Serial
@@ -46,7 +46,7 @@ class _Worker(Channel):
 
 
 class Workers(Ordered):
-    """The executor of several processes (see :class:`~fedkern.engine.executors.base.Executor`).
+    """The executor of several processes (see :class:`~fedkern.engine.executors.executor.Executor`).
 
     Args:
         context: of the run.

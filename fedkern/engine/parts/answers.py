@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fedkern.engine.parts.base import RunPart, Summary
-from fedkern.engine.registry import register_part
+from fedkern.engine.figures.final_figures import answers, set_name, unique_names
+from fedkern.engine.parts.part import RunPart, Summary, register_part
 from fedkern.engine.store import confusions, predictions
-from fedkern.methods.common.final_figures import answers, set_name, unique_names
 
 
 @register_part("answers")

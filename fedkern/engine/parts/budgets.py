@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 
-from fedkern.engine.parts.base import Part, Record, RunPart, Stop
-from fedkern.engine.registry import register_part
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.parts.part import Part, Record, RunPart, Stop, register_part
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.messages.states import State
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 
-from fedkern.engine.parts.base import Record, RunPart, Summary
-from fedkern.engine.registry import register_part
-from fedkern.engine.store import records
+from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
+from fedkern.engine.store import record_files
 from fedkern.engine.store.saved_model import results
 from fedkern.errors import NoEffect, UserError
 from fedkern.files.atomic import Unwritable
@@ -49,4 +48,4 @@ class Checkpointing(RunPart):
 
     def _info(self, finished: bool) -> State:
         store = self._run.store
-        return dict(records.plain({**store.facts, **store.part_states(), "finished": finished}))
+        return dict(record_files.plain({**store.facts, **store.part_states(), "finished": finished}))

@@ -1,15 +1,14 @@
-"""Warnings about the final network and about what clients reported (`fedkern.methods.common.diagnostics`)."""
+"""Warnings about the final network and about what clients reported (`fedkern.engine.figures.diagnostics`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fedkern.engine.parts.base import Record, RunPart, Summary
-from fedkern.engine.registry import register_part
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.figures import diagnostics
+from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.store.saved_model import lacks_statistics
 from fedkern.messages.states import State
-from fedkern.methods.common import diagnostics
 
 
 @register_part("diagnoses")

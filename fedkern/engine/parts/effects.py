@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedkern.engine.marks import comparison_notes, find_unused
-from fedkern.engine.parts.base import Part, Record, RunPart
-from fedkern.engine.registry import register_part
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.parts.part import Part, Record, RunPart, register_part
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.errors import NoEffect
 
 

@@ -10,24 +10,23 @@ from functools import partial
 
 from torch import nn
 
+from fedkern.engine.batches.reader import Reader
 from fedkern.engine.client import Client
-from fedkern.engine.clients_figures import ClientsFigures
 from fedkern.engine.evaluate import evaluate, evaluate_clients, evaluating
-from fedkern.engine.parts.base import Record, RunPart, Summary
-from fedkern.engine.reader import Reader
-from fedkern.engine.registry import register_part
-from fedkern.engine.run_objects import RunObjects
-from fedkern.engine.store import records
+from fedkern.engine.figures.client_figures import over_clients, with_undefined, worst_client
+from fedkern.engine.figures.clients_figures import ClientsFigures
+from fedkern.engine.figures.final_figures import final_figures
+from fedkern.engine.figures.intervals import intervals
+from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
+from fedkern.engine.setup.run_objects import RunObjects
+from fedkern.engine.store import record_files
 from fedkern.engine.store.evaluation_file import ONLY, OWN
 from fedkern.errors import warn_instead
 from fedkern.messages.states import State
-from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
 from fedkern.methods.common.figures import gradcam
-from fedkern.methods.common.final_figures import final_figures
-from fedkern.methods.common.intervals import intervals
 from fedkern.privacy.disclosure import About
-from fedkern.tasks.base import better_values
 from fedkern.tasks.figure_names import direction
+from fedkern.tasks.task import better_values
 
 
 @register_part("evaluation")
@@ -109,7 +108,7 @@ class Evaluation(RunPart):
             summary.entries["per_class"] = summary.final.per_class
 
     def state(self) -> State:
-        return {"best": self.best, "latest": records.plain(self.latest)}
+        return {"best": self.best, "latest": record_files.plain(self.latest)}
 
     def restore(self, state: State) -> None:
         self.best.update(state["best"])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from fedkern.engine.executors.choice import worker_bytes
-from fedkern.engine.parts.base import Record, RunPart
-from fedkern.engine.registry import register_part
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.parts.part import Record, RunPart, register_part
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.listeners.events import RunInfo
 from fedkern.messages.states import State
-from fedkern.models.freezing import frozen_norms
+from fedkern.models.state.freezing import frozen_norms
 
 
 @register_part("listeners")

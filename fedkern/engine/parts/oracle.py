@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from fedkern.engine.clients import AllClients
 from fedkern.engine.node import figures
-from fedkern.engine.parts.base import Part, RunPart, Summary
-from fedkern.engine.registry import register_part
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.parts.part import Part, RunPart, Summary, register_part
+from fedkern.engine.setup.run_objects import RunObjects
 
 
 @register_part("oracle")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedkern.engine.parts.base import Record, RunPart, Summary
-from fedkern.engine.registry import register_part
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.figures.privacy_report import privacy_figures
+from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.messages.states import State
-from fedkern.methods.common.privacy_report import privacy_figures
 from fedkern.privacy import server_secret
 from fedkern.privacy.guarantee import EPSILON, PART
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 
-from fedkern.engine.parts.base import Record, RunPart, Summary
-from fedkern.engine.registry import register_part
+from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.messages.states import State
 from fedkern.privacy.disclosure import About
 from fedkern.process import device_use

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fedkern.engine.parts.base import RunPart, Summary
-from fedkern.engine.registry import register_part
-from fedkern.engine.store import records
+from fedkern.engine.parts.part import RunPart, Summary, register_part
+from fedkern.engine.store import record_files
 from fedkern.engine.store.evaluation_file import rows, write_evaluation
 from fedkern.engine.store.saved_model import MODEL, about_network, write_model
 from fedkern.messages.states import State
@@ -29,7 +28,7 @@ class Results(RunPart):
         if summary.stop is not None:
             tail["stopped"] = {"by": summary.stop.name, "reason": summary.stop.reason}
         summary.entries = {**head, **summary.entries, **tail}
-        records.write_summary(run.out, summary.entries)
+        record_files.write_summary(run.out, summary.entries)
 
     def _names(self) -> State:
         """The clients' names as entries of the summary; empty where they have none."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from fedkern.engine.node import figures
-from fedkern.engine.parts.base import Record, RunPart, Summary
-from fedkern.engine.registry import register_part
+from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.messages.states import State
 from fedkern.privacy.disclosure import About
 from fedkern.tasks.figure_names import FIGURE_NAMES, RECORD_NAMES

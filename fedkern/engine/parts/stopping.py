@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from fedkern.engine.parts.base import Part, Record, RunPart, Stop, Summary
-from fedkern.engine.registry import register_part
-from fedkern.engine.run_objects import RunObjects
-from fedkern.engine.store.records import plain
+from fedkern.engine.parts.part import Part, Record, RunPart, Stop, Summary, register_part
+from fedkern.engine.setup.run_objects import RunObjects
+from fedkern.engine.store.record_files import plain
 from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR
 from fedkern.engine.store.saved_model import about_network, checksum, write_model
 from fedkern.errors import UserError

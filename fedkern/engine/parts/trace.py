@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fedkern.engine.parts.base import Part, Record, RunPart
-from fedkern.engine.registry import register_part
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.parts.part import Part, Record, RunPart, register_part
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.store.run_folder import TRACE
 from fedkern.files import atomic
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fedkern.engine.parts.base import Record, RunPart, Summary
-from fedkern.engine.registry import register_part
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.messages.states import State
 
 

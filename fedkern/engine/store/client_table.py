@@ -43,7 +43,7 @@ class Row:
     Attributes:
         file: name of the file with the client's state; None where the client has no state.
         sum: CRC-32 of that file.
-        booked: the client's row of the byte ledger (`fedkern.engine.ledger.Ledger.changed_rows`).
+        booked: the client's row of the byte ledger (`fedkern.engine.rounds.ledger.Ledger.changed_rows`).
     """
 
     file: str | None = None

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from fedkern.engine.store.checkpoints import Checkpoints, Entry
-from fedkern.engine.store.records import Metrics
+from fedkern.engine.store.record_files import Metrics
 from fedkern.engine.store.resuming import check_unedited
 from fedkern.engine.store.run_folder import ATTACKS, NODES
 from fedkern.engine.store.saved_model import RESULTS

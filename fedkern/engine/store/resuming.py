@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors import torchrun_group
-from fedkern.engine.store import predictions, records
+from fedkern.engine.store import predictions, record_files
 from fedkern.engine.store.checkpoints import Checkpoints, Entry, newest
 from fedkern.engine.store.run_folder import NODES
 from fedkern.engine.store.saved_model import find_damaged
+from fedkern.engine.transport import torchrun_group
 from fedkern.errors import UserError
 from fedkern.messages.states import State
 from fedkern.methods.base import Round
@@ -28,7 +28,7 @@ from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.run_format import read_code
 from fedkern.settings.stored import load_settings, make_portable
 from fedkern.usercode import named_code, plugin_files, plugins
-from fedkern.usercode.identity import differences, digest, fold_table, is_unchanged
+from fedkern.usercode.code_identity import differences, digest, fold_table, is_unchanged
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""
@@ -98,10 +98,10 @@ def finished_summary(entry: Entry | None, out: Path, predicted: bool) -> State |
     """
     if entry is None or not entry["info"]["finished"]:
         return None
-    records.Metrics(out).check_entry(entry)
+    record_files.Metrics(out).check_entry(entry)
     if find_damaged(out, entry) or (predicted and not (out / predictions.FILE).exists()):
         return None
-    return records.read_summary(out)
+    return record_files.read_summary(out)
 
 
 def check_place(

@@ -10,12 +10,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedkern.data.images import used_cache
-from fedkern.engine import initial_weights
-from fedkern.engine.store import artifacts, checkpoints, confusions, evaluation_file, predictions, records, saved_model
+from fedkern.engine.store import (
+    artifacts,
+    checkpoints,
+    confusions,
+    evaluation_file,
+    initial_weights,
+    predictions,
+    record_files,
+    saved_model,
+)
 from fedkern.engine.store.data_facts import FILE as FACTS
 from fedkern.errors import NoEffect, UserError
 from fedkern.files import atomic, filesystem, folder_lock
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.settings import config
 from fedkern.settings.run_format import FOLDER, INIT
 from fedkern.settings.stored import make_portable
@@ -33,7 +41,7 @@ BEST_SO_FAR = ("best-a.safetensors", "best-b.safetensors")
 NODES = "flower.json"
 """File of a run whose clients are on nodes of Flower: the name under which the nodes keep their states."""
 NAMES = (
-    config.NAME, FOLDER, records.METRICS, records.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
+    config.NAME, FOLDER, record_files.METRICS, record_files.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
     *ATTACKS.values(), BEST, *BEST_SO_FAR, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
     INIT, FACTS,
 )  # fmt: skip
@@ -68,7 +76,7 @@ def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None
 def run_name(settings: config.RunConfig) -> str:
     """Name of a new run's folder in `RUNS`: method, data set and time."""
     data = named_code.short(settings.data)
-    return f"{registry.short(settings.method)}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"{method_registry.short(settings.method)}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def reserve(parent: Path, stem: str, way_out: str) -> Path:
@@ -146,7 +154,7 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
 
 
 def _came_to_something(out: Path) -> bool:
-    metrics = out / records.METRICS
+    metrics = out / record_files.METRICS
     return checkpoints.newest(out) is not None or (metrics.exists() and metrics.stat().st_size > 0)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fedkern.engine.ledger import Ledger
-from fedkern.engine.registry import register_filter
-from fedkern.engine.run_objects import RunObjects
-from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter
+from fedkern.engine.rounds.ledger import Ledger
+from fedkern.engine.setup.run_objects import RunObjects
+from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter, register_filter
 from fedkern.methods.base import ClientId, Message
 
 

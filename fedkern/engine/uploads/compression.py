@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedkern.engine.registry import register_filter
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.uploads.encoders import Departure, Encoder
-from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter
+from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter, register_filter
 from fedkern.errors import UserError
 from fedkern.methods.base import ClientId, Declaration, Message, Phase
 from fedkern.methods.uploads import Values, all_finite, why_refused

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedkern.engine.registry import register_filter
 from fedkern.engine.uploads.encoders import Drift
-from fedkern.engine.uploads.filters import Arrival, Filter
+from fedkern.engine.uploads.filters import Arrival, Filter, register_filter
 from fedkern.messages.states import State
 from fedkern.methods.base import Declaration, Message
 from fedkern.methods.uploads import is_alike, why_refused

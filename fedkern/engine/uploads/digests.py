@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from fedkern.engine.registry import register_filter
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.store.releases import DIVERGED, Releases
-from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter
+from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter, register_filter
 from fedkern.methods.base import ClientId, Upload
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from fedkern.engine.hooks import Hooks
 from fedkern.engine.uploads.encoders import Encoder, Encoders
 from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Declaration, Message, Phase, Round, Upload
+from fedkern.usercode.hook_checks import register_class
+from fedkern.usercode.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -148,3 +150,18 @@ def encoders_of(filters: Sequence[Filter], asked: ExchangeRequest) -> dict[Clien
         for k, encoder in (part.encoders(asked) or {}).items():
             encoders.setdefault(k, []).append((part.name if part.keeps_client_state else "", encoder))
     return {k: Encoders(tuple(pairs)) for k, pairs in encoders.items()}
+
+
+FILTERS: Registry[type[Filter]] = Registry("filter")
+"""Classes of filters by name."""
+FilterClass = TypeVar("FilterClass", bound=type[Filter])
+
+
+def register_filter(name: str) -> Callable[[FilterClass], FilterClass]:
+    """Class decorator: registers a filter of uploads as ``name``, its key in checkpoints (see :meth:`Filter.build`).
+
+    Raises:
+        ValueError: another filter has the name.
+        TypeError: the class is not derived from :class:`Filter`, or has no docstring.
+    """
+    return register_class(FILTERS, name, Filter, Encoder)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedkern.engine.registry import register_filter
-from fedkern.engine.run_objects import RunObjects
-from fedkern.engine.uploads.filters import Arrival, Filter
+from fedkern.engine.setup.run_objects import RunObjects
+from fedkern.engine.uploads.filters import Arrival, Filter, register_filter
 
 
 @register_filter("norm_bounds")

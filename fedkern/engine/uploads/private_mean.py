@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.engine.client_privacy import ClientPrivacy, size_of
-from fedkern.engine.registry import register_filter
-from fedkern.engine.run_objects import RunObjects
 from fedkern.engine.server import Server
-from fedkern.engine.uploads.filters import ExchangeRequest, Filter
+from fedkern.engine.setup.run_objects import RunObjects
+from fedkern.engine.uploads.filters import ExchangeRequest, Filter, register_filter
 from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Phase, Upload
-from fedkern.models import personal
+from fedkern.models.state import personal_parts
 from fedkern.privacy.client_level import CHANNEL, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
 from fedkern.settings.config import RunConfig
@@ -136,7 +135,7 @@ class PrivateMean(Filter):
 
 def variances(network: nn.Module) -> Tensor:
     """Where the running variances are among a network's floating buffers, bool ``[Q]``."""
-    flat = personal.flatten(network)
+    flat = personal_parts.flatten(network)
     mask = torch.zeros(len(flat.buffers), dtype=torch.bool)
     for name, place in flat.places()["buffers"].items():
         mask[place] = name.endswith("running_var")

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.engine.registry import register_filter
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.uploads.declared import examine_upload
 from fedkern.engine.uploads.encoders import Departure, Encoder
-from fedkern.engine.uploads.filters import ExchangeRequest, Filter
+from fedkern.engine.uploads.filters import ExchangeRequest, Filter, register_filter
 from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Declaration
 from fedkern.methods.uploads import like
-from fedkern.models.transfer import fetch
 from fedkern.ops import Accumulator
+from fedkern.process.device_copies import fetch
 
 BYTES_FREE = 128
 """Bytes of free memory of the GPU, per parameter, with which uploads stay there."""

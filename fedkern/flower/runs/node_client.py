@@ -19,22 +19,22 @@ from typing import Any
 import torch
 
 from fedkern.data.identity import data_fingerprint
-from fedkern.engine import own_model
 from fedkern.engine.client import Client, check_client
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.base import Answer, Handler
+from fedkern.engine.executors.executor import Answer, Handler
 from fedkern.engine.executors.serial import Serial
+from fedkern.engine.figures.privacy_report import guarantee
+from fedkern.engine.local.training import Diverged
 from fedkern.engine.marks import PLACES
 from fedkern.engine.node import TAKEN
 from fedkern.engine.server import Server
+from fedkern.engine.setup import own_model
 from fedkern.engine.store.releases import DIVERGED, Releases
-from fedkern.engine.training import Diverged
 from fedkern.errors import ClientFailed, Malformed, UserError, printable
 from fedkern.flower.runs.node_folder import NodeFolder, Version
 from fedkern.flower.runs.portable import pack_value, unpack_value
 from fedkern.methods.base import Message, Phase
 from fedkern.methods.common.pooling import Pooling
-from fedkern.methods.common.privacy_report import guarantee
 from fedkern.methods.protocol import BEFORE
 from fedkern.models import available
 from fedkern.models.precision import computing
@@ -69,7 +69,7 @@ class ClientRequest:
         oldest: oldest round of the plan whose states the server's checkpoints name.
         last: whether no other message of the round will come.
         threads, client_threads: CPU threads of the run, on which bits depend.
-        plan: how far convolutions of a user's network wait (`fedkern.deferred`); "": it runs as written.
+        plan: how far convolutions of a user's network wait (`fedkern.acceleration`); "": it runs as written.
         data: fingerprint of the server's data, which the node's must have too; None: the node has data of its own.
     """
 

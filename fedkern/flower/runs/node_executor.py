@@ -18,10 +18,10 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.executor import Answer
 from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.worker_messages import Done
-from fedkern.engine.run_objects import RunObjects
+from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.store.run_folder import NODES
 from fedkern.errors import ClientFailed, Malformed, UserError, printable_name
 from fedkern.files import atomic
@@ -45,7 +45,7 @@ _AT_ONCE = 16  # replies asked for at once
 
 
 class Nodes(Ordered):
-    """The executor of a run's clients on nodes of Flower (see :class:`~fedkern.engine.executors.base.Executor`).
+    """The executor of a run's clients on nodes of Flower (see :class:`~fedkern.engine.executors.executor.Executor`).
 
     Args:
         deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.

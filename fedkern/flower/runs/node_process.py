@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.executor import Answer
 from fedkern.errors import ClientFailed, Malformed, UserError
 from fedkern.files.filesystem import cache_folder, expand
 from fedkern.files.inputs import parse_json

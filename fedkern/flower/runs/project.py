@@ -26,7 +26,7 @@ from fedkern.flower.runs.run_settings import (
     SWITCHES,
     setting_key,
 )
-from fedkern.methods import registry
+from fedkern.methods import method_registry
 from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import default_data, defaults
@@ -162,7 +162,7 @@ clientapp = "fedkern.flower.runs.client_app:app"
         return f"{Path(named.file).name}:{named.name}" if named is not None and named.file else value
 
     def _options(self) -> dict[str, tuple[object, str]]:
-        declared = registry.get(self.method).Options.declared()
+        declared = method_registry.get(self.method).Options.declared()
         return {
             option.name: ("" if self.options.get(option.name) is None else self.options[option.name], "")
             for option in declared

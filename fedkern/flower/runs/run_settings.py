@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.data import lookup
-from fedkern.data.registry import open_code
-from fedkern.engine.asynchronous import check_local
-from fedkern.engine.order import FILTER_ORDER
-from fedkern.engine.registry import FILTERS
-from fedkern.engine.uploads.filters import Filter
+from fedkern.data.dataset_registry import open_code
+from fedkern.engine.setup.order import FILTER_ORDER
+from fedkern.engine.uploads.asynchronous import check_local
+from fedkern.engine.uploads.filters import FILTERS, Filter
 from fedkern.errors import UserError, nearest
 from fedkern.flower.runs.node_config import STAYS, UserConfig
 from fedkern.settings.config import RunConfig

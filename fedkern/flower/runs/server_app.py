@@ -129,7 +129,7 @@ class FlowerLog(Listener):
         log(INFO, "%s", text)
 
     def on_round(self, record: Record) -> None:
-        from fedkern.report.live.progress import main_figures
+        from fedkern.report.live.progress_bar import main_figures
 
         figures = [f"loss {record['loss']:.3f}"] if "loss" in record else []
         if text := main_figures(record, self.data.task.main, self.data.tests):

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from fedkern.methods.common.dro import LOSSES, Robust
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, Federation, Received, Round
-from fedkern.methods.registry import register
 
 
 @register("afl")

@@ -9,8 +9,8 @@ from torch import nn
 
 from fedkern.methods.base import Method
 from fedkern.methods.common.personal import Personal
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server, TestSet
 from fedkern.methods.uploads import Declaration, like, make_once
 from fedkern.models import Ensemble

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
-from fedkern.methods.registry import register
+from fedkern.methods.method_registry import register
 from fedkern.typed_option import option
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from fedkern.methods.base import Method
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.uploads import Declaration
 

@@ -14,8 +14,8 @@ from fedkern.errors import UserError
 from fedkern.methods.base import vectors_of
 from fedkern.methods.common.figures import with_accuracies
 from fedkern.methods.common.oneshot import MemberNetworks, exhaust
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import ClientId, Message, Phase, Upload
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server, TestSet
 from fedkern.models.cost import memory_ratio
 from fedkern.typed_option import option

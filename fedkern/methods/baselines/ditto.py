@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from fedkern.methods.base import vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Message, Phase, Received
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client
 from fedkern.methods.terms import Terms
-from fedkern.models.transfer import fetch
+from fedkern.process.device_copies import fetch
 from fedkern.typed_option import option
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.registry import register
+from fedkern.methods.method_registry import register
 
 
 @register("fedavg")

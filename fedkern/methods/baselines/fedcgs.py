@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.methods.common.calibration import ClassStatistics, pool, shrunk
 from fedkern.methods.common.oneshot import OneShot
+from fedkern.methods.method_registry import register
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, Values
 from fedkern.typed_option import option

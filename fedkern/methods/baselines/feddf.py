@@ -10,10 +10,10 @@ from torch import nn
 from fedkern.errors import UserError
 from fedkern.methods.common.oneshot_distill import Distilled, Pool, torch_stream
 from fedkern.methods.common.oneshot_synthesis import synthesise
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Phase
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Server
-from fedkern.models.ensemble import Ensemble
+from fedkern.models.networks.network_ensemble import Ensemble
 from fedkern.typed_option import option
 
 IMAGES = 2048

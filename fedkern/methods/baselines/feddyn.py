@@ -9,11 +9,11 @@ import torch
 
 from fedkern.methods.base import vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import ClientId, Message, Phase, Received, Upload
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.terms import Terms
-from fedkern.models.transfer import fetch
+from fedkern.process.device_copies import fetch
 from fedkern.typed_option import option
 
 

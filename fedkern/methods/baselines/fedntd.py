@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import cached_rows
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, Received
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Drawn
 from fedkern.typed_option import option
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.methods.registry import register
+from fedkern.methods.method_registry import register
 
 
 @register("fedper")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from fedkern.methods.base import VECTORS, LocalTraining
 from fedkern.methods.common.personal import OfClient, Personal, keep_network, mean_figures, own_network, with_vectors
+from fedkern.methods.method_registry import register
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Drawn, Server, TestSet
 from fedkern.methods.uploads import Declaration, Maybe, Values, like, make_once
-from fedkern.models.staged import Classifier
+from fedkern.models.networks.staged import Classifier
 from fedkern.typed_option import option
 
 

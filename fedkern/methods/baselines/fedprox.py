@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedkern.methods.baselines.fedavg import FedAvg
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Received
-from fedkern.methods.registry import register
 from fedkern.methods.terms import Terms
 from fedkern.typed_option import option
 

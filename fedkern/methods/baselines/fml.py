@@ -13,10 +13,10 @@ from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.oneshot_members import vectors
 from fedkern.methods.common.personal import keep_network, own_network
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, Message, Phase, Received
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
-from fedkern.models import personal
+from fedkern.models.state import personal_parts
 from fedkern.typed_option import option
 
 
@@ -77,7 +77,7 @@ class FML(LocalTraining):
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         pair = Pair(self._private(client), client.network())
-        proxy = personal.flatten(pair.proxy)
+        proxy = personal_parts.flatten(pair.proxy)
         # Running statistics that do not travel (--buffers) keep initial values: train mode does not read them.
         proxy.load_vectors(message)
         client.fit(self, phase, pair)

@@ -9,11 +9,11 @@ from torch.nn.functional import cosine_similarity, softplus
 
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.common.frozen import cached_rows, frozen_copy
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, Message, Phase, Received
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Drawn
-from fedkern.models.staged import Classifier
-from fedkern.models.transfer import fetch
+from fedkern.models.networks.staged import Classifier
+from fedkern.process.device_copies import fetch
 from fedkern.typed_option import option
 
 

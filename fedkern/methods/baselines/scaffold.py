@@ -12,12 +12,12 @@ from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.common.personal import with_vectors
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import ClientId, Message, Phase, Received, Upload
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.terms import GradientSum, Terms
 from fedkern.methods.uploads import Declaration
-from fedkern.models.freezing import freeze_bn_after
+from fedkern.models.state.freezing import freeze_bn_after
 from fedkern.typed_option import option
 
 GRADIENT_BATCH = 64

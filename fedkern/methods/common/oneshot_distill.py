@@ -19,10 +19,10 @@ from fedkern.methods.common.oneshot_synthesis import Synthesis, refuse_diverged
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Node, Server
 from fedkern.methods.uploads import Declaration
-from fedkern.models.ensemble import Ensemble
-from fedkern.models.freezing import train_mode
-from fedkern.models.generator import Generator
-from fedkern.models.transfer import send
+from fedkern.models.networks.generator import Generator
+from fedkern.models.networks.network_ensemble import Ensemble
+from fedkern.models.state.freezing import train_mode
+from fedkern.process.device_copies import send
 from fedkern.typed_option import option
 
 

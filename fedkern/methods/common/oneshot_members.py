@@ -11,9 +11,9 @@ from fedkern.methods.base import VECTORS, Method
 from fedkern.methods.options import Options
 from fedkern.methods.protocol import ClientId, Message
 from fedkern.methods.roles import Architecture, Objective
-from fedkern.models import personal
-from fedkern.models.registry import unknown
-from fedkern.models.user_models import channels_last
+from fedkern.models.network_registry import unknown
+from fedkern.models.state import personal_parts
+from fedkern.models.users.user_models import channels_last
 from fedkern.ops import FlatParameters
 
 Architectures = tuple[tuple[str, int | None] | None, ...]
@@ -58,7 +58,7 @@ def flatten(module: nn.Module) -> FlatParameters:
     """The module as flat vectors, in the engine's memory layout (convolutions of fedkern's networks channels-last)."""
     if channels_last(module):
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return personal.flatten(module)
+    return personal_parts.flatten(module)
 
 
 def vectors(flat: FlatParameters) -> Message:

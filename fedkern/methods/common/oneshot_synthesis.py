@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 
 from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.models.ensemble import Ensemble, mean_logits
-from fedkern.models.freezing import train_mode
-from fedkern.models.generator import Generator
+from fedkern.models.networks.generator import Generator
+from fedkern.models.networks.network_ensemble import Ensemble, mean_logits
 from fedkern.models.precision import full
-from fedkern.models.transfer import send
+from fedkern.models.state.freezing import train_mode
+from fedkern.process.device_copies import send
 
 
 class _Moments(torch.autograd.Function):

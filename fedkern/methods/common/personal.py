@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedkern.methods.base import Method
 from fedkern.methods.protocol import ClientId, Message
 from fedkern.methods.roles import Client, TestSet
-from fedkern.models import personal
+from fedkern.models.state import personal_parts
 from fedkern.ops import FlatParameters
 from fedkern.tasks.user_tasks import inner
 
@@ -34,9 +34,9 @@ def with_vectors(network: nn.Module, message: Message, client: Client) -> FlatPa
 
     Returns it as flat vectors.
     """
-    flat = personal.flatten(network)
+    flat = personal_parts.flatten(network)
     flat.load_vectors(message)
-    personal.write(personal.tensors(inner(network)), client.personal)
+    personal_parts.write(personal_parts.tensors(inner(network)), client.personal)
     return flat
 
 

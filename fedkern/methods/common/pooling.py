@@ -35,7 +35,7 @@ from fedkern.methods.common.oneshot_members import flatten, load
 from fedkern.methods.protocol import ClientId, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, Number, Values, make_once
-from fedkern.models.freezing import constant_buffers
+from fedkern.models.state.freezing import constant_buffers
 from fedkern.models.towers import PairNetwork
 
 EXCHANGES = ("statistics", "normalised")

@@ -15,7 +15,7 @@ from fedkern.methods.fediod.losses import scalar_of, teacher_log_probs
 from fedkern.methods.fediod.server import prepare_images
 from fedkern.methods.protocol import ClientId, Message, Messages, Phase
 from fedkern.methods.roles import Client
-from fedkern.models.teacher_stack import TeacherStack
+from fedkern.models.teachers.teacher_stack import TeacherStack
 
 
 @dataclass

@@ -13,7 +13,7 @@ from fedkern.methods.fediod.losses import importance, mixture, teacher_log_probs
 from fedkern.methods.fediod.server import stack_class_counts
 from fedkern.methods.protocol import Batch, ClientId
 from fedkern.methods.roles import Client, Server, TestSet
-from fedkern.models.teacher_stack import TeacherStack
+from fedkern.models.teachers.teacher_stack import TeacherStack
 
 KEEP_BYTES = 1 << 30
 """Logits of a whole test set are kept up to this size; for a larger set the teachers run again for every figure."""

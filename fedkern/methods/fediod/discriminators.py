@@ -15,9 +15,9 @@ from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.losses import against, confidence
 from fedkern.methods.protocol import BEFORE, Phase, batch_slices
 from fedkern.methods.roles import Client
-from fedkern.models.discriminator import PatchDiscriminators, whole_image
+from fedkern.models.networks.discriminator import PatchDiscriminators, whole_image
 from fedkern.models.optimisers import Adam
-from fedkern.models.transfer import send
+from fedkern.process.device_copies import send
 
 
 class Discriminators:

@@ -35,19 +35,19 @@ from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, vectors
 from fedkern.methods.fediod import private_messages as private
-from fedkern.methods.fediod.artifacts import log_pictures
 from fedkern.methods.fediod.client import Answers
 from fedkern.methods.fediod.comparisons import compare_teachers
+from fedkern.methods.fediod.image_grids import log_pictures
 from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.local_teachers import build_network, load_teacher, make_teacher, split_holdout
 from fedkern.methods.fediod.losses import teacher_log_probs
 from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, make_generator
+from fedkern.methods.method_registry import register
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import BEFORE, ClientId, Federation, Message, Phase, Round, Upload
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Server, TestSet
 from fedkern.methods.uploads import Declaration, Maybe, Values
-from fedkern.models.teacher_stack import TeacherStack
+from fedkern.models.teachers.teacher_stack import TeacherStack
 from fedkern.privacy import Guarantee
 
 

@@ -19,10 +19,10 @@ from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.losses import distillation, importance, mixture, scalar_of, teacher_terms
 from fedkern.methods.protocol import ClientId, Message, batch_slices
 from fedkern.methods.roles import Node, Server
-from fedkern.models.freezing import train_mode
-from fedkern.models.generator import Generator
+from fedkern.models.networks.generator import Generator
 from fedkern.models.optimisers import SGD, Adam
-from fedkern.models.transfer import send
+from fedkern.models.state.freezing import train_mode
+from fedkern.process.device_copies import send
 
 ALIKE = 0.01
 """Least mean standard deviation of a pixel over a batch of generated images, normalised; real images have about 1.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.models.freezing import constant_buffers
 from fedkern.models.fused import FusedNetwork
 from fedkern.models.precision import autocasts, full
+from fedkern.models.state.freezing import constant_buffers
 
 
 class LocalPart(nn.Module):

@@ -29,16 +29,16 @@ from fedkern.methods.common.figures import with_accuracies
 from fedkern.methods.common.frozen import cached_rows
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fusefl.levels import LocalPart, plain_head, scaled_width, sent_state, tensors_of
+from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
-from fedkern.methods.registry import register
 from fedkern.methods.roles import Client, Drawn, Objective, Server, TestSet
 from fedkern.methods.uploads import Declaration, make_once
 from fedkern.models import MODELS
-from fedkern.models.allocate import linear_of
 from fedkern.models.blocks import BlockNetwork, check_alike, cut
 from fedkern.models.cost import memory_ratio
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
-from fedkern.models.registry import unknown
+from fedkern.models.network_registry import unknown
+from fedkern.models.state.allocate import linear_of
 from fedkern.typed_option import option
 
 CALIBRATE = "calibrate"

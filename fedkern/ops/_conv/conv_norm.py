@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._conv.checks import check_settings, check_tensors
-from fedkern.ops._conv.choice import check_forced, choose_kernel
+from fedkern.ops._conv.dispatch import check_forced, choose_kernel
 from fedkern.ops._conv.kernels import ConvKernels, Inputs, NotFinite, Settings
 from fedkern.ops._conv.reference import conv_norm_reference, norm_reference
 from fedkern.ops._core import backend, library

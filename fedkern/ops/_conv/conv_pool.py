@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._conv.checks import check_pooled
-from fedkern.ops._conv.choice import check_forced, choose_kernel
+from fedkern.ops._conv.dispatch import check_forced, choose_kernel
 from fedkern.ops._conv.kernels import NotFinite, Pooling, PoolKernels
 from fedkern.ops._conv.reference import conv_pool_reference
 from fedkern.ops._core import backend, library

@@ -22,7 +22,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.errors import UserError
 from fedkern.files.image_rows import in_parts
 from fedkern.models import StagedNetwork, grad_cam, mass_inside
-from fedkern.models.mlp import MLP
+from fedkern.models.networks.mlp import MLP
 from fedkern.report.figures.plots import GREEN, spread_evenly, wrap_text
 from fedkern.report.figures.sheet import LINE, Sheet, to_rgb
 from fedkern.report.names import label

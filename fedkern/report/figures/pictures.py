@@ -16,7 +16,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.extending import PICTURE_LIST
 from fedkern.engine.store.extending import pictures as listed
-from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.errors import UserError, warn_instead
 from fedkern.files import atomic
 from fedkern.report.figures.matplotlib_import import without_docstrings

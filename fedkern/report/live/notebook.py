@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import printable_name
 from fedkern.listeners.events import Record, RunInfo, Summary
-from fedkern.report.live import progress
+from fedkern.report.live import progress_bar
 from fedkern.report.tables import final_table, human_bytes, human_time, worst_client_line
 from fedkern.text_table import LINE, Table
 
@@ -45,7 +45,7 @@ def rounds_table(
     ]
     step = -(-len(candidates) // ROUNDS) or 1
     some_records = candidates[(len(candidates) - 1) % step :: step]
-    selection = [(record, progress.figures_by_set(record, main, tests)) for record in some_records]
+    selection = [(record, progress_bar.figures_by_set(record, main, tests)) for record in some_records]
     titles = list(dict.fromkeys(title for _, figures in selection for title in figures))
     losses = ["loss"] if any("loss" in record for record, _ in selection) else []
     rows = []
@@ -75,7 +75,7 @@ class Output:
             self._handle.update(HTML(content))
 
 
-class Notebook(progress.Lines):
+class Notebook(progress_bar.Lines):
     """Display of a run below a cell: a table of the rounds, which stays, and a bar that moves with every client."""
 
     def __init__(self, console: Console) -> None:
@@ -91,9 +91,13 @@ class Notebook(progress.Lines):
         self._show(text)
 
     def on_start(self, run: RunInfo) -> None:
-        self.clock, self.tests, self.main = progress.Clock(progress.training_words(run)), run.test_sets, run.config.main
-        self.title = "\n".join(progress.run_headline(run))
-        self.notes += [progress.UNSHOWN] if run.private else []
+        self.clock, self.tests, self.main = (
+            progress_bar.Clock(progress_bar.training_words(run)),
+            run.test_sets,
+            run.config.main,
+        )
+        self.title = "\n".join(progress_bar.run_headline(run))
+        self.notes += [progress_bar.UNSHOWN] if run.private else []
         self.done, self.moved = run.first_round, float(run.first_round)
         self.records = read_metrics(run.out)[: self.done] if self.done else []
         self._tabulate(f"round {self.done}/{len(run.rounds)}")
@@ -157,18 +161,18 @@ class Pictures(list[Path]):
                 print(f"{path} is missing: draw the pictures again.")
 
 
-def display(*, quiet: bool, json: bool, console: Console | None = None) -> progress.Warnings:
+def display(*, quiet: bool, json: bool, console: Console | None = None) -> progress_bar.Warnings:
     """Chooses the display, which writes to standard error, so that standard output holds only results.
 
     Only warnings are shown if ``quiet``, and with ``json`` unless a person watches a terminal.
     """
-    console = console or progress.make_console(stderr=True)
+    console = console or progress_bar.make_console(stderr=True)
     if quiet:
-        return progress.Warnings(console)
+        return progress_bar.Warnings(console)
     if console.is_terminal:
-        return progress.Live(console)
+        return progress_bar.Live(console)
     if json:
-        return progress.Warnings(console)
+        return progress_bar.Warnings(console)
     if console.is_jupyter:
         return Notebook(console)
-    return progress.Lines(console)
+    return progress_bar.Lines(console)

@@ -14,12 +14,12 @@ from torch import nn
 
 from fedkern.data import DATASETS
 from fedkern.data.sources.arrays import NAME as ARRAYS
+from fedkern.engine.figures.diagnostics import hardly_better, telling_area
+from fedkern.engine.figures.final_figures import set_name
 from fedkern.errors import UserError, listed, printable_name
 from fedkern.files.inputs import open_regular
 from fedkern.listeners.events import Record
-from fedkern.methods import registry
-from fedkern.methods.common.diagnostics import hardly_better, telling_area
-from fedkern.methods.common.final_figures import set_name
+from fedkern.methods import method_registry
 from fedkern.report.figures import confusion_sheet, pictures
 from fedkern.report.figures.curves import (
     SPREAD,
@@ -81,7 +81,7 @@ def in_memory(config: RunConfig) -> bool:
 
     No command repeats such a run.
     """
-    code = config.model.startswith(INSTANCE) or config.method.startswith(registry.CLASS)
+    code = config.model.startswith(INSTANCE) or config.method.startswith(method_registry.CLASS)
     return code or config.data == ARRAYS or config.data not in DATASETS
 
 
@@ -164,7 +164,7 @@ def headline(run: Contents) -> Iterator[str]:
     summary, rounds = run.summary, run.summary["rounds"]
     values = listed(_values(run)) if run.main else ""
     if not run.finished:
-        planned = "" if registry.get(run.config.method).one_shot else f" of {run.config.rounds}"
+        planned = "" if method_registry.get(run.config.method).one_shot else f" of {run.config.rounds}"
         yield f"This run is not finished: {rounds}{planned} rounds are done, so no figure is its result."
         if values:
             yield f"After round {summary['metrics']['round']} it has {values}."

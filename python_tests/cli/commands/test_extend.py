@@ -12,7 +12,7 @@ import fedkern
 from fedkern.cli.command_parser import parse_words
 from fedkern.cli.commands import extend
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import killed_at_rename
 

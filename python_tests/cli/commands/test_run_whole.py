@@ -20,7 +20,7 @@ import torch
 
 from fedkern.cli import flags, request
 from fedkern.report.figures import pictures
-from fedkern.report.live import progress
+from fedkern.report.live import progress_bar
 from fedkern.run import main
 
 SMALL = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4"]
@@ -129,7 +129,7 @@ def test_a_run_goes_on_from_another_folder_and_with_moved_data(result, fails, mo
 )
 @pytest.mark.usefixtures("undrawn")
 def test_a_signal_ends_in_one_line_that_says_how_to_resume(capsys, monkeypatch, tmp_path, number, code, word):
-    on_round = progress.Lines.on_round
+    on_round = progress_bar.Lines.on_round
 
     def stop(self, record):
         on_round(self, record)
@@ -137,7 +137,7 @@ def test_a_signal_ends_in_one_line_that_says_how_to_resume(capsys, monkeypatch, 
             os.kill(os.getpid(), number)
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(progress.Lines, "on_round", stop)
+    monkeypatch.setattr(progress_bar.Lines, "on_round", stop)
     assert main(["fedavg", *TINY, "--out", "stopped here"]) == code
     out, err = capsys.readouterr()
     assert out == ""

@@ -15,7 +15,7 @@ from fedkern.data import load
 from fedkern.data.forms import ImageForm
 from fedkern.data.images.full_masks import FullMasks, MaskStore
 from fedkern.downstream.prediction import Predictor, write_masks
-from fedkern.engine.images import Images
+from fedkern.engine.batches.images import Images
 from fedkern.errors import UserError
 from fedkern.tasks.segmentation import constant_dice, dice, overlaps, segmentation
 

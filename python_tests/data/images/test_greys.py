@@ -11,7 +11,7 @@ import fedkern
 from fedkern.data import load
 from fedkern.data.images import image_files
 from fedkern.data.sources import listing
-from fedkern.downstream.export import export, of_images
+from fedkern.downstream.model_export import export, of_images
 from fedkern.downstream.prediction import Predictor
 from fedkern.errors import UserError
 

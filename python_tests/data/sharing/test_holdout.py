@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedkern.data import FederatedData, Pool, Source, Split, load
-from fedkern.data.registry import DATASETS, register_data
+from fedkern.data.dataset_registry import DATASETS, register_data
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.errors import UserError
 from python_tests.data.image_sets import write_image, write_mask, write_table

@@ -10,7 +10,7 @@ import fedkern
 from fedkern.data import FederatedData, Split
 from fedkern.data.split import join_splits
 from fedkern.data.types import memory_pool
-from fedkern.engine.store.records import read_summary
+from fedkern.engine.store.record_files import read_summary
 from fedkern.tasks import TASKS
 
 NAMES = ("left", "right", "top")

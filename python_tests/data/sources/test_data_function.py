@@ -23,9 +23,9 @@ from fedkern.data import (
     register_data,
     to_source,
 )
+from fedkern.data.dataset_registry import open_code
 from fedkern.data.forms import ImageForm
 from fedkern.data.images import image_cache
-from fedkern.data.registry import open_code
 from fedkern.errors import UserError
 from fedkern.tasks import CLASSIFICATION, TASKS
 

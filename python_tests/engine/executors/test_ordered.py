@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 
-from fedkern.engine.executors.base import Answer
+from fedkern.engine.executors.executor import Answer
 from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job
 from fedkern.methods.base import Phase

@@ -12,8 +12,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from fedkern.engine.executors import torchrun_group
-from fedkern.engine.executors.connection import SILENCE, silence
+from fedkern.engine.transport import torchrun_group
+from fedkern.engine.transport.connection import SILENCE, silence
 from fedkern.errors import UserError
 from fedkern.methods import AFL, FedAvg, FedProx, Scaffold
 from fedkern.run import main

@@ -21,9 +21,9 @@ from fedkern.engine.executors import choice
 from fedkern.engine.executors import workers as module
 from fedkern.engine.executors.fork_server import ForkServer
 from fedkern.engine.executors.workers import Workers
+from fedkern.engine.local.samples import Samples
 from fedkern.engine.run import run
-from fedkern.engine.samples import Samples
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import ClientFailed, RunFailed
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS

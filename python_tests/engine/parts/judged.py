@@ -5,9 +5,9 @@ from torch import nn
 
 from fedkern.data import Split
 from fedkern.data.forms import ImageForm
+from fedkern.engine.batches.images import Images
 from fedkern.engine.hooks import MethodCode
-from fedkern.engine.images import Images
-from fedkern.engine.progress import Progress
+from fedkern.engine.rounds.progress import Progress
 from fedkern.methods.base import Method
 
 FORM = ImageForm((1, 2, 2), (0.0,), (1.0,))

@@ -4,10 +4,10 @@ import csv
 
 import pytest
 
+from fedkern.engine.figures.final_figures import final_figures
 from fedkern.engine.parts.answers import Answers
-from fedkern.engine.parts.base import Summary
+from fedkern.engine.parts.part import Summary
 from fedkern.engine.store import confusions
-from fedkern.methods.common.final_figures import final_figures
 from fedkern.privacy.disclosure import Disclosure
 from python_tests.engine.parts.judged import SETTINGS, Judged, Says, brightness_set
 from python_tests.stand_ins import Context, run_objects

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fedkern.engine.parts.base import Part, Summary
+from fedkern.engine.parts.part import Part, Summary
 from python_tests.stand_ins import record
 
 

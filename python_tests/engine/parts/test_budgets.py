@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedkern.engine.ledger import Ledger
-from fedkern.engine.parts.base import Record
 from fedkern.engine.parts.budgets import MaxBytes, MaxSeconds
+from fedkern.engine.parts.part import Record
+from fedkern.engine.rounds.ledger import Ledger
+from fedkern.engine.rounds.timing import Timing
 from fedkern.engine.run import run
-from fedkern.engine.timing import Timing
 from fedkern.errors import UserError
 from fedkern.methods.base import Phase, Round
 from python_tests.interrupted import KillAt, kill_and_resume, outcome

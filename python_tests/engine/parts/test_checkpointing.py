@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from fedkern.engine.parts.base import Stop, Summary
 from fedkern.engine.parts.checkpointing import Checkpointing
-from fedkern.engine.progress import Progress
+from fedkern.engine.parts.part import Stop, Summary
+from fedkern.engine.rounds.progress import Progress
+from fedkern.engine.rounds.timing import Timing
 from fedkern.engine.store.checkpoints import checksum
-from fedkern.engine.store.records import SUMMARY
-from fedkern.engine.timing import Timing
+from fedkern.engine.store.record_files import SUMMARY
 from fedkern.methods.base import Round
 from python_tests.stand_ins import Context, record, run_objects
 

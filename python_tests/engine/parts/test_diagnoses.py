@@ -5,8 +5,8 @@ import math
 import pytest
 from torch import nn
 
-from fedkern.engine.parts.base import Summary
 from fedkern.engine.parts.diagnoses import Diagnoses
+from fedkern.engine.parts.part import Summary
 from fedkern.privacy.disclosure import Disclosure
 from python_tests.engine.parts.judged import SETTINGS, Judged, code
 from python_tests.stand_ins import Context, record, run_objects, stored

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedkern.engine.parts.base import Summary
 from fedkern.engine.parts.evaluation import Evaluation
+from fedkern.engine.parts.part import Summary
 from fedkern.privacy.disclosure import About, Disclosure
 from python_tests.engine.parts.judged import SETTINGS, Judged, Says, brightness_set, code
 from python_tests.stand_ins import Context, about, record, run_objects, stored, values

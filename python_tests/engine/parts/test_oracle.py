@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedkern.engine.parts.base import Summary
 from fedkern.engine.parts.oracle import Oracle
+from fedkern.engine.parts.part import Summary
 from fedkern.errors import UserError
 from fedkern.privacy.disclosure import Disclosure
 from python_tests.engine.parts.judged import Judged, code

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from fedkern.engine.parts.base import Summary
+from fedkern.engine.parts.part import Summary
 from fedkern.engine.parts.privacy import Privacy
-from fedkern.engine.progress import Progress
+from fedkern.engine.rounds.progress import Progress
 from fedkern.privacy import Guarantee, server_secret
 from fedkern.privacy.disclosure import About
 from python_tests.stand_ins import Context, record, run_objects, stored

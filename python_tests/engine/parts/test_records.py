@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from fedkern.engine.parts.base import Summary
+from fedkern.engine.parts.part import Summary
 from fedkern.engine.parts.records import Records
-from fedkern.engine.store.records import Metrics
-from fedkern.engine.timing import Timing
+from fedkern.engine.rounds.timing import Timing
+from fedkern.engine.store.record_files import Metrics
 from fedkern.errors import UserError
 from fedkern.privacy.disclosure import About
 from python_tests.stand_ins import PRIVATE, Context, about, record, run_objects, stored, values

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from fedkern.engine.parts.base import Summary
+from fedkern.engine.parts.part import Summary
 from fedkern.engine.parts.results import Results
-from fedkern.engine.progress import Progress
+from fedkern.engine.rounds.progress import Progress
 from fedkern.engine.store.saved_model import MODEL
 from fedkern.tasks import CLASSIFICATION
 from python_tests.engine.parts.judged import FORM, SETTINGS, Says

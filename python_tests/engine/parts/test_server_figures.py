@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedkern.engine.parts.base import Summary
+from fedkern.engine.parts.part import Summary
 from fedkern.engine.parts.server_figures import ServerFigures
 from fedkern.errors import UserError
 from fedkern.privacy.disclosure import About, Disclosure

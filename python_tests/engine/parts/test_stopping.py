@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import fedkern
-from fedkern.downstream.evaluation import evaluate_run
+from fedkern.downstream.run_evaluation import evaluate_run
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.parts.base import Record
+from fedkern.engine.parts.part import Record
 from fedkern.engine.parts.stopping import Patience, StopAt
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import About, Disclosure

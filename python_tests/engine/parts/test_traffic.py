@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from fedkern.engine.ledger import Ledger
-from fedkern.engine.parts.base import Summary
+from fedkern.engine.parts.part import Summary
 from fedkern.engine.parts.traffic import Traffic
+from fedkern.engine.rounds.ledger import Ledger
 from fedkern.methods.base import Phase, Round
 from fedkern.privacy.disclosure import About
 from python_tests.stand_ins import Context, about, record, run_objects, stored, values

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fedkern.engine.parts.base import Summary
+from fedkern.engine.parts.part import Summary
 from fedkern.engine.parts.warnings import Warnings
 from fedkern.listeners.events import Listeners
 from fedkern.listeners.listener_group import ListenerGroup

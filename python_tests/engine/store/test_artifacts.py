@@ -13,7 +13,7 @@ from fedkern.engine.server import Server
 from fedkern.engine.store import artifacts
 from fedkern.engine.store.artifacts import Artifact, ArtifactLog, prepare_artifact
 from fedkern.engine.store.artifacts import read as read_shown
-from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.messages import states
 from fedkern.methods import register

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.store import records
+from fedkern.engine.store import record_files
 from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
@@ -84,7 +84,7 @@ def test_manifest_of_another_format(tmp_path):
         Checkpoints(tmp_path).open()
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "config.toml").write_text("a_setting_of_that_version = 1\n")
-    for read in (records.read_summary, records.read_metrics, read_model, load_settings):
+    for read in (record_files.read_summary, record_files.read_metrics, read_model, load_settings):
         with pytest.raises(UserError, match=sentence):
             read(tmp_path)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedkern.engine import client as engine_client
+from fedkern.engine.local.training import Diverged
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.releases import NAME, Releases
-from fedkern.engine.training import Diverged
 from fedkern.errors import UserError
 from fedkern.messages.digest import digest
 from fedkern.methods.fediod import client as fediod_client

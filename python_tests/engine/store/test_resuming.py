@@ -15,7 +15,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store import confusions
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.extending import check_extension
-from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend

@@ -10,7 +10,7 @@ import torch
 
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.engine.uploads.compression import CHUNK, Compression, Int8, TopK
 from fedkern.engine.uploads.encoders import STATES, Departure
 from fedkern.engine.uploads.filters import Arrival, ExchangeRequest

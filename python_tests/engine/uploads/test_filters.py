@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fedkern.engine.ledger import Ledger
+from fedkern.engine.rounds.ledger import Ledger
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.engine.uploads.bytes import Bytes
 from fedkern.engine.uploads.declared import Declared

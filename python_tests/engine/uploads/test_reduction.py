@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from fedkern.engine.client import Client
-from fedkern.engine.networks import Networks
+from fedkern.engine.local.networks import Networks
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.engine.uploads import reduction
 from fedkern.engine.uploads.encoders import Departure, Drift
 from fedkern.engine.uploads.reduction import Following, Reducing

@@ -58,12 +58,12 @@ def message(tmp_path_factory):
     """What a server sends in the first round."""
     from fedkern.engine.server import Server
     from fedkern.flower.runs.node_client import on_node
-    from fedkern.methods import registry
+    from fedkern.methods import method_registry
     from fedkern.methods.base import Phase
     from fedkern.methods.protocol import BEFORE
     from fedkern.settings.config import RunConfig
 
-    kind = registry.get("fedavg")
+    kind = method_registry.get("fedavg")
     settings = {name.replace("-", "_"): value for name, value in RUN.items() if name != "method"}
     context = on_node(RunConfig.make("fedavg", **settings))
     method, server = kind(kind.Options.parse(context.config.options, method="fedavg")), Server(context)

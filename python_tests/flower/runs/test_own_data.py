@@ -13,7 +13,7 @@ from PIL import Image
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.flower.runs import node_process, run_settings, server_app
 from fedkern.run import main

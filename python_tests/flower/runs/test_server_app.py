@@ -15,7 +15,7 @@ from safetensors.torch import load, load_file, save
 
 from fedkern.engine.run import run
 from fedkern.engine.store.extending import check_extension
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import Malformed, RunFailed, UserError
 from fedkern.flower.adapter import make_reply, unpack_message
 from fedkern.flower.runs import (
@@ -29,7 +29,7 @@ from fedkern.flower.runs import (
 )
 from fedkern.flower.runs.portable import pack_value, unpack_value
 from fedkern.messages.states import ABOUT
-from fedkern.methods import FedAvg, registry
+from fedkern.methods import FedAvg, method_registry
 from fedkern.ops._core.backend import active_isa
 from fedkern.settings.config import RunConfig
 from python_tests.engine.executors.test_ranks import OF_ROWS
@@ -597,7 +597,7 @@ class Untrained(FedAvg):
 
 def test_a_setting_that_no_node_uses_is_refused(refuses, tmp_path, monkeypatch):
     over_flower(settings("fedavg", momentum=0.5), tmp_path / "used")
-    monkeypatch.setitem(registry.METHODS, "fedavg", Untrained)
+    monkeypatch.setitem(method_registry.METHODS, "fedavg", Untrained)
     with refuses(r"^momentum has no effect on Untrained, whose clients take no such step"):
         over_flower(settings("fedavg", momentum=0.5), tmp_path / "run")
 

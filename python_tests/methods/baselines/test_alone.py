@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.images import Images
+from fedkern.engine.batches.images import Images
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION

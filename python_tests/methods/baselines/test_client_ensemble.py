@@ -8,7 +8,7 @@ import torch
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics, read_summary
+from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.methods.baselines.client_ensemble import Ensemble, vote
 from fedkern.tasks import SEGMENTATION

@@ -107,7 +107,7 @@ def test_without_its_term_a_method_is_fedavg_bit_for_bit(method, without, settin
 
 
 def test_fedprox_holds_clients_closer_to_the_global_model(make_data, make_config, tmp_path):
-    from fedkern.engine.store.records import read_metrics
+    from fedkern.engine.store.record_files import read_metrics
 
     drifts = []
     for mu in (0.0, 1.0, 10.0):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods.baselines.fedcgs import FeatureStatistics
 

@@ -16,7 +16,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.methods import Batch, FedProto, Phase, Upload
 from fedkern.methods.baselines.fedproto import Nearest, Personal, prototypes, table
 from python_tests.saved_network import same_network

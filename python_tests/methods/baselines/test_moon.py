@@ -94,7 +94,7 @@ def test_the_previous_model_stays_with_the_client(buffers, make_data, make_confi
                 torch.testing.assert_close(flat.parameters, received.extras["previous"]["parameters"])
             return result
 
-    import fedkern.methods.registry as registry
+    import fedkern.methods.method_registry as registry
 
     before = registry.METHODS["moon"]
     registry.METHODS["moon"] = Watched

@@ -5,7 +5,7 @@ import torch
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
 from fedkern.ops import FlatParameters

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.network import Network
+from fedkern.engine.local.network import Network
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError

@@ -7,7 +7,7 @@ import torch
 
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.client_ensemble import Ensemble

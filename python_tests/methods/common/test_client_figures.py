@@ -12,8 +12,8 @@ from torch.utils.data import Subset
 
 import fedkern
 from fedkern.data import FederatedData, Split
-from fedkern.methods.common.client_figures import over_clients, with_undefined, worst_client
-from fedkern.methods.common.diagnostics import undefined_figures
+from fedkern.engine.figures.client_figures import over_clients, with_undefined, worst_client
+from fedkern.engine.figures.diagnostics import undefined_figures
 from fedkern.tasks import SEGMENTATION
 from python_tests import own_data
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from fedkern import models
+from fedkern.engine.figures import diagnostics
 from fedkern.engine.run import run
-from fedkern.methods.common import diagnostics
-from fedkern.models.staged import StagedNetwork
-from fedkern.models.vit import PatchEmbedding
+from fedkern.models.networks.staged import StagedNetwork
+from fedkern.models.networks.vit import PatchEmbedding
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION, SEGMENTATION
 from python_tests.hearing import Hearing

@@ -13,12 +13,12 @@ from fedkern.data import FederatedData, PartitionStatistics, Split
 from fedkern.data.forms import ImageForm
 from fedkern.data.images.transforms import normalise
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.figures import final_figures
 from fedkern.engine.run import run
 from fedkern.engine.store import confusions
-from fedkern.engine.store.records import read_summary
+from fedkern.engine.store.record_files import read_summary
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, register
-from fedkern.methods.common import final_figures
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 

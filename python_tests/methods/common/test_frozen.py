@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedkern import models
-from fedkern.engine.network import Network
+from fedkern.engine.local.network import Network
 from fedkern.methods import Batch, Phase
 from fedkern.methods.common.frozen import cached_rows, frozen_copy
 

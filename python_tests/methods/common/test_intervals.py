@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from fedkern.methods.common.intervals import _counts, intervals, wilson
+from fedkern.engine.figures.intervals import _counts, intervals, wilson
 from fedkern.tasks import TASKS
 from fedkern.tasks.multilabel import label_figures
 from fedkern.tasks.segmentation import case_dice

@@ -10,7 +10,7 @@ from fedkern import models
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords
 from fedkern.methods.baselines import feddf

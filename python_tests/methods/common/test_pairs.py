@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fedkern.data.sharing.holdout import hold_out
-from fedkern.downstream.evaluation import evaluate_run
+from fedkern.downstream.run_evaluation import evaluate_run
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.network import Network, Part
+from fedkern.engine.local.network import Network, Part
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, Phase
 from fedkern.models.towers import PARTS

@@ -7,10 +7,10 @@ from torch import nn
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.ledger import message_bytes
+from fedkern.engine.rounds.ledger import message_bytes
 from fedkern.engine.run import run
 from fedkern.engine.server import Server
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, FedDRA, FedDyn, Local, Phase, Round, Upload
 from fedkern.methods.common.pooling import EXCHANGES, HEADS, Pooling

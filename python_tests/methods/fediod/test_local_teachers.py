@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
 from python_tests.methods.fediod_play import TINY

@@ -10,16 +10,16 @@ import torch
 from fedkern.data import Split
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
+from fedkern.engine.local.training import Diverged
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
-from fedkern.engine.training import Diverged
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods.common.oneshot_members import flatten, load, vectors
 from fedkern.methods.fediod.local_teachers import load_teacher
 from fedkern.methods.fediod.losses import against, teacher_terms
 from fedkern.methods.fediod.server import ALIKE, make_generator, stack_class_counts
-from fedkern.models.teacher_stack import TeacherStack
+from fedkern.models.teachers.teacher_stack import TeacherStack
 from python_tests.methods.fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
 
 MIXED = "cnn:2,mlp:4,resnet8:2"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.discriminators import Discriminators
 from fedkern.methods.fediod.losses import against

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import KillAt, killed, outcome
 

@@ -8,7 +8,7 @@ from fedkern.data import IGNORE
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.fediod.local_teachers import split_holdout
 from fedkern.methods.fediod.losses import distillation, importance, mixture, normalise_weights, teacher_terms

@@ -9,9 +9,9 @@ from torch import nn
 
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine import client as engine_client
-from fedkern.engine.ledger import message_bytes
+from fedkern.engine.rounds.ledger import message_bytes
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.methods import FuseFL, Phase
 from fedkern.methods.fusefl.levels import base_width, scaled_width
 from fedkern.models import Ensemble, build

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from fedkern.engine.run import run
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.report.figures.curves import client_curves, draw_panels, weight_panels
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.report.figures.plots import DRAWN, ORANGE, save_png

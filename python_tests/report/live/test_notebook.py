@@ -14,7 +14,7 @@ import fedkern
 from fedkern.listeners import RunInfo
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Round
-from fedkern.report.live import notebook, progress
+from fedkern.report.live import notebook, progress_bar
 from fedkern.report.live.notebook import display
 from fedkern.settings.config import RunConfig
 from fedkern.text_table import Table
@@ -117,7 +117,7 @@ def test_private_records_have_no_loss_and_say_so(cells):
     listener = started(private=True)
     listener.on_round({name: value for name, value in record(1, accuracy=0.3).items() if name != "loss"})
     assert cells_of(cells[0])[0] == ["round", "accuracy", "up", "down", "time"]
-    assert progress.UNSHOWN in Reader(cells[0]).text("p")
+    assert progress_bar.UNSHOWN in Reader(cells[0]).text("p")
 
 
 @pytest.mark.parametrize("count", [notebook.ROUNDS, notebook.ROUNDS + 1, 1000])

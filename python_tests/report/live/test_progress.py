@@ -15,7 +15,7 @@ from fedkern.data.forms import ImageForm
 from fedkern.listeners import RunInfo
 from fedkern.methods.base import Round
 from fedkern.privacy import Guarantee
-from fedkern.report.live import progress
+from fedkern.report.live import progress_bar
 from fedkern.report.live.notebook import Notebook, display
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION
@@ -63,7 +63,7 @@ def test_lines_away_from_a_terminal():
     listener = display(quiet=False, json=False, console=out)
     play(listener)
     shown = out.file.getvalue()
-    assert type(listener) is progress.Lines
+    assert type(listener) is progress_bar.Lines
     assert "\x1b" not in shown
     assert "fedavg on colordigits: 2 clients, 28 training, 9 validation, 5 ID test, 6 OOD test images" in shown
     assert "looking for objects [3 of 9]" in shown
@@ -75,7 +75,7 @@ def test_lines_away_from_a_terminal():
 
 def test_rounds_that_were_not_evaluated_give_no_line():
     out = console(False)
-    listener = progress.Lines(out)
+    listener = progress_bar.Lines(out)
     listener.on_start(info())
     listener.on_round(record(1))
     assert "round" not in out.file.getvalue()
@@ -96,18 +96,18 @@ def test_rounds_that_were_not_evaluated_give_no_line():
     ],
 )  # fmt: skip
 def test_figures_and_test_sets_have_names_for_people(main, figures, shown):
-    assert progress.main_figures(figures, main, ["north"]) == shown
+    assert progress_bar.main_figures(figures, main, ["north"]) == shown
 
 
 def test_a_plan_of_several_parts_says_what_is_trained_when():
     out = console(False)
-    listener = progress.Lines(out)
+    listener = progress_bar.Lines(out)
     listener.on_start(info(4, trains=["generator", "generator", "generator and student", "generator and student"]))
     listener.on_round(record(2, 4))
     shown = out.file.getvalue()
     assert "trained: generator (rounds 1 to 2), generator and student (rounds 3 to 4)" in shown
     assert "round 2/4 (generator)  loss 0.500" in shown
-    live = progress.Live(console(True))
+    live = progress_bar.Live(console(True))
     live.on_start(info(2, trains=["networks", "classifier"]))
     live.on_round_start(2, "distil", [0, 1])
     assert live.progress.tasks[0].description == "round 2/2 (classifier)"
@@ -117,7 +117,7 @@ def test_a_plan_of_several_parts_says_what_is_trained_when():
 @pytest.mark.parametrize("width", [80, 100])
 def test_nothing_of_the_bar_is_cut_off(width):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    live = progress.Live(console)
+    live = progress_bar.Live(console)
     live.on_start(info(32, trains=["generator"] * 16 + ["generator and student"] * 16))
     for number in range(1, 19):
         live.on_round_start(number, "distil", [0, 1])
@@ -133,15 +133,15 @@ def test_nothing_of_the_bar_is_cut_off(width):
 
 
 def test_a_plan_of_equal_rounds_says_nothing_of_them():
-    assert progress.schedule(progress.training_words(info(2, trains=["student", "student"]))) == []
-    assert progress.training_words(info(3)) == ["", "", ""]
-    assert progress.schedule([str(number) for number in range(progress.STAGES + 1)]) == []
+    assert progress_bar.schedule(progress_bar.training_words(info(2, trains=["student", "student"]))) == []
+    assert progress_bar.training_words(info(3)) == ["", "", ""]
+    assert progress_bar.schedule([str(number) for number in range(progress_bar.STAGES + 1)]) == []
 
 
 def test_the_time_left_is_that_of_rounds_that_train_the_same(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    clock = progress.Clock(["generator"] * 3 + ["student"] * 3)
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now[0])
+    clock = progress_bar.Clock(["generator"] * 3 + ["student"] * 3)
 
     def played(done: int, seconds: float) -> float | None:
         clock.begin()
@@ -159,41 +159,43 @@ def test_the_time_left_is_that_of_rounds_that_train_the_same(monkeypatch):
 
 def test_the_first_round_of_a_plan_of_equal_rounds_tells_the_time_left(monkeypatch):
     now = iter([0.0, 100.0, 102.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    clock = progress.Clock([""] * 10)
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: next(now))
+    clock = progress_bar.Clock([""] * 10)
     clock.begin()
     assert clock.remaining(1) == 18.0
 
 
 def test_the_headline_says_what_an_epsilon_does_not_cover():
     said = Guarantee(1e-5, {"noise": "the noise"}, {"labels": "the labels"})
-    text = "\n".join(progress.run_headline(dataclasses.replace(info(), guarantee=said)))
+    text = "\n".join(progress_bar.run_headline(dataclasses.replace(info(), guarantee=said)))
     assert "NO epsilon of the whole release: a partial epsilon covers noise alone, not labels" in text
-    whole = "\n".join(progress.run_headline(dataclasses.replace(info(), guarantee=Guarantee(1e-5, {"noise": "it"}))))
+    whole = "\n".join(
+        progress_bar.run_headline(dataclasses.replace(info(), guarantee=Guarantee(1e-5, {"noise": "it"})))
+    )
     assert "epsilon covers everything that clients release: noise" in whole
-    assert "epsilon" not in "\n".join(progress.run_headline(info()))
+    assert "epsilon" not in "\n".join(progress_bar.run_headline(info()))
 
 
 def test_class_counts_are_shown_but_with_private_records():
     for private in (False, True):
         out = console(False)
-        progress.Lines(out).on_start(dataclasses.replace(info(), private=private))
+        progress_bar.Lines(out).on_start(dataclasses.replace(info(), private=private))
         shown = out.file.getvalue()
         assert ("dog" in shown) != private
-        assert (progress.UNSHOWN in shown) == private
+        assert (progress_bar.UNSHOWN in shown) == private
 
 
 @pytest.mark.parametrize("json", [False, True])
 def test_a_bar_on_a_terminal(json):
     out = console(True)
     listener = display(quiet=False, json=json, console=out)
-    assert type(listener) is progress.Live
+    assert type(listener) is progress_bar.Live
     play(listener)
     assert listener.progress.tasks[0].completed == 3
     assert listener.progress.tasks[0].fields["figures"] == "ID 90.0 %  OOD 80.0 %"
 
 
-@pytest.mark.parametrize(("json", "kind"), [(False, Notebook), (True, progress.Warnings)])
+@pytest.mark.parametrize(("json", "kind"), [(False, Notebook), (True, progress_bar.Warnings)])
 def test_a_notebook_has_a_display_of_its_own(json, kind):
     out = Console(file=io.StringIO(), force_jupyter=True)
     assert not out.is_terminal
@@ -201,7 +203,7 @@ def test_a_notebook_has_a_display_of_its_own(json, kind):
 
 
 def test_the_bar_moves_with_every_client_and_never_past_the_round():
-    listener = progress.Live(console(True))
+    listener = progress_bar.Live(console(True))
     listener.on_start(info(first_round=1))
     assert listener.progress.tasks[0].completed == 1
     listener.on_round_start(-1, "backgrounds", [0, 1])
@@ -225,18 +227,18 @@ def test_only_warnings_are_left(quiet, json):
 
 
 def test_depth_colour_and_size_of_images_that_are_no_files_are_told():
-    assert "images: 8-bit grey, 8 x 8" in progress.run_headline(info())
+    assert "images: 8-bit grey, 8 x 8" in progress_bar.run_headline(info())
 
 
 def test_a_resumed_run_says_so():
-    assert progress.run_headline(info(first_round=2))[-1] == "resumed after round 2 of 3"
+    assert progress_bar.run_headline(info(first_round=2))[-1] == "resumed after round 2 of 3"
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_long_task_has_a_bar_on_a_terminal(is_terminal, monkeypatch):
     out = console(is_terminal)
-    monkeypatch.setattr(progress, "make_console", lambda stderr: out)
-    with progress.show_progress(3, "predicting") as step:
+    monkeypatch.setattr(progress_bar, "make_console", lambda stderr: out)
+    with progress_bar.show_progress(3, "predicting") as step:
         for _ in range(3):
             step()
     assert ("3/3" in out.file.getvalue()) is is_terminal
@@ -245,5 +247,5 @@ def test_a_long_task_has_a_bar_on_a_terminal(is_terminal, monkeypatch):
 
 def test_sets_with_the_titles_of_others_are_told_apart():
     figures = {"accuracy": 0.1, "accuracy_accuracy": 0.2, "id_accuracy": 0.3, "ID_accuracy": 0.4}
-    shown = progress.figures_by_set(figures, "accuracy", ["", "accuracy", "id", "ID"])
+    shown = progress_bar.figures_by_set(figures, "accuracy", ["", "accuracy", "id", "ID"])
     assert list(shown.values()) == ["10.0 %", "20.0 %", "30.0 %", "40.0 %"]

@@ -11,7 +11,7 @@ import pytest
 
 import fedkern
 from fedkern.engine.store import confusions
-from fedkern.engine.store.records import read_metrics
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.report import run_contents

@@ -1,0 +1,426 @@
+"""fedkern.accelerate: a network whose convolutions wait, within a call, for what follows them.
+
+Modules keep their class, state and repr.  A convolution gets a ``_conv_forward`` in its own dictionary, which torch
+calls with the weight and bias of the caller, and a network two hooks, which are given their module.  So copies of a
+module's dictionary compute with their own tensors.  A deep copy is accelerated too, and a pickle loads without fedkern.
+
+How far a convolution waits is fixed in a rehearsal of the first call of each mode (`rehearsal`), or by a plan.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.acceleration import pending
+from fedkern.acceleration.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, has_hooks, is_untouched, square_windows
+from fedkern.acceleration.pending import Chain, Node, Norm, Pending, Run, Site, compute_pending, is_plain, value
+from fedkern.messages.leaves import mapped
+from fedkern.ops._conv.conv_norm import run, serving
+from fedkern.ops._conv.conv_pool import pooling, run_pooling
+from fedkern.ops._conv.kernels import Inputs, Pooling, Settings
+from fedkern.ops._core.backend import is_intercepted
+from fedkern.ops._core.private_torch import functorch_active, saved_hooks
+
+M = TypeVar("M", bound=nn.Module)
+_CONV_FORWARD: Any = nn.Conv2d._conv_forward
+_CHANNELS_LAST = torch.channels_last
+_thread = threading.local()
+"""``run``: the call of a network that this thread is in; the rest: of :func:`calling`."""
+_NO_EPS = 1e-30  # above 0, and nothing beside 1
+MOVE = 64
+"""Products for which an element counts that is copied into another layout (benchmarks/bench_guest.py)."""
+Record = tuple[list[tuple[Site, int]], list[int]]
+"""Calls of convolutions that were served, more than once where results are used several times, with their products; and
+the products of all calls."""
+
+
+Mode = tuple[bool, bool]
+"""Whether a network trains, and whether gradients were enabled at the start of its call."""
+MODES: tuple[Mode, ...] = ((True, True), (True, False), (False, True), (False, False))
+
+
+def put_hooks(module: M, begin: Begin) -> M:
+    """Accelerate a network, in place, whose calls begin with a hook, and return it."""
+    plain(module)
+    for layer in module.modules():
+        if is_untouched(layer):
+            vars(layer)["_conv_forward"] = Convolution(layer, SETTINGS(layer))
+    if type(module) is not nn.Conv2d:  # a convolution alone has nothing to wait for
+        module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
+        module.register_forward_hook(END, prepend=True, always_call=True)
+    return module
+
+
+def apply_plan(module: M, plan: str) -> M:
+    """Accelerate a network, in place, by a plan of :func:`plan_of`, and return it.
+
+    A mode that the plan does not know runs as written.
+    """
+    known, *texts = plan.split(" ")
+    put_hooks(module, Begin({mode: known[at] == "+" for at, mode in enumerate(MODES)}))
+    found = convolutions(module)
+    for layer, text in zip(found, texts, strict=True) if len(found) == len(texts) else ():
+        layer.plan.update({at: code for at, code in enumerate(text) if code != "."})
+    return module
+
+
+def plan_of(module: nn.Module) -> str:
+    """Return how far the convolutions of an accelerated network wait, in the modes that were rehearsed."""
+    begin = begin_of(module)
+    known = "".join("+" if begin and begin.modes.get(mode) else "-" for mode in MODES)
+    texts = ("".join(layer.plan.get(at, ".") for at in range(2 * len(MODES))) for layer in convolutions(module))
+    return " ".join((known, *texts))
+
+
+def convolutions(module: nn.Module) -> list[Convolution]:
+    """Return what computes a network's convolutions, in order of its modules."""
+    found = (vars(layer).get("_conv_forward") for layer in module.modules())
+    return [item for item in found if isinstance(item, Convolution)]
+
+
+def plain(module: M) -> M:
+    """Take back :func:`accelerate`, in place, and return the module."""
+    for layer in module.modules():
+        served = vars(layer).get("_conv_forward")
+        if isinstance(served, Convolution) or getattr(served, "func", None) is _CONV_FORWARD:
+            del layer._conv_forward
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) or _is_unpickled(hook)]:
+                del hooks[key]
+                layer._forward_hooks_always_called.pop(key, None)
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    return module
+
+
+class _Hook:
+    """A hook of an accelerated network, whose pickle is a function that does nothing."""
+
+    takes_computed = True
+
+    def __getattr__(self, name: str) -> object:
+        raise AttributeError(f"A hook of fedkern.accelerate has no {name}: before torch.jit.script call fedkern.plain.")
+
+    def __deepcopy__(self, memo: object) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _is_unpickled(hook: object) -> bool:
+    return isinstance(getattr(hook, "__self__", None), nullcontext)
+
+
+class Begin(_Hook):
+    """The hook at the beginning of a network's calls.
+
+    Attributes:
+        modes: whether calls are accelerated, by the modes that were rehearsed.
+    """
+
+    def __init__(self, modes: dict[Mode, bool]) -> None:
+        self.modes = modes
+
+    def __deepcopy__(self, memo: object) -> Begin:
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self), modes=dict(self.modes))
+        return twin
+
+    def rehearse(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> None:
+        """Decide on the mode of a call that begins: here none but those of the plan is accelerated."""
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object] | None = None) -> None:
+        begun: Run | None = getattr(_thread, "run", None)
+        if begun is not None and not _is_on_stack(begun):
+            begun = _thread.run = None
+        if begun is not None:
+            begun.depth += module is begun.module
+        elif (recorder := getattr(_thread, "recorder", None)) is not None or not _is_watched(module):
+            mode = module.training, torch.is_grad_enabled()
+            if mode not in self.modes and named is not None:
+                self.rehearse(module, args, named)
+            if self.modes.get(mode):
+                serve = getattr(_thread, "serve", _serve)
+                _thread.run = Run(serve, module, mode, sys._getframe(1), sys.exception(), recorder)
+
+
+class _End(_Hook):
+    def __call__(self, module: nn.Module, args: object, result: object) -> object:
+        begun: Run | None = getattr(_thread, "run", None)
+        if begun is None or module is not begun.module:
+            return None
+        if begun.depth:
+            begun.depth -= 1
+            return None
+        try:
+            error = sys.exception()
+            if result is None and error is not None and error is not begun.handled:  # the call has failed
+                if "data pointer" in str(error):
+                    error.add_note(f"fedkern.accelerate has not computed the tensor yet: {pending.WAY_OUT}.")
+                return None
+            result = mapped(_plain, result)
+            begun.end()
+            return result
+        finally:
+            _thread.run = None
+            begun.over, begun.frame = True, None
+
+
+END = _End()
+
+
+def _is_on_stack(begun: Run) -> bool:
+    """Return whether a call is running: an interrupt leaves it without its end."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame is not begun.frame:
+        frame = frame.f_back
+    return frame is not None
+
+
+def begin_of(module: nn.Module) -> Begin | None:
+    """Return the hook at the beginning of a network's calls, or None."""
+    return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Begin)), None)
+
+
+def call_parts(module: nn.Module, function: Callable[..., object], *args: object) -> Any:
+    """Call a function of parts of a network, as a call of the network if it is accelerated."""
+    begin = begin_of(module)
+    if begin is None:
+        return function(*args)
+    result = None
+    begin(module, args)
+    try:
+        result = function(*args)
+    finally:
+        ended = END(module, args, result)
+    return result if ended is None else ended
+
+
+@contextmanager
+def calling(**how: Any) -> Iterator[None]:
+    """Inside, in this thread, calls differ.
+
+    Args:
+        how: another ``serve``, which computes chains, a ``record`` of the convolutions of calls, or a ``recorder`` of a
+            rehearsal.
+    """
+    vars(_thread).update(how)
+    try:
+        yield
+    finally:
+        for name in how:
+            delattr(_thread, name)
+
+
+def _result(windows: Windows, channels: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a convolution's result."""
+    batch, _, height, width = shape
+    side, stride, padding = windows
+    height, width = (height + 2 * padding - side) // stride + 1, (width + 2 * padding - side) // stride + 1
+    return batch, channels, height, width
+
+
+def _products(shape: tuple[int, ...], weight: Tensor) -> int:
+    """The products that a convolution's result of this shape takes."""
+    batch, _, height, width = shape
+    return batch * height * width * weight.numel()
+
+
+def _plain(part: object) -> object:
+    """A part of a network's result, computed; objects with tensors are looked into as far as attributes."""
+    if type(part) is Pending:
+        return compute_pending(part)
+    for name, item in list(getattr(part, "__dict__", {}).items()):
+        if type(item) is Pending:
+            object.__setattr__(part, name, compute_pending(item))
+    return part
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether something looks at the layers of a network, or takes their operations apart."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_intercepted() or functorch_active():
+        return True
+    if torch.is_autocast_enabled("cpu") or any(GLOBAL_HOOKS) or saved_hooks(True) is not None:
+        return True
+    return any(not takes_computed(hook) for hook in _hooks(module))
+
+
+def _hooks(module: nn.Module) -> Iterator[object]:
+    """Hooks of a network's parts, and those of gradients that it has itself; parts of TorchScript count as hooks."""
+    layers: list[Any] = [module]
+    while layers:
+        layer = layers.pop()
+        if isinstance(layer, torch.jit.ScriptModule):
+            yield layer
+        elif layer is not None:
+            attributes = vars(layer)
+            layers += attributes["_modules"].values()
+            if has_hooks(layer):
+                for name in HOOKS if layer is not module else HOOKS[2:]:
+                    yield from attributes[name].values()
+
+
+def takes_computed(hook: object) -> bool:
+    """Whether a hook computes what it is given by itself, with :func:`fedkern.acceleration.pending.compute_pending`."""
+    return getattr(getattr(hook, "func", hook), "takes_computed", False) is True
+
+
+class Convolution:
+    """A convolution's ``_conv_forward``, whose result waits where an operator may serve it.
+
+    Attributes:
+        plan: by the number of a mode of gradients of a mode of calls (:data:`MODES`), how many steps the result waits
+            for, as a digit, or as a letter from ``a`` where only convolutions and sums take what the last gives.
+    """
+
+    def __init__(self, layer: nn.Module, settings: tuple[object, ...], plan: Mapping[int, str] | None = None) -> None:
+        self._layer, self._settings, self.plan = weakref.ref(layer), settings, dict(plan or {})
+        self._known: dict[tuple[tuple[int, ...], ...], bool] = {}
+
+    def __deepcopy__(self, memo: dict[int, nn.Module]) -> Convolution:
+        layer = self._layer()
+        return self if layer is None else Convolution(memo.get(id(layer), layer), SETTINGS(layer), self.plan)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial, (_CONV_FORWARD, self._owner())
+
+    def _owner(self) -> object:
+        """Return an object with the convolution's settings."""
+        names = "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+        layer = self._layer()
+        return SimpleNamespace(**dict(zip(names, self._settings if layer is None else SETTINGS(layer), strict=True)))
+
+    def written(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the result as torch computes it."""
+        layer = self._layer()
+        result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, compute_pending(x), weight, bias)
+        return result
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        begun: Run | None = getattr(_thread, "run", None)
+        if begun is None:
+            return self.written(x, weight, bias)
+        begun.settle()
+        key = 2 * MODES.index(begun.mode) + torch.is_grad_enabled()
+        if begun.recorder is not None:
+            begun.recorder.convolution = self, key
+            return self.written(x, weight, bias)
+        layer = self._layer()
+        windows = square_windows(*(self._settings if layer is None else SETTINGS(layer)))
+        node: Node | None = x.__dict__["node"] if type(x) is Pending else None
+        record: Record | None = getattr(_thread, "record", None)
+        shape = pending.shape_of(x)
+        if record is not None and windows is not None and len(shape) == 4:
+            record[1].append(_products(_result(windows, weight.shape[0], shape), weight))
+        code = self.plan.get(key)
+        if code is None or windows is None or not self._serves(windows, weight, bias, shape):
+            return self.written(x, weight, bias)
+        if torch.is_autocast_enabled("cpu") or functorch_active() or saved_hooks(True) is not None or (
+            torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        ):  # fmt: skip
+            return self.written(x, weight, bias)
+        last = (is_last(x) if node is None else node.chain.site.last) or is_last(weight)
+        if node is not None:
+            x = value(node, dense=False)
+        if not is_plain(x, shape):
+            return self.written(x, weight, bias)
+        shape = _result(windows, weight.shape[0], shape)
+        if last and min(4 * weight.shape[0], *shape[2:]) < 4:  # torch's layers decide on the layout at every step
+            return self.written(x, weight, bias)
+        site = Site(x, weight, bias, windows[1], windows[2], shape, last, code.isalpha())
+        return begun.started(Node(begun, Chain(site), shape), int(code, 36) % 10)
+
+    def _serves(self, windows: Windows, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> bool:
+        """Return whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""
+        sizes = tuple(weight.shape)
+        if not is_plain(weight, sizes) or (bias is not None and not is_plain(bias, sizes[:1])):
+            return False
+        key = shape, sizes, windows
+        if key not in self._known:
+            self._known[key] = _fits(weight, windows, shape)
+        return self._known[key]
+
+
+def is_last(tensor: Tensor) -> bool:
+    """Return whether torch's convolutions take a tensor for channels-last."""
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=_CHANNELS_LAST)
+
+
+def _fits(weight: Tensor, windows: Windows, shape: tuple[int, ...]) -> bool:
+    side, stride, padding = windows
+    if len(shape) != 4 or shape[0] == 0 or shape[1] != weight.shape[1] or min(_result(windows, 1, shape)) < 1:
+        return False
+    x = torch.empty(shape, memory_format=_CHANNELS_LAST)
+    weight, units = weight.detach(), torch.ones(len(weight))
+    if stride == 1 and pooling(x, weight, None, padding) is not None:
+        return True
+    if padding != side // 2:
+        return False
+    return serving(Inputs(x, weight, units, units), Settings(units, units, stride=stride)) is not None
+
+
+def _serve(chain: Chain, dense: bool) -> Tensor | None:
+    """A chain by an operator; None where the layers have to run as written, or are faster than copies around it."""
+    site = chain.site
+    products = _products(site.shape, site.weight)
+    result = _serve_pool(chain, dense)
+    if result is None and site.padding == site.weight.shape[2] // 2:
+        result = _serve_norm(chain, dense, products)
+    record: Record | None = getattr(_thread, "record", None)
+    if result is not None and record is not None:
+        record[0].append((site, products))
+    return result
+
+
+def _serve_pool(chain: Chain, dense: bool) -> Tensor | None:
+    """A chain without norm by ``conv_pool``, which reads and writes maps of either layout."""
+    site = chain.site
+    if chain.norm is not None or chain.residual is not None or chain.pool == 1 or site.stride > 1:
+        return None
+    kernel = pooling(site.x, site.weight, site.bias, site.padding)
+    if kernel is None:
+        return None
+    return run_pooling(kernel, site.x, site.weight, site.bias, Pooling(site.padding, chain.relu, dense))
+
+
+def _serve_norm(chain: Chain, dense: bool, products: int) -> Tensor | None:
+    """A chain by ``conv_norm``."""
+    site, norm, x, bias = chain.site, chain.norm, chain.site.x, chain.site.bias
+    moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()
+    behind = math.prod(site.shape) // chain.pool**2 if dense else 0
+    residual = None if chain.residual is None else chain.residual[0]
+    spared = sum(item.numel() for item in (x, residual) if item is not None and is_last(item)) if dense else 0
+    if MOVE * (moved + behind - spared) * (2 if norm is None else 1) > products:  # half is won without a norm's passes
+        return None
+    if moved:
+        x = x.contiguous(memory_format=_CHANNELS_LAST)
+    if norm is None:  # one that changes nothing, and adds the bias
+        zeros, units = x.new_zeros(len(site.weight)), x.new_ones(len(site.weight))
+        norm, bias = Norm(units, zeros if bias is None else bias, _NO_EPS, zeros, units), None
+    after = site.stride, chain.relu, chain.pool
+    shift = norm.bias
+    if norm.groups:
+        settings = Settings(None, None, 0.0, norm.eps, *after, False, True, norm.groups)
+    else:
+        tracks = norm.training and not norm.counted
+        mean, variance = (norm.mean, norm.variance) if tracks or not norm.training else (None, None)
+        if bias is not None and variance is not None and not norm.training:
+            shift, bias = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps), None
+        settings = Settings(mean, variance, norm.momentum, norm.eps, *after, tracks, norm.training)
+    inputs = Inputs(x, site.weight, norm.weight, shift, bias, residual)
+    kernel = serving(inputs if settings.groups else inputs._replace(bias=None), settings)
+    if kernel is None:
+        return None
+    site.moved += moved
+    return run(kernel, inputs, settings)

@@ -1,0 +1,298 @@
+"""Result of a comparison: a table over the groups, the sentences below it, and the files that hold both."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
+from fedkern.comparison.seed_statistics import Target, compare_pairs, interval_text, mean_std, plus_minus
+from fedkern.engine.store import confusions, record_files
+from fedkern.errors import UserError, nearest, printable_name, warn_instead
+from fedkern.files import atomic
+from fedkern.listeners.events import Record
+from fedkern.methods.method_registry import short
+from fedkern.report.names import CELL
+from fedkern.report.run_contents import constant_figures
+from fedkern.report.tables import human_bytes, human_metric, human_time
+from fedkern.tasks.figure_names import number, scale, short_set_title, short_title, split_metric
+from fedkern.text_table import Table
+from fedkern.usercode.named_code import INSTANCE
+
+CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
+TOLD = ("no-effect", "shared-machine")
+"""Warnings of runs whose sentences stand below the table."""
+TAKEN = ("rounds", "bytes", "seconds")
+"""What reaching a target takes."""
+
+
+@dataclass
+class Result:
+    """Groups of finished runs, at least one group and each with a run, compared with the first group.
+
+    Rounds, bytes and seconds are counted up to the ``target``.  ``notes`` tell how the groups came to be, as by chosen
+    settings; ``failures`` has a sentence for every failed run.
+    """
+
+    groups: list[Group]
+    target: Target | None = None
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.figures = main_figures(self.groups)
+        self.runs = [run for group in self.groups for run in group.runs.values()]
+        if self.target is not None:
+            self.target = self.target.with_direction([run.direction(self.target.figure) for run in self.runs])
+
+    def check_target(self) -> None:
+        """Raise UserError where no round tells the target's figure, it never reaches the value, or has no direction."""
+        if self.target is None:
+            return
+        self.target.check(own_sets(self.groups))
+        records = [record for run in self.runs for record in run.records]
+        figures = {name for record in records for name, value in record.items() if isinstance(value, float)}
+        figures -= {"seconds", "round_seconds", "clock", "staleness"}
+        if self.target.figure not in figures:
+            raise UserError(
+                f'No round tells the figure "{self.target.figure}" of --target.{nearest(self.target.figure, figures)} '
+                f"The rounds have {', '.join(sorted(figures)) or 'no figures'}."
+            )
+        self.target.check_direction()
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row for every group, with plain numbers.
+
+        None where there is no value.
+
+        Keys: ``group``, ``method``, ``seeds`` (number of runs); for every main figure its mean under the figure's name
+        and ``FIGURE_std``, ``FIGURE_difference``, ``FIGURE_low`` and ``FIGURE_high`` (to the first group);
+        ``bytes`` and ``seconds``, each with ``_std``; with a target ``reached`` (number of runs) and
+        ``rounds_to_target``, ``bytes_to_target`` and ``seconds_to_target``, each with
+        ``_std``, where all runs reach it.
+        """
+        base = self.groups[0]
+        rows = []
+        for group in self.groups:
+            row: dict[str, Any] = {"group": group.label, "method": short(group.method), "seeds": len(group.runs)}
+            for figure in self.figures:
+                values = group.values(figure)
+                row[figure], row[f"{figure}_std"] = mean_std(list(values.values())) if values else (None, None)
+                difference = None if group is base else compare_pairs(values, base.values(figure))
+                row[f"{figure}_difference"] = None if difference is None else difference.mean
+                row[f"{figure}_low"] = None if difference is None else difference.low
+                row[f"{figure}_high"] = None if difference is None else difference.high
+            sent = [float(run.summary["bytes"]["total"]) for run in group.runs.values()]
+            row["bytes"], row["bytes_std"] = mean_std(sent)
+            row["seconds"], row["seconds_std"] = mean_std([run.summary["seconds"] for run in group.runs.values()])
+            if self.target is not None:
+                took = [self.target.cost_of_target(run.records) for run in group.runs.values()]
+                reached = [reached_by for reached_by in took if reached_by is not None]
+                row["reached"] = len(reached)
+                complete = len(reached) == len(took)
+                for name in TAKEN:
+                    key = f"{name}_to_target"
+                    row[key], row[f"{key}_std"] = mean_std([e[name] for e in reached]) if complete else (None, None)
+            rows.append(row)
+        return rows
+
+    def run_rows(self) -> list[dict[str, object]]:
+        """A row for every run: group, method, seed, all final figures, bytes, seconds, the target, the folder."""
+        rows = []
+        for group in self.groups:
+            for seed, run in group.runs.items():
+                row = {"group": group.label, "method": short(group.method), "seed": seed, **run.metrics}
+                row |= {"bytes": run.summary["bytes"]["total"], "seconds": run.summary["seconds"]}
+                if self.target is not None:
+                    took = self.target.cost_of_target(run.records) or {}
+                    row |= {f"{name}_to_target": took.get(name) for name in TAKEN}
+                rows.append({**row, "folder": str(run.folder)})
+        return rows
+
+    def sentences(self) -> list[str]:
+        """Return what the table rests on, sentence by sentence."""
+        texts = [_seeds(self.groups)]
+        if self.shared_start:
+            texts.append(
+                "All seeds start from the same weights, those of the module: a class or function as model=NETWORK is "
+                "built anew for every seed."
+            )
+        if len(self.groups) > 1:
+            texts += [_intervals(self.groups, self.figures), differing_settings(self.groups)]
+        if not self.figures:
+            texts.append("The runs tell no main figure, as privately recorded runs may not.")
+        if self.target is not None:
+            texts.append(
+                f"To target: up to the first evaluated round with {self.target}; bytes count both directions, seconds "
+                "are those of the machine that ran."
+            )
+        diagnostics = [run.summary.get("diagnostics") or {} for run in self.runs]
+        texts += dict.fromkeys(str(table[name]) for name in TOLD for table in diagnostics if name in table)
+        if numbers := Counter(str(name) for table in diagnostics for name in table if name not in TOLD):
+            counts = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in sorted(numbers.items()))
+            texts.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
+        return [*texts, *self.notes]
+
+    def all_sentences(self) -> list[str]:
+        """:meth:`sentences`, and a sentence for every failed run."""
+        return [*self.sentences(), *(f"Failed: {text}" for text in self.failures)]
+
+    def text_table(self, notes: Sequence[str] = ()) -> Table:
+        """The table in texts, a row for every group: mean ± standard deviation, and differences with their interval."""
+        rows = self.table
+        columns: list[tuple[str, list[str]]] = [
+            ("", [printable_name(row["group"], CELL) for row in rows]), ("seeds", [str(row["seeds"]) for row in rows]),
+        ]  # fmt: skip
+        for figure in self.figures:
+            test_set, name = split_metric(figure)
+            title = f"{short_set_title(test_set)} {short_title(name)}".strip()
+            columns.append((title, [spread_text(figure, row[figure], row[f"{figure}_std"]) for row in rows]))
+            if len(rows) > 1:
+                columns.append((f"{title}: difference", [_difference(figure, row) for row in rows]))
+        for name in TAKEN if self.target is not None else ():
+            columns.append((f"{name} to target", [_target_text(name, row) for row in rows]))
+        columns.append(("sent", [human_bytes(row["bytes"]) for row in rows]))
+        columns.append(("time", [human_time(row["seconds"]) for row in rows]))
+        titles, cells = zip(*columns, strict=True)
+        return Table(titles, [[*row] for row in zip(*cells, strict=True)], self.title(), notes=notes)
+
+    def title(self) -> str:
+        """Title of the comparison."""
+        data = list(dict.fromkeys(run.config.data for run in self.runs))
+        methods = dict.fromkeys(short(group.method) for group in self.groups)
+        start = ", all seeds start from the same weights" if self.shared_start else ""
+        return printable_name(f"{', '.join(methods)} on {', '.join(data)}", CELL) + start
+
+    @property
+    def shared_start(self) -> bool:
+        """Return whether all seeds of a group train copies of one module, which has its weights already."""
+        starts = [[run.config for run in group.runs.values()] for group in self.groups if len(group.runs) > 1]
+        return any(start.model_sha256 and start.model.startswith(INSTANCE) for start in chain(*starts))
+
+    def write(self, folder: Path) -> list[Path]:
+        """Writes the table's files and the picture, each completely or not at all, and returns their paths.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        from fedkern.report.figures.matplotlib_import import without_docstrings
+
+        with without_docstrings():
+            from fedkern.report.figures.comparison_plot import comparison_panels
+            from fedkern.report.figures.curves import draw_panels
+            from fedkern.report.figures.plots import save_png, tell_lacking
+
+        folder.mkdir(parents=True, exist_ok=True)
+        table = self.text_table(self.all_sentences())
+        texts = {CSV: csv_text(self.run_rows()), MARKDOWN: table.markdown(), LATEX: table.latex()}
+        for name, text in texts.items():
+            atomic.write_bytes(folder / name, text.encode())
+        paths = [folder / name for name in texts]
+        with warn_instead(lambda why: warnings.warn(f"{PICTURE} is missing: {why}.", stacklevel=2)):
+            panels = comparison_panels(self.histories(), self.figures, chance=self.chance())
+            if panels:
+                save_png(draw_panels([*panels.values()], title=self.title()), folder / PICTURE)
+                tell_lacking(warnings.warn)
+                paths.append(folder / PICTURE)
+        return paths
+
+    def histories(self) -> dict[str, list[Sequence[Record]]]:
+        """Records of the rounds of every run, by the group's name."""
+        return {group.label: [run.records for run in group.runs.values()] for group in self.groups}
+
+    def chance(self) -> dict[str, float]:
+        """The main figures that need no learning, by the first run.
+
+        Empty where runs are of several data sets.
+        """
+        if len({run.config.data for run in self.runs}) > 1:
+            return {}
+        first_run = self.runs[0]
+        confusion = None if first_run.config.records == "private" else confusions.read(first_run.folder)
+        figure_tables = [dict.fromkeys(self.figures), first_run.summary["metrics"]]
+        return constant_figures(figure_tables, first_run.config.main, {}, confusion, 0)
+
+    def to_json(self, folder: Path) -> str:
+        """Table, sentences and folder as JSON."""
+        content = {"table": self.table, "notes": self.sentences(), "failures": self.failures, "folder": str(folder)}
+        return json.dumps(record_files.plain(content), indent=2)
+
+
+def spread_text(figure: str, mean: float | None, deviation: float | None) -> str:
+    """A mean ± standard deviation with the figure's unit."""
+    if mean is None:
+        return "not told"
+    if deviation is None:
+        return human_metric(figure, mean)
+    return f"{plus_minus(mean, deviation, partial(number, figure))} {scale(figure)[1]}".rstrip()
+
+
+def _difference(figure: str, row: Mapping[str, Any]) -> str:
+    mean, low, high = (row[f"{figure}_{part}"] for part in ("difference", "low", "high"))
+    return "" if mean is None else interval_text(mean, low, high, partial(number, figure, sign="+"))
+
+
+def _target_text(name: str, row: Mapping[str, Any]) -> str:
+    """Return what reaching the target took, with its unit."""
+    mean, deviation = row[f"{name}_to_target"], row[f"{name}_to_target_std"]
+    if mean is None:
+        return f"reached by {row['reached']} of {row['seeds']}" if name == "rounds" else "–"
+    rounds = "{:.0f}" if deviation is None else "{:.1f}"
+    return plus_minus(mean, deviation, {"rounds": rounds.format, "bytes": human_bytes, "seconds": human_time}[name])
+
+
+def _list_seeds(seeds: Sequence[int]) -> str:
+    text = ", ".join(map(str, seeds[:10]))
+    return text if len(seeds) <= 10 else f"{text} ..."
+
+
+def _seeds(groups: Sequence[Group]) -> str:
+    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for group in groups:
+        by_seeds.setdefault(tuple(group.runs), []).append(group.label)
+    if len(by_seeds) == 1:
+        seeds = next(iter(by_seeds))
+        if len(seeds) == 1:
+            return f"One seed ({seeds[0]}): no standard deviation; --seeds 3 gives one."
+        return f"Mean ± standard deviation over {len(seeds)} seeds ({_list_seeds(seeds)})."
+    parts = "; ".join(
+        f"{', '.join(labels)}: {len(seeds)} seed{'s' * (len(seeds) > 1)} ({_list_seeds(seeds)})"
+        for seeds, labels in by_seeds.items()
+    )
+    return f"Mean ± standard deviation over seeds, whose number differs: {parts}."
+
+
+def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
+    base = groups[0]
+    points = " in percentage points" if all(scale(figure)[1] for figure in figures) else ""
+    differences = f"Differences are to {base.label}{points}"
+    pairs = [len(set(group.runs) & set(base.runs)) for group in groups[1:]]
+    if max(pairs) < 2:
+        return f"{differences}; an interval needs two seeds in common, so none is given."
+    fewest_pairs, most_pairs = min(pairs), max(pairs)
+    count = f"{most_pairs}" if fewest_pairs == most_pairs else f"{fewest_pairs} to {most_pairs}"
+    few_words = ", so few that it holds only if differences are nearly normal" if most_pairs < 6 else ""
+    several = f"; the {len(pairs)} intervals are not corrected for their number" if len(pairs) > 1 else ""
+    return (
+        f"{differences}, paired by seed, each with a 95 % interval (Student's t) that rests on "
+        f"{count} seeds{few_words}{several}."
+    )
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as CSV, with all names that one of them has."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()

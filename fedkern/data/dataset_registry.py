@@ -1,0 +1,353 @@
+"""Registry of the data sets: a one-line description, the defaults and the options of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fedkern.data.data_option import COMMON_OPTIONS, READING, CommonOptions
+from fedkern.data.sharing.coloured import PALETTES, Palette
+from fedkern.data.sharing.partition import parse_partition
+from fedkern.data.sources.captions import CLIENTS, PROMPTS, make_captions
+from fedkern.data.sources.cifar import open_cifar10, open_cifar100
+from fedkern.data.sources.data_function import DataFunction
+from fedkern.data.sources.digits import open_digits
+from fedkern.data.sources.idx import open_idx
+from fedkern.data.sources.labelled_images import CSV_TASKS, open_csv, open_folder, open_pairs
+from fedkern.data.sources.listing import Reading
+from fedkern.data.sources.mask_images import open_segmentation
+from fedkern.data.sources.segdigits import open_segdigits
+from fedkern.data.sources.site_folders import LAYOUTS
+from fedkern.data.sources.svhn import open_svhn
+from fedkern.data.sources.table import AUTO
+from fedkern.data.types import DataRequest, FederatedData, Source
+from fedkern.errors import UserError, nearest
+from fedkern.tasks import CLASSIFICATION, RETRIEVAL, SEGMENTATION, TASKS, Task
+from fedkern.typed_option import Option, Value
+from fedkern.usercode import named_code
+from fedkern.usercode.registry import Registry
+
+PROMPT = "a photo of a {class}."
+"""Template of zero-shot classification's prompts, where a data set has none of its own."""
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Entry of a data set for `list`, the command line and `load`.
+
+    Attributes:
+        make: makes what the data set holds: a source, which the partition shares out, or data that clients have
+            already; None for data that are in the memory of a Python program.
+        clients: default number of clients.
+        partition: default partition specification.
+        correlation, palette: default correlation between colour and class, and the colours; None for a set that is not
+            coloured.
+        options: accepted options, beside `COMMON_OPTIONS`.
+        prompts: prompts of zero-shot classification: one template, or prompts for every class.
+        task: what is learnt of the data, where their labels do not tell another task.
+        function: the registered function of a user's own set, or None.
+    """
+
+    description: str
+    make: Callable[[DataRequest], Source | FederatedData] | None
+    clients: int
+    partition: str
+    correlation: float | None = None
+    palette: Palette | None = None
+    options: Mapping[str, Option] = field(default_factory=dict)
+    prompts: str | Mapping[str, tuple[str, ...]] = PROMPT
+    task: Task = CLASSIFICATION
+    function: DataFunction | None = None
+
+
+def _own_files(reader: Callable[..., Source]) -> Callable[[DataRequest], Source]:
+    """Read a user's own files, with the options on images as one `Reading`."""
+
+    def make(request: DataRequest) -> Source:
+        own = {name: value for name, value in request.options.items() if name not in Reading.__dataclass_fields__}
+        return reader(request.root, Reading.of(request), **own)
+
+    return make
+
+
+_MASK = {
+    "mask": Option(
+        "exact",
+        "object masks of training images: every pixel of ink, or its bounding box, as a detector would give it",
+        choices=("exact", "box"),
+    )
+}
+
+_LAYOUT = {
+    "layout": Option(
+        "auto", "folders in folders: sites, or patients in classes; auto: sites, but names of patients are refused",
+        choices=LAYOUTS,
+    )
+}  # fmt: skip
+
+_HELD = {
+    "path": "the image files", "image": "the image files", "mask": "the mask files", "label": "the labels",
+    "text": "the texts", "split": "the splits", "labels": "several labels an image, joined by |",
+}  # fmt: skip
+
+
+def _columns(*options: str) -> dict[str, Option]:
+    """Options that name the columns of a CSV file, see `fedkern.data.sources.table.open_table`."""
+    named = {name: Option("", f"CSV column with {_HELD[name]}, by default found by its name") for name in options}
+    return named | {
+        "patient": Option(
+            AUTO, "CSV column with the patients, auto: found by its name, empty: no column names patients"
+        ),
+        "client_column": Option(
+            "", "CSV column that names every row's client; by default client, site or hospital where there is one"
+        ),
+    }
+
+
+DATASETS: Registry[DatasetInfo] = Registry("data set", {
+    "colordigits": DatasetInfo(
+        "embedded digits on backgrounds coloured by class and client; out-of-distribution test with random colours",
+        lambda request: open_digits(), 5, "attribute", 0.7, PALETTES["white"], _MASK,
+    ),
+    "colormnist": DatasetInfo(
+        "MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
+        lambda request: open_idx("mnist", request.root), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
+    ),
+    "colorfashion": DatasetInfo(
+        "Fashion-MNIST on backgrounds coloured by class and client; out-of-distribution test with random colours",
+        lambda request: open_idx("fashionmnist", request.root), 5, "attribute", 0.5, PALETTES["contrast"], _MASK,
+    ),
+    "digits": DatasetInfo(
+        "UCI's 1,797 handwritten digits enlarged to 32x32; needs no file",
+        lambda request: open_digits(), 5, "dirichlet:0.5",
+    ),
+    "captions": DatasetInfo(
+        "embedded digits on textured canvases with captions; clients differ in look and words, one is a small minority",
+        lambda request: make_captions(request, **request.options), CLIENTS, "attribute", prompts=PROMPTS,
+        task=RETRIEVAL,
+        options={
+            "minority": Option(0.05, "the last client's share of the canvases; 0 for no minority", low=0, high=0.5),
+            "minority_trait": Option(
+                "concepts", "what sets the minority apart: words and concepts of its own, or noise on its images",
+                choices=("concepts", "noise"),
+            ),
+            "held_out": Option(1, "clients that do not train; their canvases are the test set unseen", low=0),
+            "labels": Option(
+                "digit", "what zero-shot and probe tell of a canvas's subject", choices=("digit", "colour")
+            ),
+        },
+    ),
+    "segdigits": DatasetInfo(
+        "embedded digits on textured grounds; segmentation into background and ten digits; needs no file",
+        lambda request: open_segdigits(), 5, "dirichlet:0.5", task=SEGMENTATION,
+    ),
+    "mnist": DatasetInfo(
+        "MNIST, 70,000 handwritten digits (IDX files)",
+        lambda request: open_idx("mnist", request.root), 10, "dirichlet:0.5",
+    ),
+    "fashionmnist": DatasetInfo(
+        "Fashion-MNIST, 70,000 pictures of clothes (IDX files)",
+        lambda request: open_idx("fashionmnist", request.root), 10, "dirichlet:0.5",
+    ),
+    "cifar10": DatasetInfo(
+        "CIFAR-10, 60,000 colour images of 10 classes (official binary files)",
+        lambda request: open_cifar10(request.root), 10, "dirichlet:0.5",
+    ),
+    "cifar100": DatasetInfo(
+        "CIFAR-100, 60,000 colour images of 100 classes (official binary files)",
+        lambda request: open_cifar100(request.root, **request.options), 10, "dirichlet:0.5",
+        options={"labels": Option("fine", "100 fine classes or 20 coarse ones", choices=("fine", "coarse"))},
+    ),
+    "svhn": DatasetInfo(
+        "SVHN, 99,289 photographed house numbers (official MATLAB files)",
+        lambda request: open_svhn(request.root), 10, "dirichlet:0.5",
+    ),
+    "folder": DatasetInfo(
+        "your own images, sorted into folders: train/CLASS and test/CLASS, or CLASS alone; for sites in SITE/...",
+        _own_files(open_folder), 5, "dirichlet:0.5", options={**READING, **_LAYOUT},
+    ),
+    "csv": DatasetInfo(
+        "your own images, listed in a CSV file with the columns path,label (or labels: a|b)[,split][,client]",
+        _own_files(open_csv), 5, "dirichlet:0.5",
+        options={
+            **READING,
+            "task": Option("auto", "what is learnt, where the columns do not tell", choices=CSV_TASKS),
+            "order": Option("", "the classes in their order, separated by | (default: sorted)"),
+            **_columns("path", "label", "labels", "split"),
+        },
+    ),
+    "segmentation": DatasetInfo(
+        "your own images with masks: folders images and masks, or a CSV file with image,mask[,split][,client]",
+        _own_files(open_segmentation), 5, "iid",
+        options={
+            **READING,
+            **_LAYOUT,
+            "names": Option("", "classes separated by |, background first (default: numbers)"),
+            "ignore": Option(-1, "value in the masks where the class is not known, -1 for none", low=-1, high=255),
+            **_columns("image", "mask", "split"),
+        },
+        task=SEGMENTATION,
+    ),
+    "pairs": DatasetInfo(
+        "your own images with captions: image.jpg and image.txt, or a CSV file image,text[,label][,split][,client]",
+        _own_files(open_pairs), 5, "iid", task=RETRIEVAL,
+        options={
+            **READING,
+            **_LAYOUT,
+            "crop": Option(
+                0, "side of the window that networks see, anywhere in training images, central in others; 0: whole "
+                "images", low=0,
+            ),
+            "longest": Option(112, "words kept of a text", low=1),
+            **_columns("image", "text", "label", "split"),
+        },
+    ),
+    "arrays": DatasetInfo(
+        "arrays in memory, given through Python (fedkern.FederatedData.from_arrays)", None, 5, "attribute",
+    ),
+    "datasets": DatasetInfo(
+        "data sets of PyTorch, given through Python (fedkern.simulate(METHOD, data=[...], test=...))", None, 5, "iid",
+    ),
+    "captioned": DatasetInfo(
+        "data sets of PyTorch whose images have texts, given through Python", None, 5, "iid", task=RETRIEVAL,
+    ),
+}, code=lambda info: info.function and info.function.function)  # fmt: skip
+
+
+def data_names() -> list[str]:
+    """Return the names that a user may give: those of all data sets but the ones in the memory of a program."""
+    return [name for name, info in DATASETS.items() if info.make is not None]
+
+
+def lookup(name: str) -> DatasetInfo:
+    """Return the entry of a data set, or raise UserError that suggests the nearest known name."""
+    name = named_code.absolute(name)
+    if name not in DATASETS:
+        hint = nearest(name, data_names())
+        if named_code.parse(name) is not None:
+            raise UserError(f"the data set {name} is code, which a run folder may not name alone: give --data {name}.")
+        if "/" in name or os.path.exists(name):  # noqa: PTH110 (the name may be too long)
+            hint = f" Your own images are --data folder, or csv for a list of them, with --data-root {name}."
+            hint = " Your own function is --data FILE.py:NAME." if name.endswith(".py") else hint
+        if name.lower().endswith((".nii", ".nii.gz", ".dcm")):
+            hint = nearest("nifti", DATASETS)
+        raise UserError(f'unknown data set "{name}": expected one of {", ".join(data_names())}.{hint}')
+    return DATASETS[name]
+
+
+def _find_option(data: str, key: str) -> Option:
+    """Return an option of a data set for error messages, or raise UserError where there is none."""
+    choices = {**lookup(data).options, **COMMON_OPTIONS}
+    if key not in choices:
+        raise UserError(
+            f'data set "{data}" has no option "{key}": expected one of {", ".join(choices)}.{nearest(key, choices)}'
+        )
+    return dataclasses.replace(choices[key], name=key, label=f'option {key} of data set "{data}"')
+
+
+def given_options(name: str, options: Mapping[str, object]) -> dict[str, Value]:
+    """The given options, converted, without defaults and with absolute paths.
+
+    Raises:
+        UserError: as :func:`read_options`, or a path in the home folder of an unknown user.
+    """
+    return {key: _find_option(name, key).read(value) for key, value in options.items()}
+
+
+def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Value], CommonOptions]:
+    """Checks ``key=value`` options and fills in defaults.
+
+    Returns:
+        The options of the data set, and the options common to all data sets.
+
+    Raises:
+        UserError: an unknown key (the message suggests the nearest), or a value of the wrong type or out of range.
+    """
+    given: dict[str, Any] = {key: _find_option(name, key).convert(value) for key, value in options.items()}
+    own = {key: given.pop(key, option.default) for key, option in lookup(name).options.items()}
+    return own, CommonOptions(**given)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_DECLARED = "_fedkern_data"
+"""Attribute of a function with the arguments of its `register_data`."""
+
+
+def register_data(
+    name: str, *, clients: int = 10, partition: str | None = None, task: str = "classification", prompts: str = PROMPT
+) -> Callable[[F], F]:
+    """Decorates a function that makes a data set: ``--data NAME`` of a plugin, and ``--data FILE.py:FUNCTION``.
+
+    The function returns one of three things:
+
+    - :class:`fedkern.data.Source`: fixed pools, which the partition shares out;
+    - :class:`fedkern.data.FederatedData`: samples that the clients have already;
+    - a pair of PyTorch data sets, as :meth:`fedkern.data.FederatedData.from_datasets` takes them: the clients' (a dict,
+      a list, or one to share out) and the test set.
+
+    It is called with those of the arguments ``root`` (``--data-root``), ``clients``, ``partition`` (a text) and
+    ``seed`` that its signature has.  A parameter ``reading`` gets a :class:`fedkern.data.Reading` of the options on
+    image files (`fedkern.data.READING`), which the data set then has too.  Every other parameter is an option of the
+    data set, given as ``--data-option key=value``; its default is a text, a number or a
+    :class:`fedkern.data.Option`, and decides the option's type.
+
+    Args:
+        name: the data set's name; the docstring's first line is what ``list`` says of it.
+        clients: default number of clients.
+        partition: default partition; None: ``dirichlet:0.5``, and ``iid`` for several labels an image.
+        task: a name in `fedkern.tasks.TASKS`, such as ``"segmentation"``; of ``"multilabel"`` labels are uint8
+            ``[n, L]``, 1 where an image has the label.
+        prompts: template of zero-shot classification's prompts, with ``{class}`` for a class's name.
+
+    Raises:
+        ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is none.
+        TypeError: a name has no docstring, or a parameter cannot be an option.
+    """
+    if (kind := TASKS.get(task)) is None:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, given {task!r}")
+    shares = partition or kind.partition or "dirichlet:0.5"
+    parse_partition(shares)
+    if clients < 1:
+        raise ValueError(f"clients: expected at least 1, given {clients}")
+
+    def add(function: F) -> F:
+        description = DATASETS.describe(name, function, "" if named_code.parse(name) is None else name)
+        entry = DataFunction(name, function, kind, clients, shares)
+        DATASETS[name] = DatasetInfo(
+            description=description, make=entry.make, clients=clients, partition=shares, options=entry.options,
+            prompts=prompts, task=kind, function=entry,
+        )  # fmt: skip
+        with suppress(AttributeError):  # an object without attributes
+            function.__dict__[_DECLARED] = {"clients": clients, "partition": shares, "task": task, "prompts": prompts}
+        return function
+
+    return add
+
+
+def open_code(text: str) -> str:
+    """Registers the function that the user's words name, ``FILE.py:NAME`` or ``MODULE:NAME``, as a data set.
+
+    A function that `register_data` decorates keeps what its file says there.  Only words of the user's come here:
+    nothing that a run folder names is imported.
+
+    Returns:
+        The data set's name: the words with an absolute path, and other words as they are.
+
+    Raises:
+        UserError: the code cannot be imported, or is no function that makes data.
+    """
+    named = named_code.parse(text)
+    if named is None or str(named) in DATASETS:
+        return named_code.absolute(text)
+    function, _ = named_code.load(named, "the data set")
+    if not callable(function):
+        raise UserError(f"the data set {named} is {type(function).__name__}, not a function that returns data.")
+    try:
+        register_data(str(named), **getattr(function, "__dict__", {}).get(_DECLARED, {}))(function)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the data set {named} cannot be registered: {error}.") from None
+    return str(named)

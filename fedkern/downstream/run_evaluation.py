@@ -1,0 +1,249 @@
+"""The figures of a finished run's network, on the run's own test sets or on those of another data set."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedkern.data import FederatedData, load
+from fedkern.data.dataset_registry import lookup
+from fedkern.data.forms import form_of
+from fedkern.data.images.greys import as_text
+from fedkern.data.sources.items import Items
+from fedkern.data.split import Split
+from fedkern.downstream.image_shapes import check_shape
+from fedkern.downstream.saved_network import read_model
+from fedkern.engine.batches.reader import Reader
+from fedkern.engine.evaluate import Key, batch_size, evaluate, evaluating, sets_by_prefix
+from fedkern.engine.figures.final_figures import final_figures
+from fedkern.engine.figures.intervals import Row, intervals
+from fedkern.engine.local.item_sets import Trial
+from fedkern.engine.local.network import place
+from fedkern.engine.local.samples import reader
+from fedkern.engine.setup.serving import as_in_the_run
+from fedkern.engine.store.resuming import load_unedited
+from fedkern.errors import UserError, first_of, named
+from fedkern.files.filesystem import absolute
+from fedkern.methods.base import Method
+from fedkern.methods.common.personal import ClientsNetworks
+from fedkern.models.precision import computing
+from fedkern.process.torch_modes import cpu_threads, reproducible
+from fedkern.settings.config import RunConfig
+from fedkern.settings.run_data import check_sets, finished_data, with_images
+from fedkern.tasks.figure_names import set_noun
+from fedkern.tasks.protocols import Description
+from fedkern.tasks.registered_metrics import metrics_of
+from fedkern.usercode import named_code
+
+
+@reproducible()
+def evaluate_run(
+    out: Path | str,
+    *,
+    data: str | FederatedData | None = None,
+    data_root: str | None = None,
+    data_options: Mapping[str, object] | None = None,
+    cache: str | Path | None = None,
+    trusted: Collection[str] = (),
+    model: nn.Module | None = None,
+    best: bool = False,
+    own_tests: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[dict[str, float], tuple[str, ...], list[Row]]:
+    """Evaluates the network of a finished run: its figures, the names of the test sets, and intervals.
+
+    Data, their options, cache, result and errors are those of :meth:`fedkern.api.Run.evaluate`; ``trusted`` and
+    ``model`` are those of :func:`fedkern.load`; ``best`` is that of :meth:`fedkern.api.Run.model`; with ``own_tests``
+    intervals are given on the clients' own test sets too.
+    """
+    has_own = not best and _own_networks(out, trusted)
+    module, about = read_model(out, trusted, model, best=best, client=0 if has_own else None)
+    config = load_unedited(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
+    loaded = read_data(
+        out, config, about, data, data_root=data_root, data_options=data_options, cache=cache, progress=progress
+    )
+    loaded = _fit_classes(with_images(config, loaded), about, Path(out))
+    check_sets(loaded, config.plugins)
+    if progress is not None and config.records != "private":
+        for line in list_sets(loaded):
+            progress(line)
+    if loaded.form.outside and config.records != "private":
+        (progress or warnings.warn)(loaded.form.outside)
+    method = config.new_method()
+    flat, device = "samples" not in about, torch.device(config.device)
+    # Placed and frozen as the run's: PyTorch chooses kernels by strides and by whether weights need gradients.
+
+    def place_on_device(module: nn.Module) -> nn.Module:
+        module = as_in_the_run(module, config)
+        return place(module, device).requires_grad_(False) if flat else module.to(device)
+
+    judge: Method | ClientsNetworks = method
+    if has_own:
+        network = lambda k: place_on_device(read_model(out, trusted, model, client=k)[0])  # noqa: E731
+        judge = ClientsNetworks(method, range(config.trained_clients), network)
+    module = place_on_device(module)
+    sets = _sets(sets_by_prefix(loaded), module, about, config)
+    usual = own_tests and type(method).evaluate_own is Method.evaluate_own  # else a client's state is needed
+    own = _sets(dict(enumerate(loaded.client_tests if usual else ())), module, about, config)
+    code = partial(named, f"The method's evaluate of {config.method}", config.kind)
+    with cpu_threads(config.threads), computing(config.precision):
+        if isinstance(loaded.validation, Items):
+            Trial(loaded, config.kind, lambda: deepcopy(module).cpu()).check_tests()
+        threads = config.client_threads if has_own else config.threads  # as in the run
+        with evaluating(config.replace(threads=threads), flat and not has_own) as at_once:
+            figures = evaluate(judge, module, sets, code, at_once, seed=config.seed, keep=True)
+            for k, test_set in own.items():
+                evaluate(judge, module, {f"client_{k}_": test_set}, code, at_once, seed=config.seed, keep=True)
+        is_paired = len(loaded.clients) == config.trained_clients  # else networks and sites are no pairs
+        rows = intervals(sets, own, loaded, config.seed, is_paired) if config.records != "private" else []
+        return {**figures, **final_figures(sets, loaded.classes).metrics, **figures}, tuple(loaded.tests), rows
+
+
+def read_data(
+    out: Path | str,
+    config: RunConfig,
+    about: Description,
+    data: str | FederatedData | None,
+    *,
+    data_root: str | None,
+    data_options: Mapping[str, object] | None,
+    cache: str | Path | None,
+    progress: Callable[[str], None] | None,
+    training: bool = False,
+) -> FederatedData:
+    """Read the data to try a run's network on: the run's own, or others sized and coloured as these.
+
+    Args:
+        config: the run's settings.
+        about: description of the network, see :func:`read_model`.
+        training: whether training samples are wanted too; the run's own data may then get other ``labels``.
+    """
+    options = dict(data_options or {})
+    if isinstance(data, FederatedData):
+        if cache is not None:
+            raise UserError("cache is for image files, and these data are in memory: leave it out.")
+        return data
+    if data is not None and not isinstance(data, str):
+        raise UserError(
+            f"data must be the name of a data set or FederatedData, not {type(data).__name__}: a Dataset is "
+            "FederatedData.from_datasets([DATASET], DATASET)."
+        )
+    folder = None if cache is None else absolute(str(cache))
+    if data is None or named_code.again(data, config.data, data_root, options):
+        if options.keys() - ({"labels"} if training else ()):
+            way = "of the run's own data only labels may change" if training else "the run's own data keep theirs"
+            raise UserError(f"--data-option is for another data set, named with --data: {way}.")
+        # The window is that of the training.
+        stored = {name: value for name, value in config.data_options.items() if name != "window"}
+        options = {**_as_trained(config.data, about, config), **stored, **options}
+        config = config.replace(data_root=data_root or config.data_root, data_options=options)
+        return finished_data(config, out, cache=folder, progress=progress)
+    again = data == config.data and data_root is not None and _same_files(data_root, config.data_root)
+    trained = _as_trained(data, about, config)
+    if training:
+        trained.pop("task", None)  # the labels serve another task
+    share = (1, "iid") if lookup(data).function is None else (None, None)  # a function shares out by itself
+    return load(
+        data, root=data_root, clients=share[0], partition=share[1], seed=config.seed,
+        options={**(config.data_options if again else {}), **trained, **options},  # the split of the training
+        cache=folder, progress=progress, judged=not (again or training),
+    )  # fmt: skip
+
+
+def _same_files(root: str, stored: str | None) -> bool:
+    """Return whether two data roots are one file or folder, or a file and the folder that holds it."""
+    if stored is None:
+        return False
+    pair = [Path(absolute(path)).resolve() for path in (root, stored)]
+    return pair[0] == pair[1] or any(a.is_file() and a.parent == b for a, b in (pair, reversed(pair)))
+
+
+def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
+    """Whether a run is judged by networks of its clients; what is wrong with its folder is said elsewhere."""
+    try:
+        return load_unedited(out, trusted=trusted, device="cpu").own_networks
+    except UserError:
+        return False
+
+
+def list_sets(data: FederatedData) -> Iterator[str]:
+    """A line on every test set: its images and patients, and those of every site that it shows."""
+    for name, split in data.tests.items():
+        all_rows, names = torch.arange(len(split)), data.client_names or data.form.sites
+        sites = [] if split.homes is None else [(site, split.homes == k) for k, site in enumerate(names)]
+        parts = [("", all_rows), *((f"{site} ", all_rows[rows]) for site, rows in sites if rows.any())]
+        people = [None if split.patients is None else len(split.patients[rows].unique()) for _, rows in parts]
+        counts = [
+            f"{site}{len(rows):,}" + ("" if number is None else f" of {number:,} patient{'s' * (number != 1)}")
+            for (site, rows), number in zip(parts, people, strict=True)
+        ]
+        yield f"the {set_noun(name)}: {data.form.noun} {', '.join(counts)}"
+
+
+def _as_trained(data: str, about: Description, config: RunConfig) -> dict[str, object]:
+    """The options by which images are sized, coloured and scaled and labels read as in the training."""
+    values: dict[str, object] = {}
+    options, (height, width) = lookup(data).options, about["image_size"] if "items" not in about else (0, 1)
+    if "bits" in options:
+        values = {"bits": about["grey_bits"], "window": as_text(about["window"])}
+    if {"size", "colour"} <= {*options} and height == width:
+        values |= {"size": height, "colour": "grey" if about["channels"] == 1 else "rgb"}
+        trained = lookup(config.data).options  # of a user's data set they may have other names
+        if {"crop", "size"} <= {*options} & {*trained} and config.data_options.get("crop"):
+            # The network sees parts of larger images.
+            values |= {"size": config.data_options.get("size", trained["size"].default), "crop": height}
+    if data == config.data == "segmentation":
+        values["names"] = "|".join(about["classes"])
+    named = data == "csv" and about["task"] in (lookup(data).options["task"].choices or ())
+    return {**values, "task": about["task"]} if named else values
+
+
+def _sets(splits: Mapping[Key, Split], module: nn.Module, about: Description, config: RunConfig) -> dict[Key, Reader]:
+    """Return a reader of every split, by the same keys."""
+    device = torch.device(config.device)
+    size = batch_size(device, config.statistics)
+    form = form_of(about)
+    sets: dict[Key, Reader] = {}
+    member: Any = next(iter(getattr(module, "members", (module,))))  # clients' own networks have the same words
+    for prefix, split in splits.items():
+        tokens = split.task.tokens(split, lambda: member.tokenize)
+        sets[prefix] = reader(split, form, device, seed=config.seed, tokens=tokens, size=size)
+        sets[prefix].metrics = metrics_of(config.plugins)
+        sets[prefix].output_bytes = len(split) * (config.output_bytes or 0)
+    return sets
+
+
+def _fit_classes(data: FederatedData, about: Description, out: Path) -> FederatedData:
+    """The data, whose test sets and validation set get the network's classes: the data may lack some of them."""
+    task, classes = data.task, list(about["classes"])
+    if data.task.name != about["task"]:
+        raise UserError(f'The run in {out} is for {about["task"]}, and the data set "{data.name}" is for {task.name}.')
+    if isinstance(data.validation, Items) != ("items" in about):
+        noun = "samples that are no images" if "items" in about else "images"
+        raise UserError(f'The run in {out} is of {noun}, and the data set "{data.name}" is of {data.form.noun}.')
+    if isinstance(data.validation, Items):
+        return replace(data, classes=tuple(classes))
+    check_shape(data, about, out)
+    if list(data.classes) == classes:
+        return data
+    places = task.places(data.classes, classes)
+    if places is None:
+        raise UserError(
+            f'The classes of "{data.name}" are {first_of(data.classes, 5)}, but the network in {out} tells '
+            f"{first_of(classes, 5)}: name data with some of these classes (masks: in the same order) and no others."
+        )
+
+    def relabel(split: Split) -> Split:
+        return replace(split, labels=task.relabelled(split.labels, places, len(classes)))
+
+    tests = {name: relabel(split) for name, split in data.tests.items()}
+    own = tuple(map(relabel, data.client_tests))
+    return replace(data, classes=tuple(classes), tests=tests, validation=relabel(data.validation), client_tests=own)

@@ -1,0 +1,84 @@
+"""Samples of a map-style data set in batches, read when a batch needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch.utils.data import default_collate
+
+from fedkern.data.sources.items import Items, tensor_bytes
+from fedkern.engine.batches.reader import BATCH, Reader
+from fedkern.messages.leaves import parted, sent
+from fedkern.methods.protocol import OUTSIDE, Batch, Phase
+from fedkern.streams import stream
+
+BYTES = 1 << 26
+"""Bytes of a batch outside of training: large items come in smaller batches."""
+
+
+class ItemReader(Reader):
+    """Reader of `fedkern.data.sources.items.Items`.
+
+    Args:
+        seed: the run's seed.
+        client: the client that trains on the samples, or -1.  What an item draws begins at a word of seed, client,
+            round, exchange, epoch and row, and in evaluation of seed, set and row.  For a collation all rows of the
+            batch take the place of the row.
+    """
+
+    def __init__(self, split: Items, device: torch.device, *, seed: int, client: int = -1, size: int = BATCH) -> None:
+        item_bytes = split.item_bytes or tensor_bytes(next(split.read([0], 0)))
+        super().__init__(split, device, min(size, max(1, BYTES // max(1, item_bytes))))
+        self.fresh = not split.still or split.collate is not default_collate
+        self._seed, self._client, self.reads = seed, client, 2
+        self._targets: torch.Tensor | None = None
+
+    @property
+    def known(self) -> torch.Tensor:
+        return torch.tensor(len(self))
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The targets of all samples: those that the last pass has seen, or else read."""
+        return self.split.labels if self._targets is None else self._targets.cpu()
+
+    def batches(
+        self, size: int | None = None, *, even: bool = False, augment: bool = False, rng: Generator | None = None
+    ) -> Iterator[Batch]:
+        seen = []
+        for batch in super().batches(size, even=even, augment=augment, rng=rng):
+            yield batch
+            if isinstance(batch.targets, torch.Tensor) and batch.targets.dim() == 1:
+                seen.append(batch.targets)
+        if seen:
+            self._targets = torch.cat(seen)
+
+    def planned(
+        self,
+        plan: Sequence[np.ndarray],
+        phase: Phase = OUTSIDE,
+        epoch: int = 0,
+        rng: Generator | None = None,
+        *,
+        masked: bool = False,
+    ) -> Iterator[Batch]:
+        """The batches of an epoch, read when they are asked for."""
+        purpose = f"items/{phase.exchange}/{epoch}" if phase != OUTSIDE else f"items/{self.split.name}"
+        word = int(stream(self._seed, purpose, round=phase.round, client=self._client).integers(2**63))
+        for indices, batch in zip(plan, self.split.batches(plan, word, self.reads), strict=True):
+            raw = sent(batch, self.device)
+            inputs, targets = parted(raw)
+            yield Batch(
+                inputs=inputs, targets=self.task.read_targets(targets), indices=indices, phase=phase, epoch=epoch,
+                fresh=self.fresh, task=self.task, raw=raw,
+            )  # fmt: skip
+
+
+def trial_batch(split: Items, rows: Sequence[int]) -> Batch:
+    """Return a batch before a run begins, for which an item need not be read that has been read once."""
+    reader = ItemReader(split, torch.device("cpu"), seed=0)
+    reader.reads = 1
+    return next(reader.planned([np.asarray(rows, dtype=np.int64)]))

@@ -1,0 +1,1 @@
+"""Figures of networks and clients beyond those of every round, their intervals and diagnostics."""

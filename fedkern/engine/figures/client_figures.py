@@ -1,0 +1,81 @@
+"""Figures of clients on their own test sets, compared and taken together.
+
+``sets`` are the clients' test sets (`fedkern.engine.batches.reader.Reader`), and ``by_client`` holds the figures on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from fedkern.methods.roles import EvaluatedSet, TestSet
+from fedkern.tasks.figure_names import direction
+
+
+def over_clients(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> dict[str, float]:
+    """Mean and worst client of the clients' figures, as ``mean_client_...`` and ``worst_client_...``.
+
+    The figures are those of `comparable`.  ``worst_client_...`` is the largest value of a figure that is to fall, such
+    as the loss, and the smallest of any other.  Left out of both are clients without the figure, and those with NaN
+    where some have a number.
+    """
+    metrics: dict[str, float] = {}
+    for name in comparable(by_client, sets):
+        values = [figures[name] for figures in by_client.values() if name in figures]
+        values = [value for value in values if not math.isnan(value)] or values
+        metrics[f"mean_client_{name}"] = sum(values) / len(values)
+        metrics[f"worst_client_{name}"] = max(values) if _falls(name, sets) else min(values)
+    return metrics
+
+
+def comparable(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> list[str]:
+    """Names of the figures by which clients are compared: ``loss`` and those of the task.
+
+    A client may lack a figure: a Dice needs an object in some mask, an area under a ROC curve images with the label and
+    images without.
+    """
+    compared = {"loss", *_compared_names(sets)}
+    return [
+        name for name in dict.fromkeys(name for figures in by_client.values() for name in figures) if name in compared
+    ]
+
+
+def _compared_names(sets: Mapping[int, TestSet]) -> tuple[str, ...]:
+    sizes = [len(data) for data in sets.values()]
+    return tuple(next(iter(sets.values())).task.comparable(sizes)) if sizes else ()
+
+
+def _falls(name: str, sets: Mapping[int, TestSet]) -> bool:
+    """Return whether a smaller figure is the better one."""
+    return any(direction(name, data.task.directions) == "min" for data in sets.values())
+
+
+def with_undefined(
+    by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, EvaluatedSet]
+) -> dict[int, dict[str, float | None]]:
+    """Return the clients' figures, with None for NaN and for a main figure that is not defined on a client's set."""
+    lacking = {k: {sets[k].task.main: None} for k in by_client if not sets[k].task.defined(sets[k])}
+    numbers = {
+        k: {name: None if math.isnan(value) else value for name, value in by_client[k].items()} for k in by_client
+    }
+    return {k: {**lacking.get(k, {}), **figures} for k, figures in numbers.items()}
+
+
+def worst_client(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> tuple[int, str] | None:
+    """The client with the smallest main figure and that figure's name.
+
+    By the loss where there is no main figure.
+
+    Among equals the client with the largest loss.  None for fewer than two clients with the figure; NaN is no figure.
+    """
+    names = comparable(by_client, sets)
+    figure = next((name for name in (*_compared_names(sets), "loss") if name in names), None)
+    judged = [k for k, figures in by_client.items() if not math.isnan(figures.get(figure or "", math.nan))]
+    if figure is None or len(judged) < 2:
+        return None
+
+    def rank(k: int) -> tuple[float, float]:
+        value = -by_client[k][figure] if _falls(figure, sets) else by_client[k][figure]
+        return value, -by_client[k].get("loss", 0.0)
+
+    return min(judged, key=rank), figure

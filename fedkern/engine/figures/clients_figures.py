@@ -1,0 +1,77 @@
+"""Means of the figures of all clients' own networks, which an exchange of the engine's own asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fedkern.engine.batches.reader import Reader
+from fedkern.engine.executors.executor import Answer
+from fedkern.engine.figures.own_figures import NAME
+from fedkern.engine.setup.run_objects import RunObjects
+from fedkern.errors import ClientFailed, RunFailed, UserError
+from fedkern.methods.base import ClientId, Message, Phase
+from fedkern.methods.common.personal import means
+
+
+class ClientsFigures:
+    """Asks all clients for the figures of their networks; those that a round left out too.
+
+    What a client's code changes in its state meanwhile is dropped.
+    """
+
+    def __init__(self, run: RunObjects) -> None:
+        self._run = run
+
+    def __call__(
+        self, own: str, *, tests: bool, keep: bool, locally: bool
+    ) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
+        """The means over all clients' networks, and every client's figures on its own test set.
+
+        Args:
+            own: the attribute of the context that has these sets, or "".
+            tests: whether to evaluate on the run's test sets.
+            keep: whether these keep the networks' answers (``Reader.kept``).
+            locally: whether all clients work in this process.
+
+        Raises:
+            UserError, RunFailed: a client's evaluation failed.
+        """
+        run, context, progress = self._run, self._run.context, self._run.progress
+        executor = run.here if locally else run.executor
+        with run.code("vectors"):
+            vectors = run.method.vectors(run.server)
+        message = {"vectors": vectors, "tests": tests, "keep": keep, "own": own}
+        figures: list[dict[str, float]] = []
+        of_clients: dict[int, dict[str, float]] = {}
+        sets: dict[Any, Reader] = dict(context.samples.test_sets) | (getattr(context.samples, own) if own else {})
+        kept: dict[Any, list[tuple[ClientId | None, Tensor]]] = {place: [] for place in sets}
+        # No more states are in memory at once than in a round.
+        clients, at_once = range(context.federation.clients), context.config.clients_of_a_round
+        for start in clients[::at_once]:
+            asked = dict.fromkeys(clients[start : start + at_once], message)
+            for answer in executor.answers(NAME, Phase(progress.index, NAME, NAME), asked):
+                executor.forget(answer.client)
+                evaluated = self._read_answer(answer)
+                figures.append(evaluated["figures"])
+                of_clients.update(evaluated["own"])
+                for place, answers in evaluated["kept"].items():
+                    kept[place] += answers
+            executor.end_round()
+        for place, data in sets.items() if keep else ():
+            data.kept = kept[place]
+        return means(figures), of_clients
+
+    def _read_answer(self, answer: Answer) -> Message:
+        for name, text in answer.warnings.items():
+            self._run.notices.warn(name, text)
+        problem = answer.problem
+        if problem is None:
+            return answer.message
+        label = self._run.context.data.client_label(answer.client)
+        given = isinstance(problem, ClientFailed) and problem.exit_code == UserError.exit_code
+        where = f"The evaluation of client {label}'s network {self._run.progress.when()}"
+        error = (UserError if given else RunFailed)(f"{where} failed: {problem.what}.")
+        error.traceback = getattr(problem, "traceback", "")  # type: ignore[attr-defined]
+        raise error from problem.__cause__

@@ -1,0 +1,296 @@
+"""Named one-sentence warnings for the failure signatures a user should know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fedkern.files.image_rows import in_parts
+from fedkern.methods.protocol import Observed
+from fedkern.methods.roles import EvaluatedSet
+from fedkern.models.networks.vit import PatchEmbedding
+from fedkern.tasks import Constant
+from fedkern.tasks.figure_names import OVER_CLIENTS, direction, number, scale, set_noun, short_title, split_metric
+from fedkern.tasks.multilabel import MAIN as AREA
+
+DRIFT_FACTOR = 5.0
+FALL = 0.1
+NOTHING = 0.05
+SMOOTH = {"linear", "bilinear", "bicubic", "trilinear"}
+CHANCE_FACTOR, CHANCE_MARGIN, CHANCE_REST = 1.5, 0.05, 0.1
+"""A figure is near that of a constant prediction if it is below CHANCE_FACTOR times that figure, below that figure +
+CHANCE_MARGIN, and below that figure + CHANCE_REST of what is missing to 1.  The factor alone would not do: 1.5 times
+the figure is poor with 10 classes of equal size, but may be good with two.  Nor would the margin: where 90 % of the
+images are of one class, an accuracy of 95 % means half the errors."""
+
+RARE = "train longer, weight rare classes in the loss, or predict them from a lower probability on."
+"""Ways out of a network that tells classes apart and predicts the common ones."""
+
+
+class Judged(Protocol):
+    """Settings that name the main figure, and whether larger (``"max"``) or smaller (``"min"``) values are better."""
+
+    @property
+    def main(self) -> str: ...
+
+    @property
+    def better(self) -> str: ...
+
+
+class Observations:
+    """Count, mean and range of every scalar that clients report, over the whole run."""
+
+    def __init__(self, stored: Mapping[str, Sequence[float]] | None = None) -> None:
+        self._values: dict[str, list[float]] = {name: list(value) for name, value in (stored or {}).items()}
+
+    def add(self, report: Mapping[str, object]) -> None:
+        for name, value in report.items():
+            if isinstance(value, float) and math.isfinite(value):
+                count, total, low, high = self._values.get(name, (0, 0.0, math.inf, -math.inf))
+                self._values[name] = [count + 1, total + value, min(low, value), max(high, value)]
+
+    def summary(self) -> dict[str, Observed]:
+        return {
+            name: Observed(count=int(count), mean=total / count, low=low, high=high)
+            for name, (count, total, low, high) in self._values.items()
+        }
+
+    def to_dict(self) -> dict[str, list[float]]:
+        return self._values
+
+
+def warn_emulated(precision: str, device: str) -> dict[str, str]:
+    """Warning about a precision for which the processor has no instructions."""
+    if precision != "bf16":
+        return {}
+    if device != "cpu":
+        slow, lacks = not torch.cuda.is_bf16_supported(including_emulation=False), "GPU has no bf16 arithmetic"
+    else:
+        cpu = torch.cpu.get_capabilities()
+        slow = cpu.get("architecture") == "x86_64" and not (cpu["avx512_bf16"] or cpu["amx_bf16"])
+        lacks = "processor has neither AVX512-BF16 nor AMX-BF16"
+    if not slow:
+        return {}
+    return {"emulated-bf16": f"This {lacks}, so that --precision bf16 is emulated and slower than fp32: leave it out."}
+
+
+def unrepeatable(find_network: Callable[[], nn.Module], shape: Sequence[int], device: torch.device) -> dict[str, str]:
+    """Warning about layers that upsample, whose gradient PyTorch adds up in another order every time on a GPU.
+
+    Args:
+        shape: of an image, empty for other samples.
+    """
+    if device.type == "cpu":
+        return {}
+    layers = list(find_network().modules())
+    modes = {layer.mode for layer in layers if isinstance(layer, nn.Upsample)} & SMOOTH
+    if shape and any(layer.interpolates(*shape[1:]) for layer in layers if isinstance(layer, PatchEmbedding)):
+        modes.add("bicubic")
+    if not modes:
+        return {}
+    return {
+        "unrepeatable-gradient": f"The network enlarges maps by {' and '.join(sorted(modes))} interpolation, whose "
+        "gradient does not repeat bit for bit on a GPU: for equal bits give a vision transformer square images, let "
+        'other networks enlarge by "nearest" or a transposed convolution, or train with --device cpu.'
+    }
+
+
+def telling_area(metrics: Mapping[str, float], test_set: str, config: Judged) -> str:
+    """Return a test set's AUROC in words, or an empty text where there is none or it is near that of chance."""
+    value = metrics.get(f"{test_set}_auroc" if test_set else "auroc", math.nan)
+    near = math.isnan(value) or hardly_better("auroc", value, 0.5, config)
+    return "" if near else f"AUROC is {_format_figure('auroc', value)}"
+
+
+def collapsed_classes(
+    sets: Mapping[str, EvaluatedSet], classes: Sequence[str], metrics: Mapping[str, float], config: Judged
+) -> dict[str, str]:
+    """Return a warning about classes of a test set that were never predicted."""
+    for prefix, data in sets.items():
+        if data.predictions is None or prefix == "validation_":
+            continue
+        present = {
+            label
+            for part in in_parts(data.labels)
+            for label in torch.unique(part).tolist()
+            if 0 <= label < len(classes)
+        }
+        missing = sorted(present - set(torch.unique(data.predictions).tolist()))
+        if missing:
+            area = telling_area(metrics, prefix[:-1], config)
+            names = ", ".join(f'"{classes[c]}"' for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
+            return {
+                "collapsed-class": f"Never predicted on the {set_noun(prefix[:-1])}: {len(missing)} of {len(present)} "
+                f"classes ({names})"
+                + (f", though {area}: {RARE}" if area else ": train longer, or lower the learning rate.")
+            }
+    return {}
+
+
+def unvaried_labels(sets: Mapping[str, EvaluatedSet]) -> dict[str, str]:
+    """Warning about a test set with several labels an image, on which every label is predicted alike everywhere."""
+    alike = [prefix for prefix, data in sets.items() if prefix != "validation_" and data.task.unvaried(data)]
+    text = f"Every label is predicted for all images of the {set_noun(alike[0][:-1])} or for none: " if alike else ""
+    return {"unvaried-labels": f"{text}train longer, or change the learning rate."} if alike else {}
+
+
+def outlying_drift(clients: Mapping[str, Mapping[str, float]], label: Callable[[int], str] = str) -> dict[str, str]:
+    """Warning about a client, shown by its ``label``, whose update is many times longer than the others'."""
+    drifts = {name: entry["drift"] for name, entry in clients.items() if "drift" in entry}
+    if len(drifts) < 3:
+        return {}
+    worst = max(drifts, key=lambda name: drifts[name])
+    usual = sorted(value for name, value in drifts.items() if name != worst)
+    median = usual[len(usual) // 2]
+    if median > 0 and drifts[worst] > DRIFT_FACTOR * median:
+        return {
+            "outlying-client": f"The update of client {label(int(worst))} is {drifts[worst] / median:.0f} times as "
+            "long as the others': look at its data, or clip with --clip-norm."
+        }
+    return {}
+
+
+def constants(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> dict[str, Constant]:
+    """What predicting one class everywhere gives, by the prefix of the test set's figures.
+
+    Sets of pairs and sets with images of a single class are left out: nothing can be compared there.
+    """
+    by_set = {prefix: data.task.constant(data, classes) for prefix, data in sets.items()}
+    return {prefix: constant for prefix, constant in by_set.items() if constant is not None}
+
+
+def hardly_better(figure: str, value: float, constant: float, config: Judged) -> bool:
+    """Return whether a figure is near that of a constant prediction, or above most of it where it is to fall."""
+    if direction(figure, {config.main: config.better}) == "min":
+        return value > (1 - CHANCE_REST) * constant
+    low = min(CHANCE_FACTOR * constant, constant + CHANCE_MARGIN, constant + CHANCE_REST * (1 - constant))
+    return value < round(low, 12)  # 1.5 x 0.1 is 0.15
+
+
+def poor_metrics(
+    metrics: Mapping[str, float],
+    best: Mapping[str, float],
+    classes: int,
+    constant: Mapping[str, Constant],
+    config: Judged,
+    tests: Collection[str] = (),
+    added: Collection[str] = (),
+) -> dict[str, str]:
+    """Return warnings about figures near those of a constant prediction, or far below their best in validation.
+
+    An accuracy of single clients, and one on a set that ``constant`` lacks, is compared with 1 / classes.  Where the
+    set's AUROC is above that of chance, the classes are told apart after all.
+
+    Args:
+        metrics: figures of the final network, by prefixed name.
+        best: the best validation figures of the run.
+        constant: see :func:`constants`.
+        config: has the name of the main figure and its direction.
+        tests: names of the test sets.
+        added: names of metrics that a user adds, of which chance is not known.
+    """
+    texts: dict[str, str] = {}
+    retry = "train longer, or change the learning rate."
+    for name, value in metrics.items():
+        test_set, base = split_metric(name, tests)
+        where = f" on the {set_noun(test_set)}" if test_set else ""
+        if base == config.main and not math.isfinite(value) and name not in best:
+            no_number = "NaN" if math.isnan(value) else "infinite"
+            text = f"{short_title(base)}{where} is {no_number} in every evaluated round and ranks no rounds"
+            texts.setdefault(f"undefined-{base}", f"{text}: look at the metric, or name another main figure.")
+        if test_set == "validation" or base in added:
+            continue
+        is_low = f"{short_title(base)}{where} is {_format_figure(base, value)}"
+        if name.endswith("dice") and value < NOTHING:
+            texts.setdefault("chance-level", f"{is_low}, so hardly anything but background is found: {retry}")
+        if name.endswith(AREA) and hardly_better(base, value, 0.5, config):
+            texts.setdefault("chance-level", f"{is_low}, and scoring all images alike gives 50.0 %: {retry}")
+        always = None if base.startswith(OVER_CLIENTS) else constant.get(f"{test_set}_" if test_set else "")
+        if always is not None:
+            figure = max((known for known in always.figures if name.endswith(known)), key=len, default="")
+            level = always.figures.get(figure)
+            guess = f'"{always.name}"' if always.name and figure != "balanced_accuracy" else "one class"
+            text = f"and predicting {guess} everywhere gives {_format_figure(base, level or 0.0)}"
+        else:
+            level = 1 / classes if classes > 1 and name.endswith("accuracy") else None  # one class is always right
+            text = f"near chance ({_format_figure(base, level or 0.0)})"
+        if level is not None and hardly_better(base, value, level, config):
+            if area := "" if base.startswith(OVER_CLIENTS) else telling_area(metrics, test_set, config):
+                texts.setdefault("majority-level", f"{is_low}, {text}, but {area}: {RARE}")
+            else:
+                texts.setdefault("chance-level", f"{is_low}, {text}: {retry}")
+    name, falls = config.main, config.better == "min"
+    final, top = metrics.get(f"validation_{name}"), best.get(f"validation_{name}")
+    levels = [always.figures[name] for always in constant.values() if name in always.figures]
+    tolerance = FALL * (1.0 if scale(name)[1] else max(levels, default=abs(top or 0.0)))
+    if final is not None and top is not None and (final - top if falls else top - final) > tolerance:
+        texts[f"{'rising' if falls else 'falling'}-{name}"] = (
+            f"Validation {short_title(name)} {'rose' if falls else 'fell'} from {_format_figure(name, top)} to "
+            f"{_format_figure(name, final)}: lower the learning rate or stop earlier."
+        )
+    return texts
+
+
+def _format_figure(figure: str, value: float) -> str:
+    return f"{number(figure, value)} {scale(figure)[1]}".rstrip()
+
+
+def missing_metrics(
+    method: str, source: str, sets: Mapping[str, EvaluatedSet], figures: Mapping[str, float]
+) -> dict[str, str]:
+    """Warnings about metrics of plugins that an evaluation did not compute.
+
+    Args:
+        method, source: names of the method and the data set.
+        sets: the test sets by the prefix of their figures' names.
+        figures: the figures of all test sets.
+    """
+    expected = {metric.name: f"{prefix}{metric.name}" for prefix, data in sets.items() for metric in data.metrics}
+    missing = sorted(name for name, figure in expected.items() if figure not in figures)
+    if not missing:
+        return {}
+    named = f"The metric {missing[0]} is" if len(missing) == 1 else f"The metrics {', '.join(missing)} are"
+    return {
+        "missing-metric": f"{named} not computed: metrics of plugins are for classification by one network, and "
+        f"{method} on {source} has other figures."
+    }
+
+
+def undefined_figures(
+    sets: Mapping[str, EvaluatedSet], of_clients: Mapping[int, Mapping[str, float | None]], label: Callable[[int], str]
+) -> dict[str, str]:
+    """Return warnings about main figures that are not defined on a test set, and figures that clients lack.
+
+    Args:
+        sets: the test sets by the prefix of their figures' names.
+        of_clients: the clients' figures, None where one is not defined (`client_figures.with_undefined`).
+    """
+    texts: dict[str, str] = {}
+    for prefix, task in [(prefix, data.task) for prefix, data in sets.items() if not data.task.defined(data)]:
+        lacks = f"The {set_noun(prefix[:-1])} has {task.lacks}, and so no {short_title(task.main)}."
+        texts[f"no-{prefix}{task.main}"] = lacks
+    for name in dict.fromkeys(name for figures in of_clients.values() for name in figures):
+        lacking = [k for k, figures in of_clients.items() if name in figures and figures[name] is None]
+        task = next(iter(sets.values())).task
+        why = f"have {task.lacks} in their test sets, and so no" if task.lacks and name == task.main else "have NaN as"
+        named = ", ".join(label(k) for k in lacking[:5]) + (" ..." if len(lacking) > 5 else "")
+        if lacking:
+            texts[f"no-client-{name}"] = (
+                f"{len(lacking)} of {len(of_clients)} clients ({named}) {why} {short_title(name)}"
+                + (": its mean and the worst client are of the others." if len(lacking) < len(of_clients) else ".")
+            )
+    return texts
+
+
+def missing_statistics(buffers: str, missing: bool) -> dict[str, str]:
+    """Warning about a saved network without running statistics."""
+    if not missing:
+        return {}
+    return {
+        "no-running-statistics": f"With --buffers {buffers} the global model has no batch norm statistics: it "
+        "was evaluated with those of each test batch, and so is what model.safetensors holds."
+    }

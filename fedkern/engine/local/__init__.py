@@ -1,0 +1,1 @@
+"""A client's work: networks, samples, training loops, privacy, captured steps, lanes."""

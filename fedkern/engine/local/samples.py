@@ -1,0 +1,134 @@
+"""Access to the samples of a run in this process: clients, test sets, validation and public samples in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property, singledispatch
+from typing import Any
+
+import torch
+
+from fedkern.data.images.pixels import CACHE_BYTES
+from fedkern.data.sources.items import Items
+from fedkern.data.types import AnySplit, FederatedData
+from fedkern.engine.batches.images import Images
+from fedkern.engine.batches.item_batches import ItemReader
+from fedkern.engine.batches.reader import BATCH, Reader
+from fedkern.engine.evaluate import batch_size, compared_alike, sets_by_prefix
+from fedkern.engine.local.item_sets import Trial
+from fedkern.engine.local.networks import Networks
+from fedkern.methods.protocol import Batch
+from fedkern.settings.config import RunConfig
+from fedkern.tasks.registered_metrics import metrics_of
+
+PREPARED = 1000
+"""Most clients whose prepared images are kept in memory, where a round has few of them; else those of ten rounds."""
+
+
+@singledispatch
+def reader(split: AnySplit, form: Any, device: torch.device, *, seed: int, client: int = -1, **how: Any) -> Reader:
+    """The batches of a split of any kind.
+
+    Args:
+        form: of the split's samples.
+        seed: the run's.
+        client: the client that trains on the split, or -1.
+        how: of images ``augment``, ``cache`` and ``tokens``, see `Images`; ``size``, samples of a batch.
+    """
+    return Images(split, form, device, **how)
+
+
+@reader.register
+def _(split: Items, form: object, device: torch.device, *, seed: int, client: int = -1, **how: Any) -> Reader:
+    return ItemReader(split, device, seed=seed, client=client, size=how.get("size", BATCH))
+
+
+class Samples:
+    """The samples of a run.
+
+    Args:
+        config: the settings.
+        data: federated data, or the outline of a finished run.
+        device: where batches are.
+        networks: their tokenizer reads texts.
+
+    Attributes:
+        cache: whether normalised images stay in memory.
+    """
+
+    def __init__(self, config: RunConfig, data: FederatedData, device: torch.device, networks: Networks) -> None:
+        self.config, self.data, self.device, self._networks = config, data, device, networks
+        splits = [*data.clients, *data.tests.values(), *([data.public] if data.public is not None else [])]
+        self.cache = sum(split.memory for split in splits) <= CACHE_BYTES
+        self._clients: dict[int, Reader] = {}
+
+    def tokens(self, split: AnySplit) -> Any:
+        """The tokens of a split's texts, on the CPU; None where there are no texts."""
+        return split.task.tokens(split, lambda: self._networks.get("server").module.tokenize)
+
+    @property
+    def augment(self) -> str:
+        """Augmentation of training batches."""
+        return str(self.config.augment or self.data.form.augment)
+
+    def reader(self, split: AnySplit, **how: Any) -> Reader:
+        """The batches of a split, see :func:`reader`."""
+        tokens = self.tokens(split)
+        batches = reader(split, self.data.form, self.device, seed=self.config.seed, tokens=tokens, **how)
+        batches.output_bytes = len(split) * (self.config.output_bytes or 0)
+        return batches
+
+    def of_client(self, client: int) -> Reader:
+        """The batches of a client's training samples."""
+        if client not in self._clients:
+            split = self.data.clients[client]
+            batches = self.reader(split, client=client, augment=self.augment, cache=self.cache)
+            if not self.cache:
+                self._clients.clear()  # one client's images at a time
+            elif len(self._clients) >= max(PREPARED, 10 * self.config.sampled_clients):
+                del self._clients[next(iter(self._clients))]
+            self._clients[client] = batches
+        return self._clients[client]
+
+    @cached_property
+    def public(self) -> Reader | None:
+        """The public split."""
+        public = self.data.public
+        if isinstance(public, Items):
+            Trial(self.data, self.config.kind, self._networks.build).check_inputs(public)
+        return None if public is None else self.reader(public, augment=self.augment, cache=self.cache)
+
+    def validation(self) -> Iterator[Batch]:
+        """The validation split in batches; none where it is empty."""
+        if len(self.data.validation):
+            yield from self.reader(self.data.validation).batches()
+
+    @cached_property
+    def test_sets(self) -> dict[str, Reader]:
+        """The test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
+        sets = {prefix: self._test_set(split) for prefix, split in sets_by_prefix(self.data).items()}
+        for reader in sets.values():
+            reader.metrics = metrics_of(self.config.plugins)
+        return sets
+
+    @cached_property
+    def client_sets(self) -> dict[int, Reader]:
+        """Every client's own test set, where clients have one."""
+        return compared_alike({k: self._test_set(split) for k, split in enumerate(self.data.client_tests)})
+
+    @cached_property
+    def site_sets(self) -> dict[int, Reader]:
+        """Every client's part of the run's test set, where its images name their sites.
+
+        Left out is a client with fewer than two images, or without a pixel whose class is known.
+        """
+        test = self.data.tests.get("")
+        if test is None or test.homes is None or self.data.client_names is None:
+            return {}
+        homes = test.homes
+        parts = {k: test.subset((homes == k).nonzero().flatten()) for k in range(len(self.data.client_names))}
+        fit = {k: split for k, split in parts.items() if len(split) > 1 and not split.task.unfit(split)}
+        return compared_alike({k: self._test_set(split) for k, split in fit.items()})
+
+    def _test_set(self, split: AnySplit) -> Reader:
+        return self.reader(split, size=batch_size(self.device, self.config.statistics), cache=self.cache)

@@ -1,0 +1,197 @@
+"""Objects that only a script can give a run: a network, a training loop, a factory of optimisers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedkern.data import FederatedData
+from fedkern.data.identity import code_of
+from fedkern.engine.local.own_optimizer import make_optimizer, stepped_by
+from fedkern.errors import UserError, first_of, shown
+from fedkern.methods import method_registry
+from fedkern.methods.base import LocalTraining
+from fedkern.methods.roles import Client
+from fedkern.models.users.user_models import check_module, unwrap
+from fedkern.settings.config import RunConfig
+from fedkern.tasks.user_tasks import inner
+from fedkern.usercode.code_identity import digest, identity_table, only_code
+from fedkern.usercode.named_code import INSTANCE
+
+_PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
+"""What makes up a method's local training: a function replaces that of FedAvg, whatever the method's server does."""
+_UNREAD = {
+    "train": ("momentum", "weight_decay", "clip_norm", "freeze_bn_after", "optimizer", "optimizer_state"),
+    "optimizer": ("lr", "momentum", "weight_decay"),
+}
+"""Settings that a function takes the place of."""
+
+
+def _check_arguments(name: str, function: Callable[..., object] | None, words: str, count: int) -> None:
+    """Raises UserError where a function cannot be called with ``count`` arguments, which ``words`` name."""
+    try:
+        if function is not None:
+            inspect.signature(function).bind(*range(count))
+    except ValueError:  # it tells no signature
+        return
+    except TypeError as error:
+        code = getattr(function, "__code__", None)
+        where = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
+        raise UserError(f"{name} must be a function of {words}: {error}{where}.") from None
+
+
+@dataclass(frozen=True)
+class ScriptObjects:
+    """Objects of a script beside settings and data; a run that goes on needs them again.
+
+    A loss, metrics and a collation of a script are in the task of the data.
+
+    Attributes:
+        network: the run's network, instead of the one that the settings name: a module whose weights are the initial
+            ones, which is copied; or a class or function that makes a module.
+        train: ``train(model, client)`` in place of a method's local training.
+        optimizer: ``optimizer(parameters)``, a factory for the run's loop.
+        began: identities of all code of the run when these objects were first used, by group, as objects may change
+            while they run; None: the objects count as they are.
+    """
+
+    network: nn.Module | None = None
+    train: Callable[[Any, Any], None] | None = None
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+    began: dict[str, dict[str, str]] | None = field(default=None, repr=False)
+
+    def __reduce__(self) -> tuple[type[ScriptObjects], tuple[object, ...]]:
+        return ScriptObjects, (None, self.train, self.optimizer)  # another process gets the network with its entry
+
+    @classmethod
+    def of(cls, network: object, train: Any, settings: dict[str, Any]) -> ScriptObjects:
+        """The objects among the arguments of a run; takes a factory out of the ``settings``.
+
+        Raises:
+            UserError: a setting would be dropped, or ``train`` is no function.
+        """
+        optimizer = settings.pop("optimizer") if callable(settings.get("optimizer")) else None
+        if train is not None and not callable(train):
+            raise UserError(f"train must be a function of a model and a client, not {shown(train)}.")
+        _check_arguments("train", train, "a model and a client", 2)
+        _check_arguments("optimizer", optimizer, "a list of parameters", 1)
+        replacing = "train" if train is not None else "optimizer" if optimizer is not None else ""
+        for name in _UNREAD.get(replacing, ()):
+            if settings.get(name) is not None or (name == "optimizer" and optimizer is not None):
+                raise UserError(f"{name} has no effect beside a function {replacing}, which decides it: set it there.")
+        return cls(None if isinstance(network, str) else unwrap(network), train, optimizer, {})
+
+    @property
+    def functions(self) -> bool:
+        """Whether functions of the script train."""
+        return self.train is not None or self.optimizer is not None
+
+    def code(self, config: RunConfig, data: FederatedData | None) -> dict[str, dict[str, str]]:
+        """Return the identities of all code that a script gives, by group, as far as there is some."""
+        training = {"train": self.train, "optimizer": self.optimizer}
+        groups: dict[str, dict[str, Any]] = {
+            "method": {"method": config.kind} if config.method in method_registry.GIVEN else {},
+            "network": {} if self.network is None else {"model": self.network},
+            "training": {name: function for name, function in training.items() if function is not None},
+            "loss_fn": {} if data is None else code_of(data),
+        }
+        return {name: identity_table(things, weights=name != "network") for name, things in groups.items() if things}
+
+    def code_at_begin(self, config: RunConfig, data: FederatedData | None) -> dict[str, dict[str, str]]:
+        """Return what :meth:`code` returned when these objects were first used, unless functions or classes differ."""
+        current = self.code(config, data)
+        for name, table in current.items() if self.began is not None else ():
+            before = self.began.setdefault(name, table)  # type: ignore[union-attr]
+            if only_code(before) != only_code(table):
+                self.began[name] = table  # type: ignore[index]
+        return current if self.began is None else {name: self.began[name] for name in current}
+
+    def train_model(self, model: nn.Module, client: Client) -> nn.Module:
+        """The model after ``train``, which trains it in place."""
+        assert self.train is not None
+        result: Any = self.train(model, client)
+        if result is not None and result is not model:
+            raise UserError(
+                f"train must return nothing, not {shown(result)}: what it leaves in the model that it was given is the "
+                'upload, and figures go into client.report["NAME"].'
+            )
+        return model
+
+    def describe_settings(self, config: RunConfig) -> RunConfig:
+        """The settings of a run with these objects.
+
+        Raises:
+            UserError: the functions would drop a part of the method, or the network cannot be trained or copied.
+        """
+        kind, usual = config.kind, method_registry.get("fedavg")
+        if self.functions and kind.is_private(config.method_options):
+            raise UserError(f"{config.method} with differential privacy has an optimiser of its own: leave yours out.")
+        plain = issubclass(kind, LocalTraining) and all(getattr(kind, part) is getattr(usual, part) for part in _PARTS)
+        if self.train is not None and not plain:
+            raise UserError(
+                f"A train function would drop what {method_registry.short(config.method)} adds to local training: write a "
+                "class derived from it with a client_update (client.model, client.batches, client.upload), give an "
+                "optimizer factory instead, or take fedavg."
+            )
+        if self.network is None:
+            return config
+        code = getattr(self.network, "func", self.network)  # of functools.partial
+        is_module = isinstance(self.network, nn.Module)
+        name = INSTANCE + (type(code).__name__ if is_module else getattr(code, "__name__", type(code).__name__))
+        if isinstance(self.network, nn.Module):
+            check_module(self.network, name)
+        elif not callable(self.network):
+            raise UserError(
+                "model must be an nn.Module, a class or function that makes one, or the name of a network, not "
+                f"{shown(self.network)}."
+            )
+        return config.replace(model=name, width=None)
+
+    def check_given(self, stored: RunConfig, out: Path) -> None:
+        """Raises UserError where a stored run needs a module or a function that is not here."""
+        if stored.model.startswith(INSTANCE) and self.network is None:
+            raise UserError(
+                f"The run in {out} trains a module that a script made ({stored.model.removeprefix(INSTANCE)}): go on "
+                "with it in Python, fedkern.load(DIR, model=MODULE).resume()."
+            )
+        if stored.training is not None and not self.functions:
+            name = "train" if stored.training.startswith("train ") else "optimizer"
+            raise UserError(
+                f"The run in {out} trains with a script's own {stored.training}: go on with it in Python, "
+                f"fedkern.load(DIR, {name}=FUNCTION).resume()."
+            )
+
+    def describe_training(
+        self, build: Callable[[], nn.Module], code: Mapping[str, Mapping[str, str]]
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Return settings that say in words and as a hash what the functions are, and warnings by name.
+
+        An optimiser of the network that ``build`` makes is made once to be tried.
+
+        Raises:
+            UserError: a factory makes no optimiser, or one of other parameters.
+        """
+        warnings: dict[str, str] = {}
+        if not self.functions:
+            return {}, warnings
+        if self.optimizer is None:
+            words = f"train function {getattr(self.train, '__qualname__', type(self.train).__name__)}"
+        else:
+            trained = {name: x for name, x in inner(build()).named_parameters() if x.requires_grad}
+            optimizer = make_optimizer(self.optimizer, [*trained.values()])
+            stepped = {id(tensor) for tensor in stepped_by(optimizer)}
+            values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}
+            words = f"{type(optimizer).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+            if left := [name for name, parameter in trained.items() if id(parameter) not in stepped]:
+                words += f" of {len(stepped)} of {len(trained)} parameters"
+                warnings["partly-trained"] = (
+                    f"The optimizer of the script steps {len(stepped)} of the network's {len(trained)} parameters and "
+                    f"leaves {first_of(left, 3)} as they are: freeze these (requires_grad_(False)) if that is meant."
+                )
+        return {"training": words, "training_sha256": digest(code["training"])}, warnings

@@ -1,0 +1,476 @@
+"""Local training loop of every method: epochs of SGD or AdamW on the method's loss."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import cycle, groupby, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern import ops
+from fedkern.engine.batches.reader import Reader, batch_plan
+from fedkern.engine.local.captured import Graphs, Outcome, Play, replayable
+from fedkern.engine.local.first_steps import FirstSteps
+from fedkern.engine.local.network import Network, Trained
+from fedkern.engine.local.own_optimizer import OwnStepper, clip
+from fedkern.errors import UserError
+from fedkern.messages.leaves import mapped
+from fedkern.messages.states import State
+from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slices
+from fedkern.methods.roles import Client, Objective
+from fedkern.methods.terms import Terms
+from fedkern.ops._core.private_torch import backward
+from fedkern.process.device_copies import fetch, to_host_async
+from fedkern.process.interrupts import check
+
+
+class Diverged(ArithmeticError):
+    """A client's loss, gradient or parameters became NaN or infinite; ``batch`` counts from 1 within its exchange."""
+
+    def __init__(self, client: int, round: int, batch: int, reason: str) -> None:
+        super().__init__(f"client {client}, round {round}, batch {batch}: {reason}")
+        self.client, self.round, self.batch, self.what = client, round, batch, reason
+
+    def __reduce__(self) -> tuple[type, tuple[int, int, int, str]]:
+        return Diverged, (self.client, self.round, self.batch, self.what)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The optimiser's settings of one exchange.
+
+    Attributes:
+        lr: learning rate, before any of the steps.
+        steps: epochs of the whole run, counted from 0; from each of them on the rate is multiplied by ``factor``.
+        first: the run's epoch that this exchange begins with.
+        limit: optimiser steps of the exchange, whatever number of epochs they take; None: all of ``epochs``.
+        optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999; its state begins anew in every exchange.
+        keep: whether the optimiser's state is kept in the client's.
+        make: a user's factory of the optimiser, whose learning rates ``lr`` multiplies; None: ``optimizer``.
+    """
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    clip_norm: float
+    epochs: int
+    batch_size: int
+    steps: tuple[int, ...] = ()
+    factor: float = 0.1
+    first: int = 0
+    limit: int | None = None
+    optimizer: str = "sgd"
+    keep: bool = False
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate in epoch ``epoch`` of the exchange, counted from 0."""
+        return self.lr * self.factor ** sum(step <= self.first + epoch for step in self.steps)
+
+
+@dataclass
+class ReceivedMessage:
+    """What a client received in this exchange (see :class:`fedkern.methods.protocol.Received`)."""
+
+    message: Message
+    phase: Phase
+    samples: int
+    epochs: int
+    flat: Tensor | None
+    frozen: Any
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    round_cache: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> Tensor:
+        """The vector just received, on the client's device."""
+        if self.flat is None:
+            raise ValueError('received: expected a message with "parameters" fp32 [P], given none')
+        return self.flat
+
+    @property
+    def model(self) -> Any:
+        """The frozen copy of the network just received."""
+        if self.flat is None:
+            raise ValueError('received: expected a message with "parameters" fp32 [P], given none')
+        return self.frozen()
+
+
+Rate = float | Tensor
+"""A learning rate, fp64 0-d where a recorded step reads it."""
+
+
+class Stepper(NamedTuple):
+    """Steps of an optimiser.
+
+    Attributes:
+        step: takes the learning rate, applies a batch's gradients and zeroes them.
+        read_state: returns the state to keep.
+        switch: puts the optimiser in train mode (True) or eval mode.
+    """
+
+    step: Callable[[Rate], ops.StepResult]
+    read_state: Callable[[], State]
+    switch: Callable[[bool], None] = lambda training: None
+
+
+def stepper(
+    network: Trained,
+    schedule: Schedule,
+    terms: Terms | None,
+    previous: State,
+    hold: Callable[[str, Tensor], Tensor] | None = None,
+) -> Stepper | OwnStepper:
+    """Make the optimiser's steps.
+
+    Parameters that a client keeps to itself take the same step without the method's terms; gradients are clipped by
+    the norm of all.
+
+    Args:
+        previous: the state of the client's last exchange.
+        hold: where the step's tensors are from exchange to exchange (see :meth:`Graphs.hold`).
+    """
+    if schedule.make is not None:
+        return OwnStepper(network, schedule, terms, previous)
+    theta, gradients = network.parameters.detach(), network.gradients
+    if not (isinstance(network, Network) and len(network.personal)):
+        return Stepper(*_steps(theta, gradients, schedule, terms, previous, hold))
+    plain, vectors = replace(schedule, clip_norm=0.0), network.gradient_vectors
+    step_shared, shared_state = _steps(theta, gradients, plain, None, previous.get("shared", {}))
+    step_personal, personal_state = _steps(
+        network.personal.detach(), vectors[1], plain, None, previous.get("personal", {})
+    )
+
+    @torch.no_grad()
+    def both(lr: Rate) -> ops.StepResult:
+        if terms is not None:
+            terms.add_to(gradients, theta)
+        if schedule.clip_norm:
+            clip(vectors, schedule.clip_norm)
+        of_shared, of_personal = step_shared(lr), step_personal(lr)
+        return ops.StepResult(of_shared.finite & of_personal.finite, of_shared.squared_norm + of_personal.squared_norm)
+
+    return Stepper(both, lambda: {"shared": shared_state(), "personal": personal_state()})
+
+
+def _steps(
+    theta: Tensor,
+    gradients: Tensor,
+    schedule: Schedule,
+    terms: Terms | None,
+    previous: State,
+    hold: Callable[[str, Tensor], Tensor] | None = None,
+) -> tuple[Callable[[Rate], ops.StepResult], Callable[[], State]]:
+    """As :func:`stepper`, of the parameters ``theta``, fp32 [P]."""
+    settings: dict[str, Any] = {"weight_decay": schedule.weight_decay, "zero": True}
+    if schedule.clip_norm:
+        settings["max_norm"] = schedule.clip_norm
+    if terms is not None:
+        settings |= terms.arguments()
+    if hold is not None:
+        settings = {name: hold(name, x) if isinstance(x, Tensor) else x for name, x in settings.items()}
+    state = {name: value.to(theta.device, copy=True) if name != "steps" else value for name, value in previous.items()}
+    if schedule.optimizer == "adamw":
+        state = {"first": torch.zeros_like(gradients), "second": torch.zeros_like(gradients), "steps": 0, **state}
+
+        def adamw(lr: Rate) -> ops.StepResult:
+            state["steps"] += 1
+            return ops.adamw_step(
+                theta, gradients, state["first"], state["second"], state["steps"], lr=float(lr), **settings
+            )
+
+        return adamw, lambda: state
+    velocity = None
+    if schedule.momentum:
+        velocity = state.setdefault("velocity", torch.zeros_like(gradients))
+        if hold is not None:
+            state["velocity"] = velocity = hold("velocity", velocity)
+
+    def sgd(lr: Rate) -> ops.StepResult:
+        return ops.sgd_step(theta, gradients, velocity, lr=lr, momentum=schedule.momentum, **settings)
+
+    # What is held is written to again in the next exchange.
+    return sgd, lambda: state if hold is None else {name: value.clone() for name, value in state.items()}
+
+
+def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
+    """The batches of every epoch of an exchange; the last epoch ends where the limit of steps is reached."""
+    if schedule.limit is None:
+        for _ in range(schedule.epochs):
+            yield batch_plan(count, schedule.batch_size, rng)
+        return
+    remaining = schedule.limit
+    while remaining > 0:
+        plan = batch_plan(count, schedule.batch_size, rng)[:remaining]
+        remaining -= len(plan)
+        yield plan
+
+
+class EpochBatches:
+    """The batches of an exchange for a loop of somebody's own, an epoch at a time: those that the run would take.
+
+    Attributes:
+        done: batches so far.
+    """
+
+    def __init__(self, client: Client, data: Reader, schedule: Schedule, phase: Phase) -> None:
+        self.schedule, self.done = schedule, 0
+        self._epoch, self._amid = 0, False
+        plans = epochs(len(data), replace(schedule, epochs=sys.maxsize), client.rng("batches", phase))
+        augmentation = client.rng("augmentation", phase) if data.fresh else None
+        self._epochs = (data.planned(plan, phase, epoch, augmentation) for epoch, plan in enumerate(plans))
+
+    @property
+    def lr(self) -> float:
+        return self.schedule.lr_at(self._epoch)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the loop has taken as many epochs, or batches, as the run says."""
+        limit = self.schedule.limit
+        return self._epoch + self._amid == self.schedule.epochs if limit is None else self.done == limit
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._epoch, self._amid = self._epoch + self._amid, True
+        for batch in next(self._epochs, ()):
+            check()
+            self.done += 1
+            yield batch
+        self._epoch, self._amid = self._epoch + 1, False
+
+
+def batch_sizes(count: int, schedule: Schedule) -> Counter[int]:
+    """The number of an exchange's batches, by size."""
+    sizes = [part.stop - part.start for part in batch_slices(count, schedule.batch_size)]
+    steps = schedule.epochs * len(sizes) if schedule.limit is None else schedule.limit
+    return Counter(islice(cycle(sizes), steps))
+
+
+def one_pass(
+    method: Objective,
+    module: nn.Module,
+    apply: Callable[[], ops.StepResult] | None,
+    batch: Batch,
+    received: Received,
+    *,
+    collect: Callable[[], None] | None = None,
+) -> Outcome:
+    """Forward and backward pass of a batch, which adds to the module's gradients, and the step that ``apply`` takes.
+
+    ``collect`` is called between the two.
+    """
+    result = method.loss(module, batch, received)
+    loss, observed = result if isinstance(result, tuple) else (result, {})
+    backward(loss)
+    if collect is not None:
+        collect()
+    squared = None if apply is None else apply().squared_norm
+    # One tensor of all figures would be of two dtypes, which takes 30 us a batch.
+    return Outcome(loss.detach(), squared, (torch.stack([*observed.values()]),) if observed else (), tuple(observed))
+
+
+def one_by_one(run: Callable[[Batch], Outcome], batches: Iterable[Batch]) -> Iterator[Outcome]:
+    """Takes batches through their steps as they are made."""
+    return map(run, batches)
+
+
+def train_async(
+    client: Client,
+    method: Objective,
+    phase: Phase,
+    network: Trained,
+    data: Reader,
+    received: ReceivedMessage,
+    schedule: Schedule,
+    rows: np.ndarray | None = None,
+    graphs: Graphs | None = None,
+    first_steps: FirstSteps | None = None,
+) -> Callable[[], dict[str, float]]:
+    """Trains ``network`` (a :class:`Network` already holding the received vectors) on the client's data.
+
+    Args:
+        rows: int64, the samples to train on; None for all.
+        first_steps: watches the loss of the first steps in this process.
+
+    Returns:
+        A function that returns the means over all batches of ``loss`` and of whatever the method observed, once the
+        device has done its work (:func:`~fedkern.process.device_copies.wait_for_stream`).  Nothing waits for it where steps
+        are recorded.
+
+    Raises:
+        Diverged: the loss or the gradient of a batch, or the parameters at the end, are NaN or infinite.  Losses and
+            gradients are checked from what every batch recorded, once per epoch, or on a GPU, which the host would
+            wait for, once at the end.
+        UserError: a batch is a single sample, which batch norm cannot normalise.
+    """
+    network.train_mode()
+    theta, gradients = network.parameters, network.gradients
+    orders = client.rng("batches", phase)
+    draws = client.rng("background", phase) if type(method).draw is not Objective.draw else None
+    augmentation = client.rng("augmentation", phase) if data.fresh else None
+    kind = type(method)
+    adjusts = kind.adjust_gradient is not Objective.adjust_gradient
+    prepares = kind.prepare is not Objective.prepare
+    previous = client.state.get(key := f"optimizer {phase.exchange} {len(gradients)}", {}) if schedule.keep else {}
+    terms = None if adjusts else method.terms(received)
+    recordable = None if graphs is None else replayable(kind, network.module)
+    if recordable and data.task.code():  # the user's loss
+        recordable = None
+    if recordable is False:
+        graphs = None
+    hold = None  # where the tensors of a step are that is recorded as a whole: AdamW's numbers are others every time
+    has_personal = len(network.gradient_vectors) > 1  # parameters that the client keeps to itself
+    if (
+        graphs is not None
+        and not adjusts
+        and not has_personal
+        and schedule.make is None
+        and schedule.optimizer == "sgd"
+    ):
+        hold = graphs.hold
+    as_whole = hold is not None
+    optimiser = stepper(network, schedule, terms, previous, hold)
+    step: Callable[[Rate], ops.StepResult] = optimiser.step
+    rate = torch.zeros((), dtype=torch.float64, device=theta.device)
+    rate = rate if hold is None else hold("rate", rate)
+    for vector in network.gradient_vectors:
+        vector.zero_()
+    totals: dict[str, float] = {}
+    seen: dict[str, int] = {}
+    done, count = 0, len(data) if rows is None else len(rows)
+
+    def batches(epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
+        for batch in data.planned(plan, phase, epoch, augmentation, masked=method.masked):
+            check()
+            if draws is not None:
+                batch.drawn = method.draw(client, batch, draws)
+            if prepares:
+                with torch.no_grad():
+                    batch.drawn = {**batch.drawn, **method.prepare(network.module, batch, received)}
+            yield batch
+
+    objective = method if first_steps is None else first_steps.watch(client, method, network)
+    run = partial(one_pass, objective, network.module, partial(step, rate) if as_whole else None)
+    passes: AbstractContextManager[Play] = nullcontext(partial(one_by_one, partial(run, received=received)))
+    if graphs is not None:
+        passes = graphs.replaying(
+            network, method, received, run, batch_sizes(count, schedule), partial(_warn, client),
+            ahead=as_whole and not prepares,
+            settings=(as_whole, schedule.momentum, schedule.weight_decay, schedule.clip_norm, terms and terms.proximal),
+            strange=recordable is None,
+        )  # fmt: skip
+    records: list[Outcome] = []
+    with passes as play:
+        for epoch, plan in enumerate(epochs(count, schedule, orders)):
+            chosen = plan if rows is None else [rows[part] for part in plan]
+            lr = schedule.lr_at(epoch)
+            rate.fill_(lr)
+            try:
+                for outcome in play(batches(epoch, chosen)):
+                    if adjusts:
+                        method.adjust_gradient(theta.detach(), gradients, received)
+                    records.append(outcome if as_whole else outcome._replace(squared_norm=step(lr).squared_norm))
+            except ValueError as error:
+                if min(map(len, chosen)) == 1 and "more than 1 value per channel" in str(error):
+                    raise UserError(_too_small(client)) from None
+                raise
+            if graphs is None and theta.device.type == "cpu":
+                done, records = _digest(client.id, phase, *_gather_records(records), done, totals, seen), []
+    optimiser.switch(False)
+    finite = network.finite()
+    counted = schedule.make is not None or has_personal  # by the stepper
+    if terms is not None and terms.gradient_sum is not None and not counted:
+        terms.gradient_sum.steps += done + sum(outcome.loss.numel() for outcome in records)
+        if graphs is not None and as_whole:
+            terms.gradient_sum.total.copy_(graphs.held["gradient_sum"])
+    if schedule.keep:
+        client.state[key] = mapped(
+            lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, optimiser.read_state()
+        )
+
+    groups, values = _gather_records(records, finite)
+    values = to_host_async(values)
+
+    def read_figures() -> dict[str, float]:
+        _digest(client.id, phase, groups, values, done, totals, seen)
+        return {name: totals[name] / seen[name] for name in totals}
+
+    return read_figures
+
+
+def _warn(client: Client, error: Exception) -> None:
+    client.warn(
+        "no-cuda-graph",
+        "The GPU's kernels of a training step are train_async one by one, because they could not be recorded as a CUDA "
+        f"graph ({type(error).__name__}: {str(error).partition(chr(10))[0]}). The results are the same, but later.",
+    )
+
+
+def _too_small(client: Client) -> str:
+    why = "has a single training sample" if client.samples == 1 else "trains on one sample at a time"
+    return (
+        f"Client {client.label} {why}, and batch norm cannot normalise a single value per channel: use larger batches, "
+        "fewer clients, another --partition, or a network with several positions where it normalises (--model cnn)."
+    )
+
+
+Groups = list[tuple[tuple[str, ...], int]]
+"""Names of the figures of batches in a row, and the number of those batches."""
+
+
+def _gather_records(records: list[Outcome], finite: Tensor | None = None) -> tuple[Groups, Tensor]:
+    """Batches' records as numbers in one fp64 vector, which ends with ``finite`` (bool 0-d)."""
+    columns: list[Tensor] = []
+    groups: Groups = []
+    for names, mates in groupby(records, lambda outcome: outcome.names):
+        parts = [outcome.parts() for outcome in mates]
+        columns += [torch.cat([part.reshape(-1) for part in column]) for column in zip(*parts, strict=True)]
+        groups.append((names, sum(loss.numel() for loss, *_ in parts)))
+    columns += [] if finite is None else [finite.reshape(1)]
+    numbers = [column.to(columns[-1].device, torch.float64) for column in columns]
+    return groups, torch.cat(numbers) if numbers else torch.empty(0)
+
+
+def _digest(
+    client: int,
+    phase: Phase,
+    groups: Groups,
+    gathered: Tensor,
+    done: int,
+    totals: dict[str, float],
+    seen: dict[str, int],
+) -> int:
+    """Adds the records of :func:`_gathered` to the totals; returns how many batches were done by then.
+
+    Raises:
+        Diverged: for the first batch that is not finite, or as all is done and the network is not finite.
+    """
+    values = iter(gathered.tolist())
+    for names, count in groups:
+        losses, squares = list(islice(values, count)), list(islice(values, count))
+        for loss, squared, *figures in zip(losses, squares, *(_columns(values, count, len(names))), strict=True):
+            done += 1
+            for value, value_name in ((loss, "the loss"), (squared, "the gradient")):
+                if not math.isfinite(value):
+                    raise Diverged(client, phase.round, done, f"{value_name} is {value}")
+            for name, value in zip(("loss", *names), (loss, *figures), strict=True):
+                totals[name] = totals.get(name, 0.0) + value
+                seen[name] = seen.get(name, 0) + 1
+    if not next(values, True):
+        raise Diverged(client, phase.round, done, "the parameters are not finite")
+    return done
+
+
+def _columns(values: Iterator[float], rows: int, width: int) -> list[list[float]]:
+    """The columns of the next ``rows`` rows of numbers."""
+    taken = list(islice(values, rows * width))
+    return [taken[i::width] for i in range(width)]

@@ -1,0 +1,179 @@
+"""Base class of a run's parts, and what they read and write: the record of a round and the summary of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from fedkern.engine.figures.final_figures import FinalFigures
+from fedkern.engine.setup.run_objects import RunObjects
+from fedkern.messages.states import State
+from fedkern.methods.base import Round
+from fedkern.privacy.disclosure import About
+from fedkern.usercode.hook_checks import register_class
+from fedkern.usercode.registry import Registry
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends before its plan does.
+
+    Attributes:
+        name: for programs, as in summary.json.
+        reason: a sentence.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Record:
+    """What is known of a round.
+
+    Attributes:
+        entry: the round in the method's plan.
+        number: of the communication round, from 1; of a one-off round, from -1 downwards.
+        rounds: communication rounds of the plan.
+        participants: the clients that the server asks.
+        due: whether the network is evaluated at the round's end.
+        exchanges: names of its exchanges.
+        in_server_process: whether all clients work in the server's process.
+        clients: what every client reported, by its id as a text; filled when the round is over.
+        reports: the same one exchange after another.
+        figures: those of the network that is evaluated at the round's end, by name.
+        seconds: by what was done in them, such as "train".
+        started: when the round began, as ``time.perf_counter`` has it.
+        entries: what the record says, by name; with what each entry is about.
+        public: the record as it may be told.
+        stop: why the run ends with this round; None where it goes on.
+    """
+
+    entry: Round
+    number: int
+    rounds: int
+    participants: list[int]
+    due: bool = False
+    exchanges: tuple[str, ...] = ()
+    in_server_process: bool = False
+    clients: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    entries: dict[str, tuple[About, Any]] = field(default_factory=dict)
+    public: dict[str, Any] = field(default_factory=dict)
+    stop: Stop | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the last communication round of the plan."""
+        return self.number == self.rounds
+
+    def put(self, figures: Mapping[str, object], about: About = About.RUN) -> None:
+        """Adds entries."""
+        self.entries.update({name: (about, value) for name, value in figures.items()})
+
+
+@dataclass
+class Summary:
+    """What is known of a run that has played its rounds.
+
+    Attributes:
+        network: the final network, in eval mode.
+        metrics: all figures of the run by name.
+        of_tests: those of the network on the test sets and the validation set.
+        latest, best: the figures of the last evaluation, and the best of every main figure over all evaluations.
+        final: its further figures on the test sets.
+        of_clients: the clients' figures on their own test sets, None where one is not defined.
+        client_set: what these sets are, as in evaluation.csv.
+        entries: the other entries of summary.json.
+        stop: why the run ended before its plan did; None where it did not.
+    """
+
+    network: nn.Module
+    metrics: dict[str, Any] = field(default_factory=dict)
+    of_tests: dict[str, float] = field(default_factory=dict)
+    latest: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    final: FinalFigures = field(default_factory=FinalFigures)
+    of_clients: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    client_set: str = ""
+    entries: dict[str, Any] = field(default_factory=dict)
+    stop: Stop | None = None
+
+
+class Part:
+    """A part of a run; every method does nothing until overridden.
+
+    Parts are asked in the order of the run's list.  A part knows no other part: it reads the record, the summary and
+    the objects that it is made with.
+
+    Attributes:
+        name: as registered; its key in checkpoints.
+    """
+
+    name: ClassVar[str] = ""
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Part | None:
+        """The part of a run, made of the run's objects; None where the run does without it."""
+        return cls()
+
+    def begin(self, resumed: bool) -> None:
+        """The run begins to play rounds; what it goes on from, if it is ``resumed``, was restored."""
+
+    def before_round(self, record: Record) -> Stop | None:
+        """A round is about to begin; a :class:`Stop` ends the run without it."""
+        return None
+
+    def round_end(self, record: Record) -> Stop | None:
+        """A round is over; a :class:`Stop` ends the run with it.  One-off rounds end here too."""
+        return None
+
+    def finish(self, summary: Summary) -> None:
+        """All rounds are over."""
+
+    def state(self) -> State:
+        """What a checkpoint keeps of this part, in plain values; files that these tell of are on the disk."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """Goes on from what :meth:`state` returned at a checkpoint; before :meth:`begin`."""
+
+    def close(self) -> None:
+        """The run has ended, finished or not."""
+
+
+class RunPart(Part):
+    """A part that reads the run's objects.
+
+    Args:
+        run: the objects.
+    """
+
+    def __init__(self, run: RunObjects) -> None:
+        self._run = run
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Part | None:
+        return cls(run)
+
+
+PARTS: Registry[type[Part]] = Registry("part")
+"""Classes of parts by name."""
+PartClass = TypeVar("PartClass", bound=type[Part])
+
+
+def register_part(name: str) -> Callable[[PartClass], PartClass]:
+    """Class decorator: registers a part of runs as ``name``, its key in checkpoints (see :meth:`Part.build`).
+
+    Raises:
+        ValueError: another part has the name.
+        TypeError: the class is not derived from :class:`Part`, or has no docstring.
+    """
+    return register_class(PARTS, name, Part)

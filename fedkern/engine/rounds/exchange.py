@@ -1,0 +1,147 @@
+"""One exchange of a round: messages go out, and the clients' uploads come in through the run's filters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+from fedkern.engine.executors.executor import Answer, Executor
+from fedkern.engine.node import TAKEN, figures
+from fedkern.engine.rounds.round_log import RoundLog
+from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter, encoders_of
+from fedkern.errors import named
+from fedkern.methods.base import ClientId, Message, Upload
+from fedkern.process.interrupts import check
+
+
+class Exchange:
+    """One exchange.
+
+    Args:
+        asked: what the clients are asked.
+        filters: what uploads pass, in order.
+        executor: has the clients at work.
+        log: of the round.
+        samples: declared number of training samples of every client.
+
+    Attributes:
+        seconds: that clients and filters took.
+    """
+
+    def __init__(
+        self,
+        asked: ExchangeRequest,
+        filters: Sequence[Filter],
+        executor: Executor,
+        log: RoundLog,
+        samples: Sequence[int],
+    ) -> None:
+        self._asked, self._filters, self._executor, self._log = asked, filters, executor, log
+        self._samples = samples
+        self.seconds = 0.0
+
+    def lose(self, messages: Mapping[ClientId, Message], absent: Mapping[ClientId, str]) -> None:
+        """Notes clients that never answer.
+
+        Args:
+            messages: what they are sent.
+            absent: the reasons, by client.
+        """
+        for k, why in absent.items():
+            if k in messages:
+                self._leave(k, messages[k])
+            self._log.note_lost(k, self._asked.phase.exchange, why)
+
+    def uploads(self) -> Iterator[Upload]:
+        """Yields the uploads in client order, lazily: the server is done with an upload before it gets the next one.
+
+        Uploads of clients that began in earlier rounds come first.
+        An upload that a filter refuses never gets to the server.  An empty upload that the method allows is not
+        yielded.
+
+        Raises:
+            UserError: the run is to stop because an upload is refused or a client diverged or failed; or no client is
+                left.
+        """
+        uploads = self._each()
+        for part in self._filters:
+            uploads = part.combine(self._asked, uploads, self._log.note)
+        return uploads
+
+    def _each(self) -> Iterator[Upload]:
+        answers, left_out = self._answers(), 0
+        while True:
+            check()
+            start = time.perf_counter()
+            answer = next(answers, None)
+            if answer is None:
+                break
+            upload = self._take_answer(answer)
+            self.seconds += time.perf_counter() - start
+            del answer
+            if upload is None:
+                left_out += 1
+                continue
+            # No reference stays here: while the next client trains, only the server may still hold this upload.
+            handover = [upload] if upload.message is not None else []
+            del upload
+            if handover:
+                yield handover.pop()
+        if left_out == len(self._asked.participants):
+            self._log.none_left()
+
+    def _take_answer(self, answer: Answer) -> Upload | None:
+        """The upload of an answer, its message None where it is empty; None where its client is left out."""
+        k = answer.client
+        self._leave(k, self._asked.sent[k])
+        self._log.heard(answer)
+        if self._asked.hooks.own:
+            self._log.marks |= answer.marks
+        info: dict[str, Any] = {"samples": self._samples[k], **answer.report}
+        arrival = Arrival(self._asked, k, answer.message, answer.checked, info)
+        if answer.absent or answer.refused or answer.problem is not None:
+            for part in self._filters:
+                part.on_missing(arrival, failed=not answer.absent and answer.problem is not None)
+            self._log.lacks(answer)
+            return None
+        for part in self._filters:
+            if why := part.decode(arrival):
+                self._log.note_refused(k, why)
+                return None
+        self._log.note_done(k, info, answer.seconds)
+        return Upload(k, self._samples[k], arrival.message, staleness=self._asked.staleness(k))
+
+    def _leave(self, k: ClientId, message: Message) -> None:
+        for part in self._filters:
+            part.on_sent(self._asked, k, message)
+
+    def _answers(self) -> Iterator[Answer]:
+        """The clients' answers; the clients of a cohort may be asked at once."""
+        asked, coded = self._asked, encoders_of(self._filters, self._asked)
+        if asked.entry.cohort and not self._executor.remote and asked.sent:
+            start, serial = time.perf_counter(), self._executor.here
+            clients = {k: serial.client(k) for k in asked.participants}
+            for client in clients.values():
+                client.report, client.marks = {}, set()
+            uploads = asked.hooks.cohort_update(clients, asked.phase, asked.sent)
+            for client in clients.values():
+                with named(f"Client {client.label}", None):
+                    client.check_state()
+            if uploads is not None:
+                share = (time.perf_counter() - start) / len(asked.sent)
+                reports = {k: figures(own.report, f"client {k}: client.report", TAKEN) for k, own in clients.items()}
+                marks = frozenset().union(*(client.left_marks() for client in clients.values()))
+                return (
+                    Answer(k, uploads.pop(k), report=reports[k], seconds=share, marks=marks) for k in list(asked.sent)
+                )
+        begun: dict[int, dict[ClientId, Message]] = {}
+        for k, message in asked.sent.items():
+            begun.setdefault(asked.phase.round - asked.staleness(k), {})[k] = message
+        # Clients that began together work side by side, each in the round that it began in.
+        return chain.from_iterable(
+            self._executor.answers(asked.hooks.asker, replace(asked.phase, round=round), sent, coded)
+            for round, sent in sorted(begun.items())
+        )

@@ -1,0 +1,108 @@
+"""The round loop: plays a method's plan, exchange by exchange, and asks the run's parts around every round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from fedkern.engine.executors.executor import Executor
+from fedkern.engine.participation import Assignment
+from fedkern.engine.parts.part import Part, Record, Stop, Summary
+from fedkern.engine.rounds.exchange import Exchange
+from fedkern.engine.setup.run_objects import RunObjects
+from fedkern.engine.uploads.filters import ExchangeRequest, Filter
+from fedkern.methods.base import Phase, Round
+from fedkern.privacy.disclosure import About
+from fedkern.process.interrupts import check
+
+
+class Loop:
+    """The rounds of one run.
+
+    Args:
+        run: the run's objects, with the executor that has the clients at work.
+        filters: what uploads pass, in order.
+        parts: what is done around rounds, in order.
+    """
+
+    def __init__(self, run: RunObjects, filters: Sequence[Filter], parts: Sequence[Part]) -> None:
+        self._run, self._filters, self._parts = run, filters, parts
+
+    def play(self) -> Stop | None:
+        """Plays the rounds that are left; returns why it ended before the plan did, or None."""
+        for entry in self._run.plan[self._run.progress.planned :]:
+            check()
+            self._run.progress.begin(entry)
+            assigned = self._run.participation.assign(entry, self._run.progress.index)
+            record = self._record(entry, assigned)
+            for part in self._parts:
+                if (stop := part.before_round(record)) is not None:
+                    return stop
+            self._play_round(record, assigned)
+            for part in self._parts:
+                record.stop = part.round_end(record) or record.stop
+            if record.stop is not None:
+                return record.stop
+        return None
+
+    def finish(self, stop: Stop | None) -> Summary:
+        """Has the parts finish."""
+        network = self._run.hooks["method"].network()
+        if network is None:
+            raise ValueError("model: expected a module at the end of the plan, given None")
+        summary = Summary(network, stop=stop)
+        for part in self._parts:
+            part.finish(summary)
+        return summary
+
+    def _record(self, entry: Round, assigned: Assignment) -> Record:
+        """The record of a round that is about to begin."""
+        number, rounds, interval = self._run.progress.shown_number, self._run.rounds, self._run.config.eval_every
+        due = not entry.one_off and (number % interval == 0 or number == rounds)
+        return Record(entry, number, rounds, list(assigned.clients), due)
+
+    def _play_round(self, record: Record, assigned: Assignment) -> None:
+        run, progress, log = self._run, self._run.progress, self._run.log
+        entry, clients, absent = record.entry, record.participants, assigned.absent
+        record.seconds.update({"train": 0.0, "aggregate": 0.0, "evaluate": 0.0})
+        present = [k for k in clients if k not in absent]
+        exchanges = run.pooling.exchanges(entry, record.due)
+        record.exchanges = tuple(name for name, _ in exchanges)
+        log.begin()
+        for number, (name, asker) in enumerate(exchanges, 1):
+            progress.exchange, progress.last_exchange = name, number == len(exchanges)
+            begun, hooks = time.perf_counter(), run.hooks[asker]
+            phase = Phase(progress.index, entry.name, name)
+            outgoing = hooks.send(phase)
+            sent = run.participation.messages(present, partial(hooks.messages, outgoing))
+            asked = ExchangeRequest(
+                phase, entry, progress.planned, len(clients), tuple(present), hooks, sent, assigned.began
+            )
+            exchange = Exchange(asked, self._filters, self._at_work(record), log, run.context.federation.samples)
+            exchange.lose(hooks.messages(outgoing, absent), absent)
+            absent = {}
+            hooks.server_update(phase, exchange.uploads())
+            for k, reason in run.server.refused:
+                log.leave_out(k, {"exchange": name, "reason": reason})
+            run.server.refused.clear()
+            record.seconds["train"] += exchange.seconds
+            if len(exchanges) > 1:
+                record.seconds[f"train/{name}"] = exchange.seconds
+            record.seconds["aggregate"] += time.perf_counter() - begun - exchange.seconds
+            present = [k for k in present if k not in log.left]
+            if not present:
+                log.none_left()
+        run.hooks["method"].check_model()
+        run.states.end_round()
+        run.server.round_cache.clear()
+        progress.planned += 1
+        progress.done += not entry.one_off
+        record.clients, record.reports = log.clients, log.reports
+        record.put(run.participation.figures(), About.CLIENTS)
+
+    def _at_work(self, record: Record) -> Executor:
+        """The executor of a round: this process's, where a cohort works together or a trace is made."""
+        executor = self._run.executor
+        together = (record.entry.cohort or record.in_server_process) and not executor.remote
+        return executor.here if together else executor

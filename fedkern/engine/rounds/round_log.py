@@ -1,0 +1,172 @@
+"""What happened to the clients of a round: who is done with which figures, who was left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedkern.engine.context import RunContext
+from fedkern.engine.executors.executor import Answer
+from fedkern.engine.local.training import Diverged
+from fedkern.engine.rounds.client_states import ClientStates
+from fedkern.engine.rounds.progress import Progress
+from fedkern.errors import ClientFailed, UserError
+from fedkern.listeners.events import Listener
+from fedkern.messages.states import State
+from fedkern.methods.base import ClientId
+
+
+class RoundLog:
+    """The clients of a round.
+
+    Args:
+        context: gives settings, names of clients, and what may be told; takes warnings.
+        progress: of the run.
+        states: told which client is done or left out.
+        listener: told which client is done.
+        silent: whether nothing is told of a client that is left out: no noise covers that its upload was no good.
+        hint: end of the sentence about an upload that is not as declared, for the author of the method.
+
+    Attributes:
+        clients: what each client reported in this round, by its id as a text.
+        reports: what clients reported in this round, one exchange after another.
+        left: clients of this round that are left out of the rest of it.
+        dropped: an entry for every client left out since the last record.
+        marks: what the clients' code has used of the run so far.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        progress: Progress,
+        states: ClientStates,
+        listener: Listener,
+        *,
+        silent: bool = False,
+        hint: str = "",
+    ) -> None:
+        self._context, self._progress, self._states, self._listener = context, progress, states, listener
+        self._silent, self._hint = silent, hint
+        self.clients: dict[str, State] = {}
+        self.reports: list[State] = []
+        self.left: set[ClientId] = set()
+        self.dropped: list[State] = []
+        self.marks: set[str] = set()
+
+    def begin(self) -> None:
+        """A round begins."""
+        self.clients, self.reports, self.left = {}, [], set()
+
+    # -- who is done -----------------------------------------------------------------------------------------------
+
+    def heard(self, answer: Answer) -> None:
+        """Takes in the warnings of a client's answer; called in client order."""
+        for name, text in answer.warnings.items():
+            self._context.notices.warn(name, text)
+
+    def note_done(self, k: ClientId, info: State, seconds: float) -> None:
+        """A client's upload has passed all checks, with these figures."""
+        self._states.finish_exchange(k)
+        self.reports.append(info)
+        self.clients.setdefault(str(k), {}).update(info)
+        entry = self._context.notices.disclosure.client({**info, "seconds": seconds})
+        self._listener.on_client(self._progress.shown_number, k, entry)
+
+    def note(self, k: ClientId, figures: Mapping[str, float]) -> None:
+        """Adds figures to a client that is done."""
+        self.clients[str(k)].update(figures)
+
+    # -- who is left out -------------------------------------------------------------------------------------------
+
+    def note_lost(self, k: ClientId, exchange: str, why: str) -> None:
+        """A client was sent a message and never answers in this round."""
+        self._note_dropped(k, {"exchange": exchange, "reason": why})
+
+    def lacks(self, answer: Answer) -> None:
+        """No upload came from a client.
+
+        Raises:
+            UserError, ClientFailed: the run is to stop.
+        """
+        if answer.absent:
+            self._note_loss(answer.client, answer.absent)
+        elif answer.problem is not None:
+            self._broke(answer.client, answer.problem)
+        else:
+            self.note_refused(answer.client, answer.refused)
+
+    def note_refused(self, k: ClientId, why: str) -> None:
+        """A client's upload is not as declared, or larger than allowed.
+
+        Raises:
+            UserError: the run is to stop.
+        """
+        if self._silent or not self._context.notices.disclosure.server:
+            why = "is not as declared"
+        label, exchange = self._context.data.client_label(k), self._progress.exchange
+        sentence = f"Client {label}'s upload {self._progress.when(exchange)} {why}"
+        if self._context.config.on_nan == "stop":
+            raise UserError(f"{sentence}; leave such uploads out with --on-nan skip.{self._hint}")
+        self.leave_out(k, {"exchange": exchange, "reason": why})
+        self._warn(f"refused-upload-{k}", f"{sentence}; it was left out.")
+
+    def leave_out(self, k: ClientId, why: State) -> None:
+        """Leaves a client out of the rest of the round."""
+        self._states.left_out(k)
+        if self._silent:
+            self.left.add(k)
+        else:
+            self._note_dropped(k, why)
+
+    def none_left(self) -> None:
+        """Raises UserError where the round has no client left.
+
+        A set-up round of named clients may lose all of them: other clients remain for the run.
+        """
+        entry = self._progress.entry
+        if entry is None or not (entry.one_off and isinstance(entry.participants, tuple)):
+            last: State = self.dropped[-1] if self.dropped else {}
+            label = self._context.data.client_label(last["client"]) if "reason" in last else ""
+            why = f" (client {label}: {last['reason']})" if label else ""
+            raise UserError(
+                f"No client is left {self._progress.when()}, as all diverged, were refused or dropped out{why}: "
+                "lower --lr, set --clip-norm, or lower --dropout-rate where it is given."
+            )
+
+    def _note_loss(self, k: ClientId, why: str) -> None:
+        """A client works elsewhere and nothing came of it."""
+        exchange = self._progress.exchange
+        self.leave_out(k, {"exchange": exchange, "reason": why})
+        label, when = self._context.data.client_label(k), self._progress.when(exchange)
+        self._warn(f"missing-client-{k}", f"Client {label} was left out {when}, as {why}.")
+
+    def _broke(self, k: ClientId, problem: Diverged | ClientFailed) -> None:
+        """A client diverged or failed."""
+        when, config = self._progress.when(), self._context.config
+        label, public = self._context.data.client_label(k), self._context.notices.disclosure.clients
+        why: State = {}
+        if isinstance(problem, ClientFailed):
+            if config.on_error == "stop":
+                raise problem.at(when, label) from problem.__cause__
+            where, name = f"Client {label} failed {when}", f"failing-client-{k}"
+            if public:
+                where, why = f"{where}: {problem.what}", {"reason": problem.what}
+        else:
+            where, name = f"Client {label} diverged {when}", "diverging-client"
+            if public:  # that the upload is missing is visible anyway; the reason is private
+                where += f", batch {problem.batch}: {problem.what}"
+                why = {"batch": problem.batch, "reason": problem.what}
+            if config.on_nan == "stop":
+                raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
+        self.leave_out(k, why)
+        one_off = self._progress.entry is not None and self._progress.entry.one_off
+        consequence = "what it would have made is missing from the run" if one_off else "it was left out of that round"
+        self._warn(name, f"{where}; {consequence}.")
+
+    def _warn(self, name: str, text: str) -> None:
+        if not self._silent:
+            self._context.notices.warn(name, text)
+
+    def _note_dropped(self, k: ClientId, why: State) -> None:
+        self.left.add(k)
+        at = max(self._progress.shown_number, 0)
+        self.dropped = [*self.dropped, {"round": at, "client": k, **self._context.name_entry(k), **why}]

@@ -1,0 +1,87 @@
+"""Order of a run's parts, and of the filters that uploads pass: names, as each registers itself in its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from fedkern.engine import parts, uploads
+from fedkern.engine.parts.part import PARTS, Part
+from fedkern.engine.parts.part import register_part as register_part
+from fedkern.engine.setup import user_parts
+from fedkern.engine.setup.run_objects import RunObjects
+from fedkern.engine.uploads.filters import FILTERS, Filter
+from fedkern.engine.uploads.filters import register_filter as register_filter
+from fedkern.errors import UserError
+from fedkern.messages.states import State
+from fedkern.usercode import plugins
+from fedkern.usercode.registry import Registry
+
+USERS = "..."
+"""Place of what users have registered."""
+PART_ORDER = (
+    "effects", "traffic", "artifacts", "evaluation", "server", "oracle", "privacy", USERS, "stop_at", "patience",
+    "max_seconds", "max_bytes", "diagnoses", "answers", "records", "warnings", "listeners", "results", "trace",
+    "checkpoints",
+)  # fmt: skip
+FILTER_ORDER = (
+    "client_digests", "bytes", "reduction", "compress", USERS, "declared", "norm_bounds", "asynchronous",
+    "private_mean", "server_digests",
+)  # fmt: skip
+
+for package in (parts, uploads):
+    for module in iter_modules(package.__path__, f"{package.__name__}."):
+        import_module(module.name)
+
+
+def parts_of(run: RunObjects) -> list[Part]:
+    """The parts of a run, in order."""
+    return _build_all(PARTS, PART_ORDER, run)
+
+
+def filters_of(run: RunObjects) -> list[Filter]:
+    """What uploads pass on their way to the server of a run, in order; the run has its executor."""
+    filters: list[Filter] = _build_all(FILTERS, FILTER_ORDER, run)
+    needs_whole = any(part.needs_whole_upload for part in filters)
+    return [part for part in filters if not (needs_whole and part.keeps_on_device)]
+
+
+def _build_all(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[Any]:
+    user_names = [name for name in plugins.of_run(table, run.config.plugins) if name not in order]
+    names = [entry for name in order for entry in (user_names if name == USERS else [name])]
+    objects = (user_parts.build(table[name], run) if name in user_names else table[name].build(run) for name in names)
+    return [part for part in objects if part is not None]
+
+
+def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> State:
+    """The states of a run's parts and filters, as a checkpoint keeps them.
+
+    What a user has registered is there without a state too, so that a resumed run knows that it needs it.
+    """
+    of_parts, of_filters = _states(parts, PART_ORDER), _states(filters, FILTER_ORDER)
+    return {"parts": of_parts, **({"filters": of_filters} if of_filters else {})}
+
+
+def _states(objects: Sequence[Part] | Sequence[Filter], order: Sequence[str]) -> State:
+    return {part.name: state or {} for part in objects if (state := part.state()) or part.name not in order}
+
+
+def restore(kind: str, objects: Sequence[Part] | Sequence[Filter], run: RunObjects) -> None:
+    """Gives ``"parts"`` or ``"filters"`` of a run the states of the checkpoint that it goes on from, if there is one.
+
+    Raises:
+        UserError: the run began with others that users have registered.
+    """
+    if run.store.entry is None:
+        return
+    states, names = run.store.entry["info"].get(kind, {}), [part.name for part in objects]
+    for name in sorted(({*states} ^ {*names}) - {*(PART_ORDER if kind == "parts" else FILTER_ORDER)}):
+        words = f'the {kind[:-1]} "{name}"'
+        if name in states:
+            raise UserError(f"The run in {run.out} began with {words}: register it again, or start a new run.")
+        raise UserError(f"The run in {run.out} began without {words}: leave it out, or start a new run.")
+    for part in objects:
+        if state := states.get(part.name):
+            part.restore(state)

@@ -1,0 +1,194 @@
+"""A user's network in a run: whether it fits data and method, and whether it is the one that the run began with."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern.data import FederatedData
+from fedkern.data.sources.items import cause
+from fedkern.engine.batches.item_batches import trial_batch
+from fedkern.engine.context import RunContext
+from fedkern.engine.setup import serving
+from fedkern.engine.store import initial_weights
+from fedkern.errors import RAISED, UserError, origin
+from fedkern.messages.states import State
+from fedkern.methods import method_registry
+from fedkern.models import MODELS, Own
+from fedkern.models.network_registry import unknown
+from fedkern.models.users.cutting import find_head, find_logits
+from fedkern.models.users.user_models import check_output
+from fedkern.settings.config import RunConfig
+from fedkern.streams import seeded_generators
+from fedkern.tasks.cross_entropy import too_few
+from fedkern.tasks.user_tasks import inner
+from fedkern.usercode.code_identity import digest, identity_table, layout
+
+
+def find_facts(
+    config: RunConfig, data: FederatedData, stored: RunConfig | None, out: Path, *, known: bool
+) -> tuple[State, FederatedData, list[str]]:
+    """Try the network of a run and describe it.
+
+    A user's network gets two samples, and its output is looked at.  Its source and its tensors are described by
+    ``model_sha256`` and ``model_layout``.  A file of initial weights is described by ``init_sha256``.
+
+    Args:
+        config: the settings; ``MODELS`` has the network.
+        data: the run's data.
+        stored: the settings of the run that is resumed, or None.
+        out: the run folder.
+        known: whether the clients' samples are in this process.
+
+    Returns:
+        Settings that describe the network, the data with the classes that the network tells where nobody named them,
+        and sentences for the user.
+
+    Raises:
+        UserError: the network does not fit, or another one was meant when the run began.
+    """
+    facts: State = {}
+    if config.init is not None:
+        facts["init_sha256"] = initial_weights.sha256(config.init) if stored is None else stored.init_sha256
+        config = config.replace(**facts)
+    entry = MODELS.get(config.model)
+    if entry is None:
+        raise UserError(unknown(config.model))
+    from_user = isinstance(entry.make, Own)
+    is_of_images = bool(data.form.offers)
+    if not from_user and not (config.init or config.features or config.stages) and is_of_images:
+        return facts, data, []
+    context = RunContext(config, data)
+    network = context.networks.build()
+    notes = [context.networks.unfit] if context.networks.unfit and stored is None else []
+    if not from_user:
+        return facts, data, notes
+    make: Any = entry.make
+    if not is_of_images:
+        data, output_bytes = _try_network(network, make, data)
+        facts["output_bytes"] = output_bytes if stored is None else stored.output_bytes
+        network = RunContext(config, data).networks.build()
+    else:
+        data = _with_classes(network, data)
+        classes, form = len(data.classes), data.form
+        check_output(network, make.text, form, data.task.output(classes, form.shape[1:]), classes, config.data)
+    method_registry.check_network(config.method, config.method_instance.needs, network, data, make.text)
+    facts["model_layout"], facts["model_sha256"] = layout(network.state_dict()), network_hash(make)
+    if stored is not None:
+        if stored.model_layout not in (None, facts["model_layout"]):
+            raise UserError(
+                f"The network {make.text} has other parameters than when the run in {out} began: put its code back, or "
+                "start a new run."
+            )
+        if isinstance(make.source, nn.Module) and stored.model_sha256 not in (None, facts["model_sha256"]):
+            notes.append(
+                f"The network {make.text} has other initial weights since the run in {out} began, and a client that "
+                "has not trained yet may start from them: call torch.manual_seed before you make it, or give its class."
+            )
+        facts["model_layout"] = stored.model_layout or facts["model_layout"]
+        facts["served"], facts["plan"] = stored.served, stored.plan
+    elif config.accelerate == "auto" and config.device == "cpu" and config.precision == "fp32" and known:
+        facts["served"], facts["plan"] = serving.decide_acceleration(RunContext(config, data), network)
+    return facts, data, notes
+
+
+@torch.no_grad()
+def gives_probabilities(context: RunContext) -> bool:
+    """Return whether a user's network ends in a softmax, although the loss is a cross-entropy, which takes logits."""
+    entry, form, takes_logits = MODELS.get(context.config.model), context.data.form, context.data.task.takes_logits
+    if not takes_logits or not isinstance(getattr(entry, "make", None), Own):
+        return False
+    network = context.networks.build().eval()
+    with suppress(Exception), seeded_generators(0):  # a network's code may raise anything, which the run says itself
+        rows = find_logits(network(form.noise(2, np.random.default_rng(0))))
+        certain = torch.allclose(rows.sum(1), torch.ones(())) and bool((rows >= 0).all())
+        return certain and rows.dim() > 1 and rows.shape[1] > 1
+    return False
+
+
+def network_hash(make: Own) -> str | None:
+    """Return the hash of the weights of a module, or the identity of the file with the network's code, if any."""
+    if isinstance(make.source, nn.Module):
+        return digest(identity_table({"weights": dict(make.source.state_dict())}, limit=sys.maxsize))
+    return make.sha256
+
+
+def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[FederatedData, int]:
+    """Return the data with the classes and the head that a network tells, and the bytes of a sample's outputs.
+
+    The network gets samples of the first client.  The bytes are those of outputs and targets where a user's loss may
+    take those of a set at once, else 0.
+
+    The loss is looked at in the first training steps (`fedkern.engine.local.first_steps`): a call more would change a loss
+    that counts.  A loss of a model and a batch may call the network in any way: nothing is tried then.
+
+    Raises:
+        UserError: the network cannot take them, or tells other classes.
+    """
+    offers = data.task.offers
+    if not offers & {"criterion", "classes"}:
+        return data, 0
+    split = next(filter(len, data.clients))  # a node has samples of its client alone
+    batch = trial_batch(split, range(min(2, len(split))))
+    largest = max(map(len, (*data.tests.values(), data.validation)))
+
+    def play_last() -> tuple[object, object]:
+        last = trial_batch(split, range(max(0, len(split) - 3), len(split)))
+        return network(last.inputs), last.targets
+
+    network.eval()
+    try:
+        with seeded_generators(0):
+            outputs = network(batch.inputs)
+            output_bytes = data.task.output_bytes((outputs, batch.targets), play_last, largest)
+    except UserError:
+        raise
+    except RAISED as error:  # a network's code may raise anything
+        raise UserError(
+            f"the network {make.text} fails on two samples of {split.name}, {', '.join(data.form.shapes)} "
+            f"({cause(error)}){origin(error, type(inner(network)))}: it gets an item's parts but the last, or a dict's "
+            "keys but its label; a collate_fn that returns (inputs, targets) picks others."
+        ) from error
+    network.train()
+    if "classes" in offers:
+        count = _classes(outputs, batch.targets, make.text, getattr(data.task, "ignored", -100))
+        if len(data.classes) > count:
+            raise UserError(
+                f"the network {make.text} tells {count} classes, and the data have {len(data.classes)}: give the "
+                "network as many outputs, or name other classes."
+            )
+        data = replace(data, classes=data.classes or tuple(map(str, range(count))))
+    if isinstance(batch.inputs, Tensor):
+        with suppress(Exception), seeded_generators(0):  # the network then has no head that a method could use
+            data = replace(data, form=replace(data.form, head=find_head(inner(network), batch.inputs)))
+    return data, output_bytes
+
+
+def _with_classes(network: nn.Module, data: FederatedData) -> FederatedData:
+    """Return data of a user's data sets with the classes that the network tells, where they are numbers of fewer."""
+    count = len(data.classes)
+    if not data.sights or data.classes != tuple(map(str, range(count))):
+        return data
+    with suppress(Exception), torch.no_grad(), seeded_generators(0):  # what fails is said by `check_output`
+        outputs = find_logits(network.eval()(data.form.noise(2, np.random.default_rng(0)))).shape[1]
+        data = replace(data, classes=tuple(map(str, range(max(count, outputs)))))
+    network.train()
+    return data
+
+
+def _classes(outputs: object, targets: Tensor, text: str, ignored: int) -> int:
+    """The number of classes in the logits of a network."""
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(targets):
+        shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(f"the network {text} must give logits, one row a sample, and gives {shape}: or give a loss_fn.")
+    largest = int(targets.where(targets != ignored, 0).max())
+    if largest >= outputs.shape[1]:
+        raise UserError(too_few(outputs, largest, f"the network {text}"))
+    return outputs.shape[1]

@@ -1,0 +1,96 @@
+"""Initial weights of a run's network from a file or a finished run (``--init``)."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from fedkern.engine.store.checkpoints import check_results, newest
+from fedkern.errors import UserError
+from fedkern.files import atomic
+from fedkern.files.inputs import open_regular, reading, standing
+from fedkern.models.pretrained.weight_files import read_state_dict
+from fedkern.settings.run_format import INIT
+from fedkern.settings.run_format import NAME as CONFIG
+
+MODEL = "model.safetensors"
+"""File with the network of a finished run."""
+_GIVEN: dict[str, bytes] = {}
+"""Such files that are not written yet, by path."""
+
+
+def _file(path: str) -> Path:
+    """The file of ``--init``: that file, or the network of the run in that folder.
+
+    Raises:
+        UserError: the folder holds no finished run, or its network is not as the run wrote it.
+    """
+    folder = Path(path)
+    if standing(folder) != "a folder":
+        return folder
+    entry = newest(folder)
+    begun = (folder / CONFIG).exists() and not (folder / MODEL).exists()
+    if begun or (entry is not None and not entry["info"]["finished"]):
+        way_out = f"finish it with --resume {shlex.quote(path)}"
+        raise UserError(f"--init {path} is the folder of a run that is not finished: {way_out}.")
+    if not (folder / MODEL).exists():
+        raise UserError(
+            f"--init {path} is a folder without {MODEL}: name the folder of a finished run, or a file of weights."
+        )
+    check_results(folder, MODEL)
+    return folder / MODEL
+
+
+def of_module(module: nn.Module, folder: Path) -> str:
+    """Path of the file with a module's weights that :func:`keep` writes into a run folder; it can be read before."""
+    path = str((folder / INIT).absolute())
+    _GIVEN[path] = save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    )
+    return path
+
+
+def keep(path: str | None) -> None:
+    """Writes the file of :func:`of_module`."""
+    if path in _GIVEN:
+        atomic.write_bytes(Path(path), _GIVEN.pop(path))
+
+
+def sha256(path: str) -> str:
+    """SHA-256 of the file, or of the network of the run in a folder.
+
+    Raises:
+        UserError: the file is missing, or no regular file; or the folder holds no finished run.
+    """
+    if path in _GIVEN:
+        return hashlib.sha256(_GIVEN[path]).hexdigest()
+    with reading(f"--init {path}"), open_regular(_file(path)) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def read(path: str, expected: str | None) -> Mapping[str, Tensor]:
+    """The tensors of a file with a state dict, or of the network of a finished run, by name.
+
+    Args:
+        path: the file, or the run folder.
+        expected: SHA-256 that the file had when the run began; None: not compared.
+
+    Raises:
+        UserError: the file is missing, damaged or another one, or holds values that are not finite; or the folder holds
+            no finished run.
+    """
+    if sha256(path) != expected and expected is not None:
+        holds, noun = ("does not hold", "network") if Path(path).is_dir() else ("is not", "file")
+        raise UserError(f"--init {path} {holds} the {noun} that the run began with: put that {noun} back.")
+    tensors = load(_GIVEN[path]) if path in _GIVEN else read_state_dict(_file(path), f"--init {path}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"--init {path}: {name} has values that are not finite.")
+    return tensors

@@ -1,0 +1,259 @@
+"""Ranks of one torchrun: which one this process is, how all meet, and how all end together."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import Store, TCPStore
+
+from fedkern.engine.transport.connection import WINDOW, Connection, Ended, Lost, silence
+from fedkern.errors import RunFailed, UserError
+from fedkern.messages.packets import Packet
+from fedkern.process import versions
+from fedkern.process.interrupts import check
+
+GO_ON = "go on from its last checkpoint with --resume, or have torchrun do so with --max-restarts"
+LEAVING = 10.0
+"""Seconds that an ending rank gives the others to hear of it."""
+_ADDRESS = "fedkern/address"  # entry of torchrun's store: where rank 0 listens, and its token
+_HELLO = 64  # bytes of a rank's first words, at most
+_LOOK = 0.1  # seconds between two looks for another rank
+
+
+@dataclass(frozen=True)
+class LaunchedRank:
+    """This process among the ranks.
+
+    Attributes:
+        rank, size: its rank, and the number of ranks.
+        local, local_size: its number on this machine, and the number of ranks on this machine.
+        restarts, max_restarts: how often torchrun has restarted the ranks, and how often it may.
+        job: name of the torchrun, the same after a restart.
+    """
+
+    rank: int
+    size: int
+    local: int
+    local_size: int
+    restarts: int
+    max_restarts: int
+    job: str
+
+
+def find_rank() -> LaunchedRank | None:
+    """This process among the ranks; None where torchrun has not started it."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return None
+    try:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, size, local, local_size = (int(environment[name]) for name in names)
+        restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        max_restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    except (KeyError, ValueError):
+        return None
+    return LaunchedRank(rank, size, local, local_size, restarts, max_restarts, _job())
+
+
+def _job() -> str:
+    """The id that torchrun was given or has drawn; where it has none, torchrun's process on this machine."""
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    if name not in ("", "none"):
+        return name
+    parent = os.getppid()
+    try:
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        began = ""
+    return f"{socket.gethostname()} {parent} {began}"
+
+
+class TorchrunGroup:
+    """The ranks, as this process sees them.
+
+    Attributes:
+        launched: this process among them; ``rank`` and ``size`` are its own.
+        connections: by rank: on rank 0 to all others, on another rank to rank 0.
+        odd: on rank 0, the ISA level of PyTorch on ranks where it is another, by rank (see `versions.kernels`).
+    """
+
+    def __init__(self, launched: LaunchedRank) -> None:
+        self.launched, self.rank, self.size = launched, launched.rank, launched.size
+        self.connections: dict[int, Connection] = {}
+        self.odd: dict[int, str] = {}
+
+    def meet(self, words: Sequence[str]) -> None:
+        """Connects the ranks and compares what they were started with.
+
+        Raises:
+            UserError: a rank was started with another command line, or has another version of fedkern or PyTorch; or
+                :func:`silence` is misstated.
+            RunFailed: the ranks cannot be connected.
+        """
+        global _met
+        if not hasattr(os, "memfd_create"):
+            raise UserError("Ranks of torchrun share memory as only Linux has it: start the run without torchrun.")
+        try:
+            ends = self._connect(silence())
+        except (OSError, RuntimeError) as error:  # RuntimeError: of torch's store
+            reason = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
+            raise RunFailed(
+                f"The {self.size} ranks cannot be connected ({reason}): see whether all machines reach "
+                f"{os.environ.get('MASTER_ADDR')} and each other."
+            ) from None
+        _met = True
+        self.connections = {rank: Connection(end, 0 if self.rank else WINDOW) for rank, end in ends.items()}
+        installed = {name: versions.versions()[name] for name in ("fedkern", "torch")}
+        if self.rank:
+            self.connections[0].say((list(words), installed, versions.kernels()))
+            return
+        ours = versions.kernels()
+        for rank, connection in self.connections.items():
+            while (hello := self.heard(connection, 0.5)) is None:
+                self.check()
+            theirs, their_versions, kernels = hello.value
+            if theirs != list(words):
+                raise UserError(
+                    f"Rank {rank} was started with other arguments than rank 0 ({' '.join(theirs)}): start torchrun "
+                    "with the same command on every machine."
+                )
+            if their_versions != installed:
+                raise UserError(
+                    f"Rank {rank} has {_list_versions(their_versions)}, and rank 0 {_list_versions(installed)}: "
+                    "install the same versions on every machine."
+                )
+            # Rank 0 sends the others its own backend and instruction set to compute with.
+            if kernels["torch"] != ours["torch"]:
+                self.odd[rank] = kernels["torch"]
+
+    def _connect(self, seconds: float) -> dict[int, socket.socket]:
+        until, host, port = time.monotonic() + seconds, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._store = TCPStore(host, port, None, serves, timedelta(seconds=seconds), wait_for_workers=False)
+        if self.rank:
+            return find_rank_0(self._store, self.rank, until)
+        with socket.create_connection((host, port)) as route:
+            own, peer = route.getsockname()[0], route.getpeername()[0]
+        return accept_ranks(self._store, host if own == peer else own, self.size, until)
+
+    def heard(self, connection: Connection, seconds: float) -> Packet | None:
+        """The next packet on a connection of rank 0, as `Connection.get` has it; raises as `check` for a lost rank."""
+        try:
+            return connection.get(seconds)
+        except (Lost, Ended):
+            self.check()
+            raise
+
+    def check(self) -> None:
+        """Raises RunFailed on rank 0 where another rank has failed or is lost; after Ctrl-C its exception instead."""
+        check()
+        for rank, connection in self.connections.items():
+            if isinstance(connection.over, Ended):
+                raise RunFailed(f"Rank {rank} failed: {connection.over.said}")
+            if isinstance(connection.over, Lost):
+                raise RunFailed(f"Rank {rank} was lost, as {connection.over}: {GO_ON}.")
+
+    def leave(self, code: int, reason: str = "") -> None:
+        """Tells the other ranks that this one ends (see `Connection.leave`), and waits until they know.
+
+        Rank 0 also waits for their answer: a connection that closes too early may lose what it was told last.
+        """
+        for connection in self.connections.values():
+            connection.leave(code, reason)
+        until = time.monotonic() + LEAVING
+        for connection in self.connections.values():
+            connection.wait_until_told(until, heard=self.rank == 0)
+
+
+def _list_versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def accept_ranks(store: Store, address: str, size: int, until: float) -> dict[int, socket.socket]:
+    """Return the connections of rank 0 to all others, by rank.
+
+    The others learn from the store where this process listens, and show the token that is there too.
+
+    Raises:
+        TimeoutError: a rank has not come until then.
+    """
+    token, ends = secrets.token_hex(16), dict[int, socket.socket]()
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6) as server:
+        server.settimeout(_LOOK)
+        store.set(_ADDRESS, f"{address} {server.getsockname()[1]} {token}")
+        while missing := [str(rank) for rank in range(1, size) if rank not in ends]:
+            check()
+            if time.monotonic() > until:
+                raise TimeoutError(f"nothing came from rank {', '.join(missing)}")
+            with suppress(OSError, ValueError):  # ValueError: it is no rank
+                end = server.accept()[0]
+                end.settimeout(1.0)
+                rank, shown = end.recv(_HELLO).decode().split()
+                if shown == token:
+                    ends[int(rank)] = end
+    for end in ends.values():
+        end.sendall(token.encode())
+    return ends
+
+
+def find_rank_0(store: Store, rank: int, until: float) -> dict[int, socket.socket]:
+    """Return the connection to rank 0, by its rank.
+
+    The store may still hold the address of an earlier start of the ranks: a rank believes an address once rank 0 says
+    there that all ranks have come.
+
+    Raises:
+        TimeoutError: rank 0 has not answered until then.
+    """
+    while (seconds := until - time.monotonic()) > 0:
+        check()
+        if store.check([_ADDRESS]):
+            host, port, token = store.get(_ADDRESS).decode().split()
+            with suppress(OSError):
+                end = socket.create_connection((host, int(port)), seconds)
+                end.sendall(f"{rank} {token}".encode())
+                if end.recv(_HELLO) == token.encode():
+                    return {0: end}
+        time.sleep(_LOOK)
+    raise TimeoutError("rank 0 did not answer")
+
+
+_present: TorchrunGroup | None = None
+_met = False
+
+
+def present() -> TorchrunGroup | None:
+    """The ranks that this process belongs to, where it is rank 0 of several."""
+    return _present if _present is not None and _present.rank == 0 else None
+
+
+def is_connected() -> bool:
+    """Whether this process has met other ranks, so that an error of rank 0 ends all of them."""
+    return _met
+
+
+@contextmanager
+def join_ranks(launched: LaunchedRank) -> Iterator[TorchrunGroup]:
+    """Has this process belong to its ranks inside the block, whose end all other ranks learn on rank 0.
+
+    An exception is told to the other ranks as its exit code: rank 0 says it.
+    """
+    global _present
+    _present = TorchrunGroup(launched)
+    try:
+        yield _present
+    except BaseException as error:
+        if not launched.rank:
+            _present.leave(error.exit_code if isinstance(error, UserError) else 1)
+        raise
+    finally:
+        _present = None

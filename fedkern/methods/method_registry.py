@@ -1,0 +1,124 @@
+"""Registry of methods by name, and of the classes without a registered name that a script gave to a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from fedkern.errors import UserError, first_of, nearest
+from fedkern.models.users.user_models import LEVELS, level
+from fedkern.typed_option import Value
+from fedkern.usercode.hook_checks import check_hooks
+from fedkern.usercode.registry import Registry
+
+if TYPE_CHECKING:
+    from fedkern.methods.base import Method
+    from fedkern.methods.roles import Offering
+
+METHODS: Registry[type[Method]] = Registry("method")
+"""Method classes by name; ``METHODS[name].description`` is the line that ``list`` shows."""
+
+CLASS = "class:"
+"""Beginning of the name of a method that a script gives as a class: ``class:MODULE:NAME``."""
+
+GIVEN: dict[str, type[Method]] = {}
+"""Classes that a script gave to a run of this process, by that name (`fedkern.methods.script_methods`)."""
+
+M = TypeVar("M", bound="type[Method]")
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator that registers a method as ``name``; the docstring's first line becomes its description."""
+
+    def add(cls: M) -> M:
+        check_hooks(cls)
+        cls.name, cls.description = name, METHODS.describe(name, cls)
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def get(name: str) -> type[Method]:
+    """Returns the class registered as ``name``, or given by a script.
+
+    Raises:
+        UserError: no method has this name; the message suggests the nearest one.
+    """
+    if name in GIVEN:
+        return GIVEN[name]
+    if name.startswith(CLASS):
+        raise UserError(
+            f"The method {name} is a class of a script, which only Python can give: fedkern.simulate({short(name)}, "
+            f"...), or fedkern.load(DIR, method={short(name)}) to go on."
+        )
+    if name not in METHODS:
+        raise unknown_method(name, METHODS)
+    return METHODS[name]
+
+
+def unknown_method(name: str, likely: Iterable[str]) -> UserError:
+    """Return the error for a name that no method has, with the nearest of the ``likely`` words."""
+    known = f"Known methods: {', '.join(sorted(METHODS))}"
+    return UserError(f'Unknown method "{name}".{nearest(name, likely)} {known}; --plugin FILE.py adds others.')
+
+
+def option_names(method: str) -> set[str]:
+    """Names under which a method option can be given."""
+    return {name for entry in get(method).Options.declared() for name in (entry.name, entry.field)}
+
+
+def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> dict[str, Value]:
+    """The given method options by published name, converted, without defaults and with absolute paths.
+
+    Raises:
+        UserError: an unknown option, a value out of range, or a path in the home folder of an unknown user.
+    """
+    kind = get(method).Options
+    options = {entry.name: entry for entry in kind.declared()}
+    return {name: options[name].absolute(value) for name, value in kind.parse(texts, method=method).given().items()}
+
+
+def owners(option: str) -> str:
+    """A hint that names the methods with an option.
+
+    Empty where none has it.
+    """
+    methods = [method for method in METHODS if option in option_names(method)]
+    return f" It is a method option of {first_of(methods, 3)}." if methods else ""
+
+
+def short(name: str) -> str:
+    """A method's name.
+
+    That of a class without its module.
+    """
+    return name.rpartition(":")[2].rpartition(".")[2] if name.startswith(CLASS) else name
+
+
+def check_network(method: str, needs: str, network: nn.Module, data: Offering, text: str) -> None:
+    """Raises UserError where a method needs more of a network than this one has.
+
+    Args:
+        method: name of the method.
+        needs: a name in `LEVELS`.
+        data: what the method learns of, with what it ``offers``.
+        text: the network's name, for the message.
+    """
+    has = level(network)
+    if LEVELS.index(needs) <= LEVELS.index(has):
+        return
+    fitting = sorted(
+        name for name, kind in METHODS.items() if kind.serves(data) and LEVELS.index(kind().needs) <= LEVELS.index(has)
+    )
+    lacks = {
+        "features": "a linear layer with a bias as its last step, or --features NAME",
+        "maps": "modules that run one after another and end in a linear layer, or --stages NAME,NAME",
+        "stages": "modules that run one after another and end in a linear layer (its attribute stages names them)",
+    }
+    raise UserError(
+        f"{method} needs {lacks[needs]}, which the network {text} has not: methods that can use it are "
+        f"{', '.join(fitting)}."
+    )

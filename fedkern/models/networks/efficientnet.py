@@ -1,0 +1,85 @@
+"""EfficientNet-B0 (Tan and Le, arXiv 1905.11946)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fedkern.models.networks.conv_norm_layers import NormSequential
+from fedkern.models.networks.mobilenet import FEATURES, WIDTH, InvertedResidual, conv_norm, divisible
+from fedkern.models.networks.resnet import Stem
+from fedkern.models.networks.staged import StagedNetwork
+
+# Expansion, kernel size, channels, blocks and stride of every stage (table 1 of the paper).
+STAGES = (
+    (1, 3, 16, 1, 1), (6, 3, 24, 2, 2), (6, 5, 40, 2, 2), (6, 3, 80, 3, 2), (6, 5, 112, 3, 1), (6, 5, 192, 4, 2),
+    (6, 3, 320, 1, 1),
+)  # fmt: skip
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales every channel by a gate computed from all channels' means (Hu et al., arXiv 1709.01507)."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.Conv2d(channels, squeezed, 1), nn.SiLU(), nn.Conv2d(squeezed, channels, 1), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to the same."""
+        gate: Tensor = self.gate(x.mean(dim=(2, 3), keepdim=True))
+        return x * gate
+
+
+def mbconv(channels_in: int, channels_out: int, *, size: int, stride: int, expansion: int) -> InvertedResidual:
+    """An inverted residual with squeeze and excitation.
+
+    The squeezed width is a quarter of ``channels_in``.
+    """
+    gate = partial(SqueezeExcitation, squeezed=max(1, channels_in // 4))
+    return InvertedResidual(
+        channels_in, channels_out, stride=stride, expansion=expansion, size=size, activation=nn.SiLU, gate=gate
+    )
+
+
+class EfficientNetB0(StagedNetwork):
+    """A stem and seven stages of MBConv blocks; 4,020,358 parameters with ten classes and the default width.
+
+    Without the paper's dropout and stochastic depth: a run's bits must not depend on the global generator.
+
+    Args:
+        width: channels of the stem; every layer scales with width / 32, rounded to multiples of 8.
+        stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the
+            stem, so that 32-pixel images end in 2x2 maps (methods note 5.5).
+
+    Attributes:
+        activation, block: make the activations outside of blocks, and the blocks.
+    """
+
+    activation: ClassVar[type[nn.Module]] = nn.SiLU
+    block: ClassVar[Callable[..., InvertedResidual]] = staticmethod(mbconv)
+
+    def __init__(self, *, classes: int, channels: int = 3, width: int = WIDTH, stem: Stem = "cifar") -> None:
+        scale = width / WIDTH
+        current = divisible(width)
+        features = divisible(FEATURES * scale)
+        stages: list[nn.Module] = []
+        for i, (expansion, size, after, count, stride) in enumerate(STAGES):
+            layers: list[nn.Module] = []
+            if i == 0:
+                layers += conv_norm(
+                    channels, current, 3, stride=1 if stem == "cifar" else 2, activation=self.activation()
+                )
+            for j in range(count):
+                wide = divisible(after * scale)
+                step = stride if j == 0 else 1
+                layers.append(self.block(current, wide, size=size, stride=step, expansion=expansion))
+                current = wide
+            if i == len(STAGES) - 1:
+                layers += conv_norm(current, features, 1, activation=self.activation())
+            stages.append(NormSequential(*layers))
+        super().__init__(stages, width=features, classes=classes)

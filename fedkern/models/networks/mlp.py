@@ -1,0 +1,27 @@
+"""A multi-layer perceptron whose hidden layers are 1x1 feature maps."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fedkern.models.networks.staged import StagedNetwork
+
+
+class MLP(StagedNetwork):
+    """Three hidden layers of ``width`` units with batch norm and ReLU.
+
+    Every layer is a stage.  Units are the channels of maps ``[B, width, 1, 1]``, so methods that mix, send or fuse
+    feature maps work on them.  The first layer is a convolution as large as the image, the others are 1x1 convolutions.
+
+    Args:
+        width: units of every hidden layer.
+        image_size: side of the images in pixels; images of another shape are first averaged to this size.
+    """
+
+    def __init__(self, *, classes: int, channels: int = 3, width: int = 256, image_size: int = 32) -> None:
+        front: list[nn.Module] = [nn.AdaptiveAvgPool2d(image_size), nn.Conv2d(channels, width, image_size, bias=False)]
+        stages: list[nn.Module] = []
+        for i in range(3):
+            layers = front if i == 0 else [nn.Conv2d(width, width, 1, bias=False)]
+            stages.append(nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU()))
+        super().__init__(stages, width=width, classes=classes)

@@ -1,0 +1,106 @@
+"""MobileNetV2 (Sandler et al., arXiv 1801.04381)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fedkern.models.networks.conv_norm_layers import NormSequential
+from fedkern.models.networks.resnet import Stem
+from fedkern.models.networks.staged import StagedNetwork
+
+# Expansion, channels, blocks and stride of the bottlenecks of every stage (table 2 of the paper).
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+WIDTH = 32  # channels of the paper's stem
+FEATURES = 1280
+
+
+def divisible(channels: float) -> int:
+    """Returns ``channels`` rounded to a multiple of 8, at least 8 and never more than a tenth smaller."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * channels else rounded + 8
+
+
+def conv_norm(
+    channels_in: int, channels_out: int, size: int, *, stride: int = 1, groups: int = 1, activation: nn.Module | None
+) -> list[nn.Module]:
+    """A convolution of odd ``size`` that keeps the map's size (over ``stride``), batch norm, and the activation."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels_in, channels_out, size, stride=stride, padding=size // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(channels_out),
+    ]
+    return layers if activation is None else [*layers, activation]
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise convolution and linear 1x1 projection, with a shortcut if the shape stays the same.
+
+    Args:
+        channels_in, channels_out: channels of the block's input and output.
+        stride: of the depthwise convolution.
+        expansion: expanded channels over ``channels_in``; 1 leaves the expansion out.
+        size: of the depthwise convolution's kernel.
+        activation: makes the activations after the expansion and after the depthwise convolution.
+        gate: makes a layer before the projection, from the number of expanded channels; None: no such layer.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        stride: int,
+        expansion: int,
+        size: int = 3,
+        activation: Callable[[], nn.Module] = nn.ReLU6,
+        gate: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = channels_in * expansion
+        layers: list[nn.Module] = []
+        if expansion != 1:
+            layers += conv_norm(channels_in, hidden, 1, activation=activation())
+        layers += conv_norm(hidden, hidden, size, stride=stride, groups=hidden, activation=activation())
+        if gate is not None:
+            layers.append(gate(hidden))
+        layers += conv_norm(hidden, channels_out, 1, activation=None)
+        self.layers = NormSequential(*layers)
+        self.residual = stride == 1 and channels_in == channels_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[B, channels_in, H, W]`` to ``[B, channels_out, H / stride, W / stride]``."""
+        y: Tensor = self.layers(x)
+        return x + y if self.residual else y
+
+
+class MobileNetV2(StagedNetwork):
+    """A stem and seven stages of inverted residuals; 2,236,682 parameters with ten classes and the default width.
+
+    Without the paper's dropout: a run's bits must not depend on the global generator.
+
+    Args:
+        width: channels of the stem.  width / 32 is the paper's width multiplier; channels are rounded to multiples of
+            8, and there are always at least 1280 features.
+        stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the
+            stem and the second stage, so that 32-pixel images end in 4x4 maps (methods note 5.5).
+    """
+
+    def __init__(self, *, classes: int, channels: int = 3, width: int = WIDTH, stem: Stem = "cifar") -> None:
+        scale = width / WIDTH
+        small = stem == "cifar"
+        current = divisible(width)
+        features = divisible(FEATURES * max(1.0, scale))
+        stages: list[nn.Module] = []
+        for i, (expansion, after, count, stride) in enumerate(STAGES):
+            layers: list[nn.Module] = []
+            if i == 0:
+                layers += conv_norm(channels, current, 3, stride=1 if small else 2, activation=nn.ReLU6())
+            for j in range(count):
+                step = stride if j == 0 and not (small and i == 1) else 1
+                layers.append(InvertedResidual(current, divisible(after * scale), stride=step, expansion=expansion))
+                current = divisible(after * scale)
+            if i == len(STAGES) - 1:
+                layers += conv_norm(current, features, 1, activation=nn.ReLU6())
+            stages.append(NormSequential(*layers))
+        super().__init__(stages, width=features, classes=classes)

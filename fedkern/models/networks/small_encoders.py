@@ -1,0 +1,148 @@
+"""Small image and text encoders that need no download; the first token represents the whole image or text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.models.networks.attention import TransformerLayer
+from fedkern.models.networks.vit import patch_size
+from fedkern.models.pretrained.vocabulary import Tokens, Vocabulary
+
+WIDTH = 96
+IMAGE_LAYERS, TEXT_LAYERS = 4, 2
+LONGEST = 112  # tokens of a text (docs/methods/feddra.md, 6)
+
+
+class _Positions(nn.Module):
+    """A learnt token in front of a sequence, and learnt positions for all: ``[B, N, d]`` to ``[B, 1 + N, d]``."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.cls = nn.Parameter(torch.empty(1, 1, width))
+        self.position = nn.Parameter(torch.empty(1, 1 + count, width))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draws both from a normal distribution of standard deviation 0.02."""
+        nn.init.normal_(self.cls, std=0.02, generator=generator)
+        nn.init.normal_(self.position, std=0.02, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.cat([self.cls.expand(len(tokens), -1, -1), tokens], 1) + self.position
+
+
+class ImageEncoder(nn.Module):
+    """Base class of image encoders.
+
+    Attributes:
+        width: d, channels of a token.
+        grid: rows and columns of the patch tokens behind the first token.
+    """
+
+    width: int
+    grid: tuple[int, int]
+
+
+class ConvTokens(ImageEncoder):
+    """Convolutions with group norm; the tokens are the positions of the last map.
+
+    Batch norm would need running statistics averaged over clients, whose backgrounds differ.  The last map is at most
+    8x8: two stages halve it, and one more for every doubling of the image above 32 pixels.  Channels double from
+    ``width / 4`` up to ``width``.
+
+    Args:
+        width: d, channels of a token; a multiple of 4.
+        image_size: height and width in pixels.
+    """
+
+    def __init__(self, *, channels: int, width: int, image_size: Sequence[int]) -> None:
+        super().__init__()
+        halvings = max(2, math.ceil(math.log2(max(image_size) / 8)))
+        sizes = [channels, *(min(width, width // 4 * 2**i) for i in range(halvings)), width]
+        stages: list[nn.Module] = []
+        for i in range(halvings + 1):
+            stages += [
+                nn.Conv2d(sizes[i], sizes[i + 1], 3, padding=1, bias=False),
+                nn.GroupNorm(math.gcd(8, sizes[i + 1]), sizes[i + 1]),
+                nn.ReLU(),
+            ]
+            if i < halvings:
+                stages.append(nn.MaxPool2d(2))
+        self.stages = nn.Sequential(*stages)
+        height, across = image_size
+        self.grid = height >> halvings, across >> halvings
+        self.width = width
+        self.positions = _Positions(self.grid[0] * self.grid[1], width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
+        return self.positions(self.stages(images).flatten(2).transpose(1, 2))
+
+
+class PatchTokens(ImageEncoder):
+    """A small vision transformer (arXiv 2010.11929): patches as tokens, four layers and a norm.
+
+    Args:
+        channels, width, image_size: as for :class:`ConvTokens`.
+    """
+
+    def __init__(self, *, channels: int, width: int, image_size: Sequence[int]) -> None:
+        super().__init__()
+        patch = patch_size(min(image_size))
+        self.project = nn.Conv2d(channels, width, patch, stride=patch)
+        self.grid = image_size[0] // patch, image_size[1] // patch
+        self.width = width
+        self.positions = _Positions(self.grid[0] * self.grid[1], width)
+        self.layers = nn.Sequential(*(TransformerLayer(width) for _ in range(IMAGE_LAYERS)), nn.LayerNorm(width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
+        return self.layers(self.positions(self.project(images).flatten(2).transpose(1, 2)))
+
+
+class WordEmbedding(nn.Module):
+    """Sum of a learnt vector per token number and a learnt vector per position."""
+
+    def __init__(self, words: int, longest: int, width: int) -> None:
+        super().__init__()
+        self.word = nn.Parameter(torch.empty(words, width))
+        self.position = nn.Parameter(torch.empty(longest, width))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draws both from a normal distribution of standard deviation 0.02."""
+        nn.init.normal_(self.word, std=0.02, generator=generator)
+        nn.init.normal_(self.position, std=0.02, generator=generator)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.word) + self.position[: ids.shape[1]]
+
+
+class TextTransformer(nn.Module):
+    """A small transformer over words or word pieces, ``[CLS]`` in front.
+
+    Args:
+        vocabulary: maps tokens to numbers.
+        width: d, channels of a token.
+        longest: most tokens of a text, ``[CLS]`` included; longer texts are cut.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, width: int, longest: int = LONGEST) -> None:
+        super().__init__()
+        self.vocabulary, self.width, self.longest = vocabulary, width, longest
+        self.embedding = WordEmbedding(len(vocabulary), longest, width)
+        self.layers = nn.ModuleList(TransformerLayer(width) for _ in range(TEXT_LAYERS))
+        self.norm = nn.LayerNorm(width)
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token numbers and mask ``[B, L]`` of texts, on the CPU."""
+        return self.vocabulary.tokenize(texts, self.longest)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Tokens ``[B, L]`` to vectors ``[B, L, d]``; the vectors at padding are meaningless."""
+        x = self.embedding(tokens.ids)
+        for layer in self.layers:
+            x = layer(x, tokens.mask)
+        return self.norm(x)

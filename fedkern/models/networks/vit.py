@@ -1,0 +1,85 @@
+"""A small vision transformer (Dosovitskiy et al., arXiv 2010.11929)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedkern.models.networks.attention import TransformerLayer
+from fedkern.models.networks.staged import StagedNetwork
+
+DEPTH, STAGES = 12, 4
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts images into patches and adds learned positions: ``[B, C, H, W]`` to ``[B, width, H / patch, W / patch]``.
+
+    Positions are learned for ``grid`` by ``grid`` patches and interpolated for images of another shape.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int, grid: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(channels, width, patch, stride=patch)
+        self.position = nn.Parameter(torch.empty(1, width, grid, grid))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draws the positions from a normal distribution of standard deviation 0.02."""
+        nn.init.normal_(self.position, std=0.02, generator=generator)
+
+    def interpolates(self, height: int, width: int) -> bool:
+        """Whether the positions are interpolated for images of this shape."""
+        patch = self.project.stride[0]
+        return (height // patch, width // patch) != self.position.shape[2:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(x)
+        position: Tensor = self.position
+        if y.shape[2:] != position.shape[2:]:
+            position = F.interpolate(position, size=y.shape[2:], mode="bicubic", align_corners=False)
+        return y + position
+
+
+class Encoder(TransformerLayer):
+    """A pre-norm transformer layer on maps whose positions are the tokens; with ``last``, a norm follows.
+
+    Input and output are ``[B, width, H, W]``, channels-last.  Tokens stay positions of a map between layers, so a
+    transformer can be cut, mixed and fused like a convolutional network.
+    """
+
+    def __init__(self, width: int, *, last: bool = False) -> None:
+        super().__init__(width)
+        self.norm: nn.Module = nn.LayerNorm(width) if last else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        tokens = super().forward(x.permute(0, 2, 3, 1).flatten(1, 2))
+        return self.norm(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class ViT(StagedNetwork):
+    """Patches and twelve encoder layers, three per stage; the classifier reads the average token.
+
+    With ``width`` 192 (DeiT-Ti, arXiv 2012.12877), patches of 4 pixels on 32-pixel images and ten classes there are
+    5,362,378 parameters.
+
+    Args:
+        width: channels of a token; a head has 64 of them (more or fewer if 64 does not divide ``width``).
+        image_size: side of the images in pixels.
+    """
+
+    def __init__(self, *, classes: int, channels: int = 3, width: int = 192, image_size: int = 32) -> None:
+        patch = patch_size(image_size)
+        layers: list[nn.Module] = [Encoder(width, last=i + 1 == DEPTH) for i in range(DEPTH)]
+        per_stage = DEPTH // STAGES
+        stages: list[nn.Module] = []
+        for i in range(STAGES):
+            front = [PatchEmbedding(channels, width, patch, image_size // patch)] if i == 0 else []
+            stages.append(nn.Sequential(*front, *layers[i * per_stage : (i + 1) * per_stage]))
+        super().__init__(stages, width=width, classes=classes)
+
+
+def patch_size(image_size: int) -> int:
+    """Side of a patch: 16 pixels for images above 64 pixels, as published; 4 from 16 pixels on; 2 for smaller ones."""
+    if image_size > 64:
+        return 16
+    return 4 if image_size >= 16 else 2

@@ -1,0 +1,1 @@
+"""Pre-trained networks through transformers, their preprocessing, and files of weights."""

@@ -1,0 +1,1 @@
+"""Parts of a network's state that do not travel, and memory for it."""

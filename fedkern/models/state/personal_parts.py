@@ -1,0 +1,69 @@
+"""Personal parts of a network: parameters and buffers that every client keeps to itself, and no message holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError
+from fedkern.models.state.freezing import constant_buffers, matching
+from fedkern.ops import FlatParameters
+
+_MARK = "_fedkern_personal"
+"""Attribute of a layer: the keys of its personal tensors."""
+
+
+def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
+    """Marks trained parameters and buffers whose names match a pattern (``head.*``) as personal.
+
+    The marks belong to the layers: they stay in deep copies, and where a layer is put into another module.
+
+    Raises:
+        UserError: a pattern matches no name, or nothing of the network ``text`` would be shared.
+    """
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    constants = constant_buffers(module)
+    named = [*trained, *(name for name, _ in module.named_buffers() if name not in constants)]
+    chosen = matching(module, patterns, named, "--personal", f"trained parameter and no travelling buffer of {text}")
+    if chosen >= set(trained):
+        raise UserError(
+            f"--personal {','.join(patterns)} leaves nothing of {text} to be shared: name fewer of its parts, or take "
+            "the method local."
+        )
+    for name in chosen:
+        path, _, key = name.rpartition(".")
+        owner = vars(module.get_submodule(path))
+        owner[_MARK] = tuple(sorted({*owner.get(_MARK, ()), key}))
+
+
+def names(module: nn.Module) -> list[str]:
+    """Names of the personal parameters and buffers of a module."""
+    return [
+        f"{path}.{key}" if path else key for path, layer in module.named_modules() for key in vars(layer).get(_MARK, ())
+    ]
+
+
+def flatten(module: nn.Module) -> FlatParameters:
+    """Return the module as flat vectors, with its personal tensors and constant buffers apart."""
+    return FlatParameters(module, {*names(module), *constant_buffers(module)})
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The personal parameters and buffers, by name."""
+    chosen = names(module)
+    named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())} if chosen else {}
+    return {name: named[name] for name in chosen}
+
+
+def copies(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of :func:`tensors`."""
+    return {name: tensor.detach().clone() for name, tensor in named.items()}
+
+
+@torch.no_grad()
+def write(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copies ``values`` into the :func:`tensors` of a network."""
+    for name, value in values.items():
+        named[name].copy_(value)

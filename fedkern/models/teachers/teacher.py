@@ -1,0 +1,176 @@
+"""Frozen teachers: any network or callable that gives logits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.errors import UserError
+from fedkern.models.networks.staged import Classifier
+from fedkern.models.precision import frozen, lower
+from fedkern.ops._core.layout import plain_strides
+
+F = TypeVar("F", bound=Callable[..., Any])
+Identity = Mapping[str, str | int | float]
+UNTUNABLE = (
+    "gives logits alone, and tuning needs features: take teacher_tuning=zero-shot, or a network of fedkern or CLIP."
+)
+
+
+class Teacher:
+    """A frozen network that answers: normalised images ``[B, C, H, W]`` to logits ``[B, classes]``.
+
+    The network is made on first use, so a teacher whose logits are all cached costs nothing.
+
+    Args:
+        name: name in messages.
+        classes: number of classes C of the data.
+        load: makes the network, or another callable from images to logits.  A module is frozen, in eval mode, on
+            ``device``.
+        identity: everything that decides the logits of an image; names the cache file.  None if that is not known:
+            then no logits are cached on disk.
+        batch: images per pass.
+        untunable: what to say of a teacher whose network is no :class:`Classifier`, after its name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        classes: int,
+        load: Callable[[], Callable[..., Any]],
+        *,
+        device: torch.device | str = "cpu",
+        identity: Identity | None = None,
+        batch: int = 256,
+        untunable: str = UNTUNABLE,
+    ) -> None:
+        self.name, self.classes, self.device, self.identity = name, classes, torch.device(device), identity
+        self.batch, self._load, self._untunable = batch, load, untunable
+
+    @cached_property
+    def network(self) -> Any:
+        """The network.
+
+        Raises:
+            UserError: it cannot be loaded, or has another number of classes.
+        """
+        network = self._load()
+        if isinstance(network, nn.Module):
+            network.to(self.device).eval().requires_grad_(False)
+        if isinstance(network, Classifier) and network.head.out_features != self.classes:
+            raise wrong_classes(self.name, network.head.out_features, self.classes)
+        return network
+
+    @property
+    def classifier(self) -> Classifier:
+        """The network, where it can be tuned.
+
+        Raises:
+            UserError: it gives logits without features.
+        """
+        if not isinstance(self.network, Classifier):
+            raise UserError(f"the teacher {self.name} {self._untunable}")
+        return self.network
+
+    @cached_property
+    def _low_precision(self) -> Classifier:
+        """The network, its weights cast for computing in the lower precision."""
+        return frozen(self.classifier)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.network.parameters()) if isinstance(self.network, nn.Module) else 0
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The features fp32 ``[B, d]`` of normalised images ``[B, C, H, W]``.
+
+        Raises:
+            UserError: the teacher gives logits without features.
+        """
+        network = self.classifier if lower() is None else self._low_precision
+        return network.features(images.to(self.device)).float()
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits fp32 ``[B, classes]`` of normalised images ``[B, C, H, W]``.
+
+        Raises:
+            UserError: the network fails, or the logits have another shape or are not finite.
+        """
+        network = self.network
+        try:
+            if isinstance(network, Classifier):
+                answer = network.head(self.features(images))
+            else:
+                answer = network(plain_strides(images.to(self.device)))
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the user's own code may raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"the teacher {self.name} failed on images {list(images.shape)} ({reason}).") from error
+        return self.check_logits(answer, len(images))
+
+    def check_logits(self, logits: object, count: int) -> Tensor:
+        """``logits`` as fp32 ``[count, classes]``.
+
+        Raises:
+            UserError: ``logits`` is no tensor, has another shape, or is not finite.
+        """
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
+            given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(f"the teacher {self.name} must give logits [{count}, {self.classes}], but gave {given}.")
+        if logits.shape[1] != self.classes:
+            raise wrong_classes(self.name, logits.shape[1], self.classes)
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError(f"the teacher {self.name} gave logits that are NaN or infinite: look at its weights.")
+        return logits.float()
+
+
+def wrong_classes(name: str, count: int, expected: int) -> UserError:
+    """The error for a teacher whose number of classes is not that of the data."""
+    return UserError(
+        f"the teacher {name} knows {count} classes and the data have {expected}: take a teacher for these data."
+    )
+
+
+def teacher_of(
+    function: object, name: str, classes: int, device: torch.device | str = "cpu", identity: Identity | None = None
+) -> Teacher:
+    """A function or module from normalised images to logits as a teacher.
+
+    Raises:
+        UserError: ``function`` cannot be called.
+    """
+    if not callable(function):
+        raise UserError(
+            f"the teacher {name} is of type {type(function).__name__}: name a function or module that takes images."
+        )
+    return Teacher(name, classes, partial(_return_it, function), device=device, identity=identity)
+
+
+def _return_it(network: F) -> F:  # unlike a lambda it can be pickled
+    return network
+
+
+def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> Teacher:
+    """A trained network as a teacher.
+
+    The hash of its weights is part of its identity.
+    """
+    return teacher_of(network, name, classes, device, {"model": name, "weights": content(network)})
+
+
+def content(module: nn.Module) -> str:
+    """Hash of a module's state, independent of device and memory format."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in module.state_dict().items():
+        digest.update(f"{name}{list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,279 @@
+"""Teacher logits on disk: a foundation model sees every image of a data set only once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedkern.errors import UserError, same_format
+from fedkern.files import filesystem
+from fedkern.files.filesystem import cache_folder, expand
+from fedkern.files.inputs import parse_json, special
+from fedkern.models.precision import computing
+from fedkern.models.pretrained.preprocessing import to_pixels
+from fedkern.models.teachers.teacher import Identity, Teacher, wrong_classes
+
+FORMAT = 1
+KEY = 16  # bytes of an image's key
+SAVE_EVERY = 4096  # images between two writes
+TELL_EVERY = 5.0  # seconds between two notices
+
+
+class LogitsCache:
+    """Cache of teacher logits, keyed by image content, so that runs with any partition and seed share them.
+
+    A teacher has a file of ``"logits"``, and one of ``"weights"`` where fedkern trained it.
+
+    Args:
+        folder: folder of the files (default: ``fedkern/teachers`` in the user's cache folder).  If the
+            default folder cannot be written, nothing is cached; if a named folder cannot be written, that is an error.
+        mean, std: normalisation of the images, per channel.  Keys are taken from the images before normalisation.
+        notice: called with the progress of a long computation, and when a file is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        self.named = folder is not None
+        self.folder = cache_folder("teachers") if folder is None else expand(folder)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.notice = notice
+
+    def path(self, kind: str, identity: Identity) -> Path:
+        """The path of a teacher's file of a kind: kind, last part of the model's name, hash of the whole identity."""
+        text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
+        model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(identity.get("model", "teacher"))).name).strip("-")
+        code = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return self.folder / f"{kind}-{model[:60]}-{code}.safetensors"
+
+    @computing("fp32")  # runs of either precision read the cached logits
+    def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
+        """The teacher's logits fp32 ``[n, classes]`` (CPU) of all images.
+
+        Only those that the file lacks are computed.
+
+        Args:
+            teacher: the teacher; without an identity, nothing is cached and all logits are computed.
+            batches: normalised images ``[B, C, H, W]`` each.
+            total: number of images, for the notices.
+
+        Raises:
+            UserError: raised by the teacher, or a named folder cannot be written.
+        """
+        identity = teacher.identity
+        if identity is None:
+            answers = [teacher.logits(part).cpu() for images in batches for part in images.split(teacher.batch)]
+            return torch.cat(answers) if answers else torch.empty(0, teacher.classes)
+        rows = self.read_logits(identity, teacher.classes)
+        keys: list[bytes] = []
+        written, tell = len(rows), limit_notices(self.notice, time.monotonic())
+        try:
+            for images in batches:
+                batch = image_keys(images, self.mean, self.std)
+                keys += batch
+                missing = [row for row, key in enumerate(batch) if key not in rows]
+                for start in range(0, len(missing), teacher.batch):
+                    part = missing[start : start + teacher.batch]
+                    logits = teacher.logits(images[torch.tensor(part, device=images.device)]).cpu()
+                    rows.update(zip((batch[row] for row in part), logits, strict=True))
+                    if len(rows) - written >= SAVE_EVERY:
+                        self.write_logits(identity, rows)
+                        written = len(rows)
+                    done = len(keys) - len(missing) + start + len(part)
+                    of = "" if total is None else f" of {total:,}"
+                    tell(f"asking the teacher {teacher.name}: {done:,}{of} images")
+        finally:  # an interrupted computation keeps its logits so far
+            if len(rows) > written:
+                self.write_logits(identity, rows)
+        return torch.stack([rows[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
+
+    def read_logits(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
+        """Logits in a teacher's file by image key.
+
+        Empty if the file is missing or damaged, or has another number of classes.
+        """
+        stored = self.read("logits", identity)
+        return {} if stored is None or stored["logits"].shape[1] != classes else by_key(stored)
+
+    def write_logits(self, identity: Identity, rows: Mapping[bytes, Tensor]) -> None:
+        """Adds logits to a teacher's file.
+
+        Another run may add logits to the same file at the same time.
+        """
+        classes = next(iter(rows.values())).numel()
+
+        def merge() -> dict[str, Tensor]:
+            stored = {**self.read_logits(identity, classes), **rows}
+            keys = np.frombuffer(b"".join(stored), dtype=np.uint8).reshape(-1, KEY)
+            return {"keys": torch.from_numpy(keys.copy()), "logits": torch.stack(list(stored.values()))}
+
+        self.write("logits", identity, merge)
+
+    def read(self, kind: str, identity: Identity) -> dict[str, Tensor] | None:
+        """The tensors in a teacher's file, as they were written; None if the file is missing or damaged."""
+        path = self.path(kind, identity)
+        if not path.exists():
+            return None
+        try:
+            return read_file(path, identity)
+        except (OSError, ValueError, UserError) as error:
+            if self.notice is not None:
+                self.notice(f"the cached teacher {kind} {path} are damaged and made anew ({error})")
+            return None
+
+    def write(self, kind: str, identity: Identity, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Writes a teacher's file completely or not at all.
+
+        Its metadata has the identity.
+
+        ``tensors`` gives the content; it is called while no other process writes in this folder.
+
+        Raises:
+            UserError: a file in a named folder cannot be written.
+        """
+        path = self.path(kind, identity)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filesystem.one_writer(path.parent / ".lock"):
+                content = dict(tensors())
+                about = {"format": FORMAT, "identity": dict(identity), "sum": _sum(content)}
+                metadata = {"fedkern": json.dumps(about, sort_keys=True)}
+                filesystem.replace(path, lambda temporary: save_file(content, temporary, metadata=metadata))
+        except (OSError, SafetensorError) as error:
+            if self.named:
+                raise UserError(
+                    f"cannot write the teacher cache {path}: {getattr(error, 'strerror', None) or error}; name another "
+                    "folder with the method option teacher_cache."
+                ) from None
+
+
+def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> Teacher:
+    """A teacher given by a file of its logits, in the cache's format; the file may come from another machine.
+
+    Args:
+        file: safetensors file with ``keys`` uint8 [n, 16] (:func:`image_keys`) and ``logits`` [n, classes].
+        mean, std: normalisation of the images that the teacher gets, per channel.
+
+    Raises:
+        UserError: the file is missing, is damaged, or has another number of classes.
+    """
+    path = expand(file)
+    try:
+        stored = read_file(path)
+        check_logits(stored)
+    except FileNotFoundError:
+        raise UserError(f"the file of teacher logits {path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"the file of teacher logits {path} is damaged: {error}.") from None
+    if stored["logits"].shape[1] != classes:
+        raise wrong_classes(f"logits:{path}", stored["logits"].shape[1], classes)
+    rows = by_key(stored)
+
+    def look_up(images: Tensor) -> Tensor:
+        keys = image_keys(images, mean, std)
+        absent = sum(key not in rows for key in keys)
+        if absent:
+            raise UserError(
+                f"{path} lacks the logits of {absent} of {len(keys)} images: make it from these data, and take "
+                "teacher_view=cached (an augmented image is another one)."
+            )
+        return torch.stack([rows[key] for key in keys])
+
+    reason = "is a file of logits and cannot be tuned: teacher_tuning=zero-shot."
+    return Teacher(f"logits:{file}", classes, lambda: look_up, untunable=reason)
+
+
+def limit_notices(notice: Callable[[str], None] | None, since: float = -math.inf) -> Callable[[str], None]:
+    """``notice`` at most once in :data:`TELL_EVERY` seconds, the first time that long after ``since``."""
+
+    def tell(text: str) -> None:
+        nonlocal since
+        if notice is not None and time.monotonic() - since >= TELL_EVERY:
+            since = time.monotonic()
+            notice(text)
+
+    return tell
+
+
+def image_keys(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[bytes]:
+    """Hash of every image's shape and uint8 pixels.
+
+    Undoes the normalisation of ``images`` ``[B, C, H, W]`` first.
+    """
+    pixels = to_pixels(images, mean, std).mul_(255).round_().clamp_(0, 255).to(torch.uint8).cpu()
+    shape = str(tuple(pixels.shape[1:])).encode()
+    rows = pixels.contiguous().flatten(1).numpy()
+    return [hashlib.blake2b(shape + row.tobytes(), digest_size=KEY).digest() for row in rows]
+
+
+def by_key(tensors: Mapping[str, Tensor]) -> dict[bytes, Tensor]:
+    """The content of a file of logits: image key to logits fp32 ``[classes]``."""
+    return dict(zip((row.tobytes() for row in tensors["keys"].numpy()), tensors["logits"].float(), strict=True))
+
+
+def check_logits(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for tensors that are no ``keys`` uint8 [n, 16] with finite ``logits`` [n, classes]."""
+    keys, logits = tensors.get("keys"), tensors.get("logits")
+    if keys is None or logits is None or keys.dim() != 2 or keys.shape[1] != KEY or keys.dtype != torch.uint8:
+        raise ValueError("it does not hold keys and logits")
+    if logits.dim() != 2 or len(logits) != len(keys) or not bool(torch.isfinite(logits).all()):
+        raise ValueError("its logits are not finite rows, one for each key")
+
+
+def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]:
+    """The tensors of a file that :meth:`LogitsCache.write` wrote.
+
+    Args:
+        identity: of a cache file; None: a file that the user names, which another program may have written.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OtherFormat: the file has another format.
+        ValueError: the file is damaged, is not as it was written, or has another identity.
+    """
+    if kind := special(path):
+        raise ValueError(f"it is {kind}, not a regular file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            text = (file.metadata() or {}).get("fedkern")
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+    if text is None and identity is None:
+        return tensors
+    try:
+        about = parse_json(text or "")
+    except ValueError:
+        about = None
+    about = about if isinstance(about, dict) else {}
+    if text is not None:
+        same_format(path, about.get("format"), FORMAT)
+    is_same = identity is None or about.get("identity") == json.loads(json.dumps(dict(identity)))
+    if not is_same or about.get("format") != FORMAT or about.get("sum") != _sum(tensors):
+        raise ValueError("it is not what was written there")
+    return tensors
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of tensors by name."""
+    total = 0
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    return total

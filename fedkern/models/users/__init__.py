@@ -1,0 +1,1 @@
+"""Networks that users bring: how they are made, cut and kept."""

@@ -1,0 +1,207 @@
+"""Features and stages of any network by forward hooks, where its submodules are not run one after another."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern.acceleration.pending import compute_pending
+from fedkern.errors import UserError, nearest
+from fedkern.messages.leaves import mapped
+from fedkern.models.precision import full
+from fedkern.models.users.cutting import find_head, move_weights
+from fedkern.models.users.user_models import ItemNetwork, OwnNetwork
+
+FEATURE, LOGITS = "feature", "logits"
+
+
+class _Stop(BaseException):
+    pass
+
+
+class Hooked(OwnNetwork):
+    """A user's network with stages and features at named submodules.
+
+    A pass from a stage on runs the whole network on zeros, without gradients and in eval mode up to the stage, whose
+    result is then replaced: it costs the part before the stage once more.  What a pass has found is remembered for the
+    next step, so that ``tail(stages(x, s), s)`` and ``head(features(x))`` are one pass.
+
+    Args:
+        head: name of the linear layer that gives the logits, or None.
+        stages: names of submodules in order.
+        features: name of the submodule that gives the features; None: they are what ``head`` takes.
+        blank: zeros in the form of a network's inputs, of one sample.
+        widths: numbers of features and logits.
+        changed: the stages whose results the network changes in place later (an in-place ReLU): it gets copies of them.
+
+    Attributes:
+        stage_names: the stages, then ``"feature"``.
+        results: results of the last call: of stages, features and logits.
+        calls: how often each was met in it.
+    """
+
+    def __init__(
+        self, module: nn.Module, head: str | None, stages: Sequence[str], features: str | None, blank: object,
+        widths: tuple[int, int] = (0, 0), changed: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(module, head)
+        self.stage_names = (*stages, FEATURE)
+        self._blank, self._features, self._changed = blank, features, changed
+        self.results, self.calls = dict[str, Tensor](), Counter[str]()
+        self._rest = None if features is None else Rest(self, *widths)
+
+    def call(
+        self, x: Any, *, stop: str = "", put: tuple[str, Tensor, Callable[[], None]] | None = None
+    ) -> dict[str, Tensor]:
+        """A call of the network up to the stage ``stop``; returns what it has found.
+
+        ``put`` is a stage, what its result is replaced by, and what is called there.
+        """
+        results, calls = dict[str, Tensor](), Counter[str]()
+
+        def keep_result(stage: str, layer: nn.Module, inputs: tuple[Tensor, ...], *output: Tensor) -> Tensor:
+            result = compute_pending((output or inputs)[0])
+            calls[stage] += 1
+            if put is not None and put[0] == stage:
+                put[2]()
+                result = put[1].reshape(-1, *result.shape[1:])
+            results[stage] = result
+            if stage == stop:
+                raise _Stop
+            # In the place of what waits to be computed; a copy, where the result would not stay as it is.
+            return result.clone() if stage in self._changed else result
+
+        keep_result.takes_computed = True  # type: ignore[attr-defined]
+        with ExitStack() as hooks:
+            for stage, name in zip(self.stage_names, (*self.stage_names[:-1], self._features), strict=True):
+                if name is not None:
+                    layer = self.module.get_submodule(name)
+                    hooks.enter_context(layer.register_forward_hook(partial(keep_result, stage)))
+                else:  # the features are what the classifier takes
+                    hooks.enter_context(super().head.register_forward_pre_hook(partial(keep_result, stage)))
+            with suppress(_Stop):
+                results[LOGITS] = full(self._logits(x))
+        if FEATURE in results:
+            results[FEATURE] = full(results[FEATURE].flatten(1))
+        self.results, self.calls = results, calls
+        return results
+
+    def again(self, stage: str, h: Tensor) -> dict[str, Tensor]:
+        """A pass from a stage on, with ``h`` for its result."""
+        modes, grad = [(layer, layer.training) for layer in self.module.modules()], torch.is_grad_enabled()
+
+        def resume() -> None:
+            torch.set_grad_enabled(grad)
+            for layer, training in modes:
+                layer.training = training
+
+        for layer, _ in modes:
+            layer.training = False
+        try:
+            with torch.no_grad():
+                inputs = mapped(lambda leaf: h.new_zeros((len(h), *leaf.shape[1:]), dtype=leaf.dtype), self._blank)
+                return self.call(inputs, put=(stage, h, resume))
+        finally:
+            resume()
+
+    def after(self, stage: str, h: Tensor) -> dict[str, Tensor]:
+        """What follows a stage's result: known from the last call where ``h`` is of it, else found by another one."""
+        results = self.results
+        return results if results.get(stage) is h and LOGITS in results else self.again(stage, h)
+
+    def stages(self, x: object, upto: str) -> Tensor:
+        """See :meth:`fedkern.models.StagedNetwork.stages`."""
+        return self.call(x, stop="" if torch.is_grad_enabled() else upto)[upto]
+
+    def tail(self, h: Tensor, after: str) -> Tensor:
+        """See :meth:`fedkern.models.StagedNetwork.tail`."""
+        return h if after == FEATURE else self.after(after, h)[FEATURE]
+
+    def features(self, x: object) -> Tensor:
+        """The features ``[B, d]``: the named submodule's result, flattened, or what the classifier takes."""
+        return self.stages(x, FEATURE)
+
+    @property
+    def head(self) -> Any:
+        """The linear classifier, or what follows the named features."""
+        return super().head if self._rest is None else self._rest
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "results": {}}
+
+
+class HookedItems(Hooked, ItemNetwork):
+    """A user's network for samples of any kind, with features at a named submodule."""
+
+
+class Rest:
+    """What follows the features of a network, called as its classifier."""
+
+    def __init__(self, network: Hooked, in_features: int, out_features: int) -> None:
+        self._network, self.in_features, self.out_features = network, in_features, out_features
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self._network.after(FEATURE, z)[LOGITS]
+
+
+def find_taps(network: Any, stages: Sequence[str], features: str | None, form: Any, text: str) -> tuple[Any, ...]:
+    """The class of a user's ``network`` called ``text`` with these taps, and what it takes beside the module.
+
+    A copy is tried on two samples of the ``form`` (see `fedkern.data.forms`).
+
+    Raises:
+        UserError: a submodule is missing, is not called once, or gives no tensor; or the logits depend on more of the
+            samples than its result.
+    """
+    items = isinstance(network, ItemNetwork)
+    if not isinstance(network, OwnNetwork) or (items and network.raw):
+        raise UserError(
+            f"--features and --stages are for a network of your own that gives logits, not {text}: leave them out."
+        )
+    if items and stages:
+        raise UserError("--stages is for images, and the samples of these data are none: leave it out.")
+    kind: type[Hooked] = HookedItems if items else Hooked
+    samples = form.noise(2, np.random.default_rng(0))
+    blank = mapped(lambda leaf: torch.zeros_like(leaf[:1]), samples)
+    paths = [name for name, _ in network.module.named_modules() if name]
+    for flag, name in [("stages", stage) for stage in stages] + [("features", features)] * (features is not None):
+        if name not in paths:
+            raise UserError(f'--{flag}: the network {text} has no submodule "{name}".{nearest(str(name), paths)}')
+    head = None if items else find_head(network.module, samples)
+    if head is None and features is None:
+        raise UserError(f"--stages: {text} ends in no linear layer, whose input are the features: give --features too.")
+    tried, changed = kind(move_weights(network.module), head, stages, features, blank), set[str]()
+
+    def results_of(stop: str = "") -> dict[str, Tensor]:
+        torch.manual_seed(0)  # dropout
+        return tried.call(mapped(torch.clone, samples), stop=stop)
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for training in (False, True):
+            tried.train(training)
+            results, calls = results_of(), tried.calls
+            for name in tried.stage_names:
+                given = f"--stages {name}" if name != FEATURE else f"--features {features}"
+                result, times = results.get(name), calls[name]
+                if times != 1 or not isinstance(result, Tensor) or len(result) != 2:
+                    where = " in train mode" * training
+                    raise UserError(
+                        f"{given}: {text} calls it {times} times{where}, or it gives no tensor of a row a sample."
+                    )
+                before = results_of(name)[name]  # what follows has not changed it
+                changed |= set() if torch.equal(result, before) else {name}
+                if not training and not torch.allclose(
+                    tried.again(name, before)[LOGITS], results[LOGITS], rtol=1e-3, atol=1e-4
+                ):
+                    raise UserError(
+                        f"{given}: the logits of {text} depend on more than it gives: name a later submodule."
+                    )
+    widths = results[FEATURE].shape[1], results[LOGITS].shape[1]
+    return kind, head, stages, features, blank, widths, changed

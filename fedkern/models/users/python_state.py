@@ -1,0 +1,84 @@
+"""Python attributes and hooks of users' networks, which no vector holds: they go from client to client of a process."""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedkern.usercode.code_identity import digest, identity_table
+
+_SHIPPED = {"fedkern", "torch", *sys.stdlib_module_names} - {"__main__"}
+_ENGINES = {*vars(nn.Module()), "track_running_stats"}
+"""Attributes that PyTorch and the engine change."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+SMALL = 1 << 20
+"""Most elements of a tensor whose values are compared; of a larger one it is the memory."""
+
+
+class _Pickler(pickle.Pickler):
+    """Writes values without modules and parameters, which are compared elsewhere."""
+
+    def persistent_id(self, value: object) -> object:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            if value.numel() > SMALL:
+                return value.data_ptr(), value._version
+            return value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return "" if isinstance(value, (Tensor, nn.Module)) else None
+
+
+def attributes(network: nn.Module) -> dict[str, int]:
+    """Return hashes of what modules and their classes hold beside what ``nn.Module`` itself keeps, by dotted name.
+
+    In a user's network the attributes of PyTorch's layers count too, such as a dropout's ``p``, and hooks; of all
+    classes of users also what their code names, such as a counter of the module.  Left out
+    are fedkern's own layers, cached properties and tensors of a graph.
+    """
+    kinds = dict.fromkeys(map(type, network.modules()))
+    code = identity_table({"classes": [*kinds]}, weights=False, limit=1 << 14, here=True)  # what their code names
+    hashes = {path: hash(text) for path, text in code.items() if path.count(".") > 1}  # members are fields, see below
+    user_defined = getattr(network, "own", False) is True or type(network).__module__.partition(".")[0] != "fedkern"
+    for path, module in network.named_modules():
+        counts = user_defined and type(module).__module__.partition(".")[0] != "fedkern"
+        of_module = fields(module, shipped=counts)
+        for name in HOOKS if counts else ():
+            of_module[name] = _hash_hooks([*getattr(module, name).values()])
+        hashes |= {f"{path}.{name}".removeprefix("module.").removeprefix("."): x for name, x in of_module.items()}
+    return hashes
+
+
+def _hash_hooks(hooks: Sequence[object]) -> int:
+    """Return a hash of the number of hooks and of what those of the user hold."""
+    of_user = [hook for hook in hooks if getattr(hook, "__module__", "").partition(".")[0] not in _SHIPPED]
+    return hash((len(hooks), digest(identity_table({"hooks": of_user}, weights=False, here=True)) if of_user else ""))
+
+
+def fields(thing: object, *, shipped: bool = False) -> dict[str, int]:
+    """Return hashes of what an object of a user's class, and the class, hold, by name (see :func:`attributes`).
+
+    Args:
+        thing: the object.
+        shipped: whether an object of a class of PyTorch counts too.
+    """
+    kinds = [kind for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] not in _SHIPPED]
+    of_classes = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
+    hashes: dict[str, int] = {}
+    for name, value in {**of_classes, **vars(thing)}.items() if kinds or shipped else ():
+        if name in _ENGINES or name.startswith("__") or isinstance(of_classes.get(name), functools.cached_property):
+            continue
+        if isinstance(value, dict):
+            value = {key: entry for key, entry in value.items() if getattr(entry, "grad_fn", None) is None}
+        elif getattr(value, "grad_fn", None) is not None:  # of a graph: what the last pass left
+            continue
+        try:
+            with io.BytesIO() as file:
+                _Pickler(file).dump(value)
+                hashes[name] = hash(file.getvalue())
+        except Exception:  # a value may be anything
+            hashes[name] = hash(digest(identity_table({name: value}, weights=False, code=False, here=True)))
+    return hashes

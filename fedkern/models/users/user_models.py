@@ -1,0 +1,523 @@
+"""Networks that users bring: any module as a classifier of the run, and how such a module is made."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedkern.acceleration import plain
+from fedkern.acceleration.calls import call_parts
+from fedkern.acceleration.pending import compute_pending
+from fedkern.errors import UserError
+from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
+from fedkern.models.networks.staged import StagedNetwork
+from fedkern.models.networks.unet import UNet
+from fedkern.models.precision import autocasts, full, lower
+from fedkern.models.users.cutting import Cut, NotCut, find_cut, find_head, find_logits, move_weights
+from fedkern.ops._core.layout import plain_strides
+from fedkern.ops._core.private_torch import functorch_active
+from fedkern.streams import seeded_generators
+from fedkern.usercode import named_code
+from fedkern.usercode.code_execution import host_code
+from fedkern.usercode.named_code import Named
+
+N = TypeVar("N", bound=nn.Module)
+X = TypeVar("X")
+Y = TypeVar("Y")
+GIVEN = ("classes", "channels", "image_size", "width", "seed")
+"""Arguments that a class or function gets, by name, where its signature has them."""
+
+LEVELS = ("logits", "features", "maps", "stages")
+"""What a method may need of a network, each with everything before: logits; features and what classifies them; stages
+that can be left and entered; stages that are modules."""
+
+
+class OwnNetwork(nn.Module):
+    """A user's module as a classifier.  The state dict has the module's own names.
+
+    Its parameters keep their memory format, and images arrive with the strides that a DataLoader gives: a user's code
+    may call ``view`` on all maps.
+
+    Attributes:
+        module: the user's module.
+
+    Args:
+        module: gives logits, or an object or mapping with ``logits``.
+        head: name of the linear layer whose result are the logits, or None.
+    """
+
+    own = True
+
+    def __init__(self, module: nn.Module, head: str | None = None) -> None:
+        nn.Module.__init__(self)
+        self.module: Any = module
+        self._head = head
+        self._changes_inputs: dict[Any, bool] = {}  # by kind of call
+
+    @property
+    def head(self) -> Any:
+        """The linear classifier ``[B, d] -> [B, C]``; raises AttributeError where no linear layer gives the logits."""
+        if self._head is None:
+            raise AttributeError("head: the logits of this network are not the result of a linear layer")
+        return self.module.get_submodule(self._head)
+
+    @autocasts
+    def _logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = find_logits(self._call_on_copy(self.module, plain_strides(x)))
+        return logits
+
+    def _call_on_copy(self, call: Callable[[X], Y], x: X, part: object = None) -> Y:
+        """Call ``module``, or a part of it, so that its changes to the inputs in place do not reach the caller.
+
+        Other networks read the same batch.  The first call of a kind works on a copy and finds out whether later calls
+        need one.
+        """
+        kind = part, self.training, torch.is_grad_enabled()
+        changes = self._changes_inputs.get(kind)
+        if changes is False or (changes is None and not _comparable(x)):
+            return call(x)
+        copies = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
+        output = call(copies)
+        if changes is None:
+            pairs = zip(_tensors(copies), _tensors(x), strict=True)
+            self._changes_inputs[kind] = any(copy._version or not torch.equal(copy, leaf) for copy, leaf in pairs)
+        return output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` (or ``[B, classes, H, W]``) of images ``[B, C, H, W]``."""
+        return full(self._logits(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the classifier takes, ``[B, d]``, of images ``[B, C, H, W]``."""
+        taken: list[Tensor] = []
+
+        def remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            taken.append(compute_pending(inputs[0]))
+
+        remember.takes_computed = True  # type: ignore[attr-defined]
+        with self.head.register_forward_pre_hook(remember):
+            self._logits(x)
+        return full(taken[-1])
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The module's own state dict."""
+        return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class ItemNetwork(OwnNetwork):
+    """A user's module for samples of any kind, which may take several inputs.
+
+    Args:
+        raw: whether the output is all that the module gives, which a user's loss takes; else it is the logits.
+    """
+
+    def __init__(self, module: nn.Module, head: str | None, raw: bool = False) -> None:
+        super().__init__(module, head)
+        self.raw = raw
+
+    @autocasts
+    def _logits(self, x: Any) -> Any:
+        output = self._call_on_copy(self._call, x)
+        return output if self.raw else find_logits(output)
+
+    def _call(self, x: object) -> Any:
+        if isinstance(x, Positional):
+            return self.module(*x)
+        return self.module(**x) if isinstance(x, Keywords) else self.module(x)
+
+    def forward(self, x: Any) -> Any:
+        """What the module gives for a batch's inputs."""
+        output = self._logits(x)
+        if lower() is None:
+            return output
+        return mapped(
+            lambda leaf: full(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, output
+        )
+
+
+class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
+    """A user's module whose submodules run one after another, so that it can be entered and left between stages."""
+
+    def __init__(self, module: nn.Module, cut: Cut) -> None:
+        super().__init__(module, cut.head)
+        self._cut = cut
+        self.stage_names = tuple(name for name, _ in cut.stages)
+        self.width = self.head.in_features
+
+    def stage(self, name: str) -> nn.Sequential:
+        """The submodules of a stage, which share their parameters with the network."""
+        pieces = dict(self._cut.stages)[name]
+        return nn.Sequential(*(self.module.get_submodule(piece) if piece else nn.Flatten() for piece in pieces))
+
+    @property
+    def pooling(self) -> nn.Module:
+        return nn.Sequential(*self.stage("feature"), nn.Flatten())
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        return self.stage_names[: self._cut.maps]
+
+    @autocasts
+    def _run(self, x: Tensor, begin: int, last: int) -> Tensor:
+        if 0 < begin <= last and self.stage_names[begin - 1] in self._cut.changed:
+            x = x.clone()  # the caller's map stays as it is
+        if begin == 0:
+            x = self._call_on_copy(lambda x: call_parts(self.module, self._pieces, x, 0, last), plain_strides(x), last)
+        else:
+            x = call_parts(self.module, self._pieces, x, begin, last)
+        return full(x) if last == len(self.stage_names) - 1 else x
+
+    def _pieces(self, x: Tensor, begin: int, last: int) -> Tensor:
+        for _, pieces in self._cut.stages[begin : last + 1]:
+            for piece in pieces:
+                x = self.module.get_submodule(piece)(x) if piece else x.flatten(1)
+        return x
+
+    def features(self, x: Tensor) -> Tensor:
+        """The features ``[B, d]`` of images ``[B, C, H, W]``."""
+        return StagedNetwork.features(self, x)
+
+
+def _tensors(x: object) -> list[Tensor]:
+    return [leaf for leaf in leaves(x) if isinstance(leaf, Tensor)]
+
+
+def _comparable(x: object) -> bool:
+    """Return whether the values of a batch's inputs can be read here: not while a call is traced or recorded."""
+    tensors = _tensors(x)
+    if not tensors or torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_active():
+        return False
+    if any(type(leaf) is not Tensor or leaf.is_meta or leaf.is_inference() for leaf in tensors):
+        return False
+    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def level(network: nn.Module) -> str:
+    """What a method can use of a network, one of ``LEVELS``."""
+    if isinstance(network, StagedNetwork):
+        return "stages"
+    if len(getattr(network, "stage_names", ())) > 1:
+        return "maps"
+    return "features" if hasattr(network, "features") and hasattr(network, "head") else "logits"
+
+
+class Own:
+    """Makes a user's network from a class, a function or a module.
+
+    Pickled, it is the name of its code, which the other process imports.
+
+    Attributes:
+        source: a class or function that returns a module, or the module itself, which is copied with its weights.
+        text: the network's name in messages.
+        named: where the code was found; None for a registered class or function, and for a module.
+        sha256: of the file with the code, if any.
+
+    Raises:
+        UserError: ``source`` is neither, or needs an argument that it does not get.
+    """
+
+    def __init__(
+        self,
+        source: Callable[..., nn.Module] | nn.Module,
+        text: str,
+        *,
+        named: Named | None = None,
+        sha256: str | None = None,
+    ) -> None:
+        self.source, self.text, self.named, self.sha256 = source, text, named, sha256
+        self._cuts: dict[Any, Cut | str | None] = {}
+        self._latest: tuple[Any, nn.Module] | None = None
+        self.takes: tuple[str, ...] = () if isinstance(source, nn.Module) else self._arguments()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        cuts = {"_cuts": self._cuts}
+        if self.named is not None:
+            return _open_again, (self.named, self.sha256), cuts
+        return Own, (self.source, self.text), cuts
+
+    def _arguments(self) -> tuple[str, ...]:
+        if not callable(self.source):
+            raise UserError(
+                f"the model {self.text} is {type(self.source).__name__}, not a class or function that returns an "
+                "nn.Module."
+            )
+        try:
+            parameters = inspect.signature(self.source).parameters.values()
+        except (TypeError, ValueError):
+            return ()
+        free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        for given in parameters:
+            by_name = given.kind is not inspect.Parameter.POSITIONAL_ONLY
+            if given.default is given.empty and given.kind not in free and not (by_name and given.name in GIVEN):
+                raise UserError(
+                    f"the model {self.text} needs the argument {given.name}, and gets only {', '.join(GIVEN)}, by "
+                    f"name: give {given.name} a default."
+                )
+        return tuple(parameter.name for parameter in parameters if parameter.name in GIVEN)
+
+    def __call__(
+        self, *, classes: int, channels: int, sides: Sequence[int], seed: int, word: int, width: int | None
+    ) -> Any:
+        """Makes the network, on the CPU.
+
+        Args:
+            classes, channels: of the data.
+            sides: height and width of the images.
+            word: seed of the initial weights.
+            width: ``--width``, or None.
+
+        Raises:
+            UserError: the code raises an exception, or makes something that cannot be trained.
+        """
+        module = self._copy(classes, channels, min(sides), seed, word, width)
+        if isinstance(module, (StagedNetwork, UNet)):
+            return self._mark_scalable(module)
+        key = classes, channels, tuple(sides), width
+        if key not in self._cuts:
+            images = torch.randn((2, channels, *sides), generator=torch.Generator().manual_seed(0))
+            self._cuts[key] = self._cut(module, images)
+        cut = self._cuts[key]
+        return self._mark_scalable(StagedOwn(module, cut) if isinstance(cut, Cut) else OwnNetwork(module, cut))
+
+    def on_items(
+        self, *, classes: int, seed: int, word: int, width: int | None, head: str | None, raw: bool
+    ) -> ItemNetwork:
+        """Makes the network for samples of any kind, on the CPU.
+
+        Arguments are also those of `ItemNetwork`.
+        """
+        return self._mark_scalable(ItemNetwork(self._copy(classes, None, None, seed, word, width), head, raw))
+
+    def _mark_scalable(self, network: N) -> N:
+        """The network with ``scales``: whether it can be made wider and narrower."""
+        convolutions = any(isinstance(layer, nn.Conv2d) for layer in network.modules())
+        setattr(network, "scales", "width" in self.takes and convolutions)  # noqa: B010 (no tensor or module)
+        return network
+
+    def _copy(self, *arguments: Any) -> nn.Module:
+        """A copy of :meth:`_module`, as the code may take long, for example to read pretrained weights."""
+        if self._latest is None or self._latest[0] != arguments:
+            module = self._module(*arguments)
+            _check_modes(self._copy_module(module), self.text)
+            self._latest = arguments, module
+        return self._copy_module(self._latest[1])
+
+    def _module(
+        self, classes: int, channels: int | None, side: int | None, seed: int, word: int, width: int | None
+    ) -> nn.Module:
+        if width is not None and "width" not in self.takes:
+            raise UserError(f"--width {width} is not for {self.text}, which takes no argument width: leave width out.")
+        if isinstance(self.source, nn.Module):
+            check_bare(self.source, self.text)
+            module = self._copy_module(self.source).cpu()
+            module.train(True)  # may freeze parts, which then count as frozen from the beginning
+            return module
+        unset = inspect.Parameter.empty
+        if (
+            width is None
+            and "width" in self.takes
+            and inspect.signature(self.source).parameters["width"].default is unset
+        ):
+            raise UserError(f"the model {self.text} needs a width: give one with --width.")
+        values = {"classes": classes, "channels": channels, "image_size": side, "seed": seed, "width": width}
+        with seeded_generators(word), host_code(self.named.file if self.named else ""):
+            try:
+                module = self.source(**{name: values[name] for name in self.takes if values[name] is not None})
+            except UserError:
+                raise
+            except (Exception, SystemExit) as error:
+                raise UserError(f"the model {self.text} cannot be made: {type(error).__name__}: {error}.") from error
+        if not isinstance(module, nn.Module):
+            raise UserError(f"the model {self.text} gives {type(module).__name__}, not an nn.Module.")
+        check_module(module, self.text)
+        module.train(True)  # which may return nothing where it is the user's
+        return module.cpu()
+
+    def _copy_module(self, module: nn.Module) -> nn.Module:
+        try:
+            return plain(copy.deepcopy(module))  # as workers have it, who get it by a pickle
+        except Exception as error:  # a module may hold anything
+            raise UserError(
+                f"the model {self.text} cannot be copied, and every client has a copy: {type(error).__name__}: {error}."
+            ) from None
+
+    def _cut(self, module: nn.Module, images: Tensor) -> Cut | str | None:
+        """The cut of a network, the name of its classifier alone, or None."""
+        declared = getattr(module, "stages", None)
+        if declared is None or callable(declared):
+            declared = getattr(self.source, "stages", None)
+        declared = None if callable(declared) else declared
+        try:
+            return find_cut(module, images, declared)
+        except NotCut as error:
+            if declared is not None:
+                raise UserError(
+                    f"the model {self.text} has an attribute stages, but cannot be cut there, as {error}: leave the "
+                    "attribute out, or call the modules one after another in forward."
+                ) from None
+        except UserError as error:
+            raise UserError(f"the model {self.text}: {error}") from None
+        except Exception:  # the network cannot take such images, which the run says in its own words
+            return None
+        try:
+            return find_head(module, images)
+        except Exception:
+            return None
+
+
+def _open_again(named: Named, sha256: str | None) -> Own:
+    """The same maker in another process."""
+    maker = load_maker(named)
+    if maker.sha256 != sha256:
+        raise UserError(f"the model {named} has changed since the run began")
+    return maker
+
+
+def load_maker(named: Named) -> Own:
+    """The maker of the network that code makes.
+
+    Imports the code.
+
+    Raises:
+        UserError: the code cannot be imported, or is no class or function that can be called.
+    """
+    source, digest = named_code.load(named, "the model")
+    if isinstance(source, nn.Module):
+        raise UserError(f"the model {named} is a module, not a class or function: write a function that returns it.")
+    return Own(source, str(named), named=named, sha256=digest)
+
+
+def unwrap(module: Any) -> Any:
+    """The module inside of DataParallel and torch.compile, whose names its state dict shall have."""
+    while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
+        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
+    return module
+
+
+def check_bare(module: nn.Module, text: str) -> None:
+    """Raises UserError where a part of a module is wrapped: every name in the state dict would have the prefix."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule
+    for name, part in module.named_modules():
+        if isinstance(part, wrappers) or hasattr(part, "_orig_mod"):
+            raise UserError(
+                f"the model {text}{name and f', its {name},'} is wrapped in {type(part).__name__}: give the module "
+                "inside (._orig_mod after torch.compile, .module after DataParallel; of TorchScript the source)."
+            )
+
+
+def check_module(module: nn.Module, text: str) -> None:
+    """Raises UserError where a module's parameters and buffers cannot be one vector of fp32 that is trained."""
+    check_bare(module, text)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise UserError(
+                f"the model {text} has lazy layers ({name} has no shape yet): call it once on a batch before it is "
+                "returned."
+            )
+        if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            raise UserError(
+                f"the model {text} has {name}, which is no plain tensor with values: give it an ordinary one."
+            )
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype is not torch.float32:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"the model {text} has {name} in {kind}: only float32 is trained, call .float() on it.")
+    for name, tensor in module.named_buffers():
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise UserError(f"the model {text} has {name}, an expanded tensor, which cannot be loaded: clone() it.")
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"the model {text} has {name} in its state dict, which is no tensor and cannot be saved.")
+        if name == "__metadata__" or name.encode(errors="ignore").decode() != name:
+            raise UserError(f"the model {text} has {name!r} in its state dict, and no file holds that name: rename it.")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise UserError(f"the model {text} has no parameters that require gradients, so there is nothing to train.")
+
+
+def _check_modes(module: nn.Module, text: str) -> None:
+    """Raise UserError where ``eval()`` changes the module's tensors, which messages are written into.
+
+    Args:
+        module: a copy, which is changed.
+    """
+    modes = [getattr(layer, name) for layer in module.modules() for name in ("train", "eval")]
+    if all(getattr(mode, "__func__", mode) in (nn.Module.train, nn.Module.eval) for mode in modes):
+        return
+    module.train(True)  # whose mode may have no default
+    tried = move_weights(module)  # what is merged may begin at zero
+    before, memory = _weights_of(tried), _memory_of(tried)
+    tried.eval()
+    after, memory_after = _weights_of(tried), _memory_of(tried)
+    kept = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
+    changed = [name for name in {**before, **after} if name not in kept]
+    if changed := changed + [name for name, place in memory.items() if memory_after.get(name) != place]:
+        raise UserError(
+            f"eval() of the model {text} changes {changed[0]}, and clients and server exchange weights in train mode: "
+            "give adapters merge_weights=False, or leave the weights as they are in eval()."
+        )
+
+
+def _weights_of(module: nn.Module) -> dict[str, Tensor]:
+    tensors = {**dict(module.named_parameters()), **module.state_dict()}
+    return {name: tensor.detach().clone().nan_to_num() for name, tensor in tensors.items()}
+
+
+def _memory_of(module: nn.Module) -> dict[str, int]:
+    return {name: buffer.data_ptr() for name, buffer in module.named_buffers()}
+
+
+@torch.no_grad()
+def check_output(network: nn.Module, text: str, form: Any, output: Sequence[int], classes: int, source: str) -> None:
+    """Raises UserError where a network has no logits for the classes of the data.
+
+    Args:
+        network: is left in train mode.
+        form: that of the images.
+        output: shape of the logits of one image.
+        classes: number of classes that the network is to tell.
+    """
+    images = form.noise(2, np.random.default_rng(0))
+    network.eval()
+    try:
+        logits = network(images)
+    except Exception as error:  # a network's code may raise anything
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        way = " (they are uint8: begin the network with x.float() / 255, or let the data set give floats)"
+        raise UserError(
+            f"the network {text} cannot take the images of {source}, {'x'.join(map(str, form.shape))} "
+            f"(channels, height, width): {type(error).__name__}: {reason}{way * form.feeds_bytes}."
+        ) from None
+    network.train()
+    expected = [2, *output]
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"the network {text} must give a tensor of logits, or an object with the attribute logits, and gives "
+            "neither."
+        )
+    if list(logits.shape) != expected:
+        way = "let it take the argument classes" if logits.shape[1:2] != (classes,) else (
+            "let it give logits of every pixel" if len(expected) == 4 else "let it give one row of logits an image"
+        )  # fmt: skip
+        raise UserError(
+            f"the network {text} gives {list(logits.shape)} for 2 images, where the {classes} classes of "
+            f"{source} need {expected}: {way}."
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(f"the network {text} gives values that are not finite for random images.")
+
+
+def channels_last(module: nn.Module) -> bool:
+    """Whether a network's convolutions are kept channels-last: not those of networks that users bring."""
+    if any(getattr(part, "own", False) is True for part in module.modules()):
+        return False
+    return any(parameter.dim() == 4 for parameter in module.parameters())

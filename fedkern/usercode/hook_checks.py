@@ -1,0 +1,90 @@
+"""Misspelt hooks of users' classes, which nothing would ever call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from types import CodeType, FunctionType
+from typing import Any, TypeVar
+
+from fedkern.errors import UserError, nearest
+from fedkern.usercode.registry import Registry
+
+Kind = TypeVar("Kind", bound=type)
+
+ALIKE, ALIKE_EVENTS = 0.8, 0.5
+"""Least likeness of a name to the hook that it is taken for, also where it shares a word with events (``on_...``)."""
+
+
+def check_hooks(kind: type, protocol: type = object) -> None:
+    """Raise UserError where a user's class has a name that is nearly a hook's and that its own code never reads.
+
+    Names that begin with "_", and names from bases outside of fedkern, are the user's own.  An object of the class may
+    follow ``protocol`` too.
+    """
+    shipped = [part for part in kind.__mro__ if part.__module__.partition(".")[0] == "fedkern"]
+    if not shipped:
+        return
+    base = shipped[0]
+    classes = [part for part in kind.__mro__ if part not in shipped and issubclass(part, base)]
+    hooks = [name for name in dir(base) if not name.startswith("_")]
+    foreign = {name for part in kind.__mro__ if part not in classes for name in vars(part)} | {*dir(protocol)}
+    members = [(name, value, _names_in(value)) for part in classes for name, value in vars(part).items()]
+    words = {"begin"}.union(*(hook.split("_")[1:] for hook in hooks if hook.startswith("on_")))
+    for name, value, _ in members:
+        if (
+            name.startswith("_")
+            or name in foreign
+            or any(name in names for other, _, names in members if other != name)
+        ):
+            continue
+        is_event = name.startswith("on_") and not words.isdisjoint(name.split("_"))
+        alike = [hook for hook in hooks if callable(value) == callable(getattr(base, hook))]
+        if not is_event:  # a longer name, such as losses or evaluate_all, is a helper's
+            alike = [hook for hook in alike if not name.startswith(hook) or len(name) == len(hook) + 1]
+        if hint := nearest(name, alike, ALIKE_EVENTS if is_event else ALIKE):
+            raise UserError(
+                f'{kind.__name__} has "{name}", which nothing calls.{hint} Begin a name of your own with "_".'
+            )
+
+
+def _names_in(function: object) -> set[str]:
+    """Return all names, and texts that may be names, in the code of a function."""
+    names: set[str] = set()
+    waiting: list[Any] = [function]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, CodeType):
+            names |= {*value.co_names, *(text for text in value.co_consts if isinstance(text, str))}
+            waiting += value.co_consts
+        elif isinstance(value, FunctionType):
+            waiting += [value.__code__, getattr(value, "__wrapped__", None)]
+        elif isinstance(value, (staticmethod, classmethod)):
+            waiting.append(value.__func__)
+        elif isinstance(value, property):
+            waiting += [value.fget, value.fset]
+        elif isinstance(value, cached_property):
+            waiting.append(value.func)
+    return names
+
+
+def register_class(table: Registry[Any], name: str, base: type, protocol: type = object) -> Callable[[Kind], Kind]:
+    """Return a class decorator that registers a class derived from ``base`` as ``name``, its attribute from then on.
+
+    Raises:
+        ValueError: another class has the name.
+        TypeError: the class is not derived from ``base``, or has no docstring.
+        UserError: the class misspells a hook of ``base`` or ``protocol``.
+    """
+
+    def register(kind: Kind) -> Kind:
+        if not (isinstance(kind, type) and issubclass(kind, base)):
+            due = f"a class derived from fedkern.{base.__name__}"
+            raise TypeError(f'{table.kind} "{name}": expected {due}, given {kind!r}')
+        check_hooks(kind, protocol)
+        table.describe(name, kind)
+        kind.name = name  # type: ignore[attr-defined]
+        table[name] = kind
+        return kind
+
+    return register

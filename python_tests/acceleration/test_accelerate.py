@@ -1,0 +1,631 @@
+"""fedkern.accelerate: the numbers of the network as written, served by operators, and nobody notices."""
+
+import copy
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
+
+import fedkern
+from fedkern.acceleration import calls, pending
+from fedkern.ops._core import backend
+from python_tests.guest_networks import WAYS, Doubling, Head, block, close, equal, played, sequential
+
+SERVED = {
+    "sequential": 6, "functional": 6, "residual": 12, "bottleneck": 2, "dropping": 0, "plain": 4, "pre-activation": 4,
+    "branching": 2, "looping": 4, "asserting": 2, "squeezing": 2, "unet": 4, "unused": 0, "stopping": 3, "two": 0,
+}  # fmt: skip
+"""Convolutions of a call in each mode that an operator serves, at least."""
+core = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")
+
+
+@pytest.fixture
+def images():
+    return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def fast(network):
+    """The network accelerated, whose calls nobody checks and counts."""
+    return fedkern.accelerate(network, check=False)
+
+
+def made(name, seed=0):
+    torch.manual_seed(seed)
+    return WAYS[name]()
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_what_waits_has_the_bits_of_what_is_written(name, images, monkeypatch):
+    """With every step by torch's own layers nothing is told from the plain network."""
+    monkeypatch.setattr(calls, "_serve", lambda chain, dense: None)
+    network = made(name)
+    assert equal(played(fedkern.accelerate(copy.deepcopy(network)), images), played(network, images))
+
+
+@core
+@pytest.mark.parametrize("name", WAYS)
+def test_operators_serve_what_they_can(name, images, served):
+    network = made(name)
+    found = played(fast(copy.deepcopy(network)), images)
+    assert len(served) >= SERVED[name]
+    close(found, played(network, images))
+
+
+@core
+@pytest.mark.parametrize(("taps", "expected"), [(3, 1), (1, 0)])
+def test_what_copies_would_cost_more_than_they_save_runs_as_written(taps, expected, images, served):
+    """A convolution of one tap between the network's own code has fewer products than its maps have to be moved for."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(32, 32, taps, padding=taps // 2, bias=False)
+    network = nn.Sequential(nn.Conv2d(3, 32, 7, padding=3), nn.GELU(), conv, nn.BatchNorm2d(32), nn.GELU())
+    fast(network)(images)
+    assert len(served) == expected
+
+
+@core
+def test_the_operators_results_between_convolutions_are_not_moved(images, served):
+    network = fast(made("residual"))
+    network(images)
+    assert [chain.site.x.is_contiguous(memory_format=torch.channels_last) for chain in served[1:]] == [True] * 5
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("name", ["sequential", "residual"])
+def test_a_batch_of_one_and_none(name, batch, images):
+    network = made(name).eval()
+    found = fedkern.accelerate(copy.deepcopy(network))
+    torch.testing.assert_close(found(images[:batch]), network(images[:batch]), rtol=1e-4, atol=1e-4)
+
+
+def inference(network, images):
+    with torch.inference_mode():
+        return network(images)
+
+
+def functional_call(network, images):
+    given = {name: value * 1.1 for name, value in network.named_parameters()}
+    return torch.func.functional_call(network, given, images)
+
+
+def vmapped(network, images):
+    network.eval()
+    return torch.vmap(lambda image: network(image[None])[0])(images)
+
+
+def graded(network, images):
+    network.eval()
+    return torch.func.grad(lambda given: network(given).square().sum())(images)
+
+
+def autocast_around(network, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        return network(images).float()
+
+
+@pytest.mark.parametrize("way", [inference, functional_call, vmapped, graded, autocast_around])
+def test_other_ways_to_call(way, images):
+    network = made("residual")
+    expected = way(copy.deepcopy(network), images)
+    torch.testing.assert_close(way(fedkern.accelerate(network), images), expected, rtol=2e-3, atol=2e-3)
+
+
+class Writing(Head):
+    """A network whose maps are a function."""
+
+    def __init__(self, write):
+        super().__init__(16)
+        (self.c1, self.b1), (self.c2, self.b2) = block(3, 16), block(16, 16)
+        self.write = write
+
+    def maps(self, x):
+        return self.write(self, x)
+
+
+def made_of(write):
+    torch.manual_seed(0)
+    return Writing(write)
+
+
+def autocast_inside(net, x):
+    x = net.b1(net.c1(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.relu(net.b2(net.c2(F.relu(x)))).float()
+
+
+def in_place_handle(net, x):
+    one = net.b1(net.c1(x))
+    two = F.relu(one)
+    one.mul_(3)  # after the ReLU took it
+    return one + two
+
+
+def two_norms(net, x):
+    raw = net.c1(x)
+    return net.b1(raw) + net.b2(raw)
+
+
+def lists(net, x):
+    maps = net.b1(net.c1(x))
+    return torch.cat([maps, F.relu(maps)], 1)[:, 8:24] + torch.stack((maps, maps)).mean(0)
+
+
+def numpy(net, x):
+    maps = F.relu(net.b1(net.c1(x)))
+    return maps + float(maps.detach().numpy().mean())
+
+
+def other_argument(net, x):
+    return torch.add(x.mean(1, keepdim=True), net.b1(net.c1(x)), alpha=2).relu() + torch.where(
+        x[:, :1] > 0, net.c1(x), 0
+    )
+
+
+WRITTEN = autocast_inside, in_place_handle, two_norms, lists, numpy, other_argument
+
+
+@pytest.mark.parametrize("write", WRITTEN, ids=lambda write: write.__name__)
+def test_other_ways_to_write(write, images, monkeypatch):
+    network = made_of(write)
+    expected = played(copy.deepcopy(network), images)
+    close(played(fedkern.accelerate(copy.deepcopy(network)), images), expected)
+    monkeypatch.setattr(calls, "_serve", lambda chain, dense: None)
+    assert equal(played(fedkern.accelerate(network), images), expected)
+
+
+def tied(network):
+    network[4].weight = nn.Parameter(network[4].weight.detach())
+    network[8].weight = nn.Parameter(torch.cat([network[4].weight.detach()] * 2))
+    network[0].weight.requires_grad_(False)
+
+
+def spectral(network):
+    spectral_norm(network[4])
+
+
+def normed(network):
+    parametrizations.weight_norm(network[4])
+
+
+def pruned(network):
+    prune.l1_unstructured(network[4], "weight", amount=0.3)
+
+
+def strided(network):
+    network[4].stride = (2, 2)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("change", [tied, spectral, normed, pruned, strided])
+def test_other_layers(change, late, images):
+    torch.manual_seed(0)
+    network = sequential()
+    other = fedkern.accelerate(copy.deepcopy(network)) if late else copy.deepcopy(network)
+    for each in (network, other):
+        torch.manual_seed(1)
+        change(each)
+    other = other if late else fedkern.accelerate(other)
+    close(played(other, images), played(network, images))
+
+
+def test_second_derivatives(images):
+    network = made("sequential")
+    for each in (network, other := fedkern.accelerate(copy.deepcopy(network))):
+        x = images.clone().requires_grad_()
+        (first,) = torch.autograd.grad(each(x).square().sum(), x, create_graph=True)
+        first.square().sum().backward()
+    for one, two in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-2, atol=1e-2 * float(one.grad.abs().max()))
+
+
+def test_two_threads_at_once(images):
+    network = made("residual").eval()
+    other = fedkern.accelerate(copy.deepcopy(network))
+    found, expected = {}, network(images)
+
+    def play(number):
+        found[number] = [other(images + 0 * i) for i in range(5)]
+
+    threads = [threading.Thread(target=play, args=(number,)) for number in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    for each in (each for group in found.values() for each in group):
+        torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-4)
+    assert len(found) == 4
+
+
+# -- a bias before the norm -------------------------------------------------------------------------------------------
+
+
+def biased(frozen=False):
+    torch.manual_seed(0)
+    network = sequential()
+    for at in (0, 4, 8):
+        network[at].bias = nn.Parameter(torch.linspace(-2, 2, network[at].out_channels))
+        if frozen:
+            network[at + 1].eval()
+            network[at + 1].running_mean.normal_()
+    return network
+
+
+@core
+def test_a_bias_that_the_norm_takes_out_again(images, served):
+    """It moves the running mean, is taken off in evaluation, and its gradient is zeros."""
+    plain, other = biased(), fast(biased())
+    for _ in range(3):
+        expected, found = played(plain, images), played(other, images)
+    assert len(served) == 18
+    assert all(torch.count_nonzero(found[2][f"{at}.bias"]) == 0 for at in (0, 4, 8))
+    assert all(float(expected[2][f"{at}.bias"].abs().max()) < 1e-3 for at in (0, 4, 8))
+    close(found, expected)
+
+
+def test_a_step_on_nan_ends_as_in_torch(images):
+    results = []
+    for network in (biased(), fedkern.accelerate(biased())):
+        network(images * float("nan")).square().sum().backward()
+        results.append((network[1].running_mean, network[0].bias.grad))
+    assert all(torch.isnan(part).all() for result in results for part in result)
+
+
+@core
+def test_a_bias_before_a_frozen_norm_has_its_gradient(images, served):
+    grads = []
+    for network in (biased(frozen=True), fast(biased(frozen=True))):
+        network(images).square().sum().backward()
+        grads.append([network[at].bias.grad for at in (0, 4, 8)])
+    assert len(served) == 3
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+
+
+# -- nobody notices ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sequential", "residual"])
+def test_a_network_looks_as_before(name):
+    network = made(name)
+    other = copy.deepcopy(network)
+    before = repr(network), [type(each) for each in network.modules()]
+    assert fedkern.accelerate(other) is other
+    assert (repr(other), [type(each) for each in other.modules()]) == before
+    assert [*other.state_dict()] == [*network.state_dict()]
+    keys = [vars(each).keys() for each in network.modules()]
+    for made_plain in (other, pickle.loads(pickle.dumps(other))):
+        fedkern.plain(made_plain)
+        assert [vars(each).keys() for each in made_plain.modules()] == keys
+        assert not made_plain._forward_hooks
+        assert not made_plain._forward_pre_hooks
+
+
+def test_a_pickle_loads_without_fedkern(tmp_path, monkeypatch):
+    torch.save(fedkern.accelerate(sequential()), tmp_path / "network.pt")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fedkern"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    network = torch.load(tmp_path / "network.pt", weights_only=False)
+    images = torch.ones(2, 3, 16, 16)
+    assert torch.equal(network.eval()(images), sequential().eval()(images)) or network(images).shape == (2, 5)
+
+
+def test_others_see_what_they_saw(images):
+    plain = sequential().eval()
+    network = fedkern.accelerate(copy.deepcopy(plain))
+    for made, kind in ((torch.fx.symbolic_trace(network), torch.fx.GraphModule), (_prepared(network), nn.Sequential)):
+        assert isinstance(made, kind)
+        torch.testing.assert_close(made(images), plain(images), rtol=1e-4, atol=1e-4)
+
+
+def _prepared(network):
+    """The network with modules of its convolutions' classes swapped, as quantisation does."""
+    made = copy.deepcopy(network)
+    for name, layer in made.named_children():
+        if type(layer) is nn.Conv2d:
+            setattr(made, name, nn.Sequential(copy.deepcopy(layer), nn.Identity()))
+    return made
+
+
+def test_opacus_validator_sees_the_layers():
+    validators = pytest.importorskip("opacus.validators", reason="needs the extra [privacy]")
+    found = [validators.ModuleValidator.validate(make) for make in (sequential(), fedkern.accelerate(sequential()))]
+    assert list(map(str, found[0])) == list(map(str, found[1]))
+    assert len(found[0]) == 3
+
+
+@core
+def test_a_deep_copy_is_accelerated_for_itself(images, served):
+    network = fast(made("sequential"))
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        network[0].weight.zero_()
+    expected = fedkern.plain(copy.deepcopy(other)).eval()(images)
+    served.clear()
+    torch.testing.assert_close(other.eval()(images), expected, rtol=1e-4, atol=1e-4)
+    assert len(served) == 3
+    assert served[0].site.weight is other[0].weight
+
+
+def test_a_part_that_is_called_alone_runs_as_written(images):
+    network = fedkern.accelerate(made("functional"))
+    assert type(network.c1(images)) is torch.Tensor
+    assert torch.equal(network.maps(images), fedkern.plain(copy.deepcopy(network)).maps(images))
+
+
+class Keeping(Head):
+    def __init__(self):
+        super().__init__(16)
+        self.c1, self.b1 = block(3, 16)
+
+    def maps(self, x):
+        self.kept = self.b1(self.c1(x))
+        self.first = self.c1(x)
+        return F.relu(self.kept)
+
+
+def test_what_outlives_a_call_is_computed_before_it_ends(images):
+    network = Keeping().eval()
+    other = fedkern.accelerate(copy.deepcopy(network))
+    network(images)
+    other(images)
+    with torch.no_grad():
+        other.c1.weight.zero_()
+        other.b1.bias.zero_()
+    torch.testing.assert_close(other.kept + 0, network.kept, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other.first * 1, network.first, rtol=1e-4, atol=1e-4)
+
+
+def test_a_call_that_fails_leaves_nothing_that_is_computed_later(images):
+    class Failing(Head):
+        fails = False
+
+        def __init__(self):
+            super().__init__(16)
+            self.c1, self.b1 = block(3, 16)
+
+        def maps(self, x):
+            x = self.c1(x)
+            if self.fails:
+                self.raw = x
+                raise KeyError("here")
+            return F.relu(self.b1(x))
+
+    network = fast(Failing())
+    network(images)
+    network.fails = True
+    with pytest.raises(KeyError, match="here"):
+        network(images)
+    with pytest.raises(RuntimeError, match="of a call of an accelerated network that failed"):
+        network.raw + 0
+    assert type(network.c1(images)) is torch.Tensor
+
+
+class Interrupted(Keeping):
+    stops = True
+
+    def forward(self, x):
+        x = F.relu(self.b1(self.c1(x)))
+        if self.stops:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_the_call_after_an_interrupt_is_one_of_its_own(images):
+    network = fedkern.accelerate(Interrupted().eval())
+    with pytest.raises(KeyboardInterrupt):
+        network(images)
+    network.stops = False
+    assert type(network(images)) is torch.Tensor
+    assert type(network.c1(images)) is torch.Tensor
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def on_layer(network, seen):
+    return [network[2].register_forward_hook(lambda layer, given, out: seen.append(type(out)))]
+
+
+def before_layer(network, seen):
+    return [network[2].register_forward_pre_hook(lambda layer, given: seen.append(type(given[0])))]
+
+
+def on_everything(network, seen):
+    hook = torch.nn.modules.module.register_module_forward_hook
+    return [hook(lambda layer, given, out: seen.append(type(out)))]
+
+
+def on_gradients(network, seen):
+    return [network[3].register_full_backward_hook(lambda layer, given, got: seen.append(type(got[0])))]
+
+
+def on_root_gradients(network, seen):
+    return [network.register_full_backward_hook(lambda layer, given, got: seen.append(type(got[0])))]
+
+
+@pytest.mark.parametrize("put", [on_layer, before_layer, on_everything, on_gradients, on_root_gradients])
+def test_with_somebody_s_hooks_a_network_runs_as_written(put, images):
+    network, seen = made("sequential"), []
+    other = fedkern.accelerate(copy.deepcopy(network))
+    handles = put(other, seen)
+    found = played(other, images)
+    for handle in handles:
+        handle.remove()
+    assert seen
+    assert set(seen) == {torch.Tensor}
+    assert equal(found, played(network, images))
+
+
+@core
+def test_a_hook_on_the_network_itself_sees_its_result(images, served):
+    network, seen = fast(made("sequential")), []
+    network.register_forward_hook(lambda layer, given, out: seen.append((type(out), type(given[0]))))
+    network(images)
+    assert seen == [(torch.Tensor, torch.Tensor)]
+    assert len(served) == 3
+
+
+@core
+def test_fedkern_s_own_hooks_are_given_what_is_computed(images, served):
+    from fedkern.data.forms import ImageForm
+    from fedkern.models.users.hooked import find_taps
+    from fedkern.models.users.user_models import OwnNetwork
+
+    network = made("functional").eval()
+    own = [OwnNetwork(copy.deepcopy(network), "fc"), OwnNetwork(fast(copy.deepcopy(network)), "fc")]
+    torch.testing.assert_close(own[1].features(images), own[0].features(images), rtol=1e-4, atol=1e-4)
+    assert len(served) == 3
+    kind, *taps = find_taps(own[0], ["b2"], None, ImageForm((3, 16, 16), (0.5,) * 3, (0.2,) * 3), "net")
+    plain, other = (kind(each.module, *taps) for each in own)
+    served.clear()
+    maps = [each.stages(images, upto="b2") for each in (plain, other)]
+    assert type(maps[1]) is torch.Tensor
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-4, atol=1e-4)
+    logits = [each.head(each.tail(given * 2, after="b2")) for each, given in zip((plain, other), maps, strict=True)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    assert served
+
+
+class Table(dict):
+    """As transformers' results: entries that are attributes too."""
+
+    def __init__(self, **given):
+        super().__init__(given)
+        vars(self).update(given)
+
+
+def test_results_that_are_attributes_and_entries_are_computed(images):
+    class Several(Keeping):
+        def forward(self, x):
+            maps = self.b1(self.c1(x))
+            return Table(logits=self.fc(F.relu(maps).mean((2, 3))), maps=maps)
+
+    found = fedkern.accelerate(Several())(images)
+    assert type(found) is Table
+    assert type(found.logits) is type(found.maps) is type(found["maps"]) is torch.Tensor
+
+
+# -- told, never silent ------------------------------------------------------------------------------------------------
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x) * 2
+
+
+def doubling(net, x):
+    return Doubling.apply(net.b1(net.c1(x)))
+
+
+def scripting(net, x):
+    return scripted(net.b1(net.c1(x)))
+
+
+def changing(net, x):
+    x = x + 0
+    raw = net.b1(net.c1(x))
+    x.add_(1)
+    return F.relu(raw)
+
+
+def rectifying(net, x):
+    return F.relu(net.b1(net.c1(x)))
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (doubling, "A torch.autograd.Function took a tensor that fedkern.accelerate has not computed yet"),
+        (scripting, "TorchScript interpreter"),
+        (changing, "A tensor was changed in place before fedkern.accelerate computed"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_cannot_wait_is_told(write, said, images):
+    """In a pass that differs from the rehearsal; where that saw it, nothing waits for it."""
+    network, plain = fedkern.accelerate(made_of(write)), made_of(write)
+    torch.testing.assert_close(network(images), plain(images), rtol=1e-4, atol=1e-4)
+    network = fedkern.accelerate(made_of(rectifying))
+    network(images)
+    network.write = write
+    with pytest.raises(RuntimeError, match=said):
+        network(images).sum().backward()
+    with pytest.raises(AttributeError, match=r"before torch\.jit\.script call fedkern\.plain"):
+        torch.jit.script(network)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process, for DDP and FSDP."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(network):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    return torch.distributed.fsdp.fully_shard(network, mesh=mesh)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("around", [nn.parallel.DistributedDataParallel, sharded], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_distributed(inside, around, images, served):
+    network = made("residual")
+    network(images).square().sum().backward()
+    expected = [each.grad for each in network.parameters()]
+    network.zero_grad()
+    other = around(fast(network)) if inside else fast(around(network))
+    other(images).square().sum().backward()
+    for each, grad in zip(other.parameters(), expected, strict=True):
+        found = each.grad.full_tensor() if around is sharded else each.grad
+        torch.testing.assert_close(found, grad, rtol=1e-2, atol=1e-2 * float(grad.abs().max()))
+    assert len(served) == (0 if around is sharded else 6) or not backend.active_isa().startswith("avx")
+
+
+@pytest.mark.exhaustive
+def test_compiled(images):
+    network = made("sequential").eval()
+    other = torch.compile(fedkern.accelerate(copy.deepcopy(network)), backend="eager")
+    torch.testing.assert_close(other(images), network(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(strict, images):
+    network, axes = made("sequential").eval(), {"input": {0: torch.export.Dim("batch", min=1)}}
+    served = fedkern.accelerate(copy.deepcopy(network))
+    program = torch.export.export(served, (images,), dynamic_shapes=axes, strict=strict)
+    assert torch.equal(program.module()(images[:1]), network(images[:1]))
+
+
+@core
+def test_another_network_around_it_is_no_call_of_its_own(images, served):
+    inner = fast(made("sequential"))
+    outer = fast(nn.Sequential(nn.Conv2d(3, 3, 1), inner))
+    outer(images)
+    assert len(served) == 3
+
+
+def test_a_tensor_tells_what_is_known_without_being_computed(images):
+    seen = []
+
+    def write(net, x):
+        raw = net.c1(x)
+        seen.append((raw.shape, raw.dtype, raw.dim(), len(raw), raw.device.type))
+        waits = type(raw) is pending.Pending and raw.__dict__["node"].value is None
+        seen.append(waits)
+        return net.b1(raw)
+
+    fast(Writing(write))(images)
+    assert seen[2:] == [
+        (torch.Size([6, 16, 16, 16]), torch.float32, 4, 6, "cpu"),
+        backend.active_isa().startswith("avx"),
+    ]

@@ -1,0 +1,827 @@
+"""Recorded passes of local training: tapes stand for CUDA graphs on the CPU; on a GPU graphs are compared with none."""
+
+import contextlib
+import gc
+import itertools
+import math
+import random
+from collections import defaultdict
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import TensorDataset
+
+from fedkern import models
+from fedkern.data import FederatedData
+from fedkern.engine import client as client_module
+from fedkern.engine.client import Client
+from fedkern.engine.context import RunContext
+from fedkern.engine.executors.serial import Serial
+from fedkern.engine.local import captured, lanes, training
+from fedkern.engine.local.captured import Graphs, replayable
+from fedkern.engine.local.networks import Networks
+from fedkern.engine.run import run
+from fedkern.engine.store.record_files import read_metrics
+from fedkern.errors import UserError
+from fedkern.methods import METHODS, FedAvg, Phase
+from fedkern.models.precision import computing
+from fedkern.ops import use_backend
+from fedkern.process.torch_modes import reproducible
+from python_tests.saved_network import same_network
+from python_tests.smallest import SETTINGS
+
+SMALL = {"width": 2, "rounds": 2, "local_epochs": 2, "batch_size": 2, "clients": 3, "workers": "1", "grad_cam": 0}
+ALIKE = {"ccvr", "dense", "fedcgs", "feddf"}
+"""Methods whose clients train as those of oneshot-fedavg do, or not at all."""
+OWN = {
+    "fedproto": {"options": {"networks": "averaged"}, "rounds": 3},
+    "fedlpfm": {"data": "digits", "train_samples": 60, "public_samples": 20, "partition": "iid"},
+}
+CLAIMED = sorted(name for name, kind in METHODS.items() if replayable(kind) and name not in ALIKE)
+SIDE_BY_SIDE = {"fedavg", "fedprox"}
+QUICK = ("fedavg", "scaffold")
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+VOLATILE = ("seconds", "phases", "time", "device")
+
+
+class Tape(TorchDispatchMode):
+    """Notes the operators that run and repeats them on the same memory, as a CUDA graph repeats kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self._before = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a value was read")
+        named = {one.name: value for one, value in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+        for one in func._schema.arguments:
+            if one.alias_info is not None and one.alias_info.is_write:
+                for each in tree_leaves(named.get(one.name)):
+                    self.keep(each)
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def keep(self, tensor):
+        """Notes the values of a tensor that is written to."""
+        if isinstance(tensor, Tensor):
+            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
+            self._before.setdefault(whole.data_ptr(), (whole, whole.clone()))
+
+    def undo(self):
+        """What was written is as it was: a recording runs nothing."""
+        for whole, value in self._before.values():
+            whole.copy_(value)
+
+    playing = False
+
+    @torch.no_grad()
+    def replay(self):
+        Tape.playing = True
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            if all(each.alias_info is None for each in func._schema.returns):
+                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                    if isinstance(old, Tensor):
+                        old.copy_(new)
+        Tape.playing = False
+
+
+class Tapes(Graphs):
+    """Tapes in the place of CUDA graphs."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.recorded = self.replayed = 0
+
+    @contextlib.contextmanager
+    def stream(self):
+        yield
+
+    def replaying(self, network, *rest, **settings):
+        self._network = network
+        return super().replaying(network, *rest, **settings)
+
+    def record(self, work):
+        tape = Tape()
+        for each in self._network.module.buffers():  # batch norm's schema does not say that it writes to them
+            tape.keep(each)
+        try:
+            with tape:
+                result = work()
+        finally:
+            tape.undo()
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            tape.replay()
+
+        return replay, result
+
+
+def rounds(folder):
+    """The records of a run without times."""
+    return [{k: v for k, v in each.items() if not any(word in k for word in VOLATILE)} for each in read_metrics(folder)]
+
+
+def same_bits(one, other):
+    return same_network(one, other) and rounds(one) == rounds(other)
+
+
+def same_runs(config, data, tmp_path, monkeypatch):
+    """Whether a run with tapes gives the bits of one without; and the tapes, and the run's diagnostics."""
+    tapes = Tapes()
+    with use_backend("reference"):  # operators are dispatched, so that the tape sees what is in them
+        run(config, data=data, out=tmp_path / "eager")
+        with monkeypatch.context() as patch:
+            patch.setattr(lanes, "MOST", 1)
+            patch.setattr(Networks, "graphs", property(lambda self: tapes))
+            summary = run(config, data=data, out=tmp_path / "taped")
+    return same_bits(tmp_path / "eager", tmp_path / "taped"), tapes, summary["diagnostics"]
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CLAIMED if name not in QUICK)]
+)
+def test_methods_that_say_so_are_replayable(name, make_data, make_config, tmp_path, monkeypatch):
+    given = {**SMALL, **SETTINGS.get(name, {}), **OWN.get(name, {})}
+    if METHODS[name].one_shot:
+        given.update(rounds=None, local_epochs=4)
+    data = None if name in OWN else make_data()
+    same, tapes, diagnostics = same_runs(make_config(name, **given), data, tmp_path, monkeypatch)
+    assert same
+    assert tapes.replayed > 3 * tapes.recorded > 0
+    assert "no-cuda-graph" not in diagnostics
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("name", ["fedavg", "scaffold"])
+def test_a_pass_is_recorded_where_clients_keep_a_part(name, make_data, make_config, tmp_path, monkeypatch):
+    given = {**SMALL, **SETTINGS.get(name, {}), "personal": "head.*", "clip_norm": 0.5}
+    same, tapes, _ = same_runs(make_config(name, **given), make_data(), tmp_path, monkeypatch)
+    assert same
+    assert tapes.replayed > 3 * tapes.recorded > 0
+
+
+def test_what_is_replayable():
+    class Derived(FedAvg):
+        pass
+
+    class Other(FedAvg):
+        def loss(self, model, batch, received):
+            return super().loss(model, batch, received)
+
+    class Claims(Other):
+        replayable = True
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * len(x)
+
+    assert {"fedavg", "fedprox", "scaffold", "local", "fediod", "fedproto"} <= {*CLAIMED}
+
+    class Declines(Claims):
+        replayable = False
+
+    class Helper(METHODS["afl"]):
+        def scaled(self, loss, received):
+            return super().scaled(loss, received)
+
+    # What a class of somebody's own overrides of the loss, or a module does, may be no work for the device alone.
+    assert [replayable(kind) for kind in (FedAvg, Derived, Other, Helper, Claims)] == [True, True, None, None, True]
+    known = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert replayable(FedAvg, known)
+    assert replayable(FedAvg, nn.Sequential(known, Own(2, 2))) is None
+    # Who says so is not tried.
+    assert [replayable(kind, Own(2, 2)) for kind in (Declines, METHODS["feddra"])] == [False, False]
+
+
+class Counting(FedAvg):
+    replayable = True
+    count = 0
+
+    def loss(self, model, batch, received):
+        self.count += 1
+        return super().loss(model, batch, received) * self.count
+
+
+class Reading(FedAvg):
+    replayable = True
+
+    def loss(self, model, batch, received):
+        loss = super().loss(model, batch, received)
+        return loss * (1 if loss > 0 else 2)
+
+
+class Indexing(FedAvg):
+    replayable = True
+
+    def loss(self, model, batch, received):
+        return super().loss(model, batch, received) * (1 + float(np.mean(batch.indices)))
+
+
+class Epochs(FedAvg):
+    replayable = True
+
+    def loss(self, model, batch, received):
+        return super().loss(model, batch, received) * (2 if batch.epoch == 0 else 1)
+
+
+def test_a_wrong_claim_is_noticed(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", Counting)
+    same, tapes, _ = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert not same
+    assert tapes.recorded
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("kind", [Reading, Indexing, Epochs])
+def test_what_cannot_be_recorded_runs_eagerly(kind, make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", kind)
+    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert same
+    assert not tapes.recorded
+    assert tapes.off
+    assert "one by one" in diagnostics["no-cuda-graph"]
+
+
+CALLS, TURN = itertools.count(), {"round": 0}
+
+
+class Stranger(FedAvg):
+    def factor(self):
+        return 1.0
+
+    def loss(self, model, batch, received):
+        return super().loss(model, batch, received) * self.factor()
+
+
+class Tossing(Stranger):
+    def factor(self):
+        return 1.0 if random.random() < 2 else 2.0
+
+
+class Noisy(Stranger):
+    def factor(self):
+        return 1.0 + 0 * np.random.normal()  # noqa: NPY002
+
+
+class Dropping(Stranger):
+    def factor(self):
+        return 1.0 + 0 * torch.rand(())
+
+
+class Counted(Stranger):
+    calls = 0
+
+    def factor(self):
+        self.calls += 1
+        return float(self.calls)
+
+
+class Unsteady(Stranger):
+    def factor(self):
+        return 1.0 + next(CALLS)
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Tossing, "draws from the generator of random"),
+        (Noisy, "draws from the generator of NumPy"),
+        (Dropping, "draws from the generator of torch"),
+        (Counted, "it changes calls"),
+        (Unsteady, "does not repeat its own bits"),
+        (Indexing, "cannot read batch.indices"),
+    ],
+)
+def test_a_stranger_that_a_recording_would_freeze_runs_eagerly(
+    kind, why, make_data, make_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Indexing, "replayable", None)
+    monkeypatch.setitem(METHODS, "fedavg", kind)
+    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert same or kind is Unsteady
+    assert not tapes.recorded
+    assert not tapes.off  # for others
+    assert why in diagnostics["no-cuda-graph"]
+
+
+def test_a_strangers_loss_is_recorded_and_compared(make_data, make_config, tmp_path, monkeypatch):
+    compared, compare = [], Graphs._compare_step
+    monkeypatch.setattr(Graphs, "_compare_step", lambda self, *a: compared.append(compare(self, *a)) or compared[-1])
+    monkeypatch.setitem(METHODS, "fedavg", Stranger)
+    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data((20, 20, 20)), tmp_path, monkeypatch)
+    assert same
+    assert tapes.recorded == 1
+    assert tapes.replayed == 6 * 20 - 2
+    # Three batches when it is recorded, and the first of each of the five exchanges that follow.
+    assert [alike for _, alike in compared] == 8 * [True]
+    assert "no-cuda-graph" not in diagnostics
+
+
+class Turning(Stranger):
+    """Another loss in the second round, of which nothing that is looked at tells."""
+
+    def client_update(self, client, phase, message):
+        TURN["round"] = phase.round
+        return super().client_update(client, phase, message)
+
+    def factor(self):
+        return 1.0 + TURN["round"]
+
+
+def test_a_stranger_that_turns_is_found_out_in_the_next_round(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", Turning)
+    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert same
+    assert tapes.recorded == 1
+    assert "gives other numbers" in diagnostics["no-cuda-graph"]
+
+
+class OwnNet(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+        self.layers(torch.zeros(2, 3, 8, 8))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("accelerate", ["auto", "off"])
+def test_a_network_of_somebodys_own_is_recorded(accelerate, make_data, make_config, tmp_path, monkeypatch, registries):
+    models.register_model("own")(OwnNet)
+    config = make_config(**{**SMALL, "model": "own", "accelerate": accelerate})
+    same, tapes, diagnostics = same_runs(config, make_data((20, 20, 20)), tmp_path, monkeypatch)
+    assert same
+    assert tapes.recorded == 1
+    assert tapes.replayed == 6 * 20 - 2
+    assert "no-cuda-graph" not in diagnostics
+
+
+@pytest.mark.parametrize(
+    "loss", [None, nn.CrossEntropyLoss(label_smoothing=0.1), lambda x, y: cross_entropy(x, y) ** 2]
+)
+def test_steps_of_items_are_recorded(loss, make_config, tmp_path, monkeypatch, registries):
+    models.register_model("own")(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.LogSoftmax(1)))
+    sets = [TensorDataset(torch.randn(20, 6), torch.arange(20) % 3) for _ in range(3)]
+    data = FederatedData.from_datasets(sets, sets[0], loss_fn=loss, classes=3)
+    same, tapes, diagnostics = same_runs(
+        make_config(**{**SMALL, "model": "own", "width": None, "lr": 0.01}), data, tmp_path, monkeypatch
+    )
+    assert same
+    assert tapes.replayed > 3 * tapes.recorded > 0
+    assert "no-cuda-graph" not in diagnostics
+
+
+def test_a_whole_step_is_recorded_and_a_client_is_waited_for_once(make_data, make_config, monkeypatch):
+    steps, reads = [], []
+    monkeypatch.setattr(
+        training.ops, "sgd_step", lambda *all, step=training.ops.sgd_step, **of: steps.append(1) or step(*all, **of)
+    )
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        read = getattr(Tensor, name)
+        monkeypatch.setattr(
+            Tensor, name, lambda self, *all, name=name, read=read: reads.append(Tape.playing) or read(self, *all)
+        )
+    counts, start = [], training.started
+
+    def started(*all, **of):
+        reads.clear()
+        told = start(*all, **of)
+        counts.append(reads.count(False))
+
+        def counted():
+            reads.clear()
+            figures = told()
+            counts.append(reads.count(False))
+            return figures
+
+        return counted
+
+    monkeypatch.setattr("fedkern.engine.client.started", started)
+    monkeypatch.setattr(training, "bring", lambda tensor: tensor)  # on a GPU it waits for nothing
+    _, line = passes((28, 28), make_data, make_config, exchanges=4, batch_size=4, local_epochs=1, momentum=0.9)
+    assert line == ["eerppppp", "p" * 7, "p" * 7, "p" * 7]
+    assert len(steps) == 3  # of two eager batches and of the recording
+    assert counts[2:] == 3 * [0, 1]  # nothing before the figures are asked for
+
+
+@contextlib.contextmanager
+def unread(may=lambda tensor: False):
+    """Refuses to read the values of tensors but those that ``may`` be read."""
+
+    def refusing(read):
+        def refuse(tensor, *all):
+            if may(tensor):
+                return read(tensor, *all)
+            raise RuntimeError("a value is read before the work is waited for")
+
+        return refuse
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "item", "__float__", "cpu"):
+            patch.setattr(Tensor, name, refusing(getattr(Tensor, name)))
+        yield patch
+
+
+class Lane(Tapes):
+    """Tapes of a lane, whose copies arrive in the host's memory when they are waited for, and can be read then."""
+
+    open = 0
+
+    def __init__(self):
+        super().__init__()
+        self.coming = []
+
+    @contextlib.contextmanager
+    def ahead(self):
+        Lane.open, Lane.most = Lane.open + 1, max(Lane.most, Lane.open + 1)
+
+        def wait():
+            Lane.open -= 1
+            for there, value in self.coming:
+                there.copy_(value)
+
+        # On a GPU the step reads the rate where it is.
+        with unread(lambda tensor: Tape.playing or tensor is self.held.get("rate")) as patch:
+            for user in (training, client_module):
+                patch.setattr(user, "bring", self.bring)
+            self.coming = []
+            yield wait
+
+    def bring(self, tensor):
+        there = torch.full_like(tensor, 77)
+        self.coming.append((there, tensor.clone()))
+        return there
+
+
+@contextlib.contextmanager
+def late():
+    """Lanes work as late as they can, the last one first, and what is left to do then reads nothing but what arrived.
+
+    The host goes on meanwhile: what it changes before the work is done, the work sees changed.
+    """
+    begin, waiting = Serial._begin, []
+
+    def begun(self, k, asker, phase, message, encoder, lane=None):
+        if lane is None:
+            return begin(self, k, asker, phase, message, encoder)
+        done = {}
+        waiting.append(lambda: done.update(finish=begin(self, k, asker, phase, message, encoder, lane)))
+
+        def finish():
+            while waiting:
+                waiting.pop()()
+            with self._context.networks.on_lane(lane):
+                coming = [there for there, _ in self._context.networks.graphs.coming]
+            with unread(lambda tensor: any(tensor is there for there in coming)):
+                return done["finish"]()
+
+        return finish
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Serial, "_begin", begun)
+        yield
+
+
+@pytest.mark.parametrize(
+    "name", ["fedavg", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CLAIMED if name != "fedavg")]
+)
+def test_clients_in_lanes_give_the_bits_of_clients_one_by_one(name, make_data, make_config, tmp_path, monkeypatch):
+    given = {**SMALL, **SETTINGS.get(name, {}), **OWN.get(name, {})}
+    if METHODS[name].one_shot:
+        given.update(rounds=None, local_epochs=4)
+    config, data = make_config(name, **given), None if name in OWN else make_data()
+    tapes, Lane.most = defaultdict(Lane), 0
+    monkeypatch.setattr(lanes, "MOST", 3)
+    with use_backend("reference"):
+        run(config, data=data, out=tmp_path / "eager")
+        with monkeypatch.context() as patch, late():
+            patch.setattr(Networks, "graphs", property(lambda self: tapes[self.lane]))
+            run(config, data=data, out=tmp_path / "lanes")
+    assert same_bits(tmp_path / "eager", tmp_path / "lanes")
+    assert (Lane.open, Lane.most) == (0, 3 if name in SIDE_BY_SIDE else 0)
+
+
+def test_a_client_that_diverges_in_a_lane_is_told_and_the_others_go_on(make_data, make_config, tmp_path, monkeypatch):
+    class Exploding(FedAvg):
+        replayable = True
+
+        def draw(self, client, batch, rng):
+            last = client.id == 1 and batch.phase.round == 1 and batch.epoch == 1
+            return {"times": torch.full((), math.inf if last else 1.0)}
+
+        def loss(self, model, batch, received):
+            return super().loss(model, batch, received) * batch.drawn["times"]
+
+    monkeypatch.setitem(METHODS, "fedavg", Exploding)
+    monkeypatch.setattr(lanes, "MOST", 3)
+    tapes, Lane.most = defaultdict(Lane), 0
+    with use_backend("reference"), monkeypatch.context() as patch:
+        patch.setattr(Networks, "graphs", property(lambda self: tapes[self.lane]))
+        with pytest.raises(UserError, match="Client 1 diverged in round 2, batch 11: the loss is inf"):
+            run(make_config(**SMALL), data=make_data((20, 20, 20)), out=tmp_path)
+    assert Lane.most == 3
+    Lane.open = 0
+
+
+class Drawing(FedAvg):
+    """Draws for every batch what a recording can read and what it cannot; looks at what was received."""
+
+    replayable = True
+
+    def draw(self, client, batch, rng):
+        return {
+            "weight": torch.from_numpy(rng.random(len(batch.indices)).astype(np.float32)),
+            "times": 1.0 + batch.epoch,
+            "by": rng,
+        }
+
+    def loss(self, model, batch, received):
+        losses = cross_entropy(model(batch.inputs), batch.targets, reduction="none")
+        loss = (losses * batch.drawn["weight"]).mean() * batch.drawn["times"]
+        if received.phase.round == 0:
+            loss = loss * len(received.message["parameters"])
+        return loss, {"weight": batch.drawn["weight"].mean(), "loss_twice": 2 * loss.detach()}
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("model", ["cnn", "mlp"])
+def test_drawn_tensors_rates_and_figures(model, make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "fedavg", Drawing)
+    settings = {"model": model, "lr": 0.001, "lr_steps": "1,2", "momentum": 0.5, "clip_norm": 1.0, "width": None}
+    config = make_config(**{**SMALL, **settings})
+    same, tapes, diagnostics = same_runs(config, make_data((20, 13)), tmp_path, monkeypatch)
+    assert same
+    # The loss looks at what was received, and the number is another in the second epoch: two passes a client and round,
+    # but for the second client, whose five batches of two are too few.
+    assert tapes.recorded == 6
+    assert "no-cuda-graph" not in diagnostics
+
+
+class Looking(FedAvg):
+    """Its loss looks at what its client received."""
+
+    def loss(self, model, batch, received):
+        return super().loss(model, batch, received) * len(received.message)
+
+
+def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
+    """The tapes after exchanges of clients with so many samples; what ran: e(ager), r(ecording), p(layed again)."""
+    bench, tapes, line = RunContext(make_config(**{**SMALL, **settings}), make_data(sizes)), Tapes(), []
+    bench.networks.lane_graphs[0] = tapes
+    method = kind()
+    with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
+        call, loss = captured.Recorded.__call__, kind.loss
+
+        def noted(self, model, batch, received):
+            line.append("e" if isinstance(batch.phase, Phase) else "r")
+            return loss(self, model, batch, received)
+
+        patch.setattr(
+            captured.Recorded, "__call__", lambda self, each: line.append("p" * len(each)) or call(self, each)
+        )
+        patch.setattr(kind, "loss", noted)
+        patch.setattr(kind, "replayable", True)
+        for i in range(exchanges):
+            client = Client(bench, i % len(sizes), {})
+            method.client_update(client, Phase(i // len(sizes), "train", "update"), bench.networks.initial())
+            line.append(" ")
+    return tapes, "".join(line).split()
+
+
+def test_a_pass_is_recorded_after_two_batches_where_five_are_left(make_data, make_config):
+    def line(count, **settings):
+        return passes((count,), make_data, make_config, batch_size=4, **settings)[1]
+
+    assert line(24, local_epochs=1) == ["eeeeee"]
+    assert line(28, local_epochs=1) == ["eerppppp"]
+    assert line(15, local_epochs=4) == ["eerpe" + 3 * "pppe"]  # the batches of 3 samples are too few
+    assert line(15, local_epochs=8) == ["eerpe" + "pppe" + "ppprp" + 5 * "pppp"]
+    assert line(28, local_epochs=3, local_steps=6) == ["eeeeee"]
+    assert line(28, local_epochs=3, local_steps=7) == ["eerppppp"]
+
+
+def test_what_was_received_is_not_replayed_for_another_client(make_data, make_config):
+    tapes, line = passes((20, 20), make_data, make_config, exchanges=4, local_epochs=1)
+    assert tapes.recorded == 1
+    assert line[1:] == ["p" * 10] * 3
+    tapes, _ = passes((20, 20), make_data, make_config, Looking, exchanges=4, local_epochs=1)
+    assert tapes.recorded == 4
+
+
+def test_clients_of_few_batches_share_a_pass_that_lasts(make_data, make_config):
+    few = {"sizes": (12, 12, 12, 12), "batch_size": 4, "local_epochs": 1, "exchanges": 5}
+    assert passes(make_data=make_data, make_config=make_config, **few)[1] == ["eee", "eee", "erpp", "ppp", "ppp"]
+    # One pass shows that recordings of this loss serve a single exchange.
+    _, line = passes(make_data=make_data, make_config=make_config, kind=Looking, **few)
+    assert line == ["eee", "eee", "erpp", "eee", "eee"]
+
+
+def test_a_vector_that_many_clients_get_is_sent_once():
+    networks = Networks(None, None, torch.device("meta"), dict)
+    vector = torch.ones(3)
+    there = networks.send(vector)
+    assert there.device.type == "meta"
+    assert networks.send(vector) is there
+    assert networks.send(there) is there
+    vector.add_(1)
+    again = networks.send(vector)
+    assert again is not there
+    assert networks.send(vector.clone()) is not again
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("change", ["precision", "statistics", "method"])
+def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_config):
+    bench, tapes = RunContext(make_config(**{**SMALL, "model": "resnet8"}), make_data()), Tapes()
+    bench.networks.lane_graphs[0] = tapes
+    method = FedAvg()
+    with use_backend("reference"):
+        for i in range(2):
+            precision = "bf16" if change == "precision" and i else "fp32"
+            if change == "statistics":
+                bench.config = make_config(**{**SMALL, "model": "resnet8", "freeze_bn_after": 1})
+            if change == "method":
+                method = FedAvg()
+            with computing(precision):
+                method.client_update(Client(bench, 0, {}), Phase(i, "train", "update"), bench.networks.initial())
+    assert tapes.recorded == 2
+
+
+class Graph:
+    """Stands for ``torch.cuda.CUDAGraph``: its end fails where the driver has given the recording up."""
+
+    made, broken = 0, False
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+        Graph.made += 1
+        if self.broken == "at once":
+            raise RuntimeError("no recording")
+
+    def capture_end(self):
+        if self.broken:
+            raise RuntimeError("invalidated")
+
+    def replay(self):
+        return "replayed"
+
+
+def test_after_a_recording_the_process_is_as_before(monkeypatch):
+    mode = 1
+    graphs = Graphs(torch.device("cuda"))
+
+    def set_mode(value):
+        nonlocal mode
+        mode = value
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    replay, found = graphs.record(lambda: (mode, gc.isenabled()))
+    assert (replay(), found) == ("replayed", (2, False))
+    assert (mode, gc.isenabled()) == (1, True)
+    for broken, error in ((False, KeyboardInterrupt), (True, KeyboardInterrupt), (True, None), ("at once", None)):
+        monkeypatch.setattr(Graph, "broken", broken)
+        with pytest.raises(error or RuntimeError):
+            graphs.record(Mock(side_effect=error))
+        assert (mode, gc.isenabled()) == (1, True)
+    assert Graph.made == 5
+
+
+# -- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+class Randomly(FedAvg):
+    """Trains a network with dropout of its own."""
+
+    replayable = True
+
+    def client_update(self, client, phase, message):
+        with torch.random.fork_rng(devices=[client.device]):
+            torch.manual_seed(phase.round)
+            torch.cuda.manual_seed(phase.round)
+            layers = nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 3)
+            module = nn.Sequential(*layers).to(client.device)
+            client.fit(self, phase, module)
+        return {"parameters": torch.cat([p.detach().flatten() for p in module.parameters()])}
+
+
+def on_the_gpu(config, data, kind, exchanges, graphs):
+    """The answers and figures of clients' exchanges on a GPU, with graphs or without."""
+    found = []
+    with reproducible(), computing(config.precision):
+        bench = RunContext(config, data)
+        if not graphs:
+            bench.networks.lane_graphs[0] = None
+        message, method, states = bench.networks.initial(), kind(**config.options), [{} for _ in data.clients]
+        extra = {"control": torch.zeros_like(message["parameters"])} if kind is METHODS["scaffold"] else {}
+        for i in range(exchanges):
+            k = i % len(data.clients)
+            client = Client(bench, k, states[k])
+            phase = Phase(i // len(data.clients), "train", "update")
+            answer = method.client_update(client, phase, {**message, **extra})
+            found.append(({name: value.cpu() for name, value in answer.items()}, dict(client.report)))
+            if not extra:
+                message = {name: answer.get(name, value) for name, value in message.items()}
+        if graphs:
+            assert bench.networks.graphs._last is not None
+            assert not bench.networks.graphs.off, bench.notices.warnings
+        assert "no-cuda-graph" not in bench.notices.warnings
+    return found
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for (a, told), (b, said) in zip(one, other, strict=True):
+        assert told == said
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+GPU = {"device": "cuda", "batch_size": 4, "local_epochs": 3}
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["cnn", "resnet8", "vit-tiny"])
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fml"])
+def test_graphs_have_the_bits_of_eager_passes(method, model, precision, make_data, make_config):
+    width = None if model == "vit-tiny" else 8
+    config = make_config(method, **{**SMALL, **GPU, "model": model, "width": width, "precision": precision})
+    data = make_data((50, 47))
+    # A client's state would come back on the CPU: two clients, and a second round only where there is none.
+    exchanges = 4 if method == "fedavg" else 2
+    one, other = (on_the_gpu(config, data, METHODS[method], exchanges, graphs) for graphs in (True, False))
+    assert_same(one, other)
+    assert all(math.isfinite(report["loss"]) for _, report in one)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+def test_graphs_draw_the_numbers_of_eager_passes(make_data, make_config):
+    config, data = make_config(**{**SMALL, **GPU}), make_data((50, 47))
+    one, other = (on_the_gpu(config, data, Randomly, 4, graphs) for graphs in (True, False))
+    assert_same(one, other)
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize(
+    ("name", "model", "precision"),
+    [
+        *itertools.product(["fusefl", "fedgid"], ["cnn", "resnet8"], ["fp32", "bf16"]),
+        *((name, "resnet8", "fp32") for name in CLAIMED if name not in ("fusefl", "fedgid")),
+    ],
+)
+def test_runs_with_graphs_are_runs_without(name, model, precision, make_data, make_config, tmp_path, monkeypatch):
+    given = {**SMALL, **GPU, "model": model, "precision": precision, **SETTINGS.get(name, {}), **OWN.get(name, {})}
+    if METHODS[name].one_shot:
+        given.update(rounds=None, local_epochs=8)
+    config, recorded, record = make_config(name, **given), [], Graphs.record
+    monkeypatch.setattr(Graphs, "record", lambda self, work: recorded.append(self) or record(self, work))
+    for folder in ("graphs", "eager"):
+        data = None if name in OWN else make_data((50, 47, 20))
+        summary = run(config, data=data, out=tmp_path / folder)
+        assert "no-cuda-graph" not in summary["diagnostics"]
+        monkeypatch.setattr(Networks, "graphs", None)
+    assert recorded
+    assert same_bits(tmp_path / "graphs", tmp_path / "eager")
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@pytest.mark.parametrize("kind", [Reading, Indexing])
+def test_after_a_failed_recording_a_gpu_goes_on(kind, make_data, make_config):
+    config, data = make_config(**{**SMALL, **GPU}), make_data((50, 47))
+    found = []
+    for graphs in (True, False):
+        with reproducible():
+            bench = RunContext(config, data)
+            if not graphs:
+                bench.networks.lane_graphs[0] = None
+            client = Client(bench, 0, {})
+            answer = kind().client_update(client, Phase(0, "train", "update"), bench.networks.initial())
+            found.append((answer, client.report))
+            assert ("no-cuda-graph" in bench.notices.warnings) == graphs
+    assert_same(*([each] for each in found))
+    one, other = (on_the_gpu(config, data, FedAvg, 4, graphs) for graphs in (True, False))
+    assert_same(one, other)
+    one, other = (on_the_gpu(config, data, Randomly, 4, graphs) for graphs in (True, False))
+    assert_same(one, other)

@@ -1,0 +1,185 @@
+"""Runs that accelerate a user's network: the decision, the record, and the bits that follow from it alone."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fedkern
+from fedkern.acceleration import calls
+from fedkern.engine.local.script_objects import ScriptObjects
+from fedkern.engine.run import run
+from fedkern.ops._core import backend
+from fedkern.report.live.progress_bar import run_headline
+from fedkern.settings.stored import load_settings
+from python_tests.guest_networks import Doubling, Head, block
+from python_tests.hearing import Hearing
+from python_tests.interrupted import KillAt, kill_and_resume, outcome
+from python_tests.saved_network import same_network, tensors
+
+pytestmark = pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")
+
+
+class Guest(Head):
+    """A network whose forward is a function."""
+
+    def __init__(self, classes=3):
+        super().__init__(16, classes)
+        (self.c1, self.b1), (self.c2, self.b2) = block(3, 16), block(16, 16)
+
+    def maps(self, x):
+        return F.relu(self.b2(self.c2(F.max_pool2d(F.relu(self.b1(self.c1(x))), 2))))
+
+
+class Rows(nn.Sequential):
+    """Modules one after another."""
+
+    def __init__(self, classes=3):
+        super().__init__(
+            *block(3, 16), nn.ReLU(), nn.MaxPool2d(2), *block(16, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(16, classes),
+        )  # fmt: skip
+
+
+class Drawing(Guest):
+    """Draws from a generator of its own."""
+
+    generator = torch.Generator().manual_seed(0)
+
+    def maps(self, x):
+        return super().maps(x + 0.1 * torch.randn(x.shape, generator=self.generator))
+
+
+class Custom(Guest):
+    def maps(self, x):
+        return F.relu(Doubling.apply(self.b1(self.c1(x))))
+
+
+class Wide(Guest):
+    """Most of its products are of a layer that nothing serves."""
+
+    def __init__(self, classes=3):
+        super().__init__(classes)
+        self.first = nn.Conv2d(3, 64, 7, padding=3)
+        self.second = nn.Conv2d(64, 3, 7, padding=3)
+
+    def maps(self, x):
+        return super().maps(self.second(F.relu(self.first(x))))
+
+
+def guest(kind, seed=0):
+    torch.manual_seed(seed)
+    return kind()
+
+
+@pytest.fixture
+def played(make_config, make_data, tmp_path):
+    def play(name, kind=Guest, method="fedavg", **settings):
+        config = make_config(method, width=None, lr=0.05, **settings)
+        run(config, out=tmp_path / name, data=make_data(), script=ScriptObjects(guest(kind)))
+        return tmp_path / name
+
+    return play
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Guest, "served 2 of 2 convolutions"),
+        (Rows, "served 2 of 2 convolutions"),
+        (Drawing, "as written: it draws from generators of its own, or changes as it runs"),
+        (Custom, "as written: operators would save work in 0% of its convolutions"),
+        (Wide, "as written: operators would save work in"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "as written: it has no convolutions"),
+    ],
+)
+def test_the_record_says_what_is_served_or_why_not(kind, said, played):
+    assert load_settings(played("run", kind)).served.startswith(said)
+    assert load_settings(played("off", kind, accelerate="off")).served is None
+
+
+def test_the_header_says_it(make_config, make_data, tmp_path):
+    heard, script = Hearing(), ScriptObjects(guest(Guest))
+    run(make_config(width=None), out=tmp_path / "run", data=make_data(), script=script, listener=heard)
+    assert "module:Guest: served 2 of 2 convolutions" in run_headline(heard.info)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("kind", [Guest, Rows])
+@pytest.mark.parametrize("method", ["fedavg", "moon", "scaffold", "fedproto"])
+def test_a_run_that_is_served_is_near_the_one_as_written(kind, method, played):
+    one, other = tensors(played("auto", kind, method)), tensors(played("off", kind, method, accelerate="off"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-2 * float(other[name].abs().max()) + 1e-4)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("kind", [Guest, Rows])
+def test_stages_are_served(kind, played, monkeypatch):
+    chains = []
+
+    def serve(chain, dense):
+        chains.append(chain)
+        return served(chain, dense)
+
+    served = calls._serve
+    monkeypatch.setattr(calls, "_serve", serve)
+    given = {"stages": "b1,b2"} if kind is Guest else {}
+    one = tensors(played("auto", kind, "fedgid", **given))
+    assert len(chains) > 20
+    other = tensors(played("off", kind, "fedgid", accelerate="off", **given))
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-2 * float(other[name].abs().max()) + 1e-4)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_the_same_bits_in_workers_and_after_a_kill(played, make_config, make_data, tmp_path):
+    expected = played("one", workers="1", rounds=3)
+    assert same_network(expected, played("two", workers="2", rounds=3))
+    config, how = make_config(width=None, lr=0.05, rounds=3), {"data": make_data(), "at": KillAt("round", 1)}
+    again = kill_and_resume(config, out=tmp_path / "cut", script=ScriptObjects(guest(Guest)), **how)
+    assert again == outcome(expected)
+
+
+def test_operators_that_compute_something_else_are_not_taken(played, monkeypatch):
+    served = calls._serve
+
+    def wrong(chain, dense):
+        found = served(chain, dense)
+        return None if found is None else found * 1.1
+
+    monkeypatch.setattr(calls, "_serve", wrong)
+    out = played("run")
+    assert load_settings(out).served.startswith("as written: ")
+    assert "is another one where operators compute it" in load_settings(out).served
+    monkeypatch.undo()
+    assert same_network(out, played("off", accelerate="off"))
+
+
+def test_what_a_run_hands_out_is_plain_and_its_figures_are_those_of_the_run(make_data, tmp_path):
+    data = dataclasses.replace(make_data(), name="digits")
+    how = {"model": guest(Guest), "rounds": 1, "progress": False, "pictures": False, "batch_size": 4}
+    found = fedkern.simulate("fedavg", data=data, out=tmp_path / "run", **how)
+    assert found.config.served == "served 2 of 2 convolutions"
+    assert not any("_conv_forward" in vars(layer) for layer in found.model().modules())
+    again = found.evaluate()
+    assert again == {name: found.metrics[name] for name in again}
+    assert found.predict(data.tests["id"].images[:3]).shape == (3, 3)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["method"] == "fedavg"
+
+
+def test_a_loop_of_one_s_own_gets_the_accelerated_network(make_data, tmp_path):
+    seen = []
+
+    def train(model, client):
+        seen.append(any("_conv_forward" in vars(layer) for layer in model.modules()))
+
+    data = dataclasses.replace(make_data(), name="digits")
+    how = {"model": guest(Guest), "rounds": 1, "progress": False, "pictures": False, "workers": 1}
+    fedkern.simulate("fedavg", data=data, train=train, out=tmp_path / "run", **how)
+    assert set(seen) == {True}

@@ -1,0 +1,163 @@
+"""Layouts of models and the check of replies against them, without Flower."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fedkern.flower import array_bytes
+from fedkern.flower.array_bytes import FLAT, LISTING, Misfit
+from fedkern.flower.strategies.model_layout import Layout, Model
+from python_tests.flower.test_array_bytes import Sent, saved
+
+MODEL = {
+    "conv.weight": np.random.default_rng(0).standard_normal((100, 100)).astype(np.float32),
+    "bn.weight": np.ones(5, np.float32),
+    "bn.running_var": np.full(5, 0.5, np.float32),
+    "bn.num_batches_tracked": np.array(7),
+    "head": np.arange(6, dtype=np.float32).reshape(2, 3),
+}
+
+
+def record(model):
+    return {key: saved(np.asarray(value)) for key, value in model.items()}
+
+
+def flat(model, dtype="float32", **changes):
+    floats = [np.asarray(v).ravel() for v in model.values() if np.asarray(v).dtype.kind == "f"]
+    vector = torch.from_numpy(np.concatenate(floats)).to(array_bytes.FLOATS[dtype])
+    rows = [[key, list(np.shape(value)), np.asarray(value).dtype.name] for key, value in model.items()]
+    made = {
+        FLAT: Sent(dtype, (len(vector),), FLAT, array_bytes.raw_bytes(vector)),
+        LISTING: Sent("uint8", (1,), LISTING, json.dumps(rows).encode()),
+    }
+    made |= {key: saved(np.asarray(value)) for key, value in model.items() if np.asarray(value).dtype.kind != "f"}
+    return made | changes
+
+
+LAYOUT = Layout.of(record(MODEL))
+
+
+def test_places_lie_one_after_another_and_small_neighbours_share_a_segment():
+    places = [(entry.key, entry.begin, entry.end) for entry in LAYOUT.floating]
+    assert places == [
+        ("conv.weight", 0, 10_000), ("bn.weight", 10_000, 10_005), ("bn.running_var", 10_005, 10_010),
+        ("head", 10_010, 10_016),
+    ]  # fmt: skip
+    assert [[entry.key for entry in run] for run in LAYOUT.segments] == [
+        ["conv.weight"], ["bn.weight", "bn.running_var", "head"]
+    ]  # fmt: skip
+    assert (LAYOUT.size, LAYOUT.dtype) == (10_016, torch.float32)
+    assert [entry.key for entry in LAYOUT.whole] == ["bn.num_batches_tracked"]
+    assert [entry.key for entry in LAYOUT.floating if entry.variance] == ["bn.running_var"]
+
+
+@pytest.mark.parametrize("sent", [record(MODEL), flat(MODEL)], ids=["plain", "flat"])
+def test_a_model_gives_the_same_numbers_plain_and_flat(sent):
+    model = Model(sent, LAYOUT)
+    model.check_numbers()
+    wanted = np.concatenate([value.ravel() for value in MODEL.values() if value.dtype.kind == "f"])
+    assert np.array_equal(model.vector().numpy(), wanted)
+    assert np.array_equal(torch.cat(list(model.segments())).numpy(), wanted)
+    assert model.whole["bn.num_batches_tracked"] == 7
+    assert np.array_equal(model.entry(LAYOUT.floating[3]).numpy(), np.arange(6))
+
+
+def test_large_entries_and_flat_vectors_are_not_copied():
+    for sent in (record(MODEL), flat(MODEL)):
+        data = sent[FLAT].data if FLAT in sent else sent["conv.weight"].data
+        begin = np.frombuffer(data, np.uint8).ctypes.data
+        part = next(Model(sent, LAYOUT).segments())
+        assert begin <= part.data_ptr() < begin + len(data)
+
+
+def test_a_reply_may_have_another_floating_dtype():
+    wide = {key: value.astype(np.float64) if value.dtype.kind == "f" else value for key, value in MODEL.items()}
+    assert Model(record(wide), LAYOUT).vector().dtype == torch.float32
+    half = Model(flat(MODEL, "bfloat16"), LAYOUT)
+    assert torch.equal(half.vector(), Model(record(MODEL), LAYOUT).vector().bfloat16().float())
+
+
+def changed(**entries):
+    model = {**MODEL, **{key.replace("__", "."): value for key, value in entries.items()}}
+    return {key: value for key, value in model.items() if value is not None}
+
+
+def with_nan(value):
+    value = value.copy()
+    value.flat[-1] = np.nan
+    return value
+
+
+BAD = {
+    "lacks": (record(changed(head=None)), "keys", "lacks 'head'"),
+    "more": (record(changed(more=np.zeros(2))), "keys", "should not hold 'more'"),
+    "shape": (record(changed(head=np.zeros((3, 2), np.float32))), "shapes", r"'head' of shape \[3, 2\]"),
+    "whole for floating": (record(changed(head=np.zeros((2, 3), int))), "dtypes", "a floating dtype is expected"),
+    "floating for whole": (record(changed(bn__num_batches_tracked=np.array(1.0))), "dtypes", "int64 is expected"),
+    "int32 for int64": (record(changed(bn__num_batches_tracked=np.array(1, np.int32))), "dtypes", "int32"),
+    "flat of another length": (
+        flat(MODEL, **{FLAT: Sent("float32", (3,), FLAT, b"\0" * 12)}), "size", "3 elements where 10016",
+    ),
+    "flat as .npy": (flat(MODEL, **{FLAT: saved(np.zeros(10_016, int))}), "dtypes", "another encoding"),
+    "flat without a list": ({k: v for k, v in flat(MODEL).items() if k != LISTING}, "keys", "lacks"),
+    "flat with a foreign list": (flat(changed(head=None, heads=MODEL["head"])), "keys", "lacks 'head'"),
+    "flat in another order": (flat(dict(reversed(MODEL.items()))), "keys", "another order"),
+    "flat and plain": (flat(MODEL, head=saved(MODEL["head"])), "keys", "should not hold 'head'"),
+    "a list that is no list": (flat(MODEL, **{LISTING: Sent("uint8", (1,), LISTING, b"7")}), "keys", "cannot be read"),
+    "a list of lists": (flat(MODEL, **{LISTING: Sent("uint8", (1,), LISTING, b"[" * 9**5)}), "keys", "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_record_that_does_not_fit_is_refused_by_name(case):
+    sent, reason, text = BAD[case]
+    with pytest.raises(Misfit, match=text) as caught:
+        Model(sent, LAYOUT)
+    assert caught.value.reason == reason
+
+
+NUMBERS = {
+    "NaN in a large entry": (changed(conv__weight=with_nan(MODEL["conv.weight"])), "finite", "conv.weight"),
+    "NaN in a small entry": (changed(head=with_nan(MODEL["head"])), "finite", "'head'"),
+    "fp64 that fp32 cannot hold": (changed(head=np.full((2, 3), 1e300)), "finite", "'head'"),
+    "infinity": (changed(bn__weight=np.full(5, np.inf, np.float32)), "finite", "bn.weight"),
+    "negative variance": (changed(bn__running_var=np.full(5, -1e-9, np.float32)), "variance", "running_var"),
+}
+
+
+@pytest.mark.parametrize("form", [record, flat], ids=["plain", "flat"])
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_are_checked(case, form):
+    model, reason, text = NUMBERS[case]
+    with pytest.raises(Misfit, match=text) as caught:
+        Model(form(model), LAYOUT).check_numbers()
+    assert caught.value.reason == reason
+
+
+def test_numbers_whose_sum_overflows_are_finite():
+    Model(record(changed(conv__weight=np.full((100, 100), 3e38, np.float32))), LAYOUT).check_numbers()
+
+
+def test_the_distance_is_taken_in_fp64():
+    rng = np.random.default_rng(1)
+    far = {k: v + rng.normal(0, 1e-6, v.shape).astype(v.dtype) if v.dtype.kind == "f" else v for k, v in MODEL.items()}
+    wanted = np.sqrt(sum(((far[k].astype(float) - MODEL[k]) ** 2).sum() for k in MODEL if MODEL[k].dtype.kind == "f"))
+    found = Model(flat(far), LAYOUT).distance(Model(record(MODEL), LAYOUT))
+    assert found == pytest.approx(wanted, rel=1e-12)
+
+
+def test_forms_of_a_round_are_read_once_and_others_anew():
+    layout = Layout.of(record(MODEL))
+    first, again = Model(record(MODEL), layout), Model(record(MODEL), layout)
+    assert torch.equal(first.vector(), again.vector())
+    assert first.nbytes == again.nbytes == 4 * layout.size
+    cut = record(MODEL)
+    cut["head"] = cut["head"]._replace(data=cut["head"].data[:-4])
+    with pytest.raises(Misfit, match="20 bytes where 24 belong"):
+        Model(cut, layout)
+    turned = {**MODEL, "head": np.asfortranarray(MODEL["head"])}
+    assert torch.equal(Model(record(turned), layout).vector(), first.vector())
+    with pytest.raises(Misfit, match=r"of shape \[3, 2\] where \[2, 3\] is expected"):
+        Model(record({**MODEL, "head": MODEL["head"].T.copy()}), layout)

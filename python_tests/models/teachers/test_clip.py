@@ -1,0 +1,290 @@
+"""CLIP through transformers, on a tiny randomly initialised model that the test saves itself."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from fedkern.engine.run import run
+from fedkern.errors import UserError
+from fedkern.models.pretrained.safe_loading import Pretrained
+from fedkern.models.teachers import clip
+from fedkern.models.teachers.clip import PIXELS, clip_teacher
+from fedkern.models.teachers.prompts import DEFAULT, read_prompts
+from fedkern.models.teachers.teacher import Teacher
+from fedkern.models.teachers.teacher_cache import LogitsCache
+from python_tests.models.pretrained_pictures import SCALE, normalised, pictures
+
+CLASSES = ("cat", "big_dog", "ship")
+SIDE = 40  # of the tiny network's images, in place of 224
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete model folder: weights, configuration, tokenizer, preprocessing."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
+    path = tmp_path_factory.mktemp("tiny-clip")
+    letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer.from_pretrained(path).save_pretrained(path)
+    end = len(words) - 1
+    ids = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**small, **ids, "vocab_size": len(words), "max_position_embeddings": 64},
+        vision_config={**small, "image_size": SIDE, "patch_size": 20},
+        projection_dim=8,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.CLIPModel(config)
+        for parameter in model.parameters():  # the library's initial weights are so small that all images look alike
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "size": {"shortest_edge": SIDE}, "crop_size": SIDE, "do_resize": True, "do_center_crop": True,
+                "image_mean": list(PIXELS["image_mean"]), "image_std": list(PIXELS["image_std"]),
+            }
+        )
+    )  # fmt: skip
+    return path
+
+
+def make(folder: Path, **options: Any) -> Teacher:
+    return clip_teacher(folder, CLASSES, **{**SCALE, **options})
+
+
+def theirs(folder: Path, prompts: list[str], pixel_values: torch.Tensor) -> torch.Tensor:
+    """transformers' own logits_per_image."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
+    model = transformers.CLIPModel.from_pretrained(folder).eval()
+    encoded = transformers.AutoTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(pixel_values=pixel_values, **encoded).logits_per_image
+
+
+def pillow(pixels: torch.Tensor) -> torch.Tensor:
+    """CLIP's preprocessing as it was trained with: Pillow's bicubic filter on bytes, centre crop, scale."""
+    rows = []
+    for one in pixels.expand(-1, 3, -1, -1):
+        image = Image.fromarray(one.permute(1, 2, 0).numpy())
+        short = min(image.size)
+        size = (int(SIDE * image.width / short), int(SIDE * image.height / short))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
+        cut = np.asarray(image.crop((left, top, left + SIDE, top + SIDE)))
+        rows.append(torch.from_numpy(cut.copy()).permute(2, 0, 1))
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (PIXELS["image_mean"], PIXELS["image_std"]))
+    return (torch.stack(rows) / 255 - mean) / std
+
+
+def test_logits_are_those_of_transformers(folder: Path) -> None:
+    teacher, images = make(folder), pictures(5, 32, 32)
+    made = teacher.logits(normalised(images))
+    prompts = ["a photo of a cat.", "a photo of a big dog.", "a photo of a ship."]
+    expected = theirs(folder, prompts, teacher.network.prepare(normalised(images)))
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+    # End to end with the preprocessing of Pillow: at most one byte in 255 apart here and there.
+    torch.testing.assert_close(made, theirs(folder, prompts, pillow(images)), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("height", "width", "channels"), [(32, 32, 3), (50, 30, 3), (28, 28, 1), (40, 40, 3)])
+def test_preprocessing_is_pillows(folder: Path, height: int, width: int, channels: int) -> None:
+    images = pictures(3, height, width, channels)
+    scale = {name: SCALE[name][:channels] for name in SCALE}
+    made = clip_teacher(folder, CLASSES, **scale).network.prepare(normalised(images))
+    assert made.shape == (3, 3, SIDE, SIDE)
+    byte = max(1 / (255 * std) for std in PIXELS["image_std"])
+    apart = (made - pillow(images)).abs()
+    assert apart.max() < 2.1 * byte
+    assert (apart > 0.1 * byte).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("text", [None, "null"])
+def test_without_a_preprocessing_file_it_is_clips_own(folder: Path, tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / folder.name
+    shutil.copytree(folder, path)
+    (path / "preprocessor_config.json").unlink()
+    if text is not None:
+        (path / "preprocessor_config.json").write_text(text)
+    prepare = make(path).network.prepare
+    assert prepare(normalised(pictures(1, 32, 32))).shape == (1, 3, 224, 224)
+    assert (prepare.own_mean, prepare.own_std) == (PIXELS["image_mean"], PIXELS["image_std"])
+
+
+def test_templates_are_averaged_as_unit_vectors(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "templates.txt").write_text("# two views\na photo of a {class}.\n\na drawing of the {}.\n")
+    images = normalised(pictures(5, 32, 32))
+    teacher = make(folder, prompts=str(tmp_path / "templates.txt"))
+    assert json.loads(teacher.identity["prompts"])[1] == ["a photo of a big dog.", "a drawing of the big dog."]
+    features = [make(folder, prompts=template).network.head.weight for template in ("a photo of a {class}.",
+                                                                               "a drawing of the {}.")]  # fmt: skip
+    scale = features[0].norm(dim=1, keepdim=True)
+    expected = functional.normalize(features[0] + features[1], dim=1) * scale
+    torch.testing.assert_close(teacher.network.head.weight, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(teacher.logits(images), make(folder).logits(images), atol=1e-3)
+
+
+def test_prompts_name_the_cache(folder: Path, tmp_path: Path) -> None:
+    cache = LogitsCache(tmp_path, **SCALE)
+    assert cache.path("logits", make(folder).identity) == cache.path("logits", make(folder, prompts=DEFAULT).identity)
+    assert cache.path("logits", make(folder).identity) != cache.path(
+        "logits", make(folder, prompts="a {class}").identity
+    )
+    copy = tmp_path / folder.name
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    before = make(copy).identity
+    (copy / "model.safetensors").write_bytes(weights)
+    assert make(copy).identity != before
+
+
+def test_a_loaded_folder_is_not_needed_for_cached_images(folder, tmp_path, monkeypatch):
+    cache, images = LogitsCache(tmp_path, **SCALE), normalised(pictures(5, 32, 32))
+    first = cache.logits(make(folder), [images[:2], images[2:]])
+
+    def refuse(*arguments: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(Pretrained, "load", refuse)
+    assert torch.equal(cache.logits(make(folder), [images]), first)
+    with pytest.raises(AssertionError, match="loaded"):
+        cache.logits(make(folder), [images + 1])
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    ({"cat": "a cat", "ship": "a ship"}, r'has no prompts for the class "big_dog": add them\.$'),
+    (
+        {"cat": "a", "big_dogs": ["b"], "ship": "c"},
+        r'no prompts for the class "big_dog": add them\. Did you mean "big_dogs"',
+    ),
+    ({"cat": "a", "big_dog": "b", "ship": "c", "cow": "d"}, r'for the class "cow", which the data do not have'),
+    ({"cat": "a", "big_dog": [], "ship": "c"}, r'the prompts of "big_dog" in .* must be a text or a list of texts'),
+    (["a"], "must map every class to its prompts, but holds a list"),
+])  # fmt: skip
+def test_prompts_by_class(tmp_path: Path, content: Any, sentence: str) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=sentence):
+        read_prompts(str(path), CLASSES)
+    path.write_text(json.dumps({"cat": "a cat", "big_dog": ["a dog", "a hound"], "ship": "x"}))
+    assert read_prompts(str(path), CLASSES) == [["a cat"], ["a dog", "a hound"], ["x"]]
+
+
+def test_templates_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "templates.txt"
+    for text, sentence in (
+        ("a photo", 'the template "a photo" in .* has no {class}'),
+        ("# nothing\n", "is empty: write one template"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            read_prompts(str(path), CLASSES)
+    with pytest.raises(UserError, match=r"nowhere.txt cannot be read \(No such file"):
+        read_prompts(str(tmp_path / "nowhere.txt"), CLASSES)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_prompts(str(tmp_path / "broken.json"), CLASSES)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not JSON"):
+        read_prompts(str(tmp_path / "deep.json"), CLASSES)
+    with pytest.raises(UserError, match=r"~nosuchuser/x begins with the home folder of nosuchuser"):
+        read_prompts("~nosuchuser/x", CLASSES)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
+    (tmp_path / "templates.txt").write_text("a {}\n", encoding="utf-8-sig")
+    assert read_prompts(str(tmp_path / "templates.txt"), CLASSES)[0] == ["a cat"]
+    (tmp_path / "prompts.json").write_text(json.dumps(dict.fromkeys(CLASSES, "x")), encoding="utf-8-sig")
+    assert read_prompts(str(tmp_path / "prompts.json"), CLASSES)[0] == ["x"]
+
+
+def pickled(folder: Path, base: Path, drop: str = "-", **more: Any) -> Path:
+    """A copy of a folder whose weights are pytorch_model.bin, without those whose names hold ``drop``."""
+    copied = base / "pickled"
+    shutil.copytree(folder, copied)
+    tensors = {name: x for name, x in load_file(copied / "model.safetensors").items() if drop not in name}
+    (copied / "model.safetensors").unlink()
+    torch.save({**tensors, **more}, copied / "pytorch_model.bin")
+    return copied
+
+
+def test_a_folder_with_a_pickle_alone(folder: Path, tmp_path: Path) -> None:
+    images = normalised(pictures(5, 32, 32))
+    copied = pickled(folder, tmp_path)
+    # Not to the bit: weights of the two formats lie at other alignments, which matrix products may sum differently for.
+    torch.testing.assert_close(make(copied).logits(images), make(folder).logits(images))
+    shutil.copy(folder / "model.safetensors", copied)
+    before = make(copied).identity["content"]
+    (copied / "pytorch_model.bin").write_bytes(b"what nobody reads")
+    assert make(copied).identity["content"] == before
+    torch.testing.assert_close(make(copied).logits(images), make(folder).logits(images))
+
+
+def test_new_pickled_weights_get_a_new_cache(folder: Path, tmp_path: Path) -> None:
+    copied = pickled(folder, tmp_path)
+    before = make(copied).identity["content"]
+    torch.save({"other": torch.zeros(1)}, copied / "pytorch_model.bin")
+    assert make(copied).identity["content"] != before
+
+
+def test_a_pickle_of_more_than_tensors_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot load a CLIP from"):  # unpickling it would run a class
+        make(pickled(folder, tmp_path, more=Path("code"))).logits(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_clip_without_some_of_its_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the CLIP .*pickled lacks 1 of the \d+ tensors .*, such as visual_projection"):
+        make(pickled(folder, tmp_path, drop="visual_projection")).logits(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_whole_run_with_clip(folder, make_data, make_config, tmp_path, monkeypatch):
+    """Fed-LPFM end to end: CLIP sees every image once, whatever the seed, and nothing of it is booked."""
+    passed: list[int] = []
+    forward = clip.ClipClassifier.features
+
+    def count(self: Any, images: torch.Tensor) -> torch.Tensor:
+        passed.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(clip.ClipClassifier, "features", count)
+    data = make_data()
+    options = {"teacher": f"clip:{folder}", "prompts": "a photo of {class}", "teacher_cache": str(tmp_path / "cache")}
+
+    def go(name: str, **settings: Any) -> Any:
+        config = make_config("fedlpfm", options={**options, **settings.pop("options", {})}, **settings)
+        return run(config, out=tmp_path / name, data=data)
+
+    summary = go("a")
+    looked_at = sum(passed)
+    splits = [*data.clients, *data.tests.values(), data.validation]
+    assert looked_at == sum(map(len, splits)) + 2 * 2  # two blank images to check and to count operations, twice
+    assert f"Taught by clip:{folder} (zero-shot), installed once" in summary["diagnostics"]["teacher"]
+    assert summary["bytes"] == run(make_config("fedavg"), out=tmp_path / "b", data=data)["bytes"]
+    teacher = clip_teacher(folder, data.classes, mean=data.form.mean, std=data.form.std, prompts="a photo of {class}")
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (data.form.mean, data.form.std))
+    test = data.tests["id"]
+    right = (teacher.logits((test.images / 255 - mean) / std).argmax(1) == test.labels).double().mean()
+    assert summary["metrics"]["id_teacher_accuracy"] == pytest.approx(float(right))
+    passed.clear()
+    go("c", seed=1)
+    assert sum(passed) == 4
+    for tuning in ("probe", "finetune"):
+        tuned = go(tuning, options={"teacher_tuning": tuning, "tuning_epochs": 2})
+        assert f"({tuning})" in tuned["diagnostics"]["teacher"]
