@@ -31,7 +31,7 @@ WITHOUT = "FEDKERN_CPU=0 installs fedkern without the compiled core, plain PyTor
 
 
 def switch(name: str) -> str:
-    """Returns the environment variable ``name``, one of auto (where it is unset), 0 and 1."""
+    """Return the environment variable ``name``, one of auto (where it is unset), 0 and 1."""
     value = os.environ.get(name) or "auto"
     if value not in ("auto", "0", "1"):
         sys.exit(f"fedkern: {name} is {value!r}; it takes auto, 0 or 1")
@@ -160,7 +160,7 @@ class FreshBuild(build):
 
 
 def note_commit(package: Path) -> None:
-    """Writes the checkout's commit into a copy of the package; a source distribution brings its own along."""
+    """Write the checkout's commit into a copy of the package, as a source distribution has its own."""
     # By its path: the package itself need not be importable here.
     if found := runpy.run_path(str(ROOT / "fedkern" / "process" / "commit.py"))["commit"]():
         (package / "commit.txt").write_text(f"{found}\n")

@@ -25,7 +25,7 @@ Implementation = Callable[[], Any] | Absent
 
 
 def folded(module: nn.Module) -> nn.Module:
-    """A copy in eval mode whose batch norms are in the convolutions registered right before them."""
+    """Return a copy in eval mode whose batch norms are in the convolutions registered right before them."""
     made = copy.deepcopy(module).eval()
     for owner in list(made.modules()):
         names = list(owner.named_children())

@@ -35,7 +35,7 @@ SECONDS = 600
 
 
 def asked(what: str, rule: str, model: str, clients: int, *words: str) -> Any:
-    """What flower_replies.py tells; skips the test where no environment was named."""
+    """Return what flower_replies.py tells; skips the test where no environment was named."""
     folder = harness.SETTINGS.environments.get("flower")
     if folder is None:
         pytest.skip("no --environment flower=DIR was given")

@@ -154,7 +154,7 @@ def write_boxes(path: Path, count: int = 50_000) -> None:
 def run_words(
     case: Case, folder: Path, data_root: str | None, seed: int, threads: int, device: str = "cpu"
 ) -> list[str]:
-    """The words behind ``python -m fedkern.run``."""
+    """Return the words behind ``python -m fedkern.run``."""
     settings = {**_settings(case, data_root, device), "seed": seed, "out": folder / "run"}
     if threads:
         settings["threads"] = threads
@@ -171,7 +171,7 @@ def run_words(
 
 
 def plain_words(effective: RunConfig, folder: Path, seed: int, threads: int) -> list[str]:
-    """The words behind ``python -m benchmarks.plain.METHOD`` of a run with these settings.
+    """Return the words behind ``python -m benchmarks.plain.METHOD`` of a run with these settings.
 
     Raises:
         ValueError: the plain method computes something else than the settings ask for.
@@ -214,7 +214,7 @@ def missing(variant: str, before: Path | None, device: str = "cpu") -> str:
 
 
 def checked(before: Path) -> Path:
-    """The folder of another checkout, once ``import fedkern`` there is known to find its own package and core.
+    """Return the folder of another checkout, once ``import fedkern`` there is known to find its own package and core.
 
     Raises:
         SystemExit: it does not.
@@ -233,7 +233,7 @@ def checked(before: Path) -> Path:
 
 
 def environment(variant: str, before: Path | None) -> dict[str, str]:
-    """The environment of a variant's commands."""
+    """Return the environment of a variant's commands."""
     variables = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     variables["PYTHONPATH"] = str(before if variant == "before" else ROOT)
     if variant == "reference" or variant.startswith(PLAIN):  # whose networks are fedkern's, with its operators
@@ -287,7 +287,7 @@ class Row:
         return [a / b for a, b in zip(times.get(slower, []), times.get(faster, []), strict=False)]
 
     def speedup(self, slower: str, faster: str = OURS, of: str = "seconds") -> float | None:
-        """The median of :meth:`ratios`."""
+        """Return the median of :meth:`ratios`."""
         ratios = self.ratios(slower, faster, of)
         return median(ratios) if ratios else None
 
@@ -308,7 +308,7 @@ class Row:
 
 
 def read_rounds(variant: str, folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's rounds."""
+    """Return the records of a run's rounds."""
     if variant.startswith(PLAIN):
         return json.loads((folder / "records.json").read_text())["rounds"]
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -320,7 +320,7 @@ def main_figure(rounds: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
 
 
 def other_settings(before: Path, ours: Path) -> list[str]:
-    """What two run folders' config.toml say differently, of the settings that both have."""
+    """Return what two run folders' config.toml say differently, of the settings that both have."""
     old, new = (tomllib.loads((folder / "run" / "config.toml").read_text()) for folder in (before, ours))
     differences = []
     for table in ("", "options", "data_options"):
@@ -339,7 +339,7 @@ def measure(
     data_root: str | None,
     device: str = "cpu",
 ) -> Row:
-    """Runs a case's variants in turn; the one that begins changes from repeat to repeat."""
+    """Run a case's variants in turn; the one that begins changes from repeat to repeat."""
     row = Row(case.method, case.setting, settings={**case.settings, **case.options})
     row.missing = {name: why for name in variants if (why := missing(name, before, device))}
     there = [name for name in variants if name not in row.missing]
@@ -403,7 +403,7 @@ def _measure(
 
 
 def speedups(rows: Iterable[Row], slower: str, faster: str, of: str = "seconds") -> list[float]:
-    """The speed-ups of those rows that have one, with the same settings."""
+    """Return the speed-ups of those rows that have one, with the same settings."""
     alike = (row for row in rows if slower != "before" or not row.differs)
     return [gain for row in alike if (gain := row.speedup(slower, faster, of)) is not None]
 
@@ -416,7 +416,7 @@ def results_path(machine: Mapping[str, Any], folder: Path = RESULTS) -> Path:
 
 
 def read(path: Path, machine: Mapping[str, Any]) -> list[Row]:
-    """The recorded rows; none where the file is not there or of another machine."""
+    """Return the recorded rows; none where the file is not there or of another machine."""
     content = json.loads(path.read_text()) if path.exists() else {}
     if not content or comparisons.machine_difference(content["machine"], dict(machine)):
         return []
@@ -424,7 +424,7 @@ def read(path: Path, machine: Mapping[str, Any]) -> list[Row]:
 
 
 def write(rows: Sequence[Row], machine: Mapping[str, Any], *, before: str, folder: Path = RESULTS) -> Path:
-    """Writes ``methods_<cpu>.json`` and its page; rows of other cases that the file has stay."""
+    """Write ``methods_<cpu>.json`` and its page; rows of other cases that the file has stay."""
     path = results_path(machine, folder)
     names = {row.name for row in rows}
     order = {case.name: i for i, case in enumerate(CASES)}
@@ -440,7 +440,7 @@ def write(rows: Sequence[Row], machine: Mapping[str, Any], *, before: str, folde
 
 
 def page(rows: Sequence[Row], content: Mapping[str, Any]) -> str:
-    """The page of a results file."""
+    """Return the page of a results file."""
     machine = content["machine"]
     lines = [
         f"# Whole runs on {comparisons.processor(machine)}",
@@ -488,7 +488,7 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _rounds_table(rows: Sequence[Row]) -> list[str]:
-    """The first round and later ones, of runs that tell them apart."""
+    """Return the first round and later ones, of runs that tell them apart."""
     rows, names = [row for row in rows if row.later_seconds], _names(rows)
     lines = ["Seconds of the first round, and of the median later one:", "", f"| run | {' | '.join(names)} |"]
     lines.append("|---|" + "---:|" * len(names))
@@ -510,7 +510,7 @@ def _gpu_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _pairs_table(rows: Sequence[Row], about: str, units: str, digits: str, first: str, size: str) -> list[str]:
-    """The medians of two attributes of the rows in a cell, the second in bytes."""
+    """Return the medians of two attributes of the rows in a cell, the second in bytes."""
     names = _names(rows)
     lines = [about, "", f"| run | {' | '.join(f'{name}, {units}' for name in names)} |", "|---|" + "---:|" * len(names)]
     for row in rows:
@@ -586,7 +586,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _revision(checkout: Path | None) -> str:
-    """The commit of another checkout; its path's last part where that is no repository."""
+    """Return the commit of another checkout; its path's last part where that is no repository."""
     if checkout is None:
         return ""
     asked = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]

@@ -31,7 +31,7 @@ class Case:
         self.start = torch.randn(size)
 
     def held(self, count: int) -> list[Tensor]:
-        """The parameters, the gradients, and states of zeros."""
+        """Return the parameters, the gradients, and states of zeros."""
         return [self.start.clone(), 0.01 * self.start, *(torch.zeros_like(self.start) for _ in range(count))]
 
     def sgd(self) -> Callable[[], Tensor]:
@@ -40,7 +40,7 @@ class Case:
         return lambda: step(theta, g, v).squared_norm
 
     def eager_sgd(self) -> Callable[[], Tensor]:
-        """The expressions of the engine's training loop."""
+        """Return the expressions of the engine's training loop."""
         theta, g, v = self.held(1)
 
         def run() -> Tensor:

@@ -73,7 +73,7 @@ SIGMAS = 3.0  # by which accuracies may differ
 
 
 def trial(one: Setting) -> Setting:
-    """The same setting in little."""
+    """Return the same setting in little."""
     return replace(one, clients=min(one.clients, 4), samples=40, rounds=2, repeats=2)
 
 
@@ -107,7 +107,7 @@ def tolerance(accuracy: float, count: int = setting.TEST) -> float:
 
 
 def unequal(accuracy: Mapping[str, float], against: str) -> dict[str, float]:
-    """The programs whose accuracy is not that of ``against``, within the tolerance."""
+    """Return the programs whose accuracy is not that of ``against``, within the tolerance."""
     allowed = tolerance(accuracy[against])
     return {name: value for name, value in accuracy.items() if abs(value - accuracy[against]) > allowed}
 
@@ -140,7 +140,7 @@ def compete(
 
 
 def later(played: Played) -> float:
-    """The median round behind the first."""
+    """Return the median round behind the first."""
     return statistics.median(played.rounds[1:])
 
 

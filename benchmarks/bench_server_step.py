@@ -41,7 +41,7 @@ class Case:
         )
 
     def look(self, deltas: list[Tensor], mean: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Writes the deltas and their mean; returns norms and cosines."""
+        """Write the deltas and their mean; return norms and cosines."""
         for vector, delta in zip(self.vectors, deltas, strict=True):
             torch.sub(vector, self.global_, out=delta)  # one pass less than _foreach_copy_ and _foreach_sub_
         norms = list(torch._foreach_norm(deltas))

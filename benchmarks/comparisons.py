@@ -108,7 +108,10 @@ class Recorded:
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, list[Recorded]]:
-    """The recorded operators by name, each with an entry per machine, CPUs first; other JSON files are left alone."""
+    """Return the recorded operators by name, each with an entry per machine, CPUs first.
+
+    Other JSON files are left alone.
+    """
     groups: dict[str, list[Recorded]] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
@@ -153,7 +156,7 @@ class Recorder:
         return "" if self.anew else _refusal(_path(self.folder, group, device, self.machine), self.machine)
 
     def add(self, row: Comparison) -> None:
-        """Writes the file of the row's operator with all rows of this run."""
+        """Write the file of the row's operator with all rows of this run."""
         self.rows.append(row)
         mates = [one for one in self.rows if (one.group, one.device) == (row.group, row.device)]
         paths = write_results(mates, self.machine, self.folder, collected=self.collected, anew=self.anew)
@@ -168,7 +171,7 @@ def write_results(
     collected: Iterable[str] = (),
     anew: bool = False,
 ) -> list[Path]:
-    """Writes ``<group>-<processor>.json`` (``<group>-cuda-<gpu>.json`` for a GPU's rows), see :func:`slug`.
+    """Write ``<group>-<processor>.json`` (``<group>-cuda-<gpu>.json`` for a GPU's rows), see :func:`slug`.
 
     A forced backend follows the processor, and a number tells machines apart that share all this, for example two ISA
     levels of one processor: their files are left alone.  Rows of the same machine that this run did not measure stay
@@ -207,29 +210,29 @@ def write_results(
 
 
 def processor(machine: Mapping[str, Any]) -> str:
-    """The name of what computed: of a GPU's rows the GPU."""
+    """Return the name of what computed: of a GPU's rows the GPU."""
     return str(machine.get("gpu") or machine.get("cpu") or "unknown")
 
 
 def spoken(machine: Mapping[str, Any]) -> str:
-    """The processor as pages say it: "Intel(R) Xeon(R) Processor" of two cores is "Intel Xeon, 2 cores"."""
+    """Return the processor as pages say it: "Intel(R) Xeon(R) Processor" of two cores is "Intel Xeon, 2 cores"."""
     name = " ".join(NOISE.sub(" ", processor(machine)).split())
     return f"{name}, {machine['cores']} cores" if "cores" in machine else name
 
 
 def dated(machine: Mapping[str, Any]) -> str:
-    """The day of a measurement and its commit, as captions end."""
+    """Return the day of a measurement and its commit, as captions end."""
     commit = machine["commit"]
     return f"{machine['time'][:10]}{', commit unrecorded' if commit == UNRECORDED else f' at commit `{commit}`'}."
 
 
 def slug(machine: Mapping[str, Any]) -> str:
-    """The processor in a file's name: "Intel(R) Xeon(R) CPU @ 2.20GHz" is "intel-xeon"."""
+    """Return the processor in a file's name: "Intel(R) Xeon(R) CPU @ 2.20GHz" is "intel-xeon"."""
     return re.sub(r"[^a-z0-9]+", "-", NOISE.sub(" ", processor(machine)).lower()).strip("-") or "unknown"
 
 
 def _path(folder: Path, group: str, device: str, machine: dict[str, Any]) -> Path:
-    """This machine's file, whatever its torch."""
+    """Return this machine's file, whatever its torch."""
     parts = [group, *([] if device == "cpu" else [device]), slug(machine), machine.get("backend", "")]
     start = "-".join(part for part in parts if part)
     path, number = folder / f"{start}.json", 1

@@ -109,7 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def node(request: pytest.FixtureRequest, benchmark: Any) -> str:
-    """The running test's name relative to benchmarks/; what it measures is in pytest-benchmark's record too."""
+    """Return the running test's name relative to benchmarks/; what it measures is in pytest-benchmark's record too."""
     harness.SETTINGS.benchmark = benchmark
     return _name(request.node)
 

@@ -51,7 +51,7 @@ METHODS: Mapping[str, list[str]] = {
 
 
 def results_path(machine: Mapping[str, Any], folder: Path = comparisons.RESULTS) -> Path:
-    """The file with the results of a machine."""
+    """Return the file with the results of a machine."""
     return folder / f"flower_messages_{comparisons.slug(machine)}.json"
 
 
@@ -62,7 +62,7 @@ def seconds_of(method: str, run: Path) -> float:
 
 
 def command(*words: str) -> None:
-    """Runs fedkern's command.
+    """Run fedkern's command.
 
     Raises:
         SystemExit: it failed.
@@ -126,7 +126,7 @@ def _deploy() -> ModuleType:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Return the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flower_messages", description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=REPEATS)

@@ -94,25 +94,25 @@ def model(name: str, seed: int) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def record(model: dict[str, np.ndarray[Any, Any]]) -> ArrayRecord:
-    """A model as Flower's arrays."""
+    """Return a model as Flower's arrays."""
     return ArrayRecord({key: Array(np.asarray(value)) for key, value in model.items()})
 
 
 def fresh(arrays: ArrayRecord) -> ArrayRecord:
-    """The same arrays in new memory, as a grid makes them of what came."""
+    """Return the same arrays in new memory, as a grid makes them of what came."""
     copied = {key: Array(one.dtype, one.shape, one.stype, bytes(memoryview(one.data))) for key, one in arrays.items()}
     return ArrayRecord(copied)
 
 
 def reply(arrays: ArrayRecord, node: int) -> Message:
-    """A node's reply to a training message."""
+    """Return a node's reply to a training message."""
     asked = Message(RecordDict(), node, "train")
     content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 100 + 7 * node, "loss": 0.5})})
     return Message(content, reply_to=asked)
 
 
 def strategy(name: str, rule: str, start: ArrayRecord, clients: int) -> Any:
-    """A variant's strategy at the beginning of a round's answers."""
+    """Return a variant's strategy at the beginning of a round's answers."""
     if name == THEIRS:
         made = getattr(flower, rule)(**SETTINGS[rule])
         if hasattr(made, "eta"):
@@ -129,7 +129,7 @@ def variants(rule: str) -> list[str]:
 
 
 def handed(replies: list[Message], begin: list[float], clock: Callable[[], float]) -> Iterator[Message]:
-    """The replies, one after another; notes when the first is asked for."""
+    """Yield the replies, one after another; notes when the first is asked for."""
     begin.append(clock())
     while replies:
         yield replies.pop(0)
@@ -200,7 +200,7 @@ def ranking(clients: int, size: int, rounds: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Does what the command line asks for."""
+    """Do what the command line asks for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("time", "memory", "ranking"))
     parser.add_argument("rule", choices=SETTINGS)

@@ -67,7 +67,7 @@ class Floor:
         return max(seconds / most - 1, 1 - seconds / least, 0.0)
 
     def after(self, earlier: Floor | None) -> Floor:
-        """What earlier processes and this one saw of the row."""
+        """Return what earlier processes and this one saw of the row."""
         if earlier is None or earlier.against != self.against:
             return self
         return Floor(self.against, earlier.ratios + self.ratios, earlier.seconds + self.seconds)
@@ -90,7 +90,7 @@ class Verdict:
 
 
 def write_floors(floors: Floors, path: Path = FLOORS) -> None:
-    """Writes floors.toml as a whole."""
+    """Write floors.toml as a whole."""
     lines = ["# Times a baseline's time over ours, as pytest benchmarks --set-floors saw it.", "", "[machine]"]
     lines += [f"{fact} = {_text(value)}" for fact, value in floors.machine.items()]
     lines += ["", "[floors]"]
@@ -104,12 +104,12 @@ def write_floors(floors: Floors, path: Path = FLOORS) -> None:
 
 
 def _text(value: Any) -> str:
-    """A string or number in TOML, which writes them as JSON does."""
+    """Return a string or number in TOML, which writes them as JSON does."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def read_floors(path: Path = FLOORS) -> Floors:
-    """Reads floors.toml; a missing file holds no floors."""
+    """Read floors.toml; a missing file holds no floors."""
     if not path.exists():
         return Floors()
     content = tomllib.loads(path.read_text())
@@ -148,7 +148,7 @@ class Duel:
 
 
 def judge(floor: Floor, duel: Duel) -> Verdict:
-    """Compares a measurement with its floor."""
+    """Compare a measurement with its floor."""
     reached = duel.ratio >= floor.lowest
     seen = f"{duel.ratio:.3g}× {floor.against}, {'above' if reached else 'below'} {floor.lowest:.3g}×"
     if floor.drift(duel.seconds) > DRIFT:  # a baseline that is slow today lets a slow kernel pass
@@ -163,7 +163,7 @@ def judge(floor: Floor, duel: Duel) -> Verdict:
 
 
 def joint(verdicts: Sequence[Verdict]) -> Verdict:
-    """What several processes say of a row: a pass if one does, and a failure if at least half of them do."""
+    """Return what several processes say of a row: a pass if one does, and a failure if at least half of them do."""
     for outcome, least in (("pass", 1.0), ("fail", len(verdicts) / 2)):
         alike = [verdict for verdict in verdicts if verdict.outcome == outcome]
         if len(alike) >= least:

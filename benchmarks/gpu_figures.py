@@ -79,7 +79,7 @@ def last_run() -> Lines:
 
 
 def _over(ratio: float) -> str:
-    """A ratio of times, theirs over ours; bold where ours is longer."""
+    """Return a ratio of times, theirs over ours; bold where ours is longer."""
     return f"**{ratio:.2f}×**" if ratio < 1 else f"{ratio:.2f}×"
 
 

@@ -31,7 +31,7 @@ class Use:
 
 @contextlib.contextmanager
 def watched(index: int = 0, every: float = SAMPLE_SECONDS) -> Iterator[Use]:
-    """Looks at a GPU ten times a second while what is inside goes on, and once at its end.
+    """Look at a GPU ten times a second while what is inside goes on, and once at its end.
 
     Args:
         index: the GPU's number, as the driver counts.

@@ -87,7 +87,7 @@ class Bottleneck(nn.Module):
 def resnet(
     blocks: tuple[int, ...], width: int = 16, block: type = Basic, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
 ) -> nn.Module:
-    """A residual network with the stem for small images."""
+    """Return a residual network with the stem for small images."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False), norm(width), nn.ReLU(inplace=True)]
     channels = width
     for stage, count in enumerate(blocks):
@@ -152,7 +152,7 @@ class Inverted(nn.Module):
 
 
 def mobilenet() -> nn.Module:
-    """A MobileNetV2 of six blocks."""
+    """Return a MobileNetV2 of six blocks."""
     stem = nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()
     blocks = [
         Inverted(*each) for each in ((32, 24, 2), (24, 24, 1), (24, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1))
@@ -174,7 +174,7 @@ class Dense(nn.Module):
 
 
 def densenet(growth: int = 12) -> nn.Module:
-    """A DenseNet-BC of three blocks of four layers."""
+    """Return a DenseNet-BC of three blocks of four layers."""
     channels = 2 * growth
     layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
     for stage in range(3):

@@ -173,7 +173,7 @@ def compare(
 
 
 def conclude(comparison: Comparison) -> None:
-    """Shows and records a measured row."""
+    """Show and record a measured row."""
     COMPARISONS.append(comparison)
     if SETTINGS.recorder:
         SETTINGS.recorder.add(comparison)
@@ -202,7 +202,7 @@ def _hold(node: str, floors: gate.Floors, runs: dict[str, Callable[[], Any]], ou
 
 
 def _afresh(node: str, verdict: gate.Verdict) -> gate.Verdict:
-    """What this process and, where it finds a row too slow, fresh ones say of the row."""
+    """Return what this process and, where it finds a row too slow, fresh ones say of the row."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *SETTINGS.afresh, str(HERE / node)]
     verdicts = [verdict]
     while verdicts[-1].outcome != "pass" and len(verdicts) < gate.PROCESSES:
@@ -213,7 +213,7 @@ def _afresh(node: str, verdict: gate.Verdict) -> gate.Verdict:
 
 
 def _look(node: str, seen: gate.Floors, runs: dict[str, Callable[[], Any]], ours: str, threads: int) -> None:
-    """Notes the row's ratio beside those of earlier runs that set floors; skips what the gate cannot hold.
+    """Note the row's ratio beside those of earlier runs that set floors; skips what the gate cannot hold.
 
     A run's is the median of as many measurements as the gate makes.
     """
@@ -248,7 +248,7 @@ def _duel(runs: dict[str, Callable[[], Any]], ours: str, against: str, threads: 
 def _measure(
     runs: dict[str, Callable[[], Any]], ours: str, pairs: int, copied: int, where: torch.device
 ) -> dict[str, Any]:
-    """What of a :class:`Comparison` is measured."""
+    """Return what of a :class:`Comparison` is measured."""
     if copied:
         runs = {**runs, shown.COPY: _copy(copied, where)}
     clock = timing.clock(where)
@@ -262,7 +262,7 @@ def _measure(
 
 
 def _copy(moved: int, where: torch.device) -> Callable[[], Any]:
-    """Reads half of so many bytes and writes the other half."""
+    """Read half of so many bytes and write the other half."""
     count = max(moved // 8, 1)
     source, target = torch.ones(count, device=where), torch.ones(count, device=where)
     return lambda: target.copy_(source)
@@ -314,12 +314,12 @@ def _plain_defaults() -> Iterator[None]:
 
 
 def machine() -> dict[str, Any]:
-    """What this run's numbers depend on."""
+    """Return what this run's numbers depend on."""
     return machines.machine(SETTINGS.device)
 
 
 def table(comparisons: list[Comparison]) -> str:
-    """The comparisons as text: time, speed-ups, GB/s, % of copy."""
+    """Return the comparisons as text: time, speed-ups, GB/s, % of copy."""
     lines = []
     for c in comparisons:
         against = ", ".join(f"{ratio:.2f}× {name}" for name, ratio in c.speedup.items())

@@ -29,12 +29,12 @@ FACTS = {
 
 
 def now() -> str:
-    """The time as an ISO date, to the second."""
+    """Return the time as an ISO date, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the numbers depend on; a forced backend is part of it."""
+    """Return what the numbers depend on; a forced backend is part of it."""
     info: dict[str, Any] = {
         "time": now(),
         "commit": recorded_commit(),

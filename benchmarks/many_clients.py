@@ -37,7 +37,7 @@ SETTINGS: Mapping[str, Any] = {
 
 
 def results_path(machine: Mapping[str, Any], folder: Path = comparisons.RESULTS) -> Path:
-    """The file with the results of a machine."""
+    """Return the file with the results of a machine."""
     return folder / f"many_clients_{comparisons.slug(machine)}.json"
 
 
@@ -97,7 +97,7 @@ def _written() -> int:
 
 
 def measure(method: str, root: str, rounds: int, folder: Path) -> dict[str, Any]:
-    """A run's measures, from a process of its own.
+    """Return a run's measures, from a process of its own.
 
     Args:
         method: the run's method.
@@ -121,7 +121,7 @@ def _play(asked: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Return the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.many_clients", description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", help="folder of MNIST's four IDX files")
     parser.add_argument("--methods", nargs="+", default=METHODS)

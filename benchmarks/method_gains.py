@@ -37,7 +37,10 @@ class Contest:
         return [] if self.own is None or self.other is None else [self.own.made, self.other.made]
 
     def ends(self) -> tuple[float, float, float]:
-        """The mean difference, paired by seed, and the ends of its 95 % interval; above 0 the method is better."""
+        """Return the mean difference, paired by seed, and the ends of its 95 % interval.
+
+        Above 0 the method is better.
+        """
         assert self.own is not None
         assert self.other is not None
         found = compare_pairs(self.own.values, self.other.values)
@@ -47,7 +50,7 @@ class Contest:
         return mean, low, high
 
     def cells(self) -> list[str]:
-        """The row of the table of differences."""
+        """Return the row of the table of differences."""
         assert self.own is not None
         mean, low, high = (decimal(value, 1 if self.own.scale == 100 else 2, "+") for value in self.ends())
         return [self.setting, self.form, self.rival, f"{mean} [{low}, {high}]", "; ".join(dict.fromkeys(self.made))]
@@ -111,7 +114,7 @@ def in_use() -> list[str]:
 
 
 def tools() -> list[Tool]:
-    """The five methods."""
+    """Return the five methods."""
     return [_fedgid(), _fusefl(), _fedlpfm(), _fediod(), _feddra()]
 
 

@@ -21,7 +21,7 @@ COLOURS = 128
 
 
 def play(path: Path, folder: Path) -> Any:
-    """A notebook with the outputs that it has when a kernel of this Python plays it in ``folder``.
+    """Return a notebook with the outputs that it has when a kernel of this Python plays it in ``folder``.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.

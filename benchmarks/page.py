@@ -38,13 +38,13 @@ def by_seed(row: Mapping[str, Any]) -> dict[int, float]:
 
 
 def decimal(value: float, digits: int, sign: str = "") -> str:
-    """A difference with so many digits; what rounds to nothing is not negative.  ``sign`` "+": above 0 too."""
+    """Return a difference with so many digits; what rounds to nothing is not negative.  ``sign`` "+": above 0 too."""
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
 
 
 @cache
 def load(name: str, folder: Path = RESULTS) -> Mapping[str, Any]:
-    """The results ``<name>.json``."""
+    """Return the results ``<name>.json``."""
     content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return content
 
@@ -61,7 +61,7 @@ def spread(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> st
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, first column left, the others right."""
+    """Return a Markdown table, first column left, the others right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)

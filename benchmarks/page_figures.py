@@ -42,7 +42,7 @@ def nats(values: float | Sequence[float]) -> str:
 
 
 def points(difference: float, digits: int = 1) -> str:
-    """A difference of fractions in points; what rounds to nothing has no sign."""
+    """Return a difference of fractions in points; what rounds to nothing has no sign."""
     return decimal(100 * difference, digits)
 
 
@@ -66,7 +66,7 @@ def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, 
 
 
 def reproduced(paper: str, *tables: str, goal: str = "", rates: bool = False) -> Lines:
-    """The cells of a paper's tables as ``reproduce --json`` gave them: fractions in per cent, intervals of 95 %.
+    """Return the cells of a paper's tables as ``reproduce --json`` gave them: fractions in per cent, intervals of 95 %.
 
     ``goal`` names a cell of another table.  Rows then tell what share of the gap from their baseline to it they close.
     ``rates``: tell learning rates, and where they were chosen.
@@ -88,14 +88,14 @@ def reproduced(paper: str, *tables: str, goal: str = "", rates: bool = False) ->
 
 
 def rate(row: Mapping[str, Any]) -> str:
-    """The learning rate of a row, and the study that chose it."""
+    """Return the learning rate of a row, and the study that chose it."""
     if chosen := chosen_rate(row):
         return f"{chosen}, here"
     return f"{row['command'].rpartition('--lr ')[2]}, in the older study at a tie of 0.5"
 
 
 def made(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
-    """Commits and days of rows, below a blank line; nothing where no row is played."""
+    """Return the commits and days of rows, below a blank line; nothing where no row is played."""
     lines = [one.made for row in rows if by_seed(row) and (one := method_gains.reproduced(paper, row["name"]))]
     return ["", f"Commit and day: {'; '.join(dict.fromkeys(lines))}."] if lines else []
 
@@ -115,7 +115,7 @@ def verdicts(paper: str) -> Lines:
 
 
 def command(method: str, digits: int = 1, scale: float = 100.0, unit: str = "%") -> Lines:
-    """The page's command, what it gave, and how long that took."""
+    """Return the page's command, what it gave, and how long that took."""
     text = COMMANDS[method].text()
     row = load("page_commands").get(method, {})
     lines = ["```bash", _wrapped(text), "```"]
@@ -223,7 +223,7 @@ def lpfm_foundation() -> Lines:
 
 
 def mean_and_gap(row: Mapping[str, Any]) -> str:
-    """A cell's mean in per cent and its difference to the baseline with its interval, in points."""
+    """Return a cell's mean in per cent and its difference to the baseline with its interval, in points."""
     if row["ours"] is None:
         return "not played"
     text = percent(row["ours"])
@@ -412,7 +412,7 @@ def caption(machine: Mapping[str, Any]) -> Lines:
 
 
 def undated(make: Callable[[], Lines]) -> Lines:
-    """The table of a study, below a line that says what its results do not."""
+    """Return the table of a study, below a line that says what its results do not."""
     return ["Date and commit of the studies: unrecorded.", "", *make()]
 
 
@@ -423,7 +423,7 @@ def shortened(row: bench_methods.Row) -> str:
 
 
 def earned(row: bench_methods.Row) -> dict[str, str]:
-    """A whole run's seconds, and what of its lead kernels, processes and start-up make, by column."""
+    """Return a whole run's seconds, and what of its lead kernels, processes and start-up make, by column."""
     plain, ours, one_core = bench_methods.PLAIN, bench_methods.OURS, bench_methods.ONE_CORE
 
     def seconds(value: float | None) -> str:
@@ -524,7 +524,7 @@ def networks_of_your_own() -> Lines:
 
 
 def ten_thousand_clients() -> Lines:
-    """Runs with many clients: what a round takes as rounds go by."""
+    """Return the runs with many clients: what a round takes as rounds go by."""
     content, rows = load(MANY_CLIENTS, comparisons.RESULTS), []
     for method, run in content["runs"].items():
         for row in run["rounds"]:
@@ -565,12 +565,12 @@ LOW_MEMORY = "fedkern low memory"
 
 
 def in_models(row: Comparison) -> dict[str, str]:
-    """The highest memory of every implementation, in models."""
+    """Return the highest memory of every implementation, in models."""
     return dict(part.rsplit(" ", 1) for part in row.note.removeprefix("peak memory in models: ").split(", "))
 
 
 def over_flower() -> Lines:
-    """The table of strategies: the rows that were recorded with the present kernels."""
+    """Return the table of strategies: the rows that were recorded with the present kernels."""
     recorded = next(each for each in read_results(comparisons.RESULTS)["flower"] if each.name == FLOWER)
     one_thread, cores = [row for row in recorded.rows if row.threads == 1], sources.hashes(sources.CSRC)
     rows = []
@@ -677,7 +677,7 @@ def _readme() -> Page:
 
 
 def privacy_audit() -> Lines:
-    """The lower bound on mu of every private channel beside the claimed one, and that of a defect."""
+    """Return the lower bound on mu of every private channel beside the claimed one, and that of a defect."""
     rows = load("privacy_audit")["mechanisms"]
     cells = [[row["mechanism"], *(f"{value:.2f}" for value in (row["claimed"], row["lower"], row["caught"]["lower"])),
               row["caught"]["defect"]] for row in rows]  # fmt: skip

@@ -73,7 +73,7 @@ def tables(page: Page) -> dict[str, str]:
 
 
 def fill(text: str, page: Page) -> str:
-    """The page's text with its generated sections written anew."""
+    """Return the page's text with its generated sections written anew."""
     return SECTION.sub(lambda m: m[1] + "\n".join(["", *section(page, m[2])[0], ""]) + "\n" + m[3], text)
 
 
@@ -118,7 +118,7 @@ def _blank(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Return the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a page is not up to date")
     args = parser.parse_args(arguments)

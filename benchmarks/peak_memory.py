@@ -16,7 +16,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Runs once more and returns the rise of memory at its highest point, or None where that cannot be seen.
+    """Run once more and return the rise of memory at its highest point, or None where that cannot be seen.
 
     On a GPU torch's allocator counts.  On the CPU the kernel does: the high-water mark of resident memory is set back
     first, and free memory that malloc and fedkern hold is returned, so that what torch, NumPy and compiled code touch

@@ -40,7 +40,7 @@ class Cost:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> Cost:
-    """Runs a command in a session of its own, in ``folder``, and measures it.
+    """Run a command in a session of its own, in ``folder``, and measure it.
 
     Raises:
         Failed: the command failed.
@@ -75,7 +75,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], folder: Path) ->
 
 
 def session(leader: int, proc: Path = PROC) -> list[int]:
-    """The processes of a session, the leader's children that outlived their parents included."""
+    """Return the processes of a session, the leader's children that outlived their parents included."""
     members = []
     for entry in proc.iterdir():
         if entry.name.isdigit():
@@ -88,7 +88,7 @@ def session(leader: int, proc: Path = PROC) -> list[int]:
 
 
 def proportional_bytes(pid: int, proc: Path = PROC) -> int:
-    """A process's proportional set; 0 of one that has ended."""
+    """Return a process's proportional set; 0 of one that has ended."""
     with contextlib.suppress(OSError):
         for line in (proc / str(pid) / "smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

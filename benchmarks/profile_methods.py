@@ -61,7 +61,7 @@ ROUNDS = 2
 
 
 def marked(function: Callable[..., Any], region: str) -> Callable[..., Any]:
-    """The function as a region of the profile."""
+    """Return the function as a region of the profile."""
     from torch.profiler import record_function
 
     @functools.wraps(function)
@@ -73,7 +73,7 @@ def marked(function: Callable[..., Any], region: str) -> Callable[..., Any]:
 
 
 def mark(path: str, region: str) -> None:
-    """Puts :func:`marked` in the place of the function at "module:name" or "module:Class.name".
+    """Put :func:`marked` in the place of the function at "module:name" or "module:Class.name".
 
     Raises:
         AttributeError: it is not there any more.
@@ -97,7 +97,7 @@ def mark(path: str, region: str) -> None:
 
 
 def mark_all() -> None:
-    """Marks every region and operator."""
+    """Mark every region and operator."""
     for path, region in REGIONS.items():
         mark(path, region)
     for name in OPERATORS:
@@ -105,7 +105,7 @@ def mark_all() -> None:
 
 
 def functions_of_ours() -> set[str]:
-    """The names that the backward passes of fedkern's operators have in a profile."""
+    """Yield the names that the backward passes of fedkern's operators have in a profile."""
     import torch
 
     def below(kind: type) -> Iterator[type]:
@@ -121,7 +121,7 @@ def functions_of_ours() -> set[str]:
 
 
 def part_of(name: str, ours: Iterable[str] = ()) -> str | None:
-    """The part of a run that an event of this name tells, or None where its parent's is to count."""
+    """Return the part of a run that an event of this name tells, or None where its parent's is to count."""
     name = name.rpartition("autograd::engine::evaluate_function: ")[2]
     if name.startswith("fedkern/"):
         return name.partition("/")[2]
@@ -179,7 +179,7 @@ def divided(events: Iterable[Any], ours: Iterable[str] = ()) -> dict[str, float]
 
 
 def child(words: Sequence[str], started: float, out: Path) -> int:
-    """Runs ``python -m fedkern.run`` with these words under the profiler; writes seconds by part."""
+    """Run ``python -m fedkern.run`` with these words under the profiler; write seconds by part."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -200,7 +200,7 @@ def child(words: Sequence[str], started: float, out: Path) -> int:
 
 
 def shortened(case: Case) -> Case:
-    """The case with fewer rounds: events take memory."""
+    """Return the case with fewer rounds: events take memory."""
     settings = {**case.settings, **({} if case.method == "fusefl" else {"rounds": ROUNDS})}
     return Case(case.method, case.setting, {**settings, **SHORTER.get(case.method, {})}, case.options)
 

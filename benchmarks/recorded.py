@@ -17,5 +17,5 @@ def recorded_commit() -> str:
 
 
 def recorded_versions() -> dict[str, str]:
-    """The packages' versions and the commit, which a result file names."""
+    """Return the packages' versions and the commit, which a result file names."""
     return {**versions(), "commit": recorded_commit()}

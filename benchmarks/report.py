@@ -34,7 +34,7 @@ def present(row: Comparison, cores: Cores) -> bool:
 
 
 def left_out(count: int) -> list[str]:
-    """A line that says how many rows are not shown, and a blank one; nothing where all are."""
+    """Return a line that says how many rows are not shown, and a blank one; nothing where all are."""
     if not count:
         return []
     rows = f"{count} row{'s' if count > 1 else ''}"
@@ -56,7 +56,7 @@ def machine_line(recorded: Recorded) -> str:
 
 
 def dates(recorded: Recorded) -> str:
-    """The day or days of the rows."""
+    """Return the day or days of the rows."""
     days = sorted(row.time[:10] for row in recorded.rows)
     return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
 
@@ -101,7 +101,7 @@ def noisy(row: Comparison, baseline: str) -> bool:
 
 
 def ratio(row: Comparison, name: str) -> str:
-    """A speed-up; bold where we lose, marked where times scatter."""
+    """Return a speed-up; bold where we lose, marked where times scatter."""
     if name not in row.speedup:
         return "–"
     value = row.speedup[name]
@@ -143,7 +143,10 @@ def table(rows: Sequence[Comparison]) -> list[str]:
 
 
 def whole_runs(rows: Sequence[Comparison]) -> list[str]:
-    """A line per program of the rows that are whole runs, with what else was measured of them; none without any."""
+    """Return a line per program of the rows that are whole runs, with what else was measured of them.
+
+    None without any.
+    """
     rows = [row for row in rows if row.startup_seconds]
     if not rows:
         return []
@@ -198,7 +201,7 @@ def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Return the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded results")
     parser.add_argument("--check", action="store_true", help="write nothing, fail where the page is not up to date")

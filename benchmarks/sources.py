@@ -34,12 +34,12 @@ FAMILIES = {group: family for family, groups in GROUPS.items() for group in grou
 
 
 def family(group: str) -> str:
-    """The family of kernels that an operator's rows measure, or "" for all of them."""
+    """Return the family of kernels that an operator's rows measure, or "" for all of them."""
     return FAMILIES.get(group, "")
 
 
 def hash_of(folder: Path, core: str, name: str) -> str:
-    """A hash over ``folder`` (csrc/) but for the files of other families and those that have a line for each."""
+    """Return a hash over ``folder`` (csrc/) but for the files of other families and those that have a line for each."""
     if not name:
         return source_hash(folder, core)
     others = "|".join(one for one in GROUPS if one != name)
@@ -65,13 +65,13 @@ def _unused(folder: Path, core: str, without: re.Pattern[str]) -> list[str]:
 
 @functools.cache
 def behind(backend: str, core: str, group: str) -> str:
-    """The hash for rows that a ``core`` of this hash serves, "" where that is none or not built from csrc/."""
+    """Return the hash for rows that a ``core`` of this hash serves, "" where that is none or not built from csrc/."""
     name = module(backend)
     return hash_of(CSRC, name, family(group)) if core and core == hash_of(CSRC, name, "") else ""
 
 
 def module(backend: str) -> str:
-    """The compiled core that a row's backend names."""
+    """Return the compiled core that a row's backend names."""
     return "_cuda" if "cuda" in backend else "_cpu"
 
 

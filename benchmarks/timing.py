@@ -90,7 +90,10 @@ class CudaClock:
 
 
 def clock(device: torch.device, *, one_thread: bool = False) -> Clock:
-    """The clock of a device; ``one_thread`` where all work is the caller's and others may keep the processor busy."""
+    """Return the clock of a device.
+
+    ``one_thread`` where all work is the caller's and others may keep the processor busy.
+    """
     if device.type == "cuda":
         return CudaClock(device)
     return ThreadClock() if one_thread else CpuClock()

@@ -64,7 +64,7 @@ class History:
         return rounds_table(self.records, f"rounds: {len(self)}", self._main, tests=self._tests)
 
     def __getitem__(self, name: str) -> list[Any]:
-        """A figure of every round, None where the round has none: ``history["accuracy"]``.
+        """Return a figure of every round, None where the round has none: ``history["accuracy"]``.
 
         Raises:
             KeyError: no round has the figure.
@@ -79,7 +79,7 @@ class History:
         return list(dict.fromkeys(name for record in self.records for name in record))
 
     def to_pandas(self) -> Any:
-        """A ``pandas.DataFrame`` with a row for every round.
+        """Return a ``pandas.DataFrame`` with a row for every round.
 
         Nested figures become ``clients.0.loss`` and so on.
 
@@ -125,14 +125,14 @@ class Run:
                 open_code(name)
 
     def _kept_data(self) -> FederatedData | None:
-        """The run's data in memory without what it holds out.
+        """Return the run's data in memory without what it holds out.
 
         None where a data set's name says where they are.
         """
         return None if self._data is None else kept_data(self.config, self._data)
 
     def _give_method(self) -> None:
-        """Puts the run's own class in the place of one of its name that a notebook has defined since."""
+        """Put the run's own class in the place of one of its name that a notebook has defined since."""
         if self._kind is not None:
             script_methods.give_again(self._kind, self.config.method, self.out)
 
@@ -279,7 +279,7 @@ class Run:
         data_options: Mapping[str, object] | None = None,
         cache: str | Path | None = None,
     ) -> dict[str, float]:
-        """The network's figures on the run's test sets, or on those of other ``data``.
+        """Return the network's figures on the run's test sets, or on those of other ``data``.
 
         Args:
             data: name of another data set, or federated data in memory, with the run's classes or some of them; of a
@@ -339,7 +339,7 @@ class Run:
         workers: str | int = "auto",
         cache: str | Path | None = None,
     ) -> Run:
-        """Gives the run, finished or not, more rounds: ``rounds`` communication rounds in all.  Returns the run.
+        """Give the run, finished or not, more rounds: ``rounds`` communication rounds in all.  Returns the run.
 
         Where the method has no schedule over all rounds, the network is then, bit for bit, that of a run that had this
         number of rounds from the start.  What was made of the former network, such as the pictures, is moved to a
@@ -369,7 +369,7 @@ class Run:
         return self
 
     def _network_for_pictures(self) -> nn.Module | None:
-        """The network for pictures, where it was a module of a script and clients share the whole of it."""
+        """Return the network for pictures, where it was a module of a script and clients share the whole of it."""
         return None if self._script.network is None or self.config.keeps_parts else self._network()
 
     @python_words()
@@ -391,7 +391,7 @@ class Run:
     @python_words()
     @reproducible()
     def report(self) -> Path:
-        """Writes ``report.html``, one file of the run to read in a browser, over an older one, and returns its path.
+        """Write ``report.html``, one file of the run to read in a browser, over an older one, and return its path.
 
         Raises:
             UserError: a file of the run is damaged, or the folder cannot be written.
@@ -430,7 +430,7 @@ def simulate(
     pictures: bool = True,
     **settings: Any,
 ) -> Run:
-    """Runs a federated method in this process and its workers, and returns the finished run.
+    """Run a federated method in this process and its workers, and return the finished run.
 
     Settings, names and defaults are those of the command line::
 
@@ -502,7 +502,7 @@ _LOADERS = {
 
 
 def federate(data: Any, about: Mapping[str, object], settings: Mapping[str, object]) -> str | FederatedData | None:
-    """The federated data of an argument ``data`` that is PyTorch data sets.
+    """Return the federated data of an argument ``data`` that is PyTorch data sets.
 
     Other data are returned as they are.
 
@@ -541,7 +541,7 @@ def read_request(
     model: str | Callable[..., nn.Module] | None,
     arguments: Mapping[str, Any],
 ) -> tuple[RunConfig, FederatedData | None]:
-    """The settings of a run with the arguments of :func:`simulate`, and its data where they are in memory.
+    """Return the settings of a run with the arguments of :func:`simulate`, and its data where they are in memory.
 
     Raises:
         UserError: an unknown name or a value out of range.
@@ -586,7 +586,7 @@ def read_request(
 
 
 def plugins_of(value: object) -> list[str]:
-    """The names in an argument ``plugins``.
+    """Return the names in an argument ``plugins``.
 
     Raises UserError where it is no list of files and modules.
     """
@@ -605,7 +605,7 @@ def _paths(value: object, must: str) -> list[str]:
 
 
 def table_of(value: object, name: str) -> dict[str, Any]:
-    """A copy of the values by name in an argument.
+    """Return a copy of the values by name in an argument.
 
     Raises UserError where it is no dict of these.
     """
@@ -617,7 +617,7 @@ def table_of(value: object, name: str) -> dict[str, Any]:
 
 
 def folder_of(out: object) -> Path:
-    """The path in an argument ``out``.
+    """Return the path in an argument ``out``.
 
     Raises UserError where it is none, or empty: that is the current folder.
     """
@@ -628,7 +628,7 @@ def folder_of(out: object) -> Path:
 
 
 def find_method(method: str | Method | type[Method]) -> tuple[str, dict[str, Value]]:
-    """The name of a run's method, and the options that an object of it was made with.
+    """Return the name of a run's method, and the options that an object of it was made with.
 
     Raises:
         UserError: there is no such method, or a run cannot make it from its options.
@@ -641,7 +641,7 @@ def find_method(method: str | Method | type[Method]) -> tuple[str, dict[str, Val
 
 
 def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, Value]]:
-    """The class of a method that the caller gives, and the options that an object of it was made with."""
+    """Return the class of a method that the caller gives, and the options that an object of it was made with."""
     if isinstance(method, Method):
         return type(method), dict(script_methods.options_of(method))
     if isinstance(method, type) and issubclass(method, Method):
@@ -664,7 +664,7 @@ def load(
     trusted: Collection[str] = (),
     **about: Any,
 ) -> Run:
-    """Opens the folder of a run.
+    """Open the folder of a run.
 
     Args:
         out: the run folder.
@@ -737,7 +737,7 @@ def _play(
 
 
 def _listeners(listener: Listener | Sequence[Listener] | None) -> list[Listener]:
-    """The listeners of an argument ``listener``."""
+    """Return the listeners of an argument ``listener``."""
     listeners = [] if listener is None else [listener] if isinstance(listener, Listener) else listener
     for item in listeners if isinstance(listeners, (list, tuple)) else [listeners]:
         if not isinstance(item, Listener):

@@ -73,11 +73,14 @@ class NoEffect(UserError):
 
 
 class OtherFormat(UserError):
-    """A stored file whose format has another number than this version of fedkern reads; see :func:`same_format`."""
+    """A stored file whose format has another number than this version of fedkern reads.
+
+    See :func:`same_format`.
+    """
 
 
 def same_format(path: object, found: object, read: int) -> None:
-    """Raises OtherFormat where a file names the format ``found`` (None: names none) and the format ``read`` is read."""
+    """Raise OtherFormat where a file names the format ``found`` (None: names none) and the format ``read`` is read."""
     if found == read:
         return
     named = "no format number" if found is None else f"format {found!r}"
@@ -88,11 +91,17 @@ def same_format(path: object, found: object, read: int) -> None:
 
 
 class Malformed(ValueError):
-    """Bytes or values from elsewhere that are not what fedkern writes; the text says why, as the end of a sentence."""
+    """Bytes or values from elsewhere that are not what fedkern writes.
+
+    The text says why, as the end of a sentence.
+    """
 
 
 class RunFailed(UserError):
-    """A run that failed without a result to keep, although every input was valid; exit code 1."""
+    """A run that failed without a result to keep, although every input was valid.
+
+    Exit code 1.
+    """
 
     exit_code = 1
 
@@ -129,7 +138,7 @@ class ClientFailed(RunFailed):
 
     @staticmethod
     def of(client: int, error: BaseException, code: object) -> ClientFailed:
-        """The error of a client whose part of a method, the class ``code``, has raised ``error``."""
+        """Return the error of a client whose part of a method, the class ``code``, has raised ``error``."""
         named = told(error)
         description = (described(error) if named is None else named.rstrip(".")) + origin(error, code)
         trace, exit_code = (format_traceback(error), 1) if named is None else ("", error.exit_code)  # type: ignore[attr-defined]
@@ -138,12 +147,18 @@ class ClientFailed(RunFailed):
         return failed
 
     def at(self, when: str, label: str = "") -> ClientFailed:
-        """The same error with ``when``, the round, and ``label``, the client's number and name, in the message."""
+        """Return the same error with round and client in the message.
+
+        ``when`` names the round, and ``label`` has the client's number and name.
+        """
         return ClientFailed(self.client, self.what, self.traceback, when, label, self.exit_code)
 
 
 def told(error: BaseException) -> str | None:
-    """The sentence of a UserError; None for another exception, and where the text cannot be made."""
+    """Return the sentence of a UserError.
+
+    None for another exception, and where the text cannot be made.
+    """
     return str(error) if isinstance(error, UserError) and shows(error) else None
 
 
@@ -221,7 +236,7 @@ def warn_instead(tell: Callable[[str], object]) -> Iterator[None]:
 
 
 def described(error: BaseException) -> str:
-    """An exception in one line of bounded length: its type and its text, which may itself raise."""
+    """Return an exception in one line of bounded length: its type and its text, which may itself raise."""
     try:
         text = " ".join(str(error).split())
     except Exception:
@@ -231,7 +246,7 @@ def described(error: BaseException) -> str:
 
 
 def shows(error: BaseException) -> bool:
-    """Whether an exception has a text, and one of bounded length."""
+    """Return whether an exception has a text, and one of bounded length."""
     try:
         return len(str(error)) <= MESSAGE
     except Exception:
@@ -239,17 +254,20 @@ def shows(error: BaseException) -> bool:
 
 
 def format_traceback(error: BaseException) -> str:
-    """The traceback of an exception, as text of bounded length."""
+    """Return the traceback of an exception, as text of bounded length."""
     return printable("".join(traceback.format_exception(error)), TRACEBACK)
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback that an exception carries, or that of itself; empty for a UserError without one."""
+    """Return the traceback that an exception carries, or that of itself.
+
+    Empty for a UserError without one.
+    """
     return str(getattr(error, "traceback", "" if isinstance(error, UserError) else format_traceback(error)))
 
 
 def shown(value: object) -> str:
-    """A wrong argument in a message: a short value, or its type."""
+    """Return a wrong argument in a message: a short value, or its type."""
     try:
         text = repr(value)
     except Exception:  # whatever it is, its type is known
@@ -258,12 +276,12 @@ def shown(value: object) -> str:
 
 
 def quoted(value: object) -> str:
-    """A wrong value of a setting in a message: a word or number in quotes, anything else as :func:`shown`."""
+    """Return a wrong value of a setting in a message: a word or number in quotes, anything else as :func:`shown`."""
     return f'"{value}"' if isinstance(value, (str, int, float)) else shown(value)
 
 
 def printable(text: str, limit: int = MESSAGE) -> str:
-    """Makes a message safe for a terminal: cuts the middle out of long words and messages, escapes control characters.
+    """Make a message safe for a terminal: cuts the middle out of long words and messages, escapes control characters.
 
     Line ends and tabs are kept.  A text of more than ``most`` characters is a long message.
     """
@@ -274,7 +292,10 @@ def printable(text: str, limit: int = MESSAGE) -> str:
 
 
 def printable_name(text: str, limit: int) -> str:
-    """A name as one line of at most ``most`` characters: escapes control characters and line ends, cuts the middle."""
+    """Return a name as one line of at most ``most`` characters.
+
+    Control characters and line ends are escaped, and the middle is cut out.
+    """
     return _cut(_escape_text(text), limit)
 
 
@@ -296,7 +317,7 @@ def first_of(words: Sequence[str], limit: int, between: str = ", ") -> str:
 
 
 def listed(parts: Sequence[str]) -> str:
-    """Joins parts of a sentence, at least one, with commas and "and"."""
+    """Join parts of a sentence, at least one, with commas and "and"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 

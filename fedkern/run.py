@@ -20,7 +20,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command.
 
     Args:
         argv: the words after ``fedkern``; None takes them from ``sys.argv``.
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> int:
-    """Runs the command of this process, as ``python -m fedkern.run`` and ``fedkern`` do, and ends the process.
+    """Run the command of this process, as ``python -m fedkern.run`` and ``fedkern`` do, and end the process.
 
     Where torch is loaded the interpreter takes 0.4 seconds to take all modules apart, which leaves nothing behind.
     This function then ends the process itself.
@@ -89,7 +89,7 @@ def _modules_need_no_end() -> bool:
 
 
 def _end_process(code: int) -> NoReturn:
-    """Ends the process as the interpreter does, except for taking modules apart and for what C registered for exit."""
+    """End the process as the interpreter does, except for taking modules apart and for what C registered for exit."""
     with suppress(KeyboardInterrupt):  # as in the interpreter, Ctrl-C only ends the wait
         threading._shutdown()  # type: ignore[attr-defined]  # joins threads, those of executors as well
     atexit._run_exitfuncs()
@@ -97,7 +97,7 @@ def _end_process(code: int) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends the process at once, with all that it has printed."""
+    """End the process at once, with all that it has printed."""
     import ctypes
 
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
@@ -108,7 +108,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _run_guarded(words: list[str], leftover: bool) -> int:
-    """Runs one command and turns the exception that ended the command into a sentence and an exit code."""
+    """Run one command and turn the exception that ended the command into a sentence and an exit code."""
     from fedkern.errors import NO_MEMORY, UserError
     from fedkern.files.filesystem import check_working_folder
     from fedkern.process.interrupts import end_by
@@ -206,7 +206,7 @@ def _dispatch(words: list[str], leftover: bool) -> int:
 
 @contextmanager
 def _show_waiting(text: str) -> Iterator[None]:
-    """Shows ``text`` while the block runs, where somebody looks at a terminal."""
+    """Show ``text`` while the block runs, where somebody looks at a terminal."""
     if "torch" in sys.modules or not sys.stderr.isatty() or not _first():
         yield
         return
@@ -233,7 +233,7 @@ def _first() -> bool:
 
 
 def _ranks() -> ModuleType | None:
-    """The module of this process's fellow ranks, where torchrun has started it and it has come so far."""
+    """Return the module of this process's fellow ranks, where torchrun has started it and it has come so far."""
     return sys.modules.get("fedkern.engine.transport.torchrun_group") if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 

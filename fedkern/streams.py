@@ -14,7 +14,7 @@ import torch
 
 
 def stream(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> np.random.Generator:
-    """Returns the generator that belongs to one purpose, round and client of a run.
+    """Return the generator that belongs to one purpose, round and client of a run.
 
     The stream is Philox keyed by a hash of seed, purpose, round and client, so it depends on nothing drawn before.  The
     order and number of workers, an interruption with resume, or an added client change no other stream.
@@ -113,7 +113,10 @@ GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
 
 @contextmanager
 def preserve_generators(device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
-    """Put the global generators back at the end of the block; yield a function that tells whether they have moved."""
+    """Put the global generators back at the end of the block.
+
+    Yield a function that tells whether they have moved.
+    """
     cuda = [device] if device is not None and device.type == "cuda" else []
     forget_spare_number()
     before, on_gpu = generator_states(), [torch.cuda.get_rng_state(gpu) for gpu in cuda]

@@ -70,7 +70,7 @@ class Table:
         return Group(*titles, table, *(plain(note, MESSAGE) for note in self.notes))
 
     def html(self) -> str:
-        """The table in a notebook's own colours, where the title's first line stands out.
+        """Return the table in a notebook's own colours, where the title's first line stands out.
 
         None without a header.
         """
@@ -120,7 +120,7 @@ class Table:
         return cls(rows[0], rows[1:], notes=[_of_markdown(line) for line in after if line.strip()])
 
     def latex(self) -> str:
-        """The table as LaTeX (package booktabs).
+        """Return the table as LaTeX (package booktabs).
 
         Title and notes are comments.
         """
@@ -131,7 +131,7 @@ class Table:
 
 
 def _line(text: str) -> str:
-    """A text of a file: one line without control characters, of any length."""
+    """Return a text of a file: one line without control characters, of any length."""
     return printable_name(" ".join(text.split()), sys.maxsize)
 
 

@@ -68,7 +68,10 @@ class Option:
             object.__setattr__(self, "type", builtins.type(self.default))
 
     def named(self, field: str, label: str) -> Self:
-        """The option of a field; ``{}`` in its label stands for its name, in a flag's with hyphens."""
+        """Return the option of a field.
+
+        ``{}`` in its label stands for its name, in a flag's with hyphens.
+        """
         name = self.name or field
         label = label.format(name.replace("_", "-") if label.startswith("--") else name)
         return dataclasses.replace(self, name=name, field=field, label=label)
@@ -80,7 +83,10 @@ class Option:
 
     @property
     def range(self) -> str:
-        """The allowed values in words, such as ``in [0, 1]`` or ``one of mean, zero``; empty without a restriction."""
+        """The allowed values in words, such as ``in [0, 1]`` or ``one of mean, zero``.
+
+        Empty without a restriction.
+        """
         if self.choices is not None:
             return "one of " + ", ".join(map(str, self.choices))
         if self.low is not None and self.high is not None:
@@ -92,7 +98,7 @@ class Option:
         return f"at most {self.high:g}" if self.high is not None else ""
 
     def convert(self, value: Any) -> Value:
-        """Returns ``value`` (a word of the command line, or a value of Python or TOML) in the option's type.
+        """Return ``value`` (a word of the command line, or a value of Python or TOML) in the option's type.
 
         Raises:
             UserError: the value has another type or is outside the allowed range.
@@ -121,11 +127,11 @@ class Option:
         return self.absolute(self.convert(value))
 
     def absolute(self, value: object) -> Any:
-        """A value with an absolute path, so that a run can be resumed and compared from any folder."""
+        """Return a value with an absolute path, so that a run can be resumed and compared from any folder."""
         return self.path(value) if self.path is not None and isinstance(value, str) and value else value
 
     def check(self, value: Value) -> None:
-        """Raises UserError when ``value`` is outside the allowed range."""
+        """Raise UserError when ``value`` is outside the allowed range."""
         if isinstance(value, (str, bool)):
             if isinstance(value, str):
                 self._find_choice(value)
@@ -149,7 +155,7 @@ class Option:
             raise UserError(f"{self.label} must be {self.range or 'a number'}, not {text}.")
 
     def _find_choice(self, value: str) -> str:
-        """The one of the choices that a word means."""
+        """Return the one of the choices that a word means."""
         if self.choices is None:
             return value
         head, _, number = value.partition(":")
@@ -162,7 +168,7 @@ class Option:
         return names[value.lower()]
 
     def _several(self, value: object) -> str:
-        """A hint where several values are given for one: words with commas between them, or a list."""
+        """Return a hint where several values are given for one: words with commas between them, or a list."""
         words = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
         listed = ",".join(map(str, words)) if self.field else ""
         return (
@@ -172,14 +178,19 @@ class Option:
         )
 
     def _most(self, value: int | float) -> int | float | None:
-        """Upper bound of a number whose option declares none; None: unbounded."""
+        """Upper bound of a number whose option declares none.
+
+        None: unbounded.
+        """
         if isinstance(value, float):
             return LARGEST if math.isfinite(value) else None
         return MOST if self.low is not None else None  # an integer without a lower bound, such as a seed, is no count
 
 
 def option(default: Value | None, text: str | Callable[[], str], **limits: Any) -> Any:
-    """Declares an :class:`Option` as a field of a dataclass; ``limits`` are the option's further attributes.
+    """Declare an :class:`Option` as a field of a dataclass.
+
+    ``limits`` are the option's further attributes.
 
     ``name`` is the published name where Python forbids it as a field name (``lambda`` for the field ``lam``).
     """
@@ -197,7 +208,7 @@ class OptionTable:
 
     @classmethod
     def declared(cls) -> tuple[Option, ...]:
-        """The options in the order of their declaration.
+        """Return the options in the order of their declaration.
 
         Raises:
             UserError: a default is no value of its option, or the class is not decorated as a dataclass.
@@ -219,7 +230,7 @@ def _list_options(cls: Any) -> tuple[Option, ...]:
 
 
 def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) -> tuple[str, dict[str, Value | None]]:
-    """Reads a value of the form ``NAME`` or ``NAME:key=value,...``.
+    """Read a value of the form ``NAME`` or ``NAME:key=value,...``.
 
     Args:
         entries: the options of every name.
@@ -249,13 +260,16 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) 
 
 
 def spell_options(name: str, options: Mapping[str, object]) -> str:
-    """What :func:`with_options` reads, with all options: the same for every text that means the same."""
+    """Return what :func:`with_options` reads, with all options: the same for every text that means the same."""
     text = ",".join(f"{key}={as_typed(value)}" for key, value in options.items())
     return f"{name}:{text}" if text else name
 
 
 def named_options(flag: str, **options: Option) -> tuple[Option, ...]:
-    """The options of a value of ``flag`` such as ``--aggregator trimmed_mean``, which name it in what they refuse."""
+    """Return the options of a value of ``flag`` such as ``--aggregator trimmed_mean``.
+
+    What they refuse names the flag.
+    """
     return tuple(
         dataclasses.replace(entry, name=key, label=f'Option "{key}" of {flag}') for key, entry in options.items()
     )
@@ -267,7 +281,7 @@ def flag(name: str) -> str:
 
 
 def as_typed(value: object) -> str:
-    """A setting's value as the command line takes it."""
+    """Return a setting's value as the command line takes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -71,7 +71,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture
 def registries() -> Iterator[None]:
-    """Takes back what a test registers."""
+    """Take back what a test registers."""
     from fedkern.usercode import plugins
 
     tables = list(plugins._tables().values())
@@ -100,7 +100,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _waiting_for_workers() -> Iterator[None]:
-    """Tests of the same bits on two workers would else compare a run without workers with another one."""
+    """Yield the tests of the same bits on two workers would else compare a run without workers with another one."""
     with waiting_for_workers(), warm_python.warm_fork_servers():
         yield
 
@@ -124,7 +124,7 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def refuses(tmp_path: Path) -> Callable[..., AbstractContextManager[Any]]:
-    """The context of a call that ends in a sentence before anything is written to its folder."""
+    """Yield the context of a call that ends in a sentence before anything is written to its folder."""
     from fedkern.errors import UserError
 
     @contextmanager
@@ -146,14 +146,14 @@ def _undrawn() -> Iterator[None]:
 
 @pytest.fixture
 def undrawn() -> Iterator[None]:
-    """Runs end without pictures, reports have empty charts: drawing takes longer than a small run."""
+    """Yield the runs end without pictures, reports have empty charts: drawing takes longer than a small run."""
     with _undrawn():
         yield
 
 
 @pytest.fixture(scope="session")
 def undrawing() -> Callable[[], AbstractContextManager[None]]:
-    """The context of ``undrawn``, for a run that a module plays once."""
+    """Return the context of ``undrawn``, for a run that a module plays once."""
     return _undrawn
 
 

@@ -38,7 +38,10 @@ def sequential():
 
 
 class Functional(Head):
-    """Functions and methods, in place and not; pooling before and behind the ReLU; view."""
+    """Functions and methods, in place and not.
+
+    Pooling before and behind the ReLU. View.
+    """
 
     def __init__(self):
         super().__init__(32)
@@ -108,7 +111,10 @@ class Plain(Head):
 
 
 class PreActivation(Head):
-    """Norms before convolutions; the stem's raw result is used twice."""
+    """Norms before convolutions.
+
+    The stem's raw result is used twice.
+    """
 
     def __init__(self):
         super().__init__(16)
@@ -247,7 +253,7 @@ WAYS = {
 
 
 def played(network, images, seed=5):
-    """Outputs in both modes, gradients and buffers after a step in train mode."""
+    """Return the outputs in both modes, gradients and buffers after a step in train mode."""
     network.train()
     network.zero_grad()
     torch.manual_seed(seed)
@@ -264,7 +270,10 @@ def played(network, images, seed=5):
 
 
 def equal(one, other, exact=True):
-    """Whether everything of :func:`played` has the same bits; not ``exact``: but for gradients of several sums."""
+    """Whether everything of :func:`played` has the same bits.
+
+    Not ``exact``: but for gradients of several sums.
+    """
     pairs = [*zip(one[0], other[0], strict=True), *zip(one[1], other[1], strict=True)]
     pairs += [(one[3][name], other[3][name]) for name in one[3]]
     gradients = [(one[2][name], other[2][name]) for name in one[2]]
@@ -275,7 +284,10 @@ def equal(one, other, exact=True):
 
 
 def close(one, other):
-    """Whether the numbers are those of other roundings; a ReLU that one flips changes a gradient."""
+    """Whether the numbers are those of other roundings.
+
+    A ReLU that one flips changes a gradient.
+    """
     for a, b in zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
     for name, b in other[3].items():

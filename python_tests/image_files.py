@@ -8,7 +8,10 @@ from fedkern.files.image_rows import ImageStore
 
 
 def two_brightnesses(root, count):
-    """Grey images of nine by nine pixels, half of them, those of the class b, brighter than the others; the folder."""
+    """Grey images of nine by nine pixels, half of them, those of the class b, brighter than the others.
+
+    The folder.
+    """
     rng = np.random.default_rng(0)
     for number in range(count):
         path = root / "ab"[number % 2] / f"{number}.png"
@@ -18,7 +21,7 @@ def two_brightnesses(root, count):
 
 
 def watched(monkeypatch, kind=ImageFiles):
-    """The files of a kind that are decoded from now on, in order."""
+    """Return the files of a kind that are decoded from now on, in order."""
     found = []
     read = kind.read
 

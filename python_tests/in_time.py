@@ -8,7 +8,10 @@ from fedkern.errors import UserError
 
 
 def in_time(work: Callable[[], Any], seconds: float = 20) -> str:
-    """The sentence that ``work`` raises; a thread that waits for a writer of a pipe is let go at the end."""
+    """Return the sentence that ``work`` raises.
+
+    A thread that waits for a writer of a pipe is let go at the end.
+    """
     ends: list[BaseException | None] = []
 
     def run() -> None:

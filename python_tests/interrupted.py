@@ -38,7 +38,7 @@ def wait_until(condition, seconds=60):
 
 
 def without(found, warning):
-    """An outcome without this warning, which a run has where what was lost had something to do."""
+    """Return an outcome without this warning, which a run has where what was lost had something to do."""
     model, metrics, summary = found
     told = dict(summary["diagnostics"])
     told.pop(warning, None)
@@ -46,7 +46,7 @@ def without(found, warning):
 
 
 def forge(out, change):
-    """Changes every entry of a run's manifest, as whoever sends a run folder may: the entries' checksums are right."""
+    """Change every entry of a run's manifest, as whoever sends a run folder may: the entries' checksums are right."""
     manifest = out / "checkpoints" / "manifest.json"
     content = json.loads(manifest.read_text())
     for entry in content["entries"]:
@@ -65,14 +65,14 @@ def forge_state(out, name, change):
 
 
 def unfinished(out):
-    """Takes a run back to the time before its first round: nothing committed, nothing learnt."""
+    """Take a run back to the time before its first round: nothing committed, nothing learnt."""
     for path in out.iterdir():
         if path.name != "config.toml":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def unvouched(out):
-    """Takes from a run's manifest what its results were when the run wrote them."""
+    """Take from a run's manifest what its results were when the run wrote them."""
 
     def forget(entry):
         if "results" in entry["info"]:
@@ -87,7 +87,7 @@ class Thing:
 
 
 def lose(number):
-    """Sends a signal to this process whose handler runs in a weak reference's callback."""
+    """Send a signal to this process whose handler runs in a weak reference's callback."""
     thing = Thing()
 
     def gone(_):

@@ -53,7 +53,10 @@ def remembering(classes=3, channels=3):
 
 
 class Masked(Plain):
-    """Holds a mask of -inf among its buffers, as causal attention does; it adds nothing to the logits."""
+    """Holds a mask of -inf among its buffers, as causal attention does.
+
+    It adds nothing to the logits.
+    """
 
     def __init__(self, classes=3, channels=3):
         super().__init__(classes, channels)
@@ -106,7 +109,10 @@ class Whole(nn.Module):
 
 
 class Raw(nn.Module):
-    """Tied weights and a parameter of its own; its logits are no layer's result."""
+    """Tied weights and a parameter of its own.
+
+    Its logits are no layer's result.
+    """
 
     def __init__(self, classes=3):
         super().__init__()

@@ -14,7 +14,7 @@ BRATS, NICO, REPORTS, SLIDES, TINYIMAGENET = PAPERS = tuple(
 
 
 def open_all() -> None:
-    """Makes the data sets known to `fedkern.data.load`, as ``--data`` does."""
+    """Make the data sets known to `fedkern.data.load`, as ``--data`` does."""
     for name in PAPERS:
         open_code(name)
 

@@ -86,7 +86,10 @@ def unload_all() -> None:
 
 @pytest.fixture
 def plugged(tmp_path_factory, monkeypatch) -> Iterator[None]:
-    """A user who has run no plugin yet; afterwards nothing of a plugin is left in this process."""
+    """Yield a user who has run no plugin yet.
+
+    Afterwards nothing of a plugin is left in this process.
+    """
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     yield
     unload_all()

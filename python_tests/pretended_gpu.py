@@ -77,11 +77,14 @@ class Waits(TorchDispatchMode):
 
 
 def pretend(monkeypatch) -> Waits:
-    """Puts all clients on the meta device; the server, and what it gets from them (zeros), stay on the CPU."""
+    """Put all clients on the meta device.
+
+    The server, and what it gets from them (zeros), stay on the CPU.
+    """
     waits = Waits()
     made: dict[int, tuple[RunContext, RunContext]] = {}
     numbers = itertools.count(1)
-    own_init, own_train, own_check = client.Client.__init__, training.started, training.check
+    own_init, own_train, own_check = client.Client.__init__, training.train_async, training.check
     own_pointer = Tensor.data_ptr
     step = 0
 
@@ -118,11 +121,10 @@ def pretend(monkeypatch) -> Waits:
         return done + len(groups)
 
     monkeypatch.setattr(client.Client, "__init__", init)
-    monkeypatch.setattr(client, "started", train)
-    monkeypatch.setattr(client, "train", lambda *given, **more: train(*given, **more)())
+    monkeypatch.setattr(client, "train_async", train)
     monkeypatch.setattr(evaluation, "ClientsFigures", lambda *_: None)  # a network that has values is judged
     monkeypatch.setattr(training, "check", check)
-    monkeypatch.setattr(training, "_gathered", gathered)
+    monkeypatch.setattr(training, "_gather_records", gathered)
     monkeypatch.setattr(training, "_digest", digest)
     for kind in (network.Network, network.Part, network.Trainable):
         monkeypatch.setattr(kind, "finite", lambda self: True)

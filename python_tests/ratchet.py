@@ -135,7 +135,10 @@ def read_ceilings() -> dict[str, dict[str, int]]:
 
 
 def lower(counts: dict[str, dict[str, int]]) -> None:
-    """Write each count that lies below its ceiling into ``ratchet.toml``; comments stay."""
+    """Write each count that lies below its ceiling into ``ratchet.toml``.
+
+    Comments stay.
+    """
     lines, table = [], ""
     for line in CEILINGS.read_text().splitlines(keepends=True):
         if heading := re.match(r"\[(\w+)\]", line):

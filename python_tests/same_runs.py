@@ -205,7 +205,7 @@ class Checkout:
 
 
 def settings_of(method: str, task: str) -> dict[str, Any]:
-    """The smallest form of a method on a task, as keyword arguments of ``fedkern.simulate``."""
+    """Return the smallest form of a method on a task, as keyword arguments of ``fedkern.simulate``."""
     from python_tests.smallest import SETTINGS as smallest
 
     own = {**smallest.get(method, {}), **OWN.get(method, {}), **OWN.get(f"{method}, {task}", {})}
@@ -229,7 +229,7 @@ def write_labels(table: Path) -> None:
 
 
 def content(path: Path) -> Any:
-    """What a file says, without times and what follows from them."""
+    """Return what a file says, without times and what follows from them."""
     if path.suffix == ".safetensors":
         with safe_open(path, "numpy") as file:
             about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
@@ -262,7 +262,7 @@ def without_folder(value: Any, folder: str) -> Any:
 
 
 def timeless(value: Any) -> Any:
-    """A JSON value without the entries that no two runs have alike."""
+    """Return a JSON value without the entries that no two runs have alike."""
     if isinstance(value, dict):
         return {name: timeless(each) for name, each in value.items() if name not in VOLATILE | SUMS}
     if isinstance(value, list):
@@ -271,7 +271,7 @@ def timeless(value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """Where two JSON values differ, one line for each place."""
+    """Return where two JSON values differ, one line for each place."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}, key=str):
             if name not in old or name not in new:

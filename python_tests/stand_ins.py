@@ -131,12 +131,12 @@ class Checkpoints:
 
 
 def record(number=1, rounds=3, entry=None, **given):
-    """The record of a communication round, or of a set-up round where the number is negative."""
+    """Return the record of a communication round, or of a set-up round where the number is negative."""
     return Record(entry or Round(one_off=number < 0), number, rounds, [0, 1], **given)
 
 
 def values(record):
-    """What a record says, by name."""
+    """Return what a record says, by name."""
     return {name: value for name, (_, value) in record.entries.items()}
 
 
@@ -146,5 +146,5 @@ def about(record, kind):
 
 
 def stored(state):
-    """The state of a part as a checkpoint gives it back."""
+    """Return the state of a part as a checkpoint gives it back."""
     return json.loads(json.dumps(state, allow_nan=False))

@@ -232,7 +232,10 @@ def test_the_history_as_a_data_frame():
 
 
 def _page(code):
-    """Comparisons and methods of a script are played by other tests; four rounds or runs take seconds."""
+    """Comparisons and methods of a script are played by other tests.
+
+    Four rounds or runs take seconds.
+    """
     return pytest.param(code, marks=[pytest.mark.exhaustive] if re.search(r"compare\(|^class", code, re.M) else [])
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code on the package that this process imported, not on a checkout that is the working directory."""
+    """Run code on the package that this process imported, not on a checkout that is the working directory."""
     found = os.pathsep.join(filter(None, (str(Path(fedkern.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120,
@@ -51,7 +51,10 @@ def test_core_links_no_torch_and_no_openmp_runtime(name: str) -> None:
 
 
 def test_a_core_of_other_sources_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package in a checkout whose csrc/ moved on; without csrc/ beside the package there is nothing to compare."""
+    """The package in a checkout whose csrc/ moved on.
+
+    Without csrc/ beside the package there is nothing to compare.
+    """
     backend.cpu_core()
     (tmp_path / "fedkern").mkdir()
     monkeypatch.setattr("fedkern.__file__", str(tmp_path / "fedkern" / "__init__.py"))
@@ -191,7 +194,7 @@ def test_forced_backend_that_is_missing_is_an_error() -> None:
 
 
 def source_distribution(folder: Path) -> Path:
-    """Makes a source distribution of the checkout and returns the folder it unpacks to."""
+    """Make a source distribution of the checkout and return the folder it unpacks to."""
     pytest.importorskip("setuptools", "77")  # older ones do not read this pyproject.toml
     command = ["setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "--formats=tar", "--dist-dir", folder]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, timeout=300)
@@ -219,7 +222,9 @@ def test_a_source_distribution_holds_all_that_a_build_needs(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_wheel_twice_from_one_source_distribution(tmp_path: Path) -> None:
-    """What an sdist holds is built in isolation twice; the second wheel holds the core and nothing stale.
+    """What an sdist holds is built in isolation twice.
+
+    The second wheel holds the core and nothing stale.
 
     In a folder whose name has what nvcc, CMake and shells trip on.
     """

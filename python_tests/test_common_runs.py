@@ -50,7 +50,10 @@ def _cases(names: list[str]) -> list[object]:
 
 
 def _images(root: Path, mode: str, *, masks: bool) -> None:
-    """Three classes by brightness, 24 images to train with and 12 to test with; for masks a bright half."""
+    """Three classes by brightness, 24 images to train with and 12 to test with.
+
+    For masks a bright half.
+    """
     rng = np.random.default_rng(0)
     for number in range(36):
         pixels = rng.integers(0, 100, (32, 32) if mode == "gray" else (32, 32, 3), dtype=np.uint8)
@@ -69,7 +72,10 @@ def _images(root: Path, mode: str, *, masks: bool) -> None:
 
 
 def _play(tmp_path: Path, words: list[str], code: list[str], images: Path | None) -> None:
-    """A run with its pictures, and all that is done with a finished one; ``evaluate`` must give the run's figures."""
+    """A run with its pictures, and all that is done with a finished one.
+
+    ``evaluate`` must give the run's figures.
+    """
     commands = [
         [*words, *code, "--out", "run"],
         ["evaluate", "run", *code, "--json"],

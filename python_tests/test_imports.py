@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def modules(package: str) -> dict[str, Path]:
-    """The files of a package by the name of their module."""
+    """Return the files of a package by the name of their module."""
     found = {}
     for path in (ROOT / package).rglob("*.py"):
         words = path.relative_to(ROOT).with_suffix("").parts
@@ -59,7 +59,10 @@ def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
 
 
 def test_fedkern_is_the_installed_one() -> None:
-    """What is tested is what a user has; a developer may name the checkout, or install it in place."""
+    """What is tested is what a user has.
+
+    A developer may name the checkout, or install it in place.
+    """
     if str(ROOT) in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         pytest.skip("PYTHONPATH names the checkout")
     installed = importlib.metadata.distribution("fedkern").read_text("direct_url.json") or "{}"

@@ -22,13 +22,13 @@ PUBLIC = ("fedkern", "fedkern.ops", "fedkern.methods", "fedkern.listeners", "fed
 
 
 def for_users(path: Path) -> str:
-    """The text of a file without its parts for developers."""
+    """Return the text of a file without its parts for developers."""
     text = path.read_text()
     return text[text.index("## Compatibility") :] if path.name == "CONTRIBUTING.md" else text
 
 
 def docstrings(module: str) -> Iterator[tuple[str, str]]:
-    """The docstrings of a module, of its public names and of their public members, by name."""
+    """Yield the docstrings of a module, of its public names and of their public members, by name."""
     found = importlib.import_module(module)
     yield module, inspect.getdoc(found) or ""
     for name in found.__all__:

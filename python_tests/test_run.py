@@ -75,12 +75,12 @@ def own(logits, labels):
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment of a process that buffers what it prints into a pipe."""
+    """Return the environment of a process that buffers what it prints into a pipe."""
     return {**{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}, **variables}
 
 
 def ended(*words: str, text: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """A Python process that has ended."""
+    """Return a Python process that has ended."""
     return subprocess.run(
         [sys.executable, *words], input=text, env=environment(**variables), capture_output=True, text=True, timeout=120,
         check=False,
@@ -137,7 +137,7 @@ def test_a_reader_that_leaves_at_the_end_changes_no_exit_code(closed):
 
 @pytest.fixture
 def seen(tmp_path) -> str:
-    """A folder for PYTHONPATH with :data:`SEEN`."""
+    """Return a folder for PYTHONPATH with :data:`SEEN`."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SEEN)
     paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -157,7 +157,10 @@ def test_a_command_with_torch_ends_its_process(words, code, seen):
 
 
 def test_the_console_script_says_that_torch_is_loading_and_ends_its_process(seen, tmp_path):
-    """A terminal that somebody looks at has a line at once; the line is gone before the command's own output."""
+    """A terminal that somebody looks at has a line at once.
+
+    The line is gone before the command's own output.
+    """
     with (Path(__file__).parents[1] / "pyproject.toml").open("rb") as file:
         module, function = tomllib.load(file)["project"]["scripts"]["fedkern"].split(":")
     script = tmp_path / "fedkern"  # as pip writes it

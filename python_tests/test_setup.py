@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names of setup.py, with no switch set and nothing built."""
+    """Return the names of setup.py, with no switch set and nothing built."""
     setuptools = pytest.importorskip("setuptools")
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     for name in ("FEDKERN_CPU", "FEDKERN_CUDA", "CXX"):
@@ -84,7 +84,7 @@ def test_missing_tools_are_named(script: Any, monkeypatch: Any, tmp_path: Path) 
 
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs setup.py build with its output in ``folder``."""
+    """Run setup.py build with its output in ``folder``."""
     folder.mkdir(exist_ok=True)
     command = ["setup.py", "-q", "egg_info", "--egg-base", str(folder), "build", "--build-base", str(folder)]
     kept = {name: value for name, value in os.environ.items() if name not in ("FEDKERN_CPU", "FEDKERN_CUDA", "CXX")}
@@ -155,7 +155,10 @@ def test_a_checkout_and_an_environment_may_lie_anywhere(tmp_path: Path) -> None:
 
 
 def test_where_cmake_cannot_build_a_copy_is_built(script: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    """CMake writes paths with a double quote as they are; what it makes elsewhere is brought back."""
+    """CMake writes paths with a double quote as they are.
+
+    What it makes elsewhere is brought back.
+    """
     pytest.importorskip("pybind11")
     checkout = tmp_path / 'a "quoted" folder'
     for name in ("csrc", "cmake"):
@@ -184,7 +187,7 @@ def test_where_cmake_cannot_build_a_copy_is_built(script: Any, monkeypatch: Any,
 
 
 def configure(folder: Path, nvcc: str, cuda: str) -> subprocess.CompletedProcess[str]:
-    """Configures the core with a script ``nvcc`` first on PATH."""
+    """Return the configures the core with a script ``nvcc`` first on PATH."""
     pybind11 = pytest.importorskip("pybind11")
     if not (shutil.which("cmake") and shutil.which("ninja")):
         pytest.skip("cmake or ninja is not installed")

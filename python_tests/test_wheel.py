@@ -44,7 +44,10 @@ def run(*command: object, cwd: Path, **more: str) -> subprocess.CompletedProcess
 
 
 def setup(folder: Path, *commands: object, **more: str) -> None:
-    """Runs setup.py in the checkout; all that it writes but compiled objects lies in ``folder``."""
+    """Run setup.py in the checkout.
+
+    All that it writes but compiled objects lies in ``folder``.
+    """
     pytest.importorskip("setuptools", "77")  # older ones do not read this pyproject.toml
     with one_writer(ROOT / "setup.py"):  # tests side by side share the folder of compiled objects
         run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, *commands, cwd=ROOT, **more)
@@ -52,7 +55,10 @@ def setup(folder: Path, *commands: object, **more: str) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout with the CPU core alone; objects that an earlier build left are used."""
+    """Return the wheel of this checkout with the CPU core alone.
+
+    Objects that an earlier build left are used.
+    """
     missing = [name for name in ("cmake", "ninja") if not shutil.which(name)]
     missing += [] if any(map(shutil.which, ("c++", "g++", "clang++"))) else ["a C++ compiler"]
     if missing:
@@ -67,7 +73,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source distribution of this checkout."""
+    """Return the source distribution of this checkout."""
     folder = tmp_path_factory.mktemp("sources")
     setup(folder, "sdist", "--formats=gztar", "--dist-dir", folder)
     (found,) = folder.glob("*.tar.gz")
@@ -75,7 +81,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def index(folder: Path, *files: Path) -> str:
-    """Makes an index with these files of fedkern and returns its address."""
+    """Make an index with these files of fedkern and return its address."""
     page = folder / "simple" / "fedkern"
     page.mkdir(parents=True)
     lines = []
@@ -88,7 +94,7 @@ def index(folder: Path, *files: Path) -> str:
 
 
 def bare(folder: Path, *start: str) -> Path:
-    """Makes an environment without fedkern and returns its folder of programs.
+    """Make an environment without fedkern and return its folder of programs.
 
     Everything else that is installed here is seen through links: nothing is fetched.
 
@@ -161,7 +167,10 @@ def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_elsewhere_the_source_distribution_installs_without_a_core(sources: Path, tmp_path: Path) -> None:
-    """On another processor, that is; the same interpreter is made to say that it runs on one."""
+    """On another processor, that is.
+
+    The same interpreter is made to say that it runs on one.
+    """
     with tarfile.open(sources) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "csrc/CMakeLists.txt", "csrc/bindings/cpu.cpp", "cmake/Cuda.cmake"} <= held

@@ -12,7 +12,7 @@ from fedkern.models import CNN, ModelEntry
 
 
 def narrow(*, classes, channels, width, stem):
-    """A network that somebody else has put into the registry."""
+    """Return a network that somebody else has put into the registry."""
     return CNN(classes=classes, channels=channels, width=max(1, width // 2))
 
 
@@ -38,7 +38,10 @@ class Dying(FedAvg):
 
 
 class DyingOnce(FedAvg):
-    """Clients count their rounds in states that are written as a round ends; client 2 ends its worker process once."""
+    """Clients count their rounds in states that are written as a round ends.
+
+    Client 2 ends its worker process once.
+    """
 
     def rounds(self, federation):
         for entry in super().rounds(federation):

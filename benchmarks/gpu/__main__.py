@@ -20,7 +20,7 @@ ABSENT = "there is no NVIDIA GPU here (nvidia-smi lists none): run it on a machi
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 where all has passed, 1 where something failed or is left, 2 for what it cannot take."""
+    """Return the exit code: 0 where all has passed, 1 where something failed or is left, 2 for what it cannot take."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu/all.sh", description=__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages, or first words of them; all by default")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of logs and results, %(default)s")
@@ -75,7 +75,7 @@ def _meant(stage: Stage, word: str) -> bool:
 
 
 def gpu() -> dict[str, Any] | None:
-    """The first GPU; None where there is none."""
+    """Return the first GPU; None where there is none."""
     names = ("name", "compute_cap", "driver_version", "memory.total")
     try:
         asked = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
@@ -96,7 +96,7 @@ def gpu() -> dict[str, Any] | None:
 
 
 def code() -> str:
-    """A name of the code: a digest of all files that stages run, committed or not."""
+    """Return a name of the code: a digest of all files that stages run, committed or not."""
     total = hashlib.sha256()
     for folder in ("csrc", "cmake", "fedkern", "benchmarks", "python_tests"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -106,7 +106,7 @@ def code() -> str:
 
 
 def pack(out: Path, target: Path, kinds: Collection[str] = (), most: float = math.inf) -> None:
-    """Writes the files of a folder into a .tar.gz: those of ``kinds`` alone, and no more than ``most`` bytes."""
+    """Write the files of a folder into a .tar.gz: those of ``kinds`` alone, and no more than ``most`` bytes."""
     partial = target.with_name(f"{target.name}.partial")
     with tarfile.open(partial, "w:gz") as packed:
         for path in sorted(out.rglob("*")):

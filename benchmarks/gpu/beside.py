@@ -31,7 +31,7 @@ OURS, LEAN = "fedkern", "lean loop"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.beside", description=__doc__)
     parser.add_argument("model")
     for name in ("width", "clients", "rounds"):

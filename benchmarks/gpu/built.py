@@ -11,7 +11,7 @@ from fedkern.ops._core.loading import Unavailable, load_core, stale_cores
 
 
 def main(architecture: str) -> int:
-    """The exit code: 0 where nothing is to be built."""
+    """Return the exit code: 0 where nothing is to be built."""
     try:
         core = load_core("_cuda")
     except Unavailable:

@@ -29,7 +29,7 @@ INSIDE = "--inside"
 
 
 def main(words: Sequence[str]) -> int:
-    """Calls the operators under ncu; returns its exit code."""
+    """Call the operators under ncu; return its exit code."""
     if words[0] == INSIDE:
         return call(words[1:])
     asked = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def call(words: Sequence[str]) -> int:
-    """Calls each operator twice, the second time with the counters on."""
+    """Call each operator twice, the second time with the counters on."""
     made = [make()[0] for row, make in kernels.asked(words, ["cuda"]) if row["dtype"] == "fp32" and not row["odd"]]
     with ops.use_backend("cuda"):
         for counted in (False, True):

@@ -58,7 +58,7 @@ SIZE = "(4096, 1000)"
 
 
 def lines(capability: str, out: Path, *, known: bool) -> list[Stage]:
-    """The ten kinds of lines in their order.
+    """Return the ten kinds of lines in their order.
 
     Args:
         capability: the GPU's compute capability, for example "9.0".
@@ -100,7 +100,7 @@ def _line(name: str, seconds: int, *words: str) -> Stage:
 
 
 def checks(*, known: bool) -> list[Stage]:
-    """What `again` adds: the changed kernels under NVIDIA's checkers, and runs twice with one seed."""
+    """Return what `again` adds: the changed kernels under NVIDIA's checkers, and runs twice with one seed."""
     chosen = f"gives_the_reference_result and ({' or '.join(CHANGED)})"
     quick = []
     for stage in stages.sanitizers():
@@ -122,7 +122,7 @@ class Lines(Playing):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 where all has passed, 1 where something did not, 2 for what it cannot take."""
+    """Return the exit code: 0 where all has passed, 1 where something did not, 2 for what it cannot take."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu/fifteen.sh", description=__doc__)
     parser.add_argument("again", nargs="?", choices=("again",), help="what failed, and checks of it")
     parser.add_argument("--out", default=os.environ.get("OUT"), metavar="DIR", help="of the archive; by default $OUT")

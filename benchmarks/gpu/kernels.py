@@ -47,7 +47,7 @@ def drawn(*shape: int, dtype: torch.dtype, leaf: bool = False) -> Tensor:
 
 
 def trained(loss: Callable[..., Tensor], leaves: Sequence[Tensor], others: Sequence[Any] = ()) -> Callable[[], Any]:
-    """A call forward and backward; outputs that are no scalars get a gradient of ones."""
+    """Return a call forward and backward; outputs that are no scalars get a gradient of ones."""
     first = loss(*leaves, *others)
     outer = torch.ones_like(first)
     return lambda: torch.autograd.grad(loss(*leaves, *others), leaves, outer)
@@ -194,7 +194,7 @@ def maps(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[str, Callab
 
 
 def features(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Made]]]:
-    """The contrastive loss, whose products bind it and not its bytes."""
+    """Yield the contrastive loss, whose products bind it and not its bytes."""
     for size, rows in (("small", 256), ("large", 8192)):
 
         def make(rows: int = rows) -> Made:
@@ -237,7 +237,7 @@ def measure(made: Made, clock: CudaClock) -> dict[str, Any]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 where a call failed; its row says why."""
+    """Return the exit code: 0, or 1 where a call failed; its row says why."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernels", description=__doc__)
     parser.add_argument("operators", nargs="*", metavar="CASE", help="first words of operator and size; all by default")
     parser.add_argument("--results", type=Path, required=True, metavar="DIR")
@@ -263,7 +263,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def asked(words: Sequence[str], backends: Sequence[str]) -> Iterator[tuple[dict[str, Any], Callable[[], Made]]]:
-    """The rows to fill, and what makes the call of each; the reference has no odd ones.
+    """Yield the rows to fill, and what makes the call of each; the reference has no odd ones.
 
     Args:
         words: first words of an operator and a size, for example "kl_div" or "kl_div large"; empty: all.
@@ -294,7 +294,7 @@ class Table:
         return "seconds" in self._rows.get(_key(row), {})
 
     def add(self, row: dict[str, Any]) -> None:
-        """Takes a row in the place of an earlier one of the same call, and writes the file."""
+        """Take a row in the place of an earlier one of the same call, and write the file."""
         self._rows[_key(row)] = row
         lines = ",\n".join(json.dumps(each) for each in self._rows.values())
         text = f'{{"machine": {json.dumps(self._machine)},\n"rows": [\n{lines}\n]}}\n'

@@ -113,7 +113,7 @@ class Playing:
 
 
 def _end(process: subprocess.Popen[Any], patience: float) -> None:
-    """Ends a process and all that it has started: asks first, as Ctrl-C does, so that runs keep what they have."""
+    """End a process and all that it has started: asks first, as Ctrl-C does, so that runs keep what they have."""
     for number, seconds in ((signal.SIGINT, patience), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
@@ -127,7 +127,7 @@ def _end(process: subprocess.Popen[Any], patience: float) -> None:
 
 
 def wait(process: subprocess.Popen[Any]) -> int:
-    """A process's exit code; a Ctrl-C meant for both is left to it."""
+    """Return a process's exit code; a Ctrl-C meant for both is left to it."""
     while True:
         try:
             return process.wait()

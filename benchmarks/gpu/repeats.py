@@ -26,7 +26,7 @@ MEASURED = ("phases", "device")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The exit code: 0 where both runs are alike, 1 where they differ or one fails."""
+    """Return the exit code: 0 where both runs are alike, 1 where they differ or one fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.repeats", description=__doc__.split("\n")[0])
     parser.add_argument("name", metavar="METHOD|NETWORK", choices=(*bench_methods.METHODS, *stages.NETWORKS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def play(case: bench_methods.Case, device: str, folder: Path) -> Path:
-    """Runs a case with seed 0 in a new folder; returns the run folder.
+    """Run a case with seed 0 in a new folder; return the run folder.
 
     Raises:
         processes.Failed: the run failed.
@@ -90,7 +90,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def repeatable(record: Any) -> Any:
-    """A round's record without what is measured, in tables within it too."""
+    """Return a round's record without what is measured, in tables within it too."""
     if not isinstance(record, dict):
         return record
     kept = {name: value for name, value in record.items() if name not in MEASURED and not name.endswith("seconds")}

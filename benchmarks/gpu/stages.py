@@ -59,7 +59,7 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
 
 
 def build(capability: str) -> Stage:
-    """The package in place, its CUDA core for this GPU alone; again on every machine that lacks it."""
+    """Return the package in place, its CUDA core for this GPU alone; again on every machine that lacks it."""
     architecture = capability.replace(".", "")
     words = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", ".")
     return Stage(
@@ -82,7 +82,7 @@ def tests() -> Stage:
 
 
 def sanitizers() -> list[Stage]:
-    """The CUDA tests on small inputs under NVIDIA's checkers."""
+    """Return the CUDA tests on small inputs under NVIDIA's checkers."""
     return [
         Stage(
             tool,
@@ -101,7 +101,7 @@ def kernels(out: Path) -> Stage:
 
 
 def operators(out: Path) -> list[Stage]:
-    """The operators' benchmarks beside eager PyTorch, torch.compile and others."""
+    """Return the operators' benchmarks beside eager PyTorch, torch.compile and others."""
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py") if path.stem not in NOT_OPERATORS)
     return [
         Stage(
@@ -126,7 +126,7 @@ TRACED = {
 
 
 def traces(out: Path) -> list[Stage]:
-    """A round of every method under PyTorch's profiler: the host's waits, and the GPU's idle time."""
+    """Return a round of every method under PyTorch's profiler: the host's waits, and the GPU's idle time."""
     return [
         Stage(
             f"trace {name}",
@@ -161,7 +161,7 @@ ROUNDS = ("lenet-10", "cnn-10", "cnn-50", "resnet8-10", "resnet18-10")
 
 
 def rounds(out: Path) -> list[Stage]:
-    """Rounds of the engine beside the lean loop; a first play of each looks at memory."""
+    """Return the rounds of the engine beside the lean loop; a first play of each looks at memory."""
     return [
         Stage(
             f"rounds {name}",
@@ -200,7 +200,7 @@ PUBLISHED = {"fusefl": (FUSEFL, 900), "fediod": (FEDIOD, 1200), "fedgid": (FEDGI
 
 
 def published(out: Path, data_root: str) -> list[Stage]:
-    """Runs at published scale; FedIOD's teachers come first, and their ensemble bounds its student."""
+    """Run at published scale; FedIOD's teachers come first, and their ensemble bounds its student."""
     return [
         Stage(
             f"published {method}",

@@ -31,14 +31,14 @@ Event = Mapping[str, Any]
 
 
 def read(path: Path) -> list[Event]:
-    """The events of a trace that lasted, in the order in which they began."""
+    """Return the events of a trace that lasted, in the order in which they began."""
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     lasted = [one for one in events if one.get("ph") == "X" and one.get("cat") in {HOST, *RUNTIME, *DEVICE}]
     return sorted(lasted, key=lambda one: one["ts"])
 
 
 def waits(events: Iterable[Event]) -> list[Event]:
-    """The calls of the CUDA runtime in which the host waits for the GPU."""
+    """Return the calls of the CUDA runtime in which the host waits for the GPU."""
     return [
         one
         for one in events
@@ -76,7 +76,7 @@ def around(events: Sequence[Event], chosen: Iterable[Event]) -> list[str]:
 
 
 def figures(events: Sequence[Event]) -> dict[str, Any]:
-    """What a trace says.
+    """Return what a trace says.
 
     Returns:
         ``seconds`` from the first to the last event; ``busy``, the share of them in which the GPU did something, or
@@ -151,7 +151,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def conclude(name: str, flags: Sequence[str], path: Path, out: Path) -> str:
-    """Writes what the trace in ``path`` says into ``out``; returns it in one line."""
+    """Write what the trace in ``path`` says into ``out``; return it in one line."""
     events = read(path)
     facts = {"commit": recorded_commit(), "method": name, "flags": list(flags), **figures(events)}
     (out / "trace.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -23,7 +23,7 @@ CROP_PADDING = 4
 
 
 def arguments(description: str, **extra: Any) -> argparse.ArgumentParser:
-    """The flags of every plain method, named as the settings of ``python -m fedkern.run``.
+    """Return the flags of every plain method, named as the settings of ``python -m fedkern.run``.
 
     Args:
         description: one line.
@@ -61,7 +61,7 @@ def arguments(description: str, **extra: Any) -> argparse.ArgumentParser:
 
 
 def device(word: str) -> torch.device:
-    """The device of this name.
+    """Return the device of this name.
 
     Raises:
         argparse.ArgumentTypeError: it is neither cpu nor cuda, or torch sees no GPU.
@@ -92,7 +92,7 @@ class Images(Dataset[tuple[Any, ...]]):
 
 
 def crop_and_flip(image: Tensor) -> Tensor:
-    """A random window of the image padded by 4 pixels, mirrored half of the time; ``[C, H, W]`` both."""
+    """Return a random window of the image padded by 4 pixels, mirrored half of the time; ``[C, H, W]`` both."""
     height, width = image.shape[1:]
     padded = F.pad(image, (CROP_PADDING,) * 4)
     top, left = torch.randint(0, 2 * CROP_PADDING + 1, (2,)).tolist()
@@ -125,7 +125,7 @@ def normalise(images: Tensor, source: Any) -> Tensor:
 
 
 def load_source(args: argparse.Namespace) -> Any:
-    """The data and their partition, as a run of fedkern with the same settings has them."""
+    """Return the data and their partition, as a run of fedkern with the same settings has them."""
     return data.load(
         args.data, root=args.data_root, clients=args.clients, partition=args.partition, seed=args.seed,
         train_samples=args.train_samples, public_samples=args.public_samples, correlation=args.correlation,
@@ -164,7 +164,7 @@ def loader(dataset: Images, batch_size: int, device: torch.device) -> DataLoader
 
 
 def on(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
-    """The batches of a loader, on the device."""
+    """Yield the batches of a loader, on the device."""
     for batch in batches:
         yield [column.to(device, non_blocking=True) for column in batch]
 
@@ -180,7 +180,7 @@ def optimizer(parameters: Iterable[nn.Parameter], args: argparse.Namespace) -> t
 
 
 def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The weighted mean of state dicts; of integer buffers the largest."""
+    """Return the weighted mean of state dicts; of integer buffers the largest."""
     total = sum(weights)
     mean: dict[str, Tensor] = {}
     for key, value in states[0].items():
@@ -215,7 +215,7 @@ def train(
 
 
 def frozen(model: nn.Module) -> Any:
-    """A frozen copy in eval mode."""
+    """Return a frozen copy in eval mode."""
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
@@ -253,7 +253,7 @@ class Records:
         self._begun = time.perf_counter()
 
     def add(self, figures: Mapping[str, float]) -> None:
-        """Ends a round."""
+        """End a round."""
         number, seconds = len(self._rounds) + 1, time.perf_counter() - self._begun
         self._rounds.append({"round": number, "round_seconds": seconds, **figures})
         said = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if name.endswith(("accuracy", "_r1")))
@@ -273,7 +273,7 @@ def prepare(args: argparse.Namespace) -> None:
 def run_rounds(
     args: argparse.Namespace, model: nn.Module, federation: Federation, update: Callable[[int], None]
 ) -> None:
-    """Calls ``update(round)``, which leaves the new global network in ``model``; evaluates; keeps the records."""
+    """Call ``update(round)``, which leaves the new global network in ``model``; evaluate; keep the records."""
     records = Records(args)
     for number in range(1, args.rounds + 1):
         records.start()

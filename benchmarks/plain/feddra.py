@@ -63,13 +63,13 @@ def subset(dataset: common.Images, rows: Tensor) -> common.Images:
 
 
 def trimmed(ids: Tensor, mask: Tensor) -> Tokens:
-    """A batch of texts, padded no further than its longest one needs."""
+    """Return a batch of texts, padded no further than its longest one needs."""
     length = int(mask.sum(1).max())
     return Tokens(ids[:, :length], mask[:, :length])
 
 
 def on(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tokens]]:
-    """The batches of a loader, on the device; how long the texts are is read before."""
+    """Yield the batches of a loader, on the device; how long the texts are is read before."""
     for images, ids, mask in batches:
         yield images.to(device, non_blocking=True), trimmed(ids, mask).to(device)
 
@@ -103,7 +103,7 @@ def train_client(
 
 @torch.no_grad()
 def pool_statistics(model: Any, datasets: Sequence[common.Images], weights: Sequence[float]) -> None:
-    """Gives the heads' batch norms mean and variance of their inputs over all clients' samples, client by weight."""
+    """Give the heads' batch norms mean and variance of their inputs over all clients' samples, client by weight."""
     model.eval()
     samples = [subset(data, torch.randperm(len(data))[:STATISTICS_SAMPLES]) for data in datasets]
     for head, inputs in (("image_head", image_inputs), ("text_head", text_inputs)):
@@ -133,7 +133,7 @@ def text_inputs(model: Any, data: common.Images) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: Any, data: common.Images, batch_size: int) -> float:
-    """The mean contrastive loss over whole batches."""
+    """Return the mean contrastive loss over whole batches."""
     model.eval()
     batches = DataLoader(data, batch_size=batch_size, drop_last=True)
     losses = [float(contrastive(*model(images, tokens))) for images, tokens in on(batches, common.device_of(model))]
@@ -141,7 +141,7 @@ def held_out_loss(model: Any, data: common.Images, batch_size: int) -> float:
 
 
 def new_weights(weights: list[float], losses: list[float], eta: float, rho: float) -> list[float]:
-    """A step up the losses, then the nearest point of {p on the simplex: N sum p^2 <= 2 rho + 1}."""
+    """Return a step up the losses, then the nearest point of {p on the simplex: N sum p^2 <= 2 rho + 1}."""
     n, highest = len(weights), max(losses)
     if max(losses) == min(losses):
         return weights

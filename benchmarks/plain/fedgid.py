@@ -48,7 +48,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def loss_of(
     model: Any, images: Tensor, labels: Tensor, *, globally: Any, backgrounds: Tensor, args: argparse.Namespace
 ) -> Tensor:
-    """The loss of a batch whose samples are mixed with these backgrounds, row by row."""
+    """Return the loss of a batch whose samples are mixed with these backgrounds, row by row."""
     stage = model.stage_names[-3]
     maps = model.stages(images, upto=stage)
     features = model.tail(maps, after=stage)
@@ -65,7 +65,7 @@ def loss_of(
 
 
 def background_bank(split: Any, source: Any) -> Tensor:
-    """A client's images with a known object, normalised, the object erased to the mean colour."""
+    """Return a client's images with a known object, normalised, the object erased to the mean colour."""
     detected = split.masks.flatten(1).any(1)
     return common.normalise(split.images[detected], source).masked_fill(split.masks[detected][:, None], 0)
 

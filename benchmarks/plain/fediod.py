@@ -58,7 +58,7 @@ def generator_loss(
 
 
 def ensemble(logits: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The mean of the teachers' log-probabilities [B, C] with weights [K, C] of their classes."""
+    """Return the mean of the teachers' log-probabilities [B, C] with weights [K, C] of their classes."""
     return sum(w * x.log_softmax(1) for w, x in zip(weights, logits, strict=True))
 
 
@@ -75,7 +75,7 @@ def class_weights(labels: Sequence[Tensor], classes: int) -> Tensor:
 
 
 def real_batches(dataset: common.Images, size: int, device: torch.device) -> Iterator[Tensor]:
-    """A round's real images: once through the client's samples, the last batch filled up."""
+    """Yield a round's real images: once through the client's samples, the last batch filled up."""
     for images, *_ in common.on(DataLoader(dataset, batch_size=size, shuffle=True), device):
         if len(images) < size:
             rows = torch.arange(size) % len(images)

@@ -41,7 +41,7 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, teacher: Tensor, a
 
 
 def larger_model(args: argparse.Namespace, source: Any, client_model: nn.Module) -> Any:
-    """The first network of the list that has more parameters than the shared one."""
+    """Return the first network of the list that has more parameters than the shared one."""
     made = (common.build_model(args, source, name, width) for name, width in LARGER)
     size = sum(parameter.numel() for parameter in client_model.parameters())
     return next(model for model in made if sum(parameter.numel() for parameter in model.parameters()) > size)
@@ -64,7 +64,7 @@ def pretrain(model: nn.Module, public: common.Images, epochs: int) -> None:
 
 @torch.no_grad()
 def with_logits(dataset: common.Images, teacher: nn.Module) -> common.Images:
-    """The same samples, each with what the teacher says of its image as it is stored."""
+    """Return the same samples, each with what the teacher says of its image as it is stored."""
     device = common.device_of(teacher)
     logits = torch.cat([teacher(images.to(device)).cpu() for images in dataset.images.split(256)])
     return common.Images(dataset.images, *dataset.columns, logits, augment=dataset.augment)

@@ -15,7 +15,7 @@ ASSUMES = {"weighting": "samples"}
 
 
 def loss_of(model: nn.Module, images: Tensor, labels: Tensor, *, globally: nn.Module, mu: float) -> Tensor:
-    """The cross-entropy and mu/2 ||theta - theta_global||^2."""
+    """Return the cross-entropy and mu/2 ||theta - theta_global||^2."""
     loss = F.cross_entropy(model(images), labels)
     pairs = zip(model.parameters(), globally.parameters(), strict=True)
     return loss + mu / 2 * sum((parameter - received.detach()).pow(2).sum() for parameter, received in pairs)

@@ -76,7 +76,7 @@ class Local(nn.Module):
 
 
 def averaging_adaptor(branches: int, channels: int) -> nn.Conv2d:
-    """A 1x1 convolution that begins as the mean over the branches."""
+    """Return a 1x1 convolution that begins as the mean over the branches."""
     adaptor = nn.Conv2d(branches * channels, channels, 1)
     with torch.no_grad():
         adaptor.weight.copy_(torch.eye(channels).repeat(1, branches).view_as(adaptor.weight) / branches)
@@ -108,7 +108,7 @@ def class_statistics(
 
 
 def pooled(each: Sequence[Sequence[tuple[int, Tensor, Tensor]]]) -> list[tuple[int, Tensor, Tensor]]:
-    """The same over all clients together: count, mean and covariance."""
+    """Return the same over all clients together: count, mean and covariance."""
     result = []
     for parts in zip(*each, strict=True):
         n = sum(count for count, _, _ in parts)

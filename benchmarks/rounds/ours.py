@@ -27,7 +27,7 @@ from .task import CLASSES, Contest, Task, contest
 
 
 def federated_data(task: Task) -> FederatedData:
-    """The task's images as the engine takes them."""
+    """Return the task's images as the engine takes them."""
     images, labels = np.load(task.folder / "raw_images.npy"), task.labels.cpu()
     clients = tuple(Split(torch.from_numpy(rows), its) for rows, its in zip(images, labels, strict=True))
     test = Split(
@@ -58,7 +58,7 @@ class Marked(Listener):
 
 
 def settings(task: Task, threads: int, workers: str) -> RunConfig:
-    """The run's settings."""
+    """Return the run's settings."""
     return RunConfig.make(
         "fedavg",
         data="cifar10",
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def read_state(out: Path) -> dict[str, torch.Tensor]:
-    """The last global state dict of a finished run."""
+    """Return the last global state dict of a finished run."""
     from safetensors.torch import load_file
 
     return load_file(out / "model.safetensors")

@@ -132,13 +132,13 @@ def play(who: Program, task: Judged, *, watch: bool = False, limit: float = 3600
 
 
 def last_words(log: str) -> str:
-    """The last line that a failed program wrote."""
+    """Return the last line that a failed program wrote."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
 
 
 def family(pid: int, word: str) -> list[int]:
-    """A process, its descendants, and whoever has the word in its environment (daemons have another parent)."""
+    """Return a process, its descendants, and whoever has the word in its environment (daemons have another parent)."""
     parents: dict[int, int] = {}
     members = {pid}
     for entry in PROC.iterdir():
@@ -160,7 +160,7 @@ def family(pid: int, word: str) -> list[int]:
 
 
 def end(process: subprocess.Popen[bytes], word: str) -> None:
-    """Ends a program with everything that it started: gently, then not."""
+    """End a program with everything that it started: gently, then not."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:

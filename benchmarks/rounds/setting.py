@@ -60,7 +60,7 @@ class Setting:
 
 
 def write(setting: Setting, folder: Path, data_root: str | None = None) -> None:
-    """Writes the task into an empty folder: CIFAR-10 from ``data_root``, or synthetic images of its shape."""
+    """Write the task into an empty folder: CIFAR-10 from ``data_root``, or synthetic images of its shape."""
     count = setting.clients * setting.samples
     images, labels, test_images, test_labels = (
         synthetic(count, TEST) if data_root is None else cifar10(data_root, count, TEST)
@@ -89,20 +89,20 @@ def write(setting: Setting, folder: Path, data_root: str | None = None) -> None:
 
 
 def register(model: str) -> None:
-    """Registers a network that is not fedkern's, as its author would."""
+    """Register a network that is not fedkern's, as its author would."""
     if model in NAMES and model not in models.MODELS:
         models.register_model(model)(lambda width: NETWORKS[model](width))
 
 
 def first_weights(setting: Setting) -> dict[str, Tensor]:
-    """The state dict that a run of fedkern's with this seed begins with."""
+    """Return the state dict that a run of fedkern's with this seed begins with."""
     register(setting.model)
     module = models.build(setting.model, classes=CLASSES, channels=3, image_size=32, seed=SEED, width=setting.width)
     return dict(inner(module).state_dict())
 
 
 def cifar10(root: str, count: int, test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first ``count`` training images in a fixed random order, and the first ``test`` test images."""
+    """Return the first ``count`` training images in a fixed random order, and the first ``test`` test images."""
     data = load("cifar10", root=root, clients=1, partition="iid", seed=SEED, train_samples=count)
     (train,) = data.clients
     split = data.tests[""]

@@ -39,7 +39,7 @@ class LeNet(nn.Module):
         self.fc3 = nn.Linear(84, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, channels, 32, 32]`` to ``[B, classes]``."""
+        """Map ``[B, channels, 32, 32]`` to ``[B, classes]``."""
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.relu(self.fc1(torch.flatten(x, 1)))
@@ -57,7 +57,7 @@ class McMahan(nn.Module):
         self.fc2 = nn.Linear(512, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, channels, 32, 32]`` to ``[B, classes]``."""
+        """Map ``[B, channels, 32, 32]`` to ``[B, classes]``."""
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
@@ -175,7 +175,7 @@ class Task:
 
     @classmethod
     def load(cls, folder: str | Path) -> Task:
-        """Reads what setting.py wrote.
+        """Read what setting.py wrote.
 
         On the CPU the images are mapped, so that the processes of a program share them.  A GPU gets all of them at
         once, as every program has its data in memory.
@@ -195,7 +195,7 @@ class Task:
         )
 
     def network(self, layout: torch.memory_format = torch.channels_last) -> nn.Module:
-        """The network with the first weights; some frameworks can only send contiguous ones."""
+        """Return the network with the first weights; some frameworks can only send contiguous ones."""
         module = NETWORKS[self.model](self.width)
         module.load_state_dict(self.initial)
         return module.to(self.device, memory_format=layout)  # type: ignore[call-overload]
@@ -260,7 +260,7 @@ class Contest:
         self.marks.append(time.monotonic())
 
     def finish(self, state: Mapping[str, Any], **said: str) -> None:
-        """Writes the last global state dict (tensors or arrays), the rounds' marks and what else is to be ``said``.
+        """Write the last global state dict (tensors or arrays), the rounds' marks and what else is to be ``said``.
 
         Raises:
             RuntimeError: not as many rounds began as the task has.
@@ -273,7 +273,7 @@ class Contest:
 
 
 def contest(*, optimizer: bool = True) -> Contest:
-    """That of this process's command line.
+    """Return the that of this process's command line.
 
     Args:
         optimizer: whether this process trains with torch's optimisers, the first of which imports torch's compiler, for

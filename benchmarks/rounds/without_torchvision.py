@@ -49,7 +49,7 @@ class _Finder:
 
 
 def install() -> str:
-    """Puts the empty module in the place of a torchvision that cannot be imported; says so, or ""."""
+    """Put the empty module in the place of a torchvision that cannot be imported; says so, or ""."""
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:

@@ -48,12 +48,12 @@ class Audit:
     confidence: float
 
     def to_dict(self) -> dict[str, float]:
-        """The attributes by name."""
+        """Return the attributes by name."""
         return asdict(self)
 
 
 def audit(one: Tensor, other: Tensor, *, confidence: float = 0.99) -> Audit:
-    """A lower bound on mu from the scores of independent runs on each of two neighbouring data sets.
+    """Return a lower bound on mu from the scores of independent runs on each of two neighbouring data sets.
 
     The first half of the runs chooses the threshold and the second half is counted, so that the choice costs no
     confidence.  Clopper-Pearson bounds (Biometrika 1934) on the two error rates fail with probability
@@ -82,7 +82,7 @@ def audit(one: Tensor, other: Tensor, *, confidence: float = 0.99) -> Audit:
 
 
 def claimed_mu(ledger: Mapping[str, Sequence[Sequence[Any]]], false_positives: float = 0.5) -> float:
-    """The mu that a client's ledger claims, where one record is replaced.
+    """Return the mu that a client's ledger claims, where one record is replaced.
 
     Without sampling all entries are Gaussian mechanisms, and mu does not depend on the test.  With sampling the
     accountant claims a curve of pairs (epsilon, delta) and no mu.  At a false-positive rate these pairs allow a certain
@@ -140,7 +140,7 @@ def _most(errors: np.ndarray, runs: int, level: float) -> np.ndarray:
 
 
 def _least_negatives(epsilon: Callable[[float], float], false_positives: float) -> float:
-    """The fewest false negatives of a test that the pairs (epsilon, delta) allow, over a grid of delta."""
+    """Return the fewest false negatives of a test that the pairs (epsilon, delta) allow, over a grid of delta."""
     least = 0.0
     for delta in np.logspace(-8, math.log10(0.9), 60):
         bound = epsilon(float(delta))

@@ -81,7 +81,7 @@ class Client:
 
 
 def channels(*, sigma: float, releases: int = 1, rows: int = 4, shards: int = 1) -> Runs:
-    """The gradients of a generator's steps through the discriminator, with noise of ``sigma`` clipping norms.
+    """Return the gradients of a generator's steps through the discriminator, with noise of ``sigma`` clipping norms.
 
     The canary turns every row of a batch around.  Its direction alternates over rows and releases, and the score takes
     the signs back, so that noise that is used twice cancels.
@@ -266,7 +266,7 @@ def measure(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
 
 
 def audited(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
-    """An audit's figures, the claimed mu at its false positives, and the ledger of one repeat."""
+    """Return an audit's figures, the claimed mu at its false positives, and the ledger of one repeat."""
     one, ledger = mechanism.runs(repeats, -1.0)
     other, _ = mechanism.runs(repeats, 1.0)
     result = audit(one, other, confidence=CONFIDENCE)

@@ -119,7 +119,7 @@ def _pooled(features: Tensor, pool: Pool) -> Tensor:
 
 
 def _branches(network: Any) -> Callable[[Tensor], Tensor]:
-    """A function from images to the branches' last features ``[B, M, d]``."""
+    """Return a function from images to the branches' last features ``[B, M, d]``."""
     if isinstance(network, FusedNetwork):
         return lambda x: network.run_levels(x).unflatten(1, (_count(network), -1))
     if isinstance(network, Ensemble):
@@ -135,7 +135,7 @@ def _refuse_calibrated(network: Any, options: Mapping[str, Any], folder: Path) -
 
 
 def _plain_head(network: Any, folder: Path, pool: Pool) -> nn.Linear:
-    """The classifier before calibration for features pooled so."""
+    """Return the classifier before calibration for features pooled so."""
     if isinstance(network, Ensemble):
         network.pool = pool
         return network.joint_head()

@@ -43,7 +43,7 @@ SETTINGS = [
 
 
 def certificates(folder: Path, host: str = HOST) -> dict[str, Path]:
-    """Makes an authority, and the SuperLink's certificate signed by it; the authority's private key is not kept.
+    """Make an authority, and the SuperLink's certificate signed by it; the authority's private key is not kept.
 
     Returns:
         The files "authority", "certificate" and "key".
@@ -101,7 +101,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def node_key(path: Path) -> tuple[Path, Path]:
-    """Makes a SuperNode's key pair in OpenSSH's form, as ``ssh-keygen -t ecdsa -b 384`` does.
+    """Make a SuperNode's key pair in OpenSSH's form, as ``ssh-keygen -t ecdsa -b 384`` does.
 
     Returns:
         The files of the private and of the public key; the private one never leaves its site.
@@ -146,7 +146,7 @@ class Processes:
                     continue
 
     def start(self, name: str, command: list[str], ready: str) -> str:
-        """Starts a process in a group of its own and waits until its log has words; gives the log so far."""
+        """Start a process in a group of its own and wait until its log has words; give the log so far."""
         log, home = self.folder / f"{name}.log", self.folder / name
         home.mkdir()
         print(f"$ {shlex.join(command)}", flush=True)
@@ -167,7 +167,7 @@ class Processes:
 
 
 def run(*command: str, home: Path | None = None) -> None:
-    """Prints a command and runs it."""
+    """Print a command and run it."""
     print(f"$ {shlex.join(command)}", flush=True)
     environment = os.environ if home is None else {**os.environ, "FLWR_HOME": str(home)}
     subprocess.run(command, env=environment, check=True)
@@ -183,7 +183,7 @@ def free_port() -> int:
 
 
 def write_data(folder: Path) -> dict[str, Path]:
-    """Gives every machine a folder of images: handwritten digits, of which each site has more of some digits.
+    """Give every machine a folder of images: handwritten digits, of which each site has more of some digits.
 
     The server's folder has the test images, and one training image of each digit, which is not used.
 

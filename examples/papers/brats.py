@@ -76,7 +76,7 @@ class Grid:
     affine: npt.NDArray[np.float64]
 
     def check(self, other: Grid) -> None:
-        """Raises UserError where the voxels of another file of the case are not these."""
+        """Raise UserError where the voxels of another file of the case are not these."""
         if other.shape != self.shape:
             raise UserError(f'data set "brats": {other.path} has another shape than {self.path}')
         corners = np.stack([*np.meshgrid(*((0, side - 1) for side in self.shape), indexing="ij"), np.ones((2, 2, 2))])
@@ -169,7 +169,7 @@ def brats(
 
 
 def find_cases(base: Path, modalities: Sequence[str], mask: str) -> list[Case]:
-    """The case folders under ``base``, in order of name: all folders with a file of at least one of the names.
+    """Return the case folders under ``base``, in order of name: all folders with a file of at least one of the names.
 
     Raises:
         UserError: there is no case folder, a case lacks one of its files, some cases are in folders of splits and
@@ -223,7 +223,7 @@ def find_cases(base: Path, modalities: Sequence[str], mask: str) -> list[Case]:
 
 
 def ending(folder: Path, name: str) -> Path | None:
-    """The NIfTI file in ``folder`` that is called ``name``, or whose name ends in ``_name`` or ``-name``."""
+    """Return the NIfTI file in ``folder`` that is called ``name``, or whose name ends in ``_name`` or ``-name``."""
     for path in sorted(folder.iterdir()):
         for suffix in (".nii.gz", ".nii"):
             if path.name.endswith(suffix) and not is_hidden(path.name) and path.is_file():
@@ -234,7 +234,10 @@ def ending(folder: Path, name: str) -> Path | None:
 
 
 def read_labels(text: str) -> dict[str, tuple[int, ...]]:
-    """The classes after the background and the stored values of each; an empty tuple stands for all values above 0."""
+    """Return the classes after the background and the stored values of each.
+
+    An empty tuple stands for all values above 0.
+    """
     if text == "whole":
         return {"object": ()}
     if text == "parts":
@@ -248,7 +251,7 @@ def read_labels(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def read_volume(path: Path, max_voxels: int = MAX_PIXELS) -> tuple[npt.NDArray[np.float32], Grid]:
-    """A volume's values fp32 ``[Z, Y, X]``: axial slices from below, each with the front on top; and its grid.
+    """Return a volume's values fp32 ``[Z, Y, X]``: axial slices from below, each with the front on top; and its grid.
 
     Raises:
         UserError: the file cannot be read, does not have three dimensions, has more than ``max_voxels`` voxels or none,
@@ -299,7 +302,7 @@ def _kind(nib: Any, head: bytes) -> Any:
 def classes_of(
     path: Path, values: Sequence[tuple[int, ...]], max_voxels: int = MAX_PIXELS
 ) -> tuple[npt.NDArray[np.uint8], Grid]:
-    """The class of every voxel of a mask file, uint8 ``[Z, Y, X]``, and the file's grid."""
+    """Return the class of every voxel of a mask file, uint8 ``[Z, Y, X]``, and the file's grid."""
     stored, grid = read_volume(path, max_voxels)
     if (stored != np.rint(stored)).any() or stored.min() < 0:
         raise UserError(f'data set "brats": the mask {path} holds values that are no class numbers')
@@ -316,7 +319,7 @@ def _unread(row: int) -> npt.NDArray[np.int16]:
 def kept_slices(
     case: Case, classes: npt.NDArray[np.uint8], grid: Grid, slices: str, every: int, max_voxels: int = MAX_PIXELS
 ) -> list[int]:
-    """The slices of a case that become images; ``grid`` is that of the mask."""
+    """Return the slices of a case that become images; ``grid`` is that of the mask."""
     if slices == "all":
         there = np.ones(len(classes), dtype=bool)
     elif slices == "tissue":
@@ -329,7 +332,7 @@ def kept_slices(
 
 
 def to_bytes(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Maps intensities to 1 to 255 between two percentiles of the non-zero values; 0 stays 0."""
+    """Map intensities to 1 to 255 between two percentiles of the non-zero values; 0 stays 0."""
     tissue = values != 0
     if not tissue.any():
         return np.zeros(values.shape, dtype=np.uint8)
@@ -339,7 +342,7 @@ def to_bytes(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def square(image: Tensor, size: int, *, smooth: bool) -> Tensor:
-    """Pads bytes ``[..., H, W]`` with 0 to a square and resizes to ``size``: bilinear if ``smooth``, else nearest."""
+    """Pad bytes ``[..., H, W]`` with 0 to a square and resizes to ``size``: bilinear if ``smooth``, else nearest."""
     height, width = image.shape[-2:]
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -393,7 +396,7 @@ def _pools(
 def _split(
     cases: Sequence[Case], present: npt.NDArray[np.int64], shares: tuple[float, float]
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """The cases of every split; a split without a folder gets whole cases that are held out."""
+    """Return the cases of every split; a split without a folder gets whole cases that are held out."""
     there = [cases[i] for i in present]
     splits = [case.split for case in there]
     if "test" not in splits:

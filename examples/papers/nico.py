@@ -133,7 +133,7 @@ def nico(
 
 
 def scan(folder: Path) -> tuple[tuple[str, ...], list[Record]]:
-    """Lists the classes (sorted) and every image file of a tree, in sorted order."""
+    """List the classes (sorted) and every image file of a tree, in sorted order."""
     classes = subfolders(folder)
     if len(classes) < 2:
         raise UserError(
@@ -168,7 +168,7 @@ def _pool(
 
 
 def _tree(root: str | Path | None, part: str) -> Path:
-    """The folder whose subfolders are the classes."""
+    """Return the folder whose subfolders are the classes."""
     base = need_root(root, "nico", "class/context/image.jpg")
     for candidate in (*(base / name for name in _FOLDERS), base):
         if not candidate.is_dir():

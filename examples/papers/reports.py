@@ -153,7 +153,7 @@ def reports(
 
 
 def _column(table: Table, names: Sequence[str]) -> str | None:
-    """The first of ``names`` that is a column of the table; None if none is."""
+    """Return the first of ``names`` that is a column of the table; None if none is."""
     return next((name for name in names if name in table.rows[0]), None)
 
 
@@ -207,7 +207,7 @@ def _labels(table: Table) -> list[str]:
 
 
 def sections(report: str) -> dict[str, str]:
-    """The sections of a report by name; a section headed impression and findings together counts as impression.
+    """Return the sections of a report by name; a section headed impression and findings together counts as impression.
 
     A header is a name of `SECTIONS` or `OTHERS` in one of these forms:
 
@@ -237,7 +237,7 @@ def _section(header: str) -> str:
 
 
 def impression_and_findings(report: str) -> str:
-    """The sections impression and findings of a report, in this order; the whole report if it has neither."""
+    """Return the sections impression and findings of a report, in this order; the whole report if it has neither."""
     parts = sections(report)
     wanted = [parts[name] for name in SECTIONS if parts.get(name)]
     return " ".join(wanted) if wanted else report

@@ -88,7 +88,7 @@ def tinyimagenet(root: str | Path | None = None, *, max_image_pixels: int = READ
 
 
 def _names(folder: Path, wnids: list[str]) -> tuple[str, ...]:
-    """The first name of each class in words.txt, followed by the class id where two classes share the name."""
+    """Return the first name of each class in words.txt, followed by the class id where two classes share the name."""
     words = dict(line.split("\t", 1) for line in _lines(folder / "words.txt") if "\t" in line)
     names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
     return tuple(f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in zip(names, wnids, strict=True))

@@ -232,13 +232,16 @@ def _result(windows: Windows, channels: int, shape: tuple[int, ...]) -> tuple[in
 
 
 def _products(shape: tuple[int, ...], weight: Tensor) -> int:
-    """The products that a convolution's result of this shape takes."""
+    """Return the products that a convolution's result of this shape takes."""
     batch, _, height, width = shape
     return batch * height * width * weight.numel()
 
 
 def _plain(part: object) -> object:
-    """A part of a network's result, computed; objects with tensors are looked into as far as attributes."""
+    """Return a part of a network's result, computed.
+
+    Objects with tensors are looked into as far as attributes.
+    """
     if type(part) is Pending:
         return compute_pending(part)
     for name, item in list(getattr(part, "__dict__", {}).items()):
@@ -248,7 +251,7 @@ def _plain(part: object) -> object:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether something looks at the layers of a network, or takes their operations apart."""
+    """Return whether something looks at the layers of a network, or takes their operations apart."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_intercepted() or functorch_active():
         return True
     if torch.is_autocast_enabled("cpu") or any(GLOBAL_HOOKS) or saved_hooks(True) is not None:
@@ -257,7 +260,10 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _hooks(module: nn.Module) -> Iterator[object]:
-    """Hooks of a network's parts, and those of gradients that it has itself; parts of TorchScript count as hooks."""
+    """Hooks of a network's parts, and those of gradients that it has itself.
+
+    Parts of TorchScript count as hooks.
+    """
     layers: list[Any] = [module]
     while layers:
         layer = layers.pop()
@@ -371,7 +377,10 @@ def _fits(weight: Tensor, windows: Windows, shape: tuple[int, ...]) -> bool:
 
 
 def _serve(chain: Chain, dense: bool) -> Tensor | None:
-    """A chain by an operator; None where the layers have to run as written, or are faster than copies around it."""
+    """Return a chain by an operator.
+
+    None where the layers have to run as written, or are faster than copies around it.
+    """
     site = chain.site
     products = _products(site.shape, site.weight)
     result = _serve_pool(chain, dense)
@@ -384,7 +393,7 @@ def _serve(chain: Chain, dense: bool) -> Tensor | None:
 
 
 def _serve_pool(chain: Chain, dense: bool) -> Tensor | None:
-    """A chain without norm by ``conv_pool``, which reads and writes maps of either layout."""
+    """Return a chain without norm by ``conv_pool``, which reads and writes maps of either layout."""
     site = chain.site
     if chain.norm is not None or chain.residual is not None or chain.pool == 1 or site.stride > 1:
         return None
@@ -395,7 +404,7 @@ def _serve_pool(chain: Chain, dense: bool) -> Tensor | None:
 
 
 def _serve_norm(chain: Chain, dense: bool, products: int) -> Tensor | None:
-    """A chain by ``conv_norm``."""
+    """Return a chain by ``conv_norm``."""
     site, norm, x, bias = chain.site, chain.norm, chain.site.x, chain.site.bias
     moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()
     behind = math.prod(site.shape) // chain.pool**2 if dense else 0

@@ -12,7 +12,10 @@ Found = dict[str, Tensor | None]
 
 
 def differs(results: Found, plain: Found, tolerance: float) -> str:
-    """The first thing that differs by more than a share of the largest of its kind; empty where nothing does."""
+    """Return the first thing that differs by more than a share of the largest of its kind.
+
+    Empty where nothing does.
+    """
     sizes = {name: _size(tensor) for name, tensor in plain.items()}
     largest = max((size for name, size in sizes.items() if name.startswith("the gradient")), default=0.0)
     for name, expected in plain.items():
@@ -28,12 +31,15 @@ def differs(results: Found, plain: Found, tolerance: float) -> str:
 
 
 def _size(tensor: Tensor | None) -> float:
-    """The largest finite value."""
+    """Return the largest finite value."""
     return 0.0 if tensor is None or not tensor.numel() else float(tensor.double().nan_to_num(0, 0, 0).abs().max())
 
 
 def far(results: Found, plain: Found) -> str:
-    """What operators have computed too far from torch; empty where nothing is."""
+    """Return what operators have computed too far from torch.
+
+    Empty where nothing is.
+    """
     gradients = {name: grad for name, grad in plain.items() if name.startswith("the gradient") and grad is not None}
     outputs = {name: tensor for name, tensor in plain.items() if name not in gradients}
     if name := differs(results, outputs, 1e-3):

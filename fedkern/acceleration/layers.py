@@ -25,7 +25,9 @@ Convolution = tuple[Tensor, Tensor | None, int, int, int]
 
 
 def convolution(layer: object) -> Convolution | None:
-    """A convolution with square windows that are neither dilated nor grouped; None for other layers.
+    """Return a convolution with square windows that are neither dilated nor grouped.
+
+    None for other layers.
 
     Also where something else stands in the place of a parameter, as ``weight_norm``, pruning and parametrisations leave
     it.
@@ -66,5 +68,5 @@ def _square(size: Any, stride: Any, padding: Any, dilation: Any, groups: int, mo
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether a module has hooks of its own."""
+    """Return whether a module has hooks of its own."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)

@@ -85,7 +85,7 @@ class Norm:
         self.counted = not self.training or self.mean is None
 
     def __call__(self, y: Tensor) -> Tensor:
-        """The norm as torch computes it."""
+        """Return the norm as torch computes it."""
         if self.groups:
             return F.group_norm(y, self.groups, self.weight, self.bias, self.eps)
         statistics = (None, None) if self.training and self.counted else (self.mean, self.variance)
@@ -190,7 +190,10 @@ class Run:
 
 
 def version(tensor: Tensor) -> int:
-    """The count of changes of a tensor; 0 where none is kept, as in inference mode."""
+    """Return the count of changes of a tensor.
+
+    0 where none is kept, as in inference mode.
+    """
     try:
         return tensor._version
     except RuntimeError:
@@ -213,7 +216,10 @@ _LOST: Any = OrderedDict({0: _refuse_gradient})
 
 
 class Pending(Tensor):
-    """The handle of a :class:`Node`; its shape, dtype and device are those of the result."""
+    """The handle of a :class:`Node`.
+
+    Its shape, dtype and device are those of the result.
+    """
 
     @classmethod
     def __torch_function__(
@@ -250,7 +256,7 @@ class Pending(Tensor):
 
 
 def handle(node: Node) -> Pending:
-    """A tensor for the network's code."""
+    """Return a tensor for the network's code."""
     grad = node.chain.site.grad
     tensor: Pending = Tensor._make_wrapper_subclass(Pending, node.shape, dtype=torch.float32, requires_grad=grad)
     if grad:
@@ -265,14 +271,17 @@ def handle(node: Node) -> Pending:
 
 
 def compute_pending(item: Any) -> Any:
-    """A value with what waits in it computed, in torch's layout."""
+    """Return a value with what waits in it computed, in torch's layout."""
     if type(item) is Pending:
         return value(item.__dict__["node"])
     return type(item)(map(compute_pending, item)) if type(item) in (tuple, list) else item
 
 
 def value(node: Node, dense: bool = True) -> Tensor:
-    """The result of a node, computed once; ``dense``: with torch's strides, else as the operator gave it."""
+    """Return the result of a node, computed once.
+
+    ``dense``: with torch's strides, else as the operator gave it.
+    """
     if node.value is None:
         _compute(node, dense)
     elif dense:
@@ -346,7 +355,7 @@ def _compute_value(node: Node, dense: bool) -> Tensor:
 
 
 def _waiting(x: object) -> Node | None:
-    """The node of the tensor that waits, in the mode of gradients in which it was begun; else None."""
+    """Return the node of the tensor that waits, in the mode of gradients in which it was begun; else None."""
     node: Node | None = x.__dict__["node"] if type(x) is Pending else None
     return node if node is not None and node.run.waits is node and node.chain.site.grad == _grad_enabled() else None
 
@@ -358,7 +367,7 @@ def is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor, which may wait."""
+    """Return the shape of a tensor, which may wait."""
     return x.__dict__["node"].shape if type(x) is Pending else tuple(x.shape)
 
 
@@ -377,7 +386,10 @@ def _extend_chain(x: Tensor, node: Node, step: Step, chain: Chain, inplace: bool
 def _takes_norm(
     x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None
 ) -> Node | None:
-    """The node of a convolution's result that a norm may extend: torch raises its errors where the norm is called."""
+    """Return the node of a convolution's result that a norm may extend.
+
+    Torch raises its errors where the norm is called.
+    """
     node = _waiting(x)
     if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
         return None

@@ -75,7 +75,10 @@ class Rehearsal(Begin):
         self.check = check
 
     def rehearse(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> None:
-        """Play a copy as written and note what follows its convolutions; then check another copy, accelerated."""
+        """Play a copy as written and note what follows its convolutions.
+
+        Then check another copy, accelerated.
+        """
         mode = module.training, torch.is_grad_enabled()
         self.modes[mode] = False
         try:
@@ -128,7 +131,7 @@ def _copy_call(module: nn.Module, args: tuple[object, ...], named: Mapping[str, 
 def _play_call(
     module: nn.Module, args: tuple[object, ...], named: dict[str, object], recorder: Recorder | None = None
 ) -> Found:
-    """Outputs, gradients and buffers of a call of a copy, by name."""
+    """Return the outputs, gradients and buffers of a call of a copy, by name."""
     for layer in module.modules():
         for name in HOOKS if layer is not module else ():  # those of fedkern
             getattr(layer, name).clear()
@@ -167,7 +170,10 @@ class _Chain:
 
     @property
     def code(self) -> str | None:
-        """As in a plan; None: as written."""
+        """As in a plan.
+
+        None: as written.
+        """
         if self.steps < 0:
             return None
         return "abcdefghij"[self.steps] if self.opens and not self.closes else str(self.steps)

@@ -6,7 +6,7 @@ from fedkern.errors import UserError
 
 
 def check_backend() -> None:
-    """Raises UserError where ``FEDKERN_BACKEND`` or ``FEDKERN_CPU_ISA`` names what this machine cannot use."""
+    """Raise UserError where ``FEDKERN_BACKEND`` or ``FEDKERN_CPU_ISA`` names what this machine cannot use."""
     from fedkern.ops._core import backend, loading
 
     try:

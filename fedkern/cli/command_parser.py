@@ -22,7 +22,7 @@ SETTINGS = ("rounds", "data_root", "cache", "workers", "model")
 
 
 def find_command(words: Sequence[str]) -> str:
-    """The command that the words name.
+    """Return the command that the words name.
 
     "run" where they name none.
 
@@ -33,12 +33,12 @@ def find_command(words: Sequence[str]) -> str:
 
 
 def load_command(name: str) -> ModuleType:
-    """The module of a command."""
+    """Return the module of a command."""
     return importlib.import_module(f"fedkern.cli.commands.{'run' if name == 'resume' else name}")
 
 
 def parse_words(words: Sequence[str]) -> Request:
-    """Reads the words after ``python -m fedkern.run``.
+    """Read the words after ``python -m fedkern.run``.
 
     Raises:
         UserError: an unknown method, command or flag, or a value that its flag does not take.
@@ -69,7 +69,7 @@ def parse_words(words: Sequence[str]) -> Request:
 
 
 def play_request(request: Request) -> int:
-    """Does what a request asks.
+    """Do what a request asks.
 
     Returns the exit code.
     """

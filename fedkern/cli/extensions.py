@@ -13,7 +13,7 @@ from fedkern.usercode import plugins
 
 
 def load_plugins(words: Sequence[str]) -> None:
-    """Loads the plugins of installed packages, of ``--plugin``, of the ``--config`` file and of the ``--resume`` run.
+    """Load the plugins of installed packages, of ``--plugin``, of the ``--config`` file and of the ``--resume`` run.
 
     Raises:
         UserError: a plugin cannot be loaded, or may not be executed (:func:`fedkern.usercode.plugins.restore`).
@@ -36,7 +36,7 @@ def load_plugins(words: Sequence[str]) -> None:
 
 
 def flag_values(words: Sequence[str], flag: str) -> Iterator[str]:
-    """The values of a flag, in words that no parser has read yet."""
+    """Yield the values of a flag, in words that no parser has read yet."""
     for i, word in enumerate(words):
         if word == flag and i + 1 < len(words):
             yield words[i + 1]
@@ -45,7 +45,7 @@ def flag_values(words: Sequence[str], flag: str) -> Iterator[str]:
 
 
 def _read_plugin_names(path: Path) -> dict[str, str]:
-    """The plugins in a file of settings.
+    """Return the plugins in a file of settings.
 
     None where the file is missing or damaged, which its reader says later.
     """

@@ -12,7 +12,7 @@ from fedkern.process.standard_streams import put
 
 
 def add_data(parser: Parser, options: str = "an option of that other data set") -> None:
-    """Adds the flags of another data set than the run's own.
+    """Add the flags of another data set than the run's own.
 
     ``options`` is the help of ``--data-option``.
     """
@@ -26,7 +26,7 @@ def add_data(parser: Parser, options: str = "an option of that other data set") 
 
 
 def add_network(parser: Parser, printed: str = "what was written", *, choice: bool = True) -> None:
-    """Adds the flags about the run's network and code, and ``--json``, which prints what ``printed`` names.
+    """Add the flags about the run's network and code, and ``--json``, which prints what ``printed`` names.
 
     Args:
         choice: whether the best round's network can be had.
@@ -43,18 +43,18 @@ def add_network(parser: Parser, printed: str = "what was written", *, choice: bo
 
 
 def run_folder(request: Request) -> Path:
-    """The run's folder."""
+    """Return the run's folder."""
     assert request.folder is not None
     return request.folder
 
 
 def trusted_code(request: Request) -> tuple[str, ...]:
-    """The code that the run may import (:func:`fedkern.cli.request.find_trusted_code`)."""
+    """Return the code that the run may import (:func:`fedkern.cli.request.find_trusted_code`)."""
     return find_trusted_code(run_folder(request), request.options, request.settings)
 
 
 def publish_result(request: Request, result: Mapping[str, object], table: object, path: Path) -> int:
-    """Prints a command's result, as JSON or as its table, and writes it to ``path``.
+    """Print a command's result, as JSON or as its table, and write it to ``path``.
 
     Returns 0.
     """

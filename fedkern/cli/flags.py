@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         self.rest: list[str] | None = None
 
     def add_folder(self, of: str, help: str = "", metavar: str = "DIR", *, several: bool = False) -> None:
-        """Adds the folder, or the folders, without which the command does nothing."""
+        """Add the folder, or the folders, without which the command does nothing."""
         self.folder_of = of
         name, count = ("folders", "*") if several else ("folder", "?")
         self.add_argument(name, nargs=count, metavar=metavar, help=help or f"folder of {of}")
@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_arguments(group: argparse._ActionsContainer, flags: Mapping[str, tuple[Any, ...]]) -> None:
-    """Adds flags by name, each with the name of its value ("" for a switch) and its help.
+    """Add flags by name, each with the name of its value ("" for a switch) and its help.
 
     A third entry is its default; that of a flag which may be given several times is ``[]``.
     """
@@ -164,7 +164,7 @@ def _parser(method: str | None, data: str) -> Parser:
 
 
 def _sections() -> dict[str, list[Option]]:
-    """The settings by section, whose name is that of its file."""
+    """Return the settings by section, whose name is that of its file."""
     declared = {entry.field: entry for entry in RunConfig.declared() if entry.field != "method"}
     sections = {
         section.__module__.rpartition(".")[2]: [declared[name] for name in get_annotations(section) if name in declared]
@@ -190,14 +190,14 @@ def _method_options(method: str, data: str) -> str:
 
 
 def check_filled(values: Mapping[str, str | None]) -> None:
-    """Raises UserError for a flag with an empty value, such as that of an unset shell variable."""
+    """Raise UserError for a flag with an empty value, such as that of an unset shell variable."""
     for name, value in values.items():
         if value is not None and not value.strip():
             raise UserError(f"{flag(name)} is given without a value: give it one, or leave the flag out.")
 
 
 def key_values(words: Sequence[str], name: str) -> dict[str, str]:
-    """The pairs ``key=value`` of a repeatable flag.
+    """Return the pairs ``key=value`` of a repeatable flag.
 
     Raises:
         UserError: a word of another form, or a key that is given twice.
@@ -215,7 +215,7 @@ def key_values(words: Sequence[str], name: str) -> dict[str, str]:
 
 
 def _named_data(argv: Sequence[str], method: str | None) -> str:
-    """The data set whose defaults the help shows."""
+    """Return the data set whose defaults the help shows."""
     named = extensions.flag_values(argv, "--data")
     return next((name for value in named if (name := absolute(value)) in DATASETS), default_data(method or ""))
 
@@ -234,7 +234,7 @@ def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
 
 
 def parse_run(argv: Sequence[str], *around: Parser) -> Request:
-    """Reads the words after ``python -m fedkern.run``, or a run's words in a command with a parser ``around`` them.
+    """Read the words after ``python -m fedkern.run``, or a run's words in a command with a parser ``around`` them.
 
     Raises:
         UserError: an unknown method, command or flag (the nearest one is suggested), a value of the wrong type or out
@@ -268,7 +268,9 @@ def parse_run(argv: Sequence[str], *around: Parser) -> Request:
 
 
 def as_request(values: dict[str, Any], settings: Iterable[str], command: str) -> Request:
-    """The request of flags' values: ``settings`` of a run, fields of a request, and arguments, which are all others.
+    """Return the request of flags' values.
+
+    They are ``settings`` of a run, fields of a request, and arguments, which are all others.
 
     Raises:
         UserError: a value of the wrong type or out of range, or a data option that is given twice.
@@ -305,5 +307,5 @@ def _check(request: Request) -> None:
 
 
 def as_word(value: object) -> str:
-    """A value quoted as one word of the shell."""
+    """Return a value quoted as one word of the shell."""
     return shlex.quote(as_typed(value))

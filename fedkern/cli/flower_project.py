@@ -10,7 +10,7 @@ from fedkern.settings.run_data import find_decided, kept_data, load_data
 
 
 def write_project(request: Request) -> int:
-    """Writes the project that a command line describes, and prints its files.
+    """Write the project that a command line describes, and print its files.
 
     Raises:
         UserError: a setting is wrong, the method needs all data in one place, the data are not on this machine and
@@ -37,7 +37,7 @@ def write_project(request: Request) -> int:
 
 
 def _clients(choices: Given) -> list[str]:
-    """The clients: the given number, or those that the data name."""
+    """Return the clients: the given number, or those that the data name."""
     config = choices.config()
     if "clients" not in config.unset:
         return [str(k) for k in range(config.trained_clients)]

@@ -32,7 +32,7 @@ _COMMANDS = f"""\
 
 
 def front_page() -> str:
-    """The commands, and the methods, those of loaded plugins among them."""
+    """Return the commands, and the methods, those of loaded plugins among them."""
     return "\n".join([_COMMANDS, "methods:", *(f"  {name:<16}{text}" for name, text in sorted(_methods().items()))])
 
 

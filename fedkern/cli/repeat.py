@@ -30,7 +30,7 @@ def _section(field: dataclasses.Field[object]) -> int:
 
 
 def command_line(method: str, config: RunConfig) -> str:
-    """The shortest command that runs ``method`` with the settings of ``config``: data, split, budget, optimiser, seed.
+    """Return the shortest command that runs ``method`` with the settings of ``config``.
 
     Method options that the user changed are repeated if ``method`` has them too, and so are all plugins.
     """
@@ -69,7 +69,7 @@ def command_line(method: str, config: RunConfig) -> str:
 
 
 def repeat_command(folder: Path) -> str:
-    """The command that repeats a run.
+    """Return the command that repeats a run.
 
     Empty where data or network were in the memory of a Python program.
     """
@@ -83,6 +83,6 @@ def repeat_command(folder: Path) -> str:
 
 
 def first_commands(result: Result) -> dict[str, str]:
-    """The command that repeats the first run of every group of a comparison, by the group's name."""
+    """Return the command that repeats the first run of every group of a comparison, by the group's name."""
     firsts = {group.label: next(iter(group.runs.values())).folder for group in result.groups}
     return {label: text for label, run in firsts.items() if (text := repeat_command(run))}

@@ -84,14 +84,14 @@ class Given:
     names: frozenset[str]
 
     def config(self) -> RunConfig:
-        """The settings of the run: these, and defaults."""
+        """Return the settings of the run: these, and defaults."""
         plugin_room.load_installed()
         loaded = plugin_room.load_given(self.plugins)
         return RunConfig.complete(self.method, self.settings, self.options, self.data_options, loaded)
 
 
 def effective_config(request: Request) -> RunConfig:
-    """Makes the settings of a new run: defaults, then the ``--config`` file, then the flags.
+    """Make the settings of a new run: defaults, then the ``--config`` file, then the flags.
 
     Raises:
         UserError: the file is missing or not TOML, or a setting is unknown or out of range.
@@ -139,7 +139,9 @@ def read_given(request: Request) -> Given:
 
 
 def find_trusted_code(folder: Path, options: Sequence[str], settings: Mapping[str, object]) -> tuple[str, ...]:
-    """The code that a stored run may import: the code named by options and by --model that the command line repeats.
+    """Return the code that a stored run may import.
+
+    It is the code named by options and by --model that the command line repeats.
 
     Raises:
         UserError: the folder holds no run, or a run with other values of these options.

@@ -48,7 +48,7 @@ def play_on_ranks(request: Request, words: Sequence[str], done: Callable[[Reques
 
 
 def _take_gpu(request: Request, launched: LaunchedRank) -> None:
-    """Gives this rank the GPU of its number on this machine, where there are GPUs."""
+    """Give this rank the GPU of its number on this machine, where there are GPUs."""
     import torch
 
     device = request.settings.get("device", "auto")
@@ -66,7 +66,10 @@ def _take_gpu(request: Request, launched: LaunchedRank) -> None:
 
 
 def _again(request: Request, launched: LaunchedRank) -> Request:
-    """The request of this start of the ranks: after a restart, that goes on with the run which was begun before."""
+    """Return the request of this start of the ranks.
+
+    After a restart, it goes on with the run which was begun before.
+    """
     if request.command == "run":
         if request.out is None:
             if not launched.max_restarts:

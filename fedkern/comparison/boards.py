@@ -38,18 +38,18 @@ class Board(Listener):
         self.tests, self.main = run.test_sets, run.config.main
 
     def on_cells(self, planned: Sequence[Cell]) -> None:
-        """These cells are next.
+        """Announce the next cells.
 
         Some may be finished.
         """
         self.planned, self.done = planned, 0
 
     def focus(self, cell: Cell) -> None:
-        """The next event of a run is one of this cell's."""
+        """Announce that the next events are those of this cell."""
         self.playing = f"{cell.variant.label}, seed {cell.seed}"
 
     def on_cell(self, cell: Cell) -> None:
-        """A cell starts or goes on."""
+        """Announce a cell that starts or goes on."""
         self.began[cell.name] = time.monotonic()
         self.focus(cell)
         self._show("starts")
@@ -63,7 +63,7 @@ class Board(Listener):
             self.status.start()
 
     def on_cell_end(self, cell: Cell, run: FoundRun, *, again: bool) -> None:
-        """A cell is finished.
+        """Announce a finished cell.
 
         ``again`` if it was so before.
         """
@@ -76,7 +76,7 @@ class Board(Listener):
         self._line(cell, f"{figures}  {took}" + f", about {human_time(left)} left" * bool(remaining and not again))
 
     def on_cell_failed(self, cell: Cell, message: str) -> None:
-        """A cell failed.
+        """Announce a failed cell.
 
         The others go on.
         """

@@ -82,7 +82,7 @@ class Runner:
     _compared: set[Path] = field(default_factory=set)
 
     def plan(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
-        """The cells of some variants, whose run folders, where they exist, must be those of the same settings.
+        """Return the cells of some variants, whose run folders, where they exist, must be those of the same settings.
 
         Raises:
             UserError: a setting that a method does not take, a run folder with other settings or without a run, or more
@@ -104,15 +104,15 @@ class Runner:
         return result
 
     def folder(self, cell: Cell) -> Path:
-        """The cell's run folder."""
+        """Return the cell's run folder."""
         return self.out / cell.name
 
     def read(self, cell: Cell) -> FoundRun:
-        """A finished cell's run."""
+        """Return a finished cell's run."""
         return read_run(self.folder(cell), self._trusted_code(cell))
 
     def play(self, planned: Sequence[Cell], check: Callable[[Cell, FoundRun], None] | None = None) -> None:
-        """Runs those cells that are not finished.
+        """Run those cells that are not finished.
 
         A failed cell is noted, and the others are run.
 
@@ -211,7 +211,7 @@ class Runner:
         return [*(part for _, part in cell.config.code()), *cell.config.plugins]
 
     def _stored_config(self, cell: Cell) -> RunConfig:
-        """The settings to go on with a cell's run."""
+        """Return the settings to go on with a cell's run."""
         folder = self.folder(cell)
         check_regular(folder)
         stored = load_settings(folder, trusted=self._trusted_code(cell), device=cell.config.device)
@@ -272,7 +272,7 @@ def check_grounds(begun: list[tuple[Path, RunConfig]], folder: Path, config: Run
 
 
 def pick_best(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:
-    """The best variant of every method, by the main figure on the validation set of one seed's runs.
+    """Return the best variant of every method, by the main figure on the validation set of one seed's runs.
 
     Test figures choose nothing.  Of equally good variants the first is taken, one that failed never, nor one whose
     figure is NaN.
@@ -320,7 +320,7 @@ def _point(variant: Variant) -> str:
 
 
 def check_out(out: Path) -> None:
-    """Raises UserError where runs cannot be put into folders of ``out``."""
+    """Raise UserError where runs cannot be put into folders of ``out``."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is no folder: name another --out.")
     if (out / SETTINGS).exists():
@@ -328,7 +328,7 @@ def check_out(out: Path) -> None:
 
 
 def reserve_folder() -> Path:
-    """A new empty folder in `COMPARISONS`.
+    """Return a new empty folder in `COMPARISONS`.
 
     Raises UserError where it cannot be made.
     """

@@ -74,21 +74,24 @@ def run_name(variant: Variant, seed: int) -> str:
 
 
 def word(value: object) -> str:
-    """A setting's value as the command line takes it, a whole number without decimals."""
+    """Return a setting's value as the command line takes it, a whole number without decimals."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
         return str(int(value))
     return as_typed(value)
 
 
 def folder_name(words: Iterable[str]) -> str:
-    """The words joined into the name of a folder.  Names with replaced characters or too long ones end in a hash."""
+    """Join words into the name of a folder.
+
+    Names with replaced characters or too long ones end in a hash.
+    """
     text = "_".join(words)
     name = re.sub(r"[^A-Za-z0-9._=-]", "-", text)[:150]
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def check_methods(names: Sequence[str]) -> None:
-    """Raises UserError for no method, an unknown method or a method that is named twice."""
+    """Raise UserError for no method, an unknown method or a method that is named twice."""
     if not names:
         raise UserError("Nothing to compare: name methods, such as fedgid fedavg, or folders of runs.")
     for name in names:
@@ -98,7 +101,7 @@ def check_methods(names: Sequence[str]) -> None:
 
 
 def check_option(name: str, methods: Sequence[str], similar: Collection[str] = ()) -> None:
-    """Raises UserError for a method option that none of the methods has.
+    """Raise UserError for a method option that none of the methods has.
 
     ``similar``: names that could be meant too.
     """
@@ -112,7 +115,7 @@ def check_option(name: str, methods: Sequence[str], similar: Collection[str] = (
 
 
 def own_settings(method: str, settings: Mapping[str, T]) -> dict[str, T]:
-    """The common settings that a method takes: all, but for a one-shot method without those of `OF_ROUNDS`."""
+    """Return the common settings that a method takes: all, but for a one-shot method without those of `OF_ROUNDS`."""
     one_shot = method_registry.get(method).one_shot
     return {name: value for name, value in settings.items() if not (one_shot and name in OF_ROUNDS)}
 
@@ -120,7 +123,7 @@ def own_settings(method: str, settings: Mapping[str, T]) -> dict[str, T]:
 def variants(
     methods: Sequence[str], sweep: Mapping[str, Sequence[object]], singles: Iterable[str] = ()
 ) -> dict[str, list[Variant]]:
-    """The variants of every method: all combinations of those swept settings that the method has.
+    """Return the variants of every method: all combinations of those swept settings that the method has.
 
     Args:
         methods: names of methods.
@@ -168,7 +171,7 @@ def variants(
 
 
 def _distinct(option: Option, values: Sequence[object], name: str) -> list[Value]:
-    """The values as the setting's type."""
+    """Return the values as the setting's type."""
     result = [option.convert(value) for value in values]
     for value in result:
         if result.count(value) > 1:
@@ -177,7 +180,7 @@ def _distinct(option: Option, values: Sequence[object], name: str) -> list[Value
 
 
 def cells(choices: Iterable[Variant], seeds: Sequence[int], make: Callable[[Variant, int], RunConfig]) -> list[Cell]:
-    """The runs of some variants, seed by seed: after the first pass every variant has one.
+    """Return the runs of some variants, seed by seed: after the first pass every variant has one.
 
     Raises:
         UserError: settings that a method does not take, or more than `MOST_CELLS` runs.

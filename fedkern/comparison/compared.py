@@ -71,7 +71,7 @@ class Comparison:
         return self.result.failures
 
     def to_pandas(self) -> Any:
-        """The table as a ``pandas.DataFrame``.
+        """Return the table as a ``pandas.DataFrame``.
 
         Raises:
             UserError: pandas is not installed.
@@ -79,7 +79,7 @@ class Comparison:
         return import_extra("to_pandas needs pandas", "pandas", "pandas").DataFrame(self.table)
 
     def plot(self) -> list[Path]:
-        """The path of the picture of the curves, in a list that a notebook shows.
+        """Return the path of the picture of the curves, in a list that a notebook shows.
 
         Empty where nothing was drawn.
         """
@@ -88,7 +88,7 @@ class Comparison:
         return Pictures(path for path in self.files if path.suffix == ".png")
 
     def report(self) -> Path:
-        """Writes ``report.html``, one file of the comparison to read in a browser, and returns its path.
+        """Write ``report.html``, one file of the comparison to read in a browser, and return its path.
 
         Raises:
             UserError: the folder cannot be written.
@@ -122,7 +122,7 @@ class Plan:
         sweep: Mapping[str, Sequence[object]], seeds: str | int | Sequence[int], select: str | None, target: str | None,
         similar: Collection[str] = (),
     ) -> Plan:  # fmt: skip
-        """The plan for some methods, with the settings and options of all runs.
+        """Return the plan for some methods, with the settings and options of all runs.
 
         ``similar``: see `check_option`.
 
@@ -140,7 +140,7 @@ class Plan:
 
 
 def play_comparison(runner: Runner, plan: Plan) -> Comparison:
-    """Runs a comparison and writes its files.
+    """Run a comparison and write its files.
 
     Finished runs in the folder are not run again.
 
@@ -181,7 +181,7 @@ def play_comparison(runner: Runner, plan: Plan) -> Comparison:
 
 
 def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable[[Cell, FoundRun], None]:
-    """A check that ends a comparison once every method has a run and none tells the target's figure."""
+    """Return a check that ends a comparison once every method has a run and none tells the target's figure."""
     runs: dict[str, FoundRun] = {}
 
     def check(_: Cell, run: FoundRun) -> None:
@@ -197,7 +197,7 @@ def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable
 
 
 def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: str | None) -> Comparison:
-    """Compares runs that exist, grouped by method and settings but for the seed, into ``out`` or a new folder.
+    """Compare runs that exist, grouped by method and settings but for the seed, into ``out`` or a new folder.
 
     Raises:
         UserError: a folder without a finished run, a run given twice, or no round tells the target's figure.
@@ -241,7 +241,7 @@ def compare(
     jobs: int = 1,
     **settings: Any,
 ) -> Comparison:
-    """Compares methods over seeds, or runs that exist, as ``fedkern compare`` does, and warns of runs that fail.
+    """Compare methods over seeds, or run that exist, as ``fedkern compare`` does, and warn of runs that fail.
 
     The same call again with the same ``out`` goes on where it stopped::
 
@@ -339,7 +339,7 @@ def compare(
 
 
 def _distinct_names(entries: Sequence[Given]) -> list[str]:
-    """The methods' names, each once, of names with the options that an object of the method was made with."""
+    """Return the methods' names, each once, of names with the options that an object of the method was made with."""
     plain = [name for name, options in entries if not options]
     cells.check_methods(plain if len(plain) == len(entries) else list(dict.fromkeys(name for name, _ in entries)))
     for entry in entries:
@@ -358,7 +358,7 @@ def _distinct_names(entries: Sequence[Given]) -> list[str]:
 def _of_objects(
     name: str, entries: Sequence[Given], swept: Sequence[Variant], options: Mapping[str, object]
 ) -> list[Variant]:
-    """The variants of a method: of every object that is given, with all points of the sweep."""
+    """Return the variants of a method: of every object that is given, with all points of the sweep."""
     beside = method_registry.given_options(
         name, {key: options[key] for key in method_registry.option_names(name) & options.keys()}
     )
@@ -367,14 +367,15 @@ def _of_objects(
     for made_with in (arguments for method_name, arguments in entries if method_name == name):
         if twice := [key for key in made_with if key in keys]:
             raise UserError(
-                f"{twice[0]} is given twice, in {method_registry.short(name)}(...) and beside it: leave one of the two out."
+                f"{twice[0]} is given twice, in {method_registry.short(name)}(...) and beside it: leave one of the two "
+                "out."
             )
         result += [replace(variant, options={**made_with, **variant.options}) for variant in swept]
     return result
 
 
 def check_select(select: str | None, sweep: Mapping[str, object] | None) -> None:
-    """Raises UserError for an unknown way of selection, or one without anything to select from."""
+    """Raise UserError for an unknown way of selection, or one without anything to select from."""
     if select is None:
         return
     if select != "validation":
@@ -384,7 +385,7 @@ def check_select(select: str | None, sweep: Mapping[str, object] | None) -> None
 
 
 def in_folder(out: Path | None, begin: Callable[[Path], T]) -> T:
-    """Calls ``begin`` with the comparison's folder.
+    """Call ``begin`` with the comparison's folder.
 
     A new folder that stays empty is removed.
 

@@ -45,7 +45,7 @@ def holds_runs(folder: Path) -> bool:
 
 
 def read_comparison(folder: Path) -> Result:
-    """The comparison in a folder: the groups of ``comparison.csv``, or all finished runs in the folder.
+    """Return the comparison in a folder: the groups of ``comparison.csv``, or all finished runs in the folder.
 
     Raises:
         UserError: a run is missing, not finished or damaged, or ``comparison.csv`` is damaged.
@@ -74,7 +74,7 @@ def read_comparison(folder: Path) -> Result:
 
 
 def write_report(folder: Path, result: Result, *, commands: Mapping[str, str] | None = None) -> Path:
-    """Writes ``report.html`` of a comparison into its folder, and returns its path.
+    """Write ``report.html`` of a comparison into its folder, and return its path.
 
     ``commands`` has the command that repeats a group's first run, by the group's name.
 
@@ -86,7 +86,7 @@ def write_report(folder: Path, result: Result, *, commands: Mapping[str, str] | 
 
 
 def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
-    """The page of a comparison.
+    """Return the page of a comparison.
 
     See :func:`write_report`.
     """
@@ -187,7 +187,7 @@ def _tiles(result: Result) -> list[tuple[str, str]]:
 
 
 def _table(folder: Path, result: Result) -> Iterator[Block]:
-    """The comparison's own table and sentences, as ``comparison.md`` has them, or made again."""
+    """Yield the comparison's own table and sentences, as ``comparison.md`` has them, or made again."""
     table = _stored_table(folder) or result.text_table(result.sentences())
     yield from table.notes
     yield replace(table, title="")
@@ -203,7 +203,7 @@ def _table(folder: Path, result: Result) -> Iterator[Block]:
 
 
 def _stored_table(folder: Path) -> Table | None:
-    """The table and sentences of ``comparison.md``.
+    """Return the table and sentences of ``comparison.md``.
 
     None where the file does not have its usual form.
     """

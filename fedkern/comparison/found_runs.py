@@ -80,13 +80,13 @@ class Group:
     runs: dict[int, FoundRun] = field(default_factory=dict)
 
     def values(self, figure: str) -> dict[int, float]:
-        """A final figure by seed, of those runs that tell it."""
+        """Return a final figure by seed, of those runs that tell it."""
         figures = {seed: run.metrics.get(figure) for seed, run in self.runs.items()}
         return {seed: value for seed, value in figures.items() if value is not None}
 
 
 def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
-    """Reads a finished run's folder.
+    """Read a finished run's folder.
 
     Raises:
         UserError: there is no run, it is not finished, its settings were changed, or a file is damaged.
@@ -100,7 +100,7 @@ def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]:
-    """Reads run folders, and all finished runs in folders of runs such as that of a comparison.
+    """Read run folders, and all finished runs in folders of runs such as that of a comparison.
 
     Names those left out.
 
@@ -125,7 +125,7 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]
 
 
 def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = None) -> list[Group]:
-    """Runs grouped by method and by all settings but the seed, in the order of each group's first run.
+    """Return the runs grouped by method and by all settings but the seed, in the order of each group's first run.
 
     Args:
         label: name of a run's group; None: the method, and the settings in which its groups differ.
@@ -163,7 +163,7 @@ def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None
 
 
 def check_grounds(runs: Sequence[FoundRun], *, code: bool) -> None:
-    """Raises UserError where runs rest on different data under one name and, with ``code``, on different code."""
+    """Raise UserError where runs rest on different data under one name and, with ``code``, on different code."""
     alike: dict[str, FoundRun] = {}  # a run for all that rest on the same
     for run in runs:
         alike.setdefault(repr((run.config.identity, code_identity(run.config), run.settings)), run)

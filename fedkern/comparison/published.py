@@ -133,7 +133,7 @@ class PublishedCell:
         return Target.read(self.target) if self.target else None
 
     def check(self) -> None:
-        """Raises UserError where keys contradict each other."""
+        """Raise UserError where keys contradict each other."""
         for key, choices in _CHOICES.items():
             if (value := getattr(self, key)) not in choices:
                 raise UserError(f'{key} must be {" or ".join(choices)}, not "{value}".{nearest(value, choices)}')
@@ -165,13 +165,13 @@ class Paper:
     note: str = ""
 
     def text(self, command: str) -> str:
-        """A command with the texts of ``words`` in place of their names."""
+        """Return a command with the texts of ``words`` in place of their names."""
         for name, phrase in self.phrases.items():
             command = command.replace(f"{{{name}}}", phrase)
         return command
 
     def words(self, command: str, before: Path | None = None) -> list[str]:
-        """The words of a command, with the run folder ``before``.
+        """Return the words of a command, with the run folder ``before``.
 
         Files of code and folders by their place here.
 
@@ -203,7 +203,7 @@ class Paper:
         return f"{head}{equals}{path}{code.removeprefix(match['file'])}"
 
     def find(self, name: str) -> PublishedCell:
-        """The cell of a name.
+        """Return the cell of a name.
 
         Raises UserError where there is none.
         """
@@ -216,7 +216,7 @@ class Paper:
 
 
 def _folder_of_package(word: str) -> Path:
-    """The folder of ``package:NAME/FOLDER``.
+    """Return the folder of ``package:NAME/FOLDER``.
 
     None of the package's code is run.
     """
@@ -241,7 +241,7 @@ def list_papers() -> list[str]:
 
 
 def read_paper(name: str) -> Paper:
-    """The paper of a name, or in the file ``NAME.toml``.
+    """Return the paper of a name, or in the file ``NAME.toml``.
 
     Raises:
         UserError: there is no such paper or file, it is no TOML, or a cell is not in the format.
@@ -321,7 +321,7 @@ def _check_keys(table: Mapping[str, object], known: Mapping[str, object]) -> Non
 
 
 def _value(key: str, value: Any, kind: object) -> Any:
-    """A value of the file as the type that an attribute declares."""
+    """Return a value of the file as the type that an attribute declares."""
     if key == "seeds":
         return read_seeds(value)
     if key == "sweep":

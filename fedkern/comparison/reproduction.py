@@ -79,7 +79,7 @@ class Deadline(Listener):
         self.check()
 
     def check(self) -> None:
-        """Raises OutOfTime once the budget is used up."""
+        """Raise OutOfTime once the budget is used up."""
         if self.seconds_left <= 0:
             raise OutOfTime
 
@@ -125,7 +125,7 @@ class Job:
         return self._commands[before]
 
     def folder_of(self, seed: int, point: Variant) -> Path:
-        """The run folder of a point and a seed."""
+        """Return the run folder of a point and a seed."""
         return self.folder / run_name(point, seed)
 
     def is_finished(self, seed: int, point: Variant) -> bool:
@@ -133,7 +133,7 @@ class Job:
         return (self.folder_of(seed, point) / SUMMARY).exists()
 
     def failure_file(self, point: Variant) -> Path:
-        """The file that says why a point of the sweep failed with the first seed, as at too large a rate."""
+        """Return the file that says why a point of the sweep failed with the first seed, as at too large a rate."""
         return self.folder / f"{run_name(point, self.seeds[0])}.failed"
 
     @property
@@ -204,7 +204,7 @@ class Job:
                     atomic.write_bytes(self.failure_file(cell.variant), text.encode())
 
     def best_point(self) -> Variant | None:
-        """The best point of the sweep, all of whose points are played.
+        """Return the best point of the sweep, all of whose points are played.
 
         None where all failed.
         """
@@ -230,7 +230,7 @@ class Job:
         return [(point, self.runs(point).get(self.seeds[0])) for point in self.points]
 
     def histories(self) -> Groups:
-        """Records of the rounds of every run, finished or not, by the point of the sweep and the seed."""
+        """Return the records of the rounds of every run, finished or not, by the point of the sweep and the seed."""
         histories = {}
         for point in self.points:
             for seed in self.seeds:
@@ -239,7 +239,7 @@ class Job:
         return histories
 
     def runs(self, point: Variant) -> dict[int, FoundRun]:
-        """The finished runs of a point, by seed."""
+        """Return the finished runs of a point, by seed."""
         seeds = [seed for seed in self.seeds if self.is_finished(seed, point)]
         return {cell.seed: self.runner.read(cell) for cell in self.runner.plan([point], seeds)}
 
@@ -285,7 +285,7 @@ class Reproduction:
                 raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
 
     def select(self, names: Sequence[str] = (), table: str | None = None) -> list[PublishedCell]:
-        """The cells whose names are among ``names``, which may be patterns such as ``2NN*``, in a table.
+        """Return the cells whose names are among ``names``, which may be patterns such as ``2NN*``, in a table.
 
         Or all.
 
@@ -406,7 +406,7 @@ class Reproduction:
         )
 
     def rows(self) -> list[Row]:
-        """A row for every cell of the paper.
+        """Return a row for every cell of the paper.
 
         What of it cannot be read is noted as a failure.
         """
@@ -436,7 +436,7 @@ class Reproduction:
         return rows
 
     def write(self) -> list[Path]:
-        """Writes the table as Markdown, CSV and HTML, each completely or not at all, and returns the files.
+        """Write the table as Markdown, CSV and HTML, each completely or not at all, and return the files.
 
         Raises:
             UserError: the folder cannot be written.
@@ -455,13 +455,13 @@ class Reproduction:
 
 
 def _build(run: FoundRun) -> str:
-    """fedkern's version and commit in a run."""
+    """Return fedkern's version and commit in a run."""
     versions = run.summary["versions"]
     return " ".join(str(versions[name]) for name in ("fedkern", "commit") if name in versions)
 
 
 def _finish_day(run: FoundRun) -> str:
-    """The day on which a run was finished, in UTC.
+    """Return the day on which a run was finished, in UTC.
 
     No file of a run tells a time, so this is the time of the summary's file, which a copy keeps only with ``cp -p`` or
     ``rsync -t``.
@@ -474,7 +474,7 @@ _OF_DATA = ("data", "data_options", "clients", "partition", "train_samples", "pu
 
 
 def _without_data(job: Job, reasons: dict[str, str]) -> str:
-    """Why a job has no data here, or "".
+    """Return why a job has no data here, or "".
 
     ``reasons`` keeps the answers for jobs on the same data.
     """
@@ -494,7 +494,7 @@ def _point(point: Variant) -> str:
 
 
 def _reached_text(cell: PublishedCell, run: FoundRun | None) -> str:
-    """The figure of a run for people.
+    """Return the figure of a run for people.
 
     Where the run misses the target, its best value.
     """

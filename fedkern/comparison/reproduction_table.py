@@ -37,7 +37,7 @@ class Row:
     curves: Groups = field(default_factory=dict)
 
     def texts(self) -> list[str]:
-        """The row's texts, one for every title of `HEADER`."""
+        """Return the row's texts, one for every title of `HEADER`."""
         cell, verdict, outcome = self.cell, self.verdict, self.outcome
         published = "" if cell.published is None else figure_text(cell, cell.published)
         ours = "" if verdict.ours is None else _interval(cell, verdict.ours)
@@ -50,7 +50,7 @@ class Row:
         return [cell.table, cell.name, published, ours, gap, seeds, effect, short]
 
     def values(self) -> dict[str, object]:
-        """The row as plain values by name, empty where there is none."""
+        """Return the row as plain values by name, empty where there is none."""
         cell, verdict, outcome = self.cell, self.verdict, self.outcome
         keys = ("table", "name", "figure", "target", "baseline", "published")
         row = {key: getattr(cell, key) for key in keys}
@@ -67,17 +67,17 @@ class Row:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The table as CSV, a row for every cell."""
+    """Return the table as CSV, a row for every cell."""
     return csv_text([row.values() for row in rows])
 
 
 def text_table(paper: Paper, rows: Sequence[Row]) -> Table:
-    """The table in texts, a row for every cell, with what it rests on below."""
+    """Return the table in texts, a row for every cell, with what it rests on below."""
     return Table(HEADER, [row.texts() for row in rows], _title(paper), notes=[summary(rows), *sentences(paper, rows)])
 
 
 def page(paper: Paper, rows: Sequence[Row]) -> Page:
-    """The page of a reproduction."""
+    """Return the page of a reproduction."""
     tables = dict.fromkeys(row.cell.table for row in rows)
     sections = [
         make_section(f"table-{number}", f"Table {name}", _table([row for row in rows if row.cell.table == name]))

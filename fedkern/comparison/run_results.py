@@ -107,7 +107,10 @@ class Result:
         return rows
 
     def run_rows(self) -> list[dict[str, object]]:
-        """A row for every run: group, method, seed, all final figures, bytes, seconds, the target, the folder."""
+        """Return a row for every run.
+
+        Columns are group, method, seed, all final figures, bytes, seconds, the target, and the folder.
+        """
         rows = []
         for group in self.groups:
             for seed, run in group.runs.items():
@@ -148,7 +151,10 @@ class Result:
         return [*self.sentences(), *(f"Failed: {text}" for text in self.failures)]
 
     def text_table(self, notes: Sequence[str] = ()) -> Table:
-        """The table in texts, a row for every group: mean ± standard deviation, and differences with their interval."""
+        """Return the table in texts, with a row for every group.
+
+        It has mean ± standard deviation, and differences with their interval.
+        """
         rows = self.table
         columns: list[tuple[str, list[str]]] = [
             ("", [printable_name(row["group"], CELL) for row in rows]), ("seeds", [str(row["seeds"]) for row in rows]),
@@ -180,7 +186,7 @@ class Result:
         return any(start.model_sha256 and start.model.startswith(INSTANCE) for start in chain(*starts))
 
     def write(self, folder: Path) -> list[Path]:
-        """Writes the table's files and the picture, each completely or not at all, and returns their paths.
+        """Write the table's files and the picture, each completely or not at all, and return their paths.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
@@ -207,11 +213,11 @@ class Result:
         return paths
 
     def histories(self) -> dict[str, list[Sequence[Record]]]:
-        """Records of the rounds of every run, by the group's name."""
+        """Return the records of the rounds of every run, by the group's name."""
         return {group.label: [run.records for run in group.runs.values()] for group in self.groups}
 
     def chance(self) -> dict[str, float]:
-        """The main figures that need no learning, by the first run.
+        """Return the main figures that need no learning, by the first run.
 
         Empty where runs are of several data sets.
         """
@@ -229,7 +235,7 @@ class Result:
 
 
 def spread_text(figure: str, mean: float | None, deviation: float | None) -> str:
-    """A mean ± standard deviation with the figure's unit."""
+    """Return a mean ± standard deviation with the figure's unit."""
     if mean is None:
         return "not told"
     if deviation is None:

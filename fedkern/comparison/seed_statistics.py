@@ -38,7 +38,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def plus_minus(mean: float, deviation: float | None, text: Callable[[float], str]) -> str:
-    """A mean ± standard deviation, if it has one, for people.
+    """Return a mean ± standard deviation, if it has one, for people.
 
     ``text`` makes a value readable.
     """
@@ -46,7 +46,7 @@ def plus_minus(mean: float, deviation: float | None, text: Callable[[float], str
 
 
 def interval_text(mean: float, low: float | None, high: float | None, text: Callable[[float], str]) -> str:
-    """A mean with its interval, if it has one, for people.
+    """Return a mean with its interval, if it has one, for people.
 
     ``text`` makes a value readable.
     """
@@ -54,7 +54,7 @@ def interval_text(mean: float, low: float | None, high: float | None, text: Call
 
 
 def compare_pairs(values: Mapping[int, float], base_values: Mapping[int, float]) -> Difference | None:
-    """The differences ``own - other`` over the seeds that both have, with Student's t interval.
+    """Return the differences ``own - other`` over the seeds that both have, with Student's t interval.
 
     None without any.
 
@@ -120,7 +120,7 @@ class Target:
             )
 
     def check(self, sets: Collection[str] = ()) -> None:
-        """Raises UserError where the figure is a fraction out of reach.
+        """Raise UserError where the figure is a fraction out of reach.
 
         ``sets``: names of the runs' test sets.
         """
@@ -130,7 +130,7 @@ class Target:
         return f"{self.figure} {'<=' if self.falls else '>='} {self.value:g}"
 
     def crossing(self, records: Sequence[Record]) -> float | None:
-        """Rounds up to the target on the curve of the best values so far.
+        """Return the rounds up to the target on the curve of the best values so far.
 
         None where the curve stays below it.
 
@@ -150,7 +150,7 @@ class Target:
         return None
 
     def cost_of_target(self, records: Sequence[Record]) -> dict[str, float] | None:
-        """Rounds, bytes in both directions and seconds up to the first round that has the target.
+        """Round, bytes in both directions and seconds up to the first round that has the target.
 
         None without one.
         """

@@ -71,7 +71,7 @@ class Verdict:
 
 
 def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
-    """The cell's figure of a finished run.
+    """Return the cell's figure of a finished run.
 
     None where the run does not reach the target.
 
@@ -87,7 +87,7 @@ def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
 
 
 def best_value(figure: str, run: FoundRun) -> float:
-    """The best value of a figure over the evaluated rounds.
+    """Return the best value of a figure over the evaluated rounds.
 
     Raises UserError where no round tells the figure.
     """
@@ -98,7 +98,7 @@ def best_value(figure: str, run: FoundRun) -> float:
 
 
 def check_told(figure: str, run: FoundRun) -> None:
-    """Raises UserError where no round of a run tells a figure."""
+    """Raise UserError where no round of a run tells a figure."""
     figures = {name for record in run.records for name, value in record.items() if isinstance(value, float)}
     if figure not in figures:
         raise _untold(figure, run, figures)
@@ -148,7 +148,7 @@ def rate_run(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
 def judge_cell(
     cell: PublishedCell, outcome: Outcome, baseline: Outcome | None = None, published_baseline: float | None = None
 ) -> Verdict:
-    """The verdict on a cell all of whose runs are finished.
+    """Return the verdict on a cell all of whose runs are finished.
 
     Args:
         cell: the cell.
@@ -200,7 +200,7 @@ def _ordering(gap: Difference | None, published_gap: float | None, missing_words
 
 
 def _judge_missed_target(cell: PublishedCell, published: float, outcome: Outcome) -> tuple[str, str]:
-    """The verdict where seeds miss the target: they need more rounds than they played."""
+    """Return the verdict where seeds miss the target: they need more rounds than they played."""
     missing = [outcome.rounds[seed] for seed, value in outcome.values.items() if value is None]
     count = f"{len(missing)} of {len(outcome.values)} seeds miss {cell.goal} in {min(missing):,.0f} rounds"
     fewest = min([*missing, *outcome.reached_values.values()])

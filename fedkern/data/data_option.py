@@ -70,7 +70,7 @@ DETECTION_OPTIONS = ("boxes", "detector", "box_threshold", "text_threshold", "de
 
 
 def check_single(data: str, task: Task, options: CommonOptions) -> None:
-    """Raises UserError for an option that is only for images of single classes, where the data have another task."""
+    """Raise UserError for an option that is only for images of single classes, where the data have another task."""
     for name in ("cue_clients", "backdoor_clients", "boxes", "detector"):
         if getattr(options, name) and not {"classes", "criterion"} <= task.offers:
             raise UserError(f'option {name} is for classification, and data set "{data}" is for {task.name}')

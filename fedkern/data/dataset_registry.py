@@ -250,7 +250,7 @@ def _find_option(data: str, key: str) -> Option:
 
 
 def given_options(name: str, options: Mapping[str, object]) -> dict[str, Value]:
-    """The given options, converted, without defaults and with absolute paths.
+    """Return the given options, converted, without defaults and with absolute paths.
 
     Raises:
         UserError: as :func:`read_options`, or a path in the home folder of an unknown user.
@@ -259,7 +259,7 @@ def given_options(name: str, options: Mapping[str, object]) -> dict[str, Value]:
 
 
 def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Value], CommonOptions]:
-    """Checks ``key=value`` options and fills in defaults.
+    """Check ``key=value`` options and fill in defaults.
 
     Returns:
         The options of the data set, and the options common to all data sets.
@@ -280,7 +280,7 @@ _DECLARED = "_fedkern_data"
 def register_data(
     name: str, *, clients: int = 10, partition: str | None = None, task: str = "classification", prompts: str = PROMPT
 ) -> Callable[[F], F]:
-    """Decorates a function that makes a data set: ``--data NAME`` of a plugin, and ``--data FILE.py:FUNCTION``.
+    """Decorate a function that makes a data set: ``--data NAME`` of a plugin, and ``--data FILE.py:FUNCTION``.
 
     The function returns one of three things:
 
@@ -329,7 +329,7 @@ def register_data(
 
 
 def open_code(text: str) -> str:
-    """Registers the function that the user's words name, ``FILE.py:NAME`` or ``MODULE:NAME``, as a data set.
+    """Register the function that the user's words name, ``FILE.py:NAME`` or ``MODULE:NAME``, as a data set.
 
     A function that `register_data` decorates keeps what its file says there.  Only words of the user's come here:
     nothing that a run folder names is imported.

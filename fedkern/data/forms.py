@@ -68,7 +68,7 @@ class ImageForm:
         return self.is_raw and self.dtype == "uint8"
 
     def size_text(self) -> str:
-        """The size of a sample in words."""
+        """Return the size of a sample in words."""
         return f" of {'×'.join(map(str, self.shape))}"
 
     def normalise_images(self, images: Tensor) -> Tensor:
@@ -107,12 +107,12 @@ class ImageForm:
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def describe_stored(self) -> tuple[str, ...]:
-        """A line on images that are no files: depth, colour and size."""
+        """Return a line on images that are no files: depth, colour and size."""
         colour = {1: "grey", 3: "RGB"}.get(self.shape[0], f"{self.shape[0]} channels")
         return (f"images: 8-bit {colour}, {self.shape[2]} x {self.shape[1]}",)
 
     def central(self, split: Split) -> Split:
-        """A split that is not augmented: the window that a network sees."""
+        """Return a split that is not augmented: the window that a network sees."""
         return central(split, self.shape[1:])
 
     def about(self) -> dict[str, object]:
@@ -135,7 +135,7 @@ class ImageForm:
 
 
 def form_of(about: Description) -> ImageForm | SampleForm:
-    """The form that ``about()`` of it has described."""
+    """Return the form that ``about()`` of it has described."""
     if "items" in about:
         return SampleForm(tuple(about["items"]), about["inputs"], about["head"])
     shape = about["channels"], *about["image_size"]
@@ -200,14 +200,14 @@ class SampleForm:
         return self._single[0] if self._single else ""
 
     def input_words(self) -> str:
-        """The inputs of a sample in words."""
+        """Return the inputs of a sample in words."""
         if self._single:
             dtype, shape = self._single
             return f"one input of shape {shape}" + (f" and dtype {dtype}" if len(shape) == 3 else "")
         return f"the parts {', '.join(self.shapes)} (of two samples)"
 
     def size_text(self) -> str:
-        """The tensors of a batch in words."""
+        """Return the tensors of a batch in words."""
         return f", two of which are {', '.join(self.shapes)}"
 
     def describe_stored(self) -> tuple[str, ...]:
@@ -215,7 +215,7 @@ class SampleForm:
         return ()
 
     def central(self, split: T) -> T:
-        """The split itself."""
+        """Return the split itself."""
         return split
 
     def about(self) -> dict[str, object]:
@@ -223,7 +223,10 @@ class SampleForm:
         return {"items": list(self.shapes), "inputs": self.inputs, "head": self.head}
 
     def noise(self, samples: int, rng: np.random.Generator) -> object:
-        """Normally distributed inputs of a network; zeros, of which any is an index, where they are no floats."""
+        """Draw normally distributed inputs of a network.
+
+        Zeros, of which any is an index, where they are no floats.
+        """
 
         def draw(words: str) -> Tensor:
             dtype, _, shape = words.partition(" ")
@@ -244,7 +247,7 @@ class SampleForm:
         return x["args"][0] if len(x["args"]) == 1 else Positional(x["args"])
 
     def build(self, task: Task, about: Description, seed: int) -> nn.Module:
-        """A freshly initialised network."""
+        """Return a freshly initialised network."""
         return models.build_any(
             about["model"], classes=about["classes"], width=about["width"], seed=seed, head=self.head,
             raw=task.network == "any",

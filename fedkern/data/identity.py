@@ -65,7 +65,7 @@ def of_source(source: Source, contents: Sets, pixels: list[bytes]) -> dict[str, 
 
 
 def pixel_hashes(splits: Sequence[Split]) -> list[bytes]:
-    """A hash of every image alone."""
+    """Return a hash of every image alone."""
     return [_hash(*image).digest() for split in splits for image in _rows(split.images)]
 
 
@@ -148,7 +148,7 @@ def _hash_labels(set_name: str, part: Split | Pool) -> Iterator[hashlib.blake2b]
 
 
 def _rows(tensor: Tensor) -> Iterator[tuple[bytes, memoryview]]:
-    """The shape and the bytes of every row."""
+    """Yield the shape and the bytes of every row."""
     for part in in_parts(tensor):
         shape = repr(tuple(part.shape[1:])).encode()
         content = memoryview(np.ascontiguousarray(part.numpy()).reshape(-1).view(np.uint8).data)

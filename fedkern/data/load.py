@@ -52,7 +52,7 @@ def load(
     identify: bool = False,
     judged: bool = False,
 ) -> FederatedData:
-    """Loads a data set and shares it out among clients.
+    """Load a data set and shares it out among clients.
 
     The train/validation/test split is fixed; ``seed`` decides which training samples are kept, which client holds them,
     and the colours.  The same arguments always give the same tensors.
@@ -363,7 +363,9 @@ def _own_tests(name: str, source: Source, rows: Tensor, test: Split) -> tuple[Sp
 
 
 def _shares(source: Source, spec: PartitionSpec, rows: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
-    """Positions in ``rows`` of every client's rows; patients, cases and images with several texts stay whole.
+    """Positions in ``rows`` of every client's rows.
+
+    Patients, cases and images with several texts stay whole.
 
     Under ``attribute``, where the data set itself names the clients, every row goes to the client named for it.
     """
@@ -378,7 +380,7 @@ def _shares(source: Source, spec: PartitionSpec, rows: Tensor, clients: int, see
 
 
 def _training_rows(name: str, pool: Pool, request: DataRequest) -> tuple[Tensor, Tensor]:
-    """The training rows of all clients and the public rows, both sorted."""
+    """Return the training rows of all clients and the public rows, both sorted."""
     count, public, seed = request.train_samples, request.public_samples, request.seed
     if pool.cases is not None and pool.patients is None:
         cases: npt.NDArray[np.int64] | None = pool.cases.numpy()
@@ -418,7 +420,10 @@ def _homes(source: Source, pool: Pool) -> npt.NDArray[np.int64] | None:
 
 
 def _first_rows(pool: Pool | Split, count: int, purpose: str, homes: npt.NDArray[np.int64] | None = None) -> Tensor:
-    """A fixed random choice of ``count`` rows of a pool (0: all rows), sorted; one of every site if they suffice."""
+    """Return a fixed random choice of ``count`` rows of a pool (0: all rows), sorted.
+
+    One of every site if they suffice.
+    """
     if count == 0 or count >= len(pool):
         return torch.arange(len(pool))
     order = stream(0, f"subset/{purpose}").permutation(len(pool))

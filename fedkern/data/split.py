@@ -90,7 +90,9 @@ class Split:
 
     @property
     def image_labels(self) -> Tensor:
-        """int64 ``[n]``: the class of every image; for segmentation the object class with most pixels, else 0.
+        """int64 ``[n]``: the class of every image.
+
+        For segmentation the object class with most pixels, else 0.
 
         Where an image may have several labels, the labels themselves, uint8 ``[n, L]``.
         """
@@ -102,14 +104,14 @@ class Split:
         return 4 * self.images.numel()
 
     def fingerprint(self, value: int = 0) -> int:
-        """A CRC-32 that goes on from ``value``, over all images, labels, masks and texts."""
+        """Return a CRC-32 that goes on from ``value``, over all images, labels, masks and texts."""
         for tensor in (self.images, self.labels, self.masks):
             for part in () if tensor is None else in_parts(tensor):
                 value = zlib.crc32(part.contiguous().numpy().reshape(-1).view("uint8").data, value)
         return zlib.crc32("\0".join(self.texts or ()).encode(), value)
 
     def units(self) -> npt.NDArray[np.int64] | None:
-        """The case, patient or image that a row belongs to where rows belong together, else None."""
+        """Return the case, patient or image that a row belongs to where rows belong together, else None."""
         return grouped_rows(self.ids, self.cases, self.patients)
 
     def identities(self) -> list[str]:
@@ -126,16 +128,19 @@ class Split:
         return {"images": self.images, "labels": self.labels, "texts": self.texts}
 
     def plus(self, splits: Sequence[Split]) -> Split:
-        """The split with the images of others behind its own, see :func:`join_splits`."""
+        """Return the split with the images of others behind its own, see :func:`join_splits`."""
         return join_splits([self, *splits])
 
     def subset(self, indices: Tensor) -> Split:
-        """A new split with copies of the rows ``indices``, int64 ``[m]``."""
+        """Return a new split with copies of the rows ``indices``, int64 ``[m]``."""
         return Split(**{field.name: rows_of(getattr(self, field.name), indices) for field in fields(self)})
 
 
 def rows_of(column: Any, rows: Tensor) -> Any:
-    """The ``rows``, int64 ``[m]``, of an attribute of a split: of a tensor, names or masks; others have no rows."""
+    """Return the ``rows``, int64 ``[m]``, of an attribute of a split: of a tensor, names or masks.
+
+    Others have no rows.
+    """
     if isinstance(column, (tuple, list)):
         return tuple(column[row] for row in rows.tolist())
     if isinstance(column, FullMasks):
@@ -144,7 +149,10 @@ def rows_of(column: Any, rows: Tensor) -> Any:
 
 
 def join_splits(splits: Sequence[Split]) -> Split:
-    """Concatenates splits; an attribute (masks, texts ...) that is None in one of them is None in the result."""
+    """Concatenates splits.
+
+    An attribute (masks, texts ...) that is None in one of them is None in the result.
+    """
     return Split(**{field.name: _together([getattr(split, field.name) for split in splits]) for field in fields(Split)})
 
 

@@ -33,7 +33,9 @@ AnySplit = Split | Items
 
 @dataclass(frozen=True)
 class Pool:
-    """Labelled images that may still be on disk; only requested rows are read.
+    """Labelled images that may still be on disk.
+
+    Only requested rows are read.
 
     Attributes:
         labels: int64 ``[n]``; for segmentation the largest object class of every image, which a partition may use; for
@@ -66,7 +68,7 @@ class Pool:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Split:
-        """Reads ``rows`` (int64 ``[m]``)."""
+        """Read ``rows`` (int64 ``[m]``)."""
         images, sizes = self.read(rows)
         if images.dtype != torch.uint8:
             raise ValueError(f"images: expected uint8 [n, C, H, W], got {describe(images)}")
@@ -78,7 +80,7 @@ class Pool:
 def memory_pool(
     images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None, targets: Tensor | None = None
 ) -> Pool:
-    """A pool over ``images`` uint8 ``[N, C, H, W]`` that holds the given ``rows`` and names them ``prefix/row``.
+    """Return a pool over ``images`` uint8 ``[N, C, H, W]`` that holds the given ``rows`` and names them ``prefix/row``.
 
     ``targets`` are the classes of their pixels, int64 ``[N, H, W]`` (segmentation).
     """
@@ -137,7 +139,7 @@ class Source:
     compared: bool = False
 
     def with_pools(self, change: Callable[[Pool], Pool]) -> Source:
-        """The data set with every pool changed."""
+        """Return the data set with every pool changed."""
         tests = {name: change(pool) for name, pool in self.tests.items()}
         return replace(self, train=change(self.train), validation=change(self.validation), tests=tests)
 
@@ -168,7 +170,7 @@ class DataRequest:
 
 
 def client_label(names: Sequence[str] | None, client: int) -> str:
-    """A client in messages and tables: its number and, where clients have names, its name, ``1 (Berlin)``."""
+    """Return a client in messages and tables: its number and, where clients have names, its name, ``1 (Berlin)``."""
     return str(client) if names is None else f"{client} ({names[client]})"
 
 
@@ -183,7 +185,9 @@ def memory_source(
     order: Sequence[int] | None = None,
     augment: str = "none",
 ) -> Source:
-    """A data set in memory; of the training images the last ``held_out`` in ``order`` are the validation set.
+    """Return a data set in memory.
+
+    Of the training images the last ``held_out`` in ``order`` are the validation set.
 
     The order is a random one by default, the same for every seed.
     """
@@ -259,7 +263,10 @@ class FederatedData:
         return f"{self.name}: {clients} client{'s' * (clients != 1)}, {samples_text}"
 
     def client_label(self, client: int) -> str:
-        """A training client in messages, see `client_label`; the one client of `pooled` data has no name."""
+        """Return a training client in messages, see `client_label`.
+
+        The one client of `pooled` data has no name.
+        """
         named = self.client_names is not None and len(self.client_names) == len(self.clients)
         return client_label(self.client_names if named else None, client)
 
@@ -372,7 +379,10 @@ class FederatedData:
         return cls(**parts)
 
     def pooled(self) -> FederatedData:
-        """The data with one client that holds all training samples; statistics and names remain the partition's."""
+        """Return the data with one client that holds all training samples.
+
+        Statistics and names remain the partition's.
+        """
         return replace(self, clients=(self.clients[0].plus(self.clients[1:]),))
 
 

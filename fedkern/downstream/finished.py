@@ -65,7 +65,7 @@ class Finished:
         best: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> Self:
-        """Reads a run folder, and the run's own data or another data set.
+        """Read a run folder, and the run's own data or another data set.
 
         Args:
             data: another data set for the downstream task; all of its training samples form one pool.  Without
@@ -90,7 +90,10 @@ class Finished:
 
     @property
     def sets(self) -> dict[str, Split]:
-        """The test sets by name; the test set of the training clients' distribution is ``"seen"``."""
+        """The test sets by name.
+
+        The test set of the training clients' distribution is ``"seen"``.
+        """
         return {name or SEEN: split for name, split in self.data.tests.items()}
 
     def train(self) -> Split:
@@ -98,18 +101,18 @@ class Finished:
         return central(join_splits(self.data.clients), self.data.form.shape[1:])
 
     def images(self, split: Split) -> Iterator[Tensor]:
-        """The images of a split in batches, normalised as in the run's training: fp32, channels-last."""
+        """Yield the images of a split in batches, normalised as in the run's training: fp32, channels-last."""
         for rows in batch_slices(len(split), BATCH):
             yield self.form.normalise_images(split.images[rows].to(self.device))
 
     @torch.no_grad()
     def image_embeddings(self, network: PairNetwork, split: Split) -> Tensor:
-        """Unit vectors fp32 ``[n, 128]``."""
+        """Return the unit vectors fp32 ``[n, 128]``."""
         return torch.cat([network.image_embedding(images) for images in self.images(split)])
 
     @torch.no_grad()
     def text_embeddings(self, network: PairNetwork, texts: tuple[str, ...] | list[str]) -> Tensor:
-        """Unit vectors fp32 ``[n, 128]``."""
+        """Return the unit vectors fp32 ``[n, 128]``."""
         tokens = network.tokenize(texts)
         parts = []
         all_rows = torch.arange(len(texts))

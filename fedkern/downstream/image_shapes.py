@@ -10,7 +10,7 @@ from fedkern.tasks.protocols import Description
 
 
 def check_shape(data: FederatedData, about: Description, out: Path) -> None:
-    """Raises UserError where the images of a data set have other channels, height or width than ``about`` tells."""
+    """Raise UserError where the images of a data set have other channels, height or width than ``about`` tells."""
     expected, dtype = (about["channels"], *about["image_size"]), about.get("dtype", "uint8")
     if data.form.dtype != dtype:
         raise UserError(f'Images of "{data.name}" are {data.form.dtype}, and the run in {out} saw {dtype}: give these.')

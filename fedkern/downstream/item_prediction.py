@@ -20,7 +20,7 @@ from fedkern.process.torch_modes import reproducible
 @reproducible()
 @torch.no_grad()
 def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) -> object:
-    """The network's outputs on the CPU: probabilities of the classes, or all that a user's own task has it give.
+    """Return the network's outputs on the CPU: probabilities of the classes, or all that a user's own task has it give.
 
     Args:
         module: in eval mode.
@@ -48,7 +48,10 @@ def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) 
 
 
 def _inputs(reader: ItemReader, data: FederatedData) -> Iterator[tuple[object, int]]:
-    """The network's inputs of every batch, and its number of samples; the samples may have no targets."""
+    """Yield the network's inputs of every batch, and its number of samples.
+
+    The samples may have no targets.
+    """
     takes = 0 if data.form.inputs is None else len(data.form.inputs["args"])
     for batch in reader.batches():
         inputs_only = isinstance(batch.data, (tuple, list)) and len(batch.data) == takes > 1

@@ -132,7 +132,7 @@ def find_trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], i
 
 
 def group_samples(members: Sequence[Split], test: Split) -> tuple[str, tuple[Tensor, Tensor] | None]:
-    """The independent unit ("image", "patient" or "case"), and the groups of all images with a loss.
+    """Return the independent unit ("image", "patient" or "case"), and the groups of all images with a loss.
 
     Returns:
         The unit's name, and the group numbers of the members' and the others' images; None where images are the unit.
@@ -150,7 +150,9 @@ def group_samples(members: Sequence[Split], test: Split) -> tuple[str, tuple[Ten
 
 
 def place(out: Path | str, network: str = "last") -> Path:
-    """Path of a run's attack.json: in the run folder; with ``--records private`` in checkpoints/, which is not public.
+    """Path of a run's attack.json: in the run folder.
+
+    With ``--records private`` in checkpoints/, which is not public.
 
     The file of the best network is attack-best.json.
 
@@ -162,7 +164,7 @@ def place(out: Path | str, network: str = "last") -> Path:
 
 
 def write(out: Path | str, result: Result) -> None:
-    """Writes what :func:`attack` found to attack.json (see :func:`place`), completely or not at all."""
+    """Write what :func:`attack` found to attack.json (see :func:`place`), completely or not at all."""
     text, path = json.dumps(plain(result), indent=2, allow_nan=False), place(out, result["network"])
     if path.parent != Path(out):
         atomic.make_folder(path.parent)
@@ -171,7 +173,9 @@ def write(out: Path | str, result: Result) -> None:
 
 @torch.no_grad()
 def losses(model: nn.Module, split: Split, data: FederatedData) -> Tensor:
-    """The cross-entropy of every image of a split, fp64 [n]; for segmentation the mean over the image's known pixels.
+    """Return the cross-entropy of every image of a split, fp64 [n].
+
+    For segmentation the mean over the image's known pixels.
 
     Images without a known pixel have no loss and are left out, so that n is then less than the split's length.
     """
@@ -183,7 +187,7 @@ def losses(model: nn.Module, split: Split, data: FederatedData) -> Tensor:
 
 
 def _check(members: Tensor, test_losses: Tensor, out: Path) -> None:
-    """Raises UserError where there are too few losses to compare, or a loss is NaN."""
+    """Raise UserError where there are too few losses to compare, or a loss is NaN."""
     for values, noun in ((members, "training samples"), (test_losses, "test images")):
         if len(values) < 2:
             raise UserError(

@@ -106,7 +106,7 @@ class Exportable:
     lengths: bool = False
 
     def __call__(self) -> object:
-        """The program's output for the two samples."""
+        """Return the program's output for the two samples."""
         return self.program(*self.args, **self.kwargs)
 
 
@@ -114,13 +114,16 @@ class Exportable:
 def exportable(
     out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None, *, best: bool = False
 ) -> Exportable:
-    """The network of a run folder; arguments and errors are those of :meth:`Predictor.open`."""
+    """Return the network of a run folder.
+
+    Arguments and errors are those of :meth:`Predictor.open`.
+    """
     module, about = read_model(out, trusted, model, best=best)
     return of_items(module, about) if "items" in about else of_images(Predictor.of(out, module, about, trusted))
 
 
 def of_images(predictor: Predictor) -> Exportable:
-    """A network of images, whose program normalises them itself."""
+    """Return a network of images, whose program normalises them itself."""
     channels, height, width = predictor.image_shape
     form = predictor.form
     about = {
@@ -141,7 +144,7 @@ def of_images(predictor: Predictor) -> Exportable:
 
 
 def of_items(module: nn.Module, about: Description) -> Exportable:
-    """A user's network of samples that are no images: the user's own module."""
+    """Return a user's network of samples that are no images: the user's own module."""
     form: Any = form_of(about)
     network, unfit = inner(module), ""
     description = {"task": about["task"], "classes": about["classes"], "input": about["inputs"]}
@@ -162,7 +165,9 @@ def of_items(module: nn.Module, about: Description) -> Exportable:
 
 @reproducible()
 def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
-    """Writes the network to a file in one of the `FORMATS`, and what it is to a JSON file beside it; returns both.
+    """Write the network to a file in one of the `FORMATS`, and what it is to a JSON file beside it.
+
+    Returns both.
 
     ``onnx`` and ``torch-export`` files take any number of samples; those of images fp32 ``[B, C, H, W]`` in [0, 1], and
     return logits.  A ``state-dict`` file holds the tensors of the network alone, for ``torch.load``; its images are
@@ -310,7 +315,7 @@ def _of_the_network(record: logging.LogRecord) -> bool:
 
 @torch.no_grad()
 def check(outputs: object, bundle: Exportable) -> None:
-    """Raises UserError where what a file says of the two samples is not what the network says."""
+    """Raise UserError where what a file says of the two samples is not what the network says."""
     for pair in zip(leaves(outputs), leaves(bundle()), strict=True):
         if not isinstance(pair[1], Tensor):
             continue

@@ -76,7 +76,7 @@ class Predictor:
     def open(
         cls, out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None, *, best: bool = False
     ) -> Self:
-        """Reads the network of a run folder, as :meth:`fedkern.api.Run.model` does of :func:`fedkern.load`'s run.
+        """Read the network of a run folder, as :meth:`fedkern.api.Run.model` does of :func:`fedkern.load`'s run.
 
         Raises:
             UserError: the folder has no finished run, a run of image-text pairs, or one whose network saw parts of
@@ -86,7 +86,7 @@ class Predictor:
 
     @classmethod
     def of(cls, out: Path | str, module: nn.Module, about: Description, trusted: Collection[str] = ()) -> Self:
-        """The network that has been read from a run folder, as :meth:`open`."""
+        """Return the network that has been read from a run folder, as :meth:`open`."""
         if "items" in about:
             raise UserError(
                 f"The network in {out} is for samples that are no images: give them in Python, "
@@ -105,7 +105,7 @@ class Predictor:
 
     @reproducible()
     def read(self, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
-        """Decodes image files as the run's training did: whole, resized, in the network's colours.
+        """Decode image files as the run's training did: whole, resized, in the network's colours.
 
         Returns:
             uint8 ``[n, C, H, W]``, and int64 ``[n, 2]``, width and height before resizing.
@@ -122,7 +122,9 @@ class Predictor:
     @reproducible()
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """Probabilities of the classes; where an image may have several labels, of every label for itself.
+        """Probabilities of the classes.
+
+        Where an image may have several labels, of every label for itself.
 
         Args:
             images: uint8 ``[n, C, H, W]``; of a run on float images of a data set also these, float32.
@@ -162,7 +164,7 @@ class Predictor:
         return torch.cat([self.probabilities(self.read(paths[rows])[0]) for rows in slices])
 
     def files(self, paths: Sequence[Path]) -> Iterator[Row]:
-        """Yields every file with its probabilities and its size, decoding a batch at a time."""
+        """Yield every file with its probabilities and its size, decoding a batch at a time."""
         self.check_window(paths)
         for rows in batch_slices(len(paths), self.batch):
             images, sizes = self.read(paths[rows])
@@ -170,7 +172,7 @@ class Predictor:
 
 
 def found_images(paths: Sequence[Path]) -> list[Path]:
-    """The given image files, and all image files in the given folders and their subfolders.
+    """Return the given image files, and all image files in the given folders and their subfolders.
 
     Raises:
         UserError: a path that does not exist, a folder without images, or two paths to one file.
@@ -194,12 +196,12 @@ def found_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def find_repeat(values: Sequence[Value]) -> Value | None:
-    """The first value that comes more than once, or None."""
+    """Return the first value that comes more than once, or None."""
     return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
 def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
-    """Writes a CSV file with the columns ``path``, ``predicted`` (several labels joined by ``|``) and probabilities.
+    """Write a CSV file with the columns ``path``, ``predicted`` (several labels joined by ``|``) and probabilities.
 
     Classes get ``p_`` before their names where one of them is called ``path`` or ``predicted``.  Rows are
     written as they come, into a file beside ``out`` that takes its place at the end.
@@ -231,7 +233,7 @@ def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
 
 
 def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> None:
-    """Writes the predicted class of every pixel as a grey PNG of the image's own size, named as the image.
+    """Write the predicted class of every pixel as a grey PNG of the image's own size, named as the image.
 
     Masks are written as they come, into a folder beside ``folder`` that takes its place at the end.
 

@@ -65,13 +65,16 @@ def few_shot_rows(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
 
 
 def figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """``accuracy`` and ``auc`` of logits ``[n, C]``; without ``auc`` where all labels are the same."""
+    """``accuracy`` and ``auc`` of logits ``[n, C]``.
+
+    Without ``auc`` where all labels are the same.
+    """
     result = {"accuracy": float((logits.argmax(1) == labels).double().mean())}
     area = macro_auc(F.softmax(logits.double(), 1), labels)
     return result if math.isnan(area) else {**result, "auc": area}
 
 
 def average_figures(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of every figure that all of ``rows`` have."""
+    """Return the mean of every figure that all of ``rows`` have."""
     shared = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: sum(row[name] for row in rows) / len(rows) for name in shared}

@@ -58,7 +58,7 @@ def evaluate_run(
     own_tests: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, float], tuple[str, ...], list[Row]]:
-    """Evaluates the network of a finished run: its figures, the names of the test sets, and intervals.
+    """Evaluate the network of a finished run: its figures, the names of the test sets, and intervals.
 
     Data, their options, cache, result and errors are those of :meth:`fedkern.api.Run.evaluate`; ``trusted`` and
     ``model`` are those of :func:`fedkern.load`; ``best`` is that of :meth:`fedkern.api.Run.model`; with ``own_tests``
@@ -167,7 +167,10 @@ def _same_files(root: str, stored: str | None) -> bool:
 
 
 def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
-    """Whether a run is judged by networks of its clients; what is wrong with its folder is said elsewhere."""
+    """Return whether a run is judged by networks of its clients.
+
+    What is wrong with its folder is said elsewhere.
+    """
     try:
         return load_unedited(out, trusted=trusted, device="cpu").own_networks
     except UserError:
@@ -175,7 +178,7 @@ def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
 
 
 def list_sets(data: FederatedData) -> Iterator[str]:
-    """A line on every test set: its images and patients, and those of every site that it shows."""
+    """Yield a line on every test set: its images and patients, and those of every site that it shows."""
     for name, split in data.tests.items():
         all_rows, names = torch.arange(len(split)), data.client_names or data.form.sites
         sites = [] if split.homes is None else [(site, split.homes == k) for k, site in enumerate(names)]
@@ -189,7 +192,7 @@ def list_sets(data: FederatedData) -> Iterator[str]:
 
 
 def _as_trained(data: str, about: Description, config: RunConfig) -> dict[str, object]:
-    """The options by which images are sized, coloured and scaled and labels read as in the training."""
+    """Return the options by which images are sized, coloured and scaled and labels read as in the training."""
     values: dict[str, object] = {}
     options, (height, width) = lookup(data).options, about["image_size"] if "items" not in about else (0, 1)
     if "bits" in options:
@@ -222,7 +225,7 @@ def _sets(splits: Mapping[Key, Split], module: nn.Module, about: Description, co
 
 
 def _fit_classes(data: FederatedData, about: Description, out: Path) -> FederatedData:
-    """The data, whose test sets and validation set get the network's classes: the data may lack some of them."""
+    """Return the data, whose test sets and validation set get the network's classes: the data may lack some of them."""
     task, classes = data.task, list(about["classes"])
     if data.task.name != about["task"]:
         raise UserError(f'The run in {out} is for {about["task"]}, and the data set "{data.name}" is for {task.name}.')

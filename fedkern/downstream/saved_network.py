@@ -50,7 +50,7 @@ class Outline:
 
 
 def describe(text: str | None, path: Path) -> dict[str, Any]:
-    """The description in model.safetensors, from the JSON of its metadata.
+    """Return the description in model.safetensors, from the JSON of its metadata.
 
     Raises:
         OtherFormat: the file at ``path`` has another format.
@@ -74,7 +74,7 @@ def read_model(
     best: bool = False,
     client: int | None = None,
 ) -> tuple[nn.Module, Description]:
-    """Reads the network that a finished run evaluated last, in eval mode on the CPU.
+    """Read the network that a finished run evaluated last, in eval mode on the CPU.
 
     The run's own network is built from its name alone.  Any other module (fused clients, an ensemble) is built by the
     method from the checkpoint in the run folder, and then loads the tensors of model.safetensors.  A network that was
@@ -154,7 +154,7 @@ def read_model(
 
 
 def _check_code(path: Path, name: str, trusted: Collection[str], model: nn.Module | None) -> None:
-    """Raises UserError where a network is made by code that only the file names, or was a module of a script."""
+    """Raise UserError where a network is made by code that only the file names, or was a module of a script."""
     if named_code.parse(name) is not None and not named_code.trusts(trusted, name):
         raise named_code.refuse_untrusted(path, name, "it again", f"--model {shlex.quote(name)}")
     if model is None and name.startswith(named_code.INSTANCE):
@@ -182,7 +182,7 @@ def _plain(about: Description, out: Path, trusted: Collection[str]) -> nn.Module
 
 
 def _rebuilt(out: Path, about: Description, trusted: Collection[str]) -> nn.Module:
-    """The module that the method makes of the server's state at the end of the run."""
+    """Return the module that the method makes of the server's state at the end of the run."""
     context = _context(out, about, trusted, about["samples"])
     state = Checkpoints(out).last_server_state()
     if state is None:
@@ -195,7 +195,7 @@ def _rebuilt(out: Path, about: Description, trusted: Collection[str]) -> nn.Modu
 
 
 def _context(out: Path, about: Description, trusted: Collection[str], sizes: Sequence[int]) -> RunContext:
-    """The context of a finished run, without data, whose clients have as many samples as ``sizes`` says."""
+    """Return the context of a finished run, without data, whose clients have as many samples as ``sizes`` says."""
     config = load_unedited(out, trusted=trusted, device="cpu")
     config.check_code(out, trusted)
     config = config.replace(init=None)  # the weights are the run's, and that file may be gone
@@ -204,7 +204,7 @@ def _context(out: Path, about: Description, trusted: Collection[str], sizes: Seq
 
 
 def _of_client(network: nn.Module, about: Description, out: Path, trusted: Collection[str], client: int) -> nn.Module:
-    """The network that a client uses at the end of a run with the global ``network``.
+    """Return the network that a client uses at the end of a run with the global ``network``.
 
     Raises:
         UserError: there is no such client, its state is damaged, or clients have no networks of their own.

@@ -1,4 +1,7 @@
-"""Downstream tasks of a finished run; each returns rows of figures by test set, averaged over the run's networks."""
+"""Downstream tasks of a finished run.
+
+Each returns rows of figures by test set, averaged over the run's networks.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +125,9 @@ def probe(
 
 @reproducible()
 def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) -> list[Row]:
-    """A light decoder on frozen image tokens, trained on the clients' masks: rows ``{"set", "dice", "iou", ...}``.
+    """Train a light decoder on frozen image tokens with the clients' masks.
+
+    Returns rows ``{"set", "dice", "iou", ...}``.
 
     Args:
         run: the run; its data have object masks, or a class for every pixel.
@@ -180,7 +185,7 @@ def _apply_probe(
 def _choose_probe(
     run: Finished, network: PairNetwork, seen: Tensor, labels: Tensor, validation: Split, classes: int, features: str
 ) -> probes.LinearProbe:
-    """The probe on all training images, with the penalty of the lowest cross-entropy on the validation set."""
+    """Return the probe on all training images, with the penalty of the lowest cross-entropy on the validation set."""
     embeddings = run.features(network, validation, features)
     truth = validation.labels.to(run.device)
     fitted = [probes.LinearProbe(seen, labels, classes, penalty) for penalty in probes.PENALTIES]

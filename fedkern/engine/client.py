@@ -64,7 +64,7 @@ class Client(Node):
 
     @property
     def context(self) -> RunContext:
-        """What all clients share: for the engine, not for methods."""
+        """Return what all clients share: for the engine, not for methods."""
         return self._context
 
     @property
@@ -171,7 +171,7 @@ class Client(Node):
         return result
 
     def _when_device_done(self, work: Callable[[], None]) -> None:
-        """Does what needs the GPU's results, now, waiting for them, or when it has them."""
+        """Do what needs the GPU's results, now, waiting for them, or when it has them."""
         if self.later is None:
             wait_for_stream(self.device)
             work()
@@ -179,7 +179,7 @@ class Client(Node):
             self.later.append(work)
 
     def _load_message(self, network: Network, message: Message) -> tuple[Message | None, Tensor | None]:
-        """Writes a message, and what the client keeps to itself, into the network.
+        """Write a message, and what the client keeps to itself, into the network.
 
         Returns:
             The buffers of the client's own, and the parameters on the device.
@@ -194,7 +194,7 @@ class Client(Node):
         return buffers, flat
 
     def _collect_upload(self, network: Network, trained: Network | Part, start: Tensor | None = None) -> Message:
-        """What a trained network, or a part of it, leaves: vectors that travel, and what the client keeps.
+        """Return what a trained network, or a part of it, leaves: vectors that travel, and what the client keeps.
 
         They are on their way, as is the norm of an update of the parameters ``start`` that stays on the GPU.
         """
@@ -276,7 +276,7 @@ class Client(Node):
         return result
 
     def _cut_schedule(self, phase: Phase, rows: np.ndarray | None = None, **how: Any) -> Schedule:
-        """The schedule on the samples at ``rows``, cut short where the client is slow (``--straggler-rate``)."""
+        """Return the schedule on the samples at ``rows``, cut short where the client is slow (``--straggler-rate``)."""
         samples = self.samples if rows is None else len(rows)
         schedule = self._schedule(phase, samples, **how)
         share = share_of_work(self._context.config, phase.round, self.id) if phase.round >= 0 else 1.0
@@ -391,7 +391,10 @@ class Client(Node):
         self, phase: Phase, samples: int, *, steps: int | None = None, epochs: int | None = None,
         first: int | None = None,
     ) -> Schedule:  # fmt: skip
-        """The schedule of ``epochs`` or of ``steps``, which begin as many epochs as they need; default the run's."""
+        """Return the schedule of ``epochs`` or of ``steps``, which begin as many epochs as they need.
+
+        Default the run's.
+        """
         config, round = self._context.config, max(phase.round, 0)
         limit = config.local_steps if steps is None and epochs is None else steps
         if epochs is None:
@@ -466,7 +469,7 @@ def _fits(value: object, expected: Message) -> bool:
 
 
 def check_client(method: Any, client: Client) -> None:
-    """Raises UserError if a client's data lack what the method needs."""
+    """Raise UserError if a client's data lack what the method needs."""
     method.check(client)
     if method.masked and not client.objects_known:
         raise UserError(

@@ -89,7 +89,10 @@ class ClientPrivacy:
         return self.level.epsilon(self._most[rounds])
 
     def guarantee(self) -> ClientGuarantee | None:
-        """The run's guarantee; None without noise."""
+        """Return the run's guarantee.
+
+        None without noise.
+        """
         if not self.level.noise:
             return None
         conditions = ["the server, which gets every client's update as it is, is trusted and keeps checkpoints/"]
@@ -109,12 +112,17 @@ class ClientPrivacy:
         return guarantee
 
     def figures_after(self, rounds: int) -> dict[str, float]:
-        """The figure of the first ``rounds`` rounds by its name, for a record; empty without noise."""
+        """Return the figure of the first ``rounds`` rounds by its name, for a record.
+
+        Empty without noise.
+        """
         guarantee = self.guarantee()
         return {} if guarantee is None else {guarantee.figure: self.epsilon(rounds)}
 
     def report(self, rounds: int) -> State:
-        """The ``privacy`` entry of summary.json after ``rounds`` rounds; empty without noise.
+        """Return the ``privacy`` entry of summary.json after ``rounds`` rounds.
+
+        Empty without noise.
 
         Its entries are ``epsilon`` (or ``epsilon_covered``), ``delta``, ``unit``, ``rounds``, ``covers`` and
         ``leaves_uncovered`` as for every guarantee, ``clip`` and ``noise``, ``drawn`` and ``of`` where epsilon counts
@@ -132,7 +140,7 @@ class ClientPrivacy:
 
 
 def check(config: RunConfig, method: Method, server: Server, context: RunContext) -> None:
-    """Checks that the server of a method only adds vectors up, once a round, which noise on their sum covers.
+    """Check that the server of a method only adds vectors up, once a round, which noise on their sum covers.
 
     Raises:
         UserError: it does more with uploads, or other things travel.
@@ -178,7 +186,10 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
 
 
 def size_of(due: object) -> int:
-    """Number of elements of a declared vector ``[P]``; -1 for anything else."""
+    """Return the number of elements of a declared vector ``[P]``.
+
+    -1 for anything else.
+    """
     declared = like(due) if isinstance(due, Tensor) else due
     shape = declared.shape if isinstance(declared, Values) else ()
     return shape[0] if len(shape) == 1 and isinstance(shape[0], int) else -1

@@ -12,7 +12,10 @@ from fedkern.methods.base import Method
 
 
 class AllClients(Mapping[int, Client]):
-    """All clients of a run, with their states from disk; a state is read on first access."""
+    """All clients of a run, with their states from disk.
+
+    A state is read on first access.
+    """
 
     def __init__(self, context: RunContext, checkpoints: Checkpoints) -> None:
         self._context, self._checkpoints = context, checkpoints
@@ -33,7 +36,7 @@ class AllClients(Mapping[int, Client]):
 
 
 def check_teachers(method: Method, context: RunContext) -> None:
-    """Loads every client's network of ``--teachers`` once, one after another, and keeps none of them.
+    """Load every client's network of ``--teachers`` once, one after another, and keep none of them.
 
     Called before anything is written.  A mistake in ``--teachers`` found in the middle of a run would leave a run
     folder that can be resumed only with the same mistake.

@@ -89,7 +89,10 @@ class RunContext:
         return len(split) if unit.name == "image" else unit.images * len(np.unique(split.patients))
 
     def name_entry(self, client: int) -> dict[str, str]:
-        """A training client's name as an entry of a record; empty where clients have none."""
+        """Return a training client's name as an entry of a record.
+
+        Empty where clients have none.
+        """
         names = self.data.client_names
         return {} if names is None or self.data.client_label(client) == str(client) else {"name": names[client]}
 
@@ -115,7 +118,10 @@ class RunContext:
         return self.data.task.described(self) if self._described is None else self._described
 
     def words(self) -> tuple[list[Message], Message] | None:
-        """Every client's message and the server's that make a vocabulary which all share; None without one."""
+        """Every client's message and the server's that make a vocabulary which all share.
+
+        None without one.
+        """
         return self.data.task.vocabulary_messages(self)
 
     def user_objects(self) -> dict[str, str]:

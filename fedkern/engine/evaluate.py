@@ -32,13 +32,16 @@ CPU_BATCH = 64
 
 
 def sets_by_prefix(data: FederatedData) -> dict[str, Split]:
-    """The test sets and the validation set, where there is one, by metric prefix."""
+    """Return the test sets and the validation set, where there is one, by metric prefix."""
     splits = {f"{name}_" if name else "": split for name, split in data.tests.items()}
     return splits | ({"validation_": data.validation} if len(data.validation) else {})
 
 
 def compared_alike(sets: dict[int, Reader]) -> dict[int, Reader]:
-    """The sets, with contrastive losses over batches of the same size in all, so that clients can be compared."""
+    """Return the sets, with contrastive losses over batches of one size.
+
+    Clients can then be compared.
+    """
     smallest = min(map(len, sets.values()), default=LOSS_BATCH)
     for data in sets.values():
         data.loss_batch = min(LOSS_BATCH, smallest)
@@ -59,7 +62,9 @@ def batch_size(device: torch.device, statistics: bool) -> int:
 
 @contextmanager
 def evaluating(config: RunConfig, run_network: bool) -> Iterator[int]:
-    """Sets the threads of an evaluation; yields how many sets or batches are evaluated side by side.
+    """Set the threads of an evaluation.
+
+    Yields how many sets or batches are evaluated side by side.
 
     A run and the command ``evaluate`` both call it: the number of threads changes bits.
 
@@ -84,7 +89,7 @@ def evaluate_clients(
     seed: int,
     keep: bool = False,
 ) -> dict[int, dict[str, float]]:
-    """The method's figures on every client's own test set, by client.
+    """Return the method's figures on every client's own test set, by client.
 
     Args:
         method: gives the figures.
@@ -167,7 +172,9 @@ def evaluate(
     seed: int,
     keep: bool = False,
 ) -> dict[str, float]:
-    """The method's figures on every set, names prefixed: ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
+    """Return the method's figures on every set, by prefixed name.
+
+    Names are ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
 
     With ``keep``, the sets keep the networks' answers (``Reader.kept``).  ``code`` names the method's part in an
     exception.  What an evaluation draws follows from the run's ``seed`` and the set.
@@ -209,7 +216,9 @@ def evaluate(
 
 
 def _side_by_side(task: Callable[[Key], Value], keys: Sequence[Key], at_once: int) -> list[Value]:
-    """The results of ``task`` for all keys, in order; ``at_once`` keys run side by side, in threads.
+    """Return the results of ``task`` for all keys, in order.
+
+    ``at_once`` keys run side by side, in threads.
 
     Each thread computes on as many CPU threads as the caller, so that the figures do not depend on ``at_once``.
     """
@@ -222,7 +231,7 @@ def _side_by_side(task: Callable[[Key], Value], keys: Sequence[Key], at_once: in
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
-    """A pool of ``count`` threads, each of which computes on as many CPU threads as the caller."""
+    """Return a pool of ``count`` threads, each of which computes on as many CPU threads as the caller."""
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 

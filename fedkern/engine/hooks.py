@@ -48,7 +48,7 @@ class MethodCode:
                 raise
 
     def passing(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
-        """The uploads, whose errors are not the method's."""
+        """Yield the uploads, whose errors are not the method's."""
         try:
             yield from uploads
         except BaseException as error:
@@ -72,16 +72,16 @@ class Hooks:
 
     @property
     def own(self) -> bool:
-        """Whether the exchange is one of the method."""
+        """Return whether the exchange is one of the method."""
         return self.asker == "method"
 
     def send(self, phase: Phase) -> object:
-        """What the server sends (see :meth:`messages`)."""
+        """Return what the server sends (see :meth:`messages`)."""
         with self._context.drawing(self._server, phase), self._code("send"):
             return self._asked.send(self._server, phase)
 
     def messages(self, outgoing: object, clients: Iterable[ClientId]) -> dict[ClientId, Message]:
-        """The messages out of what :meth:`send` returned, of the clients that have one (see :func:`messages_for`)."""
+        """Return the clients' messages out of what :meth:`send` returned (see :func:`messages_for`)."""
         per_client = messages_for(outgoing, clients, getattr(self._asked, "may_skip_clients", False))
         messages = {k: message for k, message in per_client.items() if message is not None}
         if type(self._asked).__module__.startswith("fedkern."):
@@ -95,7 +95,7 @@ class Hooks:
             return copy.deepcopy(messages, copies)
 
     def declare_upload(self, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        """The declaration of a client's upload."""
+        """Return the declaration of a client's upload."""
         with self._code("expects"):
             return self._asked.expects(self._server, phase, client, message)
 
@@ -114,7 +114,10 @@ class Hooks:
     def cohort_update(
         self, clients: Mapping[ClientId, Client], phase: Phase, sent: Mapping[ClientId, Message]
     ) -> dict[ClientId, Message] | None:
-        """The uploads of a cohort that works together; None where its clients work on their own."""
+        """Return the uploads of a cohort that works together.
+
+        None where its clients work on their own.
+        """
         if not self.own:
             return None
         with self._context.drawing(self._server, phase), self._code("cohort_update"):
@@ -130,13 +133,15 @@ class Hooks:
             pass
 
     def check_model(self) -> None:
-        """Checks that the server's state and the vectors of its network are finite (see :func:`check_finite`)."""
+        """Check that the server's state and the vectors of its network are finite (see :func:`check_finite`)."""
         with self._code("vectors"):
             vectors = self._asked.vectors(self._server)
         check_finite({**self._server.state, **vectors}, self._code.progress.when(), self._context)
 
     def network(self) -> nn.Module | None:
-        """The network that the method evaluates and saves, in eval mode; None while there is none.
+        """Return the network that the method evaluates and saves, in eval mode.
+
+        None while there is none.
 
         Raises:
             RunFailed: it is not finite.
@@ -151,7 +156,7 @@ class Hooks:
 
 
 def messages_for(outgoing: Any, clients: Iterable[int], may_skip_clients: bool = False) -> dict[int, Message | None]:
-    """The clients' messages out of what ``send`` returned: one message for all clients, or a dict by client id.
+    """Return the clients' messages out of what ``send`` returned: one message for all clients, or a dict by client id.
 
     Args:
         outgoing: what ``send`` returned.
@@ -179,7 +184,7 @@ def message_for(outgoing: Any, client: int, may_skip_clients: bool = False) -> M
 
 
 def check_finite(tensors: Mapping[str, object], when: str, context: RunContext) -> None:
-    """Checks a model.
+    """Check a model.
 
     Args:
         tensors: its tensors by name; other values pass.

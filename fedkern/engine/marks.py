@@ -75,7 +75,7 @@ def comparison_notes(config: RunConfig, names: Collection[str], marks: Collectio
 
 
 def _code(config: RunConfig) -> tuple[str, bool]:
-    """The class of the method, with the function that trains if there is one, and whether a user wrote them."""
+    """Return the class of the method, with the function that trains if there is one, and whether a user wrote them."""
     subject, script = config.kind.__name__, (config.training or "").startswith("train ")
     name = f"{subject} with the {config.training}" if script else subject
     return name, script or not config.kind.__module__.startswith("fedkern.")

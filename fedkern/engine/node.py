@@ -73,7 +73,11 @@ class Node:
 
 
 def figures(report: Mapping[str, object], owner: str, taken: Collection[str] = ()) -> dict[str, float]:
-    """A report's figures as Python's numbers; raises UserError for anything else, and for a name that is ``taken``."""
+    """Return a report's figures as Python's numbers.
+
+    Raises:
+        UserError: anything else, and for a name that is ``taken``.
+    """
     numbers = {}
     for name, value in report.items():
         where = f'{owner}["{name}"]'

@@ -28,7 +28,7 @@ LATE = "it had not finished by the deadline"
 
 
 def sample_clients(config: RunConfig, round: int, secret: str = "") -> list[int]:
-    """The clients of a round in ascending order, drawn from the round's own stream.
+    """Return the clients of a round in ascending order, drawn from the round's own stream.
 
     Args:
         config: the run's settings.
@@ -43,7 +43,7 @@ def sample_clients(config: RunConfig, round: int, secret: str = "") -> list[int]
 
 
 def speed(config: RunConfig, round: int, client: int) -> float:
-    """A client's speed in a round: 1, or with probability ``straggler_rate`` uniform in (0, 1).
+    """Return a client's speed in a round: 1, or with probability ``straggler_rate`` uniform in (0, 1).
 
     Args:
         config: the run's settings.
@@ -57,7 +57,7 @@ def speed(config: RunConfig, round: int, client: int) -> float:
 
 
 def share_of_work(config: RunConfig, round: int, client: int) -> float:
-    """The share of its local steps that a client does until the deadline, in (0, 1].
+    """Return the share of its local steps that a client does until the deadline, in (0, 1].
 
     The deadline is a multiple of the time that the client would need at usual speed.
 
@@ -72,7 +72,7 @@ def share_of_work(config: RunConfig, round: int, client: int) -> float:
 
 
 def absent_clients(config: RunConfig, round: int, participants: Sequence[int]) -> dict[int, str]:
-    """The clients of a round whose uploads never reach the server, with the reasons.
+    """Return the clients of a round whose uploads never reach the server, with the reasons.
 
     One client, drawn at random, stays where all would be missing.
 
@@ -94,7 +94,7 @@ def absent_clients(config: RunConfig, round: int, participants: Sequence[int]) -
 
 
 def local_steps(config: RunConfig, samples: int) -> int:
-    """The local steps of a client with so many samples in a round, all of which it does at usual speed."""
+    """Return the local steps of a client with so many samples in a round, all of which it does at usual speed."""
     if config.local_steps is not None:
         return config.local_steps
     return config.local_epochs * len(batch_slices(samples, config.batch_size))
@@ -134,7 +134,7 @@ class Participation:
         self.secret, self.clock = "", 0.0
 
     def clients(self, entry: Round, round: int) -> Sequence[ClientId]:
-        """The clients that the server asks in a round, in ascending order.
+        """Return the clients that the server asks in a round, in ascending order.
 
         Args:
             entry: the round in the method's plan.
@@ -147,7 +147,9 @@ class Participation:
         return sample_clients(self._config, round, self.secret)
 
     def assign(self, entry: Round, round: int) -> Assignment:
-        """Says who takes part in the round that begins now; called once a round, in order.
+        """Says who takes part in the round that begins now.
+
+        Called once a round, in order.
 
         Nobody fails or is slow in a one-off round, which takes no time.
         """
@@ -167,7 +169,7 @@ class Participation:
     def messages(
         self, clients: Sequence[ClientId], send: Callable[[Iterable[ClientId]], dict[ClientId, Message]]
     ) -> dict[ClientId, Message]:
-        """What clients of the round answer.
+        """Return what clients of the round answer.
 
         Args:
             clients: the clients.
@@ -176,7 +178,7 @@ class Participation:
         return send(clients)
 
     def fewest_uploads(self, plan: Iterable[Round]) -> int:
-        """The smallest number of uploads of any communication round of a plan, as far as absences decide."""
+        """Return the smallest number of uploads of any communication round of a plan, as far as absences decide."""
         config = self._config
         rounds = enumerate(entry for entry in plan if not entry.one_off)
         if not config.dropout_rate and (config.stragglers != "drop" or not config.straggler_rate):
@@ -186,17 +188,20 @@ class Participation:
         return min(counts, default=config.sampled_clients)
 
     def _size(self, entry: Round) -> int:
-        """How many clients the server asks in a round."""
+        """Return how many clients the server asks in a round."""
         if entry.participants == "sampled":
             return min(self._config.sampled_clients, self._config.trained_clients)
         return len(self.clients(entry, 0))
 
     def figures(self) -> dict[str, float]:
-        """What the record of a round tells of it: ``clock``, where clients are of several speeds."""
+        """Return what the record of a round tells of it: ``clock``, where clients are of several speeds."""
         return {"clock": self.clock} if self._config.straggler_rate else {}
 
     def state(self) -> State:
-        """What a checkpoint keeps, in tensors, numbers, texts and dicts of these; empty: nothing."""
+        """Return what a checkpoint keeps, in tensors, numbers, texts and dicts of these.
+
+        Empty: nothing.
+        """
         return self.figures()
 
     def in_flight(self) -> InFlight:

@@ -49,7 +49,7 @@ def run(
     rounds: int | None = None,
     at_once: int = 1,
 ) -> State:
-    """Runs a method and returns the summary that also stands in ``out/summary.json``.
+    """Run a method and return the summary that also stands in ``out/summary.json``.
 
     With several threads, set ``GOMP_SPINCOUNT=10000`` in the environment before torch is imported, as the command line
     does.  OpenMP's threads otherwise spin for milliseconds while they wait for each other, and on a machine that does
@@ -73,8 +73,8 @@ def run(
         predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification).
             A finished run without this file is evaluated once more.
         remote: makes the executor of clients that keep their data and states to themselves (see
-            :attr:`~fedkern.engine.executors.executor.Executor.remote`); None: clients work on this machine, or on the ranks
-            of torchrun.  With ``data``, their samples are not known here (:func:`declared_data`).
+            :attr:`~fedkern.engine.executors.executor.Executor.remote`); None: clients work on this machine, or on the
+            ranks of torchrun.  With ``data``, their samples are not known here (:func:`declared_data`).
         check: called with the effective settings, what was found in data and files included, before anything is
             written; its UserError ends the run.
         rounds: communication rounds in all that a resumed run, finished or not, is to have: more than before.  Nothing

@@ -1,4 +1,7 @@
-"""Files and folders written completely or not at all, and never through a link; failures are UserErrors."""
+"""Files and folders written completely or not at all, and never through a link.
+
+Failures are UserErrors.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,9 @@ def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -
 
 @contextmanager
 def changing(path: Path, mode: str, *, durable: bool = False) -> Iterator[BinaryIO]:
-    """A file that is changed in place inside (see :func:`filesystem.open_to_change`), on the disk if ``durable``.
+    """Open a file that is changed in place (see :func:`filesystem.open_to_change`).
+
+    It is on the disk at the end if ``durable``.
 
     Raises:
         Unwritable: the file is a link, or cannot be opened or written.
@@ -62,7 +67,7 @@ def flush(path: Path) -> None:
 
 
 def make_folder(path: Path, *, fresh: bool = False) -> None:
-    """Makes a folder inside a run folder with its parents.
+    """Make a folder inside a run folder with its parents.
 
     With ``fresh`` it must not exist.
 
@@ -76,7 +81,7 @@ def make_folder(path: Path, *, fresh: bool = False) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes ``content`` to ``path``, completely or not at all."""
+    """Write ``content`` to ``path``, completely or not at all."""
     write(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -94,7 +99,7 @@ class Unwritable(UserError):
 
 
 def unwritable(path: Path, error: Exception) -> Unwritable:
-    """Makes an Unwritable of the error of a file or folder that could not be written."""
+    """Make an Unwritable of the error of a file or folder that could not be written."""
     reason = getattr(error, "strerror", None) or str(error)
     # safetensors gives the system's error number in its text alone.
     if getattr(error, "errno", None) in FULL or any(f"(os error {number})" in reason for number in FULL):

@@ -24,7 +24,7 @@ LINK = "it is a link, through which nothing is written"
 
 
 def expand(path: str | Path) -> Path:
-    """Replaces a leading ``~`` by the user's home folder, and a leading ``~name`` by the home folder of that user.
+    """Replace a leading ``~`` by the user's home folder, and a leading ``~name`` by the home folder of that user.
 
     Raises:
         UserError: this machine knows no home folder for that user.
@@ -67,7 +67,7 @@ def absolute_folder(name: str) -> str:
 
 
 def check_working_folder() -> None:
-    """Raises UserError where the working folder is gone: libraries end the process where they look for it."""
+    """Raise UserError where the working folder is gone: libraries end the process where they look for it."""
     try:
         Path.cwd()
     except OSError:
@@ -121,7 +121,7 @@ def replace(path: Path, fill: Callable[[Path], object], *, durable: bool = True)
 
 
 def drop_temporaries(folder: Path, ours: Callable[[str], object]) -> None:
-    """Deletes what interrupted calls of :func:`replace` left in ``folder`` of files whose names are ``ours``."""
+    """Delete what interrupted calls of :func:`replace` left in ``folder`` of files whose names are ``ours``."""
     for path in [*folder.iterdir()]:
         match = _TEMPORARY.fullmatch(path.name)
         if match and ours(match[1]):
@@ -129,7 +129,7 @@ def drop_temporaries(folder: Path, ours: Callable[[str], object]) -> None:
 
 
 def open_to_change(path: Path, mode: str, *, make: bool = False) -> BinaryIO:
-    """Opens a file that is changed in place, never through a link: a run folder may come from anyone.
+    """Open a file that is changed in place, never through a link: a run folder may come from anyone.
 
     Args:
         mode: ``"ab"``, which makes a missing file, or ``"r+b"``.
@@ -154,7 +154,7 @@ def open_to_change(path: Path, mode: str, *, make: bool = False) -> BinaryIO:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside ``folder`` durable."""
+    """Make renames inside ``folder`` durable."""
     if os.name != "posix":
         return  # other systems cannot open a folder
     descriptor = os.open(folder, os.O_RDONLY)
@@ -192,7 +192,7 @@ def one_writer(lock: Path, waiting: Callable[[], object] | None = None) -> Itera
 
 
 def check_new(out: Path, command: str) -> None:
-    """Raises UserError where the file ``out`` exists or lies in no folder."""
+    """Raise UserError where the file ``out`` exists or lies in no folder."""
     if out.exists():
         raise UserError(f"{out} is there already: name another one with --out, or remove it.")
     if not out.absolute().parent.is_dir():

@@ -80,12 +80,12 @@ class FolderLock:
                     os.ftruncate(file.fileno(), 0)
 
     def check(self) -> None:
-        """Raises UserError where another process has taken the folder: this one must not write there any more."""
+        """Raise UserError where another process has taken the folder: this one must not write there any more."""
         if not self._ours():
             raise UserError(f"{_name_process(self._read())} has taken over {self.path.parent}: this one stops here.")
 
     def _take_lock(self, file: BinaryIO) -> bool:
-        """Whether the system gave its lock.
+        """Return whether the system gave its lock.
 
         False where it has none.
         """
@@ -119,7 +119,7 @@ class FolderLock:
                     self._write(file)
 
     def _ours(self) -> bool:
-        """Whether the file still names this process.
+        """Return whether the file still names this process.
 
         So it does where the file was deleted.
         """
@@ -141,7 +141,7 @@ class FolderLock:
 
 
 def _machine() -> str:
-    """What tells this machine, since it was started, and its processes' numbers from others."""
+    """Return what tells this machine, since it was started, and its processes' numbers from others."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 (no path)
@@ -149,7 +149,7 @@ def _machine() -> str:
 
 
 def _dead(content: bytes) -> bool:
-    """Whether a lock file names no process, or one of this machine that has ended."""
+    """Return whether a lock file names no process, or one of this machine that has ended."""
     if not content:
         return True
     lines = content.decode(errors="replace").splitlines()

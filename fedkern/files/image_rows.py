@@ -46,7 +46,7 @@ class ImageStore:
         self._read = 0
 
     def gather(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """A copy of the images at ``rows``, uint8 ``[m, H, W, C]``."""
+        """Return a copy of the images at ``rows``, uint8 ``[m, H, W, C]``."""
         pixels = self._images[rows]
         self._read += pixels.nbytes
         if self._read > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
@@ -91,15 +91,15 @@ class FileRows(Tensor):
     _chosen: Tensor
 
     def plain(self) -> Tensor:
-        """The rows in memory, contiguous."""
+        """Return the rows in memory, contiguous."""
         raise NotImplementedError
 
     def pick_rows(self, chosen: Tensor) -> FileRows:
-        """The same kind of rows at ``chosen``, int64 ``[m]`` rows of the store."""
+        """Return the same kind of rows at ``chosen``, int64 ``[m]`` rows of the store."""
         raise NotImplementedError
 
     def like(self, rows: FileRows) -> bool:
-        """Whether both show rows of one store in the same way."""
+        """Return whether both show rows of one store in the same way."""
         return type(self) is type(rows) and self._store is rows._store
 
     def __getitem__(self, key: Any) -> Tensor:
@@ -168,7 +168,7 @@ class ImageRows(FileRows):
 
     @classmethod
     def of(cls, store: ImageStore, rows: Tensor, box: Box | None = None) -> ImageRows:
-        """The images at ``rows`` of a store.
+        """Return the images at ``rows`` of a store.
 
         Args:
             rows: int64 ``[n]``.
@@ -182,21 +182,21 @@ class ImageRows(FileRows):
         return result
 
     def plain(self) -> Tensor:
-        """The images in memory, uint8 ``[n, C, h, w]``, contiguous."""
+        """Return the images in memory, uint8 ``[n, C, h, w]``, contiguous."""
         pixels = self.nhwc().permute(0, 3, 1, 2)
         # Of grey images contiguous() would keep the strides of one channel as they are, which choose other kernels.
         return torch.empty(pixels.shape, dtype=torch.uint8).copy_(pixels)
 
     def pick_rows(self, chosen: Tensor) -> ImageRows:
-        """The images at ``chosen``, int64 ``[m]`` rows of the store."""
+        """Return the images at ``chosen``, int64 ``[m]`` rows of the store."""
         return ImageRows.of(self._store, chosen, self._box)
 
     def like(self, rows: FileRows) -> bool:
-        """Whether both show the same part of the images of one store."""
+        """Return whether both show the same part of the images of one store."""
         return super().like(rows) and isinstance(rows, ImageRows) and self._box == rows._box
 
     def nhwc(self, index: Tensor | None = None) -> Tensor:
-        """The images at ``index`` (int64 ``[m]``; None: all) in memory, uint8 ``[m, h, w, C]``, contiguous."""
+        """Return the images at ``index`` (int64 ``[m]``; None: all) in memory, uint8 ``[m, h, w, C]``, contiguous."""
         rows = self._chosen if index is None else self._chosen[index]
         pixels = self._store.gather(rows.numpy())
         top, left, height, width = self._box
@@ -205,7 +205,9 @@ class ImageRows(FileRows):
         return torch.from_numpy(pixels)
 
     def cut_window(self, sides: tuple[int, int]) -> ImageRows:
-        """The central window of height and width ``sides`` of every image; reads nothing.
+        """Return the central window of height and width ``sides`` of every image.
+
+        Reads nothing.
 
         Raises:
             ValueError: a window that is larger than the images.
@@ -227,7 +229,7 @@ class PixelClasses(FileRows):
 
     @classmethod
     def of(cls, store: ImageStore, rows: Tensor, meaning: Tensor) -> PixelClasses:
-        """The classes of the pixels of the masks at ``rows`` of a store.
+        """Return the classes of the pixels of the masks at ``rows`` of a store.
 
         Args:
             store: holds the masks, uint8 ``[N, H, W, 1]``.
@@ -239,15 +241,15 @@ class PixelClasses(FileRows):
         return result
 
     def plain(self) -> Tensor:
-        """The classes in memory, int64 ``[n, H, W]``, contiguous."""
+        """Return the classes in memory, int64 ``[n, H, W]``, contiguous."""
         return torch.from_numpy(self._meaning.numpy()[self._store.gather(self._chosen.numpy())[..., 0]])
 
     def pick_rows(self, chosen: Tensor) -> PixelClasses:
-        """The classes of the masks at ``chosen``, int64 ``[m]`` rows of the store."""
+        """Return the classes of the masks at ``chosen``, int64 ``[m]`` rows of the store."""
         return PixelClasses.of(self._store, chosen, self._meaning)
 
     def like(self, rows: FileRows) -> bool:
-        """Whether both are masks of one store whose values mean the same."""
+        """Return whether both are masks of one store whose values mean the same."""
         return super().like(rows) and isinstance(rows, PixelClasses) and torch.equal(self._meaning, rows._meaning)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
@@ -255,7 +257,7 @@ class PixelClasses(FileRows):
 
 
 def load_rows(tensor: Tensor) -> Tensor:
-    """The tensor with its rows in memory.
+    """Return the tensor with its rows in memory.
 
     The tensor itself where it is no :class:`FileRows`.
     """
@@ -263,7 +265,7 @@ def load_rows(tensor: Tensor) -> Tensor:
 
 
 def in_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The rows of a tensor in memory and in their order, at least one part.
+    """Yield the rows of a tensor in memory and in their order, at least one part.
 
     Args:
         tensor: of one or more axes; a tensor that is in memory is one part, rows in a file are read `PART_BYTES` at a
@@ -278,7 +280,7 @@ def in_parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _join_rows(parts: Sequence[Tensor]) -> FileRows | None:
-    """The concatenation of rows of one store.
+    """Return the concatenation of rows of one store.
 
     None for other tensors.
     """

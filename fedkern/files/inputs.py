@@ -41,7 +41,7 @@ def special(path: Path) -> str:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Opens a regular file, or a link to one, for reading.
+    """Open a regular file, or a link to one, for reading.
 
     Raises:
         OSError: the file is missing, cannot be opened, or is a folder, a named pipe, a socket or a device.
@@ -80,7 +80,7 @@ def naming_damage(sentence: str, way: str) -> Iterator[None]:
 
 
 def read_text(path: str | Path, encoding: str = "utf-8") -> str:
-    """The text of a regular file, line ends as ``\\n``.
+    """Return the text of a regular file, line ends as ``\\n``.
 
     Raises:
         OSError: see :func:`open_regular`.
@@ -91,7 +91,7 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
 
 
 def line_ends(path: Path, checksum: Callable[[bytes], object], due: object, size: int | None = None) -> str:
-    """The way out, as the end of a sentence, for a file that differs in its line ends (CRLF) alone.
+    """Return the way out, as the end of a sentence, for a file that differs in its line ends (CRLF) alone.
 
     ``""`` for another.
 
@@ -105,7 +105,7 @@ def line_ends(path: Path, checksum: Callable[[bytes], object], due: object, size
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Raises:
         ValueError: the text is not JSON, or its lists and objects are nested too deeply.
@@ -117,7 +117,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value in a regular JSON file.
+    """Return the value in a regular JSON file.
 
     Raises:
         OSError: see :func:`open_regular`.

@@ -41,7 +41,7 @@ def _check_version() -> None:
 
 
 def warn_of_version() -> None:
-    """Logs a warning where whole runs are not tested on the version of flwr that is installed."""
+    """Log a warning where whole runs are not tested on the version of flwr that is installed."""
     version = importlib.metadata.version("flwr")
     if ".".join(version.split(".")[:2]) not in TESTED:
         tested = " and ".join(TESTED)
@@ -105,7 +105,7 @@ R = TypeVar("R")
 
 
 def streaming(method: F) -> F:
-    """Decorates an ``aggregate_train`` that goes through its replies once, in any order.
+    """Decorate an ``aggregate_train`` that goes through its replies once, in any order.
 
     Such a method gets the replies as they arrive, from an iterable that can be read once.  Another one gets a list
     after the last reply has come, as from Flower.
@@ -136,7 +136,7 @@ class StreamedGrid:
         return getattr(self._grid, name)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Sends messages and gives their replies: a list, or for training an iterable that waits for each reply."""
+        """Send messages and give their replies: a list, or for training an iterable that waits for each reply."""
         sent = list(messages)
         kind = sent[0].metadata.message_type.partition(".")[0] if sent else ""
         if kind == MessageType.EVALUATE:
@@ -191,7 +191,7 @@ class Arrivals:
             time.sleep(pause)
 
     def _name_nodes(self, replies: Sequence[Message]) -> None:
-        """Gives errors that the SuperLink reports for unreachable nodes the numbers of these nodes, not its own."""
+        """Give errors that the SuperLink reports for unreachable nodes the numbers of these nodes, not its own."""
         for reply in replies:
             node = self._asked.get(reply.metadata.reply_to_message_id)
             if node is not None and reply.has_error():
@@ -199,7 +199,10 @@ class Arrivals:
 
 
 def nodes(grid: Grid) -> list[int]:
-    """The connected nodes, in the order in which they registered, then by id: not as the grid happens to list them."""
+    """Return the connected nodes in the order in which they registered, then by id.
+
+    The grid may list them in another order.
+    """
     try:
         listed = list(grid.get_nodes())
     except AttributeError:  # flwr below 1.38 tells ids alone
@@ -211,7 +214,10 @@ def nodes(grid: Grid) -> list[int]:
 def make_record(
     layout: Layout, vector: Tensor | Mapping[str, bytes], integers: Mapping[str, np.ndarray]
 ) -> ArrayRecord:
-    """A model as Flower's arrays: its floating entries ``[P]``, or the bytes of their arrays by key, and the others."""
+    """Return a model as Flower's arrays.
+
+    They are its floating entries ``[P]``, or the bytes of their arrays by key, and the others.
+    """
     import numpy as np  # not above, as with torch: a process that only hands messages on needs neither
 
     from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, NUMPY, npy_bytes, raw_bytes
@@ -235,7 +241,7 @@ def make_record(
 
 
 def find_records(content: RecordDict, kind: type[R]) -> list[R]:
-    """The records of a kind.
+    """Return the records of a kind.
 
     Flower's own properties for this (``array_records``) make a reference cycle that keeps the arrays alive until the
     garbage collector comes by.
@@ -244,7 +250,7 @@ def find_records(content: RecordDict, kind: type[R]) -> list[R]:
 
 
 def without_arrays(content: RecordDict) -> RecordDict:
-    """The metrics and settings of a reply, without its arrays."""
+    """Return the metrics and settings of a reply, without its arrays."""
     return RecordDict({name: value for name, value in content.items() if not isinstance(value, ArrayRecord)})
 
 
@@ -288,11 +294,11 @@ class NodeChannel:
         self._last: tuple[bytes, ArrayRecord] | None = None  # of a packed message that several nodes get
 
     def nodes(self) -> list[int]:
-        """The connected nodes (see :func:`nodes`)."""
+        """Return the connected nodes (see :func:`nodes`)."""
         return nodes(self._grid)
 
     def send(self, node: int, kind: str, header: str, packed: bytes, ttl: float | None) -> str | None:
-        """Sends a message.
+        """Send a message.
 
         Args:
             kind: `TRAIN` or `QUERY`.
@@ -310,7 +316,7 @@ class NodeChannel:
         return named[0] if named and named[0] else None
 
     def collect_replies(self, names: Sequence[str]) -> list[NodeReply]:
-        """The replies that have come to some messages.
+        """Return the replies that have come to some messages.
 
         Each is handed on once.
         """
@@ -359,7 +365,7 @@ def unpack_message(message: Message) -> tuple[str, bytes]:
 
 
 def make_reply(message: Message, packed: bytes) -> Message:
-    """The reply to a message."""
+    """Return the reply to a message."""
     return Message(RecordDict({_HEADER: ConfigRecord({"header": ""}), _MESSAGE: _in_record(packed)}), reply_to=message)
 
 

@@ -78,7 +78,7 @@ class Header(NamedTuple):
 
 
 def read_header(array: FlowerArray, name: str) -> Header:
-    """The form of an array, plain or a flat vector, checked against the length of its bytes.
+    """Return the form of an array, plain or a flat vector, checked against the length of its bytes.
 
     Raises:
         Misfit: the encoding, the header or the length is wrong; ``name`` is how the message calls the array.
@@ -130,7 +130,7 @@ def is_shape(sizes: Sequence[int]) -> bool:
 
 
 def as_tensor(array: FlowerArray, form: Header) -> Tensor:
-    """The elements of a floating array as a vector ``[n]`` that shares the array's memory.
+    """Return the elements of a floating array as a vector ``[n]`` that shares the array's memory.
 
     It may only be read.
 
@@ -168,7 +168,7 @@ def _address(data: bytes) -> int:
 
 
 def as_numpy(array: FlowerArray, form: Header) -> np.ndarray:
-    """The elements of an array in Flower's encoding, in their shape.
+    """Return the elements of an array in Flower's encoding, in their shape.
 
     Not writable.
     """
@@ -181,7 +181,7 @@ def as_numpy(array: FlowerArray, form: Header) -> np.ndarray:
 
 
 def npy_bytes(vector: np.ndarray, shape: tuple[int, ...]) -> bytes:
-    """The bytes of a ``.npy`` file with the elements of a contiguous array, in a given shape.
+    """Return the bytes of a ``.npy`` file with the elements of a contiguous array, in a given shape.
 
     One copy.
     """
@@ -191,14 +191,16 @@ def npy_bytes(vector: np.ndarray, shape: tuple[int, ...]) -> bytes:
 
 @functools.lru_cache(maxsize=4096)
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The beginning of a ``.npy`` file, for a dtype as in ``numpy.dtype.str``."""
+    """Return the beginning of a ``.npy`` file, for a dtype as in ``numpy.dtype.str``."""
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
     return stream.getvalue()
 
 
 def allocate_bytes(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, Tensor]:
-    """New bytes that begin with ``head``, and the ``count`` elements behind it as a vector that shares their memory.
+    """Return new bytes that begin with ``head``, and the ``count`` elements behind it.
+
+    The elements are a vector that shares their memory.
 
     The elements hold nothing yet.  They may be written to only until somebody else sees the bytes: CPython allows that
     for bytes that PyBytes_FromStringAndSize made without a string.
@@ -212,7 +214,7 @@ def allocate_bytes(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, 
 
 
 def _share_memory(data: bytes, address: int, dtype: torch.dtype, count: int, begin: int) -> Tensor:
-    """A vector in the memory of ``data``, which lies at ``address`` and lives as long as the vector."""
+    """Return a vector in the memory of ``data``, which lies at ``address`` and lives as long as the vector."""
     # torch warns of bytes that nobody may write to.
     memory: Any = (ctypes.c_char * len(data)).from_address(address)
     memory.owner = data
@@ -220,7 +222,7 @@ def _share_memory(data: bytes, address: int, dtype: torch.dtype, count: int, beg
 
 
 def raw_bytes(vector: Tensor) -> bytes:
-    """The elements of a contiguous vector as raw bytes.
+    """Return the elements of a contiguous vector as raw bytes.
 
     One copy.
     """
@@ -228,7 +230,7 @@ def raw_bytes(vector: Tensor) -> bytes:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a floating dtype, as in `FLOATS`.
+    """Return the name of a floating dtype, as in `FLOATS`.
 
     Raises KeyError for another dtype.
     """

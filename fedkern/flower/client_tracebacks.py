@@ -15,7 +15,7 @@ class ClientAppFailed(Exception):
 
 
 def with_traceback(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Runs the ClientApp.
+    """Run the ClientApp.
 
     An exception's traceback goes to the server as the error's reason.
 

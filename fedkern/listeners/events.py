@@ -62,7 +62,9 @@ class RunInfo:
 
 
 class Listener:
-    """Base class of listeners (displays, trackers); every method does nothing until overridden.
+    """Base class of listeners (displays, trackers).
+
+    Every method does nothing until overridden.
 
     An exception of a listener does not end the run: the listener is left out from then on, and a warning has its name
     and the error.  A :class:`~fedkern.errors.UserError` of :meth:`restore` or :meth:`on_start` does end the run.
@@ -77,7 +79,9 @@ class Listener:
     essential = False
 
     def state(self) -> dict[str, Any]:
-        """Plain values to keep in the checkpoint, such as a tracker's run id; asked at every commit.
+        """Plain values to keep in the checkpoint, such as a tracker's run id.
+
+        Asked at every commit.
 
         Returns:
             A dict of texts, numbers, booleans, None, lists and such dicts.  An empty one is not kept.
@@ -85,29 +89,36 @@ class Listener:
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """The run goes on from a checkpoint that keeps a state of a listener of this class; before :meth:`on_start`.
+        """Go on from a checkpoint that keeps a state of a listener of this class.
+
+        Before :meth:`on_start`.
 
         Args:
             state: what :meth:`state` returned at that checkpoint.
         """
 
     def on_start(self, run: RunInfo) -> None:
-        """Data and model are ready."""
+        """Handle the start of a run, when data and model are ready."""
 
     def on_notice(self, text: str) -> None:
         """Progress of something long (a detector looking for objects, a set-up round, a teacher that is trained)."""
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
-        """A round begins; ``round`` is negative for one-off set-up rounds."""
+        """Begin a round.
+
+        ``round`` is negative for one-off set-up rounds.
+        """
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
-        """A client is done: ``samples``, ``seconds``, ``loss`` (mean of its batches), ``drift``, observations.
+        """Handle a client that is done.
+
+        ``info`` has ``samples``, ``seconds``, ``loss`` (mean of its batches), ``drift``, observations.
 
         ``info`` is empty with ``--records private``.
         """
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        """A communication round is done.
+        """Handle the end of a communication round.
 
         Keys of ``record``:
 
@@ -122,16 +133,22 @@ class Listener:
         """
 
     def on_warning(self, name: str, text: str) -> None:
-        """A named diagnostic; every name comes once."""
+        """Handle a named diagnostic.
+
+        Every name comes once.
+        """
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """The run is finished and everything is on disk.
+        """Handle the end of a run, when everything is on disk.
 
         :meth:`on_start` does not come before where the run was finished already.
         """
 
     def close(self) -> None:
-        """The last call: the run has ended, finished or not.  It may come twice."""
+        """Close the listener after a run, finished or not.
+
+        This is the last call, and it may come twice.
+        """
 
 
 class Listeners(Listener):
@@ -149,7 +166,10 @@ class Listeners(Listener):
         self.info: RunInfo | None = None
 
     def _each(self, hook: str, call: Callable[[Listener], object], *, early: bool = False) -> None:
-        """Passes the event ``hook`` to every listener; subclasses read ``early``: a UserError in it is for the user."""
+        """Pass the event ``hook`` to every listener.
+
+        Subclasses read ``early``: a UserError in it is for the user.
+        """
         for listener in self.listeners:
             call(listener)
 

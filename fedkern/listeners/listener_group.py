@@ -14,7 +14,9 @@ from fedkern.usercode.code_execution import host_code
 
 
 class ListenerGroup(Listeners):
-    """Passes the events of a run to its listeners; the parts of a :class:`Listeners` are looked after one by one.
+    """Passes the events of a run to its listeners.
+
+    The parts of a :class:`Listeners` are looked after one by one.
 
     A listener that raises is left out from then on, and one of ``warnings`` has its name and the error.  Three errors
     pass:
@@ -36,7 +38,7 @@ class ListenerGroup(Listeners):
         self.warnings: dict[str, str] = {}
 
     def _each(self, hook: str, call: Callable[[Listener], object], *, early: bool = False) -> None:
-        """Calls every listener.  ``early``: a UserError is for the user and ends the run."""
+        """Call every listener.  ``early``: a UserError is for the user and ends the run."""
         for member in [*self._present]:
             if member not in self._present:  # a warning about another listener was too much for this one
                 continue
@@ -64,7 +66,10 @@ class ListenerGroup(Listeners):
                 listener.close()
 
     def restore_all(self, states: Mapping[str, dict[str, Any]]) -> None:
-        """Gives every listener its state of a checkpoint; states of absent listeners stay for a later resumption."""
+        """Give every listener its state of a checkpoint.
+
+        States of absent listeners stay for a later resumption.
+        """
         self._states = dict(states)
 
         def give(member: Listener) -> None:
@@ -75,7 +80,10 @@ class ListenerGroup(Listeners):
         self._each("restore", give, early=True)
 
     def states(self) -> dict[str, dict[str, Any]]:
-        """The states of all listeners by name; the last one of a listener that was left out."""
+        """Return the states of all listeners by name.
+
+        The last one of a listener that was left out.
+        """
 
         def ask(member: Listener) -> None:
             state = member.state()

@@ -15,7 +15,9 @@ _NOT_OF_CLIENTS = {"samples", "seconds"}
 
 
 def scalars(record: Mapping[str, Any], sets: Collection[str] = ()) -> dict[str, float]:
-    """The figures of a round's record by tag; ``sets`` are the names of the run's test sets.
+    """Return the figures of a round's record by tag.
+
+    ``sets`` are the names of the run's test sets.
 
     Metrics and losses keep their names, with the test set before a slash.  Times and bytes stand under ``run/``, means
     over the clients of the round under ``clients/``.

@@ -16,7 +16,11 @@ FOLDER = "tensorboard"
 
 
 def check() -> Any:
-    """The class ``torch.utils.tensorboard.SummaryWriter``; raises UserError where tensorboard is not installed."""
+    """Return the class ``torch.utils.tensorboard.SummaryWriter``.
+
+    Raises:
+        UserError: tensorboard is not installed.
+    """
     what = "TensorBoard files (--tensorboard) need tensorboard"
     return import_extra(what, "tensorboard", "torch.utils.tensorboard").SummaryWriter
 
@@ -68,7 +72,10 @@ class TensorBoard(Listener):
         self.close()
 
     def close(self) -> None:
-        """Writes pending figures; safe to call twice."""
+        """Write pending figures.
+
+        Safe to call twice.
+        """
         if self._writer is not None:
             self._writer.close()
         self._writer = self._run = None

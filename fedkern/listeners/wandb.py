@@ -21,12 +21,18 @@ FOLDER, LOGGED = "wandb", "fedkern.json"
 
 
 def check() -> Any:
-    """The module ``wandb``; raises UserError where it is not installed."""
+    """Return the module ``wandb``.
+
+    Raises:
+        UserError: it is not installed.
+    """
     return import_extra("Weights & Biases (--wandb) needs wandb", "wandb", "wandb")
 
 
 class WandB(Listener):
-    """Logs every communication round's figures to Weights & Biases; ``step`` is the round.
+    """Logs every communication round's figures to Weights & Biases.
+
+    ``step`` is the round.
 
     Tags are those of TensorBoard (:func:`fedkern.listeners.scalars.scalars`).  The settings of the run are its config,
     the final figures its summary, under ``final/``.  wandb's own files are in ``<run folder>/wandb``.  wandb reads its
@@ -105,7 +111,10 @@ class WandB(Listener):
             self._finish(0)
 
     def close(self) -> None:
-        """Ends wandb's run, which then counts as failed; does nothing after :meth:`on_end`."""
+        """End wandb's run, which then counts as failed.
+
+        Does nothing after :meth:`on_end`.
+        """
         self._finish(1)
         if self._folder is not None and self._made and self._logged == 0:
             shutil.rmtree(self._folder, ignore_errors=True)  # a run that did no round leaves nothing
@@ -118,7 +127,10 @@ class WandB(Listener):
 
 
 def _last(file: Path, id: str) -> int:
-    """The last round logged to the run of that id; 0 where that is not known."""
+    """Return the last round logged to the run of that id.
+
+    0 where that is not known.
+    """
     try:
         state = read_json(file)
     except (OSError, ValueError):

@@ -132,7 +132,7 @@ def together(values: list[Any], sizes: list[int]) -> Any:
 
 
 def _positions(values: list[Any], sizes: list[int]) -> bool:
-    """Whether lists of batches hold tensors of all samples, one behind another."""
+    """Return whether lists of batches hold tensors of all samples, one behind another."""
     per_sample = all(
         isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size
         for leaves_of_batch, size in zip(values, sizes, strict=True)
@@ -142,7 +142,7 @@ def _positions(values: list[Any], sizes: list[int]) -> bool:
 
 
 def sent(value: T, device: torch.device) -> T:
-    """The same nesting with every leaf that can be moved (tensors, batches of other libraries) on a device."""
+    """Return the same nesting with every leaf that can be moved (tensors, batches of other libraries) on a device."""
     if (
         device.type == "cpu"
         and isinstance(value, list)

@@ -36,7 +36,10 @@ _OPEN_FILES = 64  # files that a packer keeps open, those used last, where a mes
 
 
 class NotPortable(Exception):
-    """Something cannot be sent to another process; the message says what, as the subject of a sentence."""
+    """Something cannot be sent to another process.
+
+    The message says what, as the subject of a sentence.
+    """
 
 
 @dataclass(frozen=True)
@@ -76,21 +79,21 @@ class PacketStream:
         self._sent: set[int] = set()  # memory files that the other end has
 
     def send(self, packet: Packet) -> None:
-        """Sends a packet, with the memory files that the other end does not have yet.
+        """Send a packet, with the memory files that the other end does not have yet.
 
         A connection that is over takes packets and drops them: :meth:`receive` tells.
         """
         raise NotImplementedError
 
     def receive(self) -> Packet:
-        """The next packet, however long it takes.
+        """Return the next packet, however long it takes.
 
         Raises where the other end is gone.
         """
         raise NotImplementedError
 
     def say(self, value: object, extra: Sequence[int] = ()) -> None:
-        """Sends an object that holds no tensors, with ``more`` descriptors."""
+        """Send an object that holds no tensors, with ``more`` descriptors."""
         self.send(Packet(pickle.dumps(value), extra=extra))
 
     def receive_value(self) -> Any:
@@ -142,7 +145,7 @@ class Packer:
         return Packet(pickler.file.getvalue(), {number: self._files[number] for number in sorted(pickler.used)})
 
     def clear(self) -> None:
-        """Closes the files.
+        """Close the files.
 
         A process that has mapped one keeps the memory.
         """
@@ -159,7 +162,7 @@ class Packer:
 
 
 def check_portable(value: object) -> None:
-    """Raises NotPortable as :meth:`Packer.pack` does.
+    """Raise NotPortable as :meth:`Packer.pack` does.
 
     Tensors and arrays are not copied for it.
     """
@@ -247,7 +250,7 @@ def _key(tensor: Tensor) -> tuple[int, int]:
 
 
 def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
-    """Writes the pieces to a sealed memory file and returns its descriptor."""
+    """Write the pieces to a sealed memory file and return its descriptor."""
     descriptor = os.memfd_create("fedkern", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(descriptor, size)
@@ -265,7 +268,7 @@ def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
 
 
 def map_file(descriptor: int) -> memoryview:
-    """The content of a memory file, mapped privately.
+    """Return the content of a memory file, mapped privately.
 
     It stays when the descriptor is closed.
 
@@ -323,7 +326,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def portable(error: Exception) -> Exception:
-    """A copy of an exception that another process can raise.
+    """Return a copy of an exception that another process can raise.
 
     A RuntimeError where pickling does not preserve it.
     """

@@ -1,4 +1,7 @@
-"""Saved states: nested dicts of tensors, numbers and texts, as one safetensors file with a JSON tree; no pickle."""
+"""Saved states: nested dicts of tensors, numbers and texts, as one safetensors file with a JSON tree.
+
+No pickle.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ State = dict[str, Any]
 
 
 def save(path: Path, state: object) -> None:
-    """Writes ``state`` to ``path``, completely or not at all.
+    """Write ``state`` to ``path``, completely or not at all.
 
     ``state`` may hold tensors (any dtype of safetensors; saved contiguous, on the CPU), NumPy arrays, ``bool``,
     ``int``, ``float`` (NaN and infinities included), ``str``, ``None``, lists, tuples, and dicts with text or integer
@@ -76,7 +79,7 @@ class Packed:
         return value_of(json.loads(self._about)["tree"], lambda name: self._tensors[name].clone())
 
     def save(self, path: Path) -> None:
-        """Writes the copy (see :func:`save`)."""
+        """Write the copy (see :func:`save`)."""
         atomic.write(
             path,
             lambda temporary: save_file(self._tensors, temporary, metadata={ABOUT: self._about}),
@@ -85,7 +88,7 @@ class Packed:
 
 
 def load(path: Path) -> State:
-    """Reads what :func:`save` wrote, tensors on the CPU.
+    """Read what :func:`save` wrote, tensors on the CPU.
 
     Raises:
         OtherFormat: the file has another format.
@@ -98,7 +101,7 @@ def load(path: Path) -> State:
 
 
 def part(path: Path, *keys: str | int) -> Any:
-    """The value under the nested ``keys`` in the dict that :func:`save` wrote.
+    """Return the value under the nested ``keys`` in the dict that :func:`save` wrote.
 
     None where there is none.
 

@@ -46,7 +46,7 @@ AGGREGATORS: Registry[Aggregator] = Registry("aggregator", code=lambda entry: en
 
 
 def register_aggregator(name: str) -> Callable[[F], F]:
-    """Decorates a rule that combines the clients' networks, so that ``--aggregator NAME`` knows it.
+    """Decorate a rule that combines the clients' networks, so that ``--aggregator NAME`` knows it.
 
     The rule is called once a round with all uploads, as ``rule(vectors, weights, **options)``:
 
@@ -107,7 +107,7 @@ class Rule:
         return spell_options(self.entry.name, self.options)
 
     def __call__(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The combination, in the dtype of ``vectors``, a list of M tensors ``[P]``.
+        """Return the combination, in the dtype of ``vectors``, a list of M tensors ``[P]``.
 
         Raises:
             UserError: the rule cannot combine so many vectors, raises another exception, or does not return ``[P]``.
@@ -134,7 +134,7 @@ class Rule:
         return mixed.detach().to(vectors[0])
 
     def check(self, uploads: int) -> None:
-        """Raises UserError where a rule of fedkern's own cannot combine this number of uploads."""
+        """Raise UserError where a rule of fedkern's own cannot combine this number of uploads."""
         if self.entry.function is not None and not self.entry.own:
             self([torch.zeros(1)] * uploads, [1.0] * uploads)
 
@@ -152,14 +152,14 @@ class Gathered:
         self._weights: list[float] = []
 
     def add(self, message: Mapping[str, Tensor], weight: float) -> None:
-        """Adds the `VECTORS` of an upload, as one vector: a rule that chooses a client chooses its whole network."""
+        """Add the `VECTORS` of an upload, as one vector: a rule that chooses a client chooses its whole network."""
         vectors = {name: message[name] for name in VECTORS if name in message}
         self._sizes = {name: vector.numel() for name, vector in vectors.items()}
         self._vectors.append(torch.cat(list(vectors.values())))
         self._weights.append(weight)
 
     def result(self) -> dict[str, Tensor]:
-        """The combined vectors by name.
+        """Return the combined vectors by name.
 
         Empty where nothing was added.
         """

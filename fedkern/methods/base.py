@@ -29,7 +29,7 @@ VECTORS = ("parameters", "buffers", "integers")
 
 
 def vectors_of(message: Mapping[str, object]) -> Message:
-    """The flat vectors of a network in a message or state."""
+    """Return the flat vectors of a network in a message or state."""
     return {name: message[name] for name in VECTORS if name in message}
 
 
@@ -47,7 +47,9 @@ VOUCHED: Mapping[str, tuple[tuple[str, ...], Any]] = {
 
 
 class Method:
-    """A federated method; subclasses are registered with :func:`register`.
+    """A federated method.
+
+    Subclasses are registered with :func:`register`.
 
     A one-shot method (``one_shot = True``) has its own plan: the user gives no number of rounds, and
     ``federation.local_epochs`` is a client's whole budget, to be divided over the plan.
@@ -118,7 +120,7 @@ class Method:
                 setattr(cls, name, unknown)
 
     def __init__(self, options: BaseOptions | None = None, **values: object) -> None:
-        """Makes the method.
+        """Make the method.
 
         Args:
             options: an object of ``Options``; None: the defaults.
@@ -145,9 +147,10 @@ class Method:
 
     @property
     def needs(self) -> str:
-        """What the method needs of the run's network: ``"logits"``, ``"features"`` (also ``features(images)`` and a
-        ``head`` on them), ``"maps"`` (also ``stages`` and ``tail``) or ``"stages"`` (all that a
-        :class:`fedkern.models.StagedNetwork` has).
+        """Requirements of the method on the run's network, one of four words.
+
+        They are ``"logits"``, ``"features"`` (also ``features(images)`` and a ``head`` on them), ``"maps"`` (also
+        ``stages`` and ``tail``) or ``"stages"`` (all that a :class:`fedkern.models.StagedNetwork` has).
 
         A user's network that lacks it is refused before the run begins.
         """
@@ -155,7 +158,7 @@ class Method:
 
     @property
     def takes_personal(self) -> bool:
-        """Whether clients may keep parts of the network to themselves (``--personal``).
+        """Return whether clients may keep parts of the network to themselves (``--personal``).
 
         Vectors of messages and of ``adjust_gradient`` and ``terms`` then have the length of what is shared.
         """
@@ -163,12 +166,12 @@ class Method:
 
     @property
     def takes_buffers(self) -> bool:
-        """Whether ``--buffers`` says what becomes of the running statistics of the clients' batch norms."""
+        """Return whether ``--buffers`` says what becomes of the running statistics of the clients' batch norms."""
         return True
 
     @property
     def allows_server_rule(self) -> bool:
-        """Whether the server averages the whole network once a round, as ``--server-rule`` needs."""
+        """Return whether the server averages the whole network once a round, as ``--server-rule`` needs."""
         return self.averages is not False and not self.one_shot
 
     def architecture(self, client: ClientId) -> Architecture:
@@ -179,16 +182,16 @@ class Method:
         return {}
 
     def check(self, client: Client) -> None:
-        """Raises UserError if a client's data lack what the method needs.
+        """Raise UserError if a client's data lack what the method needs.
 
         Called before anything is written.
         """
 
     def start(self, server: Server) -> None:
-        """Fills ``server.state`` before the first round."""
+        """Fill ``server.state`` before the first round."""
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        """The plan: set-up rounds first (``one_off=True``), then the communication rounds.
+        """Yield the plan: set-up rounds first (``one_off=True``), then the communication rounds.
 
         It is made several times in a run and must be the same each time: draw from ``federation.rng``.
         """
@@ -200,11 +203,11 @@ class Method:
         raise NotImplementedError
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        """A client's answer to a message, made from the client's own data and state."""
+        """Return a client's answer to a message, made from the client's own data and state."""
         raise NotImplementedError
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        """Declaration of a client's upload (see `fedkern.methods.uploads`).
+        """Return the declaration of a client's upload (see `fedkern.methods.uploads`).
 
         By default the tensors that it was sent.
 
@@ -236,14 +239,14 @@ class Method:
         return None
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
-        """Updates the server's state from the uploads, which arrive one by one and need not be kept.
+        """Update the server's state from the uploads, which arrive one by one and need not be kept.
 
         Every upload fits the declaration of ``expects``.  An upload is empty only where nothing is expected.
         """
         raise NotImplementedError
 
     def model(self, server: Server) -> nn.Module | None:
-        """The module that is evaluated (in eval mode) and saved.
+        """Return the module that is evaluated (in eval mode) and saved.
 
         None while there is nothing to evaluate yet.
 
@@ -257,7 +260,7 @@ class Method:
         return vectors_of(server.state)
 
     def weight(self, server: Server, upload: Upload) -> float:
-        """A client's weight in the averages of a round.
+        """Return a client's weight in the averages of a round.
 
         The weights need not sum to one.
         """
@@ -271,11 +274,11 @@ class Method:
         return None
 
     def statistics_rows(self, client: Client) -> np.ndarray:
-        """Indices, int64, of the client's samples that the pooled batch-norm statistics are computed on."""
+        """Return the indices, int64, of the client's samples that the pooled batch-norm statistics are computed on."""
         return np.arange(client.samples)
 
     def untrained(self, client: Client) -> np.ndarray:
-        """Indices, int64, of samples that the local training never uses.
+        """Return the indices, int64, of samples that the local training never uses.
 
         Other parts of the method may use them.
         """
@@ -332,7 +335,7 @@ class Method:
         return {}
 
     def guarantee(self, server: Server) -> Guarantee | None:
-        """The method's differential privacy guarantee: what it covers and what not.
+        """Return the method's differential privacy guarantee: what it covers and what not.
 
         None without privacy options.
 
@@ -394,7 +397,7 @@ class LocalTraining(Objective, Method):
         server.state.update(self.average(server, uploads))
 
     def average(self, server: Server, uploads: Iterable[Upload]) -> Message:
-        """The weighted means of the uploads' ``parameters`` and ``buffers``, and the largest of their ``integers``.
+        """Return the uploads' weighted means of ``parameters`` and ``buffers``, and the largest ``integers``.
 
         With ``--aggregator`` another rule takes the place of the mean.  With ``--server-rule`` the parameters are those
         after a step of a server optimiser from ``server.state["parameters"]`` towards them.

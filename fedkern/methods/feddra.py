@@ -60,7 +60,10 @@ class FedDRA(Robust):
 
     @dataclass(frozen=True)
     class Options(Robust.Options):
-        """Options of FedDRA; learning rate, batch size and the steps of the second stage are settings of the run."""
+        """Options of FedDRA.
+
+        Learning rate, batch size and the steps of the second stage are settings of the run.
+        """
 
         rho: float = option(
             1.0, "radius of the set of client weights: 0 is its centre, (N - 1) / 2 the simplex", low=0, infinite=True
@@ -98,7 +101,7 @@ class FedDRA(Robust):
 
     @property
     def paired(self) -> bool:
-        """Whether a round has both stages."""
+        """Return whether a round has both stages."""
         return bool(self.options.stages == "two" and self.options.stage_schedule == "per_round")
 
     @property
@@ -215,7 +218,7 @@ class FedDRA(Robust):
 
 
 def part_sizes(network: nn.Module) -> dict[str, int]:
-    """Number of elements, by vector, that belong to the submodules of the first stage (`ALIGNMENT`)."""
+    """Return the number of elements, by vector, that belong to the submodules of the first stage (`ALIGNMENT`)."""
     sizes = {}
     for vector, places in personal_parts.flatten(network).places().items():
         slices = [place for name, place in places.items() if name.partition(".")[0] in ALIGNMENT]
@@ -224,7 +227,7 @@ def part_sizes(network: nn.Module) -> dict[str, int]:
 
 
 def splice_ends(model: Mapping[str, Tensor], part: Mapping[str, Tensor]) -> Message:
-    """The vectors of a network with their ends replaced by ``part``, the vectors of the last submodules."""
+    """Return the vectors of a network with their ends replaced by ``part``, the vectors of the last submodules."""
     return {
         name: torch.cat([model[name][: -len(part[name])], part[name]]) if name in part else model[name]
         for name in VECTORS

@@ -55,7 +55,10 @@ class FedGID(LocalTraining):
 
     @dataclass(frozen=True)
     class Options(LocalTraining.Options):
-        """Options of FedGID (docs/methods/fedgid.md, section 5); the option ``lambda`` is the field ``lam``."""
+        """Options of FedGID (docs/methods/fedgid.md, section 5).
+
+        The option ``lambda`` is the field ``lam``.
+        """
 
         intervention: bool = option(True, "train on features mixed with random backgrounds (+GI)")
         distillation: bool = option(True, "pull features towards the global encoder's (+GD)")
@@ -94,7 +97,7 @@ class FedGID(LocalTraining):
 
     @property
     def _mixes(self) -> bool:
-        """Whether backgrounds are mixed in.
+        """Return whether backgrounds are mixed in.
 
         With an alpha of 1 a mixture is the sample itself.
         """
@@ -103,7 +106,7 @@ class FedGID(LocalTraining):
     # -- the client ------------------------------------------------------------------------------------------------
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> Drawn:
-        """A random background for every sample."""
+        """Return a random background for every sample."""
         if not self._mixes:
             return {}
         if "bank" not in client.round_cache:
@@ -165,7 +168,9 @@ class FedGID(LocalTraining):
     # -- the frozen global encoder ---------------------------------------------------------------------------------
 
     def prepare(self, model: StagedNetwork, batch: Batch, received: Received) -> Drawn:
-        """``maps`` of backgrounds and ``rows``, int64 [B], of every sample's map (absent: in order); ``anchor``.
+        """Return ``maps`` of backgrounds and ``rows``, int64 [B], of every sample's map (absent: in order).
+
+        ``anchor``.
 
         ``composed`` [B, C, H, W] instead of maps with ``intervene=image``.
         """
@@ -211,7 +216,7 @@ class FedGID(LocalTraining):
         return {"maps": received.model.stages(bank.take(index), upto=stage)}
 
     def _anchor(self, batch: Batch, received: Received) -> Tensor:
-        """The global model's answer to the samples: features, or logits with ``distill_on=logits``."""
+        """Return the global model's answer to the samples: features, or logits with ``distill_on=logits``."""
 
         def answer() -> Tensor:
             features: Tensor = received.model.features(batch.inputs)

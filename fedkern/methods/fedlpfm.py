@@ -155,7 +155,10 @@ class FedLPFM(LocalTraining):
         return total, {"loss_em": em.detach(), "loss_kd": kd.detach()}
 
     def divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """The distillation loss of proxy logits [B, C] against logits of one teacher [B, C] or of several [K, B, C]."""
+        """Return the distillation loss of proxy logits [B, C] against teachers' logits.
+
+        One teacher has [B, C], several have [K, B, C].
+        """
         o = self.options
         temperature = float(o.temperature)
         if o.divergence == "kl":
@@ -169,7 +172,7 @@ class FedLPFM(LocalTraining):
     # -- the client ------------------------------------------------------------------------------------------------
 
     def check(self, client: Client) -> None:
-        """Raises UserError if a file of teacher logits lacks images that the client would train on."""
+        """Raise UserError if a file of teacher logits lacks images that the client would train on."""
         if not self.options.lam:
             return
         self._install(client, client.network)
@@ -185,7 +188,7 @@ class FedLPFM(LocalTraining):
                     self._teachers[index].logits(batch.inputs)
 
     def _has_augmented(self, client: Client) -> bool:
-        """Whether the proxy trains on augmented images."""
+        """Return whether the proxy trains on augmented images."""
         return next(client.in_order(1, augment=True, rng=client.rng("look", BEFORE))).fresh
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
@@ -234,7 +237,7 @@ class FedLPFM(LocalTraining):
         return super().client_update(client, phase, message)
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> Drawn:
-        """The teacher's logits of the batch's samples."""
+        """Return the teacher's logits of the batch's samples."""
         if not self.options.lam:
             return {}
         if self.options.teacher_view == "same":
@@ -266,7 +269,7 @@ class FedLPFM(LocalTraining):
         return temperature * (torch.logsumexp(log_softmax(logits / temperature, 2), 0) - math.log(len(logits)))
 
     def _own_logits(self, client: Client, index: int) -> Tensor:
-        """A teacher's logits [n, C] of the client's samples in stored order.
+        """Return a teacher's logits [n, C] of the client's samples in stored order.
 
         Computed once in a run.
         """
@@ -298,7 +301,7 @@ class FedLPFM(LocalTraining):
         return logits
 
     def _live(self, client: Client, index: int, batch: Batch) -> Tensor:
-        """A teacher's logits of a batch, of the same (augmented) images as the proxy sees."""
+        """Return a teacher's logits of a batch, of the same (augmented) images as the proxy sees."""
         teacher = self._teachers[index]
         if self.options.teacher_tuning == "zero-shot":
             return teacher.logits(batch.inputs).to(batch.inputs.device)
@@ -310,7 +313,7 @@ class FedLPFM(LocalTraining):
     # -- teachers --------------------------------------------------------------------------------------------------
 
     def _install(self, place: Client | Server, build: Callable[..., nn.Module]) -> None:
-        """Sets the teachers' settings once.
+        """Set the teachers' settings once.
 
         The teachers themselves are built on first use.
         """
@@ -403,7 +406,7 @@ class FedLPFM(LocalTraining):
         return figures
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
-        """Adds a note that names the teachers and their size, and a warning if they are at chance."""
+        """Add a note that names the teachers and their size, and a warning if they are at chance."""
         notes = dict(super().diagnose(observed))
         if not hasattr(self, "_teachers") or not self._teachers.made:
             return notes

@@ -30,7 +30,10 @@ M = TypeVar("M", bound="type[Method]")
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator that registers a method as ``name``; the docstring's first line becomes its description."""
+    """Class decorator that registers a method as ``name``.
+
+    The docstring's first line becomes its description.
+    """
 
     def add(cls: M) -> M:
         check_hooks(cls)
@@ -42,7 +45,7 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def get(name: str) -> type[Method]:
-    """Returns the class registered as ``name``, or given by a script.
+    """Return the class registered as ``name``, or given by a script.
 
     Raises:
         UserError: no method has this name; the message suggests the nearest one.
@@ -71,7 +74,7 @@ def option_names(method: str) -> set[str]:
 
 
 def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> dict[str, Value]:
-    """The given method options by published name, converted, without defaults and with absolute paths.
+    """Return the given method options by published name, converted, without defaults and with absolute paths.
 
     Raises:
         UserError: an unknown option, a value out of range, or a path in the home folder of an unknown user.
@@ -82,7 +85,7 @@ def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> d
 
 
 def owners(option: str) -> str:
-    """A hint that names the methods with an option.
+    """Return a hint that names the methods with an option.
 
     Empty where none has it.
     """
@@ -91,7 +94,7 @@ def owners(option: str) -> str:
 
 
 def short(name: str) -> str:
-    """A method's name.
+    """Return a method's name.
 
     That of a class without its module.
     """
@@ -99,7 +102,7 @@ def short(name: str) -> str:
 
 
 def check_network(method: str, needs: str, network: nn.Module, data: Offering, text: str) -> None:
-    """Raises UserError where a method needs more of a network than this one has.
+    """Raise UserError where a method needs more of a network than this one has.
 
     Args:
         method: name of the method.

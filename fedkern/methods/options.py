@@ -33,7 +33,7 @@ class Options(OptionTable):
 
     @classmethod
     def parse(cls, options: Iterable[str] | Mapping[str, object], *, method: str = "this method") -> Self:
-        """Makes the options from ``["alpha=0.6", "lambda=1"]`` or from a mapping of published or field names.
+        """Make the options from ``["alpha=0.6", "lambda=1"]`` or from a mapping of published or field names.
 
         Raises:
             UserError: an unknown name (the message suggests the nearest one), a value of the wrong type or out of
@@ -81,7 +81,7 @@ class Options(OptionTable):
         return [(entry.name, part) for entry, code in given if code for part in code(getattr(self, entry.field))]
 
     def given(self) -> dict[str, Value]:
-        """The values that this object was constructed with, without defaults, by published name."""
+        """Return the values that this object was constructed with, without defaults, by published name."""
         return {entry.name: getattr(self, entry.field) for entry in self.declared() if entry.field in self._given}
 
     def to_dict(self) -> dict[str, Value]:

@@ -48,13 +48,16 @@ class Round:
     trains: str = field(default="", compare=False)
 
     def counts(self, exchange: str) -> bool:
-        """Whether the messages of an exchange count."""
+        """Return whether the messages of an exchange count."""
         return exchange in self.counted if isinstance(self.counted, tuple) else self.counted
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Position of a call in the run; ``round`` counts from 0 and is negative for one-off rounds."""
+    """Position of a call in the run.
+
+    ``round`` counts from 0 and is negative for one-off rounds.
+    """
 
     round: int
     name: str
@@ -69,7 +72,9 @@ BEFORE = Phase(-1, "", "update")
 
 @dataclass(frozen=True)
 class Upload:
-    """One client's upload to the server; ``samples`` is the client's number of training samples.
+    """One client's upload to the server.
+
+    ``samples`` is the client's number of training samples.
 
     With client-level differential privacy a round has a single upload, the released mean of its clients: ``client_id``
     is -1, ``samples`` is 1, and ``share`` is the share of all clients that were asked.  Else ``share`` is None.
@@ -87,7 +92,9 @@ class Upload:
 
 @dataclass(frozen=True)
 class Federation:
-    """Sizes that a plan may depend on; no data.
+    """Sizes that a plan may depend on.
+
+    No data.
 
     Attributes:
         rounds: communication rounds that the user asked for.
@@ -111,7 +118,7 @@ class Federation:
         return len(self.samples)
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """A generator for the draws of a plan.
+        """Return a generator for the draws of a plan.
 
         It begins anew at every call, so that a plan is the same whenever it is made: on a resume, and in every process.
         """
@@ -132,7 +139,7 @@ class Backgrounds(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
-        """The images at ``indices`` (None: all), fp32 [B, C, H, W], normalised.
+        """Return the images at ``indices`` (None: all), fp32 [B, C, H, W], normalised.
 
         Augmented when ``rng`` is given.
         """
@@ -141,7 +148,10 @@ class Backgrounds(Protocol):
 
 @dataclass(frozen=True)
 class Observed:
-    """Summary of a scalar that clients reported over the run; a loss counts as a client's mean over its batches."""
+    """Summary of a scalar that clients reported over the run.
+
+    A loss counts as a client's mean over its batches.
+    """
 
     count: int
     mean: float
@@ -185,7 +195,7 @@ class Batch:
 
     @property
     def data(self) -> Any:
-        """What ``collate_fn`` made of the samples, on the device.
+        """Return what ``collate_fn`` made of the samples, on the device.
 
         Of images the pair of inputs and targets.
         """
@@ -193,7 +203,7 @@ class Batch:
 
     @property
     def known(self) -> Tensor | int:
-        """How many of its targets are known: samples or, of a segmentation, pixels."""
+        """Return how many of its targets are known: samples or, of a segmentation, pixels."""
         return self.task.known(self)
 
     def __iter__(self) -> NoReturn:
@@ -236,7 +246,7 @@ class Samples(Protocol):
         ...
 
     def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
-        """The images at ``indices``, fp32 [B, C, H, W], normalised.
+        """Return the images at ``indices``, fp32 [B, C, H, W], normalised.
 
         Augmented when ``rng`` is given.
 
@@ -274,7 +284,9 @@ class Received(Protocol):
 
 
 def batch_slices(count: int, size: int) -> list[slice]:
-    """Slices of ``count`` samples in consecutive batches of ``size``; the last batch may be smaller.
+    """Slices of ``count`` samples in consecutive batches of ``size``.
+
+    The last batch may be smaller.
 
     A last batch of a single sample joins the batch before it, which then has ``size + 1`` samples, because batch norm
     cannot normalise a single value per channel.  Batches of one sample occur only with ``count`` 1 or ``size`` 1.

@@ -44,7 +44,7 @@ class TestSet(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self) -> Iterator[Batch]:
-        """The samples in order."""
+        """Return the samples in order."""
         ...
 
 
@@ -69,7 +69,7 @@ class Objective:
     """Interface that the engine's training loop calls: the loss, its random draws and changes to the gradient."""
 
     replayable: bool | None = None
-    """Whether a recording of ``loss`` and its gradients, made with one batch, serves others (`engine/local/captured.py`).
+    """Whether a recording of ``loss`` and its gradients serves other batches (`engine/local/captured.py`).
 
     The loss then may depend on the network, on the batch's ``inputs``, ``targets`` and the tensors and numbers in
     ``drawn``, on the method's options and on what of ``received`` stays the same in the exchange.  It reads no value
@@ -79,11 +79,14 @@ class Objective:
 
     @property
     def masked(self) -> bool:
-        """Whether training batches carry the objects' ``masks``; the client's images then have masks."""
+        """Return whether training batches carry the objects' ``masks``.
+
+        The client's images then have masks.
+        """
         return False
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The local objective of one batch, a scalar, by default the task's loss.
+        """Return the local objective of one batch, a scalar, by default the task's loss.
 
         Optionally with named scalars whose means are recorded.
         """
@@ -97,7 +100,7 @@ class Objective:
         return {}
 
     def prepare(self, model: Any, batch: Batch, received: Received) -> Drawn:
-        """What the loss takes from elsewhere than the trained network, such as answers of frozen ones, by name.
+        """Return what the loss takes from elsewhere than the trained network, such as answers of frozen ones, by name.
 
         Called before ``loss``, without gradients; the result joins ``batch.drawn``.
         """
@@ -111,7 +114,7 @@ class Objective:
         return None
 
     def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
-        """Changes ``gradients`` [P] in place, after the backward pass and before the optimiser.
+        """Change ``gradients`` [P] in place, after the backward pass and before the optimiser.
 
         Override this method for changes that :meth:`terms` cannot express.  The default adds the terms; an override
         replaces them.
@@ -154,19 +157,19 @@ class Node(Protocol):
     def public(self) -> Samples | None: ...
 
     def noise(self, samples: int, rng: np.random.Generator) -> object:
-        """Inputs of a network for so many samples, of normally distributed numbers, on the device."""
+        """Return the inputs of a network for so many samples, of normally distributed numbers, on the device."""
         ...
 
     def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
-        """The client's (or the server's) own random stream for a purpose, round and exchange."""
+        """Return the client's (or the server's) own random stream for a purpose, round and exchange."""
         ...
 
     def warn(self, name: str, text: str) -> None:
-        """Adds a named diagnostic to the run's summary."""
+        """Add a named diagnostic to the run's summary."""
         ...
 
     def notice(self, text: str) -> None:
-        """Shows the progress of a long operation to the user at once.
+        """Show the progress of a long operation to the user at once.
 
         The text is not stored.
         """
@@ -237,7 +240,7 @@ class Client(Node, Protocol):
 
     @property
     def objects_known(self) -> bool:
-        """Whether the client's images have object masks."""
+        """Return whether the client's images have object masks."""
         ...
 
     def network(
@@ -248,7 +251,7 @@ class Client(Node, Protocol):
         classes: int | None = None,
         stream: str | None = None,
     ) -> Any:
-        """A freshly initialised network, in train mode, channels-last, on ``device``.
+        """Return a freshly initialised network, in train mode, channels-last, on ``device``.
 
         The run's random stream gives the initial weights, the same at every client and every call.  With ``stream``,
         the client's own stream of that name gives them: the same at every call, but different between clients.
@@ -276,7 +279,7 @@ class Client(Node, Protocol):
         anchor: Message | None = None,
         extras: Mapping[str, object] | None = None,
     ) -> Message:
-        """The engine's training loop: local epochs on ``method.loss`` from the received parameters.
+        """Return the engine's training loop: local epochs on ``method.loss`` from the received parameters.
 
         Args:
             parts: names of the submodules to train, which must be adjacent in the network's vectors.  The other
@@ -302,14 +305,14 @@ class Client(Node, Protocol):
 
     @property
     def personal(self) -> Message:
-        """What the client keeps to itself of the network (``--personal``), tensors by name.
+        """Return what the client keeps to itself of the network (``--personal``), tensors by name.
 
         Empty without that.
         """
         ...
 
     def frozen(self, message: Message) -> Any:
-        """The network with the vectors of a message: frozen, in eval mode.
+        """Return the network with the vectors of a message: frozen, in eval mode.
 
         The next call overwrites the network.
 
@@ -318,7 +321,7 @@ class Client(Node, Protocol):
         ...
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
-        """The client's own samples at ``indices`` (int64).
+        """Return the client's own samples at ``indices`` (int64).
 
         Augmented when ``rng`` is given.
         """
@@ -367,7 +370,9 @@ class Client(Node, Protocol):
         *,
         rows: np.ndarray | None = None,
     ) -> dict[str, float]:
-        """Like :meth:`fit`, with DP-SGD on the samples at ``rows``; books the release in the client's privacy ledger.
+        """Like :meth:`fit`, with DP-SGD on the samples at ``rows``.
+
+        Books the release in the client's privacy ledger.
 
         The clipping norm of ``spending`` takes the place of the run's ``clip_norm``.
 
@@ -379,7 +384,9 @@ class Client(Node, Protocol):
         ...
 
     def load_pretrained(self, module: nn.Module) -> bool:
-        """Loads the client's pretrained weights (``--teachers``) into ``module``; False without ``--teachers``.
+        """Load the client's pretrained weights (``--teachers``) into ``module``.
+
+        False without ``--teachers``.
 
         Raises:
             UserError: the weights are missing, damaged, not finite or of another architecture.
@@ -406,7 +413,9 @@ class Client(Node, Protocol):
         ...
 
     def batches(self, phase: Phase | None = None) -> Iterator[Batch]:
-        """The next epoch of the batches that :meth:`train` takes in an exchange (None: this one), for an own loop.
+        """Return the next epoch of the batches that :meth:`train` takes in an exchange, for an own loop.
+
+        None is this exchange.
 
         With ``--local-steps``, and where a slow client is cut short, no batch follows the last step.  A user's own
         network gets inputs as a DataLoader gives them.
@@ -414,11 +423,14 @@ class Client(Node, Protocol):
         ...
 
     def model(self, message: Message) -> Any:
-        """A copy of the network with the vectors of a message, in train mode: the user's own module or fedkern's."""
+        """Return a copy of the network with the vectors of a message, in train mode.
+
+        It is the user's own module or fedkern's.
+        """
         ...
 
     def upload(self, model: nn.Module) -> Message:
-        """The vectors of what :meth:`model` has returned, trained or replaced, as :meth:`train` returns them.
+        """Return the vectors of what :meth:`model` has returned, trained or replaced, as :meth:`train` returns them.
 
         Raises:
             UserError: the module has other tensors than the run's network.
@@ -436,7 +448,7 @@ class Client(Node, Protocol):
         ...
 
     def backgrounds(self) -> Backgrounds:
-        """The client's own background bank, without the images that have no detected object."""
+        """Return the client's own background bank, without the images that have no detected object."""
         ...
 
 
@@ -476,26 +488,28 @@ class Server(Node, Protocol):
     optimiser: ServerRule | None
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
-        """A freshly initialised network, identical to that of :meth:`Client.network` without ``stream``."""
+        """Return a freshly initialised network, identical to that of :meth:`Client.network` without ``stream``."""
         ...
 
     def initial(self) -> Message:
-        """A freshly initialised network as flat vectors, drawn from the run's own stream."""
+        """Return a freshly initialised network as flat vectors, drawn from the run's own stream."""
         ...
 
     def network(self, message: Message) -> nn.Module:
-        """The network with these flat vectors, in eval mode.
+        """Return the network with these flat vectors, in eval mode.
 
         Later calls reuse the same module.
         """
         ...
 
     def accumulator(self, size: int) -> Summing:
-        """A streaming weighted mean of vectors with ``size`` elements."""
+        """Return a streaming weighted mean of vectors with ``size`` elements."""
         ...
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
-        """Logs images or a table as ``<name>.png``; the engine keeps them in a few rounds of the run only.
+        """Log images or a table as ``<name>.png``.
+
+        The engine keeps them in a few rounds of the run only.
 
         Args:
             name: lower-case letters, digits and underscores; the same name in the same round replaces the earlier

@@ -24,14 +24,14 @@ _MISSING = object()
 
 
 def name_of(kind: type[Method]) -> str:
-    """The registered name of a class, or ``class:MODULE:NAME``."""
+    """Return the registered name of a class, or ``class:MODULE:NAME``."""
     if METHODS.get(kind.name) is kind:
         return kind.name
     return f"{CLASS}{kind.__module__}:{kind.__qualname__}"
 
 
 def give(kind: type[Method]) -> str:
-    """Makes a class known to the runs of this process, and returns its name.
+    """Make a class known to the runs of this process, and return its name.
 
     A registered class keeps its own.
 
@@ -97,7 +97,7 @@ def check(
 
 
 def options_of(method: Method) -> dict[str, Value]:
-    """The options that an object was made with, without defaults, by published name.
+    """Return the options that an object was made with, without defaults, by published name.
 
     Raises:
         UserError: the object has values beside its options: a run makes its method anew, from the options alone.
@@ -126,7 +126,7 @@ def fingerprint(kind: type[Method]) -> str:
 
 
 def _check(kind: type[Method]) -> None:
-    """Raises UserError where a class declares its options wrongly or cannot be made from them."""
+    """Raise UserError where a class declares its options wrongly or cannot be made from them."""
     name = kind.__name__
     check_hooks(kind)
     if not issubclass(kind.Options, Options):

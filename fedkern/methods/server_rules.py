@@ -57,11 +57,11 @@ class ServerRule:
 
     @property
     def plain(self) -> bool:
-        """Whether the rule takes the average as it is."""
+        """Return whether the rule takes the average as it is."""
         return self.name == MEAN and self.learning_rate in (None, 1.0)
 
     def step(self, state: dict[str, Tensor], average: Tensor) -> Tensor:
-        """The new network.
+        """Return the new network.
 
         Args:
             state: the server's state, with ``parameters`` fp32 [P]; keeps the moments, ``server_first`` and

@@ -52,7 +52,7 @@ class Terms:
     gradient_sum: GradientSum | None = None
 
     def add_to(self, gradients: Tensor, parameters: Tensor) -> None:
-        """Adds the terms to ``gradients`` in place, as the fused optimiser step does."""
+        """Add the terms to ``gradients`` in place, as the fused optimiser step does."""
         if self.gradient_sum is not None:
             self.gradient_sum.total.add_(gradients)
             self.gradient_sum.steps += 1
@@ -62,7 +62,7 @@ class Terms:
             gradients.add_(parameters - self.anchor, alpha=self.proximal)
 
     def arguments(self) -> dict[str, Any]:
-        """The terms as arguments of :func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`.
+        """Return the terms as arguments of :func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`.
 
         The kernels do not count steps: the caller increments ``gradient_sum.steps``.
         """

@@ -40,7 +40,10 @@ class Values:
 
 @dataclass(frozen=True)
 class Number:
-    """Declaration of a Python number, an integer if ``integer``; ``low`` and ``high`` bound it as in `Values`."""
+    """Declaration of a Python number, an integer if ``integer``.
+
+    ``low`` and ``high`` bound it as in `Values`.
+    """
 
     low: float | None = None
     high: float | None = None
@@ -59,20 +62,20 @@ Due = Tensor | Values | Number | Maybe | Declaration
 
 
 def like(value: Tensor | Mapping[str, object]) -> Any:
-    """Declaration with the shapes and dtypes of ``value``, a tensor or nested dicts of tensors."""
+    """Return the declaration with the shapes and dtypes of ``value``, a tensor or nested dicts of tensors."""
     if isinstance(value, Tensor):
         return Values(tuple(value.shape), value.dtype)
     return {name: like(entry) for name, entry in value.items() if isinstance(entry, (Tensor, Mapping))}
 
 
 def is_alike(value: Tensor, tensor: Tensor) -> bool:
-    """Whether two tensors have the same shape, dtype, device and layout."""
+    """Return whether two tensors have the same shape, dtype, device and layout."""
     alike = value.shape == tensor.shape and value.dtype == tensor.dtype
     return alike and value.device == tensor.device and value.layout is tensor.layout
 
 
 def make_once(round_cache: Cache, key: str, make: Callable[[], T]) -> T:
-    """Result of ``make()``, computed once a round.
+    """Return the result of ``make()``, computed once a round.
 
     For declarations that need a network to be built.
     """
@@ -84,7 +87,7 @@ def make_once(round_cache: Cache, key: str, make: Callable[[], T]) -> T:
 
 
 def needs_something(declared: Declaration) -> bool:
-    """Whether the declaration has a required entry, so that an empty upload does not fit."""
+    """Return whether the declaration has a required entry, so that an empty upload does not fit."""
     return any(needs_something(entry) if isinstance(entry, Mapping) else not isinstance(entry, Maybe)
                for entry in declared.values())  # fmt: skip
 
@@ -180,7 +183,7 @@ def _number(came: object, due: Number, name: str) -> Iterator[str]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite.
+    """Return whether no element is NaN or infinite.
 
     One pass that writes nothing, unless the sum overflows.
     """

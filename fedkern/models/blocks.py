@@ -26,12 +26,15 @@ CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {
 
 
 class OwnBlock(nn.Sequential):
-    """A block of a user's network; its input has the strides that the network's has."""
+    """A block of a user's network.
+
+    Its input has the strides that the network's has.
+    """
 
     own = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies the layers one after another."""
+        """Apply the layers one after another."""
         return super().forward(x if isinstance(x, fx.Proxy) else plain_strides(x))
 
 
@@ -54,7 +57,7 @@ class BlockNetwork(nn.Module):
 
     @autocasts
     def features(self, x: Tensor) -> Tensor:
-        """The last block's result ``[B, d]`` on images ``[B, C, H, W]``."""
+        """Return the last block's result ``[B, d]`` on images ``[B, C, H, W]``."""
         for block in self.blocks:
             x = block(x)
         return full(x)
@@ -95,7 +98,7 @@ class BlockNetwork(nn.Module):
 
 
 def _explain(block: nn.Module, shape: tuple[int, ...]) -> str:
-    """The reason for the error if the block's first layer takes another number of channels; else empty."""
+    """Return the reason for the error if the block's first layer takes another number of channels; else empty."""
     layer = next(module for module in block.modules() if not any(True for _ in module.children()))
     if isinstance(layer, nn.Conv2d) and len(shape) == 3 and layer.in_channels != shape[0]:
         return f", as its first layer takes {layer.in_channels} channels"
@@ -105,12 +108,12 @@ def _explain(block: nn.Module, shape: tuple[int, ...]) -> str:
 
 
 def channels(shape: Sequence[int]) -> int:
-    """The channels of a block's result: last axis of features and tokens, first of a map."""
+    """Return the channels of a block's result: last axis of features and tokens, first of a map."""
     return shape[0] if len(shape) == 3 else shape[-1]
 
 
 def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
-    """Raises UserError if blocks of one level differ in the shape they give, so that they cannot be fused."""
+    """Raise UserError if blocks of one level differ in the shape they give, so that they cannot be fused."""
     for k, shapes in enumerate(interfaces):
         for level, (shape, expected) in enumerate(zip(shapes, interfaces[0], strict=True), start=1):
             if shape != expected:
@@ -122,7 +125,7 @@ def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
 
 
 def layers(model: StagedNetwork) -> list[nn.Module]:
-    """The smallest parts of a network that cutting keeps whole, in order, without the average pooling.
+    """Return the smallest parts of a network that cutting keeps whole, in order, without the average pooling.
 
     Such a part is a composite module of a stage (a residual block, a transformer layer), or a run of plain layers (a
     stem, a stage without blocks).
@@ -147,7 +150,7 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
 
 
 def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
-    """The layers behind which ``model`` is cut into ``blocks`` blocks.
+    """Return the layers behind which ``model`` is cut into ``blocks`` blocks.
 
     The pooling counts as the last layer.
 

@@ -38,7 +38,7 @@ class Counted:
 
 @contextmanager
 def count_flops(module: nn.Module | None) -> Iterator[Counted]:
-    """Counts the operations inside it.
+    """Count the operations inside it.
 
     What it yields has them at its end.
 

@@ -47,7 +47,9 @@ class Pool(nn.Module):
 def make_adaptor(
     kind: AdaptorKind, shape: Sequence[int], branches: int, *, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """The adaptor between a level of ``branches`` blocks, each giving ``shape``, and a block that takes ``shape``.
+    """Return the adaptor between a level of ``branches`` blocks and the next block.
+
+    Each of them gives ``shape``, and so does the adaptor.
 
     ``"cnn1x1"`` is a 1x1 convolution with bias (for tokens and features a linear layer over their channels) of
     M c^2 + c parameters.  ``"avg"`` and ``"sum"`` have no parameters.
@@ -176,7 +178,7 @@ class FusedNetwork(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> FusedNetwork:
-        """Does nothing: the levels are frozen."""
+        """Do nothing: the levels are frozen."""
         return self
 
     def normalise_by_batch(self) -> None:
@@ -184,7 +186,7 @@ class FusedNetwork(nn.Module):
         super().train(True)
 
     def run_levels(self, x: Tensor) -> Tensor:
-        """The last level's results on images ``[B, C, H, W]``, side by side."""
+        """Return the last level's results on images ``[B, C, H, W]``, side by side."""
         for level in self.levels:
             x = level(x)
         return x
@@ -197,7 +199,7 @@ class FusedNetwork(nn.Module):
         return parts.mean(1) if self.final == "mean" else parts.sum(1)
 
     def features(self, x: Tensor) -> Tensor:
-        """The features that the classifier reads (:meth:`fuse`), of images ``[B, C, H, W]``."""
+        """Return the features that the classifier reads (:meth:`fuse`), of images ``[B, C, H, W]``."""
         return self.fuse(full(self.run_levels(x)))
 
     def forward(self, x: Tensor) -> Tensor:

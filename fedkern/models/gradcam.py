@@ -15,7 +15,7 @@ SMALLEST_MAP = 7
 
 
 def gradcam_stage(model: StagedNetwork, images: Tensor) -> str:
-    """Returns the stage whose map Grad-CAM weighs for images ``[B, C, H, W]`` of this size.
+    """Return the stage whose map Grad-CAM weighs for images ``[B, C, H, W]`` of this size.
 
     This is the last stage with a map of at least 7x7 positions, the size in the paper (``layer4`` of a ResNet-18 at 224
     pixels).  Small images have coarser last maps, so an earlier stage is taken (``layer2`` of the small CNN at 32
@@ -37,7 +37,7 @@ def gradcam_stage(model: StagedNetwork, images: Tensor) -> str:
 
 
 def grad_cam(model: StagedNetwork, images: Tensor, *, stage: str | None = None) -> tuple[Tensor, Tensor]:
-    """Computes the class activation map of every image's predicted class, in eval mode.
+    """Compute the class activation map of every image's predicted class, in eval mode.
 
     The model's state and gradients stay as they are.
 
@@ -81,7 +81,7 @@ def grad_cam(model: StagedNetwork, images: Tensor, *, stage: str | None = None) 
 
 
 def mass_inside(cam: Tensor, masks: Tensor) -> Tensor:
-    """Returns the share of each map's mass that lies on the object.
+    """Return the share of each map's mass that lies on the object.
 
     Args:
         cam: non-negative maps ``[B, H, W]``.

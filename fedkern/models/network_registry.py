@@ -68,7 +68,7 @@ class ModelEntry:
 
 
 def _any_size(make: Callable[..., Network]) -> Callable[..., Network]:
-    """Wraps the ``make`` of a network whose first layers are the same for images of any size."""
+    """Wrap the ``make`` of a network whose first layers are the same for images of any size."""
 
     def make_without_stem(*, stem: Stem, **settings: Any) -> Network:
         return make(**settings)
@@ -82,7 +82,7 @@ _resnet8, _resnet10, _resnet18 = (partial(ResNet, blocks) for blocks in ((1, 1, 
 
 
 def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
-    """Wraps ``make`` to give the same network with group norm (Wu and He, arXiv 1803.08494) in place of batch norm.
+    """Wrap ``make`` to give the same network with group norm (Wu and He, arXiv 1803.08494) in place of batch norm.
 
     Samples of a batch are then independent, which per-sample gradients need.  A layer has at most 32 groups, of at
     least four channels each.
@@ -141,7 +141,7 @@ F = TypeVar("F", bound=Callable[..., nn.Module])
 
 
 def register_model(name: str) -> Callable[[F], F]:
-    """Decorates a class or function that makes a network, so that ``--model NAME`` and ``RunConfig.make`` know it.
+    """Decorate a class or function that makes a network, so that ``--model NAME`` and ``RunConfig.make`` know it.
 
     It is called with those of the arguments ``classes``, ``channels``, ``image_size``, ``width`` and ``seed`` that its
     signature has, and returns an ``nn.Module`` with logits ``[B, classes]`` (``[B, classes, H, W]`` for segmentation).
@@ -190,7 +190,10 @@ def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
 
 
 def list_added(settings: str) -> tuple[ModelEntry, ...]:
-    """The entries of ``MODELS`` that somebody added or replaced, and whose name is part of the text ``settings``."""
+    """Return the entries of ``MODELS`` that somebody added or replaced.
+
+    Their names are part of the text ``settings``.
+    """
     entries = [entry for name, entry in MODELS.items() if entry is not _SHIPPED.get(name) and name in settings]
     # First those whose file another process runs: the file may define the others.
     return tuple(sorted(entries, key=lambda entry: not isinstance(entry.make, Own) or entry.make.named is None))
@@ -212,7 +215,7 @@ def unknown(name: str, title: str | None = None) -> str:
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Gives every parameter and buffer of ``module`` its starting value, drawing from ``generator`` alone.
+    """Give every parameter and buffer of ``module`` its starting value, drawing from ``generator`` alone.
 
     Convolutions are normal with variance 2 / fan_out, counted within a group (He et al., arXiv 1502.01852).  Linear
     layers are uniform in ±1 / sqrt(fan_in), and norms are the identity.  A layer of another type with parameters needs
@@ -250,7 +253,7 @@ def build(
     width: int | None = None,
     sides: Sequence[int] | None = None,
 ) -> Any:
-    """Builds a network with float32 parameters on the CPU.
+    """Build a network with float32 parameters on the CPU.
 
     The global random generators are neither read nor moved.
 
@@ -300,7 +303,9 @@ def build_any(
     name: str, *, classes: int, width: int | None, seed: int | torch.Generator, head: str | None, raw: bool,
     inputs: str,
 ) -> Any:  # fmt: skip
-    """Builds a user's network for samples of any kind, see :func:`build` and `fedkern.models.users.user_models.ItemNetwork`.
+    """Build a user's network for samples of any kind.
+
+    See :func:`build` and `ItemNetwork`.
 
     ``inputs`` are those of a sample, in words.
 
@@ -318,7 +323,7 @@ def build_any(
 
 
 def _word(seed: int | torch.Generator) -> int:
-    """The first word of a generator, or of a run's stream of initial weights.
+    """Return the first word of a generator, or of a run's stream of initial weights.
 
     Torch takes seeds of 64 bits.
     """
@@ -328,7 +333,7 @@ def _word(seed: int | torch.Generator) -> int:
 
 
 def check_gives(model: str, needed: str, data: str, where: str) -> None:
-    """Raises UserError where a network does not give what the data need, with the names of the networks that do.
+    """Raise UserError where a network does not give what the data need, with the names of the networks that do.
 
     Args:
         model: the network's name; a name that is not in ``MODELS`` passes.

@@ -30,12 +30,12 @@ class _Optimiser:
         self._parameters = list(parameters)
 
     def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters that have a gradient, and their gradients."""
+        """Return the parameters that have a gradient, and their gradients."""
         pairs = [(p, p.grad) for p in self._parameters if p.grad is not None]
         return [p for p, _ in pairs], [gradient for _, gradient in pairs]
 
     def zero_grad(self) -> None:
-        """Sets all gradients to None."""
+        """Set all gradients to None."""
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -64,7 +64,7 @@ class SGD(_Optimiser):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves the parameters against their gradients, which stay as they are."""
+        """Move the parameters against their gradients, which stay as they are."""
         parameters, gradients = self._with_gradients()
         if not parameters:
             return
@@ -110,7 +110,7 @@ class Adam(_Optimiser):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves the parameters against their gradients, which stay as they are."""
+        """Move the parameters against their gradients, which stay as they are."""
         parameters, gradients = self._with_gradients()
         if not parameters:
             return

@@ -46,7 +46,7 @@ def computing(precision: str) -> Iterator[None]:
 
 
 def lower() -> torch.dtype | None:
-    """The reduced dtype that networks compute in now.
+    """Return the reduced dtype that networks compute in now.
 
     None in fp32.
     """
@@ -54,7 +54,7 @@ def lower() -> torch.dtype | None:
 
 
 def autocasts(method: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a network's method to compute in the current precision, on its first argument's or its own device."""
+    """Decorate a network's method to compute in the current precision, on its first argument's or its own device."""
 
     @functools.wraps(method)
     def run(*args: P.args, **named: P.kwargs) -> T:
@@ -78,7 +78,7 @@ def autocast_on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def full(x: Tensor) -> Tensor:
-    """A network's output as fp32."""
+    """Return a network's output as fp32."""
     return x if _dtype.get() is None else x.float()
 
 
@@ -103,7 +103,10 @@ def frozen(module: N) -> N:
 
 
 def trunk(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Casts ``module`` to ``dtype`` in place and returns ``module``; batch norms stay fp32, for their statistics."""
+    """Casts ``module`` to ``dtype`` in place and returns ``module``.
+
+    Batch norms stay fp32, for their statistics.
+    """
     for layer in module.modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
             for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):

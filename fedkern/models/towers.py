@@ -74,11 +74,11 @@ class PairNetwork(nn.Module):
         return self.text_encoder(tokens)
 
     def project_image(self, sequence: Tensor) -> Tensor:
-        """Maps the output of :meth:`encode_image` to unit vectors ``[B, 128]``."""
+        """Map the output of :meth:`encode_image` to unit vectors ``[B, 128]``."""
         return _unit(self.image_head(self.image_align.first(sequence)))
 
     def project_text(self, sequence: Tensor, mask: Tensor) -> Tensor:
-        """Maps the output of :meth:`encode_text` and the tokens' mask bool ``[B, L]`` to unit vectors ``[B, 128]``."""
+        """Map the output of :meth:`encode_text` and the tokens' mask bool ``[B, L]`` to unit vectors ``[B, 128]``."""
         return _unit(self.text_head(self.text_align.first(sequence, mask)))
 
     def image_embedding(self, images: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class PairNetwork(nn.Module):
         return self.project_text(self.encode_text(tokens), tokens.mask)
 
     def forward(self, images: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The unit vectors ``[B, 128]`` of images and of their texts."""
+        """Return the unit vectors ``[B, 128]`` of images and of their texts."""
         return self.image_embedding(images), self.text_embedding(tokens)
 
 
@@ -132,7 +132,7 @@ def build_pair(
     longest: int = LONGEST,
     seed: int = 0,
 ) -> PairNetwork:
-    """Builds a pair with float32 parameters on the CPU.
+    """Build a pair with float32 parameters on the CPU.
 
     The global random generators are neither read nor moved.
 
@@ -191,7 +191,7 @@ def build_pair(
 
 
 def _check_name(name: str, kind: str, names: Mapping[str, str]) -> None:
-    """Raises UserError for a name that is neither a built-in encoder nor looks like a folder."""
+    """Raise UserError for a name that is neither a built-in encoder nor looks like a folder."""
     looks_like_path = expand(name).is_dir() or name.startswith((".", "~")) or "/" in name
     if name not in names and not looks_like_path:
         raise UserError(

@@ -1,4 +1,7 @@
-"""Fast operators for federated learning, most of them differentiable; a plain PyTorch reference specifies each."""
+"""Fast operators for federated learning, most of them differentiable.
+
+A plain PyTorch reference specifies each.
+"""
 
 from fedkern.ops._aggregate.accumulator import Accumulator
 from fedkern.ops._aggregate.clipping import clip_and_noise, clip_by_norm

@@ -56,7 +56,10 @@ class Slot(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """Where a tensor of a flat module must be found; integers (``place`` None) may be replaced by others."""
+    """Where a tensor of a flat module must be found.
+
+    Integers (``place`` None) may be replaced by others.
+    """
 
     owner: nn.Module
     key: str
@@ -69,7 +72,9 @@ class Expected(NamedTuple):
 
 
 class FlatParameters:
-    """Moves the parameters and floating buffers of ``module`` into one vector per dtype; they become views into it.
+    """Moves the parameters and floating buffers of ``module`` into one vector per dtype.
+
+    They become views into it.
 
     The tensors stay the same objects (optimisers and hooks keep working) with the same shapes and strides: a
     channels-last weight is still channels-last.  The vector holds each tensor's elements in memory order, so that two
@@ -139,7 +144,10 @@ class FlatParameters:
         self.flatten()
 
     def flatten(self) -> FlatParameters:
-        """Flattens the module (again), with the values it has now, into new vectors; returns ``self``."""
+        """Flattens the module (again), with the values it has now, into new vectors.
+
+        Returns ``self``.
+        """
         if torch.compiler.is_compiling() or functorch_active():
             raise RuntimeError(
                 "FlatParameters moves memory and cannot be used under torch.compile or a torch.func transform"
@@ -216,13 +224,16 @@ class FlatParameters:
 
     @property
     def integers(self) -> Tensor:
-        """All integer and boolean parameters and buffers (``num_batches_tracked``) as one int64 vector; a copy."""
+        """All integer and boolean parameters and buffers (``num_batches_tracked``) as one int64 vector.
+
+        A copy.
+        """
         self.check()
         tensors = [self._live(entry).detach().reshape(-1).to(torch.int64) for entry in self._integers]
         return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
 
     def load(self, vector: Tensor) -> None:
-        """Copies ``vector [N]`` (any floating dtype, device or stride; complex for a complex module) into the module.
+        """Copy ``vector [N]`` (any floating dtype, device or stride; complex for a complex module) into the module.
 
         Raises:
             TypeError, ValueError: the vector's type or shape is wrong.
@@ -242,7 +253,7 @@ class FlatParameters:
             self._load_integers(vectors["integers"])
 
     def load_integers(self, vector: Tensor) -> None:
-        """Writes the values of :attr:`integers`, ``int64 [R]``, back into the module's integer buffers.
+        """Write the values of :attr:`integers`, ``int64 [R]``, back into the module's integer buffers.
 
         Raises:
             TypeError, ValueError: the vector's type or shape is wrong.
@@ -267,7 +278,9 @@ class FlatParameters:
                 tensor.copy_(part.view(tensor.shape))
 
     def copy_(self, other: FlatParameters) -> FlatParameters:
-        """Copies every value of another flat module of the same layout, integer buffers included; returns ``self``.
+        """Copy every value of another flat module of the same layout, integer buffers included.
+
+        Returns ``self``.
 
         Raises:
             TypeError: ``other`` is no FlatParameters.
@@ -289,7 +302,7 @@ class FlatParameters:
         return self
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]:
-        """Returns (name, dtype, shape, strides, offset) of every tensor: what client and server must agree on."""
+        """Return (name, dtype, shape, strides, offset) of every tensor: what client and server must agree on."""
         self.check()
         return [
             (slot.name, dtype, tuple(slot.tensor.shape), slot.stride, slot.offset)
@@ -298,7 +311,7 @@ class FlatParameters:
         ]
 
     def places(self) -> dict[str, dict[str, slice]]:
-        """Returns where each tensor lies in its vector, by the vector's name.
+        """Return where each tensor lies in its vector, by the vector's name.
 
         :attr:`integers` is one of these.
 
@@ -319,7 +332,7 @@ class FlatParameters:
         return slices
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """Returns name → view into ``vector [N]`` (or ``[P]``: parameters alone), shaped as the module's tensors.
+        """Return name → view into ``vector [N]`` (or ``[P]``: parameters alone), shaped as the module's tensors.
 
         Differentiable, for ``torch.func.functional_call(module, flat.views(vector), inputs)``.  Where ``vector``
         requires grad and the module has batch norm, give it ``[P]``: torch refuses running statistics that require
@@ -343,7 +356,7 @@ class FlatParameters:
         }
 
     def gradients(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns one vector ``[P]`` that the ``.grad`` of every parameter in :attr:`parameters` views.
+        """Return one vector ``[P]`` that the ``.grad`` of every parameter in :attr:`parameters` views.
 
         For optimisers that work on flat vectors, as ``sgd_step``.
 
@@ -408,7 +421,7 @@ class FlatParameters:
         return self._stray() is None
 
     def check(self) -> None:
-        """Raises RuntimeError naming the first tensor that left the vectors, or was frozen or unfrozen."""
+        """Raise RuntimeError naming the first tensor that left the vectors, or was frozen or unfrozen."""
         change = self._stray()
         if change is not None:
             raise RuntimeError(
@@ -474,7 +487,7 @@ class FlatParameters:
         return tensor if current is None else current
 
     def _stray(self) -> str | None:
-        """What happened to the first tensor that is not where :meth:`flatten` would put it, or None."""
+        """Return what happened to the first tensor that is not where :meth:`flatten` would put it, or None."""
         if torch.compiler.is_compiling():  # which knows no addresses
             return None
         # Relative to the vectors, whose storage may be freed and reallocated.
@@ -510,7 +523,7 @@ def _describe_change(name: str) -> str:
 
 
 def _check_values(vector: Tensor, name: str) -> None:
-    """Raises TypeError for a tensor that is not dense, ValueError for one on the meta device."""
+    """Raise TypeError for a tensor that is not dense, ValueError for one on the meta device."""
     check_dense(vector, name)
     if vector.is_meta:
         raise ValueError(f"{name} must have values, and a tensor on the meta device has none")
@@ -523,7 +536,7 @@ def _expect(entry: Entry, slot: Slot | None) -> Expected:
 
 
 def _check_personal(slots: list[Slot]) -> None:
-    """Raises ValueError if two parameters lie at the same place."""
+    """Raise ValueError if two parameters lie at the same place."""
     names: dict[int, str] = {}
     for slot in slots:
         if slot.tensor.numel() and names.setdefault(slot.offset, slot.name) != slot.name:
@@ -564,7 +577,7 @@ class _StateDictHooks(OrderedDict[int, Any]):
 
 
 def separate_storages(module: nn.Module, state: dict[str, object], prefix: str, _metadata: object) -> None:
-    """Gives the module's tensors in a state dict storages of their own over the same memory.
+    """Give the module's tensors in a state dict storages of their own over the same memory.
 
     Tied ones share one.
     """
@@ -595,7 +608,7 @@ def separate_storages(module: nn.Module, state: dict[str, object], prefix: str, 
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Entry]:
-    """Yields (owner, attribute, qualified name, tensor, is parameter).
+    """Yield (owner, attribute, qualified name, tensor, is parameter).
 
     A shared tensor once, under its first name.
     """
@@ -634,7 +647,7 @@ def _check_tensors(entries: list[Entry]) -> None:
 
 
 def _flatten_group(entries: list[Entry], mixed: bool, personal: Collection[str]) -> tuple[FlatGroup, list[Slot]]:
-    """Moves parameters and buffers into a vector.
+    """Move parameters and buffers into a vector.
 
     Frozen parameters behind the trained ones if ``mixed``.
     """
@@ -689,12 +702,12 @@ def _flatten_group(entries: list[Entry], mixed: bool, personal: Collection[str])
 
 
 def _view_of(flat: Tensor, slot: Slot) -> Tensor:
-    """The slot's piece of ``flat``, in the slot's shape and strides."""
+    """Return the slot's piece of ``flat``, in the slot's shape and strides."""
     return flat[slot.offset : slot.offset + slot.tensor.numel()].as_strided(slot.tensor.shape, slot.stride)
 
 
 def _shape_piece(piece: Tensor, slot: Slot) -> Tensor:
-    """A piece of a vector in the slot's shape and strides, by differentiable views that vmap supports."""
+    """Return a piece of a vector in the slot's shape and strides, by differentiable views that vmap supports."""
     order = sorted(range(slot.tensor.dim()), key=lambda axis: (-slot.stride[axis], -slot.tensor.shape[axis]))
     in_memory = piece.view([slot.tensor.shape[axis] for axis in order])
     back = sorted(range(len(order)), key=lambda position: order[position])

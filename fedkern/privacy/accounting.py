@@ -109,7 +109,7 @@ class Accountant:
         rows.append(entry)
 
     def epsilon(self, delta: float, channel: str | None = None) -> float:
-        """The epsilon at ``delta`` of all channels together, or of one.
+        """Return the epsilon at ``delta`` of all channels together, or of one.
 
         Infinite where a release had no noise.
 
@@ -124,12 +124,12 @@ class Accountant:
         )
 
     def figure(self, delta: float) -> Figure:
-        """The epsilon of all channels together and of each alone."""
+        """Return the epsilon of all channels together and of each alone."""
         return Figure(self.epsilon(delta), delta, {name: self.epsilon(delta, name) for name in self._entries})
 
 
 def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: float) -> float:
-    """The smallest noise, to a thousandth, with which a client's releases stay within ``(epsilon, delta)``.
+    """Return the smallest noise, to a thousandth, with which a client's releases stay within ``(epsilon, delta)``.
 
     Args:
         account: books everything that the client will release, given the noise; more noise must not give a larger

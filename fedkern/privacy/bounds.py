@@ -61,12 +61,16 @@ Entries = tuple[Entry, ...]
 
 
 def need_accounting() -> ModuleType:
-    """The module ``dp_accounting``; raises UserError where it is not installed."""
+    """Return the module ``dp_accounting``.
+
+    Raises:
+        UserError: it is not installed.
+    """
     return import_extra("Privacy accounting needs dp-accounting", "privacy", "dp_accounting", "dp_accounting.rdp")
 
 
 def bound_replaced(entries: Entries, delta: float) -> float:
-    """The epsilon of all releases at ``delta``, one record replaced.
+    """Return the epsilon of all releases at ``delta``, one record replaced.
 
     Infinite where a release has no noise.
 
@@ -96,7 +100,7 @@ def bound_replaced(entries: Entries, delta: float) -> float:
 
 
 def added_or_removed(entries: Entries, delta: float) -> float:
-    """The epsilon of DP-SGD by RDP, one record added or removed, as libraries quote it.
+    """Return the epsilon of DP-SGD by RDP, one record added or removed, as libraries quote it.
 
     Raises:
         UserError: dp-accounting is not installed.
@@ -108,7 +112,7 @@ def added_or_removed(entries: Entries, delta: float) -> float:
 
 
 def _together(unsampled: Entries, sampled: Entries, delta: float) -> float:
-    """The epsilon of releases of all data and Poisson-sampled releases together."""
+    """Return the epsilon of releases of all data and Poisson-sampled releases together."""
     if not sampled:
         return _exact(unsampled, delta)
     bounds = [_losses(unsampled, sampled, delta)]
@@ -120,7 +124,7 @@ def _together(unsampled: Entries, sampled: Entries, delta: float) -> float:
 
 
 def _exact(unsampled: Entries, delta: float) -> float:
-    """The epsilon of Gaussian releases of noise z_i, which are together one of noise (sum of z_i^-2)^-1/2."""
+    """Return the epsilon of Gaussian releases of noise z_i, which are together one of noise (sum of z_i^-2)^-1/2."""
     if not unsampled:
         return 0.0
     noise = math.fsum(entry.steps / entry.noise**2 for entry in unsampled) ** -0.5
@@ -128,7 +132,7 @@ def _exact(unsampled: Entries, delta: float) -> float:
 
 
 def _losses(unsampled: Entries, sampled: Entries, delta: float) -> float:
-    """The epsilon by PLD.
+    """Return the epsilon by PLD.
 
     Infinite where PLD is not tried, or does not support the releases under this relation.
     """
@@ -144,7 +148,7 @@ def _losses(unsampled: Entries, sampled: Entries, delta: float) -> float:
 
 @functools.lru_cache(maxsize=16)
 def _distribution(unsampled: Entries, sampled: Entries, width: float) -> Any:
-    """The library's accountant of these releases, or None where it does not support them."""
+    """Return the library's accountant of these releases, or None where it does not support them."""
     dp = need_accounting()
     import dp_accounting.pld
 
@@ -173,7 +177,9 @@ def _rdp(entries: Entries, relation: str, delta: float) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _curve(entry: Entry, relation: str) -> tuple[Any, Any]:
-    """The library's orders, and the Renyi divergences of one release at these orders, which add up over releases.
+    """Return the library's orders, and the Renyi divergences of one release at them.
+
+    Divergences add up over releases.
 
     Cached: a curve takes tenths of a second, an epsilon no time.
     """
@@ -196,7 +202,7 @@ def _curve(entry: Entry, relation: str) -> tuple[Any, Any]:
 
 
 def _hop(sampled: Entries, delta: float) -> float:
-    """The epsilon of DP-SGD, one record replaced: one removal and one addition lead to the neighbour."""
+    """Return the epsilon of DP-SGD, one record replaced: one removal and one addition lead to the neighbour."""
 
     def fits(logarithm: float) -> bool:
         inner = added_or_removed(sampled, math.exp(logarithm))

@@ -47,11 +47,11 @@ class ClientLevel:
     delta: float
 
     def factor(self, norm: float) -> float:
-        """The factor in (0, 1] on an update of this norm."""
+        """Return the factor in (0, 1] on an update of this norm."""
         return min(1.0, self.clip / norm) if norm else 1.0
 
     def deviation(self, clients: int) -> float:
-        """Standard deviation of the noise on every entry of the mean over ``clients`` clients."""
+        """Return the standard deviation of the noise on every entry of the mean over ``clients`` clients."""
         return self.noise * self.clip / clients
 
     def epsilon(self, releases: int, *, drawn: int = 1, of: int = 1) -> float:
@@ -80,13 +80,16 @@ class ClientLevel:
 
 
 def keep_variances(new: Tensor, old: Tensor) -> None:
-    """Raises running variances ``new`` fp ``[n]``, in place, to at least a tenth of ``old`` fp ``[n]``."""
+    """Raise running variances ``new`` fp ``[n]``, in place, to at least a tenth of ``old`` fp ``[n]``."""
     torch.maximum(new, old.to(new.dtype) * LEAST_VARIANCE, out=new)
 
 
 @dataclass(frozen=True)
 class ClientGuarantee(Guarantee):
-    """The guarantee of a run with client-level differential privacy; ``planned``: epsilon of all planned ``rounds``."""
+    """The guarantee of a run with client-level differential privacy.
+
+    ``planned``: epsilon of all planned ``rounds``.
+    """
 
     unit: Unit = CLIENT
     planned: float = math.inf
@@ -101,7 +104,7 @@ class ClientGuarantee(Guarantee):
         return "when the whole data set of one client is replaced"
 
     def to_dict(self) -> dict[str, object]:
-        """The releases as for every guarantee, and the planned figure."""
+        """Return the releases as for every guarantee, and the planned figure."""
         return {
             **super().to_dict(), "unit": self.unit.name, self.figure: self.planned, "delta": self.delta,
             "rounds": self.rounds,

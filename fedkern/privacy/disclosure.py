@@ -38,7 +38,7 @@ class Disclosure:
 
     @classmethod
     def of(cls, records: str | None, guarantee: Guarantee | None) -> Disclosure:
-        """The rules for a value of ``--records``, where ``guarantee`` is the run's privacy guarantee."""
+        """Return the rules for a value of ``--records``, where ``guarantee`` is the run's privacy guarantee."""
         if records != "private":
             return cls()
         covered = guarantee is not None and guarantee.complete
@@ -49,19 +49,19 @@ class Disclosure:
         )
 
     def oracle_metrics(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
-        """The figures of ``Method.oracle_metrics`` that may be told, on any test set."""
+        """Return the figures of ``Method.oracle_metrics`` that may be told, on any test set."""
         if self.derived_figures is None:
             return dict(figures)
         names = {prefix + name for prefix in prefixes for name in self.derived_figures}
         return {name: value for name, value in figures.items() if name in names}
 
     def filter_entries(self, entries: Mapping[str, tuple[About, T]]) -> dict[str, T]:
-        """The entries that may be told, by name, of those that parts of the run have written."""
+        """Return the entries that may be told, by name, of those that parts of the run have written."""
         withheld = {About.RUN: False, About.SERVER: not self.server, About.CLIENTS: not self.clients}
         return {name: value for name, (about, value) in entries.items() if not withheld[about]}
 
     def client(self, info: Mapping[str, T]) -> dict[str, T]:
-        """A client's report.
+        """Return a client's report.
 
         Empty where nothing of it may be told.
         """

@@ -46,12 +46,16 @@ class DPSGD:
 
 
 def need_opacus() -> ModuleType:
-    """The package ``opacus``; raises UserError where it is not installed."""
+    """Return the package ``opacus``.
+
+    Raises:
+        UserError: it is not installed.
+    """
     return import_extra("Training with DP-SGD needs opacus", "privacy", "opacus", "opacus.optimizers")
 
 
 def check_network(module: nn.Module, name: str) -> None:
-    """Checks that a network, which the user calls ``name``, has per-sample gradients.
+    """Check that a network, which the user calls ``name``, has per-sample gradients.
 
     Raises:
         UserError: the network has batch norm or other layers that keep statistics, or layers that opacus has instead
@@ -89,7 +93,7 @@ def private_steps(
     batch: float,
     generator: torch.Generator,
 ) -> Iterator[Any]:
-    """opacus's optimiser around ``optimizer``: after a backward pass of a batch's mean loss, ``step()`` is private.
+    """Run Opacus's optimiser around ``optimizer``: after a backward pass of a mean loss, ``step()`` is private.
 
     Args:
         module: the network; opacus's hooks on it are removed at the end.
@@ -120,7 +124,7 @@ def private_steps(
 
 
 def _optimizer(optimizer: torch.optim.Optimizer, deviation: float, **settings: object) -> Any:
-    """opacus's optimiser with noise drawn in fp64.
+    """Opacus's optimiser with noise drawn in fp64.
 
     opacus draws in the gradients' fp32.  There torch's Box-Muller transform on the CPU has too few bits for the radius,
     so that the noise has no tail beyond a limit:
@@ -152,7 +156,7 @@ def stream_name(purpose: str, secret: str) -> str:
 
 
 def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bool) -> torch.Generator:
-    """A torch generator on ``device`` whose state follows from a stream with a key of 128 bits.
+    """Return a torch generator on ``device`` whose state follows from a stream with a key of 128 bits.
 
     Neither torch's Mersenne twister nor its Philox is a cryptographic generator.
 
@@ -178,7 +182,7 @@ def _plain(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Te
 
 
 def check_rows(module: nn.Module, samples: int) -> None:
-    """Checks that every parameter got one gradient per sample, after the backward pass of a batch of ``samples``.
+    """Check that every parameter got one gradient per sample, after the backward pass of a batch of ``samples``.
 
     Raises:
         UserError: it did not.  A network that folds patches into the batch axis gives one per patch: each of them is
@@ -207,7 +211,7 @@ def keep_finite(module: nn.Module) -> None:
 
 
 def sum_patients(module: nn.Module, patients: np.ndarray) -> None:
-    """Sums the gradients of each patient's samples after a backward pass.
+    """Sum the gradients of each patient's samples after a backward pass.
 
     Rows of ``grad_sample`` become patients.
 
@@ -223,7 +227,7 @@ def sum_patients(module: nn.Module, patients: np.ndarray) -> None:
 
 
 def empty_batch(module: nn.Module) -> None:
-    """Takes the place of the backward pass for a batch without samples: its step is noise alone."""
+    """Take the place of the backward pass for a batch without samples: its step is noise alone."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]

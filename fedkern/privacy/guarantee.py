@@ -25,7 +25,9 @@ RECORDS = "records"
 
 @dataclass(frozen=True)
 class Guarantee:
-    """The releases of a client that are covered and those that are not; the figures come from the clients' ledgers.
+    """The releases of a client that are covered and those that are not.
+
+    The figures come from the clients' ledgers.
 
     Attributes:
         delta: the delta at which epsilon is reported.
@@ -55,7 +57,7 @@ class Guarantee:
 
     @property
     def complete(self) -> bool:
-        """Whether everything that a client releases is covered."""
+        """Return whether everything that a client releases is covered."""
         return not self.leaves
 
     @property
@@ -69,7 +71,7 @@ class Guarantee:
         return f"the largest of any client when one of its {self.unit} is replaced"
 
     def with_records(self) -> Guarantee:
-        """The guarantee of a run that records figures of single clients, which no noise covers."""
+        """Return the guarantee of a run that records figures of single clients, which no noise covers."""
         return replace(self, leaves={**self.leaves, RECORDS: "what the records tell of single clients"})
 
     def to_dict(self) -> dict[str, object]:
@@ -90,7 +92,7 @@ class Guarantee:
         return f"{figure} at delta {self.delta:g}, {self.neighbour}{holds} {covers}{leaves}{remark}."
 
     def warning(self) -> str:
-        """The warning before a run whose guarantee is not :attr:`complete`."""
+        """Return the warning before a run whose guarantee is not :attr:`complete`."""
         covered = listed(tuple(self.covers.values())) if self.covers else "nothing"
         advice = f"; {self.advice}" if self.advice else ""
         return (

@@ -38,7 +38,7 @@ class NoiseKey(NamedTuple):
 
 
 def noise_key(secret: bytes, client: int, channel: str, release: int) -> NoiseKey:
-    """The key of a client's release.
+    """Return the key of a client's release.
 
     Args:
         secret: 16 bytes that nobody else knows.

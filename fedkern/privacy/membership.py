@@ -51,12 +51,12 @@ class Attack:
     other_groups: int
 
     def to_dict(self) -> dict[str, float | None]:
-        """The attributes by name."""
+        """Return the attributes by name."""
         return asdict(self)
 
 
 def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, Tensor] | None = None) -> Attack:
-    """The attack from the losses of records that were trained on and of records that were not.
+    """Return the attack from the losses of records that were trained on and of records that were not.
 
     The interval of the area takes, on each side, the wider limit of two intervals:
 
@@ -123,7 +123,10 @@ def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others
 
 
 def _score_limit(auc: float, edge: float, z: float, members: float, others: float) -> float:
-    """The area between ``auc`` and ``edge``, 0 or 1, from which ``auc`` is z standard errors (Hanley-McNeil) away."""
+    """Return the area that is z standard errors (Hanley-McNeil) away from ``auc``.
+
+    It lies between ``auc`` and ``edge``, 0 or 1.
+    """
     near, far = auc, edge
     more = (members + others) / 2 - 1
     for _ in range(60):
@@ -137,7 +140,7 @@ def _score_limit(auc: float, edge: float, z: float, members: float, others: floa
 
 
 def _clopper_pearson(share: float, count: float) -> tuple[float, float]:
-    """The exact binomial interval (Biometrika 1934) of a share of ``count`` records."""
+    """Return the exact binomial interval (Biometrika 1934) of a share of ``count`` records."""
     from scipy.special import betaincinv
 
     hits, tail = share * count, (1 - CONFIDENCE) / 2
@@ -146,7 +149,7 @@ def _clopper_pearson(share: float, count: float) -> tuple[float, float]:
 
 
 def _owners(groups: tuple[Tensor, Tensor], members: int, others: int) -> tuple[np.ndarray, np.ndarray]:
-    """The group numbers of members and of others, counted from 0."""
+    """Return the group numbers of members and of others, counted from 0."""
     for group, count, name in zip(groups, (members, others), ("members", "others"), strict=True):
         if tuple(group.shape) != (count,) or group.is_floating_point():
             raise ValueError(f"groups must be integers [{count}] for the {name}, not {group.dtype} {list(group.shape)}")

@@ -30,7 +30,7 @@ def draw(folder: Path) -> str:
 
 
 def read(folder: Path) -> str:
-    """The secret that :func:`draw` has written.
+    """Return the secret that :func:`draw` has written.
 
     Raises UserError where the file is missing or damaged.
     """
@@ -48,7 +48,7 @@ def read(folder: Path) -> str:
 
 
 def load_or_create(folder: Path, *, begun: bool) -> str:
-    """The secret of a run whose checkpoints are in ``folder``, drawn where the run has not ``begun``.
+    """Return the secret of a run whose checkpoints are in ``folder``, drawn where the run has not ``begun``.
 
     Raises:
         UserError: see :func:`read`.

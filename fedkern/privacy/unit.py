@@ -21,14 +21,14 @@ class Unit:
     images: int = 1
 
     def __str__(self) -> str:
-        """The units in words, after "one of its"."""
+        """Return the units in words, after "one of its"."""
         if self.name == "image":
             return "images"
         return f"patients (each with at most {self.images} image{'s' * (self.images != 1)})"
 
     @property
     def change(self) -> str:
-        """What neighbouring data sets differ in, as a clause."""
+        """Return what neighbouring data sets differ in, as a clause."""
         by_client = self.name == "client"
         return "the whole data set of one is replaced" if by_client else f"one of a client's {self} is replaced"
 

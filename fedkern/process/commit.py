@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def commit(package: Path = PACKAGE) -> str:
-    """The short hash that setup.py noted in an installed package, or that of the checkout around ``package``.
+    """Return the short hash that setup.py noted in an installed package, or that of the checkout around ``package``.
 
     Returns:
         The hash, with "-dirty" where files differ from the commit; "" where nobody knows.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device.
+    """Return the tensor on the device.
 
     The host does not wait for the device's earlier work.
 
@@ -47,7 +47,7 @@ def wait_for_stream(device: torch.device) -> None:
 
 
 def fetch(tensor: Tensor) -> Tensor:
-    """The tensor in the host's memory.
+    """Return the tensor in the host's memory.
 
     As it is where it is there already.
     """

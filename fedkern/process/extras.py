@@ -15,7 +15,7 @@ PACKAGES = {"foundation": "transformers", "flower": "'flwr>=1.26,<2'", "privacy"
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra, or a package that is in none.
+    """Return the command that installs an extra, or a package that is in none.
 
     No package index has fedkern, so the extra can be named in a checkout alone; its packages can anywhere.
     """
@@ -26,7 +26,7 @@ def install(extra: str) -> str:
 
 
 def import_extra(purpose: str, extra: str, *modules: str) -> ModuleType:
-    """The first of the modules, all of which are imported.
+    """Return the first of the modules, all of which are imported.
 
     Raises:
         UserError: a module is not installed; ``what`` says what needs it, and the rest how to install ``extra``.

@@ -12,7 +12,7 @@ from fedkern.process.interrupts import whole_process
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Keeps the garbage collector off while the block imports modules, and from what was imported ever after.
+    """Keep the garbage collector off while the block imports modules, and from what was imported ever after.
 
     The collector would look through objects that stay, several times: a quarter of what the imports of torch and
     fedkern take.  At exit it leaves out what is there by then.  In a process that goes on after a command, such as a

@@ -17,7 +17,10 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: as after Ctrl-C, no work is completed and the last checkpoint stays; exit code 143."""
+    """SIGTERM arrived: as after Ctrl-C, no work is completed and the last checkpoint stays.
+
+    Exit code 143.
+    """
 
 
 class Handler:
@@ -46,13 +49,13 @@ _current: Handler | None = None
 
 
 def check() -> None:
-    """Raises the pending exception of a signal, in case the exception was lost where the signal arrived."""
+    """Raise the pending exception of a signal, in case the exception was lost where the signal arrived."""
     if _current is not None and _current.pending is not None:
         raise _current.pending
 
 
 def mark_ended() -> None:
-    """Marks the work that a signal interrupted as ended.
+    """Mark the work that a signal interrupted as ended.
 
     Further signals are ignored.
     """
@@ -72,7 +75,7 @@ def whole_process() -> bool:
 
 
 def _is_handled(exception: BaseException) -> bool:
-    """Whether an except or finally block, or a context manager, is currently handling ``exception``."""
+    """Return whether an except or finally block, or a context manager, is currently handling ``exception``."""
     at, seen = sys.exception(), set[int]()
     while at is not None and id(at) not in seen:
         if at is exception:

@@ -14,7 +14,7 @@ JOB = "TORCHELASTIC_RUN_ID"
 
 
 def _started_by_launcher() -> bool:
-    """Whether the parent has PyTorch loaded and has set torchrun's variables itself.
+    """Return whether the parent has PyTorch loaded and has set torchrun's variables itself.
 
     True where no system tells.
 

@@ -37,12 +37,12 @@ class _Lossy(io.FileIO):
 
 
 def has_lost_output() -> bool:
-    """Whether a part of what this process has printed on standard output could not be written."""
+    """Return whether a part of what this process has printed on standard output could not be written."""
     return 1 in _lost
 
 
 def open_closed() -> None:
-    """Opens the null device where a standard stream is closed, as daemons have them.
+    """Open the null device where a standard stream is closed, as daemons have them.
 
     A file that is opened later would otherwise get the stream's number, and what libraries print would go into it.
     """
@@ -95,7 +95,7 @@ def results_alone() -> Iterator[None]:
 
 
 def put(result: object) -> None:
-    """Prints a command's result on standard output: a text as it is, anything else as JSON."""
+    """Print a command's result on standard output: a text as it is, anything else as JSON."""
     import json
 
     text = result if isinstance(result, str) else json.dumps(result, indent=2, allow_nan=False)

@@ -95,7 +95,7 @@ def current_gpu(device: str) -> Iterator[None]:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Runs with ``count`` CPU threads and restores the caller's number.  The number changes the bits of a run."""
+    """Run with ``count`` CPU threads and restore the caller's number.  The number changes the bits of a run."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -105,7 +105,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def modes() -> dict[str, Any]:
-    """The process-wide settings of PyTorch that change bits, and that a run takes over from its caller."""
+    """Return the process-wide settings of PyTorch that change bits, and that a run takes over from its caller."""
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -114,7 +114,7 @@ def modes() -> dict[str, Any]:
 
 
 def set_modes(settings: dict[str, Any]) -> None:
-    """Sets the process-wide settings that :func:`modes` returned in another process."""
+    """Set the process-wide settings that :func:`modes` returned in another process."""
     current = modes()
     if (current["deterministic"], current["warn_only"]) != (settings["deterministic"], settings["warn_only"]):
         # Called only for a change: the call imports torch's compiler, which takes a second.

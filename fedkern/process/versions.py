@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def kernels() -> dict[str, str]:
-    """The kernels that, beside the versions, determine the bits of a run.
+    """Return the kernels that, beside the versions, determine the bits of a run.
 
     * ``backend``: the forced backend, or "auto".
     * ``isa``: ISA level of the CPU core, or "none" where there is no core.

@@ -61,7 +61,7 @@ def cpuinfo(path: Path) -> dict[str, str]:
 
 
 def processor() -> dict[str, object]:
-    """The CPU: ``name``, ``cores``, and the ISA levels of fedkern's compiled core.
+    """Return the CPU: ``name``, ``cores``, and the ISA levels of fedkern's compiled core.
 
     The levels are ``available``, ``active`` and ``forced`` (None if not forced).  If the compiled core cannot be used,
     ``problem`` says why, instead of ``available`` and ``active``.
@@ -97,7 +97,10 @@ def cuda_core() -> str:
 
 
 def threads() -> dict[str, object]:
-    """Number of PyTorch's threads, which fedkern's compiled core uses too, and the settings that limit them."""
+    """Return the number of PyTorch's threads and the settings that limit them.
+
+    fedkern's compiled core uses them too.
+    """
     import torch
 
     return {
@@ -168,7 +171,7 @@ def collect_report() -> dict[str, Any]:
 
 
 def print_report(console: Console, report: dict[str, Any] | None = None) -> None:
-    """Prints the report: versions, processor, threads, GPU, and the backends that serve each operator."""
+    """Print the report: versions, processor, threads, GPU, and the backends that serve each operator."""
     report = collect_report() if report is None else report
     facts = TerminalTable(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")

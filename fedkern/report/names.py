@@ -14,7 +14,7 @@ TITLE, TICK, CELL = 100, 24, 200
 
 
 def label(name: object, limit: int = TICK) -> str:
-    """A name as a text in a picture.
+    """Return a name as a text in a picture.
 
     :func:`fedkern.report.figures.plots.save_png` prevents parsing it as a formula.
     """
@@ -22,7 +22,7 @@ def label(name: object, limit: int = TICK) -> str:
 
 
 def capitalize(text: str) -> str:
-    """A text that begins with a capital letter."""
+    """Return a text that begins with a capital letter."""
     return text[:1].upper() + text[1:]
 
 
@@ -33,10 +33,13 @@ def entry(name: object, limit: int = TICK) -> str:
 
 
 def literal_text(name: object, style: str = "", limit: int = CELL) -> Text:
-    """A name as literal text in a table: in a plain string rich reads ``[red]`` as a colour, ``:dog:`` as an emoji."""
+    """Return a name as literal text in a table.
+
+    In a plain string rich reads ``[red]`` as a colour, ``:dog:`` as an emoji.
+    """
     return Text(printable_name(str(name), limit), style=style)
 
 
 def print_line(console: Console, text: str) -> None:
-    """Prints a line with names in it literally and in full length."""
+    """Print a line with names in it literally and in full length."""
     console.print(literal_text(text, limit=sys.maxsize), soft_wrap=True)

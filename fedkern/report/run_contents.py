@@ -83,13 +83,13 @@ class Contents:
         return split_metric(name, self.facts.tests)
 
     def client(self, k: str) -> str:
-        """A client's name, or "client" with its number."""
+        """Return a client's name, or "client" with its number."""
         names = None if self.facts.statistics is None else self.facts.statistics.names
         return names[int(k)] if names is not None and int(k) < len(names) else f"client {k}"
 
 
 def read_run_folder(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents:
-    """Reads a run folder.
+    """Read a run folder.
 
     Args:
         run_dir: the run folder.
@@ -141,7 +141,7 @@ def constant_figures(
     confusion: Confusions | None,
     classes: int,
 ) -> dict[str, float]:
-    """The main figures in records that need no learning, such as those of predicting one class everywhere.
+    """Return the main figures in records that need no learning, such as those of predicting one class everywhere.
 
     Those without a known constant are left out.  ``known`` are constants by test set, of data whose counts may be told.
     The records have the numbers of candidates in retrieval.

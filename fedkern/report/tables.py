@@ -53,7 +53,7 @@ def human_time(seconds: float) -> str:
 
 
 def in_unit(value: float | None, unit: str) -> str:
-    """A value as text.
+    """Return a value as text.
 
     None, and what is not finite, is a dash.
 
@@ -126,7 +126,7 @@ def describe_epsilon(private: Mapping[str, Any]) -> str:
 def figures_table(
     title: str, metrics: Mapping[str, float], sets: Collection[str], main: str, *, by_name: bool = False
 ) -> Table:
-    """A row for each figure and a column for each test set that has figures.
+    """Return a row for each figure and a column for each test set that has figures.
 
     The validation set's are no results.
 
@@ -145,7 +145,9 @@ def figures_table(
 
 
 def final_table(summary: Summary, main: str) -> Table:
-    """The closing table of a run's ``summary.json``: figures by test set, the ``main`` one first, then bytes and time.
+    """Return the closing table of a run's ``summary.json``.
+
+    Figures come by test set, the ``main`` one first, then bytes and times.
 
     The validation set serves to choose settings.  Its figures are no results and are not shown.
     """
@@ -252,7 +254,9 @@ def partition_table(statistics: PartitionStatistics, limit: int = CLIENTS) -> Ta
 
 
 def own_tests_table(summary: Summary, main: str) -> Table:
-    """The ``main`` figure and a few more of the first clients on their own test sets, or their parts of the run's.
+    """Return the ``main`` figure and a few more of the first clients.
+
+    They are on the clients' own test sets, or on their parts of the run's.
 
     evaluation.csv lists all clients.
     """
@@ -271,7 +275,7 @@ def own_tests_table(summary: Summary, main: str) -> Table:
 
 
 def interval_texts(row: Row) -> list[str]:
-    """The ends of an interval (`fedkern.engine.figures.intervals`) in words, and the numbers that it rests on."""
+    """Return the ends of an interval in words, and the numbers that it rests on."""
     unit = row["unit"]
     counts = {unit: row["units"], "samples": row["samples"]}
     ends = f"none: {'too few' if row['units'] < LEAST else 'equal'} {unit}"
@@ -281,7 +285,10 @@ def interval_texts(row: Row) -> list[str]:
 
 
 def intervals_tables(rows: Sequence[Row], limit: int = CLIENTS) -> list[Table]:
-    """The table of intervals, those on test sets before those of clients, in a list that is empty without any."""
+    """Return the table of intervals in a list that is empty without any.
+
+    Intervals on test sets come before those of clients.
+    """
     texts = []
     for row in rows[:limit]:
         name, client = set_title(row["set"]), label(row.get("client", ""))
@@ -292,7 +299,7 @@ def intervals_tables(rows: Sequence[Row], limit: int = CLIENTS) -> list[Table]:
 
 
 def worst_client_line(summary: Summary) -> str:
-    """The client with the worst figure on its own test set, as a sentence.
+    """Return the client with the worst figure on its own test set, as a sentence.
 
     Empty where there is none.
     """
@@ -305,7 +312,7 @@ def worst_client_line(summary: Summary) -> str:
 
 
 def attack_table(attack: Mapping[str, Any], name: str) -> Table:
-    """The table of what `fedkern.downstream.membership_attack.attack` found about the run ``name``."""
+    """Return the table of what `fedkern.downstream.membership_attack.attack` found about the run ``name``."""
     unit, groups = attack["independent"], (attack["member_groups"], attack["other_groups"])
     interval = f"none: too few {unit}s" if attack["low"] is None else f"{attack['low']:.3f} to {attack['high']:.3f}"
     rows = {
@@ -327,7 +334,7 @@ def attack_table(attack: Mapping[str, Any], name: str) -> Table:
 
 
 def downstream_table(result: Mapping[str, Any]) -> Table:
-    """The table of a downstream task's figures, with a row for each test set.
+    """Return the table of a downstream task's figures, with a row for each test set.
 
     Fractions are shown in per cent.
     """

@@ -50,7 +50,9 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
     @classmethod
     def read(cls, values: Mapping[str, object], *, stored: bool = False) -> Values:
-        """Values, words among them, in the types of their settings; those that are not ``stored`` with absolute paths.
+        """Values, words among them, in the types of their settings.
+
+        Those that are not ``stored`` with absolute paths.
 
         Raises:
             UserError: a value of the wrong type, out of range or empty.
@@ -65,7 +67,9 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Self:
-        """The settings with these values of all that have no default; what follows from others is filled in.
+        """Return the settings with these values of all that have no default.
+
+        What follows from others is filled in.
 
         Raises:
             UserError: an unknown method, a value of the wrong type or out of range, or settings that do not fit.
@@ -93,7 +97,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         plugins: Iterable[str] | Mapping[str, str] = (),
         **settings: Any,
     ) -> Self:
-        """Makes the settings of a run: the given ones, and for the rest the method's defaults on the data set.
+        """Make the settings of a run: the given ones, and for the rest the method's defaults on the data set.
 
         Args:
             method: a registered method.
@@ -173,11 +177,17 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
     @classmethod
     def names(cls) -> set[str]:
-        """Names of the settings in a config file; a run stores all but those of `UNSTORED`."""
+        """Names of the settings in a config file.
+
+        A run stores all but those of `UNSTORED`.
+        """
         return {f.name for f in dataclasses.fields(cls)} - {"unset", "asked", "common"}
 
     def to_dict(self) -> Values:
-        """Plain values; settings that are ``None``, and those of `UNSTORED`, are left out."""
+        """Plain values.
+
+        Settings that are ``None``, and those of `UNSTORED`, are left out.
+        """
         names = self.names() - set(UNSTORED)
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
         tables = {name: table.pop(name) for name in ("options", "data_options", "plugins", "identity")}
@@ -187,7 +197,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         return {name: value for name, value in table.items() if value is not None}
 
     def to_publish(self) -> Values:
-        """What may be published of :meth:`to_dict`: with private records, hashes and sizes of data are left out.
+        """Return what may be published of :meth:`to_dict`: with private records, hashes and sizes of data are left out.
 
         Whoever guesses the last unknown label could otherwise check the guess.  Checkpoints keep them.
         """
@@ -211,7 +221,9 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
                 check_text(value, f"the setting {name}")
 
     def for_user(self, names: Collection[str]) -> Self:
-        """Return the settings with the names of those that the user gave; a run refuses one without effect.
+        """Return the settings with the names of those that the user gave.
+
+        A run refuses one without effect.
 
         Args:
             names: a stored run or a config file of one names all settings, and is not meant.
@@ -225,14 +237,17 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         return self.replace(asked=frozenset(names))
 
     def not_default(self) -> frozenset[str]:
-        """Return the names of the settings that are not at their defaults; none of data that only a script has."""
+        """Return the names of the settings that are not at their defaults.
+
+        None of data that only a script has.
+        """
         with suppress(UserError):
             usual = {field.name: field.default for field in dataclasses.fields(self)} | defaults(self.method, self.data)
             return frozenset(name for name in self.names() if getattr(self, name) != usual[name])
         return frozenset()
 
     def check_code(self, folder: str | os.PathLike[str], trusted: Collection[str]) -> None:
-        """Raises UserError where the settings of a run folder name code that is not ``trusted``.
+        """Raise UserError where the settings of a run folder name code that is not ``trusted``.
 
         A run folder is data and may come from anyone.
         """
@@ -248,7 +263,9 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         return [*pairs, *([(f"--model {shlex.quote(self.model)}", self.model)] if is_code else [])]
 
     def differences(self, stored: RunConfig) -> list[str]:
-        """Differences from a stored run, as ``name: stored -> now``; empty where there are none.
+        """Differences from a stored run, as ``name: stored -> now``.
+
+        Empty where there are none.
 
         Not compared are:
 
@@ -273,7 +290,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
 
 def flat(table: Mapping[str, object]) -> Values:
-    """Settings by name, those of a table such as ``options`` as ``options.NAME``."""
+    """Return the settings by name, those of a table such as ``options`` as ``options.NAME``."""
     result: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, Mapping):

@@ -82,7 +82,10 @@ class DataSettings(Section):
                 raise UserError(f"Data option {name} has no effect without {parent}: give that too, or leave it out.")
 
     def replace(self, **settings: Any) -> Self:
-        """A copy with some settings changed, which are then no longer left open; nothing is converted or checked."""
+        """Return a copy with some settings changed, which are then no longer left open.
+
+        Nothing is converted or checked.
+        """
         copy = dataclasses.replace(self, **{"unset": self.unset - set(settings), **settings})
         if {"method", "options"}.isdisjoint(settings):
             vars(copy).update({name: vars(self)[name] for name in OF_METHOD if name in vars(self)})

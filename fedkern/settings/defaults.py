@@ -129,12 +129,14 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
 
 
 def default_data(method: str) -> str:
-    """The data set that a method runs on when none is named."""
+    """Return the data set that a method runs on when none is named."""
     return str(METHOD.get(method, {}).get("data", COMMON["data"]))
 
 
 def defaults(method: str, data: str) -> dict[str, Any]:
-    """The default settings of a run of ``method`` on ``data``; ``options`` are the method options that differ.
+    """Return the default settings of a run of ``method`` on ``data``.
+
+    ``options`` are the method options that differ.
 
     Raises:
         UserError: an unknown data set.

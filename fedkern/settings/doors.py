@@ -46,7 +46,7 @@ def key_words() -> Iterator[None]:
 
 
 def to_python_words(sentence: str) -> str:
-    """A sentence for the command line in Python's words."""
+    """Return a sentence for the command line in Python's words."""
     return _FLAG.sub(_argument, _COMPARED.sub(r"fedkern.compare(METHOD, \1)", _SAID.sub(r"\1", sentence)))
 
 
@@ -83,7 +83,7 @@ def is_data_option(name: str) -> bool:
 
 
 def _is_value(flag: str, word: str) -> bool:
-    """Whether the word behind a flag is its value: a number, a placeholder, a path, or one of the choices."""
+    """Return whether the word behind a flag is its value: a number, a placeholder, a path, or one of the choices."""
     named: dict[str, Collection[Any]] = {"data": DATASETS, "model": MODELS}
     choices = named.get(flag) or next(
         (entry.choices for entry in RunConfig.declared() if entry.label == f"--{flag}"), None

@@ -56,7 +56,7 @@ class ExecutionSettings(FederationSettings):
             raise UserError(f'--workers must be auto, or a number in [1, {MOST_WORKERS}], not "{self.workers}".')
 
     def with_client_threads(self) -> Self:
-        """The settings with ``client_threads`` filled in, which depends on how many clients the data have."""
+        """Return the settings with ``client_threads`` filled in, which depends on how many clients the data have."""
         if self.client_threads:
             return self
         return self.replace(client_threads=max(1, self.threads // self.clients_of_a_round))

@@ -38,7 +38,11 @@ _TARGET = re.compile(r"\s*([A-Za-z]\w*)\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[
 
 
 def stop_target(text: str) -> tuple[str, str, float]:
-    """The figure, ``>=`` or ``<=``, and the value of ``--stop-at``; raises UserError where it is something else."""
+    """Return the figure, ``>=`` or ``<=``, and the value of ``--stop-at``.
+
+    Raises:
+        UserError: it is something else.
+    """
     if (match := _TARGET.fullmatch(text)) is None:
         raise UserError(f'--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as accuracy>=0.9, not "{text}".')
     return match[1], match[2], float(match[3])
@@ -132,7 +136,7 @@ class FederationSettings(DataSettings):
             self._check_asynchronous()
 
     def _check_asynchronous(self) -> None:
-        """Raises UserError where the method cannot take stale uploads, or a step needs more clients than there are."""
+        """Raise UserError where the method cannot take stale uploads, or a step needs more clients than there are."""
         if not (self.kind.asynchronous and self.method_instance.averages):
             able = ", ".join(name for name, kind in method_registry.METHODS.items() if kind.asynchronous)
             silent = self.kind.asynchronous is None or self.method_instance.averages is None
@@ -149,7 +153,7 @@ class FederationSettings(DataSettings):
             )
 
     def check_whole_rounds(self, name: str, given: bool) -> None:
-        """Raises UserError where ``--asynchronous`` forbids a setting, which is about rounds that end for all."""
+        """Raise UserError where ``--asynchronous`` forbids a setting, which is about rounds that end for all."""
         if given and self.asynchronous is not None:
             raise UserError(
                 f"{name} is about rounds that all their clients begin and end, and --asynchronous has none: leave one "
@@ -157,7 +161,7 @@ class FederationSettings(DataSettings):
             )
 
     def check_able(self, able: bool | None, deed: str, *names: str) -> None:
-        """Raises UserError for settings of methods that do ``what`` where the method is not ``able`` to.
+        """Raise UserError for settings of methods that do ``what`` where the method is not ``able`` to.
 
         ``able`` is None where the method's class has hooks of its own and does not declare ``averages`` again.
         """
@@ -177,10 +181,13 @@ class FederationSettings(DataSettings):
 
     @property
     def sampled_clients(self) -> int:
-        """How many of the trained clients a round draws."""
+        """Return how many of the trained clients a round draws."""
         return max(1, math.floor(self.sample_fraction * self.trained_clients + 0.5))
 
     @property
     def clients_of_a_round(self) -> int:
-        """Number of clients in a round; 1 for a pooled method, whose single client has all data."""
+        """Number of clients in a round.
+
+        1 for a pooled method, whose single client has all data.
+        """
         return 1 if self.kind.pooled else self.sampled_clients

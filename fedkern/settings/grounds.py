@@ -52,7 +52,10 @@ def files_identity(config: RunConfig) -> dict[str, str]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or the files in a folder; of a run folder those of its checkpoints, which no report changes."""
+    """Return the file itself, or the files in a folder.
+
+    Of a run folder those of its checkpoints, which no report changes.
+    """
     if path.is_dir():
         top = path / FOLDER if (path / NAME).exists() else path
         return sorted(path for path in top.rglob("*") if path.is_file())
@@ -79,7 +82,7 @@ def other_data(mine: RunConfig, theirs: RunConfig) -> list[str]:
 
 
 def other_code(first: RunConfig, second: RunConfig) -> list[str]:
-    """Settings that name the same code or file in two runs, of which each run had another one."""
+    """Return the settings that name the same code or file in two runs, of which each run had another one."""
     one, two = settings_by_name(first), settings_by_name(second)
     mine, theirs = code_identity(first), code_identity(second)
 
@@ -93,7 +96,10 @@ def other_code(first: RunConfig, second: RunConfig) -> list[str]:
 
 
 def difference(mine: RunConfig, theirs: RunConfig) -> str:
-    """What two runs that are to be compared rest on differently, in words; empty where they do not."""
+    """Return what two runs that are to be compared rest on differently, in words.
+
+    Empty where they do not.
+    """
     parts = [f"different data ({', '.join(data)})"] if (data := other_data(mine, theirs)) else []
     code = [_in_words(name, mine) for name in other_code(mine, theirs)]
     return " and ".join([*parts, *([f"another {', '.join(code)}"] if code else [])])

@@ -15,7 +15,7 @@ _READING = ("data_root", "cache", "public_samples", "correlation")
 
 
 def check_in_memory(data: Any, model: object, settings: Mapping[str, Any]) -> None:
-    """Raises UserError where a setting would be ignored, and the user would take the result for its own.
+    """Raise UserError where a setting would be ignored, and the user would take the result for its own.
 
     Args:
         data: as the caller gives them: a name, federated data or PyTorch data sets.

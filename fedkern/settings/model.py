@@ -124,22 +124,22 @@ class ModelSettings(Section):
 
     @property
     def keeps_parts(self) -> bool:
-        """Whether every client keeps parts of the network to itself."""
+        """Return whether every client keeps parts of the network to itself."""
         return self.personal is not None or self.kind.keeps_head
 
     @property
     def own_networks(self) -> bool:
-        """Whether every client has a network of its own, by which the run is judged."""
+        """Return whether every client has a network of its own, by which the run is judged."""
         return self.keeps_parts or self.kind.own_vectors is not Method.own_vectors
 
     @property
     def statistics(self) -> bool:
-        """Whether the global network has running statistics."""
+        """Return whether the global network has running statistics."""
         return self.buffers in ("average", "pool")
 
 
 def check_networks(settings: Mapping[str, object], data: str) -> None:
-    """Raises UserError where ``settings`` choose a kind of network that the data set ``data`` does not use.
+    """Raise UserError where ``settings`` choose a kind of network that the data set ``data`` does not use.
 
     Such a setting would have no effect, and the user would take the result for that network's.
     """

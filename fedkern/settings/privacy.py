@@ -84,7 +84,7 @@ class PrivacySettings(FaultSettings, ModelSettings):
             raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
 
     def _check_client_level(self) -> None:
-        """Raises UserError where settings of client-level privacy do not fit together.
+        """Raise UserError where settings of client-level privacy do not fit together.
 
         What depends on the method's plan is checked before the run starts.
         """

@@ -49,7 +49,7 @@ def load_data(
     progress: Callable[[str], None] | None = None,
     identify: bool = False,
 ) -> FederatedData:
-    """The federated data that the settings name, before :func:`kept_data` holds samples out and adds a backdoor.
+    """Return the federated data that the settings name, before :func:`kept_data` holds samples out and adds a backdoor.
 
     Args:
         config: every setting; a detector runs on its device.
@@ -81,7 +81,7 @@ def load_data(
 
 
 def find_decided(config: RunConfig, data: FederatedData) -> Values:
-    """What the loaded data decide where nobody gave it: partition, clients, ``client_test``.
+    """Return what the loaded data decide where nobody gave it: partition, clients, ``client_test``.
 
     Own test sets that the data have stay, unless the user asks for others.
     """
@@ -98,7 +98,7 @@ def inspect_items(config: RunConfig, data: FederatedData) -> FederatedData:
 
 
 def with_images(config: RunConfig, data: FederatedData) -> FederatedData:
-    """The data, with images in place of items where method, network or augmentation need them.
+    """Return the data, with images in place of items where method, network or augmentation need them.
 
     Raises:
         UserError: see :func:`fedkern.data.sources.dataset_images.as_images`.
@@ -122,7 +122,7 @@ def with_images(config: RunConfig, data: FederatedData) -> FederatedData:
 
 
 def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
-    """The data of a run.
+    """Return the data of a run.
 
     Samples that the settings hold out (``--held-out-client``, ``--client-test``) are removed.  Where patients are the
     unit of privacy, a patient's images beyond the limit (``--patient-images``) are removed too.  With private records
@@ -146,7 +146,7 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
 def finished_data(
     config: RunConfig, out: str | Path, *, cache: str | None = None, progress: Callable[[str], None] | None = None
 ) -> FederatedData:
-    """The training data of a run in a folder, without masks of objects that would have to be found.
+    """Return the training data of a run in a folder, without masks of objects that would have to be found.
 
     Args:
         config: the run's settings.
@@ -188,7 +188,7 @@ class DataRecipe:
 
 
 def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, *, node: bool = False) -> FederatedData:
-    """The data in this machine's folder or of its function, with all training samples as those of one client.
+    """Return the data in this machine's folder or of its function, with all training samples as those of one client.
 
     On a node nothing is held out of them: no set but the server's judges the network.
     """
@@ -236,7 +236,10 @@ def effective(config: RunConfig, data: FederatedData, *, are_loaded: bool) -> Ru
 
 
 def check_data(config: RunConfig, data: FederatedData, alone: int | None = None) -> None:
-    """Raises UserError where settings, method and data do not fit; ``alone``: the only client with samples here."""
+    """Raise UserError where settings, method and data do not fit.
+
+    ``alone``: the only client with samples here.
+    """
     kind = config.kind
     if len(data.classes) == 1 and "pairs" not in data.task.offers:
         raise UserError(
@@ -288,7 +291,10 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
 
 
 def _check_varied(data: FederatedData, sets: Mapping[str, Sequence[Split]], *, blank: bool = False) -> None:
-    """Raises UserError for a set of several images that are all equal; with ``blank`` only where all pixels are."""
+    """Raise UserError for a set of several images that are all equal.
+
+    With ``blank`` only where all pixels are.
+    """
     for name, splits in sets.items() if data.form.offers else ():
         parts = (load_rows(split.images[row : row + 4]) for split in splits for row in range(0, len(split), 4))
         head, count = next(parts, None), sum(map(len, splits))
@@ -303,7 +309,7 @@ def _check_varied(data: FederatedData, sets: Mapping[str, Sequence[Split]], *, b
 
 
 def _check_pairs(config: RunConfig, data: FederatedData) -> None:
-    """Raises UserError where encoders would train on a single image-text pair: batch norm in their heads needs two."""
+    """Raise UserError where encoders would train on a single image-text pair: batch norm in their heads needs two."""
     if "pairs" not in data.task.offers:
         return
     if config.batch_size < 2:
@@ -320,7 +326,7 @@ def _check_pairs(config: RunConfig, data: FederatedData) -> None:
 
 
 def _overlaps(data: FederatedData, marks: Callable[[Split], Collection[object]]) -> str:
-    """The sets that judge the network and have marks of training samples, with their numbers, in words."""
+    """Return the sets that judge the network and have marks of training samples, with their numbers, in words."""
     splits = (*data.clients, *(() if data.public is None else (data.public,)))
     trained = {mark for split in splits for mark in marks(split)}
     sets = {f"the {set_noun(name)}": [split] for name, split in {**data.tests, "validation": data.validation}.items()}
@@ -333,7 +339,7 @@ def _overlaps(data: FederatedData, marks: Callable[[Split], Collection[object]])
 
 
 def _shared_patients(data: FederatedData) -> list[str]:
-    """A sentence on patients of training images who are also in a set that judges the network, with their numbers."""
+    """Return a sentence on patients of training images who are also in a set that judges the network."""
     noun = data.form.noun
     overlaps = _overlaps(data, lambda split: set() if split.patients is None else set(split.patients.tolist()))
     return [
@@ -343,7 +349,7 @@ def _shared_patients(data: FederatedData) -> list[str]:
 
 
 def equal_samples(data: FederatedData) -> list[str]:
-    """A sentence on training samples that are also in a set that judges the network, with their numbers."""
+    """Return a sentence on training samples that are also in a set that judges the network, with their numbers."""
     overlaps = _overlaps(data, lambda split: sample_hashes(split, data.sights))
     return [
         f"Equal {data.form.noun} are trained on and in {overlaps}, so that figures there are not those of "
@@ -364,7 +370,10 @@ def caveats(data: FederatedData) -> list[str]:
 
 
 def _unseen(classes: set[int], splits: Sequence[Split]) -> set[int]:
-    """Those of the classes that no image of the splits shows; little is read once all have been seen."""
+    """Those of the classes that no image of the splits shows.
+
+    Little is read once all have been seen.
+    """
     unseen = set(classes)
     parts = ((split.task, rows) for split in splits for part in in_parts(split.labels) for rows in part.split(64))
     for task, labels in takewhile(lambda _: unseen, parts):
@@ -373,7 +382,7 @@ def _unseen(classes: set[int], splits: Sequence[Split]) -> set[int]:
 
 
 def check_sets(data: FederatedData, plugins: Mapping[str, str]) -> None:
-    """Raises UserError where a set has no figures of its own, before the training is lost.
+    """Raise UserError where a set has no figures of its own, before the training is lost.
 
     Its name may be taken, or it may be of a segmentation and have no pixel whose class is known.
     """

@@ -19,7 +19,7 @@ FORMAT = 15
 
 
 def read_manifest(path: Path) -> State:
-    """A manifest of this format, whose entries are not checked.
+    """Return a manifest of this format, whose entries are not checked.
 
     Raises:
         OtherFormat: the manifest has another format.
@@ -31,20 +31,29 @@ def read_manifest(path: Path) -> State:
 
 
 def check_format(out: Path) -> None:
-    """Raises OtherFormat where a run folder has another format; a missing or damaged manifest says nothing."""
+    """Raise OtherFormat where a run folder has another format.
+
+    A missing or damaged manifest says nothing.
+    """
     with suppress(OSError, ValueError, KeyError, TypeError):
         read_manifest(out / FOLDER / MANIFEST)
 
 
 def stored_code(out: Path) -> dict[str, dict[str, str]]:
-    """Return the identities, by group, of the code that a script gave a run; empty where the folder has none."""
+    """Return the identities, by group, of the code that a script gave a run.
+
+    Empty where the folder has none.
+    """
     with suppress(OSError, ValueError, LookupError, TypeError):
         return read_code(read_manifest(out / FOLDER / MANIFEST)["entries"][-1]["info"])
     return {}
 
 
 def read_code(info: Any) -> dict[str, dict[str, str]]:
-    """Return the identities of code in what a checkpoint says of a run; empty where it says nothing of the kind."""
+    """Return the identities of code in what a checkpoint says of a run.
+
+    Empty where it says nothing of the kind.
+    """
     with suppress(LookupError, TypeError, AttributeError):
         tables = info["code"].items()
         return {group: {path: str(text) for path, text in table.items()} for group, table in tables}

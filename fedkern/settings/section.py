@@ -32,17 +32,17 @@ class Section(OptionTable):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def resolve(self) -> Values:
-        """Settings that follow from the others, in the place of what was given."""
+        """Return the settings that follow from the others, in the place of what was given."""
         return {}
 
     def check(self) -> None:
-        """Raises UserError where settings do not fit together, or not the method.
+        """Raise UserError where settings do not fit together, or not the method.
 
         A forbidden pair stands in the section of the setting that forbids it.
         """
 
     def find_unused(self) -> dict[str, str]:
-        """Settings that have no effect beside the others, each with why and the way out."""
+        """Return the settings that have no effect beside the others, each with why and the way out."""
         return dict.fromkeys(self.kind.ignored_settings, f"on {self.method}, whose clients train once: leave it out")
 
     @property
@@ -57,16 +57,19 @@ class Section(OptionTable):
 
     @cached_property
     def method_instance(self) -> Method:
-        """The method, to ask what it is able to; a run plays a :meth:`new_method`."""
+        """The method, to ask what it is able to.
+
+        A run plays a :meth:`new_method`.
+        """
         return self.new_method()
 
     def new_method(self) -> Method:
-        """The method, made from the options."""
+        """Return the method, made from the options."""
         return self.kind(self.method_options)
 
     def __getstate__(self) -> Values:
         return {name: value for name, value in vars(self).items() if name not in OF_METHOD}
 
     def given_flags(self, *names: str) -> Iterator[str]:
-        """The flags of those of the settings that say anything."""
+        """Return the flags of those of the settings that say anything."""
         return (flag(name) for name in names if getattr(self, name) not in ("mean", None, 0, _NEUTRAL.get(name)))

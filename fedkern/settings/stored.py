@@ -19,7 +19,7 @@ from fedkern.usercode import plugins
 
 
 def read_settings(text: str, *, source: str = NAME) -> Values:
-    """The settings named in TOML text, for ``make(**table)`` of a partial config file.
+    """Return the settings named in TOML text, for ``make(**table)`` of a partial config file.
 
     Raises:
         UserError: not TOML or an unknown key.
@@ -46,7 +46,11 @@ def read_settings(text: str, *, source: str = NAME) -> Values:
 
 
 def stored_settings(folder: str | os.PathLike[str]) -> Values:
-    """The settings named in ``config.toml`` of a run folder; raises UserError where it is missing or damaged."""
+    """Return the settings named in ``config.toml`` of a run folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     path = Path(folder) / NAME
     try:
         text = read_text(path, "utf-8-sig")
@@ -58,7 +62,9 @@ def stored_settings(folder: str | os.PathLike[str]) -> Values:
 def load_settings(
     folder: str | os.PathLike[str], *, trusted: Collection[str] = (), given: type[Method] | None = None, **replaced: Any
 ) -> RunConfig:
-    """The settings of a run folder, some of them ``replaced``; loads the run's plugins.
+    """Return the settings of a run folder, some of them ``replaced``.
+
+    Loads the run's plugins.
 
     Args:
         trusted: plugins that may be executed in any case (see :func:`fedkern.usercode.plugins.restore`), and
@@ -92,7 +98,9 @@ def make_portable(config: RunConfig, folder: str | os.PathLike[str]) -> RunConfi
 
 
 def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
-    """Loads the plugins of a run folder; does nothing where its ``config.toml`` is missing or damaged.
+    """Load the plugins of a run folder.
+
+    Does nothing where its ``config.toml`` is missing or damaged.
 
     Raises:
         UserError: see :func:`fedkern.usercode.plugins.restore`.
@@ -115,14 +123,14 @@ def _plugin_table(value: object, source: str) -> dict[str, str]:
 
 
 def check_regular(folder: str | os.PathLike[str]) -> None:
-    """Raises UserError where a run folder has a named pipe, a socket or a device: reading it might block for ever."""
+    """Raise UserError where a run folder has a named pipe, a socket or a device: reading it might block for ever."""
     for path in (*Path(folder).glob("*"), *Path(folder).glob("checkpoints/*")):
         if kind := special(path):
             raise UserError(f"{path} is {kind}, not a regular file: remove it, or put back the run's own file.")
 
 
 def check_run_folder(folder: str | os.PathLike[str]) -> None:
-    """Raises UserError where the folder is missing, holds no run, or holds anything but files and folders."""
+    """Raise UserError where the folder is missing, holds no run, or holds anything but files and folders."""
     check_regular(folder)
     if not Path(folder).exists():
         raise UserError(f"The run folder {folder} does not exist: name one that a run was written to with --out.")

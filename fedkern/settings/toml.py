@@ -8,7 +8,10 @@ from collections.abc import Mapping
 
 
 def dumps(table: Mapping[str, object]) -> str:
-    """Returns TOML text; values are strings, numbers, booleans, lists of such, and one level of sub-tables."""
+    """Return TOML text.
+
+    Values are strings, numbers, booleans, lists of such, and one level of sub-tables.
+    """
     plain = [f"{_key(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
     parts = ["\n".join(plain)]
     for key, value in table.items():
@@ -20,7 +23,7 @@ def dumps(table: Mapping[str, object]) -> str:
 
 
 def line(key: str, value: object) -> str:
-    """A line ``key = value`` of TOML."""
+    """Return a line ``key = value`` of TOML."""
     return f"{_key(key)} = {_value(value)}"
 
 

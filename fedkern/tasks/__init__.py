@@ -1,4 +1,7 @@
-"""Tasks: what a run's networks learn, how they are judged, and what of it can be shown; a file each."""
+"""Tasks: what a run's networks learn, how they are judged, and what of it can be shown.
+
+A file each.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,15 @@ TASKS: dict[str, Task] = {task.name: task for task in list(globals().values()) i
 
 
 def task_named(name: str) -> Task:
-    """The task of this name; a user's own has none here, and its network gives what the user's code makes of it."""
+    """Return the task of this name.
+
+    A user's own has none here, and its network gives what the user's code makes of it.
+    """
     return TASKS.get(name, OwnTask())
 
 
 def task_of(labels: Tensor | np.ndarray, texts: object = None, pixels: object = None, said: str = "auto") -> Task:
-    """The task of samples.
+    """Return the task of samples.
 
     Args:
         labels: ``[n]``, ``[n, L]`` for several labels a sample, or ``[n, H, W]`` for a class of every pixel.

@@ -48,7 +48,7 @@ class Classification(Task):
 
     @torch.no_grad()
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
-        """Returns ``accuracy``, ``loss`` (nats) and ``confidence``, the mean probability of the true class.
+        """Return ``accuracy``, ``loss`` (nats) and ``confidence``, the mean probability of the true class.
 
         Predictions are int64 [n], and the answers kept are the logits [n, C] on the CPU.  ``data.metrics``, where it
         exists, holds further metrics (see `registered_metrics`), whose values are added by name.

@@ -17,7 +17,7 @@ BINS = 15
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Counts int64 [C, C] of samples by true class (row) and predicted class (column).
+    """Return the counts int64 [C, C] of samples by true class (row) and predicted class (column).
 
     Args:
         labels: int64 [n] in [0, C).
@@ -27,7 +27,10 @@ def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 
 def recalls(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Share of every class's samples that are predicted as this class, fp64 [C]; NaN for a class without samples."""
+    """Share of every class's samples that are predicted as this class, fp64 [C].
+
+    NaN for a class without samples.
+    """
     right = torch.bincount(labels[labels == predicted], minlength=classes).double()
     return right / torch.bincount(labels, minlength=classes)  # 0 / 0 is NaN
 
@@ -41,7 +44,9 @@ def macro_f1(labels: Tensor, predicted: Tensor, classes: int) -> float:
 
 
 def areas(scores: Tensor, labels: Tensor) -> Tensor:
-    """The area under the ROC curve of every label, fp64 ``[L]``; NaN where all images have the label, or none has.
+    """Return the area under the ROC curve of every label, fp64 ``[L]``.
+
+    NaN where all images have the label, or none has.
 
     Args:
         scores: ``[n, L]``, larger where a label is more likely; ties count one half.  A label with a NaN has no area.
@@ -58,7 +63,7 @@ def areas(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def roc_areas(scores: Tensor, labels: Tensor) -> Tensor:
-    """The area under the ROC curve of every class against all others, fp64 [C], as :func:`areas`.
+    """Return the area under the ROC curve of every class against all others, fp64 [C], as :func:`areas`.
 
     Args:
         scores: ``[n, C]``, larger where a class is more likely.
@@ -68,13 +73,18 @@ def roc_areas(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def macro_auc(scores: Tensor, labels: Tensor) -> float:
-    """Mean of :func:`roc_areas` over the classes that have one; NaN where fewer than two classes occur."""
+    """Mean of :func:`roc_areas` over the classes that have one.
+
+    NaN where fewer than two classes occur.
+    """
     areas = [area for area in roc_areas(scores, labels).tolist() if not math.isnan(area)]
     return sum(areas) / len(areas) if areas else math.nan
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error: mean distance of confidence and accuracy over bins of confidence, in [0, 1].
+    """Return the expected calibration error, in [0, 1].
+
+    It is the mean distance of confidence and accuracy over bins of confidence.
 
     The confidence is the largest probability.  Bins are of equal width, (0, 1/B], (1/B, 2/B] and so on, and weigh as
     much as they have samples (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, arXiv 1706.04599,

@@ -56,13 +56,15 @@ def too_few(logits: Tensor, largest: int, network: str) -> str:
 
 
 def added_in_any_order(logits: Tensor) -> bool:
-    """Whether PyTorch's kernel adds a sum or mean of these pixels' losses up in another order every time."""
+    """Return whether PyTorch's kernel adds a sum or mean of these pixels' losses up in another order every time."""
     return logits.is_cuda and logits.dim() > 2
 
 
 def repeatable(loss: Callable[..., object], outputs: object) -> Callable[..., object]:
-    """PyTorch's module of the mean cross-entropy as :func:`cross_entropy` where its own sum of ``outputs`` does not
-    repeat; any other loss as it is."""
+    """Return a loss whose sum of ``outputs`` repeats.
+
+    PyTorch's module of the mean cross-entropy becomes :func:`cross_entropy` where its own sum does not repeat.
+    """
     if type(loss) is not nn.CrossEntropyLoss or loss.reduction != "mean":
         return loss
     if not (isinstance(outputs, Tensor) and added_in_any_order(outputs)):

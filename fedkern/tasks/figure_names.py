@@ -79,7 +79,9 @@ _ENDINGS = {
 
 
 def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
-    """Splits ``"ood_accuracy"`` into test set ``"ood"`` and figure ``"accuracy"``; the only test set is ``""``.
+    """Split ``"ood_accuracy"`` into test set ``"ood"`` and figure ``"accuracy"``.
+
+    The only test set is ``""``.
 
     Args:
         name: the figure's whole name.
@@ -121,7 +123,7 @@ def check_metric_names(metrics: Collection[str]) -> None:
 
 
 def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> None:
-    """Raises UserError where figures of a test set, users' ``metrics`` included, would have the names of others'."""
+    """Raise UserError where figures of a test set, users' ``metrics`` included, would have the names of others'."""
     figures = ("dice_1", *FIGURE_NAMES, *metrics)
     other_sets = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
     sets = {f"{name}_" if name else "": f"the {set_noun(name)}{'' if name else ' without a name'}" for name in names}
@@ -139,7 +141,7 @@ def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> No
 
 
 def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Collection[str] = ()) -> None:
-    """Raises UserError where a figure is a fraction of fedkern's own, and no fraction reaches the value of ``flag``.
+    """Raise UserError where a figure is a fraction of fedkern's own, and no fraction reaches the value of ``flag``.
 
     ``own`` is as in :func:`split_metric`; ``falls`` says whether a lower figure is a better one.
     """
@@ -152,19 +154,22 @@ def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Col
 
 
 def scale(name: str) -> tuple[int, str]:
-    """The factor and the unit with which a figure is shown: shares in per cent, others without a unit."""
+    """Return the factor and the unit with which a figure is shown: shares in per cent, others without a unit."""
     figure = split_metric(name)[1]
     return (100, "%") if figure.endswith(_SHARES) or figure.startswith("dice_") else (1, "")
 
 
 def number(name: str, value: float, sign: str = "") -> str:
-    """A figure's value, or with ``sign`` "+" a difference, in its unit: one decimal of a share, else three digits."""
+    """Return a figure's value in its unit, or with ``sign`` "+" a difference.
+
+    A share has one decimal, other values have three digits.
+    """
     factor, unit = scale(name)
     return f"{factor * value:{sign}{'.1f' if unit else '.3g'}}"
 
 
 def figure_title(name: str) -> str:
-    """A figure's name for people: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``.
+    """Return a figure's name for people: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``.
 
     An unknown name stays, but for what it ends in: ``"lowest_hd95"`` is ``"lowest: Hausdorff distance (95 %) ..."``.
     """
@@ -172,13 +177,13 @@ def figure_title(name: str) -> str:
 
 
 def figure_and_set(name: str, own: Collection[str] = ()) -> str:
-    """A figure's name for people with its test set: ``"accuracy, out of distribution"``."""
+    """Return a figure's name for people with its test set: ``"accuracy, out of distribution"``."""
     test_set, figure = split_metric(name, own)
     return f"{figure_title(figure)}, {set_title(test_set)}" if test_set else figure_title(figure)
 
 
 def short_title(name: str) -> str:
-    """A figure's name for a line, an axis or a column."""
+    """Return a figure's name for a line, an axis or a column."""
     return _title_of(name, {**_FIGURES, **_SHORT})
 
 
@@ -192,17 +197,23 @@ def _title_of(name: str, titles: Mapping[str, str]) -> str:
 
 
 def set_title(name: str) -> str:
-    """A test set's name for people: ``"id"`` is ``"in distribution"``; a name without a longer one stays."""
+    """Return a test set's name for people: ``"id"`` is ``"in distribution"``.
+
+    A name without a longer one stays.
+    """
     return _TEST_SETS.get(name, name)
 
 
 def short_set_title(name: str) -> str:
-    """A test set's name for a line or a column: ``"ID"``, ``"OOD"``, ``"held-out client"``."""
+    """Return a test set's name for a line or a column: ``"ID"``, ``"OOD"``, ``"held-out client"``."""
     return name.upper() if name in ("id", "ood") else set_title(name)
 
 
 def set_noun(name: str) -> str:
-    """A test set behind an article: ``"in-distribution test set"``, ``"held-out client"``, ``'test set "north"'``."""
+    """Return a test set behind an article.
+
+    Such as ``"in-distribution test set"``, ``"held-out client"``, ``'test set "north"'``.
+    """
     title = set_title(name)
     if name not in TEST_SETS:
         return f'test set "{name}"'

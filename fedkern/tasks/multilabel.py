@@ -23,7 +23,10 @@ MAIN = "macro_auroc"
 
 
 class Multilabel(Task):
-    """Several labels of a sample or none, uint8 ``[n, L]`` of 0 and 1; a logit for every label."""
+    """Several labels of a sample or none, uint8 ``[n, L]`` of 0 and 1.
+
+    A logit for every label.
+    """
 
     name, main, sampled = "multilabel", MAIN, MAIN
     target, partition = "labels", "iid"
@@ -39,7 +42,7 @@ class Multilabel(Task):
 
     @torch.no_grad()
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
-        """Returns ``loss`` (mean binary cross-entropy in nats) and the figures of `label_figures`.
+        """Return ``loss`` (mean binary cross-entropy in nats) and the figures of `label_figures`.
 
         The answers kept are the logits [n, L] on the CPU.
         """
@@ -154,7 +157,9 @@ MULTILABEL = Multilabel()
 
 
 def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Figures over all labels; one that is not defined for any label is left out.  All are NaN where a logit is.
+    """Figures over all labels.
+
+    One that is not defined for any label is left out.  All are NaN where a logit is.
 
     Args:
         logits: ``[n, L]``; a label is predicted where its logit is above 0, a probability above one half.
@@ -180,7 +185,9 @@ def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
-    """The average precision of every label, fp64 ``[L]``; NaN where no image has the label.
+    """Return the average precision of every label, fp64 ``[L]``.
+
+    NaN where no image has the label.
 
     It is the sum over thresholds of precision times the gain in recall; images with equal scores share a threshold.
 
@@ -201,6 +208,6 @@ def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def predicts_alike(logits: Tensor) -> bool:
-    """Whether every label is predicted for all images alike."""
+    """Return whether every label is predicted for all images alike."""
     predicted = logits > 0
     return bool((predicted == predicted[:1]).all())

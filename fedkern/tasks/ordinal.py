@@ -54,7 +54,10 @@ class CumulativeLink(nn.Module):
 
 
 class Ordinal(Task):
-    """Classes in an order, int64 ``[n]``; the figures count how far a prediction is off, in classes."""
+    """Classes in an order, int64 ``[n]``.
+
+    The figures count how far a prediction is off, in classes.
+    """
 
     name, main, better, sampled = "ordinal", "mae", "min", "mae"
     offers = frozenset({"loss", "criterion", "images"})
@@ -67,9 +70,9 @@ class Ordinal(Task):
 
     @torch.no_grad()
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
-        """Returns ``mae`` (mean absolute error in classes), ``kappa`` (quadratic weights; left out where all samples
-        and predictions are of one class), ``accuracy`` and ``loss`` (nats).
+        """Return ``mae`` (mean absolute error in classes), ``kappa``, ``accuracy`` and ``loss`` (nats).
 
+        ``kappa`` has quadratic weights, and is left out where all samples and predictions are of one class.
         Predictions are the likeliest classes; the answers kept are the logarithms of the probabilities, [n, K].
         """
         parts = [(outputs.double(), labels) for outputs, labels in answers(model, data)]
@@ -125,7 +128,10 @@ class Ordinal(Task):
 
 
 def quadratic_kappa(confusion: Tensor) -> float | None:
-    """Cohen's kappa with quadratic weights, as scikit-learn has it, of counts ``[K, K]``; None where it is 0 / 0."""
+    """Cohen's kappa with quadratic weights, as scikit-learn has it, of counts ``[K, K]``.
+
+    None where it is 0 / 0.
+    """
     counts = confusion.double()
     numbers = torch.arange(len(counts), device=counts.device, dtype=torch.float64)
     weights = (numbers[:, None] - numbers).square()
@@ -134,7 +140,7 @@ def quadratic_kappa(confusion: Tensor) -> float | None:
 
 
 def _errors(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """The mean absolute error of predicting each class everywhere, by the samples of every class."""
+    """Return the mean absolute error of predicting each class everywhere, by the samples of every class."""
     numbers = np.arange(len(counts))
     return np.abs(numbers[:, None] - numbers) @ counts / counts.sum()
 

@@ -48,7 +48,7 @@ class PartitionStatistics:
     def of(
         labels: Sequence[np.ndarray], classes: tuple[str, ...], partition: str, task: Task = CLASSIFICATION
     ) -> PartitionStatistics:
-        """Counts ``labels``, an array per client."""
+        """Count ``labels``, an array per client."""
         counts = np.stack([task.counts(values, len(classes)) for values in labels]).astype(np.int64)
         return PartitionStatistics(counts, classes, partition, samples=tuple(map(len, labels)))
 
@@ -66,7 +66,7 @@ class PartitionStatistics:
         return PartitionStatistics(**values)
 
     def recounted(self, splits: Sequence[Any], own_tests: Sequence[int] | None = None) -> PartitionStatistics:
-        """The same partition with the samples that the clients train on after some were set aside.
+        """Return the same partition with the samples that the clients train on after some were set aside.
 
         Args:
             splits: a `fedkern.data.Split` of every client.
@@ -81,7 +81,7 @@ class PartitionStatistics:
         return replace(self, counts=recount.counts, samples=samples, own_tests=test_sizes)
 
     def without(self, client: int, samples: int) -> PartitionStatistics:
-        """The same partition with one client held out, whose ``samples`` are a test set."""
+        """Return the same partition with one client held out, whose ``samples`` are a test set."""
         staying = [k for k in range(len(self.counts)) if k != client]
         return replace(
             self,
@@ -142,7 +142,7 @@ class PartitionStatistics:
 
     @property
     def untrained(self) -> bool:
-        """Whether the table has the column ``own test``: samples of clients that no client trains on."""
+        """Return whether the table has the column ``own test``: samples of clients that no client trains on."""
         return bool(self.own_tests) or self.held_out is not None
 
     def header(self) -> list[str]:
@@ -152,7 +152,10 @@ class PartitionStatistics:
         return ["client", *named, "samples", *(["own test"] if self.untrained else []), *skew, *self.classes]
 
     def rows(self, limit: int | None = None) -> list[list[str]]:
-        """A row of strings per client, one for a held-out client and one of totals; ``limit``: most clients listed."""
+        """Return a row of strings per client, one for a held-out client and one of totals.
+
+        ``limit``: most clients listed.
+        """
         clients = len(self.counts) if limit is None else min(limit, len(self.counts))
         tests = [*self.own_tests] or [0] * len(self.counts)
         totals = self.counts.sum(axis=0)

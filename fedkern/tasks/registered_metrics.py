@@ -27,7 +27,7 @@ class Metric:
     function: Callable[[Tensor, Tensor], float]
 
     def __call__(self, logits: Tensor, labels: Tensor) -> float:
-        """The metric's value.
+        """Return the metric's value.
 
         Raises:
             UserError: the function raises an exception, or does not return a number.
@@ -48,7 +48,7 @@ METRICS: Registry[Metric] = Registry("metric", code=lambda metric: metric.functi
 
 
 def register_metric(name: str) -> Callable[[F], F]:
-    """Decorates a metric, which every evaluation of a classification then computes on every test set.
+    """Decorate a metric, which every evaluation of a classification then compute on every test set.
 
     The function is called as ``function(logits, labels)`` with all samples of a test set, fp32 ``[n, C]`` and int64
     ``[n]`` on the CPU, and returns a number.
@@ -73,7 +73,7 @@ def register_metric(name: str) -> Callable[[F], F]:
 
 
 def metrics_of(stored: Mapping[str, str]) -> tuple[Metric, ...]:
-    """The metrics of a run: those of its plugins, and those that a script has registered itself.
+    """Return the metrics of a run: those of its plugins, and those that a script has registered itself.
 
     Args:
         stored: the run's plugins, identities by name.
@@ -95,7 +95,11 @@ class Answers:
             self._labels.append(labels.cpu())
 
     def figures(self) -> dict[str, float]:
-        """The metrics' values by name; raises UserError where a metric fails."""
+        """Return the metrics' values by name.
+
+        Raises:
+            UserError: a metric fails.
+        """
         if not self._metrics:
             return {}
         logits, labels = torch.cat(self._logits), torch.cat(self._labels)

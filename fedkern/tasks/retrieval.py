@@ -1,4 +1,7 @@
-"""Retrieval: the right text of an image, and the right image of a text; recall at k, in both directions."""
+"""Retrieval: the right text of an image, and the right image of a text.
+
+Recall at k, in both directions.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ CHUNK = 512  # queries scored at once, so that memory holds only [CHUNK, gallery
 
 
 class Retrieval(Task):
-    """Image-text pairs; a network is a pair of encoders, and the targets of a batch are the tokens of its texts."""
+    """Image-text pairs.
+
+    A network is a pair of encoders, and the targets of a batch are the tokens of its texts.
+    """
 
     name, main = "retrieval", "i2t_r1"
     target, network, pictures = "text", "pairs", ("retrieval",)
@@ -87,7 +93,10 @@ class Retrieval(Task):
         return labels[:0]
 
     def described(self, context: RunFacts) -> Description:
-        """``pair``, the arguments of ``build_pair``; a vocabulary is learnt from the clients' texts."""
+        """``pair``, the arguments of ``build_pair``.
+
+        A vocabulary is learnt from the clients' texts.
+        """
         data, config = context.data, context.config
         channels, *size = data.form.shape
         texts = (text for split in data.clients for text in split.texts or ())
@@ -161,7 +170,10 @@ class Gallery:
 
     @staticmethod
     def of(ids: Sequence[str] | None, texts: Sequence[str]) -> Gallery:
-        """Gallery of rows: rows of equal id are one image with several captions; equal texts share their images."""
+        """Gallery of rows: rows of equal id are one image with several captions.
+
+        Equal texts share their images.
+        """
         names = [str(row) for row in range(len(texts))] if ids is None else ids
         place: dict[str, int] = {}
         first_rows: list[int] = []

@@ -47,7 +47,10 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Segmentation(Task):
-    """A class of every pixel, int64 ``[n, H, W]``, negative where it is unknown; logits ``[n, C, H, W]``."""
+    """A class of every pixel, int64 ``[n, H, W]``, negative where it is unknown.
+
+    Logits ``[n, C, H, W]``.
+    """
 
     name, main, sampled = "segmentation", "dice", "dice"
     target, network, pictures = "pixels", "pixels", ("segmentation",)
@@ -114,7 +117,7 @@ class Segmentation(Task):
         return "a class for every pixel, none for an image" if classes < 3 else ""
 
     def shared_classes(self, labels: np.ndarray, classes: int) -> tuple[npt.NDArray[np.int64], int]:
-        """Where every image holds an object, no image counts as background, which is then no class."""
+        """Return where every image holds an object, no image counts as background, which is then no class."""
         has_no_background = int(labels.min(initial=1) > 0)
         return labels - has_no_background, classes - has_no_background
 
@@ -219,7 +222,10 @@ def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
 
 
 def largest_classes(labels: Tensor) -> Tensor:
-    """The object class with most pixels of every image, int64 ``[n]``; 0 where an image has no object."""
+    """Return the object class with most pixels of every image, int64 ``[n]``.
+
+    0 where an image has no object.
+    """
     top = int(labels.max()) if labels.numel() else 0
     counts = torch.stack([(labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)
     return torch.where(counts.any(1), counts.argmax(1) + 1, 0)
@@ -245,12 +251,17 @@ def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 
 def dice(counts: Tensor) -> Tensor:
-    """Mean over cases of :func:`case_dice` for every class, fp64 [C]; NaN for a class that no truth contains."""
+    """Mean over cases of :func:`case_dice` for every class, fp64 [C].
+
+    NaN for a class that no truth contains.
+    """
     return case_dice(counts).nanmean(0)
 
 
 def case_dice(counts: Tensor) -> Tensor:
-    """2 |P ∩ T| / (|P| + |T|) of every case and class, fp64 [n, C]; NaN where a case does not count for a class.
+    """2 |P ∩ T| / (|P| + |T|) of every case and class, fp64 [n, C].
+
+    NaN where a case does not count for a class.
 
     A case counts for the classes of its truth; without any object, for the classes that are predicted.
 
@@ -281,7 +292,9 @@ def constant_dice(data: SampleSet, classes: int) -> tuple[float, int]:
 
 
 def hausdorff95(predicted: Mask, truth: Mask) -> float:
-    """The 95th percentile of the surface distances between two masks of any dimension, the larger of both directions.
+    """Return the 95th percentile of the surface distances between two masks.
+
+    Masks have any dimension, and the larger of both directions counts.
 
     A mask's surface is the set of its positions with a neighbour (along an axis) outside the mask or the image.
 
@@ -324,6 +337,6 @@ def _case_rows(images: int, cases: Tensor | None) -> npt.NDArray[np.int64]:
 
 
 def _together(counts: Tensor, cases: Tensor) -> Tensor:
-    """Sums the images' counts [n, 3, C] by case."""
+    """Sum the images' counts [n, 3, C] by case."""
     names, case = torch.unique(cases.cpu(), return_inverse=True)
     return counts.new_zeros(len(names), *counts.shape[1:]).index_add_(0, case, counts)

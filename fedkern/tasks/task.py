@@ -107,7 +107,7 @@ class Task:
     # -- training --------------------------------------------------------------------------------------------------
 
     def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
-        """The loss of a batch (`fedkern.methods.protocol.Batch`), a scalar."""
+        """Return the loss of a batch (`fedkern.methods.protocol.Batch`), a scalar."""
         return self.criterion(model(batch.inputs), batch)
 
     def read_targets(self, targets: object) -> object:
@@ -115,7 +115,7 @@ class Task:
         return targets
 
     def criterion(self, outputs: Tensor, batch: TaskBatch) -> Tensor:
-        """The loss of a batch by the network's outputs, a scalar."""
+        """Return the loss of a batch by the network's outputs, a scalar."""
         raise NotImplementedError
 
     def with_loss_copied(self) -> Task:
@@ -123,11 +123,14 @@ class Task:
         return self
 
     def known(self, batch: TaskBatch) -> Tensor | int:
-        """How many targets of a batch are known: samples or, of a segmentation, pixels."""
+        """Return how many targets of a batch are known: samples or, of a segmentation, pixels."""
         return (batch.targets >= 0).sum()
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of every sample with a known target, ``[n]``; the others are left out."""
+        """Return the loss of every sample with a known target, ``[n]``.
+
+        The others are left out.
+        """
         raise NotImplementedError
 
     # -- evaluation ------------------------------------------------------------------------------------------------
@@ -147,12 +150,12 @@ class Task:
 
     @property
     def directions(self) -> dict[str, str | None]:
-        """Which values are the better ones, by figure: of the main figure, and of metrics that a user adds."""
+        """Return which values are the better ones, by figure: of the main figure, and of metrics that a user adds."""
         metrics = {name: better_values(metric) for name, metric in getattr(self, "metrics", {}).items()}
         return {**metrics, self.main: self.better}
 
     def score(self, figures: Mapping[str, float]) -> float:
-        """What networks are compared by, larger for a better one: the main figure, or else the loss."""
+        """Return what networks are compared by, larger for a better one: the main figure, or else the loss."""
         value = figures.get(self.main)
         return -figures["loss"] if value is None else value if self.better == "max" else -value
 
@@ -207,7 +210,7 @@ class Task:
         return len(data), classes
 
     def batch_size(self, size: int, positions: int) -> int:
-        """Samples of an evaluation's batch, of at most ``size``, by the number of an image's pixels."""
+        """Return the samples of an evaluation's batch, of at most ``size``, by the number of an image's pixels."""
         return size
 
     def comparable(self, sizes: Sequence[int]) -> tuple[str, ...]:
@@ -219,13 +222,16 @@ class Task:
         return True
 
     def constant(self, data: SampleSet, classes: Sequence[str]) -> Constant | None:
-        """What predicting one class everywhere gives on a set; None where there is nothing to compare."""
+        """Return what predicting one class everywhere gives on a set.
+
+        None where there is nothing to compare.
+        """
         return None
 
     def chance(
         self, data: SampleSet | None, classes: int, *, counts: Rows | None = None, candidates: float = 0.0
     ) -> float | None:
-        """The main figure that needs no learning, or None where it is not known.
+        """Return the main figure that needs no learning, or None where it is not known.
 
         Args:
             data: the set, or None where it must not be told.
@@ -235,11 +241,11 @@ class Task:
         return None
 
     def unvaried(self, data: JudgedSet) -> bool:
-        """Whether the answers that an evaluation kept are the same for all of several samples."""
+        """Return whether the answers that an evaluation kept are the same for all of several samples."""
         return False
 
     def unfit(self, split: SampleSet) -> str:
-        """What a set lacks so that it has no figures at all, such as "no pixel whose class is known"."""
+        """Return what a set lacks so that it has no figures at all, such as "no pixel whose class is known"."""
         return ""
 
     def output_bytes(
@@ -276,7 +282,7 @@ class Task:
         return labels.to(torch.int64)
 
     def check_labels(self, labels: Tensor, samples: int, sides: Sequence[int]) -> None:
-        """Raises ValueError where a split's labels have a dtype, shape or values that no label of the task has."""
+        """Raise ValueError where a split's labels have a dtype, shape or values that no label of the task has."""
         check_shape(labels, torch.int64, (samples,))
         if len(labels) and int(labels.min()) < 0:
             raise ValueError(
@@ -285,7 +291,10 @@ class Task:
             )
 
     def check_range(self, labels: Tensor, classes: int, where: str) -> None:
-        """Raises ValueError where labels are none of this many classes; ``where`` they are, in words."""
+        """Raise ValueError where labels are none of this many classes.
+
+        ``where`` they are, in words.
+        """
         if labels.dtype != torch.int64:
             raise ValueError(f"labels of {labels.dtype} in {where}, expected int64")
         wrong = {int(end) for end in labels.aminmax()} - {*range(classes)} if labels.numel() else ()
@@ -293,22 +302,28 @@ class Task:
             raise ValueError(f"the label {max(wrong)} in {where}, where the classes are 0 to {classes - 1}")
 
     def check_classes(self, names: Sequence[str], ordered: bool) -> None:
-        """Raises UserError where the classes are none for the task; ``ordered``: whether their order has a meaning."""
+        """Raise UserError where the classes are none for the task.
+
+        ``ordered``: whether their order has a meaning.
+        """
 
     def blank(self, samples: int, classes: int) -> Tensor:
         """Labels of samples of which only the number is known."""
         return torch.zeros(samples, dtype=torch.int64)
 
     def counts(self, labels: np.ndarray, classes: int) -> npt.NDArray[np.int64]:
-        """Samples of every class, int64 ``[classes]``."""
+        """Return the samples of every class, int64 ``[classes]``."""
         return np.bincount(labels, minlength=classes)
 
     def classless(self, classes: int) -> str:
-        """What samples have in the place of a class by which they could be shared out; empty where they have one."""
+        """Return what samples have in the place of a class by which they could be shared out.
+
+        Empty where they have one.
+        """
         return ""
 
     def shared_classes(self, labels: np.ndarray, classes: int) -> tuple[npt.NDArray[np.int64], int]:
-        """The class of every sample by which partitions share samples out, ``[n]``, and the number of classes."""
+        """Return the class by which partitions share samples out, ``[n]``, and the number of classes."""
         return labels, classes
 
     def kinds(self, labels: np.ndarray, rare: bool) -> npt.NDArray[np.int64]:
@@ -319,7 +334,10 @@ class Task:
         return labels
 
     def image_labels(self, labels: Tensor) -> Tensor:
-        """The label of every image, int64 ``[n]``; of several labels all, uint8 ``[n, L]``."""
+        """Return the label of every image, int64 ``[n]``.
+
+        Of several labels all, uint8 ``[n, L]``.
+        """
         return labels.reshape(len(labels))
 
     def shown_classes(self, labels: Tensor) -> Tensor:
@@ -327,7 +345,7 @@ class Task:
         return (labels.flatten().clamp(min=-1) + 1).bincount()[1:].nonzero().flatten()
 
     def label_text(self, label: Label, classes: Sequence[str]) -> str:
-        """An image's label in words."""
+        """Return an image's label in words."""
         return classes[int(label)]
 
     def both_labels(self, labels: Sequence[Label], classes: Sequence[str]) -> str:
@@ -335,26 +353,32 @@ class Task:
         return f"two labels, {' and '.join(self.label_text(label, classes) for label in labels)}"
 
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
-        """The labels where the class at position k is the class number ``places[k]`` of ``classes``."""
+        """Return the labels where the class at position k is the class number ``places[k]`` of ``classes``."""
         return torch.tensor(places)[labels]
 
     def places(self, classes: Sequence[str], network_classes: Sequence[str]) -> Sequence[int] | None:
-        """Positions of data's classes among those that a network knows; None where the data do not fit the network."""
+        """Positions of data's classes among those that a network knows.
+
+        None where the data do not fit the network.
+        """
         places = [network_classes.index(name) for name in classes if name in network_classes]
         return places if len(places) == len(classes) and len({*network_classes}) == len(network_classes) else None
 
     # -- networks --------------------------------------------------------------------------------------------------
 
     def code(self) -> dict[str, object]:
-        """Return the objects that a user gave for the task, by name; none for a task of fedkern."""
+        """Return the objects that a user gave for the task, by name.
+
+        None for a task of fedkern.
+        """
         return {} if type(self).__module__.startswith("fedkern.") else {"task": self}
 
     def described(self, context: RunFacts) -> Description:
-        """What :meth:`build` needs beside the network's name and sizes: entries of model.safetensors."""
+        """Return what :meth:`build` needs beside the network's name and sizes: entries of model.safetensors."""
         return {}
 
     def build(self, about: Description, seed: int) -> nn.Module:
-        """A freshly initialised network.
+        """Return a freshly initialised network.
 
         Args:
             about: ``model``, ``classes``, ``channels``, ``image_size`` (height, width), ``width``, and the entries of
@@ -370,11 +394,17 @@ class Task:
         return str(config.model)
 
     def vocabulary_messages(self, context: RunFacts) -> tuple[list[Words], Words] | None:
-        """Every client's message and the server's that make a vocabulary which all share; None without one."""
+        """Every client's message and the server's that make a vocabulary which all share.
+
+        None without one.
+        """
         return None
 
     def tokens(self, split: Any, tokenise: Callable[[], Callable[[Sequence[str]], Tokens]]) -> Tokens | None:
-        """The tokens of a split's texts on the CPU, by the tokeniser that ``tokenise()`` gives; None without texts."""
+        """Return the tokens of a split's texts on the CPU, by the tokeniser that ``tokenise()`` gives.
+
+        None without texts.
+        """
         return None
 
     def targets(self, labels: Tensor, tokens: Tokens | None, rows: Tensor) -> Tensor | Tokens:
@@ -382,7 +412,10 @@ class Task:
         return labels
 
     def output(self, classes: int, sides: Sequence[int]) -> tuple[int, ...]:
-        """Shape of a network's output for one sample; ``sides`` are an image's height and width."""
+        """Shape of a network's output for one sample.
+
+        ``sides`` are an image's height and width.
+        """
         return (classes,)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -390,23 +423,26 @@ class Task:
         return logits.softmax(1)
 
     def predicted(self, probabilities: Tensor, classes: Sequence[str]) -> str:
-        """The predicted class of a sample; several labels joined by ``|``."""
+        """Return the predicted class of a sample.
+
+        Several labels joined by ``|``.
+        """
         return classes[int(probabilities.argmax())]
 
     def said(self, probabilities: Tensor, classes: Sequence[str]) -> str:
-        """The answer to a sample in words, from the classes' probabilities."""
+        """Return the answer to a sample in words, from the classes' probabilities."""
         return f"{self.predicted(probabilities, classes)}  {float(probabilities.max()):.3f}"
 
 
 def check_shape(labels: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
-    """Raises ValueError where a split's labels have another dtype or shape."""
+    """Raise ValueError where a split's labels have another dtype or shape."""
     expected, actual = (f"{kind} {[*axes]}"[6:] for kind, axes in ((dtype, shape), (labels.dtype, labels.shape)))
     if actual != expected:
         raise ValueError(f"labels: expected {expected}, got {actual}")
 
 
 def answers(model: nn.Module, data: JudgedSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """A network's outputs for ``data.batches()`` with the targets, in order.
+    """Yield a network's outputs for ``data.batches()`` with the targets, in order.
 
     If ``data.pool`` is a pool of threads, several batches run at once; the outputs are the same as with one thread.
     """

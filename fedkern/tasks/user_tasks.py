@@ -36,7 +36,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def cross_entropy(outputs: object, targets: Tensor) -> Tensor:
-    """The loss of whole-number targets where nobody gives one."""
+    """Return the loss of whole-number targets where nobody gives one."""
     classes = targets.long() if targets.dtype in INTEGERS else targets
     return mean_cross_entropy(find_logits(outputs), classes)
 
@@ -176,7 +176,7 @@ class OwnTask(Task):
         return value
 
     def _place_loss(self, function: Callable[..., object], arguments: tuple[object, ...]) -> Callable[..., object]:
-        """A loss that is a module with tensors (weights of classes) on the device of what it is given."""
+        """Return a loss that is a module with tensors (weights of classes) on the device of what it is given."""
         if not isinstance(function, nn.Module):
             return function
         weight = next(iter(function.state_dict().values()), None)
@@ -392,7 +392,7 @@ def check_metrics(metrics: object) -> None:
 
 
 def inner(model: nn.Module) -> nn.Module:
-    """The user's own module."""
+    """Return the user's own module."""
     wrapper: Any = model
     return wrapper.module if getattr(model, "own", False) is True else model
 

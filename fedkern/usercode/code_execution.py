@@ -50,13 +50,13 @@ def explain_errors(name: str, code: object) -> Iterator[None]:
 
 
 def module_name(file: str, source: bytes) -> str:
-    """The name in ``sys.modules`` of a file with a content, the same in every process."""
+    """Return the name in ``sys.modules`` of a file with a content, the same in every process."""
     digits = (hashlib.sha256(text).hexdigest()[:8] for text in (file.encode(), source))
     return "_".join(("fedkern_file", re.sub(r"[^0-9A-Za-z]", "_", Path(file).stem), *digits))
 
 
 def run(module: str, file: str = "", source: bytes = b"") -> ModuleType:
-    """Imports a module; or executes the ``source`` of a file, whatever the file holds by now, once under that name.
+    """Import a module; or execute the ``source`` of a file, whatever the file holds by now, once under that name.
 
     Raises:
         Exception, SystemExit: whatever the code raises.

@@ -111,7 +111,10 @@ def identity_table(
 
 
 def digest(table: Mapping[str, str]) -> str:
-    """Return the SHA-256 of a table in hexadecimal; "" for an empty table."""
+    """Return the SHA-256 of a table in hexadecimal.
+
+    "" for an empty table.
+    """
     text = "\n".join(f"{path}\0{table[path]}" for path in sorted(table))
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() if table else ""
 
@@ -581,7 +584,9 @@ def _code_hash(code: CodeType) -> str:
 
 
 def _package(module: str, kind: type | None = None) -> str | None:
-    """Return the name and version of the installed package of a module; None for a module of the user.
+    """Return the name and version of the installed package of a module.
+
+    None for a module of the user.
 
     That of Python, torch and fedkern is "".
 
@@ -672,7 +677,9 @@ def content_hash(content: bytes) -> str:
 
 
 def content(path: str | Path, what: str = "") -> bytes:
-    """Return the content of a file of code; ``what`` names it in the error, by default as one that a plugin imports.
+    """Return the content of a file of code.
+
+    ``what`` names it in the error, by default as one that a plugin imports.
 
     Raises:
         UserError: the file cannot be read.

@@ -22,7 +22,10 @@ INSTANCE = "module:"
 
 @dataclass(frozen=True)
 class Named:
-    """The name of a class or function in a Python file, by its absolute path, or in a module; the other one is ""."""
+    """The name of a class or function in a Python file, by its absolute path, or in a module.
+
+    The other one is "".
+    """
 
     name: str
     file: str = ""
@@ -33,7 +36,10 @@ class Named:
 
 
 def parse(text: str) -> Named | None:
-    """The class or function that ``text`` names; None where the text has neither form."""
+    """Return the class or function that ``text`` names.
+
+    None where the text has neither form.
+    """
     place, _, name = text.rpartition(":")
     if not name.isidentifier() or text.startswith(INSTANCE):
         return None
@@ -43,13 +49,19 @@ def parse(text: str) -> Named | None:
 
 
 def absolute(text: str) -> str:
-    """The same text with an absolute path; a text that names no file is returned unchanged."""
+    """Return the same text with an absolute path.
+
+    A text that names no file is returned unchanged.
+    """
     named = parse(text)
     return text if named is None else str(named)
 
 
 def short(text: str) -> str:
-    """The name alone of code, for titles and names of files; a text that names none is returned unchanged."""
+    """Return the name alone of code, for titles and names of files.
+
+    A text that names none is returned unchanged.
+    """
     named = parse(text)
     return text if named is None else named.name
 
@@ -63,7 +75,7 @@ def again(text: object, stored: str, *others: Any) -> bool:
 
 
 def trusts(trusted: Iterable[str], code: str) -> bool:
-    """Whether the user has named code, in whatever way it spells the path."""
+    """Return whether the user has named code, in whatever way it spells the path."""
     return absolute(code) in {absolute(part) for part in trusted}
 
 
@@ -86,7 +98,9 @@ def trust(name: str) -> str:
 
 
 def refuse_changed(what: str, out: object, differences: Sequence[str], again: str) -> UserError:
-    """The refusal to go on with code that is not as it was when the run in ``out`` began, where nobody has trusted it.
+    """Return the refusal to go on with code that is not as it was when the run in ``out`` began.
+
+    Nobody has trusted it.
 
     Args:
         what: the code, as the subject of a sentence.
@@ -101,7 +115,7 @@ def refuse_changed(what: str, out: object, differences: Sequence[str], again: st
 
 
 def as_it_is(what: str) -> str:
-    """The warning on changed code that the user has trusted."""
+    """Return the warning on changed code that the user has trusted."""
     return (
         f"The run goes on with {what} as it is now, not as the run was started with: its bits may differ from an "
         "uninterrupted one."
@@ -109,7 +123,7 @@ def as_it_is(what: str) -> str:
 
 
 def load(named: Named, what: str) -> tuple[Any, str]:
-    """Imports the module, or runs the file, and returns what it calls by that name.
+    """Import the module, or run the file, and return what it calls by that name.
 
     A file is run once for each identity, as a module of its own; modules beside the file can be imported.
 

@@ -73,7 +73,10 @@ def forget_changed(file: Path, code: CodeFile, module: str) -> None:
 
 
 def parse_identity(text: str) -> dict[str, str]:
-    """Hashes by relative path, that of the plugin under ``""``; empty where the text is no identity of a file."""
+    """Hashes by relative path, that of the plugin under ``""``.
+
+    Empty where the text is no identity of a file.
+    """
     parts: dict[str, str] = {}
     at = 0
     while at < len(text):
@@ -113,7 +116,7 @@ def imported_modules(file: Path, source: bytes) -> dict[Path, str]:
 
 
 def _files(stem: Path) -> Iterator[Path]:
-    """The files that the import of a module may load, by its path without ending."""
+    """Yield the files that the import of a module may load, by its path without ending."""
     for suffix in all_suffixes():
         yield stem.with_name(f"{stem.name}{suffix}")
         yield stem / f"__init__{suffix}"

@@ -80,7 +80,7 @@ _installed = False
 
 
 def load(name: str) -> Plugin:
-    """Executes a plugin, so that everything that it registers is known by name.
+    """Execute a plugin, so that everything that it registers is known by name.
 
     A module is executed once in a process, and so is a file until the file changes.  A changed file replaces what its
     former content registered.
@@ -107,7 +107,7 @@ def load(name: str) -> Plugin:
 
 
 def load_installed(warn: Callable[[str], None] = warnings.warn) -> None:
-    """Loads the plugins of installed packages (entry points of `GROUP`), once in a process.
+    """Load the plugins of installed packages (entry points of `GROUP`), once in a process.
 
     Calls ``warn`` with a sentence for every plugin that cannot be loaded; the others are loaded all the same.
     """
@@ -132,7 +132,10 @@ def load_installed(warn: Callable[[str], None] = warnings.warn) -> None:
 
 
 def unload(name: str) -> None:
-    """Forgets a plugin and everything that it has registered; does nothing if the plugin is not loaded."""
+    """Forgets a plugin and everything that it has registered.
+
+    Does nothing if the plugin is not loaded.
+    """
     plugin = _LOADED.pop(name, None)
     if plugin is None:
         return
@@ -151,12 +154,12 @@ def _forget(plugin: Plugin, kept: Collection[str] = ()) -> None:
 
 
 def loaded_plugins() -> tuple[Plugin, ...]:
-    """The plugins of this process, in the order in which they were loaded."""
+    """Return the plugins of this process, in the order in which they were loaded."""
     return tuple(_LOADED.values())
 
 
 def _locate_plugin(text: str) -> tuple[str, Path | None]:
-    """The plugin's name, and its path if it is a file."""
+    """Return the plugin's name, and its path if it is a file."""
     text = text.strip()
     check_text(text, "the plugin")
     if text.endswith(".py") or "/" in text or os.sep in text:
@@ -190,7 +193,9 @@ def _tables() -> Mapping[str, Registry[Any]]:
 
 
 def _execute(plugin: Plugin) -> Plugin:
-    """Runs a plugin's code; returns the plugin with what it registers.
+    """Run a plugin's code.
+
+    Returns the plugin with what it registers.
 
     An exception leaves nothing registered.
     """
@@ -243,7 +248,10 @@ def _run(plugin: Plugin, name: str) -> None:
 
 
 def _line(error: BaseException, plugin: Plugin) -> str:
-    """Where in the plugin's file an exception arose, as `` (line N)``; "" where that is not known."""
+    """Return where in the plugin's file an exception arose, as `` (line N)``.
+
+    "" where that is not known.
+    """
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})" if error.filename == plugin.name else ""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == plugin.name]
@@ -253,7 +261,7 @@ def _line(error: BaseException, plugin: Plugin) -> str:
 def _registered_names(
     plugin: Plugin, before: Mapping[str, Mapping[str, object]], tables: Mapping[str, Mapping[str, object]]
 ) -> dict[str, tuple[str, ...]]:
-    """The names that a plugin has registered, by kind."""
+    """Return the names that a plugin has registered, by kind."""
     added: dict[str, tuple[str, ...]] = {}
     for kind, table in tables.items():
         replaced = [name for name, entry in before[kind].items() if table.get(name, entry) is not entry]
@@ -277,7 +285,7 @@ def _registered_names(
 
 
 def load_given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
-    """Loads plugins that the user names for a run.
+    """Load plugins that the user names for a run.
 
     Args:
         names: names of plugins; or their identities by name, "" for any identity.
@@ -327,19 +335,19 @@ def of_run(table: Registry[Any], stored: Mapping[str, str]) -> list[str]:
 
 
 def describe_plugins(kind: str) -> dict[str, str]:
-    """The first lines of docstrings, by name, of the classes of a kind that loaded plugins have registered."""
+    """Return the first lines of docstrings, by name, of the classes of a kind that loaded plugins have registered."""
     names = [name for plugin in _LOADED.values() for name in plugin.added.get(kind, ())]
     return {name: docstring(_tables()[kind][name]).splitlines()[0] for name in names}
 
 
 def now(stored: Mapping[str, str]) -> dict[str, str]:
-    """The loaded plugins that stand for those of a stored run, as identities by name."""
+    """Return the loaded plugins that stand for those of a stored run, as identities by name."""
     plugins = [_stand_in(name, identity) or Plugin(name, identity) for name, identity in stored.items()]
     return {plugin.name: plugin.identity for plugin in plugins}
 
 
 def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
-    """Loads the plugins of a stored run, as far as they may be executed.
+    """Load the plugins of a stored run, as far as they may be executed.
 
     Args:
         stored: identities by name, as in the run's ``config.toml``.
@@ -390,7 +398,7 @@ def _short(identity: str) -> str:
 
 
 def check_given(names: Iterable[str], stored: Mapping[str, str], folder: str | os.PathLike[str]) -> None:
-    """Raises UserError where a plugin that is given to resume a run is none of that run."""
+    """Raise UserError where a plugin that is given to resume a run is none of that run."""
     for text in names:
         plugin = load(text)
         if not any(_stands_for(plugin, name, identity) for name, identity in stored.items()):
@@ -401,7 +409,7 @@ def check_given(names: Iterable[str], stored: Mapping[str, str], folder: str | o
 
 
 def _stand_in(name: str, identity: str) -> Plugin | None:
-    """The loaded plugin that is a stored one: the same content, or one that the user has named in its place."""
+    """Return the loaded plugin that is a stored one: the same content, or one that the user has named in its place."""
     same = _LOADED.get(name)
     if same is not None and (same.given or same.identity == identity):
         return same
@@ -409,7 +417,7 @@ def _stand_in(name: str, identity: str) -> Plugin | None:
 
 
 def _stands_for(plugin: Plugin, name: str, identity: str) -> bool:
-    """Whether a plugin is the stored one, or the same file after it was moved."""
+    """Return whether a plugin is the stored one, or the same file after it was moved."""
     moved = plugin.source is not None and (plugin.identity == identity or Path(plugin.name).name == Path(name).name)
     return plugin.name == name or moved
 
@@ -418,7 +426,7 @@ def _stands_for(plugin: Plugin, name: str, identity: str) -> bool:
 
 
 def remember(plugins: Mapping[str, str]) -> None:
-    """Notes in the user's cache folder that a run of this user executes these plugins.
+    """Note in the user's cache folder that a run of this user executes these plugins.
 
     Without a cache folder that can be written to, a resumed run asks for ``--plugin`` again.
     """
@@ -445,12 +453,15 @@ def _note(name: str, identity: str) -> Path:
 
 
 def sent_plugins(stored: Mapping[str, str]) -> list[Plugin]:
-    """The plugins of a run for another process, which gets the content of files as this process has executed it."""
+    """Return the plugins of a run for another process.
+
+    That process gets the content of files as this one has executed it.
+    """
     return [plugin for name, identity in stored.items() if (plugin := _stand_in(name, identity)) is not None]
 
 
 def receive(plugins: Iterable[Plugin]) -> None:
-    """Loads plugins that another process has :func:`sent_plugins`.
+    """Load plugins that another process has :func:`sent_plugins`.
 
     Raises:
         UserError: see :func:`load`; or a file that a plugin imports has changed meanwhile.

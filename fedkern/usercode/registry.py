@@ -37,7 +37,7 @@ class Registry(dict[str, Entry]):
         return name not in self or _place(self._code(self[name])) == _place(code)
 
     def describe(self, name: str, code: object, otherwise: str = "") -> str:
-        """The first line of the docstring of a class or function that is to be registered as ``name``.
+        """Return the first line of the docstring of a class or function that is to be registered as ``name``.
 
         Args:
             otherwise: the description where there is no docstring.
@@ -57,7 +57,10 @@ class Registry(dict[str, Entry]):
 
 
 def _place(code: object) -> tuple[str, str] | None:
-    """File and name of a class or function; its module's name where that has no file, as a notebook's."""
+    """File and name of a class or function.
+
+    Its module's name where that has no file, as a notebook's.
+    """
     if code is None:
         return None
     module = sys.modules.get(code.__module__)
@@ -66,12 +69,15 @@ def _place(code: object) -> tuple[str, str] | None:
 
 
 def name_of(code: object) -> str:
-    """The qualified name of a class or function, or that of an object's class."""
+    """Return the qualified name of a class or function, or that of an object's class."""
     return str(getattr(code, "__qualname__", type(code).__qualname__))
 
 
 def docstring(thing: Any) -> str:
-    """The docstring of a function or class, read from its source under ``-OO``; empty where there is none."""
+    """Return the docstring of a function or class, read from its source under ``-OO``.
+
+    Empty where there is none.
+    """
     if thing.__doc__ or sys.flags.optimize < 2:
         return inspect.cleandoc(thing.__doc__ or "")
     try:
@@ -82,7 +88,9 @@ def docstring(thing: Any) -> str:
 
 
 def keyword_options(function: Callable[..., Any], exclusions: Collection[str]) -> dict[str, Any]:
-    """The keyword parameters of a registered function with their defaults, without fedkern's own (``exclusions``).
+    """Return the keyword parameters of a registered function with their defaults.
+
+    fedkern's own (``exclusions``) are left out.
 
     Raises:
         TypeError: a parameter has no default, or the function takes any keywords or any further arguments.

@@ -7,7 +7,7 @@ from fedkern.acceleration import calls
 
 @pytest.fixture
 def served(monkeypatch):
-    """The chains that operators have served."""
+    """Return the chains that operators have served."""
     found = []
 
     def serve(chain, dense):

@@ -30,7 +30,7 @@ def images():
 
 
 def fast(network):
-    """The network accelerated, whose calls nobody checks and counts."""
+    """Return the network accelerated, whose calls nobody checks and counts."""
     return fedkern.accelerate(network, check=False)
 
 
@@ -325,7 +325,7 @@ def test_others_see_what_they_saw(images):
 
 
 def _prepared(network):
-    """The network with modules of its convolutions' classes swapped, as quantisation does."""
+    """Return the network with modules of its convolutions' classes swapped, as quantisation does."""
     made = copy.deepcopy(network)
     for name, layer in made.named_children():
         if type(layer) is nn.Conv2d:
@@ -550,7 +550,10 @@ def rectifying(net, x):
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_cannot_wait_is_told(write, said, images):
-    """In a pass that differs from the rehearsal; where that saw it, nothing waits for it."""
+    """In a pass that differs from the rehearsal.
+
+    Where that saw it, nothing waits for it.
+    """
     network, plain = fedkern.accelerate(made_of(write)), made_of(write)
     torch.testing.assert_close(network(images), plain(images), rtol=1e-4, atol=1e-4)
     network = fedkern.accelerate(made_of(rectifying))
@@ -564,7 +567,7 @@ def test_what_cannot_wait_is_told(write, said, images):
 
 @pytest.fixture
 def alone(tmp_path):
-    """A group of one process, for DDP and FSDP."""
+    """Yield a group of one process, for DDP and FSDP."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

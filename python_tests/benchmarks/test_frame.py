@@ -63,7 +63,7 @@ def test_noise(node, size, threads):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the frame around the toy, recorded, with floors."""
+    """Return a copy of the frame around the toy, recorded, with floors."""
     folder = tmp_path_factory.mktemp("frame")
     (folder / "benchmarks").mkdir()
     for path in HERE.glob("*.py"):

@@ -78,7 +78,10 @@ def test_machines_are_compared_by_what_moves_ratios() -> None:
 
 
 def test_others_are_seen_and_this_process_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of ten seconds of two processors others took two, one of them the host; this process took four."""
+    """Of ten seconds of two processors others took two, one of them the host.
+
+    This process took four.
+    """
     second = os.sysconf("SC_CLK_TCK")
     stat, own = tmp_path / "stat", [0.0]
     monkeypatch.setattr(gate, "STAT", stat)

@@ -32,7 +32,7 @@ def python(name: str, code: str) -> Stage:
 
 
 def words_of(name: str) -> list[str]:
-    """What a line's module is given."""
+    """Return what a line's module is given."""
     return list(LINES[name].command[3:])
 
 
@@ -61,7 +61,7 @@ def test_another_card_is_compared_with_itself_alone() -> None:
 
 @pytest.fixture
 def pretended(tmp_path, monkeypatch):
-    """A GPU that nvidia-smi would list, a folder beside the checkout, and three lines and a check."""
+    """Return a GPU that nvidia-smi would list, a folder beside the checkout, and three lines and a check."""
     monkeypatch.setattr(fifteen, "gpu", lambda: H200)
     monkeypatch.setattr(fifteen, "code", lambda: "code")
     monkeypatch.setattr(fifteen, "BESIDE", tmp_path / "beside")
@@ -132,7 +132,7 @@ class Pretended(timing.CpuClock):
 
 @pytest.fixture
 def small(monkeypatch):
-    """The kernels' cases in little, and on the CPU."""
+    """Return the kernels' cases in little, and on the CPU."""
     monkeypatch.setattr(kernels, "DEVICE", "cpu")
     monkeypatch.setattr(kernels, "CudaClock", Pretended)
     monkeypatch.setattr(kernels, "SAMPLES", 1)

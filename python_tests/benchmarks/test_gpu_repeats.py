@@ -14,7 +14,10 @@ LITTLE = {"data": "digits", "train_samples": 60, "width": 2, "rounds": 2, "local
 
 
 def run_folder(path: Path, weight: float = 0.0, rounds: int = 2, **more) -> Path:
-    """What a run of two rounds leaves, as far as it is compared; ``more`` goes into the last round."""
+    """Return what a run of two rounds leaves, as far as it is compared.
+
+    ``more`` goes into the last round.
+    """
     path.mkdir()
     save_file({"a": torch.ones(2), "b": torch.full((3,), weight)}, path / repeats.MODEL)
     records = [{"round": i + 1, "accuracy": 0.5, "clients": {"0": {"loss": 1.0}}} for i in range(rounds)]

@@ -16,7 +16,7 @@ def sample(*values: float, scale: float = 100, made: str = "`abc1234`, 2026-01-0
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """Writes result files that are read instead of the repository's."""
+    """Write result files that are read instead of the repository's."""
     monkeypatch.setattr(method_gains, "RESULTS", tmp_path)
     rows = lambda study: {row["name"]: row for row in page.load.__wrapped__(study, tmp_path)["rows"]}  # noqa: E731
     monkeypatch.setattr(method_gains, "read_rows", rows)

@@ -50,7 +50,7 @@ def test_every_method_with_a_page_is_looked_at():
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder that has the table of `TEXT`."""
+    """Return a folder that has the table of `TEXT`."""
     (tmp_path / "docs/tables").mkdir(parents=True)
     (tmp_path / "docs/tables/some-rates.csv").write_text("a,rate\nb,1.5 %\n")
     return tmp_path
@@ -130,7 +130,10 @@ TABLES = {
 
 @pytest.mark.parametrize("method", [method for method in COMMANDS if method in load("page_commands")])
 def test_a_pages_command_gave_its_tables_figure(method):
-    """Within two standard deviations of the table's three seeds, or the page says so; in the words that it prints."""
+    """Within two standard deviations of the table's three seeds, or the page says so.
+
+    In the words that it prints.
+    """
     row, command = load("page_commands")[method], COMMANDS[method]
     assert row["command"] == command.text()
     values = page_figures.figures(*TABLES.get(method, (command.study, command.cell)), command.figure)

@@ -14,7 +14,10 @@ FILES = [path for folder in (comparisons.RESULTS, RESULTS) for path in sorted(fo
 
 
 def commits(content: dict) -> list[str]:
-    """What a file says; a study says it in every row that was played."""
+    """Return what a file says.
+
+    A study says it in every row that was played.
+    """
     if "rows" in content and "machine" not in content:
         builds = [row["fedkern"] for row in content["rows"] if row["ours"] is not None]
         return [build.partition(" ")[2] for each in builds for build in each.split(", ")]

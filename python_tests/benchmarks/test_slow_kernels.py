@@ -49,7 +49,10 @@ def steadiest_of_each_family() -> list[str]:
 
 
 def gated(node: str, slowed: bool, path: Path) -> subprocess.CompletedProcess[str]:
-    """The gate over one row, in a process of its own; those that it starts load the plugin too."""
+    """Return the gate over one row, in a process of its own.
+
+    Those that it starts load the plugin too.
+    """
     command = [sys.executable, "-m", "pytest", "--gate-short", "-p", "no:cacheprovider", f"benchmarks/{node}"]
     plugin = {"PYTEST_ADDOPTS": "-p slowed_kernels"} if slowed else {}
     environment = {**os.environ, "PYTHONPATH": str(path), **plugin}

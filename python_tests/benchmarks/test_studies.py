@@ -97,7 +97,10 @@ def test_what_a_failing_program_says_last_is_repeated(tmp_path):
 
 
 def test_a_compressed_run_stands_beside_as_many_bytes_of_whole_uploads(monkeypatch):
-    """The first round that reaches them; a difference is of one seed."""
+    """The first round that reaches them.
+
+    A difference is of one seed.
+    """
 
     def row(up, *values):
         curve = {"round": [1, 2, 3], "bytes_up": [4e6, 8e6, 12e6], "accuracy": [0.1, 0.2, 0.3]}

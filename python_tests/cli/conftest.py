@@ -15,7 +15,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command that must end in one sentence and exit code 2, and returns the sentence."""
+    """Run a command that must end in one sentence and exit code 2, and return the sentence."""
 
     def run(*argv: str) -> str:
         assert main(list(argv)) == 2
@@ -32,7 +32,7 @@ def fails(capsys):
 
 @pytest.fixture
 def result(capsys):
-    """Runs a command that must succeed and returns what it wrote to standard output and to standard error."""
+    """Run a command that must succeed and return what it wrote to standard output and to standard error."""
 
     def run(*argv: str) -> tuple[str, str]:
         assert main(list(argv)) == 0

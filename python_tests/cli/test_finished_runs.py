@@ -28,7 +28,7 @@ TINY = ["--train-samples", "200", "--clients", "2", "--rounds", "2", "--threads"
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory, undrawing):
-    """A run on the embedded digits, and the first images of its test set as files in a folder of folders."""
+    """Return a run on the embedded digits, and the first images of its test set as files in a folder of folders."""
     folder = tmp_path_factory.mktemp("digits")
     with undrawing():
         assert main(["fedavg", "--data", "digits", *TINY, "--model", "mlp", "--out", str(folder / "run")]) == 0

@@ -52,7 +52,7 @@ class Marker:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A finished run with a teacher that is imported, and the marker of that module."""
+    """Yield a finished run with a teacher that is imported, and the marker of that module."""
     base = tmp_path_factory.mktemp("elsewhere")
     marker = Marker(base)
     sys.path.insert(0, str(base))
@@ -106,7 +106,7 @@ def test_a_finished_run_is_looked_at_without_its_code(lpfm, marker, capsys):
 
 
 def rebuilt_by_its_method(out: Path) -> None:
-    """Makes model.safetensors say that its module is for the method to build, as whoever sends it may."""
+    """Make model.safetensors say that its module is for the method to build, as whoever sends it may."""
     unvouched(out)
     path = out / "model.safetensors"
     tensors = load_file(path)

@@ -37,7 +37,10 @@ def cell(i):
 
 @pytest.fixture
 def listed(tmp_path):
-    """Images whose bright halves are their labels, of two sites; every eighth has no label."""
+    """Images whose bright halves are their labels, of two sites.
+
+    Every eighth has no label.
+    """
     folder = tmp_path / "set"
     folder.mkdir()
     lines = ["path,labels,site,label_of_another_kind"]

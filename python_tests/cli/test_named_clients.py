@@ -23,7 +23,7 @@ TINY = ("--rounds", "1", "--local-epochs", "1", "--threads", "1", "--width", "2"
 
 @pytest.fixture
 def listed(tmp_path):
-    """A CSV file with a column hospital."""
+    """Return a CSV file with a column hospital."""
     folder = tmp_path / "set"
     folder.mkdir()
     lines = ["path,label,hospital"]

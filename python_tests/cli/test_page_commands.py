@@ -19,7 +19,10 @@ PAPERS = sorted((ROOT / "examples" / "papers").glob("*.py"))
 
 
 def commands():
-    """The words behind ``python -m fedkern.run``, by page; continued lines are joined."""
+    """Return the words behind ``python -m fedkern.run``, by page.
+
+    Continued lines are joined.
+    """
     found = []
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")

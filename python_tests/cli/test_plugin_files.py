@@ -55,7 +55,7 @@ def pair(tmp_path):
 
 @pytest.fixture
 def begun(pair, tmp_path):
-    """The folder of a run that is killed after its first round."""
+    """Return the folder of a run that is killed after its first round."""
     return begin(pair, tmp_path / "run")
 
 

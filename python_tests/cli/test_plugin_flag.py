@@ -32,7 +32,7 @@ def marked(tmp_path):
 
 @pytest.fixture
 def begun(marked, tmp_path):
-    """The folder of a run that is killed after its first round."""
+    """Return the folder of a run that is killed after its first round."""
     return begin(marked, tmp_path / "run")
 
 

@@ -41,7 +41,7 @@ PICTURES = {"contourpy", "matplotlib"}
 
 
 def command(*words: str) -> tuple[str, set[str]]:
-    """What a command prints in a process of its own, and the modules that it imports."""
+    """Return what a command prints in a process of its own, and the modules that it imports."""
     done = subprocess.run([sys.executable, "-c", LOADED, *words], capture_output=True, text=True, check=True)
     return done.stdout, set(done.stderr.split())
 

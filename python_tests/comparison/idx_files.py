@@ -8,7 +8,7 @@ import numpy as np
 
 
 def write_mnist(folder: Path, *, train: int, test: int) -> None:
-    """Writes files of ``train`` and ``test`` images."""
+    """Write files of ``train`` and ``test`` images."""
     rng = np.random.default_rng(0)
     for name, count in (("train", train), ("t10k", test)):
         images, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), (np.arange(count) % 10).astype(np.uint8)

@@ -55,7 +55,7 @@ minutes = 1
 
 @pytest.fixture
 def played(monkeypatch):
-    """The runs that are begun: method, learning rate and seed."""
+    """Return the runs that are begun: method, learning rate and seed."""
     begun, real = [], cell_runner.run
 
     def run(config, **more):

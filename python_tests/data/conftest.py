@@ -10,14 +10,17 @@ import pytest
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
-    """An unsigned-byte array in IDX form."""
+    """Return an unsigned-byte array in IDX form."""
     magic = 0x00000800 + array.ndim
     return struct.pack(f">{1 + array.ndim}I", magic, *array.shape) + array.astype(np.uint8).tobytes()
 
 
 @pytest.fixture
 def write_idx() -> Callable[..., dict[str, np.ndarray]]:
-    """Writes the four IDX files of a small MNIST-like set into a folder; returns what they hold."""
+    """Write the four IDX files of a small MNIST-like set into a folder.
+
+    Returns what they hold.
+    """
 
     def write(folder: Path, train: int = 120, test: int = 30, compressed: bool = False) -> dict[str, np.ndarray]:
         folder.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,10 @@ def variants(content: bytes, rng: np.random.Generator, count: int) -> list[bytes
 
 
 def harmless(work, *given):
-    """Calls ``work``; returns whether it succeeded.  Any error but a UserError of a readable length is a failure."""
+    """Call ``work``.
+
+    Returns whether it succeeded.  Any error but a UserError of a readable length is a failure.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -76,7 +76,7 @@ def test_six_formats_are_decoded_whatever_a_file_is_called(tmp_path):
 
 
 def huge_png(path, width=30_000, height=30_000):
-    """A header alone: a picture of so many pixels would be decoded from a few hundred kilobytes."""
+    """Return a header alone: a picture of so many pixels would be decoded from a few hundred kilobytes."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -291,7 +291,7 @@ def test_other_files_that_are_pipes(tmp_path, name):
 
 
 def twice(root, name, link):
-    """Makes one image of a data set stand under a second name."""
+    """Make one image of a data set stand under a second name."""
     if name == "folder":
         class_folders(root)
         link(root / "a" / "0.png", root / "b" / "6.png")

@@ -82,7 +82,10 @@ NUMBERS = np.arange(23 * 37, dtype=np.int64).reshape(23, 37) % 250
 
 
 def tiff(path, array, order="<"):
-    """A TIFF of one band, uncompressed; ``order`` is the byte order of its numbers and of the file."""
+    """Return a TIFF of one band, uncompressed.
+
+    ``order`` is the byte order of its numbers and of the file.
+    """
     kind = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
     tags = {256: array.shape[1], 257: array.shape[0], 258: 8 * array.dtype.itemsize, 259: 1, 262: 1, 273: 8, 277: 1,
             278: array.shape[0], 279: array.nbytes, 339: kind}  # fmt: skip

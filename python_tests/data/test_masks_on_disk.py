@@ -51,7 +51,7 @@ def splits(data):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The masks that were decoded."""
+    """Return the masks that were decoded."""
     return watched(monkeypatch, MaskFiles)
 
 

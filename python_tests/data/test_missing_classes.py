@@ -10,7 +10,7 @@ from PIL import Image
 
 import fedkern
 from fedkern.data import FederatedData, load
-from fedkern.downstream.run_evaluation import _as_trained, _fitted
+from fedkern.downstream.run_evaluation import _as_trained, _fit_classes
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import caveats, check_data, declared_data
@@ -65,7 +65,10 @@ def test_a_class_that_no_client_trains_on_is_told(kind, where):
 
 
 def listed(root, rows, masked=()):
-    """A table of images; the images and masks are written."""
+    """Return a table of images.
+
+    The images and masks are written.
+    """
     root.mkdir(exist_ok=True)
     for i, picture in enumerate(pictures(len(rows))):
         Image.fromarray(picture).save(root / f"{i}.png")
@@ -133,7 +136,7 @@ def test_labels_are_found_by_name(known, there):
     names = [*there, "x"] if len(there) == 1 else [*there]
     data = FederatedData.from_arrays([images(labels)], {"": images(labels), "n": images(labels)}, classes=names)
     data = replace(data, classes=there)
-    told = _fitted(data, about(known), Path("run"))
+    told = _fit_classes(data, about(known), Path("run"))
     assert told.classes == (known if there != known else there)
     for split in told.tests.values():
         assert [known[label] for label in split.labels.tolist()] == [there[label] for label in labels]
@@ -143,7 +146,7 @@ def test_labels_are_found_by_name(known, there):
 def test_several_labels_are_found_by_name():
     data = FederatedData.from_arrays([sets((0, 1), ())], sets((0, 2), (), (1,)), classes=["u", "v", "w"])
     known = ("w", "x", "u", "y", "v")
-    found = _fitted(data, about(known, "multilabel"), Path("run")).tests[""].labels
+    found = _fit_classes(data, about(known, "multilabel"), Path("run")).tests[""].labels
     assert found.dtype == torch.uint8
     assert [[known[k] for k in row.nonzero().flatten()] for row in found] == [["w", "u"], [], ["v"]]
 
@@ -161,12 +164,12 @@ def test_several_labels_are_found_by_name():
 def test_other_classes_are_refused(task, pair, known, there, words):
     data = FederatedData.from_arrays([pair], pair, classes=[*there])
     with pytest.raises(UserError, match=words):
-        _fitted(data, about(known, task), Path("run"))
+        _fit_classes(data, about(known, task), Path("run"))
 
 
 def test_masks_that_lack_the_last_classes():
     data = FederatedData.from_arrays([masks(0, 1)], masks(0, 1))
-    told = _fitted(data, about("0123", "segmentation"), Path("run"))
+    told = _fit_classes(data, about("0123", "segmentation"), Path("run"))
     assert told.classes == ("0", "1", "2", "3")
     assert torch.equal(told.tests[""].labels, data.tests[""].labels)
 
@@ -181,7 +184,7 @@ def test_masks_of_files_that_lack_classes(tmp_path, values):
         known = about(names, "segmentation")
         options = {"size": SIDE, "colour": "grey", **_as_trained("segmentation", known, config)}
         data = load("segmentation", root=root, clients=1, partition="iid", options=options)
-        assert _fitted(data, known, Path("run")) is data
+        assert _fit_classes(data, known, Path("run")) is data
         assert set(data.clients[0].labels.unique().tolist()) == {0, *values}
 
 

@@ -23,7 +23,7 @@ PARTITIONS = ["iid", "stratified", "dirichlet:0.5:min=2", "dirichlet:1:plain", "
 
 
 def write(root, images=40, texts=5, client=lambda i, j: "ABC"[i % 3]):
-    """The images' captions far from each other in the file."""
+    """Return the images' captions far from each other in the file."""
     lines = ["image,text,label,client"]
     for j in range(texts):
         for i in range(images):

@@ -32,7 +32,7 @@ def table(root, header="path,label,site", rows=30, sites=SITES, line="{i}.png,{l
 
 
 def held_by(data):
-    """The site of every client, where image ``i.png`` belongs to site ``i % 3``."""
+    """Return the site of every client, where image ``i.png`` belongs to site ``i % 3``."""
     found = [{int(name.removesuffix(".png")) % 3 for name in split.ids} for split in data.clients]
     assert all(len(sites) == 1 for sites in found)
     return [sites.pop() for sites in found]
@@ -133,7 +133,10 @@ def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
 
 
 def by_site(root, name, counts, patients=1):
-    """A data set of sites with so many images each; images of a patient follow each other."""
+    """Return a data set of sites with so many images each.
+
+    Images of a patient follow each other.
+    """
     rows = [
         {"name": f"{site}{i}.png", "label": "ab"[i % 2], "site": site, "patient": f"{site}{i // patients}"}
         for site, count in counts.items() for i in range(count)

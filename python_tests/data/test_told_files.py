@@ -25,7 +25,10 @@ def image(kind, seed):
 
 
 def table(folder, kinds, each=6, splits=("",)):
-    """A CSV whose rows name site and split; ``kinds`` are the files' by (split, site) or by site."""
+    """Return a CSV whose rows name site and split.
+
+    ``kinds`` are the files' by (split, site) or by site.
+    """
     lines = ["path,label,client,split" if splits != ("",) else "path,label,client"]
     for site in dict.fromkeys(key[1] if isinstance(key, tuple) else key for key in kinds):
         for split in splits:
@@ -121,7 +124,8 @@ def test_the_header_tells_it_of_sites_only_where_records_are_not_private(tmp_pat
         console = Console(file=io.StringIO(), width=200)
         fedkern.simulate(
             "fedavg", data="csv", data_root=path, data_options={"size": 8, "window": "40,400"}, rounds=1, model="mlp",
-            out=tmp_path / records, progress=False, pictures=False, listener=progress_bar.Lines(console), records=records,
+            out=tmp_path / records, progress=False, pictures=False, records=records,
+            listener=progress_bar.Lines(console),
         )  # fmt: skip
         lines = [text for text in console.file.getvalue().splitlines() if text.startswith("images")]
         assert len(lines) == count

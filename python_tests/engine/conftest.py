@@ -61,7 +61,7 @@ def played_once(tmp_path_factory):
 
 @pytest.fixture
 def commit():
-    """Commits checkpoint ``number`` with new states of some clients."""
+    """Return the commits checkpoint ``number`` with new states of some clients."""
 
     def commit(checkpoints, number, clients=()):
         for k in clients:
@@ -125,7 +125,7 @@ def make_config():
 
 @pytest.fixture
 def make_small(make_data, make_pairs, make_public, make_config):
-    """Settings of a short run of any method, and data that it learns."""
+    """Return the settings of a short run of any method, and data that it learns."""
 
     def make(method, rounds=1, two_tests=True, **more):
         plan = {"rounds": None if METHODS[method].one_shot else rounds, "grad_cam": 0}

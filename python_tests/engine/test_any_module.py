@@ -34,7 +34,10 @@ class Together(nn.Module):
 
 
 class Stack(Objective, Method):
-    """Two levels: the clients train networks of their own, then their heads; nothing is averaged."""
+    """Two levels: the clients train networks of their own, then their heads.
+
+    Nothing is averaged.
+    """
 
     one_shot = True
 

@@ -111,7 +111,7 @@ def test_variances_are_found_where_the_flat_vector_has_them():
 
 
 def watched(monkeypatch, name):
-    """A method of this name that notes every round's start, its clients' uploads and what its server got."""
+    """Return a method of this name that notes every round's start, its clients' uploads and what its server got."""
     kind, seen = METHODS[name], []
 
     class Seeing(kind):
@@ -221,7 +221,10 @@ MORE = 'whose clients upload more \\("{}"\\) than a change'
 
 
 def refusal(config):
-    """Why a method is refused, by what it declares; empty where it runs."""
+    """Why a method is refused, by what it declares.
+
+    Empty where it runs.
+    """
     method = config.new_method()
     if not method.averages:
         return "--dp-clip is for methods that average the clients' parameters, which .* does not do: leave it out"
@@ -334,7 +337,7 @@ def test_a_method_whose_server_weighs_clients_is_refused(make_data, make_config,
 
 @pytest.fixture
 def constant(monkeypatch):
-    """The secret that a run draws."""
+    """Return the secret that a run draws."""
     monkeypatch.setattr(server_secret.secrets, "token_hex", lambda count: "5a" * count)
 
 

@@ -223,7 +223,10 @@ def cases():
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capfd, undrawn):
-    """Runs the failing method, and returns exit code and standard error; the summary where there is one."""
+    """Run the failing method, and return exit code and standard error.
+
+    The summary where there is one.
+    """
     plugin = tmp_path / "failing.py"
     plugin.write_text(FAILING)
 

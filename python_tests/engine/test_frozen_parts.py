@@ -111,7 +111,10 @@ def test_freeze_is_requires_grad(make_data, tmp_path):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", ["resnet8", "cnn"])
 def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
-    """Bits in two workers, and the frozen stage as it began; the others have the gradients that they always have."""
+    """Bits in two workers, and the frozen stage as it began.
+
+    The others have the gradients that they always have.
+    """
     settings = {"width": 4, "freeze": "layer1.*"}
     one, two = (played(tmp_path / str(n), model, make_data, workers=n, **settings).model().state_dict() for n in (1, 2))
     assert all(torch.equal(value, two[name]) for name, value in one.items())

@@ -66,7 +66,7 @@ def called(network, inputs):
 
 
 def plainly(network, sizes, loss_fn, lr, momentum):
-    """The rounds of `Recorded`, written as everybody writes FedAvg."""
+    """Return the rounds of `Recorded`, written as everybody writes FedAvg."""
     rounds = 1 + max(turn for turn, *_ in Recorded.seen)
     for turn in range(rounds):
         uploads = []
@@ -376,7 +376,7 @@ def triples(count):
 
 
 def masked(outputs, targets):
-    """The loss of the targets that are known."""
+    """Return the loss of the targets that are known."""
     known = targets.isfinite()
     return ((outputs - targets.nan_to_num()) * known).square().sum() / known.sum().clamp_min(1)
 
@@ -1371,7 +1371,10 @@ def test_what_cannot_go_on_moves_nothing(is_cut, tmp_path):
 
 
 class Counts(Task):
-    """Counts of events; the network gives the logarithm of their expectation."""
+    """Counts of events.
+
+    The network gives the logarithm of their expectation.
+    """
 
     name, main, better, network = "counts", "deviance", "min", "any"
 

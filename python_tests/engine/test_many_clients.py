@@ -124,7 +124,7 @@ def test_files_are_those_of_the_states(slack, make_many, small, tmp_path, monkey
 
 
 def lengths(run):
-    """The length of every list, dict, set and deque that a run's own objects hold, by attribute."""
+    """Return the length of every list, dict, set and deque that a run's own objects hold, by attribute."""
     found, seen, todo = {}, set(), deque([("run", run)])
     while todo:
         where, value = todo.popleft()
@@ -168,7 +168,10 @@ def test_nothing_else_grows_with_the_rounds(workers, make_many, small, tmp_path,
 
 
 def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkeypatch):
-    """Where a round has few of many clients; the bits are those of images that are all kept."""
+    """Where a round has few of many clients.
+
+    The bits are those of images that are all kept.
+    """
     data, config = make_many(40), small(40, rounds=25, sample_fraction=1 / 40)
     running, kept, play = [], [], Loop.play
     monkeypatch.setattr(Loop, "play", lambda self: (running.append(self), play(self))[1])
@@ -187,7 +190,7 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
 
 @pytest.fixture
 def whole(played_once, make_many, small):
-    """The outcome of the run of 300 clients and six rounds."""
+    """Return the outcome of the run of 300 clients and six rounds."""
     return outcome(played_once("whole", lambda out: run(small(300, rounds=6), out=out, data=make_many(300))))
 
 
@@ -214,7 +217,7 @@ def test_killed_around_every_file(when, make_many, small, tmp_path):
 
 @pytest.fixture
 def cut(played_once, make_many, small, tmp_path):
-    """The run of 300 clients and six rounds, killed in the last."""
+    """Return the run of 300 clients and six rounds, killed in the last."""
 
     def play(out):
         killed(small(300, rounds=6), out=out, data=make_many(300), at=KillAt("round-start", 5))

@@ -20,7 +20,7 @@ from fedkern.privacy.disclosure import Disclosure
 
 
 def sent(value):
-    """The value as another process gets it."""
+    """Return the value as another process gets it."""
     return Unpacker().unpack(Packer().pack(value))
 
 
@@ -76,7 +76,7 @@ class Reporting:
 
 
 def asked(context, report):
-    """The answer of a client that reports this."""
+    """Return the answer of a client that reports this."""
     serial = Serial(context, {"method": Reporting(report)}, lambda k: dict, 1)
     return serial.ask(1, "method", Phase(0, "train", "update"), {})
 

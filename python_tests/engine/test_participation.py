@@ -150,7 +150,7 @@ def test_settings_that_do_not_fit_are_refused(method, settings, message):
 
 
 def steps_of(config, data, out, monkeypatch):
-    """The numbers of batches that every client trained on, by round."""
+    """Return the numbers of batches that every client trained on, by round."""
     found = {}
 
     class Counting(FedAvg):
@@ -236,7 +236,7 @@ class Belated(Participation):
 
 
 def heard_by(monkeypatch, method="fedavg"):
-    """The uploads that the server gets, as (client, staleness)."""
+    """Return the uploads that the server gets, as (client, staleness)."""
     heard = []
 
     class Seeing(METHODS[method]):

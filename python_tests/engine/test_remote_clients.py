@@ -10,7 +10,10 @@ from python_tests.interrupted import outcome
 
 
 class RemoteClients(Serial):
-    """The clients of this process, as if they were in another; ``faults`` are fields of answers by round and client."""
+    """The clients of this process, as if they were in another.
+
+    ``faults`` are fields of answers by round and client.
+    """
 
     remote = True
     faults: ClassVar[dict] = {}

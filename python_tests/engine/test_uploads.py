@@ -14,7 +14,7 @@ from fedkern.methods.uploads import Maybe, all_finite, why_refused
 
 
 def first(message):
-    """The path of the first tensor or number in nested dicts, and what stands there."""
+    """Return the path of the first tensor or number in nested dicts, and what stands there."""
     for key, value in message.items():
         if isinstance(value, dict) and not value:
             continue
@@ -24,7 +24,7 @@ def first(message):
 
 
 def changed(message, path, value):
-    """A copy of nested dicts with another value at a path."""
+    """Return a copy of nested dicts with another value at a path."""
     key, *rest = path
     return {**message, key: changed(message[key], rest, value) if rest else value}
 
@@ -72,7 +72,10 @@ def hostile(message):
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_refuses_hostile_uploads(method, make_small, tmp_path, monkeypatch):
-    """Honest uploads of every exchange pass; nothing else does, and no server sees it."""
+    """Honest uploads of every exchange pass.
+
+    Nothing else does, and no server sees it.
+    """
     seen = {}
     decode = Declared.decode
 

@@ -20,7 +20,7 @@ COUNT, CHANNELS, HEIGHT, WIDTH = 12, 3, 6, 8
 
 
 def stored(path, channels=CHANNELS):
-    """A store of random images, and the tensor of them that a reader would make."""
+    """Return a store of random images, and the tensor of them that a reader would make."""
     images = np.random.default_rng(0).integers(0, 256, (COUNT, HEIGHT, WIDTH, channels), dtype=np.uint8)
     path.write_bytes(images.tobytes())
     store = ImageStore(os.open(path, os.O_RDONLY), images.shape)

@@ -67,7 +67,7 @@ class FakeGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The next replies in the order of arrival, as long as they are asked for."""
+        """Return the next replies in the order of arrival, as long as they are asked for."""
         found, asked = [], set(message_ids)
         while self._waiting and self._waiting[0][0] in asked:
             _, message = self._waiting.pop(0)
@@ -90,18 +90,18 @@ class FakeGrid(Grid):
 
 
 def arrays_of(model: dict[str, np.ndarray]) -> ArrayRecord:
-    """A model as Flower's own arrays."""
+    """Return a model as Flower's own arrays."""
     return ArrayRecord({key: Array(np.asarray(value)) for key, value in model.items()})
 
 
 def content(model, weight=1, **metrics) -> RecordDict:
-    """A reply: arrays (or a dict of NumPy arrays) and metrics."""
+    """Return a reply: arrays (or a dict of NumPy arrays) and metrics."""
     arrays = model if isinstance(model, ArrayRecord) else arrays_of(model)
     return RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": weight, **metrics})})
 
 
 def client(model, weight=1, **metrics) -> Client:
-    """A node that answers every message with these arrays.
+    """Return a node that answers every message with these arrays.
 
     Their bytes are new in every reply.
     """
@@ -109,5 +109,5 @@ def client(model, weight=1, **metrics) -> Client:
 
 
 def numbers(arrays: ArrayRecord) -> dict[str, np.ndarray]:
-    """The arrays as NumPy's."""
+    """Return the arrays as NumPy's."""
     return {key: array.numpy() for key, array in arrays.items()}

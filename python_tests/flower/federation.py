@@ -114,7 +114,7 @@ class Federation:
         return processes_of(self.folder)
 
     def named(self, program: str) -> list[int]:
-        """The processes of one of Flower's commands."""
+        """Return the processes of one of Flower's commands."""
         found = []
         for pid in self.processes():
             with suppress(OSError):
@@ -153,7 +153,7 @@ class Federation:
         raise AssertionError(f"the SuperLink has not started:\n{log.read_text(errors='replace')}")
 
     def start_node(self, number: int, **config: object) -> Node:
-        """Starts a SuperNode and waits until it is connected.
+        """Start a SuperNode and wait until it is connected.
 
         Args:
             number: its place.
@@ -176,7 +176,7 @@ class Federation:
         raise AssertionError(f"the SuperNode has not connected:\n{log.read_text(errors='replace')}")
 
     def start_nodes(self, *configs: dict) -> list[Node]:
-        """Starts SuperNodes 0, 1, ... side by side.
+        """Start SuperNodes 0, 1, ... side by side.
 
         Args:
             *configs: the ``node_config`` of each; see :meth:`start_node`.
@@ -185,11 +185,11 @@ class Federation:
             return list(pool.map(lambda number: self.start_node(number, **configs[number]), range(len(configs))))
 
     def running(self) -> list[Node]:
-        """The SuperNodes, by place."""
+        """Return the SuperNodes, by place."""
         return [self._nodes[number] for number in sorted(self._nodes)]
 
     def node(self, id: int) -> Node:
-        """The SuperNode with this number of Flower's."""
+        """Return the SuperNode with this number of Flower's."""
         return next(node for node in self._nodes.values() if node.id == id)
 
     def _end(self, process: subprocess.Popen) -> None:
@@ -200,21 +200,21 @@ class Federation:
     # -- runs ----------------------------------------------------------------------------------------------------------
 
     def flwr(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess:
-        """Runs Flower's command."""
+        """Run Flower's command."""
         return subprocess.run(
             [str(self.folder / "bin/flwr"), *words], cwd=self.folder, env=self.environment(self.home),
             capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
     def asked(self, *words: str) -> dict:
-        """The answer of one of Flower's commands."""
+        """Return the answer of one of Flower's commands."""
         done = self.flwr(*words, "--format", "json", timeout=180)
         answer = json.loads(done.stdout[done.stdout.index("{") :])
         assert answer["success"], done.stdout + done.stderr
         return answer
 
     def submit(self, project: Path, **run_config: object) -> str:
-        """Submits a project.
+        """Submit a project.
 
         Underscores in the names of its settings stand for hyphens.
 
@@ -226,7 +226,7 @@ class Federation:
         return str(self.asked("run", str(project), CONNECTION, *words)["run-id"])
 
     def ended(self, run: str, patience: float = 300) -> Outcome:
-        """Waits for the end of a run."""
+        """Wait for the end of a run."""
         limit = time.monotonic() + patience
         while not (found := self.asked("ls", CONNECTION, "--run-id", run)["runs"][0])["status"].startswith("finished"):
             assert time.monotonic() < limit, found
@@ -235,12 +235,12 @@ class Federation:
         return Outcome(run, found["status"], found["status-details"], log)
 
     def run(self, project: Path, *, patience: float = 300, **run_config: object) -> Outcome:
-        """Submits a project and waits for the end of its run."""
+        """Submit a project and wait for the end of its run."""
         return self.ended(self.submit(project, **run_config), patience)
 
 
 def wait_for(process: subprocess.Popen, log: Path, pattern: str, patience: float = 90) -> re.Match | None:
-    """Waits for words in a log.
+    """Wait for words in a log.
 
     None where the process ends before, or nothing comes.
     """
@@ -254,7 +254,7 @@ def wait_for(process: subprocess.Popen, log: Path, pattern: str, patience: float
 
 
 def deployment() -> ModuleType:
-    """The script of examples/flower_deployment as a module, which makes certificates and keys."""
+    """Return the script of examples/flower_deployment as a module, which makes certificates and keys."""
     spec = importlib.util.spec_from_file_location("flower_deployment", SCRIPT)
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
@@ -262,7 +262,7 @@ def deployment() -> ModuleType:
 
 
 def surroundings(programs: Path) -> dict[str, str]:
-    """The environment of Flower's processes: this interpreter with this fedkern, and nothing sent.
+    """Return the environment of Flower's processes: this interpreter with this fedkern, and nothing sent.
 
     Args:
         programs: the folder of :func:`commands`.
@@ -282,7 +282,7 @@ def surroundings(programs: Path) -> dict[str, str]:
 
 
 def commands(folder: Path) -> None:
-    """Writes Flower's commands for this interpreter: those on PATH may belong to another environment."""
+    """Write Flower's commands for this interpreter: those on PATH may belong to another environment."""
     folder.mkdir(parents=True)
     for entry in importlib.metadata.distribution("flwr").entry_points:
         if entry.group == "console_scripts":
@@ -294,7 +294,7 @@ def commands(folder: Path) -> None:
 
 
 def write_project(folder: Path, files: dict[str, str], **config: object) -> Path:
-    """Writes a Flower project with ``server_app.py`` and ``client_app.py``.
+    """Write a Flower project with ``server_app.py`` and ``client_app.py``.
 
     Args:
         folder: a new folder.

@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on at the moment."""
+    """Return a port of this machine that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def end_all(home: Path) -> None:
-    """Ends all processes of :func:`processes_of`.
+    """End all processes of :func:`processes_of`.
 
     Flower detaches some of its processes; these outlive their parent for a moment, or for good where nobody reaps it.
     """

@@ -22,7 +22,7 @@ Fault = Callable[[Message, Context], Message | None]
 
 
 def travelled(message: Message) -> tuple[Message, int]:
-    """The message as it arrives elsewhere, and the bytes of all its parts."""
+    """Return the message as it arrives elsewhere, and the bytes of all its parts."""
     contents = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
     size = sum(map(len, contents.values()))
     name = message.object_id
@@ -77,7 +77,7 @@ class NodeGrid(FakeGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies, the last first: in another order than they are used."""
+        """Return the replies, the last first: in another order than they are used."""
         found = []
         for name in sorted(message_ids, key=lambda name: -int(name.rpartition("-")[2])):
             if name not in self._waiting:
@@ -117,5 +117,5 @@ def silent(message: Message, context: Context) -> None:
 
 
 def lost(message: Message, context: Context) -> Message:
-    """A node of which Flower says that it is gone."""
+    """Return a node of which Flower says that it is gone."""
     return Message(Error(code=ErrorCode.NODE_UNAVAILABLE, reason="Error: Node Unavailable"), reply_to=message)

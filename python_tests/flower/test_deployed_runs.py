@@ -62,14 +62,14 @@ class Mortal(LocalTraining):
 
 
 def project(folder: Path, method: str, *words: str) -> Path:
-    """A project of a run whose folder is ``folder / "run"``."""
+    """Return a project of a run whose folder is ``folder / "run"``."""
     made = folder / "project"
     assert main([method, *SMALL, *words, "--out", str(folder / "run"), "--flower", str(made)]) == 0
     return made
 
 
 def plugin_project(folder: Path, method: str, code: str, *words: str) -> Path:
-    """A project of a plugin's method, made by another process: in this one the plugin would stay registered."""
+    """Return a project of a plugin's method, made by another process: in this one the plugin would stay registered."""
     (folder / f"{method}.py").write_text(code)
     given = ["--plugin", str(folder / f"{method}.py"), *words, "--out", str(folder / "run")]
     subprocess.run(
@@ -80,13 +80,13 @@ def plugin_project(folder: Path, method: str, code: str, *words: str) -> Path:
 
 
 def in_one_process(folder: Path, method: str, *words: str) -> bytes:
-    """The network that the same run gives in this process."""
+    """Return the network that the same run gives in this process."""
     assert main([method, *SMALL, *words, "--workers", "1", "--quiet", "--out", str(folder / "alone")]) == 0
     return (folder / "alone/model.safetensors").read_bytes()
 
 
 def configs(federation: Federation, count: int) -> list[dict]:
-    """The ``node_config`` of the clients' nodes, each with a folder of its own for states."""
+    """Return the ``node_config`` of the clients' nodes, each with a folder of its own for states."""
     return [
         {"num_partitions": count, "state_dir": str(federation.folder / f"states-{k}")} for k in range(count)
     ]  # fmt: skip

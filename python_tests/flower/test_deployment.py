@@ -20,7 +20,7 @@ QUICKSTART = HERE / "quickstart"
 
 
 def faulty(folder: Path, nodes: int, **config) -> Path:
-    """The app with nodes that misbehave as their node_config says."""
+    """Return the app with nodes that misbehave as their node_config says."""
     names = {
         "task.py": "task.py",
         "honest_client_app.py": "client_app.py",
@@ -42,7 +42,7 @@ def model(federation: Federation) -> dict[str, torch.Tensor]:
 
 
 def by_the_honest(folder: Path, monkeypatch) -> dict[str, torch.Tensor]:
-    """The network after one round of SuperNode 0 alone, in this process."""
+    """Return the network after one round of SuperNode 0 alone, in this process."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     module("task", QUICKSTART / "task.py", monkeypatch)

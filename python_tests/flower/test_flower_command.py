@@ -43,7 +43,7 @@ def played(environment: dict[str, str], project: Path, *words: str) -> tuple[int
 
 @pytest.fixture
 def simulation(tmp_path):
-    """The environment of a simulation whose processes and folders the test can find."""
+    """Yield the environment of a simulation whose processes and folders the test can find."""
     commands(tmp_path / "bin")
     with tempfile.TemporaryDirectory() as short:  # Ray's sockets have paths of at most 107 characters
         yield surroundings(tmp_path / "bin") | {"FLWR_HOME": str(tmp_path / "home"), "RAY_TMPDIR": short}

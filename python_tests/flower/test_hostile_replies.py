@@ -43,13 +43,13 @@ def run(strategy, clients, rounds=1):
 
 
 def npy(shape, data=b"", descr="<f4"):
-    """The bytes of a .npy file with a header of any kind."""
+    """Return the bytes of a .npy file with a header of any kind."""
     text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
 
 
 def with_array(key, array):
-    """A reply of which one array is another."""
+    """Return a reply of which one array is another."""
 
     def reply(message):
         made = content(moved(9), loss=1.0)
@@ -60,7 +60,7 @@ def with_array(key, array):
 
 
 def with_listing(text):
-    """A flat reply that lists its entries in other words."""
+    """Return a flat reply that lists its entries in other words."""
 
     def reply(message):
         flat = pack({key: torch.from_numpy(np.array(value)) for key, value in moved(9).items()})
@@ -72,7 +72,7 @@ def with_listing(text):
 
 
 def with_metrics(**metrics):
-    """A reply whose metrics no check of Flower's has seen."""
+    """Return a reply whose metrics no check of Flower's has seen."""
 
     def reply(message):
         made = content(moved(9), loss=1.0)
@@ -152,7 +152,7 @@ def test_a_hostile_reply_to_training_is_left_out_by_name(attack, name):
 
 
 def trained(evaluated):
-    """A node that trains well, and answers an evaluation as told."""
+    """Return a node that trains well, and answers an evaluation as told."""
     return lambda message: content(START, 5) if message.metadata.message_type == "train" else evaluated(message)
 
 
@@ -248,7 +248,7 @@ def test_large_models_are_measured_too(low_memory, where, caplog):
 
 
 def fails_from(first):
-    """A node whose replies hold NaN from a round on."""
+    """Return a node whose replies hold NaN from a round on."""
 
     def reply(message):
         number = message.content["config"]["server-round"]

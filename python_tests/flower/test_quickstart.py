@@ -56,7 +56,7 @@ def nodes(client_app):
 
 
 def played(code, folder, monkeypatch):
-    """The network that the app leaves, and the module's result."""
+    """Return the network that the app leaves, and the module's result."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     (folder / "server_app.py").write_text(code)

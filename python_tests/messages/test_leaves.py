@@ -62,7 +62,7 @@ CONTAINERS: dict[str, Any] = {
 
 
 def of_logits(value: Any) -> list[Tensor]:
-    """The logits by key and as an attribute, where a container has them."""
+    """Return the logits by key and as an attribute, where a container has them."""
     found = [value["logits"]] if isinstance(value, collections.abc.Mapping) else []
     return [*found, value.logits] if hasattr(value, "logits") else found
 

@@ -46,7 +46,7 @@ class Play:
 
 
 def flat(message, prefix=""):
-    """The tensors of nested dicts under dotted names."""
+    """Return the tensors of nested dicts under dotted names."""
     if isinstance(message, torch.Tensor):
         return {prefix: message}
     found = {}

@@ -64,7 +64,7 @@ class Scene:
         return result if isinstance(result, tuple) else (result, {})
 
     def oracle(self, alpha=0.6, lam=1.0, temperature=1.0, stage="layer2", kl="local_global", on="features", gi=True):
-        """The equations of section 1.3, line by line."""
+        """Return the equations of section 1.3, line by line."""
         x, y = self.batch.inputs, self.batch.targets
         f_i = self.local.features(x)
         z = self.local.head(f_i)

@@ -23,7 +23,7 @@ STEPS, RATE = 5, 0.1
 
 @pytest.fixture(scope="module")
 def clients():
-    """Inputs fp64 [n, 3] and targets [n, 1] of clients that differ in curvature and in optimum."""
+    """Return the inputs fp64 [n, 3] and targets [n, 1] of clients that differ in curvature and in optimum."""
     rng = np.random.default_rng(2)
     pairs = []
     for n in SIZES:
@@ -53,7 +53,7 @@ def fixed_point(clients, weighting, mu=0.0):
 
 
 def optimum(clients, weighting):
-    """The minimum of the weighted mean of the clients' losses."""
+    """Return the minimum of the weighted mean of the clients' losses."""
     parts = [
         (w * curvature(x), w * 2 * x.T @ y / len(x)) for w, (x, y) in zip(weights(weighting), clients, strict=True)
     ]
@@ -61,7 +61,7 @@ def optimum(clients, weighting):
 
 
 def run(method, clients, out, rounds, **options):
-    """The parameters after a run of full-batch gradient descent at the clients, fp64 [3]."""
+    """Return the parameters after a run of full-batch gradient descent at the clients, fp64 [3]."""
     sets = [TensorDataset(*(torch.tensor(part, dtype=torch.float32) for part in pair)) for pair in clients]
     torch.manual_seed(0)
     finished = fedkern.simulate(

@@ -46,7 +46,7 @@ class Stored:
         return self.arrays[name]
 
     def under(self, prefix, dtype=None):
-        """The arrays whose names begin with ``prefix``, by the rest of their names."""
+        """Return the arrays whose names begin with ``prefix``, by the rest of their names."""
         chosen = {key.removeprefix(prefix): value for key, value in self.arrays.items() if key.startswith(prefix)}
         return chosen if dtype is None else {key: value.to(dtype) for key, value in chosen.items()}
 
@@ -73,7 +73,7 @@ def gap(ours, theirs):
 
 
 def assert_alike(ours, theirs):
-    """Compares arrays, or dicts of arrays, whose gaps are relative to the largest entry of the whole dict."""
+    """Compare arrays, or dicts of arrays, whose gaps are relative to the largest entry of the whole dict."""
     if isinstance(ours, dict):
         assert ours.keys() == theirs.keys()
         ours, theirs = (torch.cat([side[name].detach().double().flatten() for name in ours]) for side in (ours, theirs))
@@ -81,14 +81,14 @@ def assert_alike(ours, theirs):
 
 
 def assert_each_alike(ours, theirs):
-    """Compares losses one by one."""
+    """Compare losses one by one."""
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert_alike(one, other)
 
 
 def changes_by_name(module, step, flat, lr):
-    """Takes a step on the flat parameters.
+    """Take a step on the flat parameters.
 
     What it changed in each parameter of the module, over the learning rate.
     """
@@ -129,7 +129,7 @@ RELEASED_EPS = 1e-12
 
 
 def pair_network(values, eps=RELEASED_EPS):
-    """An image-text pair with stored weights, in the current precision."""
+    """Return an image-text pair with stored weights, in the current precision."""
     network = PairNetwork(ImageTokens(), TextTokens())
     state = {name: value.to(torch.get_default_dtype()) for name, value in values.items()}
     unset, unknown = network.load_state_dict(state, strict=False)
@@ -347,7 +347,7 @@ class Fediod:
             self.images = generator.train()(data["z"].to(self.dtype))
 
     def answer(self):
-        """The clients' logits [K, B, C] of the images, after a step of their discriminators."""
+        """Return the clients' logits [K, B, C] of the images, after a step of their discriminators."""
         messages = {k: {"images": self.images, "critic_lr": 1e-4} for k in range(3)}
         answers = self.answers.images(PHASE, 0, messages)
         return torch.stack([answers[k]["logits"] for k in range(3)])
@@ -470,7 +470,7 @@ class Fusefl:
             }
 
     def fused(self, number):
-        """The fused level of the clients' blocks as they are."""
+        """Return the fused level of the clients' blocks as they are."""
         branches = []
         for m, network in enumerate(self.networks):
             block, adaptor = network.blocks[number - 1], self.adaptors[m]

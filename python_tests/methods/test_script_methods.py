@@ -78,7 +78,7 @@ def text(weight):
 
 
 def defined(weight):
-    """A class without a file of its own, as a notebook defines it."""
+    """Return a class without a file of its own, as a notebook defines it."""
     scope = {"FedAvg": FedAvg}
     exec(text(weight), scope)
     return scope["Slow"]

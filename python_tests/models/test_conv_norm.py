@@ -27,7 +27,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Calls of the operator, which serves ordinary tensors of any size.
+    """Call of the operator, which serves ordinary tensors of any size.
 
     The settings of each.
     """
@@ -68,7 +68,7 @@ def images(*shape: int) -> Tensor:
 
 
 def learnt(module: nn.Module, run=None) -> dict[str, Tensor]:
-    """Result, gradients and state after two batches."""
+    """Return the result, gradients and state after two batches."""
     found: dict[str, Tensor] = {}
     for i in range(2):
         x = images().mul_(i + 1).requires_grad_()

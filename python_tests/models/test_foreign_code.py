@@ -37,7 +37,7 @@ Tokenizer = Processor = Model
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose every file names its code, and a user who says yes to everything."""
+    """Return a folder whose every file names its code, and a user who says yes to everything."""
     path = tmp_path / "network"
     path.mkdir()
     named = {kind: "code.Config" if kind == "AutoConfig" else "code.Model" for kind in KINDS}

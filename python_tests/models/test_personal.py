@@ -305,7 +305,7 @@ def told(run, name):
 
 
 def nameless(found):
-    """An outcome without the numbers of processes."""
+    """Return an outcome without the numbers of processes."""
     model, metrics, summary = found
     for each in (*metrics, summary):
         for figures in each.get("client_metrics", {}).values():

@@ -45,7 +45,7 @@ class Cases:
         self._process = process
 
     def failure(self, operator: str, case: dict[str, Any], backend: str) -> str:
-        """Returns what is wrong with a case, or "".
+        """Return what is wrong with a case, or "".
 
         Args:
             operator: a key of ``differential.OPERATORS``.
@@ -60,7 +60,7 @@ class Cases:
 
 @contextmanager
 def cases() -> Iterator[Cases]:
-    """Starts a server of cases for the ``with`` block, on the package and the search path of this process."""
+    """Start a server of cases for the ``with`` block, on the package and the search path of this process."""
     import fedkern
     from python_tests import warm_python
 
@@ -111,7 +111,7 @@ class _Worker:
         mine.settimeout(LIMIT_S)
 
     def failure(self, request: tuple[str, dict[str, Any], str]) -> tuple[str, bool]:
-        """What is wrong with a case, and whether this worker lives on."""
+        """Return what is wrong with a case, and whether this worker lives on."""
         self.cases += 1
         try:
             _send(self._stream, request)

@@ -46,7 +46,7 @@ def _threads_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def cache_bytes() -> Iterator[Callable[[int], None]]:
-    """Sets what the core takes for the size of the last-level cache."""
+    """Set what the core takes for the size of the last-level cache."""
     from fedkern.ops._core.backend import cpu_core
 
     core = cpu_core()

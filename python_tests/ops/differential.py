@@ -46,7 +46,7 @@ positions = st.lists(st.sampled_from([1, 0, 2, 3, 5]), max_size=2)
 
 @st.composite
 def tensor(draw, shape, dtype=dtypes, values="normal", grad=True):
-    """A tensor as :func:`make` reads it."""
+    """Return a tensor as :func:`make` reads it."""
     return {
         "shape": list(shape),
         "dtype": dtype if isinstance(dtype, str) else draw(dtype),
@@ -58,7 +58,7 @@ def tensor(draw, shape, dtype=dtypes, values="normal", grad=True):
 
 
 def make(case: Case) -> Tensor:
-    """The tensor of a case: its values rounded to its dtype, in memory as its layout says."""
+    """Return the tensor of a case: its values rounded to its dtype, in memory as its layout says."""
     shape, kind = tuple(case["shape"]), case["values"]
     dtype = getattr(torch, case["dtype"])
     generator = torch.Generator().manual_seed(case["seed"])
@@ -119,7 +119,7 @@ def _laid_out(x: Tensor, layout: str, generator: torch.Generator) -> Tensor:
 
 
 def exact(value: Any) -> Any:
-    """The same value: a floating tensor as a float64 leaf of its own, another one as a copy."""
+    """Return the same value: a floating tensor as a float64 leaf of its own, another one as a copy."""
     if isinstance(value, list):
         return [exact(each) for each in value]
     if not isinstance(value, Tensor):
@@ -187,7 +187,7 @@ def check(operator: str, case: Case) -> None:
 
 
 def made(value: Any) -> Any:
-    """The tensors of an argument's case."""
+    """Return the tensors of an argument's case."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [make(each) for each in value]
     return make(value) if isinstance(value, dict) else value
@@ -255,7 +255,7 @@ def rounded(x: Tensor, coarse: bool) -> Tensor:
 
 
 def promoted(*tensors: Tensor) -> torch.dtype:
-    """The dtype of a result of tensors that may have several."""
+    """Return the dtype of a result of tensors that may have several."""
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
 
 
@@ -264,14 +264,14 @@ def is_coarse(*computed: Tensor) -> bool:
 
 
 def spread(*logits: Tensor | None) -> float:
-    """The largest difference of finite logits, those of a student from its teacher's among them."""
+    """Return the largest difference of finite logits, those of a student from its teacher's among them."""
     finite = [x.detach().double().flatten() for x in logits if x is not None]
     every = torch.cat([x[x.isfinite()] for x in finite])
     return max(1.0, float(every.max() - every.min())) if every.numel() else 1.0
 
 
 def largest(*values: Tensor) -> float:
-    """The largest size of a number, at least 1."""
+    """Return the largest size of a number, at least 1."""
     return max([1.0, *(float(x.detach().abs().max()) for x in values if x.numel())])
 
 
@@ -308,7 +308,10 @@ def turned(case: Case, given: Arguments) -> Arguments:
 
 
 def masked(x: Tensor, share: float, axis: int) -> Tensor:
-    """``x`` with some classes at -inf, the first one never; a leaf where x is one."""
+    """``x`` with some classes at -inf, the first one never.
+
+    A leaf where x is one.
+    """
     draw = torch.rand(x.shape, generator=torch.Generator().manual_seed(5)) < share
     draw.select(axis, 0).fill_(False)
     return x.detach().masked_fill(draw, -math.inf).requires_grad_(x.requires_grad)
@@ -631,7 +634,7 @@ def close_mean(case: Case, given: Arguments) -> Limits | None:
 
 
 def accumulated(vectors: Any, weights: Any) -> list[Tensor]:
-    """The means of both accumulators, the exact one's in another order."""
+    """Return the means of both accumulators, the exact one's in another order."""
     totals = [ops.Accumulator(len(vectors[0]), exact=kept) for kept in (False, True)]
     for total, order in zip(totals, (range(len(vectors)), reversed(range(len(vectors)))), strict=True):
         for m in order:
@@ -681,7 +684,7 @@ def trimmed_case(draw: st.DrawFn) -> Case:
 
 
 def objective(vectors: Any, weights: Any = None) -> Tensor:
-    """The sum of the distances to the geometric median."""
+    """Return the sum of the distances to the geometric median."""
     wide = torch.stack(list(vectors)).double()
     by = torch.ones(len(wide)) if weights is None else torch.as_tensor(weights)
     point = ops.geometric_median(vectors, weights)
@@ -813,7 +816,7 @@ def take_step(**given: Any) -> list[Tensor]:
 
 
 def close_step(case: Case, given: Arguments) -> Limits:
-    """What is rounded on the way is as large as this."""
+    """Return what is rounded on the way is as large as this."""
     rates = case["lr"] if isinstance(case["lr"], list) else [case["lr"]]
     return {"absolute": 4e-5 * max([1.0, *rates]) * (1 + case["proximal"]), "relative": 1e-5}
 
@@ -874,7 +877,10 @@ def pool_case(draw: st.DrawFn) -> Case:
 
 
 def close_conv(case: Case, given: Arguments) -> Limits:
-    """Tolerances by what differences of large numbers lose; 0 as the gradient where rounding decides what passes."""
+    """Tolerances by what differences of large numbers lose.
+
+    0 as the gradient where rounding decides what passes.
+    """
     wide = {name: exact(x.detach()) if isinstance(x, Tensor) else x for name, x in given.items()}
     x, weight, bias, normed = wide["x"], wide["weight"], wide["bias"], "scale" in given
     z = torch.nn.functional.conv2d(x, weight, bias, case.get("stride", 1), 1 if normed else case["padding"])

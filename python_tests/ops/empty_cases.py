@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return f"{self.operator}({', '.join(f'{name}={_text(value)}' for name, value in self.arguments.items())})"
 
     def leaves(self) -> list[tuple[str, int]]:
-        """The tensors that may ask for a gradient: argument, and place where that is a list (else -1)."""
+        """Return the tensors that may ask for a gradient: argument, and place where that is a list (else -1)."""
         found: list[tuple[str, int]] = []
         if self.operator not in DIFFERENTIABLE or self.arguments.get("out") is not None:
             return found
@@ -111,7 +111,7 @@ Outcome = tuple[str, list[Tensor | None]]
 
 
 def outcome(case: Case, wanted: Sequence[tuple[str, int]], batched: bool = False) -> Outcome:
-    """The error's type, or results and the gradients of what is ``wanted``."""
+    """Return the error's type, or results and the gradients of what is ``wanted``."""
     given = {name: list(x) if isinstance(x, list) else x for name, x in case.arguments.items()}
     leaves = []
     for name, place in wanted:
@@ -135,7 +135,7 @@ def outcome(case: Case, wanted: Sequence[tuple[str, int]], batched: bool = False
 
 
 def differs(got: Outcome, expected: Outcome) -> str | None:
-    """What is not as the reference has it."""
+    """Return what is not as the reference has it."""
     if got[0] != expected[0]:
         return f"{got[0] or 'a result'} instead of {expected[0] or 'a result'}"
     for place, (x, y) in enumerate(zip(got[1], expected[1], strict=True)):
@@ -151,7 +151,7 @@ def differs(got: Outcome, expected: Outcome) -> str | None:
 
 
 def patterns(case: Case) -> list[list[tuple[str, int]]]:
-    """Which gradients are asked for: none, all, each alone."""
+    """Return which gradients are asked for: none, all, each alone."""
     leaves = case.leaves()
     return [[], *([leaf] for leaf in leaves), *([leaves] if len(leaves) > 1 else [])]
 
@@ -161,7 +161,7 @@ ABSENT = ("does not implement", "has no kernel for", "cannot serve", "no kernel"
 
 
 def run(backend: Callable[[], contextlib.AbstractContextManager[Any]], some: int) -> Iterator[str]:
-    """Runs blend's cases and every ``some``-th of the others, printing each before.
+    """Run blend's cases and every ``some``-th of the others, printing each before.
 
     Yields what went wrong.
     """

@@ -34,7 +34,10 @@ FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 
 @functools.cache
 def build() -> ModuleType:
-    """Returns the emulated ``fedkern._cuda``; what was compiled before from the same sources is taken from build/."""
+    """Return the emulated ``fedkern._cuda``.
+
+    What was compiled before from the same sources is taken from build/.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("no g++ to compile the emulated core with")
@@ -136,7 +139,7 @@ class Blind:
 
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
-    """Forces the CUDA backend, served by the emulated core on CPU tensors."""
+    """Force the CUDA backend, served by the emulated core on CPU tensors."""
     try:
         core = build()
     except FileNotFoundError as error:

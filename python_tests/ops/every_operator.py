@@ -63,7 +63,7 @@ class Operator:
         return [(x.abs() + 0.1 if i in self.positive else x).to(dtype) for i, x in enumerate(tensors)]
 
     def two_sizes(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs of two sizes that have the same numbers of axes."""
+        """Return the inputs of two sizes that have the same numbers of axes."""
         few, many = self.inputs(), self.inputs(large=True, seed=1)
         if [x.dim() for x in few] != [x.dim() for x in many]:
             # The index is of a batch of its own.
@@ -75,7 +75,7 @@ class Operator:
         return [x.clone() if i in self.changed else x for i, x in enumerate(tensors)]
 
     def results(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What :attr:`call` gives, always as a tuple.
+        """Return what :attr:`call` gives, always as a tuple.
 
         What it writes to is copied first.
         """

@@ -72,7 +72,7 @@ def backends(number: int, elements: int) -> list[str]:
 
 @contextlib.contextmanager
 def using(name: str) -> Iterator[None]:
-    """Forces a backend of :data:`BACKENDS`."""
+    """Force a backend of :data:`BACKENDS`."""
     kind, _, isa = name.partition("-")
     with backend.use_backend(kind), backend.use_isa(isa) if isa else contextlib.nullcontext():
         yield
@@ -130,7 +130,7 @@ def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, An
 
 
 def describe(case: dict[str, Any]) -> str:
-    """A case as a test id."""
+    """Return a case as a test id."""
     return "-".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in case.items())
 
 
@@ -142,7 +142,7 @@ def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def assert_close(what, got, expected, *, relative=1e-5, absolute=1e-6, slack=0.0):
-    """Compares with a float64 result at the tolerance of ``got``'s dtype.
+    """Compare with a float64 result at the tolerance of ``got``'s dtype.
 
     float32: ``relative`` and ``absolute``; float64: the same at 1e-12; 16-bit: the rounded float64 result and one ulp
     (where float32 arithmetic, ``absolute`` in float64 terms, cannot resolve an ulp: that).

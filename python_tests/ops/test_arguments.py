@@ -317,7 +317,7 @@ NUMBERS: dict[str, tuple[type, ...]] = {
 
 
 def results(name: str, **changed: Any) -> list[Tensor]:
-    """The tensors that an operator gives for its right arguments, and those that it writes to."""
+    """Return the tensors that an operator gives for its right arguments, and those that it writes to."""
     right = {**PUBLIC[name].arguments, **changed}
     arguments = {key: value.clone() if isinstance(value, Tensor) else value for key, value in right.items()}
     found = getattr(ops, name)(**arguments)

@@ -34,7 +34,7 @@ def server() -> Iterator[Cases]:
 
 
 def search(server: Cases, operator: str, seconds: float, start: int) -> int:
-    """Tries cases for so long.
+    """Try cases for so long.
 
     Returns how many.  A failure is shrunk and printed with its case and backend.
     """

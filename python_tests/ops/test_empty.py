@@ -16,7 +16,7 @@ SOME, FEW = 3, 20
 
 
 def child(*arguments: str) -> None:
-    """Runs Python in a process of its own: what goes wrong in these tests ends it."""
+    """Run Python in a process of its own: what goes wrong in these tests ends it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-P", *arguments]
     found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

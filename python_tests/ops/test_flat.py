@@ -73,7 +73,7 @@ def test_state_strides_and_outputs_stay(channels_last: bool) -> None:
 
 
 def laid_out(tensors: Iterable[Tensor]) -> Tensor:
-    """The elements of tensors, each from a multiple of eight on."""
+    """Return the elements of tensors, each from a multiple of eight on."""
     vector = torch.zeros(0)
     for tensor in tensors:
         vector = torch.cat([vector, torch.zeros(-len(vector) % 8), tensor.detach().reshape(-1)])

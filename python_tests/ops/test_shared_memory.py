@@ -26,7 +26,7 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 
 def memory(start: int, step: int = 1) -> tuple[Tensor, Tensor]:
-    """A state, and a vector that begins ``start`` elements behind it."""
+    """Return a state, and a vector that begins ``start`` elements behind it."""
     held = torch.zeros(2 * SIZE + SIZE * step)
     return held[SIZE : 2 * SIZE], held[SIZE + start :][: SIZE * step : step]
 

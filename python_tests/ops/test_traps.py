@@ -297,7 +297,7 @@ def test_grad_outputs_of_any_layout_many_at_once_and_a_second_backward(operator:
 
 
 def _turned(x: Tensor, axis: int) -> Tensor:
-    """The same values with that axis last in memory."""
+    """Return the same values with that axis last in memory."""
     return x.movedim(axis, -1).contiguous().movedim(-1, axis) if x.dim() > 1 else x
 
 

@@ -27,7 +27,7 @@ WAYS: dict[str, Callable[[Loss, Tensor], Tensor]] = {
 
 
 def whole(loss: Loss, way: str, *tensors: Tensor) -> Tensor:
-    """The Hessian with respect to all elements of ``tensors``, ``[N, N]``."""
+    """Return the Hessian with respect to all elements of ``tensors``, ``[N, N]``."""
     shapes, sizes = [x.shape for x in tensors], [x.numel() for x in tensors]
 
     def of_one(x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _others(value: Any) -> Iterator[Any]:
 
 
 def _copied(arguments: Any) -> Any:
-    """The same arguments, tensors in memory of their own and without a graph."""
+    """Return the same arguments, tensors in memory of their own and without a graph."""
     if isinstance(arguments, Tensor):
         return arguments.detach().clone() if arguments.numel() else arguments.detach()
     if isinstance(arguments, dict):
@@ -84,7 +84,7 @@ def _copied(arguments: Any) -> Any:
 
 
 def _outcome(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor] | Exception:
-    """The results and what was written.
+    """Return the results and what was written.
 
     The exception of a refusal.
     """
@@ -120,7 +120,7 @@ def _agree(name: str, ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 def main() -> None:
-    """Prints each call, and after it what came of it: refused, right or wrong."""
+    """Print each call, and after it what came of it: refused, right or wrong."""
     for name, calls in right_calls().items():
         operator = getattr(torch.ops.fedkern, name).default
         for number, right in enumerate(calls):

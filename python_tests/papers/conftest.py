@@ -16,7 +16,7 @@ def _papers(registries: None) -> None:
 
 @pytest.fixture
 def write_nico() -> Callable[..., Path]:
-    """Writes a class/context tree of small images whose pixels tell class and context."""
+    """Write a class/context tree of small images whose pixels tell class and context."""
 
     def write(root, classes=3, contexts=10, images=5, size=(20, 12)):
         for c in range(classes):

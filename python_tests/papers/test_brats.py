@@ -1,4 +1,7 @@
-"""NIfTI volumes: slices, classes, intensities, whole cases; every mistake is one sentence."""
+"""NIfTI volumes: slices, classes, intensities, whole cases.
+
+Every mistake is one sentence.
+"""
 
 import gzip
 import os
@@ -236,7 +239,7 @@ def cut(path):
 
 
 def header(path, at, kind, value):
-    """Puts a value into the file's header: of the voxels' kind (70), their place (108) or the affine (280)."""
+    """Put a value into the file's header: of the voxels' kind (70), their place (108) or the affine (280)."""
     raw = bytearray(gzip.decompress(path.read_bytes()))
     struct.pack_into(kind, raw, at, value)
     path.write_bytes(gzip.compress(raw))

@@ -39,7 +39,7 @@ def write_slides(root: Path, sizes: list[tuple[int, int]]) -> None:
 
 
 def texture(split: Split) -> torch.Tensor:
-    """How much every ground changes down and across, [n, 2]: a crop's height and width."""
+    """Return how much every ground changes down and across, [n, 2]: a crop's height and width."""
     ground, seen = split.images[:, 0].float(), ~BARS[split.labels]
     ground = ground.masked_fill(~seen, torch.nan)
     return torch.stack([ground.diff(dim=axis).abs().nanmean((1, 2)).log() for axis in (1, 2)], 1)

@@ -65,7 +65,7 @@ class Both(Listener):
 
 
 def play(config, data, out):
-    """A run with everything that writes or shows something: pictures, event files, a display."""
+    """Return a run with everything that writes or shows something: pictures, event files, a display."""
     seen, console = Everything(), Console(file=io.StringIO(), force_terminal=True, width=200)
     boards = []
     if find_spec("tensorboard") is not None:

@@ -30,7 +30,7 @@ FORM = ImageForm((1, 8, 8), (0.5,), (0.3,))
 
 
 def brute(x, y):
-    """The area and DeLong's variance from the kernel of every pair, as the paper writes them."""
+    """Return the area and DeLong's variance from the kernel of every pair, as the paper writes them."""
     psi = [[1.0 if a < b else 0.5 if a == b else 0.0 for b in y] for a in x]
     psi = np.array(psi)
     v10, v01 = psi.mean(1), psi.mean(0)
@@ -203,7 +203,7 @@ def data():
 
 
 def release(folder, data, steps):
-    """A run folder whose model was trained on both clients' images for so many steps."""
+    """Return a run folder whose model was trained on both clients' images for so many steps."""
     model = models.build("mlp", classes=4, channels=1, image_size=8, seed=0, width=64)
     images = normalise(torch.cat([c.images for c in data.clients]), data.form.mean, data.form.std)
     labels = torch.cat([c.labels for c in data.clients])
@@ -256,7 +256,7 @@ class Sure(torch.nn.Module):
 
 
 def segmented(data, seed, n):
-    """A split with labels of pixels: half an image of class 1, the rest of class 0."""
+    """Return a split with labels of pixels: half an image of class 1, the rest of class 0."""
     labels = torch.zeros(n, 8, 8, dtype=torch.int64)
     labels[:, 4:] = 1
     return dataclasses.replace(noise(n, seed), labels=labels, task=SEGMENTATION)

@@ -28,7 +28,7 @@ def test_an_extra_is_installed_from_the_checkout_or_by_its_packages(extra, monke
 def test_a_package_of_no_extra_is_installed_by_its_name(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=r"^to_pandas needs it: pip install pandas\.$"):
-        extras.needed("to_pandas needs it", "pandas", "fedkern.nothing")
+        extras.import_extra("to_pandas needs it", "pandas", "fedkern.nothing")
 
 
 def test_no_sentence_installs_fedkern_from_an_index():

@@ -7,7 +7,7 @@ from fedkern.process import machine
 
 @pytest.fixture
 def texts(monkeypatch):
-    """The text files that a machine of sixteen cores has, by path."""
+    """Return the text files that a machine of sixteen cores has, by path."""
     texts = {}
 
     def read(path):

@@ -56,7 +56,7 @@ def test_a_reader_that_has_gone_still_ends_a_command(tmp_path):
 
 
 def noise(how):
-    """Prints one line on standard output."""
+    """Print one line on standard output."""
     if how == "print":
         print("noise", flush=True)
     elif how == "descriptor":
@@ -134,7 +134,7 @@ RUNNING = ["--data", "loud", "--plugin", "loud.py", "--model", "talker", "--clie
 
 
 def said(words, folder):
-    """What a command prints as JSON, and on standard error."""
+    """Return what a command prints as JSON, and on standard error."""
     done = subprocess.run([sys.executable, "-m", "fedkern.run", *words, "--json"], cwd=folder, capture_output=True,
                           text=True, timeout=300, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -121,7 +121,7 @@ def exported(run, folder, kind):
 
 
 def played_on(run, folder):
-    """A copy of the run that goes on for a round."""
+    """Return a copy of the run that goes on for a round."""
     shutil.copytree(run.out, folder / "copy")
     found = fedkern.load(folder / "copy").extend(3, progress=False, pictures=False, workers=1)
     return weights(found.out)
@@ -247,7 +247,7 @@ def attention():
 
 
 def state():
-    """The modes as other code meets them."""
+    """Return the modes as other code meets them."""
     backends = torch.backends
     parts = (backends, backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
     return {

@@ -50,7 +50,7 @@ def name(request) -> str:
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path) -> list[Text]:
-    """The texts of what is drawn, which ends in no warning."""
+    """Return the texts of what is drawn, which ends in no warning."""
     found: list[Text] = []
     draw = plots.FigureCanvasAgg.draw
 
@@ -131,7 +131,7 @@ def said(renderable) -> str:
 
 
 def expected(name: str) -> str:
-    """How a name begins on a terminal."""
+    """Return how a name begins on a terminal."""
     key = next(key for key, value in NAMES.items() if value is name)
     return SHOWN.get(key, name).strip()[:10]
 
@@ -226,7 +226,7 @@ def test_settings_survive_config_toml(name, kind, monkeypatch):
 
 
 def named_curves(name):
-    """A figure with a legend of every kind, in which a client, set, class or group has the name."""
+    """Return a figure with a legend of every kind, in which a client, set, class or group has the name."""
     x, y = [1, 2], [0.5, 0.6]
     records = [
         {"round": r, "accuracy": 0.1, f"{name}_accuracy": 0.2, "clients": {"0": {"weight": 0.4, "name": name},

@@ -3,7 +3,7 @@
 import pytest
 
 from fedkern.errors import UserError
-from fedkern.settings.doors import key_words, python_words, spoken
+from fedkern.settings.doors import key_words, python_words, to_python_words
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from fedkern.settings.doors import key_words, python_words, spoken
     ],
 )  # fmt: skip
 def test_flags_become_arguments(flags, words):
-    assert spoken(flags) == words
+    assert to_python_words(flags) == words
 
 
 @pytest.mark.parametrize(

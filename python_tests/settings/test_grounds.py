@@ -123,7 +123,7 @@ def test_equal_data_elsewhere_are_the_same(kind):
 
 
 def changed(what, step, name="halved"):
-    """Settings of a comparison whose data, code or file differ from step to step under the same names."""
+    """Return the settings of a comparison whose data, code or file differ from step to step under the same names."""
     if what == "one image":
         given = a_folder("folder", 0)
         if step:

@@ -19,7 +19,10 @@ NONE = np.zeros(0, dtype=np.int64)
 
 
 def drawn(n=40, count=5, steps=6, seed=0):
-    """Scores with ties and labels; the last label is one that no image has, the one before it all have."""
+    """Scores with ties and labels.
+
+    The last label is one that no image has, the one before it all have.
+    """
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-steps, steps, (n, count), generator=generator) / 3
     labels = torch.randint(0, 2, (n, count), generator=generator, dtype=torch.uint8)

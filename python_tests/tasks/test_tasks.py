@@ -72,7 +72,7 @@ LABELS, TEXTS, KNOWN = ("labels", "targets"), ("texts", "tokens"), ("name", "mai
 
 
 def called(node):
-    """The last word of a name."""
+    """Return the last word of a name."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 

@@ -38,7 +38,7 @@ def simulate(out, method="fedavg", **given):
 
 
 def focal(outputs, targets):
-    """A loss of one's own, in which samples that are right count less."""
+    """Return a loss of one's own, in which samples that are right count less."""
     return ((1 - outputs.softmax(1).gather(1, targets[:, None])) * F.cross_entropy(outputs, targets)).mean()
 
 

@@ -149,7 +149,7 @@ def test_names_of_commands_are_those_of_the_command_line():
 
 @pytest.fixture
 def points(monkeypatch, tmp_path):
-    """Makes entry points of modules in tmp_path."""
+    """Make entry points of modules in tmp_path."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def make(*names):

@@ -18,7 +18,7 @@ def things(monkeypatch):
 
 @pytest.fixture
 def load(monkeypatch):
-    """Runs code as a module, of a file or of a notebook."""
+    """Run code as a module, of a file or of a notebook."""
 
     def loaded(name, file=None):
         module = ModuleType(name)

@@ -10,7 +10,7 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.add_folder("a finished run")
     add_arguments(parser, {"data_root": ("DIR", "where the data files are, if not where the run found them")})
     add_network(parser)

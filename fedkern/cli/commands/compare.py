@@ -46,7 +46,7 @@ methods that have it. The same command with the same --out goes on where it stop
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags.
+    """Add the flags.
 
     Methods and their flags, or folders, are words around them.
     """
@@ -71,7 +71,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """The request for the methods or folders.
+    """Return the request for the methods or folders.
 
     Raises UserError where these and the flags do not go together.
     """
@@ -113,7 +113,7 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def _settings(method: str, run_words: Sequence[str], parser: Parser) -> Request:
-    """The run's settings behind the methods, as a request for one of the methods."""
+    """Return the run's settings behind the methods, as a request for one of the methods."""
     run = flags.parse_run([method, *run_words], parser)
     for name, way in _NOT_HERE.items():
         if getattr(run, name):
@@ -122,7 +122,7 @@ def _settings(method: str, run_words: Sequence[str], parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Compares methods or finished runs.
+    """Compare methods or finished runs.
 
     Returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM.
     """
@@ -200,13 +200,16 @@ exec {command} --task "$SLURM_ARRAY_TASK_ID"
 
 
 def _again(words: Sequence[str], out: Path) -> str:
-    """The command that goes on with the comparison in ``out``."""
+    """Return the command that goes on with the comparison in ``out``."""
     named = any(word == "--out" or word.startswith("--out=") for word in words)
     return " ".join([PROGRAM, *map(as_word, words), *([] if named else ["--out", as_word(out)])])
 
 
 def config_of(request: Request, variant: Variant, seed: int) -> RunConfig:
-    """The settings of one run: the common ones, the variant's, and those of ``arguments["options"]`` the method has."""
+    """Return the settings of one run.
+
+    They are the common ones, the variant's, and those of ``arguments["options"]`` that the method has.
+    """
     from fedkern.comparison.cells import own_settings, word
 
     method, options = variant.method, request.arguments["options"]
@@ -240,7 +243,7 @@ def print_outcome(
     request: Request, folder: Path, as_json: Callable[[], object], table: Table, sentences: Iterable[str],
     tracebacks: Mapping[str, str], failures: Collection[str],
 ) -> int:  # fmt: skip
-    """Prints the result of many runs, as the request wants to have it, and their failures.
+    """Print the result of many runs, as the request wants to have it, and their failures.
 
     Returns the exit code.
     """

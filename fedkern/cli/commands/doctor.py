@@ -8,12 +8,12 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     add_arguments(parser, {"json": ("", "print the report as JSON")})
 
 
 def play(request: Request) -> int:
-    """Prints the state of the installation."""
+    """Print the state of the installation."""
     from fedkern.report import doctor_page
     from fedkern.report.live.progress_bar import make_console
 

@@ -30,7 +30,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.add_folder("a finished run")
     add_data(parser, "an option of that other data set; with --task also labels=... of the run's own")
     add_network(parser, "the figures")
@@ -44,12 +44,12 @@ def add_flags(parser: Parser) -> None:
 
 
 def _tasks_with(name: str) -> list[str]:
-    """The tasks that take an argument."""
+    """Return the tasks that take an argument."""
     return [task for task, function in TASKS.items() if name in signature(function).parameters]
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """The request with the task's ``settings``.
+    """Return the request with the task's ``settings``.
 
     Raises UserError for a flag of another task or a wrong value.
     """
@@ -66,7 +66,7 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def _argument(name: str, value: str) -> str | int | tuple[int, ...]:
-    """The value of one of `FLAGS`.
+    """Return the value of one of `FLAGS`.
 
     Raises UserError for one that the flag does not take.
     """
@@ -96,7 +96,7 @@ def result_path(request: Request) -> Path:
 
 
 def play(request: Request) -> int:
-    """Evaluates the network, prints its figures and writes them into the run folder (:func:`result_path`)."""
+    """Evaluate the network, print its figures and write them into the run folder (:func:`result_path`)."""
     from rich.console import Group
 
     from fedkern.cli.backend_check import check_backend

@@ -15,17 +15,17 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.add_folder("a finished run")
     add_arguments(parser, {
-        "format": ("|".join(model_export.FORMATS), "form of the file; default as the name of --out ends, else torch-export"),
+        "format": ("|".join(model_export.FORMATS), "form of the file; default by the end of --out, else torch-export"),
         "out": ("FILE", "file to write; default model.onnx, model.pt2 or model.pt in the run folder"),
     })  # fmt: skip
     add_network(parser)
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """The request.
+    """Return the request.
 
     Raises UserError where the format is unknown.
     """
@@ -34,7 +34,7 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Writes the network in another form, and prints the files."""
+    """Write the network in another form, and print the files."""
     kind, best = (
         model_export.find_format(request.arguments["format"], request.out),
         request.arguments["network"] == "best",

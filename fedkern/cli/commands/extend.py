@@ -12,7 +12,7 @@ from fedkern.errors import UserError
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.add_folder("a finished run")
     add_arguments(parser, {
         "rounds": ("R", "communication rounds in all, those done included"),
@@ -26,7 +26,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """The request.
+    """Return the request.
 
     Raises UserError where the number of rounds is missing.
     """
@@ -37,5 +37,5 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Gives the run more rounds and goes on with it."""
+    """Give the run more rounds and go on with it."""
     return run.play(dataclasses.replace(request, command="resume", resume=run_folder(request), folder=None))

@@ -35,7 +35,7 @@ _SUPERLINK = ("-c", "from flwr.superlink.cli import flower_superlink as main; ma
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.description = f"Runs a Flower project to its end. Needs {install('flower')}."
     parser.usage = f"{parser.prog} PROJECT_DIR [flags]"
     parser.add_folder("a Flower project", "folder of the Flower project", "PROJECT_DIR")
@@ -49,7 +49,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def play(request: Request) -> int:
-    """Runs the project.
+    """Run the project.
 
     Raises UserError where Flower refuses it, and RunFailed where the run fails or is stopped.
     """
@@ -80,7 +80,10 @@ def _is_simulation(name: str | None) -> bool:
 
 @contextmanager
 def _simulator() -> Iterator[None]:
-    """A SuperLink that simulates its nodes: within the block, Flower's local connections lead to it."""
+    """Run a SuperLink that simulates its nodes.
+
+    Within the block, Flower's local connections lead to it.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = os.environ["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(probe.getsockname()[1])
     with tempfile.NamedTemporaryFile() as log, _python([*_SUPERLINK, port], log.file) as process:
@@ -98,7 +101,7 @@ def _simulator() -> Iterator[None]:
 
 
 def _play(words: Sequence[str], where: Sequence[str]) -> None:
-    """Submits a run, prints its log and waits for its end.
+    """Submit a run, print its log and wait for its end.
 
     Stops it at Ctrl-C.
     """
@@ -119,7 +122,7 @@ def _play(words: Sequence[str], where: Sequence[str]) -> None:
 
 
 def _await_run_number(process: subprocess.Popen[bytes], output: bytearray) -> str:
-    """The number of the run, from what Flower has said and says.
+    """Return the number of the run, from what Flower has said and says.
 
     Raises UserError where Flower refuses the run.
     """
@@ -133,7 +136,7 @@ def _await_run_number(process: subprocess.Popen[bytes], output: bytearray) -> st
 
 
 def _end(run: str, where: Sequence[str]) -> None:
-    """Waits for the end of a run, whose log ends before it where the connection is lost.
+    """Wait for the end of a run, whose log ends before it where the connection is lost.
 
     Raises RunFailed.
     """
@@ -152,7 +155,7 @@ def _end(run: str, where: Sequence[str]) -> None:
 def _python(
     words: Sequence[str], output: int | IO[bytes] = subprocess.PIPE, cwd: str | None = None
 ) -> subprocess.Popen[bytes]:
-    """Starts Python.
+    """Start Python.
 
     Ctrl-C at the terminal reaches this process alone, which then decides.
     """

@@ -9,7 +9,7 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     text = "code whose methods, data sets ... are listed too; repeatable"
     add_arguments(parser, {"plugin": ("FILE.py|MODULE", text, []), "json": ("", "print the names as JSON")})
 
@@ -42,7 +42,7 @@ def catalogue() -> dict[str, dict[str, str]]:
 
 
 def play(request: Request) -> int:
-    """Prints the catalogue."""
+    """Print the catalogue."""
     sections = catalogue()
     if request.json:
         put(sections)

@@ -15,7 +15,7 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.add_folder("a finished run")
     parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")
     text = "CSV file to write; for segmentation a new folder of masks. Default predictions.csv, masks"
@@ -24,7 +24,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """The request.
+    """Return the request.
 
     Raises UserError where no image is named.
     """
@@ -35,7 +35,7 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Writes a table of classes, or for segmentation masks.
+    """Write a table of classes, or for segmentation masks.
 
     Prints a few rows.
     """

@@ -15,7 +15,7 @@ from fedkern.settings.stored import check_run_folder
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.usage = f"{parser.prog} DIR [DIR ...] [flags]"
     text = "folder of a run, finished or not, or of a comparison; report.html is written into each"
     parser.add_folder("a run or of a comparison", text, several=True)
@@ -23,7 +23,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def play(request: Request) -> int:
-    """Writes the report of every folder, and prints the files."""
+    """Write the report of every folder, and print the files."""
     from fedkern.report.figures.matplotlib_import import without_docstrings
 
     with without_docstrings():
@@ -53,7 +53,7 @@ def play(request: Request) -> int:
 
 
 def _check(folder: Path) -> None:
-    """Raises UserError where a folder holds no run."""
+    """Raise UserError where a folder holds no run."""
     if folder.is_dir() and not (folder / "config.toml").exists():
         raise UserError(
             f"{folder} holds neither a run nor a comparison: name a folder that has a config.toml or a comparison.csv."

@@ -43,7 +43,7 @@ NAME is a paper that fedkern ships, FILE.toml one of your own (docs/reproducing.
 
 
 def add_flags(parser: Parser) -> None:
-    """Adds the flags."""
+    """Add the flags."""
     parser.begin(USAGE)
     parser.add_argument("paper", nargs="?", metavar="NAME|FILE.toml", help="a paper that fedkern ships, or your own")
     add_arguments(parser, {
@@ -61,7 +61,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """The request.
+    """Return the request.
 
     Raises UserError where no paper is named or the budget is none.
     """

@@ -32,7 +32,7 @@ from fedkern.usercode import plugins
 
 @contextmanager
 def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
-    """The run folder.
+    """Make the run folder, or return the given one.
 
     The default folder is made at once, so that no other run takes it, and removed if left empty.
     """
@@ -153,7 +153,7 @@ def _illustrate(
 
 
 def trackers(request: Request) -> list[Listener]:
-    """The trackers that ``--tensorboard`` and ``--wandb`` name."""
+    """Return the trackers that ``--tensorboard`` and ``--wandb`` name."""
     listeners: list[Listener] = []
     if request.tensorboard:
         from fedkern.listeners import TensorBoard
@@ -167,7 +167,7 @@ def trackers(request: Request) -> list[Listener]:
 
 
 def _load_stored_config(request: Request) -> RunConfig:
-    """The settings of the run to resume.
+    """Return the settings of the run to resume.
 
     Flags may repeat stored settings.  Only --data-root, --cache, --device, --keep-items and --workers may differ.
     """
@@ -194,7 +194,7 @@ def _load_stored_config(request: Request) -> RunConfig:
 
 
 def _close(request: Request, config: RunConfig, out: Path, summary: Summary) -> None:
-    """Prints the result of a finished run."""
+    """Print the result of a finished run."""
     if request.json:
         put(plain(summary))
         return

@@ -28,7 +28,10 @@ class MaskSource(Protocol):
     """Source of object masks."""
 
     def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
-        """The object masks of a split, bool ``[n, H, W]``; a row without any True means nothing was detected."""
+        """Return the object masks of a split, bool ``[n, H, W]``.
+
+        A row without any True means nothing was detected.
+        """
         ...
 
 
@@ -54,7 +57,7 @@ class MaskFunction:
 
 
 def extract_background(data: FederatedData, source: MaskSource | Callable[[Tensor, Tensor], Tensor]) -> FederatedData:
-    """Gives every client's training split its object masks.
+    """Give every client's training split its object masks.
 
     Args:
         data: a federation; its tests and validation set are left as they are.
@@ -99,7 +102,7 @@ def bounding_boxes(masks: Tensor | None) -> Tensor:
 
 
 def _span(hit: Tensor) -> Tensor:
-    """True from the first to the last 1 of every row of ``[n, L]``."""
+    """Return True from the first to the last 1 of every row of ``[n, L]``."""
     after_first = torch.cummax(hit, dim=1).values
     before_last = torch.cummax(hit.flip(1), dim=1).values.flip(1)
     return (after_first & before_last).bool()

@@ -33,18 +33,21 @@ class MaskStore:
     packed: dict[int, Packed] = field(default_factory=dict)
 
     def classes(self, number: int) -> Classes:
-        """The mask with a number, int16 ``[H, W]``."""
+        """Return the mask with a number, int16 ``[H, W]``."""
         if number not in self.packed:
             self.pack(number, self.read(number))
         content, shape = self.packed[number]
         return np.frombuffer(zlib.decompress(content), np.int16).reshape(shape)
 
     def pack(self, number: int, classes: np.ndarray) -> None:
-        """Holds a mask ``[H, W]``, compressed."""
+        """Hold a mask ``[H, W]``, compressed."""
         self.packed[number] = zlib.compress(np.ascontiguousarray(classes, dtype=np.int16).tobytes(), 1), classes.shape
 
     def places(self, side: int, longest: int) -> npt.NDArray[np.int64]:
-        """The pixel of a resized mask in which each of ``side`` pixels lies; ``longest`` is the mask's longer side."""
+        """Return the pixel of a resized mask in which each of ``side`` pixels lies.
+
+        ``longest`` is the mask's longer side.
+        """
         extent = longest if self.square else side
         margin = (extent - side) // 2
         return (2 * (np.arange(side) + margin) + 1) * self.size // (2 * extent)
@@ -61,11 +64,13 @@ class FullMasks:
         return len(self.rows)
 
     def subset(self, indices: Tensor) -> FullMasks:
-        """The masks at ``indices``, int64 ``[m]``."""
+        """Return the masks at ``indices``, int64 ``[m]``."""
         return FullMasks(self.store, self.rows[indices])
 
     def load_masks(self) -> FullMasks | None:
-        """The same masks, held in memory, compressed; None where all have the size of the resized ones.
+        """Return the same masks, held in memory, compressed.
+
+        None where all have the size of the resized ones.
 
         Raises:
             UserError: a mask cannot be read, or holds a value that is no class.
@@ -84,7 +89,7 @@ class FullMasks:
         return {(shape[1], shape[0]) for _, shape in self.store.packed.values()}
 
     def __getitem__(self, index: int) -> tuple[Classes, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """A mask int16 ``[h, w]``, and the row and column of the network's mask in which every row and column lies."""
+        """Return a mask int16 ``[h, w]``, and the row and column of the network's mask for each of its own."""
         classes = self.store.classes(int(self.rows[index]))
         rows, columns = (self.store.places(side, max(classes.shape)) for side in classes.shape)
         return classes, rows, columns

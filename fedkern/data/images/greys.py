@@ -37,7 +37,10 @@ _NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 
 class Look(NamedTuple):
-    """A file: Pillow's mode, depth and colour in words, width and height; of deep greys some pixels and the ends."""
+    """A file: Pillow's mode, depth and colour in words, width and height.
+
+    Of deep greys some pixels and the ends.
+    """
 
     mode: str
     kind: str
@@ -48,7 +51,10 @@ class Look(NamedTuple):
 
 
 def looked_at(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path, Look]:
-    """Looks at up to `LOOKED_AT` of the files, at those that can be read; with ``pixels`` at greys of deep ones too."""
+    """Look at up to `LOOKED_AT` of the files, at those that can be read.
+
+    With ``pixels`` at greys of deep ones too.
+    """
     paths = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
     looks: list[Look | None] = [None] * len(paths)
 
@@ -78,7 +84,9 @@ def _look(image: Image.Image, pixels: bool) -> Look:
 
 
 def window_of(text: str, looks: Collection[Look]) -> Window | None:
-    """Reads ``CENTRE,WIDTH``, as viewers of medical images have it, or percentiles, ``LOW%,HIGH%``; empty: None.
+    """Read ``CENTRE,WIDTH``, as viewers of medical images have it, or percentiles, ``LOW%,HIGH%``.
+
+    Empty: None.
 
     Percentiles are of the pixels of ``looks``.
 
@@ -110,12 +118,15 @@ def window_of(text: str, looks: Collection[Look]) -> Window | None:
 
 
 def as_text(window: Window | None) -> str:
-    """A window as :func:`window_of` reads it."""
+    """Return a window as :func:`window_of` reads it."""
     return "" if window is None else f"{(window[0] + window[1]) / 2!r},{window[1] - window[0]!r}"
 
 
 def pixels_outside(window: Window | None, looks: Collection[Look], advice: str = STORED) -> str:
-    """Return a sentence on a window that most pixels of deep greys lie outside of; empty for any other window."""
+    """Return a sentence on a window that most pixels of deep greys lie outside of.
+
+    Empty for any other window.
+    """
     deep = [look for look in looks if look.values is not None]
     if window is None or not deep:
         return ""
@@ -175,5 +186,5 @@ def describe_files(
 
 
 def _sites(sets: Collection[Set]) -> dict[str, list[str]]:
-    """The sites of every split."""
+    """Return the sites of every split."""
     return {split: [site or "no site" for part, site in sets if part == split] for split, _ in sets}

@@ -117,7 +117,10 @@ def _size(count: int) -> str:
 
 
 def _temporary(files: ImageFiles, needed: Rows, notice: Notice) -> tuple[ImageStore, Tensor]:
-    """The images in a file without a name, which vanishes with the processes that have it open, however they end."""
+    """Return the images in a file without a name.
+
+    It vanishes with the processes that have it open, however they end.
+    """
     try:
         folder = cache_folder("images")
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,10 @@ class _Cache:
         self._damaged = 0
 
     def fetch(self, needed: Rows) -> tuple[ImageStore, Tensor]:
-        """The images, of which at least those at ``needed`` are decoded, and int64 ``[N, 2]``, see `ImageFiles`."""
+        """Return the images and int64 ``[N, 2]``, see `ImageFiles`.
+
+        At least the images at ``needed`` are decoded.
+        """
         entry = self._open_entry(needed)
         if self._damaged and self._notice is not None:
             self._notice(f"{self._damaged:,} images in {self._images} are damaged and are decoded again")
@@ -199,7 +205,9 @@ class _Cache:
         return (MAGIC + f"{self._name}\n{' '.join(map(str, self._shape))}\n".encode()).ljust(HEADER_BYTES, b"\0")
 
     def _read_sizes(self, needed: Rows) -> npt.NDArray[np.int32] | None:
-        """int32 ``[N, 3]``, 0 where an image is not decoded yet; None where the files are missing or damaged.
+        """int32 ``[N, 3]``, 0 where an image is not decoded yet.
+
+        None where the files are missing or damaged.
 
         An image at ``needed`` that is not as it was written counts as not decoded; a sound one is looked at once.
         """
@@ -306,7 +314,7 @@ def _fingerprint(files: ImageFiles) -> str:
 def _decode_rows(
     files: ImageFiles, rows: Rows, file: IO[bytes], where: str, notice: Notice
 ) -> Iterator[tuple[Rows, npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
-    """Decodes the images at ``rows`` (sorted) and writes them to ``file``.
+    """Decode the images at ``rows`` (sorted) and write them to ``file``.
 
     Yields:
         Rows that are written, int64 ``[m, 2]``, the width and height of each before it was resized, and the images,
@@ -344,7 +352,7 @@ def _write(file: IO[bytes], offset: int, values: npt.NDArray[np.generic]) -> Non
 
 
 def _check_space(folder: Path, count: int) -> None:
-    """Raises UserError where the disk of ``folder`` has fewer than ``count`` bytes left."""
+    """Raise UserError where the disk of ``folder`` has fewer than ``count`` bytes left."""
     with suppress(OSError):  # a file system that does not say: writing will tell
         total, _, free = shutil.disk_usage(folder)
         if free < count and total:  # a file system without a size takes no files, and writing will tell

@@ -49,7 +49,11 @@ def is_hidden(name: str) -> bool:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Sorted names of the folders in ``folder`` that are not hidden; raises UserError where one is not UTF-8."""
+    """Sorted names of the folders in ``folder`` that are not hidden.
+
+    Raises:
+        UserError: one is not UTF-8.
+    """
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     for path in folders:
         check_text(str(path), "the folder")
@@ -57,7 +61,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files directly in ``folder``, sorted, without hidden ones.
+    """Return the image files directly in ``folder``, sorted, without hidden ones.
 
     Raises:
         UserError: a name is not UTF-8, or belongs to a link to nothing, a named pipe, a socket or a device.
@@ -72,7 +76,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> None:
-    """Raises UserError where one real file has two names, because training and test could then share the image.
+    """Raise UserError where one real file has two names, because training and test could then share the image.
 
     Such names come from links, and from folders that are linked into each other or into themselves.
 
@@ -284,7 +288,9 @@ class ImageReader:
 def read_mask(
     image_path: Path, path: Path, data: str, max_pixels: int = MAX_PIXELS, size: int | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Decodes a mask, resized to ``size`` x ``size`` pixels by the nearest pixel; in its own size without ``size``.
+    """Decode a mask, resized to ``size`` x ``size`` pixels by the nearest pixel.
+
+    In its own size without ``size``.
 
     A mask fits its image as `ImageFiles` turns it; the mask itself is turned as its own EXIF orientation says.
 
@@ -342,7 +348,7 @@ def read_mask(
 
 
 def _without_palette(mask: Image.Image, path: Path, data: str) -> Image.Image:
-    """A palette mask as class numbers or greys, mode L.
+    """Return a palette mask as class numbers or greys, mode L.
 
     A palette of greys stores what a viewer shows, in any order, so the grey counts.  A palette with colours paints
     class numbers, so the position counts.
@@ -391,7 +397,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """The image on a white page if it is partly transparent: Pillow's conversion would show the hidden colours."""
+    """Return the image on a white page if it is partly transparent.
+
+    Pillow's conversion would show the hidden colours.
+    """
     if not image.has_transparency_data:
         return image
     colours = image.convert("RGBA")
@@ -411,7 +420,7 @@ def _negative(image: Image.Image) -> bool:
 
 
 def _check_bands(image: Image.Image, path: Path, data: str) -> None:
-    """Raises UserError where a TIFF does not say what its fourth band is, which Pillow takes for transparency."""
+    """Raise UserError where a TIFF does not say what its fourth band is, which Pillow takes for transparency."""
     if image.format == "TIFF" and image.mode in ("LA", "RGBA") and EXTRA_BANDS not in image.tag_v2:  # type: ignore[attr-defined]
         raise UserError(
             f'data set "{data}": the image {path} has {len(image.mode)} bands and does not say that the last is '
@@ -438,7 +447,7 @@ def _pad_image(image: Image.Image, size: int) -> Image.Image:
 def _eight_bits(
     image: Image.Image, path: Path, data: str, bits: int, window: tuple[float, float] | None
 ) -> Image.Image:
-    """The upright image with its grey values scaled to 0-255: Pillow's conversion would clip larger values."""
+    """Return the upright image with its grey values scaled to 0-255: Pillow's conversion would clip larger values."""
     turned = upright(image)
     if image.mode != "F" and not is_deep(image):
         return turned
@@ -468,7 +477,7 @@ def _eight_bits(
 
 
 def _with_clear(scaled: np.ndarray, values: np.ndarray, image: Image.Image) -> Image.Image:
-    """The image of greys from 0 to 255, with the transparency that the file's own ``values`` have."""
+    """Return the image of greys from 0 to 255, with the transparency that the file's own ``values`` have."""
     grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
     if isinstance(clear := image.info.get("transparency"), int):  # the transparent grey of a PNG, as it is stored
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
@@ -476,7 +485,7 @@ def _with_clear(scaled: np.ndarray, values: np.ndarray, image: Image.Image) -> I
 
 
 def unreadable(data: str, noun: str, path: Path, error: Exception) -> UserError:
-    """The error for a file that cannot be decoded."""
+    """Return the error for a file that cannot be decoded."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):  # its own message names the file object
         reason = f"it is none of {', '.join(FORMATS)}"
@@ -490,7 +499,10 @@ def unreadable(data: str, noun: str, path: Path, error: Exception) -> UserError:
 
 
 def each(work: Callable[[int], None], count: int) -> None:
-    """Calls ``work`` with 0 to ``count`` - 1 in several threads; decoding releases the interpreter lock."""
+    """Call ``work`` with 0 to ``count`` - 1 in several threads.
+
+    Decoding releases the interpreter lock.
+    """
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as workers:
         for _ in workers.map(work, range(count)):
             pass

@@ -1,4 +1,7 @@
-"""Images of a split as networks see them: normalised, channels-last, cached where small; their labels and texts."""
+"""Images of a split as networks see them: normalised, channels-last, cached where small.
+
+Their labels and texts.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ class Pixels:
         return send(self._file.nhwc(as_index(indices)), self._device)
 
     def _whole(self, indices: np.ndarray | Tensor | None) -> Tensor:
-        """The images [B, C, H, W] (channels-last) at ``indices``, as they are kept."""
+        """Return the images [B, C, H, W] (channels-last) at ``indices``, as they are kept."""
         if self._cache and not self._is_raw and self._rows.dtype == torch.uint8:
             self._rows, self._erased = self._normalise(self._rows, self._erased), None
         rows, erased = self._rows, self._erased
@@ -87,7 +90,10 @@ class Pixels:
         return images if self._sides is None else transforms.window(images, self._sides, rng)
 
     def take(self, indices: np.ndarray | Tensor | None, rng: np.random.Generator | None = None) -> Tensor:
-        """fp32 [B, C, H, W] (channels-last) of the images at ``indices``; augmented when there is an ``rng``."""
+        """fp32 [B, C, H, W] (channels-last) of the images at ``indices``.
+
+        Augmented when there is an ``rng``.
+        """
         if self.augment == "none":
             rng = None
         images = self._window(self._whole(indices), rng)
@@ -105,7 +111,7 @@ class Pixels:
 
 
 def as_index(indices: np.ndarray | Tensor) -> Tensor:
-    """Indices on the CPU as a tensor, which shares their memory."""
+    """Return the indices on the CPU as a tensor, which shares their memory."""
     return indices if isinstance(indices, Tensor) else torch.from_numpy(np.ascontiguousarray(indices))
 
 

@@ -25,7 +25,7 @@ SCALES, SHIFT = (0.2, 1.8), 1.0
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, channels_last: bool = False) -> Tensor:
-    """Turns uint8 images into float32 ``(images / 255 - mean) / std``.
+    """Turn uint8 images into float32 ``(images / 255 - mean) / std``.
 
     Args:
         images: uint8 ``[B, C, H, W]``, any memory format.

@@ -16,7 +16,9 @@ from fedkern.files.filesystem import cache_folder
 
 
 def note_cache(out: Path, cache: str | None) -> None:
-    """Notes that the run in ``out`` uses ``cache``; None removes the note of an earlier run in that place.
+    """Note that the run in ``out`` uses ``cache``.
+
+    None removes the note of an earlier run in that place.
 
     Without a cache folder that can be written to, nothing is noted.
     """
@@ -30,7 +32,10 @@ def note_cache(out: Path, cache: str | None) -> None:
 
 
 def recall_cache(out: str | Path) -> str | None:
-    """The cache that a run of this user in ``out`` has used; None where there is none any more."""
+    """Return the cache that a run of this user in ``out`` has used.
+
+    None where there is none any more.
+    """
     try:
         note = _note(Path(out))
         if note.stat().st_uid != os.geteuid():  # several users may share a cache folder

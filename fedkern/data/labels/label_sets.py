@@ -16,7 +16,7 @@ SEPARATOR = "|"
 
 
 def check_several(counts: Sequence[int], task: str, where: str, single: str, several: str) -> None:
-    """Raises UserError where every image has exactly one label and nobody says that these are several labels an image.
+    """Raise UserError where every image has exactly one label and nobody says that these are several labels an image.
 
     One label in every image is what a single class an image looks like (one-hot labels), which has another loss, other
     figures and other methods.
@@ -37,7 +37,7 @@ def check_several(counts: Sequence[int], task: str, where: str, single: str, sev
 def label_sets(
     cells: Sequence[str], where: str, data: str, order: str = ""
 ) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], list[str]]:
-    """The labels of every row.
+    """Return the labels of every row.
 
     Args:
         cells: the values of the column; an empty one has no label.

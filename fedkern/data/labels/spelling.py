@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
 
 
 def clean_cell(value: str) -> str:
-    """A cell without the spaces around it, ``""`` where it says that the value is missing."""
+    """Return a cell without the spaces around it, ``""`` where it says that the value is missing."""
     value = value.strip()
     return "" if value in MISSING else value
 
@@ -42,7 +42,9 @@ def number(value: str) -> Decimal | None:
 
 
 def unify_spelling(values: Sequence[str], where: str) -> tuple[list[str], list[str]]:
-    """The values with one spelling for each: equal numbers, and texts with equal Unicode normal forms, are one value.
+    """Return the values with one spelling for each.
+
+    Equal numbers are one value, and so are texts with equal Unicode normal forms.
 
     The spelling is the shortest one that occurs.
 
@@ -81,7 +83,9 @@ def sort_names(names: Iterable[str]) -> tuple[str, ...]:
 def classes_of(
     labels: Sequence[str], where: str, order: str = ""
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64], list[str]]:
-    """The classes of a column of labels; every row's class, int64 ``[n]``; and sentences.
+    """Return the classes of a column of labels.
+
+    Every row's class, int64 ``[n]``. And sentences.
 
     ``order`` has the classes in their order, joined by ``|``, each once, else UserError; empty: see :func:`sort_names`.
     """
@@ -111,7 +115,7 @@ def _key(value: str) -> Hashable:
 
 
 def _fold_text(value: str) -> str:
-    """The text without what readers do not see: case, spaces, characters without width, compatible forms."""
+    """Return the text without what readers do not see: case, spaces, characters without width, compatible forms."""
     plain = unicodedata.normalize("NFKC", value).casefold()
     return "".join(char for char in plain if not char.isspace() and unicodedata.category(char)[0] != "C")
 

@@ -23,7 +23,7 @@ SHARE = 0.5
 
 
 def draw_patch(images: Tensor, size: int) -> Tensor:
-    """Copies images uint8 ``[n, C, H, W]``, with a white square of side ``size`` one pixel off the lower right."""
+    """Copy images uint8 ``[n, C, H, W]``, with a white square of side ``size`` one pixel off the lower right."""
     out = images.clone(memory_format=torch.contiguous_format)
     out[..., -size - 1 : -1, -size - 1 : -1] = 255
     return out

@@ -83,7 +83,9 @@ def class_colours(seed: int, client: int, classes: int, palette: Palette) -> Col
 def tied_colours(
     labels: npt.NDArray[np.int64], colours: Colours, correlation: float, palette: Palette, rng: np.random.Generator
 ) -> Colours:
-    """A background colour for every sample: with probability ``correlation`` the client's own colour of its class.
+    """Draw a background colour for every sample.
+
+    It is the client's own colour of its class with probability ``correlation``.
 
     Args:
         labels: int64 ``[n]``.

@@ -40,7 +40,10 @@ SHAPES: dict[str, Callable[[Grid, Grid], npt.NDArray[np.bool_]]] = {
 
 
 def shape_masks(size: int) -> Tensor:
-    """The shapes on ``size`` x ``size`` pixels, bool ``[10, size, size]``; True where a pixel's centre is inside."""
+    """Return the shapes on ``size`` x ``size`` pixels, bool ``[10, size, size]``.
+
+    True where a pixel's centre is inside.
+    """
     line = (np.arange(size) + 0.5) * (2 / size) - 1
     x, y = line[None, :], line[:, None]
     return torch.from_numpy(np.stack([inside(x, y) for inside in SHAPES.values()]))

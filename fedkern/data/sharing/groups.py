@@ -20,7 +20,7 @@ Rows = npt.NDArray[np.int64]
 
 
 def grouped_rows(names: Sequence[str] | None, cases: Tensor | None, patients: Tensor | None) -> Rows | None:
-    """Unit of every row, int64 ``[n]`` from 0: its patient, case or image, the first of these that is known.
+    """Return the unit of every row, int64 ``[n]`` from 0: its patient, case or image, the first of these that is known.
 
     Rows with the same number belong to one patient, case or image and must stay in one split.  None means that every
     row stands alone.  An image with several texts has one row per text, all under one name; images are numbered in
@@ -47,7 +47,10 @@ def unit_noun(cases: Tensor | None, patients: Tensor | None) -> str:
 
 
 def rows_of_units(units: Rows) -> list[Rows]:
-    """Rows of every unit in ascending order; ``units``, int64 ``[n]``, counts from 0 without gaps."""
+    """Rows of every unit in ascending order.
+
+    ``units``, int64 ``[n]``, counts from 0 without gaps.
+    """
     return np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
 
 
@@ -63,7 +66,10 @@ def rows_by_owner(owners: Rows, count: int) -> list[Rows]:
 
 
 def _owners(parts: Sequence[Rows], count: int) -> Rows:
-    """The client of every unit, int64 ``[count]``, from the units of every client; -1 where no client has the unit."""
+    """Return the client of every unit, int64 ``[count]``, from the units of every client.
+
+    -1 where no client has the unit.
+    """
     owners = np.full(count, -1, dtype=np.int64)
     for k, part in enumerate(parts):
         owners[part] = k
@@ -71,7 +77,10 @@ def _owners(parts: Sequence[Rows], count: int) -> Rows:
 
 
 def drawn_rows(rng: np.random.Generator, count: int, units: Rows | None) -> list[Rows]:
-    """Rows 0 to ``count`` - 1 in random order, one array per unit; ``units`` comes from :func:`grouped_rows`."""
+    """Rows 0 to ``count`` - 1 in random order, one array per unit.
+
+    ``units`` comes from :func:`grouped_rows`.
+    """
     order = rng.permutation(count if units is None else int(units.max()) + 1)
     if units is None:
         return list(order[:, None])
@@ -119,7 +128,9 @@ def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows, Rows], l
 def training_cases(
     name: str, cases: Rows, count: int | None, public: int, seed: int, unit: str = "cases"
 ) -> tuple[Rows, Rows]:
-    """The training rows of all clients and the public rows, both sorted; no case has rows in both.
+    """Return the training rows of all clients and the public rows, both sorted.
+
+    No case has rows in both.
 
     Cases are taken in random order.  Clients get whole cases, but ``count`` may cut the last one.  ``public`` may cut a
     case too; the other images of that case go to no client.  ``unit`` is what a case is, from :func:`unit_noun`.

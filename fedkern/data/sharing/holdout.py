@@ -20,7 +20,7 @@ SHOWN = 20
 
 
 def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, seed: int) -> FederatedData:
-    """The federation without one client, and with an own test set for every other client.
+    """Return the federation without one client, and with an own test set for every other client.
 
     Args:
         held_out: name or number of the client that never trains, or None.  All its samples become the test set
@@ -58,7 +58,7 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
 
 
 def _client(data: FederatedData, client: str | int) -> int:
-    """The number of the client that has this name or, where no name is a number, this number."""
+    """Return the number of the client that has this name or, where no name is a number, this number."""
     names, count = data.client_names, len(data.clients)
     text = str(client)
     if count > 1 and names is not None and text in names:
@@ -75,7 +75,7 @@ def _client(data: FederatedData, client: str | int) -> int:
 
 
 def _without(data: FederatedData, absent: int, staying: list[int]) -> FederatedData:
-    """The data whose validation, public and test sets have no image of a client, with the test set ``held_out``.
+    """Return the data whose validation, public and test sets have no image of a client, with the test set ``held_out``.
 
     Args:
         staying: the numbers of all other clients, which count anew in the homes of images.

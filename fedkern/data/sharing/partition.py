@@ -71,7 +71,7 @@ class PartitionSpec:
 
 
 def parse_partition(text: str) -> PartitionSpec:
-    """Reads ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:plain]``, ``classes:S`` or ``attribute``.
+    """Read ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:plain]``, ``classes:S`` or ``attribute``.
 
     Raises:
         UserError: an unknown name (the message suggests the nearest), or a missing, malformed or superfluous value.
@@ -214,7 +214,7 @@ def share_samples(
 def partition_like(
     labels: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rng: np.random.Generator
 ) -> list[Rows]:
-    """Splits a test set among clients in the proportions of their training data, class by class (FuseFL's test split).
+    """Split a test set among clients in the proportions of their training data, class by class (FuseFL's test split).
 
     Args:
         labels: int64 ``[n]`` of the set to split.
@@ -307,7 +307,7 @@ def _dirichlet(
 def _dirichlet_counts(
     spec: PartitionSpec, per_class: Rows, clients: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """Number of rows of every class for each client, int64 ``[classes, clients]``."""
+    """Return the number of rows of every class for each client, int64 ``[classes, clients]``."""
     counts = np.zeros((len(per_class), clients), dtype=np.int64)
     totals = np.zeros(clients, dtype=np.int64)
     fair = per_class.sum() / clients

@@ -21,7 +21,9 @@ def number_patients(split: Split) -> Rows:
 
 
 def limit_patients(data: FederatedData, images: int, seed: int) -> FederatedData:
-    """The federation with at most ``images`` training images of every patient, drawn at random; order is kept.
+    """Return the federation with at most ``images`` training images of every patient, drawn at random.
+
+    Order is kept.
 
     A patient's draw depends on no other patient's images.  Otherwise one patient's images could change which images of
     other patients stay, and no bound on one patient's influence would hold.

@@ -39,7 +39,7 @@ def parts_of_arrays(
     augment: str,
     task: str,
 ) -> dict[str, object]:
-    """The attributes of the data that :meth:`fedkern.data.FederatedData.from_arrays` makes of these arguments."""
+    """Return the attributes of the data that :meth:`fedkern.data.FederatedData.from_arrays` makes."""
     changes: list[float] = []
     if isinstance(clients, str) or not isinstance(clients, Iterable):
         raise UserError(f"clients must be pairs (images, labels), by name or in a list, not {type(clients).__name__}.")
@@ -122,7 +122,7 @@ def by_text(sets: Mapping[K, T], noun: str, training: str = "") -> dict[str, T]:
 
 
 def check_names(classes: Sequence[str]) -> None:
-    """Raises UserError where names of classes are no list of different texts."""
+    """Raise UserError where names of classes are no list of different texts."""
     names = [] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
     if not all(isinstance(name, str) and name.strip() for name in names) or len({*names}) < len(names) or not names:
         raise UserError(f"classes must be a list of different names, none of them empty, not {shown(classes)}.")
@@ -148,7 +148,7 @@ def _pixel_names(splits: Mapping[str, Split], classes: Sequence[str] | None, tas
 
 
 def _label_names(splits: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
-    """The names of the labels where an image may have several, one for every column."""
+    """Return the names of the labels where an image may have several, one for every column."""
     count = next(iter(splits.values())).labels.shape[1]
     if count < 2:
         raise UserError(

@@ -47,14 +47,14 @@ def _glyphs(side: int) -> Bytes:
 
 
 def random_ground(texture: str, rng: np.random.Generator) -> Ground:
-    """A background of the given texture with two dark colours that differ visibly."""
+    """Return a background of the given texture with two dark colours that differ visibly."""
     dark = rng.integers(0, BRIGHTEST // 2, size=3)
     second = dark + rng.integers(BRIGHTEST // 4, BRIGHTEST // 2, size=3)
     return Ground(texture, np.stack([dark, second]).astype(np.uint8))
 
 
 def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """The share of the second colour in every pixel, float ``[SIDE, SIDE]``, at a random phase and scale."""
+    """Return the share of the second colour in every pixel, float ``[SIDE, SIDE]``, at a random phase and scale."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] + rng.uniform(0, SIDE, size=(2, 1, 1))
     period = rng.uniform(5, 9)
 

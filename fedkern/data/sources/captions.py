@@ -182,13 +182,13 @@ def _mixture(size: int, rng: np.random.Generator, liked: npt.NDArray[np.float64]
 
 
 def _rare_concepts(seed: int) -> tuple[Digits, Digits]:
-    """The three digits and two inks that belong to the minority."""
+    """Return the three digits and two inks that belong to the minority."""
     rng = stream(seed, "captions/minority")
     return rng.permutation(len(CLASSES))[:3], rng.permutation(len(INK))[:2]
 
 
 def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
-    """A client's style.
+    """Return a client's style.
 
     Args:
         rare: the client is the minority.
@@ -226,7 +226,10 @@ def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
 def _subjects(
     spec: PartitionSpec, clients: int, samples: int, seed: int, minority: float
 ) -> tuple[list[int], list[Digits | None]]:
-    """Number of canvases of every client, and their subjects (None where the client's style decides them)."""
+    """Return the number of canvases of every client, and their subjects.
+
+    Subjects are None where the client's style decides them.
+    """
     if spec.name not in ("iid", "attribute"):
         labels = np.arange(samples) % len(CLASSES)
         parts = share_out(spec, labels, clients, seed, class_count=len(CLASSES))

@@ -38,7 +38,7 @@ CIFAR100_COARSE_CLASSES = tuple(_COARSE.split())
 
 
 def read_records(folder: Path, name: str, data: str, label_counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Reads one binary file: records of ``len(label_counts)`` label bytes and 3,072 pixel bytes.
+    """Read one binary file: records of ``len(label_counts)`` label bytes and 3,072 pixel bytes.
 
     Returns:
         images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n, len(label_counts)]``.
@@ -71,7 +71,7 @@ CIFAR100_SCALE: Scale = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
 def open_cifar10(root: str | Path | None) -> Source:
-    """Reads CIFAR-10 from ``root``, ``root/cifar10`` or ``root/cifar-10-batches-bin``."""
+    """Read CIFAR-10 from ``root``, ``root/cifar10`` or ``root/cifar-10-batches-bin``."""
     batches = [f"data_batch_{i}.bin" for i in range(1, 6)]
     folder = find_folder(root, "cifar10", ("cifar-10-batches-bin", "cifar10", "CIFAR10"), [*batches, "test_batch.bin"])
     parts = [read_records(folder, name, "cifar10", (10,)) for name in batches]
@@ -81,7 +81,7 @@ def open_cifar10(root: str | Path | None) -> Source:
 
 
 def open_cifar100(root: str | Path | None, labels: str = "fine") -> Source:
-    """Reads CIFAR-100 from ``root``, ``root/cifar100`` or ``root/cifar-100-binary``."""
+    """Read CIFAR-100 from ``root``, ``root/cifar100`` or ``root/cifar-100-binary``."""
     folder = find_folder(root, "cifar100", ("cifar-100-binary", "cifar100", "CIFAR100"), ["train.bin", "test.bin"])
     column, classes = (1, CIFAR100_CLASSES) if labels == "fine" else (0, CIFAR100_COARSE_CLASSES)
     files = (read_records(folder, name, "cifar100", (20, 100)) for name in ("train.bin", "test.bin"))

@@ -29,7 +29,7 @@ def copies(
     sites: Sequence[str],
     outside: str,
 ) -> list[str]:
-    """Looks for images whose decoded pixels are equal and whose names differ.
+    """Return the looks for images whose decoded pixels are equal and whose names differ.
 
     Args:
         sets: the samples by the name of their set; the first parts of the training set are the clients.
@@ -79,7 +79,7 @@ def copies(
 
 
 def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str]) -> Iterator[list[_Image]]:
-    """The samples of equal images, in their order, wherever there are two."""
+    """Return the samples of equal images, in their order, wherever there are two."""
     parts = [(where.strip(), k, part) for where, splits in sets.items() for k, part in enumerate(splits)]
     places: dict[bytes, list[tuple[int, int]]] = {}  # number of the part and row in it, by the image's hash
     rows = ((number, row) for number, (_, _, part) in enumerate(parts) for row in range(len(part)))

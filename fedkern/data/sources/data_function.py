@@ -131,7 +131,7 @@ class DataFunction:
             )
 
     def _with_task(self, pool: Pool) -> Pool:
-        """The pool for the task that the data are registered for."""
+        """Return the pool for the task that the data are registered for."""
         try:
             return dataclasses.replace(pool, task=task_of(pool.labels, pool.texts, pool.targets, self.task.name))
         except ValueError:

@@ -58,7 +58,7 @@ def task_of_targets(
     batch_loss: Callable[..., Tensor] | None = None,
     classes: Sequence[str] | int | None = None,
 ) -> Task:
-    """The task of samples of which ``batch`` has two.
+    """Return the task of samples of which ``batch`` has two.
 
     Metrics and a loss of logits leave a classification what it is.  A loss is one of logits if torch's cross-entropy or
     NLL, or if ``classes`` are given.
@@ -232,7 +232,7 @@ def _scale(normalize: Normalize | None) -> Scale | None:
 def _tests(
     test: Sets | None, named: Mapping[str, MapStyle], items: Callable[[MapStyle, str], Items]
 ) -> tuple[dict[str, Items], tuple[Items, ...]]:
-    """The test sets by name, and the clients' own."""
+    """Return the test sets by name, and the clients' own."""
     if test is None or (isinstance(test, Mapping) and not test):
         raise UserError("There is no test set: give test=DATASET, or a dict of several by name.")
     tests = by_text(test, "test sets") if isinstance(test, Mapping) else {"": test}
@@ -257,7 +257,7 @@ def _shared_out(
     pool: Items, names: tuple[str, ...], partition: str, count: int | None, samples: int | None, seed: int,
     group_names: Mapping[int, str],
 ) -> tuple[dict[str, Items], PartitionStatistics, tuple[str, ...]]:  # fmt: skip
-    """A single data set shared out among ``count`` clients, or a client for every group of ``group_names``."""
+    """Return a single data set shared out among ``count`` clients, or a client for every group of ``group_names``."""
     spec = parse_partition(partition)
     all_labels = None if spec.name in ("iid", "attribute") else classes_of(pool)
     rows = np.arange(len(pool)) if samples is None else _draw_samples(len(pool), samples, seed, pool.groups)
@@ -290,13 +290,13 @@ def _shared_out(
 
 
 def _places(homes: Sequence[str], sites: Sequence[str]) -> npt.NDArray[np.int64]:
-    """The place of every item's site, int64 ``[n]``, -1 for one that is not in ``sites``."""
+    """Return the place of every item's site, int64 ``[n]``, -1 for one that is not in ``sites``."""
     places = {site: k for k, site in enumerate(sites)}
     return np.array([places.get(home, -1) for home in homes], dtype=np.int64)
 
 
 def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items]:
-    """The clients with ``samples`` of all samples."""
+    """Return the clients with ``samples`` of all samples."""
     ends = np.cumsum([0, *map(len, splits.values())])
     patients = [split.groups for split in splits.values() if split.groups is not None]
     rows = _draw_samples(int(ends[-1]), samples, seed, torch.cat(patients) if patients else None)

@@ -22,7 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def small_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The digits as UCI has them: images fp64 ``[1797, 8, 8]`` from 0 to 16, and labels int64 ``[1797]``.
+    """Return the digits as UCI has them: images fp64 ``[1797, 8, 8]`` from 0 to 16, and labels int64 ``[1797]``.
 
     The file is a copy of scikit-learn's (digits.txt names source and licence).
     """
@@ -31,18 +31,21 @@ def small_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def glyphs() -> Bytes:
-    """The digits as opacities, uint8 ``[1797, 8, 8]``."""
+    """Return the digits as opacities, uint8 ``[1797, 8, 8]``."""
     return np.rint(small_digits()[0] * (255 / 16)).astype(np.uint8)
 
 
 def resize_glyph(image: Bytes, side: int) -> Bytes:
-    """An image of ``side`` x ``side`` pixels: Pillow's bicubic filter is in integers, so that all machines agree."""
+    """Resize an image to ``side`` x ``side`` pixels.
+
+    Pillow's bicubic filter is in integers, so that all machines agree.
+    """
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
 
 
 @cache
 def enlarge_digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
-    """The digits uint8 ``[1797, 32, 32]`` and their labels, which nobody may change.
+    """Return the digits uint8 ``[1797, 32, 32]`` and their labels, which nobody may change.
 
     Kept, as a process often opens the digits more than once: a run and its pictures, the runs of a comparison.
     """
@@ -50,13 +53,13 @@ def enlarge_digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
-    """The digits as images uint8 ``[1797, 1, 32, 32]`` and labels int64 ``[1797]``."""
+    """Return the digits as images uint8 ``[1797, 1, 32, 32]`` and labels int64 ``[1797]``."""
     large, labels = enlarge_digits()
     return torch.from_numpy(large.copy()).unsqueeze(1), torch.from_numpy(labels.copy())
 
 
 def fixed_split(labels: npt.NDArray[np.int64]) -> list[Tensor]:
-    """The rows of the digits to train, to validate and to test with, the same for every seed."""
+    """Return the rows of the digits to train, to validate and to test with, the same for every seed."""
     return fixed_rows(interleave_classes(labels, "split/digits"), TRAIN, VALIDATION)
 
 
@@ -71,5 +74,8 @@ def digit_source(
 
 
 def open_digits() -> Source:
-    """Return the digits with their fixed split; they need no file."""
+    """Return the digits with their fixed split.
+
+    They need no file.
+    """
     return digit_source("digits", *read_digits(), tuple(map(str, range(10))), ((0.3101,), (0.3490,)))

@@ -18,7 +18,7 @@ MOST = 1 << 32
 
 
 def find_folder(root: str | Path | None, data: str, subfolders: Sequence[str], files: Sequence[str]) -> Path:
-    """Returns the first of ``root/subfolder`` (then ``root`` itself) that holds any of ``files``, plain or ``.gz``.
+    """Return the first of ``root/subfolder`` (then ``root`` itself) that holds any of ``files``, plain or ``.gz``.
 
     Named subfolders come first: MNIST and Fashion-MNIST share their file names, so a flat ``root`` is the weaker hint.
 
@@ -36,7 +36,11 @@ def find_folder(root: str | Path | None, data: str, subfolders: Sequence[str], f
 
 
 def need_root(root: str | Path | None, data: str, example: str) -> Path:
-    """Returns ``root``, an existing folder; raises UserError where it is not given, or no folder."""
+    """Return ``root``, an existing folder.
+
+    Raises:
+        UserError: it is not given, or no folder.
+    """
     if root is None:
         raise UserError(
             f'data set "{data}" is read from files such as {example}: name their folder with --data-root DIR'
@@ -48,7 +52,10 @@ def need_root(root: str | Path | None, data: str, example: str) -> Path:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """``folder/name`` or else ``folder/name.gz``, whichever exists; None where neither does."""
+    """``folder/name`` or else ``folder/name.gz``, whichever exists.
+
+    None where neither does.
+    """
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
@@ -56,7 +63,9 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 def read_file(path: Path, prefix: str) -> str:
-    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark; line ends become ``\\n``.
+    """Return the text of a file in UTF-8, or in UTF-16 with a byte-order mark.
+
+    Line ends become ``\\n``.
 
     Raises:
         UserError: the file cannot be read, or is no such text; the message begins with ``what``.
@@ -81,7 +90,7 @@ def read_file(path: Path, prefix: str) -> str:
 def read_bytes(
     folder: Path, name: str, data: str, due: Callable[[bytes, Path], int], header: int = 0
 ) -> tuple[bytes, Path]:
-    """Reads ``folder/name`` or ``folder/name.gz``, decompressed, and returns the content and the path of the file.
+    """Read ``folder/name`` or ``folder/name.gz``, decompressed, and return the content and the path of the file.
 
     Args:
         due, header: limit of the decompressed size, see :func:`gunzip`; ``due`` is also given the path.
@@ -104,7 +113,7 @@ def read_bytes(
 
 
 def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int) -> bytes:
-    """The content of a gzip file (RFC 1952, one member or several), checked to its last byte.
+    """Return the content of a gzip file (RFC 1952, one member or several), checked to its last byte.
 
     Decompression stops at the limit: otherwise a small file could fill the memory.
 

@@ -51,7 +51,7 @@ _FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 
 
 def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
-    """Reads one IDX file of unsigned bytes.
+    """Read one IDX file of unsigned bytes.
 
     Returns:
         uint8 array with ``dimensions`` axes (3 for images, 1 for labels), writable.
@@ -86,7 +86,7 @@ def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
 
 
 def open_idx(data: str, root: str | Path | None) -> Source:
-    """Reads MNIST or Fashion-MNIST from ``root``, ``root/<name>`` or torchvision's layout.
+    """Read MNIST or Fashion-MNIST from ``root``, ``root/<name>`` or torchvision's layout.
 
     Raises:
         UserError: a missing or damaged file, or the files of the other data set.

@@ -103,7 +103,7 @@ class Items:
         return 0 if self.store is None else self.store.item_bytes * len(self)
 
     def subset(self, indices: Tensor) -> Items:
-        """A new split with the rows ``indices``, int64 ``[m]``."""
+        """Return a new split with the rows ``indices``, int64 ``[m]``."""
         rows = indices if self.rows is None else self.rows[indices]
         return replace(self, rows=rows, homes=None if self.homes is None else self.homes[indices])
 
@@ -113,7 +113,7 @@ class Items:
         return {str(place): leaf.detach().expand(len(self), *leaf.shape) for place, leaf in enumerate(tensors)}
 
     def plus(self, splits: Sequence[Items]) -> Items:
-        """A split with the items of others behind its own."""
+        """Return a split with the items of others behind its own."""
         parts = [self, *splits]
         sets = [part.dataset if part.rows is None else Subset(part.dataset, part.rows.tolist()) for part in parts]
         patients = [split.patients for split in parts if split.patients is not None]
@@ -154,7 +154,7 @@ class Items:
         return index if self.rows is None else self.rows.index_select(0, index)
 
     def fingerprint(self, value: int = 0) -> int:
-        """A CRC-32 of the rows, which goes on from ``value``."""
+        """Return a CRC-32 of the rows, which goes on from ``value``."""
         return zlib.crc32(b"" if self.rows is None else self.rows.numpy().tobytes(), value)
 
     def read(self, indices: Sequence[int] | np.ndarray, word: int) -> Iterator[object]:
@@ -310,7 +310,7 @@ def draw_rows(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
 
 
 def cause(error: BaseException) -> str:
-    """An exception in one line, without the full stop of a sentence of fedkern's."""
+    """Return an exception in one line, without the full stop of a sentence of fedkern's."""
     return (told(error) or described(error)).rstrip(".")
 
 

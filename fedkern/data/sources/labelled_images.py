@@ -29,7 +29,7 @@ ANY = "any"
 
 
 def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Source:
-    """Reads a folder for every class, ``<class>/*``, with splits and sites around it where there are any.
+    """Read a folder for every class, ``<class>/*``, with splits and sites around it where there are any.
 
     Args:
         root: the folder that holds them.
@@ -84,7 +84,7 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
 
 
 def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, **chosen: str) -> Source:
-    """Reads a CSV file with the columns ``path`` and ``label``, and those of `open_table`.
+    """Read a CSV file with the columns ``path`` and ``label``, and those of `open_table`.
 
     Instead of ``label``, one class an image, the file may have ``labels``: names joined by ``|``, or nothing.  An image
     then has several labels or none.  Where both columns are there, ``label`` counts, unless ``task`` is one of several
@@ -130,7 +130,7 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, *
 
 
 def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: str, **chosen: str) -> Source:
-    """Reads images and their texts.
+    """Read images and their texts.
 
     CSV file: the columns are ``image``, ``text``, optionally ``label``, and those of `open_table`.  An image with
     several captions has one row for each.

@@ -66,14 +66,19 @@ class Reading:
 
     @classmethod
     def of(cls, request: DataRequest) -> Reading:
-        """Return the reading that a request asks for; other options than attributes of a reading do not count."""
+        """Return the reading that a request asks for.
+
+        Other options than attributes of a reading do not count.
+        """
         options = {name: request.options[name] for name in cls.__dataclass_fields__ if name in request.options}
         return cls(**options | {"cache": request.cache, "progress": request.progress})
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of a data set; every attribute has one entry per image.
+    """Files of a data set.
+
+    Every attribute has one entry per image.
 
     Attributes:
         labels: int64 ``[n]``; or uint8 ``[n, L]``, 1 where the image has the label.
@@ -115,7 +120,7 @@ class Listing:
 
 
 def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
-    """Makes the pools of a listed data set.
+    """Make the pools of a listed data set.
 
     Raises:
         UserError: an empty training or test set, too few images to hold some out, an image with two labels, clients,
@@ -165,7 +170,10 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
 def _image_files(
     data: str, listing: Listing, reading: Reading, trained_on: Collection[Path]
 ) -> tuple[ImageFiles, dict[str, object], list[str]]:
-    """The files, each once though it may have several texts; `Source.files`; and sentences on their greys."""
+    """Return the files, each once though it may have several texts.
+
+    `Source.files`. And sentences on their greys.
+    """
     paths = tuple(dict.fromkeys(listing.paths))
     looks = looked_at(paths, reading.max_image_pixels, not reading.bits or bool(reading.window))
     bits = reading.bits or grey_bits(look.top for look in looks.values() if look.top is not None)
@@ -187,12 +195,12 @@ def _image_files(
 
 
 def _targets(masks: Masks, rows: Tensor) -> Tensor:
-    """The class of every pixel of the images at ``rows``, int64 ``[m, H, W]``."""
+    """Return the class of every pixel of the images at ``rows``, int64 ``[m, H, W]``."""
     return masks[rows] if isinstance(masks, Tensor) else torch.from_numpy(masks[rows.numpy()]).long()
 
 
 def _darker(listing: Listing, looks: Mapping[Path, Look], bits: int) -> Iterator[str]:
-    """A sentence on the sites whose greys of more than eight bits have fewer bits than all files."""
+    """Yield a sentence on the sites whose greys of more than eight bits have fewer bits than all files."""
     tops: dict[str, list[int]] = {}
     for path, site in zip(listing.paths, listing.clients, strict=True):
         if site and path in looks and (top := looks[path].top) is not None:
@@ -206,7 +214,7 @@ def _darker(listing: Listing, looks: Mapping[Path, Look], bits: int) -> Iterator
 
 
 def _describe_repeats(listing: Listing) -> Iterator[str]:
-    """A sentence where images of one text or none stand in several rows."""
+    """Yield a sentence where images of one text or none stand in several rows."""
     counts = Counter(zip(listing.ids, listing.texts or listing.ids, strict=True))
     if repeated := [f"{name} ({count} times)" for (name, _), count in counts.items() if count > 1]:
         yield f"Images that are listed more than once count as often: {first_of(repeated, SHOWN)}."
@@ -224,7 +232,9 @@ def _siteless(listing: Listing, rows: dict[str, Tensor]) -> Iterator[str]:
 def check_one(
     data: str, keys: Sequence[str], values: Sequence[str], phrase: str, lines: Sequence[int], advice: str = "name one"
 ) -> None:
-    """Raises UserError where two rows of one key have different values; empty keys and values say nothing.
+    """Raise UserError where two rows of one key have different values.
+
+    Empty keys and values say nothing.
 
     Args:
         keys, values: of every row.
@@ -239,7 +249,7 @@ def check_one(
 
 
 def _check_single(data: str, listing: Listing, classes: Sequence[str]) -> None:
-    """Raises UserError where one image is trained on as two, or a patient stands in two splits."""
+    """Raise UserError where one image is trained on as two, or a patient stands in two splits."""
     labels = [listing.task.label_text(label, classes) for label in listing.labels]
     for phrase, values in (
         ("is in two splits", listing.splits),
@@ -257,7 +267,7 @@ def _check_single(data: str, listing: Listing, classes: Sequence[str]) -> None:
 
 
 def _units(listing: Listing) -> npt.NDArray[np.int64]:
-    """Unit of every row, int64 ``[n]``: the rows of a unit stay on one side of a split.
+    """Return the unit of every row, int64 ``[n]``: the rows of a unit stay on one side of a split.
 
     A unit is a patient or, where no patient is named, an image with all its texts.  Its number is a hash of its name:
     no other patient of the file changes it, and so no draw that is keyed by it.
@@ -270,7 +280,10 @@ def _units(listing: Listing) -> npt.NDArray[np.int64]:
 
 
 def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """The rows of every split, sorted; rows that are held out keep the shares of sites and classes, and units whole."""
+    """Return the rows of every split, sorted.
+
+    Rows that are held out keep the shares of sites and classes, and units whole.
+    """
     splits = np.array(listing.splits)
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
     everything = np.arange(len(splits))
@@ -293,7 +306,7 @@ def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray
 def _held_out(
     data: str, rows: npt.NDArray[np.int64], listing: Listing, units: npt.NDArray[np.int64], share: float, purpose: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The rows of a fixed choice of units, and the other rows, both sorted."""
+    """Return the rows of a fixed choice of units, and the other rows, both sorted."""
     if not share:
         return np.arange(0), rows
     by_unit: dict[int, list[int]] = {}
@@ -315,7 +328,10 @@ def _held_out(
 
 
 def interleave_classes(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
-    """A fixed random order in which the classes alternate: any stretch has about the class shares of the whole."""
+    """Return a fixed random order in which the classes alternate.
+
+    Any stretch has about the class shares of the whole.
+    """
     order = stream(0, purpose).permutation(len(labels))
     position = np.empty(len(labels))
     for label in np.unique(labels):

@@ -35,7 +35,9 @@ SHOWN = 6
 def open_segmentation(
     root: str | Path | None, reading: Reading, names: str, ignore: int, layout: str, **chosen: str
 ) -> Source:
-    """Reads images and their masks; masks are decoded at once, images when a split needs them.
+    """Read images and their masks.
+
+    Masks are decoded at once, images when a split needs them.
 
     CSV file: the columns are ``image``, ``mask`` and those of `open_table`.
 
@@ -91,7 +93,10 @@ def open_segmentation(
 
 @dataclass(frozen=True)
 class Meanings:
-    """Reads the class of every pixel of a mask in the mask's own size; ``meaning`` is the class of every value."""
+    """Reads the class of every pixel of a mask in the mask's own size.
+
+    ``meaning`` is the class of every value.
+    """
 
     files: MaskFiles
     meaning: npt.NDArray[np.int16]
@@ -118,7 +123,7 @@ def _has_pair(folder: Path) -> bool:
 
 
 def _pair(tree: Tree) -> tuple[Path, Path]:
-    """The folders of the images and of the masks."""
+    """Return the folders of the images and of the masks."""
     images, masks = PAIRS[1] if (tree.folder / PAIRS[1][0]).is_dir() else PAIRS[0]
     return tree.folder / images, tree.folder / masks
 
@@ -158,7 +163,10 @@ def _counts(masks: Tensor) -> npt.NDArray[np.int32]:
 def _classes(
     counts: npt.NDArray[np.int32], masks: Sequence[Path], names: str
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """The class names, and the class of every value, int64 ``[256]``; moves the counts of 255 to 1 beside 0 alone."""
+    """Return the class names, and the class of every value, int64 ``[256]``.
+
+    Moves the counts of 255 to 1 beside 0 alone.
+    """
     meaning = np.arange(256)
     present = np.flatnonzero(counts.any(0))
     classes = [name.strip() for name in names.split("|")] if names else []
@@ -187,6 +195,9 @@ def _classes(
 
 
 def _largest(counts: npt.NDArray[np.int32], classes: int) -> npt.NDArray[np.int64]:
-    """The object class with most pixels of every image; the background only where an image has no object."""
+    """Return the object class with most pixels of every image.
+
+    The background only where an image has no object.
+    """
     objects = counts[:, 1:classes]
     return np.where(objects.any(1), objects.argmax(1) + 1, 0).astype(np.int64)

@@ -28,7 +28,7 @@ SCALE = (0.3837, 0.3838, 0.3849), (0.1769, 0.1771, 0.1764)
 
 @cache
 def read_segdigits() -> tuple[Tensor, Tensor]:
-    """The images uint8 ``[1797, 3, 32, 32]`` and the classes of their pixels int64 ``[1797, 32, 32]``.
+    """Return the images uint8 ``[1797, 3, 32, 32]`` and the classes of their pixels int64 ``[1797, 32, 32]``.
 
     Drawn in integers from a fixed stream: every machine and every seed of a run gets the same bytes.
     """
@@ -49,7 +49,7 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
 
 
 def open_segdigits() -> Source:
-    """The data set with the split of the digits."""
+    """Return the data set with the split of the digits."""
     images, targets = read_segdigits()
     classes = ("background", *map(str, range(10)))
     return digit_source("segdigits", images, targets.flatten(1).amax(1), classes, SCALE, targets)

@@ -50,7 +50,9 @@ class Tree(NamedTuple):
 
 
 def _split_trees(site: str, base: Path, data: str) -> list[Tree]:
-    """The trees of the splits in ``base``, whose names are in `SPLITS` in any case; none without a training folder.
+    """Return the trees of the splits in ``base``, whose names are in `SPLITS` in any case.
+
+    None without a training folder.
 
     Raises:
         UserError: a training folder without a test folder, or two folders for one split.
@@ -91,7 +93,7 @@ def find_trees(
     mixed: bool,
     single: bool = False,
 ) -> list[Tree]:
-    """The folders under ``base`` that hold the images, one for every site and split.
+    """Return the folders under ``base`` that hold the images, one for every site and split.
 
     Sites are recognised by structure: no folder in ``base`` is ``plain``, and several folders are ``is_site``, or have
     split folders that are.
@@ -151,7 +153,10 @@ def find_trees(
 
 
 def _site_trees(site: str, folder: Path, data: str, is_site: Callable[[Path], bool]) -> list[Tree]:
-    """The trees of the site in a folder; none where the folder is no site."""
+    """Return the trees of the site in a folder.
+
+    None where the folder is no site.
+    """
     splits = _split_trees(site, folder, data)
     if any(is_site(tree.folder) for tree in splits):
         return splits
@@ -159,7 +164,7 @@ def _site_trees(site: str, folder: Path, data: str, is_site: Callable[[Path], bo
 
 
 def _check_names(base: Path, data: str, sites: Sequence[str], trees: Sequence[Tree]) -> None:
-    """Raises UserError where the folders of sites, or all folders in them, have names of patients."""
+    """Raise UserError where the folders of sites, or all folders in them, have names of patients."""
     inner = [(tree.folder / name).relative_to(base) for tree in trees for name in subfolders(tree.folder)]
     for paths, patterns in ((inner, (_PATIENT, _NUMBER)), ([*map(Path, sites)], (_PATIENT,))):
         if paths and all(any(pattern.fullmatch(path.name.lower()) for pattern in patterns) for path in paths):
@@ -173,7 +178,7 @@ def _check_names(base: Path, data: str, sites: Sequence[str], trees: Sequence[Tr
 def tree_table(
     base: Path, data: str, layout: str, trees: Sequence[Tree], read: Callable[[Tree], Iterable[Image]]
 ) -> Table:
-    """The table of the images in folders.
+    """Return the table of the images in folders.
 
     Args:
         layout: with ``patients`` what would be sites are patients.
@@ -203,7 +208,7 @@ def tree_table(
 
 
 def nested_images(folder: Path, layout: str) -> list[tuple[Path, str]]:
-    """The images of a class folder and the patient of each, ``""`` for an image that lies directly in it.
+    """Return the images of a class folder and the patient of each, ``""`` for an image that lies directly in it.
 
     Only with the layout ``patients`` folders in ``folder`` are read; the outermost one names the patient.
     """
@@ -227,7 +232,9 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def left_out(base: Path, used: Iterable[Path] | None = None) -> list[str]:
-    """A sentence on the files under ``base`` that are not read, by their endings, without hidden files and texts.
+    """Describe the files under ``base`` that are not read, by their endings.
+
+    Hidden files and texts are left out.
 
     Files that macOS puts beside others are counted too, and without ``used``, the files that are read, they alone.
     """

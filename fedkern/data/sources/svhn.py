@@ -21,7 +21,7 @@ MOST = 1_000_000  # images in a file
 
 
 def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
-    """Reads one file: ``X`` uint8 ``[32, 32, 3, n]`` and ``y`` ``[n, 1]``, the digits 1 to 9, and 10 for digit 0.
+    """Read one file: ``X`` uint8 ``[32, 32, 3, n]`` and ``y`` ``[n, 1]``, the digits 1 to 9, and 10 for digit 0.
 
     Returns:
         images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n]``, 0 to 9.
@@ -59,7 +59,7 @@ def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
 
 
 def open_svhn(root: str | Path | None) -> Source:
-    """Reads SVHN from ``root``, ``root/svhn`` or ``root/SVHN``."""
+    """Read SVHN from ``root``, ``root/svhn`` or ``root/SVHN``."""
     files = "train_32x32.mat", "test_32x32.mat"
     folder = find_folder(root, "svhn", ("svhn", "SVHN"), files)
     train, test = (read_mat(folder, name) for name in files)

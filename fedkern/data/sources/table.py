@@ -64,11 +64,11 @@ class Table:
     notices: list[str] = field(default_factory=list)
 
     def column(self, name: str) -> list[str]:
-        """The values of a column, ``""`` in every row if the column is missing."""
+        """Return the values of a column, ``""`` in every row if the column is missing."""
         return [row.get(name, "") for row in self.rows]
 
     def require(self, *columns: str) -> None:
-        """Raises UserError where the table lacks one of the columns, or a row of a CSV file has no value there."""
+        """Raise UserError where the table lacks one of the columns, or a row of a CSV file has no value there."""
         for column in columns:
             if column not in self.rows[0]:
                 raise UserError(
@@ -109,7 +109,7 @@ class Table:
         return named if self.lines else f"layout of {self.path}"
 
     def classes(self, labels: Sequence[str], order: str = "") -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-        """The classes of ``labels``, which stand in the label column, and every row's class, see `classes_of`."""
+        """Return the classes of ``labels``, the label column, and every row's class, see `classes_of`."""
         classes, numbers, notices = classes_of(labels, f"The {self.name_column('label')}", order)
         self.notices.extend(notices)
         return classes, numbers
@@ -132,7 +132,9 @@ class Table:
         )  # fmt: skip
 
     def splits(self) -> list[str]:
-        """The column ``split`` as train, validation or test; ``""`` everywhere if it is missing or empty.
+        """Return the column ``split`` as train, validation or test.
+
+        ``""`` everywhere if it is missing or empty.
 
         Raises:
             UserError: a value that is none of train, validation (val), test.
@@ -158,7 +160,7 @@ def open_table(
     tree: Callable[[Path, str], Table] | None = None,
     layout: str = "auto",
 ) -> Table:
-    """Reads the CSV file ``root``, the only CSV file in the folder ``root`` or, where it holds none, its folders.
+    """Read the CSV file ``root``, the only CSV file in the folder ``root`` or, where it holds none, its folders.
 
     Beside the columns that a data set has of its own, the following ones are read.
 
@@ -203,7 +205,10 @@ def open_table(
 
 
 def _csv_file(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
-    """``root`` itself or the only CSV file in the folder ``root``; None if the folder holds none."""
+    """``root`` itself or the only CSV file in the folder ``root``.
+
+    None if the folder holds none.
+    """
     if root is None:
         raise UserError(
             f'data set "{data}" is read from a CSV file with the columns {",".join(columns)}: name it with --data-root'
@@ -221,7 +226,7 @@ def _csv_file(root: str | Path | None, data: str, columns: tuple[str, ...]) -> P
 
 
 def csv_files(folder: Path) -> list[Path]:
-    """The CSV files directly in ``folder``, sorted, without hidden ones."""
+    """Return the CSV files directly in ``folder``, sorted, without hidden ones."""
     named = (path for path in folder.iterdir() if path.suffix.lower() == ".csv" and not is_hidden(path.name))
     return sorted(path for path in named if path.is_file())
 
@@ -253,7 +258,7 @@ def _read_csv(path: Path, data: str, chosen: Mapping[str, str]) -> Table:
 
 
 def parse_table(path: Path, prefix: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
-    """The column names in lower case, the rows, their line numbers, and a sentence where cells count as empty.
+    """Return the column names in lower case, the rows, their line numbers, and a sentence where cells count as empty.
 
     ``prefix`` begins the message of an error.
     """
@@ -294,7 +299,10 @@ def parse_table(path: Path, prefix: str) -> tuple[list[str], list[dict[str, str]
 
 
 def _separator(text: str) -> str:
-    """The separator by which most of the first rows have as many values as there are columns, and that makes most."""
+    """Return the separator by which most of the first rows have as many values as there are columns.
+
+    Of several it is the one that makes most columns.
+    """
 
     def fit(separator: str) -> tuple[bool, float, int]:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)

@@ -82,7 +82,10 @@ class Images(Reader):
         return self.pixels.take(indices, rng)
 
     def pairs(self, indices: np.ndarray | Tensor, rng: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Images and labels at ``indices``, augmented when ``rng`` is given; labels of pixels move with the images."""
+        """Images and labels at ``indices``, augmented when ``rng`` is given.
+
+        Labels of pixels move with the images.
+        """
         chosen = as_index(indices)
         index = self.pixels.send_index(chosen)
         return self._pick(self.pixels, index, self._labels(chosen, index), rng)
@@ -92,7 +95,10 @@ class Images(Reader):
         return send(load_rows(self._there.index_select(0, label_index)), self.device)
 
     def _with_masks(self, chosen: Tensor, rng: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and object masks bool [B, H, W] at ``chosen``; masks move with the images."""
+        """Images, labels and object masks bool [B, H, W] at ``chosen``.
+
+        Masks move with the images.
+        """
         index = self.pixels.send_index(chosen)
         masks = self._masks.index_select(0, send(index, self.device)).long()
         images, moved = images_and_labels(self.pixels, index, masks, rng)
@@ -106,7 +112,10 @@ class Images(Reader):
     def planned(
         self, plan: Plan, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None, *, masked: bool = False
     ) -> Iterator[Batch]:
-        """The batches of an epoch, made when they are asked for; their indices are sent to the device at once."""
+        """Yield the batches of an epoch, made when they are asked for.
+
+        Their indices are sent to the device at once.
+        """
         sent = self.pixels.send_index(as_index(plan[0] if len(plan) == 1 else np.concatenate(plan)))
         sizes = [len(part) for part in plan]
         picked = PICKED_BYTES.get(self.device.type, 0) if rng is None else 0
@@ -129,7 +138,7 @@ class Images(Reader):
                 )
 
     def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first ``count`` images with their masks bool [B, H, W]."""
+        """Yield the first ``count`` images with their masks bool [B, H, W]."""
         for part in batch_slices(min(count, len(self)), self.size):
             masks = window(self.split.masks[part, None], self.form.shape[1:])[:, 0]
             yield self.pixels.take(np.arange(part.start, part.stop)), masks

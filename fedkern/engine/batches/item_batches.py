@@ -65,7 +65,7 @@ class ItemReader(Reader):
         *,
         masked: bool = False,
     ) -> Iterator[Batch]:
-        """The batches of an epoch, read when they are asked for."""
+        """Yield the batches of an epoch, read when they are asked for."""
         purpose = f"items/{phase.exchange}/{epoch}" if phase != OUTSIDE else f"items/{self.split.name}"
         word = int(stream(self._seed, purpose, round=phase.round, client=self._client).integers(2**63))
         for indices, batch in zip(plan, self.split.batches(plan, word, self.reads), strict=True):

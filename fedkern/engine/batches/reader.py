@@ -24,7 +24,9 @@ Plan = Sequence[np.ndarray]
 
 
 class Reader:
-    """Samples of a split (see :class:`fedkern.methods.protocol.Samples`); remembers the last evaluation on them.
+    """Samples of a split (see :class:`fedkern.methods.protocol.Samples`).
+
+    Remembers the last evaluation on them.
 
     Attributes:
         fresh: whether a training epoch's batches may have other inputs than another epoch's.
@@ -62,26 +64,31 @@ class Reader:
 
     @property
     def known(self) -> Tensor:
-        """How many targets are known, samples or, of a segmentation, pixels: a number of at least 1."""
+        """Return how many targets are known, samples or, of a segmentation, pixels: a number of at least 1."""
         raise NotImplementedError
 
     def planned(
         self, plan: Plan, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None, *, masked: bool = False
     ) -> Iterator[Batch]:
-        """The batches of an epoch, made when they are asked for; images are augmented where there is an ``rng``.
+        """Return the batches of an epoch, made when they are asked for.
+
+        Images are augmented where there is an ``rng``.
 
         ``masked``: batches carry the objects' masks, which the images then have.
         """
         raise NotImplementedError
 
     def batch(self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None) -> Batch:
-        """The samples at ``indices`` (int64); augmented when there is an ``rng``."""
+        """Return the samples at ``indices`` (int64).
+
+        Augmented when there is an ``rng``.
+        """
         return next(self.planned([indices], phase, epoch, rng))
 
     def batches(
         self, size: int | None = None, *, even: bool = False, augment: bool = False, rng: Generator | None = None
     ) -> Iterator[Batch]:
-        """The samples in order, in batches of more than one (see ``batch_slices``), or of ``even`` sizes."""
+        """Yield the samples in order, in batches of more than one (see ``batch_slices``), or of ``even`` sizes."""
         if augment and rng is None:
             raise ValueError("rng: expected a generator to augment with, given none")
         size, order = size or self.size, np.arange(len(self))
@@ -115,7 +122,7 @@ class Reader:
                 self._word = None
 
     def slices(self, size: int) -> list[slice]:
-        """The samples of every batch of ``size``."""
+        """Return the samples of every batch of ``size``."""
         return batch_slices(len(self), size)
 
     def record(self, predictions: Tensor) -> None:
@@ -123,7 +130,10 @@ class Reader:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Inside, an evaluation keeps the networks' answers; what an earlier one kept is dropped."""
+        """Inside, an evaluation keeps the networks' answers.
+
+        What an earlier one kept is dropped.
+        """
 
         def keep(answer: Tensor, client: int | None = None) -> None:
             self.kept.append((client, answer))

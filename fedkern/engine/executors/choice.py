@@ -30,7 +30,10 @@ NETWORKS = 8
 
 
 def executor_of(run: RunObjects) -> Executor:
-    """Choose the executor; the rest of the plan says how often clients will be asked."""
+    """Choose the executor.
+
+    The rest of the plan says how often clients will be asked.
+    """
     if run.request.remote is not None:
         return run.request.remote(run)
     config, context = run.config, run.context
@@ -48,7 +51,10 @@ def executor_of(run: RunObjects) -> Executor:
 
 
 def _on_ranks(run: RunObjects, ranks: torchrun_group.TorchrunGroup, asks: int) -> Executor:
-    """The executor of several ranks; this process alone, where others would have nothing to do."""
+    """Return the executor of several ranks.
+
+    This process alone, where others would have nothing to do.
+    """
     config, context = run.config, run.context
     if config.workers != "1":
         _no_workers(config, context, "each rank of torchrun has its clients work one after another")
@@ -63,7 +69,9 @@ def _no_workers(config: RunConfig, context: RunContext, why: str) -> None:
 
 
 def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: int) -> int:
-    """The number of workers of a run; below 2 its clients work in the run's process.
+    """Return the number of workers of a run.
+
+    Below 2 its clients work in the run's process.
 
     Args:
         asks: how often clients will be asked one by one, not as a cohort; with 0 a worker would have nothing to do.
@@ -84,7 +92,10 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
 
 
 def unavailable(device: str) -> str:
-    """Why there can be no workers, as a part of a sentence; empty where there can."""
+    """Return why there can be no workers, as a part of a sentence.
+
+    Empty where there can.
+    """
     if sys.platform != "linux" or not hasattr(os, "memfd_create"):
         return "workers need Linux"
     if device != "cpu":

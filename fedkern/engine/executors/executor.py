@@ -77,7 +77,7 @@ class Executor(Protocol):
     def answers(
         self, asker: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
     ) -> Iterator[Answer]:
-        """Yields the clients' answers in the order of ``messages``, each as soon as it and all before it are there.
+        """Yield the clients' answers in the order of ``messages``, each as soon as it and all before it are there.
 
         Args:
             asker: name of the object whose ``client_update`` is called, ``"method"``, ``"pooling"`` or ``"figures"``.
@@ -87,21 +87,21 @@ class Executor(Protocol):
         ...
 
     def changed_state(self, client: ClientId) -> State | None:
-        """The client's state if it has changed since the last call, or since the round began; else None."""
+        """Return the client's state if it has changed since the last call, or since the round began; else None."""
         ...
 
     def working(self) -> list[ClientId]:
-        """The clients of this round that have not been forgotten."""
+        """Return the clients of this round that have not been forgotten."""
         ...
 
     def forget(self, client: ClientId) -> None:
-        """Drops a client that works no more in this round."""
+        """Drop a client that works no more in this round."""
         ...
 
     def end_round(self) -> None:
-        """Drops all clients and their ``round_cache``."""
+        """Drop all clients and their ``round_cache``."""
         ...
 
     def close(self) -> None:
-        """Ends the processes that were started, whatever they are doing."""
+        """End the processes that were started, whatever they are doing."""
         ...

@@ -36,11 +36,14 @@ class _Forked:
 
 
 class Gone(Exception):
-    """The fork server is lost or could not be prepared; the message says why, as a part of a sentence."""
+    """The fork server is lost or could not be prepared.
+
+    The message says why, as a part of a sentence.
+    """
 
 
 class ForkServer:
-    """The fork server process, which loads once what clients need and forks workers (see `fedkern.engine.executors.worker`).
+    """Fork server process, which loads what clients need and forks workers (see `fedkern.engine.executors.worker`).
 
     Args:
         process: the process.
@@ -54,7 +57,7 @@ class ForkServer:
         self._process, self.channel, self.prepared, self._ready = process, Channel(end), prepared, False
 
     def ready(self) -> bool:
-        """Whether workers can be forked by now.
+        """Return whether workers can be forked by now.
 
         Raises:
             Gone: they never can.
@@ -89,7 +92,7 @@ class ForkServer:
             theirs.close()
 
     def how(self, process: int) -> str:
-        """How a worker ended, as a part of a sentence."""
+        """Return how a worker ended, as a part of a sentence."""
         try:
             self.channel.say(str(process))
             code = self._answer()
@@ -104,7 +107,7 @@ class ForkServer:
             raise Gone("the process that starts workers was lost") from None
 
     def close(self) -> None:
-        """Ends the fork server, and with it all its workers."""
+        """End the fork server, and with it all its workers."""
         self._process.kill()
         self._process.wait()
         self.channel.close()
@@ -123,7 +126,7 @@ _ahead: list[ForkServer] = []
 
 
 def fork_server_of(setup: Setup) -> ForkServer:
-    """The fork server of a run: the one that was forked last, or else a new process.
+    """Return the fork server of a run: the one that was forked last, or else a new process.
 
     Raises:
         NotPortable: the setup cannot be sent to another process.
@@ -145,7 +148,9 @@ def fork_server_of(setup: Setup) -> ForkServer:
 
 @contextmanager
 def ahead(setup: Setup | None = None) -> Iterator[None]:
-    """Forks a fork server from this process for a run inside the block; it ends with the block if no run takes it.
+    """Forks a fork server from this process for a run inside the block.
+
+    It ends with the block if no run takes it.
 
     This process has PyTorch loaded; a new process needs seconds to load it.  Without ``setup``, only the command line
     forks a fork server, before anything is computed: a process whose OpenMP threads have run cannot be forked.  A
@@ -195,7 +200,7 @@ def _fork(setup: Setup | None) -> ForkServer | None:
 
 
 def _start_process() -> ForkServer:
-    """Starts the fork server as a new process, in a group of its own: a terminal's Ctrl-C must not reach it."""
+    """Start the fork server as a new process, in a group of its own: a terminal's Ctrl-C must not reach it."""
     ours, theirs = socket.socketpair()
     folder = str(Path(fedkern.__file__).parents[1])
     paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

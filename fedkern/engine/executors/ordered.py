@@ -67,7 +67,7 @@ class Ordered:
             yield self._answer(k)
 
     def _answer(self, k: ClientId) -> Answer:
-        """The answer of the next client in order."""
+        """Return the answer of the next client in order."""
         while True:
             check()
             self._advance(k)
@@ -120,7 +120,10 @@ class Ordered:
     # -- what a transport uses -------------------------------------------------------------------------------------
 
     def _send(self, process: PacketStream, k: ClientId) -> bool:
-        """Has client ``k`` work in another process; False where its message cannot be sent there."""
+        """Has client ``k`` work in another process.
+
+        False where its message cannot be sent there.
+        """
         try:
             self._tell(process, self._job(k, process))
         except NotPortable:
@@ -135,7 +138,10 @@ class Ordered:
         self._replies[k] = self.here.reply(self._job(k, None))
 
     def _job(self, k: ClientId, process: PacketStream | None) -> Job:
-        """What client ``k`` has to do; it begins its round in ``process`` where it has not worked there yet."""
+        """Return what client ``k`` has to do.
+
+        It begins its round in ``process`` where it has not worked there yet.
+        """
         begun = k in self.here.working() if process is None else self._at.get(k) is process
         self._at[k] = process
         if begun:
@@ -144,7 +150,10 @@ class Ordered:
         return Job(k, self._requests[k], self._readers[k](), tuple(self._played.get(k, ())))
 
     def _read(self, packet: Packet) -> Done | None:
-        """The reply that another process has sent; None where it has sent a notice, which is passed on."""
+        """Return the reply that another process has sent.
+
+        None where it has sent a notice, which is passed on.
+        """
         message = Unpacker().unpack(packet)
         if isinstance(message, Notice):
             self._context.notices.notice(message.text)

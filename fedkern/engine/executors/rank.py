@@ -71,7 +71,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _wait(connection: Connection) -> None:
-    """Waits until rank 0 ends, which raises Ended or Lost, or `LEAVING` seconds."""
+    """Wait until rank 0 ends, which raises Ended or Lost, or `LEAVING` seconds."""
     until = time.monotonic() + LEAVING
     while time.monotonic() < until:
         connection.get(0.5)

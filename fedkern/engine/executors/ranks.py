@@ -110,7 +110,10 @@ class Ranks(Ordered):
                 self._at[k] = None
 
     def _advance(self, k: ClientId) -> None:
-        """Hears the rank of the next client in order; meanwhile this rank goes on with its later clients."""
+        """Hears the rank of the next client in order.
+
+        Meanwhile this rank goes on with its later clients.
+        """
         self._group.check()
         if (rank := self._at[k]) is not None:
             idle = bool(self._todo) and len(self._replies) < AHEAD
@@ -124,6 +127,6 @@ class Ranks(Ordered):
 
 
 def _in_a_file(data: FederatedData, tests: bool) -> bool:
-    """Whether images or masks that other ranks need are read from a file when they are needed."""
+    """Return whether images or masks that other ranks need are read from a file when they are needed."""
     splits = (*data.clients, data.validation, *((*data.tests.values(), *data.client_tests) if tests else ()))
     return any(isinstance(part, FileRows) for split in splits for part in (split.images, split.labels))

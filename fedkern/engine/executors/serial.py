@@ -80,7 +80,7 @@ class Serial:
         return self._begin(k, asker, phase, message, encoder)()
 
     def reply(self, job: Job) -> Done:
-        """Does a job.  The client's warnings and its exception are in the reply: they wait for its turn."""
+        """Do a job.  The client's warnings and its exception are in the reply: they wait for its turn."""
         context = self._context
         earlier, context.notices.warnings = context.notices.warnings, {}
         try:
@@ -97,7 +97,10 @@ class Serial:
     def _begin(
         self, k: ClientId, asker: str, phase: Phase, message: Message, encoder: Encoder | None, lane: int | None = None
     ) -> Callable[[], Answer]:
-        """Has a client work, on a ``lane`` without waiting for the GPU; returns what gets its answer."""
+        """Has a client work, on a ``lane`` without waiting for the GPU.
+
+        Returns what gets its answer.
+        """
         start = time.perf_counter()
         context, client = self._context, self.client(k)
         client.report, client.phase, client.marks = {}, phase, set()
@@ -150,7 +153,7 @@ class Serial:
 
     @contextmanager
     def _problems(self, answer: Answer, asker: str) -> Iterator[None]:
-        """Notes what a client's work raises in its answer."""
+        """Note what a client's work raises in its answer."""
         try:
             yield
         except Diverged as problem:
@@ -162,7 +165,10 @@ class Serial:
             answer.problem = ClientFailed.of(answer.client, error, code)
 
     def _beside(self, message: Message, upload: object) -> Message:
-        """A message whose parameters are read on the GPU, where training has sent them, if the upload's are there."""
+        """Return a message whose parameters are read on the GPU.
+
+        Training has sent them there, if the upload's are there.
+        """
         sent, got = message.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
         if not isinstance(sent, Tensor) or not isinstance(got, Tensor) or got.device == sent.device:
             return message
@@ -188,4 +194,4 @@ class Serial:
         self._before.clear()
 
     def close(self) -> None:
-        """Does nothing: no process was started."""
+        """Do nothing: no process was started."""

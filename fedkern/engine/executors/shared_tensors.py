@@ -24,11 +24,14 @@ class Channel(PacketStream):
         self._end = end
 
     def fileno(self) -> int:
-        """The connection's descriptor, for ``select``."""
+        """Return the connection's descriptor, for ``select``."""
         return self._end.fileno()
 
     def send(self, packet: Packet) -> None:
-        """See :meth:`PacketStream.send`; the packet's further descriptors travel after those of its files."""
+        """See :meth:`PacketStream.send`.
+
+        The packet's further descriptors travel after those of its files.
+        """
         new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
         payload = pickle.dumps((list(new), packet.payload))
         spilt = len(payload) > _INLINE
@@ -83,5 +86,5 @@ class Channel(PacketStream):
         return bytes(parts)
 
     def close(self) -> None:
-        """Closes this end."""
+        """Close this end."""
         self._end.close()

@@ -113,14 +113,14 @@ def with_kernels(isa: str, backend_name: str | None) -> ExitStack:
 
 @contextmanager
 def as_in_the_run(setup: Setup) -> Iterator[None]:
-    """Computes with the kernels and the precision of the run's own process."""
+    """Compute with the kernels and the precision of the run's own process."""
     keep_freed_memory()
     with with_kernels(setup.isa, setup.backend), computing(setup.context.config.precision), reproducible():
         yield
 
 
 def _work(setup: Setup, end: socket.socket) -> None:
-    """Runs a forked worker, from its beginning to its end."""
+    """Run a forked worker, from its beginning to its end."""
     warnings.simplefilter("ignore", loading.Slower)  # the run's own process says it
     with as_in_the_run(setup):
         if setup.context.config.client_threads > 1:
@@ -132,7 +132,7 @@ def _work(setup: Setup, end: socket.socket) -> None:
 def serve(
     end: socket.socket, parent: int, setup: Setup | None = None, positions: dict[int, int] | None = None
 ) -> NoReturn:
-    """Runs the fork server, which ends when its connection to the run's process closes.
+    """Run the fork server, which ends when its connection to the run's process closes.
 
     The run's process sends, and the fork server answers:
 
@@ -209,7 +209,10 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
 
 
 def _wait_for_end(process: int) -> int | None:
-    """Exit code of a worker (see ``os.waitstatus_to_exitcode``); None where it has not ended, or is not known."""
+    """Exit code of a worker (see ``os.waitstatus_to_exitcode``).
+
+    None where it has not ended, or is not known.
+    """
     with suppress(ChildProcessError):
         for _ in range(50):  # the worker's connection closes a little before the worker has ended
             child, status = os.waitpid(process, os.WNOHANG)

@@ -40,7 +40,7 @@ class Setup:
 
     @classmethod
     def of(cls, context: RunContext, handlers: Mapping[str, Handler]) -> Setup:
-        """What clients need in order to work elsewhere as they would in this process."""
+        """Return what clients need in order to work elsewhere as they would in this process."""
         entries, forced, name = context.networks.added_models, backend.forced_backend(), context.config.method
         methods = {name: method_registry.GIVEN[name]} if name in method_registry.GIVEN else {}
         return cls(context, dict(handlers), methods, entries, forced, backend.active_isa(), modes())

@@ -89,7 +89,7 @@ class Workers(Ordered):
             self._hear(1.0)
 
     def _answer(self, k: ClientId) -> Answer:
-        """Counts the answer, and starts workers if enough work is left for them to pay."""
+        """Count the answer, and start workers if enough work is left for them to pay."""
         answer = super()._answer(k)
         self._asked += 1
         self._seconds += answer.seconds
@@ -103,7 +103,7 @@ class Workers(Ordered):
         super().end_round()
 
     def close(self) -> None:
-        """Ends all processes, whatever they are doing: workers end with their fork server."""
+        """End all processes, whatever they are doing: workers end with their fork server."""
         if self._fork_server is not None:
             self._fork_server.close()
             self._fork_server = None
@@ -146,7 +146,7 @@ class Workers(Ordered):
             self._give_up(str(error), "")
 
     def _hand_out(self, next_client: ClientId) -> None:
-        """Gives every idle worker the next client that it may have."""
+        """Give every idle worker the next client that it may have."""
         for worker in [worker for worker in self._processes if worker.client is None]:
             for k in list(self._todo):
                 if self._at.get(k, worker) is not worker:

@@ -1,6 +1,6 @@
 """Figures of clients on their own test sets, compared and taken together.
 
-``sets`` are the clients' test sets (`fedkern.engine.batches.reader.Reader`), and ``by_client`` holds the figures on them.
+``sets`` are the clients' test sets (`fedkern.engine.batches.reader.Reader`), and ``by_client`` holds their figures.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def with_undefined(
 
 
 def worst_client(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> tuple[int, str] | None:
-    """The client with the smallest main figure and that figure's name.
+    """Return the client with the smallest main figure and that figure's name.
 
     By the loss where there is no main figure.
 

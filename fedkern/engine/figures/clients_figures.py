@@ -16,7 +16,9 @@ from fedkern.methods.common.personal import means
 
 
 class ClientsFigures:
-    """Asks all clients for the figures of their networks; those that a round left out too.
+    """Asks all clients for the figures of their networks.
+
+    Those that a round left out too.
 
     What a client's code changes in its state meanwhile is dropped.
     """
@@ -27,7 +29,7 @@ class ClientsFigures:
     def __call__(
         self, own: str, *, tests: bool, keep: bool, locally: bool
     ) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
-        """The means over all clients' networks, and every client's figures on its own test set.
+        """Return the means over all clients' networks, and every client's figures on its own test set.
 
         Args:
             own: the attribute of the context that has these sets, or "".

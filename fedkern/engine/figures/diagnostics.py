@@ -155,7 +155,7 @@ def outlying_drift(clients: Mapping[str, Mapping[str, float]], label: Callable[[
 
 
 def constants(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> dict[str, Constant]:
-    """What predicting one class everywhere gives, by the prefix of the test set's figures.
+    """Return what predicting one class everywhere gives, by the prefix of the test set's figures.
 
     Sets of pairs and sets with images of a single class are left out: nothing can be compared there.
     """

@@ -30,7 +30,7 @@ class FinalFigures:
 
 
 def final_figures(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> FinalFigures:
-    """The figures that follow from what the last evaluation kept (``TestSet.kept``).
+    """Return the figures that follow from what the last evaluation kept (``TestSet.kept``).
 
     No network is asked again.
 
@@ -51,7 +51,7 @@ def final_figures(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> F
 
 
 def answers(data: EvaluatedSet, classes: int) -> list[tuple[int | None, Tensor]]:
-    """What ``data`` kept, if that has the shape that the task's figures of the run's end need."""
+    """Return what ``data`` kept, if that has the shape that the task's figures of the run's end need."""
     shape = data.task.kept_shape(data, classes)
     return data.kept if all(answer.shape == shape for _, answer in data.kept) else []
 

@@ -24,7 +24,7 @@ class OwnFigures:
         self._method = method
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        """The client's figures.
+        """Return the client's figures.
 
         Args:
             message: ``vectors`` of the global network; whether to evaluate on the ``tests`` and to ``keep`` the answers

@@ -11,13 +11,16 @@ from fedkern.privacy import LEDGER, Accountant, Guarantee
 
 
 def guarantee(method: Method, server: Server, records: str | None) -> Guarantee | None:
-    """The method's guarantee, with the records as a further release unless ``--records private``; None without one."""
+    """Return the method's guarantee, with the records as a further release unless ``--records private``.
+
+    None without one.
+    """
     result = method.guarantee(server)
     return result if result is None or records == "private" else result.with_records()
 
 
 def privacy_figures(bound: Guarantee | None, state_of: Callable[[int], Message], clients: int) -> dict[str, object]:
-    """The ``privacy`` entry of summary.json.
+    """Return the ``privacy`` entry of summary.json.
 
     Empty where the run has no guarantee.
 

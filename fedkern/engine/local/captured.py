@@ -68,7 +68,7 @@ class Outcome(NamedTuple):
     names: tuple[str, ...]
 
     def parts(self) -> list[Tensor]:
-        """The tensors."""
+        """Return the tensors."""
         return [part for part in (self.loss, self.squared_norm, *self.figures) if part is not None]
 
 
@@ -80,7 +80,9 @@ class Pass(Protocol):
 
 
 def replayable(kind: type[Objective], network: nn.Module | None = None) -> bool | None:
-    """Return whether a recorded step serves other batches; None: nobody says so.
+    """Return whether a recorded step serves other batches.
+
+    None: nobody says so.
 
     A ``network`` of somebody's own may compute on the host.
     """
@@ -192,18 +194,18 @@ class Graphs:
             done.record(self._stream)
 
     def lasting(self) -> bool:
-        """Whether a step has been recorded that serves all clients and rounds."""
+        """Return whether a step has been recorded that serves all clients and rounds."""
         return bool(self._recorded) and not self._fleeting
 
     def hold(self, name: str, tensor: Tensor) -> Tensor:
-        """A copy at the address of the last one of that name and size, where a recorded step will find it."""
+        """Return a copy at the address of the last one of that name and size, where a recorded step will find it."""
         buffer = self.held.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             self.held[name] = buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         return buffer.copy_(tensor)
 
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Records what ``work`` starts on the GPU without running it: a function that runs it, and ``work``'s result.
+        """Record what ``work`` starts on the GPU without running it: a function that runs it, and ``work``'s result.
 
         Raises:
             RuntimeError: ``work`` did what cannot be recorded, for example read a value of a tensor.
@@ -335,7 +337,7 @@ class Graphs:
             self._recorded = dict(list(lasting.items())[-MOST:])
 
     def _check_repeats(self, run: Pass, batch: Batch, received: Received, network: Trained, method: Objective) -> None:
-        """Takes a step twice, and back.
+        """Take a step twice, and back.
 
         Raises:
             RuntimeError: it gives other numbers, draws on the host or changes what the network or the method holds.
@@ -363,7 +365,7 @@ class Graphs:
     def _compare_step(
         self, step: Recorded, run: Pass, batch: Batch, received: Received, network: Trained
     ) -> tuple[Outcome, bool]:
-        """Takes a step in Python and recorded: the first's outcome and state, and whether the other's are the same."""
+        """Take a step in Python and recorded: the first's outcome and state, and whether the other's are the same."""
         before = Snapshot(self._list_written(network), self.device)
         outcome = run(batch, received)
         after = Snapshot(self._list_written(network), self.device)
@@ -374,12 +376,12 @@ class Graphs:
         return outcome, is_same
 
     def _list_written(self, network: Trained) -> list[Tensor]:
-        """What a step writes to."""
+        """Return what a step writes to."""
         module = network.module
         return [*module.parameters(), *module.buffers(), *network.gradient_vectors, *self.held.values()]
 
     def _room(self) -> bool:
-        """Whether a second pass as large as the largest eager one fits: its memory is kept apart."""
+        """Return whether a second pass as large as the largest eager one fits: its memory is kept apart."""
         if self.device.type != "cuda":
             return True
         return 2 * torch.cuda.memory_reserved(self.device) < torch.cuda.get_device_properties(self.device).total_memory
@@ -450,7 +452,7 @@ class _Watched:
 
 
 def _drawn_tensors(batch: Batch) -> dict[str, Tensor]:
-    """The tensors that were drawn for a batch."""
+    """Return the tensors that were drawn for a batch."""
     return {name: value for name, value in batch.drawn.items() if isinstance(value, Tensor)}
 
 
@@ -460,12 +462,15 @@ def _tensors(batch: Batch) -> list[Tensor]:
 
 
 def _constants(batch: Batch) -> dict[str, bool | int | float | str]:
-    """The numbers and words that were drawn for a batch."""
+    """Return the numbers and words that were drawn for a batch."""
     return {name: value for name, value in batch.drawn.items() if isinstance(value, bool | int | float | str)}
 
 
 def _signature(batch: Batch, device: torch.device) -> Hashable:
-    """Equal for batches that one recorded step can serve; None for a batch that none can serve."""
+    """Equal for batches that one recorded step can serve.
+
+    None for a batch that none can serve.
+    """
     tensors = _tensors(batch)
     if not all(isinstance(tensor, Tensor) and tensor.device.type == device.type for tensor in tensors):
         return None  # tokens of texts are no tensor: they are as long as the longest text of a batch
@@ -476,7 +481,9 @@ def _signature(batch: Batch, device: torch.device) -> Hashable:
 
 @contextmanager
 def _gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[], None]]:
-    """Inside, a backward pass leaves gradients of their own; the function adds all of them to the old ones at once.
+    """Inside, a backward pass leaves gradients of their own.
+
+    The function adds all of them to the old ones at once.
 
     Else each is added by a kernel of its own.
     """
@@ -501,7 +508,7 @@ def _gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[]
 
 
 def _state(network: Trained) -> tuple[object, ...]:
-    """What a recorded step has taken over from a network and from the process, beside the values of tensors."""
+    """Return what a recorded step has taken over from a network and from the process, beside the values of tensors."""
     layers = list(network.module.modules())
     modules = tuple((id(module), module.training, getattr(module, "track_running_stats", None)) for module in layers)
     tensors = tuple(

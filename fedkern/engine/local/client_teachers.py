@@ -31,7 +31,9 @@ OF_DATA = (
 
 
 class ClientTeachers:
-    """The folder of ``--teachers``, read network by network; nothing in it is read before a network is asked for.
+    """The folder of ``--teachers``, read network by network.
+
+    Nothing in it is read before a network is asked for.
 
     The folder has ``client-K.safetensors``, ``client-K.pt`` or ``client-K.pth`` with a state dict for every client K
     (from 0); or it is the folder of a run of FedIOD, which has teachers, or of ``ensemble``, which has members.
@@ -43,7 +45,7 @@ class ClientTeachers:
         self._asked_run = False  # whether a network was looked for in a run, not in a file of its own
 
     def load(self, client: int, module: nn.Module) -> None:
-        """Loads a client's trained weights into ``module``, in place.
+        """Load a client's trained weights into ``module``, in place.
 
         Raises:
             UserError: the weights are missing, damaged, of another architecture or not finite.
@@ -63,7 +65,9 @@ class ClientTeachers:
                 )
 
     def other_data(self, config: Mapping[str, object], fingerprint: int) -> str | None:
-        """A warning where the networks are of a run on other data than this run's; None where not, or not known.
+        """Return a warning where the networks are of a run on other data than this run's.
+
+        None where not, or not known.
 
         Args:
             config: this run's settings, as the manifest of a checkpoint has them.

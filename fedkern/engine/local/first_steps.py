@@ -22,7 +22,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class UnfitStep(UserError):
-    """A training step that cannot train the network as it should; it ends the run, whichever client took it."""
+    """A training step that cannot train the network as it should.
+
+    It ends the run, whichever client took it.
+    """
 
 
 class FirstSteps(Objective):

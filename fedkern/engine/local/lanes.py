@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def lanes(context: RunContext, method: Handler) -> int:
-    """How many clients may be at work at the same time.
+    """Return how many clients may be at work at the same time.
 
     One, unless all that a client's exchange reads and writes is its lane's or only read: ``client_update`` is
     fedkern's, steps are recorded and need nothing that was computed for another client, and neither a client's state
@@ -55,7 +55,7 @@ def lanes(context: RunContext, method: Handler) -> int:
 
 
 def room(device: torch.device) -> int:
-    """How many times the memory is free that the process holds on the device."""
+    """Return how many times the memory is free that the process holds on the device."""
     if device.type != "cuda":
         return MOST
     return int(torch.cuda.mem_get_info(device)[0] // max(1, torch.cuda.memory_reserved(device)))
@@ -74,6 +74,6 @@ def side_by_side(begun: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
 
 
 def on_this_stream(value: object) -> None:
-    """Keeps a tensor's memory from other work of the stream that made it until the current stream is done with it."""
+    """Keep a tensor's memory from other work of the stream that made it until the current stream is done with it."""
     if isinstance(value, Tensor) and value.is_cuda:
         value.record_stream(torch.cuda.current_stream(value.device))

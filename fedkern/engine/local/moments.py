@@ -38,7 +38,7 @@ class Snapshot:
 
 
 def alike(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors of one shape, dtype and layout have the same bits."""
+    """Return whether two tensors of one shape, dtype and layout have the same bits."""
     return torch.equal(in_memory(left).view(torch.uint8), in_memory(right).view(torch.uint8))
 
 

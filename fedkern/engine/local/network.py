@@ -63,7 +63,7 @@ class Network:
 
     @property
     def places(self) -> dict[str, dict[str, slice]]:
-        """Where each tensor lies in the vectors of :meth:`read`, by vector and name."""
+        """Return where each tensor lies in the vectors of :meth:`read`, by vector and name."""
         return self._flat.places()
 
     @property
@@ -73,7 +73,10 @@ class Network:
 
     @property
     def gradients(self) -> Tensor:
-        """fp32 [P], the gradients of ``parameters``; every parameter's ``.grad`` is a view of its part."""
+        """fp32 [P], the gradients of ``parameters``.
+
+        Every parameter's ``.grad`` is a view of its part.
+        """
         return self.gradient_vectors[0]
 
     @property
@@ -89,7 +92,7 @@ class Network:
         self._gradients = (self._flat.gradients(), *personal_gradients)
 
     def finite(self) -> Tensor:
-        """bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
+        """Return bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
         finite = all_finite(self.parameters) & (self.finite_buffers() if len(self.buffers) else True)
         kept = self._personal_buffers
         if len(self.personal) or len(kept):
@@ -99,14 +102,17 @@ class Network:
         return finite
 
     def finite_buffers(self, part: slice = slice(None)) -> Tensor:
-        """bool 0-d: whether the buffers' elements are finite numbers, or were infinite from the start."""
+        """Return bool 0-d: whether the buffers' elements are finite numbers, or were infinite from the start."""
         buffers = self.buffers[part]
         if self._infinite is None:
             return all_finite(buffers)
         return (torch.isfinite(buffers) | (self._infinite[part] & ~buffers.isnan())).all()
 
     def read(self) -> dict[str, Tensor]:
-        """Copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R]; empty ones are left out."""
+        """Return the copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R].
+
+        Empty ones are left out.
+        """
         result = {"parameters": self.parameters.clone()}
         if self.buffers.numel():
             result["buffers"] = self.buffers.clone()
@@ -126,15 +132,17 @@ class Network:
         self._flat.load_vectors(message)
 
     def read_personal(self) -> dict[str, Tensor]:
-        """Copies of the parameters and buffers that a client keeps to itself, by name."""
+        """Return the copies of the parameters and buffers that a client keeps to itself, by name."""
         return personal_parts.copies(self._own)
 
     def write_personal(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies what :meth:`read_personal` returned into the network."""
+        """Copy what :meth:`read_personal` returned into the network."""
         personal_parts.write(self._own, tensors)
 
     def take(self, module: nn.Module) -> None:
-        """Copies a module's tensors into the network by name; what is frozen stays as it is.
+        """Copy a module's tensors into the network by name.
+
+        What is frozen stays as it is.
 
         Raises:
             UserError: a name or shape differs.
@@ -162,7 +170,10 @@ class Network:
             layer.track_running_stats, layer.training = False, True
 
     def train_mode(self) -> None:
-        """Put the module in train mode; batch norm stays in eval mode where it is frozen or its statistics fixed."""
+        """Put the module in train mode.
+
+        Batch norm stays in eval mode where it is frozen or its statistics fixed.
+        """
         for layer, tracks in self._lacking:
             layer.track_running_stats = tracks
         self._lacking.clear()
@@ -175,7 +186,7 @@ class Network:
             self.module.requires_grad_(False)  # a user's train() may thaw parts
 
     def freeze(self) -> None:
-        """Takes the parameters out of autograd, unless some are frozen already: their places would be others."""
+        """Take the parameters out of autograd, unless some are frozen already: their places would be others."""
         if not len(self.frozen):
             self._untrained = True
             self.module.requires_grad_(False)
@@ -208,14 +219,14 @@ class Part:
         self.attach_gradients = network.attach_gradients
 
     def train_mode(self) -> None:
-        """Puts the part in train mode and everything else in eval mode."""
+        """Put the part in train mode and everything else in eval mode."""
         self._network.train_mode()
         for name, child in self.module.named_children():
             if name not in self.names:
                 child.eval()
 
     def finite(self) -> Tensor:
-        """bool 0-d: whether the part's parameters and buffers are finite numbers."""
+        """Return bool 0-d: whether the part's parameters and buffers are finite numbers."""
         return all_finite(self.parameters) & self._network.finite_buffers(self._stretches["buffers"])
 
     def read(self) -> dict[str, Tensor]:
@@ -226,7 +237,7 @@ class Part:
 
 
 def _stretch(places: Mapping[str, slice], names: tuple[str, ...]) -> slice:
-    """The slice of a vector that holds the tensors of the submodules ``names``.
+    """Return the slice of a vector that holds the tensors of the submodules ``names``.
 
     Raises:
         ValueError: tensors of other submodules lie between them.
@@ -242,7 +253,9 @@ def _stretch(places: Mapping[str, slice], names: tuple[str, ...]) -> slice:
 
 
 class Trainable:
-    """A module whose parameters that require gradients are one flat vector; everything else is left as it is.
+    """A module whose parameters that require gradients are one flat vector.
+
+    Everything else is left as it is.
 
     Attributes:
         module: the given module.
@@ -265,18 +278,21 @@ class Trainable:
         self.attach_gradients = self._flat.gradients
 
     def train_mode(self) -> None:
-        """Puts the module in train mode; batch norm stays in eval mode where it is frozen or its statistics fixed."""
+        """Put the module in train mode.
+
+        Batch norm stays in eval mode where it is frozen or its statistics fixed.
+        """
         train_mode(self.module)
         if self.fixed:
             freeze_bn_after(self.module)
 
     def finite(self) -> Tensor:
-        """bool 0-d: whether the trained parameters and all floating buffers are finite numbers."""
+        """Return bool 0-d: whether the trained parameters and all floating buffers are finite numbers."""
         buffers = (buffer for buffer in self.module.buffers() if buffer.is_floating_point())
         return torch.stack([all_finite(tensor) for tensor in (self.parameters, *buffers)]).all()
 
     def release(self) -> None:
-        """Removes the gradients from the parameters."""
+        """Remove the gradients from the parameters."""
         for parameter in self.trained_parameters:
             parameter.grad = None
 
@@ -286,14 +302,17 @@ Trained = Network | Part | Trainable
 
 
 def all_finite(tensor: Tensor) -> Tensor:
-    """bool 0-d: whether no element is NaN or infinite, in a pass that writes nothing."""
+    """Return bool 0-d: whether no element is NaN or infinite, in a pass that writes nothing."""
     if not tensor.numel():
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     return torch.stack(torch.aminmax(tensor)).isfinite().all()  # NaN is both
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Moves a module to a device; convolutional weights of fedkern's networks become channels-last, as the images."""
+    """Move a module to a device.
+
+    Convolutional weights of fedkern's networks become channels-last, as the images.
+    """
     if channels_last(module):
         return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module.to(device)

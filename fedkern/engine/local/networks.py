@@ -29,7 +29,7 @@ from fedkern.tasks.user_tasks import inner
 
 
 class Networks:
-    """The networks of a run: one trains in every lane (`fedkern.engine.local.lanes`), one is frozen, one is the server's.
+    """Networks of a run: one trains in every lane (`fedkern.engine.local.lanes`), one is frozen, one the server's.
 
     Each is made on first use and used again.
 
@@ -114,7 +114,7 @@ class Networks:
 
     @cached_property
     def _taps(self) -> tuple[Any, ...]:
-        """Where ``--features`` and ``--stages`` take the results of the run's network."""
+        """Return where ``--features`` and ``--stages`` take the results of the run's network."""
         stages = [name.strip() for name in (self._config.stages or "").split(",") if name.strip()]
         network = self._build_network(None, None, None, None)
         return find_taps(network, stages, self._config.features, self._data.form, self.model_name)
@@ -130,7 +130,7 @@ class Networks:
         return list_added(" ".join(map(str, (self._config.model, *self._config.options.values()))))
 
     def initial(self) -> Message:
-        """The vectors of a fresh network."""
+        """Return the vectors of a fresh network."""
         return Network(self.build(), torch.device("cpu")).read()
 
     @cached_property
@@ -140,12 +140,15 @@ class Networks:
 
     @cached_property
     def initial_personal(self) -> Message:
-        """What every client keeps to itself as a fresh network has it, by name; empty where nothing is."""
+        """Return what every client keeps to itself as a fresh network has it, by name.
+
+        Empty where nothing is.
+        """
         return personal_parts.copies(personal_parts.tensors(inner(self.build()))) if self._config.keeps_parts else {}
 
     @property
     def trained_vectors(self) -> tuple[str, ...]:
-        """Which of a trained network's vectors go to the server."""
+        """Return which of a trained network's vectors go to the server."""
         return VECTORS if self._config.buffers == "average" else ("parameters",)
 
     # -- on the device ---------------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ class Networks:
         return place(module, self.device)
 
     def get(self, name: str) -> Network:
-        """The network called ``"local"`` (that of the lane), ``"frozen"`` or ``"server"``."""
+        """Return the network called ``"local"`` (that of the lane), ``"frozen"`` or ``"server"``."""
         key = name, self.lane if name == "local" else 0
         if key not in self.slots:
             network = Network(self.build(), self.device)
@@ -165,7 +168,7 @@ class Networks:
         return self.slots[key]
 
     def is_flat(self, module: nn.Module) -> bool:
-        """Whether ``module`` is the server's network, which its flat vectors describe."""
+        """Return whether ``module`` is the server's network, which its flat vectors describe."""
         server = self.slots.get(("server", 0))
         return server is not None and server.module is module
 
@@ -180,7 +183,10 @@ class Networks:
 
     @property
     def graphs(self) -> Graphs | None:
-        """Recorded steps of local training, those of the lane; None on the CPU."""
+        """Recorded steps of local training, those of the lane.
+
+        None on the CPU.
+        """
         if self.lane not in self.lane_graphs:
             self.lane_graphs[self.lane] = Graphs(self.device) if self.device.type == "cuda" else None
         return self.lane_graphs[self.lane]
@@ -195,7 +201,10 @@ class Networks:
         self._frozen, self._sent = ([], None), None
 
     def send(self, vector: Tensor) -> Tensor:
-        """A message's vector on the device, for reading; what all clients of a round get is sent once."""
+        """Return a message's vector on the device, for reading.
+
+        What all clients of a round get is sent once.
+        """
         if self.device.type == "cpu" or vector.device.type != "cpu" or vector.is_inference():
             return vector.to(self.device)
         last = self._sent

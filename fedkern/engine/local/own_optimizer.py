@@ -57,7 +57,10 @@ def stepped_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
-    """Scales vectors of gradients to a joint norm of at most ``largest`` (0: any); returns the norm, fp64 0-d."""
+    """Scales vectors of gradients to a joint norm of at most ``largest`` (0: any).
+
+    Returns the norm, fp64 0-d.
+    """
     norms = [torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in vectors]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     if largest:
@@ -67,7 +70,7 @@ def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
 
 
 def _of_groups(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """The values of an optimiser's groups as texts, by name, but for parameters."""
+    """Return the values of an optimiser's groups as texts, by name, but for parameters."""
     names = dict.fromkeys(name for group in optimizer.param_groups for name in group if name != "params")
     return {name: repr([group.get(name) for group in optimizer.param_groups]) for name in names}
 

@@ -117,7 +117,10 @@ def train_privately(
 
 
 def count_declared(samples: int, rows: np.ndarray | None, spending: DPSGD) -> int:
-    """Number of samples that a schedule may depend on: every patient counts as the largest allowed number of images."""
+    """Return the number of samples that a schedule may depend on.
+
+    Every patient counts as the largest allowed number of images.
+    """
     if spending.patients is None:
         return samples if rows is None else len(rows)
     patients = spending.patients if rows is None else spending.patients[rows]

@@ -27,7 +27,7 @@ PREPARED = 1000
 
 @singledispatch
 def reader(split: AnySplit, form: Any, device: torch.device, *, seed: int, client: int = -1, **how: Any) -> Reader:
-    """The batches of a split of any kind.
+    """Return the batches of a split of any kind.
 
     Args:
         form: of the split's samples.
@@ -63,7 +63,10 @@ class Samples:
         self._clients: dict[int, Reader] = {}
 
     def tokens(self, split: AnySplit) -> Any:
-        """The tokens of a split's texts, on the CPU; None where there are no texts."""
+        """Return the tokens of a split's texts, on the CPU.
+
+        None where there are no texts.
+        """
         return split.task.tokens(split, lambda: self._networks.get("server").module.tokenize)
 
     @property
@@ -72,14 +75,14 @@ class Samples:
         return str(self.config.augment or self.data.form.augment)
 
     def reader(self, split: AnySplit, **how: Any) -> Reader:
-        """The batches of a split, see :func:`reader`."""
+        """Return the batches of a split, see :func:`reader`."""
         tokens = self.tokens(split)
         batches = reader(split, self.data.form, self.device, seed=self.config.seed, tokens=tokens, **how)
         batches.output_bytes = len(split) * (self.config.output_bytes or 0)
         return batches
 
     def of_client(self, client: int) -> Reader:
-        """The batches of a client's training samples."""
+        """Return the batches of a client's training samples."""
         if client not in self._clients:
             split = self.data.clients[client]
             batches = self.reader(split, client=client, augment=self.augment, cache=self.cache)
@@ -99,7 +102,10 @@ class Samples:
         return None if public is None else self.reader(public, augment=self.augment, cache=self.cache)
 
     def validation(self) -> Iterator[Batch]:
-        """The validation split in batches; none where it is empty."""
+        """Yield the validation split in batches.
+
+        None where it is empty.
+        """
         if len(self.data.validation):
             yield from self.reader(self.data.validation).batches()
 

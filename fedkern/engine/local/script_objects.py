@@ -34,7 +34,7 @@ _UNREAD = {
 
 
 def _check_arguments(name: str, function: Callable[..., object] | None, words: str, count: int) -> None:
-    """Raises UserError where a function cannot be called with ``count`` arguments, which ``words`` name."""
+    """Raise UserError where a function cannot be called with ``count`` arguments, which ``words`` name."""
     try:
         if function is not None:
             inspect.signature(function).bind(*range(count))
@@ -48,7 +48,9 @@ def _check_arguments(name: str, function: Callable[..., object] | None, words: s
 
 @dataclass(frozen=True)
 class ScriptObjects:
-    """Objects of a script beside settings and data; a run that goes on needs them again.
+    """Objects of a script beside settings and data.
+
+    A run that goes on needs them again.
 
     A loss, metrics and a collation of a script are in the task of the data.
 
@@ -71,7 +73,9 @@ class ScriptObjects:
 
     @classmethod
     def of(cls, network: object, train: Any, settings: dict[str, Any]) -> ScriptObjects:
-        """The objects among the arguments of a run; takes a factory out of the ``settings``.
+        """Return the objects among the arguments of a run.
+
+        Takes a factory out of the ``settings``.
 
         Raises:
             UserError: a setting would be dropped, or ``train`` is no function.
@@ -89,7 +93,7 @@ class ScriptObjects:
 
     @property
     def functions(self) -> bool:
-        """Whether functions of the script train."""
+        """Return whether functions of the script train."""
         return self.train is not None or self.optimizer is not None
 
     def code(self, config: RunConfig, data: FederatedData | None) -> dict[str, dict[str, str]]:
@@ -113,7 +117,7 @@ class ScriptObjects:
         return current if self.began is None else {name: self.began[name] for name in current}
 
     def train_model(self, model: nn.Module, client: Client) -> nn.Module:
-        """The model after ``train``, which trains it in place."""
+        """Return the model after ``train``, which trains it in place."""
         assert self.train is not None
         result: Any = self.train(model, client)
         if result is not None and result is not model:
@@ -124,7 +128,7 @@ class ScriptObjects:
         return model
 
     def describe_settings(self, config: RunConfig) -> RunConfig:
-        """The settings of a run with these objects.
+        """Return the settings of a run with these objects.
 
         Raises:
             UserError: the functions would drop a part of the method, or the network cannot be trained or copied.
@@ -135,9 +139,9 @@ class ScriptObjects:
         plain = issubclass(kind, LocalTraining) and all(getattr(kind, part) is getattr(usual, part) for part in _PARTS)
         if self.train is not None and not plain:
             raise UserError(
-                f"A train function would drop what {method_registry.short(config.method)} adds to local training: write a "
-                "class derived from it with a client_update (client.model, client.batches, client.upload), give an "
-                "optimizer factory instead, or take fedavg."
+                f"A train function would drop what {method_registry.short(config.method)} adds to local training: "
+                "write a class derived from it with a client_update (client.model, client.batches, client.upload), "
+                "give an optimizer factory instead, or take fedavg."
             )
         if self.network is None:
             return config
@@ -154,7 +158,7 @@ class ScriptObjects:
         return config.replace(model=name, width=None)
 
     def check_given(self, stored: RunConfig, out: Path) -> None:
-        """Raises UserError where a stored run needs a module or a function that is not here."""
+        """Raise UserError where a stored run needs a module or a function that is not here."""
         if stored.model.startswith(INSTANCE) and self.network is None:
             raise UserError(
                 f"The run in {out} trains a module that a script made ({stored.model.removeprefix(INSTANCE)}): go on "

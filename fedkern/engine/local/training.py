@@ -34,7 +34,10 @@ from fedkern.process.interrupts import check
 
 
 class Diverged(ArithmeticError):
-    """A client's loss, gradient or parameters became NaN or infinite; ``batch`` counts from 1 within its exchange."""
+    """A client's loss, gradient or parameters became NaN or infinite.
+
+    ``batch`` counts from 1 within its exchange.
+    """
 
     def __init__(self, client: int, round: int, batch: int, reason: str) -> None:
         super().__init__(f"client {client}, round {round}, batch {batch}: {reason}")
@@ -73,7 +76,7 @@ class Schedule:
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
 
     def lr_at(self, epoch: int) -> float:
-        """The learning rate in epoch ``epoch`` of the exchange, counted from 0."""
+        """Return the learning rate in epoch ``epoch`` of the exchange, counted from 0."""
         return self.lr * self.factor ** sum(step <= self.first + epoch for step in self.steps)
 
 
@@ -203,7 +206,10 @@ def _steps(
 
 
 def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
-    """The batches of every epoch of an exchange; the last epoch ends where the limit of steps is reached."""
+    """Yield the batches of every epoch of an exchange.
+
+    The last epoch ends where the limit of steps is reached.
+    """
     if schedule.limit is None:
         for _ in range(schedule.epochs):
             yield batch_plan(count, schedule.batch_size, rng)
@@ -235,7 +241,7 @@ class EpochBatches:
 
     @property
     def complete(self) -> bool:
-        """Whether the loop has taken as many epochs, or batches, as the run says."""
+        """Return whether the loop has taken as many epochs, or batches, as the run says."""
         limit = self.schedule.limit
         return self._epoch + self._amid == self.schedule.epochs if limit is None else self.done == limit
 
@@ -249,7 +255,7 @@ class EpochBatches:
 
 
 def batch_sizes(count: int, schedule: Schedule) -> Counter[int]:
-    """The number of an exchange's batches, by size."""
+    """Return the number of an exchange's batches, by size."""
     sizes = [part.stop - part.start for part in batch_slices(count, schedule.batch_size)]
     steps = schedule.epochs * len(sizes) if schedule.limit is None else schedule.limit
     return Counter(islice(cycle(sizes), steps))
@@ -279,7 +285,7 @@ def one_pass(
 
 
 def one_by_one(run: Callable[[Batch], Outcome], batches: Iterable[Batch]) -> Iterator[Outcome]:
-    """Takes batches through their steps as they are made."""
+    """Take batches through their steps as they are made."""
     return map(run, batches)
 
 
@@ -303,8 +309,8 @@ def train_async(
 
     Returns:
         A function that returns the means over all batches of ``loss`` and of whatever the method observed, once the
-        device has done its work (:func:`~fedkern.process.device_copies.wait_for_stream`).  Nothing waits for it where steps
-        are recorded.
+        device has done its work (:func:`~fedkern.process.device_copies.wait_for_stream`).  Nothing waits for it where
+        steps are recorded.
 
     Raises:
         Diverged: the loss or the gradient of a batch, or the parameters at the end, are NaN or infinite.  Losses and
@@ -449,7 +455,9 @@ def _digest(
     totals: dict[str, float],
     seen: dict[str, int],
 ) -> int:
-    """Adds the records of :func:`_gathered` to the totals; returns how many batches were done by then.
+    """Add the records of :func:`_gathered` to the totals.
+
+    Returns how many batches were done by then.
 
     Raises:
         Diverged: for the first batch that is not finite, or as all is done and the network is not finite.
@@ -471,6 +479,6 @@ def _digest(
 
 
 def _columns(values: Iterator[float], rows: int, width: int) -> list[list[float]]:
-    """The columns of the next ``rows`` rows of numbers."""
+    """Return the columns of the next ``rows`` rows of numbers."""
     taken = list(islice(values, rows * width))
     return [taken[i::width] for i in range(width)]

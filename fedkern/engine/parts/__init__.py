@@ -1,1 +1,4 @@
-"""What a run does around its rounds, a file each; `fedkern.engine.setup.order` holds their order."""
+"""What a run does around its rounds, a file each.
+
+`fedkern.engine.setup.order` holds their order.
+"""

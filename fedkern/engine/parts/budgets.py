@@ -30,11 +30,11 @@ class _Budget(RunPart):
         return None if getattr(run.config, cls.name) is None else cls(run)
 
     def amount_spent(self) -> float:
-        """What the run has spent."""
+        """Return what the run has spent."""
         raise NotImplementedError
 
     def of_round(self, record: Record) -> float:
-        """What a round that is over took."""
+        """Return what a round that is over took."""
         raise NotImplementedError
 
     def before_round(self, record: Record) -> Stop | None:

@@ -115,7 +115,9 @@ class Evaluation(RunPart):
         self.latest.update(state["latest"])
 
     def _evaluate(self, network: nn.Module, last: bool, locally: bool) -> None:
-        """Evaluates the network; the test sets keep the answers to the last one, for the figures of the run's end.
+        """Evaluate the network.
+
+        The test sets keep the answers to the last one, for the figures of the run's end.
 
         With ``locally``, clients with networks of their own evaluate them in this process.
         """
@@ -151,7 +153,9 @@ class Evaluation(RunPart):
         return evaluating(self._run.config, self._context.networks.is_flat(network))
 
     def _of_clients(self, test_set: str, sets: dict[int, Reader]) -> State:
-        """The clients' figures on their own ``sets`` as entries of the summary; empty where nothing may be told.
+        """Return the clients' figures on their own ``sets`` as entries of the summary.
+
+        Empty where nothing may be told.
 
         ``test_set`` says what these sets are, as in evaluation.csv.
         """

@@ -34,7 +34,7 @@ class Listening(RunPart):
 
 
 def _info(run: RunObjects) -> RunInfo:
-    """What listeners are told before the first round that is played."""
+    """Return what listeners are told before the first round that is played."""
     workers = run.executor.count
     return RunInfo(
         config=run.config, out=run.out, first_round=run.progress.done, samples=run.context.federation.samples,

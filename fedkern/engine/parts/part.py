@@ -71,11 +71,11 @@ class Record:
 
     @property
     def last(self) -> bool:
-        """Whether it is the last communication round of the plan."""
+        """Return whether it is the last communication round of the plan."""
         return self.number == self.rounds
 
     def put(self, figures: Mapping[str, object], about: About = About.RUN) -> None:
-        """Adds entries."""
+        """Add entries."""
         self.entries.update({name: (about, value) for name, value in figures.items()})
 
 
@@ -108,7 +108,9 @@ class Summary:
 
 
 class Part:
-    """A part of a run; every method does nothing until overridden.
+    """A part of a run.
+
+    Every method does nothing until overridden.
 
     Parts are asked in the order of the run's list.  A part knows no other part: it reads the record, the summary and
     the objects that it is made with.
@@ -121,32 +123,50 @@ class Part:
 
     @classmethod
     def build(cls, run: RunObjects) -> Part | None:
-        """The part of a run, made of the run's objects; None where the run does without it."""
+        """Return the part of a run, made of the run's objects.
+
+        None where the run does without it.
+        """
         return cls()
 
     def begin(self, resumed: bool) -> None:
-        """The run begins to play rounds; what it goes on from, if it is ``resumed``, was restored."""
+        """Handle the start of a run.
+
+        What it goes on from, if it is ``resumed``, was restored.
+        """
 
     def before_round(self, record: Record) -> Stop | None:
-        """A round is about to begin; a :class:`Stop` ends the run without it."""
+        """Handle the start of a round.
+
+        A :class:`Stop` ends the run without it.
+        """
         return None
 
     def round_end(self, record: Record) -> Stop | None:
-        """A round is over; a :class:`Stop` ends the run with it.  One-off rounds end here too."""
+        """Handle the end of a round.
+
+        A :class:`Stop` ends the run with it.  One-off rounds end here too.
+        """
         return None
 
     def finish(self, summary: Summary) -> None:
         """All rounds are over."""
 
     def state(self) -> State:
-        """What a checkpoint keeps of this part, in plain values; files that these tell of are on the disk."""
+        """Return what a checkpoint keeps of this part, in plain values.
+
+        Files that these tell of are on the disk.
+        """
         return {}
 
     def restore(self, state: State) -> None:
-        """Goes on from what :meth:`state` returned at a checkpoint; before :meth:`begin`."""
+        """Goes on from what :meth:`state` returned at a checkpoint.
+
+        Before :meth:`begin`.
+        """
 
     def close(self) -> None:
-        """The run has ended, finished or not."""
+        """Close what is open after a run, finished or not."""
 
 
 class RunPart(Part):

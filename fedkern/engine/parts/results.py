@@ -31,7 +31,10 @@ class Results(RunPart):
         record_files.write_summary(run.out, summary.entries)
 
     def _names(self) -> State:
-        """The clients' names as entries of the summary; empty where they have none."""
+        """Return the clients' names as entries of the summary.
+
+        Empty where they have none.
+        """
         data = self._run.context.data
         if data.client_names is None:
             return {}

@@ -126,7 +126,7 @@ class Patience(RunPart):
         self._best["file"] = self._kept = files[0]
 
     def _main(self, metrics: State) -> tuple[str, float]:
-        """The main figure on the validation set."""
+        """Return the main figure on the validation set."""
         main, figures = self._run.config.main, {}
         for name, value in metrics.items():
             test_set, figure = split_metric(name, self._run.context.data.tests)

@@ -44,7 +44,7 @@ class Trace(RunPart):
         self._wait -= 1
 
     def round_end(self, record: Record) -> None:
-        """Writes the trace of this round.
+        """Write the trace of this round.
 
         Raises:
             UserError: the file cannot be written.

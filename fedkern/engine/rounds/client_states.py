@@ -16,7 +16,9 @@ from fedkern.privacy import LEDGER
 
 
 class ClientStates:
-    """Writes states that have changed, as soon as their client is done; at the end of rounds that ask for it.
+    """Writes states that have changed, as soon as their client is done.
+
+    At the end of rounds that ask for it.
 
     Args:
         executor: has the clients of the round; the run puts the one that it chooses in its place.
@@ -36,11 +38,11 @@ class ClientStates:
 
     @property
     def _late(self) -> bool:
-        """Whether the states of this round are written at its end."""
+        """Return whether the states of this round are written at its end."""
         return self._progress.entry is not None and self._progress.entry.states == "round"
 
     def finish_exchange(self, k: ClientId) -> None:
-        """A client has done its part of an exchange."""
+        """Note that a client has done its part of an exchange."""
         if self._late:
             return
         self._write(k)
@@ -48,7 +50,9 @@ class ClientStates:
             self.executor.forget(k)  # its state is on disk; its round_cache is needed no more
 
     def left_out(self, k: ClientId) -> None:
-        """A client is left out of the rest of the round: its state is as before the round, with two exceptions.
+        """Leave a client out of the rest of the round.
+
+        Its state is as before the round, with two exceptions.
 
         These are a privacy ledger, as releases count in any case, and a round whose earlier exchanges are not written
         yet.  The state is then the present one, but for those of encoders, which count uploads that have arrived.
@@ -70,7 +74,7 @@ class ClientStates:
             self._checkpoints.name_client(k, file)
 
     def end_round(self) -> None:
-        """The round is over."""
+        """End the round."""
         if self._late:
             for k in self.executor.working():
                 self._write(k)

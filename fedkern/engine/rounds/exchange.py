@@ -44,7 +44,7 @@ class Exchange:
         self.seconds = 0.0
 
     def lose(self, messages: Mapping[ClientId, Message], absent: Mapping[ClientId, str]) -> None:
-        """Notes clients that never answer.
+        """Note clients that never answer.
 
         Args:
             messages: what they are sent.
@@ -56,7 +56,7 @@ class Exchange:
             self._log.note_lost(k, self._asked.phase.exchange, why)
 
     def uploads(self) -> Iterator[Upload]:
-        """Yields the uploads in client order, lazily: the server is done with an upload before it gets the next one.
+        """Yield the uploads in client order, lazily: the server is done with an upload before it gets the next one.
 
         Uploads of clients that began in earlier rounds come first.
         An upload that a filter refuses never gets to the server.  An empty upload that the method allows is not
@@ -94,7 +94,10 @@ class Exchange:
             self._log.none_left()
 
     def _take_answer(self, answer: Answer) -> Upload | None:
-        """The upload of an answer, its message None where it is empty; None where its client is left out."""
+        """Return the upload of an answer, its message None where it is empty.
+
+        None where its client is left out.
+        """
         k = answer.client
         self._leave(k, self._asked.sent[k])
         self._log.heard(answer)
@@ -119,7 +122,10 @@ class Exchange:
             part.on_sent(self._asked, k, message)
 
     def _answers(self) -> Iterator[Answer]:
-        """The clients' answers; the clients of a cohort may be asked at once."""
+        """Return the clients' answers.
+
+        The clients of a cohort may be asked at once.
+        """
         asked, coded = self._asked, encoders_of(self._filters, self._asked)
         if asked.entry.cohort and not self._executor.remote and asked.sent:
             start, serial = time.perf_counter(), self._executor.here

@@ -88,7 +88,7 @@ class Ledger:
         return size
 
     def begin_round(self) -> None:
-        """A round begins."""
+        """Begin a round."""
         self.round_sums = {}
 
     @property
@@ -111,7 +111,7 @@ class Ledger:
         return rows
 
     def sums(self) -> State:
-        """What the ledger holds beside the clients' rows."""
+        """Return what the ledger holds beside the clients' rows."""
         return {"exchanges": self.exchanges, "rounds": self.rounds}
 
     def summary(self) -> State:

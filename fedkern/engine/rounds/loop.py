@@ -30,7 +30,10 @@ class Loop:
         self._run, self._filters, self._parts = run, filters, parts
 
     def play(self) -> Stop | None:
-        """Plays the rounds that are left; returns why it ended before the plan did, or None."""
+        """Plays the rounds that are left.
+
+        Returns why it ended before the plan did, or None.
+        """
         for entry in self._run.plan[self._run.progress.planned :]:
             check()
             self._run.progress.begin(entry)
@@ -57,7 +60,7 @@ class Loop:
         return summary
 
     def _record(self, entry: Round, assigned: Assignment) -> Record:
-        """The record of a round that is about to begin."""
+        """Return the record of a round that is about to begin."""
         number, rounds, interval = self._run.progress.shown_number, self._run.rounds, self._run.config.eval_every
         due = not entry.one_off and (number % interval == 0 or number == rounds)
         return Record(entry, number, rounds, list(assigned.clients), due)
@@ -102,7 +105,7 @@ class Loop:
         record.put(run.participation.figures(), About.CLIENTS)
 
     def _at_work(self, record: Record) -> Executor:
-        """The executor of a round: this process's, where a cohort works together or a trace is made."""
+        """Return the executor of a round: this process's, where a cohort works together or a trace is made."""
         executor = self._run.executor
         together = (record.entry.cohort or record.in_server_process) and not executor.remote
         return executor.here if together else executor

@@ -9,7 +9,9 @@ from fedkern.methods.base import Round
 
 @dataclass
 class Progress:
-    """Where a run stands; the loop alone changes it.
+    """Where a run stands.
+
+    The loop alone changes it.
 
     Attributes:
         done: communication rounds done.
@@ -37,7 +39,7 @@ class Progress:
         return self.index + 1 if self.index >= 0 else self.index
 
     def when(self, exchange: str | None = None) -> str:
-        """When something happens, as a part of a sentence.
+        """Return when something happens, as a part of a sentence.
 
         Args:
             exchange: the exchange, to be named in the text; None names only set-up rounds.  Default names
@@ -51,6 +53,9 @@ class Progress:
 
 
 def _in_brackets(entry: Round, exchange: str | None) -> str:
-    """The exchange or the round by a name of its own, in brackets; empty where neither has one."""
+    """Return the exchange or the round by a name of its own, in brackets.
+
+    Empty where neither has one.
+    """
     names = [name for name in (entry.name, exchange) if name not in ("train", "update", None)]
     return f' ("{names[-1]}")' if names else ""

@@ -53,18 +53,21 @@ class RoundLog:
         self.marks: set[str] = set()
 
     def begin(self) -> None:
-        """A round begins."""
+        """Begin a round."""
         self.clients, self.reports, self.left = {}, [], set()
 
     # -- who is done -----------------------------------------------------------------------------------------------
 
     def heard(self, answer: Answer) -> None:
-        """Takes in the warnings of a client's answer; called in client order."""
+        """Take in the warnings of a client's answer.
+
+        Called in client order.
+        """
         for name, text in answer.warnings.items():
             self._context.notices.warn(name, text)
 
     def note_done(self, k: ClientId, info: State, seconds: float) -> None:
-        """A client's upload has passed all checks, with these figures."""
+        """Note that a client's upload has passed all checks, with these figures."""
         self._states.finish_exchange(k)
         self.reports.append(info)
         self.clients.setdefault(str(k), {}).update(info)
@@ -72,13 +75,13 @@ class RoundLog:
         self._listener.on_client(self._progress.shown_number, k, entry)
 
     def note(self, k: ClientId, figures: Mapping[str, float]) -> None:
-        """Adds figures to a client that is done."""
+        """Add figures to a client that is done."""
         self.clients[str(k)].update(figures)
 
     # -- who is left out -------------------------------------------------------------------------------------------
 
     def note_lost(self, k: ClientId, exchange: str, why: str) -> None:
-        """A client was sent a message and never answers in this round."""
+        """Note that a client was sent a message and never answers in this round."""
         self._note_dropped(k, {"exchange": exchange, "reason": why})
 
     def lacks(self, answer: Answer) -> None:
@@ -95,7 +98,7 @@ class RoundLog:
             self.note_refused(answer.client, answer.refused)
 
     def note_refused(self, k: ClientId, why: str) -> None:
-        """A client's upload is not as declared, or larger than allowed.
+        """Note that a client's upload is not as declared, or larger than allowed.
 
         Raises:
             UserError: the run is to stop.
@@ -118,7 +121,7 @@ class RoundLog:
             self._note_dropped(k, why)
 
     def none_left(self) -> None:
-        """Raises UserError where the round has no client left.
+        """Raise UserError where the round has no client left.
 
         A set-up round of named clients may lose all of them: other clients remain for the run.
         """
@@ -133,14 +136,14 @@ class RoundLog:
             )
 
     def _note_loss(self, k: ClientId, why: str) -> None:
-        """A client works elsewhere and nothing came of it."""
+        """Note that nothing came of a client that works elsewhere."""
         exchange = self._progress.exchange
         self.leave_out(k, {"exchange": exchange, "reason": why})
         label, when = self._context.data.client_label(k), self._progress.when(exchange)
         self._warn(f"missing-client-{k}", f"Client {label} was left out {when}, as {why}.")
 
     def _broke(self, k: ClientId, problem: Diverged | ClientFailed) -> None:
-        """A client diverged or failed."""
+        """Note that a client diverged or failed."""
         when, config = self._progress.when(), self._context.config
         label, public = self._context.data.client_label(k), self._context.notices.disclosure.clients
         why: State = {}

@@ -26,7 +26,7 @@ class Timing:
         return self._before + time.perf_counter() - self._started
 
     def add(self, phases: Mapping[str, float]) -> None:
-        """Adds seconds of phases."""
+        """Add seconds of phases."""
         for name, value in phases.items():
             self.phases[name] = self.phases.get(name, 0.0) + value
 

@@ -37,12 +37,15 @@ for package in (parts, uploads):
 
 
 def parts_of(run: RunObjects) -> list[Part]:
-    """The parts of a run, in order."""
+    """Return the parts of a run, in order."""
     return _build_all(PARTS, PART_ORDER, run)
 
 
 def filters_of(run: RunObjects) -> list[Filter]:
-    """What uploads pass on their way to the server of a run, in order; the run has its executor."""
+    """Return what uploads pass on their way to the server of a run, in order.
+
+    The run has its executor.
+    """
     filters: list[Filter] = _build_all(FILTERS, FILTER_ORDER, run)
     needs_whole = any(part.needs_whole_upload for part in filters)
     return [part for part in filters if not (needs_whole and part.keeps_on_device)]
@@ -56,7 +59,7 @@ def _build_all(table: Registry[Any], order: Sequence[str], run: RunObjects) -> l
 
 
 def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> State:
-    """The states of a run's parts and filters, as a checkpoint keeps them.
+    """Return the states of a run's parts and filters, as a checkpoint keeps them.
 
     What a user has registered is there without a state too, so that a resumed run knows that it needs it.
     """
@@ -69,7 +72,7 @@ def _states(objects: Sequence[Part] | Sequence[Filter], order: Sequence[str]) ->
 
 
 def restore(kind: str, objects: Sequence[Part] | Sequence[Filter], run: RunObjects) -> None:
-    """Gives ``"parts"`` or ``"filters"`` of a run the states of the checkpoint that it goes on from, if there is one.
+    """Give ``"parts"`` or ``"filters"`` of a run the states of the checkpoint that it goes on from, if there is one.
 
     Raises:
         UserError: the run began with others that users have registered.

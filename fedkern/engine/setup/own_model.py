@@ -126,8 +126,8 @@ def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[Fe
     The network gets samples of the first client.  The bytes are those of outputs and targets where a user's loss may
     take those of a set at once, else 0.
 
-    The loss is looked at in the first training steps (`fedkern.engine.local.first_steps`): a call more would change a loss
-    that counts.  A loss of a model and a batch may call the network in any way: nothing is tried then.
+    The loss is looked at in the first training steps (`fedkern.engine.local.first_steps`): a call more would change a
+    loss that counts.  A loss of a model and a batch may call the network in any way: nothing is tried then.
 
     Raises:
         UserError: the network cannot take them, or tells other classes.
@@ -184,7 +184,7 @@ def _with_classes(network: nn.Module, data: FederatedData) -> FederatedData:
 
 
 def _classes(outputs: object, targets: Tensor, text: str, ignored: int) -> int:
-    """The number of classes in the logits of a network."""
+    """Return the number of classes in the logits of a network."""
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(targets):
         shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise UserError(f"the network {text} must give logits, one row a sample, and gives {shape}: or give a loss_fn.")

@@ -50,7 +50,10 @@ Remote = Callable[["RunObjects"], Executor]
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked for beside its settings; see :func:`fedkern.engine.run.run` for all attributes."""
+    """What a run is asked for beside its settings.
+
+    See :func:`fedkern.engine.run.run` for all attributes.
+    """
 
     out: Path
     data: FederatedData | None = None
@@ -65,7 +68,7 @@ class Request:
 
     @property
     def has_samples(self) -> bool:
-        """Whether the clients' samples are in this process."""
+        """Return whether the clients' samples are in this process."""
         return self.data is None or self.remote is None
 
 
@@ -155,7 +158,7 @@ class RunObjects:
 
     @property
     def out(self) -> Path:
-        """The run folder."""
+        """Make the run folder, or return the given one."""
         return self.request.out
 
     @property
@@ -180,7 +183,7 @@ class RunObjects:
 
     @cached_property
     def hooks(self) -> dict[str, Hooks]:
-        """What is asked of method and pooling in an exchange, by the names of the handlers."""
+        """Return what is asked of method and pooling in an exchange, by the names of the handlers."""
         targets = {"method": self.method, "pooling": self.pooling}
         return {name: Hooks(name, handler, self.server, self.context, self.code) for name, handler in targets.items()}
 
@@ -192,23 +195,26 @@ class RunObjects:
 
     @property
     def hides_dropouts(self) -> bool:
-        """Whether to hide dropped clients, because no noise covers that an upload was no good."""
+        """Return whether to hide dropped clients, because no noise covers that an upload was no good."""
         return self.private is not None and not self.notices.disclosure.clients
 
     @property
     def samples_in_secret(self) -> bool:
-        """Whether epsilon counts that nobody knows who takes part in a round."""
+        """Return whether epsilon counts that nobody knows who takes part in a round."""
         return self.private is not None and self.private.amplified
 
     @cached_property
     def states(self) -> ClientStates:
-        """What becomes of the clients' states; has the run's executor, that of this process at first."""
+        """Return what becomes of the clients' states.
+
+        Has the run's executor, that of this process at first.
+        """
         serial = Serial(self.context, self.handlers, self.store.checkpoints.reader, self.config.client_threads)
         return ClientStates(serial, self.store.checkpoints, self.context, self.progress, self.samples_in_secret)
 
     @cached_property
     def log(self) -> RoundLog:
-        """What happens to the clients of a round."""
+        """Return what happens to the clients of a round."""
         hint = ""  # for the author of a method that does not override Method.expects
         if type(self.method).expects is Method.expects:
             hint = f" ({self.config.method} declares no uploads of its own; Method.expects is where a method does.)"
@@ -228,7 +234,7 @@ class RunObjects:
 
 
 def open_store(run: RunObjects, check_lock: Callable[[], object]) -> None:
-    """Opens the folder of a run that begins, or goes on from its last checkpoint, whose state the server then has.
+    """Open the folder of a run that begins, or go on from its last checkpoint, whose state the server then has.
 
     Raises:
         UserError: checkpoints are damaged, or of a run with other data or another method.

@@ -28,7 +28,9 @@ LEAST = 0.5
 
 
 def decide_acceleration(context: RunContext, network: nn.Module) -> tuple[str, str | None]:
-    """The record of a run, ``"served 9 of 9 convolutions"``, or ``"as written: "`` and why; and the plan, if served.
+    """Return the record of a run, and the plan if it is served.
+
+    The record is ``"served 9 of 9 convolutions"``, or ``"as written: "`` and why.
 
     A copy plays a batch of the largest client in both modes, with the task's loss: plain twice; with every step
     deferred but computed by torch's layers, which judges the mechanism; and with operators, which may differ by
@@ -86,7 +88,10 @@ def _rehearse(network: nn.Module, batch: Batch) -> str:
 
 
 def worth(record: calls.Record) -> float:
-    """The share of products that operators serve, without what is computed again and what copies cost; at least 0."""
+    """Return the share of products that operators serve, without what is computed again and what copies cost.
+
+    At least 0.
+    """
     served = dict(record[0])
     again = sum(products for _, products in record[0]) - sum(served.values())
     moved = calls.MOVE * sum(site.moved for site in served)
@@ -94,7 +99,10 @@ def worth(record: calls.Record) -> float:
 
 
 def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
-    """A finished run's module, whose own networks compute as they did in the run; returns it."""
+    """Return a finished run's module, whose own networks compute as they did in the run.
+
+    Returns it.
+    """
     for part in module.modules():
         if config.plan is not None and isinstance(part, OwnNetwork):
             calls.apply_plan(part.module, config.plan)

@@ -28,7 +28,9 @@ _RETURNED: dict[str, tuple[type, str]] = {
 
 
 def build(kind: Any, run: RunObjects) -> Any:
-    """The part or filter of a user's class that a run has, or None; its functions name it in what they raise.
+    """Return the part or filter of a user's class that a run has, or None.
+
+    Its functions name it in what they raise.
 
     Raises:
         UserError: the class builds something else, or a filter that client-level privacy does not cover.

@@ -38,7 +38,7 @@ class Artifact:
 
 
 def prepare_artifact(name: str, value: Tensor) -> Tensor:
-    """A copy of ``value`` on the CPU in the form in which it is kept: images in [0, 1] as uint8, tables as fp32.
+    """Return a copy of ``value`` on the CPU in the form in which it is kept: images in [0, 1] as uint8, tables as fp32.
 
     Raises:
         ValueError: ``value`` is neither ``[n, C, H, W]`` nor ``[rows, columns]``, or ``name`` is not made of lower-case
@@ -79,18 +79,18 @@ class ArtifactLog:
         return self._sum.hexdigest()
 
     def wants(self, round: int) -> bool:
-        """Whether artifacts of this round, counted from 1, are kept."""
+        """Return whether artifacts of this round, counted from 1, are kept."""
         return round in self._wanted
 
     def add(self, artifact: Artifact) -> None:
-        """Adds an artifact of a round that is kept."""
+        """Add an artifact of a round that is kept."""
         self._entries.append(artifact)
         self._sum.update(f"{artifact.name} {artifact.round} {artifact.axes} {list(artifact.value.shape)}".encode())
         self._sum.update(artifact.value.contiguous().numpy().tobytes())
         self._changed = True
 
     def restore(self, round: int, digest: str) -> None:
-        """Reads the file again and drops the artifacts of rounds after ``round``.
+        """Read the file again and drop the artifacts of rounds after ``round``.
 
         Args:
             round: communication rounds done at the checkpoint.
@@ -108,7 +108,7 @@ class ArtifactLog:
             raise UserError(f"{self.path} is not what the run wrote: delete it, only pictures are lost.")
 
     def write(self) -> None:
-        """Writes the file, completely or not at all, where there are new artifacts."""
+        """Write the file, completely or not at all, where there are new artifacts."""
         if not self._changed:
             return
         rows = [[entry.name, entry.round, entry.value, list(entry.axes)] for entry in self._entries]
@@ -117,7 +117,9 @@ class ArtifactLog:
 
 
 def read(out: Path | str) -> list[Artifact]:
-    """The artifacts of a run, in the order of its rounds; empty where there are none.
+    """Return the artifacts of a run, in the order of its rounds.
+
+    Empty where there are none.
 
     Raises:
         UserError: the file is damaged, or does not match the digest in the newest checkpoint.
@@ -146,7 +148,10 @@ def _entries(path: Path) -> list[Artifact]:
 
 
 def _sound(entry: Artifact) -> bool:
-    """Whether an entry is a valid artifact; its name is checked because it becomes the name of a file."""
+    """Return whether an entry is a valid artifact.
+
+    Its name is checked because it becomes the name of a file.
+    """
     if not (isinstance(entry.name, str) and _NAME.fullmatch(entry.name) and type(entry.round) is int):
         return False
     value = entry.value

@@ -11,7 +11,9 @@ PENDING_BYTES = 256 << 20
 
 
 class BackgroundWriter:
-    """One thread that runs jobs in the order given; after a failure it runs no more jobs.
+    """One thread that runs jobs in the order given.
+
+    After a failure it runs no more jobs.
 
     The content of a job must not change any more.  A job must not compute with torch: a second thread would have OpenMP
     threads of its own.
@@ -23,7 +25,7 @@ class BackgroundWriter:
         self._failed: BaseException | None = None
 
     def give(self, job: Callable[[], object], size: int) -> Future[None]:
-        """Adds a job whose content has ``size`` bytes, and returns its future, which :meth:`settle` takes.
+        """Add a job whose content has ``size`` bytes, and return its future, which :meth:`settle` takes.
 
         Raises:
             What an earlier job raised; the new job is not run.
@@ -38,7 +40,7 @@ class BackgroundWriter:
         return future
 
     def settle(self, until: Future[None] | None = None) -> None:
-        """Waits until all jobs are done, or all jobs up to ``until``.
+        """Wait until all jobs are done, or all jobs up to ``until``.
 
         Raises:
             What a job raised.
@@ -63,5 +65,5 @@ class BackgroundWriter:
             raise self._failed
 
     def close(self) -> None:
-        """Waits until the remaining jobs are done, and ends the thread."""
+        """Wait until the remaining jobs are done, and end the thread."""
         self._thread.shutdown(wait=True)

@@ -93,7 +93,9 @@ class Checkpoints:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def open(self, *, fresh: bool = False, begun: bool = False) -> Entry | None:
-        """Return the newest intact entry, or None where nothing was committed yet; forgets everything after it.
+        """Return the newest intact entry, or None where nothing was committed yet.
+
+        Forgets everything after it.
 
         The manifest of a new run is written at once, so that a missing one is noticed.
 
@@ -135,12 +137,17 @@ class Checkpoints:
         return entries[-1]
 
     def peek(self) -> Entry | None:
-        """The newest undamaged entry, whose files are not checked; None where nothing was committed."""
+        """Return the newest undamaged entry, whose files are not checked.
+
+        None where nothing was committed.
+        """
         entries = self._read_manifest()
         return entries[-1] if entries else None
 
     def last_server_state(self) -> State | None:
-        """The server's state of the last commit, read without changing the folder; None where there is none.
+        """Return the server's state of the last commit, read without changing the folder.
+
+        None where there is none.
 
         Raises:
             UserError: the state's file is missing or damaged.
@@ -150,13 +157,16 @@ class Checkpoints:
         return None if entry is None else self._load(entry["server"])
 
     def last_client_state(self, client: int) -> State:
-        """As :meth:`last_server_state`, a client's; empty where it has none."""
+        """As :meth:`last_server_state`, a client's.
+
+        Empty where it has none.
+        """
         entry = self.peek()
         self.clients, self._unchecked = ({}, {}) if entry is None else self.files_of(entry)
         return self.client_state(client)
 
     def files_of(self, entry: Entry) -> tuple[dict[int, str], dict[str, int]]:
-        """The file of every client's state by client, and the CRC-32 of every file of an entry by name.
+        """Return the file of every client's state by client, and the CRC-32 of every file of an entry by name.
 
         Raises:
             UserError: the table of the clients is missing or damaged.
@@ -209,11 +219,14 @@ class Checkpoints:
         return bad if len(bad) <= _TOLD else [*bad[:_TOLD], f"{len(bad) - _TOLD:,} more"]
 
     def server_state(self) -> State:
-        """The server's state of the newest entry."""
+        """Return the server's state of the newest entry."""
         return self._load(self.entries[-1]["server"])
 
     def participation_state(self) -> State:
-        """What the newest entry keeps of who takes part; empty where it keeps nothing."""
+        """Return what the newest entry keeps of who takes part.
+
+        Empty where it keeps nothing.
+        """
         return self._load(self.entries[-1]["participation"]) if "participation" in self.entries[-1] else {}
 
     def messages_in_flight(self) -> dict[int, dict[int, Message]]:
@@ -223,16 +236,25 @@ class Checkpoints:
         return cast(dict[int, dict[int, Message]], contents)
 
     def client_state(self, client: int) -> State:
-        """A client's state; empty for a client that has none yet."""
+        """Return a client's state.
+
+        Empty for a client that has none yet.
+        """
         return self._load(self.clients[client]) if client in self.clients else {}
 
     def reader(self, client: int) -> Callable[[], State]:
-        """A function that reads a client's present state; it works until the next commit, also after newer writes."""
+        """Return a function that reads a client's present state.
+
+        It works until the next commit, also after newer writes.
+        """
         name = self.clients.get(client)
         return dict if name is None else lambda: self._load(name)
 
     def oldest(self, client: int) -> int | None:
-        """Rounds of the plan that were done when the oldest kept state of a client was written; None without one."""
+        """Return the rounds of the plan that were done when the oldest kept state of a client was written.
+
+        None without one.
+        """
         named = [self.clients[client]] if client in self.clients else []
         start = f"client-{client:05d}-"  # of files that older entries need
         named += [name for names in (*self._due, self._left) for name in names if name.startswith(start)]
@@ -253,7 +275,7 @@ class Checkpoints:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Waits until everything so far is on the disk.
+        """Wait until everything so far is on the disk.
 
         Raises:
             UserError: a file could not be written.
@@ -262,12 +284,15 @@ class Checkpoints:
             self._writer.settle()
 
     def write_at_once(self) -> None:
-        """Waits for the disk; from now on every write is on the disk when its call returns."""
+        """Wait for the disk.
+
+        From now on every write is on the disk when its call returns.
+        """
         self.settle()
         self.close()
 
     def close(self) -> None:
-        """Ends the background writer, once it has written what it was given."""
+        """End the background writer, once it has written what it was given."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -279,12 +304,15 @@ class Checkpoints:
         return None
 
     def write_client(self, client: int, plan: int, content: State) -> None:
-        """Writes a client's new state, which becomes part of the checkpoint with the next commit."""
+        """Write a client's new state, which becomes part of the checkpoint with the next commit."""
         name = f"client-{client:05d}-{plan:06d}.safetensors"
         self.name_client(client, self._write(name, content) if content else None)
 
     def name_client(self, client: int, file: str | None) -> None:
-        """Makes a file, which ``clients`` has or had when the round began, the client's state; None: it has none."""
+        """Make a file, which ``clients`` has or had when the round began, the client's state.
+
+        None: it has none.
+        """
         before = self.clients.pop(client, None)
         if file is not None:
             self.clients[client] = file
@@ -292,7 +320,7 @@ class Checkpoints:
         self._leave(before, file)
 
     def _leave(self, old: str | None, new: str | None) -> None:
-        """Notes that the next commit needs the file ``now`` in the place of ``before``."""
+        """Note that the next commit needs the file ``now`` in the place of ``before``."""
         if old is not None:
             self._left[old] = None
         if new is not None:
@@ -310,7 +338,7 @@ class Checkpoints:
         before: Callable[[], object] = lambda: None,
         booked: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
-        """Writes the server's state and makes it, with all client states, the newest checkpoint.
+        """Write the server's state and make it, with all client states, the newest checkpoint.
 
         Args:
             round, plan, info: of the entry.
@@ -369,7 +397,10 @@ class Checkpoints:
         return self._table.add(plan, rows), fresh
 
     def _leaving(self, named: list[str]) -> list[str]:
-        """The files that a commit which beside clients' has those ``named`` does not need, and the one before may."""
+        """Return the files that the next commit does not need, and the last one may.
+
+        ``named`` are the files that it has beside those of clients.
+        """
         for name in self._named:
             self._leave(name, None)
         for name in named:
@@ -386,7 +417,7 @@ class Checkpoints:
             filesystem.sync_folder(self.folder)
 
     def _drop(self, files: list[str]) -> None:
-        """Deletes what no kept entry needs any more, after a commit that no longer needs the ``files``."""
+        """Delete what no kept entry needs any more, after a commit that no longer needs the ``files``."""
         self._sums.clear()  # those of clients are in the table now
         self._due.append(files)
         while len(self._due) >= KEEP:
@@ -394,7 +425,10 @@ class Checkpoints:
                 (self.folder / name).unlink(missing_ok=True)
 
     def amend(self, info: State) -> None:
-        """Replaces ``info`` of the newest checkpoint, at once; the checkpoint's files stay."""
+        """Replace ``info`` of the newest checkpoint, at once.
+
+        The checkpoint's files stay.
+        """
         self.settle()
         entries = [*self.entries[:-1], Entry({**self.entries[-1], "info": info})]
         self._write_manifest(entries)
@@ -435,7 +469,7 @@ class Checkpoints:
                 (self.folder / name).unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Deletes the files of a run that has committed nothing, and the folder if nothing else is in it."""
+        """Delete the files of a run that has committed nothing, and the folder if nothing else is in it."""
         if self.folder.is_dir():
             self._collect(())
             for name in (MANIFEST, releases.NAME, server_secret.NAME):
@@ -444,7 +478,9 @@ class Checkpoints:
 
 
 def newest(out: Path) -> Entry | None:
-    """The newest checkpoint of a run folder, for its readers; None where there is none, or no readable manifest.
+    """Return the newest checkpoint of a run folder, for its readers.
+
+    None where there is none, or no readable manifest.
 
     Raises:
         OtherFormat: the run folder has another format.
@@ -458,7 +494,7 @@ def newest(out: Path) -> Entry | None:
 
 
 def check_results(out: Path, needed: str) -> None:
-    """Compares what a finished run wrote at its end with the checksums in its checkpoint.
+    """Compare what a finished run wrote at its end with the checksums in its checkpoint.
 
     Raises:
         UserError: one of these files was changed, or the file ``needed`` is missing.
@@ -492,12 +528,12 @@ def _of_state(name: object) -> bool:
 
 
 def _ours(name: str) -> bool:
-    """Whether a run writes a file with this name into the folder."""
+    """Return whether a run writes a file with this name into the folder."""
     return _of_state(name) or bool(TABLE.fullmatch(name)) or name in (MANIFEST, releases.NAME, server_secret.NAME)
 
 
 def _sound(entry: object) -> bool:
-    """Whether an entry of a manifest is undamaged and names no files but those that a run writes."""
+    """Return whether an entry of a manifest is undamaged and names no files but those that a run writes."""
     if not isinstance(entry, dict) or entry.get("sum") != entry_sum(entry):
         return False
     info, sums = entry.get("info"), entry.get("files")
@@ -515,7 +551,10 @@ def _sound(entry: object) -> bool:
 
 
 def checksum(path: Path) -> int | None:
-    """CRC-32 of a file's content; None where it cannot be read."""
+    """CRC-32 of a file's content.
+
+    None where it cannot be read.
+    """
     try:
         value = 0
         with open_regular(path) as file:

@@ -69,11 +69,16 @@ class ClientTable:
 
     @property
     def file(self) -> str | None:
-        """Name of the table's file; None where there is none yet."""
+        """Name of the table's file.
+
+        None where there is none yet.
+        """
         return None if self._place is None else self._place["file"]
 
     def open(self, place: Place) -> None:
-        """Takes the table as it was at a checkpoint; what was added after it is dropped.
+        """Take the table as it was at a checkpoint.
+
+        What was added after it is dropped.
 
         Args:
             place: what :meth:`add` returned.
@@ -86,7 +91,9 @@ class ClientTable:
         self._first = content.find(b"\n") + 1
 
     def add(self, plan: int, rows: Mapping[int, Row]) -> Place:
-        """Adds rows that have changed; they are on the disk when the call returns.
+        """Add rows that have changed.
+
+        They are on the disk when the call returns.
 
         Args:
             plan: rounds of the plan done, for the name of a new file.
@@ -116,7 +123,7 @@ class ClientTable:
 
 
 def read_rows(folder: Path, place: Place) -> dict[int, Row]:
-    """The rows of the table at a checkpoint, read without changing the folder.
+    """Return the rows of the table at a checkpoint, read without changing the folder.
 
     Args:
         folder: the folder of the checkpoints.
@@ -129,7 +136,7 @@ def read_rows(folder: Path, place: Place) -> dict[int, Row]:
 
 
 def sound_place(place: object) -> TypeGuard[Place]:
-    """Whether a checkpoint's entry ``table`` names a table's file, with its length and sum."""
+    """Return whether a checkpoint's entry ``table`` names a table's file, with its length and sum."""
     name, size, total = (place.get(key) if isinstance(place, dict) else None for key in ("file", "bytes", "sum"))
     return isinstance(name, str) and bool(TABLE.fullmatch(name)) and type(size) is int and type(total) is int
 

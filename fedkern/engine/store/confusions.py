@@ -34,13 +34,15 @@ class Confusions:
 
 
 def write(out: Path, classes: Sequence[str], matrices: Mapping[str, Tensor]) -> None:
-    """Writes the matrices, int64 [C, C] by test set, completely or not at all."""
+    """Write the matrices, int64 [C, C] by test set, completely or not at all."""
     sets = {name: matrix.tolist() for name, matrix in matrices.items()}
     atomic.write_bytes(out / FILE, (json.dumps({"classes": list(classes), "test_sets": sets}) + "\n").encode())
 
 
 def read(out: Path) -> Confusions | None:
-    """The matrices of a run folder; None where the run wrote none.
+    """Return the matrices of a run folder.
+
+    None where the run wrote none.
 
     Raises:
         UserError: the file cannot be read, is not what the run wrote, or does not hold such matrices.

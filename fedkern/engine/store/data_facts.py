@@ -21,7 +21,9 @@ FILE = "facts.json"
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Facts about a run's data; with private records none that the network and its figures do not tell.
+    """Facts about a run's data.
+
+    With private records none that the network and its figures do not tell.
 
     Attributes:
         classes: class names, in label order.
@@ -42,7 +44,10 @@ class DataFacts:
 
     @classmethod
     def of(cls, data: FederatedData, *, private: bool) -> DataFacts:
-        """Return the facts about data; ``private``: only those that private records may tell."""
+        """Return the facts about data.
+
+        ``private``: only those that private records may tell.
+        """
         pictures = data.task.pictures if data.form.offers and data.form.is_scaled else ()
         if private:
             return cls(data.classes, data.form.about(), pictures, {name: {} for name in data.tests})

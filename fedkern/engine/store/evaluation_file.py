@@ -26,7 +26,7 @@ def rows(
     names: Sequence[str] | None = None,
     test_set: str = OWN,
 ) -> Iterator[Row]:
-    """The rows of the file: first the test sets of the run, then every client's own.
+    """Yield the rows of the file: first the test sets of the run, then every client's own.
 
     Args:
         metrics: figures by name, with the prefix of their test set; figures over clients are left out.
@@ -47,7 +47,9 @@ def rows(
 
 
 def write_evaluation(out: Path, table: Iterator[Row]) -> None:
-    """Writes evaluation.csv, completely or not at all: a header, then one row per figure; floats in full precision.
+    """Write evaluation.csv, completely or not at all: a header, then one row per figure.
+
+    Floats in full precision.
 
     The value of a figure that is not defined is empty.
 

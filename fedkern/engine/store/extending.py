@@ -36,7 +36,9 @@ OF_A_NETWORK = (
 
 
 def check_extension(out: Path, rounds: int | None, *, trusted: Collection[str] = ()) -> int | None:
-    """Check that a run, finished or not, may have more rounds; nothing is written.
+    """Check that a run, finished or not, may have more rounds.
+
+    Nothing is written.
 
     Where the method has no schedule over all rounds (``Method.schedule_note``), the network is then, bit for bit, that
     of a run that had this number of rounds from the start.
@@ -111,7 +113,10 @@ def write_extension(checkpoints: Checkpoints, entry: Entry, out: Path) -> bool:
 
 
 def pictures(out: Path) -> list[str]:
-    """Names of the pictures that were drawn into a run folder, as its list says; empty without a list."""
+    """Names of the pictures that were drawn into a run folder, as its list says.
+
+    Empty without a list.
+    """
     try:
         return [name for name in read_json(out / PICTURE_LIST)["pictures"] if _PICTURE.fullmatch(name)]
     except (OSError, ValueError, KeyError, TypeError):
@@ -124,7 +129,7 @@ def aside(out: Path, round: int) -> Path:
 
 
 def set_aside(out: Path, round: int) -> None:
-    """Moves what the run and the commands on it have made of the network after ``round`` rounds to :func:`aside`.
+    """Move what the run and the commands on it have made of the network after ``round`` rounds to :func:`aside`.
 
     Raises:
         UserError: the folder is a link, or cannot be made.
@@ -141,7 +146,7 @@ def set_aside(out: Path, round: int) -> None:
 
 
 def _plan(method: Method, config: RunConfig, rounds: int, done: int) -> list[Round]:
-    """The first ``done`` rounds of the plan of a run with this number of rounds."""
+    """Return the first ``done`` rounds of the plan of a run with this number of rounds."""
     federation = Federation(
         rounds=rounds, samples=(config.batch_size,) * config.trained_clients, classes=2,
         local_epochs=config.local_epochs, unit=config.unit, seed=config.seed,

@@ -27,7 +27,7 @@ _GIVEN: dict[str, bytes] = {}
 
 
 def _file(path: str) -> Path:
-    """The file of ``--init``: that file, or the network of the run in that folder.
+    """Return the file of ``--init``: that file, or the network of the run in that folder.
 
     Raises:
         UserError: the folder holds no finished run, or its network is not as the run wrote it.
@@ -49,7 +49,10 @@ def _file(path: str) -> Path:
 
 
 def of_module(module: nn.Module, folder: Path) -> str:
-    """Path of the file with a module's weights that :func:`keep` writes into a run folder; it can be read before."""
+    """Path of the file with a module's weights that :func:`keep` writes into a run folder.
+
+    It can be read before.
+    """
     path = str((folder / INIT).absolute())
     _GIVEN[path] = save(
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
@@ -58,7 +61,7 @@ def of_module(module: nn.Module, folder: Path) -> str:
 
 
 def keep(path: str | None) -> None:
-    """Writes the file of :func:`of_module`."""
+    """Write the file of :func:`of_module`."""
     if path in _GIVEN:
         atomic.write_bytes(Path(path), _GIVEN.pop(path))
 
@@ -76,7 +79,7 @@ def sha256(path: str) -> str:
 
 
 def read(path: str, expected: str | None) -> Mapping[str, Tensor]:
-    """The tensors of a file with a state dict, or of the network of a finished run, by name.
+    """Return the tensors of a file with a state dict, or of the network of a finished run, by name.
 
     Args:
         path: the file, or the run folder.

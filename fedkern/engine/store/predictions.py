@@ -19,7 +19,7 @@ COLUMNS = ("test_set", "sample", "true_class", "predicted_class")
 
 
 def check(task: Task, *, told: bool) -> None:
-    """Checks, before a run, that its end can have predictions.
+    """Check, before a run, that its end can have predictions.
 
     Args:
         task: of the data.
@@ -45,7 +45,7 @@ def write(
     names: Sequence[str],
     sets: Mapping[str, tuple[Sequence[str] | None, Tensor, Sequence[tuple[int | None, Tensor]]]],
 ) -> None:
-    """Writes a row per sample (and client, where clients have networks of their own), completely or not at all.
+    """Write a row per sample (and client, where clients have networks of their own), completely or not at all.
 
     The columns are the test set, the sample's name, its true class, the predicted class and the probability of every
     class (``p_NAME``), rounded to 8 digits.  Networks of clients add the column ``client`` behind the test set.

@@ -31,7 +31,10 @@ def plain(value: object) -> Any:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object is appended per round, evaluated or not; :meth:`sync` makes them durable."""
+    """metrics.jsonl: one JSON object is appended per round, evaluated or not.
+
+    :meth:`sync` makes them durable.
+    """
 
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
@@ -44,7 +47,7 @@ class Metrics:
         return self._sum.hexdigest()
 
     def check(self, size: int, digest: str) -> None:
-        """Compares the first ``size`` bytes of the file with what a checkpoint says of them.
+        """Compare the first ``size`` bytes of the file with what a checkpoint says of them.
 
         Args:
             size: bytes that the file had at the checkpoint.
@@ -67,13 +70,16 @@ class Metrics:
             raise UserError(f"{self.path} is not what the run wrote{way}.")
 
     def check_entry(self, entry: checkpoints.Entry) -> int:
-        """Compares the file with what the entry of a checkpoint says of it, as :meth:`check`; returns the size."""
+        """Compare the file with what the entry of a checkpoint says of it, as :meth:`check`.
+
+        Returns the size.
+        """
         state = entry["info"]["parts"]["records"]
         self.check(state["bytes"], state["sha256"])
         return int(state["bytes"])
 
     def truncate(self, size: int, digest: str | None = None) -> None:
-        """Drops what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).
+        """Drop what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).
 
         Raises:
             UserError: as for :meth:`check`, or the file cannot be written.
@@ -85,7 +91,7 @@ class Metrics:
         self.size = size
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Adds one line."""
+        """Add one line."""
         line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
         with atomic.changing(self.path, "ab") as file:
             file.write(line)
@@ -98,7 +104,7 @@ class Metrics:
 
 
 def read_metrics(out: Path | str) -> list[State]:
-    """The records of a run folder, one per round, with metrics where the round was evaluated.
+    """Return the records of a run folder, one per round, with metrics where the round was evaluated.
 
     A last line cut off by a crash is left out.
 
@@ -126,7 +132,7 @@ def read_metrics(out: Path | str) -> list[State]:
 
 
 def write_summary(out: Path, summary: Mapping[str, object]) -> None:
-    """Writes summary.json, completely or not at all."""
+    """Write summary.json, completely or not at all."""
     text = json.dumps(plain(summary), indent=2, allow_nan=False, ensure_ascii=False)
     atomic.write_bytes(out / SUMMARY, (text + "\n").encode())
 

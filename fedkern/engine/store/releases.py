@@ -28,7 +28,9 @@ DIVERGED = "diverged"
 
 
 class Releases:
-    """The digests of a run's messages, as JSON lines ``[plan, exchange, client, digest]``; the server is client -1.
+    """The digests of a run's messages, as JSON lines ``[plan, exchange, client, digest]``.
+
+    The server is client -1.
 
     Args:
         folder: the folder of the checkpoints.
@@ -39,7 +41,7 @@ class Releases:
         self._due: dict[tuple[int, str, int], str] = {}
 
     def open(self, plan: int) -> None:
-        """Reads the digests that a run has to repeat which goes on with round ``plan`` of its method's plan.
+        """Read the digests that a run has to repeat which goes on with round ``plan`` of its method's plan.
 
         An incomplete last line is dropped: its message never left the client.
 
@@ -60,7 +62,7 @@ class Releases:
             ) from None
 
     def add(self, plan: int, exchange: str, client: int, message: object) -> None:
-        """Writes a message's digest to the disk, before the message leaves its client.
+        """Write a message's digest to the disk, before the message leaves its client.
 
         Raises:
             UserError: a different message left in its place before the run was interrupted, or the disk is full.
@@ -81,7 +83,7 @@ class Releases:
             )
 
     def forget(self, plan: int) -> None:
-        """Drops the digests of rounds before ``plan``, which no kept checkpoint would replay."""
+        """Drop the digests of rounds before ``plan``, which no kept checkpoint would replay."""
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -66,7 +66,10 @@ def resumed_settings(
 
 
 def change_rounds(entry: Entry, rounds: int | None) -> Entry:
-    """Return a checkpoint as that of an unfinished run of so many communication rounds; None: as it is."""
+    """Return a checkpoint as that of an unfinished run of so many communication rounds.
+
+    None: as it is.
+    """
     if rounds is None:
         return entry
     info = {**entry["info"], "config": {**entry["info"]["config"], "rounds": rounds}, "finished": False}
@@ -80,13 +83,15 @@ def change_rounds(entry: Entry, rounds: int | None) -> Entry:
 
 
 def check_settings(config: RunConfig, stored: RunConfig, out: Path) -> None:
-    """Raises UserError where a run in a folder was made with other settings."""
+    """Raise UserError where a run in a folder was made with other settings."""
     if changed := config.differences(stored):
         raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
 
 
 def finished_summary(entry: Entry | None, out: Path, predicted: bool) -> State | None:
-    """The summary of a finished, undamaged run; None where the run has to go on.
+    """Return the summary of a finished, undamaged run.
+
+    None where the run has to go on.
 
     Args:
         entry: the run's newest checkpoint, or None.
@@ -113,7 +118,7 @@ def check_place(
     *,
     remote: bool,
 ) -> None:
-    """Raises UserError where a run cannot go on here: its clients' states are in another place, kernels or code differ.
+    """Raise UserError where a run cannot go on here: its clients' states are in another place, kernels or code differ.
 
     Args:
         stored: the run's settings.
@@ -137,7 +142,7 @@ def check_place(
 
 
 def check_unedited(stored: RunConfig, entry: Entry, out: Path) -> None:
-    """Compares the settings in config.toml with those that the run was started with.
+    """Compare the settings in config.toml with those that the run was started with.
 
     Args:
         stored: the settings in config.toml.
@@ -165,7 +170,9 @@ def check_unedited(stored: RunConfig, entry: Entry, out: Path) -> None:
 
 
 def with_identity(config: RunConfig, entry: Entry | None) -> RunConfig:
-    """The settings in config.toml with all that the run found in data and files, also where its records are private.
+    """Return the settings in config.toml with all that the run found in data and files.
+
+    Private records do not hide them here.
 
     ``entry`` is the newest checkpoint; without one, the settings are returned as they are.
     """
@@ -173,7 +180,7 @@ def with_identity(config: RunConfig, entry: Entry | None) -> RunConfig:
 
 
 def load_unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any) -> RunConfig:
-    """The settings of a run folder as :func:`load_settings` reads them, for a reader of what the run has made.
+    """Return the settings of a run folder as :func:`load_settings` reads them, for a reader of what the run has made.
 
     Raises:
         UserError: there is no run, or its settings were changed after it began.
@@ -185,7 +192,10 @@ def load_unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced:
 
 
 def facts_of(context: RunContext, fingerprint: int, out: Path) -> State:
-    """What checkpoints keep of a run, so that it goes on with the same settings, data and kernels, or says so."""
+    """Return what checkpoints keep of a run.
+
+    The run then goes on with the same settings, data and kernels, or says so.
+    """
     config, data = context.config, context.data
     names = {"clients": data.client_names or (), "classes": data.classes}
     launched = torchrun_group.find_rank()
@@ -255,7 +265,7 @@ def same_code(
 
 
 def check_same(entry: Entry, facts: State, plan: Sequence[Round], out: Path) -> None:
-    """Compares data and method with those that the run was started with.
+    """Compare data and method with those that the run was started with.
 
     Args:
         entry: the checkpoint that the run goes on from.
@@ -288,7 +298,7 @@ FORCED = {"backend": "FEDKERN_BACKEND", "isa": "FEDKERN_CPU_ISA"}
 
 
 def check_kernels(info: State, device: str, out: Path) -> None:
-    """Compares the kernels with those that the run was made with, on which the run's bits depend.
+    """Compare the kernels with those that the run was made with, on which the run's bits depend.
 
     Args:
         info: of the newest checkpoint.

@@ -49,7 +49,10 @@ NAMES = (
 
 
 def check_vacant(out: Path) -> None:
-    """Raises UserError where a new run would overwrite anything; other files in the folder do not matter."""
+    """Raise UserError where a new run would overwrite anything.
+
+    Other files in the folder do not matter.
+    """
     if out.is_symlink() and not out.exists():
         raise UserError(
             f"{out} is a link to a folder that does not exist: make that folder, or choose another with --out."
@@ -64,7 +67,7 @@ def check_vacant(out: Path) -> None:
 
 
 def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None:
-    """Keeps what a run is made of: its settings where it is ``fresh``, and what the user's cache notes of it."""
+    """Keep what a run is made of: its settings where it is ``fresh``, and what the user's cache notes of it."""
     plugins.remember(settings.plugins)
     if settings.cache is not None or fresh:
         used_cache.note_cache(out, settings.cache)
@@ -80,7 +83,9 @@ def run_name(settings: config.RunConfig) -> str:
 
 
 def reserve(parent: Path, stem: str, way_out: str) -> Path:
-    """A new empty folder in ``parent``, made at once, so that nobody else takes it: ``stem``, or ``stem-2`` and so on.
+    """Make a new empty folder in ``parent``.
+
+    It is ``stem``, or ``stem-2`` and so on, and made at once, so that nobody else takes it.
 
     Args:
         way_out: end of the error's sentence, such as "name another run folder with --out".
@@ -101,7 +106,7 @@ def reserve(parent: Path, stem: str, way_out: str) -> Path:
 
 
 def check_free(out: Path, names: tuple[str, ...]) -> None:
-    """Raises UserError where one of ``names``, which a new run writes, is in the folder already."""
+    """Raise UserError where one of ``names``, which a new run writes, is in the folder already."""
     present = [name for name in names if (out / name).exists() or (out / name).is_symlink()]
     if present:
         raise UserError(
@@ -112,7 +117,7 @@ def check_free(out: Path, names: tuple[str, ...]) -> None:
 
 @contextmanager
 def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
-    """Makes the run folder where it is missing, and locks it: inside, only this process writes to the folder.
+    """Make the run folder where it is missing, and lock it: inside, only this process writes to the folder.
 
     If a new run fails before its first record and its first checkpoint, the files that it wrote and the folders that it
     made are deleted.  After an interruption everything stays, so that the run can be resumed.
@@ -159,7 +164,7 @@ def _came_to_something(out: Path) -> bool:
 
 
 def _take_back(out: Path) -> None:
-    """Deletes what a new run wrote.  Nothing of another run is lost, as the folder was vacant before."""
+    """Delete what a new run wrote.  Nothing of another run is lost, as the folder was vacant before."""
     with suppress(OSError):
         checkpoints.Checkpoints(out).discard()
         for name in (*NAMES, folder_lock.NAME):

@@ -29,7 +29,7 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def about_network(context: RunContext, config: RunConfig, rounds: int, flat: bool) -> State:
-    """The description that model.safetensors carries.
+    """Return the description that model.safetensors carries.
 
     Args:
         rounds: communication rounds done.
@@ -57,7 +57,7 @@ def lacks_statistics(context: RunContext, config: RunConfig) -> bool:
 
 
 def write_model(path: Path, module: nn.Module, about: Mapping[str, object]) -> None:
-    """Writes a network, such as model.safetensors.
+    """Write a network, such as model.safetensors.
 
     The tensors are contiguous, by state-dict key; format and ``about`` are JSON in the metadata.
 
@@ -95,7 +95,7 @@ def find_damaged(out: Path, entry: Entry) -> list[str]:
 
 
 def norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """The batch norms, with their names in the state dict."""
+    """Return the batch norms, with their names in the state dict."""
     if isinstance(module, models.OwnNetwork):
         module = module.module
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm))

@@ -56,7 +56,10 @@ _Frame = tuple[int, Any, dict[int, memoryview]]
 
 
 class Lost(Exception):
-    """The other end is gone without a word; the message says how, as a part of a sentence."""
+    """The other end is gone without a word.
+
+    The message says how, as a part of a sentence.
+    """
 
 
 class Ended(Exception):
@@ -100,7 +103,10 @@ class Connection(PacketStream):
     # -- sending ---------------------------------------------------------------------------------------------------
 
     def send(self, packet: Packet) -> None:
-        """See :meth:`PacketStream.send`; it does not wait."""
+        """See :meth:`PacketStream.send`.
+
+        It does not wait.
+        """
         new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
         self._sent.update(new)
         # The contents of memory files stay when the descriptors are closed.
@@ -148,7 +154,9 @@ class Connection(PacketStream):
     # -- receiving -------------------------------------------------------------------------------------------------
 
     def get(self, seconds: float) -> Packet | None:
-        """Return the next packet; None where none comes within ``seconds``.
+        """Return the next packet.
+
+        None where none comes within ``seconds``.
 
         Raises:
             Lost: the other end is gone.

@@ -49,7 +49,10 @@ class LaunchedRank:
 
 
 def find_rank() -> LaunchedRank | None:
-    """This process among the ranks; None where torchrun has not started it."""
+    """Return this process among the ranks.
+
+    None where torchrun has not started it.
+    """
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
@@ -64,7 +67,10 @@ def find_rank() -> LaunchedRank | None:
 
 
 def _job() -> str:
-    """The id that torchrun was given or has drawn; where it has none, torchrun's process on this machine."""
+    """Return the id that torchrun was given or has drawn.
+
+    Where it has none, torchrun's process on this machine.
+    """
     name = os.environ["TORCHELASTIC_RUN_ID"]
     if name not in ("", "none"):
         return name
@@ -91,7 +97,7 @@ class TorchrunGroup:
         self.odd: dict[int, str] = {}
 
     def meet(self, words: Sequence[str]) -> None:
-        """Connects the ranks and compares what they were started with.
+        """Connect the ranks and compare what they were started with.
 
         Raises:
             UserError: a rank was started with another command line, or has another version of fedkern or PyTorch; or
@@ -145,7 +151,10 @@ class TorchrunGroup:
         return accept_ranks(self._store, host if own == peer else own, self.size, until)
 
     def heard(self, connection: Connection, seconds: float) -> Packet | None:
-        """The next packet on a connection of rank 0, as `Connection.get` has it; raises as `check` for a lost rank."""
+        """Return the next packet on a connection of rank 0, as `Connection.get` has it.
+
+        Raises as `check` for a lost rank.
+        """
         try:
             return connection.get(seconds)
         except (Lost, Ended):
@@ -153,7 +162,10 @@ class TorchrunGroup:
             raise
 
     def check(self) -> None:
-        """Raises RunFailed on rank 0 where another rank has failed or is lost; after Ctrl-C its exception instead."""
+        """Raise RunFailed on rank 0 where another rank has failed or is lost.
+
+        After Ctrl-C its exception instead.
+        """
         check()
         for rank, connection in self.connections.items():
             if isinstance(connection.over, Ended):
@@ -232,12 +244,12 @@ _met = False
 
 
 def present() -> TorchrunGroup | None:
-    """The ranks that this process belongs to, where it is rank 0 of several."""
+    """Return the ranks that this process belongs to, where it is rank 0 of several."""
     return _present if _present is not None and _present.rank == 0 else None
 
 
 def is_connected() -> bool:
-    """Whether this process has met other ranks, so that an error of rank 0 ends all of them."""
+    """Return whether this process has met other ranks, so that an error of rank 0 ends all of them."""
     return _met
 
 

@@ -219,7 +219,7 @@ def _move_towards(current: Tensor, start: Tensor, end: Tensor, weight: float) ->
 
 
 def check_local(config: RunConfig) -> None:
-    """Raises UserError where a run of clients in other processes than workers is to be asynchronous."""
+    """Raise UserError where a run of clients in other processes than workers is to be asynchronous."""
     if config.asynchronous is not None:
         raise UserError(
             "--asynchronous has clients work in an order that only a virtual clock gives, on one machine: leave it out "
@@ -228,7 +228,7 @@ def check_local(config: RunConfig) -> None:
 
 
 def check_plan(config: RunConfig, plan: Iterable[Round]) -> None:
-    """Raises UserError where ``--asynchronous`` does not fit a method's rounds, or where clients work."""
+    """Raise UserError where ``--asynchronous`` does not fit a method's rounds, or where clients work."""
     if config.asynchronous is None:
         return
     if torchrun_group.find_rank() is not None:

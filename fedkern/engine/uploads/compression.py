@@ -44,15 +44,15 @@ class Compressor(Protocol):
     """A compression of vectors, fp32 ``[P]``."""
 
     def declare(self, size: int) -> Declaration:
-        """Declaration of a compressed vector of ``size`` elements."""
+        """Return the declaration of a compressed vector of ``size`` elements."""
         ...
 
     def compress(self, vector: Tensor, draw: Draw) -> Message:
-        """The compressed vector."""
+        """Return the compressed vector."""
         ...
 
     def restore(self, message: Message, size: int) -> Tensor:
-        """The vector that a compressed one stands for, fp32 ``[P]``.
+        """Return the vector that a compressed one stands for, fp32 ``[P]``.
 
         Raises:
             ValueError: it stands for none; the message is the end of a sentence about the upload.
@@ -186,7 +186,10 @@ class Compressing:
         return ()
 
     def encode(self, leaving: Departure) -> tuple[Any, None]:
-        """See :meth:`Encoder.encode`; an upload that does not fit travels as it is, and the server says why."""
+        """See :meth:`Encoder.encode`.
+
+        An upload that does not fit travels as it is, and the server says why.
+        """
         message, start, name = leaving.message, self.start, self.phase.exchange
         trained = message.get("parameters") if isinstance(message, Mapping) else None
         if not _is_vector(trained) or trained.shape != start.shape:
@@ -203,7 +206,7 @@ class Compressing:
 
 
 def _is_vector(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a vector fp32 ``[P]`` with elements."""
+    """Return whether a value is a vector fp32 ``[P]`` with elements."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
         return False
     return value.dim() == 1 and value.dtype == torch.float32 and value.numel() > 0

@@ -34,7 +34,7 @@ class Declared(Filter):
 def examine_upload(
     message: Message, answer: object, declared: Declaration, info: State, measured: Drift | None = None
 ) -> str:
-    """Checks a client's upload against the method's declaration.
+    """Check a client's upload against the method's declaration.
 
     Args:
         message: the message that the client was sent.

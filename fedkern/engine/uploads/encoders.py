@@ -15,15 +15,21 @@ STATES = "encoders"
 
 
 class Encoder(Protocol):
-    """The client's half of a filter; it travels to where the client works, so it holds plain values and tensors."""
+    """The client's half of a filter.
+
+    It travels to where the client works, so it holds plain values and tensors.
+    """
 
     @property
     def on_gpu(self) -> tuple[str, ...]:
-        """Names of trained vectors that are encoded on the GPU and stay there; the others come to the host first."""
+        """Names of trained vectors that are encoded on the GPU and stay there.
+
+        The others come to the host first.
+        """
         ...
 
     def encode(self, leaving: Departure) -> tuple[Any, State | None]:
-        """Changes an upload before it leaves.
+        """Change an upload before it leaves.
 
         Returns:
             What travels instead of the upload; and the figures of its check, where it was checked here, else None.
@@ -45,7 +51,7 @@ class Drift:
     norm: Tensor
 
     def of(self, vector: Tensor) -> Tensor | None:
-        """The norm, if ``vector`` is what training left."""
+        """Return the norm, if ``vector`` is what training left."""
         return self.norm if vector is self.vector and vector._version == self.version else None
 
 
@@ -87,7 +93,10 @@ class Encoders:
         return tuple(name for name in head.on_gpu if all(name in encoder.on_gpu for _, encoder in tail))
 
     def encode(self, leaving: Departure) -> tuple[Any, State | None]:
-        """See :meth:`Encoder.encode`; ``leaving.state`` holds the states of all encoders by name."""
+        """See :meth:`Encoder.encode`.
+
+        ``leaving.state`` holds the states of all encoders by name.
+        """
         message, checked = leaving.message, None
         for name, encoder in self.encoders:
             state = leaving.state.get(name, {}) if name else {}

@@ -40,11 +40,14 @@ class ExchangeRequest:
     began: Mapping[ClientId, int] = field(default_factory=dict)
 
     def staleness(self, client: ClientId) -> int:
-        """Rounds since the client was sent its message."""
+        """Return the number of rounds since the client was sent its message."""
         return self.phase.round - self.began.get(client, self.phase.round)
 
     def declaration_of(self, client: ClientId) -> Declaration:
-        """The declaration of a client's upload; its ``parameters``, from which an update counts, are what was sent."""
+        """Return the declaration of a client's upload.
+
+        Its ``parameters``, from which an update counts, are what was sent.
+        """
         sent = self.sent.get(client, {})
         declared = self.hooks.declare_upload(self.phase, client, sent)
         if self.staleness(client) and "parameters" in declared and "parameters" in sent:
@@ -82,7 +85,9 @@ class Arrival:
 
 
 class Filter:
-    """A part of an upload's way to the server; every method lets all pass until overridden.
+    """A part of an upload's way to the server.
+
+    Every method lets all pass until overridden.
 
     Filters are asked in the order of the run's list.  Their encoders change an upload in the opposite order: what the
     last filter of the list encodes first is decoded last.
@@ -102,28 +107,34 @@ class Filter:
 
     @classmethod
     def build(cls, run: Any) -> Filter | None:
-        """The filter of a run, made of the run's objects; None where the run does without it."""
+        """Return the filter of a run, made of the run's objects.
+
+        None where the run does without it.
+        """
         return cls()
 
     def state(self) -> State:
-        """What a checkpoint keeps of the server's half, in plain values."""
+        """Return what a checkpoint keeps of the server's half, in plain values."""
         return {}
 
     def restore(self, state: State) -> None:
         """Goes on from what :meth:`state` returned at a checkpoint, before the first round that is played."""
 
     def on_sent(self, asked: ExchangeRequest, client: ClientId, message: Message) -> None:
-        """A message has left for a client, which may never answer."""
+        """Note that a message has left for a client, which may never answer."""
 
     def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
-        """The client's half, by client; no entry where an upload travels as it is."""
+        """Return the client's half, by client.
+
+        No entry where an upload travels as it is.
+        """
         return {}
 
     def on_missing(self, arrival: Arrival, failed: bool) -> None:
         """No upload came from a client: it ``failed`` or diverged, or was not heard or not understood."""
 
     def decode(self, arrival: Arrival) -> str:
-        """The server's half: checks an upload, or changes it.
+        """Return the server's half: checks an upload, or changes it.
 
         Returns:
             Why the upload is refused, as the end of a sentence about it; empty where it is not.
@@ -133,7 +144,9 @@ class Filter:
     def combine(
         self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
-        """All uploads of an exchange in client order, lazily; others in their place may be handed on.
+        """All uploads of an exchange in client order, lazily.
+
+        Others in their place may be handed on.
 
         Args:
             asked: the exchange.
@@ -144,7 +157,7 @@ class Filter:
 
 
 def encoders_of(filters: Sequence[Filter], asked: ExchangeRequest) -> dict[ClientId, Encoders]:
-    """The encoders of every client whose upload does not travel as it is."""
+    """Return the encoders of every client whose upload does not travel as it is."""
     encoders: dict[ClientId, list[tuple[str, Encoder]]] = {}
     for part in reversed(filters):
         for k, encoder in (part.encoders(asked) or {}).items():

@@ -39,7 +39,7 @@ class ClippedSum:
         self._sum = ops.Accumulator(sum(vector.numel() for vector in start.values()))
 
     def add(self, message: Message) -> tuple[float, float]:
-        """Adds a client's vectors, fp32 ``[P_i]`` by name.
+        """Add a client's vectors, fp32 ``[P_i]`` by name.
 
         Returns:
             The norm of the client's change, and the factor in (0, 1] that the change is added with.
@@ -57,7 +57,10 @@ class ClippedSum:
         return norm, factor
 
     def release(self, clients: int, key: NoiseKey) -> Message:
-        """The vectors fp32 ``[P_i]`` by name: start plus the sum with noise over ``clients``, the number of clients."""
+        """Return the vectors fp32 ``[P_i]`` by name.
+
+        They are the start plus the sum with noise over ``clients``, the number of clients.
+        """
         total = self._sum.mean().mul_(self._sum.count) if self._sum.count else torch.zeros(self._sum.size).double()
         deviation = self._level.noise * self._level.clip
         if deviation:
@@ -90,7 +93,9 @@ class PrivateMean(Filter):
     def combine(
         self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
-        """Yields one upload, the private mean of all of them; see :meth:`Filter.combine`.
+        """Yield one upload, the private mean of all of them.
+
+        See :meth:`Filter.combine`.
 
         ``note`` gets ``update_norm`` and, where it is below 1, ``clipped``: the norm of a client's change and the
         factor on it.
@@ -117,7 +122,10 @@ class PrivateMean(Filter):
         yield Upload(RELEASED, 1, message, share=asked.clients / self._server.federation.clients)
 
     def _start(self, declared: Declaration) -> dict[str, Tensor]:
-        """What clients' vectors are counted from: the global network's, zero for vectors that are changes already."""
+        """Return what clients' vectors are counted from.
+
+        It is the global network's vector, zero for vectors that are changes already.
+        """
         names = [name for name in self._method.reduce if name in declared]
         state = self._server.state
         return {name: state[name] if name in VECTORS else torch.zeros(size_of(declared[name])) for name in names}
@@ -129,12 +137,12 @@ class PrivateMean(Filter):
 
     @cached_property
     def _variances(self) -> Tensor:
-        """Where the running variances of batch norm are in ``buffers``, bool ``[Q]``."""
+        """Return where the running variances of batch norm are in ``buffers``, bool ``[Q]``."""
         return variances(self._server.build())
 
 
 def variances(network: nn.Module) -> Tensor:
-    """Where the running variances are among a network's floating buffers, bool ``[Q]``."""
+    """Return where the running variances are among a network's floating buffers, bool ``[Q]``."""
     flat = personal_parts.flatten(network)
     mask = torch.zeros(len(flat.buffers), dtype=torch.bool)
     for name, place in flat.places()["buffers"].items():

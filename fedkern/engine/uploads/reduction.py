@@ -54,7 +54,10 @@ class Reducing:
     declared: Declaration
 
     def encode(self, leaving: Departure) -> tuple[Any, State | None]:
-        """See :meth:`Encoder.encode`; an upload that does not fit travels whole, and the server says why."""
+        """See :meth:`Encoder.encode`.
+
+        An upload that does not fit travels whole, and the server says why.
+        """
         info: State = {}
         upload = leaving.message
         if examine_upload(leaving.sent, upload, self.declared, info, leaving.drift) or not upload:
@@ -63,14 +66,14 @@ class Reducing:
 
 
 def _without_tensors(declared: Any) -> Any:
-    """A declaration with the shapes and dtypes of its tensors in their place."""
+    """Return a declaration with the shapes and dtypes of its tensors in their place."""
     if isinstance(declared, Mapping):
         return {name: _without_tensors(value) for name, value in declared.items()}
     return like(declared) if isinstance(declared, Tensor) else declared
 
 
 def _fetch_upload(upload: object) -> object:
-    """What may not stay on the GPU."""
+    """Return what may not stay on the GPU."""
     if not isinstance(upload, Mapping):
         return upload
     return {name: fetch(value) if isinstance(value, Tensor) else value for name, value in upload.items()}
@@ -87,14 +90,14 @@ class Following:
         self._own = accumulator
 
     def add(self, vector: Tensor, weight: float | Tensor = 1.0) -> None:
-        """Adds ``weight * vector``."""
+        """Add ``weight * vector``."""
         accumulator = self._own
         if not accumulator.count and vector.device != accumulator.device:
             self._own = accumulator = Accumulator(accumulator.size, accumulator.exact, device=vector.device)
         accumulator.add(vector.to(accumulator.device), weight)
 
     def mean(self) -> Tensor:
-        """The weighted mean of all vectors, ``[P]``, in the host's memory."""
+        """Return the weighted mean of all vectors, ``[P]``, in the host's memory."""
         return fetch(self._own.mean())
 
     def __getattr__(self, name: str) -> Any:
@@ -102,5 +105,5 @@ class Following:
 
 
 def has_room(device: torch.device, parameters: int) -> bool:
-    """Whether uploads of so many parameters and their sums can stay on a device."""
+    """Return whether uploads of so many parameters and their sums can stay on a device."""
     return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > BYTES_FREE * parameters

@@ -67,7 +67,7 @@ def ask_daemon(
     notice: Notice,
     stays: float = STAYS,
 ) -> bytes | None:
-    """The answer of the client daemon (see `node_process.answer_message`), which is started where there is none.
+    """Return the answer of the client daemon (see `node_process.answer_message`), which is started where there is none.
 
     A client daemon that is started now ends ``stays`` seconds after its last message.
 
@@ -103,7 +103,7 @@ def is_possible() -> bool:
 
 
 def end_daemon(run: str, node: UserConfig) -> None:
-    """Ends the client daemon of a run on the node of this configuration, if there is one."""
+    """End the client daemon of a run on the node of this configuration, if there is one."""
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.connect(_name(run, node))
         if user_of(link) == os.geteuid():
@@ -116,7 +116,7 @@ def _run(header: str) -> str:
 
 
 def _name(run: str, node: UserConfig) -> bytes:
-    """The socket's name: another one for every run, configuration of the node, code, and SuperNode."""
+    """Return the socket's name: another one for every run, configuration of the node, code, and SuperNode."""
     parent = os.getppid()
     started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     space = str(Path("/proc/self/ns/pid").readlink())  # containers may share sockets, and number processes alike
@@ -125,7 +125,7 @@ def _name(run: str, node: UserConfig) -> bytes:
 
 
 def _connect_daemon(name: bytes, stays: float) -> socket.socket | None:
-    """A connection to the client daemon.
+    """Return a connection to the client daemon.
 
     None where the name is somebody else's, or nobody answers to it.
     """
@@ -149,7 +149,7 @@ def _connect_daemon(name: bytes, stays: float) -> socket.socket | None:
 
 
 def _start(name: bytes, stays: float) -> bool:
-    """Starts a client daemon.
+    """Start a client daemon.
 
     False where another process has taken the name.
     """
@@ -204,7 +204,7 @@ def _exchange(
 
 
 def user_of(link: socket.socket) -> int:
-    """The user whose process is at the other end."""
+    """Return the user whose process is at the other end."""
     credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(credentials)[1])
 

@@ -93,7 +93,7 @@ class ClientRequest:
 
     @classmethod
     def read(cls, values: object) -> ClientRequest:
-        """Checks plain values and makes a request of them.
+        """Check plain values and make a request of them.
 
         Raises:
             Malformed: they are not what :meth:`to_dict` makes.
@@ -158,7 +158,7 @@ class NodeClients:
     _known: set[int] = field(default_factory=set)  # clients whose data fit the method
 
     def answer(self, request: ClientRequest, packed: bytes) -> bytes:
-        """A client's answer to a message of the server, packed for :func:`read_reply`.
+        """Return a client's answer to a message of the server, packed for :func:`read_reply`.
 
         Raises:
             UserError: data, settings or an earlier state are not as they must be on this node.
@@ -189,7 +189,7 @@ class NodeClients:
     # -- once in a process -----------------------------------------------------------------------------------------
 
     def _prepare_clients(self, request: ClientRequest) -> Serial:
-        """Makes data and method, as `fedkern.engine.run.run` does before its first round."""
+        """Make data and method, as `fedkern.engine.run.run` does before its first round."""
         keep_freed_memory()
         config = self.config.replace(
             threads=request.threads, client_threads=request.client_threads, plan=request.plan or None
@@ -216,7 +216,7 @@ class NodeClients:
         return Serial(context, handlers, lambda _: dict, context.config.client_threads)
 
     def _admit(self, k: int) -> None:
-        """Checks a client that has not worked in this process yet."""
+        """Check a client that has not worked in this process yet."""
         if k in self._known:
             return
         clients = self._context.federation.clients
@@ -276,7 +276,7 @@ class NodeClients:
         return reply
 
     def _keep_digest(self, request: ClientRequest, answer: Answer, folder: NodeFolder) -> None:
-        """Keeps the digest of a private run's message before the message leaves its client."""
+        """Keep the digest of a private run's message before the message leaves its client."""
         releases = Releases(folder.path)
         releases.open(request.oldest)
         releases.add(

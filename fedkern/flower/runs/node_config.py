@@ -13,7 +13,7 @@ STAYS = 600.0
 
 
 def own_client(node_config: UserConfig) -> int:
-    """The client that the node is.
+    """Return the client that the node is.
 
     Raises UserError where the node's configuration does not say it.
     """
@@ -27,7 +27,7 @@ def own_client(node_config: UserConfig) -> int:
 
 
 def folder(node_config: UserConfig, name: str) -> str | None:
-    """The folder on this machine that an entry names.
+    """Return the folder on this machine that an entry names.
 
     None: that of the run-config.
     """

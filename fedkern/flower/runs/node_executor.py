@@ -85,7 +85,7 @@ class Nodes(Ordered):
         self._name = self._load_run_name()
 
     def _load_run_name(self) -> str:
-        """The run's name on the nodes, the same in every process of the server."""
+        """Return the run's name on the nodes, the same in every process of the server."""
         path = self._run.out / NODES
         if path.exists():
             try:
@@ -142,7 +142,7 @@ class Nodes(Ordered):
         time.sleep(self._pause if self._end is None else min(self._pause, max(0.0, self._end - time.monotonic())))
 
     def _lacks(self, k: ClientId, why: str) -> None:
-        """Notes that nothing comes from a client."""
+        """Note that nothing comes from a client."""
         self._replies[k] = Done(Answer(k, absent=why))
 
     def _pack_message(self, message: Message) -> bytes:
@@ -168,7 +168,7 @@ class Nodes(Ordered):
         )  # fmt: skip
 
     def _collect_replies(self, next_client: ClientId) -> list[tuple[str, NodeReply]]:
-        """Replies that have come: of the next client in order, then of some of the others."""
+        """Return the replies that have come: of the next client in order, then of some of the others."""
         names = sorted(self._waiting, key=lambda name: self._waiting[name] != next_client)
         replies = [(reply.reply_to, reply) for reply in self._channel.collect_replies(names[:_AT_ONCE])]
         return [(name, reply) for name, reply in replies if name in self._waiting]
@@ -196,7 +196,7 @@ class Nodes(Ordered):
         return Done(answer, state if is_changed else None)
 
     def _check_ledger(self, ledger: Any) -> dict[str, Any] | None:
-        """A client's privacy ledger, in the form of :class:`Accountant`.
+        """Return a client's privacy ledger, in the form of :class:`Accountant`.
 
         None where the run has no guarantee.
         """
@@ -225,7 +225,7 @@ class Nodes(Ordered):
                 self._booked[direction] = total
 
     def close(self) -> None:
-        """Ends the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""
+        """End the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""
         with suppress(Exception):  # the run has ended, whatever becomes of them
             header = json.dumps({"end": self._name})
             sent = [self._channel.send(node, QUERY, header, b"", FAREWELL) for node in self._registry.home.values()]

@@ -49,14 +49,14 @@ class NodeFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Waits until no other process works for this client."""
+        """Wait until no other process works for this client."""
         with one_writer(self.path / "lock"):
             yield
 
     # -- states ----------------------------------------------------------------------------------------------------
 
     def read_state(self, version: Version | None) -> dict[str, object]:
-        """The state of that name, empty for None.
+        """Return the state of that name, empty for None.
 
         Raises UserError where it is missing or damaged.
         """
@@ -70,7 +70,7 @@ class NodeFolder:
             ) from None
 
     def write_state(self, version: Version, content: dict[str, object], oldest: int) -> None:
-        """Writes a state, and deletes those that no checkpoint of the server can name: of rounds before ``oldest``."""
+        """Write a state, and delete those that no checkpoint of the server can name: of rounds before ``oldest``."""
         states.save(self._state(version), content)
         names = [Version(*numbers) for numbers in self._list_versions(_STATE)]
         before = max((name for name in names if name.plan == version.plan and name < version), default=None)
@@ -101,7 +101,7 @@ class NodeFolder:
             raise UserError(f"An earlier message of this round cannot be read ({error}).") from None
 
     def drop_messages(self, plan: int) -> None:
-        """Deletes the kept messages of rounds before ``plan``."""
+        """Delete the kept messages of rounds before ``plan``."""
         for numbers in self._list_versions(_MESSAGE):
             if numbers[0] < plan:
                 self._message(Version(*numbers)).unlink(missing_ok=True)
@@ -115,7 +115,7 @@ class NodeFolder:
 
 
 def _drop_runs(base: Path) -> None:
-    """Deletes the states of all runs but the last `KEPT_RUNS`.
+    """Delete the states of all runs but the last `KEPT_RUNS`.
 
     What else lies in the folder stays.
     """

@@ -24,7 +24,7 @@ _here: tuple[Any, NodeClients] | None = None  # of the last message of this proc
 
 
 def answer_message(header: str, packed: bytes, run_config: UserConfig, node: UserConfig, notice: Notice) -> bytes:
-    """The answer to a message of the run's server.
+    """Return the answer to a message of the run's server.
 
     A client that cannot answer says why in it.
 
@@ -53,7 +53,7 @@ def answer_message(header: str, packed: bytes, run_config: UserConfig, node: Use
 
 
 def describe_data(run_config: UserConfig, node: UserConfig, notice: Notice) -> dict[str, object]:
-    """Number of samples and form of the data of a node whose folder holds its own data alone."""
+    """Return the number of samples and form of the data of a node whose folder holds its own data alone."""
     data = data_of_one(
         run_settings.read_run_config(run_config, node_config.folder(node, "data-root")).config, notice, node=True
     )
@@ -61,7 +61,7 @@ def describe_data(run_config: UserConfig, node: UserConfig, notice: Notice) -> d
 
 
 def _clients(request: ClientRequest, run_config: UserConfig, node: UserConfig, notice: Notice) -> NodeClients:
-    """The clients of this process.
+    """Return the clients of this process.
 
     Those of another run, or with other settings, are dropped.
     """
@@ -84,7 +84,7 @@ def _clients(request: ClientRequest, run_config: UserConfig, node: UserConfig, n
 
 
 def drop_clients(run: str | None = None) -> None:
-    """Drops the clients of this process, or those of a run.
+    """Drop the clients of this process, or those of a run.
 
     The next message begins with what is on the disk.
     """

@@ -44,7 +44,7 @@ class NodeRegistry:
         self._refused = ""  # why the latest foreign node takes no part
 
     def meet(self, warn: Warn) -> None:
-        """Waits for the nodes of all clients.
+        """Wait for the nodes of all clients.
 
         The run goes on without some of them.
 
@@ -116,7 +116,7 @@ class NodeRegistry:
                 self.home[k] = node
 
     def _read_introduction(self, node: int, arrived: NodeReply) -> ClientId | None:
-        """The client that a node says it is.
+        """Return the client that a node says it is.
 
         None where the node is not one of this run's.
         """

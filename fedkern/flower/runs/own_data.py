@@ -37,7 +37,7 @@ def form_of(data: FederatedData) -> dict[str, object]:
 
 
 def declare_federation(config: RunConfig, registry: NodeRegistry, warn: Callable[[str, str], None]) -> FederatedData:
-    """The federation as the server sees it: its own test sets, and the number of samples of every node.
+    """Return the federation as the server sees it: its own test sets, and the number of samples of every node.
 
     Raises:
         UserError: a node is missing, or has data of another form.

@@ -61,7 +61,7 @@ class Project:
     clients: Sequence[str]
 
     def write(self, folder: Path) -> list[Path]:
-        """Writes the project, and returns its files.
+        """Write the project, and return its files.
 
         Raises:
             UserError: the folder is not empty or cannot be written, or two files of code have one name.
@@ -155,7 +155,7 @@ clientapp = "fedkern.flower.runs.client_app:app"
         return rows
 
     def _portable(self, field: str, value: object) -> object:
-        """The value of a setting as it stands in the project, where its code has no folder."""
+        """Return the value of a setting as it stands in the project, where its code has no folder."""
         if value is None:
             return ""
         named = named_code.parse(str(value)) if field in CODE else None

@@ -83,7 +83,7 @@ def setting_key(field: str) -> str:
 
 
 def read_run_config(run_config: UserConfig, data_root: str | None = None) -> RunSettings:
-    """Reads Flower's flat run-config, and loads the plugins that it names.
+    """Read Flower's flat run-config, and load the plugins that it names.
 
     ``data_root`` is the folder of the data on this machine, instead of that of the run-config.
 
@@ -131,7 +131,7 @@ def read_run_config(run_config: UserConfig, data_root: str | None = None) -> Run
 
 
 def check_portable(config: RunConfig) -> None:
-    """Raises UserError for a run that cannot be played over Flower."""
+    """Raise UserError for a run that cannot be played over Flower."""
     if config.kind.pooled:
         raise UserError(f"{config.method} needs the data of all clients in one place, which Flower keeps apart.")
     check_local(config)
@@ -153,7 +153,7 @@ def check_portable(config: RunConfig) -> None:
 
 
 def check_own_data(config: RunConfig) -> None:
-    """Raises UserError for settings that need the data of several clients in one place."""
+    """Raise UserError for settings that need the data of several clients in one place."""
     if "clients" in config.unset:
         raise UserError("flower.own-data needs the number of clients, which no node tells: give clients=N.")
     if config.held_out_client is not None or config.client_test or config.privacy_unit != "image":
@@ -178,7 +178,7 @@ def _under(values: Mapping[str, str], prefix: str) -> Iterable[tuple[str, str]]:
 
 
 def _locate_file(name: str) -> str:
-    """The path of a file of the project, which Flower puts on ``sys.path``.
+    """Return the path of a file of the project, which Flower puts on ``sys.path``.
 
     Another name is returned as it is.
     """

@@ -80,7 +80,7 @@ class Combined(NamedTuple):
 
 
 def constructed_like(original: Any, *extra: str) -> Callable[[C], C]:
-    """Decorates a strategy so that its signature shows the arguments of Flower's, ``extra`` ones and fedkern's own."""
+    """Decorate a strategy so that its signature shows the arguments of Flower's, ``extra`` ones and fedkern's own."""
 
     def decorate(cls: C) -> C:
         inherited: Any = cls.__init__  # type: ignore[misc]
@@ -183,7 +183,7 @@ class FedAvg(flower.FedAvg):
         return result
 
     def summary(self) -> None:
-        """Logs the settings."""
+        """Log the settings."""
         bound = f"{self.max_update_norm:g}" if self.max_update_norm else "none"
         adapter.log(adapter.INFO, "\t├──> fedkern:")
         adapter.log(adapter.INFO, "\t│\t├── Seed of the choice of nodes: %s", self.seed)
@@ -214,7 +214,7 @@ class FedAvg(flower.FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Combines the replies of a round.
+        """Combine the replies of a round.
 
         Args:
             server_round: the round, from 1.
@@ -266,7 +266,7 @@ class FedAvg(flower.FedAvg):
         return arrays, self._metrics(contents, faults)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Combines the metrics of an evaluation.
+        """Combine the metrics of an evaluation.
 
         Replies that do not count are left out, as in training.
 
@@ -320,7 +320,7 @@ class FedAvg(flower.FedAvg):
         return messages
 
     def begin(self, arrays: ArrayRecord | None, nodes: Sequence[int]) -> None:
-        """Notes the arrays and nodes of a round: replies must have the form of ``arrays``, or if None their own.
+        """Note the arrays and nodes of a round: replies must have the form of ``arrays``, or if None their own.
 
         Raises:
             UserError: the arrays do not hold real numbers.
@@ -338,13 +338,13 @@ class FedAvg(flower.FedAvg):
             self._sent, self._layout = arrays, layout
 
     def begin_evaluation(self, nodes: Sequence[int]) -> None:
-        """Notes the nodes that an evaluation asks."""
+        """Note the nodes that an evaluation asks."""
         self._evaluating = list(nodes)
 
     # -- replies -------------------------------------------------------------------------------------------------------
 
     def _take(self, reply: Message, gathered: Gathered) -> _Content:
-        """Checks a reply and adds it to what the round keeps."""
+        """Check a reply and add it to what the round keeps."""
         content, node = _content(reply), _node(reply)
         arrays = _only(content, ArrayRecord)
         weight = self._weight(content)
@@ -363,7 +363,7 @@ class FedAvg(flower.FedAvg):
         return _Content(node, adapter.without_arrays(content), weight)
 
     def _weight(self, content: RecordDict) -> float:
-        """The weight of a reply, whose metrics are checked."""
+        """Return the weight of a reply, whose metrics are checked."""
         metrics = _only(content, MetricRecord)
         weight = metrics.get(self.weighted_by_key)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
@@ -382,7 +382,7 @@ class FedAvg(flower.FedAvg):
         return float(weight)
 
     def _log(self, server_round: int, counted: int, faults: list[LeftOut], to: str) -> None:
-        """Logs and notes which replies counted."""
+        """Log and note which replies counted."""
         faults.sort()
         self.left_out += faults
         adapter.log(adapter.INFO, "Round %s: %s %s count, %s do not.", server_round, counted, to, len(faults))
@@ -390,7 +390,7 @@ class FedAvg(flower.FedAvg):
             adapter.log(adapter.WARNING, "Round %s: the reply of node %s %s: left out.", *fault[:2], fault.text)
 
     def _tell(self, server_round: int, counted: int, faults: list[LeftOut]) -> None:
-        """Logs which replies counted."""
+        """Log which replies counted."""
         self._log(server_round, counted, faults, "replies")
         self._ever_fitted |= bool(counted)
         if counted:
@@ -420,13 +420,13 @@ class FedAvg(flower.FedAvg):
                 )  # fmt: skip
 
     def _metrics(self, contents: list[_Content], faults: list[LeftOut]) -> MetricRecord | None:
-        """The metrics of a round's training."""
+        """Return the metrics of a round's training."""
         return self._aggregate_replies(contents, faults, self.train_metrics_aggr_fn)
 
     def _aggregate_replies(
         self, contents: list[_Content], faults: list[LeftOut], rule: Callable[[list[RecordDict], str], MetricRecord]
     ) -> MetricRecord | None:
-        """The replies' own metrics, and the nodes left out by reason."""
+        """Return the replies' own metrics, and the nodes left out by reason."""
         contents = _alike(contents)
         metrics: MetricRecord | None = None
         if any(content.weight for content in contents):
@@ -450,14 +450,14 @@ class FedAvg(flower.FedAvg):
         return f"weighted mean, {kind}"
 
     def _gather(self, layout: Layout) -> Gathered:
-        """An empty collection of a round's models."""
+        """Return an empty collection of a round's models."""
         return (RunningMean if self.low_memory else AllModels)(layout, self._start)
 
     def _add(self, gathered: Gathered, model: Model, weight: float, node: int) -> None:
         gathered.add(model, weight, node)
 
     def _combine(self, gathered: Gathered, server_round: int) -> Combined | None:
-        """The models combined.
+        """Return the models combined.
 
         None where their weights are all 0.
         """
@@ -476,7 +476,7 @@ class FedAvg(flower.FedAvg):
         return Combined(model.data if model.vector is None else model.vector, integer_arrays)
 
     def _step(self, vector: Tensor, server_round: int) -> Tensor:
-        """The new global model ``[P]``, from the combined one."""
+        """Return the new global model ``[P]``, from the combined one."""
         return vector
 
 
@@ -539,7 +539,7 @@ class _Content(NamedTuple):
 
 
 def _alike(contents: list[_Content]) -> list[_Content]:
-    """The replies whose metrics have the names and lengths that most have."""
+    """Return the replies whose metrics have the names and lengths that most have."""
 
     def form(content: _Content) -> tuple[tuple[str, int], ...]:
         record = _only(content.record, MetricRecord)
@@ -559,7 +559,7 @@ def _alike(contents: list[_Content]) -> list[_Content]:
 
 
 def _content(reply: Message) -> RecordDict:
-    """The records of a reply."""
+    """Return the records of a reply."""
     if reply.has_error():
         raise Misfit("error", f"is an error: {reply.error.reason}")
     return reply.content
@@ -589,7 +589,7 @@ def _only(content: RecordDict, kind: type[R]) -> R:
 
 
 def _layout_of_first(replies: Iterable[Message]) -> Layout | None:
-    """The form of the first reply that can be read, where nobody has told what was sent."""
+    """Return the form of the first reply that can be read, where nobody has told what was sent."""
     for reply in replies:
         for arrays in () if reply.has_error() else adapter.find_records(reply.content, ArrayRecord):
             with contextlib.suppress(Misfit):

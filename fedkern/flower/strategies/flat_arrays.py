@@ -17,7 +17,7 @@ __all__ = ["pack", "unpack"]
 
 
 def pack(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> adapter.ArrayRecord:
-    """Writes a state dict as one vector of all floating entries.
+    """Write a state dict as one vector of all floating entries.
 
     Other entries stay arrays of their own.
 
@@ -51,7 +51,7 @@ def pack(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> adapt
 
 
 def unpack(record: adapter.ArrayRecord) -> OrderedDict[str, Tensor]:
-    """Reads a record as a state dict, flat or plain, with every entry in its own dtype.
+    """Read a record as a state dict, flat or plain, with every entry in its own dtype.
 
     Args:
         record: what :func:`pack` returned, or any ``ArrayRecord``.

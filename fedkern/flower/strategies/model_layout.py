@@ -137,7 +137,7 @@ class Layout:
 
     @classmethod
     def of(cls, record: Mapping[str, FlowerArray]) -> Layout:
-        """The layout of a record.
+        """Return the layout of a record.
 
         Raises:
             Misfit: an array's bytes, or the list of a flat record's entries, cannot be read.
@@ -151,7 +151,7 @@ class Layout:
 
 
 def _read_listing(record: Mapping[str, FlowerArray]) -> list[tuple[str, tuple[int, ...], str]]:
-    """The entries that a flat record lists."""
+    """Return the entries that a flat record lists."""
     if LISTING not in record:
         raise Misfit("keys", f"has {FLAT!r} but lacks {LISTING!r}")
     try:
@@ -235,13 +235,13 @@ class Model:
         return keys
 
     def entry(self, entry: Entry) -> Tensor:
-        """The numbers of a floating entry, ``[n]``."""
+        """Return the numbers of a floating entry, ``[n]``."""
         if self._vector is not None:
             return self._vector[entry.begin : entry.end]
         return array_bytes.as_tensor(*self._arrays[entry.key])
 
     def segment(self, run: Sequence[Entry]) -> Tensor:
-        """The numbers of neighbouring floating entries, ``[n]``.
+        """Return the numbers of neighbouring floating entries, ``[n]``.
 
         Several arrays are copied together.
         """
@@ -264,12 +264,12 @@ class Model:
         return torch.cat(parts).to(self._layout.dtype) if parts else torch.empty(0, dtype=self._layout.dtype)
 
     def check_numbers(self) -> None:
-        """Raises Misfit where a number is not finite, or a running variance is negative."""
+        """Raise Misfit where a number is not finite, or a running variance is negative."""
         self.check_finite()
         self.check_variances()
 
     def check_finite(self, but_for_sums: bool = False) -> None:
-        """Raises Misfit where a number is not finite in the new model's dtype, except for an infinity that was sent.
+        """Raise Misfit where a number is not finite in the new model's dtype, except for an infinity that was sent.
 
         With ``but_for_sums`` nothing is checked where a sum in fp64 shows whether the numbers are good.
         """
@@ -285,12 +285,15 @@ class Model:
                 raise Misfit("finite", f"holds NaN, infinite or too large values in {_name(bad.key)}")
 
     def _without_sent_infinities(self, entry: Entry) -> Tensor:
-        """The numbers of a floating entry, with 0 in the place of infinities that were sent (a causal mask of -inf)."""
+        """Return the numbers of a floating entry, with 0 in the place of infinities that were sent.
+
+        A causal mask has them.
+        """
         data = self.entry(entry)
         return data if self._sent is None else data.masked_fill(data.isinf() & (data == self._sent.entry(entry)), 0.0)
 
     def check_variances(self) -> None:
-        """Checks that running variances are not negative.
+        """Check that running variances are not negative.
 
         Raises:
             Misfit: they are, or numbers are not finite.

@@ -64,7 +64,7 @@ class NewModel:
         return part
 
     def finish(self) -> NewModel:
-        """Puts small entries into arrays of their own, once all segments are written."""
+        """Put small entries into arrays of their own, once all segments are written."""
         for run, part in self._copied:
             for entry in run:
                 values = part[entry.begin - run[0].begin : entry.end - run[0].begin].numpy()
@@ -97,7 +97,7 @@ class RunningMean:
         self._norms: list[float] = []
 
     def add(self, model: Model, weight: float, node: int) -> None:
-        """Adds ``weight`` times a model.
+        """Add ``weight`` times a model.
 
         A model of weight 0 is not read.
         """
@@ -111,7 +111,7 @@ class RunningMean:
         self._add_whole(model)
 
     def add_update(self, model: Model, start: Model, factor: float) -> None:
-        """Adds ``factor * (model - start)`` with weight 1, computed in fp64."""
+        """Add ``factor * (model - start)`` with weight 1, computed in fp64."""
         for total, part, start_part in zip(self._sums, model.segments(), start.segments(), strict=True):
             # Equal infinities, of a mask among the buffers, differ by nothing.
             change = torch.where(part == start_part, 0.0, part.double() - start_part.double())
@@ -131,7 +131,7 @@ class RunningMean:
         return self._norms
 
     def result(self, model: NewModel) -> tuple[NewModel, Whole] | None:
-        """Writes the mean to ``model``.
+        """Write the mean to ``model``.
 
         Gives it with the other entries, or None where no weight was added.
 
@@ -170,7 +170,7 @@ class AllModels:
         self.refused: dict[int, Misfit] = {}
 
     def add(self, model: Model, weight: float, node: int) -> None:
-        """Keeps a model and its weight."""
+        """Keep a model and its weight."""
         self._held.append(_Held(node, len(self._held), weight, model))
 
     def sort(self) -> None:
@@ -196,7 +196,7 @@ class AllModels:
         return [reply.model.vector() for reply in self._held]
 
     def rows(self, run: Sequence[Entry], chosen: Sequence[int] | None = None) -> list[Tensor]:
-        """The numbers of a segment of the chosen models (None: of all) in the layout's dtype: M vectors."""
+        """Return the numbers of a segment of the chosen models (None: of all) in the layout's dtype: M vectors."""
         models = [self._held[i].model for i in (range(len(self._held)) if chosen is None else chosen)]
         return [model.segment(run).to(self.layout.dtype) for model in models]
 
@@ -208,7 +208,7 @@ class AllModels:
         return vector
 
     def mean(self, as_arrays: bool) -> NewModel | None:
-        """The weighted mean of all models (see :class:`NewModel`).
+        """Return the weighted mean of all models (see :class:`NewModel`).
 
         None where all weights are 0.
 
@@ -223,7 +223,7 @@ class AllModels:
         return None
 
     def _refuse(self) -> bool:
-        """Takes out the models that are not finite.
+        """Take out the models that are not finite.
 
         Returns whether there were any.
         """
@@ -237,7 +237,7 @@ class AllModels:
         return len(self._held) < before
 
     def _mean_of(self, run: tuple[Entry, ...], model: NewModel) -> bool:
-        """Writes the mean of a segment.
+        """Write the mean of a segment.
 
         Returns whether it is finite.
         """
@@ -281,14 +281,14 @@ class AllModels:
         return norms.square() * (count / width)
 
     def whole(self, chosen: Sequence[int] | None = None, rank: int = -1) -> Whole:
-        """The other entries of the chosen models (None: of all), element by element: see :func:`ranked`."""
+        """Return the other entries of the chosen models (None: of all), element by element: see :func:`ranked`."""
         models = [self._held[i].model for i in (range(len(self._held)) if chosen is None else chosen)]
         keys = models[0].whole if models else ()
         return {key: take_rank([model.whole[key] for model in models], rank) for key in keys}
 
 
 def take_rank(rows: Sequence[np.ndarray], rank: int = -1) -> np.ndarray:
-    """The value of a rank among M arrays, element by element, in their own dtype.
+    """Return the value of a rank among M arrays, element by element, in their own dtype.
 
     -1: the largest, 0: the smallest.
     """
@@ -298,7 +298,7 @@ def take_rank(rows: Sequence[np.ndarray], rank: int = -1) -> np.ndarray:
 
 
 def _magnitude(part: Tensor) -> float:
-    """The largest absolute value.
+    """Return the largest absolute value.
 
     NaN or infinite where a number is.
     """

@@ -49,7 +49,7 @@ class _Robust(FedAvg):
         return (count - 1) // 2
 
     def _rule(self, vectors: list[Tensor]) -> Tensor:
-        """The combination of at least one vector ``[n]``, which treats coordinates apart."""
+        """Return the combination of at least one vector ``[n]``, which treats coordinates apart."""
         raise NotImplementedError
 
 

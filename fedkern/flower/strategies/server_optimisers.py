@@ -28,7 +28,7 @@ class _Optimised(FedAvg):
         self._moments: list[Tensor] = []
 
     def _settings(self, server_round: int) -> dict[str, float]:
-        """The options of `fedkern.ops.server_step` in a round."""
+        """Return the options of `fedkern.ops.server_step` in a round."""
         raise NotImplementedError
 
     def _step(self, vector: Tensor, server_round: int) -> Tensor:

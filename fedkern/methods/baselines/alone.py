@@ -72,7 +72,7 @@ class Local(Objective, Method):
         return Personal(dict(enumerate(members))).requires_grad_(False)  # pairs have no joint prediction
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
-        """The usual figures of every client's own network on the whole test set, averaged over clients.
+        """Return the usual figures of every client's own network on the whole test set, averaged over clients.
 
         ``lowest_accuracy`` and ``highest_accuracy`` (``lowest_i2t_r1`` and so on) are the figures of the worst and the
         best client.

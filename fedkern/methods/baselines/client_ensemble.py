@@ -131,7 +131,7 @@ class Ensemble(MemberNetworks):
     # -- figures ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
-        """The figures of the mean logits.
+        """Return the figures of the mean logits.
 
         For classification also ``vote_accuracy`` and ``probability_accuracy``.
         """

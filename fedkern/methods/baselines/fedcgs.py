@@ -108,13 +108,13 @@ class FeatureStatistics:
         return int(self.counts.sum())
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Adds a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B]."""
+        """Add a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B]."""
         self.total.add(features, torch.zeros_like(labels))
         self.counts += torch.bincount(labels.cpu(), minlength=len(self.counts))
         self.sums.index_add_(0, labels.cpu(), features.double().cpu())
 
     def message(self) -> Message:
-        """A client's upload.
+        """Return a client's upload.
 
         ``counts`` int32 [C], ``means`` fp32 [C', d] of the C' classes that the client has, ``mean`` fp32 [d] and
         ``scatter`` fp32 [d (d + 1) / 2] (upper triangle by rows) of all features.
@@ -129,7 +129,7 @@ class FeatureStatistics:
         }
 
     def merge(self, message: Mapping[str, Tensor]) -> None:
-        """Adds a client's :meth:`message`.
+        """Add a client's :meth:`message`.
 
         Raises:
             ValueError: the means are not those of the classes counted, or see :meth:`ClassStatistics.merge`.
@@ -144,7 +144,7 @@ class FeatureStatistics:
         self.sums[present] += means * counts[present, None]
 
     def classifier(self, *, shrinkage: bool) -> nn.Linear:
-        """The linear classifier of these statistics, fp32 [d] to [C].
+        """Return the linear classifier of these statistics, fp32 [d] to [C].
 
         A class without samples has the mean of all features and the prior of half a sample.
 

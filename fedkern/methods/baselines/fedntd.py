@@ -53,7 +53,7 @@ class FedNTD(LocalTraining):
         return em + self.options.beta * ntd, {"loss_em": em.detach(), "loss_ntd": ntd.detach()}
 
     def prepare(self, model: nn.Module, batch: Batch, received: Received) -> Drawn:
-        """The received model's logits of the batch."""
+        """Return the received model's logits of the batch."""
         if not self.options.beta:
             return {}
         return {"teacher": cached_rows("logits", batch, received, lambda: received.model(batch.inputs))}

@@ -88,7 +88,7 @@ class FedProto(LocalTraining):
         return em + self.options.lam * distance, {"loss_em": em.detach(), "loss_proto": distance.detach()}
 
     def prepare(self, model: Classifier, batch: Batch, received: Received) -> Drawn:
-        """The global prototypes ``means`` [C, d], and which of them there are, ``known`` bool [C]."""
+        """Return the global prototypes ``means`` [C, d], and which of them there are, ``known`` bool [C]."""
         if not self.options.lam or "prototypes" not in received.message:
             return {}
         if "targets" not in received.round_cache:
@@ -232,7 +232,7 @@ class Nearest(nn.Module):
         self.register_buffer("known", present.to(device))
 
     def train(self, mode: bool = True) -> Nearest:
-        """Keeps the network's mode: without running statistics, batch norm must use each batch's own."""
+        """Keep the network's mode: without running statistics, batch norm must use each batch's own."""
         self.training = mode
         return self
 
@@ -243,7 +243,7 @@ class Nearest(nn.Module):
 
 
 def prototypes(network: Classifier, client: Client) -> Message:
-    """The mean feature of each of the client's classes.
+    """Return the mean feature of each of the client's classes.
 
     Returns:
         ``classes`` int64 [C'] ascending, ``means`` fp32 [C', d], ``counts`` int64 [C'].

@@ -78,7 +78,7 @@ class Moon(LocalTraining):
         return {"global": glob, "previous": prev}
 
     def _previous(self, received: Received) -> Classifier:
-        """The client's last local model, built once per exchange."""
+        """Return the client's last local model, built once per exchange."""
         if "network" not in received.round_cache:
             received.round_cache["network"] = frozen_copy(received.model, received.extras["previous"])
         network: Classifier = received.round_cache["network"]

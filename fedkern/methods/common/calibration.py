@@ -76,7 +76,7 @@ class ClassStatistics:
 
     @torch.no_grad()
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Adds a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B].
+        """Add a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B].
 
         Raises:
             ValueError: a label is out of range.
@@ -92,7 +92,7 @@ class ClassStatistics:
             self._chan(c, len(rows), mean.cpu(), scatter.cpu())
 
     def message(self) -> Message:
-        """A client's upload, with means and scatters only of the C' of C classes that the client has.
+        """Return a client's upload, with means and scatters only of the C' of C classes that the client has.
 
         ``counts`` int32 [C], ``means`` fp32 [C', d], ``scatters`` fp32 [C', d (d + 1) / 2] (upper triangles by rows;
         [C', d] with ``diagonal``): at most C (d + d (d + 1) / 2 + 1) numbers of 4 bytes.
@@ -105,7 +105,7 @@ class ClassStatistics:
         return {"counts": self.counts.int(), "means": self.means[present].float(), "scatters": scatters.float()}
 
     def merge(self, message: Mapping[str, Tensor]) -> None:
-        """Adds a client's :meth:`message`, which fits :func:`statistics_of`.
+        """Add a client's :meth:`message`, which fits :func:`statistics_of`.
 
         Raises:
             ValueError: what a declaration cannot say: there are not as many means as classes, or a squared deviation is
@@ -159,7 +159,7 @@ class ClassStatistics:
 def collect(
     features: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: int, options: CalibrationOptions
 ) -> Message:
-    """A client's upload: statistics of ``features(images)`` ``[B, d]`` over its batches.
+    """Return a client's upload: statistics of ``features(images)`` ``[B, d]`` over its batches.
 
     Raises:
         ValueError: there is no batch.
@@ -177,7 +177,7 @@ def collect(
 
 
 def statistics_of(head: nn.Linear, options: CalibrationOptions) -> Declaration:
-    """Declaration of a client's statistics (`ClassStatistics.message`) of the features that ``head`` reads."""
+    """Declare a client's statistics (`ClassStatistics.message`) of the features that ``head`` reads."""
     width = head.in_features
     size = width if options.covariance == "diagonal" else width * (width + 1) // 2
     return {
@@ -200,7 +200,7 @@ def pool(server: Server, uploads: Iterable[Upload], merge: Callable[[Message], N
 def calibrate_head(
     server: Server, phase: Phase, uploads: Iterable[Upload], head: nn.Linear, options: CalibrationOptions
 ) -> nn.Linear:
-    """The classifier ``head`` trained on what the clients' statistics of the features that it reads tell.
+    """Return the classifier ``head`` trained on what the clients' statistics of the features that it reads tell.
 
     Raises:
         UserError: no upload could be used.
@@ -291,7 +291,7 @@ def _root(covariance: Tensor, jitter: float) -> Tensor:
 def calibrate(
     head: nn.Linear, statistics: ClassStatistics, rng: np.random.Generator, options: CalibrationOptions
 ) -> nn.Linear:
-    """A copy of the classifier ``head`` trained on virtual features: SGD without momentum, cross-entropy.
+    """Return a copy of the classifier ``head`` trained on virtual features: SGD without momentum, cross-entropy.
 
     Classes without samples at any client get no virtual features.  ``options.ccvr_compat`` makes one pass at learning
     rate 0.01.

@@ -13,5 +13,5 @@ from fedkern.methods.roles import Client
 
 
 def class_counts(client: Client) -> Tensor:
-    """Samples (labelled pixels for segmentation) of every class, fp32 [C]."""
+    """Return the samples (labelled pixels for segmentation) of every class, fp32 [C]."""
     return torch.bincount(client.labels[client.labels >= 0], minlength=len(client.classes)).float()

@@ -128,7 +128,7 @@ class Robust(LocalTraining):
         server.state["current"] = []  # clients that already hold the global model
 
     def weights(self, server: Server) -> Weights:
-        """The current client weights, float64 [N]."""
+        """Return the current client weights, float64 [N]."""
         vector: Tensor = server.state["weights"]
         return vector.numpy()
 
@@ -166,7 +166,7 @@ class Robust(LocalTraining):
         return super().average(server, uploads)
 
     def learn(self, server: Server, uploads: Iterable[Upload]) -> None:
-        """Updates the weights with one ascent step on the reported losses, and reports figures of both."""
+        """Update the weights with one ascent step on the reported losses, and report figures of both."""
         losses = np.full(server.federation.clients, np.nan)
         current: list[int] = []
         server.state["current"] = current
@@ -231,7 +231,7 @@ class Robust(LocalTraining):
         return np.setdiff1d(judged, trained)
 
     def held(self, client: Client, message: Message) -> Message:
-        """The vectors of the global model, from the message or from the model that the client last evaluated."""
+        """Return the vectors of the global model, from the message or from the model that the client last evaluated."""
         return vectors_of(message) or client.state["model"]
 
     def own_loss(self, client: Client, message: Message) -> Message:
@@ -265,7 +265,7 @@ class Robust(LocalTraining):
         return batch.task.loss(model, batch)
 
     def scaled(self, loss: Tensor, received: Received) -> Tensor:
-        """The local loss times the client's factor.
+        """Return the local loss times the client's factor.
 
         Unchanged unless the weights act on local losses.
         """
@@ -274,5 +274,8 @@ class Robust(LocalTraining):
 
 
 def _batches_of(rows: np.ndarray, size: int) -> Sequence[np.ndarray]:
-    """``rows`` in batches of exactly ``size``; an incomplete last batch is left out."""
+    """``rows`` in batches of exactly ``size``.
+
+    An incomplete last batch is left out.
+    """
     return [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]

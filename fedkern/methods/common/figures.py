@@ -16,7 +16,10 @@ from fedkern.models.precision import computing
 
 @computing("fp32")
 def gradcam(network: nn.Module, sets: Mapping[str, EvaluatedSet], count: int) -> dict[str, float]:
-    """The share of Grad-CAM mass inside the object, on the first ``count`` images of every test set with masks."""
+    """Return the share of Grad-CAM mass inside the object.
+
+    It is that of the first ``count`` images of every test set with masks.
+    """
     metrics: dict[str, float] = {}
     if not count or not isinstance(network, StagedNetwork) or not network.maps:
         return metrics

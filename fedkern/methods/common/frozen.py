@@ -62,7 +62,7 @@ def normalises_by_batch(model: nn.Module) -> bool:
 
 
 def frozen_copy(model: N, vectors: Mapping[str, Tensor]) -> N:
-    """A copy of a frozen network, in the same mode, with other flat vectors.
+    """Return a copy of a frozen network, in the same mode, with other flat vectors.
 
     Raises:
         ValueError: a vector's size differs from the network's.

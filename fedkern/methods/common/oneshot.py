@@ -55,7 +55,7 @@ class OneShot(FedAvg):
 
     @property
     def calibrates(self) -> bool:
-        """Whether the server replaces the classifier by what class statistics tell."""
+        """Return whether the server replaces the classifier by what class statistics tell."""
         return bool(self.options.calibrate)
 
     @property
@@ -109,24 +109,24 @@ class OneShot(FedAvg):
     # -- the calibrated model: the averaged network, unless a method overrides these -------------------------------
 
     def publish(self, server: Server) -> Message | dict[ClientId, Message]:
-        """The message from which clients compute the features for their statistics.
+        """Return the message from which clients compute the features for their statistics.
 
         One for all, or one per client.
         """
         return vectors_of(server.state)
 
     def published(self, client: Client, message: Message) -> Any:
-        """The network whose ``features`` the statistics describe, in eval mode, on the client's device."""
+        """Return the network whose ``features`` the statistics describe, in eval mode, on the client's device."""
         return load(flatten(client.network()), message).eval()
 
     def head(self, server: Server) -> nn.Linear:
-        """The classifier to calibrate."""
+        """Return the classifier to calibrate."""
         network: Any = load(flatten(server.build()), server.state)
         return network.head
 
     @torch.no_grad()
     def replace_head(self, server: Server, head: nn.Linear) -> None:
-        """Puts the calibrated classifier into the server's state."""
+        """Put the calibrated classifier into the server's state."""
         flat = flatten(server.build())
         network: Any = load(flat, server.state)
         network.head.weight.copy_(head.weight)
@@ -205,11 +205,11 @@ class MemberNetworks(OwnNetworks, OneShot):
 
     @property
     def by_class(self) -> bool:
-        """Whether clients tell their class counts, by which their networks are weighed class by class."""
+        """Return whether clients tell their class counts, by which their networks are weighed class by class."""
         return bool(self.options.class_weights == "counts")
 
     def member_weights(self, server: Server) -> Tensor | None:
-        """The members' class counts ``[M, C]``, which are their weights in an ensemble.
+        """Return the members' class counts ``[M, C]``, which are their weights in an ensemble.
 
         None where all weigh alike.
         """
@@ -260,6 +260,6 @@ class MemberNetworks(OwnNetworks, OneShot):
 
 
 def exhaust(uploads: Iterable[Upload]) -> None:
-    """Runs through the uploads of an exchange without using them, so that every client does its part."""
+    """Run through the uploads of an exchange without using them, so that every client does its part."""
     for _ in uploads:
         pass

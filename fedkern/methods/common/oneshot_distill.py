@@ -62,7 +62,10 @@ class Distilled(MemberNetworks):
 
     @abstractmethod
     def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
-        """Trains ``student`` in place on the logits of ``teachers``; both are on the server's device."""
+        """Trains ``student`` in place on the logits of ``teachers``.
+
+        Both are on the server's device.
+        """
 
     def follow(
         self,
@@ -94,7 +97,7 @@ class Distilled(MemberNetworks):
         return running.read()
 
     def generator(self, server: Server, draw: torch.Generator) -> Generator:
-        """A fresh generator for the data's image size, on the server's device."""
+        """Return a fresh generator for the data's image size, on the server's device."""
         o = self.options
         channels, height, width = server.image_shape
         network = Generator(
@@ -104,7 +107,7 @@ class Distilled(MemberNetworks):
         return network.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def synthesis(self, **settings: Any) -> Synthesis:
-        """Settings of the image synthesis, from the options."""
+        """Return the settings of the image synthesis, from the options."""
         o = self.options
         return Synthesis(
             steps=o.generator_steps, size=o.synthesis_batch, lr=o.generator_lr, batch_norm=o.bn_weight, **settings
@@ -152,7 +155,7 @@ class Distilled(MemberNetworks):
 
 
 def torch_stream(node: Node, purpose: str, phase: Phase) -> torch.Generator:
-    """A CPU ``torch.Generator``, seeded by the server's or a client's own stream for a purpose and round."""
+    """Return a CPU ``torch.Generator``, seeded by the server's or a client's own stream for a purpose and round."""
     return torch.Generator().manual_seed(int(node.rng(purpose, phase).integers(2**63)))
 
 
@@ -174,7 +177,7 @@ class Pool:
 
     @torch.no_grad()
     def add(self, inputs: Any) -> None:
-        """Adds inputs of a network: normalised images fp32 [n, C, H, W], or tensors [n, ...] however nested."""
+        """Add inputs of a network: normalised images fp32 [n, C, H, W], or tensors [n, ...] however nested."""
         logits, begin = self._teachers.logits(inputs), self._count
         end = begin + logits.shape[1]
         if not begin:
@@ -186,7 +189,10 @@ class Pool:
         self._count = end
 
     def take(self, index: Tensor) -> tuple[object, Tensor]:
-        """Inputs of B samples and the members' logits, [K, B, C] or [K, B, C, H, W], at ``index`` int64 [B] (CPU)."""
+        """Return inputs of B samples and the members' logits.
+
+        Logits are [K, B, C] or [K, B, C, H, W]; ``index`` is int64 [B] (CPU).
+        """
         index = send(index, self._logits.device)
         return mapped(lambda rows: _from_rows(rows.index_select(0, index)), self._rows), self._logits.index_select(
             1, index
@@ -212,19 +218,22 @@ def _from_rows(rows: Tensor) -> Tensor:
 
 
 class Means:
-    """Means of named figures, each over its own number of values; adding a value does not wait for the device."""
+    """Means of named figures, each over its own number of values.
+
+    Adding a value does not wait for the device.
+    """
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, **figures: Tensor) -> None:
-        """Adds one scalar to each of these figures."""
+        """Add one scalar to each of these figures."""
         for name, value in figures.items():
             total = self._totals.get(name)
             self._totals[name] = value.detach() if total is None else total + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
-        """The means so far."""
+        """Return the means so far."""
         return {name: float(total) / self._counts[name] for name, total in self._totals.items()}

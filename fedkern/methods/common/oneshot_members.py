@@ -22,7 +22,7 @@ have no width."""
 
 
 def parse_models(text: str) -> Architectures:
-    """Parses ``"resnet8:16,cnn"`` into (name, width) of the clients' networks in turn.
+    """Parse ``"resnet8:16,cnn"`` into (name, width) of the clients' networks in turn.
 
     An empty text means the run's own network for all clients.
 
@@ -55,7 +55,10 @@ class OwnNetworks(Objective, Method):
 
 
 def flatten(module: nn.Module) -> FlatParameters:
-    """The module as flat vectors, in the engine's memory layout (convolutions of fedkern's networks channels-last)."""
+    """Return the module as flat vectors, in the engine's memory layout.
+
+    Convolutions of fedkern's networks are channels-last.
+    """
     if channels_last(module):
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return personal_parts.flatten(module)
@@ -68,7 +71,7 @@ def vectors(flat: FlatParameters) -> Message:
 
 
 def load(flat: FlatParameters, message: Message) -> nn.Module:
-    """Writes the vectors of a message into a module and returns the module.
+    """Write the vectors of a message into a module and return the module.
 
     Raises:
         ValueError: a vector is missing, or its size differs from the module's.

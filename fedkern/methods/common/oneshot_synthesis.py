@@ -74,7 +74,7 @@ class BatchNormStatistics:
         self._terms.append(torch.linalg.vector_norm(var - layer.running_var))
 
     def take(self) -> Tensor | float:
-        """The distance summed over all forward passes since the last call.
+        """Return the distance summed over all forward passes since the last call.
 
         0 without batch norms.
         """
@@ -106,7 +106,7 @@ class Synthesis:
 
 
 def divergence(student: Tensor, teachers: Tensor, weights: Tensor) -> Tensor:
-    """The term that a generator maximises: mean over images of ``KL(ensemble || student)`` at their boundary.
+    """Return the term that a generator maximises: mean over images of ``KL(ensemble || student)`` at their boundary.
 
     Only images count on which ensemble and student predict different classes (DENSE, equation 5).  Gradients reach both
     ``student`` and ``teachers``.
@@ -182,7 +182,7 @@ def synthesise(
 
 
 def refuse_diverged(student: nn.Module) -> None:
-    """Raises UserError where a parameter or a running statistic of the student is not finite."""
+    """Raise UserError where a parameter or a running statistic of the student is not finite."""
     if not all(bool(torch.isfinite(x).all()) for x in (*student.parameters(), *student.buffers())):
         raise UserError("The student diverged: lower the method option distill_lr.")
 

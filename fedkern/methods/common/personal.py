@@ -18,19 +18,19 @@ from fedkern.tasks.user_tasks import inner
 
 
 def own_network(client: Client, key: str, fresh: nn.Module) -> nn.Module:
-    """A network with the tensors that :func:`keep_network` kept under ``key``, or as ``fresh`` as it is."""
+    """Return a network with the tensors that :func:`keep_network` kept under ``key``, or as ``fresh`` as it is."""
     if key in client.state:
         fresh.load_state_dict(client.state[key])
     return fresh
 
 
 def keep_network(client: Client, key: str, network: nn.Module) -> None:
-    """Keeps a network's tensors in the client's state."""
+    """Keep a network's tensors in the client's state."""
     client.state[key] = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
 
 def with_vectors(network: nn.Module, message: Message, client: Client) -> FlatParameters:
-    """Writes a message's vectors, and what the client keeps to itself, into a network.
+    """Write a message's vectors, and what the client keeps to itself, into a network.
 
     Returns it as flat vectors.
     """
@@ -41,7 +41,9 @@ def with_vectors(network: nn.Module, message: Message, client: Client) -> FlatPa
 
 
 class Personal(nn.Module):
-    """The clients' own networks; the joint prediction is the mean of their logits.
+    """The clients' own networks.
+
+    The joint prediction is the mean of their logits.
 
     Args:
         members: networks by client id.
@@ -70,7 +72,7 @@ class OfClient:
         self._data, self.keep = data, None if keep is None or client is None else partial(keep, client=client)
 
     def record(self, predictions: Tensor) -> None:
-        """Records nothing: no single network made the predictions."""
+        """Record nothing: no single network made the predictions."""
 
     def __len__(self) -> int:
         return len(self._data)
@@ -89,7 +91,7 @@ def mean_figures(
 
 
 def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every figure over the clients, at least one, which all have the same figures."""
+    """Return the mean of every figure over the clients, at least one, which all have the same figures."""
     return {name: sum(row[name] for row in figures) / len(figures) for name in figures[0]}
 
 
@@ -108,5 +110,5 @@ class ClientsNetworks:
         self._method, self._clients, self._network = method, clients, network
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
-        """The mean over all clients' networks."""
+        """Return the mean over all clients' networks."""
         return mean_figures(self._method.evaluate, ((k, self._network(k)) for k in self._clients), data)

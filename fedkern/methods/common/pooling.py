@@ -46,7 +46,10 @@ CHUNK = 128
 
 
 class Pooling:
-    """The two pooling exchanges for the network that ``method`` evaluates; none unless ``on``."""
+    """The two pooling exchanges for the network that ``method`` evaluates.
+
+    None unless ``on``.
+    """
 
     def __init__(self, method: Method, on: bool = True) -> None:
         self.method, self.on = method, on and method.pools_statistics
@@ -67,7 +70,7 @@ class Pooling:
                 )
 
     def exchanges(self, entry: Round, evaluated: bool) -> list[tuple[str, str]]:
-        """The exchanges of a round, each with whose it is: ``"method"``, or ``"pooling"`` for this object.
+        """Return the exchanges of a round, each with whose it is: ``"method"``, or ``"pooling"`` for this object.
 
         Args:
             evaluated: whether the network is evaluated at the end of the round.
@@ -82,14 +85,14 @@ class Pooling:
         return [*exchanges[:at], *((name, "pooling") for name in EXCHANGES), *exchanges[at:]]
 
     def send(self, server: Server, phase: Phase) -> Message:
-        """The network in the first exchange, only the statistics in the second."""
+        """Return the network in the first exchange, only the statistics in the second."""
         if phase.exchange == EXCHANGES[0]:
             server.round_cache["asked"] = True
             return self.method.vectors(server)
         return {"buffers": server.state["buffers"]}
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        """``samples``, and by batch norm name fp64 [2, features]: the sums of its inputs and of their squares.
+        """Return ``samples``, and by batch norm name fp64 [2, features]: the sums of its inputs and of their squares.
 
         The received network and the heads' inputs stay in ``round_cache`` (``asked``, ``heads``).
         """
@@ -108,7 +111,7 @@ class Pooling:
         return answer
 
     def _heads(self, client: Client, network: PairNetwork, phase: Phase) -> dict[str, Tensor]:
-        """Inputs of both heads, fp32 [n, d], for the samples drawn for this round."""
+        """Return the inputs of both heads, fp32 [n, d], for the samples drawn for this round."""
         rows = self.method.statistics_rows(client)
         if len(rows) > SAMPLES:
             rows = np.sort(client.rng("statistics", phase).choice(rows, SAMPLES, replace=False))
@@ -121,7 +124,7 @@ class Pooling:
         return {"image_head": torch.cat(images), "text_head": torch.cat(texts)}
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        """Declaration of the upload of `client_update`."""
+        """Return the declaration of the upload of `client_update`."""
 
         def declare() -> Declaration:
             network: Any = server.build()
@@ -135,7 +138,7 @@ class Pooling:
         return make_once(server.round_cache, phase.exchange, declare)
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
-        """Writes mean and variance of the mixture of clients into ``server.state["buffers"]``."""
+        """Write mean and variance of the mixture of clients into ``server.state["buffers"]``."""
         total = 0.0
         pooled: dict[str, Tensor] = {}
         for upload in uploads:

@@ -47,7 +47,7 @@ def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights
 
 
 def project(point: Weights, rho: float, centre: Weights | None = None) -> Weights:
-    """The nearest point of the ball Q, in the Euclidean distance.
+    """Return the nearest point of the ball Q, in the Euclidean distance.
 
     Around uniform weights there is a closed form in O(N log N) (docs/methods/feddra.md, section 7).  The m largest
     entries become ``1/m + sqrt(R / V) (v_i - mean)`` with ``R = (2 rho + 1) / N - 1/m`` and their scatter V, where m is

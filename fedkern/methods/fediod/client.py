@@ -122,7 +122,7 @@ class Answers:
         return {"gradients": message["share"] * total}
 
     def _measure(self, phase: Phase, pending: Pending, messages: Messages) -> None:
-        """Reports the median norm of one client's rows, from which to choose the clipping norm of a private run.
+        """Report the median norm of one client's rows, from which to choose the clipping norm of a private run.
 
         The clients take turns, one a round, in the last iteration in which the client trains a discriminator.  One
         client's gradients alone cost as much as the sum over all clients, so only one client is measured.
@@ -159,7 +159,7 @@ class Answers:
         return answers
 
     def _count(self, row: int, values: Tensor, slots: Sequence[int]) -> None:
-        """Adds the values ``[K]`` of the clients in ``slots`` to a figure's sums.
+        """Add the values ``[K]`` of the clients in ``slots`` to a figure's sums.
 
         Other clients' values are ignored.
         """
@@ -171,7 +171,7 @@ class Answers:
             self._counts[row][slot] += 1
 
     def _report(self) -> None:
-        """Writes the round's means so far into the clients' reports."""
+        """Write the round's means so far into the clients' reports."""
         rows = self._seen.tolist()
         for slot, client in enumerate(self.clients):
             for name, row, counts in zip(("critic_loss", "realism"), rows, self._counts, strict=True):

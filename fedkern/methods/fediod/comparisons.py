@@ -39,7 +39,7 @@ class Panel(nn.Module):
         return len(self._data)
 
     def batches(self) -> Iterator[Batch]:
-        """The test set's batches.
+        """Yield the test set's batches.
 
         Keeps the teachers' logits for the next pass.
         """

@@ -58,7 +58,7 @@ class Discriminators:
     # -- shards: a client's slot holds one discriminator at a time -------------------------------------------------
 
     def bring(self, choice: Callable[[Client], int]) -> None:
-        """Loads, for every client, the discriminator of the shard that ``choice`` names into the client's slot.
+        """Load, for every client, the discriminator of the shard that ``choice`` names into the client's slot.
 
         A discriminator that is in the slot already is stored and loaded again, so that the time does not reveal it.
         """
@@ -86,7 +86,7 @@ class Discriminators:
         self._point(slot)
 
     def _point(self, slot: int) -> None:
-        """Makes the client's state views of the live tensors."""
+        """Make the client's state views of the live tensors."""
         part, state = self._parts[slot], self._adam.state
         self._clients[slot].state["critics"][self._here[slot]] = {
             "weights": dict(part),
@@ -98,7 +98,9 @@ class Discriminators:
     # -- training and answers --------------------------------------------------------------------------------------
 
     def real(self, slot: int, phase: Phase, iteration: int) -> Tensor | None:
-        """The client's real images of an iteration, ``[batch, C, H, W]``; None when its samples are used up.
+        """Return the client's real images of an iteration, ``[batch, C, H, W]``.
+
+        None when its samples are used up.
 
         A round goes once through the client's samples in random order; the last batch is filled up from the start.
         With shards, every batch is drawn anew from the shard whose discriminator is loaded.
@@ -170,6 +172,9 @@ class Discriminators:
         return torch.cat([self.look(images[part])[1] for part in batch_slices(count, self._options.batch)], 1)
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Realism losses and confidences, both ``[K, B]``, of images ``[B, C, H, W]``; gradients reach the images."""
+        """Realism losses and confidences, both ``[K, B]``, of images ``[B, C, H, W]``.
+
+        Gradients reach the images.
+        """
         patches = self.module(images)
         return against(patches, True), confidence(patches)

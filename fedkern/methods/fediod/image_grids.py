@@ -20,7 +20,7 @@ SHOWN = 8
 
 
 def log_pictures(server: Server, generator: Generator | None, options: IODOptions, ensemble: Ensemble | None) -> None:
-    """Logs the three pictures of the last iteration of a round.
+    """Log the three pictures of the last iteration of a round.
 
     Args:
         generator: the generator that makes the student's images, in train mode; None with ``mode=public``.
@@ -52,7 +52,7 @@ def agreement(logits: Tensor) -> Tensor:
 
 
 def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
-    """The table with a row for every client.
+    """Return the table with a row for every client.
 
     The rows of clients that did not answer are NaN.
     """
@@ -63,7 +63,7 @@ def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
 
 @torch.no_grad()
 def _images(server: Server, generator: Generator, options: IODOptions) -> Tensor:
-    """Generated images in [0, 1] from the same noise in every round."""
+    """Return the generated images in [0, 1] from the same noise in every round."""
     draw = torch_stream(server, "shown", BEFORE)
     z = torch.randn(options.batch, NOISE, generator=draw).to(server.device)
     # A copy: a forward pass in train mode would change the running statistics of batch norm.

@@ -18,7 +18,10 @@ from fedkern.typed_option import option
 
 @dataclass(frozen=True)
 class IODOptions(Method.Options):
-    """Options of FedIOD; the defaults are the settings of docs/fediod.md."""
+    """Options of FedIOD.
+
+    The defaults are the settings of docs/fediod.md.
+    """
 
     epsilon: float | None = option(
         None, "target epsilon of the whole run, for the releases that are covered (all of them with teacher_dp). The "
@@ -161,19 +164,19 @@ class IODOptions(Method.Options):
         return self.noise != "seed" and self.claims_privacy
 
     def count_batches(self, samples: int) -> int:
-        """Number of batches that a client's samples fill: its most discriminator steps in a round."""
+        """Return the number of batches that a client's samples fill: its most discriminator steps in a round."""
         return math.ceil(samples / self.batch)
 
     def count_iterations(self, federation: Federation) -> int:
-        """Number of iterations of a round."""
+        """Return the number of iterations of a round."""
         return self.iterations or self.count_batches(max(federation.samples))
 
     def count_steps(self, federation: Federation) -> int:
-        """Number of iterations of the whole run, each of which asks every client for its gradient once."""
+        """Return the number of iterations of the whole run, each of which asks every client for its gradient once."""
         return federation.rounds * self.count_iterations(federation)
 
     def find_first_taught(self, federation: Federation) -> int:
-        """The run's first iteration in which the student learns."""
+        """Return the run's first iteration in which the student learns."""
         return int(self.warmup * self.count_steps(federation)) if self.makes_images else 0
 
     def guarantee(self, unit: Unit = IMAGE) -> Guarantee | None:

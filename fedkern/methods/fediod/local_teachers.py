@@ -31,11 +31,11 @@ class Held:
 
     @property
     def can_be_scored(self) -> bool:
-        """Whether these samples can be scored: at least one sample (segmentation: pixel) has a known class."""
+        """Return whether these samples can be scored: at least one sample (segmentation: pixel) has a known class."""
         return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
 
     def batches(self) -> Iterator[Batch]:
-        """The samples in order, not augmented."""
+        """Yield the samples in order, not augmented."""
         for part in batch_slices(len(self), min(self.task.outside, 500)):
             yield self._client.batch(self._rows[part])
 
@@ -85,10 +85,10 @@ def make_teacher(method: OwnNetworks, client: Client) -> None:
 
 
 def build_network(method: OwnNetworks, client: Client) -> nn.Module:
-    """A fresh network of the client's architecture, in train mode on its device."""
+    """Return a fresh network of the client's architecture, in train mode on its device."""
     return client.network(**method.architecture(client.id))
 
 
 def load_teacher(method: OwnNetworks, client: Client) -> nn.Module:
-    """The client's trained teacher, frozen, in eval mode."""
+    """Return the client's trained teacher, frozen, in eval mode."""
     return load(flatten(build_network(method, client)), client.state["teacher"]).eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from fedkern import ops
 
 
 def scalar_of(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """A scalar whose gradients with respect to ``outputs`` are ``gradients``, to the last bit.
+    """Return a scalar whose gradients with respect to ``outputs`` are ``gradients``, to the last bit.
 
     The alternative, ``grad_outputs`` of ``torch.autograd.grad``, imports sympy at its first call: a third of a second.
     """
@@ -105,7 +105,9 @@ def balance(logits: Tensor, pi: Tensor) -> Tensor:
 
 
 def teacher_terms(logits: Tensor, pi: Tensor, w_balance: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The terms of the generator's loss ``L_G`` that use the teachers' logits: their weighted sum, and each by name.
+    """Return the terms of the generator's loss ``L_G`` that use the teachers' logits.
+
+    They are their weighted sum, and each by name.
 
     Args:
         logits: the teachers' logits ``[K, B, C, *positions]``; gradients reach them.

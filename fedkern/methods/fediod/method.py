@@ -213,7 +213,7 @@ class FedIOD(OwnNetworks):
     # -- the clients -----------------------------------------------------------------------------------------------
 
     def untrained(self, client: Client) -> np.ndarray:
-        """The hold-out of the client's teacher.
+        """Return the hold-out of the client's teacher.
 
         The client's discriminators do train on these images.
         """
@@ -266,7 +266,7 @@ class FedIOD(OwnNetworks):
         return {"logits": torch.cat(list(logits))}
 
     def bank(self, clients: Mapping[ClientId, Client]) -> TeacherStack:
-        """The teachers of these clients, in their order."""
+        """Return the teachers of these clients, in their order."""
         ids = tuple(clients)
         if ids not in self._banks:
             for k in ids:
@@ -278,7 +278,7 @@ class FedIOD(OwnNetworks):
         return self._banks[ids]
 
     def _answers(self, clients: Mapping[ClientId, Client]) -> Answers:
-        """The clients' answers, the same object in every exchange of a round."""
+        """Return the clients' answers, the same object in every exchange of a round."""
         cache = next(iter(clients.values())).round_cache
         if "answers" not in cache:
             cache["answers"] = Answers(list(clients.values()), self.bank(clients), self.options)
@@ -301,7 +301,7 @@ class FedIOD(OwnNetworks):
     def oracle_metrics(
         self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, TestSet]
     ) -> dict[str, float]:
-        """The teachers' figures on every test set, and ``holdout``, their mean on their clients' own hold-outs."""
+        """Return the teachers' figures on every test set, and ``holdout``, their mean on the clients' own hold-outs."""
         members = {k: clients[k] for k in sorted(server.state["classes"]) if "teacher" in clients[k].state}
         figures: dict[str, float] = {}
         for prefix, data in sets.items() if members else ():

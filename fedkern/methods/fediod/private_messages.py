@@ -58,7 +58,7 @@ TEACHER_CLIP = 1.0
 
 
 def prepare(server: Server, options: IODOptions) -> None:
-    """Finds the noise before anything is written (in ``Method.start``) and keeps it in ``server.state["privacy"]``.
+    """Find the noise before anything is written (in ``Method.start``) and keep it in ``server.state["privacy"]``.
 
     Raises:
         UserError: dp-accounting is not installed, no noise meets the target, or there are no gradients to noise.
@@ -115,7 +115,7 @@ def agree(client: Client, message: Mapping[str, Any]) -> None:
 
 
 def secret(client: Client, options: IODOptions) -> str:
-    """The client's secret, which is mixed into its private streams: hexadecimal digits.
+    """Return the client's secret, which is mixed into its private streams: hexadecimal digits.
 
     "" where the seed is used.
 
@@ -130,7 +130,10 @@ def secret(client: Client, options: IODOptions) -> str:
 
 
 def next_key(client: Client, channel: str, options: IODOptions) -> NoiseKey:
-    """The key of the client's next release in a channel.  No key is given twice, not even by a resumed client."""
+    """Return the key of the client's next release in a channel.
+
+    No key is given twice, not even by a resumed client.
+    """
     digits = secret(client, options)
     # With noise=seed the 16 bytes follow from the run's seed: whoever knows the seed has them.
     material = bytes.fromhex(digits) if digits else client.rng("privacy", OUTSIDE).bytes(SECRET_BYTES)
@@ -141,7 +144,9 @@ def next_key(client: Client, channel: str, options: IODOptions) -> NoiseKey:
 
 
 def shards(client: Client, options: IODOptions) -> Sequence[np.ndarray]:
-    """The client's samples in disjoint shards, one for each discriminator: positions int64 in the client's split.
+    """Return the client's samples in disjoint shards, one for each discriminator.
+
+    Positions are int64, in the client's split.
 
     The shards are the same at every call of a run and do not depend on the data.  Patients stay whole where they are
     the unit of privacy.
@@ -163,7 +168,7 @@ def shards(client: Client, options: IODOptions) -> Sequence[np.ndarray]:
 
 
 def trainings(client: Client, options: IODOptions) -> int:
-    """Number of iterations in which the client trains a discriminator.
+    """Return the number of iterations in which the client trains a discriminator.
 
     These are the first ones of a round.
     """
@@ -187,7 +192,7 @@ def serving(client: Client, phase: Phase, options: IODOptions) -> int:
 
 
 def release_histogram(client: Client, histogram: Tensor, options: IODOptions) -> Tensor:
-    """The client's class counts fp32 [C] (samples, or pixels for segmentation) as sent to the server, once.
+    """Return the client's class counts fp32 [C] (samples, or pixels for segmentation) as sent to the server, once.
 
     The noise is measured in records.  A record has a count of N: 1 for classification, all pixels of an image for
     segmentation.  Pixels of unknown class are part of N, because how many are known is itself private.
@@ -206,7 +211,7 @@ def release_histogram(client: Client, histogram: Tensor, options: IODOptions) ->
 
 
 def sanitise(client: Client, u_d: Tensor | None, options: IODOptions) -> Tensor | None:
-    """The gradient of a generator step through the private discriminator, as sent to the server.
+    """Return the gradient of a generator step through the private discriminator, as sent to the server.
 
     A row that is not finite is released as noise around 0: a NaN in the answer would reveal something about the data.
 
@@ -252,7 +257,7 @@ def _book(client: Client, channel: str, noise: float, shards: int = 1) -> None:
 
 
 def check(client: Client, make: Callable[[], nn.Module], options: IODOptions) -> None:
-    """Checks a client before anything is written.
+    """Check a client before anything is written.
 
     Args:
         make: builds the client's teacher, untrained.

@@ -39,7 +39,10 @@ STUDENT_MOMENTUM, STUDENT_DECAY, STUDENT_LR_END = 0.9, 3e-5, 1e-5
 
 
 def stack_class_counts(server: Server, ids: Sequence[ClientId]) -> Tensor:
-    """Return the class counts as the clients disclosed them, fp32 ``[K, C]``; ones ``[K, 1]`` without any."""
+    """Return the class counts as the clients disclosed them, fp32 ``[K, C]``.
+
+    Ones ``[K, 1]`` without any.
+    """
     return torch.stack([server.state["classes"][k].float() for k in ids])
 
 
@@ -51,12 +54,15 @@ def prepare_images(images: Tensor, node: Node) -> Tensor:
 
 
 def cosine(start: float, end: float, progress: float) -> float:
-    """A learning rate that falls from ``start`` to ``end`` along half a cosine while ``progress`` goes from 0 to 1."""
+    """Return a learning rate that falls from ``start`` to ``end``.
+
+    It follows half a cosine while ``progress`` goes from 0 to 1.
+    """
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_generator(server: Server, options: IODOptions, draw: torch.Generator) -> Generator:
-    """A fresh generator for the images of the run, on the server's device.
+    """Return a fresh generator for the images of the run, on the server's device.
 
     The first images have the data's mean colour.  Teachers may be sure of grey images, and leaving these can take half
     of a short training: on MNIST (Dirichlet 0.1, seed 2) the student reached 38 % from grey images, 73 % from the mean.
@@ -174,7 +180,7 @@ class Workshop:
 
     @property
     def teaches(self) -> bool:
-        """Whether the warm-up is over, so that the student learns in this iteration."""
+        """Return whether the warm-up is over, so that the student learns in this iteration."""
         return self.iteration >= self._first_taught
 
     def generate(self, draw: torch.Generator) -> Tensor:
@@ -194,7 +200,7 @@ class Workshop:
 
     @torch.no_grad()
     def examples(self, draw: torch.Generator) -> Tensor:
-        """The student's images of an iteration, for all steps one after another, as they are sent."""
+        """Return the student's images of an iteration, for all steps one after another, as they are sent."""
         o = self.options
         zs = [send(torch.randn(o.batch, NOISE, generator=draw), self.server.device) for _ in range(o.student_steps)]
         assert self.generator is not None
@@ -224,7 +230,7 @@ class Workshop:
         return Ensemble(ids, logits, send(pi, device), pi.tolist(), importance(disclosed, scores), mask)
 
     def criticise(self, answers: Mapping[int, Message]) -> dict[int, Message]:
-        """Computes the generator's losses on the clients' answers, and the messages that ask for gradients.
+        """Compute the generator's losses on the clients' answers, and the messages that ask for gradients.
 
         Returns:
             For every client its weight ``share`` (pi_k, which is public) and B times the gradient of the losses with
@@ -253,7 +259,7 @@ class Workshop:
     # -- the student's steps ---------------------------------------------------------------------------------------
 
     def teach(self, images: Tensor, ensemble: Ensemble, size: int) -> None:
-        """Steps of the student towards the ensemble on sent images, ``size`` images a step.
+        """Train the student towards the ensemble on sent images, ``size`` images a step.
 
         With public images the last step may be smaller, but it has at least two images where ``images`` has two (see
         ``batch_slices``).
@@ -281,7 +287,7 @@ class Workshop:
     # -- the end of a round ----------------------------------------------------------------------------------------
 
     def keep(self) -> None:
-        """Writes everything back into the server's state, and the round's means into the server's report.
+        """Write everything back into the server's state, and the round's means into the server's report.
 
         Warns in the second half of the run of a generator whose images hardly differ.  In the first half new weights
         give such images too.

@@ -59,7 +59,7 @@ def base_width(network: nn.Module) -> int:
 
 
 def scaled_width(option: str, network: nn.Module, clients: int) -> int:
-    """The clients' width: a number as given, or for ``"auto"`` round(w / sqrt(M)) of a network of width w.
+    """Return the clients' width: a number as given, or for ``"auto"`` round(w / sqrt(M)) of a network of width w.
 
     M branches of width w' hold about M (w' / w)^2 times the parameters of one network of width w.  With ``"auto"`` the
     fused model is therefore about as large as one ordinary model, adaptors aside (docs/methods/fusefl.md, section 4).
@@ -75,7 +75,7 @@ def scaled_width(option: str, network: nn.Module, clients: int) -> int:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict as it is sent: contiguous copies on the CPU."""
+    """Return a module's state dict as it is sent: contiguous copies on the CPU."""
     return {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in module.state_dict().items()
@@ -91,7 +91,7 @@ def sent_state(network: nn.Module, level: int) -> dict[str, Tensor]:
 
 
 def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, Tensor]:
-    """The clients' classifiers merged into one, before calibration, for features that are fused by ``final``.
+    """Return the clients' classifiers merged into one, before calibration, for features that are fused by ``final``.
 
     The uniform average; with ``concat`` its logits on all branches' features side by side are the mean of the clients'.
     """

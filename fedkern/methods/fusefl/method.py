@@ -119,7 +119,7 @@ class FuseFL(Objective, Method):
         server.state.update({"widths": widths, "levels": {}, "heads": {}, "seen": {}})
 
     def _widths(self, networks: Sequence[nn.Module], clients: int) -> list[int]:
-        """The width of every kind of network.
+        """Return the width of every kind of network.
 
         0 for a user's network, which has no other width than its own.
         """
@@ -158,7 +158,7 @@ class FuseFL(Objective, Method):
         return list(names)
 
     def network(self, place: Client | Server, client: ClientId, widths: list[int]) -> BlockNetwork:
-        """The network of ``client`` in blocks, freshly initialised.
+        """Return the network of ``client`` in blocks, freshly initialised.
 
         The same at the server and at every client.
 
@@ -173,7 +173,7 @@ class FuseFL(Objective, Method):
     # -- what travels ----------------------------------------------------------------------------------------------
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
-        """Sends every client the other clients' (adaptor, block) pairs of the level before.
+        """Send every client the other clients' (adaptor, block) pairs of the level before.
 
         It has kept its own.
 
@@ -241,7 +241,7 @@ class FuseFL(Objective, Method):
         return cross_entropy(model(batch.drawn["inputs"]), batch.targets)
 
     def prepare(self, model: LocalPart, batch: Batch, received: Received) -> Drawn:
-        """The frozen levels' joined results on the batch, computed once where they stay the same."""
+        """Return the frozen levels' joined results on the batch, computed once where they stay the same."""
         frozen, x = model.frozen, batch.inputs
         if frozen is None:
             return {"inputs": x}
@@ -303,7 +303,7 @@ class FuseFL(Objective, Method):
         return expected
 
     def _report_traffic(self, server: Server) -> None:
-        """Reports the mean bytes per client of every round so far, and their sums over the levels."""
+        """Report the mean bytes per client of every round so far, and their sums over the levels."""
         report, clients = server.report, server.federation.clients
         for name, ways in server.traffic.items():
             report.update({f"{name}_{way}_bytes": total / clients for way, total in ways.items()})
@@ -314,7 +314,7 @@ class FuseFL(Objective, Method):
     # -- the fused model -------------------------------------------------------------------------------------------
 
     def model(self, server: Server) -> nn.Module | None:
-        """The fused network once its last level is there.
+        """Return the fused network once its last level is there.
 
         None before, when there is no common model.
         """
@@ -330,7 +330,10 @@ class FuseFL(Objective, Method):
         return FusedNetwork(frozen, head or plain, final=self.options.final_fuse, plain_head=plain_head)
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
-        """The usual figures and ``uncalibrated_accuracy``, that of the averaged classifier before calibration."""
+        """Return the usual figures and ``uncalibrated_accuracy``.
+
+        That is the accuracy of the averaged classifier before calibration.
+        """
         head, plain_head = (model.head, model.plain_head) if isinstance(model, FusedNetwork) else (None, None)
         if not isinstance(model, FusedNetwork) or head is None or plain_head is None:
             return super().evaluate(model, data)
@@ -345,7 +348,7 @@ class FuseFL(Objective, Method):
         return linear_of(plain_head(list(server.state["heads"].values()), self.options.final_fuse), server.device)
 
     def _fuse(self, place: Client | Server, networks: _Networks, levels: Levels) -> FusedNetwork:
-        """The given levels 1, 2, ... as one frozen network."""
+        """Return the given levels 1, 2, ... as one frozen network."""
         frozen: list[FusedLevel] = []
         for level, pairs in sorted(levels.items()):
             shapes = networks.shapes(next(iter(pairs)))[max(0, level - 2) : level]
@@ -394,7 +397,7 @@ def _gather_levels(client: Client, message: Message) -> dict[int, dict[ClientId,
 def _with_statistics(
     levels: Levels, statistics: Mapping[int, Mapping[ClientId, Mapping[str, Tensor]]]
 ) -> dict[int, dict[ClientId, Message]]:
-    """The levels with the given buffers in their blocks."""
+    """Return the levels with the given buffers in their blocks."""
     changed = {i: dict(pairs) for i, pairs in levels.items()}
     for i, by_client in statistics.items():
         for j, buffers in by_client.items():
@@ -403,7 +406,7 @@ def _with_statistics(
 
 
 def _statistics(fused: FusedNetwork, levels: Levels) -> dict[int, dict[ClientId, dict[str, Tensor]]]:
-    """The frozen blocks' buffers after training, by level and client."""
+    """Return the frozen blocks' buffers after training, by level and client."""
     parts: list[Any] = list(fused.levels)
     return {
         i: dict(zip(levels[i], level.statistics(), strict=True)) for i, level in zip(sorted(levels), parts, strict=True)

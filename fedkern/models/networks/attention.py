@@ -12,7 +12,7 @@ HEAD_WIDTH = 64
 
 
 def head_count(width: int) -> int:
-    """The largest number of heads that divides ``width`` into at least 64 channels (12 for 768), or 1."""
+    """Return the largest number of heads that divides ``width`` into at least 64 channels (12 for 768), or 1."""
     return max(heads for heads in range(1, max(1, width // HEAD_WIDTH) + 1) if width % heads == 0)
 
 
@@ -46,7 +46,7 @@ class TransformerLayer(nn.Module):
 
     @autocasts
     def first(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The first token ``[B, d]`` of the result of :meth:`forward`, without computing the other tokens.
+        """Return the first token ``[B, d]`` of the result of :meth:`forward`, without computing the other tokens.
 
         A single query needs neither keys nor values of the other tokens.  With ``k = W x + b`` its scores are
         ``(q W) x`` plus a constant that softmax ignores, and the weighted mean of the values is the value matrix times
@@ -72,7 +72,10 @@ class TransformerLayer(nn.Module):
         return self.narrow(F.gelu(self.widen(tokens)))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps tokens fp32 ``[B, N, d]``; attention sees only tokens where ``mask`` (bool ``[B, N]``) is True."""
+        """Map tokens fp32 ``[B, N, d]``.
+
+        Attention sees only tokens where ``mask`` (bool ``[B, N]``) is True.
+        """
         if self.norm_first:
             tokens = tokens + self._attend(self.norm1(tokens), mask)
             return tokens + self._fed(self.norm2(tokens))

@@ -54,7 +54,7 @@ def run_conv_norm(
 def _run_operator(
     x: Tensor, conv: nn.Module, norm: nn.Module, relu: object, pool: nn.Module | None, residual: Tensor | None
 ) -> Tensor | None:
-    """The operator's result.
+    """Return the operator's result.
 
     None where the layers have to run.
     """
@@ -103,7 +103,7 @@ class NormSequential(nn.Sequential):
     """``nn.Sequential`` whose batch norms have the right gradient, see :func:`fedkern.ops._core.layout.apply_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies the layers one after another."""
+        """Apply the layers one after another."""
         for layer in self:
             x = apply_norm(layer, x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
         return x
@@ -113,7 +113,7 @@ class ConvSequential(nn.Sequential):
     """``nn.Sequential`` that runs convolution, batch norm, ReLU and max pooling in a row by :func:`run_conv_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies the layers one after another."""
+        """Apply the layers one after another."""
         layers: list[Any] = [*self, None, None, None]
         at = 0
         while (layer := layers[at]) is not None:
@@ -157,7 +157,7 @@ class ConvNorm(nn.Module):
         self.pool = nn.MaxPool2d(pool) if pool > 1 else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Maps ``[B, channels_in, H, W]`` to ``[B, channels_out, H // pool, W // pool]``, channels-last.
+        """Map ``[B, channels_in, H, W]`` to ``[B, channels_out, H // pool, W // pool]``, channels-last.
 
         Args:
             residual: ``[B, channels_out, H, W]``, added before the ReLU.

@@ -45,7 +45,7 @@ class PatchDiscriminators(nn.Module):
     last_bias: nn.Parameter
 
     def parts(self) -> list[dict[str, Tensor]]:
-        """The parameters of each of the K discriminators, by name, as views of this module's parameters."""
+        """Return the parameters of each of the K discriminators, by name, as views of this module's parameters."""
         cut = {name: value.detach().tensor_split(self.count) for name, value in self.named_parameters()}
         return [{name: pieces[k] for name, pieces in cut.items()} for k in range(self.count)]
 
@@ -79,7 +79,10 @@ def receptive_field(layers: int) -> int:
 
 
 def whole_image(height: int, width: int) -> int:
-    """Number of layers, at least 2, after which a logit sees the whole image, or as many as the shorter side allows."""
+    """Return the number of layers after which a logit sees the whole image.
+
+    It is at least 2, and at most what the shorter side allows.
+    """
     layers = 2
     while receptive_field(layers) < max(height, width) and 2 ** (layers + 1) <= min(height, width):
         layers += 1
@@ -87,7 +90,7 @@ def whole_image(height: int, width: int) -> int:
 
 
 def draw_parts(generator: torch.Generator, channels: int, ndf: int, layers: int) -> dict[str, Tensor]:
-    """Initial weights of one discriminator, by parameter name."""
+    """Return the initial weights of one discriminator, by parameter name."""
 
     def normal(*shape: int, mean: float = 0.0) -> Tensor:
         return torch.empty(shape).normal_(mean, 0.02, generator=generator)

@@ -36,7 +36,7 @@ class SqueezeExcitation(nn.Module):
 
 
 def mbconv(channels_in: int, channels_out: int, *, size: int, stride: int, expansion: int) -> InvertedResidual:
-    """An inverted residual with squeeze and excitation.
+    """Return an inverted residual with squeeze and excitation.
 
     The squeezed width is a quarter of ``channels_in``.
     """
@@ -47,7 +47,9 @@ def mbconv(channels_in: int, channels_out: int, *, size: int, stride: int, expan
 
 
 class EfficientNetB0(StagedNetwork):
-    """A stem and seven stages of MBConv blocks; 4,020,358 parameters with ten classes and the default width.
+    """A stem and seven stages of MBConv blocks.
+
+    4,020,358 parameters with ten classes and the default width.
 
     Without the paper's dropout and stochastic depth: a run's bits must not depend on the global generator.
 

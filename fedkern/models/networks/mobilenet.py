@@ -17,7 +17,7 @@ FEATURES = 1280
 
 
 def divisible(channels: float) -> int:
-    """Returns ``channels`` rounded to a multiple of 8, at least 8 and never more than a tenth smaller."""
+    """Return ``channels`` rounded to a multiple of 8, at least 8 and never more than a tenth smaller."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
@@ -25,7 +25,10 @@ def divisible(channels: float) -> int:
 def conv_norm(
     channels_in: int, channels_out: int, size: int, *, stride: int = 1, groups: int = 1, activation: nn.Module | None
 ) -> list[nn.Module]:
-    """A convolution of odd ``size`` that keeps the map's size (over ``stride``), batch norm, and the activation."""
+    """Return a convolution of odd ``size`` with batch norm and the activation.
+
+    It keeps the map's size (over ``stride``).
+    """
     layers: list[nn.Module] = [
         nn.Conv2d(channels_in, channels_out, size, stride=stride, padding=size // 2, groups=groups, bias=False),
         nn.BatchNorm2d(channels_out),
@@ -69,13 +72,15 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and channels_in == channels_out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[B, channels_in, H, W]`` to ``[B, channels_out, H / stride, W / stride]``."""
+        """Map ``[B, channels_in, H, W]`` to ``[B, channels_out, H / stride, W / stride]``."""
         y: Tensor = self.layers(x)
         return x + y if self.residual else y
 
 
 class MobileNetV2(StagedNetwork):
-    """A stem and seven stages of inverted residuals; 2,236,682 parameters with ten classes and the default width.
+    """A stem and seven stages of inverted residuals.
+
+    2,236,682 parameters with ten classes and the default width.
 
     Without the paper's dropout: a run's bits must not depend on the global generator.
 

@@ -12,14 +12,19 @@ from fedkern.models.state.allocate import linear_of
 
 
 def mean_logits(logits: Tensor, weights: Tensor) -> Tensor:
-    """The mean ``[B, C, *positions]`` of logits ``[M, B, C, *positions]`` by weights ``[M]`` or ``[M, 1, C]``."""
+    """Return the mean ``[B, C, *positions]`` of logits by weights ``[M]`` or ``[M, 1, C]``.
+
+    Logits are ``[M, B, C, *positions]``.
+    """
     if weights.dim() > 1:
         return torch.einsum("mc,mbc...->bc...", weights[:, 0], logits)
     return torch.einsum("m,mbc...->bc...", weights, logits)
 
 
 class Ensemble(nn.Module):
-    """Frozen networks whose logits are averaged; always in eval mode.
+    """Frozen networks whose logits are averaged.
+
+    Always in eval mode.
 
     With weights by class the members' logits are their log-probabilities: a softmax ignores a constant that is added to
     all logits of a member, and a mean that weighs the members differently for every class does not (FedIOD, arXiv
@@ -64,23 +69,29 @@ class Ensemble(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> Ensemble:
-        """Does nothing: the members are frozen and stay in eval mode."""
+        """Do nothing: the members are frozen and stay in eval mode."""
         return self
 
     # -- features and logits ---------------------------------------------------------------------------------------
 
     def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The members' features, M times ``[B, d_m]``, and logits ``[M, B, C]``; with ``*positions`` for U-Nets."""
+        """Return the members' features, M times ``[B, d_m]``, and logits ``[M, B, C]``.
+
+        With ``*positions`` for U-Nets.
+        """
         features = [member.features(x) for member in self.members]  # type: ignore[operator]
         logits = torch.stack([member.head(f) for member, f in zip(self.members, features, strict=True)])  # type: ignore[operator]
         return features, logits if self.weights.dim() == 1 else logits.log_softmax(2)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Every member's logits ``[M, B, C]``; gradients reach ``x``."""
+        """Every member's logits ``[M, B, C]``.
+
+        Gradients reach ``x``.
+        """
         return self.parts(x)[1]
 
     def features(self, x: Tensor) -> Tensor:
-        """The members' pooled features side by side ``[B, sum d_m]``, or their mean ``[B, d]``."""
+        """Return the members' pooled features side by side ``[B, sum d_m]``, or their mean ``[B, d]``."""
         return self.gather(self.parts(x)[0])
 
     def gather(self, features: list[Tensor]) -> Tensor:
@@ -88,7 +99,7 @@ class Ensemble(nn.Module):
         return torch.cat(features, 1) if self.pool == "concat" else torch.stack(features).mean(0)
 
     def mix(self, logits: Tensor) -> Tensor:
-        """The weighted mean ``[B, C, *positions]`` of the members' logits ``[M, B, C, *positions]``."""
+        """Return the weighted mean ``[B, C, *positions]`` of the members' logits ``[M, B, C, *positions]``."""
         return mean_logits(logits, self.weights)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,11 +107,11 @@ class Ensemble(nn.Module):
         return self.answer(*self.parts(x))
 
     def answer(self, features: list[Tensor], logits: Tensor) -> Tensor:
-        """The ensemble's logits, from the members' features and logits (:meth:`parts`)."""
+        """Return the ensemble's logits, from the members' features and logits (:meth:`parts`)."""
         return self.mix(logits) if self.head is None else self.head(self.gather(features))
 
     def joint_head(self) -> nn.Linear:
-        """The classifier on :meth:`features` that calibration starts from.
+        """Return the classifier on :meth:`features` that calibration starts from.
 
         On concatenated features it gives exactly the weighted mean of the members' logits.  On the mean of the
         features it is the weighted mean of the members' heads.
@@ -117,5 +128,5 @@ class Ensemble(nn.Module):
         return linear_of({"weight": weight, "bias": bias}, weight.device).requires_grad_(False)
 
     def replace_head(self, weight: Tensor, bias: Tensor) -> None:
-        """Replaces the mean of the logits by a classifier on :meth:`features`: ``weight`` [C, D], ``bias`` [C]."""
+        """Replace the mean of the logits by a classifier on :meth:`features`: ``weight`` [C, D], ``bias`` [C]."""
         self.head = linear_of({"weight": weight, "bias": bias}, self.weights.device).requires_grad_(False)

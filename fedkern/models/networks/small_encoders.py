@@ -1,4 +1,7 @@
-"""Small image and text encoders that need no download; the first token represents the whole image or text."""
+"""Small image and text encoders that need no download.
+
+The first token represents the whole image or text.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,9 @@ class ImageEncoder(nn.Module):
 
 
 class ConvTokens(ImageEncoder):
-    """Convolutions with group norm; the tokens are the positions of the last map.
+    """Convolutions with group norm.
+
+    The tokens are the positions of the last map.
 
     Batch norm would need running statistics averaged over clients, whose backgrounds differ.  The last map is at most
     8x8: two stages halve it, and one more for every doubling of the image above 32 pixels.  Channels double from
@@ -141,7 +146,10 @@ class TextTransformer(nn.Module):
         return self.vocabulary.tokenize(texts, self.longest)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Tokens ``[B, L]`` to vectors ``[B, L, d]``; the vectors at padding are meaningless."""
+        """Tokens ``[B, L]`` to vectors ``[B, L, d]``.
+
+        The vectors at padding are meaningless.
+        """
         x = self.embedding(tokens.ids)
         for layer in self.layers:
             x = layer(x, tokens.mask)

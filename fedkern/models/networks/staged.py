@@ -1,4 +1,7 @@
-"""Base classes of the classifiers: features and a linear head; the features' named stages."""
+"""Base classes of the classifiers: features and a linear head.
+
+The features' named stages.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ class Classifier(nn.Module):
     head: nn.Linear
 
     def features(self, x: Tensor) -> Tensor:
-        """Returns the features ``[B, d]`` of images ``[B, C, H, W]``."""
+        """Return the features ``[B, d]`` of images ``[B, C, H, W]``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the logits ``[B, classes]`` of images ``[B, C, H, W]``."""
+        """Return the logits ``[B, classes]`` of images ``[B, C, H, W]``."""
         return self.head(self.features(x))
 
 
@@ -67,7 +70,7 @@ class StagedNetwork(Classifier):
         return x
 
     def stage(self, name: str) -> nn.Module:
-        """The module of a map stage, which shares its parameters with the network."""
+        """Return the module of a map stage, which shares its parameters with the network."""
         module: nn.Module = getattr(self, name)
         return module
 
@@ -82,7 +85,7 @@ class StagedNetwork(Classifier):
         return self.stage_names[:-1]
 
     def stages(self, x: Tensor, upto: str) -> Tensor:
-        """Returns the output of stage ``upto``.
+        """Return the output of stage ``upto``.
 
         Args:
             x: normalised images ``[B, C, H, W]``; channels-last stays channels-last.
@@ -112,12 +115,12 @@ class StagedNetwork(Classifier):
         return self._run(h, self._position(after) + 1, len(self.stage_names) - 1)
 
     def features(self, x: Tensor) -> Tensor:
-        """Returns the pooled features ``[B, d]`` of images ``[B, C, H, W]``."""
+        """Return the pooled features ``[B, d]`` of images ``[B, C, H, W]``."""
         return self._run(x, 0, len(self.stage_names) - 1)
 
 
 def resolve_stage(model: StagedNetwork, name: str) -> str:
-    """Returns the stage of ``model`` that ``name`` means.
+    """Return the stage of ``model`` that ``name`` means.
 
     ``"map"`` is the last map stage but one (``layer3`` of a ResNet-18, ``layer2`` of the small CNN).  The last map
     stage is followed by a linear pooling alone, so mixing its maps is the same as mixing features

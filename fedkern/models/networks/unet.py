@@ -37,7 +37,10 @@ class UpConvolution(nn.ConvTranspose2d):
         super().__init__(channels_in, channels_out, 2, stride=2)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draws normal weights of variance 1 / channels_in, which keep the variance of the input; zero bias."""
+        """Draws normal weights of variance 1 / channels_in, which keep the variance of the input.
+
+        Zero bias.
+        """
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_channels), generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -78,7 +81,7 @@ class UNet(nn.Module):
 
     @autocasts
     def features(self, x: Tensor) -> Tensor:
-        """Maps images ``[B, C, H, W]`` to the features of every pixel, ``[B, width, H, W]``."""
+        """Map images ``[B, C, H, W]`` to the features of every pixel, ``[B, width, H, W]``."""
         height, width = x.shape[2:]
         step = 2**self.depth
         if isinstance(x, fx.Proxy) or height % step or width % step:  # a traced graph pads any size, if by nothing
@@ -92,6 +95,6 @@ class UNet(nn.Module):
         return full(x[:, :, :height, :width])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the logits ``[B, classes, H, W]`` of images ``[B, C, H, W]``."""
+        """Return the logits ``[B, classes, H, W]`` of images ``[B, C, H, W]``."""
         logits: Tensor = self.head(self.features(x))
         return logits

@@ -28,7 +28,7 @@ class PatchEmbedding(nn.Module):
         nn.init.normal_(self.position, std=0.02, generator=generator)
 
     def interpolates(self, height: int, width: int) -> bool:
-        """Whether the positions are interpolated for images of this shape."""
+        """Return whether the positions are interpolated for images of this shape."""
         patch = self.project.stride[0]
         return (height // patch, width // patch) != self.position.shape[2:]
 
@@ -41,7 +41,9 @@ class PatchEmbedding(nn.Module):
 
 
 class Encoder(TransformerLayer):
-    """A pre-norm transformer layer on maps whose positions are the tokens; with ``last``, a norm follows.
+    """A pre-norm transformer layer on maps whose positions are the tokens.
+
+    With ``last``, a norm follows.
 
     Input and output are ``[B, width, H, W]``, channels-last.  Tokens stay positions of a map between layers, so a
     transformer can be cut, mixed and fused like a convolutional network.
@@ -57,7 +59,9 @@ class Encoder(TransformerLayer):
 
 
 class ViT(StagedNetwork):
-    """Patches and twelve encoder layers, three per stage; the classifier reads the average token.
+    """Patches and twelve encoder layers, three per stage.
+
+    The classifier reads the average token.
 
     With ``width`` 192 (DeiT-Ti, arXiv 2012.12877), patches of 4 pixels on 32-pixel images and ten classes there are
     5,362,378 parameters.
@@ -79,7 +83,10 @@ class ViT(StagedNetwork):
 
 
 def patch_size(image_size: int) -> int:
-    """Side of a patch: 16 pixels for images above 64 pixels, as published; 4 from 16 pixels on; 2 for smaller ones."""
+    """Side of a patch: 16 pixels for images above 64 pixels, as published.
+
+    4 from 16 pixels on. 2 for smaller ones.
+    """
     if image_size > 64:
         return 16
     return 4 if image_size >= 16 else 2

@@ -47,7 +47,7 @@ class GroundingDino:
 
     @torch.no_grad()
     def detect(self, images: Tensor, name: str) -> list[Tensor]:
-        """Finds the objects called ``name``.
+        """Find the objects called ``name``.
 
         Args:
             images: uint8 ``[B, 3, H, W]``.
@@ -90,7 +90,7 @@ class GroundingDino:
         return (values - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
     def _name_tokens(self, input_ids: Tensor) -> Tensor:
-        """bool ``[L]``: True at the tokens of the class name, False at special tokens and the full stop."""
+        """Return bool ``[L]``: True at the tokens of the class name, False at special tokens and the full stop."""
         stop = self._tokenizer.convert_tokens_to_ids(".")
         special = {*self._tokenizer.all_special_ids, stop} - {self._tokenizer.unk_token_id}
         return torch.tensor([token not in special for token in input_ids.tolist()], device=self.device)

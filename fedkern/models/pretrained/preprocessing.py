@@ -63,7 +63,7 @@ class Preprocessing:
 
     @classmethod
     def read(cls, folder: Path, mean: Sequence[float], std: Sequence[float], side: int) -> Preprocessing:
-        """Reads ``folder/preprocessor_config.json``.
+        """Read ``folder/preprocessor_config.json``.
 
         Without that file images get a shortest side of ``side`` pixels and values in [-1, 1].
 
@@ -119,7 +119,7 @@ def _resize(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def _nearest(before: int, after: int) -> Tensor:
-    """Indices ``[after]`` of the pixels that Pillow takes.
+    """Return the indices ``[after]`` of the pixels that Pillow takes.
 
     At ties its accumulated rounding errors decide.
     """
@@ -129,7 +129,7 @@ def _nearest(before: int, after: int) -> Tensor:
 
 
 def _size(size: Any, *, square: bool = False) -> tuple[int, ...]:
-    """A size of preprocessor_config.json as (shortest side,) or (height, width)."""
+    """Return a size of preprocessor_config.json as (shortest side,) or (height, width)."""
     if isinstance(size, Mapping):
         sides = {name: value for name, value in size.items() if value is not None}
         if set(sides) == {"height", "width"}:

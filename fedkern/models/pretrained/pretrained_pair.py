@@ -71,7 +71,7 @@ class PretrainedImage(ImageEncoder):
         return (rows, count // rows), 0
 
     def forward(self, images: Tensor) -> Tensor:
-        """The data's images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
+        """Return the data's images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
         return self._run(images)[0]
 
 
@@ -120,7 +120,7 @@ class PretrainedText(nn.Module):
 def image_encoder(
     folder: str | Path, *, channels: int, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
 ) -> PretrainedImage:
-    """Reads an image network from a local folder (config.json, weights, preprocessor_config.json).
+    """Read an image network from a local folder (config.json, weights, preprocessor_config.json).
 
     The weights are model.safetensors or, without that file, pytorch_model.bin (loaded with ``weights_only=True``).
 
@@ -138,7 +138,7 @@ def image_encoder(
 
 
 def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
-    """Reads a text network and its tokenizer from a local folder, as :func:`image_encoder` does.
+    """Read a text network and its tokenizer from a local folder, as :func:`image_encoder` does.
 
     Raises:
         UserError: transformers is not installed, or the folder holds no text network or no tokenizer.
@@ -165,7 +165,7 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
 
 
 def _check_words(path: Path, tokenizer: Any, network: Any) -> None:
-    """Raises UserError if the tokenizer has no words, or more words than the network has embeddings.
+    """Raise UserError if the tokenizer has no words, or more words than the network has embeddings.
 
     For a folder without tokenizer files transformers makes a tokenizer of special tokens alone.
     """
@@ -198,7 +198,7 @@ def _existing(folder: str | Path, kind: str) -> Path:
 
 
 def _network(path: Path, kind: str, part: str) -> nn.Module:
-    """The base model in a folder, in float32, without pooler and dropout.
+    """Return the base model in a folder, in float32, without pooler and dropout.
 
     Of an image-text model only its ``part``.
 
@@ -228,7 +228,7 @@ def _remove_dropout(config: object) -> None:
 
 
 def _mean_pooled(path: Path) -> bool | None:
-    """Whether a sentence-embedding folder asks for the mean of all tokens.
+    """Return whether a sentence-embedding folder asks for the mean of all tokens.
 
     None if the folder has no pooling file.
     """

@@ -78,7 +78,7 @@ class Pretrained:
         return digest.hexdigest()
 
     def load(self, kind: str, user: str, title: str, hint: str = "") -> Loaded:
-        """Loads the network as transformers' class ``kind``.
+        """Load the network as transformers' class ``kind``.
 
         Args:
             user: what needs the network, for messages.
@@ -123,7 +123,7 @@ def weights(*, local: bool) -> dict[str, bool | None]:
 
 
 def check_folder(folder: Path, kind: str) -> None:
-    """Raises UserError for a folder with files that are not regular, or that refers to code or weights elsewhere.
+    """Raise UserError for a folder with files that are not regular, or that refers to code or weights elsewhere.
 
     transformers would wait for a named pipe.  It would also load a kernel that config.json names on the hub, or the
     base network of a PEFT adapter.
@@ -146,7 +146,7 @@ def check_folder(folder: Path, kind: str) -> None:
 
 
 def _find_texts(value: object, ending: str) -> Iterator[str]:
-    """The strings in a JSON value, at any depth, whose keys end in ``ending``."""
+    """Yield the strings in a JSON value, at any depth, whose keys end in ``ending``."""
     waiting = [value]
     while waiting:
         entry = waiting.pop()
@@ -159,7 +159,7 @@ def _find_texts(value: object, ending: str) -> Iterator[str]:
 
 @contextmanager
 def loading(title: str, user: str, where: str | Path) -> Iterator[ModuleType]:
-    """Gives transformers, silenced.
+    """Give transformers, silenced.
 
     Its errors become one sentence.
 
@@ -189,7 +189,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_complete(name: str, network: nn.Module, used: nn.Module, missing: Collection[str]) -> None:
-    """Raises UserError if the folder lacks tensors of ``used``, which transformers then initialises at random.
+    """Raise UserError if the folder lacks tensors of ``used``, which transformers then initialises at random.
 
     Args:
         name: kind and folder, for the error.

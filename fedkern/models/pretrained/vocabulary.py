@@ -32,23 +32,26 @@ class Tokens(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens are."""
+        """Return where the tokens are."""
         return self.ids.device
 
     def take(self, rows: Tensor) -> Tokens:
-        """The texts at ``rows`` (int64 ``[m]``), padded to the longest of these texts."""
+        """Return the texts at ``rows`` (int64 ``[m]``), padded to the longest of these texts."""
         mask = self.mask[rows]
         length = max(1, int(mask.sum(1).max())) if len(mask) else 1
         return Tokens(self.ids[rows, :length], mask[:, :length])
 
     def to(self, device: torch.device | str) -> Tokens:
-        """The same tokens on ``device``, without waiting for it (see :func:`fedkern.process.device_copies.send`)."""
+        """Return the same tokens on ``device``, without waiting for it.
+
+        See :func:`fedkern.process.device_copies.send`.
+        """
         device = torch.device(device)
         return Tokens(send(self.ids, device), send(self.mask, device))
 
 
 def split_words(text: str) -> list[str]:
-    r"""The lower-cased ``\w+`` words of a text."""
+    r"""Return the lower-cased ``\w+`` words of a text."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -91,7 +94,7 @@ class Vocabulary:
         return pieces
 
     def encode(self, text: str) -> list[int]:
-        """The token numbers of a text, without ``[CLS]``."""
+        """Return the token numbers of a text, without ``[CLS]``."""
         return [number for word in split_words(text) for number in self._word(word)]
 
     def tokenize(self, texts: Sequence[str], longest: int) -> Tokens:
@@ -103,7 +106,7 @@ class Vocabulary:
 
 
 def learn_vocabulary(texts: Iterable[str], kind: Kind = "words", size: int = 8_000) -> Vocabulary:
-    """Builds a vocabulary of at most ``size`` tokens beside the special ones.
+    """Build a vocabulary of at most ``size`` tokens beside the special ones.
 
     The order of ``texts`` does not matter.
 
@@ -120,7 +123,7 @@ def learn_vocabulary(texts: Iterable[str], kind: Kind = "words", size: int = 8_0
 
 
 def _merge_pieces(counts: Counter[str], size: int) -> list[str]:
-    """The word pieces: characters first, then merged pieces in the order of the merges."""
+    """Return the word pieces: characters first, then merged pieces in the order of the merges."""
     words = {word: [word[0], *(INSIDE + letter for letter in word[1:])] for word in sorted(counts)}
     letters = Counter[str]()
     for word, pieces in words.items():

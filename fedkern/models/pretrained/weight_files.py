@@ -22,7 +22,7 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 
 
 def read_state_dict(path: Path, source: str) -> Mapping[str, Tensor]:
-    """The state dict in a file: safetensors, or saved with torch.save and read with `weights_only`.
+    """Return the state dict in a file: safetensors, or saved with torch.save and read with `weights_only`.
 
     Args:
         source: flag and file, for messages.
@@ -56,7 +56,7 @@ def read_state_dict(path: Path, source: str) -> Mapping[str, Tensor]:
 
 
 def bare_names(tensors: Mapping[str, Tensor], names: Container[str]) -> Mapping[str, Tensor]:
-    """The tensors by a network's ``names``, where DataParallel or torch.compile has put a prefix before them."""
+    """Return the tensors by a network's ``names``, where DataParallel or torch.compile has put a prefix before them."""
     if any("_orig_mod." in name for name in tensors):
         tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
     while tensors and all(name.startswith("module.") and name not in names for name in tensors):
@@ -83,7 +83,7 @@ def misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[
 def load_by_name(
     module: nn.Module, tensors: Mapping[str, Tensor], path: str, network: str, partial: bool = False
 ) -> str:
-    """Copies the tensors into a network whose state dict has exactly their names and shapes.
+    """Copy the tensors into a network whose state dict has exactly their names and shapes.
 
     Args:
         tensors: by name in the state dict.

@@ -18,7 +18,7 @@ SMALL = 1 << 28
 
 
 def make_empty(kind: Callable[..., Layer], *arguments: int, device: torch.device | str | None = None) -> Layer:
-    """A layer with uninitialised parameters, as ``torch.nn.utils.skip_init`` makes it.
+    """Return a layer with uninitialised parameters, as ``torch.nn.utils.skip_init`` makes it.
 
     Args:
         kind: the layer's class, or a function that makes the layer on its argument ``device``.
@@ -30,7 +30,7 @@ def make_empty(kind: Callable[..., Layer], *arguments: int, device: torch.device
 
 
 def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Linear:
-    """A classifier with these weights."""
+    """Return a classifier with these weights."""
     classes, width = state["weight"].shape
     head = make_empty(nn.Linear, width, classes, device=device)
     head.load_state_dict(state)
@@ -38,7 +38,7 @@ def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -
 
 
 def allocate(module: nn.Module) -> None:
-    """Gives every parameter and buffer that is on the meta device uninitialised memory on the CPU.
+    """Give every parameter and buffer that is on the meta device uninitialised memory on the CPU.
 
     ``module.to_empty(device="cpu")`` does the same, but its first call imports torch's symbolic shapes and sympy, which
     would cost every command and every worker half a second.

@@ -15,7 +15,7 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
-    """Takes the parameters whose names match a pattern (``backbone.*``) out of training.
+    """Take the parameters whose names match a pattern (``backbone.*``) out of training.
 
     Raises:
         UserError: a pattern matches no name, or nothing of the network ``text`` would be trained.
@@ -72,7 +72,10 @@ def constant_buffers(module: nn.Module) -> list[str]:
 
 
 def train_mode(module: N) -> N:
-    """Puts a module in train mode, but for its :func:`frozen_norms`; returns it."""
+    """Put a module in train mode, but for its :func:`frozen_norms`.
+
+    Returns it.
+    """
     module.train(True)
     for layer in frozen_norms(module):
         layer.eval()
@@ -80,7 +83,7 @@ def train_mode(module: N) -> N:
 
 
 def freeze_bn_after(module: nn.Module) -> None:
-    """Puts a module's batch norms in eval mode: they use their running statistics without updating them (FixBN).
+    """Put a module's batch norms in eval mode: they use their running statistics without updating them (FixBN).
 
     Scale and shift are still trained.  ``module.train()`` undoes this.
     """

@@ -16,7 +16,7 @@ _MARK = "_fedkern_personal"
 
 
 def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
-    """Marks trained parameters and buffers whose names match a pattern (``head.*``) as personal.
+    """Mark trained parameters and buffers whose names match a pattern (``head.*``) as personal.
 
     The marks belong to the layers: they stay in deep copies, and where a layer is put into another module.
 
@@ -51,19 +51,19 @@ def flatten(module: nn.Module) -> FlatParameters:
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The personal parameters and buffers, by name."""
+    """Return the personal parameters and buffers, by name."""
     chosen = names(module)
     named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())} if chosen else {}
     return {name: named[name] for name in chosen}
 
 
 def copies(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of :func:`tensors`."""
+    """Return the copies of :func:`tensors`."""
     return {name: tensor.detach().clone() for name, tensor in named.items()}
 
 
 @torch.no_grad()
 def write(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copies ``values`` into the :func:`tensors` of a network."""
+    """Copy ``values`` into the :func:`tensors` of a network."""
     for name, value in values.items():
         named[name].copy_(value)

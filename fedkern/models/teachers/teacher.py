@@ -89,7 +89,7 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """The features fp32 ``[B, d]`` of normalised images ``[B, C, H, W]``.
+        """Return the features fp32 ``[B, d]`` of normalised images ``[B, C, H, W]``.
 
         Raises:
             UserError: the teacher gives logits without features.
@@ -134,7 +134,7 @@ class Teacher:
 
 
 def wrong_classes(name: str, count: int, expected: int) -> UserError:
-    """The error for a teacher whose number of classes is not that of the data."""
+    """Return the error for a teacher whose number of classes is not that of the data."""
     return UserError(
         f"the teacher {name} knows {count} classes and the data have {expected}: take a teacher for these data."
     )
@@ -143,7 +143,7 @@ def wrong_classes(name: str, count: int, expected: int) -> UserError:
 def teacher_of(
     function: object, name: str, classes: int, device: torch.device | str = "cpu", identity: Identity | None = None
 ) -> Teacher:
-    """A function or module from normalised images to logits as a teacher.
+    """Return a function or module from normalised images to logits as a teacher.
 
     Raises:
         UserError: ``function`` cannot be called.
@@ -160,7 +160,7 @@ def _return_it(network: F) -> F:  # unlike a lambda it can be pickled
 
 
 def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> Teacher:
-    """A trained network as a teacher.
+    """Return a trained network as a teacher.
 
     The hash of its weights is part of its identity.
     """

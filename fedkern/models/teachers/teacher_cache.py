@@ -56,7 +56,10 @@ class LogitsCache:
         self.notice = notice
 
     def path(self, kind: str, identity: Identity) -> Path:
-        """The path of a teacher's file of a kind: kind, last part of the model's name, hash of the whole identity."""
+        """Return the path of a teacher's file of a kind.
+
+        The name has the kind, the last part of the model's name, and the hash of the whole identity.
+        """
         text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
         model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(identity.get("model", "teacher"))).name).strip("-")
         code = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -64,7 +67,7 @@ class LogitsCache:
 
     @computing("fp32")  # runs of either precision read the cached logits
     def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
-        """The teacher's logits fp32 ``[n, classes]`` (CPU) of all images.
+        """Return the teacher's logits fp32 ``[n, classes]`` (CPU) of all images.
 
         Only those that the file lacks are computed.
 
@@ -112,7 +115,7 @@ class LogitsCache:
         return {} if stored is None or stored["logits"].shape[1] != classes else by_key(stored)
 
     def write_logits(self, identity: Identity, rows: Mapping[bytes, Tensor]) -> None:
-        """Adds logits to a teacher's file.
+        """Add logits to a teacher's file.
 
         Another run may add logits to the same file at the same time.
         """
@@ -126,7 +129,10 @@ class LogitsCache:
         self.write("logits", identity, merge)
 
     def read(self, kind: str, identity: Identity) -> dict[str, Tensor] | None:
-        """The tensors in a teacher's file, as they were written; None if the file is missing or damaged."""
+        """Return the tensors in a teacher's file, as they were written.
+
+        None if the file is missing or damaged.
+        """
         path = self.path(kind, identity)
         if not path.exists():
             return None
@@ -138,7 +144,7 @@ class LogitsCache:
             return None
 
     def write(self, kind: str, identity: Identity, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Writes a teacher's file completely or not at all.
+        """Write a teacher's file completely or not at all.
 
         Its metadata has the identity.
 
@@ -164,7 +170,9 @@ class LogitsCache:
 
 
 def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> Teacher:
-    """A teacher given by a file of its logits, in the cache's format; the file may come from another machine.
+    """Return a teacher given by a file of its logits, in the cache's format.
+
+    The file may come from another machine.
 
     Args:
         file: safetensors file with ``keys`` uint8 [n, 16] (:func:`image_keys`) and ``logits`` [n, classes].
@@ -223,7 +231,7 @@ def image_keys(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> l
 
 
 def by_key(tensors: Mapping[str, Tensor]) -> dict[bytes, Tensor]:
-    """The content of a file of logits: image key to logits fp32 ``[classes]``."""
+    """Return the content of a file of logits: image key to logits fp32 ``[classes]``."""
     return dict(zip((row.tobytes() for row in tensors["keys"].numpy()), tensors["logits"].float(), strict=True))
 
 
@@ -237,7 +245,7 @@ def check_logits(tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]:
-    """The tensors of a file that :meth:`LogitsCache.write` wrote.
+    """Return the tensors of a file that :meth:`LogitsCache.write` wrote.
 
     Args:
         identity: of a cache file; None: a file that the user names, which another program may have written.

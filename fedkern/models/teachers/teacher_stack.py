@@ -21,7 +21,9 @@ CHUNK = 64
 
 
 class TeacherStack:
-    """K frozen networks of any architectures on the same images; logits ``[K, B, C, *positions]``.
+    """K frozen networks of any architectures on the same images.
+
+    Logits ``[K, B, C, *positions]``.
 
     Batch norms are folded into the convolutions before them, and ReLUs and sums run in place.
 
@@ -33,7 +35,10 @@ class TeacherStack:
         self._teachers = [_Teacher(fold_norms(network)) for network in networks]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits ``[K, B, C, *positions]`` of normalised images ``[B, C, H, W]``; gradients reach the images."""
+        """Return logits ``[K, B, C, *positions]`` of normalised images ``[B, C, H, W]``.
+
+        Gradients reach the images.
+        """
         return torch.stack([teacher.logits(images) for teacher in self._teachers])
 
 
@@ -67,7 +72,7 @@ def _headless(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_norms(network: nn.Module) -> nn.Module:
-    """A frozen copy in eval mode, with batch norms folded into the convolutions before them where that is safe.
+    """Return a frozen copy in eval mode, with batch norms folded into the convolutions before them where that is safe.
 
     A batch norm is folded if torch.fx sees that it alone reads a convolution's result and that both are called once.
     A network that torch.fx cannot trace is copied unfolded.
@@ -94,7 +99,7 @@ def fold_norms(network: nn.Module) -> nn.Module:
 
 
 def overwriting(network: nn.Module) -> nn.Module:
-    """The same frozen network with in-place ReLUs and sums, wherever nothing else reads their input.
+    """Return the same frozen network with in-place ReLUs and sums, wherever nothing else reads their input.
 
     A new map costs page faults and evicts the CPU's cache.  Gradients for the input stay right: the backward pass of a
     convolution does not need its result, and that of a ReLU needs only its own.  A network that torch.fx cannot trace
@@ -107,7 +112,7 @@ def overwriting(network: nn.Module) -> nn.Module:
     modules = dict(graph.named_modules())
 
     def fresh(value: object) -> bool:
-        """Whether a value is the result of a convolution or of an in-place sum, and only one node reads it."""
+        """Return whether a value is the result of a convolution or of an in-place sum, and only one node reads it."""
         if not isinstance(value, fx.Node) or len(value.users) != 1:
             return False
         if value.op == "call_module":

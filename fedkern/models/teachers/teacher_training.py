@@ -40,7 +40,10 @@ class Labelled(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum and weight decay; the learning rate falls to 0 along half a cosine."""
+    """SGD with Nesterov momentum and weight decay.
+
+    The learning rate falls to 0 along half a cosine.
+    """
 
     epochs: int = 20
     batch_size: int = 32
@@ -96,7 +99,7 @@ def pretrain(
 def load_or_pretrain(
     network: StagedNetwork, data: Labelled, cache: LogitsCache, *, name: str, recipe: Recipe, seed: int = 0
 ) -> None:
-    """Gives ``network`` the weights that :func:`pretrain` makes, from the cache if they are there.
+    """Give ``network`` the weights that :func:`pretrain` makes, from the cache if they are there.
 
     The cache key holds everything that decides the bits of the weights: network, images, labels, augmentation, recipe,
     seed, device type, CPU threads, and the versions of torch and fedkern.

@@ -41,18 +41,23 @@ class Cut:
 
 
 class NotCut(Exception):
-    """A network that cannot be cut; the message says why, as a part of a sentence."""
+    """A network that cannot be cut.
+
+    The message says why, as a part of a sentence.
+    """
 
 
 def find_logits(output: object) -> Any:
-    """The logits in a network's output: the tensor, or the entry ``logits`` of an object or a mapping."""
+    """Return the logits in a network's output: the tensor, or the entry ``logits`` of an object or a mapping."""
     if isinstance(output, (Tensor, fx.Proxy)):
         return output
     return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
 
 
 def find_head(module: nn.Module, images: Tensor) -> str | None:
-    """Name of the linear layer whose result are the logits ``[B, C]``; None where there is no such layer.
+    """Name of the linear layer whose result are the logits ``[B, C]``.
+
+    None where there is no such layer.
 
     Args:
         module: in any mode; a copy is run.
@@ -71,7 +76,7 @@ def find_head(module: nn.Module, images: Tensor) -> str | None:
 
 
 def find_cut(module: nn.Module, images: Tensor, declared: object = None) -> Cut:
-    """The cut of a network.
+    """Return the cut of a network.
 
     Args:
         module: in any mode; copies are run.
@@ -103,7 +108,7 @@ def find_cut(module: nn.Module, images: Tensor, declared: object = None) -> Cut:
 
 
 def _read_stages(declared: object) -> dict[str, str]:
-    """The declared stages: name and the submodule that ends the stage."""
+    """Return the declared stages: name and the submodule that ends the stage."""
     if declared is None:
         return {}
     if isinstance(declared, Mapping):
@@ -121,7 +126,7 @@ def _read_stages(declared: object) -> dict[str, str]:
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The submodules in order.
+    """Return the submodules in order.
 
     One that stands twice, such as an activation, is there twice.
     """
@@ -144,7 +149,7 @@ def _pieces(module: nn.Module, opened: set[str], prefix: str = "") -> list[str]:
 
 
 def _open_sequentials(module: nn.Module, names: Sequence[str]) -> list[str]:
-    """The same pieces with every Sequential taken apart."""
+    """Return the same pieces with every Sequential taken apart."""
     opened: list[str] = []
     for name in names:
         child = module.get_submodule(name)
@@ -154,7 +159,7 @@ def _open_sequentials(module: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _begins(layer: nn.Module) -> bool:
-    """Whether a stage can begin with this layer: one with parameters that is no norm."""
+    """Return whether a stage can begin with this layer: one with parameters that is no norm."""
     norm = isinstance(layer, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
     return any(True for _ in layer.parameters()) and not norm
 
@@ -173,7 +178,7 @@ def _check_shared(module: nn.Module, names: Sequence[str]) -> None:
 
 
 def move_weights(module: nn.Module) -> nn.Module:
-    """A copy whose parameters are moved a little."""
+    """Return a copy whose parameters are moved a little."""
     twin = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -184,7 +189,10 @@ def move_weights(module: nn.Module) -> nn.Module:
 
 
 def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str], list[Tensor], set[int]]:
-    """The pieces with ``FLATTEN`` where it is needed, the results, and which of them later pieces changed in place."""
+    """Return the pieces with ``FLATTEN`` where it is needed, and the results.
+
+    Also returns which of them later pieces changed in place.
+    """
     used: list[str] = []
     results: list[Tensor] = []
     versions: list[int] = []
@@ -208,7 +216,10 @@ def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str],
 def _try_pieces(
     module: nn.Module, names: Sequence[str], images: Tensor
 ) -> tuple[list[str], list[tuple[int, ...]], set[int]]:
-    """The pieces with ``FLATTEN``, the shapes of their results and which change, if the pieces are the network."""
+    """Return the pieces with ``FLATTEN``, the shapes of their results and which change.
+
+    The pieces must be the network.
+    """
     used: list[str] = []
     results: list[Tensor] = []
     changed: set[int] = set()
@@ -259,7 +270,7 @@ def _divide_declared(
 def _divide_automatically(
     module: nn.Module, names: Sequence[str], shapes: Sequence[tuple[int, ...]]
 ) -> list[tuple[str, tuple[str, ...]]]:
-    """A stage for every piece with weights.
+    """Return a stage for every piece with weights.
 
     What stands before the first block, such as a stem, belongs to it.
 

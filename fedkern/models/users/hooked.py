@@ -60,7 +60,9 @@ class Hooked(OwnNetwork):
     def call(
         self, x: Any, *, stop: str = "", put: tuple[str, Tensor, Callable[[], None]] | None = None
     ) -> dict[str, Tensor]:
-        """A call of the network up to the stage ``stop``; returns what it has found.
+        """Return a call of the network up to the stage ``stop``.
+
+        Returns what it has found.
 
         ``put`` is a stage, what its result is replaced by, and what is called there.
         """
@@ -94,7 +96,7 @@ class Hooked(OwnNetwork):
         return results
 
     def again(self, stage: str, h: Tensor) -> dict[str, Tensor]:
-        """A pass from a stage on, with ``h`` for its result."""
+        """Return a pass from a stage on, with ``h`` for its result."""
         modes, grad = [(layer, layer.training) for layer in self.module.modules()], torch.is_grad_enabled()
 
         def resume() -> None:
@@ -112,7 +114,10 @@ class Hooked(OwnNetwork):
             resume()
 
     def after(self, stage: str, h: Tensor) -> dict[str, Tensor]:
-        """What follows a stage's result: known from the last call where ``h`` is of it, else found by another one."""
+        """Return what follows a stage's result.
+
+        It is known from the last call where ``h`` is of it, else found by another one.
+        """
         results = self.results
         return results if results.get(stage) is h and LOGITS in results else self.again(stage, h)
 
@@ -125,7 +130,7 @@ class Hooked(OwnNetwork):
         return h if after == FEATURE else self.after(after, h)[FEATURE]
 
     def features(self, x: object) -> Tensor:
-        """The features ``[B, d]``: the named submodule's result, flattened, or what the classifier takes."""
+        """Return the features ``[B, d]``: the named submodule's result, flattened, or what the classifier takes."""
         return self.stages(x, FEATURE)
 
     @property
@@ -152,7 +157,7 @@ class Rest:
 
 
 def find_taps(network: Any, stages: Sequence[str], features: str | None, form: Any, text: str) -> tuple[Any, ...]:
-    """The class of a user's ``network`` called ``text`` with these taps, and what it takes beside the module.
+    """Return the class of a user's ``network`` called ``text`` with these taps, and what it takes beside the module.
 
     A copy is tried on two samples of the ``form`` (see `fedkern.data.forms`).
 

@@ -62,7 +62,11 @@ class OwnNetwork(nn.Module):
 
     @property
     def head(self) -> Any:
-        """The linear classifier ``[B, d] -> [B, C]``; raises AttributeError where no linear layer gives the logits."""
+        """The linear classifier ``[B, d] -> [B, C]``.
+
+        Raises:
+            AttributeError: no linear layer gives the logits.
+        """
         if self._head is None:
             raise AttributeError("head: the logits of this network are not the result of a linear layer")
         return self.module.get_submodule(self._head)
@@ -94,7 +98,7 @@ class OwnNetwork(nn.Module):
         return full(self._logits(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """What the classifier takes, ``[B, d]``, of images ``[B, C, H, W]``."""
+        """Return what the classifier takes, ``[B, d]``, of images ``[B, C, H, W]``."""
         taken: list[Tensor] = []
 
         def remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -106,7 +110,7 @@ class OwnNetwork(nn.Module):
         return full(taken[-1])
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The module's own state dict."""
+        """Return the module's own state dict."""
         return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
@@ -137,7 +141,7 @@ class ItemNetwork(OwnNetwork):
         return self.module(**x) if isinstance(x, Keywords) else self.module(x)
 
     def forward(self, x: Any) -> Any:
-        """What the module gives for a batch's inputs."""
+        """Return what the module gives for a batch's inputs."""
         output = self._logits(x)
         if lower() is None:
             return output
@@ -156,7 +160,7 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
         self.width = self.head.in_features
 
     def stage(self, name: str) -> nn.Sequential:
-        """The submodules of a stage, which share their parameters with the network."""
+        """Return the submodules of a stage, which share their parameters with the network."""
         pieces = dict(self._cut.stages)[name]
         return nn.Sequential(*(self.module.get_submodule(piece) if piece else nn.Flatten() for piece in pieces))
 
@@ -185,7 +189,7 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
         return x
 
     def features(self, x: Tensor) -> Tensor:
-        """The features ``[B, d]`` of images ``[B, C, H, W]``."""
+        """Return the features ``[B, d]`` of images ``[B, C, H, W]``."""
         return StagedNetwork.features(self, x)
 
 
@@ -204,7 +208,7 @@ def _comparable(x: object) -> bool:
 
 
 def level(network: nn.Module) -> str:
-    """What a method can use of a network, one of ``LEVELS``."""
+    """Return what a method can use of a network, one of ``LEVELS``."""
     if isinstance(network, StagedNetwork):
         return "stages"
     if len(getattr(network, "stage_names", ())) > 1:
@@ -269,7 +273,7 @@ class Own:
     def __call__(
         self, *, classes: int, channels: int, sides: Sequence[int], seed: int, word: int, width: int | None
     ) -> Any:
-        """Makes the network, on the CPU.
+        """Make the network, on the CPU.
 
         Args:
             classes, channels: of the data.
@@ -293,20 +297,20 @@ class Own:
     def on_items(
         self, *, classes: int, seed: int, word: int, width: int | None, head: str | None, raw: bool
     ) -> ItemNetwork:
-        """Makes the network for samples of any kind, on the CPU.
+        """Make the network for samples of any kind, on the CPU.
 
         Arguments are also those of `ItemNetwork`.
         """
         return self._mark_scalable(ItemNetwork(self._copy(classes, None, None, seed, word, width), head, raw))
 
     def _mark_scalable(self, network: N) -> N:
-        """The network with ``scales``: whether it can be made wider and narrower."""
+        """Return the network with ``scales``: whether it can be made wider and narrower."""
         convolutions = any(isinstance(layer, nn.Conv2d) for layer in network.modules())
         setattr(network, "scales", "width" in self.takes and convolutions)  # noqa: B010 (no tensor or module)
         return network
 
     def _copy(self, *arguments: Any) -> nn.Module:
-        """A copy of :meth:`_module`, as the code may take long, for example to read pretrained weights."""
+        """Return a copy of :meth:`_module`, as the code may take long, for example to read pretrained weights."""
         if self._latest is None or self._latest[0] != arguments:
             module = self._module(*arguments)
             _check_modes(self._copy_module(module), self.text)
@@ -353,7 +357,7 @@ class Own:
             ) from None
 
     def _cut(self, module: nn.Module, images: Tensor) -> Cut | str | None:
-        """The cut of a network, the name of its classifier alone, or None."""
+        """Return the cut of a network, the name of its classifier alone, or None."""
         declared = getattr(module, "stages", None)
         if declared is None or callable(declared):
             declared = getattr(self.source, "stages", None)
@@ -377,7 +381,7 @@ class Own:
 
 
 def _open_again(named: Named, sha256: str | None) -> Own:
-    """The same maker in another process."""
+    """Return the same maker in another process."""
     maker = load_maker(named)
     if maker.sha256 != sha256:
         raise UserError(f"the model {named} has changed since the run began")
@@ -385,7 +389,7 @@ def _open_again(named: Named, sha256: str | None) -> Own:
 
 
 def load_maker(named: Named) -> Own:
-    """The maker of the network that code makes.
+    """Return the maker of the network that code makes.
 
     Imports the code.
 
@@ -399,14 +403,14 @@ def load_maker(named: Named) -> Own:
 
 
 def unwrap(module: Any) -> Any:
-    """The module inside of DataParallel and torch.compile, whose names its state dict shall have."""
+    """Return the module inside of DataParallel and torch.compile, whose names its state dict shall have."""
     while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
         module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
     return module
 
 
 def check_bare(module: nn.Module, text: str) -> None:
-    """Raises UserError where a part of a module is wrapped: every name in the state dict would have the prefix."""
+    """Raise UserError where a part of a module is wrapped: every name in the state dict would have the prefix."""
     wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule
     for name, part in module.named_modules():
         if isinstance(part, wrappers) or hasattr(part, "_orig_mod"):
@@ -417,7 +421,7 @@ def check_bare(module: nn.Module, text: str) -> None:
 
 
 def check_module(module: nn.Module, text: str) -> None:
-    """Raises UserError where a module's parameters and buffers cannot be one vector of fp32 that is trained."""
+    """Raise UserError where a module's parameters and buffers cannot be one vector of fp32 that is trained."""
     check_bare(module, text)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
@@ -478,7 +482,7 @@ def _memory_of(module: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def check_output(network: nn.Module, text: str, form: Any, output: Sequence[int], classes: int, source: str) -> None:
-    """Raises UserError where a network has no logits for the classes of the data.
+    """Raise UserError where a network has no logits for the classes of the data.
 
     Args:
         network: is left in train mode.
@@ -517,7 +521,7 @@ def check_output(network: nn.Module, text: str, form: Any, output: Sequence[int]
 
 
 def channels_last(module: nn.Module) -> bool:
-    """Whether a network's convolutions are kept channels-last: not those of networks that users bring."""
+    """Return whether a network's convolutions are kept channels-last: not those of networks that users bring."""
     if any(getattr(part, "own", False) is True for part in module.modules()):
         return False
     return any(parameter.dim() == 4 for parameter in module.parameters())

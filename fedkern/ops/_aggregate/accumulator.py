@@ -85,7 +85,7 @@ class Accumulator:
         return self._count
 
     def add(self, vector: Tensor, weight: float | Tensor = 1.0) -> None:
-        """Adds ``weight * vector``.  A vector of weight zero is counted but not read.
+        """Add ``weight * vector``.  A vector of weight zero is counted but not read.
 
         Args:
             vector: ``[P]``, fp32, bf16, fp16 or fp64, of any stride.
@@ -138,7 +138,7 @@ class Accumulator:
             kernel.accumulate(self._sum, vector, weight)
 
     def merge(self, other: Accumulator) -> None:
-        """Adds all that another exact accumulator was given, as if its vectors had been added here: the same bits.
+        """Add all that another exact accumulator was given, as if its vectors had been added here: the same bits.
 
         So parts of a sum can be made in several places, in whatever order.  Only integers are added.
 
@@ -221,7 +221,7 @@ class Accumulator:
             self._top.fill_(LOWEST)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a copy of the state (tensors, numbers), from which :meth:`load_state_dict` continues bit for bit."""
+        """Return a copy of the state (tensors, numbers), from which :meth:`load_state_dict` continues bit for bit."""
         with self._lock:
             state: dict[str, Any] = {
                 "size": self.size,
@@ -240,7 +240,7 @@ class Accumulator:
             return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Loads a state from :meth:`state_dict` of an accumulator with the same ``size`` and ``exact``.
+        """Load a state from :meth:`state_dict` of an accumulator with the same ``size`` and ``exact``.
 
         A state that is refused changes nothing.
 
@@ -259,7 +259,7 @@ class Accumulator:
             self._count, self._weight, self._dtype = count, weight, dtype
 
     def _check_state(self, state: Mapping[str, Any]) -> tuple[int, float, torch.dtype | None]:
-        """Returns count, weight and dtype of a valid state.
+        """Return count, weight and dtype of a valid state.
 
         Raises as :meth:`load_state_dict` does.
         """
@@ -318,7 +318,7 @@ class Accumulator:
 
 
 def _whole(state: Mapping[str, Any], name: str) -> int:
-    """Returns the entry ``name`` as a whole number.
+    """Return the entry ``name`` as a whole number.
 
     A tensor of one element is accepted too.
     """
@@ -342,7 +342,7 @@ def _units(stored: Tensor) -> int:
 
 
 def _check_digits(digits: Tensor, top: Tensor, count: int) -> None:
-    """Raises ValueError for digits that no sum of ``count`` vectors can have.
+    """Raise ValueError for digits that no sum of ``count`` vectors can have.
 
     Every vector adds less than 2^32 to a digit.  With larger digits a later sum could overflow.
     """

@@ -21,7 +21,7 @@ Weights = Sequence[float] | Tensor
 
 
 def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
-    """Checks the vectors.
+    """Check the vectors.
 
     Returns one tensor with their dtype, device and last dimension P, and M.
     """
@@ -66,14 +66,14 @@ def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
 
 
 def check_vector(vector: Tensor, name: str, size: int | None = None) -> None:
-    """Raises TypeError or ValueError unless ``vector`` is a floating tensor ``[size]``."""
+    """Raise TypeError or ValueError unless ``vector`` is a floating tensor ``[size]``."""
     check_floating(vector, name)
     if vector.dim() != 1 or (size is not None and vector.shape[0] != size):
         raise ValueError(f"{name} must have shape [{'P' if size is None else size}], but has {list(vector.shape)}")
 
 
 def check_out(out: Tensor, size: int, device: torch.device, name: str = "out") -> None:
-    """Raises TypeError or ValueError unless ``out`` can take a result ``[size]``."""
+    """Raise TypeError or ValueError unless ``out`` can take a result ``[size]``."""
     check_vector(out, name, size)
     if out.device != device:
         raise ValueError(f"{name} must be on {device} like the vectors, but is on {out.device}")
@@ -93,7 +93,7 @@ def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> N
 
 
 def check_weight(value: float | Tensor, name: str) -> float:
-    """Returns one weight as a float.
+    """Return one weight as a float.
 
     Negative and non-finite ones raise ValueError.
     """
@@ -145,7 +145,7 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
 
 
 def _constant(value: object, name: str) -> float:
-    """Returns ``value`` as a float.
+    """Return ``value`` as a float.
 
     Raises ValueError for a tensor that asks for a gradient.
     """
@@ -179,14 +179,14 @@ def near_one(weights: Weights) -> Weights:
 def check_call(
     name: str, vectors: Vectors, weights: Tensor | Sequence[float] | None, first: Tensor, count: int
 ) -> None:
-    """Checks the form of ``weights`` and refuses gradients, for the operator ``name`` that has none."""
+    """Check the form of ``weights`` and refuse gradients, for the operator ``name`` that has none."""
     if isinstance(weights, Tensor):
         check_weights_tensor(weights, count, first.device)
     refuse_gradient(name, *rows_or_stack(vectors), weights)
 
 
 def rows_or_stack(vectors: Vectors) -> Sequence[Tensor]:
-    """The tensors that hold the vectors: the stack ``[M, P]`` alone, or M tensors ``[P]``."""
+    """Return the tensors that hold the vectors: the stack ``[M, P]`` alone, or M tensors ``[P]``."""
     return (vectors,) if isinstance(vectors, Tensor) else vectors
 
 
@@ -201,7 +201,7 @@ def size_of(vectors: Vectors) -> int:
 
 
 def rows_of(vectors: Vectors) -> list[Tensor]:
-    """The vectors as M tensors ``[P]``."""
+    """Return the vectors as M tensors ``[P]``."""
     return list(vectors.unbind(0)) if isinstance(vectors, Tensor) else list(vectors)
 
 
@@ -211,7 +211,7 @@ def eager(vectors: Vectors, *others: object) -> bool:
 
 
 def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> Tensor:
-    """The weights as a tensor.
+    """Return the weights as a tensor.
 
     Numbers are checked and go to the device of ``first``.
     """
@@ -222,7 +222,7 @@ def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> T
 
 
 def direct_target(out: Tensor | None, vectors: Vectors) -> Tensor | None:
-    """Returns ``out`` if a kernel may write to it element by element while it reads the vectors, else None."""
+    """Return ``out`` if a kernel may write to it element by element while it reads the vectors, else None."""
     if out is None or out.dtype not in backend.FLOATS or out.is_neg():
         return None
     size = out.shape[0]
@@ -239,7 +239,7 @@ def direct_target(out: Tensor | None, vectors: Vectors) -> Tensor | None:
 
 
 def deliver(result: Tensor, out: Tensor) -> Tensor:
-    """Returns ``out`` with ``result`` in it, copied if necessary, and tells autograd that ``out`` has changed."""
+    """Return ``out`` with ``result`` in it, copied if necessary, and tell autograd that ``out`` has changed."""
     if result is out:
         mark_written(out)
         return out

@@ -111,7 +111,7 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
 
 
 def _check_deviation(deviation: float, dtype: torch.dtype) -> None:
-    """Raises ValueError where the largest noise that there is, of 9.5 standard deviations, is infinite in ``dtype``."""
+    """Raise ValueError where the largest noise that there is, of 9.5 standard deviations, is infinite in ``dtype``."""
     if 9.5 * deviation > torch.finfo(dtype).max:
         most = torch.finfo(dtype).max / 9.5
         raise ValueError(f"noise times max_norm must be at most {most:g} for vectors of {dtype}, not {deviation:g}")
@@ -120,7 +120,7 @@ def _check_deviation(deviation: float, dtype: torch.dtype) -> None:
 def _rows(
     kernel: PlainAggregate, vectors: Vectors, stack: Vectors, max_norm: float, deviation: float, seed: int, offset: int
 ) -> Any:
-    """The results in the form of ``vectors``, whose rows are ``stack``.
+    """Return the results in the form of ``vectors``, whose rows are ``stack``.
 
     Those of a list have memory of their own.
     """

@@ -53,7 +53,7 @@ FEW = 20
 
 
 def pairwise_distances(vectors: Vectors) -> Tensor:
-    """Computes the Euclidean distances between all pairs of vectors.
+    """Compute the Euclidean distances between all pairs of vectors.
 
     Differences are taken first and squared in fp64.  So near-equal vectors have accurate distances, where the formula
     ``|x|^2 + |y|^2 - 2 x.y`` would lose all digits, and equal vectors are at distance 0.
@@ -79,7 +79,7 @@ def pairwise_distances(vectors: Vectors) -> Tensor:
 
 
 def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
-    """Selects the ``keep`` vectors that lie closest to others, and averages them (Krum, arXiv 1703.02757).
+    """Select the ``keep`` vectors that lie closest to others, and average them (Krum, arXiv 1703.02757).
 
     The score of a vector is the sum of its squared distances to the ``M - byzantine - 2`` closest other vectors.  The
     vectors with the smallest scores are kept; of equal scores the first.  ``keep=1`` is Krum and returns one of the
@@ -119,7 +119,7 @@ def geometric_median(
     tolerance: float = 1e-8,
     smoothing: float = 1e-6,
 ) -> Tensor:
-    """Finds the point with the smallest weighted sum of distances to the vectors (RFA, arXiv 1912.13445).
+    """Find the point with the smallest weighted sum of distances to the vectors (RFA, arXiv 1912.13445).
 
     Smoothed Weiszfeld iterations start at the weighted mean: ``z <- sum_m b_m x_m / sum_m b_m`` with
     ``b_m = w_m / max(smoothing, |x_m - z|)``.  Every such point is a mean of the vectors with shares ``a``.  So its
@@ -240,7 +240,7 @@ def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
 
 
 def _check_scores(scores: list[float], keep: int) -> None:
-    """Raises ValueError where fewer than ``keep`` scores are finite: of equal scores Krum would keep the first."""
+    """Raise ValueError where fewer than ``keep`` scores are finite: of equal scores Krum would keep the first."""
     finite = sum(score < math.inf for score in scores)
     if finite < keep:
         raise ValueError(
@@ -250,7 +250,7 @@ def _check_scores(scores: list[float], keep: int) -> None:
 
 
 def _mean(vectors: Vectors, shares: Tensor, out: Tensor | None = None) -> Tensor:
-    """The weighted mean with ``shares``.  NaN shares, which come from NaN in the vectors, give NaN."""
+    """Return the weighted mean with ``shares``.  NaN shares, which come from NaN in the vectors, give NaN."""
     weights = shares.tolist() if shares.device.type == "cpu" else shares
     return select(vectors).weighted_mean(vectors, weights, out)
 
@@ -337,7 +337,9 @@ def _median_from_distances(
 def _weiszfeld(
     products: np.ndarray, weights: np.ndarray, shares: np.ndarray, iterations: int, least: float, smoothing: float
 ) -> np.ndarray:
-    """Final shares of the iterations, from :func:`_products`; in NumPy, whose calls cost less.
+    """Return the final shares of the iterations, from :func:`_products`.
+
+    In NumPy, whose calls cost less.
 
     They end with a step no longer than ``least``.
     """
@@ -374,12 +376,15 @@ def _products(kernel: PlainAggregate, vectors: Vectors, centre: Tensor, apart: T
 
 
 def _point(vectors: Vectors, shares: Tensor) -> Tensor:
-    """The vectors' mean with ``shares``, in fp64."""
+    """Return the vectors' mean with ``shares``, in fp64."""
     return _mean(vectors, shares, torch.empty(vectors[0].shape[0], dtype=torch.float64, device=shares.device))
 
 
 def _distances_to_mean(vectors: Vectors, shares: Tensor, products: Tensor | None) -> Tensor:
-    """The vectors' distances to their mean with ``shares`` (of sum one), from their :func:`_products` if given."""
+    """Return the vectors' distances to their mean with ``shares`` (of sum one).
+
+    They come from their :func:`_products` if given.
+    """
     if products is None:
         return select(vectors).squared_distances_to(vectors, _point(vectors, shares)).sqrt_()
     sums = products @ shares
@@ -387,7 +392,7 @@ def _distances_to_mean(vectors: Vectors, shares: Tensor, products: Tensor | None
 
 
 def _step(vectors: Vectors, shares: Tensor, following: Tensor, products: Tensor | None) -> Tensor:
-    """The distance between the vectors' means with ``shares`` and with ``following``."""
+    """Return the distance between the vectors' means with ``shares`` and with ``following``."""
     if products is None:
         return difference(_point(vectors, following), _point(vectors, shares)).norm()
     change = following - shares

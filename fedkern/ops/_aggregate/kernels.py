@@ -191,7 +191,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         return results
 
     def _call(self, function: Callable[..., bool], vectors: Vectors, *others: Any) -> None:
-        """Calls a function of the core with the vectors, or with copies where it cannot walk their strides.
+        """Call a function of the core with the vectors, or with copies where it cannot walk their strides.
 
         The CPU's kernels take unit strides, all but that of the weighted mean.  A GPU's take any stride that all
         vectors have in common.
@@ -213,19 +213,19 @@ class AggregateKernels(PlainAggregate, Launcher):
         return self.fresh(torch.empty(size, dtype=dtype, device=like.device))
 
     def _vector(self, vectors: Vectors) -> Tensor:
-        """A new tensor ``[P]`` of the vectors' dtype."""
+        """Return a new tensor ``[P]`` of the vectors' dtype."""
         if isinstance(vectors, Tensor):
             return self.fresh(vectors.new_empty(vectors.shape[1]))
         return self.fresh(_empty_like(vectors[0]))
 
     def _matrix(self, vectors: Vectors) -> Tensor:
-        """A new tensor ``[M, P]`` of the vectors' dtype."""
+        """Return a new tensor ``[M, P]`` of the vectors' dtype."""
         if isinstance(vectors, Tensor):
             return self.fresh(_empty_like(vectors, memory_format=torch.contiguous_format))
         return self.fresh(vectors[0].new_empty(len(vectors), size_of(vectors)))
 
     def _per_vector(self, count: int, like: Tensor) -> Tensor:
-        """A new fp64 tensor ``[M]``."""
+        """Return a new fp64 tensor ``[M]``."""
         if self.gpu:
             return torch.empty(count, dtype=torch.float64, device=like.device)
         if count not in _NUMBERS:

@@ -93,17 +93,17 @@ def weighted_mean(
 
 
 def _compute(vectors: Vectors, weights: Tensor | Sequence[float], out: Tensor | None) -> Tensor:
-    """The mean of ordinary tensors, outside of autograd."""
+    """Return the mean of ordinary tensors, outside of autograd."""
     return select(vectors).weighted_mean(vectors, kernel_weights(weights, len(vectors)), out)
 
 
 def select(vectors: Vectors, *others: Tensor) -> PlainAggregate:
-    """The kernel object that serves a call: a backend's, or the plain reference."""
+    """Return the kernel object that serves a call: a backend's, or the plain reference."""
     return backend.select("aggregate", *rows_or_stack(vectors), *others) or PLAIN
 
 
 def fake_vector(vectors: list[Tensor], *others: Any) -> Tensor:
-    """The fake result ``[P]`` of an operator that takes a list of vectors."""
+    """Return the fake result ``[P]`` of an operator that takes a list of vectors."""
     return vectors[0].new_empty(vectors[0].shape)
 
 

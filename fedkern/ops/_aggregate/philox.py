@@ -18,7 +18,7 @@ _LOW = 0xFFFFFFFF
 
 
 def signed(word: int) -> int:
-    """The same 64 bits as a signed integer: operators of torch.library take no unsigned ones."""
+    """Return the same 64 bits as a signed integer: operators of torch.library take no unsigned ones."""
     return word - (1 << 64) if word >= 1 << 63 else word
 
 
@@ -43,7 +43,9 @@ REFINED = 1 << 12
 
 
 def normal(size: int, seed: int, offset: int, device: torch.device | None = None) -> Tensor:
-    """Standard normal numbers, fp64 ``[size]``: places ``offset ... offset + size - 1`` (modulo 2^64) of a stream.
+    """Draw standard normal numbers, fp64 ``[size]``.
+
+    They have the places ``offset ... offset + size - 1`` (modulo 2^64) of a stream.
 
     Place e takes word ``(e >> 4) & 3`` of counter ``16 * (e >> 6) + (e & 15)``: 64 places are 16 counters, so that a
     vector register holds one word of many counters without a shuffle.  Words 0 and 1 make the first two of a counter's
@@ -79,7 +81,10 @@ def normal(size: int, seed: int, offset: int, device: torch.device | None = None
 
 
 def uniform(word: Tensor, more: Callable[[Tensor], Tensor]) -> Tensor:
-    """Uniform numbers in (0, 1], fp32, from radius words; ``more`` gives the words that refine those at its indices."""
+    """Uniform numbers in (0, 1], fp32, from radius words.
+
+    ``more`` gives the words that refine those at its indices.
+    """
     result = (word.to(torch.float32) + 0.5) * 2.0**-32
     rare = (word < REFINED).nonzero()[:, 0]
     if len(rare):

@@ -69,7 +69,10 @@ class PlainAggregate:
         exact_add_reference(digits, top, vector, weight)
 
     def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
-        """The digits' sum divided by ``weight``, in the tensor ``out`` or in a new tensor of the dtype ``out``."""
+        """Return the digits' sum divided by ``weight``.
+
+        It is in the tensor ``out`` or in a new tensor of the dtype ``out``.
+        """
         target = _target(out, top)
         exact_mean_reference(digits, top, weight, target)
         return target
@@ -87,7 +90,7 @@ class PlainAggregate:
         return target, *robust.server_step_reference(call, target)
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
-        """The (weighted) mean of the values at places ``low <= k < high`` of every coordinate's ascending order.
+        """Return the (weighted) mean of the values at places ``low <= k < high`` of every coordinate's ascending order.
 
         Equal values stay in the order of the vectors, and NaN is larger than every number.  Where the weights of these
         values sum to zero, the result is NaN.
@@ -106,7 +109,7 @@ class PlainAggregate:
         return robust.squared_distances_reference(vectors)
 
     def distances(self, vectors: Vectors) -> Tensor:
-        """The square roots of :meth:`squared_distances`."""
+        """Return the square roots of :meth:`squared_distances`."""
         return self.squared_distances(vectors).sqrt_()
 
     def squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
@@ -169,7 +172,9 @@ class PlainAggregate:
         return torch.where(outside & usable, exact, factors)
 
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
-        """``[M, P]``: ``factors[m] * x_m + deviation * normal(seed, offset + m * P + j)``; no noise at deviation 0.
+        """``[M, P]``: ``factors[m] * x_m + deviation * normal(seed, offset + m * P + j)``.
+
+        No noise at deviation 0.
 
         ``factors`` fp64 ``[M]`` on the vectors' device; ``seed`` and ``offset`` in [0, 2^64).  The counter-based normal
         numbers are those of :func:`fedkern.ops._aggregate.philox.normal`, to the rounding of log, sine and cosine in
@@ -180,7 +185,7 @@ class PlainAggregate:
     def scale_each(
         self, vectors: Sequence[Tensor], factors: Tensor, deviation: float, seed: int, offset: int
     ) -> list[Tensor]:
-        """The rows of :meth:`scale_and_noise`, each in memory of its own."""
+        """Return the rows of :meth:`scale_and_noise`, each in memory of its own."""
         size = len(vectors[0])
         return [
             self.scale_and_noise([vector], factor, deviation, seed, (offset + m * size) % (1 << 64))[0]

@@ -20,7 +20,7 @@ LOWEST, HIGHEST, INFINITE, MINUS_INFINITE, NOT_A_NUMBER = -31, 31, 32, 33, 34
 def weighted_mean_reference(
     vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float], dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The specification of :func:`fedkern.ops.weighted_mean`: sums in fp64, in the order given.
+    """Return the specification of :func:`fedkern.ops.weighted_mean`: sums in fp64, in the order given.
 
     ``dtype`` is that of the result; None: that of the vectors.
     """
@@ -97,7 +97,7 @@ def _exact_add(digits: Tensor, top: Tensor, product: Tensor) -> None:
 
 
 def risen(digits: Tensor, rise: Tensor) -> Tensor:
-    """The digits ``int64 [3, P]`` at positions higher by ``rise [P]``, where the lowest of them are cut off."""
+    """Return the digits ``int64 [3, P]`` at positions higher by ``rise [P]``, where the lowest of them are cut off."""
     high, middle, low = digits
     zero = torch.zeros_like(high)
     return torch.stack(
@@ -125,7 +125,7 @@ def exact_merge_reference(digits: Tensor, top: Tensor, more: Tensor, more_top: T
 
 
 def exact_mean_reference(digits: Tensor, top: Tensor, total: float, out: Tensor) -> None:
-    """Writes the digits' sum, divided by ``total``, to ``out [P]``."""
+    """Write the digits' sum, divided by ``total``, to ``out [P]``."""
     for piece in pieces(len(top)):
         out[piece] = _exact_mean(digits[:, piece], top[piece].to(torch.int64), total)
 

@@ -65,7 +65,7 @@ def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] 
 
 
 def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) -> Tensor:
-    """Takes the median of every coordinate (arXiv 1803.01498): the mean of the two middle values for even M.
+    """Take the median of every coordinate (arXiv 1803.01498): the mean of the two middle values for even M.
 
     With weights, it is the mean of the lower and the upper weighted median.  The lower one is the smallest value such
     that this value and the values below have at least half of the weight; for the upper one they have more than half.

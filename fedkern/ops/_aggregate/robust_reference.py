@@ -39,7 +39,10 @@ def as_weights(weights: Weights, like: Tensor) -> Tensor:
 
 
 def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
-    """The (weighted) mean of the values at places [low, high) of every coordinate's ascending order, NaN last."""
+    """Return the (weighted) mean of values at places [low, high) of every coordinate.
+
+    Places are in ascending order, NaN last.
+    """
     out = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
     for piece in pieces(len(out)):
         values, order = torch.sort(stack(vectors, piece), dim=0, stable=True)
@@ -173,7 +176,7 @@ def server_step_reference(call: ServerCall, out: Tensor) -> tuple[Tensor, Tensor
 
 
 def _update(mean: Tensor, rule: ServerRule, first: Tensor | None, second: Tensor | None) -> Tensor:
-    """Returns the change of the global model.
+    """Return the change of the global model.
 
     Updates the states in place.
     """

@@ -71,7 +71,7 @@ def server_step(
     out: Tensor | None = None,
     similarities: bool = True,
 ) -> ServerStep:
-    """Takes one step of a server optimiser from the clients' models (FedOpt, arXiv 2003.00295, algorithm 2).
+    """Take one step of a server optimiser from the clients' models (FedOpt, arXiv 2003.00295, algorithm 2).
 
     g is the global model and ``d = sum_m w_m (x_m - g) / sum_m w_m`` the mean delta.  The new model by rule:
 
@@ -224,7 +224,7 @@ def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: 
 
 
 def _check_apart(call: ServerCall, shared: Callable[[Tensor, Tensor], bool]) -> None:
-    """Raises ValueError if ``shared`` is true for a state and another argument: states are written to."""
+    """Raise ValueError if ``shared`` is true for a state and another argument: states are written to."""
     others: dict[str, object] = {name: getattr(call, name) for name in ("second", "out", "global_", "weights")}
     others |= {f"vectors[{m}]": vector for m, vector in enumerate(rows_of(call.vectors))}
     for name, state in (("first", call.first), ("second", call.second)):

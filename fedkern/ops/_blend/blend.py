@@ -109,7 +109,10 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
 
 
 class _Blend(EagerFunction):
-    """Autograd function of a kernel; its tensors are (foreground, background, alpha), alpha that of the call."""
+    """Autograd function of a kernel.
+
+    Its tensors are (foreground, background, alpha), alpha that of the call.
+    """
 
     @staticmethod
     def forward(

@@ -65,7 +65,7 @@ def erase_boxes(
 def keep_boxes(
     images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor = 0.0
 ) -> Tensor:
-    """Replaces every pixel outside all boxes by ``fill``: the complement of :func:`erase_boxes`, with its arguments."""
+    """Replace every pixel outside all boxes by ``fill``: the complement of :func:`erase_boxes`, with its arguments."""
     return _boxes(images, boxes, fill, True)
 
 
@@ -94,7 +94,7 @@ def _make_fill(fill: float, sign: float, dtype: torch.dtype, channels: int) -> T
 
 
 def _constant(fill: float, images: Tensor) -> Tensor:
-    """The fill as ``[1, C]``, cached on the CPU.
+    """Return the fill as ``[1, C]``, cached on the CPU.
 
     The sign is a key of its own, since 0.0 and -0.0 are equal keys.
     """
@@ -141,7 +141,7 @@ def _pad_boxes(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
 
 
 def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
-    """The fill as ``[1, C]`` in the images' dtype."""
+    """Return the fill as ``[1, C]`` in the images' dtype."""
     channels = images.shape[1]
     if isinstance(fill, Tensor):
         check_dense(fill, "fill")
@@ -170,7 +170,7 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
 
 
 def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
-    """Raises ValueError if ``dtype`` is of whole numbers and cannot hold one of the values."""
+    """Raise ValueError if ``dtype`` is of whole numbers and cannot hold one of the values."""
     if dtype.is_floating_point:
         return
     info = torch.iinfo(dtype) if dtype != torch.bool else None
@@ -195,7 +195,7 @@ class _FillBoxes(EagerFunction):
 
 
 def _run(kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
-    """An ordinary call's result, from its kernel.
+    """Return an ordinary call's result, from its kernel.
 
     None: from what serves other calls.
     """

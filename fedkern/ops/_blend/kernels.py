@@ -71,7 +71,7 @@ def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def check_memory(foreground: Tensor | None, background: Tensor | None, call: BlendCall) -> None:
-    """Raises RuntimeError, for every backend, if the memory of a tensor that the backward pass reads was freed."""
+    """Raise RuntimeError, for every backend, if the memory of a tensor that the backward pass reads was freed."""
     if call.indices is not None:
         checks.check_memory(call.indices, "index")
     if call.alpha is not None:
@@ -105,7 +105,7 @@ class BlendKernels(_Launcher):
     """
 
     def forward(self, foreground: Tensor, background: Tensor, call: BlendCall) -> Tensor:
-        """Returns the result, with :func:`output_strides` of the foreground.
+        """Return the result, with :func:`output_strides` of the foreground.
 
         Both maps have one dtype.
         """
@@ -135,7 +135,7 @@ class BlendKernels(_Launcher):
         needs: Sequence[bool],
         strides: tuple[int, ...] | None = None,
     ) -> Gradients:
-        """Returns the gradients of foreground, background and alpha where ``needs`` asks for them.
+        """Return the gradients of foreground, background and alpha where ``needs`` asks for them.
 
         The maps are read for alpha's gradient alone. ``strides`` are the result's, which the maps' gradients get too;
         None: those of ``grad`` without gaps.
@@ -198,7 +198,7 @@ class BoxesKernels(_Launcher):
     """erase_boxes and keep_boxes of both compiled cores."""
 
     def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
-        """Writes ``images`` to ``out``, with ``fill`` for pixels inside any box or (``keep``) outside all boxes.
+        """Write ``images`` to ``out``, with ``fill`` for pixels inside any box or (``keep``) outside all boxes.
 
         ``fill`` is ``[1 or B, C]`` of the images' dtype. ``out`` was just allocated; its samples are dense in some
         order of axes. A box with a NaN is empty on a GPU, a ValueError on the CPU.

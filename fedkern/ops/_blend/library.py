@@ -76,7 +76,7 @@ def _setup_second(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _fold_index(index: Tensor, axis: int | None, count: int, rows: int) -> Tensor:
-    """Indices into ``count`` backgrounds of ``rows`` rows in sequence.
+    """Return the indices into ``count`` backgrounds of ``rows`` rows in sequence.
 
     An index out of range stays out of range.
     """

@@ -14,7 +14,7 @@ from fedkern.ops._core.function import Context
 def blend_reference(
     foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, index: Tensor | None = None
 ) -> Tensor:
-    """The specification of :func:`blend`."""
+    """Return the specification of :func:`blend`."""
     front, back = wide(foreground), wide(background)
     back = back if index is None else back[index]
     if isinstance(alpha, Tensor):
@@ -28,7 +28,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def check_values(call: BlendCall) -> None:
-    """Raises ValueError for CPU values out of range, as the CPU kernel does before it touches memory."""
+    """Raise ValueError for CPU values out of range, as the CPU kernel does before it touches memory."""
     alpha, _, index, background_rows = call
     if index is not None and index.device.type == "cpu":
         for position in ((index < 0) | (index >= background_rows)).nonzero().flatten().tolist():

@@ -9,7 +9,7 @@ from fedkern.ops._core.checks import check_device, check_floating, check_number
 
 
 def check_pair(x: Tensor, y: Tensor) -> None:
-    """Raises TypeError or ValueError unless both are embeddings ``[B, D]`` of one shape on one device."""
+    """Raise TypeError or ValueError unless both are embeddings ``[B, D]`` of one shape on one device."""
     for name, tensor in (("x", x), ("y", y)):
         check_floating(tensor, name)
         if tensor.dim() != 2:
@@ -20,7 +20,7 @@ def check_pair(x: Tensor, y: Tensor) -> None:
 
 
 def check_temperature(temperature: float | Tensor, x: Tensor) -> float | Tensor:
-    """Returns ``temperature`` as a float, or unchanged if it is a tensor.
+    """Return ``temperature`` as a float, or unchanged if it is a tensor.
 
     Raises:
         TypeError, ValueError: the temperature's type, dtype, shape, device or value is wrong.

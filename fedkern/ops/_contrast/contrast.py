@@ -70,7 +70,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
 
 
 def _call_operator(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
-    """Calls the torch.library operator."""
+    """Call the torch.library operator."""
     if not isinstance(temperature, Tensor) and torch.compiler.is_compiling():
         learnt = library.number_tensor(temperature).to(x.device)
     recorded = torch.is_grad_enabled()
@@ -79,7 +79,9 @@ def _call_operator(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: flo
 
 
 class _Contrastive(EagerFunction):
-    """Autograd function of the eager path; its tensors are (x, y, [temperature]).
+    """Autograd function of the eager path.
+
+    Its tensors are (x, y, [temperature]).
 
     The loss is a scalar, so the forward pass computes the gradients for a grad_output of 1 and the backward pass scales
     them.

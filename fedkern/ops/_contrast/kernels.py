@@ -42,7 +42,9 @@ class _Batch(NamedTuple):
 # A launcher for each core: the CPU core returns the loss as a number and takes tiles of any height. On a GPU the loss
 # stays in a tensor, and tiles are looked at in blocks.
 class CpuContrast(Launcher):
-    """contrastive of ``fedkern._cpu``; :class:`TiledContrast` has the same methods for GPUs.
+    """contrastive of ``fedkern._cpu``.
+
+    :class:`TiledContrast` has the same methods for GPUs.
 
     Sums are taken in float32 (float64 where an input is float64) and rounded once.  On CUDA no method reads a tensor's
     value, because that would synchronise.
@@ -53,11 +55,11 @@ class CpuContrast(Launcher):
         self._contrast = core.contrast_whole
 
     def loss(self, call: ContrastCall) -> Tensor:
-        """The loss, in the promoted dtype of x and y."""
+        """Return the loss, in the promoted dtype of x and y."""
         return self._loss(_batch(call), None)
 
     def loss_and_gradients(self, call: ContrastCall, needs: Sequence[bool]) -> tuple[Tensor, Gradients]:
-        """The loss, and the gradients that ``needs`` (x, y, temperature) asks for."""
+        """Return the loss, and the gradients that ``needs`` (x, y, temperature) asks for."""
         batch = _batch(call)
         if not _fits(batch):
             sums = batch.x.new_empty(4, batch.x.shape[0])
@@ -86,12 +88,14 @@ class CpuContrast(Launcher):
         )
 
     def _whole(self, batch: _Batch, matrix: Tensor, factor: float) -> Tensor:
-        """The loss from all similarities ``matrix``, which its gradient overwrites if ``factor`` is not 0."""
+        """Return the loss from all similarities ``matrix``, which its gradient overwrites if ``factor`` is not 0."""
         x, y, scale, dtype = batch
         return _scalar(self._contrast(x, y, matrix, scale, factor, None, self.at(x)), dtype)
 
     def _loss(self, batch: _Batch, sums: Tensor | None) -> Tensor:
-        """The loss; ``sums`` receives softmax statistics ``[4, B]``: maxima and sums of the rows, then of the columns.
+        """Return the loss.
+
+        ``sums`` receives softmax statistics ``[4, B]``: maxima and sums of the rows, then of the columns.
 
         A softmax is ``exp((x yᵀ - maximum) / temperature) / sum``.  The statistics have the computing dtype.
         """
@@ -106,7 +110,7 @@ class CpuContrast(Launcher):
         return _scalar(self.core.contrast_finish(scale, bounded, statistics, sums), dtype)
 
     def _gradients(self, batch: _Batch, sums: Tensor, needs: Sequence[bool]) -> Gradients:
-        """The gradients, from similarities that are multiplied again, tile by tile."""
+        """Return the gradients, from similarities that are multiplied again, tile by tile."""
         x, y, scale, _ = batch
         factor, bounded = scale / max(x.shape[0], 1), self.core.contrast_bounded(x, y, scale)
         to_x = torch.empty_like(x) if needs[0] or needs[2] else None
@@ -127,7 +131,7 @@ class CpuContrast(Launcher):
     def _with_temperature(
         self, batch: _Batch, to_x: Tensor | None, to_y: Tensor | None, needs: Sequence[bool]
     ) -> Gradients:
-        """Adds the temperature's gradient, whose Σ G S is the sum of the products of x and the gradient of x."""
+        """Add the temperature's gradient, whose Σ G S is the sum of the products of x and the gradient of x."""
         to_temperature = None
         if needs[2] and to_x is not None:
             product = self.core.contrast_dot(batch.x, to_x)

@@ -17,7 +17,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def reference_at(temperature: Any) -> Any:
-    """The reference at ``temperature``, or at a learnt one."""
+    """Return the reference at ``temperature``, or at a learnt one."""
 
     def loss(x: Tensor, y: Tensor, learnt: Tensor | None = None) -> Tensor:
         return contrastive_reference(x, y, temperature if learnt is None else learnt)
@@ -26,12 +26,12 @@ def reference_at(temperature: Any) -> Any:
 
 
 def _loss_alone(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool) -> tuple[Tensor]:
-    """The operator's reference: only the loss, of all that :func:`_run` returns."""
+    """Return the operator's reference: only the loss, of all that :func:`_run` returns."""
     return (reference_at(temperature)(x, y, learnt),)
 
 
 def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool) -> Results:
-    """The loss, and the gradients that ``needs`` asks for, in the forward pass as in eager calls."""
+    """Return the loss, and the gradients that ``needs`` asks for, in the forward pass as in eager calls."""
     if x.dim() != 2 or x.shape != y.shape:
         raise ValueError(f"x and y must have one shape [B, D], but have {list(x.shape)} and {list(y.shape)}")
     if learnt is not None and learnt.dim():

@@ -37,7 +37,10 @@ def times(tile: Tensor, y: Tensor) -> Tensor:
 
 
 def transposed_times(tile: Tensor, x: Tensor) -> Tensor:
-    """``tileᵀ x``; from oneDNN a transposed view, since ``(xᵀ tile)ᵀ`` spares oneDNN a copy of the tile."""
+    """``tileᵀ x``.
+
+    From oneDNN a transposed view, since ``(xᵀ tile)ᵀ`` spares oneDNN a copy of the tile.
+    """
     if _by_onednn(tile, x.shape[1]):
         assert _linear is not None
         return _linear(x.t().contiguous(), tile.t(), None, "none", [], "").t()

@@ -31,7 +31,7 @@ class Gradients(NamedTuple):
 
 
 def contrastive_reference(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
-    """The specification of :func:`fedkern.ops.contrastive`."""
+    """Return the specification of :func:`fedkern.ops.contrastive`."""
     dtype = torch.promote_types(x.dtype, y.dtype)
     compute = compute_dtype(dtype)
     if isinstance(temperature, Tensor):
@@ -43,6 +43,6 @@ def contrastive_reference(x: Tensor, y: Tensor, temperature: float | Tensor = 0.
 
 
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context without autocast, which would round the products."""
+    """Return a context without autocast, which would round the products."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()

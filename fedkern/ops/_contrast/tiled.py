@@ -42,7 +42,7 @@ class TiledContrast:
         raise NotImplementedError
 
     def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, partners: Tensor) -> None:
-        """Reads a tile that begins with row ``first``, a multiple of the block size.
+        """Read a tile that begins with row ``first``, a multiple of the block size.
 
         Writes the tile's part of ``partners`` ``[B]``, pairs' similarities, and of ``pieces`` ``[2, blocks, 2 B]``, the
         maxima and sums of blocks: for the B rows by blocks of columns, then for the B columns by blocks of rows.
@@ -50,11 +50,11 @@ class TiledContrast:
         raise NotImplementedError
 
     def join(self, pairs: Pairs, pieces: Tensor, partners: Tensor, sums: Tensor, loss: Tensor) -> None:
-        """Joins the pieces into ``sums`` ``[4, B]`` and writes the loss."""
+        """Join the pieces into ``sums`` ``[4, B]`` and write the loss."""
         raise NotImplementedError
 
     def gradient(self, pairs: Pairs, tile: Tensor, first: int, sums: Tensor) -> None:
-        """Overwrites a tile with the loss's gradient with respect to ``x yᵀ``."""
+        """Overwrite a tile with the loss's gradient with respect to ``x yᵀ``."""
         raise NotImplementedError
 
     def loss(self, call: ContrastCall) -> Tensor:
@@ -103,7 +103,7 @@ class TiledContrast:
         return loss, sums
 
     def _gradients(self, pairs: Pairs, sums: Tensor, needs: Sequence[bool], memory: Tensor, ready: bool) -> Gradients:
-        """The gradients.
+        """Return the gradients.
 
         ``ready``: ``memory`` already holds all similarities.
         """

@@ -1,4 +1,7 @@
-"""contrastive in Triton: the kernels on tiles of similarities; the loop over the tiles is in tiled.py."""
+"""contrastive in Triton: the kernels on tiles of similarities.
+
+The loop over the tiles is in tiled.py.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def scale_of(learnt, temperature, COMPUTE: tl.constexpr):
 
 @triton.jit
 def place_of(across, rows, count, stride, BLOCK: tl.constexpr):
-    """This program's block: its place down and along, its rows, columns and offsets, and the mask of real elements."""
+    """Return this program's block.
+
+    It has its place down and along, its rows, columns and offsets, and the mask of real elements.
+    """
     program = tl.program_id(0)
     row = program // across * BLOCK + tl.arange(0, BLOCK)
     column = program % across * BLOCK + tl.arange(0, BLOCK)
@@ -38,7 +44,7 @@ def place_of(across, rows, count, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def base_of(top):
-    """The number to subtract before exp: 0 for a row or column that is all -inf, which then adds nothing."""
+    """Return the number to subtract before exp: 0 for a row or column that is all -inf, which then adds nothing."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -71,7 +77,7 @@ def join_kernel(
     tops, totals, partners, sums, losses, learnt, temperature, count, blocks,
     COMPUTE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """Joins the pieces of each line (row or column).
+    """Join the pieces of each line (row or column).
 
     Writes its loss: log-sum-exp minus the partner's similarity.
     """

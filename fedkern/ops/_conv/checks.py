@@ -14,7 +14,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def check_settings(settings: Settings) -> Settings:
-    """The settings, as plain numbers.
+    """Return the settings, as plain numbers.
 
     Raises:
         TypeError, ValueError: a setting has the wrong type or value.
@@ -29,7 +29,7 @@ def check_settings(settings: Settings) -> Settings:
 
 
 def check_tensors(inputs: Inputs, settings: Settings) -> None:
-    """Raises TypeError or ValueError unless all tensors fit together."""
+    """Raise TypeError or ValueError unless all tensors fit together."""
     x, weight, scale, shift, bias, residual = inputs
     mean, variance, _, _, stride, _, pool, _, training, groups = settings
     _check_maps(x, weight)
@@ -87,7 +87,7 @@ def check_tensors(inputs: Inputs, settings: Settings) -> None:
 
 
 def check_pooled(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu: bool) -> None:
-    """Raises TypeError or ValueError unless all arguments of conv_pool fit together."""
+    """Raise TypeError or ValueError unless all arguments of conv_pool fit together."""
     check_flag(relu, "relu")
     _check_maps(x, weight)
     taps = tuple(weight.shape[2:])
@@ -118,7 +118,7 @@ def _check_maps(x: Tensor, weight: Tensor) -> None:
 
 
 def _converts(x: Tensor) -> bool:
-    """Whether torch converts dtypes: under autocast."""
+    """Return whether torch converts dtypes: under autocast."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

@@ -113,7 +113,10 @@ def conv_norm(
 
 
 def serving(inputs: Inputs, settings: Settings) -> ConvKernels | None:
-    """The kernel that serves this call, for :func:`run`; None where there is none. Never raises."""
+    """Return the kernel that serves this call, for :func:`run`.
+
+    None where there is none. Never raises.
+    """
     x, weight, scale, shift, bias, residual = inputs
     mean, variance, _, _, stride, _, pool, _, _, groups = settings
     arguments = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
@@ -156,7 +159,10 @@ def run(kernel: ConvKernels, inputs: Inputs, settings: Settings) -> Tensor:
 
 
 class _ConvNorm(EagerFunction):
-    """Autograd function of the kernel; its tensors are those of :class:`Inputs`."""
+    """Autograd function of the kernel.
+
+    Its tensors are those of :class:`Inputs`.
+    """
 
     @staticmethod
     def forward(ctx: Context, kernel: ConvKernels, settings: Settings, *tensors: Tensor) -> Tensor:

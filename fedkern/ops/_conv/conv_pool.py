@@ -68,7 +68,10 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
 
 
 def pooling(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> PoolKernels | None:
-    """The kernel that serves this call, for :func:`run_pooling`; None where there is none. Never raises."""
+    """Return the kernel that serves this call, for :func:`run_pooling`.
+
+    None where there is none. Never raises.
+    """
     return choose_kernel("conv_pool", x, weight, bias, padding)
 
 
@@ -84,7 +87,10 @@ def run_pooling(kernel: PoolKernels, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 class _ConvPool(EagerFunction):
-    """Autograd function of the kernel; its tensors are (x, weight, bias)."""
+    """Autograd function of the kernel.
+
+    Its tensors are (x, weight, bias).
+    """
 
     @staticmethod
     def forward(

@@ -14,7 +14,7 @@ _autocast = torch.is_autocast_enabled
 
 
 def choose_kernel(operator: str, *arguments: object) -> Any | None:
-    """The kernel that serves an ordinary call.
+    """Return the kernel that serves an ordinary call.
 
     None where there is none. Never raises.
     """
@@ -28,7 +28,7 @@ def choose_kernel(operator: str, *arguments: object) -> Any | None:
 
 
 def check_forced(operator: str, *tensors: Tensor | None) -> None:
-    """Raises RuntimeError if a backend was forced, and not the reference, which serves these tensors."""
+    """Raise RuntimeError if a backend was forced, and not the reference, which serves these tensors."""
     operands = [tensor for tensor in tensors if tensor is not None]
     if not eager(*operands):
         if not backend.needs_reference(operator):

@@ -21,7 +21,10 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call of conv_norm that may have a gradient; see :func:`fedkern.ops.conv_norm`."""
+    """The tensors of a call of conv_norm that may have a gradient.
+
+    See :func:`fedkern.ops.conv_norm`.
+    """
 
     x: Tensor
     weight: Tensor
@@ -47,7 +50,10 @@ class Settings(NamedTuple):
 
 
 class Pooling(NamedTuple):
-    """The settings of a call of conv_pool; ``dense``: the result is contiguous, else channels-last."""
+    """The settings of a call of conv_pool.
+
+    ``dense``: the result is contiguous, else channels-last.
+    """
 
     padding: int
     relu: bool
@@ -66,14 +72,17 @@ class NotFinite(Exception):
 
 
 class ConvKernels(Launcher):
-    """conv_norm of ``fedkern._cpu``, for calls that ``conv_fits`` takes; maps are channels-last here, in and out."""
+    """conv_norm of ``fedkern._cpu``, for calls that ``conv_fits`` takes.
+
+    Maps are channels-last here, in and out.
+    """
 
     def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
         self._forward, self._backward, self._channels = core.conv_forward, core.conv_backward, core.conv_channels
 
     def forward(self, inputs: Inputs, settings: Settings, keep: bool) -> tuple[Tensor, Kept]:
-        """The result and what the backward pass reads.
+        """Return the result and what the backward pass reads.
 
         Without ``keep`` only the last of that.
 
@@ -120,7 +129,9 @@ class ConvKernels(Launcher):
         out: Tensor | None,
         needs: Sequence[bool],
     ) -> Gradients:
-        """The gradients of (x, weight, scale, shift, bias, residual) that ``needs`` asks for, in the inputs' layouts.
+        """Return the gradients of (x, weight, scale, shift, bias, residual) that ``needs`` asks for.
+
+        They have the inputs' layouts.
 
         ``out`` is the result where a residual was added before the ReLU, else None.
 
@@ -152,10 +163,13 @@ class ConvKernels(Launcher):
 
 
 class PoolKernels(Launcher):
-    """conv_pool of ``fedkern._cpu``, for calls that ``pool_fits`` takes; maps are contiguous or channels-last."""
+    """conv_pool of ``fedkern._cpu``, for calls that ``pool_fits`` takes.
+
+    Maps are contiguous or channels-last.
+    """
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, pooling: Pooling) -> tuple[Tensor, Tensor]:
-        """The result, and which values the maxima were.
+        """Return the result, and which values the maxima were.
 
         Raises:
             NotFinite: x or weight has an infinity or NaN, whose products with zeros the backward pass would leave out.
@@ -173,7 +187,7 @@ class PoolKernels(Launcher):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, chosen: Tensor, pooling: Pooling, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of (x, weight, bias) that ``needs`` asks for, in the inputs' layouts.
+        """Return the gradients of (x, weight, bias) that ``needs`` asks for, in the inputs' layouts.
 
         Raises:
             NotFinite: there are no gradients then.

@@ -39,7 +39,7 @@ FLOATS = frozenset(DTYPES)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that kernels compute in: float64 for float64, float32 for all other dtypes."""
+    """Return the dtype that kernels compute in: float64 for float64, float32 for all other dtypes."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -100,7 +100,7 @@ _forced: str | None = None
 
 
 def register(operator: str, backend: str, kernel: Kernel) -> None:
-    """Registers ``kernel`` as the implementation of ``operator`` by ``backend``."""
+    """Register ``kernel`` as the implementation of ``operator`` by ``backend``."""
     _kernels.setdefault(operator, {})[backend] = kernel
     _forget()
 
@@ -115,7 +115,7 @@ def serve(
     dtypes: frozenset[torch.dtype] = FLOATS,
     fits: str = "",
 ) -> None:
-    """Registers the implementations of ``operator``.
+    """Register the implementations of ``operator``.
 
     Args:
         operator: name of the operator.
@@ -152,7 +152,7 @@ def _serves(backend: str, kernel: Kernel, device: str) -> bool:
 
 
 def cpu_core() -> ModuleType:
-    """Returns ``fedkern._cpu`` with the ISA level of ``FEDKERN_CPU_ISA``.
+    """Return ``fedkern._cpu`` with the ISA level of ``FEDKERN_CPU_ISA``.
 
     Raises:
         Unavailable: the core was not built, does not load or is outdated, or torch is too old for it.
@@ -178,7 +178,7 @@ _isa_applied = False
 
 
 def active_isa() -> str:
-    """The active ISA level of the CPU core, "none" where there is no core."""
+    """Return the active ISA level of the CPU core, "none" where there is no core."""
     try:
         return str(cpu_core().isa())
     except Unavailable:
@@ -198,7 +198,7 @@ def _show_tensors(core: ModuleType, name: str) -> None:
 
 
 def cuda_core() -> ModuleType:
-    """Returns ``fedkern._cuda``.
+    """Return ``fedkern._cuda``.
 
     Raises:
         Unavailable: the core was not built or does not load, torch is a build without CUDA, or a GPU or its driver is
@@ -215,7 +215,7 @@ def cuda_core() -> ModuleType:
 
 
 def forced_backend() -> str | None:
-    """Returns the backend forced by :func:`use_backend` or ``FEDKERN_BACKEND``, or None."""
+    """Return the backend forced by :func:`use_backend` or ``FEDKERN_BACKEND``, or None."""
     if _forced is not None:
         return _forced
     name = os.environ.get("FEDKERN_BACKEND", "")
@@ -226,7 +226,7 @@ def forced_backend() -> str | None:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Forces one backend within a ``with`` block, for all threads of the process.
+    """Force one backend within a ``with`` block, for all threads of the process.
 
     The end of a block brings back what held at its beginning.  So blocks may be nested, but those of several threads
     must not overlap: where the one that began first ends first, the other leaves its backend forced for good.
@@ -254,7 +254,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Forces one ISA level of the CPU core within a ``with`` block, for all threads of the process.
+    """Force one ISA level of the CPU core within a ``with`` block, for all threads of the process.
 
     As with :func:`use_backend`, blocks of several threads must not overlap.
 
@@ -298,7 +298,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_intercepted() -> bool:
-    """True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
+    """Return True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
 
     Raises:
         RuntimeError: ``torch.jit.trace`` is recording, which cannot see kernels.
@@ -337,7 +337,7 @@ def _lifting() -> str:
 
 
 def only_reference(operator: str, where: str) -> None:
-    """Raises RuntimeError if a forced backend is not the reference, which alone serves under ``where``."""
+    """Raise RuntimeError if a forced backend is not the reference, which alone serves under ``where``."""
     forced = forced_backend()
     if forced not in (None, "reference"):
         raise RuntimeError(
@@ -347,7 +347,7 @@ def only_reference(operator: str, where: str) -> None:
 
 
 def not_forced(operator: str, backend: str, what: str) -> None:
-    """Raises RuntimeError if ``backend`` was forced: it has no kernel for this call, described by ``what``."""
+    """Raise RuntimeError if ``backend`` was forced: it has no kernel for this call, described by ``what``."""
     if forced_backend() == backend:
         raise RuntimeError(
             f"backend {backend!r} was forced, but it has no kernel for {operator} {what}; allow another by {_lifting()}"
@@ -355,7 +355,7 @@ def not_forced(operator: str, backend: str, what: str) -> None:
 
 
 def tangents(values: Iterable[object]) -> bool:
-    """True where a tensor among ``values`` has a tangent of forward-mode AD."""
+    """Return True where a tensor among ``values`` has a tangent of forward-mode AD."""
     if _forward_ad._current_level < 0 or _is_compiling():
         return False
     for value in values:
@@ -368,7 +368,7 @@ def tangents(values: Iterable[object]) -> bool:
 
 
 def readable(grad: Tensor) -> bool:
-    """True where a backward pass may hand ``grad`` to a kernel: the pass is neither recorded nor mapped over."""
+    """Return True where a backward pass may hand ``grad`` to a kernel: the pass is neither recorded nor mapped over."""
     # is_grads_batched=True hands a legacy batched tensor to a backward pass.
     if type(grad) is not Tensor or _grad_enabled() or is_intercepted():
         return False
@@ -390,7 +390,7 @@ def eager(*tensors: Tensor) -> bool:
 
 
 def ready(operator: str, *arguments: object) -> Any | None:
-    """The launcher of a compiled core that serves an ordinary call, found in few steps.
+    """Return the launcher of a compiled core that serves an ordinary call, found in few steps.
 
     None: the general path decides.
 
@@ -404,7 +404,7 @@ def ready(operator: str, *arguments: object) -> Any | None:
 
 
 def settle(operator: str, device: str) -> bool:
-    """Makes the choice that :func:`ready` looks up, where none was made yet.
+    """Make the choice that :func:`ready` looks up, where none was made yet.
 
     Returns whether it did.
 
@@ -418,7 +418,7 @@ def settle(operator: str, device: str) -> bool:
 
 
 def select(operator: str, *tensors: Tensor) -> Any | None:
-    """Returns the kernel object that serves ``operator`` for these tensors, or None for the reference.
+    """Return the kernel object that serves ``operator`` for these tensors, or None for the reference.
 
     Raises:
         RuntimeError: a backend was forced and cannot serve the call.
@@ -456,7 +456,7 @@ def _load(operator: str, backend: str) -> object:
 
 
 def _candidates(device: str) -> tuple[str, ...]:
-    """The backends to try, in order, where none is forced.
+    """Return the backends to try, in order, where none is forced.
 
     Triton's interpreter serves only where it is forced.
     """
@@ -504,7 +504,7 @@ def _choose(operator: str, device: str) -> Choice:
 
 
 def _choose_unforced(operator: str, device: str) -> tuple[str | None, Choice]:
-    """The first backend that can serve, its kernel and the dtypes that it takes.
+    """Return the first backend that can serve, its kernel and the dtypes that it takes.
 
     None, None and none: the reference.
     """
@@ -523,7 +523,7 @@ def _choose_unforced(operator: str, device: str) -> tuple[str | None, Choice]:
 
 
 def status() -> list[Row]:
-    """Returns, for every operator and backend, whether the backend can serve here and why not."""
+    """Return, for every operator and backend, whether the backend can serve here and why not."""
     rows = []
     # Not forced_backend(), which raises for a wrong FEDKERN_BACKEND.
     forced = _forced or os.environ.get("FEDKERN_BACKEND")

@@ -62,7 +62,7 @@ def real(value: object, name: str, kind: str = "a number") -> float:
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
-    """Raises TypeError for tensors without strides (sparse, nested and others), and for quantised ones."""
+    """Raise TypeError for tensors without strides (sparse, nested and others), and for quantised ones."""
     if tensor.is_quantized:
         raise TypeError(f"{name} must be a dense tensor, not a quantised one; .dequantize() makes one")
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -85,7 +85,7 @@ def check_number(value: object, name: str, high: float = math.inf, *, above: boo
 
 
 def check_count(value: int, name: str, low: int, high: int | None = None) -> int:
-    """Returns ``value``, a whole number in [low, high]."""
+    """Return ``value``, a whole number in [low, high]."""
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
@@ -96,13 +96,13 @@ def check_count(value: int, name: str, low: int, high: int | None = None) -> int
 
 
 def check_flag(value: bool, name: str) -> None:
-    """Raises TypeError unless ``value`` is True or False."""
+    """Raise TypeError unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
 
 
 def refuse_gradient(name: str, *arguments: object) -> None:
-    """Raises ValueError if a tensor in ``arguments`` asks for a gradient: the operator ``name`` has none."""
+    """Raise ValueError if a tensor in ``arguments`` asks for a gradient: the operator ``name`` has none."""
     recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
     if recorded or backend.tangents(arguments):
         raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
@@ -118,7 +118,7 @@ def mark_written(*tensors: Tensor | None) -> None:
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Returns ``tensors``, those of 16 bits as float32 where autocast is on, as torch's losses take them."""
+    """Return ``tensors``, those of 16 bits as float32 where autocast is on, as torch's losses take them."""
     first = tensors[0]
     kind = None if not isinstance(first, Tensor) else "cpu" if first.is_cpu else "cuda" if first.is_cuda else None
     if kind is None or not torch.is_autocast_enabled(kind):
@@ -129,7 +129,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def check_tensor(tensor: object, name: str, kind: str = "a tensor") -> None:
-    """Raises TypeError unless ``tensor`` is a dense tensor.
+    """Raise TypeError unless ``tensor`` is a dense tensor.
 
     ``kind`` says of what, for the message.
     """
@@ -140,20 +140,20 @@ def check_tensor(tensor: object, name: str, kind: str = "a tensor") -> None:
 
 
 def check_floating(tensor: Tensor, name: str, kind: str = "a tensor") -> None:
-    """Raises TypeError unless ``tensor`` is a dense tensor of a floating dtype that kernels take."""
+    """Raise TypeError unless ``tensor`` is a dense tensor of a floating dtype that kernels take."""
     check_tensor(tensor, name, kind)
     if tensor.dtype not in backend.FLOATS:
         raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
 
 
 def check_device(tensor: Tensor, name: str, like: Tensor, other: str) -> None:
-    """Raises ValueError unless ``tensor`` is on the device of ``like``, the argument named ``other``."""
+    """Raise ValueError unless ``tensor`` is on the device of ``like``, the argument named ``other``."""
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like {other}, but is on {tensor.device}")
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
-    """Raises RuntimeError if the storage of ``tensor`` was freed, where a kernel would read address 0."""
+    """Raise RuntimeError if the storage of ``tensor`` was freed, where a kernel would read address 0."""
     if not tensor.data_ptr() and tensor.numel():
         raise RuntimeError(
             f"{name} has {tensor.numel()} elements and no memory: its storage was freed (resize_(0)); "
@@ -195,7 +195,7 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _ends(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of the first byte and past the last byte of a tensor that has elements."""
+    """Return the addresses of the first byte and past the last byte of a tensor that has elements."""
     begin = tensor.data_ptr()
     span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (span + 1) * tensor.element_size()

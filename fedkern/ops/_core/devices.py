@@ -20,13 +20,13 @@ OLDEST_OF_TRITON = 80
 
 
 def driver_for(core: ModuleType) -> str:
-    """Returns the NVIDIA driver that ``core`` (``fedkern._cuda``) needs, for example "525.60.13 or newer"."""
+    """Return the NVIDIA driver that ``core`` (``fedkern._cuda``) needs, for example "525.60.13 or newer"."""
     major = core.versions()[0] // 1000
     return f"{DRIVERS[major]} or newer" if major in DRIVERS else f"one for CUDA {major}.0 or newer"
 
 
 def check_cuda(core: ModuleType) -> None:
-    """Raises :class:`Unavailable` where ``core`` (``fedkern._cuda``) cannot run on this machine's GPUs or driver.
+    """Raise :class:`Unavailable` where ``core`` (``fedkern._cuda``) cannot run on this machine's GPUs or driver.
 
     Without any GPU there is nothing to check.
     """
@@ -58,7 +58,7 @@ def check_cuda(core: ModuleType) -> None:
 
 
 def only_forced(backend: str) -> str:
-    """Returns why ``backend`` serves CUDA tensors here only when forced, or "" where it also serves unforced."""
+    """Return why ``backend`` serves CUDA tensors here only when forced, or "" where it also serves unforced."""
     if backend != "triton":
         return ""
     if torch.version.hip:
@@ -88,5 +88,5 @@ def _gpus() -> list[tuple[str, int]]:
 
 
 def version(number: int) -> str:
-    """A version of CUDA as people write it: "13.0" for 13000."""
+    """Return a version of CUDA as people write it: "13.0" for 13000."""
     return f"{number // 1000}.{number % 1000 // 10}"

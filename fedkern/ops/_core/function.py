@@ -30,7 +30,9 @@ class Context(Protocol):
 
 
 def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Returns ``gradients``; where the graph is retained, gradients that are also ``saved`` are cloned.
+    """Return ``gradients``.
+
+    Where the graph is retained, gradients that are also ``saved`` are cloned.
 
     The receiver of a gradient may change it in place, and another pass over a retained graph reads saved tensors
     again. Call this within a backward pass.

@@ -39,12 +39,12 @@ class Launcher:
 
 
 def _threads_of(tensor: Tensor) -> int:
-    """The CPU's threads."""
+    """Return the CPU's threads."""
     return _threads()
 
 
 def _stream_of(tensor: Tensor) -> int:
-    """torch's current stream on the tensor's device.
+    """Return torch's current stream on the tensor's device.
 
     0 for a CPU tensor (of an emulated core).
     """

@@ -17,7 +17,10 @@ writes past its memory where maps are channels-last."""
 
 
 def dense_stride(x: Tensor) -> tuple[int, ...]:
-    """The tensor's strides if it fills its memory without gaps or overlaps, else those of a dense copy in its order."""
+    """Return the tensor's strides if it fills its memory without gaps or overlaps.
+
+    Otherwise they are those of a dense copy in its order.
+    """
     return torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride()
 
 

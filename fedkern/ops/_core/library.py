@@ -52,7 +52,7 @@ def register(
     reference: Callable[..., object] | None = None,
     public: str = "",
 ) -> Callable[..., Any]:
-    """Defines ``torch.ops.fedkern.<name>`` and returns the function to call it with.
+    """Define ``torch.ops.fedkern.<name>`` and return the function to call it with.
 
     Args:
         schema: arguments and results of the operator, for example ``"(Tensor a, float t) -> Tensor"``.
@@ -109,7 +109,9 @@ def _refuse_vmap(public: str, *arguments: object) -> NoReturn:
 def second_derivative(
     reference: Callable[..., Any], results: int, saved: Sequence[Any], needs: Sequence[bool], cotangents: Sequence[Any]
 ) -> list[Tensor | None]:
-    """Derivatives, by all of ``saved``, of the gradients that the reference has by the inputs that ``needs`` names.
+    """Return derivatives, by all of ``saved``, of the reference's gradients.
+
+    The gradients are those by the inputs that ``needs`` names.
 
     Args:
         reference: function of the inputs; numbers and None are bound.
@@ -153,7 +155,10 @@ def mapped_first(x: Tensor, axis: int | None, count: int) -> Tensor:
 
 
 def laid_out(result: Tensor | None, like: Tensor) -> Tensor:
-    """``result`` with the dtype and strides of the fake result ``like``; ``like`` itself for None."""
+    """Return ``result`` with the dtype and strides of the fake result ``like``.
+
+    ``like`` itself for None.
+    """
     if result is None:
         return like
     return result if (result.dtype, result.stride()) == (like.dtype, like.stride()) else like.copy_(result)

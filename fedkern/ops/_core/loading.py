@@ -42,7 +42,7 @@ def tell(sentence: str) -> None:
 
 
 def elsewhere() -> str:
-    """The kind of this machine, where the compiled cores are not made for it.
+    """Return the kind of this machine, where the compiled cores are not made for it.
 
     "" on Linux on x86-64.
     """
@@ -51,7 +51,7 @@ def elsewhere() -> str:
 
 
 def load_core(name: str) -> ModuleType:
-    """Imports ``fedkern._cpu`` or ``fedkern._cuda``.
+    """Import ``fedkern._cpu`` or ``fedkern._cuda``.
 
     In a source tree that shadows an installed fedkern (``pip install .``, then ``python -m fedkern.run`` beside it) the
     installed core is used, if it was built from the same ``csrc/``.
@@ -75,7 +75,7 @@ def load_core(name: str) -> ModuleType:
 
 
 def load_triton(module: str) -> ModuleType:
-    """Imports ``fedkern.ops.<module>``, which defines Triton kernels.
+    """Import ``fedkern.ops.<module>``, which defines Triton kernels.
 
     Raises:
         Unavailable: Triton is missing, too old, or does not load.
@@ -110,7 +110,7 @@ def load_triton(module: str) -> ModuleType:
 
 
 def is_interpreted() -> bool:
-    """True where Triton's kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    """Return True where Triton's kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
     loaded = sys.modules.get("fedkern.ops._core.triton")
     if loaded is not None:
         return bool(loaded.INTERPRETED)
@@ -162,7 +162,7 @@ def stale_cores() -> list[str]:
 
 
 def source_hash(folder: Path, core: str, without: re.Pattern[str] | None = None) -> str:
-    """Returns the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/).
+    """Return the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/).
 
     "" without that folder.
 

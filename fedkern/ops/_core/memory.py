@@ -62,7 +62,7 @@ class Cache:
         self._marks = True
 
     def storage(self, size: int) -> torch.UntypedStorage:
-        """Returns a storage of ``size`` bytes.
+        """Return a storage of ``size`` bytes.
 
         Its memory comes back when nothing refers to the storage any more.
         """
@@ -96,7 +96,7 @@ class Cache:
         return memory
 
     def free(self) -> list[mmap.mmap]:
-        """Returns the kept memory, oldest first, after giving back what exceeds ``most`` bytes."""
+        """Return the kept memory, oldest first, after giving back what exceeds ``most`` bytes."""
         while self._returned:
             try:
                 back = self._returned.popleft()
@@ -108,7 +108,7 @@ class Cache:
         return list(self._free)
 
     def _trim(self, most: int) -> None:
-        """Gives the oldest memory back to the system until at most ``most`` bytes are kept."""
+        """Give the oldest memory back to the system until at most ``most`` bytes are kept."""
         while sum(map(len, list(self._free))) > most:
             try:
                 self._free.popleft()
@@ -125,7 +125,7 @@ def _map(size: int) -> mmap.mmap:
 
 
 def _advise(memory: mmap.mmap, name: str) -> bool:
-    """Passes the advice ``name`` to the system.
+    """Pass the advice ``name`` to the system.
 
     Returns whether the system took it, which is optional.
     """
@@ -143,7 +143,7 @@ def _advise(memory: mmap.mmap, name: str) -> bool:
 
 @functools.cache
 def cache() -> Cache:
-    """Returns the cache of this process.
+    """Return the cache of this process.
 
     Raises:
         ValueError: ``FEDKERN_CACHE_MB`` is not a number of megabytes.
@@ -155,7 +155,7 @@ def cache() -> Cache:
 
 
 def empty_cache() -> None:
-    """Gives the memory that is kept for large CPU results back to the system.
+    """Give the memory that is kept for large CPU results back to the system.
 
     Fresh memory costs as much time as writing a result into it.  So results of 16 MB and more get memory of their own,
     which is kept for later results when they are freed: at most 1 GB, or ``FEDKERN_CACHE_MB`` megabytes (0 keeps none).
@@ -172,7 +172,7 @@ def empty_cache() -> None:
 
 
 def fresh(core: ModuleType, tensor: Tensor) -> Tensor:
-    """Returns ``tensor``, just allocated and about to be written by ``core``: in memory of the :class:`Cache` if large.
+    """Return ``tensor``, just allocated and about to be written by ``core``: in memory of the :class:`Cache` if large.
 
     A tensor of 4 MB or more that is too small or too large for the cache, or finds no memory there, is backed by huge
     pages instead: first writes fault once per page.
@@ -186,7 +186,7 @@ def fresh(core: ModuleType, tensor: Tensor) -> Tensor:
 
 
 def _move_to_cache(tensor: Tensor, bytes_: int) -> bool:
-    """Moves ``tensor`` into memory of the cache where possible.
+    """Move ``tensor`` into memory of the cache where possible.
 
     Returns whether it did.
     """

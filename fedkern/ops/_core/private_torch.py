@@ -147,7 +147,10 @@ _run_backward: Callable[..., Any] = _find("autograd.Variable._execution_engine.r
 
 
 def backward(loss: Tensor) -> None:
-    """``loss.backward()``; of a scalar without the checks around the engine, which take 45 us of a training step."""
+    """``loss.backward()``.
+
+    Of a scalar without the checks around the engine, which take 45 us of a training step.
+    """
     if type(loss) is Tensor and not loss.dim():
         _run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
     else:
@@ -158,7 +161,7 @@ def backward(loss: Tensor) -> None:
 
 
 def _name_change(name: str) -> str:
-    """The end of a sentence that names what this torch has changed."""
+    """Return the end of a sentence that names what this torch has changed."""
     return f"torch.{name}, which torch {torch.__version__} lacks or has changed"
 
 
@@ -167,7 +170,7 @@ raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRaw
 
 
 def check_stream() -> None:
-    """Raises :class:`Unsuited` where :data:`raw_stream` is not what torch.cuda says."""
+    """Raise :class:`Unsuited` where :data:`raw_stream` is not what torch.cuda says."""
     if raw_stream is not None and torch.version.cuda and torch.cuda.is_available():
         index = torch.cuda.current_device()
         if raw_stream(index) != torch.cuda.current_stream(index).cuda_stream:
@@ -220,7 +223,7 @@ def _samples() -> list[Tensor]:
 
 
 def exchange_table() -> object:
-    """Returns the capsule with torch's table of functions for C extensions, tried on a small tensor.
+    """Return the capsule with torch's table of functions for C extensions, tried on a small tensor.
 
     A core reads tensors through this table alone.  So one build serves every torch whose table is of DLPack's major
     version 1, which torch 2.11 and newer show.

@@ -15,10 +15,10 @@ REFUSAL = (
 
 
 def refuse(*_: Any) -> NoReturn:
-    """Raises RuntimeError with :data:`REFUSAL`."""
+    """Raise RuntimeError with :data:`REFUSAL`."""
     raise RuntimeError(REFUSAL)
 
 
 def unscriptable(public: Any) -> None:
-    """Makes ``torch.jit.script`` refuse a function or class, itself and within what it compiles."""
+    """Make ``torch.jit.script`` refuse a function or class, itself and within what it compiles."""
     public.__prepare_scriptable__ = refuse  # torch.jit.script calls this before it compiles anything

@@ -18,7 +18,7 @@ LOGITS = "a tensor of logits"
 
 
 def check_logits(names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
-    """Raises TypeError or ValueError unless all are logits ``[B, C, *positions]`` of one shape on one device."""
+    """Raise TypeError or ValueError unless all are logits ``[B, C, *positions]`` of one shape on one device."""
     for name, tensor in zip(names, tensors, strict=True):
         check_floating(tensor, name, LOGITS)
         if not 2 <= tensor.dim() <= MAX_DIMS or tensor.shape[1] == 0:
@@ -58,7 +58,7 @@ def move_classes(
 
 
 def check_weight(weight: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns ``weight`` in the shape of the rows, ``[B, *positions]``, and a floating dtype."""
+    """Return ``weight`` in the shape of the rows, ``[B, *positions]``, and a floating dtype."""
     check_tensor(weight, "weight")
     if weight.dtype is torch.bool:
         weight = weight.to(dtype)
@@ -77,7 +77,7 @@ def check_weight(weight: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_temperature(temperature: float) -> float:
-    """Returns ``temperature`` as a float above 0, infinity included."""
+    """Return ``temperature`` as a float above 0, infinity included."""
     if isinstance(temperature, (Tensor, bool)):
         raise TypeError(f"temperature must be a number, not {type(temperature).__name__}")
     value = real(temperature, "temperature")
@@ -87,7 +87,7 @@ def check_temperature(temperature: float) -> float:
 
 
 def check_reduction(reduction: str) -> int:
-    """Returns the number of a reduction's name."""
+    """Return the number of a reduction's name."""
     code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         raise ValueError(f'reduction must be "none", "sum" or "batchmean", but is {reduction!r}')
@@ -95,7 +95,7 @@ def check_reduction(reduction: str) -> int:
 
 
 def check_stack(name: str, stack: Tensor) -> None:
-    """Raises TypeError or ValueError unless ``stack`` is ``[K, B, C, *positions]`` with K and C at least 1."""
+    """Raise TypeError or ValueError unless ``stack`` is ``[K, B, C, *positions]`` with K and C at least 1."""
     check_floating(stack, name, LOGITS)
     if not 3 <= stack.dim() <= MAX_DIMS + 1 or stack.shape[0] == 0 or stack.shape[2] == 0:
         raise ValueError(
@@ -105,7 +105,7 @@ def check_stack(name: str, stack: Tensor) -> None:
 
 
 def check_student(student: Tensor, teachers: Tensor) -> None:
-    """Raises TypeError or ValueError unless ``student`` has the shape and device of one of ``teachers``."""
+    """Raise TypeError or ValueError unless ``student`` has the shape and device of one of ``teachers``."""
     check_floating(student, "student", LOGITS)
     if student.shape != teachers.shape[1:]:
         raise ValueError(
@@ -116,7 +116,7 @@ def check_student(student: Tensor, teachers: Tensor) -> None:
 
 
 def check_values(weights: object) -> None:
-    """Raises ValueError unless all weights are finite and at least 0. Those on a GPU, or not known yet, pass."""
+    """Raise ValueError unless all weights are finite and at least 0. Those on a GPU, or not known yet, pass."""
     if not (isinstance(weights, Tensor) and weights.is_cpu and eager(weights)):
         return
     if weights.layout is not torch.strided or weights.is_nested or weights.dtype not in DTYPES:
@@ -153,7 +153,7 @@ def _near_one(weights: Tensor) -> Tensor:
 
 
 def spread_weights(weights: Tensor, teachers: Tensor) -> Tensor:
-    """Returns ``weights`` as ``[K, B, 1, *positions]``, or ``[K, B, C, *positions]`` where they differ by class."""
+    """Return ``weights`` as ``[K, B, 1, *positions]``, or ``[K, B, C, *positions]`` where they differ by class."""
     weights = _check_kind(weights, teachers)
     count, batch, classes, *positions = teachers.shape
     shape, dims = weights.shape, weights.dim()
@@ -183,7 +183,7 @@ def spread_weights(weights: Tensor, teachers: Tensor) -> Tensor:
 
 
 def spread_row_weights(weights: Tensor, logits: Tensor, ordinary: bool = False) -> Tensor:
-    """Returns ``weights`` ``[K]``, ``[K, B]`` or ``[K, B, *positions]`` expanded to ``[K, B, *positions]``."""
+    """Return ``weights`` ``[K]``, ``[K, B]`` or ``[K, B, *positions]`` expanded to ``[K, B, *positions]``."""
     weights = _check_kind(weights, logits)
     rows = logits.shape[:2] + logits.shape[3:]
     dims = weights.dim()
@@ -199,7 +199,7 @@ def spread_row_weights(weights: Tensor, logits: Tensor, ordinary: bool = False) 
 
 
 def check_mask(mask: Tensor, teachers: Tensor) -> None:
-    """Raises TypeError or ValueError unless ``mask`` is bool ``[K, C]``, on the device of ``teachers``."""
+    """Raise TypeError or ValueError unless ``mask`` is bool ``[K, C]``, on the device of ``teachers``."""
     check_tensor(mask, "class_mask", "a bool tensor")
     if mask.dtype is not torch.bool:
         raise TypeError(f"class_mask must have dtype bool, but has {mask.dtype}")
@@ -216,7 +216,7 @@ def mask_weights(weights: Tensor | None, mask: Tensor, teachers: Tensor) -> Tens
 
 
 def without_unknown(teachers: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Returns ``teachers`` with -inf for what is no number, or a dtype's largest, in classes of weight 0 alone.
+    """Return ``teachers`` with -inf for what is no number, or a dtype's largest, in classes of weight 0 alone.
 
     What a teacher holds in classes that it does not know must not reach its softmax over those that it knows.
     """

@@ -47,13 +47,16 @@ def _skip_rows(teachers: Tensor, share: Tensor) -> Tensor:
 
 
 def _weighted_sum(share: Tensor, rows: Tensor) -> Tensor:
-    """Σ share · rows over the teachers, for rows ``[K, B, *positions]``; a row of share 0 may be infinite."""
+    """Σ share · rows over the teachers, for rows ``[K, B, *positions]``.
+
+    A row of share 0 may be infinite.
+    """
     share = share.squeeze(2)
     return (share * torch.where(share == 0, 0, rows)).sum(0)
 
 
 def log_mixture(log_p: Tensor, share: Tensor) -> Tensor:
-    """log Σ share · p over the teachers: ``-inf`` only where every p of positive share is exactly 0."""
+    """Return log Σ share · p over the teachers: ``-inf`` only where every p of positive share is exactly 0."""
     counts = share > 0
     peak = torch.where(counts, log_p, -math.inf).amax(0).detach()
     peak = torch.where(peak == -math.inf, 0, peak)
@@ -83,7 +86,7 @@ def ensemble_reference(
     log_probs: bool,
     reduction: int,
 ) -> Tensor:
-    """The specification of :func:`fedkern.ops.ensemble_kl`."""
+    """Return the specification of :func:`fedkern.ops.ensemble_kl`."""
     dtype = result_dtype(student, None, teachers)
     compute = torch.float64 if is_flat(temperature) else compute_dtype(dtype)
     student, teachers = student.to(compute), teachers.to(compute)
@@ -136,7 +139,7 @@ def _limit(student: Tensor, teachers: Tensor, share: Tensor, temperature: float,
 
 
 def js_reference(logits: Tensor, weights: Tensor | None, reduction: int) -> Tensor:
-    """The specification of :func:`fedkern.ops.js_div`: Σ w KL(p ‖ mixture), whose terms are never negative."""
+    """Return the specification of :func:`fedkern.ops.js_div`: Σ w KL(p ‖ mixture), whose terms are never negative."""
     log_p, mixture, share = _against_mixture(logits, weights)
     rows = _weighted_sum(share, divergence_terms(log_p, mixture.unsqueeze(0)).sum(2))
     # Rounding must not exceed log K; the clamp leaves the gradient unchanged.
@@ -145,7 +148,7 @@ def js_reference(logits: Tensor, weights: Tensor | None, reduction: int) -> Tens
 
 
 def consensus_reference(logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
-    """The specification of :func:`fedkern.ops.consensus`."""
+    """Return the specification of :func:`fedkern.ops.consensus`."""
     log_p, mixture, share = _against_mixture(logits, weights)
     mean = _weighted_sum(share, _entropy(log_p, 2))
     first, second = (reduce_rows(rows, None, reduction).to(logits.dtype) for rows in (_entropy(mixture, 1), mean))

@@ -20,7 +20,7 @@ def _select(operator: str, *tensors: Tensor | None) -> DistillKernels | None:
 
 
 def select_at(temperature: float, operator: str, *tensors: Tensor | None) -> DistillKernels | None:
-    """The kernels that serve at this temperature.
+    """Return the kernels that serve at this temperature.
 
     None: the reference does.
     """
@@ -66,7 +66,7 @@ ENTROPY = define(
 
 
 def _check_weights(weights: Tensor | None, dims: int) -> None:
-    """The public functions spread weights.
+    """Refuse weights that the public functions would have spread.
 
     Short ones would mean something else to the reference.
     """

@@ -106,7 +106,9 @@ _KEPT = 16
 
 
 class DistillKernels(Launcher):
-    """The distill operators of ``fedkern._cpu`` and ``fedkern._cuda``; Triton's launcher overrides what calls a core.
+    """The distill operators of ``fedkern._cpu`` and ``fedkern._cuda``.
+
+    Triton's launcher overrides what calls a core.
 
     The public functions have checked the arguments.  Kernels allocate what they return.  Sums and losses are computed
     in float32 (float64 where an input is float64) and rounded once.
@@ -144,7 +146,9 @@ class DistillKernels(Launcher):
         self._distill_ensemble = core.distill_ensemble
 
     def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
-        """Returns ``gradients`` (for a grad_output of 1) times the scalar ``grad``; called only where they were taken.
+        """Return ``gradients`` (for a grad_output of 1) times the scalar ``grad``.
+
+        Called only where they were taken.
 
         Where ``grad`` is 1 these are the same tensors, otherwise new ones, since the graph may be retained; on a GPU,
         where nobody can look, the same ones if it is not. None makes the caller use ``..._backward`` instead. That is
@@ -162,7 +166,7 @@ class DistillKernels(Launcher):
         return tuple([x if x is None else x * factor for x in gradients])
 
     def empty_gradient(self, x: Tensor) -> Tensor:
-        """An uninitialised gradient of ``x`` in its memory format."""
+        """Return an uninitialised gradient of ``x`` in its memory format."""
         gradient = _empty_like(x)
         return gradient if gradient.numel() < _LARGE else self.fresh(gradient)
 
@@ -230,7 +234,7 @@ class DistillKernels(Launcher):
         result: Tensor | None,
         statistics: Tensor | None,
     ) -> None:
-        """Writes the gradients, the rows' unweighted losses and the result, where they are not None.
+        """Write the gradients, the rows' unweighted losses and the result, where they are not None.
 
         ``statistics`` is written too where no gradient is, and else read.
         """
@@ -246,7 +250,7 @@ class DistillKernels(Launcher):
         )  # fmt: skip
 
     def ensemble_fused(self, student: Tensor | None, needs: Sequence[bool]) -> bool:
-        """Whether ensemble_forward takes ``gradients`` of student, teachers, weights, where ``needs`` says.
+        """Return whether ensemble_forward takes ``gradients`` of student, teachers, weights, where ``needs`` says.
 
         On a GPU the student's alone: reading all teachers again is several times its traffic, that of the teachers'
         own gradients no more than scaling them. One of 16 bits would underflow before a loss scale lifts it.
@@ -307,7 +311,7 @@ class DistillKernels(Launcher):
         results: Pair,
         statistics: Tensor | None,
     ) -> None:
-        """Writes the gradients of student, teachers and weights, and the results, where they are not None.
+        """Write the gradients of student, teachers and weights, and the results, where they are not None.
 
         Only consensus has two results.  ``statistics`` is as in :meth:`_divergence`.
         """
@@ -371,7 +375,7 @@ class DistillKernels(Launcher):
 
 
 def _by_class(call: Ensemble) -> bool:
-    """Whether a teacher's weight differs by class."""
+    """Return whether a teacher's weight differs by class."""
     weights = call.weights
     if call.class_mask is not None:
         return True
@@ -379,7 +383,7 @@ def _by_class(call: Ensemble) -> bool:
 
 
 def _lanes(teachers: Tensor) -> int:
-    """How many threads share a row of an ensemble."""
+    """Return how many threads share a row of an ensemble."""
     classes = teachers.shape[2]
     if classes <= _FEW or (classes < _MANY and teachers.stride(2) != 1):
         return 1

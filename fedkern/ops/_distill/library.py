@@ -66,7 +66,10 @@ class Loss:
 
 
 def define(loss: Loss) -> Operation:
-    """Registers the operators of ``loss``; returns the function that calls the loss."""
+    """Register the operators of ``loss``.
+
+    Returns the function that calls the loss.
+    """
     count, differentiable, results = len(loss.tensors), loss.differentiable, loss.results
     named = [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors]
     # A temperature travels as a tensor under a compiler, which would compile every number anew.
@@ -78,7 +81,7 @@ def define(loss: Loss) -> Operation:
         return f"({', '.join(parameters)}) -> ({', '.join(['Tensor'] * returns)})"
 
     def pack_results(values: Arguments) -> Any:
-        """An operator's results: one alone is no tuple."""
+        """Return an operator's results: one alone is no tuple."""
         return values[0] if len(values) == 1 else tuple(values)
 
     def check(tensors: Optionals, reduction: int, grads: Sequence[Tensor] = ()) -> None:
@@ -94,7 +97,7 @@ def define(loss: Loss) -> Operation:
                 raise ValueError(f"a result's gradient must have shape {list(expected)}, but has {list(grad.shape)}")
 
     def plain(settings: Arguments) -> Arguments:
-        """The settings as the loss takes them."""
+        """Return the settings as the loss takes them."""
         if not heated:
             return tuple(settings)
         heat, temperature, *rest = settings
@@ -140,7 +143,7 @@ def define(loss: Loss) -> Operation:
         )
 
     def split(inputs: Arguments) -> tuple[Sequence[Tensor], Optionals, Arguments, Sequence[bool]]:
-        """(grads, tensors, settings, needs)"""
+        """Return ``(grads, tensors, settings, needs)``."""
         grads, tensors = inputs[:results], tuple(inputs[results : results + count])
         return grads, tensors, inputs[results + count : -differentiable], inputs[-differentiable:]
 
@@ -176,7 +179,7 @@ def define(loss: Loss) -> Operation:
         return (*back, *[None] * (len(settings) + differentiable))
 
     def vmap_backward(info: library.Mapped, in_dims: tuple[int | None, ...], *inputs: Any) -> Arguments:
-        """The rule where each row has a loss of its own, as under all transforms."""
+        """Return the rule where each row has a loss of its own, as under all transforms."""
         _, _, settings, needs = split(inputs)
         folded = fold_tensors(inputs, in_dims, (*[0] * results, *loss.axes), info.batch_size)
         gradients = gradients_of(*folded, *settings, *needs)
@@ -216,7 +219,7 @@ def define(loss: Loss) -> Operation:
 def fold_tensors(
     tensors: Optionals, dims: Sequence[int | None], axes: Sequence[int | None], count: int
 ) -> list[Tensor | None]:
-    """The tensors of ``count`` mapped calls as one call's, whose batch holds the batches of all."""
+    """Return the tensors of ``count`` mapped calls as one call's, whose batch holds the batches of all."""
     folded = []
     for x, dim, axis in zip(tensors, dims, axes, strict=False):
         if x is not None and axis is not None:

@@ -22,7 +22,7 @@ def kl_div_reference(
     other: Tensor | None = None,
     reverse: bool = False,
 ) -> Tensor:
-    """The specification of :func:`kl_div`, and with ``other`` (a second student) of :func:`dual_kl`.
+    """Return the specification of :func:`kl_div`, and with ``other`` (a second student) of :func:`dual_kl`.
 
     ``reverse`` exchanges the roles: KL(student ‖ teacher).
     """
@@ -119,7 +119,7 @@ def _exp_remainder(u: Tensor) -> Tensor:
 
 
 def half_variance(teacher: Tensor, student: Tensor) -> Tensor:
-    """lim T→∞ of T² KL at temperature T: half the variance of teacher − student over classes unmasked in both."""
+    """Return the limit of T² KL for T → ∞: half the variance of teacher − student over classes unmasked in both."""
     masked = (teacher == -math.inf) | (student == -math.inf)
     difference = torch.where(masked, 0, teacher) - torch.where(masked, 0, student)
     count = (~masked).sum(1, keepdim=True)
@@ -128,7 +128,7 @@ def half_variance(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def entropy_reference(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
-    """The specification of :func:`fedkern.ops.entropy`."""
+    """Return the specification of :func:`fedkern.ops.entropy`."""
     return entropy_rows_reference(logits, REDUCTIONS[reduction])
 
 

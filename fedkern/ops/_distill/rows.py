@@ -25,7 +25,7 @@ def row_shape(logits: Tensor) -> torch.Size:
 
 
 def row_count(logits: Tensor) -> int:
-    """Number of rows, B times positions."""
+    """Return the number of rows, B times positions."""
     return math.prod(row_shape(logits))
 
 

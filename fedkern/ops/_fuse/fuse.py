@@ -150,7 +150,9 @@ def _check(
 
 
 class _Fuse(EagerFunction):
-    """fuse_concat and fuse_mean with their gradients; the tensors are the maps, [scale], [shift].
+    """fuse_concat and fuse_mean with their gradients.
+
+    The tensors are the maps, [scale], [shift].
 
     Scale and shift are among the tensors where they want a gradient: every tensor costs autograd as much time as a
     check.

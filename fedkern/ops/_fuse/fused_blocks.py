@@ -154,7 +154,10 @@ class FusedBlocks(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """M linear layers on the parts of ``[B, M * in]``; the weight is ``[M * out, in]``."""
+    """M linear layers on the parts of ``[B, M * in]``.
+
+    The weight is ``[M * out, in]``.
+    """
 
     def __init__(self, count: int, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

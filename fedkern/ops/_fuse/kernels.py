@@ -65,7 +65,7 @@ class FuseKernels(Launcher):
     def backward(
         self, grad: Tensor, features: Sequence[Tensor] | None, out: Tensor | None, call: FuseCall, needs: FuseNeeds
     ) -> FuseGradients:
-        """The gradients that ``needs`` asks for, the same bits every time.
+        """Return the gradients that ``needs`` asks for, the same bits every time.
 
         ``features`` are given for scale's gradient and for that of a mean of ReLUs. Without them ``out``, the result of
         a concatenation with ReLU, shows where the gradient passes. The maps' gradients are dense.
@@ -133,7 +133,7 @@ class FuseKernels(Launcher):
         return targets
 
     def _pieces(self, grad: Tensor, channels: int, needs: Sequence[bool], channels_last: bool) -> list[Tensor | None]:
-        """Maps of one shape in one allocation: many small allocations would each fault on every page."""
+        """Return the maps of one shape in one allocation: many small allocations would each fault on every page."""
         batch, _, *positions = grad.shape
         order = (batch, *positions, channels) if channels_last else (batch, channels, *positions)
         block = self.fresh(grad.new_empty((sum(needs), *order)))

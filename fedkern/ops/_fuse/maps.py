@@ -24,7 +24,7 @@ def order_of(feature: Tensor) -> int:
 
 
 def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The one stride that leads through all positions ``*S`` of a map, or None."""
+    """Return the one stride that leads through all positions ``*S`` of a map, or None."""
     step = None
     size = 1
     for axis in range(len(shape) - 1, 1, -1):
@@ -39,7 +39,7 @@ def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 
 
 def wants_channels_last(features: Sequence[Tensor]) -> bool:
-    """True if the result is channels-last: every map fits that order, and at least one map fits no other."""
+    """Return True if the result is channels-last: every map fits that order, and at least one map fits no other."""
     for feature in features:
         if not feature.is_contiguous():
             break
@@ -57,7 +57,7 @@ def wants_channels_last(features: Sequence[Tensor]) -> bool:
 
 
 def empty_map(shape: Sequence[int], channels_last: bool, like: Tensor) -> Tensor:
-    """An empty dense map ``[B, C, *S]`` with the dtype and device of ``like``."""
+    """Return an empty dense map ``[B, C, *S]`` with the dtype and device of ``like``."""
     if not channels_last:
         return like.new_empty(shape)
     if len(shape) == 4:

@@ -47,7 +47,7 @@ def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 def fuse_concat_reference(
     features: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None, relu: bool = False
 ) -> Tensor:
-    """The specification of :func:`fuse_concat`."""
+    """Return the specification of :func:`fuse_concat`."""
     joined = torch.cat(list(features), dim=1)
     y = _affine(joined, scale, shift)
     return (y.relu() if relu else y).to(joined.dtype)
@@ -56,7 +56,7 @@ def fuse_concat_reference(
 def fuse_mean_reference(
     features: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None, relu: bool = False
 ) -> Tensor:
-    """The specification of :func:`fuse_mean`."""
+    """Return the specification of :func:`fuse_mean`."""
     joined = torch.cat(list(features), dim=1)
     y = _affine(joined, scale, shift)
     y = y.relu() if relu else y
@@ -67,7 +67,7 @@ def fuse_mean_reference(
 def fuse_backward_reference(
     grad: Tensor, features: Sequence[Tensor] | None, out: Tensor | None, call: FuseCall, needs: FuseNeeds
 ) -> FuseGradients:
-    """The gradients, by operations that can be differentiated again.
+    """Return the gradients, by operations that can be differentiated again.
 
     Sums over batch and positions in fp64.
     """

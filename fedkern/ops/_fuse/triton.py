@@ -54,7 +54,7 @@ def concat_kernel(
     maps, starts, channels, firsts, scale, shift, out, count, outer, step, width,
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes each map's blocks into its channels of ``out``, which has ``width`` channels."""
+    """Write each map's blocks into its channels of ``out``, which has ``width`` channels."""
     m = tl.program_id(0) % count
     first, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
     inner = number * step
@@ -72,7 +72,7 @@ def mean_map_kernel(
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """A block of the mean over the maps, in ascending order.
+    """Return a block of the mean over the maps, in ascending order.
 
     ``sum_before`` carries the sum from launch to launch.
     """
@@ -98,7 +98,7 @@ def mean_map_kernel(
 @triton.jit
 def _pass_gradient(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps,
             COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
-    """The gradient by the activation's input, and the map's values (without ``maps``: the gradient again)."""
+    """Return the gradient by the activation's input, and the map's values (without ``maps``: the gradient again)."""
     g = tl.load(grad + at_grad, mask=mask, other=0).to(COMPUTE)
     if MEAN:
         g = g / all_maps
@@ -120,7 +120,7 @@ def back_kernel(
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes each map's gradient.
+    """Write each map's gradient.
 
     Adjacent programs take different maps, so that a mean's gradient is read once.
     """
@@ -145,7 +145,10 @@ def sums_kernel(
     COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr,
     CHANNELS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over batch and ``span`` positions for scale and shift, fp64 ``[splits, total]``; LAST: channels-last."""
+    """Sum over batch and ``span`` positions for scale and shift, fp64 ``[splits, total]``.
+
+    LAST: channels-last.
+    """
     program = tl.program_id(0)
     m = program % count
     tile, split = program // count % tiles, (program // count // tiles).to(tl.int64)

@@ -12,14 +12,14 @@ from fedkern.ops._core.checks import check_dense, check_device, check_floating, 
 
 
 def check_parameters(parameters: Tensor) -> None:
-    """Raises TypeError or ValueError unless ``parameters`` is a floating ``[P]`` or ``[M, P]``."""
+    """Raise TypeError or ValueError unless ``parameters`` is a floating ``[P]`` or ``[M, P]``."""
     check_floating(parameters, "parameters")
     if parameters.dim() not in (1, 2):
         raise ValueError(f"parameters must have shape [P] or [M, P], but has {list(parameters.shape)}")
 
 
 def check_like(tensor: Tensor, name: str, parameters: Tensor, *, shared: bool = False) -> None:
-    """Raises TypeError or ValueError unless ``tensor`` has the parameters' dtype, shape and device.
+    """Raise TypeError or ValueError unless ``tensor`` has the parameters' dtype, shape and device.
 
     ``shared``: one ``[P]`` for all rows is allowed too.
     """
@@ -37,7 +37,7 @@ def check_like(tensor: Tensor, name: str, parameters: Tensor, *, shared: bool = 
 def check_lr(
     lr: float | Sequence[float] | Tensor, parameters: Tensor, *, known: bool = True
 ) -> float | list[float] | Tensor:
-    """Returns one learning rate for all rows, or one per row: a list, or an unchecked fp64 tensor.
+    """Return one learning rate for all rows, or one per row: a list, or an unchecked fp64 tensor.
 
     A tensor comes back as ``[M]`` from a GPU, and of any shape where its values are not ``known``: under
     ``torch.compile``, or a mode that may run the step again with others.
@@ -71,7 +71,7 @@ def _each(parameters: Tensor) -> str:
 
 
 def check_betas(betas: Sequence[float]) -> tuple[float, float]:
-    """Returns the decay rates of AdamW's two moments, each in [0, 1)."""
+    """Return the decay rates of AdamW's two moments, each in [0, 1)."""
     if isinstance(betas, (str, bytes, bytearray)) or not isinstance(betas, Sequence) or len(betas) != 2:
         kind = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else type(betas).__name__
         raise (ValueError if isinstance(betas, (list, tuple)) else TypeError)(
@@ -85,7 +85,7 @@ def check_betas(betas: Sequence[float]) -> tuple[float, float]:
 
 
 def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, hidden: bool) -> None:
-    """Raises ValueError if a written tensor shares memory with another tensor, or if its own elements overlap.
+    """Raise ValueError if a written tensor shares memory with another tensor, or if its own elements overlap.
 
     ``hidden``: a compiler, a mode or the meta device hides the tensors' addresses; then only the same tensor given
     twice is found.

@@ -60,7 +60,7 @@ class Call(NamedTuple):
     adamw: AdamW | None
 
     def written(self) -> dict[str, Tensor]:
-        """The tensors that the step writes to, by name."""
+        """Return the tensors that the step writes to, by name."""
         named = {name: getattr(self, name) for name in ("parameters", "first", "second", "gradient_sum")}
         if self.zero:
             named["gradients"] = self.gradients
@@ -81,7 +81,7 @@ class OptimiseKernels(Launcher):
         self._finite, self._squared = (_empty((), dtype=kind, device="cpu") for kind in (torch.bool, torch.float64))
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Takes the step.
+        """Take the step.
 
         Returns which rows stayed finite (bool ``[M]``) and their squared norms (fp64 ``[M]``).
 

@@ -58,7 +58,7 @@ def sgd_step(
     max_norm: float | None = None,
     zero: bool = False,
 ) -> StepResult:
-    """Takes a step of SGD in place, as ``torch.optim.SGD`` does, with the terms that federated methods add.
+    """Take a step of SGD in place, as ``torch.optim.SGD`` does, with the terms that federated methods add.
 
     With parameters θ, gradient g and velocity v, in this order:
 
@@ -135,7 +135,7 @@ def adamw_step(
     max_norm: float | None = None,
     zero: bool = False,
 ) -> StepResult:
-    """Takes a step of AdamW (arXiv 1711.05101) in place, as ``torch.optim.AdamW`` does.
+    """Take a step of AdamW (arXiv 1711.05101) in place, as ``torch.optim.AdamW`` does.
 
     The gradient g is prepared by steps 1 to 4 of :func:`sgd_step`.  Then, with moments m and v and step number t:
 
@@ -198,7 +198,7 @@ def _numbers(betas: Sequence[float], step: int, eps: float) -> AdamW | None:
 def _take(
     name: str, call: Call, momentum: float, public: dict[str, str], adamw: tuple[tuple[float, float], int, float] | None
 ) -> StepResult:
-    """The general path: every check, in Python.
+    """Return the general path: every check, in Python.
 
     The caller has checked the parameters, the states (``public``: their names where the function has others), momentum
     and ``adamw``.
@@ -235,7 +235,7 @@ def _take(
 
 
 def _compute(call: Call) -> tuple[Tensor, Tensor]:
-    """The step on tensors ``[P]`` or ``[M, P]`` of any strides, by the selected kernel or the reference."""
+    """Return the step on tensors ``[P]`` or ``[M, P]`` of any strides, by the selected kernel or the reference."""
     with torch.no_grad():
         flat = call.parameters.dim() == 1
         copies: list[tuple[Tensor, Tensor]] = []

@@ -84,7 +84,7 @@ def _adamw(call: Call, theta: Tensor, gradient: Tensor) -> None:
 
 
 def _finite(call: Call, squared: Tensor) -> Tensor:
-    """Which rows' gradients and written tensors are finite."""
+    """Return which rows' gradients and written tensors are finite."""
     finite = squared.isfinite()
     for name, tensor in call.written().items():
         if name != "gradients":

@@ -54,7 +54,7 @@ def choose(labels: Tensor, count: int) -> Tensor:
 
 
 def _answers(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Inputs where the network is and in its precision."""
+    """Return the inputs where the network is and in its precision."""
     reference = next(model.parameters())
     return inputs.to(device=reference.device, dtype=reference.dtype)
 
@@ -108,7 +108,10 @@ def gradcam(run: Contents, data: FederatedData, model: nn.Module, trusted: Colle
 
 @torch.no_grad()
 def segmentation(run: Contents, data: FederatedData, model: nn.Module, trusted: Collection[str] = ()) -> Figure:
-    """A column per image of the first test set: the image, under its true classes, and under the predicted classes."""
+    """Draw a column per image of the first test set.
+
+    Images stand under their true classes, and under the predicted classes.
+    """
     split = next(iter(data.tests.values()))
     highest = torch.cat([part.flatten(1).amax(1) for part in in_parts(split.labels)])  # the class of an image
     split = split.subset(choose(highest, EXAMPLES))
@@ -129,7 +132,7 @@ def segmentation(run: Contents, data: FederatedData, model: nn.Module, trusted: 
 def over(
     image: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], colours: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """The image with foreground pixels mixed with the colour of their class, and unlabelled ones darkened."""
+    """Return the image with foreground pixels mixed with the colour of their class, and unlabelled ones darkened."""
     result = image.copy()
     front = labels > 0
     result[front] = 0.4 * result[front] + 0.6 * colours[labels[front] - 1]
@@ -138,7 +141,7 @@ def over(
 
 
 def retrieval(run: Contents, data: FederatedData, model: nn.Module, trusted: Collection[str] = ()) -> Figure | None:
-    """A row for each of some images of the first test set, with the captions that the encoders find nearest."""
+    """Return a row for each of some images of the first test set, with the captions that the encoders find nearest."""
     try:
         module, about = read_model(run.folder, trusted, model)
         finished = Finished(run.folder, run.config, module, about, data)
@@ -169,7 +172,7 @@ def retrieval(run: Contents, data: FederatedData, model: nn.Module, trusted: Col
 
 
 def caption_lines(text: str, own: bool) -> tuple[str, str]:
-    """A caption in at most two lines, and its colour.
+    """Return a caption in at most two lines, and its colour.
 
     ``own``: it is a caption of the image.
     """

@@ -15,7 +15,7 @@ Groups = Mapping[str, Sequence[Sequence[Record]]]
 
 
 def mean_curve(runs: Sequence[Sequence[Record]], figure: str) -> tuple[np.ndarray, np.ndarray]:
-    """A figure by round, of the records of several runs.
+    """Return a figure by round, of the records of several runs.
 
     Returns:
         int64 ``[n]``, the rounds in which every run that tells the figure does; fp64 ``[runs, n]``, its values.
@@ -42,7 +42,9 @@ def on_clock(groups: Groups) -> bool:
 def comparison_panels(
     groups: Groups, figures: Sequence[str], *, chance: Mapping[str, float] | None = None
 ) -> dict[str, Panel]:
-    """A panel for every main figure that is told: a curve for each group, with one standard deviation as its band.
+    """Draw a panel for every main figure that is told.
+
+    It has a curve for each group, with one standard deviation as its band.
 
     Args:
         groups: records of the rounds of every run, by the group's name.

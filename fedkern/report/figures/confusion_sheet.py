@@ -82,7 +82,7 @@ def draw_confusions(confusions: Confusions, *, title: str = "") -> Figure:
 
 
 def list_mistakes(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> list[str]:
-    """The most frequent mistakes of a matrix, as lines of text.
+    """Return the most frequent mistakes of a matrix, as lines of text.
 
     The lower class comes first among equal counts.
     """

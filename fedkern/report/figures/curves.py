@@ -110,7 +110,7 @@ def look(number: int) -> tuple[str, str, str]:
 
 
 def by_name(points: Iterable[tuple[str, int, object]], factor: float = 1) -> dict[str, Points]:
-    """Rounds and values, times a factor, by the name of their curve.
+    """Return the rounds and values, times a factor, by the name of their curve.
 
     What is no number is left out.
     """
@@ -127,7 +127,7 @@ def by_name(points: Iterable[tuple[str, int, object]], factor: float = 1) -> dic
 
 
 def set_curves(points: Mapping[str, Points]) -> dict[str, Curve]:
-    """A curve for every test set, known sets first."""
+    """Return a curve for every test set, known sets first."""
     user_sets = [name for name in points if name not in _SETS]
     looks = _SETS | {name: look(2 + number) for number, name in enumerate(user_sets)}
     return {name: Curve(set_title(name) or "test", *points[name], looks[name]) for name in looks if name in points}
@@ -140,7 +140,7 @@ def accuracy_panels(
     tests: Collection[str] = (),
     chance: Mapping[str, float] | None = None,
 ) -> list[Panel]:
-    """The main figure on every test set over the communication rounds, or over the clock of asynchronous ones.
+    """Return the main figure on every test set over the communication rounds, or over the clock of asynchronous ones.
 
     Recall depends on the number of candidates: sets with other numbers have a panel of their own, which says the
     number.
@@ -181,7 +181,9 @@ def levels(figure: str, values: Iterable[float | None]) -> dict[str, Any]:
 
 
 def client_panels(records: Sequence[Record], main: str) -> list[Panel]:
-    """The main figure of the mean and the worst client on their own test sets, over thin curves of single clients.
+    """Draw the main figure of the mean and the worst client on their own test sets.
+
+    Thin curves behind them are of single clients.
 
     No panel where the records have no such figure, such as those of clients without test sets.
     """
@@ -207,7 +209,10 @@ def thin_curves(points: Mapping[str, Points]) -> list[Curve]:
 
 
 def client_curves(records: Sequence[Record], key: str) -> list[Curve]:
-    """A figure's curve for every client by its number, or for many clients of the highest, middle and lowest one."""
+    """Draw a figure's curve for every client.
+
+    Of many clients only the highest, middle and lowest ones have curves.
+    """
     points = _points(records, key)
     if len(points) <= CLIENTS:
         names = _names(records)
@@ -283,7 +288,7 @@ def clock_of(records: Iterable[Record]) -> dict[int, float]:
 
 
 def over_clock(records: Sequence[Record], panels: Sequence[Panel]) -> list[Panel]:
-    """The panels, their curves over the clock where the records are of an asynchronous run."""
+    """Return the panels, their curves over the clock where the records are of an asynchronous run."""
     if not (clock := clock_of(records)):
         return [*panels]
 
@@ -359,7 +364,7 @@ def _draw_panel(axes: Axes, panel: Panel, room: float) -> None:
 
 
 def _write_ends(axes: Axes, panel: Panel) -> None:
-    """Writes each curve's last value beside the curve's end, moved down if it would cover the value above."""
+    """Write each curve's last value beside the curve's end, moved down if it would cover the value above."""
     lines = zip(axes.get_lines(), panel.curves, strict=False)
     ends = [(curve.values[-1], line.get_color()) for line, curve in lines if curve.look not in (SOFT, THIN)]
     top = axes.get_ylim()[1]

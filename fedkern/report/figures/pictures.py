@@ -189,7 +189,7 @@ def _draw(
 
 
 def _save(path: Path, make: Callable[[], Figure | None], failed: dict[str, str]) -> list[Path]:
-    """Saves the figure that ``make`` draws, and returns its path.
+    """Save the figure that ``make`` draws, and return its path.
 
     None where it draws none, or fails.
     """
@@ -212,7 +212,7 @@ def _answers(run: Contents) -> list[str]:
 
 
 def find_pictures(run_dir: Path) -> list[Path]:
-    """The pictures that were drawn into a run folder, if all of them are still there.
+    """Return the pictures that were drawn into a run folder, if all of them are still there.
 
     Else none.
     """

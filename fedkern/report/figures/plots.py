@@ -85,7 +85,7 @@ def _literal_texts(figure: Figure) -> Iterator[None]:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes a PNG completely or not at all.
+    """Write a PNG completely or not at all.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -109,7 +109,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """A figure as an SVG element of an HTML page, on the page's ground and in its font.
+    """Return a figure as an SVG element of an HTML page, on the page's ground and in its font.
 
     Equal figures give equal texts.
 
@@ -147,7 +147,10 @@ def width(text: str, size: float) -> float:
 
 
 def wrap_text(text: str, size: float, inches: float) -> str:
-    """A text in lines of at most ``inches``, broken between words, or inside a word that is longer than a line."""
+    """Break a text into lines of at most ``inches``.
+
+    Lines end between words, or inside a word that is longer than a line.
+    """
     lines = [""]
     for word in text.split(" "):
         line = f"{lines[-1]} {word}" if lines[-1] else word
@@ -171,12 +174,12 @@ def spread_evenly(count: int, limit: int) -> list[int]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches, at 150 dots per inch, so that texts stay readable at half size."""
+    """Return a figure of this size in inches, at 150 dots per inch, so that texts stay readable at half size."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def add_title(figure: Figure, text: str, below: str = "") -> None:
-    """Gives the first axes of a figure a title, in as many lines as the figure's width asks for, and a line below."""
+    """Give the first axes of a figure a title, in as many lines as the figure's width asks for, and a line below."""
     title = wrap_text(label(text, TITLE), 13, figure.get_figwidth() - 1.0)
     figure.axes[0].set_title(f"{title}\n{below}".strip(), fontsize=13, loc="left")
 
@@ -232,12 +235,12 @@ def name_cells(axes: Axes, rows: Sequence[str] | None, columns: Sequence[str] | 
 
 
 def whole_numbers() -> MaxNLocator:
-    """A locator of ticks at whole numbers only, even on a short axis."""
+    """Return a locator of ticks at whole numbers only, even on a short axis."""
     return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def add_frame(axes: Axes) -> None:
-    """Gives axes their grid, and leaves out the upper and the right edge."""
+    """Give axes their grid, and leave out the upper and the right edge."""
     axes.tick_params(labelsize=11)
     axes.grid(True, color=GRID, lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)

@@ -79,7 +79,7 @@ class Sheet:
         self.figure.text(x, y, text, transform=self._inches, **how)
 
     def _box(self, row: int, column: int, shape: Sequence[int]) -> _Box:
-        """The box of a picture of ``shape`` (rows and columns of pixels), centred in its place."""
+        """Return the box of a picture of ``shape`` (rows and columns of pixels), centred in its place."""
         high, wide = (self._side * n / max(shape[0], shape[1]) for n in shape[:2])
         x = self._lefts[column] + (self._side - wide) / 2
         y = self._tops[row] + (self._side - high) / 2
@@ -119,18 +119,18 @@ class Sheet:
         self.figure.add_artist(PathPatch(curves, transform=self._inches, **how))
 
     def above(self, row: int, column: int, text: str, *, color: str = "#222222") -> None:
-        """Writes a text above a picture."""
+        """Write a text above a picture."""
         x, y = self._lefts[column] + self._side / 2, self._tops[row] - 0.05
         self._text(x, y, text, fontsize=9, color=color, ha="center", va="bottom")
 
     def beside(self, row: int, text: str, *, upright: bool = False) -> None:
-        """Writes a text to the left of a row, rotated by 90 degrees if ``upright``."""
+        """Write a text to the left of a row, rotated by 90 degrees if ``upright``."""
         x, y = self._lefts[0] - 0.1, self._tops[row] + self._side / 2
         how: dict[str, Any] = {"rotation": 90, "multialignment": "center"} if upright else {}
         self._text(x, y, text, fontsize=10, ha="right", va="center", **how)
 
     def after(self, row: int, lines: Sequence[tuple[str, str]]) -> None:
-        """Writes lines with their colours to the right of a row, from the top of its pictures."""
+        """Write lines with their colours to the right of a row, from the top of its pictures."""
         x, y = self._lefts[-1] + self._side + 0.12, self._tops[row]
         for text, colour in lines:
             self._text(x, y, text, fontsize=9, color=colour, va="top")
@@ -150,7 +150,7 @@ def _flowing(texts: Sequence[str], wide: float) -> list[tuple[float, int]]:
 
 
 def to_rgb(image: npt.NDArray[Pixel]) -> npt.NDArray[Pixel]:
-    """An image ``[C, H, W]`` as ``[H, W, 3]``.
+    """Return an image ``[C, H, W]`` as ``[H, W, 3]``.
 
     Unless C is 3, the first channel in grey.
     """

@@ -25,7 +25,7 @@ PAUSE = 0.2
 
 
 def run_table(summary: Summary, out: Path, main: str) -> str:
-    """The final figures of a run and its warnings, from its ``summary.json``, as HTML."""
+    """Return the final figures of a run and its warnings, from its ``summary.json``, as HTML."""
     warnings = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
     worst = worst_client_line(summary)
     notes = [*([worst] if worst else []), *warnings, f"run folder {out}"]
@@ -35,7 +35,7 @@ def run_table(summary: Summary, out: Path, main: str) -> str:
 def rounds_table(
     records: Sequence[Record], title: str, main: str, notes: Sequence[str] = (), tests: Collection[str] = ()
 ) -> str:
-    """The rounds with their ``main`` figure as HTML.
+    """Return the rounds with their ``main`` figure as HTML.
 
     Of many rounds evaluated ones, evenly spaced, and the last one.
     """
@@ -66,7 +66,7 @@ class Output:
         self._handle: Any = None
 
     def update(self, content: str) -> None:
-        """Shows an HTML text."""
+        """Show an HTML text."""
         from IPython.display import HTML, display
 
         if self._handle is None:

@@ -98,7 +98,7 @@ def _frozen(run: RunInfo) -> str:
 
 
 def _resize_lines(data: FederatedData | None) -> list[str]:
-    """A line on the size in which images and masks of pixels are given, and the size that a network sees."""
+    """Return a line on the size in which images and masks of pixels are given, and the size that a network sees."""
     splits = () if data is None or not data.form.offers else (data.validation, *data.tests.values())
     masks = [split.full for split in splits if split.full is not None and len(split)]
     sizes = sorted({size for full in masks for size in full.sizes()}, key=lambda size: (max(size), size))
@@ -138,7 +138,9 @@ def training_words(run: RunInfo) -> list[str]:
 
 
 def schedule(words: Sequence[str]) -> list[str]:
-    """A line on what is trained when: ``trained: generator (rounds 1 to 16), generator and student (rounds 17 to 32)``.
+    """Return a line on what is trained when.
+
+    It is ``trained: generator (rounds 1 to 16), generator and student (rounds 17 to 32)``.
 
     None where all rounds train the same, or where this changes more than `STAGES` times.
     """
@@ -152,7 +154,7 @@ def schedule(words: Sequence[str]) -> list[str]:
 
 
 def figures_by_set(record: Record, main: str, tests: Collection[str] = ()) -> dict[str, str]:
-    """The ``main`` figure of a record per test set: ``{"ID": "93.0 %", "OOD": "71.2 %"}``."""
+    """Return the ``main`` figure of a record per test set: ``{"ID": "93.0 %", "OOD": "71.2 %"}``."""
     figures = {}
     for name, value in record.items():
         test_set, figure = split_metric(name, tests)
@@ -196,7 +198,7 @@ class Clock:
         self.spent: dict[str, tuple[int, float]] = {}  # rounds and seconds
 
     def begin(self) -> None:
-        """A communication round begins."""
+        """Begin a communication round."""
         if not self.spent:
             self.since = time.monotonic()
 
@@ -323,7 +325,7 @@ class Live(Lines):
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Raises BrokenPipeError for the command line to handle.
+        """Raise BrokenPipeError for the command line to handle.
 
         Rich would exit with code 1 at once.
         """
@@ -332,7 +334,7 @@ class _Console(Console):
 
 @contextmanager
 def show_progress(total: int, doing: str) -> Iterator[Callable[[], None]]:
-    """Shows on a terminal how far a long task has come.
+    """Show on a terminal how far a long task has come.
 
     Yields a function to call after every part.
     """
@@ -345,7 +347,7 @@ def show_progress(total: int, doing: str) -> Iterator[Callable[[], None]]:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """The console to print on.
+    """Return the console to print on.
 
     Lines in files and pipes have :data:`PIPE_WIDTH` columns, not rich's 80.
     """

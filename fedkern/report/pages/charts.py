@@ -82,7 +82,7 @@ def dots(
     name: str, title: str, groups: Sequence[tuple[str, Sequence[float], float, float | None]], *, axis: str,
     unit: str = "", note: str = "",
 ) -> Chart:  # fmt: skip
-    """A dot for every run, and the mean of every group with a bar of one standard deviation.
+    """Return a dot for every run, and the mean of every group with a bar of one standard deviation.
 
     A group has a name, the values of its runs, their mean, and their standard deviation or None.
     """
@@ -128,12 +128,12 @@ def _rounds_table(series: Sequence[Curve], unit: str, caption: str) -> Table:
 
 
 def chart(name: str, title: str, text: str, figure: Figure, tables: Sequence[Table], note: str = "") -> Chart:
-    """A chart of a figure, with its title in upper case."""
+    """Return a chart of a figure, with its title in upper case."""
     return Chart(name, capitalize(title), text, plots.to_svg(figure, name), tables, note)
 
 
 def _rows(names: Sequence[str], axis: str, unit: str, height: float) -> tuple[Figure, Axes]:
-    """A figure with axes of named rows, the first one at the top."""
+    """Return a figure with axes of named rows, the first one at the top."""
     figure = plots.new_figure(PAGE, height)
     axes = figure.subplots()
     plots.add_frame(axes)

@@ -85,7 +85,7 @@ class Page:
 
 
 def make_section(name: str, title: str, blocks: Iterable[Block]) -> Section:
-    """A section of these blocks.
+    """Return a section of these blocks.
 
     Where making one fails, a sentence stands in its place and ends the section.
     """
@@ -106,19 +106,19 @@ def versions_table(builds: Iterable[Mapping[str, object]]) -> Table:
 
 
 def check_target(folder: Path) -> None:
-    """Raises UserError where the report cannot replace what stands at its place in ``folder``."""
+    """Raise UserError where the report cannot replace what stands at its place in ``folder``."""
     path = folder / REPORT
     if path.is_dir():
         raise UserError(f"{path} is a folder, where the report is to be written: move it away.")
 
 
 def data_uri(content: bytes) -> str:
-    """A PNG file's content as a data URI."""
+    """Return a PNG file's content as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def render(page: Page) -> str:
-    """The HTML text of a page."""
+    """Return the HTML text of a page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # charts without a page need none
 
     environment = Environment(
@@ -143,7 +143,7 @@ def _text(value: object) -> object:
 
 
 def write_page(page: Page, folder: Path) -> Path:
-    """Writes a page into ``folder``, completely or not at all, over an older report, and returns its path.
+    """Write a page into ``folder``, completely or not at all, over an older report, and return its path.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.

@@ -86,7 +86,7 @@ def in_memory(config: RunConfig) -> bool:
 
 
 def stored_device(run_dir: Path) -> str:
-    """The device that a run was made with, which this machine may lack.
+    """Return the device that a run was made with, which this machine may lack.
 
     Raises:
         UserError: ``config.toml`` cannot be read.
@@ -102,7 +102,7 @@ def write_report(
     command: str = "",
     trusted: Collection[str] = (),
 ) -> Path:
-    """Writes ``report.html`` of a run, finished or not, into its folder, and returns its path.
+    """Write ``report.html`` of a run, finished or not, into its folder, and return its path.
 
     Pictures that a finished run lacks are drawn first, those of test samples only from ``data``.
 
@@ -128,7 +128,7 @@ def write_report(
 
 
 def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Page:
-    """The page of a run.
+    """Return the page of a run.
 
     ``undrawn`` are sentences on pictures that could not be drawn.
     """
@@ -190,7 +190,7 @@ def headline(run: Contents) -> Iterator[str]:
 
 
 def _values(run: Contents) -> list[str]:
-    """Main figures with their test sets: ``"an accuracy of 68.2 % out of distribution"``."""
+    """Return the main figures with their test sets: ``"an accuracy of 68.2 % out of distribution"``."""
     values: list[str] = []
     for name in run.main:
         test_set, figure = run.split(name)
@@ -322,7 +322,7 @@ def _training_loss(record: Record, main: str) -> float | None:
 
 
 def clients(run: Contents) -> Iterator[Block]:
-    """Who the clients are: sizes, label distribution, figures and losses of each."""
+    """Return who the clients are: sizes, label distribution, figures and losses of each."""
     if run.private:
         yield _PRIVATE
         return
@@ -375,7 +375,7 @@ def _label_distribution(run: Contents, statistics: PartitionStatistics) -> Itera
 
 
 def _client_table(run: Contents) -> Iterator[Block]:
-    """A row for every client: size, skew, figures, bytes."""
+    """Yield a row for every client: size, skew, figures, bytes."""
     columns: dict[str, list[str]] = {}
     statistics, keys = run.facts.statistics, [str(k) for k in range(run.config.trained_clients)]
     latest: dict[str, Mapping[str, Any]] = {}
@@ -501,7 +501,7 @@ def _scale_values(values: Iterable[float | None], factor: float) -> list[float |
 
 
 def _picture(path: Path, title: str, alt: str) -> Iterator[Picture]:
-    """A picture of the run folder.
+    """Yield a picture of the run folder.
 
     None where there is none, or it is no PNG.
     """

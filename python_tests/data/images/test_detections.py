@@ -1,4 +1,7 @@
-"""The detection cache: each image is seen once, whatever the partition; damage and full disks are said clearly."""
+"""The detection cache: each image is seen once, whatever the partition.
+
+Damage and full disks are said clearly.
+"""
 
 import json
 import threading
@@ -17,7 +20,10 @@ CLASSES = tuple("0123456789")
 
 
 class Corner:
-    """Boxes the top left corner, wider for brighter images; finds nothing in images of "3"; counts what it sees."""
+    """Boxes the top left corner, wider for brighter images.
+
+    Finds nothing in images of "3". Counts what it sees.
+    """
 
     def __init__(self, model: str = "corner", box: float = 0.35, text: float = 0.25) -> None:
         self.identity = {"model": model, "box_threshold": box, "text_threshold": text}

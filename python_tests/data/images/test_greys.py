@@ -98,7 +98,10 @@ def test_values_without_a_known_range_are_refused(tmp_path, image, words):
 
 
 def write_flat(root, top, marker=None):
-    """Twelve images that hold one value, in every layout; one has a brighter corner where there is a ``marker``."""
+    """Twelve images that hold one value, in every layout.
+
+    One has a brighter corner where there is a ``marker``.
+    """
     lines = write_all(root, "png", 0, np.uint16)
     for i in range(12):
         values = np.full((16, 16), top, np.uint16)
@@ -260,7 +263,10 @@ def test_the_bands_of_a_tiff_are_counted(tmp_path):
 
 
 def tiff(pixels, photometric, extra):
-    """An uncompressed little-endian TIFF; ``extra`` is the meaning of its bands beyond the third, or None."""
+    """Return an uncompressed little-endian TIFF.
+
+    ``extra`` is the meaning of its bands beyond the third, or None.
+    """
     height, width, bands = pixels.shape
     beyond = bands - (3 if photometric == 2 else 1)
     tags = {

@@ -88,7 +88,7 @@ def test_a_truncated_png_is_named(tmp_path):
 
 
 def see_through(mode):
-    """The left half hides white behind nothing, the middle shows half of a red, the right is red."""
+    """Return the left half hides white behind nothing, the middle shows half of a red, the right is red."""
     alpha = np.repeat(np.array([0, 0, 128, 255], np.uint8), SIZE // 4)[None].repeat(SIZE, 0)
     red = Image.new("RGB", (SIZE, SIZE), (255, 0, 0))
     red.paste((10, 20, 30), (0, 0, SIZE // 2, SIZE))

@@ -163,7 +163,10 @@ def test_layout_is_kept_and_empty_batches_pass(kind: str, channels_last: bool) -
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_masks_follow_their_images(kind: str, channels_last: bool) -> None:
-    """An image that shows its own class numbers still does afterwards; the image is what it is without labels."""
+    """An image that shows its own class numbers still does afterwards.
+
+    The image is what it is without labels.
+    """
     rng = np.random.default_rng(3)
     labels = torch.from_numpy(rng.integers(1, 5, (6, 12, 12))).repeat_interleave(2, 1).repeat_interleave(2, 2)
     batch = labels[:, None].float().repeat(1, 2, 1, 1)

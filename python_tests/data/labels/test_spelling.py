@@ -21,7 +21,7 @@ def picture(path, i):
 
 
 def read(name, root, lines, said=None, **settings):
-    """A data set of pictures 0.png, 1.png ... that a table lists, one a line."""
+    """Return a data set of pictures 0.png, 1.png ... that a table lists, one a line."""
     for i in range(len(lines) - 1):
         picture(root / f"{i}.png", i)
     (root / "list.csv").write_text("\n".join(lines) + "\n")

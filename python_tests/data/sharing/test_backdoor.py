@@ -1,4 +1,7 @@
-"""Backdoors: half of the attacker's images carry patch and target label; the attack is tested on all other classes."""
+"""Backdoors: half of the attacker's images carry patch and target label.
+
+The attack is tested on all other classes.
+"""
 
 import pytest
 import torch

@@ -13,7 +13,7 @@ WHITE, CONTRAST = PALETTES["white"], PALETTES["contrast"]
 
 
 def backgrounds(split: Split) -> np.ndarray:
-    """The background colour of every image, uint8 [n, 3], after checking that it is one flat colour."""
+    """Return the background colour of every image, uint8 [n, 3], after checking that it is one flat colour."""
     colours = []
     for image, mask in zip(split.images, split.masks, strict=True):
         pixels = image[:, ~mask]

@@ -16,7 +16,7 @@ SITES = ("Aachen", "Bonn", "Celle")
 
 
 def value(site, i):
-    """A grey value that tells the site."""
+    """Return a grey value that tells the site."""
     return 80 * site + i
 
 
@@ -66,7 +66,7 @@ def in_memory(root, splits, **settings):
 
 
 def pools(groups=True):
-    """A data set whose pools name the site of every image."""
+    """Return a data set whose pools name the site of every image."""
 
     def pool(start, count):
         rows = [(site, i) for site in range(3) for i in range(start, start + count)]

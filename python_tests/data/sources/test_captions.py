@@ -50,7 +50,10 @@ def test_a_federation_of_images_and_texts(data):
 
 
 def test_labels_of_colours_are_those_of_the_captions(data):
-    """The same canvases, whose texts name the subject's colour first; its prompts use every client's words."""
+    """The same canvases, whose texts name the subject's colour first.
+
+    Its prompts use every client's words.
+    """
     colours = captions(train_samples=200, options={"labels": "colour"})
     assert colours.classes == tuple(INK)
     prompts = lookup("captions").prompts

@@ -69,7 +69,7 @@ def federated(clients=3, **changed):
 
 @pytest.fixture
 def registered(registries):
-    """Registers functions for the length of a test."""
+    """Register functions for the length of a test."""
     return register_data
 
 
@@ -186,7 +186,7 @@ def label_sets(count, classes=2):
 
 
 def several(count=N, classes=2, **changed):
-    """A source of images with several labels."""
+    """Return a source of images with several labels."""
     images, labels = torch.zeros(count, 1, 8, 8, dtype=torch.uint8), label_sets(count, classes)
     parts = {name: memory_pool(images, labels, name) for name in ("train", "validation", "test")}
     all_parts = {"train": parts["train"], "validation": parts["validation"], "tests": {"": parts["test"]}}

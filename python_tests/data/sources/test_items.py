@@ -38,7 +38,10 @@ def drawn_and_put_back():
 
 
 class Flipped(Dataset):
-    """Items that draw where ``often`` divides their row; ``reads`` counts them."""
+    """Items that draw where ``often`` divides their row.
+
+    ``reads`` counts them.
+    """
 
     def __init__(self, count, kind="nothing", often=1):
         self.count, self.kind, self.often, self.reads = count, kind, often, 0

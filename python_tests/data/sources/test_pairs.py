@@ -33,7 +33,10 @@ def test_proportions_are_kept(tmp_path):
 
 
 def test_a_window_of_every_image(tmp_path):
-    """Stored whole for training; everything else, held-out clients and clients' own tests too, has the centre."""
+    """Stored whole for training.
+
+    Everything else, held-out clients and clients' own tests too, has the centre.
+    """
     lines = ["image,text,client,site"]
     ramp = np.broadcast_to(np.arange(24, dtype=np.uint8)[None, :], (24, 24))  # a pixel's value is its column
     for i in range(40):

@@ -28,7 +28,7 @@ def one(make_data):
 
 @pytest.fixture
 def sparse(one):
-    """The same images, of which two have no object, and one is nothing but an object."""
+    """Return the same images, of which two have no object, and one is nothing but an object."""
     masks = one.masks.clone()
     masks[[0, 5]] = False
     masks[3] = True

@@ -106,7 +106,7 @@ def transport(checkpoints):
 
 
 def exchange(transport, x, clients=range(4)):
-    """The answers to ``x``, or to an entry of it for each client."""
+    """Return the answers to ``x``, or to an entry of it for each client."""
     each = x if isinstance(x, dict) else dict.fromkeys(clients, x)
     return transport.answers("method", Phase(0, "train", "update"), {k: {"x": value} for k, value in each.items()})
 

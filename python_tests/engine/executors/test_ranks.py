@@ -88,7 +88,7 @@ class Linear(nn.Linear):
 
 
 def launched(ranks, words, *, restarts=0, seconds=170, **environment):
-    """Starts torchrun on this machine and waits for it."""
+    """Start torchrun on this machine and wait for it."""
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     return subprocess.run(
         [*launch, "--max-restarts", str(restarts), "-m", "fedkern.run", *words],
@@ -97,7 +97,7 @@ def launched(ranks, words, *, restarts=0, seconds=170, **environment):
 
 
 def started(*words, **environment):
-    """Starts a rank for every command line, as torchrun would, and returns the processes."""
+    """Start a rank for every command line, as torchrun would, and return the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -127,7 +127,7 @@ def write_plugin(folder, name, code):
 
 
 def alone(words, out):
-    """The outcome of the run in one process."""
+    """Return the outcome of the run in one process."""
     assert main([*words, "--workers", "1", "--out", str(out)]) == 0
     return outcome(out)
 

@@ -42,7 +42,7 @@ class Wire:
         self.packer, self.unpacker = Packer(), Unpacker()
 
     def __call__(self, value):
-        """The value at the other end."""
+        """Return the value at the other end."""
         self.here.send(self.packer.pack(value))
         packet = self.there.receive()
         assert packet.extra == []

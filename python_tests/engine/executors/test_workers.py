@@ -71,7 +71,7 @@ def _ended(process):
 
 
 def compared(config, data, folder, listener=None):
-    """The outcomes of a run with one worker and with two, but for what was said of lost workers."""
+    """Return the outcomes of a run with one worker and with two, but for what was said of lost workers."""
     run(config.replace(workers="1"), out=folder / "serial", data=data)
     run(config.replace(workers="2"), out=folder / "workers", data=data, listener=listener)
     return outcome(folder / "serial"), outcome(folder / "workers")
@@ -239,7 +239,10 @@ def test_a_notice_that_was_kept(make_data, make_config, tmp_path, monkeypatch, p
 
 @pytest.mark.usefixtures("forked_workers")
 def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path, monkeypatch):
-    """It changes nothing of the server's; what the next client of the same worker gets is the method's own fault."""
+    """It changes nothing of the server's.
+
+    What the next client of the same worker gets is the method's own fault.
+    """
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Writing)
     run(make_config(workers="2", rounds=1), out=tmp_path / "run", data=make_data())
 
@@ -402,7 +405,7 @@ LONG = ["fedavg", "--rounds", "500", "--train-samples", "200", "--model", "cnn",
 
 
 def started(out, *more):
-    """A run in a process group of its own, whose workers have begun, and their numbers."""
+    """Return a run in a process group of its own, whose workers have begun, and their numbers."""
     words = [sys.executable, "-m", "fedkern.run", *LONG, "--workers", "2", "--quiet", "--out", str(out), *more]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90

@@ -1,4 +1,7 @@
-"""Recorded passes of local training: tapes stand for CUDA graphs on the CPU; on a GPU graphs are compared with none."""
+"""Recorded passes of local training: tapes stand for CUDA graphs on the CPU.
+
+On a GPU graphs are compared with none.
+"""
 
 import contextlib
 import gc
@@ -71,7 +74,7 @@ class Tape(TorchDispatchMode):
         return result
 
     def keep(self, tensor):
-        """Notes the values of a tensor that is written to."""
+        """Note the values of a tensor that is written to."""
         if isinstance(tensor, Tensor):
             whole = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
             self._before.setdefault(whole.data_ptr(), (whole, whole.clone()))
@@ -129,7 +132,7 @@ class Tapes(Graphs):
 
 
 def rounds(folder):
-    """The records of a run without times."""
+    """Return the records of a run without times."""
     return [{k: v for k, v in each.items() if not any(word in k for word in VOLATILE)} for each in read_metrics(folder)]
 
 
@@ -396,7 +399,7 @@ def test_a_whole_step_is_recorded_and_a_client_is_waited_for_once(make_data, mak
         monkeypatch.setattr(
             Tensor, name, lambda self, *all, name=name, read=read: reads.append(Tape.playing) or read(self, *all)
         )
-    counts, start = [], training.started
+    counts, start = [], training.train_async
 
     def started(*all, **of):
         reads.clear()
@@ -411,8 +414,8 @@ def test_a_whole_step_is_recorded_and_a_client_is_waited_for_once(make_data, mak
 
         return counted
 
-    monkeypatch.setattr("fedkern.engine.client.started", started)
-    monkeypatch.setattr(training, "bring", lambda tensor: tensor)  # on a GPU it waits for nothing
+    monkeypatch.setattr("fedkern.engine.client.train_async", started)
+    monkeypatch.setattr(training, "to_host_async", lambda tensor: tensor)  # on a GPU it waits for nothing
     _, line = passes((28, 28), make_data, make_config, exchanges=4, batch_size=4, local_epochs=1, momentum=0.9)
     assert line == ["eerppppp", "p" * 7, "p" * 7, "p" * 7]
     assert len(steps) == 3  # of two eager batches and of the recording
@@ -539,7 +542,10 @@ def test_a_client_that_diverges_in_a_lane_is_told_and_the_others_go_on(make_data
 
 
 class Drawing(FedAvg):
-    """Draws for every batch what a recording can read and what it cannot; looks at what was received."""
+    """Draws for every batch what a recording can read and what it cannot.
+
+    Looks at what was received.
+    """
 
     replayable = True
 
@@ -580,7 +586,10 @@ class Looking(FedAvg):
 
 
 def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
-    """The tapes after exchanges of clients with so many samples; what ran: e(ager), r(ecording), p(layed again)."""
+    """Return the tapes after exchanges of clients with so many samples.
+
+    What ran: e(ager), r(ecording), p(layed again).
+    """
     bench, tapes, line = RunContext(make_config(**{**SMALL, **settings}), make_data(sizes)), Tapes(), []
     bench.networks.lane_graphs[0] = tapes
     method = kind()
@@ -723,7 +732,7 @@ class Randomly(FedAvg):
 
 
 def on_the_gpu(config, data, kind, exchanges, graphs):
-    """The answers and figures of clients' exchanges on a GPU, with graphs or without."""
+    """Return the answers and figures of clients' exchanges on a GPU, with graphs or without."""
     found = []
     with reproducible(), computing(config.precision):
         bench = RunContext(config, data)

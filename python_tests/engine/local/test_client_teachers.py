@@ -37,7 +37,7 @@ def data(make_data, make_public):
 
 @pytest.fixture
 def attempt(data, make_config, tmp_path):
-    """Runs a method with the folder ``tmp_path / "given"``."""
+    """Run a method with the folder ``tmp_path / "given"``."""
 
     def go(method="ensemble", *, out="out", teachers="given", data=data, model="cnn", options=None, **settings):
         config = make_config(

@@ -403,7 +403,10 @@ def test_private_training_takes_every_images_own_mean():
 
 
 def test_a_signal_that_got_lost_ends_the_steps_that_are_booked(data, monkeypatch):
-    """It arrives in the second of six steps, where Python loses its exception; no third one is made."""
+    """It arrives in the second of six steps, where Python loses its exception.
+
+    No third one is made.
+    """
     steps = []
 
     def loss(self, model, batch, received):

@@ -33,7 +33,10 @@ HOW = {"lr": 0.05, "momentum": 0.5, "local_epochs": 2, "rounds": 2}
 
 
 def loop(model, client):
-    """What FedAvg does, as anybody writes it; with dropout, in train mode."""
+    """What FedAvg does, as anybody writes it.
+
+    With dropout, in train mode.
+    """
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=client.lr, momentum=0.5)
     for _ in range(client.epochs):
@@ -213,7 +216,7 @@ def test_every_change_of_code_is_in_the_diagnostics(known, tmp_path):
 
 @pytest.fixture
 def known(make_data):
-    """Data in memory that have the name of a data set."""
+    """Return the data in memory that have the name of a data set."""
     return lambda: dataclasses.replace(make_data(), name="digits")
 
 
@@ -488,7 +491,7 @@ class Doubling(torch.optim.SGD):
 
 
 def schedule_by(make, kind=float):
-    """A factory whose schedule takes a step behind each of the optimiser's."""
+    """Return a factory whose schedule takes a step behind each of the optimiser's."""
 
     def factory(parameters):
         optimizer = torch.optim.SGD(parameters, lr=kind(0.05))

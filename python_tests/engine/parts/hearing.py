@@ -4,7 +4,10 @@ from fedkern.listeners.events import Listener
 
 
 class Hearing(Listener):
-    """Notes its events; fails in one of them."""
+    """Notes its events.
+
+    Fails in one of them.
+    """
 
     def __init__(self, fails=""):
         self.events, self.kept, self._fails = [], {}, fails

@@ -14,7 +14,7 @@ from python_tests.stand_ins import Context, run_objects
 
 
 def answered(out, *, keep=True, check_lock=lambda: None, counts=True, each=True):
-    """Writes the answers to a test set of two images."""
+    """Write the answers to a test set of two images."""
     sets, network = {"id_": brightness_set([0.1, 0.9], [1, 1])}, Says(0.5)
     if keep:
         with sets["id_"].keeping():

@@ -25,7 +25,10 @@ def at_most_100(ledger):
 
 
 def played(part, ledger, size, *, one_off=False):
-    """A round in which a client is sent as many bytes; the stop before it, if it is not begun."""
+    """Return a round in which a client is sent as many bytes.
+
+    The stop before it, if it is not begun.
+    """
     entry = Round(one_off=one_off)
     if (stop := part.before_round(record(entry))) is not None:
         return stop

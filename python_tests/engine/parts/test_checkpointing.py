@@ -54,7 +54,10 @@ class Bench:
         self.part = Checkpointing(self.run)
 
     def round(self, number=1, rounds=10, stop=None):
-        """Plays a round of the plan; returns whether a checkpoint was made."""
+        """Plays a round of the plan.
+
+        Returns whether a checkpoint was made.
+        """
         made = len(self.checkpoints.commits)
         one = record(number, rounds, Round(one_off=number < 0), stop=stop)
         self.part.before_round(one)

@@ -25,7 +25,10 @@ class Noted:
         self.part = Records(run)
 
     def round(self, number, **given):
-        """Plays a round; returns its record."""
+        """Plays a round.
+
+        Returns its record.
+        """
         played = record(number, seconds={"train": 2.0}, clients={"1": {"loss": 0.5}}, **given)
         self.part.before_round(played)
         self.part.round_end(played)

@@ -15,7 +15,7 @@ from python_tests.stand_ins import record, run_objects
 
 @pytest.fixture
 def profiles(monkeypatch):
-    """The profilers that a part of traces makes."""
+    """Return the profilers that a part of traces makes."""
     made = []
 
     class Profile:

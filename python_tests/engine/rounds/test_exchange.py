@@ -45,7 +45,10 @@ WARNINGS = {
 
 
 class Hooks:
-    """An exchange in which every client returns what it was sent; ``together`` has the answers of a cohort."""
+    """An exchange in which every client returns what it was sent.
+
+    ``together`` has the answers of a cohort.
+    """
 
     own, asker = True, "method"
 

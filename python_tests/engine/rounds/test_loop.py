@@ -60,7 +60,10 @@ class Hooks:
 
 
 class Noting(Part):
-    """Notes the rounds that it is asked about; stops the run before or after one of them."""
+    """Notes the rounds that it is asked about.
+
+    Stops the run before or after one of them.
+    """
 
     def __init__(self, name, calls, before=None, after=None):
         self.name, self._calls, self._before, self._after = name, calls, before, after

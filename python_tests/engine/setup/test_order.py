@@ -31,7 +31,7 @@ def held(kind: ast.ClassDef) -> set[str]:
 
 
 def known(name: str) -> set[str]:
-    """The modules of fedkern that a module of the engine imports, those of the engine without its name."""
+    """Return the modules of fedkern that a module of the engine imports, those of the engine without its name."""
     found = imported(f"fedkern.engine.{name}", ENGINE[name], FILES)
     return {each.removeprefix("fedkern.engine.") for each in found}
 

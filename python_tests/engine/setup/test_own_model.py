@@ -39,7 +39,7 @@ HAS = {STAGED: "stages", PLAIN: "features", RAW: "logits"}
 
 @pytest.fixture
 def own(make_config):
-    """Settings of a run of a network that has no width."""
+    """Return the settings of a run of a network that has no width."""
     return lambda method="fedavg", **settings: make_config(method, **{"width": None, "model": STAGED, **settings})
 
 

@@ -93,7 +93,7 @@ def file(tmp_path):
 
 
 def noted(monkeypatch):
-    """The names of the filters and parts of the runs that are played from now on, of one after another."""
+    """Return the names of the filters and parts of the runs that are played from now on, of one after another."""
     found = []
 
     def loop(*given):

@@ -23,7 +23,7 @@ def victim(tmp_path):
 
 @pytest.fixture
 def folder(make_data, make_config, tmp_path):
-    """A run that was killed in its third round."""
+    """Return a run that was killed in its third round."""
     killed(make_config("scaffold", rounds=4), out=tmp_path / "run", data=make_data(), at=KillAt("round", 2))
     return tmp_path / "run"
 
@@ -95,7 +95,7 @@ REPLACED = ("summary.json", "model.safetensors", "evaluation.csv", "confusion.js
 
 
 def lead(path, victim, kind):
-    """Puts a link to the victim in the place of a file, whose content the victim gets where the file is read."""
+    """Put a link to the victim in the place of a file, whose content the victim gets where the file is read."""
     if path.exists():
         victim.write_bytes(path.read_bytes())
         path.unlink()

@@ -25,7 +25,7 @@ from python_tests.interrupted import KillAt, forge, killed, outcome, without
 
 @pytest.fixture
 def cut(played_once, make_data, make_config, tmp_path):
-    """A run of three rounds that was killed after two checkpoints."""
+    """Return a run of three rounds that was killed after two checkpoints."""
 
     def play(out):
         killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
@@ -135,7 +135,7 @@ def test_a_damaged_entry_falls_back_to_the_one_before(key, cut, make_data, make_
 
 
 def swap(path, old, new):
-    """Replaces something by as many other bytes."""
+    """Replace something by as many other bytes."""
     content = path.read_bytes()
     assert old in content
     assert len(old) == len(new)
@@ -151,7 +151,7 @@ def test_records_of_the_same_length_are_told(cut, make_data):
 
 
 def windows(path):
-    """Gives a file the line ends that git gives it where core.autocrlf is on."""
+    """Give a file the line ends that git gives it where core.autocrlf is on."""
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
 
 
@@ -161,7 +161,7 @@ WAY_BACK = (
 
 
 def mend(told):
-    """Does what a sentence says."""
+    """Do what a sentence says."""
     command = re.search(WAY_BACK, str(told.value))
     assert command, told.value
     subprocess.run(command[1], shell=True, check=True)

@@ -112,7 +112,10 @@ def test_a_link_that_leads_nowhere_is_named(make_data, make_config, tmp_path):
 @pytest.mark.parametrize("name", [".lock", "config.toml", "server-000001.safetensors", "manifest.json", "summary.json"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES], ids=["full", "forbidden"])
 def test_the_way_out_of_a_folder_that_cannot_be_written(name, number, make_data, make_config, tmp_path, monkeypatch):
-    """A run that is on record goes on with --resume; one that is not starts again, and has left nothing behind."""
+    """A run that is on record goes on with --resume.
+
+    One that is not starts again, and has left nothing behind.
+    """
     out = tmp_path / "run"
     data, config = make_data(), make_config(rounds=1)
     real = os.open, Path.replace

@@ -60,7 +60,7 @@ def test_a_key_that_is_missing_or_of_another_kind_is_a_sentence_or_changes_nothi
 
 
 def spoilt(about):
-    """The table without each key, and with each key's value of any kind."""
+    """Yield the table without each key, and with each key's value of any kind."""
     for key in about:
         yield {name: value for name, value in about.items() if name != key}
         yield from ({**about, key: value} for value in ANYTHING)

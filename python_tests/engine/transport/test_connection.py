@@ -20,7 +20,7 @@ from python_tests.interrupted import wait_until
 
 @pytest.fixture
 def ends():
-    """The sockets of rank 0 and of another rank."""
+    """Yield the sockets of rank 0 and of another rank."""
     zero, one = socket.socketpair()
     yield zero, one
     for end in (zero, one):
@@ -148,7 +148,10 @@ def teams(size):
 
 @pytest.fixture
 def meet(ends, monkeypatch):
-    """Has two ranks meet; ``entries`` are what `fedkern.process.versions` tells otherwise on rank 1."""
+    """Has two ranks meet.
+
+    ``entries`` are what `fedkern.process.versions` tells otherwise on rank 1.
+    """
     monkeypatch.setattr(torchrun_group, "_met", False)
     monkeypatch.setattr(TorchrunGroup, "_connect", lambda self, seconds: {1 - self.rank: ends[self.rank]})
 

@@ -44,7 +44,10 @@ def send(number):
 @pytest.mark.parametrize("fraction", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("text", ["fedbuff:buffer=3", "fedasync"])
 def test_who_is_at_work(text, fraction):
-    """Those that are done earliest, none twice at once; each answers what was sent when it began."""
+    """Those that are done earliest, none twice at once.
+
+    Each answers what was sent when it began.
+    """
     asked, buffer, count = policy(text, sample_fraction=fraction), 3 if "buffer" in text else 1, round(10 * fraction)
     at_work, seen = {}, []
     for number in range(300):

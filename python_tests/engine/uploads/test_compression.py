@@ -101,7 +101,7 @@ def test_levels_of_extreme_values_are_finite(value):
 
 
 def encoded(text, updates, start=None, seed=0):
-    """What a client sends of its updates, one round after another, as the server reads it; and its residual."""
+    """Return what a client sends of its updates, one round after another, as the server reads it; and its residual."""
     start = torch.randn(updates.shape[1]) if start is None else start
     compression, state, found = Compression(text, seed), {}, []
     for update in updates:
@@ -207,7 +207,7 @@ def test_what_no_client_of_fedkern_sends_is_refused(text):
 
 @pytest.fixture
 def settle(make_small):
-    """Settings and data of a short run of a method that compresses."""
+    """Return the settings and data of a short run of a method that compresses."""
 
     def make(method, rounds=2, **more):
         averaged = {"options": {}} if method == "fedproto" else {}
@@ -221,7 +221,7 @@ def uploaded(out):
 
 
 def stored(out):
-    """The states of all clients that have one."""
+    """Return the states of all clients that have one."""
     checkpoints = Checkpoints(out)
     checkpoints.open()
     return {k: checkpoints.client_state(k) for k in checkpoints.clients}

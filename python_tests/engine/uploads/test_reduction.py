@@ -24,7 +24,7 @@ STAYING = ("fedavg", "scaffold", "moon", "feddyn", "fedgid")
 
 
 def play(name, stays, data, make_config, out, monkeypatch, **more):
-    """The vectors that the trainings of a run left, the final model and the clients' figures."""
+    """Return the vectors that the trainings of a run left, the final model and the clients' figures."""
     seen, train = [], Client.train
     with monkeypatch.context() as patch:
         patch.setattr(reduction, "has_room", lambda *_: stays)

@@ -14,7 +14,7 @@ app = ClientApp(mods=[with_traceback])
 
 
 def spoilt(fault: str, arrays: ArrayRecord) -> ArrayRecord:
-    """The arrays with one entry changed."""
+    """Return the arrays with one entry changed."""
     weight, data = arrays["head.weight"].numpy(), bytes(arrays["head.weight"].data)
     if fault == "nan":
         arrays["head.weight"] = Array(np.full_like(weight, np.nan))

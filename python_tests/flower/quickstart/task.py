@@ -1,4 +1,7 @@
-"""A small network and its data, as Flower's quickstart apps have them; data are drawn, not downloaded."""
+"""A small network and its data, as Flower's quickstart apps have them.
+
+Data are drawn, not downloaded.
+"""
 
 import torch
 from torch import nn

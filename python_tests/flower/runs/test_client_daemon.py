@@ -55,7 +55,7 @@ def header(client=1, round=0, run="0" * 32):
 
 @pytest.fixture(scope="module")
 def message(tmp_path_factory):
-    """What a server sends in the first round."""
+    """Return what a server sends in the first round."""
     from fedkern.engine.server import Server
     from fedkern.flower.runs.node_client import on_node
     from fedkern.methods import method_registry
@@ -73,7 +73,7 @@ def message(tmp_path_factory):
 
 
 def daemons(of: str = "parent", number: int = 0) -> list[int]:
-    """The daemons that have not ended: children of this process, or those of a process group."""
+    """Return the daemons that have not ended: children of this process, or those of a process group."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
@@ -98,7 +98,7 @@ def _ended():
 
 
 def told(packed):
-    """An answer without its duration."""
+    """Return an answer without its duration."""
     found = unpack_value(packed)
     plain = {name: value for name, value in found.items() if name not in ("seconds", "message")}
     return plain, pack_value(found["message"])

@@ -35,7 +35,7 @@ RUN = {
 
 @pytest.fixture
 def folders(tmp_path):
-    """A folder of images for the server and for every client, with another number of images in each."""
+    """Return a folder of images for the server and for every client, with another number of images in each."""
     rng = np.random.default_rng(0)
     for name, count in SIZES.items():
         for part, number in (("train", count), ("test", 4 if name == "server" else 1)):

@@ -57,7 +57,7 @@ def _without_plugins(monkeypatch):
 
 
 def flat(table, above=""):
-    """A table as Flower flattens it."""
+    """Return a table as Flower flattens it."""
     found = {}
     for key, value in table.items():
         found.update(flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value})

@@ -304,7 +304,7 @@ def test_a_run_goes_on_where_its_states_are(tmp_path):
 
 
 def changed_reply(change):
-    """A node whose reply is changed on the way."""
+    """Return a node whose reply is changed on the way."""
 
     def fault(message, context):
         reply = client_app.app(message, context)
@@ -315,7 +315,7 @@ def changed_reply(change):
 
 
 def with_text(change):
-    """A node whose reply has another JSON tree beside its tensors."""
+    """Return a node whose reply has another JSON tree beside its tensors."""
 
     def changed(packed):
         text = head_of(packed)["__metadata__"][ABOUT]
@@ -353,7 +353,7 @@ REFUSED = {
 
 
 def replied_with(**changed):
-    """A node whose reply has other entries.
+    """Return a node whose reply has other entries.
 
     A callable makes an entry of the true one.
     """
@@ -370,7 +370,7 @@ def in_text(old, new):
 
 
 def with_tensor(shape):
-    """A node whose upload has an empty tensor of that shape beside it."""
+    """Return a node whose upload has an empty tensor of that shape beside it."""
 
     def change(packed):
         head = head_of(packed)

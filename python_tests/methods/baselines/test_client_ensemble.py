@@ -25,7 +25,7 @@ def id_test(data, name="id"):
 
 @pytest.fixture
 def plain(played_once, make_data, make_config):
-    """The folder of a run with the method's defaults."""
+    """Return the folder of a run with the method's defaults."""
     config = make_config("ensemble", model="cnn", rounds=None)
     return played_once("plain", lambda out: run(config, out=out, data=make_data()))
 

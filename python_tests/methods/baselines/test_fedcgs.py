@@ -1,4 +1,7 @@
-"""FedCGS: a classifier from pooled statistics, equal to that of all features in one place; nothing else changes."""
+"""FedCGS: a classifier from pooled statistics, equal to that of all features in one place.
+
+Nothing else changes.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""FML's losses against their equations; what it sends and keeps."""
+"""FML's losses against their equations.
+
+What it sends and keeps.
+"""
 
 import math
 

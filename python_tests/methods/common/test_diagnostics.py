@@ -105,7 +105,7 @@ def test_what_is_near_chance(accuracy, classes, near):
 
 
 def labelled(*counts):
-    """A test set with this many images of every class."""
+    """Return a test set with this many images of every class."""
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     return types.SimpleNamespace(labels=labels, task=CLASSIFICATION, cases=None)
 

@@ -22,7 +22,7 @@ from python_tests.methods.feddra_parts import JOINT, LOSSES, SETTINGS
 
 
 def losses(p, values):
-    """The server's step for these losses."""
+    """Return the server's step for these losses."""
     p.method.server_update(p.server, LOSSES, iter([Upload(k, 1, {"loss": value}) for k, value in enumerate(values)]))
     p.server.state["current"] = []  # they were asked about no model
     return p.method.weights(p.server)
@@ -100,7 +100,7 @@ def test_adamw_does_not_see_the_weights_of_the_released_code(parts):
 
 
 def reported(p, values):
-    """The loss that every client reports of models whose loss is each of ``values`` in turn, by client."""
+    """Return the loss that every client reports of models whose loss is each of ``values`` in turn, by client."""
     told = {client.id: [] for client in p.clients}
     for value in values:
         p.method.judge = lambda model, batch, value=value: torch.tensor(value)
@@ -193,7 +193,7 @@ class Quadratic(AFL):
 
 
 def best_weights(rho):
-    """The weights of the saddle point: those at which the least mixed loss is largest."""
+    """Return the weights of the saddle point: those at which the least mixed loss is largest."""
 
     def least(w):
         return -(w @ (OFFSETS + (OPTIMA**2).sum(1) / 2) - ((w @ OPTIMA) ** 2).sum() / 2)

@@ -32,7 +32,7 @@ def rows(folder):
 
 
 def told(folder):
-    """What a folder says of its final network."""
+    """Return what a folder says of its final network."""
     summary = read_summary(folder)
     files = [(folder / name).read_bytes() for name in FILES[1:] if (folder / name).exists()]
     return summary["metrics"], summary["per_class"], files

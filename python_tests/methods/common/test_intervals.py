@@ -16,7 +16,10 @@ FEDERATION = SimpleNamespace(client_names=("Ulm", "Bonn"), classes=("a", "b"))
 
 
 class Kept(SimpleNamespace):
-    """A set whose evaluation has kept the ``output``; ``patients`` are int64 ``[n]`` or None."""
+    """A set whose evaluation has kept the ``output``.
+
+    ``patients`` are int64 ``[n]`` or None.
+    """
 
     def __init__(self, task, labels, output, patients=None, homes=None, cases=None):
         named = None if patients is None else torch.tensor(patients)

@@ -106,7 +106,7 @@ def test_networks_may_differ(make_data, make_config, tmp_path):
 
 
 def student_starts(config, data, out):
-    """Runs, and returns the student's weights at the beginning of each epoch of distillation."""
+    """Return the runs, and returns the student's weights at the beginning of each epoch of distillation."""
     starts = []
     real = Distilled.follow
 

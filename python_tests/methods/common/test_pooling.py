@@ -44,7 +44,7 @@ def sides(make_pairs, make_config):
 
 
 def statistics(server):
-    """The batch norms of the server's heads, by name."""
+    """Return the batch norms of the server's heads, by name."""
     network = server.network(server.state)
     return {f"{head}.{i}": getattr(network, head)[i] for head in HEADS for i in (1, 4)}
 

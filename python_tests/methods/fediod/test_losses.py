@@ -107,7 +107,10 @@ def test_terms_by_hand(logits):
 
 
 def test_the_generator_seeks_images_on_which_teachers_differ(logits):
-    """The sign of the paper's diversity; the clarity alone would be a part of the same gradient."""
+    """The sign of the paper's diversity.
+
+    The clarity alone would be a part of the same gradient.
+    """
     x = logits.clone().requires_grad_()
     total, terms = losses.teacher_terms(x, PI, 0.0)
     (gradient,) = torch.autograd.grad(total - terms["clarity"], x)

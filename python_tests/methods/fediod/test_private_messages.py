@@ -46,14 +46,14 @@ class Client:
 
 
 def place(rounds):
-    """A server of two clients."""
+    """Return a server of two clients."""
     said = {}
     federation = Federation(rounds, (50, 50), 10)
     return SimpleNamespace(state={}, federation=federation, warn=said.__setitem__, said=said)
 
 
 def told(sigma=1.0, **settings):
-    """A client that knows its noise, in multiples of the clipping norm."""
+    """Return a client that knows its noise, in multiples of the clipping norm."""
     client = Client(**settings)
     privacy.agree(client, {"privacy": {"sigma_d": sigma}})
     return client

@@ -127,13 +127,13 @@ def test_every_byte_is_accounted_for(make_data, make_config, tmp_path):
 def test_the_learning_rate_steps_at_the_epochs_of_the_whole_run(make_data, make_config, monkeypatch):
     """Five epochs over two levels are three and two, so the fourth epoch of the run begins level two."""
     seen = []
-    real = engine_client.train
+    real = engine_client.train_async
 
     def spy(client, method, phase, network, data, received, schedule, *more):
         seen.append([schedule.lr_at(epoch) for epoch in range(schedule.epochs)])
         return real(client, method, phase, network, data, received, schedule, *more)
 
-    monkeypatch.setattr(engine_client, "train", spy)
+    monkeypatch.setattr(engine_client, "train_async", spy)
     config = config_of(make_config, {"blocks": 2, "width": "2"}, local_epochs=5, lr=0.5, lr_steps="2,3")
     play = Play(config, make_data())
     play.order = [0]

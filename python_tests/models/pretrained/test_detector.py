@@ -22,7 +22,7 @@ SPECIAL = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete model folder: weights, configuration, tokenizer, preprocessing."""
+    """Return a complete model folder: weights, configuration, tokenizer, preprocessing."""
     transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
     path = tmp_path_factory.mktemp("tiny-dino")
     words = [f"word{i}" for i in range(1045)]

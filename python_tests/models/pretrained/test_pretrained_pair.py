@@ -204,7 +204,7 @@ def test_wrong_folders(folders: dict[str, Path], tmp_path: Path, image: str, tex
 
 
 def rewrite(folder: Path, base: Path, drop: str) -> Path:
-    """A copy of a folder without the tensors whose names hold ``drop``."""
+    """Return a copy of a folder without the tensors whose names hold ``drop``."""
     copied = base / f"{folder.name}-less"
     shutil.copytree(folder, copied)
     tensors = {name: x for name, x in load_file(copied / "model.safetensors").items() if drop not in name}

@@ -28,7 +28,7 @@ SIDE = 40  # of the tiny network's images, in place of 224
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete model folder: weights, configuration, tokenizer, preprocessing."""
+    """Return a complete model folder: weights, configuration, tokenizer, preprocessing."""
     transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
     path = tmp_path_factory.mktemp("tiny-clip")
     letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
@@ -216,7 +216,7 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
 
 
 def pickled(folder: Path, base: Path, drop: str = "-", **more: Any) -> Path:
-    """A copy of a folder whose weights are pytorch_model.bin, without those whose names hold ``drop``."""
+    """Return a copy of a folder whose weights are pytorch_model.bin, without those whose names hold ``drop``."""
     copied = base / "pickled"
     shutil.copytree(folder, copied)
     tensors = {name: x for name, x in load_file(copied / "model.safetensors").items() if drop not in name}

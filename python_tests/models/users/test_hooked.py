@@ -36,7 +36,7 @@ class Functional(nn.Module):
 
 
 def sequence(network):
-    """The same network as modules one after another, cut at the same places."""
+    """Return the same network as modules one after another, cut at the same places."""
     made = nn.Sequential(
         network.conv1, network.norm1, nn.ReLU(), nn.MaxPool2d(2), network.conv2, network.norm2, nn.ReLU(),
         nn.MaxPool2d(2), nn.Flatten(), network.fc1, nn.ReLU(), nn.Dropout(0.2), network.fc2,

@@ -81,7 +81,7 @@ class Derived(nn.Linear):
 
 @pytest.fixture
 def known(registries):
-    """Registers networks for one test."""
+    """Register networks for one test."""
     return fedkern.register_model
 
 
@@ -245,7 +245,7 @@ def test_images_arrive_contiguous_for_code_that_calls_view(known):
 
 
 def laid_out(x):
-    """The same values in the strides of fedkern's batches, of a slice and of a new tensor."""
+    """Return the same values in the strides of fedkern's batches, of a slice and of a new tensor."""
     wide = torch.randn(2 * len(x), *x.shape[1:])
     wide[::2] = x
     return torch.empty(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1).copy_(x), wide[::2], x

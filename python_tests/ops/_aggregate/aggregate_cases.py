@@ -26,7 +26,7 @@ REFINED = [
 
 
 def refined_numbers(counter: int, k: int) -> tuple[float, float]:
-    """The two numbers of a refined radius word, in Python's floats from the four words that make them."""
+    """Return the two numbers of a refined radius word, in Python's floats from the four words that make them."""
     word, turn = (int(w) for w in philox(torch.tensor([counter]), REFINED_SEED)[k : k + 2])
     more = int(philox(torch.tensor([counter]), REFINED_SEED, 1)[k])
     radius = math.sqrt(-2 * math.log((word * 2**32 + more + 0.5) / 2**64))
@@ -52,7 +52,7 @@ def make_weights(kind: str, count: int, seed: int = 0) -> list[float]:
 
 
 def accumulate(vectors: Iterable[Tensor], weights: Iterable[float], exact: bool = True) -> Accumulator:
-    """An accumulator that has got these vectors."""
+    """Return an accumulator that has got these vectors."""
     vectors = list(vectors)
     accumulator = Accumulator(len(vectors[0]), exact=exact)
     for vector, weight in zip(vectors, weights, strict=True):
@@ -71,7 +71,10 @@ def exact_mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
 
 
 def close(given: Tensor, exact: Tensor) -> None:
-    """1e-6 relative in fp32; 16 bits: the rounded result, plus one ulp; what cancels to nothing, to fp64's rounding."""
+    """1e-6 relative in fp32.
+
+    16 bits: the rounded result, plus one ulp. What cancels to nothing, to fp64's rounding.
+    """
     assert given.shape == exact.shape
     assert torch.equal(given.isnan(), exact.isnan())
     given, exact = given[~exact.isnan()], exact[~exact.isnan()]
@@ -86,7 +89,7 @@ def close(given: Tensor, exact: Tensor) -> None:
 
 
 def odd_views(vectors: list[Tensor]) -> list[list[Tensor]]:
-    """The same vectors behind odd offsets, strides other than one, and as columns of one tensor."""
+    """Return the same vectors behind odd offsets, strides other than one, and as columns of one tensor."""
     size = len(vectors[0])
     columns = torch.stack(vectors, 1)
     wide = [torch.stack([vector, torch.full_like(vector, 777.0)], 1).flatten()[::2] for vector in vectors]

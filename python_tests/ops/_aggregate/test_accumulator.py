@@ -1,4 +1,7 @@
-"""Accumulator: the exact sum, states, and what it refuses; test_mean.py compares its means."""
+"""Accumulator: the exact sum, states, and what it refuses.
+
+Test_mean.py compares its means.
+"""
 
 import copy
 import itertools

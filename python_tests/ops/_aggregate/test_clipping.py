@@ -17,7 +17,7 @@ MOST = (1 << 64) - 1
 
 
 def noise_of(size: int, seed: int, offset: int = 0) -> Tensor:
-    """Standard normal numbers from the operator: zeros, clipped to 1."""
+    """Return the standard normal numbers from the operator: zeros, clipped to 1."""
     return clip_and_noise(torch.zeros(size), 1.0, 1.0, seed, offset)
 
 

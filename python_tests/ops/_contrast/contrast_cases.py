@@ -29,7 +29,7 @@ AXES: dict[str, Any] = {
 
 
 def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes calls of any size go a way that is meant for large ones."""
+    """Make calls of any size go a way that is meant for large ones."""
     if way == "tiles":
         for module in (contrast_kernels, contrast_tiled):
             monkeypatch.setattr(module, "HELD", 0)

@@ -12,7 +12,7 @@ from python_tests.ops._conv.conv_cases import Served
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
-    """The calls of kernels during the test."""
+    """Return the calls of kernels during the test."""
     seen = Served()
     for kernels, name in itertools.product((ConvKernels, PoolKernels), ("forward", "backward")):
         before = getattr(kernels, name)

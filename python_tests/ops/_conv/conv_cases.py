@@ -105,7 +105,10 @@ def pool_arguments(
     shape: tuple[int, ...] = (3, 1, 3, 8, 8, 8), batch: int = 4, *, bias: bool = True, last: bool = False,
     weight_last: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32,
 ) -> Given:  # fmt: skip
-    """Tensors for a call of conv_pool that all ask for a gradient, and its padding; ``last``: channels-last."""
+    """Tensors for a call of conv_pool that all ask for a gradient, and its padding.
+
+    ``last``: channels-last.
+    """
     side, padding, channels, out, height, width = shape
     given = arguments(batch, channels, out, height, width, side=side, seed=seed, dtype=dtype, weight_last=False)
     found = {name: given[name].detach() for name in ("x", "weight")} | {"bias": given["shift"].detach()}
@@ -125,7 +128,7 @@ def pool_grad_for(given: Given, relu: bool = True, seed: int = 1) -> Tensor:
 
 
 def exact(given: Given) -> Given:
-    """The same in float64, as leaves of their own."""
+    """Return the same in float64, as leaves of their own."""
     return {
         name: x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
         for name, x in given.items()
@@ -133,7 +136,7 @@ def exact(given: Given) -> Given:
 
 
 def cut_off(given: Given) -> Given:
-    """The same tensors, none of which asks for a gradient."""
+    """Return the same tensors, none of which asks for a gradient."""
     return {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
@@ -146,7 +149,10 @@ def grad_for(given: Given, seed: int = 1, **settings: Any) -> Tensor:
 
 
 def grad_of(z: Tensor, relu: bool, pool: int, seed: int, near: float = 1e-4) -> Tensor:
-    """The same of what the ReLU and the pooling get; ``near``: what rounding may change."""
+    """Return the same of what the ReLU and the pooling get.
+
+    ``near``: what rounding may change.
+    """
     clear = torch.ones_like(z, dtype=torch.bool)
     if relu:
         clear, z = z.abs() > near, z.relu()
@@ -162,7 +168,7 @@ def grad_of(z: Tensor, relu: bool, pool: int, seed: int, near: float = 1e-4) -> 
 
 
 def results(given, grad=None, *, call=ops.conv_norm, **settings):
-    """The result, the running statistics after the call, and with ``grad`` the gradients, by name."""
+    """Return the result, the running statistics after the call, and with ``grad`` the gradients, by name."""
     statistics = {n: copy.deepcopy(given[n]) for n in ("mean", "variance") if given.get(n) is not None}
     out = call(**{**given, **statistics}, **settings)
     found = {"out": out.detach(), **statistics}
@@ -182,7 +188,7 @@ def serve_both(name, given, oracle, grad=None, **settings):
 
 
 def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5, what: str = "") -> None:
-    """Compares with float64 results, relative to the largest value of each."""
+    """Compare with float64 results, relative to the largest value of each."""
     assert got.keys() == expected.keys()
     for name, x in expected.items():
         assert got[name].shape == x.shape, f"{what} {name}"
@@ -210,7 +216,7 @@ class Served(list[str]):
 
 
 def leaves_of(given: Given) -> dict[str, Tensor]:
-    """The tensors of a call that have a gradient, in the order of its kernel's gradients."""
+    """Return the tensors of a call that have a gradient, in the order of its kernel's gradients."""
     return {name: given[name] for name in LEAVES if given.get(name) is not None and given[name].requires_grad}
 
 
@@ -297,7 +303,7 @@ SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = 
 
 
 def serving(**call: Any) -> ConvKernels | None:
-    """The kernel that serves a call of conv_norm with these arguments."""
+    """Return the kernel that serves a call of conv_norm with these arguments."""
     inputs = {name: call.pop(name, None) for name in LEAVES}
     return conv_norm.serving(Inputs(**inputs), Settings(**call))
 

@@ -1,4 +1,7 @@
-"""conv_norm under autograd, transforms, compilers and modes; what it refuses, and where its kernel serves."""
+"""conv_norm under autograd, transforms, compilers and modes.
+
+What it refuses, and where its kernel serves.
+"""
 
 from __future__ import annotations
 

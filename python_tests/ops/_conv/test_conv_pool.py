@@ -1,4 +1,7 @@
-"""conv_pool: results and gradients against the reference in float64; autograd, modes, and what is refused."""
+"""conv_pool: results and gradients against the reference in float64.
+
+Autograd, modes, and what is refused.
+"""
 
 import itertools
 import math

@@ -67,7 +67,7 @@ UNREADABLE: dict[str, Callable[[], object]] = {
 
 
 def step(parameters: object, gradients: object, **others: Any) -> Call:
-    """A step of SGD without momentum."""
+    """Return a step of SGD without momentum."""
     given = dict.fromkeys(("first", "second", "anchor", "correction", "gradient_sum", "max_norm", "adamw"))
     numbers = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "proximal": 0.0, "zero": False}
     return Call(**{**given, **numbers, "parameters": parameters, "gradients": gradients, **others})

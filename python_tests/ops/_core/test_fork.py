@@ -40,7 +40,7 @@ def woken() -> list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]:
 
 
 def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    """The same bits, as NumPy sees them: without torch's own thread pool."""
+    """Return the same bits, as NumPy sees them: without torch's own thread pool."""
     return all(bits(a) == bits(b) for a, b in zip(got, expected, strict=True))
 
 
@@ -49,7 +49,7 @@ def bits(x: Tensor) -> bytes:
 
 
 def in_a_child(cases: Sequence[tuple[str, Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]]) -> None:
-    """Runs (name, call, expected) in a forked child.
+    """Run (name, call, expected) in a forked child.
 
     Fails for the call that hangs, raises or gives other bits.
     """
@@ -107,7 +107,7 @@ def loaded() -> Tensor:
 
 
 def accumulated(exact: bool) -> Tensor:
-    """The mean of two accumulators, merged where they are exact, by way of a state."""
+    """Return the mean of two accumulators, merged where they are exact, by way of a state."""
     vectors = torch.linspace(-1, 1, 9 << 18).view(9, -1)
     one, two, again = (ops.Accumulator(1 << 18, exact) for _ in range(3))
     for m, vector in enumerate(vectors):
@@ -132,7 +132,7 @@ def by(backend: str | None, function: Callable[..., Any], *given: Tensor) -> tup
 
 
 def torch_calls() -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
-    """What rests on torch's own operators, all over tensors that torch shares among threads."""
+    """Return what rests on torch's own operators, all over tensors that torch shares among threads."""
     rows = torch.linspace(-3, 3, 4 * SIZE).view(4, SIZE)
     logits = torch.linspace(-3, 3, SIZE).view(-1, 100)
     yield "torch", lambda: (rows.square(),)
@@ -152,7 +152,7 @@ def pool() -> None:
 
 
 def with_results(calls):
-    """Adds what a call gives on one thread: on two, torch may sum in another order."""
+    """Add what a call gives on one thread: on two, torch may sum in another order."""
     found = []
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -27,7 +27,7 @@ MB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[_memory.Cache]:
-    """A cache of 64 MB, for results of the compiled core from 4 MB on, as no other test has used it."""
+    """Yield a cache of 64 MB, for results of the compiled core from 4 MB on, as no other test has used it."""
     monkeypatch.setattr(_memory, "KEPT", 4 * MB)
     monkeypatch.setenv("FEDKERN_CACHE_MB", "64")
     _memory.cache.cache_clear()

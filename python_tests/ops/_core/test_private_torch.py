@@ -33,7 +33,7 @@ NAMES = [
 
 
 def again() -> Any:
-    """The module once more, as a new process would import it."""
+    """Return the module once more, as a new process would import it."""
     spec = importlib.util.spec_from_file_location("private_torch_again", private_torch.__file__)
     assert spec is not None
     assert spec.loader is not None

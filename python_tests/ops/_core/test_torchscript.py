@@ -1,4 +1,7 @@
-"""torch.jit cannot record the operators and says so; torch.export can, and records each as it is."""
+"""torch.jit cannot record the operators and says so.
+
+Torch.export can, and records each as it is.
+"""
 
 import pytest
 import torch

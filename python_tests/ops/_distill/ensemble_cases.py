@@ -148,7 +148,7 @@ def strides(x: Tensor) -> list[int]:
 
 
 def ensemble(case: dict[str, Any], mask: Tensor | None) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The operator of a case, and its reference."""
+    """Return the operator of a case, and its reference."""
     how, temperature, log_probs, reduction = (case[n] for n in ("mix", "temperature", "log_probs", "reduction"))
     names = {"mode": "mean_of_kl"} if how == "mean" else {"mix": how}
 

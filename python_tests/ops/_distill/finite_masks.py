@@ -13,7 +13,7 @@ EVERYBODY = torch.tensor([[True] * 3 + [False], [True] * 4, [False] + [True] * 3
 
 
 def _wide(mask: Tensor, classes: int) -> Tensor:
-    """The class mask of four classes for more of them, cyclically."""
+    """Return the class mask of four classes for more of them, cyclically."""
     return mask[:, torch.arange(classes) % 4]
 
 
@@ -73,7 +73,7 @@ def compare(call: str, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def _differentiate(call: str, rows: list[Tensor], mask: float) -> list[Tensor]:
-    """The losses at some temperatures, each with its gradients."""
+    """Return the losses at some temperatures, each with its gradients."""
     results = []
     inputs = [x.clone() for x in rows]
     for x in inputs[1:]:

@@ -19,7 +19,10 @@ needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core is not bu
 
 
 def check(function, features, scale=None, shift=None, activation=None):
-    """Compares result and gradients with the float64 reference; returns them."""
+    """Compare result and gradients with the float64 reference.
+
+    Returns them.
+    """
     ours, reference = FUNCTIONS[function]
     given = [t for t in (*features, scale, shift) if t is not None]
     leaves = [t.detach().requires_grad_() for t in given]

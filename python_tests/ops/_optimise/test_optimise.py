@@ -25,12 +25,12 @@ def vectors(size: int | tuple[int, ...], count: int, dtype: torch.dtype = torch.
 
 
 def same_products(isa: str) -> bool:
-    """Whether torch's kernels fuse products and sums exactly where ours of this ISA level do."""
+    """Return whether torch's kernels fuse products and sums exactly where ours of this ISA level do."""
     return (torch.backends.cpu.get_cpu_capability() == "DEFAULT") == (isa == "portable")
 
 
 def bits_of_torch(isa: str) -> list[str]:
-    """What differs from torch's own operations, in their order in the engine: names of tensors, by case."""
+    """Return what differs from torch's own operations, in their order in the engine: names of tensors, by case."""
     differences = []
     with ops.use_isa(isa):
         for dtype, size, number in itertools.product((torch.float32, torch.float64), SIZES, range(16)):
@@ -129,7 +129,10 @@ def test_backends_give_the_reference(name: str, dtype: torch.dtype, shape: tuple
 @pytest.mark.parametrize("max_norm", [None, 5.0])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, None])
 def test_steps_are_those_of_torch_optim(momentum: float | None, max_norm: float | None) -> None:
-    """SGD's with ``momentum``, and AdamW's without; of gradients that torch clips or leaves."""
+    """SGD's with ``momentum``, and AdamW's without.
+
+    Of gradients that torch clips or leaves.
+    """
     theta, *gradients = vectors(1001, 6)
     leaf = torch.nn.Parameter(theta.clone())
     first, second = torch.zeros_like(theta), torch.zeros_like(theta)

@@ -11,7 +11,7 @@ from python_tests.ops.emulated_core import emulated
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The device of a test's tensors, with the CUDA backend forced."""
+    """Yield the device of a test's tensors, with the CUDA backend forced."""
     if request.param == "emulated":
         with emulated():
             yield torch.device("cpu")
@@ -24,7 +24,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture
 def gpu() -> Iterator[torch.device]:
-    """A GPU, with the CUDA backend forced: what an emulation cannot show."""
+    """Yield a GPU, with the CUDA backend forced: what an emulation cannot show."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     with use_backend("cuda"):

@@ -32,12 +32,12 @@ CASES = pairwise(AXES, seed=6)
 
 @pytest.fixture
 def kernels(device: torch.device) -> AggregateKernels:
-    """The kernels of the device's backend."""
+    """Return the kernels of the device's backend."""
     return backend.select("aggregate", torch.empty(0, device=device))
 
 
 def make_vectors(case: dict[str, Any], device: torch.device, seed: int) -> tuple[Any, list[Tensor]]:
-    """The vectors of a case in their layout, and as a list of contiguous ones on the CPU."""
+    """Return the vectors of a case in their layout, and as a list of contiguous ones on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     count, size, layout = case["count"], case["size"], case["layout"]
     stacked = torch.randn(count, size, generator=generator).to(case["dtype"])

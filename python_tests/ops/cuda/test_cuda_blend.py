@@ -23,7 +23,7 @@ CASES = pairwise(AXES, seed=3)
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same samples with other strides or at an odd address."""
+    """Return the same samples with other strides or at an odd address."""
     rows, size = x.shape
     if layout == "gaps":
         return x.new_zeros(rows, 2 * size + 3)[:, :size].copy_(x)

@@ -11,7 +11,7 @@ from fedkern.ops._core import backend
 
 
 def step(shape: tuple[int, ...], device: torch.device, adamw: bool, terms: bool) -> list[Tensor]:
-    """What a step writes to, and its results."""
+    """Return what a step writes to, and its results."""
     draw = torch.Generator().manual_seed(0)
     theta, g, first, second, anchor, total = (torch.randn(shape, generator=draw).to(device) for _ in range(6))
     settings: dict[str, Any] = {"lr": 0.1}

@@ -68,7 +68,7 @@ class Recorder:
 
 
 def spills(log: str) -> dict[str, int]:
-    """Registers and bytes spilled, from what ``ptxas -v`` printed."""
+    """Register and bytes spilled, from what ``ptxas -v`` printed."""
     bytes_ = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.findall(r"Used (\d+) registers", log)
     if not bytes_ or not registers:

@@ -28,7 +28,7 @@ Case = tuple[str, Callable[[], Any]]
 
 
 def modules() -> list[ModuleType]:
-    """The modules of fedkern.ops that hold Triton kernels."""
+    """Return the modules of fedkern.ops that hold Triton kernels."""
     names = [entry.name for entry in pkgutil.walk_packages(fedkern.ops.__path__, "fedkern.ops.")]
     found = [importlib.import_module(name) for name in names if "triton" in name.split(".")]
     return [module for module in found if any(name.endswith("_kernel") for name in vars(module))]
@@ -52,7 +52,7 @@ def recorded(launch: Callable[..., None], processors: int) -> Iterator[None]:
 
 
 def cases(full: bool) -> Iterator[Case]:
-    """A name (its first word the family) and what to call.
+    """Yield a name (its first word the family) and what to call.
 
     ``full``: each dtype in each size class, and odd sizes.
 
@@ -66,7 +66,7 @@ def cases(full: bool) -> Iterator[Case]:
 
 
 def pick(full: bool, number: int) -> tuple[torch.dtype, ...]:
-    """The dtypes of a size class: all, or one, another each time."""
+    """Return the dtypes of a size class: all, or one, another each time."""
     return DTYPES if full else (DTYPES[number % 4],)
 
 
@@ -232,7 +232,7 @@ def size_one(full: bool) -> Iterator[Case]:
 
 
 def places_cases(full: bool) -> Iterator[Case]:
-    """Where maps lie is data: other places must not need another kernel."""
+    """Return where maps lie is data: other places must not need another kernel."""
     kernel, memory = TritonFuse(), torch.empty(8, 5000)
     together, apart = list(memory.flatten()[: 8 * 4096].view(8, 4, 1024)), [x[:4096].view(4, 1024) for x in memory]
     for maps in (together, apart, together[::-1], [*apart[2:], apart[0], apart[0]]):

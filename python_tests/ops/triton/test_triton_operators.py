@@ -27,7 +27,7 @@ from python_tests.ops.operator_runs import (
 
 @pytest.fixture
 def gpu() -> Iterator[torch.device]:
-    """A GPU, with the Triton backend forced."""
+    """Yield a GPU, with the Triton backend forced."""
     if not torch.cuda.is_available() or loading.is_interpreted():
         pytest.skip("no CUDA device" if not torch.cuda.is_available() else "TRITON_INTERPRET is set")
     with ops.use_backend("triton"):

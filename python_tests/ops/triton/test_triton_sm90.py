@@ -1,4 +1,7 @@
-"""Every Triton kernel compiles for sm_90 and spills no register; no GPU is needed."""
+"""Every Triton kernel compiles for sm_90 and spills no register.
+
+No GPU is needed.
+"""
 
 import importlib.util
 import json
@@ -20,7 +23,7 @@ pytestmark = pytest.mark.skipif(spec is None or spec.origin is None, reason="tri
 
 
 def compile_all(*arguments: str) -> list[dict[str, Any]]:
-    """What ``compile_sm90.py`` prints, from a process of its own: this one may run the interpreter."""
+    """Return what ``compile_sm90.py`` prints, from a process of its own: this one may run the interpreter."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, str(HERE / "compile_sm90.py"), *arguments]

@@ -145,7 +145,7 @@ def test_grey_images_without_masks(tmp_path):
 
 
 def apart(texts) -> bool:
-    """Whether no text lies over another, and all are inside their picture."""
+    """Return whether no text lies over another, and all are inside their picture."""
     boxes = [text.get_window_extent() for text in texts]
     inside = texts[0].figure.bbox.padded(1)
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 for box in boxes)
@@ -383,7 +383,7 @@ FAULTS = [
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path, data):
-    """A run folder with every kind of picture of a classifier, all of them empty files."""
+    """Return a run folder with every kind of picture of a classifier, all of them empty files."""
     for module, name in ((curves, "accuracy_panels"), (curves, "client_panels"), (curves, "weight_panels"),
                          (curves, "draw_panels"), (plots, "partition_picture")):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_, **__: object())

@@ -18,7 +18,7 @@ def sheet(columns: int = 1) -> Sheet:
 
 
 def drawn(made: Sheet, folder) -> np.ndarray:
-    """The pixels of the first place, and of a margin of a tenth of its side around it."""
+    """Return the pixels of the first place, and of a margin of a tenth of its side around it."""
     save_png(made.figure, folder / "sheet.png")
     with Image.open(folder / "sheet.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)

@@ -23,7 +23,7 @@ from python_tests.html_reader import Reader
 
 @pytest.fixture
 def cells(monkeypatch):
-    """The outputs of a cell, as a module that stands for IPython.display lists them."""
+    """Return the outputs of a cell, as a module that stands for IPython.display lists them."""
     shown: list[dict] = []
 
     def display(content, display_id=False):
@@ -57,7 +57,7 @@ def record(round: int, **figures) -> dict:
 
 
 def cells_of(html: str) -> list[list[str]]:
-    """The table in an HTML text, row by row."""
+    """Return the table in an HTML text, row by row."""
     found = Reader(html)
     assert not found.unclosed
     width = max(len(found.text("th")), 1)

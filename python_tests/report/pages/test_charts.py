@@ -20,14 +20,17 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
-    """The figures of the charts."""
+    """Return the figures of the charts."""
     found = []
     monkeypatch.setattr(plots, "to_svg", lambda figure, name: found.append(figure) or to_svg(figure, name))
     return found
 
 
 def texts(chart):
-    """Texts of a chart's SVG; checks that it is well-formed, and its tables."""
+    """Texts of a chart's SVG.
+
+    Checks that it is well-formed, and its tables.
+    """
     for table in chart.tables:
         assert all(len(row) == len(table.header) for row in table.rows)
     return [text.text for text in ElementTree.fromstring(chart.svg).iter(f"{SVG}text")]

@@ -47,13 +47,16 @@ def finished_page(finished):
 
 @pytest.fixture
 def uncharted(monkeypatch):
-    """Charts without their drawings; the run's own pictures are drawn, unlike with ``undrawn``."""
+    """Charts without their drawings.
+
+    The run's own pictures are drawn, unlike with ``undrawn``.
+    """
     monkeypatch.setattr("fedkern.report.figures.plots.to_svg", lambda figure, name: "<svg></svg>")
 
 
 @pytest.fixture
 def folder(finished, tmp_path):
-    """A copy of the finished run, to be changed."""
+    """Return a copy of the finished run, to be changed."""
     return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
 
 

@@ -27,7 +27,7 @@ MANY = 16
 
 @triton.jit
 def _tile(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The rows and columns of this program, out of ``columns`` tiles side by side."""
+    """Return the rows and columns of this program, out of ``columns`` tiles side by side."""
     program = tl.program_id(0)
     row = (program // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (program % columns).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -36,7 +36,7 @@ def _tile(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _weight(alpha, value, row, stride, valid):
-    """alpha of each row in fp64, from a tensor or from the bits of a number."""
+    """Return alpha of each row in fp64, from a tensor or from the bits of a number."""
     weight = tl.zeros_like(row).to(tl.float64)
     if alpha is None:
         weight += double_of(value, tl.float64)

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:
-    """Runs ``programs`` programs of ``kernel`` on ``device``, on torch's current stream there.
+    """Run ``programs`` programs of ``kernel`` on ``device``, on torch's current stream there.
 
     As in csrc/, products and sums are not contracted, unless a kernel calls fma.
     """
@@ -42,7 +42,7 @@ def double_bits(value: float) -> int:
 
 
 def power_of_two(value: int) -> int:
-    """The smallest power of two that is not below ``value``."""
+    """Return the smallest power of two that is not below ``value``."""
     return 1 << max(value - 1, 0).bit_length()
 
 

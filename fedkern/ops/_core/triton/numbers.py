@@ -14,7 +14,7 @@ COMPUTE = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float
 
 @triton.jit
 def double_of(bits, COMPUTE: tl.constexpr):
-    """The number whose ``double_bits`` the launcher passed."""
+    """Return the number whose ``double_bits`` the launcher passed."""
     return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True).to(COMPUTE)
 
 
@@ -26,7 +26,7 @@ def narrow(value, out):
 
 @triton.jit
 def join(top, total, more_top, more_total, scale):
-    """The maximum and the sum of exponentials of two parts together.
+    """Return the maximum and the sum of exponentials of two parts together.
 
     A part that is all -inf adds nothing.
     """
@@ -46,6 +46,6 @@ def sum_kernel(parts, out, size, count, BLOCK: tl.constexpr):
 
 
 def finish(parts: Tensor, out: Tensor, count: int) -> None:
-    """Writes the sum of the fp64 ``parts`` over ``count`` into the scalar ``out``."""
+    """Write the sum of the fp64 ``parts`` over ``count`` into the scalar ``out``."""
     size = parts.numel()
     launch(sum_kernel, 1, out.device, parts, out, size, count, BLOCK=min(power_of_two(size), 4096))

@@ -24,7 +24,7 @@ def whole(number: int) -> int:
 
 
 def wholes(numbers: Iterable[int]) -> tuple[int, ...]:
-    """The :func:`whole` codes of numbers, as kernel parameters."""
+    """Return the :func:`whole` codes of numbers, as kernel parameters."""
     return pad_parameters(map(whole, numbers), whole(0))
 
 

@@ -1,4 +1,7 @@
-"""kl_div, dual_kl and entropy in Triton: the kernels; their launcher is in distill.py."""
+"""kl_div, dual_kl and entropy in Triton: the kernels.
+
+Their launcher is in distill.py.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def pair_of(log_p, log_q, u, TERMS: tl.constexpr):
 
 @triton.jit
 def _by_p(p, u, value):
-    """The derivative by the logits of p.
+    """Return the derivative by the logits of p.
 
     ``value`` is the row's divergence.
     """

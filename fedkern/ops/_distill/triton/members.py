@@ -25,7 +25,7 @@ def _other(
     row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOG_PROBS: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The tile that the teachers are compared with: the student's logits, or the mixture's log-probabilities.
+    """Return the tile that the teachers are compared with: the student's logits, or the mixture's log-probabilities.
 
     RELATIVE: also the logits of each row's anchor (one of the teachers), and ``near`` and ``log_ratio`` of :func:`_mix`
     relative to the anchor.

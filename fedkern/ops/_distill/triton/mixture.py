@@ -1,4 +1,6 @@
-"""ensemble_kl, js_div and consensus in Triton: the kernels; their launcher is in ensemble.py.
+"""ensemble_kl, js_div and consensus in Triton: the kernels.
+
+Their launcher is in ensemble.py.
 
 A program takes some rows of all K teachers and walks through the classes in tiles.  It computes the teachers' softmaxes
 from the maxima and sums of :func:`members_kernel`, and holds one tile of the mixture at a time.
@@ -20,7 +22,7 @@ def members_kernel(
     stride, outer_stride, row_stride, class_stride,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The maximum of each teacher's row and the logarithm of its sum of exponentials, ``[K, rows]``."""
+    """Return the maximum of each teacher's row and the logarithm of its sum of exponentials, ``[K, rows]``."""
     program = tl.program_id(0)
     k, group = (program // groups).to(tl.int64), (program % groups).to(tl.int64)
     inside = group % tiles * ROWS + tl.arange(0, ROWS)
@@ -87,7 +89,7 @@ def _mix(
     mask_column, COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
     RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the mixture: log-probabilities, or (LOGITS) its logits over the temperature.
+    """Return a tile of the mixture: log-probabilities, or (LOGITS) its logits over the temperature.
 
     Also returns the sum of the weights and (RELATIVE) three tiles that compare the mixture ``m`` with the softmax ``q``
     of the row of logits ``y``: the mask of elements ``near`` q, and for these ``log(m / q)`` and ``m / q - 1``.  Both

@@ -34,7 +34,10 @@ BESIDE = 32
 
 @triton.jit
 def rows_of(tile, tiles, inner, ROWS: tl.constexpr):
-    """The rows of a tile: their batch, places inside the batch, whether they exist, and places among all rows."""
+    """Return the rows of a tile.
+
+    They are their batch, places inside the batch, whether they exist, and places among all rows.
+    """
     # Products with strides need 64 bits; the division does not, and is several times as fast in 32 bits.
     batch = (tile // tiles).to(tl.int64)
     inside = (tile % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -43,14 +46,14 @@ def rows_of(tile, tiles, inner, ROWS: tl.constexpr):
 
 @triton.jit
 def piece(begin, last, valid, COLUMNS: tl.constexpr):
-    """The classes of a tile, from ``begin`` on, and which of its elements exist: those before ``last``."""
+    """Return the classes of a tile, from ``begin`` on, and which of its elements exist: those before ``last``."""
     column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
     return column, valid[:, None] & (column < last)[None, :]
 
 
 @triton.jit
 def ones_or(x, batch, inside, outer_stride, row_stride, valid, COMPUTE: tl.constexpr):
-    """A weight or a gradient for each row.
+    """Return a weight or a gradient for each row.
 
     1 if ``x`` is None.
     """
@@ -73,7 +76,7 @@ def load_tile(x, offset, class_stride, column, mask, classes, COMPUTE: tl.conste
 
 @triton.jit
 def softmax_of(x, scale):
-    """The maximum of each row and the logarithm of its sum of exponentials."""
+    """Return the maximum of each row and the logarithm of its sum of exponentials."""
     top = tl.max(x, axis=1)
     return top, tl.log(tl.sum(tl.exp((x - top[:, None]) * scale), axis=1))
 
@@ -156,7 +159,7 @@ def log1p(r, TERMS: tl.constexpr):
 
 @triton.jit
 def store_total(total, program, values, valid, count, MEAN: tl.constexpr):
-    """Stores the program's part of the loss: the sum of its rows' ``values`` in fp64, over ``count`` if MEAN."""
+    """Store the program's part of the loss: the sum of its rows' ``values`` in fp64, over ``count`` if MEAN."""
     sum_ = tl.sum(tl.where(valid, values, 0.0).to(tl.float64), axis=0)
     if MEAN:
         sum_ = sum_ / count
@@ -253,7 +256,10 @@ def readable_rows(x: Tensor | None) -> Tensor | None:
 
 
 def known_steps(x: Tensor | None, axis: int = 1) -> Steps:
-    """:func:`steps_of` a tensor from :func:`readable` or :func:`readable_rows`; zeros for None."""
+    """:func:`steps_of` a tensor from :func:`readable` or :func:`readable_rows`.
+
+    Zeros for None.
+    """
     if x is None:
         return ALL_ROWS
     steps = steps_of(x, axis)
@@ -262,7 +268,7 @@ def known_steps(x: Tensor | None, axis: int = 1) -> Steps:
 
 
 def clear(*tensors: Tensor | None) -> None:
-    """Sets ``tensors`` to zero, for calls without rows."""
+    """Set ``tensors`` to zero, for calls without rows."""
     for x in tensors:
         if x is not None:
             x.zero_()
@@ -279,7 +285,7 @@ def totals_of(result: Tensor | None, reduction: int, plan: Rows) -> Tensor | Non
 
 
 def writable(gradient: Tensor | None, axis: int = 1) -> Tensor | None:
-    """The tensor that a kernel writes for ``gradient``: itself, or a contiguous one.
+    """Return the tensor that a kernel writes for ``gradient``: itself, or a contiguous one.
 
     A kernel writes gradients at the places where it reads the logits, so a single stride must lead through the
     positions.  :func:`hand_over` copies a contiguous stand-in into ``gradient``.
@@ -290,7 +296,7 @@ def writable(gradient: Tensor | None, axis: int = 1) -> Tensor | None:
 
 
 def hand_over(written: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
-    """Copies ``written`` tensors into ``gradients`` where they are not the same."""
+    """Copy ``written`` tensors into ``gradients`` where they are not the same."""
     for one, other in zip(written, gradients, strict=True):
         if one is not None and other is not None and one is not other:
             other.copy_(one)

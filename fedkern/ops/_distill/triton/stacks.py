@@ -50,7 +50,7 @@ class Mixture(NamedTuple):
     def of(
         cls, grad: Tensor | None, student: Tensor, call: Ensemble, gradients: Gradients, result: Tensor | None
     ) -> Mixture:
-        """The launch of a call that has at least one row.
+        """Return the launch of a call that has at least one row.
 
         ``student`` is the call's.
         """
@@ -80,12 +80,12 @@ class Mixture(NamedTuple):
 
     @property
     def mean(self) -> bool:
-        """Whether the only program divides its sum itself, so that :func:`finish` is not needed."""
+        """Return whether the only program divides its sum itself, so that :func:`finish` is not needed."""
         return self.total is not None and self.total.dim() == 0
 
     @property
     def by_class(self) -> bool:
-        """Whether the weights have a gradient for every class."""
+        """Return whether the weights have a gradient for every class."""
         to_weights = self.gradients[2]
         return to_weights is not None and to_weights.shape[2] > 1
 
@@ -103,7 +103,7 @@ class Mixture(NamedTuple):
         )  # fmt: skip
 
     def close(self) -> None:
-        """Sums the programs' totals into the result, and hands the gradients over."""
+        """Sum the programs' totals into the result, and hand the gradients over."""
         if self.total is not None and self.result is not None and self.total is not self.result:
             finish(self.total, self.result, self.count_rows)
         hand_over(self.gradients, self.targets)
