@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from fedkern.flower.strategies.model_layout import Layout
+    from fedkern.flower.model_layout import Layout
 
 TESTED = ("1.41", "1.42")
 """Versions of flwr on which whole runs are tested."""

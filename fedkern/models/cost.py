@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_PLAIN = {f"fedkern.models.{name}" for name in ("cnn", "mlp", "resnet", "resnet8t")}
+_PLAIN = {f"fedkern.models.networks.{name}" for name in ("cnn", "mlp", "resnet", "resnet8t")}
 """Modules of the networks whose only products are linear layers and ungrouped convolutions."""
 
 

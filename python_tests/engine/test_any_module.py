@@ -67,7 +67,7 @@ class Stack(Objective, Method):
         return received.message["weight"] * loss, {"seen": loss.detach()}
 
     def expects(self, server, phase, client, message):
-        return {"network": like(server.build(width=WIDTHS[client]).state_dict()), "right": Number(low=0, whole=True)}
+        return {"network": like(server.build(width=WIDTHS[client]).state_dict()), "right": Number(low=0, integer=True)}
 
     def server_update(self, server, phase, uploads):
         total = 0

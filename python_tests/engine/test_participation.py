@@ -188,7 +188,7 @@ def test_a_rule_that_a_thinned_round_is_too_small_for_is_refused_at_once(make_da
 
 
 def test_slow_clients_with_an_epsilon_are_refused(monkeypatch):
-    monkeypatch.setattr(METHODS["fedavg"], "promises", classmethod(lambda cls, options: True))
+    monkeypatch.setattr(METHODS["fedavg"], "is_private", classmethod(lambda cls, options: True))
     with pytest.raises(UserError, match="--straggler-rate is not for fedavg with differential privacy"):
         RunConfig.make("fedavg", straggler_rate=0.1)
 

@@ -23,7 +23,7 @@ ROWS, STACK, NUMBER = torch.randn(4, 6), torch.randn(3, 4, 6), torch.tensor(1.0)
 REFUSED = {
     "a reduction": lambda: FEDKERN.divergence(ROWS, None, ROWS, None, None, 1.0, False, 7),
     "a reduction of entropy": lambda: FEDKERN.entropy(ROWS, -1),
-    "a gradient of rows for a sum": lambda: FEDKERN.entropy_backward(torch.ones(4), ROWS, 2),
+    "a gradient of rows for a sum": lambda: FEDKERN.entropy_backward(torch.ones(4), ROWS, 2, True),
     "a number's gradient for rows": lambda: FEDKERN.jensen_shannon_backward(NUMBER, STACK, None, 0, True, False),
     "short weights": lambda: FEDKERN.ensemble(ROWS, STACK, torch.ones(3, 4), None, None, 1.0, 0, False, 2),
     "pairs of two sizes": lambda: FEDKERN.contrastive(ROWS[:3], ROWS, None, 0.5, True, True, False),

@@ -129,7 +129,7 @@ def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
     monkeypatch.setattr("fedkern.engine.parts.stopping.write_model", lambda *_: None)
     monkeypatch.setattr("fedkern.engine.parts.stopping.about_network", lambda *_: {})
     monkeypatch.setattr("fedkern.engine.parts.stopping.checksum", lambda _: 0)
-    context = Context(disclosure=SimpleNamespace(told=lambda entries: entries, clients=False))
+    context = Context(disclosure=SimpleNamespace(filter_entries=lambda entries: entries, clients=False))
     context.config, context.data.tests, context.samples.client_sets = FALLING.replace(patience=2), {"": None}, {}
     run = run_objects(context, out=tmp_path, hooks={"method": SimpleNamespace(network=lambda: object())})
     part = Patience(run)

@@ -51,8 +51,9 @@ class ItemReader(Reader):
         seen = []
         for batch in super().batches(size, even=even, augment=augment, rng=rng):
             yield batch
-            if isinstance(batch.targets, torch.Tensor) and batch.targets.dim() == 1:
-                seen.append(batch.targets)
+            answers = batch.targets
+            if isinstance(answers, torch.Tensor) and answers.dim() == 1:
+                seen.append(answers)
         if seen:
             self._targets = torch.cat(seen)
 

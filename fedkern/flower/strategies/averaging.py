@@ -23,8 +23,8 @@ from fedkern.errors import RunFailed, UserError, printable, printable_name
 from fedkern.flower import adapter
 from fedkern.flower.adapter import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, RecordDict, Result, flower
 from fedkern.flower.array_bytes import Misfit
-from fedkern.flower.strategies.model_layout import Layout, Model
-from fedkern.flower.strategies.model_sums import AllModels, NewModel, RunningMean, Whole
+from fedkern.flower.model_layout import Layout, Model
+from fedkern.flower.model_sums import AllModels, NewModel, RunningMean, Whole
 from fedkern.ops._core.checks import check_count, check_flag, check_number
 from fedkern.streams import stream
 

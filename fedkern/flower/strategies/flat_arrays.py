@@ -11,7 +11,7 @@ from torch import Tensor
 from fedkern.errors import UserError
 from fedkern.flower import adapter
 from fedkern.flower.array_bytes import FLOATS, Misfit, dtype_name
-from fedkern.flower.strategies.model_layout import Layout, Model
+from fedkern.flower.model_layout import Layout, Model
 
 __all__ = ["pack", "unpack"]
 

@@ -14,9 +14,9 @@ import torch
 from fedkern.errors import UserError
 from fedkern.flower.adapter import ArrayRecord, MetricRecord, RecordDict, flower
 from fedkern.flower.array_bytes import Misfit
+from fedkern.flower.model_layout import Layout, Model
+from fedkern.flower.model_sums import NewModel, RunningMean
 from fedkern.flower.strategies.averaging import Combined, FedAvg, Gathered, LeftOut, constructed_like
-from fedkern.flower.strategies.model_layout import Layout, Model
-from fedkern.flower.strategies.model_sums import NewModel, RunningMean
 from fedkern.privacy.client_level import ClientLevel, keep_variances
 from fedkern.streams import stream
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.flower.adapter import flower
 from fedkern.flower.array_bytes import Misfit
+from fedkern.flower.model_layout import Layout, Model
+from fedkern.flower.model_sums import AllModels
 from fedkern.flower.strategies.averaging import Combined, FedAvg, Gathered, constructed_like
-from fedkern.flower.strategies.model_layout import Layout, Model
-from fedkern.flower.strategies.model_sums import AllModels
 
 
 class _Robust(FedAvg):

@@ -235,9 +235,9 @@ def test_too_many_files_are_refused_and_nothing_is_sent(wire):
     assert set(Path("/proc/self/fd").iterdir()) == before
     wire.here.send(replace(packet, extra=[descriptor] * 249))
     packet = wire.there.receive()
-    for each in packet.more:
+    for each in packet.extra:
         os.close(each)
-    assert len(packet.more) == 249
+    assert len(packet.extra) == 249
     assert wire.unpacker.unpack(packet).tolist() == [0, 1, 2, 3]
 
 

@@ -461,11 +461,11 @@ class Lane(Tapes):
         # On a GPU the step reads the rate where it is.
         with unread(lambda tensor: Tape.playing or tensor is self.held.get("rate")) as patch:
             for user in (training, client_module):
-                patch.setattr(user, "bring", self.bring)
+                patch.setattr(user, "to_host_async", self.to_host_async)
             self.coming = []
             yield wait
 
-    def bring(self, tensor):
+    def to_host_async(self, tensor):
         there = torch.full_like(tensor, 77)
         self.coming.append((there, tensor.clone()))
         return there

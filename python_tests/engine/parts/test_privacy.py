@@ -22,7 +22,10 @@ class Kept:
         self.calls, self.context = [], Context(dp_draws=draws, trained_clients=2)
         report = {"epsilon": 2.0, "delta": 1e-5, "clip": 1.0}
         self.private = SimpleNamespace(
-            planned=rounds / 2, secret="", spent=lambda rounds: {"epsilon": rounds / 2}, report=lambda rounds: report
+            planned=rounds / 2,
+            secret="",
+            figures_after=lambda rounds: {"epsilon": rounds / 2},
+            report=lambda rounds: report,
         )
         self.private.keep = lambda secret: setattr(self.private, "secret", secret)
         checkpoints = SimpleNamespace(

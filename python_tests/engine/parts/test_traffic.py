@@ -21,11 +21,12 @@ class Booked:
     def __init__(self, *, rows=None, wire=None, secret=False, shared_words=False):
         self.ledger, self.context, self.server = Ledger(2), Context(2), SimpleNamespace(traffic=None)
         self.context.words = lambda: ([{"words": ["red"]}, {"words": ["blue"]}], {"words": ["red", "blue"]})
-        checkpoints = SimpleNamespace(booked=lambda: rows)
+        checkpoints = SimpleNamespace(ledger_rows=lambda: rows)
         self.ledger.wire = {} if wire is None else wire
         plan = [Round(counted=("update",) if shared_words else ())]
         self.part = Traffic(run_objects(
-            self.context, ledger=self.ledger, server=self.server, checkpoints=checkpoints, plan=plan, amplified=secret,
+            self.context, ledger=self.ledger, server=self.server, checkpoints=checkpoints, plan=plan,
+            samples_in_secret=secret,
         ))  # fmt: skip
 
 

@@ -192,7 +192,7 @@ def test_reports_without_the_data(tmp_path, capsys):
         assert main(words) == 0
     finally:
         sys.setprofile(None)
-    assert {Path(name).name for name in called if "/fedkern/data/" in name} == {"registry.py"}
+    assert {Path(name).name for name in called if "/fedkern/data/" in name} == {"dataset_registry.py"}
     first, page = [Reader((folder / "report.html").read_text()) for folder in folders]
     for each in (first, page):
         assert "labels" in each.charts

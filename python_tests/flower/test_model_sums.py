@@ -10,9 +10,9 @@ import torch
 from fedkern import ops
 from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT
-from fedkern.flower.strategies.model_layout import Layout, Model
-from fedkern.flower.strategies.model_sums import AllModels, NewModel, RunningMean, take_rank
-from python_tests.flower.strategies.test_model_layout import LAYOUT, MODEL, flat, record
+from fedkern.flower.model_layout import Layout, Model
+from fedkern.flower.model_sums import AllModels, NewModel, RunningMean, take_rank
+from python_tests.flower.test_model_layout import LAYOUT, MODEL, flat, record
 
 WEIGHTS = [3.0, 1000.0, 17.0, 1.0, 250.0]
 KEYS = ("conv.weight", "bn.weight", "bn.running_var", "head")

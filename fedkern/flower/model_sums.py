@@ -14,7 +14,7 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT, FLOATS, Misfit
-from fedkern.flower.strategies.model_layout import Entry, Layout, Model
+from fedkern.flower.model_layout import Entry, Layout, Model
 
 Whole = dict[str, np.ndarray]
 

@@ -8,7 +8,7 @@ import torch
 
 from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT, LISTING, Misfit
-from fedkern.flower.strategies.model_layout import Layout, Model
+from fedkern.flower.model_layout import Layout, Model
 from python_tests.flower.test_array_bytes import Sent, saved
 
 MODEL = {
