@@ -143,7 +143,7 @@ def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):
     assert part.state()["best"] == {"figure": "validation_mae", "value": 0.75, "round": 2, "file": part._best["file"],
                                     "metrics": {"mae": 0.75}, "sum": 0}  # fmt: skip
     judge = Evaluation(run)
-    monkeypatch.setattr(judge, "_evaluate", lambda network, last, here: judge.latest.update(mae=next(values)))
+    monkeypatch.setattr(judge, "_evaluate", lambda network, last, locally: judge.latest.update(mae=next(values)))
     values = iter((1.5, 0.75, float("nan"), 1.0))
     for _ in VALUES:
         entry = SimpleNamespace(one_off=False)
