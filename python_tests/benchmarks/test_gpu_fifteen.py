@@ -143,7 +143,7 @@ def small(monkeypatch):
     monkeypatch.setattr(kernels.machines, "served_by", lambda device: ("cuda", "1"))
 
 
-@pytest.mark.parametrize("known", [H200, H100], ids=["H200", "H100"])
+@pytest.mark.parametrize("known", [pytest.param(H200, marks=pytest.mark.slow), H100], ids=["H200", "H100"])
 def test_kernels_and_the_reference(small, known, tmp_path) -> None:
     with emulated():
         for name in ("kernels", "reference"):

@@ -160,14 +160,14 @@ def test_every_client_begins_with_what_does_not_travel(make_data, make_public, t
     def run(kind, workers):
         named = f"{own_networks.__file__}:{kind}"
         return played(
-            tmp_path / str(workers), named, make_data, method, data, workers=workers, freeze=freeze, **settings
+            tmp_path / f"{kind} {workers}", named, make_data, method, data, workers=workers, freeze=freeze, **settings
         )
 
     if METHODS[method].keeps_head and freeze:
         with pytest.raises(UserError, match=r"leaves nothing of .* to be shared"):
             run("Small", 1)
         return
-    one, two, plain = run("remembering", 1), run("remembering", 2), run("Small", 3)
+    one, two, plain = run("remembering", 1), run("remembering", 2), run("Small", 1)
     assert one.metrics == two.metrics != plain.metrics
     assert one.evaluate()["ood_loss"] == one.metrics["ood_loss"]
     assert one.history.records[-1]["bytes_up"] == plain.history.records[-1]["bytes_up"]

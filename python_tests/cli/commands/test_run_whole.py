@@ -222,7 +222,6 @@ def test_an_unwritable_folder(fails, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
