@@ -137,12 +137,7 @@ def test_report_makes_the_tables(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("slower", "others", "outcome"),
-    [
-        ("1.2", "0", "4 passed"),
-        ("1.3", "0", "4 failed"),
-        pytest.param("1.3", "0.5", "4 skipped", marks=pytest.mark.slow),
-    ],
+    ("slower", "others", "outcome"), [("1.2", "0", "4 passed"), ("1.3", "0", "4 failed"), ("1.3", "0.5", "4 skipped")]
 )
 def test_the_gate_fails_where_a_kernel_takes_30_percent_longer(folder, slower, others, outcome):
     """With one thread and with two; but where other processes compute, it cannot tell."""
