@@ -269,11 +269,11 @@ def test_place_and_round_of_a_failure_are_named(place, kind, workers, command, t
         assert len(text) < 2 * MESSAGE
 
 
+ON_RANKS = [pytest.param(kind, k % 2 == 1, marks=[pytest.mark.slow] * (k % 3)) for k, kind in enumerate(KINDS)]
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("kind", "skip"),
-    [pytest.param(kind, k % 2 == 1, marks=[pytest.mark.slow] if k % 3 else []) for k, kind in enumerate(KINDS)],
-)
+@pytest.mark.parametrize(("kind", "skip"), ON_RANKS)
 def test_failures_on_ranks_are_named(kind, skip, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     words = [*COMMAND, "--plugin", str(tmp_path / "failing.py"), "--out", str(tmp_path / "run")]
