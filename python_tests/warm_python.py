@@ -27,21 +27,21 @@ from types import SimpleNamespace
 from typing import NoReturn
 
 StartedPopen = subprocess.Popen
+_LOCK = threading.Lock()
 PRELOADED = ("fedkern.api", "fedkern.engine.run", "fedkern.engine.executors.worker")
 MAX_FILES = 16
-FREE = 200
-"""Descriptors from here on are free in a process that has just begun."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 @functools.cache
-def warm_server() -> socket.socket:
-    """Start the process that forks others, and return the connection to it, with which it ends."""
+def warm_server(process_id: int) -> socket.socket:
+    """Start the process that forks others for the process of this number, and return the connection that ends it."""
     connection, theirs = socket.socketpair()
     with theirs:
         process = StartedPopen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())], stdin=subprocess.DEVNULL, process_group=0,
-            pass_fds=[theirs.fileno()], env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            [sys.executable, "-P", "-m", __name__, str(theirs.fileno())], stdin=subprocess.DEVNULL,
+            process_group=0, pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )  # fmt: skip
     atexit.register(process.wait)
     atexit.register(connection.close)
@@ -66,14 +66,18 @@ class Popen(StartedPopen):  # type: ignore[type-arg]
             "group": 0 if is_session else group, "files": list(pass_fds),
             "environment": {**(os.environ if env is None else env)},
         }  # fmt: skip
-        connection, prctl = warm_server(), ctypes.CDLL(None).prctl
-        with tempfile.TemporaryFile() as file:
+        connection, prctl = warm_server(os.getpid()), ctypes.CDLL(None).prctl
+        with _LOCK, tempfile.TemporaryFile() as file:
             file.write(json.dumps(request).encode())
             file.flush()
             prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-            socket.send_fds(connection, [b"."], [file.fileno(), *streams, *pass_fds])
-            self.pid = int.from_bytes(connection.recv(4), "big")
-            prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+            try:
+                socket.send_fds(connection, [b"."], [file.fileno(), *streams, *pass_fds])
+                if len(answer := connection.recv(4)) < 4:
+                    raise OSError("the warm process has ended")
+            finally:
+                prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        self.pid = int.from_bytes(answer, "big")
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
@@ -118,10 +122,11 @@ def _become(connection: socket.socket, files: list[int]) -> NoReturn:
         os.setsid()
     with connection:
         connection.sendall(os.getpid().to_bytes(4, "big"))
-    high = [fcntl.fcntl(file, fcntl.F_DUPFD, FREE) for file in files]
+    free = max(2, *files, *request["files"]) + 1
+    high = [fcntl.fcntl(file, fcntl.F_DUPFD, free) for file in files]
     for file, number in zip(high, (0, 1, 2, *request["files"]), strict=True):
         os.dup2(file, number)
-    os.closerange(FREE, FREE + MAX_FILES)
+    os.closerange(free, free + MAX_FILES)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -134,7 +139,9 @@ def _become(connection: socket.socket, files: list[int]) -> NoReturn:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
-        code = int(end.code or 0)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     threading._shutdown()  # type: ignore[attr-defined]

@@ -263,7 +263,7 @@ def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, m
     for k, split in enumerate(make_data((90, 90, 90)).clients):
         alone.append(split.subset(torch.nonzero(split.labels == k)[:, 0][:20]))
     data = dataclasses.replace(data, clients=tuple(alone))
-    settings = {**EQUAL, "rounds": 6, "lr": 0.02, "width": 4, "local_epochs": 2}
+    settings = {**EQUAL, "rounds": 6, "lr": 0.02, "width": 4, "local_epochs": 2, "batch_size": 4}
     accuracy = {}
     for lam in (0, 0.9):
         options = {"lambda": lam, "temperature": 4.0, "teacher": "pretrained:cnn/8", "pretrain_epochs": 20}

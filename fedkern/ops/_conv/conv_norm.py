@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._conv.checks import check_settings, check_tensors
-from fedkern.ops._conv.dispatch import check_forced, choose_kernel
+from fedkern.ops._conv.dispatch import check_forced, choose_kernels
 from fedkern.ops._conv.kernels import ConvKernels, Inputs, NotFinite, Settings
 from fedkern.ops._conv.reference import conv_norm_reference, norm_reference
 from fedkern.ops._core import backend, library
@@ -120,7 +120,7 @@ def serving(inputs: Inputs, settings: Settings) -> ConvKernels | None:
     x, weight, scale, shift, bias, residual = inputs
     mean, variance, _, _, stride, _, pool, _, _, groups = settings
     arguments = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
-    kernel: ConvKernels | None = choose_kernel("conv_norm", *arguments)
+    kernel: ConvKernels | None = choose_kernels("conv_norm", *arguments)
     if kernel is None:
         return None
     if mean is not None and variance is not None and (mean.requires_grad or variance.requires_grad):

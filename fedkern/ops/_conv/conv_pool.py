@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._conv.checks import check_pooled
-from fedkern.ops._conv.dispatch import check_forced, choose_kernel
+from fedkern.ops._conv.dispatch import check_forced, choose_kernels
 from fedkern.ops._conv.kernels import NotFinite, Pooling, PoolKernels
 from fedkern.ops._conv.reference import conv_pool_reference
 from fedkern.ops._core import backend, library
@@ -72,7 +72,7 @@ def pooling(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Poo
 
     None where there is none. Never raises.
     """
-    return choose_kernel("conv_pool", x, weight, bias, padding)
+    return choose_kernels("conv_pool", x, weight, bias, padding)
 
 
 def run_pooling(kernel: PoolKernels, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Pooling) -> Tensor:

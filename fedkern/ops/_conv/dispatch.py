@@ -13,7 +13,7 @@ from fedkern.ops._core.backend import eager, is_intercepted, ready, select, sett
 _autocast = torch.is_autocast_enabled
 
 
-def choose_kernel(operator: str, *arguments: object) -> Any | None:
+def choose_kernels(operator: str, *arguments: object) -> Any | None:
     """Return the kernel that serves an ordinary call.
 
     None where there is none. Never raises.
