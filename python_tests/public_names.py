@@ -23,15 +23,7 @@ from fedkern.data.dataset_registry import DATASETS
 from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
 
-MODULES = (
-    "fedkern",
-    "fedkern.data",
-    "fedkern.listeners",
-    "fedkern.methods",
-    "fedkern.models",
-    "fedkern.ops",
-    "fedkern.privacy",
-)
+MODULES = ("fedkern", *map("fedkern.{}".format, ("data", "listeners", "methods", "models", "ops", "privacy")))
 
 
 def members(kind: type) -> Iterable[str]:

@@ -3,8 +3,6 @@
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +10,14 @@ from pathlib import Path
 import pytest
 
 import fedkern
+from python_tests.public_names import MODULES
+from python_tests.test_build import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIVATE = re.compile(r"(?:fedkern\.|from fedkern import [^\n]*\b)(?:engine|settings|downstream|messages)\b")
 DEVELOPERS = {"docs/architecture.md"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".ipynb", ".md", ".toml"))
-PUBLIC = ("fedkern", "fedkern.ops", "fedkern.methods", "fedkern.listeners", "fedkern.data", "fedkern.models")
 
 
 def for_users(path: Path) -> str:
@@ -47,7 +46,7 @@ def test_a_page_names_no_private_package(path: Path) -> None:
     assert PRIVATE.findall(for_users(path)) == []
 
 
-@pytest.mark.parametrize("module", PUBLIC)
+@pytest.mark.parametrize("module", MODULES)
 def test_a_docstring_names_no_private_package(module: str) -> None:
     texts = dict(docstrings(module))
     assert len(texts) > 5
@@ -63,8 +62,8 @@ def test_events_of_a_run_come_from_a_public_place() -> None:
 
 def test_public_names_change_on_purpose() -> None:
     program = "runpy.run_module('python_tests.public_names', run_name='__main__')"
-    code = f"import runpy, sys; sys.path.append({str(ROOT)!r}); {program}"
-    done = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True)
+    done = run_python(f"import runpy, sys; sys.path.append({str(ROOT)!r}); {program}")
+    assert done.returncode == 0, done.stderr
     listed = (ROOT / "python_tests" / "public_names.txt").read_text()
     assert done.stdout.splitlines() == listed.splitlines(), "a stored run, command or program of a user may break"
 

@@ -1,9 +1,6 @@
 """Code of a method, data set or listener that raises anything: named, bounded, and never taken for the machine's."""
 
 import errno
-import os
-import subprocess
-import sys
 import traceback
 
 import pytest
@@ -16,6 +13,7 @@ from fedkern.errors import MESSAGE, ClientFailed
 from fedkern.listeners import Listener
 from fedkern.methods import FedAvg, method_registry
 from fedkern.run import main
+from python_tests.engine.executors.test_ranks import launched
 from python_tests.plugin_sources import unload_all
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 1, "rounds": 1, "threads": 1,
@@ -269,19 +267,14 @@ def test_place_and_round_of_a_failure_are_named(place, kind, workers, command, t
         assert len(text) < 2 * MESSAGE
 
 
-ON_RANKS = [pytest.param(kind, k % 2 == 1, marks=[pytest.mark.slow] * (k % 3)) for k, kind in enumerate(KINDS)]
-
-
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("kind", "skip"), ON_RANKS)
+@pytest.mark.usefixtures("warm_processes")
+@pytest.mark.parametrize(("kind", "skip"), [(kind, k % 2 == 1) for k, kind in enumerate(KINDS)])
 def test_failures_on_ranks_are_named(kind, skip, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     words = [*COMMAND, "--plugin", str(tmp_path / "failing.py"), "--out", str(tmp_path / "run")]
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = subprocess.run(
-        [*launch, "-m", "fedkern.run", *words, *(("--on-error", "skip") if skip else ())], capture_output=True,
-        text=True, timeout=170, env={**os.environ, "FEDKERN_TEST_PLACE": "client 1", "FEDKERN_TEST_ERROR": kind},
-    )  # fmt: skip
+    words += ["--on-error", "skip"] * skip
+    done = launched(2, words, FEDKERN_TEST_PLACE="client 1", FEDKERN_TEST_ERROR=kind)
     if skip:
         assert done.returncode == 0, done.stderr
         assert "(failing.py, line" in read_summary(tmp_path / "run")["diagnostics"]["failing-client-1"]

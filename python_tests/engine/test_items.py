@@ -286,8 +286,8 @@ def test_evaluations_of_batches_draw_different_numbers(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-SCRIPT = """
-import torch, fedkern
+SCRIPT = '''
+import torch, fedkern.methods
 from torch import nn
 from torch.utils.data import Dataset
 from python_tests.workers_first import waiting_for_workers
@@ -300,14 +300,18 @@ class Rows(Dataset):
     def __len__(self): return self.n
     def __getitem__(self, i): return torch.randn(3) + i % 2, torch.tensor([float(i % 2)])
 
+class Mine(fedkern.methods.FedAvg):
+    """FedAvg of this script."""
+    requires = frozenset({"loss"})
+
 net = nn.Linear(3, 1)
 for count, threads in ((1, 1), (2, 1), (2, 2)):
     torch.manual_seed(0)
-    run = fedkern.simulate("fedavg", data=[Rows(30), Rows(20)], test=Rows(10), model=net,
+    run = fedkern.simulate(Mine, data=[Rows(30), Rows(20)], test=Rows(10), model=net,
         loss_fn=lambda o, t: (o - t).abs().mean(), rounds=2, out=f"run-{count}-{threads}", workers=count, threads=2,
         client_threads=threads, progress=False, pictures=False)
     print(run.metrics["loss"], run.summary["diagnostics"])
-"""
+'''
 
 
 @pytest.mark.exhaustive
