@@ -206,9 +206,9 @@ class Checkout:
 
 def settings_of(method: str, task: str) -> dict[str, Any]:
     """Return the smallest form of a method on a task, as keyword arguments of ``fedkern.simulate``."""
-    from python_tests.smallest import SETTINGS as smallest
+    from python_tests import smallest
 
-    own = {**smallest.get(method, {}), **OWN.get(method, {}), **OWN.get(f"{method}, {task}", {})}
+    own = {**smallest.SETTINGS.get(method, {}), **OWN.get(method, {}), **OWN.get(f"{method}, {task}", {})}
     given = {**SETTINGS, **(TASKS | NETWORKS | DATASETS)[task], **own}
     return {name: value for name, value in given.items() if value is not None}
 

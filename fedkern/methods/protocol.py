@@ -115,6 +115,7 @@ class Federation:
 
     @property
     def clients(self) -> int:
+        """Number of clients."""
         return len(self.samples)
 
     def rng(self, purpose: str) -> np.random.Generator:

@@ -198,10 +198,12 @@ class Client(Node, Protocol):
     declared: int
 
     @property
-    def labels(self) -> Tensor: ...
+    def labels(self) -> Tensor:
+        """Labels of the client's training samples in their order, as the task has them (int64 [n] of classes)."""
 
     @property
-    def known(self) -> Tensor: ...
+    def known(self) -> Tensor:
+        """Mask of the training samples whose label is known, bool [n]."""
 
     state: dict[str, Any]
     round_cache: dict[str, Any]
@@ -405,7 +407,8 @@ class Client(Node, Protocol):
         ...
 
     @property
-    def batch_size(self) -> int: ...
+    def batch_size(self) -> int:
+        """Samples of a full batch."""
 
     @property
     def epochs(self) -> int:
@@ -455,9 +458,11 @@ class Client(Node, Protocol):
 class Summing(Protocol):
     """A streaming weighted mean of vectors."""
 
-    def add(self, vector: Tensor, weight: float) -> None: ...
+    def add(self, vector: Tensor, weight: float) -> None:
+        """Add a vector with its weight."""
 
-    def mean(self) -> Tensor: ...
+    def mean(self) -> Tensor:
+        """Return the weighted mean of the added vectors."""
 
 
 class Server(Node, Protocol):

@@ -21,6 +21,7 @@ class GradientSum:
     steps: int = 0
 
     def mean(self) -> Tensor:
+        """Return the mean gradient, fp32 [P]."""
         return self.total / self.steps
 
 

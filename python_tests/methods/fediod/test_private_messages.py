@@ -21,7 +21,7 @@ from python_tests.extras import needs_accounting
 PHASE = Phase(0, "round", "gradients")
 
 
-def Options(**settings):
+def options_of(**settings):
     """FedIOD's, with small steps and noise that can be repeated."""
     return IODOptions(**{"disc_weight": True, "batch": 8, "iterations": 5, "noise": "seed", **settings})
 
@@ -64,7 +64,7 @@ def gradients(rows=8, seed=0, scale=1.0):
 
 
 def test_off_is_the_identity():
-    options, client = Options(), Client()
+    options, client = options_of(), Client()
     u_d, histogram = gradients(), torch.tensor([3.0, 4.0])
     assert privacy.sanitise(client, u_d, options) is u_d
     assert privacy.release_histogram(client, histogram, options) is histogram
@@ -81,7 +81,7 @@ def test_off_is_the_identity():
 
 def test_rows_are_clipped_before_the_noise():
     """Two data sets, the same noise: what differs is at most twice the clipping norm in every row."""
-    options, bound = Options(**NOISED, clip_d=2.0), 2.0
+    options, bound = options_of(**NOISED, clip_d=2.0), 2.0
     noise = privacy.sanitise(told(1.5), torch.zeros_like(gradients()), options)
     for rows, is_clipped in ((gradients(scale=10.0), True), (gradients(scale=1e-3, seed=1), False)):
         signal = (privacy.sanitise(told(1.5), rows, options) - noise).flatten(1)
@@ -97,7 +97,7 @@ def test_rows_are_clipped_before_the_noise():
 
 def test_the_noise_has_the_scale_of_sigma_times_the_norm():
     zero = torch.zeros(32, 3, 16, 16)
-    u_d = privacy.sanitise(told(1.5), zero, Options(**NOISED, clip_d=2.0))
+    u_d = privacy.sanitise(told(1.5), zero, options_of(**NOISED, clip_d=2.0))
     assert float(u_d.std()) == pytest.approx(3.0, rel=5 / math.sqrt(2 * zero.numel()))
     assert abs(float(u_d.mean())) < 5 * 3.0 / math.sqrt(zero.numel())
 
@@ -107,7 +107,7 @@ def test_a_row_that_is_not_finite_is_released_as_noise():
 
     The other rows go as they would without it.
     """
-    options, broken, zeroed = Options(**NOISED, clip_d=2.0), gradients(), gradients()
+    options, broken, zeroed = options_of(**NOISED, clip_d=2.0), gradients(), gradients()
     broken[1, 0, 3, 4], broken[4, 2] = float("nan"), float("inf")
     broken[6] *= 1e30  # finite, while its square is not
     zeroed[[1, 4]] = 0
@@ -117,7 +117,7 @@ def test_a_row_that_is_not_finite_is_released_as_noise():
 
 
 def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
-    options, zero, whole = Options(**NOISED), torch.zeros(2, 1, 4, 4), told()
+    options, zero, whole = options_of(**NOISED), torch.zeros(2, 1, 4, 4), told()
     outs = torch.stack([privacy.sanitise(whole, zero, options) for _ in range(4)])  # the very same step
     assert torch.unique(outs.flatten()).numel() == outs.numel()
     cut = told()
@@ -135,7 +135,7 @@ def test_every_release_has_a_key_of_its_own(monkeypatch):
 
     One alone would be found in 2^64 trials.
     """
-    options, keys = Options(**NOISED, histogram_noise=2.0, noise="secret"), []
+    options, keys = options_of(**NOISED, histogram_noise=2.0, noise="secret"), []
     draw = privacy.clip_and_noise
     monkeypatch.setattr(
         privacy, "clip_and_noise", lambda rows, bound, noise, *key: keys.append(key) or draw(rows, bound, noise, *key)
@@ -155,7 +155,7 @@ def test_every_release_has_a_key_of_its_own(monkeypatch):
 
 
 def test_with_the_seed_the_keys_are_the_runs():
-    options = Options(**NOISED)
+    options = options_of(**NOISED)
     keys = [privacy.next_key(Client(seed=seed, id=k), "discriminator", options) for seed in (0, 1) for k in (0, 1)]
     assert len(set(keys)) == 4
     assert privacy.next_key(Client(seed=0, id=0), "discriminator", options) == keys[0]
@@ -163,7 +163,7 @@ def test_with_the_seed_the_keys_are_the_runs():
 
 def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
     """Two clients of the same seed and id: nothing secret is the same, and all of it is again from the same bits."""
-    options = Options(**NOISED, shards=5, histogram_noise=2.0, noise="secret")
+    options = options_of(**NOISED, shards=5, histogram_noise=2.0, noise="secret")
 
     def released(client):
         drawn = [privacy.serving(client, Phase(r, "round", "images 0"), options) for r in range(40)]
@@ -190,7 +190,7 @@ def test_the_bits_reach_private_training_and_stay_out_of_what_is_printed():
     for noise in ("secret", "seed"):
         client = Training()
         privacy.train_teacher(
-            method(Options(**NOISED, teacher_dp=True, noise=noise)), client, PHASE, None, np.arange(3)
+            method(options_of(**NOISED, teacher_dp=True, noise=noise)), client, PHASE, None, np.arange(3)
         )
         assert seen[-1].secret == client.state.get(privacy.SECRET, "")
     assert seen[0].secret
@@ -198,7 +198,7 @@ def test_the_bits_reach_private_training_and_stay_out_of_what_is_printed():
 
 
 def test_nobody_draws_bits_where_nothing_is_private():
-    options, client = Options(noise="secret"), Client()
+    options, client = options_of(noise="secret"), Client()
     privacy.sanitise(client, gradients(), options)
     privacy.release_histogram(client, torch.ones(2), options)
     privacy.serving(client, PHASE, options)
@@ -207,7 +207,7 @@ def test_nobody_draws_bits_where_nothing_is_private():
 
 
 def test_every_release_is_booked():
-    options, client = Options(**NOISED, shards=10, histogram_noise=5.0), told(40.0)
+    options, client = options_of(**NOISED, shards=10, histogram_noise=5.0), told(40.0)
     for _ in range(3):
         privacy.sanitise(client, gradients(rows=4), options)
     privacy.release_histogram(client, torch.tensor([20.0, 30.0]), options)
@@ -218,7 +218,7 @@ def test_every_release_is_booked():
 
 
 def test_shards_are_disjoint_and_whole_and_fixed():
-    options = Options(**NOISED, shards=7)
+    options = options_of(**NOISED, shards=7)
     client = Client(samples=50)
     parts = privacy.shards(client, options)
     assert len(parts) == 7
@@ -233,7 +233,7 @@ def test_shards_are_disjoint_and_whole_and_fixed():
 
 def test_who_serves_is_drawn_evenly_and_independently_of_who_trains():
     """Of seven shards each serves a seventh of the steps, and as often in those in which one of them trains."""
-    options, client = Options(**NOISED, shards=7, iterations=0), Client(samples=50)
+    options, client = options_of(**NOISED, shards=7, iterations=0), Client(samples=50)
     assert privacy.trainings(client, options) == 7  # batches of eight
     table = np.zeros((7, 7))
     for r in range(1000):
@@ -250,7 +250,7 @@ def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, ea
 
     Over the rounds the turns go on where they stopped.
     """
-    options = Options(**NOISED, shards=5, iterations=iterations)
+    options = options_of(**NOISED, shards=5, iterations=iterations)
     turns = []
     for seed in (0, 1):
         client = Client(samples=samples, seed=seed)
@@ -260,21 +260,21 @@ def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, ea
 
 
 def test_class_counts_are_noised_in_records_also_where_a_record_is_many_pixels():
-    options = Options(histogram_noise=2.0)
+    options = options_of(histogram_noise=2.0)
     counts = torch.full((5000,), 1000.0)
     noisy = privacy.release_histogram(Client(samples=5_000_000), counts, options)
     assert float((noisy - counts).std()) == pytest.approx(2.0, rel=0.05)
     told = privacy.release_histogram(Client(samples=50_000, sides=(5, 20)), counts, options)  # 100 pixels each
     assert float((told - counts).std()) == pytest.approx(200.0, rel=0.05)
     untold = Client()
-    assert privacy.release_histogram(untold, counts, Options(histogram_noise=2.0, class_weights="uniform")) is counts
+    assert privacy.release_histogram(untold, counts, options_of(histogram_noise=2.0, class_weights="uniform")) is counts
     assert untold.state == {}
     assert float(privacy.release_histogram(Client(samples=1), torch.zeros(500) + 1e-9, options).min()) >= 0
 
 
 def test_the_noise_on_the_counts_covers_a_record_of_which_everything_is_known():
     """However little is known of a client's images, another image may replace one: sqrt(2) times all its pixels."""
-    options, sides = Options(histogram_noise=2.0), (4, 5)
+    options, sides = options_of(histogram_noise=2.0), (4, 5)
     labels = torch.full((3, *sides), IGNORE)
     labels[0], labels[1, 0, 0] = 0, 1
     other = labels.clone()
@@ -293,7 +293,7 @@ def test_the_noise_on_the_counts_covers_a_record_of_which_everything_is_known():
 @pytest.mark.parametrize("teacher", [False, True])
 def test_a_target_is_met_by_what_the_clients_then_release(teacher):
     shards = 1 if teacher else 20
-    options = Options(epsilon=4.0, shards=shards, batch=4, iterations=3, histogram_noise=20.0, teacher_dp=teacher)
+    options = options_of(epsilon=4.0, shards=shards, batch=4, iterations=3, histogram_noise=20.0, teacher_dp=teacher)
     server = place(2)
     privacy.prepare(server, options)
     client = Client()
@@ -309,7 +309,7 @@ def test_a_target_is_met_by_what_the_clients_then_release(teacher):
 
 @needs_accounting
 def test_public_images_leave_the_teachers_alone_to_be_covered():
-    options = Options(epsilon=4.0, teacher_dp=True, mode="public", class_weights="uniform")
+    options = options_of(epsilon=4.0, teacher_dp=True, mode="public", class_weights="uniform")
     assert not options.noises_gradients
     spent = []
 
@@ -330,14 +330,14 @@ def test_public_images_leave_the_teachers_alone_to_be_covered():
 
 @needs_accounting
 def test_steps_are_counted_from_the_largest_client_where_none_are_given():
-    assert Options(iterations=0).count_steps(Federation(7, (10, 33), 10)) == 7 * 5
-    assert Options().count_steps(Federation(7, (10, 33), 10)) == 7 * 5
-    assert Options(iterations=9).count_steps(Federation(2, (10, 33), 10)) == 18
+    assert options_of(iterations=0).count_steps(Federation(7, (10, 33), 10)) == 7 * 5
+    assert options_of().count_steps(Federation(7, (10, 33), 10)) == 7 * 5
+    assert options_of(iterations=9).count_steps(Federation(2, (10, 33), 10)) == 18
 
 
 def test_a_teacher_that_cannot_be_private_is_told_before_anything_is_written():
     pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
-    options = Options(**NOISED, teacher_dp=True)
+    options = options_of(**NOISED, teacher_dp=True)
     bringing, fresh = Client(), Client(id=2)
     bringing.load_pretrained, fresh.load_pretrained = lambda module: True, lambda module: False
     with pytest.raises(UserError, match="cannot vouch for those of --teachers"):
@@ -345,18 +345,18 @@ def test_a_teacher_that_cannot_be_private_is_told_before_anything_is_written():
     with pytest.raises(UserError, match="the network of client 2 has batch norm: choose one with group norm"):
         privacy.check(fresh, lambda: torch.nn.BatchNorm2d(3), options)
     privacy.check(fresh, lambda: torch.nn.GroupNorm(1, 3), options)
-    privacy.check(bringing, lambda: torch.nn.BatchNorm2d(3), Options())
+    privacy.check(bringing, lambda: torch.nn.BatchNorm2d(3), options_of())
 
 
 def test_no_gradient_leaves_before_the_noise_is_known():
     with pytest.raises(ValueError, match="client 0 to have been told the noise"):
-        privacy.sanitise(Client(), gradients(), Options(**NOISED))
+        privacy.sanitise(Client(), gradients(), options_of(**NOISED))
 
 
 @needs_accounting
 def test_noise_for_gradients_that_the_loss_does_not_have_is_refused():
     with pytest.raises(UserError, match='"epsilon" is for the gradients through the discriminators'):
-        privacy.prepare(place(2), Options(**NOISED, w_real=0.0))
+        privacy.prepare(place(2), options_of(**NOISED, w_real=0.0))
     client = told()
-    assert privacy.sanitise(client, None, Options(**NOISED)) is None
+    assert privacy.sanitise(client, None, options_of(**NOISED)) is None
     assert LEDGER not in client.state

@@ -103,7 +103,7 @@ def stack_kernel(
         k = tl.cast(count - 1 - k_, tl.int64)
         raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
         anchor = tl.where(raw != 0, k, anchor)
-    RELATIVE: tl.constexpr = student is None and not CONSENSUS
+    is_relative: tl.constexpr = student is None and not CONSENSUS
     a_top, a_log = _statistics(tops, logs, row, valid, anchor, all_rows, LOG_PROBS, COMPUTE)
 
     # the rows' losses, which the weights' gradients need too
@@ -115,7 +115,7 @@ def stack_kernel(
             other, a, near, log_ratio = _other(
                 student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher,
                 at_weight, row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
-                weight_stride, COMPUTE, TERMS, LOG_PROBS, RELATIVE,
+                weight_stride, COMPUTE, TERMS, LOG_PROBS, is_relative,
             )  # fmt: skip
             if CONSENSUS:
                 part = tl.where(other == float("-inf"), 0.0, -tl.exp(other) * other)
@@ -127,7 +127,7 @@ def stack_kernel(
                 x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
                 terms, _, _, p, log_p = _against(
                     x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
-                    log_ratio, COMPUTE, LOG_PROBS, TERMS, RELATIVE,
+                    log_ratio, COMPUTE, LOG_PROBS, TERMS, is_relative,
                 )  # fmt: skip
                 if CONSENSUS:
                     terms = -p * tl.where(log_p == float("-inf"), 0.0, log_p)
@@ -174,7 +174,7 @@ def stack_kernel(
             other, a, near, log_ratio = _other(
                 student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher,
                 at_weight, row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
-                weight_stride, COMPUTE, TERMS, LOG_PROBS, RELATIVE,
+                weight_stride, COMPUTE, TERMS, LOG_PROBS, is_relative,
             )  # fmt: skip
             sum_ = tl.zeros([ROWS, COLUMNS], COMPUTE)
             if LOG_PROBS:
@@ -186,7 +186,7 @@ def stack_kernel(
                 x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
                 _, by_other, _, _, _ = _against(
                     x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
-                    log_ratio, COMPUTE, LOG_PROBS, TERMS, RELATIVE,
+                    log_ratio, COMPUTE, LOG_PROBS, TERMS, is_relative,
                 )  # fmt: skip
                 sum_ += tl.where(share == 0, 0.0, share * by_other)
             place = at_student[:, None] + (column * student_column)[None, :]
@@ -205,14 +205,14 @@ def stack_kernel(
                     other, a, near, log_ratio = _other(
                         student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column,
                         at_teacher, at_weight, row, valid, column, mask, classes, count, all_rows, scale,
-                        teacher_stride, teacher_column, weight_stride, COMPUTE, TERMS, LOG_PROBS, RELATIVE,
+                        teacher_stride, teacher_column, weight_stride, COMPUTE, TERMS, LOG_PROBS, is_relative,
                     )  # fmt: skip
                     x = load_tile(
                         teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE
                     )
                     terms, _, u, p, log_p = _against(
                         x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
-                        log_ratio, COMPUTE, LOG_PROBS, TERMS, RELATIVE,
+                        log_ratio, COMPUTE, LOG_PROBS, TERMS, is_relative,
                     )  # fmt: skip
                     surprise = tl.where(p == 0, 0.0, -log_p)
                     mixed_surprise = tl.where((p == 0) | (other == float("-inf")), 0.0, -other)
