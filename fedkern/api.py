@@ -26,7 +26,7 @@ from fedkern.engine.store import initial_weights
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
-from fedkern.errors import WAYS, UserError, nearest, shown
+from fedkern.errors import WAYS, UserError, format_value, suggest_name
 from fedkern.files.filesystem import check_new, check_text
 from fedkern.listeners.events import Listener, Listeners, Record, Summary
 from fedkern.methods import Method, method_registry, script_methods
@@ -511,7 +511,7 @@ def federate(data: Any, about: Mapping[str, object], settings: Mapping[str, obje
     """
     arguments: dict[str, Any] = {name: value for name, value in about.items() if value is not None}
     if unknown := [name for name in arguments if name not in ABOUT]:
-        raise UserError(f'There is no argument "{unknown[0]}".{nearest(unknown[0], ABOUT)}')
+        raise UserError(f'There is no argument "{unknown[0]}".{suggest_name(unknown[0], ABOUT)}')
     if data is None or isinstance(data, (str, FederatedData)):
         if arguments:
             name = next(iter(arguments))
@@ -561,7 +561,7 @@ def read_request(
         if setting in _LOADERS:
             raise UserError(f"{setting} is a DataLoader's: {_LOADERS[setting]}, so leave it out.")
         if setting not in fields:
-            hint = nearest(setting, {*fields, *option_names, *_ARGUMENTS}) + method_registry.owners(setting)
+            hint = suggest_name(setting, {*fields, *option_names, *_ARGUMENTS}) + method_registry.owners(setting)
             if is_data_option(setting):
                 hint = f' Did you mean data_options={{"{setting}": ...}}?'
             raise UserError(f'{method_registry.short(name)} and its runs have no setting "{setting}".{hint}')
@@ -600,7 +600,7 @@ def _paths(value: object, must: str) -> list[str]:
     """
     paths = None if isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable) else [*value]
     if paths is None or not all(isinstance(path, (str, os.PathLike)) for path in paths):
-        raise UserError(f"{must}, not {shown(value)}.")
+        raise UserError(f"{must}, not {format_value(value)}.")
     return [os.fspath(path) for path in paths]
 
 
@@ -612,7 +612,7 @@ def table_of(value: object, name: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{name} must be a dict of values by name, not {shown(value)}.")
+        raise UserError(f"{name} must be a dict of values by name, not {format_value(value)}.")
     return dict(value)
 
 
@@ -622,7 +622,7 @@ def folder_of(out: object) -> Path:
     Raises UserError where it is none, or empty: that is the current folder.
     """
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
-        raise UserError(f"out must be the path of a folder, not {shown(out)}.")
+        raise UserError(f"out must be the path of a folder, not {format_value(out)}.")
     check_text(str(out), "the folder")
     return Path(out)
 
@@ -648,7 +648,7 @@ def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, Va
         return method, {}
     raise UserError(
         "method must be the name of a method, a class derived from fedkern.methods.Method or an object of one "
-        f"(fedkern.compare takes several), not {shown(method)}."
+        f"(fedkern.compare takes several), not {format_value(method)}."
     )
 
 
@@ -683,7 +683,8 @@ def load(
     if not (model is None or callable(model)):
         code = isinstance(model, str) and named_code.parse(model)
         way = f"give {named_code.trust(str(code))} for code" if code else "the trained weights are in the run folder"
-        raise UserError(f"model must be the module that the run trains, or what makes it, not {shown(model)}: {way}.")
+        given = format_value(model)
+        raise UserError(f"model must be the module that the run trains, or what makes it, not {given}: {way}.")
     trusted = [trusted] if isinstance(trusted, str) else [*trusted]
     trusted += [data] if isinstance(data, str) else []  # the code of a data set, which is named again
     run = Run(out, script=ScriptObjects.of(model, train, {"optimizer": optimizer}), trusted=trusted, method=method)

@@ -58,14 +58,14 @@ WAYS = {
 class UserError(Exception):
     """A mistake in the input (flag, path, file, value), not in fedkern.
 
-    The message is one sentence that says what is wrong and what to do, made :func:`printable`.  The command line prints
+    The message is one sentence that says what is wrong and what to do, made :func:`make_printable`.  The command line prints
     the message on standard error and exits with ``exit_code``; a library caller sees an ordinary exception.
     """
 
     exit_code = 2
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(printable(str(message)))
+        super().__init__(make_printable(str(message)))
 
 
 class NoEffect(UserError):
@@ -75,11 +75,11 @@ class NoEffect(UserError):
 class OtherFormat(UserError):
     """A stored file whose format has another number than this version of fedkern reads.
 
-    See :func:`same_format`.
+    See :func:`require_format`.
     """
 
 
-def same_format(path: object, found: object, read: int) -> None:
+def require_format(path: object, found: object, read: int) -> None:
     """Raise OtherFormat where a file names the format ``found`` (None: names none) and the format ``read`` is read."""
     if found == read:
         return
@@ -110,7 +110,7 @@ class CodeFailed(RunFailed):
     """Code of a method raised what would otherwise be taken for an error of fedkern or the machine."""
 
     def __init__(self, where: str, error: BaseException, code: object) -> None:
-        description = f"{described(error)}{origin(error, code)}"
+        description = f"{describe_error(error)}{error_origin(error, code)}"
         super().__init__(f"{where} failed: {description}; the traceback names the file to mend.")
         self.traceback = format_traceback(error)
         self.__cause__ = error
@@ -130,8 +130,8 @@ class ClientFailed(RunFailed):
     ) -> None:
         way = "; mend the method, or leave such clients out with --on-error skip" if exit_code == 1 else ""
         super().__init__(f"Client {label or client} failed{f' {when}' if when else ''}: {description}{way}.")
-        self.client, self.what, self.traceback = client, printable(description), printable(traceback, TRACEBACK)
-        self.when, self.label, self.exit_code = when, label, exit_code
+        self.what, self.traceback = make_printable(description), make_printable(traceback, TRACEBACK)
+        self.client, self.when, self.label, self.exit_code = client, when, label, exit_code
 
     def __reduce__(self) -> tuple[type, tuple[int, str, str, str, str, int]]:
         return ClientFailed, (self.client, self.what, self.traceback, self.when, self.label, self.exit_code)
@@ -139,8 +139,8 @@ class ClientFailed(RunFailed):
     @staticmethod
     def of(client: int, error: BaseException, code: object) -> ClientFailed:
         """Return the error of a client whose part of a method, the class ``code``, has raised ``error``."""
-        named = told(error)
-        description = (described(error) if named is None else named.rstrip(".")) + origin(error, code)
+        named = user_message(error)
+        description = (describe_error(error) if named is None else named.rstrip(".")) + error_origin(error, code)
         trace, exit_code = (format_traceback(error), 1) if named is None else ("", error.exit_code)  # type: ignore[attr-defined]
         failed = ClientFailed(client, description, trace, exit_code=exit_code)
         failed.__cause__ = error
@@ -154,15 +154,15 @@ class ClientFailed(RunFailed):
         return ClientFailed(self.client, self.what, self.traceback, when, label, self.exit_code)
 
 
-def told(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """Return the sentence of a UserError.
 
     None for another exception, and where the text cannot be made.
     """
-    return str(error) if isinstance(error, UserError) and shows(error) else None
+    return str(error) if isinstance(error, UserError) and has_short_text(error) else None
 
 
-def origin(error: BaseException, code: object) -> str:
+def error_origin(error: BaseException, code: object) -> str:
     """File and line of a class or function at which an exception passed it, as ``" (FILE, line N)"``.
 
     Empty where it did not pass there, and for a :class:`UserError` that fedkern raised: it says itself what is wrong.
@@ -193,7 +193,7 @@ def origin(error: BaseException, code: object) -> str:
 
 
 @contextmanager
-def named(where: str, code: object) -> Iterator[None]:
+def locate_errors(where: str, code: object) -> Iterator[None]:
     """Names the part of a method or data set in whatever its code raises inside.
 
     A UserError keeps its type, and ``where`` comes before its sentence.  Any other ordinary exception gets a note.  An
@@ -202,26 +202,26 @@ def named(where: str, code: object) -> Iterator[None]:
 
     Args:
         where: the part, as the beginning of a sentence: ``"The method's server_update of fedavg in round 2"``.
-        code: the class or function (see :func:`origin`).
+        code: the class or function (see :func:`error_origin`).
     """
     try:
         yield
     except MemoryError:
         raise
     except RAISED as error:
-        sentence = told(error)
+        sentence = user_message(error)
         if sentence is not None:
-            error.args = (f"{where} failed: {sentence.rstrip('.')}{origin(error, code)}.",)
+            error.args = (f"{where} failed: {sentence.rstrip('.')}{error_origin(error, code)}.",)
             raise
-        if isinstance(error, UserError | OSError) or not isinstance(error, Exception) or not shows(error):
+        if isinstance(error, UserError | OSError) or not isinstance(error, Exception) or not has_short_text(error):
             raise CodeFailed(where, error, code) from error
-        error.add_note(f"{where} failed{origin(error, code)}.")
+        error.add_note(f"{where} failed{error_origin(error, code)}.")
         raise
 
 
 @contextmanager
 def warn_instead(tell: Callable[[str], object]) -> Iterator[None]:
-    """Tells of an error inside, as :func:`described`, where only a picture is lost by it.
+    """Tells of an error inside, as :func:`describe_error`, where only a picture is lost by it.
 
     UserError and whatever says that memory is exhausted are raised.
     """
@@ -232,20 +232,20 @@ def warn_instead(tell: Callable[[str], object]) -> Iterator[None]:
             raise
         if any(words in str(error) for words in NO_MEMORY):
             raise
-        tell(described(error))
+        tell(describe_error(error))
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an exception in one line of bounded length: its type and its text, which may itself raise."""
     try:
         text = " ".join(str(error).split())
     except Exception:
         text = "its text cannot be shown"
     name = type(error).__name__
-    return printable(f"{name}: {text}" if text else name).rstrip(".")
+    return make_printable(f"{name}: {text}" if text else name).rstrip(".")
 
 
-def shows(error: BaseException) -> bool:
+def has_short_text(error: BaseException) -> bool:
     """Return whether an exception has a text, and one of bounded length."""
     try:
         return len(str(error)) <= MESSAGE
@@ -255,7 +255,7 @@ def shows(error: BaseException) -> bool:
 
 def format_traceback(error: BaseException) -> str:
     """Return the traceback of an exception, as text of bounded length."""
-    return printable("".join(traceback.format_exception(error)), TRACEBACK)
+    return make_printable("".join(traceback.format_exception(error)), TRACEBACK)
 
 
 def traceback_of(error: BaseException) -> str:
@@ -266,7 +266,7 @@ def traceback_of(error: BaseException) -> str:
     return str(getattr(error, "traceback", "" if isinstance(error, UserError) else format_traceback(error)))
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """Return a wrong argument in a message: a short value, or its type."""
     try:
         text = repr(value)
@@ -275,12 +275,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"an object of type {type(value).__name__}"
 
 
-def quoted(value: object) -> str:
-    """Return a wrong value of a setting in a message: a word or number in quotes, anything else as :func:`shown`."""
-    return f'"{value}"' if isinstance(value, (str, int, float)) else shown(value)
+def quote_value(value: object) -> str:
+    """Return a wrong value of a setting in a message: a word or number in quotes, anything else as :func:`format_value`."""
+    return f'"{value}"' if isinstance(value, (str, int, float)) else format_value(value)
 
 
-def printable(text: str, limit: int = MESSAGE) -> str:
+def make_printable(text: str, limit: int = MESSAGE) -> str:
     """Make a message safe for a terminal: cuts the middle out of long words and messages, escapes control characters.
 
     Line ends and tabs are kept.  A text of more than ``most`` characters is a long message.
@@ -316,12 +316,12 @@ def first_of(words: Sequence[str], limit: int, between: str = ", ") -> str:
     return between.join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")
 
 
-def listed(parts: Sequence[str]) -> str:
+def join_words(parts: Sequence[str]) -> str:
     """Join parts of a sentence, at least one, with commas and "and"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
+def suggest_name(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
     """Return ``' Did you mean "x"?'`` for the candidates that ``word`` means, or else for the one most like it.
 
     Dashes before a word and upper case make no difference.  Returns an empty string where no likeness reaches

@@ -218,11 +218,11 @@ def _show_waiting(text: str) -> Iterator[None]:
 
 
 def _say(text: str, code: int = USAGE) -> int:
-    from fedkern.errors import printable
+    from fedkern.errors import make_printable
 
     if _told_elsewhere():
         return code
-    text = printable(" ".join(text.split()))
+    text = make_printable(" ".join(text.split()))
     print(f"error: {text}" + ("" if text.endswith((".", "?", "!")) else "."), file=sys.stderr)
     return code
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
-from fedkern.errors import UserError, nearest, quoted
+from fedkern.errors import UserError, quote_value, suggest_name
 from fedkern.ops._core.checks import python_number
 
 Value = bool | int | float | str
@@ -112,7 +112,7 @@ class Option:
             result = _convert(python_number(value), self.type)
         except (KeyError, TypeError, ValueError, OverflowError):
             kind = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}[self.type]
-            raise UserError(f"{self.label} must be {kind}, not {quoted(value)}.{self._several(value)}") from None
+            raise UserError(f"{self.label} must be {kind}, not {quote_value(value)}.{self._several(value)}") from None
         if isinstance(result, str):
             return self._find_choice(result)
         self.check(result)
@@ -141,7 +141,7 @@ class Option:
         text = f"{value:g}" if isinstance(value, float) else str(value)  # :g fails for integers that overflow a float
         if self.choices is not None:
             if value not in self.choices:
-                raise UserError(f"{self.label} must be {self.range}, not {quoted(value)}.")
+                raise UserError(f"{self.label} must be {self.range}, not {quote_value(value)}.")
             return
         if self.high is None and (largest := self._most(value)) is not None and value > largest:
             raise UserError(f"{self.label} must be at most {largest}, not {text}.")
@@ -163,8 +163,8 @@ class Option:
             return value
         names = {str(choice).lower(): str(choice) for choice in self.choices if number != "N"}
         if value.lower() not in names:
-            hint = self._several(value) or nearest(value, list(names.values()))
-            raise UserError(f"{self.label} must be {self.range}, not {quoted(value)}.{hint}")
+            hint = self._several(value) or suggest_name(value, list(names.values()))
+            raise UserError(f"{self.label} must be {self.range}, not {quote_value(value)}.{hint}")
         return names[value.lower()]
 
     def _several(self, value: object) -> str:
@@ -243,7 +243,7 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) 
     """
     name, colon, words = text.strip().partition(":")
     if name not in entries:
-        raise UserError(f'{flag} must be one of {", ".join(entries)}, not "{name}".{nearest(name, entries)}')
+        raise UserError(f'{flag} must be one of {", ".join(entries)}, not "{name}".{suggest_name(name, entries)}')
     options = {field.name: field for field in entries[name]}
     values: dict[str, Value | None] = {key: entry.default for key, entry in options.items()}
     seen = set()
@@ -251,7 +251,7 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) 
         key, equals, value = (part.strip() for part in word.partition("="))
         if key not in options or not equals:
             has = f"It has {', '.join(options)}." if options else "It has no options."
-            raise UserError(f'{flag} {name} has no option "{word}".{nearest(key, options)} {has}')
+            raise UserError(f'{flag} {name} has no option "{word}".{suggest_name(key, options)} {has}')
         if key in seen:
             raise UserError(f"{flag} {name} has the option {key} twice.")
         seen.add(key)

@@ -1,6 +1,6 @@
 """Messages: whatever a file or a command line holds, one sentence of a length that can be read."""
 
-from fedkern.errors import MESSAGE, UserError, nearest, printable
+from fedkern.errors import MESSAGE, UserError, make_printable, suggest_name
 from fedkern.run import main
 
 
@@ -22,12 +22,12 @@ def test_controls_are_shown_and_not_obeyed():
     assert str(UserError("the image \x1b[2J\x07\u202e\udcff.png is é.")) == (
         r"the image \x1b[2J\x07\u202e\udcff.png is é."
     )
-    assert printable("two\nlines") == "two\nlines"
+    assert make_printable("two\nlines") == "two\nlines"
 
 
 def test_a_long_word_has_no_neighbour():
-    assert nearest("x" * 200_000, ["xx"]) == ""
-    assert "fedavg" in nearest("fedavgg", ["fedavg"])
+    assert suggest_name("x" * 200_000, ["xx"]) == ""
+    assert "fedavg" in suggest_name("fedavgg", ["fedavg"])
 
 
 def test_the_command_line_says_it_shortly(capsys, tmp_path):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedkern.acceleration import pending
 from fedkern.acceleration.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, has_hooks, is_untouched, square_windows
 from fedkern.acceleration.pending import Chain, Node, Norm, Pending, Run, Site, compute_pending, is_plain, value
-from fedkern.messages.leaves import mapped
+from fedkern.messages.leaves import map_leaves
 from fedkern.ops._conv.conv_norm import run, serving
 from fedkern.ops._conv.conv_pool import pooling, run_pooling
 from fedkern.ops._conv.kernels import Inputs, Pooling, Settings
@@ -169,7 +169,7 @@ class _End(_Hook):
                 if "data pointer" in str(error):
                     error.add_note(f"fedkern.accelerate has not computed the tensor yet: {pending.WAY_OUT}.")
                 return None
-            result = mapped(_plain, result)
+            result = map_leaves(_plain, result)
             begun.end()
             return result
         finally:

@@ -29,7 +29,7 @@ from fedkern.acceleration.calls import (
 from fedkern.acceleration.comparison import Found, far
 from fedkern.acceleration.layers import HOOKS
 from fedkern.acceleration.pending import ABOUT, ADDS, EXTENDING, POOLS, halves, strides
-from fedkern.errors import described
+from fedkern.errors import describe_error
 from fedkern.messages.leaves import leaves
 from fedkern.ops._core.private_torch import saved_hooks
 from fedkern.streams import seeded_generators
@@ -84,7 +84,7 @@ class Rehearsal(Begin):
         try:
             twins = [_copy_call(module, args, named) for _ in range(1 + self.check)]
         except Exception as error:
-            return self._leave(mode, f"the network cannot be copied ({described(error)})")
+            return self._leave(mode, f"the network cannot be copied ({describe_error(error)})")
         recorder, before = Recorder(), [(tensor, tensor.clone()) for tensor in module.buffers()]
         try:
             expected = _play_call(*twins[0], recorder)
@@ -108,7 +108,7 @@ class Rehearsal(Begin):
         try:
             name = far(_play_call(*twins[1]), expected)
         except Exception as error:  # a network's code may raise anything about a tensor that it does not know
-            return self._leave(mode, described(error))
+            return self._leave(mode, describe_error(error))
         return self._leave(mode, f"{name} would be another one") if name else None
 
     def _leave(self, mode: Mode, reason: str) -> None:

@@ -14,7 +14,7 @@ from fedkern.cli import flags
 from fedkern.cli.flags import Parser, as_request, check_filled
 from fedkern.cli.front_page import COMMANDS
 from fedkern.cli.request import Request
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.process.standard_streams import put
 
 SETTINGS = ("rounds", "data_root", "cache", "workers", "model")
@@ -56,7 +56,7 @@ def parse_words(words: Sequence[str]) -> Request:
     elif unknown_words:
         names = [word for action in parser._actions for word in action.option_strings]
         flag_name = unknown_words[0].partition("=")[0]
-        raise UserError(f'{parser.prog} does not take "{flag_name}".{nearest(flag_name, names)} See --help.')
+        raise UserError(f'{parser.prog} does not take "{flag_name}".{suggest_name(flag_name, names)} See --help.')
     if arguments.help:
         return Request("help", help=parser.format_help())
     open_ones = [action.dest for action in parser._actions if action.option_strings and action.default is None]

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedkern.errors import UserError, printable
+from fedkern.errors import UserError, make_printable
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_text
 from fedkern.usercode import plugins
@@ -59,4 +59,4 @@ def _read_plugin_names(path: Path) -> dict[str, str]:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {printable(text)}", file=sys.stderr)
+    print(f"warning: {make_printable(text)}", file=sys.stderr)

@@ -16,7 +16,7 @@ from fedkern.cli import extensions
 from fedkern.cli.front_page import COMMANDS, PROGRAM, USAGE, front_page
 from fedkern.cli.request import Request, one_shot
 from fedkern.data import COMMON_OPTIONS, DATASETS
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.methods import METHODS, method_registry
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import default_data, defaults
@@ -228,7 +228,8 @@ def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
     option = token.lstrip("-").replace("-", "_")
     if method is not None and option in method_registry.option_names(method):
         return UserError(f"{token} is an option of {method}: write --method-option {option}=VALUE.")
-    hint = nearest(token, [name for parser in parsers for action in parser._actions for name in action.option_strings])
+    flags = [name for parser in parsers for action in parser._actions for name in action.option_strings]
+    hint = suggest_name(token, flags)
     see = f"{PROGRAM} {method or 'METHOD'}" if len(parsers) == 1 else parsers[-1].prog
     return UserError(f'Unknown flag "{token}".{hint}{method_registry.owners(option)} See {see} --help.')
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_text
 from fedkern.methods import METHODS
@@ -125,7 +125,7 @@ def read_given(request: Request) -> Given:
     if method is None:
         raise UserError(f"Which method? Name it as METHOD or as method in {request.config}.")
     if not isinstance(method, str) or method not in METHODS:
-        raise UserError(f'Unknown method "{method}" in {request.config}.{nearest(str(method), METHODS)}')
+        raise UserError(f'Unknown method "{method}" in {request.config}.{suggest_name(str(method), METHODS)}')
     from_file = dict(table.pop("options", {}))
     if one_shot(method):
         table.pop("rounds", None)  # the file may come from any run

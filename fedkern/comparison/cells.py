@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.methods import method_registry
 from fedkern.ops._core.checks import python_number
 from fedkern.settings.config import RESUMABLE, RunConfig
@@ -109,7 +109,7 @@ def check_option(name: str, methods: Sequence[str], similar: Collection[str] = (
     if name not in options:
         names = ", ".join(map(method_registry.short, methods))
         raise UserError(
-            f'None of the methods ({names}) has an option "{name}".{nearest(name, {*options, *similar})}'
+            f'None of the methods ({names}) has an option "{name}".{suggest_name(name, {*options, *similar})}'
             f"{method_registry.owners(name)} METHOD --help lists a method's options."
         )
 
@@ -147,7 +147,7 @@ def variants(
         if name not in declared and not any(name in method_registry.option_names(method) for method in methods):
             choices = {*declared, *(option for method in methods for option in method_registry.option_names(method))}
             raise UserError(
-                f'Neither the runs nor the methods have a setting "{name}" to sweep.{nearest(name, choices)}'
+                f'Neither the runs nor the methods have a setting "{name}" to sweep.{suggest_name(name, choices)}'
             )
         if not values:
             raise UserError(f'The sweep over "{name}" has no values: write {name}=VALUE,VALUE.')

@@ -18,7 +18,7 @@ from fedkern.comparison.run_results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.data import FederatedData
 from fedkern.engine.local.script_objects import ScriptObjects
-from fedkern.errors import RunFailed, UserError, first_of, printable
+from fedkern.errors import RunFailed, UserError, first_of, make_printable
 from fedkern.files.filesystem import expand
 from fedkern.methods import METHODS, Method, method_registry
 from fedkern.process.extras import import_extra
@@ -332,7 +332,7 @@ def compare(
         lines = [
             "Not every run of the comparison succeeded.",
             *comparison.failures,
-            *map(printable, tracebacks.values()),
+            *map(make_printable, tracebacks.values()),
         ]
         warnings.warn("\n".join(lines), stacklevel=3)
     return comparison

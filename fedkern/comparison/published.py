@@ -76,7 +76,7 @@ from typing import Any, TypeVar
 
 from fedkern.comparison.cells import read_seeds, read_sweep
 from fedkern.comparison.seed_statistics import Target
-from fedkern.errors import UserError, first_of, nearest, shown
+from fedkern.errors import UserError, first_of, format_value, suggest_name
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_text
 from fedkern.tasks.figure_names import check_reachable
@@ -136,7 +136,7 @@ class PublishedCell:
         """Raise UserError where keys contradict each other."""
         for key, choices in _CHOICES.items():
             if (value := getattr(self, key)) not in choices:
-                raise UserError(f'{key} must be {" or ".join(choices)}, not "{value}".{nearest(value, choices)}')
+                raise UserError(f'{key} must be {" or ".join(choices)}, not "{value}".{suggest_name(value, choices)}')
         read_sweep(self.sweep)
         if (self.figure == ROUNDS) != bool(self.target):
             raise UserError(f'the figure "{ROUNDS}" and a target go together: give both, or leave both out.')
@@ -211,7 +211,7 @@ class Paper:
             if cell.name == name:
                 return cell
         cell_names = [cell.name for cell in self.cells]
-        way = nearest(name, cell_names) or f" Its cells are {first_of(cell_names, 8)}."
+        way = suggest_name(name, cell_names) or f" Its cells are {first_of(cell_names, 8)}."
         raise UserError(f'{self.name} has no cell "{name}".{way}')
 
 
@@ -250,7 +250,7 @@ def read_paper(name: str) -> Paper:
     if not name.endswith(".toml") and name not in list_papers():
         raise UserError(
             f'There is no paper "{name}": name one of {", ".join(list_papers())}, or a file of your own, FILE.toml.'
-            f"{nearest(name, list_papers())}"
+            f"{suggest_name(name, list_papers())}"
         )
     try:
         table = tomllib.loads(read_text(path, "utf-8-sig"))
@@ -317,7 +317,7 @@ def _entry(kind: type[Entry], table: object) -> Entry:
 def _check_keys(table: Mapping[str, object], known: Mapping[str, object]) -> None:
     for key in table:
         if key not in known:
-            raise UserError(f'there is no key "{key}": the keys are {", ".join(known)}.{nearest(key, known)}')
+            raise UserError(f'there is no key "{key}": the keys are {", ".join(known)}.{suggest_name(key, known)}')
 
 
 def _value(key: str, value: Any, kind: object) -> Any:
@@ -327,13 +327,13 @@ def _value(key: str, value: Any, kind: object) -> Any:
     if key == "sweep":
         if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        raise UserError(f"sweep must be a list of texts NAME=VALUE,VALUE, not {shown(value)}.")
+        raise UserError(f"sweep must be a list of texts NAME=VALUE,VALUE, not {format_value(value)}.")
     if "float" in str(kind):
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-        raise UserError(f"{key} must be a number, not {shown(value)}.")
+        raise UserError(f"{key} must be a number, not {format_value(value)}.")
     if key == "table" and type(value) is int:
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{key} must be a text, not {shown(value)}.")
+        raise UserError(f"{key} must be a text, not {format_value(value)}.")
     return value

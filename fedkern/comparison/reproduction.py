@@ -32,7 +32,7 @@ from fedkern.comparison.verdicts import (
     rate_run,
 )
 from fedkern.engine.store.record_files import METRICS, SUMMARY, read_metrics
-from fedkern.errors import UserError, described, first_of
+from fedkern.errors import UserError, describe_error, first_of
 from fedkern.files import atomic
 from fedkern.files.folder_lock import FolderLock, InUse
 from fedkern.listeners.events import Listener
@@ -375,7 +375,7 @@ class Reproduction:
         except Exception as error:
             if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in atomic.FULL):
                 raise
-            self.failures[cell.name] = str(error) if isinstance(error, UserError) else described(error)
+            self.failures[cell.name] = str(error) if isinstance(error, UserError) else describe_error(error)
         finally:
             board.close()
         for text in job.runner.failures.values():

@@ -10,7 +10,7 @@ from fedkern.comparison.published import ROUNDS, Paper, PublishedCell
 from fedkern.comparison.run_results import csv_text
 from fedkern.comparison.seed_statistics import Difference, interval_text
 from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, figure_text
-from fedkern.errors import first_of, listed
+from fedkern.errors import first_of, join_words
 from fedkern.report.figures.comparison_plot import Groups, comparison_panels
 from fedkern.report.pages.charts import curves
 from fedkern.report.pages.html_page import Block, Code, Page, make_section
@@ -93,7 +93,7 @@ def page(paper: Paper, rows: Sequence[Row]) -> Page:
 def summary(rows: Sequence[Row]) -> str:
     """One sentence with the number of cells of every verdict."""
     counts = {kind: sum(row.verdict.kind == kind for row in rows) for kind in VERDICTS}
-    return f"{listed([f'{count} {kind}' for kind, count in counts.items() if count])}, of {len(rows)} cells."
+    return f"{join_words([f'{count} {kind}' for kind, count in counts.items() if count])}, of {len(rows)} cells."
 
 
 def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
 from fedkern.comparison.seed_statistics import Target, compare_pairs, interval_text, mean_std, plus_minus
 from fedkern.engine.store import confusions, record_files
-from fedkern.errors import UserError, nearest, printable_name, warn_instead
+from fedkern.errors import UserError, printable_name, suggest_name, warn_instead
 from fedkern.files import atomic
 from fedkern.listeners.events import Record
 from fedkern.methods.method_registry import short
@@ -63,8 +63,9 @@ class Result:
         figures = {name for record in records for name, value in record.items() if isinstance(value, float)}
         figures -= {"seconds", "round_seconds", "clock", "staleness"}
         if self.target.figure not in figures:
+            hint = suggest_name(self.target.figure, figures)
             raise UserError(
-                f'No round tells the figure "{self.target.figure}" of --target.{nearest(self.target.figure, figures)} '
+                f'No round tells the figure "{self.target.figure}" of --target.{hint} '
                 f"The rounds have {', '.join(sorted(figures)) or 'no figures'}."
             )
         self.target.check_direction()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fedkern.comparison.found_runs import FoundRun
 from fedkern.comparison.published import ROUNDS, PublishedCell
 from fedkern.comparison.seed_statistics import Difference, compare_pairs
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.report.tables import human_metric
 from fedkern.tasks.figure_names import number, scale
 
@@ -107,7 +107,7 @@ def check_told(figure: str, run: FoundRun) -> None:
 def _untold(figure: str, run: FoundRun, figures: Mapping[str, float] | set[str]) -> UserError:
     return UserError(
         f'The run in {run.folder} tells no figure "{figure}": it has {", ".join(sorted(figures))}.'
-        f"{nearest(figure, figures)}"
+        f"{suggest_name(figure, figures)}"
     )
 
 

@@ -25,7 +25,7 @@ from fedkern.data.sources.site_folders import LAYOUTS
 from fedkern.data.sources.svhn import open_svhn
 from fedkern.data.sources.table import AUTO
 from fedkern.data.types import DataRequest, FederatedData, Source
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, SEGMENTATION, TASKS, Task
 from fedkern.typed_option import Option, Value
 from fedkern.usercode import named_code
@@ -227,14 +227,14 @@ def lookup(name: str) -> DatasetInfo:
     """Return the entry of a data set, or raise UserError that suggests the nearest known name."""
     name = named_code.absolute(name)
     if name not in DATASETS:
-        hint = nearest(name, data_names())
+        hint = suggest_name(name, data_names())
         if named_code.parse(name) is not None:
             raise UserError(f"the data set {name} is code, which a run folder may not name alone: give --data {name}.")
         if "/" in name or os.path.exists(name):  # noqa: PTH110 (the name may be too long)
             hint = f" Your own images are --data folder, or csv for a list of them, with --data-root {name}."
             hint = " Your own function is --data FILE.py:NAME." if name.endswith(".py") else hint
         if name.lower().endswith((".nii", ".nii.gz", ".dcm")):
-            hint = nearest("nifti", DATASETS)
+            hint = suggest_name("nifti", DATASETS)
         raise UserError(f'unknown data set "{name}": expected one of {", ".join(data_names())}.{hint}')
     return DATASETS[name]
 
@@ -243,9 +243,8 @@ def _find_option(data: str, key: str) -> Option:
     """Return an option of a data set for error messages, or raise UserError where there is none."""
     choices = {**lookup(data).options, **COMMON_OPTIONS}
     if key not in choices:
-        raise UserError(
-            f'data set "{data}" has no option "{key}": expected one of {", ".join(choices)}.{nearest(key, choices)}'
-        )
+        hint = suggest_name(key, choices)
+        raise UserError(f'data set "{data}" has no option "{key}": expected one of {", ".join(choices)}.{hint}')
     return dataclasses.replace(choices[key], name=key, label=f'option {key} of data set "{data}"')
 
 

@@ -15,7 +15,7 @@ from fedkern import models
 from fedkern.data.images.transforms import central, normalise
 from fedkern.data.split import Split
 from fedkern.errors import UserError
-from fedkern.messages.leaves import Keywords, Positional, leaves, mapped, parted
+from fedkern.messages.leaves import Keywords, Positional, leaves, map_leaves, split_targets
 from fedkern.tasks import Task
 from fedkern.tasks.protocols import Description
 
@@ -171,7 +171,7 @@ class SampleForm:
     @staticmethod
     def of(batch: object, called: bool = True, normalize: Scale | None = None) -> SampleForm:
         """Return the form of samples of which ``batch`` has two, where fedkern calls the network if ``called``."""
-        x = parted(batch)[0]
+        x = split_targets(batch)[0]
         by_name = isinstance(x, Keywords)
         args = () if by_name else x if isinstance(x, Positional) else (x,)
         inputs = {"args": _outline_inputs(args), "kwargs": _outline_inputs(x) if by_name else {}}
@@ -241,7 +241,7 @@ class SampleForm:
                 return torch.zeros(sizes, dtype=kind)
             return torch.from_numpy(rng.standard_normal(sizes, dtype="float32")).to(kind)
 
-        x = mapped(draw, self.inputs)
+        x = map_leaves(draw, self.inputs)
         if x["kwargs"]:
             return Keywords(x["kwargs"])
         return x["args"][0] if len(x["args"]) == 1 else Positional(x["args"])

@@ -13,7 +13,7 @@ from fedkern.data.sources.datasets import is_dataset, items_like
 from fedkern.data.sources.items import cause
 from fedkern.engine.batches.item_batches import ItemReader
 from fedkern.errors import RAISED, UserError
-from fedkern.messages.leaves import Keywords, Positional, mapped, sent, together
+from fedkern.messages.leaves import Keywords, Positional, join_batches, map_leaves, move_to_device
 from fedkern.process.torch_modes import reproducible
 
 
@@ -33,17 +33,17 @@ def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) 
 
     def answer(inputs: object) -> Any:
         try:
-            return mapped(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, module(inputs))
+            return map_leaves(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, module(inputs))
         except RAISED as error:  # the user's own network may raise anything
             raise UserError(f"the network fails on the samples ({cause(error)}).") from error
 
     if is_dataset(samples):
         reader = ItemReader(items_like(data.clients[0], samples, "the samples"), device, seed=0, size=size)
         pairs = [(answer(inputs), count) for inputs, count in _inputs(reader, data)]
-        results = together([answer_part for answer_part, _ in pairs], [count for _, count in pairs])
+        results = join_batches([answer_part for answer_part, _ in pairs], [count for _, count in pairs])
     else:
         inputs = Positional(samples) if isinstance(samples, tuple) else samples
-        results = answer(sent(Keywords(inputs) if isinstance(inputs, Mapping) else inputs, device))
+        results = answer(move_to_device(Keywords(inputs) if isinstance(inputs, Mapping) else inputs, device))
     return data.task.probabilities(results) if "classes" in data.offers else results
 
 

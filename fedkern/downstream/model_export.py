@@ -22,9 +22,9 @@ from torch.export import ExportedProgram
 from fedkern.data.forms import form_of
 from fedkern.downstream.prediction import Predictor
 from fedkern.downstream.saved_network import read_model
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.files import atomic
-from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
+from fedkern.messages.leaves import Keywords, Positional, leaves, map_leaves
 from fedkern.ops._core.private_torch import ONNX_LOG
 from fedkern.process.extras import import_extra
 from fedkern.process.torch_modes import reproducible
@@ -46,7 +46,8 @@ def find_format(kind: str | None, out: Path | str | None) -> str:
         UserError: there is no such format, the suffix names none, or the two contradict each other.
     """
     if kind is not None and kind not in FORMATS:
-        raise UserError(f'--format must be one of {", ".join(FORMATS)}, not "{kind}".{nearest(str(kind), FORMATS)}')
+        hint = suggest_name(str(kind), FORMATS)
+        raise UserError(f'--format must be one of {", ".join(FORMATS)}, not "{kind}".{hint}')
     if out is None:
         return kind or "torch-export"
     named = SUFFIXES.get(Path(out).suffix.lower())
@@ -190,7 +191,7 @@ def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
         try:
             outputs = [leaf for leaf in leaves(bundle()) if isinstance(leaf, Tensor)]
             if bundle.lengths and not all(bool(leaf.isfinite().all()) for leaf in outputs):  # as masks of zeros give
-                bundle = replace(bundle, args=mapped(_ones, bundle.args), kwargs=mapped(_ones, bundle.kwargs))
+                bundle = replace(bundle, args=map_leaves(_ones, bundle.args), kwargs=map_leaves(_ones, bundle.kwargs))
             program, axes = _trace_network(bundle)
             atomic.write(out, lambda temporary: writers[kind](bundle, program, axes, temporary))
             about |= {"input": _inputs_in_words(bundle, program)} if bundle.lengths else {}
@@ -236,10 +237,10 @@ def _export(bundle: Exportable, length: object) -> tuple[ExportedProgram, Shapes
     def axes_of(leaf: Tensor) -> dict[int, object]:
         return {0: batch, **dict.fromkeys(range(1, leaf.dim()), length)}
 
-    shapes = mapped(axes_of, bundle.args)
+    shapes = map_leaves(axes_of, bundle.args)
     if bundle.kwargs:
         names = list(inspect.signature(bundle.program.forward).parameters)
-        shapes = {**dict(zip(names, shapes, strict=False)), **mapped(axes_of, bundle.kwargs)}
+        shapes = {**dict(zip(names, shapes, strict=False)), **map_leaves(axes_of, bundle.kwargs)}
     return torch.export.export(bundle.program, bundle.args, bundle.kwargs, dynamic_shapes=shapes), shapes
 
 
@@ -260,7 +261,7 @@ def _takes_other_lengths(bundle: Exportable, program: ExportedProgram) -> bool:
                     leaf = torch.cat([leaf, leaf], axis).narrow(axis, 0, change(leaf.shape[axis]))
             return leaf
 
-        resized_bundle = replace(bundle, args=mapped(resize, bundle.args), kwargs=mapped(resize, bundle.kwargs))
+        resized_bundle = replace(bundle, args=map_leaves(resize, bundle.args), kwargs=map_leaves(resize, bundle.kwargs))
         with suppress(Exception), torch.no_grad():
             check(program.module()(*resized_bundle.args, **resized_bundle.kwargs), resized_bundle)
             return True
@@ -276,7 +277,7 @@ def _inputs_in_words(bundle: Exportable, program: ExportedProgram) -> object:
         sizes = [size if size.isdecimal() else names.setdefault(size, letter[len(names)]) for size in next(given)]
         return f"{str(leaf.dtype).removeprefix('torch.')} [{', '.join(sizes)}]"
 
-    return mapped(in_words, {"args": [*bundle.args], "kwargs": bundle.kwargs})
+    return map_leaves(in_words, {"args": [*bundle.args], "kwargs": bundle.kwargs})
 
 
 def _program(bundle: Exportable, exported: ExportedProgram, axes: Shapes, path: Path) -> None:

@@ -30,7 +30,7 @@ from fedkern.engine.local.network import place
 from fedkern.engine.local.samples import reader
 from fedkern.engine.setup.serving import as_in_the_run
 from fedkern.engine.store.resuming import load_unedited
-from fedkern.errors import UserError, first_of, named
+from fedkern.errors import UserError, first_of, locate_errors
 from fedkern.files.filesystem import absolute
 from fedkern.methods.base import Method
 from fedkern.methods.common.personal import ClientsNetworks
@@ -93,7 +93,7 @@ def evaluate_run(
     sets = _sets(sets_by_prefix(loaded), module, about, config)
     usual = own_tests and type(method).evaluate_own is Method.evaluate_own  # else a client's state is needed
     own = _sets(dict(enumerate(loaded.client_tests if usual else ())), module, about, config)
-    code = partial(named, f"The method's evaluate of {config.method}", config.kind)
+    code = partial(locate_errors, f"The method's evaluate of {config.method}", config.kind)
     with cpu_threads(config.threads), computing(config.precision):
         if isinstance(loaded.validation, Items):
             Trial(loaded, config.kind, lambda: deepcopy(module).cpu()).check_tests()

@@ -25,7 +25,7 @@ from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, 
 from fedkern.engine.store.resuming import load_unedited
 from fedkern.engine.store.run_folder import BEST
 from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
-from fedkern.errors import UserError, described, first_of, same_format, shown
+from fedkern.errors import UserError, describe_error, first_of, format_value, require_format
 from fedkern.files.inputs import parse_json
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.run_format import check_format
@@ -59,7 +59,7 @@ def describe(text: str | None, path: Path) -> dict[str, Any]:
     about = None if text is None else parse_json(text)
     if not isinstance(about, dict):
         raise ValueError("it does not say what network it holds")
-    same_format(path, about.pop("format", None), FORMAT)
+    require_format(path, about.pop("format", None), FORMAT)
     if not isinstance(about.get("model"), str) or not isinstance(about.get("method"), str):
         raise ValueError("it does not name its network and method")
     return about
@@ -134,7 +134,7 @@ def read_model(
     except UserError:
         raise
     except Exception as error:  # what describes no network may fail anywhere
-        raise UserError(f"{path} is damaged (no network is as it says: {described(error)}): {mend}.") from None
+        raise UserError(f"{path} is damaged (no network is as it says: {describe_error(error)}): {mend}.") from None
     check_results(Path(out), MODEL)
     if best and (entry := newest(Path(out))) is not None:
         written = entry["info"]["parts"].get("patience", {}).get("best", {})
@@ -214,7 +214,7 @@ def _of_client(network: nn.Module, about: Description, out: Path, trusted: Colle
     if not config.own_networks or "samples" in about:
         raise UserError(f"The clients of {out} have no networks of their own beside the global one: leave client out.")
     if type(client) is not int or not 0 <= client < count:
-        raise UserError(f"client must be a number from 0 to {count - 1}, not {shown(client)}.")
+        raise UserError(f"client must be a number from 0 to {count - 1}, not {format_value(client)}.")
     context, state = _context(out, about, trusted, [1] * count), Checkpoints(out).last_client_state(client)
     check_own_entries(context, state, client)
     module = context.networks.build()

@@ -23,7 +23,7 @@ from fedkern.engine.marks import TRAINED
 from fedkern.engine.node import Node
 from fedkern.engine.participation import share_of_work
 from fedkern.engine.uploads.encoders import STATES, Drift
-from fedkern.errors import UserError, shown
+from fedkern.errors import UserError, format_value
 from fedkern.messages import states
 from fedkern.messages.states import State
 from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
@@ -85,7 +85,7 @@ class Client(Node):
         """
         if not isinstance(self.state, dict):
             given, self.state = self.state, {}
-            raise UserError(f"client.state must stay a dict, not {shown(given)}: give it entries instead.")
+            raise UserError(f"client.state must stay a dict, not {format_value(given)}: give it entries instead.")
         problems = []
         for key in [*self.state]:
             try:
@@ -243,8 +243,8 @@ class Client(Node):
     def batches(self, phase: Phase | None = None) -> Iterator[Batch]:
         if not isinstance(phase, Phase | None):
             raise UserError(
-                f"client.batches takes a phase or nothing, not {shown(phase)}: client.in_order({phase!r}) gives all "
-                "samples in stored order."
+                f"client.batches takes a phase or nothing, not {format_value(phase)}: client.in_order({phase!r}) gives "
+                "all samples in stored order."
             )
         self.marks |= {"batches", "augmented"}
         network = self._context.networks.get("local").module

@@ -13,14 +13,14 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.rounds.progress import Progress
 from fedkern.engine.server import Server
-from fedkern.errors import RAISED, RunFailed, UserError, named, origin
+from fedkern.errors import RAISED, RunFailed, UserError, error_origin, locate_errors
 from fedkern.messages.leaves import leaves
 from fedkern.methods.base import ClientId, Declaration, Message, Phase, Upload
 from fedkern.methods.uploads import all_finite, infinite_as_sent
 
 
 class MethodCode:
-    """Names method and round where a function of the method raises (see :func:`fedkern.errors.named`).
+    """Names method and round where a function of the method raises (see :func:`fedkern.errors.locate_errors`).
 
     An error that comes out of the uploads is that of the engine and of clients.  A UserError of fedkern's own methods
     before the first round is about settings, and stands alone.
@@ -41,10 +41,10 @@ class MethodCode:
         try:
             yield
         except RAISED as error:
-            settings = self.progress.entry is None and isinstance(error, UserError) and not origin(error, self._kind)
-            if error is self._from_uploads or settings:
+            settings = self.progress.entry is None and isinstance(error, UserError)
+            if error is self._from_uploads or (settings and not error_origin(error, self._kind)):
                 raise
-            with named(f"The {self._what}'s {part} of {self._name} {self.progress.when()}", self._kind):
+            with locate_errors(f"The {self._what}'s {part} of {self._name} {self.progress.when()}", self._kind):
                 raise
 
     def passing(self, uploads: Iterable[Upload]) -> Iterator[Upload]:

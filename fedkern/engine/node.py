@@ -10,7 +10,7 @@ import torch
 
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
-from fedkern.messages.leaves import sent
+from fedkern.messages.leaves import move_to_device
 from fedkern.ops._core.checks import real
 from fedkern.tasks import Task
 
@@ -62,7 +62,7 @@ class Node:
         return form
 
     def noise(self, samples: int, rng: np.random.Generator) -> Any:
-        return sent(self._context.data.form.noise(samples, rng), self.device)
+        return move_to_device(self._context.data.form.noise(samples, rng), self.device)
 
     @property
     def public(self) -> Any:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
-from fedkern.errors import RAISED, UserError, described, origin, told
+from fedkern.errors import RAISED, UserError, describe_error, error_origin, user_message
 from fedkern.listeners.events import Listener, Listeners, RunInfo
 from fedkern.usercode.code_execution import host_code
 
@@ -55,9 +55,9 @@ class ListenerGroup(Listeners):
     def _leave_out(self, listener: Listener, hook: str, error: BaseException) -> None:
         self._present.remove(listener)
         label = self._names[id(listener)]
-        reason = (told(error) or described(error)).rstrip(".")
+        reason = (user_message(error) or describe_error(error)).rstrip(".")
         name = f"listener-{label}"
-        where = f"{label}{origin(error, type(listener))} failed in {hook}{self._when}"
+        where = f"{label}{error_origin(error, type(listener))} failed in {hook}{self._when}"
         text = f"The listener {where} ({reason}): the run goes on without it."
         self.warnings[name] = text
         self.on_warning(name, text)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fedkern.errors import UserError, described
+from fedkern.errors import UserError, describe_error
 from fedkern.ops._core.private_torch import PYTREE_NODES, REGISTER_NODE
 
 TARGETS = ("labels", "targets", "label")
@@ -78,13 +78,13 @@ def _remade(value: Any, parts: Parts) -> object:
             raise TypeError("its entries are not where a dict has them")
     except Exception as error:  # a user's class may raise anything
         raise UserError(
-            f"An object of type {kind.__name__} cannot be made again with other tensors ({described(error)}): "
+            f"An object of type {kind.__name__} cannot be made again with other tensors ({describe_error(error)}): "
             f"register the type with {REGISTER_NODE}, or give a dict, tuple or dataclass."
         ) from error
     return twin
 
 
-def mapped(function: Callable[[Any], object], value: object, is_leaf: Callable[[object], bool] | None = None) -> Any:
+def map_leaves(change: Callable[[Any], object], value: object, is_leaf: Callable[[object], bool] | None = None) -> Any:
     """Return the same nesting, of the same types, with every leaf changed.
 
     A container whose leaves all stay is returned itself. Containers are nodes of torch's pytree, mappings, tuples,
@@ -92,8 +92,8 @@ def mapped(function: Callable[[Any], object], value: object, is_leaf: Callable[[
     """
     parts = None if is_leaf is not None and is_leaf(value) else _parts(value)
     if parts is None:
-        return function(value)
-    changed = {key: mapped(function, part, is_leaf) for key, part in parts.items()}
+        return change(value)
+    changed = {key: map_leaves(change, part, is_leaf) for key, part in parts.items()}
     return value if all(changed[key] is part for key, part in parts.items()) else _remade(value, changed)
 
 
@@ -107,7 +107,7 @@ def leaves(value: object) -> Iterator[Any]:
             yield from leaves(part)
 
 
-def together(values: list[Any], sizes: list[int]) -> Any:
+def join_batches(values: list[Any], sizes: list[int]) -> Any:
     """Values of batches of so many samples as one: tensors are concatenated, numbers stacked, other leaves made a list.
 
     None in all batches stays None. A list is a value for every sample, or tensors ``[B, ...]`` as torch's collation
@@ -128,7 +128,7 @@ def together(values: list[Any], sizes: list[int]) -> Any:
         ]
     if any(part.keys() != parts[0].keys() for part in parts):
         raise RuntimeError(f"batches give a {type(example).__name__} of other parts")
-    return _remade(example, {key: together([part[key] for part in parts], sizes) for key in parts[0]})
+    return _remade(example, {key: join_batches([part[key] for part in parts], sizes) for key in parts[0]})
 
 
 def _positions(values: list[Any], sizes: list[int]) -> bool:
@@ -141,7 +141,7 @@ def _positions(values: list[Any], sizes: list[int]) -> bool:
     return per_sample and len({len(value) for value in values}) == 1
 
 
-def sent(value: T, device: torch.device) -> T:
+def move_to_device(value: T, device: torch.device) -> T:
     """Return the same nesting with every leaf that can be moved (tensors, batches of other libraries) on a device."""
     if (
         device.type == "cpu"
@@ -156,7 +156,7 @@ def sent(value: T, device: torch.device) -> T:
             return leaf.to(device, non_blocking=True)
         return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
 
-    result: T = mapped(move_leaf, value, lambda part: callable(getattr(part, "to", None)))
+    result: T = map_leaves(move_leaf, value, lambda part: callable(getattr(part, "to", None)))
     return result
 
 
@@ -168,7 +168,7 @@ class Keywords(dict[str, Any]):
     """Inputs of a network by the names of its arguments."""
 
 
-def parted(batch: object) -> tuple[Any, Any]:
+def split_targets(batch: object) -> tuple[Any, Any]:
     """Return inputs and targets of a batch: of a tuple the last part, of a mapping an entry of `TARGETS`.
 
     A dataclass or namespace is its own input, and an attribute of `TARGETS` holds the targets. Targets are None where

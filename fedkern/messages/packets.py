@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fedkern.errors import described
+from fedkern.errors import describe_error
 from fedkern.files.filesystem import fcntl
 
 _ALIGNED = 64
@@ -333,5 +333,5 @@ def portable(error: Exception) -> Exception:
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(described(error))
-    return copy if type(copy) is type(error) else RuntimeError(described(error))
+        return RuntimeError(describe_error(error))
+    return copy if type(copy) is type(error) else RuntimeError(describe_error(error))

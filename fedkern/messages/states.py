@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedkern.errors import Malformed, same_format
+from fedkern.errors import Malformed, require_format
 from fedkern.files import atomic
 from fedkern.files.inputs import parse_json, special
 from fedkern.ops._core.checks import python_number
@@ -116,7 +116,7 @@ def part(path: Path, *keys: str | int) -> Any:
             raise ValueError(f"it is {kind}, not a regular file")
         with safe_open(path, framework="pt") as file:
             about = parse_json((file.metadata() or {})[ABOUT])
-            same_format(path, about["format"], FORMAT)
+            require_format(path, about["format"], FORMAT)
             tree = about["tree"]
             for key in keys:
                 entries = tree.get("dict", []) if isinstance(tree, dict) else []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.errors import RAISED, UserError, described, origin
+from fedkern.errors import RAISED, UserError, describe_error, error_origin
 from fedkern.typed_option import Option, named_options, spell_options, with_options
 from fedkern.usercode.registry import Registry, keyword_options
 
@@ -119,8 +119,8 @@ class Rule:
         except (UserError, MemoryError):
             raise
         except RAISED as error:  # of a user's own rule too
-            why = described(error).removeprefix("ValueError: ")
-            place = origin(error, self.entry.function) if self.entry.own else ""
+            why = describe_error(error).removeprefix("ValueError: ")
+            place = error_origin(error, self.entry.function) if self.entry.own else ""
             raise UserError(
                 f"--aggregator {self.text}{place} cannot combine {len(vectors)} uploads ({why}): choose other options "
                 "or another rule, or have more clients in a round."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from fedkern.errors import UserError, first_of, nearest
+from fedkern.errors import UserError, first_of, suggest_name
 from fedkern.models.users.user_models import LEVELS, level
 from fedkern.typed_option import Value
 from fedkern.usercode.hook_checks import check_hooks
@@ -65,7 +65,7 @@ def get(name: str) -> type[Method]:
 def unknown_method(name: str, likely: Iterable[str]) -> UserError:
     """Return the error for a name that no method has, with the nearest of the ``likely`` words."""
     known = f"Known methods: {', '.join(sorted(METHODS))}"
-    return UserError(f'Unknown method "{name}".{nearest(name, likely)} {known}; --plugin FILE.py adds others.')
+    return UserError(f'Unknown method "{name}".{suggest_name(name, likely)} {known}; --plugin FILE.py adds others.')
 
 
 def option_names(method: str) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.typed_option import OptionTable, Value
 
 
@@ -56,7 +56,7 @@ class Options(OptionTable):
             named = names.get(plain) or fields.get(plain)
             if named is None:
                 raise UserError(
-                    f'Unknown method option "{key}" of {method}.{nearest(key, names)} '
+                    f'Unknown method option "{key}" of {method}.{suggest_name(key, names)} '
                     f"It has {', '.join(names) if names else 'none'}."
                 )
             if named.field in values:

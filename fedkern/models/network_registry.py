@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.models.networks.cnn import CNN
 from fedkern.models.networks.efficientnet import EfficientNetB0
 from fedkern.models.networks.mlp import MLP
@@ -211,7 +211,7 @@ def unknown(name: str, title: str | None = None) -> str:
         return f'"{name}" is a file of weights: name their network with --model, and the file with --init.'
     if ".py" in name:
         return f'"{name}" names no network: write FILE.py:NAME, with a class or function that returns an nn.Module.'
-    return f'there is no model "{name}", choose one of {", ".join(MODELS)}, or {FORMS}.{nearest(name, MODELS)}'
+    return f'there is no model "{name}", choose one of {", ".join(MODELS)}, or {FORMS}.{suggest_name(name, MODELS)}'
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:

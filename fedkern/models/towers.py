@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.files.filesystem import expand
 from fedkern.models.network_registry import initialise
 from fedkern.models.networks.attention import TransformerLayer
@@ -194,6 +194,5 @@ def _check_name(name: str, kind: str, names: Mapping[str, str]) -> None:
     """Raise UserError for a name that is neither a built-in encoder nor looks like a folder."""
     looks_like_path = expand(name).is_dir() or name.startswith((".", "~")) or "/" in name
     if name not in names and not looks_like_path:
-        raise UserError(
-            f'there is no {kind} encoder "{name}": give {", ".join(names)} or a local folder.{nearest(name, names)}'
-        )
+        hint = suggest_name(name, names)
+        raise UserError(f'there is no {kind} encoder "{name}": give {", ".join(names)} or a local folder.{hint}')

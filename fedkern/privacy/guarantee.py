@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from fedkern.errors import listed
+from fedkern.errors import join_words
 from fedkern.privacy.unit import IMAGE, Unit
 
 LEDGER = "privacy"
@@ -83,19 +83,19 @@ class Guarantee:
         finite = math.isfinite(epsilon)
         figure = f"Epsilon {epsilon:.3g}" if finite else "No finite epsilon"
         of = f"{self.public if self.complete else self.part} "
-        holds = f", is of {of}while {listed(self.conditions)}; it" if finite else ","
+        holds = f", is of {of}while {join_words(self.conditions)}; it" if finite else ","
         consequence = (f"so {self.follows}",) if self.complete and self.follows else ()
         covered = (*self.covers.values(), *consequence)
-        covers = f"covers {listed(covered)}" if covered else "covers nothing"
-        leaves = f", but not {listed(list(self.leaves.values()))}" if self.leaves else ""
+        covers = f"covers {join_words(covered)}" if covered else "covers nothing"
+        leaves = f", but not {join_words(list(self.leaves.values()))}" if self.leaves else ""
         remark = "" if self.complete else ": the whole release has no epsilon"
         return f"{figure} at delta {self.delta:g}, {self.neighbour}{holds} {covers}{leaves}{remark}."
 
     def warning(self) -> str:
         """Return the warning before a run whose guarantee is not :attr:`complete`."""
-        covered = listed(tuple(self.covers.values())) if self.covers else "nothing"
+        covered = join_words(tuple(self.covers.values())) if self.covers else "nothing"
         advice = f"; {self.advice}" if self.advice else ""
         return (
             f"The whole release has no epsilon: what is told as {PART} covers {covered}, not "
-            f"{listed(list(self.leaves.values()))}{advice}."
+            f"{join_words(list(self.leaves.values()))}{advice}."
         )

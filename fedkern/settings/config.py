@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedkern.data.dataset_registry import given_options
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.files.filesystem import check_text
 from fedkern.methods import method_registry, script_methods
 from fedkern.methods.aggregators import MEAN
@@ -116,7 +116,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         names = cls.names()
         for name in settings:
             if name not in names:
-                raise UserError(f'Unknown setting "{name}".{nearest(name, names)}')
+                raise UserError(f'Unknown setting "{name}".{suggest_name(name, names)}')
         values = cls.read({name: value for name, value in settings.items() if value is not None})
         return cls.complete(method, values, method_registry.given_options(method, options), data_options or {}, loaded)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedkern.data import FederatedData
 from fedkern.data.sources.datasets import is_dataset
-from fedkern.errors import UserError, quoted
+from fedkern.errors import UserError, quote_value
 
 _READING = ("data_root", "cache", "public_samples", "correlation")
 
@@ -42,4 +42,4 @@ def check_in_memory(data: Any, model: object, settings: Mapping[str, Any]) -> No
         )
     count = len(data.clients) if federated else len(data) if isinstance(data, (Mapping, list, tuple)) else None
     if count and values.get("clients", count) != count:
-        raise UserError(f"clients is {quoted(values['clients'])}, and the data have {count}: leave it out.")
+        raise UserError(f"clients is {quote_value(values['clients'])}, and the data have {count}: leave it out.")

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedkern.errors import same_format
+from fedkern.errors import require_format
 from fedkern.files.inputs import read_json
 from fedkern.messages.states import State
 
@@ -26,7 +26,7 @@ def read_manifest(path: Path) -> State:
         OSError, ValueError, KeyError, TypeError: the file is missing or damaged.
     """
     manifest: State = read_json(path)
-    same_format(path, manifest["format"], FORMAT)
+    require_format(path, manifest["format"], FORMAT)
     return manifest
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.files.inputs import read_text, special
 from fedkern.methods import script_methods
 from fedkern.methods.base import Method
@@ -33,7 +33,7 @@ def read_settings(text: str, *, source: str = NAME) -> Values:
     for written, value in table.items():
         name = written.replace("-", "_")
         if name not in names:
-            raise UserError(f'{source} has an unknown setting "{name}".{nearest(name, names)}')
+            raise UserError(f'{source} has an unknown setting "{name}".{suggest_name(name, names)}')
         if name in plain:
             raise UserError(f'{source} has {name} twice, with "_" and with "-": leave one out.')
         plain[name] = value

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedkern.errors import RAISED, UserError, described, origin
+from fedkern.errors import RAISED, UserError, describe_error, error_origin
 from fedkern.tasks.figure_names import FIGURE_NAMES, PREFIXES, RECORD_NAMES
 from fedkern.usercode import plugins
 from fedkern.usercode.registry import Registry
@@ -39,7 +39,7 @@ class Metric:
         except RAISED as error:  # the user's own code may raise anything
             raise UserError(
                 f'The metric "{self.name}" fails on {len(labels)} samples of {logits.shape[1]} classes '
-                f"({described(error)}): mend {self.function.__qualname__}{origin(error, self.function)}."
+                f"({describe_error(error)}): mend {self.function.__qualname__}{error_origin(error, self.function)}."
             ) from error
 
 

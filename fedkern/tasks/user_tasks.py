@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.errors import UserError, described, shown
+from fedkern.errors import UserError, describe_error, format_value
 from fedkern.files.filesystem import check_text
-from fedkern.messages.leaves import leaves, mapped, sent, together
+from fedkern.messages.leaves import join_batches, leaves, map_leaves, move_to_device
 from fedkern.models.precision import autocast_on, full
 from fedkern.models.users.cutting import find_logits
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
@@ -290,7 +290,7 @@ class SetEvaluation:
             self._device = next((leaf.device for leaf in tensors(outputs)), self._device)
             pair = inner(self._model), batch.data
             if not takes_batches:
-                pair = mapped(_on_cpu, outputs), mapped(_on_cpu, batch.targets)
+                pair = map_leaves(_on_cpu, outputs), map_leaves(_on_cpu, batch.targets)
             with autocast_on(next(self._model.parameters()).device) if takes_batches else nullcontext():
                 values = {name: _number(name, self._functions[name], *pair) for name in self._sums if name != "loss"}
                 for name, metric in self._objects.items():
@@ -319,17 +319,18 @@ class SetEvaluation:
         targets: object = None
         if pairs and (at_once or self._functions):
             try:
-                outputs, targets = (together(list(part), self._sizes) for part in zip(*pairs, strict=True))
+                outputs, targets = (join_batches(list(part), self._sizes) for part in zip(*pairs, strict=True))
             except (RuntimeError, UserError) as error:
                 at_once = False
                 if self._functions:
                     raise UserError(
                         f"The outputs or targets of batches cannot be concatenated for {', '.join(self._functions)} "
-                        f"({described(error)}): use an object with update and compute, which sees a batch at a time."
+                        f"({describe_error(error)}): use an object with update and compute, which sees a batch at a "
+                        "time."
                     ) from error
         pairs.clear()  # copies of all of them follow
         if self._lossless:
-            loss = self._task.set_loss(*sent((outputs, targets), self._device)) if at_once else None
+            loss = self._task.set_loss(*move_to_device((outputs, targets), self._device)) if at_once else None
             values["loss"] = self._mean_loss() if loss is None else loss
         functions = {} if self._task.takes_batches else self._functions
         values |= {name: _number(name, metric, *_copies((outputs, targets))) for name, metric in functions.items()}
@@ -385,7 +386,7 @@ def check_object(name: str, value: object) -> None:
 def check_metrics(metrics: object) -> None:
     """Raise UserError for metrics that are no functions or objects by name."""
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) and name.strip() for name in metrics):
-        raise UserError(f'metrics must be a dict by name, such as {{"mae": FUNCTION}}, not {shown(metrics)}.')
+        raise UserError(f'metrics must be a dict by name, such as {{"mae": FUNCTION}}, not {format_value(metrics)}.')
     for name, metric in metrics.items():
         check_text(name, "the metric", "give it another name")
         check_object(f"the metric {name}", metric)
@@ -408,7 +409,7 @@ def _copy(leaf: object) -> object:
 def _copies(pair: tuple[object, object]) -> tuple[object, object]:
     """Return outputs and targets that a metric may change, where their types can be made again."""
     with suppress(UserError):
-        copies: tuple[object, object] = mapped(_copy, pair)
+        copies: tuple[object, object] = map_leaves(_copy, pair)
         return copies
     return pair
 

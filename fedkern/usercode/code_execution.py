@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from fedkern.errors import RAISED, UserError, described, origin, told
+from fedkern.errors import RAISED, UserError, describe_error, error_origin, user_message
 
 
 @contextmanager
@@ -43,10 +43,10 @@ def explain_errors(name: str, code: object) -> Iterator[None]:
     except MemoryError:
         raise
     except RAISED as error:  # the user's own code may raise anything
-        if told(error) is not None:  # a sentence for the user
+        if user_message(error) is not None:  # a sentence for the user
             raise
         where = code if inspect.isroutine(code) else type(code)
-        raise UserError(f"{name} fails ({described(error)}){origin(error, where)}.") from error
+        raise UserError(f"{name} fails ({describe_error(error)}){error_origin(error, where)}.") from error
 
 
 def module_name(file: str, source: bytes) -> str:

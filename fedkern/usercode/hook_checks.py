@@ -7,7 +7,7 @@ from functools import cached_property
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.usercode.registry import Registry
 
 Kind = TypeVar("Kind", bound=type)
@@ -42,7 +42,7 @@ def check_hooks(kind: type, protocol: type = object) -> None:
         alike = [hook for hook in hooks if callable(value) == callable(getattr(base, hook))]
         if not is_event:  # a longer name, such as losses or evaluate_all, is a helper's
             alike = [hook for hook in alike if not name.startswith(hook) or len(name) == len(hook) + 1]
-        if hint := nearest(name, alike, ALIKE_EVENTS if is_event else ALIKE):
+        if hint := suggest_name(name, alike, ALIKE_EVENTS if is_event else ALIKE):
             raise UserError(
                 f'{kind.__name__} has "{name}", which nothing calls.{hint} Begin a name of your own with "_".'
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedkern.errors import UserError, first_of, nearest
+from fedkern.errors import UserError, first_of, suggest_name
 from fedkern.files import filesystem
 from fedkern.usercode import plugin_files
 from fedkern.usercode.code_execution import module_name, run
@@ -156,6 +156,6 @@ def load(named: Named, what: str) -> tuple[Any, str]:
     try:
         return getattr(module, named.name), identity
     except AttributeError:
-        hint = nearest(named.name, [name for name in vars(module) if not name.startswith("_")])
+        hint = suggest_name(named.name, [name for name in vars(module) if not name.startswith("_")])
         where = named.file or named.module
         raise UserError(f'{what} {named} cannot be imported: {where} has no "{named.name}".{hint}') from None

@@ -3,7 +3,7 @@
 import pytest
 
 import fedkern
-from fedkern.errors import MEANT, nearest
+from fedkern.errors import MEANT, suggest_name
 from fedkern.listeners import Listener
 from fedkern.settings.config import RunConfig
 
@@ -96,4 +96,4 @@ def test_every_meaning_is_a_setting_an_argument_or_a_call():
     ],
 )
 def test_the_nearest_word(word, candidates, said):
-    assert nearest(word, candidates) == said
+    assert suggest_name(word, candidates) == said

@@ -32,7 +32,7 @@ from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sources.inspection import look
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
-from fedkern.messages.leaves import Keywords, Positional, parted
+from fedkern.messages.leaves import Keywords, Positional, split_targets
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.models.users.user_models import ItemNetwork
@@ -75,7 +75,7 @@ def plainly(network, sizes, loss_fn, lr, momentum):
             trained = [each for each in local.parameters() if each.requires_grad]
             optimiser = torch.optim.SGD(trained, lr, momentum)
             for *_, batch in [entry for entry in Recorded.seen if entry[:2] == (turn, size)]:
-                inputs, targets = parted(batch)
+                inputs, targets = split_targets(batch)
                 optimiser.zero_grad()
                 loss_fn(called(local, inputs), targets).backward()
                 optimiser.step()
@@ -442,10 +442,10 @@ def test_every_kind_of_sample(kind, tmp_path):
 
 def test_parts_of_a_batch():
     one, two, three = torch.rand(2, 1), torch.rand(2, 1), torch.rand(2)
-    assert parted([one, three])[0] is one
-    assert parted((one, two, three)) == (Positional((one, two)), three)
-    assert parted({"x": one, "labels": three}) == (Keywords({"x": one}), three)
-    assert parted({"x": one}) == ({"x": one}, None)
+    assert split_targets([one, three])[0] is one
+    assert split_targets((one, two, three)) == (Positional((one, two)), three)
+    assert split_targets({"x": one, "labels": three}) == (Keywords({"x": one}), three)
+    assert split_targets({"x": one}) == ({"x": one}, None)
     pair = ItemNetwork(Two(), None, raw=False)
     inputs = torch.rand(2, 2), torch.rand(2, 3)
     assert torch.equal(pair(Positional(inputs)), pair(Keywords(first=inputs[0], second=inputs[1])))
@@ -1229,7 +1229,7 @@ def test_its_network_is_exported(make, network, given, tmp_path):
     )
     file, about = run.export(tmp_path / "network.pt2")
     program = torch.export.load(file).module()
-    inputs, _ = parted(default_collate([make(6)[row] for row in range(5)]))
+    inputs, _ = split_targets(default_collate([make(6)[row] for row in range(5)]))
     torch.testing.assert_close(called(program, inputs), called(run.model(), inputs))
     assert json.loads(about.read_text())["format"] == "torch-export"
     state, _ = run.export(tmp_path / "state.pt", "state-dict")

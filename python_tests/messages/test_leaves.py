@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from fedkern.errors import UserError
-from fedkern.messages.leaves import leaves, mapped, parted, sent, together
+from fedkern.messages.leaves import join_batches, leaves, map_leaves, move_to_device, split_targets
 
 
 class Output(collections.OrderedDict[str, Any]):
@@ -70,10 +70,10 @@ def of_logits(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_containers_keep_their_types(kind: str) -> None:
     value = CONTAINERS[kind]
-    assert mapped(lambda leaf: leaf, value) is value
-    assert sent(value, torch.device("cpu")) is value
-    doubled = mapped(lambda leaf: leaf * 2 if isinstance(leaf, Tensor) else leaf, value)
-    joined = together([value, doubled], [3, 3])
+    assert map_leaves(lambda leaf: leaf, value) is value
+    assert move_to_device(value, torch.device("cpu")) is value
+    doubled = map_leaves(lambda leaf: leaf * 2 if isinstance(leaf, Tensor) else leaf, value)
+    joined = join_batches([value, doubled], [3, 3])
     for made, expected in ((value, x), (doubled, 2 * x), (joined, torch.cat([x, 2 * x]))):
         assert type(made) is type(value)
         tensors = [leaf for leaf in leaves(made) if isinstance(leaf, Tensor)]
@@ -83,15 +83,15 @@ def test_containers_keep_their_types(kind: str) -> None:
 
 def test_containers_that_cannot_be_made_again_are_named() -> None:
     with pytest.raises(UserError, match=r"type Computed cannot be made again .*: register the type with torch\.utils"):
-        mapped(lambda leaf: leaf * 2, Computed({"logits": x}))
+        map_leaves(lambda leaf: leaf * 2, Computed({"logits": x}))
     with pytest.raises(RuntimeError, match="batches give a dict of other parts"):
-        together([{"a": x}, {"b": x}], [3, 3])
+        join_batches([{"a": x}, {"b": x}], [3, 3])
 
 
 def test_a_batch_with_attributes_is_its_own_input() -> None:
     for batch in (Frozen(x, labels=x + 1), types.SimpleNamespace(logits=x, targets=x + 1)):
-        inputs, targets = parted(batch)
+        inputs, targets = split_targets(batch)
         assert inputs is batch
         assert torch.equal(targets, x + 1)
     packed = torch.nn.utils.rnn.pack_sequence([x])
-    assert sent(packed, torch.device("meta")).batch_sizes.device.type == "cpu"
+    assert move_to_device(packed, torch.device("meta")).batch_sizes.device.type == "cpu"

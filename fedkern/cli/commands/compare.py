@@ -15,7 +15,7 @@ from fedkern.cli.flags import Parser, add_arguments, as_word, key_values
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.repeat import first_commands
 from fedkern.cli.request import Request, effective_config
-from fedkern.errors import UserError, printable
+from fedkern.errors import UserError, make_printable
 from fedkern.files import atomic
 from fedkern.methods import METHODS, method_registry
 from fedkern.process import interrupts
@@ -260,7 +260,7 @@ def print_outcome(
         for text in sentences:
             print_line(console, text)
     for text in tracebacks.values():
-        print(printable(text), end="", file=sys.stderr)
+        print(make_printable(text), end="", file=sys.stderr)
     for text in failures:
         print(f"error: {text}", file=sys.stderr)
     return 1 if failures else 0

@@ -25,7 +25,7 @@ from typing import IO
 from fedkern.cli.finished_runs import run_folder
 from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
-from fedkern.errors import RunFailed, UserError, printable
+from fedkern.errors import RunFailed, UserError, make_printable
 from fedkern.flower.runs.project import simulation_settings
 from fedkern.process.extras import install
 
@@ -110,7 +110,7 @@ def _play(words: Sequence[str], where: Sequence[str]) -> None:
         try:
             run = _await_run_number(process, output)
             for line in process.stdout or ():
-                print(printable(re.sub(r"\x1b\[[0-9;]*m", "", line.decode(errors="replace"))), end="", flush=True)
+                print(make_printable(re.sub(r"\x1b\[[0-9;]*m", "", line.decode(errors="replace"))), end="", flush=True)
             _end(run, where)
         except KeyboardInterrupt:
             run = run or _await_run_number(process, output)  # a run that is submitted by now must not go on unseen

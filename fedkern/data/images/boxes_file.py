@@ -33,7 +33,7 @@ from fedkern.data.images.background import rasterise
 from fedkern.data.sources.found_files import read_file
 from fedkern.data.sources.table import parse_table
 from fedkern.data.split import Split
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import parse_json
 
@@ -61,9 +61,8 @@ class BoxesFile:
             self.boxes.setdefault(normpath(name) if normpath(name) in known else name, []).extend(boxes)
         for name in self.boxes:
             if name not in known:
-                raise UserError(
-                    f'boxes file {self.path}: the data set has no image "{name}".{nearest(name, sorted(known)[:5000])}'
-                )
+                hint = suggest_name(name, sorted(known)[:5000])
+                raise UserError(f'boxes file {self.path}: the data set has no image "{name}".{hint}')
 
     def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
         """See `fedkern.data.images.background.MaskSource`.

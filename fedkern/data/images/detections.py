@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkern.data.images.background import rasterise
 from fedkern.data.split import Split
-from fedkern.errors import UserError, same_format
+from fedkern.errors import UserError, require_format
 from fedkern.files.filesystem import cache_folder, expand, one_writer, replace
 from fedkern.files.inputs import read_json
 
@@ -106,7 +106,7 @@ class Detections:
             return {}
         try:
             content = read_json(self.path)
-            same_format(self.path, content.get("format"), FORMAT)
+            require_format(self.path, content.get("format"), FORMAT)
             boxes: dict[str, list[list[float]]] = content["boxes"]
             if content["sum"] != _sum(boxes):
                 raise ValueError("its boxes are not those that were written")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedkern.data.images.image_files import BITS, each, is_deep, open_image, upright_size
 from fedkern.data.labels.spelling import SHOWN
-from fedkern.errors import UserError, first_of, listed
+from fedkern.errors import UserError, first_of, join_words
 
 Window = tuple[float, float]
 """The stored values that become black and white."""
@@ -163,7 +163,7 @@ def describe_files(
         files = [look for set_name in chosen for look in by_set[set_name]]
         sizes = sorted({look.size for look in files}, key=lambda sides: (sides[0] * sides[1], sides))
         ends = dict.fromkeys(f"{width} x {height}" for width, height in (sizes[0], sizes[-1]))
-        stored = f"{listed(sorted({look.kind for look in files}))}, {' to '.join(ends)}"
+        stored = f"{join_words(sorted({look.kind for look in files}))}, {' to '.join(ends)}"
         how = f", {scaled}" if any(look.mode.startswith(modes) for look in files) else ""
         return stored + how + (f" -> {' '.join(seen)}" if stored != f"8-bit {seen[1]}, {seen[0]}" else "")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.data.split import Split
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.files.image_rows import ImageRows
 from fedkern.process.device_copies import send
 from fedkern.tasks.segmentation import IGNORE
@@ -270,9 +270,8 @@ def augment_pairs(images: Tensor, labels: Tensor, kind: str, rng: Generator) -> 
 
 def _find(kind: str) -> Augmentation:
     if kind not in AUGMENTATIONS:
-        raise UserError(
-            f'unknown augmentation "{kind}": expected one of {", ".join(AUGMENTATIONS)}.{nearest(kind, AUGMENTATIONS)}'
-        )
+        hint = suggest_name(kind, AUGMENTATIONS)
+        raise UserError(f'unknown augmentation "{kind}": expected one of {", ".join(AUGMENTATIONS)}.{hint}')
     return AUGMENTATIONS[kind]
 
 

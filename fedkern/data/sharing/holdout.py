@@ -10,7 +10,7 @@ import torch
 from fedkern.data.sharing.groups import drawn_rows, unit_noun
 from fedkern.data.split import Split
 from fedkern.data.types import FederatedData
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.streams import stream
 
 HELD_OUT = "held_out"
@@ -71,7 +71,8 @@ def _client(data: FederatedData, client: str | int) -> int:
     named = [names[k] if numbers else data.client_label(k) for k in range(min(count, SHOWN))] if names else []
     choices = ", ".join(named) + ", ..." * (count > SHOWN) if named else f"0 to {count - 1}"
     last = choices if count > 1 else "and a single one cannot be"
-    raise UserError(f"--held-out-client must be one of the clients, {last}, not {text}.{nearest(text, names or ())}")
+    hint = suggest_name(text, names or ())
+    raise UserError(f"--held-out-client must be one of the clients, {last}, not {text}.{hint}")
 
 
 def _without(data: FederatedData, absent: int, staying: list[int]) -> FederatedData:

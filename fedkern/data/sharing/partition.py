@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fedkern.data.sharing.groups import grouped_rows, rows_by_owner, share_cases, share_units, unit_noun
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.streams import stream
 
 Rows = npt.NDArray[np.int64]
@@ -79,7 +79,7 @@ def parse_partition(text: str) -> PartitionSpec:
     name, *values = text.strip().split(":")
     if name not in PARTITIONERS:
         choices = ", ".join(info.usage.split("[")[0] for info in PARTITIONERS.values())
-        raise UserError(f'unknown partition "{text}": expected one of {choices}.{nearest(name, PARTITIONERS)}')
+        raise UserError(f'unknown partition "{text}": expected one of {choices}.{suggest_name(name, PARTITIONERS)}')
     usage = PARTITIONERS[name].usage
     if name in ("iid", "stratified", "attribute"):
         if values:

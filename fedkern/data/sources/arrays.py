@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkern.data.forms import ImageForm
 from fedkern.data.labels.label_sets import check_several
 from fedkern.data.split import MOST, Split, are_classes
-from fedkern.errors import UserError, first_of, quoted, shown
+from fedkern.errors import UserError, first_of, format_value, quote_value
 from fedkern.tasks import task_of
 from fedkern.tasks.partition_statistics import PartitionStatistics
 
@@ -106,9 +106,8 @@ def by_text(sets: Mapping[K, T], noun: str, training: str = "") -> dict[str, T]:
     named: dict[str, T] = {}
     for key, dataset in sets.items():
         if str(key) in named:
-            raise UserError(
-                f"Two of the {noun} are called {quoted(str(key))}, as their keys are the same text: give other keys."
-            )
+            called = quote_value(str(key))
+            raise UserError(f"Two of the {noun} are called {called}, as their keys are the same text: give other keys.")
         named[str(key)] = dataset
     words = [name.lower() for name in named] if training else []
     splits = SPLITS.intersection(words)
@@ -125,7 +124,7 @@ def check_names(classes: Sequence[str]) -> None:
     """Raise UserError where names of classes are no list of different texts."""
     names = [] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
     if not all(isinstance(name, str) and name.strip() for name in names) or len({*names}) < len(names) or not names:
-        raise UserError(f"classes must be a list of different names, none of them empty, not {shown(classes)}.")
+        raise UserError(f"classes must be a list of different names, none of them empty, not {format_value(classes)}.")
 
 
 def class_names(splits: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:

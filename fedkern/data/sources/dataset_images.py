@@ -21,7 +21,7 @@ from fedkern.data.sources.labelled_images import ANY
 from fedkern.data.sources.row_store import DRAWING, EQUAL, RowStore
 from fedkern.data.split import Split
 from fedkern.errors import UserError
-from fedkern.messages.leaves import Keywords, leaves, parted
+from fedkern.messages.leaves import Keywords, leaves, split_targets
 from fedkern.tasks import Task
 from fedkern.tasks.classification import UNLABELLED
 from fedkern.tasks.partition_statistics import PartitionStatistics
@@ -182,7 +182,7 @@ def _find_repeats(store: RowStore, count: int, again: int) -> np.ndarray:
 
 def _parts(split: Items, batch: object) -> Columns:
     """Return the images, classes and masks in a batch."""
-    inputs, targets = parted(batch)
+    inputs, targets = split_targets(batch)
     mask = inputs.get(MASK) if isinstance(inputs, Keywords) else None
     images, *extra = [leaf for leaf in leaves(inputs) if leaf is not mask and getattr(leaf, "ndim", 0) == 4] or [None]
     if images is None or extra:

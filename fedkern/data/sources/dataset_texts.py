@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 from fedkern.data.forms import SampleForm
 from fedkern.data.sources.items import MapStyle
-from fedkern.messages.leaves import Keywords, parted
+from fedkern.messages.leaves import Keywords, split_targets
 
 
 class Captioned:
@@ -34,7 +34,7 @@ class Captioned:
         return len(self.texts)
 
     def __getitem__(self, row: int) -> tuple[object, int]:
-        image, text = parted(self.dataset[row])
+        image, text = split_targets(self.dataset[row])
         if isinstance(image, Keywords):
             image.pop(self.group_key, None)
         if self.stated is not None and not isinstance(text, str):
@@ -74,7 +74,7 @@ def are_captioned(dataset: object, batch: object, beside_classes: bool) -> bool:
         batch: of two items.
         beside_classes: whether an attribute ``texts`` counts where items have a target too.
     """
-    targets = parted(batch)[1]
+    targets = split_targets(batch)[1]
     in_items = isinstance(targets, (list, tuple)) and isinstance(targets[0], str)
     counts = targets is None or beside_classes
     return SampleForm.of(batch).image_shape is not None and (in_items or (counts and stated_texts(dataset) is not None))

@@ -23,8 +23,8 @@ from fedkern.data.sources.arrays import by_text, check_names
 from fedkern.data.sources.dataset_texts import Captioned, are_captioned
 from fedkern.data.sources.item_groups import GroupReader
 from fedkern.data.sources.items import Items, MapStyle, cause, draw_rows
-from fedkern.errors import RAISED, UserError, first_of, shown
-from fedkern.messages.leaves import leaves, parted
+from fedkern.errors import RAISED, UserError, first_of, format_value
+from fedkern.messages.leaves import leaves, split_targets
 from fedkern.streams import stream
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, OwnClassification, OwnTask, Task
 from fedkern.tasks.partition_statistics import PartitionStatistics
@@ -67,7 +67,7 @@ def task_of_targets(
         UserError: nothing says what the loss of such targets is.
     """
     user_task = None if loss_fn is batch_loss is None else OwnTask(loss_fn, metrics, main, better, batch_loss)
-    _, truth = parted(batch)
+    _, truth = split_targets(batch)
     if truth is None and batch_loss is None:
         has = f"only {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else "as a batch is no tuple"
         raise UserError(
@@ -132,7 +132,7 @@ def parts_of_datasets(
         _check(dataset, f"client {name}" if several else "data", LONGEST if samples is None else sys.maxsize)
     collate = collate_fn or default_collate
     if not callable(collate):
-        raise UserError(f"collate_fn must be a function of a list of samples, not {shown(collate)}.")
+        raise UserError(f"collate_fn must be a function of a list of samples, not {format_value(collate)}.")
     reader = None if groups is None else GroupReader(groups, collate)
     key, group_names = ("", {}) if reader is None else (reader.key, reader.names)
     name, dataset = next(iter(named.items()))
@@ -224,7 +224,7 @@ def _scale(normalize: Normalize | None) -> Scale | None:
     if not mean or len(mean) != len(std) or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
         raise UserError(
             f"normalize must be (mean, std), two numbers or two lists with one per channel, std above 0, not "
-            f"{shown(normalize)}."
+            f"{format_value(normalize)}."
         )
     return mean, std
 
@@ -332,7 +332,7 @@ def classes_of(pool: Items) -> Tensor:
         raise UserError(f'The classes of {count:,} items are too many to read, and {reason}: take partition="iid".')
     if reason:
         warnings.warn(f"All {count} items are read once for their classes: {reason}.", stacklevel=5)
-        classes = _whole_numbers([parted(item)[1] for item in pool.read(range(count), 0)], count)
+        classes = _whole_numbers([split_targets(item)[1] for item in pool.read(range(count), 0)], count)
     if classes is None or int(classes.min()) < 0:
         raise UserError(
             "partition shares out by class, and the targets are no classes, whole numbers from 0, one a sample: take "
@@ -376,7 +376,7 @@ def _difference(pool: Items, classes: Tensor) -> str:
     """Return how an item differs from its stated class, in words, or nothing where those compared agree."""
     rows = np.unique(np.linspace(0, len(classes) - 1, COMPARED).astype(np.int64))
     for row, item in zip(rows.tolist(), pool.read(rows, 0), strict=True):
-        target = _whole_numbers([parted(item)[1]], 1)
+        target = _whole_numbers([split_targets(item)[1]], 1)
         if target is not None and target != classes[row]:
             return f"its attribute states the class {classes[row]} of item {row}, whose target is {target.item()}"
     return ""
@@ -440,6 +440,6 @@ def _check(dataset: Any, name: str, limit: int = LONGEST) -> MapStyle:
 
 
 def _check_floats(batch: object) -> None:
-    inputs, _ = parted(batch)
+    inputs, _ = split_targets(batch)
     if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in leaves(inputs)):
         raise UserError("samples are float64, and networks are float32: call .float() on them.")

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, Subset, default_collate
 from fedkern.data.labels.spelling import clean_cell, number
 from fedkern.data.sharing.groups import hash_names
 from fedkern.data.sources.items import Items, cause, locate
-from fedkern.errors import RAISED, UserError, shown
+from fedkern.errors import RAISED, UserError, format_value
 from fedkern.messages.leaves import TARGETS
 
 WAY = "give the name of an attribute, a column or a key of items, or a function of an item's index"
@@ -36,7 +36,7 @@ class GroupReader:
 
     def __init__(self, rule: object, collate: object) -> None:
         if not callable(rule) and not (isinstance(rule, str) and rule):
-            raise UserError(f"groups is {shown(rule)}: {WAY}.")
+            raise UserError(f"groups is {format_value(rule)}: {WAY}.")
         self.key = rule if isinstance(rule, str) and rule not in TARGETS and collate is default_collate else ""
         self.names: dict[int, str] = {}
         self._rule: Any = rule
@@ -53,7 +53,7 @@ class GroupReader:
         try:
             names = [*map(_name, self._values(split))]
         except RAISED as error:  # the user's own code
-            rule = shown(self._rule)
+            rule = format_value(self._rule)
             raise UserError(f"groups={rule} of {split.name} cannot be read ({cause(error)}): {WAY}.") from error
         hashes = hash_names(f"patient/{name}" if name else f"item/{split.name}/{row}" for row, name in enumerate(names))
         self.names |= dict(zip(hashes.tolist(), names, strict=True))
@@ -100,7 +100,7 @@ class GroupReader:
 def _name(value: Any) -> str:
     value = value.item() if getattr(value, "shape", None) == () else value
     if value is not None and not isinstance(value, (str, int, float)):
-        raise UserError(f"one is {shown(value)}, neither a text nor a number nor None")
+        raise UserError(f"one is {format_value(value)}, neither a text nor a number nor None")
     name = clean_cell(str(value))
     amount = number(name)
     return unicodedata.normalize("NFC", name) if amount is None else f"{amount.normalize():f}"

@@ -18,8 +18,8 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_colla
 
 from fedkern.data.sharing.groups import Rows, grouped_rows
 from fedkern.data.sources.row_store import RowStore
-from fedkern.errors import RAISED, UserError, described, told
-from fedkern.messages.leaves import leaves, parted
+from fedkern.errors import RAISED, UserError, describe_error, user_message
+from fedkern.messages.leaves import leaves, split_targets
 from fedkern.process.torch_modes import keep_modes
 from fedkern.streams import (
     GENERATORS,
@@ -130,7 +130,7 @@ class Items:
         """The targets of all samples, where a method needs them: every item is read for it."""
         batches = (self.batch(rows, 0) for rows in np.array_split(np.arange(len(self)), -(-len(self) // 256)))
         return torch.as_tensor(
-            self.task.read_targets(torch.cat([torch.as_tensor(parted(batch)[1]) for batch in batches]))
+            self.task.read_targets(torch.cat([torch.as_tensor(split_targets(batch)[1]) for batch in batches]))
         )
 
     @property
@@ -311,7 +311,7 @@ def draw_rows(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
 
 def cause(error: BaseException) -> str:
     """Return an exception in one line, without the full stop of a sentence of fedkern's."""
-    return (told(error) or described(error)).rstrip(".")
+    return (user_message(error) or describe_error(error)).rstrip(".")
 
 
 def _still(dataset: object) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.messages.leaves import leaves, mapped
+from fedkern.messages.leaves import leaves, map_leaves
 
 DRAWING = "its items draw random numbers"
 """Reason why rows cannot take the place of such items."""
@@ -59,7 +59,7 @@ class RowStore:
         if columns and type(self._empty) is list and all(type(part) is Tensor for part in self._empty):
             return [column.index_select(0, rows) for column in columns]
         remaining = iter(columns)
-        return mapped(lambda _: next(remaining).index_select(0, rows), self._empty) if columns else None
+        return map_leaves(lambda _: next(remaining).index_select(0, rows), self._empty) if columns else None
 
     def watch(self, places: Sequence[int], items: Sequence[object], batch: object, draws: bool) -> str:
         """Keep the rows of items and their batch, and compare those that were read before.
@@ -85,14 +85,14 @@ class RowStore:
         if not all(_is_plain(leaf, len(places)) for leaf in tensors):
             return "a batch of its items holds more than tensors with one row per item"
         kinds = {_kind(item) for item in compress(items, is_new)} | self._kinds
-        form = str(mapped(lambda leaf: (leaf.dtype, leaf.shape[1:]), batch))
+        form = str(map_leaves(lambda leaf: (leaf.dtype, leaf.shape[1:]), batch))
         if len(kinds) > 1 or form != (self._form or form):
             return "its items are of several types or shapes"
         if not self._form:
             if self.limit is not None and self.count * sum(leaf[:1].nbytes for leaf in tensors) > self.limit:
                 return "its rows take more memory than a run keeps"
             self._columns = [leaf.new_empty((self.count, *leaf.shape[1:])) for leaf in tensors]
-            self._kinds, self._form, self._empty = kinds, form, mapped(lambda leaf: leaf[:0].clone(), batch)
+            self._kinds, self._form, self._empty = kinds, form, map_leaves(lambda leaf: leaf[:0].clone(), batch)
         rows, new = torch.tensor(places, dtype=torch.int64), torch.from_numpy(is_new)
         for column, leaf in zip(self._columns, tensors, strict=True):
             if is_new.any():

@@ -20,7 +20,7 @@ from fedkern.data.images.image_files import is_hidden
 from fedkern.data.labels.spelling import classes_of, clean_cell, describe_missing, unify_spelling
 from fedkern.data.sources.found_files import read_file
 from fedkern.data.sources.listing import SPLITS, Labels, Listing
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import standing
 from fedkern.tasks import task_of
@@ -74,7 +74,7 @@ class Table:
                 raise UserError(
                     f'data set "{self.data}": {self.path} has no column "{column}"; beside it the columns split, '
                     "client and patient_id are read; name the column to take for it with --data-option "
-                    f"{column}=COLUMN.{nearest(column, self.rows[0])}"
+                    f"{column}=COLUMN.{suggest_name(column, self.rows[0])}"
                 )
             for row, line in zip(self.rows, self.lines, strict=False):
                 if not row.get(column):
@@ -244,7 +244,7 @@ def _read_csv(path: Path, data: str, chosen: Mapping[str, str]) -> Table:
             columns = ", ".join(name for name in names if name)
             raise UserError(
                 f'data set "{data}": the option {option} names the column "{column}", which {path} does not have; it '
-                f"has {columns}.{nearest(column, names)}"
+                f"has {columns}.{suggest_name(column, names)}"
             )
         if not any(row.get(column) for row in rows):
             raise UserError(

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from fedkern.data.sources.items import Items, tensor_bytes
 from fedkern.engine.batches.reader import BATCH, Reader
-from fedkern.messages.leaves import parted, sent
+from fedkern.messages.leaves import move_to_device, split_targets
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase
 from fedkern.streams import stream
 
@@ -70,8 +70,8 @@ class ItemReader(Reader):
         purpose = f"items/{phase.exchange}/{epoch}" if phase != OUTSIDE else f"items/{self.split.name}"
         word = int(stream(self._seed, purpose, round=phase.round, client=self._client).integers(2**63))
         for indices, batch in zip(plan, self.split.batches(plan, word, self.reads), strict=True):
-            raw = sent(batch, self.device)
-            inputs, targets = parted(raw)
+            raw = move_to_device(batch, self.device)
+            inputs, targets = split_targets(raw)
             yield Batch(
                 inputs=inputs, targets=self.task.read_targets(targets), indices=indices, phase=phase, epoch=epoch,
                 fresh=self.fresh, task=self.task, raw=raw,

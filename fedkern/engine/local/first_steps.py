@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from fedkern.engine.local.network import Network, Part, Trainable
-from fedkern.errors import UserError, first_of, shown
+from fedkern.errors import UserError, first_of, format_value
 from fedkern.messages.leaves import leaves
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.roles import Client, Objective
@@ -131,7 +131,7 @@ class FirstSteps(Objective):
         name = "The loss of the network's outputs" if is_shipped(code) else getattr(batch.task, "loss_name", "loss_fn")
         name = name if is_shipped(owner) else f"{owner.__name__}.loss"
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
-            kind = f"a tensor {list(loss.shape)} of {_kind(loss)}" if isinstance(loss, Tensor) else shown(loss)
+            kind = f"a tensor {list(loss.shape)} of {_kind(loss)}" if isinstance(loss, Tensor) else format_value(loss)
             raise UnfitStep(f"{name} must return one floating number, a tensor of no axes, and returns {kind}.")
         # A loss of PyTorch's or fedkern's is right, so that the network's forward pass is wrong.
         shipped = is_shipped(code) and is_shipped(owner)

@@ -20,7 +20,7 @@ from fedkern.engine.batches.item_batches import trial_batch
 from fedkern.engine.batches.reader import BATCH
 from fedkern.engine.local.first_steps import is_shipped
 from fedkern.errors import RAISED, UserError
-from fedkern.messages.leaves import mapped
+from fedkern.messages.leaves import map_leaves
 from fedkern.streams import seeded_generators
 from fedkern.tasks.user_tasks import INTEGERS
 
@@ -81,7 +81,7 @@ class Trial:
         for rows in (range(start, min(start + size, end)) for start, end in pairwise([0, *ends]) if start < end):
             batches = trial_batch(split, rows[:2]), self._usual
             words = [
-                str(mapped(in_words, batch.inputs if purpose == "inputs" else batch.data)).replace("'", "")
+                str(map_leaves(in_words, batch.inputs if purpose == "inputs" else batch.data)).replace("'", "")
                 for batch in batches
             ]
             if words[0] != words[1]:

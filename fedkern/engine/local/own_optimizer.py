@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.engine.local.network import Trained
-from fedkern.errors import UserError, shown
+from fedkern.errors import UserError, format_value
 from fedkern.messages.states import State
 from fedkern.methods.terms import Terms
 from fedkern.usercode.code_execution import explain_errors
@@ -30,7 +30,7 @@ def make_optimizer(make: Factory, parameters: list[nn.Parameter]) -> torch.optim
     with explain_errors("optimizer", make):
         optimizer = make(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(f"optimizer must return a torch.optim.Optimizer, not {shown(optimizer)}.")
+        raise UserError(f"optimizer must return a torch.optim.Optimizer, not {format_value(optimizer)}.")
     if any(group.get("lr") is None for group in optimizer.param_groups):
         raise UserError(
             f"optimizer makes {type(optimizer).__name__} with a learning rate of None, which the run's factors cannot "

@@ -14,7 +14,7 @@ from torch import nn
 from fedkern.data import FederatedData
 from fedkern.data.identity import code_of
 from fedkern.engine.local.own_optimizer import make_optimizer, stepped_by
-from fedkern.errors import UserError, first_of, shown
+from fedkern.errors import UserError, first_of, format_value
 from fedkern.methods import method_registry
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.roles import Client
@@ -82,7 +82,7 @@ class ScriptObjects:
         """
         optimizer = settings.pop("optimizer") if callable(settings.get("optimizer")) else None
         if train is not None and not callable(train):
-            raise UserError(f"train must be a function of a model and a client, not {shown(train)}.")
+            raise UserError(f"train must be a function of a model and a client, not {format_value(train)}.")
         _check_arguments("train", train, "a model and a client", 2)
         _check_arguments("optimizer", optimizer, "a list of parameters", 1)
         replacing = "train" if train is not None else "optimizer" if optimizer is not None else ""
@@ -122,8 +122,8 @@ class ScriptObjects:
         result: Any = self.train(model, client)
         if result is not None and result is not model:
             raise UserError(
-                f"train must return nothing, not {shown(result)}: what it leaves in the model that it was given is the "
-                'upload, and figures go into client.report["NAME"].'
+                f"train must return nothing, not {format_value(result)}: what it leaves in the model that it was given "
+                'is the upload, and figures go into client.report["NAME"].'
             )
         return model
 
@@ -153,7 +153,7 @@ class ScriptObjects:
         elif not callable(self.network):
             raise UserError(
                 "model must be an nn.Module, a class or function that makes one, or the name of a network, not "
-                f"{shown(self.network)}."
+                f"{format_value(self.network)}."
             )
         return config.replace(model=name, width=None)
 

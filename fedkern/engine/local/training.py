@@ -23,7 +23,7 @@ from fedkern.engine.local.first_steps import FirstSteps
 from fedkern.engine.local.network import Network, Trained
 from fedkern.engine.local.own_optimizer import OwnStepper, clip
 from fedkern.errors import UserError
-from fedkern.messages.leaves import mapped
+from fedkern.messages.leaves import map_leaves
 from fedkern.messages.states import State
 from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slices
 from fedkern.methods.roles import Client, Objective
@@ -399,7 +399,7 @@ def train_async(
         if graphs is not None and as_whole:
             terms.gradient_sum.total.copy_(graphs.held["gradient_sum"])
     if schedule.keep:
-        client.state[key] = mapped(
+        client.state[key] = map_leaves(
             lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, optimiser.read_state()
         )
 

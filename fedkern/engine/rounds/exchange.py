@@ -12,7 +12,7 @@ from fedkern.engine.executors.executor import Answer, Executor
 from fedkern.engine.node import TAKEN, figures
 from fedkern.engine.rounds.round_log import RoundLog
 from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter, encoders_of
-from fedkern.errors import named
+from fedkern.errors import locate_errors
 from fedkern.methods.base import ClientId, Message, Upload
 from fedkern.process.interrupts import check
 
@@ -134,7 +134,7 @@ class Exchange:
                 client.report, client.marks = {}, set()
             uploads = asked.hooks.cohort_update(clients, asked.phase, asked.sent)
             for client in clients.values():
-                with named(f"Client {client.label}", None):
+                with locate_errors(f"Client {client.label}", None):
                     client.check_state()
             if uploads is not None:
                 share = (time.perf_counter() - start) / len(asked.sent)

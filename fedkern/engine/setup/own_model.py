@@ -18,7 +18,7 @@ from fedkern.engine.batches.item_batches import trial_batch
 from fedkern.engine.context import RunContext
 from fedkern.engine.setup import serving
 from fedkern.engine.store import initial_weights
-from fedkern.errors import RAISED, UserError, origin
+from fedkern.errors import RAISED, UserError, error_origin
 from fedkern.messages.states import State
 from fedkern.methods import method_registry
 from fedkern.models import MODELS, Own
@@ -153,8 +153,8 @@ def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[Fe
     except RAISED as error:  # a network's code may raise anything
         raise UserError(
             f"the network {make.text} fails on two samples of {split.name}, {', '.join(data.form.shapes)} "
-            f"({cause(error)}){origin(error, type(inner(network)))}: it gets an item's parts but the last, or a dict's "
-            "keys but its label; a collate_fn that returns (inputs, targets) picks others."
+            f"({cause(error)}){error_origin(error, type(inner(network)))}: it gets an item's parts but the last, or "
+            "a dict's keys but its label; a collate_fn that returns (inputs, targets) picks others."
         ) from error
     network.train()
     if "classes" in offers:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedkern.acceleration import accelerate, calls
 from fedkern.acceleration.comparison import Found, differs, far
 from fedkern.engine.context import RunContext
-from fedkern.errors import described
+from fedkern.errors import describe_error
 from fedkern.messages.leaves import leaves
 from fedkern.methods.protocol import Batch
 from fedkern.models.state.freezing import train_mode
@@ -41,7 +41,7 @@ def decide_acceleration(context: RunContext, network: nn.Module) -> tuple[str, s
     except _AsWritten as reason:
         return f"as written: {reason}", None
     except Exception as error:  # a network's code may raise anything about a tensor that it does not know
-        return f"as written: {described(error)}", None
+        return f"as written: {describe_error(error)}", None
 
 
 class _AsWritten(Exception):

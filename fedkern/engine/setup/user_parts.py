@@ -13,7 +13,7 @@ from fedkern.engine.parts.part import Part, Stop
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.store.record_files import plain
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter
-from fedkern.errors import UserError, shown
+from fedkern.errors import UserError, format_value
 from fedkern.methods.base import ClientId, Upload
 from fedkern.tasks.figure_names import FIGURE_NAMES, RECORD_NAMES
 
@@ -42,8 +42,8 @@ def build(kind: Any, run: RunObjects) -> Any:
     if part is None:
         return None
     if not isinstance(part, base):
-        due = f"a fedkern.{base.__name__} or None"
-        raise UserError(f"The {base.__name__.lower()}'s build of {kind.name} must return {due}, not {shown(part)}.")
+        due = f"a fedkern.{base.__name__} or None, not {format_value(part)}"
+        raise UserError(f"The {base.__name__.lower()}'s build of {kind.name} must return {due}.")
     sees_one = base is Part or not (
         kind.keeps_client_state or kind.state is not Filter.state or kind.combine is not Filter.combine
     )
@@ -74,7 +74,7 @@ def _call(
         own_entries |= written
         kind, due = _RETURNED.get(name, (object, ""))
         if value is not None and not isinstance(value, kind):
-            raise UserError(f"it must return {due} or nothing, not {shown(value)}")
+            raise UserError(f"it must return {due} or nothing, not {format_value(value)}")
         if name == "state":
             _check_plain(value)
         return value

@@ -30,7 +30,7 @@ from fedkern.engine.node import TAKEN
 from fedkern.engine.server import Server
 from fedkern.engine.setup import own_model
 from fedkern.engine.store.releases import DIVERGED, Releases
-from fedkern.errors import ClientFailed, Malformed, UserError, printable
+from fedkern.errors import ClientFailed, Malformed, UserError, make_printable
 from fedkern.flower.runs.node_folder import NodeFolder, Version
 from fedkern.flower.runs.portable import pack_value, unpack_value
 from fedkern.methods.base import Message, Phase
@@ -395,7 +395,7 @@ def read_reply(packed: bytes, client: int, version: Version) -> tuple[Answer, bo
         raise Malformed("has a report that is none")
     answer = Answer(
         client, values["message"], problem=_read_problem(values["problem"], client), report=report,
-        warnings={name: printable(text) for name, text in warnings.items()}, seconds=values["seconds"],
+        warnings={name: make_printable(text) for name, text in warnings.items()}, seconds=values["seconds"],
         marks=frozenset(values["marks"]),
     )  # fmt: skip
     return answer, values["changed"], values["ledger"]
@@ -413,5 +413,5 @@ def _read_problem(value: object, client: int) -> Diverged | ClientFailed | None:
     kind = value.get("kind") if isinstance(value, dict) else None
     problem = _check_form(value, _PROBLEMS.get(str(kind), _PROBLEMS["failed"]), "has a problem that is none")
     if kind == "diverged":
-        return Diverged(client, problem["round"], problem["batch"], printable(problem["what"]))
+        return Diverged(client, problem["round"], problem["batch"], make_printable(problem["what"]))
     return ClientFailed(client, problem["what"] or "its part of the method raised an exception", problem["traceback"])

@@ -22,7 +22,7 @@ from fedkern.data.dataset_registry import open_code
 from fedkern.engine.setup.order import FILTER_ORDER
 from fedkern.engine.uploads.asynchronous import check_local
 from fedkern.engine.uploads.filters import FILTERS, Filter
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.flower.runs.node_config import STAYS, UserConfig
 from fedkern.settings.config import RunConfig
 from fedkern.typed_option import Option, as_typed
@@ -95,7 +95,7 @@ def read_run_config(run_config: UserConfig, data_root: str | None = None) -> Run
     keys = [*fields, *SWITCHES, *FLOWER, "out", "plugins"]
     for key in values:
         if key not in keys and not key.startswith((METHOD_OPTION, DATA_OPTION)):
-            raise UserError(f'The run-config has an unknown key "{key}".{nearest(key, keys)}')
+            raise UserError(f'The run-config has an unknown key "{key}".{suggest_name(key, keys)}')
     named = [_locate_file(name.strip()) for name in values.get("plugins", "").split(",") if name.strip()]
     plugins.load_installed()
     loaded = plugins.load_given(named)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fedkern.errors import RunFailed, UserError, printable, printable_name
+from fedkern.errors import RunFailed, UserError, make_printable, printable_name
 from fedkern.flower import adapter
 from fedkern.flower.adapter import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, RecordDict, Result, flower
 from fedkern.flower.array_bytes import Misfit
@@ -249,7 +249,7 @@ class FedAvg(flower.FedAvg):
             if isinstance(gathered, AllModels):
                 for place, misfit in sorted(gathered.refused.items(), reverse=True):
                     faults.append(
-                        LeftOut(server_round, contents.pop(place).node, misfit.reason, printable(str(misfit)))
+                        LeftOut(server_round, contents.pop(place).node, misfit.reason, make_printable(str(misfit)))
                     )
             self._tell(server_round, len(contents), faults)
             self._warn_of_far(server_round, gathered.nodes, gathered.norms())
@@ -569,7 +569,7 @@ def _left_out(server_round: int, reply: Message, error: Exception) -> LeftOut:
     """Describe a reply that could not be read."""
     if not isinstance(error, Misfit):
         error = Misfit("unreadable", f"cannot be read ({type(error).__name__}: {printable_name(str(error), 200)})")
-    return LeftOut(server_round, _node(reply), error.reason, printable(str(error)))
+    return LeftOut(server_round, _node(reply), error.reason, make_printable(str(error)))
 
 
 def _too_large(number: float) -> bool:

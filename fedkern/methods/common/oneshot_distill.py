@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.messages.leaves import leaves, mapped
+from fedkern.messages.leaves import leaves, map_leaves
 from fedkern.methods.base import VECTORS
 from fedkern.methods.common.oneshot import MemberNetworks, OneShot, exhaust
 from fedkern.methods.common.oneshot_members import flatten, load, vectors
@@ -181,7 +181,7 @@ class Pool:
         logits, begin = self._teachers.logits(inputs), self._count
         end = begin + logits.shape[1]
         if not begin:
-            self._rows = mapped(lambda leaf: leaf.new_empty(self._capacity, *_to_rows(leaf).shape[1:]), inputs)
+            self._rows = map_leaves(lambda leaf: leaf.new_empty(self._capacity, *_to_rows(leaf).shape[1:]), inputs)
             self._logits = logits.new_empty(len(logits), self._capacity, *logits.shape[2:])
         for rows, leaf in zip(leaves(self._rows), leaves(inputs), strict=True):
             rows[begin:end] = _to_rows(leaf)
@@ -194,7 +194,7 @@ class Pool:
         Logits are [K, B, C] or [K, B, C, H, W]; ``index`` is int64 [B] (CPU).
         """
         index = send(index, self._logits.device)
-        return mapped(lambda rows: _from_rows(rows.index_select(0, index)), self._rows), self._logits.index_select(
+        return map_leaves(lambda rows: _from_rows(rows.index_select(0, index)), self._rows), self._logits.index_select(
             1, index
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.models.precision import autocasts, lower
 
 
@@ -132,8 +132,7 @@ def resolve_stage(model: StagedNetwork, name: str) -> str:
     if name == "map":
         return model.stage_names[-3:][0]  # the only one of a network with a single stage
     if name not in model.stage_names:
-        choices = ", ".join(("map", *model.stage_names))
-        raise UserError(
-            f'this network has no stage "{name}", choose one of {choices}.{nearest(name, ("map", *model.stage_names))}'
-        )
+        choices = ("map", *model.stage_names)
+        hint = suggest_name(name, choices)
+        raise UserError(f'this network has no stage "{name}", choose one of {", ".join(choices)}.{hint}')
     return name

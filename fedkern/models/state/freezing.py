@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -44,7 +44,7 @@ def matching(module: nn.Module, patterns: Sequence[str], names: Sequence[str], f
             children = [f"{name}.*" for name, child in module.named_children() if child.state_dict()]
             raise UserError(
                 f"{flag} {pattern} matches no {kind}: its parts are {', '.join(children or names)}."
-                f"{nearest(pattern, [*children, *names])}"
+                f"{suggest_name(pattern, [*children, *names])}"
             )
         chosen.update(matches)
     return chosen

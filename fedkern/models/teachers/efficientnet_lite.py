@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_json
 from fedkern.models.networks.efficientnet import EfficientNetB0
@@ -168,7 +168,7 @@ def members(names: Sequence[str], path: str = "") -> list[list[int]]:
             where = path or "those that fedkern knows by name"
             raise UserError(
                 f'the class "{name}" has no classes of ImageNet (numbers from 0 to {CLASSES - 1}) in {where}: give '
-                f"teacher={NAME}:FILE with a JSON file that has them by class.{nearest(name, list(table))}"
+                f"teacher={NAME}:FILE with a JSON file that has them by class.{suggest_name(name, list(table))}"
             )
         groups.append(numbers)
     return groups

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 from fedkern.files import filesystem
 from fedkern.models.network_registry import MODELS
 from fedkern.models.networks.staged import StagedNetwork
@@ -55,11 +55,11 @@ def parse(text: str) -> list[Spec]:
     for word in text.split(","):
         kind, _, source = word.strip().partition(":")
         if kind not in KINDS:
-            misspelt = nearest(kind, KINDS) and kind.isidentifier() and find_spec(kind) is None
+            misspelt = suggest_name(kind, KINDS) and kind.isidentifier() and find_spec(kind) is None
             if named_code.parse(word.strip()) is None or misspelt:
                 raise UserError(
                     f'unknown teacher "{word.strip()}": expected pretrained, pretrained:MODEL/WIDTH, '
-                    f"clip:PATH_OR_NAME, {LITE}, logits:FILE, {FORMS}.{nearest(kind, KINDS)}"
+                    f"clip:PATH_OR_NAME, {LITE}, logits:FILE, {FORMS}.{suggest_name(kind, KINDS)}"
                 )
             kind, source = CODE, word.strip()
         if kind not in ALONE and not source:
@@ -169,7 +169,7 @@ class Teachers:
         if model not in MODELS or (width and not (width.isdigit() and int(width) > 0)):
             raise UserError(
                 f'the teacher "{spec}" must be pretrained:MODEL or pretrained:MODEL/WIDTH with one of '
-                f"{', '.join(MODELS)}.{nearest(model, MODELS)}"
+                f"{', '.join(MODELS)}.{suggest_name(model, MODELS)}"
             )
         if self.public is None:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedkern.errors import UserError, first_of, nearest
+from fedkern.errors import UserError, first_of, suggest_name
 from fedkern.files import filesystem
 from fedkern.files.inputs import parse_json, read_text
 
@@ -71,7 +71,7 @@ def _by_class(path: Path, text: str, classes: Sequence[str]) -> list[list[str]]:
         raise UserError(f"the prompts file {path} must map every class to its prompts, but holds {_kind(table)}.")
     missing = [name for name in classes if name not in table]
     if missing:
-        hint = nearest(missing[0], [name for name in table if name not in classes])
+        hint = suggest_name(missing[0], [name for name in table if name not in classes])
         raise UserError(f"the prompts file {path} has no prompts for the class{_names(missing)}: add them.{hint}")
     extra = [name for name in table if name not in classes]
     if extra:

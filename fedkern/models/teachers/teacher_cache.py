@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedkern.errors import UserError, same_format
+from fedkern.errors import UserError, require_format
 from fedkern.files import filesystem
 from fedkern.files.filesystem import cache_folder, expand
 from fedkern.files.inputs import parse_json, special
@@ -271,7 +271,7 @@ def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]
         about = None
     about = about if isinstance(about, dict) else {}
     if text is not None:
-        same_format(path, about.get("format"), FORMAT)
+        require_format(path, about.get("format"), FORMAT)
     is_same = identity is None or about.get("identity") == json.loads(json.dumps(dict(identity)))
     if not is_same or about.get("format") != FORMAT or about.get("sum") != _sum(tensors):
         raise ValueError("it is not what was written there")

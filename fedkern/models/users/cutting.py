@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fedkern.errors import UserError, nearest
+from fedkern.errors import UserError, suggest_name
 
 FLATTEN = ""
 """Name of a piece that flattens maps to features, as networks do in ``forward`` before a linear layer."""
@@ -258,7 +258,7 @@ def _divide_declared(
             modules = [name for name, _ in module.named_modules() if name]
             raise UserError(
                 f'the network\'s attribute stages ends "{stage}" with "{path}", which is no submodule before the '
-                f"classifier.{nearest(path, modules)}"
+                f"classifier.{suggest_name(path, modules)}"
             )
         if ends[-1] < start:
             raise UserError(f'the network\'s attribute stages has "{stage}" after a stage that ends later.')

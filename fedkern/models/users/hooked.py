@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.acceleration.pending import compute_pending
-from fedkern.errors import UserError, nearest
-from fedkern.messages.leaves import mapped
+from fedkern.errors import UserError, suggest_name
+from fedkern.messages.leaves import map_leaves
 from fedkern.models.precision import full
 from fedkern.models.users.cutting import find_head, move_weights
 from fedkern.models.users.user_models import ItemNetwork, OwnNetwork
@@ -108,7 +108,7 @@ class Hooked(OwnNetwork):
             layer.training = False
         try:
             with torch.no_grad():
-                inputs = mapped(lambda leaf: h.new_zeros((len(h), *leaf.shape[1:]), dtype=leaf.dtype), self._blank)
+                inputs = map_leaves(lambda leaf: h.new_zeros((len(h), *leaf.shape[1:]), dtype=leaf.dtype), self._blank)
                 return self.call(inputs, put=(stage, h, resume))
         finally:
             resume()
@@ -174,11 +174,11 @@ def find_taps(network: Any, stages: Sequence[str], features: str | None, form: A
         raise UserError("--stages is for images, and the samples of these data are none: leave it out.")
     kind: type[Hooked] = HookedItems if items else Hooked
     samples = form.noise(2, np.random.default_rng(0))
-    blank = mapped(lambda leaf: torch.zeros_like(leaf[:1]), samples)
+    blank = map_leaves(lambda leaf: torch.zeros_like(leaf[:1]), samples)
     paths = [name for name, _ in network.module.named_modules() if name]
     for flag, name in [("stages", stage) for stage in stages] + [("features", features)] * (features is not None):
         if name not in paths:
-            raise UserError(f'--{flag}: the network {text} has no submodule "{name}".{nearest(str(name), paths)}')
+            raise UserError(f'--{flag}: the network {text} has no submodule "{name}".{suggest_name(str(name), paths)}')
     head = None if items else find_head(network.module, samples)
     if head is None and features is None:
         raise UserError(f"--stages: {text} ends in no linear layer, whose input are the features: give --features too.")
@@ -186,7 +186,7 @@ def find_taps(network: Any, stages: Sequence[str], features: str | None, form: A
 
     def results_of(stop: str = "") -> dict[str, Tensor]:
         torch.manual_seed(0)  # dropout
-        return tried.call(mapped(torch.clone, samples), stop=stop)
+        return tried.call(map_leaves(torch.clone, samples), stop=stop)
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for training in (False, True):

@@ -15,7 +15,7 @@ from fedkern.acceleration import plain
 from fedkern.acceleration.calls import call_parts
 from fedkern.acceleration.pending import compute_pending
 from fedkern.errors import UserError
-from fedkern.messages.leaves import Keywords, Positional, leaves, mapped
+from fedkern.messages.leaves import Keywords, Positional, leaves, map_leaves
 from fedkern.models.networks.staged import StagedNetwork
 from fedkern.models.networks.unet import UNet
 from fedkern.models.precision import autocasts, full, lower
@@ -86,7 +86,7 @@ class OwnNetwork(nn.Module):
         changes = self._changes_inputs.get(kind)
         if changes is False or (changes is None and not _comparable(x)):
             return call(x)
-        copies = mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
+        copies = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, x)
         output = call(copies)
         if changes is None:
             pairs = zip(_tensors(copies), _tensors(x), strict=True)
@@ -145,7 +145,7 @@ class ItemNetwork(OwnNetwork):
         output = self._logits(x)
         if lower() is None:
             return output
-        return mapped(
+        return map_leaves(
             lambda leaf: full(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, output
         )
 

@@ -16,7 +16,7 @@ from fedkern.data import DATASETS
 from fedkern.data.sources.arrays import NAME as ARRAYS
 from fedkern.engine.figures.diagnostics import hardly_better, telling_area
 from fedkern.engine.figures.final_figures import set_name
-from fedkern.errors import UserError, listed, printable_name
+from fedkern.errors import UserError, join_words, printable_name
 from fedkern.files.inputs import open_regular
 from fedkern.listeners.events import Record
 from fedkern.methods import method_registry
@@ -162,7 +162,7 @@ def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Pa
 def headline(run: Contents) -> Iterator[str]:
     """Yield what a sceptic concludes from a run, sentence by sentence."""
     summary, rounds = run.summary, run.summary["rounds"]
-    values = listed(_values(run)) if run.main else ""
+    values = join_words(_values(run)) if run.main else ""
     if not run.finished:
         planned = "" if method_registry.get(run.config.method).one_shot else f" of {run.config.rounds}"
         yield f"This run is not finished: {rounds}{planned} rounds are done, so no figure is its result."
@@ -233,9 +233,9 @@ def describe_baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
     for name, area in areas.items():
         verdict += f" {area} {_on(run.split(name)[0])}: the network tells classes apart." if area else ""
     if poor:
-        where = "" if len(poor) == len(values) else " " + listed([_on(run.split(name)[0]) for name in poor])
+        where = "" if len(poor) == len(values) else " " + join_words([_on(run.split(name)[0]) for name in poor])
         verdict += f" The network is hardly better{where}."
-    yield f"{prediction_words} {listed(texts)}.{verdict}"
+    yield f"{prediction_words} {join_words(texts)}.{verdict}"
 
 
 def _worst(run: Contents) -> Iterator[str]:
@@ -263,7 +263,7 @@ def _certainty(run: Contents) -> Iterator[str]:
             texts.append(f"{ends} {_on(test_set)} ({counts})")
     if texts:
         how = "take samples as independent" if unit == "samples" else f"draw {unit} anew, with all of their samples"
-        yield f"The number of test {unit} alone leaves {listed(texts)}: 95 % intervals, which {how}."
+        yield f"The number of test {unit} alone leaves {join_words(texts)}: 95 % intervals, which {how}."
     yield "This is one run: how far another seed moves its figures is not known (compare --seeds 3 tells)."
 
 
