@@ -1,4 +1,4 @@
-"""Errors for the user: each message is one sentence."""
+"""Errors for the user, each with a message of one sentence."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 WORD, MESSAGE, TRACEBACK = 1000, 4000, 32_000
-"""Most characters shown of a word, a message and a traceback: a name from a file can have any length."""
+"""Longest word, message and traceback shown, in characters, because a name from a file can have any length."""
 
 
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed")
-"""Words of the RuntimeError in which torch says that memory is exhausted."""
+"""Words of the RuntimeError that torch raises for exhausted memory."""
 RAISED = (Exception, SystemExit, GeneratorExit)
-"""What other people's code may raise by mistake; a KeyboardInterrupt is the user's own."""
+"""Exceptions that user code may raise by mistake. A KeyboardInterrupt is the user's own."""
 MEANT = {
     **dict.fromkeys(("learning_rate", "client_lr", "eta"), ("lr",)),
     **dict.fromkeys(("epochs", "num_epochs"), ("local_epochs", "rounds")),
@@ -36,7 +36,7 @@ MEANT = {
     **dict.fromkeys(("on_train_begin", "on_train_start"), ("on_start",)),
     "on_train_end": ("on_end",),
 }
-"""Names of other programs, or of the command line, and those that mean the same here, some with their value."""
+"""Names of other programs or of the command line, and the names here that mean the same, some with a value."""
 
 _LOSS = "A loss of your own is given in Python, fedkern.simulate(METHOD, data=..., loss_fn=FUNCTION)."
 _ADAPTERS = "LoRA is a layer of your own network: --model FILE.py:NAME, or a module in Python (docs/models.md)."
@@ -52,14 +52,15 @@ WAYS = {
     "seeds": "Several are for compare: --seeds N.",
     "task": "Labels tell the task. Where those of a csv file cannot, --data-option task=NAME does (docs/data.md).",
 }
-"""Names that nothing here has in settings, methods, networks and data sets, and the way to what they mean."""
+"""Names that no setting, method, network or data set here has, and the way to what they mean."""
 
 
 class UserError(Exception):
     """A mistake in the input (flag, path, file, value), not in fedkern.
 
-    The message is one sentence that says what is wrong and what to do, made :func:`make_printable`.  The command line prints
-    the message on standard error and exits with ``exit_code``; a library caller sees an ordinary exception.
+    The message is one sentence that says what is wrong and what to do. :func:`make_printable` cleans the message. The
+    command line prints the message on standard error and exits with ``exit_code``. A library caller sees an ordinary
+    exception.
     """
 
     exit_code = 2
@@ -69,18 +70,15 @@ class UserError(Exception):
 
 
 class NoEffect(UserError):
-    """A mistake that shows in a run: a setting without use, or a state that no file holds.  Nothing new is kept."""
+    """A mistake that shows during a run: a setting without effect, or state that no file holds. Nothing new is kept."""
 
 
 class OtherFormat(UserError):
-    """A stored file whose format has another number than this version of fedkern reads.
-
-    See :func:`require_format`.
-    """
+    """A stored file in a format that this version of fedkern does not read (see :func:`require_format`)."""
 
 
 def require_format(path: object, found: object, read: int) -> None:
-    """Raise OtherFormat where a file names the format ``found`` (None: names none) and the format ``read`` is read."""
+    """Raise OtherFormat unless a file's format number ``found`` (None: the file has none) equals ``read``."""
     if found == read:
         return
     named = "no format number" if found is None else f"format {found!r}"
@@ -91,23 +89,20 @@ def require_format(path: object, found: object, read: int) -> None:
 
 
 class Malformed(ValueError):
-    """Bytes or values from elsewhere that are not what fedkern writes.
+    """Bytes or values from outside that fedkern would not write.
 
-    The text says why, as the end of a sentence.
+    The text gives the reason, as the end of a sentence.
     """
 
 
 class RunFailed(UserError):
-    """A run that failed without a result to keep, although every input was valid.
-
-    Exit code 1.
-    """
+    """A run that failed without a result to keep, although every input was valid. Exit code 1."""
 
     exit_code = 1
 
 
 class CodeFailed(RunFailed):
-    """Code of a method raised what would otherwise be taken for an error of fedkern or the machine."""
+    """An exception from a method's code that would look like an error of fedkern or of the machine."""
 
     def __init__(self, where: str, error: BaseException, code: object) -> None:
         description = f"{describe_error(error)}{error_origin(error, code)}"
@@ -121,8 +116,8 @@ class ClientFailed(RunFailed):
 
     Attributes:
         what: the exception, in one line.
-        traceback: traceback of the exception, as text; empty for a UserError, whose sentence is enough.
-        exit_code: that of a UserError, and otherwise 1.
+        traceback: the exception's traceback as text, empty for a UserError, whose sentence is enough.
+        exit_code: a UserError's exit code, otherwise 1.
     """
 
     def __init__(
@@ -147,28 +142,22 @@ class ClientFailed(RunFailed):
         return failed
 
     def at(self, when: str, label: str = "") -> ClientFailed:
-        """Return the same error with round and client in the message.
-
-        ``when`` names the round, and ``label`` has the client's number and name.
-        """
+        """Return the same error with the round ``when`` and the client's number and name ``label`` in the message."""
         return ClientFailed(self.client, self.what, self.traceback, when, label, self.exit_code)
 
 
 def user_message(error: BaseException) -> str | None:
-    """Return the sentence of a UserError.
-
-    None for another exception, and where the text cannot be made.
-    """
+    """Return the sentence of a UserError, None for another exception or where the text cannot be made."""
     return str(error) if isinstance(error, UserError) and has_short_text(error) else None
 
 
 def error_origin(error: BaseException, code: object) -> str:
-    """File and line of a class or function at which an exception passed it, as ``" (FILE, line N)"``.
+    """Return file and line of ``code`` where an exception passed, as ``" (FILE, line N)"``.
 
-    Empty where it did not pass there, and for a :class:`UserError` that fedkern raised: it says itself what is wrong.
+    Empty where the exception did not pass there, and for a :class:`UserError` raised by fedkern, which explains itself.
 
     Args:
-        code: the class, whose bases are searched after it, or the function.
+        code: a function, or a class, whose bases are searched after the class itself.
     """
     frames = [
         (str(frame.f_globals.get("__name__")), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
@@ -194,11 +183,11 @@ def error_origin(error: BaseException, code: object) -> str:
 
 @contextmanager
 def locate_errors(where: str, code: object) -> Iterator[None]:
-    """Names the part of a method or data set in whatever its code raises inside.
+    """Name the part of a method or data set in every exception that the part's code raises.
 
-    A UserError keeps its type, and ``where`` comes before its sentence.  Any other ordinary exception gets a note.  An
-    exception becomes a :class:`CodeFailed` where it would be taken for an error of the machine or the command, such as
-    a broken pipe, a full disk or ``sys.exit()``, or has no text or one without bounds.
+    A UserError keeps its type, and ``where`` comes before its sentence. Other exceptions get a note. An exception
+    becomes a :class:`CodeFailed` if it would be taken for an error of the machine or the command (a broken pipe, a full
+    disk, ``sys.exit()``), or if its text is missing or too long.
 
     Args:
         where: the part, as the beginning of a sentence: ``"The method's server_update of fedavg in round 2"``.
@@ -221,9 +210,9 @@ def locate_errors(where: str, code: object) -> Iterator[None]:
 
 @contextmanager
 def warn_instead(tell: Callable[[str], object]) -> Iterator[None]:
-    """Tells of an error inside, as :func:`describe_error`, where only a picture is lost by it.
+    """Turn an error in an optional picture into a warning by ``tell``.
 
-    UserError and whatever says that memory is exhausted are raised.
+    UserError and errors of exhausted memory are still raised.
     """
     try:
         yield
@@ -236,7 +225,7 @@ def warn_instead(tell: Callable[[str], object]) -> Iterator[None]:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an exception in one line of bounded length: its type and its text, which may itself raise."""
+    """Return an exception as one short line: its type and its text, which may itself raise."""
     try:
         text = " ".join(str(error).split())
     except Exception:
@@ -246,7 +235,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def has_short_text(error: BaseException) -> bool:
-    """Return whether an exception has a text, and one of bounded length."""
+    """Return whether an exception has a text of bounded length."""
     try:
         return len(str(error)) <= MESSAGE
     except Exception:
@@ -259,15 +248,12 @@ def format_traceback(error: BaseException) -> str:
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback that an exception carries, or that of itself.
-
-    Empty for a UserError without one.
-    """
+    """Return the traceback that an exception carries, or else its own, empty for a UserError without one."""
     return str(getattr(error, "traceback", "" if isinstance(error, UserError) else format_traceback(error)))
 
 
 def format_value(value: object) -> str:
-    """Return a wrong argument in a message: a short value, or its type."""
+    """Return a wrong argument for a message: a short value, or its type."""
     try:
         text = repr(value)
     except Exception:  # whatever it is, its type is known
@@ -276,14 +262,14 @@ def format_value(value: object) -> str:
 
 
 def quote_value(value: object) -> str:
-    """Return a wrong value of a setting in a message: a word or number in quotes, anything else as :func:`format_value`."""
+    """Return a wrong setting for a message: words and numbers in quotes, others as :func:`format_value`."""
     return f'"{value}"' if isinstance(value, (str, int, float)) else format_value(value)
 
 
 def make_printable(text: str, limit: int = MESSAGE) -> str:
-    """Make a message safe for a terminal: cuts the middle out of long words and messages, escapes control characters.
+    """Make a message safe for a terminal: cut long words and messages in the middle, escape control characters.
 
-    Line ends and tabs are kept.  A text of more than ``most`` characters is a long message.
+    Line ends and tabs are kept. Words are cut at `WORD` characters, messages at ``limit``.
     """
     if len(text) > WORD:
         text = re.sub(rf"\S{{{WORD + 1},}}", lambda word: _cut(word[0], WORD), text)
@@ -292,10 +278,7 @@ def make_printable(text: str, limit: int = MESSAGE) -> str:
 
 
 def printable_name(text: str, limit: int) -> str:
-    """Return a name as one line of at most ``most`` characters.
-
-    Control characters and line ends are escaped, and the middle is cut out.
-    """
+    """Return a name as one line of at most ``limit`` characters, cut in the middle, with control characters escaped."""
     return _cut(_escape_text(text), limit)
 
 
@@ -306,13 +289,13 @@ def _escape_text(text: str, kept: str = "") -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    """Shortens ``text`` to ``most`` characters: three quarters from the beginning, "...", one quarter from the end."""
+    """Shorten ``text`` to ``limit`` characters: three quarters from the beginning, "...", one quarter from the end."""
     tail = limit // 4
     return text if len(text) <= limit else f"{text[: limit - tail - 3]}...{text[-tail:]}"
 
 
 def first_of(words: Sequence[str], limit: int, between: str = ", ") -> str:
-    """At most ``most`` of the words, and how many more there are: ``"a, b and 3 more"``."""
+    """Return at most ``limit`` of the words and how many more there are: ``"a, b and 3 more"``."""
     return between.join(words[:limit]) + (f" and {len(words) - limit} more" if len(words) > limit else "")
 
 
@@ -322,10 +305,10 @@ def join_words(parts: Sequence[str]) -> str:
 
 
 def suggest_name(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
-    """Return ``' Did you mean "x"?'`` for the candidates that ``word`` means, or else for the one most like it.
+    """Return ``' Did you mean "x"?'`` for the candidates that ``word`` means, or else for the most similar one.
 
-    Dashes before a word and upper case make no difference.  Returns an empty string where no likeness reaches
-    ``cutoff``, from 0 to 1.  Among settings, methods, networks and data sets the text may be one of ``WAYS``.
+    Dashes before a word and upper case make no difference. Returns an empty string where no similarity reaches
+    ``cutoff``, from 0 to 1. Among settings, methods, networks and data sets the text may come from `WAYS`.
     """
     if len(word) > WORD:
         return ""

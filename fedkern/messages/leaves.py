@@ -1,4 +1,4 @@
-"""Leaves: the tensors in nested containers, as batches and outputs of networks are made."""
+"""Leaves: the tensors in nested containers such as batches and network outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedkern.errors import UserError, describe_error
 from fedkern.ops._core.private_torch import PYTREE_NODES, REGISTER_NODE
 
 TARGETS = ("labels", "targets", "label")
-"""Keys of a batch's targets, where it is a mapping."""
+"""Keys under which a mapping may hold a batch's targets."""
 
 
 Parts = dict[Any, Any]
@@ -24,10 +24,7 @@ T = TypeVar("T")
 
 
 def _parts(value: object) -> Parts | None:
-    """Return the parts of a container by key, index or name.
-
-    None: ``value`` is a leaf.
-    """
+    """Return the parts of a container by key, index or name, None for a leaf."""
     if isinstance(value, Tensor):
         return None
     if (node := PYTREE_NODES.get(type(value))) is not None:
@@ -50,10 +47,10 @@ def _attributes(value: object) -> Parts | None:
 
 
 def _remade(value: Any, parts: Parts) -> object:
-    """Return a container of the type of ``value`` with other parts, without a call of its constructor.
+    """Rebuild a container of the type of ``value`` from other parts, without calling its constructor.
 
     Raises:
-        UserError: the type keeps its parts in a place of its own.
+        UserError: the type stores its parts in a way that cannot be rebuilt.
     """
     kind: Any = type(value)
     try:
@@ -85,10 +82,10 @@ def _remade(value: Any, parts: Parts) -> object:
 
 
 def map_leaves(change: Callable[[Any], object], value: object, is_leaf: Callable[[object], bool] | None = None) -> Any:
-    """Return the same nesting, of the same types, with every leaf changed.
+    """Apply ``change`` to every leaf and return the same nesting of the same types.
 
-    A container whose leaves all stay is returned itself. Containers are nodes of torch's pytree, mappings, tuples,
-    lists, dataclasses and namespaces.
+    A container whose leaves all stay the same is returned itself. Containers are nodes of torch's pytree, mappings,
+    tuples, lists, dataclasses and namespaces.
     """
     parts = None if is_leaf is not None and is_leaf(value) else _parts(value)
     if parts is None:
@@ -108,13 +105,13 @@ def leaves(value: object) -> Iterator[Any]:
 
 
 def join_batches(values: list[Any], sizes: list[int]) -> Any:
-    """Values of batches of so many samples as one: tensors are concatenated, numbers stacked, other leaves made a list.
+    """Join the values of batches with ``sizes`` samples: concatenate tensors, stack numbers, list other leaves.
 
-    None in all batches stays None. A list is a value for every sample, or tensors ``[B, ...]`` as torch's collation
+    None in all batches stays None. A list holds a value for every sample, or tensors ``[B, ...]`` as torch's collation
     makes them of tuples.
 
     Raises:
-        RuntimeError: tensors cannot be concatenated, or containers have other parts.
+        RuntimeError: tensors cannot be concatenated, or containers have different parts.
     """
     example = values[0]
     if all(value is None for value in values):
@@ -132,7 +129,7 @@ def join_batches(values: list[Any], sizes: list[int]) -> Any:
 
 
 def _positions(values: list[Any], sizes: list[int]) -> bool:
-    """Return whether lists of batches hold tensors of all samples, one behind another."""
+    """Return whether lists of batches hold tensors of all samples, position by position."""
     per_sample = all(
         isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size
         for leaves_of_batch, size in zip(values, sizes, strict=True)
@@ -142,7 +139,7 @@ def _positions(values: list[Any], sizes: list[int]) -> bool:
 
 
 def move_to_device(value: T, device: torch.device) -> T:
-    """Return the same nesting with every leaf that can be moved (tensors, batches of other libraries) on a device."""
+    """Move every leaf that has a ``to`` (tensors, batches of other libraries) to a device, keeping the nesting."""
     if (
         device.type == "cpu"
         and isinstance(value, list)
@@ -161,18 +158,18 @@ def move_to_device(value: T, device: torch.device) -> T:
 
 
 class Positional(tuple[Any, ...]):
-    """Several inputs of a network, in order."""
+    """Several positional inputs of a network."""
 
 
 class Keywords(dict[str, Any]):
-    """Inputs of a network by the names of its arguments."""
+    """Inputs of a network by argument name."""
 
 
 def split_targets(batch: object) -> tuple[Any, Any]:
-    """Return inputs and targets of a batch: of a tuple the last part, of a mapping an entry of `TARGETS`.
+    """Split a batch into inputs and targets: a tuple's last part, or a mapping's entry of `TARGETS`.
 
     A dataclass or namespace is its own input, and an attribute of `TARGETS` holds the targets. Targets are None where
-    nothing says what they are.
+    no part can be identified as targets.
     """
     if isinstance(batch, (tuple, list)) and len(batch) == 1:
         return batch[0], None
