@@ -220,14 +220,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         cases = [tuple(item.callspec._idlist) for item in group]
         axes = [list(dict.fromkeys(axis)) for axis in zip(*cases, strict=True)]
         longest = max(map(len, axes))
-        most = min([longest, *group[0].get_closest_marker("sampled").args])
+        count = min([longest, *group[0].get_closest_marker("sampled").args])
         chosen, repeats = [[] for _ in axes], 1
         for axis, values in sorted(zip(axes, chosen, strict=True), key=lambda both: len(both[0])):
-            if len(axis) * repeats <= most:
-                values += [axis[i // repeats % len(axis)] for i in range(most)]
+            if len(axis) * repeats <= count:
+                values += [axis[i // repeats % len(axis)] for i in range(count)]
                 repeats *= len(axis)
             else:
-                values += [axis[i * longest // most % len(axis)] for i in range(most)]
+                values += [axis[i * longest // count % len(axis)] for i in range(count)]
         sample = set(zip(*chosen, strict=True))
         for item, case in zip(group, cases, strict=True):
             if case not in sample:

@@ -32,8 +32,8 @@ class TwoBlocks(Head):
 
 def sequential():
     layers = []
-    for one, other in ((3, 16), (16, 16), (16, 32)):
-        layers += [*block(one, other), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    for inputs, outputs in ((3, 16), (16, 16), (16, 32)):
+        layers += [*block(inputs, outputs), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
 
 
@@ -191,9 +191,9 @@ class UNet(Head):
         (self.c1, self.b1), (self.c2, self.b2), (self.c3, self.b3) = block(3, 16), block(16, 32), block(48, 16)
 
     def maps(self, x):
-        one = F.relu(self.b1(self.c1(x)))
-        two = F.relu(self.b2(self.c2(F.max_pool2d(one, 2))))
-        return F.relu(self.b3(self.c3(torch.cat([one, F.interpolate(two, scale_factor=2)], 1))))
+        fine = F.relu(self.b1(self.c1(x)))
+        two = F.relu(self.b2(self.c2(F.max_pool2d(fine, 2))))
+        return F.relu(self.b3(self.c3(torch.cat([fine, F.interpolate(two, scale_factor=2)], 1))))
 
 
 class Unused(TwoBlocks):
@@ -265,33 +265,33 @@ def played(network, images, seed=5):
     torch.manual_seed(seed)
     with torch.no_grad():
         later = list(leaves(network(images)))
-    gradients = {name: each.grad for name, each in network.named_parameters()}
+    gradients = {name: p.grad for name, p in network.named_parameters()}
     return [leaf.detach() for leaf in out], later, gradients, dict(network.named_buffers())
 
 
-def equal(one, other, exact=True):
+def equal(got, wanted, exact=True):
     """Whether everything of :func:`played` has the same bits.
 
     Not ``exact``: but for gradients of several sums.
     """
-    pairs = [*zip(one[0], other[0], strict=True), *zip(one[1], other[1], strict=True)]
-    pairs += [(one[3][name], other[3][name]) for name in one[3]]
-    gradients = [(one[2][name], other[2][name]) for name in one[2]]
-    largest = max((float(each.abs().max()) for each in other[2].values() if each is not None), default=0.0)
+    pairs = [*zip(got[0], wanted[0], strict=True), *zip(got[1], wanted[1], strict=True)]
+    pairs += [(got[3][name], wanted[3][name]) for name in got[3]]
+    gradients = [(got[2][name], wanted[2][name]) for name in got[2]]
+    largest = max((float(grad.abs().max()) for grad in wanted[2].values() if grad is not None), default=0.0)
     near = all(a is b is None or torch.allclose(a, b, rtol=1e-5, atol=1e-5 * largest) for a, b in gradients)
-    same = all(torch.equal(a, b) for a, b in pairs)
-    return same and (near if not exact else all(a is b is None or torch.equal(a, b) for a, b in gradients))
+    equal_values = all(torch.equal(a, b) for a, b in pairs)
+    return equal_values and (near if not exact else all(a is b is None or torch.equal(a, b) for a, b in gradients))
 
 
-def close(one, other):
+def close(got, wanted):
     """Whether the numbers are those of other roundings.
 
     A ReLU that one flips changes a gradient.
     """
-    for a, b in zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True):
+    for a, b in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
-    for name, b in other[3].items():
-        torch.testing.assert_close(one[3][name], b, rtol=1e-4, atol=1e-5)
-    assert [name for name, each in one[2].items() if each is None] == [n for n, b in other[2].items() if b is None]
-    flat = [torch.cat([each.flatten() for each in found[2].values() if each is not None]) for found in (one, other)]
+    for name, b in wanted[3].items():
+        torch.testing.assert_close(got[3][name], b, rtol=1e-4, atol=1e-5)
+    assert [name for name, grad in got[2].items() if grad is None] == [n for n, b in wanted[2].items() if b is None]
+    flat = [torch.cat([grad.flatten() for grad in found[2].values() if grad is not None]) for found in (got, wanted)]
     assert float((flat[0] - flat[1]).norm() / flat[1].norm()) < 5e-2

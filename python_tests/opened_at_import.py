@@ -20,8 +20,8 @@ def open_once():
 class Bytes(Dataset):
     """Items that raise where another process has moved the position in the file."""
 
-    def __init__(self, kind, first, count):
-        self.kind, self.first, self.count = kind, first, count
+    def __init__(self, kind, begin, count):
+        self.kind, self.first, self.count = kind, begin, count
         self.descriptor = os.open(__file__, os.O_RDONLY) if kind == "descriptor" else -1
 
     def __len__(self):

@@ -17,5 +17,5 @@ def played(out, method, **settings):
     return fedkern.simulate(method, out=out, pictures=False, **{**SETTINGS, **settings})
 
 
-def same(first, second):
-    return all(torch.equal(value, second[name]) for name, value in first.items())
+def same(got, second):
+    return all(torch.equal(value, second[name]) for name, value in got.items())

@@ -69,11 +69,11 @@ class Waits(TorchDispatchMode):
                 self._note(f"{name} of tensors on both devices")
         return func(*args, **kwargs)
 
-    def _note(self, what: str) -> None:
+    def _note(self, action: str) -> None:
         if self.inside:
             frames = [f for f in traceback.extract_stack() if "/fedkern/" in f.filename or "worker" in f.filename]
             where = frames[-1] if frames else traceback.extract_stack()[0]
-            self.found[f"{what} ({Path(where.filename).name}: {where.name})"] += 1
+            self.found[f"{action} ({Path(where.filename).name}: {where.name})"] += 1
 
 
 def pretend(monkeypatch) -> Waits:
@@ -88,19 +88,19 @@ def pretend(monkeypatch) -> Waits:
     own_pointer = Tensor.data_ptr
     step = 0
 
-    def init(self, context, *rest):
+    def init(self, context, *arguments):
         if id(context) not in made:
             twin = RunContext(context.config, context.data)
             twin.device = twin.networks.device = twin.samples.device = META
             twin.teachers = context.teachers
             made[id(context)] = twin, context
-        own_init(self, made[id(context)][0], *rest)
+        own_init(self, made[id(context)][0], *arguments)
 
-    def train(*given, **more):
+    def train(*given, **settings):
         nonlocal step
         step = 0
         try:
-            return own_train(*given, **more)
+            return own_train(*given, **settings)
         finally:
             waits.inside = False
 

@@ -65,13 +65,13 @@ def count_code_lines(text: str, nodes: list[ast.AST]) -> int:
     """Return the number of lines without blank ones, comments, and strings that stand alone (docstrings)."""
     rows = text.split("\n")
     lines = {number for number, row in enumerate(rows, 1) if row.strip() and row.lstrip()[0] != "#"}
-    alone = set()
+    docstrings = set()
     for node in nodes:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            alone.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            docstrings.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         elif isinstance(node, (ast.Constant, ast.JoinedStr)) and QUOTES.search(rows[node.lineno - 1]):
             lines.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    return len(lines - alone)
+    return len(lines - docstrings)
 
 
 def find_language(nodes: list[ast.AST]) -> Iterator[tuple[str, int, str]]:

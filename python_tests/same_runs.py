@@ -264,9 +264,9 @@ def without_folder(value: Any, folder: str) -> Any:
 def timeless(value: Any) -> Any:
     """Return a JSON value without the entries that no two runs have alike."""
     if isinstance(value, dict):
-        return {name: timeless(each) for name, each in value.items() if name not in VOLATILE | SUMS}
+        return {name: timeless(member) for name, member in value.items() if name not in VOLATILE | SUMS}
     if isinstance(value, list):
-        return [timeless(each) for each in value]
+        return [timeless(item) for item in value]
     return value
 
 
@@ -314,15 +314,15 @@ def main() -> int:
                 lost = (method, task) in before
                 different += lost
                 print(f"{method}, {task}: {'differs' if lost else 'gained'}, only {'OLD' if lost else 'NEW'} serves it")
-        both = [*sorted(before & after), *((method, name) for method in ("fedavg", "moon") for name in NETWORKS)]
-        both += [(method, name) for method in ("fedavg", "scaffold", "ditto") for name in DATASETS]
-        cases = [(*served, mode) for served in both for mode in MODES[:-1] if mode in given.modes]
+        served_runs = [*sorted(before & after), *((method, name) for method in ("fedavg", "moon") for name in NETWORKS)]
+        served_runs += [(method, name) for method in ("fedavg", "scaffold", "ditto") for name in DATASETS]
+        cases = [(*served, mode) for served in served_runs for mode in MODES[:-1] if mode in given.modes]
         cases = [case for case in cases if case[1] not in DATASETS or case[2] not in ("two ranks", "flower")]
         for case in cases:
             if given.only in ", ".join(case):
                 with ThreadPoolExecutor() as pool:
-                    (old, memory), (new, more) = pool.map(lambda side, case=case: side.run(*case), sides)
-                peaks.append(more / memory)
+                    (old, memory), (new, new_memory) = pool.map(lambda side, case=case: side.run(*case), sides)
+                peaks.append(new_memory / memory)
                 lines = list(differences(old, new))
                 error = "" if lines else new["error"]
                 if error and "UserError" not in error:
@@ -335,9 +335,9 @@ def main() -> int:
         for wrong in WRONG if "commands" in given.modes else ():
             if given.only in wrong:
                 old, new = (side.python("-m", "fedkern.run", *wrong.split())[:2] for side in sides)
-                same = old == new and old[0] == 2
-                different += not same
-                print(f"{wrong}: {'same' if same else f'differs: {old} in OLD, {new} in NEW'}", flush=True)
+                equal = old == new and old[0] == 2
+                different += not equal
+                print(f"{wrong}: {'same' if equal else f'differs: {old} in OLD, {new} in NEW'}", flush=True)
         if peaks:
             print(f"peak memory: {statistics.median(peaks):.3f} of OLD's (median), {max(peaks):.3f} at most")
         if "commands" in given.modes:

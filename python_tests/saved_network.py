@@ -8,6 +8,6 @@ def tensors(out):
     return load_file(out / "model.safetensors")
 
 
-def same_network(one, other):
-    first, second = tensors(one), tensors(other)
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+def same_network(a, b):
+    weights, second = tensors(a), tensors(b)
+    return weights.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in weights.items())

@@ -49,20 +49,20 @@ def test_a_run_from_python_is_that_of_the_command_line(tmp_path):
         f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name not in ("progress", "pictures")
     ]
     assert main(["fedprox", *words, "--rounds=2", "--method-option", "mu=0.1", "--quiet", "--out", "theirs"]) == 0
-    other = fedkern.load("theirs")
-    assert run.config.to_dict() == other.config.to_dict()
-    assert run.metrics == other.metrics
-    one, two = run.model().state_dict(), other.model().state_dict()
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert run.history["accuracy"] == other.history["accuracy"]
+    typed_run = fedkern.load("theirs")
+    assert run.config.to_dict() == typed_run.config.to_dict()
+    assert run.metrics == typed_run.metrics
+    own_state, two = run.model().state_dict(), typed_run.model().state_dict()
+    assert all(torch.equal(own_state[name], two[name]) for name in own_state)
+    assert run.history["accuracy"] == typed_run.history["accuracy"]
     assert len(run.history) == 2
 
 
 def test_a_run_without_a_folder_gets_one_of_its_own(tmp_path):
-    first = fedkern.simulate("fedavg", rounds=1, **TINY)
+    run = fedkern.simulate("fedavg", rounds=1, **TINY)
     second = fedkern.simulate("fedavg", rounds=1, **TINY)
-    assert first.out != second.out
-    assert {first.out.parent.name, second.out.parent.name} == {"runs"}
+    assert run.out != second.out
+    assert {run.out.parent.name, second.out.parent.name} == {"runs"}
 
 
 def test_a_folder_of_runs_that_is_none_is_said(tmp_path):

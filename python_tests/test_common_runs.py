@@ -30,7 +30,7 @@ PIXELS = [name for name, entry in MODELS.items() if entry.gives == "pixels"]
 NETWORKS = [
     *(f"{name}{width}" for name in ZOO for width in ("", "-narrow")),
     *PIXELS,
-    *(each.__name__ for each in common_networks.OWN),
+    *(network.__name__ for network in common_networks.OWN),
 ]
 PLAYER = """
 import contextlib, io, json, sys

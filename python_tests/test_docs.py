@@ -33,8 +33,8 @@ def test_code_runs(title: str, code: str) -> None:
 
 def test_every_operator_has_a_section() -> None:
     titles = {name for title, _ in BLOCKS for name in title.split(", ")}
-    others = {"ServerStep", "StepResult", "empty_cache", "use_backend", "use_isa"}
-    assert {*ops.__all__} - others == titles
+    no_operators = {"ServerStep", "StepResult", "empty_cache", "use_backend", "use_isa"}
+    assert {*ops.__all__} - no_operators == titles
 
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

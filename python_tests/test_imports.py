@@ -52,9 +52,9 @@ def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
         else:
             inside = path.relative_to(ROOT).parent.parts if node.level else ()
             base = ".".join([*inside[: len(inside) + 1 - node.level], *([node.module] if node.module else [])])
-            found |= {each if (each := f"{base}.{alias.name}") in known else base for alias in node.names}
+            found |= {module if (module := f"{base}.{alias.name}") in known else base for alias in node.names}
     if name.startswith("benchmarks"):  # which find each other by their own folder too
-        found |= {f"benchmarks.{each}" for each in found}
+        found |= {f"benchmarks.{module}" for module in found}
     return found & set(known) - {name}
 
 
@@ -125,10 +125,10 @@ def test_rooms_import_from_below() -> None:
     floors = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms.split()}
     assert {name.split(".")[1] for name in modules("fedkern") if "." in name} == floors.keys()
     wrong = [
-        f"{name} imports {each}"
-        for name, others in imports("fedkern").items() if "." in name
-        for each in others - {"fedkern"}
-        if name.split(".")[1] != each.split(".")[1] and floors[name.split(".")[1]] <= floors[each.split(".")[1]]
+        f"{name} imports {module}"
+        for name, names in imports("fedkern").items() if "." in name
+        for module in names - {"fedkern"}
+        if name.split(".")[1] != module.split(".")[1] and floors[name.split(".")[1]] <= floors[module.split(".")[1]]
     ]  # fmt: skip
     assert not wrong
 
@@ -139,7 +139,7 @@ def test_tests_lie_as_their_modules_do() -> None:
     for path in (ROOT / "python_tests").rglob("test_*.py"):
         place, stem = path.parent.relative_to(ROOT / "python_tests"), path.stem.removeprefix("test_")
         room = ROOT / "fedkern" / place.parts[0] if place.parts else ROOT / "fedkern" / "none"
-        homes = {each.parent.relative_to(ROOT / "fedkern") for each in room.rglob(f"{stem}.py")}
+        homes = {path.parent.relative_to(ROOT / "fedkern") for path in room.rglob(f"{stem}.py")}
         if len(homes) == 1 and place not in homes:
             misplaced.append(f"{place / path.name}, and the module is in {homes.pop()}")
     assert not misplaced
@@ -148,7 +148,7 @@ def test_tests_lie_as_their_modules_do() -> None:
 @pytest.mark.parametrize("package", ["fedkern", "benchmarks"])
 def test_no_circle_of_imports(package: str) -> None:
     # The names at the top of the package are looked up when they are asked for, so that everything may import it.
-    graph = {name: others - {package} for name, others in imports(package).items()}
+    graph = {name: names - {package} for name, names in imports(package).items()}
     assert len(graph) > 50
     try:
         TopologicalSorter(graph).prepare()

@@ -70,15 +70,15 @@ def test_every_method_gives_the_bits_of_arrays(method: str, sets: tuple[Any, Any
     public: dict[str, Any] = {}
     if method in NEED_PUBLIC:
         public = {"public": Subset(train, range(70, 90))}
-        rest = torch.from_numpy(train.data[70:]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(train.targets[70:])
-        arrays = dataclasses.replace(arrays, public=Split(*rest))
+        extra = torch.from_numpy(train.data[70:]).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(train.targets[70:])
+        arrays = dataclasses.replace(arrays, public=Split(*extra))
     how = settings_of(method)
-    one = fedkern.simulate(method, data=parts, test=test, **public, out=tmp_path / "one", workers=1, **how)
+    serial = fedkern.simulate(method, data=parts, test=test, **public, out=tmp_path / "one", workers=1, **how)
     two = fedkern.simulate(method, data=parts, test=test, **public, out=tmp_path / "two", workers=2, **how)
     expected = fedkern.simulate(method, data=arrays, out=tmp_path / "arrays", workers=1, **how)
-    assert one.metrics == two.metrics == expected.metrics
-    assert same_network(one.out, expected.out)
-    assert same_network(one.out, two.out)
+    assert serial.metrics == two.metrics == expected.metrics
+    assert same_network(serial.out, expected.out)
+    assert same_network(serial.out, two.out)
 
 
 class Scaled(Dataset[Any]):

@@ -60,5 +60,5 @@ def test_every_decorator_and_aggregator_is_named():
     table = PAGE[PAGE.index("| `--aggregator` | result") :].split("\n\n")[0]
     for name, entry in AGGREGATORS.items():
         assert f"| `{name}` |" in table
-        for each in entry.options:
-            assert f"`{each.name}={each.default}`" in table
+        for option in entry.options:
+            assert f"`{option.name}={option.default}`" in table

@@ -137,18 +137,18 @@ def test_a_checkout_and_an_environment_may_lie_anywhere(tmp_path: Path) -> None:
     for name in ("csrc", "cmake"):
         shutil.copytree(ROOT / name, checkout / name)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    python, other = environment / "bin" / "python", environment / "pybind11"
-    shutil.copytree(Path(pybind11.__file__).parent, other)
+    python, headers = environment / "bin" / "python", environment / "pybind11"
+    shutil.copytree(Path(pybind11.__file__).parent, headers)
     command = ["cmake", "-S", checkout / "csrc", "-B", checkout / "build", "-G", "Ninja"]
-    command += [f"-DPython_EXECUTABLE={python}", f"-Dpybind11_DIR={other}/share/cmake/pybind11"]
+    command += [f"-DPython_EXECUTABLE={python}", f"-Dpybind11_DIR={headers}/share/cmake/pybind11"]
     objects = ["CMakeFiles/_cpu.dir/cpu/isa.cpp.o"]
     if shutil.which("nvcc") and os.environ.get("FEDKERN_CUDA") != "0":
         objects += ["CMakeFiles/cuda_kernels.dir/cuda/device.cu.o", "CMakeFiles/_cuda.dir/bindings/cuda.cpp.o"]
     else:
         objects += ["CMakeFiles/_cpu.dir/bindings/cpu.cpp.o"]
     for step in (command, ["ninja", "-C", checkout / "build", *objects]):
-        alone = {**os.environ, "CUDAARCHS": "80-real"}  # the one architecture that is asked for
-        done = subprocess.run(step, capture_output=True, text=True, timeout=300, env=alone)
+        one_architecture = {**os.environ, "CUDAARCHS": "80-real"}  # the one architecture that is asked for
+        done = subprocess.run(step, capture_output=True, text=True, timeout=300, env=one_architecture)
         assert done.returncode == 0, done.stdout + done.stderr
         if step is command and len(objects) == 3:
             assert re.search(r"with nvcc [\d.]+ for 80-real\n", done.stdout)

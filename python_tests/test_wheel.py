@@ -30,27 +30,27 @@ print(*{row.backend for row in backend.status() if row.serves})
 """
 
 
-def environment(**more: str) -> dict[str, str]:
+def environment(**variables: str) -> dict[str, str]:
     """No setting of whoever runs the tests reaches pip, setup.py or the installed package."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON", "FEDKERN_", "CXX", "CMAKE"))}
-    return {**kept, "PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **more}
+    return {**kept, "PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
 
 
-def run(*command: object, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=900)
+    done = subprocess.run(words, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
     return done
 
 
-def setup(folder: Path, *commands: object, **more: str) -> None:
+def setup(folder: Path, *commands: object, **variables: str) -> None:
     """Run setup.py in the checkout.
 
     All that it writes but compiled objects lies in ``folder``.
     """
     pytest.importorskip("setuptools", "77")  # older ones do not read this pyproject.toml
     with one_writer(ROOT / "setup.py"):  # tests side by side share the folder of compiled objects
-        run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, *commands, cwd=ROOT, **more)
+        run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, *commands, cwd=ROOT, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +103,13 @@ def bare(folder: Path, *start: str) -> Path:
         start: lines of Python that run whenever its interpreter starts.
     """
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
-    others = folder / "others"
-    others.mkdir()
+    packages = folder / "others"
+    packages.mkdir()
     for path in Path(torch.__file__).parents[1].iterdir():
         if path.suffix != ".pth" and not path.name.lower().startswith(("fedkern", "__editable__", "__pycache__")):
-            (others / path.name).symlink_to(path)
+            (packages / path.name).symlink_to(path)
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "others.pth").write_text("\n".join([str(others), *start]) + "\n")
+    (site / "others.pth").write_text("\n".join([str(packages), *start]) + "\n")
     return folder / "bin"
 
 

@@ -54,12 +54,12 @@ class Popen(StartedPopen):  # type: ignore[type-arg]
     It is this process's child, as any other: what has forked it ends at once, and this process takes it in.
     """
 
-    def _execute_child(self, args, *others) -> None:  # type: ignore[no-untyped-def]
+    def _execute_child(self, args, *arguments) -> None:  # type: ignore[no-untyped-def]
         words = [os.fspath(word) for word in args if word != "-P"]
         if words[:2] != [sys.executable, "-m"]:
-            super()._execute_child(args, *others)  # type: ignore[misc]
+            super()._execute_child(args, *arguments)  # type: ignore[misc]
             return
-        _, _, _, pass_fds, cwd, env, _, _, _, *pipes, _, _, _, _, _, is_session, group = others
+        _, _, _, pass_fds, cwd, env, _, _, _, *pipes, _, _, _, _, _, is_session, group = arguments
         streams = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
         request = {
             "words": words[2:], "folder": str(Path(cwd or ".").absolute()), "parent": os.getpid(),

@@ -141,10 +141,10 @@ def autocast_inside(net, x):
 
 
 def in_place_handle(net, x):
-    one = net.b1(net.c1(x))
-    two = F.relu(one)
-    one.mul_(3)  # after the ReLU took it
-    return one + two
+    activated = net.b1(net.c1(x))
+    two = F.relu(activated)
+    activated.mul_(3)  # after the ReLU took it
+    return activated + two
 
 
 def two_norms(net, x):
@@ -207,39 +207,39 @@ def strided(network):
 def test_other_layers(change, late, images):
     torch.manual_seed(0)
     network = sequential()
-    other = fedkern.accelerate(copy.deepcopy(network)) if late else copy.deepcopy(network)
-    for each in (network, other):
+    fast_copy = fedkern.accelerate(copy.deepcopy(network)) if late else copy.deepcopy(network)
+    for model in (network, fast_copy):
         torch.manual_seed(1)
-        change(each)
-    other = other if late else fedkern.accelerate(other)
-    close(played(other, images), played(network, images))
+        change(model)
+    fast_copy = fast_copy if late else fedkern.accelerate(fast_copy)
+    close(played(fast_copy, images), played(network, images))
 
 
 def test_second_derivatives(images):
     network = made("sequential")
-    for each in (network, other := fedkern.accelerate(copy.deepcopy(network))):
+    for model in (network, fast_copy := fedkern.accelerate(copy.deepcopy(network))):
         x = images.clone().requires_grad_()
-        (first,) = torch.autograd.grad(each(x).square().sum(), x, create_graph=True)
-        first.square().sum().backward()
-    for one, two in zip(network.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(two.grad, one.grad, rtol=1e-2, atol=1e-2 * float(one.grad.abs().max()))
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+    for weight, two in zip(network.parameters(), fast_copy.parameters(), strict=True):
+        torch.testing.assert_close(two.grad, weight.grad, rtol=1e-2, atol=1e-2 * float(weight.grad.abs().max()))
 
 
 def test_two_threads_at_once(images):
     network = made("residual").eval()
-    other = fedkern.accelerate(copy.deepcopy(network))
+    fast_copy = fedkern.accelerate(copy.deepcopy(network))
     found, expected = {}, network(images)
 
     def play(number):
-        found[number] = [other(images + 0 * i) for i in range(5)]
+        found[number] = [fast_copy(images + 0 * i) for i in range(5)]
 
     threads = [threading.Thread(target=play, args=(number,)) for number in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    for each in (each for group in found.values() for each in group):
-        torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-4)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in (result for group in found.values() for result in group):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
     assert len(found) == 4
 
 
@@ -260,9 +260,9 @@ def biased(frozen=False):
 @core
 def test_a_bias_that_the_norm_takes_out_again(images, served):
     """It moves the running mean, is taken off in evaluation, and its gradient is zeros."""
-    plain, other = biased(), fast(biased())
+    plain, accelerated = biased(), fast(biased())
     for _ in range(3):
-        expected, found = played(plain, images), played(other, images)
+        expected, found = played(plain, images), played(accelerated, images)
     assert len(served) == 18
     assert all(torch.count_nonzero(found[2][f"{at}.bias"]) == 0 for at in (0, 4, 8))
     assert all(float(expected[2][f"{at}.bias"].abs().max()) < 1e-3 for at in (0, 4, 8))
@@ -284,8 +284,8 @@ def test_a_bias_before_a_frozen_norm_has_its_gradient(images, served):
         network(images).square().sum().backward()
         grads.append([network[at].bias.grad for at in (0, 4, 8)])
     assert len(served) == 3
-    for one, two in zip(*grads, strict=True):
-        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+    for left, two in zip(*grads, strict=True):
+        torch.testing.assert_close(two, left, rtol=1e-3, atol=1e-3 * float(left.abs().max()))
 
 
 # -- nobody notices ----------------------------------------------------------------------------------------------------
@@ -294,15 +294,15 @@ def test_a_bias_before_a_frozen_norm_has_its_gradient(images, served):
 @pytest.mark.parametrize("name", ["sequential", "residual"])
 def test_a_network_looks_as_before(name):
     network = made(name)
-    other = copy.deepcopy(network)
-    before = repr(network), [type(each) for each in network.modules()]
-    assert fedkern.accelerate(other) is other
-    assert (repr(other), [type(each) for each in other.modules()]) == before
-    assert [*other.state_dict()] == [*network.state_dict()]
-    keys = [vars(each).keys() for each in network.modules()]
-    for made_plain in (other, pickle.loads(pickle.dumps(other))):
+    copied = copy.deepcopy(network)
+    before = repr(network), [type(layer) for layer in network.modules()]
+    assert fedkern.accelerate(copied) is copied
+    assert (repr(copied), [type(layer) for layer in copied.modules()]) == before
+    assert [*copied.state_dict()] == [*network.state_dict()]
+    keys = [vars(layer).keys() for layer in network.modules()]
+    for made_plain in (copied, pickle.loads(pickle.dumps(copied))):
         fedkern.plain(made_plain)
-        assert [vars(each).keys() for each in made_plain.modules()] == keys
+        assert [vars(layer).keys() for layer in made_plain.modules()] == keys
         assert not made_plain._forward_hooks
         assert not made_plain._forward_pre_hooks
 
@@ -343,14 +343,14 @@ def test_opacus_validator_sees_the_layers():
 @core
 def test_a_deep_copy_is_accelerated_for_itself(images, served):
     network = fast(made("sequential"))
-    other = copy.deepcopy(network)
+    copied = copy.deepcopy(network)
     with torch.no_grad():
         network[0].weight.zero_()
-    expected = fedkern.plain(copy.deepcopy(other)).eval()(images)
+    expected = fedkern.plain(copy.deepcopy(copied)).eval()(images)
     served.clear()
-    torch.testing.assert_close(other.eval()(images), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(copied.eval()(images), expected, rtol=1e-4, atol=1e-4)
     assert len(served) == 3
-    assert served[0].site.weight is other[0].weight
+    assert served[0].site.weight is copied[0].weight
 
 
 def test_a_part_that_is_called_alone_runs_as_written(images):
@@ -372,14 +372,14 @@ class Keeping(Head):
 
 def test_what_outlives_a_call_is_computed_before_it_ends(images):
     network = Keeping().eval()
-    other = fedkern.accelerate(copy.deepcopy(network))
+    copied = fedkern.accelerate(copy.deepcopy(network))
     network(images)
-    other(images)
+    copied(images)
     with torch.no_grad():
-        other.c1.weight.zero_()
-        other.b1.bias.zero_()
-    torch.testing.assert_close(other.kept + 0, network.kept, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(other.first * 1, network.first, rtol=1e-4, atol=1e-4)
+        copied.c1.weight.zero_()
+        copied.b1.bias.zero_()
+    torch.testing.assert_close(copied.kept + 0, network.kept, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(copied.first * 1, network.first, rtol=1e-4, atol=1e-4)
 
 
 def test_a_call_that_fails_leaves_nothing_that_is_computed_later(images):
@@ -453,9 +453,9 @@ def on_root_gradients(network, seen):
 @pytest.mark.parametrize("put", [on_layer, before_layer, on_everything, on_gradients, on_root_gradients])
 def test_with_somebody_s_hooks_a_network_runs_as_written(put, images):
     network, seen = made("sequential"), []
-    other = fedkern.accelerate(copy.deepcopy(network))
-    handles = put(other, seen)
-    found = played(other, images)
+    copied = fedkern.accelerate(copy.deepcopy(network))
+    handles = put(copied, seen)
+    found = played(copied, images)
     for handle in handles:
         handle.remove()
     assert seen
@@ -483,12 +483,12 @@ def test_fedkern_s_own_hooks_are_given_what_is_computed(images, served):
     torch.testing.assert_close(own[1].features(images), own[0].features(images), rtol=1e-4, atol=1e-4)
     assert len(served) == 3
     kind, *taps = find_taps(own[0], ["b2"], None, ImageForm((3, 16, 16), (0.5,) * 3, (0.2,) * 3), "net")
-    plain, other = (kind(each.module, *taps) for each in own)
+    plain, quick = (kind(net.module, *taps) for net in own)
     served.clear()
-    maps = [each.stages(images, upto="b2") for each in (plain, other)]
+    maps = [net.stages(images, upto="b2") for net in (plain, quick)]
     assert type(maps[1]) is torch.Tensor
     torch.testing.assert_close(maps[1], maps[0], rtol=1e-4, atol=1e-4)
-    logits = [each.head(each.tail(given * 2, after="b2")) for each, given in zip((plain, other), maps, strict=True)]
+    logits = [net.head(net.tail(given * 2, after="b2")) for net, given in zip((plain, quick), maps, strict=True)]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
     assert served
 
@@ -584,12 +584,12 @@ def sharded(network):
 def test_distributed(inside, around, images, served):
     network = made("residual")
     network(images).square().sum().backward()
-    expected = [each.grad for each in network.parameters()]
+    expected = [p.grad for p in network.parameters()]
     network.zero_grad()
-    other = around(fast(network)) if inside else fast(around(network))
-    other(images).square().sum().backward()
-    for each, grad in zip(other.parameters(), expected, strict=True):
-        found = each.grad.full_tensor() if around is sharded else each.grad
+    wrapped = around(fast(network)) if inside else fast(around(network))
+    wrapped(images).square().sum().backward()
+    for p, grad in zip(wrapped.parameters(), expected, strict=True):
+        found = p.grad.full_tensor() if around is sharded else p.grad
         torch.testing.assert_close(found, grad, rtol=1e-2, atol=1e-2 * float(grad.abs().max()))
     assert len(served) == (0 if around is sharded else 6) or not backend.active_isa().startswith("avx")
 
@@ -597,8 +597,8 @@ def test_distributed(inside, around, images, served):
 @pytest.mark.exhaustive
 def test_compiled(images):
     network = made("sequential").eval()
-    other = torch.compile(fedkern.accelerate(copy.deepcopy(network)), backend="eager")
-    torch.testing.assert_close(other(images), network(images), rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(fedkern.accelerate(copy.deepcopy(network)), backend="eager")
+    torch.testing.assert_close(compiled(images), network(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -35,12 +35,12 @@ def cases(path: Path) -> list[str]:
     ],
 )
 def test_a_few_rows_of_another_kind_delete_nothing(change: dict[str, str], name: str, tmp_path: Path) -> None:
-    (whole,) = write_results([ROW, OTHER], {**AMD, "model": "1"}, tmp_path)
-    before = whole.read_bytes()
+    (result,) = write_results([ROW, OTHER], {**AMD, "model": "1"}, tmp_path)
+    before = result.read_bytes()
     for _ in range(2):
         (path,) = write_results([ROW], {**AMD, "model": "1", **change}, tmp_path)
         assert path.name == name
-    assert whole.read_bytes() == before
+    assert result.read_bytes() == before
     assert cases(path) == ["small"]
     assert len(read_results(tmp_path)["toy"]) == 2
 
@@ -68,14 +68,14 @@ def test_every_row_is_written_when_it_is_there(anew: bool, left: list[str], tmp_
     assert cases(path) == left[:-1], "before the session ends"
     recorder.add(OTHER)
     assert cases(path) == left
-    assert [one.name for one in recorder.written] == ["toy-amd-epyc.json", "more-amd-epyc.json"]
+    assert [path.name for path in recorder.written] == ["toy-amd-epyc.json", "more-amd-epyc.json"]
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_noise_and_losses_are_marked() -> None:
-    one = replace(ROW, speedup={"eager": 2.0, "torch": 0.9}, scatter={"fedkern": 0.1, "eager": 0.31, "torch": 0.3})
+    marked = replace(ROW, speedup={"eager": 2.0, "torch": 0.9}, scatter={"fedkern": 0.1, "eager": 0.31, "torch": 0.3})
     own = replace(OTHER, scatter={"fedkern": 0.4, "eager": 0.1})
-    (row, noise) = report.table([one, own])[2:]
+    (row, noise) = report.table([marked, own])[2:]
     assert row.startswith("| small | 1 thread | 100 µs | ~2.00× | **0.90×** |")
     assert noise.startswith("| large | 1 thread | ~100 µs | ~2.00× | – |")
 
@@ -162,7 +162,7 @@ def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
     }
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("".join(f'#include "{one}"\n' for one in included.get(name, ())))
+        (tmp_path / name).write_text("".join(f'#include "{header}"\n' for header in included.get(name, ())))
 
     def changed(name: str) -> set[str]:
         before = sources.hashes(tmp_path)

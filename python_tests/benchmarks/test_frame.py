@@ -137,11 +137,11 @@ def test_report_makes_the_tables(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("slower", "others", "outcome"), [("1.2", "0", "4 passed"), ("1.3", "0", "4 failed"), ("1.3", "0.5", "4 skipped")]
+    ("slower", "load", "outcome"), [("1.2", "0", "4 passed"), ("1.3", "0", "4 failed"), ("1.3", "0.5", "4 skipped")]
 )
-def test_the_gate_fails_where_a_kernel_takes_30_percent_longer(folder, slower, others, outcome):
+def test_the_gate_fails_where_a_kernel_takes_30_percent_longer(folder, slower, load, outcome):
     """With one thread and with two; but where other processes compute, it cannot tell."""
-    gated = run(folder, "-m", "pytest", "benchmarks", "--gate-short", SLOWER=slower, OTHERS=others)
+    gated = run(folder, "-m", "pytest", "benchmarks", "--gate-short", SLOWER=slower, OTHERS=load)
     assert gated.returncode == ("failed" in outcome), gated.stdout
     assert outcome in gated.stdout.splitlines()[-1]
     assert (gated.stdout.count("1.54× eager, below 1.64×") > 0) == (slower == "1.3")

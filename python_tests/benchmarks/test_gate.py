@@ -68,8 +68,8 @@ def test_floors_survive_the_file(tmp_path: Path) -> None:
 
 def test_machines_are_compared_by_what_moves_ratios() -> None:
     assert not machine_difference(MACHINE, {**MACHINE, "torch": "2.13.1", "time": "2027"})
-    for name, other in (("cpu", "B"), ("cores", 64), ("isa", "avx512"), ("torch", "2.12.0"), ("gpu", "H200")):
-        assert name in machine_difference(MACHINE, {**MACHINE, name: other})
+    for name, value in (("cpu", "B"), ("cores", 64), ("isa", "avx512"), ("torch", "2.12.0"), ("gpu", "H200")):
+        assert name in machine_difference(MACHINE, {**MACHINE, name: value})
     known = {**MACHINE, "model": "143", "l2": "2048K"}
     assert not machine_difference(MACHINE, known), "what was not recorded is not known"
     assert machine_difference(known, {**known, "model": "207"}) == "recorded with model 143, but here it is 207"

@@ -82,7 +82,7 @@ def pretended(tmp_path, monkeypatch):
 def outcomes(archive: Path) -> dict[str, str]:
     with tarfile.open(archive) as packed:
         found = packed.extractfile(RECORD)
-        return {name: one["outcome"] for name, one in json.load(found)["stages"].items()}
+        return {name: stage["outcome"] for name, stage in json.load(found)["stages"].items()}
 
 
 def test_an_archive_after_every_line_a_table_last_and_what_failed_again(pretended, tmp_path, capsys) -> None:
@@ -165,7 +165,7 @@ def test_all_words_name_cases_and_tests() -> None:
     assert [word for word in asked if not any(f"{case} ".startswith(f"{word} ") for case in cases)] == []
     tested = {operator.name.split()[0] for operator in OPERATORS}
     assert tested.issuperset(fifteen.CHANGED)
-    recorded = {row.test for files in comparisons.read_results().values() for one in files for row in one.rows}
+    recorded = {row.test for files in comparisons.read_results().values() for file in files for row in file.rows}
     nodes = [word.removeprefix("benchmarks/") for word in words_of("compile") if "::" in word]
     assert len(nodes) == 3
     assert recorded.issuperset(nodes)
@@ -222,8 +222,8 @@ def test_runs_are_runs(name, monkeypatch) -> None:
         monkeypatch.setattr(module, attribute, getattr(module, attribute))  # taken back afterwards
     before = training.replayable
     assert without.main([part, *words]) == 0
-    ((given, now, most),) = played
+    ((given, used, lane_limit),) = played
     assert given == words
-    assert (now is before) == (part != "graphs")
-    assert part != "graphs" or now(object, None) is False
-    assert (most > 1) == (part != "lanes")
+    assert (used is before) == (part != "graphs")
+    assert part != "graphs" or used(object, None) is False
+    assert (lane_limit > 1) == (part != "lanes")

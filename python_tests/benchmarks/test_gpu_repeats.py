@@ -13,26 +13,26 @@ from benchmarks.gpu import repeats, stages
 LITTLE = {"data": "digits", "train_samples": 60, "width": 2, "rounds": 2, "local_steps": 1, "clients": 2}
 
 
-def run_folder(path: Path, weight: float = 0.0, rounds: int = 2, **more) -> Path:
+def run_folder(path: Path, weight: float = 0.0, rounds: int = 2, **changes) -> Path:
     """Return what a run of two rounds leaves, as far as it is compared.
 
-    ``more`` goes into the last round.
+    ``changes`` go into the last round.
     """
     path.mkdir()
     save_file({"a": torch.ones(2), "b": torch.full((3,), weight)}, path / repeats.MODEL)
     records = [{"round": i + 1, "accuracy": 0.5, "clients": {"0": {"loss": 1.0}}} for i in range(rounds)]
-    records[-1].update(more)
+    records[-1].update(changes)
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
 def test_times_and_load_are_not_compared(tmp_path):
     clients = {"0": {"loss": 1.0, "seconds": 2.0}}
-    first = run_folder(tmp_path / "first")
+    run = run_folder(tmp_path / "first")
     second = run_folder(
         tmp_path / "second", clients=clients, seconds=1.0, round_seconds=3.0, phases={"train": 1.0}, device={"peak": 1}
     )
-    assert repeats.differences(first, second) == []
+    assert repeats.differences(run, second) == []
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_times_and_load_are_not_compared(tmp_path):
     ],
 )  # fmt: skip
 def test_what_differs_is_named(changed, told, tmp_path):
-    first, second = run_folder(tmp_path / "first"), run_folder(tmp_path / "second", **changed)
-    assert repeats.differences(first, second) == told
+    original, second = run_folder(tmp_path / "first"), run_folder(tmp_path / "second", **changed)
+    assert repeats.differences(original, second) == told
 
 
 def test_a_nan_is_the_same_bits(tmp_path):

@@ -19,8 +19,8 @@ from python_tests.interrupted import wait_until
 GPU = {"gpu": "a GPU", "capability": "9.0"}
 
 
-def python(name: str, code: str, seconds: int = 60, **more) -> Stage:
-    return Stage(name, (sys.executable, "-c", code), seconds, **more)
+def python(name: str, code: str, seconds: int = 60, **settings) -> Stage:
+    return Stage(name, (sys.executable, "-c", code), seconds, **settings)
 
 
 def outcomes(out: Path) -> dict[str, str]:
@@ -59,23 +59,23 @@ def test_a_stage_that_takes_too_long_is_ended_with_all_it_started(goes_on, outco
     assert time.monotonic() - begun < 30
     assert outcomes(tmp_path / "out") == {"long": outcome}
     assert mark.exists()  # it was asked, as by Ctrl-C, before anything was killed
-    first = (tmp_path / "out/logs/long.log").read_text().split()[0]
-    command = Path(f"/proc/{first}/cmdline")
+    pid = (tmp_path / "out/logs/long.log").read_text().split()[0]
+    command = Path(f"/proc/{pid}/cmdline")
     wait_until(lambda: not command.exists() or not command.read_bytes(), 10)
 
 
 def test_the_plan():
-    every = stages.plan("9.0", Path("/out"), "/data")
-    names = [stage.name for stage in every]
+    plan = stages.plan("9.0", Path("/out"), "/data")
+    names = [stage.name for stage in plan]
     assert len(set(names)) == len(names)
     assert names[:3] == ["build", "doctor", "tests"]
     assert names.index("kernels") < names.index("memcheck")
     assert len(names) < 60
     assert names[-3:] == ["published fusefl", "published fediod", "published fedgid"]
-    assert every[0].environment["CUDAARCHS"] == "90-real"
-    assert {stage.environment.get("SANITIZER") for stage in every} == {None, *stages.SANITIZERS}
-    assert all(stage.seconds <= 600 for stage in every if not stage.goes_on)
-    folders = [ROOT / each for each in stages.TESTED]
+    assert plan[0].environment["CUDAARCHS"] == "90-real"
+    assert {stage.environment.get("SANITIZER") for stage in plan} == {None, *stages.SANITIZERS}
+    assert all(stage.seconds <= 600 for stage in plan if not stage.goes_on)
+    folders = [ROOT / folder for folder in stages.TESTED]
     for path in (ROOT / "python_tests").rglob("test_*.py"):
         if "pytest.mark.gpu" in path.read_text() and path.name != Path(__file__).name:
             assert any(folder in path.parents for folder in folders), f"no stage plays {path}"

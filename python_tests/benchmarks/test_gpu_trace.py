@@ -7,8 +7,8 @@ import pytest
 from benchmarks.gpu import trace
 
 
-def event(category, name, begin, length, **more):
-    return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": length, "tid": 1, **more}
+def event(category, name, begin, length, **fields):
+    return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": length, "tid": 1, **fields}
 
 
 EVENTS = [

@@ -27,8 +27,8 @@ def results(tmp_path, monkeypatch):
     return write
 
 
-def contest(own, other):
-    return Contest("digits", "as published", own, "FedDyn", other)
+def contest(own, baseline):
+    return Contest("digits", "as published", own, "FedDyn", baseline)
 
 
 def test_a_gain_is_the_paired_difference_with_students_interval():

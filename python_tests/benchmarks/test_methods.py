@@ -51,7 +51,7 @@ def same_loss_and_gradients(theirs, ours, model):
     """Both losses of ``model`` and their gradients, within 1e-4 of the largest entry: terms of a loss may cancel."""
     torch.testing.assert_close(theirs, ours, **CLOSE)
     gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in (theirs, ours)]
-    a, b = (torch.cat([g.flatten() for g in each if g is not None]) for each in gradients)
+    a, b = (torch.cat([g.flatten() for g in loss_gradients if g is not None]) for loss_gradients in gradients)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * float(b.abs().max()))
 
 
@@ -63,30 +63,30 @@ def test_fedgid_has_the_loss_of_fedkern():
     options = {"alpha": 0.7, "lambda": 0.5, "temperature": 2.0}
     method = FedGID(FedGID.Options.parse(options, method="fedgid"))
     backgrounds = torch.randn(6, 3, 32, 32)
-    one = batch(images=backgrounds, index=torch.arange(6).numpy(), alpha=0.7)
-    one.drawn |= method.prepare(model, one, received(globally))
-    ours, _ = method.loss(model, one, received(globally))
+    data = batch(images=backgrounds, index=torch.arange(6).numpy(), alpha=0.7)
+    data.drawn |= method.prepare(model, data, received(globally))
+    ours, _ = method.loss(model, data, received(globally))
     args = argparse.Namespace(**options)
-    theirs = fedgid.loss_of(model, one.inputs, one.targets, globally=globally, backgrounds=backgrounds, args=args)
+    theirs = fedgid.loss_of(model, data.inputs, data.targets, globally=globally, backgrounds=backgrounds, args=args)
     same_loss_and_gradients(theirs, ours, model)
 
 
 def test_fedlpfm_has_the_loss_of_fedkern():
     model, teacher = network().train(), 3 * torch.randn(6, 10)
     options = {"lambda": 0.9, "temperature": 4.0}
-    method, one = FedLPFM(FedLPFM.Options.parse(options, method="fedlpfm")), batch(teacher=teacher)
-    ours, _ = method.loss(model, one, received(None))
-    theirs = fedlpfm.loss_of(model, one.inputs, one.targets, teacher, argparse.Namespace(**options))
+    method, data = FedLPFM(FedLPFM.Options.parse(options, method="fedlpfm")), batch(teacher=teacher)
+    ours, _ = method.loss(model, data, received(None))
+    theirs = fedlpfm.loss_of(model, data.inputs, data.targets, teacher, argparse.Namespace(**options))
     same_loss_and_gradients(theirs, ours, model)
 
 
 def test_fedprox_has_the_gradient_of_fedkern():
-    model, globally, one = network().train(), network(1), batch()
+    model, globally, data = network().train(), network(1), batch()
     method = method_registry.get("fedprox")(method_registry.get("fedprox").Options.parse({"mu": 0.3}, method="fedprox"))
-    theirs = fedprox.loss_of(model, one.inputs, one.targets, globally=globally, mu=0.3)
+    theirs = fedprox.loss_of(model, data.inputs, data.targets, globally=globally, mu=0.3)
     parameters = list(model.parameters())
     own = torch.cat([g.flatten() for g in torch.autograd.grad(theirs, parameters)])
-    gradients = torch.autograd.grad(method.loss(model, one, received(globally)), parameters)
+    gradients = torch.autograd.grad(method.loss(model, data, received(globally)), parameters)
     ours = torch.cat([g.flatten() for g in gradients])
     flat, sent = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (model, globally))
     method.adjust_gradient(flat, ours, SimpleNamespace(parameters=sent))
@@ -98,13 +98,13 @@ def test_feddra_has_the_loss_of_fedkern():
     words = ("red", "green", "two", "three")
     model, globally = (models.build_pair(**about, vocabulary=words, seed=seed) for seed in (0, 1))
     texts = ["red two", "green two", "red three", "green three red", "two", "three"]
-    one = replace(batch(), targets=model.tokenize(texts), task=RETRIEVAL)
+    data = replace(batch(), targets=model.tokenize(texts), task=RETRIEVAL)
     globally, kind = common.frozen(globally), method_registry.get("feddra")
     method = kind(kind.Options.parse({"mu": 3.0}, method="feddra"))
-    ours, _ = method.loss(model.train(), one, received(globally))
+    ours, _ = method.loss(model.train(), data, received(globally))
     args = argparse.Namespace(mu=3.0, lambda1=1.0)
-    padded = Tokens(*(torch.nn.functional.pad(part, (0, 2)) for part in one.targets))
-    theirs = feddra.loss_of(model, one.inputs, feddra.trimmed(*padded), globally=globally, args=args)
+    padded = Tokens(*(torch.nn.functional.pad(part, (0, 2)) for part in data.targets))
+    theirs = feddra.loss_of(model, data.inputs, feddra.trimmed(*padded), globally=globally, args=args)
     same_loss_and_gradients(theirs, ours, model)
 
 
@@ -168,10 +168,10 @@ def test_a_run_of_whole_batches_ends_where_fedkern_ends(method, settings, option
 def test_fusefl_pools_statistics_exactly():
     torch.manual_seed(0)
     features, labels = torch.randn(40, 3).double(), torch.arange(40) % 2
-    whole = SimpleNamespace(features=lambda rows: rows)
+    stub = SimpleNamespace(features=lambda rows: rows)
     parts = [common.Images(features[rows], labels[rows]) for rows in (slice(0, 7), slice(7, 40))]
     for c, (count, mean, covariance) in enumerate(
-        fusefl.pooled([fusefl.class_statistics(whole, part, 2, CPU) for part in parts])
+        fusefl.pooled([fusefl.class_statistics(stub, part, 2, CPU) for part in parts])
     ):
         own = features[labels == c]
         assert count == len(own)
@@ -281,12 +281,12 @@ def test_a_speed_up_is_the_median_of_the_ratios_of_one_seed():
     assert row(fedkern=[1.0]).speedup("plain") is None
 
 
-@pytest.mark.parametrize(("shift", "apart"), [(0.0, False), (0.15, False), (0.3, True)])
-def test_figures_beyond_the_spread_of_the_seeds_are_seen(shift, apart):
-    one = row(plain=[1.0] * 3, fedkern=[1.0] * 3)
-    one.figure["plain"] = [value + shift for value in one.figure["fedkern"]]
-    assert one.apart("plain") is apart
-    assert ("**" in bench_methods._figure_table([one])[-1]) is apart
+@pytest.mark.parametrize(("shift", "is_apart"), [(0.0, False), (0.15, False), (0.3, True)])
+def test_figures_beyond_the_spread_of_the_seeds_are_seen(shift, is_apart):
+    case = row(plain=[1.0] * 3, fedkern=[1.0] * 3)
+    case.figure["plain"] = [value + shift for value in case.figure["fedkern"]]
+    assert case.apart("plain") is is_apart
+    assert ("**" in bench_methods._figure_table([case])[-1]) is is_apart
 
 
 def test_a_run_with_other_settings_before_counts_in_no_mean():
@@ -305,7 +305,7 @@ def test_cases_measured_again_replace_their_own_alone(tmp_path):
     again.missing = {"before": "no --before was given"}
     again.differs = ["lr: 0.1, 0.2"]
     bench_methods.write([again], machine, before="abc", folder=tmp_path)
-    found = {one.name: one for one in bench_methods.read(path, machine)}
+    found = {case.name: case for case in bench_methods.read(path, machine)}
     assert [found[name].speedup("plain") for name in ("fedavg default", "fedgid default")] == [4.0, 3.0]
     assert bench_methods.read(path, {**machine, "cpu": "another"}) == []
     page = path.with_suffix(".md").read_text()

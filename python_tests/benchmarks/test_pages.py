@@ -39,9 +39,9 @@ def test_a_page_says_what_the_results_say(path):
 
 
 def test_every_method_with_a_page_is_looked_at():
-    others = {"docs/ops.md"}  # its tables are those of benchmarks.report
+    excluded = {"docs/ops.md"}  # its tables are those of benchmarks.report
     found = {f"docs/{path.name}" for path in (pages.ROOT / "docs").glob("*.md")}
-    methods = (found - others) & {f"docs/{name}.md" for name in COMMANDS}
+    methods = (found - excluded) & {f"docs/{name}.md" for name in COMMANDS}
     runs = {"docs/flower-reference.md", "docs/uploads.md", "docs/reproducing.md", "docs/privacy.md"}
     shared = {"README.md", "docs/results.md", "docs/speed.md", "docs/methods/README.md"} | runs
     specified = {f"docs/methods/{name}.md" for name in page_figures.SPECIFIED}
@@ -70,8 +70,8 @@ def test_a_changed_figure_is_found_wherever_it_stands(path, tmp_path):
         for name, content in stored.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             at = re.search(r"\d", content).start()
-            other = content[:at] + str((int(content[at]) + 1) % 10) + content[at + 1 :]
-            (tmp_path / name).write_text(other if name == changed else content)
+            changed_content = content[:at] + str((int(content[at]) + 1) % 10) + content[at + 1 :]
+            (tmp_path / name).write_text(changed_content if name == changed else content)
         assert len(pages.faults(text, page, tmp_path)) == 1, changed
     heading = f"## {page.part}\n" if page.part else "\n"
     for claim in ("It has 99.9 % there.", "It is 3 times as fast.", "It gains half a point.", "It wins by two points."):
@@ -108,8 +108,8 @@ def test_tables_of_whole_runs_have_a_caption_and_short_cells(path, name):
 
 
 def test_a_round_on_one_core_stands_beside_others_on_one_core():
-    *_, header, _, first = page_figures.rounds_of_fedavg(page_figures.MACHINE)[:5]
-    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, first)), strict=True))
+    *_, header, _, line = page_figures.rounds_of_fedavg(page_figures.MACHINE)[:5]
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, line)), strict=True))
     assert cells["cores"] == "1"
     assert cells["fedkern, two workers"] == "–"
     assert all(cells[name] != "–" for name in ("fedkern, one process", "lean loop", "fluke", "pfl", "FedLab"))

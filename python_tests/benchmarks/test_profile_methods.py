@@ -82,8 +82,8 @@ def test_a_run_passes_what_is_marked(monkeypatch, tmp_path):
         module, _, name = path.partition(":")
         holder = importlib.import_module(module)
         *outer, last = name.split(".")
-        for one in outer:
-            holder = getattr(holder, one)
+        for name_part in outer:
+            holder = getattr(holder, name_part)
         monkeypatch.setattr(holder, last, getattr(holder, last))  # taken back after the test
     profile_methods.mark_all()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

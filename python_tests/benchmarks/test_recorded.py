@@ -20,7 +20,7 @@ def commits(content: dict) -> list[str]:
     """
     if "rows" in content and "machine" not in content:
         builds = [row["fedkern"] for row in content["rows"] if row["ours"] is not None]
-        return [build.partition(" ")[2] for each in builds for build in each.split(", ")]
+        return [build.partition(" ")[2] for commit in builds for build in commit.split(", ")]
     return [content.get("versions", content.get("machine", content)).get("commit", "")]
 
 

@@ -94,9 +94,9 @@ def test_on_a_gpu_programs_are_told_so_and_frameworks_without_an_adapter_are_abs
     monkeypatch.setattr(bench_rounds.harness.SETTINGS, "environments", {"flower": tmp_path, "fluke": tmp_path})
     judged, found = bench_rounds.programs(1, "cuda")
     assert judged == "fedkern serial"
-    playing = {name: who for name, who in found.items() if isinstance(who, Program)}
+    playing = {name: program for name, program in found.items() if isinstance(program, Program)}
     assert set(playing) == {"fedkern serial", "lean loop", "Flower"}
-    assert {who.device for who in playing.values()} == {"cuda"}
+    assert {program.device for program in playing.values()} == {"cuda"}
     assert (playing["Flower"].threads, playing["Flower"].workers) == (1, 2)
     assert found["fluke"].reason == "its adapter trains on the CPU"
     assert "Flower" not in bench_rounds.programs(1)[1]
@@ -105,5 +105,5 @@ def test_on_a_gpu_programs_are_told_so_and_frameworks_without_an_adapter_are_abs
 def test_the_judged_program_chooses_its_workers() -> None:
     name, found = bench_rounds.programs(2)
     assert name == "fedkern auto"
-    assert [found[f"fedkern {who}"].words for who in ("serial", "workers", "auto")] == [("1",), ("2",), ("auto",)]
+    assert [found[f"fedkern {kind}"].words for kind in ("serial", "workers", "auto")] == [("1",), ("2",), ("auto",)]
     assert bench_rounds.programs(1)[0] == "fedkern serial"

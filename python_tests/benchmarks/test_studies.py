@@ -111,10 +111,10 @@ def test_a_compressed_run_stands_beside_as_many_bytes_of_whole_uploads(monkeypat
 
     names = ("none in 6 rounds of 5 epochs", "none in 3 rounds of 10 epochs", "topk 0.1", "topk 0.05", "topk 0.01")
     values = {"none": row(12e6, 0.4, 0.6), "int8": row(8e6, 0.3, 0.5), **{name: row(9e6, 0.2, 0.2) for name in names}}
-    rows = {f"{buffers}: {name}": each for buffers in ("average", "drop") for name, each in values.items()}
+    rows = {f"{buffers}: {name}": figures for buffers in ("average", "drop") for name, figures in values.items()}
     monkeypatch.setattr(page_figures, "read_rows", lambda study: rows)
-    commit, _, _, _, whole, int8, topk, *_, fewer = page_figures.compressed_uploads()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (whole, int8, topk, fewer)]
+    commit, _, _, _, uncompressed, int8, topk, *_, fewer = page_figures.compressed_uploads()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (uncompressed, int8, topk, fewer)]
     assert commit == "At commit `abc1234`."
     assert cells[0] == ["none", "average", "0.1", "12.00", "2.00", "50.0 ± 14.1", "", "35.0 ± 0.0", ""]
     assert cells[1][5:] == ["40.0 ± 14.1", "-10.0 ± 0.0", "35.0 ± 0.0", "20.0 ± 0.0, round 2"]
@@ -136,5 +136,5 @@ def test_slices_become_tiles(tmp_path):
     assert [sum(row[2] == split for row in rows) for split in ("train", "val", "test")] == [80, 16, 24]
     data = load("segmentation", root=listing, clients=5, partition="attribute", seed=0, options={"size": 8})
     assert data.client_sizes == (16,) * 5
-    first = np.asarray(Image.open(Path(tmp_path) / "tiles" / rows[0][1]))
-    assert (first[0, 0], first.sum()) == (255, 255)
+    tile = np.asarray(Image.open(Path(tmp_path) / "tiles" / rows[0][1]))
+    assert (tile[0, 0], tile.sum()) == (255, 255)

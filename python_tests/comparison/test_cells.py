@@ -8,15 +8,15 @@ from fedkern.errors import UserError
 
 
 def labels(methods, sweep, given=()):
-    return [variant.label for each in variants(methods, sweep, given).values() for variant in each]
+    return [variant.label for labelled in variants(methods, sweep, given).values() for variant in labelled]
 
 
 def test_a_sweep_goes_to_the_methods_that_have_it():
     assert labels(["fedprox", "fedavg"], {"mu": ["0.1", "1"]}) == ["fedprox mu=0.1", "fedprox mu=1", "fedavg"]
-    both = labels(["fedprox", "fedavg"], {"mu": ["0.1", "1"], "lr": ["0.01", "0.1"]})
-    assert both[:2] == ["fedprox lr=0.01 mu=0.1", "fedprox lr=0.1 mu=0.1"]
-    assert both[-2:] == ["fedavg lr=0.01", "fedavg lr=0.1"]
-    assert len(both) == 6
+    swept = labels(["fedprox", "fedavg"], {"mu": ["0.1", "1"], "lr": ["0.01", "0.1"]})
+    assert swept[:2] == ["fedprox lr=0.01 mu=0.1", "fedprox lr=0.1 mu=0.1"]
+    assert swept[-2:] == ["fedavg lr=0.01", "fedavg lr=0.1"]
+    assert len(swept) == 6
 
 
 def test_rounds_are_not_of_one_shot_methods():
@@ -67,9 +67,9 @@ def test_words_of_a_sweep():
 
 def test_folder_names_keep_values_apart():
     assert folder_name(["fedgid", "alpha=0.3", "seed=0"]) == "fedgid_alpha=0.3_seed=0"
-    one, other = folder_name(["a", "x=b/c"]), folder_name(["a", "x=b c"])
-    assert one != other
-    assert "/" not in one
+    slashed, spaced = folder_name(["a", "x=b/c"]), folder_name(["a", "x=b c"])
+    assert slashed != spaced
+    assert "/" not in slashed
     assert len(folder_name(["x" * 1000])) < 200
 
 

@@ -35,13 +35,13 @@ def test_methods_are_compared_over_seeds(tmp_path):
     assert found.folder.name == "x"
     assert [path.name for path in found.files] == [f"comparison.{end}" for end in ("csv", "md", "tex", "png")]
     assert [row["group"] for row in found.table] == ["fedprox", "fedavg"]
-    first, second = found.table
+    baseline, second = found.table
     single = fedkern.load("x/fedavg_seed=1").metrics["accuracy"]
     values = [fedkern.load(f"x/fedavg_seed={seed}").metrics["accuracy"] for seed in (0, 1)]
     assert values[1] == single
     assert second["accuracy"] == pytest.approx(np.mean(values))
     assert second["accuracy_std"] == pytest.approx(np.std(values, ddof=1))
-    assert first["accuracy_difference"] is None
+    assert baseline["accuracy_difference"] is None
     assert second["accuracy_low"] <= second["accuracy_difference"] <= second["accuracy_high"]
     assert second["reached"] == 2
     assert second["rounds_to_target"] == 1
@@ -77,8 +77,8 @@ def test_data_in_memory_and_one_folder_by_default(monkeypatch):
     found = fedkern.compare(["fedavg"], seeds=[4], data=data, **settings)
     assert found.folder.parent.name == "comparisons"
     assert (found.folder / "fedavg_seed=4/summary.json").exists()
-    both = fedkern.compare([Loud, "fedavg"], seeds=[4], data=data, jobs=2, out="x", **settings)
-    assert both.table[1]["accuracy"] == found.table[0]["accuracy"]
+    loud = fedkern.compare([Loud, "fedavg"], seeds=[4], data=data, jobs=2, out="x", **settings)
+    assert loud.table[1]["accuracy"] == found.table[0]["accuracy"]
     assert Path("x/Loud_seed=4.log").read_text() == "client 0\nclient 1\nclient 2\n"
 
 
@@ -91,9 +91,9 @@ def test_settings_that_a_method_does_not_read_are_named(tmp_path):
     for methods, names in (
         (("local", "centralised"), {"sample_fraction"}), (("oneshot-fedavg",), {"lr_decay", "optimizer_state"}),
     ):  # fmt: skip
-        more = {name: given[name] for name in names}
+        idle = {name: given[name] for name in names}
         plain, found = (
-            fedkern.compare(methods, out=tmp_path / f"{methods[0]}{len(extra)}", **how, **extra) for extra in ({}, more)
+            fedkern.compare(methods, out=tmp_path / f"{methods[0]}{len(extra)}", **how, **extra) for extra in ({}, idle)
         )
         assert [row["accuracy"] for row in plain.table] == [row["accuracy"] for row in found.table]
         for name in names:
@@ -109,7 +109,7 @@ class Broken(FedAvg):
 
 
 @pytest.mark.parametrize(
-    ("methods", "more", "told"),
+    ("methods", "options", "told"),
     [
         pytest.param(
             ["fedavg"], {"sweep": {"lr": [0.05, 1e30]}}, "lr=1e+30, seed 0: Client ", marks=pytest.mark.exhaustive
@@ -117,10 +117,10 @@ class Broken(FedAvg):
         ([Broken, "fedavg"], {}, "in weight\n"),
     ],
 )
-def test_a_method_that_fails_is_warned_of_and_the_others_are_compared(methods, more, told):
+def test_a_method_that_fails_is_warned_of_and_the_others_are_compared(methods, options, told):
     with pytest.warns(UserWarning, match=r"^Not every run of the comparison succeeded\.\n") as warned:
-        found = fedkern.compare(methods, seeds=1, data="digits", out="x", **TINY, **more)
-    (message,) = (str(each.message) for each in warned)
+        found = fedkern.compare(methods, seeds=1, data="digits", out="x", **TINY, **options)
+    (message,) = (str(caught.message) for caught in warned)
     assert told in message
     assert found.failures[0] in message
     assert len(found.table) == len(found.failures) == 1
@@ -142,7 +142,7 @@ def test_unfinished_runs_that_are_left_out_are_named(folders, left, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("methods", "more", "said"),
+    ("methods", "options", "said"),
     [
         ([], {}, "Nothing to compare"),
         (["fedprx"], {}, 'Did you mean "fedprox"'),
@@ -164,16 +164,16 @@ def test_unfinished_runs_that_are_left_out_are_named(folders, left, monkeypatch,
         (["fedavg"], {"out": ""}, "out must be the path of a folder, not ''"),
     ],
 )
-def test_mistakes_leave_nothing(methods, more, said, tmp_path):
+def test_mistakes_leave_nothing(methods, options, said, tmp_path):
     with pytest.raises(fedkern.UserError, match=said):
-        fedkern.compare(methods, data="digits", **TINY, **more)
+        fedkern.compare(methods, data="digits", **TINY, **options)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["validation_north", "id_north", "mean"])
 def test_figures_of_a_set_with_any_name_are_compared(name):
     metrics = {"validation_accuracy": 0.1, f"{name}_accuracy": 0.2, f"{name}_balanced_accuracy": 0.3, "a_accuracy": 0.4}
-    summary = {"metrics": metrics, "per_class": {each: {} for each in ("validation", name, "a")}}
+    summary = {"metrics": metrics, "per_class": {set_name: {} for set_name in ("validation", name, "a")}}
     group = Group("fedavg", "fedavg", {0: FoundRun(Path("x"), RunConfig.make("fedavg"), summary, [])})
     assert sorted(main_figures([group])) == sorted([f"{name}_accuracy", "a_accuracy"])
     with pytest.raises(UserError, match=f"--target: {name}_accuracy is a fraction from 0 to 1, which never reaches 80"):

@@ -31,10 +31,10 @@ def test_objects_are_compared_with_names():
         "Slow_share=0.5_seed=1", "fedavg_seed=1", "fedprox_mu=0.25_seed=1"
     ]  # fmt: skip
     single = {name: value for name, value in TINY.items() if name != "progress"}
-    alone = fedkern.simulate(Slow(share=0.5), seed=1, out="alone", progress=False, pictures=False, **single)
+    simulated = fedkern.simulate(Slow(share=0.5), seed=1, out="alone", progress=False, pictures=False, **single)
     config = load_settings("x/Slow_share=0.5_seed=1")
-    assert config.to_dict() == alone.config.to_dict()
-    assert json.loads(Path("x/Slow_share=0.5_seed=1/summary.json").read_text())["metrics"] == alone.metrics
+    assert config.to_dict() == simulated.config.to_dict()
+    assert json.loads(Path("x/Slow_share=0.5_seed=1/summary.json").read_text())["metrics"] == simulated.metrics
     # The same call goes on: nothing is run twice, and another setting has folders of its own.
     before = Path("x/Slow_share=0.5_seed=1/summary.json").stat().st_mtime_ns
     again = fedkern.compare([Slow(share=0.5), Slow(share=0.25)], seeds=[1], out="x", **TINY)
@@ -78,8 +78,8 @@ def test_a_class_and_a_sweep_with_a_choice():
     assert len(found.table) == 1
     assert found.table[0]["group"] in ("Slow share=0.5", "Slow share=1")
     assert any(note.startswith("Slow: share=") for note in found.notes)
-    both = fedkern.compare([Slow(share=0.5), "fedavg"], seeds=[3], sweep={"lr": [0.1]}, out="y", **TINY)
-    assert [row["group"] for row in both.table] == ["Slow lr=0.1 share=0.5", "fedavg lr=0.1"]
+    pair = fedkern.compare([Slow(share=0.5), "fedavg"], seeds=[3], sweep={"lr": [0.1]}, out="y", **TINY)
+    assert [row["group"] for row in pair.table] == ["Slow lr=0.1 share=0.5", "fedavg lr=0.1"]
     runs = fedkern.compare(["y/Slow_lr=0.1_share=0.5_seed=3", "y/fedavg_lr=0.1_seed=3"], out="z", progress=False)
     assert [row["group"] for row in runs.table] == ["Slow", "fedavg"]
 
@@ -137,7 +137,7 @@ class Other:
 
 
 @pytest.mark.parametrize(
-    ("methods", "more", "said"),
+    ("methods", "options", "said"),
     [
         ([Slow(share=0.5), "fedavg"], {"share": 0.25}, "share is given twice, in Slow(...) and beside it"),
         ([Slow(share=0.5)], {"sweep": {"share": [0.25]}}, "share is given twice, in Slow(...) and beside it"),
@@ -147,7 +147,7 @@ class Other:
         ([Slow, Other.Slow], {}, "Two methods are called Slow"),
     ],
 )
-def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, methods, more, said):
+def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, methods, options, said):
     with pytest.raises(fedkern.UserError, match=re.escape(said)):
-        fedkern.compare(methods, seeds=1, out="x", **{**TINY, **more})
+        fedkern.compare(methods, seeds=1, out="x", **{**TINY, **options})
     assert list(tmp_path.iterdir()) == []

@@ -51,9 +51,9 @@ def fake(low, high, mean=0.01, seeds=3):
 
         @property
         def table(self):
-            one = {"group": "a", "seeds": seeds, "ood_accuracy": 0.5, "ood_accuracy_std": 0.01}
+            row = {"group": "a", "seeds": seeds, "ood_accuracy": 0.5, "ood_accuracy_std": 0.01}
             two = {"ood_accuracy_difference": mean, "ood_accuracy_low": low, "ood_accuracy_high": high}
-            return [one, {**one, "group": "b", **two}]
+            return [row, {**row, "group": "b", **two}]
 
     return Fake()
 
@@ -72,8 +72,8 @@ def fake(low, high, mean=0.01, seeds=3):
     ],
 )
 def test_the_headline_says_what_chance_leaves(low, high, opening, told):
-    first, second = comparison_page.headline(fake(low, high))
-    assert first == opening
+    sentence, second = comparison_page.headline(fake(low, high))
+    assert sentence == opening
     assert told in second
     assert second.startswith("Accuracy, out of distribution: ")
 
@@ -85,9 +85,9 @@ def test_two_seeds_show_no_difference():
 
 
 def test_a_single_group_is_not_compared():
-    alone = fake(None, None)
-    type(alone).table = [alone.table[0]]
-    assert comparison_page.headline(alone) == [
+    single = fake(None, None)
+    type(single).table = [single.table[0]]
+    assert comparison_page.headline(single) == [
         "One group, a, with Accuracy, out of distribution 50.0 ± 1.0 %: nothing is compared."
     ]
 

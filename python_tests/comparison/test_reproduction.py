@@ -58,9 +58,9 @@ def played(monkeypatch):
     """Return the runs that are begun: method, learning rate and seed."""
     begun, real = [], cell_runner.run
 
-    def run(config, **more):
+    def run(config, **options):
         begun.append((config.method, config.lr, config.seed))
-        return real(config, **more)
+        return real(config, **options)
 
     monkeypatch.setattr(cell_runner, "run", run)
     return begun
@@ -143,8 +143,8 @@ def test_a_budget_leaves_the_dearest_out(paper, played):
     assert [method for method, _, _ in played] == ["fedprox"] * 3  # what cells share costs nothing the second time
     assert told[-1] == "beyond the budget: average (about 3 min 00 s)"
     assert verdicts(made) == {"average": "not played", "proximal": "undecided", "loss": "nothing published"}
-    none = paper(budget=0)
-    none.play(none.plan(none.select(["average"]))[0])
+    unpaid = paper(budget=0)
+    unpaid.play(unpaid.plan(unpaid.select(["average"]))[0])
     assert len(played) == 3
 
 
@@ -233,12 +233,12 @@ def test_a_better_point_is_played_with_every_seed(paper, played):
     made = paper()
     made.play(made.select(["average"]))
     swept = PAPER.replace("lr=0.0001,0.1", "lr=0.0001,0.1,0.3")
-    more = paper(swept)
-    assert (more.jobs["average"].runs_left, more.jobs["average"].total) == (2, 4)
-    more.play(more.select(["average"]))
-    best = more.jobs["average"].best_point()
-    assert not more.jobs["average"].runs_left
-    assert [seed for seed, run in more.jobs["average"].runs(best).items() if run] == [0, 1]
+    later = paper(swept)
+    assert (later.jobs["average"].runs_left, later.jobs["average"].total) == (2, 4)
+    later.play(later.select(["average"]))
+    best = later.jobs["average"].best_point()
+    assert not later.jobs["average"].runs_left
+    assert [seed for seed, run in later.jobs["average"].runs(best).items() if run] == [0, 1]
     assert played[3][1] == 0.3
 
 
@@ -285,10 +285,10 @@ def test_what_is_run_before_is_played_for_every_seed(paper, played):
 def test_a_run_beforehand_that_fails_ends_the_cell(paper, monkeypatch):
     real = cell_runner.run
 
-    def run(config, **more):
+    def run(config, **options):
         if config.seed == 1:
             raise UserError("seed 1 fails.")
-        return real(config, **more)
+        return real(config, **options)
 
     monkeypatch.setattr(cell_runner, "run", run)
     made = paper(BEFORE)

@@ -11,9 +11,9 @@ from fedkern.errors import UserError
 
 def test_the_interval_is_that_of_the_paired_t_test():
     own = {0: 0.81, 1: 0.84, 2: 0.79, 5: 0.9}
-    other = {0: 0.78, 1: 0.8, 2: 0.8, 7: 0.1}
-    found = compare_pairs(own, other)
-    expected = ttest_rel([own[s] for s in (0, 1, 2)], [other[s] for s in (0, 1, 2)]).confidence_interval(0.95)
+    baseline = {0: 0.78, 1: 0.8, 2: 0.8, 7: 0.1}
+    found = compare_pairs(own, baseline)
+    expected = ttest_rel([own[s] for s in (0, 1, 2)], [baseline[s] for s in (0, 1, 2)]).confidence_interval(0.95)
     assert math.isclose(found.low, expected.low)
     assert math.isclose(found.high, expected.high)
     assert math.isclose(found.mean, 0.02)

@@ -59,9 +59,9 @@ def test_nothing_published_has_no_verdict():
 )
 def test_the_ordering_at_a_smaller_scale(gain, published, verdict):
     """Paired by seed: the figures differ far more between seeds than between cells."""
-    others = {0: 0.4, 1: 0.6, 2: 0.8}
+    baseline = {0: 0.4, 1: 0.6, 2: 0.8}
     values = {0: 0.4 + gain, 1: 0.61 + gain, 2: 0.79 + gain}
-    judged = judge_cell(SMALLER, Outcome(values), Outcome(others), published)
+    judged = judge_cell(SMALLER, Outcome(values), Outcome(baseline), published)
     assert str(judged) == verdict
     assert math.isclose(judged.gap.mean, gain)
     assert judged.published_gap == (None if published is None else 0.9 - published)

@@ -33,8 +33,8 @@ def write_table(root, columns, rows, files=True):
     Returns:
         The folder.
     """
-    door, _, more = columns.partition(",")
-    header = f"{COLUMNS[door]}{',' * bool(more)}{more}" if door in COLUMNS else columns
+    door, _, extra = columns.partition(",")
+    header = f"{COLUMNS[door]}{',' * bool(extra)}{extra}" if door in COLUMNS else columns
     lines = [header]
     for i, given in enumerate(rows):
         name = given.get("name", f"{i}.png")

@@ -58,20 +58,20 @@ def variants(content: bytes, rng: np.random.Generator, count: int) -> list[bytes
     for kind in kinds.tolist():
         raw = bytearray(content)
         at = int(rng.integers(len(raw)))
-        some = int(rng.integers(1, 64))
+        length = int(rng.integers(1, 64))
         if kind == 0:
             raw = raw[:at]
         elif kind == 1:  # in the header, where sizes are
             raw[int(rng.integers(min(len(raw), 400)))] = int(rng.choice([0, 1, 127, 128, 255]))
         elif kind == 2:
-            for place in rng.integers(0, len(raw), some).tolist():
+            for place in rng.integers(0, len(raw), length).tolist():
                 raw[place] = int(rng.integers(256))
         elif kind == 3:
-            del raw[at : at + some]
+            del raw[at : at + length]
         elif kind == 4:
-            raw[at : at + some] = bytes(len(raw[at : at + some]))
+            raw[at : at + length] = bytes(len(raw[at : at + length]))
         else:
-            raw[at:at] = rng.bytes(some)
+            raw[at:at] = rng.bytes(length)
         made.append(bytes(raw))
     return made
 

@@ -23,10 +23,10 @@ def open_set(name, root, said=None, **settings):
 
 
 def nested(root, outer=("cat", "dog"), inner=("patient0", "patient1", "patient2", "patient3", "patient4"), count=3):
-    for k, one in enumerate(outer):
+    for k, folder in enumerate(outer):
         for j, two in enumerate(inner):
             for i in range(count):
-                picture(root / one / two / f"{i}.png", 60 * k + 5 * j + i)
+                picture(root / folder / two / f"{i}.png", 60 * k + 5 * j + i)
     return root
 
 
@@ -58,10 +58,10 @@ def test_patients_in_class_folders(tmp_path, name, splits):
     assert (data.classes, said) == (("cat", "dog"), [])
     sets = (*data.clients, data.validation, data.tests[""])
     assert sum(map(len, sets)) == 62
-    held = [{each.split("patient")[1][0] for each in split.ids if "patient" in each} for split in sets]
+    held = [{name.split("patient")[1][0] for name in split.ids if "patient" in name} for split in sets]
     assert sum(map(len, held)) == len(set.union(*held)) == 10
     for split in sets:
-        assert [data.classes[label] in each for label, each in zip(split.labels.tolist(), split.ids, strict=True)]
+        assert [data.classes[label] in name for label, name in zip(split.labels.tolist(), split.ids, strict=True)]
 
 
 @pytest.mark.parametrize("name", ["folder", "pairs"])
@@ -72,7 +72,7 @@ def test_a_patient_in_two_spellings(tmp_path, name):
     data = open_set(name, tmp_path, said, options={"layout": "patients"}, partition="iid", clients=2)
     assert [text.partition(" writes one value in several ways")[0] for text in said] == [f"The layout of {tmp_path}"]
     sets = [
-        {int(each.split("/")[1]) for each in split.ids} for split in (*data.clients, data.validation, data.tests[""])
+        {int(name.split("/")[1]) for name in split.ids} for split in (*data.clients, data.validation, data.tests[""])
     ]
     assert sum(map(len, sets)) == len(set.union(*sets)) == 10
 
@@ -86,7 +86,7 @@ def test_images_in_linked_folders(tmp_path, name):
     (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
     said = []
     data = open_set(name, root, said, options={"layout": "patients"}, partition="iid", clients=2)
-    found = [each for split in (*data.clients, data.validation, data.tests[""]) for each in split.ids]
+    found = [name for split in (*data.clients, data.validation, data.tests[""]) for name in split.ids]
     assert len(found) == 31
     assert "cat/patient0/study/deep/linked.png" in found
     assert said == [f"Files under {root} that are not read: 1 .dcm, such as cat/patient0/study/deep/volume.dcm."]
@@ -112,7 +112,7 @@ def test_patients_with_images_and_masks(tmp_path):
     assert len(open_set("segmentation", tmp_path, options={"layout": "sites"}).clients) == 8
     data = open_set("segmentation", tmp_path, options={"layout": "patients"}, clients=2)
     sets = (*data.clients, data.validation, data.tests[""])
-    held = [{each.split("/")[0] for each in split.ids} for split in sets]
+    held = [{name.split("/")[0] for name in split.ids} for split in sets]
     assert sum(map(len, held)) == len(set.union(*held)) == 8
     assert sum(map(len, sets)) == 24
 
@@ -134,8 +134,8 @@ def test_what_is_left_out_is_counted(tmp_path, name):
     tree = tmp_path / "images" if name == "segmentation" else tmp_path / "cat"
     for k in range(12):
         picture(tree / f"{k}.png", k)
-        other = tmp_path / ("masks" if name == "segmentation" else "dog")
-        picture(other / f"{k}.png", 1 if name == "segmentation" else 100 + k)
+        folder = tmp_path / ("masks" if name == "segmentation" else "dog")
+        picture(folder / f"{k}.png", 1 if name == "segmentation" else 100 + k)
     said = []
     settings = {"partition": "iid", "clients": 2}
     open_set(name, tmp_path, said, **settings)

@@ -352,8 +352,8 @@ def test_links_to_other_folders_are_followed(tmp_path):
     for name in "ab":
         (tmp_path / "data" / name).symlink_to(tmp_path / "disk" / name)
     (tmp_path / "root").symlink_to(tmp_path / "data")
-    one, other = open_set("folder", tmp_path / "disk"), open_set("folder", tmp_path / "root")
-    assert all(torch.equal(a.images, b.images) for a, b in zip(one.clients, other.clients, strict=True))
+    linked, direct = open_set("folder", tmp_path / "disk"), open_set("folder", tmp_path / "root")
+    assert all(torch.equal(a.images, b.images) for a, b in zip(linked.clients, direct.clients, strict=True))
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

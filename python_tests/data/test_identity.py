@@ -22,9 +22,9 @@ def identity(name="digits", **settings):
 )
 @pytest.mark.parametrize("name", ["digits", "colordigits", "segdigits"])
 def test_seed_and_partition_change_nothing(name, settings):
-    first = identity(name, seed=0, clients=3, **settings)
-    assert set(first) == {"classes", "sizes", "names", "labels", "images"}
-    assert first == identity(name, seed=5, clients=2, partition="iid", **settings)
+    parts = identity(name, seed=0, clients=3, **settings)
+    assert set(parts) == {"classes", "sizes", "names", "labels", "images"}
+    assert parts == identity(name, seed=5, clients=2, partition="iid", **settings)
 
 
 def test_nobody_pays_unasked():
@@ -66,14 +66,14 @@ def test_samples_in_memory_may_lie_with_any_client():
      ("fewer", {"sizes", "labels", "images"})],
 )  # fmt: skip
 def test_what_changed_is_told(change, parts):
-    one, two = of_memory(made()), of_memory(made(change))
-    assert {name for name in one if one[name] != two[name]} == parts
+    before, two = of_memory(made()), of_memory(made(change))
+    assert {name for name in before if before[name] != two[name]} == parts
 
 
 @pytest.mark.parametrize("change", ["image", "label"])
 def test_test_sets_count(change):
-    one, two = of_memory(made()), of_memory(made(test=change))
-    assert one["images"] != two["images"]
+    before, two = of_memory(made()), of_memory(made(test=change))
+    assert before["images"] != two["images"]
 
 
 def test_names_texts_and_patients_count():
@@ -84,5 +84,5 @@ def test_names_texts_and_patients_count():
         "ids": tuple(f"{k}.png" for k in range(n)), "texts": tuple(map(str, range(n))), "patients": torch.arange(n),
     }.items():  # fmt: skip
         named = dataclasses.replace(split, **{field: value})
-        other = dataclasses.replace(data, clients=(named, *data.clients[1:]))
-        assert of_memory(other)["labels"] != of_memory(data)["labels"], field
+        renamed = dataclasses.replace(data, clients=(named, *data.clients[1:]))
+        assert of_memory(renamed)["labels"] != of_memory(data)["labels"], field

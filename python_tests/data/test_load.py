@@ -37,9 +37,9 @@ def test_a_run_needs_no_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_whoever_changes_the_digits_changes_nobody_elses() -> None:
-    first = read_digits()
-    again = [value.clone() for value in first]
-    for value in first:
+    digits = read_digits()
+    again = [value.clone() for value in digits]
+    for value in digits:
         value.zero_()
     assert all(map(torch.equal, read_digits(), again))
 
@@ -62,14 +62,14 @@ def test_digits_are_sklearns_enlarged_smoothly() -> None:
 
 
 def test_fixed_split(digits: FederatedData) -> None:
-    other = load("digits", seed=1, clients=9, partition="iid")
-    for data in (digits, other):
+    redrawn = load("digits", seed=1, clients=9, partition="iid")
+    for data in (digits, redrawn):
         names = [name for split in data.clients for name in split.ids]
         assert (len(names), len(data.validation), len(data.tests[""])) == (1200, 247, 350)
         everything = {*names, *data.validation.ids, *data.tests[""].ids}
         assert everything == {f"digits/{i}" for i in range(1797)}
-    assert digits.tests[""].ids == other.tests[""].ids
-    assert digits.validation.ids == other.validation.ids
+    assert digits.tests[""].ids == redrawn.tests[""].ids
+    assert digits.validation.ids == redrawn.validation.ids
     for split in (digits.validation, digits.tests[""]):
         shares = torch.bincount(split.labels, minlength=10) / len(split)
         assert (shares - 0.1).abs().max() < 0.01
@@ -91,11 +91,11 @@ def test_the_seed_reproduces(digits: FederatedData) -> None:
 
 
 def test_train_samples_are_a_random_subset_and_validation_keeps_its_proportion() -> None:
-    small, again, other = (load("digits", seed=seed, train_samples=300, partition="iid") for seed in (0, 0, 1))
+    small, again, reseeded = (load("digits", seed=seed, train_samples=300, partition="iid") for seed in (0, 0, 1))
     assert sum(small.client_sizes) == 300
     assert len(small.validation) == round(247 * 300 / 1200)
     assert len(small.tests[""]) == 350
-    names = [sorted(name for split in data.clients for name in split.ids) for data in (small, again, other)]
+    names = [sorted(name for split in data.clients for name in split.ids) for data in (small, again, reseeded)]
     assert names[0] == names[1] != names[2]
     assert len(set(names[0])) == 300
 

@@ -84,12 +84,12 @@ def test_the_classes_of_a_set_in_memory(tmp_path, monkeypatch, decoded, values, 
         decoded.clear()
         assert found.classes == expected.classes
         assert np.array_equal(found.statistics.counts, expected.statistics.counts)
-        for one, other in zip(splits(found), splits(expected), strict=True):
-            assert isinstance(one.labels, PixelClasses)
-            assert torch.equal(one.labels, other.labels)
-            assert torch.equal(one.images, other.images)
-            assert torch.equal(one.image_labels, other.image_labels)
-            assert one.ids == other.ids
+        for got, wanted in zip(splits(found), splits(expected), strict=True):
+            assert isinstance(got.labels, PixelClasses)
+            assert torch.equal(got.labels, wanted.labels)
+            assert torch.equal(got.images, wanted.images)
+            assert torch.equal(got.image_labels, wanted.image_labels)
+            assert got.ids == wanted.ids
 
 
 def test_masks_have_files_beside_the_images(tmp_path):
@@ -135,9 +135,9 @@ def test_sites_and_own_tests(tmp_path):
     )
     assert found.client_names == ("north", "south")
     assert [len(split) for split in found.client_tests] == [12, 12]
-    for one, other in zip(splits(found), splits(expected), strict=True):
-        assert isinstance(one.labels, PixelClasses)
-        assert torch.equal(one.labels, other.labels)
+    for got, wanted in zip(splits(found), splits(expected), strict=True):
+        assert isinstance(got.labels, PixelClasses)
+        assert torch.equal(got.labels, wanted.labels)
 
 
 @pytest.mark.parametrize("folder", [True, False], ids=["cache", "memory"])

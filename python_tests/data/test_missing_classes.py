@@ -28,7 +28,7 @@ def images(labels):
 
 
 def sets(*labels):
-    return pictures(len(labels)), np.array([[int(k in each) for k in range(3)] for each in labels])
+    return pictures(len(labels)), np.array([[int(k in classes) for k in range(3)] for classes in labels])
 
 
 def masks(*values):
@@ -48,12 +48,12 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["test", "other", "validation"])
 def test_a_class_that_no_client_trains_on_is_told(kind, where):
-    one, two, more = KINDS[kind]
-    tests = {"test": two, "other": more if where == "other" else two}
+    common, two, rare = KINDS[kind]
+    tests = {"test": two, "other": rare if where == "other" else two}
     if where == "test":
-        tests = more
+        tests = rare
     data = FederatedData.from_arrays(
-        {"A": one, "B": two}, tests, validation=more if where == "validation" else None, classes=["a", "b", "rare"]
+        {"A": common, "B": two}, tests, validation=rare if where == "validation" else None, classes=["a", "b", "rare"]
     )
     assert caveats(data) == ["No client trains on an image of rare, which a test set or the validation set shows."]
     trained = replace(
@@ -96,8 +96,8 @@ def test_the_classes_of_test_rows_of_a_table_and_of_masks(tmp_path):
 
 
 def test_nothing_is_told_where_classes_are_not_trained_for_or_the_clients_are_elsewhere():
-    one, two, more = KINDS["images"]
-    data = FederatedData.from_arrays([one], more, validation=two)
+    common, two, rare = KINDS["images"]
+    data = FederatedData.from_arrays([common], rare, validation=two)
     assert len(caveats(data)) == 1
     pairs = [replace(split, texts=("x",) * len(split), task=None) for split in (data.validation, data.tests[""])]
     assert caveats(replace(data, validation=pairs[0], tests={"": pairs[1]})) == []
@@ -130,16 +130,16 @@ def about(classes, task="classification"):
 
 
 @pytest.mark.parametrize("known", [("a", "b", "c", "d"), ("d", "c", "b", "a"), ("b", "d", "a", "c")])
-@pytest.mark.parametrize("there", [("b", "d"), ("c",), ("a", "b", "c", "d"), ("d", "a", "b")])
-def test_labels_are_found_by_name(known, there):
-    labels = np.arange(8) % len(there)
-    names = [*there, "x"] if len(there) == 1 else [*there]
+@pytest.mark.parametrize("classes", [("b", "d"), ("c",), ("a", "b", "c", "d"), ("d", "a", "b")])
+def test_labels_are_found_by_name(known, classes):
+    labels = np.arange(8) % len(classes)
+    names = [*classes, "x"] if len(classes) == 1 else [*classes]
     data = FederatedData.from_arrays([images(labels)], {"": images(labels), "n": images(labels)}, classes=names)
-    data = replace(data, classes=there)
+    data = replace(data, classes=classes)
     told = _fit_classes(data, about(known), Path("run"))
-    assert told.classes == (known if there != known else there)
+    assert told.classes == (known if classes != known else classes)
     for split in told.tests.values():
-        assert [known[label] for label in split.labels.tolist()] == [there[label] for label in labels]
+        assert [known[label] for label in split.labels.tolist()] == [classes[label] for label in labels]
     assert told.validation.labels.tolist() == []
 
 
@@ -152,7 +152,7 @@ def test_several_labels_are_found_by_name():
 
 
 @pytest.mark.parametrize(
-    ("task", "pair", "known", "there", "words"),
+    ("task", "pair", "known", "classes", "words"),
     [
         ("classification", images([0, 1]), "abc", "ax", "are a, x, but the network in run tells a, b, c: name data"),
         ("classification", images([0, 1]), "aab", "ab", "but the network in run tells a, a, b"),
@@ -161,8 +161,8 @@ def test_several_labels_are_found_by_name():
         ("multilabel", sets((0, 1), ()), "abcd", "abx", "are a, b, x, but the network"),
     ],
 )  # fmt: skip
-def test_other_classes_are_refused(task, pair, known, there, words):
-    data = FederatedData.from_arrays([pair], pair, classes=[*there])
+def test_other_classes_are_refused(task, pair, known, classes, words):
+    data = FederatedData.from_arrays([pair], pair, classes=[*classes])
     with pytest.raises(UserError, match=words):
         _fit_classes(data, about(known, task), Path("run"))
 

@@ -156,13 +156,13 @@ def test_a_share_of_0_holds_nothing_out(tmp_path, source, capsys):
     else:
         write_folder(tmp_path, ("",))
         root = tmp_path
-    whole = open_set(source, root)
-    images = sum(map(len, every_split(whole)))
+    usual = open_set(source, root)
+    images = sum(map(len, every_split(usual)))
     data = open_set(source, root, test_share=0, validation_share=0)
     assert (len(data.tests[""]), len(data.validation)) == (0, 0)
     assert sum(map(len, data.clients)) == images
     data = open_set(source, root, validation_share=0)
-    assert (len(data.tests[""]), len(data.validation)) == (len(whole.tests[""]), 0)
+    assert (len(data.tests[""]), len(data.validation)) == (len(usual.tests[""]), 0)
     words = ["--data", source, "--data-root", str(root), "--data-option", "test_share=0", "--partition", "iid"]
     assert main(["fedavg", *words, "--out", str(tmp_path / "run")]) == 2
     assert "There are no test images" in capsys.readouterr().err
@@ -433,7 +433,7 @@ def test_backslashes_are_named(tmp_path, prefix):
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 @pytest.mark.parametrize("column", ["score [0;1;2]", "score (a,b,c,d)", '"a;b;c,d,e\tf"', "a;b;c\td\te\tf"])
 def test_a_column_is_no_separator(tmp_path, separator, column):
-    if any(one in column.replace('"', "") for one in separator) and '"' not in column:
+    if any(character in column.replace('"', "") for character in separator) and '"' not in column:
         column = f'"{column}"'
     listed_images(tmp_path, separator.join(["path", column, "label"]), separator.join(["img/{i}.png", "1", "{label}"]))
     assert load("csv", root=tmp_path, options={"size": 8}, partition="iid", clients=2).classes == ("a", "b")

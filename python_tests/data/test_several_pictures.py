@@ -15,9 +15,9 @@ SUFFIXES = "gif", "png", "webp", "tif"
 
 
 def write(path, *pictures):
-    first, *others = [Image.fromarray(values) for values in pictures]
-    first.save(
-        path, save_all=bool(others), append_images=others, **({"lossless": True} if path.suffix == ".webp" else {})
+    picture, *later = [Image.fromarray(values) for values in pictures]
+    picture.save(
+        path, save_all=bool(later), append_images=later, **({"lossless": True} if path.suffix == ".webp" else {})
     )
 
 

@@ -68,11 +68,11 @@ def test_an_image_is_one_however_it_is_written(tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_what_is_set_aside_is_not_trained_on(tmp_path, share):
     data = open_set(write(tmp_path))
-    apart = hold_out(data, held_out=1, share=share, seed=0)
-    assert_apart(*apart.clients, apart.tests["held_out"], *apart.client_tests)
-    sizes = [len(split) for split in (*apart.clients, apart.tests["held_out"], *apart.client_tests)]
+    holdout = hold_out(data, held_out=1, share=share, seed=0)
+    assert_apart(*holdout.clients, holdout.tests["held_out"], *holdout.client_tests)
+    sizes = [len(split) for split in (*holdout.clients, holdout.tests["held_out"], *holdout.client_tests)]
     assert sum(sizes) == sum(data.client_sizes)
-    for split in apart.client_tests:
+    for split in holdout.client_tests:
         assert len(split) == 10
         assert len(set(split.ids)) == 2
 
@@ -115,8 +115,8 @@ def test_losses_are_taken_on_images_that_are_not_trained_on(tmp_path, loss_share
         images = len(judged) // 5
         for turn in range(5):  # as many different images as there are, one after another
             assert len({split.ids[row] for row in judged[turn * images : (turn + 1) * images]}) == images
-    both = robust(data, loss_share=loss_share, loss_split="train")
-    assert np.array_equal(both[0].rows(both[1][0])[0], np.arange(len(data.clients[0])))
+    on_training = robust(data, loss_share=loss_share, loss_split="train")
+    assert np.array_equal(on_training[0].rows(on_training[1][0])[0], np.arange(len(data.clients[0])))
 
 
 def test_too_few_images_are_named(tmp_path):
@@ -135,22 +135,22 @@ def test_distinct_images_are_drawn_as_ever(tmp_path, spec, seed):
     """As in recorded runs: every draw is over the rows themselves."""
     path = write(tmp_path, images=120, texts=1)
     data = open_set(path, partition=spec, seed=seed)
-    whole = open_set(path, clients=1, seed=seed).clients[0]
-    labels = whole.labels.numpy()
-    groups = np.array([int(name.removesuffix(".png")) % 3 for name in whole.ids])
+    full = open_set(path, clients=1, seed=seed).clients[0]
+    labels = full.labels.numpy()
+    groups = np.array([int(name.removesuffix(".png")) % 3 for name in full.ids])
     parts = partition(spec, labels, 3, seed, class_count=3, groups=groups)
-    assert [split.ids for split in data.clients] == [tuple(whole.ids[row] for row in part) for part in parts]
-    apart = hold_out(data, held_out=None, share=0.2, seed=seed)
+    assert [split.ids for split in data.clients] == [tuple(full.ids[row] for row in part) for part in parts]
+    holdout = hold_out(data, held_out=None, share=0.2, seed=seed)
     for k, split in enumerate(data.clients):
         order = stream(seed, "client-test", client=k).permutation(len(split))
         count = max(2, round(0.2 * len(split)))
-        assert apart.client_tests[k].ids == tuple(split.ids[row] for row in np.sort(order[:count]))
-        assert apart.clients[k].ids == tuple(split.ids[row] for row in np.sort(order[count:]))
-    chosen = stream(seed, "train-samples").choice(len(whole), size=50, replace=False)
-    public = stream(seed, "public-samples").choice(np.setdiff1d(np.arange(len(whole)), chosen), size=9, replace=False)
-    some = open_set(path, clients=1, seed=seed, train_samples=50, public_samples=9)
-    assert some.clients[0].ids == tuple(whole.ids[row] for row in np.sort(chosen))
-    assert some.public.ids == tuple(whole.ids[row] for row in np.sort(public))
+        assert holdout.client_tests[k].ids == tuple(split.ids[row] for row in np.sort(order[:count]))
+        assert holdout.clients[k].ids == tuple(split.ids[row] for row in np.sort(order[count:]))
+    chosen = stream(seed, "train-samples").choice(len(full), size=50, replace=False)
+    public = stream(seed, "public-samples").choice(np.setdiff1d(np.arange(len(full)), chosen), size=9, replace=False)
+    fewer = open_set(path, clients=1, seed=seed, train_samples=50, public_samples=9)
+    assert fewer.clients[0].ids == tuple(full.ids[row] for row in np.sort(chosen))
+    assert fewer.public.ids == tuple(full.ids[row] for row in np.sort(public))
     method, clients = robust(data)
     for client, split in zip(clients, data.clients, strict=True):
         assert client.groups is None

@@ -117,8 +117,8 @@ def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
     """Both patients of a site are patients of others too, who are held out."""
     line = "{i}.png,{label},{site},{i}"
     root = table(tmp_path, "path,label,site,patient", line=line)
-    whole = open_set("csv", root)
-    path, held = root / "list.csv", [name.removesuffix(".png") for name in whole.tests[""].ids[:2]]
+    data = open_set("csv", root)
+    path, held = root / "list.csv", [name.removesuffix(".png") for name in data.tests[""].ids[:2]]
     for i, patient in enumerate(held):
         write_image(root / f"z{i}.png", i)
         path.write_text(path.read_text() + f"z{i}.png,c,Zell,{patient}\n")
@@ -225,7 +225,7 @@ def test_fewer_test_images_still_show_every_site(tmp_path, count):
 def test_columns_by_other_names(tmp_path, name, header, line, options):
     data = open_set(name, table(tmp_path, header, line=line), partition="iid", clients=2, **options)
     for split in (*data.clients, data.validation, data.tests[""]):
-        numbers = [int(one.removesuffix(".png")) for one in split.ids]
+        numbers = [int(name.removesuffix(".png")) for name in split.ids]
         if name == "csv":
             assert split.labels.tolist() == [i // 3 % 2 for i in numbers]
         else:
@@ -391,10 +391,10 @@ def test_sites_of_masks_and_texts(tmp_path, name, make, splits):
     data = open_set(name, make(tmp_path, splits))
     assert data.client_names == SITES
     for split, site in zip(data.clients, SITES, strict=True):
-        assert {one.split("/")[0] for one in split.ids} == {site}
+        assert {name.split("/")[0] for name in split.ids} == {site}
     assert len(data.client_tests) == (3 if splits[0] else 0)
     for split, site in zip(data.client_tests, SITES, strict=bool(splits[0])):
-        assert {one.split("/")[0] for one in split.ids} == {site}
+        assert {name.split("/")[0] for name in split.ids} == {site}
     assert name == "segmentation" or data.classes == ("a", "b")
 
 
@@ -417,45 +417,45 @@ def test_labels_of_texts_are_no_sites(tmp_path):
 
 def test_the_table_counts_what_clients_train_on(tmp_path):
     data = open_set("csv", table(tmp_path, rows=60))
-    apart = hold_out(data, held_out=1, share=0.25, seed=0)
-    assert apart.client_names == ("Aachen", "Celle")
-    table_ = apart.statistics
-    assert table_.sizes.tolist() == list(apart.client_sizes)
+    holdout = hold_out(data, held_out=1, share=0.25, seed=0)
+    assert holdout.client_names == ("Aachen", "Celle")
+    table_ = holdout.statistics
+    assert table_.sizes.tolist() == list(holdout.client_sizes)
     assert table_.counts.tolist() == [
-        [int((split.labels == label).sum()) for label in (0, 1)] for split in apart.clients
+        [int((split.labels == label).sum()) for label in (0, 1)] for split in holdout.clients
     ]
-    assert table_.own_tests == tuple(len(split) for split in apart.client_tests)
-    assert table_.held_out == ("Bonn", len(apart.tests["held_out"]))
+    assert table_.own_tests == tuple(len(split) for split in holdout.client_tests)
+    assert table_.held_out == ("Bonn", len(holdout.tests["held_out"]))
     header, rows = table_.header(), table_.rows()
     assert header == ["client", "name", "samples", "own test", "skew", "c", "d"]
     assert [row[:2] for row in rows] == [["0", "Aachen"], ["1", "Celle"], ["held out", "Bonn"], ["all", ""]]
-    assert [row[header.index("samples")] for row in rows[2:]] == ["", str(sum(apart.client_sizes))]
+    assert [row[header.index("samples")] for row in rows[2:]] == ["", str(sum(holdout.client_sizes))]
     assert sum(int(row[3]) for row in rows[:3]) == int(rows[3][3])
 
 
 def test_clients_without_names_are_numbers(tmp_path):
     data = open_set("csv", table(tmp_path, rows=60), partition="iid", clients=3)
-    apart = hold_out(data, held_out=1, share=0, seed=0)
-    assert apart.client_names is None
-    assert [row[0] for row in apart.statistics.rows()] == ["0", "1", "held out (1)", "all"]
-    assert apart.statistics.sizes.tolist() == list(apart.client_sizes)
+    holdout = hold_out(data, held_out=1, share=0, seed=0)
+    assert holdout.client_names is None
+    assert [row[0] for row in holdout.statistics.rows()] == ["0", "1", "held out (1)", "all"]
+    assert holdout.statistics.sizes.tolist() == list(holdout.client_sizes)
     assert data.statistics.header() == ["client", "samples", "skew", "c", "d"]
 
 
 def test_segmentation_counts_the_largest_object(tmp_path):
     data = open_set("segmentation", site_masks(tmp_path, images=10))
-    apart = hold_out(data, held_out=None, share=0.3, seed=0)
-    assert apart.statistics.sizes.tolist() == list(apart.client_sizes)
-    assert apart.statistics.counts[:, 0].tolist() == [0, 0, 0]
+    holdout = hold_out(data, held_out=None, share=0.3, seed=0)
+    assert holdout.statistics.sizes.tolist() == list(holdout.client_sizes)
+    assert holdout.statistics.counts[:, 0].tolist() == [0, 0, 0]
     assert data.statistics.counts.tolist() == [
-        [0, len(split) + test] for split, test in zip(apart.clients, apart.statistics.own_tests, strict=True)
+        [0, len(split) + test] for split, test in zip(holdout.clients, holdout.statistics.own_tests, strict=True)
     ]
 
 
 def test_messages_name_the_client(tmp_path):
     root = table(tmp_path, rows=60, sites=("Aachen",) * 14 + ("Bonn",))
-    few = hold_out(open_set("csv", root), held_out=None, share=0, seed=0)
-    assert few.client_label(1) == "1 (Bonn)"
-    assert few.pooled().client_label(0) == "0"
+    sparse = hold_out(open_set("csv", root), held_out=None, share=0, seed=0)
+    assert sparse.client_label(1) == "1 (Bonn)"
+    assert sparse.pooled().client_label(0) == "0"
     with pytest.raises(UserError, match=r"Client 1 \(Bonn\) has \d+ samples, too few for a test set of its own"):
-        hold_out(few, held_out=None, share=0.3, seed=0)
+        hold_out(sparse, held_out=None, share=0.3, seed=0)

@@ -24,7 +24,7 @@ def image(kind, seed):
     return Image.fromarray(rng.integers(0, top, (side, side, *channels)).astype(np.uint16 if top > 256 else np.uint8))
 
 
-def table(folder, kinds, each=6, splits=("",)):
+def table(folder, kinds, count=6, splits=("",)):
     """Return a CSV whose rows name site and split.
 
     ``kinds`` are the files' by (split, site) or by site.
@@ -32,7 +32,7 @@ def table(folder, kinds, each=6, splits=("",)):
     lines = ["path,label,client,split" if splits != ("",) else "path,label,client"]
     for site in dict.fromkeys(key[1] if isinstance(key, tuple) else key for key in kinds):
         for split in splits:
-            for i in range(each):
+            for i in range(count):
                 name = f"{site}{split}{i}.png"
                 image(kinds.get((split, site)) or kinds[site], len(lines)).save(folder / name)
                 lines.append(",".join([name, "ab"[i % 2], site, split][: 4 if split else 3]))
@@ -62,8 +62,8 @@ def test_a_network_that_sees_parts_of_images(tmp_path):
 
 def test_a_line_per_site_where_they_differ(tmp_path):
     path = table(tmp_path, {"Bonn": GREY, "Jena": DEEP, "Trier": GREY, "Ulm": "8-bit RGB, 16 x 16"})
-    whole, *lines = seen(path, window="40,400")
-    assert whole == f"images: 16-bit grey, 8-bit RGB and 8-bit grey, 16 x 16 to 96 x 96, {WINDOW} -> {RGB}"
+    summary, *lines = seen(path, window="40,400")
+    assert summary == f"images: 16-bit grey, 8-bit RGB and 8-bit grey, 16 x 16 to 96 x 96, {WINDOW} -> {RGB}"
     assert lines == [
         f"images of Bonn, Trier: {GREY} -> {RGB}",
         f"images of Jena: {DEEP}, {WINDOW} -> {RGB}",
@@ -72,14 +72,14 @@ def test_a_line_per_site_where_they_differ(tmp_path):
 
 
 def test_many_sites_are_folded(tmp_path):
-    path = table(tmp_path, {f"s{k:02}": f"8-bit grey, {20 + k} x {20 + k}" for k in range(12)}, each=4)
+    path = table(tmp_path, {f"s{k:02}": f"8-bit grey, {20 + k} x {20 + k}" for k in range(12)}, count=4)
     _, *lines = seen(path)
     assert len(lines) == greys.LINES
     assert lines[0] == f"images of s00: 8-bit grey, 20 x 20 -> {RGB}"
     assert lines[-1] == f"images of s03, s04, s05 and 6 more: 8-bit grey, 23 x 23 to 31 x 31 -> {RGB}"
-    _, one, other = seen(table(tmp_path, {f"s{k:02}": DEEP if k == 4 else GREY for k in range(12)}, each=4))
-    assert one == f"images of s00, s01, s02 and 8 more: {GREY} -> {RGB}"
-    assert other.startswith(f"images of s04: {DEEP}, 0 to 65,535 become 0 to 255 ({greys.ADVICE}) -> ")
+    _, usual, deep = seen(table(tmp_path, {f"s{k:02}": DEEP if k == 4 else GREY for k in range(12)}, count=4))
+    assert usual == f"images of s00, s01, s02 and 8 more: {GREY} -> {RGB}"
+    assert deep.startswith(f"images of s04: {DEEP}, 0 to 65,535 become 0 to 255 ({greys.ADVICE}) -> ")
 
 
 def test_the_training_and_the_test_set_differ(tmp_path):
@@ -95,7 +95,7 @@ def test_the_training_and_the_test_set_differ(tmp_path):
 
 
 def test_a_set_is_named_however_few_files_it_has(tmp_path):
-    path = table(tmp_path, {"Ulm": DEEP.replace("96", "8")}, each=2)
+    path = table(tmp_path, {"Ulm": DEEP.replace("96", "8")}, count=2)
     lines = path.read_text().splitlines()
     for i in range(2 * greys.LOOKED_AT):
         Image.fromarray(np.full((4, 4), i % 256, np.uint8)).save(tmp_path / f"{i}.png")
@@ -138,9 +138,9 @@ def test_evaluate_tells_images_and_patients_of_every_site(tmp_path):
     for name, splits in {"own": ("train", "test"), "unsplit": ("",), "tests": ("test",)}.items():
         (tmp_path / name).mkdir()
         tables[name] = path = table(tmp_path / name, {"Ulm": GREY, "Bonn": GREY}, splits=splits)
-        first, *rows = path.read_text().splitlines()
+        header, *rows = path.read_text().splitlines()
         people = [f"{row},{'-'.join(row.split(',')[2:])}{i // 2}" for i, row in enumerate(rows)]  # two images a patient
-        path.write_text("\n".join([f"{first},patient_id", *people]))
+        path.write_text("\n".join([f"{header},patient_id", *people]))
     for name in ("own", "unsplit"):
         fedkern.simulate(
             "fedavg", data="csv", data_root=tables[name], data_options={"size": 8, "test_share": 0.4}, rounds=1,
@@ -156,8 +156,8 @@ def test_evaluate_tells_images_and_patients_of_every_site(tmp_path):
         ("unsplit", {"data_root": tables["unsplit"].parent}, part),  # most are those that it was trained on
     ):
         told = []
-        other = {"data": "csv", **judged} if judged else {}
-        _, _, intervals = evaluate_run(tmp_path / f"run on {trained}", progress=told.append, **other)
+        source = {"data": "csv", **judged} if judged else {}
+        _, _, intervals = evaluate_run(tmp_path / f"run on {trained}", progress=told.append, **source)
         assert any(line.startswith(f"the test set: {said}") for line in told)
         found = [(row.get("client"), f"{row['samples']} of {row['units']} {row['unit'][:-1]}") for row in intervals]
         texts = [text.split(" ", 1) for text in next(line for line in told if "test set" in line)[14:].split(", ")]

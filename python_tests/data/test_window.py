@@ -45,20 +45,20 @@ def scans(tmp_path):
     return folder
 
 
-def options(**more):
-    return {"size": SIDE, "colour": "grey", "test_share": 0.3, **more}
+def options(**changes):
+    return {"size": SIDE, "colour": "grey", "test_share": 0.3, **changes}
 
 
-def opened(folder, **more):
-    return load("folder", root=folder, clients=2, partition="iid", options=options(**more))
+def opened(folder, **changes):
+    return load("folder", root=folder, clients=2, partition="iid", options=options(**changes))
 
 
 @pytest.mark.exhaustive
 def test_lesions_of_35_hu_separate(scans, tmp_path):
     found = {}
-    for name, more in (("without", {}), ("with", {"window": f"{40 + AIR},400"})):
+    for name, changes in (("without", {}), ("with", {"window": f"{40 + AIR},400"})):
         run = fedkern.simulate(
-            "fedavg", data="folder", data_root=scans, data_options=options(**more), out=tmp_path / name, **HOW
+            "fedavg", data="folder", data_root=scans, data_options=options(**changes), out=tmp_path / name, **HOW
         )
         found[name] = run.metrics["auroc"]
     assert found["with"] >= 0.95
@@ -108,9 +108,9 @@ def test_other_images_are_seen_in_the_size_of_the_run(data, given, tmp_path):
     trained = opened(options={"colour": "grey", **given})
     config = RunConfig.make("feddra", data=data, data_options={"colour": "grey", **given})
     about = {**trained.form.about(), "task": trained.task.name, "classes": [*trained.classes]}
-    other = opened(options=_as_trained(data, about, config))
-    assert other.form.shape == trained.form.shape
-    assert torch.equal(other.tests[""].images[:], trained.tests[""].images[:])
+    later = opened(options=_as_trained(data, about, config))
+    assert later.form.shape == trained.form.shape
+    assert torch.equal(later.tests[""].images[:], trained.tests[""].images[:])
 
 
 def test_a_user_s_data_set_may_have_parts_without_a_size(monkeypatch):
@@ -130,8 +130,8 @@ def test_what_files_hold_and_a_network_sees_is_told(scans):
     low, high = data.form.window
     text = f"images: 16-bit grey, {SIDE} x {SIDE}, window {(low + high) / 2:g},{high - low:g} -> 16 x 16 RGB"
     assert data.form.seen == (text,)
-    (whole,) = opened(options={"size": 16}).form.seen
-    assert "0 to 65,535 become 0 to 255 (--data-option window=CENTRE,WIDTH keeps what matters)" in whole
+    (line,) = opened(options={"size": 16}).form.seen
+    assert "0 to 65,535 become 0 to 255 (--data-option window=CENTRE,WIDTH keeps what matters)" in line
     assert not told  # the header tells it
 
 
@@ -191,9 +191,9 @@ def test_a_set_of_equal_images_is_refused(blank, said, tmp_path):
     noise, labels = np.random.default_rng(0).integers(0, 256, (8, 4, 4)).astype(np.uint8), np.arange(8) % 2
     a, b, test = ((0 * noise if name in blank else noise, labels) for name in "abt")
     data = fedkern.FederatedData.from_arrays({"a": a, "b": b}, test)
-    more = {"model": "mlp", "rounds": 1, "progress": False, "pictures": False, "out": tmp_path / "run"}
+    settings = {"model": "mlp", "rounds": 1, "progress": False, "pictures": False, "out": tmp_path / "run"}
     with pytest.raises(UserError, match=said) if said else nullcontext():
-        fedkern.simulate("fedavg", data=data, **more)
+        fedkern.simulate("fedavg", data=data, **settings)
     assert (tmp_path / "run").exists() is not bool(said)
 
 
@@ -212,7 +212,7 @@ def test_percentiles_are_of_the_pixels(scans):
     looks = looked_at(paths[::2], 10**6, True).values()
     low, high = window_of("0%,100%", looks)
     chosen = [np.asarray(Image.open(path)) for path in paths[::2]]
-    assert (low, high) == (min(each.min() for each in chosen), max(each.max() for each in chosen))
+    assert (low, high) == (min(image.min() for image in chosen), max(image.max() for image in chosen))
     assert window_of(as_text((low, high)), looks) == (low, high)
     assert window_of("", looks) is None
 

@@ -74,8 +74,8 @@ def test_zero_shot_is_right_where_the_network_is() -> None:
         {"set": "unseen", "accuracy": 1.0, "auc": 1.0},
     ]
     assert [row["accuracy"] for row in zero_shot(finished(oracle(wrong=True)), "{class}")] == [0.0, 0.0]
-    both = zero_shot(finished(right_and_wrong()), "{class}")
-    assert [row["accuracy"] for row in both] == [0.5, 0.5]
+    rows = zero_shot(finished(right_and_wrong()), "{class}")
+    assert [row["accuracy"] for row in rows] == [0.5, 0.5]
 
 
 def test_retrieval_finds_what_belongs_together() -> None:
@@ -115,9 +115,9 @@ def test_probes_learn_what_features_tell(features: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_single_class_of_an_image_is_refused(task: Any, labels: torch.Tensor) -> None:
-    other = dataclasses.replace(shown([0, 1, 2] * 6), labels=labels, task=task, texts=None)
+    split = dataclasses.replace(shown([0, 1, 2] * 6), labels=labels, task=task, texts=None)
     made = finished(build_small())
-    made.data = dataclasses.replace(made.data, clients=(other, other), validation=other, tests={"": other})
+    made.data = dataclasses.replace(made.data, clients=(split, split), validation=split, tests={"": split})
     for command in (zero_shot, probe):
         with pytest.raises(UserError, match=f"is for {task.name}: these tasks tell the single class"):
             command(made)
@@ -151,9 +151,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(folder: Path, task: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     assert main(["evaluate", str(folder), "--task", task, "--json", *words]) == 0
     found = json.loads(capsys.readouterr().out)
-    other = [words[words.index("--data") + 1]] if "--data" in words else []
+    data_name = [words[words.index("--data") + 1]] if "--data" in words else []
     labels = [word.partition("=")[2] for word in words if word.startswith("labels=")]
-    assert found == json.loads((folder / ("-".join(["evaluate", task, *other, *labels]) + ".json")).read_text())
+    assert found == json.loads((folder / ("-".join(["evaluate", task, *data_name, *labels]) + ".json")).read_text())
     return found
 
 

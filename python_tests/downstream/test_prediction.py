@@ -60,34 +60,34 @@ def test_batches_of_large_images_are_smaller(side, at_once):
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_answers_do_not_depend_on_the_batches(paths, task):
-    whole = predictor(task)
-    expected = list(whole.files(paths))
-    assert whole.module.seen == [11]
+    together = predictor(task)
+    expected = list(together.files(paths))
+    assert together.module.seen == [11]
     parted = predictor(task)
     parted.batch = 4
     found = list(parted.files(paths))
     assert parted.module.seen == [4, 4, 3]
     assert [path for path, _, _ in found] == paths
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one[1], other[1])
-        assert torch.equal(one[2], other[2])
-    assert torch.equal(parted.probabilities_of(paths), whole.probabilities_of(paths))
-    assert whole.probabilities_of([]).shape == (0, 3, *((SIDE, SIDE) if task == "segmentation" else ()))
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got[1], wanted[1])
+        assert torch.equal(got[2], wanted[2])
+    assert torch.equal(parted.probabilities_of(paths), together.probabilities_of(paths))
+    assert together.probabilities_of([]).shape == (0, 3, *((SIDE, SIDE) if task == "segmentation" else ()))
 
 
 def test_masks_are_written_as_they_come(paths, tmp_path, monkeypatch):
-    there = []
+    counts = []
     read = ImageFiles.read
 
     def seen(files):
-        there.append(len(list((tmp_path / "masks.part").iterdir())))
+        counts.append(len(list((tmp_path / "masks.part").iterdir())))
         return read(files)
 
     monkeypatch.setattr(ImageFiles, "read", seen)
     own = predictor("segmentation")
     own.batch = 4
     write_masks(tmp_path / "masks", paths, own.files(paths))
-    assert there == [0, 4, 8]
+    assert counts == [0, 4, 8]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "masks"]
     monkeypatch.setattr(ImageFiles, "read", read)
     for path in paths:

@@ -44,9 +44,9 @@ def test_areas_are_scikit_learns() -> None:
     scores = (torch.rand(90, 4) + torch.eye(4)[labels] / 4).mul(8).round()  # many ties
     expected = np.mean([roc_auc_score(labels == c, scores[:, c]) for c in range(4)])
     assert probes.macro_auc(scores, labels) == pytest.approx(expected)
-    here = labels < 2  # only classes that occur count
-    expected = np.mean([roc_auc_score(labels[here] == c, scores[here, c]) for c in range(2)])
-    assert probes.macro_auc(scores[here], labels[here]) == pytest.approx(expected)
+    known = labels < 2  # only classes that occur count
+    expected = np.mean([roc_auc_score(labels[known] == c, scores[known, c]) for c in range(2)])
+    assert probes.macro_auc(scores[known], labels[known]) == pytest.approx(expected)
     assert math.isnan(probes.macro_auc(scores[:3], torch.zeros(3, dtype=torch.int64)))
     assert probes.figures(scores, labels)["accuracy"] == float((scores.argmax(1) == labels).double().mean())
     assert "auc" not in probes.figures(scores[:3], torch.zeros(3, dtype=torch.int64))

@@ -102,9 +102,9 @@ def test_values_and_strides_are_those_of_a_tensor_in_memory(tmp_path, channels):
 def test_splits_are_divided_joined_and_cut_without_reading(pair, read):
     rows, plain = pair
     labels = torch.arange(COUNT)
-    lazy, whole = Split(rows, labels), Split(plain, labels)
+    lazy, eager = Split(rows, labels), Split(plain, labels)
     chosen = torch.tensor([7, 2, 11])
-    parts = [[split.subset(chosen), split.subset(torch.arange(3))] for split in (lazy, whole)]
+    parts = [[split.subset(chosen), split.subset(torch.arange(3))] for split in (lazy, eager)]
     made = [central(join_splits(part), (4, 5)) for part in parts]
     again = [central(split, (3, 3)) for split in made]
     assert central(made[0], (4, 5)) is made[0]
@@ -124,10 +124,10 @@ def test_one_image_at_a_time(pair, read):
 
 
 def test_images_of_two_files_are_joined_in_memory(tmp_path):
-    one, two = (stored(tmp_path / name)[0] for name in ("a", "b"))
-    both = torch.cat([ImageRows.of(store, torch.tensor([1])) for store in (one, two)])
-    assert type(both) is torch.Tensor
-    assert torch.equal(both[0], both[1])
+    store_a, two = (stored(tmp_path / name)[0] for name in ("a", "b"))
+    joined = torch.cat([ImageRows.of(store, torch.tensor([1])) for store in (store_a, two)])
+    assert type(joined) is torch.Tensor
+    assert torch.equal(joined[0], joined[1])
 
 
 CHANGES = [
@@ -152,11 +152,11 @@ def test_pickled_while_the_file_has_no_name(tmp_path, read):
     store, plain = stored(tmp_path / "images")
     (tmp_path / "images").unlink()
     rows = ImageRows.of(store, torch.tensor([4, 1]), (1, 2, 3, 4))
-    both = pickle.loads(pickle.dumps((rows, rows[:1])))
-    assert both[0]._store is both[1]._store is not store
+    loaded = pickle.loads(pickle.dumps((rows, rows[:1])))
+    assert loaded[0]._store is loaded[1]._store is not store
     assert copy.deepcopy(rows)._store is store
     assert read == []
-    assert torch.equal(both[0], plain[torch.tensor([4, 1]), :, 1:4, 2:6])
+    assert torch.equal(loaded[0], plain[torch.tensor([4, 1]), :, 1:4, 2:6])
 
 
 def test_a_file_that_is_too_short(tmp_path):
@@ -209,17 +209,17 @@ def test_classes_of_pixels_look_like_a_tensor_and_are_read_when_needed(classes, 
     )  # fmt: skip
     assert (rows.element_size(), rows.numel(), rows.is_cpu) == (8, plain.numel(), True)
     lazy = Split(torch.zeros(COUNT, 1, HEIGHT, WIDTH, dtype=torch.uint8), rows)
-    whole = Split(lazy.images, plain)
+    eager = Split(lazy.images, plain)
     chosen = torch.tensor([7, 2, 11])
-    found, expected = (join_splits([split.subset(chosen), split.subset(torch.arange(3))]) for split in (lazy, whole))
+    found, expected = (join_splits([split.subset(chosen), split.subset(torch.arange(3))]) for split in (lazy, eager))
     assert read == []
     assert isinstance(found.labels, PixelClasses)
     assert torch.equal(found.labels, expected.labels)
     assert load_rows(found.labels).stride() == expected.labels.stride()
     assert read == [6, 6]
-    both = pickle.loads(pickle.dumps((rows, rows[:1])))
-    assert torch.equal(both[0], plain)
-    assert both[0]._store is both[1]._store
+    loaded = pickle.loads(pickle.dumps((rows, rows[:1])))
+    assert torch.equal(loaded[0], plain)
+    assert loaded[0]._store is loaded[1]._store
     with pytest.raises(TypeError, match="in a file and cannot be changed"):
         rows.fill_(0)
 
@@ -237,10 +237,10 @@ def test_choosing_classes(classes, key):
 
 def test_masks_of_other_meanings_are_joined_in_memory(classes):
     rows, plain = classes
-    other = PixelClasses.of(rows._store, torch.arange(2), torch.arange(256))
-    both = torch.cat([rows[:2], other])
-    assert type(both) is torch.Tensor
-    assert torch.equal(both[:2], plain[:2])
+    remapped = PixelClasses.of(rows._store, torch.arange(2), torch.arange(256))
+    joined = torch.cat([rows[:2], remapped])
+    assert type(joined) is torch.Tensor
+    assert torch.equal(joined[:2], plain[:2])
     assert isinstance(torch.cat([rows[:2], rows[3:]]), PixelClasses)
 
 

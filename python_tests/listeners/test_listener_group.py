@@ -68,10 +68,10 @@ def told(group, rounds):
 
 
 def test_states_of_a_checkpoint_go_on_and_those_of_absent_listeners_stay():
-    first, second = Keeping(), Keeping()
-    group = ListenerGroup(Listeners(first, Listeners(second)))
+    outer, second = Keeping(), Keeping()
+    group = ListenerGroup(Listeners(outer, Listeners(second)))
     told(group, (1, 2))
-    assert (first.closed, second.closed) == (1, 1)
+    assert (outer.closed, second.closed) == (1, 1)
     states = group.states()
     assert states == {"Keeping": {"rounds": [1, 2]}, "Keeping-2": {"rounds": [1, 2]}}
     without = ListenerGroup(Listener())

@@ -75,17 +75,17 @@ def test_a_resumed_run_goes_on_with_the_same_curve(wandb, tmp_path, monkeypatch)
     out = tmp_path / "run"
     cut(monkeypatch, 3, *WORDS, "--out", str(out), "--wandb", "team/demo")
     resume(out, "--wandb", "team/demo")
-    first, second = wandb.runs
-    assert first.given["id"] == second.given["id"]
-    for each in wandb.runs:
-        assert (each.given["entity"], each.given["project"], each.given["resume"]) == ("team", "demo", "allow")
-        assert each.given["dir"] == str(out)
-        assert each.given["config"]["clients"] == 2
-        assert each.given["settings"] == {"console": "off", "silent": True}
-    assert [[step for step, _ in each.rows] for each in wandb.runs] == [[1, 2, 3], [4]]  # round 3 not twice
-    assert (first.code, second.code) == (1, 0)
+    begun, second = wandb.runs
+    assert begun.given["id"] == second.given["id"]
+    for curve in wandb.runs:
+        assert (curve.given["entity"], curve.given["project"], curve.given["resume"]) == ("team", "demo", "allow")
+        assert curve.given["dir"] == str(out)
+        assert curve.given["config"]["clients"] == 2
+        assert curve.given["settings"] == {"console": "off", "silent": True}
+    assert [[step for step, _ in curve.rows] for curve in wandb.runs] == [[1, 2, 3], [4]]  # round 3 not twice
+    assert (begun.code, second.code) == (1, 0)
     records = read_metrics(out)
-    assert dict(first.rows)[2] == scalars(records[1])
+    assert dict(begun.rows)[2] == scalars(records[1])
     assert second.summary["final/accuracy"] == records[-1]["accuracy"]
     assert "wandb" not in (out / "config.toml").read_text()
 
@@ -96,9 +96,9 @@ def test_runs_with_curves_of_their_own(wandb, tmp_path, monkeypatch):
     cut(monkeypatch, 1, *WORDS, "--out", str(out), "--wandb", "demo")
     cut(monkeypatch, 3, "--resume", str(out), "--wandb", "demo")
     resume(out, "--wandb", "other")
-    assert len({each.given["id"] for each in wandb.runs}) == 3
-    assert [[step for step, _ in each.rows] for each in wandb.runs] == [[1], [1, 2, 3], [3, 4]]
-    assert [each.given["project"] for each in wandb.runs] == ["demo", "demo", "other"]
+    assert len({curve.given["id"] for curve in wandb.runs}) == 3
+    assert [[step for step, _ in curve.rows] for curve in wandb.runs] == [[1], [1, 2, 3], [3, 4]]
+    assert [curve.given["project"] for curve in wandb.runs] == ["demo", "demo", "other"]
 
 
 def test_private_records_tell_it_what_they_tell_anybody(wandb, tmp_path):

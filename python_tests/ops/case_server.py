@@ -98,15 +98,15 @@ class _Worker:
 
     def __init__(self) -> None:
         self.cases = 0
-        mine, its = socket.socketpair()
+        mine, theirs = socket.socketpair()
         self._pid = os.fork()
         if self._pid == 0:
             mine.close()
-            with its.makefile("rwb") as stream, suppress(EOFError):
+            with theirs.makefile("rwb") as stream, suppress(EOFError):
                 while True:
                     _send(stream, _run(*_receive(stream)))
             os._exit(0)
-        its.close()
+        theirs.close()
         self._socket, self._stream = mine, mine.makefile("rwb")
         mine.settimeout(LIMIT_S)
 

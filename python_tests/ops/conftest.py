@@ -85,21 +85,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     The default run has ``triton/test_triton_operators.py`` alone; the interpreter's other cases, CUDA's kernels in the
     emulator, and the CPU kernels at other ISA levels than the best one are ``exhaustive``.
     """
-    others = set(operator_cases.KERNELS[:-1])
+    other_kernels = set(operator_cases.KERNELS[:-1])
     groups = defaultdict(list)
     for item in items:
         folder = item.path.parent.name
-        every = folder == "triton" and item.path.name != "test_triton_operators.py"
-        if folder == "cuda" or every or (folder != "triton" and _is_triton(item)):
+        interpreted = folder == "triton" and item.path.name != "test_triton_operators.py"
+        if folder == "cuda" or interpreted or (folder != "triton" and _is_triton(item)):
             item.add_marker(pytest.mark.exhaustive)
-        if others and hasattr(item, "callspec") and others & _texts(item):
+        if other_kernels and hasattr(item, "callspec") and other_kernels & _texts(item):
             item.add_marker(pytest.mark.exhaustive)
         if _is_triton(item):
             groups[item.nodeid.partition("[")[0]].append(item)
     for group in groups.values():
-        few = group if len(group) == 1 else operator_cases.few(group, lambda item: item.callspec.params)
+        chosen = group if len(group) == 1 else operator_cases.few(group, lambda item: item.callspec.params)
         for item in group:
-            if _in_full(config) or item not in few or getattr(item, "originalname", "") in LARGE:
+            if _in_full(config) or item not in chosen or getattr(item, "originalname", "") in LARGE:
                 item.add_marker(pytest.mark.slow)
 
 

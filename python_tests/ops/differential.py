@@ -121,7 +121,7 @@ def _laid_out(x: Tensor, layout: str, generator: torch.Generator) -> Tensor:
 def exact(value: Any) -> Any:
     """Return the same value: a floating tensor as a float64 leaf of its own, another one as a copy."""
     if isinstance(value, list):
-        return [exact(each) for each in value]
+        return [exact(item) for item in value]
     if not isinstance(value, Tensor):
         return value
     if not value.is_floating_point():
@@ -182,14 +182,14 @@ def check(operator: str, case: Case) -> None:
     assert not checked.dtype or got[0].dtype == promoted(
         *(x for name in checked.dtype for x in tensors_in(given[name]))
     )
-    others = dict(leaves(wide))
-    compare(got, expected, {name: (leaf, others[name]) for name, leaf in leaves(given)}, **tolerance)
+    wide_leaves = dict(leaves(wide))
+    compare(got, expected, {name: (leaf, wide_leaves[name]) for name, leaf in leaves(given)}, **tolerance)
 
 
 def made(value: Any) -> Any:
     """Return the tensors of an argument's case."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [make(each) for each in value]
+        return [make(item) for item in value]
     return make(value) if isinstance(value, dict) else value
 
 
@@ -229,25 +229,25 @@ def compare(
     if along is not None:
         grads[0] = along.to(got[0].dtype)
     assert [x.requires_grad for x in got] == [x.requires_grad for x in expected]
-    which = [number for number, x in enumerate(got) if x.requires_grad]
+    recorded = [number for number, x in enumerate(got) if x.requires_grad]
     ours, theirs = (
-        torch.autograd.grad([results[n] for n in which], leaves, [given[n] for n in which], allow_unused=True)
+        torch.autograd.grad([results[n] for n in recorded], leaves, [given[n] for n in recorded], allow_unused=True)
         for results, leaves, given in (
             (got, [leaf for leaf, _ in inputs.values()], grads),
-            (expected, [other for _, other in inputs.values()], [x.double() for x in grads]),
+            (expected, [leaf for _, leaf in inputs.values()], [x.double() for x in grads]),
         )
     )
-    for (name, (leaf, _)), one, other in zip(inputs.items(), ours, theirs, strict=True):
-        if one is None or other is None:
-            assert other is None or not other.any(), f"gradient of {name}: None instead of {other}"
-            assert one is None or not one.any(), f"gradient of {name}: {one} instead of none"
+    for (name, (leaf, _)), our_grad, their_grad in zip(inputs.items(), ours, theirs, strict=True):
+        if our_grad is None or their_grad is None:
+            assert their_grad is None or not their_grad.any(), f"gradient of {name}: None instead of {their_grad}"
+            assert our_grad is None or not our_grad.any(), f"gradient of {name}: {our_grad} instead of none"
             continue
-        assert one.dtype == leaf.dtype, f"gradient of {name} is {one.dtype}, not {leaf.dtype}"
-        most = float(other.abs().nan_to_num(0, 0, 0).max()) if other.numel() else 0.0
-        bound = gradient * (by_weights if name == "weights" else 1.0) * max(1.0, most)
+        assert our_grad.dtype == leaf.dtype, f"gradient of {name} is {our_grad.dtype}, not {leaf.dtype}"
+        size_ = float(their_grad.abs().nan_to_num(0, 0, 0).max()) if their_grad.numel() else 0.0
+        bound = gradient * (by_weights if name == "weights" else 1.0) * max(1.0, size_)
         if name == "weights" and unseen:
-            other = other.masked_fill(leaf.detach() == 0, 0.0)
-        assert_close(f"gradient of {name}", rounded(one, coarse), other, relative=relative, absolute=bound)
+            their_grad = their_grad.masked_fill(leaf.detach() == 0, 0.0)
+        assert_close(f"gradient of {name}", rounded(our_grad, coarse), their_grad, relative=relative, absolute=bound)
 
 
 def rounded(x: Tensor, coarse: bool) -> Tensor:
@@ -266,8 +266,8 @@ def is_coarse(*computed: Tensor) -> bool:
 def spread(*logits: Tensor | None) -> float:
     """Return the largest difference of finite logits, those of a student from its teacher's among them."""
     finite = [x.detach().double().flatten() for x in logits if x is not None]
-    every = torch.cat([x[x.isfinite()] for x in finite])
-    return max(1.0, float(every.max() - every.min())) if every.numel() else 1.0
+    values = torch.cat([x[x.isfinite()] for x in finite])
+    return max(1.0, float(values.max() - values.min())) if values.numel() else 1.0
 
 
 def largest(*values: Tensor) -> float:
@@ -325,7 +325,7 @@ def times(temperature: float) -> float:
 def divergence_case(draw: st.DrawFn, dual: bool) -> Case:
     shape = draw(rows())
     weight = draw(st.sampled_from([None, [shape[0]], [shape[0], *shape[2:]]]))
-    names, more = (
+    names, options = (
         (("a", "b"), {"direction": draw(st.sampled_from(["teacher", "student"]))}) if dual else (("student",), {})
     )
     return {
@@ -337,14 +337,14 @@ def divergence_case(draw: st.DrawFn, dual: bool) -> Case:
         "_mask": 0.0 if dual else draw(st.sampled_from([0.0, 0.3])),
         "_same": draw(st.booleans()),
         "_stacked": False,
-        **more,
+        **options,
     }
 
 
 def prepare_divergence(case: Case, given: Arguments) -> Arguments:
-    first, second = ("a", "b") if "b" in given else ("student", "teacher")
+    source, second = ("a", "b") if "b" in given else ("student", "teacher")
     if case["_same"]:
-        given[second] = given[first].detach().clone().requires_grad_(given[second].requires_grad)
+        given[second] = given[source].detach().clone().requires_grad_(given[second].requires_grad)
     return {**given, "teacher": masked(given["teacher"], case["_mask"], 1)} if case["_mask"] else given
 
 
@@ -353,14 +353,14 @@ def close_divergence(case: Case, given: Arguments) -> Limits:
     logits = [given[name] for name in ("student", "a", "b", "teacher") if name in given]
     terms, T = len(logits) - 1, case["temperature"]
     size = terms * spread(*logits) * times(T)
-    many = max(1, len(logits[0])) if case["reduction"] == "sum" else 1
-    absolute = 1e-6 * size * many * (size / terms if math.inf == T else 1)
+    count = max(1, len(logits[0])) if case["reduction"] == "sum" else 1
+    absolute = 1e-6 * size * count * (size / terms if math.inf == T else 1)
     return {"absolute": absolute, "gradient": 2e-6 * size, "coarse": is_coarse(*logits)}
 
 
 @st.composite
 def ensemble_case(draw: st.DrawFn) -> Case:
-    B, C, *rest = draw(rows())
+    B, C, *inner = draw(rows())
     K = draw(FEW.filter(bool))
     mode = draw(st.sampled_from(["kl_of_mean", "mean_of_kl"]))
     per_teacher = [[K], [K, B, 1], [K, 1, 1]] + ([[K, B]] if B != C else [])
@@ -372,8 +372,8 @@ def ensemble_case(draw: st.DrawFn) -> Case:
     # Logarithms of probabilities that were rounded to 16 bits are those of no distribution.
     kinds = st.sampled_from(["float32", "float64"]) if log_probs else dtypes
     return {
-        "student": draw(tensor([B, C, *rest], values=LOGITS)),
-        "teachers": draw(tensor([K, B, C, *rest], kinds, LOGITS)),
+        "student": draw(tensor([B, C, *inner], values=LOGITS)),
+        "teachers": draw(tensor([K, B, C, *inner], kinds, LOGITS)),
         "weights": weights and draw(tensor(weights, values="weights")),
         "temperature": draw(TEMPERATURES),
         "mix": "probs" if mode == "mean_of_kl" else draw(st.sampled_from(["probs", "logits"])),
@@ -383,7 +383,7 @@ def ensemble_case(draw: st.DrawFn) -> Case:
         "reduction": draw(REDUCTIONS),
         "dim": draw(DIMS),
         "_stacked": True,
-        "_by_class": weights is not None and len(weights) == 3 + len(rest),
+        "_by_class": weights is not None and len(weights) == 3 + len(inner),
     }
 
 
@@ -398,13 +398,13 @@ def prepare_ensemble(case: Case, given: Arguments) -> Arguments:
 def close_ensemble(case: Case, given: Arguments) -> Limits:
     student, teachers, weights, T = (given[name] for name in ("student", "teachers", "weights", "temperature"))
     size = spread(student, teachers)
-    many = max(1, student.shape[0]) if case["reduction"] == "sum" else 1
+    count = max(1, student.shape[0]) if case["reduction"] == "sum" else 1
     limit = size if math.inf == T else 1
     usual, value, slope = 8e-6 * size * times(T) * limit, 0.0, 0.0
     if case["mix"] == "logits" and math.isfinite(T) and student.numel():
         value, slope = mixing_errors(given)
     return {
-        "absolute": 2e-6 * size * times(T) * many * limit + value * many,
+        "absolute": 2e-6 * size * times(T) * count * limit + value * count,
         "gradient": usual + slope,
         "by_weights": over_weights(weights) * (usual + slope * size) / (usual + slope),
         # Logarithms of probabilities that were rounded to fp32 do not sum to one any better.
@@ -425,17 +425,17 @@ def mixing_errors(given: Arguments) -> tuple[float, float]:
     error = (len(t) + 4) / 2 * torch.finfo(torch.float32).eps * float(t.abs().max())
     with ops.use_backend("reference"):
         loss = ops.kl_div(given["student"].detach().double(), mixed, T, reduction="sum")
-    most = float(torch.autograd.grad(loss, mixed)[0].abs().sum(1).max())
-    return error * most, 4 * error * (1 + most / T)
+    steepest = float(torch.autograd.grad(loss, mixed)[0].abs().sum(1).max())
+    return error * steepest, 4 * error * (1 + steepest / T)
 
 
 @st.composite
 def stack_case(draw: st.DrawFn) -> Case:
-    B, C, *rest = draw(rows())
+    B, C, *inner = draw(rows())
     K = draw(FEW.filter(bool))
-    weights = draw(st.sampled_from([None, [K], [K, B], [K, B, *rest]]))
+    weights = draw(st.sampled_from([None, [K], [K, B], [K, B, *inner]]))
     return {
-        "logits": draw(tensor([K, B, C, *rest], values=LOGITS)),
+        "logits": draw(tensor([K, B, C, *inner], values=LOGITS)),
         "weights": weights and draw(tensor(weights, values="weights")),
         "reduction": draw(REDUCTIONS),
         "dim": draw(DIMS),
@@ -505,12 +505,12 @@ def close_contrastive(case: Case, given: Arguments) -> Limits:
 def blend_case(draw: st.DrawFn) -> Case:
     B, N = draw(FEW), draw(FEW)
     dtype, inner = draw(dtypes), draw(st.lists(SIZES, max_size=3))
-    other = draw(st.sampled_from([dtype, *DTYPES]))
+    background_dtype = draw(st.sampled_from([dtype, *DTYPES]))
     indexed = draw(st.booleans()) and (N > 0 or B == 0)
     alpha = draw(st.sampled_from([0.3, 1, [], [B]]))
     return {
         "foreground": draw(tensor([B, *inner], dtype)),
-        "background": draw(tensor([N if indexed else B, *inner], other)),
+        "background": draw(tensor([N if indexed else B, *inner], background_dtype)),
         "alpha": draw(tensor(alpha, values="unit")) if isinstance(alpha, list) else alpha,
         "_index": draw(st.sampled_from(["contiguous", "strided", "expanded"])) if indexed else None,
     }
@@ -529,8 +529,8 @@ def prepare_blend(case: Case, given: Arguments) -> Arguments:
 
 
 def close_blend(case: Case, given: Arguments) -> Limits:
-    many = max(1.0, math.sqrt(given["foreground"].numel()) / 8)  # the reference sums alpha's gradient in fp32
-    return {"relative": 1e-6, "gradient": 1e-6 * many, "coarse": is_coarse(given["foreground"])}
+    terms = max(1.0, math.sqrt(given["foreground"].numel()) / 8)  # the reference sums alpha's gradient in fp32
+    return {"relative": 1e-6, "gradient": 1e-6 * terms, "coarse": is_coarse(given["foreground"])}
 
 
 @st.composite
@@ -627,8 +627,8 @@ def take_mean(**given: Any) -> Tensor:
 
 
 def close_mean(case: Case, given: Arguments) -> Limits | None:
-    first = given["vectors"][0]
-    if case["_within"] and (first.is_neg() or (0 in first.stride() and first.numel() > 1)):
+    vector = given["vectors"][0]
+    if case["_within"] and (vector.is_neg() or (0 in vector.stride() and vector.numel() > 1)):
         return None
     return close_robust(case, given)
 
@@ -748,11 +748,11 @@ def close_clip(case: Case, given: Arguments) -> Limits:
 
 @st.composite
 def fuse_case(draw: st.DrawFn, mean: bool) -> Case:
-    B, dtype, rest = draw(FEW), draw(dtypes), draw(positions)
-    M, one = draw(FEW.filter(bool)), draw(FEW)
-    channels = [one if mean else draw(FEW) for _ in range(M)]
+    B, dtype, inner = draw(FEW), draw(dtypes), draw(positions)
+    M, width = draw(FEW.filter(bool)), draw(FEW)
+    channels = [width if mean else draw(FEW) for _ in range(M)]
     return {
-        "features": [draw(tensor([B, c, *rest], dtype)) for c in channels],
+        "features": [draw(tensor([B, c, *inner], dtype)) for c in channels],
         **{name: draw(tensor([sum(channels)])) if draw(st.booleans()) else None for name in ("scale", "shift")},
         "activation": draw(st.sampled_from([None, "relu"])),
     }
@@ -863,8 +863,8 @@ def conv_case(draw: st.DrawFn) -> Case:
 def pool_case(draw: st.DrawFn) -> Case:
     dtype, side = draw(st.sampled_from(["float32", "float32", "float64"])), draw(st.sampled_from([3, 5]))
     padding = draw(st.sampled_from([0, side // 2]))
-    least = side + 1 - 2 * padding
-    sides = st.integers(least, least + 7)
+    smallest = side + 1 - 2 * padding
+    sides = st.integers(smallest, smallest + 7)
     shape = [draw(FEW), draw(st.sampled_from([3, 1, 2, 8, 16])), draw(sides), draw(sides)]
     out = draw(st.sampled_from([8, 1, 5, 16, 24]))
     return {
@@ -890,8 +890,8 @@ def close_conv(case: Case, given: Arguments) -> Limits:
         batch = (2, 3, 4) if case["groups"] else (0, 2, 3, 4)
         given_variance = case["mean"] is not None and not case["training"]
         variances = wide["variance"] if given_variance else parts.var(batch, correction=0)
-        least = float(variances.min()) if z.numel() else 1.0
-        size = max(1.0, size / (least + case["eps"]) ** 0.5) * (1 + largest(wide["scale"]))
+        variance = float(variances.min()) if z.numel() else 1.0
+        size = max(1.0, size / (variance + case["eps"]) ** 0.5) * (1 + largest(wide["scale"]))
         power = 2
         with ops.use_backend("reference"):
             z = ops.conv_norm(**{**wide, "relu": False, "pool": 1, "update": False})

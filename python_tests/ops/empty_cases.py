@@ -87,10 +87,10 @@ def cases() -> Iterator[Case]:
             for empty in sizes:
                 number += 1
                 gone = {empty, TOGETHER.get(operator, {}).get(empty)}
-                many = SEVERAL if number % 4 == 3 and empty < 7 else 7
+                count = SEVERAL if number % 4 == 3 and empty < 7 else 7
                 dtype, layout = DTYPES[number % 5], number % 3
 
-                def resized(value: Any, name: str, gone=gone, many=many, dtype=dtype, layout=layout) -> Any:
+                def resized(value: Any, name: str, gone=gone, count=count, dtype=dtype, layout=layout) -> Any:
                     if isinstance(value, list):
                         parts = [resized(x, "") for x in value]
                         if name in ("vectors", "weights") and layout == 2:
@@ -99,7 +99,7 @@ def cases() -> Iterator[Case]:
                     if not isinstance(value, Tensor):
                         learnt = name in ("alpha", "temperature") and dtype.itemsize == 8
                         return torch.tensor(value) if learnt else value
-                    shape = [0 if n in gone else many if n == 7 else n for n in value.shape]
+                    shape = [0 if n in gone else count if n == 7 else n for n in value.shape]
                     if value.is_floating_point():
                         return _draw(shape, dtype, layout, draw)
                     return torch.ones(shape, dtype=value.dtype) if value.dtype is torch.bool else value.new_zeros(shape)
@@ -129,8 +129,8 @@ def outcome(case: Case, wanted: Sequence[tuple[str, int]], batched: bool = False
     recorded = [x for x in results if x.requires_grad]
     if not recorded:
         return "", results
-    ones = [torch.ones((2, *x.shape) if batched else x.shape, dtype=x.dtype) for x in recorded]
-    gradients = torch.autograd.grad(recorded, leaves, ones, allow_unused=True, is_grads_batched=batched)
+    directions = [torch.ones((2, *x.shape) if batched else x.shape, dtype=x.dtype) for x in recorded]
+    gradients = torch.autograd.grad(recorded, leaves, directions, allow_unused=True, is_grads_batched=batched)
     return "", [*results, *gradients]
 
 
@@ -160,19 +160,19 @@ def patterns(case: Case) -> list[list[tuple[str, int]]]:
 ABSENT = ("does not implement", "has no kernel for", "cannot serve", "no kernel")
 
 
-def run(backend: Callable[[], contextlib.AbstractContextManager[Any]], some: int) -> Iterator[str]:
-    """Run blend's cases and every ``some``-th of the others, printing each before.
+def run(backend: Callable[[], contextlib.AbstractContextManager[Any]], stride: int) -> Iterator[str]:
+    """Run blend's cases and every ``stride``-th of the others, printing each before.
 
     Yields what went wrong.
     """
     for number, case in enumerate(cases()):
-        if number % some and case.operator != "blend":
+        if number % stride and case.operator != "blend":
             continue
         for wanted in patterns(case):
             for batched in (False, True) if wanted else (False,):
-                what = f"{case} gradients of {[f'{name}{place}' if place >= 0 else name for name, place in wanted]}"
-                what += " batched" if batched else ""
-                print(what, flush=True)
+                label = f"{case} gradients of {[f'{name}{place}' if place >= 0 else name for name, place in wanted]}"
+                label += " batched" if batched else ""
+                print(label, flush=True)
                 with ops.use_backend("reference"):
                     expected = outcome(case, wanted, batched)
                 try:
@@ -180,24 +180,24 @@ def run(backend: Callable[[], contextlib.AbstractContextManager[Any]], some: int
                         got = outcome(case, wanted, batched)
                 except RuntimeError as error:
                     if not any(text in str(error) for text in ABSENT):
-                        yield f"{what}: {error}"
+                        yield f"{label}: {error}"
                     continue
                 found = differs(got, expected)
                 if found is not None:
-                    yield f"{what}: {found}"
+                    yield f"{label}: {found}"
 
 
-def main(backend: str, some: int) -> int:
+def main(backend: str, stride: int) -> int:
     if backend == "emulated":
         from python_tests.ops.emulated_core import emulated
 
         entered = emulated()
         entered.__enter__()  # once: it loads the core anew
-        failures = list(run(lambda: ops.use_backend("cuda"), some))
+        failures = list(run(lambda: ops.use_backend("cuda"), stride))
     else:
         from python_tests.ops.operator_cases import using
 
-        failures = list(run(lambda: using(backend), some))
+        failures = list(run(lambda: using(backend), stride))
     print(*failures, sep="\n", file=sys.stderr)
     return 1 if failures else 0
 

@@ -43,8 +43,8 @@ def build() -> ModuleType:
         raise FileNotFoundError("no g++ to compile the emulated core with")
     own = [EMULATOR, ROOT / "csrc" / "include", ROOT / "csrc" / "cuda", ROOT / "csrc" / "bindings"]
     # torch ships pybind11, which the tests' environment need not have otherwise.
-    others = [Path(torch.__file__).parent / "include", Path(sysconfig.get_paths()["include"])]
-    command = [compiler, *FLAGS, *(f"-I{path}" for path in [*own, *others]), '-DFEDKERN_SOURCE_HASH="emulated"']
+    includes = [Path(torch.__file__).parent / "include", Path(sysconfig.get_paths()["include"])]
+    command = [compiler, *FLAGS, *(f"-I{path}" for path in [*own, *includes]), '-DFEDKERN_SOURCE_HASH="emulated"']
     headers = sorted(path for folder in own for path in folder.rglob("*") if path.suffix not in {".cu", ".cpp"})
     common = "".join([*command, *(path.read_text() for path in headers if path.is_file())])
     folder = ROOT / "build" / "emulated"

@@ -64,11 +64,11 @@ class Operator:
 
     def two_sizes(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the inputs of two sizes that have the same numbers of axes."""
-        few, many = self.inputs(), self.inputs(large=True, seed=1)
-        if [x.dim() for x in few] != [x.dim() for x in many]:
+        small, large = self.inputs(), self.inputs(large=True, seed=1)
+        if [x.dim() for x in small] != [x.dim() for x in large]:
             # The index is of a batch of its own.
-            many = [torch.cat([x, x], -1 if self.name == "blend index" else 0) for x in few]
-        return few, many
+            large = [torch.cat([x, x], -1 if self.name == "blend index" else 0) for x in small]
+        return small, large
 
     def fresh(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """``tensors``, copied where the operator writes to them."""
@@ -121,8 +121,8 @@ def _sgd_step(p: Tensor, g: Tensor, v: Tensor, a: Tensor, c: Tensor, s: Tensor) 
     return step.squared_norm, p, v, s
 
 
-def _adamw_step(p: Tensor, g: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
-    return ops.adamw_step(p, g, first, second, 3, lr=0.1).squared_norm, p, first, second
+def _adamw_step(p: Tensor, g: Tensor, moment: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+    return ops.adamw_step(p, g, moment, second, 3, lr=0.1).squared_norm, p, moment, second
 
 
 _LOGITS, _MANY = (4, 7), (2048, 300)

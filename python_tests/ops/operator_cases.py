@@ -117,10 +117,10 @@ def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, An
     while open_pairs:
         best: list[int] = []
         gain = -1
-        first = min(open_pairs)
+        pair = min(open_pairs)
         for _ in range(20):
             case = [draw.randrange(len(axes[name])) for name in names]
-            case[first[0]], case[first[2]] = first[1], first[3]
+            case[pair[0]], case[pair[2]] = pair[1], pair[3]
             found = sum((a, case[a], b, case[b]) in open_pairs for a, b in itertools.combinations(range(len(names)), 2))
             if found > gain:
                 best, gain = case, found
@@ -141,7 +141,7 @@ def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.exp2(exponent) * info.eps
 
 
-def assert_close(what, got, expected, *, relative=1e-5, absolute=1e-6, slack=0.0):
+def assert_close(name, got, expected, *, relative=1e-5, absolute=1e-6, slack=0.0):
     """Compare with a float64 result at the tolerance of ``got``'s dtype.
 
     float32: ``relative`` and ``absolute``; float64: the same at 1e-12; 16-bit: the rounded float64 result and one ulp
@@ -149,10 +149,10 @@ def assert_close(what, got, expected, *, relative=1e-5, absolute=1e-6, slack=0.0
     """
     expected = expected.detach()
     dtype, got = got.dtype, got.detach().double()
-    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     finite = expected.isfinite()
-    same = (got == expected) | (got.isnan() & expected.isnan())
-    assert bool(same[~finite].all()), f"{what}: {got[~finite]} instead of {expected[~finite]}"
+    equal = (got == expected) | (got.isnan() & expected.isnan())
+    assert bool(equal[~finite].all()), f"{name}: {got[~finite]} instead of {expected[~finite]}"
     got, expected = got[finite], expected[finite]
     if dtype is torch.float32:
         allowed = relative * expected.abs() + absolute
@@ -167,5 +167,5 @@ def assert_close(what, got, expected, *, relative=1e-5, absolute=1e-6, slack=0.0
     if bad.any():
         worst = int((error / allowed).nan_to_num(torch.inf).argmax())
         raise AssertionError(
-            f"{what}: {int(bad.sum())} of {bad.numel()} differ, worst {got[worst]:.9g} instead of {expected[worst]:.9g}"
+            f"{name}: {int(bad.sum())} of {bad.numel()} differ, worst {got[worst]:.9g} instead of {expected[worst]:.9g}"
         )

@@ -87,10 +87,10 @@ def check_beside_reference(operator: Operator, inputs: Sequence[Tensor]) -> None
         assert got.shape == wanted.shape
         got, wanted = got.detach().double(), wanted.detach().double()
         firm = wanted.isfinite() & ((wanted != 0) | (place < results))
-        least = 1e-5 * max([1.0, *wanted[firm].abs().tolist()])
-        torch.testing.assert_close(got[firm], wanted[firm], rtol=1e-4, atol=least)
-        rest = got[~firm]
-        assert not (rest.isfinite() & ((rest.abs() > least) | (place < results))).any()
+        bound = 1e-5 * max([1.0, *wanted[firm].abs().tolist()])
+        torch.testing.assert_close(got[firm], wanted[firm], rtol=1e-4, atol=bound)
+        doubtful = got[~firm]
+        assert not (doubtful.isfinite() & ((doubtful.abs() > bound) | (place < results))).any()
 
 
 def resized(operator: Operator) -> Iterator[tuple[tuple[int, ...], ...]]:

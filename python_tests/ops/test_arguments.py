@@ -302,9 +302,9 @@ def test_the_right_arguments_are_right(name: str) -> None:
 @pytest.mark.parametrize(("name", "argument"), every_argument())
 @pytest.mark.filterwarnings("ignore:.*Sparse CSR.*")
 def test_wrong_kinds(name: str, argument: str) -> None:
-    for what in KINDS[PUBLIC[name].kinds[argument]]:
-        if (name, argument, what) not in ALLOWED:
-            check_refused(name, argument, what)
+    for kind in KINDS[PUBLIC[name].kinds[argument]]:
+        if (name, argument, kind) not in ALLOWED:
+            check_refused(name, argument, kind)
 
 
 # Types of NumPy's numbers that hold these values exactly, by the kind of argument.
@@ -332,21 +332,21 @@ def test_numbers_of_numpy_are_numbers(name: str) -> None:
         for number in NUMBERS.get(kind, ()):
             several = isinstance(right, (list, tuple))
             given: Any = type(right)(map(number, right)) if several else number(right)
-            plain = type(right)(each.item() for each in given) if several else given.item()
-            for one, other in zip(results(name, **{argument: given}), results(name, **{argument: plain}), strict=True):
-                assert torch.equal(one, other), (argument, number)
+            plain = type(right)(number.item() for number in given) if several else given.item()
+            for got, wanted in zip(results(name, **{argument: given}), results(name, **{argument: plain}), strict=True):
+                assert torch.equal(got, wanted), (argument, number)
         if kind in ("number", "optional number", "number or tensor", "count"):
             with pytest.raises(TypeError, match=f"{argument} must be a (whole )?number, not bool"):
                 results(name, **{argument: np.True_})
 
 
-def check_refused(name: str, argument: str, what: str) -> None:
+def check_refused(name: str, argument: str, kind: str) -> None:
     public = PUBLIC[name]
     arguments = {key: value.clone() if isinstance(value, Tensor) else value for key, value in public.arguments.items()}
     right = arguments[argument]
     if right is None:
         right = torch.zeros(6)  # out; what memory happened to hold could be NaN, which equals nothing
-    arguments[argument] = KINDS[public.kinds[argument]][what](right)
+    arguments[argument] = KINDS[public.kinds[argument]][kind](right)
     states = {key: (x, x.clone()) for key, x in arguments.items() if isinstance(x, Tensor) and key in public.arguments}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", category=np.exceptions.ComplexWarning)
@@ -355,7 +355,7 @@ def check_refused(name: str, argument: str, what: str) -> None:
         except (TypeError, ValueError) as error:
             told = str(error)
         else:
-            pytest.fail(f"{name}({argument}=...) takes what is {what}")
+            pytest.fail(f"{name}({argument}=...) takes what is {kind}")
     says_so(told, argument)
     for key, (x, before) in states.items():
         if x.layout is torch.strided and not x.is_nested:
@@ -374,17 +374,17 @@ def test_dual_kl_takes_two_students() -> None:
 
 
 ACCUMULATOR = [
-    *[("size", what, make) for what, make in NO_COUNT.items() if what != "bool"],
-    *[("weight", what, make) for what, make in {**NO_NUMBER, "negative": lambda right: -1.0}.items()],
-    *[("vector", what, make) for what, make in KINDS["tensor"].items()],
-    *[("out", what, make) for what, make in NO_TENSOR.items()],
-    *[("dtype", what, make) for what, make in NO_CHOICE.items() if what != "none"],
+    *[("size", kind, make) for kind, make in NO_COUNT.items() if kind != "bool"],
+    *[("weight", kind, make) for kind, make in {**NO_NUMBER, "negative": lambda right: -1.0}.items()],
+    *[("vector", kind, make) for kind, make in KINDS["tensor"].items()],
+    *[("out", kind, make) for kind, make in NO_TENSOR.items()],
+    *[("dtype", kind, make) for kind, make in NO_CHOICE.items() if kind != "none"],
 ]
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize(("argument", "what", "make"), ACCUMULATOR, ids=[f"{a}-{w}" for a, w, _ in ACCUMULATOR])
-def test_wrong_arguments_of_the_accumulator(argument: str, what: str, make: Callable[[Any], Any], exact: bool) -> None:
+@pytest.mark.parametrize(("argument", "kind", "make"), ACCUMULATOR, ids=[f"{a}-{w}" for a, w, _ in ACCUMULATOR])
+def test_wrong_arguments_of_the_accumulator(argument: str, kind: str, make: Callable[[Any], Any], exact: bool) -> None:
     accumulator = ops.Accumulator(6, exact)
     accumulator.add(torch.ones(6), 2.0)
     calls: dict[str, Callable[[], Any]] = {
@@ -427,7 +427,7 @@ def in_vectors(name, part):
 
 
 FLAT: list[Any] = [
-    pytest.param(method, argument, make, id=f"{method}-{argument}-{what}".replace(" ", "-"))
+    pytest.param(method, argument, make, id=f"{method}-{argument}-{kind}".replace(" ", "-"))
     for method, argument, kinds in (
         ("load", "vector", {**NO_VECTOR, "meta": lambda right: right.to("meta")}),
         ("load_vectors", "parameters", in_vectors("parameters", slice(10))),
@@ -438,8 +438,8 @@ FLAT: list[Any] = [
         ("copy_", "other", {**NO_VECTOR, "module": lambda right: nn.Linear(2, 2)}),
         ("gradients", "dtype", {**NO_CHOICE, "tensor": lambda right: right}),
     )
-    for what, make in kinds.items()
-    if (method, what) != ("gradients", "none")
+    for kind, make in kinds.items()
+    if (method, kind) != ("gradients", "none")
 ]
 
 

@@ -116,8 +116,8 @@ def compare(name: str, backend: str) -> None:
             x.requires_grad_(name in DIFFERENTIABLE)
         results = compiled(*traced, *numbers(t))
         expected = function(*eager, *numbers(t))
-        for result, other in zip((*results, *traced), (*expected, *eager), strict=True):
-            assert torch.equal(result, other)
+        for result, wanted in zip((*results, *traced), (*expected, *eager), strict=True):
+            assert torch.equal(result, wanted)
         if results[0].requires_grad:
             results[0].sum().backward()
             expected[0].sum().backward()

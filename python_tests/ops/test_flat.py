@@ -90,12 +90,12 @@ def test_vector_holds_everything_once_in_order() -> None:
     assert torch.equal(flat.buffers, laid_out(buffers))
     assert torch.equal(flat.vector, laid_out([*parameters, module.frozen, *buffers]))
     assert {tensor.data_ptr() % 16 for tensor in [*parameters, module.frozen, *buffers]} == {0}
-    whole, named = flat.places(), {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    assert list(whole["frozen"]) == ["frozen"]
-    for kind, places in whole.items():
+    all_places, named = flat.places(), {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    assert list(all_places["frozen"]) == ["frozen"]
+    for kind, places in all_places.items():
         for name, place in places.items():
             assert torch.equal(getattr(flat, kind)[place], named[name].detach().reshape(-1))
-    assert sum(map(len, whole.values())) == len(flat.layout()) + 2  # the number of batches, and the mask
+    assert sum(map(len, all_places.values())) == len(flat.layout()) + 2  # the number of batches, and the mask
     assert flat.parameters.data_ptr() == flat.vector.data_ptr()
     assert flat.vector.is_contiguous()
     assert torch.equal(flat.integers, torch.tensor([1, 0, 1, 0]))
@@ -142,12 +142,12 @@ def test_training_is_unchanged() -> None:
 
 
 def test_load_and_load_state_dict() -> None:
-    module, other = net(), net()
+    module, source_net = net(), net()
     flat = FlatParameters(module)
-    train(other)
-    module.load_state_dict(other.state_dict())
+    train(source_net)
+    module.load_state_dict(source_net.state_dict())
     assert flat.is_flat
-    source = FlatParameters(other)
+    source = FlatParameters(source_net)
     assert torch.equal(flat.vector, source.vector)
     flat.load(torch.zeros_like(flat.vector, dtype=torch.float64))
     assert not module.conv.weight.any()
@@ -181,7 +181,7 @@ def test_load_vectors(left_out: str) -> None:
     for name, before in own.items():
         assert torch.equal(getattr(flat, name), given.get(name, before)), name
     counted = [tensor._version for tensor in flat.module.parameters()]
-    assert all(now > then for now, then in zip(counted, versions, strict=True))
+    assert all(after > before for after, before in zip(counted, versions, strict=True))
 
 
 def test_loading_is_seen_by_autograd() -> None:
@@ -205,9 +205,9 @@ def test_copies_pickles_and_saved_files() -> None:
         assert torch.equal(twin.vector, flat.vector)
         twin.vector.zero_()
         assert flat.vector.any()
-    alone = copy.deepcopy(module)
-    assert torch.equal(FlatParameters(alone).vector, flat.vector)
-    assert alone.decode.weight is alone.encode.weight
+    copied = copy.deepcopy(module)
+    assert torch.equal(FlatParameters(copied).vector, flat.vector)
+    assert copied.decode.weight is copied.encode.weight
     again = pickle.loads(pickle.dumps(module))
     assert torch.equal(FlatParameters(again).vector, flat.vector)
     # All tensors lie in one storage, which is written once.
@@ -325,8 +325,8 @@ def test_views_under_functional_call_and_transforms(channels_last: bool) -> None
     gradient = torch.func.grad(loss)(vector, batch())
     module(batch()).pow(2).mean().backward()
     torch.testing.assert_close(gradient, flat.gradients())
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(vector, batch()[:, None])
-    torch.testing.assert_close(each[1], torch.func.grad(loss)(vector, batch()[1:2]))
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(vector, batch()[:, None])
+    torch.testing.assert_close(gradients[1], torch.func.grad(loss)(vector, batch()[1:2]))
     assert set(flat.views(flat.vector)) == {name for name, *_ in flat.layout()}
     with pytest.raises(ValueError, match="vector must have shape"):
         flat.views(torch.zeros(3))
@@ -546,8 +546,8 @@ def test_steps_leave_frozen_parameters(rule: str, frozen: list[str]) -> None:
     flat = FlatParameters(module)
     trained = [p for p in plain.parameters() if p.requires_grad]
     assert len(flat.gradients()) == len(flat.parameters) == len(laid_out(trained))
-    others = [p for p in plain.parameters() if not p.requires_grad]
-    assert torch.equal(flat.frozen, laid_out(others))
+    untrained = [p for p in plain.parameters() if not p.requires_grad]
+    assert torch.equal(flat.frozen, laid_out(untrained))
     assert len(flat.buffers) == len(laid_out(b for b in plain.buffers() if b.is_floating_point()))
     train_both(rule, flat, plain)
     for (name, got), expected in zip(module.named_parameters(), plain.parameters(), strict=True):
@@ -565,19 +565,19 @@ def test_personal_tensors_are_in_no_vector_that_travels() -> None:
     assert torch.equal(flat.personal_buffers, laid_out([module.norm.running_mean]))
     assert torch.equal(flat.buffers, laid_out([module.scale, module.norm.running_var]))
     assert len(flat.integers) == len(plain.integers) - 1
-    places, whole = flat.places(), plain.places()
-    assert set(places["parameters"]) == set(whole["parameters"]) - set(PERSONAL)
+    places, all_places = flat.places(), plain.places()
+    assert set(places["parameters"]) == set(all_places["parameters"]) - set(PERSONAL)
     assert set(places["personal"]) == {"norm.weight", "encode.weight"}
     assert set(places["personal_buffers"]) == {"norm.running_mean"}
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for kind, each in places.items():
-        for name, place in each.items():
+    for kind, places_of_kind in places.items():
+        for name, place in places_of_kind.items():
             assert torch.equal(getattr(flat, kind)[place], named[name].detach().reshape(-1)), name
     before = {name: named[name].detach().clone() for name in PERSONAL}
     flat.load_vectors({name: getattr(flat, name) + 1 for name in ("parameters", "buffers")})
     assert all(torch.equal(named[name], value) for name, value in before.items())
     copies = copy.deepcopy(flat), pickle.loads(pickle.dumps(flat))
-    assert all(each.layout() == flat.layout() for each in copies)
+    assert all(layout.layout() == flat.layout() for layout in copies)
 
 
 def test_personal_gradients_are_those_of_the_whole() -> None:
@@ -591,7 +591,7 @@ def test_personal_gradients_are_those_of_the_whole() -> None:
         if parameter.requires_grad:
             assert torch.equal(module.get_parameter(name).grad, parameter.grad), name
     trained = [module.norm.weight, module.encode.weight]
-    assert torch.equal(flat.personal_gradients(), laid_out([each.grad for each in trained]))
+    assert torch.equal(flat.personal_gradients(), laid_out([p.grad for p in trained]))
     flat.personal_gradients().zero_()
     assert not module.encode.weight.grad.any()
     assert module.conv.weight.grad.any()
@@ -603,8 +603,8 @@ def test_frozen_tensors_stay_with_the_frozen_and_a_frozen_module_keeps_its_layou
     flat = FlatParameters(module, personal=PERSONAL)
     assert set(flat.places()["personal"]) == {"norm.weight"}
     assert set(flat.places()["frozen"]) == {"frozen", "encode.weight"}
-    linear, other = nn.Linear(3, 5), nn.Linear(3, 5).requires_grad_(False)
-    assert FlatParameters(linear, ["bias"]).layout() == FlatParameters(other, ["bias"]).layout()
+    linear, frozen = nn.Linear(3, 5), nn.Linear(3, 5).requires_grad_(False)
+    assert FlatParameters(linear, ["bias"]).layout() == FlatParameters(frozen, ["bias"]).layout()
 
 
 def test_what_cannot_be_personal() -> None:
@@ -628,11 +628,11 @@ def test_steps_take_an_unused_parameter_as_one_of_gradient_zero(rule: str) -> No
 
 def test_a_module_frozen_as_a_whole_keeps_its_layout() -> None:
     """A teacher or a model in evaluation takes the vectors of the model that is trained."""
-    module, other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    flat, frozen = FlatParameters(module), FlatParameters(other.requires_grad_(False))
+    module, fixed = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    flat, frozen = FlatParameters(module), FlatParameters(fixed.requires_grad_(False))
     assert frozen.layout() == flat.layout()
     frozen.load_vectors({"parameters": flat.parameters})
-    assert torch.equal(other[0].weight, module[0].weight)
+    assert torch.equal(fixed[0].weight, module[0].weight)
     with pytest.raises(ValueError, match="Sequential has no gradients: all its parameters are frozen"):
         frozen.gradients()
     gradients = flat.gradients()
@@ -714,7 +714,7 @@ def test_every_library_saves_it_as_an_ordinary_module(how: str, channels_last: b
     flat = FlatParameters(module)
     written = SAVED[how](module)
     if how.startswith("pickle"):  # it names storages by their addresses, decimal numbers of any length
-        ordinary, written = (re.sub(rb"\d{9,}", b"0", each) for each in (ordinary, written))
+        ordinary, written = (re.sub(rb"\d{9,}", b"0", saved) for saved in (ordinary, written))
     # torch.save of the module itself writes one storage instead of one a tensor.
     assert len(ordinary) - (20_000 if how == "torch.save of the module" else 0) <= len(written) <= len(ordinary)
     assert b"fedkern.ops" not in written
@@ -723,14 +723,14 @@ def test_every_library_saves_it_as_an_ordinary_module(how: str, channels_last: b
 
 @pytest.mark.parametrize("kind", ["module", "copy", "layer"])
 def test_save_model_of_safetensors(kind: str, tmp_path: Path) -> None:
-    module, other = Saved(), Saved()
+    module, loaded = Saved(), Saved()
     FlatParameters(module)
-    whole, target = {
-        "module": (module, other), "copy": (copy.deepcopy(module), other), "layer": (module.more, other.more)
+    source, target = {
+        "module": (module, loaded), "copy": (copy.deepcopy(module), loaded), "layer": (module.more, loaded.more)
     }[kind]  # fmt: skip
-    safetensors.torch.save_model(whole, str(tmp_path / "model.safetensors"))
+    safetensors.torch.save_model(source, str(tmp_path / "model.safetensors"))
     safetensors.torch.load_model(target, str(tmp_path / "model.safetensors"))
-    for key, value in whole.state_dict().items():
+    for key, value in source.state_dict().items():
         assert torch.equal(value, target.state_dict()[key]), key
 
 

@@ -67,9 +67,9 @@ def test_inputs_far_apart(operator: Operator, axis: int, memory: Tensor) -> None
 
 def expanded(*shape: int, axis: int = 0) -> Tensor:
     """bf16 of a shape in which one axis repeats a single slice."""
-    one = list(shape)
-    one[axis] = 1
-    return torch.randn(one, generator=torch.Generator().manual_seed(len(shape))).to(HALF).expand(shape)
+    stored = list(shape)
+    stored[axis] = 1
+    return torch.randn(stored, generator=torch.Generator().manual_seed(len(shape))).to(HALF).expand(shape)
 
 
 def _blend() -> tuple[Tensor, Tensor]:
@@ -84,8 +84,8 @@ def _boxes() -> tuple[Tensor, Tensor]:
 
 def _kl() -> tuple[Tensor, Tensor]:
     student, teacher = expanded(2**28 + 5, 8), expanded(2**28 + 5, 8).flip(1)
-    few = ops.kl_div(student[:3], teacher[:3], reduction="none")
-    return ops.kl_div(student, teacher, reduction="none")[-3:], few
+    short = ops.kl_div(student[:3], teacher[:3], reduction="none")
+    return ops.kl_div(student, teacher, reduction="none")[-3:], short
 
 
 def _kl_gradient() -> tuple[Tensor, Tensor]:
@@ -97,9 +97,9 @@ def _kl_gradient() -> tuple[Tensor, Tensor]:
     return gradients[0], gradients[1]
 
 
-def ends(compute: Callable[[int], Sequence[Tensor]], many: int) -> tuple[Tensor, Tensor]:
-    """The last three rows (axis -2) of the gradients of ``many`` rows, all alike, and those of three rows alone."""
-    got, expected = (torch.stack([x[..., -3:, :].float() for x in compute(rows)]) for rows in (many, 3))
+def ends(compute: Callable[[int], Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """The last three rows (axis -2) of the gradients of ``count`` rows, all alike, and those of three rows alone."""
+    got, expected = (torch.stack([x[..., -3:, :].float() for x in compute(rows)]) for rows in (count, 3))
     return got, expected
 
 
@@ -134,8 +134,8 @@ def _js_gradient(rows: int) -> Sequence[Tensor]:
 
 def _consensus_gradient(rows: int) -> Sequence[Tensor]:
     teachers = stack(rows)
-    first, second = ops.consensus(teachers, reduction="sum")
-    return torch.autograd.grad(first - 0.5 * second, teachers)
+    total, second = ops.consensus(teachers, reduction="sum")
+    return torch.autograd.grad(total - 0.5 * second, teachers)
 
 
 def _mean() -> tuple[Tensor, Tensor]:
@@ -174,8 +174,8 @@ def _clip() -> tuple[Tensor, Tensor]:
 
 
 def _fuse_mean() -> tuple[Tensor, Tensor]:
-    first = expanded(40, 3, 2**12, 2**12)
-    maps = [first, first[:1].flip(1).expand(first.shape)]
+    map_ = expanded(40, 3, 2**12, 2**12)
+    maps = [map_, map_[:1].flip(1).expand(map_.shape)]
     return ops.fuse_mean(maps, activation="relu")[-1], ops.fuse_mean([x[:1] for x in maps], activation="relu")[0]
 
 

@@ -79,5 +79,5 @@ def test_maps_of_any_strides(backend: str) -> None:
             if name == "channels_last" and backend != "reference":  # whose torch.cat hands slices back
                 of_maps = [x for x in got if x.dim() == 4 and len(x) == MAP[0]]
                 assert all(x.is_contiguous(memory_format=torch.channels_last) for x in of_maps), operator
-            for which, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-                assert_close(f"{operator} {name} {which}", ours, theirs, absolute=2e-5)
+            for place, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+                assert_close(f"{operator} {name} {place}", ours, theirs, absolute=2e-5)

@@ -85,8 +85,8 @@ def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
     torch.testing.assert_close(torch.func.jvp(operator.results, tuple(inputs), directions)[1], tangents)
     if operator.name.split()[0] in ("fuse_concat", "fuse_mean", "weighted_mean"):
         return  # lists under vmap and compile are other tests' subject
-    some = [torch.stack([v, -v]) for v in directions]
-    mapped = torch.func.vmap(lambda *v: torch.func.jvp(operator.results, tuple(inputs), v)[1])(*some)
+    stacked = [torch.stack([v, -v]) for v in directions]
+    mapped = torch.func.vmap(lambda *v: torch.func.jvp(operator.results, tuple(inputs), v)[1])(*stacked)
     torch.testing.assert_close([m[0] for m in mapped], list(tangents))
     # Else shapes of operators before, which share this code, become symbols, and torch has no jvp of pooling for them.
     traced = torch.compile(lambda *x: torch.func.jvp(operator.results, x[: len(inputs)], x[len(inputs) :])[1],
@@ -107,7 +107,7 @@ def test_tensors_that_outlived_a_transform(operator: Operator) -> None:
     expected, got = operator.results(*sources), operator.results(*kept)
     close(got, expected)
     if operator.gradient:
-        grads = [torch.autograd.grad(sum(x.sum() for x in each), sources) for each in (expected, got)]
+        grads = [torch.autograd.grad(sum(x.sum() for x in outputs), sources) for outputs in (expected, got)]
         close(grads[1], grads[0])
 
 
@@ -154,9 +154,9 @@ def test_gradients_may_be_changed_while_their_graph_is_retained(operator: Operat
     inputs = [x.requires_grad_() for x in operator.inputs()]
     results = operator.results(*inputs)
     loss = results[0] if results[0].dim() == 0 else sum(x.sum() for x in results)
-    first = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
-    kept = [None if x is None else x.clone() for x in first]
-    for x in first:
+    gradients = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    kept = [None if x is None else x.clone() for x in gradients]
+    for x in gradients:
         if x is not None:
             x.zero_()
     for x, y in zip(torch.autograd.grad(loss, inputs, allow_unused=True), kept, strict=True):
@@ -245,7 +245,7 @@ def test_gradient_or_a_clear_error(operator: Operator) -> None:
         assert not any(x.requires_grad for x in operator.results(*inputs))
     assert torch.autograd.gradcheck(operator.results, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(operator.results, inputs, fast_mode=True)
-    every = tuple(range(len(inputs)))
+    places = tuple(range(len(inputs)))
     directions = [torch.randn_like(x) for x in inputs]
 
     def loss(*tensors: Tensor) -> Tensor:
@@ -254,9 +254,9 @@ def test_gradient_or_a_clear_error(operator: Operator) -> None:
     def along(gradients: tuple[Tensor, ...]) -> Tensor:
         return sum((g * v).sum() for g, v in zip(gradients, directions, strict=True))  # type: ignore[return-value]
 
-    first = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
-    second = torch.func.grad(lambda *x: along(torch.func.grad(loss, every)(*x)), every)(*(x.detach() for x in inputs))
-    torch.testing.assert_close(second, torch.autograd.grad(along(first), inputs))
+    gradients = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
+    second = torch.func.grad(lambda *x: along(torch.func.grad(loss, places)(*x)), places)(*(x.detach() for x in inputs))
+    torch.testing.assert_close(second, torch.autograd.grad(along(gradients), inputs))
 
 
 @pytest.mark.exhaustive
@@ -284,11 +284,11 @@ def test_grad_outputs_of_any_layout_many_at_once_and_a_second_backward(operator:
     turned = [g.movedim(0, -1).contiguous().movedim(-1, 0) if g.dim() else g for g in grads]
     close(list(gradients(turned)), expected)
     close(list(gradients(grads)), expected)  # what was saved is as it was
-    ones = gradients([torch.ones_like(x) for x in results])
-    close(list(gradients([torch.ones(()).expand(x.shape) for x in results])), list(ones))
+    plain = gradients([torch.ones_like(x) for x in results])
+    close(list(gradients([torch.ones(()).expand(x.shape) for x in results])), list(plain))
     with torch.autocast("cpu", torch.bfloat16, enabled=operator.compiled):  # the forward pass had none
-        both = [torch.stack([g, -2 * g]) for g in grads]
-        batched = torch.autograd.grad(results, inputs, both, is_grads_batched=True)
+        stacked = [torch.stack([g, -2 * g]) for g in grads]
+        batched = torch.autograd.grad(results, inputs, stacked, is_grads_batched=True)
     for i, factor in enumerate((1, -2)):
         near([x[i] for x in batched], [factor * x for x in expected])
 
@@ -333,7 +333,7 @@ def test_saved_tensors_that_come_back_otherwise(name: str, way: str) -> None:
         plain = operator.results(*inputs)
         with torch.autograd.graph.saved_tensors_hooks(*SAVED[way]):
             results = operator.results(*inputs)
-        expected, got = (torch.autograd.grad(sum(x.square().sum() for x in each), inputs) for each in (plain, results))
+        expected, got = (torch.autograd.grad(sum(x.square().sum() for x in outs), inputs) for outs in (plain, results))
         close(got, expected)
 
 
@@ -382,10 +382,10 @@ def test_vmap_and_func_grad_or_a_clear_error(operator: Operator) -> None:
     for shared in range(len(inputs)):
         axes = tuple(None if i == shared and i else -1 for i in range(len(inputs)))
         given = [x if a is None else b.movedim(0, -1) for x, b, a in zip(inputs, batches, axes, strict=True)]
-        each = torch.vmap(gradient, in_dims=axes)(*given)
+        mapped_gradients = torch.vmap(gradient, in_dims=axes)(*given)
         for i in range(3):
-            one = [x if a is None else b[i] for x, b, a in zip(inputs, batches, axes, strict=True)]
-            near([x[i] for x in each], gradient(*one))
+            single = [x if a is None else b[i] for x, b, a in zip(inputs, batches, axes, strict=True)]
+            near([x[i] for x in mapped_gradients], gradient(*single))
 
 
 @pytest.mark.sampled(4)

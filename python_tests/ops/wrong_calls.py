@@ -68,10 +68,10 @@ def _others(value: Any) -> Iterator[Any]:
         yield []
         yield value[:-1]
         yield value + value
-        for place, one in enumerate(value):
-            for other in _others(one):
-                if other is not None:
-                    yield [*value[:place], other, *value[place + 1 :]]
+        for place, item in enumerate(value):
+            for wrong in _others(item):
+                if wrong is not None:
+                    yield [*value[:place], wrong, *value[place + 1 :]]
 
 
 def _copied(arguments: Any) -> Any:
@@ -97,7 +97,7 @@ def _outcome(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tenso
 
 
 def _flat(value: Any) -> list[Any]:
-    return [x for each in value for x in _flat(each)] if isinstance(value, (list, tuple)) else [value]
+    return [x for item in value for x in _flat(item)] if isinstance(value, (list, tuple)) else [value]
 
 
 def _line(error: Exception) -> str:
@@ -125,7 +125,7 @@ def main() -> None:
         operator = getattr(torch.ops.fedkern, name).default
         for number, right in enumerate(calls):
             wrong = itertools.chain.from_iterable(
-                ([(*right[:place], other, *right[place + 1 :]) for other in _others(value)])
+                ([(*right[:place], wrong, *right[place + 1 :]) for wrong in _others(value)])
                 for place, value in enumerate(right)
             )
             for given in itertools.chain([right], wrong):

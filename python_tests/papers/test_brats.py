@@ -79,9 +79,9 @@ def test_a_share_of_0_holds_no_case_of_a_site_out(tmp_path, share):
     for i in range(8):
         write_case(tmp_path / "AB"[i % 2] / f"case{i}", i)
     data = open_set(tmp_path, partition="attribute", **{share: 0})
-    empty, other = (data.tests[""], data.validation)[:: 1 if share == "test_share" else -1]
+    empty, filled = (data.tests[""], data.validation)[:: 1 if share == "test_share" else -1]
     assert len(empty) == 0
-    assert len(other) > 0
+    assert len(filled) > 0
 
 
 def test_what_macos_puts_beside_volumes_is_left_out_and_told(tmp_path):
@@ -131,16 +131,16 @@ def test_parts_of_a_tumour(tmp_path, labels, classes, sizes):
     write_cases(tmp_path)
     data = open_set(tmp_path, labels=labels)
     assert data.classes == ("background", *classes)
-    one = next(split for split in every_split(data) if len(split) == 3)
-    assert torch.bincount(one.labels.flatten(), minlength=len(classes) + 1)[1:].tolist() == sizes
+    split = next(split for split in every_split(data) if len(split) == 3)
+    assert torch.bincount(split.labels.flatten(), minlength=len(classes) + 1)[1:].tolist() == sizes
 
 
 @pytest.mark.parametrize(
-    ("slices", "every", "count"), [("all", 1, 6), ("tissue", 1, 5), ("tissue", 2, 3), ("object", 2, 2)]
+    ("slices", "stride", "count"), [("all", 1, 6), ("tissue", 1, 5), ("tissue", 2, 3), ("object", 2, 2)]
 )
-def test_which_slices(tmp_path, slices, every, count):
+def test_which_slices(tmp_path, slices, stride, count):
     write_cases(tmp_path)
-    data = open_set(tmp_path, slices=slices, every=every)
+    data = open_set(tmp_path, slices=slices, every=stride)
     assert all(len(split) == count * len(cases_of(split)) for split in every_split(data))
 
 
@@ -189,8 +189,8 @@ def test_split_folders(tmp_path):
 def test_a_clients_own_test_set_has_whole_cases(tmp_path):
     write_cases(tmp_path, 30)
     data = open_set(tmp_path)
-    apart = hold_out(data, held_out=None, share=0.3, seed=0)
-    held = [cases_of(split) for split in (*apart.clients, *apart.client_tests)]
+    reduced = hold_out(data, held_out=None, share=0.3, seed=0)
+    held = [cases_of(split) for split in (*reduced.clients, *reduced.client_tests)]
     assert sum(map(len, held)) == len(set.union(*held)) == sum(len(cases_of(split)) for split in data.clients)
     assert [len(test) for test in held[2:]] == [round(0.3 * len(cases_of(split))) for split in data.clients]
 
@@ -264,8 +264,8 @@ def test_options_that_do_not_fit(tmp_path, options, words):
 
 def test_a_share_of_0_holds_nothing_out(tmp_path):
     write_cases(tmp_path, 4)
-    whole = open_set(tmp_path)
-    slices = sum(map(len, [*whole.clients, whole.validation, whole.tests[""]]))
+    full = open_set(tmp_path)
+    slices = sum(map(len, [*full.clients, full.validation, full.tests[""]]))
     data = open_set(tmp_path, test_share=0, validation_share=0)
     assert (len(data.tests[""]), len(data.validation)) == (0, 0)
     assert sum(map(len, data.clients)) == slices
@@ -302,10 +302,10 @@ def test_a_file_at_another_place_than_its_mask_is_refused(tmp_path, name, slices
     write_cases(tmp_path)
     path = tmp_path / "case3" / f"case3_{name}.nii.gz"
     save(path, np.asarray(nibabel.load(path).dataobj), affine)
-    other = "case3_(t1|flair)" if name == "seg" else "case3_seg"
+    file = "case3_(t1|flair)" if name == "seg" else "case3_seg"
     with pytest.raises(UserError, match=r"the affine of .* mm away from those of .*; resample") as caught:
         open_set(tmp_path, slices=slices)
-    assert re.search(other, str(caught.value))
+    assert re.search(file, str(caught.value))
     assert path.name in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -321,9 +321,9 @@ def test_rounded_affines_and_other_axes_are_one_place(tmp_path):
     save(path, stored[::-1], turned)
     rounded = tmp_path / "case4" / "case4_seg.nii.gz"
     save(rounded, np.asarray(nibabel.load(rounded).dataobj), place + 1e-3)
-    for one, other in zip(every_split(open_set(tmp_path)), every_split(expected), strict=True):
-        assert torch.equal(one.labels, other.labels)
-        assert torch.equal(one.images, other.images)
+    for got, wanted in zip(every_split(open_set(tmp_path)), every_split(expected), strict=True):
+        assert torch.equal(got.labels, wanted.labels)
+        assert torch.equal(got.images, wanted.images)
 
 
 # Files that are not what they are called
@@ -369,12 +369,12 @@ def test_both_versions_of_nifti(tmp_path, kind, ending):
     (lambda made: gzip.compress(gzip.decompress(made)[:100]), "wrong size"),
     (lambda made: gzip.compress(b""), "wrong size"),
 ])  # fmt: skip
-@pytest.mark.parametrize("which", ["t1", "seg"])
-def test_a_compressed_volume_is_whole(tmp_path, harm, words, which):
+@pytest.mark.parametrize("modality", ["t1", "seg"])
+def test_a_compressed_volume_is_whole(tmp_path, harm, words, modality):
     cases(tmp_path)
-    path = tmp_path / "case0" / f"case0_{which}.nii.gz"
+    path = tmp_path / "case0" / f"case0_{modality}.nii.gz"
     path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(UserError, match=f"case0_{which}.nii.gz .*({words})"):
+    with pytest.raises(UserError, match=f"case0_{modality}.nii.gz .*({words})"):
         cut_out(tmp_path)
 
 

@@ -27,15 +27,15 @@ def expected(position: int) -> set[tuple[str, str]]:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("layout", ["", "nico", "NICO"])
-@pytest.mark.parametrize(("protocol", "first", "ood"), [("F7", 0, (7, 8, 9)), ("L7", 3, (0, 1, 2))])
-def test_who_holds_which_context(tmp_path: Path, write_nico, layout: str, protocol: str, first: int, ood) -> None:
+@pytest.mark.parametrize(("protocol", "offset", "ood"), [("F7", 0, (7, 8, 9)), ("L7", 3, (0, 1, 2))])
+def test_who_holds_which_context(tmp_path: Path, write_nico, layout: str, protocol: str, offset: int, ood) -> None:
     write_nico(tmp_path / layout)
     data = load(NICO, root=tmp_path, seed=1, options={"protocol": protocol, "size": 16})
     assert len(data.clients) == 7
     for i, split in enumerate(data.clients):
-        assert contexts_of(split) == expected(first + i)
+        assert contexts_of(split) == expected(offset + i)
         assert set(split.labels.tolist()) == set(range(CLASSES))
-    training = set.union(*(expected(first + i) for i in range(7)))
+    training = set.union(*(expected(offset + i) for i in range(7)))
     assert contexts_of(data.tests["id"]) == training
     assert contexts_of(data.validation) == training
     assert contexts_of(data.tests["ood"]) == set.union(*(expected(position) for position in ood))
@@ -86,10 +86,10 @@ def test_pixels_labels_and_sizes(tmp_path: Path, write_nico) -> None:
 
 def test_the_held_out_images_do_not_depend_on_the_seed(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path)
-    one, two = (load(NICO, root=tmp_path, seed=seed, options={"size": 8}) for seed in (0, 1))
-    assert one.tests["id"].ids == two.tests["id"].ids
-    assert one.validation.ids == two.validation.ids
-    assert torch.equal(one.tests["ood"].images, two.tests["ood"].images)
+    data, two = (load(NICO, root=tmp_path, seed=seed, options={"size": 8}) for seed in (0, 1))
+    assert data.tests["id"].ids == two.tests["id"].ids
+    assert data.validation.ids == two.validation.ids
+    assert torch.equal(data.tests["ood"].images, two.tests["ood"].images)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.33])

@@ -49,8 +49,8 @@ def explained(splits: list[Split]) -> float:
     """Share of the textures' variance that lies between the classes of the clients."""
     groups = [texture(split)[split.labels == label] for split in splits for label in range(10)]
     inside = sum(((group - group.mean(0)) ** 2).sum() for group in groups)
-    every = torch.cat(groups)
-    return float(1 - inside / ((every - every.mean(0)) ** 2).sum())
+    rows = torch.cat(groups)
+    return float(1 - inside / ((rows - rows.mean(0)) ** 2).sum())
 
 
 def test_textures_are_tied_to_class_and_client_and_not_in_the_test(root: Path) -> None:
@@ -85,18 +85,18 @@ def test_grounds_have_one_brightness_and_contrast(root: Path) -> None:
 
 
 def test_the_seed_decides_and_tests_show_slides_that_no_client_has(root: Path) -> None:
-    one, again, other = (load(SLIDES, root=root, seed=seed, options={"samples": 100}) for seed in (0, 0, 1))
+    drawn, again, reseeded = (load(SLIDES, root=root, seed=seed, options={"samples": 100}) for seed in (0, 0, 1))
     for a, b, c in zip(
-        [*one.clients, *one.tests.values()], [*again.clients, *again.tests.values()],
-        [*other.clients, *other.tests.values()], strict=True,
+        [*drawn.clients, *drawn.tests.values()], [*again.clients, *again.tests.values()],
+        [*reseeded.clients, *reseeded.tests.values()], strict=True,
     ):  # fmt: skip
         assert torch.equal(a.images, b.images)
         assert not torch.equal(a.images, c.images)
     for number in (6, 7):  # the last quarter
         Image.new("L", (300, 300), 7).save(root / "image" / f"{number}.png")
     changed = load(SLIDES, root=root, seed=0, options={"samples": 100})
-    assert all(torch.equal(a.images, b.images) for a, b in zip(one.clients, changed.clients, strict=True))
-    assert torch.equal(one.validation.images, changed.validation.images)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(drawn.clients, changed.clients, strict=True))
+    assert torch.equal(drawn.validation.images, changed.validation.images)
     flat = changed.tests["ood"].images[:, 0][~BARS[changed.tests["ood"].labels]]
     assert flat.unique().tolist() == [128]
 

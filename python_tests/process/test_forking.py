@@ -35,17 +35,17 @@ def test_a_fork_has_positions_of_its_own(tmp_path):
 
 
 def test_a_fork_ends_its_share_in_connections():
-    here, there = socket.socketpair()
+    near, peer = socket.socketpair()
     kept, far = socket.socketpair()
     if not (child := os.fork()):
         cut_connections(kept.fileno())
-        kept.send(here.recv(1) or b"nothing")
+        kept.send(near.recv(1) or b"nothing")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert far.recv(9) == b"nothing"
-    there.send(b"a")
-    assert here.recv(1) == b"a"  # the parent's is as before
-    for end in (here, there, kept, far):
+    peer.send(b"a")
+    assert near.recv(1) == b"a"  # the parent's is as before
+    for end in (near, peer, kept, far):
         end.close()
 
 

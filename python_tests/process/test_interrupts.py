@@ -40,8 +40,8 @@ def test_a_second_signal_does_not_end_the_clean_up(number, kind):
             os.kill(os.getpid(), number)
             time.sleep(1)
         finally:
-            for other in (signal.SIGINT, signal.SIGTERM, number):
-                os.kill(os.getpid(), other)
+            for sent in (signal.SIGINT, signal.SIGTERM, number):
+                os.kill(os.getpid(), sent)
                 time.sleep(0.001)
             done.append("cleaned")
 

@@ -41,7 +41,7 @@ def test_a_run_goes_on(where, tmp_path):
 
 @pytest.mark.parametrize("where", [">/dev/full", "2>/dev/full", ">&- 2>&-"])
 @pytest.mark.parametrize("command", [
-    "--version", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("doctor", "no-such-command")),
+    "--version", *(pytest.param(command, marks=pytest.mark.exhaustive) for command in ("doctor", "no-such-command")),
 ])  # fmt: skip
 def test_other_commands_neither(command, where, tmp_path):
     done = shell(f"{RUN} {command} {where}", tmp_path)

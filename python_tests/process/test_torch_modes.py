@@ -106,9 +106,9 @@ def plain(tmp_path_factory):
 def test_the_bits_of_a_plain_run(mode, method, model, workers, plain, tmp_path):
     with MODES[mode]():
         run = fedkern.simulate(method, model=model, out=tmp_path / "run", workers=workers, **TINY)
-    before, now = weights(plain(method, model).out), weights(run.out)
-    assert {name: value.dtype for name, value in now.items()} == {name: value.dtype for name, value in before.items()}
-    assert all(torch.equal(now[name], value) for name, value in before.items())
+    before, after = weights(plain(method, model).out), weights(run.out)
+    assert {name: value.dtype for name, value in after.items()} == {name: value.dtype for name, value in before.items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
     assert run.summary["bytes"] == plain(method, model).summary["bytes"]
 
 
@@ -267,17 +267,17 @@ def state():
     }
 
 
-def put_into_data(what, _):
+def put_into_data(code, _):
     def function():
-        exec(f"import os, numpy, torch\n{what}", {})
+        exec(f"import os, numpy, torch\n{code}", {})
         raise LookupError("no files")
 
     DataFunction("mine", function, "classification", 2, "iid").make(DataRequest())
 
 
-def put_into_network(what, _):
+def put_into_network(code, _):
     def network(classes):
-        exec(f"import os, numpy, torch\n{what}", {})
+        exec(f"import os, numpy, torch\n{code}", {})
         return nn.Linear(4, classes, device="cpu", dtype=torch.float32)
 
     made = Own(network, "mine")(classes=2, channels=1, sides=(2, 2), seed=0, word=1, width=None)
@@ -360,12 +360,12 @@ def test_a_gpu_computes_attention_by_matrix_products():
 def test_attention_on_the_cpu_has_the_bits_of_its_own_kernel(enabled):
     plain, name = attended()
     with sdpa_kernel(SDPBackend.MATH):
-        products, other = attended()
-    assert (name != other, any(map(torch.equal, plain, products))) == (True, False)
+        products, math_name = attended()
+    assert (name != math_name, any(map(torch.equal, plain, products))) == (True, False)
     with sdpa_kernel(enabled):  # a caller's, for work of its own
         with torch_modes.reproducible():
-            found, now = attended()
+            found, name_after = attended()
             assert attention()[0] == SDPBackend.MATH
         assert attention() == [enabled]
-    assert now == name
+    assert name_after == name
     assert all(map(torch.equal, found, plain))

@@ -34,7 +34,7 @@ def test_numbers_of_numpy_are_settings():
     assert RunConfig.of(read_settings(config.to_toml())) == config
     found = [config.rounds, config.lr, config.clients, config.seed, config.options["mu"], config.data_options]
     assert found == [2, 0.5, 3, 7, 0.25, {"test_samples": 5}]
-    assert [type(each) for each in found] == [int, float, int, int, float, dict]
+    assert [type(value) for value in found] == [int, float, int, int, float, dict]
 
 
 def test_defaults_name_only_what_exists():

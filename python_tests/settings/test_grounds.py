@@ -117,33 +117,33 @@ def test_equal_data_elsewhere_are_the_same(kind):
             source = Path(given["data_root"])
             shutil.copytree(source.parent if source.is_file() else source, moved)
             given["data_root"] = str((moved / source.name if source.is_file() else moved).absolute())
-        more = {"partition": "dirichlet:5:min=1"} if seed and kind != "arrays" else {}
-        fedkern.simulate("fedavg", out=f"a{seed}", seed=seed, pictures=False, **{**TINY, **given, **more})
+        extra = {"partition": "dirichlet:5:min=1"} if seed and kind != "arrays" else {}
+        fedkern.simulate("fedavg", out=f"a{seed}", seed=seed, pictures=False, **{**TINY, **given, **extra})
     assert sum(row["seeds"] for row in fedkern.compare(["a0", "a1"], out="c").table) == 2
 
 
-def changed(what, step, name="halved"):
+def changed(part, step, name="halved"):
     """Return the settings of a comparison whose data, code or file differ from step to step under the same names."""
-    if what == "one image":
+    if part == "one image":
         given = a_folder("folder", 0)
         if step:
             Image.new("L", (8, 8), 7).save(Path(given["data_root"]) / "train/a/3.png")
         return given
-    if what == "images":
+    if part == "images":
         return {**a_folder("folder", 0), "data_root": folder(f"other{step}", step)}
-    if what == "labels":
+    if part == "labels":
         rows = [(name, number, name if number or not step else "b") for name in "ab" for number in range(6)]
         return {**a_folder("csv", 0), "data_root": table("csv", rows)}
-    if what == "arrays":
+    if part == "arrays":
         return {"data": arrays(step)}
     given = dict(DIGITS)
-    if what == "plugin":
+    if part == "plugin":
         Path("plugin.py").write_text(PLUGIN.replace("SHARE", str(1 - step / 2)).replace("NAME", name))
         return {**given, "plugins": ["plugin.py"]}
-    if what == "network":
+    if part == "network":
         Path("net.py").write_text(NETWORK.replace("ACT", ("ReLU", "Sigmoid")[step]))
         return {**given, "model": "net.py:Net"}
-    if what == "init":
+    if part == "init":
         run = fedkern.simulate("fedavg", out=f"start{step}", pictures=False, **{**DIGITS, "rounds": 1 + step})
         shutil.copy(run.out / "model.safetensors", "start.safetensors")
         return {**given, "init": "start.safetensors"}
@@ -153,13 +153,13 @@ def changed(what, step, name="halved"):
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("what", ["one image", "images", "labels", "arrays", "plugin", "network", "init", "boxes"])
-def test_a_comparison_does_not_go_on_with_what_has_changed(what):
-    method = "halved" if what == "plugin" else "fedavg"
-    fedkern.compare(method, out="x", seeds=1, **{**TINY, **changed(what, 0)})
-    named = {"plugin": "plugin", "network": "model", "init": "init", "boxes": "boxes"}.get(what, "different data")
+@pytest.mark.parametrize("part", ["one image", "images", "labels", "arrays", "plugin", "network", "init", "boxes"])
+def test_a_comparison_does_not_go_on_with_what_has_changed(part):
+    method = "halved" if part == "plugin" else "fedavg"
+    fedkern.compare(method, out="x", seeds=1, **{**TINY, **changed(part, 0)})
+    named = {"plugin": "plugin", "network": "model", "init": "init", "boxes": "boxes"}.get(part, "different data")
     with pytest.raises(UserError, match=f"{method}_seed=0 was made with .*{named}"):
-        fedkern.compare(method, out="x", seeds=2, **{**TINY, **changed(what, 1)})
+        fedkern.compare(method, out="x", seeds=2, **{**TINY, **changed(part, 1)})
     assert not Path(f"x/{method}_seed=1").exists()
 
 
@@ -180,17 +180,17 @@ def test_a_changed_class_is_refused(monkeypatch, tmp_path):
         fedkern.compare([module.Halved], out="x", seeds=2, **DIGITS)
 
 
-@pytest.mark.parametrize("what", ["plugin", "version"])
-def test_folders_of_runs_of_different_code_are_groups_of_their_own(what, monkeypatch):
-    method = "quartered" if what == "plugin" else "fedavg"
+@pytest.mark.parametrize("part", ["plugin", "version"])
+def test_folders_of_runs_of_different_code_are_groups_of_their_own(part, monkeypatch):
+    method = "quartered" if part == "plugin" else "fedavg"
     for seed in (0, 1):
-        if what == "version":
+        if part == "version":
             monkeypatch.setattr(fedkern, "__version__", f"9.{seed}")
-        given = changed("plugin", seed, method) if what == "plugin" else DIGITS
+        given = changed("plugin", seed, method) if part == "plugin" else DIGITS
         fedkern.simulate(method, out=f"a{seed}", seed=seed, pictures=False, **given)
     found = fedkern.compare(["a0", "a1"], out="c")
     assert [row["seeds"] for row in found.table] == [1, 1]
-    assert f"code.{'plugins' if what == 'plugin' else 'version'}" in " ".join(found.notes)
+    assert f"code.{'plugins' if part == 'plugin' else 'version'}" in " ".join(found.notes)
 
 
 def test_seeds_of_coloured_data_are_one_group():

@@ -29,8 +29,8 @@ def test_counts_recalls_and_f1_are_scikit_learns(seed):
     recalls = figures.recalls(labels, predicted, 6)
     assert math.isnan(recalls[5])  # no sample has this class, though some are taken for it
     assert 5 in predicted
-    each = metrics.recall_score(labels, predicted, average=None, labels=range(5))
-    np.testing.assert_allclose(recalls[:5], each)
+    scores = metrics.recall_score(labels, predicted, average=None, labels=range(5))
+    np.testing.assert_allclose(recalls[:5], scores)
     with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
         balanced = metrics.balanced_accuracy_score(labels, predicted)
     assert float(recalls.nanmean()) == pytest.approx(balanced, abs=1e-12)
@@ -48,8 +48,8 @@ def test_areas_are_scikit_learns(ties):
     np.testing.assert_allclose(areas[:5], expected, rtol=0, atol=1e-12)
     assert math.isnan(areas[5])
     own = probabilities[:, :5] / probabilities[:, :5].sum(1, keepdim=True)
-    whole = metrics.roc_auc_score(labels, own, multi_class="ovr", average="macro")
-    assert figures.macro_auc(own, labels) == pytest.approx(whole, abs=1e-12)
+    area = metrics.roc_auc_score(labels, own, multi_class="ovr", average="macro")
+    assert figures.macro_auc(own, labels) == pytest.approx(area, abs=1e-12)
 
 
 def test_two_classes_have_the_area_of_the_second():
@@ -78,8 +78,8 @@ def test_calibration_error_is_a_sum_over_fifteen_bins():
     confidence, predicted = probabilities.max(1)
     expected = 0.0
     for b in range(15):
-        here = (confidence > b / 15) & (confidence <= (b + 1) / 15)
-        if here.any():
-            accuracy = (predicted == labels)[here].double().mean()
-            expected += float(here.double().mean() * (accuracy - confidence[here].mean()).abs())
+        in_bin = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+        if in_bin.any():
+            accuracy = (predicted == labels)[in_bin].double().mean()
+            expected += float(in_bin.double().mean() * (accuracy - confidence[in_bin].mean()).abs())
     assert figures.calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-12)

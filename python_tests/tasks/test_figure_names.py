@@ -52,7 +52,7 @@ def test_a_test_set_has_a_name_in_columns_and_in_sentences(name, short, noun):
     assert (short_set_title(name), set_noun(name)) == (short, noun)
 
 
-@pytest.mark.parametrize(("names", "other"), [
+@pytest.mark.parametrize(("names", "owner"), [
     (["validation"], "the validation set"),
     (["north", "validation", ""], "the validation set"),
     (["", "test"], "the test set without a name"),
@@ -67,8 +67,8 @@ def test_a_test_set_has_a_name_in_columns_and_in_sentences(name, short, noun):
     (["b", ""], "the test set without a name"),
     (["validation_b"], "the validation set"),
 ])  # fmt: skip
-def test_a_name_that_means_something_is_refused(names, other):
-    with pytest.raises(UserError, match=f"^The test set .* would have the names of those of {other}: give it another"):
+def test_a_name_that_means_something_is_refused(names, owner):
+    with pytest.raises(UserError, match=f"^The test set .* would have the names of those of {owner}: give it another"):
         check_set_names(names, ["b_accuracy", "top2"])
 
 

@@ -133,8 +133,8 @@ def test_with_workers_it_is_the_same_run(tmp_path):
         for n in (1, 2)
     ]
     assert made[0].metrics == made[1].metrics
-    one, two = (run.model().state_dict() for run in made)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    serial, two = (run.model().state_dict() for run in made)
+    assert all(torch.equal(serial[name], two[name]) for name in serial)
 
 
 def test_who_refuses(refuses, tmp_path):

@@ -48,8 +48,8 @@ def test_side_by_side_evaluation_gives_the_same_value(metrics, make_data, make_c
     for threads in (1, 3):
         config = make_config("fedavg", rounds=1, threads=threads, client_threads=1)
         run(config, out=tmp_path / str(threads), data=make_data())
-    one, three = (read_metrics(tmp_path / str(threads))[0] for threads in (1, 3))
-    assert one["id_top2"] == three["id_top2"]
+    single, three = (read_metrics(tmp_path / str(threads))[0] for threads in (1, 3))
+    assert single["id_top2"] == three["id_top2"]
 
 
 def test_a_resumed_run_has_the_same_metrics(metrics, make_data, make_config, tmp_path):

@@ -134,17 +134,17 @@ def test_a_class_that_a_set_lacks_is_in_no_mean(cases, predicted):
     assert torch.isnan(kept[0].nanmean(0)).tolist() == [False, False, True]
     assert "dice_2" not in found
     assert found["dice"] == found["dice_1"]
-    both, either = ((predicted == 1) & (truth == 1)).sum(), ((predicted == 1) | (truth == 1)).sum()
-    assert found["iou"] == pytest.approx(float(both) / float(either))
+    overlap, either = ((predicted == 1) & (truth == 1)).sum(), ((predicted == 1) | (truth == 1)).sum()
+    assert found["iou"] == pytest.approx(float(overlap) / float(either))
 
 
 def test_unknown_pixels_count_nowhere():
     predicted, truth = masks(2), masks(3)
     truth[:, 3:5] = IGNORE
-    other = predicted.clone()
-    other[:, 3:5] = 0
-    first, second = Told(predicted, truth).figures(), Told(other, truth).figures()
-    assert first == second
+    changed = predicted.clone()
+    changed[:, 3:5] = 0
+    figures, second = Told(predicted, truth).figures(), Told(changed, truth).figures()
+    assert figures == second
     counts = overlaps(predicted, truth, 3)
     assert counts.shape == (5, 3, 3)
     assert int(counts[:, 2].sum()) == int((truth >= 0).sum())
@@ -161,8 +161,8 @@ def slow_hausdorff(a, b):
             inner &= np.roll(padded, step, axis)
         return np.argwhere(padded & ~inner)
 
-    first, second = outline(a), outline(b)
-    far = np.linalg.norm(first[:, None] - second[None], axis=2)
+    outline_a, second = outline(a), outline(b)
+    far = np.linalg.norm(outline_a[:, None] - second[None], axis=2)
     return max(np.percentile(far.min(1), 95), np.percentile(far.min(0), 95))
 
 
@@ -232,16 +232,16 @@ def test_every_method_for_segmentation_runs(tmp_path, method):
 
 
 def test_it_is_learnt(tmp_path):
-    first = run(settings(lr=1e-6), out=tmp_path / "a", data=federation())["metrics"]["dice"]
+    untrained = run(settings(lr=1e-6), out=tmp_path / "a", data=federation())["metrics"]["dice"]
     config = settings(rounds=6, local_epochs=2, width=4, lr=0.2, augment="flip-rotate", eval_every=6)
     metrics = run(config, out=tmp_path / "b", data=federation((24, 20, 20)))["metrics"]
-    assert metrics["dice"] > max(0.7, first + 0.2)
+    assert metrics["dice"] > max(0.7, untrained + 0.2)
     assert metrics["hd95"] < 8
 
 
 def test_the_usual_methods_are_among_them():
-    alone = {"local", "centralised", "ensemble", "oneshot-fedavg", "feddf"}
-    assert {"fedavg", "fedprox", "scaffold", "feddyn"} | alone <= set(METHODS_HERE)
+    local_methods = {"local", "centralised", "ensemble", "oneshot-fedavg", "feddf"}
+    assert {"fedavg", "fedprox", "scaffold", "feddyn"} | local_methods <= set(METHODS_HERE)
     assert not {"fedgid", "ccvr", "dense", "fusefl", "moon", "fedproto"} & set(METHODS_HERE)
 
 
@@ -261,8 +261,8 @@ def test_unlabelled_pixels_are_not_learnt():
 def test_a_batch_of_which_nothing_is_known_moves_nothing():
     logits = torch.randn(2, 3, 16, 16, requires_grad=True)
     batch = Batch(torch.zeros(2, 1, 16, 16), torch.full((2, 16, 16), IGNORE), np.arange(2), task=SEGMENTATION)
-    for apart in (False, True):
-        loss = METHODS["fedavg"]().loss(lambda images: logits, dataclasses.replace(batch, per_sample=apart), None)
+    for per_sample in (False, True):
+        loss = METHODS["fedavg"]().loss(lambda images: logits, dataclasses.replace(batch, per_sample=per_sample), None)
         loss.backward()
         assert float(loss.detach()) == 0
         assert not logits.grad.any()
@@ -272,12 +272,12 @@ def test_the_usual_loss_has_the_bits_of_cross_entropy():
     labels = split(4, 0).labels
     for unknown in (0, 5):
         labels[:, :unknown] = IGNORE
-        one, two = (torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) for _ in range(2))
-        losses = pixelwise_loss(one.requires_grad_(), labels), cross_entropy(two.requires_grad_(), labels)
+        logits, two = (torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+        losses = pixelwise_loss(logits.requires_grad_(), labels), cross_entropy(two.requires_grad_(), labels)
         for loss in losses:
             loss.backward()
         assert torch.equal(*losses)
-        assert torch.equal(one.grad, two.grad)
+        assert torch.equal(logits.grad, two.grad)
 
 
 def unknown(split):
@@ -306,11 +306,11 @@ def test_a_set_without_a_known_pixel_is_told_before_the_training(tmp_path):
 
 
 def test_training_moves_masks_with_their_images():
-    one = split(8, 5)
-    data = Images(one, ImageForm(one.images.shape[1:], (0.2,), (0.2,)), torch.device("cpu"), augment="crop-flip")
+    sample = split(8, 5)
+    data = Images(sample, ImageForm(sample.images.shape[1:], (0.2,), (0.2,)), torch.device("cpu"), augment="crop-flip")
     rows = np.array([3, 1, 6])
     plain, labels = data.pairs(rows)
-    assert torch.equal(labels, one.labels[rows])
+    assert torch.equal(labels, sample.labels[rows])
     moved, classes = data.pairs(rows, np.random.default_rng(0))
     bright = [(image[0] > 0.5) for image in (*plain, *moved)]
     assert all(torch.equal(seen, truth > 0) for seen, truth in zip(bright, (*labels, *classes), strict=True))
@@ -345,10 +345,10 @@ def test_the_best_constant_prediction_is_found(grouped):
     truth[truth == 3] = IGNORE
     truth[:2, :, :5] = 2
     cases = torch.tensor([0, 0, 1, 1, 2, 2]) if grouped else None
-    each = [Told(torch.full_like(truth, c), truth, classes=4, cases=cases).figures()["dice"] for c in range(4)]
+    scores = [Told(torch.full_like(truth, c), truth, classes=4, cases=cases).figures()["dice"] for c in range(4)]
     value, best = constant_dice(SimpleNamespace(labels=truth, cases=cases), 4)
-    assert value == pytest.approx(max(each))
-    assert each[best] == max(each) > 0
+    assert value == pytest.approx(max(scores))
+    assert scores[best] == max(scores) > 0
     assert constant_dice(SimpleNamespace(labels=torch.zeros(2, 3, 3, dtype=torch.int64)), 4) == (0.0, 0)
 
 
@@ -357,7 +357,7 @@ def test_the_dice_of_every_class_is_kept():
     told, kept = Told(masks(seed=1), truth), []
     told.keep = kept.append
     found = told.figures()
-    every = kept[0].nanmean(0)
+    means = kept[0].nanmean(0)
     expected = dice(overlaps(masks(seed=1), truth, 3))
-    assert torch.equal(every, expected)
-    assert every[1:].tolist() == [found["dice_1"], found["dice_2"]]
+    assert torch.equal(means, expected)
+    assert means[1:].tolist() == [found["dice_1"], found["dice_2"]]

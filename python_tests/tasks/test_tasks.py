@@ -100,8 +100,8 @@ def is_question(node):
         absent = any(isinstance(side, ast.Constant) and side.value is None for side in sides)
         return any(is_task(side) or is_axes(side) or (absent and called(side) in TEXTS) for side in sides)
     if isinstance(node, (ast.If, ast.While, ast.Assert, ast.IfExp)):
-        read = [each for each in ast.walk(node.test) if isinstance(each, ast.Attribute) and is_task(each.value)]
-        return any(each.attr not in KNOWN for each in read)
+        read = [attr for attr in ast.walk(node.test) if isinstance(attr, ast.Attribute) and is_task(attr.value)]
+        return any(attr.attr not in KNOWN for attr in read)
     if isinstance(node, ast.Call):
         return called(node.func) == "isinstance" and bool(node.args) and is_task(node.args[0])
     return isinstance(node, ast.Match) and is_task(node.subject)

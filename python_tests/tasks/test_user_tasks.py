@@ -164,7 +164,7 @@ def test_ignored_targets_and_dropped_items_count_nothing(kind, ignored, limit, m
     loss = nn.CrossEntropyLoss(WEIGHT, ignore_index=ignored) if own else nn.CrossEntropyLoss()
     sets, model = [site(30, 0, ignored), site(20, 1, ignored), site(200, 2, ignored)], nn.Linear(4, 3)
     if kind == "tokens":  # a row has one, and the network gives [n, 3, 1]
-        sets = [TensorDataset(each.tensors[0], each.tensors[1][:, None]) for each in sets]
+        sets = [TensorDataset(dataset.tensors[0], dataset.tensors[1][:, None]) for dataset in sets]
         model = nn.Sequential(model, nn.Unflatten(1, (3, 1)))
     given = {"data": sets[:2], "test": sets[2], "collate_fn": dropping, "model": model} | (
         {"loss_fn": loss} if own else {}

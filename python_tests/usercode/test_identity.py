@@ -183,19 +183,19 @@ def test_a_table_is_the_same_in_another_process():
 def test_words_name_what_has_changed():
     words = differences(table(Holder(2.0)), table(Holder(3.0)))
     assert words == ["`x._value` changed from 2.0 to 3.0"]
-    first, second = (run_code(f"def made(a):\n    return a + {n}") for n in (1, 2))
-    assert differences(table(first), table(second)) == ["`x` changed"]
+    before, second = (run_code(f"def made(a):\n    return a + {n}") for n in (1, 2))
+    assert differences(table(before), table(second)) == ["`x` changed"]
     assert differences(table(Holder(1)), table(Holder(Holder(1)))) == ["`x._value` changed from 1 to Holder"]
     assert differences({"a": "1"}, {"b": "1"}) == ["`a` is gone", "`b` is new"]
-    assert differences(table(nn.ReLU()), table(first)) == ["`x` changed"]  # not the Python of its bytecode
+    assert differences(table(nn.ReLU()), table(before)) == ["`x` changed"]  # not the Python of its bytecode
 
 
 def test_lines_and_docstrings_of_classes_do_not_count():
-    first = run_code("class made:\n    '''One.'''\n    def f(self): return 1")
+    before = run_code("class made:\n    '''One.'''\n    def f(self): return 1")
     second = run_code("\n\nclass made:\n    '''Two.'''\n    # a comment\n    def f(self):\n        return 1")
-    assert table(first) == table(second)
-    one, two = (lambda a: a + 1), (lambda a: a + 1)
-    assert table(one) == table(two) != table(lambda a: a + 2)
+    assert table(before) == table(second)
+    f, two = (lambda a: a + 1), (lambda a: a + 1)
+    assert table(f) == table(two) != table(lambda a: a + 2)
 
 
 def test_modules_count_by_name_and_version():
@@ -263,28 +263,28 @@ def test_what_a_call_leaves_in_functools_and_in_modes_of_torch_does_not_count():
 
 
 def test_cycles_end():
-    first, second = Holder(1), [1]
-    first._value = {"self": first, "list": second}
+    holder, second = Holder(1), [1]
+    holder._value = {"self": holder, "list": second}
     second.append(second)
-    assert table(first)["x._value['self']"] == "same as x"
-    assert left_out(table(first)) == []
+    assert table(holder)["x._value['self']"] == "same as x"
+    assert left_out(table(holder)) == []
 
 
 def test_weights_and_code_can_be_left_out():
-    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
-    assert table(first) != table(second)
-    assert identity_table({"x": first}, weights=False) == identity_table({"x": second}, weights=False)
-    one, two = (run_code(f"class made:\n    def f(self): return {n}")() for n in (1, 2))
-    assert table(one) != table(two)
-    assert identity_table({"x": one}, code=False) == identity_table({"x": two}, code=False)
+    layer, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    assert table(layer) != table(second)
+    assert identity_table({"x": layer}, weights=False) == identity_table({"x": second}, weights=False)
+    small, two = (run_code(f"class made:\n    def f(self): return {n}")() for n in (1, 2))
+    assert table(small) != table(two)
+    assert identity_table({"x": small}, code=False) == identity_table({"x": two}, code=False)
 
 
 def test_a_large_table_is_stored_as_few_rows_that_tell_as_much():
-    first = table(nn.Sequential(*(nn.Sequential(nn.Dropout(0.1), nn.ReLU()) for _ in range(200))))
-    second = {**first, "x.150.0.p": "0.2"}
-    assert len(first) > 600
-    assert len(fold_table(first, 250)) <= 250
-    assert differences(fold_table(first, 250), fold_table(second, 250)) == ["`x.150` changed"]
+    rows = table(nn.Sequential(*(nn.Sequential(nn.Dropout(0.1), nn.ReLU()) for _ in range(200))))
+    second = {**rows, "x.150.0.p": "0.2"}
+    assert len(rows) > 600
+    assert len(fold_table(rows, 250)) <= 250
+    assert differences(fold_table(rows, 250), fold_table(second, 250)) == ["`x.150` changed"]
     assert fold_table({"a": "1"}) == {"a": "1"}
 
 

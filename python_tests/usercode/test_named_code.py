@@ -40,8 +40,8 @@ def test_identity_of_a_file_counts_what_it_imports(monkeypatch, tmp_path):
     make, before = load(parse(f"{net}:make"), "the code")
     assert load(parse(f"{net}:make"), "the code") == (make, before)
     beside.write_text("VALUE = 22\n")  # in a notebook, whose process has loaded the former one
-    after, now = load(parse(f"{net}:make"), "the code")
-    assert now != before
+    after, hash_after = load(parse(f"{net}:make"), "the code")
+    assert hash_after != before
     assert (make(), after()) == (1, 22)
 
 

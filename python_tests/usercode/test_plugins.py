@@ -54,7 +54,7 @@ def test_two_paths_of_one_file_are_one_plugin(tmp_path, monkeypatch):
     marked = Marked(tmp_path / "here")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.py").symlink_to(marked.path)
-    names = {plugins.load(each).name for each in ("here/marked.py", "here/../here/marked.py", "link.py")}
+    names = {plugins.load(path).name for path in ("here/marked.py", "here/../here/marked.py", "link.py")}
     assert names == {str(marked.path)}
     assert marked.runs == 1
 
@@ -124,7 +124,7 @@ def test_an_exception_takes_back_what_was_registered_before(tmp_path):
 )
 def test_a_plugin_that_is_not_there(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "own.py").write_text("")
     with pytest.raises(UserError, match=message):
@@ -132,8 +132,8 @@ def test_a_plugin_that_is_not_there(tmp_path, monkeypatch, name, message):
 
 
 def test_two_plugins_cannot_have_one_name(tmp_path):
-    first, second = Marked(tmp_path / "a"), Marked(tmp_path / "b")
-    plugins.load(str(first.path))
+    plugin, second = Marked(tmp_path / "a"), Marked(tmp_path / "b")
+    plugins.load(str(plugin.path))
     kept = METHODS["mine"]
     with pytest.raises(UserError, match=r'b/marked.py cannot be loaded \(line 6\): .* "mine" is already registered'):
         plugins.load(str(second.path))

@@ -15,7 +15,7 @@ LABELS = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(6000) %
 @pytest.mark.parametrize(("kind", "parameters"), [(TwoNN, 199_210), (CNN, 1_663_370)])
 def test_the_networks_have_the_papers_number_of_parameters(kind, parameters):
     network = kind()
-    assert sum(each.numel() for each in network.parameters()) == parameters
+    assert sum(p.numel() for p in network.parameters()) == parameters
     assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 

@@ -16,14 +16,14 @@ LABELS = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(6000) %
 def test_the_network_is_the_released_codes():
     torch.manual_seed(0)
     network = CNN()
-    assert sum(each.numel() for each in network.parameters()) == 44_426
+    assert sum(p.numel() for p in network.parameters()) == 44_426
     images = torch.rand(3, 1, 28, 28)
-    first, second, *linear = [each for each in network if hasattr(each, "weight")]
-    maps = functional.max_pool2d(functional.conv2d(images, first.weight, first.bias).relu(), 2)
+    conv, second, *linear = [layer for layer in network if hasattr(layer, "weight")]
+    maps = functional.max_pool2d(functional.conv2d(images, conv.weight, conv.bias).relu(), 2)
     hidden = functional.max_pool2d(functional.conv2d(maps, second.weight, second.bias).relu(), 2).flatten(1)
     assert hidden.shape == (3, 16 * 4 * 4)
-    for each in linear[:-1]:
-        hidden = each(hidden).relu()
+    for layer in linear[:-1]:
+        hidden = layer(hidden).relu()
     torch.testing.assert_close(network(images), linear[-1](hidden))
 
 

@@ -62,11 +62,11 @@ def test_boxes_become_masks_and_undetected_images_stay_empty(tmp_path: Path) -> 
 
 
 def test_the_cache_serves_another_seed_and_partition(tmp_path: Path) -> None:
-    first = load("digits", clients=2, partition="iid", options=options(tmp_path), make_detector=lambda *_: Corner())
+    cold = load("digits", clients=2, partition="iid", options=options(tmp_path), make_detector=lambda *_: Corner())
     second = Corner()
     again = load("digits", clients=4, seed=7, options=options(tmp_path), make_detector=lambda *_: second)
     assert second.count == 0
-    masks = {name: mask for s in first.clients for name, mask in zip(s.ids, s.masks, strict=True)}
+    masks = {name: mask for s in cold.clients for name, mask in zip(s.ids, s.masks, strict=True)}
     assert all(torch.equal(mask, masks[name]) for s in again.clients for name, mask in zip(s.ids, s.masks, strict=True))
 
 
@@ -105,12 +105,12 @@ def test_an_interrupted_detection_keeps_what_it_has(tmp_path: Path) -> None:
     stopped = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         Detections(stopped, tmp_path).boxes(split, CLASSES)
-    rest = Corner()
-    Detections(rest, tmp_path).boxes(split, CLASSES)
+    resumed = Corner()
+    Detections(resumed, tmp_path).boxes(split, CLASSES)
     assert stopped.count > 0
-    assert stopped.count + rest.count == 100
+    assert stopped.count + resumed.count == 100
     left = {path.name for path in tmp_path.iterdir()} - {".lock"}
-    assert left == {Detections(rest, tmp_path).path.name}  # no temporary
+    assert left == {Detections(resumed, tmp_path).path.name}  # no temporary
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def halves(tmp_path: Path) -> Iterator[list[Split]]:
 
 
 def test_two_runs_add_to_one_cache(tmp_path: Path, halves: list[Split]) -> None:
-    one, two = halves
+    half, two = halves
 
     class Slow(Corner):
         """Meanwhile another run finishes its own images."""
@@ -134,12 +134,12 @@ def test_two_runs_add_to_one_cache(tmp_path: Path, halves: list[Split]) -> None:
                 Detections(Corner(), tmp_path).boxes(two, CLASSES)
             return super().detect(images, name)
 
-    Detections(Slow(), tmp_path).boxes(one, CLASSES)
+    Detections(Slow(), tmp_path).boxes(half, CLASSES)
 
 
 def test_a_run_that_writes_while_another_does_waits(tmp_path: Path, halves: list[Split]) -> None:
-    one, two = halves
-    other = threading.Thread(target=lambda: Detections(Corner(), tmp_path).boxes(two, CLASSES))
+    half, two = halves
+    thread = threading.Thread(target=lambda: Detections(Corner(), tmp_path).boxes(two, CLASSES))
 
     class Writing(Detections):
         """The other run comes between this one's last look at the file and its replacement."""
@@ -150,12 +150,12 @@ def test_a_run_that_writes_while_another_does_waits(tmp_path: Path, halves: list
             found = super()._read()
             self.reads += 1
             if self.reads == 2:
-                other.start()
-                other.join(0.3)
+                thread.start()
+                thread.join(0.3)
             return found
 
-    Writing(Corner(), tmp_path).boxes(one, CLASSES)
-    other.join()
+    Writing(Corner(), tmp_path).boxes(half, CLASSES)
+    thread.join()
 
 
 DAMAGED = (

@@ -95,8 +95,8 @@ def test_dice_counts_the_pixels_of_the_files(tmp_path, cached, pickled):
     expected = dice(counts)[1:]
     assert [found["dice_1"], found["dice_2"]] == pytest.approx(expected.tolist())
     assert found["dice"] == pytest.approx(float(expected.mean()))
-    both, said, true = counts.sum(0).double().unbind(0)
-    assert found["iou"] == pytest.approx(float((both / (said + true - both))[1:].mean()))
+    overlap, said, true = counts.sum(0).double().unbind(0)
+    assert found["iou"] == pytest.approx(float((overlap / (said + true - overlap))[1:].mean()))
     answer.full = None
     assert segmentation(torch.nn.Identity(), answer)["dice"] != pytest.approx(float(expected.mean()))
 

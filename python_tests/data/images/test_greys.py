@@ -165,8 +165,8 @@ def test_nothing_is_said_of_eight_bits(tmp_path):
 @pytest.mark.parametrize("colour", ["grey", "rgb"])
 def test_a_negative_looks_as_in_a_viewer(tmp_path, mode, compression, colour):
     """In half of the files 0 is white, as in radiographs of the kind MONOCHROME1."""
-    whole = np.rint(RAMP * {"L": 255, "I;16": 4095}.get(mode, 1))
-    stored = {"1": RAMP > 0.5, "L": whole.astype(np.uint8), "I;16": whole.astype(np.uint16), "F": np.float32(RAMP)}[
+    levels = np.rint(RAMP * {"L": 255, "I;16": 4095}.get(mode, 1))
+    stored = {"1": RAMP > 0.5, "L": levels.astype(np.uint8), "I;16": levels.astype(np.uint16), "F": np.float32(RAMP)}[
         mode
     ]
     seen = 255 * (RAMP > 0.5) if mode == "1" else 255 * RAMP
@@ -203,15 +203,15 @@ def test_a_run_scales_all_later_images_as_in_its_training(tmp_path, monkeypatch)
     assert int(predictor.read([tmp_path / "dark.png"])[0].max()) == round(200 / 4095 * 255)
     _, described = export(of_images(predictor), tmp_path / "network.pt", "state-dict")
     assert json.loads(described.read_text())["grey_bits"] == 12
-    other = tmp_path / "other"
-    other.mkdir()
+    folder = tmp_path / "other"
+    folder.mkdir()
     for i in range(12):
-        Image.fromarray(np.rint((RAMP if i % 2 else RAMP[::-1]) * 255).astype(np.uint16)).save(other / f"{i}.png")
-    (other / "t.csv").write_text((tmp_path / "t.csv").read_text())
-    figures = run.evaluate(data="csv", data_root=other / "t.csv", data_options={"size": 16, "colour": "grey"})
+        Image.fromarray(np.rint((RAMP if i % 2 else RAMP[::-1]) * 255).astype(np.uint16)).save(folder / f"{i}.png")
+    (folder / "t.csv").write_text((tmp_path / "t.csv").read_text())
+    figures = run.evaluate(data="csv", data_root=folder / "t.csv", data_options={"size": 16, "colour": "grey"})
     given = {"size": 16, "colour": "grey", "bits": 12}
-    assert figures == run.evaluate(data="csv", data_root=other / "t.csv", data_options=given)
-    assert figures != run.evaluate(data="csv", data_root=other / "t.csv", data_options={**given, "bits": 8})
+    assert figures == run.evaluate(data="csv", data_root=folder / "t.csv", data_options=given)
+    assert figures != run.evaluate(data="csv", data_root=folder / "t.csv", data_options={**given, "bits": 8})
     figures = run.evaluate()
     monkeypatch.setattr(listing, "grey_bits", lambda *_: pytest.fail("the bits are known"))
     assert run.evaluate() == figures

@@ -54,12 +54,12 @@ def splits(data):
 
 
 def assert_same(found, expected):
-    for one, other in zip(splits(found), splits(expected), strict=True):
-        assert isinstance(one.images, ImageRows)
-        assert not isinstance(other.images, ImageRows)
+    for got, wanted in zip(splits(found), splits(expected), strict=True):
+        assert isinstance(got.images, ImageRows)
+        assert not isinstance(wanted.images, ImageRows)
         for name in ("images", "labels", "sizes"):
-            assert torch.equal(getattr(one, name), getattr(other, name))
-        assert (one.ids, one.texts) == (other.ids, other.texts)
+            assert torch.equal(getattr(got, name), getattr(wanted, name))
+        assert (got.ids, got.texts) == (wanted.ids, wanted.texts)
 
 
 def names(folder):
@@ -110,9 +110,9 @@ def test_only_the_wanted_images_are_decoded(root, tmp_path, decoded):
     assert_same(data, expected)
     assert sorted(decoded) == wanted
     decoded.clear()
-    whole = open_set(root, tmp_path / "cache")
+    full = open_set(root, tmp_path / "cache")
     assert sorted([*decoded, *wanted]) == sorted(root.rglob("*.png"))
-    assert_same(whole, open_set(root))
+    assert_same(full, open_set(root))
 
 
 def test_a_changed_image_is_decoded_again(root, tmp_path, decoded):

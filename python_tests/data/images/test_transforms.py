@@ -64,7 +64,7 @@ def test_window(dtype: torch.dtype, channels_last: bool) -> None:
     batch = images(height=9, width=13, dtype=dtype).contiguous(memory_format=layout)
     made = window(batch, (6, 13), np.random.default_rng(1))
     tops = np.random.default_rng(1).integers(0, 4, size=len(batch))
-    assert torch.equal(made, torch.stack([one[:, top : top + 6] for one, top in zip(batch, tops, strict=True)]))
+    assert torch.equal(made, torch.stack([image[:, top : top + 6] for image, top in zip(batch, tops, strict=True)]))
     assert torch.equal(window(batch, (6, 8)), batch[:, :, 1:7, 2:10])
     for cut in (made, window(batch, (6, 8))):
         assert cut.dtype == dtype
@@ -94,8 +94,8 @@ def test_outside_is_exactly_zero_after_normalisation(kind: str) -> None:
         assert (made == 0).any()
     if kind in ("crop", "crop-flip"):
         # Every pixel is the fill or a pixel of its own image.
-        for one, original in zip(made, batch, strict=True):
-            assert torch.isin(one, torch.cat([original.flatten(), torch.zeros(1)])).all()
+        for crop, original in zip(made, batch, strict=True):
+            assert torch.isin(crop, torch.cat([original.flatten(), torch.zeros(1)])).all()
 
 
 def test_rotation_by_nothing_keeps_the_images() -> None:
@@ -145,10 +145,10 @@ def test_uint8_rotation_fills_the_corners(fill: float | tuple[float, ...]) -> No
 def test_the_generator_decides_everything(kind: str, dtype: torch.dtype) -> None:
     batch = images(dtype=dtype)
     before = batch.clone()
-    first, again, other = (augment(batch, kind, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
+    crops, again, otherwise = (augment(batch, kind, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert torch.equal(crops, again)
     assert torch.equal(batch, before)
-    assert kind in STILL or not torch.equal(first, other)
+    assert kind in STILL or not torch.equal(crops, otherwise)
 
 
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
@@ -202,7 +202,7 @@ def test_jitter_scales_and_shifts_every_channel_of_every_image(channels: int) ->
         for low, high in ((0.2, 1.8), (-1, 1))
     )
     torch.testing.assert_close(made, scale * batch + shift, rtol=1e-5, atol=1e-5)
-    assert len({tuple(each) for each in scale.flatten(1).tolist()}) == len(batch)
+    assert len({tuple(channels) for channels in scale.flatten(1).tolist()}) == len(batch)
 
 
 def test_jitter_is_for_normalised_images() -> None:

@@ -115,7 +115,7 @@ def test_missing_values_count_as_empty_in_every_column(tmp_path, name, value):
             mask = Image.new("L", (8, 8))
             mask.paste(1, (1, 1, 4, 4))
             mask.save(tmp_path / f"m{i}.png")
-        lines = [each.replace(".png,", ".png,m", 1) for each in lines]
+        lines = [line.replace(".png,", ".png,m", 1) for line in lines]
         lines[0] = lines[0].replace(",mmask", ",mask")
     said = []
     data = read(name, tmp_path, lines, said, partition="iid")

@@ -31,10 +31,10 @@ def test_only_the_attackers_clients_and_the_test_change():
     assert set(data.tests) == {"", "backdoor"}
     clean, attacked = data.tests[""], data.tests["backdoor"]
     assert torch.equal(clean.images, plain.tests[""].images)
-    others = clean.labels != 3
-    assert len(attacked) == int(others.sum())
+    victims = clean.labels != 3
+    assert len(attacked) == int(victims.sum())
     assert bool((attacked.labels == 3).all())
-    assert torch.equal(attacked.images[..., :26, :], clean.images[others][..., :26, :])
+    assert torch.equal(attacked.images[..., :26, :], clean.images[victims][..., :26, :])
     assert bool((attacked.images[..., 26:31, 26:31] == 255).all())
 
 
@@ -54,16 +54,16 @@ def test_what_is_held_out_is_clean():
     )
     before, after = (kept_data(config, load_data(config)) for config in (plain, attacked))
     assert set(after.tests) == {"", "held_out", "backdoor", "held_out_backdoor"}
-    for one, other in zip(
+    for before_split, after_split in zip(
         (*before.client_tests, before.tests["held_out"], before.clients[1]),
         (*after.client_tests, after.tests["held_out"], after.clients[1]),
         strict=True,
     ):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
-    first, poisoned = before.clients[0], after.clients[0]
-    changed = (poisoned.images != first.images).flatten(1).any(1)
-    assert int(changed.sum()) == round(len(first) / 2)
+        assert torch.equal(before_split.images, after_split.images)
+        assert torch.equal(before_split.labels, after_split.labels)
+    clean, poisoned = before.clients[0], after.clients[0]
+    changed = (poisoned.images != clean.images).flatten(1).any(1)
+    assert int(changed.sum()) == round(len(clean) / 2)
     assert after.statistics.counts[0].tolist() == torch.bincount(poisoned.labels, minlength=10).tolist()
 
 

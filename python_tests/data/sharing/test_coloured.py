@@ -48,8 +48,8 @@ def test_the_statistics_have_the_colours_of_the_images(digits: FederatedData) ->
     assert statistics.tied == 0.7
     for split, own in zip(digits.clients, statistics.colours, strict=True):
         assert 0.6 < tied_share(split, own) < 0.8
-    rest = statistics.without(1, 240)
-    np.testing.assert_array_equal(rest.colours, statistics.colours[[0, 2, 3, 4]])
+    left = statistics.without(1, 240)
+    np.testing.assert_array_equal(left.colours, statistics.colours[[0, 2, 3, 4]])
 
 
 @pytest.mark.parametrize("ink", PALETTES)
@@ -128,23 +128,23 @@ def test_a_clients_colours_are_apart() -> None:
 
 
 def test_adding_a_client_changes_no_others_colours() -> None:
-    few, many = (load("colordigits", seed=9, clients=clients, correlation=1.0) for clients in (3, 6))
+    three, six = (load("colordigits", seed=9, clients=clients, correlation=1.0) for clients in (3, 6))
     for k in range(3):
-        assert tied_share(few.clients[k], class_colours(9, k, 10, WHITE)) == 1
-        assert tied_share(many.clients[k], class_colours(9, k, 10, WHITE)) == 1
+        assert tied_share(three.clients[k], class_colours(9, k, 10, WHITE)) == 1
+        assert tied_share(six.clients[k], class_colours(9, k, 10, WHITE)) == 1
 
 
 def test_the_seed_reproduces(digits: FederatedData) -> None:
-    again, other = load("colordigits", seed=5), load("colordigits", seed=6)
+    again, reseeded = load("colordigits", seed=5), load("colordigits", seed=6)
     for name in ("id", "ood"):
         assert same(digits.tests[name], again.tests[name])
-        assert not torch.equal(digits.tests[name].images, other.tests[name].images)
+        assert not torch.equal(digits.tests[name].images, reseeded.tests[name].images)
         # The fixed split: another seed paints the same digits.
-        assert digits.tests[name].ids == other.tests[name].ids
-    assert digits.validation.ids == other.validation.ids
+        assert digits.tests[name].ids == reseeded.tests[name].ids
+    assert digits.validation.ids == reseeded.validation.ids
     assert same(digits.validation, again.validation)
     assert all(same(a, b) for a, b in zip(digits.clients, again.clients, strict=True))
-    assert any(a.ids != b.ids for a, b in zip(digits.clients, other.clients, strict=True))
+    assert any(a.ids != b.ids for a, b in zip(digits.clients, reseeded.clients, strict=True))
 
 
 def test_iid_clients_share_one_colour_map() -> None:

@@ -82,8 +82,8 @@ def test_only_the_cue_clients_and_the_two_tests_change():
 
 def test_shape_of_another_class_and_no_client_depends_on_another():
     two = load("digits", options={"cue_clients": 2}, **CLIENTS)
-    one = load("digits", options={"cue_clients": 1}, **CLIENTS)
-    assert torch.equal(one.clients[0].images, two.clients[0].images)
+    single = load("digits", options={"cue_clients": 1}, **CLIENTS)
+    assert torch.equal(single.clients[0].images, two.clients[0].images)
     again = load("digits", options={"cue_clients": 2}, seed=1, **CLIENTS)
     assert not torch.equal(again.tests["cue_tied"].images, two.tests["cue_tied"].images)
 

@@ -114,21 +114,21 @@ def sites_of(split):
 def test_no_other_set_keeps_an_image(tmp_path, name, splits, absent):
     data = SOURCES[name](tmp_path, splits)
     number = SITES.index(absent) if isinstance(absent, str) else absent
-    others = sorted({0, 1, 2} - {number})
-    apart = hold_out(data, held_out=absent, share=0, seed=0)
-    assert [sites_of(split) for split in apart.clients] == [[site] for site in others]
-    assert sites_of(apart.validation) == sites_of(apart.tests[""]) == others
-    assert sites_of(apart.tests["held_out"]) == [number]
-    assert set(apart.tests) == {"", "held_out"}
-    before, after = ((*d.clients, d.validation, *d.tests.values()) for d in (data, apart))
+    kept = sorted({0, 1, 2} - {number})
+    holdout = hold_out(data, held_out=absent, share=0, seed=0)
+    assert [sites_of(split) for split in holdout.clients] == [[site] for site in kept]
+    assert sites_of(holdout.validation) == sites_of(holdout.tests[""]) == kept
+    assert sites_of(holdout.tests["held_out"]) == [number]
+    assert set(holdout.tests) == {"", "held_out"}
+    before, after = ((*d.clients, d.validation, *d.tests.values()) for d in (data, holdout))
     if name == "arrays":  # its validation and test sets show images of the clients
-        assert len(apart.tests["held_out"]) == 20
+        assert len(holdout.tests["held_out"]) == 20
     else:
         assert sum(map(len, before)) == sum(map(len, after))
-    assert apart.statistics.held_out[1] == len(apart.tests["held_out"])
-    for split in (apart.validation, apart.tests[""]):  # clients are numbered anew
+    assert holdout.statistics.held_out[1] == len(holdout.tests["held_out"])
+    for split in (holdout.validation, holdout.tests[""]):  # clients are numbered anew
         if split.homes is not None:
-            assert [others[home] for home in split.homes.tolist()] == [int(image.max()) // 80 for image in split.images]
+            assert [kept[home] for home in split.homes.tolist()] == [int(image.max()) // 80 for image in split.images]
 
 
 @pytest.mark.parametrize("name", ["csv", "folder folders", "plugin"])
@@ -143,45 +143,45 @@ def test_a_test_set_of_that_client_alone_is_left_out(tmp_path):
     path = tmp_path / "list.csv"
     path.write_text(path.read_text().replace("Bonn,train", "Bonn,test", 6))
     data = load("csv", root=tmp_path, options={"size": 8})
-    apart = hold_out(data, held_out="Bonn", share=0, seed=0)
-    assert list(apart.tests) == ["held_out"]
-    assert len(apart.tests["held_out"]) == 20
+    holdout = hold_out(data, held_out="Bonn", share=0, seed=0)
+    assert list(holdout.tests) == ["held_out"]
+    assert len(holdout.tests["held_out"]) == 20
 
 
 def test_another_partition_has_other_clients(tmp_path):
     table("csv", tmp_path, ("",))
     data = load("csv", root=tmp_path, options={"size": 8}, partition="iid", clients=2)
-    apart = hold_out(data, held_out=1, share=0, seed=0)
-    assert apart.validation.ids == data.validation.ids
-    assert apart.tests[""].ids == data.tests[""].ids
+    holdout = hold_out(data, held_out=1, share=0, seed=0)
+    assert holdout.validation.ids == data.validation.ids
+    assert holdout.tests[""].ids == data.tests[""].ids
 
 
 @pytest.mark.parametrize("name", ["colordigits", "captions"])
 def test_images_in_the_look_of_the_client(name):
     settings = {"clients": 3, "train_samples": 90, "options": {"test_samples": 30, "validation_samples": 12}}
     data = load(name, **settings)
-    apart = hold_out(data, held_out=2, share=0, seed=0)
+    holdout = hold_out(data, held_out=2, share=0, seed=0)
     for split in (data.validation, next(iter(data.tests.values()))):
         assert set(split.homes.tolist()) == {0, 1, 2}
-    for split in (apart.validation, next(iter(apart.tests.values()))):
+    for split in (holdout.validation, next(iter(holdout.tests.values()))):
         assert set(split.homes.tolist()) == {0, 1}
-    assert "minority" not in apart.tests
+    assert "minority" not in holdout.tests
     assert load(name, partition="iid", **settings).validation.homes is None
 
 
 def test_copies_with_patches_leave_too(tmp_path):
     table("csv", tmp_path, ("",))
     options = {"size": 8, "backdoor_clients": 1, "backdoor_size": 2}
-    apart = hold_out(load("csv", root=tmp_path, options=options), held_out="Bonn", share=0, seed=0)
-    assert not any("Bonn" in name for name in (*apart.tests[""].ids, *apart.tests["backdoor"].ids))
-    assert len(set(apart.tests["held_out"].ids)) == len(apart.tests["held_out"]) == 20
+    holdout = hold_out(load("csv", root=tmp_path, options=options), held_out="Bonn", share=0, seed=0)
+    assert not any("Bonn" in name for name in (*holdout.tests[""].ids, *holdout.tests["backdoor"].ids))
+    assert len(set(holdout.tests["held_out"].ids)) == len(holdout.tests["held_out"]) == 20
 
 
 def test_equal_images_of_another_client_are_refused(tmp_path):
     data = in_memory(tmp_path, ())
-    first = data.clients[0]
-    copied = Split(first.images[:3].clone(), first.labels[:3].clone())
-    data = replace(data, clients=(first, copied, data.clients[2]))
+    split = data.clients[0]
+    copied = Split(split.images[:3].clone(), split.labels[:3].clone())
+    data = replace(data, clients=(split, copied, data.clients[2]))
     with pytest.raises(UserError, match=r"Client 0 \(Aachen\) cannot be held out: 3 of its images belong to client 1"):
         hold_out(data, held_out=0, share=0, seed=0)
     hold_out(data, held_out=2, share=0, seed=0)
@@ -202,9 +202,9 @@ def named_sites(*names, tests=("",)):
     ],
 )  # fmt: skip
 def test_a_number_that_equals_a_name_is_that_name(names, wanted, client):
-    apart = hold_out(named_sites(*names), held_out=wanted, share=0, seed=0)
-    assert apart.statistics.held_out[0] == client
-    assert apart.client_names == tuple(name for name in names if name != client)
+    holdout = hold_out(named_sites(*names), held_out=wanted, share=0, seed=0)
+    assert holdout.statistics.held_out[0] == client
+    assert holdout.client_names == tuple(name for name in names if name != client)
 
 
 @pytest.mark.parametrize(

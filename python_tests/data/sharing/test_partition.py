@@ -46,10 +46,10 @@ def test_parts_are_disjoint_and_cover_the_set(spec: str, clients: int) -> None:
 
 @pytest.mark.parametrize("spec", ["iid", "dirichlet:0.3", "classes:2"])
 def test_the_seed_reproduces_and_changes_the_partition(spec: str) -> None:
-    first, again, other = (partition(spec, LABELS, 8, seed=seed) for seed in (1, 1, 2))
-    for a, b in zip(first, again, strict=True):
+    parts, again, reseeded = (partition(spec, LABELS, 8, seed=seed) for seed in (1, 1, 2))
+    for a, b in zip(parts, again, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(parts, reseeded, strict=True))
 
 
 @pytest.mark.exhaustive
@@ -124,8 +124,8 @@ def test_dirichlet_minimum_that_cannot_exist_is_refused_at_once() -> None:
 def test_classes_are_exclusive_where_the_numbers_allow(per_client: int, clients: int) -> None:
     parts = partition(f"classes:{per_client}", LABELS, clients, seed=4)
     held = [set(LABELS[part].tolist()) for part in parts]
-    assert all(len(one) == per_client for one in held)
-    assert sum(len(one) for one in held) == len(set.union(*held)) == 10
+    assert all(len(classes) == per_client for classes in held)
+    assert sum(len(classes) for classes in held) == len(set.union(*held)) == 10
 
 
 @pytest.mark.parametrize(("per_client", "clients"), [(1, 23), (2, 10), (3, 7), (7, 4)])
@@ -256,11 +256,11 @@ def test_units_and_cases_are_shared_out_by_owner() -> None:
 def test_the_minimum_counts_the_samples_of_a_unit(spec: str) -> None:
     sizes = np.random.default_rng(0).integers(10, 30, size=40)
     labels = np.arange(40) % 2
-    least = parse_partition(spec).min_samples
+    minimum = parse_partition(spec).min_samples
     for seed in range(20):
         parts = partition(spec, labels, 5, seed, sizes=sizes, unit="patients")
         assert_partition(parts, 40)
-        assert min(sizes[part].sum() for part in parts) >= least
+        assert min(sizes[part].sum() for part in parts) >= minimum
 
 
 def test_units_have_their_name_in_messages() -> None:

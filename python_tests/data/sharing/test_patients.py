@@ -62,8 +62,8 @@ def test_a_patient_is_in_one_split_and_at_one_client(name, column, tmp_path):
     assert_apart(*splits)
     assert sum(map(len, splits)) == 30 * EACH
     assert len(data.tests[""]) == 6 * EACH  # a fifth of the patients
-    apart = hold_out(data, held_out=0, share=0.2, seed=0)
-    assert_apart(*apart.clients, *apart.client_tests, apart.tests["held_out"], apart.validation, apart.tests[""])
+    subset = hold_out(data, held_out=0, share=0.2, seed=0)
+    assert_apart(*subset.clients, *subset.client_tests, subset.tests["held_out"], subset.validation, subset.tests[""])
 
 
 @pytest.mark.parametrize("spec", PARTITIONS)
@@ -119,11 +119,11 @@ def test_images_of_nobody_named_are_apart(tmp_path):
 
 def test_a_column_without_names_changes_nothing(tmp_path):
     empty = open_set("csv", write(tmp_path, owner=lambda i: ""), seed=3)
-    none = open_set("csv", write(tmp_path, "other", owner=lambda i: ""), seed=3)
-    alone = open_set("csv", write(tmp_path, owner=lambda i: i), seed=3)  # a patient for every image
-    for data in (empty, alone):
-        assert [split.ids for split in data.clients] == [split.ids for split in none.clients]
-        assert data.tests[""].ids == none.tests[""].ids
+    absent = open_set("csv", write(tmp_path, "other", owner=lambda i: ""), seed=3)
+    singles = open_set("csv", write(tmp_path, owner=lambda i: i), seed=3)  # a patient for every image
+    for data in (empty, singles):
+        assert [split.ids for split in data.clients] == [split.ids for split in absent.clients]
+        assert data.tests[""].ids == absent.tests[""].ids
 
 
 def test_the_tables_own_clients_and_splits_are_kept(tmp_path):
@@ -177,9 +177,9 @@ def test_an_image_of_two_patients(tmp_path):
 def test_too_few_patients_are_named(tmp_path):
     with pytest.raises(UserError, match="1 patients are too few to hold some out as test set"):
         open_set("csv", write(tmp_path, owner=lambda i: 7))
-    few = open_set("csv", write(tmp_path, owner=lambda i: i % 6), clients=2)
+    sparse = open_set("csv", write(tmp_path, owner=lambda i: i % 6), clients=2)
     with pytest.raises(UserError, match=r"Client 0 has \d patients, too few for a test set of its own"):
-        hold_out(few, held_out=None, share=0.2, seed=0)
+        hold_out(sparse, held_out=None, share=0.2, seed=0)
 
 
 @pytest.mark.parametrize(("patients", "share", "held"), [(30, 0.2, 1), (30, 0.05, 1), (30, 0, 0), (1, 0.5, 0)])

@@ -71,11 +71,11 @@ def test_labels_that_do_not_fit_are_said(change, sentence):
 @pytest.mark.parametrize("where", ["one client", "a test set", "nowhere"])
 def test_one_hot_labels_are_refused_with_both_ways_out(where):
     """Rows with exactly one label look like classes, unless one row of any set has another number of labels."""
-    one, other = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]], np.array([[1, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0]])
+    one_hot, multi = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]], np.array([[1, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0]])
     images = np.zeros((4, 4, 4), np.uint8)
     given = {
-        "clients": {"a": (images, one), "b": (images, other if where == "one client" else one)},
-        "test": {"north": (images, other if where == "a test set" else one)},
+        "clients": {"a": (images, one_hot), "b": (images, multi if where == "one client" else one_hot)},
+        "test": {"north": (images, multi if where == "a test set" else one_hot)},
     }
     if where == "nowhere":
         with pytest.raises(
@@ -91,7 +91,7 @@ def test_a_task_that_labels_do_not_have_is_refused(task):
     single = np.zeros((4, 4, 4), np.uint8), [0, 1, 0, 1]
     with pytest.raises(fedkern.UserError) as told:
         FederatedData.from_arrays([single], single, task=task)
-    words = ", ".join(f'"{each.name}"' for each in TASKS.values() if each.target == "class")
+    words = ", ".join(f'"{known.name}"' for known in TASKS.values() if known.target == "class")
     assert str(told.value) == f"client 0: task must be {words}, or left out, for labels [4], not {task!r}."
 
 
@@ -101,14 +101,14 @@ def test_another_task_of_such_labels_can_be_named(monkeypatch, target):
     labels = {"class": [0, 1], "labels": [[0, 1], [1, 1]], "pixels": np.resize([0, 1], (2, 4, 4))}
     own = np.zeros((2, 4, 4), np.uint8), labels[target]
     usual = FederatedData.from_arrays([own], own).task
-    other = type("Other", (type(usual),), {"name": "other"})()
-    monkeypatch.setitem(TASKS, "other", other)
+    task = type("Other", (type(usual),), {"name": "other"})()
+    monkeypatch.setitem(TASKS, "other", task)
     data = FederatedData.from_arrays([own, own], {"a": own}, task="other")
     made = (
         *data.clients, data.validation, data.tests["a"], join_splits(data.clients),
         data.clients[0].subset(torch.arange(1)),
     )  # fmt: skip
-    assert all(split.task is other for split in made)
+    assert all(split.task is task for split in made)
     assert FederatedData.from_arrays([own], own, task="auto").task is usual
     with pytest.raises(fedkern.UserError, match=f'task must be "{usual.name}",.* "other", or left out, for labels'):
         FederatedData.from_arrays([own], own, task="another")
@@ -177,18 +177,18 @@ def floats(n, dtype, exact):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("where", ["clients", "test", "validation"])
 def test_floats_that_lose_digits_are_told_once(dtype, where):
-    exact, other = floats(6, dtype, True), floats(6, dtype, False)
+    exact, lossy = floats(6, dtype, True), floats(6, dtype, False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FederatedData.from_arrays([exact, exact], exact, validation=exact)
         FederatedData.from_arrays([classified(4)], classified(4))
     with pytest.warns(UserWarning, match="kept in 8 bits") as told:
         data = FederatedData.from_arrays(
-            [other if where == "clients" else exact] * 2, other if where == "test" else exact,
-            validation=other if where == "validation" else exact,
+            [lossy if where == "clients" else exact] * 2, lossy if where == "test" else exact,
+            validation=lossy if where == "validation" else exact,
         )  # fmt: skip
     assert len(told) == 1
     split = {"clients": data.clients[0], "test": data.tests[""], "validation": data.validation}[where]
-    change = np.abs(other[0].astype(np.float64) - split.images.numpy() / 255).max()
+    change = np.abs(lossy[0].astype(np.float64) - split.images.numpy() / 255).max()
     assert f"the largest change of a value is {change:.2g}." in str(told[0].message)
     assert told[0].filename == __file__

@@ -43,9 +43,9 @@ def test_a_federation_of_images_and_texts(data):
         assert split.masks.flatten(1).any(1).all()
     assert np.array_equal(data.statistics.sizes, data.client_sizes)
     again = captions(train_samples=200)
-    for one, other in zip(every_split(data), every_split(again), strict=True):
-        assert torch.equal(one.images, other.images)
-        assert one.texts == other.texts
+    for drawn, redrawn in zip(every_split(data), every_split(again), strict=True):
+        assert torch.equal(drawn.images, redrawn.images)
+        assert drawn.texts == redrawn.texts
     assert captions(train_samples=200, seed=1).clients[0].texts != data.clients[0].texts
 
 
@@ -57,10 +57,10 @@ def test_labels_of_colours_are_those_of_the_captions(data):
     colours = captions(train_samples=200, options={"labels": "colour"})
     assert colours.classes == tuple(INK)
     prompts = lookup("captions").prompts
-    for one, other in zip(every_split(data), every_split(colours), strict=True):
-        assert torch.equal(one.images, other.images)
-        assert one.texts == other.texts
-        for text, label in zip(other.texts, other.labels, strict=True):
+    for split, coloured in zip(every_split(data), every_split(colours), strict=True):
+        assert torch.equal(split.images, coloured.images)
+        assert split.texts == coloured.texts
+        for text, label in zip(coloured.texts, coloured.labels, strict=True):
             places = {ink: min((text.find(w) for w in WORDS[ink] if w in text), default=len(text)) for ink in INK}
             assert min(places, key=places.get) == colours.classes[label]
     assert all({word for text in prompts[ink] for word in WORDS[ink] if word in text} == set(WORDS[ink]) for ink in INK)
@@ -136,7 +136,7 @@ def test_the_minority_has_its_own_words_and_concepts():
 
 
 def test_a_noisy_minority_has_the_words_and_concepts_of_all():
-    own, data = (captions(train_samples=600, options={"minority": 0.2, **more}) for more in ({}, NOISY))
+    own, data = (captions(train_samples=600, options={"minority": 0.2, **noise}) for noise in ({}, NOISY))
     assert data.client_sizes == own.client_sizes
     assert set(data.tests) == set(own.tests)
     third = {word for choices in WORDS.values() for word in choices[2].split()} - {
@@ -144,8 +144,8 @@ def test_a_noisy_minority_has_the_words_and_concepts_of_all():
     }
     assert not third & set(" ".join(text for split in every_split(data) for text in split.texts).split())
     assert data.statistics.shares[-1].max() < 0.5
-    none = captions(train_samples=600, options={"minority": 0})
-    assert data.clients[0].texts == none.clients[0].texts[: data.client_sizes[0]]  # nobody avoids a concept
+    settled = captions(train_samples=600, options={"minority": 0})
+    assert data.clients[0].texts == settled.clients[0].texts[: data.client_sizes[0]]  # nobody avoids a concept
     everybody = data.tests[""]
     noisy = [data.clients[-1].images, data.tests["minority"].images, data.client_tests[-1].images]
     noisy += [everybody.images[everybody.homes == 4], data.validation.images[data.validation.homes == 4]]
@@ -200,9 +200,9 @@ def test_digits_of_the_tests_are_not_those_of_the_training(monkeypatch):
 def test_another_client_changes_no_earlier_one():
     settings = {"train_samples": 60, "options": {"minority": 0}}
     two, three = captions(clients=2, **settings), captions(clients=3, **settings)
-    for one, other in zip(two.clients, three.clients, strict=False):
-        assert one.texts[:20] == other.texts
-        assert torch.equal(one.images[:20], other.images)
+    for longer, shorter in zip(two.clients, three.clients, strict=False):
+        assert longer.texts[:20] == shorter.texts
+        assert torch.equal(longer.images[:20], shorter.images)
 
 
 @pytest.mark.parametrize("spec", ["iid", "stratified", "dirichlet:0.5", "classes:2"])
@@ -243,8 +243,8 @@ def test_texts_follow_their_rows(data):
     split = data.clients[0]
     rows = torch.tensor([5, 2, 2])
     assert split.subset(rows).texts == tuple(split.texts[i] for i in (5, 2, 2))
-    whole = join_splits(data.clients)
-    assert whole.texts == tuple(text for one in data.clients for text in one.texts)
+    joined = join_splits(data.clients)
+    assert joined.texts == tuple(text for split in data.clients for text in split.texts)
     assert join_splits([split, dataclasses.replace(split, texts=None)]).texts is None
     with pytest.raises(ValueError, match="texts: expected 48, one for every image, got 1"):
         Split(split.images, split.labels, texts=("one",))

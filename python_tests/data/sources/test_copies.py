@@ -52,42 +52,42 @@ def told(source, root, options=None, **settings):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_image_with_two_labels(source, tmp_path):
-    first, copy = made(source, tmp_path, label="b")
-    what = "masks" if source == "segmentation" else "labels, a and b"
-    with pytest.raises(UserError, match=f"{first} and {copy} are the same image with two {what}; leave one of the two"):
+    image, copy = made(source, tmp_path, label="b")
+    kind = "masks" if source == "segmentation" else "labels, a and b"
+    with pytest.raises(UserError, match=f"{image} and {copy} are the same image with two {kind}; leave one of the two"):
         told(source, tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"partition": "iid", "clients": 2}, {"train_samples": 10}], ids=str)
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_image_at_two_clients(source, settings, tmp_path):
-    first, copy = made(source, tmp_path, client="B")
+    original, copy = made(source, tmp_path, client="B")
     (text,) = told(source, tmp_path, **settings)
     where = "" if settings.get("partition") else " (at the clients A and B)"
-    expected = f"Equal images under several names count as often: {first} and {copy}{where}."
+    expected = f"Equal images under several names count as often: {original} and {copy}{where}."
     # Images that the run uses come before others of the file.
     assert sorted(re.findall(r"\w+", text)) == sorted(re.findall(r"\w+", expected))
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_image_in_two_sets(source, tmp_path):
-    first, copy = made(source, tmp_path, split="test")
+    original, copy = made(source, tmp_path, split="test")
     assert told(source, tmp_path) == [
-        f"Equal images under several names count as often: {first} and {copy} (in the sets train and test)."
+        f"Equal images under several names count as often: {original} and {copy} (in the sets train and test)."
     ]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_copy_at_the_same_place(source, tmp_path):
-    first, copy = made(source, tmp_path)
-    assert told(source, tmp_path) == [f"Equal images under several names count as often: {first} and {copy}."]
+    original, copy = made(source, tmp_path)
+    assert told(source, tmp_path) == [f"Equal images under several names count as often: {original} and {copy}."]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_plain_pictures_are_alike_without_being_copies(source, tmp_path):
-    first, copy = made(source, tmp_path, label="b", plain=True)
+    original, copy = made(source, tmp_path, label="b", plain=True)
     (text,) = told(source, tmp_path)
-    assert f"{first} and {copy} (with two {'masks' if source == 'segmentation' else 'labels, a and b'})" in text
+    assert f"{original} and {copy} (with two {'masks' if source == 'segmentation' else 'labels, a and b'})" in text
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -122,7 +122,7 @@ def test_many_copies_are_counted(tmp_path):
 
 def test_images_on_disk_are_looked_at_as_well(tmp_path):
     root = tmp_path / "data"
-    first, copy = made("csv", root, client="B")
+    original, copy = made("csv", root, client="B")
     for _ in range(2):
         (text,) = told("csv", root, cache=tmp_path / "cache")
-        assert f"{first} and {copy} (at the clients A and B)" in text
+        assert f"{original} and {copy} (at the clients A and B)" in text

@@ -62,7 +62,7 @@ def federated(clients=3, **changed):
     made = FederatedData(
         name="any", classes=("a", "b"), clients=splits, validation=split(8, 90), tests={"": split(12, 91)},
         form=FORM,
-        statistics=PartitionStatistics.of([one.labels.numpy() for one in splits], ("a", "b"), "own"),
+        statistics=PartitionStatistics.of([split.labels.numpy() for split in splits], ("a", "b"), "own"),
     )  # fmt: skip
     return dataclasses.replace(made, **changed)
 
@@ -173,12 +173,12 @@ def test_what_a_function_gets_wrong_is_one_sentence(registered, make, message, *
 
 
 def test_a_registered_task_is_that_of_labels_which_can_have_it(registered, monkeypatch):
-    other = type("Other", (type(CLASSIFICATION),), {"name": "other"})()
-    monkeypatch.setitem(TASKS, "other", other)
+    task = type("Other", (type(CLASSIFICATION),), {"name": "other"})()
+    monkeypatch.setitem(TASKS, "other", task)
 
     register_own(lambda: source(), clients=2, task="other")
     data = load("own")
-    assert all(split.task is other for split in (*data.clients, data.validation, data.tests[""]))
+    assert all(split.task is task for split in (*data.clients, data.validation, data.tests[""]))
 
 
 def label_sets(count, classes=2):

@@ -30,16 +30,16 @@ class Pairs(Dataset):
 
     def __getitem__(self, row):
         image, text = self.split.images[row], self.split.texts[row]
-        others = {"pair": (image, text), "image": image, "class": (image, int(self.split.labels[row])),
+        items = {"pair": (image, text), "image": image, "class": (image, int(self.split.labels[row])),
                   "float": (image / 255 - 0.5) / 0.25}  # fmt: skip
-        return others[self.form]
+        return items[self.form]
 
 
 @pytest.fixture(scope="module")
 def named():
     data = load("captions", clients=2, train_samples=60, options={"test_samples": 12, "held_out": 0, "minority": 0.4})
-    none = data.validation.subset(torch.tensor([], dtype=torch.int64))
-    return dataclasses.replace(data, tests={"": data.tests[""]}, validation=none, client_tests=())
+    empty_split = data.validation.subset(torch.tensor([], dtype=torch.int64))
+    return dataclasses.replace(data, tests={"": data.tests[""]}, validation=empty_split, client_tests=())
 
 
 def sets_of(named, form):
@@ -88,11 +88,11 @@ def lengths(model, batch):
 
 
 def test_a_loss_and_a_network_of_ones_own_leave_texts_alone(named, tmp_path):
-    few = {name: value for name, value in SMALL.items() if name != "width"}
-    few |= {"model": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))}
-    own = fedkern.simulate("fedavg", **sets_of(named, "pair"), batch_loss=lengths, out=tmp_path / "own", **few)
+    small = {name: value for name, value in SMALL.items() if name != "width"}
+    small |= {"model": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2))}
+    own = fedkern.simulate("fedavg", **sets_of(named, "pair"), batch_loss=lengths, out=tmp_path / "own", **small)
     assert own.metrics.keys() == {"loss"}
-    classes = fedkern.simulate("fedavg", **sets_of(named, "class"), **{**few, "model": "cnn"}, out=tmp_path / "cnn")
+    classes = fedkern.simulate("fedavg", **sets_of(named, "class"), **{**small, "model": "cnn"}, out=tmp_path / "cnn")
     assert "accuracy" in classes.metrics
 
 
@@ -109,6 +109,6 @@ def test_what_does_not_fit_is_one_sentence(change, sentence, named, refuses, tmp
         del sets["test"].texts
     if "partition" in change:
         sets["data"] = sets["data"][0]
-    rest = {name: value for name, value in change.items() if name not in ("method", "test")}
+    settings = {name: value for name, value in change.items() if name not in ("method", "test")}
     with refuses(sentence):
-        fedkern.simulate(change.get("method", "feddra"), **sets, **rest, **SMALL, out=tmp_path / "run")
+        fedkern.simulate(change.get("method", "feddra"), **sets, **settings, **SMALL, out=tmp_path / "run")

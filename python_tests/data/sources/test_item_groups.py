@@ -23,11 +23,11 @@ Capture = pytest.CaptureFixture
 class Scans(Dataset):
     """Images or rows of patients of five samples, who have names."""
 
-    def __init__(self, count: int, first: int = 0, shape: tuple[int, ...] = (1, 8, 8), form: str = "") -> None:
-        draw = np.random.default_rng(first)
+    def __init__(self, count: int, begin: int = 0, shape: tuple[int, ...] = (1, 8, 8), form: str = "") -> None:
+        draw = np.random.default_rng(begin)
         self.x = torch.from_numpy(draw.integers(0, 255, (count, *shape)).astype(np.uint8))
         self.targets, self.form, self.reads = [row % 3 for row in range(count)], form, 0
-        names = [f"p{(first + row) // 5}" for row in range(count)]
+        names = [f"p{(begin + row) // 5}" for row in range(count)]
         if form == "keys":
             self._names = names
         else:

@@ -115,12 +115,12 @@ def test_only_items_that_are_always_the_same_become_rows(kind, tmp_path):
         )  # fmt: skip
         return [value.tolist() for value in run.model().state_dict().values()], reads.counts
 
-    (weights, counts), (others, all_counts) = play("auto"), play("off", keep_items="off")
+    (weights, counts), (all_weights, all_counts) = play("auto"), play("off", keep_items="off")
     is_kept = kind == "nothing"
     assert max(counts[0], all_counts[0]) <= 130 or kind not in MOVING
     assert (counts[-1] - counts[-2] < 50) is is_kept  # six items of the clients, and the test set
     assert all_counts[-1] - all_counts[-2] >= 210
-    assert (weights == others) >= (kind in (*MOVING, "put back"))
+    assert (weights == all_weights) >= (kind in (*MOVING, "put back"))
     if is_kept:
         assert play("memory", keep_items="memory")[0] == weights
     else:

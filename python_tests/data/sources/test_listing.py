@@ -43,17 +43,17 @@ def edited(**values):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", COLUMNS)
-@pytest.mark.parametrize(("split", "other"), [("train", "test"), ("val", "test"), ("test", "train"), ("train", "val")])
-def test_a_patient_in_two_splits(tmp_path, name, split, other):
+@pytest.mark.parametrize(("split", "second"), [("train", "test"), ("val", "test"), ("test", "train"), ("train", "val")])
+def test_a_patient_in_two_splits(tmp_path, name, split, second):
     def change(line, row):
         if row["patient_id"] == "p2":
-            row["split"] = split if line == 5 else other
+            row["split"] = split if line == 5 else second
 
     words = {"val": "validation"}
     with pytest.raises(
         UserError,
         match=rf"the patient p2 has images in two splits, {words.get(split, split)} \(line 6\) and "
-        rf"{words.get(other, other)} \(line 7\); .* give --data-option patient=$",
+        rf"{words.get(second, second)} \(line 7\); .* give --data-option patient=$",
     ):
         read(name, tmp_path, change)
     data = read(name, tmp_path, change, patient="")

@@ -48,8 +48,8 @@ def test_a_window_of_every_image(tmp_path):
     assert data.form.augment == "window"
     assert data.form.shape == (1, 16, 16)
     assert all(split.images.shape[2:] == (24, 24) for split in data.clients)
-    apart = hold_out(data, held_out=1, share=0.25, seed=0)
-    for split in (data.validation, *data.tests.values(), apart.tests["held_out"], *apart.client_tests):
+    holdout = hold_out(data, held_out=1, share=0.25, seed=0)
+    for split in (data.validation, *data.tests.values(), holdout.tests["held_out"], *holdout.client_tests):
         assert split.images.shape[2:] == (16, 16)
         assert split.images[:, 0].eq(torch.arange(4, 20)).all()
     bench = RunContext(RunConfig.make("feddra", data="pairs", data_root=str(tmp_path), clients=3, partition="attribute",
@@ -101,7 +101,7 @@ def test_folders_of_pairs(tmp_path, splits, labels):
     (lambda t: (t / "3.txt").unlink(), r"3\.png has no text 3\.txt beside it"),
     (lambda t: (t / "3.txt").write_text(" \n"), r"3\.txt is empty"),
     (lambda t: (t / "3.txt").write_bytes(b"\xff\xfe\xff"), "not UTF-16"),
-    (lambda t: [one.unlink() for one in t.glob("*.png")], "no image found"),
+    (lambda t: [path.unlink() for path in t.glob("*.png")], "no image found"),
     (lambda t: (t / "a.csv").write_text("image,words\n1.png,x"), 'no column "text"'),
 ])  # fmt: skip
 def test_wrong_pairs(tmp_path, change, words):

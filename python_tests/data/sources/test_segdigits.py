@@ -18,8 +18,8 @@ def whole():
     return read_segdigits()
 
 
-def test_every_image_holds_its_digit(whole):
-    images, labels = whole
+def test_every_image_holds_its_digit(digits_set):
+    images, labels = digits_set
     _, digits = read_digits()
     assert images.dtype == torch.uint8
     assert images.shape == (1797, 3, 32, 32)
@@ -37,8 +37,8 @@ def test_every_image_holds_its_digit(whole):
     assert images.double().std((2, 3)).min() > 5
 
 
-def test_it_is_the_same_everywhere(whole):
-    images, labels = whole
+def test_it_is_the_same_everywhere(digits_set):
+    images, labels = digits_set
     x = images.double() / 255
     np.testing.assert_allclose(x.mean((0, 2, 3)), SCALE[0], atol=5e-4)
     np.testing.assert_allclose(x.std((0, 2, 3)), SCALE[1], atol=5e-4)
@@ -88,8 +88,8 @@ def test_a_case_is_shared_out_as_one():
     labels = np.array([0, 1, 0, 2, 1, 0, 0, 0, 0, 2])
     seen = []
 
-    def share(kinds, first, sizes):
-        seen.append((kinds.tolist(), first.tolist(), sizes.tolist()))
+    def share(kinds, begins, sizes):
+        seen.append((kinds.tolist(), begins.tolist(), sizes.tolist()))
         return [np.array([0, 2]), np.array([1, 3])]
 
     assert [rows.tolist() for rows in share_cases(cases, labels, share)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
@@ -103,14 +103,14 @@ def test_public_images_share_no_case_with_the_clients():
     assert len(shown) == 7
     assert len(kept) == 50  # two cases are touched
     assert not set(cases[kept]) & set(cases[shown])
-    fewer, same = training_cases("x", cases, 13, 7, seed=1)
+    fewer, shown_again = training_cases("x", cases, 13, 7, seed=1)
     assert len(fewer) == 13
     assert len(set(cases[fewer])) == 3
-    assert np.array_equal(shown, same)
+    assert np.array_equal(shown, shown_again)
     assert set(fewer) <= set(kept)
-    everything, none = training_cases("x", cases, None, 0, seed=1)
+    everything, unused = training_cases("x", cases, None, 0, seed=1)
     assert np.array_equal(everything, np.arange(60))
-    assert len(none) == 0
+    assert len(unused) == 0
     with pytest.raises(UserError, match=r"60 training images of 12 cases, so it cannot give 51 beside 7 public ones"):
         training_cases("x", cases, 51, 7, seed=1)
     with pytest.raises(UserError, match="cannot train on the others beside 57"):

@@ -28,8 +28,8 @@ REFINED = [
 def refined_numbers(counter: int, k: int) -> tuple[float, float]:
     """Return the two numbers of a refined radius word, in Python's floats from the four words that make them."""
     word, turn = (int(w) for w in philox(torch.tensor([counter]), REFINED_SEED)[k : k + 2])
-    more = int(philox(torch.tensor([counter]), REFINED_SEED, 1)[k])
-    radius = math.sqrt(-2 * math.log((word * 2**32 + more + 0.5) / 2**64))
+    low_word = int(philox(torch.tensor([counter]), REFINED_SEED, 1)[k])
+    radius = math.sqrt(-2 * math.log((word * 2**32 + low_word + 0.5) / 2**64))
     angle = math.pi * (turn - (turn >> 31 << 32)) / 2**31
     return radius * math.cos(angle), radius * math.sin(angle)
 

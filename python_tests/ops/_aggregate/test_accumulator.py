@@ -58,8 +58,8 @@ def test_exact_accumulator_does_not_see_the_order(name: str) -> None:
     for j in range(6, 500):
         products = [Fraction(float(vector[j] * weight)) for vector, weight in zip(vectors, weights, strict=True)]
         wanted = sum(products) / total
-        most = max(abs(product) for product in products) / total
-        assert abs(Fraction(float(mean[j])) - wanted) <= abs(wanted) * Fraction(1, 2**51) + most * Fraction(20, 2**64)
+        scale = max(abs(product) for product in products) / total
+        assert abs(Fraction(float(mean[j])) - wanted) <= abs(wanted) * Fraction(1, 2**51) + scale * Fraction(20, 2**64)
 
 
 def test_exact_accumulator_has_the_same_digits_on_every_backend() -> None:
@@ -78,12 +78,12 @@ def test_exact_accumulator_has_the_same_digits_on_every_backend() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_merged_accumulators_have_the_bits_of_one(name: str) -> None:
     vectors, weights = wild(20, 500)
-    whole, parts = Accumulator(500, exact=True), [Accumulator(500, exact=True) for _ in range(4)]
+    total, parts = Accumulator(500, exact=True), [Accumulator(500, exact=True) for _ in range(4)]
     with using(name):
         for k, (vector, weight) in enumerate(zip(vectors, weights, strict=True)):
-            whole.add(vector, weight)
+            total.add(vector, weight)
             parts[k % 3].add(vector, weight)
-        wanted, mean = whole.state_dict(), whole.mean()
+        wanted, mean = total.state_dict(), total.mean()
         for order in itertools.permutations(range(4)):  # the last part has nothing
             merged = Accumulator(500, exact=True)
             for part in order:
@@ -93,7 +93,7 @@ def test_merged_accumulators_have_the_bits_of_one(name: str) -> None:
             finite = wanted["top"] < 32
             assert torch.equal(found["digits"][:, finite], wanted["digits"][:, finite])
             assert torch.equal(merged.mean().view(torch.int64), mean.view(torch.int64))
-            assert (merged.weight, merged.count) == (whole.weight, whole.count)
+            assert (merged.weight, merged.count) == (total.weight, total.count)
             Accumulator(500, exact=True).load_state_dict(found)
 
 
@@ -117,13 +117,13 @@ def test_weights_near_the_ends_of_the_range(name: str, weight: float, dtype: tor
 @pytest.mark.parametrize("exact", [False, True])
 def test_an_accumulator_made_under_inference_mode(exact: bool) -> None:
     with torch.inference_mode():
-        accumulator, other = Accumulator(9, exact), Accumulator(9, exact)
+        accumulator, copy_ = Accumulator(9, exact), Accumulator(9, exact)
         accumulator.add(torch.ones(9), 2.0)
     if exact:
-        other.add(torch.ones(9), 2.0)
-        accumulator.merge(other)
+        copy_.add(torch.ones(9), 2.0)
+        accumulator.merge(copy_)
         with torch.inference_mode():
-            accumulator.merge(other)
+            accumulator.merge(copy_)
     state = accumulator.state_dict()
     accumulator.add(torch.full((9,), 4.0))
     accumulator.reset()
@@ -134,43 +134,43 @@ def test_an_accumulator_made_under_inference_mode(exact: bool) -> None:
 def test_a_merged_accumulator_goes_on() -> None:
     torch.manual_seed(1)
     vectors = [torch.randn(3000) * 10.0 ** (6 * k) for k in range(-3, 4)]
-    whole, one, two = (Accumulator(3000, exact=True) for _ in range(3))
+    full, left, two = (Accumulator(3000, exact=True) for _ in range(3))
     for k, vector in enumerate(vectors):
-        whole.add(vector, k + 1)
+        full.add(vector, k + 1)
     for k in (5, 1):
-        one.add(vectors[k], k + 1)
+        left.add(vectors[k], k + 1)
     for k in (0, 6, 3):
         two.add(vectors[k], k + 1)
     before = two.state_dict()
-    one.merge(two)
+    left.merge(two)
     assert all(torch.equal(before[key], two.state_dict()[key]) for key in ("digits", "top", "units"))
     for k in (4, 2):
-        one.add(vectors[k], k + 1)
-    assert torch.equal(one.mean(), whole.mean())
-    assert one.mean().dtype == torch.float32
+        left.add(vectors[k], k + 1)
+    assert torch.equal(left.mean(), full.mean())
+    assert left.mean().dtype == torch.float32
     twice = Accumulator(3000, exact=True)
-    twice.merge(whole)
+    twice.merge(full)
     twice.merge(twice)  # with itself
-    assert torch.equal(twice.mean(), whole.mean())
+    assert torch.equal(twice.mean(), full.mean())
     assert twice.count == 14
 
 
 def test_what_cannot_be_merged() -> None:
     exact = Accumulator(4, exact=True)
     exact.add(torch.ones(4))
-    for other, error, message in (
+    for partner, error, message in (
         ([1.0], TypeError, "other must be an Accumulator, not list"),
         (Accumulator(4), ValueError, "merge needs two exact accumulators"),
         (Accumulator(5, exact=True), ValueError, "other must have size 4 on cpu like the accumulator, but has size 5"),
         (Accumulator(4, exact=True, device="meta"), ValueError, "but has size 4 on meta"),
     ):
         with pytest.raises(error, match=message):
-            exact.merge(other)  # type: ignore[arg-type]
+            exact.merge(partner)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="merge needs two exact accumulators"):
         Accumulator(4).merge(exact)
     heavy = [Accumulator(4, exact=True) for _ in range(2)]
-    for each in heavy:
-        each.add(torch.ones(4), 1.7e308)
+    for accumulator in heavy:
+        accumulator.add(torch.ones(4), 1.7e308)
     with pytest.raises(ValueError, match="the sum of the weights overflows"):
         heavy[0].merge(heavy[1])
     assert heavy[0].mean().tolist() == exact.mean().tolist() == [1, 1, 1, 1]
@@ -189,26 +189,26 @@ def test_cancellation_is_exact() -> None:
 def test_state_continues_bit_for_bit(exact: bool) -> None:
     torch.manual_seed(0)
     vectors = [torch.randn(1000).bfloat16() for _ in range(6)]
-    one, two = Accumulator(1000, exact=exact), Accumulator(1000, exact=exact)
+    left, two = Accumulator(1000, exact=exact), Accumulator(1000, exact=exact)
     for k in range(3):
-        one.add(vectors[k], k + 0.1)
-    state = one.state_dict()
+        left.add(vectors[k], k + 0.1)
+    state = left.state_dict()
     two.load_state_dict(state)
     for k in range(3, 6):
-        one.add(vectors[k], k + 0.1)
+        left.add(vectors[k], k + 0.1)
         two.add(vectors[k], k + 0.1)
-    assert torch.equal(one.mean(), two.mean())
-    assert (one.weight, one.count) == (two.weight, two.count)
+    assert torch.equal(left.mean(), two.mean())
+    assert (left.weight, left.count) == (two.weight, two.count)
     assert two.mean().dtype == torch.bfloat16
     assert two.mean(dtype=torch.float32).dtype == torch.float32
     with pytest.raises(ValueError, match="the state must be of size 999"):
         Accumulator(999, exact=exact).load_state_dict(state)
-    one.reset()
-    assert one.count == 0
+    left.reset()
+    assert left.count == 0
     with pytest.raises(ValueError, match="nothing to average yet"):
-        one.mean()
-    one.add(vectors[0], 2.0)
-    assert torch.equal(one.mean(), vectors[0])
+        left.mean()
+    left.add(vectors[0], 2.0)
+    assert torch.equal(left.mean(), vectors[0])
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -267,16 +267,16 @@ def test_uploads_of_several_threads_all_count(name: str, exact: bool) -> None:
 
 
 def test_accumulators_merged_into_each_other_by_threads_never_wait_for_each_other() -> None:
-    one, other = Accumulator(50_000, True), Accumulator(50_000, True)
-    for total in (one, other):
+    left, right = Accumulator(50_000, True), Accumulator(50_000, True)
+    for total in (left, right):
         total.add(torch.ones(50_000))
     with ThreadPoolExecutor(2) as pool:
-        for job in [pool.submit(a.merge, b) for a, b in [(one, other), (other, one)] * 8]:
+        for job in [pool.submit(a.merge, b) for a, b in [(left, right), (right, left)] * 8]:
             job.result(timeout=60)
-    assert all((total.mean() == 1).all() for total in (one, other))
-    count = one.count
-    one.merge(one)
-    assert one.count == 2 * count
+    assert all((total.mean() == 1).all() for total in (left, right))
+    count = left.count
+    left.merge(left)
+    assert left.count == 2 * count
 
 
 @pytest.mark.parametrize("exact", [False, True])

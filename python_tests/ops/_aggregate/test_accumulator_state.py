@@ -96,13 +96,13 @@ CASES += [(True, name, *case) for name, case in {**BOTH, **EXACT}.items()]
     ("exact", "name", "change", "message"), CASES, ids=[f"{'exact' if e else 'plain'}-{n}" for e, n, _, _ in CASES]
 )
 def test_refused(exact: bool, name: str, change: Callable[[State], Any], message: str) -> None:
-    accumulator, other = filled(exact), filled(exact)
-    other.add(torch.ones(SIZE), 0.0)
+    accumulator, changed = filled(exact), filled(exact)
+    changed.add(torch.ones(SIZE), 0.0)
     with pytest.raises((TypeError, ValueError), match=message) as told:
-        other.load_state_dict(change(accumulator.state_dict()))
+        changed.load_state_dict(change(accumulator.state_dict()))
     assert "\n" not in str(told.value)
-    assert (other.count, other.weight) == (4, 6.0)
-    assert torch.equal(other.mean(), accumulator.mean())
+    assert (changed.count, changed.weight) == (4, 6.0)
+    assert torch.equal(changed.mean(), accumulator.mean())
 
 
 @pytest.mark.parametrize("exact", [False, True])

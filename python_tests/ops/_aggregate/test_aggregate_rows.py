@@ -43,13 +43,13 @@ def test_others_are_left() -> None:
     ops.median(given)
     negated = torch.view_as_complex(torch.randn(70, 2)).conj().imag
     assert negated.is_neg()
-    others = [negated, given[0][::2], given[0].double(), given[0].clone().requires_grad_(), given[0][None], "no", None]
-    for other in others:
-        assert ready([*given, other]) is None
-    for other in [negated, given[0][::2], given[0][1:], given[0].clone().requires_grad_(), given[0][None], "no"]:
-        assert ready(given, other) is None  # type: ignore[arg-type]
-    for other in ([], torch.empty(0, 70), torch.stack(given).t(), torch.stack(given)[None], given[0], iter(given)):
-        assert ready(other) is None
+    misfits = [negated, given[0][::2], given[0].double(), given[0].clone().requires_grad_(), given[0][None], "no", None]
+    for misfit in misfits:
+        assert ready([*given, misfit]) is None
+    for misfit in [negated, given[0][::2], given[0][1:], given[0].clone().requires_grad_(), given[0][None], "no"]:
+        assert ready(given, misfit) is None  # type: ignore[arg-type]
+    for misfit in ([], torch.empty(0, 70), torch.stack(given).t(), torch.stack(given)[None], given[0], iter(given)):
+        assert ready(misfit) is None
     with backend.use_backend("reference"):
         assert ready(given) is None
 
@@ -71,21 +71,21 @@ def test_batched_gradients_are_left() -> None:
 
 def test_what_a_kernel_may_write_to() -> None:
     writable = backend.cpu_core().writable
-    memory, other = torch.zeros(40), torch.zeros(20)
+    memory, spare = torch.zeros(40), torch.zeros(20)
     x, y, between = memory[:10], memory[10:20], memory[5:15]
-    assert writable((other[:10],), [x, y], ())
+    assert writable((spare[:10],), [x, y], ())
     assert writable((x,), (), [x, y])
     assert not writable((x,), [x], ())
     assert not writable((between,), (), [x, y])
     assert not writable((memory.view(torch.float64)[:10],), (), [memory[:10]])  # one begin, two dtypes
-    assert not writable((memory[:20:2],), (), [other[:10]])
+    assert not writable((memory[:20:2],), (), [spare[:10]])
     assert not writable((memory[20:30],), memory.view(20, 2).t()[:, 5:15], ())
     assert writable((memory[30:],), memory.view(20, 2).t()[:, 5:15], ())
     # States of an optimiser: apart from one another and from all else; only the last may replace the global model.
-    assert writable((x, y, other[:10]), [memory[20:30]], [other[:10]])
+    assert writable((x, y, spare[:10]), [memory[20:30]], [spare[:10]])
     assert not writable((x, y, None), [memory[20:30]], [x])
-    assert not writable((x, None, x), [memory[20:30]], [other[:10]])
-    assert not writable((x, other[10:], None), [y, between], [other[:10]])
+    assert not writable((x, None, x), [memory[20:30]], [spare[:10]])
+    assert not writable((x, spare[10:], None), [y, between], [spare[:10]])
     assert writable((memory[:0],), (), [memory[:0]])
 
 

@@ -68,14 +68,14 @@ def test_refined_radius_words_in_every_backend(backend: str) -> None:
         assert [int((words[j] < BELOW).sum()) for j in (0, 2)] == [int(k == 0), int(k == 2)]
         for at, expected in zip((place - start, place - start + 16), refined_numbers(counter, k), strict=True):
             assert float(given[at]) == pytest.approx(expected, rel=1e-6, abs=4e-7)
-        others = torch.ones(64, dtype=torch.bool)
-        others[[place - start, place - start + 16]] = False
+        unrefined = torch.ones(64, dtype=torch.bool)
+        unrefined[[place - start, place - start + 16]] = False
         plain = torch.empty(4, 16, dtype=torch.float64)
         for j in (0, 2):
             radius = (-2 * ((words[j].float() + 0.5) * 2.0**-32).double().log()).sqrt()
             turn = ((words[j + 1] + (1 << 31)) % (1 << 32) - (1 << 31)).float().double() * (math.pi / 2**31)
             plain[j], plain[j + 1] = radius * turn.cos(), radius * turn.sin()
-        assert bool(((given - plain.flatten())[others].abs() < 1e-5).all())
+        assert bool(((given - plain.flatten())[unrefined].abs() < 1e-5).all())
         # The same numbers wherever a call begins and ends, and in a vector that starts in the middle of a group.
         assert float(noise_of(1, REFINED_SEED, place)) == float(given[place - start])
         assert torch.equal(noise_of(100, REFINED_SEED, place - 7).double()[7:8], given[place - start][None])
@@ -113,13 +113,13 @@ def test_refined_numbers_have_the_same_bits_for_every_isa() -> None:
 
 def test_noise_does_not_depend_on_the_grouping(backend: str) -> None:
     seed, size = 99, 150
-    whole = noise_of(4 * size, seed, 1000)
+    stream = noise_of(4 * size, seed, 1000)
     rows = clip_and_noise(torch.zeros(4, size), 1.0, 1.0, seed, 1000)
-    assert torch.equal(rows.flatten(), whole)
-    assert torch.equal(torch.cat(clip_and_noise([torch.zeros(size)] * 4, 1.0, 1.0, seed, 1000)), whole)
+    assert torch.equal(rows.flatten(), stream)
+    assert torch.equal(torch.cat(clip_and_noise([torch.zeros(size)] * 4, 1.0, 1.0, seed, 1000)), stream)
     for cut in thinned([1, 15, 16, 63, 64, 65, 129]):
         parts = [noise_of(cut, seed, 1000), noise_of(4 * size - cut, seed, 1000 + cut)]
-        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(torch.cat(parts), stream)
     assert torch.equal(noise_of(300, seed, MOST - 99)[100:], noise_of(200, seed, 0))
     assert not torch.equal(noise_of(100, seed), noise_of(100, seed + 1))
 
@@ -199,10 +199,10 @@ def test_no_rounding_lifts_a_norm_above_the_bound(backend: str, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_clipping_by_factors_below_the_range_of_fp32(backend: str, dtype: torch.dtype) -> None:
     """The factor is not rounded to a float there, which would lift the norm by up to a half."""
-    for size, least in thinned(list(itertools.product((100, 20_000), (0.99, 0.01, 1e-6)))):
+    for size, share in thinned(list(itertools.product((100, 20_000), (0.99, 0.01, 1e-6)))):
         vector = torch.full((size,), 2e38).to(dtype)
         norm = float(vector.double().norm())
-        bound = norm * torch.finfo(torch.float32).tiny * least
+        bound = norm * torch.finfo(torch.float32).tiny * share
         factor = bound / norm * (1 - torch.finfo(dtype).eps / 2 if dtype is torch.bfloat16 else 1)
         for given in (clip_by_norm(vector, bound), *clip_by_norm([vector, -vector], bound)):
             wanted = vector.double() * factor
@@ -217,14 +217,14 @@ def test_clipping_by_factors_below_the_range_of_fp32(backend: str, dtype: torch.
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_that_the_dtype_cannot_hold_is_refused(backend: str, dtype: torch.dtype) -> None:
     """The largest number that the generator gives is 9.42: at the bound of what is taken nothing is infinite."""
-    most, zeros = torch.finfo(dtype).max / 9.5, torch.zeros(1, 2000, dtype=dtype)
+    limit, zeros = torch.finfo(dtype).max / 9.5, torch.zeros(1, 2000, dtype=dtype)
     for given in (zeros, zeros[0], [zeros[0]] * 2):
-        for bound, noise in ((1.0, most), (most, 1.0), (most / 10, 10.0)):
+        for bound, noise in ((1.0, limit), (limit, 1.0), (limit / 10, 10.0)):
             taken = clip_and_noise(given, bound * 0.999, noise, 3)
             assert all(row.isfinite().all() for row in (taken if isinstance(taken, list) else [taken]))
-            for more in (1.01, 9.0):
+            for factor in (1.01, 9.0):
                 with pytest.raises(ValueError, match=f"noise times max_norm must be at most .* for vectors of {dtype}"):
-                    clip_and_noise(given, bound, noise * more, 3)
+                    clip_and_noise(given, bound, noise * factor, 3)
     assert clip_and_noise(zeros, 1e300, 0.0, 3).isfinite().all()
 
 

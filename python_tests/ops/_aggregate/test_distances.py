@@ -40,13 +40,13 @@ def test_distances_of_long_vectors(backend: str) -> None:
 def test_near_equal_vectors(backend: str) -> None:
     """One last bit apart, at a length of 1e4: squares of norms would differ in no digit."""
     vector = make_vectors(1, 1000, torch.float32)[0] * 300
-    other, third = vector.clone(), vector.clone()
-    other[7] = torch.nextafter(vector[7], torch.tensor(math.inf))
+    raised, third = vector.clone(), vector.clone()
+    raised[7] = torch.nextafter(vector[7], torch.tensor(math.inf))
     third[11] = torch.nextafter(vector[11], torch.tensor(-math.inf))
-    given = pairwise_distances([vector, other, third, vector.clone()])
-    one, two = float((other - vector).double()[7]), float((vector - third).double()[11])
-    assert given[0].tolist() == pytest.approx([0.0, one, two, 0.0], rel=1e-12, abs=0)
-    assert float(given[1, 2]) == pytest.approx(math.hypot(one, two), rel=1e-12)
+    given = pairwise_distances([vector, raised, third, vector.clone()])
+    step, two = float((raised - vector).double()[7]), float((vector - third).double()[11])
+    assert given[0].tolist() == pytest.approx([0.0, step, two, 0.0], rel=1e-12, abs=0)
+    assert float(given[1, 2]) == pytest.approx(math.hypot(step, two), rel=1e-12)
 
 
 def test_distances_neither_overflow_nor_vanish(backend: str) -> None:
@@ -94,10 +94,10 @@ def median_in_fp64(vectors: list[Tensor], weights: list[float]) -> Tensor:
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("most", [0, 128], ids=["iterated", "from distances"])
+@pytest.mark.parametrize("limit", [0, 128], ids=["iterated", "from distances"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_minority_moves_the_geometric_median_far(backend, most, dtype, monkeypatch):
-    monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", most)
+def test_no_minority_moves_the_geometric_median_far(backend, limit, dtype, monkeypatch):
+    monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", limit)
     cases = itertools.product(((4, 1), (10, 1), (10, 4), (21, 9)), (1e3, 6e4, 3e6, 1e9, 1e12, 1e30))
     for (count, attackers), far in thinned([case for case in cases if dtype != torch.float16 or case[1] < 6.5e4]):
         vectors, weights = make_vectors(count, 40, torch.float32, count), make_weights("counts", count)
@@ -144,8 +144,8 @@ def krum_in_python(vectors: list[Tensor], byzantine: int, keep: int) -> list[int
     count = len(vectors)
     scores = []
     for m in range(count):
-        others = sorted(squared[m][k] for k in range(count) if k != m)
-        scores.append(math.fsum(others[: count - byzantine - 2]))
+        distances = sorted(squared[m][k] for k in range(count) if k != m)
+        scores.append(math.fsum(distances[: count - byzantine - 2]))
     return sorted(range(count), key=lambda m: scores[m])[:keep]
 
 
@@ -189,21 +189,21 @@ def test_geometric_median_is_the_least_sum_of_distances(backend: str, kind: str)
     vectors = make_vectors(8, 60, torch.float64, 3)
     weights = make_weights(kind, 8)
     point = geometric_median(vectors, weights, iterations=2000, tolerance=0)
-    least = objective(vectors, weights, point)
+    total = objective(vectors, weights, point)
     generator = torch.Generator().manual_seed(0)
     for scale in (1e-1, 1e-3):
         for _ in range(10):
             moved = point + scale * torch.randn(60, generator=generator, dtype=torch.float64)
-            assert objective(vectors, weights, moved) > least
+            assert objective(vectors, weights, moved) > total
     # Where it is smooth, the pulls cancel.
     pulls = [w * (v - point) / (v - point).norm() for v, w in zip(vectors, weights, strict=True)]
     assert float(torch.stack(pulls).sum(0).norm()) < 1e-5 * sum(weights)
 
 
-@pytest.mark.parametrize("most", [0, 128], ids=["iterated", "from distances"])
-def test_geometric_median_against_weiszfeld(backend: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [0, 128], ids=["iterated", "from distances"])
+def test_geometric_median_against_weiszfeld(backend: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways take the same steps, however many."""
-    monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", most)
+    monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", limit)
     for dtype, iterations in thinned(list(itertools.product(DTYPES, (0, 1, 4, 30)))):
         vectors = make_vectors(9, 200, dtype, 5)
         weights = make_weights("zeros", 9)

@@ -113,10 +113,10 @@ def test_mean_of_equal_vectors_is_that_vector(name: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 24), (torch.bfloat16, 8), (torch.float16, 11)])
 def test_a_mean_half_way_between_two_numbers_is_rounded_to_the_even_one(name, dtype, bits):
     # Of ten vectors of like magnitude that is every tenth element; a product with the reciprocal misses some of them.
-    whole = torch.randint(2 ** (bits - 1), 2**bits, (10, 4099), generator=torch.Generator().manual_seed(0))
-    assert (whole.sum(0) % 10 == 5).sum() > 300
-    vectors, weights = list(whole.to(dtype)), [120.0] * 10
-    exact = (whole.sum(0).double() / 10).to(dtype)
+    integers = torch.randint(2 ** (bits - 1), 2**bits, (10, 4099), generator=torch.Generator().manual_seed(0))
+    assert (integers.sum(0) % 10 == 5).sum() > 300
+    vectors, weights = list(integers.to(dtype)), [120.0] * 10
+    exact = (integers.sum(0).double() / 10).to(dtype)
     with using(name):
         for in_any_order in (False, True):
             assert torch.equal(accumulate(vectors, weights, in_any_order).mean(), exact)

@@ -22,9 +22,9 @@ examples = settings(derandomize=True, max_examples=40, deadline=None, database=N
 
 
 @st.composite
-def uploads(draw: st.DrawFn, least: int = 1) -> Uploads:
+def uploads(draw: st.DrawFn, min_count: int = 1) -> Uploads:
     """Draw vectors ``[M, P]`` and weights ``[M]``, zeros among them but not alone."""
-    m, size = draw(st.integers(least, 7)), draw(st.integers(1, 40))
+    m, size = draw(st.integers(min_count, 7)), draw(st.integers(1, 40))
     values = st.one_of(st.just(0.0), st.integers(1, 1000).map(float), st.floats(2.0**-10, 1.0, width=32))
     weights = draw(st.lists(values, min_size=m, max_size=m))
     numbers = arrays.arrays(np.float32, (m, size), elements=st.floats(-1e6, 1e6, width=32), fill=st.nothing())

@@ -41,8 +41,8 @@ def median_in_python(column: list[float], weights: list[float]) -> float:
     little = Fraction(1, 2**40)
     lower = next(k for k, sum_ in enumerate(reached) if sum_ >= half * (1 - little))
     upper = next(k for k, sum_ in enumerate(reached) if sum_ > half * (1 + little))
-    one, two = ordered[lower][0], ordered[upper][0]
-    return one if lower == upper else (one + two) / 2
+    lowest, two = ordered[lower][0], ordered[upper][0]
+    return lowest if lower == upper else (lowest + two) / 2
 
 
 def columns(vectors: list[Tensor]) -> list[list[float]]:

@@ -29,7 +29,7 @@ def states(rule: str, size: int, dtype: torch.dtype, seed: int = 7) -> dict[str,
     return {name: (0.1 * torch.rand(size, generator=generator)).to(dtype) for name in names}
 
 
-def in_numpy(rule, g, vectors, weights, first, second, options):
+def in_numpy(rule, g, vectors, weights, moment, second, options):
     o = {**DEFAULTS[rule], **options}
     deltas = vectors - g
     used = [m for m, weight in enumerate(weights) if weight]
@@ -38,21 +38,21 @@ def in_numpy(rule, g, vectors, weights, first, second, options):
     if rule == "mean":
         model = g + o["learning_rate"] * d
     elif rule == "momentum":
-        first = o["beta1"] * first + d
-        model = g + o["learning_rate"] * first
+        moment = o["beta1"] * moment + d
+        model = g + o["learning_rate"] * moment
     else:
-        first = o["beta1"] * first + (1 - o["beta1"]) * d
+        moment = o["beta1"] * moment + (1 - o["beta1"]) * d
         if rule == "adam":
             second = o["beta2"] * second + (1 - o["beta2"]) * d**2
         elif rule == "yogi":
             second = second - (1 - o["beta2"]) * d**2 * np.sign(second - d**2)
         else:
             second = second + d**2
-        model = g + o["learning_rate"] * first / (np.sqrt(second) + o["tau"])
+        model = g + o["learning_rate"] * moment / (np.sqrt(second) + o["tau"])
     norms = np.linalg.norm(deltas, axis=1)
     scale = norms * np.linalg.norm(d)
     cosines = np.divide(deltas @ d, scale, out=np.zeros(len(norms)), where=scale != 0)
-    return model, norms, cosines, first, second
+    return model, norms, cosines, moment, second
 
 
 def check(rule, count, size, dtype, kind="counts", state=torch.float32, defaults=True, seed=0):
@@ -65,7 +65,7 @@ def check(rule, count, size, dtype, kind="counts", state=torch.float32, defaults
     wanted = in_numpy(
         rule, global_.double().numpy(), stacked, weights, before.get("first"), before.get("second"), options
     )
-    copies, others = ({name: tensor.clone() for name, tensor in given.items()} for _ in range(2))
+    copies, originals = ({name: tensor.clone() for name, tensor in given.items()} for _ in range(2))
     result = server_step(global_, vectors, weights, rule, **given, **options)
     assert result.model.dtype == dtype
     close(result.model, torch.from_numpy(wanted[0]))
@@ -75,10 +75,10 @@ def check(rule, count, size, dtype, kind="counts", state=torch.float32, defaults
     for name, expected in zip(("first", "second"), wanted[3:], strict=True):
         if name in given:
             close(given[name], torch.from_numpy(expected))
-    alone = server_step(global_, vectors, weights, rule, **others, **options, similarities=False)
-    assert torch.equal(alone.model, result.model)
-    assert all(torch.equal(others[name], given[name]) for name in given)
-    assert alone.norms.shape == alone.cosines.shape == (0,)
+    bare = server_step(global_, vectors, weights, rule, **originals, **options, similarities=False)
+    assert torch.equal(bare.model, result.model)
+    assert all(torch.equal(originals[name], given[name]) for name in given)
+    assert bare.norms.shape == bare.cosines.shape == (0,)
     # Stacked, weights in a tensor, the old model overwritten: the same bits.
     out = global_.clone()
     again = server_step(

@@ -79,8 +79,8 @@ def check(served_by, shape, dtype, index_kind, alpha_kind, seed=0, place=Tensor.
         leaves.append(alpha.to(grad.device, copy=True).requires_grad_())
         exact.append(leaves[-1].detach().cpu().double().requires_grad_())
     with using(served_by):
-        there = None if index is None else index.to(grad.device)
-        out = blend(*leaves[:2], leaves[2] if len(leaves) > 2 else alpha, index=there)
+        index_there = None if index is None else index.to(grad.device)
+        out = blend(*leaves[:2], leaves[2] if len(leaves) > 2 else alpha, index=index_there)
         out.backward(grad * 2)  # not 1, so that a dropped grad_output shows
     wanted = blend_reference(*exact[:2], exact[2] if len(exact) > 2 else alpha, index)
     wanted.backward(grad.cpu().double() * 2)
@@ -90,13 +90,13 @@ def check(served_by, shape, dtype, index_kind, alpha_kind, seed=0, place=Tensor.
         slack = 1e5 if dtype in (torch.bfloat16, torch.float16) else 1000.0
     assert out.dtype == dtype
     close(out.cpu(), wanted, dtype, slack)
-    for leaf, other in zip(leaves, exact, strict=True):
+    for leaf, reference in zip(leaves, exact, strict=True):
         assert leaf.grad.dtype == leaf.dtype
         scale = 1.0
         if leaf.dim() < 2 and leaf.dtype == torch.float32:  # a sum of many products: relative to their size
             scale = 1 + grad.abs().double().sum().item() / 10
         precision = leaf.dtype if served_by != "reference" else dtype  # eager computes in the maps' dtype
-        close(leaf.grad.cpu(), other.grad, precision, slack * scale)
+        close(leaf.grad.cpu(), reference.grad, precision, slack * scale)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -169,15 +169,15 @@ def test_every_offset_over_sentinels(isa: str, dtype: torch.dtype) -> None:
     x, y, g = (torch.randn(count + 41).to(dtype) for _ in range(3))
     with using(isa):
         for i in range(41):
-            out, own, other = (torch.full((count + 82,), 777.0, dtype=dtype) for _ in range(3))
+            out, own, back = (torch.full((count + 82,), 777.0, dtype=dtype) for _ in range(3))
             a, b, c = (t[i : i + count].view(rows, size) for t in (x, y, g))
-            to, to_own, to_other = (t[41 - i :][:count].view(rows, size) for t in (out, own, other))
+            to, to_own, to_other = (t[41 - i :][:count].view(rows, size) for t in (out, own, back))
             assert core.blend_forward(a, b, index, None, 0.3, to, 1)
             assert core.blend_backward(c, None, None, index, None, 0.3, rows, to_own, to_other, None, None, None, 1)
             exact = 0.3 * a.double() + 0.7 * b.double()[index]
             wide = c.double()
             scattered = torch.zeros(rows, size, dtype=torch.float64).index_add(0, index, 0.7 * wide)
-            for buffer, wanted in ((out, exact), (own, 0.3 * wide), (other, scattered)):
+            for buffer, wanted in ((out, exact), (own, 0.3 * wide), (back, scattered)):
                 close(buffer[41 - i :][:count].view(rows, size), wanted, dtype)
                 assert bool((buffer[: 41 - i] == 777).all())
                 assert bool((buffer[41 - i + count :] == 777).all())
@@ -204,19 +204,19 @@ def test_vmap_and_grad(dims: tuple[int | None, ...]) -> None:
         torch.randint(0, 5, (count, 3)),
     )
     given = [t[0] if d is None else t.movedim(0, d) for t, d in zip(full, dims, strict=True)]
-    each = [[t[0] if d is None else t[v] for t, d in zip(full, dims, strict=True)] for v in range(count)]
+    rows_of_batch = [[t[0] if d is None else t[v] for t, d in zip(full, dims, strict=True)] for v in range(count)]
 
     def ours(x: Tensor, y: Tensor, a: Tensor, i: Tensor) -> Tensor:
         return blend(x, y, a, index=i)
 
     out = torch.func.vmap(ours, dims)(*given)
-    torch.testing.assert_close(out, torch.stack([blend_reference(*arguments) for arguments in each]))
+    torch.testing.assert_close(out, torch.stack([blend_reference(*arguments) for arguments in rows_of_batch]))
 
     def loss(function: object, *arguments: Tensor) -> Tensor:
         return function(*arguments).pow(2).sum()  # type: ignore[operator]
 
     gradients = torch.func.vmap(torch.func.grad(lambda *a: loss(ours, *a), argnums=(0, 1, 2)), dims)(*given)
-    wanted = [torch.func.grad(lambda *a: loss(blend_reference, *a), argnums=(0, 1, 2))(*e) for e in each]
+    wanted = [torch.func.grad(lambda *a: loss(blend_reference, *a), argnums=(0, 1, 2))(*e) for e in rows_of_batch]
     for k in range(3):
         torch.testing.assert_close(gradients[k], torch.stack([w[k] for w in wanted]))
 

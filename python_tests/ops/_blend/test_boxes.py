@@ -105,15 +105,15 @@ def test_vmap_and_grad(dims: tuple[int | None, ...]) -> None:
     fill = torch.rand(4, 3)
     full = (images, boxes, fill)
     given = [t[0] if d is None else t.movedim(0, d) for t, d in zip(full, dims, strict=True)]
-    each = [[t[0] if d is None else t[k] for t, d in zip(full, dims, strict=True)] for k in range(4)]
+    rows_of_batch = [[t[0] if d is None else t[k] for t, d in zip(full, dims, strict=True)] for k in range(4)]
     out = torch.func.vmap(erase_boxes, dims)(*given)
-    assert torch.equal(out, torch.stack([erase_boxes(*one) for one in each]))
+    assert torch.equal(out, torch.stack([erase_boxes(*row) for row in rows_of_batch]))
 
     def loss(x: Tensor, b: Tensor, f: Tensor) -> Tensor:
         return keep_boxes(x, b, f).pow(2).sum()
 
     gradient = torch.func.vmap(torch.func.grad(loss), dims)(*given)
-    assert torch.equal(gradient, torch.stack([2 * keep_boxes(x, b, 0.0) for x, b, _ in each]))
+    assert torch.equal(gradient, torch.stack([2 * keep_boxes(x, b, 0.0) for x, b, _ in rows_of_batch]))
 
 
 @pytest.mark.parametrize("isa", KERNELS)

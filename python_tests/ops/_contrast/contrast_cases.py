@@ -84,5 +84,5 @@ def check(case: dict[str, Any], device: torch.device, monkeypatch: pytest.Monkey
             assert theirs.grad is not None
             assert ours.grad.dtype is dtype
             # The temperature's is a sum of similarities, whose common part cancels.
-            more = max(1.0, float(similarities.abs().max())) * scale if name == "t" else 1.0
-            assert_close(f"gradient of {name}", ours.grad.cpu(), theirs.grad, absolute=1e-6 * factor * more)
+            cancelling = max(1.0, float(similarities.abs().max())) * scale if name == "t" else 1.0
+            assert_close(f"gradient of {name}", ours.grad.cpu(), theirs.grad, absolute=1e-6 * factor * cancelling)

@@ -39,9 +39,9 @@ def test_loss_and_gradients(backend: str, case: dict[str, Any], monkeypatch: pyt
 def test_more_than_a_chunk(name: str, way: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of rows and strips of columns, softmaxes of one exponential and of two."""
     case = {"pairs": 1061, "size": 9, "dtype": torch.float32, "temperature": temperature, "length": 1.0}
-    more = {"learnt": True, "layout": "contiguous", "needs": "both", "way": way, "grad": 1.0}
+    settings = {"learnt": True, "layout": "contiguous", "needs": "both", "way": way, "grad": 1.0}
     with using(name):
-        check(case | more, torch.device("cpu"), monkeypatch)
+        check(case | settings, torch.device("cpu"), monkeypatch)
 
 
 def test_no_worse_than_eager() -> None:
@@ -93,12 +93,12 @@ def test_retained_graphs_and_nothing_large_kept(backend: str) -> None:
     loss = ops.contrastive(x, y)
     kept = sum(t.numel() for t in loss.grad_fn.saved_tensors if t is not None) if backend != "reference" else 0
     assert kept <= 4 * 70 * 6
-    first = torch.autograd.grad(loss, (x, y), torch.tensor(3.0), retain_graph=True)
-    ones = torch.autograd.grad(loss, (x, y), retain_graph=True)
-    for gradient in ones:
+    gradients = torch.autograd.grad(loss, (x, y), torch.tensor(3.0), retain_graph=True)
+    plain = torch.autograd.grad(loss, (x, y), retain_graph=True)
+    for gradient in plain:
         gradient.mul_(0)  # a caller's own
     again = torch.autograd.grad(ops.contrastive(x, y) * 3, (x, y))
-    torch.testing.assert_close(first, again)
+    torch.testing.assert_close(gradients, again)
 
 
 def test_a_loss_scale_lifts_float16_gradients(backend: str) -> None:
@@ -127,10 +127,10 @@ def test_the_core_gives_the_same_bits_for_any_thread_count(name: str) -> None:
                 loss = core.contrast_whole(x, y, tile, scale, 1.0, sums, threads)
                 results.append((loss, tile, sums))
         for loss, tile, sums in results[2:]:
-            same = [r for r in results[:2] if r[0] == loss]
-            assert same
-            assert torch.equal(tile, same[0][1])
-            assert torch.equal(sums, same[0][2])
+            matches = [r for r in results[:2] if r[0] == loss]
+            assert matches
+            assert torch.equal(tile, matches[0][1])
+            assert torch.equal(sums, matches[0][2])
 
 
 @pytest.mark.parametrize("way", ["held", "tiles"])

@@ -112,8 +112,8 @@ def pool_arguments(
     side, padding, channels, out, height, width = shape
     given = arguments(batch, channels, out, height, width, side=side, seed=seed, dtype=dtype, weight_last=False)
     found = {name: given[name].detach() for name in ("x", "weight")} | {"bias": given["shift"].detach()}
-    for name, one in (("x", last), ("weight", weight_last)):
-        found[name] = found[name].contiguous(memory_format=LAST if one else torch.contiguous_format)
+    for name, is_last in (("x", last), ("weight", weight_last)):
+        found[name] = found[name].contiguous(memory_format=LAST if is_last else torch.contiguous_format)
     for x in found.values():
         x.requires_grad_()
     return {**found, "bias": found["bias"] if bias else None, "padding": padding}
@@ -159,10 +159,10 @@ def grad_of(z: Tensor, relu: bool, pool: int, seed: int, near: float = 1e-4) -> 
     if pool == 2:
         height, width = (size // 2 * 2 for size in z.shape[2:])
         windows = z[:, :, :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(4)
-        first, second = windows.topk(2, -1).values.unbind(-1)
-        clear = (first - second > near) | (first == 0)  # a dead window passes nothing on
+        largest, second = windows.topk(2, -1).values.unbind(-1)
+        clear = (largest - second > near) | (largest == 0)  # a dead window passes nothing on
         if relu:
-            clear &= (first == 0) | (first > near)
+            clear &= (largest == 0) | (largest > near)
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(clear.shape, generator=draw).where(clear, 0)
 
@@ -187,14 +187,14 @@ def serve_both(name, given, oracle, grad=None, **settings):
         return got, results(oracle, grad, **settings)
 
 
-def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5, what: str = "") -> None:
+def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5, label: str = "") -> None:
     """Compare with float64 results, relative to the largest value of each."""
     assert got.keys() == expected.keys()
     for name, x in expected.items():
-        assert got[name].shape == x.shape, f"{what} {name}"
+        assert got[name].shape == x.shape, f"{label} {name}"
         error = float((got[name].double() - x).abs().max())
-        most = max(float(x.abs().max()), 1e-3)
-        assert error <= tolerance * most, f"{what} {name}: off by {error:.2g}, the largest value is {most:.2g}"
+        largest = max(float(x.abs().max()), 1e-3)
+        assert error <= tolerance * largest, f"{label} {name}: off by {error:.2g}, the largest value is {largest:.2g}"
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], names: Sequence[str] | None = None) -> None:
@@ -220,15 +220,15 @@ def leaves_of(given: Given) -> dict[str, Tensor]:
     return {name: given[name] for name in LEAVES if given.get(name) is not None and given[name].requires_grad}
 
 
-def check_chosen_gradients(served, name, given, grad, most, **settings):
+def check_chosen_gradients(served, name, given, grad, limit, **settings):
     """Check that gradients have the bits of a call for all, and that no other than those asked for is computed."""
     leaves, order = [*leaves_of(given)], [leaf for leaf in LEAVES if leaf in given]
     with using(name):
         full = results(given, grad, **settings)
-        for count in range(1, most):
+        for count in range(1, limit):
             for chosen in itertools.combinations(leaves, count):
-                some = {n: x.detach().requires_grad_(n in chosen) if n in leaves else x for n, x in given.items()}
-                got = results(some, grad, **settings)
+                tensors = {n: x.detach().requires_grad_(n in chosen) if n in leaves else x for n, x in given.items()}
+                got = results(tensors, grad, **settings)
                 assert [n for n, x in zip(order, served.last, strict=True) if x is not None] == [*chosen]
                 assert set(got) - {"mean", "variance"} == {"out", *(f"gradient of {n}" for n in chosen)}
                 assert_same(got, full, list(got))
@@ -251,14 +251,14 @@ def check_second_derivatives(given: Given, grad: Tensor, call: Callable[..., Ten
     for name in (None, "reference"):
         with ops.use_backend(name):
             along = grad.clone().requires_grad_()
-            first = torch.autograd.grad(call(**given, **settings), leaves, along, create_graph=True)
-            loss = torch.stack([(x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in first]).sum()
-            found.append([*first, *torch.autograd.grad(loss, [*leaves, along], materialize_grads=True)])
+            gradients = torch.autograd.grad(call(**given, **settings), leaves, along, create_graph=True)
+            loss = torch.stack([(x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in gradients]).sum()
+            found.append([*gradients, *torch.autograd.grad(loss, [*leaves, along], materialize_grads=True)])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.detach().abs().max()))
 
 
-def check_spreading(name, given, grad, what, call=ops.conv_norm, **settings):
+def check_spreading(name, given, grad, label, call=ops.conv_norm, **settings):
     """Check that what is not finite spreads as in torch, and nowhere else.
 
     Returns the results with gradients, those without, and the reference's.
@@ -268,22 +268,22 @@ def check_spreading(name, given, grad, what, call=ops.conv_norm, **settings):
     with ops.use_backend("reference"):
         expected = results(given, grad, call=call, **settings)
     assert torch.equal(got["out"].isfinite(), evaluated["out"].isfinite())
-    for which, x in expected.items():
+    for key, x in expected.items():
         finite = x.isfinite()
-        assert torch.equal(got[which][~finite].nan_to_num(9), x[~finite].nan_to_num(9)), (which, what)
+        assert torch.equal(got[key][~finite].nan_to_num(9), x[~finite].nan_to_num(9)), (key, label)
         if finite.any():
-            assert_near({which: got[which][finite]}, {which: x[finite]}, what=what)
+            assert_near({key: got[key][finite]}, {key: x[finite]}, label=label)
     return got, evaluated, expected
 
 
-def check_no_worse_than_eager(name: str, given: Given, grad: Tensor, what: object, **settings: Any) -> None:
+def check_no_worse_than_eager(name: str, given: Given, grad: Tensor, label: object, **settings: Any) -> None:
     with ops.use_backend("reference"):
         expected, eager = results(exact(given), grad, **settings), results(given, grad, **settings)
     with using(name):
         ours = results(given, grad, **settings)
-    for which, x in expected.items():
-        off = [float((found[which] - x).abs().max() / x.abs().max()) for found in (ours, eager)]
-        assert off[0] <= max(3 * off[1], 1e-5), (what, which, off)
+    for key, x in expected.items():
+        off = [float((found[key] - x).abs().max() / x.abs().max()) for found in (ours, eager)]
+        assert off[0] <= max(3 * off[1], 1e-5), (label, key, off)
 
 
 class Overriding(TorchFunctionMode):

@@ -88,8 +88,8 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
     assert got["gradient of weight"].stride() == given["weight"].stride()
     assert_near(got, expected)
     with torch.no_grad(), using(name):
-        alone = results(given, **settings)
-    assert_same(got, alone, list(alone))
+        evaluated = results(given, **settings)
+    assert_same(got, evaluated, list(evaluated))
 
 
 @pytest.mark.sampled(37)
@@ -108,8 +108,8 @@ def test_group_norms(name: str, case: dict[str, Any]) -> None:
     grad = grad_for(given, **settings)
     got, expected = serve_both(name, given, exact(given), grad, **settings)
     with using(name), torch.no_grad():
-        alone = results(given, **settings)
-    assert_same(got, alone, list(alone))
+        evaluated = results(given, **settings)
+    assert_same(got, evaluated, list(evaluated))
     if case["bias"] and groups == shape[1]:  # the norm takes it out, and its gradient is nothing but rounding
         largest = float(expected["gradient of shift"].abs().max())
         assert max(float(x.pop("gradient of bias").abs().max()) for x in (got, expected)) <= 2e-5 * largest

@@ -75,8 +75,8 @@ def test_the_result_is_channels_last_where_x_or_the_weight_is(served: Served, re
     """
     for last in itertools.product((True, False), repeat=3 if residual else 2):
         given = arguments(residual=residual, side=side)
-        for name, one in zip(("x", "weight", "residual"), last, strict=False):
-            if not one:
+        for name, is_last in zip(("x", "weight", "residual"), last, strict=False):
+            if not is_last:
                 given[name] = given[name].detach().contiguous().requires_grad_()
         grad = grad_for(given)
         served.clear()
@@ -109,11 +109,11 @@ def test_maps_of_any_strides() -> None:
         "channels in the middle": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     }
     for lay_out in odd.values():
-        for which in (("x",), ("residual",), ("weight",), ("x", "weight", "residual")):
+        for names in (("x",), ("residual",), ("weight",), ("x", "weight", "residual")):
             laid = {
-                n: lay_out(x.detach()).requires_grad_() if n in which and n != "weight" else x for n, x in given.items()
+                n: lay_out(x.detach()).requires_grad_() if n in names and n != "weight" else x for n, x in given.items()
             }
-            if "weight" in which:
+            if "weight" in names:
                 laid["weight"] = given["weight"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
             assert_near(results(laid, grad), expected)
             assert_near(results(laid, torch._neg_view(-grad)), expected)
@@ -140,9 +140,9 @@ def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
     assert serving(**given) is not None
     assert serving(**{**given, "mean": None, "variance": None}) is not None
     assert serving(**grouped, groups=4) is not None
-    for what, enter in SURROUNDINGS.items():
+    for label, enter in SURROUNDINGS.items():
         with enter():
-            assert serving(**given) is None, what
+            assert serving(**given) is None, label
     assert serving(**given) is not None
     changed: dict[str, dict[str, Any]] = {
         "float64": exact(given),
@@ -173,8 +173,8 @@ def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
         "text": {**given, "x": "x"},
         "beyond 64 bits": {**given, "stride": -(10**30), "pool": 10**30},
     }
-    for what, some in changed.items():
-        assert serving(**some) is None, what
+    for label, call in changed.items():
+        assert serving(**call) is None, label
 
 
 @needs_core
@@ -208,7 +208,7 @@ def test_the_portable_level_has_no_kernel(served: Served) -> None:
 
 @needs_core
 @pytest.mark.parametrize(
-    ("what", "given", "match"),
+    ("label", "given", "match"),
     [
         ("float64", arguments(dtype=torch.float64), "'cpu' was forced, but it cannot serve conv_norm for dtype"),
         ("size", arguments(4, 5, 9), "'cpu' was forced, but it has no kernel for conv_norm of these sizes"),
@@ -220,7 +220,7 @@ def test_the_portable_level_has_no_kernel(served: Served) -> None:
         ("empty", arguments(0), "'cpu' was forced, but it has no kernel for conv_norm of these sizes"),
     ],
 )
-def test_a_forced_kernel_that_does_not_fit_is_an_error(what: str, given: dict[str, Any], match: str) -> None:
+def test_a_forced_kernel_that_does_not_fit_is_an_error(label: str, given: dict[str, Any], match: str) -> None:
     with ops.use_backend("cpu"), pytest.raises(RuntimeError, match=match):
         ops.conv_norm(**given)
 
@@ -264,20 +264,20 @@ def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], 
     bad = grad.clone()
     bad[1, 3, 1, 2] = math.inf
     found = []
-    for which in ("reference", name):
+    for backend_name in ("reference", name):
         copied = [n for n in ("x", "weight", "mean", "variance") if given[n] is not None]
         tensors = given | {n: given[n].clone() for n in copied}
-        with ops.use_backend(None) if "groups" in end and channels % 8 else using(which):
+        with ops.use_backend(None) if "groups" in end and channels % 8 else using(backend_name):
             out = ops.conv_norm(**tensors, **settings)
             for frozen in ("x", "weight"):
                 tensors[frozen].fill_(math.nan)
             along = grad.clone().requires_grad_()
-            first = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+            gradients = torch.autograd.grad(out, leaves, grad, retain_graph=True)
             recorded = torch.autograd.grad(out, leaves, along, create_graph=True)
             spread = torch.autograd.grad(out, leaves, bad, retain_graph=True)
             loss = torch.stack([x.square().sum() for x in recorded]).sum()
             second = torch.autograd.grad(loss, [*leaves, along], materialize_grads=True)
-        found.append([*first, *recorded, *second, *spread])
+        found.append([*gradients, *recorded, *second, *spread])
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
@@ -480,8 +480,8 @@ READ: list[Callable[[Tensor], Tensor]] = [
 @pytest.mark.parametrize("training", [True, False])
 def test_a_batch_of_one_or_one_row_whose_gradient_comes_in_another_layout(name, shape, training):
     batch, height, width = shape
-    every = (torch.float32, torch.float64, torch.bfloat16)
-    for dtype, last in itertools.product(every if name == "reference" else every[:1], (True, False)):
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    for dtype, last in itertools.product(dtypes if name == "reference" else dtypes[:1], (True, False)):
         given = arguments(batch, 16, 16, height, width, side=1 if height == 1 else 3, dtype=dtype)
         if not last and name == "reference":
             for leaf in ("x", "weight"):

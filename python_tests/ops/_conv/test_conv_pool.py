@@ -129,10 +129,10 @@ def test_bits_do_not_depend_on_layouts(name: str, shape: tuple[int, ...]) -> Non
                 assert_same(pooled(given, lay_out(grad)), expected)
             for last, weight_last in itertools.product((False, True), repeat=2):
                 laid = pool_arguments(shape, batch, last=last, weight_last=weight_last)
-                for each in (grad, LAID["channels-last"](grad)):
-                    assert_same(pooled(laid, each), expected)
-            some = pooled(given, grad.flatten()[:1].view(1, 1, 1, 1).expand_as(grad))
-            assert_same(some, pooled(given, grad.flatten()[0] * torch.ones_like(grad)))
+                for gradient in (grad, LAID["channels-last"](grad)):
+                    assert_same(pooled(laid, gradient), expected)
+            expanded = pooled(given, grad.flatten()[:1].view(1, 1, 1, 1).expand_as(grad))
+            assert_same(expanded, pooled(given, grad.flatten()[0] * torch.ones_like(grad)))
 
 
 def test_maps_of_any_strides() -> None:
@@ -141,8 +141,8 @@ def test_maps_of_any_strides() -> None:
     with ops.use_backend("reference"):
         expected = pooled(exact(given), grad)
     for lay_out in LAID.values():
-        for which in (("x",), ("weight",), POOL_LEAVES[:2]):
-            laid = {n: lay_out(x.detach()).requires_grad_() if n in which else x for n, x in given.items()}
+        for names in (("x",), ("weight",), POOL_LEAVES[:2]):
+            laid = {n: lay_out(x.detach()).requires_grad_() if n in names else x for n, x in given.items()}
             assert_near(pooled(laid, grad), expected)
     assert_near(pooled({**given, "bias": wide(given["bias"])}, grad), expected)
 
@@ -166,7 +166,7 @@ def test_ties_go_to_the_first(name: str, shape: tuple[int, ...], relu: bool) -> 
             given["weight"][::3] = 0
         grad = (4 * pool_grad_for(given, False)).round() + 1
         got, expected = serve_both(name, given, exact(given), grad, relu=relu, call=ops.conv_pool)
-        assert_same({which: x.double() for which, x in got.items()}, expected)
+        assert_same({key: x.double() for key, x in got.items()}, expected)
 
 
 @each_kernel
@@ -246,8 +246,8 @@ def test_finite_values_that_overflow(name: str, shape: tuple[int, ...]) -> None:
     got, expected = serve_both(name, given, given, grad, call=ops.conv_pool)
     assert expected["out"].isinf().any()
     assert expected["out"].isfinite().any()
-    for which in ("out", "gradient of x", "gradient of bias"):
-        torch.testing.assert_close(got[which], expected[which])
+    for key in ("out", "gradient of x", "gradient of bias"):
+        torch.testing.assert_close(got[key], expected[key])
 
 
 # --- where the kernel serves
@@ -280,9 +280,9 @@ def test_where_it_serves_and_that_asking_never_raises() -> None:
     given = pool_arguments()
     assert pooling(**given) is not None
     assert pooling(**{**given, "bias": None}) is not None
-    for what, enter in SURROUNDINGS.items():
+    for label, enter in SURROUNDINGS.items():
         with enter():
-            assert pooling(**given) is None, what
+            assert pooling(**given) is None, label
     with ops.use_isa("portable"):
         assert pooling(**given) is None
     assert pooling(**given) is not None
@@ -319,8 +319,8 @@ def test_where_it_serves_and_that_asking_never_raises() -> None:
         "all text": {"x": "x", "weight": "weight", "bias": "bias", "padding": "padding"},
         "nothing": dict.fromkeys(given),
     }
-    for what, some in changed.items():
-        assert pooling(**some) is None, what
+    for label, call in changed.items():
+        assert pooling(**call) is None, label
 
 
 @needs_core
@@ -330,15 +330,15 @@ def test_asking_under_compilers_and_transforms() -> None:
 
 @needs_core
 def test_a_forced_kernel_that_does_not_fit_is_an_error() -> None:
-    given, none = pool_arguments(), r"'cpu' was forced, but it has no kernel for conv_pool "
+    given, error = pool_arguments(), r"'cpu' was forced, but it has no kernel for conv_pool "
     with ops.use_backend("cpu"):
         ops.conv_pool(**given)
-        for some in (pool_arguments(batch=0), pool_arguments((3, 1, 64, 64, 2, 2)), {**given, "x": given["x"].mT}):
-            with pytest.raises(RuntimeError, match=none + "of these sizes and strides, or at this ISA level"):
-                ops.conv_pool(**some)
-        with ops.use_isa("portable"), pytest.raises(RuntimeError, match=none + ".* or at this ISA level; allow"):
+        for call in (pool_arguments(batch=0), pool_arguments((3, 1, 64, 64, 2, 2)), {**given, "x": given["x"].mT}):
+            with pytest.raises(RuntimeError, match=error + "of these sizes and strides, or at this ISA level"):
+                ops.conv_pool(**call)
+        with ops.use_isa("portable"), pytest.raises(RuntimeError, match=error + ".* or at this ISA level; allow"):
             ops.conv_pool(**given)
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=none + "under autocast"):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=error + "under autocast"):
             ops.conv_pool(**given)
         with pytest.raises(RuntimeError, match="'cpu' was forced, but it cannot serve conv_pool for dtype"):
             ops.conv_pool(**exact(given))
@@ -435,9 +435,9 @@ def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], match: s
         ops.conv_pool(**{**GIVEN, **wrong})
 
 
-@pytest.mark.parametrize(("side", "padding", "size", "least"), SMALL)
-def test_maps_too_small(side: int, padding: int, size: int, least: int) -> None:
+@pytest.mark.parametrize(("side", "padding", "size", "smallest"), SMALL)
+def test_maps_too_small(side: int, padding: int, size: int, smallest: int) -> None:
     for sizes in ((size, 9), (9, size)):
-        with pytest.raises(ValueError, match=f"x must have at least {least} rows and columns to be pooled, but has"):
+        with pytest.raises(ValueError, match=f"x must have at least {smallest} rows and columns to be pooled, but has"):
             ops.conv_pool(**pool_arguments((side, padding, 3, 8, *sizes)))
-    assert ops.conv_pool(**pool_arguments((side, padding, 3, 8, least, least))).shape == (4, 8, 1, 1)
+    assert ops.conv_pool(**pool_arguments((side, padding, 3, 8, smallest, smallest))).shape == (4, 8, 1, 1)

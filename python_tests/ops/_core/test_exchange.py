@@ -95,8 +95,8 @@ def test_logits_have_one_shape_and_classes(core):
     x = torch.ones(3, 4)
     assert core.logits_fit(x, x.half(), x.clone()) == 1
     assert core.logits_fit(x[:0]) == 1
-    others = [(x, x[:2]), (x, x[None]), (x[:, :0],), (x[0],), (torch.ones(1, 2, *[1] * 8),), ()]
-    assert not any(core.logits_fit(*tensors) for tensors in others)
+    unfit = [(x, x[:2]), (x, x[None]), (x[:, :0],), (x[0],), (torch.ones(1, 2, *[1] * 8),), ()]
+    assert not any(core.logits_fit(*tensors) for tensors in unfit)
 
 
 def test_blend_knows_what_fits(core):
@@ -112,24 +112,24 @@ def test_blend_knows_what_fits(core):
 
 
 def test_optimise_knows_what_fits(core):
-    theta, g, one, two = (torch.ones(3, 4) for _ in range(4))
+    theta, g, state, two = (torch.ones(3, 4) for _ in range(4))
     leaf, wide = torch.ones(3, 4, requires_grad=True), torch.ones(3, 8)
     adamw = AdamW(0.9, 0.999, 0.1, 0.1, 1e-8)
     for fits in [
         step(theta, g), step(theta[0], g[0]), step(theta[:0], g[:0]), step(theta, g, lr=[0.1, 1, 0.0], zero=True),
-        step(theta, g, first=one, momentum=0.9), step(theta, g, first=one, second=two, adamw=adamw, max_norm=1),
-        step(theta, g, anchor=one[0], proximal=0.1, correction=one[0].expand(3, 4)), step(wide[:, :4], wide[:, 4:]),
+        step(theta, g, first=state, momentum=0.9), step(theta, g, first=state, second=two, adamw=adamw, max_norm=1),
+        step(theta, g, anchor=state[0], proximal=0.1, correction=state[0].expand(3, 4)), step(wide[:, :4], wide[:, 4:]),
     ]:  # fmt: skip
         assert core.optimise_fits(fits, True) == 1, fits
     assert core.optimise_fits(step(leaf, g), False) == 1
     for wrong in [
         step(leaf, g), step(theta, g[:2]), step(theta, g.double()), step(theta, g[0]), step(theta.t(), g.t()),
-        step(theta, theta), step(theta, g, gradient_sum=g), step(theta, one[:1].expand(3, 4)), step(theta, None),
+        step(theta, theta), step(theta, g, gradient_sum=g), step(theta, state[:1].expand(3, 4)), step(theta, None),
         step(theta, g, lr=-1.0), step(theta, g, lr=[0.1]), step(theta, g, lr=torch.ones(3)), step(theta, g, zero=1),
-        step(theta, g, momentum=0.9), step(theta, g, first=one), step(theta, g, proximal=0.1),
+        step(theta, g, momentum=0.9), step(theta, g, first=state), step(theta, g, proximal=0.1),
         step(theta, g, max_norm=0.0), step(theta, g, weight_decay=float("inf")), step(theta, g, proximal=10**400),
-        step(theta, g, first=one, second=two), step(theta, g, first=one, adamw=adamw), (theta, g),
-        step(theta, g, first=one, second=two, adamw=adamw._replace(beta1=1.0)), step(theta[None], g[None]),
+        step(theta, g, first=state, second=two), step(theta, g, first=state, adamw=adamw), (theta, g),
+        step(theta, g, first=state, second=two, adamw=adamw._replace(beta1=1.0)), step(theta[None], g[None]),
     ]:  # fmt: skip
         assert core.optimise_fits(wrong, True) == 0, wrong
 
@@ -142,12 +142,12 @@ def test_layouts_are_those_that_torch_names(core, shape):
     variants = [dense, dense.transpose(0, 1).contiguous().transpose(0, 1), torch.ones(*shape, 2)[..., 0]]
     if len(shape) == 4:
         variants.append(dense.contiguous(memory_format=torch.channels_last))
-    for one, other in itertools.product(variants, repeat=2):
-        last = len(shape) == 4 and all(x.is_contiguous(memory_format=torch.channels_last) for x in (one, other))
-        expected = 1 if one.is_contiguous() and other.is_contiguous() else 2 if last and not one.is_contiguous() else 0
-        assert core.fuse_fits([one, other], None, None) == bool(expected)
+    for a, b in itertools.product(variants, repeat=2):
+        last = len(shape) == 4 and all(x.is_contiguous(memory_format=torch.channels_last) for x in (a, b))
+        expected = 1 if a.is_contiguous() and b.is_contiguous() else 2 if last and not a.is_contiguous() else 0
+        assert core.fuse_fits([a, b], None, None) == bool(expected)
         if expected:  # ordinary calls, whose layout the first map shows
-            assert wants_channels_last([one, other]) == (not one.is_contiguous()) == (expected == 2)
+            assert wants_channels_last([a, b]) == (not a.is_contiguous()) == (expected == 2)
 
 
 def test_fuse_takes_vectors_of_the_dtype_that_it_computes_in(core):

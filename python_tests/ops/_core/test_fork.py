@@ -69,10 +69,10 @@ def in_a_child(cases: Sequence[tuple[str, Callable[[], tuple[Tensor, ...]], tupl
     begun, deadline = b"", time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         if select.select([reader], [], [], 1.0)[0]:
-            some = os.read(reader, 4096)
-            if not some:
+            chunk = os.read(reader, 4096)
+            if not chunk:
                 break
-            begun += some
+            begun += chunk
     else:
         os.kill(child, signal.SIGKILL)
     os.close(reader)
@@ -109,20 +109,20 @@ def loaded() -> Tensor:
 def accumulated(exact: bool) -> Tensor:
     """Return the mean of two accumulators, merged where they are exact, by way of a state."""
     vectors = torch.linspace(-1, 1, 9 << 18).view(9, -1)
-    one, two, again = (ops.Accumulator(1 << 18, exact) for _ in range(3))
+    left, two, again = (ops.Accumulator(1 << 18, exact) for _ in range(3))
     for m, vector in enumerate(vectors):
-        (one if m % 2 or not exact else two).add(vector, m + 1.0)
+        (left if m % 2 or not exact else two).add(vector, m + 1.0)
     if exact:
-        one.merge(two)
-    again.load_state_dict(one.state_dict())
+        left.merge(two)
+    again.load_state_dict(left.state_dict())
     return again.mean()
 
 
 def gradient(function: Callable[..., Any], *given: Tensor) -> tuple[Tensor, ...]:
     leaves = [x.clone().requires_grad_() for x in given]
     result = function(*leaves)
-    first = result[0] if isinstance(result, tuple) else result
-    return tuple(torch.autograd.grad(first.sum(), leaves, materialize_grads=True))
+    loss = result[0] if isinstance(result, tuple) else result
+    return tuple(torch.autograd.grad(loss.sum(), leaves, materialize_grads=True))
 
 
 def by(backend: str | None, function: Callable[..., Any], *given: Tensor) -> tuple[Tensor, ...]:

@@ -131,8 +131,8 @@ def test_a_convolution_computes_what_torchs_does(case: dict[str, Any]) -> None:
     given, expected = conv2d(x, weight, bias, **settings), F.conv2d(x, weight, bias, **settings)
     torch.testing.assert_close(given, expected)
     grad = torch.randn_like(expected)
-    for one, other in zip(*(torch.autograd.grad(y, (x, weight, bias), grad) for y in (given, expected)), strict=True):
-        torch.testing.assert_close(one, other)
+    for got, wanted in zip(*(torch.autograd.grad(y, (x, weight, bias), grad) for y in (given, expected)), strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_wide_convolutions_are_torchs_bit_for_bit() -> None:

@@ -46,11 +46,11 @@ def joined(batch: int = 64, seed: int = 0) -> Tensor:
 
 
 def test_memory_is_used_again_once_nothing_refers_to_it(own_cache: _memory.Cache) -> None:
-    first = joined()
-    place, row = first.data_ptr(), first[5]
+    result = joined()
+    place, row = result.data_ptr(), result[5]
     second = joined(seed=1)
     assert second.data_ptr() != place
-    del first
+    del result
     assert not own_cache.free(), "a view of it is alive"
     assert torch.equal(row, torch.cat([x[5] for x in maps()]))
     del row
@@ -159,8 +159,8 @@ def test_results_are_tensors_like_others() -> None:
     file = io.BytesIO()
     torch.save(result, file)
     file.seek(0)
-    for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result)), torch.load(file), result.numpy().copy()):
-        assert torch.equal(torch.as_tensor(other), wanted)
+    for copied in (copy.deepcopy(result), pickle.loads(pickle.dumps(result)), torch.load(file), result.numpy().copy()):
+        assert torch.equal(torch.as_tensor(copied), wanted)
     assert torch.equal(result.share_memory_(), wanted)
     with torch.inference_mode():
         assert joined().is_inference()
@@ -176,14 +176,14 @@ def test_results_are_tensors_like_others() -> None:
 def test_every_operator_in_used_memory(operator: Operator, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What others left where the second results are written is in none of them."""
     monkeypatch.setattr(_memory, "KEPT", 1 << 16)
-    inputs, others = (operator.inputs(large=True, seed=seed) for seed in (0, 1))
+    inputs, next_inputs = (operator.inputs(large=True, seed=seed) for seed in (0, 1))
     if last:
-        inputs, others = ([x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in tensors]
-                          for tensors in (inputs, others))  # fmt: skip
+        inputs, next_inputs = ([x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in tensors]
+                          for tensors in (inputs, next_inputs))  # fmt: skip
     with ops.use_backend(None):
         expected = run(operator, inputs, operator.gradient)
         for _ in range(2):
-            run(operator, others, operator.gradient)
+            run(operator, next_inputs, operator.gradient)
         results = run(operator, inputs, operator.gradient)
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 
@@ -197,7 +197,7 @@ def test_threads_do_not_share_what_is_in_use() -> None:
         for turn in range(12):
             held.append(joined(seed=seed))
             if turn % 3 == 2:
-                wrong.extend(seed for one in held if not torch.equal(one, wanted[seed]))
+                wrong.extend(seed for result in held if not torch.equal(result, wanted[seed]))
                 held.clear()
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]

@@ -36,8 +36,8 @@ def laid_out(x: Tensor, kind: torch.memory_format, unusual: bool) -> Tensor:
 def formula(x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor, shift: Tensor, training: bool) -> Tensor:
     if training:
         mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-    each = [v[:, None, None] for v in (mean, variance, scale, shift)]
-    return (x - each[0]) / (each[1] + 1e-5).sqrt() * each[2] + each[3]
+    columns = [v[:, None, None] for v in (mean, variance, scale, shift)]
+    return (x - columns[0]) / (columns[1] + 1e-5).sqrt() * columns[2] + columns[3]
 
 
 @pytest.mark.sampled(40)
@@ -94,13 +94,13 @@ def test_under_a_compiler(compiler: str) -> None:
 
 def test_other_maps_are_given_as_they_are() -> None:
     """The norm of a usual batch, without gradient or in a trace has nothing around it."""
-    alone = torch.nn.Identity()
+    norm = torch.nn.Identity()
     for shape in ((4, 6, 4, 5), (1, 6, 1, 1), (4, 6, 1, 1), (3, 6), (3, 6, 5)):
         x = torch.randn(shape)
-        assert apply_norm(alone, x) is x
-    one = image()
-    assert apply_norm(alone, one) is not one
+        assert apply_norm(norm, x) is x
+    single = image()
+    assert apply_norm(norm, single) is not single
     with torch.no_grad():
-        assert apply_norm(alone, one) is one
-    traced = torch.jit.trace(lambda x: apply_norm(F.batch_norm, x, torch.zeros(6), torch.ones(6)), one.float())
+        assert apply_norm(norm, single) is single
+    traced = torch.jit.trace(lambda x: apply_norm(F.batch_norm, x, torch.zeros(6), torch.ones(6)), single.float())
     assert traced(torch.randn(7, 6, 4, 5)).shape == (7, 6, 4, 5)

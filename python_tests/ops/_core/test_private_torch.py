@@ -168,7 +168,7 @@ def told(call: Callable[[], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(one.message) for one in caught if issubclass(one.category, loading.Slower)]
+    return [str(warning.message) for warning in caught if issubclass(warning.category, loading.Slower)]
 
 
 def several() -> None:

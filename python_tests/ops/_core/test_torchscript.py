@@ -60,12 +60,12 @@ def test_script_of_a_function_or_module_that_calls_an_operator_raises() -> None:
 
 def test_trace_of_fused_blocks_raises_and_export_works() -> None:
     blocks = ops.FusedBlocks([nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(2)]).eval()
-    x, other = torch.randn(4, 2, 6, 6), torch.randn(4, 2, 6, 6)
+    x, unseen = torch.randn(4, 2, 6, 6), torch.randn(4, 2, 6, 6)
     with torch.no_grad():
         with pytest.raises(RuntimeError, match=REFUSAL):
             torch.jit.trace(blocks, (x,))
         exported = torch.export.export(blocks, (x,)).module()
-        torch.testing.assert_close(exported(other), blocks(other), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(exported(unseen), blocks(unseen), rtol=1e-5, atol=1e-6)
 
 
 def test_accumulator_cannot_be_traced() -> None:

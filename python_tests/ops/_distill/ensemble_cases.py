@@ -255,12 +255,12 @@ def compare_on(device, name, case, mask, tensors):
     compare(case, [name], *ensemble(case, mask if mask is None else mask.to(device)), given, needs)
 
 
-def compare_little_mass(name, difference, classes, rows, device=CPU, **more):
+def compare_little_mass(name, difference, classes, rows, device=CPU, **changes):
     """Two teachers, each sure of the half of the classes that it is masked from: what is left is far below 1."""
-    case = {**PLAIN, "classes": classes, **more}
-    first = torch.arange(classes) < classes // 2
-    mask = torch.stack((~first, first))
-    sure = difference * torch.stack((first, ~first)).unsqueeze(1).expand(2, rows, classes)
+    case = {**PLAIN, "classes": classes, **changes}
+    low_half = torch.arange(classes) < classes // 2
+    mask = torch.stack((~low_half, low_half))
+    sure = difference * torch.stack((low_half, ~low_half)).unsqueeze(1).expand(2, rows, classes)
     shares = (None, torch.tensor((0.3, 0.9)), torch.rand(2, 1, classes) + 0.1)
     for noise, number in thinned(list(itertools.product((0.0, 1e-3, 1.0), range(3)))):  # 0: equal rows
         student = noise * logits(rows, classes)
@@ -292,8 +292,8 @@ def compare_dtypes_of_weights(name: str, device: torch.device = CPU) -> None:
     }
     for case in pairwise(axes, seed=1):
         rows, classes = case["size"]
-        more = {"teachers": 3, "rows": rows, "classes": classes, "near": None, "special": None, "zeros": False}
-        case = {**PLAIN, **case, **more, "weights": case["shape"]}
+        fixed = {"teachers": 3, "rows": rows, "classes": classes, "near": None, "special": None, "zeros": False}
+        case = {**PLAIN, **case, **fixed, "weights": case["shape"]}
         mask = None
         if case["masked"]:
             mask = torch.rand(3, classes, generator=torch.Generator().manual_seed(rows)) < 0.6

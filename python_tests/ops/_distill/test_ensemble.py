@@ -63,9 +63,9 @@ def test_rows_longer_than_the_workspace(name: str, how: dict[str, Any], near: fl
         **{"special": None, "zeros": True, "weights": "KB1", **how},
     }
     student, teachers, weights = make_inputs(case, seed=1)
-    alone = "operator" in case
-    functions = agreement(case) if alone else ensemble(case, None)
-    compare(case, [name], *functions, [None if alone else student, teachers, weights], (not alone, True, True))
+    agreeing = "operator" in case
+    functions = agreement(case) if agreeing else ensemble(case, None)
+    compare(case, [name], *functions, [None if agreeing else student, teachers, weights], (not agreeing, True, True))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 20.0, 40.0])
@@ -98,15 +98,15 @@ def test_masks_that_leave_little_mass(backend: str, classes: int, difference: fl
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
-    "more",
+    "settings",
     [{"dtype": torch.float64}, {"log_probs": True}, {"temperature": 2.0}, {"classes": 33_001, "rows": 2}],
     ids=str,
 )
-def test_little_mass_in_other_ways(backend: str, more: dict[str, Any]) -> None:
-    if backend == "triton" and "classes" in more:
+def test_little_mass_in_other_ways(backend: str, settings: dict[str, Any]) -> None:
+    if backend == "triton" and "classes" in settings:
         pytest.skip("too long for the interpreter")
     for difference in (30.0, 200.0, 1e4):
-        compare_little_mass(backend, difference, **{"classes": 6, "rows": 5, **more})
+        compare_little_mass(backend, difference, **{"classes": 6, "rows": 5, **settings})
 
 
 @pytest.mark.sampled(2)

@@ -17,15 +17,15 @@ HOWS: list[dict[str, Any]] = [{"mix": "probs"}, {"mix": "logits"}, {"mode": "mea
 
 
 def test_weights_of_every_shape_beside_positions(backend: str) -> None:
-    maps, many = logits(2, 5, 3, 2), logits(3, 2, 5, 3, 2, seed=1)
+    maps, teachers = logits(2, 5, 3, 2), logits(3, 2, 5, 3, 2, seed=1)
     for shape in ((3, 2), (3, 5), (3, 2, 1), (3, 2, 5), (3, 2, 1, 3, 2), (3, 1, 5, 1, 2), (3, 2, 5, 3, 2)):
         weights = torch.rand(shape) + 0.1
-        got = ops.ensemble_kl(maps, many, weights, 2.0, reduction="none")
+        got = ops.ensemble_kl(maps, teachers, weights, 2.0, reduction="none")
         full = shape if len(shape) != 2 else (3, 2, 1) if shape == (3, 2) else (3, 1, 5)
         spread = weights.reshape(*full, *[1] * (5 - len(full))).expand(3, 2, 5, 3, 2)
         for i in range(3):
-            one = ops.ensemble_kl(maps[..., i, 1], many[..., i, 1], spread[..., i, 1], 2.0, reduction="none")
-            torch.testing.assert_close(got[:, i, 1], one, rtol=1e-4, atol=1e-5)
+            expected = ops.ensemble_kl(maps[..., i, 1], teachers[..., i, 1], spread[..., i, 1], 2.0, reduction="none")
+            torch.testing.assert_close(got[:, i, 1], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.sampled(8)
@@ -38,10 +38,10 @@ def test_float64_weights_of_any_scale(backend: str, scale: float, dtype: torch.d
 
     def check(loss: Callable[[Tensor], Tensor]) -> None:
         for shape in ((3,), (3, 4)):
-            one = plain.reshape(3, *[1] * (len(shape) - 1)).expand(shape)
-            torch.testing.assert_close(loss(one * scale), loss(one), rtol=1e-6, atol=1e-7)
+            unit_weights = plain.reshape(3, *[1] * (len(shape) - 1)).expand(shape)
+            torch.testing.assert_close(loss(unit_weights * scale), loss(unit_weights), rtol=1e-6, atol=1e-7)
             if 1e-200 < scale < 1e200:
-                leaf, unit = (one * scale).requires_grad_(), one.clone().requires_grad_()
+                leaf, unit = (unit_weights * scale).requires_grad_(), unit_weights.clone().requires_grad_()
                 given, wanted = torch.autograd.grad(loss(leaf), leaf)[0], torch.autograd.grad(loss(unit), unit)[0]
                 torch.testing.assert_close(given * scale, wanted, rtol=1e-4, atol=1e-6)
 
@@ -129,8 +129,8 @@ def test_class_masks_that_are_mapped_or_shared() -> None:
     for given, axis in ((mask, None), (masks, 0)):
         mapped = torch.vmap(gradient, in_dims=(0, 0, axis))(students, stacks, given)
         for i in range(3):
-            one = gradient(students[i], stacks[i], mask if axis is None else masks[i])
-            torch.testing.assert_close([x[i] for x in mapped], list(one))
+            expected = gradient(students[i], stacks[i], mask if axis is None else masks[i])
+            torch.testing.assert_close([x[i] for x in mapped], list(expected))
 
 
 def test_compile_with_a_class_mask() -> None:

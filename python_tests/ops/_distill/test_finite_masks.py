@@ -39,8 +39,8 @@ def test_in_the_limit_a_finite_mask_is_a_number(backend: str, dtype: torch.dtype
     student, teacher = logits(2, 3, 8, dtype=dtype)
     wanted = 0.5 * torch.where(torch.arange(8) < 5, teacher - student, 0).var(1, unbiased=False).mean()
     for number in (torch.finfo(dtype).min, -1e30):
-        alone, masked, other = teacher.clone(), teacher.clone(), student.clone()
-        for x in (masked, other):
+        unmasked, masked, masked_student = teacher.clone(), teacher.clone(), student.clone()
+        for x in (masked, masked_student):
             x[:, 5:] = number
         for loss in (
             lambda s, t: ops.kl_div(s, t, math.inf),
@@ -48,6 +48,6 @@ def test_in_the_limit_a_finite_mask_is_a_number(backend: str, dtype: torch.dtype
             lambda s, t: ops.ensemble_kl(s, torch.stack([t, t]), None, math.inf, mix="logits"),
             lambda s, t: ops.ensemble_kl(s, torch.stack([t, t]), None, math.inf, mode="mean_of_kl"),
         ):
-            torch.testing.assert_close(loss(other, masked), wanted)
-            for one in (loss(student, masked), loss(other, alone)):
-                assert one == math.inf or (dtype is torch.float64 and one > 1e58)
+            torch.testing.assert_close(loss(masked_student, masked), wanted)
+            for value in (loss(student, masked), loss(masked_student, unmasked)):
+                assert value == math.inf or (dtype is torch.float64 and value > 1e58)

@@ -47,7 +47,7 @@ def _exact(call: str, student: Tensor, teachers: Tensor, temperature: float) -> 
         if call == "mean":
             return float(sum(w * divergence(softmax(x), softmax(q)) for w, x in zip(shares, stack, strict=True)))
         rows = [softmax(x) for x in stack] if call == "probs" else stack
-        mixture = [sum(w * x for w, x in zip(shares, each, strict=True)) for each in zip(*rows, strict=True)]
+        mixture = [sum(w * x for w, x in zip(shares, terms, strict=True)) for terms in zip(*rows, strict=True)]
         return float(divergence(mixture if call == "probs" else softmax(mixture), softmax(q)))
 
 
@@ -118,7 +118,7 @@ def test_a_large_temperature_in_transforms(backend: str) -> None:
         lambda s, t: ops.ensemble_kl(s, torch.stack([t, t]), None, 1e20, reduction="sum"),
     ):
         mapped = torch.func.vmap(torch.func.grad(loss))(student, teacher)
-        each = torch.stack([torch.func.grad(loss)(s, t) for s, t in zip(student, teacher, strict=True)])
-        torch.testing.assert_close(mapped, each)
+        gradients = torch.stack([torch.func.grad(loss)(s, t) for s, t in zip(student, teacher, strict=True)])
+        torch.testing.assert_close(mapped, gradients)
         difference = student - teacher
-        torch.testing.assert_close(each, (difference - difference.mean(2, keepdim=True)) / 9)
+        torch.testing.assert_close(gradients, (difference - difference.mean(2, keepdim=True)) / 9)

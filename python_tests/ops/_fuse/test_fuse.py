@@ -41,14 +41,14 @@ def check(function, features, scale=None, shift=None, activation=None):
     exact_grads = torch.autograd.grad(wanted, exact, grad.double())
     assert out.dtype == features[0].dtype
     assert_close("result", out, wanted)
-    for number, (one, two) in enumerate(zip(grads, exact_grads, strict=True)):
+    for number, (gradient, two) in enumerate(zip(grads, exact_grads, strict=True)):
         vector = number >= len(features)
         # A gradient of scale or shift sums as many products as the map has positions, each rounded to the map's dtype.
         slack = float(two.detach().abs().amax()) * 1e-6 + 1e-5 if vector and two.numel() else 0.0
         if vector and features[0].dtype is torch.float64:
             slack = 1e-10
-        assert one.dtype == given[number].dtype
-        assert_close(f"gradient {number}", one, two, slack=slack)
+        assert gradient.dtype == given[number].dtype
+        assert_close(f"gradient {number}", gradient, two, slack=slack)
     return out, list(grads)
 
 
@@ -105,7 +105,7 @@ def test_maps_that_are_copied_give_the_same_bits(function: str) -> None:
         vectors = [torch.randn(10).double().requires_grad_() for _ in range(2)]
         out = FUNCTIONS[function][0](features, *vectors, "relu")
         results.append([out, *torch.autograd.grad(out, [*features, *vectors], torch.randn_like(out))])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
     for gradient in results[0][-2:]:
         assert not torch.equal(gradient, gradient.float().double())  # summed in fp64, and not rounded since
 
@@ -129,7 +129,7 @@ def test_channels_last_is_not_copied(monkeypatch: pytest.MonkeyPatch, layout: to
     slices = [x.requires_grad_() for x in out.detach().split([8, 8, 8], 1)]  # of a wider map
     fuse_mean(slices, activation="relu").sum().backward()
     assert seen
-    assert sum(not same for same in seen) == 1  # the gradient of the sum: one value, stretched
+    assert sum(not kept for kept in seen) == 1  # the gradient of the sum: one value, stretched
 
 
 def test_mean_of_relus_is_not_the_relu_of_the_mean(backend: str) -> None:

@@ -75,9 +75,9 @@ def test_outputs_gradients_and_statistics(name, shared, training, grouped, monke
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_states_go_back_exactly(name: str) -> None:
-    blocks, others = make_blocks(name), make_blocks(name)[::-1]
+    blocks, other_blocks = make_blocks(name), make_blocks(name)[::-1]
     fused = ops.FusedBlocks(blocks)
-    for members in (blocks, others):
+    for members in (blocks, other_blocks):
         fused.load_state_dicts([block.state_dict() for block in members])
         for block, state in zip(members, fused.state_dicts(), strict=True):
             assert list(state) == list(block.state_dict())
@@ -167,7 +167,7 @@ def make_scaled() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("other", "name"),
+    ("block", "name"),
     [
         (Residual().eval(), "training"),
         (Residual().double(), "conv.weight"),
@@ -177,11 +177,11 @@ def make_scaled() -> nn.Module:
     ],
     ids=str,
 )
-def test_blocks_that_differ(other: nn.Module, name: str) -> None:
+def test_blocks_that_differ(block: nn.Module, name: str) -> None:
     with pytest.raises(
         ValueError, match=rf"blocks\[1\] must equal blocks\[0\] but for its values; it differs in '{name}"
     ):
-        ops.FusedBlocks([Residual(), other])
+        ops.FusedBlocks([Residual(), block])
 
 
 def test_inputs_that_do_not_fit() -> None:

@@ -57,12 +57,12 @@ def bits_of_torch(isa: str) -> list[str]:
         for dtype, size, betas in itertools.product(
             (torch.float32, torch.float64), SIZES, ((0.9, 0.999), (0.3, 0.9), (0.0, 0.0))
         ):
-            theta, g, first, second = vectors(size, 4, dtype)
-            ours = {"first": first.clone(), "second": second.square_().clone()}
+            theta, g, moment, second = vectors(size, 4, dtype)
+            ours = {"first": moment.clone(), "second": second.square_().clone()}
             ops.adamw_step(theta, g, ours["first"], ours["second"], 3, lr=0.01, betas=betas)
-            first.lerp_(g, 1 - betas[0])
+            moment.lerp_(g, 1 - betas[0])
             second.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-            differences += [f"{dtype} {size} {betas} first"] * (not ours["first"].equal(first))
+            differences += [f"{dtype} {size} {betas} first"] * (not ours["first"].equal(moment))
             differences += [f"{dtype} {size} {betas} second"] * (not ours["second"].equal(second))
     return differences
 
@@ -102,7 +102,7 @@ def test_portable_bits_are_those_of_torch_without_fused_products() -> None:
 def test_backends_give_the_reference(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     for adamw, number in itertools.product((False, True), (0, 5, 26, 31)):
         results = []
-        for one in (name, "reference"):
+        for served_by in (name, "reference"):
             theta, g, anchor, correction, v, total = vectors(shape, 6, dtype)
             second = vectors(shape, 1, dtype, 7)[0].abs()
             settings: dict[str, Any] = {
@@ -115,7 +115,7 @@ def test_backends_give_the_reference(name: str, dtype: torch.dtype, shape: tuple
                 settings |= {"anchor": anchor[0] if len(shape) == 2 else anchor, "proximal": 0.3}
             if number & 8:
                 settings |= {"correction": correction, "gradient_sum": total}
-            with using(one):
+            with using(served_by):
                 if adamw:
                     found = ops.adamw_step(theta, g, v, second, 3, **settings)
                 else:
@@ -135,7 +135,7 @@ def test_steps_are_those_of_torch_optim(momentum: float | None, max_norm: float 
     """
     theta, *gradients = vectors(1001, 6)
     leaf = torch.nn.Parameter(theta.clone())
-    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    moment, second = torch.zeros_like(theta), torch.zeros_like(theta)
     sgd = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.01}
     adamw = {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
     theirs = torch.optim.AdamW([leaf], **adamw) if momentum is None else torch.optim.SGD([leaf], **sgd)
@@ -145,15 +145,15 @@ def test_steps_are_those_of_torch_optim(momentum: float | None, max_norm: float 
             torch.nn.utils.clip_grad_norm_([leaf], max_norm)
         theirs.step()
         if momentum is None:
-            ops.adamw_step(theta, g, first, second, step, **adamw, max_norm=max_norm)
+            ops.adamw_step(theta, g, moment, second, step, **adamw, max_norm=max_norm)
         else:
-            ops.sgd_step(theta, g, first if momentum else None, **sgd, max_norm=max_norm)
+            ops.sgd_step(theta, g, moment if momentum else None, **sgd, max_norm=max_norm)
     torch.testing.assert_close(theta, leaf.detach(), rtol=1e-6, atol=1e-7)
 
 
 def test_rows_are_steps_of_their_own() -> None:
     theta, g, v, anchor, correction, total = vectors((3, 1000), 6)
-    each = [[x.clone() for x in rows] for rows in (theta, v, total)]
+    copies = [[x.clone() for x in rows] for rows in (theta, v, total)]
     lr = [0.1, 0.2, 0.4]
     shared = anchor[0]
     step = ops.sgd_step(
@@ -162,13 +162,13 @@ def test_rows_are_steps_of_their_own() -> None:
     )  # fmt: skip
     assert step.finite.tolist() == [True] * 3
     for m in range(3):
-        one = ops.sgd_step(
-            each[0][m], g[m], each[1][m], lr=lr[m], momentum=0.9, anchor=shared, proximal=0.1,
-            correction=correction[m], gradient_sum=each[2][m], max_norm=20.0,
+        single = ops.sgd_step(
+            copies[0][m], g[m], copies[1][m], lr=lr[m], momentum=0.9, anchor=shared, proximal=0.1,
+            correction=correction[m], gradient_sum=copies[2][m], max_norm=20.0,
         )  # fmt: skip
-        assert one.finite.shape == ()
-        assert one.squared_norm.equal(step.squared_norm[m])
-        assert all(x[m].equal(rows[m]) for x, rows in zip((theta, v, total), each, strict=True))
+        assert single.finite.shape == ()
+        assert single.squared_norm.equal(step.squared_norm[m])
+        assert all(x[m].equal(rows[m]) for x, rows in zip((theta, v, total), copies, strict=True))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -303,8 +303,8 @@ def test_parameters_that_require_a_gradient_step_under_no_grad() -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", ["gradients", "velocity", "gradient_sum", "first", "second"])
 def test_only_an_anchor_and_a_correction_serve_all_rows(rows: int, name: str) -> None:
-    theta, one = torch.ones(rows, 3), torch.ones(3)
-    given: dict[str, Any] = {"gradients": torch.ones(rows, 3), name: one}
+    theta, row = torch.ones(rows, 3), torch.ones(3)
+    given: dict[str, Any] = {"gradients": torch.ones(rows, 3), name: row}
     step = functools.partial(ops.sgd_step, theta, lr=0.1, momentum=0.9 * (name == "velocity"), **given)
     if name in ("gradients", "first", "second"):
         states = [given.get(key, torch.ones(rows, 3)) for key in ("first", "second")]
@@ -313,8 +313,8 @@ def test_only_an_anchor_and_a_correction_serve_all_rows(rows: int, name: str) ->
         step()
     if name == "gradients":
         with pytest.raises(ValueError, match=r"gradients must have shape"):
-            ops.sgd_step(theta, one, lr=0.1)
-    ops.sgd_step(theta, torch.ones(rows, 3), lr=0.1, anchor=one, proximal=0.5, correction=one)
+            ops.sgd_step(theta, row, lr=0.1)
+    ops.sgd_step(theta, torch.ones(rows, 3), lr=0.1, anchor=row, proximal=0.5, correction=row)
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (0,)], ids=str)

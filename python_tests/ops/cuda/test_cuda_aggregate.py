@@ -72,8 +72,8 @@ def make_weights(case: dict[str, Any], device: torch.device, seed: int) -> tuple
     return numbers, numbers
 
 
-def close(what: str, got: Tensor, expected: Tensor, **tolerances: float) -> None:
-    assert_close(what, got.cpu(), expected.cpu().double(), **{"relative": 1e-6, "absolute": 1e-7, **tolerances})
+def close(label: str, got: Tensor, expected: Tensor, **tolerances: float) -> None:
+    assert_close(label, got.cpu(), expected.cpu().double(), **{"relative": 1e-6, "absolute": 1e-7, **tolerances})
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
@@ -123,8 +123,8 @@ def special_rows(count: int, size: int, dtype: torch.dtype, largest: float) -> T
     generator = torch.Generator().manual_seed(count)
     info = torch.finfo(dtype)
     values = torch.tensor([torch.nan, torch.inf, 0.0, info.smallest_normal * info.eps, largest], dtype=dtype)
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    values = torch.cat([values, (values.view(whole) ^ torch.iinfo(whole).min).view(dtype)])  # of negative sign, NaN too
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    values = torch.cat([values, (values.view(bits) ^ torch.iinfo(bits).min).view(dtype)])  # of negative sign, NaN too
     rows = torch.randn(count, size, generator=generator).to(dtype)
     chosen = torch.randint(0, len(values), rows.shape, generator=generator)
     rare = torch.rand(rows.shape, generator=generator) < torch.linspace(0, 1, size)
@@ -158,8 +158,8 @@ def test_medians_and_trimmed_means_of_every_count(device, kernels, dtype):
             if high - low == 1:
                 assert torch.equal(found[0].double().nan_to_num(7.0), expected.nan_to_num(7.0))
                 assert not (found[0] == 0)[found[0].signbit()].any()
-            for other in found[1:]:
-                assert torch.equal(other.nan_to_num(7.0), found[0].nan_to_num(7.0))
+            for result in found[1:]:
+                assert torch.equal(result.nan_to_num(7.0), found[0].nan_to_num(7.0))
         if dtype is torch.float64:
             continue
         weights = torch.rand(count, generator=torch.Generator().manual_seed(count)).tolist()
@@ -179,15 +179,15 @@ def test_server_step(device: torch.device, kernels: AggregateKernels, number: in
     rule = ServerRule(case["rule"], 0.1, 0.9, 0.99, 1e-3)
     states = [torch.rand(case["size"], generator=generator).to(case["state"]) for _ in range(2)]
     states = states[: 0 if RULES[rule.rule] == "mean" else 1 if RULES[rule.rule] == "momentum" else 2]
-    ours, others = ([state.clone().to(device) for state in states] + [None] * (2 - len(states)) for _ in range(2))
+    ours, spares = ([state.clone().to(device) for state in states] + [None] * (2 - len(states)) for _ in range(2))
     theirs = [state.double() for state in states] + [None] * (2 - len(states))
     old = model.clone().to(device)
     in_place = old if number % 4 else None
-    alone, *nothing = kernels.server_step(ServerCall(old, vectors, weights, rule, *others, None, False))
+    bare, *nothing = kernels.server_step(ServerCall(old, vectors, weights, rule, *spares, None, False))
     target, norms, cosines = kernels.server_step(ServerCall(old, vectors, weights, rule, *ours, in_place))
     assert in_place is None or target is old
-    for one, other in zip((target, *ours), (alone, *others), strict=True):
-        assert one is other is None or torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    for got, again in zip((target, *ours), (bare, *spares), strict=True):
+        assert got is again is None or torch.equal(got.nan_to_num(7.0), again.nan_to_num(7.0))
     assert [len(numbers) for numbers in nothing] == [0, 0]
     wide = [row.double() for row in rows]
     call = ServerCall(model.double(), wide, numbers, rule, *theirs)
@@ -195,9 +195,9 @@ def test_server_step(device: torch.device, kernels: AggregateKernels, number: in
     close("model", target, expected)
     close("norms", norms, exact_norms)
     close("cosines", cosines, exact_cosines)
-    for one, other in zip(ours, theirs, strict=True):
-        if one is not None and other is not None:
-            close("state", one, other)
+    for got, wanted in zip(ours, theirs, strict=True):
+        if got is not None and wanted is not None:
+            close("state", got, wanted)
 
 
 @pytest.mark.parametrize("count", [4, 5, 10, 12])
@@ -218,8 +218,8 @@ def test_server_step_of_full_tiles(device, kernels, dtype, count):
         got = kernels.server_step(ServerCall(models[0], list(models[1:]), weights, rule, *moments))
         wide = rows.double()
         expected = PLAIN.server_step(ServerCall(wide[0], list(wide[1:]), weights, rule, *theirs))
-        for one, other in zip((*got, *moments), (*expected, *theirs), strict=True):
-            close("step", one, other)
+        for result, wanted in zip((*got, *moments), (*expected, *theirs), strict=True):
+            close("step", result, wanted)
 
 
 def test_weights_of_sum_zero_give_nan(device: torch.device, kernels: AggregateKernels) -> None:
@@ -299,11 +299,11 @@ def test_a_list_is_clipped_by_one_call(device: torch.device, monkeypatch: pytest
 
 
 def test_noise_is_one_stream(device: torch.device, kernels: AggregateKernels) -> None:
-    zeros, one = torch.zeros(2, 500, device=device), torch.ones(2, dtype=torch.float64, device=device)
-    whole = kernels.scale_and_noise(zeros, one, 1.0, 11, 7).flatten()
-    part = kernels.scale_and_noise(zeros[:1, :300], one[:1], 1.0, 11, 207).flatten()
-    assert torch.equal(whole[200:500], part)
-    assert (whole.cpu().double() - normal(1000, 11, 7)).abs().max() < 5e-6
+    zeros, factors = torch.zeros(2, 500, device=device), torch.ones(2, dtype=torch.float64, device=device)
+    stream = kernels.scale_and_noise(zeros, factors, 1.0, 11, 7).flatten()
+    part = kernels.scale_and_noise(zeros[:1, :300], factors[:1], 1.0, 11, 207).flatten()
+    assert torch.equal(stream[200:500], part)
+    assert (stream.cpu().double() - normal(1000, 11, 7)).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize(("place", "counter", "word"), REFINED)
@@ -312,8 +312,8 @@ def test_refined_radius_words(device, kernels, place, counter, word):
 
     The second number of the pair is 16 places on.
     """
-    zeros, one = torch.zeros(1, 100, device=device), torch.ones(1, dtype=torch.float64, device=device)
-    got = kernels.scale_and_noise(zeros, one, 1.0, REFINED_SEED, place - 70).flatten().cpu().double()
+    zeros, factors = torch.zeros(1, 100, device=device), torch.ones(1, dtype=torch.float64, device=device)
+    got = kernels.scale_and_noise(zeros, factors, 1.0, REFINED_SEED, place - 70).flatten().cpu().double()
     expected = torch.tensor(refined_numbers(counter, word), dtype=torch.float64)
     assert (got[[70, 86]] - expected).abs().max() < 5e-6
     assert (got - normal(100, REFINED_SEED, place - 70)).abs().max() < 5e-6
@@ -389,13 +389,13 @@ COUNTS = [(1, 2, 3, 5, 6, 9, 10, 11, 15, 20, 64), pytest.param(range(1, 65), mar
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_distances(device, kernels, dtype, kind, counts):
     """Of vectors that lie side by side, of odd addresses and of other strides."""
-    every = special(torch.randn(64, 607, generator=torch.Generator().manual_seed(5)).to(dtype), kind)
+    all_rows = special(torch.randn(64, 607, generator=torch.Generator().manual_seed(5)).to(dtype), kind)
     longer = torch.zeros(64, 609, dtype=dtype, device=device)
-    odd = longer[:, 1:608].copy_(every)
-    spread = torch.zeros(64, 2 * 607, dtype=dtype, device=device)[:, ::2].copy_(every)
-    expected = PLAIN.squared_distances(every.double())
+    odd = longer[:, 1:608].copy_(all_rows)
+    spread = torch.zeros(64, 2 * 607, dtype=dtype, device=device)[:, ::2].copy_(all_rows)
+    expected = PLAIN.squared_distances(all_rows.double())
     for count in counts:
-        vectors = (every[:count].to(device), list(odd[:count]), spread[:count])[count % 3]
+        vectors = (all_rows[:count].to(device), list(odd[:count]), spread[:count])[count % 3]
         got = kernels.squared_distances(vectors).cpu()
         torch.testing.assert_close(got, expected[:count, :count], rtol=1e-12, atol=0, equal_nan=True)
         assert torch.equal(got.nan_to_num(7.0), got.t().nan_to_num(7.0))
@@ -405,11 +405,11 @@ def test_distances(device, kernels, dtype, kind, counts):
 @pytest.mark.parametrize("counts", COUNTS, ids=["some", "all"])
 @pytest.mark.parametrize("kind", ["plain", "nan", "infinities", "equal"])
 def test_krum_shares(device: torch.device, kernels: AggregateKernels, kind: str, counts: Sequence[int]) -> None:
-    every = torch.randn(64, 9, generator=torch.Generator().manual_seed(6)).bfloat16().float()
+    all_rows = torch.randn(64, 9, generator=torch.Generator().manual_seed(6)).bfloat16().float()
     for count in counts:
         if count < 3:
             continue
-        rows = special(every[:count], kind)
+        rows = special(all_rows[:count], kind)
         if kind == "equal":
             rows[1::2] = rows[1].clone()
         for byzantine, keep in ((0, 1), ((count - 3) // 2, count - (count - 3) // 2), ((count - 3) // 3, 2)):

@@ -72,8 +72,8 @@ def test_what_the_forward_pass_kept_changes_no_bit(device, classes, students, re
         call, needs = entropy_call(teacher, 0), (False, False, True, False)
         kept = kernel.divergence_statistics(call).fill_(math.nan)
         assert torch.equal(kernel.divergence_forward(call, statistics=kept)[2:], kernel.divergence_forward(call)[2:])
-        both = (kernel.divergence_backward((grad,), call, needs, x)[2] for x in (None, kept))
-        plain, kept = (gradient[torch.arange(rows) != 1] for gradient in both)
+        both_gradients = (kernel.divergence_backward((grad,), call, needs, x)[2] for x in (None, kept))
+        plain, kept = (gradient[torch.arange(rows) != 1] for gradient in both_gradients)
         assert torch.equal(plain, kept)
         return
     call = Divergence(given[0], given[1] if students == 2 else None, teacher, weight, 2.0, reverse, 0)

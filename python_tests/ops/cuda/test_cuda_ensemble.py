@@ -58,19 +58,19 @@ def test_js_div_and_consensus(device: torch.device, number: int) -> None:
 )
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_rows_held_by_a_thread_or_a_block(device, operator, count, classes, near, layout):
-    alone = operator in ("js_div", "consensus")
+    agreeing = operator in ("js_div", "consensus")
     for rows, everything in ((3, True), (40 if count * classes < 600 else 1, False)):
         case = {
-            **({"operator": operator} if alone else {"mix": operator}),
+            **({"operator": operator} if agreeing else {"mix": operator}),
             **{"teachers": count, "classes": classes, "rows": rows},
             **{"dtype": torch.float32, "layout": layout, "weights": "KB", "zeros": everything, "near": near},
             **{"special": "masked", "reduction": "batchmean", "temperature": 1.0 if everything else 2.0},
             "log_probs": False,
         }
         student, teachers, weights = make_inputs(case, seed=count)
-        functions = agreement(case) if alone else ensemble(case, None)
-        tensors = [x if x is None else moved(x, device) for x in (None if alone else student, teachers, weights)]
-        compare(case, ["cuda"], *functions, tensors, (not alone, everything or alone, everything))
+        functions = agreement(case) if agreeing else ensemble(case, None)
+        tensors = [x if x is None else moved(x, device) for x in (None if agreeing else student, teachers, weights)]
+        compare(case, ["cuda"], *functions, tensors, (not agreeing, everything or agreeing, everything))
 
 
 @pytest.mark.parametrize(("count", "classes"), [(5, 4), (20, 10), (20, 100)])
@@ -107,8 +107,8 @@ def test_nearly_equal_distributions_keep_their_digits(device: torch.device, scal
     expected = js_reference(teachers.double(), None, 0)
     assert ((loss - expected).abs() / expected).max() < 2e-5
     for how, mix in MIXES.values():
-        more: dict[str, Any] = {"reduction": "none", **how}
-        loss = ops.ensemble_kl(student.to(device), teachers.to(device), None, **more).cpu()
+        settings: dict[str, Any] = {"reduction": "none", **how}
+        loss = ops.ensemble_kl(student.to(device), teachers.to(device), None, **settings).cpu()
         expected = ensemble_reference(student.double(), teachers.double(), None, None, 1.0, mix, False, 0)
         assert ((loss - expected).abs() / expected).max() < (2e-5 if mix == PROBS else 1e-6 / scale)
     equal = teachers[:1].expand(5, -1, -1).to(device)
@@ -129,10 +129,10 @@ def test_masks_that_leave_little_mass(device: torch.device, classes: int, differ
     compare_little_mass("cuda", difference, classes, rows=5, device=device)
 
 
-@pytest.mark.parametrize("more", [{"dtype": torch.float64}, {"log_probs": True}, {"temperature": 2.0}], ids=str)
-def test_little_mass_in_other_ways(device: torch.device, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{"dtype": torch.float64}, {"log_probs": True}, {"temperature": 2.0}], ids=str)
+def test_little_mass_in_other_ways(device: torch.device, settings: dict[str, Any]) -> None:
     for difference in (30.0, 200.0, 1e4):
-        compare_little_mass("cuda", difference, classes=6, rows=5, device=device, **more)
+        compare_little_mass("cuda", difference, classes=6, rows=5, device=device, **settings)
 
 
 @pytest.mark.parametrize("scale", [10.0, 20.0])
@@ -187,10 +187,10 @@ def test_totals_whatever_the_memory_held(device, monkeypatch, count, classes, ro
         of_student = [ops.ensemble_kl(student, teachers, reduction=reduction, **how) for how, _ in MIXES.values()]
         return [ops.js_div(teachers, reduction=reduction), *ops.consensus(teachers, reduction=reduction), *of_student]
 
-    first, again = losses("sum"), losses("sum")
-    assert first == again
-    for total, each in zip(first, losses("none"), strict=True):
-        torch.testing.assert_close(total.double(), each.double().sum(), rtol=1e-6, atol=0)
+    totals, again = losses("sum"), losses("sum")
+    assert totals == again
+    for total, parts in zip(totals, losses("none"), strict=True):
+        torch.testing.assert_close(total.double(), parts.double().sum(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -206,12 +206,12 @@ def test_the_students_gradient_is_there_after_the_forward_pass(device, mix, coun
     leaf = student.detach().to(device).requires_grad_()
     loss = ops.ensemble_kl(leaf, teachers, None, 2.0, **MIXES[mix][0])
     teachers.data.fill_(math.nan)  # nobody reads them again
-    (first,) = torch.autograd.grad(3 * loss, leaf, retain_graph=True)
+    (before,) = torch.autograd.grad(3 * loss, leaf, retain_graph=True)
     (once,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     (last,) = torch.autograd.grad(3 * loss, leaf)
-    assert torch.equal(first, last)
+    assert torch.equal(before, last)
     assert torch.equal(3 * once, last)  # the last pass may change what was saved, not what was handed out
-    torch.testing.assert_close(first.cpu(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(before.cpu(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -131,6 +131,6 @@ def test_channels_gradients_keep_their_digits(device: torch.device, dtype: torch
         out = ops.fuse_concat([lay_out_map(x.to(device), layout)], *vectors)
         out.backward(lay_out_map(grad.to(device), layout))
         terms = grad.double() * x.double(), grad.double()
-        for vector, each in zip(vectors, terms, strict=True):
-            error = (vector.grad.cpu() - each.sum((0, 2, 3))).abs()
-            assert (error <= 2**-21 * each.abs().sum((0, 2, 3))).all()
+        for vector, products in zip(vectors, terms, strict=True):
+            error = (vector.grad.cpu() - products.sum((0, 2, 3))).abs()
+            assert (error <= 2**-21 * products.abs().sum((0, 2, 3))).all()

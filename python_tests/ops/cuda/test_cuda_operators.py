@@ -29,8 +29,8 @@ def test_each_operator_gives_the_reference_result(device: torch.device, operator
 def test_same_bits_again(device: torch.device, operator: Operator) -> None:
     inputs = [x.to(device) for x in operator.inputs(large=device.type == "cuda")]
     for gradient in gradients(operator):
-        one, other = run(operator, inputs, gradient), run(operator, inputs, gradient)
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        first_run, second_run = run(operator, inputs, gradient), run(operator, inputs, gradient)
+        assert all(torch.equal(a, b) for a, b in zip(first_run, second_run, strict=True))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from fedkern.ops._core import backend
 def step(shape: tuple[int, ...], device: torch.device, adamw: bool, terms: bool) -> list[Tensor]:
     """Return what a step writes to, and its results."""
     draw = torch.Generator().manual_seed(0)
-    theta, g, first, second, anchor, total = (torch.randn(shape, generator=draw).to(device) for _ in range(6))
+    theta, g, moment, second, anchor, total = (torch.randn(shape, generator=draw).to(device) for _ in range(6))
     settings: dict[str, Any] = {"lr": 0.1}
     if terms:
         rates = [0.1, 0.2, 0.3] if len(shape) == 2 else 1
@@ -21,10 +21,10 @@ def step(shape: tuple[int, ...], device: torch.device, adamw: bool, terms: bool)
         settings = {"lr": rates, "anchor": shared, "proximal": 0.3, "correction": anchor, "gradient_sum": total}
         settings |= {"weight_decay": 0.01, "max_norm": 2.0, "zero": True}
     if adamw:
-        found = ops.adamw_step(theta, g, first, second.abs_(), 3, **settings)
+        found = ops.adamw_step(theta, g, moment, second.abs_(), 3, **settings)
     else:
-        found = ops.sgd_step(theta, g, first if terms else None, momentum=0.9 if terms else 0.0, **settings)
-    return [theta, g, first, second, total, *found]
+        found = ops.sgd_step(theta, g, moment if terms else None, momentum=0.9 if terms else 0.0, **settings)
+    return [theta, g, moment, second, total, *found]
 
 
 @pytest.mark.parametrize("terms", [False, True])
@@ -45,7 +45,7 @@ def test_both_ways_to_the_kernel(device, monkeypatch, shape, adamw, terms):
     for results in found:
         for got, wanted in zip(results, expected, strict=True):
             torch.testing.assert_close(got, wanted)
-    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+    assert all(left.equal(right) for left, right in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])

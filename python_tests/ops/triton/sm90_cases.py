@@ -90,8 +90,8 @@ def blend_cases(full: bool) -> Iterator[Case]:
                             f"{label} backward",
                             lambda x=x, y=y, call=call, needs=needs: kernel.backward(x, x, y, call, needs),
                         )
-            few = y[: max(len(y) // 8, 1)]
-            call = BlendCall(None, 0.3, index, len(few))
+            short = y[: max(len(y) // 8, 1)]
+            call = BlendCall(None, 0.3, index, len(short))
             yield (
                 f"{label} backward, rows used by many",
                 lambda x=x, call=call: kernel.backward(x, None, None, call, (True, True, False)),
@@ -131,21 +131,21 @@ def distill_cases(full: bool) -> Iterator[Case]:
                 kl_rows = Divergence(x, None, x, rows, 2.0, False, NONE)
                 dual_rows = Divergence(x, x, x, rows, 2.0, False, BATCHMEAN)
                 entropy = entropy_call(x, BATCHMEAN)
-                one = torch.empty((), dtype=dtype)
+                g = torch.empty((), dtype=dtype)
                 forward, backward = kernel.divergence_forward, kernel.divergence_backward
                 calls = [
                     ("kl", lambda: forward(kl)),
-                    ("kl to student", lambda: backward((one,), kl, (True, False, False, False))),
+                    ("kl to student", lambda: backward((g,), kl, (True, False, False, False))),
                     ("dual", lambda: forward(dual)),
-                    ("dual to both", lambda: backward((one,), dual, (True, True, False, False))),
+                    ("dual to both", lambda: backward((g,), dual, (True, True, False, False))),
                     ("entropy", lambda: forward(entropy)),
-                    ("entropy gradient", lambda: backward((one,), entropy, (False, False, True, False))),
+                    ("entropy gradient", lambda: backward((g,), entropy, (False, False, True, False))),
                 ]
                 if full:
                     calls += [
                         ("kl per row", lambda: forward(kl_rows)),
                         ("kl to all", lambda: backward((rows,), kl_rows, (True, False, True, True))),
-                        ("dual to all", lambda: backward((one,), dual_rows, (True, True, True, True))),
+                        ("dual to all", lambda: backward((g,), dual_rows, (True, True, True, True))),
                     ]
                 for name, call in calls:
                     yield f"{label} {name}", call
@@ -157,7 +157,7 @@ def ensemble_cases(full: bool) -> Iterator[Case]:
     for number, shape in enumerate(shapes[: 4 if full else 3]):
         for dtype in pick(full, number):
             x = torch.empty(shape, dtype=dtype)
-            student, one, mask = x[0].contiguous(), torch.empty((), dtype=dtype), torch.ones(shape[0], shape[2]).bool()
+            student, g, mask = x[0].contiguous(), torch.empty((), dtype=dtype), torch.ones(shape[0], shape[2]).bool()
             by_row = torch.ones((*shape[:2], 1, *shape[3:]))
             by_class = torch.ones(shape)
             label = f"ensemble {dtype} {list(shape)}"
@@ -168,17 +168,17 @@ def ensemble_cases(full: bool) -> Iterator[Case]:
                     yield f"{label} mix {mix}", lambda: kernel.ensemble_forward(call)
                     for needs in ((True, False, False), (False, True, True)):
                         if full or needs[0] or mix == PROBS:
-                            yield (f"{label} mix {mix} backward", lambda: kernel.ensemble_backward((one,), call, needs))
+                            yield (f"{label} mix {mix} backward", lambda: kernel.ensemble_backward((g,), call, needs))
             forward, backward = kernel.ensemble_forward, kernel.ensemble_backward
             log_probs = Ensemble(student, x, by_row, None, 1.0, MEAN, True, BATCHMEAN)
             js, consensus = js_call(x, None, BATCHMEAN), consensus_call(x, by_row.squeeze(2), BATCHMEAN)
             yield f"{label} of log-probabilities", lambda: forward(log_probs)
-            yield f"{label} of log-probabilities backward", lambda: backward((one,), log_probs, (True, True, True))
+            yield f"{label} of log-probabilities backward", lambda: backward((g,), log_probs, (True, True, True))
             yield f"{label} js", lambda: forward(js)
-            yield f"{label} js backward", lambda: backward((one,), js, (False, True, False))
+            yield f"{label} js backward", lambda: backward((g,), js, (False, True, False))
             yield f"{label} consensus", lambda: forward(consensus)
             if full:
-                yield f"{label} consensus backward", lambda: backward((one, one), consensus, (False, True, True))
+                yield f"{label} consensus backward", lambda: backward((g, g), consensus, (False, True, True))
 
 
 def fuse_cases(full: bool) -> Iterator[Case]:
@@ -207,18 +207,18 @@ def fuse_cases(full: bool) -> Iterator[Case]:
                             lambda: kernel.backward(grad, None, grad, call, needs),
                         )
                     if full:
-                        alone = FuseCall(None, None, False, mean, channels, last)
-                        yield f"{label} forward alone", lambda: kernel.forward(maps, alone)
+                        bare = FuseCall(None, None, False, mean, channels, last)
+                        yield f"{label} forward alone", lambda: kernel.forward(maps, bare)
 
 
 def size_one(full: bool) -> Iterator[Case]:
     """Triton hands kernels an argument that is 1 as a Python number, which has no ``.to()``."""
     distill, fuse = TritonDistill(), TritonFuse()
     for shape in ((1, 100_000), (1, 1), (3, 1), (1, 3, 1, 1))[: 4 if full else 1]:
-        x, one = torch.empty(shape), torch.empty(())
+        x, g = torch.empty(shape), torch.empty(())
         call, needs = Divergence(x, None, x, None, 2.0, False, BATCHMEAN), (True, False, True, False)
         yield f"distill {list(shape)}", lambda: distill.divergence_forward(call)
-        yield f"distill {list(shape)}", lambda: distill.divergence_backward((one,), call, needs)
+        yield f"distill {list(shape)}", lambda: distill.divergence_backward((g,), call, needs)
     for count, shape in ((2, (3, 1, 4, 4)), (1, (1, 3, 4, 4)), (2, (1, 1, 1, 1)))[: 3 if full else 2]:
         maps, vector = [torch.empty(shape) for _ in range(count)], torch.empty(count * shape[1])
         grad = torch.empty((shape[0], shape[1] * count, *shape[2:]))
@@ -234,7 +234,7 @@ def size_one(full: bool) -> Iterator[Case]:
 def places_cases(full: bool) -> Iterator[Case]:
     """Return where maps lie is data: other places must not need another kernel."""
     kernel, memory = TritonFuse(), torch.empty(8, 5000)
-    together, apart = list(memory.flatten()[: 8 * 4096].view(8, 4, 1024)), [x[:4096].view(4, 1024) for x in memory]
-    for maps in (together, apart, together[::-1], [*apart[2:], apart[0], apart[0]]):
+    together, separate = list(memory.flatten()[: 8 * 4096].view(8, 4, 1024)), [x[:4096].view(4, 1024) for x in memory]
+    for maps in (together, separate, together[::-1], [*separate[2:], separate[0], separate[0]]):
         call = FuseCall(None, None, False, False, [1024] * 8, False)
         yield "places fuse_concat", lambda: kernel.forward(maps, call)

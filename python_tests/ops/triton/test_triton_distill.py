@@ -32,10 +32,10 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 def compare(ours: Tensor, leaves: list[Tensor], exact: Tensor, exact_leaves: list[Tensor], scale: float = 1.0) -> None:
     assert_close("loss", ours, exact, absolute=1e-6 * scale)
-    for number, (one, two) in enumerate(zip(gradients(ours, leaves), gradients(exact, exact_leaves), strict=True)):
+    for number, (got, two) in enumerate(zip(gradients(ours, leaves), gradients(exact, exact_leaves), strict=True)):
         # Autograd sums a broadcast weight's gradient in the weight's type.
-        slack = 0.02 * float(two.abs().max()) if one.dtype is torch.bfloat16 and number == 2 else 0.0
-        assert_close(f"gradient {number}", one, two, absolute=2e-5 * scale, slack=slack)
+        slack = 0.02 * float(two.abs().max()) if got.dtype is torch.bfloat16 and number == 2 else 0.0
+        assert_close(f"gradient {number}", got, two, absolute=2e-5 * scale, slack=slack)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_rows_in_parts_of_maps_without_one_stride() -> None:
     tensors = [torch.randn(2, 150, 3, 5).mT.contiguous().mT.requires_grad_() for _ in range(3)]
     exact = [x.detach().double().requires_grad_() for x in tensors]
     with using("triton"):
-        one, two, teacher = exact
-        wanted = kl_div_reference(one, teacher, other=two, reverse=True)
+        student, two, teacher = exact
+        wanted = kl_div_reference(student, teacher, other=two, reverse=True)
         compare(ops.dual_kl(*tensors, direction="student"), tensors, wanted, exact)
         compare(ops.entropy(tensors[0]), tensors[:1], entropy_reference(exact[0]), exact[:1])
 

@@ -84,8 +84,8 @@ def test_each_operator_gives_the_reference_result_on_a_gpu(gpu: torch.device, op
     compare(operator, gpu)
     inputs = [x.to(gpu) for x in operator.inputs(large=True)]
     for gradient in gradients(operator):
-        one, other = run(operator, inputs, gradient), run(operator, inputs, gradient)
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        first_run, second_run = run(operator, inputs, gradient), run(operator, inputs, gradient)
+        assert all(torch.equal(a, b) for a, b in zip(first_run, second_run, strict=True))
 
 
 def _skip_waiting(operator: Operator) -> None:
