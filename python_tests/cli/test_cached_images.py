@@ -91,15 +91,15 @@ def test_a_new_run_in_the_place_of_another_has_its_own_cache(tmp_path):
 @pytest.mark.parametrize("own", [True, False], ids=["own", "other"])
 def test_evaluate_fills_a_cache(result, decoded, tmp_path, own):
     played()
-    more = [] if own else ["--data", "folder", "--data-root", "root", "--data-option", f"size={SIDE}"]
-    expected = figures(result, *more)
+    options = [] if own else ["--data", "folder", "--data-root", "root", "--data-option", f"size={SIDE}"]
+    expected = figures(result, *options)
     decoded.clear()
     for count in (IMAGES, 0):
-        assert figures(result, *more, "--cache", "mine") == expected
+        assert figures(result, *options, "--cache", "mine") == expected
         assert len(decoded) == count
         decoded.clear()
     assert sorted(path.suffix for path in (tmp_path / "mine").iterdir()) == [".images", ".lock", ".sizes"]
-    assert "60 decoded images are read from" in result("evaluate", "run", *more, "--cache", "mine")[1]
+    assert "60 decoded images are read from" in result("evaluate", "run", *options, "--cache", "mine")[1]
     assert recall_cache("run") is None  # a note is made by a run alone
 
 

@@ -34,8 +34,8 @@ def test_flags_override_the_config_file_which_overrides_the_defaults(tmp_path):
 def test_a_file_of_another_method_gives_its_settings_but_no_options(tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text('method = "fedgid"\nrounds = 7\nlr = 0.2\n[options]\nalpha = 0.9\n')
-    other = request.effective_config(flags.parse_run(["fedavg", "--config", str(path)]))
-    assert (other.method, other.rounds, other.lr) == ("fedavg", 7, 0.2)
+    config = request.effective_config(flags.parse_run(["fedavg", "--config", str(path)]))
+    assert (config.method, config.rounds, config.lr) == ("fedavg", 7, 0.2)
 
 
 def test_a_file_of_a_run_may_name_settings_without_effect(tmp_path):

@@ -26,7 +26,7 @@ DAMAGES = {
     "cut": lambda content, _: content[:-20],
     "lengthened": lambda content, _: content + content.splitlines(keepends=True)[-1],
     "swapped": two_rows_swapped,
-    "another run's": lambda _, other: other,
+    "another run's": lambda _, stranger: stranger,
     "empty": lambda content, _: b"",
 }
 
@@ -85,5 +85,5 @@ def test_settings_of_another_run_are_named(command, runs, fails, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs[0], out)
     shutil.copy(runs[1] / "config.toml", out / "config.toml")
-    more = {"compare": [str(runs[1]), "--out", str(tmp_path / "c")], "predict": ["image.png"]}.get(command, [])
-    assert "config.toml was changed after the run began (seed" in fails(command, str(out), *more)
+    arguments = {"compare": [str(runs[1]), "--out", str(tmp_path / "c")], "predict": ["image.png"]}.get(command, [])
+    assert "config.toml was changed after the run began (seed" in fails(command, str(out), *arguments)

@@ -85,13 +85,13 @@ def test_evaluate_repeats_a_run_of_two_threads_also_one_that_went_on(given, tmp_
         assert {name: before.get(name) for name in found} == found
         return before
 
-    first = repeated()
+    printed = repeated()
     (tmp_path / "run" / "summary.json").unlink()
     run.resume(progress=False, pictures=False)
-    assert repeated() == first
+    assert repeated() == printed
     if settings["method"] in ("fedavg", "fedprox"):  # others' plans depend on the number of rounds
         run.extend(2, progress=False, pictures=False, workers=1)
-        assert repeated() != first
+        assert repeated() != printed
 
 
 def test_threads_of_an_evaluation():
@@ -122,20 +122,20 @@ def test_every_command_reads_the_network_that_it_is_asked_for(digits, result, tm
     assert summary["stopped"]["by"] == "patience"
     found = {}
     for network in ("last", "best"):
-        more = ["--network", network] * (network == "best")
-        evaluated = json.loads(result("evaluate", "run", "--json", *more)[0])
-        assert f"network of the {network} round" in " ".join(result("evaluate", "run", *more)[0].split())
+        options = ["--network", network] * (network == "best")
+        evaluated = json.loads(result("evaluate", "run", "--json", *options)[0])
+        assert f"network of the {network} round" in " ".join(result("evaluate", "run", *options)[0].split())
         assert evaluated["network"] == network
-        attacked = json.loads(result("attack", "run", "--json", *more)[0])
+        attacked = json.loads(result("attack", "run", "--json", *options)[0])
         assert attacked["network"] == network
-        assert f"network of the {network} round" in " ".join(result("attack", "run", *more)[0].split())
-        result("predict", "run", images, "--out", f"{network}.csv", *more)
-        written, _ = result("export", "run", "--format", "state-dict", *more)
+        assert f"network of the {network} round" in " ".join(result("attack", "run", *options)[0].split())
+        result("predict", "run", images, "--out", f"{network}.csv", *options)
+        written, _ = result("export", "run", "--format", "state-dict", *options)
         state = torch.load(written.splitlines()[0], weights_only=True)
         module, _ = read_model("run", best=network == "best")
         assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
         found[network] = evaluated["metrics"], attacked["auc"], (tmp_path / f"{network}.csv").read_text()
-    assert all(one != other for one, other in zip(found["last"], found["best"], strict=True))
+    assert all(last != best for last, best in zip(found["last"], found["best"], strict=True))
     best = summary["best"]["metrics"]
     assert {name: found["best"][0][name] for name in best} == best
     made = {f"{kind}.json" for kind in ("evaluate", "evaluate-best", "attack", "attack-best")} | {"best.pt", "model.pt"}
@@ -216,8 +216,8 @@ def test_predictions_do_not_depend_on_the_batch_and_some_are_shown(digits, resul
     again, _ = result(*command, "--out", "again.csv")
     assert again.splitlines()[:-1] == expected.splitlines()[:-1]
     assert len(expected.splitlines()) == 7  # five images, an ellipsis and the file
-    for one, other in zip(table(tmp_path / "again.csv"), table(tmp_path / "predictions.csv"), strict=True):
-        assert (one["path"], one["predicted"]) == (other["path"], other["predicted"])
+    for row, before in zip(table(tmp_path / "again.csv"), table(tmp_path / "predictions.csv"), strict=True):
+        assert (row["path"], row["predicted"]) == (before["path"], before["predicted"])
     assert result(*command, "--out", "quiet.csv", "--json")[1] == ""
 
 

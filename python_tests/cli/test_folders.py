@@ -37,12 +37,12 @@ def test_two_runs_of_one_second_take_two_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
     asked = flags.parse_run(["fedavg"])
     config = request.effective_config(asked)
-    with run._folder(asked, config) as first, run._folder(asked, config) as second:
-        assert (first.name, second.name) == (
+    with run._folder(asked, config) as earlier, run._folder(asked, config) as second:
+        assert (earlier.name, second.name) == (
             "fedavg-colordigits-20260101-000000",
             "fedavg-colordigits-20260101-000000-2",
         )
-        assert first.is_dir()
+        assert earlier.is_dir()
         assert second.is_dir()
         (second / "config.toml").write_text("")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [second.name]  # the other stayed empty

@@ -83,8 +83,8 @@ def test_resume_runs_no_code_that_the_folder_names(lpfm, marker, fails, capsys):
     assert f"--method-option teacher={TEACHER}" in said
     assert not marker.ran()
     assert [path.name for path in lpfm.iterdir()] == ["config.toml"]
-    other = fails("--resume", str(lpfm), "--method-option", "teacher=other:teacher")
-    assert "has other settings" in other
+    refusal = fails("--resume", str(lpfm), "--method-option", "teacher=other:teacher")
+    assert "has other settings" in refusal
     assert "names code to run" in fails("--resume", str(lpfm), "--method-option", "lambda=0.9")
     assert not marker.ran()
     with pytest.raises(UserError, match="names code to run"):
@@ -147,10 +147,10 @@ def test_every_option_that_imports_says_so():
     """An option whose help offers MODULE:NAME, or takes it, is one that a stored run is asked about."""
     found = set()
     for name, kind in METHODS.items():
-        for each in kind.Options.declared():
-            if "MODULE:NAME" in each.help or each.code is not None:
-                assert each.code is not None, (name, each.name)
-                found.add((name, each.name))
+        for option in kind.Options.declared():
+            if "MODULE:NAME" in option.help or option.code is not None:
+                assert option.code is not None, (name, option.name)
+                found.add((name, option.name))
     assert found == {("fedlpfm", "teacher")}
     given = {"teacher": f"pretrained,{TEACHER},clip:x"}
     assert METHODS["fedlpfm"].Options.parse(given).code() == [("teacher", TEACHER)]

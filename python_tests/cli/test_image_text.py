@@ -19,7 +19,7 @@ def test_a_batch_of_a_single_pair(method, fails):
 
 
 @pytest.mark.parametrize(
-    ("words", "said", "other"),
+    ("words", "said", "offered"),
     [  # the second network is the default where there is a choice
         *(
             (("feddra", *TINY, "--model", model), 'no effect on the data set "captions"', "--image-encoder and --text-")
@@ -31,20 +31,20 @@ def test_a_batch_of_a_single_pair(method, fails):
         ),
     ],
 )
-def test_networks_that_the_data_do_not_have(words, said, other, fails):
+def test_networks_that_the_data_do_not_have(words, said, offered, fails):
     sentence = fails(*words, "--out", "run")
     assert " ".join(words[-2:]) in sentence
     assert said in sentence
-    assert other in sentence
+    assert offered in sentence
     assert not Path("run").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_file_of_all_settings_is_still_read(result, fails):
     """It names a model too, as config.toml of every run does."""
-    few = {"test_samples": 10, "validation_samples": 10}
+    sizes = {"test_samples": 10, "validation_samples": 10}
     settings = {"train_samples": 60, "clients": 2, "rounds": 1, "width": 4, "local_steps": 1}
-    text = RunConfig.make("fedavg", data="captions", **settings, data_options=few).to_toml()
+    text = RunConfig.make("fedavg", data="captions", **settings, data_options=sizes).to_toml()
     assert 'model = "cnn"' in text
     Path("all.toml").write_text(text)
     result("fedavg", "--config", "all.toml", "--out", "run", "--quiet")

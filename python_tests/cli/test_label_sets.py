@@ -69,8 +69,8 @@ def test_the_column_becomes_zeros_and_ones(listed):
     assert statistics.sizes.tolist() == [len(split) for split in data.clients]
     assert statistics.counts.tolist() == [split.labels.sum(0).tolist() for split in data.clients]
     assert statistics.rows()[-1][2] == str(sum(len(split) for split in data.clients))
-    other = load("csv", root=listed, options={"size": 8, "label": "label_of_another_kind"})
-    assert (other.task.name, len(other.classes)) == ("classification", 8)
+    federation = load("csv", root=listed, options={"size": 8, "label": "label_of_another_kind"})
+    assert (federation.task.name, len(federation.classes)) == ("classification", 8)
 
 
 def test_a_held_out_client_and_own_tests(listed):
@@ -117,17 +117,17 @@ def test_a_run_learns_and_tells_every_label(listed, result, tmp_path):
     )
     printed, _ = result("predict", "run", "set/7.png", "set/0.png")
     with (tmp_path / "predictions.csv").open(newline="") as file:
-        one, other = csv.DictReader(file)
-    assert one["predicted"] == "|".join(name for name in NAMES if float(one[name]) > 0.5)
-    assert float(one["left"]) > float(other["left"])
-    assert printed.splitlines()[1].endswith("  no label") == (other["predicted"] == "")
+        left, right = csv.DictReader(file)
+    assert left["predicted"] == "|".join(name for name in NAMES if float(left[name]) > 0.5)
+    assert float(left["left"]) > float(right["left"])
+    assert printed.splitlines()[1].endswith("  no label") == (right["predicted"] == "")
     # The run's labels are several, and so are those of a table with one in every row.
     lines = ["path,labels", *(f"set/{i}.png,{cell(i % 8)}" for i in range(160) if i % 8 in (1, 2, 4))]
     (tmp_path / "single.csv").write_text("\n".join(lines))
     result("evaluate", "run", "--data", "csv", "--data-root", "single.csv", "--data-option", "size=8")
     run = fedkern.load("run")
     found = run.predict("set/7.png")[0]
-    assert found.tolist() == pytest.approx([float(one[name]) for name in NAMES], abs=1e-5)
+    assert found.tolist() == pytest.approx([float(left[name]) for name in NAMES], abs=1e-5)
     assert read_model("run")[1]["task"] == "multilabel"
     result("export", "run", "--format", "state-dict")
     assert json.loads((tmp_path / "run/model.pt.json").read_text())["task"] == "multilabel"
@@ -154,7 +154,7 @@ def test_warnings_about_a_network_that_tells_nothing():
             return 2
 
     def told(*kept, task=MULTILABEL):
-        found = Kept(task=task, labels=labels, kept=[(None, each) for each in kept])
+        found = Kept(task=task, labels=labels, kept=[(None, answers) for answers in kept])
         return diagnostics.unvaried_labels({"id_": found, "validation_": found})
 
     assert "for all images of the in-distribution test set or for none" in told(alike)["unvaried-labels"]

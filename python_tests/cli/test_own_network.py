@@ -65,8 +65,8 @@ def test_the_pages_network_with_stages(file, result):
     words = ["--model", "net.py:Net", *TINY[2:]]
     out, _ = result("fedgid", "--data", "colordigits", *words, "--out", "run")
     (again,) = re.findall(r"python -m fedkern\.run fedavg .*", out)
-    other = request.effective_config(flags.parse_run(shlex.split(again)[3:]))
-    assert (other.model, other.width, other.train_samples) == (f"{file}:Net", None, 40)
+    repeated = request.effective_config(flags.parse_run(shlex.split(again)[3:]))
+    assert (repeated.model, repeated.width, repeated.train_samples) == (f"{file}:Net", None, 40)
     (stages,) = re.findall(r"```python\nclass Net.*\n( *stages = .*?)  #.*\n```", (DOCS / "models.md").read_text())
     file.write_text(code.replace("class Net(nn.Module):\n", f"class Net(nn.Module):\n{stages}\n"))
     result("fusefl", *TINY[:-2], "--local-epochs", "2", "--model", "net.py:Net", "--out", "other")

@@ -86,13 +86,13 @@ def test_method_options_that_are_paths_are_stored_absolute(tmp_path):
         "prompts=my.txt",
     ]
     options = effective("fedlpfm", *(word for option in words for word in ("--method-option", option))).options
-    here = str(tmp_path)
+    folder = str(tmp_path)
     assert options["teacher"] == (
-        f"pretrained:cnn/64,clip:openai/clip,clip:{here}/clipfolder,clip:{here}/other,logits:{here}/l.pt,a.b:c,"
-        f"{here}/own.py:net"
+        f"pretrained:cnn/64,clip:openai/clip,clip:{folder}/clipfolder,clip:{folder}/other,logits:{folder}/l.pt,a.b:c,"
+        f"{folder}/own.py:net"
     )
-    assert options["teacher_cache"] == f"{here}/cache"
-    assert options["prompts"] == f"{here}/my.txt"
+    assert options["teacher_cache"] == f"{folder}/cache"
+    assert options["prompts"] == f"{folder}/my.txt"
 
 
 def test_names_and_templates_stay_as_they_are(tmp_path):

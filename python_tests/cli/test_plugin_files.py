@@ -99,16 +99,16 @@ def test_a_neighbour_that_is_gone_or_new_is_a_change(fails, begun, pair):
 def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
     config = begun / "config.toml"
     stored = plugin_files.parse_identity(tomllib.loads(config.read_text())["plugins"][str(pair.path)])
-    whole = f"{stored['']}; helpers_of_a_test.py {stored['helpers_of_a_test.py']}"
-    assert whole in config.read_text()
-    for other, said in (
+    identity = f"{stored['']}; helpers_of_a_test.py {stored['helpers_of_a_test.py']}"
+    assert identity in config.read_text()
+    for changed, said in (
         (stored[""], "has changed since"),
-        (f"{whole}; ../../other.py {stored['']}", "is gone"),
-        (f"{whole}; {pair.helpers} {stored['']}", "has changed since"),
+        (f"{identity}; ../../other.py {stored['']}", "is gone"),
+        (f"{identity}; {pair.helpers} {stored['']}", "has changed since"),
         (f"helpers_of_a_test.py {stored['helpers_of_a_test.py']}", "has changed since"),
     ):
         text = config.read_text()
-        config.write_text(text.replace(whole, other))
+        config.write_text(text.replace(identity, changed))
         check_untouched(fails, begun, pair, said)
         config.write_text(text)
 
@@ -129,15 +129,15 @@ def test_another_process_executes_no_other_neighbour(pair):
 
 
 def test_a_changed_neighbour_is_loaded_again(pair):
-    first = plugins.load(str(pair.path))
-    assert plugins.load(str(pair.path)).identity == first.identity
+    before = plugins.load(str(pair.path))
+    assert plugins.load(str(pair.path)).identity == before.identity
     assert (pair.runs, METHODS["mine"].weights) == (1, 1)
     pair.write(20)
-    assert plugins.load(str(pair.path)).identity != first.identity
+    assert plugins.load(str(pair.path)).identity != before.identity
     assert (pair.runs, METHODS["mine"].weights) == (2, 20)
     assert plugins.load_given({str(pair.path): plugins.load(str(pair.path)).identity})
     with pytest.raises(UserError, match="is not the one that the settings name"):
-        plugins.load_given({str(pair.path): first.identity})
+        plugins.load_given({str(pair.path): before.identity})
     with pytest.raises(UserError, match="is not the one that the settings name"):
         plugins.load_given({str(pair.path): "anything"})
     unload_all()
@@ -154,10 +154,10 @@ def test_a_plugin_that_fails_leaves_no_module(pair):
 
 def test_plugins_of_two_folders_cannot_import_modules_of_one_name(pair, tmp_path):
     plugins.load(str(pair.path))
-    other = Pair(tmp_path / "other")
-    other.path.write_text(OWN.replace('"mine"', '"yours"'))
+    namesake = Pair(tmp_path / "other")
+    namesake.path.write_text(OWN.replace('"mine"', '"yours"'))
     with pytest.raises(UserError, match="imports helpers_of_a_test, and another helpers_of_a_test is loaded already"):
-        plugins.load(str(other.path))
+        plugins.load(str(namesake.path))
     assert "yours" not in METHODS
     beside = pair.path.with_name("beside.py")
     beside.write_text(OWN.replace('"mine"', '"beside"'))
@@ -206,8 +206,8 @@ def test_an_identity_is_read_as_it_is_written():
     text = plugin_files.CodeFile(b"own", hashes, ()).identity
     assert plugin_files.parse_identity(text) == hashes
     assert plugin_files.parse_identity(text.partition("; ")[2]) == {}
-    for other in ("", "sha256:12", "1.0, sha256:" + 64 * "a" + ", /a/file.py", text + "; x"):
-        assert plugin_files.parse_identity(other) == {}
+    for unreadable in ("", "sha256:12", "1.0, sha256:" + 64 * "a" + ", /a/file.py", text + "; x"):
+        assert plugin_files.parse_identity(unreadable) == {}
 
 
 def test_a_neighbour_that_cannot_be_read_leaves_nothing_registered(pair, monkeypatch):

@@ -183,9 +183,9 @@ def test_a_plugin_that_is_gone_or_has_moved(fails, result, begun, marked, tmp_pa
 
 
 def test_a_plugin_of_no_run_is_refused(fails, begun, marked, tmp_path):
-    other = Marked(tmp_path / "other", name="another")
-    other.path = other.path.rename(other.path.with_name("another.py"))
-    assert f"has no plugin {other.path}" in fails("--resume", str(begun), "--plugin", str(other.path))
+    stranger = Marked(tmp_path / "other", name="another")
+    stranger.path = stranger.path.rename(stranger.path.with_name("another.py"))
+    assert f"has no plugin {stranger.path}" in fails("--resume", str(begun), "--plugin", str(stranger.path))
 
 
 def test_the_library_executes_a_trusted_plugin(begun, marked, monkeypatch, tmp_path):

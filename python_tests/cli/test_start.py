@@ -90,7 +90,7 @@ def test_a_run_imports_what_it_needs_when_it_needs_it(method, tmp_path):
     small = ["--train-samples", "60", "--clients", "2", "--rounds", "1", "--local-steps", "1", "--width", "4",
              "--grad-cam", "2", "--quiet", "--out", str(tmp_path / "run")]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", RUN, method, *small], capture_output=True, text=True, check=True)
-    first, end = (set(line.split()) for line in done.stderr.splitlines() if line.startswith("modules "))
-    assert {"torch", f"fedkern.methods.{'fedgid' if method == 'fedgid' else 'baselines.' + method}"} <= first
-    assert not first & LATER
+    loaded, end = (set(line.split()) for line in done.stderr.splitlines() if line.startswith("modules "))
+    assert {"torch", f"fedkern.methods.{'fedgid' if method == 'fedgid' else 'baselines.' + method}"} <= loaded
+    assert not loaded & LATER
     assert end & LATER == PICTURES

@@ -49,8 +49,8 @@ def test_a_restart_of_extend(tmp_path, monkeypatch):
     assert (again.command, again.resume, again.quiet) == ("resume", tmp_path, True)
     monkeypatch.setattr(torchrun.torchrun_group, "find_rank", lambda: launched(restarts=1, max_restarts=1, size=1))
     assert torchrun.play_on_ranks(asked, ["extend"], lambda again: int(again.command != "resume")) == 0
-    more = Request("extend", folder=tmp_path, arguments={"rounds": 9})  # the first start did not come so far
-    assert torchrun._again(more, launched(restarts=1, max_restarts=1)) is more
+    extension = Request("extend", folder=tmp_path, arguments={"rounds": 9})  # the first start did not come so far
+    assert torchrun._again(extension, launched(restarts=1, max_restarts=1)) is extension
 
 
 def test_ranks_take_a_gpu_each(monkeypatch):

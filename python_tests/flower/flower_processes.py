@@ -51,7 +51,7 @@ def processes_of(home: Path) -> list[int]:
                 marked.add(int(folder.name))
     found, grown = set(marked), True
     while grown:
-        more = {pid for pid, parent in parents.items() if parent in found} - found
-        found |= more
-        grown = bool(more)
+        children = {pid for pid, parent in parents.items() if parent in found} - found
+        found |= children
+        grown = bool(children)
     return sorted(found - {os.getpid()})

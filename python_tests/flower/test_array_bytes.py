@@ -121,6 +121,6 @@ def test_bytes_that_do_not_fit_are_refused_by_name(case):
 )
 def test_joins_arrays(arrays):
     sent = [saved(array) for array in arrays]
-    found = array_bytes.join_tensors([(each, array_bytes.read_header(each, "'w'")) for each in sent])
+    found = array_bytes.join_tensors([(data, array_bytes.read_header(data, "'w'")) for data in sent])
     assert np.array_equal(found.numpy(), np.concatenate([array.reshape(-1) for array in arrays]))
     assert found.dtype == array_bytes.FLOATS[np.result_type(*arrays).name]

@@ -116,7 +116,7 @@ def test_a_killed_server_app_resumes_with_the_same_bits(tmp_path):
     (tmp_path / "federation").mkdir()
     with Federation(tmp_path / "federation") as federation:
         federation.start_nodes(*configs(federation, 2))
-        first = federation.submit(made)
+        killed = federation.submit(made)
         wait_until(lambda: len(records(tmp_path)) >= 1, 120)
         (server,) = federation.named("flwr-serverapp")
         os.kill(server, signal.SIGKILL)
@@ -124,7 +124,7 @@ def test_a_killed_server_app_resumes_with_the_same_bits(tmp_path):
         assert len(records(tmp_path)) < 3
         outcome = federation.run(made, resume=True)
         assert outcome.completed, outcome.log
-        assert outcome.run != first
+        assert outcome.run != killed
     assert federation.processes() == []
     assert [record["round"] for record in records(tmp_path)] == [1, 2, 3]
     assert (tmp_path / "run/model.safetensors").read_bytes() == in_one_process(tmp_path, "scaffold", *words)
@@ -153,9 +153,9 @@ def test_a_client_whose_process_is_killed_is_left_out_and_back_in_the_next_round
         outcome = federation.run(made)
         assert outcome.completed, outcome.log
     assert federation.processes() == []
-    first, second = dropped(tmp_path).values()
-    assert list(first) == [1]
-    assert "The process of this client ended before it had answered" in first[1]
+    losses, second = dropped(tmp_path).values()
+    assert list(losses) == [1]
+    assert "The process of this client ended before it had answered" in losses[1]
     assert second == {}
 
 
@@ -171,7 +171,7 @@ def test_a_node_that_does_not_answer_costs_the_deadline_and_is_back_in_the_next_
         os.killpg(node.process.pid, signal.SIGCONT)
         outcome = federation.ended(run)
         assert outcome.completed, outcome.log
-    first, second = dropped(tmp_path).values()
-    assert list(first) == [1]
-    assert "had not answered after 40 seconds" in first[1]
+    losses, second = dropped(tmp_path).values()
+    assert list(losses) == [1]
+    assert "had not answered after 40 seconds" in losses[1]
     assert second == {}

@@ -54,10 +54,10 @@ def by_the_honest(folder: Path, monkeypatch) -> dict[str, torch.Tensor]:
     return torch.load(folder / "final_model.pt", weights_only=True)
 
 
-def assert_equal(one, other):
-    assert list(one) == list(other)
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
+def assert_equal(left, right):
+    assert list(left) == list(right)
+    for key, value in left.items():
+        assert torch.equal(value, right[key]), key
 
 
 def test_faulty_replies_are_named_and_the_others_count(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.flower
 @pytest.mark.slow
 def test_the_script_gives_the_bits_of_one_process_that_has_all_data(tmp_path):
     commands(tmp_path / "bin")
-    folder, alone = tmp_path / "federation", tmp_path / "alone"
+    folder, single = tmp_path / "federation", tmp_path / "alone"
     environment = surroundings(tmp_path / "bin") | {"FLWR_HOME": str(tmp_path / "no-home")}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder)], cwd=tmp_path, env=environment, capture_output=True, text=True,
@@ -36,8 +36,8 @@ def test_the_script_gives_the_bits_of_one_process_that_has_all_data(tmp_path):
     roots = [str(folder / "data" / site) for site in deployment().SITES]
     parts = [data_of_one(config.replace(data_root=root), node=True) for root in roots]
     assert len({len(part.clients[0]) for part in parts}) == 3
-    run(config, data=replace(data, clients=tuple(part.clients[0] for part in parts)), out=alone)
-    assert (alone / "model.safetensors").read_bytes() == (folder / "run/model.safetensors").read_bytes()
+    run(config, data=replace(data, clients=tuple(part.clients[0] for part in parts)), out=single)
+    assert (single / "model.safetensors").read_bytes() == (folder / "run/model.safetensors").read_bytes()
 
 
 def test_private_keys_are_readable_by_their_owner_alone(tmp_path):

@@ -174,9 +174,9 @@ def test_a_hostile_reply_to_evaluation_is_left_out_by_name(attack, name, caplog)
 
 
 def test_an_evaluation_of_other_names_leaves_the_rarer_out(caplog):
-    other = trained(lambda message: RecordDict({"m": MetricRecord({"num-examples": 1, "f1": 0.1})}))
+    foreign = trained(lambda message: RecordDict({"m": MetricRecord({"num-examples": 1, "f1": 0.1})}))
     with caplog.at_level(logging.WARNING):
-        found = run(strategy_of("FedAvg", fraction_evaluate=1.0), {1: score(0.25), 3: other, 4: score(0.75)})
+        found = run(strategy_of("FedAvg", fraction_evaluate=1.0), {1: score(0.25), 3: foreign, 4: score(0.75)})
     assert dict(found.evaluate_metrics_clientapp[1]) == {"accuracy": 0.5}
     assert "those of nodes 3" in caplog.text
 
@@ -237,23 +237,23 @@ def test_an_update_far_from_the_others_is_warned_of(name, update, caplog):
 @pytest.mark.parametrize("where", ["all", "one"])
 def test_large_models_are_measured_too(low_memory, where, caplog):
     start = {"w": np.ones(400_000, np.float32), "b": np.zeros(3, np.float32)}
-    other = {"w": start["w"].copy(), "b": start["b"]}
-    other["w"][slice(None) if where == "all" else slice(5, 6)] += 1e6
+    outlier = {"w": start["w"].copy(), "b": start["b"]}
+    outlier["w"][slice(None) if where == "all" else slice(5, 6)] += 1e6
     near = {"w": start["w"] + np.float32(1e-3), "b": start["b"]}
-    clients = {1: client(near), 2: client(near), 7: client(other)}
+    clients = {1: client(near), 2: client(near), 7: client(outlier)}
     strategy = strategies.FedAvg(fraction_evaluate=0.0, min_train_nodes=3, low_memory=low_memory)
     with caplog.at_level(logging.WARNING):
         strategy.start(FakeGrid(clients), arrays_of(start), 1, timeout=5)
     assert "the update of node 7 has a norm" in caplog.text
 
 
-def fails_from(first):
+def fails_from(start_node):
     """Return a node whose replies hold NaN from a round on."""
 
     def reply(message):
         number = message.content["config"]["server-round"]
         return content(
-            moved(number) if number < first else {"w": np.full((20, 30), np.nan, np.float32), "n": START["n"]}
+            moved(number) if number < start_node else {"w": np.full((20, 30), np.nan, np.float32), "n": START["n"]}
         )
 
     return reply

@@ -150,14 +150,14 @@ def test_the_distance_is_taken_in_fp64():
 
 def test_forms_of_a_round_are_read_once_and_others_anew():
     layout = Layout.of(record(MODEL))
-    first, again = Model(record(MODEL), layout), Model(record(MODEL), layout)
-    assert torch.equal(first.vector(), again.vector())
-    assert first.nbytes == again.nbytes == 4 * layout.size
+    model, again = Model(record(MODEL), layout), Model(record(MODEL), layout)
+    assert torch.equal(model.vector(), again.vector())
+    assert model.nbytes == again.nbytes == 4 * layout.size
     cut = record(MODEL)
     cut["head"] = cut["head"]._replace(data=cut["head"].data[:-4])
     with pytest.raises(Misfit, match="20 bytes where 24 belong"):
         Model(cut, layout)
     turned = {**MODEL, "head": np.asfortranarray(MODEL["head"])}
-    assert torch.equal(Model(record(turned), layout).vector(), first.vector())
+    assert torch.equal(Model(record(turned), layout).vector(), model.vector())
     with pytest.raises(Misfit, match=r"of shape \[3, 2\] where \[2, 3\] is expected"):
         Model(record({**MODEL, "head": MODEL["head"].T.copy()}), layout)

@@ -61,8 +61,8 @@ def test_the_order_changes_no_bit(form):
         total = RunningMean(LAYOUT)
         for node in order:
             total.add(Model(form(MODELS[node]), LAYOUT), WEIGHTS[node], node)
-        made, whole = total.result(NewModel(LAYOUT, False))
-        assert int(whole["bn.num_batches_tracked"]) == 4
+        made, integers = total.result(NewModel(LAYOUT, False))
+        assert int(integers["bn.num_batches_tracked"]) == 4
         vectors.append(made.vector)
     assert all(torch.equal(vector, vectors[0]) for vector in vectors)
     means = np.concatenate([WANTED[entry.key] for entry in LAYOUT.floating])

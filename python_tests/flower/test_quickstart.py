@@ -67,10 +67,10 @@ def played(code, folder, monkeypatch):
     return torch.load(folder / "final_model.pt", weights_only=True)
 
 
-def assert_alike(one, other):
-    assert list(one) == list(other)
-    for key, value in one.items():
-        torch.testing.assert_close(value.double(), other[key].double(), rtol=1e-3, atol=1e-4)
+def assert_alike(left, right):
+    assert list(left) == list(right)
+    for key, value in left.items():
+        torch.testing.assert_close(value.double(), right[key].double(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_page_changes_one_import():

@@ -59,17 +59,17 @@ def run(strategy, clients=None, order=None, rounds=3, start=START, **named):
     return strategy.start(grid, arrays, rounds, timeout=5, **named), grid
 
 
-def close(one, other, rtol=1e-5, atol=1e-6):
-    one, other = numbers(one), numbers(other)
-    assert list(one) == list(other)
-    for key, value in one.items():
-        np.testing.assert_allclose(value, other[key], rtol=rtol, atol=atol, err_msg=key)
-        assert value.shape == other[key].shape
+def close(left, right, rtol=1e-5, atol=1e-6):
+    left, right = numbers(left), numbers(right)
+    assert list(left) == list(right)
+    for key, value in left.items():
+        np.testing.assert_allclose(value, right[key], rtol=rtol, atol=atol, err_msg=key)
+        assert value.shape == right[key].shape
 
 
-def same(one, other):
-    assert list(one) == list(other)
-    assert all(one[key].data == other[key].data for key in one)
+def same(left, right):
+    assert list(left) == list(right)
+    assert all(left[key].data == right[key].data for key in left)
 
 
 # -- the same as Flower's ----------------------------------------------------------------------------------------------
@@ -168,9 +168,9 @@ def test_the_order_of_arrival_does_not_change_a_bit(name, low_memory):
     settings = {**EVERYBODY, "min_train_nodes": 4, "low_memory": low_memory, **PAIRS.get(name, {})}
     orders = list(itertools.permutations(range(4)))[::5]
     results = [run(getattr(strategies, name)(**settings), learners(4), order, rounds=2)[0] for order in orders]
-    for other in results[1:]:
-        same(results[0].arrays, other.arrays)
-        assert results[0].train_metrics_clientapp == other.train_metrics_clientapp
+    for result in results[1:]:
+        same(results[0].arrays, result.arrays)
+        assert results[0].train_metrics_clientapp == result.train_metrics_clientapp
     if low_memory:
         kept, _ = run(getattr(strategies, name)(**{**settings, "low_memory": False}), learners(4), rounds=2)
         close(results[0].arrays, kept.arrays, rtol=1e-6)
@@ -205,10 +205,10 @@ def test_replies_that_show_in_the_mean_are_left_out(low_memory, kind):
     ]  # fmt: skip
     assert found.train_metrics_clientapp[2]["left-out/finite"] == [3, 9]
     assert found.train_metrics_clientapp[2]["loss"] == 0.5
-    alone = kind(**EVERYBODY, min_train_nodes=2, low_memory=low_memory)
+    averaging = kind(**EVERYBODY, min_train_nodes=2, low_memory=low_memory)
     with pytest.raises(RunFailed, match="holds NaN"):
-        run(alone, bad, rounds=1)
-    assert [left.node for left in alone.left_out] == [3, 9]
+        run(averaging, bad, rounds=1)
+    assert [left.node for left in averaging.left_out] == [3, 9]
 
 
 def test_one_reply_is_held_at_a_time():
@@ -321,15 +321,15 @@ def test_replies_of_no_examples_are_no_part_of_a_choice(name, weights, caplog):
     settings = {**EVERYBODY, "min_train_nodes": 1}
     models = {100 + i: moved(START, 0, 0.1 * i) for i in range(4)}
     everybody = FakeGrid({node: client(own, w) for (node, own), w in zip(models.items(), weights, strict=True)})
-    others = FakeGrid({node: reply for node, reply in everybody.clients.items() if weights[node - 100]})
+    voters = FakeGrid({node: reply for node, reply in everybody.clients.items() if weights[node - 100]})
     ours, wanted = (getattr(strategies, name)(**settings) for _ in range(2))
     replies = everybody.send_and_receive(ours.configure_train(1, arrays_of(START), ConfigRecord(), everybody))
     found, metrics = ours.aggregate_train(1, replies)
-    if not others.clients:
+    if not voters.clients:
         assert found is None
         assert "stays as it was" in caplog.text or "weights of all replies are 0" in caplog.text
         return
-    replies = others.send_and_receive(wanted.configure_train(1, arrays_of(START), ConfigRecord(), others))
+    replies = voters.send_and_receive(wanted.configure_train(1, arrays_of(START), ConfigRecord(), voters))
     same(found, wanted.aggregate_train(1, replies)[0])
     nodes = [node for node, weight in zip(models, weights, strict=True) if not weight]
     assert metrics.get("left-out/empty", nodes) == nodes
@@ -457,7 +457,7 @@ def test_arguments_out_of_range_are_named():
         with pytest.raises(UserError, match=f"FedAvg: {name} must be"):
             strategies.FedAvg(**{name: value})
     made = strategies.FedAvg(seed=np.int64(3), max_update_norm=np.float32(0.5))
-    assert [(type(each), each) for each in (made.seed, made.max_update_norm)] == [(int, 3), (float, 0.5)]
+    assert [(type(value), value) for value in (made.seed, made.max_update_norm)] == [(int, 3), (float, 0.5)]
     with pytest.raises(TypeError, match="fraction_fit"):
         strategies.FedAvg(fraction_fit=0.5)
     arrays = arrays_of(START)
@@ -545,12 +545,12 @@ def test_a_mask_of_infinities_leaves_no_reply_out(name, flat):
     Others are left out.
     """
     mask = {"mask": np.triu(np.full((5, 5), -np.inf, np.float32), 1)}
-    more = {
+    needs = {
         "DPFedAvg": {"clipping_norm": 1.0, "noise_multiplier": 0.0},
         "FedAvg low_memory": {"low_memory": True},
         "FedAvg max_update_norm": {"max_update_norm": 1e6},
     }
-    settings = {**EVERYBODY, "min_train_nodes": 6, **PAIRS.get(name, {}), **more.get(name, {})}
+    settings = {**EVERYBODY, "min_train_nodes": 6, **PAIRS.get(name, {}), **needs.get(name, {})}
     replies = [moved(START, 100 + i) for i in range(6)]
 
     def ran(models, start):
@@ -560,7 +560,7 @@ def test_a_mask_of_infinities_leaves_no_reply_out(name, flat):
 
     plain, _ = ran(replies, START)
     arrays, strategy = ran([{**own, **mask} for own in replies], {**START, **mask})
-    made, expected = (unpack(each) if flat else numbers(each) for each in (arrays, plain))
+    made, expected = (unpack(result) if flat else numbers(result) for result in (arrays, plain))
     assert np.array_equal(np.asarray(made.pop("mask")), mask["mask"])
     for key, value in expected.items():
         np.testing.assert_allclose(np.asarray(made[key]), np.asarray(value), rtol=1e-5, atol=1e-6)
@@ -662,7 +662,7 @@ def test_replies_in_bf16_are_averaged_in_fp64():
     found, _ = run(strategies.FedAvg(**EVERYBODY, min_train_nodes=5), clients, rounds=1)
     for key, value in numbers(found.arrays).items():
         rounded = [own[key].bfloat16().double() for own in models]
-        wanted = sum((i + 1) * each for i, each in enumerate(rounded)) / 15
+        wanted = sum((i + 1) * values for i, values in enumerate(rounded)) / 15
         assert np.array_equal(value, wanted.float().numpy())
 
 
@@ -682,8 +682,8 @@ def test_updates_are_clipped_and_weigh_the_same():
     vector = np.concatenate([value.ravel() for value in START.values()]).astype(np.float64)
     total = 0.0
     for i, step in enumerate(steps):
-        other = np.concatenate([value.ravel() for value in moved(START, i, step).values()])
-        update = other - vector
+        moved_model = np.concatenate([value.ravel() for value in moved(START, i, step).values()])
+        update = moved_model - vector
         total = total + update * min(1.0, 2.0 / np.linalg.norm(update))
     made = np.concatenate([value.ravel() for value in numbers(found.arrays).values()])
     np.testing.assert_allclose(made, vector + total / 3, rtol=1e-6, atol=1e-7)
@@ -752,8 +752,8 @@ def test_flowers_wrappers_clip_and_noise_without_an_accountant():
 @pytest.mark.parametrize(("variable", "wanted"), [(None, 1), ("OMP_WAIT_POLICY", 3), ("GOMP_SPINCOUNT", 3)])
 @pytest.mark.parametrize("name", ["FedAvg", "FedMedian"])
 def test_threads_that_would_spin_are_not_used(variable, wanted, name, monkeypatch):
-    for each in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.delenv(each, raising=False)
+    for setting in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(setting, raising=False)
     if variable:
         monkeypatch.setenv(variable, "0")
     threads = []

@@ -121,8 +121,8 @@ def test_krum_takes_a_client_with_its_running_statistics(make_data, make_config,
         def server_update(self, server, phase, uploads):
             kept = list(uploads)
             super().server_update(server, phase, iter(kept))
-            whole = {name: server.state[name] for name in ("parameters", "buffers")}
-            seen.append([all(torch.equal(each.message[name], value) for name, value in whole.items()) for each in kept])
+            weights = {name: server.state[name] for name in ("parameters", "buffers")}
+            seen.append([all(torch.equal(u.message[name], value) for name, value in weights.items()) for u in kept])
 
     monkeypatch.setitem(METHODS, "fedavg", Keeping)
     run(make_config("fedavg", aggregator="krum"), out=tmp_path / "run", data=make_data(SIZES))
@@ -146,10 +146,10 @@ def test_a_rule_of_ones_own(rules, make_data, make_config, tmp_path):
     calls = []
 
     @rules("first")
-    def first(vectors, weights, which=0, doubled=False):
+    def first(vectors, weights, row=0, doubled=False):
         """One client's network."""
-        calls.append((len(vectors), weights.tolist(), which))
-        return vectors[which] * (2 if doubled else 1)
+        calls.append((len(vectors), weights.tolist(), row))
+        return vectors[row] * (2 if doubled else 1)
 
     config = make_config("fedavg", aggregator="first:which=3")
     assert config.aggregator == "first:which=3,doubled=false"

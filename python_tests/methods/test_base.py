@@ -27,8 +27,8 @@ def test_a_class_that_overrides_a_hook_loses_the_flags_that_vouch_for_it(hook, l
     kind = overriding(hook)
     assert {name for name in FLAGS if not getattr(kind, name)} == lost
     again = overriding(hook, **{name: getattr(FedAvg, name) for name in lost})
-    for each in (again, type("Further", (again,), {})):
-        assert all(getattr(each, name) == getattr(FedAvg, name) for name in FLAGS)
+    for derived in (again, type("Further", (again,), {})):
+        assert all(getattr(derived, name) == getattr(FedAvg, name) for name in FLAGS)
     assert {name for name in FLAGS if not getattr(type("Further", (kind,), {}), name)} == lost
 
 

@@ -42,7 +42,7 @@ def test_the_first_stage_leaves_encoders_as_they_are(parts):
 @pytest.mark.parametrize("start_from", ["own", "average"])
 def test_what_clients_go_on_from_and_that_they_anchor_on_the_average(start_from, parts, monkeypatch):
     p = parts(joint_start=start_from)
-    _, first = p.exchange(ALIGN)
+    _, uploads = p.exchange(ALIGN)
     seen, own = [], start_from == "own"
     real = Client.train
 
@@ -54,17 +54,17 @@ def test_what_clients_go_on_from_and_that_they_anchor_on_the_average(start_from,
     encoders, _ = p.sizes()
     average = p.server.state["parameters"].clone()
     p.exchange(JOINT)
-    for (start, anchor), upload in zip(seen, first, strict=True):
+    for (start, anchor), upload in zip(seen, uploads, strict=True):
         assert torch.equal(start[encoders:], upload.message["parameters"] if own else average[encoders:])
         assert torch.equal(start[:encoders], average[:encoders])
         assert torch.equal(anchor, average)
     assert torch.equal(seen[0][0], seen[1][0]) != own
 
 
-@pytest.mark.parametrize("other", [{"stages": "one"}, {"stage_schedule": "sequential"}])
-def test_a_start_that_would_do_nothing_is_refused(other):
+@pytest.mark.parametrize("option", [{"stages": "one"}, {"stage_schedule": "sequential"}])
+def test_a_start_that_would_do_nothing_is_refused(option):
     with pytest.raises(UserError, match="stage_schedule=per_round"):
-        FedDRA.Options(joint_start="average", **other)
+        FedDRA.Options(joint_start="average", **option)
 
 
 def test_samples_of_losses_that_nobody_reports_are_refused():
@@ -74,9 +74,9 @@ def test_samples_of_losses_that_nobody_reports_are_refused():
 
 
 def test_spliced_replaces_the_ends():
-    whole = {"parameters": torch.arange(5.0), "buffers": torch.arange(3.0)}
-    assert splice_ends(whole, {"parameters": torch.tensor([9.0, 8.0])})["parameters"].tolist() == [0, 1, 2, 9, 8]
-    assert splice_ends(whole, {})["buffers"] is whole["buffers"]
+    model = {"parameters": torch.arange(5.0), "buffers": torch.arange(3.0)}
+    assert splice_ends(model, {"parameters": torch.tensor([9.0, 8.0])})["parameters"].tolist() == [0, 1, 2, 9, 8]
+    assert splice_ends(model, {})["buffers"] is model["buffers"]
 
 
 def test_the_alignment_modules_are_the_ends_of_the_vectors(parts):
@@ -108,8 +108,8 @@ def test_loss_at_a_random_start_and_of_identical_pairs(parts):
     batch = p.clients[0].batch(np.arange(16))
     x, y = p.bench.networks.build().train()(batch.inputs, batch.targets)
     assert ops.contrastive(x, y).item() < 2 * math.log(16) + 3
-    same = torch.eye(16)
-    assert ops.contrastive(same, same).item() < 1e-3
+    pairs = torch.eye(16)
+    assert ops.contrastive(pairs, pairs).item() < 1e-3
 
 
 def test_the_local_objective(parts):
@@ -182,8 +182,8 @@ def test_bytes_of_a_round_are_those_of_the_notes(parts):
         own = sent.get(0, sent)
         return message_bytes(own), message_bytes(uploads[0].message)
 
-    first = [booked(phase) for phase in (ALIGN, JOINT, LOSSES)]
-    assert first == [(model + 8, part), (part + 8, model), (model + 8, 8)]
+    traffic = [booked(phase) for phase in (ALIGN, JOINT, LOSSES)]
+    assert traffic == [(model + 8, part), (part + 8, model), (model + 8, 8)]
     assert [booked(phase) for phase in (ALIGN, JOINT, LOSSES)] == [(8, part), (part + 8, model), (model + 8, 8)]
 
 
@@ -202,9 +202,9 @@ def test_an_average_that_nobody_uses_does_not_travel(parts, monkeypatch):
     assert [up for _, up in travelled[0::3]] == [0, 0]
     assert [down for down, _ in travelled[1::3]] == [8, 8]  # the client's weight alone
     monkeypatch.setattr(FedDRA, "averaged", True)
-    before, other = played()
-    assert other[0][1] == other[1][0] - 8 > 1000
-    assert [row[1] for row in other[1::3]] == [row[1] for row in travelled[1::3]]
+    before, after = played()
+    assert after[0][1] == after[1][0] - 8 > 1000
+    assert [row[1] for row in after[1::3]] == [row[1] for row in travelled[1::3]]
     assert all(torch.equal(state[name], before[name]) for name in ("parameters", "weights"))
 
 

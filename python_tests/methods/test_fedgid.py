@@ -33,18 +33,18 @@ def network(seed, model="cnn", width=4, side=16, dtype=torch.float32):
 class Scene:
     """A local and a global network, a batch, and a bank, in float64 so that oracles can be compared closely."""
 
-    def __init__(self, make_data, make_config, model="cnn", same=False, phase=PHASE, epochs=1, **options):
+    def __init__(self, make_data, make_config, model="cnn", shared=False, phase=PHASE, epochs=1, **options):
         self.method = FedGID(FedGID.Options.parse(options))
         self.bench = RunContext(make_config("fedgid"), make_data())
         self.client = Client(self.bench, 0, {})
         self.local = network(1, model, dtype=torch.float64)
-        self.frozen = network(1 if same else 2, model, dtype=torch.float64)
+        self.frozen = network(1 if shared else 2, model, dtype=torch.float64)
         self.frozen.requires_grad_(False)
         g = torch.Generator().manual_seed(5)
         for net in (self.local, self.frozen):  # statistics of their own, so that eval mode means something
             for layer in net.modules():
                 if isinstance(layer, torch.nn.BatchNorm2d):
-                    g2 = g if not same else torch.Generator().manual_seed(6)
+                    g2 = g if not shared else torch.Generator().manual_seed(6)
                     layer.running_mean += 0.1 * torch.randn(layer.running_mean.shape, generator=g2)
         self.frozen.eval()
         self.received = Received(self.frozen, phase=phase, epochs=epochs)
@@ -172,7 +172,7 @@ def test_no_gradient_reaches_the_global_encoder_or_the_backgrounds(make_data, ma
 
 
 def test_at_the_start_of_a_round_local_and_global_features_agree(make_data, make_config):
-    scene = Scene(make_data, make_config, same=True, intervention=False)
+    scene = Scene(make_data, make_config, shared=True, intervention=False)
     scene.local.eval()
     _, seen = scene.loss()
     assert 0 <= float(seen["loss_gd"]) < 1e-12
@@ -239,14 +239,14 @@ def test_statistics_guard_restores_and_leaves_eval_mode_alone():
 @pytest.mark.parametrize("on", ["features", "logits"])
 def test_caching_over_epochs_changes_nothing(on, epochs, make_data, make_config):
     scene = Scene(make_data, make_config, epochs=epochs, distill_on=on)
-    first = scene.loss()[0]
+    loss = scene.loss()[0]
     assert ("anchor" in scene.received.round_cache) == (epochs > 1)
     scene.batch.epoch = 1
     calls = []
     scene.frozen.register_forward_hook(lambda *_: calls.append(1))
     again = scene.loss()[0]
     torch.testing.assert_close(again, scene.oracle(on=on), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(again, first, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(again, loss, rtol=1e-9, atol=1e-9)
 
 
 def test_random_backgrounds_are_uniform_over_the_bank(make_data, make_config):

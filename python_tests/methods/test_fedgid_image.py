@@ -180,8 +180,8 @@ def test_backgrounds_are_augmented_apart(make_data, make_config, tmp_path, monke
 
 @pytest.mark.usefixtures("forked_workers")
 def test_two_workers_give_the_bits_of_one(make_data, make_config, tmp_path):
-    one, two = compared(make_config("fedgid", augment="crop-flip", options=IMAGE), make_data(), tmp_path)
-    assert one == two
+    single, two = compared(make_config("fedgid", augment="crop-flip", options=IMAGE), make_data(), tmp_path)
+    assert single == two
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(make_data, make_config, tmp_path):
@@ -193,8 +193,8 @@ def test_a_killed_run_goes_on_with_the_same_bits(make_data, make_config, tmp_pat
 @pytest.mark.parametrize("augment", ["crop", "none"])
 def test_a_step_is_replayable(augment, make_data, make_config, tmp_path, monkeypatch):
     config = make_config("fedgid", **{**SMALL, "augment": augment, "options": IMAGE})
-    same, tapes, diagnostics = same_runs(config, make_data(), tmp_path, monkeypatch)
-    assert same
+    equal, tapes, diagnostics = same_runs(config, make_data(), tmp_path, monkeypatch)
+    assert equal
     assert tapes.replayed > 3 * tapes.recorded > 0
     assert "no-cuda-graph" not in diagnostics
 

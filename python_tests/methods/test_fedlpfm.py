@@ -77,8 +77,8 @@ def test_loss_and_gradient_are_the_equations(teachers, mixing, lam, temperature)
 def test_nothing_is_left_to_learn_from_equal_logits(divergence, teachers):
     proxy, _, _ = scene()
     method = make(divergence=divergence, temperature=2.0, teachers=teachers)
-    same = proxy.logits.detach().expand(teachers, -1, -1)
-    value = method.divergence(proxy.logits, method._mixture(same))
+    teachers_logits = proxy.logits.detach().expand(teachers, -1, -1)
+    value = method.divergence(proxy.logits, method._mixture(teachers_logits))
     value.backward()
     assert 0 <= value.item() < 1e-12
     assert proxy.logits.grad.abs().max() < 1e-9
@@ -259,10 +259,10 @@ def test_resumed_it_ends_alike_even_when_the_cache_is_gone(tuning, data, make_co
 def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, make_public, make_config, tmp_path):
     """One class per client: only the teacher's probabilities tell the other classes apart."""
     data = make_public(make_data((30, 30, 30)), samples=60)
-    alone = []
+    splits = []
     for k, split in enumerate(make_data((90, 90, 90)).clients):
-        alone.append(split.subset(torch.nonzero(split.labels == k)[:, 0][:20]))
-    data = dataclasses.replace(data, clients=tuple(alone))
+        splits.append(split.subset(torch.nonzero(split.labels == k)[:, 0][:20]))
+    data = dataclasses.replace(data, clients=tuple(splits))
     settings = {**EQUAL, "rounds": 6, "lr": 0.02, "width": 4, "local_epochs": 2, "batch_size": 4}
     accuracy = {}
     for lam in (0, 0.9):

@@ -104,10 +104,10 @@ def test_what_is_no_such_number_is_refused(key, value):
 
 def test_every_number_of_every_method_fits_the_networks():
     for name, kind in METHODS.items():
-        for each in kind.Options.declared():
-            if each.type is float:
-                with pytest.raises(UserError, match=rf'"{each.name}" must be '):
-                    kind.Options.parse({each.name: 1e300}, method=name)
+        for spec in kind.Options.declared():
+            if spec.type is float:
+                with pytest.raises(UserError, match=rf'"{spec.name}" must be '):
+                    kind.Options.parse({spec.name: 1e300}, method=name)
 
 
 def test_given_twice():
@@ -129,12 +129,12 @@ def test_every_method_is_described_and_its_options_round_trip(name):
     assert method.Options.parse(options.to_dict()) == options
     given = {k: v for k, v in options.to_dict().items() if v is not None}  # an option left open has no text
     assert method.Options.parse([f"{k}={v}" for k, v in given.items()]) == options
-    for each in method.Options.declared():
-        assert each.help
+    for spec in method.Options.declared():
+        assert spec.help
 
 
 def test_every_published_option_of_fedgid_can_be_set():
-    names = {each.name for each in METHODS["fedgid"].Options.declared()}
+    names = {spec.name for spec in METHODS["fedgid"].Options.declared()}
     assert {
         "alpha", "lambda", "temperature", "mix_stage", "kl_direction", "distill_on",
         "intervention", "distillation",

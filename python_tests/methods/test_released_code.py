@@ -83,8 +83,8 @@ def assert_alike(ours, theirs):
 def assert_each_alike(ours, theirs):
     """Compare losses one by one."""
     assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert_alike(one, other)
+    for left, right in zip(ours, theirs, strict=True):
+        assert_alike(left, right)
 
 
 def changes_by_name(module, step, flat, lr):
@@ -464,9 +464,9 @@ class Fusefl:
                     self.losses.append(loss.detach())
 
             changes = changes_by_name(part, epoch, flat, 0.01)
-            first = f"block{number - 1}"
+            block = f"block{number - 1}"
             self.updates[number, m] = {
-                name.replace("blocks.0", first).replace("blocks.1", "block1"): value for name, value in changes.items()
+                name.replace("blocks.0", block).replace("blocks.1", "block1"): value for name, value in changes.items()
             }
 
     def fused(self, number):
@@ -514,11 +514,11 @@ def test_fusefl_statistics_of_frozen_levels_are_not_quite_the_released_ones(play
 
     In fedkern with the owners'.
     """
-    alone = play.frozen()
+    network = play.frozen()
     for images in play.images[2]:
-        alone.run_levels(images)
+        network.run_levels(images)
     for j, (together, own) in enumerate(
-        zip(*(net.levels[0].statistics() for net in (play.shared, alone)), strict=True)
+        zip(*(net.levels[0].statistics() for net in (play.shared, network)), strict=True)
     ):
         for name in ("1.running_mean", "1.running_var"):
             released = play.data[f"level2.stem{j}.{name}"]
@@ -535,9 +535,9 @@ def test_fusefl_fusion_and_calibration(play, precision, monkeypatch):
     assert_alike(dict(plain.named_parameters()), data.under(f"{precision}.plain_head."))
     fused = FusedNetwork([play.fused(1), play.fused(2)], final="sum")
     features = [[fused.features(batch) for batch in images] for images in play.images]
-    every = torch.stack([batch for client in features for batch in client])
-    assert_alike(every, data[f"{precision}.features"])
-    assert_alike(plain(every), data[f"{precision}.logits"])
+    stacked = torch.stack([batch for client in features for batch in client])
+    assert_alike(stacked, data[f"{precision}.features"])
+    assert_alike(plain(stacked), data[f"{precision}.logits"])
     pooled = ClassStatistics(4, 16, compat=True)
     for client, labels in zip(features, play.labels, strict=True):
         statistics = ClassStatistics(4, 16)

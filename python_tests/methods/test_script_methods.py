@@ -108,11 +108,11 @@ def test_a_wrong_option_is_one_sentence(make, sentence):
 
 
 def test_an_object_means_its_name_and_the_options_it_was_made_with():
-    one = fedkern.simulate(FedProx(mu=0.1), rounds=1, out="one", **TINY)
+    named = fedkern.simulate(FedProx(mu=0.1), rounds=1, out="one", **TINY)
     two = fedkern.simulate("fedprox", mu=0.1, rounds=1, out="two", **TINY)
-    assert one.config.to_dict() == two.config.to_dict()
-    assert one.metrics == two.metrics
-    assert fedkern.load("one", method=FedProx(mu=0.1)).metrics == one.metrics
+    assert named.config.to_dict() == two.config.to_dict()
+    assert named.metrics == two.metrics
+    assert fedkern.load("one", method=FedProx(mu=0.1)).metrics == named.metrics
 
     def options(method):
         return read_request(method, "digits", None, {})[0].options
@@ -152,8 +152,8 @@ def test_the_folder_of_a_class_has_its_plain_name():
 
 
 def test_what_differs_is_said(monkeypatch):
-    first, second = defined("1.0"), defined("2.0")
-    run = fedkern.simulate(first, rounds=1, out="run", **TINY)
+    method, second = defined("1.0"), defined("2.0")
+    run = fedkern.simulate(method, rounds=1, out="run", **TINY)
     assert fedkern.load("run", method=defined("1.0")).metrics == run.metrics
     Path("moved_of_a_test.py").write_text("from fedkern.methods import FedAvg\n" + text("1.0"))
     monkeypatch.syspath_prepend(".")
@@ -168,11 +168,11 @@ def test_what_differs_is_said(monkeypatch):
     with pytest.raises(fedkern.UserError, match="is Slow, not Half: give that class"):
         fedkern.load("run", method=Half)
     settings = Path("run/config.toml")
-    whole = settings.read_text()
-    settings.write_text(re.sub(r"(?m)^method_sha256 = .*\n", "", whole))
+    content = settings.read_text()
+    settings.write_text(re.sub(r"(?m)^method_sha256 = .*\n", "", content))
     with pytest.raises(fedkern.UserError, match="the class Slow has changed since the run in run began"):
-        fedkern.load("run", method=first)
-    settings.write_text(whole)
+        fedkern.load("run", method=method)
+    settings.write_text(content)
     fedkern.simulate(second, rounds=1, out="other", **TINY)  # a cell of a notebook was changed and run again
     assert run.extend(3, **QUIET).summary["rounds"] == 3
     fedkern.simulate(FedProx(mu=0.1), rounds=1, out="prox", **TINY)
@@ -193,7 +193,7 @@ class Beside(FedAvg):
 class Needing(FedAvg):
     """Takes two things."""
 
-    def __init__(self, first, second):
+    def __init__(self, left, second):
         super().__init__()
 
 
@@ -286,9 +286,9 @@ def test_the_fingerprint_is_that_of_a_class_and_its_bases(tmp_path, monkeypatch)
 
     before = fingerprints(text, "first_of_a_test")
     assert fingerprints("import json\n" + text.replace("Two", "2") + "\nprint\n", "second_of_a_test") == before
-    other = fingerprints(text.replace("return 1", "return 2"), "third_of_a_test")
-    assert other[0] != before[0]
-    assert other[1] != before[1]
+    changed = fingerprints(text.replace("return 1", "return 2"), "third_of_a_test")
+    assert changed[0] != before[0]
+    assert changed[1] != before[1]
     assert script_methods.fingerprint(defined("1.0")) == script_methods.fingerprint(defined("1.0"))
     assert script_methods.fingerprint(defined("upload.samples in {'a', 'b'}")) != script_methods.fingerprint(
         defined("1")

@@ -79,11 +79,11 @@ def test_the_servers_rate_is_a_step_towards_the_average(make_data, make_config, 
     runs = {lr: make_config("fedavg", rounds=1, server_lr=lr, buffers="drop") for lr in (1e-9, 0.5, 1.0)}
     for lr, config in runs.items():
         run(config, out=tmp_path / str(lr), data=data)
-    start, half, whole = (weights_of(tmp_path / str(lr)) for lr in runs)
-    assert float((whole - start).abs().max()) > 1e-3
-    torch.testing.assert_close(half, (start + whole) / 2, rtol=0, atol=1e-6)
+    start, half, full = (weights_of(tmp_path / str(lr)) for lr in runs)
+    assert float((full - start).abs().max()) > 1e-3
+    torch.testing.assert_close(half, (start + full) / 2, rtol=0, atol=1e-6)
     run(make_config("fedavg", rounds=1, buffers="drop"), out=tmp_path / "usual", data=data)
-    assert torch.equal(weights_of(tmp_path / "usual"), whole)
+    assert torch.equal(weights_of(tmp_path / "usual"), full)
 
 
 def test_moments_survive_an_interruption(make_data, make_config, tmp_path):

@@ -42,7 +42,7 @@ def test_all_finite(dtype):
         spoiled = large.clone()
         spoiled[1, 2] = bad
         assert not all_finite(spoiled)
-    both = torch.zeros(4, dtype=dtype)
-    both[0], both[1] = torch.inf, -torch.inf
-    assert not all_finite(both)
+    infinite = torch.zeros(4, dtype=dtype)
+    infinite[0], infinite[1] = torch.inf, -torch.inf
+    assert not all_finite(infinite)
     assert all_finite(torch.zeros(2, dtype=torch.int64))

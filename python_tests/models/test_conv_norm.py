@@ -35,8 +35,8 @@ def calls(monkeypatch):
 
     def run(_, inputs, settings):
         *four, _, residual = inputs
-        mean, variance, *rest = settings
-        found.append(dict(zip(settings._fields[2:], rest, strict=True)))
+        mean, variance, *values = settings
+        found.append(dict(zip(settings._fields[2:], values, strict=True)))
         return ops.conv_norm(*four, mean, variance, residual=residual, **found[-1])
 
     def serving(inputs, _):
@@ -135,10 +135,10 @@ def test_a_residual(calls):
 
 
 def test_layers_in_between_run_as_they_are(calls):
-    first, second = stage(), stage(relu=False, pool=False)
+    block, second = stage(), stage(relu=False, pool=False)
     second[0] = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-    others = nn.Identity(), nn.Dropout(0.0), nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2)
-    module = ConvSequential(others[0], *first, *second, nn.GELU(), *others[1:], nn.Conv2d(2, 2, 3, padding=1))
+    between = nn.Identity(), nn.Dropout(0.0), nn.Conv2d(8, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2)
+    module = ConvSequential(between[0], *block, *second, nn.GELU(), *between[1:], nn.Conv2d(2, 2, 3, padding=1))
     expected = learnt(plain(module))
     same(learnt(module), expected)
     assert [(call["relu"], call["pool"]) for call in calls] == [(True, 2), (False, 1)] * 2
@@ -227,9 +227,9 @@ PARTLY = {"another activation": (False, 1), "a class of one's own": (False, 1), 
 @pytest.mark.parametrize("way", IN_THE_WAY)
 def test_layers_run_where_they_are_not_what_the_operator_serves(way, calls):
     module, layers = stage(), nn.Sequential(*stage())
-    for each in (module, layers):
+    for network in (module, layers):
         torch.manual_seed(1)
-        IN_THE_WAY[way](each)
+        IN_THE_WAY[way](network)
     same(learnt(module), learnt(layers))
     assert [(call["relu"], call["pool"]) for call in calls] == ([PARTLY[way]] * 2 if way in PARTLY else [])
 
@@ -317,8 +317,8 @@ def test_per_sample_weights_run_the_layers(monkeypatch):
 
 
 def test_functional_call_uses_the_given_tensors(calls):
-    module, other = stage(), stage(momentum=None)
-    given = {name: value.clone() for name, value in other.state_dict().items()}
+    module, source = stage(), stage(momentum=None)
+    given = {name: value.clone() for name, value in source.state_dict().items()}
     given |= {name: 0.5 * p.detach() for name, p in module.named_parameters()}
     before = copy.deepcopy(module.state_dict())
     copied = {name: value.clone() for name, value in given.items()}
@@ -545,7 +545,7 @@ def test_the_gradient_of_a_batch_of_one_has_the_maps_layout(name, training):
         expected = torch.autograd.grad(y, weights, grad, retain_graph=True)
         for read in (lambda y: y.squeeze(0).permute(1, 2, 0), lambda y: y.flatten(2).mT):
             got = torch.autograd.grad(read(y), weights, read(grad).contiguous(), retain_graph=True)
-            for one, other in zip(got, expected, strict=True):
-                assert float((one - other).abs().max()) <= (0.1 if dtype is torch.bfloat16 else 1e-3) * float(
-                    other.abs().max()
+            for gradient, reference in zip(got, expected, strict=True):
+                assert float((gradient - reference).abs().max()) <= (0.1 if dtype is torch.bfloat16 else 1e-3) * float(
+                    reference.abs().max()
                 )

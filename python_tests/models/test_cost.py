@@ -40,9 +40,9 @@ def test_nothing_is_counted_behind_the_end():
     network, images = made("cnn"), torch.zeros(2, 3, 32, 32)
     with count_flops(network) as counted:
         network(images)
-    first = counted.flops
+    flops = counted.flops
     network(images)
-    assert counted.flops == first > 0
+    assert counted.flops == flops > 0
 
 
 def test_gradients_are_counted_where_there_are_any():

@@ -64,11 +64,11 @@ class Constant(torch.nn.Module):
 def test_weights_by_class_by_hand():
     """Log-probabilities in ln 2 and ln 3, with the weights 3/4 and 1/4, 0 and 1, 1/2 and 1/2 of the two members."""
     two, three = math.log(2), math.log(3)
-    first = [-two, -2 * two, -2 * two]  # of 1/2, 1/4, 1/4
+    halved = [-two, -2 * two, -2 * two]  # of 1/2, 1/4, 1/4
     second = [-3 * two, -3 * two, three - 2 * two]  # of 1/8, 1/8, 3/4
     expected = torch.tensor([-1.5 * two, -3 * two, 0.5 * three - 2 * two]).expand(2, 3)
     for shift in (0.0, 7.0):  # a softmax does not see it, nor does the ensemble
-        members = [Constant([value + shift for value in first]), Constant(second)]
+        members = [Constant([value + shift for value in halved]), Constant(second)]
         ensemble = Ensemble(members, [[3, 0, 1], [1, 2, 1]])
         assert ensemble.weights.tolist() == [[[0.75, 0.0, 0.5]], [[0.25, 1.0, 0.5]]]
         torch.testing.assert_close(ensemble(images(2)), expected)

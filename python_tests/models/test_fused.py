@@ -98,11 +98,11 @@ def test_one_pass_is_separate_calls(names, blocks, kind):
 @pytest.mark.parametrize("total", [False, True])
 @torch.no_grad()
 def test_an_exported_network_has_operators_of_pytorch_alone(total):
-    first = [nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh())]
+    convs = [nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh())]
     second = [nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Tanh())]
     levels = [
         FusedLevel([Branch(b, adaptor, {"block": b.state_dict()}) for b in blocks])
-        for blocks, adaptor in ((first, None), (second, Pool(2, total=total)))
+        for blocks, adaptor in ((convs, None), (second, Pool(2, total=total)))
     ]
     network, x = nn.Sequential(*levels).eval(), torch.randn(3, 3, 2, 2)
     program = torch.export.export(network, (x,))
@@ -112,18 +112,18 @@ def test_an_exported_network_has_operators_of_pytorch_alone(total):
 
 @torch.no_grad()
 def test_tokens_are_fused_over_their_channels():
-    first = [nn.Sequential(nn.Flatten(2), nn.Linear(16, 5)) for _ in range(2)]
+    linears = [nn.Sequential(nn.Flatten(2), nn.Linear(16, 5)) for _ in range(2)]
     second = [nn.Sequential(nn.Linear(5, 5), nn.Flatten(1)) for _ in range(2)]
     for kind in ("cnn1x1", "avg"):
         random = torch.Generator().manual_seed(0)
         adaptor = make_adaptor(kind, (3, 5), 2, generator=random)
         states = {"adaptor": adaptor.state_dict()} if kind == "cnn1x1" else {}
         levels = [
-            FusedLevel([Branch(b, None, {"block": b.state_dict()}) for b in first]),
+            FusedLevel([Branch(b, None, {"block": b.state_dict()}) for b in linears]),
             FusedLevel([Branch(b, adaptor, {"block": b.state_dict(), **states}) for b in second]),
         ]
         x = torch.randn(4, 3, 4, 4)
-        tokens = [b(x) for b in first]
+        tokens = [b(x) for b in linears]
         joined = torch.cat(tokens, 2)
         torch.testing.assert_close(levels[0](x), joined)
         mixed = adaptor(joined) if kind == "cnn1x1" else (tokens[0] + tokens[1]) / 2

@@ -87,10 +87,10 @@ def test_the_share_over_batches_is_the_share_over_all():
     model, images = make()
     masks = torch.rand(5, 32, 32, generator=torch.Generator().manual_seed(2)) > 0.7
     masks[3] = False
-    whole = object_share(model, [(images, masks)])
+    share = object_share(model, [(images, masks)])
     parts = object_share(model, [(images[:2], masks[:2]), (images[2:2], masks[2:2]), (images[2:], masks[2:])])
-    assert whole == pytest.approx(parts)
-    assert whole["object_area"] == pytest.approx(masks[[0, 1, 2, 4]].double().mean().item())
+    assert share == pytest.approx(parts)
+    assert share["object_area"] == pytest.approx(masks[[0, 1, 2, 4]].double().mean().item())
     assert object_share(model, []) == {}
     everywhere = object_share(model, [(images, torch.ones(5, 32, 32, dtype=torch.bool))])
     assert everywhere["gradcam_in_object"] == pytest.approx(1.0)

@@ -122,8 +122,8 @@ def test_mixing_the_last_map_is_mixing_features(name):
     model.eval()
 
     def mixed(stage: str) -> torch.Tensor:
-        own, other = model.stages(x, stage), model.stages(background, stage)
-        return model.tail(alpha * own + (1 - alpha) * other, stage)
+        own, mate = model.stages(x, stage), model.stages(background, stage)
+        return model.tail(alpha * own + (1 - alpha) * mate, stage)
 
     last = model.stage_names[-2]
     torch.testing.assert_close(mixed(last), mixed("feature"), rtol=1e-12, atol=1e-12)
@@ -136,12 +136,12 @@ def test_mixing_the_last_map_is_mixing_features(name):
 def test_initialisation_leaves_the_global_generator_alone(name):
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    first = make(name, seed=5)
+    model = make(name, seed=5)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(7)
-    again, other = make(name, seed=5), make(name, seed=6)
+    again, reseeded = make(name, seed=5), make(name, seed=6)
     for (key, a), b, c in zip(
-        first.state_dict().items(), again.state_dict().values(), other.state_dict().values(), strict=True
+        model.state_dict().items(), again.state_dict().values(), reseeded.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), key
         assert torch.isfinite(a).all()

@@ -43,8 +43,8 @@ def test_to_the_last_bit(name: str) -> None:
     ours, torchs = (make(tensors) for make, tensors in zip(PAIRS[name], (mine, theirs), strict=True))
     for step in range(5):
         gradients = drawn(step + 1)
-        for one in (mine, theirs):
-            for i, (tensor, gradient) in enumerate(zip(one, gradients, strict=True)):
+        for copies in (mine, theirs):
+            for i, (tensor, gradient) in enumerate(zip(copies, gradients, strict=True)):
                 tensor.grad = None if i == step else gradient.clone()  # another one has none in every step
         rate = 0.1 / (step + 1)
         ours.lr = torchs.param_groups[0]["lr"] = rate

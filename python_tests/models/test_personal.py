@@ -49,8 +49,8 @@ def networks(run, clients=3):
     return [run.model(client=k).state_dict() for k in range(clients)]
 
 
-def same(first, second):
-    return all(torch.equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a)
+def same(left, second):
+    return all(torch.equal(a[name], b[name]) for a, b in zip(left, second, strict=True) for name in a)
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -69,10 +69,10 @@ def same(first, second):
 )
 def test_a_single_client_trains_as_without(make_data, tmp_path, settings):
     """Nothing is averaged then, so every bit is that of the whole network."""
-    whole = played(tmp_path / "whole", make_data, sizes=[20], **settings)
+    shared = played(tmp_path / "whole", make_data, sizes=[20], **settings)
     parts = played(tmp_path / "parts", make_data, sizes=[20], personal=["head.*", "layer2.*"], **settings)
-    assert same([whole.model().state_dict()], [parts.model(client=0).state_dict()])
-    assert parts.metrics == pytest.approx(whole.metrics, abs=0)
+    assert same([shared.model().state_dict()], [parts.model(client=0).state_dict()])
+    assert parts.metrics == pytest.approx(shared.metrics, abs=0)
 
 
 @pytest.mark.sampled(1)
@@ -94,9 +94,9 @@ def test_it_is_the_run_of_plain_pytorch(make_data, tmp_path, clip):
                 optimiser.step()
         states = [local.state_dict() for local in plain]
         for name in [name for name in states[0] if not name.startswith("head") and "num" not in name]:
-            mean = sum(size / sum(sizes) * each[name].double() for size, each in zip(sizes, states, strict=True))
-            for each in states:
-                each[name].copy_(mean)
+            mean = sum(size / sum(sizes) * state[name].double() for size, state in zip(sizes, states, strict=True))
+            for state in states:
+                state[name].copy_(mean)
     for found, expected in zip(networks(run), plain, strict=True):
         for name, value in expected.state_dict().items():
             if "num" not in name:
@@ -114,11 +114,11 @@ def test_every_averaging_method_shares_the_rest(make_data, make_public, tmp_path
     data = make_public(dataclasses.replace(make_data(), name="arrays"), 12)
     settings = {} if method == "fedproto" else SETTINGS.get(method, {})
     run = played(tmp_path / "run", make_data, method, data=data, personal=["head.*"], **settings)
-    each, start = networks(run), models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).state_dict()
+    own, start = networks(run), models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).state_dict()
     for name in start:
-        apart = not torch.equal(each[0][name], each[1][name])
-        assert apart is name.startswith("head"), name
-        assert apart or "num" in name or not torch.equal(each[0][name], start[name]), name
+        differs = not torch.equal(own[0][name], own[1][name])
+        assert differs is name.startswith("head"), name
+        assert differs or "num" in name or not torch.equal(own[0][name], start[name]), name
     shared = sum(value.numel() for name, value in start.items() if not name.startswith("head"))
     state = Checkpoints(run.out).last_server_state()
     vectors = [state[name].numel() for name in ("parameters", "buffers", "integers") if name in state]
@@ -138,9 +138,9 @@ def test_only_what_is_shared_travels(make_data, tmp_path):
 
 def test_personal_norms_are_fedbn(make_data, tmp_path):
     run = played(tmp_path / "run", make_data, model=small(), personal="backbone.1.*", freeze_bn_after=1)
-    first, second, _ = networks(run)
-    apart = {name for name in first if not torch.equal(first[name], second[name])}
-    assert apart == {name for name in first if name.startswith("backbone.1")}
+    left, second, _ = networks(run)
+    differing = {name for name in left if not torch.equal(left[name], second[name])}
+    assert differing == {name for name in left if name.startswith("backbone.1")}
     with torch.no_grad():
         assert not torch.equal(run.model(client=0)(torch.ones(2, 3, 8, 8)), run.model(client=1)(torch.ones(2, 3, 8, 8)))
 
@@ -151,12 +151,12 @@ def test_other_buffers_are_as_the_policy_says(make_data, tmp_path, buffers):
     run = played(tmp_path / "run", make_data, model=small(), personal="head.*", buffers=buffers, rounds=1)
     states = [Checkpoints(run.out).last_client_state(k) for k in range(3)]
     assert all(("buffers_local" in state) is (buffers == "local") for state in states)
-    first, second, _ = networks(run)
-    assert not torch.equal(first["head.weight"], second["head.weight"])
-    norms = [name for name in first if name.startswith("backbone.1.running")]
+    left, second, _ = networks(run)
+    assert not torch.equal(left["head.weight"], second["head.weight"])
+    norms = [name for name in left if name.startswith("backbone.1.running")]
     assert len(norms) == (2 if buffers == "local" else 0)
-    assert all(torch.equal(first[name], run.model(client=0).state_dict()[name]) for name in norms)
-    assert not any(torch.equal(first[name], second[name]) for name in norms)
+    assert all(torch.equal(left[name], run.model(client=0).state_dict()[name]) for name in norms)
+    assert not any(torch.equal(left[name], second[name]) for name in norms)
 
 
 @pytest.mark.exhaustive
@@ -172,7 +172,7 @@ def test_a_loop_of_ones_own_has_the_clients_parts(make_data, tmp_path):
     unread = {"batch_size": None, "local_epochs": None, "lr": None}
     run = played(tmp_path / "run", make_data, model=small(), train=train, personal="head.*", **unread)
     assert [float(weight.mean()) for _, weight in seen[3:]] == [1.0, 2.0, 3.0]
-    assert [float(each["head.weight"].mean()) for each in networks(run)] == [4.0, 5.0, 6.0]
+    assert [float(state["head.weight"].mean()) for state in networks(run)] == [4.0, 5.0, 6.0]
     torch.testing.assert_close(networks(run)[1]["backbone.0.weight"], small().backbone[0].weight.detach() + 2)
 
 
@@ -181,16 +181,16 @@ def test_a_loop_of_ones_own_has_the_clients_parts(make_data, tmp_path):
 
 def test_bits_in_two_workers_and_killed_and_resumed(make_data, tmp_path):
     settings = {"personal": "head.*", "optimizer_state": "keep", "rounds": 3, "sample_fraction": 0.7, "model": "cnn"}
-    one = played(tmp_path / "one", make_data, **settings)
+    single = played(tmp_path / "one", make_data, **settings)
     two = played(tmp_path / "two", make_data, workers=2, **settings)
     with pytest.raises(Kill):
         played(tmp_path / "killed", make_data, listener=KillAt("client", 1, round=2), **settings)
     data = dataclasses.replace(make_data(), name="arrays")
     resumed = fedkern.load(tmp_path / "killed", data=data).resume(progress=False, pictures=False)
-    for other in (two, resumed):
-        assert outcome(other.out) == outcome(one.out)
-        assert same(networks(other), networks(one))
-    finished = Checkpoints(one.out).last_client_state(0)["personal"]
+    for run in (two, resumed):
+        assert outcome(run.out) == outcome(single.out)
+        assert same(networks(run), networks(single))
+    finished = Checkpoints(single.out).last_client_state(0)["personal"]
     assert set(finished) == {"head.weight", "head.bias"}
 
 
@@ -223,7 +223,7 @@ def test_forged_parts_are_refused_in_one_sentence(make_data, tmp_path):
 def test_an_absent_client_has_the_parts_of_a_fresh_network(make_data, tmp_path):
     run = played(tmp_path / "run", make_data, rounds=1, sample_fraction=0.4, personal="head.*")
     start = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).state_dict()
-    fresh = [torch.equal(each["head.weight"], start["head.weight"]) for each in networks(run)]
+    fresh = [torch.equal(state["head.weight"], start["head.weight"]) for state in networks(run)]
     assert sorted(fresh) == [False, True, True]
 
 
@@ -240,9 +240,9 @@ class Large(FedAvg):
 def test_a_client_whose_upload_is_refused_keeps_what_it_had(make_data, tmp_path):
     run = played(tmp_path / "run", make_data, Large, personal="head.*", max_update_norm=50.0, on_nan="skip")
     before = played(tmp_path / "before", make_data, Large, personal="head.*", max_update_norm=50.0, rounds=1)
-    assert [each["client"] for each in run.history.records[1]["dropped"]] == [1]
-    now, then = networks(run), networks(before)
-    assert [torch.equal(a["head.weight"], b["head.weight"]) for a, b in zip(now, then, strict=True)] == [0, 1, 0]
+    assert [drop["client"] for drop in run.history.records[1]["dropped"]] == [1]
+    after, earlier = networks(run), networks(before)
+    assert [torch.equal(a["head.weight"], b["head.weight"]) for a, b in zip(after, earlier, strict=True)] == [0, 1, 0]
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
@@ -307,8 +307,8 @@ def told(run, name):
 def nameless(found):
     """Return an outcome without the numbers of processes."""
     model, metrics, summary = found
-    for each in (*metrics, summary):
-        for figures in each.get("client_metrics", {}).values():
+    for record in (*metrics, summary):
+        for figures in record.get("client_metrics", {}).values():
             del figures["process"]
     return model, metrics, summary
 
@@ -321,38 +321,38 @@ def own_sets(make_data):
 
 def test_a_client_is_judged_where_it_works_and_by_its_state(make_data, own_sets, tmp_path):
     settings = {"data": own_sets, "personal": "head.*", "rounds": 3, "sample_fraction": 0.5, "eval_every": 2}
-    one = played(tmp_path / "one", make_data, Told, **settings)
+    single = played(tmp_path / "one", make_data, Told, **settings)
     two = played(tmp_path / "two", make_data, Told, workers=2, **settings)
     with pytest.raises(Kill):
         played(tmp_path / "killed", make_data, Told, listener=KillAt("client", 1, round=3), **settings)
     given = {"data": own_sets, "trusted": [f"{__name__}:Told"]}
     resumed = fedkern.load(tmp_path / "killed", **given).resume(progress=False, pictures=False)
-    taken = [sum(str(k) in record["clients"] for record in one.history.records) for k in range(4)]
-    assert told(one, "rounds") == taken
+    taken = [sum(str(k) in record["clients"] for record in single.history.records) for k in range(4)]
+    assert told(single, "rounds") == taken
     assert len({*taken}) > 1
-    assert {*told(one, "process")} == {os.getpid()}
+    assert {*told(single, "process")} == {os.getpid()}
     assert len({*told(two, "process")} - {os.getpid()}) == 2
-    expected = nameless(outcome(one.out))
+    expected = nameless(outcome(single.out))
     assert nameless(outcome(two.out)) == nameless(outcome(resumed.out)) == expected
     for k in range(4):
-        states = [Checkpoints(run.out).last_client_state(k) for run in (one, two, resumed)]
+        states = [Checkpoints(run.out).last_client_state(k) for run in (single, two, resumed)]
         assert [state.get("rounds", 0) for state in states] == [taken[k]] * 3
 
 
 def test_a_method_with_one_network_sees_the_clients_states_too(make_data, own_sets, tmp_path):
     run = played(tmp_path / "run", make_data, Told, data=own_sets, sample_fraction=0.5, rounds=3)
-    assert told(run, "rounds") == [sum(str(k) in each["clients"] for each in run.history.records) for k in range(4)]
+    assert told(run, "rounds") == [sum(str(k) in record["clients"] for record in run.history.records) for k in range(4)]
 
 
 def test_a_run_that_is_resumed_at_its_end_has_its_figures(make_data, own_sets, tmp_path):
     """It evaluates after the workers are gone."""
     settings = {"data": own_sets, "personal": "head.*", "rounds": 2}
-    whole = played(tmp_path / "whole", make_data, **settings)
+    straight = played(tmp_path / "whole", make_data, **settings)
     with pytest.raises(Kill):
         played(tmp_path / "run", make_data, listener=KillAt("end"), workers=2, **settings)
     (tmp_path / "run" / "summary.json").unlink(missing_ok=True)
     resumed = fedkern.load(tmp_path / "run", data=own_sets).resume(progress=False, pictures=False)
-    assert outcome(resumed.out) == outcome(whole.out)
+    assert outcome(resumed.out) == outcome(straight.out)
 
 
 class Failing(FedAvg):
@@ -377,8 +377,8 @@ class Refusing(Failing):
 def test_a_failed_evaluation_names_its_client(make_data, own_sets, tmp_path, method, workers):
     with pytest.raises(UserError) as failed:
         played(tmp_path / "run", make_data, method, data=own_sets, personal="head.*", workers=workers)
-    what = "ZeroDivisionError: no figures" if method is Failing else "no figures"
-    sentence = rf"The evaluation of client 1's network in round 1 failed: {what} \(test_personal\.py, line \d+\)\."
+    reason = "ZeroDivisionError: no figures" if method is Failing else "no figures"
+    sentence = rf"The evaluation of client 1's network in round 1 failed: {reason} \(test_personal\.py, line \d+\)\."
     assert re.fullmatch(sentence, str(failed.value))
     assert failed.value.exit_code == (1 if method is Failing else 2)
     assert ("raise self.kind" in failed.value.traceback) is (method is Failing)
@@ -399,9 +399,9 @@ def test_the_network_of_a_client_must_be_named(make_data, tmp_path):
             run.model(client=wrong)
     with pytest.raises(UserError, match="best=True is the global network"):
         run.model(client=0, best=True)
-    whole = played(tmp_path / "whole", make_data, rounds=1)
+    shared = played(tmp_path / "whole", make_data, rounds=1)
     with pytest.raises(UserError, match="have no networks of their own beside the global one: leave client out"):
-        whole.model(client=0)
+        shared.model(client=0)
 
 
 @pytest.mark.exhaustive
@@ -409,10 +409,10 @@ def test_the_network_of_a_script(make_data, tmp_path):
     network = small()
     network.backbone[0].requires_grad_(False)
     run = played(tmp_path / "run", make_data, model=network, personal="head.*", pictures=True)
-    first, second, _ = networks(run)
-    assert {*first} == {*network.state_dict()}
-    assert torch.equal(first["backbone.0.weight"], network.backbone[0].weight)
-    assert not torch.equal(first["head.weight"], second["head.weight"])
+    left, second, _ = networks(run)
+    assert {*left} == {*network.state_dict()}
+    assert torch.equal(left["backbone.0.weight"], network.backbone[0].weight)
+    assert not torch.equal(left["head.weight"], second["head.weight"])
     data = dataclasses.replace(make_data(), name="arrays")
     assert fedkern.load(run.out, model=network, data=data).plot()
 

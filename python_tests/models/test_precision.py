@@ -64,8 +64,8 @@ def test_one_steps_gradient_is_near(name):
         loss.backward()
         assert {p.grad.dtype for p in own.parameters()} == {torch.float32}
         found.append((loss.detach(), torch.cat([p.grad.flatten() for p in own.parameters()])))
-    (loss, exact), (other, given) = found
-    assert float(other) == pytest.approx(float(loss), rel=0.02)
+    (loss, exact), (rounded, given) = found
+    assert float(rounded) == pytest.approx(float(loss), rel=0.02)
     assert near(given, exact, 0.3)  # batch norm of few positions makes much of little
 
 

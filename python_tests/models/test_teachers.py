@@ -72,17 +72,17 @@ def counting(version: int = 1) -> Counting:
 def test_an_image_is_asked_about_once(tmp_path: Path) -> None:
     images = normalised(bytes_of(12))
     teacher, cache = counting(), LogitsCache(tmp_path, MEAN, STD)
-    first = cache.logits(teacher, images[:10].split(4))
-    assert (first.shape, teacher.seen) == ((10, 3), 10)
-    assert torch.equal(first, teacher.answer(images[:10]))
+    logits = cache.logits(teacher, images[:10].split(4))
+    assert (logits.shape, teacher.seen) == ((10, 3), 10)
+    assert torch.equal(logits, teacher.answer(images[:10]))
     # Another order, another batch size, and two new ones: only those are computed.
     order = torch.tensor([11, 3, 0, 10, 3])
     again = counting()
     assert torch.equal(cache.logits(again, [images[order]]), images[order].flatten(1)[:, :3] * 2)
     assert again.seen == 2
-    other = counting(version=2)
-    cache.logits(other, [images])
-    assert other.seen == 12
+    newer = counting(version=2)
+    cache.logits(newer, [images])
+    assert newer.seen == 12
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == {".lock"}
 
 
@@ -112,8 +112,8 @@ def test_keys_are_the_images_before_normalisation() -> None:
     pixels = bytes_of(40)
     keys = image_keys(normalised(pixels), MEAN, STD)
     assert len(set(keys)) == 40
-    other = image_keys((pixels / 255 - 0.1) / 0.7, (0.1,), (0.7,))
-    assert keys == other == image_keys(normalised(pixels).to(memory_format=torch.channels_last), MEAN, STD)
+    rescaled = image_keys((pixels / 255 - 0.1) / 0.7, (0.1,), (0.7,))
+    assert keys == rescaled == image_keys(normalised(pixels).to(memory_format=torch.channels_last), MEAN, STD)
     changed = pixels.clone()
     changed[7, 0, 3, 3] ^= 1
     assert [a == b for a, b in zip(keys, image_keys(normalised(changed), MEAN, STD), strict=True)].count(False) == 1
@@ -144,9 +144,9 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
             content[-24:] = content[-12:] + content[-24:-12]
         path.write_bytes(content)
     elif damage == "another teacher's":
-        other = counting(2)
-        cache.logits(other, [images])
-        cache.path("logits", other.identity or {}).replace(path)
+        newer = counting(2)
+        cache.logits(newer, [images])
+        cache.path("logits", newer.identity or {}).replace(path)
     elif damage == "nan":
         save_file({"keys": keys, "logits": logits * float("nan")}, path)
     else:
@@ -215,15 +215,15 @@ def test_logits_of_another_format_are_refused_or_computed_anew(tmp_path: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(teacher_cache, "FORMAT", teacher_cache.FORMAT + 1)
         expected = cache.logits(counting(), [images])
-        other = cache.path("logits", identity)
+        file = cache.path("logits", identity)
     with pytest.raises(UserError, match="has format 2, and this version of fedkern reads format 1:"):
-        stored_logits(other, 3, MEAN, STD)
-    content, teacher = other.read_bytes(), counting()
+        stored_logits(file, 3, MEAN, STD)
+    content, teacher = file.read_bytes(), counting()
     assert torch.equal(cache.logits(teacher, [images]), expected)
     assert teacher.seen == 6
-    assert other.read_bytes() == content
+    assert file.read_bytes() == content
     with pytest.raises(UserError, match="has format 2"):
-        read_file(other, identity)
+        read_file(file, identity)
 
 
 @pytest.mark.parametrize(("answer", "sentence"), [
@@ -287,17 +287,17 @@ def test_pre_training_learns_and_is_cached(tmp_path: Path, monkeypatch: pytest.M
         load_or_pretrain(network, data, cache, name=f"cnn of width {width}", recipe=recipe, seed=0)
         return network
 
-    first = make()
+    teacher = make()
     assert torch.equal(torch.get_rng_state(), state)
-    assert not first.training
+    assert not teacher.training
     with torch.no_grad():
-        assert (first(public.images).argmax(1) == public.labels).float().mean() > 0.9
+        assert (teacher(public.images).argmax(1) == public.labels).float().mean() > 0.9
     trained: list[int] = []
     real = pretrain
     monkeypatch.setattr(
         "fedkern.models.teachers.teacher_training.pretrain", lambda *args: (trained.append(1), real(*args))
     )
-    for (name, a), b in zip(first.state_dict().items(), make().state_dict().values(), strict=True):
+    for (name, a), b in zip(teacher.state_dict().items(), make().state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert not trained
     make(Public(27))
@@ -307,7 +307,7 @@ def test_pre_training_learns_and_is_cached(tmp_path: Path, monkeypatch: pytest.M
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         path.write_bytes(content)
-    assert torch.equal(make().head.weight, first.head.weight)
+    assert torch.equal(make().head.weight, teacher.head.weight)
     assert len(trained) == 3
 
 

@@ -174,8 +174,8 @@ def test_padding_changes_nothing() -> None:
     tokens = pair.tokenize(TEXTS)
     longer = Tokens(*(nn.functional.pad(part, (0, 3)) for part in tokens))
     torch.testing.assert_close(pair.text_embedding(longer), pair.text_embedding(tokens))
-    alone = pair.tokenize(TEXTS[2:])
-    torch.testing.assert_close(pair.text_embedding(alone)[0], pair.text_embedding(tokens)[2], rtol=1e-5, atol=1e-6)
+    single = pair.tokenize(TEXTS[2:])
+    torch.testing.assert_close(pair.text_embedding(single)[0], pair.text_embedding(tokens)[2], rtol=1e-5, atol=1e-6)
     noisy = Tokens(torch.where(tokens.mask, tokens.ids, 5), tokens.mask)
     torch.testing.assert_close(pair.text_embedding(noisy), pair.text_embedding(tokens))
 
@@ -186,19 +186,19 @@ def test_it_comes_back_from_its_description() -> None:
     again.load_state_dict(pair.state_dict())
     images, tokens = torch.randn(2, 3, 16, 16), pair.tokenize(TEXTS[:2])
     assert torch.equal(again.tokenize(TEXTS[:2]).ids, tokens.ids)
-    for one, other in zip(pair(images, tokens), again(images, tokens), strict=True):
-        assert torch.equal(one, other)
+    for made, loaded in zip(pair(images, tokens), again(images, tokens), strict=True):
+        assert torch.equal(made, loaded)
 
 
 def test_weights_come_from_the_seed_and_no_part_disturbs_another() -> None:
     before = torch.random.get_rng_state()
-    one, other, third = make(seed=1), make(seed=1), make("vit", seed=1)
+    original, repeated, third = make(seed=1), make(seed=1), make("vit", seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(original.parameters(), repeated.parameters(), strict=True))
     for name in PARTS[1:]:
-        parts = zip(getattr(one, name).parameters(), getattr(third, name).parameters(), strict=True)
+        parts = zip(getattr(original, name).parameters(), getattr(third, name).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in parts)
-    assert not torch.equal(next(make(seed=2).parameters()), next(one.parameters()))
+    assert not torch.equal(next(make(seed=2).parameters()), next(original.parameters()))
 
 
 def test_it_flattens_and_compiles_like_any_module() -> None:
@@ -209,8 +209,8 @@ def test_it_flattens_and_compiles_like_any_module() -> None:
     assert sum(place.stop - place.start for place in flat.places()["parameters"].values()) == sum(
         p.numel() for p in pair.parameters()
     )
-    for one, other in zip(pair(images, tokens), expected, strict=True):
-        torch.testing.assert_close(one, other)
+    for found, wanted in zip(pair(images, tokens), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize(("options", "words"), [

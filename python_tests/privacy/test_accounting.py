@@ -67,9 +67,9 @@ def test_losses_have_the_closed_form_where_every_record_is_in_every_batch(z, ste
     sampled = (Entry(DP_SGD, z, 1.0, steps),)
     mu = 2 * math.sqrt(steps) / z
     assert exact(mu) <= bounds._losses((), sampled, DELTA) <= exact(mu) * 1.001
-    both = bounds._losses((Entry(GAUSSIAN, 3.0, 1.0, 2),), sampled, DELTA)
+    bound = bounds._losses((Entry(GAUSSIAN, 3.0, 1.0, 2),), sampled, DELTA)
     mu = math.sqrt(mu**2 + 2 / 9)
-    assert exact(mu) <= both <= exact(mu) * 1.001
+    assert exact(mu) <= bound <= exact(mu) * 1.001
 
 
 SAMPLED = [(1.0, 0.05, 400), (2.0, 0.01, 10_000), (0.8, 0.3, 30), (50.0, 0.2, 100)]
@@ -94,9 +94,9 @@ def test_losses_bound_what_one_step_can_tell():
     z, q, e = 1.0, 0.3, 1.0
     normal = lambda x, m: math.exp(-((x - m) ** 2) / (2 * z**2)) / (z * math.sqrt(2 * math.pi))  # noqa: E731
     grid = [i / 2000 for i in range(-24_000, 24_000)]
-    one = [q * normal(x, -1) + (1 - q) * normal(x, 0) for x in grid]
-    other = [q * normal(x, 1) + (1 - q) * normal(x, 0) for x in grid]
-    delta = sum(max(a - math.exp(e) * b, 0.0) for a, b in zip(one, other, strict=True)) / 2000
+    absent = [q * normal(x, -1) + (1 - q) * normal(x, 0) for x in grid]
+    present = [q * normal(x, 1) + (1 - q) * normal(x, 0) for x in grid]
+    delta = sum(max(a - math.exp(e) * b, 0.0) for a, b in zip(absent, present, strict=True)) / 2000
     assert bounds._losses((), (Entry(DP_SGD, z, q, 1),), delta) == pytest.approx(e, rel=2e-3)
 
 
@@ -111,12 +111,12 @@ def test_an_accountant_that_refuses_leaves_the_figure_to_renyi(monkeypatch):
 
 def test_parts_of_several_accountants_share_delta():
     """Shards, which PLD has not, beside DP-SGD: never above half and half, and never below either part alone."""
-    shards, whole = Entry(GAUSSIAN, 2.5, 1 / 50, 10_000), Entry(GAUSSIAN, 50.0, 1.0, 1)
+    shards, full_batch = Entry(GAUSSIAN, 2.5, 1 / 50, 10_000), Entry(GAUSSIAN, 50.0, 1.0, 1)
     sampled = Entry(DP_SGD, 1.0, 0.05, 400)
-    found = bound_replaced((shards, whole, sampled), DELTA)
-    assert found <= bound_replaced((shards, whole), DELTA / 2) + bound_replaced((sampled,), DELTA / 2)
+    found = bound_replaced((shards, full_batch, sampled), DELTA)
+    assert found <= bound_replaced((shards, full_batch), DELTA / 2) + bound_replaced((sampled,), DELTA / 2)
     assert found > bound_replaced((shards,), DELTA) + 0.5 * bound_replaced((sampled,), DELTA)
-    assert found > max(bound_replaced((shards, whole), DELTA), bound_replaced((whole, sampled), DELTA))
+    assert found > max(bound_replaced((shards, full_batch), DELTA), bound_replaced((full_batch, sampled), DELTA))
     # A split is only sound where the parts of delta do not exceed it.
     assert all(0 < share < 1 for share in bounds.SPLITS)
 
@@ -135,15 +135,15 @@ def test_every_kind_is_monotone(entry):
 
 def test_two_channels_compose_as_one():
     """Gaussian releases of z1 and z2 cost together what one of (z1^-2 + z2^-2)^(-1/2) costs."""
-    both, one = Accountant(), Accountant()
-    both.gaussian("a", 3.0, steps=2)
-    both.gaussian("b", 5.0)
-    one.gaussian("c", (2 / 9 + 1 / 25) ** -0.5)
-    assert both.epsilon(DELTA) == pytest.approx(one.epsilon(DELTA), rel=1e-9)
-    figure = both.figure(DELTA)
+    split, single = Accountant(), Accountant()
+    split.gaussian("a", 3.0, steps=2)
+    split.gaussian("b", 5.0)
+    single.gaussian("c", (2 / 9 + 1 / 25) ** -0.5)
+    assert split.epsilon(DELTA) == pytest.approx(single.epsilon(DELTA), rel=1e-9)
+    figure = split.figure(DELTA)
     assert figure.epsilon > max(figure.channels.values())
     assert figure.epsilon < sum(figure.channels.values())
-    assert figure.channels["a"] == both.epsilon(DELTA, "a") > both.epsilon(DELTA, "b")
+    assert figure.channels["a"] == split.epsilon(DELTA, "a") > split.epsilon(DELTA, "b")
 
 
 def test_epsilon_is_monotone():
@@ -209,17 +209,17 @@ def test_a_target_out_of_reach_is_said():
 
 
 def test_the_ledger_survives_a_resume_and_does_not_grow():
-    whole, half = Accountant(), Accountant()
-    for accountant, steps in ((whole, 50), (half, 20)):
+    straight, half = Accountant(), Accountant()
+    for accountant, steps in ((straight, 50), (half, 20)):
         for _ in range(steps):
             accountant.gaussian("discriminator", 4.0, shards=10)
         accountant.dp_sgd("teacher", 1.0, rate=0.1, steps=7)
     resumed = Accountant(json.loads(json.dumps(half.state)))
     for _ in range(30):
         resumed.gaussian("discriminator", 4.0, shards=10)
-    assert resumed.state == whole.state
-    assert [len(rows) for rows in whole.state.values()] == [1, 1]
-    assert resumed.figure(DELTA) == whole.figure(DELTA)
+    assert resumed.state == straight.state
+    assert [len(rows) for rows in straight.state.values()] == [1, 1]
+    assert resumed.figure(DELTA) == straight.figure(DELTA)
 
 
 def test_arguments():

@@ -56,24 +56,24 @@ def test_the_error_rates_are_clopper_and_pearsons():
 
     An error counts with its exact probability.
     """
-    apart = audit(torch.zeros(2000), torch.ones(2000))
-    assert apart.false_positives == apart.false_negatives == pytest.approx(1 - 0.005 ** (1 / 1000))
-    assert apart.lower == pytest.approx(-2 * float(torch.special.ndtri(torch.tensor(apart.false_positives).double())))
-    one, other = torch.zeros(2000), torch.ones(2000)
-    one[1000:1007] = 2  # seven of the half that is counted
-    assert binom.cdf(7, 1000, audit(one, other).false_positives) == pytest.approx(0.005)
+    clear = audit(torch.zeros(2000), torch.ones(2000))
+    assert clear.false_positives == clear.false_negatives == pytest.approx(1 - 0.005 ** (1 / 1000))
+    assert clear.lower == pytest.approx(-2 * float(torch.special.ndtri(torch.tensor(clear.false_positives).double())))
+    members, strangers = torch.zeros(2000), torch.ones(2000)
+    members[1000:1007] = 2  # seven of the half that is counted
+    assert binom.cdf(7, 1000, audit(members, strangers).false_positives) == pytest.approx(0.005)
 
 
 def test_what_is_no_set_of_scores_is_refused():
     good = torch.zeros(10)
-    for one, other, words in (
+    for members, strangers, words in (
         (torch.zeros(3), torch.zeros(3), "one must be scores"),
         (good, torch.zeros(5, 2), "other must be scores"),
         (good, torch.zeros(8), "same number of runs, not 10 and 8"),
         (good, torch.full((10,), math.nan), "other must not hold NaN"),
     ):
         with pytest.raises(ValueError, match=words):
-            audit(one, other)
+            audit(members, strangers)
     for confidence in (0.0, 1.0, math.nan):
         with pytest.raises(ValueError, match="confidence must be in"):
             audit(good, good, confidence=confidence)
@@ -170,8 +170,8 @@ def test_noise_that_is_used_twice_is_caught():
 def test_clipping_to_twice_the_norm_is_caught():
     runs, mu = PLAIN["discriminators"]
 
-    def loose(max_norm, noise, **others):
-        return {"max_norm": 2 * max_norm, "noise": noise / 2, **others}
+    def loose(max_norm, noise, **settings):
+        return {"max_norm": 2 * max_norm, "noise": noise / 2, **settings}
 
     with audited.draws(loose):
         assert audited.audited(audited.Mechanism("", runs), REPEATS)["lower"] > 1.5 * mu

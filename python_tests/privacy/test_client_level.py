@@ -61,12 +61,12 @@ def test_a_draw_never_costs_more_than_none():
 def test_epsilon_is_monotone(draw):
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     level = ClientLevel(1.0, 3.0, DELTA)
-    each = [level.epsilon(rounds, **draw) for rounds in (0, 1, 2, 10, 100)]
-    assert each == sorted(set(each))
-    assert each[0] == 0
-    assert ClientLevel(1.0, 6.0, DELTA).epsilon(10, **draw) < each[3]
-    assert ClientLevel(9.0, 3.0, DELTA).epsilon(10, **draw) == each[3]  # the noise grows with the clipping norm
-    assert ClientLevel(1.0, 3.0, DELTA / 10).epsilon(10, **draw) > each[3]
+    epsilons = [level.epsilon(rounds, **draw) for rounds in (0, 1, 2, 10, 100)]
+    assert epsilons == sorted(set(epsilons))
+    assert epsilons[0] == 0
+    assert ClientLevel(1.0, 6.0, DELTA).epsilon(10, **draw) < epsilons[3]
+    assert ClientLevel(9.0, 3.0, DELTA).epsilon(10, **draw) == epsilons[3]  # the noise grows with the clipping norm
+    assert ClientLevel(1.0, 3.0, DELTA / 10).epsilon(10, **draw) > epsilons[3]
     assert ClientLevel(1.0, 0.0, DELTA).epsilon(10, **draw) == math.inf
 
 

@@ -61,7 +61,7 @@ class Both(Listener):
     def __getattribute__(self, name):
         if not name.startswith("on_"):
             return super().__getattribute__(name)
-        return lambda *args: [getattr(each, name)(*args) for each in self.listeners]
+        return lambda *args: [getattr(listener, name)(*args) for listener in self.listeners]
 
 
 def play(config, data, out):
@@ -121,9 +121,9 @@ def test_no_file_of_a_private_run_tells_a_clients_figure(options, make_data, mak
            for name in ("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted")}  # fmt: skip
     own |= {"image_spread", "clarity", "diversity", "balance", "student_loss", "student_agreement", "teacher_agreement"}
     assert set(private[0]["metrics"]) == (names | own if covered else names)
-    each = {"holdout", "mean_client_accuracy", "worst_client_accuracy", "mean_client_loss", "worst_client_loss"}
-    assert each | own <= set(told[0]["metrics"])
-    client = list(told[1].figures.values()) + [told[0]["metrics"][name] for name in each]
+    hidden = {"holdout", "mean_client_accuracy", "worst_client_accuracy", "mean_client_loss", "worst_client_loss"}
+    assert hidden | own <= set(told[0]["metrics"])
+    client = list(told[1].figures.values()) + [told[0]["metrics"][name] for name in hidden]
     assert {"critic_loss", "realism", "loss"} <= {name for _, _, name in told[1].figures}
     secret = client if covered else client + [told[0]["metrics"][name] for name in own]
     places = hits(tmp_path / "all", told[3], secret)
@@ -140,7 +140,7 @@ def test_no_file_of_a_private_run_tells_a_clients_figure(options, make_data, mak
     assert not any(private[1].infos)
     (record,) = read_metrics(tmp_path / "private")
     assert "clients" not in record
-    assert not each & set(record)
+    assert not hidden & set(record)
     pictures = {"generated.png", "agreement.png", "teacher_weights.png"}
     assert pictures | {"partition.png"} <= told[2]
     assert private[2] & (pictures | {"partition.png"}) == (pictures if covered else set())
@@ -257,9 +257,9 @@ def test_what_is_of_no_client_is_always_told():
     assert Disclosure.of("all", None).oracle_metrics({"unpaid": 1.0}, ("",)) == {"unpaid": 1.0}
     part = Guarantee(1e-5, {"a": "a"}, {"b": "b"}, derived_figures=("paid",))
     assert Disclosure.of("private", part) == Disclosure(clients=False, server=False, derived_figures=())
-    whole = Disclosure.of("private", dataclasses.replace(part, leaves={}))
-    assert whole == Disclosure(clients=False, server=True, derived_figures=("paid",))
-    assert whole.oracle_metrics({"paid": 1.0, "id_paid": 2.0, "unpaid": 3.0}, ("", "id_")) == {
+    covered = Disclosure.of("private", dataclasses.replace(part, leaves={}))
+    assert covered == Disclosure(clients=False, server=True, derived_figures=("paid",))
+    assert covered.oracle_metrics({"paid": 1.0, "id_paid": 2.0, "unpaid": 3.0}, ("", "id_")) == {
         "paid": 1.0,
         "id_paid": 2.0,
     }
@@ -302,11 +302,11 @@ def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, ma
 def test_a_private_run_that_goes_on_stays_private(make_data, make_config, tmp_path):
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=3, options=PARTLY, grad_cam=0)
-    whole = run(config, out=tmp_path / "whole", data=data)
+    straight = run(config, out=tmp_path / "whole", data=data)
     killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", round=3))
     again = run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
-    assert again["metrics"] == whole["metrics"]
-    assert again["diagnostics"] == whole["diagnostics"]
+    assert again["metrics"] == straight["metrics"]
+    assert again["diagnostics"] == straight["diagnostics"]
     assert torch.equal(
         *(torch.tensor([r["accuracy"] for r in read_metrics(tmp_path / name)]) for name in ("cut", "whole"))
     )

@@ -34,16 +34,15 @@ def test_a_part_has_another_name_and_is_called_a_part():
 
 @pytest.mark.parametrize("known", [False, True])
 def test_the_headline_never_shows_a_part_as_the_whole(known):
-    whole, part = {"covers": ["a", "b"], "leaves_uncovered": []}, {"covers": ["a"], "leaves_uncovered": ["b", "c"]}
+    full, part = {"covers": ["a", "b"], "leaves_uncovered": []}, {"covers": ["a"], "leaves_uncovered": ["b", "c"]}
     at = {"delta": 1e-5, "epsilon": 8.0} if known else {}
     value = " 8 at delta 1e-05" if known else ""
-    assert describe_epsilon({**whole, **at}) == f"epsilon{value} covers everything that clients release: a, b"
+    assert describe_epsilon({**full, **at}) == f"epsilon{value} covers everything that clients release: a, b"
     at = {"delta": 1e-5, "epsilon_covered": 8.0} if known else {}
     assert describe_epsilon({**part, **at}) == (
         f"NO epsilon of the whole release: a partial epsilon{value} covers a alone, not b, c"
     )
     for nothing in (None, math.inf):
         assert (
-            describe_epsilon({**whole, "delta": 1e-5, "epsilon": nothing})
-            == "no finite epsilon: a release had no noise"
+            describe_epsilon({**full, "delta": 1e-5, "epsilon": nothing}) == "no finite epsilon: a release had no noise"
         )

@@ -63,11 +63,11 @@ def test_area_and_interval_are_those_of_all_pairs(levels, monkeypatch):
     assert found.auc == pytest.approx(auc, rel=1e-12)
     assert (found.members, found.others, found.member_groups, found.other_groups) == (37, 23, 37, 23)
     monkeypatch.setattr(membership, "_score_limit", lambda auc, *_: auc)  # DeLong's alone
-    alone = membership_attack(torch.from_numpy(x), torch.from_numpy(y))
-    assert found.low <= alone.low < alone.high <= found.high
+    ungrouped = membership_attack(torch.from_numpy(x), torch.from_numpy(y))
+    assert found.low <= ungrouped.low < ungrouped.high <= found.high
     half = 1.959963985 * math.sqrt(variance) / (auc * (1 - auc))
-    assert logit(alone.high) - logit(auc) == pytest.approx(half, rel=1e-9)
-    assert logit(auc) - logit(alone.low) == pytest.approx(half, rel=1e-9)
+    assert logit(ungrouped.high) - logit(auc) == pytest.approx(half, rel=1e-9)
+    assert logit(auc) - logit(ungrouped.low) == pytest.approx(half, rel=1e-9)
 
 
 def test_with_groups_the_variance_is_that_of_clusters(monkeypatch):
@@ -83,8 +83,8 @@ def test_with_groups_the_variance_is_that_of_clusters(monkeypatch):
     assert logit(found.high) - logit(auc) == pytest.approx(half, rel=1e-9)
     assert (found.member_groups, found.other_groups) == (len(set(of_x.tolist())), len(set(of_y.tolist())))
     own = (torch.arange(40) + 7, torch.arange(30) + 50)
-    alone = membership_attack(*map(torch.from_numpy, (x, y)), groups=own)
-    assert alone == membership_attack(*map(torch.from_numpy, (x, y)))
+    ungrouped = membership_attack(*map(torch.from_numpy, (x, y)), groups=own)
+    assert ungrouped == membership_attack(*map(torch.from_numpy, (x, y)))
 
 
 def test_copies_of_a_record_say_nothing_more():
@@ -95,9 +95,9 @@ def test_copies_of_a_record_say_nothing_more():
     rng = np.random.default_rng(2)
     x, y = (torch.from_numpy(rng.normal(at, 1, n)) for at, n in ((0, 30), (1, 20)))
     once = membership_attack(x, y)
-    many = [values.repeat_interleave(4) for values in (x, y)]
+    copies = [values.repeat_interleave(4) for values in (x, y)]
     groups = (torch.arange(30).repeat_interleave(4), torch.arange(20).repeat_interleave(4) + 30)
-    told, untold = membership_attack(*many, groups=groups), membership_attack(*many)
+    told, untold = membership_attack(*copies, groups=groups), membership_attack(*copies)
     for name in ("auc", "low", "high", "tpr_low", "tpr_high", "member_groups", "other_groups"):
         if not name.startswith("tpr"):  # of 80 others as of 20 none may be called a member
             assert getattr(told, name) == pytest.approx(getattr(once, name), rel=1e-9)
@@ -107,15 +107,15 @@ def test_copies_of_a_record_say_nothing_more():
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize(("members", "others"), [(60, 80), (6, 5), (100, 10)])
-@pytest.mark.parametrize("apart", [0.0, 1.0, 3.0])
-def test_the_interval_covers_as_often_as_it_says(members, others, apart):
+@pytest.mark.parametrize(("members", "strangers"), [(60, 80), (6, 5), (100, 10)])
+@pytest.mark.parametrize("distance", [0.0, 1.0, 3.0])
+def test_the_interval_covers_as_often_as_it_says(members, strangers, distance):
     """Losses of two normal laws some deviations apart: the area is Phi(apart / sqrt(2)), 0.98 for 3."""
     rng = np.random.default_rng(0)
-    truth = 0.5 * (1 + math.erf(apart / 2))
+    truth = 0.5 * (1 + math.erf(distance / 2))
     hits = 0
     for _ in range(300):
-        x, y = torch.from_numpy(rng.normal(0, 1, members)), torch.from_numpy(rng.normal(apart, 1, others))
+        x, y = torch.from_numpy(rng.normal(0, 1, members)), torch.from_numpy(rng.normal(distance, 1, strangers))
         found = membership_attack(x, y)
         hits += found.low <= truth <= found.high
     assert hits / 300 >= 0.92
@@ -132,26 +132,26 @@ def test_the_interval_covers_with_groups_too():
             torch.from_numpy(np.repeat(rng.normal(at, 2, n), 4) + rng.normal(0, 1, 4 * n))
             for at, n in ((0, 15), (1, 12))
         )
-        found, alone = membership_attack(x, y, groups=groups), membership_attack(x, y)
-        told, untold = told + (found.low <= truth <= found.high), untold + (alone.low <= truth <= alone.high)
+        found, ungrouped = membership_attack(x, y, groups=groups), membership_attack(x, y)
+        told, untold = told + (found.low <= truth <= found.high), untold + (ungrouped.low <= truth <= ungrouped.high)
     assert untold / 200 < 0.85  # why they are told
     assert told / 200 >= 0.91
 
 
 def test_true_positives_at_one_percent():
-    others = torch.arange(100.0) + 10  # one of them may be called a member: the one with a loss of 10
+    strangers = torch.arange(100.0) + 10  # one of them may be called a member: the one with a loss of 10
     members = torch.tensor([1.0, 10.5, 10.9, 11.0, 50.0])
-    found = membership_attack(members, others)
+    found = membership_attack(members, strangers)
     assert found.tpr == pytest.approx(3 / 5)  # below 11, the second lowest of the others
     assert found.fpr == 1 / 100
-    few = membership_attack(members, others[:50])  # of 50 none may be
-    assert (few.tpr, few.fpr) == (pytest.approx(1 / 5), 0.0)
+    halved = membership_attack(members, strangers[:50])  # of 50 none may be
+    assert (halved.tpr, halved.fpr) == (pytest.approx(1 / 5), 0.0)
     # Clopper-Pearson's limits of 3 and 1 of 5, from the binomial law itself.
-    for one, hits in ((found, 3), (few, 1)):
+    for result, hits in ((found, 3), (halved, 1)):
         law = scipy.stats.binomtest(hits, 5).proportion_ci(0.95, "exact")
-        assert (one.tpr_low, one.tpr_high) == pytest.approx((law.low, law.high), rel=1e-9)
-    none = membership_attack(others, others)
-    assert (none.tpr_low, membership_attack(members[:3], others + 90).tpr_high) == (pytest.approx(0, abs=1e-3), 1.0)
+        assert (result.tpr_low, result.tpr_high) == pytest.approx((law.low, law.high), rel=1e-9)
+    null = membership_attack(strangers, strangers)
+    assert (null.tpr_low, membership_attack(members[:3], strangers + 90).tpr_high) == (pytest.approx(0, abs=1e-3), 1.0)
 
 
 def test_the_ends():
@@ -165,24 +165,24 @@ def test_the_ends():
     variance = t * (1 - t) * (1 + 4 * (1 - t) / (2 - t) + 4 * t / (1 + t)) / 25
     assert 1 - t == pytest.approx(z * math.sqrt(variance), rel=1e-6)
     assert t < 0.75
-    same = membership_attack(torch.ones(10), torch.ones(20))
-    assert (same.auc, same.tpr, same.tpr_low) == (0.5, 0.0, 0.0)
-    assert same.low < 0.35
-    assert same.high == pytest.approx(1 - same.low, abs=1e-12)
+    equal = membership_attack(torch.ones(10), torch.ones(20))
+    assert (equal.auc, equal.tpr, equal.tpr_low) == (0.5, 0.0, 0.0)
+    assert equal.low < 0.35
+    assert equal.high == pytest.approx(1 - equal.low, abs=1e-12)
     # Too few of a kind: nothing is said.
     owners = (torch.tensor([0, 0, 1, 2, 3]), torch.arange(5) + 4)
-    some = [membership_attack(low[:m], high[:n]) for m, n in ((2, 2), (4, 5), (5, 4))]
-    for few in (*some, membership_attack(low, high, groups=owners)):
-        assert (few.auc, few.low, few.high) == (1.0, None, None)
+    separated = [membership_attack(low[:m], high[:n]) for m, n in ((2, 2), (4, 5), (5, 4))]
+    for result in (*separated, membership_attack(low, high, groups=owners)):
+        assert (result.auc, result.low, result.high) == (1.0, None, None)
     infinite = membership_attack(torch.tensor([0.0, 1.0]), torch.tensor([2.0, math.inf]))
     assert infinite.auc == 1.0
-    for members, others in (
+    for members, strangers in (
         (torch.ones(1), torch.ones(3)),
         (torch.ones(3), torch.ones(3, 1)),
         (torch.tensor([0.0, math.nan]), torch.ones(3)),
     ):
         with pytest.raises(ValueError, match=r"members|others"):
-            membership_attack(members, others)
+            membership_attack(members, strangers)
     for groups in ((torch.arange(4), torch.arange(5)), (torch.arange(5), torch.rand(5))):
         with pytest.raises(ValueError, match="groups must be integers"):
             membership_attack(low, high, groups=groups)
@@ -275,18 +275,18 @@ def test_unknown_pixels_count_nowhere(data):
 def test_images_without_a_known_pixel_are_left_out_and_told(tmp_path, data, monkeypatch, capsys):
     clients = tuple(segmented(data, k, 5) for k in range(2))
     clients[1].labels[:2] = -100
-    whole = dataclasses.replace(
+    untrimmed = dataclasses.replace(
         data, clients=clients, validation=segmented(data, 2, 3), tests={"": segmented(data, 3, 6)}
     )
     folder = release(tmp_path / "run", data, 0)
     monkeypatch.setattr(attacking, "read_model", lambda *_, **__: (Sure(1.0), {}))
-    found = attacking.attack(folder, data=whole)
+    found = attacking.attack(folder, data=untrimmed)
     assert (found["members"], found["others"], found["left_out"]) == (8, 6, 2)
     assert json.loads((folder / "attack.json").read_text()) == found
-    monkeypatch.setattr(attacking, "load_data", lambda config, masks: whole)
+    monkeypatch.setattr(attacking, "load_data", lambda config, masks: untrimmed)
     assert play_request(parse_words(["attack", str(folder)])) == 0
     assert "images left out, without a known pixel" in capsys.readouterr().out
-    complete = dataclasses.replace(whole, clients=(clients[0],))
+    complete = dataclasses.replace(untrimmed, clients=(clients[0],))
     assert "left_out" not in attacking.attack(folder, data=complete)
 
 
@@ -318,9 +318,9 @@ def test_an_infinite_loss_is_null_in_the_file_and_one_that_is_no_number_a_senten
 
 def test_a_single_image_is_too_few_to_compare(tmp_path, data):
     folder = release(tmp_path / "run", data, 0)
-    one = dataclasses.replace(data, tests={"": noise(1, 9)})
+    single = dataclasses.replace(data, tests={"": noise(1, 9)})
     with pytest.raises(UserError, match=r"run has 1 test images with known answers: attack a run on more data"):
-        attacking.attack(folder, data=one)
+        attacking.attack(folder, data=single)
     with pytest.raises(UserError, match=r"run has 1 training samples with known answers"):
         attacking.attack(folder, data=dataclasses.replace(data, clients=(noise(1, 9),)))
 
@@ -351,15 +351,15 @@ def test_the_command(tmp_path, data, monkeypatch, capsys):
 
 def test_what_a_run_set_aside_was_never_trained_on(tmp_path, data):
     folder = release(tmp_path / "run", data, 3)
-    whole = attacking.attack(folder, data=data)
-    assert whole["members"] == 100
+    unreduced = attacking.attack(folder, data=data)
+    assert unreduced["members"] == 100
     config = load_settings(folder)
     (folder / "config.toml").write_text(config.replace(client_test=0.25).to_toml())
     assert attacking.attack(folder, data=data)["members"] == 75
     (folder / "config.toml").write_text(config.replace(held_out_client=0).to_toml())
     found = attacking.attack(folder, data=data)
     assert (found["members"], len(found["clients"])) == (60, 1)
-    assert found["clients"][0] == pytest.approx(whole["clients"][1])
+    assert found["clients"][0] == pytest.approx(unreduced["clients"][1])
 
 
 def test_images_of_a_patient_are_one_group(tmp_path, data, monkeypatch, capsys):
@@ -409,8 +409,8 @@ def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monk
     Not a training sample of either.
     """
     folder = release(tmp_path / "run", data, 3)
-    whole = attacking.attack(folder, data=data)
-    assert "untrained" not in whole
+    unreduced = attacking.attack(folder, data=data)
+    assert "untrained" not in unreduced
 
     def stored(method, **settings):
         config = RunConfig.make(method, data="digits", model="mlp", width=64, clients=2, **settings)
@@ -429,6 +429,6 @@ def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monk
     assert "images left out, which the method kept from the training" in capsys.readouterr().out
     assert attacking.find_trained(config.replace(teachers="anywhere"), data)[1] == 0  # may have been trained on any
     stored("fediod", options={"holdout": 0.0})
-    assert attacking.attack(folder, data=data) == whole
+    assert attacking.attack(folder, data=data) == unreduced
     assert attacking.find_trained(stored("afl", options={"loss_share": 0.3}), data)[1] == 30
     assert attacking.find_trained(stored("afl", options={"loss_split": "train"}), data)[1] == 0

@@ -8,12 +8,12 @@ from fedkern.privacy import server_secret
 
 
 def test_a_secret_is_drawn_once(tmp_path):
-    first = server_secret.load_or_create(tmp_path, begun=False)
-    assert len(bytes.fromhex(first)) == 16
-    assert server_secret.load_or_create(tmp_path, begun=True) == first
-    assert server_secret.load_or_create(tmp_path, begun=False) == first  # interrupted before the first checkpoint
+    secret = server_secret.load_or_create(tmp_path, begun=False)
+    assert len(bytes.fromhex(secret)) == 16
+    assert server_secret.load_or_create(tmp_path, begun=True) == secret
+    assert server_secret.load_or_create(tmp_path, begun=False) == secret  # interrupted before the first checkpoint
     (tmp_path / "other").mkdir()
-    assert server_secret.load_or_create(tmp_path / "other", begun=False) != first
+    assert server_secret.load_or_create(tmp_path / "other", begun=False) != secret
 
 
 @pytest.mark.parametrize("content", [None, b"", b"0123\n", b"g" * 32 + b"\n", b"\xff" * 33])

@@ -41,12 +41,12 @@ NORM = 0.01
 COUNTS = (1, 4, 2, 6, 3, 5, 4, 2, 1, 4)
 
 
-def patients(counts, first=0, extreme=(), seed=0):
+def patients(counts, offset=0, extreme=(), seed=0):
     """So many images of each patient.
 
     Those of patients in ``extreme`` are white and of the last class.
     """
-    owner = np.repeat(np.arange(len(counts)) + first, counts)
+    owner = np.repeat(np.arange(len(counts)) + offset, counts)
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (len(owner), 3, 8, 8)).astype(np.uint8)
     labels = rng.integers(0, 2, len(owner))
@@ -83,16 +83,16 @@ def trained(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NOR
     module = network()
     method = Supervised()
     method.seen = []
-    who = SimpleNamespace(id=0, state={}, report={}, rng=lambda name, phase: stream(0, name, client=0))
+    trainee = SimpleNamespace(id=0, state={}, report={}, rng=lambda name, phase: stream(0, name, client=0))
     schedule = Schedule(lr=1.0, momentum=0.0, weight_decay=0.0, clip_norm=0.0, epochs=epochs, batch_size=batch_size)
     owner = np.unique(split.patients.numpy(), return_inverse=True)[1]
     unit = {"patients": owner, "images": images} if by_patient else {}
     before = torch.cat([p.detach().flatten().double() for p in module.parameters()])
     spending = DPSGD(norm, lambda rate, steps: noise, "teacher", **unit)
-    train_privately(who, method, PHASE, module, data, None, schedule, spending, None)
+    train_privately(trainee, method, PHASE, module, data, None, schedule, spending, None)
     after = torch.cat([p.detach().flatten().double() for p in module.parameters()])
     count = int(owner.max()) + 1 if by_patient else len(split)
-    return (before - after) * count / norm, method.seen, who.state[LEDGER]["teacher"]
+    return (before - after) * count / norm, method.seen, trainee.state[LEDGER]["teacher"]
 
 
 @pytest.mark.parametrize("replacement", [6, 1])
@@ -101,14 +101,14 @@ def test_a_patient_replaced_moves_the_sum_by_twice_the_norm_and_without_the_unit
 
     Everybody is in the batch, no noise.
     """
-    one = patients(COUNTS)
-    others = patients([n if k != 3 else replacement for k, n in enumerate(COUNTS)], extreme=(3,))
-    keep, rest = (split.patients != 3 for split in (one, others))
-    new = others.subset((~rest).nonzero().flatten())
-    both = one.subset(keep.nonzero().flatten())
-    two = Split(*(torch.cat([getattr(both, name), getattr(new, name)]) for name in ("images", "labels")),
-                patients=torch.cat([both.patients, new.patients]))  # fmt: skip
-    moved = {by: (trained(one, by_patient=by)[0] - trained(two, by_patient=by)[0]).norm() for by in (True, False)}
+    original = patients(COUNTS)
+    altered = patients([n if k != 3 else replacement for k, n in enumerate(COUNTS)], extreme=(3,))
+    keep, untouched = (split.patients != 3 for split in (original, altered))
+    new = altered.subset((~untouched).nonzero().flatten())
+    common = original.subset(keep.nonzero().flatten())
+    two = Split(*(torch.cat([getattr(common, name), getattr(new, name)]) for name in ("images", "labels")),
+                patients=torch.cat([common.patients, new.patients]))  # fmt: skip
+    moved = {by: (trained(original, by_patient=by)[0] - trained(two, by_patient=by)[0]).norm() for by in (True, False)}
     assert 0 < float(moved[True]) <= 2 * (1 + 1e-3)
     assert float(moved[False]) > 2.5
 
@@ -152,8 +152,8 @@ def test_at_most_so_many_images_of_a_patient_stay(federation):
         assert all(image.numpy().tobytes() in images for image in after.images)
     assert not torch.equal(limit_patients(federation, 3, seed=1).clients[0].images, kept.clients[0].images)
     # What is drawn differs between patients: not always the first rows.
-    whole = limit_patients(federation, 6, seed=0).clients[0]
-    assert torch.equal(whole.images, federation.clients[0].images)
+    unlimited = limit_patients(federation, 6, seed=0).clients[0]
+    assert torch.equal(unlimited.images, federation.clients[0].images)
 
 
 def test_a_patients_draw_depends_on_no_other_patient(federation):
@@ -191,28 +191,28 @@ def client(federation, make_config, options, **settings):
 
 
 def test_shards_and_hold_outs_have_whole_patients_and_public_sizes(federation, make_config):
-    who, options = client(federation, make_config, {"epsilon": 5.0, "shards": 4, "batch": 4, "iterations": 20})
-    owner = who.patients
-    parts = privacy.shards(who, options)
-    assert sorted(np.concatenate(parts).tolist()) == list(range(who.samples))
+    hospital, options = client(federation, make_config, {"epsilon": 5.0, "shards": 4, "batch": 4, "iterations": 20})
+    owner = hospital.patients
+    parts = privacy.shards(hospital, options)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(hospital.samples))
     sets = [set(owner[part].tolist()) for part in parts]
     assert sorted(len(own) for own in sets) == [2, 2, 3, 3]
     assert sum(len(own) for own in sets) == len(set().union(*sets)) == 10
-    kept, out = held_out(who, 0.3)
+    kept, out = held_out(hospital, 0.3)
     assert len(set(owner[out].tolist())) == 3
     assert not set(owner[out].tolist()) & set(owner[kept].tolist())
     # Ten patients of at most three images: how many they have shows in no size.
-    assert who.declared == 30 > who.samples == sum(min(n, 3) for n in COUNTS)
-    assert privacy.trainings(who, options) == math.ceil(30 / 4)
+    assert hospital.declared == 30 > hospital.samples == sum(min(n, 3) for n in COUNTS)
+    assert privacy.trainings(hospital, options) == math.ceil(30 / 4)
     with pytest.raises(UserError, match='"shards" is 11, but client 1 has 10 patients'):
-        privacy.shards(who, IODOptions(epsilon=5.0, shards=11))
+        privacy.shards(hospital, IODOptions(epsilon=5.0, shards=11))
 
 
 def test_class_counts_change_by_all_images_of_a_patient(federation, make_config):
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
-    who, options = client(federation, make_config, {"histogram_noise": 30.0})
-    privacy.release_histogram(who, class_counts(who), options)
-    ((kind, noise, rate, steps),) = who.state[LEDGER]["histogram"]
+    hospital, options = client(federation, make_config, {"histogram_noise": 30.0})
+    privacy.release_histogram(hospital, class_counts(hospital), options)
+    ((kind, noise, rate, steps),) = hospital.state[LEDGER]["histogram"]
     assert (kind, rate, steps) == ("gaussian", 1.0, 1)
     assert noise == pytest.approx(30 / (3 * math.sqrt(2)))
 

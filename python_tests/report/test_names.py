@@ -69,8 +69,8 @@ def check(texts: list[Text], name: str) -> None:
         assert said.isprintable()
         assert len(said) <= TITLE
         assert text.get_usetex() is False
-    names = [label(name, most).replace(" ", "") for most in (TICK, TITLE)]
-    named = [text for text in texts if any(one in re.sub(r"\s", "", text.get_text()) for one in names)]
+    names = [label(name, width).replace(" ", "") for width in (TICK, TITLE)]
+    named = [text for text in texts if any(label_text in re.sub(r"\s", "", text.get_text()) for label_text in names)]
     assert named
     if label(name):
         assert not any(text.get_parse_math() for text in named)
@@ -238,7 +238,7 @@ def named_curves(name):
         curves.accuracy_panels(records, "accuracy", tests=["", name]), curves.weight_panels(records),
         [*compared.values()],
     )]  # fmt: skip
-    texts = [[text.get_text().strip() for each in f.legends for text in each.get_texts()] for f in figures]
+    texts = [[text.get_text().strip() for legend in f.legends for text in legend.get_texts()] for f in figures]
     drawn = [
         charts.curves("c", "t", [curves.Panel("a", series)]),
         charts.bars("b", "t", ["x", "y"], {name: y, "b": y}, axis="a"),

@@ -110,9 +110,9 @@ def test_class_table_of_few_classes():
 
 
 def test_class_table_of_many_classes_has_the_lowest():
-    each = {f"class {c}": 0.9 - 0.05 * c for c in range(10)}
-    each["class 3"], each["class 5"] = 0.01, None
-    lines = [" ".join(line.split()) for line in text(tables.class_table({"per_class": {"test": {"recall": each}}}))
+    recalls = {f"class {c}": 0.9 - 0.05 * c for c in range(10)}
+    recalls["class 3"], recalls["class 5"] = 0.01, None
+    lines = [" ".join(line.split()) for line in text(tables.class_table({"per_class": {"test": {"recall": recalls}}}))
              .splitlines()]  # fmt: skip
     assert lines[0] == "lowest recall among 10 classes (all of them: per_class in summary.json)"
     assert [line for line in lines if line.startswith("class ")] == [

@@ -31,11 +31,11 @@ def test_a_comparison_goes_on_where_it_stopped(result, monkeypatch, tmp_path, ca
     words = ["compare", "fedprox", "fedavg", *TINY, "--seeds", "2", "--method-option", "mu=0.5"]
     played, real = [], cell_runner.run
 
-    def interrupted(config, **more):
+    def interrupted(config, **settings):
         played.append((config.method, config.seed))
         if len(played) == 3:
             raise KeyboardInterrupt
-        return real(config, **more)
+        return real(config, **settings)
 
     monkeypatch.setattr(cell_runner, "run", interrupted)
     assert main(words) == 130

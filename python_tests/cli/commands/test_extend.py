@@ -22,8 +22,8 @@ TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model
 
 @pytest.fixture
 def start(result):
-    def run(method, rounds, out, *more):
-        result(method, *TINY, "--rounds", str(rounds), "--out", out, *more)
+    def run(method, rounds, out, *words):
+        result(method, *TINY, "--rounds", str(rounds), "--out", out, *words)
 
     return run
 
@@ -34,12 +34,12 @@ def figures(out):
     return [{name: value for name, value in row.items() if name not in timed} for row in read_metrics(out)]
 
 
-def check_equal(one, other):
-    networks = [read_model(out)[0].state_dict() for out in (one, other)]
+def check_equal(left, right):
+    networks = [read_model(out)[0].state_dict() for out in (left, right)]
     assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
-    without = [[{k: v for k, v in row.items() if k != "clients"} for row in figures(out)] for out in (one, other)]
+    without = [[{k: v for k, v in row.items() if k != "clients"} for row in figures(out)] for out in (left, right)]
     assert without[0] == without[1]
-    summaries = [json.loads((out_folder / "summary.json").read_text()) for out_folder in (one, other)]
+    summaries = [json.loads((out_folder / "summary.json").read_text()) for out_folder in (left, right)]
     assert summaries[0]["metrics"] == summaries[1]["metrics"]
     assert summaries[0]["bytes"] == summaries[1]["bytes"]
     assert summaries[0]["diagnostics"] == summaries[1]["diagnostics"]
@@ -48,9 +48,9 @@ def check_equal(one, other):
 @pytest.mark.parametrize("method", ["scaffold", pytest.param("fedavg", marks=pytest.mark.exhaustive)])
 @pytest.mark.usefixtures("undrawn")
 def test_an_extended_run_is_the_longer_run(method, start, result, tmp_path):
-    more = ("--lr-decay", "0.9", "--sample-fraction", "0.67")
-    start(method, 5, "long", *more)
-    start(method, 2, "short", *more)
+    options = ("--lr-decay", "0.9", "--sample-fraction", "0.67")
+    start(method, 5, "long", *options)
+    start(method, 2, "short", *options)
     out, _ = result("extend", "short", "--rounds", "5", "--quiet")
     assert out.strip().splitlines()[-1] == "short"
     check_equal(tmp_path / "long", tmp_path / "short")

@@ -26,9 +26,9 @@ TINY = [*SMALL, "--rounds", "2", "--grad-cam", "8"]
 
 def test_the_help_of_a_method_names_every_setting(result):
     text, _ = result("fedavg", "--help")
-    for each in RunConfig.declared():
-        if each.field != "method":
-            assert re.search(rf"^  {flags.flag(each.field)} ", text, re.MULTILINE), each.field
+    for setting in RunConfig.declared():
+        if setting.field != "method":
+            assert re.search(rf"^  {flags.flag(setting.field)} ", text, re.MULTILINE), setting.field
     for name in (
         "--client-column NAME",
         "--detector PATH_OR_NAME",
@@ -95,9 +95,9 @@ def test_the_help_of_a_method_shows_its_options_with_ranges(result, method):
         return
     options = text[text.index("method options") :]
     flat = " ".join(options.split())
-    for each in METHODS[method].Options.declared():
-        assert re.search(rf"^  {each.name} ", options, re.MULTILINE)
-        assert each.range in flat
+    for option in METHODS[method].Options.declared():
+        assert re.search(rf"^  {option.name} ", options, re.MULTILINE)
+        assert option.range in flat
 
 
 def test_list_has_one_line_for_everything(result):
@@ -258,11 +258,11 @@ def test_the_command_for_comparison_has_the_same_split_and_budget(argv):
     command = repeat.command_line("fedavg", config)
     words = shlex.split(command)
     assert words[:4] == ["python", "-m", "fedkern.run", "fedavg"]
-    other = request.effective_config(flags.parse_run(words[3:]))
-    assert other.method == "fedavg"
+    baseline = request.effective_config(flags.parse_run(words[3:]))
+    assert baseline.method == "fedavg"
     for field in dataclasses.fields(RunConfig):
         if field.name not in ("method", "options"):
-            assert getattr(other, field.name) == getattr(config, field.name), field.name
+            assert getattr(baseline, field.name) == getattr(config, field.name), field.name
 
 
 def test_private_records_are_not_repeated_where_they_follow_from_the_options():

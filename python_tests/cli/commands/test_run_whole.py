@@ -52,8 +52,8 @@ def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
     assert f"{100 * summary['metrics']['ood_accuracy']:.1f} %" in out
     assert f"run folder: {folder}" in out
     (command,) = re.findall(r"python -m fedkern\.run fedavg .*", out)
-    other = request.effective_config(flags.parse_run(shlex.split(command)[3:]))
-    assert (other.train_samples, other.clients, other.width, other.rounds) == (60, 2, 4, 2)
+    compared = request.effective_config(flags.parse_run(shlex.split(command)[3:]))
+    assert (compared.train_samples, compared.clients, compared.width, compared.rounds) == (60, 2, 4, 2)
     assert "round 1/2" in err
     assert "\x1b" not in out + err  # no colours into a pipe
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -78,8 +78,8 @@ def daemons(of: str = "parent", number: int = 0) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
             state, parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            whose = int(group) == number if of == "group" else int(parent) == os.getpid()
-            if whose and state != "Z" and b"client_daemon import live" in (folder / "cmdline").read_bytes():
+            is_own = int(group) == number if of == "group" else int(parent) == os.getpid()
+            if is_own and state != "Z" and b"client_daemon import live" in (folder / "cmdline").read_bytes():
                 found.append(int(folder.name))
     return found
 
@@ -105,14 +105,14 @@ def told(packed):
 
 
 def test_a_daemon_gives_the_bits_of_this_process_and_stays(message, tmp_path):
-    here = node_process.answer_message(header(), message, RUN, node(tmp_path / "here"), print)
-    assert told(here)[0]["problem"] is None
-    there = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
-    assert told(there) == told(here)
-    (first,) = daemons()
+    local = node_process.answer_message(header(), message, RUN, node(tmp_path / "here"), print)
+    assert told(local)[0]["problem"] is None
+    remote = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
+    assert told(remote) == told(local)
+    (daemon,) = daemons()
     again = client_daemon.ask_daemon(header(round=1), message, RUN, node(tmp_path), print, 60)
     assert told(again)[0]["problem"] is None
-    assert daemons() == [first]
+    assert daemons() == [daemon]
 
 
 @pytest.mark.exhaustive
@@ -125,26 +125,26 @@ def test_daemons_belong_to_one_run_and_one_configuration(message, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_daemon_ends_when_no_message_comes_and_the_next_starts_another(message, tmp_path):
-    first = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 0.2)
+    answer = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 0.2)
     wait_for_none()
     again = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 0.2)
-    assert told(again) == told(first)
+    assert told(again) == told(answer)
 
 
 @pytest.mark.exhaustive
 def test_a_killed_daemon_is_replaced(message, tmp_path):
-    first = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
+    answer = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
     os.kill(*daemons(), signal.SIGKILL)
     wait_for_none()
-    assert told(client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)) == told(first)
+    assert told(client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)) == told(answer)
 
 
 def test_a_daemon_ends_with_its_run(message, tmp_path):
     for run in ("0" * 32, "1" * 32):
         client_daemon.ask_daemon(header(run=run), message, RUN, node(tmp_path), print, 60)
-    first, second = daemons()
+    older, younger = daemons()
     client_daemon.end_daemon("2" * 32, node(tmp_path))
-    assert daemons() == [first, second]
+    assert daemons() == [older, younger]
     client_daemon.end_daemon("0" * 32, node(tmp_path))
     wait_until(lambda: len(daemons()) == 1, 20)
     again = client_daemon.ask_daemon(header(run="1" * 32, round=1), message, RUN, node(tmp_path), print, 60)
@@ -156,13 +156,13 @@ def test_a_silent_connection_holds_nobody_up(message, tmp_path, monkeypatch):
     impatient = f"from fedkern.flower.runs import client_daemon as process; process.PATIENCE = 0.3; {live}"
     monkeypatch.setattr(client_daemon, "_MAIN", client_daemon._MAIN.replace(live, impatient))
     client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
-    (first,) = daemons()
+    (daemon,) = daemons()
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as silent:
         silent.connect(client_daemon._name("0" * 32, node(tmp_path)))
         silent.sendall(b"\0\0")  # the beginning of a message
         again = client_daemon.ask_daemon(header(round=1), message, RUN, node(tmp_path), print, 60)
     assert told(again)[0]["problem"] is None
-    assert daemons() == [first]
+    assert daemons() == [daemon]
 
 
 def test_what_a_node_refuses_is_refused_by_the_daemon(message, tmp_path):

@@ -223,10 +223,10 @@ def test_a_node_whose_data_differ_a_little_is_left_out(folders, change):
         pixels[0, 0, 0] ^= 1
         Image.fromarray(pixels).save(image)
     elif change == "label":
-        other = folders / "1" / "train" / "dog" / "0.png"
-        first, second = image.read_bytes(), other.read_bytes()
-        image.write_bytes(second)
-        other.write_bytes(first)
+        dog_image = folders / "1" / "train" / "dog" / "0.png"
+        cat, dog = image.read_bytes(), dog_image.read_bytes()
+        image.write_bytes(dog)
+        dog_image.write_bytes(cat)
     else:
         (folders / "1" / "test" / "cat" / "0.png").unlink()
     over_flower(folders, **{"flower.own-data": False, "partition": "iid", "client-test": 0.0})

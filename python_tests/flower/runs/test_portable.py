@@ -70,13 +70,13 @@ def test_a_tensor_in_two_places_travels_once():
 
 
 def test_large_fp32_tensors_may_travel_as_bf16():
-    large, small, whole = torch.randn(40, 30), torch.randn(30), torch.arange(2000)
-    packed = pack_value({"large": large.T, "small": small, "whole": whole, "again": large.T}, half=True)
+    large, small, integers = torch.randn(40, 30), torch.randn(30), torch.arange(2000)
+    packed = pack_value({"large": large.T, "small": small, "whole": integers, "again": large.T}, half=True)
     found = unpack_value(packed)
     assert torch.equal(found["large"], large.T.bfloat16().float())
     assert found["large"].stride() == large.T.stride()
     assert torch.equal(found["small"], small)
-    assert torch.equal(found["whole"], whole)
+    assert torch.equal(found["whole"], integers)
     assert load(packed)["t0"].dtype == torch.bfloat16
 
 

@@ -102,7 +102,7 @@ def test_every_setting_can_be_overridden(tmp_path):
     """Flower refuses keys that the project does not have."""
     assert main(["fedprox", "--flower", str(tmp_path / "project")]) == 0
     found = run_config(tmp_path / "project")
-    settings = {run_settings.setting_key(each.field) for each in RunConfig.declared()} - {*run_settings.LOCAL_ONLY}
+    settings = {run_settings.setting_key(spec.field) for spec in RunConfig.declared()} - {*run_settings.LOCAL_ONLY}
     assert settings <= set(found)
     assert {"method-option.mu", "method-option.weighting", "out", "resume", "plugins", "flower.deadline"} <= set(found)
     changed = run_settings.read_run_config(
@@ -250,20 +250,20 @@ def test_a_simulation_of_a_whole_run_has_a_node_for_each_client(tmp_path, monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.chdir(tmp_path)
     assert main(["fedavg", *FLAGS, "--flower", "p"]) == 0
-    path, one, two = Path("p/pyproject.toml"), "client-resources-num-cpus=1", "verbose=true num-supernodes=2"
-    assert simulation_settings(Path("p"), ["verbose=true"]) == [one, "num-supernodes=4", "verbose=true"]
-    assert simulation_settings(Path("p"), [two]) == [one, two]
+    path, cpu, two = Path("p/pyproject.toml"), "client-resources-num-cpus=1", "verbose=true num-supernodes=2"
+    assert simulation_settings(Path("p"), ["verbose=true"]) == [cpu, "num-supernodes=4", "verbose=true"]
+    assert simulation_settings(Path("p"), [two]) == [cpu, two]
 
     text = path.read_text()
     path.write_text(text.replace("\nclients = 4\n", '\nclients = ""\n'))
     with pytest.raises(UserError, match=r"give that number with --federation-config num-supernodes=N\."):
         simulation_settings(Path("p"), [])
-    assert simulation_settings(Path("p"), [two]) == [one, two]
+    assert simulation_settings(Path("p"), [two]) == [cpu, two]
 
-    for other in (text.replace("fedkern.flower.runs.server_app:app", "own:app"), "", "[tool.flwr]\napp = 3\n", "[tool"):
-        path.write_text(other)
-        assert simulation_settings(Path("p"), []) == [one]
-    assert simulation_settings(Path("nonesuch"), []) == [one]
+    for file in (text.replace("fedkern.flower.runs.server_app:app", "own:app"), "", "[tool.flwr]\napp = 3\n", "[tool"):
+        path.write_text(file)
+        assert simulation_settings(Path("p"), []) == [cpu]
+    assert simulation_settings(Path("nonesuch"), []) == [cpu]
 
 
 def test_a_simulation_without_ray_says_what_to_install(tmp_path, monkeypatch):

@@ -71,8 +71,8 @@ OF_SIMULATIONS = {"fediod", "fusefl"}
 """Methods whose summary has figures of all clients' data, which nodes do not give."""
 
 
-def settings(method, **more):
-    return {**TINY, "method": method, **METHODS[method], **more}
+def settings(method, **options):
+    return {**TINY, "method": method, **METHODS[method], **options}
 
 
 def in_one_process(run_config, out):
@@ -83,12 +83,12 @@ def in_one_process(run_config, out):
     return outcome(out)
 
 
-def over_flower(run_config, out, clients=range(3), faults=None, **more):
+def over_flower(run_config, out, clients=range(3), faults=None, **options):
     """Plays a run.
 
     Returns the grid.
     """
-    grid = NodeGrid({**run_config, "out": str(out)}, clients, faults, **more)
+    grid = NodeGrid({**run_config, "out": str(out)}, clients, faults, **options)
     server_app.play(grid, grid.run_config)
     return grid
 
@@ -249,9 +249,9 @@ def test_a_plugin_with_its_own_network(tmp_path, monkeypatch):
     finally:
         for folder in (tmp_path, tmp_path / "project"):
             plugins.unload(str(folder / "halved.py"))
-    here, there = outcome(tmp_path / "here"), outcome(tmp_path / "run")
-    assert there[1] == here[1]
-    assert there[0][-100:] == here[0][-100:]  # the weights; the head of the file names the network by its path
+    local, remote = outcome(tmp_path / "here"), outcome(tmp_path / "run")
+    assert remote[1] == local[1]
+    assert remote[0][-100:] == local[0][-100:]  # the weights; the head of the file names the network by its path
 
 
 @pytest.mark.exhaustive
@@ -577,15 +577,15 @@ def test_data_that_are_not_on_the_node(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "why"),
+    ("setting", "why"),
     [
         ({"method": "centralised"}, "centralised needs the data of all clients in one place"),
         ({"compress": "topk"}, 'compress="topk:share=0.05" is not for runs over Flower'),
     ],
 )
-def test_what_cannot_be_played_over_flower_is_refused(more, why, refuses, tmp_path):
+def test_what_cannot_be_played_over_flower_is_refused(setting, why, refuses, tmp_path):
     with refuses(why):
-        over_flower({**TINY, **more}, tmp_path / "run")
+        over_flower({**TINY, **setting}, tmp_path / "run")
 
 
 class Untrained(FedAvg):
@@ -636,8 +636,8 @@ def test_half_the_bytes(tmp_path):
     """
     run_config = settings("fedavg", width=8, **{"flower.transport": "bf16"})
     grid = over_flower(run_config, tmp_path / "half")
-    whole = over_flower({**run_config, "flower.transport": "fp32"}, tmp_path / "whole")
-    assert grid.size < 0.62 * whole.size
+    full = over_flower({**run_config, "flower.transport": "fp32"}, tmp_path / "whole")
+    assert grid.size < 0.62 * full.size
     half, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "whole"))
     assert any(not torch.equal(half[name], exact[name]) for name in exact)
     assert all(torch.allclose(half[name].float(), exact[name].float(), rtol=0.05, atol=0.05) for name in exact)
@@ -645,9 +645,9 @@ def test_half_the_bytes(tmp_path):
         over_flower(run_config, tmp_path / "run", faults={(1, 1): killing})
     over_flower({**run_config, "resume": True}, tmp_path / "run")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "half")
-    resumed, alone = (json.loads((tmp_path / name / "summary.json").read_text())["wire"] for name in ("run", "half"))
+    resumed, halved = (json.loads((tmp_path / name / "summary.json").read_text())["wire"] for name in ("run", "half"))
     for direction in ("up", "down"):  # the rounds before the kill count; nodes were asked twice who they are
-        assert alone[direction] < resumed[direction] < alone[direction] + 1000
+        assert halved[direction] < resumed[direction] < halved[direction] + 1000
 
 
 @pytest.mark.exhaustive
@@ -708,6 +708,6 @@ def test_a_reply_reports_no_name_of_the_engines(name):
 def test_flower_messages_of_other_apps():
     from flwr.app import ConfigRecord, RecordDict
 
-    other = Message(RecordDict({"config": ConfigRecord({"lr": 0.1})}), 1, "train")
+    foreign = Message(RecordDict({"config": ConfigRecord({"lr": 0.1})}), 1, "train")
     with pytest.raises(ValueError, match="has other records than a message of fedkern"):
-        unpack_message(other)
+        unpack_message(foreign)

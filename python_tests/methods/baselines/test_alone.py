@@ -37,18 +37,18 @@ def test_local_tells_the_mean_over_the_clients_own_networks(make_data, tmp_path)
     assert len(ensemble.members) == 3
     device = torch.device("cpu")
     for name in ("id", "ood"):
-        each = [
+        evaluations = [
             CLASSIFICATION.figures(member.eval(), Images(data.tests[name], data.form, device))
             for member in ensemble.members
         ]
         found = summary["metrics"]
         for figure in ("accuracy", "loss", "confidence"):
-            expected = sum(figures[figure] for figures in each) / 3
+            expected = sum(figures[figure] for figures in evaluations) / 3
             assert found[f"{name}_{figure}"] == pytest.approx(expected, rel=1e-5)
-        assert found[f"{name}_lowest_accuracy"] == min(figures["accuracy"] for figures in each)
-        assert found[f"{name}_highest_accuracy"] == max(figures["accuracy"] for figures in each)
-    first, second = (sum(p.sum() for p in member.parameters()) for member in ensemble.members[:2])
-    assert first != second
+        assert found[f"{name}_lowest_accuracy"] == min(figures["accuracy"] for figures in evaluations)
+        assert found[f"{name}_highest_accuracy"] == max(figures["accuracy"] for figures in evaluations)
+    total, second = (sum(p.sum() for p in member.parameters()) for member in ensemble.members[:2])
+    assert total != second
     assert summary["bytes"]["total"] == 0
 
 
@@ -56,9 +56,9 @@ def test_centralised_trains_on_everything_and_books_the_raw_data_once(make_data,
     data = make_data()
     summary = start("centralised", tmp_path, data)
     assert [record["clients"]["0"]["samples"] for record in read_metrics(tmp_path)] == [42, 42]
-    each = [n * (3 * 64 + 8) for n in (20, 13, 9)]
-    assert [summary["bytes"]["clients"][str(k)]["one_off_up"] for k in range(3)] == each
-    assert summary["bytes"]["total"] == summary["bytes"]["one_off_up"] == sum(each)
+    sizes = [n * (3 * 64 + 8) for n in (20, 13, 9)]
+    assert [summary["bytes"]["clients"][str(k)]["one_off_up"] for k in range(3)] == sizes
+    assert summary["bytes"]["total"] == summary["bytes"]["one_off_up"] == sum(sizes)
     assert summary["clients"] == 3
 
 

@@ -52,8 +52,8 @@ def test_members_figures_and_memory(plain, make_data):
     assert figures["id_vote_accuracy"] == pytest.approx((vote(logits) == labels).float().mean().item())
     p = logits.softmax(2).mean(0)
     assert figures["id_probability_accuracy"] == pytest.approx((p.argmax(1) == labels).float().mean().item())
-    one = sum(t.numel() * t.element_size() for t in network.members[0].state_dict().values())
-    assert figures["memory_ratio"] == (3 * one + 3 * 4) / one  # the members, and their weights in the mean
+    size = sum(t.numel() * t.element_size() for t in network.members[0].state_dict().values())
+    assert figures["memory_ratio"] == (3 * size + 3 * 4) / size  # the members, and their weights in the mean
     assert figures["members"] == 3
     assert summary["bytes"]["up"] == summary["bytes"]["down"]  # one network each way for every client
 
@@ -108,13 +108,13 @@ def test_bytes_of_calibration(make_data, make_config, tmp_path, monkeypatch):
     data, options = make_data(), {"calibrate": True, **FAST}
     config = make_config("ensemble", model="cnn", rounds=None, options=options)
     run(config, out=tmp_path / "all", data=data)
-    one, two = read_metrics(tmp_path / "all")
-    network = one["bytes_up"] / 3
-    assert two["bytes_down"] - one["bytes_down"] == 3 * 2 * network
+    everyone, two = read_metrics(tmp_path / "all")
+    network = everyone["bytes_up"] / 3
+    assert two["bytes_down"] - everyone["bytes_down"] == 3 * 2 * network
     monkeypatch.setattr(Ensemble, "client_update", poison(not_a_number))
     run(config.replace(on_nan="skip"), out=tmp_path / "two", data=data)
-    one, two = read_metrics(tmp_path / "two")
-    assert two["bytes_down"] - one["bytes_down"] == (1 + 2 + 1) * network + 8
+    everyone, two = read_metrics(tmp_path / "two")
+    assert two["bytes_down"] - everyone["bytes_down"] == (1 + 2 + 1) * network + 8
     assert read_model(tmp_path / "two")[0].head.in_features == 16
 
 

@@ -55,10 +55,10 @@ def test_personal_networks_are_those_of_the_algorithm(tmp_path):
             optimiser = torch.optim.SGD(own.parameters(), 0.05, 0.9, weight_decay=run.config.weight_decay)
             for _, _, images, targets in [row for row in Recording.rows if row[:2] == (turn, size)]:
                 optimiser.zero_grad()
-                apart = sum(
+                distance = sum(
                     (parameter - received[turn][name]).square().sum() for name, parameter in own.named_parameters()
                 )
-                (cross_entropy(own(images), targets) + lam / 2 * apart).backward()
+                (cross_entropy(own(images), targets) + lam / 2 * distance).backward()
                 if run.config.clip_norm:
                     nn.utils.clip_grad_norm_(own.parameters(), run.config.clip_norm)
                 optimiser.step()
@@ -71,15 +71,15 @@ def test_personal_networks_are_those_of_the_algorithm(tmp_path):
 @pytest.mark.exhaustive
 def test_bits_in_two_workers_and_killed_and_resumed(tmp_path):
     settings = {"sample_fraction": 0.7, "optimizer_state": "keep"}
-    one, two = played(tmp_path / "one", "ditto", **settings), played(tmp_path / "two", "ditto", workers=2, **settings)
+    run, two = played(tmp_path / "one", "ditto", **settings), played(tmp_path / "two", "ditto", workers=2, **settings)
     with pytest.raises(Kill):
         played(tmp_path / "killed", "ditto", listener=KillAt("client", 1, round=2), **settings)
     resumed = fedkern.load(tmp_path / "killed").resume(progress=False, pictures=False)
-    for other in (two, resumed):
-        assert outcome(other.out) == outcome(one.out)
+    for repeated in (two, resumed):
+        assert outcome(repeated.out) == outcome(run.out)
         for k in range(3):
-            assert same(one.model(client=k).state_dict(), other.model(client=k).state_dict())
-    kept = Checkpoints(one.out).last_client_state(0)
+            assert same(run.model(client=k).state_dict(), repeated.model(client=k).state_dict())
+    kept = Checkpoints(run.out).last_client_state(0)
     assert {"optimizer update", "optimizer own", "own"} == {name.rsplit(" ", 1)[0] for name in kept}
 
 

@@ -55,14 +55,14 @@ def test_the_classifier_is_that_of_all_features():
 
 
 def test_shrinkage_serves_fewer_samples_than_features():
-    few = FeatureStatistics(2, 8)
+    statistics = FeatureStatistics(2, 8)
     features = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
-    few.add(features, torch.tensor([0, 0, 1, 1]))
-    assert torch.isfinite(few.classifier(shrinkage=True).weight).all()
+    statistics.add(features, torch.tensor([0, 0, 1, 1]))
+    assert torch.isfinite(statistics.classifier(shrinkage=True).weight).all()
     with pytest.raises(
         UserError, match=r"covariance of the 8 features of 4 samples has no inverse: take shrinkage=tru"
     ):
-        few.classifier(shrinkage=False)
+        statistics.classifier(shrinkage=False)
 
 
 def test_means_that_no_class_counts_are_refused():
@@ -82,12 +82,12 @@ def test_a_run_changes_the_classifier_alone_and_counts_its_bytes(make_data, make
     data, config = make_data(), make_config("fedcgs", model="cnn", rounds=None)
     run(config, out=tmp_path / "one", data=data)
     run(make_config("fedcgs", model="cnn", rounds=None, workers="2"), out=tmp_path / "two", data=data)
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    single, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(single[name], two[name]) for name in single)
     start = RunContext(config, data).networks.build().state_dict()
-    assert {name for name in one if not torch.equal(one[name], start[name])} == {"head.weight", "head.bias"}
+    assert {name for name in single if not torch.equal(single[name], start[name])} == {"head.weight", "head.bias"}
     (record,) = read_metrics(tmp_path / "one")
-    classes, width = one["head.weight"].shape
+    classes, width = single["head.weight"].shape
     present = sum(len(set(client.labels.tolist())) for client in data.clients)
     numbers = len(data.clients) * (classes + width + width * (width + 1) // 2) + present * width
     assert record["bytes_up"] == 4 * numbers

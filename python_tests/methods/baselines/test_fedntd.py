@@ -35,9 +35,9 @@ def test_loss_is_the_published_one(beta, temperature):
     z = own.clone().requires_grad_()
     ntd = 0.0
     for i, y in enumerate(labels.tolist()):
-        others = [c for c in range(5) if c != y]
-        q_local = torch.softmax(z[i, others] / temperature, 0)
-        q_global = torch.softmax(glob[i, others] / temperature, 0)
+        wrong = [c for c in range(5) if c != y]
+        q_local = torch.softmax(z[i, wrong] / temperature, 0)
+        q_global = torch.softmax(glob[i, wrong] / temperature, 0)
         ntd = ntd + (q_global * (q_global / q_local).log()).sum() / len(labels)
     expected = cross_entropy(z, labels) + beta * temperature**2 * ntd
     expected.backward()

@@ -14,24 +14,24 @@ def test_it_keeps_the_networks_last_layer(tmp_path, model):
     settings = {"model": model, "rounds": 1}
     run = played(tmp_path / "run", "fedper", **settings)
     named = played(tmp_path / "named", "fedavg", personal="head.*", **settings)
-    each = [run.model(client=k).state_dict() for k in range(3)]
-    assert all(same(state, named.model(client=k).state_dict()) for k, state in enumerate(each))
+    own = [run.model(client=k).state_dict() for k in range(3)]
+    assert all(same(state, named.model(client=k).state_dict()) for k, state in enumerate(own))
     assert run.metrics == named.metrics
-    assert {name for name in each[0] if not torch.equal(each[0][name], each[1][name])} == {"head.weight", "head.bias"}
+    assert {name for name in own[0] if not torch.equal(own[0][name], own[1][name])} == {"head.weight", "head.bias"}
 
 
 def test_other_parts_can_be_named(tmp_path):
     run = played(tmp_path / "run", "fedper", rounds=1, personal=["layer3.*", "head.*"])
-    first, second = (run.model(client=k).state_dict() for k in (0, 1))
-    apart = {name.partition(".")[0] for name in first if not torch.equal(first[name], second[name])}
-    assert apart == {"layer3", "head"}
+    left, second = (run.model(client=k).state_dict() for k in (0, 1))
+    differing = {name.partition(".")[0] for name in left if not torch.equal(left[name], second[name])}
+    assert differing == {"layer3", "head"}
 
 
 def test_the_last_layer_of_a_network_of_a_script(tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(1024, 8), nn.ReLU(), nn.Linear(8, 10))
     run = played(tmp_path / "run", "fedper", model=network, width=None, rounds=1)
-    first, second = (run.model(client=k).state_dict() for k in (0, 1))
-    assert {name for name in first if not torch.equal(first[name], second[name])} == {"3.weight", "3.bias"}
+    left, second = (run.model(client=k).state_dict() for k in (0, 1))
+    assert {name for name in left if not torch.equal(left[name], second[name])} == {"3.weight", "3.bias"}
 
 
 class Scaled(nn.Module):

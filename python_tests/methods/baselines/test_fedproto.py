@@ -80,12 +80,12 @@ def test_the_server_averages_what_clients_have_and_keeps_what_nobody_brought(wei
     method.server_update(server, PHASE, iter([upload(0, [0, 1], [1, 5], [1.0, 2.0]), upload(1, [0], [3], [5.0])]))
     got = server.state["prototypes"]
     assert got["classes"].tolist() == [0, 1]
-    first = 4.0 if weighting == "samples" else 3.0
-    assert got["means"][:, 0].tolist() == [first, 2.0]
+    mean = 4.0 if weighting == "samples" else 3.0
+    assert got["means"][:, 0].tolist() == [mean, 2.0]
     method.server_update(server, PHASE, iter([upload(2, [1, 2], [5, 5], [8.0, 7.0])]))
     got = server.state["prototypes"]
     assert got["classes"].tolist() == [0, 1, 2]
-    assert got["means"][:, 0].tolist() == [first, 8.0, 7.0]
+    assert got["means"][:, 0].tolist() == [mean, 8.0, 7.0]
 
 
 def test_nearest_prototype_answers():
@@ -123,7 +123,7 @@ def test_personal_networks_stay_with_their_clients(make_data, make_config, tmp_p
     assert not torch.equal(own[0]["head.weight"], own[1]["head.weight"])
     width, held = network().width, 9  # all three clients have all three classes
     assert summary["bytes"]["up"] == 3 * (16 * held + 4 * held * width)
-    assert summary["bytes"]["one_off_up"] == sum(v.numel() * v.element_size() for one in own for v in one.values())
+    assert summary["bytes"]["one_off_up"] == sum(v.numel() * v.element_size() for state in own for v in state.values())
     assert all("ood_accuracy" not in record for record in read_metrics(tmp_path))
 
     model, _ = read_model(tmp_path)
@@ -153,8 +153,8 @@ def test_personal_networks_are_tested_on_their_clients_own_samples(make_data, ma
     stranger = Personal({7: model.members[0], 9: model.members[1]})
     whole_set = Batch(normalise(own[2].images, data.form.mean, data.form.std), own[2].labels, np.arange(len(own[2])))
     asked = SimpleNamespace(batches=lambda: iter([whole_set]), task=data.task)
-    whole = FedProto().evaluate_own(stranger, asked, SimpleNamespace(id=2))
-    assert whole == super(FedProto, FedProto()).evaluate(stranger, asked)
+    expected = FedProto().evaluate_own(stranger, asked, SimpleNamespace(id=2))
+    assert expected == super(FedProto, FedProto()).evaluate(stranger, asked)
 
 
 @pytest.mark.sampled(1)
@@ -166,11 +166,11 @@ def test_nearest_prototypes_are_evaluated_and_saved(networks, buffers, make_data
     summary = run(make_config("fedproto", options=options, buffers=buffers), out=tmp_path, data=make_data())
     assert 0 <= summary["metrics"]["id_accuracy"] <= 1
     model, _ = read_model(tmp_path)
-    first = model.members[0] if networks == "personal" else model
-    assert isinstance(first, Nearest)
-    assert first.known.all()
+    member = model.members[0] if networks == "personal" else model
+    assert isinstance(member, Nearest)
+    assert member.known.all()
     # Prototypes are of the features that training saw: without running statistics those of each batch's own.
-    norms = [layer for layer in first.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    norms = [layer for layer in member.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     assert all(layer.training == (networks == "averaged" and buffers == "drop") for layer in norms)
     images = normalise(make_data().tests["id"].images, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), channels_last=True)
     with torch.no_grad():

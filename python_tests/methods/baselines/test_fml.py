@@ -31,8 +31,8 @@ def test_fml_is_its_equations_with_the_other_side_detached():
     total.backward()
     h, z, target = pair.private.logits.detach(), proxy.logits.detach(), one_hot(batch.targets, 5).double()
 
-    def gradient(own, other, weight):
-        distilled = t * (softmax(own / t, 1) - softmax(other / t, 1))
+    def gradient(own, peer, weight):
+        distilled = t * (softmax(own / t, 1) - softmax(peer / t, 1))
         return (weight * (softmax(own, 1) - target) + (1 - weight) * distilled) / 7
 
     torch.testing.assert_close(pair.private.logits.grad, gradient(h, z, 0.7), rtol=1e-6, atol=1e-9)
@@ -49,9 +49,9 @@ def test_fml_sends_the_proxy_alone_and_keeps_private_models(make_data, make_conf
     method.start(server)
     for client in states:
         method.client_update(client, PHASE, method.send(server, PHASE))
-    first, second = (client.state["private"]["head.weight"] for client in states)
-    assert not torch.equal(first, second)
-    before = first.clone()
+    private, second = (client.state["private"]["head.weight"] for client in states)
+    assert not torch.equal(private, second)
+    before = private.clone()
     method.client_update(states[0], Phase(1, "train", "update"), method.send(server, PHASE))
     assert not torch.equal(states[0].state["private"]["head.weight"], before)
 
@@ -61,11 +61,11 @@ def test_fml_private_models_begin_apart(make_data, make_config):
     bench = RunContext(make_config("fml"), make_data())
     clients = [Client(bench, k, {}) for k in range(2)]
     shared = clients[0].network().state_dict()
-    first, second, again = (FML()._private(clients[k]).state_dict() for k in (0, 1, 0))
+    private, second, again = (FML()._private(clients[k]).state_dict() for k in (0, 1, 0))
     weights = [name for name in shared if name.endswith("weight") and shared[name].dim() > 1]
-    assert not any(torch.equal(first[name], shared[name]) for name in weights)
-    assert not any(torch.equal(first[name], second[name]) for name in weights)
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(private[name], shared[name]) for name in weights)
+    assert not any(torch.equal(private[name], second[name]) for name in weights)
+    assert all(torch.equal(private[name], again[name]) for name in private)
     assert all(torch.equal(shared[name], value) for name, value in clients[1].network().state_dict().items())
 
 
@@ -90,7 +90,7 @@ def test_fml_private_models_of_another_kind(make_data, make_config, tmp_path):
 
 
 def test_the_parsed_names_are_the_published_ones():
-    options = {each.name for each in FedLPFM.Options.declared()}
+    options = {option.name for option in FedLPFM.Options.declared()}
     assert {"teacher", "lambda", "temperature", "prompts"} <= options
     assert math.isclose(FedLPFM.Options().lam, 0.5)
     assert models.MODELS["mobilenetv2"].width == 32

@@ -46,14 +46,14 @@ def test_bytes_of_calibration(make_data, make_config, tmp_path):
     data = make_data()
     config = make_config("ccvr", model="cnn", rounds=None, options=FAST)
     run(config, out=tmp_path, data=data)
-    one, two = read_metrics(tmp_path)
+    plain, two = read_metrics(tmp_path)
     flat = FlatParameters(RunContext(config, data).networks.build())
     model = 4 * (len(flat.parameters) + len(flat.buffers)) + 8 * len(flat.integers)
     width = tensors(tmp_path)["head.weight"].shape[1]
     present = [len(set(client.labels.tolist())) for client in data.clients]
     up = sum(4 * (3 + c * (width + width * (width + 1) // 2)) for c in present)
-    assert two["bytes_up"] - one["bytes_up"] == up
-    assert two["bytes_down"] - one["bytes_down"] == one["bytes_down"] == 3 * model
+    assert two["bytes_up"] - plain["bytes_up"] == up
+    assert two["bytes_down"] - plain["bytes_down"] == plain["bytes_down"] == 3 * model
 
 
 @pytest.mark.sampled(1)

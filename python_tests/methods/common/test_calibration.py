@@ -82,10 +82,10 @@ def test_the_released_formula_is_an_uncentred_moment():
 def test_pooling_keeps_its_digits_far_from_zero():
     clients = [(x.double() + 1e4, y) for x, y in samples()]
     features, labels = concatenated(clients)
-    whole = ClassStatistics(CLASSES, WIDTH)
+    pool = ClassStatistics(CLASSES, WIDTH)
     for x, y in clients:
-        whole.add(x, y)
-    torch.testing.assert_close(whole.covariances()[0], torch.cov(features[labels == 0].T), rtol=1e-9, atol=1e-9)
+        pool.add(x, y)
+    torch.testing.assert_close(pool.covariances()[0], torch.cov(features[labels == 0].T), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("diagonal", [False, True])

@@ -63,9 +63,9 @@ def test_counts_travel_once_and_cost_four_bytes_a_class(method, data, make_confi
         options = {**SMALL[method], "class_weights": how}
         run(make_config(method, model="cnn", rounds=None, options=options), out=tmp_path / how, data=data)
     uniform, counts = (read_metrics(tmp_path / how) for how in ("uniform", "counts"))
-    for record, other in zip(counts, uniform, strict=True):
-        assert record["bytes_up"] - other["bytes_up"] == 4 * len(data.classes) * len(data.clients)
-        assert record["bytes_down"] == other["bytes_down"]
+    for record, plain in zip(counts, uniform, strict=True):
+        assert record["bytes_up"] - plain["bytes_up"] == 4 * len(data.classes) * len(data.clients)
+        assert record["bytes_down"] == plain["bytes_down"]
     assert counts[-1]["id_loss"] != uniform[-1]["id_loss"]
 
 
@@ -79,9 +79,9 @@ def test_students_follow_an_ensemble_weighed_by_counts(method, data, make_config
     weights = []
     real, trained = Distilled.follow, Distilled.client_update
 
-    def follow(self, student, teachers, *others):
+    def follow(self, student, teachers, *arguments):
         weights.append(teachers.weights)
-        return real(self, student, teachers, *others)
+        return real(self, student, teachers, *arguments)
 
     def diverged(self, client, phase, message):
         answer = trained(self, client, phase, message)

@@ -50,7 +50,7 @@ def federation(make, lacking, where):
     tests = [Split(*(torch.from_numpy(part) for part in make(4, k != lacking))) for k in range(3)]
     if where == "own":
         return dataclasses.replace(data, client_tests=tuple(tests))
-    images, labels = (torch.cat([getattr(one, name) for one in tests]) for name in ("images", "labels"))
+    images, labels = (torch.cat([getattr(test, name) for test in tests]) for name in ("images", "labels"))
     joined = Split(images, labels, homes=torch.arange(3).repeat_interleave(4))
     return dataclasses.replace(data, tests={"": joined})
 
@@ -74,14 +74,14 @@ def test_a_client_without_a_figure_is_in_no_mean_and_is_not_the_worst(tmp_path, 
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     clients = summary["client_metrics"]
     assert clients[str(lacking)][figure] is None
-    others = [clients[str(k)][figure] for k in range(3) if k != lacking]
-    assert all(0 <= value <= 1 for value in others)
+    judged = [clients[str(k)][figure] for k in range(3) if k != lacking]
+    assert all(0 <= value <= 1 for value in judged)
     assert summary["worst_client"]["metric"] == figure
-    assert summary["worst_client"]["value"] == min(others)
+    assert summary["worst_client"]["value"] == min(judged)
     assert summary["worst_client"]["client"] != lacking
     if where == "own":
-        assert run.metrics[f"mean_client_{figure}"] == pytest.approx(sum(others) / 2)
-        assert run.metrics[f"worst_client_{figure}"] == min(others)
+        assert run.metrics[f"mean_client_{figure}"] == pytest.approx(sum(judged) / 2)
+        assert run.metrics[f"worst_client_{figure}"] == min(judged)
     name = ("Bern", "Graz", "Ulm")[lacking]
     with (tmp_path / "run/evaluation.csv").open(newline="") as file:
         values = {row["client"]: row["value"] for row in csv.DictReader(file) if row["metric"] == figure}
@@ -108,7 +108,7 @@ def test_a_test_set_without_a_figure_has_none(tmp_path, make):
 
 def test_a_metric_that_is_nan_at_a_client_is_in_no_mean(tmp_path):
     sites, test = own_data.table()
-    tests = {name: Subset(test, range(first, 20)) for name, first in zip(sites, (0, 5, 19), strict=True)}
+    tests = {name: Subset(test, range(start, 20)) for name, start in zip(sites, (0, 5, 19), strict=True)}
     metrics = {"auc": lambda outputs, targets: len(targets) / 20 if len(targets) > 1 else float("nan")}
     run = fedkern.simulate(
         "fedavg", data=sites, test=tests, model=own_data.Rows(), metrics=metrics, main="auc", better="max", rounds=1,
@@ -131,14 +131,14 @@ def test_the_clients_that_have_a_figure_are_compared():
             return 2
 
     sets = {0: Set([1, 0]), 1: Set([0, 0]), 2: Set([1, 1])}
-    each = {0: {"dice": 0.5, "loss": 1.0}, 1: {"loss": 9.0}, 2: {"dice": 0.75, "loss": 2.0}}
-    assert over_clients(each, sets)["mean_client_dice"] == 0.625
-    assert over_clients(each, sets)["worst_client_loss"] == 9.0
-    assert worst_client(each, sets) == (0, "dice")
-    assert worst_client({k: each[k] for k in (1, 2)}, sets) is None  # nobody to compare with
-    assert over_clients({**each, 0: {"dice": math.nan}}, sets)["worst_client_dice"] == 0.75
-    assert worst_client({k: {"loss": each[k]["loss"]} for k in each}, sets) == (1, "loss")
-    shown = with_undefined(each, sets)
+    figures = {0: {"dice": 0.5, "loss": 1.0}, 1: {"loss": 9.0}, 2: {"dice": 0.75, "loss": 2.0}}
+    assert over_clients(figures, sets)["mean_client_dice"] == 0.625
+    assert over_clients(figures, sets)["worst_client_loss"] == 9.0
+    assert worst_client(figures, sets) == (0, "dice")
+    assert worst_client({k: figures[k] for k in (1, 2)}, sets) is None  # nobody to compare with
+    assert over_clients({**figures, 0: {"dice": math.nan}}, sets)["worst_client_dice"] == 0.75
+    assert worst_client({k: {"loss": figures[k]["loss"]} for k in figures}, sets) == (1, "loss")
+    shown = with_undefined(figures, sets)
     assert [figures["dice"] for figures in shown.values()] == [0.5, None, 0.75]
     assert undefined_figures({"": sets[0]}, shown, str)["no-client-dice"].startswith(
         "1 of 3 clients (1) have no mask with an object"

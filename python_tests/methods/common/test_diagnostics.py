@@ -46,13 +46,13 @@ def test_upsampling_that_does_not_repeat_on_a_gpu(layer, modes):
 @pytest.mark.parametrize("sides", [(16, 16), (16, 24), (24, 16), (17, 19), (16, 20)])
 def test_positions_are_interpolated_where_it_is_said(sides):
     network = models.build("vit-tiny", classes=2, channels=1, image_size=16, width=8, seed=0)
-    front = next(one for one in network.modules() if isinstance(one, PatchEmbedding))
+    front = next(module for module in network.modules() if isinstance(module, PatchEmbedding))
     graph = [front(torch.zeros(1, 1, *sides)).grad_fn]
     names = set()
     while graph:
         node = graph.pop()
         names.add(node.name())
-        graph += [one for one, _ in node.next_functions if one is not None]
+        graph += [parent for parent, _ in node.next_functions if parent is not None]
     assert any("Bicubic" in name for name in names) is front.interpolates(*sides)
 
 

@@ -95,8 +95,8 @@ def test_adamw_does_not_see_the_weights_of_the_released_code(parts):
         results.append(p.server.state["parameters"] - p.bench.networks.initial()["parameters"])
     assert np.ptp(w) > 0.4
     # But for gradients that are nothing but rounding (biases before batch norm), which Adam makes as large as any.
-    same = (results[0] - results[1]).abs() < 0.01 * results[0].abs().max()
-    assert same.float().mean() > 0.9
+    close = (results[0] - results[1]).abs() < 0.01 * results[0].abs().max()
+    assert close.float().mean() > 0.9
 
 
 def reported(p, values):
@@ -114,8 +114,8 @@ def test_a_loss_is_the_mean_over_the_latest_rounds_of_enough_samples(parts):
     values = [1.0, 2.0, 4.0, 8.0]
     assert reported(parts(sizes=(40, 20, 13), loss_share=0.2), values) == dict.fromkeys(range(3), values)
     p = parts(sizes=(40, 20, 13), loss_share=0.2, loss_samples=7)
-    few = [1.0, 1.5, 7 / 3, 14 / 3]
-    assert reported(p, values) == {0: [1.0, 1.5, 3.0, 6.0], 1: pytest.approx(few), 2: pytest.approx(few)}
+    means = [1.0, 1.5, 7 / 3, 14 / 3]
+    assert reported(p, values) == {0: [1.0, 1.5, 3.0, 6.0], 1: pytest.approx(means), 2: pytest.approx(means)}
     assert [client.state["losses"].tolist() for client in p.clients] == [
         [[8.0, 6.0], [4.0, 6.0]], *[[[8.0, 3.0], [4.0, 3.0], [2.0, 3.0]]] * 2
     ]  # fmt: skip
@@ -156,8 +156,8 @@ def test_kept_losses_move_to_workers_and_are_resumed(method, make_data, make_pai
 def test_too_few_samples_are_named(make_pairs, make_config, tmp_path):
     with pytest.raises(UserError, match="Client 1 has 3 samples"):
         run(make_config("feddra", **SETTINGS, clients=2), out=tmp_path, data=make_pairs((9, 3)))
-    every = {**SETTINGS, "options": {**SETTINGS.get("options", {}), "loss_split": "train"}}
-    run(make_config("feddra", **every, clients=2), out=tmp_path, data=make_pairs((9, 3)))  # none is kept from it
+    given = {**SETTINGS, "options": {**SETTINGS.get("options", {}), "loss_split": "train"}}
+    run(make_config("feddra", **given, clients=2), out=tmp_path, data=make_pairs((9, 3)))  # none is kept from it
 
 
 def test_agnostic_learning_leaves_the_published_ball(make_data, make_config, tmp_path):

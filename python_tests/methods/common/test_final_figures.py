@@ -162,9 +162,9 @@ def test_logits_that_are_not_finite_have_no_areas():
 
     good, bad = Kept(), Kept()
     bad.kept = [(None, torch.tensor([[math.nan, 0.0], [0.0, 1.0], [0.0, 1.0]]))]
-    other = Kept()
-    other.kept = [(None, torch.zeros(3, 5))]  # not a logit for every class
-    found = final_figures.final_figures({"id_": good, "ood_": bad, "": other}, ("x", "y"))
+    short = Kept()
+    short.kept = [(None, torch.zeros(3, 5))]  # not a logit for every class
+    found = final_figures.final_figures({"id_": good, "ood_": bad, "": short}, ("x", "y"))
     assert {"id_auroc", "id_ece", "ood_macro_f1"} <= set(found.metrics)
     assert not {"ood_auroc", "ood_ece"} & set(found.metrics)
     assert set(found.per_class) == {"id", "ood"}
@@ -201,8 +201,8 @@ def test_a_segmentation_has_the_dice_of_every_class(make_config, refuses, tmp_pa
         guess = network(normalise(split.images, data.form.mean, data.form.std)).argmax(1)
     found = summary["per_class"]["test"]["dice"]
     for c, name in enumerate(data.classes):
-        both, either = ((guess == c) & (split.labels == c)).sum((1, 2)), (guess == c).sum((1, 2))
-        expected = (2 * both / (either + (split.labels == c).sum((1, 2)))).double().mean()
+        overlap, either = ((guess == c) & (split.labels == c)).sum((1, 2)), (guess == c).sum((1, 2))
+        expected = (2 * overlap / (either + (split.labels == c).sum((1, 2)))).double().mean()
         assert found[name] == pytest.approx(float(expected), abs=1e-6)
     assert found["cell"] == pytest.approx(summary["metrics"]["dice"])
     assert not (tmp_path / "run" / "confusion.json").exists()

@@ -44,23 +44,23 @@ def test_rows_are_kept_over_epochs_where_they_stay_the_same(epochs, augmented, s
 
 
 def test_a_copy_holds_the_other_vectors_and_leaves_the_original_alone():
-    first, second = (Network(network(seed), torch.device("cpu")) for seed in (1, 2))
+    original, second = (Network(network(seed), torch.device("cpu")) for seed in (1, 2))
     second.buffers.add_(torch.rand_like(second.buffers))
-    first.freeze()
-    first.eval_mode()
+    original.freeze()
+    original.eval_mode()
     images = torch.randn(4, 3, 16, 16)
-    before = first.module(images).clone()
-    made = frozen_copy(first.module, second.read())
+    before = original.module(images).clone()
+    made = frozen_copy(original.module, second.read())
     second.eval_mode()
     assert torch.equal(made(images), second.module(images))
-    assert torch.equal(first.module(images), before)
+    assert torch.equal(original.module(images), before)
     assert not made.training
     assert not any(p.requires_grad for p in made.parameters())
 
 
 def test_without_buffers_the_copy_keeps_the_originals():
-    first, second = (Network(network(seed), torch.device("cpu")) for seed in (1, 2))
-    for buffer in first.module.buffers():
+    original, second = (Network(network(seed), torch.device("cpu")) for seed in (1, 2))
+    for buffer in original.module.buffers():
         buffer.add_(1)
-    made = frozen_copy(first.module, {"parameters": second.parameters})
-    assert torch.equal(Network(made, torch.device("cpu")).buffers, first.buffers)
+    made = frozen_copy(original.module, {"parameters": second.parameters})
+    assert torch.equal(Network(made, torch.device("cpu")).buffers, original.buffers)

@@ -78,8 +78,8 @@ def test_patients_are_drawn_with_all_of_their_images():
 def test_few_units_units_that_agree_and_sites():
     labels, right, people = torch.zeros(20, dtype=torch.int64), torch.eye(2)[[0] * 20], np.arange(20) // 2
     homes = torch.tensor([0] * 8 + [1] * 12)
-    whole, ulm, bonn = of(Kept("classification", labels, right, people, homes))
-    assert (whole["low"], whole["high"], whole["unit"], whole["units"]) == (*wilson(10, 10), "patients", 10)
+    total, ulm, bonn = of(Kept("classification", labels, right, people, homes))
+    assert (total["low"], total["high"], total["unit"], total["units"]) == (*wilson(10, 10), "patients", 10)
     assert (ulm["client"], ulm["low"], ulm["units"]) == ("Ulm", None, 4)
     assert (bonn["client"], bonn["low"], bonn["samples"]) == ("Bonn", wilson(6, 6)[0], 12)
     _, own = of(Kept("classification", labels, right), own={1: Kept("classification", labels, right, homes=homes)})

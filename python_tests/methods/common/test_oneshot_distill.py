@@ -48,10 +48,10 @@ def test_average_then_distilled_then_calibrated(method, data, make_config, tmp_p
 
 
 def test_labels_of_public_images_are_not_looked_at(data, make_config, tmp_path):
-    other = dataclasses.replace(data.public, labels=(data.public.labels + 1) % 3)
+    shifted = dataclasses.replace(data.public, labels=(data.public.labels + 1) % 3)
     config = make_config("feddf", model="cnn", rounds=None, options=OPTIONS["feddf"])
     run(config, out=tmp_path / "a", data=data)
-    run(config, out=tmp_path / "b", data=dataclasses.replace(data, public=other))
+    run(config, out=tmp_path / "b", data=dataclasses.replace(data, public=shifted))
     assert same_network(tmp_path / "a", tmp_path / "b")
 
 
@@ -100,9 +100,9 @@ def test_networks_may_differ(make_data, make_config, tmp_path):
     run(make_config("dense", model="cnn", rounds=None, options=options), out=tmp_path, data=data)
     network, _ = read_model(tmp_path)
     assert isinstance(network, models.CNN)
-    first, second = read_metrics(tmp_path)
-    assert first["bytes_down"] == 0
-    assert first["id_loss"] != second["id_loss"]
+    record, second = read_metrics(tmp_path)
+    assert record["bytes_down"] == 0
+    assert record["id_loss"] != second["id_loss"]
 
 
 def student_starts(config, data, out):
@@ -126,8 +126,8 @@ def test_no_client_may_have_the_students_architecture(data, make_config, tmp_pat
     starts = student_starts(make_config("feddf", model="cnn", rounds=None, options=options), data, tmp_path)
     initial = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).parameters()
     assert all(torch.equal(a, b) for a, b in zip(starts[0], initial, strict=True))
-    first, second = read_metrics(tmp_path)
-    assert first["id_loss"] != second["id_loss"]
+    record, second = read_metrics(tmp_path)
+    assert record["id_loss"] != second["id_loss"]
 
 
 def test_the_student_starts_from_the_average_or_fresh(data, make_config, tmp_path):

@@ -130,10 +130,10 @@ def test_statistics_and_divergence_pull_where_they_should(teachers):
             return float(statistics.take()), float(divergence(student(made), t, teachers.weights))
 
     near, _ = figures(batch_norm=1.0, adversarial=0.0)
-    far, apart = figures(batch_norm=0.0, adversarial=1.0)
+    far, adversarial = figures(batch_norm=0.0, adversarial=1.0)
     _, plain = figures(batch_norm=0.0, adversarial=0.0)
     assert near < far
-    assert apart > plain > 0
+    assert adversarial > plain > 0
 
 
 def test_same_stream_same_images(teachers):

@@ -86,9 +86,9 @@ def test_set_aside_divides_every_client(make_pairs):
     assert [len(c) for c in divided.clients] == [15, 7]
     assert [len(c) for c in divided.client_tests] == [5, 2]
     assert torch.equal(divided.tests["held_out"].images, data.clients[1].images)
-    alone = hold_out(data, held_out=None, share=0.25, seed=3)
-    assert torch.equal(alone.client_tests[2].images, divided.client_tests[1].images)  # whoever else is there
-    together = torch.cat([alone.clients[0].images, alone.client_tests[0].images]).flatten(1).sum(1).sort().values
+    shared = hold_out(data, held_out=None, share=0.25, seed=3)
+    assert torch.equal(shared.client_tests[2].images, divided.client_tests[1].images)  # whoever else is there
+    together = torch.cat([shared.clients[0].images, shared.client_tests[0].images]).flatten(1).sum(1).sort().values
     assert torch.equal(together, data.clients[0].images.flatten(1).sum(1).sort().values)
 
 

@@ -88,12 +88,12 @@ def test_robust_weights_weigh_the_statistics_too_and_the_model_travels_once(side
     method, server, clients = sides("feddra", kind=FedDRA)
     server.state["weights"] = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     pooling = Pooling(method)
-    (model, answers), (rest, _) = (exchange(pooling, server, clients, phase) for phase in PHASES)
+    (model, answers), (sent, _) = (exchange(pooling, server, clients, phase) for phase in PHASES)
     own = answers[0]["image_head.1"][0] / answers[0]["samples"]
     assert answers[0]["samples"] == 18  # two are kept for its loss
     assert torch.allclose(statistics(server)["image_head.1"].running_mean.double(), own, atol=1e-6)
     asked, _ = exchange(method, server, clients, Phase(0, "train", "losses"))
-    assert set(rest) == {"buffers"}
+    assert set(sent) == {"buffers"}
     assert set(asked) == {"buffers", "batch"}
     assert message_bytes(model) > 9 * message_bytes(asked)
     for client in clients:

@@ -82,9 +82,9 @@ def test_diversity_is_bounded_and_zero_where_teachers_agree(logits):
 
     assert 0 < diversity(logits, PI) <= math.log(K)
     assert diversity(logits[:1].expand_as(logits), PI) == pytest.approx(0, abs=1e-12)
-    apart = torch.full((K, B, K), -50.0, dtype=torch.float64)
-    apart[range(K), :, range(K)] = 50
-    assert diversity(apart, torch.ones(K, dtype=torch.float64)) == pytest.approx(math.log(K))
+    opposed = torch.full((K, B, K), -50.0, dtype=torch.float64)
+    opposed[range(K), :, range(K)] = 50
+    assert diversity(opposed, torch.ones(K, dtype=torch.float64)) == pytest.approx(math.log(K))
 
 
 def test_terms_by_hand(logits):

@@ -166,10 +166,10 @@ def test_absent_clients_are_skipped_and_the_rest_reweighted(world):
 def test_a_teacher_that_diverges_is_left_out(mode, make_data, make_public, make_config, monkeypatch, tmp_path):
     fit = Client.fit
 
-    def diverging(self, method, phase, *rest, **named):
+    def diverging(self, method, phase, *arguments, **named):
         if self.id in lost:
             raise Diverged(self.id, phase.round, 1, "the loss is nan")
-        return fit(self, method, phase, *rest, **named)
+        return fit(self, method, phase, *arguments, **named)
 
     monkeypatch.setattr(Client, "fit", diverging)
     data = make_public(make_data())
@@ -186,8 +186,8 @@ def test_a_teacher_that_diverges_is_left_out(mode, make_data, make_public, make_
 
 def test_a_client_without_a_class_has_no_say_in_it(world, make_data):
     data = make_data()
-    first = data.clients[0]
-    data = dataclasses.replace(data, clients=(Split(first.images, torch.zeros_like(first.labels)), *data.clients[1:]))
+    split = data.clients[0]
+    data = dataclasses.replace(data, clients=(Split(split.images, torch.zeros_like(split.labels)), *data.clients[1:]))
     w = world(data, class_weights="counts")
     disclosed = stack_class_counts(w.server, [0, 1, 2])
     assert disclosed.shape == (3, 3)

@@ -117,8 +117,8 @@ def test_a_row_that_is_not_finite_is_released_as_noise():
 
 
 def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
-    options, zero, whole = options_of(**NOISED), torch.zeros(2, 1, 4, 4), told()
-    outs = torch.stack([privacy.sanitise(whole, zero, options) for _ in range(4)])  # the very same step
+    options, zero, straight = options_of(**NOISED), torch.zeros(2, 1, 4, 4), told()
+    outs = torch.stack([privacy.sanitise(straight, zero, options) for _ in range(4)])  # the very same step
     assert torch.unique(outs.flatten()).numel() == outs.numel()
     cut = told()
     for _ in range(2):
@@ -126,7 +126,7 @@ def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
     resumed = Client(state=json.loads(json.dumps(cut.state)))
     again = torch.stack([privacy.sanitise(resumed, zero, options) for _ in range(2)])
     assert torch.equal(again, outs[2:])
-    assert resumed.state == whole.state
+    assert resumed.state == straight.state
     assert not torch.equal(privacy.sanitise(told(id=1), zero, options), outs[0])
 
 
@@ -142,12 +142,12 @@ def test_every_release_has_a_key_of_its_own(monkeypatch):
     )
     secret = "00" * 15 + "07"
     for number in range(2):
-        one = told(id=number, state={privacy.SECRET: secret})
-        privacy.release_histogram(one, torch.ones(3), options)
+        client = told(id=number, state={privacy.SECRET: secret})
+        privacy.release_histogram(client, torch.ones(3), options)
         for _ in range(3):
-            privacy.sanitise(one, gradients(rows=2), options)
-            one = Client(id=number, state=json.loads(json.dumps(one.state)))
-        assert one.state[privacy.RELEASES] == {"histogram": 1, "discriminator": 3}
+            privacy.sanitise(client, gradients(rows=2), options)
+            client = Client(id=number, state=json.loads(json.dumps(client.state)))
+        assert client.state[privacy.RELEASES] == {"histogram": 1, "discriminator": 3}
     seeds, offsets = zip(*keys, strict=True)
     assert len(set(seeds)) == len(set(offsets)) == 2 * 4
     assert keys[1] == noise_key(bytes.fromhex(secret), 0, "discriminator", 0)
@@ -170,14 +170,14 @@ def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
         counts = privacy.release_histogram(client, torch.full((50,), 100.0), options)
         return [privacy.sanitise(client, gradients(), options), counts, torch.tensor(drawn)]
 
-    one, other = told(), told()
-    first, second = released(one), released(other)
-    assert len(one.state[privacy.SECRET]) == 32
-    assert one.state[privacy.SECRET] != other.state[privacy.SECRET]
-    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    again = told(state={privacy.SECRET: one.state[privacy.SECRET]})
+    left, right = told(), told()
+    release, second = released(left), released(right)
+    assert len(left.state[privacy.SECRET]) == 32
+    assert left.state[privacy.SECRET] != right.state[privacy.SECRET]
+    assert not any(torch.equal(a, b) for a, b in zip(release, second, strict=True))
+    again = told(state={privacy.SECRET: left.state[privacy.SECRET]})
     monkeypatch.setattr(privacy.secrets, "token_hex", None)  # nothing is drawn a second time
-    assert all(torch.equal(a, b) for a, b in zip(first, released(again), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(release, released(again), strict=True))
 
 
 def test_the_bits_reach_private_training_and_stay_out_of_what_is_printed():
@@ -244,8 +244,8 @@ def test_who_serves_is_drawn_evenly_and_independently_of_who_trains():
     assert (abs(table - 1000 / 7) < 5 * math.sqrt(1000 / 7)).all()
 
 
-@pytest.mark.parametrize(("samples", "iterations", "each"), [(50, 0, 7), (50, 3, 3), (9, 5, 2)])
-def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, each):
+@pytest.mark.parametrize(("samples", "iterations", "trainings"), [(50, 0, 7), (50, 3, 3), (9, 5, 2)])
+def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, trainings):
     """A client trains while its samples last.
 
     Over the rounds the turns go on where they stopped.
@@ -254,9 +254,9 @@ def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, ea
     turns = []
     for seed in (0, 1):
         client = Client(samples=samples, seed=seed)
-        assert privacy.trainings(client, options) == each
-        turns.append([privacy.training(client, r, i, options) for r in range(10) for i in range(each)])
-    assert turns[0] == turns[1] == [n % 5 for n in range(10 * each)]
+        assert privacy.trainings(client, options) == trainings
+        turns.append([privacy.training(client, r, i, options) for r in range(10) for i in range(trainings)])
+    assert turns[0] == turns[1] == [n % 5 for n in range(10 * trainings)]
 
 
 def test_class_counts_are_noised_in_records_also_where_a_record_is_many_pixels():
@@ -277,13 +277,13 @@ def test_the_noise_on_the_counts_covers_a_record_of_which_everything_is_known():
     options, sides = options_of(histogram_noise=2.0), (4, 5)
     labels = torch.full((3, *sides), IGNORE)
     labels[0], labels[1, 0, 0] = 0, 1
-    other = labels.clone()
-    other[0] = 1
-    before, after = (torch.bincount(each[each >= 0], minlength=2).float() for each in (labels, other))
+    neighbour = labels.clone()
+    neighbour[0] = 1
+    before, after = (torch.bincount(known[known >= 0], minlength=2).float() for known in (labels, neighbour))
     assert float((after - before).norm()) == pytest.approx(math.sqrt(2) * 20)
-    few = torch.full((5000,), 1000.0)  # far away from 0; known is a tenth of all pixels
+    counts = torch.full((5000,), 1000.0)  # far away from 0; known is a tenth of all pixels
     client = Client(samples=2_500_000, sides=sides)
-    noise = float((privacy.release_histogram(client, few, options) - few).std())
+    noise = float((privacy.release_histogram(client, counts, options) - counts).std())
     booked = client.state[LEDGER]["histogram"][0][1]
     assert noise == pytest.approx(booked * math.sqrt(2) * 20, rel=0.05)
 

@@ -85,8 +85,8 @@ def test_every_term_is_the_mean_over_pixels():
 
 def test_the_diversity_of_equal_teachers_is_zero():
     pi = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    same = logits()[:1].expand(K, -1, -1, -1, -1)
-    assert abs(float(teacher_terms(same, pi, 0.0)[1]["diversity"])) < 1e-12
+    equal = logits()[:1].expand(K, -1, -1, -1, -1)
+    assert abs(float(teacher_terms(equal, pi, 0.0)[1]["diversity"])) < 1e-12
     value = float(teacher_terms(10 * logits(), pi, 0.0)[1]["diversity"])
     assert 0 < value < float(torch.special.entr(pi).sum()) + 1e-12
 
@@ -112,8 +112,8 @@ def test_a_run_with_three_architectures(tmp_path):
 def test_one_client_alone_is_its_own_ensemble(tmp_path):
     config = segmented.settings("fediod", options=OPTIONS, rounds=1, clients=1)
     metrics = run(config, out=tmp_path, data=segmented.federation((12,)))["metrics"]
-    each = {metrics[name] for name in ("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted")}
-    assert len(each) == 1
+    figures = {metrics[name] for name in ("best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted")}
+    assert len(figures) == 1
 
 
 def test_a_hold_out_of_which_nothing_is_known_has_no_figure(tmp_path):

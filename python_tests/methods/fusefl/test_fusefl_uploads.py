@@ -147,9 +147,9 @@ def test_blocks_of_the_users_own(make_data, make_config, tmp_path, monkeypatch):
 
         def network(self, place, client, widths):
             generator = torch.Generator().manual_seed(0)
-            first = nn.Conv2d(3, 4, 3, padding=1)
+            front = nn.Conv2d(3, 4, 3, padding=1)
             second = nn.Sequential(nn.Conv2d(self.gap, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            made = BlockNetwork([first, second], nn.Linear(6, 3))
+            made = BlockNetwork([front, second], nn.Linear(6, 3))
             for p in made.parameters():
                 nn.init.normal_(p, std=0.2, generator=generator)
             return made

@@ -29,8 +29,8 @@ def test_one_block_is_the_ensemble_of_locally_trained_networks(final, make_data,
     data = make_data()
     config = config_of(make_config, {"blocks": 1, "calibrate": False, "width": "2", "final_fuse": final})
     run(config, out=tmp_path / "fused", data=data)
-    alone = make_config("local", **{**PLAIN, "rounds": 1}, width=2)
-    run(alone, out=tmp_path / "local", data=data)
+    local = make_config("local", **{**PLAIN, "rounds": 1}, width=2)
+    run(local, out=tmp_path / "local", data=data)
     fused, members = read_model(tmp_path / "fused")[0], read_model(tmp_path / "local")[0].members
     x = torch.randn(5, 3, 8, 8)
     ensemble = Ensemble(list(members), pool=final)
@@ -59,11 +59,11 @@ def test_frozen_levels_keep_their_bits(make_data, make_config):
 
 def test_order_of_clients_changes_nothing(make_data, make_config):
     config = config_of(make_config, {"blocks": 2, "width": "2"})
-    one = Play(config, make_data()).go()
-    other = Play(config, make_data(), order=(2, 0, 1), backwards=True).go()
-    assert equal(one.server.state["levels"], other.server.state["levels"])
+    ordered = Play(config, make_data()).go()
+    reordered = Play(config, make_data(), order=(2, 0, 1), backwards=True).go()
+    assert equal(ordered.server.state["levels"], reordered.server.state["levels"])
     x = torch.randn(4, 3, 8, 8)
-    a, b = one.method.model(one.server), other.method.model(other.server)
+    a, b = ordered.method.model(ordered.server), reordered.method.model(reordered.server)
     assert torch.equal(a.features(x), b.features(x))
     torch.testing.assert_close(a(x), b(x), rtol=1e-4, atol=1e-4)  # statistics are summed in order of arrival
 
@@ -118,10 +118,10 @@ def test_every_byte_is_accounted_for(make_data, make_config, tmp_path):
     fused, _ = read_model(tmp_path)
     fused.plain_head = None  # kept for comparison only
     assert found["parameters"] == sum(p.numel() for p in fused.parameters())
-    whole = build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2)
+    single = build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2)
     blocks = message_bytes(network.state_dict()) - head
-    assert found["memory_ratio"] == (3 * (blocks + sum(adaptors)) + head) / message_bytes(whole.state_dict())
-    assert found["model_bytes"] == message_bytes(whole.state_dict())
+    assert found["memory_ratio"] == (3 * (blocks + sum(adaptors)) + head) / message_bytes(single.state_dict())
+    assert found["model_bytes"] == message_bytes(single.state_dict())
 
 
 def test_the_learning_rate_steps_at_the_epochs_of_the_whole_run(make_data, make_config, monkeypatch):
@@ -129,9 +129,9 @@ def test_the_learning_rate_steps_at_the_epochs_of_the_whole_run(make_data, make_
     seen = []
     real = engine_client.train_async
 
-    def spy(client, method, phase, network, data, received, schedule, *more):
+    def spy(client, method, phase, network, data, received, schedule, *arguments):
         seen.append([schedule.lr_at(epoch) for epoch in range(schedule.epochs)])
-        return real(client, method, phase, network, data, received, schedule, *more)
+        return real(client, method, phase, network, data, received, schedule, *arguments)
 
     monkeypatch.setattr(engine_client, "train_async", spy)
     config = config_of(make_config, {"blocks": 2, "width": "2"}, local_epochs=5, lr=0.5, lr_steps="2,3")
@@ -145,8 +145,8 @@ def test_the_learning_rate_steps_at_the_epochs_of_the_whole_run(make_data, make_
 
 def test_the_record_of_every_level_and_both_accuracies(make_data, make_config, tmp_path):
     run(config_of(make_config, {"blocks": 2, "width": "2"}), out=tmp_path, data=make_data())
-    first, second, third = read_metrics(tmp_path)
-    assert not any("accuracy" in name for name in first)
+    level, second, third = read_metrics(tmp_path)
+    assert not any("accuracy" in name for name in level)
     assert second["id_accuracy"] == third["id_uncalibrated_accuracy"]
     assert third["id_loss"] != second["id_loss"]
 

@@ -12,29 +12,29 @@ def draws(*seeds):
 
 
 def test_published_sizes():
-    one = PatchDiscriminators(draws(0))
+    network = PatchDiscriminators(draws(0))
     # two 4x4 convolutions, the first with a bias, batch norm, the 1x1 convolution with its bias
-    assert sum(p.numel() for p in one.parameters()) == 16 * 3 * 128 + 128 + 16 * 128 * 256 + 512 + 256 + 1
-    assert round(sum(p.numel() for p in one.parameters()) / 1e6, 2) == 0.53
-    assert one(torch.randn(2, 3, 32, 32)).shape == (1, 2, 8, 8)
+    assert sum(p.numel() for p in network.parameters()) == 16 * 3 * 128 + 128 + 16 * 128 * 256 + 512 + 256 + 1
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == 0.53
+    assert network(torch.randn(2, 3, 32, 32)).shape == (1, 2, 8, 8)
 
 
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("own", [False, True], ids=["shared images", "own images"])
 def test_side_by_side_is_one_by_one(own, layers):
     together = PatchDiscriminators(draws(1, 2, 3), channels=1, ndf=3, layers=layers).double()
-    alone = [PatchDiscriminators(draws(seed), channels=1, ndf=3, layers=layers).double() for seed in (1, 2, 3)]
+    single = [PatchDiscriminators(draws(seed), channels=1, ndf=3, layers=layers).double() for seed in (1, 2, 3)]
     images = torch.randn(*((3,) if own else ()), 4, 1, 12, 16, dtype=torch.float64, generator=draws(9)[0])
     images.requires_grad_()
     patches = together(images)
-    for k, one in enumerate(alone):
-        expected = one(images[k] if own else images)[0]
+    for k, network in enumerate(single):
+        expected = network(images[k] if own else images)[0]
         torch.testing.assert_close(patches[k], expected)
         (ours,) = torch.autograd.grad(patches[k].square().sum(), images, retain_graph=True)
         (theirs,) = torch.autograd.grad(expected.square().sum(), images, retain_graph=True)
         torch.testing.assert_close(ours, theirs)
         for name, part in together.parts()[k].items():
-            assert torch.equal(part, getattr(one, name))
+            assert torch.equal(part, getattr(network, name))
 
 
 @pytest.mark.parametrize("layers", [2, 3])

@@ -76,12 +76,12 @@ def test_every_size_reaches_every_pixel():
 
 def test_weights_come_from_the_seed_alone():
     torch.manual_seed(1)
-    first = make(seed=3).state_dict()
+    weights = make(seed=3).state_dict()
     torch.manual_seed(2)
-    again, other = make(seed=3).state_dict(), make(seed=4).state_dict()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["head.weight"], other["head.weight"])
-    assert all(bool(torch.isfinite(value).all()) for value in first.values())
+    again, reseeded = make(seed=3).state_dict(), make(seed=4).state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert not torch.equal(weights["head.weight"], reseeded["head.weight"])
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
     assert make(width=64)(torch.randn(2, 3, 32, 32)).detach().std() < 2
 
 

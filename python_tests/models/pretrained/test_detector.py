@@ -94,7 +94,7 @@ def test_only_the_boxes_are_erased_and_the_cache_is_used(folder: Path, tmp_path:
     erased = kept = 0
     for split, untouched in zip(data.clients, plain.clients, strict=True):
         boxes = Detections(detector, tmp_path).boxes(split, CLASSES)
-        assert any(len(one) for one in boxes)
+        assert any(len(found) for found in boxes)
         marked = ops.erase_boxes(torch.zeros(len(split), 1, 32, 32), boxes, fill=1.0)[:, 0] == 1
         assert torch.equal(split.masks, marked)
         detected = marked.flatten(1).any(1)
@@ -200,7 +200,7 @@ def test_a_folder_with_a_pickle_alone(folder: Path, tmp_path: Path) -> None:
     (copied / "model.safetensors").unlink()
     torch.save(weights, copied / "pytorch_model.bin")
     images = torch.arange(2 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(2, 3, 32, 32)
-    found, expected = (GroundingDino(one, 0.0, 0.0).detect(images, "3") for one in (copied, folder))
+    found, expected = (GroundingDino(source, 0.0, 0.0).detect(images, "3") for source in (copied, folder))
     assert any(len(boxes) for boxes in expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     before = GroundingDino(copied).identity

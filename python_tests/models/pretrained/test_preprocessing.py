@@ -33,14 +33,14 @@ def test_preprocessing_is_pillows(settings: dict[str, Any], height: int, width: 
     scale = {name: SCALE[name][:channels] for name in SCALE}
     made = Preprocessing(settings, **scale, side=SIDE)(normalised(images))
     expected = []
-    for one in images.expand(-1, 3, -1, -1):
-        image = Image.fromarray(one.permute(1, 2, 0).numpy())
+    for pixels in images.expand(-1, 3, -1, -1):
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         size = settings.get("size")
         if size is not None:
             shortest = size if isinstance(size, int) else size.get("shortest_edge")
             short = min(image.size)
-            whole = (size["width"], size["height"]) if shortest is None else ()
-            target = whole or [int(shortest * side / short) for side in image.size]
+            exact = (size["width"], size["height"]) if shortest is None else ()
+            target = exact or [int(shortest * side / short) for side in image.size]
             image = image.resize(tuple(target), Image.Resampling(settings["resample"]))
         if settings.get("do_center_crop"):
             crop = settings["crop_size"]
@@ -53,11 +53,11 @@ def test_preprocessing_is_pillows(settings: dict[str, Any], height: int, width: 
     if settings.get("do_normalize"):
         expected, byte = (expected - 0.5) / 0.5, 2 * byte
     assert made.shape == expected.shape
-    apart = (made - expected).abs()
-    assert apart.max() < 2.1 * byte
+    distance = (made - expected).abs()
+    assert distance.max() < 2.1 * byte
     # Which direction Pillow resizes first, where the proportions change, depends on its version.
     stretched = settings.get("size") == PICTURES["size"] and height != width
-    assert (apart > 0.1 * byte).float().mean() < (0.3 if stretched else 0.03)
+    assert (distance > 0.1 * byte).float().mean() < (0.3 if stretched else 0.03)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ def test_preprocessing_is_that_of_the_library(tmp_path: Path, processor: str, se
     theirs.save_pretrained(tmp_path)
     images = pictures(2, 30, 30)
     made = Preprocessing.read(tmp_path, **SCALE, side=SIDE)(normalised(images))
-    every = [theirs(Image.fromarray(one.permute(1, 2, 0).numpy()))["pixel_values"][0] for one in images]
-    expected = torch.stack([torch.from_numpy(np.array(one, dtype=np.float32)) for one in every])
+    results = [theirs(Image.fromarray(pixels.permute(1, 2, 0).numpy()))["pixel_values"][0] for pixels in images]
+    expected = torch.stack([torch.from_numpy(np.array(result, dtype=np.float32)) for result in results])
     assert made.shape == expected.shape
-    apart = (made - expected).abs()
-    assert (apart > 1e-5 * expected.abs().max()).float().mean() < 0.01
-    assert apart.max() < 0.02 * expected.abs().max()
+    distance = (made - expected).abs()
+    assert (distance > 1e-5 * expected.abs().max()).float().mean() < 0.01
+    assert distance.max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize(("settings", "words"), [

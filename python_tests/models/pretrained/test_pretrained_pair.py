@@ -104,8 +104,8 @@ def test_image_networks_become_tokens(folders: dict[str, Path], image: str) -> N
         theirs = theirs.flatten(2).transpose(1, 2)
     patches = theirs[:, -made.grid[0] * made.grid[1] :]
     torch.testing.assert_close(sequence[:, 1:], patches)
-    first = patches.mean(1) if image in ("resnet", "swin") else theirs[:, 0]
-    torch.testing.assert_close(sequence[:, 0], first)
+    pooled = patches.mean(1) if image in ("resnet", "swin") else theirs[:, 0]
+    torch.testing.assert_close(sequence[:, 0], pooled)
     assert not torch.allclose(sequence[0, 0], sequence[1, 0], atol=1e-3)
 
 
@@ -141,17 +141,17 @@ def test_the_mean_of_the_tokens_stands_in_front(folders: dict[str, Path], text: 
     assert out.shape[:2] == tokens.ids.shape
     for row, mask in zip(out, tokens.mask, strict=True):
         torch.testing.assert_close(row[0], row[1:][mask[1:]].mean(0))
-    alone = made.encode_text(made.tokenize(TEXTS[2:]))
-    torch.testing.assert_close(alone[0, 0], out[2, 0])
+    single = made.encode_text(made.tokenize(TEXTS[2:]))
+    torch.testing.assert_close(single[0, 0], out[2, 0])
 
 
 def test_the_pair_trains_everything_but_what_is_not_used(folders: dict[str, Path]) -> None:
     made = pair(folders, "vit", "bert").train()
     images, tokens = normalised(pictures()), made.tokenize(TEXTS)
-    one, other = made(images, tokens), made(images, tokens)
-    assert torch.equal(one[0], other[0])  # no dropout, which would draw from a global generator
-    assert torch.equal(one[1], other[1])
-    (one[0] * torch.randn(3, 128) + one[1] * torch.randn(3, 128)).sum().backward()
+    before, repeated = made(images, tokens), made(images, tokens)
+    assert torch.equal(before[0], repeated[0])  # no dropout, which would draw from a global generator
+    assert torch.equal(before[1], repeated[1])
+    (before[0] * torch.randn(3, 128) + before[1] * torch.randn(3, 128)).sum().backward()
     assert [name for name, p in made.named_parameters() if p.grad is None] == []
     assert (made.image_align.norm1.weight.numel(), made.text_align.norm1.weight.numel()) == (8, 12)
     again = build_pair(**json.loads(json.dumps(made.about)))
@@ -198,9 +198,9 @@ def test_wrong_folders(folders: dict[str, Path], tmp_path: Path, image: str, tex
     (tmp_path / "broken" / "1_Pooling" / "config.json").write_text("[")
     shutil.copytree(folders["vit"], tmp_path / "shredded")
     (tmp_path / "shredded" / "preprocessor_config.json").write_text("{")
-    here = {**folders, **{name: tmp_path / name for name in ("empty", "broken", "shredded")}}
+    paths = {**folders, **{name: tmp_path / name for name in ("empty", "broken", "shredded")}}
     with pytest.raises(UserError, match=words):
-        pair(here, image, text)
+        pair(paths, image, text)
 
 
 def rewrite(folder: Path, base: Path, drop: str) -> Path:
@@ -228,10 +228,10 @@ def test_missing_weights_are_refused(folders, tmp_path, text, drop, words):
 )  # fmt: skip
 def test_missing_weights_that_nobody_uses_are_none(folders, tmp_path, image, text, drop):
     changed = text if drop in ("pooler", "vision_model") else image
-    here = {**folders, changed: rewrite(folders[changed], tmp_path, drop)}
-    for own, other in zip(*(pair(x, image, text).state_dict().items() for x in (folders, here)), strict=True):
+    paths = {**folders, changed: rewrite(folders[changed], tmp_path, drop)}
+    for own, loaded in zip(*(pair(x, image, text).state_dict().items() for x in (folders, paths)), strict=True):
         if "image_encoder" in own[0] or "text_encoder" in own[0]:
-            assert torch.equal(own[1], other[1]) or drop in own[0]
+            assert torch.equal(own[1], loaded[1]) or drop in own[0]
 
 
 def test_a_folder_with_a_pickle_alone(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -263,24 +263,24 @@ def test_a_tokenizer_without_words_is_refused(folders: dict[str, Path], tmp_path
 
 @pytest.mark.parametrize("text", ["bert", "clip"])
 def test_a_tokenizer_of_another_network_is_refused(folders: dict[str, Path], tmp_path: Path, text: str) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(folders[text], other)
+    copied = tmp_path / "other"
+    shutil.copytree(folders[text], copied)
     for name in ("vocab.txt", "tokenizer.json"):
-        (other / name).unlink(missing_ok=True)
-    (other / "vocab.txt").write_text("\n".join([*WORDS, "below"]))
+        (copied / name).unlink(missing_ok=True)
+    (copied / "vocab.txt").write_text("\n".join([*WORDS, "below"]))
     with pytest.raises(UserError, match=r"text encoder .*other knows 14 words and its network 13: they do not belong"):
-        pair(folders, "vit", str(other))
+        pair(folders, "vit", str(copied))
 
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize(("method", "more"), [
+@pytest.mark.parametrize(("method", "options"), [
     ("fedavg", []),
     ("feddra", ["--method-option", "alignment_steps=1", "--method-option", "stage_schedule=per_round"]),
 ])  # fmt: skip
-def test_a_run_and_its_model(method, more, folders, tmp_path, monkeypatch):
+def test_a_run_and_its_model(method, options, folders, tmp_path, monkeypatch):
     monkeypatch.chdir(folders["vit"].parent)
-    words = [method, *more, "--buffers", "pool", "--data", "captions",
+    words = [method, *options, "--buffers", "pool", "--data", "captions",
              "--image-encoder", "./vit", "--text-encoder", "bert", "--clients", "2", "--train-samples",
              "24", "--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--lr", "0.01",
              "--data-option", "test_samples=6", "--data-option", "validation_samples=4",
@@ -302,8 +302,8 @@ def test_a_frozen_text_encoder_stays_and_never_travels(method: str, folders: dic
              "--data-option", "test_samples=6", "--data-option", "validation_samples=4", "--data-option", "minority=0",
              "--buffers", "average"]  # fmt: skip
     sent = {}
-    for name, more in (("trained", []), ("frozen", ["--freeze", "text_encoder.*"])):
-        assert main([*words, *more, "--out", str(tmp_path / name)]) == 0
+    for name, options in (("trained", []), ("frozen", ["--freeze", "text_encoder.*"])):
+        assert main([*words, *options, "--out", str(tmp_path / name)]) == 0
         sent[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["round_bytes_up"]
     made, _ = read_model(tmp_path / "frozen")
     trained, _ = read_model(tmp_path / "trained")
@@ -320,9 +320,9 @@ def test_a_frozen_text_encoder_stays_and_never_travels(method: str, folders: dic
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedavg", "local"])
 def test_a_wrong_folder_ends_before_the_run_folder_is_made(refuses, tmp_path: Path, method: str) -> None:
-    few = {"train_samples": 60, "data_options": {"test_samples": 6, "validation_samples": 4}}
+    sizes = {"train_samples": 60, "data_options": {"test_samples": 6, "validation_samples": 4}}
     with refuses(r"the folder .*nowhere of the image encoder does not exist"):
-        run(RunConfig.make(method, data="captions", **few, image_encoder="./nowhere"), out=tmp_path / "run")
+        run(RunConfig.make(method, data="captions", **sizes, image_encoder="./nowhere"), out=tmp_path / "run")
 
 
 def test_it_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:

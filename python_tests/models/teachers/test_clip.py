@@ -78,8 +78,8 @@ def theirs(folder: Path, prompts: list[str], pixel_values: torch.Tensor) -> torc
 def pillow(pixels: torch.Tensor) -> torch.Tensor:
     """CLIP's preprocessing as it was trained with: Pillow's bicubic filter on bytes, centre crop, scale."""
     rows = []
-    for one in pixels.expand(-1, 3, -1, -1):
-        image = Image.fromarray(one.permute(1, 2, 0).numpy())
+    for image_pixels in pixels.expand(-1, 3, -1, -1):
+        image = Image.fromarray(image_pixels.permute(1, 2, 0).numpy())
         short = min(image.size)
         size = (int(SIDE * image.width / short), int(SIDE * image.height / short))
         image = image.resize(size, Image.Resampling.BICUBIC)
@@ -108,9 +108,9 @@ def test_preprocessing_is_pillows(folder: Path, height: int, width: int, channel
     made = clip_teacher(folder, CLASSES, **scale).network.prepare(normalised(images))
     assert made.shape == (3, 3, SIDE, SIDE)
     byte = max(1 / (255 * std) for std in PIXELS["image_std"])
-    apart = (made - pillow(images)).abs()
-    assert apart.max() < 2.1 * byte
-    assert (apart > 0.1 * byte).float().mean() < 0.02
+    distance = (made - pillow(images)).abs()
+    assert distance.max() < 2.1 * byte
+    assert (distance > 0.1 * byte).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("text", [None, "null"])
@@ -157,13 +157,13 @@ def test_prompts_name_the_cache(folder: Path, tmp_path: Path) -> None:
 
 def test_a_loaded_folder_is_not_needed_for_cached_images(folder, tmp_path, monkeypatch):
     cache, images = LogitsCache(tmp_path, **SCALE), normalised(pictures(5, 32, 32))
-    first = cache.logits(make(folder), [images[:2], images[2:]])
+    logits = cache.logits(make(folder), [images[:2], images[2:]])
 
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("loaded")
 
     monkeypatch.setattr(Pretrained, "load", refuse)
-    assert torch.equal(cache.logits(make(folder), [images]), first)
+    assert torch.equal(cache.logits(make(folder), [images]), logits)
     with pytest.raises(AssertionError, match="loaded"):
         cache.logits(make(folder), [images + 1])
 
@@ -215,13 +215,13 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
     assert read_prompts(str(tmp_path / "prompts.json"), CLASSES)[0] == ["x"]
 
 
-def pickled(folder: Path, base: Path, drop: str = "-", **more: Any) -> Path:
+def pickled(folder: Path, base: Path, drop: str = "-", **extra: Any) -> Path:
     """Return a copy of a folder whose weights are pytorch_model.bin, without those whose names hold ``drop``."""
     copied = base / "pickled"
     shutil.copytree(folder, copied)
     tensors = {name: x for name, x in load_file(copied / "model.safetensors").items() if drop not in name}
     (copied / "model.safetensors").unlink()
-    torch.save({**tensors, **more}, copied / "pytorch_model.bin")
+    torch.save({**tensors, **extra}, copied / "pytorch_model.bin")
     return copied
 
 
@@ -246,7 +246,7 @@ def test_new_pickled_weights_get_a_new_cache(folder: Path, tmp_path: Path) -> No
 
 def test_a_pickle_of_more_than_tensors_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load a CLIP from"):  # unpickling it would run a class
-        make(pickled(folder, tmp_path, more=Path("code"))).logits(torch.zeros(1, 3, 32, 32))
+        make(pickled(folder, tmp_path, extra=Path("code"))).logits(torch.zeros(1, 3, 32, 32))
 
 
 def test_a_clip_without_some_of_its_weights_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def check(networks, images):
     bank = TeacherStack(networks)
     x = images.clone().requires_grad_()
     logits = bank.logits(x)
-    expected = torch.stack([one(x) for one in networks])
+    expected = torch.stack([teacher(x) for teacher in networks])
     torch.testing.assert_close(logits, expected)
     weights = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(3))
     (ours,) = torch.autograd.grad(logits, x, weights)
@@ -30,7 +30,7 @@ def check(networks, images):
     torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
         torch.testing.assert_close(bank.logits(images), expected)
-    assert all(p.grad is None for one in networks for p in one.parameters())
+    assert all(p.grad is None for teacher in networks for p in teacher.parameters())
 
 
 @pytest.fixture
@@ -96,5 +96,5 @@ def test_wide_networks_write_over_their_maps(name, images):
 
     What others read is left alone.
     """
-    many = torch.cat([images] * 14)  # more than a portion
-    check([network(name, seed, 16) for seed in (0, 1)], many)
+    portions = torch.cat([images] * 14)  # more than a portion
+    check([network(name, seed, 16) for seed in (0, 1)], portions)

@@ -128,7 +128,7 @@ def images():
 def test_a_pass_from_a_stage_on_is_that_of_the_sequence(stage, network, images):
     """Values, gradients and running statistics: the part before is run again, and leaves no trace."""
     plain, parts = network.train(), sequence(network).train()
-    front, rest = parts[: 1 if stage == "conv1" else 5], parts[1 if stage == "conv1" else 5 :]
+    front, back = parts[: 1 if stage == "conv1" else 5], parts[1 if stage == "conv1" else 5 :]
     found = hooked(plain, ["conv1", "conv2"]).train()
     for mode in (True, False):
         found.train(mode)
@@ -140,14 +140,14 @@ def test_a_pass_from_a_stage_on_is_that_of_the_sequence(stage, network, images):
         torch.manual_seed(2)
         maps = front(images)
         torch.testing.assert_close(own, maps)
-        torch.testing.assert_close(logits, whole := rest(maps))
-        torch.testing.assert_close(again, mixed := rest(maps.flip(0)))
+        torch.testing.assert_close(logits, plain_logits := back(maps))
+        torch.testing.assert_close(again, mixed := back(maps.flip(0)))
         (logits + again).square().sum().backward()
-        (whole + mixed).square().sum().backward()
-        for one, other in zip(plain.parameters(), parts.parameters(), strict=True):
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
-        for one, other in zip(plain.buffers(), parts.buffers(), strict=True):
-            torch.testing.assert_close(one, other)
+        (plain_logits + mixed).square().sum().backward()
+        for plain_part, part in zip(plain.parameters(), parts.parameters(), strict=True):
+            torch.testing.assert_close(plain_part.grad, part.grad, rtol=1e-4, atol=1e-5)
+        for plain_part, part in zip(plain.buffers(), parts.buffers(), strict=True):
+            torch.testing.assert_close(plain_part, part)
         assert plain.training is mode
 
 
@@ -172,9 +172,9 @@ def test_results_stay_as_they_are_before_in_place_layers(stage, training, images
 @pytest.mark.parametrize("stage", ["conv1", "conv2", "fc1"])
 def test_in_place_steps_are_taken_once(stage, images):
     found = hooked(Doubled().eval(), [stage])
-    whole = found(images.clone())
+    logits = found(images.clone())
     own = found.stages(images.clone(), upto=stage)
-    torch.testing.assert_close(found.head(found.tail(own.clone(), after=stage)), whole)
+    torch.testing.assert_close(found.head(found.tail(own.clone(), after=stage)), logits)
 
 
 def test_items_may_be_changed_in_place():
@@ -278,9 +278,9 @@ def test_what_cannot_be_cut_is_one_sentence(module, given, said):
 
 
 def test_other_networks_have_no_such_names(network):
-    for other in (nn.Linear(2, 2), ItemNetwork(network, None, raw=True)):
+    for module in (nn.Linear(2, 2), ItemNetwork(network, None, raw=True)):
         with pytest.raises(UserError, match="are for a network of your own that gives logits, not net"):
-            find_taps(other, ["conv1"], None, form_of(SHAPE), "net")
+            find_taps(module, ["conv1"], None, form_of(SHAPE), "net")
 
 
 def test_fedkern_s_networks_have_none_either(make_data, tmp_path):
@@ -328,6 +328,6 @@ NUMBERS = ("0", "1", "4", "5", "9", "12")
 
 
 def _place(entry):
-    head, _, rest = entry[0].rpartition(".")
+    head, _, stem = entry[0].rpartition(".")
     last = head.rpartition(".")[2]
-    return (*([ORDER.index(last)] if last in ORDER else [NUMBERS.index(last)]), rest)
+    return (*([ORDER.index(last)] if last in ORDER else [NUMBERS.index(last)]), stem)

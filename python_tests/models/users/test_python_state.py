@@ -40,8 +40,8 @@ def inner(value):
 def changed(network, change):
     before = attributes(network)
     change()
-    now = attributes(network)
-    return [name for name in now if now[name] != before.get(name)]
+    after = attributes(network)
+    return [name for name in after if after[name] != before.get(name)]
 
 
 KINDS = {
@@ -153,8 +153,8 @@ def test_training_and_evaluation_change_nothing(make):
 
     assert changed(network.module, work) == []
     work()
-    now = attributes(network.module)
-    assert now == network.attributes
+    after = attributes(network.module)
+    assert after == network.attributes
 
 
 class Odd(dict):

@@ -88,21 +88,21 @@ def known(registries):
 def test_a_network_keeps_its_own_initial_weights_and_draws_from_the_seed(known):
     known("plain")(Plain)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-    first, again, other = (build("plain", **SIZE, seed=seed) for seed in (0, 0, 1))
+    network, again, reseeded = (build("plain", **SIZE, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert (np.random.get_state()[1] == before[2]).all()  # noqa: NPY002
-    assert type(first) is OwnNetwork
-    assert torch.equal(first.head.weight, again.head.weight)
-    assert not torch.equal(first.head.weight, other.head.weight)
-    assert 0 < float(first.head.weight.detach().abs().max()) <= 1 / 14  # nn.Linear's own, not fedkern's
+    assert type(network) is OwnNetwork
+    assert torch.equal(network.head.weight, again.head.weight)
+    assert not torch.equal(network.head.weight, reseeded.head.weight)
+    assert 0 < float(network.head.weight.detach().abs().max()) <= 1 / 14  # nn.Linear's own, not fedkern's
 
 
 def test_a_function_gets_the_arguments_that_it_takes(known):
     got = []
 
-    def make(classes, *, width=5, seed, image_size, **rest):
-        got.append((classes, width, seed, image_size, rest))
+    def make(classes, *, width=5, seed, image_size, **unknown):
+        got.append((classes, width, seed, image_size, unknown))
         return staged(classes, 3)
 
     known("takes")(make)
@@ -158,7 +158,7 @@ SLOW = ("OptimizedModule", "TopLevelTracedModule")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("deep", [False, True], ids=["whole", "part"])
 @pytest.mark.parametrize(
-    "wrapper", [pytest.param(each, marks=pytest.mark.exhaustive if each in SLOW else ()) for each in WRAPPERS]
+    "wrapper", [pytest.param(wrapper, marks=pytest.mark.exhaustive if wrapper in SLOW else ()) for wrapper in WRAPPERS]
 )
 def test_wrapped_networks_are_refused(known, wrapper, deep):
     wrapped = WRAPPERS[wrapper](nn.Linear(8, 3))
@@ -175,10 +175,10 @@ def test_wrapped_networks_are_refused(known, wrapper, deep):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_names_of_a_wrapped_network_are_understood(prefix):
-    network, other = Plain(), Plain()
-    wrapped = {prefix + name: value for name, value in other.state_dict().items()}
+    network, source = Plain(), Plain()
+    wrapped = {prefix + name: value for name, value in source.state_dict().items()}
     assert load_by_name(network, wrapped, "file", "net") == ""
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in network.state_dict().items())
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in network.state_dict().items())
     inside = nn.Sequential()
     inside.module = nn.Linear(2, 2)  # a name of its own that looks like one
     assert [*bare_names(inside.state_dict(), inside.state_dict())] == ["module.weight", "module.bias"]
@@ -369,18 +369,18 @@ def test_a_cut_network_is_a_staged_network(known):
     assert level(network) == "stages"
     assert network.stage_names == ("layer1", "layer2", "feature")
     assert network.width == 6
-    whole = network(IMAGES)
+    logits = network(IMAGES)
     for name in network.stage_names:
         half = network.stages(IMAGES, upto=name)
-        torch.testing.assert_close(network.head(network.tail(half, after=name)), whole)
+        torch.testing.assert_close(network.head(network.tail(half, after=name)), logits)
     maps, _ = grad_cam(network, IMAGES)
     assert maps.shape == (4, 16, 16)
     blocks = cut(network, 3)
     assert len(blocks.blocks) == 3
-    torch.testing.assert_close(blocks.eval()(IMAGES), whole)
+    torch.testing.assert_close(blocks.eval()(IMAGES), logits)
     twin = copy.deepcopy(network)
     twin.head.weight.data.zero_()
-    assert torch.equal(network(IMAGES), whole)
+    assert torch.equal(network(IMAGES), logits)
     assert len(list(network.parameters())) == len(list(network.module.parameters()))
 
 
@@ -523,11 +523,11 @@ def test_code_of_a_file(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     assert named_code.absolute("net.py:Net") == named_code.absolute(name) == name
     with available(name):
-        first = build(name, **SIZE, seed=0)
+        network = build(name, **SIZE, seed=0)
         kind = MODELS[name].make
         assert kind.sha256 == named_code.load(named_code.parse(name), "it")[1]
     with available(name):
-        assert type(build(name, **SIZE, seed=0).module) is type(first.module)  # run once
+        assert type(build(name, **SIZE, seed=0).module) is type(network.module)  # run once
     file.write_text(FILE.replace("nn.ReLU", "nn.Tanh"))
     with available(name):
         assert MODELS[name].make.sha256 != kind.sha256

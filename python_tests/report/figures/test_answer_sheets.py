@@ -27,9 +27,9 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
     split, sheets = data.tests[""], []
 
     class Kept(sheet.Sheet):
-        def __init__(self, *given, title, **more):
+        def __init__(self, *given, title, **options):
             sheets.append((title, [], []))
-            super().__init__(*given, title=title, **more)
+            super().__init__(*given, title=title, **options)
 
         def picture(self, row, column, image):
             sheets[-1][1].append(image)
@@ -43,7 +43,7 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
     assert len(images) == len(captions) == answer_sheets.CAPTIONED
     assert title.startswith(f"Test images and the nearest of {len(set(split.texts))} captions, fedavg on captions")
     for image, lines in zip(images, captions, strict=True):
-        row = next(i for i, each in enumerate(split.images) if np.array_equal(sheet.to_rgb(each.numpy()), image))
+        row = next(i for i, own in enumerate(split.images) if np.array_equal(sheet.to_rgb(own.numpy()), image))
         own = {text for text, name in zip(split.texts, split.ids, strict=True) if name == split.ids[row]}
         for line in lines:
             place, is_marked = re.match(r"(?:✓ )?(place \d+: )?", line[0])[1] or "", line[0].startswith("✓ ")
@@ -52,10 +52,10 @@ def test_a_run_on_pairs_draws_them(tmp_path, monkeypatch):
         assert len(lines) <= answer_sheets.NEAREST + 1
 
     missing = "There are no retrieval examples: they need a complete network with an image and a text encoder."
-    for there in (True, False):
+    for drawn in (True, False):
         *_, section, _ = run_page.page(read_run_folder(tmp_path)).sections
-        assert (missing in section.blocks) is not there
-        assert ("Retrieval examples" in [getattr(block, "title", "") for block in section.blocks]) is there
+        assert (missing in section.blocks) is not drawn
+        assert ("Retrieval examples" in [getattr(block, "title", "") for block in section.blocks]) is drawn
         (tmp_path / "retrieval.png").unlink(missing_ok=True)
 
 

@@ -11,12 +11,12 @@ def curves(*args, title="", **more):
     return draw_panels([*comparison_panels(*args, **more).values()], title=title)
 
 
-def run(*values, every=1):
-    return [{"round": every * (i + 1), "accuracy": value} for i, value in enumerate(values)]
+def run(*values, step=1):
+    return [{"round": step * (i + 1), "accuracy": value} for i, value in enumerate(values)]
 
 
 def test_a_curve_has_the_rounds_that_all_runs_have():
-    rounds, values = mean_curve([run(0.1, 0.2, 0.3, 0.4), run(0.3, 0.5, every=2), [{"round": 1}]], "accuracy")
+    rounds, values = mean_curve([run(0.1, 0.2, 0.3, 0.4), run(0.3, 0.5, step=2), [{"round": 1}]], "accuracy")
     assert rounds.tolist() == [2, 4]
     assert np.allclose(values, [[0.2, 0.4], [0.3, 0.5]])
 

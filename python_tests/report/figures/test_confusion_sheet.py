@@ -29,9 +29,9 @@ def test_counts_and_names_are_written():
     counts = np.array([[50, 3], [0, 7]])
     found = Confusions(("nevus", "melanoma"), {"id": counts, "ood": counts * 0 + 1})
     figure = confusion_sheet.draw_confusions(found, title="t")
-    first = figure.axes[0]
-    assert sorted(text.get_text() for text in first.texts) == ["3", "50", "7"]  # nought is an empty cell
-    image = next(child for child in first.get_children() if isinstance(child, AxesImage))
+    matrix = figure.axes[0]
+    assert sorted(text.get_text() for text in matrix.texts) == ["3", "50", "7"]  # nought is an empty cell
+    image = next(child for child in matrix.get_children() if isinstance(child, AxesImage))
     np.testing.assert_allclose(image.get_array(), [[50 / 53, 3 / 53], [0, 1]])
     assert image.get_clim() == (0, 1)
     assert image.get_cmap().name == "Blues"  # one hue, from light to dark: safe for colour-blind readers

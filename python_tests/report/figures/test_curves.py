@@ -122,9 +122,9 @@ def test_of_many_clients_a_text_tells_the_highest_the_middle_and_the_lowest_valu
     found = list(records(13))
     three = {curve.name: curve.values for curve in client_curves(found, "weight")}
     values = [sorted(info["weight"] for info in record["clients"].values()) for record in found]
-    assert three["highest"] == [each[-1] for each in values]
-    assert three["middle"] == [float(np.median(each)) for each in values]
-    assert three["lowest"] == [each[0] for each in values]
+    assert three["highest"] == [curve[-1] for curve in values]
+    assert three["middle"] == [float(np.median(curve)) for curve in values]
+    assert three["lowest"] == [curve[0] for curve in values]
     assert [[curve.name for curve in panel.summary] for panel in weight_panels(found)] == [[*three], [*three]]
 
 

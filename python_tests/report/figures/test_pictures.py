@@ -149,7 +149,7 @@ def apart(texts) -> bool:
     boxes = [text.get_window_extent() for text in texts]
     inside = texts[0].figure.bbox.padded(1)
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 for box in boxes)
-    return not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    return not any(box.overlaps(neighbour) for i, box in enumerate(boxes) for neighbour in boxes[:i])
 
 
 def test_long_names_of_classes_stand_apart():
@@ -159,13 +159,13 @@ def test_long_names_of_classes_stand_apart():
     run = SimpleNamespace(name="a method on the data in a folder with a long name")
     masks = torch.ones(4, 16, 16, dtype=torch.bool)
     data = data_of(images, torch.arange(4), names, ["id", "a hospital of many words"], masks=masks)
-    first = answer_sheets.gradcam(run, data, model)
+    cams = answer_sheets.gradcam(run, data, model)
     network = models.build("unet-small", classes=9, channels=3, image_size=16, seed=0)
     data = data_of(images, torch.zeros(4, 16, 16, dtype=torch.int64), names * 3)
     second = answer_sheets.segmentation(run, data, network)
-    assert apart(first.texts)
+    assert apart(cams.texts)
     assert apart(second.texts)
-    assert any("relative to the largest" in text.get_text() for text in first.texts)
+    assert any("relative to the largest" in text.get_text() for text in cams.texts)
     assert [text.get_text() for text in second.texts][1:12] == [label(name) for name in (names * 3)[1:]]
 
 
@@ -282,8 +282,8 @@ def test_sets_with_other_numbers_of_candidates_are_on_other_axes():
     assert stacked.get_figwidth() < figure.get_figwidth()
     assert [axes.get_subplotspec().rowspan.start for axes in stacked.axes] == [0, 1]
     assert len({axes.get_xlim() for axes in figure.axes}) == len({axes.get_ylim() for axes in figure.axes}) == 1
-    same = [{name: 40.0 if "gallery" in name else value for name, value in record.items()} for record in records]
-    assert [len(axes.get_lines()) for axes in accuracy_curves(same, "i2t_r1", title="t").axes] == [3]
+    equal = [{name: 40.0 if "gallery" in name else value for name, value in record.items()} for record in records]
+    assert [len(axes.get_lines()) for axes in accuracy_curves(equal, "i2t_r1", title="t").axes] == [3]
     assert accuracy_curves([{"round": 1, "i2t_r1": 0.5, "gallery": float("inf")}], "i2t_r1").axes
 
 
@@ -295,9 +295,9 @@ def test_a_long_title_stays_inside_the_picture():
     assert figure.axes[0]._left_title.get_window_extent().x1 <= figure.bbox.width
 
 
-@pytest.mark.parametrize(("most", "end"), [(0.02, 5), (0.3, 50), (0.97, 100)])
-def test_the_axis_ends_above_small_values(most, end):
-    records = [{"round": 1, "i2t_r1": 0.01, "minority_i2t_r1": most, "validation_i2t_r1": 0.01}]
+@pytest.mark.parametrize(("highest", "end"), [(0.02, 5), (0.3, 50), (0.97, 100)])
+def test_the_axis_ends_above_small_values(highest, end):
+    records = [{"round": 1, "i2t_r1": 0.01, "minority_i2t_r1": highest, "validation_i2t_r1": 0.01}]
     assert accuracy_curves(records, "i2t_r1").axes[0].get_ylim() == pytest.approx((0, 1.02 * end))
 
 
@@ -405,9 +405,9 @@ def test_the_settings_are_loaded_once(quick, data, monkeypatch):
 
 @pytest.mark.parametrize(("place", "picture"), FAULTS)
 def test_a_picture_that_fails_is_named_and_the_others_are_drawn(place, picture, quick, data, monkeypatch):
-    whole = {path.name for path in pictures.write_pictures(quick, data=data)}
-    assert len(whole) == 7
-    assert {path.name for path in pictures.find_pictures(quick)} == whole
+    complete = {path.name for path in pictures.write_pictures(quick, data=data)}
+    assert len(complete) == 7
+    assert {path.name for path in pictures.find_pictures(quick)} == complete
 
     def failing(error):
         def call(*_, **__):
@@ -420,7 +420,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_drawn(place, picture, 
         failing(RuntimeError("odd\nmap"))
         written, why = pictures.finished_pictures(quick, data=data, warn=warned.append)
     assert why is None
-    assert {path.name for path in written} == whole - {f"{picture}.png"}
+    assert {path.name for path in written} == complete - {f"{picture}.png"}
     assert warned == [f"{picture}.png is missing, as it cannot be drawn: RuntimeError: odd map."]
     assert not (quick / f"{picture}.png").exists()  # that of an older network
     assert pictures.find_pictures(quick) == []  # so that resume and report draw again

@@ -44,10 +44,10 @@ def test_pixels_are_scaled_to_even_squares(tmp_path):
 
 
 def test_numbers_from_0_to_1_are_colours_as_well(tmp_path):
-    whole, fractions = sheet(), sheet()
-    whole.picture(0, 0, FOUR)
+    integers, fractions = sheet(), sheet()
+    integers.picture(0, 0, FOUR)
     fractions.picture(0, 0, FOUR / 255)
-    np.testing.assert_array_equal(drawn(whole, tmp_path), drawn(fractions, tmp_path))
+    np.testing.assert_array_equal(drawn(integers, tmp_path), drawn(fractions, tmp_path))
 
 
 def test_an_oblong_picture_keeps_its_form_in_the_middle_of_its_place(tmp_path):

@@ -46,7 +46,7 @@ def console() -> Console:
 def started(trains: Sequence[str] = ("", "", ""), **given) -> Listener:
     listener = display(quiet=False, json=False, console=console())
     config = RunConfig.make("fedavg", clients=2, rounds=len(trains), threads=1)
-    plan = tuple(Round(trains=each) for each in trains)
+    plan = tuple(Round(trains=trained) for trained in trains)
     listener.on_start(RunInfo(config, Path("runs/<x>"), 0, (14, 14), 1234, {"": 5}, None, plan, **given))
     return listener
 
@@ -144,7 +144,7 @@ def test_pictures_are_shown_and_are_a_list_of_paths(cells, tmp_path, capsys):
     for path in paths[::2]:
         path.touch()
     pictures._ipython_display_()
-    assert [(each["filename"], each["alt"]) for each in cells] == [(str(path), path.stem) for path in paths[::2]]
+    assert [(cell["filename"], cell["alt"]) for cell in cells] == [(str(path), path.stem) for path in paths[::2]]
     assert capsys.readouterr().out == f"{paths[1]} is missing: draw the pictures again.\n"
     assert pictures == paths
 

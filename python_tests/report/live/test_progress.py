@@ -28,7 +28,7 @@ class Data:
 
 
 def info(rounds: int = 3, first_round: int = 0, trains: Sequence[str] = ()) -> RunInfo:
-    plan = tuple(Round("distil", trains=each) for each in trains) or (Round(),) * rounds
+    plan = tuple(Round("distil", trains=trained) for trained in trains) or (Round(),) * rounds
     config = RunConfig.make("fedavg", clients=2, rounds=rounds, threads=1)
     sets = {"id": 5, "ood": 6, "validation": 9}
     return RunInfo(config, Path("runs/x"), first_round, (14, 14), 1234, sets, Data(), plan)
@@ -139,16 +139,16 @@ def test_a_plan_of_equal_rounds_says_nothing_of_them():
 
 
 def test_the_time_left_is_that_of_rounds_that_train_the_same(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now[0])
+    time = [0.0]
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: time[0])
     clock = progress_bar.Clock(["generator"] * 3 + ["student"] * 3)
 
     def played(done: int, seconds: float) -> float | None:
         clock.begin()
-        now[0] += seconds
+        time[0] += seconds
         return clock.remaining(done)
 
-    now[0] += 100.0  # set-up rounds
+    time[0] += 100.0  # set-up rounds
     assert played(1, 2.0) is None
     assert played(2, 4.0) == 3.0 * 4
     assert played(3, 3.0) == 3.0 * 3
@@ -158,8 +158,8 @@ def test_the_time_left_is_that_of_rounds_that_train_the_same(monkeypatch):
 
 
 def test_the_first_round_of_a_plan_of_equal_rounds_tells_the_time_left(monkeypatch):
-    now = iter([0.0, 100.0, 102.0])
-    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: next(now))
+    times = iter([0.0, 100.0, 102.0])
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: next(times))
     clock = progress_bar.Clock([""] * 10)
     clock.begin()
     assert clock.remaining(1) == 18.0
@@ -169,10 +169,10 @@ def test_the_headline_says_what_an_epsilon_does_not_cover():
     said = Guarantee(1e-5, {"noise": "the noise"}, {"labels": "the labels"})
     text = "\n".join(progress_bar.run_headline(dataclasses.replace(info(), guarantee=said)))
     assert "NO epsilon of the whole release: a partial epsilon covers noise alone, not labels" in text
-    whole = "\n".join(
+    sentences = "\n".join(
         progress_bar.run_headline(dataclasses.replace(info(), guarantee=Guarantee(1e-5, {"noise": "it"})))
     )
-    assert "epsilon covers everything that clients release: noise" in whole
+    assert "epsilon covers everything that clients release: noise" in sentences
     assert "epsilon" not in "\n".join(progress_bar.run_headline(info()))
 
 

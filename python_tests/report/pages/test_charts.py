@@ -53,9 +53,9 @@ def test_a_loss_far_from_zero_fills_its_axis(drawn):
     series = [Curve("a", [1, 2], [5.01, 5.0]), Curve("b", [1, 2], [5.02, 5.0])]
     for zero in (False, True):
         curves("a", "A", [Panel("loss", series, zero=zero)])
-    free, whole = (figure.axes[0].get_ylim() for figure in drawn)
+    free, from_zero = (figure.axes[0].get_ylim() for figure in drawn)
     assert 4.9 < free[0] < 5 < free[1] < 5.1
-    assert whole[0] == 0
+    assert from_zero[0] == 0
 
 
 def test_the_ticks_of_times_stand_apart(drawn):
@@ -135,12 +135,12 @@ def image(name):
 def test_equal_figures_give_equal_texts_and_others_share_no_id():
     assert image("a") == image("a")
     trees = [ElementTree.fromstring(image(name)) for name in "ab"]
-    ids = [[each.attrib["id"] for each in tree.iter() if "id" in each.attrib] for tree in trees]
+    ids = [[element.attrib["id"] for element in tree.iter() if "id" in element.attrib] for tree in trees]
     assert len(ids[0]) == len(set(ids[0]))
     assert not set(ids[0]) & set(ids[1])
     used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', image("a"))
     assert used
-    assert {one or other for one, other in used} <= set(ids[0])
+    assert {own_id or link_id for own_id, link_id in used} <= set(ids[0])
 
 
 def test_texts_of_a_figure_stay_as_they_are():

@@ -27,8 +27,8 @@ TINY = ["--data", "digits", "--train-samples", "200", "--clients", "3", "--round
         "--threads", "1", "--workers", "1", "--grad-cam", "0", "--quiet"]  # fmt: skip
 
 
-def read(folder, **more):
-    path = run_page.write_report(folder, **more)
+def read(folder, **options):
+    path = run_page.write_report(folder, **options)
     assert path == folder / "report.html"
     return Reader(path.read_text())
 
@@ -62,17 +62,17 @@ def folder(finished, tmp_path):
 
 def test_the_headline_is_what_a_sceptic_concludes(finished, finished_page):
     page, summary = finished_page, json.loads((finished / "summary.json").read_text())
-    first, *others = page.text("p")[1:8]
+    headline, *sentences = page.text("p")[1:8]
     accuracy = summary["metrics"]["accuracy"]
-    assert first == f"fedavg reaches an accuracy of {100 * accuracy:.1f} % on the test set after 2 rounds."
+    assert headline == f"fedavg reaches an accuracy of {100 * accuracy:.1f} % on the test set after 2 rounds."
     matrix = confusions.read(finished).matrices["test"]
     baseline = f"Predicting the commonest class everywhere gives {100 * matrix.sum(1).max() / matrix.sum():.1f} %"
-    assert any(text.startswith(baseline) for text in others)
+    assert any(text.startswith(baseline) for text in sentences)
     worst = summary["worst_client"]
     said = f"The worst of 3 clients is client {worst['client']}, with accuracy {100 * worst['value']:.1f} %."
-    assert said in others
-    assert any("95 % intervals" in text for text in others)
-    assert any("This is one run" in text for text in others)
+    assert said in sentences
+    assert any("95 % intervals" in text for text in sentences)
+    assert any("This is one run" in text for text in sentences)
     assert "finished" in page.text("p")[0]
 
 
@@ -111,7 +111,7 @@ def test_charts_hold_the_figures_of_the_run(finished):
     assert main_["validation"] == tuple(f"{100 * record['validation_accuracy']:.1f} %" for record in records)
     loss = columns(found["loss"])
     of_clients = [np.mean([info["loss"] for info in record["clients"].values()]) for record in records]
-    assert loss["training"] == tuple(f"{each:.3g}" for each in of_clients)
+    assert loss["training"] == tuple(f"{loss:.3g}" for loss in of_clients)
     assert loss["test"] == tuple(f"{record['loss']:.3g}" for record in records)
     by_client = columns(found["client-loss"])
     assert by_client["client 2"] == tuple(f"{r['clients']['2']['loss']:.3g}" for r in records)
@@ -128,9 +128,9 @@ def test_curves_of_an_asynchronous_run_are_over_the_clock(finished, monkeypatch)
     run = dataclasses.replace(run, records=records)
     for part in (run_page._curves, run_page.clients):
         list(part(run))
-    every = [curve for panel in drawn for curve in panel.curves]
-    assert len(every) > 6
-    assert all(list(curve.at) == [7.5 * number for number in curve.rounds] for curve in every)
+    curves = [curve for panel in drawn for curve in panel.curves]
+    assert len(curves) > 6
+    assert all(list(curve.at) == [7.5 * number for number in curve.rounds] for curve in curves)
 
 
 def test_the_file_has_every_chart_with_a_text_and_a_table(finished, finished_page):
@@ -146,8 +146,8 @@ def test_the_file_has_every_chart_with_a_text_and_a_table(finished, finished_pag
 
 
 def test_the_same_folder_gives_the_same_file(finished, finished_page):
-    first = (finished / "report.html").read_bytes()
-    assert run_page.write_report(finished).read_bytes() == first
+    report = (finished / "report.html").read_bytes()
+    assert run_page.write_report(finished).read_bytes() == report
 
 
 def test_numbered_parts_of_a_phase_are_one():
@@ -193,10 +193,10 @@ def test_reports_without_the_data(tmp_path, capsys):
     finally:
         sys.setprofile(None)
     assert {Path(name).name for name in called if "/fedkern/data/" in name} == {"dataset_registry.py"}
-    first, page = [Reader((folder / "report.html").read_text()) for folder in folders]
-    for each in (first, page):
-        assert "labels" in each.charts
-        assert "Predicting the commonest class everywhere gives 50.0 %" in each.words
+    without_data, page = [Reader((folder / "report.html").read_text()) for folder in folders]
+    for reader in (without_data, page):
+        assert "labels" in reader.charts
+        assert "Predicting the commonest class everywhere gives 50.0 %" in reader.words
     assert "Pictures of test samples are left out, as a report reads no data: fedkern.load(" in page.words
 
 
@@ -248,8 +248,8 @@ def test_a_run_that_is_not_finished_says_so(tmp_path, monkeypatch):
         fedkern.simulate("fedavg", rounds=3, out="run", progress=False, listener=Stopped(), **settings)
     run = fedkern.load("run")
     page = Reader(run.report().read_text())
-    first, second = page.text("p")[1:3]
-    assert first == "This run is not finished: 1 of 3 rounds are done, so no figure is its result."
+    notice, second = page.text("p")[1:3]
+    assert notice == "This run is not finished: 1 of 3 rounds are done, so no figure is its result."
     assert second.startswith("After round 1 it has an accuracy of ")
     assert "Go on with: python -m fedkern.run --resume run" in page.text("p")
     assert {"highest", "middle", "lowest"} <= {*page.text("th", scope="col")}
@@ -325,7 +325,7 @@ WHOLE = {
 @pytest.mark.exhaustive
 # Fed-LPFM trains its teacher first.
 @pytest.mark.parametrize(
-    "method", [pytest.param(each, marks=[pytest.mark.slow] if each == "fedlpfm" else []) for each in WHOLE]
+    "method", [pytest.param(method, marks=[pytest.mark.slow] if method == "fedlpfm" else []) for method in WHOLE]
 )
 def test_every_method_has_a_report(method, tmp_path):
     words = [word for pair in SMALL.items() for word in pair if pair[0] not in WHOLE[method]]

@@ -88,9 +88,9 @@ def screenshot(browser, name: str) -> None:
     folder = os.environ.get("FEDKERN_SCREENSHOTS")
     if folder is None:
         return
-    whole = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})
+    picture = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(whole["data"]))
+    (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(picture["data"]))
 
 
 @pytest.mark.parametrize("ground", ["light", "dark"])
@@ -100,7 +100,7 @@ def test_a_report_opens_without_an_error_and_loads_nothing(browser, reports, nam
     opened(browser, reports[name], width=width, ground=ground)
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "DEBUG"] == []
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [each["params"]["request"]["url"] for each in asked if each["method"] == "Network.requestWillBeSent"]
+    urls = [event["params"]["request"]["url"] for event in asked if event["method"] == "Network.requestWillBeSent"]
     assert [url for url in urls if not url.startswith(("data:", reports[name].as_uri()))] == []
     assert browser.execute_script("return document.querySelectorAll('[role=img] > svg').length") >= 4
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
