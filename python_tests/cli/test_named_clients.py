@@ -198,19 +198,19 @@ def plain(out):
 def test_resumed_runs_are_the_same(listed, tmp_path):
     config = RunConfig.make("fedavg", data="csv", data_root=str(listed), rounds=2, local_epochs=1, width=2, threads=1,
                             grad_cam=0, model="cnn", client_test=0.2, data_options={"size": 8})  # fmt: skip
-    straight, part = tmp_path / "whole", tmp_path / "part"
-    run(config, out=straight)
-    shutil.copytree(straight, part)
+    uncut, part = tmp_path / "whole", tmp_path / "part"
+    run(config, out=uncut)
+    shutil.copytree(uncut, part)
     for name in ("summary.json", "evaluation.csv", "model.safetensors", "metrics.jsonl"):
         (part / name).unlink()
     shutil.rmtree(part / "checkpoints")  # as after a power cut before the first round
     assert main(["--resume", str(part), "--quiet"]) == 0
-    assert plain(part) == plain(straight)
-    assert (part / "config.toml").read_bytes() == (straight / "config.toml").read_bytes()
+    assert plain(part) == plain(uncut)
+    assert (part / "config.toml").read_bytes() == (uncut / "config.toml").read_bytes()
     # The same settings, made anew, leave the sites open again and still are those of the run.
-    assert run(config, out=straight, resume=True)["client_names"] == list(SITES)
+    assert run(config, out=uncut, resume=True)["client_names"] == list(SITES)
     assert config.unset == {"partition", "clients"}
-    assert not load_settings(straight).unset
+    assert not load_settings(uncut).unset
 
 
 def test_a_stored_partition_stays_though_the_data_name_sites(listed, tmp_path):

@@ -141,13 +141,13 @@ def test_killed_and_resumed_it_ends_alike(hook, count, stack, data, make_config,
 
 
 def test_nothing_to_evaluate_yet(stack, data, make_config, tmp_path, monkeypatch):
-    whole = stack.model
+    build = stack.model
     monkeypatch.setattr(
-        stack, "model", lambda self, server: whole(self, server) if "right_1" in server.report else None
+        stack, "model", lambda self, server: build(self, server) if "right_1" in server.report else None
     )
     run(make(make_config), out=tmp_path, data=data)
-    first, second = read_metrics(tmp_path)
-    assert "id_accuracy" not in first
+    record, second = read_metrics(tmp_path)
+    assert "id_accuracy" not in record
     assert "id_accuracy" in second
 
 

@@ -65,14 +65,14 @@ def test_the_noise_has_the_promised_deviation_and_comes_from_its_key():
         for _ in range(3):
             total.add({"parameters": torch.zeros(size)})
         drawn.append(total.release(4, noise_key(SECRET, -1, "updates", number))["parameters"].double())
-    first, again, other = drawn
-    assert torch.equal(first, again)
+    original, again, different = drawn
+    assert torch.equal(original, again)
     wanted = 3.0 * 0.5 / 4
     assert wanted == level.deviation(4)
-    for noise in (first, other):  # the numbers are fixed by the key; five standard errors of each estimate
+    for noise in (original, different):  # the numbers are fixed by the key; five standard errors of each estimate
         assert float(noise.std()) == pytest.approx(wanted, rel=5 / (2 * size) ** 0.5)
         assert abs(float(noise.mean())) < 5 * wanted / size**0.5
-    assert abs(float((first * other).mean())) < 5 * wanted**2 / size**0.5
+    assert abs(float((original * different).mean())) < 5 * wanted**2 / size**0.5
 
 
 @pytest.mark.exhaustive
@@ -80,13 +80,13 @@ def test_the_noise_has_the_promised_deviation_and_comes_from_its_key():
 def test_an_audit_finds_what_is_claimed(noise, low, high):
     """One client's long change points one way, in the neighbour the opposite way: a release is 2 / noise-GDP."""
     level, start = ClientLevel(0.5, noise, 1e-5), {"parameters": torch.zeros(2)}
-    others = [{"parameters": torch.tensor([0.1, 3.0])}, {"parameters": torch.tensor([-9.0, 0.0])}]
+    settled = [{"parameters": torch.tensor([0.1, 3.0])}, {"parameters": torch.tensor([-9.0, 0.0])}]
     scores = []
     for turn, canary in enumerate((-7.0, 7.0)):
         own = []
         for number in range(6000):
             total = ClippedSum(level, start)
-            for message in (*others, {"parameters": torch.tensor([canary, 0.0])}):
+            for message in (*settled, {"parameters": torch.tensor([canary, 0.0])}):
                 total.add(message)
             made = total.release(3, noise_key(SECRET, -1, "updates", 6000 * turn + number))
             own.append(float(made["parameters"][0]))
@@ -149,21 +149,21 @@ def test_a_round_is_the_plain_formula_over_the_clients_asked(make_data, make_con
     missing = [absent_clients(config, number, range(4)) for number in range(3)]
     assert any(missing)
     records = read_metrics(tmp_path / "run")
-    for each, absent, record in zip(rounds, missing, records, strict=True):
-        assert set(each["uploads"]) == set(range(4)) - set(absent)
+    for played, absent, record in zip(rounds, missing, records, strict=True):
+        assert set(played["uploads"]) == set(range(4)) - set(absent)
         names = ("parameters", "buffers")
-        start = torch.cat([each["start"][name] for name in names]).double()
+        start = torch.cat([played["start"][name] for name in names]).double()
         total = torch.zeros_like(start)
-        for k, upload in each["uploads"].items():
+        for k, upload in played["uploads"].items():
             change = torch.cat([upload[name] for name in names]).double() - start
             norm = float(change.square().sum().sqrt())
             total += change * min(1.0, 0.05 / norm)
             assert record["clients"][str(k)]["update_norm"] == pytest.approx(norm, rel=1e-9)
             assert record["clients"][str(k)].get("clipped", 1.0) == pytest.approx(min(1.0, 0.05 / norm), rel=1e-9)
-        end = torch.cat([each["end"][name] for name in names]).double()
+        end = torch.cat([played["end"][name] for name in names]).double()
         torch.testing.assert_close(end, start + total / 4, rtol=2e-7, atol=1e-8)
-        assert torch.equal(each["end"]["integers"], each["start"]["integers"])
-        (only,) = each["got"]
+        assert torch.equal(played["end"]["integers"], played["start"]["integers"])
+        (only,) = played["got"]
         assert (only.client_id, only.samples, only.share) == (-1, 1, 1.0)
     assert "privacy" not in read_summary(tmp_path / "run")  # without noise nothing is promised
 
@@ -172,21 +172,21 @@ def test_scaffold_clips_network_and_control_variate_together(make_data, make_con
     seen = watched(monkeypatch, "scaffold")
     config = make_config("scaffold", clients=4, rounds=2, sample_fraction=0.5, workers="1", **ONLY_CLIP)
     run(config, out=tmp_path / "run", data=make_data(SIZES))
-    for each in seen[-2:]:
-        begun = each["start"]
+    for played in seen[-2:]:
+        begun = played["start"]
         start = {**{name: begun[name].double() for name in ("parameters", "buffers")}, "control": 0.0}
         total = {name: torch.zeros_like(begun[name]).double() for name in start}
-        assert len(each["uploads"]) == 2
-        for upload in each["uploads"].values():
+        assert len(played["uploads"]) == 2
+        for upload in played["uploads"].values():
             change = {name: upload[name].double() - start[name] for name in start}
             norm = float(sum(part.square().sum() for part in change.values()).sqrt())
             for name, part in change.items():
                 total[name] += part * min(1.0, 0.05 / norm)
         for name in ("parameters", "buffers"):
             wanted = start[name] + total[name] / 2
-            torch.testing.assert_close(each["end"][name].double(), wanted, rtol=2e-7, atol=1e-8)
+            torch.testing.assert_close(played["end"][name].double(), wanted, rtol=2e-7, atol=1e-8)
         wanted = begun["control"].double() + total["control"] / 4  # two of four clients, so half of their mean
-        torch.testing.assert_close(each["end"]["control"].double(), wanted, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(played["end"]["control"].double(), wanted, rtol=1e-5, atol=1e-9)
 
 
 @needs_accounting
@@ -194,10 +194,10 @@ def test_a_larger_client_weighs_no_more(make_data, make_config, tmp_path, monkey
     seen = watched(monkeypatch, "fedavg")
     config = make_config("fedavg", rounds=1, workers="1", **{**NOISED, "dp_clip": 1e-3, "dp_noise": 1e-9})
     run(config, out=tmp_path / "run", data=make_data((60, 6, 6)))
-    each = seen[-1]
-    start = each["start"]["parameters"].double()
-    got = each["got"][0].message["parameters"].double() - start
-    vectors = [upload["parameters"].double() - start for upload in each["uploads"].values()]
+    played = seen[-1]
+    start = played["start"]["parameters"].double()
+    got = played["got"][0].message["parameters"].double() - start
+    vectors = [upload["parameters"].double() - start for upload in played["uploads"].values()]
     assert all(float(vector.norm()) > 1e-3 for vector in vectors)
     along = [float(got @ vector / vector.norm()) for vector in vectors]
     assert float(got.norm()) <= 1e-3
@@ -210,11 +210,11 @@ def test_heavy_noise_leaves_variances_positive_and_counts_alone(make_data, make_
     config = make_config("fedavg", rounds=2, dp_clip=1.0, dp_noise=50.0, workers="1")
     run(config, out=tmp_path / "run", data=make_data())
     mask = variances(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2))
-    for each in seen[-2:]:
-        before, after = each["start"]["buffers"][mask], each["end"]["buffers"][mask]
+    for played in seen[-2:]:
+        before, after = played["start"]["buffers"][mask], played["end"]["buffers"][mask]
         assert bool((after >= 0.0999 * before).all())
         assert bool((after < 0.1001 * before).any())
-        assert torch.equal(each["end"]["integers"], each["start"]["integers"])
+        assert torch.equal(played["end"]["integers"], played["start"]["integers"])
 
 
 MORE = 'whose clients upload more \\("{}"\\) than a change'
@@ -233,8 +233,8 @@ def refusal(config):
     if method.follows_own_update:
         return "whose clients keep a gradient of their whole update"
     for entry in method.rounds(Federation(config.rounds, (9, 9, 9), 3, config.local_epochs)):
-        if more := entry.exchanges[0 if entry.one_off else 1 :]:
-            return MORE.format(more[0])
+        if later := entry.exchanges[0 if entry.one_off else 1 :]:
+            return MORE.format(later[0])
         if entry.exchanges == ("statistics",):
             return 'whose clients upload "counts", which the server does not only add up'
         if "parameters" not in method.reduce:
@@ -428,7 +428,7 @@ def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tm
     assert len({record["round_bytes_up"] for record in records}) == 1
     by_seed = [sample_clients(config, number) for number in range(200)]
     own = [sample_clients(config, number, "5a" * 16) for number in range(200)]
-    assert sum(one == other for one, other in zip(by_seed, own, strict=True)) < 100
+    assert sum(left == right for left, right in zip(by_seed, own, strict=True)) < 100
     secret = server_secret.read(tmp_path / "run" / "checkpoints")
     assert heard.drawn == [sample_clients(config, number, secret) for number in range(6)]
 
@@ -448,10 +448,10 @@ def test_a_draw_that_is_told_or_remembered_does_not_count(method, settings, make
     config = make_config(method, rounds=6, clients=4, sample_fraction=0.5, **{**NOISED, **settings})
     summary = run(config, out=tmp_path / "run", data=make_data(SIZES))
     asked = [k for number in range(6) for k in sample_clients(config, number)]
-    most = max(asked.count(k) for k in range(4))
-    assert 3 <= most < 6
+    taken = max(asked.count(k) for k in range(4))
+    assert 3 <= taken < 6
     name = "epsilon_covered" if "records" in settings else "epsilon"
-    assert summary["privacy"][name] == summary["metrics"][name] == ClientLevel(0.5, 2.0, 1e-5).epsilon(most)
+    assert summary["privacy"][name] == summary["metrics"][name] == ClientLevel(0.5, 2.0, 1e-5).epsilon(taken)
     assert "drawn" not in summary["privacy"]
     assert (summary["privacy"]["leaves_uncovered"] == ["records"]) == ("records" in settings)
 
@@ -489,7 +489,7 @@ def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_
         monkeypatch.setitem(METHODS, "fedavg", kind)
         summary = run(make_config("fedavg", rounds=2, on_nan="skip", **NOISED), out=tmp_path / name, data=make_data())
         timeless = ("seconds", "round_seconds", "phases", "device")
-        records = [{k: v for k, v in each.items() if k not in timeless} for each in read_metrics(tmp_path / name)]
+        records = [{k: v for k, v in record.items() if k not in timeless} for record in read_metrics(tmp_path / name)]
         seen[name] = (
             [sorted(record) for record in records],
             [record["bytes_up"] for record in records],

@@ -62,7 +62,7 @@ def test_it_is_the_run_of_plain_pytorch(make_data, tmp_path, adapter):
         for size in sizes:
             local = copy.deepcopy(plain).train()
             local.backbone[1].eval()  # its scale and shift are frozen
-            trained = [each for each in local.parameters() if each.requires_grad]
+            trained = [parameter for parameter in local.parameters() if parameter.requires_grad]
             optimiser = torch.optim.SGD(trained, config.lr, config.momentum, weight_decay=config.weight_decay)
             for _, _, images, targets in [row for row in Recording.rows if row[:2] == (turn, size)]:
                 optimiser.zero_grad()
@@ -116,18 +116,18 @@ def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
     The others have the gradients that they always have.
     """
     settings = {"width": 4, "freeze": "layer1.*"}
-    one, two = (played(tmp_path / str(n), model, make_data, workers=n, **settings).model().state_dict() for n in (1, 2))
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    own, two = (played(tmp_path / str(n), model, make_data, workers=n, **settings).model().state_dict() for n in (1, 2))
+    assert all(torch.equal(value, two[name]) for name, value in own.items())
     start = models.build(model, classes=3, channels=3, image_size=8, seed=0, width=4)
-    frozen = {name for name, value in start.state_dict().items() if torch.equal(value, one[name])}
-    assert frozen == {name for name in one if name.startswith("layer1.")}
-    other, images = copy.deepcopy(start), torch.rand(4, 3, 8, 8)
+    frozen = {name for name, value in start.state_dict().items() if torch.equal(value, own[name])}
+    assert frozen == {name for name in own if name.startswith("layer1.")}
+    thawed, images = copy.deepcopy(start), torch.rand(4, 3, 8, 8)
     freeze(start, ["layer1.*"], model)
-    for network in (start, train_mode(start), other.train()):
+    for network in (start, train_mode(start), thawed.train()):
         freeze_bn_after(network.get_submodule("layer1"))
         network(images).square().sum().backward()
-    grads = {name: each.grad for name, each in other.named_parameters()}
-    assert all(torch.equal(each.grad, 2 * grads[name]) for name, each in start.named_parameters() if each.requires_grad)
+    grads = {name: p.grad for name, p in thawed.named_parameters()}
+    assert all(torch.equal(p.grad, 2 * grads[name]) for name, p in start.named_parameters() if p.requires_grad)
 
 
 WRONG = {
@@ -167,10 +167,10 @@ def test_every_client_begins_with_what_does_not_travel(make_data, make_public, t
         with pytest.raises(UserError, match=r"leaves nothing of .* to be shared"):
             run("Small", 1)
         return
-    one, two, plain = run("remembering", 1), run("remembering", 2), run("Small", 1)
-    assert one.metrics == two.metrics != plain.metrics
-    assert one.evaluate()["ood_loss"] == one.metrics["ood_loss"]
-    assert one.history.records[-1]["bytes_up"] == plain.history.records[-1]["bytes_up"]
+    single, two, plain = run("remembering", 1), run("remembering", 2), run("Small", 1)
+    assert single.metrics == two.metrics != plain.metrics
+    assert single.evaluate()["ood_loss"] == single.metrics["ood_loss"]
+    assert single.history.records[-1]["bytes_up"] == plain.history.records[-1]["bytes_up"]
     if freeze and METHODS[method].averages:
-        start, found = plain.model().state_dict(), one.model().state_dict()
+        start, found = plain.model().state_dict(), single.model().state_dict()
         assert all(torch.equal(value, found[name]) for name, value in start.items() if name.startswith("backbone"))

@@ -128,14 +128,14 @@ def test_the_same_with_workers(root, on_disk, tmp_path):
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
 
 
-@pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.exhaustive), False], ids=["first", "then"])
-def test_resumed_with_and_without_a_cache(root, on_disk, tmp_path, first):
+@pytest.mark.parametrize("caches", [pytest.param(True, marks=pytest.mark.exhaustive), False], ids=["first", "then"])
+def test_resumed_with_and_without_a_cache(root, on_disk, tmp_path, caches):
     config = settings(root)
     run(config, out=tmp_path / "whole")
     cached = config.replace(cache=str(tmp_path / "cache"))
     on_disk()
-    killed(cached if first else config, out=tmp_path / "run", at=KillAt("round", 1))
-    run(config if first else cached, out=tmp_path / "run", resume=True)
+    killed(cached if caches else config, out=tmp_path / "run", at=KillAt("round", 1))
+    run(config if caches else cached, out=tmp_path / "run", resume=True)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 

@@ -72,7 +72,7 @@ def plainly(network, sizes, loss_fn, lr, momentum):
         uploads = []
         for size in sizes:
             local = copy.deepcopy(network).train()
-            trained = [each for each in local.parameters() if each.requires_grad]
+            trained = [parameter for parameter in local.parameters() if parameter.requires_grad]
             optimiser = torch.optim.SGD(trained, lr, momentum)
             for *_, batch in [entry for entry in Recorded.seen if entry[:2] == (turn, size)]:
                 inputs, targets = split_targets(batch)
@@ -113,14 +113,14 @@ def test_it_is_the_run_of_plain_pytorch(example, tmp_path):
 class Drawing(Dataset):
     """Samples that draw from all three global generators."""
 
-    def __init__(self, count, first):
-        self.count, self.first = count, first
+    def __init__(self, count, offset):
+        self.count, self.offset = count, offset
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, index):
-        target = (self.first + index) % 3
+        target = (self.offset + index) % 3
         noise = 0.1 * (torch.randn(4) + float(np.random.randn()) + random.random())  # noqa: NPY002
         return torch.full((4,), float(target)) + noise, target
 
@@ -142,8 +142,8 @@ def state(run):
     return [value.clone() for value in run.model().state_dict().values()], run.metrics
 
 
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True)) and first[1] == second[1]
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left[0], right[0], strict=True)) and left[1] == right[1]
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -153,16 +153,16 @@ def test_bits_do_not_depend_on_workers_threads_and_interruptions(method, tmp_pat
     def played(name, **how):
         return fedkern.simulate(method, **drawing(), rounds=3, out=tmp_path / name, **{**HERE, **how})
 
-    one = played("one")
+    single = played("one")
     outside = torch.rand(2), np.random.rand(), random.random()  # noqa: NPY002
     assert outside
-    assert same(state(one), state(played("two", workers=2)))
-    assert same(state(one), state(played("threads", threads=2)))
+    assert same(state(single), state(played("two", workers=2)))
+    assert same(state(single), state(played("threads", threads=2)))
 
     with pytest.raises(Kill):
         played("cut", listener=KillAt("round-start", round=2))
     again = fedkern.load(tmp_path / "cut", **drawing()).resume(progress=False, pictures=False, workers=2)
-    assert same(state(one), state(again))
+    assert same(state(single), state(again))
 
 
 DRAWN = []
@@ -193,16 +193,16 @@ def test_every_batch_of_a_collation_has_draws_of_its_own(kind, tmp_path):
     given |= {"collate_fn": hiding, "rounds": 2, "local_epochs": 2, "batch_size": 5}
     given |= {"train": in_a_loop} if kind == "loop" else {"lr": 0.1}
     DRAWN.clear()
-    alone = fedkern.simulate("fedavg", **given, out=tmp_path / "one", **HERE)
+    single = fedkern.simulate("fedavg", **given, out=tmp_path / "one", **HERE)
     drawn = [draws for size, *draws in DRAWN if size == 5]
     assert len(drawn) >= 32  # four batches, two epochs, rounds and clients
     of_tests = [draws for size, *draws in DRAWN if size == 64]
     for generator in range(3):
         assert len({draws[generator] for draws in drawn}) >= 32
         assert len({draws[generator] for draws in of_tests}) == 4  # the same ones in every round
-    assert alone.evaluate()["loss"] == alone.metrics["loss"]
+    assert single.evaluate()["loss"] == single.metrics["loss"]
     assert same(
-        state(alone), state(fedkern.simulate("fedavg", **given, out=tmp_path / "two", **{**HERE, "workers": 2}))
+        state(single), state(fedkern.simulate("fedavg", **given, out=tmp_path / "two", **{**HERE, "workers": 2}))
     )
 
 
@@ -256,13 +256,13 @@ def test_an_evaluation_that_draws_repeats(model, given, tmp_path):
         names = ("loss", "client_metrics", "validation_loss")
         return [{name: record.get(name) for name in names} for record in run.history.records], run.metrics
 
-    one = play("one")
+    single = play("one")
     torch.rand(5), random.random()
-    assert figures(play("again")) == figures(one)
-    assert figures(play("two", workers=2)) == figures(one)
-    assert figures(play("cut", rounds=2).extend(3, progress=False, pictures=False)) == figures(one)
-    assert {name: one.evaluate()[name] for name in ("loss", "validation_loss")} == {
-        name: one.metrics[name] for name in ("loss", "validation_loss")
+    assert figures(play("again")) == figures(single)
+    assert figures(play("two", workers=2)) == figures(single)
+    assert figures(play("cut", rounds=2).extend(3, progress=False, pictures=False)) == figures(single)
+    assert {name: single.evaluate()[name] for name in ("loss", "validation_loss")} == {
+        name: single.metrics[name] for name in ("loss", "validation_loss")
     }
 
 
@@ -441,11 +441,11 @@ def test_every_kind_of_sample(kind, tmp_path):
 
 
 def test_parts_of_a_batch():
-    one, two, three = torch.rand(2, 1), torch.rand(2, 1), torch.rand(2)
-    assert split_targets([one, three])[0] is one
-    assert split_targets((one, two, three)) == (Positional((one, two)), three)
-    assert split_targets({"x": one, "labels": three}) == (Keywords({"x": one}), three)
-    assert split_targets({"x": one}) == ({"x": one}, None)
+    x, z, labels = torch.rand(2, 1), torch.rand(2, 1), torch.rand(2)
+    assert split_targets([x, labels])[0] is x
+    assert split_targets((x, z, labels)) == (Positional((x, z)), labels)
+    assert split_targets({"x": x, "labels": labels}) == (Keywords({"x": x}), labels)
+    assert split_targets({"x": x}) == ({"x": x}, None)
     pair = ItemNetwork(Two(), None, raw=False)
     inputs = torch.rand(2, 2), torch.rand(2, 3)
     assert torch.equal(pair(Positional(inputs)), pair(Keywords(first=inputs[0], second=inputs[1])))
@@ -453,13 +453,13 @@ def test_parts_of_a_batch():
 
 def test_tensors_in_memory_are_indexed_as_they_are():
     """As torch's collation of items, of torch's own sets alone."""
-    first, second = (TensorDataset(torch.rand(n, 2), torch.arange(n)) for n in (7, 5))
-    whole = ConcatDataset([Subset(first, [6, 1, 2]), second])
-    split = Items(whole, "data", CLASSIFICATION, default_collate)
+    longer, shorter = (TensorDataset(torch.rand(n, 2), torch.arange(n)) for n in (7, 5))
+    joined = ConcatDataset([Subset(longer, [6, 1, 2]), shorter])
+    split = Items(joined, "data", CLASSIFICATION, default_collate)
     rows = [7, 0, 3, 2, 2]
     assert split.still
     assert not Items(Listed([1, 2]), "data", CLASSIFICATION, default_collate).still
-    for found, expected in zip(split.batch(rows, 0), default_collate([whole[row] for row in rows]), strict=True):
+    for found, expected in zip(split.batch(rows, 0), default_collate([joined[row] for row in rows]), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -470,14 +470,14 @@ def table(count, seed=0):
 
 
 def test_one_set_is_shared_out(tmp_path):
-    whole = TensorDataset(torch.randn(60, 4), torch.arange(60) % 3)
+    pool = TensorDataset(torch.randn(60, 4), torch.arange(60) % 3)
     found = fedkern.simulate(
-        "fedavg", data=whole, test=table(9), clients=3, partition="dirichlet:0.5", train_samples=50,
+        "fedavg", data=pool, test=table(9), clients=3, partition="dirichlet:0.5", train_samples=50,
         model=nn.Linear(4, 4), rounds=1, out=tmp_path / "run", **HERE,
     )  # fmt: skip
     sizes = [entry["samples"] for entry in found.history.records[-1]["clients"].values()]
     assert (len(sizes), sum(sizes)) == (3, 50)
-    again = fedkern.load(tmp_path / "run", data=whole, test=table(9), model=nn.Linear(4, 4))
+    again = fedkern.load(tmp_path / "run", data=pool, test=table(9), model=nn.Linear(4, 4))
     assert again.evaluate() == pytest.approx(found.metrics)
 
 
@@ -525,10 +525,10 @@ def test_samples_are_held_out(held, sets, tmp_path):
 
 def test_validation_sets_are_taken_together(tmp_path):
     given = {"data": {"a": table(30), "b": table(20, 1)}, "test": table(12, 2), "model": nn.Linear(4, 4), "rounds": 1}
-    parts, one = {"a": table(7, 3), "b": table(8, 4)}, ConcatDataset([table(7, 3), table(8, 4)])
+    parts, joined = {"a": table(7, 3), "b": table(8, 4)}, ConcatDataset([table(7, 3), table(8, 4)])
     how = {**given, **HERE}
     several = fedkern.simulate("fedavg", **how, validation=parts, out=tmp_path / "several").metrics
-    assert several == fedkern.simulate("fedavg", **how, validation=one, out=tmp_path / "one").metrics
+    assert several == fedkern.simulate("fedavg", **how, validation=joined, out=tmp_path / "one").metrics
     assert "validation_accuracy" in several
     private = fedkern.simulate("fedavg", **how, validation=parts, records="private", out=tmp_path / "private").metrics
     assert "validation_accuracy" not in private
@@ -595,18 +595,18 @@ def logging_loop():
     ("name", "make"), [("loss_fn", Counting), ("loss_fn", Averaging), ("train", logging_loop)], ids=range(3)
 )
 def test_objects_that_change_while_they_run_go_on(name, make, tmp_path):
-    how, first = {**GOOD, "data": [table(9), table(9, 1)]}, make()
-    run = fedkern.simulate("fedavg", **how, **{name: first}, rounds=1, out=tmp_path / "run", **HERE)
+    how, loss = {**GOOD, "data": [table(9), table(9, 1)]}, make()
+    run = fedkern.simulate("fedavg", **how, **{name: loss}, rounds=1, out=tmp_path / "run", **HERE)
     before = identity_table({name: make()})
-    assert identity_table({name: first}) != before
+    assert identity_table({name: loss}) != before
     run.evaluate()
     run.extend(2, **QUIET)
-    fedkern.load(tmp_path / "run", **how, **{name: first}).extend(3, **QUIET)
+    fedkern.load(tmp_path / "run", **how, **{name: loss}).extend(3, **QUIET)
     fedkern.load(tmp_path / "run", **how, **{name: make()}).extend(4, **QUIET)  # as in another process
     if make is Counting:
-        first.calls = -5
+        loss.calls = -5
         with pytest.raises(UserError, match=r"\(`loss_fn.calls` changed from 0 to -5\): put back the former one"):
-            fedkern.load(tmp_path / "run", **how, loss_fn=first).extend(5, **QUIET)
+            fedkern.load(tmp_path / "run", **how, loss_fn=loss).extend(5, **QUIET)
 
 
 class Scaled(nn.Linear):
@@ -624,8 +624,8 @@ def test_a_network_of_other_code_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the network Scaled has changed .* \(`model.scale` changed from 1 to 2\)"):
         fedkern.load(tmp_path / "run", **how, model=Scaled(2)).extend(2, **QUIET)
     fedkern.load(tmp_path / "run", **how, model=Scaled(1)).extend(2, **QUIET)  # of other weights
-    more = fedkern.load(tmp_path / "run", **how, model=Scaled(2), trusted=["model"]).extend(3, **QUIET)
-    assert "goes on with the network Scaled as it is now" in more.summary["diagnostics"]["other-code"]
+    extended = fedkern.load(tmp_path / "run", **how, model=Scaled(2), trusted=["model"]).extend(3, **QUIET)
+    assert "goes on with the network Scaled as it is now" in extended.summary["diagnostics"]["other-code"]
     monkeypatch.setattr(Scaled, "forward", nn.Linear.forward)
     with pytest.raises(UserError, match=r"\(`Scaled.forward` changed"):
         fedkern.load(tmp_path / "run", **how, model=Scaled(1)).extend(4, **QUIET)
@@ -637,14 +637,14 @@ def without_things(items):
 
 def test_items_count_with_their_objects_and_what_does_not_is_told(tmp_path):
     def how(thing):
-        first, second = (Listed([(*item, thing) for item in rows]) for rows in (table(9), table(6, 1)))
-        return {"data": [first], "test": second, "model": nn.Linear(4, 4), "collate_fn": without_things}
+        train, second = (Listed([(*item, thing) for item in rows]) for rows in (table(9), table(6, 1)))
+        return {"data": [train], "test": second, "model": nn.Linear(4, 4), "collate_fn": without_things}
 
     fedkern.simulate("fedavg", **how(Counting()), rounds=1, out=tmp_path / "run", **HERE)
-    other = Counting()
-    other.calls = 1
+    counter = Counting()
+    counter.calls = 1
     with pytest.raises(UserError, match="The data are not those"):
-        fedkern.load(tmp_path / "run", **how(other)).extend(2, **QUIET)
+        fedkern.load(tmp_path / "run", **how(counter)).extend(2, **QUIET)
     fedkern.load(tmp_path / "run", **how(Counting())).extend(3, **QUIET)
     heard = Hearing()
     fedkern.simulate("fedavg", **how(threading.Lock()), rounds=1, out=tmp_path / "lock", **HERE, listener=heard)
@@ -655,7 +655,7 @@ def test_items_count_with_their_objects_and_what_does_not_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("item", "changed"),
     [
         (np.array(["a", "b"])[0], np.array(["a", "b"])[1]), (np.array(["a"]), np.array(["b"])),
         (Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 9)), (torch.zeros(2), torch.ones(2)), (1.0, 2.0),
@@ -663,11 +663,11 @@ def test_items_count_with_their_objects_and_what_does_not_is_told(tmp_path):
         (np.datetime64("2026-01-01"), np.datetime64("2026-01-02")),
     ],
 )  # fmt: skip
-def test_items_of_any_kind_have_hashes(one, other):
+def test_items_of_any_kind_have_hashes(item, changed):
     def digest(value):
         return look(Items(Listed([value]), "x", CLASSIFICATION, default_collate)).digest
 
-    assert digest(one) == digest(copy.deepcopy(one)) != digest(other)
+    assert digest(item) == digest(copy.deepcopy(item)) != digest(changed)
 
 
 class Opened(Dataset):
@@ -689,18 +689,18 @@ def test_open_files_are_not_shared_by_a_fork(tmp_path):
     given = {"data": [Opened(tmp_path / "values", 20), Opened(tmp_path / "values", 30)], "model": nn.Linear(4, 2)}
     given |= {"test": Opened(tmp_path / "values", 9), "rounds": 2}
     told = fedkern.simulate("fedavg", **given, out=tmp_path / "run", **{**HERE, "workers": 2})
-    alone = fedkern.simulate("fedavg", **given, out=tmp_path / "alone", **HERE)
+    single = fedkern.simulate("fedavg", **given, out=tmp_path / "alone", **HERE)
     said = r"cannot be pickled .*: open files and connections where an item is read to have them side by side"
     assert re.search(said, told.summary["diagnostics"]["no-workers"])
-    assert same(state(told), state(alone))
+    assert same(state(told), state(single))
 
 
 @pytest.mark.parametrize("loss", ["of a module", "lambda"])
 @pytest.mark.parametrize("kind", ["descriptor", "cached", "module"])
 def test_workers_have_positions_of_their_own_in_open_files(kind, loss, tmp_path, processes):
     loss_fn = nn.CrossEntropyLoss() if loss == "of a module" else (lambda o, t: nn.functional.cross_entropy(o, t))
-    whole = opened_at_import.Bytes(kind, 0, 90)
-    given = {"data": [Subset(whole, range(45)), Subset(whole, range(45, 90))], "model": nn.Linear(2, 3), "rounds": 2}
+    data = opened_at_import.Bytes(kind, 0, 90)
+    given = {"data": [Subset(data, range(45)), Subset(data, range(45, 90))], "model": nn.Linear(2, 3), "rounds": 2}
     given |= {"test": opened_at_import.Bytes(kind, 90, 40), "loss_fn": loss_fn, "lr": 0.1}
     two = fedkern.simulate("fedavg", **given, out=tmp_path / "two", **{**HERE, "workers": 2})
     assert len(processes) == 2
@@ -1072,8 +1072,8 @@ def test_some_of_very_many_samples_are_drawn_without_an_order_of_all():
 
 def test_other_machines_have_no_such_data(monkeypatch, tmp_path):
     words = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    more = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}
-    for name, value in {**words, **more}.items():
+    launched = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}
+    for name, value in {**words, **launched}.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=r"other ranks have none: .*, with workers=N, or .* load FILE"):
         fedkern.simulate("fedavg", **GOOD, rounds=1, out=tmp_path / "run", **HERE)
@@ -1368,10 +1368,10 @@ def test_what_cannot_go_on_moves_nothing(is_cut, tmp_path):
         with pytest.raises(UserError, match=said):
             go_on("run", **known)
         assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    whole = fedkern.simulate("fedavg", **given, rounds=2, out=tmp_path / "whole", **HERE)
-    assert same(state(go_on("run", **given)), state(whole))
-    other = go_on("other", **{**given, "loss_fn": second_loss}, trusted=["loss_fn"])
-    assert "goes on with the loss, a metric or the collation as it is now" in other.summary["diagnostics"]["other-code"]
+    uncut = fedkern.simulate("fedavg", **given, rounds=2, out=tmp_path / "whole", **HERE)
+    assert same(state(go_on("run", **given)), state(uncut))
+    reset = go_on("other", **{**given, "loss_fn": second_loss}, trusted=["loss_fn"])
+    assert "goes on with the loss, a metric or the collation as it is now" in reset.summary["diagnostics"]["other-code"]
 
 
 class Counts(Task):

@@ -97,8 +97,8 @@ def test_what_a_round_writes_follows_from_the_clients_that_work(make_many, small
         found = played(small(clients, rounds=rounds), make_many(clients), tmp_path / str(clients), written)
         states = [name for name, _ in found if name.startswith("client-")]
         assert len(states) == rounds * WORKING
-        others = len(found) - len(states)
-        assert others <= 3 * rounds + 2  # server, manifest and table, and the manifests of the beginning and the end
+        shared = len(found) - len(states)
+        assert shared <= 3 * rounds + 2  # server, manifest and table, and the manifests of the beginning and the end
         totals[clients] = sum(size for _, size in found)
         largest = max(size for name, size in found if name == "manifest.json")
         assert largest < 40_000
@@ -113,12 +113,12 @@ def test_files_are_those_of_the_states(slack, make_many, small, tmp_path, monkey
     checkpoints = Checkpoints(tmp_path)
     entry = checkpoints.peek()
     named, _ = checkpoints.files_of(entry)
-    there = {path.name for path in checkpoints.folder.iterdir()}
-    states = {name for name in there if name.startswith("client-")}
+    names = {path.name for path in checkpoints.folder.iterdir()}
+    states = {name for name in names if name.startswith("client-")}
     assert set(named.values()) <= states
     assert len(states) <= len(named) + WORKING  # those of the checkpoint before, of clients that have worked again
-    assert len(there - states) <= 2 + 1 + 2  # two servers, the manifest, a table or two
-    assert entry["table"]["file"] in there
+    assert len(names - states) <= 2 + 1 + 2  # two servers, the manifest, a table or two
+    assert entry["table"]["file"] in names
     assert len(entry["files"]) == WORKING + 1
     assert json.loads((checkpoints.folder / "manifest.json").read_text())["format"] == FORMAT
 
@@ -134,9 +134,9 @@ def lengths(run):
         if isinstance(value, (list, dict, set, deque)):
             found[where] = len(value)
             if isinstance(value, list):  # of filters and parts
-                todo += [(f"{where}.{type(each).__name__}", each) for each in value[:20]]
+                todo += [(f"{where}.{type(item).__name__}", item) for item in value[:20]]
         elif type(value).__module__.startswith(("fedkern.engine", "fedkern.settings")):
-            todo += [(f"{where}.{name}", each) for name, each in getattr(value, "__dict__", {}).items()]
+            todo += [(f"{where}.{name}", attribute) for name, attribute in getattr(value, "__dict__", {}).items()]
     return found
 
 
@@ -159,9 +159,9 @@ def test_nothing_else_grows_with_the_rounds(workers, make_many, small, tmp_path,
 
     settings = small(500, rounds=17, workers=workers)
     run(settings, out=tmp_path, data=make_many(500), listener=Hearing(on_round=look))
-    first, *_, last = found
-    assert "run._run.store.checkpoints._due" in first
-    grown = {name for name, length in last.items() if length > first.get(name, 0) + 3 * WORKING}
+    early, *_, last = found
+    assert "run._run.store.checkpoints._due" in early
+    grown = {name for name, length in last.items() if length > early.get(name, 0) + 3 * WORKING}
     assert grown <= ROWS_OF_CLIENTS
     assert {"run._run.store.checkpoints._table.rows"} <= grown  # the test would see it
     assert descriptors[-1] <= descriptors[0] + 3  # a file may be on its way to the disk
@@ -189,16 +189,16 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
 
 
 @pytest.fixture
-def whole(played_once, make_many, small):
+def uncut(played_once, make_many, small):
     """Return the outcome of the run of 300 clients and six rounds."""
     return outcome(played_once("whole", lambda out: run(small(300, rounds=6), out=out, data=make_many(300))))
 
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("at", [("client", 12), ("round-start", 5), ("round", 3), ("end", 0)])
-def test_a_killed_run_goes_on(at, make_many, small, whole, tmp_path):
+def test_a_killed_run_goes_on(at, make_many, small, uncut, tmp_path):
     data, config = make_many(300), small(300, rounds=6)
-    assert kill_and_resume(config, out=tmp_path / "cut", data=data, at=KillAt(*at)) == whole
+    assert kill_and_resume(config, out=tmp_path / "cut", data=data, at=KillAt(*at)) == uncut
 
 
 @pytest.mark.exhaustive
@@ -266,22 +266,22 @@ def test_a_lost_state_is_named_before_the_run_goes_on(cut, make_many):
         go_on(cut, make_many(300))
 
 
-def test_a_cut_table_falls_back_to_the_checkpoint_before(cut, make_many, whole):
+def test_a_cut_table_falls_back_to_the_checkpoint_before(cut, make_many, uncut):
     newest = Checkpoints(cut).peek()
     path = cut / "checkpoints" / newest["table"]["file"]
     path.write_bytes(path.read_bytes()[:-5])
     go_on(cut, make_many(300))
     found = outcome(cut)
     assert path.name in found[2]["diagnostics"]["damaged-checkpoint"]
-    assert without(found, "damaged-checkpoint") == whole
+    assert without(found, "damaged-checkpoint") == uncut
 
 
-def test_what_an_interrupted_commit_left_in_the_table_is_dropped(cut, make_many, whole):
+def test_what_an_interrupted_commit_left_in_the_table_is_dropped(cut, make_many, uncut):
     path = cut / "checkpoints" / Checkpoints(cut).peek()["table"]["file"]
     with path.open("a") as file:
         file.write('{"0": ["client-00000-0000')
     go_on(cut, make_many(300))
-    assert outcome(cut) == whole
+    assert outcome(cut) == uncut
 
 
 @pytest.mark.parametrize("slack", [0, 1 << 16])

@@ -73,16 +73,16 @@ class Choosing(FedAvg):
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
-    ("kind", "what"),
+    ("kind", "operator"),
     [(Reading, "a value that is read"), (Copying, "a copy of [3] to meta"), (Choosing, "depends on values")],
 )
-def test_steps_that_wait_are_noticed(kind, what, make_data, monkeypatch, tmp_path):
+def test_steps_that_wait_are_noticed(kind, operator, make_data, monkeypatch, tmp_path):
     monkeypatch.setitem(METHODS, "fedavg", kind)
     waits = pretend(monkeypatch)
     short = {**settings("fedavg"), "rounds": 1, "local_epochs": 1}
     with waits:
         run(RunConfig.make("fedavg", device="cpu", grad_cam=0, **short), data=make_data(), out=tmp_path)
-    assert any(what in found for found in waits.found)
+    assert any(operator in found for found in waits.found)
 
 
 def test_what_is_sent_is_what_was_given():

@@ -31,9 +31,9 @@ def context(make_data, make_config):
 
 def test_what_was_kept_works_in_the_other_process(context):
     server, client = Server(context), Client(context, 1, {})
-    there, notice, build, network = sent((context, server.notice, server.build, client.network))
+    node, notice, build, network = sent((context, server.notice, server.build, client.network))
     heard = []
-    there.notices.on_notice = heard.append
+    node.notices.on_notice = heard.append
     notice("hello")
     assert heard == ["hello"]
     expected = {name: value.tolist() for name, value in server.build().state_dict().items()}
@@ -48,10 +48,10 @@ def test_what_was_kept_works_in_the_other_process(context):
 ])  # fmt: skip
 def test_warnings_that_may_be_told(context, disclosure, told):
     context.notices.disclosure = disclosure
-    there, server, client = sent((context, Server(context).warn, Client(context, 1, {}).warn))
+    node, server, client = sent((context, Server(context).warn, Client(context, 1, {}).warn))
     server("of-server", "text")
     client("of-client", "text")
-    assert there.notices.warnings == told
+    assert node.notices.warnings == told
     assert not context.notices.warnings
 
 
@@ -118,4 +118,4 @@ def test_a_report_that_is_no_number_fails_its_client(context, name):
 def test_a_report_has_no_name_of_the_engines(context, name):
     answer = asked(context, {name: 5})
     assert f'client.report["{name}"] has a name of the engine\'s' in str(answer.problem)
-    assert all(each in str(answer.problem) for each in TAKEN)
+    assert all(taken in str(answer.problem) for taken in TAKEN)

@@ -170,11 +170,11 @@ def steps_of(config, data, out, monkeypatch):
 @pytest.mark.parametrize("limits", [{"local_epochs": 3}, {"local_steps": 11}])
 def test_a_slow_client_does_a_part_of_its_steps(make_data, make_config, tmp_path, monkeypatch, limits):
     data = make_data(SIZES)
-    whole = steps_of(make_config("fedavg", clients=4, rounds=3, **limits), data, tmp_path / "a", monkeypatch)
+    steps = steps_of(make_config("fedavg", clients=4, rounds=3, **limits), data, tmp_path / "a", monkeypatch)
     config = make_config("fedavg", clients=4, rounds=3, straggler_rate=0.6, **limits)
     part = steps_of(config, data, tmp_path / "b", monkeypatch)
     shares = {(round, n): share_of_work(config, round, k) for round in range(3) for k, n in enumerate(SIZES)}
-    assert part == {key: max(1, int(count * shares[key])) for key, count in whole.items()}
+    assert part == {key: max(1, int(count * shares[key])) for key, count in steps.items()}
     assert any(share < 1 for share in shares.values())
     record = json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[0])
     told = {int(k): info.get("work_done", 1.0) for k, info in record["clients"].items()}
@@ -222,9 +222,9 @@ class Belated(Participation):
         return replace(given, began=dict.fromkeys(given.clients, round - 1) if round > 0 else {})
 
     def messages(self, clients, send):
-        now = send(clients)
-        message = self._before or now[clients[0]]
-        self._before = dict(now[clients[0]])
+        fresh = send(clients)
+        message = self._before or fresh[clients[0]]
+        self._before = dict(fresh[clients[0]])
         return dict.fromkeys(clients, message)
 
     def state(self):
@@ -304,6 +304,6 @@ def test_a_plan_draws_from_the_run(make_data, make_config, tmp_path, monkeypatch
     run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
     run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True, rounds=6)
     assert outcome(tmp_path / "parts")[0] == outcome(tmp_path / "whole")[0]
-    other = make_config("fedavg", seed=1, **settings)
-    run(other, out=tmp_path / "other", data=make_data(SIZES))
+    reseeded = make_config("fedavg", seed=1, **settings)
+    run(reseeded, out=tmp_path / "other", data=make_data(SIZES))
     assert [list(record["clients"]) for record in read_metrics(tmp_path / "other")] == [[str(k)] for k in walks[2]]

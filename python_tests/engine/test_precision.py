@@ -169,9 +169,9 @@ def test_a_step_is_seen_inside_a_callers_autocast():
         before = network.module(images)
         network.parameters.detach().mul_(1.5)
         after = network.module(images)
-        other = Network(models.build("cnn", classes=3, channels=3, image_size=8, width=8, seed=1), torch.device("cpu"))
-        other.write(network.read())
-        assert torch.equal(after, other.module(images))
+        copied = Network(models.build("cnn", classes=3, channels=3, image_size=8, width=8, seed=1), torch.device("cpu"))
+        copied.write(network.read())
+        assert torch.equal(after, copied.module(images))
     assert not torch.equal(before, after)
 
 
@@ -193,12 +193,12 @@ def test_the_received_network_is_cast_once_and_anew_for_every_message(make_data,
         own = bench.networks.get("server")
         own.write(message)
         own.eval_mode()
-        first = bench.networks.frozen(message, None)
-        assert first is bench.networks.frozen(message, None)
-        weights = {name: p.dtype for name, p in first.named_parameters()}
+        frozen = bench.networks.frozen(message, None)
+        assert frozen is bench.networks.frozen(message, None)
+        weights = {name: p.dtype for name, p in frozen.named_parameters()}
         assert weights["layer1.0.weight"] == torch.bfloat16
         assert weights["head.weight"] == weights["layer1.1.weight"] == torch.float32
-        assert torch.equal(first(images), own.module(images))  # what autocast gives that casts at every call
+        assert torch.equal(frozen(images), own.module(images))  # what autocast gives that casts at every call
         changed = {**message, "parameters": message["parameters"] * 1.5}
         own.write(changed)
         assert torch.equal(bench.networks.frozen(changed, None)(images), own.module(images))

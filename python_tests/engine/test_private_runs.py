@@ -118,13 +118,13 @@ def test_the_seed_does_not_tell_the_noise(options, make_data, make_config, tmp_p
                 assert bits.encode() not in content, path
                 assert bytes.fromhex(bits) not in content, path
                 assert str(int(bits, 16)).encode() not in content, path
-    one, other = found
-    assert len({*one[0], *other[0]}) == 6
+    left, right = found
+    assert len({*left[0], *right[0]}) == 6
     for k in range(3):
-        assert not torch.equal(one[1]["classes"][k], other[1]["classes"][k])
-        teachers = [each[2][k]["teacher"]["parameters"] for each in found]
+        assert not torch.equal(left[1]["classes"][k], right[1]["classes"][k])
+        teachers = [outcome[2][k]["teacher"]["parameters"] for outcome in found]
         assert torch.equal(*teachers) == ("teacher_dp" not in options)
-    assert not torch.equal(*(each[1]["generator"]["parameters"] for each in found))
+    assert not torch.equal(*(outcome[1]["generator"]["parameters"] for outcome in found))
     said = json.loads((tmp_path / "one" / "summary.json").read_text())["privacy"]["statement"]
     assert "and their secret bits) stays with the clients; it covers" in said
     assert "seed" not in said

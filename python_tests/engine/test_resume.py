@@ -117,8 +117,8 @@ def test_killed_again_and_again(make_data, make_config, tmp_path, reference):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_resumes(method, make_small, tmp_path):
-    whole = METHODS[method].one_shot or method == "local"  # all clients take part
-    config, data = make_small(method, 3, **({} if whole else {"sample_fraction": 0.67}))
+    needs_all = METHODS[method].one_shot or method == "local"  # all clients take part
+    config, data = make_small(method, 3, **({} if needs_all else {"sample_fraction": 0.67}))
     run(config, out=tmp_path / "whole", data=data)
     cut = tmp_path / "cut"
     assert kill_often(config, out=cut, data=data, at=lambda attempt: KillAt("client", 1 + 2 * attempt))
@@ -248,14 +248,14 @@ def test_a_signal_that_was_lost_ends_the_run_at_that_batch(number, kind, make_da
     assert Checkpoints(tmp_path).peek()["round"] == 1
 
 
-@pytest.mark.parametrize("what", ["clients", "classes"])
-def test_names_that_have_changed_since_are_a_sentence(what, make_data, make_config, tmp_path):
+@pytest.mark.parametrize("named", ["clients", "classes"])
+def test_names_that_have_changed_since_are_a_sentence(named, make_data, make_config, tmp_path):
     data = dataclasses.replace(make_data(), client_names=("north", "south", "west"))
     killed(make_config(rounds=3), out=tmp_path, data=data, at=KillAt("round", 1))
-    field = {"clients": "client_names", "classes": "classes"}[what]
+    field = {"clients": "client_names", "classes": "classes"}[named]
     renamed = dataclasses.replace(data, **{field: (*getattr(data, field)[:-1], "other")})
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=f"The {what} of the data have other names than when the run .*put the names"):
+    with pytest.raises(UserError, match=f"The {named} of the data have other names than when the run .*put the names"):
         run(load_settings(tmp_path), out=tmp_path, data=renamed, resume=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert run(load_settings(tmp_path), out=tmp_path, data=data, resume=True)["rounds"] == 3

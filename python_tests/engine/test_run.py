@@ -78,8 +78,8 @@ def test_ledger_counts_what_travels(make_data, make_config, tmp_path):
     model = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2)
     flat = FlatParameters(model)
     size = 4 * (len(flat.parameters) + len(flat.buffers)) + 8 * len(flat.integers)
-    each = {"up": 3 * size, "down": 3 * size, "one_off_up": 0, "one_off_down": 0}
-    assert summary["bytes"]["clients"] == {str(k): each for k in range(3)}
+    traffic = {"up": 3 * size, "down": 3 * size, "one_off_up": 0, "one_off_down": 0}
+    assert summary["bytes"]["clients"] == {str(k): traffic for k in range(3)}
     assert summary["bytes"]["up"] == summary["bytes"]["down"] == 9 * size
     assert summary["bytes"]["total"] == 18 * size
 
@@ -134,20 +134,20 @@ def test_adding_a_client_changes_no_other_clients_draws(make_data, make_config, 
 def test_the_server_holds_one_upload_at_a_time(make_data, make_config, tmp_path, monkeypatch):
     import weakref
 
-    alive, most = [], []
+    alive, held = [], []
 
     class Spy(FedAvg):
         """Counts the uploads that are alive whenever a client has finished."""
 
         def client_update(self, client, phase, message):
-            most.append(sum(ref() is not None for ref in alive))
+            held.append(sum(ref() is not None for ref in alive))
             answer = super().client_update(client, phase, message)
             alive.append(weakref.ref(answer["parameters"]))
             return answer
 
     monkeypatch.setitem(METHODS, "fedavg", Spy)
     run(make_config(), out=tmp_path / "run", data=make_data())
-    assert most == [0] * 6  # nothing is left of an upload when the next client starts
+    assert held == [0] * 6  # nothing is left of an upload when the next client starts
 
 
 def test_a_server_that_reads_nothing_still_lets_clients_work(make_data, make_config, tmp_path, monkeypatch):

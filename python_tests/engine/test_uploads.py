@@ -25,14 +25,14 @@ def first(message):
 
 def changed(message, path, value):
     """Return a copy of nested dicts with another value at a path."""
-    key, *rest = path
-    return {**message, key: changed(message[key], rest, value) if rest else value}
+    key, *deeper = path
+    return {**message, key: changed(message[key], deeper, value) if deeper else value}
 
 
 def lacking(message, path):
-    key, *rest = path
-    if rest:
-        return {**message, key: lacking(message[key], rest)}
+    key, *deeper = path
+    if deeper:
+        return {**message, key: lacking(message[key], deeper)}
     return {name: value for name, value in message.items() if name != key}
 
 
@@ -41,8 +41,8 @@ def hostile(message):
     path, value = first(message)
     name = ".".join(str(key) for key in path)
 
-    def at(other):
-        return changed(message, path, other)
+    def at(new):
+        return changed(message, path, new)
 
     yield "nothing at all", None, "is NoneType where a dict"
     yield "a list", [1, 2], "is list where a dict"
@@ -54,8 +54,8 @@ def hostile(message):
     if isinstance(value, torch.Tensor):
         yield "another shape", at(value.new_zeros((*value.shape, 1))), f"has {name} of shape"
         yield "flat", at(value.reshape(-1)[:0].reshape(0, 5, 5, 5, 5)), f"has {name} of shape"
-        other = torch.float64 if value.dtype == torch.float32 else torch.float32
-        yield "another dtype", at(value.to(other)), f"has {name} of shape"
+        dtype = torch.float64 if value.dtype == torch.float32 else torch.float32
+        yield "another dtype", at(value.to(dtype)), f"has {name} of shape"
         yield "a complex one", at(torch.zeros(value.shape, dtype=torch.complex64)), f"has {name} of shape"
         yield "no values", at(value.to("meta")), f"has {name} as a meta tensor"
         yield "a sparse one", at(value.to_sparse()), f"has {name} as a torch.sparse_coo tensor"
@@ -94,8 +94,8 @@ def test_every_method_refuses_hostile_uploads(method, make_small, tmp_path, monk
         if not answer:
             assert why_refused({"extra": 1}, declared) == "should not hold extra"
             continue
-        for what, message, said in hostile(answer):
-            assert why_refused(message, declared).startswith(said), (what, why_refused(message, declared))
+        for fault, message, said in hostile(answer):
+            assert why_refused(message, declared).startswith(said), (fault, why_refused(message, declared))
         path, _ = first(answer)
         due = declared
         for key in path:
@@ -189,7 +189,7 @@ def test_a_large_update_is_clipped(method, make_data, make_config, tmp_path, mon
 
 def test_a_bound_that_nothing_reaches_changes_no_bit(make_data, make_config, tmp_path):
     files = []
-    for name, more in (("plain", {}), ("bound", {"max_update_norm": 1e6, "clip_update_norm": 1e6})):
-        run(make_config(**more), out=tmp_path / name, data=make_data())
+    for name, bounds in (("plain", {}), ("bound", {"max_update_norm": 1e6, "clip_update_norm": 1e6})):
+        run(make_config(**bounds), out=tmp_path / name, data=make_data())
         files.append((tmp_path / name / "model.safetensors").read_bytes())
     assert files[0] == files[1]

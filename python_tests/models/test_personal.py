@@ -347,12 +347,12 @@ def test_a_method_with_one_network_sees_the_clients_states_too(make_data, own_se
 def test_a_run_that_is_resumed_at_its_end_has_its_figures(make_data, own_sets, tmp_path):
     """It evaluates after the workers are gone."""
     settings = {"data": own_sets, "personal": "head.*", "rounds": 2}
-    straight = played(tmp_path / "whole", make_data, **settings)
+    uncut = played(tmp_path / "whole", make_data, **settings)
     with pytest.raises(Kill):
         played(tmp_path / "run", make_data, listener=KillAt("end"), workers=2, **settings)
     (tmp_path / "run" / "summary.json").unlink(missing_ok=True)
     resumed = fedkern.load(tmp_path / "run", data=own_sets).resume(progress=False, pictures=False)
-    assert outcome(resumed.out) == outcome(straight.out)
+    assert outcome(resumed.out) == outcome(uncut.out)
 
 
 class Failing(FedAvg):

@@ -209,17 +209,17 @@ def test_a_target_out_of_reach_is_said():
 
 
 def test_the_ledger_survives_a_resume_and_does_not_grow():
-    straight, half = Accountant(), Accountant()
-    for accountant, steps in ((straight, 50), (half, 20)):
+    uncut, half = Accountant(), Accountant()
+    for accountant, steps in ((uncut, 50), (half, 20)):
         for _ in range(steps):
             accountant.gaussian("discriminator", 4.0, shards=10)
         accountant.dp_sgd("teacher", 1.0, rate=0.1, steps=7)
     resumed = Accountant(json.loads(json.dumps(half.state)))
     for _ in range(30):
         resumed.gaussian("discriminator", 4.0, shards=10)
-    assert resumed.state == straight.state
-    assert [len(rows) for rows in straight.state.values()] == [1, 1]
-    assert resumed.figure(DELTA) == straight.figure(DELTA)
+    assert resumed.state == uncut.state
+    assert [len(rows) for rows in uncut.state.values()] == [1, 1]
+    assert resumed.figure(DELTA) == uncut.figure(DELTA)
 
 
 def test_arguments():

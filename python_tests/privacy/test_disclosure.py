@@ -302,11 +302,11 @@ def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, ma
 def test_a_private_run_that_goes_on_stays_private(make_data, make_config, tmp_path):
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=3, options=PARTLY, grad_cam=0)
-    straight = run(config, out=tmp_path / "whole", data=data)
+    uncut = run(config, out=tmp_path / "whole", data=data)
     killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", round=3))
     again = run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
-    assert again["metrics"] == straight["metrics"]
-    assert again["diagnostics"] == straight["diagnostics"]
+    assert again["metrics"] == uncut["metrics"]
+    assert again["diagnostics"] == uncut["diagnostics"]
     assert torch.equal(
         *(torch.tensor([r["accuracy"] for r in read_metrics(tmp_path / name)]) for name in ("cut", "whole"))
     )

@@ -21,18 +21,18 @@ COUNT, SIDE = 12, 8
 
 
 @pytest.fixture
-def one(make_data):
+def split(make_data):
     """Images with labels and masks."""
     return make_data((COUNT,)).clients[0]
 
 
 @pytest.fixture
-def sparse(one):
+def sparse(split):
     """Return the same images, of which two have no object, and one is nothing but an object."""
-    masks = one.masks.clone()
+    masks = split.masks.clone()
     masks[[0, 5]] = False
     masks[3] = True
-    return dataclasses.replace(one, masks=masks)
+    return dataclasses.replace(split, masks=masks)
 
 
 HAVING = [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]  # an object
@@ -67,19 +67,19 @@ def stream():
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_a_batch_is_what_plain_pytorch_makes_of_its_rows(one, cache):
-    data = client(one, cache=cache)
+def test_a_batch_is_what_plain_pytorch_makes_of_its_rows(split, cache):
+    data = client(split, cache=cache)
     assert len(data) == COUNT
     for rows in (np.array([7, 0, 7, 11]), np.arange(COUNT)[::-2], NONE):  # after the first a cache has the images
         batch = data.batch(rows)
-        close(batch.inputs, plain(one.images[rows.copy()]))
-        assert torch.equal(batch.targets, one.labels[rows.copy()])
+        close(batch.inputs, plain(split.images[rows.copy()]))
+        assert torch.equal(batch.targets, split.labels[rows.copy()])
         assert batch.indices is rows
         assert not batch.fresh
-    close(data.pixels.take(None), plain(one.images))
+    close(data.pixels.take(None), plain(split.images))
 
 
-def test_a_cache_normalises_all_images_once_and_late(one, monkeypatch):
+def test_a_cache_normalises_all_images_once_and_late(split, monkeypatch):
     counts = []
 
     def counted(images, mean, std):
@@ -89,7 +89,7 @@ def test_a_cache_normalises_all_images_once_and_late(one, monkeypatch):
     monkeypatch.setattr(transforms, "normalise", counted)
     for cache, expected in ((True, [COUNT]), (False, [2, 1, 2])):
         counts.clear()
-        data = client(one, cache=cache)
+        data = client(split, cache=cache)
         assert counts == []
         for rows in ([3, 1], [0], [3, 1]):
             data.batch(np.array(rows))
@@ -99,13 +99,13 @@ def test_a_cache_normalises_all_images_once_and_late(one, monkeypatch):
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("kind", ["none", "crop-flip"])
 @pytest.mark.parametrize("at_once", [1, 2, 3, 9])
-def test_batches_picked_at_once_are_those_picked_one_by_one(one, kind, cache, at_once, monkeypatch):
+def test_batches_picked_at_once_are_those_picked_one_by_one(split, kind, cache, at_once, monkeypatch):
     order = np.random.default_rng(0).permutation(COUNT)
     plan = [order[:4], order[4:7], order[7:]]  # the last one is the largest
 
     def epoch():
         rng = None if kind == "none" else stream()
-        return list(client(one, kind, cache=cache).planned(plan, rng=rng))
+        return list(client(split, kind, cache=cache).planned(plan, rng=rng))
 
     singly = epoch()
     monkeypatch.setitem(reader_of_images.PICKED_BYTES, "cpu", at_once * 5 * 3 * SIDE * SIDE * 4)
@@ -118,55 +118,55 @@ def test_batches_picked_at_once_are_those_picked_one_by_one(one, kind, cache, at
         assert a.indices is b.indices is indices
         assert a.fresh is b.fresh is (kind != "none")
     for batches, shared in ((singly, False), (together, at_once > 1 and kind == "none")):
-        first, second = (batch.inputs.untyped_storage().data_ptr() for batch in batches[:2])
-        assert (first == second) is shared
+        left, second = (batch.inputs.untyped_storage().data_ptr() for batch in batches[:2])
+        assert (left == second) is shared
 
 
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("kind", ["crop-flip", "nico"])
-def test_augmentation_draws_from_the_given_stream_alone(one, kind, cache):
-    data, given, own = client(one, kind, cache=cache), stream(), stream()
+def test_augmentation_draws_from_the_given_stream_alone(split, kind, cache):
+    data, given, own = client(split, kind, cache=cache), stream(), stream()
     for rows in ([3, 1, 8], [5]):
         batch = data.batch(np.array(rows), rng=given)
-        images = normalise(one.images[rows], MEAN, STD, channels_last=True)
+        images = normalise(split.images[rows], MEAN, STD, channels_last=True)
         assert torch.equal(batch.inputs, augment(images, kind, own))
         assert not torch.equal(batch.inputs, images)
         assert batch.fresh
     assert given.random() == own.random()
-    close(data.batch(np.array([3, 1])).inputs, plain(one.images[[3, 1]]))  # the client's own images stay
+    close(data.batch(np.array([3, 1])).inputs, plain(split.images[[3, 1]]))  # the client's own images stay
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_a_network_sees_a_window(one, cache):
+def test_a_network_sees_a_window(split, cache):
     rows, sides = np.array([4, 9, 0]), (4, 6)
-    images = normalise(one.images[rows], MEAN, STD, channels_last=True)
+    images = normalise(split.images[rows], MEAN, STD, channels_last=True)
     centre = images[:, :, 2:6, 1:7]
-    data, given, own = client(one, "crop", cache=cache, sides=sides), stream(), stream()
+    data, given, own = client(split, "crop", cache=cache, sides=sides), stream(), stream()
     assert torch.equal(data.batch(rows).inputs, centre)
     anywhere = augment(transforms.window(images, sides, own), "crop", own)  # the window is drawn first
     assert torch.equal(data.batch(rows, rng=given).inputs, anywhere)
-    data = client(one, "none", cache=cache, sides=sides)
+    data = client(split, "none", cache=cache, sides=sides)
     assert torch.equal(data.batch(rows, rng=given).inputs, centre)  # without augmentation nothing is drawn
     assert given.random() == own.random()
 
 
-def test_every_augmented_pass_draws_anew(one):
-    data, given, own = client(one, "crop-flip"), stream(), stream()
+def test_every_augmented_pass_draws_anew(split):
+    data, given, own = client(split, "crop-flip"), stream(), stream()
     for _ in range(2):
         for batch in data.batches(5, augment=True, rng=given):
             assert batch.fresh
             assert torch.equal(batch.inputs, data.take(batch.indices, own))
     assert not any(batch.fresh for batch in data.batches(5, rng=given))
-    assert not any(batch.fresh for batch in client(one).batches(5, augment=True, rng=given))
+    assert not any(batch.fresh for batch in client(split).batches(5, augment=True, rng=given))
     assert given.random() == own.random()
     with pytest.raises(ValueError, match="rng: expected a generator"):
         next(data.batches(5, augment=True))
 
 
-def test_tokens_are_those_of_the_rows_up_to_the_longest(one):
+def test_tokens_are_those_of_the_rows_up_to_the_longest(split):
     texts = ["red", "red green blue", "blue", "red green"] * 3
     tokens = Vocabulary(("red", "green", "blue")).tokenize(texts, 10)
-    pairs = dataclasses.replace(one, texts=tuple(texts), task=RETRIEVAL)
+    pairs = dataclasses.replace(split, texts=tuple(texts), task=RETRIEVAL)
     data = client(pairs, tokens=tokens)
     for batch, length in ((data.batch(np.array([3, 0])), 3), (data.batch(np.array([1])), 4), (data.batch(NONE), 1)):
         assert torch.equal(batch.targets.ids, tokens.ids[batch.indices, :length])
@@ -175,7 +175,7 @@ def test_tokens_are_those_of_the_rows_up_to_the_longest(one):
         assert torch.equal(batch.targets.ids, tokens.ids[batch.indices, : batch.targets.ids.shape[1]])
     found = list(held_out(pairs, tokens=tokens, size=11).batches(even=True))
     assert [len(batch.inputs) for batch in found] == [6, 6]  # no pair is left alone
-    close(torch.cat([batch.inputs for batch in found]), plain(one.images))
+    close(torch.cat([batch.inputs for batch in found]), plain(split.images))
     assert torch.equal(torch.cat([batch.targets.ids for batch in found]), tokens.ids)
 
 
@@ -204,12 +204,12 @@ def test_an_augmented_bank_moves_what_is_left_after_erasing(sparse):
     assert torch.equal(bank.take(rows, stream()), augment(bank.take(rows), "crop-flip", stream()))
 
 
-def test_clients_without_a_detected_object_and_without_masks(one):
-    data = client(dataclasses.replace(one, masks=torch.zeros_like(one.masks)))
+def test_clients_without_a_detected_object_and_without_masks(split):
+    data = client(dataclasses.replace(split, masks=torch.zeros_like(split.masks)))
     bank = data.backgrounds
     assert len(bank) == 0
     assert bank.take(None).shape == bank.take(NONE, stream()).shape == (0, 3, SIDE, SIDE)
-    data = client(dataclasses.replace(one, masks=None))
+    data = client(dataclasses.replace(split, masks=None))
     with pytest.raises(ValueError, match="masks: expected bool"):
         _ = data.backgrounds
 
@@ -217,12 +217,12 @@ def test_clients_without_a_detected_object_and_without_masks(one):
 # -- test sets -----------------------------------------------------------------------------------------------------
 
 
-def test_pixels_bound_the_batches_of_a_segmentation(one, monkeypatch):
-    pixels = dataclasses.replace(one, labels=torch.zeros(COUNT, SIDE, SIDE, dtype=torch.int64), task=SEGMENTATION)
-    for most, batch in ((SIDE * SIDE * 3 + 1, 3), (SIDE * SIDE * 300, 7), (1, 1)):
-        monkeypatch.setattr("fedkern.tasks.segmentation.PIXELS", most)
+def test_pixels_bound_the_batches_of_a_segmentation(split, monkeypatch):
+    pixels = dataclasses.replace(split, labels=torch.zeros(COUNT, SIDE, SIDE, dtype=torch.int64), task=SEGMENTATION)
+    for pixels_at_once, batch in ((SIDE * SIDE * 3 + 1, 3), (SIDE * SIDE * 300, 7), (1, 1)):
+        monkeypatch.setattr("fedkern.tasks.segmentation.PIXELS", pixels_at_once)
         assert held_out(pixels, size=7).size == batch
-        assert held_out(one, size=7).size == 7
+        assert held_out(split, size=7).size == 7
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (5, [5]), (7, [4, 3]), (40, [4, 4, 4])])
@@ -234,11 +234,11 @@ def test_the_first_images_with_their_masks(sparse, count, sizes):
         assert torch.equal(masks, sparse.masks[start : start + len(images)])
 
 
-def test_answers_are_kept_inside_the_block_that_keeps(one):
-    data = held_out(one)
+def test_answers_are_kept_inside_the_block_that_keeps(split):
+    data = held_out(split)
     assert (data.keep, data.kept, data.predictions) == (None, [], None)
-    data.record(one.labels)
-    assert torch.equal(data.predictions, one.labels)
+    data.record(split.labels)
+    assert torch.equal(data.predictions, split.labels)
     with data.keeping():
         data.keep("the run's")
         data.keep("a client's", 2)

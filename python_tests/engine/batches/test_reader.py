@@ -76,5 +76,5 @@ def test_a_single_image_without_statistics_is_said_in_one_sentence(name, changes
     with pytest.raises(UserError, match=f"^{name} a single image, .* --buffers average"):
         run(make_config(model="mlp", buffers="drop", rounds=1), out=tmp_path / "none", data=data)
     # With running statistics, and where a map has several positions, one image is enough.
-    for other in ({"model": "mlp"}, {"model": "cnn", "buffers": "drop"}):
-        run(make_config(rounds=1, grad_cam=0, **other), out=tmp_path / other["model"], data=data)
+    for changed in ({"model": "mlp"}, {"model": "cnn", "buffers": "drop"}):
+        run(make_config(rounds=1, grad_cam=0, **changed), out=tmp_path / changed["model"], data=data)

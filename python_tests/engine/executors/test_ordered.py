@@ -107,8 +107,8 @@ def transport(checkpoints):
 
 def exchange(transport, x, clients=range(4)):
     """Return the answers to ``x``, or to an entry of it for each client."""
-    each = x if isinstance(x, dict) else dict.fromkeys(clients, x)
-    return transport.answers("method", Phase(0, "train", "update"), {k: {"x": value} for k, value in each.items()})
+    messages = x if isinstance(x, dict) else dict.fromkeys(clients, x)
+    return transport.answers("method", Phase(0, "train", "update"), {k: {"x": value} for k, value in messages.items()})
 
 
 def sums(answers):
@@ -149,11 +149,11 @@ def test_a_client_keeps_its_process_within_a_round(transport, checkpoints):
 
 
 def test_processes_drop_what_an_exchange_has_brought(transport):
-    one, two = transport._processes
+    left, right = transport._processes
     for _ in range(2):
         list(exchange(transport, 1))
     transport.end_round()
-    assert transport.cleared == [(each, over) for over in (False, False, True) for each in (one, two)]
+    assert transport.cleared == [(process, over) for over in (False, False, True) for process in (left, right)]
 
 
 @pytest.mark.parametrize("lost", [1, 2])
@@ -166,8 +166,8 @@ def test_the_round_of_a_client_whose_process_is_lost_begins_again(transport, che
         transport.lose(process)
     assert sums(exchange(transport, 2)) == {k: 100 * k + 3 for k in range(4)}
     assert sums(exchange(transport, 3)) == {k: 100 * k + 6 for k in range(4)}
-    (other, *_) = [*transport._processes, transport.here]
-    assert sorted(other.sums) == list(range(4))
+    (survivor, *_) = [*transport._processes, transport.here]
+    assert sorted(survivor.sums) == list(range(4))
     assert transport.here.working() == (list(range(4)) if lost == 2 else [])
 
 

@@ -234,12 +234,12 @@ def test_a_killed_rank_costs_a_round_and_no_bit(rank, tmp_path):
 def test_a_killed_rank_ends_all(tmp_path):
     words = write_plugin(tmp_path, "dying", DYING)
     given = {"FEDKERN_TEST_RANK": "1", "FEDKERN_TEST_END": str(int(signal.SIGKILL))}
-    first, second, third = ended(started(*3 * [(*words, "--out", tmp_path / "ranks")], **given))
-    assert second[0] == -signal.SIGKILL
-    assert (first[0], third[0]) == (1, 1)
-    assert first[2].count("error: ") == 1
-    assert "Rank 1 was lost, as its connection was closed: go on from its last checkpoint with --resume" in first[2]
-    assert third[2] == ""
+    rank0, rank1, rank2 = ended(started(*3 * [(*words, "--out", tmp_path / "ranks")], **given))
+    assert rank1[0] == -signal.SIGKILL
+    assert (rank0[0], rank2[0]) == (1, 1)
+    assert rank0[2].count("error: ") == 1
+    assert "Rank 1 was lost, as its connection was closed: go on from its last checkpoint with --resume" in rank0[2]
+    assert rank2[2] == ""
     assert main(["--resume", str(tmp_path / "ranks"), "--plugin", str(tmp_path / "dying.py"), "--quiet"]) == 0
     assert outcome(tmp_path / "ranks") == alone(words, tmp_path / "serial")
 
@@ -249,11 +249,11 @@ def test_a_rank_that_hangs_is_lost(tmp_path):
     words = write_plugin(tmp_path, "dying", DYING)
     given = {"FEDKERN_TEST_RANK": "1", "FEDKERN_TEST_END": str(int(signal.SIGSTOP)), SILENCE: "4"}
     processes = started(*2 * [(*words, "--out", tmp_path / "ranks")], **given)
-    first = ended(processes[:1])[0]
+    rank0 = ended(processes[:1])[0]
     processes[1].kill()
     ended(processes[1:])
-    assert first[0] == 1
-    assert "Rank 1 was lost, as it was silent for 4 seconds" in first[2]
+    assert rank0[0] == 1
+    assert "Rank 1 was lost, as it was silent for 4 seconds" in rank0[2]
 
 
 @pytest.mark.slow
@@ -264,10 +264,10 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(tmp_path):
     wait_until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 2)
     for process in processes:
         process.send_signal(signal.SIGINT)
-    first, second = ended(processes, 30)
-    assert (first[0], second[0]) == (130, 130), (first[2], second[2])
-    assert first[2].strip().endswith(f"interrupted; continue with: python -m fedkern.run --resume {out}")
-    assert second[1:] == ("", "")
+    rank0, rank1 = ended(processes, 30)
+    assert (rank0[0], rank1[0]) == (130, 130), (rank0[2], rank1[2])
+    assert rank0[2].strip().endswith(f"interrupted; continue with: python -m fedkern.run --resume {out}")
+    assert rank1[1:] == ("", "")
     ranks = ended(started(*2 * [("--resume", out, "--quiet")]))
     assert [code for code, _, _ in ranks] == [0, 0], ranks
     assert outcome(out) == alone(words, tmp_path / "serial")
@@ -277,24 +277,24 @@ def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(tmp_path):
 def test_an_error_is_one_sentence_of_rank_0(tmp_path):
     out, digits = ("--out", tmp_path / "ranks"), ("fedavg", "--data", "digits", *SMALL)
     raising = (*write_plugin(tmp_path, "raising", RAISING), *out)
-    for words, more, code, sentence in (
+    for words, extra, code, sentence in (
         (raising, (), 1, "error: Client 1 failed in round 1: ZeroDivisionError: nothing to divide by"),
         (("fedavg", "--data", "cifar10", "--data-root", tmp_path / "nothing", *out), (), 2, "error: "),
         (("fedavg", "--ranks", "2"), (), 2, 'error: Unknown flag "--ranks"'),
         ((*digits, *out), ("--seed", "1"), 2, "error: Rank 1 was started with other arguments than rank 0 (fedavg --"),
     ):
-        first, second = ended(started(words, (*words, *more)))
-        assert (first[0], second) == (code, (code, "", ""))
-        assert first[2].count("error: ") == 1
-        assert sentence in first[2]
+        rank0, rank1 = ended(started(words, (*words, *extra)))
+        assert (rank0[0], rank1) == (code, (code, "", ""))
+        assert rank0[2].count("error: ") == 1
+        assert sentence in rank0[2]
         assert not (tmp_path / "ranks").exists()
 
 
 @pytest.mark.exhaustive
 def test_other_commands_are_for_rank_0(tmp_path):
-    first, second = ended(started(("list", "--json"), ("list", "--json")))
-    assert "fedavg" in json.loads(first[1])["methods"]
-    assert second == (0, "", "")
+    rank0, rank1 = ended(started(("list", "--json"), ("list", "--json")))
+    assert "fedavg" in json.loads(rank0[1])["methods"]
+    assert rank1 == (0, "", "")
 
 
 # -- what torchrun says ---------------------------------------------------------------------------------------------
@@ -321,8 +321,8 @@ def test_torchruns_variables(monkeypatch):
 def test_every_start_of_the_ranks_finds_its_own():
     """What an earlier start has left in torchrun's store is not taken for this start's."""
     store, until = dist.HashStore(), time.monotonic() + 20
-    with socket.create_server(("127.0.0.1", 0)) as other:  # whoever has the port of an earlier start now
-        store.set("fedkern/address", f"127.0.0.1 {other.getsockname()[1]} {'0' * 32}")
+    with socket.create_server(("127.0.0.1", 0)) as stranger:  # whoever has the port of an earlier start now
+        store.set("fedkern/address", f"127.0.0.1 {stranger.getsockname()[1]} {'0' * 32}")
         found = {}
 
         def meet(rank):
@@ -332,7 +332,7 @@ def test_every_start_of_the_ranks_finds_its_own():
         for thread in waiting:
             thread.start()
         for _ in waiting:
-            other.accept()[0].close()
+            stranger.accept()[0].close()
     ends = torchrun_group.accept_ranks(store, "127.0.0.1", 3, until)
     for thread in waiting:
         thread.join(10)

@@ -37,14 +37,14 @@ def open_files():
 class Wire:
     """A packer, a connection, and an unpacker at the other end."""
 
-    def __init__(self, here, there):
-        self.here, self.there = here, there
+    def __init__(self, sender, receiver):
+        self.sender, self.receiver = sender, receiver
         self.packer, self.unpacker = Packer(), Unpacker()
 
     def __call__(self, value):
         """Return the value at the other end."""
-        self.here.send(self.packer.pack(value))
-        packet = self.there.receive()
+        self.sender.send(self.packer.pack(value))
+        packet = self.receiver.receive()
         assert packet.extra == []
         return self.unpacker.unpack(packet)
 
@@ -58,7 +58,7 @@ def wire():
     made = Wire(*map(Channel, ends))
     yield made
     made.packer.clear()
-    for channel in (made.here, made.there):
+    for channel in (made.sender, made.receiver):
         channel.close()
     assert open_files() <= before
 
@@ -89,8 +89,8 @@ def test_layouts(wire, name):
 
 
 def test_views_of_one_storage_and_one_tensor_twice(wire):
-    whole = torch.arange(6.0)
-    found, part, again, (nested,) = wire((whole, whole[2:4], whole, [whole]))
+    tensor = torch.arange(6.0)
+    found, part, again, (nested,) = wire((tensor, tensor[2:4], tensor, [tensor]))
     assert found is again is nested
     assert found.tolist() == [0, 1, 2, 3, 4, 5]
     assert part.tolist() == [2, 3]
@@ -98,14 +98,14 @@ def test_views_of_one_storage_and_one_tensor_twice(wire):
 
 def test_a_tensor_is_written_again_only_when_it_has_changed(wire):
     held = torch.arange(4.0)
-    first = wire(held)
+    found = wire(held)
     written = set(wire.packer.pack(held).files)
     assert set(wire.packer.pack(held).files) == written
     assert not written & set(wire.packer.pack(torch.ones(2)).files)
-    assert wire({"again": held, "new": torch.ones(2)})["again"] is first
+    assert wire({"again": held, "new": torch.ones(2)})["again"] is found
     held.add_(1)
     assert wire(held).tolist() == [1, 2, 3, 4]
-    assert first.tolist() == [0, 1, 2, 3]
+    assert found.tolist() == [0, 1, 2, 3]
     with torch.inference_mode():
         frozen = torch.ones(3)
     assert wire(frozen).tolist() == [1, 1, 1]
@@ -116,8 +116,8 @@ def test_every_reader_has_memory_of_its_own_and_nobody_writes_to_the_file(wire):
     packet = wire.packer.pack(held)
     (descriptor,) = packet.files.values()
     copies = [Packet(packet.payload, {n: os.dup(file) for n, file in packet.files.items()}) for _ in range(2)]
-    one, two = (Unpacker().unpack(copy) for copy in copies)
-    one.fill_(7)
+    copied, two = (Unpacker().unpack(copy) for copy in copies)
+    copied.fill_(7)
     assert two.tolist() == held.tolist() == [0, 1, 2, 3]
     for change in (lambda: os.pwrite(descriptor, b"x", 0), lambda: os.ftruncate(descriptor, 1)):
         with pytest.raises(PermissionError):
@@ -132,11 +132,11 @@ def test_what_has_come_stays_when_both_ends_forget(wire):
         if packer_too:
             wire.packer.clear()
             assert open_files() == before
-        wire.here.forget()
+        wire.sender.forget()
         wire.unpacker.clear()
         found.append(wire(held))
     assert len({*map(id, found)}) == 3
-    assert [each.tolist() for each in found] == 3 * [[0, 1, 2, 3]]
+    assert [tensor.tolist() for tensor in found] == 3 * [[0, 1, 2, 3]]
 
 
 # -- what cannot be sent -------------------------------------------------------------------------------------------
@@ -173,10 +173,10 @@ def test_what_main_defines_is_named(wire, monkeypatch):
     def helper():
         pass
 
-    for what, sent in ((helper, helper), (Own, Own), (Own, Own())):
+    for named, sent in ((helper, helper), (Own, Own), (Own, Own())):
         with monkeypatch.context() as patch:
-            patch.setattr(what, "__module__", "__main__")
-            with pytest.raises(NotPortable, match=f"^{what.__qualname__}, which is defined in __main__,$"):
+            patch.setattr(named, "__module__", "__main__")
+            with pytest.raises(NotPortable, match=f"^{named.__qualname__}, which is defined in __main__,$"):
                 wire.packer.pack([sent])
 
 
@@ -186,41 +186,41 @@ def test_what_main_defines_is_named(wire, monkeypatch):
 @pytest.mark.parametrize("size", [0, 1 << 14, 1 << 15, 1 << 22])
 def test_a_packet_of_any_size_waits_for_its_reader(wire, size):
     before, content = open_files(), os.urandom(size)
-    wire.here.say("first")
-    wire.here.send(wire.packer.pack((content, torch.arange(3.0))))
-    wire.here.say("last")
-    assert wire.there.receive_value() == "first"
-    found, tensor = wire.unpacker.unpack(wire.there.receive())
+    wire.sender.say("first")
+    wire.sender.send(wire.packer.pack((content, torch.arange(3.0))))
+    wire.sender.say("last")
+    assert wire.receiver.receive_value() == "first"
+    found, tensor = wire.unpacker.unpack(wire.receiver.receive())
     assert found == content
     assert tensor.tolist() == [0, 1, 2]
-    assert wire.there.receive_value() == "last"
+    assert wire.receiver.receive_value() == "last"
     assert open_files() == before + 1  # the packer's
 
 
 @pytest.mark.parametrize("size", [10, 1 << 20])
 def test_descriptors_come_beside_a_packet(wire, size):
     reader, writer = os.pipe()
-    wire.here.send(replace(wire.packer.pack((torch.arange(3.0), bytes(size))), extra=[writer]))
+    wire.sender.send(replace(wire.packer.pack((torch.arange(3.0), bytes(size))), extra=[writer]))
     os.close(writer)
-    packet = wire.there.receive()
-    (other,) = packet.extra
-    assert not os.get_inheritable(other)
+    packet = wire.receiver.receive()
+    (received,) = packet.extra
+    assert not os.get_inheritable(received)
     assert wire.unpacker.unpack(packet)[0].tolist() == [0, 1, 2]
-    os.close(other)
+    os.close(received)
     assert os.read(reader, 1) == b""  # nobody else has it open
     os.close(reader)
 
 
 def test_a_file_travels_once_until_it_is_forgotten(wire):
     held, sent = torch.arange(4.0), []
-    first = wire(held)
+    found = wire(held)
     for forgets in (False, True, False):
         if forgets:
-            wire.here.forget()
-        wire.here.send(wire.packer.pack(held))
-        packet = wire.there.receive()
+            wire.sender.forget()
+        wire.sender.send(wire.packer.pack(held))
+        packet = wire.receiver.receive()
         sent.append(len(packet.files))
-        assert wire.unpacker.unpack(packet) is first
+        assert wire.unpacker.unpack(packet) is found
     assert sent == [0, 1, 0]
 
 
@@ -228,37 +228,37 @@ def test_too_many_files_are_refused_and_nothing_is_sent(wire):
     packet = wire.packer.pack(torch.arange(4.0))
     (descriptor,) = packet.files.values()
     with pytest.raises(ValueError, match="packet: expected at most 250 files, given 251"):
-        wire.here.send(replace(packet, extra=[descriptor] * 250))
+        wire.sender.send(replace(packet, extra=[descriptor] * 250))
     before = set(Path("/proc/self/fd").iterdir())
     with pytest.raises(ValueError, match="packet: expected at most 250 files, given 251"):
-        wire.here.say(bytes(1 << 20), [descriptor] * 250)  # long: it has a file of its own
+        wire.sender.say(bytes(1 << 20), [descriptor] * 250)  # long: it has a file of its own
     assert set(Path("/proc/self/fd").iterdir()) == before
-    wire.here.send(replace(packet, extra=[descriptor] * 249))
-    packet = wire.there.receive()
-    for each in packet.extra:
-        os.close(each)
+    wire.sender.send(replace(packet, extra=[descriptor] * 249))
+    packet = wire.receiver.receive()
+    for received in packet.extra:
+        os.close(received)
     assert len(packet.extra) == 249
     assert wire.unpacker.unpack(packet).tolist() == [0, 1, 2, 3]
 
 
 def test_a_closed_end(wire):
-    wire.here.say("unread")
-    wire.there.say("last")
-    wire.there.close()
-    assert wire.here.receive_value() == "last"
+    wire.sender.say("unread")
+    wire.receiver.say("last")
+    wire.receiver.close()
+    assert wire.sender.receive_value() == "last"
     for _ in range(3):  # the connection was reset, then it is over
         with pytest.raises(EOFError):
-            wire.here.receive()
-        wire.here.say("more")  # is dropped
+            wire.sender.receive()
+        wire.sender.say("more")  # is dropped
 
 
 @pytest.mark.parametrize("arrived", [1, 5, 20])
 def test_a_message_that_is_cut(arrived):
-    one, two = socket.socketpair()
-    Channel(one).say("x" * 100)
+    sender, two = socket.socketpair()
+    Channel(sender).say("x" * 100)
     message = two.recv(1 << 16)
-    one.sendall(message + message[:arrived])
-    one.close()
+    sender.sendall(message + message[:arrived])
+    sender.close()
     assert Channel(two).receive_value() == "x" * 100
     with pytest.raises(EOFError):
         Channel(two).receive()

@@ -251,18 +251,18 @@ def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path,
 def test_held_uploads_are_bounded(make_data, make_config, tmp_path, monkeypatch):
     """With room for none, a worker that is done waits until the server has seen what comes before."""
     monkeypatch.setattr(module, "HELD_BYTES", 0)
-    most = []
+    held = []
     unwatched = Workers._hear
 
     def hear(self, *args):
         unwatched(self, *args)
-        most.append(len(self._replies))
+        held.append(len(self._replies))
 
     monkeypatch.setattr(Workers, "_hear", hear)
     data = make_data((40, 5, 5, 5, 5, 5))
     serial, side_by_side = compared(make_config(clients=6), data, tmp_path)
     assert side_by_side == serial
-    assert max(most) <= 2
+    assert max(held) <= 2
 
 
 @pytest.mark.exhaustive
@@ -404,9 +404,9 @@ def test_a_slow_start_is_no_waiting(make_data, make_config, tmp_path, monkeypatc
 LONG = ["fedavg", "--rounds", "500", "--train-samples", "200", "--model", "cnn", "--width", "8", "--grad-cam", "0"]
 
 
-def started(out, *more):
+def started(out, *flags):
     """Return a run in a process group of its own, whose workers have begun, and their numbers."""
-    words = [sys.executable, "-m", "fedkern.run", *LONG, "--workers", "2", "--quiet", "--out", str(out), *more]
+    words = [sys.executable, "-m", "fedkern.run", *LONG, "--workers", "2", "--quiet", "--out", str(out), *flags]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
@@ -427,14 +427,14 @@ def _children(process):
 
 
 def test_nothing_is_left_after_kill(tmp_path):
-    process, others = started(tmp_path / "run")
-    lines = [file.read_bytes() for other in others if (file := Path(f"/proc/{other}/cmdline")).exists()]
+    process, workers = started(tmp_path / "run")
+    lines = [file.read_bytes() for pid in workers if (file := Path(f"/proc/{pid}/cmdline")).exists()]
     # Forked from what has loaded everything, not started anew; a library may ask uname meanwhile.
     assert any(b"fedkern.run" in line for line in lines)
     assert not any(b"python" in line and b"fedkern.run" not in line for line in lines)
     process.kill()
     process.wait()
-    assert not living(others)
+    assert not living(workers)
     process.stderr.close()
 
 
@@ -442,14 +442,14 @@ def test_nothing_is_left_after_kill(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_group_ends_in_order(number, code, tmp_path):
     """A terminal sends Ctrl-C to every process of the group: the run alone answers, in a line."""
-    process, others = started(tmp_path / "run")
+    process, workers = started(tmp_path / "run")
     os.killpg(process.pid, signal.SIGINT) if number == signal.SIGINT else process.terminate()
     assert process.wait(60) == code
     said = process.stderr.read()
     process.stderr.close()
     assert said.splitlines()[-1].startswith("interrupted; " if code == 130 else "terminated; ")
     assert "Traceback" not in said
-    assert not living(others)
+    assert not living(workers)
 
 
 @pytest.mark.exhaustive
@@ -476,13 +476,13 @@ def test_a_tensor_that_is_packed_again_and_again_is_sent_once():
     from fedkern.messages.packets import Packer, Unpacker
 
     packer, unpacker, shared = Packer(), Unpacker(), torch.arange(5.0)
-    first = None
+    before = None
     for client in range(500):
         packet = packer.pack((shared, torch.full((3,), float(client))))
         packet.files = {number: os.dup(descriptor) for number, descriptor in packet.files.items()}
         again, own = unpacker.unpack(packet)
-        first = again if first is None else first
-        assert again is first
+        before = again if before is None else before
+        assert again is before
         assert own.tolist() == [client] * 3
     early = packer.pack([torch.full((3,), 1.0) for _ in range(3)])
     assert len(packer._files) <= 64

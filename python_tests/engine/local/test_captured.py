@@ -64,11 +64,11 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("a value was read")
-        named = {one.name: value for one, value in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
-        for one in func._schema.arguments:
-            if one.alias_info is not None and one.alias_info.is_write:
-                for each in tree_leaves(named.get(one.name)):
-                    self.keep(each)
+        named = {arg.name: value for arg, value in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+        for arg in func._schema.arguments:
+            if arg.alias_info is not None and arg.alias_info.is_write:
+                for tensor in tree_leaves(named.get(arg.name)):
+                    self.keep(tensor)
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, result))
         return result
@@ -76,13 +76,13 @@ class Tape(TorchDispatchMode):
     def keep(self, tensor):
         """Note the values of a tensor that is written to."""
         if isinstance(tensor, Tensor):
-            whole = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
-            self._before.setdefault(whole.data_ptr(), (whole, whole.clone()))
+            storage = torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage())
+            self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
 
     def undo(self):
         """What was written is as it was: a recording runs nothing."""
-        for whole, value in self._before.values():
-            whole.copy_(value)
+        for storage, value in self._before.values():
+            storage.copy_(value)
 
     playing = False
 
@@ -91,7 +91,7 @@ class Tape(TorchDispatchMode):
         Tape.playing = True
         for func, args, kwargs, result in self.calls:
             again = func(*args, **kwargs)
-            if all(each.alias_info is None for each in func._schema.returns):
+            if all(value.alias_info is None for value in func._schema.returns):
                 for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                     if isinstance(old, Tensor):
                         old.copy_(new)
@@ -109,14 +109,14 @@ class Tapes(Graphs):
     def stream(self):
         yield
 
-    def replaying(self, network, *rest, **settings):
+    def replaying(self, network, *arguments, **settings):
         self._network = network
-        return super().replaying(network, *rest, **settings)
+        return super().replaying(network, *arguments, **settings)
 
     def record(self, work):
         tape = Tape()
-        for each in self._network.module.buffers():  # batch norm's schema does not say that it writes to them
-            tape.keep(each)
+        for buffer in self._network.module.buffers():  # batch norm's schema does not say that it writes to them
+            tape.keep(buffer)
         try:
             with tape:
                 result = work()
@@ -133,11 +133,11 @@ class Tapes(Graphs):
 
 def rounds(folder):
     """Return the records of a run without times."""
-    return [{k: v for k, v in each.items() if not any(word in k for word in VOLATILE)} for each in read_metrics(folder)]
+    return [{k: v for k, v in row.items() if not any(word in k for word in VOLATILE)} for row in read_metrics(folder)]
 
 
-def same_bits(one, other):
-    return same_network(one, other) and rounds(one) == rounds(other)
+def same_bits(left, right):
+    return same_network(left, right) and rounds(left) == rounds(right)
 
 
 def same_runs(config, data, tmp_path, monkeypatch):
@@ -160,8 +160,8 @@ def test_methods_that_say_so_are_replayable(name, make_data, make_config, tmp_pa
     if METHODS[name].one_shot:
         given.update(rounds=None, local_epochs=4)
     data = None if name in OWN else make_data()
-    same, tapes, diagnostics = same_runs(make_config(name, **given), data, tmp_path, monkeypatch)
-    assert same
+    equal, tapes, diagnostics = same_runs(make_config(name, **given), data, tmp_path, monkeypatch)
+    assert equal
     assert tapes.replayed > 3 * tapes.recorded > 0
     assert "no-cuda-graph" not in diagnostics
 
@@ -170,8 +170,8 @@ def test_methods_that_say_so_are_replayable(name, make_data, make_config, tmp_pa
 @pytest.mark.parametrize("name", ["fedavg", "scaffold"])
 def test_a_pass_is_recorded_where_clients_keep_a_part(name, make_data, make_config, tmp_path, monkeypatch):
     given = {**SMALL, **SETTINGS.get(name, {}), "personal": "head.*", "clip_norm": 0.5}
-    same, tapes, _ = same_runs(make_config(name, **given), make_data(), tmp_path, monkeypatch)
-    assert same
+    equal, tapes, _ = same_runs(make_config(name, **given), make_data(), tmp_path, monkeypatch)
+    assert equal
     assert tapes.replayed > 3 * tapes.recorded > 0
 
 
@@ -241,8 +241,8 @@ class Epochs(FedAvg):
 
 def test_a_wrong_claim_is_noticed(make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", Counting)
-    same, tapes, _ = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
-    assert not same
+    equal, tapes, _ = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert not equal
     assert tapes.recorded
 
 
@@ -250,8 +250,8 @@ def test_a_wrong_claim_is_noticed(make_data, make_config, tmp_path, monkeypatch)
 @pytest.mark.parametrize("kind", [Reading, Indexing, Epochs])
 def test_what_cannot_be_recorded_runs_eagerly(kind, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", kind)
-    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
-    assert same
+    equal, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert equal
     assert not tapes.recorded
     assert tapes.off
     assert "one by one" in diagnostics["no-cuda-graph"]
@@ -313,8 +313,8 @@ def test_a_stranger_that_a_recording_would_freeze_runs_eagerly(
 ):
     monkeypatch.setattr(Indexing, "replayable", None)
     monkeypatch.setitem(METHODS, "fedavg", kind)
-    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
-    assert same or kind is Unsteady
+    equal, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert equal or kind is Unsteady
     assert not tapes.recorded
     assert not tapes.off  # for others
     assert why in diagnostics["no-cuda-graph"]
@@ -324,8 +324,8 @@ def test_a_strangers_loss_is_recorded_and_compared(make_data, make_config, tmp_p
     compared, compare = [], Graphs._compare_step
     monkeypatch.setattr(Graphs, "_compare_step", lambda self, *a: compared.append(compare(self, *a)) or compared[-1])
     monkeypatch.setitem(METHODS, "fedavg", Stranger)
-    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data((20, 20, 20)), tmp_path, monkeypatch)
-    assert same
+    equal, tapes, diagnostics = same_runs(make_config(**SMALL), make_data((20, 20, 20)), tmp_path, monkeypatch)
+    assert equal
     assert tapes.recorded == 1
     assert tapes.replayed == 6 * 20 - 2
     # Three batches when it is recorded, and the first of each of the five exchanges that follow.
@@ -346,8 +346,8 @@ class Turning(Stranger):
 
 def test_a_stranger_that_turns_is_found_out_in_the_next_round(make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", Turning)
-    same, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
-    assert same
+    equal, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)
+    assert equal
     assert tapes.recorded == 1
     assert "gives other numbers" in diagnostics["no-cuda-graph"]
 
@@ -367,8 +367,8 @@ class OwnNet(nn.Module):
 def test_a_network_of_somebodys_own_is_recorded(accelerate, make_data, make_config, tmp_path, monkeypatch, registries):
     models.register_model("own")(OwnNet)
     config = make_config(**{**SMALL, "model": "own", "accelerate": accelerate})
-    same, tapes, diagnostics = same_runs(config, make_data((20, 20, 20)), tmp_path, monkeypatch)
-    assert same
+    equal, tapes, diagnostics = same_runs(config, make_data((20, 20, 20)), tmp_path, monkeypatch)
+    assert equal
     assert tapes.recorded == 1
     assert tapes.replayed == 6 * 20 - 2
     assert "no-cuda-graph" not in diagnostics
@@ -381,10 +381,10 @@ def test_steps_of_items_are_recorded(loss, make_config, tmp_path, monkeypatch, r
     models.register_model("own")(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.LogSoftmax(1)))
     sets = [TensorDataset(torch.randn(20, 6), torch.arange(20) % 3) for _ in range(3)]
     data = FederatedData.from_datasets(sets, sets[0], loss_fn=loss, classes=3)
-    same, tapes, diagnostics = same_runs(
+    equal, tapes, diagnostics = same_runs(
         make_config(**{**SMALL, "model": "own", "width": None, "lr": 0.01}), data, tmp_path, monkeypatch
     )
-    assert same
+    assert equal
     assert tapes.replayed > 3 * tapes.recorded > 0
     assert "no-cuda-graph" not in diagnostics
 
@@ -455,8 +455,8 @@ class Lane(Tapes):
 
         def wait():
             Lane.open -= 1
-            for there, value in self.coming:
-                there.copy_(value)
+            for copied, value in self.coming:
+                copied.copy_(value)
 
         # On a GPU the step reads the rate where it is.
         with unread(lambda tensor: Tape.playing or tensor is self.held.get("rate")) as patch:
@@ -466,9 +466,9 @@ class Lane(Tapes):
             yield wait
 
     def to_host_async(self, tensor):
-        there = torch.full_like(tensor, 77)
-        self.coming.append((there, tensor.clone()))
-        return there
+        copied = torch.full_like(tensor, 77)
+        self.coming.append((copied, tensor.clone()))
+        return copied
 
 
 @contextlib.contextmanager
@@ -489,8 +489,8 @@ def late():
             while waiting:
                 waiting.pop()()
             with self._context.networks.on_lane(lane):
-                coming = [there for there, _ in self._context.networks.graphs.coming]
-            with unread(lambda tensor: any(tensor is there for there in coming)):
+                coming = [copied for copied, _ in self._context.networks.graphs.coming]
+            with unread(lambda tensor: any(tensor is copied for copied in coming)):
                 return done["finish"]()
 
         return finish
@@ -570,8 +570,8 @@ def test_drawn_tensors_rates_and_figures(model, make_data, make_config, tmp_path
     monkeypatch.setitem(METHODS, "fedavg", Drawing)
     settings = {"model": model, "lr": 0.001, "lr_steps": "1,2", "momentum": 0.5, "clip_norm": 1.0, "width": None}
     config = make_config(**{**SMALL, **settings})
-    same, tapes, diagnostics = same_runs(config, make_data((20, 13)), tmp_path, monkeypatch)
-    assert same
+    equal, tapes, diagnostics = same_runs(config, make_data((20, 13)), tmp_path, monkeypatch)
+    assert equal
     # The loss looks at what was received, and the number is another in the second epoch: two passes a client and round,
     # but for the second client, whose five batches of two are too few.
     assert tapes.recorded == 6
@@ -601,7 +601,7 @@ def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
             return loss(self, model, batch, received)
 
         patch.setattr(
-            captured.Recorded, "__call__", lambda self, each: line.append("p" * len(each)) or call(self, each)
+            captured.Recorded, "__call__", lambda self, batches: line.append("p" * len(batches)) or call(self, batches)
         )
         patch.setattr(kind, "loss", noted)
         patch.setattr(kind, "replayable", True)
@@ -633,23 +633,23 @@ def test_what_was_received_is_not_replayed_for_another_client(make_data, make_co
 
 
 def test_clients_of_few_batches_share_a_pass_that_lasts(make_data, make_config):
-    few = {"sizes": (12, 12, 12, 12), "batch_size": 4, "local_epochs": 1, "exchanges": 5}
-    assert passes(make_data=make_data, make_config=make_config, **few)[1] == ["eee", "eee", "erpp", "ppp", "ppp"]
+    short = {"sizes": (12, 12, 12, 12), "batch_size": 4, "local_epochs": 1, "exchanges": 5}
+    assert passes(make_data=make_data, make_config=make_config, **short)[1] == ["eee", "eee", "erpp", "ppp", "ppp"]
     # One pass shows that recordings of this loss serve a single exchange.
-    _, line = passes(make_data=make_data, make_config=make_config, kind=Looking, **few)
+    _, line = passes(make_data=make_data, make_config=make_config, kind=Looking, **short)
     assert line == ["eee", "eee", "erpp", "eee", "eee"]
 
 
 def test_a_vector_that_many_clients_get_is_sent_once():
     networks = Networks(None, None, torch.device("meta"), dict)
     vector = torch.ones(3)
-    there = networks.send(vector)
-    assert there.device.type == "meta"
-    assert networks.send(vector) is there
-    assert networks.send(there) is there
+    sent = networks.send(vector)
+    assert sent.device.type == "meta"
+    assert networks.send(vector) is sent
+    assert networks.send(sent) is sent
     vector.add_(1)
     again = networks.send(vector)
-    assert again is not there
+    assert again is not sent
     assert networks.send(vector.clone()) is not again
 
 
@@ -755,9 +755,9 @@ def on_the_gpu(config, data, kind, exchanges, graphs):
     return found
 
 
-def assert_same(one, other):
-    assert len(one) == len(other)
-    for (a, told), (b, said) in zip(one, other, strict=True):
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for (a, told), (b, said) in zip(left, right, strict=True):
         assert told == said
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -777,17 +777,17 @@ def test_graphs_have_the_bits_of_eager_passes(method, model, precision, make_dat
     data = make_data((50, 47))
     # A client's state would come back on the CPU: two clients, and a second round only where there is none.
     exchanges = 4 if method == "fedavg" else 2
-    one, other = (on_the_gpu(config, data, METHODS[method], exchanges, graphs) for graphs in (True, False))
-    assert_same(one, other)
-    assert all(math.isfinite(report["loss"]) for _, report in one)
+    graph, eager = (on_the_gpu(config, data, METHODS[method], exchanges, graphs) for graphs in (True, False))
+    assert_same(graph, eager)
+    assert all(math.isfinite(report["loss"]) for _, report in graph)
 
 
 @pytest.mark.gpu
 @NEEDS_CUDA
 def test_graphs_draw_the_numbers_of_eager_passes(make_data, make_config):
     config, data = make_config(**{**SMALL, **GPU}), make_data((50, 47))
-    one, other = (on_the_gpu(config, data, Randomly, 4, graphs) for graphs in (True, False))
-    assert_same(one, other)
+    graph, eager = (on_the_gpu(config, data, Randomly, 4, graphs) for graphs in (True, False))
+    assert_same(graph, eager)
 
 
 @pytest.mark.gpu
@@ -829,8 +829,8 @@ def test_after_a_failed_recording_a_gpu_goes_on(kind, make_data, make_config):
             answer = kind().client_update(client, Phase(0, "train", "update"), bench.networks.initial())
             found.append((answer, client.report))
             assert ("no-cuda-graph" in bench.notices.warnings) == graphs
-    assert_same(*([each] for each in found))
-    one, other = (on_the_gpu(config, data, FedAvg, 4, graphs) for graphs in (True, False))
-    assert_same(one, other)
-    one, other = (on_the_gpu(config, data, Randomly, 4, graphs) for graphs in (True, False))
-    assert_same(one, other)
+    assert_same(*([trained] for trained in found))
+    graph, eager = (on_the_gpu(config, data, FedAvg, 4, graphs) for graphs in (True, False))
+    assert_same(graph, eager)
+    graph, eager = (on_the_gpu(config, data, Randomly, 4, graphs) for graphs in (True, False))
+    assert_same(graph, eager)

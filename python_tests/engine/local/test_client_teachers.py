@@ -189,15 +189,15 @@ def test_networks_of_a_run_that_diverged(attempt, tmp_path):
 
 
 def test_a_run_on_other_data_is_named(attempt, data, make_data, make_public, tmp_path):
-    other = make_public(make_data(seed=4), samples=8)
-    attempt(out="given", teachers=None, data=other, seed=4)
+    foreign = make_public(make_data(seed=4), samples=8)
+    attempt(out="given", teachers=None, data=foreign, seed=4)
     said = attempt(seed=0)["diagnostics"]["teachers-of-other-data"]
     assert str(tmp_path / "given") in said
-    for seed, each in ((4, other), (0, data)):
-        assert f"seed {seed}; fingerprint {data_fingerprint(each):08x}" in said
+    for seed, used in ((4, foreign), (0, data)):
+        assert f"seed {seed}; fingerprint {data_fingerprint(used):08x}" in said
     assert "partition" not in said  # only what differs
-    assert "teachers-of-other-data" not in attempt(out="same", data=other, seed=4)["diagnostics"]
-    with_masks = dataclasses.replace(data, validation=other.validation)  # settings that say nothing of it
+    assert "teachers-of-other-data" not in attempt(out="same", data=foreign, seed=4)["diagnostics"]
+    with_masks = dataclasses.replace(data, validation=foreign.validation)  # settings that say nothing of it
     assert "fingerprint" in attempt(out="files", data=with_masks)["diagnostics"]["teachers-of-other-data"]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["diagnostics"]["teachers-of-other-data"] == said
 

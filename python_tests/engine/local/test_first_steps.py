@@ -162,9 +162,9 @@ class OwnParameters(FedAvg):
 
 
 def train_another(model, client):
-    other = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     for batch in client.batches():
-        cross_entropy(other(batch.inputs), batch.targets).backward()
+        cross_entropy(copied(batch.inputs), batch.targets).backward()
 
 
 def halve(model, client):
@@ -243,7 +243,7 @@ def without_pairs(model, batch, calls=[]):  # noqa: B006
 def with_an_inner_step(model, batch):
     names, parameters = zip(*model.named_parameters(), strict=True)
     steps = torch.autograd.grad(cross_entropy(model(batch[0]), batch[1]), parameters, create_graph=True)
-    moved = {name: each - 0.1 * step for name, each, step in zip(names, parameters, steps, strict=True)}
+    moved = {name: parameter - 0.1 * step for name, parameter, step in zip(names, parameters, steps, strict=True)}
     return cross_entropy(torch.func.functional_call(model, moved, (batch[0],)), batch[1])
 
 
@@ -288,7 +288,7 @@ ACCEPTED = {
     "hook": {"batch_loss": hooking_once},
     "checkpoint": {"batch_loss": reentrant},
     "temporary": {"batch_loss": with_a_temporary},
-    "groups": {"optimizer": lambda parameters: torch.optim.SGD([{"params": [each]} for each in parameters], lr=0.1)},
+    "groups": {"optimizer": lambda parameters: torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1)},
 }
 
 
@@ -297,9 +297,9 @@ def test_what_is_fine_trains_without_a_word(given, tmp_path):
     run = simulate(tmp_path, **given)
     assert {*run.summary["diagnostics"]} <= {"chance-level", "majority-level", "collapsed-class", "python-state"}
     before, after = given.get("model", network()).state_dict(), run.model().state_dict()
-    still = [name for name, value in before.items() if torch.equal(value, after[name])]
+    unmoved = [name for name, value in before.items() if torch.equal(value, after[name])]
     expected = {Force: ["energy.2.bias"], Freezing: ["first.weight", "first.bias"]}
-    assert still == expected.get(type(given.get("model")), [])
+    assert unmoved == expected.get(type(given.get("model")), [])
 
 
 def test_an_error_in_the_network_names_its_line(tmp_path):

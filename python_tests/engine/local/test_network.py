@@ -72,12 +72,12 @@ class ByBatch(ByFunction):
     statistics = ("none", "none")
 
 
-@pytest.mark.parametrize(("kind", "same"), [(Kept, ByFunction), (Adaptive, ByBatch)])
-def test_modes_are_those_of_the_network_s_own_train(kind, same, tmp_path):
+@pytest.mark.parametrize(("kind", "function"), [(Kept, ByFunction), (Adaptive, ByBatch)])
+def test_modes_are_those_of_the_network_s_own_train(kind, function, tmp_path):
     how = {"data": SITES, "test": site(3), "rounds": 2, "batch_size": 100, **HOW}
     losses = [
         fedkern.simulate("fedavg", model=model(), workers=1, out=tmp_path / model.__name__, **how).metrics["loss"]
-        for model in (kind, same, Norms)
+        for model in (kind, function, Norms)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) != pytest.approx(losses[2], abs=1e-5)
 

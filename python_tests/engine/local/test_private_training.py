@@ -54,13 +54,13 @@ def network():
     return models.build("cnn-gn", classes=3, channels=3, image_size=8, width=4, seed=0)
 
 
-def train(module, data, *, method=None, who=None, noise=0.0, max_norm=1e6, secret="", rows=None, **schedule):
-    who = client() if who is None else who
+def train(module, data, *, method=None, site=None, noise=0.0, max_norm=1e6, secret="", rows=None, **schedule):
+    site = client() if site is None else site
     usual = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 0.0, "epochs": 1, "batch_size": 12}
     spending = DPSGD(max_norm, lambda rate, steps: noise, "teacher", secret)
     schedule = Schedule(**{**usual, **schedule})
-    figures = train_privately(who, method or Supervised(), PHASE, module, data, None, schedule, spending, rows)
-    return who, figures
+    figures = train_privately(site, method or Supervised(), PHASE, module, data, None, schedule, spending, rows)
+    return site, figures
 
 
 def vector(module):
@@ -118,30 +118,30 @@ def test_a_segmentation_network_and_adamw():
 
 def test_a_samples_gradient_is_clipped(data):
     """One sample in the data or not: the step differs by at most lr C / batch size, and by exactly that here."""
-    one, two = network(), network()
-    start = vector(one)
+    clipped, two = network(), network()
+    start = vector(clipped)
     rows = np.arange(4)
-    train(one, data, max_norm=1e-3, batch_size=4, rows=rows, lr=1.0)
-    step = (vector(one) - start).norm()
+    train(clipped, data, max_norm=1e-3, batch_size=4, rows=rows, lr=1.0)
+    step = (vector(clipped) - start).norm()
     assert 0 < float(step) <= 1e-3 * (1 + 1e-3)
     train(two, data, max_norm=1e-3, batch_size=1, rows=rows[:1], lr=1.0)
-    alone = (vector(two) - start).norm()
-    assert float(alone) == pytest.approx(1e-3, rel=0.02)
+    single = (vector(two) - start).norm()
+    assert float(single) == pytest.approx(1e-3, rel=0.02)
 
 
 def test_the_noise_has_its_scale_and_its_own_stream(data):
     start, before = vector(network()), torch.random.get_rng_state()
-    first, second, other = network(), network(), network()
-    who, _ = train(first, data, noise=500.0, max_norm=0.01, batch_size=4, lr=1.0)  # 3 steps of 4 of 12 samples
+    noised, second, reseeded = network(), network(), network()
+    site, _ = train(noised, data, noise=500.0, max_norm=0.01, batch_size=4, lr=1.0)  # 3 steps of 4 of 12 samples
     train(second, data, noise=500.0, max_norm=0.01, batch_size=4, lr=1.0)
-    train(other, data, noise=500.0, max_norm=0.01, batch_size=4, lr=1.0, who=client(seed=1))
-    moved = vector(first) - start
+    train(reseeded, data, noise=500.0, max_norm=0.01, batch_size=4, lr=1.0, site=client(seed=1))
+    moved = vector(noised) - start
     deviation = 500 * 0.01 / 4 * math.sqrt(3)
     assert float(moved.std()) == pytest.approx(deviation, rel=0.1)
-    assert torch.equal(vector(first), vector(second))
-    assert not torch.equal(vector(first), vector(other))
+    assert torch.equal(vector(noised), vector(second))
+    assert not torch.equal(vector(noised), vector(reseeded))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert who.state[LEDGER] == {"teacher": [["dp-sgd", 500.0, 4 / 12, 3]]}
+    assert site.state[LEDGER] == {"teacher": [["dp-sgd", 500.0, 4 / 12, 3]]}
 
 
 def test_sampling_and_noise_follow_from_a_secret_too(data):
@@ -158,12 +158,12 @@ def test_sampling_and_noise_follow_from_a_secret_too(data):
 
 def test_the_noise_of_a_secret_has_more_than_the_32_bits_of_a_seed():
     """Streams that start with the same seed and differ after it."""
-    rest = []
+    draws = []
     for word in (1, 2):
         numbers = iter([7, np.full(624, word, dtype=np.uint64)])
         source = SimpleNamespace(integers=lambda *a, numbers=numbers, **k: next(numbers))
-        rest.append(torch.randn(1000, generator=generator_of(source, torch.device("cpu"), whole=True)))
-    assert not torch.equal(*rest)
+        draws.append(torch.randn(1000, generator=generator_of(source, torch.device("cpu"), whole=True)))
+    assert not torch.equal(*draws)
     drawn = torch.randn(100_000, generator=generator_of(stream(0, "a"), torch.device("cpu"), whole=True))
     assert float(drawn.std()) == pytest.approx(1.0, rel=0.02)
     seeded = generator_of(stream(0, "a"), torch.device("cpu"), whole=False)
@@ -233,10 +233,10 @@ def test_a_sample_that_is_not_finite_counts_for_nothing_and_stops_nothing(data, 
 
 
 def test_parameters_that_are_not_finite_are_told_at_the_end_and_paid_for(data):
-    who = client()
+    site = client()
     with pytest.raises(Diverged, match="the parameters are not finite"):
-        train(network(), data, noise=1.0, lr=1e38, who=who)
-    assert who.state[LEDGER] == {"teacher": [["dp-sgd", 1.0, 1.0, 1]]}
+        train(network(), data, noise=1.0, lr=1e38, site=site)
+    assert site.state[LEDGER] == {"teacher": [["dp-sgd", 1.0, 1.0, 1]]}
 
 
 def test_steps_are_paid_for_before_the_first_one(data):
@@ -246,10 +246,10 @@ def test_steps_are_paid_for_before_the_first_one(data):
         def loss(self, model, batch, received):
             raise KeyboardInterrupt
 
-    who = client()
+    site = client()
     with pytest.raises(KeyboardInterrupt):
-        train(network(), data, method=Broken(), who=who, noise=2.0, max_norm=1.0, epochs=2, batch_size=4)
-    assert who.state[LEDGER] == {"teacher": [["dp-sgd", 2.0, 4 / 12, 6]]}
+        train(network(), data, method=Broken(), site=site, noise=2.0, max_norm=1.0, epochs=2, batch_size=4)
+    assert site.state[LEDGER] == {"teacher": [["dp-sgd", 2.0, 4 / 12, 6]]}
 
 
 def test_a_batch_without_samples_is_a_step_of_noise(data):
@@ -262,9 +262,9 @@ def test_a_batch_without_samples_is_a_step_of_noise(data):
         def integers(self, high):
             return 7
 
-    who = client()
-    who.rng = lambda purpose, phase: Nobody()
-    train(module, data, noise=1.0, max_norm=0.01, batch_size=4, who=who)
+    site = client()
+    site.rng = lambda purpose, phase: Nobody()
+    train(module, data, noise=1.0, max_norm=0.01, batch_size=4, site=site)
     assert not torch.equal(vector(module), vector(empty))
     assert torch.isfinite(vector(module)).all()
 
@@ -278,10 +278,10 @@ def test_only_the_rows_that_are_given_are_drawn(data):
             return super().loss(model, batch, received)
 
     rows, drawn = np.array([3, 5, 8]), {"epochs": 20, "batch_size": 2}
-    who, _ = train(network(), data, method=Watching(), noise=1.0, max_norm=1.0, rows=rows, **drawn)
+    site, _ = train(network(), data, method=Watching(), noise=1.0, max_norm=1.0, rows=rows, **drawn)
     assert set(seen) == {3, 5, 8}
     assert len(seen) == pytest.approx(40 * 2, abs=25)  # 40 steps of 2 of 3 samples in the mean
-    assert who.state[LEDGER]["teacher"] == [["dp-sgd", 1.0, 2 / 3, 40]]
+    assert site.state[LEDGER]["teacher"] == [["dp-sgd", 1.0, 2 / 3, 40]]
 
 
 def test_a_network_with_batch_norm_is_refused_in_one_sentence(data):
@@ -396,8 +396,8 @@ def test_private_training_takes_every_images_own_mean():
     batch = data.batch(np.arange(3))
     for _ in range(2):
         optimizer.zero_grad()
-        each = [F.cross_entropy(plain(batch.inputs[k : k + 1]), batch.targets[k : k + 1]) for k in (0, 1)]
-        (sum(each) / 3).backward()
+        losses = [F.cross_entropy(plain(batch.inputs[k : k + 1]), batch.targets[k : k + 1]) for k in (0, 1)]
+        (sum(losses) / 3).backward()
         optimizer.step()
     assert torch.allclose(vector(module), vector(plain), atol=1e-5)
 
@@ -416,9 +416,9 @@ def test_a_signal_that_got_lost_ends_the_steps_that_are_booked(data, monkeypatch
         return F.cross_entropy(model(batch.inputs), batch.targets)
 
     monkeypatch.setattr(Supervised, "loss", loss)
-    module, who = network(), client()
+    module, site = network(), client()
     with pytest.raises(Terminated), in_order():
-        train(module, data, noise=2.0, max_norm=1.0, batch_size=12, epochs=6, who=who)
+        train(module, data, noise=2.0, max_norm=1.0, batch_size=12, epochs=6, site=site)
     assert len(steps) == 2
-    assert who.state[LEDGER] == {"teacher": [["dp-sgd", 2.0, 1.0, 6]]}  # an upper bound, and there already
+    assert site.state[LEDGER] == {"teacher": [["dp-sgd", 2.0, 1.0, 6]]}  # an upper bound, and there already
     assert not any(hasattr(parameter, "grad_sample") for parameter in module.parameters())

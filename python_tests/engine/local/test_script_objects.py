@@ -168,18 +168,18 @@ def test_a_trainer_s_fit_has_the_bits_of_fedavg(played):
 def test_accumulated_gradients_are_fedavg_s_to_rounding(played):
     torch.manual_seed(0)
     model = Plain()
-    first, found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, in_halves))
-    for name, value in tensors(first).items():
+    usual, found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, in_halves))
+    for name, value in tensors(usual).items():
         torch.testing.assert_close(tensors(found)[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_amp_and_a_scheduler_have_the_same_bits_in_workers(played):
     script = ScriptObjects(train=in_bf16)
-    one, two = (played(workers, script=script, workers=workers) for workers in "12")
-    assert outcome(one)[0] == outcome(two)[0]
-    rates = [record["clients"]["0"]["rate"] for record in read_metrics(one)]
+    serial, parallel = (played(workers, script=script, workers=workers) for workers in "12")
+    assert outcome(serial)[0] == outcome(parallel)[0]
+    rates = [record["clients"]["0"]["rate"] for record in read_metrics(serial)]
     assert rates == pytest.approx([0, 0], abs=1e-9)
-    assert not same_network(one, played("sgd", script=OWN))
+    assert not same_network(serial, played("sgd", script=OWN))
 
 
 def test_the_example_has_the_bits_of_fedavg(played):
@@ -233,8 +233,8 @@ def test_python_s_words(known, tmp_path):
     )
     assert told.endswith("), batch size 32, 2 local epochs")
     again = fedkern.load(tmp_path / "adam", data=known(), optimizer=adam).extend(2, progress=False, pictures=False)
-    whole = fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "two", **{**how, "rounds": 2})
-    assert same_network(again.out, whole.out)
+    uncut = fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "two", **{**how, "rounds": 2})
+    assert same_network(again.out, uncut.out)
     with pytest.raises(UserError, match="go on with it in Python"):
         fedkern.load(tmp_path / "loop", data=known()).extend(2)
     assert len(found.extend(2, progress=False, pictures=False).history) == 2  # with the objects that it had
@@ -250,11 +250,11 @@ def test_what_is_frozen_stays_as_it_is(played):
     model[0].requires_grad_(False)
     model[1].requires_grad_(False)
     model[1].running_mean.normal_()
-    first, found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, loop))
+    usual, found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, loop))
     for name, value in model.state_dict().items():
         if name.startswith(("0.", "1.")):
             assert torch.equal(tensors(found)[name], value), name
-    assert tensors(found).keys() == tensors(first).keys()
+    assert tensors(found).keys() == tensors(usual).keys()
 
 
 def test_an_error_in_a_method_s_own_update_names_file_and_line(known, tmp_path):
@@ -313,12 +313,12 @@ def count_in_place(model, client):
 
 def test_changes_of_a_state_in_place_are_kept(played):
     script = ScriptObjects(train=count_in_place)
-    one, two = (played(workers, script=script, workers=workers, rounds=3) for workers in "12")
-    seen = [record["clients"]["0"] for record in read_metrics(one)]
+    serial, parallel = (played(workers, script=script, workers=workers, rounds=3) for workers in "12")
+    seen = [record["clients"]["0"] for record in read_metrics(serial)]
     for name in ("data", "numpy", "array"):
-        assert [each[name] for each in seen] == [1, 2, 3]
-    assert [each["momentum"] for each in seen] == [1, 1.5, 1.75]
-    assert outcome(one)[0] == outcome(two)[0]
+        assert [report[name] for report in seen] == [1, 2, 3]
+    assert [report["momentum"] for report in seen] == [1, 1.5, 1.75]
+    assert outcome(serial)[0] == outcome(parallel)[0]
 
 
 @pytest.mark.parametrize(
@@ -457,9 +457,9 @@ def test_a_method_that_changes_only_its_server_takes_a_loop(known, tmp_path):
             return 2.0 if upload.client_id == 2 else 1.0
 
     how = {"data": known(), "model": "cnn", "width": 2, "rounds": 2, "pictures": False, "progress": False}
-    one = fedkern.simulate(Late, out=tmp_path / "a", momentum=0.5, **how)
+    run = fedkern.simulate(Late, out=tmp_path / "a", momentum=0.5, **how)
     two = fedkern.simulate(Late, out=tmp_path / "b", train=loop, **how)
-    assert same_network(one.out, two.out)
+    assert same_network(run.out, two.out)
 
 
 # -- an optimiser ------------------------------------------------------------------------------------------------------
@@ -476,9 +476,9 @@ def test_the_run_s_schedule_multiplies_the_rates(played):
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.5)
 
     how = {"lr_steps": "1,3", "lr_step_factor": 0.5, "clip_norm": 0.1}
-    one, two = played("in", **how), played("own", script=ScriptObjects(optimizer=half), **how)
-    for name, value in tensors(one).items():
-        torch.testing.assert_close(tensors(two)[name], value, rtol=1e-5, atol=1e-6)
+    inside, own_loop = played("in", **how), played("own", script=ScriptObjects(optimizer=half), **how)
+    for name, value in tensors(inside).items():
+        torch.testing.assert_close(tensors(own_loop)[name], value, rtol=1e-5, atol=1e-6)
 
 
 class Doubling(torch.optim.SGD):

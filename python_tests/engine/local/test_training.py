@@ -82,12 +82,12 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     assert torch.equal(trained(1, **steps), trained(1, lr_steps="3", lr_step_factor=0.5))
     assert torch.equal(trained(3, **steps), trained(3, lr_steps="1,2", lr_step_factor=0.5))  # epochs 6 and 7
     # So many steps are no number of epochs that all clients share: rounds count.
-    few = {**steps, "local_steps": 3}
-    assert torch.equal(trained(2, **few), trained(2, local_steps=3))
-    assert torch.equal(trained(3, **few), trained(3, local_steps=3, lr_steps="1", lr_step_factor=0.5))
+    short = {**steps, "local_steps": 3}
+    assert torch.equal(trained(2, **short), trained(2, local_steps=3))
+    assert torch.equal(trained(3, **short), trained(3, local_steps=3, lr_steps="1", lr_step_factor=0.5))
     quarter = RunContext(make_config(**{**settings, "lr": 0.0025}), data)
-    same = Client(quarter, 0, {}).train(FedAvg(), Phase(3, "train", "update"), quarter.networks.initial())
-    torch.testing.assert_close(trained(3, **steps), same["parameters"])
+    expected = Client(quarter, 0, {}).train(FedAvg(), Phase(3, "train", "update"), quarter.networks.initial())
+    torch.testing.assert_close(trained(3, **steps), expected["parameters"])
 
 
 def test_gradients_are_channels_last_views_of_one_vector(make_data, make_config):
@@ -123,19 +123,19 @@ def test_only_a_method_that_draws_has_a_stream_for_it(method, draws, make_data, 
 class Observing(FedAvg):
     """Observes a count, one tensor that changes in place, in every ``every``-th batch."""
 
-    every = 1
+    period = 1
 
     def loss(self, model, batch, received):
         found = super().loss(model, batch, received)
         count = received.round_cache.setdefault("count", torch.zeros(())).add_(1)
         self.losses.append(float(found.detach()))
-        return (found, {"count": count}) if count % self.every == 0 else found
+        return (found, {"count": count}) if count % self.period == 0 else found
 
 
-@pytest.mark.parametrize(("every", "mean"), [(1, 3.5), (2, 4.0), (7, None)])
-def test_figures_are_means_over_the_batches_that_have_them(every, mean, make_data, make_config):
+@pytest.mark.parametrize(("period", "mean"), [(1, 3.5), (2, 4.0), (7, None)])
+def test_figures_are_means_over_the_batches_that_have_them(period, mean, make_data, make_config):
     method = Observing()
-    method.every, method.losses = every, []
+    method.period, method.losses = period, []
     _, _, client, _ = one_client(make_config(local_epochs=1, local_steps=6, batch_size=4), make_data(), method)
     assert client.report["loss"] == pytest.approx(np.mean(method.losses), rel=1e-6)
     assert len(method.losses) == 6
@@ -214,9 +214,9 @@ def test_the_global_network_normalises_by_what_it_has(policy, make_data, make_co
     network = server.network(message)
     images = 5 * torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + 3
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    alone, together = network(images[:1]), network(images)[:1]
+    single, together = network(images[:1]), network(images)[:1]
     # Running statistics make a sample's logits independent of its batch; the batch's own do not.
-    assert torch.allclose(alone, together, atol=1e-4) == (policy == "average")
+    assert torch.allclose(single, together, atol=1e-4) == (policy == "average")
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
@@ -234,10 +234,10 @@ def test_local_buffers_stay_with_their_client(make_data, make_config):
 def test_own_statistics_are_measured_before_they_are_fixed(make_data, make_config):
     config = make_config(buffers="local", freeze_bn_after=0, batch_size=4)
     _, message, client, _ = one_client(config, make_data())
-    first = copy.deepcopy(client.own_buffers)
-    assert first["integers"].tolist() == [5] * 3
+    before = copy.deepcopy(client.own_buffers)
+    assert before["integers"].tolist() == [5] * 3
     FedAvg().client_update(client, Phase(1, "train", "update"), {"parameters": message["parameters"]})
-    assert torch.equal(client.own_buffers["buffers"], first["buffers"])
+    assert torch.equal(client.own_buffers["buffers"], before["buffers"])
 
 
 @pytest.mark.sampled(1)
@@ -246,8 +246,8 @@ def test_training_alone_fixes_statistics_as_fedavg_does(fixed, make_data, make_c
     for method in ("fedavg", "local"):
         config = make_config(method, model="resnet8", rounds=3, freeze_bn_after=fixed)
         run(config, out=tmp_path / method, data=make_data((20,)))
-    alone, federated = (load_file(tmp_path / method / "model.safetensors") for method in ("local", "fedavg"))
-    assert all(torch.equal(alone[f"members.0.{name}"], value) for name, value in federated.items())
+    local, federated = (load_file(tmp_path / method / "model.safetensors") for method in ("local", "fedavg"))
+    assert all(torch.equal(local[f"members.0.{name}"], value) for name, value in federated.items())
 
 
 def test_a_private_model_trains_with_fixed_statistics_too(make_data, make_config):

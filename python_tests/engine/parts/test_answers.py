@@ -13,7 +13,7 @@ from python_tests.engine.parts.judged import SETTINGS, Judged, Says, brightness_
 from python_tests.stand_ins import Context, run_objects
 
 
-def answered(out, *, keep=True, check_lock=lambda: None, counts=True, each=True):
+def answered(out, *, keep=True, check_lock=lambda: None, counts=True, rows=True):
     """Write the answers to a test set of two images."""
     sets, network = {"id_": brightness_set([0.1, 0.9], [1, 1])}, Says(0.5)
     if keep:
@@ -21,7 +21,7 @@ def answered(out, *, keep=True, check_lock=lambda: None, counts=True, each=True)
             Judged().evaluate(network, sets["id_"])
     context = Context(disclosure=Disclosure(clients=counts), **SETTINGS)
     summary = Summary(network, final=final_figures(sets, ("cat", "dog")))
-    run = run_objects(context, out=out, request={"predictions": each}, sets=sets, check_lock=check_lock)
+    run = run_objects(context, out=out, request={"predictions": rows}, sets=sets, check_lock=check_lock)
     Answers(run).finish(summary)
     return context.notices.warnings
 
@@ -37,7 +37,7 @@ def test_answers_are_written_as_counts_and_image_by_image(tmp_path):
 
 
 def test_answers_that_are_not_asked_for_may_not_be_told_or_are_not_there(tmp_path):
-    assert answered(tmp_path, counts=False, each=False) == {}
+    assert answered(tmp_path, counts=False, rows=False) == {}
     assert [*answered(tmp_path, keep=False)] == ["no-predictions"]
     assert [*tmp_path.iterdir()] == []
 

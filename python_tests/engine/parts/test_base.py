@@ -7,12 +7,12 @@ from python_tests.stand_ins import record
 
 
 def test_a_part_that_overrides_nothing_does_nothing():
-    part, one, summary = Part(), record(), Summary(nn.Identity())
+    part, noted, summary = Part(), record(), Summary(nn.Identity())
     part.begin(resumed=False)
-    assert part.before_round(one) is None
-    assert part.round_end(one) is None
+    assert part.before_round(noted) is None
+    assert part.round_end(noted) is None
     part.finish(summary)
     part.restore({})
     part.close()
     assert part.state() == {}
-    assert (one.entries, summary.entries, summary.metrics) == ({}, {}, {})
+    assert (noted.entries, summary.entries, summary.metrics) == ({}, {}, {})

@@ -88,10 +88,10 @@ def test_seconds_are_those_of_work_over_all_resumptions():
 
 def test_a_run_keeps_to_its_bytes_and_goes_on_alike(make_data, make_config, tmp_path):
     data, config = make_data(), make_config("fedavg", rounds=9)
-    whole = run(config.replace(rounds=3), out=tmp_path / "three", data=data)
-    limited = config.replace(max_bytes=whole["bytes"]["total"] + 10.0)
+    unlimited = run(config.replace(rounds=3), out=tmp_path / "three", data=data)
+    limited = config.replace(max_bytes=unlimited["bytes"]["total"] + 10.0)
     summary = run(limited, out=tmp_path / "limited", data=data)
-    assert (summary["rounds"], summary["bytes"]["total"]) == (3, whole["bytes"]["total"])
+    assert (summary["rounds"], summary["bytes"]["total"]) == (3, unlimited["bytes"]["total"])
     assert summary["stopped"]["by"] == "max-bytes"
     again = kill_and_resume(limited, out=tmp_path / "cut", data=data, at=KillAt("client", 5))
     assert again == outcome(tmp_path / "limited")

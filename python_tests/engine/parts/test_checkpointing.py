@@ -38,12 +38,12 @@ class Checkpoints:
 class Bench:
     """The part with what it is made of."""
 
-    def __init__(self, out, every=3, releases=False):
+    def __init__(self, out, interval=3, releases=False):
         self.calls, self.progress, self.timing = [], Progress(), Timing()
         self.checkpoints, self.server = Checkpoints(self.calls), SimpleNamespace(state={"x": 1})
         forget = SimpleNamespace(forget=lambda plan: self.calls.append(f"forget {plan}"))
         self.run = run_objects(
-            Context(checkpoint_every=every), out=out, checkpoints=self.checkpoints, facts={"data": 7},
+            Context(checkpoint_every=interval), out=out, checkpoints=self.checkpoints, facts={"data": 7},
             part_states=lambda: {"parts": {"server": {"spread": math.nan}}}, server=self.server,
             participation=SimpleNamespace(state=lambda: {"clock": 7.0}, in_flight=lambda: {4: {0: {}}}),
             progress=self.progress, timing=self.timing,
@@ -59,11 +59,11 @@ class Bench:
         Returns whether a checkpoint was made.
         """
         made = len(self.checkpoints.commits)
-        one = record(number, rounds, Round(one_off=number < 0), stop=stop)
-        self.part.before_round(one)
+        noted = record(number, rounds, Round(one_off=number < 0), stop=stop)
+        self.part.before_round(noted)
         self.progress.planned += 1
         self.progress.done += number > 0
-        self.part.round_end(one)
+        self.part.round_end(noted)
         return len(self.checkpoints.commits) > made
 
 
@@ -82,7 +82,7 @@ def test_after_a_round_that_the_run_ends_with(tmp_path):
 
 
 def test_what_stands_in_a_checkpoint(tmp_path):
-    bench = Bench(tmp_path, every=1)
+    bench = Bench(tmp_path, interval=1)
     assert bench.round(1)
     (commit,) = bench.checkpoints.commits
     assert commit["server"] is bench.server.state
@@ -94,7 +94,7 @@ def test_what_stands_in_a_checkpoint(tmp_path):
 
 
 def test_the_folder_is_the_runs_own_before_a_round_and_before_a_checkpoint(tmp_path):
-    bench = Bench(tmp_path, every=2)
+    bench = Bench(tmp_path, interval=2)
     bench.round(1)
     assert bench.calls == ["alone"]
     bench.round(2)
@@ -110,7 +110,7 @@ def test_the_folder_is_the_runs_own_before_a_round_and_before_a_checkpoint(tmp_p
 
 
 def test_digests_are_kept_as_long_as_a_checkpoint_may_replay_them(tmp_path):
-    bench = Bench(tmp_path, every=1, releases=True)
+    bench = Bench(tmp_path, interval=1, releases=True)
     for number in (1, 2, 3):
         bench.round(number)
     assert [call for call in bench.calls if call.startswith("forget")] == ["forget 1", "forget 1", "forget 2"]

@@ -34,9 +34,9 @@ class Bench:
         self.part = Evaluation(run)
 
     def round(self, number=1, **given):
-        one = record(number, **{"due": True, **given})
-        self.part.round_end(one)
-        return one
+        noted = record(number, **{"due": True, **given})
+        self.part.round_end(noted)
+        return noted
 
     def finish(self):
         summary = Summary(self.network)
@@ -45,15 +45,15 @@ class Bench:
 
 
 def test_a_record_has_the_figures_of_the_network():
-    one = Bench().round(clients={"0": {"loss": 1.0}, "1": {"loss": 2.0}, "2": {}})
-    told = values(one)
+    noted = Bench().round(clients={"0": {"loss": 1.0}, "1": {"loss": 2.0}, "2": {}})
+    told = values(noted)
     assert (told["id_accuracy"], told["ood_accuracy"], told["loss"]) == (1.0, 0.75, 1.5)
     assert (told["mean_client_accuracy"], told["worst_client_accuracy"]) == (0.75, 0.5)
-    assert about(one, About.CLIENTS) == {"loss", "client_metrics"}
+    assert about(noted, About.CLIENTS) == {"loss", "client_metrics"}
     assert told["client_metrics"]["1"]["accuracy"] == 0.5
     assert not any("auroc" in name for name in told)  # which the summary has
-    assert about(one, About.SERVER) == set()
-    assert one.seconds["evaluate"] > 0
+    assert about(noted, About.SERVER) == set()
+    assert noted.seconds["evaluate"] > 0
 
 
 def test_a_grad_cam_that_fails_is_a_warning_and_leaves_the_figures(monkeypatch):
@@ -139,10 +139,10 @@ def test_the_network_is_evaluated_at_the_end_only_where_it_has_to_be():
     assert early.method.evaluated == 4  # the answers of round 2 of 3 were not kept
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_a_figure_that_is_not_finite_is_never_the_best(first):
+@pytest.mark.parametrize("undefined_first", [False, True])
+def test_a_figure_that_is_not_finite_is_never_the_best(undefined_first):
     bench, again = Bench(), Bench()
-    for undefined in (first, not first):
+    for undefined in (undefined_first, not undefined_first):
         bench.method.evaluate = (lambda model, data: {"accuracy": math.nan}) if undefined else Judged().evaluate
         bench.round()
     assert bench.part.best["id_accuracy"] == 1.0
@@ -164,7 +164,7 @@ def test_the_evaluation_goes_on_from_a_checkpoint():
     assert again.part.best == bench.part.best
     assert again.part.latest == {**bench.part.latest, "id_spread": None}
     del bench.part.latest["id_spread"]
-    one, other = bench.finish(), again.finish()
-    assert other.metrics == one.metrics
-    assert other.entries == one.entries
-    assert other.best == one.best
+    summary, resumed = bench.finish(), again.finish()
+    assert resumed.metrics == summary.metrics
+    assert resumed.entries == summary.entries
+    assert resumed.best == summary.best

@@ -12,20 +12,20 @@ from python_tests.stand_ins import Context, Executor, record, run_objects, store
 
 def test_listeners_hear_of_rounds_what_may_be_told():
     heard, context, setup = Hearing(), Context(2), record(-1, entry=Round("setup", one_off=True, trains="generator"))
-    context.networks.model_name, one = "cnn", record(1, entry=Round("train", trains="network"))
+    context.networks.model_name, noted = "cnn", record(1, entry=Round("train", trains="network"))
     part = Listening(run_objects(
-        context, listener=ListenerGroup(heard), network=nn.Linear(2, 1), parameters=3, plan=[setup.entry, one.entry],
+        context, listener=ListenerGroup(heard), network=nn.Linear(2, 1), parameters=3, plan=[setup.entry, noted.entry],
         sets={"id_": [0, 0]}, guarantee=None, executor=Executor(),
     ))  # fmt: skip
     part.begin(resumed=False)
-    one.put({"secret": 1.0}, About.CLIENTS)
-    one.public = {"round": 1}
-    for each in (setup, one):
-        part.before_round(each)
-        part.round_end(each)
+    noted.put({"secret": 1.0}, About.CLIENTS)
+    noted.public = {"round": 1}
+    for entry in (setup, noted):
+        part.before_round(entry)
+        part.round_end(entry)
     (_, info), *events = heard.events
     told = info.samples, info.parameters, info.frozen, info.rounds, info.test_sets, info.workers, info.worker_bytes
-    assert told == ([10, 20], 3, 0, (one.entry,), {"id": 2}, 1, 0)
+    assert told == ([10, 20], 3, 0, (noted.entry,), {"id": 2}, 1, 0)
     assert (info.config, info.data, info.model, info.private) == (context.config, context.data, "cnn", False)
     assert events == [
         ("round start", -1, "setup", [0, 1]), ("notice", "set-up: generator"),
@@ -36,6 +36,6 @@ def test_listeners_hear_of_rounds_what_may_be_told():
 def test_listeners_go_on_from_a_checkpoint():
     heard, again = Hearing(), Hearing()
     heard.kept = {"id": "a1"}
-    parts = [Listening(run_objects(listener=ListenerGroup(each))) for each in (heard, again)]
+    parts = [Listening(run_objects(listener=ListenerGroup(listener))) for listener in (heard, again)]
     parts[1].restore(stored(parts[0].state()))
     assert again.kept == {"id": "a1"}

@@ -41,6 +41,6 @@ def test_pictures_go_on_from_a_checkpoint(tmp_path):
     _, again = showing(tmp_path, done=1)
     again.restore(state)
     assert again.state() == state
-    _, other = showing(tmp_path, done=2)
+    _, resumed = showing(tmp_path, done=2)
     with pytest.raises(UserError, match=f"{FILE} is not what the run wrote"):
-        other.restore(state)
+        resumed.restore(state)

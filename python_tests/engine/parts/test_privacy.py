@@ -54,10 +54,10 @@ def test_what_a_private_run_needs_before_it_releases_anything(draws, tmp_path):
 
 
 def test_figures_of_a_run_with_private_clients(tmp_path):
-    kept, one, setup, summary = Kept(tmp_path), record(), record(-1), Summary(nn.Identity())
-    kept.part.round_end(one)
+    kept, noted, setup, summary = Kept(tmp_path), record(), record(-1), Summary(nn.Identity())
+    kept.part.round_end(noted)
     kept.part.round_end(setup)
-    assert one.entries == {"epsilon": (About.RUN, 1.0)}
+    assert noted.entries == {"epsilon": (About.RUN, 1.0)}
     assert setup.entries == {}
     kept.part.finish(summary)
     assert summary.metrics == {"epsilon": 2.0, "delta": 1e-5}

@@ -44,19 +44,19 @@ def test_a_record_says_what_may_be_told(private, tmp_path):
     noted.context.data.client_names = ("x", "y")
     noted.part.begin(resumed=False)
     noted.log.dropped = [{"round": 1, "client": 0}]
-    one = noted.round(1, due=True)
-    assert about(one, About.CLIENTS) == {"clients"}
-    assert values(one)["clients"] == {"1": {"name": "y", "loss": 0.5}}
-    assert ("clients" in one.public) is not private
-    assert (one.public["round"], one.public["rounds"], one.public["evaluated"], one.public["name"]) == (
+    entry = noted.round(1, due=True)
+    assert about(entry, About.CLIENTS) == {"clients"}
+    assert values(entry)["clients"] == {"1": {"name": "y", "loss": 0.5}}
+    assert ("clients" in entry.public) is not private
+    assert (entry.public["round"], entry.public["rounds"], entry.public["evaluated"], entry.public["name"]) == (
         1,
         3,
         True,
         "train",
     )
-    assert one.public["dropped"] == [{"round": 1, "client": 0}]
+    assert entry.public["dropped"] == [{"round": 1, "client": 0}]
     (line,) = noted.lines()
-    assert line.keys() == one.public.keys() - {"rounds", "evaluated"}
+    assert line.keys() == entry.public.keys() - {"rounds", "evaluated"}
     assert line["phases"] == {"train": 2.0}
     assert 0 <= line["round_seconds"] <= line["seconds"] + 1
     assert line["seconds"] > 0

@@ -34,7 +34,7 @@ def test_the_files_of_a_run(names, tmp_path):
     assert load_file(tmp_path / MODEL)["level"] == 0.25
     written = json.loads((tmp_path / "summary.json").read_text())
     named = {"client_names": ["x", "y"], "held_out_client_name": "z"} if names else {}
-    first = {"method": "judged", "data": "tiny", "model": "cnn", "seed": 5, "rounds": 2, "clients": 2, **named}
-    assert [*written] == [*first, "metrics", "bytes", "diagnostics", "seconds", "records", "versions"]
-    assert written == {**summary.entries, **first}
+    head = {"method": "judged", "data": "tiny", "model": "cnn", "seed": 5, "rounds": 2, "clients": 2, **named}
+    assert [*written] == [*head, "metrics", "bytes", "diagnostics", "seconds", "records", "versions"]
+    assert written == {**summary.entries, **head}
     assert written["metrics"] == {"accuracy": 0.5, "epsilon": 2.0}

@@ -21,12 +21,12 @@ def figures_of(server, disclosure=None):
 @pytest.mark.parametrize("told", [False, True])
 def test_figures_that_the_server_reports(told):
     server, disclosure = SimpleNamespace(report={}), Disclosure(False, told)
-    part, setup, one = figures_of(server, disclosure), record(-1), record()
+    part, setup, noted = figures_of(server, disclosure), record(-1), record()
     part.restore({"norm": 1, "spread": None})
     part.round_end(setup)
-    part.round_end(one)
+    part.round_end(noted)
     assert setup.entries == {}
-    assert about(one, About.SERVER) == {"norm", "spread"}
+    assert about(noted, About.SERVER) == {"norm", "spread"}
     assert server.report["norm"] == 1.0
     assert type(server.report["norm"]) is float
     assert server.report["spread"] != server.report["spread"]  # NaN, which a resumed run gets as None
@@ -43,24 +43,24 @@ def test_the_servers_figures_go_on_from_a_checkpoint():
 
 @pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5), np.float64(0.5)])
 def test_numbers_that_the_server_reports_become_pythons(value):
-    server, one = SimpleNamespace(report={"x": value}), record()
-    figures_of(server).round_end(one)
+    server, noted = SimpleNamespace(report={"x": value}), record()
+    figures_of(server).round_end(noted)
     assert type(server.report["x"]) is float
-    assert values(one) == {"x": 0.5}
+    assert values(noted) == {"x": 0.5}
 
 
 @pytest.mark.parametrize("value", [None, "0.5", [0.5], np.zeros(2), 1j])
 def test_what_the_server_reports_must_be_numbers(value):
-    server, one = SimpleNamespace(report={"x": value}), record()
+    server, noted = SimpleNamespace(report={"x": value}), record()
     with pytest.raises(UserError, match=r'server.report\["x"\] must be a number, not .*: report a number, or leave'):
-        figures_of(server).round_end(one)
-    assert one.entries == {}
+        figures_of(server).round_end(noted)
+    assert noted.entries == {}
 
 
 @pytest.mark.parametrize("name", ["accuracy", "round", "seconds"])
 def test_the_server_may_report_no_name_of_the_engines(name):
-    one = record()
-    one.put({"accuracy": 0.5})
+    noted = record()
+    noted.put({"accuracy": 0.5})
     part = figures_of(SimpleNamespace(report={name: 1.0}))
     with pytest.raises(UserError, match=rf'server.report\["{name}"\] has a name of the engine\'s: choose one besides'):
-        part.round_end(one)
+        part.round_end(noted)

@@ -102,7 +102,7 @@ def patient(make_config, **settings):
 def test_the_best_round_stays_beside_the_last(data, make_config, tmp_path):
     config = patient(make_config)
     summary = run(config, out=tmp_path / "patient", data=data)
-    values = [each["validation_accuracy"] for each in read_metrics(tmp_path / "patient")]
+    values = [entry["validation_accuracy"] for entry in read_metrics(tmp_path / "patient")]
     best = values.index(max(values)) + 1
     assert len(values) == best + 2 < 12
     figures = summary["best"].pop("metrics")
@@ -135,14 +135,14 @@ def test_the_best_network_is_read_as_the_last_one_is(buffers, data, make_config,
     assert found != evaluate_run(out, data=data)[0]
     opened = fedkern.load(out, data=data)
     assert not all(map(torch.equal, opened.model(best=True).parameters(), opened.model().parameters()))
-    other = out / "best.safetensors"
-    shutil.copy(out / "model.safetensors", other)
-    with pytest.raises(UserError, match=f"^{other} is not what the run wrote: put the file back\\.$"):
+    of_best = out / "best.safetensors"
+    shutil.copy(out / "model.safetensors", of_best)
+    with pytest.raises(UserError, match=f"^{of_best} is not what the run wrote: put the file back\\.$"):
         read_model(out, best=True)
-    other.write_bytes(other.read_bytes()[:50])
-    with pytest.raises(UserError, match=f"^{other} is damaged .*: put the file back\\.$"):
+    of_best.write_bytes(of_best.read_bytes()[:50])
+    with pytest.raises(UserError, match=f"^{of_best} is damaged .*: put the file back\\.$"):
         read_model(out, best=True)
-    other.unlink()
+    of_best.unlink()
     with pytest.raises(UserError, match=r"has no best\.safetensors: a run with --patience keeps it; take --network"):
         read_model(out, best=True)
     read_model(out)
@@ -176,7 +176,7 @@ def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):
     config = patient(make_config)
     if flag == "stop_at":
         run(config.replace(patience=None, rounds=4), out=tmp_path / "four", data=data)
-        losses = [each["loss"] for each in read_metrics(tmp_path / "four")]
+        losses = [entry["loss"] for entry in read_metrics(tmp_path / "four")]
         assert min(losses) < losses[0]
         config = config.replace(patience=None, stop_at=f"loss<={min(losses)!r}")
     summary = run(config, out=tmp_path / "whole", data=data)
@@ -208,9 +208,9 @@ def test_a_lost_network_of_the_best_round_is_named(data, make_config, tmp_path):
 
 
 def test_nothing_is_left_of_a_run_that_cannot_look(data, make_config, refuses, tmp_path):
-    none = dataclasses.replace(data, validation=data.validation.subset(torch.zeros(0, dtype=torch.int64)))
+    unvalidated = dataclasses.replace(data, validation=data.validation.subset(torch.zeros(0, dtype=torch.int64)))
     with pytest.raises(UserError, match="--patience looks at the main figure on a validation set, and this run has"):
-        run(patient(make_config), out=tmp_path / "run", data=none)
+        run(patient(make_config), out=tmp_path / "run", data=unvalidated)
     with refuses('have no figure "acuracy", but id_accuracy, '):
         run(make_config(stop_at="acuracy>=0.5"), out=tmp_path / "run", data=data)
 

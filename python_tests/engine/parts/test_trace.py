@@ -41,10 +41,10 @@ def profiles(monkeypatch):
 def test_the_second_round_is_traced_or_the_only_one(rounds, traced, profiles, tmp_path):
     part = Trace(run_objects(out=tmp_path))
     for number in (-1, *range(1, rounds + 1)):
-        one = record(number, rounds)
-        part.before_round(one)
-        assert one.in_server_process is (number == traced)  # an operator of another process would be missing
-        part.round_end(one)
+        noted = record(number, rounds)
+        part.before_round(noted)
+        assert noted.in_server_process is (number == traced)  # an operator of another process would be missing
+        part.round_end(noted)
         assert trace.TRACE in [path.name for path in tmp_path.iterdir()] or number < traced
     part.close()
     assert [profile.calls for profile in profiles] == [["start", "stop"]]

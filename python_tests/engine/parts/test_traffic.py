@@ -43,25 +43,25 @@ def test_what_travels_before_any_round_is_booked_once(resumed):
 
 def test_bytes_of_a_round_and_of_its_exchanges():
     booked = Booked()
-    one = record(1, exchanges=("update", "statistics", "nothing"))
+    noted = record(1, exchanges=("update", "statistics", "nothing"))
     booked.ledger.book(0, "up", [0] * 9, phase=TRAIN)
-    booked.part.before_round(one)
+    booked.part.before_round(noted)
     booked.ledger.book(0, "up", [0] * 2, phase=TRAIN)
     booked.ledger.book(1, "down", [0], phase=Phase(0, "train", "statistics"))
-    booked.part.round_end(one)
-    assert values(one) == {
+    booked.part.round_end(noted)
+    assert values(noted) == {
         "bytes_up": 88, "bytes_down": 8, "round_bytes_up": 16, "round_bytes_down": 8,
         "bytes": {
             "train/update": {"up": 16, "down": 0}, "train/statistics": {"up": 0, "down": 8},
             "train/nothing": {"up": 0, "down": 0},
         },
     }  # fmt: skip
-    assert len(about(one, About.RUN)) == 5
+    assert len(about(noted, About.RUN)) == 5
     single, setup = record(2, exchanges=("update",)), record(-1)
-    for each in (single, setup):
-        booked.part.before_round(each)
-        booked.part.round_end(each)
-    assert single.entries.keys() == one.entries.keys() - {"bytes"}
+    for entry in (single, setup):
+        booked.part.before_round(entry)
+        booked.part.round_end(entry)
+    assert single.entries.keys() == noted.entries.keys() - {"bytes"}
     assert setup.entries == {}
 
 

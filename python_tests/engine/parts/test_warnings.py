@@ -45,10 +45,10 @@ def test_a_resumed_run_tells_what_is_new():
 
 
 def test_warnings_about_listeners_stand_beside_the_others():
-    context, broken, other = Context(), Hearing("round"), Hearing()
-    listeners = ListenerGroup(Listeners(broken, other))
+    context, broken, intact = Context(), Hearing("round"), Hearing()
+    listeners = ListenerGroup(Listeners(broken, intact))
     listeners.on_round({"round": 1})
     part = Warnings(run_objects(context, listener=listeners))
     part.round_end(record())
     assert [*context.notices.warnings] == ["listener-Hearing"]
-    assert [event[0] for event in other.events] == ["warning", "round"]  # told at once, and not again
+    assert [event[0] for event in intact.events] == ["warning", "round"]  # told at once, and not again

@@ -141,7 +141,7 @@ def test_the_server_is_done_with_an_upload_before_the_next_client_works():
     for upload in bench.exchange.uploads():
         bench.calls.append(("served", upload.client_id))
     assert [call for call in bench.calls if call[0] != "forget"] == [
-        (what, k) for k in range(3) for what in ("works", "served")
+        (step, k) for k in range(3) for step in ("works", "served")
     ]
 
 
@@ -170,7 +170,7 @@ def test_what_filters_are_told_and_in_which_order():
     assert bench.clients() == [0, 2]
     passed = ["works", "a sent", "b sent", "a decode", "b decode", "forget", "a together", "b together"]
     failed = ["works", "a sent", "b sent", "a lacking, failed", "b lacking, failed", "forget"]
-    expected = [(what, k) for k, each in ((0, passed), (1, failed), (2, passed)) for what in each]
+    expected = [(event, k) for k, events in ((0, passed), (1, failed), (2, passed)) for event in events]
     assert bench.calls == [*expected, ("a end", None), ("b end", None)]
     # What is decoded last is encoded first.
     assert bench.executor.encoders == {0: Encoders((("", "b"), ("", "a"))), 1: Encoders((("", "b"),))}

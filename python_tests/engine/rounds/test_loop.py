@@ -122,8 +122,8 @@ class Bench:
 
     def __init__(self, plan=PLAN, parts=(), *, given=None, pooling=None, policy=None, planned=0, done=0, **settings):
         self.calls, self.context, self.given = [], Context(**settings), given or {}
-        here = Executor(self.work)
-        self.executor, self.progress = Executor(self.work, here=here), Progress(planned=planned, done=done)
+        local = Executor(self.work)
+        self.executor, self.progress = Executor(self.work, here=local), Progress(planned=planned, done=done)
         self.checkpoints = Checkpoints()
         states = ClientStates(self.executor, self.checkpoints, self.context, self.progress, False)
         self.log = RoundLog(self.context, self.progress, states, Listener())
@@ -202,7 +202,7 @@ def test_a_client_answers_what_the_policy_says_and_its_upload_is_as_old():
     policy = Given({0: Assignment([1]), 1: Assignment([0, 2], began={2: 0}), 2: Assignment([0, 2], began={2: 1})})
     bench = Bench((Round(), Round(), Round()), policy=policy)
     bench.loop.play()
-    uploads = [[(each.client_id, each.message["x"], each.staleness) for each in all] for all in bench.method.uploads]
+    uploads = [[(u.client_id, u.message["x"], u.staleness) for u in all] for all in bench.method.uploads]
     assert uploads == [[(1, 0, 0)], [(2, 0, 1), (0, 1, 0)], [(2, 1, 1), (0, 2, 0)]]
     # Work is of the round in which it began, with that round's draws and learning rate.
     assert [phase.round for phase in bench.executor.phases] == [0, 0, 1, 1, 2]
@@ -220,13 +220,13 @@ def test_parts_after_the_one_that_stops_the_run_see_why():
     bench = Bench(parts=[part("a"), part("b", after=2), part("c")])
     stop = bench.loop.play()
     assert stop is ENOUGH
-    assert [each.stops[-1] for each in bench.parts] == [None, None, ENOUGH]
+    assert [part.stops[-1] for part in bench.parts] == [None, None, ENOUGH]
     assert bench.calls[-1] == "c end 2"
     assert (bench.progress.planned, bench.progress.done) == (3, 2)
     summary = bench.loop.finish(stop)
     assert bench.calls[-3:] == ["a finish", "b finish", "c finish"]
     assert summary.stop is ENOUGH
-    assert all(each.summary is summary for each in bench.parts)
+    assert all(part.summary is summary for part in bench.parts)
     assert summary.network is bench.method.network()
 
 
@@ -269,7 +269,7 @@ def test_exchanges_of_the_pooling_are_asked_of_the_pooling():
 def test_states_are_forgotten_after_the_last_exchange(names):
     bench = Bench((Round(exchanges=names),))
     bench.loop.play()
-    calls = [what for what, _ in bench.executor.calls]
+    calls = [call for call, _ in bench.executor.calls]
     assert calls == [*3 * ["works"], *3 * ["works", "forget"], "end round"]
 
 
@@ -295,11 +295,11 @@ def test_clients_that_are_left_out_or_have_no_message_are_asked_no_more():
         (0, 2),
         (0, 1, 2),
     ]  # until the round ends
-    some = Bench((Round(),))
-    some.method.sends_to = (2,)
-    some.loop.play()
-    assert [k for _, _, k in some.executor.asked] == [2]
-    assert some.filter.asked[0].participants == (0, 1, 2)
+    partial = Bench((Round(),))
+    partial.method.sends_to = (2,)
+    partial.loop.play()
+    assert [k for _, _, k in partial.executor.asked] == [2]
+    assert partial.filter.asked[0].participants == (0, 1, 2)
 
 
 def test_clients_that_the_server_refuses_are_left_out():
@@ -333,7 +333,7 @@ def test_the_servers_cache_ends_with_the_round():
 
 
 @pytest.mark.parametrize(
-    ("cohort", "together", "remote", "here"),
+    ("cohort", "together", "remote", "local"),
     [
         (False, False, False, False),
         (True, False, False, True),
@@ -341,7 +341,7 @@ def test_the_servers_cache_ends_with_the_round():
         (True, True, True, False),  # no client ever works here
     ],
 )
-def test_which_executor_has_the_clients_of_a_round(cohort, together, remote, here):
+def test_which_executor_has_the_clients_of_a_round(cohort, together, remote, local):
     class Tracing(Part):
         def before_round(self, record):
             record.in_server_process = together
@@ -352,4 +352,4 @@ def test_which_executor_has_the_clients_of_a_round(cohort, together, remote, her
         label=str(k), report={}, check_state=lambda: None, left_marks=frozenset
     )
     bench.loop.play()
-    assert [len(each.asked) for each in (bench.executor, bench.executor.here)] == ([0, 3] if here else [3, 0])
+    assert [len(executor.asked) for executor in (bench.executor, bench.executor.here)] == ([0, 3] if local else [3, 0])

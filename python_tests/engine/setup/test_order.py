@@ -33,7 +33,7 @@ def held(kind: ast.ClassDef) -> set[str]:
 def known(name: str) -> set[str]:
     """Return the modules of fedkern that a module of the engine imports, those of the engine without its name."""
     found = imported(f"fedkern.engine.{name}", ENGINE[name], FILES)
-    return {each.removeprefix("fedkern.engine.") for each in found}
+    return {name.removeprefix("fedkern.engine.") for name in found}
 
 
 def test_no_class_of_the_engine_holds_more_than_18_things() -> None:

@@ -91,12 +91,12 @@ def test_networks_that_share_a_batch_do_not_see_each_other_s_changes_of_it(metho
     data = {"data": "digits", "train_samples": 120, "clients": 2, "partition": "iid"}
     rounds = {} if method == "ensemble" else {"rounds": 2}
     how = {"progress": False, "pictures": False, "workers": 1, "threads": 1, "lr": 0.1, "batch_size": 16}
-    one, other = (
+    shared, copied = (
         fedkern.simulate(method, model=Scaling(copies), out=tmp_path / str(copies), **data, **rounds, **how)
         for copies in (True, False)
     )
-    assert one.metrics == other.metrics
-    assert same_network(one.out, other.out)
+    assert shared.metrics == copied.metrics
+    assert same_network(shared.out, copied.out)
 
 
 # -- methods -------------------------------------------------------------------------------------------------------
@@ -268,10 +268,10 @@ def test_a_module_is_resumed_with_the_module(make_config, make_data, tmp_path):
         run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     with pytest.raises(UserError, match=r"module:Staged -> module:Plain"):
         run(config, out=tmp_path / "cut", data=data, resume=True, script=ScriptObjects(Plain()))
-    other = Staged()
-    other[9] = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3))
+    changed = Staged()
+    changed[9] = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3))
     with pytest.raises(UserError, match="module:Staged has other parameters than when the run"):
-        run(config, out=tmp_path / "cut", data=data, resume=True, script=ScriptObjects(other))
+        run(config, out=tmp_path / "cut", data=data, resume=True, script=ScriptObjects(changed))
     heard = Hearing()
     run(config, out=tmp_path / "cut", data=data, resume=True, script=ScriptObjects(module), listener=heard)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
@@ -394,21 +394,21 @@ def test_initial_weights_of_a_file(weights, own, make_data, tmp_path):
 
 
 def test_a_run_goes_on_from_another_runs_folder(make_config, make_data, tmp_path):
-    first, data = tmp_path / "first", make_data()
-    run(make_config(), out=first, data=data)
-    run(make_config(init=str(first / "model.safetensors"), rounds=3), out=tmp_path / "file", data=data)
-    config = make_config(init=str(first), rounds=3)
+    begun, data = tmp_path / "first", make_data()
+    run(make_config(), out=begun, data=data)
+    run(make_config(init=str(begun / "model.safetensors"), rounds=3), out=tmp_path / "file", data=data)
+    config = make_config(init=str(begun), rounds=3)
     killed(config, out=tmp_path / "cut", data=data, at=KillAt("round", 1))
     stored = load_settings(tmp_path / "cut")
     assert stored.init_sha256 == load_settings(tmp_path / "file").init_sha256
-    content = (first / "model.safetensors").read_bytes()
-    (first / "model.safetensors").write_bytes((tmp_path / "file" / "model.safetensors").read_bytes())
+    content = (begun / "model.safetensors").read_bytes()
+    (begun / "model.safetensors").write_bytes((tmp_path / "file" / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="is not what the run wrote"):
         run(stored, out=tmp_path / "cut", data=data, resume=True)
-    shutil.rmtree(first / "checkpoints")  # then only the other run knows
+    shutil.rmtree(begun / "checkpoints")  # then only the other run knows
     with pytest.raises(UserError, match="does not hold the network that the run began with: put that network back"):
         run(stored, out=tmp_path / "cut", data=data, resume=True)
-    (first / "model.safetensors").write_bytes(content)
+    (begun / "model.safetensors").write_bytes(content)
     run(stored, out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "file")
 
@@ -597,8 +597,8 @@ CHANGES = {
 def test_one_warning_names_the_state_that_a_network_keeps_in_python(
     change, workers, file, make_data, make_config, tmp_path
 ):
-    name, first, text = CHANGES[change]
-    file.write_text("from torch import nn\n" + REMEMBERING.format(name=name, first=first, change=text))
+    name, initial, text = CHANGES[change]
+    file.write_text("from torch import nn\n" + REMEMBERING.format(name=name, first=initial, change=text))
     config = make_config(width=None, workers=workers, grad_cam=0, model=f"{file}:Net")
     # Only the last client has a batch of three images.
     heard = Hearing()

@@ -112,10 +112,10 @@ def test_the_header_says_it(make_config, make_data, tmp_path):
 @pytest.mark.parametrize("kind", [Guest, Rows])
 @pytest.mark.parametrize("method", ["fedavg", "moon", "scaffold", "fedproto"])
 def test_a_run_that_is_served_is_near_the_one_as_written(kind, method, played):
-    one, other = tensors(played("auto", kind, method)), tensors(played("off", kind, method, accelerate="off"))
-    assert any(not torch.equal(one[name], other[name]) for name in one)
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-2 * float(other[name].abs().max()) + 1e-4)
+    served, written = tensors(played("auto", kind, method)), tensors(played("off", kind, method, accelerate="off"))
+    assert any(not torch.equal(served[name], written[name]) for name in served)
+    for name, value in served.items():
+        torch.testing.assert_close(value, written[name], rtol=1e-2, atol=1e-2 * float(written[name].abs().max()) + 1e-4)
 
 
 @pytest.mark.sampled(1)
@@ -130,11 +130,11 @@ def test_stages_are_served(kind, played, monkeypatch):
     served = calls._serve
     monkeypatch.setattr(calls, "_serve", serve)
     given = {"stages": "b1,b2"} if kind is Guest else {}
-    one = tensors(played("auto", kind, "fedgid", **given))
+    staged = tensors(played("auto", kind, "fedgid", **given))
     assert len(chains) > 20
-    other = tensors(played("off", kind, "fedgid", accelerate="off", **given))
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-2 * float(other[name].abs().max()) + 1e-4)
+    written = tensors(played("off", kind, "fedgid", accelerate="off", **given))
+    for name, value in staged.items():
+        torch.testing.assert_close(value, written[name], rtol=1e-2, atol=1e-2 * float(written[name].abs().max()) + 1e-4)
 
 
 @pytest.mark.usefixtures("forked_workers")

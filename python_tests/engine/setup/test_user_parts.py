@@ -97,7 +97,7 @@ def noted(monkeypatch):
     found = []
 
     def loop(*given):
-        found.append(([each.name for each in given[-2]], [each.name for each in given[-1]]))
+        found.append(([schedule.name for schedule in given[-2]], [schedule.name for schedule in given[-1]]))
         return made(*given)
 
     made = module.Loop
@@ -127,14 +127,14 @@ def test_bits_depend_neither_on_workers_nor_on_an_interruption(file, make_data, 
     config = make_config("fedavg", plugins=[file], rounds=4)
     for workers in ("1", "2"):
         run(config.replace(workers=workers), out=tmp_path / workers, data=make_data())
-    whole = outcome(tmp_path / "1")
+    uncut = outcome(tmp_path / "1")
     assert "no-workers" not in outcome(tmp_path / "2")[2]["diagnostics"]
-    assert outcome(tmp_path / "2") == whole
+    assert outcome(tmp_path / "2") == uncut
     halved = [record["halved"] for record in read_metrics(tmp_path / "1")]
     assert halved[-1] > halved[0]
     assert [record["left"] for record in read_metrics(tmp_path / "1")] == [3, 2, 1, 0]
     run(make_config("fedavg", rounds=4), out=tmp_path / "plain", data=make_data())
-    assert outcome(tmp_path / "plain")[0] != whole[0]
+    assert outcome(tmp_path / "plain")[0] != uncut[0]
     killed(config.replace(workers="1"), out=tmp_path / "cut", data=make_data(), at=KillAt("client", 7))
     unload_all()
     (tmp_path / "both.py").write_text(BOTH + "# changed\n")
@@ -142,7 +142,7 @@ def test_bits_depend_neither_on_workers_nor_on_an_interruption(file, make_data, 
         load_settings(tmp_path / "cut")
     (tmp_path / "both.py").write_text(BOTH)
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=make_data())
-    assert outcome(tmp_path / "cut") == whole
+    assert outcome(tmp_path / "cut") == uncut
     manifest = json.loads((tmp_path / "cut" / "checkpoints" / "manifest.json").read_text())
     info = manifest["entries"][-1]["info"]
     assert info["filters"].keys() == {"halving"}
@@ -182,17 +182,17 @@ def test_several_plugins_stand_in_the_order_of_the_run(tmp_path, make_config, ma
     assert [name for name in found[0][1] if name in files] == ["b", "a"]
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_vectors_stay_on_the_gpu_where_no_filter_sees_them(whole, make_data, make_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("needs_whole", [True, False])
+def test_vectors_stay_on_the_gpu_where_no_filter_sees_them(needs_whole, make_data, make_config, tmp_path, monkeypatch):
     @fedkern.register_filter("looking")
     class Looking(fedkern.Filter):
         """Looks at uploads, or at their figures alone."""
 
-    Looking.needs_whole_upload = whole
+    Looking.needs_whole_upload = needs_whole
     monkeypatch.setattr(reduction, "has_room", lambda *_: True)
     found = noted(monkeypatch)
     run(make_config("fedavg", rounds=1, workers="1"), out=tmp_path / "run", data=make_data())
-    assert found[0][0] == ["bytes", *(["reduction"] * (not whole)), "looking", "declared"]
+    assert found[0][0] == ["bytes", *(["reduction"] * (not needs_whole)), "looking", "declared"]
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------------

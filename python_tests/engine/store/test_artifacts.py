@@ -87,9 +87,9 @@ def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_da
     assert epsilon == pytest.approx(expected.epsilon(1e-5), rel=1e-12)  # client 0 has the least noise
     assert summary["metrics"]["epsilon_covered"] == epsilon == private["channels"]["noise"]
     assert summary["metrics"]["delta"] == 1e-5
-    each = [private["clients"][k]["epsilon_covered"] for k in "210"]
-    assert sorted(each) == each
-    assert each[-1] == epsilon
+    epsilons = [private["clients"][k]["epsilon_covered"] for k in "210"]
+    assert sorted(epsilons) == epsilons
+    assert epsilons[-1] == epsilon
     assert (private["covers"], private["leaves_uncovered"]) == (["noise"], ["parameters", "labels", "records"])
     assert "epsilon" not in {*private, *summary["metrics"], *private["clients"]["0"]}
     assert private["statement"].endswith(
@@ -109,8 +109,8 @@ def test_who_shows_nothing_leaves_no_file(make_data, make_config, tmp_path):
 def test_every_round_of_a_short_run_is_wanted(tmp_path):
     assert [r for r in range(1, 6) if ArtifactLog(tmp_path, 5).wants(r)] == [1, 2, 3, 4, 5]
     assert not ArtifactLog(tmp_path, 5).wants(-1)
-    many = [r for r in range(1, 1001) if ArtifactLog(tmp_path, 1000).wants(r)]
-    assert many == [1, 125, 250, 375, 500, 625, 750, 875, 1000]
+    rounds = [r for r in range(1, 1001) if ArtifactLog(tmp_path, 1000).wants(r)]
+    assert rounds == [1, 125, 250, 375, 500, 625, 750, 875, 1000]
 
 
 def test_what_cannot_be_shown():
@@ -186,22 +186,22 @@ def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_con
     before = {path.name for path in out.iterdir()}
 
     def refused(name, content, *readers):
-        whole = (out / name).read_bytes()
-        (out / name).write_bytes(content(whole))
+        content_before = (out / name).read_bytes()
+        (out / name).write_bytes(content(content_before))
         for look in (*readers, lambda out: write_pictures(out, data=data)):
             with pytest.raises(UserError, match=rf"{name} (is|was|has)"):
                 look(out)
         assert {path.name for path in out.iterdir()} == before  # nothing was drawn, the list least of all
-        (out / name).write_bytes(whole)
+        (out / name).write_bytes(content_before)
 
     refused("summary.json", lambda _: b"{", read_summary)
-    refused("summary.json", lambda whole: whole.replace(b'"all"', b'"ALL"'), read_summary)
-    refused("metrics.jsonl", lambda whole: whole.replace(b"accuracy", b"ACCURACY"), read_metrics)
-    refused("metrics.jsonl", lambda whole: whole[: len(whole) // 2], read_metrics)
-    refused("model.safetensors", lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]), read_model)
-    refused("config.toml", lambda whole: whole.replace(b'records = "all"', b'records = "private"'))
+    refused("summary.json", lambda data: data.replace(b'"all"', b'"ALL"'), read_summary)
+    refused("metrics.jsonl", lambda data: data.replace(b"accuracy", b"ACCURACY"), read_metrics)
+    refused("metrics.jsonl", lambda data: data[: len(data) // 2], read_metrics)
+    refused("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]), read_model)
+    refused("config.toml", lambda data: data.replace(b'records = "all"', b'records = "private"'))
 
-    def other(whole):
+    def other(data):
         entries = read_shown(out)
         rows = [[e.name, e.round, 255 - e.value, list(e.axes)] for e in entries]
         states.save(tmp_path / "other", {"shown": rows})

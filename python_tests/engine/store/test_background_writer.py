@@ -153,9 +153,9 @@ def test_never_more_than_one_commit_behind(tmp_path, writer, monkeypatch, commit
 
 def test_settling_up_to_a_job(writer):
     go, done = threading.Event(), []
-    first = writer.give(lambda: done.append(1), 1)
+    job = writer.give(lambda: done.append(1), 1)
     writer.give(lambda: go.wait(10), 1)
-    writer.settle(first)
+    writer.settle(job)
     assert done == [1]
     go.set()
     writer.settle()

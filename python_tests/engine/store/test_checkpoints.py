@@ -14,12 +14,12 @@ from fedkern.settings.stored import load_settings
 
 
 def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path, commit):
-    first = Checkpoints(tmp_path)
-    assert first.open() is None
+    store = Checkpoints(tmp_path)
+    assert store.open() is None
     for number, clients in ((1, (0, 1)), (2, (0,)), (3, (1,))):
-        commit(first, number, clients)
-    first.write_client(0, 4, {"x": torch.zeros(3)})  # never committed
-    names = {p.name for p in first.folder.iterdir()}
+        commit(store, number, clients)
+    store.write_client(0, 4, {"x": torch.zeros(3)})  # never committed
+    names = {p.name for p in store.folder.iterdir()}
     assert "client-00000-000004.safetensors" in names
     second = Checkpoints(tmp_path)
     assert second.open()["round"] == 3

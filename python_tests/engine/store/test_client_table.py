@@ -40,8 +40,8 @@ def test_a_commit_writes_what_has_changed(tmp_path, monkeypatch):
         changed = {(7 * plan + i) % 1000: row((7 * plan + i) % 1000, plan) for i in range(7)}
         changes += len(client_table._line(changed))
         place = table.add(plan, changed)
-        same = before is not None and before["file"] == place["file"]
-        total += place["bytes"] - (before["bytes"] if same else 0)
+        unmoved = before is not None and before["file"] == place["file"]
+        total += place["bytes"] - (before["bytes"] if unmoved else 0)
         files.add(place["file"])
         before = place
     assert 2 < len(files) < 20  # begun anew now and then

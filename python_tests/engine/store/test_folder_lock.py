@@ -72,15 +72,15 @@ def test_exclusive_and_released(lock, tmp_path, monkeypatch):
 
 def test_a_second_process_neither_waits_for_nor_disturbs_the_first(make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", LOCKS["not here"])
-    first = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE)
     try:
-        assert first.stdout.readline() == b"in\n"
-        with pytest.raises(UserError, match=f"in use by process {first.pid} on .*: wait for it, or"):
+        assert holder.stdout.readline() == b"in\n"
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on .*: wait for it, or"):
             run(make_config(), out=tmp_path, data=make_data())
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     finally:
-        first.kill()
-        first.communicate()
+        holder.kill()
+        holder.communicate()
     run(make_config(rounds=1), out=tmp_path, data=make_data())  # what a killed process left holds nobody up
     assert (tmp_path / "summary.json").exists()
 

@@ -57,18 +57,18 @@ def as_table(entry, name):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("way", ["resume", "extend"])
 @pytest.mark.parametrize("put", [in_files, as_server, as_participation, as_table])
-@pytest.mark.parametrize("which", ["older", "every"])
-def test_names_in_a_manifest(which, put, way, folder, victim, make_data):
+@pytest.mark.parametrize("forged", ["older", "every"])
+def test_names_in_a_manifest(forged, put, way, folder, victim, make_data):
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     manifest = folder / "checkpoints" / "manifest.json"
     text = manifest.read_text()
     for name in NAMES:
         name = name.replace("ABSOLUTE", str(victim))
         manifest.write_text(text)
-        forge(folder, lambda entry, name=name: put(entry, name) if which == "every" or entry["round"] == 1 else None)
+        forge(folder, lambda entry, name=name: put(entry, name) if forged == "every" or entry["round"] == 1 else None)
         went_on = go_on(folder, way, make_data())
         assert victim.read_text() == "years of work"
-        assert not went_on or which == "older"
+        assert not went_on or forged == "older"
         assert (folder / "config.toml").exists()
         if went_on:
             break  # the entry with the name has gone
@@ -119,10 +119,10 @@ def test_links_are_not_written_through(way, name, kind, make_data, make_config, 
     killed(config, out=folder, data=make_data(), at=KillAt("round", 2))
     lead(folder / name, victim, kind)
     content = victim.read_bytes() if victim.exists() else None
-    there = sorted(path.name for path in tmp_path.iterdir())
+    listing = sorted(path.name for path in tmp_path.iterdir())
     went_on = go_on(folder, way, make_data())
     assert (victim.read_bytes() if victim.exists() else None) == content
-    assert sorted(path.name for path in tmp_path.iterdir()) == there
+    assert sorted(path.name for path in tmp_path.iterdir()) == listing
     if name in (".lock", "metrics.jsonl"):
         assert not went_on
 
@@ -131,13 +131,13 @@ def test_links_are_not_written_through(way, name, kind, make_data, make_config, 
 @pytest.mark.parametrize("dangling", [False, True])
 @pytest.mark.parametrize("way", ["resume", "extend"])
 def test_a_folder_that_is_a_link(way, dangling, make_data, make_config, tmp_path):
-    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    folder, target = tmp_path / "run", tmp_path / "elsewhere"
     killed(make_config(rounds=4), out=folder, data=make_data(), at=KillAt("round", 2))
-    (folder / "checkpoints").rename(elsewhere)
-    (folder / "checkpoints").symlink_to(tmp_path / "nowhere" if dangling else elsewhere)
-    before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
+    (folder / "checkpoints").rename(target)
+    (folder / "checkpoints").symlink_to(tmp_path / "nowhere" if dangling else target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
     assert not go_on(folder, way, make_data())
-    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
     assert not (tmp_path / "nowhere").exists()
 
 

@@ -134,8 +134,8 @@ def test_what_a_client_spent_before_it_diverged_stays_booked(make_data, make_con
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     train = engine_client.train_privately
 
-    def diverging(client, method, phase, *rest):
-        train(client, method, phase, *rest)
+    def diverging(client, method, phase, *arguments):
+        train(client, method, phase, *arguments)
         if client.id == 1:
             raise Diverged(1, phase.round, 1, "the parameters are not finite")
 

@@ -67,21 +67,21 @@ class Unstorable(FedAvg):
 
 
 @pytest.mark.parametrize("method", [FedAvg, Unstorable])
-@pytest.mark.parametrize("there", [False, True], ids=["new", "there before"])
-def test_a_run_that_comes_to_nothing_leaves_nothing(there, method, make_data, make_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("exists", [False, True], ids=["new", "there before"])
+def test_a_run_that_comes_to_nothing_leaves_nothing(exists, method, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", method)
     sizes, said = (8, 8, 8), r"state\['function'\] is of type builtin_function_or_method"
     if method is FedAvg:
         sizes, said = (8, 1, 8), "Client 1 has a single training sample"
     out = tmp_path / "above" / "run"
-    if there:
+    if exists:
         out.mkdir(parents=True)
         (out / "README.md").write_text("mine")
     for _ in range(2):  # also the second time
         with pytest.raises(UserError, match=said):
             run(make_config(model="mlp"), out=out, data=make_data(sizes=sizes))
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-    assert left == (["above", "above/run", "above/run/README.md"] if there else [])
+    assert left == (["above", "above/run", "above/run/README.md"] if exists else [])
 
 
 def test_a_run_that_came_to_something_stays(make_data, make_config, tmp_path):

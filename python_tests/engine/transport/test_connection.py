@@ -21,9 +21,9 @@ from python_tests.interrupted import wait_until
 @pytest.fixture
 def ends():
     """Yield the sockets of rank 0 and of another rank."""
-    zero, one = socket.socketpair()
-    yield zero, one
-    for end in (zero, one):
+    zero, peer = socket.socketpair()
+    yield zero, peer
+    for end in (zero, peer):
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)  # ends the threads
 
@@ -37,28 +37,28 @@ def pair(ends):
 
 
 def test_objects_arrive_in_order_both_ways(pair):
-    zero, one = pair
+    zero, peer = pair
     numbers = range(3 * WINDOW)  # more than may wait at the other end: a connection takes them all at once
     for number in numbers:
         zero.say(("down", number))
-        one.say(("up", number))
-    assert [one.receive_value() for _ in numbers] == [("down", number) for number in numbers]
+        peer.say(("up", number))
+    assert [peer.receive_value() for _ in numbers] == [("down", number) for number in numbers]
     assert [zero.receive_value() for _ in numbers] == [("up", number) for number in numbers]
-    assert zero.over is one.over is None
+    assert zero.over is peer.over is None
 
 
 def test_tensors_travel_once_until_their_files_are_forgotten(pair):
-    zero, one = pair
+    zero, peer = pair
     packer, unpacker, held, found, sent = Packer(), Unpacker(), torch.randn(50_000), [], []
     for value in ([held], [held, torch.empty(0), torch.arange(3)], [held]):
         if len(found) == 2:
             zero.forget()
             unpacker.clear()
         zero.send(packer.pack(value))
-        packet = one.receive()
+        packet = peer.receive()
         sent.append(sum(map(len, packet.contents.values())) // held.nbytes)
         found.append(unpacker.unpack(packet))
-        assert [each.tolist() for each in found[-1]] == [each.tolist() for each in value]
+        assert [tensor.tolist() for tensor in found[-1]] == [tensor.tolist() for tensor in value]
     assert found[1][0] is found[0][0]
     assert found[2][0] is not found[0][0]
     assert sent == [1, 0, 1]
@@ -66,29 +66,29 @@ def test_tensors_travel_once_until_their_files_are_forgotten(pair):
 
 
 def test_a_packet_is_taken_when_it_is_sent(pair):
-    zero, one = pair
+    zero, peer = pair
     packer = Packer()
     zero.send(packer.pack(torch.arange(4.0)))
     packer.clear()  # closes the file, whose content may not have been sent yet
-    assert Unpacker().unpack(one.receive()).tolist() == [0, 1, 2, 3]
+    assert Unpacker().unpack(peer.receive()).tolist() == [0, 1, 2, 3]
 
 
 def test_who_asks_waits_no_longer_than_it_says(pair):
-    zero, one = pair
+    zero, peer = pair
     assert zero.get(0.0) is None
     began = time.monotonic()
     assert zero.get(0.02) is None
     assert time.monotonic() - began >= 0.02
-    one.say("word")
+    peer.say("word")
     assert zero.get(5.0).value == "word"
 
 
 def test_uploads_wait_where_they_were_made_and_an_end_goes_first(pair):
-    zero, one = pair
+    zero, peer = pair
     for _ in range(10):
-        one.say(bytes(1 << 22))  # more than a socket holds
+        peer.say(bytes(1 << 22))  # more than a socket holds
     taken = [zero.receive() for _ in range(WINDOW)]
-    one.leave(3, "why")
+    peer.leave(3, "why")
     with pytest.raises(Ended, match=r"^why$"):
         taken.extend(iter(zero.receive, None))
     assert len(taken) < 10
@@ -97,10 +97,10 @@ def test_uploads_wait_where_they_were_made_and_an_end_goes_first(pair):
 
 def test_ends_that_say_nothing_beat(ends, monkeypatch):
     monkeypatch.setattr(module, "silence", lambda: 0.2)
-    zero, one = Connection(ends[0], WINDOW), Connection(ends[1])
+    zero, peer = Connection(ends[0], WINDOW), Connection(ends[1])
     time.sleep(0.5)
-    assert zero.get(0.0) is one.get(0.0) is None
-    one.say("word")
+    assert zero.get(0.0) is peer.get(0.0) is None
+    peer.say("word")
     assert zero.receive_value() == "word"
 
 
@@ -108,20 +108,20 @@ def test_ends_that_say_nothing_beat(ends, monkeypatch):
 
 
 def test_an_end_that_leaves_says_why(pair):
-    zero, one = pair
-    one.leave(3, "it could not go on")
-    one.leave(0)  # it has left
+    zero, peer = pair
+    peer.leave(3, "it could not go on")
+    peer.leave(0)  # it has left
     wait_until(lambda: zero.over)
     for ask in (zero.receive, zero.receive_value, lambda: zero.get(0.0), lambda: zero.get(1.0)):
         with pytest.raises(Ended, match=r"^it could not go on$") as found:
             ask()
         assert (found.value.code, found.value.said) == (3, "it could not go on")
     began = time.monotonic()
-    one.wait_until_told(began + 0.05, heard=True)  # no answer
+    peer.wait_until_told(began + 0.05, heard=True)  # no answer
     assert time.monotonic() - began >= 0.05
     zero.leave(2)
-    one.wait_until_told(time.monotonic() + 5, heard=True)
-    assert (one.over.code, one.over.said) == (2, "")
+    peer.wait_until_told(time.monotonic() + 5, heard=True)
+    assert (peer.over.code, peer.over.said) == (2, "")
 
 
 def test_a_lost_end_is_told_to_everybody_who_asks(pair, ends):
@@ -156,13 +156,13 @@ def meet(ends, monkeypatch):
     monkeypatch.setattr(TorchrunGroup, "_connect", lambda self, seconds: {1 - self.rank: ends[self.rank]})
 
     def meet(words=WORDS, name="versions", **entries):
-        zero, one = teams(2)
+        zero, peer = teams(2)
         told = {**getattr(versions, name)(), **entries}
         with monkeypatch.context() as patch:
             patch.setattr(versions, name, lambda: told)
-            one.meet(words)
+            peer.meet(words)
         zero.meet(WORDS)
-        return zero, one
+        return zero, peer
 
     return meet
 
@@ -176,12 +176,12 @@ def meet(ends, monkeypatch):
     ],
 )
 def test_ranks_meet(meet, name, entries, odd):
-    zero, one = meet(name=name, **entries)
+    zero, peer = meet(name=name, **entries)
     assert torchrun_group.is_connected()
-    assert (zero.rank, one.rank, zero.size, zero.odd) == (0, 1, 2, odd)
-    one.connections[0].say("up")
+    assert (zero.rank, peer.rank, zero.size, zero.odd) == (0, 1, 2, odd)
+    peer.connections[0].say("up")
     zero.connections[1].say("down")
-    assert (zero.connections[1].receive_value(), one.connections[0].receive_value()) == ("up", "down")
+    assert (zero.connections[1].receive_value(), peer.connections[0].receive_value()) == ("up", "down")
 
 
 def test_ranks_that_were_started_otherwise_are_refused(meet):
@@ -193,8 +193,8 @@ def test_ranks_with_other_versions_are_refused(meet):
     own = versions.versions()
     with pytest.raises(UserError) as found:
         meet(fedkern="0.0")
-    both = f"fedkern 0.0, torch {own['torch']}, and rank 0 fedkern {own['fedkern']}, torch {own['torch']}"
-    assert str(found.value) == f"Rank 1 has {both}: install the same versions on every machine."
+    installed = f"fedkern 0.0, torch {own['torch']}, and rank 0 fedkern {own['fedkern']}, torch {own['torch']}"
+    assert str(found.value) == f"Rank 1 has {installed}: install the same versions on every machine."
 
 
 def test_a_rank_that_ends_before_it_has_met(meet, ends):

@@ -100,20 +100,20 @@ def test_a_policy_goes_on_from_what_it_keeps(text, tmp_path):
             found.append((given, asked.clock, {k: message["parameters"].tolist() for k, message in answered.items()}))
         return found
 
-    whole, first = play(policy(text), range(12)), policy(text)
-    cut = play(first, range(5))
-    states.save(tmp_path / "kept", {"state": first.state(), "messages": first.in_flight()})
+    uncut, begun = play(policy(text), range(12)), policy(text)
+    cut = play(begun, range(5))
+    states.save(tmp_path / "kept", {"state": begun.state(), "messages": begun.in_flight()})
     kept, messages = states.load(tmp_path / "kept").values()
     assert sum(map(len, messages.values())) < len(kept["at_work"])  # clients that began together share one
     assert kept["messages"] == sorted(messages)
     again = policy(text)
     again.restore(kept, messages, 5)
-    assert cut + play(again, range(5, 12)) == whole
-    assert first.state().keys() == kept.keys()
+    assert cut + play(again, range(5, 12)) == uncut
+    assert begun.state().keys() == kept.keys()
     fresh = policy(text)
     assert fresh.assign(Round(one_off=True, participants="all"), -1).clients == range(10)
     assert fresh.messages([0, 1], send(7)).keys() == {0, 1}
-    assert play(fresh, range(12)) == whole  # a set-up round has no part in it
+    assert play(fresh, range(12)) == uncut  # a set-up round has no part in it
 
 
 # -- how an upload counts ----------------------------------------------------------------------------------------------
@@ -172,8 +172,8 @@ def test_fedasync_goes_a_part_of_the_way_to_the_upload(stale, weight):
 
 def test_fedbuff_that_waits_for_all_is_fedavg(make_data, make_config, tmp_path):
     settings = {"clients": 4, "rounds": 3, "batch_size": 4}
-    for name, more in (("avg", {}), ("buff", {"asynchronous": "fedbuff:buffer=4"})):
-        run(make_config("fedavg", **settings, **more), out=tmp_path / name, data=make_data(SIZES))
+    for name, options in (("avg", {}), ("buff", {"asynchronous": "fedbuff:buffer=4"})):
+        run(make_config("fedavg", **settings, **options), out=tmp_path / name, data=make_data(SIZES))
     assert outcome(tmp_path / "buff")[0] == outcome(tmp_path / "avg")[0]
     records = read_metrics(tmp_path / "buff")
     assert [(record["clock"], record["staleness"]) for record in records] == [(5.0, 0), (10.0, 0), (15.0, 0)]
@@ -188,29 +188,29 @@ class Own(FedAvg):
 @pytest.mark.usefixtures("forked_workers")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
-    ("method", "more"),
+    ("method", "options"),
     [
         ("fedavg", {}),
         ("moon", {}),
         ("fedavg", {"compress": "topk:share=0.3"}),
-        *(pytest.param(each, {}, marks=pytest.mark.exhaustive) for each in ("fedprox", "fedntd", "fedgid", "fedlpfm")),
+        *(pytest.param(name, {}, marks=pytest.mark.exhaustive) for name in ("fedprox", "fedntd", "fedgid", "fedlpfm")),
         pytest.param("fedavg", {"compress": "int8"}, marks=pytest.mark.exhaustive),
     ],
 )
 @pytest.mark.parametrize("text", ["fedbuff:buffer=2", "fedasync:mixing=0.8"])
 def test_the_bits_are_equal_on_workers_and_after_an_interruption(
-    text, method, more, make_data, make_public, make_config, tmp_path, monkeypatch
+    text, method, options, make_data, make_public, make_config, tmp_path, monkeypatch
 ):
     if method == "fedavg":
         monkeypatch.setitem(METHODS, "fedavg", Own)
     data = make_public(make_data(SIZES))
-    settings = {"clients": 4, "rounds": 7, "asynchronous": text, "straggler_rate": 0.5, **more}
+    settings = {"clients": 4, "rounds": 7, "asynchronous": text, "straggler_rate": 0.5, **options}
     run(make_config(method, workers="1", **settings), out=tmp_path / "whole", data=data)
     records = read_metrics(tmp_path / "whole")
     assert max(record["staleness"] for record in records) > 0
     assert [record["clock"] for record in records] == sorted(record["clock"] for record in records)
     ages = [[info["staleness"] for info in record["clients"].values()] for record in records]
-    assert [sum(each) / len(each) for each in ages] == [record["staleness"] for record in records]
+    assert [sum(stalenesses) / len(stalenesses) for stalenesses in ages] == [record["staleness"] for record in records]
     config = make_config(method, workers="2", **settings)
     again = kill_and_resume(config, out=tmp_path / "cut", data=data, at=KillAt("client", 5))
     assert again == outcome(tmp_path / "whole")
@@ -221,7 +221,7 @@ KILLED = {"clients": 4, "rounds": 5, "asynchronous": "fedbuff:buffer=1", "stragg
 
 
 def test_each_message_is_written_once(make_data, make_config, tmp_path, monkeypatch):
-    written, there = [], []
+    written, listings = [], []
 
     def of_messages():
         return {path.name for path in (tmp_path / "run" / "checkpoints").glob("messages-*")}
@@ -233,14 +233,14 @@ def test_each_message_is_written_once(make_data, make_config, tmp_path, monkeypa
         config,
         out=tmp_path / "run",
         data=make_data(SIZES),
-        listener=Hearing(on_round=lambda record: there.append(of_messages())),
+        listener=Hearing(on_round=lambda record: listings.append(of_messages())),
     )
     files = [name for name in written if name.startswith("messages-")]
     assert len(files) == len(set(files)) > 4
     entries = Checkpoints(tmp_path / "run")._read_manifest()
     last = of_messages()
     assert last == {name for entry in entries for name in entry["files"] if name.startswith("messages-")}
-    assert any(set(one) & set(other) for one, other in zip(there, there[2:], strict=False))  # referred to later
+    assert any(set(a) & set(b) for a, b in zip(listings, listings[2:], strict=False))  # referred to later
     assert len(last) < len(files)  # those that nobody refers to go
 
 

@@ -135,15 +135,15 @@ def test_an_update_that_is_sent_often_arrives_whole():
 def test_draws_are_those_of_the_round_and_the_client():
     start, end = torch.randn(2, 500)
 
-    def sent(seed=3, client=0, **other):
+    def sent(seed=3, client=0, **phase):
         exchange = asked({k: {"parameters": start} for k in (0, 1)})
-        encoder = Compression("int8", seed).encoders(replace(exchange, phase=replace(exchange.phase, **other)))[client]
+        encoder = Compression("int8", seed).encoders(replace(exchange, phase=replace(exchange.phase, **phase)))[client]
         return encoder.encode(Departure(client, {}, {"parameters": end}))[0]["parameters"]["levels"]
 
-    one = sent()
-    assert torch.equal(sent(), one)
+    once = sent()
+    assert torch.equal(sent(), once)
     assert not any(
-        torch.equal(other, one) for other in (sent(seed=4), sent(client=1), sent(round=4), sent(exchange="joint"))
+        torch.equal(draw, once) for draw in (sent(seed=4), sent(client=1), sent(round=4), sent(exchange="joint"))
     )
 
 
@@ -231,10 +231,10 @@ def residuals(out):
     return {k: state[STATES]["compress"] for k, state in stored(out).items() if STATES in state}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        one[k].keys() == other[k].keys() and all(torch.equal(one[k][name], other[k][name]) for name in one[k])
-        for k in one
+def same(left, right):
+    return left.keys() == right.keys() and all(
+        left[k].keys() == right[k].keys() and all(torch.equal(left[k][name], right[k][name]) for name in left[k])
+        for k in left
     )
 
 
@@ -309,8 +309,8 @@ LOST = {
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("what", LOST)
-def test_a_lost_upload_leaves_the_residual_as_it_was(what, make_data, make_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss", LOST)
+def test_a_lost_upload_leaves_the_residual_as_it_was(loss, make_data, make_config, tmp_path, monkeypatch):
     """What a client adds to its next update is what the server has not got, and nothing that it counts already."""
 
     class Losing(FedAvg):
@@ -318,13 +318,13 @@ def test_a_lost_upload_leaves_the_residual_as_it_was(what, make_data, make_confi
 
         def client_update(self, client, phase, message):
             if client.id == 1 and phase.round == 1:
-                if what == "failed":
+                if loss == "failed":
                     raise ZeroDivisionError
-                if what == "diverged":
+                if loss == "diverged":
                     client.state["x"] = 1
                     message = {**message, "parameters": message["parameters"] * torch.nan}
             answer = super().client_update(client, phase, message)
-            factor = {"refused": 1e4, "not finite": torch.nan}.get(what, 1.0)
+            factor = {"refused": 1e4, "not finite": torch.nan}.get(loss, 1.0)
             if client.id == 1 and phase.round == 1:
                 start = message["parameters"]
                 answer = {**answer, "parameters": start + factor * (answer["parameters"] - start)}
@@ -332,11 +332,11 @@ def test_a_lost_upload_leaves_the_residual_as_it_was(what, make_data, make_confi
 
         def server_update(self, server, phase, uploads):
             super().server_update(server, phase, uploads)
-            if what == "refused by the server" and phase.round == 1:
+            if loss == "refused by the server" and phase.round == 1:
                 server.refuse(1, "Client 1 is not wanted")
 
     monkeypatch.setitem(METHODS, "fedavg", Losing)
-    config = make_config(compress="topk:share=0.02", on_nan="skip", workers="1", **LOST[what])
+    config = make_config(compress="topk:share=0.02", on_nan="skip", workers="1", **LOST[loss])
     for rounds in (1, 2, 3):
         run(config.replace(rounds=rounds), out=tmp_path / str(rounds), data=make_data())
     lost = [{entry["client"] for entry in record.get("dropped", [])} for record in read_metrics(tmp_path / "3")]
@@ -378,11 +378,11 @@ def test_sums_on_the_gpu_are_of_what_the_server_reads(make_data, make_config, tm
 
 
 @pytest.mark.parametrize(
-    ("text", "whole"),
+    ("text", "stored"),
     [("topk", "topk:share=0.05"), ("topk: share = .1", "topk:share=0.1"), ("int8", "int8"), (None, None)],
 )
-def test_options_are_stored_whole(text, whole, make_config):
-    assert make_config(compress=text).compress == whole
+def test_options_are_stored_whole(text, stored, make_config):
+    assert make_config(compress=text).compress == stored
 
 
 @pytest.mark.parametrize(

@@ -123,42 +123,42 @@ def test_bounds_look_at_parameters_alone():
 @pytest.mark.parametrize("hidden", [False, True])
 def test_bytes_are_booked_and_a_missing_upload_where_nobody_may_know(hidden):
     ledger = Ledger(2)
-    each = Bytes(ledger, hidden)
-    each.on_sent(asked(), 0, {"parameters": START})
+    booking = Bytes(ledger, hidden)
+    booking.on_sent(asked(), 0, {"parameters": START})
     assert (ledger.total_down, ledger.total_up) == (12, 0)
-    each.decode(arrived({"parameters": START, "samples": 3}))
+    booking.decode(arrived({"parameters": START, "samples": 3}))
     assert ledger.total_up == 12 + 8
-    each.on_missing(arrived(None), failed=True)
+    booking.on_missing(arrived(None), failed=True)
     assert ledger.total_up == 12 + 8 + 12 * hidden
     assert ledger.rounds == {"train": {"up": ledger.total_up, "down": 12}}
 
 
 def test_set_up_rounds_are_booked_apart_and_others_not_at_all():
     ledger = Ledger(2)
-    each = Bytes(ledger, hidden=False)
-    each.on_sent(asked(Round("setup", one_off=True)), 1, {"parameters": START})
+    booking = Bytes(ledger, hidden=False)
+    booking.on_sent(asked(Round("setup", one_off=True)), 1, {"parameters": START})
     assert (ledger.total_down, ledger.one_off_down) == (0, [0, 12])
-    each.on_sent(asked(Round("audit", counted=False)), 1, {"parameters": START})
+    booking.on_sent(asked(Round("audit", counted=False)), 1, {"parameters": START})
     assert ledger.summary()["total"] == 12
 
 
 def test_a_round_is_booked_exchange_by_exchange():
     """A client's figures of a network are bookkeeping, the update beside them is communication."""
     ledger, entry = Ledger(2), Round(exchanges=("update", "figures"), counted=("update",))
-    each = Bytes(ledger, hidden=True)
+    booking = Bytes(ledger, hidden=True)
     for name in entry.exchanges:
-        now = dataclasses.replace(asked(entry), phase=Phase(0, "train", name))
-        each.on_sent(now, 1, {"parameters": START})
-        each.decode(Arrival(now, 1, {"accuracy": 0.5}))
+        exchange = dataclasses.replace(asked(entry), phase=Phase(0, "train", name))
+        booking.on_sent(exchange, 1, {"parameters": START})
+        booking.decode(Arrival(exchange, 1, {"accuracy": 0.5}))
     assert ledger.exchanges == {"update": {"up": 8, "down": 12}}
 
 
 def test_a_client_that_released_something_else_before_ends_the_run(tmp_path):
-    first = Releases(tmp_path)
-    first.open(0)
-    ClientDigests(first).decode(arrived({"parameters": START}))
-    ClientDigests(first).on_missing(Arrival(asked(), 1), failed=True)
-    ClientDigests(first).on_missing(Arrival(asked(), 0), failed=False)  # nothing was released
+    released = Releases(tmp_path)
+    released.open(0)
+    ClientDigests(released).decode(arrived({"parameters": START}))
+    ClientDigests(released).on_missing(Arrival(asked(), 1), failed=True)
+    ClientDigests(released).on_missing(Arrival(asked(), 0), failed=False)  # nothing was released
     again = Releases(tmp_path)
     again.open(0)
     ClientDigests(again).decode(arrived({"parameters": START.clone()}))
@@ -190,15 +190,15 @@ class Marking:
 
 
 def test_encoders_change_an_upload_one_after_another_each_with_a_state_of_its_own():
-    one, other = Marking("a", ("parameters", "buffers"), {"drift": 1.0}), Marking("b", ("parameters",))
-    both = Encoders((("first", one), ("second", other)))
+    marking_a, marking_b = Marking("a", ("parameters", "buffers"), {"drift": 1.0}), Marking("b", ("parameters",))
+    encoders = Encoders((("first", marking_a), ("second", marking_b)))
     state = {"second": {"marks": 4}}
-    assert both.encode(Departure(0, {}, "", state=state)) == ("ab", None)  # what b has made nobody has checked
+    assert encoders.encode(Departure(0, {}, "", state=state)) == ("ab", None)  # what b has made nobody has checked
     assert state == {"first": {"marks": 1}, "second": {"marks": 5}}
-    assert both.on_gpu == ("parameters",)
-    assert Encoders((("", one),)).on_gpu == one.on_gpu
+    assert encoders.on_gpu == ("parameters",)
+    assert Encoders((("", marking_a),)).on_gpu == marking_a.on_gpu
     state = {}
-    assert Encoders((("", one), ("silent", Marking("")))).encode(Departure(0, {}, "", state=state)) == ("a", None)
+    assert Encoders((("", marking_a), ("silent", Marking("")))).encode(Departure(0, {}, "", state=state)) == ("a", None)
     assert state == {}  # neither an encoder without a name nor one that keeps nothing has any
 
 

@@ -30,7 +30,7 @@ def play(name, stays, data, make_config, out, monkeypatch, **more):
         patch.setattr(reduction, "has_room", lambda *_: stays)
         patch.setattr(Client, "train", lambda self, *a, **k: seen.append(self.on_gpu) or train(self, *a, **k))
         run(make_config(name, **SMALL, **more), data=data, out=out)
-    return set(seen), load_file(out / "model.safetensors"), [each["clients"] for each in read_metrics(out)]
+    return set(seen), load_file(out / "model.safetensors"), [record["clients"] for record in read_metrics(out)]
 
 
 @pytest.mark.sampled(4)
@@ -39,32 +39,32 @@ def play(name, stays, data, make_config, out, monkeypatch, **more):
 def test_a_run_is_the_same_where_uploads_stay(name, device, make_data, make_config, tmp_path, monkeypatch):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    (left, one, figures), (none, other, others) = (
+    (left, model, figures), (host_left, host_model, host_figures) = (
         play(name, stays, make_data((12, 9, 7)), make_config, tmp_path / str(stays), monkeypatch, device=device)
         for stays in (True, False)
     )
     assert left == {("parameters", "buffers", *(["control"] if name == "scaffold" else []))}
-    assert none == {()}
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    for own, their in zip(figures, others, strict=True):
+    assert host_left == {()}
+    assert model.keys() == host_model.keys()
+    assert all(torch.equal(model[key], host_model[key]) for key in model)
+    for own, their in zip(figures, host_figures, strict=True):
         assert own.keys() == their.keys()
         for k in own:
             assert own[k]["loss"] == their[k]["loss"]
             assert own[k]["drift"] == pytest.approx(their[k]["drift"], rel=0 if device == "cpu" else 1e-5)
 
 
-@pytest.mark.parametrize("more", [{"aggregator": "median"}, {"max_update_norm": 9.0}, {"buffers": "local"}])
-def test_what_somebody_else_looks_at_comes_to_the_host(more, make_data, make_config, tmp_path, monkeypatch):
-    left, *_ = play("fedavg", True, make_data((8, 8, 8)), make_config, tmp_path, monkeypatch, **more)
-    assert left == {("parameters", "buffers") if "buffers" in more else ()}
+@pytest.mark.parametrize("options", [{"aggregator": "median"}, {"max_update_norm": 9.0}, {"buffers": "local"}])
+def test_what_somebody_else_looks_at_comes_to_the_host(options, make_data, make_config, tmp_path, monkeypatch):
+    left, *_ = play("fedavg", True, make_data((8, 8, 8)), make_config, tmp_path, monkeypatch, **options)
+    assert left == {("parameters", "buffers") if "buffers" in options else ()}
 
 
 def test_what_was_trained_elsewhere_is_compared_there(make_data, make_config, tmp_path, monkeypatch):
     """FML trains two networks of its own and uploads from the host."""
     monkeypatch.setattr(Networks, "send", lambda self, vector: vector.to("meta"))
     _, _, figures = play("fml", True, make_data((8, 8, 8)), make_config, tmp_path, monkeypatch)
-    assert all(each[k]["drift"] > 0 for each in figures for k in "012")
+    assert all(record[k]["drift"] > 0 for record in figures for k in "012")
 
 
 class Changing(FedAvg):
@@ -112,13 +112,13 @@ def test_a_measured_norm_is_that_of_the_vector_that_was_measured():
 
 
 def test_an_accumulator_follows_its_first_vector():
-    one, other = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 8.0])
+    vector, added = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 8.0])
     for exact in (False, True):
         total = Following(Accumulator(2, exact))
-        total.add(one)
-        total.add(other, 3.0)
+        total.add(vector)
+        total.add(added, 3.0)
         assert total.mean().tolist() == [2.5, 6.5]
         assert (total.count, total.weight, total.size, total.exact) == (2, 4.0, 2, exact)
     total = Following(Accumulator(2))
-    total.add(one.to("meta"))
+    total.add(vector.to("meta"))
     assert total._own.device.type == "meta"

@@ -117,8 +117,8 @@ def test_a_row_that_is_not_finite_is_released_as_noise():
 
 
 def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
-    options, zero, straight = options_of(**NOISED), torch.zeros(2, 1, 4, 4), told()
-    outs = torch.stack([privacy.sanitise(straight, zero, options) for _ in range(4)])  # the very same step
+    options, zero, uncut = options_of(**NOISED), torch.zeros(2, 1, 4, 4), told()
+    outs = torch.stack([privacy.sanitise(uncut, zero, options) for _ in range(4)])  # the very same step
     assert torch.unique(outs.flatten()).numel() == outs.numel()
     cut = told()
     for _ in range(2):
@@ -126,7 +126,7 @@ def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
     resumed = Client(state=json.loads(json.dumps(cut.state)))
     again = torch.stack([privacy.sanitise(resumed, zero, options) for _ in range(2)])
     assert torch.equal(again, outs[2:])
-    assert resumed.state == straight.state
+    assert resumed.state == uncut.state
     assert not torch.equal(privacy.sanitise(told(id=1), zero, options), outs[0])
 
 
