@@ -1,4 +1,4 @@
-"""How the tests of the command line run it."""
+"""Fixtures that run the command line."""
 
 import pytest
 

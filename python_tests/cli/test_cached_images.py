@@ -36,7 +36,7 @@ def decoded(monkeypatch):
 
 
 def played(cache=None, **data):
-    """A run in the folder ``run``, without pictures."""
+    """Play a run into the folder ``run``, without pictures."""
     folder = {"data": "folder", "data_root": str(Path("root").absolute()), "data_options": {"size": SIDE}}
     where = None if cache is None else str(Path(cache).absolute())
     run(RunConfig.make("fedavg", cache=where, **(data or folder), **SMALL), out="run")

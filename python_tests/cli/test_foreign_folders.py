@@ -36,7 +36,7 @@ TEACHER = "foreign_code_of_a_test:teacher"
 
 
 class Marker:
-    """Whether the module was imported since it was last forgotten."""
+    """A module on disk that leaves a file when it is imported."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "ran"

@@ -1,4 +1,4 @@
-"""What the command line says of settings that do not fit image-text data, before anything is on disk."""
+"""Refusals of settings that do not fit image-text data, before anything is on disk."""
 
 from pathlib import Path
 

@@ -189,7 +189,7 @@ def test_a_column_of_another_data_set(fails):
 
 
 def plain(out):
-    """What a run has learnt and told, without times."""
+    """Return the figures and names of a run, without times."""
     found = json.loads((out / "summary.json").read_text())
     return found["metrics"], found["client_metrics"], found["client_names"], (out / "evaluation.csv").read_bytes()
 

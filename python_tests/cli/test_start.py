@@ -1,4 +1,4 @@
-"""What a command imports before it does its work: the user waits for every module."""
+"""Imports of a command before it does its work: the user waits for every module."""
 
 import subprocess
 import sys

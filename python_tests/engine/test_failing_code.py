@@ -87,7 +87,7 @@ def test_an_ordinary_error_of_the_server_keeps_its_type(tmp_path):
 def test_a_failing_data_function_is_named(name, tmp_path):
     @register_data("failing-data")
     def made():
-        """Data that cannot be made."""
+        """Fail to make the data."""
         raise ERRORS[name]()
 
     try:

@@ -452,7 +452,7 @@ def test_parts_of_a_batch():
 
 
 def test_tensors_in_memory_are_indexed_as_they_are():
-    """As torch's collation of items, of torch's own sets alone."""
+    """The batches are those of torch's collation, for torch's own sets only."""
     longer, shorter = (TensorDataset(torch.rand(n, 2), torch.arange(n)) for n in (7, 5))
     joined = ConcatDataset([Subset(longer, [6, 1, 2]), shorter])
     split = Items(joined, "data", CLASSIFICATION, default_collate)
@@ -1329,7 +1329,7 @@ def test_a_registered_function_may_return_it(registries, tmp_path):
 
     @fedkern.register_data("both", clients=2)
     def both():
-        """A table to share out, and a test set."""
+        """Return a table to share out, and a test set."""
         return table(30), table(12, 2)
 
     how = {"model": nn.Linear(4, 4), "rounds": 1, **HERE}

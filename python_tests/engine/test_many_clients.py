@@ -168,10 +168,7 @@ def test_nothing_else_grows_with_the_rounds(workers, make_many, small, tmp_path,
 
 
 def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkeypatch):
-    """Where a round has few of many clients.
-
-    The bits are those of images that are all kept.
-    """
+    """The bits are those of a run that keeps all images."""
     data, config = make_many(40), small(40, rounds=25, sample_fraction=1 / 40)
     running, kept, play = [], [], Loop.play
     monkeypatch.setattr(Loop, "play", lambda self: (running.append(self), play(self))[1])

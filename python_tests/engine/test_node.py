@@ -1,4 +1,4 @@
-"""Clients and servers that a method has kept, in the packets that worker processes get; and what clients report."""
+"""Clients and servers that a method has kept, pickled for worker processes, and the reports of clients."""
 
 import json
 from decimal import Decimal

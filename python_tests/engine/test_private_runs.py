@@ -95,7 +95,7 @@ def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_dat
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [NOISED, WHOLE], ids=["noised", "private teachers"])
 def test_the_seed_does_not_tell_the_noise(options, make_data, make_config, tmp_path):
-    """Two runs of one seed; and what their noise follows from stands in the clients' states alone."""
+    """Two runs of one seed have different noise, and only the clients' states hold the secrets behind it."""
     if "teacher_dp" in options:
         pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)

@@ -37,7 +37,7 @@ def lacking(message, path):
 
 
 def hostile(message):
-    """What a client may send instead of ``message``, and what is said of each."""
+    """Yield a name, an upload that differs from ``message``, and the beginning of the refusal."""
     path, value = first(message)
     name = ".".join(str(key) for key in path)
 

@@ -50,7 +50,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """Result of a run.
 
     Attributes:
         run: its number.

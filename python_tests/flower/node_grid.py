@@ -113,7 +113,7 @@ class NodeGrid(FakeGrid):
 
 
 def silent(message: Message, context: Context) -> None:
-    """A node that never answers."""
+    """Never answer, as a node that hangs."""
 
 
 def lost(message: Message, context: Context) -> Message:

@@ -1,4 +1,4 @@
-"""Where Flower is not installed, the import ends in one sentence."""
+"""Imports without Flower, which end in one sentence."""
 
 import importlib.util
 

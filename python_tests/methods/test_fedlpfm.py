@@ -156,7 +156,7 @@ def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("tuning", ["probe", "finetune"])
 def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_config, tmp_path):
-    """The mean over clients, each tuned by hand here; and the figure of the teacher as it came stands beside it."""
+    """The mean over clients, each tuned by hand here, stands beside the figure of the untuned teacher."""
     options = {"teacher_tuning": tuning, "tuning_lr": 0.05, "tuning_epochs": 5}
     config = small(make_config, options=options)
     summary = run(config, out=tmp_path / "run", data=data)

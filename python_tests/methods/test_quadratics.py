@@ -43,7 +43,7 @@ def curvature(x):
 
 
 def fixed_point(clients, weighting, mu=0.0):
-    """Where the average of the clients' results stays."""
+    """Return the fixed point of averaging the clients' results."""
     identity, system, pull = np.eye(DIMENSION), 0.0, 0.0
     for w, (x, y) in zip(weights(weighting), clients, strict=True):
         h = curvature(x) + mu * identity

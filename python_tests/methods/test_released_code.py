@@ -148,7 +148,7 @@ def feddra_batch(data, rows=slice(None), exchange="joint"):
 
 
 def feddra_loss(data, exchange, anchors="eval"):
-    """The network, ``[contrastive, anchor term, loss]`` of the stored batch and weights, and the learning rate."""
+    """Return the network, ``[contrastive, anchor term, loss]`` of the stored batch, and the learning rate."""
     local, frozen = data.under("local."), data.under("global.")
     if exchange == "alignment":  # the first stage begins with the global encoders
         local.update({name: value for name, value in frozen.items() if "encoder" in name})

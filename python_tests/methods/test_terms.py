@@ -1,4 +1,4 @@
-"""What methods add to the gradient: in place, and as one step of the optimiser's kernel, bit for bit."""
+"""Terms that methods add to the gradient: in place and inside the optimiser's kernel, bit for bit."""
 
 import types
 
@@ -18,7 +18,7 @@ def received(size):
 
 
 def alike():
-    """Whether torch's kernels fuse products and sums where the CPU core does."""
+    """Return whether torch's kernels fuse products and sums where the CPU core does."""
     return (torch.backends.cpu.get_cpu_capability() == "DEFAULT") == (backend.cpu_core().isa() == "portable")
 
 

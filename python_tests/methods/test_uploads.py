@@ -1,4 +1,4 @@
-"""What an upload is declared to be, and what is said of one that is something else."""
+"""Declarations of uploads, and refusals of uploads that differ from them."""
 
 import re
 

@@ -534,7 +534,7 @@ NORM_LAST = {
 @pytest.mark.parametrize("name", NORM_LAST)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_gradient_of_a_batch_of_one_has_the_maps_layout(name, training):
-    """torch's own batch norm reads the gradient of channels behind as one of rows of pixels (2.13)."""
+    # torch's own batch norm reads the gradient of channels behind as one of rows of pixels (2.13).
     for dtype, memory in itertools.product(
         (torch.float32, torch.float64, torch.bfloat16), (torch.contiguous_format, torch.channels_last)
     ):

@@ -1,4 +1,4 @@
-"""What a network costs, counted without importing torch's compiler where that is not needed."""
+"""Cost of a network, counted without importing torch's compiler unless needed."""
 
 import sys
 

@@ -126,7 +126,7 @@ def test_a_folder_with_a_pipe_or_a_kernel_of_the_hub(folder: Path, load: Any) ->
 @pytest.mark.parametrize("load", [clip, dino, image, text])
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_folder_with_an_adapter(tmp_path: Path, load: Any, complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers would load the base network that the adapter's file names, or the adapter itself."""
+    # transformers would load the base network that the adapter's file names, or the adapter itself.
     path = tmp_path / "network"
     path.mkdir()
     (path / "adapter_config.json").write_text(

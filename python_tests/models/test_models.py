@@ -34,7 +34,7 @@ def test_resnet18_has_the_published_size():
 
 
 def test_mobile_networks_have_the_published_size():
-    """What other implementations have with a head of ten classes."""
+    """The sizes are those of other implementations, with a head of ten classes."""
     for name, size in (("mobilenetv2", 2_236_682), ("efficientnet-b0", 4_020_358)):
         model = make(name)
         assert parameters(model) == size

@@ -68,7 +68,7 @@ def same(left, second):
     ids=["sgd", "adamw", "keep", "factory"],
 )
 def test_a_single_client_trains_as_without(make_data, tmp_path, settings):
-    """Nothing is averaged then, so every bit is that of the whole network."""
+    """With one client averaging changes nothing, so every bit is that of a run without personal parts."""
     shared = played(tmp_path / "whole", make_data, sizes=[20], **settings)
     parts = played(tmp_path / "parts", make_data, sizes=[20], personal=["head.*", "layer2.*"], **settings)
     assert same([shared.model().state_dict()], [parts.model(client=0).state_dict()])
@@ -367,7 +367,7 @@ class Failing(FedAvg):
 
 
 class Refusing(Failing):
-    """As Failing, with an error of the user's."""
+    """A failing method whose error is the user's."""
 
     kind = UserError
 

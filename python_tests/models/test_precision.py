@@ -28,7 +28,7 @@ def build(name, width=16, seed=0, side=16):
 
 
 def near(given, exact, bound=0.05):
-    """Whether the difference is small beside the size of the whole."""
+    """Return whether the norm of the difference is small beside the exact one's."""
     return float((given - exact).detach().norm()) < bound * float(exact.detach().norm())
 
 

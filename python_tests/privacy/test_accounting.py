@@ -16,7 +16,10 @@ DELTA = 1e-5
 
 
 def discriminator(sigma, shards, *, rows=64, steps=10_000):
-    """Steps that release ``rows`` rows, each clipped to C and noised with sigma C: sensitivity 2 C sqrt(rows)."""
+    """Return a ledger of steps that release ``rows`` rows.
+
+    Each row is clipped to C and noised with sigma C: sensitivity 2 C sqrt(rows).
+    """
     accountant = Accountant()
     accountant.gaussian("discriminator", sigma / (2 * math.sqrt(rows)), shards=shards, steps=steps)
     return accountant
@@ -36,7 +39,7 @@ def test_without_shards_the_noise_must_be_about_850():
 
 
 def exact(mu):
-    """The epsilon of the Gaussian mechanism of sensitivity mu (Balle and Wang, ICML 2018, theorem 8), bisected."""
+    """Bisect the epsilon of the Gaussian mechanism of sensitivity mu (Balle and Wang, ICML 2018, theorem 8)."""
 
     def curve(epsilon):
         below = 0.5 * math.erfc((epsilon / mu - mu / 2) / math.sqrt(2))

@@ -52,7 +52,7 @@ def test_nothing_told_apart_is_a_bound_of_zero():
 
 
 def test_the_error_rates_are_clopper_and_pearsons():
-    """Where all is told apart the bound is what the repeats can show.
+    """With scores that never overlap, the bound is all that the number of repeats can show.
 
     An error counts with its exact probability.
     """
@@ -129,9 +129,9 @@ TRAINED = {
 
 
 def check(runs, mu, repeats, share):
-    """The ledger's mu is the mechanism's.
+    """Check that the ledger's mu is the mechanism's.
 
-    The bound is below and near it, and half the noise is caught.
+    The audited bound is below and near mu, and halved noise is caught.
     """
     mechanism = audited.Mechanism("it", runs)
     found = audited.audited(mechanism, repeats)

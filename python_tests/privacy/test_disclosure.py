@@ -79,7 +79,10 @@ def play(config, data, out):
 
 
 def hits(out, said, values):
-    """Where any of the values stands, in whatever form: files of a run folder but checkpoints/, and what was shown."""
+    """Return where any of the values stands, in whatever form, in ``said`` and the run's files.
+
+    The folder checkpoints/ is left out.
+    """
     values = [value for value in values if math.isfinite(value) and len(repr(value)) > 7]
     assert values
     found = {}
@@ -202,7 +205,7 @@ def covering(leaves):
 @needs_accounting
 @pytest.mark.parametrize("covered", [None, False, True])
 def test_warnings_and_figures_of_any_method(covered, talking, make_data, make_config, tmp_path, monkeypatch):
-    """Without a guarantee, with one of a part, with one of everything; and a client that diverges says no more."""
+    # Without a guarantee, with a partial one, with a full one.  A client that diverges says no more.
     if covered is not None:
         monkeypatch.setattr(talking, "guarantee", covering({} if covered else {"parameters": "the parameters"}))
     settings = {"records": "private"} if covered is None else {}

@@ -38,7 +38,7 @@ def brute(x, y):
 
 
 def clustered(x, y, of_x, of_y):
-    """The area and Obuchowski's variance, group by group, as the paper writes it (Biometrics 1997, section 2)."""
+    """Return the area and Obuchowski's variance, group by group, as in Biometrics 1997, section 2."""
     psi = np.array([[1.0 if a < b else 0.5 if a == b else 0.0 for b in y] for a in x])
     area, v10, v01 = psi.mean(), psi.mean(1), psi.mean(0)
     groups = sorted({*of_x, *of_y})

@@ -77,7 +77,7 @@ class Supervised(Objective):
 
 
 def trained(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NORM, images=6):
-    """Return what the sums of clipped gradients add up to, over the clipping norm; and how it was made."""
+    """Train privately and return the step over the clipping norm, the batches, and the ledger's entry."""
     pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = Images(split, FORM, torch.device("cpu"), cache=True)
     module = network()

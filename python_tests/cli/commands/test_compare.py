@@ -87,7 +87,7 @@ def test_runs_that_play_at_once_have_the_bits_of_runs_alone(threads, cores, caps
 
 
 def eventually_gone(group):
-    """Whether no process of a group is left, once init has taken in what was killed."""
+    """Return whether all processes of a group end, once init has reaped the killed ones."""
     for _ in range(1000):
         try:
             os.killpg(group, 0)

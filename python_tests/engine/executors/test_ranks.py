@@ -319,7 +319,6 @@ def test_torchruns_variables(monkeypatch):
 
 
 def test_every_start_of_the_ranks_finds_its_own():
-    """What an earlier start has left in torchrun's store is not taken for this start's."""
     store, until = dist.HashStore(), time.monotonic() + 20
     with socket.create_server(("127.0.0.1", 0)) as stranger:  # whoever has the port of an earlier start now
         store.set("fedkern/address", f"127.0.0.1 {stranger.getsockname()[1]} {'0' * 32}")

@@ -54,7 +54,7 @@ class At(Listener):
 
 
 def living(processes, within=10.0):
-    """Those that have not ended so soon, where zombies have."""
+    """Return the processes that have not ended in time. Zombies count as ended."""
     deadline = time.monotonic() + within
     while True:
         found = [process for process in processes if not _ended(process)]
@@ -91,7 +91,7 @@ def test_every_method(method, make_data, make_pairs, make_public, make_config, t
 
 @pytest.mark.exhaustive
 def test_fediods_graphs_in_workers(make_data, make_config, tmp_path, processes):
-    """Where clients are asked one by one, their discriminators and graphs are in the workers from call to call."""
+    """Discriminators and graphs stay in the workers between calls when clients are asked one by one."""
     options = {**SETTINGS["fediod"]["options"], "batched": False}
     config = make_config("fediod", options=options, grad_cam=0)
     data = make_data()
@@ -134,7 +134,7 @@ def test_states_of_a_lost_workers_earlier_clients_are_written(make_data, make_co
 
 @pytest.mark.exhaustive
 def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config, tmp_path, monkeypatch, processes):
-    """What it was working on is not forgotten where the message to it, and not its silence, tells that it is gone."""
+    """Its client is played again, also when sending the message, not a missing reply, reveals the loss."""
     forget, killed = Workers.forget, []
 
     def late(self, client):

@@ -80,7 +80,7 @@ class Tape(TorchDispatchMode):
             self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
 
     def undo(self):
-        """What was written is as it was: a recording runs nothing."""
+        """Restore the values that were written: recording a CUDA graph runs nothing."""
         for storage, value in self._before.values():
             storage.copy_(value)
 
@@ -141,7 +141,7 @@ def same_bits(left, right):
 
 
 def same_runs(config, data, tmp_path, monkeypatch):
-    """Whether a run with tapes gives the bits of one without; and the tapes, and the run's diagnostics."""
+    """Return whether a run with tapes has the bits of one without, the tapes, and the run's diagnostics."""
     tapes = Tapes()
     with use_backend("reference"):  # operators are dispatched, so that the tape sees what is in them
         run(config, data=data, out=tmp_path / "eager")

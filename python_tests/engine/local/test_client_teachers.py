@@ -132,7 +132,7 @@ def test_each_client_is_looked_at_with_its_own_architecture(given, attempt, tmp_
 
 
 def test_many_clients_do_not_stay_in_memory(given, data, make_config, monkeypatch):
-    """All are loaded into one network; and of a file with all members only one is read at a time."""
+    """All are loaded into one network, and a file with all members is read one member at a time."""
     made = []
     monkeypatch.setattr(Client, "network", lambda self, **own: made.append(network()) or made[-1])
     config = make_config("ensemble", model="cnn", rounds=None, teachers=str(given))
@@ -228,7 +228,7 @@ def test_statistics_of_networks_that_are_brought_travel_as_those_of_trained_ones
 
 
 def test_a_part_of_a_state(tmp_path, monkeypatch):
-    """What is under some keys, without a look at the rest."""
+    """Values under some keys are read without the rest of the file."""
     members = {k: {"parameters": torch.full((4,), float(k)), "samples": k} for k in range(3)}
     states.save(tmp_path / "x", {"members": members, "1": "text"})
     found = states.part(tmp_path / "x", "members", 1)

@@ -33,9 +33,9 @@ HOW = {"lr": 0.05, "momentum": 0.5, "local_epochs": 2, "rounds": 2}
 
 
 def loop(model, client):
-    """What FedAvg does, as anybody writes it.
+    """Train as FedAvg does, in the usual few lines.
 
-    With dropout, in train mode.
+    The network has dropout, and is in train mode.
     """
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=client.lr, momentum=0.5)

@@ -1,4 +1,4 @@
-"""What a part does that overrides nothing."""
+"""Parts that override nothing."""
 
 from torch import nn
 

@@ -350,7 +350,7 @@ def test_a_registered_name(own, make_data, refuses, tmp_path):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_module_of_main_works_in_forked_workers_of_one_thread(own, make_data, tmp_path, processes, threads):
     class Here(Staged):
-        """As a notebook's cell defines it."""
+        """A network that a notebook's cell defines."""
 
     Here.__module__ = "__main__"
     config = own(workers="2", threads=threads, client_threads=threads)

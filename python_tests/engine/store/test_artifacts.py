@@ -1,4 +1,4 @@
-"""What a method shows and what it says of its privacy: kept in the run folder, the same after a kill and a resume."""
+"""Logged artifacts and statements about privacy: kept in the run folder, the same after a kill and a resume."""
 
 import json
 import math
@@ -123,7 +123,7 @@ def test_what_cannot_be_shown():
 
 
 def test_an_image_that_fails_ends_no_run():
-    """What a method logs is a picture: a warning says that it is missing.  No memory and Ctrl-C end the run."""
+    """An artifact that fails is a warning, and only running out of memory or Ctrl-C end the run."""
 
     def log(name, value, axes=("", "")):
         warned = {}

@@ -26,7 +26,7 @@ OPTIONS = {
 
 @pytest.fixture(params=[2])
 def cut(request, played_once, make_data, make_config, tmp_path):
-    """A run killed when client 1 of a round was about to hand its first gradients to the server, after client 0."""
+    """Return a run killed after client 0 of a round has sent its first gradients, and before client 1 has."""
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", rounds=2, options=OPTIONS, grad_cam=0)

@@ -1,4 +1,4 @@
-"""What --resume refuses, what it lets pass with a warning, and what it repairs."""
+"""Refusals, warnings and repairs of --resume."""
 
 import hashlib
 import json
@@ -63,7 +63,7 @@ def test_the_data_may_have_moved(cut, make_data):
 
 
 def moved_to_a_gpu(out):
-    """The folder as if its run had been made on a GPU."""
+    """Edit the folder as if its run had been made on a GPU."""
     edit(out, 'device = "cpu"', 'device = "cuda"')
     forge(out, lambda entry: entry["info"]["config"].update(device="cuda"))
 

@@ -1,4 +1,4 @@
-"""What a new run does to the folder it is given, and what it leaves there where it comes to nothing."""
+"""Folders of new runs: used, refused, and cleaned up when a run fails early."""
 
 import errno
 import os

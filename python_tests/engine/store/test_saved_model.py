@@ -1,4 +1,4 @@
-"""What model.safetensors says of itself, when it says less than it must, or something else."""
+"""Metadata of model.safetensors: right, incomplete, or wrong."""
 
 import json
 

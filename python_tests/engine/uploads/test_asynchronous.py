@@ -44,7 +44,7 @@ def send(number):
 @pytest.mark.parametrize("fraction", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("text", ["fedbuff:buffer=3", "fedasync"])
 def test_who_is_at_work(text, fraction):
-    """Those that are done earliest, none twice at once.
+    """The earliest finished are at work next, none twice at once.
 
     Each answers what was sent when it began.
     """
@@ -130,7 +130,7 @@ class Hooks:
 
 
 def counted(text, stale, entry=None):
-    """What the server gets of an upload."""
+    """Return the parameters and buffers that the server gets of an upload."""
     asked = ExchangeRequest(
         Phase(5, "train", "update"), entry or Round(), 5, 1, (0,), Hooks(), {0: {"parameters": SENT}}, {0: 5 - stale}
     )

@@ -101,7 +101,7 @@ def test_levels_of_extreme_values_are_finite(value):
 
 
 def encoded(text, updates, start=None, seed=0):
-    """Return what a client sends of its updates, one round after another, as the server reads it; and its residual."""
+    """Return a client's compressed updates of several rounds, as the server decodes them, and its last residual."""
     start = torch.randn(updates.shape[1]) if start is None else start
     compression, state, found = Compression(text, seed), {}, []
     for update in updates:
@@ -311,7 +311,7 @@ LOST = {
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", LOST)
 def test_a_lost_upload_leaves_the_residual_as_it_was(loss, make_data, make_config, tmp_path, monkeypatch):
-    """What a client adds to its next update is what the server has not got, and nothing that it counts already."""
+    """The residual is exactly what the server has not got: nothing is lost, nothing is counted twice."""
 
     class Losing(FedAvg):
         averages = True

@@ -175,7 +175,7 @@ def test_what_a_node_refuses_is_refused_by_the_daemon(message, tmp_path):
 
 
 def test_a_daemon_ends_with_the_process_that_starts_messages(message, tmp_path):
-    """As on a SuperNode: one process starts a short one for a message, and is killed later."""
+    """A SuperNode works like this: one process starts a short one for each message, and is killed later."""
     told_of = tmp_path / "message.json"
     told_of.write_text(json.dumps([header(), message.hex(), RUN, node(tmp_path), 60]))
     script = (

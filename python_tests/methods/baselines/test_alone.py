@@ -1,4 +1,4 @@
-"""What is not federated: every client alone, and everybody's data in one place."""
+"""Baselines without federation: every client alone, and everybody's data in one place."""
 
 import pytest
 import torch

@@ -59,7 +59,7 @@ def test_members_figures_and_memory(plain, make_data):
 
 
 def test_a_member_is_the_network_that_its_client_trains(plain, make_data, make_config, tmp_path):
-    """What FedAvg's server gets from a client in its first round, seen as the average of that client alone."""
+    """A member is the upload of FedAvg's first round, as an average over that client alone."""
     from fedkern.methods import FedAvg
 
     sent = {}

@@ -1,4 +1,4 @@
-"""What FedAvg's server makes of uploads, and FedProx's gradient."""
+"""FedAvg's server step, and FedProx's gradient."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""What is cached_rows of frozen networks, and copies of them."""
+"""Frozen networks: cached_rows, and copies."""
 
 import types
 

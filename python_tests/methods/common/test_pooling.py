@@ -22,7 +22,7 @@ PHASES = [Phase(0, "train", name) for name in EXCHANGES]
 
 
 def exchange(asker, server, clients, phase):
-    """What every client is sent and what it answers."""
+    """Play an exchange and return the messages to the clients and their answers."""
     sent, answers = asker.send(server, phase), []
     for client in clients:
         message = sent.get(client.id, sent)

@@ -30,7 +30,7 @@ def cases(count, seed=0):
 
 
 def solved(v, rho, c):
-    """The nearest point of the ball by sequential quadratic programming, in coordinates in which its radius is 1."""
+    """Return the ball's nearest point by sequential quadratic programming, scaled so that its radius is 1."""
     scale = np.sqrt(2 * rho * c)
     pull = scale * (v - c)
     size = max(np.linalg.norm(pull), 1e-300)
@@ -91,7 +91,7 @@ def test_five_clients_and_the_published_radius():
 
 
 def test_small_radii_stay_in_the_ball():
-    """Where the released bisection leaves it: rho = 0.05 with 3, 5 and 8 clients."""
+    """The released bisection leaves the ball here: rho = 0.05 with 3, 5 and 8 clients."""
     for n in (3, 5, 8):
         p = project(np.eye(n)[0], 0.05)
         assert n * float(p @ p) == pytest.approx(1.1, abs=1e-12)

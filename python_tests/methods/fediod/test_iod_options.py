@@ -1,4 +1,4 @@
-"""What FedIOD says of its privacy: every release that happens is covered or listed, and nothing else is."""
+"""FedIOD's statements about privacy: every release is covered or listed, and nothing else is."""
 
 from types import SimpleNamespace
 

@@ -28,7 +28,7 @@ def test_without_a_hold_out_the_teachers_are_those_of_the_ensemble(make_data, ma
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["oneshot-fedavg", "dense", "fediod"])
 def test_teachers_of_an_earlier_run_or_of_ones_own(method, make_data, make_config, tmp_path):
-    """What comes of the teachers of a run is what comes of the same networks as files."""
+    """Teachers read from a run give the bits of the same networks read from files."""
     data, generated = make_data(), {"nz": 4, "ngf": 2}
     options = {
         "dense": {**generated, "generator_steps": 1, "synthesis_batch": 4, "distill_epochs": 1},

@@ -254,7 +254,7 @@ def test_the_student_begins_after_the_warm_up(world):
     ("optimizer", "kept"), [("sgd", {"momentum_buffer"}), ("adamw", {"step", "exp_avg", "exp_avg_sq"})]
 )
 def test_a_round_goes_on_where_the_one_before_ended(world, optimizer, kept):
-    """What a round leaves in the state is all that the next one needs, bit for bit."""
+    """The state holds all that the next round needs, bit for bit."""
     worlds = cleared_and_live(world, 2, student_optimizer=optimizer, **EVERY_TERM)
     states = [w.server.state for w in worlds]
     assert set(states[0]["student_moments"]) == kept

@@ -82,7 +82,7 @@ def steps_by_shard(w, client):
 
 
 def kept_whoever_serves(world, monkeypatch, iterations):
-    """What client 0 keeps of its discriminators after a round, where the first and where the last shard served."""
+    """Return client 0's discriminators after a round, once with the first and once with the last shard serving."""
     states = []
     for serves in (0, 2):
         monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)

@@ -27,7 +27,7 @@ def counted(width, depth, channels, classes):
 
 
 def test_it_has_the_published_size():
-    """What public implementations with batch norm and transposed convolutions have at the paper's width and depth."""
+    """The sizes are those of public implementations, at the paper's width and depth."""
     assert parameters(make("unet", width=64, classes=2)) == 31_037_698
     assert parameters(make("unet", classes=11)) == counted(16, 4, 3, 11) == 1_942_747
     assert parameters(make(classes=11)) == counted(8, 3, 3, 11) == 121_267

@@ -1,4 +1,4 @@
-"""What a pre-trained network's folder says of its images: as Pillow and the library do it, or refused."""
+"""Preprocessing that a pre-trained network's folder describes: as Pillow and the library do it, or refused."""
 
 import json
 from pathlib import Path

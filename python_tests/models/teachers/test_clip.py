@@ -67,7 +67,7 @@ def make(folder: Path, **options: Any) -> Teacher:
 
 
 def theirs(folder: Path, prompts: list[str], pixel_values: torch.Tensor) -> torch.Tensor:
-    """transformers' own logits_per_image."""
+    """Return the logits_per_image of the library."""
     transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     encoded = transformers.AutoTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt")

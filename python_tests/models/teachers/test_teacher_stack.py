@@ -92,9 +92,9 @@ def test_a_convolution_that_is_used_twice_is_not_folded(images):
 
 @pytest.mark.parametrize("name", ["cnn", "resnet8"])
 def test_wide_networks_write_over_their_maps(name, images):
-    """As on the CPU convolutions of full vectors do, in portions too.
+    """Convolutions of full vectors write over their maps on the CPU, in portions too.
 
-    What others read is left alone.
+    Maps that others read are left alone.
     """
     portions = torch.cat([images] * 14)  # more than a portion
     check([network(name, seed, 16) for seed in (0, 1)], portions)

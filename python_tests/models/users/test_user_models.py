@@ -138,7 +138,7 @@ def test_what_cannot_be_made_or_trained(known, make, width, said):
 
 
 class Compiled(nn.Module):
-    """What torch.compile gives, without the seconds that its import takes."""
+    """A stand-in for torch.compile's wrapper, whose import takes seconds."""
 
     def __init__(self, module):
         super().__init__()
@@ -445,7 +445,7 @@ def test_an_ensemble_runs_users_networks_whole(known):
 
 def test_outputs_with_logits(known):
     class Output(nn.Module):
-        """As transformers' classifiers answer."""
+        """A network that answers as transformers' classifiers do."""
 
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""What a notebook shows: a run's display, results as HTML, and pictures."""
+"""Output in a notebook: a run's display, results as HTML, and pictures."""
 
 import io
 import sys

@@ -166,7 +166,7 @@ def test_settings_versions_and_command(folder):
 
 @pytest.mark.usefixtures("undrawn")
 def test_reports_without_the_data(tmp_path, capsys):
-    """Nothing of fedkern/data is called, except for the registry, whose defaults a command leaves out."""
+    """Only the registry of fedkern/data is called, as a command leaves out its defaults."""
     root, folders = two_brightnesses(tmp_path / "data", 64), [tmp_path / "x", tmp_path / "x" / "fedavg_seed=0"]
     rows = [f"{'ab'[i % 2]}/{i}.png,{'ab'[i % 2]},{'NS'[i // 32]},{i // 4}\n" for i in range(64)]
     (root / "list.csv").write_text(f"path,label,site,patient_id\n{''.join(rows)}")
