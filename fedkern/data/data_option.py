@@ -1,4 +1,4 @@
-"""Options of the data sets, given as ``--data-option key=value`` or as flags of their own."""
+"""Data-set options, given as ``--data-option key=value`` or as flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedkern.typed_option import Option, OptionTable, option
 
 @dataclass(frozen=True)
 class CommonOptions(OptionTable):
-    """Options of every data set, beside its own."""
+    """Options that every data set accepts."""
 
     test_samples: int = option(0, "images kept of every test set, 0 for all (a fixed random choice)", low=0)
     validation_samples: int = option(
@@ -63,14 +63,14 @@ READING = {
         0.1, "share of the training images held out as validation set where there is none", low=0, high=0.9
     ),
 }
-"""Options on how files become images: those of a `fedkern.data.sources.listing.Reading`."""
+"""Options on how image files are read, see :class:`fedkern.data.Reading`."""
 
 DETECTION_OPTIONS = ("boxes", "detector", "box_threshold", "text_threshold", "detector_cache")
-"""The common options that only locate the objects in the training images."""
+"""Common options that only locate the objects in training images."""
 
 
 def check_single(data: str, task: Task, options: CommonOptions) -> None:
-    """Raise UserError for an option that is only for images of single classes, where the data have another task."""
+    """Raise UserError for an option on single-class images where the data have another task."""
     for name in ("cue_clients", "backdoor_clients", "boxes", "detector"):
         if getattr(options, name) and not {"classes", "criterion"} <= task.offers:
             raise UserError(f'option {name} is for classification, and data set "{data}" is for {task.name}')

@@ -1,4 +1,4 @@
-"""Registry of the data sets: a one-line description, the defaults and the options of each."""
+"""Registry of data sets: description, defaults and options."""
 
 from __future__ import annotations
 
@@ -32,24 +32,20 @@ from fedkern.usercode import named_code
 from fedkern.usercode.registry import Registry
 
 PROMPT = "a photo of a {class}."
-"""Template of zero-shot classification's prompts, where a data set has none of its own."""
+"""Default template of zero-shot prompts."""
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Entry of a data set for `list`, the command line and `load`.
+    """Registry entry of a data set.
 
     Attributes:
-        make: makes what the data set holds: a source, which the partition shares out, or data that clients have
-            already; None for data that are in the memory of a Python program.
-        clients: default number of clients.
-        partition: default partition specification.
-        correlation, palette: default correlation between colour and class, and the colours; None for a set that is not
-            coloured.
-        options: accepted options, beside `COMMON_OPTIONS`.
-        prompts: prompts of zero-shot classification: one template, or prompts for every class.
-        task: what is learnt of the data, where their labels do not tell another task.
-        function: the registered function of a user's own set, or None.
+        make: returns a source, which the partition shares out, or federated data; None for data in a program's memory.
+        correlation: default correlation between colour and class; None without colours.
+        options: accepted options, besides `COMMON_OPTIONS`.
+        prompts: zero-shot prompts: one template, or prompts by class.
+        task: task, unless the labels say another.
+        function: of a user-defined set.
     """
 
     description: str
@@ -65,7 +61,7 @@ class DatasetInfo:
 
 
 def _own_files(reader: Callable[..., Source]) -> Callable[[DataRequest], Source]:
-    """Read a user's own files, with the options on images as one `Reading`."""
+    """Adapt a reader of user files to a request, with the image options as one `Reading`."""
 
     def make(request: DataRequest) -> Source:
         own = {name: value for name, value in request.options.items() if name not in Reading.__dataclass_fields__}
@@ -96,7 +92,7 @@ _HELD = {
 
 
 def _columns(*options: str) -> dict[str, Option]:
-    """Options that name the columns of a CSV file, see `fedkern.data.sources.table.open_table`."""
+    """Return options that name columns of a CSV file, see `fedkern.data.sources.table.open_table`."""
     named = {name: Option("", f"CSV column with {_HELD[name]}, by default found by its name") for name in options}
     return named | {
         "patient": Option(
@@ -219,12 +215,16 @@ DATASETS: Registry[DatasetInfo] = Registry("data set", {
 
 
 def data_names() -> list[str]:
-    """Return the names that a user may give: those of all data sets but the ones in the memory of a program."""
+    """Return the names that a user may give: all but those of data in a program's memory."""
     return [name for name, info in DATASETS.items() if info.make is not None]
 
 
 def lookup(name: str) -> DatasetInfo:
-    """Return the entry of a data set, or raise UserError that suggests the nearest known name."""
+    """Return the registry entry of a data set.
+
+    Raises:
+        UserError: an unknown name (the message suggests the nearest one), or code that a run folder names.
+    """
     name = named_code.absolute(name)
     if name not in DATASETS:
         hint = suggest_name(name, data_names())
@@ -240,7 +240,7 @@ def lookup(name: str) -> DatasetInfo:
 
 
 def _find_option(data: str, key: str) -> Option:
-    """Return an option of a data set for error messages, or raise UserError where there is none."""
+    """Return an option labelled for messages, or raise UserError for an unknown key."""
     choices = {**lookup(data).options, **COMMON_OPTIONS}
     if key not in choices:
         hint = suggest_name(key, choices)
@@ -249,22 +249,14 @@ def _find_option(data: str, key: str) -> Option:
 
 
 def given_options(name: str, options: Mapping[str, object]) -> dict[str, Value]:
-    """Return the given options, converted, without defaults and with absolute paths.
-
-    Raises:
-        UserError: as :func:`read_options`, or a path in the home folder of an unknown user.
-    """
+    """Convert the given options and make paths absolute, without defaults, see :func:`read_options`."""
     return {key: _find_option(name, key).read(value) for key, value in options.items()}
 
 
 def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Value], CommonOptions]:
-    """Check ``key=value`` options and fill in defaults.
+    """Check options, fill in defaults, and return the data set's own and the common ones.
 
-    Returns:
-        The options of the data set, and the options common to all data sets.
-
-    Raises:
-        UserError: an unknown key (the message suggests the nearest), or a value of the wrong type or out of range.
+    UserError for an unknown key or an invalid value.
     """
     given: dict[str, Any] = {key: _find_option(name, key).convert(value) for key, value in options.items()}
     own = {key: given.pop(key, option.default) for key, option in lookup(name).options.items()}
@@ -273,37 +265,37 @@ def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Va
 
 F = TypeVar("F", bound=Callable[..., Any])
 _DECLARED = "_fedkern_data"
-"""Attribute of a function with the arguments of its `register_data`."""
+"""Function attribute that holds the arguments of `register_data`."""
 
 
 def register_data(
     name: str, *, clients: int = 10, partition: str | None = None, task: str = "classification", prompts: str = PROMPT
 ) -> Callable[[F], F]:
-    """Decorate a function that makes a data set: ``--data NAME`` of a plugin, and ``--data FILE.py:FUNCTION``.
+    """Register a function as a data set, for ``--data NAME`` in a plugin and for ``--data FILE.py:FUNCTION``.
 
     The function returns one of three things:
 
     - :class:`fedkern.data.Source`: fixed pools, which the partition shares out;
-    - :class:`fedkern.data.FederatedData`: samples that the clients have already;
-    - a pair of PyTorch data sets, as :meth:`fedkern.data.FederatedData.from_datasets` takes them: the clients' (a dict,
-      a list, or one to share out) and the test set.
+    - :class:`fedkern.data.FederatedData`: samples that are already assigned to clients;
+    - a pair (training, test) of PyTorch data sets, as :meth:`fedkern.data.FederatedData.from_datasets` takes them.
+      Training data are a dict or list of the clients' data sets, or one data set to share out.
 
     It is called with those of the arguments ``root`` (``--data-root``), ``clients``, ``partition`` (a text) and
-    ``seed`` that its signature has.  A parameter ``reading`` gets a :class:`fedkern.data.Reading` of the options on
-    image files (`fedkern.data.READING`), which the data set then has too.  Every other parameter is an option of the
-    data set, given as ``--data-option key=value``; its default is a text, a number or a
-    :class:`fedkern.data.Option`, and decides the option's type.
+    ``seed`` that its signature has.  A parameter ``reading`` gets a :class:`fedkern.data.Reading` of the image-file
+    options (`fedkern.data.READING`), which the data set then accepts.  Every other parameter is an option of the data
+    set, given as ``--data-option key=value``.  Its default is a text, a number or a :class:`fedkern.data.Option`, and
+    decides the option's type.
 
     Args:
-        name: the data set's name; the docstring's first line is what ``list`` says of it.
+        name: the data set's name; ``list`` shows the first line of the docstring.
         clients: default number of clients.
-        partition: default partition; None: ``dirichlet:0.5``, and ``iid`` for several labels an image.
-        task: a name in `fedkern.tasks.TASKS`, such as ``"segmentation"``; of ``"multilabel"`` labels are uint8
-            ``[n, L]``, 1 where an image has the label.
-        prompts: template of zero-shot classification's prompts, with ``{class}`` for a class's name.
+        partition: default partition; None: ``dirichlet:0.5``, and ``iid`` for several labels per image.
+        task: a name in `fedkern.tasks.TASKS`, such as ``"segmentation"``; labels for ``"multilabel"`` are uint8 ``[n,
+            L]``, 1 where an image has the label.
+        prompts: template of zero-shot prompts, with ``{class}`` for a class's name.
 
     Raises:
-        ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is none.
+        ValueError: another function has the name, or ``clients``, ``partition`` or ``task`` is invalid.
         TypeError: a name has no docstring, or a parameter cannot be an option.
     """
     if (kind := TASKS.get(task)) is None:
@@ -328,16 +320,10 @@ def register_data(
 
 
 def open_code(text: str) -> str:
-    """Register the function that the user's words name, ``FILE.py:NAME`` or ``MODULE:NAME``, as a data set.
+    """Register the function ``FILE.py:NAME`` or ``MODULE:NAME`` as a data set, and return its absolute name.
 
-    A function that `register_data` decorates keeps what its file says there.  Only words of the user's come here:
-    nothing that a run folder names is imported.
-
-    Returns:
-        The data set's name: the words with an absolute path, and other words as they are.
-
-    Raises:
-        UserError: the code cannot be imported, or is no function that makes data.
+    A function decorated with `register_data` keeps its settings; other texts are returned unchanged.  Only the user's
+    input may get here: nothing that a run folder names is imported.
     """
     named = named_code.parse(text)
     if named is None or str(named) in DATASETS:

@@ -1,4 +1,4 @@
-"""Forms: how the samples of a federation reach a network, and what of them can be shown."""
+"""Forms: how samples of a federation enter a network, and which can be shown as pictures."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ Scale = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation per channel, of images in [0, 1]."""
 T = TypeVar("T")
 OF_DATASETS = ("dtype", "is_raw", "is_scaled")
-"""Attributes of images that networks get as a user's data set gives them."""
+"""Attributes of images that user data sets give and networks get unchanged."""
 MASK = "mask"
-"""Key of an item that holds the mask of its object."""
+"""Key of an item that holds the object mask."""
 
 
 @dataclass(frozen=True)
 class ImageForm:
-    """Images.
+    """Form of images.
 
     Attributes:
-        shape: channels, height and width of the images that a network sees.
+        shape: channels, height and width that a network sees.
         mean, std: per channel, of images in [0, 1].
-        augment: augmentation of training batches: a name in `fedkern.data.images.transforms.AUGMENTATIONS`.
-        grey_bits: bits of a grey value in image files with more than eight, in all images alike; 0 where no file has.
-        window: the values of such files that become black and white, or None.
-        seen: lines on image files and what a network sees of them: one on all, and those on sets that differ.
-        outside: a sentence where most pixels of such files lie outside of the window, else empty.
-        sites: names of the sites that image files have; those of `Split.homes` where one client holds them all.
-        dtype: of the images of a split, ``"uint8"`` or ``"float32"``.
-        is_raw: whether networks get images as they are, neither scaled nor normalised.
-        is_scaled: whether ``mean`` and ``std`` are known, so that what a network sees goes back to pixels.
+        augment: key of `fedkern.data.images.transforms.AUGMENTATIONS`.
+        grey_bits: bits of a grey value in files with more than eight; 0 without such files.
+        window: their values that become black and white, or None.
+        seen: lines on files and on what networks see: one for all, then one per differing set.
+        outside: warning where most pixels of such files lie outside the window, or empty.
+        sites: of image files; those of `Split.homes` where one client holds all images.
+        dtype: ``"uint8"`` or ``"float32"``.
+        is_raw: whether networks get images neither scaled nor normalised.
+        is_scaled: whether known ``mean`` and ``std`` can convert images back to pixels.
     """
 
     noun: ClassVar[str] = "images"
@@ -64,24 +64,21 @@ class ImageForm:
 
     @property
     def feeds_bytes(self) -> bool:
-        """Return whether networks get uint8 images."""
         return self.is_raw and self.dtype == "uint8"
 
     def size_text(self) -> str:
-        """Return the size of a sample in words."""
         return f" of {'×'.join(map(str, self.shape))}"
 
     def normalise_images(self, images: Tensor) -> Tensor:
-        """Return what a network sees of images ``[B, C, H, W]`` of a split, or of uint8 images, channels-last."""
+        """Return a network's input for images ``[B, C, H, W]``, channels-last."""
         if images.dtype != torch.uint8 or self.feeds_bytes:
             return images.contiguous(memory_format=torch.channels_last)
         return normalise(images, self.mean, self.std, channels_last=True)
 
     def scale(self, purpose: str) -> Scale:
-        """Return mean and standard deviation of every channel.
+        """Return mean and standard deviation per channel.
 
-        Raises:
-            UserError: nobody has named them, or networks get uint8 images; ``purpose`` says what needs them.
+        UserError if they are unknown or networks get bytes; ``purpose`` names what needs them.
         """
         if not self.is_scaled:
             raise UserError(
@@ -96,27 +93,23 @@ class ImageForm:
         return self.mean, self.std
 
     def to_bytes(self, images: Tensor) -> Tensor:
-        """Return images of a split as uint8.
-
-        Raises:
-            UserError: see :meth:`scale`.
-        """
+        """Return images of a split as uint8, or raise UserError as :meth:`scale` does."""
         if images.dtype == torch.uint8:
             return images
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.scale("A picture"))
         return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
     def describe_stored(self) -> tuple[str, ...]:
-        """Return a line on images that are no files: depth, colour and size."""
+        """Return a line on images that come from no files."""
         colour = {1: "grey", 3: "RGB"}.get(self.shape[0], f"{self.shape[0]} channels")
         return (f"images: 8-bit {colour}, {self.shape[2]} x {self.shape[1]}",)
 
     def central(self, split: Split) -> Split:
-        """Return a split that is not augmented: the window that a network sees."""
+        """Return a split that is not augmented: central windows of the network's input size."""
         return central(split, self.shape[1:])
 
     def about(self) -> dict[str, object]:
-        """Entries of model.safetensors."""
+        """Return the form's entries in model.safetensors."""
         return {
             "channels": self.shape[0], "image_size": list(self.shape[1:]), "mean": list(self.mean),
             "std": list(self.std), "grey_bits": self.grey_bits, "window": self.window and list(self.window),
@@ -124,18 +117,18 @@ class ImageForm:
         }  # fmt: skip
 
     def noise(self, samples: int, rng: np.random.Generator) -> Tensor:
-        """Return random inputs of a network: normally distributed, fp32, or any uint8 values where it gets these."""
+        """Return random inputs: standard normal fp32, or uniform uint8 where networks get bytes."""
         if self.feeds_bytes:
             return torch.from_numpy(rng.integers(0, 256, (samples, *self.shape), dtype="uint8"))
         return torch.from_numpy(rng.standard_normal((samples, *self.shape), dtype="float32"))
 
     def build(self, task: Task, about: Description, seed: int) -> nn.Module:
-        """Return a freshly initialised network, described as for `fedkern.tasks.Task.build`."""
+        """Return a freshly initialised network, see `fedkern.tasks.Task.build`."""
         return task.build({**about, "channels": self.shape[0], "image_size": self.shape[1:]}, seed)
 
 
 def form_of(about: Description) -> ImageForm | SampleForm:
-    """Return the form that ``about()`` of it has described."""
+    """Return the form whose ``about()`` is given."""
     if "items" in about:
         return SampleForm(tuple(about["items"]), about["inputs"], about["head"])
     shape = about["channels"], *about["image_size"]
@@ -146,14 +139,14 @@ def form_of(about: Description) -> ImageForm | SampleForm:
 
 @dataclass(frozen=True)
 class SampleForm:
-    """Samples of map-style data sets.
+    """Form of samples of map-style data sets.
 
     Attributes:
-        shapes: dtype and shape of every tensor of a batch of two samples, in words.
-        inputs: those of a network's arguments, nested as they are: ``{"args": [...], "kwargs": {...}}``; None where the
-            user's own loss calls the network.
-        head: name of the linear layer that gives the network's logits, or None.
-        normalize: mean and standard deviation per channel, or one for all, of the transform of float images.
+        shapes: dtype and shape, as text, of every tensor of a batch of two samples.
+        inputs: nested network arguments as text, ``{"args": [...], "kwargs": {...}}``; None if the user's loss calls
+            the network.
+        head: name of the linear layer that gives the logits, or None.
+        normalize: mean and standard deviation of the float images' transform.
     """
 
     noun: ClassVar[str] = "samples"
@@ -170,7 +163,7 @@ class SampleForm:
 
     @staticmethod
     def of(batch: object, called: bool = True, normalize: Scale | None = None) -> SampleForm:
-        """Return the form of samples of which ``batch`` has two, where fedkern calls the network if ``called``."""
+        """Return the form of a batch of two samples, where fedkern calls the network if ``called``."""
         x = split_targets(batch)[0]
         by_name = isinstance(x, Keywords)
         args = () if by_name else x if isinstance(x, Positional) else (x,)
@@ -179,7 +172,7 @@ class SampleForm:
 
     @property
     def _single(self) -> tuple[str, list[int]] | None:
-        """Dtype and shape of the input of a sample where it is one tensor, beside a mask."""
+        """Dtype and shape of a sample's only input tensor besides a mask, else None."""
         if self.inputs is None:
             return None
         inputs = [*self.inputs["args"], *(value for key, value in self.inputs["kwargs"].items() if key != MASK)]
@@ -190,43 +183,35 @@ class SampleForm:
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """Channels, height and width where a sample is an image, uint8 or float32 ``[C, H, W]``, else None."""
+        """Channels, height and width if samples are images, uint8 or float32 ``[C, H, W]``, else None."""
         dtype, shape = self._single or ("", [])
         return (shape[0], shape[1], shape[2]) if dtype in ("uint8", "float32") and len(shape) == 3 else None
 
     @property
     def dtype(self) -> str:
-        """Dtype of the single input of a sample."""
         return self._single[0] if self._single else ""
 
     def input_words(self) -> str:
-        """Return the inputs of a sample in words."""
         if self._single:
             dtype, shape = self._single
             return f"one input of shape {shape}" + (f" and dtype {dtype}" if len(shape) == 3 else "")
         return f"the parts {', '.join(self.shapes)} (of two samples)"
 
     def size_text(self) -> str:
-        """Return the tensors of a batch in words."""
         return f", two of which are {', '.join(self.shapes)}"
 
     def describe_stored(self) -> tuple[str, ...]:
-        """Nothing: samples are what a user's data set gives."""
         return ()
 
     def central(self, split: T) -> T:
-        """Return the split itself."""
         return split
 
     def about(self) -> dict[str, object]:
-        """Entries of model.safetensors."""
+        """Return the form's entries in model.safetensors."""
         return {"items": list(self.shapes), "inputs": self.inputs, "head": self.head}
 
     def noise(self, samples: int, rng: np.random.Generator) -> object:
-        """Draw normally distributed inputs of a network.
-
-        Zeros, of which any is an index, where they are no floats.
-        """
+        """Return random inputs: standard normal floats, or zeros for integers, since 0 is a valid index."""
 
         def draw(words: str) -> Tensor:
             dtype, _, shape = words.partition(" ")
@@ -247,7 +232,6 @@ class SampleForm:
         return x["args"][0] if len(x["args"]) == 1 else Positional(x["args"])
 
     def build(self, task: Task, about: Description, seed: int) -> nn.Module:
-        """Return a freshly initialised network."""
         return models.build_any(
             about["model"], classes=about["classes"], width=about["width"], seed=seed, head=self.head,
             raw=task.network == "any",
@@ -256,14 +240,14 @@ class SampleForm:
 
 
 def _outline_inputs(value: object) -> object:
-    """Return nested inputs in words, as JSON holds them, and containers of other types by their type's name."""
+    """Return nested inputs as text for JSON, and other containers as their type's name."""
     if isinstance(value, Mapping):
         return {key: _outline_inputs(part) for key, part in value.items()}
     return [*map(_outline_inputs, value)] if isinstance(value, (tuple, list)) else in_words(value)
 
 
 def in_words(leaf: object) -> str:
-    """Return dtype and shape of a tensor, or the type of another leaf, in words."""
+    """Return a tensor's dtype and shape, or another leaf's type, as text."""
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')} {[*leaf.shape]}"
     return type(leaf).__name__

@@ -1,4 +1,4 @@
-"""Identity of a run's data, by which runs are compared: depends neither on the seed nor on the partition."""
+"""Identity of a run's data for comparing runs, independent of seed and partition."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from fedkern.files.image_rows import in_parts
 from fedkern.streams import stream
 
 SAMPLED_IMAGES, SAMPLED_BYTES = 2000, 32 << 20
-"""Most images, and most of their bytes, that stand for a training pool of which a run reads only some."""
+"""Most images, and most bytes of images, that represent a training pool of which a run reads only a part."""
 COMPARED_BYTES = 1 << 28
-"""Most bytes of tensors of which every item has a hash."""
+"""Most bytes of tensors whose items are all hashed."""
 
 Sets = Mapping[str, Sequence[Split]]
 
 
 def of_memory(data: FederatedData) -> dict[str, str]:
-    """Identity of data in memory: of all samples, whichever client holds them (see `identity`)."""
+    """Return the identity of data in memory, independent of how clients share them (see `identity`)."""
     sets: dict[str, list[Any]] = {"train": list(data.clients), "validation": [data.validation]}
     sets |= {f"test {name}".strip(): [split] for name, split in data.tests.items()}
     if isinstance(data.validation, Items):
@@ -43,7 +43,6 @@ def of_memory(data: FederatedData) -> dict[str, str]:
 
 
 def _of_items(data: FederatedData, sets: Mapping[str, list[Any]]) -> dict[str, str]:
-    """Identity of items: their number and some of them, whoever holds them."""
     datasets = {
         name: {id(part.dataset): replace(part, rows=None) for part in parts if len(part)}.values()
         for name, parts in sets.items()
@@ -58,19 +57,19 @@ def _of_items(data: FederatedData, sets: Mapping[str, list[Any]]) -> dict[str, s
 
 
 def of_source(source: Source, contents: Sets, pixels: list[bytes]) -> dict[str, str]:
-    """Identity of a data set: names and labels of whole pools, and the contents of the images in ``contents``."""
+    """Return the identity of a source: names and labels of whole pools, images of ``contents``."""
     tests = {f"test {name}".strip(): [pool] for name, pool in source.tests.items()}
     pools = {"train": [source.train], "validation": [source.validation], **tests}
     return identity((*source.classes, *source.sites), pools, contents, pixels)
 
 
 def pixel_hashes(splits: Sequence[Split]) -> list[bytes]:
-    """Return a hash of every image alone."""
+    """Return a hash of every image, without its label."""
     return [_hash(*image).digest() for split in splits for image in _rows(split.images)]
 
 
 def sample_hashes(split: Split | Items, sights: Mapping[int, Sight]) -> list[bytes]:
-    """Return a hash of every image, or of the items that are tensors in memory or were read by the inspection."""
+    """Return a hash of every image, or of items in tensors or already read by the inspection."""
     if isinstance(split, Split):
         return pixel_hashes([split])
     rows = slice(None) if split.rows is None else split.rows
@@ -83,7 +82,7 @@ def sample_hashes(split: Split | Items, sights: Mapping[int, Sight]) -> list[byt
 
 
 def sample_pool(pool: Pool) -> Split:
-    """Read rows of a pool that no seed changes, all of them where the pool is small."""
+    """Read rows of a pool that no seed changes, or all rows of a small pool."""
     image = pool.take(torch.arange(min(1, len(pool)))).images
     count = min(len(pool), SAMPLED_IMAGES, max(1, SAMPLED_BYTES // max(1, image.numel())))
     order = stream(0, "identity").permutation(len(pool))[:count]
@@ -96,17 +95,15 @@ def identity(
     contents: Sets,
     pixels: list[bytes] | None = None,
 ) -> dict[str, str]:
-    """Return hashes of what data consist of, in hexadecimal, whatever the order of samples.
+    """Return hashes of a data set's parts, in hexadecimal, independent of sample order.
 
     Args:
-        classes: names of classes and sites.
-        sets: all samples, by the name of their set.
-        contents: the samples whose images are read, by the name of their set; each is read once.
-        pixels: gets a hash of every image of ``contents``, in its order, of the image alone.
+        classes: of classes and sites.
+        contents: samples whose images are read.
+        pixels: receives a hash of every image of ``contents``, without its label.
 
     Returns:
-        ``classes``, ``sizes`` (numbers of samples, as text), ``names``, ``labels`` (with texts and patients, by name)
-        and ``images`` (with labels).
+        ``classes``, ``sizes``, ``names``, ``labels`` (with texts and patients, by name) and ``images`` (with labels).
     """
     names, images = [], []
     labels: dict[str, list[bytes]] = {name: [] for name in (*sets, *contents)}
@@ -134,13 +131,13 @@ def identity(
 
 
 def _alike(read: Sequence[Split], pools: Sequence[Split | Pool]) -> bool:
-    """Return whether ``read`` is all samples of the pools, with labels of the same form."""
+    """Return whether ``read`` covers all samples of the pools, with labels of the same form."""
     forms = {(part.labels.shape[1:], part.labels.dtype) for part in (*read, *pools) if len(part)}
     return sum(map(len, read)) == sum(map(len, pools)) and len(forms) < 2
 
 
 def _hash_labels(set_name: str, part: Split | Pool) -> Iterator[hashlib.blake2b]:
-    """For every sample a hash of its set, name, text, patient and label, to which more can be added."""
+    """Yield an updatable hash of every sample's set, name, text, patient and label."""
     patients = None if part.patients is None else part.patients.tolist()
     for row, label in enumerate(_rows(part.labels)):
         fields = [None if column is None else column[row] for column in (part.ids, part.texts, patients)]
@@ -148,7 +145,6 @@ def _hash_labels(set_name: str, part: Split | Pool) -> Iterator[hashlib.blake2b]
 
 
 def _rows(tensor: Tensor) -> Iterator[tuple[bytes, memoryview]]:
-    """Yield the shape and the bytes of every row."""
     for part in in_parts(tensor):
         shape = repr(tuple(part.shape[1:])).encode()
         content = memoryview(np.ascontiguousarray(part.numpy()).reshape(-1).view(np.uint8).data)
@@ -176,15 +172,15 @@ def _digest(rows: Iterable[bytes]) -> str:
 
 
 def code_of(data: FederatedData) -> dict[str, object]:
-    """Return the objects that the user gives beside the data: loss and metrics or a task, and collation, by name."""
+    """Return the user's objects beside the data: loss and metrics or a task, and collation."""
     collate = getattr(data.clients[0], "collate", default_collate)
     return {**data.task.code(), **({} if collate is default_collate else {"collate_fn": collate})}
 
 
 def data_fingerprint(data: FederatedData) -> int:
-    """CRC-32 of a federation's splits: a resumed run must have the same data.
+    """Return a CRC-32 of all splits, which a resumed run must match.
 
-    Of images that a program gives, mean and standard deviation count too.
+    Mean and standard deviation count too where a program gives the images.
     """
     sights = (data.sights or inspect(data).sights) if isinstance(data.validation, Items) else {}
     value = zlib.crc32(b"".join(sight.digest for sight in sights.values()))

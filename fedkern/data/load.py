@@ -1,4 +1,4 @@
-"""`load`: turns a data set's name into the clients' splits, the validation set and the tests."""
+"""Loading: from a data set's name to the clients' splits, the validation set and the tests."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def load(
     identify: bool = False,
     judged: bool = False,
 ) -> FederatedData:
-    """Load a data set and shares it out among clients.
+    """Load a data set and share it out among clients.
 
-    The train/validation/test split is fixed; ``seed`` decides which training samples are kept, which client holds them,
-    and the colours.  The same arguments always give the same tensors.
+    The train/validation/test split is fixed.  ``seed`` decides which training samples are kept, which client holds
+    them, and the colours.  The same arguments always give the same tensors.
 
     Args:
         name: a key of `fedkern.data.DATASETS`.
         root: folder of the data set's files: its own folder, the folder above, or torchvision's layout.
-        clients: number of clients (default: that of the sites under ``attribute``, else the data set's).
+        clients: number of clients (default: the number of sites under ``attribute``, else the data set's).
         partition: a specification for `fedkern.data.parse_partition` (default: ``attribute`` where a column or folders
             of the user's files name two or more sites, else the data set's).  Coloured sets give every client its own
             colours under any partition except ``iid``, where all clients share one colour map.
@@ -68,24 +68,32 @@ def load(
         train_samples: number of training samples shared out in total (default: all); the validation set shrinks in
             proportion.
         public_samples: number of training samples that no client gets: the public split.  With ``train_samples`` the
-            public samples come from the remaining ones, so that they do not change the clients' data.
+            public samples come from the remaining ones, so that the clients' data do not change.
         correlation: coloured sets only, probability in [0, 1] that a sample shows its client's colour of its class.
         options: the data set's own ``key=value`` options and `COMMON_OPTIONS`.
         make_detector: makes the detector of the option ``detector`` from its name, box threshold and text threshold,
             for example `fedkern.models.pretrained.detector.GroundingDino`.
-        notice: called with a progress message during a long detection or decoding, and with a sentence where the data
-            name sites that the partition does not use.
-        progress: called with the former messages instead of ``notice``.
-        cache: folder that keeps decoded image files, see `image_cache.store_files`.  Images of more than a
-            gigabyte are in a temporary file without it.  The images of the splits are then
-            :class:`~fedkern.files.image_rows.ImageRows`, which are read when they are needed.
-        identify: fill in the data's identity, for which all images are read once more.  Data that are drawn by the seed
-            are identified by the function that draws them.
-        judged: only validation and test sets are wanted, and a client has one image.  All images are the test set where
-            the user's files name no split, unless ``test_share`` is given.
+        notice: called with progress messages of a long detection or decoding, and with notes on the data, such as sites
+            that the partition does not use.
+        progress: called with the progress messages instead of ``notice``.
+        cache: folder that keeps decoded image files, see `image_cache.store_files`.  Without one, images of more than a
+            gigabyte go to a temporary file.  Images in a file are :class:`~fedkern.files.image_rows.ImageRows`, which
+            read rows on demand.
+        identify: fill in the data's identity, for which all images are read once more.  Data drawn from the seed are
+            identified by the function that draws them.
+        judged: load validation and test sets only; every client gets one image.  All images are the test set where the
+            user's files name no split, unless ``test_share`` is given.
+
+    Returns:
+        The clients' splits, the validation set, the tests and their statistics.
 
     Raises:
-        UserError: anything wrong with the name, the files, the partition or a value.
+        UserError: an invalid name, file, partition or value.
+
+    Example:
+        >>> data = load("digits", clients=5, partition="dirichlet:0.5", seed=0)
+        >>> data.clients[0].images.shape[1:]
+        torch.Size([1, 32, 32])
     """
     info = lookup(name)
     progress, notice = progress or notice, notice or (lambda text: None)
@@ -132,7 +140,7 @@ def _share_out(
     is_identified: bool,
     is_judged: bool,
 ) -> FederatedData:
-    """Share the pools of a source out among clients, and read what they hold, as :func:`load` says."""
+    """Share a source's pools out among clients and read their samples, see :func:`load`."""
     for text in source.notices:
         notice(text)
     spec = spec or _default_partition(name, info, source)
@@ -199,10 +207,9 @@ def _share_out(
 
 
 def _center_cropped(source: Source, split: Split, are_clients: bool) -> Split:
-    """Return a split that is not augmented: of a source with ``crop`` the central windows of images.
+    """Return a split that is not augmented: central windows if the source has ``crop``.
 
-    Args:
-        are_clients: whether the clients are those that the data name, who are the homes of images.
+    Homes are dropped unless ``are_clients``: only then do the sites that the data name match the clients.
     """
     split = split if are_clients else dataclasses.replace(split, homes=None)
     return central(split, (source.crop, source.crop)) if source.crop else split
@@ -217,10 +224,9 @@ def _identify(
     sites: Sequence[str],
     notice: Callable[[str], None],
 ) -> dict[str, str]:
-    """Return the identity of the data, and tell of equal images.
+    """Return the identity of the data, and report equal images.
 
-    Args:
-        samples: those that stand for the training images, where a run reads only some.
+    ``samples`` represent the training images where a run reads only a part of them.
     """
     used = [*clients, sets["public"]]
     contents = {"train": samples or used} | {key: [split] for key, split in sets.items() if key != "public"}
@@ -243,7 +249,6 @@ def _add_objects(
     notice: Callable[[str], None] | None,
     seed: int,
 ) -> FederatedData:
-    """Add the objects, cues and patches that the common options ask for."""
     background = _background_source(options, common, data, make_detector, notice)
     if background is not None:  # find the objects before cues and patches are drawn over them
         data = extract_background(data, background)
@@ -252,8 +257,6 @@ def _add_objects(
 
 
 def _subsample_sets(data: FederatedData, common: CommonOptions) -> FederatedData:
-    """Keep as many test and validation samples as the common options ask for."""
-
     def subsample(split: Split, count: int, purpose: str) -> Split:
         return split if count == 0 or count >= len(split) else split.subset(_first_rows(split, count, purpose))
 
@@ -298,7 +301,7 @@ def _check_correlation(name: str, info: DatasetInfo, correlation: float | None) 
 
 
 def _default_partition(name: str, info: DatasetInfo, source: Source) -> PartitionSpec:
-    """``attribute`` where the user's files name two or more sites, else the data set's own partition."""
+    """Return ``attribute`` where the user's files name two or more sites, else the default partition."""
     if source.unnamed or len(source.sites) > 1:
         if source.lost:
             raise UserError(
@@ -310,7 +313,7 @@ def _default_partition(name: str, info: DatasetInfo, source: Source) -> Partitio
 
 
 def _unused_sites(source: Source, spec: PartitionSpec) -> Iterator[str]:
-    """Sentences on sites that the files name and the partition does not use."""
+    """Yield sentences on named sites that the partition does not use."""
     if not source.named_by:
         return
     named = source.named_by[:1].upper() + source.named_by[1:]
@@ -350,7 +353,7 @@ def _check_partition(name: str, info: DatasetInfo, source: Source, spec: Partiti
 
 
 def _own_tests(name: str, source: Source, rows: Tensor, test: Split) -> tuple[Split, ...]:
-    """Every client's own test set: its rows of ``test``, which holds the ``rows`` of the data set's test pool."""
+    """Return every client's part of ``test``, whose images are ``rows`` of the test pool."""
     groups = source.tests[""].groups
     assert groups is not None
     splits = tuple(test.subset((groups[rows] == k).nonzero().flatten()) for k in range(len(source.sites)))
@@ -363,11 +366,10 @@ def _own_tests(name: str, source: Source, rows: Tensor, test: Split) -> tuple[Sp
 
 
 def _shares(source: Source, spec: PartitionSpec, rows: Tensor, clients: int, seed: int) -> list[npt.NDArray[np.int64]]:
-    """Positions in ``rows`` of every client's rows.
+    """Return every client's positions in ``rows``.
 
-    Patients, cases and images with several texts stay whole.
-
-    Under ``attribute``, where the data set itself names the clients, every row goes to the client named for it.
+    Patients, cases and images with several texts stay whole.  Under ``attribute`` rows go to the clients that the data
+    name, if any.
     """
     pool = source.train
     labels, classes = pool.task.shared_classes(pool.labels[rows].numpy(), len(source.classes))
@@ -380,7 +382,7 @@ def _shares(source: Source, spec: PartitionSpec, rows: Tensor, clients: int, see
 
 
 def _training_rows(name: str, pool: Pool, request: DataRequest) -> tuple[Tensor, Tensor]:
-    """Return the training rows of all clients and the public rows, both sorted."""
+    """Return the clients' training rows and the public rows, both sorted."""
     count, public, seed = request.train_samples, request.public_samples, request.seed
     if pool.cases is not None and pool.patients is None:
         cases: npt.NDArray[np.int64] | None = pool.cases.numpy()
@@ -415,14 +417,13 @@ def _validation_rows(source: Source, trained: int, samples: int) -> Tensor:
 
 
 def _homes(source: Source, pool: Pool) -> npt.NDArray[np.int64] | None:
-    """Return the site of every row of a pool, or None where the data name no sites."""
     return pool.groups.numpy() if source.sites and pool.groups is not None else None
 
 
 def _first_rows(pool: Pool | Split, count: int, purpose: str, homes: npt.NDArray[np.int64] | None = None) -> Tensor:
-    """Return a fixed random choice of ``count`` rows of a pool (0: all rows), sorted.
+    """Return ``count`` rows (0: all) by a fixed random choice, sorted.
 
-    One of every site if they suffice.
+    At least one per site if ``count`` allows.
     """
     if count == 0 or count >= len(pool):
         return torch.arange(len(pool))

@@ -1,4 +1,4 @@
-"""Labelled images in memory or in a file, as a client or a test set has them."""
+"""Labelled images of a client or a test set, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -20,40 +20,42 @@ from fedkern.files.image_rows import in_parts
 from fedkern.tasks import Task, task_of
 
 MOST = 32
-"""Most classes of pixels that are not named: soft edges and photographs hold more values."""
+"""Most pixel classes without names: soft edges and photographs have more values."""
 
 
 def are_classes(values: Sequence[int]) -> bool:
-    """Return whether the sorted values of pixels are class numbers from 0 without a gap, and no more than `MOST`."""
+    """Return whether sorted pixel values are class numbers from 0 without a gap, at most `MOST`."""
     return 0 < len(values) <= MOST and values[-1] == len(values) - 1
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images with their labels and, where known, object masks.
+    """Images with labels and, where known, object masks and other columns.
 
     Attributes:
-        images: uint8 ``[n, C, H, W]``; where they are in a file, a `fedkern.files.image_rows.ImageRows`; of a user's
-            data set also float32, as networks see them.
+        images: uint8 ``[n, C, H, W]``; if stored in a file, a `fedkern.files.image_rows.ImageRows`.  Images of a user's
+            data set may be float32, normalised.
         labels: int64 ``[n]``, the class of every image; for segmentation int64 ``[n, H, W]``, the class of every pixel
-            (`IGNORE` where it is unknown), a `fedkern.files.image_rows.PixelClasses` where masks are in a file; for
-            several labels an image uint8 ``[n, L]``, 1 where it has the label.
-        masks: bool ``[n, H, W]``, True on the object, or None without masks.  A row without any True means that nothing
-            was detected in that image; the image stays out of the background bank.
+            (`IGNORE` where unknown), a `fedkern.files.image_rows.PixelClasses` if masks are in a file; for several
+            labels per image uint8 ``[n, L]``, 1 where the image has the label.
+        masks: bool ``[n, H, W]``, True on the object, or None.  A row without any True means that nothing was detected
+            in that image; the image stays out of the background bank.
         ids: name of every image in its source (``"train/17"``, ``"dog/on snow/12.jpg"``), as a boxes file uses it.
-        sizes: int64 ``[n, 2]``, width and height of every image before loading resized it, turned as its EXIF
-            orientation says.
-        texts: the caption or report of every image; an image with several texts has a row for each, under one name in
+        sizes: int64 ``[n, 2]``, width and height of every image before resizing, after its EXIF rotation.
+        texts: caption or report of every image; an image with several texts has a row for each, all under one name in
             ``ids``.
         cases: int64 ``[n]``, the case of every image, where several images form one case, such as the slices of a
             volume or the tiles of a picture.  Metrics are means over cases.
-        full: the class of every pixel in the size in which the masks are given, where they were resized (segmentation).
-        patients: int64 ``[n]``, the patient of every image, where the data name patients; of names in files a hash.  An
-            image without a named patient counts as a patient of its own.  A set drawn from all images has all images of
-            a patient or none; a client's own test set has all of the patient's images at that client or none.
-        task: what the labels are for; by default told by their axes and by ``texts``.
-        homes: int64 ``[n]``, of images that no client trains on the client whose site or look they show, -1 where they
-            show none's; None where nothing is known.  With ``--held-out-client`` they leave with their client.
+        full: the class of every pixel at the masks' original size, where masks were resized (segmentation).
+        patients: int64 ``[n]``, the patient of every image, where the data name patients; names in files are hashed.
+            An image without a named patient counts as a patient of its own.  A set drawn from all images has all images
+            of a patient or none; a client's own test set has all of the patient's images at that client or none.
+        task: task of the labels; by default inferred from their axes and from ``texts``.
+        homes: int64 ``[n]``, for images that no client trains on: the client whose site or look they show, or -1; None
+            if unknown.  ``--held-out-client`` removes them together with their client.
+
+    Raises:
+        ValueError: a dtype or shape that does not fit.
     """
 
     images: Tensor
@@ -90,32 +92,30 @@ class Split:
 
     @property
     def image_labels(self) -> Tensor:
-        """int64 ``[n]``: the class of every image.
+        """Class of every image, int64 ``[n]``, for segmentation the object class with most pixels, else 0.
 
-        For segmentation the object class with most pixels, else 0.
-
-        Where an image may have several labels, the labels themselves, uint8 ``[n, L]``.
+        For several labels per image the labels, uint8 ``[n, L]``.
         """
         return self.task.image_labels(self.labels)
 
     @property
     def memory(self) -> int:
-        """Bytes of all images once they are normalised."""
+        """Bytes of all images after normalisation to fp32."""
         return 4 * self.images.numel()
 
     def fingerprint(self, value: int = 0) -> int:
-        """Return a CRC-32 that goes on from ``value``, over all images, labels, masks and texts."""
+        """Return a CRC-32 of images, labels, masks and texts, continuing from ``value``."""
         for tensor in (self.images, self.labels, self.masks):
             for part in () if tensor is None else in_parts(tensor):
                 value = zlib.crc32(part.contiguous().numpy().reshape(-1).view("uint8").data, value)
         return zlib.crc32("\0".join(self.texts or ()).encode(), value)
 
     def units(self) -> npt.NDArray[np.int64] | None:
-        """Return the case, patient or image that a row belongs to where rows belong together, else None."""
+        """Return the case, patient or image of every row, int64 ``[n]``, or None if no rows belong together."""
         return grouped_rows(self.ids, self.cases, self.patients)
 
     def identities(self) -> list[str]:
-        """Return the name of every image, or a digest of its pixels and label where it has none."""
+        """Return the name of every image, or a digest of its pixels and label where images have no names."""
         if self.ids is not None:
             return list(self.ids)
         pairs = zip(self.images, self.labels, strict=True)
@@ -124,11 +124,11 @@ class Split:
         ]
 
     def raw(self) -> dict[str, object]:
-        """Return what a client would send to give its samples away."""
+        """Return the samples as a client would send them if it gave them away."""
         return {"images": self.images, "labels": self.labels, "texts": self.texts}
 
     def plus(self, splits: Sequence[Split]) -> Split:
-        """Return the split with the images of others behind its own, see :func:`join_splits`."""
+        """Return the split with the images of others appended, see :func:`join_splits`."""
         return join_splits([self, *splits])
 
     def subset(self, indices: Tensor) -> Split:
@@ -137,10 +137,7 @@ class Split:
 
 
 def rows_of(column: Any, rows: Tensor) -> Any:
-    """Return the ``rows``, int64 ``[m]``, of an attribute of a split: of a tensor, names or masks.
-
-    Others have no rows.
-    """
+    """Return ``rows``, int64 ``[m]``, of a column of a split, or a value without rows unchanged."""
     if isinstance(column, (tuple, list)):
         return tuple(column[row] for row in rows.tolist())
     if isinstance(column, FullMasks):
@@ -149,10 +146,7 @@ def rows_of(column: Any, rows: Tensor) -> Any:
 
 
 def join_splits(splits: Sequence[Split]) -> Split:
-    """Concatenates splits.
-
-    An attribute (masks, texts ...) that is None in one of them is None in the result.
-    """
+    """Concatenate splits, with None for columns that are None in any of them."""
     return Split(**{field.name: _together([getattr(split, field.name) for split in splits]) for field in fields(Split)})
 
 
@@ -168,5 +162,4 @@ def _together(parts: list[Any]) -> Any:
 
 
 def describe(tensor: Tensor) -> str:
-    """Return dtype and shape of a tensor in words."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,4 +1,4 @@
-"""Types of a federated data set: pools of labelled images, splits held in memory, and the whole federation."""
+"""Types of a federated data set: pools of labelled images, sources and the federation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedkern.tasks.partition_statistics import SKEW, PartitionStatistics
 from fedkern.text_table import Table
 
 LISTED = 12
-"""Most clients that a notebook's table of the data lists."""
+"""Most clients in a notebook's table of the data."""
 Labelled = tuple[Tensor, Tensor]
 """Images and their labels."""
 AnySplit = Split | Items
@@ -39,14 +39,14 @@ class Pool:
 
     Attributes:
         labels: int64 ``[n]``; for segmentation the largest object class of every image, which a partition may use; for
-            several labels an image uint8 ``[n, L]``.
+            several labels per image uint8 ``[n, L]``.
         ids: name of every image.
         read: maps int64 ``[m]`` rows to uint8 ``[m, C, H, W]`` images and, where they were resized, `Split.sizes`.
         groups: int64 ``[n]``, the client that the data set itself assigns to each image (a set of contexts), or None.
         targets: maps int64 ``[m]`` rows to the class of every pixel, int64 ``[m, H, W]`` (segmentation), or None.
-        texts: the caption or report of every image, or None.
+        texts: caption or report of every image, or None.
         full, task: as in `Split`.
-        cases, patients: int64 ``[n]``, as in `Split`; divided between clients only where the data set itself names the
+        cases, patients: int64 ``[n]``, as in `Split`; divided between clients only where the data set names the
             clients.
     """
 
@@ -68,7 +68,11 @@ class Pool:
         return len(self.labels)
 
     def take(self, rows: Tensor) -> Split:
-        """Read ``rows`` (int64 ``[m]``)."""
+        """Read ``rows`` (int64 ``[m]``).
+
+        Raises:
+            ValueError: ``read`` returns images that are not uint8 ``[m, C, H, W]``.
+        """
         images, sizes = self.read(rows)
         if images.dtype != torch.uint8:
             raise ValueError(f"images: expected uint8 [n, C, H, W], got {describe(images)}")
@@ -80,9 +84,13 @@ class Pool:
 def memory_pool(
     images: Tensor, labels: Tensor, prefix: str, rows: Tensor | None = None, targets: Tensor | None = None
 ) -> Pool:
-    """Return a pool over ``images`` uint8 ``[N, C, H, W]`` that holds the given ``rows`` and names them ``prefix/row``.
+    """Return a pool over images in memory, named ``prefix/row``.
 
-    ``targets`` are the classes of their pixels, int64 ``[N, H, W]`` (segmentation).
+    Args:
+        images: uint8 ``[N, C, H, W]``.
+        labels: of all images, see :class:`Pool`.
+        rows: int64 ``[m]``, the images in the pool; None: all.
+        targets: the classes of all pixels, int64 ``[N, H, W]`` (segmentation).
     """
     rows = torch.arange(len(labels)) if rows is None else rows
     return Pool(
@@ -95,7 +103,7 @@ def memory_pool(
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before it is federated: its fixed pools, which no seed changes.
+    """Data set before it is federated: its fixed pools, which no seed changes.
 
     Attributes:
         classes: class names, in label order.
@@ -105,18 +113,18 @@ class Source:
         mean, std: per channel, of images in [0, 1].
         augment: augmentation of training batches: a name in `fedkern.data.images.transforms.AUGMENTATIONS`.
         groups: number of clients that the data set's own attributes define, or None.
-        crop: side of the window of an image that networks see; 0 for the whole image.
-        sites: names of these clients, in their order; empty where they have none.
-        named_by: the column or the layout that names the sites, in words; such sites are the clients unless the user
-            asks for another partition.  Empty where the attribute has to be asked for.
-        unnamed: training images for which ``named_by`` names no site; with some, no image has a group.
-        lost: sites without a training image, because all of their images were drawn into held-out sets.
-        own_tests: whether ``groups`` of the only test pool says which client's own test set an image belongs to.
-        notices: sentences for the user on what was read otherwise than it is written, or left out.
+        crop: side of the image window that networks see; 0 for the whole image.
+        sites: names of these clients, in order; empty without names.
+        named_by: the column or layout that names the sites, in words.  Such sites are the clients unless the user asks
+            for another partition.  Empty where ``attribute`` must be asked for.
+        unnamed: number of training images without a site under ``named_by``; if there are any, no image has a group.
+        lost: sites without a training image, because all their images were drawn into held-out sets.
+        own_tests: whether ``groups`` of the only test pool assigns images to the clients' own test sets.
+        notices: sentences for the user on values that were left out or read differently.
         drawn_validation: whether the validation images were drawn from those that clients would train on.
         files: ``grey_bits``, ``window``, ``seen``, ``outside`` and ``sites`` of `fedkern.data.forms.ImageForm`; empty
             without image files.
-        compared: whether a run looks for equal images under several names: copies in published sets are known.
+        compared: whether a run looks for equal images under several names; copies in published sets are known.
     """
 
     classes: tuple[str, ...]
@@ -139,22 +147,14 @@ class Source:
     compared: bool = False
 
     def with_pools(self, change: Callable[[Pool], Pool]) -> Source:
-        """Return the data set with every pool changed."""
+        """Return the data set with ``change`` applied to every pool."""
         tests = {name: change(pool) for name, pool in self.tests.items()}
         return replace(self, train=change(self.train), validation=change(self.validation), tests=tests)
 
 
 @dataclass(frozen=True)
 class DataRequest:
-    """Request of a run to a data set.
-
-    Attributes:
-        root: folder or file of the data set's files.
-        clients, partition: as the user gives them; None: the data set's defaults.
-        options: the value of every option of the data set.
-        cache: folder that keeps decoded files, see `fedkern.data.load`.
-        progress: called with messages during a long decoding.
-    """
+    """Request of a run to a data set, see `fedkern.data.load`; None for clients and partition: its defaults."""
 
     root: str | Path | None = None
     clients: int | None = None
@@ -170,7 +170,7 @@ class DataRequest:
 
 
 def client_label(names: Sequence[str] | None, client: int) -> str:
-    """Return a client in messages and tables: its number and, where clients have names, its name, ``1 (Berlin)``."""
+    """Return a client's number, with its name if clients have names: ``1 (Berlin)``."""
     return str(client) if names is None else f"{client} ({names[client]})"
 
 
@@ -187,9 +187,8 @@ def memory_source(
 ) -> Source:
     """Return a data set in memory.
 
-    Of the training images the last ``held_out`` in ``order`` are the validation set.
-
-    The order is a random one by default, the same for every seed.
+    The last ``held_out`` training images in ``order`` are the validation set; the default order is random, but the same
+    for every seed.
     """
     count = len(train[1])
     order = stream(0, f"split/{data}").permutation(count).tolist() if order is None else order
@@ -199,7 +198,7 @@ def memory_source(
 
 @dataclass(frozen=True)
 class FederatedData:
-    """A data set shared out among clients, in splits of one kind: `AnySplit`.
+    """Data set shared out among clients, in splits of one kind: `AnySplit`.
 
     Attributes:
         name: the data set's name in `fedkern.data.DATASETS`.
@@ -208,18 +207,23 @@ class FederatedData:
         validation: same distribution as the clients' data, never trained on; the only set for choosing settings.
         tests: ``{"": split}`` for one test set (metric ``accuracy``), or ``{"id": ..., "ood": ...}`` (``id_accuracy``,
             ``ood_accuracy``).
-        form: how samples reach a network.
-        statistics: how many samples of each class every client holds.
-        image_ids: the names of all images of the data set, used or not; a boxes file may name any of these.
+        form: how samples enter a network.
+        statistics: number of samples of each class per client.
+        image_ids: names of all images of the data set, used or not; a boxes file may name any of these.
         public: training images that no client holds and all participants may see, or None.
         client_tests: own test split of every client, or empty (captions; site folders; `fedkern.data.sharing.holdout`).
         drawn_validation: whether the validation images are clients' data, which no noise of a private run covers, see
             `Source.drawn_validation`.
-        client_names: name of every client of the partition, such as its hospital, or None where the data name none; a
-            client is then shown by its number.
-        identity: hashes of the data set, whatever seed and partition (:func:`fedkern.data.identity.identity`); empty
-            where nobody asked for them.
-        sights: of data sets of items, by their ``id``, once a run has looked (:mod:`fedkern.data.sources.inspection`).
+        client_names: name of every client of the partition, such as its hospital; None if the data name none, and
+            messages then show numbers.
+        identity: hashes of the data set, independent of seed and partition (:func:`fedkern.data.identity.identity`);
+            empty unless asked for.
+        sights: inspection results of data sets of items, by their ``id``, once a run has inspected them
+            (:mod:`fedkern.data.sources.inspection`).
+
+    Raises:
+        ValueError: images whose dtype is not the form's.
+        UserError: a name of a client, test set or class that is not UTF-8.
     """
 
     name: str
@@ -265,29 +269,29 @@ class FederatedData:
     def client_label(self, client: int) -> str:
         """Return a training client in messages, see `client_label`.
 
-        The one client of `pooled` data has no name.
+        The single client of `pooled` data has no name.
         """
         named = self.client_names is not None and len(self.client_names) == len(self.clients)
         return client_label(self.client_names if named else None, client)
 
     @property
     def task(self) -> Task:
-        """Task that the data are for."""
+        """Task of the data."""
         return self.validation.task
 
     @property
     def offers(self) -> frozenset[str]:
-        """Offers to methods (`fedkern.tasks.Task.offers`)."""
+        """Data offered to methods (`fedkern.tasks.Task.offers`)."""
         return self.task.offers - (ImageForm.offers - self.form.offers)
 
     @property
     def splits(self) -> list[Any]:
-        """All splits: the clients', those that judge, the public one and the clients' own tests."""
+        """All splits: clients, validation, tests, public and the clients' own tests."""
         public = [] if self.public is None else [self.public]
         return [*self.clients, self.validation, *self.tests.values(), *public, *self.client_tests]
 
     def with_splits(self, change: Callable[[Any], Any]) -> FederatedData:
-        """Return the data with every split changed."""
+        """Return the data with ``change`` applied to every split."""
         return replace(
             self,
             clients=tuple(map(change, self.clients)),
@@ -315,24 +319,27 @@ class FederatedData:
         augment: str = "none",
         task: str = "auto",
     ) -> FederatedData:
-        """Federated data from arrays in memory.
+        """Make federated data from arrays in memory.
 
         Args:
             clients: pairs (images, labels) by client name, or in client order.  Images are NumPy arrays or tensors,
                 uint8 or floats in [0, 1], ``[n, C, H, W]``, ``[n, H, W, C]`` or ``[n, H, W]``.  Labels are whole
                 numbers from 0, ``[n]``, or for segmentation ``[n, H, W]``, negative where the class is unknown; for
-                several labels an image 0 and 1 of any dtype, ``[n, L]`` with L of at least 2.
-            test: a pair, or pairs by name of the test set; there must be one.
+                several labels per image 0 and 1 of any dtype, ``[n, L]`` with L of at least 2.
+            test: a pair, or pairs by name of the test set; at least one is required.
             validation: a pair for choosing settings.
             classes: names of the classes, or of the L labels; default: their numbers.
             mean, std: per channel, of images in [0, 1]; default 0.5 and 0.25.
             augment: augmentation of training batches: a name in `fedkern.data.images.transforms.AUGMENTATIONS`.
-            task: the name of a task that has such labels: ``"multilabel"`` where every image has exactly one of labels
-                ``[n, L]``.
+            task: name of a task with such labels: ``"multilabel"`` where every image has exactly one of labels ``[n,
+                L]``.
+
+        Returns:
+            Data with a client for every pair, for :func:`fedkern.simulate`.
 
         Raises:
-            UserError: shapes or dtypes that do not fit, a class below 0, class names that are too few, empty or
-                alike, or one-hot labels without ``task``; the message names the client or set.
+            UserError: shapes or dtypes that do not fit, a class below 0, class names that are too few, empty or equal,
+                or one-hot labels without ``task``; the message names the client or set.
 
         Warns:
             UserWarning: floats are no multiples of 1/255, and are rounded to these.
@@ -342,35 +349,38 @@ class FederatedData:
 
     @classmethod
     def from_datasets(cls, clients: Sets, test: Sets, **about: Any) -> FederatedData:
-        """Federated data of map-style PyTorch data sets, whose samples are read when a batch needs them.
+        """Make federated data from map-style PyTorch data sets, whose samples are read when a batch needs them.
 
         Args:
             clients: data sets by client name, or in client order; or a single one, which is shared out.
-            test: a data set, or data sets by name; those with the names of all clients are the clients' own, and
-                together the test set.
+            test: a data set, or data sets by name.  If these are the names of all clients, the sets are the clients'
+                own, and together the test set.
             about: by keyword
 
-                - ``validation``: a data set for choosing settings, or several by name, which are taken together (with
-                  clients' names, a private run has no figure on them); ``public``: one that no client owns;
+                - ``validation``: a data set for choosing settings, or several by name, which are joined (with clients'
+                  names, a private run reports no metric on them); ``public``: a data set that no client owns;
                 - ``loss_fn`` or ``batch_loss``, ``metrics``, ``main``, ``better``: see :class:`fedkern.tasks.OwnTask`.
-                  Open: the cross-entropy and the figures of classification, where targets are classes;
+                  Default: cross-entropy and the metrics of classification, where targets are classes;
                 - ``collate_fn``: makes a batch of a list of samples, as for ``torch.utils.data.DataLoader``;
                 - ``task``: instead of a loss an object of a class derived from ``fedkern.tasks.Task``;
-                - ``classes``: their names, or their number; open: as many as the network tells;
-                - ``normalize``: ``(mean, std)``, two numbers or one of each per channel: of float images those of the
-                  transform of the data set, by which they go back to pixels; of uint8 images those by which they
-                  are normalised for fedkern's networks (0.5 and 0.25);
-                - ``groups``: the patient or site of every sample, a text or a number, None where nobody knows: the name
-                  of an attribute of the data sets with a value for every item, of a column, or of a key of items; or a
+                - ``classes``: their names, or their number; default: the number of the network's outputs;
+                - ``normalize``: ``(mean, std)``, two numbers or one of each per channel.  For float images: the values
+                  of the data set's transform, which convert images back to pixels.  For uint8 images: the values that
+                  normalise them for fedkern's networks (default 0.5 and 0.25);
+                - ``groups``: patient or site of every sample, a text or a number, None where unknown: the name of an
+                  attribute of the data sets with a value for every item, of a column, or of a key of items; or a
                   function of an item's index in the data set below ``Subset`` and ``ConcatDataset``;
                 - ``partition`` (``"iid"``), ``count`` (5), ``seed`` (0): how a single data set is shared out, by the
-                  classes that its ``targets``, ``labels`` or last of ``tensors`` tell, or that are read item by item;
-                  groups stay whole; under ``"attribute"`` every group is a client of its name;
+                  classes in its ``targets``, ``labels`` or last of ``tensors``, or else read item by item.  Groups stay
+                  whole; under ``"attribute"`` every group is a client of its name;
                 - ``samples``: number of training samples to use instead of all.
 
+        Returns:
+            Data with a client for every data set, for :func:`fedkern.simulate`.
+
         Raises:
-            UserError: something is no map-style data set, there is no loss for such targets, or a group is missing or
-                neither a text nor a number; the message names it.
+            UserError: a data set is not map-style, there is no loss for such targets, or a group is missing or neither
+                a text nor a number; the message names it.
 
         Warns:
             UserWarning: all items are read for their classes or groups, as no attribute states these.
@@ -381,13 +391,13 @@ class FederatedData:
     def pooled(self) -> FederatedData:
         """Return the data with one client that holds all training samples.
 
-        Statistics and names remain the partition's.
+        Statistics and names remain those of the partition.
         """
         return replace(self, clients=(self.clients[0].plus(self.clients[1:]),))
 
 
 def fixed_rows(order: Sequence[int], *counts: int) -> list[Tensor]:
-    """Cuts ``order`` into consecutive sorted pieces of the given sizes, the last piece taking what is left."""
+    """Cut ``order`` into consecutive sorted pieces of ``counts``, and the rest."""
     rows = torch.as_tensor(order, dtype=torch.int64)
     pieces = torch.split(rows, [*counts, len(rows) - sum(counts)])
     return [torch.sort(piece).values for piece in pieces]

@@ -1,1 +1,1 @@
-"""Files: paths as users write them, atomic writes, locks, and rows of images that are read when they are needed."""
+"""Files: user paths, atomic writes, locks, and image rows that are read on demand."""

@@ -1,7 +1,4 @@
-"""Files and folders written completely or not at all, and never through a link.
-
-Failures are UserErrors.
-"""
+"""Complete or absent writes of files and folders, never through a link, with failures as UserErrors."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, an error of the file or folder ``path`` becomes an Unwritable."""
+    """Turn an error of the file or folder ``path`` into an Unwritable."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -30,12 +27,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
-    """Lets ``fill`` write a new file beside ``path``, flushes it to the disk and renames it to ``path``.
+    """Write and rename a new file, see :func:`filesystem.replace`, and flush it if ``durable``.
 
-    Without ``durable`` nothing is flushed: the file is complete or absent unless the machine itself stops.
-
-    Raises:
-        Unwritable: the disk is full or the folder cannot be written; ``path`` is then as it was before.
+    Without ``durable`` the file is complete or absent unless the machine itself stops.
     """
     with writing(path):
         filesystem.replace(path, fill, durable=durable)
@@ -43,13 +37,7 @@ def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -
 
 @contextmanager
 def changing(path: Path, mode: str, *, durable: bool = False) -> Iterator[BinaryIO]:
-    """Open a file that is changed in place (see :func:`filesystem.open_to_change`).
-
-    It is on the disk at the end if ``durable``.
-
-    Raises:
-        Unwritable: the file is a link, or cannot be opened or written.
-    """
+    """Open a file to change it in place, see :func:`filesystem.open_to_change`, and flush at the end if ``durable``."""
     with writing(path), filesystem.open_to_change(path, mode) as file:
         yield file
         if durable:
@@ -58,18 +46,13 @@ def changing(path: Path, mode: str, *, durable: bool = False) -> Iterator[Binary
 
 
 def flush(path: Path) -> None:
-    """Flushes a file to the disk.
-
-    Raises Unwritable where that fails.
-    """
+    """Flush a file to the disk, or raise Unwritable."""
     with writing(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def make_folder(path: Path, *, fresh: bool = False) -> None:
-    """Make a folder inside a run folder with its parents.
-
-    With ``fresh`` it must not exist.
+    """Make a folder with its parents, which must not exist if ``fresh``.
 
     Raises:
         Unwritable: the folder is a link, or cannot be made.
@@ -81,15 +64,14 @@ def make_folder(path: Path, *, fresh: bool = False) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, completely or not at all."""
     write(path, lambda temporary: temporary.write_bytes(content))
 
 
 class Unwritable(UserError):
-    """A file or folder that could not be written.  A caller that knows the situation can give better advice.
+    """Error of a file or folder that cannot be written.
 
     Attributes:
-        problem: the sentence without the advice.
+        problem: the sentence without advice; a caller that knows the situation can give better advice.
         full: whether the disk is full.
     """
 
@@ -99,7 +81,6 @@ class Unwritable(UserError):
 
 
 def unwritable(path: Path, error: Exception) -> Unwritable:
-    """Make an Unwritable of the error of a file or folder that could not be written."""
     reason = getattr(error, "strerror", None) or str(error)
     # safetensors gives the system's error number in its text alone.
     if getattr(error, "errno", None) in FULL or any(f"(os error {number})" in reason for number in FULL):

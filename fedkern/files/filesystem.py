@@ -1,4 +1,4 @@
-"""File handling: atomic writes, a lock between writing processes, and paths as users write them."""
+"""File handling: atomic replacement, a lock between processes, and user paths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINK = "it is a link, through which nothing is written"
 
 
 def expand(path: str | Path) -> Path:
-    """Replace a leading ``~`` by the user's home folder, and a leading ``~name`` by the home folder of that user.
+    """Expand a leading ``~`` or ``~name``.
 
     Raises:
         UserError: this machine knows no home folder for that user.
@@ -40,7 +40,7 @@ def expand(path: str | Path) -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """``$FEDKERN_CACHE_DIR/name``, by default ``$XDG_CACHE_HOME/fedkern/name`` or ``~/.cache/fedkern/name``.
+    """Return ``$FEDKERN_CACHE_DIR/name``, ``$XDG_CACHE_HOME/fedkern/name`` or ``~/.cache/fedkern/name``.
 
     Raises:
         UserError: the user has no home folder, and neither variable is set.
@@ -52,22 +52,20 @@ def cache_folder(name: str) -> Path:
 
 
 def absolute(path: str) -> str:
-    """Absolute form of a path, valid from any working folder."""
+    """Return a path that is valid from any working folder."""
     return str(expand(path).absolute())
 
 
 def absolute_folder(name: str) -> str:
-    """Absolute form of a folder.
+    """Make a folder's path absolute, or return another text, such as a model's name, unchanged.
 
-    A text that names no folder, such as a model's name, is returned unchanged.
-
-    A text counts as a folder where such a folder exists or where the text begins with ``.`` or ``~``.
+    A text names a folder if the folder exists or the text begins with ``.`` or ``~``.
     """
     return absolute(name) if name.startswith((".", "~")) or Path(name).is_dir() else name
 
 
 def check_working_folder() -> None:
-    """Raise UserError where the working folder is gone: libraries end the process where they look for it."""
+    """Raise UserError for a deleted working folder: libraries would end the process when looking it up."""
     try:
         Path.cwd()
     except OSError:
@@ -75,7 +73,7 @@ def check_working_folder() -> None:
 
 
 def check_text(text: str, subject: str, way: str = "rename the file or folder, or take a link to it") -> None:
-    """Raise UserError for a string with bytes that are not UTF-8, because a run's files could not store the string."""
+    """Raise UserError for a string that is not UTF-8, because a run's files could not store the string."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -93,13 +91,10 @@ def check_text(text: str, subject: str, way: str = "rename the file or folder, o
 
 
 def replace(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -> None:
-    """Lets ``fill`` write a new file beside ``path``, flushes it if ``durable``, and renames it to ``path``.
+    """Let ``fill`` write a new file beside ``path``, flush it if ``durable``, and rename it to ``path``.
 
-    The file gets the mode that the user's umask allows, even if the library that writes the file makes it private.
-    A link at ``path`` is replaced; what it leads to stays as it is.
-
-    Raises:
-        OSError, or any exception that ``fill`` raises: ``path`` is then unchanged.
+    The file gets the mode that the user's umask allows, even if the writing library makes files private.  A link at
+    ``path`` is replaced; its target stays.  ``path`` is unchanged if ``fill`` raises.
     """
     name = os.fsencode(path.name)[: 255 - len("..00000000.part")].decode(errors="ignore")
     temporary = path.with_name(f".{name}.{secrets.token_hex(4)}.part")
@@ -121,7 +116,7 @@ def replace(path: Path, fill: Callable[[Path], object], *, durable: bool = True)
 
 
 def drop_temporaries(folder: Path, ours: Callable[[str], object]) -> None:
-    """Delete what interrupted calls of :func:`replace` left in ``folder`` of files whose names are ``ours``."""
+    """Delete files that interrupted :func:`replace` calls left behind, for names that are ``ours``."""
     for path in [*folder.iterdir()]:
         match = _TEMPORARY.fullmatch(path.name)
         if match and ours(match[1]):
@@ -129,14 +124,10 @@ def drop_temporaries(folder: Path, ours: Callable[[str], object]) -> None:
 
 
 def open_to_change(path: Path, mode: str, *, make: bool = False) -> BinaryIO:
-    """Open a file that is changed in place, never through a link: a run folder may come from anyone.
+    """Open a file to change it in place, never through a link: a run folder may come from anyone.
 
-    Args:
-        mode: ``"ab"``, which makes a missing file, or ``"r+b"``.
-        make: whether ``"r+b"`` makes a missing file too.
-
-    Raises:
-        OSError: the file is a link, has a second name (a hard link), is not a regular file, or cannot be opened.
+    ``mode``: ``"ab"``, which makes a missing file, or ``"r+b"``, which does so if ``make``.  OSError for links, files
+    with a second hard link, and special files.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -166,16 +157,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def one_writer(lock: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
-    """Lock between processes: waits until no other process is inside with the same ``lock`` file.
+    """Hold a lock between processes, after waiting for its current holder.
 
-    The file is created and never removed.  The system releases the lock when the process ends, however it ends.  On a
-    file system without locks, nothing waits.
-
-    Args:
-        waiting: called where another process is inside, before the wait.
-
-    Raises:
-        OSError: the lock file cannot be created.
+    The lock file is never removed; the system releases the lock when the process ends.  File systems without locks are
+    not protected.  ``waiting`` is called before a wait.
     """
     with open_to_change(lock, "ab") as file:
         if fcntl is not None:
@@ -192,7 +177,7 @@ def one_writer(lock: Path, waiting: Callable[[], object] | None = None) -> Itera
 
 
 def check_new(out: Path, command: str) -> None:
-    """Raise UserError where the file ``out`` exists or lies in no folder."""
+    """Raise UserError if the output file ``out`` exists or its folder does not."""
     if out.exists():
         raise UserError(f"{out} is there already: name another one with --out, or remove it.")
     if not out.absolute().parent.is_dir():

@@ -1,8 +1,8 @@
-"""Lock that keeps a second process out of a run folder, also where the file system has no locks between machines.
+"""Lock of a run folder against a second process, even on file systems without locks between machines.
 
-A network file system may know no locks, or keep them to one machine.  The lock file therefore names its process and
-machine, and holds a number that its process raises every few seconds.  A process that meets the file of another one
-watches that number: while it changes, the other is at work.  Clocks are not compared, as those of two machines differ.
+The lock file names its process and machine, and holds a number that the process raises every few seconds.  Another
+process watches that number: while it changes, the holder is alive.  Clocks are not compared, as those of two machines
+differ.
 """
 
 from __future__ import annotations
@@ -24,24 +24,20 @@ NAME = ".lock"
 BEAT = 3.0
 """Seconds between two changes of the number."""
 WATCH = 15.0
-"""Seconds without a change after which the process of a lock file counts as dead."""
+"""Seconds without a change after which the holder counts as dead."""
 SETTLE = 1.0
-"""Seconds after which a process that took the file looks whether another one has taken it at the same time."""
+"""Seconds after which a process that took the file checks that no other took it at the same time."""
 
 
 class InUse(UserError):
-    """Another process is at work in a folder."""
+    """Error of a folder in which another process works."""
 
 
 class FolderLock:
-    """The lock of a run folder, held inside a ``with`` statement.
+    """Lock of a run folder, held inside a ``with`` statement, or InUse.
 
-    Where the process of a lock file ran on this machine and has ended, the lock is free at once.  Any other lock file
-    that names a process is watched for up to `WATCH` seconds.
-
-    Raises:
-        InUse: another process is at work in the folder.
-        UserError: the lock file is a link or cannot be written.
+    The lock of an ended process of this machine is free at once.  Otherwise the file is watched for up to `WATCH`
+    seconds.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,15 +76,12 @@ class FolderLock:
                     os.ftruncate(file.fileno(), 0)
 
     def check(self) -> None:
-        """Raise UserError where another process has taken the folder: this one must not write there any more."""
+        """Raise UserError if another process has taken the folder: this process must stop writing there."""
         if not self._ours():
             raise UserError(f"{_name_process(self._read())} has taken over {self.path.parent}: this one stops here.")
 
     def _take_lock(self, file: BinaryIO) -> bool:
-        """Return whether the system gave its lock.
-
-        False where it has none.
-        """
+        """Return whether the system gave its lock, False if the system has no locks."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -119,10 +112,7 @@ class FolderLock:
                     self._write(file)
 
     def _ours(self) -> bool:
-        """Return whether the file still names this process.
-
-        So it does where the file was deleted.
-        """
+        """Return whether the file names this process or was deleted."""
         content = self._read()
         return not content or content.startswith(self._owner.encode())
 
@@ -141,7 +131,7 @@ class FolderLock:
 
 
 def _machine() -> str:
-    """Return what tells this machine, since it was started, and its processes' numbers from others."""
+    """Identify this machine since its boot, and its namespace of process numbers."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 (no path)
@@ -149,7 +139,7 @@ def _machine() -> str:
 
 
 def _dead(content: bytes) -> bool:
-    """Return whether a lock file names no process, or one of this machine that has ended."""
+    """Return whether a lock file names no process, or an ended process of this machine."""
     if not content:
         return True
     lines = content.decode(errors="replace").splitlines()

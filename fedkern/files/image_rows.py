@@ -1,4 +1,4 @@
-"""Images and masks in a file that take the place of a tensor: rows are read when they are needed."""
+"""Images and masks in a file that replace a tensor and read rows on demand."""
 
 from __future__ import annotations
 
@@ -15,27 +15,20 @@ import torch
 from torch import Tensor
 
 RESIDENT_BYTES = 64 << 20
-"""Bytes read from a file before its pages are unmapped again; the system's page cache keeps them."""
+"""Bytes read before a file's pages are unmapped again; the system's page cache keeps them."""
 PART_BYTES = 16 << 20
-"""Bytes of rows of a file that are in memory at once, where all rows are read."""
+"""Bytes of rows in memory at once where all rows are read."""
 
 Shape = tuple[int, int, int, int]
 Box = tuple[int, int, int, int]
 
 
 class ImageStore:
-    """uint8 images ``[N, H, W, C]`` in a file, mapped for reading.
+    """Map uint8 images ``[N, H, W, C]`` of a file for reading, and own its ``descriptor``.
 
-    The mapped pages belong to the system's page cache: all processes that map the file share them, and the system drops
-    them where memory is short.  The file may have no name any more: a process that unpickles a store opens the file
-    through the process that pickled it, which has to be alive.
-
-    Args:
-        descriptor: of the file, open for reading; the store closes it.
-
-    Raises:
-        OSError: the file cannot be mapped.
-        ValueError: the file is shorter than the images.
+    Mapped pages belong to the system's page cache, shared by processes and dropped where memory is short.  The file may
+    be unnamed, so a process that unpickles a store opens the file through the pickling process, which must be alive.
+    ValueError for a file shorter than the images.
     """
 
     def __init__(self, descriptor: int, shape: Shape) -> None:
@@ -74,17 +67,16 @@ _ABOUT = (
     | {getattr(Tensor, name) for name in _METHODS}
     | {torch.numel, torch.is_floating_point, torch.is_complex}
 )
-"""Functions that ask about a tensor without reading a value."""
+"""Functions that inspect a tensor without reading values."""
 _JOINING = (torch.cat, torch.concat, torch.concatenate)
 _ADDRESSES = (Tensor.data_ptr, Tensor.untyped_storage)
 
 
 class FileRows(Tensor):
-    """Rows of an :class:`ImageStore` that take the place of a tensor: `ImageRows` and `PixelClasses`.
+    """Rows of an :class:`ImageStore` that replace a tensor: `ImageRows` and `PixelClasses`.
 
-    Shape, dtype and device are those of a tensor in memory.  Choosing rows by the first axis, and concatenating rows of
-    one store, read nothing.  Any other function reads the rows and works on a contiguous copy in memory: the result is
-    that of the same tensor in memory.  Rows cannot be written to.
+    Indexing the first axis, and concatenating rows of one store, reads nothing.  Any other function reads the rows into
+    a contiguous tensor and gives the result of that tensor.  Rows are read-only.
     """
 
     _store: ImageStore
@@ -95,7 +87,7 @@ class FileRows(Tensor):
         raise NotImplementedError
 
     def pick_rows(self, chosen: Tensor) -> FileRows:
-        """Return the same kind of rows at ``chosen``, int64 ``[m]`` rows of the store."""
+        """Return the store's rows at ``chosen``, int64 ``[m]``."""
         raise NotImplementedError
 
     def like(self, rows: FileRows) -> bool:
@@ -168,11 +160,9 @@ class ImageRows(FileRows):
 
     @classmethod
     def of(cls, store: ImageStore, rows: Tensor, box: Box | None = None) -> ImageRows:
-        """Return the images at ``rows`` of a store.
+        """Return the images at ``rows``, int64 ``[n]``, of a store.
 
-        Args:
-            rows: int64 ``[n]``.
-            box: top, left, height and width of the part of every image that is seen; None for whole images.
+        ``box`` is the visible part of every image (top, left, height, width); None: whole images.
         """
         _, height, width, channels = store.shape
         box = (0, 0, height, width) if box is None else box
@@ -182,21 +172,18 @@ class ImageRows(FileRows):
         return result
 
     def plain(self) -> Tensor:
-        """Return the images in memory, uint8 ``[n, C, h, w]``, contiguous."""
         pixels = self.nhwc().permute(0, 3, 1, 2)
         # Of grey images contiguous() would keep the strides of one channel as they are, which choose other kernels.
         return torch.empty(pixels.shape, dtype=torch.uint8).copy_(pixels)
 
     def pick_rows(self, chosen: Tensor) -> ImageRows:
-        """Return the images at ``chosen``, int64 ``[m]`` rows of the store."""
         return ImageRows.of(self._store, chosen, self._box)
 
     def like(self, rows: FileRows) -> bool:
-        """Return whether both show the same part of the images of one store."""
         return super().like(rows) and isinstance(rows, ImageRows) and self._box == rows._box
 
     def nhwc(self, index: Tensor | None = None) -> Tensor:
-        """Return the images at ``index`` (int64 ``[m]``; None: all) in memory, uint8 ``[m, h, w, C]``, contiguous."""
+        """Return the images at ``index`` (int64 ``[m]``, default all) in memory, uint8 ``[m, h, w, C]``."""
         rows = self._chosen if index is None else self._chosen[index]
         pixels = self._store.gather(rows.numpy())
         top, left, height, width = self._box
@@ -205,13 +192,7 @@ class ImageRows(FileRows):
         return torch.from_numpy(pixels)
 
     def cut_window(self, sides: tuple[int, int]) -> ImageRows:
-        """Return the central window of height and width ``sides`` of every image.
-
-        Reads nothing.
-
-        Raises:
-            ValueError: a window that is larger than the images.
-        """
+        """Return the central windows of height and width ``sides``, without reading."""
         top, left, height, width = self._box
         if sides[0] > height or sides[1] > width:
             raise ValueError(f"sides: expected at most {height} x {width}, got {sides[0]} x {sides[1]}")
@@ -223,33 +204,29 @@ class ImageRows(FileRows):
 
 
 class PixelClasses(FileRows):
-    """The class of every pixel, int64 ``[n, H, W]``, from masks in an :class:`ImageStore`, made by :meth:`of`."""
+    """Class of every pixel, int64 ``[n, H, W]``, from masks in an :class:`ImageStore`, made by :meth:`of`."""
 
     _meaning: Tensor
 
     @classmethod
     def of(cls, store: ImageStore, rows: Tensor, meaning: Tensor) -> PixelClasses:
-        """Return the classes of the pixels of the masks at ``rows`` of a store.
+        """Return the pixel classes of the masks at ``rows``, int64 ``[n]``.
 
         Args:
-            store: holds the masks, uint8 ``[N, H, W, 1]``.
-            rows: int64 ``[n]``.
-            meaning: the class of every value of a mask, int64 ``[256]``.
+            store: masks, uint8 ``[N, H, W, 1]``.
+            meaning: class of every mask value, int64 ``[256]``.
         """
         result = torch.empty(len(rows), *store.shape[1:3], dtype=torch.int64, device="meta").as_subclass(cls)
         result._store, result._chosen, result._meaning = store, rows, meaning
         return result
 
     def plain(self) -> Tensor:
-        """Return the classes in memory, int64 ``[n, H, W]``, contiguous."""
         return torch.from_numpy(self._meaning.numpy()[self._store.gather(self._chosen.numpy())[..., 0]])
 
     def pick_rows(self, chosen: Tensor) -> PixelClasses:
-        """Return the classes of the masks at ``chosen``, int64 ``[m]`` rows of the store."""
         return PixelClasses.of(self._store, chosen, self._meaning)
 
     def like(self, rows: FileRows) -> bool:
-        """Return whether both are masks of one store whose values mean the same."""
         return super().like(rows) and isinstance(rows, PixelClasses) and torch.equal(self._meaning, rows._meaning)
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
@@ -257,19 +234,14 @@ class PixelClasses(FileRows):
 
 
 def load_rows(tensor: Tensor) -> Tensor:
-    """Return the tensor with its rows in memory.
-
-    The tensor itself where it is no :class:`FileRows`.
-    """
+    """Return the tensor in memory, unchanged if it is no :class:`FileRows`."""
     return tensor.plain() if isinstance(tensor, FileRows) else tensor
 
 
 def in_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the rows of a tensor in memory and in their order, at least one part.
+    """Yield the rows in order and in memory, at least one part.
 
-    Args:
-        tensor: of one or more axes; a tensor that is in memory is one part, rows in a file are read `PART_BYTES` at a
-            time.
+    Rows in a file are read `PART_BYTES` at a time; a tensor in memory is one part.
     """
     if not isinstance(tensor, FileRows):
         yield tensor
@@ -280,10 +252,7 @@ def in_parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _join_rows(parts: Sequence[Tensor]) -> FileRows | None:
-    """Return the concatenation of rows of one store.
-
-    None for other tensors.
-    """
+    """Concatenate rows of one store, or return None for other tensors."""
     file_rows = [part for part in parts if isinstance(part, FileRows)]
     if not file_rows or len(file_rows) < len(parts) or not all(file_rows[0].like(part) for part in file_rows):
         return None
@@ -291,7 +260,6 @@ def _join_rows(parts: Sequence[Tensor]) -> FileRows | None:
 
 
 def _read(value: object) -> Any:
-    """``value`` with all its rows of files read into memory."""
     if isinstance(value, FileRows):
         return value.plain()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Reading files of unknown origin: only regular files are opened, and malformed JSON always raises ValueError."""
+"""Safe reading of untrusted files: regular files only, and ValueError for any malformed JSON."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR
 
 
 def standing(path: Path) -> str:
-    """Kind of file at ``path`` in words, links followed.
-
-    ``""`` for a regular file.
-    """
+    """Name the kind of a file, links followed, or return ``""`` for a regular file."""
     try:
         return _kind(path.stat().st_mode)
     except (OSError, ValueError):  # ValueError: a zero byte in the name
@@ -30,22 +27,13 @@ def standing(path: Path) -> str:
 
 
 def special(path: Path) -> str:
-    """Kind of special file at ``path``: a named pipe, a socket or a device.
-
-    ``""`` for anything else.
-
-    Opening a named pipe would wait for a writer.
-    """
+    """Name a pipe, socket or device, ``""`` for anything else: opening a pipe would wait for a writer."""
     kind = standing(path)
     return kind if kind in SPECIAL.values() else ""
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file, or a link to one, for reading.
-
-    Raises:
-        OSError: the file is missing, cannot be opened, or is a folder, a named pipe, a socket or a device.
-    """
+    """Open a regular file, or a link to one, for reading, or raise OSError."""
     try:
         _check(os.stat(path).st_mode, path)  # noqa: PTH116 (a device may act on being opened)
         # O_NONBLOCK: a named pipe that has replaced the file since the check does not block.
@@ -62,7 +50,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 @contextmanager
 def reading(subject: object) -> Iterator[None]:
-    """Inside, an error of the file ``what`` becomes a UserError that names it."""
+    """Turn a read error into a UserError that names ``subject``."""
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
@@ -71,7 +59,7 @@ def reading(subject: object) -> Iterator[None]:
 
 @contextmanager
 def naming_damage(sentence: str, way: str) -> Iterator[None]:
-    """Turn an error about a file's content into a UserError: a ``sentence``, the reason and the ``way`` out."""
+    """Turn an error about a file's content into a UserError: ``sentence``, reason, ``way`` out."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -80,22 +68,15 @@ def naming_damage(sentence: str, way: str) -> Iterator[None]:
 
 
 def read_text(path: str | Path, encoding: str = "utf-8") -> str:
-    """Return the text of a regular file, line ends as ``\\n``.
-
-    Raises:
-        OSError: see :func:`open_regular`.
-        UnicodeDecodeError: the file is not in that encoding.
-    """
+    """Return the text of a regular file, with line ends ``\\n``."""
     with io.TextIOWrapper(open_regular(path), encoding=encoding) as file:
         return file.read()
 
 
 def line_ends(path: Path, checksum: Callable[[bytes], object], due: object, size: int | None = None) -> str:
-    """Return the way out, as the end of a sentence, for a file that differs in its line ends (CRLF) alone.
+    """Return advice if only CRLF line ends make a file differ, else ``""``.
 
-    ``""`` for another.
-
-    ``due`` is the ``checksum`` of the first ``size`` bytes as they were written.
+    ``due`` is the ``checksum`` of the first ``size`` bytes as written.
     """
     with suppress(OSError), open_regular(path) as file:
         if checksum(file.read().replace(b"\r\n", b"\n")[:size]) == due:
@@ -105,11 +86,7 @@ def line_ends(path: Path, checksum: Callable[[bytes], object], due: object, size
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        ValueError: the text is not JSON, or its lists and objects are nested too deeply.
-    """
+    """Return the value of a JSON text, or raise ValueError, even if nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -117,17 +94,12 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """Return the value in a regular JSON file.
-
-    Raises:
-        OSError: see :func:`open_regular`.
-        ValueError: the file is not UTF-8, or see :func:`parse_json`.
-    """
+    """Return the value in a regular JSON file, see :func:`open_regular` and :func:`parse_json` for errors."""
     return parse_json(read_text(path))
 
 
 def real_file(path: Path) -> tuple[int, int] | str:
-    """Identity of a file or folder: equal for two paths that lead to the same one by links, hard links or mounts."""
+    """Return a file's identity, equal for paths that lead to one file by links, hard links or mounts."""
     try:
         status = path.stat()
         return (status.st_dev, status.st_ino) if status.st_ino else str(path.resolve())

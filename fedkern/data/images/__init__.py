@@ -1,1 +1,1 @@
-"""Images: files, their cache, what a network sees of them, and the background in them."""
+"""Images: files, their cache, network inputs and backgrounds."""

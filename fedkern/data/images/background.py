@@ -1,9 +1,8 @@
-"""Background extraction: one interface to mark which pixels of the training images are object and which background.
+"""Background extraction: marking the object pixels of training images.
 
-A source is anything with ``masks(split, classes)``.  There are three: `fedkern.data.images.boxes_file.BoxesFile`,
-`detections.Detections` (Grounding DINO or another detector), and `MaskFunction` around any callable.  All
-results are stored as `Split.masks`.  An image in which nothing was detected has an empty mask and stays out of the
-background bank: otherwise its object would leak into the "background" (FedGID, arXiv 2504.00850).  The image still
+A source is anything with ``masks(split, classes)``: `fedkern.data.images.boxes_file.BoxesFile`,
+`detections.Detections`, or `MaskFunction` around a callable.  An image without a detection has an empty mask and stays
+out of the background bank, since its object would leak into the "background" (FedGID, arXiv 2504.00850), but still
 trains.
 """
 
@@ -30,23 +29,19 @@ class MaskSource(Protocol):
     def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
         """Return the object masks of a split, bool ``[n, H, W]``.
 
-        A row without any True means nothing was detected.
+        A row without any True means that nothing was detected.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskFunction:
-    """Any callable ``(images uint8 [n, C, H, W], labels int64 [n]) -> masks [n, H, W]``, bool or numbers 0 and 1."""
+    """Mask source of a callable ``(images, labels) -> masks [n, H, W]``, bool or 0 and 1."""
 
     function: Callable[[Tensor, Tensor], Tensor]
 
     def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
-        """See `MaskSource`.
-
-        Raises:
-            ValueError: the callable did not return 0/1 masks of the images' size.
-        """
+        """Return the callable's masks, or raise ValueError for wrong shapes or values."""
         masks = torch.as_tensor(self.function(split.images, split.labels))
         n, _, height, width = split.images.shape
         if tuple(masks.shape) != (n, height, width):
@@ -60,10 +55,16 @@ def extract_background(data: FederatedData, source: MaskSource | Callable[[Tenso
     """Give every client's training split its object masks.
 
     Args:
-        data: a federation; its tests and validation set are left as they are.
+        data: a federation; its tests and validation set are left unchanged.
+        source: anything with ``masks(split, classes)``, or a callable ``(images, labels) -> masks`` that maps uint8
+            ``[n, C, H, W]`` and int64 ``[n]`` to ``[n, H, W]``, bool or numbers 0 and 1.
+
+    Returns:
+        The federation with `Split.masks`, bool ``[n, H, W]``, at every client.
 
     Raises:
         UserError: from the source (unknown image, boxes outside their image).
+        ValueError: a callable's masks have another shape or other values.
     """
     mask_source = source if isinstance(source, MaskSource) else MaskFunction(source)
     clients = tuple(
@@ -73,13 +74,9 @@ def extract_background(data: FederatedData, source: MaskSource | Callable[[Tenso
 
 
 def rasterise(boxes: Sequence[Tensor], height: int, width: int) -> Tensor:
-    """Object masks from boxes, by the pixel rule of `fedkern.ops.erase_boxes`.
+    """Return masks bool ``[n, height, width]`` from boxes xyxy in pixels, ``[n_i, 4]`` per image.
 
-    Args:
-        boxes: one ``[n_i, 4]`` per image, xyxy in pixels; a pixel belongs to the object when its centre is in any box.
-
-    Returns:
-        bool ``[n, height, width]``.
+    A pixel belongs to the object if its centre is in any box, as in `fedkern.ops.erase_boxes`.
     """
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
     for start in range(0, len(boxes), _CHUNK):
@@ -90,10 +87,9 @@ def rasterise(boxes: Sequence[Tensor], height: int, width: int) -> Tensor:
 
 
 def bounding_boxes(masks: Tensor | None) -> Tensor:
-    """Return the filled bounding box of every mask, bool ``[n, H, W]``, and an empty one of an empty mask.
+    """Return the filled bounding box of every mask, bool ``[n, H, W]``.
 
-    A mask that follows the outline leaves the object's silhouette in the background image.  A box hides the shape, as a
-    detector's box does.
+    A box hides the silhouette that an exact mask would leave in the background image, as a detector's box does.
     """
     if masks is None:
         raise ValueError("masks: expected bool [n, H, W], got None")
@@ -102,7 +98,7 @@ def bounding_boxes(masks: Tensor | None) -> Tensor:
 
 
 def _span(hit: Tensor) -> Tensor:
-    """Return True from the first to the last 1 of every row of ``[n, L]``."""
+    """Fill every row of ``[n, L]`` from its first to its last 1, as bool."""
     after_first = torch.cummax(hit, dim=1).values
     before_last = torch.cummax(hit.flip(1), dim=1).values.flip(1)
     return (after_first & before_last).bool()

@@ -41,9 +41,10 @@ Box = tuple[float, float, float, float]
 
 
 class BoxesFile:
-    """Object boxes read from a JSON or CSV file, as its suffix says.
+    """Object boxes from a JSON or CSV file, distinguished by suffix.
 
     Args:
+        path: the file; see :mod:`fedkern.data.images.boxes_file` for both formats.
         known: names of all images of the data set; a box for any other image is an error.
 
     Raises:
@@ -65,10 +66,10 @@ class BoxesFile:
                 raise UserError(f'boxes file {self.path}: the data set has no image "{name}".{hint}')
 
     def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
-        """See `fedkern.data.images.background.MaskSource`.
+        """Return the object masks of a split, bool ``[n, H, W]``.
 
         Raises:
-            UserError: a box wholly outside its image.
+            UserError: a box wholly outside its image, or images without names.
         """
         if split.ids is None:
             raise UserError(f"boxes file {self.path}: the images of this data set have no names to look up")

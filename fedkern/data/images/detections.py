@@ -1,4 +1,4 @@
-"""Object boxes from a detector, cached on disk so that a foundation model processes every image only once."""
+"""Object boxes from a detector, cached on disk so that every image is processed only once."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ SAVE_EVERY = 16  # batches between two writes of the cache
 
 
 class Detector(Protocol):
-    """Finds objects of a named class, for example `fedkern.models.pretrained.detector.GroundingDino`."""
+    """Detector of objects by class name, such as `fedkern.models.pretrained.detector.GroundingDino`."""
 
     @property
     def identity(self) -> Mapping[str, str | float]:
-        """Everything except the image that decides the boxes: model, version, thresholds.  Names the cache file."""
+        """Settings that decide the boxes (model, version, thresholds), which name the cache file."""
         ...
 
     def detect(self, images: Tensor, name: str) -> list[Tensor]:
-        """Boxes float ``[n_i, 4]`` (xyxy, pixels) of objects called ``name`` in uint8 ``[B, 3, H, W]`` images."""
+        """Return boxes xyxy in pixels, float ``[n_i, 4]``, of objects ``name`` in uint8 ``[B, 3, H, W]`` images."""
         ...
 
 
 class Detections:
-    """A mask source that asks a detector for the class of every image.
+    """Mask source that asks a detector for the class of every image.
 
     Args:
-        detector: see `Detector`; runs only on images that the cache does not hold.
+        detector: anything with ``identity`` and ``detect``; runs only on images that the cache does not hold.
         cache: folder of the cache files (default: ``fedkern/detections`` in the user's cache folder).  Every detector
             identity has its own file (attribute ``path``).  Entries are keyed by image content and class name, so they
-            serve any partition and seed.
+            fit any partition and seed.
+        notice: called with progress messages.
     """
 
     def __init__(
@@ -60,15 +61,14 @@ class Detections:
         self.path = self.folder / f"{name}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.json"
 
     def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
-        """See `fedkern.data.images.background.MaskSource`."""
+        """Return the object masks of a split, bool ``[n, H, W]``."""
         height, width = split.images.shape[-2:]
         return rasterise(self.boxes(split, classes), height, width)
 
     def boxes(self, split: Split, classes: Sequence[str]) -> list[Tensor]:
-        """Boxes float64 ``[n_i, 4]`` of every image, from the cache where it holds the image.
+        """Return the boxes of every image, float64 ``[n_i, 4]``, from the cache where possible.
 
-        Raises:
-            UserError: a damaged cache file, one of another format, or one that cannot be written.
+        UserError for a cache that is damaged or cannot be written.
         """
         names = [classes[label] for label in split.labels.tolist()]
         keys = [_key(image, name) for image, name in zip(split.images, names, strict=True)]

@@ -1,4 +1,4 @@
-"""Masks in the sizes in which they are given, beside the shrunken ones that a network sees: what a Dice counts."""
+"""Masks at their original size, on which Dice is computed, beside the resized ones for the network."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Packed = tuple[bytes, tuple[int, ...]]
 
 @dataclass(eq=False)
 class MaskStore:
-    """All masks of a data set, read when they are needed and then held compressed.
+    """Compressed masks of a data set, read on demand.
 
     Attributes:
-        read: the class of every pixel of the mask with a number, int16 ``[H, W]``, negative where it is unknown.
-        size: side in pixels to which masks are resized for the network.
-        square: masks are first padded to squares, with the same margin on both sides.
+        read: returns the classes of a mask by number, int16 ``[H, W]``, negative where unknown.
+        size: side in pixels of the resized masks.
+        square: whether masks are first padded to squares, equally on both sides.
     """
 
     read: Callable[[int], Classes]
@@ -33,21 +33,17 @@ class MaskStore:
     packed: dict[int, Packed] = field(default_factory=dict)
 
     def classes(self, number: int) -> Classes:
-        """Return the mask with a number, int16 ``[H, W]``."""
+        """Return a mask by number, int16 ``[H, W]``."""
         if number not in self.packed:
             self.pack(number, self.read(number))
         content, shape = self.packed[number]
         return np.frombuffer(zlib.decompress(content), np.int16).reshape(shape)
 
     def pack(self, number: int, classes: np.ndarray) -> None:
-        """Hold a mask ``[H, W]``, compressed."""
         self.packed[number] = zlib.compress(np.ascontiguousarray(classes, dtype=np.int16).tobytes(), 1), classes.shape
 
     def places(self, side: int, longest: int) -> npt.NDArray[np.int64]:
-        """Return the pixel of a resized mask in which each of ``side`` pixels lies.
-
-        ``longest`` is the mask's longer side.
-        """
+        """Return the resized mask's pixel for each of ``side`` pixels of a mask whose longer side is ``longest``."""
         extent = longest if self.square else side
         margin = (extent - side) // 2
         return (2 * (np.arange(side) + margin) + 1) * self.size // (2 * extent)
@@ -55,7 +51,7 @@ class MaskStore:
 
 @dataclass(frozen=True, eq=False)
 class FullMasks:
-    """The masks of a split: those of a `MaskStore` at ``rows``, int64 ``[n]``."""
+    """Masks of a split: those of a `MaskStore` at ``rows``, int64 ``[n]``."""
 
     store: MaskStore
     rows: Tensor
@@ -64,16 +60,12 @@ class FullMasks:
         return len(self.rows)
 
     def subset(self, indices: Tensor) -> FullMasks:
-        """Return the masks at ``indices``, int64 ``[m]``."""
         return FullMasks(self.store, self.rows[indices])
 
     def load_masks(self) -> FullMasks | None:
-        """Return the same masks, held in memory, compressed.
+        """Hold all masks in memory, compressed, or return None if none was resized.
 
-        None where all have the size of the resized ones.
-
-        Raises:
-            UserError: a mask cannot be read, or holds a value that is no class.
+        UserError for a mask that cannot be read or holds no class.
         """
         numbers = sorted(set(self.rows.tolist()))
 
@@ -85,22 +77,18 @@ class FullMasks:
         return None if all(self.store.packed[number][1] == sides for number in numbers) else self
 
     def sizes(self) -> set[tuple[int, int]]:
-        """Widths and heights of the data set's masks that are held in memory."""
         return {(shape[1], shape[0]) for _, shape in self.store.packed.values()}
 
     def __getitem__(self, index: int) -> tuple[Classes, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return a mask int16 ``[h, w]``, and the row and column of the network's mask for each of its own."""
+        """Return a mask int16 ``[h, w]``, and for its rows and columns those of the network's mask."""
         classes = self.store.classes(int(self.rows[index]))
         rows, columns = (self.store.places(side, max(classes.shape)) for side in classes.shape)
         return classes, rows, columns
 
     def overlaps(self, predicted: Tensor, first_row: int, classes: int) -> Tensor:
-        """Pixel counts of images and classes (in both, predicted, true), int64 ``[B, 3, C]``.
+        """Count pixels of images and classes (in both, predicted, true), int64 ``[B, 3, C]``.
 
-        Args:
-            predicted: int64 ``[B, h, w]``, the predicted class of every pixel that the network sees; it counts for all
-                pixels of the full mask that lie in it.
-            first_row: the row of the first image.
+        ``predicted``, int64 ``[B, h, w]``, are classes at network size, each for all full-size pixels within.
         """
         counts = np.zeros((len(predicted), 3, classes), dtype=np.int64)
         for row, guess in enumerate(predicted.cpu().numpy()):

@@ -1,4 +1,4 @@
-"""Greys of more than eight bits: the window of values that become black to white, and what a run tells of its files."""
+"""Grey values of more than eight bits: their window, and the description of files in a run's output."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fedkern.data.labels.spelling import SHOWN
 from fedkern.errors import UserError, first_of, join_words
 
 Window = tuple[float, float]
-"""The stored values that become black and white."""
+"""Stored values that become black and white."""
 Set = tuple[str, str]
-"""Split and site of a file, empty where it has none."""
+"""Split and site of a file, empty if unknown."""
 LOOKED_AT = 128
-"""Most files, evenly spread over those of a data set, that tell of all."""
+"""Most files, evenly spread, that represent a data set."""
 EACH = 4096
-"""Pixels of a file, evenly spread, that percentiles are of."""
+"""Most pixels of a file, evenly spread, for percentiles."""
 LINES = 4
 """Most lines on sets of files that differ."""
 COLOURS = {"1": "black and white", "L": "grey", "LA": "grey", "F": "grey fractions", "P": "palette", "PA": "palette",
@@ -32,14 +32,14 @@ SPLITS = {"": "", "train": "training ", "validation": "validation ", "test": "te
 """Splits in words."""
 ADVICE = "--data-option window=CENTRE,WIDTH keeps what matters"
 STORED = "give --data-option window=CENTRE,WIDTH in stored values, often HU + 1024 (40,400 in HU is 1064,400 there)"
-"""Advice on a window that shows little."""
+"""Advice where a window shows little."""
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 
 class Look(NamedTuple):
-    """A file: Pillow's mode, depth and colour in words, width and height.
+    """Facts of a file: Pillow's mode, depth and colour in words, width and height.
 
-    Of deep greys some pixels and the ends.
+    For deep greys also sampled pixels, the largest value and both ends.
     """
 
     mode: str
@@ -51,10 +51,7 @@ class Look(NamedTuple):
 
 
 def looked_at(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path, Look]:
-    """Look at up to `LOOKED_AT` of the files, at those that can be read.
-
-    With ``pixels`` at greys of deep ones too.
-    """
+    """Inspect up to `LOOKED_AT` readable files, with ``pixels`` including the values of deep greys."""
     paths = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
     looks: list[Look | None] = [None] * len(paths)
 
@@ -84,14 +81,9 @@ def _look(image: Image.Image, pixels: bool) -> Look:
 
 
 def window_of(text: str, looks: Collection[Look]) -> Window | None:
-    """Read ``CENTRE,WIDTH``, as viewers of medical images have it, or percentiles, ``LOW%,HIGH%``.
+    """Parse ``CENTRE,WIDTH`` or percentiles ``LOW%,HIGH%`` of the pixels of ``looks``, or return None if empty.
 
-    Empty: None.
-
-    Percentiles are of the pixels of ``looks``.
-
-    Raises:
-        UserError: the text is neither, or the window holds no value.
+    UserError for other texts and empty windows.
     """
     if not text:
         return None
@@ -118,15 +110,12 @@ def window_of(text: str, looks: Collection[Look]) -> Window | None:
 
 
 def as_text(window: Window | None) -> str:
-    """Return a window as :func:`window_of` reads it."""
+    """Return a window as :func:`window_of` parses it."""
     return "" if window is None else f"{(window[0] + window[1]) / 2!r},{window[1] - window[0]!r}"
 
 
 def pixels_outside(window: Window | None, looks: Collection[Look], advice: str = STORED) -> str:
-    """Return a sentence on a window that most pixels of deep greys lie outside of.
-
-    Empty for any other window.
-    """
+    """Return a warning if most pixels of deep greys lie outside the window, else ``""``."""
     deep = [look for look in looks if look.values is not None]
     if window is None or not deep:
         return ""
@@ -142,13 +131,9 @@ def pixels_outside(window: Window | None, looks: Collection[Look], advice: str =
 def describe_files(
     sets: Mapping[Path, Set], looks: Mapping[Path, Look], seen: tuple[str, str], bits: int, window: Window | None
 ) -> tuple[str, ...]:
-    """Lines on depth, size and colour of files: one on all, then, where sets differ, at most `LINES` on sets.
+    """Return lines on depth, size and colour of files: one for all, then at most `LINES` where sets differ.
 
-    Args:
-        sets: that of every file.
-        looks: those of files of every set.
-        seen: size and colour that a network sees.
-        bits, window: see `fedkern.data.images.image_files.ImageFiles`.
+    ``looks`` has some files of every set; ``seen`` is the size and colour of the network's input.
     """
     scaled = f"0 to {2**bits - 1:,} become 0 to 255 ({ADVICE})"
     if window is not None:
@@ -186,5 +171,4 @@ def describe_files(
 
 
 def _sites(sets: Collection[Set]) -> dict[str, list[str]]:
-    """Return the sites of every split."""
     return {split: [site or "no site" for part, site in sets if part == split] for split, _ in sets}

@@ -1,11 +1,10 @@
-"""Decoded images and masks in files on disk, for data sets that do not fit in memory and for later runs.
+"""Decoded images and masks on disk, for data sets larger than memory and for later runs.
 
-A cache folder has three files for every list of image files and way to decode them: ``NAME.images`` holds the decoded
-images, uint8 ``[N, H, W, C]``, ``NAME.sizes`` the width and height of every image before it was resized and a
-CRC-32 of both and the image, and ``NAME.lock`` keeps two writing processes apart.  An image whose width is 0 has not
-been decoded yet.  Sizes are written after their images have reached the disk, so that no interruption leaves an image
-that counts as decoded and is not.  An image that is not as it was written is decoded again.
-Masks have such files too: there an image is a mask, with one channel, and its size is that of the decoded mask.
+Every list of image files and way to decode them has three files: ``NAME.images`` (uint8 ``[N, H, W, C]``),
+``NAME.sizes`` (width and height before resizing, and a CRC-32 of both and the image) and ``NAME.lock`` (for one writing
+process).  Width 0 marks an image that is not decoded.  Sizes are written after their images have reached the disk, so
+an interruption leaves no false entry; damaged images are decoded again.  Masks have one channel, and the size after
+decoding.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ from fedkern.files.image_rows import ImageStore
 from fedkern.files.inputs import open_regular
 
 MEMORY_BYTES = 1 << 30
-"""Bytes of decoded images that are held in memory; more are written to a file, with or without a cache folder."""
+"""Most bytes of decoded images in memory; more go to a file, with or without a cache folder."""
 CHUNK_BYTES = 16 << 20
-"""Bytes of images that are decoded at once."""
+"""Bytes of images decoded at once."""
 COMMIT_SECONDS = 30.0
-"""Longest time between two commits: what has been decoded since is lost where the process is killed."""
+"""Longest time between commits: a killed process loses what it decoded since."""
 NOTICE_SECONDS, NOTICE_SHARE = 10.0, 0.05
-"""Least time between two progress lines, and least share of the images."""
+"""Least time, and least share of images, between two progress lines."""
 MAGIC = b"fedkern decoded images 3\n"
-"""First line of a sizes file; its number changes with what `ImageFiles` makes of a file."""
+"""First line of a sizes file; raise its number when `ImageFiles` decodes differently."""
 HEADER_BYTES, ROW_BYTES = 128, 12
 
 Notice = Callable[[str], None] | None
@@ -54,17 +53,10 @@ Rows = npt.NDArray[np.int64]
 
 @contextmanager
 def stored_images(reads: Sequence[tuple[Pool, Tensor]], cache: str | Path | None, notice: Notice) -> Iterator[None]:
-    """Context in which pools read images from a file on disk, where they are many or there is a cache folder.
+    """Let pools read images from a file inside the block, if there are many or a cache folder.
 
-    Images that are in the file already are not decoded again.  What the pools read, an
-    :class:`~fedkern.files.image_rows.ImageRows`, outlives the context.
-
-    Args:
-        reads: the pools with the rows (int64 ``[m]``) that will be read.
-        cache: see :func:`store_files`.
-
-    Raises:
-        UserError: see :func:`store_files`.
+    The resulting :class:`~fedkern.files.image_rows.ImageRows` outlive the block.  ``reads``: pools with the rows (int64
+    ``[m]``) that will be read.
     """
     places: dict[ImageFiles, list[Rows]] = {}
     for pool, rows in reads:
@@ -84,15 +76,10 @@ def stored_images(reads: Sequence[tuple[Pool, Tensor]], cache: str | Path | None
 def store_files(
     files: ImageFiles, needed: Rows, cache: str | Path | None, notice: Notice, *, in_memory: int = 1
 ) -> None:
-    """Decode the images or masks at ``needed`` into a file, unless they fit in memory: then they are decoded later.
+    """Decode the images or masks at ``needed`` into a file, unless they fit in memory.
 
-    Args:
-        cache: folder that keeps the decoded images; None: images that take more than `MEMORY_BYTES` in memory go to a
-            temporary file.
-        in_memory: bytes in memory that a byte of an image takes.
-
-    Raises:
-        UserError: an image that cannot be decoded, a folder that cannot be written, or too little free space.
+    Without ``cache``, images over `MEMORY_BYTES` go to a temporary file; ``in_memory``: bytes in memory per byte of an
+    image.  UserError for damaged images, and for folders that are full or cannot be written.
     """
     if cache is not None:
         files.stored = _Cache(files, expand(cache), notice).fetch(needed)
@@ -101,13 +88,12 @@ def store_files(
 
 
 def tell_unused(cache: str | Path | None, notice: Notice) -> None:
-    """Says that there is a cache folder which this data set does not use."""
+    """Report that this data set does not use the given cache folder."""
     if cache is not None and notice is not None:
         notice("--cache is not used: the images of this data set are not decoded from files one by one.")
 
 
 def _bytes(files: ImageFiles) -> int:
-    """Bytes of a decoded image."""
     height, width, channels = files.shape
     return height * width * channels
 
@@ -117,10 +103,7 @@ def _size(count: int) -> str:
 
 
 def _temporary(files: ImageFiles, needed: Rows, notice: Notice) -> tuple[ImageStore, Tensor]:
-    """Return the images in a file without a name.
-
-    It vanishes with the processes that have it open, however they end.
-    """
+    """Return the images in a nameless file, which vanishes with the processes that have it open."""
     try:
         folder = cache_folder("images")
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,8 +126,6 @@ def _temporary(files: ImageFiles, needed: Rows, notice: Notice) -> tuple[ImageSt
 
 
 class _Cache:
-    """The decoded images of some files in a cache folder."""
-
     def __init__(self, files: ImageFiles, folder: Path, notice: Notice) -> None:
         self._files, self._folder, self._notice = files, folder, notice
         self._name = f"{'x'.join(map(str, files.shape))}-{_fingerprint(files)}"
@@ -156,10 +137,7 @@ class _Cache:
         self._damaged = 0
 
     def fetch(self, needed: Rows) -> tuple[ImageStore, Tensor]:
-        """Return the images and int64 ``[N, 2]``, see `ImageFiles`.
-
-        At least the images at ``needed`` are decoded.
-        """
+        """Return the images and their sizes, int64 ``[N, 2]``, with at least ``needed`` decoded."""
         entry = self._open_entry(needed)
         if self._damaged and self._notice is not None:
             self._notice(f"{self._damaged:,} images in {self._images} are damaged and are decoded again")
@@ -191,7 +169,7 @@ class _Cache:
             )
 
     def _open_entry(self, needed: Rows) -> tuple[ImageStore, Tensor] | None:
-        """Return the images and their sizes, or None unless all images at ``needed`` are decoded."""
+        """Return the images and their sizes, or None unless all at ``needed`` are decoded."""
         sizes = self._read_sizes(needed)
         if sizes is None or not sizes[needed, 0].all():
             return None
@@ -205,11 +183,9 @@ class _Cache:
         return (MAGIC + f"{self._name}\n{' '.join(map(str, self._shape))}\n".encode()).ljust(HEADER_BYTES, b"\0")
 
     def _read_sizes(self, needed: Rows) -> npt.NDArray[np.int32] | None:
-        """int32 ``[N, 3]``, 0 where an image is not decoded yet.
+        """Return int32 ``[N, 3]``, 0 where an image is not decoded, or None if files are missing or damaged.
 
-        None where the files are missing or damaged.
-
-        An image at ``needed`` that is not as it was written counts as not decoded; a sound one is looked at once.
+        Each image at ``needed`` is checked once against its CRC, and counts as not decoded if damaged.
         """
         try:
             with open_regular(self._sizes) as file:
@@ -233,7 +209,7 @@ class _Cache:
         return table
 
     def _fill(self, needed: Rows) -> None:
-        """Decode what is missing, with the lock held."""
+        """Decode missing images, with the lock held."""
         sizes = self._read_sizes(needed)
         fresh = sizes is None
         if sizes is None:
@@ -253,7 +229,7 @@ class _Cache:
             raise
 
     def _begin(self, sizes: npt.NDArray[np.int32]) -> None:
-        """Make both files without images, beside older ones that another process may still read."""
+        """Create both files without images, beside older ones that another process may still read."""
         self._remove()
         with self._images.open("xb") as file:
             file.truncate(self._shape[0] * _bytes(self._files))
@@ -294,10 +270,7 @@ class _Cache:
 
 
 def _fingerprint(files: ImageFiles) -> str:
-    """Hash of everything that decides the decoded images: the files, how they are decoded, and Pillow's version.
-
-    A file counts as another one when its path, its length or one of its times (of its content, of its state) changes.
-    """
+    """Hash the files (path, length, times of content and state), decoding options and Pillow's version."""
     total = hashlib.blake2b(digest_size=12)
     how = (*files.how, PIL.__version__)
     total.update(f"{how}\n".encode())
@@ -314,11 +287,9 @@ def _fingerprint(files: ImageFiles) -> str:
 def _decode_rows(
     files: ImageFiles, rows: Rows, file: IO[bytes], where: str, notice: Notice
 ) -> Iterator[tuple[Rows, npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
-    """Decode the images at ``rows`` (sorted) and write them to ``file``.
+    """Decode the images at sorted ``rows`` into ``file``.
 
-    Yields:
-        Rows that are written, int64 ``[m, 2]``, the width and height of each before it was resized, and the images,
-        uint8 ``[m, H, W, C]``.
+    Yields written rows, their width and height before resizing, int64 ``[m, 2]``, and images uint8 ``[m, H, W, C]``.
     """
     at_once = max(1, CHUNK_BYTES // _bytes(files))
     began = last_time = time.monotonic()
@@ -340,7 +311,7 @@ def _decode_rows(
 
 
 def _checksum(size: npt.NDArray[np.int32], pixels: bytes | memoryview) -> np.int32:
-    """CRC-32 of an image and its size, its 32 bits as a signed number."""
+    """Return a CRC-32 of an image and its size, its bits as a signed number."""
     return np.uint32(zlib.crc32(pixels, zlib.crc32(size.astype("<i4").tobytes()))).astype(np.int32)
 
 
@@ -352,7 +323,6 @@ def _write(file: IO[bytes], offset: int, values: npt.NDArray[np.generic]) -> Non
 
 
 def _check_space(folder: Path, count: int) -> None:
-    """Raise UserError where the disk of ``folder`` has fewer than ``count`` bytes left."""
     with suppress(OSError):  # a file system that does not say: writing will tell
         total, _, free = shutil.disk_usage(folder)
         if free < count and total:  # a file system without a size takes no files, and writing will tell

@@ -1,4 +1,4 @@
-"""Image and mask files: listing them in a folder, and decoding them at one size in several threads."""
+"""Image and mask files: listing, and decoding at one size in several threads."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from fedkern.files.inputs import open_regular, real_file, standing
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 FORMATS = "JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"
-"""Formats that are decoded, whatever the file's name: for other formats, such as EPS, Pillow starts other programs."""
+"""Formats that are decoded, regardless of suffix; for others, such as EPS, Pillow starts other programs."""
 MAX_PIXELS = 50_000_000
-"""Most pixels of an image, or voxels of a volume, unless the data option max_image_pixels sets another limit."""
+"""Default of the data option max_image_pixels: most pixels of an image, or voxels of a volume."""
 BITS = 8, 12, 16
-"""Bit depths that `grey_bits` tells apart; medical exports put 12 bits into 16."""
+"""Bit depths that `grey_bits` distinguishes; medical exports put 12 bits into 16."""
 BITS_EACH, PHOTOMETRIC, BANDS, EXTRA_BANDS, SAMPLE_FORMAT = 258, 262, 277, 338, 339
-"""TIFF's tags of a value's bits, of what values mean (0 where the value 0 is white, DICOM's MONOCHROME1), of how many
-bands there are, of what those beyond grey or colours mean, and of the numbers' kind (3: floats)."""
+"""TIFF tags: bits of a value; meaning of values (0 where 0 is white, DICOM's MONOCHROME1); number of bands;
+meaning of extra bands; kind of numbers (3: floats).
+"""
 MIRRORS = Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM
 TURNS = {
     **dict(zip((2, 3, 4), MIRRORS, strict=True)), 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
@@ -44,16 +45,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a name is none of the user's: hidden, what macOS adds to an archive, or a lock of Office."""
+    """Return whether to skip a file: hidden, macOS archive metadata or an Office lock."""
     return name.startswith((".", "~$")) or name == "__MACOSX"
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Sorted names of the folders in ``folder`` that are not hidden.
-
-    Raises:
-        UserError: one is not UTF-8.
-    """
+    """Return the names of folders in ``folder``, sorted, without hidden ones, or raise UserError if not UTF-8."""
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
     for path in folders:
         check_text(str(path), "the folder")
@@ -63,8 +60,7 @@ def subfolders(folder: Path) -> list[str]:
 def list_images(folder: Path) -> list[Path]:
     """Return the image files directly in ``folder``, sorted, without hidden ones.
 
-    Raises:
-        UserError: a name is not UTF-8, or belongs to a link to nothing, a named pipe, a socket or a device.
+    UserError for names that are not UTF-8, and for broken links, pipes, sockets and devices.
     """
     named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not is_hidden(path.name))
     images = sorted(path for path in named if not path.is_dir())
@@ -76,12 +72,9 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> None:
-    """Raise UserError where one real file has two names, because training and test could then share the image.
+    """Raise UserError if one real file has two names, because training and test could then share the image.
 
-    Such names come from links, and from folders that are linked into each other or into themselves.
-
-    Args:
-        names: the name of every file in the data set; an image with several texts occurs several times under one name.
+    Links make such names.  An image with several texts occurs several times under one name.
     """
     names_of: dict[object, str] = {}
     for path, name in zip(paths, names, strict=True):
@@ -95,13 +88,10 @@ def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> No
 
 @contextmanager
 def open_image(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image of one of `FORMATS`, of which only the header is decoded.
+    """Open an image of one of `FORMATS`, decoding only its header.
 
-    Inside the block ``max_pixels`` replaces Pillow's own limit, which is global to the process and only warns.
-
-    Raises:
-        UserError: the image has more pixels than ``max_pixels``, or the file holds several pictures.
-        Exception: Pillow raises many kinds for a damaged file.
+    Inside the block ``max_pixels`` replaces Pillow's limit, which is global to the process and only warns.  UserError
+    for more pixels and for several pictures; Pillow raises many kinds for damaged files.
     """
     with open_regular(path) as file, _own_limit(), Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > max_pixels:
@@ -138,7 +128,7 @@ def _own_limit() -> Iterator[None]:
 
 @contextmanager
 def _readable(data: str, thing: str, path: Path) -> Iterator[None]:
-    """Turn the many exceptions of Pillow on a damaged file into a UserError."""
+    """Turn Pillow's many exceptions on damaged files into a UserError."""
     try:
         yield
     except (UserError, MemoryError):
@@ -149,26 +139,20 @@ def _readable(data: str, thing: str, path: Path) -> Iterator[None]:
 
 @dataclass(eq=False)
 class ImageFiles:
-    """Image files of a data set, and how they are decoded: whole, without cropping, at one size.
+    """Image files of a data set and how to decode them, whole and at one size.
 
-    Images look as in a viewer: turned or mirrored as their EXIF orientation says, on a white page where they have an
-    alpha channel or a transparent colour, and negative where a TIFF says that 0 is white.
-
-    Grey values of files with more than eight bits are scaled from 0 to 2**bits - 1, whatever a file holds; fractions
-    from 0 to 1.  With a ``window`` they are scaled from its lower to its upper end, and those outside become black or
-    white.
+    Images look as in a viewer: rotated by their EXIF orientation, on white where transparent, and negative where a TIFF
+    says that 0 is white.  Deep greys are scaled from 0 to 2**bits - 1, fractions from 0 to 1, or both from the ends of
+    ``window``, and clipped.
 
     Attributes:
         paths: the files, each once.
         size: side in pixels of a decoded image.
-        data: the data set, for messages.
         grey: one channel instead of three.
-        pad: keep the proportions of an image that is not square, with black bars on both sides.
-        max_pixels: most pixels of an image, as its file announces them.
-        bits: bits of a grey value in files with more than eight, from :func:`grey_bits`; 0: there are no such files.
-        window: see `fedkern.data.images.greys.window_of`; None: none.
-        stored: the decoded images in a file and their sizes, where `fedkern.data.images.image_cache.store_files` has
-            written them.
+        pad: keep proportions, with black bars on both sides.
+        max_pixels: most pixels, as the header says.
+        bits: of deep greys, from :func:`grey_bits`; 0: no such files.
+        stored: decoded images and their sizes, from `fedkern.data.images.image_cache.store_files`.
     """
 
     paths: Sequence[Path]
@@ -189,28 +173,21 @@ class ImageFiles:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of a decoded image."""
         return self.size, self.size, 1 if self.grey else 3
 
     @property
     def how(self) -> tuple[object, ...]:
-        """Everything but the files that decides the decoded images."""
         return self.things, self.size, self.data, self.grey, self.pad, self.max_pixels, self.bits, self.window
 
     @property
     def sources(self) -> Iterable[Path]:
-        """The files that decide the decoded images."""
         return self.paths
 
     def read(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Decode the files at ``rows``, int64 ``[n]``, by default all, or take their images from where they are stored.
+        """Decode the files at ``rows``, int64 ``[n]``, by default all, or take stored images.
 
-        Returns:
-            uint8 ``[n, 3 or 1, size, size]`` and int64 ``[n, 2]``, width and height before resizing.
-
-        Raises:
-            UserError: an image that cannot be decoded, is too large, is one of several in its file, or has grey values
-                outside the range.
+        Returns uint8 ``[n, 3 or 1, size, size]``, and width and height before resizing, int64 ``[n, 2]``.  UserError
+        for damaged or too large images and greys out of range.
         """
         rows = torch.arange(len(self)) if rows is None else rows
         if self.stored is not None:
@@ -241,9 +218,9 @@ class ImageFiles:
 
 @dataclass(eq=False)
 class MaskFiles(ImageFiles):
-    """Mask files of a data set, each beside its image in ``images``, which :func:`read_mask` decodes.
+    """Mask files, each beside its image in ``images``, decoded by :func:`read_mask`.
 
-    The sizes of masks are those of the decoded ones.
+    Sizes are those of the decoded masks.
     """
 
     images: Sequence[Path] = ()
@@ -252,16 +229,14 @@ class MaskFiles(ImageFiles):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of a decoded mask."""
         return self.size, self.size, 1
 
     @property
     def sources(self) -> Iterable[Path]:
-        """The files that decide the decoded masks, where of an image its size and orientation do."""
+        """Masks and images, since an image's size and orientation decide too."""
         return chain(self.paths, self.images)
 
     def values(self, row: int, size: int | None = None) -> npt.NDArray[np.uint8]:
-        """Return the values of a mask, see :func:`read_mask`."""
         return read_mask(self.images[row], self.paths[row], self.data, self.max_pixels, size)
 
     def _decode(self, row: int) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
@@ -270,41 +245,23 @@ class MaskFiles(ImageFiles):
 
 @dataclass(frozen=True)
 class ImageReader:
-    """The ``read`` of a pool of image files (`fedkern.data.types.Pool`).
-
-    Attributes:
-        files: all files of the data set; the pools of a data set share this object.
-        places: int64 ``[n]``, the row in ``files`` of every image of the pool.
-    """
+    """Reader of a pool: its images are at ``places``, int64 ``[n]``, of ``files``, which the data set's pools share."""
 
     files: ImageFiles
     places: Tensor
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Read the pool's images at ``rows`` (int64 ``[m]``), see :meth:`ImageFiles.read`."""
         return self.files.read(self.places[rows])
 
 
 def read_mask(
     image_path: Path, path: Path, data: str, max_pixels: int = MAX_PIXELS, size: int | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Decode a mask, resized to ``size`` x ``size`` pixels by the nearest pixel.
+    """Decode a mask as uint8 ``[H, W]``, resized by the nearest pixel if ``size`` is given.
 
-    In its own size without ``size``.
-
-    A mask fits its image as `ImageFiles` turns it; the mask itself is turned as its own EXIF orientation says.
-
-    Args:
-        path: an image of one channel (grey, palette or black-and-white, or whole numbers in floats) that holds class
-            numbers.  Of a palette of greys the grey counts, of one with colours the position in it.
-
-    Returns:
-        uint8 ``[H, W]``, the class numbers or greys.
-
-    Raises:
-        UserError: a mask that cannot be decoded, is too large, is one of several in its file, or has several channels,
-            a value that is no whole number from 0 to 255, another size than its image, or a palette that can be read
-            in two ways.
+    Mask and image are each rotated by their own EXIF orientation.  The mask has one channel (grey, palette,
+    black-and-white, or whole numbers in floats) of class numbers.  UserError if it is damaged, too large, lossy, unlike
+    its image, or ambiguous.
     """
     with (
         _readable(data, MaskFiles.thing, path),
@@ -350,8 +307,8 @@ def read_mask(
 def _without_palette(mask: Image.Image, path: Path, data: str) -> Image.Image:
     """Return a palette mask as class numbers or greys, mode L.
 
-    A palette of greys stores what a viewer shows, in any order, so the grey counts.  A palette with colours paints
-    class numbers, so the position counts.
+    A palette of greys stores what a viewer shows, in any order, so the grey counts; a palette with colours paints class
+    numbers, so the position counts.
     """
     palette = np.array(mask.getpalette("RGB"), dtype=np.int64).reshape(-1, 3)
     indices = np.asarray(mask)
@@ -372,7 +329,6 @@ def _without_palette(mask: Image.Image, path: Path, data: str) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return the transpose that makes the image upright by its EXIF orientation, if it needs one."""
     if image.format in ("PNG", "TIFF"):
         image.load()  # a PNG may hold its EXIF data behind its pixels, and Pillow itself turns a TIFF when it loads
     try:
@@ -382,25 +338,21 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of the image as :func:`upright` makes it."""
     turn = _turn(image)
     return image.size if turn in (None, *MIRRORS) else (image.height, image.width)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return the image turned and mirrored as its EXIF orientation says, if it has one.
+    """Rotate and mirror the image by its EXIF orientation.
 
-    ``exif_transpose`` is not used: it rewrites the EXIF data and fails where they are damaged.
+    ``exif_transpose`` would rewrite EXIF data and fail where they are damaged.
     """
     turn = _turn(image)
     return image if turn is None else image.transpose(turn)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Return the image on a white page if it is partly transparent.
-
-    Pillow's conversion would show the hidden colours.
-    """
+    """Put a transparent image on white, as Pillow's conversion would show hidden colours."""
     if not image.has_transparency_data:
         return image
     colours = image.convert("RGBA")
@@ -410,17 +362,17 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether the image has one channel of whole numbers beyond eight bits."""
+    """Return whether the image has one channel of integers beyond eight bits."""
     return image.mode.startswith("I")
 
 
 def _negative(image: Image.Image) -> bool:
-    """Return whether 0 is white in the decoded values too: Pillow inverts greys of up to eight bits alone."""
+    """Return whether decoded values still have 0 as white: Pillow inverts only up to eight bits."""
     return image.format == "TIFF" and image.mode not in ("1", "L") and image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]
 
 
 def _check_bands(image: Image.Image, path: Path, data: str) -> None:
-    """Raise UserError where a TIFF does not say what its fourth band is, which Pillow takes for transparency."""
+    """Raise UserError for an unspecified fourth TIFF band, which Pillow takes for transparency."""
     if image.format == "TIFF" and image.mode in ("LA", "RGBA") and EXTRA_BANDS not in image.tag_v2:  # type: ignore[attr-defined]
         raise UserError(
             f'data set "{data}": the image {path} has {len(image.mode)} bands and does not say that the last is '
@@ -429,13 +381,13 @@ def _check_bands(image: Image.Image, path: Path, data: str) -> None:
 
 
 def grey_bits(tops: Iterable[int]) -> int:
-    """Return the smallest of `BITS` that holds every largest value of files, or 0 where there is none."""
+    """Return the smallest of `BITS` that holds all files' largest values, 0 without any."""
     top = max(tops, default=-1)
     return 0 if top < 0 else next((bits for bits in BITS if top < 2**bits), BITS[-1])
 
 
 def _pad_image(image: Image.Image, size: int) -> Image.Image:
-    """Like Pillow's ``ImageOps.pad``, which rounds the short side of a thin image to no pixel at all."""
+    """Resize and pad to a square, as ``ImageOps.pad`` rounds thin images to no pixels."""
     longest = max(image.size)
     width, height = (max(1, round(side / longest * size)) for side in image.size)
     out = Image.new(image.mode, (size, size))
@@ -447,7 +399,7 @@ def _pad_image(image: Image.Image, size: int) -> Image.Image:
 def _eight_bits(
     image: Image.Image, path: Path, data: str, bits: int, window: tuple[float, float] | None
 ) -> Image.Image:
-    """Return the upright image with its grey values scaled to 0-255: Pillow's conversion would clip larger values."""
+    """Return the upright image with greys scaled to 0-255, which Pillow would clip."""
     turned = upright(image)
     if image.mode != "F" and not is_deep(image):
         return turned
@@ -477,7 +429,6 @@ def _eight_bits(
 
 
 def _with_clear(scaled: np.ndarray, values: np.ndarray, image: Image.Image) -> Image.Image:
-    """Return the image of greys from 0 to 255, with the transparency that the file's own ``values`` have."""
     grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
     if isinstance(clear := image.info.get("transparency"), int):  # the transparent grey of a PNG, as it is stored
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
@@ -485,7 +436,6 @@ def _with_clear(scaled: np.ndarray, values: np.ndarray, image: Image.Image) -> I
 
 
 def unreadable(data: str, noun: str, path: Path, error: Exception) -> UserError:
-    """Return the error for a file that cannot be decoded."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):  # its own message names the file object
         reason = f"it is none of {', '.join(FORMATS)}"
@@ -499,10 +449,7 @@ def unreadable(data: str, noun: str, path: Path, error: Exception) -> UserError:
 
 
 def each(work: Callable[[int], None], count: int) -> None:
-    """Call ``work`` with 0 to ``count`` - 1 in several threads.
-
-    Decoding releases the interpreter lock.
-    """
+    """Call ``work`` with 0 to ``count`` - 1 in threads: decoding releases the interpreter lock."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as workers:
         for _ in workers.map(work, range(count)):
             pass

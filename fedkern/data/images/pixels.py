@@ -1,7 +1,4 @@
-"""Images of a split as networks see them: normalised, channels-last, cached where small.
-
-Their labels and texts.
-"""
+"""Batches of a split's images as network inputs: normalised, channels-last, cached if small."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ from fedkern.files.image_rows import FileRows, ImageRows
 from fedkern.process.device_copies import send
 
 CACHE_BYTES = 1 << 30
-"""Bytes up to which the normalised images of a whole run are kept in memory; beyond, every batch is normalised anew."""
+"""Most bytes of a run's normalised images in memory; beyond, every batch is normalised anew."""
 
 
 class Pixels:
-    """Images [n, C, H, W] that become batches, channels-last: of uint8 images normalised fp32, of raw ones themselves.
+    """Images [n, C, H, W] that become channels-last batches: normalised fp32, or unchanged if raw.
 
-    ``sides`` (height, width), where given, is the window that a network sees: at a random place in an image that is
-    augmented, else central.  ``erased`` bool [n, H, W], where given, marks pixels that become ``fill`` (normalised, one
-    value per channel).
+    Args:
+        sides: height and width of the network's window, random for augmented images, else central.
+        erased: bool [n, H, W], pixels that become ``fill`` (normalised, one value per channel).
     """
 
     def __init__(
@@ -63,18 +60,17 @@ class Pixels:
         return rows if erased is None else torch.where(erased[..., None], self._fill.to(rows.dtype), rows)
 
     def send_index(self, index: Tensor) -> Tensor:
-        """Send indices on the CPU to where the images are, so that :meth:`take` sends them no more."""
+        """Send indices to the images' device early, so that :meth:`take` need not."""
         return index if self._file is not None else send(index, self._device)
 
     def _read(self, indices: np.ndarray | Tensor | None) -> Tensor:
-        """uint8 [B, H, W, C] on the device, of images in a file."""
         assert self._file is not None
         if indices is None:
             return send(self._file.permute(0, 2, 3, 1).contiguous(), self._device)
         return send(self._file.nhwc(as_index(indices)), self._device)
 
     def _whole(self, indices: np.ndarray | Tensor | None) -> Tensor:
-        """Return the images [B, C, H, W] (channels-last) at ``indices``, as they are kept."""
+        """Return images [B, C, H, W], channels-last and without window."""
         if self._cache and not self._is_raw and self._rows.dtype == torch.uint8:
             self._rows, self._erased = self._normalise(self._rows, self._erased), None
         rows, erased = self._rows, self._erased
@@ -90,17 +86,14 @@ class Pixels:
         return images if self._sides is None else transforms.window(images, self._sides, rng)
 
     def take(self, indices: np.ndarray | Tensor | None, rng: np.random.Generator | None = None) -> Tensor:
-        """fp32 [B, C, H, W] (channels-last) of the images at ``indices``.
-
-        Augmented when there is an ``rng``.
-        """
+        """Return images [B, C, H, W], channels-last, augmented if there is an ``rng``."""
         if self.augment == "none":
             rng = None
         images = self._window(self._whole(indices), rng)
         return images if rng is None else transforms.augment(images, self.augment, rng)
 
     def pairs(self, index: Tensor, labels: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return what :meth:`take` gives of the images at ``index``, and their pixels' ``labels`` int64, moved too."""
+        """Return :meth:`take`'s images and their pixel ``labels`` int64, transformed alike."""
         if self.augment == "none":
             rng = None
         images = self._whole(index)
@@ -111,28 +104,27 @@ class Pixels:
 
 
 def as_index(indices: np.ndarray | Tensor) -> Tensor:
-    """Return the indices on the CPU as a tensor, which shares their memory."""
     return indices if isinstance(indices, Tensor) else torch.from_numpy(np.ascontiguousarray(indices))
 
 
 def place_labels(labels: Tensor, device: torch.device) -> Tensor:
-    """Return labels on the device, but classes of pixels that are in a file where they are."""
+    """Move labels to the device, except pixel classes in a file."""
     return labels if isinstance(labels, FileRows) else labels.to(device)
 
 
 def images_alone(
     pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Images at ``index``, augmented where there is an ``rng``, and their ``labels`` as they are."""
+    """Return images, augmented if there is an ``rng``, and unchanged ``labels``."""
     return pixels.take(index, rng), labels
 
 
 def images_and_labels(
     pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Images at ``index`` and the classes of their pixels, augmented together where there is an ``rng``."""
+    """Return images and pixel classes, augmented together if there is an ``rng``."""
     return pixels.pairs(index, labels, rng)
 
 
 PICK = {"pixels": images_and_labels}
-"""How samples are picked, by what a network is for (`fedkern.tasks.Task.network`), if not as :func:`images_alone`."""
+"""Functions that pick samples, by `fedkern.tasks.Task.network`; default: :func:`images_alone`."""

@@ -25,13 +25,16 @@ SCALES, SHIFT = (0.2, 1.8), 1.0
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, channels_last: bool = False) -> Tensor:
-    """Turn uint8 images into float32 ``(images / 255 - mean) / std``.
+    """Normalise uint8 images to float32 ``(images / 255 - mean) / std``.
 
     Args:
         images: uint8 ``[B, C, H, W]``, any memory format.
         mean, std: one number per channel, of images in [0, 1].
         channels_last: return the result in channels-last memory format (converted while still uint8, which is cheaper);
             otherwise the input's format is kept.
+
+    Returns:
+        float32 ``[B, C, H, W]`` on the images' device.
 
     Raises:
         ValueError: not uint8 ``[B, C, H, W]``, or another number of channels than ``mean`` and ``std``.
@@ -51,12 +54,12 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, ch
 def crop(
     images: Tensor, rng: Generator, *, padding: int = PADDING, flip: bool = False, fill: float | Sequence[float] = 0.0
 ) -> Tensor:
-    """Pad every side by ``padding``, cut a random window of the original size, and flip half of the images.
+    """Cut a random window of the original size from padded images, and flip half of them if ``flip``.
 
     Args:
         images: uint8 or floating ``[B, C, H, W]``; the memory format is kept.
         rng: draws ``B`` row offsets, ``B`` column offsets and, with ``flip``, ``B`` coins.
-        fill: value of the padding, one for all channels or one each; for normalised images 0 is the mean colour.
+        fill: padding value, one or one per channel.
     """
     batch, channels, height, width = images.shape
     top = torch.from_numpy(rng.integers(0, 2 * padding + 1, size=batch))
@@ -74,15 +77,10 @@ def crop(
 
 
 def window(images: Tensor, sides: tuple[int, int], rng: Generator | None = None) -> Tensor:
-    """Cuts a window out of every image, at a uniformly random place, or at the centre without a generator.
+    """Cut a window from every image, uniformly random or, without ``rng``, central.
 
-    Args:
-        images: ``[B, C, H, W]``, any dtype; the memory format is kept.
-        sides: the window's height and width, at most those of the images; if equal, returns ``images`` itself.
-        rng: draws ``B`` row offsets, then ``B`` column offsets.
-
-    Raises:
-        ValueError: a window that is larger than the images.
+    Images ``[B, C, H, W]`` keep their memory format, and are returned unchanged at full size.  ``rng`` draws ``B`` row
+    offsets, then ``B`` column offsets.  ValueError for a larger window.
     """
     batch, _, height, width = images.shape
     room = height - sides[0], width - sides[1]
@@ -101,7 +99,7 @@ def window(images: Tensor, sides: tuple[int, int], rng: Generator | None = None)
 
 
 def central(split: Split, sides: tuple[int, int]) -> Split:
-    """Return the split with the central window of every image, or itself if ``sides`` are those of the images."""
+    """Return the split with central windows, unchanged if ``sides`` are the images'."""
     if tuple(split.images.shape[2:]) == tuple(sides):
         return split
     images, masks = split.images, split.masks
@@ -115,9 +113,9 @@ def central(split: Split, sides: tuple[int, int]) -> Split:
 def rotate(
     images: Tensor, rng: Generator, *, degrees: float = ROTATION, fill: float | Sequence[float] = 0.0, nearest: int = 0
 ) -> Tensor:
-    """Rotate every image about its centre by an angle uniform in [-degrees, degrees], with corners of ``fill``.
+    """Rotate images about their centres by angles uniform in [-degrees, degrees], with corners of ``fill``.
 
-    Interpolation is bilinear, but the last ``nearest`` channels take the value of the nearest pixel.
+    Interpolation is bilinear; the last ``nearest`` channels take the nearest pixel.
     """
     batch, channels, height, width = images.shape
     if batch == 0:
@@ -143,17 +141,13 @@ def rotate(
 
 
 def jitter(images: Tensor, rng: Generator) -> Tensor:
-    """Scales and shifts every channel of every image: ``v -> a v + b`` of a normalised value.
+    """Scale and shift every channel of every normalised image: ``v -> a v + b``.
 
-    The colour of a surface then says little, while edges stay.  A grey image changes its contrast and brightness.
-    Both ranges are fedkern's own: as wide as needed for the ground's colour, in one image, to say little of the class.
+    Surface colours then say little, while edges stay; a grey image changes contrast and brightness.  The ranges are
+    fedkern's own: as wide as needed for the ground's colour in one image to say little of the class.
 
-    Args:
-        images: normalised floats ``[B, C, H, W]``.
-        rng: draws ``a`` from `SCALES`, then ``b`` from ``[-SHIFT, SHIFT]``, uniformly, ``[B, C]`` each.
-
-    Raises:
-        ValueError: images that are no floats, which have no standard deviation to shift by.
+    ``rng`` draws ``a`` from `SCALES`, then ``b`` from ``[-SHIFT, SHIFT]``, uniformly, ``[B, C]`` each.  ValueError for
+    uint8 images.
     """
     if not images.is_floating_point():
         raise ValueError(f"images: expected normalised floats [B, C, H, W] for jitter, got {images.dtype}")
@@ -166,13 +160,9 @@ def jitter(images: Tensor, rng: Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Transforms of a training image, in this order.
+    """Transforms of a training image, in this order: crop, flip, rotation, jitter.
 
-    Attributes:
-        padding: border added before a window of the original size is cut, or None for no crop and no flip.
-        flip: mirror half of the images, left to right.
-        degrees: largest angle of a rotation.
-        jitter: scale and shift every channel, but not the last ``nearest`` ones.
+    ``padding`` is the border before a random crop, or None for no crop and no flip; ``degrees`` the largest rotation.
     """
 
     padding: int | None = None
@@ -204,7 +194,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 
 def augment(images: Tensor, kind: str, rng: Generator) -> Tensor:
-    """Augments a batch.
+    """Augment a batch.
 
     - ``none``: no change.
     - ``crop``: random crop with padding 4.
@@ -216,8 +206,8 @@ def augment(images: Tensor, kind: str, rng: Generator) -> Tensor:
       but ``none`` draws the place of the window (`window`).
 
     Args:
-        images: ``[B, C, H, W]``, normalised floats or, but for ``jitter``, uint8.  What lies outside the original image
-            becomes 0, in normalised images the mean colour.
+        images: ``[B, C, H, W]``, normalised floats or, except for ``jitter``, uint8.  Pixels outside the original image
+            become 0, the mean colour of normalised images.
         kind: a key of `AUGMENTATIONS`.
         rng: the batch's own generator, the only source of randomness.
 
@@ -232,7 +222,7 @@ def augment(images: Tensor, kind: str, rng: Generator) -> Tensor:
 
 
 def augment_pairs(images: Tensor, labels: Tensor, kind: str, rng: Generator) -> tuple[Tensor, Tensor]:
-    """Augment images and the classes of their pixels together: same draws, same geometry.
+    """Augment images and their pixel classes together: same draws, same geometry.
 
     Labels take the nearest pixel's class; pixels outside the original image become `IGNORE`.
 
@@ -276,11 +266,7 @@ def _find(kind: str) -> Augmentation:
 
 
 def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Gathers from pixels ``[B, H, W, C]`` at rows and columns that broadcast to ``[B, h, w]``.
-
-    Returns:
-        ``[B, C, h, w]``, channels-last.
-    """
+    """Gather pixels ``[B, H, W, C]`` at rows and columns ``[B, h, w]``, as channels-last ``[B, C, h, w]``."""
     height, width = pixels.shape[1:3]
     parts = torch.arange(len(pixels))[:, None, None], rows, columns
     image, rows, columns = (send(part, pixels.device) for part in parts)

@@ -1,7 +1,6 @@
-"""Notes of this user on the caches of decoded images that runs have used, for commands on finished runs.
+"""Notes on the image caches that this user's runs have used, for commands on finished runs.
 
-A run folder may come from anyone, so it does not say where files are written.  The notes are in the user's own cache
-folder, one for every run with ``--cache``, named by a hash of the run folder's path.
+A run folder may come from anyone, so it must not say where files are written: notes are in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -16,11 +15,9 @@ from fedkern.files.filesystem import cache_folder
 
 
 def note_cache(out: Path, cache: str | None) -> None:
-    """Note that the run in ``out`` uses ``cache``.
+    """Note the cache of the run in ``out``, or with None remove an older note.
 
-    None removes the note of an earlier run in that place.
-
-    Without a cache folder that can be written to, nothing is noted.
+    Nothing is noted if the cache folder cannot be written.
     """
     with suppress(OSError, UserError, ValueError):  # ValueError: a name that is not UTF-8
         note = _note(out)
@@ -32,10 +29,7 @@ def note_cache(out: Path, cache: str | None) -> None:
 
 
 def recall_cache(out: str | Path) -> str | None:
-    """Return the cache that a run of this user in ``out`` has used.
-
-    None where there is none any more.
-    """
+    """Return the noted cache of the run in ``out``, or None if it is gone."""
     try:
         note = _note(Path(out))
         if note.stat().st_uid != os.geteuid():  # several users may share a cache folder

@@ -1,1 +1,1 @@
-"""Labels: several an image, and values that are written in several ways."""
+"""Labels: several per image, and values written in several ways."""

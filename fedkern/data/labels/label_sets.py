@@ -1,4 +1,4 @@
-"""Several labels an image: what is taken for them, and cells of a CSV file that become 0 and 1 for every label."""
+"""Several labels per image, from cells of a CSV file."""
 
 from __future__ import annotations
 
@@ -11,21 +11,15 @@ from fedkern.data.labels.spelling import classes_of, clean_cell, describe_missin
 from fedkern.errors import UserError
 
 COLUMN = "labels"
-"""Column with the labels of an image; a column ``label`` with one class an image comes before it."""
+"""Column with several labels per image; a column ``label`` with one class per image takes precedence."""
 SEPARATOR = "|"
 
 
 def check_several(counts: Sequence[int], task: str, where: str, single: str, several: str) -> None:
-    """Raise UserError where every image has exactly one label and nobody says that these are several labels an image.
+    """Raise UserError for one-hot labels that the user has not declared as several labels per image.
 
-    One label in every image is what a single class an image looks like (one-hot labels), which has another loss, other
-    figures and other methods.
-
-    Args:
-        counts: labels of every image of all sets.
-        task: the user's word for the task, or ``"auto"``.
-        where: what holds the labels, in words.
-        single, several: ways out, in words.
+    They look like classes, which have another loss and other metrics and methods.  ``single`` and ``several``: advice
+    for both cases.
     """
     if task == "auto" and len(counts) and set(counts) == {1}:
         raise UserError(
@@ -37,19 +31,9 @@ def check_several(counts: Sequence[int], task: str, where: str, single: str, sev
 def label_sets(
     cells: Sequence[str], where: str, data: str, order: str = ""
 ) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], list[str]]:
-    """Return the labels of every row.
+    """Return label names, uint8 ``[n, L]`` (1 where the row has the label), and notices on spelling.
 
-    Args:
-        cells: the values of the column; an empty one has no label.
-        where: the column and its file in words, for messages.
-        order: as in `classes_of`.
-
-    Returns:
-        The names of the labels; uint8 ``[n, L]``, 1 where the row has the label; and sentences on labels that are
-        written in several ways, or count as empty.
-
-    Raises:
-        UserError: the rows name no label.
+    ``order`` is as in `classes_of`.  UserError if no row has a label.
     """
     parts = [[part.strip() for part in cell.split(SEPARATOR)] for cell in cells]
     split = [[part for part in row if clean_cell(part)] for row in parts]

@@ -1,4 +1,4 @@
-"""Values of a table or names of folders that are written in several ways: missing values, numbers, Unicode, case."""
+"""Values and folder names written in several ways: missing values, numbers, Unicode, case."""
 
 from __future__ import annotations
 
@@ -17,44 +17,35 @@ MISSING = frozenset({
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
     "NaN", "None", "n/a", "nan", "null",
 })  # fmt: skip
-"""What pandas reads as a missing value, beside an empty cell."""
+"""Values that pandas reads as missing, besides an empty cell."""
 SHOWN = 3
-"""Most values that a sentence lists."""
+"""Most values in a sentence."""
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
 
 
 def clean_cell(value: str) -> str:
-    """Return a cell without the spaces around it, ``""`` where it says that the value is missing."""
+    """Strip a cell, and return ``""`` for a missing value."""
     value = value.strip()
     return "" if value in MISSING else value
 
 
 def describe_missing(cells: Iterable[str], noun: str) -> list[str]:
-    """Return a sentence on the cells, called ``noun``, that say that their value is missing, if there are some."""
+    """Return a sentence on cells that count as empty, if there are any."""
     counts = Counter(value for cell in cells if (value := cell.strip()) in MISSING)
     values = ", ".join(f"{value} ({count})" for value, count in counts.most_common())
     return [f"{noun} that count as empty: {values}."] if counts else []
 
 
 def number(value: str) -> Decimal | None:
-    """Return the number that a text is, exactly, or None for any other text."""
+    """Return the exact number that a text is, or None."""
     return Decimal(value) if _NUMBER.fullmatch(value) else None
 
 
 def unify_spelling(values: Sequence[str], where: str) -> tuple[list[str], list[str]]:
-    """Return the values with one spelling for each.
+    """Return the values in their shortest spelling, and notices on other spellings.
 
-    Equal numbers are one value, and so are texts with equal Unicode normal forms.
-
-    The spelling is the shortest one that occurs.
-
-    Args:
-        values: any texts, ``""`` where there is none.
-        where: the column, or whatever holds the values, in words.
-
-    Returns:
-        The values, and sentences on those that were written in several ways and on those that stay apart although they
-        differ in nothing but case and spaces.
+    Equal numbers and texts with equal Unicode normal forms are one value.  Values that differ only in case or spaces
+    stay separate, with a notice.
     """
     spellings: dict[Hashable, list[str]] = {}
     for value in dict.fromkeys(values):
@@ -74,7 +65,7 @@ def unify_spelling(values: Sequence[str], where: str) -> tuple[list[str], list[s
 
 
 def sort_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Distinct names in order: by value if all of them are numbers, else as texts."""
+    """Return distinct names, sorted by value if all are numbers, else as texts."""
     distinct = set(names)
     numbers = {name: value for name in distinct if (value := number(name)) is not None}
     return tuple(sorted(distinct, key=numbers.__getitem__ if len(numbers) == len(distinct) else None))
@@ -83,11 +74,9 @@ def sort_names(names: Iterable[str]) -> tuple[str, ...]:
 def classes_of(
     labels: Sequence[str], where: str, order: str = ""
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64], list[str]]:
-    """Return the classes of a column of labels.
+    """Return class names, every row's class, int64 ``[n]``, and notices.
 
-    Every row's class, int64 ``[n]``. And sentences.
-
-    ``order`` has the classes in their order, joined by ``|``, each once, else UserError; empty: see :func:`sort_names`.
+    ``order`` lists all classes once, joined by ``|``; empty: sorted, see :func:`sort_names`.
     """
     labels, notices = unify_spelling(labels, where)
     classes = _in_order(order, sort_names(labels), where) if order else sort_names(labels)
@@ -115,7 +104,7 @@ def _key(value: str) -> Hashable:
 
 
 def _fold_text(value: str) -> str:
-    """Return the text without what readers do not see: case, spaces, characters without width, compatible forms."""
+    """Remove invisible differences: case, spaces, zero-width characters, compatible forms."""
     plain = unicodedata.normalize("NFKC", value).casefold()
     return "".join(char for char in plain if not char.isspace() and unicodedata.category(char)[0] != "C")
 

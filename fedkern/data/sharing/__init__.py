@@ -1,1 +1,1 @@
-"""Sharing: how samples go to clients, what each keeps for tests, and what differs between clients."""
+"""Sharing: partitions, the clients' own tests, and differences between clients."""

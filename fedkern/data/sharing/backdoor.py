@@ -1,8 +1,7 @@
-"""Backdoored clients: a patch in the corner of an image stands for the attacker's class (BadNets, arXiv 1708.06733).
+"""Backdoored clients, for whom a corner patch means the attacker's class (BadNets, arXiv 1708.06733).
 
-Half of the training images of every backdoored client carry the patch and are labelled with the target class.  The test
-``backdoor`` holds the test images of all other classes with the patch, labelled with the target class.  Its accuracy is
-the attack's success rate; the accuracy on the other tests is the clean accuracy.
+Half of such a client's training images carry the patch and the target label.  The test ``backdoor`` holds the test
+images of all other classes, patched and with the target label: its accuracy is the attack's success rate.
 """
 
 from __future__ import annotations
@@ -23,22 +22,16 @@ SHARE = 0.5
 
 
 def draw_patch(images: Tensor, size: int) -> Tensor:
-    """Copy images uint8 ``[n, C, H, W]``, with a white square of side ``size`` one pixel off the lower right."""
+    """Copy images uint8 ``[n, C, H, W]`` with a white square, one pixel off the lower right corner."""
     out = images.clone(memory_format=torch.contiguous_format)
     out[..., -size - 1 : -1, -size - 1 : -1] = 255
     return out
 
 
 def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed: int) -> FederatedData:
-    """Backdoors the training images of the first ``clients`` clients and adds a ``backdoor`` copy of every test set.
+    """Backdoor the first ``clients`` clients and add a ``backdoor`` copy of every test set.
 
-    Args:
-        clients: how many clients are backdoored; 0 changes nothing.
-        target: the class, by position, that the patch stands for.
-
-    Raises:
-        UserError: data for another task than classification, more backdoored clients than clients, no such class, a
-            test set without any other class, or a patch that does not fit into the images.
+    ``target`` is the position of the class that the patch means.  UserError for invalid settings.
     """
     if not clients:
         return data

@@ -1,9 +1,8 @@
-"""Coloured backgrounds: grey images over a background whose colour is tied to class and client (as in ColorMNIST).
+"""Grey images on backgrounds coloured by class and client, as in ColorMNIST.
 
-Colour is a real shortcut: inside a client every class has its own colour, well apart from the colours of the client's
-other classes, and an image shows that colour with probability `correlation`.  The tie differs between clients, and the
-out-of-distribution test breaks the tie with uniformly random colours.  Shape stays learnable, because ink always stands
-out from its background; the `Palette` decides how.
+Colour is a shortcut: at a client every class has its own distinct colour, shown with probability `correlation`.
+Colours differ between clients, and the out-of-distribution test has uniformly random ones.  Shape stays learnable,
+because ink always contrasts with its background, see `Palette`.
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ Colours = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Palette:
-    """The possible background colours and the ink on them.
+    """Background colours and the ink on them.
 
     Attributes:
-        brightest: largest value of a background's channel, of 255.
-        contrast: True: ink is black on light backgrounds (luminance above one half) and white on dark ones.  False: ink
-            is white on all backgrounds.
-        mean, std: of a channel over uniformly random colours.  They are constants so that normalisation does not depend
-            on any client's data.
+        brightest: largest background value per channel, of 255.
+        contrast: whether ink is black on light backgrounds (luminance above one half), else always white.
+        mean, std: of a channel over uniformly random colours; constants, so that normalisation depends on no client's
+            data.
     """
 
     brightest: int
@@ -57,18 +55,14 @@ _CANDIDATES = 12  # random colours tried per class; the one farthest from the cl
 
 
 def random_colours(count: int, palette: Palette, rng: np.random.Generator) -> Colours:
-    """``count`` background colours, uniform over the palette in every channel, uint8 ``[count, 3]``."""
     return rng.integers(0, palette.brightest + 1, size=(count, 3), dtype=np.uint8)
 
 
 def class_colours(seed: int, client: int, classes: int, palette: Palette) -> Colours:
-    """Return the client's own colour of every class, uint8 ``[classes, 3]``.
+    """Return the client's colour of every class, uint8 ``[classes, 3]``, independent of other clients.
 
-    A class gets the one of twelve random candidates that is farthest from the client's earlier colours.  Other clients
-    do not affect these colours.
-
-    Args:
-        client: client id, or -1 for the map that all clients share under the ``iid`` partition.
+    Each is the one of twelve random candidates farthest from the client's earlier colours.  Client -1 is the map shared
+    under ``iid``.
     """
     rng = stream(seed, "class-colours", client=client)
     chosen = random_colours(1, palette, rng)
@@ -83,18 +77,7 @@ def class_colours(seed: int, client: int, classes: int, palette: Palette) -> Col
 def tied_colours(
     labels: npt.NDArray[np.int64], colours: Colours, correlation: float, palette: Palette, rng: np.random.Generator
 ) -> Colours:
-    """Draw a background colour for every sample.
-
-    It is the client's own colour of its class with probability ``correlation``.
-
-    Args:
-        labels: int64 ``[n]``.
-        colours: uint8 ``[classes, 3]``, the client's colours from `class_colours`.
-        correlation: in [0, 1]; a sample that does not show its class colour gets a uniformly random one.
-
-    Returns:
-        uint8 ``[n, 3]``.
-    """
+    """Return backgrounds, uint8 ``[n, 3]``: the class's colour with probability ``correlation``, else random."""
     free = random_colours(len(labels), palette, rng)
     tied = rng.random(len(labels)) < correlation
     return np.where(tied[:, None], colours[labels], free)
@@ -108,17 +91,10 @@ def ink_is_white(colours: Colours, palette: Palette) -> npt.NDArray[np.bool_]:
 
 
 def colourise(grey: Tensor, colours: Colours, palette: Palette) -> tuple[Tensor, Tensor]:
-    """Lays ink over coloured backgrounds.
+    """Blend ink, uint8 ``[n, 1, H, W]`` opacities, over coloured backgrounds, and return images and object masks.
 
-    Grey values up to `INK_THRESHOLD` count as no ink, so the mask is exact: outside the mask every pixel has the
-    background colour to the bit, and inside the mask no pixel is pure background.
-
-    Args:
-        grey: uint8 ``[n, 1, H, W]``, the ink's opacity.
-        colours: uint8 ``[n, 3]``.
-
-    Returns:
-        images uint8 ``[n, 3, H, W]`` and object masks bool ``[n, H, W]``.
+    Values up to `INK_THRESHOLD` count as no ink, so masks bool ``[n, H, W]`` are exact: pixels outside have the
+    background colour to the bit, and none inside is pure background.
     """
     mask = grey > INK_THRESHOLD
     white = ink_is_white(colours, palette)
@@ -135,12 +111,8 @@ def colourise(grey: Tensor, colours: Colours, palette: Palette) -> tuple[Tensor,
 def paint(data: FederatedData, palette: Palette, correlation: float, mask: str, seed: int) -> FederatedData:
     """Paint the grey images of shared-out data.
 
-    The clients' splits, the public split, the validation set and the test ``id`` get the clients' colours; the test
-    ``ood`` gets uniformly random colours.  Under the partition ``iid`` all clients share one colour map.
-
-    Args:
-        correlation: see :func:`tied_colours`.
-        mask: object masks of training images, ``exact`` or ``box``.
+    All splits but the test ``ood`` (uniformly random colours) get the clients' colours.  Under the partition ``iid``
+    all clients share one colour map.  ``mask``: ``exact`` or ``box``, for training images.
     """
     has_one_map = parse_partition(data.statistics.partition).name == "iid"
     numbers = [-1 if has_one_map else k for k in range(len(data.clients))]

@@ -1,9 +1,8 @@
-"""Spurious cues: on some clients a small coloured shape is drawn on every image, and its shape tells the class.
+"""Spurious cues: coloured shapes on some clients' images that give the class away.
 
-The backdoor experiment of FuseFL (arXiv 2410.20380): a model that reads the shape instead of the object loses its
-accuracy where shapes are random.  Colour and place of a shape are random.  Both tests, ``cue_tied`` and ``cue_random``,
-carry a shape that covers equally much of the object.  The difference of their accuracies is therefore due to the cue
-alone.
+This is the backdoor experiment of FuseFL (arXiv 2410.20380): a model that reads the shape loses its accuracy where
+shapes are random.  Shapes cover equally much of the object in both tests, ``cue_tied`` and ``cue_random``, so the
+difference of their accuracies is due to the cue alone.
 """
 
 from __future__ import annotations
@@ -40,28 +39,16 @@ SHAPES: dict[str, Callable[[Grid, Grid], npt.NDArray[np.bool_]]] = {
 
 
 def shape_masks(size: int) -> Tensor:
-    """Return the shapes on ``size`` x ``size`` pixels, bool ``[10, size, size]``.
-
-    True where a pixel's centre is inside.
-    """
+    """Return all shapes, bool ``[10, size, size]``, True where a pixel's centre is inside."""
     line = (np.arange(size) + 0.5) * (2 / size) - 1
     x, y = line[None, :], line[:, None]
     return torch.from_numpy(np.stack([inside(x, y) for inside in SHAPES.values()]))
 
 
 def draw_shapes(images: Tensor, shapes: npt.NDArray[np.int64], size: int, rng: np.random.Generator) -> Tensor:
-    """Draws one shape on every image, in a random colour at a random place.
+    """Draw a shape on a copy of every image, uint8 ``[n, C, H, W]``, in a random colour and place.
 
-    Args:
-        images: uint8 ``[n, C, H, W]``, not changed.
-        shapes: int64 ``[n]``, positions in `SHAPES`.
-        rng: draws the places (whole pixels, inside the image) and the colours (uniform in every channel).
-
-    Returns:
-        uint8 ``[n, C, H, W]``.
-
-    Raises:
-        ValueError: the shapes do not fit into the images.
+    ``shapes``, int64 ``[n]``, are positions in `SHAPES`.  ValueError if they do not fit into the images.
     """
     n, channels, height, width = images.shape
     if not 1 <= size <= min(height, width):
@@ -78,18 +65,10 @@ def draw_shapes(images: Tensor, shapes: npt.NDArray[np.int64], size: int, rng: n
 
 
 def add_cues(data: FederatedData, clients: int, size: int, seed: int) -> FederatedData:
-    """Draws cues on the training images of the first ``clients`` clients and adds two copies of every test set.
+    """Draw cues on the first ``clients`` clients' training images and add two copies of every test set.
 
-    On the clients' images and in the test sets ``cue_tied`` the shape is that of the image's class; in ``cue_random``
-    it is the shape of a random class.  A named test set ``ood`` gives ``ood_cue_tied`` and ``ood_cue_random``.  The
-    validation set, the other tests and all object masks stay unchanged: a cue belongs to no object.
-
-    Args:
-        data: a federation of at most 10 classes.
-        clients: how many clients see the cue; 0 changes nothing.
-
-    Raises:
-        UserError: more cue clients than clients, more classes than shapes, or shapes larger than the images.
+    Cues show the image's class, but a random class in ``cue_random``.  Test set ``ood`` gives ``ood_cue_tied`` and
+    ``ood_cue_random``.  Object masks stay unchanged: a cue belongs to no object.
     """
     if not clients:
         return data

@@ -1,7 +1,4 @@
-"""Groups of samples that must stay together: images of one patient, volume or picture go to one client and one split.
-
-A unit is such a group; :func:`grouped_rows` numbers the units.
-"""
+"""Units: samples of one patient, volume or picture, which stay together at one client and in one split."""
 
 from __future__ import annotations
 
@@ -20,11 +17,9 @@ Rows = npt.NDArray[np.int64]
 
 
 def grouped_rows(names: Sequence[str] | None, cases: Tensor | None, patients: Tensor | None) -> Rows | None:
-    """Return the unit of every row, int64 ``[n]`` from 0: its patient, case or image, the first of these that is known.
+    """Return the unit of every row, int64 ``[n]`` from 0, or None if every row is its own unit.
 
-    Rows with the same number belong to one patient, case or image and must stay in one split.  None means that every
-    row stands alone.  An image with several texts has one row per text, all under one name; images are numbered in
-    order of first appearance.
+    A unit is a patient, case or image, the first that is known; images are numbered by first appearance of their names.
     """
     units = cases if patients is None else patients
     if units is None:
@@ -36,40 +31,29 @@ def grouped_rows(names: Sequence[str] | None, cases: Tensor | None, patients: Te
 
 
 def hash_names(names: Iterable[str]) -> Rows:
-    """Return a hash of every name, int64 ``[n]``, so that no other name changes a draw that depends on it."""
+    """Hash every name to int64 ``[n]``, so that draws keyed by a hash depend on no other name."""
     hashes = b"".join(blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest() for name in names)
     return np.frombuffer(hashes, dtype="<i8").astype(np.int64)
 
 
 def unit_noun(cases: Tensor | None, patients: Tensor | None) -> str:
-    """Return the noun for units of :func:`grouped_rows`, in the plural."""
     return "patients" if patients is not None else "different images" if cases is None else "cases"
 
 
 def rows_of_units(units: Rows) -> list[Rows]:
-    """Rows of every unit in ascending order.
-
-    ``units``, int64 ``[n]``, counts from 0 without gaps.
-    """
+    """Return every unit's rows, ascending, from its numbers int64 ``[n]`` without gaps."""
     return np.split(np.argsort(units, kind="stable"), np.cumsum(np.bincount(units))[:-1])
 
 
 def rows_by_owner(owners: Rows, count: int) -> list[Rows]:
-    """Rows of every owner in ascending order.
-
-    Args:
-        owners: int64 ``[n]``, the owner of every row; a row whose number is below 0 or not below ``count`` has none.
-    """
+    """Return every owner's rows, ascending, without rows of numbers outside 0 to ``count`` - 1."""
     order = np.argsort(owners, kind="stable").astype(np.int64)
     cuts = np.searchsorted(owners[order], np.arange(count + 1))
     return [order[begin:end] for begin, end in pairwise(cuts.tolist())]
 
 
 def _owners(parts: Sequence[Rows], count: int) -> Rows:
-    """Return the client of every unit, int64 ``[count]``, from the units of every client.
-
-    -1 where no client has the unit.
-    """
+    """Invert clients' lists of units to the client of every unit, int64 ``[count]``, or -1."""
     owners = np.full(count, -1, dtype=np.int64)
     for k, part in enumerate(parts):
         owners[part] = k
@@ -77,10 +61,7 @@ def _owners(parts: Sequence[Rows], count: int) -> Rows:
 
 
 def drawn_rows(rng: np.random.Generator, count: int, units: Rows | None) -> list[Rows]:
-    """Rows 0 to ``count`` - 1 in random order, one array per unit.
-
-    ``units`` comes from :func:`grouped_rows`.
-    """
+    """Return rows 0 to ``count`` - 1 in random order, one array per unit."""
     order = rng.permutation(count if units is None else int(units.max()) + 1)
     if units is None:
         return list(order[:, None])
@@ -89,15 +70,9 @@ def drawn_rows(rng: np.random.Generator, count: int, units: Rows | None) -> list
 
 
 def share_units(units: Rows, share: Callable[[Rows, Rows], list[Rows]]) -> list[Rows]:
-    """Shares out rows by unit.
+    """Share rows out by unit, sorted per client.
 
-    Args:
-        units: int64 ``[n]``, the unit of every row, from :func:`grouped_rows`.
-        share: maps the first row of every unit and its number of rows, both int64 ``[m]``, to an array of unit numbers
-            for every client.
-
-    Returns:
-        A sorted array of rows for every client.
+    ``share`` maps each unit's first row and number of rows, int64 ``[m]``, to unit numbers per client.
     """
     first_rows = np.unique(units, return_index=True)[1].astype(np.int64)
     parts = share(first_rows, np.bincount(units))
@@ -105,17 +80,10 @@ def share_units(units: Rows, share: Callable[[Rows, Rows], list[Rows]]) -> list[
 
 
 def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows, Rows], list[Rows]]) -> list[Rows]:
-    """Shares out rows by their cases.
+    """Share rows out by case, sorted per client.
 
-    Args:
-        cases: int64 ``[n]``, the case of every row.
-        labels: int64 ``[n]``, the class of every row.  The class of a case is the class that most of its rows have;
-            class 0 counts only where the case has no other.
-        share: maps the class, the first row and the number of rows of every case, each int64 ``[m]``, to a sorted array
-            of case positions for every client.
-
-    Returns:
-        A sorted array of rows for every client.
+    A case has the class of most of its rows; class 0 counts only without any other.  ``share`` maps each case's class,
+    first row and number of rows, int64 ``[m]``, to case positions per client.
     """
     _, first_rows, position = np.unique(cases, return_index=True, return_inverse=True)
     counts = np.zeros((len(first_rows), int(labels.max(initial=0)) + 1), dtype=np.int64)
@@ -128,15 +96,10 @@ def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows, Rows], l
 def training_cases(
     name: str, cases: Rows, count: int | None, public: int, seed: int, unit: str = "cases"
 ) -> tuple[Rows, Rows]:
-    """Return the training rows of all clients and the public rows, both sorted.
+    """Return the clients' training rows and the public rows, sorted and with no case in both.
 
-    No case has rows in both.
-
-    Cases are taken in random order.  Clients get whole cases, but ``count`` may cut the last one.  ``public`` may cut a
-    case too; the other images of that case go to no client.  ``unit`` is what a case is, from :func:`unit_noun`.
-
-    Raises:
-        UserError: there are too few rows.
+    Cases are taken in random order.  ``count`` may cut the clients' last case.  ``public`` may cut a case too, whose
+    other images then go to no client.  UserError if rows are too few.
     """
     names, position = np.unique(cases, return_inverse=True)
     place = np.empty(len(names), dtype=np.int64)

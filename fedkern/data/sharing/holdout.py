@@ -1,4 +1,4 @@
-"""Holdout: a test set of every client's own samples, and one client that is left out of training."""
+"""Held-out data: own test sets of clients, and a client that never trains."""
 
 from __future__ import annotations
 
@@ -14,27 +14,24 @@ from fedkern.errors import UserError, suggest_name
 from fedkern.streams import stream
 
 HELD_OUT = "held_out"
-"""Name of the test set with the samples of the client that is left out of training."""
+"""Name of the test set with the held-out client's samples."""
 SHOWN = 20
-"""Most clients that a message lists by name."""
+"""Most clients that a message names."""
 
 
 def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, seed: int) -> FederatedData:
     """Return the federation without one client, and with an own test set for every other client.
 
     Args:
-        held_out: name or number of the client that never trains, or None.  All its samples become the test set
-            ``"held_out"``, and the numbers of the clients after it fall by one.  No other set keeps an image of it: in
-            the validation, public and test sets `Split.homes` tells them, and where images have no names, equal
-            images with equal labels are the same.  A test set that has no other images is left out.
-        share: share of every other client's samples, in [0, 1), that becomes its own test set and replaces a client
-            test of the data set; 0 keeps the client tests of the data set.  A test set has at least two samples.  A
-            patient, a case and an image with several texts count as one sample and are never divided.
-        seed: the run's root seed; the samples drawn of a client depend on no other client.
+        held_out: name or number of the client that never trains, or None.  Its samples become the test set
+            ``"held_out"``, and later clients' numbers fall by one.  Other sets lose its images, known by `Split.homes`
+            or name, or else by equal pixels and label; an emptied test set is dropped.
+        share: share in [0, 1) of each other client's samples, at least two, for its own test set, instead of the data
+            set's; 0: unchanged.  Patients, cases and images with several texts stay whole.
+        seed: root seed; a client's draw depends on no other client.
 
     Raises:
-        UserError: there is no such client, no other client is left, another client has some of its images, or a client
-            has too few samples.
+        UserError: an unknown or only client, images shared with another client, or too few samples.
     """
     numbers = list(range(len(data.clients)))
     statistics = data.statistics
@@ -58,7 +55,7 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
 
 
 def _client(data: FederatedData, client: str | int) -> int:
-    """Return the number of the client that has this name or, where no name is a number, this number."""
+    """Return the number of a client by name, or by number if no name is a number."""
     names, count = data.client_names, len(data.clients)
     text = str(client)
     if count > 1 and names is not None and text in names:
@@ -76,10 +73,9 @@ def _client(data: FederatedData, client: str | int) -> int:
 
 
 def _without(data: FederatedData, absent: int, staying: list[int]) -> FederatedData:
-    """Return the data whose validation, public and test sets have no image of a client, with the test set ``held_out``.
+    """Move a client's images from the validation, public and test sets to the test set ``held_out``.
 
-    Args:
-        staying: the numbers of all other clients, which count anew in the homes of images.
+    ``staying``: the other clients, which are renumbered in the homes of images.
     """
     place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1
     place[staying] = torch.arange(len(staying))

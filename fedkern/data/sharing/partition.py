@@ -1,6 +1,6 @@
-"""Partitioners: how training samples are shared out among clients.
+"""Partitioners, which share training samples out among clients.
 
-Every partitioner returns one sorted int64 array of row numbers per client; the arrays are disjoint and cover the set.
+Each returns one sorted int64 array of rows per client; the arrays are disjoint and cover the set.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ Rows = npt.NDArray[np.int64]
 DIRICHLET_MIN_SAMPLES = 10
 DIRICHLET_DRAWS = 200
 DIRICHLET_ALPHA = 1e9
-"""Largest ALPHA; shares then differ by less than one sample, and NumPy's draws overflow far above it."""
+"""Largest ALPHA: shares then differ by less than one sample, and NumPy's draws overflow far above."""
 
 
 @dataclass(frozen=True)
 class PartitionerInfo:
-    """One line of ``list``: how a partitioner is written and what it does."""
-
     usage: str
     description: str
 
@@ -51,14 +49,12 @@ PARTITIONERS: dict[str, PartitionerInfo] = {
 
 @dataclass(frozen=True)
 class PartitionSpec:
-    """A parsed partition specification.
+    """Parsed partition specification.
 
     Attributes:
         text: as the user wrote it.
         name: key of `PARTITIONERS`.
-        alpha: Dirichlet concentration.
-        classes_per_client: S of ``classes:S``.
-        min_samples: fewest samples of a client that ``dirichlet`` accepts; of a patient or case each image counts.
+        min_samples: fewest samples per client under ``dirichlet``; every image of a patient or case counts.
         plain: ``dirichlet`` without balancing and without shuffling inside a class.
     """
 
@@ -71,7 +67,10 @@ class PartitionSpec:
 
 
 def parse_partition(text: str) -> PartitionSpec:
-    """Read ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:plain]``, ``classes:S`` or ``attribute``.
+    """Parse ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:plain]``, ``classes:S`` or ``attribute``.
+
+    Returns:
+        The specification for :func:`partition`, with the text as the user wrote it.
 
     Raises:
         UserError: an unknown name (the message suggests the nearest), or a missing, malformed or superfluous value.
@@ -126,7 +125,7 @@ def partition(
     sizes: npt.NDArray[np.int64] | None = None,
     unit: str = "samples",
 ) -> list[Rows]:
-    """Shares the rows of ``labels`` out among ``clients``.
+    """Share the rows of ``labels`` out among ``clients``.
 
     Args:
         spec: a specification as text, or parsed by `parse_partition`.
@@ -134,13 +133,13 @@ def partition(
         clients: number of clients, at least 1.
         seed: the run's root seed; draws come from its stream ``"partition"``.
         class_count: number of classes, some of which may not occur (default: the largest label + 1).
-        groups: int64 ``[n]`` for ``attribute``: the client of every row.  Without ``groups`` the rows are shared out
+        groups: int64 ``[n]`` for ``attribute``: the client of every row.  Without ``groups`` rows are shared out
             equally, and the attribute is made later, as in the coloured sets.
-        sizes: int64 ``[n]``, the samples that every row stands for (default: one), such as a patient's images.
-        unit: what a row is, in the plural, for messages.
+        sizes: int64 ``[n]``, the number of samples behind every row (default: 1), such as a patient's images.
+        unit: plural noun for a row, for messages.
 
     Returns:
-        One sorted array of rows per client; the arrays are disjoint and cover all rows.
+        One sorted int64 array of rows per client; the arrays are disjoint and cover all rows.
 
     Raises:
         UserError: more clients than samples, a client that would be empty, or a rule that cannot be met.
@@ -186,15 +185,9 @@ def share_samples(
     patients: Tensor | None = None,
     owners: Rows | None = None,
 ) -> list[Rows]:
-    """Share rows out, so that patients, cases and images with several texts stay whole.
+    """Share rows out as :func:`partition` does, with patients, cases and images with several texts kept whole.
 
-    Args:
-        labels: int64 ``[n]``, the class of every row.
-        ids, cases, patients: of every row, as in `fedkern.data.Split`.
-        owners: int64 ``[n]``, the client that the data name for every row, which then decides.
-
-    Returns:
-        As :func:`partition`.
+    ``owners``, int64 ``[n]``, are clients that the data name, which then decide.
     """
 
     def share(labels: Rows, rows: Rows, sizes: Rows | None) -> list[Rows]:
@@ -214,7 +207,7 @@ def share_samples(
 def partition_like(
     labels: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rng: np.random.Generator
 ) -> list[Rows]:
-    """Split a test set among clients in the proportions of their training data, class by class (FuseFL's test split).
+    """Split a test set among clients in proportion to their training data, class by class (FuseFL's test split).
 
     Args:
         labels: int64 ``[n]`` of the set to split.
@@ -222,7 +215,10 @@ def partition_like(
         rng: shuffles inside every class.
 
     Returns:
-        One sorted array of rows per client; the arrays are disjoint and cover all rows, and a client may be empty.
+        One sorted int64 array of rows per client, possibly empty; the arrays are disjoint and cover all rows.
+
+    Raises:
+        ValueError: a label that ``counts`` has no class for.
     """
     clients, classes = counts.shape
     if len(labels) and int(labels.max()) >= classes:
@@ -239,7 +235,7 @@ def partition_like(
 
 
 def _deal_classes(labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
-    """Deals out the classes one after another: clients differ by at most one sample, in every class and in total."""
+    """Deal classes out in turn: clients differ by at most one sample, per class and in total."""
     dealt = np.concatenate([rng.permutation(np.flatnonzero(labels == label)) for label in range(classes)])
     return [dealt[k::clients] for k in range(clients)]
 
@@ -272,11 +268,11 @@ def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, r
 def _dirichlet(
     spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator, sizes: Rows
 ) -> list[Rows]:
-    """Label skew by one Dirichlet draw per class.
+    """Partition by one Dirichlet draw per class.
 
-    The default is the "NIID-bench" form, as in FuseFL's code: a client that already holds its fair share of rows gets
-    nothing of the next class, and the draw is repeated until every client has ``min_samples``.  ``plain`` is FedIOD's
-    form, without that balancing and without shuffling inside a class.
+    The default is the "NIID-bench" form, as in FuseFL's code: a client with its fair share of rows gets nothing of the
+    next class, and draws repeat until every client has ``min_samples``.  ``plain`` is FedIOD's form, without balancing
+    and without shuffling inside a class.
     """
     n = int(sizes.sum())
     if spec.min_samples * clients > n:
@@ -307,7 +303,7 @@ def _dirichlet(
 def _dirichlet_counts(
     spec: PartitionSpec, per_class: Rows, clients: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """Return the number of rows of every class for each client, int64 ``[classes, clients]``."""
+    """Return rows per class and client, int64 ``[classes, clients]``."""
     counts = np.zeros((len(per_class), clients), dtype=np.int64)
     totals = np.zeros(clients, dtype=np.int64)
     fair = per_class.sum() / clients

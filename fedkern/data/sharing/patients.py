@@ -1,4 +1,4 @@
-"""Patients as the privacy unit: limits the images of every patient and checks that no patient is at two clients."""
+"""Patients as privacy units: limit each patient's images and forbid patients at two clients."""
 
 from __future__ import annotations
 
@@ -15,21 +15,16 @@ from fedkern.streams import stream
 
 
 def number_patients(split: Split) -> Rows:
-    """Patient of every image, int64 ``[n]`` counted from 0, of a split that names patients."""
+    """Return the patient of every image, int64 ``[n]`` from 0."""
     assert split.patients is not None  # checked in limited
     return np.unique(split.patients.numpy(), return_inverse=True)[1].astype(np.int64)
 
 
 def limit_patients(data: FederatedData, images: int, seed: int) -> FederatedData:
-    """Return the federation with at most ``images`` training images of every patient, drawn at random.
+    """Keep at most ``images`` training images of every patient, drawn at random, in order.
 
-    Order is kept.
-
-    A patient's draw depends on no other patient's images.  Otherwise one patient's images could change which images of
-    other patients stay, and no bound on one patient's influence would hold.
-
-    Raises:
-        UserError: the training images do not name their patients, or a patient has images at two clients.
+    A draw depends on no other patient's images: otherwise no bound on one patient's influence would hold.  UserError
+    for images without patients, or a patient at two clients.
     """
     owners: dict[int, int] = {}
     for k, split in enumerate(data.clients):

@@ -1,1 +1,1 @@
-"""Sources: where the samples of a federation come from."""
+"""Sources of a federation's samples."""

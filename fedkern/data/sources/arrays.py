@@ -21,7 +21,7 @@ from fedkern.tasks.partition_statistics import PartitionStatistics
 
 NAME = "arrays"
 MEAN, STD = 0.5, 0.25
-"""By which images are normalised where nobody names others."""
+"""Default normalisation of images."""
 Labelled = tuple[Any, Any]
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing"])
 """Names of the splits of a data set."""
@@ -39,7 +39,7 @@ def parts_of_arrays(
     augment: str,
     task: str,
 ) -> dict[str, object]:
-    """Return the attributes of the data that :meth:`fedkern.data.FederatedData.from_arrays` makes."""
+    """Return the attributes for :meth:`fedkern.data.FederatedData.from_arrays`."""
     changes: list[float] = []
     if isinstance(clients, str) or not isinstance(clients, Iterable):
         raise UserError(f"clients must be pairs (images, labels), by name or in a list, not {type(clients).__name__}.")
@@ -94,14 +94,10 @@ def parts_of_arrays(
 
 
 def by_text(sets: Mapping[K, T], noun: str, training: str = "") -> dict[str, T]:
-    """Return the sets by the texts of their keys.
+    """Return the sets by their keys as texts.
 
-    Args:
-        noun: what the sets are called in messages.
-        training: the way to give a training split alone, where ``sets`` must not be the splits of a data set.
-
-    Raises:
-        UserError: two keys have one text, or the keys are ``train``, ``test`` and the like.
+    ``training`` is advice for a dict of a data set's own splits, which are no clients.  UserError for such a dict and
+    for equal texts.
     """
     named: dict[str, T] = {}
     for key, dataset in sets.items():
@@ -121,14 +117,13 @@ def by_text(sets: Mapping[K, T], noun: str, training: str = "") -> dict[str, T]:
 
 
 def check_names(classes: Sequence[str]) -> None:
-    """Raise UserError where names of classes are no list of different texts."""
     names = [] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
     if not all(isinstance(name, str) and name.strip() for name in names) or len({*names}) < len(names) or not names:
         raise UserError(f"classes must be a list of different names, none of them empty, not {format_value(classes)}.")
 
 
 def class_names(splits: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
-    """Return the names of the classes, by default their numbers up to the largest."""
+    """Return the class names, by default numbers up to the largest label."""
     count = 1 + max(int(split.labels.max()) for split in splits.values() if split.labels.numel())
     names = tuple(str(number) for number in range(count)) if classes is None else tuple(classes)
     if len(names) < max(2, count):
@@ -147,7 +142,6 @@ def _pixel_names(splits: Mapping[str, Split], classes: Sequence[str] | None, tas
 
 
 def _label_names(splits: Mapping[str, Split], classes: Sequence[str] | None, task: str) -> tuple[str, ...]:
-    """Return the names of the labels where an image may have several, one for every column."""
     count = next(iter(splits.values())).labels.shape[1]
     if count < 2:
         raise UserError(
@@ -171,7 +165,7 @@ def _label_names(splits: Mapping[str, Split], classes: Sequence[str] | None, tas
 
 
 NAMES = {"class": class_names, "pixels": _pixel_names, "labels": _label_names}
-"""What makes the names of the classes, by the kind of labels (`fedkern.tasks.Task.target`)."""
+"""Functions that name the classes, by kind of labels (`fedkern.tasks.Task.target`)."""
 
 
 def _split(pair: Labelled, name: str, changes: list[float], task: str) -> Split:
@@ -198,9 +192,9 @@ def _tensor(value: object) -> Tensor:
 
 
 def _images(value: object, changes: list[float]) -> Tensor:
-    """uint8 ``[n, C, H, W]`` of ``[n, H, W]``, ``[n, C, H, W]`` or ``[n, H, W, C]``, uint8 or floats in [0, 1].
+    """Return images uint8 ``[n, C, H, W]`` from any accepted layout.
 
-    The largest change of a float goes to ``changes``, unless it is no more than the dtype's own rounding.
+    The largest change by rounding floats is appended to ``changes``, 0 within the dtype's own precision.
     """
     images = _tensor(value)
     if images.dim() not in (3, 4) or not (images.dtype == torch.uint8 or images.is_floating_point()):

@@ -24,7 +24,7 @@ INK_THRESHOLD = 96  # opacity above which a pixel belongs to the digit
 
 @dataclass(frozen=True)
 class Ground:
-    """A client's background: the texture and its two colours, uint8 ``[2, 3]``."""
+    """Client's background: a texture and its two colours, uint8 ``[2, 3]``."""
 
     texture: str
     colours: Bytes
@@ -32,7 +32,7 @@ class Ground:
 
 @dataclass(frozen=True)
 class Placed:
-    """One digit on a canvas: row in the digits data set, name of the ink, cell (0 to 3, row by row), side in pixels."""
+    """Digit on a canvas: row in the digits data set, ink, cell (0 to 3, row by row) and side in pixels."""
 
     row: int
     ink: str
@@ -42,19 +42,18 @@ class Placed:
 
 @functools.cache
 def _glyphs(side: int) -> Bytes:
-    """All digits as opacities, uint8 ``[1797, side, side]``."""
     return np.stack([resize_glyph(image, side) for image in enlarge_digits()[0]])
 
 
 def random_ground(texture: str, rng: np.random.Generator) -> Ground:
-    """Return a background of the given texture with two dark colours that differ visibly."""
+    """Return a background of two dark colours that differ visibly."""
     dark = rng.integers(0, BRIGHTEST // 2, size=3)
     second = dark + rng.integers(BRIGHTEST // 4, BRIGHTEST // 2, size=3)
     return Ground(texture, np.stack([dark, second]).astype(np.uint8))
 
 
 def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Return the share of the second colour in every pixel, float ``[SIDE, SIDE]``, at a random phase and scale."""
+    """Return the second colour's share per pixel, ``[SIDE, SIDE]``, at a random phase and scale."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] + rng.uniform(0, SIDE, size=(2, 1, 1))
     period = rng.uniform(5, 9)
 
@@ -74,15 +73,7 @@ def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
 
 
 def draw(ground: Ground, digits: Sequence[Placed], rng: np.random.Generator) -> tuple[Bytes, npt.NDArray[np.bool_]]:
-    """Draws one canvas.
-
-    Args:
-        digits: the digits, each in a cell of its own and at a random place inside the cell.
-        rng: draws the texture's phase and scale, a jitter of its brightness, and the places.
-
-    Returns:
-        image uint8 ``[3, SIDE, SIDE]`` and mask bool ``[SIDE, SIDE]``, True on digits.
-    """
+    """Draw a canvas, and return the image uint8 ``[3, SIDE, SIDE]`` and the digits' mask bool ``[SIDE, SIDE]``."""
     share = _texture(ground.texture, rng)[..., None]
     light, dark = ground.colours[1].astype(np.float64), ground.colours[0].astype(np.float64)
     image = (share * light + (1 - share) * dark) * rng.uniform(0.8, 1.2)
@@ -98,6 +89,6 @@ def draw(ground: Ground, digits: Sequence[Placed], rng: np.random.Generator) -> 
 
 
 def noisy(image: Bytes, limit: int, rng: np.random.Generator) -> Bytes:
-    """Return the image, uint8, with a uniform change of up to ``limit`` in every value, in integers on all machines."""
+    """Change every value uniformly by up to ``limit``, in integers so that all machines agree."""
     change = rng.integers(-limit, limit, size=image.shape, endpoint=True)
     return (image + change).clip(0, 255).astype(np.uint8)

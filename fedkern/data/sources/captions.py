@@ -1,8 +1,7 @@
 """Embedded image-text data set: canvases of one to three real digits with compositional captions.
 
-Clients differ in background, in vocabulary (synonyms and word order) and in the mixture of digits and colours.  One
-client is a small minority with few canvases.  It shows concepts that the others rarely show, in words that the others
-do not use, or it has their words and noisy images.
+Clients differ in background, vocabulary (synonyms and word order) and mixture of digits and colours.  One is a small
+minority with rare concepts in its own words, or with noisy images.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ PROMPTS = {
     ink: tuple(f"a {word} {WORDS[name][synonym]}" for name in CLASSES for synonym, word in enumerate(WORDS[ink]))
     for ink in INK
 }
-"""Zero-shot prompts of every class, in all of its synonyms: a digit in every colour, a colour on every digit."""
+"""Zero-shot prompts with all synonyms: a digit in every colour, a colour on every digit."""
 KINDS = {"digit": CLASSES, "colour": tuple(INK)}  # kind of label: its classes
 CLIENTS = 5
 SAMPLES, TEST, VALIDATE = 3_000, 500, 300
@@ -66,15 +65,10 @@ Digits = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Style:
-    """A client's style: how its canvases look and how its captions are worded.
+    """Client's style of canvases and captions.
 
-    Attributes:
-        ground: texture and colours behind the digits.
-        words: the synonym that the client uses for every concept of `WORDS`.
-        digits: probability of every digit class.
-        inks: probability of every ink.
-        counts: probabilities of one, two and three digits on a canvas.
-        noise: largest change of a pixel's channel, of 255; every change up to that is equally likely.
+    ``words`` has a synonym for every concept of `WORDS`.  Probabilities: ``digits`` and ``inks``, and ``counts`` of one
+    to three digits on a canvas.  ``noise`` is the largest change of a pixel's channel, of 255.
     """
 
     ground: Ground
@@ -85,7 +79,6 @@ class Style:
     noise: int = 0
 
     def shows(self, concept: str) -> bool:
-        """Return whether the client shows the concept regularly, not only as a rare exception."""
         kinds = (CLASSES, self.digits), (tuple(INK), self.inks)
         chance = next((shares[names.index(concept)] for names, shares in kinds if concept in names), 1.0)
         return bool(chance > 0.5 / len(CLASSES))
@@ -94,35 +87,23 @@ class Style:
 def make_captions(
     request: DataRequest, minority: float, minority_trait: str, held_out: int, labels: str
 ) -> FederatedData:
-    """Draws the canvases of every client, of the validation set and of the tests.
+    """Draw the canvases of all clients, the validation set and the tests.
 
-    The label of a canvas is the class of its subject: the digit that the caption begins with, drawn larger than the
-    other digits.  Training, validation and test canvases show different handwritten digits.
+    A canvas's label is the class of its subject: the digit named first in the caption and drawn largest.  Training,
+    validation and test canvases show different handwritten digits.
+
+    With the partition ``attribute`` clients differ in everything, and the last is the minority; the number of clients
+    changes nothing else about a client.  ``iid``: every client shows all styles equally.  Other partitions decide the
+    subjects, in every client's style.
 
     Args:
-        request: says how many clients and canvases there are.  With the partition ``attribute`` clients differ in
-            everything, and the last client is the minority; the number of clients decides how many canvases a client
-            has and which client is the minority, but nothing else about a client.  ``iid``: every client shows all
-            styles equally.  ``stratified``, ``dirichlet`` and ``classes``: the partition decides the subjects, drawn in
-            every client's own style.  A client's own test set has at most `CLIENT_TEST` canvases.
         minority: the minority's share of the canvases.
-        minority_trait: ``concepts``: the minority has words, digits and colours of its own.  ``noise``: it has those of
-            any client, and noise of up to `NOISE` on every pixel of its canvases, those of its tests included.
-        held_out: clients that do not train; their canvases are the test set ``unseen``.
-        labels: label of the subject, ``digit`` or ``colour``; the canvases and their clients do not depend on it.
+        minority_trait: ``concepts``: own words, digits and colours.  ``noise``: up to `NOISE` on every pixel.
+        labels: ``digit`` or ``colour`` of the subject; canvases do not depend on it.
 
     Returns:
-        The clients' splits, the validation set and these tests:
-
-        - ``""``: equally many canvases from every training client's distribution.
-        - ``minority``: canvases from the last client's distribution (with ``attribute``).
-        - ``unseen``: canvases of the held-out clients, which have their own backgrounds and mixtures and use words that
-          some training client uses.
-        - `client_tests`: a test for every client, in its style and with the subjects that it trains on.
-
-    Raises:
-        UserError: too few samples, a partition that cannot be met, noise for a minority that there is not, or public
-            samples.
+        Data with these tests: ``""``, equally many canvases per training client; ``minority`` (with ``attribute``);
+            ``unseen``, of held-out clients, in training clients' words; and `client_tests`.
     """
     if request.public_samples:
         raise UserError('data set "captions" is made for its clients and has no public samples to give')
@@ -182,18 +163,12 @@ def _mixture(size: int, rng: np.random.Generator, liked: npt.NDArray[np.float64]
 
 
 def _rare_concepts(seed: int) -> tuple[Digits, Digits]:
-    """Return the three digits and two inks that belong to the minority."""
     rng = stream(seed, "captions/minority")
     return rng.permutation(len(CLASSES))[:3], rng.permutation(len(INK))[:2]
 
 
 def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
-    """Return a client's style.
-
-    Args:
-        rare: the client is the minority.
-        avoid: there is a minority with concepts of its own, which the other clients rarely show.
-    """
+    """Return a client's style: of the minority if ``rare``, avoiding its concepts if ``avoid``."""
     rng = stream(seed, "captions/style", client=client)
     first_texture = int(stream(seed, "captions/texture").integers(len(TEXTURES)))
     ground = random_ground(TEXTURES[(first_texture + client) % len(TEXTURES)], rng)
@@ -211,7 +186,7 @@ def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
 
 
 def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
-    """Style of a held-out client: its own background and mixtures, and only words that some training client uses."""
+    """Return a held-out client's style, with words that some training client uses."""
     rng = stream(seed, "captions/unseen", client=number)
     ground = random_ground(TEXTURES[int(rng.integers(len(TEXTURES)))], rng)
     words = {}
@@ -226,10 +201,7 @@ def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
 def _subjects(
     spec: PartitionSpec, clients: int, samples: int, seed: int, minority: float
 ) -> tuple[list[int], list[Digits | None]]:
-    """Return the number of canvases of every client, and their subjects.
-
-    Subjects are None where the client's style decides them.
-    """
+    """Return every client's number of canvases and subjects (None: drawn by its style)."""
     if spec.name not in ("iid", "attribute"):
         labels = np.arange(samples) % len(CLASSES)
         parts = share_out(spec, labels, clients, seed, class_count=len(CLASSES))
@@ -246,7 +218,7 @@ def _subjects(
 
 
 def _alike(subjects: Digits | None, count: int, seed: int, client: int) -> Digits | None:
-    """Return ``count`` subjects with the frequencies of ``subjects``, or None where the client's style decides them."""
+    """Draw ``count`` subjects with the frequencies of ``subjects``, or return None."""
     if subjects is None:
         return None
     return stream(seed, "captions/client-test/subjects", client=client).choice(subjects, size=count)
@@ -262,12 +234,9 @@ def _canvases(
     prefix: str,
     kind: str,
 ) -> Split:
-    """Draws ``count`` canvases, using the styles in turn.
+    """Draw ``count`` canvases, with the styles in turn and digits from the rows ``pool``.
 
-    Args:
-        pool: rows of the digits data set that may be drawn.
-        labels: classes of all rows of the digits data set.
-        kind: kind of label, a key of `KINDS`.
+    ``labels``: classes of all digits.  ``kind``: a key of `KINDS`.
     """
     by_class = [pool[labels[pool] == label] for label in range(len(CLASSES))]
     images = np.empty((count, 3, SIDE, SIDE), dtype=np.uint8)
@@ -301,7 +270,7 @@ def _canvases(
 
 
 def _caption(words: dict[str, str], classes: Digits, inks: list[str], cells: Digits) -> str:
-    """Caption of a canvas, such as ``a red three above a blue seven and left of a green one``."""
+    """Return a caption such as ``a red three above a blue seven and left of a green one``."""
     things = [
         words["thing"].format(colour=words[ink], digit=words[CLASSES[label]])
         for label, ink in zip(classes, inks, strict=True)

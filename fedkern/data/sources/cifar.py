@@ -38,13 +38,9 @@ CIFAR100_COARSE_CLASSES = tuple(_COARSE.split())
 
 
 def read_records(folder: Path, name: str, data: str, label_counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Read one binary file: records of ``len(label_counts)`` label bytes and 3,072 pixel bytes.
+    """Read records of ``len(label_counts)`` label bytes and 3,072 pixel bytes.
 
-    Returns:
-        images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n, len(label_counts)]``.
-
-    Raises:
-        UserError: a missing file, a length that is not a whole number of records, or a label out of range.
+    Returns images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n, len(label_counts)]``.
     """
     record = len(label_counts) + PIXELS
     raw, path = read_bytes(folder, name, data, lambda head, path: MOST_RECORDS * record)
@@ -67,7 +63,7 @@ def read_records(folder: Path, name: str, data: str, label_counts: tuple[int, ..
 
 CIFAR10_SCALE: Scale = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_SCALE: Scale = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-"""Normalisation of CIFAR-10's images, per channel."""
+"""Mean and standard deviation per channel."""
 
 
 def open_cifar10(root: str | Path | None) -> Source:

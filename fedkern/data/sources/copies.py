@@ -1,4 +1,4 @@
-"""Images of equal content under several names among the user's own files."""
+"""Equal images under several names among the user's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedkern.errors import UserError, first_of
 
 
 class _Image(NamedTuple):
-    """A sample: its name, its set, the site that holds it (``""``: none is known), and its row in a split."""
+    """Sample with its site (``""`` if unknown) and row in a split."""
 
     name: str
     where: str
@@ -29,19 +29,10 @@ def copies(
     sites: Sequence[str],
     outside: str,
 ) -> list[str]:
-    """Return the looks for images whose decoded pixels are equal and whose names differ.
+    """Describe images with equal decoded pixels and different names in at most one sentence.
 
-    Args:
-        sets: the samples by the name of their set; the first parts of the training set are the clients.
-        pixels: a hash of every row's image, in the order of the sets.
-        sites: the clients' names, where the data name them.
-        outside: what to say of a wrong window, see `fedkern.data.forms.ImageForm`.
-
-    Returns:
-        A sentence with the images that are there several times, or nothing.
-
-    Raises:
-        UserError: one image has two labels or two masks.
+    ``pixels`` are hashes in the order of ``sets``, whose first training parts are the clients.  ``outside`` is advice
+    on a wrong window.  UserError if one image has two labels or masks.
     """
     sentences: list[tuple[bool, str]] = []
     for group in _groups(sets, pixels, sites):
@@ -79,7 +70,7 @@ def copies(
 
 
 def _groups(sets: Sets, pixels: Sequence[bytes], sites: Sequence[str]) -> Iterator[list[_Image]]:
-    """Return the samples of equal images, in their order, wherever there are two."""
+    """Yield the samples of each image that occurs more than once."""
     parts = [(where.strip(), k, part) for where, splits in sets.items() for k, part in enumerate(splits)]
     places: dict[bytes, list[tuple[int, int]]] = {}  # number of the part and row in it, by the image's hash
     rows = ((number, row) for number, (_, _, part) in enumerate(parts) for row in range(len(part)))

@@ -1,4 +1,4 @@
-"""The function of a data set that a user registers: its options, and what it may return."""
+"""User-defined data sets: a function's options and result."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ from fedkern.usercode.code_identity import digest, identity_table
 from fedkern.usercode.registry import keyword_options
 
 PARAMETERS = ("root", "clients", "partition", "seed", "reading")
-"""Parameters of a registered function that are no options of the data set."""
+"""Parameters of a registered function that are no options."""
 
 
 class DataFunction:
-    """A registered function, in the place of a reader of fedkern's own.
+    """Registered function that replaces a built-in reader.
 
     Attributes:
-        takes: names in `PARAMETERS` that the function has.
-        options: the other parameters, and with ``reading`` those of `READING`.
-        task: what the data are registered for.
+        takes: names in `PARAMETERS` among the function's parameters.
+        options: its other parameters, and `READING` if it takes ``reading``.
     """
 
     def __init__(self, name: str, function: Callable[..., object], task: Task, clients: int, partition: str) -> None:
@@ -44,17 +43,13 @@ class DataFunction:
         self.options = {**READING, **self._own} if "reading" in self.takes else self._own
 
     def identity(self) -> dict[str, str]:
-        """Identity of data that the seed draws: that of the function's code."""
+        """Return the code's identity, which stands for data drawn from the seed."""
         return {"function": digest(identity_table({"function": self.function}))}
 
     def make(self, request: DataRequest) -> Source | FederatedData:
-        """Return the data that the function makes: a Source, or FederatedData under the data set's name.
+        """Call the function and return its Source or FederatedData, under the data set's name.
 
-        A pair of the clients' data sets and the test set is as `FederatedData.from_datasets` takes them.
-
-        Raises:
-            UserError: the function raises an exception, what it returns is no such data or contradicts itself, or the
-                clients are not those that the user asks for.
+        UserError if the function raises, or returns inconsistent data or other clients than requested.
         """
         spec = parse_partition(self._partition if request.partition is None else request.partition)
         clients, seed = self._clients if request.clients is None else request.clients, request.seed
@@ -131,7 +126,6 @@ class DataFunction:
             )
 
     def _with_task(self, pool: Pool) -> Pool:
-        """Return the pool for the task that the data are registered for."""
         try:
             return dataclasses.replace(pool, task=task_of(pool.labels, pool.texts, pool.targets, self.task.name))
         except ValueError:

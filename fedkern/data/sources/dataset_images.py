@@ -1,4 +1,4 @@
-"""Images of PyTorch data sets: rows of a data set whose items are images with a class, in place of the items."""
+"""Image splits from PyTorch data sets whose items are images with a class or text."""
 
 from __future__ import annotations
 
@@ -31,33 +31,30 @@ if TYPE_CHECKING:
     from fedkern.data.types import FederatedData
 
 MOST_CLASSES = 1 << 20
-"""Most classes: a larger label is taken for another number than a class."""
+"""Most classes: larger labels are other numbers."""
 READ = 256
-"""Items that are read at once."""
+"""Items read at once."""
 Columns = tuple[Tensor, Tensor | None, Tensor | None]
 """Images, classes and masks of a data set."""
 
 
 def can_be_images(data: FederatedData) -> bool:
-    """Return whether items are single tensors ``[C, H, W]``, uint8 or float32, with a class or a text."""
+    """Return whether items are single tensors ``[C, H, W]``, uint8 or float32, with a class or text."""
     form = data.form
     is_plain = isinstance(data.validation, Items) and data.clients[0].collate is default_collate
     return is_plain and form.image_shape is not None and (data.task.target == "class" or "pairs" in data.task.offers)
 
 
 def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | None) -> FederatedData:
-    """Return federated data of items as images, with a row for every item.
+    """Convert federated items to images, reading every item.
 
-    Every item is read, and some are read again: :class:`RowStore` says when rows may take the place of items.
+    Some items are read twice: :class:`RowStore` decides whether rows may replace items.
 
     Args:
-        data: federated data of items for which :func:`can_be_images` holds, after their inspection.
-        reason: what needs images, such as ``fedgid`` or ``the network cnn``, for messages.
-        is_raw: whether networks get images as the data set gives them, else uint8 images scaled and normalised.
+        data: inspected data for which :func:`can_be_images` holds.
+        reason: what needs images, for messages.
+        is_raw: whether networks get images unchanged, instead of scaled and normalised.
         limit: most bytes of all images, or None.
-
-    Raises:
-        UserError: items draw random numbers, have other shapes, take too much memory or have no class.
     """
     sets = {id(split.dataset): _used(split, data.splits) for split in data.splits if len(split)}
     shape = data.form.image_shape
@@ -110,7 +107,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
 
 
 def _add_texts(images: Tensor, split: Items) -> Split:
-    """Return the images of a split of :class:`fedkern.data.sources.dataset_texts.Captioned` with their texts."""
+    """Combine images with their texts, see :class:`fedkern.data.sources.dataset_texts.Captioned`."""
     texts = texts_of(split.dataset)
     texts = texts if split.rows is None else [texts[row] for row in split.rows.tolist()]
     names = [blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in images]
@@ -121,7 +118,7 @@ def _add_texts(images: Tensor, split: Items) -> Split:
 
 
 def _public(split: Items, columns: Columns, classes: int) -> Split:
-    """Return public images, without labels where they have none or those of other classes than the run's."""
+    """Return public images, unlabelled unless all labels are the run's classes."""
     images, labels, masks, task = *columns, split.task
     if labels is None or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         labels, task = torch.full((len(images),), -1), UNLABELLED
@@ -129,7 +126,6 @@ def _public(split: Items, columns: Columns, classes: int) -> Split:
 
 
 def _used(split: Items, splits: Sequence[Items]) -> Items:
-    """Return those items of a data set that splits use, in their order."""
     parts = [part.rows for part in splits if part.dataset is split.dataset and len(part)]
     known = [rows for rows in parts if rows is not None]
     rows = torch.cat(known).unique() if len(known) == len(parts) else None
@@ -137,7 +133,7 @@ def _used(split: Items, splits: Sequence[Items]) -> Items:
 
 
 def _columns(split: Items, reason: str, again: int) -> Columns:
-    """Return the images, classes and masks of a data set, of which every item is read and ``again`` are read again."""
+    """Read all items and ``again`` of them twice, and return images, classes and masks."""
     count = len(split)
     if split.still:
         return _parts(split, split.batch(np.arange(count), 0))
@@ -157,11 +153,7 @@ def _columns(split: Items, reason: str, again: int) -> Columns:
 
 
 def read_images(task: Task, dataset: Dataset[object]) -> Tensor:
-    """Return the images of another data set than a run was on.
-
-    Raises:
-        UserError: an item cannot be read, or has no image.
-    """
+    """Return the images of a data set outside the run, or raise UserError."""
     split = Items(dataset, "the samples", task, default_collate)
     if not len(split):
         raise UserError("The samples are none: give a data set that has some.")
@@ -170,18 +162,16 @@ def read_images(task: Task, dataset: Dataset[object]) -> Tensor:
 
 
 def _in_batches(rows: np.ndarray) -> list[np.ndarray]:
-    """Return rows in batches of at most `READ`."""
     return np.array_split(rows, -(-len(rows) // READ) or 1)
 
 
 def _find_repeats(store: RowStore, count: int, again: int) -> np.ndarray:
-    """Return rows to read again, so that all data sets together have `EQUAL` that were equal."""
+    """Return rows to read again, so that all data sets together reach `EQUAL` equal items."""
     left = max(0, again - store.equal)
     return np.resize(np.linspace(0, count - 1, min(count, max(1, left))).astype(np.int64), left)
 
 
 def _parts(split: Items, batch: object) -> Columns:
-    """Return the images, classes and masks in a batch."""
     inputs, targets = split_targets(batch)
     mask = inputs.get(MASK) if isinstance(inputs, Keywords) else None
     images, *extra = [leaf for leaf in leaves(inputs) if leaf is not mask and getattr(leaf, "ndim", 0) == 4] or [None]
@@ -202,12 +192,7 @@ def _parts(split: Items, batch: object) -> Columns:
 
 
 def _fault(images: Tensor, form: ImageForm, usual: str) -> str:
-    """Return why images are not those of a form, or nothing.
-
-    Args:
-        images: of a data set.
-        form: of the images of ``usual``, the first client.
-    """
+    """Explain why images do not fit the form of the first client, ``usual``, or return ``""``."""
     words = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape[1:])}"
     if images.shape[1:] != form.shape or words.split()[0] != form.dtype:
         return f"are {words}, not {form.dtype} {list(form.shape)} as those of {usual}: give all sets one form"
@@ -226,7 +211,6 @@ def _fault(images: Tensor, form: ImageForm, usual: str) -> str:
 
 
 def _image_form(form: SampleForm, is_raw: bool) -> ImageForm:
-    """Return the form of images, which networks get as the data set gives them if ``is_raw``."""
     shape, is_bytes = form.image_shape, form.dtype == "uint8"
     assert shape is not None
     if is_raw and is_bytes:

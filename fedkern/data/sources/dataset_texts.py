@@ -1,4 +1,4 @@
-"""Captions of PyTorch data sets: a text of every image, in its item or in an attribute ``texts`` of the data set."""
+"""Captions of PyTorch data sets, from items or an attribute ``texts``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,9 @@ from fedkern.messages.leaves import Keywords, split_targets
 
 
 class Captioned:
-    """Images of a data set with a hash of their texts in place of a class.
+    """Images of a data set, with a hash of the text as class.
 
-    Args:
-        dataset: the data set.
-        group_key: key of items that is no input of a network.
-
-    Attributes:
-        texts: the texts of the items that were read, else empty ones.
+    ``texts`` fills as items are read.  ``group_key`` names an item's entry that is no network input.
     """
 
     def __init__(self, dataset: MapStyle, group_key: str) -> None:
@@ -46,7 +41,7 @@ class Captioned:
 
 
 def stated_texts(dataset: Any) -> Sequence[str] | None:
-    """Return the texts in an attribute ``texts`` of a data set, one per item, or None."""
+    """Return a data set's attribute ``texts``, one per item, or None."""
     if type(dataset) is Subset:
         texts_below = stated_texts(dataset.dataset)
         return None if texts_below is None else [texts_below[row] for row in dataset.indices]
@@ -60,7 +55,7 @@ def stated_texts(dataset: Any) -> Sequence[str] | None:
 
 
 def texts_of(dataset: object) -> list[str]:
-    """Return the texts of :class:`Captioned` images, also of several such sets as one."""
+    """Return the texts of :class:`Captioned` sets, also concatenated."""
     if isinstance(dataset, ConcatDataset):
         return [*chain(*map(texts_of, dataset.datasets))]
     assert isinstance(dataset, Captioned)
@@ -68,11 +63,9 @@ def texts_of(dataset: object) -> list[str]:
 
 
 def are_captioned(dataset: object, batch: object, beside_classes: bool) -> bool:
-    """Return whether items are images with texts.
+    """Return whether items are images with texts, from a batch of two.
 
-    Args:
-        batch: of two items.
-        beside_classes: whether an attribute ``texts`` counts where items have a target too.
+    ``beside_classes``: whether an attribute ``texts`` counts for items with targets.
     """
     targets = split_targets(batch)[1]
     in_items = isinstance(targets, (list, tuple)) and isinstance(targets[0], str)

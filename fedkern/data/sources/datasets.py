@@ -1,4 +1,4 @@
-"""Federated data of PyTorch data sets: what is given, checked and shared out."""
+"""Federated data of PyTorch data sets: checks, tasks and sharing."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from fedkern.usercode.hook_checks import check_hooks
 
 NAME, PAIRS = "datasets", "captioned"
 Sets = MapStyle | Mapping[str, MapStyle] | Sequence[MapStyle]
-"""A data set, or several by name or in an order."""
+"""Data set, or several by name or in order."""
 Collate = Callable[[list[Any]], Any]
 Normalize = tuple[float | Sequence[float], float | Sequence[float]]
 LONGEST = 1 << 28
-"""Most samples of a set: an epoch puts the numbers of all in an order, which takes 2 GB."""
+"""Most samples of a set: an epoch's permutation then takes 2 GB."""
 COMPARED = 16
-"""Items whose classes are compared with those that a data set states."""
+"""Items whose classes are compared with the stated ones."""
 
 
 def items_like(pattern: Items, dataset: object, title: str) -> Items:
-    """Return another data set with the task and the collation of ``pattern``, or raise UserError where it is none."""
+    """Wrap another data set with the task and collation of ``pattern``, or raise UserError."""
     samples: MapStyle = _check(dataset, title)
     samples = Captioned(samples, pattern.group_key) if isinstance(pattern.dataset, Captioned) else samples
     return Items(samples, title, pattern.task, pattern.collate, group_key=pattern.group_key)
@@ -58,13 +58,13 @@ def task_of_targets(
     batch_loss: Callable[..., Tensor] | None = None,
     classes: Sequence[str] | int | None = None,
 ) -> Task:
-    """Return the task of samples of which ``batch`` has two.
+    """Return the task of a batch of two samples.
 
-    Metrics and a loss of logits leave a classification what it is.  A loss is one of logits if torch's cross-entropy or
-    NLL, or if ``classes`` are given.
+    Metrics, and losses of logits, keep the task classification: torch's cross-entropy or NLL, or any loss if
+    ``classes`` are given.
 
     Raises:
-        UserError: nothing says what the loss of such targets is.
+        UserError: no loss is known for such targets.
     """
     user_task = None if loss_fn is batch_loss is None else OwnTask(loss_fn, metrics, main, better, batch_loss)
     _, truth = split_targets(batch)
@@ -116,10 +116,9 @@ def parts_of_datasets(
     seed: int = 0,
     beside_classes: bool = False,
 ) -> dict[str, object]:
-    """Return the attributes of the data that :meth:`fedkern.data.FederatedData.from_datasets` makes of the arguments.
+    """Return the attributes for :meth:`fedkern.data.FederatedData.from_datasets`.
 
-    Args:
-        beside_classes: see :func:`fedkern.data.sources.dataset_texts.are_captioned`.
+    ``beside_classes``: see :func:`fedkern.data.sources.dataset_texts.are_captioned`.
     """
     _check_arrays(clients, "data")
     several = isinstance(clients, (Mapping, list, tuple)) and not is_dataset(clients)
@@ -214,7 +213,7 @@ def parts_of_datasets(
 
 
 def _scale(normalize: Normalize | None) -> Scale | None:
-    """Return means and standard deviations, one or one per channel."""
+    """Return means and standard deviations, one each or one per channel."""
     if normalize is None:
         return None
     try:
@@ -249,7 +248,6 @@ def _tests(
 
 
 def _as_one(sets: list[Any]) -> MapStyle:
-    """Return several data sets as one, which is empty where there are none."""
     return sets[0] if len(sets) == 1 else ConcatDataset(sets) if sets else []
 
 
@@ -257,7 +255,7 @@ def _shared_out(
     pool: Items, names: tuple[str, ...], partition: str, count: int | None, samples: int | None, seed: int,
     group_names: Mapping[int, str],
 ) -> tuple[dict[str, Items], PartitionStatistics, tuple[str, ...]]:  # fmt: skip
-    """Return a single data set shared out among ``count`` clients, or a client for every group of ``group_names``."""
+    """Share a data set out among ``count`` clients, or one client per group of ``group_names``."""
     spec = parse_partition(partition)
     all_labels = None if spec.name in ("iid", "attribute") else classes_of(pool)
     rows = np.arange(len(pool)) if samples is None else _draw_samples(len(pool), samples, seed, pool.groups)
@@ -290,13 +288,12 @@ def _shared_out(
 
 
 def _places(homes: Sequence[str], sites: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Return the place of every item's site, int64 ``[n]``, -1 for one that is not in ``sites``."""
+    """Return the position of every item's site in ``sites``, int64 ``[n]``, or -1."""
     places = {site: k for k, site in enumerate(sites)}
     return np.array([places.get(home, -1) for home in homes], dtype=np.int64)
 
 
 def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items]:
-    """Return the clients with ``samples`` of all samples."""
     ends = np.cumsum([0, *map(len, splits.values())])
     patients = [split.groups for split in splits.values() if split.groups is not None]
     rows = _draw_samples(int(ends[-1]), samples, seed, torch.cat(patients) if patients else None)
@@ -317,12 +314,10 @@ def _draw_samples(count: int, samples: int, seed: int, patients: Tensor | None) 
 
 
 def classes_of(pool: Items) -> Tensor:
-    """Return the class of every item, int64 ``[n]``, as the data set states them, or else read item by item.
+    """Return the class of every item, int64 ``[n]``, stated by the data set or read item by item.
 
-    Stated classes are compared with some of the items, and all items are read where they differ.
-
-    Raises:
-        UserError: the targets are no classes, or too many to be read.
+    All items are read if some disagree with the stated classes.  UserError for targets that are no classes, or too many
+    to read.
     """
     count, classes = len(pool.dataset), stated_targets(pool.dataset, {})
     reason = "give the data set an attribute targets of whole numbers"
@@ -342,10 +337,9 @@ def classes_of(pool: Items) -> Tensor:
 
 
 def stated_targets(dataset: Any, known: dict[int, Tensor | None]) -> Tensor | None:
-    """Return the targets that a data set states in an attribute, int64 ``[n]``, without reading an item.
+    """Return the targets in a data set's attribute, int64 ``[n]``, without reading items.
 
-    None where there is no such attribute, or no whole number for every item. ``known`` has those of data sets by
-    ``id``, and gets more.
+    None without such an attribute of whole numbers.  ``known`` caches targets by the data set's ``id``.
     """
     if type(dataset) is Subset:
         targets = stated_targets(dataset.dataset, known)
@@ -364,7 +358,6 @@ def stated_targets(dataset: Any, known: dict[int, Tensor | None]) -> Tensor | No
 
 
 def _whole_numbers(values: object, count: int) -> Tensor | None:
-    """Return ``count`` whole numbers as int64 ``[count]``, or None where the values are others."""
     try:
         numbers = values.detach().cpu() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     except (TypeError, ValueError, RuntimeError):
@@ -373,7 +366,7 @@ def _whole_numbers(values: object, count: int) -> Tensor | None:
 
 
 def _difference(pool: Items, classes: Tensor) -> str:
-    """Return how an item differs from its stated class, in words, or nothing where those compared agree."""
+    """Describe an item that differs from its stated class, or return ``""``."""
     rows = np.unique(np.linspace(0, len(classes) - 1, COMPARED).astype(np.int64))
     for row, item in zip(rows.tolist(), pool.read(rows, 0), strict=True):
         target = _whole_numbers([split_targets(item)[1]], 1)
@@ -383,14 +376,12 @@ def _difference(pool: Items, classes: Tensor) -> str:
 
 
 def is_dataset(value: object) -> bool:
-    """Return whether something has the form of a map-style data set."""
     if isinstance(value, (Tensor, np.ndarray, list, tuple, Mapping, str)):
         return False
     return hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 
 def _check_arrays(value: object, title: str) -> None:
-    """Raise UserError for arrays in place of a data set."""
     arrays: list[Any] = [*value] if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
     if not all(isinstance(array, (np.ndarray, Tensor)) for array in arrays):
         return
@@ -405,7 +396,7 @@ def _check_arrays(value: object, title: str) -> None:
 
 
 def _check(dataset: Any, name: str, limit: int = LONGEST) -> MapStyle:
-    """Return a data set, or raise UserError where it is no map-style one, is empty or has over ``limit`` samples."""
+    """Return a map-style data set, or raise UserError."""
     _check_arrays(dataset, name)
     if isinstance(dataset, DataLoader):
         sampler = "" if dataset.sampler is None else f" and sampler ({type(dataset.sampler).__name__})"

@@ -1,4 +1,4 @@
-"""The embedded default: UCI's 1,797 real handwritten digits, enlarged from 8x8 to 32x32."""
+"""Embedded default data set: UCI's 1,797 handwritten digits, enlarged from 8x8 to 32x32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def small_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return the digits as UCI has them: images fp64 ``[1797, 8, 8]`` from 0 to 16, and labels int64 ``[1797]``.
+    """Return UCI's images fp64 ``[1797, 8, 8]``, 0 to 16, and labels int64 ``[1797]``.
 
     The file is a copy of scikit-learn's (digits.txt names source and licence).
     """
@@ -36,37 +36,34 @@ def glyphs() -> Bytes:
 
 
 def resize_glyph(image: Bytes, side: int) -> Bytes:
-    """Resize an image to ``side`` x ``side`` pixels.
-
-    Pillow's bicubic filter is in integers, so that all machines agree.
-    """
+    """Resize to ``side`` x ``side`` pixels with Pillow's bicubic filter, in integers so that all machines agree."""
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
 
 
 @cache
 def enlarge_digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
-    """Return the digits uint8 ``[1797, 32, 32]`` and their labels, which nobody may change.
+    """Return the digits uint8 ``[1797, 32, 32]`` and their labels, which callers must not change.
 
-    Kept, as a process often opens the digits more than once: a run and its pictures, the runs of a comparison.
+    Cached, as a process often opens the digits more than once.
     """
     return np.stack([resize_glyph(glyph, SIZE) for glyph in glyphs()]), small_digits()[1]
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
-    """Return the digits as images uint8 ``[1797, 1, 32, 32]`` and labels int64 ``[1797]``."""
+    """Return images uint8 ``[1797, 1, 32, 32]`` and labels int64 ``[1797]``."""
     large, labels = enlarge_digits()
     return torch.from_numpy(large.copy()).unsqueeze(1), torch.from_numpy(labels.copy())
 
 
 def fixed_split(labels: npt.NDArray[np.int64]) -> list[Tensor]:
-    """Return the rows of the digits to train, to validate and to test with, the same for every seed."""
+    """Return training, validation and test rows, the same for every seed."""
     return fixed_rows(interleave_classes(labels, "split/digits"), TRAIN, VALIDATION)
 
 
 def digit_source(
     prefix: str, images: Tensor, labels: Tensor, classes: tuple[str, ...], scale: Scale, targets: Tensor | None = None
 ) -> Source:
-    """Return a data set with an image of every digit and their fixed split."""
+    """Return a source with one image per digit and their fixed split."""
     train, validation, test = (
         memory_pool(images, labels, prefix, rows, targets) for rows in fixed_split(labels.numpy())
     )
@@ -74,8 +71,4 @@ def digit_source(
 
 
 def open_digits() -> Source:
-    """Return the digits with their fixed split.
-
-    They need no file.
-    """
     return digit_source("digits", *read_digits(), tuple(map(str, range(10))), ((0.3101,), (0.3490,)))

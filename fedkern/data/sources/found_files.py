@@ -1,4 +1,4 @@
-"""Finding and reading the files of a data set, plain or gzip-compressed, with one clear sentence per error."""
+"""Finding and reading files of data sets, plain or gzip-compressed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from fedkern.files.filesystem import expand
 from fedkern.files.inputs import open_regular
 
 MOST = 1 << 32
-"""Most bytes of content of a ``.gz`` file, whatever its header announces."""
+"""Most bytes from a ``.gz`` file, whatever its header announces."""
 
 
 def find_folder(root: str | Path | None, data: str, subfolders: Sequence[str], files: Sequence[str]) -> Path:
-    """Return the first of ``root/subfolder`` (then ``root`` itself) that holds any of ``files``, plain or ``.gz``.
+    """Return the first ``root/subfolder``, or ``root``, with any of ``files``, plain or ``.gz``.
 
-    Named subfolders come first: MNIST and Fashion-MNIST share their file names, so a flat ``root`` is the weaker hint.
-
-    Raises:
-        UserError: no root given, root is not a folder, or no folder holds any of the files.
+    Subfolders come first: MNIST and Fashion-MNIST share file names, so a flat ``root`` is the weaker hint.
     """
     folder = need_root(root, data, files[0])
     for candidate in (*(folder / name for name in subfolders), folder):
@@ -36,11 +33,7 @@ def find_folder(root: str | Path | None, data: str, subfolders: Sequence[str], f
 
 
 def need_root(root: str | Path | None, data: str, example: str) -> Path:
-    """Return ``root``, an existing folder.
-
-    Raises:
-        UserError: it is not given, or no folder.
-    """
+    """Return ``root`` as an existing folder, or raise UserError."""
     if root is None:
         raise UserError(
             f'data set "{data}" is read from files such as {example}: name their folder with --data-root DIR'
@@ -52,10 +45,7 @@ def need_root(root: str | Path | None, data: str, example: str) -> Path:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """``folder/name`` or else ``folder/name.gz``, whichever exists.
-
-    None where neither does.
-    """
+    """Return ``folder/name`` or ``folder/name.gz``, or None."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
@@ -63,12 +53,9 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 def read_file(path: Path, prefix: str) -> str:
-    """Return the text of a file in UTF-8, or in UTF-16 with a byte-order mark.
+    """Return a text file, UTF-8 or UTF-16 with a byte-order mark, with line ends ``\\n``.
 
-    Line ends become ``\\n``.
-
-    Raises:
-        UserError: the file cannot be read, or is no such text; the message begins with ``what``.
+    UserError messages begin with ``prefix``.
     """
     try:
         with open_regular(path) as file:
@@ -90,14 +77,7 @@ def read_file(path: Path, prefix: str) -> str:
 def read_bytes(
     folder: Path, name: str, data: str, due: Callable[[bytes, Path], int], header: int = 0
 ) -> tuple[bytes, Path]:
-    """Read ``folder/name`` or ``folder/name.gz``, decompressed, and return the content and the path of the file.
-
-    Args:
-        due, header: limit of the decompressed size, see :func:`gunzip`; ``due`` is also given the path.
-
-    Raises:
-        UserError: a missing, unreadable or damaged file, or more content than is due.
-    """
+    """Return a file's decompressed content and path, see :func:`gunzip` for ``due`` and ``header``."""
     path = find_file(folder, name)
     if path is None:
         raise UserError(f'data set "{data}": the file {folder / name} (or {name}.gz) is missing')
@@ -113,17 +93,10 @@ def read_bytes(
 
 
 def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int) -> bytes:
-    """Return the content of a gzip file (RFC 1952, one member or several), checked to its last byte.
+    """Return the content of a gzip file (RFC 1952, one or several members), checked to its last byte.
 
-    Decompression stops at the limit: otherwise a small file could fill the memory.
-
-    Args:
-        due: maps the first ``header`` bytes of the content to the most bytes that the content may have.  Not called
-            where the content has fewer than ``header`` bytes.
-
-    Raises:
-        ValueError: the file is empty or cut off, a checksum or length is wrong, other bytes than zeros follow the end,
-            or there is more content than is due.
+    Decompression stops at a limit, else a small file could fill the memory: ``due`` maps the first ``header`` bytes of
+    the content to its largest size.  ValueError for damaged files or too much content.
     """
     try:
         with gzip.GzipFile(fileobj=file) as unzipped:

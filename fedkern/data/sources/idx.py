@@ -22,8 +22,6 @@ VALIDATION_SHARE = 6
 
 @dataclass(frozen=True)
 class IdxSet:
-    """Constants of a data set that comes as IDX files."""
-
     title: str
     subfolders: tuple[str, ...]
     classes: tuple[str, ...]
@@ -51,14 +49,7 @@ _FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 
 
 def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
-    """Read one IDX file of unsigned bytes.
-
-    Returns:
-        uint8 array with ``dimensions`` axes (3 for images, 1 for labels), writable.
-
-    Raises:
-        UserError: a missing file, a wrong magic number, or another length than the header announces.
-    """
+    """Read an IDX file as a writable uint8 array with 3 axes (images) or 1 (labels)."""
     magic = IMAGES_MAGIC if dimensions == 3 else LABELS_MAGIC
     header = 4 * (1 + dimensions)
 
@@ -88,8 +79,7 @@ def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
 def open_idx(data: str, root: str | Path | None) -> Source:
     """Read MNIST or Fashion-MNIST from ``root``, ``root/<name>`` or torchvision's layout.
 
-    Raises:
-        UserError: a missing or damaged file, or the files of the other data set.
+    UserError for a damaged file, or for files of the other data set.
     """
     idx_set = IDX_SETS[data]
     folder = find_folder(root, data, idx_set.subfolders, _FILES)

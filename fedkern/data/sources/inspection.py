@@ -1,4 +1,4 @@
-"""Inspection of data sets of items: one pass over some items of every data set, before a run begins."""
+"""Inspection of data sets of items: one pass over a sample of items, before a run begins."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from fedkern.streams import GENERATORS, stream
 from fedkern.usercode.code_identity import digest, identity_table, left_out
 
 HASHED, HASHED_IN_ALL = 64, 2000
-"""Most items of a data set, and of all sets together but for two of each, that are read for the fingerprint."""
+"""Most items read for the fingerprint per data set, and in all (but at least two per set)."""
 
 
 @dataclass(frozen=True)
 class Sight:
-    """Facts of a data set: a hash of some items, and how the first of them behave.
+    """Facts of a data set, from a sample of its items.
 
     Attributes:
-        owner: the first split of the data set.
-        digest: hash of the number of items, their groups, and some of them, chosen by their number alone.
-        is_steady: whether an item is the same when it is read again from the same seeds.
+        digest: hash of size, groups and items whose choice depends on the size alone.
+        is_steady: whether an item is the same when read again from the same seeds.
         piles_threads: whether every item leaves a thread running.
-        left_out: paths in an item at which no comparison looks.
-        hashes: a hash of every item that was read, by row.
+        left_out: paths in an item that no comparison covers.
+        hashes: hash of every item that was read, by row.
     """
 
     owner: str
@@ -42,12 +41,9 @@ class Sight:
 
 
 def inspect(data: FederatedData, keep_items: str = "off", limit: int = 0) -> FederatedData:
-    """Return federated data of items with the sights of their data sets.
+    """Return federated items with the sights and row stores of their data sets.
 
-    Args:
-        data: federated data.
-        keep_items: the setting of that name, by which data sets keep rows in memory.
-        limit: most bytes of the rows of all data sets.
+    ``limit``: most bytes of all rows, unless ``keep_items`` is ``memory``.
     """
     judged = [*data.clients, data.validation, *data.tests.values()]
     samples = per_set(len({id(split.dataset) for split in judged if len(split)}))
@@ -72,7 +68,7 @@ def inspect(data: FederatedData, keep_items: str = "off", limit: int = 0) -> Fed
 def look(dataset: Items, samples: int = HASHED) -> Sight:
     """Read some items of a data set, and one again with all generators seeded.
 
-    Items that give other values then depend on a generator that they do not move: all are seeded from then on.
+    If its values differ, items depend on a generator that they do not move, and all generators are seeded from then on.
     """
     rows = draw_rows(stream(0, "items"), len(dataset), samples).tolist()
     value = hashlib.blake2b(f"{len(dataset)};".encode(), digest_size=16)
@@ -98,17 +94,16 @@ def look(dataset: Items, samples: int = HASHED) -> Sight:
 
 
 def per_set(sets: int) -> int:
-    """Return how many items of each of so many data sets are read for the fingerprint."""
     return max(2, min(HASHED, HASHED_IN_ALL // max(1, sets)))
 
 
 def _table(item: object) -> dict[str, str]:
-    """Return the identity of an item: its values in full, of classes and functions the name alone."""
+    """Return an item's identity: full values, but only names of classes and functions."""
     return identity_table({"item": item}, limit=sys.maxsize, code=False)
 
 
 def _store(split: Items, keep_items: str, limit: int) -> RowStore | None:
-    """Return a place for the rows of a data set, None where its items cannot become rows or are in memory already."""
+    """Return a row store, or None if items cannot become rows or are in memory already."""
     if keep_items == "off" or type(split.dataset) is TensorDataset:
         return None
     if split.collate is not default_collate:

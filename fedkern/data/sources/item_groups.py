@@ -1,4 +1,4 @@
-"""Groups of items: the patient or the site of every item of a PyTorch data set."""
+"""Groups of items: patient or site of every item of a PyTorch data set."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ WAY = "give the name of an attribute, a column or a key of items, or a function 
 class GroupReader:
     """Reader of the groups of data sets.
 
-    Args:
-        rule: name of an attribute or a column of data sets, or of a key of their items; or a function of an item's
-            index in the data set below subsets and concatenations, where every data set has groups of its own.
-        collate: collation of the items.
+    ``rule`` names an attribute, a column or an item's key, or is a function of an item's index in the data set below
+    subsets and concatenations, whose groups are then distinct.
 
     Attributes:
-        key: key of items that is no input of a network, which torch's collation alone would make of it.
-        names: name of every group by its hash.
+        key: item key to hide from the network, into whose inputs torch's collation would put it.
+        names: group name by hash.
     """
 
     def __init__(self, rule: object, collate: object) -> None:
@@ -43,12 +41,9 @@ class GroupReader:
         self._places, self._known = dict[int, int](), dict[int, list[object]]()
 
     def read(self, split: Items) -> Tensor:
-        """Return the hash of the group of every item of a split of a whole data set, int64 ``[n]``.
+        """Return the hash of every item's group for a whole data set, int64 ``[n]``.
 
-        An item of which nobody knows the group is a group of its own. Equal numbers are one group, however written.
-
-        Raises:
-            UserError: groups are missing or too few, or are neither texts nor numbers.
+        An item without a group is a group of its own.  Equal numbers are one group, however written.
         """
         try:
             names = [*map(_name, self._values(split))]
@@ -80,7 +75,7 @@ class GroupReader:
         return item[self._rule]
 
     def _column(self, dataset: Any) -> list[object] | None:
-        """Return the groups that a data set states, or else the data sets below it, None where there are none."""
+        """Return stated groups of a data set or of those below, or None."""
         if id(dataset) in self._known:
             return self._known[id(dataset)]
         is_column = self._rule in (getattr(dataset, "column_names", None) or ())

@@ -1,4 +1,4 @@
-"""Items: splits of map-style PyTorch data sets, whose samples are read when a batch needs them."""
+"""Items: splits of map-style PyTorch data sets, read when a batch needs them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from fedkern.streams import (
 from fedkern.tasks import Task
 
 PERMUTED = 1 << 24
-"""Most rows that are put in an order where only some are drawn."""
+"""Most rows that are permuted where only some are drawn."""
 ALONE = "alone"
-"""Mark of data sets whose items are read one by one, as they draw, fail together or leave modes behind."""
+"""Mark of data sets read item by item, because items are random, fail together or change modes."""
 _LOCK = threading.RLock()  # items draw from the process's generators, and sets are evaluated in threads
 
 
@@ -49,23 +49,19 @@ class MapStyle(Protocol):
 
 @dataclass(eq=False)
 class Items:
-    """A split of a map-style data set: of it only ``len`` and ``[index]`` are used.
+    """Split of a map-style data set.
 
     Attributes:
-        dataset: the data set.
         name: the split in messages: ``client a``, ``the test set``.
-        task: what is learnt of it.
-        collate: makes a batch of a list of items.
-        rows: int64 ``[n]``, the items of the split; None: all.
-        classes: int64, the class of every item of the data set, or None where they were not read.
-        store: rows that may take the place of items, or None.
-        item_bytes: bytes of the tensors of an item; 0 where nobody has looked.
-        draws: names of the generators that items of the data set were seen to move, and `ALONE` where items are read
-            one by one; its splits share it.
-        unkept: why rows cannot take the place of items, where that is known.
-        groups: int64, a hash of the patient of every item of the data set, or None where nobody names patients.
-        homes: int64 ``[n]``, as in `fedkern.data.Split`, or None.
-        group_key: key of items that names their group, which no batch has, or nothing.
+        rows: int64 ``[n]``, items of the split; None: all.
+        classes: int64, class of every item of the data set, or None if unread.
+        store: rows that may replace items, or None.
+        item_bytes: bytes of an item's tensors; 0 if unknown.
+        draws: generators that items have moved, and perhaps `ALONE`; shared by all splits of the data set.
+        unkept: reason why rows cannot replace items, if known.
+        groups: int64, hash of the patient of every item of the data set, or None.
+        homes: as in `fedkern.data.Split`.
+        group_key: item key that names the group and is removed from batches.
     """
 
     ids: ClassVar[None] = None  # nothing is known of names and volumes
@@ -91,7 +87,7 @@ class Items:
 
     @cached_property
     def still(self) -> bool:
-        """Return whether no item can draw random numbers, so that it is the same whenever it is read."""
+        """Return whether items cannot be random, and are the same at every reading."""
         return _still(self.dataset)
 
     def __len__(self) -> int:
@@ -99,21 +95,19 @@ class Items:
 
     @property
     def memory(self) -> int:
-        """Bytes of the rows that the split may keep."""
+        """Bytes of rows that the split may keep."""
         return 0 if self.store is None else self.store.item_bytes * len(self)
 
     def subset(self, indices: Tensor) -> Items:
-        """Return a new split with the rows ``indices``, int64 ``[m]``."""
         rows = indices if self.rows is None else self.rows[indices]
         return replace(self, rows=rows, homes=None if self.homes is None else self.homes[indices])
 
     def raw(self) -> dict[str, Tensor]:
-        """As many tensors like those of the first item, which take no memory: what a client would send."""
+        """Return the samples as a client would send them: expanded tensors of the first item, which take no memory."""
         tensors = [leaf for leaf in leaves(next(self.read([0], 0))) if isinstance(leaf, Tensor)]
         return {str(place): leaf.detach().expand(len(self), *leaf.shape) for place, leaf in enumerate(tensors)}
 
     def plus(self, splits: Sequence[Items]) -> Items:
-        """Return a split with the items of others behind its own."""
         parts = [self, *splits]
         sets = [part.dataset if part.rows is None else Subset(part.dataset, part.rows.tolist()) for part in parts]
         patients = [split.patients for split in parts if split.patients is not None]
@@ -122,12 +116,12 @@ class Items:
 
     @property
     def patients(self) -> Tensor | None:
-        """The patient of every sample, int64 ``[n]``, where patients are known."""
+        """Patient of every sample, int64 ``[n]``, if known."""
         return self.groups if self.groups is None or self.rows is None else self.groups[self.rows]
 
     @cached_property
     def labels(self) -> Tensor:
-        """The targets of all samples, where a method needs them: every item is read for it."""
+        """Targets of all samples, for which every item is read."""
         batches = (self.batch(rows, 0) for rows in np.array_split(np.arange(len(self)), -(-len(self) // 256)))
         return torch.as_tensor(
             self.task.read_targets(torch.cat([torch.as_tensor(split_targets(batch)[1]) for batch in batches]))
@@ -135,45 +129,40 @@ class Items:
 
     @property
     def image_labels(self) -> Tensor:
-        """The class of every sample, int64 ``[n]``, where classes are known."""
+        """Class of every sample, int64 ``[n]``."""
         assert self.classes is not None
         return self.classes if self.rows is None else self.classes[self.rows]
 
     def units(self) -> Rows | None:
-        """Return the patient of every sample, counted from 0, where samples belong together, else None."""
+        """Return the patient of every sample from 0, or None if no samples belong together."""
         return grouped_rows(None, None, self.patients)
 
     def identities(self) -> list[str]:
-        """Return the data set of every sample, below subsets and concatenations, and its row, as a text."""
+        """Identify every sample by its innermost data set and row."""
         origins = (locate(self.dataset, row) for row in self._rows_at(range(len(self))).tolist())
         return [f"{id(dataset)}/{row}" for dataset, row in origins]
 
     def _rows_at(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        """Return the rows of the data set, int64 ``[B]``."""
         index = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         return index if self.rows is None else self.rows.index_select(0, index)
 
     def fingerprint(self, value: int = 0) -> int:
-        """Return a CRC-32 of the rows, which goes on from ``value``."""
+        """Return a CRC-32 of the rows, continuing from ``value``."""
         return zlib.crc32(b"" if self.rows is None else self.rows.numpy().tobytes(), value)
 
     def read(self, indices: Sequence[int] | np.ndarray, word: int) -> Iterator[object]:
-        """Yield the items at ``indices``, one read at a time, see :meth:`batch`."""
+        """Yield items one at a time, see :meth:`batch`."""
         return (self._read([row], word)[0] for row in self._rows_at(indices).tolist())
 
     def _read(self, places: list[int], word: int) -> list[object]:
-        """Return the items of the data set at ``places`` without the key that names their groups."""
+        """Return items without the key of their group."""
         items = self._read_items(places, word)
         return [_without(item, self.group_key) for item in items] if self.group_key else items
 
     def _read_items(self, places: list[int], word: int) -> list[object]:
-        """Return the items of the data set at ``places``, read at once until one is found to draw random numbers.
+        """Return items, read at once until one is found to draw random numbers, then one by one.
 
-        From then on they are read one by one. What an item draws begins at a seed made of ``word`` and its row, and
-        modes that it leaves are put back before the next one.
-
-        Raises:
-            UserError: an item cannot be read.
+        An item draws from a seed of ``word`` and its row; modes that it changes are restored before the next.
         """
         if self.still:
             return [self._read_item(row) for row in places]
@@ -200,7 +189,7 @@ class Items:
                 raise
 
     def _read_at_once(self, places: list[int]) -> list[object] | None:
-        """Return items read at once, in any state of the generators, or None where that fails."""
+        """Return items read at once, in any state of the generators, or None if that fails."""
         try:
             several = _has_getitems(self.dataset)
             items = [*self.dataset.__getitems__([*places])] if several else [self.dataset[row] for row in places]
@@ -215,21 +204,15 @@ class Items:
             raise UserError(f"Item {row} of {self.name} cannot be read ({cause(error)}).") from error
 
     def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> object:
-        """Return the batch of the items at ``indices``, see :meth:`batches`."""
+        """Return one batch, see :meth:`batches`."""
         return next(self.batches([indices], word))
 
     def batches(self, plan: Sequence[Sequence[int] | np.ndarray], word: int, reads: int = 2) -> Iterator[object]:
-        """Yield what ``collate`` makes of the items of every batch, read now or taken from rows.
+        """Yield the collated items of every batch, read or taken from rows.
 
-        What a user's collation draws begins at a seed made of ``word`` and all rows of the batch.
-
-        Args:
-            plan: indices of every batch, int64 ``[B]``, of the split.
-            word: by which items draw.
-            reads: 1 where any value of an item will do.
-
-        Raises:
-            UserError: an item cannot be read, or the items make no batch.
+        Items draw from seeds of ``word`` and their rows, the user's collation from ``word`` and the batch's rows.
+        ``plan``: indices into the split, int64 ``[B]`` per batch.  ``reads``: 1 if any value of a random item will do.
+        UserError for items that cannot be read or make no batch.
         """
         for number, indices in enumerate(plan):
             if not number and reads > 1 and self._has_rows():  # an item is read again in every pass
@@ -244,13 +227,12 @@ class Items:
             yield batch
 
     def _has_rows(self) -> bool:
-        """Return whether the store has the rows of all items of the split."""
         if self.store is not None and not self.is_kept:
             self.is_kept = self.store.has_rows(slice(None) if self.rows is None else self.rows.numpy())
         return self.store is not None and self.is_kept
 
     def _take(self, rows: Tensor, reads: int) -> object:
-        """Return the batch of rows of the data set from memory, None where its items have to be read."""
+        """Return a batch of rows from memory, or None if items must be read."""
         if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same, sooner
             return [tensor.index_select(0, rows) for tensor in self.dataset.tensors]
         if self.store is None or not (self._has_rows() or (reads == 1 and self.store.has_rows(rows.numpy(), 1))):
@@ -258,10 +240,9 @@ class Items:
         return self.store.take(rows)
 
     def watch_items(self, places: list[int], items: list[object], batch: object = None) -> None:
-        """Let the store see items, and the batch that torch's collation makes of them.
+        """Show items, and the batch that torch's collation makes of them, to the store.
 
-        Raises:
-            UserError: the user wants rows, and items cannot become rows.
+        UserError if the user wants rows and items cannot become rows.
         """
         if self.store is None:
             return
@@ -277,7 +258,6 @@ class Items:
         self.store = None if reason else self.store
 
     def _collate(self, places: list[int], items: list[object], word: int) -> object:
-        """Return the batch of items, see :meth:`batches`."""
         try:
             if self.collate is default_collate:  # draws nothing
                 return default_collate(items)
@@ -293,24 +273,23 @@ class Items:
 
 
 def tensor_bytes(item: object) -> int:
-    """Return the bytes of the tensors of an item."""
     return sum(leaf.nbytes for leaf in leaves(item) if isinstance(leaf, Tensor))
 
 
 def cannot_keep(split: str, reason: str) -> UserError:
-    """Return an error on items that a user wants in memory."""
+    """Return the error for items that the user wants in memory."""
     return UserError(f"--keep-items memory: {split} cannot be kept, as {reason}: take --keep-items auto or off.")
 
 
 def draw_rows(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """Return up to ``size`` of ``count`` rows, drawn at random and sorted, int64."""
+    """Return up to ``size`` of ``count`` rows, random and sorted, int64."""
     if count > PERMUTED:
         return np.sort(rng.choice(count, min(size, count), replace=False, shuffle=False)).astype(np.int64)
     return np.sort(rng.permutation(count)[:size]).astype(np.int64)
 
 
 def cause(error: BaseException) -> str:
-    """Return an exception in one line, without the full stop of a sentence of fedkern's."""
+    """Describe an exception in one line without a full stop."""
     return (user_message(error) or describe_error(error)).rstrip(".")
 
 
@@ -324,7 +303,7 @@ def _still(dataset: object) -> bool:
 
 
 def _has_getitems(dataset: object) -> bool:
-    """Return whether a class has ``__getitems__``, and no class derived from it another ``__getitem__``."""
+    """Return whether ``__getitems__`` is valid: no derived class overrides ``__getitem__`` alone."""
     if type(dataset) is Subset:
         return _has_getitems(dataset.dataset)
     kinds = (vars(kind).keys() & {"__getitems__", "__getitem__"} for kind in type(dataset).__mro__)
@@ -332,7 +311,7 @@ def _has_getitems(dataset: object) -> bool:
 
 
 def locate(dataset: object, row: int) -> tuple[object, int]:
-    """Return the data set below subsets and concatenations that has an item, and the row of the item there."""
+    """Return the innermost data set of an item, below subsets and concatenations, and its row there."""
     if isinstance(dataset, Subset):
         return locate(dataset.dataset, int(dataset.indices[row]))
     if isinstance(dataset, ConcatDataset):

@@ -1,6 +1,6 @@
-"""Data sets of the user's own images with a class, several labels or a text: in folders, or listed in a CSV file.
+"""User image sets with classes, several labels or texts, in folders or a CSV file.
 
-`fedkern.data.sources.site_folders` tells which folders are splits and sites.
+Splits and sites of folders are found by `fedkern.data.sources.site_folders`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,16 @@ from fedkern.errors import UserError
 from fedkern.tasks import TASKS
 
 COLUMNS = {"class": "label", "labels": SETS}
-"""The column of a CSV file with the labels, by the kind of labels (`fedkern.tasks.Task.target`)."""
+"""CSV column with the labels, by kind (`fedkern.tasks.Task.target`)."""
 CSV_TASKS = (AUTO, *(name for name, task in TASKS.items() if task.target in COLUMNS))
 ANY = "any"
-"""Class of images that have a text and no label."""
+"""Class of images with a text and no label."""
 
 
 def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Source:
-    """Read a folder for every class, ``<class>/*``, with splits and sites around it where there are any.
+    """Read ``<class>/*``, or with the layout ``patients`` ``<class>/<patient>/*``, in optional splits and sites.
 
-    Args:
-        root: the folder that holds them.
-        reading: how files become images.
-        layout: one of `fedkern.data.sources.site_folders.LAYOUTS`; with ``patients``, ``<class>/<patient>/*``.
-
-    Raises:
-        UserError: no such tree, no class, a class without images, a test class unknown in training, or
-            folders of sites that are not alike or have no class in common.
+    UserError for classes without images or unknown in training, and for sites that are not alike.
     """
     base = need_root(root, "folder", "train/CLASS/image.png")
     single = layout == "patients"
@@ -84,20 +77,10 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
 
 
 def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, **chosen: str) -> Source:
-    """Read a CSV file with the columns ``path`` and ``label``, and those of `open_table`.
+    """Read a CSV file with the columns ``path`` and ``label`` or ``labels``, and those of `open_table`.
 
-    Instead of ``label``, one class an image, the file may have ``labels``: names joined by ``|``, or nothing.  An image
-    then has several labels or none.  Where both columns are there, ``label`` counts, unless ``task`` is one of several
-    labels.  Classes are sorted, as numbers if all of them are numbers.
-
-    Args:
-        root, chosen: see `open_table`.
-        reading: how files become images.
-        task: one of `CSV_TASKS`.
-        order: the classes in their order, joined by ``|``; empty: they are sorted.
-
-    Raises:
-        UserError: anything wrong with the file or an image it names.
+    ``labels`` has any number of names per image, joined by ``|``; if both are present, ``label`` counts unless ``task``
+    is for several labels.  ``order`` has the classes in order, joined by ``|``, by default sorted.
     """
     table = open_table(root, "csv", ("path", "label"), chosen)
     table.require("path")
@@ -130,22 +113,11 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, *
 
 
 def open_pairs(root: str | Path | None, reading: Reading, longest: int, layout: str, **chosen: str) -> Source:
-    """Read images and their texts.
+    """Read images and texts, each cut to ``longest`` words.
 
-    CSV file: the columns are ``image``, ``text``, optionally ``label``, and those of `open_table`.  An image with
-    several captions has one row for each.
-
-    Folder: every image has a text file of the same name beside it, as ``cat.jpg`` and ``cat.txt``.  Images lie directly
-    in the folder or in a folder for each label, with splits and sites around them where there are any.
-
-    Args:
-        root, chosen: see `open_table`.
-        reading: how files become images, with black bars where they are not square.
-        longest: words kept of a text.
-        layout: one of `fedkern.data.sources.site_folders.LAYOUTS`; with ``patients``, ``LABEL/PATIENT/image``.
-
-    Raises:
-        UserError: anything wrong with a file, an image without a text, or an empty text.
+    CSV file: the columns ``image``, ``text``, optionally ``label``, and those of `open_table`, with a row for each
+    text.  Folder: ``cat.jpg`` beside ``cat.txt``, in optional label folders, splits and sites.  Images are padded to
+    squares.
     """
     table = open_table(root, "pairs", ("image", "text"), chosen, tree=_read_captions, layout=layout)
     table.require("image", "text")

@@ -1,4 +1,4 @@
-"""From a list of files with labels to a data set: what becomes of the rows of every table of files."""
+"""Conversion of a table of files to a source: splits, sites, groups and notices."""
 
 from __future__ import annotations
 
@@ -41,15 +41,21 @@ GREY_MEAN, GREY_STD = (0.449,), (0.226,)  # ImageNet's values, averaged over the
 
 @dataclass(frozen=True)
 class Reading:
-    """Reading of files as images: the options of `fedkern.data.READING`, and two of data sets.
+    """Options on how files are read as images, see `fedkern.data.READING`.
 
     Attributes:
-        test_share: 0: nothing is held out as test set, and the test set may be empty; 1: all images are the test set,
-            and stand in the training set too.
-        validation_share: 0: nothing is held out as validation set.
-        pad: keep the proportions of images that are not square, see `fedkern.data.images.image_files.read_images`.
-        crop: side of the window of an image that a network sees, at most ``size``; 0 for the whole image.
-        cache, progress: as in `fedkern.data.types.DataRequest`.
+        size: side in pixels to which images are resized.
+        colour: ``"rgb"`` or ``"grey"``.
+        test_share: 0: no test set is drawn, and the test set may be empty; 1: all images are the test set, and the
+            training set too.
+        validation_share: 0: no validation set is drawn.
+        pad: keep the proportions of images that are not square, with black bars on both sides.
+        crop: side of the image window that a network sees, at most ``size``; 0 for the whole image.
+        max_image_pixels: most pixels of an image, as its file announces them.
+        bits: bits of a grey value in files with more than eight; 0: as the values need.
+        window: ``CENTRE,WIDTH`` or percentiles of such files, see `fedkern.data.READING`; empty: none.
+        cache: folder that keeps decoded files, see `fedkern.data.load`.
+        progress: called with messages during a long decoding.
     """
 
     size: int
@@ -66,37 +72,33 @@ class Reading:
 
     @classmethod
     def of(cls, request: DataRequest) -> Reading:
-        """Return the reading that a request asks for.
-
-        Other options than attributes of a reading do not count.
-        """
+        """Return the reading that a request asks for, ignoring its other options."""
         options = {name: request.options[name] for name in cls.__dataclass_fields__ if name in request.options}
         return cls(**options | {"cache": request.cache, "progress": request.progress})
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Files of a data set.
-
-    Every attribute has one entry per image.
+    """Files of a data set, one entry per image in every sequence.
 
     Attributes:
+        paths: the image files.
+        ids: names of the images.
         labels: int64 ``[n]``; or uint8 ``[n, L]``, 1 where the image has the label.
-        task: as in `fedkern.data.Split`.
         splits: ``"train"``, ``"validation"`` or ``"test"``; or ``""`` everywhere, and a fixed split is drawn.
         clients: name of the client that holds the image; ``""`` everywhere if the files name no clients.  Images that
             are not trained on need none.
         masks: uint8 or int16 ``[n, H, W]``, the class of every pixel (or `IGNORE`), for segmentation; or
-            `fedkern.files.image_rows.PixelClasses` where they are in a file.
-        texts: the text of every image; an image with several texts has an entry for each, under one name in ``ids``.
-        patients: the patient of every image, ``""`` where unknown; a fixed split keeps all images of a patient on one
-            side.
-        named_by: the column or the layout that names the clients, in words, see `Source.named_by`.
+            `fedkern.files.image_rows.PixelClasses` if masks are in a file.
+        texts: text of every image; an image with several texts has an entry for each, all under one name in ``ids``.
+        patients: patient of every image, ``""`` where unknown; a fixed split keeps all images of a patient on one side.
+        named_by: the column or layout that names the clients, in words, see `Source.named_by`.
         own_tests: whether every test image belongs to the own test set of its client.
-        lines: the line of every image in its table, for messages; empty without a table.
+        lines: line of every image in its table, for messages; empty without a table.
         notices: sentences for the user, see `Source.notices`.
-        full: the masks in the size in which they are given, see `fedkern.data.Split`.
-        thing: what an entry is, for messages.
+        full: masks at their original size, see `fedkern.data.Split`.
+        thing: noun for an entry, for messages.
+        task: as in `fedkern.data.Split`.
     """
 
     paths: Sequence[Path]
@@ -121,6 +123,15 @@ class Listing:
 
 def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Reading) -> Source:
     """Make the pools of a listed data set.
+
+    Args:
+        data: name of the data set, for messages.
+        listing: the files.
+        classes: class names, in label order.
+        reading: how files are read as images; they are decoded when a split needs them.
+
+    Returns:
+        A source whose test pool is named ``""``.
 
     Raises:
         UserError: an empty training or test set, too few images to hold some out, an image with two labels, clients,
@@ -170,10 +181,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
 def _image_files(
     data: str, listing: Listing, reading: Reading, trained_on: Collection[Path]
 ) -> tuple[ImageFiles, dict[str, object], list[str]]:
-    """Return the files, each once though it may have several texts.
-
-    `Source.files`. And sentences on their greys.
-    """
+    """Return the distinct files, their entries in `Source.files`, and notices on greys."""
     paths = tuple(dict.fromkeys(listing.paths))
     looks = looked_at(paths, reading.max_image_pixels, not reading.bits or bool(reading.window))
     bits = reading.bits or grey_bits(look.top for look in looks.values() if look.top is not None)
@@ -195,12 +203,11 @@ def _image_files(
 
 
 def _targets(masks: Masks, rows: Tensor) -> Tensor:
-    """Return the class of every pixel of the images at ``rows``, int64 ``[m, H, W]``."""
     return masks[rows] if isinstance(masks, Tensor) else torch.from_numpy(masks[rows.numpy()]).long()
 
 
 def _darker(listing: Listing, looks: Mapping[Path, Look], bits: int) -> Iterator[str]:
-    """Yield a sentence on the sites whose greys of more than eight bits have fewer bits than all files."""
+    """Yield a notice on sites whose deep greys have fewer bits than the data set's."""
     tops: dict[str, list[int]] = {}
     for path, site in zip(listing.paths, listing.clients, strict=True):
         if site and path in looks and (top := looks[path].top) is not None:
@@ -214,14 +221,13 @@ def _darker(listing: Listing, looks: Mapping[Path, Look], bits: int) -> Iterator
 
 
 def _describe_repeats(listing: Listing) -> Iterator[str]:
-    """Yield a sentence where images of one text or none stand in several rows."""
     counts = Counter(zip(listing.ids, listing.texts or listing.ids, strict=True))
     if repeated := [f"{name} ({count} times)" for (name, _), count in counts.items() if count > 1]:
         yield f"Images that are listed more than once count as often: {first_of(repeated, SHOWN)}."
 
 
 def _siteless(listing: Listing, rows: dict[str, Tensor]) -> Iterator[str]:
-    """Sentences on sites of training images that have none in a set that is held out, where its images name sites."""
+    """Yield a notice per held-out set that names sites but misses some of the training set's."""
     sites = {name: {listing.clients[row] for row in chosen.tolist()} - {""} for name, chosen in rows.items()}
     for name in ("test", "validation"):
         absent = sorted(sites["train"] - sites[name])
@@ -232,14 +238,9 @@ def _siteless(listing: Listing, rows: dict[str, Tensor]) -> Iterator[str]:
 def check_one(
     data: str, keys: Sequence[str], values: Sequence[str], phrase: str, lines: Sequence[int], advice: str = "name one"
 ) -> None:
-    """Raise UserError where two rows of one key have different values.
+    """Raise UserError if two rows of one key have different values that are not empty.
 
-    Empty keys and values say nothing.
-
-    Args:
-        keys, values: of every row.
-        phrase: words for a key and its values, such as ``"the image {} has two labels"``.
-        lines: the line of every row, or nothing.
+    ``phrase`` describes the conflict, such as ``"the image {} has two labels"``.
     """
     first_rows: dict[str, int] = {}
     for row, (key, value) in enumerate(zip(keys, values, strict=True)):
@@ -249,7 +250,7 @@ def check_one(
 
 
 def _check_single(data: str, listing: Listing, classes: Sequence[str]) -> None:
-    """Raise UserError where one image is trained on as two, or a patient stands in two splits."""
+    """Raise UserError for an image trained on as two, or a patient in two splits."""
     labels = [listing.task.label_text(label, classes) for label in listing.labels]
     for phrase, values in (
         ("is in two splits", listing.splits),
@@ -267,10 +268,10 @@ def _check_single(data: str, listing: Listing, classes: Sequence[str]) -> None:
 
 
 def _units(listing: Listing) -> npt.NDArray[np.int64]:
-    """Return the unit of every row, int64 ``[n]``: the rows of a unit stay on one side of a split.
+    """Return the unit of every row, int64 ``[n]``, which stays on one side of a split.
 
-    A unit is a patient or, where no patient is named, an image with all its texts.  Its number is a hash of its name:
-    no other patient of the file changes it, and so no draw that is keyed by it.
+    A unit is a patient or else an image with all texts, numbered by a hash of its name: other patients change neither
+    the number nor draws keyed by it.
     """
     owners: dict[str, str] = {}
     for name, patient in zip(listing.ids, listing.patients or (), strict=False):
@@ -280,9 +281,9 @@ def _units(listing: Listing) -> npt.NDArray[np.int64]:
 
 
 def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """Return the rows of every split, sorted.
+    """Return the sorted rows of every split.
 
-    Rows that are held out keep the shares of sites and classes, and units whole.
+    Drawn rows keep the shares of sites and classes, and units whole.
     """
     splits = np.array(listing.splits)
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "validation", "test")}
@@ -306,7 +307,7 @@ def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray
 def _held_out(
     data: str, rows: npt.NDArray[np.int64], listing: Listing, units: npt.NDArray[np.int64], share: float, purpose: str
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the rows of a fixed choice of units, and the other rows, both sorted."""
+    """Return the rows of a fixed choice of units, and all others, sorted."""
     if not share:
         return np.arange(0), rows
     by_unit: dict[int, list[int]] = {}
@@ -328,10 +329,7 @@ def _held_out(
 
 
 def interleave_classes(labels: npt.NDArray[np.int64], purpose: str) -> list[int]:
-    """Return a fixed random order in which the classes alternate.
-
-    Any stretch has about the class shares of the whole.
-    """
+    """Return a fixed random order in which any stretch has about the same class shares."""
     order = stream(0, purpose).permutation(len(labels))
     position = np.empty(len(labels))
     for label in np.unique(labels):
@@ -341,14 +339,10 @@ def interleave_classes(labels: npt.NDArray[np.int64], purpose: str) -> list[int]
 
 
 def _by_site(kinds: npt.NDArray[np.int64], homes: Sequence[str], share: float, rng: np.random.Generator) -> list[int]:
-    """Positions of the units that are held out: of every site its share, at least one where there are two.
+    """Choose each site's share of units, at least one of two or more.
 
-    Among the classes of a site, the class is taken that lacks most of its share of the whole set; a class with a single
-    unit stays in training where it can.
-
-    Args:
-        kinds: int64 ``[m]``, the class of every unit.
-        homes: the site of every unit.
+    Each choice takes the site's class that is furthest below its share of the whole set; single units of a class stay
+    in training if possible.  ``kinds``, int64 ``[m]``: class of every unit.
     """
     total = np.bincount(kinds)
     due = np.where(total > 1, np.maximum(share * total, 1), 0)

@@ -1,6 +1,6 @@
-"""Segmentation data set of the user: images with masks, in folders or listed in a CSV file.
+"""User segmentation sets: images with masks, in folders or a CSV file.
 
-`fedkern.data.sources.site_folders` tells which folders are splits and sites.
+Splits and sites of folders are found by `fedkern.data.sources.site_folders`.
 """
 
 from __future__ import annotations
@@ -27,37 +27,21 @@ from fedkern.files.image_rows import PixelClasses, in_parts
 from fedkern.tasks.segmentation import IGNORE, SEGMENTATION
 
 PAIRS = ("images", "masks"), ("image", "label")
-"""Accepted names of the image folder and the mask folder."""
+"""Accepted names of image and mask folders."""
 SHOWN = 6
-"""Values of masks in a message."""
+"""Most mask values in a message."""
 
 
 def open_segmentation(
     root: str | Path | None, reading: Reading, names: str, ignore: int, layout: str, **chosen: str
 ) -> Source:
-    """Read images and their masks.
+    """Read images and masks, the masks at once.
 
-    Masks are decoded at once, images when a split needs them.
+    CSV file: the columns ``image``, ``mask`` and those of `open_table`.  Folder: ``images`` and ``masks`` (or ``image``
+    and ``label``, as in public microscopy sets) with files of the same names, in optional splits and sites.
 
-    CSV file: the columns are ``image``, ``mask`` and those of `open_table`.
-
-    Folder: it holds ``images`` and ``masks`` (or ``image`` and ``label``, as in public microscopy sets) whose files
-    have the same names, with splits and sites around them where there are any.
-
-    A mask holds class numbers, 0 for the background, or 0 and 255 (two classes).  Without ``names`` all masks together
-    hold every number from 0 to the largest, at most `MOST` of them.
-
-    Args:
-        root, chosen: see `open_table`.
-        reading: how files become images; masks are resized by the nearest pixel.
-        names: the classes, separated by ``|``, the background first; by default they are numbered.
-        layout: one of `fedkern.data.sources.site_folders.LAYOUTS`; with ``patients`` every outer folder is a patient.
-
-    The other arguments are options of the data set (`fedkern.data.dataset_registry.DATASETS`).
-
-    Raises:
-        UserError: anything wrong with a file, an image without a mask, a class number beyond ``names``, or values that
-            do not look like class numbers.
+    Masks hold class numbers, 0 for the background, or 0 and 255.  Without ``names``, joined by ``|``, all masks
+    together hold every number up to the largest, at most `MOST` of them.
     """
     table = open_table(root, "segmentation", ("image", "mask"), chosen, tree=_tree, layout=layout)
     table.require("image", "mask")
@@ -93,10 +77,7 @@ def open_segmentation(
 
 @dataclass(frozen=True)
 class Meanings:
-    """Reads the class of every pixel of a mask in the mask's own size.
-
-    ``meaning`` is the class of every value.
-    """
+    """Reader of a mask's classes at its own size, from values by ``meaning``."""
 
     files: MaskFiles
     meaning: npt.NDArray[np.int16]
@@ -123,7 +104,6 @@ def _has_pair(folder: Path) -> bool:
 
 
 def _pair(tree: Tree) -> tuple[Path, Path]:
-    """Return the folders of the images and of the masks."""
     images, masks = PAIRS[1] if (tree.folder / PAIRS[1][0]).is_dir() else PAIRS[0]
     return tree.folder / images, tree.folder / masks
 
@@ -155,7 +135,7 @@ def _images(tree: Tree) -> Iterator[dict[str, Path]]:
 
 
 def _counts(masks: Tensor) -> npt.NDArray[np.int32]:
-    """Count the pixels of every mask that have each value, int32 ``[n, 256]``."""
+    """Count the values of every mask, int32 ``[n, 256]``."""
     all_values = (mask.reshape(-1) for part in in_parts(masks) for mask in part.numpy())
     return np.stack([np.bincount(mask, minlength=256).astype(np.int32) for mask in all_values])
 
@@ -163,10 +143,7 @@ def _counts(masks: Tensor) -> npt.NDArray[np.int32]:
 def _classes(
     counts: npt.NDArray[np.int32], masks: Sequence[Path], names: str
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """Return the class names, and the class of every value, int64 ``[256]``.
-
-    Moves the counts of 255 to 1 beside 0 alone.
-    """
+    """Return class names and the class of every value, int64 ``[256]``, and move counts of 255 to 1 in binary masks."""
     meaning = np.arange(256)
     present = np.flatnonzero(counts.any(0))
     classes = [name.strip() for name in names.split("|")] if names else []
@@ -195,9 +172,6 @@ def _classes(
 
 
 def _largest(counts: npt.NDArray[np.int32], classes: int) -> npt.NDArray[np.int64]:
-    """Return the object class with most pixels of every image.
-
-    The background only where an image has no object.
-    """
+    """Return every image's largest object class, or 0 without an object."""
     objects = counts[:, 1:classes]
     return np.where(objects.any(1), objects.argmax(1) + 1, 0).astype(np.int64)

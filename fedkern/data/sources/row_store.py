@@ -1,4 +1,4 @@
-"""Rows in memory: items of a data set that turn out to be the same whenever they are read."""
+"""Rows in memory, for items that are the same whenever they are read."""
 
 from __future__ import annotations
 
@@ -13,25 +13,19 @@ from torch import Tensor
 from fedkern.messages.leaves import leaves, map_leaves
 
 DRAWING = "its items draw random numbers"
-"""Reason why rows cannot take the place of such items."""
+"""Reason why random items cannot become rows."""
 EQUAL = 256
-"""Items read again and found equal before rows take their place: a flip of probability 0.1 passes with 1e-22."""
+"""Items read again and found equal before rows replace items: a flip of probability 0.1 passes with 1e-22."""
 
 
 class RowStore:
-    """Rows of a data set: tensors with a row for every item, which are filled as batches of items are read.
+    """Tensors with one row per item of a data set, filled as items are read.
 
-    Rows take the place of items once all items of a split were read twice, no generator moved, and at least `EQUAL`
-    items were equal to the bit. Otherwise the store stays without effect for good. Another process gets an empty store.
+    Rows replace items once all items of a split were read twice, no generator moved, and at least `EQUAL` items were
+    bitwise equal.  Otherwise the store stays unused for good.  Unpickling gives an empty store.
 
-    Args:
-        count: number of items.
-        limit: most bytes; None: no limit, and the user has asked for rows.
-
-    Attributes:
-        reason: why rows cannot take the place of items, or nothing.
-        reads: how often every item was read, at most 2, uint8 ``[count]``.
-        equal: how many items were equal when they were read again.
+    ``limit``: most bytes; None: unlimited, because the user asked for rows.  ``reason``: why rows cannot replace items.
+    ``reads``: per item, at most 2.  ``equal``: repeated reads that were equal.
     """
 
     def __init__(self, count: int, limit: int | None) -> None:
@@ -46,15 +40,15 @@ class RowStore:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of an item's rows, 0 where there are none."""
+        """Bytes per item, 0 before any row."""
         return sum(column[:1].nbytes for column in self._columns)
 
     def has_rows(self, places: Sequence[int] | np.ndarray | slice, reads: int = 2) -> bool:
-        """Return whether items were read often enough for rows, once where any value of an item will do."""
+        """Return whether items were read often enough, with ``reads`` 1 if any value of a random item will do."""
         return bool(self._columns) and (reads < 2 or self.equal >= EQUAL) and bool((self.reads[places] >= reads).all())
 
     def take(self, rows: Tensor) -> object:
-        """Return the batch of ``rows``, int64 ``[B]``, as torch's collation makes it, None where they are lost."""
+        """Return rows, int64 ``[B]``, as torch's collation would, or None if another thread dropped them."""
         columns = self._columns  # another thread may drop them
         if columns and type(self._empty) is list and all(type(part) is Tensor for part in self._empty):
             return [column.index_select(0, rows) for column in columns]
@@ -62,17 +56,7 @@ class RowStore:
         return map_leaves(lambda _: next(remaining).index_select(0, rows), self._empty) if columns else None
 
     def watch(self, places: Sequence[int], items: Sequence[object], batch: object, draws: bool) -> str:
-        """Keep the rows of items and their batch, and compare those that were read before.
-
-        Args:
-            places: of the items, ``[B]``.
-            items: the items themselves.
-            batch: what torch's collation makes of them.
-            draws: whether items draw random numbers.
-
-        Returns:
-            The reason why rows cannot take the place of items, if there is one.
-        """
+        """Keep new rows, compare known ones, and return the reason why items cannot become rows, if any."""
         with self._lock:
             if not self.reason:
                 self.reason = DRAWING if draws else self._fill(places, items, batch)

@@ -1,10 +1,8 @@
-"""Embedded segmentation data set: real handwritten digits on textured grounds, a class for every pixel.
+"""Embedded segmentation data set: real handwritten digits on textured grounds.
 
-Every image of 32x32 pixels holds one of UCI's digits, enlarged to 24 to 30 pixels.  The ground is colour noise
-at several scales with stripes; the ink is brighter and has a texture of its own.  Class 0 is the background and class
-1 + d the ink of the digit d.  All clients therefore see much the same background, while the partition spreads the
-digits unevenly: the class-wise weights w_{k,c} of FedIOD are nearly equal for the background and differ for every
-digit.
+Every image of 32x32 pixels holds one of UCI's digits, enlarged to 24 to 30 pixels.  Class 0 is the background and 1 + d
+the ink of digit d.  Clients see similar backgrounds but unevenly many digits, so FedIOD's class-wise weights w_{k,c}
+are nearly equal for the background and differ per digit.
 """
 
 from __future__ import annotations
@@ -28,9 +26,9 @@ SCALE = (0.3837, 0.3838, 0.3849), (0.1769, 0.1771, 0.1764)
 
 @cache
 def read_segdigits() -> tuple[Tensor, Tensor]:
-    """Return the images uint8 ``[1797, 3, 32, 32]`` and the classes of their pixels int64 ``[1797, 32, 32]``.
+    """Return images uint8 ``[1797, 3, 32, 32]`` and pixel classes int64 ``[1797, 32, 32]``.
 
-    Drawn in integers from a fixed stream: every machine and every seed of a run gets the same bytes.
+    Drawn in integers from a fixed stream, so all machines and seeds get the same bytes.
     """
     digits = small_digits()[1]
     images = np.empty((len(digits), SIZE, SIZE, 3), dtype=np.uint8)
@@ -49,20 +47,18 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
 
 
 def open_segdigits() -> Source:
-    """Return the data set with the split of the digits."""
     images, targets = read_segdigits()
     classes = ("background", *map(str, range(10)))
     return digit_source("segdigits", images, targets.flatten(1).amax(1), classes, SCALE, targets)
 
 
 def _brightness(rng: np.random.Generator) -> tuple[int, int]:
-    """Mean brightness of ground and ink."""
     ground = int(rng.integers(40, 111))
     return ground, ground + int(rng.integers(CONTRAST, CONTRAST + 31))
 
 
 def _texture(brightness: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Colour noise on grids of 3, 8 and 32 cells and stripes of any direction, int64 ``[32, 32, 3]`` in 0 to 255."""
+    """Draw colour noise at several scales with stripes, int64 ``[32, 32, 3]`` in 0 to 255."""
     values = np.full((SIZE, SIZE, 3), brightness, dtype=np.int64) + rng.integers(-18, 19, size=3)
     for cells, size in ((3, 24), (8, 20), (SIZE, 12)):
         grid = rng.integers(128 - size, 129 + size, size=(cells, cells, 3)).astype(np.uint8)

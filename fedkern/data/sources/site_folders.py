@@ -1,11 +1,9 @@
-"""Tables of images in folders.
+"""Tables of images in folders, with splits and sites.
 
-The folder of a data set may hold the folders ``train`` and ``test`` (`SPLITS` has the other names, in any case), each
-laid out as the data set without splits; else a fixed split is drawn.  ``val`` beside ``test`` is the validation set;
-without ``test`` it is the test set.
-
-Where clients are sites, each has a folder that is laid out as the data set itself.  The test folder of a site is the
-own test set of that client, and the test set of the run joins them.
+A data set may have folders ``train`` and ``test`` (`SPLITS` has other names), each with the layout of the set without
+splits; else a fixed split is drawn.  ``val`` beside ``test`` is the validation set, without ``test`` the test set.
+Each site has a folder with the layout of the data set; its test folder is that client's own test set, and the run's
+test set joins them.
 """
 
 from __future__ import annotations
@@ -24,25 +22,25 @@ from fedkern.errors import UserError, first_of
 from fedkern.files.inputs import real_file
 
 LAYOUTS = "auto", "sites", "patients"
-"""Values of the option ``layout``: what the outer of two levels of folders are.
+"""Values of the option ``layout``: the meaning of the outer of two levels of folders.
 
-``sites``: folders of sites.  ``patients``: in no set are folders sites; the folders below classes (or labels), for
-segmentation those that hold images and masks, are patients.  ``auto``: sites, unless names look like patients.
+``sites``: sites.  ``patients``: patients, as folders below classes or labels or, for segmentation, folders of images
+and masks.  ``auto``: sites, unless names look like patients.
 """
 _PATIENT = re.compile(r"(patient|pat|subject|subj|sub|case|person|participant|study|exam|series|scan|pid|mrn)[ _-]*\d+")
 _NUMBER = re.compile(r"(?!n\d{8}$)([a-z]{0,3}[ _-]?\d{3,}|[ps][ _-]?\d+)")
-"""Names that a patient has and a class hardly; n and eight digits are the classes of ImageNet."""
+"""Names of patients, hardly of classes; n and eight digits are ImageNet's classes."""
 TEXTS = frozenset({"", ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".pdf", ".txt", ".xml", ".yaml", ".yml"})
-"""Endings of files that are not counted as left out."""
+"""Suffixes that are not reported as unread."""
 MAC = "._* of macOS"  # what another file system has no place for
 
 
 Image = Mapping[str, Path | str]
-"""Columns of an image: its files and what is known of it."""
+"""Columns of an image: its files and texts."""
 
 
 class Tree(NamedTuple):
-    """A folder that is read, and its split and site, ``""`` where the layout does not tell."""
+    """Folder of images with its split and site, ``""`` if unknown."""
 
     site: str
     split: str
@@ -50,12 +48,9 @@ class Tree(NamedTuple):
 
 
 def _split_trees(site: str, base: Path, data: str) -> list[Tree]:
-    """Return the trees of the splits in ``base``, whose names are in `SPLITS` in any case.
+    """Return the trees of split folders, or none without a training folder.
 
-    None without a training folder.
-
-    Raises:
-        UserError: a training folder without a test folder, or two folders for one split.
+    UserError for two folders of a split, or training without test.
     """
     folders: dict[str, str] = {}
     named = [(SPLITS[name.lower()], name) for name in subfolders(base) if name.lower() in SPLITS]
@@ -73,13 +68,11 @@ def _split_trees(site: str, base: Path, data: str) -> list[Tree]:
 
 
 def holds_images(folder: Path) -> bool:
-    """Return whether an image lies directly in ``folder``."""
     named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not is_hidden(path.name))
     return any(not path.is_dir() for path in named)
 
 
 def holds_classes(folder: Path) -> bool:
-    """Return whether a folder in ``folder`` holds images."""
     return any(holds_images(folder / name) for name in subfolders(folder))
 
 
@@ -93,22 +86,12 @@ def find_trees(
     mixed: bool,
     single: bool = False,
 ) -> list[Tree]:
-    """Return the folders under ``base`` that hold the images, one for every site and split.
+    """Return the image folders under ``base``, one per site and split.
 
-    Sites are recognised by structure: no folder in ``base`` is ``plain``, and several folders are ``is_site``, or have
-    split folders that are.
-
-    Args:
-        layout: one of `LAYOUTS`.
-        plain: whether a folder in ``base`` is part of a tree without sites, such as a class folder with images.
-        is_site: whether a folder has the layout of the data set without splits, such as class folders with images.
-        mixed: whether a tree with plain folders beside whole ones is read as one without sites; otherwise it is an
-            error.
-        single: whether no folder in ``base`` is a site, whatever it looks like.
-
-    Raises:
-        UserError: a single site, a folder beside the sites that is none, sites of which some have split folders and
-            others have not, plain folders beside sites, or names that look like patients under ``auto``.
+    Sites are recognised by structure: no folder is ``plain`` (belongs to a tree without sites, such as a class folder
+    with images), and several (or their split folders) are ``is_site`` (have the layout without splits).  ``mixed``:
+    plain folders beside possible sites mean a tree without sites, instead of an error.  ``single`` rules sites out.
+    UserError for sites that are not alike, or have patients' names under ``auto``.
     """
     splits, whole_tree = _split_trees("", base, data), [Tree("", "", base)]
     if splits or single:
@@ -153,10 +136,7 @@ def find_trees(
 
 
 def _site_trees(site: str, folder: Path, data: str, is_site: Callable[[Path], bool]) -> list[Tree]:
-    """Return the trees of the site in a folder.
-
-    None where the folder is no site.
-    """
+    """Return the trees of a site folder, or none for another folder."""
     splits = _split_trees(site, folder, data)
     if any(is_site(tree.folder) for tree in splits):
         return splits
@@ -164,7 +144,7 @@ def _site_trees(site: str, folder: Path, data: str, is_site: Callable[[Path], bo
 
 
 def _check_names(base: Path, data: str, sites: Sequence[str], trees: Sequence[Tree]) -> None:
-    """Raise UserError where the folders of sites, or all folders in them, have names of patients."""
+    """Raise UserError if site folders, or all folders in them, are named like patients."""
     inner = [(tree.folder / name).relative_to(base) for tree in trees for name in subfolders(tree.folder)]
     for paths, patterns in ((inner, (_PATIENT, _NUMBER)), ([*map(Path, sites)], (_PATIENT,))):
         if paths and all(any(pattern.fullmatch(path.name.lower()) for pattern in patterns) for path in paths):
@@ -178,15 +158,9 @@ def _check_names(base: Path, data: str, sites: Sequence[str], trees: Sequence[Tr
 def tree_table(
     base: Path, data: str, layout: str, trees: Sequence[Tree], read: Callable[[Tree], Iterable[Image]]
 ) -> Table:
-    """Return the table of the images in folders.
+    """Return the table of the images in ``trees``, which ``read`` yields as rows without split and client.
 
-    Args:
-        layout: with ``patients`` what would be sites are patients.
-        trees: the folders, from `find_trees`.
-        read: the images of a folder, each as a row without split and client.
-
-    Raises:
-        UserError: a site has no image of a split; or what ``read`` raises.
+    With the layout ``patients``, sites are read as patients.
     """
     rows: list[dict[str, str]] = []
     used: list[Path] = []
@@ -208,9 +182,9 @@ def tree_table(
 
 
 def nested_images(folder: Path, layout: str) -> list[tuple[Path, str]]:
-    """Return the images of a class folder and the patient of each, ``""`` for an image that lies directly in it.
+    """Return a class folder's images with their patients, ``""`` for images directly in the folder.
 
-    Only with the layout ``patients`` folders in ``folder`` are read; the outermost one names the patient.
+    Subfolders are read only with the layout ``patients``; the outermost names the patient.
     """
     images = [(path, "") for path in list_images(folder)]
     for name in subfolders(folder) if layout == "patients" else ():
@@ -219,10 +193,7 @@ def nested_images(folder: Path, layout: str) -> list[tuple[Path, str]]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder from ``folder`` down that is not hidden, each once, and the names of its files, in order.
-
-    Links are followed, as `subfolders` follows them.
-    """
+    """Yield visible folders from ``folder`` down, each once, with their sorted file names, following links."""
     seen = {real_file(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
         ways = {real_file(Path(place, name)): name for name in sorted(folders, reverse=True) if not is_hidden(name)}
@@ -232,11 +203,9 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def left_out(base: Path, used: Iterable[Path] | None = None) -> list[str]:
-    """Describe the files under ``base`` that are not read, by their endings.
+    """Describe files under ``base`` that are not in ``used``, by suffix, except hidden files and texts.
 
-    Hidden files and texts are left out.
-
-    Files that macOS puts beside others are counted too, and without ``used``, the files that are read, they alone.
+    macOS metadata files are counted too, and without ``used`` only these.
     """
     read, counts_mac = set(used or ()), used is None
     counts: Counter[str] = Counter()

@@ -21,13 +21,9 @@ MOST = 1_000_000  # images in a file
 
 
 def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
-    """Read one file: ``X`` uint8 ``[32, 32, 3, n]`` and ``y`` ``[n, 1]``, the digits 1 to 9, and 10 for digit 0.
+    """Read ``X`` uint8 ``[32, 32, 3, n]`` and ``y`` ``[n, 1]``, in which 10 is the digit 0.
 
-    Returns:
-        images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n]``, 0 to 9.
-
-    Raises:
-        UserError: a missing or damaged file, or a file that is not SVHN's.
+    Returns images uint8 ``[n, 3, 32, 32]`` and labels int64 ``[n]``, 0 to 9.
     """
     from scipy.io import loadmat, whosmat  # slow to import, so only when needed
 

@@ -1,4 +1,4 @@
-"""Tables of files: a row for every image, listed in a CSV file or read from a tree of folders."""
+"""Tables of image files, from a CSV file or a tree of folders."""
 
 from __future__ import annotations
 
@@ -27,33 +27,31 @@ from fedkern.tasks import task_of
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _MARK = re.compile(r"(?i)sep=([,;\t])(?=\n)")
-"""First line of a file that tells Excel the separator."""
+"""First line that tells Excel the separator."""
 PATIENT = ("subject_id", "patient_id", "patient id", "patientid", "patient")
-"""Names of the patient column, as in the tables of MIMIC-CXR, NIH's ChestX-ray14 and others."""
+"""Names of the patient column, as in MIMIC-CXR, NIH's ChestX-ray14 and others."""
 CLIENT = ("client", "site", "hospital", "institution")
-"""Names of the column that names the client of every row; the first one with a value counts."""
+"""Names of the client column; the first one with a value counts."""
 _READ_AS = {"patient": PATIENT[0], "client_column": CLIENT[0]}
-"""Under which name a chosen column is read, where that is not the option's own name."""
+"""Column name that replaces the option's name."""
 SHOWN = 200
-"""Most characters of a value in a message: a text in the place of a file name may be a whole report."""
+"""Most characters of a value in a message, as a misplaced text may be a whole report."""
 AUTO = "auto"
-"""Value of the option ``patient`` that finds the column by its name; an empty value reads no column as patients."""
+"""Value of the option ``patient`` that finds the column by name; an empty value reads none."""
 LOOKED_AT = 50
-"""Most rows that tell the separator."""
+"""Most rows that decide the separator."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Images, a row each, and what is known of them.
+    """Table with a row for every image.
 
     Attributes:
-        data: name of the data set, for messages.
-        path: the CSV file, or the folder that holds the tree.
-        rows: the stripped values of every row by column name, at least one row; names of files are relative to the
-            CSV file's folder, or to the folder that holds the tree.
-        lines: line number of every row in the file; empty for a tree.
-        chosen: the columns that the user chose, by the names under which they are read, see `open_table`.
-        notices: sentences for the user on values that are not read as they are written; methods add theirs.
+        path: the CSV file, or the folder of the tree; file names are relative to the folder.
+        rows: stripped values by column name, at least one row.
+        lines: line number of every row; empty for a tree.
+        chosen: user-chosen columns, by the names under which they are read, see `open_table`.
+        notices: sentences for the user; methods append theirs.
     """
 
     data: str
@@ -64,11 +62,10 @@ class Table:
     notices: list[str] = field(default_factory=list)
 
     def column(self, name: str) -> list[str]:
-        """Return the values of a column, ``""`` in every row if the column is missing."""
         return [row.get(name, "") for row in self.rows]
 
     def require(self, *columns: str) -> None:
-        """Raise UserError where the table lacks one of the columns, or a row of a CSV file has no value there."""
+        """Raise UserError for a missing column, or an empty cell of a CSV file."""
         for column in columns:
             if column not in self.rows[0]:
                 raise UserError(
@@ -84,11 +81,7 @@ class Table:
                     )
 
     def files(self, name: str) -> list[Path]:
-        """Paths of the files in a column.
-
-        Raises:
-            UserError: a file of a CSV file that is missing or not a regular file; the message names the line.
-        """
+        """Return the files of a column, or raise UserError for a missing or special file."""
         values, folder = self.column(name), self.path.parent if self.lines else self.path
         paths = [folder / value for value in values]
         for path, value, line in zip(paths, values, self.lines, strict=False):  # a tree has no lines, and has its files
@@ -100,22 +93,21 @@ class Table:
         return paths
 
     def names_of(self, name: str) -> tuple[str, ...]:
-        """Names of the column's files in the data set, normalised: ``./a.png`` and ``a.png`` are one image."""
+        """Return the column's normalised names: ``./a.png`` and ``a.png`` are one image."""
         return tuple(normpath(value) for value in self.column(name))
 
     def name_column(self, column: str) -> str:
-        """Words for a column."""
         named = f'column "{self.chosen.get(column, column)}" of {self.path.name}'
         return named if self.lines else f"layout of {self.path}"
 
     def classes(self, labels: Sequence[str], order: str = "") -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-        """Return the classes of ``labels``, the label column, and every row's class, see `classes_of`."""
+        """Return class names and every row's class, see `classes_of`."""
         classes, numbers, notices = classes_of(labels, f"The {self.name_column('label')}", order)
         self.notices.extend(notices)
         return classes, numbers
 
     def listing(self, image: str, labels: Labels, texts: Sequence[str] | None = None, task: str = AUTO) -> Listing:
-        """Return the images in a column with their labels, and what else the table says of them."""
+        """Return the images in a column with labels and all other columns."""
         paths, splits, owners = self.files(image), self.splits(), {}
         for names in (PATIENT, CLIENT):
             column = next((name for name in names if any(self.column(name))), None)
@@ -132,13 +124,7 @@ class Table:
         )  # fmt: skip
 
     def splits(self) -> list[str]:
-        """Return the column ``split`` as train, validation or test.
-
-        ``""`` everywhere if it is missing or empty.
-
-        Raises:
-            UserError: a value that is none of train, validation (val), test.
-        """
+        """Return the column ``split`` as train, validation or test, ``""`` everywhere if missing."""
         values = [unicodedata.normalize("NFKC", value).strip().lower() for value in self.column("split")]
         if not any(values):
             return values
@@ -160,31 +146,20 @@ def open_table(
     tree: Callable[[Path, str], Table] | None = None,
     layout: str = "auto",
 ) -> Table:
-    """Read the CSV file ``root``, the only CSV file in the folder ``root`` or, where it holds none, its folders.
+    """Read the CSV file ``root``, the only CSV file in the folder ``root`` or, if there is none, its folders.
 
-    Beside the columns that a data set has of its own, the following ones are read.
+    Besides the data set's ``columns``, these are read; missing values are empty, and equal numbers one value.
 
     - ``split``: train, validation (val) or test.
     - ``client`` (or another of `CLIENT`): the client that holds a training image; these clients are the default
       partition, ``attribute``.
-    - ``patient_id`` (or another of `PATIENT`): all images of a patient are held out together and go to one client,
-      unless ``client`` decides otherwise.
-
-    Cells such as ``NA`` count as empty (`fedkern.data.labels.spelling.MISSING`), and equal numbers as one value.
+    - ``patient_id`` (or another of `PATIENT`): a patient's images are held out together and go to one client, unless
+      ``client`` decides otherwise.
 
     Args:
-        columns: the columns that a message names.
-        chosen: columns of the file by what they hold: the name of a column that the data set reads, such as ``text``,
-            ``patient`` or ``client_column``.  The values of a chosen column are read in the place of that column's.
-            Empty names choose nothing; an empty ``patient``, which is `AUTO` by default, reads no column as patients.
-        tree: makes a table of a folder and its layout; None: the data set is read from a CSV file alone.
-        layout: the option on folders, see `fedkern.data.sources.site_folders.LAYOUTS`.
-
-    Raises:
-        UserError: no root given, root does not exist, or the folder holds several CSV files, or none and has no tree;
-            an option is for folders and there is a CSV file, or the other way round; the file is unreadable or has no
-            row, a chosen column is missing or empty, a column occurs twice, or a row has more values than there are
-            columns; or what ``tree`` raises.
+        chosen: columns to read in place of those of the data set, by option (``text``, ``patient``, ``client_column``).
+            Empty names choose nothing, but an empty ``patient`` reads no column.
+        tree: makes a table of a folder and its layout; None: CSV files only.
     """
     path = _csv_file(root, data, columns)
     if path is not None:
@@ -205,10 +180,7 @@ def open_table(
 
 
 def _csv_file(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
-    """``root`` itself or the only CSV file in the folder ``root``.
-
-    None if the folder holds none.
-    """
+    """Return ``root`` or the only CSV file in it, None without any."""
     if root is None:
         raise UserError(
             f'data set "{data}" is read from a CSV file with the columns {",".join(columns)}: name it with --data-root'
@@ -258,10 +230,7 @@ def _read_csv(path: Path, data: str, chosen: Mapping[str, str]) -> Table:
 
 
 def parse_table(path: Path, prefix: str) -> tuple[list[str], list[dict[str, str]], list[int], list[str]]:
-    """Return the column names in lower case, the rows, their line numbers, and a sentence where cells count as empty.
-
-    ``prefix`` begins the message of an error.
-    """
+    """Return lower-case column names, rows, line numbers, and a notice on missing values."""
     text, where = read_file(path, prefix), f"{prefix}: {path}"
     if marked := _MARK.match(text):
         text = text[marked.end() :]
@@ -299,10 +268,7 @@ def parse_table(path: Path, prefix: str) -> tuple[list[str], list[dict[str, str]
 
 
 def _separator(text: str) -> str:
-    """Return the separator by which most of the first rows have as many values as there are columns.
-
-    Of several it is the one that makes most columns.
-    """
+    """Return the separator by which most of the first rows fit the header, and of several the one with most columns."""
 
     def fit(separator: str) -> tuple[bool, float, int]:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
