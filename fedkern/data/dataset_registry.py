@@ -41,11 +41,10 @@ class DatasetInfo:
 
     Attributes:
         make: returns a source, which the partition shares out, or federated data; None for data in a program's memory.
-        correlation: default correlation between colour and class; None without colours.
-        options: accepted options, besides `COMMON_OPTIONS`.
+        correlation: default, between colour and class; None without colours.
+        options: accepted ones, besides `COMMON_OPTIONS`.
         prompts: zero-shot prompts: one template, or prompts by class.
         task: task, unless the labels say another.
-        function: of a user-defined set.
     """
 
     description: str

@@ -34,14 +34,12 @@ class ImageForm:
 
     Attributes:
         shape: channels, height and width that a network sees.
-        mean, std: per channel, of images in [0, 1].
         augment: key of `fedkern.data.images.transforms.AUGMENTATIONS`.
         grey_bits: bits of a grey value in files with more than eight; 0 without such files.
         window: their values that become black and white, or None.
         seen: lines on files and on what networks see: one for all, then one per differing set.
-        outside: warning where most pixels of such files lie outside the window, or empty.
+        outside: warning where most pixels of such files lie outside the window.
         sites: of image files; those of `Split.homes` where one client holds all images.
-        dtype: ``"uint8"`` or ``"float32"``.
         is_raw: whether networks get images neither scaled nor normalised.
         is_scaled: whether known ``mean`` and ``std`` can convert images back to pixels.
     """
@@ -142,10 +140,10 @@ class SampleForm:
     """Form of samples of map-style data sets.
 
     Attributes:
-        shapes: dtype and shape, as text, of every tensor of a batch of two samples.
+        shapes: dtype and shape of every tensor of a batch of two samples.
         inputs: nested network arguments as text, ``{"args": [...], "kwargs": {...}}``; None if the user's loss calls
             the network.
-        head: name of the linear layer that gives the logits, or None.
+        head: name of the linear layer that gives the logits.
         normalize: mean and standard deviation of the float images' transform.
     """
 

@@ -74,7 +74,7 @@ def sample_hashes(split: Split | Items, sights: Mapping[int, Sight]) -> list[byt
         return pixel_hashes([split])
     rows = slice(None) if split.rows is None else split.rows
     if type(split.dataset) is TensorDataset and len(split) * split.item_bytes <= COMPARED_BYTES:
-        with suppress(TypeError, RuntimeError):  # tensors that NumPy has none of
+        with suppress(TypeError, RuntimeError):  # dtypes without a NumPy equivalent
             columns = [_rows(tensor[rows]) for tensor in split.dataset.tensors]
             return [_hash(*chain(*parts)).digest() for parts in zip(*columns, strict=True)]
     hashes = sights[id(split.dataset)].hashes if id(split.dataset) in sights else {}

@@ -118,7 +118,7 @@ def load(
         shares = {"is_identified": identify and drawn is None, "is_judged": judged and info.palette is None}
         data = _share_out(name, info, data, request, spec, notice, **shares)
     else:
-        if identify and drawn is None and not isinstance(data.validation, Items):  # those a run inspects
+        if identify and drawn is None and not isinstance(data.validation, Items):  # a run inspects items itself
             data = dataclasses.replace(data, identity=of_memory(data))
         tell_unused(cache, progress)
         data = _subsample_sets(data, common)
@@ -141,6 +141,7 @@ def _share_out(
     is_judged: bool,
 ) -> FederatedData:
     """Share a source's pools out among clients and read their samples, see :func:`load`."""
+    # Sites of the data are the clients, unless the user asks for another partition.
     for text in source.notices:
         notice(text)
     spec = spec or _default_partition(name, info, source)
@@ -152,7 +153,7 @@ def _share_out(
         notice(text)
     names = source.sites if spec.name == "attribute" and source.sites else None
 
-    # Rows of every set.
+    # Choose the rows of all sets before any is read: images are decoded in one pass.
     train_rows, public_rows = _training_rows(name, source.train, request)
     parts = _shares(source, spec, train_rows, clients, request.seed)
     labels = source.train.labels[train_rows].numpy()
@@ -166,18 +167,21 @@ def _share_out(
         for key, pool in source.tests.items()
     }
 
-    # Some training samples stand for all of them where a run reads only some: read before images are stored.
+    # If a run reads only part of the training images, a sample identifies them.  The sample is read before images are
+    # stored, because the store holds only the rows of the run.
     is_complete = len(train_rows) + len(public_rows) == len(source.train)
     samples = [sample_pool(source.train)] if is_identified and (info.palette or not is_complete) else []
-    are_clients = spec.name == "attribute" or clients == 1  # those that the data name
+    are_clients = spec.name == "attribute" or clients == 1  # clients that the data name
     reads = [(source.train, torch.cat(client_rows)), *rows.values()]
     with stored_images(reads, request.cache, request.progress):
         splits = tuple(dataclasses.replace(source.train.take(chosen), homes=None) for chosen in client_rows)
         sets = {key: _center_cropped(source, pool.take(chosen), are_clients) for key, (pool, chosen) in rows.items()}
     tests = {key: sets[f"test {key}"] for key in source.tests}
-    for split in (sets["validation"], *tests.values()):  # before a run begins: a mask may be unreadable
+    for split in (sets["validation"], *tests.values()):  # an unreadable mask must fail before the run begins
         if split.full is not None:
             split.full.load_masks()
+
+    # Coloured sets are identified by their grey images, as the seed draws the colours.
     identity: dict[str, str] = {}
     if is_identified and info.palette:
         identity = of_source(source, {"train": samples, "test": [sample_pool(source.tests[""])]}, [])
@@ -233,7 +237,7 @@ def _identify(
     pixels: list[bytes] = []
     identity = of_source(source, contents, pixels)
     if source.compared:
-        if samples:  # the identity is that of other rows
+        if samples:  # the hashes so far are those of the sample
             pixels = pixel_hashes(used) + pixels
             contents["train"] = [*used, *samples]
         for text in copies(name, source.classes, contents, pixels, sites, source.files.get("outside", "")):

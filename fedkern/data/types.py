@@ -154,7 +154,10 @@ class Source:
 
 @dataclass(frozen=True)
 class DataRequest:
-    """Request of a run to a data set, see `fedkern.data.load`; None for clients and partition: its defaults."""
+    """Request of a run to a data set, see `fedkern.data.load`.
+
+    None for clients and partition means the data set's defaults.
+    """
 
     root: str | Path | None = None
     clients: int | None = None

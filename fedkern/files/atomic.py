@@ -82,7 +82,7 @@ class Unwritable(UserError):
 
 def unwritable(path: Path, error: Exception) -> Unwritable:
     reason = getattr(error, "strerror", None) or str(error)
-    # safetensors gives the system's error number in its text alone.
+    # safetensors gives the system's error number only in its text.
     if getattr(error, "errno", None) in FULL or any(f"(os error {number})" in reason for number in FULL):
         return Unwritable(f"{path} cannot be written, the disk is full", full=True)
     return Unwritable(f"{path} cannot be written ({reason})", full=False)

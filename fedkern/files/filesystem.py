@@ -16,7 +16,7 @@ from fedkern.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: two writers are not kept apart there
+except ImportError:  # not a POSIX system: writers are not locked out
     fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")

@@ -117,7 +117,7 @@ class FolderLock:
         return not content or content.startswith(self._owner.encode())
 
     def _read(self) -> bytes:
-        # Opened anew each time: only so does a network file system look whether another machine has written.
+        # Opened anew each time: only then does a network file system look for writes of other machines.
         try:
             return self.path.read_bytes()
         except OSError:

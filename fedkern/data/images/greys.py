@@ -56,7 +56,7 @@ def looked_at(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path
     looks: list[Look | None] = [None] * len(paths)
 
     def look(row: int) -> None:
-        # A file that cannot be read is named where it is decoded, if it is needed at all.
+        # Unreadable files are reported when they are decoded, if they are needed at all.
         with suppress(Exception), open_image(paths[row], max_pixels) as image:
             looks[row] = _look(image, pixels)
 

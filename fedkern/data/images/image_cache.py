@@ -69,7 +69,7 @@ def stored_images(reads: Sequence[tuple[Pool, Tensor]], cache: str | Path | None
             store_files(files, np.unique(np.concatenate(chosen)), cache, notice)
         yield
     finally:
-        for files in places:  # a user's function may give the same files again, of which other rows are then read
+        for files in places:  # a user's function may reuse the files for other rows
             files.stored = None
 
 
@@ -323,9 +323,9 @@ def _write(file: IO[bytes], offset: int, values: npt.NDArray[np.generic]) -> Non
 
 
 def _check_space(folder: Path, count: int) -> None:
-    with suppress(OSError):  # a file system that does not say: writing will tell
+    with suppress(OSError):  # unknown to this file system: writing will show
         total, _, free = shutil.disk_usage(folder)
-        if free < count and total:  # a file system without a size takes no files, and writing will tell
+        if free < count and total:  # a total of 0 means unknown: writing will show
             raise UserError(
                 f"The decoded images take {_size(count)} and {folder} has {_size(free)} left: free some space, take a "
                 "smaller --data-option size, or name a folder on another disk with --cache DIR."

@@ -99,7 +99,7 @@ def open_image(path: Path, max_pixels: int) -> Iterator[Image.Image]:
                 f"the image {path} has {image.width}x{image.height} pixels, more than {max_pixels:,}: make it smaller "
                 f"or, where it is to be trusted, give --max-image-pixels {image.width * image.height}."
             )
-        # The further pictures of a photograph in the format MPO are its depth, its brightness or a preview.
+        # The further pictures of an MPO photograph are its depth, its brightness or a preview.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise UserError(
                 f"the file {path} holds several pictures, one after the other, expected one: save the picture that "
@@ -139,18 +139,14 @@ def _readable(data: str, thing: str, path: Path) -> Iterator[None]:
 
 @dataclass(eq=False)
 class ImageFiles:
-    """Image files of a data set and how to decode them, whole and at one size.
+    """Image files of a data set, each once, and how to decode them: whole and at one size.
 
     Images look as in a viewer: rotated by their EXIF orientation, on white where transparent, and negative where a TIFF
     says that 0 is white.  Deep greys are scaled from 0 to 2**bits - 1, fractions from 0 to 1, or both from the ends of
     ``window``, and clipped.
 
     Attributes:
-        paths: the files, each once.
-        size: side in pixels of a decoded image.
-        grey: one channel instead of three.
         pad: keep proportions, with black bars on both sides.
-        max_pixels: most pixels, as the header says.
         bits: of deep greys, from :func:`grey_bits`; 0: no such files.
         stored: decoded images and their sizes, from `fedkern.data.images.image_cache.store_files`.
     """
@@ -439,7 +435,7 @@ def unreadable(data: str, noun: str, path: Path, error: Exception) -> UserError:
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):  # its own message names the file object
         reason = f"it is none of {', '.join(FORMATS)}"
-        with suppress(Exception), path.open("rb") as file:  # what Pillow knows of a TIFF that it cannot decode
+        with suppress(Exception), path.open("rb") as file:  # Pillow's facts on a TIFF that it cannot decode
             tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
             file.seek(tags.next)
             tags.load(file)

@@ -56,10 +56,8 @@ def crop(
 ) -> Tensor:
     """Cut a random window of the original size from padded images, and flip half of them if ``flip``.
 
-    Args:
-        images: uint8 or floating ``[B, C, H, W]``; the memory format is kept.
-        rng: draws ``B`` row offsets, ``B`` column offsets and, with ``flip``, ``B`` coins.
-        fill: padding value, one or one per channel.
+    Images ``[B, C, H, W]`` keep their memory format.  ``rng`` draws ``B`` row offsets, ``B`` column offsets and, with
+    ``flip``, ``B`` coins.  ``fill`` has one padding value or one per channel.
     """
     batch, channels, height, width = images.shape
     top = torch.from_numpy(rng.integers(0, 2 * padding + 1, size=batch))

@@ -110,7 +110,7 @@ def _fold_text(value: str) -> str:
 
 
 def _examples(groups: Sequence[Sequence[str]]) -> str:
-    # Two Unicode forms of a text look alike on screen; ascii() tells them apart.
+    # Two Unicode forms of a text look the same on screen; ascii() shows the difference.
     texts = [", ".join(_quote_text(text, group) for text in group[:SHOWN]) for group in groups]
     return first_of(texts, SHOWN, "; ")
 

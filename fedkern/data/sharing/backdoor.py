@@ -29,10 +29,7 @@ def draw_patch(images: Tensor, size: int) -> Tensor:
 
 
 def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed: int) -> FederatedData:
-    """Backdoor the first ``clients`` clients and add a ``backdoor`` copy of every test set.
-
-    ``target`` is the position of the class that the patch means.  UserError for invalid settings.
-    """
+    """Backdoor the first ``clients`` clients and add a ``backdoor`` copy of every test set."""
     if not clients:
         return data
     check_single(data.name, data.task, CommonOptions(backdoor_clients=clients))

@@ -43,7 +43,7 @@ class Palette:
 PALETTES = {
     # Every channel of a background differs from the white ink by at least 77 of 255.
     "white": Palette(178, contrast=False, mean=0.546, std=0.280),
-    # All colours are allowed: the background is a stronger cue, and the ink alone tells less.
+    # All colours are allowed: a stronger cue, as the ink says less.
     "contrast": Palette(255, contrast=True, mean=0.5, std=0.312),
 }
 
@@ -114,6 +114,7 @@ def paint(data: FederatedData, palette: Palette, correlation: float, mask: str, 
     All splits but the test ``ood`` (uniformly random colours) get the clients' colours.  Under the partition ``iid``
     all clients share one colour map.  ``mask``: ``exact`` or ``box``, for training images.
     """
+    # Under iid one map for all clients: colours must not differ between them.
     has_one_map = parse_partition(data.statistics.partition).name == "iid"
     numbers = [-1 if has_one_map else k for k in range(len(data.clients))]
     maps = [class_colours(seed, k, len(data.classes), palette) for k in numbers]
@@ -137,6 +138,7 @@ def paint(data: FederatedData, palette: Palette, correlation: float, mask: str, 
         return replace(split, homes=homes) if correlation and not has_one_map else split
 
     clients = [paint_split(grey, draw_tied(grey.labels.numpy(), "train", k)) for k, grey in enumerate(data.clients)]
+    # Boxes hide the shape of the ink, which exact masks would leave in background images.
     if mask == "box":
         clients = [replace(split, masks=bounding_boxes(split.masks)) for split in clients]
     test = data.tests[""]
@@ -144,6 +146,7 @@ def paint(data: FederatedData, palette: Palette, correlation: float, mask: str, 
         "id": in_distribution(test, "test"),
         "ood": paint_split(test, random_colours(len(test), palette, stream(seed, "colours/ood"))),
     }
+    # Normalisation depends on the palette alone, not on any client's data.
     form = replace(data.form, shape=(3, *data.form.shape[1:]), mean=(palette.mean,) * 3, std=(palette.std,) * 3)
     statistics = data.statistics
     if correlation:

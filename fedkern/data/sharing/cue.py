@@ -48,7 +48,7 @@ def shape_masks(size: int) -> Tensor:
 def draw_shapes(images: Tensor, shapes: npt.NDArray[np.int64], size: int, rng: np.random.Generator) -> Tensor:
     """Draw a shape on a copy of every image, uint8 ``[n, C, H, W]``, in a random colour and place.
 
-    ``shapes``, int64 ``[n]``, are positions in `SHAPES`.  ValueError if they do not fit into the images.
+    ``shapes``, int64 ``[n]``, are positions in `SHAPES`.
     """
     n, channels, height, width = images.shape
     if not 1 <= size <= min(height, width):

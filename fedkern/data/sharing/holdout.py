@@ -29,9 +29,6 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
         share: share in [0, 1) of each other client's samples, at least two, for its own test set, instead of the data
             set's; 0: unchanged.  Patients, cases and images with several texts stay whole.
         seed: root seed; a client's draw depends on no other client.
-
-    Raises:
-        UserError: an unknown or only client, images shared with another client, or too few samples.
     """
     numbers = list(range(len(data.clients)))
     statistics = data.statistics
@@ -75,7 +72,7 @@ def _client(data: FederatedData, client: str | int) -> int:
 def _without(data: FederatedData, absent: int, staying: list[int]) -> FederatedData:
     """Move a client's images from the validation, public and test sets to the test set ``held_out``.
 
-    ``staying``: the other clients, which are renumbered in the homes of images.
+    The clients ``staying`` are renumbered in the homes of images.
     """
     place = torch.full((len(data.clients) + 1,), -1)  # the last place is that of images without a client, -1
     place[staying] = torch.arange(len(staying))

@@ -51,11 +51,8 @@ PARTITIONERS: dict[str, PartitionerInfo] = {
 class PartitionSpec:
     """Parsed partition specification.
 
-    Attributes:
-        text: as the user wrote it.
-        name: key of `PARTITIONERS`.
-        min_samples: fewest samples per client under ``dirichlet``; every image of a patient or case counts.
-        plain: ``dirichlet`` without balancing and without shuffling inside a class.
+    ``min_samples``: fewest samples per client under ``dirichlet``; every image of a patient or case counts.  ``plain``:
+    ``dirichlet`` without balancing and without shuffling inside a class.
     """
 
     text: str

@@ -16,7 +16,7 @@ from fedkern.streams import stream
 
 def number_patients(split: Split) -> Rows:
     """Return the patient of every image, int64 ``[n]`` from 0."""
-    assert split.patients is not None  # checked in limited
+    assert split.patients is not None  # checked by limit_patients
     return np.unique(split.patients.numpy(), return_inverse=True)[1].astype(np.int64)
 
 
@@ -45,7 +45,7 @@ def limit_patients(data: FederatedData, images: int, seed: int) -> FederatedData
 
 
 def _limit_images(split: Split, images: int, client: int, seed: int) -> Split:
-    assert split.patients is not None  # checked in limited
+    assert split.patients is not None  # checked by limit_patients
     parts = []
     for rows in rows_of_units(number_patients(split)):
         if len(rows) > images:

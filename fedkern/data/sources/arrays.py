@@ -40,6 +40,7 @@ def parts_of_arrays(
     task: str,
 ) -> dict[str, object]:
     """Return the attributes for :meth:`fedkern.data.FederatedData.from_arrays`."""
+    # A sequence only numbers its clients: they have no names to show.
     changes: list[float] = []
     if isinstance(clients, str) or not isinstance(clients, Iterable):
         raise UserError(f"clients must be pairs (images, labels), by name or in a list, not {type(clients).__name__}.")
@@ -52,6 +53,7 @@ def parts_of_arrays(
     tests = {name: _split(pair, f"the test set {name}".rstrip(), changes, task) for name, pair in test_pairs.items()}
     if not tests:
         raise UserError("There is no test set: give test=(images, labels), or such pairs by name.")
+    # One warning for all sets, of the largest change.
     model = next(iter(splits.values()))
     shape = model.images.shape[1:]
     empty = torch.arange(0)
@@ -62,6 +64,7 @@ def parts_of_arrays(
             f"{change:.2g}.",
             stacklevel=3,
         )
+    # A network has one input shape and one loss, so every set must fit the first client's.
     parts = {**{f"client {name}": split for name, split in splits.items()}, **tests, "validation": validation_split}
     for name, split in parts.items():
         if split.images.shape[1:] != shape or split.task != model.task:
@@ -69,6 +72,7 @@ def parts_of_arrays(
                 f"{name or 'test'}: images must have shape {list(shape)} and labels {model.labels.dim()} axes like the "
                 f"first client's, but have {list(split.images.shape[1:])} and {split.labels.dim()}."
             )
+    # A class may occur in a test set alone, so all sets decide the names.
     if classes is not None:
         check_names(classes)
     names = NAMES[model.task.target](parts, classes, task)

@@ -89,21 +89,15 @@ def make_captions(
 ) -> FederatedData:
     """Draw the canvases of all clients, the validation set and the tests.
 
-    A canvas's label is the class of its subject: the digit named first in the caption and drawn largest.  Training,
-    validation and test canvases show different handwritten digits.
+    The label is the class of the subject: the digit named first in the caption and drawn largest.  Training, validation
+    and test canvases show different handwritten digits.
 
-    With the partition ``attribute`` clients differ in everything, and the last is the minority; the number of clients
-    changes nothing else about a client.  ``iid``: every client shows all styles equally.  Other partitions decide the
-    subjects, in every client's style.
+    With the partition ``attribute`` clients differ in everything, and the last is the minority, with words and concepts
+    of its own or ``noise``.  The number of clients changes nothing else about a client.  ``iid``: every client shows
+    all styles equally.  Other partitions decide the subjects, in every client's style.
 
-    Args:
-        minority: the minority's share of the canvases.
-        minority_trait: ``concepts``: own words, digits and colours.  ``noise``: up to `NOISE` on every pixel.
-        labels: ``digit`` or ``colour`` of the subject; canvases do not depend on it.
-
-    Returns:
-        Data with these tests: ``""``, equally many canvases per training client; ``minority`` (with ``attribute``);
-            ``unseen``, of held-out clients, in training clients' words; and `client_tests`.
+    The test ``""`` has equally many canvases per training client.  ``minority`` needs ``attribute``, and ``unseen``
+    shows held-out clients in training clients' words.
     """
     if request.public_samples:
         raise UserError('data set "captions" is made for its clients and has no public samples to give')
@@ -111,6 +105,7 @@ def make_captions(
     clients = CLIENTS if request.clients is None else request.clients
     samples = SAMPLES if request.train_samples is None else request.train_samples
     test_samples = request.test_samples or TEST
+    # Other partitions decide the clients' sizes themselves, and so have no minority.
     small = spec.name == "attribute" and clients > 1 and minority > 0
     if minority_trait != "concepts" and not small:
         raise UserError(
@@ -134,6 +129,7 @@ def make_captions(
             return split
         return replace(split, homes=torch.arange(len(styles))[-len(chosen) :][torch.arange(count) % len(chosen)])
 
+    # Under iid all clients share all styles.
     common = styles if spec.name == "iid" else None
     splits = tuple(canvases("train", k, common or [styles[k]], sizes[k], subjects[k]) for k in range(clients))
     tests = {"": canvases("test", -1, styles, test_samples)}

@@ -15,7 +15,7 @@ from fedkern.errors import UserError
 
 PIXELS = 3 * 32 * 32
 VALIDATION_SHARE = 10
-MOST_RECORDS = 1_000_000  # limit for a compressed file, whose format has no header that tells the number
+MOST_RECORDS = 1_000_000  # limit for a compressed file, as no header states the number
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _FINE = """

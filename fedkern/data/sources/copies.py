@@ -48,7 +48,7 @@ def copies(
             pair = [image.split.labels[image.row] for image in (model, twin)]
             conflict = model.split.task.both_labels(pair, classes)
             channels = model.split.images[model.row].flatten(1)
-            if not (channels == channels[:, :1]).all():  # pictures of a single colour are alike without being copies
+            if not (channels == channels[:, :1]).all():  # pictures of one colour are equal without being copies
                 raise UserError(
                     f'data set "{data}": {model.name} and {twin.name} are the same image with {conflict}; '
                     f"{outside or 'leave one of the two out'}"

@@ -31,9 +31,7 @@ PARAMETERS = ("root", "clients", "partition", "seed", "reading")
 class DataFunction:
     """Registered function that replaces a built-in reader.
 
-    Attributes:
-        takes: names in `PARAMETERS` among the function's parameters.
-        options: its other parameters, and `READING` if it takes ``reading``.
+    ``takes`` names its `PARAMETERS`, and ``options`` the other parameters, with `READING` if it takes ``reading``.
     """
 
     def __init__(self, name: str, function: Callable[..., object], task: Task, clients: int, partition: str) -> None:
@@ -47,10 +45,7 @@ class DataFunction:
         return {"function": digest(identity_table({"function": self.function}))}
 
     def make(self, request: DataRequest) -> Source | FederatedData:
-        """Call the function and return its Source or FederatedData, under the data set's name.
-
-        UserError if the function raises, or returns inconsistent data or other clients than requested.
-        """
+        """Call the function and return its Source or FederatedData, under the data set's name."""
         spec = parse_partition(self._partition if request.partition is None else request.partition)
         clients, seed = self._clients if request.clients is None else request.clients, request.seed
         settings: dict[str, Any] = {"root": request.root, "clients": clients, "partition": spec.text, "seed": seed}
@@ -86,7 +81,7 @@ class DataFunction:
                 f'data set "{self.name}" has {len(data.clients)} clients, not {clients}: leave --clients out'
                 + ", or have its function give a single data set" * (clients == 1)
             )
-        # The data's own word is that of a run that was begun with it.
+        # A resumed run repeats the data's own partition text.
         shares = (parse_partition(self._partition).text, data.statistics.partition)
         if "partition" not in self.takes and len(data.clients) > 1 and spec.text not in shares:
             raise UserError(f'data set "{self.name}" shares its samples out by itself: leave --partition out')

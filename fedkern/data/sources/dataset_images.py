@@ -46,16 +46,13 @@ def can_be_images(data: FederatedData) -> bool:
 
 
 def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | None) -> FederatedData:
-    """Convert federated items to images, reading every item.
+    """Convert inspected items to images, reading every item, and raise UserError if they are random or too large.
 
-    Some items are read twice: :class:`RowStore` decides whether rows may replace items.
-
-    Args:
-        data: inspected data for which :func:`can_be_images` holds.
-        reason: what needs images, for messages.
-        is_raw: whether networks get images unchanged, instead of scaled and normalised.
-        limit: most bytes of all images, or None.
+    Some items are read twice: :class:`RowStore` decides whether rows may replace items.  ``reason`` is what needs
+    images.  Networks get images unchanged if ``is_raw``, else scaled and normalised.  ``limit``: most bytes of all
+    images.
     """
+    # Each data set is read once, however many splits use it, and refused beforehand if too large.
     sets = {id(split.dataset): _used(split, data.splits) for split in data.splits if len(split)}
     shape = data.form.image_shape
     assert shape is not None
@@ -65,6 +62,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
             f"{reason} needs images in memory, and these take {total / 2**30:.1f} GiB of at most {limit / 2**30:.0f}: "
             "give --keep-items memory, or fewer samples."
         )
+    # Repeated reads are spread over the data sets, `EQUAL` in all.
     again = -(-EQUAL // len(sets))
     columns = {key: _columns(split, reason, again) for key, split in sets.items()}
     form = _image_form(data.form, is_raw)
@@ -91,6 +89,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
         masks = None if masks is None else masks[rows]
         return Split(images[rows], labels[rows], masks, patients=split.patients, homes=split.homes, task=data.task)
 
+    # Public images may have labels that are no classes of the run, so they do not count for the class names.
     blank = columns[id(data.clients[0].dataset)][0][:0]
     made = replace(data, public=None).with_splits(rows_of)
     labelled = {f"client {k}": split for k, split in enumerate(made.clients)} | made.tests
@@ -137,7 +136,7 @@ def _columns(split: Items, reason: str, again: int) -> Columns:
     count = len(split)
     if split.still:
         return _parts(split, split.batch(np.arange(count), 0))
-    if split.rows is not None and split.unkept != DRAWING:  # rows for these alone
+    if split.rows is not None and split.unkept != DRAWING:  # a store of the used rows only
         split = replace(split, dataset=Subset(split.dataset, split.rows.tolist()), rows=None)
         split.store = RowStore(count, None)
     store = split.store

@@ -120,6 +120,7 @@ def parts_of_datasets(
 
     ``beside_classes``: see :func:`fedkern.data.sources.dataset_texts.are_captioned`.
     """
+    # A list, tuple or dict holds the clients' data sets; any other object is one data set to share out.
     _check_arrays(clients, "data")
     several = isinstance(clients, (Mapping, list, tuple)) and not is_dataset(clients)
     entries: Any = clients
@@ -129,6 +130,7 @@ def parts_of_datasets(
         raise UserError("data must hold at least one client's data set, and is empty.")
     for name, dataset in named.items():
         _check(dataset, f"client {name}" if several else "data", LONGEST if samples is None else sys.maxsize)
+    # The first two items decide the task, before any set is read for groups or classes.
     collate = collate_fn or default_collate
     if not callable(collate):
         raise UserError(f"collate_fn must be a function of a list of samples, not {format_value(collate)}.")
@@ -146,6 +148,7 @@ def parts_of_datasets(
     check_hooks(type(learnt))
     _check_floats(batch)
 
+    # Wrap each captioned data set once, so that its splits share the texts; groups are read from the items below.
     is_captioned = "pairs" in learnt.offers
     wrappers: dict[int, Captioned] = {}
 
@@ -163,6 +166,7 @@ def parts_of_datasets(
     if is_captioned:
         batch = items(first_split.dataset, first_split.name).batch(range(min(2, len(first_split))), 0)
 
+    # Check the other sets before sharing out, which may read every item for its class.
     own_sets = {name: items(dataset, f"client {name}" if several else "data") for name, dataset in named.items()}
     tests, client_tests = _tests(test, named if isinstance(clients, Mapping) else {}, items)
     sets = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
@@ -176,6 +180,7 @@ def parts_of_datasets(
     names = tuple(map(str, range(classes) if isinstance(classes, int) else classes or ()))
     if len(names) == 1:
         raise UserError("classes must name at least 2 classes.")
+    # Given clients have no class counts, because their labels are not read.
     sites = tuple(named) if isinstance(clients, Mapping) else None
     if several:
         splits = own_sets if samples is None else _fewer(own_sets, samples, seed)
@@ -190,6 +195,7 @@ def parts_of_datasets(
     for name, split in splits.items():
         if not len(split):
             raise UserError(f"client {name} has no samples: leave it out, or share out another way.")
+    # Where groups are the sites, the groups of held-out items become their homes.
     unseen = {f"test {name}": split for name, split in tests.items()}
     unseen["validation"] = items(_as_one([*validations.values()]), "the validation set")
     unseen |= {} if public is None else {"public": items(public, "the public samples")}

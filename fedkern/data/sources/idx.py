@@ -27,7 +27,7 @@ class IdxSet:
     classes: tuple[str, ...]
     mean: float
     std: float
-    # Fashion-MNIST holds exactly 6,000 images of every class and MNIST does not, which tells their files apart.
+    # Fashion-MNIST has exactly 6,000 images of every class and MNIST does not, which identifies their files.
     balanced: bool
 
 

@@ -29,7 +29,7 @@ class Sight:
         is_steady: whether an item is the same when read again from the same seeds.
         piles_threads: whether every item leaves a thread running.
         left_out: paths in an item that no comparison covers.
-        hashes: hash of every item that was read, by row.
+        hashes: by row.
     """
 
     owner: str

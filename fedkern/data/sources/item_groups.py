@@ -25,11 +25,8 @@ class GroupReader:
     """Reader of the groups of data sets.
 
     ``rule`` names an attribute, a column or an item's key, or is a function of an item's index in the data set below
-    subsets and concatenations, whose groups are then distinct.
-
-    Attributes:
-        key: item key to hide from the network, into whose inputs torch's collation would put it.
-        names: group name by hash.
+    subsets and concatenations, whose groups are then distinct.  ``key`` is the item key to hide from the network, into
+    whose inputs torch's collation would put it.
     """
 
     def __init__(self, rule: object, collate: object) -> None:

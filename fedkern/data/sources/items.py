@@ -55,16 +55,16 @@ class Items:
         name: the split in messages: ``client a``, ``the test set``.
         rows: int64 ``[n]``, items of the split; None: all.
         classes: int64, class of every item of the data set, or None if unread.
-        store: rows that may replace items, or None.
-        item_bytes: bytes of an item's tensors; 0 if unknown.
+        store: rows that may replace items.
+        item_bytes: 0 if unknown.
         draws: generators that items have moved, and perhaps `ALONE`; shared by all splits of the data set.
-        unkept: reason why rows cannot replace items, if known.
+        unkept: reason why rows cannot replace items.
         groups: int64, hash of the patient of every item of the data set, or None.
         homes: as in `fedkern.data.Split`.
         group_key: item key that names the group and is removed from batches.
     """
 
-    ids: ClassVar[None] = None  # nothing is known of names and volumes
+    ids: ClassVar[None] = None  # items have no names or volumes
     cases: ClassVar[None] = None
 
     dataset: Any
@@ -193,7 +193,7 @@ class Items:
         try:
             several = _has_getitems(self.dataset)
             items = [*self.dataset.__getitems__([*places])] if several else [self.dataset[row] for row in places]
-        except RAISED:  # one by one, the item that cannot be read has a name
+        except RAISED:  # read one by one, the failing item can be named
             return None
         return items if len(items) == len(places) else None
 
@@ -212,10 +212,9 @@ class Items:
 
         Items draw from seeds of ``word`` and their rows, the user's collation from ``word`` and the batch's rows.
         ``plan``: indices into the split, int64 ``[B]`` per batch.  ``reads``: 1 if any value of a random item will do.
-        UserError for items that cannot be read or make no batch.
         """
         for number, indices in enumerate(plan):
-            if not number and reads > 1 and self._has_rows():  # an item is read again in every pass
+            if not number and reads > 1 and self._has_rows():  # still compare one item per pass
                 first_rows = self._rows_at(indices[:1]).tolist()
                 self.watch_items(first_rows, self._read(first_rows, word))
             batch = self._take(self._rows_at(indices), reads)
@@ -233,7 +232,7 @@ class Items:
 
     def _take(self, rows: Tensor, reads: int) -> object:
         """Return a batch of rows from memory, or None if items must be read."""
-        if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same, sooner
+        if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same result, faster
             return [tensor.index_select(0, rows) for tensor in self.dataset.tensors]
         if self.store is None or not (self._has_rows() or (reads == 1 and self.store.has_rows(rows.numpy(), 1))):
             return None

@@ -29,10 +29,7 @@ ANY = "any"
 
 
 def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Source:
-    """Read ``<class>/*``, or with the layout ``patients`` ``<class>/<patient>/*``, in optional splits and sites.
-
-    UserError for classes without images or unknown in training, and for sites that are not alike.
-    """
+    """Read ``<class>/*``, or with the layout ``patients`` ``<class>/<patient>/*``, in optional splits and sites."""
     base = need_root(root, "folder", "train/CLASS/image.png")
     single = layout == "patients"
     trees = find_trees(base, "folder", layout, plain=holds_images, is_site=holds_classes, mixed=False, single=single)
@@ -51,6 +48,7 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
             for path, patient in nested_images(tree.folder / name, layout):
                 yield {"image": path, PATIENT[0]: patient, "label": name}
 
+    # A class without training images could never be predicted.
     table = tree_table(base, "folder", layout, trees, images)
     classes, labels = table.classes(table.column("label"))
     holders: dict[int, set[str]] = {}
@@ -66,6 +64,7 @@ def open_folder(root: str | Path | None, reading: Reading, layout: str) -> Sourc
             if tree.site:
                 reason = f"no site has a training image of the class {name}; leave {tree.folder / name} out"
             raise UserError(f'data set "folder": {reason}')
+    # Sites without a common class are more likely classes with folders of patients.
     sites = [*dict.fromkeys(tree.site for tree in trees)]
     if len(sites) > 1 and max(map(len, holders.values())) == 1:
         raise UserError(

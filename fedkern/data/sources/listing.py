@@ -293,7 +293,7 @@ def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray
     elif not any(listing.splits):
         rows["test"], rows["train"] = _held_out(data, everything, listing, units, reading.test_share, "test")
     if reading.test_share == 1 and not len(rows["train"]):
-        rows["train"] = rows["test"]  # for sites and classes
+        rows["train"] = rows["test"]  # only to know sites and classes
     for name in ("train", "test") if reading.test_share else ("train",):
         if len(rows[name]) == 0:
             raise UserError(f'data set "{data}": no {listing.thing} belongs to the {name} split')
@@ -319,7 +319,7 @@ def _held_out(
     key = f"split/{data}/{purpose}"
     if 1 < max(Counter(homes).values(), default=0) < len(homes):
         chosen = _by_site(kinds, homes, share, stream(0, key))
-    else:  # without several sites, or where every unit has a site of its own, units are drawn from all
+    else:  # a single site, or a site per unit: draw from all units
         chosen = interleave_classes(kinds, key)[: max(1, round(share * len(homes)))]
     if not 0 < len(chosen) < len(groups):
         noun = listing.thing if listing.patients is None else "patient"

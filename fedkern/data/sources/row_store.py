@@ -25,7 +25,6 @@ class RowStore:
     bitwise equal.  Otherwise the store stays unused for good.  Unpickling gives an empty store.
 
     ``limit``: most bytes; None: unlimited, because the user asked for rows.  ``reason``: why rows cannot replace items.
-    ``reads``: per item, at most 2.  ``equal``: repeated reads that were equal.
     """
 
     def __init__(self, count: int, limit: int | None) -> None:

@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"(?!n\d{8}$)([a-z]{0,3}[ _-]?\d{3,}|[ps][ _-]?\d+)")
 """Names of patients, hardly of classes; n and eight digits are ImageNet's classes."""
 TEXTS = frozenset({"", ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".pdf", ".txt", ".xml", ".yaml", ".yml"})
 """Suffixes that are not reported as unread."""
-MAC = "._* of macOS"  # what another file system has no place for
+MAC = "._* of macOS"  # metadata that macOS writes on other file systems
 
 
 Image = Mapping[str, Path | str]
@@ -48,10 +48,7 @@ class Tree(NamedTuple):
 
 
 def _split_trees(site: str, base: Path, data: str) -> list[Tree]:
-    """Return the trees of split folders, or none without a training folder.
-
-    UserError for two folders of a split, or training without test.
-    """
+    """Return the trees of split folders, or none without a training folder."""
     folders: dict[str, str] = {}
     named = [(SPLITS[name.lower()], name) for name in subfolders(base) if name.lower() in SPLITS]
     if "train" not in dict(named):
@@ -91,7 +88,6 @@ def find_trees(
     Sites are recognised by structure: no folder is ``plain`` (belongs to a tree without sites, such as a class folder
     with images), and several (or their split folders) are ``is_site`` (have the layout without splits).  ``mixed``:
     plain folders beside possible sites mean a tree without sites, instead of an error.  ``single`` rules sites out.
-    UserError for sites that are not alike, or have patients' names under ``auto``.
     """
     splits, whole_tree = _split_trees("", base, data), [Tree("", "", base)]
     if splits or single:
@@ -213,7 +209,7 @@ def left_out(base: Path, used: Iterable[Path] | None = None) -> list[str]:
     for place, names in _walk(base):
         for name in names:
             mac = name.startswith("._")
-            if mac or not (counts_mac or is_hidden(name)):  # no path of each of many files where they do not count
+            if mac or not (counts_mac or is_hidden(name)):  # skip paths of files that do not count, which may be many
                 path = place / name
                 kind = MAC if mac else path.suffix.lower()
                 if mac or (kind not in TEXTS and path not in read):

@@ -48,7 +48,7 @@ def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
         )
     if labels.dtype.kind not in "uif":
         raise UserError(f'data set "svhn": {path} holds labels of {labels.dtype}, expected whole numbers from 1 to 10')
-    for label in labels[~((labels >= 0) & (labels <= 10) & (labels == np.rint(labels)))]:  # NaN is none of these
+    for label in labels[~((labels >= 0) & (labels <= 10) & (labels == np.rint(labels)))]:  # NaN fails all of these
         raise UserError(f'data set "svhn": {path} holds the label {label:g}, expected a whole number from 1 to 10')
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)))
     return images, torch.from_numpy(labels.astype(np.int64) % 10)

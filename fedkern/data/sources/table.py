@@ -49,8 +49,8 @@ class Table:
     Attributes:
         path: the CSV file, or the folder of the tree; file names are relative to the folder.
         rows: stripped values by column name, at least one row.
-        lines: line number of every row; empty for a tree.
-        chosen: user-chosen columns, by the names under which they are read, see `open_table`.
+        lines: line numbers; empty for a tree.
+        chosen: user-chosen columns by column read, see `open_table`.
         notices: sentences for the user; methods append theirs.
     """
 
@@ -84,7 +84,9 @@ class Table:
         """Return the files of a column, or raise UserError for a missing or special file."""
         values, folder = self.column(name), self.path.parent if self.lines else self.path
         paths = [folder / value for value in values]
-        for path, value, line in zip(paths, values, self.lines, strict=False):  # a tree has no lines, and has its files
+        for path, value, line in zip(
+            paths, values, self.lines, strict=False
+        ):  # a tree has no lines, and its files exist
             if flaw := standing(path):
                 file = path if len(value) <= SHOWN else folder / f"{' '.join(value[:SHOWN].split())}..."
                 slashes = value.replace("\\", "/")
@@ -151,15 +153,13 @@ def open_table(
     Besides the data set's ``columns``, these are read; missing values are empty, and equal numbers one value.
 
     - ``split``: train, validation (val) or test.
-    - ``client`` (or another of `CLIENT`): the client that holds a training image; these clients are the default
-      partition, ``attribute``.
+    - ``client`` (or another of `CLIENT`): the client of a training image; these clients are the default partition,
+      ``attribute``.
     - ``patient_id`` (or another of `PATIENT`): a patient's images are held out together and go to one client, unless
       ``client`` decides otherwise.
 
-    Args:
-        chosen: columns to read in place of those of the data set, by option (``text``, ``patient``, ``client_column``).
-            Empty names choose nothing, but an empty ``patient`` reads no column.
-        tree: makes a table of a folder and its layout; None: CSV files only.
+    ``chosen`` has columns to read instead, by option (``text``, ``patient``, ``client_column``); empty names choose
+    nothing, but an empty ``patient`` reads no column.  ``tree`` makes a table of a folder and its layout.
     """
     path = _csv_file(root, data, columns)
     if path is not None:
@@ -273,7 +273,7 @@ def _separator(text: str) -> str:
     def fit(separator: str) -> tuple[bool, float, int]:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         counts: list[int] = []
-        with suppress(csv.Error):  # a field without an end: the rows before it tell
+        with suppress(csv.Error):  # an unclosed field: the rows before it decide
             for values in islice(filter(None, rows), LOOKED_AT):
                 counts.append(len(values))
         header, *rows_below = counts or [0]
