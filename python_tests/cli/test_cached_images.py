@@ -31,11 +31,11 @@ def root(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def decoded(monkeypatch):
+def reads(monkeypatch):
     return watched(monkeypatch)
 
 
-def played(cache=None, **data):
+def play(cache=None, **data):
     """Play a run into the folder ``run``, without pictures."""
     folder = {"data": "folder", "data_root": str(Path("root").absolute()), "data_options": {"size": SIDE}}
     where = None if cache is None else str(Path(cache).absolute())
@@ -52,16 +52,16 @@ def summary(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_evaluate_and_extend_use_the_cache_of_the_run_and_do_not_make_it_again(result, decoded, tmp_path, monkeypatch):
-    played("decoded")
-    assert len(decoded) == IMAGES
-    decoded.clear()
+def test_evaluate_and_extend_use_the_cache_of_the_run_and_do_not_make_it_again(result, reads, tmp_path, monkeypatch):
+    play("decoded")
+    assert len(reads) == IMAGES
+    reads.clear()
     largest = count_gathered(monkeypatch)
     monkeypatch.setattr("fedkern.engine.evaluate.CPU_BATCH", 4)
     found = figures(result)
     assert found["accuracy"] == summary(tmp_path)["accuracy"]
     assert found["loss"] == pytest.approx(summary(tmp_path)["loss"])
-    assert decoded == []
+    assert reads == []
     assert largest
     assert max(largest) <= 5
     _, said = result("evaluate", "run")
@@ -70,49 +70,49 @@ def test_evaluate_and_extend_use_the_cache_of_the_run_and_do_not_make_it_again(r
     shutil.copytree("run", "copy")
     assert recall_cache("copy") is None
     assert not any(str(tmp_path / "decoded") in path.read_text() for path in (tmp_path / "run").glob("*.toml"))
-    decoded.clear()
+    reads.clear()
     result("extend", "run", "--rounds", "2", "--cache", "decoded", "--quiet")
-    assert decoded == []
+    assert reads == []
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 2
     shutil.rmtree("decoded")
     assert figures(result)["accuracy"] == summary(tmp_path)["accuracy"]
-    assert len(decoded) == IMAGES
+    assert len(reads) == IMAGES
     assert not (tmp_path / "decoded").exists()
 
 
 def test_a_new_run_in_the_place_of_another_has_its_own_cache(tmp_path):
-    played("decoded")
+    play("decoded")
     assert recall_cache("run") == recall_cache(tmp_path / "run") == str(tmp_path / "decoded")
     shutil.rmtree("run")
-    played()
+    play()
     assert recall_cache("run") is None
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "other"])
-def test_evaluate_fills_a_cache(result, decoded, tmp_path, own):
-    played()
+def test_evaluate_fills_a_cache(result, reads, tmp_path, own):
+    play()
     options = [] if own else ["--data", "folder", "--data-root", "root", "--data-option", f"size={SIDE}"]
     expected = figures(result, *options)
-    decoded.clear()
+    reads.clear()
     for count in (IMAGES, 0):
         assert figures(result, *options, "--cache", "mine") == expected
-        assert len(decoded) == count
-        decoded.clear()
+        assert len(reads) == count
+        reads.clear()
     assert sorted(path.suffix for path in (tmp_path / "mine").iterdir()) == [".images", ".lock", ".sizes"]
     assert "60 decoded images are read from" in result("evaluate", "run", *options, "--cache", "mine")[1]
     assert recall_cache("run") is None  # a note is made by a run alone
 
 
-def test_from_python(result, decoded, tmp_path):
+def test_from_python(result, reads, tmp_path):
     settings = {"data_root": "root", "data_options": {"size": SIDE}, "progress": False, "pictures": False, **SMALL}
     run = fedkern.simulate("fedavg", data="folder", cache=tmp_path / "own", out="run", **settings)
-    decoded.clear()
+    reads.clear()
     expected = run.evaluate()
     assert run.evaluate(cache=tmp_path / "own") == expected
     run.extend(2, cache="own", progress=False, pictures=False, workers=1)
-    assert decoded == []
+    assert reads == []
     assert run.evaluate(cache="other").keys() == expected.keys()
-    assert len(decoded) == IMAGES
+    assert len(reads) == IMAGES
     pictures = np.resize(np.arange(9, dtype=np.uint8), (4, SIDE, SIDE, 3)), np.array([0, 1, 0, 1])
     memory = fedkern.FederatedData.from_arrays([pictures], test=pictures, classes=["a", "b"])
     with pytest.raises(UserError, match="these data are in memory: leave it out"):
@@ -120,7 +120,7 @@ def test_from_python(result, decoded, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_tasks_on_image_text_runs_take_a_cache(result, decoded, tmp_path):
+def test_tasks_on_image_text_runs_take_a_cache(result, reads, tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "pairs").mkdir()
     for number in range(40):
@@ -130,18 +130,18 @@ def test_tasks_on_image_text_runs_take_a_cache(result, decoded, tmp_path):
                "--clients", "2", "--rounds", "1", "--local-steps", "1", "--batch-size", "4", "--width", "8",
                "--threads", "1", "--workers", "1", "--quiet", "--out", "run"]  # fmt: skip
     result(*command, "--cache", "decoded")
-    decoded.clear()
+    reads.clear()
     expected, said = result("evaluate", "run", "--task", "retrieval")
-    assert decoded == []
+    assert reads == []
     assert "decoded images are read from" in said
     assert result("evaluate", "run", "--task", "retrieval", "--cache", "mine")[0] == expected
-    assert len(decoded) == 40
+    assert len(reads) == 40
     assert "decoding 40 images" in result("evaluate", "run", "--task", "retrieval", "--cache", "other")[1]
     assert result("evaluate", "run", "--task", "retrieval", "--cache", "third", "--json")[1] == ""
 
 
 def test_large_data_are_in_a_file_and_mistakes_are_one_sentence(result, fails, tmp_path, monkeypatch):
-    played()
+    play()
     expected = figures(result)
     with monkeypatch.context() as patch:
         patch.setattr(image_cache, "MEMORY_BYTES", 0)
@@ -157,6 +157,6 @@ def test_large_data_are_in_a_file_and_mistakes_are_one_sentence(result, fails, t
 
 
 def test_data_without_image_files_say_that_the_cache_is_not_used(result, tmp_path):
-    played(data="digits", train_samples=100)
+    play(data="digits", train_samples=100)
     assert "--cache is not used" in result("evaluate", "run", "--cache", "mine")[1]
     assert not (tmp_path / "mine").exists()

@@ -12,7 +12,7 @@ TINY = ["--data", "digits", "--train-samples", "80", "--clients", "2", "--model"
 FILES = ("summary.json", "model.safetensors", "evaluation.csv", "confusion.json", "predictions.csv", "metrics.jsonl")
 
 
-def flipped(content, _):
+def flip_bit(content, _):
     return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
 
 
@@ -22,7 +22,7 @@ def two_rows_swapped(content, _):
 
 
 DAMAGES = {
-    "flipped": flipped,
+    "flipped": flip_bit,
     "cut": lambda content, _: content[:-20],
     "lengthened": lambda content, _: content + content.splitlines(keepends=True)[-1],
     "swapped": two_rows_swapped,

@@ -16,7 +16,7 @@ RUN = ["fedavg", "--data", "digits", "--clients", "3", "--train-samples", "90", 
        "--rounds", "2", "--grad-cam", "0"]  # fmt: skip
 
 
-def called(*words, python=(), cwd=None, shell="", **variables):
+def call(*words, python=(), cwd=None, shell="", **variables):
     command = [sys.executable, *python, "-m", "fedkern.run", *map(str, words)]
     if shell:
         command = ["sh", "-c", f'{shell}; exec "$0" "$@"', *command]
@@ -28,7 +28,7 @@ def called(*words, python=(), cwd=None, shell="", **variables):
 
 @pytest.mark.parametrize("python", [("-OO", "-I"), ("-OO",), ("-O",), ("-I",)], ids=" ".join)
 def test_optimised_and_isolated_python(python, tmp_path):
-    listed, plain = called("list", python=python, cwd=tmp_path), called("list", cwd=tmp_path)
+    listed, plain = call("list", python=python, cwd=tmp_path), call("list", cwd=tmp_path)
     assert listed.returncode == 0, listed.stderr
     assert listed.stdout == plain.stdout
 
@@ -63,7 +63,7 @@ def test_no_cursor_moves_in_a_file(name, monkeypatch, result):
 def test_a_deleted_working_folder_is_one_sentence(words, tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
-    done = called(*words, "--out", tmp_path / "out", cwd=gone, shell=f"rmdir {gone}")
+    done = call(*words, "--out", tmp_path / "out", cwd=gone, shell=f"rmdir {gone}")
     assert done.returncode == 2
     assert done.stderr.startswith("error: The working folder has been deleted")
     assert len(done.stderr.splitlines()) == 1
@@ -82,7 +82,7 @@ def test_a_script_in_a_deleted_working_folder_is_told(call, tmp_path):
 
 def test_a_locale_that_cannot_read_a_name_is_told(tmp_path):
     variables = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = called(*RUN, "--out", tmp_path / "r\u00fcn", cwd=tmp_path, **variables)
+    done = call(*RUN, "--out", tmp_path / "r\u00fcn", cwd=tmp_path, **variables)
     assert done.returncode == 2
     assert "set PYTHONUTF8=1" in done.stderr
     assert not list(tmp_path.iterdir())

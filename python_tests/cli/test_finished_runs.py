@@ -78,20 +78,20 @@ def test_evaluate_repeats_a_run_of_two_threads_also_one_that_went_on(given, tmp_
                 "client_threads": 1, "workers": 1, "grad_cam": 0, **given}  # fmt: skip
     run = fedkern.simulate(out=tmp_path / "run", progress=False, pictures=False, **settings)
 
-    def repeated():
+    def repeat():
         before = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
         found = run.evaluate()
         assert len(found) > 10
         assert {name: before.get(name) for name in found} == found
         return before
 
-    printed = repeated()
+    printed = repeat()
     (tmp_path / "run" / "summary.json").unlink()
     run.resume(progress=False, pictures=False)
-    assert repeated() == printed
+    assert repeat() == printed
     if settings["method"] in ("fedavg", "fedprox"):  # others' plans depend on the number of rounds
         run.extend(2, progress=False, pictures=False, workers=1)
-        assert repeated() != printed
+        assert repeat() != printed
 
 
 def test_threads_of_an_evaluation():

@@ -22,15 +22,15 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory):
+def played_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("played") / "run"
     assert main(["fedavg", *TINY, "--quiet", "--buffers", "drop", "--out", str(out)]) == 0
     return out
 
 
 @pytest.fixture
-def finished(played, tmp_path):
-    return Path(shutil.copytree(played, tmp_path / "probe"))
+def finished_run(played_run, tmp_path):
+    return Path(shutil.copytree(played_run, tmp_path / "probe"))
 
 
 def test_two_runs_of_one_second_take_two_folders(monkeypatch, tmp_path):
@@ -87,33 +87,33 @@ def test_a_folder_called_like_a_command():
     assert (asked.command, asked.folder, asked.json) == ("evaluate", Path("evaluate"), True)
 
 
-def test_a_finished_run_without_gradcam_keeps_its_pictures(result, fails, finished, monkeypatch):
+def test_a_finished_run_without_gradcam_keeps_its_pictures(result, fails, finished_run, monkeypatch):
     """Neither its data nor a minute of drawing are needed again, and flags that repeat its settings are welcome."""
-    names = json.loads((finished / "pictures.json").read_text())["pictures"]
+    names = json.loads((finished_run / "pictures.json").read_text())["pictures"]
     assert names == ["accuracy.png", "confusion.png", "partition.png"]
-    before = (finished / "accuracy.png").stat().st_mtime_ns
+    before = (finished_run / "accuracy.png").stat().st_mtime_ns
 
-    def gone(*_, **__):
+    def fail_to_load(*_, **__):
         raise UserError("The data are gone.")
 
-    monkeypatch.setattr("fedkern.settings.run_data.load_data", gone)
+    monkeypatch.setattr("fedkern.settings.run_data.load_data", fail_to_load)
     out, _ = result("--resume", "probe", "--data-option", "test_samples=20", "--train-samples", "60")
     assert "pictures:   accuracy.png, confusion.png, partition.png" in out
-    assert (finished / "accuracy.png").stat().st_mtime_ns == before
+    assert (finished_run / "accuracy.png").stat().st_mtime_ns == before
     assert "data_options.test_samples: 20 -> 21" in fails("--resume", "probe", "--data-option", "test_samples=21")
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_predictions_of_a_new_run_and_of_a_finished_one(result, fails, finished):
+def test_predictions_of_a_new_run_and_of_a_finished_one(result, fails, finished_run):
     out, _ = result("fedavg", *TINY, "--buffers", "drop", "--predictions", "--out", "new")
     assert "answers:    predictions.csv" in out
     lines = Path("new/predictions.csv").read_text().splitlines()
     assert lines[0] == ",".join(["test_set", "sample", "true_class", "predicted_class", *(f"p_{c}" for c in range(10))])
     assert {line.partition(",")[0] for line in lines[1:]} == {"id", "ood", "validation"}
-    assert not (finished / "predictions.csv").exists()
+    assert not (finished_run / "predictions.csv").exists()
     assert "answers:    predictions.csv" in result("--resume", "probe", "--predictions")[0]
-    assert (finished / "predictions.csv").read_text() == Path("new/predictions.csv").read_text()
-    assert "predictions" not in (finished / "config.toml").read_text()  # it acts once
+    assert (finished_run / "predictions.csv").read_text() == Path("new/predictions.csv").read_text()
+    assert "predictions" not in (finished_run / "config.toml").read_text()  # it acts once
     Path("mine").mkdir()
     Path("mine/predictions.csv").write_text("mine")
     assert "already holds predictions.csv" in fails("fedavg", *TINY, "--out", "mine")
@@ -126,8 +126,8 @@ def test_predictions_are_for_classification(fails, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_summary_comes_before_what_is_wrong_with_the_pictures(capsys, finished, monkeypatch):
-    (finished / "accuracy.png").unlink()
+def test_the_summary_comes_before_what_is_wrong_with_the_pictures(capsys, finished_run, monkeypatch):
+    (finished_run / "accuracy.png").unlink()
 
     def full(*_, **__):
         raise UserError("The disk is full.")
@@ -140,18 +140,18 @@ def test_the_summary_comes_before_what_is_wrong_with_the_pictures(capsys, finish
     assert "--resume probe" in err
 
 
-def test_a_run_of_a_gpu_goes_on_with_device_cpu(result, fails, finished, monkeypatch):
+def test_a_run_of_a_gpu_goes_on_with_device_cpu(result, fails, finished_run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    path = finished / "config.toml"
+    path = finished_run / "config.toml"
     path.write_text(path.read_text().replace('device = "cpu"', 'device = "cuda"'))
-    (finished / "accuracy.png").unlink()
+    (finished_run / "accuracy.png").unlink()
     assert "use --device cpu" in fails("--resume", "probe")
     result("--resume", "probe", "--device", "cpu")
-    assert (finished / "accuracy.png").exists()
+    assert (finished_run / "accuracy.png").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_an_attack_is_told_before_it_cannot_be_written(capsys, finished, monkeypatch):
+def test_an_attack_is_told_before_it_cannot_be_written(capsys, finished_run, monkeypatch):
     def refuse(path, content):
         raise atomic.unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
 

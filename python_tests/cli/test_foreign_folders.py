@@ -51,7 +51,7 @@ class Marker:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def run_with_teacher(tmp_path_factory):
     """Yield a finished run with a teacher that is imported, and the marker of that module."""
     base = tmp_path_factory.mktemp("elsewhere")
     marker = Marker(base)
@@ -65,14 +65,14 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def marker(made):
-    made[1].forget()
-    return made[1]
+def marker(run_with_teacher):
+    run_with_teacher[1].forget()
+    return run_with_teacher[1]
 
 
 @pytest.fixture
-def lpfm(made, tmp_path):
-    return Path(shutil.copytree(made[0], tmp_path / "run"))
+def lpfm(run_with_teacher, tmp_path):
+    return Path(shutil.copytree(run_with_teacher[0], tmp_path / "run"))
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -36,7 +36,7 @@ def cell(i):
 
 
 @pytest.fixture
-def listed(tmp_path):
+def label_folder(tmp_path):
     """Images whose bright halves are their labels, of two sites.
 
     Every eighth has no label.
@@ -57,8 +57,8 @@ def listed(tmp_path):
     return folder
 
 
-def test_the_column_becomes_zeros_and_ones(listed):
-    data = load("csv", root=listed, options={"size": 8})
+def test_the_column_becomes_zeros_and_ones(label_folder):
+    data = load("csv", root=label_folder, options={"size": 8})
     assert (data.task.name, data.classes, data.client_names) == ("multilabel", NAMES, ("A", "B"))
     for split in (*data.clients, data.validation, *data.tests.values()):
         assert split.labels.dtype == torch.uint8
@@ -69,21 +69,21 @@ def test_the_column_becomes_zeros_and_ones(listed):
     assert statistics.sizes.tolist() == [len(split) for split in data.clients]
     assert statistics.counts.tolist() == [split.labels.sum(0).tolist() for split in data.clients]
     assert statistics.rows()[-1][2] == str(sum(len(split) for split in data.clients))
-    federation = load("csv", root=listed, options={"size": 8, "label": "label_of_another_kind"})
+    federation = load("csv", root=label_folder, options={"size": 8, "label": "label_of_another_kind"})
     assert (federation.task.name, len(federation.classes)) == ("classification", 8)
 
 
-def test_a_held_out_client_and_own_tests(listed):
+def test_a_held_out_client_and_own_tests(label_folder):
     from fedkern.data.sharing.holdout import hold_out
 
-    data = load("csv", root=listed, options={"size": 8})
+    data = load("csv", root=label_folder, options={"size": 8})
     kept = hold_out(data, held_out=0, share=0.25, seed=0)
     assert kept.statistics.sizes.tolist() == [len(kept.clients[0])]
     assert kept.statistics.counts.tolist() == [kept.clients[0].labels.sum(0).tolist()]
     assert kept.client_tests[0].labels.shape[1] == 3
 
 
-def test_a_run_learns_and_tells_every_label(listed, result, tmp_path):
+def test_a_run_learns_and_tells_every_label(label_folder, result, tmp_path):
     words = ("--rounds", "6", "--local-epochs", "4", "--lr", "0.1", "--client-test", "0.2", "--out", "run")
     told, shown = result("fedprox", *TINY, *words)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -139,11 +139,11 @@ def test_a_run_learns_and_tells_every_label(listed, result, tmp_path):
 def test_warnings_about_a_network_that_tells_nothing():
     judged = SimpleNamespace(main="macro_auroc", better="max")
 
-    def warned(area):
+    def warn(area):
         return diagnostics.poor_metrics({"macro_auroc": area, "validation_macro_auroc": 0.4}, {}, 3, {}, judged)
 
-    assert "macro AUROC is 50.0 %, and scoring all images alike gives 50.0 %" in warned(0.5)["chance-level"]
-    assert warned(0.7) == {}
+    assert "macro AUROC is 50.0 %, and scoring all images alike gives 50.0 %" in warn(0.5)["chance-level"]
+    assert warn(0.7) == {}
     falling = diagnostics.poor_metrics({"validation_macro_auroc": 0.6}, {"validation_macro_auroc": 0.9}, 3, {}, judged)
     assert "Validation macro AUROC fell from 90.0 % to 60.0 %" in falling["falling-macro_auroc"]
     labels = torch.zeros(2, 2, dtype=torch.uint8)
@@ -153,17 +153,17 @@ def test_warnings_about_a_network_that_tells_nothing():
         def __len__(self):
             return 2
 
-    def told(*kept, task=MULTILABEL):
+    def diagnose(*kept, task=MULTILABEL):
         found = Kept(task=task, labels=labels, kept=[(None, answers) for answers in kept])
         return diagnostics.unvaried_labels({"id_": found, "validation_": found})
 
-    assert "for all images of the in-distribution test set or for none" in told(alike)["unvaried-labels"]
-    assert told(alike, varied) == told() == told(alike, task=CLASSIFICATION) == {}
+    assert "for all images of the in-distribution test set or for none" in diagnose(alike)["unvaried-labels"]
+    assert diagnose(alike, varied) == diagnose() == diagnose(alike, task=CLASSIFICATION) == {}
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["afl", "feddyn", "scaffold", "centralised"])
-def test_other_methods_learn_it_too(listed, result, tmp_path, method):
+def test_other_methods_learn_it_too(label_folder, result, tmp_path, method):
     result(method, *TINY, "--rounds", "2", "--local-epochs", "2", "--lr", "0.1", "--out", "run", "--quiet")
     assert json.loads((tmp_path / "run/summary.json").read_text())["metrics"]["macro_auroc"] > 0.6
 
@@ -179,7 +179,7 @@ def test_other_methods_learn_it_too(listed, result, tmp_path, method):
         (["fedavg", "--data-option", "labels=site", "--data-option", "label=site"], "leave out one of the options"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_sentence(listed, fails, tmp_path, words, said):
+def test_what_cannot_be_is_one_sentence(label_folder, fails, tmp_path, words, said):
     assert said in fails(words[0], *TINY, *words[1:], "--out", "run")
     assert not (tmp_path / "run").exists()
 

@@ -22,7 +22,7 @@ TINY = ("--rounds", "1", "--local-epochs", "1", "--threads", "1", "--width", "2"
 
 
 @pytest.fixture
-def listed(tmp_path):
+def csv_root(tmp_path):
     """Return a CSV file with a column hospital."""
     folder = tmp_path / "set"
     folder.mkdir()
@@ -57,9 +57,9 @@ def records(out):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_column_names_the_clients_everywhere(listed, result, tmp_path):
+def test_a_column_names_the_clients_everywhere(csv_root, result, tmp_path):
     out = tmp_path / "run"
-    words = ("fedavg", "--data", "csv", "--data-root", str(listed), *TINY, "--client-test", "0.2", "--out", str(out))
+    words = ("fedavg", "--data", "csv", "--data-root", str(csv_root), *TINY, "--client-test", "0.2", "--out", str(out))
     told, shown = result(*words)
     stored = load_settings(out)
     assert (stored.partition, stored.clients) == ("attribute", 3)
@@ -90,9 +90,9 @@ def test_a_column_names_the_clients_everywhere(listed, result, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_held_out_site_is_shown_as_held_out(listed, result, tmp_path):
+def test_a_held_out_site_is_shown_as_held_out(csv_root, result, tmp_path):
     out = tmp_path / "run"
-    words = ("fedavg", "--data", "csv", "--data-root", str(listed), *TINY)
+    words = ("fedavg", "--data", "csv", "--data-root", str(csv_root), *TINY)
     words = (*words, "--held-out-client", "Bonn", "--out", str(out))
     _, shown = result(*words)
     (record,) = records(out)
@@ -109,12 +109,12 @@ def test_a_held_out_site_is_shown_as_held_out(listed, result, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_parts_of_the_test_set_tell_the_sites_apart(listed, result, tmp_path):
+def test_parts_of_the_test_set_tell_the_sites_apart(csv_root, result, tmp_path):
     """Without test sets of their own, clients are compared on the test images of their site."""
     out = tmp_path / "run"
-    words = ("fedavg", "--data", "csv", "--data-root", str(listed), *TINY, "--out", str(out))
+    words = ("fedavg", "--data", "csv", "--data-root", str(csv_root), *TINY, "--out", str(out))
     told, _ = result(*words)
-    data = load("csv", root=str(listed), options={"size": 8})
+    data = load("csv", root=str(csv_root), options={"size": 8})
     model, about = read_model(out)
     test = data.tests[""]
     with torch.no_grad():
@@ -137,9 +137,9 @@ def test_parts_of_the_test_set_tell_the_sites_apart(listed, result, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_pooled_training_is_compared_on_the_sites_too(listed, result, tmp_path):
+def test_pooled_training_is_compared_on_the_sites_too(csv_root, result, tmp_path):
     out = tmp_path / "run"
-    result("centralised", "--data", "csv", "--data-root", str(listed), *TINY, "--out", str(out), "--quiet")
+    result("centralised", "--data", "csv", "--data-root", str(csv_root), *TINY, "--out", str(out), "--quiet")
     assert {row["client"] for row in evaluation(out)} == {"", *SITES}
     assert "name" not in records(out)[0]["clients"]["0"]
 
@@ -177,9 +177,9 @@ def test_own_test_folders_stay_where_a_share_is_the_default(folders, result, tmp
         (("--client-test", "0.9", "--train-samples", "12"), "Client 0 (Aachen) has"),
     ],
 )
-def test_mistakes_are_one_sentence_and_leave_nothing(listed, fails, tmp_path, words, said):
+def test_mistakes_are_one_sentence_and_leave_nothing(csv_root, fails, tmp_path, words, said):
     out = tmp_path / "run"
-    assert said in fails("fedavg", "--data", "csv", "--data-root", str(listed), *TINY, *words, "--out", str(out))
+    assert said in fails("fedavg", "--data", "csv", "--data-root", str(csv_root), *TINY, *words, "--out", str(out))
     assert not out.exists()
 
 
@@ -195,8 +195,8 @@ def plain(out):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_resumed_runs_are_the_same(listed, tmp_path):
-    config = RunConfig.make("fedavg", data="csv", data_root=str(listed), rounds=2, local_epochs=1, width=2, threads=1,
+def test_resumed_runs_are_the_same(csv_root, tmp_path):
+    config = RunConfig.make("fedavg", data="csv", data_root=str(csv_root), rounds=2, local_epochs=1, width=2, threads=1,
                             grad_cam=0, model="cnn", client_test=0.2, data_options={"size": 8})  # fmt: skip
     uncut, part = tmp_path / "whole", tmp_path / "part"
     run(config, out=uncut)
@@ -213,9 +213,9 @@ def test_resumed_runs_are_the_same(listed, tmp_path):
     assert not load_settings(uncut).unset
 
 
-def test_a_stored_partition_stays_though_the_data_name_sites(listed, tmp_path):
+def test_a_stored_partition_stays_though_the_data_name_sites(csv_root, tmp_path):
     """A run folder from before sites were read names its partition, and is resumed with it."""
-    config = RunConfig.make("fedavg", data="csv", data_root=str(listed), rounds=1, local_epochs=1, width=2, threads=1,
+    config = RunConfig.make("fedavg", data="csv", data_root=str(csv_root), rounds=1, local_epochs=1, width=2, threads=1,
                             grad_cam=0, model="cnn", partition="dirichlet:0.5", clients=5,
                             data_options={"size": 8})  # fmt: skip
     before = run(config, out=tmp_path / "run")
@@ -227,9 +227,9 @@ def test_a_stored_partition_stays_though_the_data_name_sites(listed, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_private_records_withhold_the_figures_of_clients(listed, result, tmp_path):
+def test_private_records_withhold_the_figures_of_clients(csv_root, result, tmp_path):
     out = tmp_path / "run"
-    words = ("fedavg", "--data", "csv", "--data-root", str(listed), *TINY, "--client-test", "0.2", "--records",
+    words = ("fedavg", "--data", "csv", "--data-root", str(csv_root), *TINY, "--client-test", "0.2", "--records",
              "private", "--out", str(out))  # fmt: skip
     told, shown = result(*words)
     assert {row["client"] for row in evaluation(out)} == {""}
@@ -240,11 +240,11 @@ def test_private_records_withhold_the_figures_of_clients(listed, result, tmp_pat
     assert not any(site in (out / "metrics.jsonl").read_text() for site in SITES)
 
 
-def test_pictures_name_the_sites(listed, tmp_path, monkeypatch):
+def test_pictures_name_the_sites(csv_root, tmp_path, monkeypatch):
     from fedkern.report.figures import plots
 
     out = tmp_path / "run"
-    assert main(["fedavg", "--data", "csv", "--data-root", str(listed), *TINY, "--out", str(out), "--quiet"]) == 0
+    assert main(["fedavg", "--data", "csv", "--data-root", str(csv_root), *TINY, "--out", str(out), "--quiet"]) == 0
     seen = []
     monkeypatch.setattr(plots, "save_png", lambda figure, path: seen.append((path.name, figure)))
     write_pictures(out)

@@ -54,13 +54,13 @@ def pair(tmp_path):
 
 
 @pytest.fixture
-def begun(pair, tmp_path):
+def cut(pair, tmp_path):
     """Return the folder of a run that is killed after its first round."""
     return begin(pair, tmp_path / "run")
 
 
-def check_untouched(fails, begun, pair, *parts):
-    check_refused(fails, begun, [["--resume", str(begun)], ["attack", str(begun)]], parts)
+def check_untouched(fails, cut, pair, *parts):
+    check_refused(fails, cut, [["--resume", str(cut)], ["attack", str(cut)]], parts)
     assert pair.runs == 1
 
 
@@ -68,36 +68,36 @@ def check_untouched(fails, begun, pair, *parts):
 
 
 @pytest.mark.exhaustive
-def test_an_unchanged_neighbour_goes_on(result, begun, pair):
-    stored = tomllib.loads((begun / "config.toml").read_text())["plugins"][str(pair.path)]
+def test_an_unchanged_neighbour_goes_on(result, cut, pair):
+    stored = tomllib.loads((cut / "config.toml").read_text())["plugins"][str(pair.path)]
     assert list(plugin_files.parse_identity(stored)) == ["", "helpers_of_a_test.py"]
-    result("--resume", str(begun), "--quiet")
+    result("--resume", str(cut), "--quiet")
     assert pair.runs == 2
-    assert "other-plugin" not in json.loads((begun / "summary.json").read_text())["diagnostics"]
+    assert "other-plugin" not in json.loads((cut / "summary.json").read_text())["diagnostics"]
 
 
-def test_a_changed_neighbour_is_not_executed_unless_the_plugin_is_given_again(fails, result, begun, pair):
+def test_a_changed_neighbour_is_not_executed_unless_the_plugin_is_given_again(fails, result, cut, pair):
     pair.write(20)
-    check_untouched(fails, begun, pair, f"The plugin {pair.path} has changed since", f"`{pair.helpers}` changed",
+    check_untouched(fails, cut, pair, f"The plugin {pair.path} has changed since", f"`{pair.helpers}` changed",
               f"--plugin {pair.path}")  # fmt: skip
-    result("--resume", str(begun), "--plugin", str(pair.path), "--quiet")
+    result("--resume", str(cut), "--plugin", str(pair.path), "--quiet")
     assert pair.runs == 2
     assert METHODS["mine"].weights == 20
-    assert str(pair.path) in json.loads((begun / "summary.json").read_text())["diagnostics"]["other-plugin"]
+    assert str(pair.path) in json.loads((cut / "summary.json").read_text())["diagnostics"]["other-plugin"]
 
 
-def test_a_neighbour_that_is_gone_or_new_is_a_change(fails, begun, pair):
+def test_a_neighbour_that_is_gone_or_new_is_a_change(fails, cut, pair):
     kept = pair.helpers.rename(pair.helpers.with_suffix(".txt"))
-    check_untouched(fails, begun, pair, "has changed since", f"`{pair.helpers}` is gone")
+    check_untouched(fails, cut, pair, "has changed since", f"`{pair.helpers}` is gone")
     kept.rename(pair.helpers)
     package = pair.helpers.with_suffix("")
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit\n")
-    check_untouched(fails, begun, pair, f"`{package / '__init__.py'}` is new")
+    check_untouched(fails, cut, pair, f"`{package / '__init__.py'}` is new")
 
 
-def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
-    config = begun / "config.toml"
+def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, cut, pair):
+    config = cut / "config.toml"
     stored = plugin_files.parse_identity(tomllib.loads(config.read_text())["plugins"][str(pair.path)])
     identity = f"{stored['']}; helpers_of_a_test.py {stored['helpers_of_a_test.py']}"
     assert identity in config.read_text()
@@ -109,7 +109,7 @@ def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, begun, pair):
     ):
         text = config.read_text()
         config.write_text(text.replace(identity, changed))
-        check_untouched(fails, begun, pair, said)
+        check_untouched(fails, cut, pair, said)
         config.write_text(text)
 
 
@@ -218,9 +218,9 @@ def test_a_neighbour_that_cannot_be_read_leaves_nothing_registered(pair, monkeyp
     assert plugins.loaded_plugins() == ()
 
 
-def test_a_stored_identity_without_its_plugin_is_not_there(fails, begun, pair):
+def test_a_stored_identity_without_its_plugin_is_not_there(fails, cut, pair):
     pair.path.unlink()
-    check_untouched(fails, begun, pair, "needs a plugin that is not there")
+    check_untouched(fails, cut, pair, "needs a plugin that is not there")
 
 
 @pytest.mark.parametrize("name", ["helpers_of_a_test.abi3.so", "helpers_of_a_test/__init__.py"])

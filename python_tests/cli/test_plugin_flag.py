@@ -26,21 +26,21 @@ TINY = ["--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--thr
 
 
 @pytest.fixture
-def marked(tmp_path):
+def plugin(tmp_path):
     return Marked(tmp_path / "plugin")
 
 
 @pytest.fixture
-def begun(marked, tmp_path):
+def cut(plugin, tmp_path):
     """Return the folder of a run that is killed after its first round."""
-    return begin(marked, tmp_path / "run")
+    return begin(plugin, tmp_path / "run")
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def test_list_help_and_errors_know_what_a_plugin_registers(result, fails, marked):
-    flag = ["--plugin", str(marked.path)]
+def test_list_help_and_errors_know_what_a_plugin_registers(result, fails, plugin):
+    flag = ["--plugin", str(plugin.path)]
     assert "mine" not in result("list")[0]
     assert "  mine " in result("list", *flag)[0]
     assert json.loads(result("list", "--json", *flag)[0])["methods"]["mine"] == "A method of a test."
@@ -66,14 +66,14 @@ def test_a_plugin_with_a_mistake_is_one_sentence(fails, tmp_path, words, part):
     assert [path.name for path in tmp_path.iterdir()] == ["own.py"]
 
 
-def test_commands_without_plugins_refuse_them(fails, marked):
-    assert 'doctor does not take "--plugin"' in fails("doctor", "--plugin", str(marked.path))
+def test_commands_without_plugins_refuse_them(fails, plugin):
+    assert 'doctor does not take "--plugin"' in fails("doctor", "--plugin", str(plugin.path))
 
 
 @pytest.mark.parametrize("word", ["list", "--help"])
 @pytest.mark.usefixtures("undrawn")
-def test_an_installed_plugin_is_known_and_a_broken_one_warns(capsys, monkeypatch, tmp_path, marked, word):
-    monkeypatch.syspath_prepend(marked.path.parent)
+def test_an_installed_plugin_is_known_and_a_broken_one_warns(capsys, monkeypatch, tmp_path, plugin, word):
+    monkeypatch.syspath_prepend(plugin.path.parent)
     points = [EntryPoint("good", "marked", plugins.GROUP), EntryPoint("bad", "not_installed", plugins.GROUP)]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points)
     monkeypatch.setattr(plugins, "_installed", False)
@@ -91,29 +91,29 @@ def test_an_installed_plugin_is_known_and_a_broken_one_warns(capsys, monkeypatch
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_run_stores_its_plugins_and_repeats_them(result, marked, tmp_path):
+def test_a_run_stores_its_plugins_and_repeats_them(result, plugin, tmp_path):
     out, _ = result("mine", *TINY, "--rounds", "1", "--plugin", "plugin/marked.py", "--out", "run")
     stored = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
-    assert list(stored["plugins"]) == [str(marked.path)]
-    assert stored["plugins"][str(marked.path)].startswith("sha256:")
-    assert f"--plugin {marked.path}" in " ".join(out.split())  # the command for comparison
+    assert list(stored["plugins"]) == [str(plugin.path)]
+    assert stored["plugins"][str(plugin.path)].startswith("sha256:")
+    assert f"--plugin {plugin.path}" in " ".join(out.split())  # the command for comparison
     unload_all()
     result("--config", "run/config.toml", "--rounds", "1", "--out", "again", "--quiet")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "run" / "model.safetensors"
     ).read_bytes()
-    marked.change()
+    plugin.change()
     unload_all()
-    runs = marked.runs
+    runs = plugin.runs
     assert main(["--config", "run/config.toml", "--out", "third"]) == 2
-    assert marked.runs == runs + 1  # the user named it, in a file
+    assert plugin.runs == runs + 1  # the user named it, in a file
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_config_file_lists_plugins_by_name(result, marked, tmp_path):
+def test_a_config_file_lists_plugins_by_name(result, plugin, tmp_path):
     (tmp_path / "own.toml").write_text('method = "mine"\nplugins = ["plugin/marked.py"]\nrounds = 1\n')
     result("--config", "own.toml", *TINY, "--out", "run", "--quiet")
-    assert str(marked.path) in (tmp_path / "run" / "config.toml").read_text()
+    assert str(plugin.path) in (tmp_path / "run" / "config.toml").read_text()
 
 
 def test_a_config_file_with_plugins_of_another_kind(fails, tmp_path):
@@ -122,84 +122,84 @@ def test_a_config_file_with_plugins_of_another_kind(fails, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_killed_run_goes_on_with_its_plugin(result, begun, marked, tmp_path):
-    result("--resume", str(begun), "--quiet")
-    assert marked.runs == 2
+def test_a_killed_run_goes_on_with_its_plugin(result, cut, plugin, tmp_path):
+    result("--resume", str(cut), "--quiet")
+    assert plugin.runs == 2
     run(RunConfig.make("mine", rounds=2, **SETTINGS), out=tmp_path / "whole")
-    assert outcome(begun) == outcome(tmp_path / "whole")
+    assert outcome(cut) == outcome(tmp_path / "whole")
     unload_all()
-    result("--resume", str(begun), "mine", "--quiet")  # finished; the words may name the method
-    result("attack", str(begun))
+    result("--resume", str(cut), "mine", "--quiet")  # finished; the words may name the method
+    result("attack", str(cut))
 
 
 # -- what no run folder executes ---------------------------------------------------------------------------------------
 
 
-def check_untouched(fails, begun, marked, runs, *parts):
+def check_untouched(fails, cut, plugin, runs, *parts):
     """Every command ends in one sentence, executes nothing and leaves the folder as it is."""
-    commands = [["--resume", str(begun)], ["--resume", str(begun), "mine"], ["attack", str(begun)]]
-    check_refused(fails, begun, commands, parts, readers=(load_settings, attack))
-    assert marked.runs == runs
+    commands = [["--resume", str(cut)], ["--resume", str(cut), "mine"], ["attack", str(cut)]]
+    check_refused(fails, cut, commands, parts, readers=(load_settings, attack))
+    assert plugin.runs == runs
 
 
-def test_a_changed_plugin_is_not_executed_unless_given_again(fails, result, begun, marked):
-    marked.change()
-    check_untouched(fails, begun, marked, 1, f"The plugin {marked.path} has changed since", f"--plugin {marked.path}")
-    result("--resume", str(begun), "--plugin", str(marked.path), "--quiet")
-    assert marked.runs == 2
-    summary = json.loads((begun / "summary.json").read_text())
-    assert str(marked.path) in summary["diagnostics"]["other-plugin"]
+def test_a_changed_plugin_is_not_executed_unless_given_again(fails, result, cut, plugin):
+    plugin.change()
+    check_untouched(fails, cut, plugin, 1, f"The plugin {plugin.path} has changed since", f"--plugin {plugin.path}")
+    result("--resume", str(cut), "--plugin", str(plugin.path), "--quiet")
+    assert plugin.runs == 2
+    summary = json.loads((cut / "summary.json").read_text())
+    assert str(plugin.path) in summary["diagnostics"]["other-plugin"]
 
 
 def test_a_folder_from_elsewhere_executes_nothing_unless_the_plugin_is_given(
-    fails, result, begun, marked, monkeypatch, tmp_path
+    fails, result, cut, plugin, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache of somebody else"))
-    check_untouched(fails, begun, marked, 1, "names code to run", f"--plugin {marked.path}")
-    result("--resume", str(begun), "--plugin", str(marked.path), "--quiet")
-    assert marked.runs == 2
+    check_untouched(fails, cut, plugin, 1, "names code to run", f"--plugin {plugin.path}")
+    result("--resume", str(cut), "--plugin", str(plugin.path), "--quiet")
+    assert plugin.runs == 2
     unload_all()
-    result("--resume", str(begun), "--quiet")  # now this user has run it
+    result("--resume", str(cut), "--quiet")  # now this user has run it
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache of a third"))
     unload_all()
-    assert "names code to run" in fails("attack", str(begun))
-    result("attack", str(begun), "--plugin", str(marked.path))
+    assert "names code to run" in fails("attack", str(cut))
+    result("attack", str(cut), "--plugin", str(plugin.path))
 
 
-def test_a_plugin_that_another_user_has_run_is_not_trusted(fails, begun, marked, monkeypatch):
+def test_a_plugin_that_another_user_has_run_is_not_trusted(fails, cut, plugin, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 12345)
-    check_untouched(fails, begun, marked, 1, "names code to run")
+    check_untouched(fails, cut, plugin, 1, "names code to run")
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_plugin_that_is_gone_or_has_moved(fails, result, begun, marked, tmp_path):
+def test_a_plugin_that_is_gone_or_has_moved(fails, result, cut, plugin, tmp_path):
     moved = tmp_path / "elsewhere" / "marked.py"
     moved.parent.mkdir()
-    shutil.move(marked.path, moved)
-    check_untouched(fails, begun, marked, 1, "needs a plugin that is not there", "give it again, --plugin FILE (in Py")
-    assert load_settings(begun, trusted=[str(moved)]).plugins
-    result("--resume", str(begun), "--plugin", str(moved), "--quiet")
-    assert marked.runs == 2
+    shutil.move(plugin.path, moved)
+    check_untouched(fails, cut, plugin, 1, "needs a plugin that is not there", "give it again, --plugin FILE (in Py")
+    assert load_settings(cut, trusted=[str(moved)]).plugins
+    result("--resume", str(cut), "--plugin", str(moved), "--quiet")
+    assert plugin.runs == 2
 
 
-def test_a_plugin_of_no_run_is_refused(fails, begun, marked, tmp_path):
+def test_a_plugin_of_no_run_is_refused(fails, cut, plugin, tmp_path):
     stranger = Marked(tmp_path / "other", name="another")
     stranger.path = stranger.path.rename(stranger.path.with_name("another.py"))
-    assert f"has no plugin {stranger.path}" in fails("--resume", str(begun), "--plugin", str(stranger.path))
+    assert f"has no plugin {stranger.path}" in fails("--resume", str(cut), "--plugin", str(stranger.path))
 
 
-def test_the_library_executes_a_trusted_plugin(begun, marked, monkeypatch, tmp_path):
+def test_the_library_executes_a_trusted_plugin(cut, plugin, monkeypatch, tmp_path):
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "empty"))
     with pytest.raises(UserError, match="names code to run"):
-        load_settings(begun)
-    assert marked.runs == 1
-    config = load_settings(begun, trusted=[str(marked.path)])
-    assert marked.runs == 2
-    assert run(config, out=begun, resume=True)["rounds"] == 2
-    assert len(read_metrics(begun)) == 2
+        load_settings(cut)
+    assert plugin.runs == 1
+    config = load_settings(cut, trusted=[str(plugin.path)])
+    assert plugin.runs == 2
+    assert run(config, out=cut, resume=True)["rounds"] == 2
+    assert len(read_metrics(cut)) == 2
     unload_all()
-    model, _ = read_model(begun)  # its network is fedkern's own: nothing of the plugin is needed
-    assert marked.runs == 2
+    model, _ = read_model(cut)  # its network is fedkern's own: nothing of the plugin is needed
+    assert plugin.runs == 2
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
 
 
@@ -216,20 +216,20 @@ MODELS["slim"] = ModelEntry("slim", "a narrow network of a test", 4, 8, slim)
 """
 
 
-def test_a_network_of_a_plugin_is_read_back_under_the_same_rules(result, fails, marked, monkeypatch, tmp_path):
-    marked.path.write_text(NETWORK.format(marker=str(marked.marker)))
+def test_a_network_of_a_plugin_is_read_back_under_the_same_rules(result, fails, plugin, monkeypatch, tmp_path):
+    plugin.path.write_text(NETWORK.format(marker=str(plugin.marker)))
     words = [word for word in TINY if word not in ("--width", "4")]
     result(
-        "fedavg", *words, "--rounds", "1", "--model", "slim", "--plugin", str(marked.path), "--out", "run", "--quiet"
+        "fedavg", *words, "--rounds", "1", "--model", "slim", "--plugin", str(plugin.path), "--out", "run", "--quiet"
     )
-    assert "slim" in " ".join(result("fedavg", "--help", "--plugin", str(marked.path))[0].split())
+    assert "slim" in " ".join(result("fedavg", "--help", "--plugin", str(plugin.path))[0].split())
     unload_all()
     model, about = read_model(tmp_path / "run")
-    assert (about["model"], about["width"], marked.runs) == ("slim", 4, 2)
+    assert (about["model"], about["width"], plugin.runs) == ("slim", 4, 2)
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
     unload_all()
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache of somebody else"))
     with pytest.raises(UserError, match="names code to run"):
         read_model(tmp_path / "run")
-    assert marked.runs == 2
-    assert read_model(tmp_path / "run", trusted=[str(marked.path)])[1]["model"] == "slim"
+    assert plugin.runs == 2
+    assert read_model(tmp_path / "run", trusted=[str(plugin.path)])[1]["model"] == "slim"

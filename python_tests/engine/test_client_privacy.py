@@ -30,7 +30,7 @@ ONLY_CLIP = {"dp_clip": 0.05, "dp_noise": 0.0}
 NOISED = {"dp_clip": 0.5, "dp_noise": 2.0, "dp_draws": "seed"}
 
 
-def shipped(name):
+def is_built_in(name):
     return METHODS[name].__module__.startswith("fedkern.")
 
 
@@ -110,7 +110,7 @@ def test_variances_are_found_where_the_flat_vector_has_them():
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def watched(monkeypatch, name):
+def watch_rounds(monkeypatch, name):
     """Return a method of this name that notes every round's start, its clients' uploads and what its server got."""
     kind, seen = METHODS[name], []
 
@@ -142,7 +142,7 @@ def watched(monkeypatch, name):
 
 
 def test_a_round_is_the_plain_formula_over_the_clients_asked(make_data, make_config, tmp_path, monkeypatch):
-    seen = watched(monkeypatch, "fedavg")
+    seen = watch_rounds(monkeypatch, "fedavg")
     config = make_config("fedavg", clients=4, rounds=3, dropout_rate=0.3, workers="1", **ONLY_CLIP)
     run(config, out=tmp_path / "run", data=make_data(SIZES))
     rounds = seen[-3:]  # before the run the method is asked what it would send
@@ -169,7 +169,7 @@ def test_a_round_is_the_plain_formula_over_the_clients_asked(make_data, make_con
 
 
 def test_scaffold_clips_network_and_control_variate_together(make_data, make_config, tmp_path, monkeypatch):
-    seen = watched(monkeypatch, "scaffold")
+    seen = watch_rounds(monkeypatch, "scaffold")
     config = make_config("scaffold", clients=4, rounds=2, sample_fraction=0.5, workers="1", **ONLY_CLIP)
     run(config, out=tmp_path / "run", data=make_data(SIZES))
     for played in seen[-2:]:
@@ -191,7 +191,7 @@ def test_scaffold_clips_network_and_control_variate_together(make_data, make_con
 
 @needs_accounting
 def test_a_larger_client_weighs_no_more(make_data, make_config, tmp_path, monkeypatch):
-    seen = watched(monkeypatch, "fedavg")
+    seen = watch_rounds(monkeypatch, "fedavg")
     config = make_config("fedavg", rounds=1, workers="1", **{**NOISED, "dp_clip": 1e-3, "dp_noise": 1e-9})
     run(config, out=tmp_path / "run", data=make_data((60, 6, 6)))
     played = seen[-1]
@@ -206,7 +206,7 @@ def test_a_larger_client_weighs_no_more(make_data, make_config, tmp_path, monkey
 
 @needs_accounting
 def test_heavy_noise_leaves_variances_positive_and_counts_alone(make_data, make_config, tmp_path, monkeypatch):
-    seen = watched(monkeypatch, "fedavg")
+    seen = watch_rounds(monkeypatch, "fedavg")
     config = make_config("fedavg", rounds=2, dp_clip=1.0, dp_noise=50.0, workers="1")
     run(config, out=tmp_path / "run", data=make_data())
     mask = variances(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2))
@@ -244,7 +244,7 @@ def refusal(config):
 
 @needs_accounting
 @pytest.mark.sampled(7)
-@pytest.mark.parametrize("name", sorted(filter(shipped, METHODS)))
+@pytest.mark.parametrize("name", sorted(filter(is_built_in, METHODS)))
 def test_every_method_runs_or_is_refused(name, make_small, tmp_path):
     own = {"options": {}} if name == "fedgid" else {}  # they share images
     refused = refusal(make_small(name, **own)[0])

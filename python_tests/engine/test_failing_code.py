@@ -13,7 +13,7 @@ from fedkern.errors import MESSAGE, ClientFailed
 from fedkern.listeners import Listener
 from fedkern.methods import FedAvg, method_registry
 from fedkern.run import main
-from python_tests.engine.executors.test_ranks import launched
+from python_tests.engine.executors.test_ranks import run_torchrun
 from python_tests.plugin_sources import unload_all
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 1, "rounds": 1, "threads": 1,
@@ -86,7 +86,7 @@ def test_an_ordinary_error_of_the_server_keeps_its_type(tmp_path):
 @pytest.mark.parametrize("name", [name for name in ERRORS if name != "memory"])
 def test_a_failing_data_function_is_named(name, tmp_path):
     @register_data("failing-data")
-    def made():
+    def make_data_that_fails():
         """Fail to make the data."""
         raise ERRORS[name]()
 
@@ -274,7 +274,7 @@ def test_failures_on_ranks_are_named(kind, skip, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     words = [*COMMAND, "--plugin", str(tmp_path / "failing.py"), "--out", str(tmp_path / "run")]
     words += ["--on-error", "skip"] * skip
-    done = launched(2, words, FEDKERN_TEST_PLACE="client 1", FEDKERN_TEST_ERROR=kind)
+    done = run_torchrun(2, words, FEDKERN_TEST_PLACE="client 1", FEDKERN_TEST_ERROR=kind)
     if skip:
         assert done.returncode == 0, done.stderr
         assert "(failing.py, line" in read_summary(tmp_path / "run")["diagnostics"]["failing-client-1"]

@@ -32,7 +32,7 @@ class Adapter(nn.Module):
         return self.layer(x) + self.up(self.down(x))
 
 
-def made(freeze=True, adapter=False):
+def make(freeze=True, adapter=False):
     torch.manual_seed(3)
     network = Small()
     network.backbone[1].running_mean.normal_(0, 0.1)
@@ -42,7 +42,7 @@ def made(freeze=True, adapter=False):
     return network
 
 
-def played(out, network, make_data, method="fedavg", data=None, **settings):
+def play(out, network, make_data, method="fedavg", data=None, **settings):
     plain = {"rounds": 2, "local_epochs": 2, "batch_size": 4, "threads": 1, "client_threads": 1, "workers": 1}
     return fedkern.simulate(
         method, data=dataclasses.replace(make_data(), name="arrays") if data is None else data, model=network, out=out,
@@ -53,8 +53,8 @@ def played(out, network, make_data, method="fedavg", data=None, **settings):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("adapter", [False, True], ids=["head", "adapter"])
 def test_it_is_the_run_of_plain_pytorch(make_data, tmp_path, adapter):
-    Recording.rows, network = [], made(adapter=adapter)
-    found = played(tmp_path / "run", network, make_data, Recording, momentum=0.9, lr=0.1)
+    Recording.rows, network = [], make(adapter=adapter)
+    found = play(tmp_path / "run", network, make_data, Recording, momentum=0.9, lr=0.1)
     sizes, config = [20, 13, 9], found.config
     plain = copy.deepcopy(network)
     for turn in range(2):
@@ -84,10 +84,10 @@ def test_it_is_the_run_of_plain_pytorch(make_data, tmp_path, adapter):
 
 
 def test_only_what_is_trained_travels(make_data, tmp_path):
-    networks = {"all": made(freeze=False), "head": made(), "adapter": made(adapter=True)}
+    networks = {"all": make(freeze=False), "head": make(), "adapter": make(adapter=True)}
     sent = {}
     for name, network in networks.items():
-        found = played(tmp_path / name, network, make_data, rounds=1)
+        found = play(tmp_path / name, network, make_data, rounds=1)
         assert {*found.model().state_dict()} == {*network.state_dict()}
         sent[name] = found.history.records[-1]["bytes_up"]
     norm = (4 * 16 + 8) / 12  # running statistics and their number, which stay where scale and shift are frozen
@@ -95,15 +95,15 @@ def test_only_what_is_trained_travels(make_data, tmp_path):
 
 
 def test_the_header_says_what_is_frozen(make_data, tmp_path, capsys):
-    played(tmp_path / "run", made(), make_data, rounds=1, progress=True)
+    play(tmp_path / "run", make(), make_data, rounds=1, progress=True)
     assert "with 267 parameters (240 frozen with 1 batch norms in eval mode)" in capsys.readouterr().err
 
 
 def test_freeze_is_requires_grad(make_data, tmp_path):
-    given = played(tmp_path / "given", made(), make_data).model().state_dict()
-    asked = played(tmp_path / "asked", made(freeze=False), make_data, freeze="backbone.*")
+    given = play(tmp_path / "given", make(), make_data).model().state_dict()
+    asked = play(tmp_path / "asked", make(freeze=False), make_data, freeze="backbone.*")
     assert (
-        asked.config.freeze == fedkern.load(tmp_path / "asked", model=made(freeze=False)).config.freeze == "backbone.*"
+        asked.config.freeze == fedkern.load(tmp_path / "asked", model=make(freeze=False)).config.freeze == "backbone.*"
     )
     assert all(torch.equal(value, given[name]) for name, value in asked.model().state_dict().items())
 
@@ -116,7 +116,7 @@ def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
     The others have the gradients that they always have.
     """
     settings = {"width": 4, "freeze": "layer1.*"}
-    own, two = (played(tmp_path / str(n), model, make_data, workers=n, **settings).model().state_dict() for n in (1, 2))
+    own, two = (play(tmp_path / str(n), model, make_data, workers=n, **settings).model().state_dict() for n in (1, 2))
     assert all(torch.equal(value, two[name]) for name, value in own.items())
     start = models.build(model, classes=3, channels=3, image_size=8, seed=0, width=4)
     frozen = {name for name, value in start.state_dict().items() if torch.equal(value, own[name])}
@@ -140,12 +140,12 @@ WRONG = {
 @pytest.mark.parametrize(("settings", "said"), WRONG.values(), ids=WRONG)
 def test_what_cannot_be_frozen_is_said_first(make_data, refuses, tmp_path, settings, said):
     with refuses(said):
-        played(tmp_path / "run", made(freeze=False), make_data, **settings)
+        play(tmp_path / "run", make(freeze=False), make_data, **settings)
 
 
 def test_a_frozen_module_trains_nothing(make_data, tmp_path):
     with pytest.raises(UserError, match="no parameters that require gradients, so there is nothing to train"):
-        played(tmp_path / "run", made().requires_grad_(False), make_data)
+        play(tmp_path / "run", make().requires_grad_(False), make_data)
 
 
 @pytest.mark.sampled(3)
@@ -159,7 +159,7 @@ def test_every_client_begins_with_what_does_not_travel(make_data, make_public, t
 
     def run(kind, workers):
         named = f"{own_networks.__file__}:{kind}"
-        return played(
+        return play(
             tmp_path / f"{kind} {workers}", named, make_data, method, data, workers=workers, freeze=freeze, **settings
         )
 

@@ -95,11 +95,11 @@ def test_the_bits_of_a_segmentation_in_memory(tmp_path, on_disk, monkeypatch, me
     largest = []
     plain = PixelClasses.plain
 
-    def seen(self):
+    def note_size(self):
         largest.append(len(self))
         return plain(self)
 
-    monkeypatch.setattr(PixelClasses, "plain", seen)
+    monkeypatch.setattr(PixelClasses, "plain", note_size)
     run(config, out=tmp_path / "disk")
     assert outcome(tmp_path / "disk") == outcome(tmp_path / "memory")
     assert largest

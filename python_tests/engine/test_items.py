@@ -59,7 +59,7 @@ class Recorded(FedAvg):
         return super().loss(model, batch, received)
 
 
-def called(network, inputs):
+def call(network, inputs):
     if isinstance(inputs, Positional):
         return network(*inputs)
     return network(**inputs) if isinstance(inputs, Keywords) else network(inputs)
@@ -77,7 +77,7 @@ def plainly(network, sizes, loss_fn, lr, momentum):
             for *_, batch in [entry for entry in Recorded.seen if entry[:2] == (turn, size)]:
                 inputs, targets = split_targets(batch)
                 optimiser.zero_grad()
-                loss_fn(called(local, inputs), targets).backward()
+                loss_fn(call(local, inputs), targets).backward()
                 optimiser.step()
             uploads.append(local.state_dict())
         mean = dict.fromkeys(uploads[0], 0.0)
@@ -150,17 +150,17 @@ def same(left, right):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedavg", "scaffold"])
 def test_bits_do_not_depend_on_workers_threads_and_interruptions(method, tmp_path):
-    def played(name, **how):
+    def play(name, **how):
         return fedkern.simulate(method, **drawing(), rounds=3, out=tmp_path / name, **{**HERE, **how})
 
-    single = played("one")
+    single = play("one")
     outside = torch.rand(2), np.random.rand(), random.random()  # noqa: NPY002
     assert outside
-    assert same(state(single), state(played("two", workers=2)))
-    assert same(state(single), state(played("threads", threads=2)))
+    assert same(state(single), state(play("two", workers=2)))
+    assert same(state(single), state(play("threads", threads=2)))
 
     with pytest.raises(Kill):
-        played("cut", listener=KillAt("round-start", round=2))
+        play("cut", listener=KillAt("round-start", round=2))
     again = fedkern.load(tmp_path / "cut", **drawing()).resume(progress=False, pictures=False, workers=2)
     assert same(state(single), state(again))
 
@@ -343,7 +343,7 @@ class Listed(Dataset):
         return self.items[index]
 
 
-def padded(items):
+def pad_rows(items):
     """Ragged rows, which torch's own collation refuses."""
     rows = nn.utils.rnn.pad_sequence([item["row"] for item in items], batch_first=True)
     return {"row": rows, "labels": torch.stack([item["labels"] for item in items])}
@@ -369,7 +369,7 @@ class Two(nn.Module):
         return self.one(first) + self.two(second)
 
 
-def ragged(count, seed):
+def rows_of(count, seed):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 6, (count,), generator=generator).tolist()
     return Listed([{"row": torch.rand(n, generator=generator), "labels": torch.tensor(n % 2)} for n in lengths])
@@ -379,7 +379,7 @@ def triples(count):
     return Listed([(torch.rand(2), torch.rand(3), index % 2) for index in range(count)])
 
 
-def masked(outputs, targets):
+def masked_loss(outputs, targets):
     """Return the loss of the targets that are known."""
     known = targets.isfinite()
     return ((outputs - targets.nan_to_num()) * known).square().sum() / known.sum().clamp_min(1)
@@ -403,16 +403,16 @@ def attributes(items):
 
 
 KINDS = {
-    "ragged": {"data": [ragged(12, 0), ragged(9, 1)], "test": ragged(8, 2), "model": Mean(), "collate_fn": padded},
+    "ragged": {"data": [rows_of(12, 0), rows_of(9, 1)], "test": rows_of(8, 2), "model": Mean(), "collate_fn": pad_rows},
     "three parts": {"data": [triples(12), triples(9)], "test": triples(6), "model": Two()},
     "missing targets": {"data": [partly(12), partly(9)], "test": partly(6), "model": nn.Linear(3, 2),
-                        "loss_fn": masked},
+                        "loss_fn": masked_loss},
     "numbers in steps": {
         "data": [TensorDataset(torch.rand(9, 5, 7), torch.randint(3, (9, 7)))], "model": nn.Conv1d(5, 3, 1),
         "test": TensorDataset(torch.rand(9, 5, 7), torch.randint(3, (9, 7))),
     },
     "whole loss": {
-        "data": [ragged(12, 0)], "test": ragged(8, 2), "model": Mean(), "collate_fn": padded,
+        "data": [rows_of(12, 0)], "test": rows_of(8, 2), "model": Mean(), "collate_fn": pad_rows,
         "batch_loss": lambda model, batch: nn.functional.cross_entropy(model(batch["row"])["logits"], batch["labels"]),
         "metrics": {"size": lambda model, batch: len(batch["labels"])},
     },
@@ -849,7 +849,7 @@ def test_an_unseen_client_leaves_pooled_sets(tmp_path):
     assert {name: len(split) for name, split in kept.tests.items()} == {"": 13, "held_out": 17}
 
 
-def weighed(model, batch):
+def batch_loss(model, batch):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
@@ -925,15 +925,15 @@ SENTENCES = {
     "vector": ({"loss_fn": nn.CrossEntropyLoss(reduction="none")},
                r"loss_fn must return one number, .* returns a tensor \[9\]: take the mean"),
     "no function": ({"loss_fn": 3}, "loss_fn must be a function or a module"),
-    "model first": ({"loss_fn": weighed}, "first parameter of this one is called model: give it as batch_loss=, or"),
+    "model first": ({"loss_fn": batch_loss}, "first parameter of this one is called model: give it as batch_loss=, or"),
     "outputs first": ({"batch_loss": first_loss}, r"batch_loss takes \(model, batch\), .*: give it as loss_fn="),
     "two losses": ({"loss_fn": nn.MSELoss(), "batch_loss": max}, "loss_fn and batch_loss are both given: leave one"),
     "classes": ({"model": nn.Linear(4, 2), "data": [TensorDataset(torch.rand(9, 4), torch.full((9,), 5))]},
                 "has 2 outputs for 6 classes, as a target is 5: give it as many outputs"),
     "network": ({"model": nn.Linear(3, 2)}, r"fails on two samples of client 0, .*mat1 and mat2.* a dict's"),
     "of fedkern": ({"model": "cnn"}, "the network cnn is for images .C, H, W. .*samples have one input of"),
-    "ragged": ({"data": [ragged(9, 2)], "model": Mean()}, "Items 0, 1 of client 0 make no batch .*or collate_fn"),
-    "ragged pool": ({"data": ragged(9, 2), "model": Mean(), "clients": 2}, "Items 0, 1 of data make no batch"),
+    "ragged": ({"data": [rows_of(9, 2)], "model": Mean()}, "Items 0, 1 of client 0 make no batch .*or collate_fn"),
+    "ragged pool": ({"data": rows_of(9, 2), "model": Mean(), "clients": 2}, "Items 0, 1 of data make no batch"),
     "augment": ({"augment": "crop"}, 'augment="crop" is for images .C, H, W.; samples'),
     "processes": ({"num_workers": 2}, "num_workers is a DataLoader's: workers are the clients' processes"),
     "shuffling": ({"shuffle": True}, "shuffle is a DataLoader's: every epoch takes all samples of a client in random"),
@@ -1199,7 +1199,7 @@ class Named(nn.Linear):
         return {"logits": super().forward(x) * scale[:, None], "scale": scale}
 
 
-def named(count, seed=0):
+def make_named(count, seed=0):
     rows = [{"x": x, "scale": x.sum(), "labels": int(y)} for x, y in table(count, seed)]
     return Listed(rows)
 
@@ -1209,7 +1209,7 @@ class Stacked(nn.Linear):
         return super().forward(torch.stack(rows))
 
 
-def unstacked(items):
+def keep_list(items):
     return [row for row, _ in items], torch.stack([target for _, target in items])
 
 
@@ -1218,9 +1218,9 @@ def unstacked(items):
     ("make", "network", "given"),
     [
         (table, nn.Linear(4, 4), {}),
-        (named, Named(4, 4), {}),
+        (make_named, Named(4, 4), {}),
         (triples, Two(), {}),
-        (partly, nn.Linear(3, 2), {"loss_fn": masked}),
+        (partly, nn.Linear(3, 2), {"loss_fn": masked_loss}),
     ],
 )  # fmt: skip
 def test_its_network_is_exported(make, network, given, tmp_path):
@@ -1230,7 +1230,7 @@ def test_its_network_is_exported(make, network, given, tmp_path):
     file, about = run.export(tmp_path / "network.pt2")
     program = torch.export.load(file).module()
     inputs, _ = split_targets(default_collate([make(6)[row] for row in range(5)]))
-    torch.testing.assert_close(called(program, inputs), called(run.model(), inputs))
+    torch.testing.assert_close(call(program, inputs), call(run.model(), inputs))
     assert json.loads(about.read_text())["format"] == "torch-export"
     state, _ = run.export(tmp_path / "state.pt", "state-dict")
     copy.deepcopy(network).load_state_dict(torch.load(state))
@@ -1287,8 +1287,8 @@ def test_texts_and_waves_are_exported_with_a_free_length(rows, network, told, tm
 @pytest.mark.parametrize(
     ("make", "network", "given", "said"),
     [
-        (table, nn.Linear(4, 4), {"batch_loss": weighed}, "the run's loss calls the"),
-        (table, Stacked(4, 4), {"collate_fn": unstacked}, "input of two samples is float32 .4., and only"),
+        (table, nn.Linear(4, 4), {"batch_loss": batch_loss}, "the run's loss calls the"),
+        (table, Stacked(4, 4), {"collate_fn": keep_list}, "input of two samples is float32 .4., and only"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_exported_is_said(make, network, given, said, tmp_path):

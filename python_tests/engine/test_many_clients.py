@@ -64,37 +64,37 @@ def small(make_config):
 
 
 @pytest.fixture
-def written(monkeypatch):
+def writes(monkeypatch):
     """Names and bytes of everything that is written completely or not at all, and of what tables are lengthened by."""
     found = []
     rename, add = filesystem.replace, ClientTable.add
 
-    def replaced(path, fill, **settings):
+    def note_file(path, fill, **settings):
         rename(path, fill, **settings)
         found.append((path.name, path.stat().st_size))
 
-    def added(self, plan, rows):
+    def note_rows(self, plan, rows):
         before = self._place
         place = add(self, plan, rows)
         if before is not None and before["file"] == place["file"]:
             found.append((place["file"], place["bytes"] - before["bytes"]))
         return place
 
-    monkeypatch.setattr(filesystem, "replace", replaced)
-    monkeypatch.setattr(ClientTable, "add", added)
+    monkeypatch.setattr(filesystem, "replace", note_file)
+    monkeypatch.setattr(ClientTable, "add", note_rows)
     return found
 
 
-def played(config, data, out, written):
-    written.clear()
+def play(config, data, out, writes):
+    writes.clear()
     run(config, out=out, data=data)
-    return [(name, size) for name, size in written if name.startswith(("client", "server", "manifest"))]
+    return [(name, size) for name, size in writes if name.startswith(("client", "server", "manifest"))]
 
 
-def test_what_a_round_writes_follows_from_the_clients_that_work(make_many, small, tmp_path, written):
+def test_what_a_round_writes_follows_from_the_clients_that_work(make_many, small, tmp_path, writes):
     rounds, totals = 12, {}
     for clients in (300, 900):
-        found = played(small(clients, rounds=rounds), make_many(clients), tmp_path / str(clients), written)
+        found = play(small(clients, rounds=rounds), make_many(clients), tmp_path / str(clients), writes)
         states = [name for name, _ in found if name.startswith("client-")]
         assert len(states) == rounds * WORKING
         shared = len(found) - len(states)
@@ -317,14 +317,14 @@ def test_scaffold_adds_the_samples_up_once_a_round(make_many, small, tmp_path, m
     update = METHODS["scaffold"].server_update
     looks = []
 
-    def counted(self, server, phase, uploads):
+    def count_looks(self, server, phase, uploads):
         samples = Samples(server.federation.samples)
         monkeypatch.setattr(server, "federation", replace(server.federation, samples=samples))
         Samples.looks = 0
         update(self, server, phase, uploads)
         looks.append(Samples.looks)
 
-    monkeypatch.setattr(METHODS["scaffold"], "server_update", counted)
+    monkeypatch.setattr(METHODS["scaffold"], "server_update", count_looks)
     run(small(300, "scaffold", rounds=2, buffers="average"), out=tmp_path, data=make_many(300))
     assert max(looks) <= 2
 

@@ -19,7 +19,7 @@ from fedkern.methods.base import Phase
 from fedkern.privacy.disclosure import Disclosure
 
 
-def sent(value):
+def send(value):
     """Return the value as another process gets it."""
     return Unpacker().unpack(Packer().pack(value))
 
@@ -31,7 +31,7 @@ def context(make_data, make_config):
 
 def test_what_was_kept_works_in_the_other_process(context):
     server, client = Server(context), Client(context, 1, {})
-    node, notice, build, network = sent((context, server.notice, server.build, client.network))
+    node, notice, build, network = send((context, server.notice, server.build, client.network))
     heard = []
     node.notices.on_notice = heard.append
     notice("hello")
@@ -48,7 +48,7 @@ def test_what_was_kept_works_in_the_other_process(context):
 ])  # fmt: skip
 def test_warnings_that_may_be_told(context, disclosure, told):
     context.notices.disclosure = disclosure
-    node, server, client = sent((context, Server(context).warn, Client(context, 1, {}).warn))
+    node, server, client = send((context, Server(context).warn, Client(context, 1, {}).warn))
     server("of-server", "text")
     client("of-client", "text")
     assert node.notices.warnings == told
@@ -58,7 +58,7 @@ def test_warnings_that_may_be_told(context, disclosure, told):
 @pytest.mark.parametrize("name", ["state", "report", "round_cache"])
 def test_what_would_be_lost_is_not_there(context, name):
     """A worker's changes would not come back to the client or the server of the run."""
-    _, *nodes = sent((context, Server(context, {"kept": 1}), Client(context, 1, {"kept": 1})))
+    _, *nodes = send((context, Server(context, {"kept": 1}), Client(context, 1, {"kept": 1})))
     for node in nodes:
         with pytest.raises(AttributeError, match=name):
             getattr(node, name)
@@ -75,7 +75,7 @@ class Reporting:
         return message
 
 
-def asked(context, report):
+def ask(context, report):
     """Return the answer of a client that reports this."""
     serial = Serial(context, {"method": Reporting(report)}, lambda k: dict, 1)
     return serial.ask(1, "method", Phase(0, "train", "update"), {})
@@ -97,7 +97,7 @@ NO_NUMBERS = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_reported_numbers_become_pythons(context, name):
     value, plain = NUMBERS[name]
-    answer = asked(context, {"extra": value})
+    answer = ask(context, {"extra": value})
     assert answer.problem is None
     assert answer.report == {"extra": plain}
     assert json.loads(json.dumps(answer.report)) == {"extra": plain}
@@ -105,7 +105,7 @@ def test_reported_numbers_become_pythons(context, name):
 
 @pytest.mark.parametrize("name", NO_NUMBERS)
 def test_a_report_that_is_no_number_fails_its_client(context, name):
-    answer = asked(context, {"fine": 1.0, "extra": NO_NUMBERS[name]})
+    answer = ask(context, {"fine": 1.0, "extra": NO_NUMBERS[name]})
     assert (answer.message, answer.report) == (None, {})
     assert str(answer.problem.at("in round 1", "1 (b)")).startswith(
         'Client 1 (b) failed in round 1: client.report["extra"] must be a number'
@@ -116,6 +116,6 @@ def test_a_report_that_is_no_number_fails_its_client(context, name):
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_report_has_no_name_of_the_engines(context, name):
-    answer = asked(context, {name: 5})
+    answer = ask(context, {name: 5})
     assert f'client.report["{name}"] has a name of the engine\'s' in str(answer.problem)
     assert all(taken in str(answer.problem) for taken in TAKEN)

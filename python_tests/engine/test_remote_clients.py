@@ -29,11 +29,11 @@ def remote(**faults):
         "Faulty", (RemoteClients,), {"faults": {tuple(map(int, at[1:].split("_"))): f for at, f in faults.items()}}
     )
 
-    def made(side):
+    def make_remote(side):
         threads = side.context.config.client_threads
         return kind(side.context, side.here._handlers, side.store.checkpoints.reader, threads)
 
-    return made
+    return make_remote
 
 
 def test_the_bits_are_those_of_clients_here(make_data, make_config, tmp_path):

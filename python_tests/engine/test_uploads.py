@@ -23,10 +23,10 @@ def first(message):
     raise AssertionError("nothing there")
 
 
-def changed(message, path, value):
+def change_at(message, path, value):
     """Return a copy of nested dicts with another value at a path."""
     key, *deeper = path
-    return {**message, key: changed(message[key], deeper, value) if deeper else value}
+    return {**message, key: change_at(message[key], deeper, value) if deeper else value}
 
 
 def lacking(message, path):
@@ -42,7 +42,7 @@ def hostile(message):
     name = ".".join(str(key) for key in path)
 
     def at(new):
-        return changed(message, path, new)
+        return change_at(message, path, new)
 
     yield "nothing at all", None, "is NoneType where a dict"
     yield "a list", [1, 2], "is list where a dict"
@@ -111,7 +111,7 @@ def test_every_method_refuses_hostile_uploads(method, make_small, tmp_path, monk
         path, value = first(arrival.message) if arrival.message else ((), None)
         if arrival.client == 1 and not spoilt and isinstance(value, torch.Tensor) and value.is_floating_point():
             spoilt.append(arrival.asked.phase.exchange)
-            arrival.message = changed(arrival.message, path, torch.full_like(value, torch.nan))
+            arrival.message = change_at(arrival.message, path, torch.full_like(value, torch.nan))
         return decode(self, arrival)
 
     monkeypatch.setattr(Declared, "decode", spoil)
@@ -130,7 +130,7 @@ def test_every_method_refuses_hostile_uploads(method, make_small, tmp_path, monk
     assert all(all_finite(value) for value in module.state_dict().values())
 
 
-def poisoned(kind, value, client=1, rounds=None):
+def poison(kind, value, client=1, rounds=None):
     class Poisoned(kind):
         def client_update(self, place, phase, message):
             answer = super().client_update(place, phase, message)
@@ -159,7 +159,7 @@ def test_a_model_that_is_not_finite_is_not_written(make_data, make_config, tmp_p
 # -- the size of an update -----------------------------------------------------------------------------------------
 
 
-def boosted(answer):
+def boost(answer):
     return {**answer, "parameters": answer["parameters"] + 100}
 
 
@@ -168,7 +168,7 @@ def boosted(answer):
 def test_a_large_update_is_clipped(method, make_data, make_config, tmp_path, monkeypatch):
     kind, sent = METHODS[method], {}
 
-    class Watched(poisoned(kind, lambda answer: boosted(answer) if "parameters" in answer else answer)):
+    class Watched(poison(kind, lambda answer: boost(answer) if "parameters" in answer else answer)):
         averages = True
 
         def server_update(self, server, phase, uploads):

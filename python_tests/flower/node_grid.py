@@ -21,7 +21,7 @@ from python_tests.flower.fake_grid import FakeGrid
 Fault = Callable[[Message, Context], Message | None]
 
 
-def travelled(message: Message) -> tuple[Message, int]:
+def travel(message: Message) -> tuple[Message, int]:
     """Return the message as it arrives elsewhere, and the bytes of all its parts."""
     contents = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
     size = sum(map(len, contents.values()))
@@ -66,7 +66,7 @@ class NodeGrid(FakeGrid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
         for message in messages:
-            arrived, size = travelled(message)
+            arrived, size = travel(message)
             self.size += size
             name = f"message-{next(self._numbers)}"
             arrived.metadata.__dict__["_message_id"] = name
@@ -84,7 +84,7 @@ class NodeGrid(FakeGrid):
                 continue
             reply = self._replied(self._waiting.pop(name))
             if reply is not None:
-                arrived, size = travelled(reply)
+                arrived, size = travel(reply)
                 self.size += size
                 found.append(arrived)
         return found
@@ -116,6 +116,6 @@ def silent(message: Message, context: Context) -> None:
     """Never answer, as a node that hangs."""
 
 
-def lost(message: Message, context: Context) -> Message:
+def report_gone(message: Message, context: Context) -> Message:
     """Return a node of which Flower says that it is gone."""
     return Message(Error(code=ErrorCode.NODE_UNAVAILABLE, reason="Error: Node Unavailable"), reply_to=message)

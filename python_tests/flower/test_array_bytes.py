@@ -18,7 +18,7 @@ class Sent(NamedTuple):
     data: bytes
 
 
-def saved(array, stype=NUMPY):
+def save_array(array, stype=NUMPY):
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=True)
     return Sent(str(array.dtype), array.shape, stype, stream.getvalue())
@@ -39,7 +39,7 @@ ARRAYS = [
 
 @pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype.str}{array.shape}")
 def test_reads_what_numpy_saves(array):
-    sent = saved(array)
+    sent = save_array(array)
     form = array_bytes.read_header(sent, "'w'")
     assert (form.shape, form.dtype) == (array.shape, array.dtype.name)
     found = array_bytes.as_numpy(sent, form)
@@ -60,7 +60,7 @@ def test_numpy_reads_what_is_written(array):
 
 
 def test_a_tensor_lies_in_the_bytes_and_keeps_them():
-    sent = saved(np.arange(1000, dtype=np.float32))
+    sent = save_array(np.arange(1000, dtype=np.float32))
     begin = np.frombuffer(sent.data, np.uint8).ctypes.data
     vector = array_bytes.as_tensor(sent, array_bytes.read_header(sent, "'w'"))
     assert begin < vector.data_ptr() < begin + len(sent.data)
@@ -79,7 +79,7 @@ def cut(sent, data):
     return sent._replace(data=data)
 
 
-GOOD = saved(np.arange(4, dtype=np.float32))
+GOOD = save_array(np.arange(4, dtype=np.float32))
 HOSTILE = {
     "cut": (cut(GOOD, GOOD.data[:-1]), "size"),
     "longer": (cut(GOOD, GOOD.data + b"\0" * 4), "size"),
@@ -88,10 +88,10 @@ HOSTILE = {
     "a header of 60 kB": (cut(GOOD, GOOD.data[:8] + b"\xff\xff" + b" " * 70_000), "size"),
     "a header of 4 GB": (cut(GOOD, b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 99), "size"),
     "a header that is no dict": (cut(GOOD, GOOD.data[:10] + b"[" * (len(GOOD.data) - 26) + GOOD.data[-16:]), "dtypes"),
-    "pickled objects": (saved(np.array([{}], dtype=object)), "dtypes"),
-    "complex": (saved(np.zeros(2, complex)), "dtypes"),
-    "texts": (saved(np.array(["a"])), "dtypes"),
-    "fp128": (saved(np.zeros(2, np.longdouble)), "dtypes"),
+    "pickled objects": (save_array(np.array([{}], dtype=object)), "dtypes"),
+    "complex": (save_array(np.zeros(2, complex)), "dtypes"),
+    "texts": (save_array(np.array(["a"])), "dtypes"),
+    "fp128": (save_array(np.zeros(2, np.longdouble)), "dtypes"),
     "another encoding": (GOOD._replace(stype="pickle"), "dtypes"),
     "a flat vector of whole numbers": (Sent("int64", (1,), FLAT, b"\0" * 8), "dtypes"),
     "a flat matrix": (Sent("float32", (1, 1), FLAT, b"\0" * 4), "dtypes"),
@@ -120,7 +120,7 @@ def test_bytes_that_do_not_fit_are_refused_by_name(case):
     ids=["same", "Fortran", "swapped", "mixed", "empty", "one"],
 )
 def test_joins_arrays(arrays):
-    sent = [saved(array) for array in arrays]
+    sent = [save_array(array) for array in arrays]
     found = array_bytes.join_tensors([(data, array_bytes.read_header(data, "'w'")) for data in sent])
     assert np.array_equal(found.numpy(), np.concatenate([array.reshape(-1) for array in arrays]))
     assert found.dtype == array_bytes.FLOATS[np.result_type(*arrays).name]

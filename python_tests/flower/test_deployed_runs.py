@@ -97,7 +97,7 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def dropped(folder: Path) -> dict[int, dict[int, str]]:
+def reasons_of(folder: Path) -> dict[int, dict[int, str]]:
     """Reasons of the clients that were left out, by round and client."""
     found: dict[int, dict[int, str]] = {record["round"]: {} for record in records(folder)}
     for record in records(folder):
@@ -153,7 +153,7 @@ def test_a_client_whose_process_is_killed_is_left_out_and_back_in_the_next_round
         outcome = federation.run(made)
         assert outcome.completed, outcome.log
     assert federation.processes() == []
-    losses, second = dropped(tmp_path).values()
+    losses, second = reasons_of(tmp_path).values()
     assert list(losses) == [1]
     assert "The process of this client ended before it had answered" in losses[1]
     assert second == {}
@@ -171,7 +171,7 @@ def test_a_node_that_does_not_answer_costs_the_deadline_and_is_back_in_the_next_
         os.killpg(node.process.pid, signal.SIGCONT)
         outcome = federation.ended(run)
         assert outcome.completed, outcome.log
-    losses, second = dropped(tmp_path).values()
+    losses, second = reasons_of(tmp_path).values()
     assert list(losses) == [1]
     assert "had not answered after 40 seconds" in losses[1]
     assert second == {}

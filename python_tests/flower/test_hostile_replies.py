@@ -26,7 +26,7 @@ AVERAGES = {"FedAvg": {}, "FedAvg, low memory": {"low_memory": True}, "FedAdam":
 RULES = {**AVERAGES, "FedMedian": {}, "FedTrimmedAvg": {}, "Krum": {}, "MultiKrum": {}, "GeometricMedian": {}}
 
 
-def moved(seed, scale=0.1):
+def model(seed, scale=0.1):
     return {
         "w": (scale * np.random.default_rng(seed).standard_normal((20, 30))).astype(np.float32),
         "n": np.array(seed),
@@ -52,7 +52,7 @@ def with_array(key, array):
     """Return a reply of which one array is another."""
 
     def reply(message):
-        made = content(moved(9), loss=1.0)
+        made = content(model(9), loss=1.0)
         made["arrays"][key] = array
         return made
 
@@ -63,7 +63,7 @@ def with_listing(text):
     """Return a flat reply that lists its entries in other words."""
 
     def reply(message):
-        flat = pack({key: torch.from_numpy(np.array(value)) for key, value in moved(9).items()})
+        flat = pack({key: torch.from_numpy(np.array(value)) for key, value in model(9).items()})
         data = text.encode() if isinstance(text, str) else json.dumps(text).encode()
         flat[LISTING] = Array("uint8", (len(data),), LISTING, data)
         return content(flat, loss=1.0)
@@ -75,7 +75,7 @@ def with_metrics(**metrics):
     """Return a reply whose metrics no check of Flower's has seen."""
 
     def reply(message):
-        made = content(moved(9), loss=1.0)
+        made = content(model(9), loss=1.0)
         for name, value in metrics.items():
             made["metrics"].__dict__["_data"][name] = value
         return made
@@ -84,7 +84,7 @@ def with_metrics(**metrics):
 
 
 def unreadable(message):
-    made = content(moved(9), loss=1.0)
+    made = content(model(9), loss=1.0)
     made["arrays"]["w"].__dict__["data"] = 5
     return made
 
@@ -128,10 +128,10 @@ METRICS = {
     "a huge metric in a list": with_metrics(each=[1, 10**5000]),
     "a text as metric": with_metrics(loss="much"),
     "nested metrics": with_metrics(loss=[[1.0], [2.0]]),
-    "no weight": lambda message: RecordDict({"arrays": arrays_of(moved(9)), "metrics": MetricRecord({"loss": 1.0})}),
-    "no metrics": lambda message: RecordDict({"arrays": arrays_of(moved(9))}),
+    "no weight": lambda message: RecordDict({"arrays": arrays_of(model(9)), "metrics": MetricRecord({"loss": 1.0})}),
+    "no metrics": lambda message: RecordDict({"arrays": arrays_of(model(9))}),
     "two records": lambda message: RecordDict(
-        {"arrays": arrays_of(moved(9)), "m": MetricRecord({"num-examples": 1}), "o": MetricRecord({"num-examples": 1})}
+        {"arrays": arrays_of(model(9)), "m": MetricRecord({"num-examples": 1}), "o": MetricRecord({"num-examples": 1})}
     ),
     "no records": lambda message: RecordDict(),
     "an error": lambda message: Error(code=0, reason="x" * 100_000),
@@ -141,7 +141,7 @@ METRICS = {
 @pytest.mark.parametrize("name", ["FedAvg", "FedMedian"])
 @pytest.mark.parametrize("attack", [*ARRAYS, *METRICS])
 def test_a_hostile_reply_to_training_is_left_out_by_name(attack, name):
-    good = {i: client(moved(i), i, loss=0.5) for i in (1, 2, 4)}
+    good = {i: client(model(i), i, loss=0.5) for i in (1, 2, 4)}
     wanted = run(strategy_of(name, min_train_nodes=3), good)
     strategy = strategy_of(name, min_train_nodes=4)
     found = run(strategy, {**good, 3: {**ARRAYS, **METRICS}[attack]})
@@ -151,13 +151,13 @@ def test_a_hostile_reply_to_training_is_left_out_by_name(attack, name):
     assert all(found.arrays[key].data == wanted.arrays[key].data for key in START)
 
 
-def trained(evaluated):
+def trainer(evaluated):
     """Return a node that trains well, and answers an evaluation as told."""
     return lambda message: content(START, 5) if message.metadata.message_type == "train" else evaluated(message)
 
 
 def score(accuracy, weight=1):
-    return trained(lambda message: RecordDict({"m": MetricRecord({"num-examples": weight, "accuracy": accuracy})}))
+    return trainer(lambda message: RecordDict({"m": MetricRecord({"num-examples": weight, "accuracy": accuracy})}))
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedMedian"])
@@ -165,7 +165,7 @@ def score(accuracy, weight=1):
 def test_a_hostile_reply_to_evaluation_is_left_out_by_name(attack, name, caplog):
     strategy = strategy_of(name, fraction_evaluate=1.0, min_evaluate_nodes=3)
     with caplog.at_level(logging.WARNING):
-        found = run(strategy, {1: score(0.25), 3: trained(METRICS[attack]), 4: score(0.75, 3)})
+        found = run(strategy, {1: score(0.25), 3: trainer(METRICS[attack]), 4: score(0.75, 3)})
     (left,) = strategy.left_out
     assert (left.round, left.node) == (1, 3)
     metrics = dict(found.evaluate_metrics_clientapp[1])
@@ -174,7 +174,7 @@ def test_a_hostile_reply_to_evaluation_is_left_out_by_name(attack, name, caplog)
 
 
 def test_an_evaluation_of_other_names_leaves_the_rarer_out(caplog):
-    foreign = trained(lambda message: RecordDict({"m": MetricRecord({"num-examples": 1, "f1": 0.1})}))
+    foreign = trainer(lambda message: RecordDict({"m": MetricRecord({"num-examples": 1, "f1": 0.1})}))
     with caplog.at_level(logging.WARNING):
         found = run(strategy_of("FedAvg", fraction_evaluate=1.0), {1: score(0.25), 3: foreign, 4: score(0.75)})
     assert dict(found.evaluate_metrics_clientapp[1]) == {"accuracy": 0.5}
@@ -184,7 +184,7 @@ def test_an_evaluation_of_other_names_leaves_the_rarer_out(caplog):
 def test_an_evaluation_without_weights_or_replies_has_no_metrics():
     strategy = strategy_of("FedAvg", fraction_evaluate=1.0)
     assert not run(strategy, {1: score(0.25, 0), 3: score(0.5, 0)}).evaluate_metrics_clientapp
-    silent = trained(lambda message: None)
+    silent = trainer(lambda message: None)
     found = strategy.start(FakeGrid({1: silent, 3: score(0.5)}), arrays_of(START), 1, timeout=0.2)
     assert dict(found.evaluate_metrics_clientapp[1]) == {"accuracy": 0.5, "left-out/absent": [1]}
 
@@ -194,7 +194,7 @@ def test_an_evaluation_without_weights_or_replies_has_no_metrics():
 )
 @pytest.mark.parametrize("weights", [[1, 1, 1], [2**53, 3, 1]])
 def test_metrics_near_the_largest_number_have_a_mean(values, weights):
-    clients = {i: client(moved(i), weights[i], loss=values[i], each=[values[i]]) for i in range(3)}
+    clients = {i: client(model(i), weights[i], loss=values[i], each=[values[i]]) for i in range(3)}
     found = run(strategy_of("FedAvg", min_train_nodes=3), clients).train_metrics_clientapp[1]
     wanted = sum(w / sum(weights) * v for w, v in zip(weights, values, strict=True))
     assert found["loss"] == pytest.approx(wanted, nan_ok=True)
@@ -209,7 +209,7 @@ def far(message):
 
 
 def spike(message):
-    made = moved(5)
+    made = model(5)
     made["w"][3, 7] = 1e5
     return content(made)
 
@@ -217,7 +217,7 @@ def spike(message):
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("update", [far, spike])
 def test_an_update_far_from_the_others_is_warned_of(name, update, caplog):
-    clients = {**{i: client(moved(i)) for i in (1, 2, 4, 5)}, 3: update}
+    clients = {**{i: client(model(i)) for i in (1, 2, 4, 5)}, 3: update}
     with caplog.at_level(logging.WARNING):
         run(strategy_of(name, min_train_nodes=5), clients)
     assert [line for line in caplog.messages if "max_update_norm" in line] == [
@@ -228,7 +228,7 @@ def test_an_update_far_from_the_others_is_warned_of(name, update, caplog):
     with caplog.at_level(logging.WARNING):
         run(
             strategy_of(name, min_train_nodes=4),
-            {**{i: client(moved(i)) for i in (1, 2, 4)}, 3: client(moved(3, 20.0))},
+            {**{i: client(model(i)) for i in (1, 2, 4)}, 3: client(model(3, 20.0))},
         )
     assert "has a norm" not in caplog.text
 
@@ -253,7 +253,7 @@ def fails_from(start_node):
     def reply(message):
         number = message.content["config"]["server-round"]
         return content(
-            moved(number) if number < start_node else {"w": np.full((20, 30), np.nan, np.float32), "n": START["n"]}
+            model(number) if number < start_node else {"w": np.full((20, 30), np.nan, np.float32), "n": START["n"]}
         )
 
     return reply

@@ -9,7 +9,7 @@ import torch
 from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT, LISTING, Misfit
 from fedkern.flower.model_layout import Layout, Model
-from python_tests.flower.test_array_bytes import Sent, saved
+from python_tests.flower.test_array_bytes import Sent, save_array
 
 MODEL = {
     "conv.weight": np.random.default_rng(0).standard_normal((100, 100)).astype(np.float32),
@@ -21,7 +21,7 @@ MODEL = {
 
 
 def record(model):
-    return {key: saved(np.asarray(value)) for key, value in model.items()}
+    return {key: save_array(np.asarray(value)) for key, value in model.items()}
 
 
 def flat(model, dtype="float32", **changes):
@@ -32,7 +32,7 @@ def flat(model, dtype="float32", **changes):
         FLAT: Sent(dtype, (len(vector),), FLAT, array_bytes.raw_bytes(vector)),
         LISTING: Sent("uint8", (1,), LISTING, json.dumps(rows).encode()),
     }
-    made |= {key: saved(np.asarray(value)) for key, value in model.items() if np.asarray(value).dtype.kind != "f"}
+    made |= {key: save_array(np.asarray(value)) for key, value in model.items() if np.asarray(value).dtype.kind != "f"}
     return made | changes
 
 
@@ -79,7 +79,7 @@ def test_a_reply_may_have_another_floating_dtype():
     assert torch.equal(half.vector(), Model(record(MODEL), LAYOUT).vector().bfloat16().float())
 
 
-def changed(**entries):
+def change_model(**entries):
     model = {**MODEL, **{key.replace("__", "."): value for key, value in entries.items()}}
     return {key: value for key, value in model.items() if value is not None}
 
@@ -91,20 +91,20 @@ def with_nan(value):
 
 
 BAD = {
-    "lacks": (record(changed(head=None)), "keys", "lacks 'head'"),
-    "more": (record(changed(more=np.zeros(2))), "keys", "should not hold 'more'"),
-    "shape": (record(changed(head=np.zeros((3, 2), np.float32))), "shapes", r"'head' of shape \[3, 2\]"),
-    "whole for floating": (record(changed(head=np.zeros((2, 3), int))), "dtypes", "a floating dtype is expected"),
-    "floating for whole": (record(changed(bn__num_batches_tracked=np.array(1.0))), "dtypes", "int64 is expected"),
-    "int32 for int64": (record(changed(bn__num_batches_tracked=np.array(1, np.int32))), "dtypes", "int32"),
+    "lacks": (record(change_model(head=None)), "keys", "lacks 'head'"),
+    "more": (record(change_model(more=np.zeros(2))), "keys", "should not hold 'more'"),
+    "shape": (record(change_model(head=np.zeros((3, 2), np.float32))), "shapes", r"'head' of shape \[3, 2\]"),
+    "whole for floating": (record(change_model(head=np.zeros((2, 3), int))), "dtypes", "a floating dtype is expected"),
+    "floating for whole": (record(change_model(bn__num_batches_tracked=np.array(1.0))), "dtypes", "int64 is expected"),
+    "int32 for int64": (record(change_model(bn__num_batches_tracked=np.array(1, np.int32))), "dtypes", "int32"),
     "flat of another length": (
         flat(MODEL, **{FLAT: Sent("float32", (3,), FLAT, b"\0" * 12)}), "size", "3 elements where 10016",
     ),
-    "flat as .npy": (flat(MODEL, **{FLAT: saved(np.zeros(10_016, int))}), "dtypes", "another encoding"),
+    "flat as .npy": (flat(MODEL, **{FLAT: save_array(np.zeros(10_016, int))}), "dtypes", "another encoding"),
     "flat without a list": ({k: v for k, v in flat(MODEL).items() if k != LISTING}, "keys", "lacks"),
-    "flat with a foreign list": (flat(changed(head=None, heads=MODEL["head"])), "keys", "lacks 'head'"),
+    "flat with a foreign list": (flat(change_model(head=None, heads=MODEL["head"])), "keys", "lacks 'head'"),
     "flat in another order": (flat(dict(reversed(MODEL.items()))), "keys", "another order"),
-    "flat and plain": (flat(MODEL, head=saved(MODEL["head"])), "keys", "should not hold 'head'"),
+    "flat and plain": (flat(MODEL, head=save_array(MODEL["head"])), "keys", "should not hold 'head'"),
     "a list that is no list": (flat(MODEL, **{LISTING: Sent("uint8", (1,), LISTING, b"7")}), "keys", "cannot be read"),
     "a list of lists": (flat(MODEL, **{LISTING: Sent("uint8", (1,), LISTING, b"[" * 9**5)}), "keys", "cannot be read"),
 }  # fmt: skip
@@ -119,11 +119,11 @@ def test_a_record_that_does_not_fit_is_refused_by_name(case):
 
 
 NUMBERS = {
-    "NaN in a large entry": (changed(conv__weight=with_nan(MODEL["conv.weight"])), "finite", "conv.weight"),
-    "NaN in a small entry": (changed(head=with_nan(MODEL["head"])), "finite", "'head'"),
-    "fp64 that fp32 cannot hold": (changed(head=np.full((2, 3), 1e300)), "finite", "'head'"),
-    "infinity": (changed(bn__weight=np.full(5, np.inf, np.float32)), "finite", "bn.weight"),
-    "negative variance": (changed(bn__running_var=np.full(5, -1e-9, np.float32)), "variance", "running_var"),
+    "NaN in a large entry": (change_model(conv__weight=with_nan(MODEL["conv.weight"])), "finite", "conv.weight"),
+    "NaN in a small entry": (change_model(head=with_nan(MODEL["head"])), "finite", "'head'"),
+    "fp64 that fp32 cannot hold": (change_model(head=np.full((2, 3), 1e300)), "finite", "'head'"),
+    "infinity": (change_model(bn__weight=np.full(5, np.inf, np.float32)), "finite", "bn.weight"),
+    "negative variance": (change_model(bn__running_var=np.full(5, -1e-9, np.float32)), "variance", "running_var"),
 }
 
 
@@ -137,7 +137,7 @@ def test_numbers_are_checked(case, form):
 
 
 def test_numbers_whose_sum_overflows_are_finite():
-    Model(record(changed(conv__weight=np.full((100, 100), 3e38, np.float32))), LAYOUT).check_numbers()
+    Model(record(change_model(conv__weight=np.full((100, 100), 3e38, np.float32))), LAYOUT).check_numbers()
 
 
 def test_the_distance_is_taken_in_fp64():

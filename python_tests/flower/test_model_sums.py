@@ -18,7 +18,7 @@ WEIGHTS = [3.0, 1000.0, 17.0, 1.0, 250.0]
 KEYS = ("conv.weight", "bn.weight", "bn.running_var", "head")
 
 
-def changed(seed):
+def make_model(seed):
     rng = np.random.default_rng(seed)
     made = {key: value + rng.standard_normal(np.shape(value)).astype(np.float32) for key, value in MODEL.items()}
     made["bn.running_var"] = abs(made["bn.running_var"])
@@ -26,10 +26,10 @@ def changed(seed):
     return made
 
 
-MODELS = [changed(seed) for seed in range(len(WEIGHTS))]
+MODELS = [make_model(seed) for seed in range(len(WEIGHTS))]
 
 
-def gathered(models, order=None, layout=LAYOUT, form=record, weights=WEIGHTS):
+def gather(models, order=None, layout=LAYOUT, form=record, weights=WEIGHTS):
     made = AllModels(layout)
     for node in order or range(len(models)):
         made.add(Model(form(models[node]), layout), weights[node], node)
@@ -37,14 +37,14 @@ def gathered(models, order=None, layout=LAYOUT, form=record, weights=WEIGHTS):
     return made
 
 
-def wanted(models, weights=WEIGHTS):
+def expect(models, weights=WEIGHTS):
     return {
         key: ops.weighted_mean([torch.from_numpy(np.ravel(model[key])) for model in models], weights).numpy()
         for key in KEYS
     }
 
 
-WANTED = wanted(MODELS)
+WANTED = expect(MODELS)
 
 
 def same(vector, means=WANTED):
@@ -55,7 +55,7 @@ def same(vector, means=WANTED):
 def test_the_order_changes_no_bit(form):
     vectors = []
     for order in list(itertools.permutations(range(5)))[::17]:
-        models = gathered(MODELS, order, form=form)
+        models = gather(MODELS, order, form=form)
         assert same(models.mean(as_arrays=False).vector)
         assert int(models.whole()["bn.num_batches_tracked"]) == 4
         total = RunningMean(LAYOUT)
@@ -70,21 +70,21 @@ def test_the_order_changes_no_bit(form):
 
 
 def test_the_mean_is_written_to_the_bytes_of_arrays():
-    made = gathered(MODELS).mean(as_arrays=True)
+    made = gather(MODELS).mean(as_arrays=True)
     assert made.vector is None
     for key, numbers in WANTED.items():
         found = np.load(io.BytesIO(made.data[key]), allow_pickle=False)
         assert found.dtype == np.float32
         assert np.array_equal(found.ravel(), numbers)
     layout = Layout.of(flat(MODEL))
-    made = gathered(MODELS, layout=layout, form=flat).mean(as_arrays=True)
+    made = gather(MODELS, layout=layout, form=flat).mean(as_arrays=True)
     assert list(made.data) == [FLAT]
     assert made.data[FLAT] == b"".join(WANTED[entry.key].tobytes() for entry in layout.floating)
 
 
 def test_other_dtypes_get_a_vector():
     layout = Layout.of(flat(MODEL, "bfloat16"))
-    assert gathered(MODELS, layout=layout, form=flat).mean(as_arrays=True).vector.dtype == torch.float32
+    assert gather(MODELS, layout=layout, form=flat).mean(as_arrays=True).vector.dtype == torch.float32
     wide = NewModel(LAYOUT, False, torch.float64)
     assert wide.vector.dtype == torch.float64
 
@@ -94,11 +94,11 @@ def test_other_dtypes_get_a_vector():
 def test_models_that_are_not_finite_leave_no_trace(key, values):
     models, weights = list(MODELS), list(WEIGHTS)
     for place, value in zip((1, 3), values, strict=True):
-        bad = {**changed(90 + place), key: np.array(changed(90 + place)[key])}
+        bad = {**make_model(90 + place), key: np.array(make_model(90 + place)[key])}
         bad[key].flat[-1] = value
         models.insert(place, bad)
         weights.insert(place, 77.0)
-    made = gathered(models, list(range(7))[::-1], weights=weights)
+    made = gather(models, list(range(7))[::-1], weights=weights)
     assert same(made.mean(as_arrays=False).vector)
     assert int(made.whole()["bn.num_batches_tracked"]) == 4  # not that of the bad ones
     assert {place: misfit.reason for place, misfit in made.refused.items()} == {3: "finite", 5: "finite"}
@@ -106,11 +106,11 @@ def test_models_that_are_not_finite_leave_no_trace(key, values):
 
 
 def test_no_mean_of_nothing():
-    assert gathered([]).mean(False) is None
-    assert gathered(MODELS, weights=[0.0] * 5).mean(False) is None
+    assert gather([]).mean(False) is None
+    assert gather(MODELS, weights=[0.0] * 5).mean(False) is None
     assert RunningMean(LAYOUT).result(NewModel(LAYOUT, False)) is None
     bad = {**MODEL, "head": np.full((2, 3), np.nan, np.float32)}
-    made = gathered([bad, bad])
+    made = gather([bad, bad])
     assert made.mean(False) is None
     assert sorted(made.refused) == [0, 1]
 

@@ -55,7 +55,7 @@ def nodes(client_app):
     return {10 + partition: node(partition) for partition in range(3)}
 
 
-def played(code, folder, monkeypatch):
+def play(code, folder, monkeypatch):
     """Return the network that the app leaves, and the module's result."""
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -79,8 +79,8 @@ def test_the_page_changes_one_import():
 
 
 def test_the_app_learns_the_same_with_either_strategy(tmp_path, monkeypatch):
-    ours = played(SERVER, tmp_path / "ours", monkeypatch)
-    theirs = played(SERVER.replace(OURS, THEIRS), tmp_path / "theirs", monkeypatch)
+    ours = play(SERVER, tmp_path / "ours", monkeypatch)
+    theirs = play(SERVER.replace(OURS, THEIRS), tmp_path / "theirs", monkeypatch)
     assert_alike(ours, theirs)
     assert ours["norm.num_batches_tracked"].dtype == torch.int64
     assert ours["norm.num_batches_tracked"] == 9

@@ -33,7 +33,7 @@ def model(seed, scale=1.0):
     return {key: (scale * rng.standard_normal(shape)).astype(np.float32) for key, shape in SHAPES.items()}
 
 
-def moved(start, seed, scale=0.1):
+def move(start, seed, scale=0.1):
     step = model(seed, scale)
     return {key: (value + step[key]).astype(value.dtype) for key, value in start.items()}
 
@@ -47,7 +47,7 @@ def learners(count=6):
 
     def learner(i):
         return lambda message: content(
-            moved(numbers(message.content["arrays"]), 100 + i), WEIGHTS[i], loss=float(i), each=[1.0, float(i * i)]
+            move(numbers(message.content["arrays"]), 100 + i), WEIGHTS[i], loss=float(i), each=[1.0, float(i * i)]
         )
 
     return {1000 + 7 * i: learner(i) for i in range(count)}
@@ -136,8 +136,8 @@ def test_fedprox_sends_mu():
 
 
 def test_the_geometric_median_ignores_weights_and_one_far_reply():
-    clients = {i: client(moved(START, i, 0.01), weight=1) for i in range(5)}
-    clients[9] = client(moved(START, 9, 1e3), weight=10**9)
+    clients = {i: client(move(START, i, 0.01), weight=1) for i in range(5)}
+    clients[9] = client(move(START, 9, 1e3), weight=10**9)
     found, _ = run(strategies.GeometricMedian(**EVERYBODY, min_train_nodes=6), clients, rounds=1)
     close(found.arrays, arrays_of(START), atol=0.1)
 
@@ -191,11 +191,11 @@ def test_the_mean_is_that_of_the_operator_in_the_order_of_nodes(kind):
 @pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("kind", [strategies.FedAvg, strategies.FedAdam])
 def test_replies_that_show_in_the_mean_are_left_out(low_memory, kind):
-    good = {i: client(moved(START, i), i, loss=0.5) for i in (1, 2, 4, 8)}
+    good = {i: client(move(START, i), i, loss=0.5) for i in (1, 2, 4, 8)}
     wanted, _ = run(kind(**EVERYBODY, min_train_nodes=4, low_memory=low_memory), good, rounds=2)
     bad = {
-        3: client(spoiled("b", np.full(7, np.inf, np.float32))),
-        9: client(spoiled("w", np.full((90, 110), np.nan, np.float32))),
+        3: client(spoil("b", np.full(7, np.inf, np.float32))),
+        9: client(spoil("w", np.full((90, 110), np.nan, np.float32))),
     }
     strategy = kind(**EVERYBODY, min_train_nodes=6, low_memory=low_memory)
     found, _ = run(strategy, {**good, **bad}, rounds=2)
@@ -288,7 +288,7 @@ def test_messages_of_ones_own_are_taken_as_they_are():
 
 
 def test_aggregate_train_takes_replies_without_a_run():
-    grid = FakeGrid({i: client(moved(START, i), i + 1) for i in range(3)})
+    grid = FakeGrid({i: client(move(START, i), i + 1) for i in range(3)})
     messages = theirs.FedAvg(min_train_nodes=3).configure_train(1, arrays_of(START), ConfigRecord(), grid)
     replies = grid.send_and_receive(messages)
     found, _ = strategies.FedAvg().aggregate_train(1, replies)
@@ -319,7 +319,7 @@ def test_krums_metrics_are_those_of_the_chosen():
 @pytest.mark.parametrize("name", ["Krum", "MultiKrum", "FedMedian", "FedTrimmedAvg", "GeometricMedian", "FedAvg"])
 def test_replies_of_no_examples_are_no_part_of_a_choice(name, weights, caplog):
     settings = {**EVERYBODY, "min_train_nodes": 1}
-    models = {100 + i: moved(START, 0, 0.1 * i) for i in range(4)}
+    models = {100 + i: move(START, 0, 0.1 * i) for i in range(4)}
     everybody = FakeGrid({node: client(own, w) for (node, own), w in zip(models.items(), weights, strict=True)})
     voters = FakeGrid({node: reply for node, reply in everybody.clients.items() if weights[node - 100]})
     ours, wanted = (getattr(strategies, name)(**settings) for _ in range(2))
@@ -339,16 +339,16 @@ def test_replies_of_no_examples_are_no_part_of_a_choice(name, weights, caplog):
 # -- replies that do not count -----------------------------------------------------------------------------------------
 
 
-def spoiled(key, value):
+def spoil(key, value):
     return {**START, key: value}
 
 
 BAD = {
     "keys": client({key: value for key, value in START.items() if key != "b"}),
-    "shapes": client(spoiled("b", np.zeros(8, np.float32))),
-    "dtypes": client(spoiled("b", np.zeros(7, np.int64))),
-    "finite": client(spoiled("w", np.full(SHAPES["w"], np.nan, np.float32))),
-    "norm": client(moved(START, 5, 100.0)),
+    "shapes": client(spoil("b", np.zeros(8, np.float32))),
+    "dtypes": client(spoil("b", np.zeros(7, np.int64))),
+    "finite": client(spoil("w", np.full(SHAPES["w"], np.nan, np.float32))),
+    "norm": client(move(START, 5, 100.0)),
     "weight": lambda message: RecordDict({"arrays": arrays_of(START), "metrics": MetricRecord({"loss": 1.0})}),
     "records": lambda message: RecordDict({"metrics": MetricRecord({"num-examples": 1})}),
     "error": lambda message: Error(code=0, reason="out of memory"),
@@ -365,7 +365,7 @@ def size(message):
 @pytest.mark.parametrize("reason", [*BAD, "size"])
 def test_a_bad_reply_is_left_out_and_named(reason, name, caplog):
     settings = {**EVERYBODY, "min_train_nodes": 2, "max_update_norm": 50.0}
-    good = {i: client(moved(START, i), 1, loss=0.5) for i in (1, 2, 4)}
+    good = {i: client(move(START, i), 1, loss=0.5) for i in (1, 2, 4)}
     wanted, _ = run(getattr(strategies, name)(**{**settings, "min_train_nodes": 3}), good, rounds=1)
     strategy = getattr(strategies, name)(**{**settings, "min_train_nodes": 4})
     with caplog.at_level(logging.WARNING):
@@ -402,7 +402,7 @@ def test_a_round_of_failures_keeps_the_model():
     def late(reply):
         return lambda message: BAD["error"](message) if message.content["config"]["server-round"] == 1 else reply
 
-    made = moved(START, 1)
+    made = move(START, 1)
     found, _ = run(strategy, {1: late(content(made)), 2: late(content(made))}, rounds=2)
     close(found.arrays, arrays_of(made))
     assert found.train_metrics_clientapp[1]["left-out/error"] == [1, 2]
@@ -423,9 +423,9 @@ def test_weights_of_nought_keep_the_model():
 
 def test_a_node_that_never_answers_does_not_hold_the_round():
     strategy = strategies.FedAvg(**EVERYBODY, min_train_nodes=2)
-    grid = FakeGrid({1: client(moved(START, 1)), 2: lambda message: None})
+    grid = FakeGrid({1: client(move(START, 1)), 2: lambda message: None})
     found = strategy.start(grid, arrays_of(START), 1, timeout=0.2)
-    close(found.arrays, arrays_of(moved(START, 1)))
+    close(found.arrays, arrays_of(move(START, 1)))
     assert found.train_metrics_clientapp[1]["left-out/absent"] == [2]
     assert strategy.left_out == [(1, 2, "absent", "has not come in time")]
 
@@ -442,7 +442,7 @@ def test_an_error_of_the_superlink_has_the_number_of_the_node_it_is_about():
                 yield reply
 
     strategy = strategies.FedAvg(**EVERYBODY)
-    strategy.start(Unreachable({4: client(moved(START, 1)), 9: unreachable}), arrays_of(START), 1, timeout=5)
+    strategy.start(Unreachable({4: client(move(START, 1)), 9: unreachable}), arrays_of(START), 1, timeout=5)
     assert [(fault.node, fault.reason) for fault in strategy.left_out] == [(9, "error")]
 
 
@@ -504,7 +504,7 @@ def test_arguments_of_later_flowers_are_passed_on(monkeypatch):
 # -- buffers -----------------------------------------------------------------------------------------------------------
 
 
-def normed(seed, batches=3):
+def with_norms(seed, batches=3):
     rng = np.random.default_rng(seed)
     return {
         "bn.weight": rng.standard_normal(6).astype(np.float32),
@@ -517,9 +517,9 @@ def normed(seed, batches=3):
 
 @pytest.mark.parametrize("name", [*PAIRS, "GeometricMedian"])
 def test_counters_stay_whole_and_variances_positive(name):
-    clients = {i: client(normed(i, 10 * i), 1) for i in range(1, 6)}
+    clients = {i: client(with_norms(i, 10 * i), 1) for i in range(1, 6)}
     settings = {**EVERYBODY, "min_train_nodes": 5, **PAIRS.get(name, {})}
-    found, _ = run(getattr(strategies, name)(**settings), clients, start=normed(7), rounds=4)
+    found, _ = run(getattr(strategies, name)(**settings), clients, start=with_norms(7), rounds=4)
     made = numbers(found.arrays)
     assert made["bn.num_batches_tracked"].dtype == np.int64
     assert made["bn.num_batches_tracked"].shape == ()
@@ -529,9 +529,9 @@ def test_counters_stay_whole_and_variances_positive(name):
 
 
 def test_an_optimiser_leaves_running_statistics_their_mean():
-    clients = {i: client(normed(i), 1) for i in (1, 2)}
-    mean, _ = run(strategies.FedAvg(**EVERYBODY), clients, start=normed(7), rounds=1)
-    found, _ = run(strategies.FedAdam(**EVERYBODY), clients, start=normed(7), rounds=1)
+    clients = {i: client(with_norms(i), 1) for i in (1, 2)}
+    mean, _ = run(strategies.FedAvg(**EVERYBODY), clients, start=with_norms(7), rounds=1)
+    found, _ = run(strategies.FedAdam(**EVERYBODY), clients, start=with_norms(7), rounds=1)
     mean, found = numbers(mean.arrays), numbers(found.arrays)
     for key in mean:
         assert np.array_equal(mean[key], found[key]) == (key != "bn.weight"), key
@@ -551,7 +551,7 @@ def test_a_mask_of_infinities_leaves_no_reply_out(name, flat):
         "FedAvg max_update_norm": {"max_update_norm": 1e6},
     }
     settings = {**EVERYBODY, "min_train_nodes": 6, **PAIRS.get(name, {}), **needs.get(name, {})}
-    replies = [moved(START, 100 + i) for i in range(6)]
+    replies = [move(START, 100 + i) for i in range(6)]
 
     def ran(models, start):
         clients = {i: client(pack(state(own)) if flat else own, WEIGHTS[i]) for i, own in enumerate(models)}
@@ -573,7 +573,7 @@ def test_a_mask_of_infinities_leaves_no_reply_out(name, flat):
 # -- the choice of nodes -----------------------------------------------------------------------------------------------
 
 
-def chosen(seed, nodes, rounds=4):
+def choose(seed, nodes, rounds=4):
     clients = {node: client(START) for node in nodes}
     strategy = strategies.FedAvg(0.4, 0.2, 2, 2, 2, seed=seed)
     grid = FakeGrid(clients)
@@ -583,9 +583,9 @@ def chosen(seed, nodes, rounds=4):
 
 def test_nodes_are_chosen_by_seed_and_round_alone():
     nodes = list(range(50, 60))
-    found = chosen(1, nodes)
-    assert found == chosen(1, nodes[::-1])
-    assert found != chosen(2, nodes)
+    found = choose(1, nodes)
+    assert found == choose(1, nodes[::-1])
+    assert found != choose(2, nodes)
     assert [len(set(own)) for own in found] == [4, 2] * 4
     assert len({tuple(own) for own in found}) > 4
 
@@ -618,7 +618,7 @@ def state(model):
 
 
 def test_pack_and_unpack_give_the_state_back():
-    own = state(normed(1))
+    own = state(with_norms(1))
     for record in (pack(own), ArrayRecord(own)):
         found = unpack(record)
         assert list(found) == list(own)
@@ -643,14 +643,14 @@ def test_pack_and_unpack_name_what_is_wrong():
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedAdam", "FedMedian"])
 def test_flat_and_plain_replies_give_the_same_bits(name):
-    models = [normed(i) for i in range(3)]
+    models = [with_norms(i) for i in range(3)]
     plain = {i: client(own) for i, own in enumerate(models)}
     mixed = {i: client(pack(state(own)) if i else arrays_of(own)) for i, own in enumerate(models)}
     settings = {**EVERYBODY, "min_train_nodes": 3}
-    wanted, _ = run(getattr(strategies, name)(**settings), plain, start=normed(7), rounds=2)
-    found, _ = run(getattr(strategies, name)(**settings), mixed, start=normed(7), rounds=2)
+    wanted, _ = run(getattr(strategies, name)(**settings), plain, start=with_norms(7), rounds=2)
+    found, _ = run(getattr(strategies, name)(**settings), mixed, start=with_norms(7), rounds=2)
     same(found.arrays, wanted.arrays)
-    flat, _ = run(getattr(strategies, name)(**settings), mixed, start=pack(state(normed(7))), rounds=2)
+    flat, _ = run(getattr(strategies, name)(**settings), mixed, start=pack(state(with_norms(7))), rounds=2)
     assert FLAT in flat.arrays
     for key, value in unpack(flat.arrays).items():
         assert np.array_equal(value.numpy(), numbers(wanted.arrays)[key])
@@ -676,13 +676,13 @@ def private(**named):
 
 def test_updates_are_clipped_and_weigh_the_same():
     steps = [0.001, 0.5, 3.0]
-    clients = {i: client(moved(START, i, step), 10**i) for i, step in enumerate(steps)}
+    clients = {i: client(move(START, i, step), 10**i) for i, step in enumerate(steps)}
     strategy = private(noise_multiplier=0.0, clipping_norm=2.0, min_train_nodes=3)
     found, _ = run(strategy, clients, rounds=1)
     vector = np.concatenate([value.ravel() for value in START.values()]).astype(np.float64)
     total = 0.0
     for i, step in enumerate(steps):
-        moved_model = np.concatenate([value.ravel() for value in moved(START, i, step).values()])
+        moved_model = np.concatenate([value.ravel() for value in move(START, i, step).values()])
         update = moved_model - vector
         total = total + update * min(1.0, 2.0 / np.linalg.norm(update))
     made = np.concatenate([value.ravel() for value in numbers(found.arrays).values()])
@@ -711,18 +711,18 @@ def test_noise_without_a_seed_is_new_in_every_run():
 
 
 def test_a_reply_left_out_counts_as_no_update():
-    clients = {1: client(moved(START, 1, 0.001)), 2: BAD["finite"]}
+    clients = {1: client(move(START, 1, 0.001)), 2: BAD["finite"]}
     found, _ = run(private(noise_multiplier=0.0, clipping_norm=10.0), clients, rounds=1)
     for key, value in numbers(found.arrays).items():
-        np.testing.assert_allclose(value, (START[key].astype(float) + moved(START, 1, 0.001)[key]) / 2, atol=1e-6)
+        np.testing.assert_allclose(value, (START[key].astype(float) + move(START, 1, 0.001)[key]) / 2, atol=1e-6)
 
 
 def test_private_counters_stay_and_variances_are_positive():
-    clients = {i: client(normed(i, 50)) for i in range(2)}
-    found, _ = run(private(noise_multiplier=5.0, clipping_norm=1.0), clients, start=normed(7, 3), rounds=2)
+    clients = {i: client(with_norms(i, 50)) for i in range(2)}
+    found, _ = run(private(noise_multiplier=5.0, clipping_norm=1.0), clients, start=with_norms(7, 3), rounds=2)
     made = numbers(found.arrays)
     assert made["bn.num_batches_tracked"] == 3
-    assert (made["bn.running_var"] >= 0.0099 * normed(7)["bn.running_var"]).all()
+    assert (made["bn.running_var"] >= 0.0099 * with_norms(7)["bn.running_var"]).all()
 
 
 def test_private_arguments_are_named():
@@ -776,7 +776,7 @@ def test_threads_that_would_spin_are_not_used(variable, wanted, name, monkeypatc
 
 
 def test_multikrum_averages_what_it_chose_by_weight():
-    models = [moved(START, i, 0.01) for i in range(5)] + [moved(START, 9, 5.0)]
+    models = [move(START, i, 0.01) for i in range(5)] + [move(START, 9, 5.0)]
     clients = {i: client(own, WEIGHTS[i]) for i, own in enumerate(models)}
     settings = {**EVERYBODY, "min_train_nodes": 6, "num_malicious_nodes": 1, "num_nodes_to_select": 5}
     found, _ = run(strategies.MultiKrum(**settings), clients, rounds=1)

@@ -72,7 +72,7 @@ def test_too_few_clients_are_found_before_anything_is_written(make_data, make_co
         run(config, out=tmp_path / "run", data=make_data(SIZES))
 
 
-def trained(make_data, make_config, out, **settings):
+def train(make_data, make_config, out, **settings):
     run(make_config("fedavg", **settings), out=out, data=make_data(SIZES))
     return torch.cat([value.flatten().double() for value in read_model(out)[0].state_dict().values()])
 
@@ -88,10 +88,10 @@ class Hostile(FedAvg):
 
 
 def test_a_run_takes_the_rule_and_ignores_an_outlier(make_data, make_config, tmp_path, monkeypatch):
-    usual = trained(make_data, make_config, tmp_path / "usual")
+    usual = train(make_data, make_config, tmp_path / "usual")
     monkeypatch.setitem(METHODS, "fedavg", Hostile)
     for text in ("krum", "mean"):
-        attacked = trained(make_data, make_config, tmp_path / text, aggregator=text)
+        attacked = train(make_data, make_config, tmp_path / text, aggregator=text)
         assert (float((attacked - usual).abs().max()) < 20) == (text != "mean"), text
 
 

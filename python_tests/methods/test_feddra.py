@@ -177,20 +177,20 @@ def test_bytes_of_a_round_are_those_of_the_notes(parts):
     extra = {name: len(p.server.state[name]) for name in ("buffers", "integers")}  # all of them of the heads
     model, part = (4 * (n + extra["buffers"]) + 8 * extra["integers"] for n in (encoders + alignment, alignment))
 
-    def booked(phase):
+    def measure(phase):
         sent, uploads = p.exchange(phase)
         own = sent.get(0, sent)
         return message_bytes(own), message_bytes(uploads[0].message)
 
-    traffic = [booked(phase) for phase in (ALIGN, JOINT, LOSSES)]
+    traffic = [measure(phase) for phase in (ALIGN, JOINT, LOSSES)]
     assert traffic == [(model + 8, part), (part + 8, model), (model + 8, 8)]
-    assert [booked(phase) for phase in (ALIGN, JOINT, LOSSES)] == [(8, part), (part + 8, model), (model + 8, 8)]
+    assert [measure(phase) for phase in (ALIGN, JOINT, LOSSES)] == [(8, part), (part + 8, model), (model + 8, 8)]
 
 
 def test_an_average_that_nobody_uses_does_not_travel(parts, monkeypatch):
     """Without anchors, clients that go on from their own alignment modules train as if they had got their average."""
 
-    def played():
+    def play():
         p = parts(anchors=False)
         travelled = []
         for phase in (ALIGN, JOINT, LOSSES) * 2:
@@ -198,11 +198,11 @@ def test_an_average_that_nobody_uses_does_not_travel(parts, monkeypatch):
             travelled.append((message_bytes(sent.get(0, sent)), message_bytes(uploads[0].message)))
         return p.server.state, travelled
 
-    state, travelled = played()
+    state, travelled = play()
     assert [up for _, up in travelled[0::3]] == [0, 0]
     assert [down for down, _ in travelled[1::3]] == [8, 8]  # the client's weight alone
     monkeypatch.setattr(FedDRA, "averaged", True)
-    before, after = played()
+    before, after = play()
     assert after[0][1] == after[1][0] - 8 > 1000
     assert [row[1] for row in after[1::3]] == [row[1] for row in travelled[1::3]]
     assert all(torch.equal(state[name], before[name]) for name in ("parameters", "weights"))

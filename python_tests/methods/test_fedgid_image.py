@@ -20,7 +20,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, FedGID
-from python_tests.engine.executors.test_workers import compared
+from python_tests.engine.executors.test_workers import compare_workers
 from python_tests.engine.local.test_captured import SMALL, same_runs
 from python_tests.interrupted import KillAt, check_interruption
 from python_tests.methods.test_fedgid import PHASE, Scene, gradient
@@ -45,7 +45,7 @@ def scene(make_data, make_config):
     return make
 
 
-def composed(scene):
+def compose(scene):
     """Pixel by pixel: the object stays, all else is the background.
 
     An image without an object stays.
@@ -64,7 +64,7 @@ def composed(scene):
 def test_loss_and_gradient_are_the_formula_of_the_page(kl, on, gd, scene):
     made = scene(kl_direction=kl, distill_on=on, distillation=gd, temperature=2.0, **{"lambda": 0.4})
     made.local.train()
-    x, y = composed(made), made.batch.targets
+    x, y = compose(made), made.batch.targets
     assert not torch.equal(x, made.batch.inputs)
     assert torch.equal(x[2], made.batch.inputs[2])
     loss, seen = made.loss()
@@ -180,7 +180,7 @@ def test_backgrounds_are_augmented_apart(make_data, make_config, tmp_path, monke
 
 @pytest.mark.usefixtures("forked_workers")
 def test_two_workers_give_the_bits_of_one(make_data, make_config, tmp_path):
-    single, two = compared(make_config("fedgid", augment="crop-flip", options=IMAGE), make_data(), tmp_path)
+    single, two = compare_workers(make_config("fedgid", augment="crop-flip", options=IMAGE), make_data(), tmp_path)
     assert single == two
 
 
@@ -285,7 +285,7 @@ class Masked(Dataset):
         return {"image": image, "label": label, "mask": self.masks[row]} if self.masked else (image, label)
 
 
-def staged():
+def make_network():
     torch.manual_seed(0)
     parts = [nn.Conv2d(3, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)]
     return nn.Sequential(*parts)
@@ -296,8 +296,8 @@ def staged():
     ("uint8", "cnn", IMAGE),
     ("uint8", "cnn", {"intervention": "off"}),
     ("float32", "cnn", {}),
-    ("float32", staged(), {}),
-    ("float32", staged(), IMAGE),
+    ("float32", make_network(), {}),
+    ("float32", make_network(), IMAGE),
 ])  # fmt: skip
 def test_items_with_the_key_mask_are_images_with_masks(kind, model, options, tmp_path):
     masked = options.get("intervention") != "off"

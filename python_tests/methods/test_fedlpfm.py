@@ -133,7 +133,7 @@ def test_a_run_costs_the_bytes_of_fedavg_and_names_its_teacher(data, make_config
 
 
 def test_operations_of_a_teacher_are_the_same_in_either_precision(data, make_config):
-    teacher = started(data, small(make_config))[0]._teachers[0]
+    teacher = start(data, small(make_config))[0]._teachers[0]
     images = torch.zeros(2, *data.clients[0].images.shape[1:])
     expected = teacher_mflops(teacher, images)
     with computing("bf16"):
@@ -160,7 +160,7 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
     options = {"teacher_tuning": tuning, "tuning_lr": 0.05, "tuning_epochs": 5}
     config = small(make_config, options=options)
     summary = run(config, out=tmp_path / "run", data=data)
-    method, bench, _ = started(data, config)
+    method, bench, _ = start(data, config)
     split, right = data.validation, []
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
     images = (split.images / 255 - mean) / std
@@ -176,7 +176,7 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
     assert summary["bytes"]["one_off_up"] == 0  # a figure, which nobody sends
 
 
-def started(data, config):
+def start(data, config):
     method, bench = FedLPFM(FedLPFM.Options.parse(config.options)), RunContext(config, data)
     server = Server(bench)
     method.start(server)
@@ -193,7 +193,7 @@ def test_cached_and_live_teachers_agree_without_augmentation(tuning, data, make_
     rows, drawn = np.array([5, 0, 12, 7]), {}
     for view in ("cached", "same"):
         options = {"teacher_view": view, "teacher_tuning": tuning, "tuning_lr": 0.05}
-        method, bench, server = started(data, small(make_config, options=options))
+        method, bench, server = start(data, small(make_config, options=options))
         client = Client(bench, 1, {})
         method.client_update(client, PHASE, method.send(server, PHASE))
         drawn[view] = method.draw(client, batch_of(bench, 1, rows), np.random.default_rng(0))["teacher"]
@@ -202,7 +202,7 @@ def test_cached_and_live_teachers_agree_without_augmentation(tuning, data, make_
 
 
 def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
-    method, bench, server = started(data, small(make_config, augment="crop"))
+    method, bench, server = start(data, small(make_config, augment="crop"))
     client = Client(bench, 0, {})
     method.client_update(client, PHASE, method.send(server, PHASE))
     plain = torch.cat([batch.inputs for batch in client.in_order()])
@@ -212,7 +212,7 @@ def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
 
 
 def test_the_teacher_neither_changes_nor_travels(data, make_config):
-    method, bench, server = started(data, small(make_config))
+    method, bench, server = start(data, small(make_config))
     before = {name: value.clone() for name, value in method._teachers[0].network.state_dict().items()}
     client, message = Client(bench, 0, {}), method.send(server, PHASE)
     upload = method.client_update(client, PHASE, message)
@@ -228,7 +228,7 @@ def test_backbones(data, make_config):
     specs = {"teacher": "pretrained:cnn/3,pretrained:cnn/2,pretrained:cnn/4", "teachers": 2}
     drawn = {}
     for backbone in ("consistent", "random", "random-each-round"):
-        method, bench, _ = started(data, small(make_config, options={**specs, "backbone": backbone}))
+        method, bench, _ = start(data, small(make_config, options={**specs, "backbone": backbone}))
         drawn[backbone] = [
             [tuple(method.backbones(Client(bench, k % 3, {}), Phase(r, "train", "update"))) for r in range(8)]
             for k in range(3)
@@ -317,4 +317,4 @@ def test_a_teacher_of_other_classes(data, make_config, monkeypatch):
         lambda *_: teacher_of(lambda x: torch.zeros(len(x), 7), "imagenet", 3),
     )
     with pytest.raises(UserError, match="the teacher imagenet knows 7 classes and the data have 3"):
-        started(data, config)
+        start(data, config)

@@ -52,7 +52,7 @@ class Stored:
 
 
 @pytest.fixture(scope="module")
-def stored():
+def arrays():
     return {name: Stored(name) for name in ("feddra", "fediod", "fusefl")}
 
 
@@ -163,12 +163,12 @@ STAGES = {"alignment": "stage1", "joint": "stage2"}
 
 
 @pytest.mark.parametrize("exchange", STAGES)
-def test_feddra_losses_and_gradients(exchange, precision, stored):
+def test_feddra_losses_and_gradients(exchange, precision, arrays):
     """With the anchors in eval mode.
 
     The released code leaves them in train mode.
     """
-    data, key = stored["feddra"], f"{precision}.{STAGES[exchange]}.anchors_eval"
+    data, key = arrays["feddra"], f"{precision}.{STAGES[exchange]}.anchors_eval"
     network, parts, _ = feddra_loss(data, exchange)
     assert_each_alike(parts, data[f"{key}.losses"])
     parts[2].backward()
@@ -181,8 +181,8 @@ def test_feddra_losses_and_gradients(exchange, precision, stored):
 
 
 @pytest.mark.parametrize("exchange", STAGES)
-def test_feddra_anchors_in_train_mode_are_the_released_ones(exchange, precision, stored):
-    data = stored["feddra"]
+def test_feddra_anchors_in_train_mode_are_the_released_ones(exchange, precision, arrays):
+    data = arrays["feddra"]
     released = data[f"{precision}.{STAGES[exchange]}.anchors_train.losses"]
     assert_each_alike(feddra_loss(data, exchange, anchors="train")[1], released)
     contrastive, anchor, _ = feddra_loss(data, exchange)[1]
@@ -191,9 +191,9 @@ def test_feddra_anchors_in_train_mode_are_the_released_ones(exchange, precision,
 
 
 @pytest.mark.parametrize("precision", ["f64"], indirect=True)
-def test_feddra_update(precision, stored):
+def test_feddra_update(precision, arrays):
     """A step of AdamW, which makes the rounding of a gradient that is 0 as large as any other: fp64 alone."""
-    data = stored["feddra"]
+    data = arrays["feddra"]
     network, parts, lr = feddra_loss(data, "joint")
     flat = ops.FlatParameters(network)
     gradients = flat.gradients()
@@ -207,8 +207,8 @@ def test_feddra_update(precision, stored):
 
 
 @pytest.mark.parametrize("precision", ["f64"], indirect=True)
-def test_feddra_alignment_layers_have_another_epsilon(precision, stored):
-    data = stored["feddra"]
+def test_feddra_alignment_layers_have_another_epsilon(precision, arrays):
+    data = arrays["feddra"]
     fresh = [layer.eps for layer in PairNetwork(ImageTokens(), TextTokens()).modules() if type(layer) is nn.LayerNorm]
     assert set(fresh) == {1e-5} != {RELEASED_EPS}
     batch = feddra_batch(data)
@@ -220,8 +220,8 @@ def test_feddra_alignment_layers_have_another_epsilon(precision, stored):
     assert 1e-5 < gap(ours, released) < 1e-3
 
 
-def test_feddra_reported_loss_lacks_the_released_anchor_term(precision, stored):
-    data = stored["feddra"]
+def test_feddra_reported_loss_lacks_the_released_anchor_term(precision, arrays):
+    data = arrays["feddra"]
     network, method = pair_network(data.under("local.")).eval(), FedDRA()
     with torch.no_grad():
         halves = [method.judge(network, feddra_batch(data, rows)) for rows in (slice(6), slice(6, 12))]
@@ -235,8 +235,8 @@ def test_feddra_reported_loss_lacks_the_released_anchor_term(precision, stored):
 # FedDRA: the round loop of FedAvg_SLIA_HC.py, its project_onto_chi_square_ball and avg_param
 
 
-def test_feddra_client_weights(stored):
-    data = stored["feddra"]
+def test_feddra_client_weights(arrays):
+    data = arrays["feddra"]
     pairs = zip(data["weights.before"].numpy(), data["weights.losses"].numpy(), strict=True)
     ours = torch.from_numpy(np.stack([project(exponentiated_step(w, reported, 0.5), 1.0) for w, reported in pairs]))
     positive = data["weights.before"].amin(1) > 0
@@ -247,9 +247,9 @@ def test_feddra_client_weights(stored):
     assert data["weights.f64"][~positive][0, 0] == 0 < ours[~positive][0, 0]
 
 
-def test_feddra_projection_leaves_no_small_ball(stored):
+def test_feddra_projection_leaves_no_small_ball(arrays):
     """The released bisection does, where rho is small."""
-    data = stored["feddra"]
+    data = arrays["feddra"]
     feasible = []
     for point, rho, released in zip(
         *(data[f"ball.{name}"].numpy() for name in ("points", "radii", "results")), strict=True
@@ -263,8 +263,8 @@ def test_feddra_projection_leaves_no_small_ball(stored):
     assert feasible == [rho >= 0.2 for rho in data["ball.radii"].tolist()]
 
 
-def test_feddra_average(parts, stored):
-    data = stored["feddra"]
+def test_feddra_average(parts, arrays):
+    data = arrays["feddra"]
     weighted = parts(dro_apply="loss_code")
     weighted.server.state["weights"] = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)  # these do not act here
     uploads = [Upload(k, 5 + k, {}) for k in range(3)]
@@ -281,12 +281,12 @@ def test_feddra_average(parts, stored):
 HOT = 10001.0  # the temperature of the released scripts
 
 
-def test_fediod_losses_of_logits(precision, stored):
+def test_fediod_losses_of_logits(precision, arrays):
     """The ensemble and KD at three temperatures, with gradients for teachers and student.
 
     In fp32 the released KD at the scripts' temperature has lost its digits: there fedkern's is compared with fp64's.
     """
-    data = stored["fediod"]
+    data = arrays["fediod"]
     counts = data["counts"].to(torch.get_default_dtype())
     weights, mask = losses.importance(counts, None), counts > 0
     teachers, student = (data[f"{name}_logits"].to(weights.dtype).requires_grad_() for name in ("teacher", "student"))
@@ -331,7 +331,7 @@ class Fediod:
             nz=6, ngf=2, channels=3, image_size=(8, 8), widths=(4, 2, 1), mean=MEAN, std=STD, pixel_mean=MEAN,
             generator=torch.Generator(),
         )  # fmt: skip
-        unset = generator.load_state_dict(renamed(data.under("generator.", self.dtype)), strict=False).missing_keys
+        unset = generator.load_state_dict(rename(data.under("generator.", self.dtype)), strict=False).missing_keys
         assert all("running" in name or "num_batches" in name for name in unset)
         if released:
             generator.body[5].mode = "bilinear"
@@ -368,7 +368,7 @@ LAYERS = {
 }  # fmt: skip
 
 
-def renamed(values):
+def rename(values):
     """Values of the released generator by fedkern's names."""
     return {name.replace("l1.0.", "project.").replace("conv_blocks.", "body."): v for name, v in values.items()}
 
@@ -376,9 +376,9 @@ def renamed(values):
 PHASE = Phase(0, "distil", "update")
 
 
-def test_fediod_losses_of_the_generator(precision, stored, monkeypatch):
+def test_fediod_losses_of_the_generator(precision, arrays, monkeypatch):
     """The terms that both have: realism, clarity and balance."""
-    data, world = stored["fediod"], Fediod(stored["fediod"], monkeypatch)
+    data, world = arrays["fediod"], Fediod(arrays["fediod"], monkeypatch)
     logits = world.answer()
     discriminator, realism = PATCHES * world.answers._seen
     assert_alike(discriminator.mean(), data[f"{precision}.discriminator_loss"])
@@ -390,8 +390,8 @@ def test_fediod_losses_of_the_generator(precision, stored, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["f64"], indirect=True)
-def test_fediod_updates_of_discriminators(precision, stored, monkeypatch):
-    data, world = stored["fediod"], Fediod(stored["fediod"], monkeypatch)
+def test_fediod_updates_of_discriminators(precision, arrays, monkeypatch):
+    data, world = arrays["fediod"], Fediod(arrays["fediod"], monkeypatch)
     world.answer()
     for k, client in enumerate(world.answers.clients):
         state = client.state["critics"][0]
@@ -407,9 +407,9 @@ def test_fediod_updates_of_discriminators(precision, stored, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["f64"], indirect=True)
-def test_fediod_networks_differ_from_the_released_ones(precision, stored, monkeypatch):
+def test_fediod_networks_differ_from_the_released_ones(precision, arrays, monkeypatch):
     """Both upsamplings repeat pixels, and the discriminators' last layers train a bias."""
-    data = stored["fediod"]
+    data = arrays["fediod"]
     assert_alike(Fediod(data, monkeypatch).images, data["f64.images"])
     world = Fediod(data, monkeypatch, released=False)
     world.answer()
@@ -488,12 +488,12 @@ class Fusefl:
 
 
 @pytest.fixture
-def play(precision, stored):
+def play(precision, arrays):
     """Both levels trained.
 
     One object of level 1 serves all clients, as in the released code.
     """
-    play = Fusefl(stored["fusefl"])
+    play = Fusefl(arrays["fusefl"])
     play.level(1, None)
     play.shared = play.frozen()
     play.level(2, play.shared)

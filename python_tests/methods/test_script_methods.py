@@ -77,7 +77,7 @@ def text(weight):
     return f"class Slow(FedAvg):\n    def weight(self, server, upload):\n        return {weight}\n"
 
 
-def defined(weight):
+def define(weight):
     """Return a class without a file of its own, as a notebook defines it."""
     scope = {"FedAvg": FedAvg}
     exec(text(weight), scope)
@@ -152,9 +152,9 @@ def test_the_folder_of_a_class_has_its_plain_name():
 
 
 def test_what_differs_is_said(monkeypatch):
-    method, second = defined("1.0"), defined("2.0")
+    method, second = define("1.0"), define("2.0")
     run = fedkern.simulate(method, rounds=1, out="run", **TINY)
-    assert fedkern.load("run", method=defined("1.0")).metrics == run.metrics
+    assert fedkern.load("run", method=define("1.0")).metrics == run.metrics
     Path("moved_of_a_test.py").write_text("from fedkern.methods import FedAvg\n" + text("1.0"))
     monkeypatch.syspath_prepend(".")
     from moved_of_a_test import Slow as Moved
@@ -289,7 +289,5 @@ def test_the_fingerprint_is_that_of_a_class_and_its_bases(tmp_path, monkeypatch)
     changed = fingerprints(text.replace("return 1", "return 2"), "third_of_a_test")
     assert changed[0] != before[0]
     assert changed[1] != before[1]
-    assert script_methods.fingerprint(defined("1.0")) == script_methods.fingerprint(defined("1.0"))
-    assert script_methods.fingerprint(defined("upload.samples in {'a', 'b'}")) != script_methods.fingerprint(
-        defined("1")
-    )
+    assert script_methods.fingerprint(define("1.0")) == script_methods.fingerprint(define("1.0"))
+    assert script_methods.fingerprint(define("upload.samples in {'a', 'b'}")) != script_methods.fingerprint(define("1"))

@@ -10,7 +10,7 @@ from fedkern.methods import FedDyn, FedProx, GradientSum, Objective, Scaffold, T
 from fedkern.ops._core import backend
 
 
-def received(size):
+def make_received(size):
     draw = torch.Generator().manual_seed(0)
     start, correction = (torch.randn(size, generator=draw) for _ in range(2))
     extras = {"correction": correction, "path": GradientSum(torch.zeros(size))}
@@ -31,7 +31,7 @@ def test_a_step_has_the_bits_of_the_gradient_changed_in_place(method):
         pytest.skip("torch fuses other products at its own ISA level")
     results = []
     for kernel in (False, True):
-        given, theta = received(1001), torch.linspace(-1, 1, 1001)
+        given, theta = make_received(1001), torch.linspace(-1, 1, 1001)
         terms = method.terms(given)
         for k in range(3):
             gradients = torch.randn(1001, generator=torch.Generator().manual_seed(k))
@@ -45,7 +45,7 @@ def test_a_step_has_the_bits_of_the_gradient_changed_in_place(method):
 
 
 def test_fedprox_with_mu_zero_has_no_terms():
-    assert FedProx(FedProx.Options(mu=0)).terms(received(3)) is None
+    assert FedProx(FedProx.Options(mu=0)).terms(make_received(3)) is None
 
 
 def test_raw_gradients_are_summed_and_counted():
@@ -60,5 +60,5 @@ def test_raw_gradients_are_summed_and_counted():
 
 def test_an_objective_has_no_terms_of_its_own():
     gradients = torch.ones(3)
-    Objective().adjust_gradient(torch.zeros(3), gradients, received(3))
+    Objective().adjust_gradient(torch.zeros(3), gradients, make_received(3))
     assert gradients.equal(torch.ones(3))

@@ -16,6 +16,6 @@ def pictures(count: int = 3, height: int = 12, width: int = 12, channels: int = 
     return torch.from_numpy(rng.integers(0, 256, (count, channels, height, width)).astype(np.uint8))
 
 
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(SCALE[name][: pixels.shape[1]]).view(1, -1, 1, 1) for name in ("mean", "std"))
     return (pixels / 255 - mean) / std

@@ -154,7 +154,7 @@ class OwnReLU(nn.ReLU):
         return x.abs()
 
 
-def hooked(position: int, kind: str):
+def add_hook(position: int, kind: str):
     def change(module: nn.Sequential) -> None:
         layer, name = module[position], f"register_{kind}_hook"
         hooks = {
@@ -168,15 +168,15 @@ def hooked(position: int, kind: str):
     return change
 
 
-def replaced(position: int, layer: nn.Module):
+def replace_layer(position: int, layer: nn.Module):
     return lambda module: module.__setitem__(position, copy.deepcopy(layer))
 
 
-def grouped(module: nn.Sequential) -> None:
+def group_channels(module: nn.Sequential) -> None:
     module[0], module[1] = nn.Conv2d(3, 9, 3, padding=1, groups=3, bias=False), nn.BatchNorm2d(9)
 
 
-def changed(position: int, **attributes):
+def set_at(position: int, **attributes):
     return lambda module: [setattr(module[position], name, value) for name, value in attributes.items()]
 
 
@@ -187,7 +187,7 @@ def raw_weight(module: nn.Sequential) -> None:
 
 
 HOOKED = {
-    f"{kind} hook of layer {position}": hooked(position, kind)
+    f"{kind} hook of layer {position}": add_hook(position, kind)
     for position in range(4)
     for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre")
 }
@@ -199,25 +199,25 @@ IN_THE_WAY = {
     "spectral norm": lambda m: nn.utils.spectral_norm(m[0]),
     "pruning": lambda m: prune.l1_unstructured(m[0], "weight", amount=0.5),
     "a weight that is no parameter": raw_weight,
-    "forward of its own": lambda m: changed(0, forward=lambda x: x[:, :1].expand(-1, 8, -1, -1))(m),
-    "stride": changed(0, stride=(2, 1)),
-    "padding": changed(0, padding=(2, 2)),
-    "padding by name": changed(0, padding="valid"),
-    "dilation": changed(0, dilation=(2, 1)),
-    "padding mode": replaced(0, nn.Conv2d(3, 8, 3, padding=1, bias=False, padding_mode="circular")),
-    "bias": replaced(0, nn.Conv2d(3, 8, 3, padding=1)),
-    "5x5": replaced(0, nn.Conv2d(3, 8, 5, padding=1, bias=False)),
-    "groups": grouped,
-    "another norm": replaced(1, nn.GroupNorm(2, 8)),
-    "instance norm": replaced(1, nn.InstanceNorm2d(8, affine=True)),
-    "another activation": replaced(2, nn.ELU()),
-    "a class of one's own": replaced(2, OwnReLU()),
-    "3x3 pooling": replaced(3, nn.MaxPool2d(3, 2)),
-    "stride of the pooling": changed(3, stride=1),
-    "padding of the pooling": changed(3, padding=1),
-    "dilation of the pooling": changed(3, dilation=2),
-    "pooling that rounds up": changed(3, ceil_mode=True),
-    "average pooling": replaced(3, nn.AvgPool2d(2)),
+    "forward of its own": lambda m: set_at(0, forward=lambda x: x[:, :1].expand(-1, 8, -1, -1))(m),
+    "stride": set_at(0, stride=(2, 1)),
+    "padding": set_at(0, padding=(2, 2)),
+    "padding by name": set_at(0, padding="valid"),
+    "dilation": set_at(0, dilation=(2, 1)),
+    "padding mode": replace_layer(0, nn.Conv2d(3, 8, 3, padding=1, bias=False, padding_mode="circular")),
+    "bias": replace_layer(0, nn.Conv2d(3, 8, 3, padding=1)),
+    "5x5": replace_layer(0, nn.Conv2d(3, 8, 5, padding=1, bias=False)),
+    "groups": group_channels,
+    "another norm": replace_layer(1, nn.GroupNorm(2, 8)),
+    "instance norm": replace_layer(1, nn.InstanceNorm2d(8, affine=True)),
+    "another activation": replace_layer(2, nn.ELU()),
+    "a class of one's own": replace_layer(2, OwnReLU()),
+    "3x3 pooling": replace_layer(3, nn.MaxPool2d(3, 2)),
+    "stride of the pooling": set_at(3, stride=1),
+    "padding of the pooling": set_at(3, padding=1),
+    "dilation of the pooling": set_at(3, dilation=2),
+    "pooling that rounds up": set_at(3, ceil_mode=True),
+    "average pooling": replace_layer(3, nn.AvgPool2d(2)),
 }
 PARTLY = {"another activation": (False, 1), "a class of one's own": (False, 1), "average pooling": (True, 1)}
 """The operator does what stands before the other layer."""
@@ -285,7 +285,7 @@ def test_hooks_of_all_modules(kind, calls):
 def test_only_hooks_that_are_there_count(calls):
     module = stage()
     for position, kind in enumerate(KINDS):
-        hooked(position, kind)(module)
+        add_hook(position, kind)(module)
         name = f"_{kind.removeprefix('full_')}_hooks"
         getattr(module[position], name).clear()
     module.register_forward_hook(lambda module, inputs, output: output + 1)  # of the stage itself

@@ -13,7 +13,7 @@ from fedkern.models.cost import cost, count_flops
 NAMES = ["cnn", "mlp", "resnet8", "resnet18", "resnet8-t", "resnet8-gn", "vit-tiny", "mobilenetv2"]
 
 
-def made(name):
+def make(name):
     return build(name, classes=10, channels=3, image_size=32, seed=0, width=None if name == "vit-tiny" else 8)
 
 
@@ -21,23 +21,23 @@ def made(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_are_torchs(name, monkeypatch):
     images = torch.zeros(2, 3, 32, 32)
-    found = cost(made(name), images)
+    found = cost(make(name), images)
     monkeypatch.setattr(module, "_PLAIN", set())  # torch counts all networks
-    assert found == cost(made(name), images)
+    assert found == cost(make(name), images)
     assert found.training_flops > found.inference_flops > 0
 
 
 def test_which_networks_are_counted_by_layers(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.flop_counter", None)
-    with count_flops(made("resnet8")):
+    with count_flops(make("resnet8")):
         pass
-    for network in (made("vit-tiny"), made("mobilenetv2"), torch.nn.Linear(2, 2), None):
+    for network in (make("vit-tiny"), make("mobilenetv2"), torch.nn.Linear(2, 2), None):
         with pytest.raises(ImportError), count_flops(network):
             pass
 
 
 def test_nothing_is_counted_behind_the_end():
-    network, images = made("cnn"), torch.zeros(2, 3, 32, 32)
+    network, images = make("cnn"), torch.zeros(2, 3, 32, 32)
     with count_flops(network) as counted:
         network(images)
     flops = counted.flops
@@ -48,7 +48,7 @@ def test_nothing_is_counted_behind_the_end():
 def test_gradients_are_counted_where_there_are_any():
     """The first convolution is frozen, and so neither its weights nor its output have a gradient."""
     images = torch.zeros(2, 3, 32, 32)
-    network = made("cnn")
+    network = make("cnn")
     next(layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)).requires_grad_(False)
     with count_flops(network) as ours:
         network(images).sum().backward()

@@ -121,14 +121,14 @@ def test_mixing_the_last_map_is_mixing_features(name):
     model.train()(x)
     model.eval()
 
-    def mixed(stage: str) -> torch.Tensor:
+    def mix(stage: str) -> torch.Tensor:
         own, mate = model.stages(x, stage), model.stages(background, stage)
         return model.tail(alpha * own + (1 - alpha) * mate, stage)
 
     last = model.stage_names[-2]
-    torch.testing.assert_close(mixed(last), mixed("feature"), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mix(last), mix("feature"), rtol=1e-12, atol=1e-12)
     earlier = models.resolve_stage(model, "map")
-    assert (mixed(earlier) - mixed("feature")).abs().max() > 1e-3
+    assert (mix(earlier) - mix("feature")).abs().max() > 1e-3
 
 
 @pytest.mark.sampled(2)

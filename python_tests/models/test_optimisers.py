@@ -32,17 +32,17 @@ PAIRS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-def drawn(seed: int) -> list[Tensor]:
+def draw(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_to_the_last_bit(name: str) -> None:
-    mine, theirs = drawn(0), drawn(0)
+    mine, theirs = draw(0), draw(0)
     ours, torchs = (make(tensors) for make, tensors in zip(PAIRS[name], (mine, theirs), strict=True))
     for step in range(5):
-        gradients = drawn(step + 1)
+        gradients = draw(step + 1)
         for copies in (mine, theirs):
             for i, (tensor, gradient) in enumerate(zip(copies, gradients, strict=True)):
                 tensor.grad = None if i == step else gradient.clone()  # another one has none in every step

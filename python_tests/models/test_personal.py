@@ -33,7 +33,7 @@ def small():
     return Small()
 
 
-def played(out, make_data, method="fedavg", sizes=(20, 13, 9), **settings):
+def play(out, make_data, method="fedavg", sizes=(20, 13, 9), **settings):
     plain = {
         "model": "cnn", "width": 2, "rounds": 2, "local_epochs": 2, "batch_size": 4, "threads": 1, "client_threads": 1,
         "workers": 1, "grad_cam": 0, "pictures": False, "progress": False,
@@ -69,8 +69,8 @@ def same(left, second):
 )
 def test_a_single_client_trains_as_without(make_data, tmp_path, settings):
     """With one client averaging changes nothing, so every bit is that of a run without personal parts."""
-    shared = played(tmp_path / "whole", make_data, sizes=[20], **settings)
-    parts = played(tmp_path / "parts", make_data, sizes=[20], personal=["head.*", "layer2.*"], **settings)
+    shared = play(tmp_path / "whole", make_data, sizes=[20], **settings)
+    parts = play(tmp_path / "parts", make_data, sizes=[20], personal=["head.*", "layer2.*"], **settings)
     assert same([shared.model().state_dict()], [parts.model(client=0).state_dict()])
     assert parts.metrics == pytest.approx(shared.metrics, abs=0)
 
@@ -80,7 +80,7 @@ def test_a_single_client_trains_as_without(make_data, tmp_path, settings):
 def test_it_is_the_run_of_plain_pytorch(make_data, tmp_path, clip):
     Recording.rows, network = [], small()
     given = {"momentum": 0.9, "lr": 0.1, "weight_decay": 1e-3, "clip_norm": clip}
-    run = played(tmp_path / "run", make_data, Recording, model=network, personal="head.*", **given)
+    run = play(tmp_path / "run", make_data, Recording, model=network, personal="head.*", **given)
     sizes = [20, 13, 9]
     plain = [copy.deepcopy(network) for _ in sizes]
     for turn in range(2):
@@ -113,7 +113,7 @@ AVERAGING = sorted(
 def test_every_averaging_method_shares_the_rest(make_data, make_public, tmp_path, method):
     data = make_public(dataclasses.replace(make_data(), name="arrays"), 12)
     settings = {} if method == "fedproto" else SETTINGS.get(method, {})
-    run = played(tmp_path / "run", make_data, method, data=data, personal=["head.*"], **settings)
+    run = play(tmp_path / "run", make_data, method, data=data, personal=["head.*"], **settings)
     own, start = networks(run), models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).state_dict()
     for name in start:
         differs = not torch.equal(own[0][name], own[1][name])
@@ -128,7 +128,7 @@ def test_every_averaging_method_shares_the_rest(make_data, make_public, tmp_path
 def test_only_what_is_shared_travels(make_data, tmp_path):
     sent = {}
     for name, parts in {"all": None, "head": "head.*", "norm": "backbone.1.*"}.items():
-        run = played(tmp_path / name, make_data, model=small(), rounds=1, personal=parts)
+        run = play(tmp_path / name, make_data, model=small(), rounds=1, personal=parts)
         sent[name] = [run.history.records[-1][f"bytes_{way}"] // 12 for way in ("up", "down")]
     head, norm = 32, 2 * 8 + 2 * 8 + 2  # a bias begins at a multiple of eight; an integer has eight bytes
     assert sent["all"][0] - sent["norm"][0] == norm
@@ -137,7 +137,7 @@ def test_only_what_is_shared_travels(make_data, tmp_path):
 
 
 def test_personal_norms_are_fedbn(make_data, tmp_path):
-    run = played(tmp_path / "run", make_data, model=small(), personal="backbone.1.*", freeze_bn_after=1)
+    run = play(tmp_path / "run", make_data, model=small(), personal="backbone.1.*", freeze_bn_after=1)
     left, second, _ = networks(run)
     differing = {name for name in left if not torch.equal(left[name], second[name])}
     assert differing == {name for name in left if name.startswith("backbone.1")}
@@ -148,7 +148,7 @@ def test_personal_norms_are_fedbn(make_data, tmp_path):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("buffers", ["local", "drop"])
 def test_other_buffers_are_as_the_policy_says(make_data, tmp_path, buffers):
-    run = played(tmp_path / "run", make_data, model=small(), personal="head.*", buffers=buffers, rounds=1)
+    run = play(tmp_path / "run", make_data, model=small(), personal="head.*", buffers=buffers, rounds=1)
     states = [Checkpoints(run.out).last_client_state(k) for k in range(3)]
     assert all(("buffers_local" in state) is (buffers == "local") for state in states)
     left, second, _ = networks(run)
@@ -170,7 +170,7 @@ def test_a_loop_of_ones_own_has_the_clients_parts(make_data, tmp_path):
             model.backbone[0].weight.add_(1)
 
     unread = {"batch_size": None, "local_epochs": None, "lr": None}
-    run = played(tmp_path / "run", make_data, model=small(), train=train, personal="head.*", **unread)
+    run = play(tmp_path / "run", make_data, model=small(), train=train, personal="head.*", **unread)
     assert [float(weight.mean()) for _, weight in seen[3:]] == [1.0, 2.0, 3.0]
     assert [float(state["head.weight"].mean()) for state in networks(run)] == [4.0, 5.0, 6.0]
     torch.testing.assert_close(networks(run)[1]["backbone.0.weight"], small().backbone[0].weight.detach() + 2)
@@ -181,10 +181,10 @@ def test_a_loop_of_ones_own_has_the_clients_parts(make_data, tmp_path):
 
 def test_bits_in_two_workers_and_killed_and_resumed(make_data, tmp_path):
     settings = {"personal": "head.*", "optimizer_state": "keep", "rounds": 3, "sample_fraction": 0.7, "model": "cnn"}
-    single = played(tmp_path / "one", make_data, **settings)
-    two = played(tmp_path / "two", make_data, workers=2, **settings)
+    single = play(tmp_path / "one", make_data, **settings)
+    two = play(tmp_path / "two", make_data, workers=2, **settings)
     with pytest.raises(Kill):
-        played(tmp_path / "killed", make_data, listener=KillAt("client", 1, round=2), **settings)
+        play(tmp_path / "killed", make_data, listener=KillAt("client", 1, round=2), **settings)
     data = dataclasses.replace(make_data(), name="arrays")
     resumed = fedkern.load(tmp_path / "killed", data=data).resume(progress=False, pictures=False)
     for run in (two, resumed):
@@ -207,7 +207,7 @@ FORGED = (
 
 def test_forged_parts_are_refused_in_one_sentence(make_data, tmp_path):
     data = dataclasses.replace(make_data((20, 13, 9)), name="arrays")
-    played(tmp_path / "run", make_data, data=data, rounds=1, personal="head.*")
+    play(tmp_path / "run", make_data, data=data, rounds=1, personal="head.*")
     said = 'The checkpoint is damaged: "personal" of client 1.* does not fit the run\'s network'
     for number, change in enumerate(FORGED):
         out = shutil.copytree(tmp_path / "run", tmp_path / str(number))
@@ -221,7 +221,7 @@ def test_forged_parts_are_refused_in_one_sentence(make_data, tmp_path):
 
 
 def test_an_absent_client_has_the_parts_of_a_fresh_network(make_data, tmp_path):
-    run = played(tmp_path / "run", make_data, rounds=1, sample_fraction=0.4, personal="head.*")
+    run = play(tmp_path / "run", make_data, rounds=1, sample_fraction=0.4, personal="head.*")
     start = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).state_dict()
     fresh = [torch.equal(state["head.weight"], start["head.weight"]) for state in networks(run)]
     assert sorted(fresh) == [False, True, True]
@@ -238,8 +238,8 @@ class Large(FedAvg):
 
 
 def test_a_client_whose_upload_is_refused_keeps_what_it_had(make_data, tmp_path):
-    run = played(tmp_path / "run", make_data, Large, personal="head.*", max_update_norm=50.0, on_nan="skip")
-    before = played(tmp_path / "before", make_data, Large, personal="head.*", max_update_norm=50.0, rounds=1)
+    run = play(tmp_path / "run", make_data, Large, personal="head.*", max_update_norm=50.0, on_nan="skip")
+    before = play(tmp_path / "before", make_data, Large, personal="head.*", max_update_norm=50.0, rounds=1)
     assert [drop["client"] for drop in run.history.records[1]["dropped"]] == [1]
     after, earlier = networks(run), networks(before)
     assert [torch.equal(a["head.weight"], b["head.weight"]) for a, b in zip(after, earlier, strict=True)] == [0, 1, 0]
@@ -251,7 +251,7 @@ def test_a_client_whose_upload_is_refused_keeps_what_it_had(make_data, tmp_path)
 def test_figures_are_those_of_the_clients_networks(make_data, tmp_path):
     data = dataclasses.replace(make_data(two_tests=False), name="arrays")
     data = dataclasses.replace(data, client_tests=tuple(data.clients))
-    run = played(tmp_path / "run", make_data, data=data, personal="head.*", local_epochs=4, eval_every=1)
+    run = play(tmp_path / "run", make_data, data=data, personal="head.*", local_epochs=4, eval_every=1)
 
     def accuracy(k, split):
         inputs = normalise(split.images, data.form.mean, data.form.std)
@@ -269,16 +269,16 @@ def test_figures_are_those_of_the_clients_networks(make_data, tmp_path):
 
 def test_a_finished_run_is_evaluated_by_the_clients_networks(make_data, tmp_path):
     data = dataclasses.replace(make_data(), name="arrays")
-    run = played(tmp_path / "run", make_data, data=data, personal="head.*", model=small())
+    run = play(tmp_path / "run", make_data, data=data, personal="head.*", model=small())
     found = run.evaluate()
     assert found == {name: run.metrics[name] for name in found}
     assert {"id_accuracy", "ood_loss", "validation_accuracy", "id_auroc"} <= set(found)
 
 
 def test_a_run_ends_by_the_clients_figures(make_data, tmp_path):
-    run = played(tmp_path / "whole", make_data, personal="head.*", rounds=4)
+    run = play(tmp_path / "whole", make_data, personal="head.*", rounds=4)
     losses = run.history["id_loss"]
-    stopped = played(tmp_path / "run", make_data, personal="head.*", rounds=4, stop_at=f"id_loss<={losses[1]}")
+    stopped = play(tmp_path / "run", make_data, personal="head.*", rounds=4, stop_at=f"id_loss<={losses[1]}")
     assert len(stopped.history) == min(i for i, loss in enumerate(losses, 1) if loss <= losses[1])
     assert stopped.summary["stopped"]["by"] == "stop-at"
 
@@ -299,7 +299,7 @@ class Told(FedAvg):
         return {**figures, "rounds": rounds, "process": os.getpid()}
 
 
-def told(run, name):
+def read(run, name):
     figures = run.summary["client_metrics"]
     return [figures[str(k)][name] for k in range(len(figures))]
 
@@ -321,17 +321,17 @@ def own_sets(make_data):
 
 def test_a_client_is_judged_where_it_works_and_by_its_state(make_data, own_sets, tmp_path):
     settings = {"data": own_sets, "personal": "head.*", "rounds": 3, "sample_fraction": 0.5, "eval_every": 2}
-    single = played(tmp_path / "one", make_data, Told, **settings)
-    two = played(tmp_path / "two", make_data, Told, workers=2, **settings)
+    single = play(tmp_path / "one", make_data, Told, **settings)
+    two = play(tmp_path / "two", make_data, Told, workers=2, **settings)
     with pytest.raises(Kill):
-        played(tmp_path / "killed", make_data, Told, listener=KillAt("client", 1, round=3), **settings)
+        play(tmp_path / "killed", make_data, Told, listener=KillAt("client", 1, round=3), **settings)
     given = {"data": own_sets, "trusted": [f"{__name__}:Told"]}
     resumed = fedkern.load(tmp_path / "killed", **given).resume(progress=False, pictures=False)
     taken = [sum(str(k) in record["clients"] for record in single.history.records) for k in range(4)]
-    assert told(single, "rounds") == taken
+    assert read(single, "rounds") == taken
     assert len({*taken}) > 1
-    assert {*told(single, "process")} == {os.getpid()}
-    assert len({*told(two, "process")} - {os.getpid()}) == 2
+    assert {*read(single, "process")} == {os.getpid()}
+    assert len({*read(two, "process")} - {os.getpid()}) == 2
     expected = nameless(outcome(single.out))
     assert nameless(outcome(two.out)) == nameless(outcome(resumed.out)) == expected
     for k in range(4):
@@ -340,16 +340,16 @@ def test_a_client_is_judged_where_it_works_and_by_its_state(make_data, own_sets,
 
 
 def test_a_method_with_one_network_sees_the_clients_states_too(make_data, own_sets, tmp_path):
-    run = played(tmp_path / "run", make_data, Told, data=own_sets, sample_fraction=0.5, rounds=3)
-    assert told(run, "rounds") == [sum(str(k) in record["clients"] for record in run.history.records) for k in range(4)]
+    run = play(tmp_path / "run", make_data, Told, data=own_sets, sample_fraction=0.5, rounds=3)
+    assert read(run, "rounds") == [sum(str(k) in record["clients"] for record in run.history.records) for k in range(4)]
 
 
 def test_a_run_that_is_resumed_at_its_end_has_its_figures(make_data, own_sets, tmp_path):
     """It evaluates after the workers are gone."""
     settings = {"data": own_sets, "personal": "head.*", "rounds": 2}
-    uncut = played(tmp_path / "whole", make_data, **settings)
+    uncut = play(tmp_path / "whole", make_data, **settings)
     with pytest.raises(Kill):
-        played(tmp_path / "run", make_data, listener=KillAt("end"), workers=2, **settings)
+        play(tmp_path / "run", make_data, listener=KillAt("end"), workers=2, **settings)
     (tmp_path / "run" / "summary.json").unlink(missing_ok=True)
     resumed = fedkern.load(tmp_path / "run", data=own_sets).resume(progress=False, pictures=False)
     assert outcome(resumed.out) == outcome(uncut.out)
@@ -376,7 +376,7 @@ class Refusing(Failing):
 @pytest.mark.parametrize(("method", "workers"), [(Failing, 2), (Refusing, 1), (Failing, 1), (Refusing, 2)])
 def test_a_failed_evaluation_names_its_client(make_data, own_sets, tmp_path, method, workers):
     with pytest.raises(UserError) as failed:
-        played(tmp_path / "run", make_data, method, data=own_sets, personal="head.*", workers=workers)
+        play(tmp_path / "run", make_data, method, data=own_sets, personal="head.*", workers=workers)
     reason = "ZeroDivisionError: no figures" if method is Failing else "no figures"
     sentence = rf"The evaluation of client 1's network in round 1 failed: {reason} \(test_personal\.py, line \d+\)\."
     assert re.fullmatch(sentence, str(failed.value))
@@ -388,7 +388,7 @@ def test_a_failed_evaluation_names_its_client(make_data, own_sets, tmp_path, met
 
 
 def test_the_network_of_a_client_must_be_named(make_data, tmp_path):
-    run = played(tmp_path / "run", make_data, personal="head.*", rounds=1, pictures=True, grad_cam=4)
+    run = play(tmp_path / "run", make_data, personal="head.*", rounds=1, pictures=True, grad_cam=4)
     assert not (run.out / "gradcam.png").exists()
     said = r"The clients of .* keep head\.bias, head\.weight to themselves, which model\.safetensors has as it began"
     for ask in (run.model, lambda: run.export(tmp_path / "x", "state-dict"), lambda: run.predict([])):
@@ -399,7 +399,7 @@ def test_the_network_of_a_client_must_be_named(make_data, tmp_path):
             run.model(client=wrong)
     with pytest.raises(UserError, match="best=True is the global network"):
         run.model(client=0, best=True)
-    shared = played(tmp_path / "whole", make_data, rounds=1)
+    shared = play(tmp_path / "whole", make_data, rounds=1)
     with pytest.raises(UserError, match="have no networks of their own beside the global one: leave client out"):
         shared.model(client=0)
 
@@ -408,7 +408,7 @@ def test_the_network_of_a_client_must_be_named(make_data, tmp_path):
 def test_the_network_of_a_script(make_data, tmp_path):
     network = small()
     network.backbone[0].requires_grad_(False)
-    run = played(tmp_path / "run", make_data, model=network, personal="head.*", pictures=True)
+    run = play(tmp_path / "run", make_data, model=network, personal="head.*", pictures=True)
     left, second, _ = networks(run)
     assert {*left} == {*network.state_dict()}
     assert torch.equal(left["backbone.0.weight"], network.backbone[0].weight)
@@ -445,7 +445,7 @@ WRONG = {
 @pytest.mark.parametrize(("method", "settings", "said"), WRONG.values(), ids=WRONG)
 def test_what_cannot_be_kept_is_said_first(make_data, refuses, tmp_path, method, settings, said):
     with refuses(said):
-        played(tmp_path / "run", make_data, method, **settings)
+        play(tmp_path / "run", make_data, method, **settings)
 
 
 def test_flower_is_refused_before_a_project_is_written(tmp_path, capsys):

@@ -34,7 +34,7 @@ def bytes_of(count: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(rng.integers(0, 256, (count, 1, 8, 8)).astype(np.uint8))
 
 
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels / 255 - MEAN[0]) / STD[0]
 
 
@@ -44,7 +44,7 @@ class Public:
     def __init__(self, count: int = 30) -> None:
         self.labels = torch.arange(count) % 3
         noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-        self.images = normalised((self.labels[:, None, None, None] * 90 + 20 + 5 * noise).clamp(0, 255).to(torch.uint8))
+        self.images = normalise((self.labels[:, None, None, None] * 90 + 20 + 5 * noise).clamp(0, 255).to(torch.uint8))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,7 +70,7 @@ def counting(version: int = 1) -> Counting:
 
 
 def test_an_image_is_asked_about_once(tmp_path: Path) -> None:
-    images = normalised(bytes_of(12))
+    images = normalise(bytes_of(12))
     teacher, cache = counting(), LogitsCache(tmp_path, MEAN, STD)
     logits = cache.logits(teacher, images[:10].split(4))
     assert (logits.shape, teacher.seen) == ((10, 3), 10)
@@ -95,7 +95,7 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path, monkeypatch: pyte
         return found
 
     monkeypatch.setattr(LogitsCache, "read_logits", slow)
-    images, cache = normalised(bytes_of(8)), LogitsCache(tmp_path, MEAN, STD)
+    images, cache = normalise(bytes_of(8)), LogitsCache(tmp_path, MEAN, STD)
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda k: cache.logits(counting(), [images[k : k + 1]]), range(8)))
     assert len(cache.read_logits(counting().identity or {}, 3)) == 8
@@ -103,27 +103,27 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path, monkeypatch: pyte
 
 def test_cache_files_have_the_mode_of_the_users_umask(tmp_path: Path) -> None:
     cache = LogitsCache(tmp_path, MEAN, STD)
-    cache.logits(counting(), [normalised(bytes_of(2))])
+    cache.logits(counting(), [normalise(bytes_of(2))])
     (tmp_path / "other").touch()
     assert cache.path("logits", counting().identity or {}).stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_keys_are_the_images_before_normalisation() -> None:
     pixels = bytes_of(40)
-    keys = image_keys(normalised(pixels), MEAN, STD)
+    keys = image_keys(normalise(pixels), MEAN, STD)
     assert len(set(keys)) == 40
     rescaled = image_keys((pixels / 255 - 0.1) / 0.7, (0.1,), (0.7,))
-    assert keys == rescaled == image_keys(normalised(pixels).to(memory_format=torch.channels_last), MEAN, STD)
+    assert keys == rescaled == image_keys(normalise(pixels).to(memory_format=torch.channels_last), MEAN, STD)
     changed = pixels.clone()
     changed[7, 0, 3, 3] ^= 1
-    assert [a == b for a, b in zip(keys, image_keys(normalised(changed), MEAN, STD), strict=True)].count(False) == 1
+    assert [a == b for a, b in zip(keys, image_keys(normalise(changed), MEAN, STD), strict=True)].count(False) == 1
 
 
 @pytest.mark.parametrize(
     "damage", ["empty", "noise", "shape", "nan", "classes", "flipped", "swapped", "another teacher's"]
 )
 def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
-    images = normalised(bytes_of(5))
+    images = normalise(bytes_of(5))
     said: list[str] = []
     cache, teacher = LogitsCache(tmp_path, MEAN, STD, said.append), counting()
     expected = cache.logits(teacher, [images])
@@ -159,7 +159,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: str) -> None:
 
 
 def test_an_interrupted_computation_keeps_what_it_has(tmp_path: Path) -> None:
-    images, cache = normalised(bytes_of(9)), LogitsCache(tmp_path, MEAN, STD)
+    images, cache = normalise(bytes_of(9)), LogitsCache(tmp_path, MEAN, STD)
 
     def batches() -> Any:
         yield images[:6]
@@ -173,7 +173,7 @@ def test_an_interrupted_computation_keeps_what_it_has(tmp_path: Path) -> None:
 
 
 def test_a_callable_without_identity_is_asked_every_time(tmp_path: Path) -> None:
-    images, teacher = normalised(bytes_of(4)), Counting(name="anonymous")
+    images, teacher = normalise(bytes_of(4)), Counting(name="anonymous")
     cache = LogitsCache(tmp_path, MEAN, STD)
     assert torch.equal(cache.logits(teacher, [images]), cache.logits(teacher, [images]))
     assert teacher.seen == 8
@@ -185,19 +185,19 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(
         UserError, match=r"cannot write the teacher cache .*; name another folder with .* teacher_cache"
     ):
-        LogitsCache(tmp_path / "file" / "below", MEAN, STD).logits(counting(), [normalised(bytes_of(2))])
+        LogitsCache(tmp_path / "file" / "below", MEAN, STD).logits(counting(), [normalise(bytes_of(2))])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # the default folder is done without
-    assert LogitsCache(None, MEAN, STD).logits(counting(), [normalised(bytes_of(2))]).shape == (2, 3)
+    assert LogitsCache(None, MEAN, STD).logits(counting(), [normalise(bytes_of(2))]).shape == (2, 3)
 
 
 def test_a_file_of_logits_is_a_teacher(tmp_path: Path) -> None:
-    images, cache = normalised(bytes_of(6)), LogitsCache(tmp_path, MEAN, STD)
+    images, cache = normalise(bytes_of(6)), LogitsCache(tmp_path, MEAN, STD)
     expected = cache.logits(counting(), [images])
     path = cache.path("logits", counting().identity or {})
     stored = stored_logits(path, 3, MEAN, STD)
     assert torch.equal(stored.logits(images[[4, 1]]), expected[[4, 1]])
     with pytest.raises(UserError, match="lacks the logits of 2 of 3 images"):
-        stored.logits(torch.cat([images[:1], normalised(bytes_of(2, seed=9))]))
+        stored.logits(torch.cat([images[:1], normalise(bytes_of(2, seed=9))]))
     with pytest.raises(UserError, match="knows 3 classes and the data have 4"):
         stored_logits(path, 4, MEAN, STD)
     with pytest.raises(UserError, match=r"nowhere does not exist"):
@@ -210,7 +210,7 @@ def test_a_file_of_logits_is_a_teacher(tmp_path: Path) -> None:
 
 
 def test_logits_of_another_format_are_refused_or_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, cache = normalised(bytes_of(6)), LogitsCache(tmp_path, MEAN, STD)
+    images, cache = normalise(bytes_of(6)), LogitsCache(tmp_path, MEAN, STD)
     identity = counting().identity or {}
     with monkeypatch.context() as patch:
         patch.setattr(teacher_cache, "FORMAT", teacher_cache.FORMAT + 1)
@@ -239,11 +239,11 @@ def test_answers_that_are_no_logits(answer: Any, sentence: str) -> None:
 
 
 def test_exhausted_memory_is_no_mistake_of_a_teacher() -> None:
-    def exhausted(images: torch.Tensor) -> torch.Tensor:
+    def run_out_of_memory(images: torch.Tensor) -> torch.Tensor:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        teacher_of(exhausted, "mine", 3).logits(torch.zeros(2, 1, 8, 8))
+        teacher_of(run_out_of_memory, "mine", 3).logits(torch.zeros(2, 1, 8, 8))
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 3, 8, 8), (1, 3, 1, 1)], ids=str)
@@ -267,7 +267,7 @@ class Asks(nn.Module):
 def test_a_network_is_a_frozen_teacher() -> None:
     network = build()
     teacher = trained_teacher(network, "mine", 3)
-    images = normalised(bytes_of(5)).requires_grad_()
+    images = normalise(bytes_of(5)).requires_grad_()
     assert torch.equal(teacher.logits(images), network.eval()(images).detach())
     assert not teacher.logits(images).requires_grad
     assert not any(p.requires_grad for p in network.parameters())
@@ -327,7 +327,7 @@ def test_other_augmentation_is_another_training(tmp_path: Path) -> None:
 def test_long_work_is_told_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     cache, recipe = LogitsCache(tmp_path, MEAN, STD, said.append), Recipe(epochs=3, batch_size=8)
-    images = normalised(bytes_of(600))
+    images = normalise(bytes_of(600))
     for seconds, epochs, asked in ((3600.0, [1], []), (0.0, [1, 2, 3], [256, 400, 600])):
         monkeypatch.setattr(teacher_cache, "TELL_EVERY", seconds)
         said.clear()
@@ -349,17 +349,17 @@ def test_tuning_starts_from_the_zero_shot_teacher_and_leaves_it_alone(kind: str)
     teacher = trained_teacher(build(width=4), "mine", 3)
     before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
 
-    def tuned(epochs: int, lr: float) -> torch.Tensor:
+    def run_tuning(epochs: int, lr: float) -> torch.Tensor:
         rng, probes = np.random.default_rng(0), kind == "probe"
         batches = public.images.split(7)
         module, logits = tune(teacher, batches, public.labels, rng, head_only=probes, epochs=epochs, lr=lr)
         torch.testing.assert_close(module(teacher.features(public.images) if probes else public.images), logits)
         return logits
 
-    torch.testing.assert_close(tuned(1, 1e-12), teacher.logits(public.images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run_tuning(1, 1e-12), teacher.logits(public.images), rtol=1e-4, atol=1e-5)
     loss = nn.functional.cross_entropy
-    assert loss(tuned(60, 0.02), public.labels) < 0.6 * loss(teacher.logits(public.images), public.labels)
-    assert torch.equal(tuned(3, 0.02), tuned(3, 0.02))
+    assert loss(run_tuning(60, 0.02), public.labels) < 0.6 * loss(teacher.logits(public.images), public.labels)
+    assert torch.equal(run_tuning(3, 0.02), run_tuning(3, 0.02))
     for name, value in teacher.network.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -370,7 +370,7 @@ def test_a_callable_has_nothing_to_tune() -> None:
     assert teacher_of(build(), "mine", 3).features(torch.zeros(2, 1, 8, 8)).shape == (2, 8)
 
 
-def made(spec: named_teachers.Spec, folder: Path, public: Public | None = None) -> Any:
+def make_teacher(spec: named_teachers.Spec, folder: Path, public: Public | None = None) -> Any:
     named = named_teachers.Teachers(
         [spec], LogitsCache(folder, MEAN, STD), CLASSES, torch.device("cpu"), build, public, "", Recipe(epochs=1)
     )
@@ -382,7 +382,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [str(spec) for spec in larger] == [
         "pretrained:resnet8/32", "pretrained:cnn/64", "pretrained:resnet8/64", "pretrained:cnn/3"
     ]  # fmt: skip
-    teacher = made(larger[-1], tmp_path, Public())
+    teacher = make_teacher(larger[-1], tmp_path, Public())
     assert teacher.name == "cnn of width 3, pre-trained by fedkern on 30 public images"
     assert teacher.logits(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
     module = types.ModuleType("teachers_of_a_test")
@@ -390,8 +390,8 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module.mine = counting()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "teachers_of_a_test", module)
     (spec,) = named_teachers.parse("teachers_of_a_test:bright")
-    assert made(spec, tmp_path).logits(torch.ones(2, 1, 8, 8)).tolist() == [[1.0] * 3] * 2
-    assert made(named_teachers.parse("teachers_of_a_test:mine")[0], tmp_path) is module.mine
+    assert make_teacher(spec, tmp_path).logits(torch.ones(2, 1, 8, 8)).tolist() == [[1.0] * 3] * 2
+    assert make_teacher(named_teachers.parse("teachers_of_a_test:mine")[0], tmp_path) is module.mine
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
@@ -408,12 +408,12 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 ])  # fmt: skip
 def test_names_that_mean_nothing(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        made(named_teachers.parse(text)[0], tmp_path, Public())
+        make_teacher(named_teachers.parse(text)[0], tmp_path, Public())
 
 
 def test_no_public_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"are none: give --public-samples N, .*public=DATASET, or another teacher"):
-        made(named_teachers.Spec("pretrained", "cnn"), tmp_path)
+        make_teacher(named_teachers.Spec("pretrained", "cnn"), tmp_path)
 
 
 def test_cost_of_a_network() -> None:

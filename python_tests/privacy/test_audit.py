@@ -158,10 +158,10 @@ def test_noise_that_is_used_twice_is_caught():
     """Four releases of opposite directions, whose noise cancels: there is no end to what they tell."""
     runs, mu = PLAIN["discriminators, four releases"]
 
-    def reused(max_norm, noise, seed, offset):
+    def reuse_noise(max_norm, noise, seed, offset):
         return {"max_norm": max_norm, "noise": noise, "seed": 1, "offset": 0}
 
-    with audited.draws(reused):
+    with audited.draws(reuse_noise):
         found = audited.audited(audited.Mechanism("", runs), REPEATS)
     assert found["claimed"] == pytest.approx(mu)
     assert found["lower"] > 6

@@ -37,7 +37,7 @@ def brute(x, y):
     return psi.mean(), v10.var(ddof=1) / len(x) + v01.var(ddof=1) / len(y)
 
 
-def clustered(x, y, of_x, of_y):
+def by_groups(x, y, of_x, of_y):
     """Return the area and Obuchowski's variance, group by group, as in Biometrics 1997, section 2."""
     psi = np.array([[1.0 if a < b else 0.5 if a == b else 0.0 for b in y] for a in x])
     area, v10, v01 = psi.mean(), psi.mean(1), psi.mean(0)
@@ -77,7 +77,7 @@ def test_with_groups_the_variance_is_that_of_clusters(monkeypatch):
     x, y = rng.normal(size=40), rng.normal(0.5, size=30)
     of_x, of_y = rng.integers(0, 12, 40), rng.integers(8, 20, 30)
     found = membership_attack(*map(torch.from_numpy, (x, y)), groups=(torch.from_numpy(of_x), torch.from_numpy(of_y)))
-    auc, variance = clustered(x, y, of_x.tolist(), of_y.tolist())
+    auc, variance = by_groups(x, y, of_x.tolist(), of_y.tolist())
     assert found.auc == pytest.approx(auc, rel=1e-12)
     half = 1.959963985 * math.sqrt(variance) / (auc * (1 - auc))
     assert logit(found.high) - logit(auc) == pytest.approx(half, rel=1e-9)
@@ -236,7 +236,7 @@ def test_an_overfitted_model_tells_and_an_untrained_one_does_not(tmp_path, data)
 
 
 def test_pixels_count_as_one_record(data):
-    found = attacking.losses(Sure(2.0), segmented(data, 4, 300), data)
+    found = attacking.losses(Sure(2.0), segment(data, 4, 300), data)
     right, wrong = -math.log(math.exp(2) / (math.exp(2) + 3)), math.log(math.exp(2) + 3)
     assert found.shape == (300,)
     assert torch.allclose(found, torch.full((300,), (right + wrong) / 2, dtype=torch.float64))
@@ -255,7 +255,7 @@ class Sure(torch.nn.Module):
         return logits
 
 
-def segmented(data, seed, n):
+def segment(data, seed, n):
     """Return a split with labels of pixels: half an image of class 1, the rest of class 0."""
     labels = torch.zeros(n, 8, 8, dtype=torch.int64)
     labels[:, 4:] = 1
@@ -263,7 +263,7 @@ def segmented(data, seed, n):
 
 
 def test_unknown_pixels_count_nowhere(data):
-    half = segmented(data, 4, 6)
+    half = segment(data, 4, 6)
     half.labels[:3, 4:] = -100  # what is wrong is unknown here
     half.labels[5] = -100
     found = attacking.losses(Sure(2.0), half, data)
@@ -273,10 +273,10 @@ def test_unknown_pixels_count_nowhere(data):
 
 
 def test_images_without_a_known_pixel_are_left_out_and_told(tmp_path, data, monkeypatch, capsys):
-    clients = tuple(segmented(data, k, 5) for k in range(2))
+    clients = tuple(segment(data, k, 5) for k in range(2))
     clients[1].labels[:2] = -100
     untrimmed = dataclasses.replace(
-        data, clients=clients, validation=segmented(data, 2, 3), tests={"": segmented(data, 3, 6)}
+        data, clients=clients, validation=segment(data, 2, 3), tests={"": segment(data, 3, 6)}
     )
     folder = release(tmp_path / "run", data, 0)
     monkeypatch.setattr(attacking, "read_model", lambda *_, **__: (Sure(1.0), {}))
@@ -369,7 +369,7 @@ def test_images_of_a_patient_are_one_group(tmp_path, data, monkeypatch, capsys):
     """
     folder = release(tmp_path / "run", data, 3)
 
-    def named(name):
+    def name_groups(name):
         clients = tuple(
             dataclasses.replace(split, **{name: torch.arange(len(split)) // 4 + 100 * k})
             for k, split in enumerate(data.clients)
@@ -377,17 +377,17 @@ def test_images_of_a_patient_are_one_group(tmp_path, data, monkeypatch, capsys):
         test = dataclasses.replace(data.tests[""], **{name: torch.arange(300) // 4 + (0 if name == "cases" else 500)})
         return dataclasses.replace(data, clients=clients, tests={"": test})
 
-    plain, found = attacking.attack(folder, data=data), attacking.attack(folder, data=named("patients"))
+    plain, found = attacking.attack(folder, data=data), attacking.attack(folder, data=name_groups("patients"))
     assert (plain["independent"], plain["member_groups"], plain["other_groups"]) == ("image", 100, 300)
     assert (found["independent"], found["member_groups"], found["other_groups"]) == ("patient", 25, 75)
     assert found["auc"] == plain["auc"]
     assert found["high"] - found["low"] > plain["high"] - plain["low"]
-    cases = attacking.attack(folder, data=named("cases"))  # their numbers are those of each pool
+    cases = attacking.attack(folder, data=name_groups("cases"))  # their numbers are those of each pool
     assert (cases["independent"], cases["low"], cases["high"]) == ("case", found["low"], found["high"])
-    monkeypatch.setattr(attacking, "load_data", lambda config, masks: named("patients"))
+    monkeypatch.setattr(attacking, "load_data", lambda config, masks: name_groups("patients"))
     assert play_request(parse_words(["attack", str(folder)])) == 0
     assert "taken as independent: patients of members, of others 25, 75" in re.sub(r"\s+", " ", capsys.readouterr().out)
-    half = dataclasses.replace(named("patients"), tests=data.tests)
+    half = dataclasses.replace(name_groups("patients"), tests=data.tests)
     assert attacking.attack(folder, data=half)["independent"] == "image"
 
 
@@ -412,12 +412,12 @@ def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monk
     unreduced = attacking.attack(folder, data=data)
     assert "untrained" not in unreduced
 
-    def stored(method, **settings):
+    def store(method, **settings):
         config = RunConfig.make(method, data="digits", model="mlp", width=64, clients=2, **settings)
         (folder / "config.toml").write_text(config.to_toml())
         return config
 
-    config = stored("fediod", options={"holdout": 0.2})
+    config = store("fediod", options={"holdout": 0.2})
     found = attacking.attack(folder, data=data)
     assert (found["members"], found["untrained"]) == (80, 20)
     splits, _ = attacking.find_trained(config, data)
@@ -428,7 +428,7 @@ def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monk
     assert play_request(parse_words(["attack", str(folder)])) == 0
     assert "images left out, which the method kept from the training" in capsys.readouterr().out
     assert attacking.find_trained(config.replace(teachers="anywhere"), data)[1] == 0  # may have been trained on any
-    stored("fediod", options={"holdout": 0.0})
+    store("fediod", options={"holdout": 0.0})
     assert attacking.attack(folder, data=data) == unreduced
-    assert attacking.find_trained(stored("afl", options={"loss_share": 0.3}), data)[1] == 30
-    assert attacking.find_trained(stored("afl", options={"loss_split": "train"}), data)[1] == 0
+    assert attacking.find_trained(store("afl", options={"loss_share": 0.3}), data)[1] == 30
+    assert attacking.find_trained(store("afl", options={"loss_split": "train"}), data)[1] == 0

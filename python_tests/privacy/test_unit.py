@@ -76,7 +76,7 @@ class Supervised(Objective):
         return F.cross_entropy(model(batch.inputs), batch.targets)
 
 
-def trained(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NORM, images=6):
+def train(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NORM, images=6):
     """Train privately and return the step over the clipping norm, the batches, and the ledger's entry."""
     pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = Images(split, FORM, torch.device("cpu"), cache=True)
@@ -108,14 +108,14 @@ def test_a_patient_replaced_moves_the_sum_by_twice_the_norm_and_without_the_unit
     common = original.subset(keep.nonzero().flatten())
     two = Split(*(torch.cat([getattr(common, name), getattr(new, name)]) for name in ("images", "labels")),
                 patients=torch.cat([common.patients, new.patients]))  # fmt: skip
-    moved = {by: (trained(original, by_patient=by)[0] - trained(two, by_patient=by)[0]).norm() for by in (True, False)}
+    moved = {by: (train(original, by_patient=by)[0] - train(two, by_patient=by)[0]).norm() for by in (True, False)}
     assert 0 < float(moved[True]) <= 2 * (1 + 1e-3)
     assert float(moved[False]) > 2.5
 
 
 def test_without_noise_and_clipping_a_patient_counts_with_the_sum_of_the_images():
     split = patients(COUNTS)
-    found, _, _ = trained(split, by_patient=True, norm=1e6)
+    found, _, _ = train(split, by_patient=True, norm=1e6)
     plain = network()
     data = Images(split, FORM, torch.device("cpu"), cache=True)
     batch = data.batch(np.arange(len(split)))
@@ -126,7 +126,7 @@ def test_without_noise_and_clipping_a_patient_counts_with_the_sum_of_the_images(
 
 def test_patients_are_drawn_by_themselves_and_bring_all_their_images():
     split = patients(COUNTS)
-    _, seen, ledger = trained(split, by_patient=True, batch_size=12, epochs=8, noise=1.0)
+    _, seen, ledger = train(split, by_patient=True, batch_size=12, epochs=8, noise=1.0)
     owner = split.patients.numpy()
     # Ten patients of at most six images: 60 samples as everybody may know it, whatever their number is.
     assert ledger == [["dp-sgd", 1.0, 12 / 60, 5 * 8]]
@@ -139,7 +139,7 @@ def test_patients_are_drawn_by_themselves_and_bring_all_their_images():
     assert drawn.sum() == pytest.approx(40 * 10 * 0.2, abs=5 * math.sqrt(400 * 0.2 * 0.8))
     assert drawn.min() > 0
     # Of fewer images the same: neither the probability nor the number of steps tells.
-    _, _, fewer = trained(patients([1] * 10), by_patient=True, batch_size=12, epochs=8, noise=1.0)
+    _, _, fewer = train(patients([1] * 10), by_patient=True, batch_size=12, epochs=8, noise=1.0)
     assert fewer == ledger
 
 

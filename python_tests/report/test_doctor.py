@@ -14,14 +14,14 @@ from fedkern.ops._core import backend, loading
 from fedkern.report import doctor_page
 
 
-def shown() -> str:
+def show() -> str:
     console = Console(file=io.StringIO(), width=160)
     doctor_page.print_report(console)
     return console.file.getvalue()
 
 
 def test_it_names_versions_processor_threads_and_operators():
-    text = shown()
+    text = show()
     for part in ("python", "torch", "processor", "threads", "GPU"):
         assert part in text
     report = doctor_page.collect_report()
@@ -38,8 +38,8 @@ def test_operators_without_kernels_for_gpus():
     rows = {(row["operator"], row["backend"]): row for row in doctor_page.collect_report()["operators"]}
     for name in ("triton", "cuda"):
         assert not any(rows[operator, name]["serves"] for operator in ("conv_norm", "conv_pool"))
-        assert f"{name} does not serve conv_norm, conv_pool: not implemented" in shown()
-    assert "aggregate, boxes, optimise: not implemented; the reference serves, also where triton is forced" in shown()
+        assert f"{name} does not serve conv_norm, conv_pool: not implemented" in show()
+    assert "aggregate, boxes, optimise: not implemented; the reference serves, also where triton is forced" in show()
     assert rows["boxes", "triton"]["serves"] is rows["optimise", "triton"]["serves"] is False
 
 
@@ -60,7 +60,7 @@ def test_a_missing_core_is_explained(monkeypatch):
     monkeypatch.setattr(backend, "load_core", missing)
     monkeypatch.setattr(loading, "load_core", missing)
     monkeypatch.setattr(backend, "_loaded", {})
-    text = shown()
+    text = show()
     assert "CPU core" in text
     assert "fedkern._cpu was not built" in text
     assert "the reference serves, in plain PyTorch" in text
@@ -70,9 +70,9 @@ def test_a_missing_core_is_explained(monkeypatch):
 
 
 def test_an_outdated_core_is_named(monkeypatch):
-    assert "outdated" not in shown()
+    assert "outdated" not in show()
     monkeypatch.setattr(loading, "stale_cores", lambda: ["fedkern._cpu"])
-    (line,) = (line for line in shown().splitlines() if "outdated" in line)
+    (line,) = (line for line in show().splitlines() if "outdated" in line)
     assert "fedkern._cpu: not built from the csrc/ beside the package; run pip install . again" in line
 
 
@@ -83,12 +83,12 @@ def test_an_outdated_core_that_lacks_functions_stops_no_doctor(monkeypatch):
     kernel = backend.Kernel(lacking, frozenset(), frozenset({"cpu"}))
     monkeypatch.setitem(backend._kernels["blend"], "cpu", kernel)
     monkeypatch.setattr(backend, "_loaded", {})
-    assert "cpu does not serve blend: module 'fedkern._cpu' has no attribute 'blend'" in shown()
+    assert "cpu does not serve blend: module 'fedkern._cpu' has no attribute 'blend'" in show()
 
 
 def test_rocm_is_called_by_its_name(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4.1")
-    text = " ".join(shown().split())
+    text = " ".join(show().split())
     assert "ROCm (HIP 6.4.1), where no kernel was ever tried: the reference serves unless another is forced" in text
     assert "a CPU build" not in text
     assert doctor_page.collect_report()["cuda"]["hip"] == "6.4.1"
@@ -99,7 +99,7 @@ def test_a_forced_isa_that_does_not_exist_is_explained(monkeypatch):
     monkeypatch.setenv("FEDKERN_CPU_ISA", "avx1024")
     monkeypatch.setattr(backend, "_isa_applied", False)
     assert "avx1024" in doctor_page.processor()["problem"]
-    assert "avx1024" in shown()
+    assert "avx1024" in show()
 
 
 @pytest.mark.parametrize(
@@ -119,15 +119,15 @@ def test_the_processors_name(text, name, tmp_path, monkeypatch):
 
 def test_a_forced_backend_is_shown(monkeypatch):
     monkeypatch.setenv("FEDKERN_BACKEND", "reference")
-    assert "forced backend" in shown()
+    assert "forced backend" in show()
     monkeypatch.setenv("FEDKERN_BACKEND", "tpu")
-    assert "tpu" in shown()
+    assert "tpu" in show()
 
 
 def test_no_driver_and_no_nvml(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert doctor_page.gpus() == ([], "nvidia-ml-py is not installed")
-    assert "GPU" in shown()
+    assert "GPU" in show()
 
 
 class _NVMLError(Exception):
@@ -135,7 +135,7 @@ class _NVMLError(Exception):
 
 
 def fake_nvml(**changes) -> types.SimpleNamespace:
-    def unsupported(handle):
+    def raise_unsupported(handle):
         raise _NVMLError("Not Supported")
 
     functions = {
@@ -150,7 +150,7 @@ def fake_nvml(**changes) -> types.SimpleNamespace:
         "nvmlDeviceGetName": lambda handle: "NVIDIA H200",
     }
     if changes.pop("no_utilisation", False):
-        functions["nvmlDeviceGetUtilizationRates"] = unsupported
+        functions["nvmlDeviceGetUtilizationRates"] = raise_unsupported
     return types.SimpleNamespace(**{**functions, **changes})
 
 
@@ -160,14 +160,14 @@ def test_the_driver_that_the_cuda_core_needs_is_named(monkeypatch):
     expected = "built with CUDA 12.8 for sm_80, sm_90, sm_100 and newer; needs NVIDIA's driver 525.60.13 or newer"
     assert doctor_page.cuda_core() == expected
     monkeypatch.undo()
-    assert doctor_page.cuda_core() in " ".join(shown().split())
+    assert doctor_page.cuda_core() in " ".join(show().split())
 
 
 def test_a_gpu_is_shown(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
-    assert "NVIDIA H200, 1.50 GB of 150 GB used, 37 % busy, driver 580.1" in shown()
+    assert "NVIDIA H200, 1.50 GB of 150 GB used, 37 % busy, driver 580.1" in show()
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(no_utilisation=True))
-    assert "150 GB used, driver 580.1" in shown()
+    assert "150 GB used, driver 580.1" in show()
 
 
 def test_a_driver_that_fails_is_explained(monkeypatch):
@@ -175,4 +175,4 @@ def test_a_driver_that_fails_is_explained(monkeypatch):
         raise _NVMLError("Driver/library version mismatch")
 
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=fail))
-    assert "no NVIDIA driver: Driver/library version mismatch" in shown()
+    assert "no NVIDIA driver: Driver/library version mismatch" in show()

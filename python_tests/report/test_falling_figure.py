@@ -71,14 +71,14 @@ def test_curves_and_tables_begin_with_it_and_know_no_per_cent():
     assert shown.header == ["client", "mae", "loss"]
 
 
-def found(mae, lr=0.1, **more):
+def make_run(mae, lr=0.1, **more):
     return FoundRun(Path(f"x{mae}"), FALLING.replace(lr=lr), summary(mae, **more), RECORDS)
 
 
 def test_runs_are_compared_in_its_own_unit():
     groups = [
-        Group("a", "fedavg", {0: found(1.5), 1: found(1.25)}),
-        Group("b", "fedavg", {0: found(1.0), 1: found(1.0)}),
+        Group("a", "fedavg", {0: make_run(1.5), 1: make_run(1.25)}),
+        Group("b", "fedavg", {0: make_run(1.0), 1: make_run(1.0)}),
     ]
     result = Result(groups, Target.read("mae=1"))
     assert result.figures == ["mae"]
@@ -102,7 +102,7 @@ def test_the_smallest_validation_figure_is_chosen(monkeypatch):
 
         def play(self, planned, score):
             for cell, mae in zip(planned, (1.5, 0.5, 1.0), strict=True):
-                score(cell, found(mae))
+                score(cell, make_run(mae))
 
     chosen, (told,) = cell_runner.pick_best(Runner(), {"fedavg": variants}, 0)
     assert chosen == [variants[1]]
@@ -112,17 +112,17 @@ def test_the_smallest_validation_figure_is_chosen(monkeypatch):
 def test_warnings_look_the_other_way():
     constant = {"": Constant({"mae": 1.0}, "mild")}
 
-    def warned(mae, validation=0.5):
+    def warn(mae, validation=0.5):
         figures = {"mae": mae, "validation_mae": validation}
         return diagnostics.poor_metrics(figures, {"validation_mae": 0.5}, 3, constant, FALLING)
 
-    assert warned(0.5) == warned(0.89) == {}
-    assert warned(0.95)["chance-level"].startswith('mae is 0.95, and predicting "mild" everywhere gives 1: ')
-    assert warned(0.5, 0.62)["rising-mae"].startswith("Validation mae rose from 0.5 to 0.62: ")
-    assert warned(0.5, 0.3) == {}
+    assert warn(0.5) == warn(0.89) == {}
+    assert warn(0.95)["chance-level"].startswith('mae is 0.95, and predicting "mild" everywhere gives 1: ')
+    assert warn(0.5, 0.62)["rising-mae"].startswith("Validation mae rose from 0.5 to 0.62: ")
+    assert warn(0.5, 0.3) == {}
     constant["validation_"] = Constant({"mae": 1.5}, "")
-    assert warned(0.5, 0.62) == {}
-    assert warned(0.5, 0.7).keys() == {"rising-mae"}
+    assert warn(0.5, 0.62) == {}
+    assert warn(0.5, 0.7).keys() == {"rising-mae"}
 
 
 def test_the_best_figure_and_the_end_of_patience(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def name(request) -> str:
 
 
 @pytest.fixture
-def drawn(monkeypatch, tmp_path) -> list[Text]:
+def texts(monkeypatch, tmp_path) -> list[Text]:
     """Return the texts of what is drawn, which ends in no warning."""
     found: list[Text] = []
     draw = plots.FigureCanvasAgg.draw
@@ -78,7 +78,7 @@ def check(texts: list[Text], name: str) -> None:
 
 @pytest.mark.sampled(1)
 @pytest.mark.filterwarnings("error")
-def test_pictures(name, drawn, tmp_path):
+def test_pictures(name, texts, tmp_path):
     path = tmp_path / "p.png"
     statistics = PartitionStatistics(np.eye(3, dtype=int), (name, "b", name), "iid")
     records = [
@@ -98,14 +98,14 @@ def test_pictures(name, drawn, tmp_path):
         ),
     }  # fmt: skip
     for make in draw.values():
-        drawn.clear()
+        texts.clear()
         plots.save_png(make(), path)
-        check(drawn, name)
+        check(texts, name)
 
 
 @pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("error")
-def test_pictures_of_a_model(name, drawn, tmp_path):
+def test_pictures_of_a_model(name, texts, tmp_path):
     torch.manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     model = models.build("cnn", classes=3, channels=3, image_size=16, seed=0, width=2)
@@ -113,24 +113,24 @@ def test_pictures_of_a_model(name, drawn, tmp_path):
     plots.save_png(
         answer_sheets.gradcam(run, data_of(images, torch.arange(3), classes, [name]), model), tmp_path / "g.png"
     )
-    check(drawn, name)
-    drawn.clear()
+    check(texts, name)
+    texts.clear()
     data = data_of(images, torch.randint(0, 3, (3, 16, 16)), classes[::-1])
     plots.save_png(answer_sheets.segmentation(run, data, torch.nn.Conv2d(3, 3, 1)), tmp_path / "s.png")
-    check(drawn, name)
+    check(texts, name)
 
 
 def console(terminal: bool = False) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=400)
 
 
-def said(renderable) -> str:
+def print_text(renderable) -> str:
     out = console()
     out.print(renderable)
     return out.file.getvalue()
 
 
-def expected(name: str) -> str:
+def beginning_of(name: str) -> str:
     """Return how a name begins on a terminal."""
     key = next(key for key, value in NAMES.items() if value is name)
     return SHOWN.get(key, name).strip()[:10]
@@ -149,8 +149,8 @@ def test_tables(name):
         tables.final_table({**summary, "metrics": {name or "n": 0.5}, "privacy": private}, "accuracy"),
         tables.class_table({"per_class": {name: {"recall": {name: 0.5, "b": 1.0}}}}),
     ):
-        told = said(table)
-        assert expected(name) in told
+        told = print_text(table)
+        assert beginning_of(name) in told
         assert len(told) < 30_000
         assert all(character.isprintable() or character == "\n" for character in told)
 
@@ -177,7 +177,7 @@ def test_progress(name, terminal, tmp_path):
     listener.on_end({})
     listener.close()
     told = out.file.getvalue()
-    assert told.count(expected(name)) >= 6
+    assert told.count(beginning_of(name)) >= 6
     for character in ("\0", "\u202e", "\t", "\x1b[31mred", "\x1b[2J"):
         assert character not in told
     assert "\U0001f436" not in told

@@ -31,13 +31,13 @@ def test_a_comparison_goes_on_where_it_stopped(result, monkeypatch, tmp_path, ca
     words = ["compare", "fedprox", "fedavg", *TINY, "--seeds", "2", "--method-option", "mu=0.5"]
     played, real = [], cell_runner.run
 
-    def interrupted(config, **settings):
+    def interrupt_third(config, **settings):
         played.append((config.method, config.seed))
         if len(played) == 3:
             raise KeyboardInterrupt
         return real(config, **settings)
 
-    monkeypatch.setattr(cell_runner, "run", interrupted)
+    monkeypatch.setattr(cell_runner, "run", interrupt_third)
     assert main(words) == 130
     assert played == [("fedprox", 0), ("fedavg", 0), ("fedprox", 1)]
     said = capsys.readouterr().err.splitlines()[-1]
@@ -169,10 +169,10 @@ def test_finished_runs_are_grouped_and_their_differences_told(result, fails):
     copied = ["fedavg", *TINY, "--lr", "0.05", "--quiet", "--out", "copy"]
     result(*copied)
     assert "same method, settings and seed" in fails("compare", "copy", "r/0.05-0")
-    assert "other settings (lr: 0.05 -> 0.1)" in _moved(fails)
+    assert "other settings (lr: 0.05 -> 0.1)" in _refuse_moved(fails)
 
 
-def _moved(fails):
+def _refuse_moved(fails):
     os.renames("copy", "z/fedavg_seed=0")
     return fails("compare", "fedavg", *TINY, "--lr", "0.1", "--out", "z")
 

@@ -35,13 +35,13 @@ def flwr(tmp_path, monkeypatch):
         for number, (name, text) in enumerate(given):
             (tmp_path / f"{name}-{number}.txt").write_text(text, encoding="utf-8")
 
-    def asked():
+    def questions():
         return [path.read_text() for path in sorted(script.with_suffix("").iterdir())]
 
-    return answers, asked
+    return answers, questions
 
 
-def listed(status, details="N/A"):
+def list_run(status, details="N/A"):
     return "Using SuperLink\n" + json.dumps({"success": True, "runs": [{"status": status, "status-details": details}]})
 
 
@@ -84,8 +84,8 @@ def test_a_run_whose_log_ends_early_is_waited_for(flwr, capsys):
     answers, asked = flwr
     answers(
         ("run", "Using SuperLink: x (y)\nSuccessfully started run 7\n\x1b[92mINFO\x1b[0m one\n\x1b]0;title\x07two\n"),
-        ("ls", listed("running")),
-        ("ls", listed("finished:completed")),
+        ("ls", list_run("running")),
+        ("ls", list_run("finished:completed")),
     )
     flower._play(["project", "hospital", "--run-config", "rounds=3"], ["hospital"])
     assert capsys.readouterr().out == "INFO one\n\\x1b]0;title\\x07two\n"
@@ -99,8 +99,8 @@ def test_a_run_whose_log_ends_early_is_waited_for(flwr, capsys):
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (listed("finished:failed", "no reply counts"), "^Run 7 failed: no reply counts$"),
-        (listed("finished:stopped", "by user"), "^Run 7 stopped: by user$"),
+        (list_run("finished:failed", "no reply counts"), "^Run 7 failed: no reply counts$"),
+        (list_run("finished:stopped", "by user"), "^Run 7 stopped: by user$"),
         ("Connection to the SuperLink is unavailable.", "does not tell how run 7 goes on"),
     ],
 )

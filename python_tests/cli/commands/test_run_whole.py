@@ -28,7 +28,7 @@ TINY = [*SMALL, "--rounds", "2", "--grad-cam", "8"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished_run(tmp_path_factory):
     """One finished FedGID run, its output and its folder."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
@@ -36,8 +36,8 @@ def finished(tmp_path_factory):
     return folder, out.getvalue(), err.getvalue()
 
 
-def test_a_run_leaves_its_folder_and_says_how_it_ended(finished):
-    folder, out, err = finished
+def test_a_run_leaves_its_folder_and_says_how_it_ended(finished_run):
+    folder, out, err = finished_run
     assert {path.name for path in folder.iterdir()} >= {
         "config.toml", "metrics.jsonl", "summary.json", "model.safetensors",
         "accuracy.png", "confusion.png", "confusion.json", "partition.png", "gradcam.png",
@@ -77,8 +77,8 @@ def test_quiet_leaves_the_folder_and_its_default_name(result, tmp_path):
     assert (tmp_path / out.strip() / "summary.json").exists()
 
 
-def test_a_finished_run_resumes_to_the_same_summary(result, finished):
-    folder, _, _ = finished
+def test_a_finished_run_resumes_to_the_same_summary(result, finished_run):
+    folder, _, _ = finished_run
     before = (folder / "summary.json").read_bytes()
     (folder / "gradcam.png").unlink()
     out, _ = result("--resume", str(folder))
@@ -87,8 +87,8 @@ def test_a_finished_run_resumes_to_the_same_summary(result, finished):
     assert (folder / "gradcam.png").exists()  # drawn again
 
 
-def test_a_folder_of_another_configuration(fails, result, finished):
-    folder, _, _ = finished
+def test_a_folder_of_another_configuration(fails, result, finished_run):
+    folder, _, _ = finished_run
     sentence = fails("fedgid", "--lr", "0.01", "--resume", str(folder))
     assert "lr: 0.05 -> 0.01" in sentence
     assert "alpha" in fails("--resume", str(folder), "--method-option", "alpha=0.1")
@@ -198,8 +198,8 @@ def test_a_disk_that_fills_up_while_drawing_keeps_the_run(capsys, result, monkey
     assert len(list((tmp_path / "full").glob("*.png"))) == 3
 
 
-def test_ctrl_c_while_drawing_comes_after_the_result(capsys, finished, monkeypatch):
-    folder, _, _ = finished
+def test_ctrl_c_while_drawing_comes_after_the_result(capsys, finished_run, monkeypatch):
+    folder, _, _ = finished_run
     told = []
 
     def stop(*_):

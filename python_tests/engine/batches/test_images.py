@@ -82,11 +82,11 @@ def test_a_batch_is_what_plain_pytorch_makes_of_its_rows(split, cache):
 def test_a_cache_normalises_all_images_once_and_late(split, monkeypatch):
     counts = []
 
-    def counted(images, mean, std):
+    def count_normalise(images, mean, std):
         counts.append(len(images))
         return normalise(images, mean, std)
 
-    monkeypatch.setattr(transforms, "normalise", counted)
+    monkeypatch.setattr(transforms, "normalise", count_normalise)
     for cache, expected in ((True, [COUNT]), (False, [2, 1, 2])):
         counts.clear()
         data = client(split, cache=cache)

@@ -87,7 +87,7 @@ class Linear(nn.Linear):
 """
 
 
-def launched(ranks, words, *, restarts=0, seconds=170, **environment):
+def run_torchrun(ranks, words, *, restarts=0, seconds=170, **environment):
     """Start torchrun on this machine and wait for it."""
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     return subprocess.run(
@@ -96,7 +96,7 @@ def launched(ranks, words, *, restarts=0, seconds=170, **environment):
     )  # fmt: skip
 
 
-def started(*words, **environment):
+def start_ranks(*words, **environment):
     """Start a rank for every command line, as torchrun would, and return the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,7 +114,7 @@ def started(*words, **environment):
     ]  # fmt: skip
 
 
-def ended(processes, seconds=100):
+def wait_for_ranks(processes, seconds=100):
     """Exit code, output and errors of every process."""
     found = [(*process.communicate(timeout=seconds), process.returncode) for process in processes]
     return [(code, out, err) for out, err, code in found]
@@ -163,7 +163,7 @@ def test_rows_of_a_data_set_of_ones_own(name, tmp_path):
 
 def compare_ranks(words, folder):
     """Play a command on two ranks and in one process, with equal outcomes."""
-    ranks = ended(started(*2 * [(*words, "--out", folder / "ranks")]))
+    ranks = wait_for_ranks(start_ranks(*2 * [(*words, "--out", folder / "ranks")]))
     assert [code for code, _, _ in ranks] == [0, 0], ranks
     assert outcome(folder / "ranks") == alone(words, folder / "serial")
     return ranks
@@ -172,7 +172,7 @@ def compare_ranks(words, folder):
 def compare_torchrun(ranks, words, folder, **environment):
     """Play a command under torchrun and in one process, with equal outcomes."""
     serial = alone(words, folder / "serial")
-    done = launched(ranks, (*words, "--out", str(folder / "ranks")), **environment)
+    done = run_torchrun(ranks, (*words, "--out", str(folder / "ranks")), **environment)
     assert done.returncode == 0, done.stderr
     assert outcome(folder / "ranks") == serial
     return done
@@ -204,7 +204,7 @@ def test_the_bits_of_one_process(ranks, words, tmp_path):
 @pytest.mark.exhaustive
 def test_workers_beside_ranks_are_told_once(tmp_path):
     words = ("fedavg", "--data", "digits", *SMALL)
-    done = launched(2, (*words, "--workers", "3", "--out", str(tmp_path / "ranks")))
+    done = run_torchrun(2, (*words, "--workers", "3", "--out", str(tmp_path / "ranks")))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("--workers 3 changes nothing here") == 1
     assert without(outcome(tmp_path / "ranks"), "no-workers") == alone(words, tmp_path / "serial")
@@ -234,7 +234,7 @@ def test_a_killed_rank_costs_a_round_and_no_bit(rank, tmp_path):
 def test_a_killed_rank_ends_all(tmp_path):
     words = write_plugin(tmp_path, "dying", DYING)
     given = {"FEDKERN_TEST_RANK": "1", "FEDKERN_TEST_END": str(int(signal.SIGKILL))}
-    rank0, rank1, rank2 = ended(started(*3 * [(*words, "--out", tmp_path / "ranks")], **given))
+    rank0, rank1, rank2 = wait_for_ranks(start_ranks(*3 * [(*words, "--out", tmp_path / "ranks")], **given))
     assert rank1[0] == -signal.SIGKILL
     assert (rank0[0], rank2[0]) == (1, 1)
     assert rank0[2].count("error: ") == 1
@@ -248,10 +248,10 @@ def test_a_killed_rank_ends_all(tmp_path):
 def test_a_rank_that_hangs_is_lost(tmp_path):
     words = write_plugin(tmp_path, "dying", DYING)
     given = {"FEDKERN_TEST_RANK": "1", "FEDKERN_TEST_END": str(int(signal.SIGSTOP)), SILENCE: "4"}
-    processes = started(*2 * [(*words, "--out", tmp_path / "ranks")], **given)
-    rank0 = ended(processes[:1])[0]
+    processes = start_ranks(*2 * [(*words, "--out", tmp_path / "ranks")], **given)
+    rank0 = wait_for_ranks(processes[:1])[0]
     processes[1].kill()
-    ended(processes[1:])
+    wait_for_ranks(processes[1:])
     assert rank0[0] == 1
     assert "Rank 1 was lost, as it was silent for 4 seconds" in rank0[2]
 
@@ -260,15 +260,15 @@ def test_a_rank_that_hangs_is_lost(tmp_path):
 def test_ctrl_c_ends_all_ranks_and_the_run_goes_on(tmp_path):
     words = ("fedavg", "--data", "digits", *SMALL, "--rounds", "60")
     out = tmp_path / "ranks"
-    processes = started(*2 * [(*words, "--out", out)])
+    processes = start_ranks(*2 * [(*words, "--out", out)])
     wait_until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") > 2)
     for process in processes:
         process.send_signal(signal.SIGINT)
-    rank0, rank1 = ended(processes, 30)
+    rank0, rank1 = wait_for_ranks(processes, 30)
     assert (rank0[0], rank1[0]) == (130, 130), (rank0[2], rank1[2])
     assert rank0[2].strip().endswith(f"interrupted; continue with: python -m fedkern.run --resume {out}")
     assert rank1[1:] == ("", "")
-    ranks = ended(started(*2 * [("--resume", out, "--quiet")]))
+    ranks = wait_for_ranks(start_ranks(*2 * [("--resume", out, "--quiet")]))
     assert [code for code, _, _ in ranks] == [0, 0], ranks
     assert outcome(out) == alone(words, tmp_path / "serial")
 
@@ -283,7 +283,7 @@ def test_an_error_is_one_sentence_of_rank_0(tmp_path):
         (("fedavg", "--ranks", "2"), (), 2, 'error: Unknown flag "--ranks"'),
         ((*digits, *out), ("--seed", "1"), 2, "error: Rank 1 was started with other arguments than rank 0 (fedavg --"),
     ):
-        rank0, rank1 = ended(started(words, (*words, *extra)))
+        rank0, rank1 = wait_for_ranks(start_ranks(words, (*words, *extra)))
         assert (rank0[0], rank1) == (code, (code, "", ""))
         assert rank0[2].count("error: ") == 1
         assert sentence in rank0[2]
@@ -292,7 +292,7 @@ def test_an_error_is_one_sentence_of_rank_0(tmp_path):
 
 @pytest.mark.exhaustive
 def test_other_commands_are_for_rank_0(tmp_path):
-    rank0, rank1 = ended(started(("list", "--json"), ("list", "--json")))
+    rank0, rank1 = wait_for_ranks(start_ranks(("list", "--json"), ("list", "--json")))
     assert "fedavg" in json.loads(rank0[1])["methods"]
     assert rank1 == (0, "", "")
 

@@ -57,20 +57,20 @@ def living(processes, within=10.0):
     """Return the processes that have not ended in time. Zombies count as ended."""
     deadline = time.monotonic() + within
     while True:
-        found = [process for process in processes if not _ended(process)]
+        found = [process for process in processes if not _has_ended(process)]
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.02)
 
 
-def _ended(process):
+def _has_ended(process):
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
-def compared(config, data, folder, listener=None):
+def compare_workers(config, data, folder, listener=None):
     """Return the outcomes of a run with one worker and with two, but for what was said of lost workers."""
     run(config.replace(workers="1"), out=folder / "serial", data=data)
     run(config.replace(workers="2"), out=folder / "workers", data=data, listener=listener)
@@ -83,7 +83,7 @@ def test_every_method(method, make_data, make_pairs, make_public, make_config, t
     plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 2}
     config = make_config(method, **{**plan, "grad_cam": 0, **SETTINGS.get(method, {})})
     pairs = not METHODS[method].serves(CLASSIFICATION)
-    serial, side_by_side = compared(config, make_pairs() if pairs else make_public(make_data(), 12), tmp_path)
+    serial, side_by_side = compare_workers(config, make_pairs() if pairs else make_public(make_data(), 12), tmp_path)
     assert side_by_side == serial
     assert len(processes) == (0 if METHODS[method].pooled else 2)
     assert not living(processes)
@@ -96,7 +96,7 @@ def test_fediods_graphs_in_workers(make_data, make_config, tmp_path, processes):
     config = make_config("fediod", options=options, grad_cam=0)
     data = make_data()
     kills = At(20, lambda: os.kill(processes[0], signal.SIGKILL))
-    serial, side_by_side = compared(config, data, tmp_path, kills)
+    serial, side_by_side = compare_workers(config, data, tmp_path, kills)
     assert kills.left < 0
     assert len(processes) == 3
     assert without(side_by_side, "lost-worker") == serial
@@ -112,7 +112,7 @@ def test_fediods_graphs_in_workers(make_data, make_config, tmp_path, processes):
 def test_a_lost_worker_is_replaced(count, make_data, make_config, tmp_path, processes):
     config = make_config("fedgid", rounds=3, buffers="local")
     kills = At(count, lambda: os.kill(processes[1], signal.SIGKILL))
-    serial, side_by_side = compared(config, make_data(), tmp_path, kills)
+    serial, side_by_side = compare_workers(config, make_data(), tmp_path, kills)
     assert len(processes) == 3
     told = side_by_side[2]["diagnostics"].get("lost-worker")
     assert told is None or "was killed" in told  # it may have had nothing to do
@@ -126,7 +126,7 @@ def test_states_of_a_lost_workers_earlier_clients_are_written(make_data, make_co
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.DyingOnce)
     monkeypatch.setenv("FEDKERN_TEST_PARENT", str(os.getpid()))
     monkeypatch.setenv("FEDKERN_TEST_MARK", str(tmp_path / "mark"))
-    serial, side_by_side = compared(make_config(), make_data(), tmp_path)
+    serial, side_by_side = compare_workers(make_config(), make_data(), tmp_path)
     assert len(processes) == 3
     assert "lost-worker" in side_by_side[2]["diagnostics"]
     assert without(side_by_side, "lost-worker") == serial
@@ -146,7 +146,7 @@ def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config
         forget(self, client)
 
     monkeypatch.setattr(Workers, "forget", late)
-    serial, side_by_side = compared(make_config(clients=6), make_data((20, 13, 9, 20, 13, 9)), tmp_path)
+    serial, side_by_side = compare_workers(make_config(clients=6), make_data((20, 13, 9, 20, 13, 9)), tmp_path)
     assert killed
     assert without(side_by_side, "lost-worker") == serial
 
@@ -156,7 +156,7 @@ def test_a_network_of_the_users_own(make, make_data, make_config, tmp_path, monk
     """One that cannot be sent is forked."""
     entry = dataclasses.replace(worker_methods.NARROW, make=make or (lambda **given: worker_methods.narrow(**given)))
     monkeypatch.setitem(MODELS, "narrow", entry)
-    serial, side_by_side = compared(make_config(model="narrow"), make_data(), tmp_path)
+    serial, side_by_side = compare_workers(make_config(model="narrow"), make_data(), tmp_path)
     assert len(processes) == 2
     assert side_by_side == serial
 
@@ -179,7 +179,7 @@ def test_the_process_that_forks_is_lost(make_data, make_config, tmp_path, monkey
     ready = ForkServer.ready
     monkeypatch.setattr(ForkServer, "ready", lambda self: nurseries.append(self) or ready(self))
     kills = At(1, lambda: (nurseries[0]._process.kill(), nurseries[0]._process.wait()))
-    serial, side_by_side = compared(make_config(rounds=3), make_data(), tmp_path, kills)
+    serial, side_by_side = compare_workers(make_config(rounds=3), make_data(), tmp_path, kills)
     told = side_by_side[2]["diagnostics"]
     assert "one after another, as the process that starts workers was lost" in told["no-workers"]
     assert without(without(side_by_side, "no-workers"), "lost-worker") == serial
@@ -211,7 +211,7 @@ def test_what_cannot_be_sent_back(make_data, make_config, tmp_path, monkeypatch)
 @pytest.mark.exhaustive
 def test_what_cannot_be_sent_out_stays(make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Sending)
-    serial, side_by_side = compared(make_config(), make_data(), tmp_path)
+    serial, side_by_side = compare_workers(make_config(), make_data(), tmp_path)
     assert side_by_side == serial
 
 
@@ -220,7 +220,7 @@ def test_clients_tell(make_data, make_config, tmp_path, monkeypatch, processes):
     """Diagnostics are those of the first client in order, notices arrive."""
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Telling)
     heard = Hearing()
-    serial, side_by_side = compared(make_config(), make_data(), tmp_path, heard)
+    serial, side_by_side = compare_workers(make_config(), make_data(), tmp_path, heard)
     assert side_by_side == serial
     assert side_by_side[2]["diagnostics"]["one-name"] == "client 0 warned first"
     assert sorted(heard.notices) == sorted(2 * [f"client {k} is at work" for k in range(3)])
@@ -260,7 +260,7 @@ def test_held_uploads_are_bounded(make_data, make_config, tmp_path, monkeypatch)
 
     monkeypatch.setattr(Workers, "_hear", hear)
     data = make_data((40, 5, 5, 5, 5, 5))
-    serial, side_by_side = compared(make_config(clients=6), data, tmp_path)
+    serial, side_by_side = compare_workers(make_config(clients=6), data, tmp_path)
     assert side_by_side == serial
     assert max(held) <= 2
 
@@ -278,14 +278,14 @@ def test_other_workers_after_an_interruption(make_data, make_config, tmp_path):
 
 @pytest.mark.exhaustive
 def test_workers_compute_in_the_same_precision(make_data, make_config, tmp_path):
-    serial, side_by_side = compared(make_config("fedgid", precision="bf16"), make_data(), tmp_path)
+    serial, side_by_side = compare_workers(make_config("fedgid", precision="bf16"), make_data(), tmp_path)
     assert side_by_side == serial
 
 
 @pytest.mark.exhaustive
 def test_forced_kernels_are_the_workers_too(make_data, make_config, tmp_path):
     with ops.use_backend("reference"):
-        serial, side_by_side = compared(make_config("fedgid"), make_data(), tmp_path)
+        serial, side_by_side = compare_workers(make_config("fedgid"), make_data(), tmp_path)
     assert side_by_side == serial
 
 
@@ -310,11 +310,11 @@ def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
     begun = set()
     forward = type(network).forward
 
-    def noticed(self, images):
+    def note_thread(self, images):
         begun.add(threading.get_ident())
         return forward(self, images)
 
-    monkeypatch.setattr(type(network), "forward", noticed)
+    monkeypatch.setattr(type(network), "forward", note_thread)
     found = []
     for at_once in (1, 2, 3):
         sets = Samples(bench.config, bench.data, bench.device, bench.networks).test_sets
@@ -396,7 +396,7 @@ def test_long_runs_begin_without_them(make_data, make_config, tmp_path, monkeypa
 def test_a_slow_start_is_no_waiting(make_data, make_config, tmp_path, monkeypatch, processes):
     monkeypatch.setattr(ForkServer, "ready", lambda self: False)
     config, data = make_config(rounds=2), make_data()
-    serial, side_by_side = compared(config, data, tmp_path)
+    serial, side_by_side = compare_workers(config, data, tmp_path)
     assert side_by_side == serial
     assert not processes
 
@@ -404,7 +404,7 @@ def test_a_slow_start_is_no_waiting(make_data, make_config, tmp_path, monkeypatc
 LONG = ["fedavg", "--rounds", "500", "--train-samples", "200", "--model", "cnn", "--width", "8", "--grad-cam", "0"]
 
 
-def started(out, *flags):
+def start_run(out, *flags):
     """Return a run in a process group of its own, whose workers have begun, and their numbers."""
     words = [sys.executable, "-m", "fedkern.run", *LONG, "--workers", "2", "--quiet", "--out", str(out), *flags]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -427,7 +427,7 @@ def _children(process):
 
 
 def test_nothing_is_left_after_kill(tmp_path):
-    process, workers = started(tmp_path / "run")
+    process, workers = start_run(tmp_path / "run")
     lines = [file.read_bytes() for pid in workers if (file := Path(f"/proc/{pid}/cmdline")).exists()]
     # Forked from what has loaded everything, not started anew; a library may ask uname meanwhile.
     assert any(b"fedkern.run" in line for line in lines)
@@ -442,7 +442,7 @@ def test_nothing_is_left_after_kill(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_group_ends_in_order(number, code, tmp_path):
     """A terminal sends Ctrl-C to every process of the group: the run alone answers, in a line."""
-    process, workers = started(tmp_path / "run")
+    process, workers = start_run(tmp_path / "run")
     os.killpg(process.pid, signal.SIGINT) if number == signal.SIGINT else process.terminate()
     assert process.wait(60) == code
     said = process.stderr.read()

@@ -401,20 +401,20 @@ def test_a_whole_step_is_recorded_and_a_client_is_waited_for_once(make_data, mak
         )
     counts, start = [], training.train_async
 
-    def started(*all, **of):
+    def count_reads(*all, **of):
         reads.clear()
         told = start(*all, **of)
         counts.append(reads.count(False))
 
-        def counted():
+        def count_reads_of_figures():
             reads.clear()
             figures = told()
             counts.append(reads.count(False))
             return figures
 
-        return counted
+        return count_reads_of_figures
 
-    monkeypatch.setattr("fedkern.engine.client.train_async", started)
+    monkeypatch.setattr("fedkern.engine.client.train_async", count_reads)
     monkeypatch.setattr(training, "to_host_async", lambda tensor: tensor)  # on a GPU it waits for nothing
     _, line = passes((28, 28), make_data, make_config, exchanges=4, batch_size=4, local_epochs=1, momentum=0.9)
     assert line == ["eerppppp", "p" * 7, "p" * 7, "p" * 7]
@@ -479,7 +479,7 @@ def late():
     """
     begin, waiting = Serial._begin, []
 
-    def begun(self, k, asker, phase, message, encoder, lane=None):
+    def begin_later(self, k, asker, phase, message, encoder, lane=None):
         if lane is None:
             return begin(self, k, asker, phase, message, encoder)
         done = {}
@@ -496,7 +496,7 @@ def late():
         return finish
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Serial, "_begin", begun)
+        patch.setattr(Serial, "_begin", begin_later)
         yield
 
 
@@ -596,14 +596,14 @@ def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
     with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
         call, loss = captured.Recorded.__call__, kind.loss
 
-        def noted(self, model, batch, received):
+        def note_pass(self, model, batch, received):
             line.append("e" if isinstance(batch.phase, Phase) else "r")
             return loss(self, model, batch, received)
 
         patch.setattr(
             captured.Recorded, "__call__", lambda self, batches: line.append("p" * len(batches)) or call(self, batches)
         )
-        patch.setattr(kind, "loss", noted)
+        patch.setattr(kind, "loss", note_pass)
         patch.setattr(kind, "replayable", True)
         for i in range(exchanges):
             client = Client(bench, i % len(sizes), {})

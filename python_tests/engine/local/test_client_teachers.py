@@ -55,7 +55,7 @@ def network(model="cnn", width=2, seed=0):
 
 
 @pytest.fixture
-def given(tmp_path):
+def teacher_files(tmp_path):
     """Three sound networks as files."""
     folder = tmp_path / "given"
     folder.mkdir()
@@ -93,9 +93,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_file_is_named_before_anything_is_written(wrong, given, attempt, tmp_path):
+def test_a_wrong_file_is_named_before_anything_is_written(wrong, teacher_files, attempt, tmp_path):
     make, words = WRONG[wrong]
-    path = given / "client-2.safetensors"  # the last one: all of them are looked at
+    path = teacher_files / "client-2.safetensors"  # the last one: all of them are looked at
     path.unlink()
     make(path)
     with pytest.raises(UserError, match=words) as caught:
@@ -104,38 +104,38 @@ def test_a_wrong_file_is_named_before_anything_is_written(wrong, given, attempt,
     assert said.startswith("--teachers: ")
     assert "\n" not in said
     assert "weights_only" not in said
-    assert len(said.replace(str(given), "")) < 350
+    assert len(said.replace(str(teacher_files), "")) < 350
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ABLE)
-def test_every_method_looks_at_them_before_anything_is_written(method, given, attempt, tmp_path):
-    (given / "client-2.safetensors").write_bytes(b"no")
+def test_every_method_looks_at_them_before_anything_is_written(method, teacher_files, attempt, tmp_path):
+    (teacher_files / "client-2.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match=r"client-2\.safetensors is damaged"):
         attempt(method)
     with pytest.raises(UserError, match=r"there is no folder .*elsewhere"):
         attempt(method, teachers="elsewhere")
     assert not (tmp_path / "out").exists()
-    save_file(network(seed=2).state_dict(), given / "client-2.safetensors")
+    save_file(network(seed=2).state_dict(), teacher_files / "client-2.safetensors")
     attempt(method)  # the same folder serves once it is right, and so does --out
 
 
-def test_each_client_is_looked_at_with_its_own_architecture(given, attempt, tmp_path):
+def test_each_client_is_looked_at_with_its_own_architecture(teacher_files, attempt, tmp_path):
     options = {"models": "cnn:2,cnn:2,mlp:4"}
     for method in ("dense", "fediod", "ensemble"):
         with pytest.raises(UserError, match="is not a MLP as client 2 has it"):
             attempt(method, options=options)
     assert not (tmp_path / "out").exists()
-    save_file(network("mlp", 4).state_dict(), given / "client-2.safetensors")
+    save_file(network("mlp", 4).state_dict(), teacher_files / "client-2.safetensors")
     attempt("dense", options=options)
 
 
-def test_many_clients_do_not_stay_in_memory(given, data, make_config, monkeypatch):
+def test_many_clients_do_not_stay_in_memory(teacher_files, data, make_config, monkeypatch):
     """All are loaded into one network, and a file with all members is read one member at a time."""
     made = []
     monkeypatch.setattr(Client, "network", lambda self, **own: made.append(network()) or made[-1])
-    config = make_config("ensemble", model="cnn", rounds=None, teachers=str(given))
+    config = make_config("ensemble", model="cnn", rounds=None, teachers=str(teacher_files))
     clients.check_teachers(METHODS["ensemble"](), RunContext(config, data))
     assert len(made) == 1
     assert torch.equal(next(made[0].parameters()), next(network(seed=2).parameters()))
@@ -163,9 +163,9 @@ def test_a_run_folder_that_is_damaged_or_of_another_network(attempt, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_files_of_ones_own_do_not_depend_on_a_run_beside_them(given, attempt):
-    (given / "checkpoints").mkdir()
-    (given / "checkpoints" / "manifest.json").write_text("{")
+def test_files_of_ones_own_do_not_depend_on_a_run_beside_them(teacher_files, attempt):
+    (teacher_files / "checkpoints").mkdir()
+    (teacher_files / "checkpoints" / "manifest.json").write_text("{")
     assert "teachers-of-other-data" not in attempt()["diagnostics"]
 
 
@@ -240,15 +240,15 @@ def test_a_part_of_a_state(tmp_path, monkeypatch):
     real = states.safe_open
 
     class Watched:
-        def __init__(self, *given, **named):
-            self.file = real(*given, **named)
+        def __init__(self, *teacher_files, **named):
+            self.file = real(*teacher_files, **named)
 
         def __enter__(self):
             self.inner = self.file.__enter__()
             return self
 
-        def __exit__(self, *given):
-            return self.file.__exit__(*given)
+        def __exit__(self, *teacher_files):
+            return self.file.__exit__(*teacher_files)
 
         def metadata(self):
             return self.inner.metadata()

@@ -63,7 +63,7 @@ OWN = ScriptObjects(train=loop)
 
 
 @pytest.fixture
-def played(make_config, make_data, tmp_path):
+def play(make_config, make_data, tmp_path):
     def play(name, method="fedavg", script=ScriptObjects(), **settings):
         network = {} if script.network is None else {"width": None}
         config = make_config(method, **{**HOW, **network, **settings})
@@ -85,11 +85,11 @@ def played(make_config, make_data, tmp_path):
      {"lr_decay": 0.9, "lr_steps": "1,3"}],
     ids=lambda settings: next(iter(settings), "plain"),
 )  # fmt: skip
-def test_a_loop_like_fedavg_has_its_bits(settings, kind, played):
+def test_a_loop_like_fedavg_has_its_bits(settings, kind, play):
     torch.manual_seed(0)
     model = None if kind == "cnn" else kind()
     scripts = {"fedavg": ScriptObjects(model), "own": ScriptObjects(model, loop)}
-    assert same_network(*(played(name, script=script, **settings) for name, script in scripts.items()))
+    assert same_network(*(play(name, script=script, **settings) for name, script in scripts.items()))
 
 
 class Trainer:
@@ -124,7 +124,7 @@ class Loader:
         return ((batch.inputs, batch.targets) for batch in self.client.batches())
 
 
-def fitted(model, client):
+def fit(model, client):
     Trainer().fit(Module(model, client.lr), Loader(client), client.epochs)
 
 
@@ -158,39 +158,39 @@ def in_bf16(model, client):
     client.report["rate"] = scheduler.get_last_lr()[0]
 
 
-def test_a_trainer_s_fit_has_the_bits_of_fedavg(played):
+def test_a_trainer_s_fit_has_the_bits_of_fedavg(play):
     torch.manual_seed(0)
     model = Staged()
-    found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, fitted))
+    found = play("fedavg", script=ScriptObjects(model)), play("own", script=ScriptObjects(model, fit))
     assert same_network(*found)
 
 
-def test_accumulated_gradients_are_fedavg_s_to_rounding(played):
+def test_accumulated_gradients_are_fedavg_s_to_rounding(play):
     torch.manual_seed(0)
     model = Plain()
-    usual, found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, in_halves))
+    usual, found = play("fedavg", script=ScriptObjects(model)), play("own", script=ScriptObjects(model, in_halves))
     for name, value in tensors(usual).items():
         torch.testing.assert_close(tensors(found)[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_amp_and_a_scheduler_have_the_same_bits_in_workers(played):
+def test_amp_and_a_scheduler_have_the_same_bits_in_workers(play):
     script = ScriptObjects(train=in_bf16)
-    serial, parallel = (played(workers, script=script, workers=workers) for workers in "12")
+    serial, parallel = (play(workers, script=script, workers=workers) for workers in "12")
     assert outcome(serial)[0] == outcome(parallel)[0]
     rates = [record["clients"]["0"]["rate"] for record in read_metrics(serial)]
     assert rates == pytest.approx([0, 0], abs=1e-9)
-    assert not same_network(serial, played("sgd", script=OWN))
+    assert not same_network(serial, play("sgd", script=OWN))
 
 
-def test_the_example_has_the_bits_of_fedavg(played):
+def test_the_example_has_the_bits_of_fedavg(play):
     example = runpy.run_path(str(EXAMPLES / "own_loop.py"))["train"]
     usual = {"momentum": COMMON["momentum"]}
-    assert same_network(played("fedavg", **usual), played("own", script=ScriptObjects(train=example), **usual))
+    assert same_network(play("fedavg", **usual), play("own", script=ScriptObjects(train=example), **usual))
 
 
-def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_data, played, tmp_path):
-    expected = played("one", script=OWN, workers="1")
-    assert outcome(expected)[0] == outcome(played("two", script=OWN, workers="2"))[0]
+def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_data, play, tmp_path):
+    expected = play("one", script=OWN, workers="1")
+    assert outcome(expected)[0] == outcome(play("two", script=OWN, workers="2"))[0]
     killed(make_config(**HOW), out=tmp_path / "cut", data=make_data(), script=OWN, at=KillAt("round", 1))
     stored = load_settings(tmp_path / "cut")
     with pytest.raises(UserError, match=r"trains with a script's own train function loop: go on with it in Python"):
@@ -201,12 +201,12 @@ def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_
     assert outcome(tmp_path / "cut") == outcome(expected)
 
 
-def test_every_change_of_code_is_in_the_diagnostics(known, tmp_path):
+def test_every_change_of_code_is_in_the_diagnostics(digits, tmp_path):
     file, out, quiet = tmp_path / "net.py", tmp_path / "run", {"pictures": False, "progress": False}
     file.write_text("from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))\n")
     name = f"{file}:net"
-    fedkern.simulate("fedavg", data=known(), model=name, train=loop, rounds=1, local_epochs=1, out=out, **quiet)
-    again = {"data": known(), "train": in_halves, "trusted": ["train", name]}
+    fedkern.simulate("fedavg", data=digits(), model=name, train=loop, rounds=1, local_epochs=1, out=out, **quiet)
+    again = {"data": digits(), "train": in_halves, "trusted": ["train", name]}
     said = fedkern.load(out, **again).extend(2, **quiet).summary["diagnostics"]["other-code"]
     file.write_text(file.read_text() + "\n# changed\n")
     twice = fedkern.load(out, **again).extend(3, **quiet).summary["diagnostics"]["other-code"]
@@ -215,49 +215,49 @@ def test_every_change_of_code_is_in_the_diagnostics(known, tmp_path):
 
 
 @pytest.fixture
-def known(make_data):
+def digits(make_data):
     """Return the data in memory that have the name of a data set."""
     return lambda: dataclasses.replace(make_data(), name="digits")
 
 
-def test_python_s_words(known, tmp_path):
+def test_python_s_words(digits, tmp_path):
     heard = Hearing()
     how = {"model": "cnn", "width": 2, "rounds": 1, "pictures": False, "progress": False, "listener": heard}
-    found = fedkern.simulate("fedavg", data=known(), train=loop, out=tmp_path / "loop", **how)
+    found = fedkern.simulate("fedavg", data=digits(), train=loop, out=tmp_path / "loop", **how)
     words = "local training: train function loop, learning rate 0.05, batch size 32, 2 local epochs"
     assert words in run_headline(heard.info)
     assert found.history.records[0]["clients"]["0"]["steps"] > 0
-    fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "adam", **how)
+    fedkern.simulate("fedprox", data=digits(), optimizer=adam, out=tmp_path / "adam", **how)
     (told,) = (
         line for line in run_headline(heard.info) if line.startswith("local training: AdamW(lr=0.01, betas=(0.9, 0")
     )
     assert told.endswith("), batch size 32, 2 local epochs")
-    again = fedkern.load(tmp_path / "adam", data=known(), optimizer=adam).extend(2, progress=False, pictures=False)
-    uncut = fedkern.simulate("fedprox", data=known(), optimizer=adam, out=tmp_path / "two", **{**how, "rounds": 2})
+    again = fedkern.load(tmp_path / "adam", data=digits(), optimizer=adam).extend(2, progress=False, pictures=False)
+    uncut = fedkern.simulate("fedprox", data=digits(), optimizer=adam, out=tmp_path / "two", **{**how, "rounds": 2})
     assert same_network(again.out, uncut.out)
     with pytest.raises(UserError, match="go on with it in Python"):
-        fedkern.load(tmp_path / "loop", data=known()).extend(2)
+        fedkern.load(tmp_path / "loop", data=digits()).extend(2)
     assert len(found.extend(2, progress=False, pictures=False).history) == 2  # with the objects that it had
     with pytest.raises(UserError, match=r"model must be .* or what makes it, not 'net.pt': the trained weig"):
-        fedkern.load(tmp_path / "loop", data=known(), model="net.pt")
-    again = fedkern.load(tmp_path / "loop", data=known()).evaluate()
+        fedkern.load(tmp_path / "loop", data=digits(), model="net.pt")
+    again = fedkern.load(tmp_path / "loop", data=digits()).evaluate()
     assert {name: found.metrics[name] for name in again} == pytest.approx(again)
 
 
-def test_what_is_frozen_stays_as_it_is(played):
+def test_what_is_frozen_stays_as_it_is(play):
     torch.manual_seed(0)
     model = Staged()
     model[0].requires_grad_(False)
     model[1].requires_grad_(False)
     model[1].running_mean.normal_()
-    usual, found = played("fedavg", script=ScriptObjects(model)), played("own", script=ScriptObjects(model, loop))
+    usual, found = play("fedavg", script=ScriptObjects(model)), play("own", script=ScriptObjects(model, loop))
     for name, value in model.state_dict().items():
         if name.startswith(("0.", "1.")):
             assert torch.equal(tensors(found)[name], value), name
     assert tensors(found).keys() == tensors(usual).keys()
 
 
-def test_an_error_in_a_method_s_own_update_names_file_and_line(known, tmp_path):
+def test_an_error_in_a_method_s_own_update_names_file_and_line(digits, tmp_path):
     class Own(FedAvg):
         """FedAvg with a loop that fails inside of torch."""
 
@@ -269,10 +269,10 @@ def test_an_error_in_a_method_s_own_update_names_file_and_line(known, tmp_path):
 
     line = Own.client_update.__code__.co_firstlineno + 3
     with pytest.raises(ClientFailed, match=rf"Client 0 failed in round 1: .*\(test_script_objects.py, line {line}\)"):
-        fedkern.simulate(Own, data=known(), model="cnn", width=2, out=tmp_path / "run", progress=False, pictures=False)
+        fedkern.simulate(Own, data=digits(), model="cnn", width=2, out=tmp_path / "run", progress=False, pictures=False)
 
 
-def test_a_method_s_own_update_has_the_same_words(played, monkeypatch):
+def test_a_method_s_own_update_has_the_same_words(play, monkeypatch):
     class Own(FedAvg):
         """FedAvg with a loop of its own."""
 
@@ -289,7 +289,7 @@ def test_a_method_s_own_update_has_the_same_words(played, monkeypatch):
             return client.upload(model)
 
     monkeypatch.setitem(METHODS, "own-update", Own)
-    assert same_network(played("fedavg"), played("own", "own-update"))
+    assert same_network(play("fedavg"), play("own", "own-update"))
 
 
 # -- the state of a client ---------------------------------------------------------------------------------------------
@@ -311,9 +311,9 @@ def count_in_place(model, client):
     client.report["momentum"] = float(client.state["fused"]["state"][0]["momentum_buffer"][0])
 
 
-def test_changes_of_a_state_in_place_are_kept(played):
+def test_changes_of_a_state_in_place_are_kept(play):
     script = ScriptObjects(train=count_in_place)
-    serial, parallel = (played(workers, script=script, workers=workers, rounds=3) for workers in "12")
+    serial, parallel = (play(workers, script=script, workers=workers, rounds=3) for workers in "12")
     seen = [record["clients"]["0"] for record in read_metrics(serial)]
     for name in ("data", "numpy", "array"):
         assert [report[name] for report in seen] == [1, 2, 3]
@@ -334,25 +334,25 @@ def test_changes_of_a_state_in_place_are_kept(played):
         ("buffers_local", lambda: {}, "is an entry of fedkern's own: take another name"),
     ],
 )
-def test_what_a_state_cannot_hold_is_one_sentence(name, make, said, played):
+def test_what_a_state_cannot_hold_is_one_sentence(name, make, said, play):
     def train(model, client):
         if client.id == 1:
             client.state[name] = make()
 
     with pytest.raises(ClientFailed, match=rf"Client 1 failed in round 1: client.state\['{name}'\]\S* {said}"):
-        played("run", script=ScriptObjects(train=train))
+        play("run", script=ScriptObjects(train=train))
 
 
-def test_a_client_whose_state_cannot_be_kept_is_skipped(played):
+def test_a_client_whose_state_cannot_be_kept_is_skipped(play):
     def train(model, client):
         if client.id == 1:
             client.state["x"] = {1}
 
-    out = played("skipped", script=ScriptObjects(train=train), on_error="skip", rounds=1)
+    out = play("skipped", script=ScriptObjects(train=train), on_error="skip", rounds=1)
     assert [drop["client"] for drop in read_metrics(out)[0]["dropped"]] == [1]
 
 
-def test_an_inference_tensor_and_a_state_that_holds_itself_are_refused(played):
+def test_an_inference_tensor_and_a_state_that_holds_itself_are_refused(play):
     def infer(model, client):
         with torch.inference_mode():
             client.state["x"] = torch.ones(1)
@@ -366,7 +366,7 @@ def test_an_inference_tensor_and_a_state_that_holds_itself_are_refused(played):
     said = {infer: r"\['x'\] is an inference-mode", nest: r"\['x'\] holds itself", replace: " must stay a dict"}
     for train, sentence in said.items():
         with pytest.raises(ClientFailed, match=f"Client 0 failed in round 1: client.state{sentence}"):
-            played("run", script=ScriptObjects(train=train))
+            play("run", script=ScriptObjects(train=train))
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------
@@ -402,16 +402,16 @@ def diverging(model, client):
         (diverging, "round 1.*not finite"),
     ],
 )
-def test_a_wrong_loop_is_one_sentence(train, said, played):
+def test_a_wrong_loop_is_one_sentence(train, said, play):
     with pytest.raises((ClientFailed, UserError), match=said):
-        played("run", script=ScriptObjects(train=train))
+        play("run", script=ScriptObjects(train=train))
 
 
-def test_a_diverging_client_is_skipped(played):
+def test_a_diverging_client_is_skipped(play):
     def first_fails(model, client):
         (diverging if client.id == 0 else loop)(model, client)
 
-    found = played("run", script=ScriptObjects(train=first_fails), on_nan="skip")
+    found = play("run", script=ScriptObjects(train=first_fails), on_nan="skip")
     assert json.loads((found / "summary.json").read_text())["rounds"] == 2
 
 
@@ -444,19 +444,19 @@ def factory(found):
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "",
 )  # fmt: skip
-def test_what_does_not_fit_is_one_sentence(method, given, said, known, refuses, tmp_path):
+def test_what_does_not_fit_is_one_sentence(method, given, said, digits, refuses, tmp_path):
     with refuses(said):
-        fedkern.simulate(method, data=known(), out=tmp_path / "run", progress=False, pictures=False, **given)
+        fedkern.simulate(method, data=digits(), out=tmp_path / "run", progress=False, pictures=False, **given)
 
 
-def test_a_method_that_changes_only_its_server_takes_a_loop(known, tmp_path):
+def test_a_method_that_changes_only_its_server_takes_a_loop(digits, tmp_path):
     class Late(FedAvg):
         """FedAvg that weighs the third client twice."""
 
         def weight(self, server, upload):
             return 2.0 if upload.client_id == 2 else 1.0
 
-    how = {"data": known(), "model": "cnn", "width": 2, "rounds": 2, "pictures": False, "progress": False}
+    how = {"data": digits(), "model": "cnn", "width": 2, "rounds": 2, "pictures": False, "progress": False}
     run = fedkern.simulate(Late, out=tmp_path / "a", momentum=0.5, **how)
     two = fedkern.simulate(Late, out=tmp_path / "b", train=loop, **how)
     assert same_network(run.out, two.out)
@@ -467,16 +467,16 @@ def test_a_method_that_changes_only_its_server_takes_a_loop(known, tmp_path):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "scaffold", "feddyn", "moon", "fedgid", "fml"])
-def test_torch_s_sgd_has_the_bits_of_the_built_in_one(method, played):
-    assert same_network(played("in", method), played("own", method, script=ScriptObjects(optimizer=sgd)))
+def test_torch_s_sgd_has_the_bits_of_the_built_in_one(method, play):
+    assert same_network(play("in", method), play("own", method, script=ScriptObjects(optimizer=sgd)))
 
 
-def test_the_run_s_schedule_multiplies_the_rates(played):
+def test_the_run_s_schedule_multiplies_the_rates(play):
     def half(parameters):
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.5)
 
     how = {"lr_steps": "1,3", "lr_step_factor": 0.5, "clip_norm": 0.1}
-    inside, own_loop = played("in", **how), played("own", script=ScriptObjects(optimizer=half), **how)
+    inside, own_loop = play("in", **how), play("own", script=ScriptObjects(optimizer=half), **how)
     for name, value in tensors(inside).items():
         torch.testing.assert_close(tensors(own_loop)[name], value, rtol=1e-5, atol=1e-6)
 
@@ -530,7 +530,7 @@ FACTORIES = {
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("name", list(FACTORIES))
-def test_a_factory_keeps_its_own_schedule(name, decay, played):
+def test_a_factory_keeps_its_own_schedule(name, decay, play):
     """A rate of SGD is multiplied as its gradients are."""
 
     def as_pytorch(model, client):
@@ -544,7 +544,7 @@ def test_a_factory_keeps_its_own_schedule(name, decay, played):
         getattr(optimizer, "eval", int)()
 
     runs = [
-        tensors(played(kind, script=ScriptObjects(**{kind: function}), lr_decay=decay))
+        tensors(play(kind, script=ScriptObjects(**{kind: function}), lr_decay=decay))
         for kind, function in (("optimizer", FACTORIES[name]), ("train", as_pytorch))
     ]
     for tensor, value in runs[0].items():
@@ -557,17 +557,17 @@ def test_a_factory_keeps_its_own_schedule(name, decay, played):
     [(sgd, {}), (adam, {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1})],
     ids=["sgd", "adamw"],
 )
-def test_a_kept_state_goes_on_in_the_next_round(factory, settings, played, make_config, make_data, tmp_path):
+def test_a_kept_state_goes_on_in_the_next_round(factory, settings, play, make_config, make_data, tmp_path):
     keep = {**settings, "optimizer_state": "keep"}
-    built_in, own = played("in", **keep), played("own", script=ScriptObjects(optimizer=factory), **keep)
-    fresh = tensors(played("fresh", **settings))
+    built_in, own = play("in", **keep), play("own", script=ScriptObjects(optimizer=factory), **keep)
+    fresh = tensors(play("fresh", **settings))
     for name, value in tensors(built_in).items():
         torch.testing.assert_close(tensors(own)[name], value, rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(tensors(built_in)[name], fresh[name]) for name in fresh)
     config, script = make_config(**{**HOW, **keep}), ScriptObjects(optimizer=factory)
     again = kill_and_resume(config, out=tmp_path / "cut", data=make_data(), script=script, at=KillAt("round", 1))
     assert again == outcome(own)
-    assert outcome(played("two", script=script, workers="2", **keep))[0] == outcome(own)[0]
+    assert outcome(play("two", script=script, workers="2", **keep))[0] == outcome(own)[0]
 
 
 class Counting(torch.optim.SGD):
@@ -595,25 +595,25 @@ class Marked(torch.optim.SGD):
         self.param_groups[0]["mark"] = object()
 
 
-def test_an_object_in_a_group_is_no_change_of_it(played):
+def test_an_object_in_a_group_is_no_change_of_it(play):
     script = ScriptObjects(optimizer=Marked)
-    assert played("run", script=script, optimizer_state="keep", rounds=2)
+    assert play("run", script=script, optimizer_state="keep", rounds=2)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Counting, "steps"), (Remembering, "norms"), (Doubling, "lr")])
-def test_a_state_that_cannot_be_kept_is_refused(kind, name, played):
+def test_a_state_that_cannot_be_kept_is_refused(kind, name, play):
     """Else the optimiser would begin the next round with a part of it."""
     script = ScriptObjects(optimizer=lambda parameters: kind(parameters, lr=0.05))
     with pytest.raises(UserError, match=f"optimizer_state keep: {kind.__name__} has {name}, which cannot be kept"):
-        played("keep", script=script, optimizer_state="keep", rounds=1)
-    assert (played("new", script=script, rounds=1) / "summary.json").exists()
+        play("keep", script=script, optimizer_state="keep", rounds=1)
+    assert (play("new", script=script, rounds=1) / "summary.json").exists()
 
 
-def test_kept_states_cost_the_secrecy_of_draws(played):
+def test_kept_states_cost_the_secrecy_of_draws(play):
     """Epsilon of client-level privacy counts then that a client's state tells when it was drawn."""
     how = {"dp_clip": 0.5, "dp_noise": 1.0, "sample_fraction": 0.4, "buffers": "drop"}
     told = {}
     for state in ("new", "keep"):
-        out = played(state, optimizer_state=state, **how)
+        out = play(state, optimizer_state=state, **how)
         told[state] = json.loads((out / "summary.json").read_text())["privacy"]["epsilon"]
     assert told["keep"] > told["new"]

@@ -66,7 +66,7 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     settings = {"local_epochs": 2, "batch_size": 8, "lr": 0.01}
     data = make_data()
 
-    def trained(round, **more):
+    def train(round, **more):
         bench = RunContext(make_config(**settings, **more), data)
         phase = Phase(round, "train", "update")
         answer = Client(bench, 0, {}).train(FedAvg(), phase, bench.networks.initial())
@@ -76,18 +76,18 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
         return answer["parameters"]
 
     steps = {"lr_steps": "3,6", "lr_step_factor": 0.5}
-    assert torch.equal(trained(0, **steps), trained(0))  # epochs 0 and 1
+    assert torch.equal(train(0, **steps), train(0))  # epochs 0 and 1
     # Round 1 is epochs 2 and 3: half the rate from its second epoch on, as a drop at its epoch 1 alone.
-    assert not torch.equal(trained(1, **steps), trained(1))
-    assert torch.equal(trained(1, **steps), trained(1, lr_steps="3", lr_step_factor=0.5))
-    assert torch.equal(trained(3, **steps), trained(3, lr_steps="1,2", lr_step_factor=0.5))  # epochs 6 and 7
+    assert not torch.equal(train(1, **steps), train(1))
+    assert torch.equal(train(1, **steps), train(1, lr_steps="3", lr_step_factor=0.5))
+    assert torch.equal(train(3, **steps), train(3, lr_steps="1,2", lr_step_factor=0.5))  # epochs 6 and 7
     # So many steps are no number of epochs that all clients share: rounds count.
     short = {**steps, "local_steps": 3}
-    assert torch.equal(trained(2, **short), trained(2, local_steps=3))
-    assert torch.equal(trained(3, **short), trained(3, local_steps=3, lr_steps="1", lr_step_factor=0.5))
+    assert torch.equal(train(2, **short), train(2, local_steps=3))
+    assert torch.equal(train(3, **short), train(3, local_steps=3, lr_steps="1", lr_step_factor=0.5))
     quarter = RunContext(make_config(**{**settings, "lr": 0.0025}), data)
     expected = Client(quarter, 0, {}).train(FedAvg(), Phase(3, "train", "update"), quarter.networks.initial())
-    torch.testing.assert_close(trained(3, **steps), expected["parameters"])
+    torch.testing.assert_close(train(3, **steps), expected["parameters"])
 
 
 def test_gradients_are_channels_last_views_of_one_vector(make_data, make_config):

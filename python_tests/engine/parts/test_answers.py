@@ -13,7 +13,7 @@ from python_tests.engine.parts.judged import SETTINGS, Judged, Says, brightness_
 from python_tests.stand_ins import Context, run_objects
 
 
-def answered(out, *, keep=True, check_lock=lambda: None, counts=True, rows=True):
+def write_answers(out, *, keep=True, check_lock=lambda: None, counts=True, rows=True):
     """Write the answers to a test set of two images."""
     sets, network = {"id_": brightness_set([0.1, 0.9], [1, 1])}, Says(0.5)
     if keep:
@@ -27,7 +27,7 @@ def answered(out, *, keep=True, check_lock=lambda: None, counts=True, rows=True)
 
 
 def test_answers_are_written_as_counts_and_image_by_image(tmp_path):
-    assert answered(tmp_path) == {}
+    assert write_answers(tmp_path) == {}
     assert confusions.read(tmp_path).matrices["id"].tolist() == [[0, 0], [1, 1]]
     with (tmp_path / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -37,15 +37,15 @@ def test_answers_are_written_as_counts_and_image_by_image(tmp_path):
 
 
 def test_answers_that_are_not_asked_for_may_not_be_told_or_are_not_there(tmp_path):
-    assert answered(tmp_path, counts=False, rows=False) == {}
-    assert [*answered(tmp_path, keep=False)] == ["no-predictions"]
+    assert write_answers(tmp_path, counts=False, rows=False) == {}
+    assert [*write_answers(tmp_path, keep=False)] == ["no-predictions"]
     assert [*tmp_path.iterdir()] == []
 
 
 def test_answers_are_not_written_to_a_folder_that_was_taken_over(tmp_path):
-    def taken():
+    def fail_as_taken():
         raise RuntimeError("taken over")
 
     with pytest.raises(RuntimeError, match="taken over"):
-        answered(tmp_path, check_lock=taken)
+        write_answers(tmp_path, check_lock=fail_as_taken)
     assert [*tmp_path.iterdir()] == []

@@ -24,7 +24,7 @@ def at_most_100(ledger):
     return MaxBytes(run_objects(SimpleNamespace(config=SimpleNamespace(max_bytes=100)), ledger=ledger))
 
 
-def played(part, ledger, size, *, one_off=False):
+def play_round(part, ledger, size, *, one_off=False):
     """Return a round in which a client is sent as many bytes.
 
     The stop before it, if it is not begun.
@@ -40,8 +40,8 @@ def played(part, ledger, size, *, one_off=False):
 def test_the_round_that_would_pass_the_bytes_is_not_begun():
     ledger = Ledger(1)
     part = at_most_100(ledger)
-    assert [played(part, ledger, size) for size in (30, 40)] == [None] * 2
-    stop = played(part, ledger, 1)  # 70 are spent, and a round took up to 40
+    assert [play_round(part, ledger, size) for size in (30, 40)] == [None] * 2
+    stop = play_round(part, ledger, 1)  # 70 are spent, and a round took up to 40
     assert (stop.name, stop.reason) == (
         "max-bytes", "70 bytes are spent, and a round takes up to 40 (--max-bytes 100)",
     )  # fmt: skip
@@ -51,23 +51,23 @@ def test_the_round_that_would_pass_the_bytes_is_not_begun():
 def test_a_round_that_fits_to_the_byte_is_begun():
     ledger = Ledger(1)
     part = at_most_100(ledger)
-    assert [played(part, ledger, 50) for _ in range(2)] == [None] * 2
-    assert played(part, ledger, 50) is not None
+    assert [play_round(part, ledger, 50) for _ in range(2)] == [None] * 2
+    assert play_round(part, ledger, 50) is not None
 
 
 def test_set_up_rounds_are_spent_and_never_left_out():
     ledger = Ledger(1)
     part = at_most_100(ledger)
-    assert played(part, ledger, 70, one_off=True) is None
-    assert played(part, ledger, 30) is None
-    assert played(part, ledger, 5, one_off=True) is None
-    assert played(part, ledger, 1).name == "max-bytes"
+    assert play_round(part, ledger, 70, one_off=True) is None
+    assert play_round(part, ledger, 30) is None
+    assert play_round(part, ledger, 5, one_off=True) is None
+    assert play_round(part, ledger, 1).name == "max-bytes"
 
 
 def test_what_a_round_took_survives_a_checkpoint():
     ledger = Ledger(1)
     part, again = at_most_100(ledger), at_most_100(ledger)
-    played(part, ledger, 60)
+    play_round(part, ledger, 60)
     assert again.before_round(record()) is None
     again.restore(json.loads(json.dumps(part.state())))
     assert again.before_round(record()) == part.before_round(record()) is not None

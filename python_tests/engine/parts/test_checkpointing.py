@@ -100,10 +100,10 @@ def test_the_folder_is_the_runs_own_before_a_round_and_before_a_checkpoint(tmp_p
     bench.round(2)
     assert bench.calls[1:] == ["alone", "alone", "commit", "sync"]
 
-    def taken():
+    def fail_as_taken():
         raise RuntimeError("taken over")
 
-    bench.run.store.check_lock = taken
+    bench.run.store.check_lock = fail_as_taken
     with pytest.raises(RuntimeError, match="taken over"):
         bench.part.round_end(record(4))
     assert len(bench.checkpoints.commits) == 1

@@ -18,7 +18,7 @@ def diagnoses(*, clients=True):
     return method, context, Diagnoses(run_objects(context, method=method, code=code(method), sets={}))
 
 
-def reported(part):
+def report_rounds(part):
     """Has a set-up round and two communication rounds report, the last one with a client far from the others."""
     part.round_end(record(-1, reports=[{"loss": 8.0, "samples": 3}], clients={"0": {"drift": 100.0}}))
     part.round_end(record(1, reports=[{"loss": 1.0}, {"loss": math.nan}]))
@@ -29,7 +29,7 @@ def reported(part):
 @pytest.mark.parametrize("resumed", [False, True])
 def test_diagnoses_of_what_clients_reported(resumed):
     method, context, part = diagnoses()
-    reported(part)
+    report_rounds(part)
     if resumed:
         state = stored(part.state())
         method, context, part = diagnoses()
@@ -47,7 +47,7 @@ def test_diagnoses_of_what_clients_reported(resumed):
 
 def test_diagnoses_of_private_clients_are_left_out():
     method, context, part = diagnoses(clients=False)
-    reported(part)
+    report_rounds(part)
     part.finish(Summary(nn.Identity(), metrics={"accuracy": 0.5}))
     assert method.observed is None
     assert [*context.notices.warnings] == ["known", "chance-level"]

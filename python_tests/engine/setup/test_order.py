@@ -21,7 +21,7 @@ KNOWN = {
 """What single parts and filters know of others, and why."""
 
 
-def held(kind: ast.ClassDef) -> set[str]:
+def find_attributes(kind: ast.ClassDef) -> set[str]:
     """Names that a class annotates or that its methods assign to ``self``."""
     names = {node.target.id for node in kind.body if isinstance(node, ast.AnnAssign)}
     for node in ast.walk(kind):
@@ -30,7 +30,7 @@ def held(kind: ast.ClassDef) -> set[str]:
     return names
 
 
-def known(name: str) -> set[str]:
+def find_imports(name: str) -> set[str]:
     """Return the modules of fedkern that a module of the engine imports, those of the engine without its name."""
     found = imported(f"fedkern.engine.{name}", ENGINE[name], FILES)
     return {name.removeprefix("fedkern.engine.") for name in found}
@@ -38,7 +38,7 @@ def known(name: str) -> set[str]:
 
 def test_no_class_of_the_engine_holds_more_than_18_things() -> None:
     kinds = {
-        f"{name}.{node.name}": held(node)
+        f"{name}.{node.name}": find_attributes(node)
         for name, path in ENGINE.items()
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.ClassDef)
@@ -51,19 +51,19 @@ def test_no_class_of_the_engine_holds_more_than_18_things() -> None:
 
 def test_the_loop_is_short_and_knows_little() -> None:
     assert len(ENGINE["rounds.loop"].read_text().splitlines()) <= 260
-    assert len(known("rounds.loop")) <= 16
-    assert known("rounds.loop") & {*PIECES} == SEAMS - {"uploads.encoders"}
+    assert len(find_imports("rounds.loop")) <= 16
+    assert find_imports("rounds.loop") & {*PIECES} == SEAMS - {"uploads.encoders"}
 
 
 def test_a_run_walks_two_lists_and_knows_no_part_or_filter_by_name() -> None:
     assert {*PARTS, USERS} == {*PART_ORDER}
     assert {*FILTERS, USERS} == {*FILTER_ORDER}
     for name in ("run", "setup.run_objects", "setup.order"):
-        assert known(name) & {*PIECES} <= SEAMS
+        assert find_imports(name) & {*PIECES} <= SEAMS
     tree = ast.parse(ENGINE["run"].read_text())
     assert sum(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree)) <= 30
 
 
 @pytest.mark.parametrize("name", PIECES)
 def test_a_part_or_filter_knows_no_other(name: str) -> None:
-    assert known(name) & {*PIECES} - SEAMS == KNOWN.get(name, set())
+    assert find_imports(name) & {*PIECES} - SEAMS == KNOWN.get(name, set())

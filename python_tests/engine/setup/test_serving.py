@@ -76,7 +76,7 @@ def guest(kind, seed=0):
 
 
 @pytest.fixture
-def played(make_config, make_data, tmp_path):
+def play(make_config, make_data, tmp_path):
     def play(name, kind=Guest, method="fedavg", **settings):
         config = make_config(method, width=None, lr=0.05, **settings)
         run(config, out=tmp_path / name, data=make_data(), script=ScriptObjects(guest(kind)))
@@ -97,9 +97,9 @@ def played(make_config, make_data, tmp_path):
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "as written: it has no convolutions"),
     ],
 )
-def test_the_record_says_what_is_served_or_why_not(kind, said, played):
-    assert load_settings(played("run", kind)).served.startswith(said)
-    assert load_settings(played("off", kind, accelerate="off")).served is None
+def test_the_record_says_what_is_served_or_why_not(kind, said, play):
+    assert load_settings(play("run", kind)).served.startswith(said)
+    assert load_settings(play("off", kind, accelerate="off")).served is None
 
 
 def test_the_header_says_it(make_config, make_data, tmp_path):
@@ -111,8 +111,8 @@ def test_the_header_says_it(make_config, make_data, tmp_path):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", [Guest, Rows])
 @pytest.mark.parametrize("method", ["fedavg", "moon", "scaffold", "fedproto"])
-def test_a_run_that_is_served_is_near_the_one_as_written(kind, method, played):
-    served, written = tensors(played("auto", kind, method)), tensors(played("off", kind, method, accelerate="off"))
+def test_a_run_that_is_served_is_near_the_one_as_written(kind, method, play):
+    served, written = tensors(play("auto", kind, method)), tensors(play("off", kind, method, accelerate="off"))
     assert any(not torch.equal(served[name], written[name]) for name in served)
     for name, value in served.items():
         torch.testing.assert_close(value, written[name], rtol=1e-2, atol=1e-2 * float(written[name].abs().max()) + 1e-4)
@@ -120,7 +120,7 @@ def test_a_run_that_is_served_is_near_the_one_as_written(kind, method, played):
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", [Guest, Rows])
-def test_stages_are_served(kind, played, monkeypatch):
+def test_stages_are_served(kind, play, monkeypatch):
     chains = []
 
     def serve(chain, dense):
@@ -130,23 +130,23 @@ def test_stages_are_served(kind, played, monkeypatch):
     served = calls._serve
     monkeypatch.setattr(calls, "_serve", serve)
     given = {"stages": "b1,b2"} if kind is Guest else {}
-    staged = tensors(played("auto", kind, "fedgid", **given))
+    staged = tensors(play("auto", kind, "fedgid", **given))
     assert len(chains) > 20
-    written = tensors(played("off", kind, "fedgid", accelerate="off", **given))
+    written = tensors(play("off", kind, "fedgid", accelerate="off", **given))
     for name, value in staged.items():
         torch.testing.assert_close(value, written[name], rtol=1e-2, atol=1e-2 * float(written[name].abs().max()) + 1e-4)
 
 
 @pytest.mark.usefixtures("forked_workers")
-def test_the_same_bits_in_workers_and_after_a_kill(played, make_config, make_data, tmp_path):
-    expected = played("one", workers="1", rounds=3)
-    assert same_network(expected, played("two", workers="2", rounds=3))
+def test_the_same_bits_in_workers_and_after_a_kill(play, make_config, make_data, tmp_path):
+    expected = play("one", workers="1", rounds=3)
+    assert same_network(expected, play("two", workers="2", rounds=3))
     config, how = make_config(width=None, lr=0.05, rounds=3), {"data": make_data(), "at": KillAt("round", 1)}
     again = kill_and_resume(config, out=tmp_path / "cut", script=ScriptObjects(guest(Guest)), **how)
     assert again == outcome(expected)
 
 
-def test_operators_that_compute_something_else_are_not_taken(played, monkeypatch):
+def test_operators_that_compute_something_else_are_not_taken(play, monkeypatch):
     served = calls._serve
 
     def wrong(chain, dense):
@@ -154,11 +154,11 @@ def test_operators_that_compute_something_else_are_not_taken(played, monkeypatch
         return None if found is None else found * 1.1
 
     monkeypatch.setattr(calls, "_serve", wrong)
-    out = played("run")
+    out = play("run")
     assert load_settings(out).served.startswith("as written: ")
     assert "is another one where operators compute it" in load_settings(out).served
     monkeypatch.undo()
-    assert same_network(out, played("off", accelerate="off"))
+    assert same_network(out, play("off", accelerate="off"))
 
 
 def test_what_a_run_hands_out_is_plain_and_its_figures_are_those_of_the_run(make_data, tmp_path):

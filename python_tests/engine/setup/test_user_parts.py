@@ -92,7 +92,7 @@ def file(tmp_path):
     return str(path)
 
 
-def noted(monkeypatch):
+def note_schedules(monkeypatch):
     """Return the names of the filters and parts of the runs that are played from now on, of one after another."""
     found = []
 
@@ -106,7 +106,7 @@ def noted(monkeypatch):
 
 
 def test_they_stand_in_their_place_of_every_run_of_their_plugin(file, make_data, make_config, tmp_path, monkeypatch):
-    found = noted(monkeypatch)
+    found = note_schedules(monkeypatch)
     config = make_config("fedavg", plugins=[file], max_update_norm=9.0, max_bytes=1e9, stop_at="halved>=1e9")
     run(config, out=tmp_path / "with", data=make_data())
     run(make_config("fedavg", rounds=1), out=tmp_path / "without", data=make_data())  # its plugin is loaded
@@ -177,7 +177,7 @@ def test_several_plugins_stand_in_the_order_of_the_run(tmp_path, make_config, ma
             f'from fedkern import Part, register_part\n@register_part("{name}")\nclass It(Part):\n    "A part."\n'
         )
     plugins.load(str(files["a"]))
-    found = noted(monkeypatch)
+    found = note_schedules(monkeypatch)
     run(make_config(plugins=[str(files["b"]), str(files["a"])], rounds=1), out=tmp_path / "run", data=make_data())
     assert [name for name in found[0][1] if name in files] == ["b", "a"]
 
@@ -190,7 +190,7 @@ def test_vectors_stay_on_the_gpu_where_no_filter_sees_them(needs_whole, make_dat
 
     Looking.needs_whole_upload = needs_whole
     monkeypatch.setattr(reduction, "has_room", lambda *_: True)
-    found = noted(monkeypatch)
+    found = note_schedules(monkeypatch)
     run(make_config("fedavg", rounds=1, workers="1"), out=tmp_path / "run", data=make_data())
     assert found[0][0] == ["bytes", *(["reduction"] * (not needs_whole)), "looking", "declared"]
 
@@ -208,7 +208,7 @@ class Mine({base}):
 """
 
 
-def written(folder, body="pass", kind="part", name="mine", base=None, doc='"Mine."'):
+def write_plugin(folder, body="pass", kind="part", name="mine", base=None, doc='"Mine."'):
     path = folder / "mine.py"
     base = base or kind.capitalize()
     path.write_text(PART.format(kind=kind, name=name, base=base, doc=doc, body=body))
@@ -228,7 +228,7 @@ def written(folder, body="pass", kind="part", name="mine", base=None, doc='"Mine
 )
 def test_a_plugin_that_registers_wrongly_is_refused(given, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        plugins.load(written(tmp_path, **given))
+        plugins.load(write_plugin(tmp_path, **given))
 
 
 FAULTS = {
@@ -259,7 +259,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_its_code_does_wrong_is_one_sentence_that_names_it(fault, make_data, make_config, tmp_path):
     body, kind, message = FAULTS[fault]
-    config = make_config("fedavg", plugins=[written(tmp_path, body, kind)], workers="1")
+    config = make_config("fedavg", plugins=[write_plugin(tmp_path, body, kind)], workers="1")
     with pytest.raises(UserError, match=message):
         run(config, out=tmp_path / "run", data=make_data())
     assert (tmp_path / "run").exists() == (fault == "state")  # a round is done then
@@ -267,12 +267,12 @@ def test_what_its_code_does_wrong_is_one_sentence_that_names_it(fault, make_data
 
 def test_another_exception_has_a_note_and_one_of_the_uploads_none(make_data, make_config, tmp_path):
     body = "def round_end(self, record): record.clients['x']"
-    config = make_config("fedavg", plugins=[written(tmp_path, body)], workers="1")
+    config = make_config("fedavg", plugins=[write_plugin(tmp_path, body)], workers="1")
     with pytest.raises(KeyError) as told:
         run(config, out=tmp_path / "run", data=make_data())
     assert told.value.__notes__ == ["The part's round_end of mine in round 1 failed (mine.py, line 7)."]
     body = "def combine(self, asked, uploads, note):\n        yield from uploads"
-    config = make_config("fedavg", plugins=[written(tmp_path, body, "filter")], workers="1", lr=1e30)
+    config = make_config("fedavg", plugins=[write_plugin(tmp_path, body, "filter")], workers="1", lr=1e30)
     with pytest.raises(UserError, match=r"^Client 0 diverged in round 1, batch"):
         run(config, out=tmp_path / "run", data=make_data())
 
@@ -282,7 +282,7 @@ def test_another_exception_has_a_note_and_one_of_the_uploads_none(make_data, mak
 )
 def test_noise_covers_no_filter_whose_uploads_may_follow_from_other_clients(body, make_data, make_config, tmp_path):
     pytest.importorskip("dp_accounting")
-    config = make_config("fedavg", plugins=[written(tmp_path, body, "filter")], dp_clip=1.0, dp_noise=1.0)
+    config = make_config("fedavg", plugins=[write_plugin(tmp_path, body, "filter")], dp_clip=1.0, dp_noise=1.0)
     with pytest.raises(UserError, match=r"^--dp-noise counts that .* and the filter mine keeps state or sees all"):
         run(config, out=tmp_path / "run", data=make_data())
     run(config.replace(dp_noise=0.0), out=tmp_path / "run", data=make_data())

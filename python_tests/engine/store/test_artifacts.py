@@ -185,7 +185,7 @@ def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_con
     (out / "pictures.json").unlink()
     before = {path.name for path in out.iterdir()}
 
-    def refused(name, content, *readers):
+    def check_refused(name, content, *readers):
         content_before = (out / name).read_bytes()
         (out / name).write_bytes(content(content_before))
         for look in (*readers, lambda out: write_pictures(out, data=data)):
@@ -194,12 +194,12 @@ def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_con
         assert {path.name for path in out.iterdir()} == before  # nothing was drawn, the list least of all
         (out / name).write_bytes(content_before)
 
-    refused("summary.json", lambda _: b"{", read_summary)
-    refused("summary.json", lambda data: data.replace(b'"all"', b'"ALL"'), read_summary)
-    refused("metrics.jsonl", lambda data: data.replace(b"accuracy", b"ACCURACY"), read_metrics)
-    refused("metrics.jsonl", lambda data: data[: len(data) // 2], read_metrics)
-    refused("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]), read_model)
-    refused("config.toml", lambda data: data.replace(b'records = "all"', b'records = "private"'))
+    check_refused("summary.json", lambda _: b"{", read_summary)
+    check_refused("summary.json", lambda data: data.replace(b'"all"', b'"ALL"'), read_summary)
+    check_refused("metrics.jsonl", lambda data: data.replace(b"accuracy", b"ACCURACY"), read_metrics)
+    check_refused("metrics.jsonl", lambda data: data[: len(data) // 2], read_metrics)
+    check_refused("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1]), read_model)
+    check_refused("config.toml", lambda data: data.replace(b'records = "all"', b'records = "private"'))
 
     def other(data):
         entries = read_shown(out)
@@ -207,8 +207,8 @@ def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_con
         states.save(tmp_path / "other", {"shown": rows})
         return (tmp_path / "other").read_bytes()
 
-    refused(artifacts.FILE, lambda _: b"{", read_shown)
-    refused(artifacts.FILE, other, read_shown)
+    check_refused(artifacts.FILE, lambda _: b"{", read_shown)
+    check_refused(artifacts.FILE, other, read_shown)
     assert write_pictures(out, data=data)
     unvouched(out)  # whoever sends the folder can forge what it says, but nothing that cannot be drawn
     image, table = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 2)

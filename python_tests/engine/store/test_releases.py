@@ -42,20 +42,20 @@ def cut(request, played_once, make_data, make_config, tmp_path):
     return tmp_path / "cut", go_on
 
 
-def kept(out):
+def read_releases(out):
     return [json.loads(line) for line in (out / "checkpoints" / NAME).read_text().splitlines()]
 
 
 def test_what_is_released_again_counts_once(cut):
     out, go_on = cut
     plan = Checkpoints(out).peek()["plan"]
-    before = kept(out)
+    before = read_releases(out)
     assert [row[1:3] for row in before if row[0] == plan] == [["images 0", 0], ["images 0", 1], ["images 0", 2],
                                                               ["gradients 0", 0], ["gradients 0", 1]]  # fmt: skip
     assert 0.99 * 5 < go_on()["privacy"]["epsilon_covered"] <= 5  # what all releases of the plan cost once
     # What a kept checkpoint would replay is there, nothing older.
     entries = Checkpoints(out)._read_manifest()
-    rows = kept(out)
+    rows = read_releases(out)
     assert {row[0] for row in rows} == {entries[0]["plan"]}
     assert [row for row in rows if row[0] == plan][:5] == [row for row in before if row[0] == plan]
 
@@ -68,7 +68,7 @@ def test_secrets_are_kept_before_the_first_round_that_may_be_cut(cut):
 def test_another_processor_device_or_version_is_refused_before_anything_leaves(cut, monkeypatch):
     """Their last bits differ: the same noise on both values would tell the difference."""
     out, go_on = cut
-    handed, rows, before = [], fediod_client.Answers._realism_rows, kept(out)
+    handed, rows, before = [], fediod_client.Answers._realism_rows, read_releases(out)
 
     def others(self, pending, k):
         return rows(self, pending, k) * (1 + 2**-12)
@@ -79,7 +79,7 @@ def test_another_processor_device_or_version_is_refused_before_anything_leaves(c
     with pytest.raises(UserError, match=r"after client 0 had released its answer, and what would be released in its"):
         go_on()
     assert len(handed) == 1
-    assert kept(out) == before
+    assert read_releases(out) == before
     monkeypatch.undo()
     with monkeypatch.context() as patch:  # other noise on the same answer, as of another stream or a lost secret
         patch.setattr(private_messages, "secret", lambda client, options: "0" * 32)

@@ -129,7 +129,7 @@ class Hooks:
         return {"parameters": NOW, "buffers": VARIANCES["now"]}
 
 
-def counted(text, stale, entry=None):
+def combine(text, stale, entry=None):
     """Return the parameters and buffers that the server gets of an upload."""
     asked = ExchangeRequest(
         Phase(5, "train", "update"), entry or Round(), 5, 1, (0,), Hooks(), {0: {"parameters": SENT}}, {0: 5 - stale}
@@ -145,24 +145,24 @@ def counted(text, stale, entry=None):
 
 @pytest.mark.parametrize(("stale", "weight"), [(3, 0.5), (8, 1 / 3)])
 def test_fedbuff_adds_the_change_of_what_was_sent_weighed_by_its_age(stale, weight):
-    parameters, buffers = counted("fedbuff", stale)
+    parameters, buffers = combine("fedbuff", stale)
     torch.testing.assert_close(parameters, NOW + weight * (OWN - SENT))
     assert buffers is VARIANCES["own"]  # no change is added to a variance
-    flat = counted("fedbuff:staleness=0", stale)[0]
+    flat = combine("fedbuff:staleness=0", stale)[0]
     torch.testing.assert_close(flat, NOW + OWN - SENT)
 
 
 def test_an_upload_that_is_not_stale_is_as_in_a_synchronous_round():
-    parameters, buffers = counted("fedbuff", 0)
+    parameters, buffers = combine("fedbuff", 0)
     assert parameters is OWN
     assert buffers is VARIANCES["own"]
     for text in ("fedbuff", "fedasync"):
-        assert counted(text, 0, Round(one_off=True)) == (OWN, VARIANCES["own"])
+        assert combine(text, 0, Round(one_off=True)) == (OWN, VARIANCES["own"])
 
 
 @pytest.mark.parametrize(("stale", "weight"), [(0, 0.6), (3, 0.3)])
 def test_fedasync_goes_a_part_of_the_way_to_the_upload(stale, weight):
-    parameters, buffers = counted("fedasync", stale)
+    parameters, buffers = combine("fedasync", stale)
     torch.testing.assert_close(parameters, (1 - weight) * NOW + weight * OWN)
     torch.testing.assert_close(buffers, (1 - weight) * VARIANCES["now"] + weight * VARIANCES["own"])
 

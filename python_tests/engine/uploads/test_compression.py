@@ -34,13 +34,13 @@ class Hooks:
         return message
 
 
-def asked(sent, entry=None):
+def request(sent, entry=None):
     return ExchangeRequest(
         Phase(3, "train", "update"), entry or Round("train"), 3, len(sent), tuple(sent), Hooks(), sent
     )
 
 
-def drawn(size):
+def draw_half(size):
     return torch.full((size,), 0.5)
 
 
@@ -49,18 +49,18 @@ def drawn(size):
 
 def test_the_largest_coordinates_travel_and_of_equal_ones_the_first():
     vector = torch.tensor([1.0, -3.0, 0.5, 3.0, -1.0, 1.0, 0.0, -0.0, 2.0, 1.0])
-    sent = TopK(0.5).compress(vector, drawn)
+    sent = TopK(0.5).compress(vector, draw_half)
     assert sent["indices"].tolist() == [0, 1, 3, 4, 8]
     assert sent["indices"].dtype == torch.int32
     assert sent["values"].tolist() == [1.0, -3.0, 3.0, -1.0, 2.0]
     assert TopK(0.5).restore(sent, 10).tolist() == [1.0, -3.0, 0.0, 3.0, -1.0, 0.0, 0.0, 0.0, 2.0, 0.0]
-    assert TopK(1e-3).compress(torch.zeros(7), drawn)["indices"].tolist() == [0]  # at least one
+    assert TopK(1e-3).compress(torch.zeros(7), draw_half)["indices"].tolist() == [0]  # at least one
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000, 4099])
 def test_top_k_is_what_sorting_gives(size):
     vector = torch.randint(-9, 10, (size,)).float()
-    sent = TopK(0.1).compress(vector, drawn)
+    sent = TopK(0.1).compress(vector, draw_half)
     count = max(1, round(0.1 * size))
     order = sorted(range(size), key=lambda i: (-abs(float(vector[i])), i))[:count]
     assert sent["indices"].tolist() == sorted(order)
@@ -92,7 +92,7 @@ def test_rounding_is_right_on_average():
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-40, 3e38])
 def test_levels_of_extreme_values_are_finite(value):
     vector = torch.tensor([value, -value, value / 2])
-    sent = Int8().compress(vector, drawn)
+    sent = Int8().compress(vector, draw_half)
     assert why_refused(sent, Int8().declare(3)) == ""
     assert bool((Int8().restore(sent, 3) - vector).abs().max() <= value * (1 if value < 1e-39 else 0.01))
 
@@ -100,12 +100,12 @@ def test_levels_of_extreme_values_are_finite(value):
 # -- error feedback ----------------------------------------------------------------------------------------------------
 
 
-def encoded(text, updates, start=None, seed=0):
+def encode(text, updates, start=None, seed=0):
     """Return a client's compressed updates of several rounds, as the server decodes them, and its last residual."""
     start = torch.randn(updates.shape[1]) if start is None else start
     compression, state, found = Compression(text, seed), {}, []
     for update in updates:
-        exchange = asked(sent={0: {"parameters": start}})
+        exchange = request(sent={0: {"parameters": start}})
         encoder = compression.encoders(exchange)[0]
         message, checked = encoder.encode(Departure(0, {}, {"parameters": start + update, "loss": 1.0}, state=state))
         assert checked is None
@@ -119,7 +119,7 @@ def encoded(text, updates, start=None, seed=0):
 @pytest.mark.parametrize("text", HOW)
 def test_what_is_lost_comes_later(text):
     updates = torch.randn(12, 1500)
-    found, residual = encoded(text, updates)
+    found, residual = encode(text, updates)
     torch.testing.assert_close(found.sum(0) + residual, updates.sum(0), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found[0], updates[0], atol=1e-3)
     assert float(residual.norm()) > 0
@@ -128,22 +128,22 @@ def test_what_is_lost_comes_later(text):
 def test_an_update_that_is_sent_often_arrives_whole():
     """Without memory the small coordinates would never travel."""
     update = torch.linspace(1, 2, 20)
-    found, _ = encoded("topk:share=0.1", update.repeat(400, 1), torch.zeros(20))
+    found, _ = encode("topk:share=0.1", update.repeat(400, 1), torch.zeros(20))
     torch.testing.assert_close(found.mean(0), update, rtol=0.1, atol=0)
 
 
 def test_draws_are_those_of_the_round_and_the_client():
     start, end = torch.randn(2, 500)
 
-    def sent(seed=3, client=0, **phase):
-        exchange = asked({k: {"parameters": start} for k in (0, 1)})
+    def send(seed=3, client=0, **phase):
+        exchange = request({k: {"parameters": start} for k in (0, 1)})
         encoder = Compression("int8", seed).encoders(replace(exchange, phase=replace(exchange.phase, **phase)))[client]
         return encoder.encode(Departure(client, {}, {"parameters": end}))[0]["parameters"]["levels"]
 
-    once = sent()
-    assert torch.equal(sent(), once)
+    once = send()
+    assert torch.equal(send(), once)
     assert not any(
-        torch.equal(draw, once) for draw in (sent(seed=4), sent(client=1), sent(round=4), sent(exchange="joint"))
+        torch.equal(draw, once) for draw in (send(seed=4), send(client=1), send(round=4), send(exchange="joint"))
     )
 
 
@@ -153,7 +153,7 @@ def test_draws_are_those_of_the_round_and_the_client():
      {"parameters": torch.tensor([0.0, torch.nan, 0.0])}, {"parameters": "much"}],
 )  # fmt: skip
 def test_an_upload_that_does_not_fit_travels_as_it_is(upload):
-    compression, exchange, state = Compression("int8", 0), asked(sent={0: {"parameters": torch.zeros(3)}}), {}
+    compression, exchange, state = Compression("int8", 0), request(sent={0: {"parameters": torch.zeros(3)}}), {}
     message, _ = compression.encoders(exchange)[0].encode(Departure(0, {}, upload, state=state))
     assert message is upload
     assert state == {}
@@ -164,11 +164,11 @@ def test_an_upload_that_does_not_fit_travels_as_it_is(upload):
 
 @pytest.mark.parametrize("declared", [{"logits": torch.zeros(3)}, {"parameters": torch.zeros(3, 2)}, {}])
 def test_other_uploads_have_no_encoder(declared):
-    assert Compression("int8", 0).encoders(asked(sent={0: declared})) == {}
+    assert Compression("int8", 0).encoders(request(sent={0: declared})) == {}
 
 
 def test_clients_that_work_together_are_refused():
-    exchange = asked({0: {"parameters": torch.zeros(3)}}, Round("train", cohort=True))
+    exchange = request({0: {"parameters": torch.zeros(3)}}, Round("train", cohort=True))
     with pytest.raises(UserError, match=r'int8 is for clients that work on their own, .* "train" work together'):
         Compression("int8", 0).encoders(exchange)
 
@@ -193,7 +193,7 @@ FORGED = {
 @pytest.mark.parametrize("text", FORGED)
 def test_what_no_client_of_fedkern_sends_is_refused(text):
     start = torch.zeros(40)
-    compression, exchange = Compression(text, 0), asked(sent={0: {"parameters": start}})
+    compression, exchange = Compression(text, 0), request(sent={0: {"parameters": start}})
     encoder = compression.encoders(exchange)[0]
     honest, _ = encoder.encode(Departure(0, {}, {"parameters": torch.arange(40.0)}))
     assert compression.decode(Arrival(exchange, 0, honest)) == ""
@@ -216,11 +216,11 @@ def settle(make_small):
     return make
 
 
-def uploaded(out):
+def bytes_up(out):
     return json.loads((out / "summary.json").read_text())["bytes"]["up"]
 
 
-def stored(out):
+def read_states(out):
     """Return the states of all clients that have one."""
     checkpoints = Checkpoints(out)
     checkpoints.open()
@@ -228,7 +228,7 @@ def stored(out):
 
 
 def residuals(out):
-    return {k: state[STATES]["compress"] for k, state in stored(out).items() if STATES in state}
+    return {k: state[STATES]["compress"] for k, state in read_states(out).items() if STATES in state}
 
 
 def same(left, right):
@@ -245,7 +245,7 @@ def test_every_method_that_averages_compresses(text, method, settle, tmp_path):
     config, data = settle(method, compress=text)
     run(config, out=tmp_path / "compressed", data=data)
     run(config.replace(compress=None), out=tmp_path / "whole", data=data)
-    assert uploaded(tmp_path / "compressed") < uploaded(tmp_path / "whole")
+    assert bytes_up(tmp_path / "compressed") < bytes_up(tmp_path / "whole")
     kept = residuals(tmp_path / "compressed")
     assert len(kept) == 3
     assert all(float(vector.norm()) > 0 for own in kept.values() for vector in own.values())
@@ -257,7 +257,7 @@ def test_bytes_are_those_that_travel(make_data, make_config, tmp_path):
     sizes = {}
     for name, text in (("whole", None), ("topk", "topk:share=0.05"), ("int8", "int8")):
         run(config.replace(compress=text), out=tmp_path / name, data=make_data())
-        sizes[name] = uploaded(tmp_path / name)
+        sizes[name] = bytes_up(tmp_path / name)
     parameters = sizes["whole"] // (2 * 3 * 4)
     assert sizes["whole"] == 2 * 3 * 4 * parameters
     assert sizes["topk"] == 2 * 3 * 8 * round(0.05 * parameters)
@@ -345,7 +345,7 @@ def test_a_lost_upload_leaves_the_residual_as_it_was(loss, make_data, make_confi
     for rounds in (2, 3):
         for k, own in after[rounds - 1].items():
             assert torch.equal(after[rounds][k]["update"], own["update"]) == (k in lost[rounds - 1]), (rounds, k)
-    assert "x" not in stored(tmp_path / "3")[1]
+    assert "x" not in read_states(tmp_path / "3")[1]
 
 
 @pytest.mark.sampled(1)
@@ -369,7 +369,7 @@ def test_sums_on_the_gpu_are_of_what_the_server_reads(make_data, make_config, tm
     for name, stays in (("gpu", True), ("host", False)):
         monkeypatch.setattr("fedkern.engine.uploads.reduction.has_room", lambda *_, stays=stays: stays)
         run(config, out=tmp_path / name, data=make_data())
-    assert uploaded(tmp_path / "gpu") == uploaded(tmp_path / "host")
+    assert bytes_up(tmp_path / "gpu") == bytes_up(tmp_path / "host")
     gpu, host = (read_metrics(tmp_path / name)[0]["clients"] for name in ("gpu", "host"))
     assert gpu == host
 

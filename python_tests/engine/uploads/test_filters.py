@@ -32,15 +32,15 @@ class Hooks:
         return message
 
 
-def asked(entry=None, clients=(0, 1), sent=None):
+def request(entry=None, clients=(0, 1), sent=None):
     sent = {k: {"parameters": START} for k in clients} if sent is None else sent
     return ExchangeRequest(
         Phase(3, "train", "update"), entry or Round("train"), 3, len(clients), tuple(clients), Hooks(), sent
     )
 
 
-def arrived(upload, **given):
-    return Arrival(asked(**given), 0, upload)
+def arrive(upload, **given):
+    return Arrival(request(**given), 0, upload)
 
 
 def test_an_update_counts_from_what_its_client_was_sent():
@@ -59,11 +59,11 @@ def test_an_update_counts_from_what_its_client_was_sent():
 
 
 def test_a_filter_that_overrides_nothing_lets_all_pass():
-    upload, uploads = arrived({"parameters": START}), iter([Upload(0, 1, {})])
+    upload, uploads = arrive({"parameters": START}), iter([Upload(0, 1, {})])
     assert Filter().decode(upload) == ""
     assert upload.message["parameters"] is START
-    assert Filter().combine(asked(), uploads, None) is uploads
-    assert Filter().encoders(asked()) == {}
+    assert Filter().combine(request(), uploads, None) is uploads
+    assert Filter().encoders(request()) == {}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_filter_that_overrides_nothing_lets_all_pass():
     ],
 )
 def test_what_is_not_as_declared_is_refused(upload, why):
-    arrival = arrived(upload)
+    arrival = arrive(upload)
     said = Declared().decode(arrival)
     assert said.startswith(why)
     assert bool(said) == bool(why)
@@ -87,16 +87,16 @@ def test_what_is_not_as_declared_is_refused(upload, why):
 
 
 def test_what_was_checked_at_the_client_is_not_checked_again():
-    arrival = Arrival(asked(), 0, {"parameters": "stays there"}, {"drift": 2.0})
+    arrival = Arrival(request(), 0, {"parameters": "stays there"}, {"drift": 2.0})
     assert Declared().decode(arrival) == ""
     assert arrival.info == {"drift": 2.0}
 
 
 def test_an_empty_upload_that_is_allowed_has_no_message():
-    arrival = arrived({}, sent={0: {"parameters": Maybe(START)}})
+    arrival = arrive({}, sent={0: {"parameters": Maybe(START)}})
     assert Declared().decode(arrival) == ""
     assert arrival.message is None
-    nothing = arrived({}, sent={0: {}})
+    nothing = arrive({}, sent={0: {}})
     assert Declared().decode(nothing) == ""
     assert nothing.message == {}  # all that is declared
 
@@ -104,7 +104,7 @@ def test_an_empty_upload_that_is_allowed_has_no_message():
 @pytest.mark.parametrize("length", [0.5, 4.0, 6.0])
 def test_long_updates_are_clipped_and_longer_ones_refused(length):
     change = torch.tensor([0.0, 0.6, 0.8]) * length
-    arrival = arrived({"parameters": START + change})
+    arrival = arrive({"parameters": START + change})
     said = NormBounds(largest=5.0, clip=2.0).decode(arrival)
     if length > 5:
         assert said == "has an update of norm 6 where --max-update-norm allows 5"
@@ -115,7 +115,7 @@ def test_long_updates_are_clipped_and_longer_ones_refused(length):
 
 
 def test_bounds_look_at_parameters_alone():
-    arrival = arrived({"histogram": START * 1e9}, sent={0: {"histogram": START}, 1: {}})
+    arrival = arrive({"histogram": START * 1e9}, sent={0: {"histogram": START}, 1: {}})
     assert NormBounds(largest=1.0, clip=1.0).decode(arrival) == ""
     assert arrival.info == {}
 
@@ -124,11 +124,11 @@ def test_bounds_look_at_parameters_alone():
 def test_bytes_are_booked_and_a_missing_upload_where_nobody_may_know(hidden):
     ledger = Ledger(2)
     booking = Bytes(ledger, hidden)
-    booking.on_sent(asked(), 0, {"parameters": START})
+    booking.on_sent(request(), 0, {"parameters": START})
     assert (ledger.total_down, ledger.total_up) == (12, 0)
-    booking.decode(arrived({"parameters": START, "samples": 3}))
+    booking.decode(arrive({"parameters": START, "samples": 3}))
     assert ledger.total_up == 12 + 8
-    booking.on_missing(arrived(None), failed=True)
+    booking.on_missing(arrive(None), failed=True)
     assert ledger.total_up == 12 + 8 + 12 * hidden
     assert ledger.rounds == {"train": {"up": ledger.total_up, "down": 12}}
 
@@ -136,9 +136,9 @@ def test_bytes_are_booked_and_a_missing_upload_where_nobody_may_know(hidden):
 def test_set_up_rounds_are_booked_apart_and_others_not_at_all():
     ledger = Ledger(2)
     booking = Bytes(ledger, hidden=False)
-    booking.on_sent(asked(Round("setup", one_off=True)), 1, {"parameters": START})
+    booking.on_sent(request(Round("setup", one_off=True)), 1, {"parameters": START})
     assert (ledger.total_down, ledger.one_off_down) == (0, [0, 12])
-    booking.on_sent(asked(Round("audit", counted=False)), 1, {"parameters": START})
+    booking.on_sent(request(Round("audit", counted=False)), 1, {"parameters": START})
     assert ledger.summary()["total"] == 12
 
 
@@ -147,7 +147,7 @@ def test_a_round_is_booked_exchange_by_exchange():
     ledger, entry = Ledger(2), Round(exchanges=("update", "figures"), counted=("update",))
     booking = Bytes(ledger, hidden=True)
     for name in entry.exchanges:
-        exchange = dataclasses.replace(asked(entry), phase=Phase(0, "train", name))
+        exchange = dataclasses.replace(request(entry), phase=Phase(0, "train", name))
         booking.on_sent(exchange, 1, {"parameters": START})
         booking.decode(Arrival(exchange, 1, {"accuracy": 0.5}))
     assert ledger.exchanges == {"update": {"up": 8, "down": 12}}
@@ -156,14 +156,14 @@ def test_a_round_is_booked_exchange_by_exchange():
 def test_a_client_that_released_something_else_before_ends_the_run(tmp_path):
     released = Releases(tmp_path)
     released.open(0)
-    ClientDigests(released).decode(arrived({"parameters": START}))
-    ClientDigests(released).on_missing(Arrival(asked(), 1), failed=True)
-    ClientDigests(released).on_missing(Arrival(asked(), 0), failed=False)  # nothing was released
+    ClientDigests(released).decode(arrive({"parameters": START}))
+    ClientDigests(released).on_missing(Arrival(request(), 1), failed=True)
+    ClientDigests(released).on_missing(Arrival(request(), 0), failed=False)  # nothing was released
     again = Releases(tmp_path)
     again.open(0)
-    ClientDigests(again).decode(arrived({"parameters": START.clone()}))
+    ClientDigests(again).decode(arrive({"parameters": START.clone()}))
     with pytest.raises(UserError, match="after client 1 had released its answer"):
-        ClientDigests(again).decode(Arrival(asked(), 1, {"parameters": START}))
+        ClientDigests(again).decode(Arrival(request(), 1, {"parameters": START}))
     assert len((tmp_path / "releases.jsonl").read_text().splitlines()) == 2
     assert DIVERGED not in (tmp_path / "releases.jsonl").read_text()  # a digest
 
@@ -171,7 +171,7 @@ def test_a_client_that_released_something_else_before_ends_the_run(tmp_path):
 def test_where_the_server_releases_every_upload_is_noted_before_it_goes_on(tmp_path):
     releases = Releases(tmp_path)
     releases.open(0)
-    handed = ServerDigests(releases).combine(asked(), iter([Upload(-1, 1, {"parameters": START})]), None)
+    handed = ServerDigests(releases).combine(request(), iter([Upload(-1, 1, {"parameters": START})]), None)
     assert not (tmp_path / "releases.jsonl").exists()
     assert next(handed).message["parameters"] is START
     assert len((tmp_path / "releases.jsonl").read_text().splitlines()) == 1
@@ -203,7 +203,7 @@ def test_encoders_change_an_upload_one_after_another_each_with_a_state_of_its_ow
 
 
 def test_vectors_that_are_only_added_up_stay_on_the_gpu():
-    encoders = Reduction().encoders(asked())
+    encoders = Reduction().encoders(request())
     assert [encoders[k] for k in (0, 1)] == 2 * [Reducing(("parameters",), {"parameters": like(START)})]
     upload, checked = encoders[1].encode(Departure(1, {"parameters": START}, made := {"parameters": START + 1}))
     assert upload is made
@@ -212,7 +212,7 @@ def test_vectors_that_are_only_added_up_stay_on_the_gpu():
 
 @pytest.mark.parametrize("upload", [{"parameters": START * math.inf}, {}])
 def test_an_upload_that_does_not_fit_comes_to_the_host_unchecked(upload):
-    found, checked = Reduction().encoders(asked())[0].encode(Departure(0, {"parameters": START}, upload))
+    found, checked = Reduction().encoders(request())[0].encode(Departure(0, {"parameters": START}, upload))
     assert found.keys() == upload.keys()
     assert all(torch.equal(found[name], upload[name]) for name in upload)
     assert checked is None

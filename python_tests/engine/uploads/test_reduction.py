@@ -102,13 +102,13 @@ def test_a_measured_norm_is_that_of_the_vector_that_was_measured():
     left = start + 1
     drift = Drift(left, left._version, torch.tensor(7.0))
 
-    def told(vector):
+    def drift_of(vector):
         return encoder.encode(Departure(0, {"parameters": start}, {"parameters": vector}, drift=drift))[1]["drift"]
 
-    assert told(left) == 7
-    assert told(left.clone()) == pytest.approx(3**0.5)
+    assert drift_of(left) == 7
+    assert drift_of(left.clone()) == pytest.approx(3**0.5)
     left += 1
-    assert told(left) == pytest.approx(12**0.5)
+    assert drift_of(left) == pytest.approx(12**0.5)
 
 
 def test_an_accumulator_follows_its_first_vector():

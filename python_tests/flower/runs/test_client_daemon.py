@@ -89,7 +89,7 @@ def wait_for_none() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _ended():
+def _end_daemons():
     yield
     node_process.drop_clients()
     for pid in daemons():
@@ -97,7 +97,7 @@ def _ended():
     wait_for_none()
 
 
-def told(packed):
+def answer_of(packed):
     """Return an answer without its duration."""
     found = unpack_value(packed)
     plain = {name: value for name, value in found.items() if name not in ("seconds", "message")}
@@ -106,12 +106,12 @@ def told(packed):
 
 def test_a_daemon_gives_the_bits_of_this_process_and_stays(message, tmp_path):
     local = node_process.answer_message(header(), message, RUN, node(tmp_path / "here"), print)
-    assert told(local)[0]["problem"] is None
+    assert answer_of(local)[0]["problem"] is None
     remote = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
-    assert told(remote) == told(local)
+    assert answer_of(remote) == answer_of(local)
     (daemon,) = daemons()
     again = client_daemon.ask_daemon(header(round=1), message, RUN, node(tmp_path), print, 60)
-    assert told(again)[0]["problem"] is None
+    assert answer_of(again)[0]["problem"] is None
     assert daemons() == [daemon]
 
 
@@ -128,7 +128,7 @@ def test_a_daemon_ends_when_no_message_comes_and_the_next_starts_another(message
     answer = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 0.2)
     wait_for_none()
     again = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 0.2)
-    assert told(again) == told(answer)
+    assert answer_of(again) == answer_of(answer)
 
 
 @pytest.mark.exhaustive
@@ -136,7 +136,7 @@ def test_a_killed_daemon_is_replaced(message, tmp_path):
     answer = client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)
     os.kill(*daemons(), signal.SIGKILL)
     wait_for_none()
-    assert told(client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)) == told(answer)
+    assert answer_of(client_daemon.ask_daemon(header(), message, RUN, node(tmp_path), print, 60)) == answer_of(answer)
 
 
 def test_a_daemon_ends_with_its_run(message, tmp_path):
@@ -148,7 +148,7 @@ def test_a_daemon_ends_with_its_run(message, tmp_path):
     client_daemon.end_daemon("0" * 32, node(tmp_path))
     wait_until(lambda: len(daemons()) == 1, 20)
     again = client_daemon.ask_daemon(header(run="1" * 32, round=1), message, RUN, node(tmp_path), print, 60)
-    assert told(again)[0]["problem"] is None
+    assert answer_of(again)[0]["problem"] is None
 
 
 def test_a_silent_connection_holds_nobody_up(message, tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_silent_connection_holds_nobody_up(message, tmp_path, monkeypatch):
         silent.connect(client_daemon._name("0" * 32, node(tmp_path)))
         silent.sendall(b"\0\0")  # the beginning of a message
         again = client_daemon.ask_daemon(header(round=1), message, RUN, node(tmp_path), print, 60)
-    assert told(again)[0]["problem"] is None
+    assert answer_of(again)[0]["problem"] is None
     assert daemons() == [daemon]
 
 

@@ -33,7 +33,7 @@ from fedkern.methods import FedAvg, method_registry
 from fedkern.ops._core.backend import active_isa
 from fedkern.settings.config import RunConfig
 from python_tests.engine.executors.test_ranks import OF_ROWS
-from python_tests.flower.node_grid import NodeGrid, lost, silent
+from python_tests.flower.node_grid import NodeGrid, report_gone, silent
 from python_tests.interrupted import outcome
 from python_tests.test_own_dataset import NEED_PUBLIC, SERVING, words_of, write_images
 
@@ -101,7 +101,7 @@ def same(found, expected, method):
     assert found[2]["metrics"].items() <= expected[2]["metrics"].items()
 
 
-def dropped(out):
+def dropped_clients(out):
     return [entry for record in read_metrics(out) for entry in record.get("dropped", [])]
 
 
@@ -211,7 +211,7 @@ def test_a_private_run_tells_no_more_than_in_one_process(tmp_path):
     assert found[2]["privacy"] == expected[2]["privacy"]
     assert "wire" not in json.loads((tmp_path / "run/summary.json").read_text())
     assert [record.keys() for record in found[1]] == [record.keys() for record in expected[1]]
-    assert not dropped(tmp_path / "run")
+    assert not dropped_clients(tmp_path / "run")
     assert all(path.stat().st_size for path in (tmp_path / "cache" / "flower").glob("*/client-*/releases.jsonl"))
 
 
@@ -317,11 +317,11 @@ def changed_reply(change):
 def with_text(change):
     """Return a node whose reply has another JSON tree beside its tensors."""
 
-    def changed(packed):
+    def change_text(packed):
         text = head_of(packed)["__metadata__"][ABOUT]
         return save(load(packed), {ABOUT: change(text)})
 
-    return changed_reply(changed)
+    return changed_reply(change_text)
 
 
 def head_of(packed):
@@ -329,19 +329,19 @@ def head_of(packed):
 
 
 def with_upload(change):
-    def changed(packed):
+    def change_message(packed):
         found = unpack_value(packed)
         return pack_value({**found, "message": change(found["message"])})
 
-    return changed_reply(changed)
+    return changed_reply(change_message)
 
 
-def scaled(by):
+def scale_upload(by):
     return with_upload(lambda upload: {**upload, "parameters": upload["parameters"] * by})
 
 
 REFUSED = {
-    "NaN": (scaled(float("nan")), "holds NaN or infinite values in parameters"),
+    "NaN": (scale_upload(float("nan")), "holds NaN or infinite values in parameters"),
     "shape": (with_upload(lambda upload: {"parameters": torch.zeros(3)}), "has parameters of shape [3]"),
     "more": (with_upload(lambda upload: {**upload, "more": torch.zeros(9)}), "should not hold more"),
     "text": (with_text(lambda text: "{"), "cannot be read"),
@@ -410,7 +410,7 @@ def test_whatever_a_reply_holds_it_is_left_out_by_name_and_the_run_goes_on(tmp_p
     run_config = settings("scaffold", clients=len(faults) + 1, partition="iid", **{"train-samples": 300})
     by_client = {(k, 0): fault for k, fault in enumerate(faults, start=1)}
     over_flower(run_config, tmp_path / "run", range(len(faults) + 1), by_client)
-    entries = {entry["client"]: entry for entry in dropped(tmp_path / "run")}
+    entries = {entry["client"]: entry for entry in dropped_clients(tmp_path / "run")}
     ledger = 1 + len(REFUSED) + [*UNREADABLE].index("a ledger of text")  # without a guarantee nobody reads a ledger
     assert [*entries] == [k for k in range(1, len(faults) + 1) if k != ledger]
     assert {entry["round"] for entry in entries.values()} == {1}
@@ -432,7 +432,7 @@ def test_an_exception_while_a_reply_is_read_leaves_it_out(tmp_path, monkeypatch)
 
     monkeypatch.setattr(node_executor, "read_reply", failing)
     over_flower(settings("fedavg", rounds=1), tmp_path / "run")
-    (entry,) = dropped(tmp_path / "run")
+    (entry,) = dropped_clients(tmp_path / "run")
     assert "cannot be read (MemoryError: no room)" in entry["reason"]
 
 
@@ -453,19 +453,19 @@ def test_names_of_all_replies_are_few(tmp_path, monkeypatch):
     monkeypatch.setattr(node_executor, "MOST_NAMES", 20)
     faults = {(1, i): replied_with(warnings={f"w{i}-{j}": "no" for j in range(10)}) for i in range(3)}
     over_flower(settings("fedavg", rounds=3), tmp_path / "run", faults=faults)
-    assert [entry["round"] for entry in dropped(tmp_path / "run")] == [2, 3]
+    assert [entry["round"] for entry in dropped_clients(tmp_path / "run")] == [2, 3]
 
 
 @pytest.mark.parametrize(
     ("fault", "why"),
     [(silent, "it had not answered after 0.2 seconds"),
-     pytest.param(lost, "its node was lost", marks=pytest.mark.exhaustive)],
+     pytest.param(report_gone, "its node was lost", marks=pytest.mark.exhaustive)],
     ids=["silent", "lost"],
 )  # fmt: skip
 def test_a_node_that_never_answers(fault, why, tmp_path):
     """The rounds after it are those of a run in which the client dropped out of this round."""
     over_flower(settings("scaffold", rounds=3), tmp_path / "run", faults={(1, 1): fault})
-    (entry,) = dropped(tmp_path / "run")
+    (entry,) = dropped_clients(tmp_path / "run")
     assert (entry["round"], entry["client"]) == (2, 1)
     assert entry["reason"].startswith(why)
     assert why in outcome(tmp_path / "run")[2]["diagnostics"]["missing-client-1"]
@@ -490,7 +490,7 @@ def test_nodes_that_are_not_there(refuses, tmp_path, caplog):
     grid = NodeGrid(settings("fedavg", out=str(tmp_path / "run")), range(3))
     grid.connected = [0, 2]
     server_app.play(grid, grid.run_config)
-    assert [entry["client"] for entry in dropped(tmp_path / "run")] == [1, 1]
+    assert [entry["client"] for entry in dropped_clients(tmp_path / "run")] == [1, 1]
     assert "clients-without-node" in outcome(tmp_path / "run")[2]["diagnostics"]
     assert all(re.search(rf"round {n} of 2: .* s, without client 1\n", caplog.text) for n in (1, 2))
     with refuses("No node of a client is connected after 0 seconds", "nobody"):
@@ -512,7 +512,7 @@ def test_a_node_with_another_form_of_the_messages_is_refused(tmp_path, monkeypat
     grid = Mixed(settings("fedavg", out=str(tmp_path / "run")), range(3))
     server_app.play(grid, grid.run_config)
     assert sentence in caplog.text
-    assert {(entry["client"], entry["reason"]) for entry in dropped(tmp_path / "run")} == {
+    assert {(entry["client"], entry["reason"]) for entry in dropped_clients(tmp_path / "run")} == {
         (1, "no node of it is connected")
     }
     grid = Mixed(settings("fedavg", out=str(tmp_path / "nobody")), range(3))
@@ -557,7 +557,7 @@ def test_a_failing_client(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(FedAvg, "client_update", raising)
     over_flower(settings("fedavg"), tmp_path / "skip")
-    reasons = {entry["reason"].partition(" (")[0] for entry in dropped(tmp_path / "skip")}  # without the line
+    reasons = {entry["reason"].partition(" (")[0] for entry in dropped_clients(tmp_path / "skip")}  # without the line
     assert reasons == {"ZeroDivisionError: nothing to divide by"}
     with pytest.raises(RunFailed, match="Client 1 failed in round 1: ZeroDivisionError"):
         over_flower(settings("fedavg", **{"on-error": "stop"}), tmp_path / "stop")
@@ -572,7 +572,7 @@ def test_data_that_are_not_on_the_node(tmp_path):
         return client_app.app(message, context)
 
     over_flower(settings("fedavg"), tmp_path / "run", faults={(2, 0): without_data})
-    (entry,) = dropped(tmp_path / "run")
+    (entry,) = dropped_clients(tmp_path / "run")
     assert "nowhere" in entry["reason"]
 
 
@@ -611,7 +611,7 @@ def test_messages_to_the_wrong_client(tmp_path):
         return client_app.app(message, context)
 
     over_flower(settings("fedavg"), tmp_path / "run", faults={(1, 0): elsewhere})
-    (entry,) = dropped(tmp_path / "run")
+    (entry,) = dropped_clients(tmp_path / "run")
     assert "is for client 1, and this node is client 0" in entry["reason"]
 
 

@@ -29,7 +29,7 @@ def clients(offset=3.0):
         yield torch.randn(n, WIDTH, generator=generator) @ mixing + offset * (labels[:, None] + 1), labels
 
 
-def pooled(batch=9):
+def pool(batch=9):
     server = FeatureStatistics(CLASSES, WIDTH)
     for features, labels in clients():
         own = FeatureStatistics(CLASSES, WIDTH)
@@ -43,7 +43,7 @@ def test_the_classifier_is_that_of_all_features():
     features, labels = (torch.cat(parts) for parts in zip(*clients(), strict=True))
     features = features.double()
     inverse = torch.linalg.inv(torch.cov(features.T))
-    head = pooled().classifier(shrinkage=False)
+    head = pool().classifier(shrinkage=False)
     for c in range(CLASSES):
         own = features[labels == c]
         mean = own.mean(0) if len(own) else features.mean(0)

@@ -68,13 +68,13 @@ def test_bytes_of_calibration(make_data, make_config, tmp_path):
 def test_bad_statistics_are_left_out_and_named(value, why, nobody, make_data, make_config, tmp_path, monkeypatch):
     real = OneShotFedAvg.client_update
 
-    def poisoned(self, client, phase, message):
+    def poison(self, client, phase, message):
         answer = real(self, client, phase, message)
         if "scatters" in answer and client.id in bad:
             answer["scatters"][0, 0] = value
         return answer
 
-    monkeypatch.setattr(OneShotFedAvg, "client_update", poisoned)
+    monkeypatch.setattr(OneShotFedAvg, "client_update", poison)
     bad = {2}
     config = make_config("ccvr", model="cnn", rounds=None, options=FAST, on_nan="skip")
     summary = run(config, out=tmp_path / "one", data=make_data())

@@ -18,7 +18,7 @@ PHASE = Phase(0, "train", "update")
 LR = 0.05
 
 
-def trained(make_data, make_config, option, **settings):
+def train(make_data, make_config, option, **settings):
     """One client's exchange with a control variate of its own.
 
     Returns what went in, what came out, and the bench.
@@ -36,7 +36,7 @@ def trained(make_data, make_config, option, **settings):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_option_two_is_the_published_quotient_under_plain_sgd(weight_decay, make_data, make_config):
-    message, own, answer, client, _ = trained(make_data, make_config, "II", local_epochs=2, weight_decay=weight_decay)
+    message, own, answer, client, _ = train(make_data, make_config, "II", local_epochs=2, weight_decay=weight_decay)
     steps = 2 * 3  # 20 samples in batches of 8
     quotient = own - message["control"] + (message["parameters"] - answer["parameters"]) / (steps * LR)
     if weight_decay:  # the optimiser's decay is no gradient of the loss, so it stays out
@@ -49,7 +49,7 @@ def test_option_two_is_the_published_quotient_under_plain_sgd(weight_decay, make
 @pytest.mark.parametrize(("settings", "atol"), [({}, 1e-6), ({"model": "resnet8", "freeze_bn_after": 0}, 1e-5)])
 def test_option_one_is_the_gradient_at_the_received_model(settings, atol, make_data, make_config):
     """With the statistics that were received where they are fixed."""
-    message, _, _, client, bench = trained(make_data, make_config, "I", **settings)
+    message, _, _, client, bench = train(make_data, make_config, "I", **settings)
     network = Network(bench.networks.build(), torch.device("cpu"))
     network.write(message)
     network.fixed = "freeze_bn_after" in settings
@@ -81,7 +81,7 @@ def test_a_variate_that_is_not_finite_is_refused_and_forgotten(make_data, make_c
 
 
 def test_local_steps_are_corrected_by_both_variates(make_data, make_config):
-    message, own, answer, _, bench = trained(make_data, make_config, "II", batch_size=20)  # a single step
+    message, own, answer, _, bench = train(make_data, make_config, "II", batch_size=20)  # a single step
     plain = Client(bench, 0, {}).train(FedAvg(), PHASE, {k: v for k, v in message.items() if k != "control"})
     expected = plain["parameters"] - LR * (message["control"] - own)
     torch.testing.assert_close(answer["parameters"], expected, rtol=1e-5, atol=1e-7)

@@ -33,7 +33,7 @@ def samples(offset: float = 3.0):
     return clients
 
 
-def pooled(clients, *, batch=9, **kind):
+def pool(clients, *, batch=9, **kind):
     server = ClassStatistics(CLASSES, WIDTH, **kind)
     for features, labels in clients:
         own = ClassStatistics(CLASSES, WIDTH, diagonal=server.diagonal)
@@ -43,15 +43,15 @@ def pooled(clients, *, batch=9, **kind):
     return server
 
 
-def concatenated(clients):
+def concatenate(clients):
     return torch.cat([x for x, _ in clients]).double(), torch.cat([y for _, y in clients])
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_pooled_covariance_is_the_sample_covariance_of_all_features(diagonal):
     clients = samples()
-    features, labels = concatenated(clients)
-    statistics = pooled(clients, diagonal=diagonal)
+    features, labels = concatenate(clients)
+    statistics = pool(clients, diagonal=diagonal)
     assert statistics.counts.tolist() == [*torch.bincount(labels, minlength=CLASSES)]
     for c in (0, 1):
         own = features[labels == c]
@@ -63,8 +63,8 @@ def test_pooled_covariance_is_the_sample_covariance_of_all_features(diagonal):
 
 def test_the_released_formula_is_an_uncentred_moment():
     clients = samples()
-    features, labels = concatenated(clients)
-    found = pooled(clients, compat=True)
+    features, labels = concatenate(clients)
+    found = pool(clients, compat=True)
     own = features[labels == 0]
     exact = torch.cov(own.T)
     assert (found.covariances()[0] - exact).abs().max() > 5  # the means' outer product stays in
@@ -76,12 +76,12 @@ def test_the_released_formula_is_an_uncentred_moment():
             population = (part - mean).T @ (part - mean) / len(part)
             expected += (len(part) - 1) * population + len(part) * torch.outer(mean, mean)
     torch.testing.assert_close(found.covariances()[0], expected / (len(own) - 1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.means, pooled(clients).means)
+    torch.testing.assert_close(found.means, pool(clients).means)
 
 
 def test_pooling_keeps_its_digits_far_from_zero():
     clients = [(x.double() + 1e4, y) for x, y in samples()]
-    features, labels = concatenated(clients)
+    features, labels = concatenate(clients)
     pool = ClassStatistics(CLASSES, WIDTH)
     for x, y in clients:
         pool.add(x, y)
@@ -123,7 +123,7 @@ def test_shrinkage_follows_the_number_of_samples():
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_virtual_features_have_the_moments(diagonal, monkeypatch):
     monkeypatch.setattr("fedkern.methods.common.calibration.PORTION_BYTES", 200_000)
-    statistics = pooled(samples(), diagonal=diagonal)
+    statistics = pool(samples(), diagonal=diagonal)
     portions = list(virtual_features(statistics, np.random.default_rng(0), 8000))
     assert len(portions) > 1
     for x, y in portions:
@@ -171,7 +171,7 @@ def test_calibration_mends_a_classifier_and_changes_nothing_else():
 
 
 def test_compat_makes_one_slow_pass():
-    statistics = pooled(samples())
+    statistics = pool(samples())
     head = nn.Linear(WIDTH, CLASSES)
     compat = calibrate(head, statistics, np.random.default_rng(0), CalibrationOptions(ccvr_compat=True))
     longer = CalibrationOptions(ccvr_compat=True, calibration_epochs=9, calibration_lr=0.5)

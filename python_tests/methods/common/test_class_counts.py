@@ -83,14 +83,14 @@ def test_students_follow_an_ensemble_weighed_by_counts(method, data, make_config
         weights.append(teachers.weights)
         return real(self, student, teachers, *arguments)
 
-    def diverged(self, client, phase, message):
+    def diverge(self, client, phase, message):
         answer = trained(self, client, phase, message)
         if client.id == 1 and phase.exchange == "update":
             answer["parameters"][0] = float("nan")
         return answer
 
     monkeypatch.setattr(Distilled, "follow", follow)
-    monkeypatch.setattr(Distilled, "client_update", diverged)
+    monkeypatch.setattr(Distilled, "client_update", diverge)
     options = {**SMALL[method], **COUNTS, "models": "cnn:2,cnn:2,resnet8:2"}
     run(make_config(method, model="cnn", rounds=None, options=options, on_nan="skip"), out=tmp_path, data=data)
     counts = counts_of(data)[[0, 2]]

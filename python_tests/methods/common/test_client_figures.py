@@ -55,7 +55,7 @@ def federation(make, lacking, where):
     return dataclasses.replace(data, tests={"": joined})
 
 
-def played(data, out, make):
+def play(data, out, make):
     model = "unet-small" if make is segmentation else "mlp"
     settings = {"rounds": 1, "local_epochs": 1, "threads": 1, "progress": False, "pictures": False, "width": 2}
     return fedkern.simulate("fedavg", data=data, model=model, out=out, **settings)
@@ -70,7 +70,7 @@ FIGURES = {segmentation: "dice", multilabel: "macro_auroc"}
 @pytest.mark.parametrize("lacking", [0, 2])
 def test_a_client_without_a_figure_is_in_no_mean_and_is_not_the_worst(tmp_path, make, where, lacking):
     figure = FIGURES[make]
-    run = played(federation(make, lacking, where), tmp_path / "run", make)
+    run = play(federation(make, lacking, where), tmp_path / "run", make)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     clients = summary["client_metrics"]
     assert clients[str(lacking)][figure] is None
@@ -98,7 +98,7 @@ def test_a_client_without_a_figure_is_in_no_mean_and_is_not_the_worst(tmp_path, 
 def test_a_test_set_without_a_figure_has_none(tmp_path, make):
     data = federation(make, None, "own")
     empty = Split(*(torch.from_numpy(part) for part in make(4, False)))
-    run = played(dataclasses.replace(data, tests={"id": data.tests[""], "ood": empty}), tmp_path / "run", make)
+    run = play(dataclasses.replace(data, tests={"id": data.tests[""], "ood": empty}), tmp_path / "run", make)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert f"id_{FIGURES[make]}" in run.metrics
     assert f"ood_{FIGURES[make]}" not in run.metrics

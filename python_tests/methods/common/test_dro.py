@@ -99,7 +99,7 @@ def test_adamw_does_not_see_the_weights_of_the_released_code(parts):
     assert close.float().mean() > 0.9
 
 
-def reported(p, values):
+def report_losses(p, values):
     """Return the loss that every client reports of models whose loss is each of ``values`` in turn, by client."""
     told = {client.id: [] for client in p.clients}
     for value in values:
@@ -112,10 +112,10 @@ def reported(p, values):
 def test_a_loss_is_the_mean_over_the_latest_rounds_of_enough_samples(parts):
     """A fifth of 40, 20 and 13 samples in batches of 3: each round judges 6, 3 and 3 samples."""
     values = [1.0, 2.0, 4.0, 8.0]
-    assert reported(parts(sizes=(40, 20, 13), loss_share=0.2), values) == dict.fromkeys(range(3), values)
+    assert report_losses(parts(sizes=(40, 20, 13), loss_share=0.2), values) == dict.fromkeys(range(3), values)
     p = parts(sizes=(40, 20, 13), loss_share=0.2, loss_samples=7)
     means = [1.0, 1.5, 7 / 3, 14 / 3]
-    assert reported(p, values) == {0: [1.0, 1.5, 3.0, 6.0], 1: pytest.approx(means), 2: pytest.approx(means)}
+    assert report_losses(p, values) == {0: [1.0, 1.5, 3.0, 6.0], 1: pytest.approx(means), 2: pytest.approx(means)}
     assert [client.state["losses"].tolist() for client in p.clients] == [
         [[8.0, 6.0], [4.0, 6.0]], *[[[8.0, 3.0], [4.0, 3.0], [2.0, 3.0]]] * 2
     ]  # fmt: skip
@@ -133,7 +133,7 @@ def test_a_loss_is_the_mean_over_the_latest_rounds_of_enough_samples(parts):
 def test_kept_losses_move_to_workers_and_are_resumed(method, make_data, make_pairs, make_config, tmp_path):
     settings, data = ({"rounds": 3}, make_data) if method == "afl" else ({**SETTINGS, "rounds": 3}, make_pairs)
 
-    def played(name, listener=None, **more):
+    def play(name, listener=None, **more):
         options = {"loss_samples": 9, **({"alignment_steps": 1} if method == "feddra" else {})}
         config = make_config(method, **settings, options=options, **more)
         return (
@@ -142,10 +142,10 @@ def test_kept_losses_move_to_workers_and_are_resumed(method, make_data, make_pai
             else run(config, out=tmp_path / name, data=data())
         )
 
-    played("one")
-    played("two", workers=2)
+    play("one")
+    play("two", workers=2)
     with pytest.raises(Kill):
-        played("killed", KillAt("client", 1, round=2))
+        play("killed", KillAt("client", 1, round=2))
     run(load_settings(tmp_path / "killed"), out=tmp_path / "killed", data=data(), resume=True)
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one") == outcome(tmp_path / "killed")
     states = [Checkpoints(tmp_path / name).last_client_state(2)["losses"] for name in ("one", "two", "killed")]

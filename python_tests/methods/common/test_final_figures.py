@@ -31,7 +31,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-def told(folder):
+def read_figures(folder):
     """Return what a folder says of its final network."""
     summary = read_summary(folder)
     files = [(folder / name).read_bytes() for name in FILES[1:] if (folder / name).exists()]
@@ -79,7 +79,7 @@ def test_the_same_with_workers_and_after_a_resume_at_the_very_end(make_data, mak
         with pytest.raises(ZeroDivisionError):
             run(config, out=tmp_path / "cut", data=data)
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True, predictions=True)
-    assert told(tmp_path / "one") == told(tmp_path / "two") == told(tmp_path / "cut")
+    assert read_figures(tmp_path / "one") == read_figures(tmp_path / "two") == read_figures(tmp_path / "cut")
 
 
 @pytest.mark.sampled(2)
@@ -179,17 +179,17 @@ def test_private_records_have_no_counts(make_data, make_config, refuses, tmp_pat
         run(config, out=tmp_path / "other", data=make_data(), predictions=True)
 
 
-def segmented(n, seed):
+def make_split(n, seed):
     images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, 16, 16)).astype(np.uint8))
     labels = (images.float().mean(1) > 110).long()
     return Split(images, labels)
 
 
 def test_a_segmentation_has_the_dice_of_every_class(make_config, refuses, tmp_path):
-    clients = tuple(segmented(6, k) for k in range(2))
+    clients = tuple(make_split(6, k) for k in range(2))
     data = FederatedData(
-        name="tiny", classes=("ground", "cell"), clients=clients, validation=segmented(4, 8),
-        tests={"": segmented(5, 9)},
+        name="tiny", classes=("ground", "cell"), clients=clients, validation=make_split(4, 8),
+        tests={"": make_split(5, 9)},
         form=ImageForm(tuple(clients[0].images.shape[1:]), (0.5,) * 3, (0.3,) * 3),
         statistics=PartitionStatistics.of([np.zeros(6, int)] * 2, ("ground", "cell"), "iid"),
     )  # fmt: skip

@@ -29,7 +29,7 @@ def cases(count, seed=0):
         yield v, float(rng.choice([1e-9, 1e-6, 1e-3, 0.05, 0.3, 1.0, 3.0])), c, bool(i % 2)
 
 
-def solved(v, rho, c):
+def solve(v, rho, c):
     """Return the ball's nearest point by sequential quadratic programming, scaled so that its radius is 1."""
     scale = np.sqrt(2 * rho * c)
     pull = scale * (v - c)
@@ -53,7 +53,7 @@ def test_projection_is_the_solvers(count):
         assert p.min() >= 0
         assert abs(p.sum() - 1) < 1e-12
         assert spread(p, c) <= 2 * rho + 1 + 1e-9
-        assert np.abs(p - solved(v, rho, c)).max() < 1e-6 * min(1, math.sqrt(2 * rho))  # relative to the ball
+        assert np.abs(p - solve(v, rho, c)).max() < 1e-6 * min(1, math.sqrt(2 * rho))  # relative to the ball
 
 
 def test_both_ways_agree_around_uniform_weights():

@@ -52,7 +52,7 @@ def place(rounds):
     return SimpleNamespace(state={}, federation=federation, warn=said.__setitem__, said=said)
 
 
-def told(sigma=1.0, **settings):
+def make_client(sigma=1.0, **settings):
     """Return a client that knows its noise, in multiples of the clipping norm."""
     client = Client(**settings)
     privacy.agree(client, {"privacy": {"sigma_d": sigma}})
@@ -82,9 +82,9 @@ def test_off_is_the_identity():
 def test_rows_are_clipped_before_the_noise():
     """Two data sets, the same noise: what differs is at most twice the clipping norm in every row."""
     options, bound = options_of(**NOISED, clip_d=2.0), 2.0
-    noise = privacy.sanitise(told(1.5), torch.zeros_like(gradients()), options)
+    noise = privacy.sanitise(make_client(1.5), torch.zeros_like(gradients()), options)
     for rows, is_clipped in ((gradients(scale=10.0), True), (gradients(scale=1e-3, seed=1), False)):
-        signal = (privacy.sanitise(told(1.5), rows, options) - noise).flatten(1)
+        signal = (privacy.sanitise(make_client(1.5), rows, options) - noise).flatten(1)
         norms = signal.norm(dim=1)
         assert (norms <= bound * (1 + 1e-4)).all()
         if is_clipped:
@@ -97,7 +97,7 @@ def test_rows_are_clipped_before_the_noise():
 
 def test_the_noise_has_the_scale_of_sigma_times_the_norm():
     zero = torch.zeros(32, 3, 16, 16)
-    u_d = privacy.sanitise(told(1.5), zero, options_of(**NOISED, clip_d=2.0))
+    u_d = privacy.sanitise(make_client(1.5), zero, options_of(**NOISED, clip_d=2.0))
     assert float(u_d.std()) == pytest.approx(3.0, rel=5 / math.sqrt(2 * zero.numel()))
     assert abs(float(u_d.mean())) < 5 * 3.0 / math.sqrt(zero.numel())
 
@@ -111,23 +111,23 @@ def test_a_row_that_is_not_finite_is_released_as_noise():
     broken[1, 0, 3, 4], broken[4, 2] = float("nan"), float("inf")
     broken[6] *= 1e30  # finite, while its square is not
     zeroed[[1, 4]] = 0
-    released = privacy.sanitise(told(1.5), broken, options)
+    released = privacy.sanitise(make_client(1.5), broken, options)
     assert bool(released.isfinite().all())
-    torch.testing.assert_close(released, privacy.sanitise(told(1.5), zeroed, options))
+    torch.testing.assert_close(released, privacy.sanitise(make_client(1.5), zeroed, options))
 
 
 def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
-    options, zero, uncut = options_of(**NOISED), torch.zeros(2, 1, 4, 4), told()
+    options, zero, uncut = options_of(**NOISED), torch.zeros(2, 1, 4, 4), make_client()
     outs = torch.stack([privacy.sanitise(uncut, zero, options) for _ in range(4)])  # the very same step
     assert torch.unique(outs.flatten()).numel() == outs.numel()
-    cut = told()
+    cut = make_client()
     for _ in range(2):
         privacy.sanitise(cut, zero, options)
     resumed = Client(state=json.loads(json.dumps(cut.state)))
     again = torch.stack([privacy.sanitise(resumed, zero, options) for _ in range(2)])
     assert torch.equal(again, outs[2:])
     assert resumed.state == uncut.state
-    assert not torch.equal(privacy.sanitise(told(id=1), zero, options), outs[0])
+    assert not torch.equal(privacy.sanitise(make_client(id=1), zero, options), outs[0])
 
 
 def test_every_release_has_a_key_of_its_own(monkeypatch):
@@ -142,7 +142,7 @@ def test_every_release_has_a_key_of_its_own(monkeypatch):
     )
     secret = "00" * 15 + "07"
     for number in range(2):
-        client = told(id=number, state={privacy.SECRET: secret})
+        client = make_client(id=number, state={privacy.SECRET: secret})
         privacy.release_histogram(client, torch.ones(3), options)
         for _ in range(3):
             privacy.sanitise(client, gradients(rows=2), options)
@@ -165,19 +165,19 @@ def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
     """Two clients of the same seed and id: nothing secret is the same, and all of it is again from the same bits."""
     options = options_of(**NOISED, shards=5, histogram_noise=2.0, noise="secret")
 
-    def released(client):
+    def release_all(client):
         drawn = [privacy.serving(client, Phase(r, "round", "images 0"), options) for r in range(40)]
         counts = privacy.release_histogram(client, torch.full((50,), 100.0), options)
         return [privacy.sanitise(client, gradients(), options), counts, torch.tensor(drawn)]
 
-    left, right = told(), told()
-    release, second = released(left), released(right)
+    left, right = make_client(), make_client()
+    release, second = release_all(left), release_all(right)
     assert len(left.state[privacy.SECRET]) == 32
     assert left.state[privacy.SECRET] != right.state[privacy.SECRET]
     assert not any(torch.equal(a, b) for a, b in zip(release, second, strict=True))
-    again = told(state={privacy.SECRET: left.state[privacy.SECRET]})
+    again = make_client(state={privacy.SECRET: left.state[privacy.SECRET]})
     monkeypatch.setattr(privacy.secrets, "token_hex", None)  # nothing is drawn a second time
-    assert all(torch.equal(a, b) for a, b in zip(release, released(again), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(release, release_all(again), strict=True))
 
 
 def test_the_bits_reach_private_training_and_stay_out_of_what_is_printed():
@@ -207,7 +207,7 @@ def test_nobody_draws_bits_where_nothing_is_private():
 
 
 def test_every_release_is_booked():
-    options, client = options_of(**NOISED, shards=10, histogram_noise=5.0), told(40.0)
+    options, client = options_of(**NOISED, shards=10, histogram_noise=5.0), make_client(40.0)
     for _ in range(3):
         privacy.sanitise(client, gradients(rows=4), options)
     privacy.release_histogram(client, torch.tensor([20.0, 30.0]), options)
@@ -357,6 +357,6 @@ def test_no_gradient_leaves_before_the_noise_is_known():
 def test_noise_for_gradients_that_the_loss_does_not_have_is_refused():
     with pytest.raises(UserError, match='"epsilon" is for the gradients through the discriminators'):
         privacy.prepare(place(2), options_of(**NOISED, w_real=0.0))
-    client = told()
+    client = make_client()
     assert privacy.sanitise(client, None, options_of(**NOISED)) is None
     assert LEDGER not in client.state

@@ -15,7 +15,7 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def counted(width, depth, channels, classes):
+def count_parameters(width, depth, channels, classes):
     """Two convolutions and norms at every size down and up, the up-convolutions, and the head."""
     widths = [width * 2**i for i in range(depth + 1)]
     total = width * classes + classes
@@ -29,9 +29,9 @@ def counted(width, depth, channels, classes):
 def test_it_has_the_published_size():
     """The sizes are those of public implementations, at the paper's width and depth."""
     assert parameters(make("unet", width=64, classes=2)) == 31_037_698
-    assert parameters(make("unet", classes=11)) == counted(16, 4, 3, 11) == 1_942_747
-    assert parameters(make(classes=11)) == counted(8, 3, 3, 11) == 121_267
-    assert parameters(models.UNet(classes=2, channels=4, width=6, depth=2)) == counted(6, 2, 4, 2)
+    assert parameters(make("unet", classes=11)) == count_parameters(16, 4, 3, 11) == 1_942_747
+    assert parameters(make(classes=11)) == count_parameters(8, 3, 3, 11) == 121_267
+    assert parameters(models.UNet(classes=2, channels=4, width=6, depth=2)) == count_parameters(6, 2, 4, 2)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (13, 21), (8, 40), (7, 7)])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedkern.errors import UserError
 from fedkern.models.pretrained.preprocessing import Preprocessing
-from python_tests.models.pretrained_pictures import PICTURES, SCALE, SIDE, normalised, pictures
+from python_tests.models.pretrained_pictures import PICTURES, SCALE, SIDE, normalise, pictures
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
 
@@ -31,7 +31,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra [foun
 def test_preprocessing_is_pillows(settings: dict[str, Any], height: int, width: int, channels: int) -> None:
     images = pictures(2, height, width, channels)
     scale = {name: SCALE[name][:channels] for name in SCALE}
-    made = Preprocessing(settings, **scale, side=SIDE)(normalised(images))
+    made = Preprocessing(settings, **scale, side=SIDE)(normalise(images))
     expected = []
     for pixels in images.expand(-1, 3, -1, -1):
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -81,7 +81,7 @@ def test_preprocessing_is_that_of_the_library(tmp_path: Path, processor: str, se
         pytest.skip(str(error).strip())
     theirs.save_pretrained(tmp_path)
     images = pictures(2, 30, 30)
-    made = Preprocessing.read(tmp_path, **SCALE, side=SIDE)(normalised(images))
+    made = Preprocessing.read(tmp_path, **SCALE, side=SIDE)(normalise(images))
     results = [theirs(Image.fromarray(pixels.permute(1, 2, 0).numpy()))["pixel_values"][0] for pixels in images]
     expected = torch.stack([torch.from_numpy(np.array(result, dtype=np.float32)) for result in results])
     assert made.shape == expected.shape

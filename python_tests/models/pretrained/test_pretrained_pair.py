@@ -17,7 +17,7 @@ from fedkern.models.pretrained import pretrained_pair
 from fedkern.models.pretrained.preprocessing import Preprocessing
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
-from python_tests.models.pretrained_pictures import PICTURES, SCALE, SIDE, normalised, pictures
+from python_tests.models.pretrained_pictures import PICTURES, SCALE, SIDE, normalise, pictures
 
 transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
 
@@ -91,7 +91,7 @@ GRIDS = {"vit": (2, 2), "deit": (2, 2), "dinov2": (2, 2), "clip": (2, 2), "resne
 @pytest.mark.parametrize("image", GRIDS)
 def test_image_networks_become_tokens(folders: dict[str, Path], image: str) -> None:
     made = pair(folders, image, "bert")
-    images = normalised(pictures())
+    images = normalise(pictures())
     made.eval()
     sequence = made.encode_image(images)
     assert made.grid == GRIDS[image]
@@ -147,7 +147,7 @@ def test_the_mean_of_the_tokens_stands_in_front(folders: dict[str, Path], text: 
 
 def test_the_pair_trains_everything_but_what_is_not_used(folders: dict[str, Path]) -> None:
     made = pair(folders, "vit", "bert").train()
-    images, tokens = normalised(pictures()), made.tokenize(TEXTS)
+    images, tokens = normalise(pictures()), made.tokenize(TEXTS)
     before, repeated = made(images, tokens), made(images, tokens)
     assert torch.equal(before[0], repeated[0])  # no dropout, which would draw from a global generator
     assert torch.equal(before[1], repeated[1])
@@ -160,10 +160,10 @@ def test_the_pair_trains_everything_but_what_is_not_used(folders: dict[str, Path
 
 def test_a_pretrained_side_beside_a_built_in_one(folders: dict[str, Path]) -> None:
     made = pair(folders, "vit", "words", vocabulary=("a", "red"), width=16)
-    x, y = made(normalised(pictures()), made.tokenize(TEXTS))
+    x, y = made(normalise(pictures()), made.tokenize(TEXTS))
     assert x.shape == y.shape
     made = pair(folders, "conv", "bert", image_size=(16, 16), width=16)
-    x, y = made(normalised(pictures(3, 16, 16)), made.tokenize(TEXTS))
+    x, y = made(normalise(pictures(3, 16, 16)), made.tokenize(TEXTS))
     assert x.shape == y.shape
 
 

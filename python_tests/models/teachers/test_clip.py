@@ -20,7 +20,7 @@ from fedkern.models.teachers.clip import PIXELS, clip_teacher
 from fedkern.models.teachers.prompts import DEFAULT, read_prompts
 from fedkern.models.teachers.teacher import Teacher
 from fedkern.models.teachers.teacher_cache import LogitsCache
-from python_tests.models.pretrained_pictures import SCALE, normalised, pictures
+from python_tests.models.pretrained_pictures import SCALE, normalise, pictures
 
 CLASSES = ("cat", "big_dog", "ship")
 SIDE = 40  # of the tiny network's images, in place of 224
@@ -92,9 +92,9 @@ def pillow(pixels: torch.Tensor) -> torch.Tensor:
 
 def test_logits_are_those_of_transformers(folder: Path) -> None:
     teacher, images = make(folder), pictures(5, 32, 32)
-    made = teacher.logits(normalised(images))
+    made = teacher.logits(normalise(images))
     prompts = ["a photo of a cat.", "a photo of a big dog.", "a photo of a ship."]
-    expected = theirs(folder, prompts, teacher.network.prepare(normalised(images)))
+    expected = theirs(folder, prompts, teacher.network.prepare(normalise(images)))
     assert float(expected.std()) > 0.1
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
     # End to end with the preprocessing of Pillow: at most one byte in 255 apart here and there.
@@ -105,7 +105,7 @@ def test_logits_are_those_of_transformers(folder: Path) -> None:
 def test_preprocessing_is_pillows(folder: Path, height: int, width: int, channels: int) -> None:
     images = pictures(3, height, width, channels)
     scale = {name: SCALE[name][:channels] for name in SCALE}
-    made = clip_teacher(folder, CLASSES, **scale).network.prepare(normalised(images))
+    made = clip_teacher(folder, CLASSES, **scale).network.prepare(normalise(images))
     assert made.shape == (3, 3, SIDE, SIDE)
     byte = max(1 / (255 * std) for std in PIXELS["image_std"])
     distance = (made - pillow(images)).abs()
@@ -121,13 +121,13 @@ def test_without_a_preprocessing_file_it_is_clips_own(folder: Path, tmp_path: Pa
     if text is not None:
         (path / "preprocessor_config.json").write_text(text)
     prepare = make(path).network.prepare
-    assert prepare(normalised(pictures(1, 32, 32))).shape == (1, 3, 224, 224)
+    assert prepare(normalise(pictures(1, 32, 32))).shape == (1, 3, 224, 224)
     assert (prepare.own_mean, prepare.own_std) == (PIXELS["image_mean"], PIXELS["image_std"])
 
 
 def test_templates_are_averaged_as_unit_vectors(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "templates.txt").write_text("# two views\na photo of a {class}.\n\na drawing of the {}.\n")
-    images = normalised(pictures(5, 32, 32))
+    images = normalise(pictures(5, 32, 32))
     teacher = make(folder, prompts=str(tmp_path / "templates.txt"))
     assert json.loads(teacher.identity["prompts"])[1] == ["a photo of a big dog.", "a drawing of the big dog."]
     features = [make(folder, prompts=template).network.head.weight for template in ("a photo of a {class}.",
@@ -156,7 +156,7 @@ def test_prompts_name_the_cache(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_loaded_folder_is_not_needed_for_cached_images(folder, tmp_path, monkeypatch):
-    cache, images = LogitsCache(tmp_path, **SCALE), normalised(pictures(5, 32, 32))
+    cache, images = LogitsCache(tmp_path, **SCALE), normalise(pictures(5, 32, 32))
     logits = cache.logits(make(folder), [images[:2], images[2:]])
 
     def refuse(*arguments: Any) -> Any:
@@ -215,7 +215,7 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
     assert read_prompts(str(tmp_path / "prompts.json"), CLASSES)[0] == ["x"]
 
 
-def pickled(folder: Path, base: Path, drop: str = "-", **extra: Any) -> Path:
+def pickle_weights(folder: Path, base: Path, drop: str = "-", **extra: Any) -> Path:
     """Return a copy of a folder whose weights are pytorch_model.bin, without those whose names hold ``drop``."""
     copied = base / "pickled"
     shutil.copytree(folder, copied)
@@ -226,8 +226,8 @@ def pickled(folder: Path, base: Path, drop: str = "-", **extra: Any) -> Path:
 
 
 def test_a_folder_with_a_pickle_alone(folder: Path, tmp_path: Path) -> None:
-    images = normalised(pictures(5, 32, 32))
-    copied = pickled(folder, tmp_path)
+    images = normalise(pictures(5, 32, 32))
+    copied = pickle_weights(folder, tmp_path)
     # Not to the bit: weights of the two formats lie at other alignments, which matrix products may sum differently for.
     torch.testing.assert_close(make(copied).logits(images), make(folder).logits(images))
     shutil.copy(folder / "model.safetensors", copied)
@@ -238,7 +238,7 @@ def test_a_folder_with_a_pickle_alone(folder: Path, tmp_path: Path) -> None:
 
 
 def test_new_pickled_weights_get_a_new_cache(folder: Path, tmp_path: Path) -> None:
-    copied = pickled(folder, tmp_path)
+    copied = pickle_weights(folder, tmp_path)
     before = make(copied).identity["content"]
     torch.save({"other": torch.zeros(1)}, copied / "pytorch_model.bin")
     assert make(copied).identity["content"] != before
@@ -246,12 +246,12 @@ def test_new_pickled_weights_get_a_new_cache(folder: Path, tmp_path: Path) -> No
 
 def test_a_pickle_of_more_than_tensors_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot load a CLIP from"):  # unpickling it would run a class
-        make(pickled(folder, tmp_path, extra=Path("code"))).logits(torch.zeros(1, 3, 32, 32))
+        make(pickle_weights(folder, tmp_path, extra=Path("code"))).logits(torch.zeros(1, 3, 32, 32))
 
 
 def test_a_clip_without_some_of_its_weights_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the CLIP .*pickled lacks 1 of the \d+ tensors .*, such as visual_projection"):
-        make(pickled(folder, tmp_path, drop="visual_projection")).logits(torch.zeros(1, 3, 32, 32))
+        make(pickle_weights(folder, tmp_path, drop="visual_projection")).logits(torch.zeros(1, 3, 32, 32))
 
 
 def test_a_whole_run_with_clip(folder, make_data, make_config, tmp_path, monkeypatch):

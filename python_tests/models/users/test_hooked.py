@@ -104,7 +104,7 @@ class Twice(Functional):
         return super().forward(x) + super().forward(x.flip(0))
 
 
-def hooked(module, stages=(), features=None, shape=SHAPE):
+def cut_at(module, stages=(), features=None, shape=SHAPE):
     kind, *taps = find_taps(OwnNetwork(module), stages, features, form_of(shape), "net")
     return kind(module, *taps)
 
@@ -129,7 +129,7 @@ def test_a_pass_from_a_stage_on_is_that_of_the_sequence(stage, network, images):
     """Values, gradients and running statistics: the part before is run again, and leaves no trace."""
     plain, parts = network.train(), sequence(network).train()
     front, back = parts[: 1 if stage == "conv1" else 5], parts[1 if stage == "conv1" else 5 :]
-    found = hooked(plain, ["conv1", "conv2"]).train()
+    found = cut_at(plain, ["conv1", "conv2"]).train()
     for mode in (True, False):
         found.train(mode)
         parts.train(mode)
@@ -156,7 +156,7 @@ def test_a_pass_from_a_stage_on_is_that_of_the_sequence(stage, network, images):
 def test_results_stay_as_they_are_before_in_place_layers(stage, training, images):
     """A method mixes the maps that a stage gives, not what an in-place ReLU makes of them."""
     torch.manual_seed(0)
-    found = hooked(InPlace(), [stage]).train(training)
+    found = cut_at(InPlace(), [stage]).train(training)
     torch.manual_seed(2)
     own = found.stages(images, upto=stage)
     assert own.min() < 0
@@ -171,7 +171,7 @@ def test_results_stay_as_they_are_before_in_place_layers(stage, training, images
 
 @pytest.mark.parametrize("stage", ["conv1", "conv2", "fc1"])
 def test_in_place_steps_are_taken_once(stage, images):
-    found = hooked(Doubled().eval(), [stage])
+    found = cut_at(Doubled().eval(), [stage])
     logits = found(images.clone())
     own = found.stages(images.clone(), upto=stage)
     torch.testing.assert_close(found.head(found.tail(own.clone(), after=stage)), logits)
@@ -229,7 +229,7 @@ def test_a_sequence_leaves_the_input_of_a_block_as_it_is(before, images):
 def test_what_is_known_is_not_computed_again(network, images):
     calls = []
     network.conv1.register_forward_hook(lambda *_: calls.append(1))
-    found = hooked(network, ["conv1"])
+    found = cut_at(network, ["conv1"])
     calls.clear()
     own = found.stages(images, upto="conv1")
     found.head(found.tail(own, after="conv1"))
@@ -246,7 +246,7 @@ def test_what_is_known_is_not_computed_again(network, images):
 @pytest.mark.parametrize("module", [Functional, Scaled])
 def test_features_are_what_the_named_module_gives(module, images):
     torch.manual_seed(0)
-    found = hooked(module().eval(), features="fc1")
+    found = cut_at(module().eval(), features="fc1")
     z = found.features(images)
     torch.testing.assert_close(found.head(z), found(images))
     torch.testing.assert_close(found.head(z.clone()), found(images))
@@ -256,7 +256,7 @@ def test_features_are_what_the_named_module_gives(module, images):
 
 def test_bf16(network, images):
     with computing("bf16"):
-        found = hooked(network.eval(), ["conv1"])
+        found = cut_at(network.eval(), ["conv1"])
         own = found.stages(images, upto="conv1")
         assert own.dtype is torch.bfloat16
         features = found.tail(own, after="conv1")
@@ -274,7 +274,7 @@ def test_bf16(network, images):
 ])  # fmt: skip
 def test_what_cannot_be_cut_is_one_sentence(module, given, said):
     with pytest.raises(UserError, match=said):
-        hooked(module(), **given)
+        cut_at(module(), **given)
 
 
 def test_other_networks_have_no_such_names(network):

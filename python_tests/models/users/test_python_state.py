@@ -37,7 +37,7 @@ def inner(value):
     return nn.Sequential(nn.Identity(), nn.ModuleDict({"part": Inner(value)}))
 
 
-def changed(network, change):
+def find_changes(network, change):
     before = attributes(network)
     change()
     after = attributes(network)
@@ -77,19 +77,19 @@ def test_what_changes_is_named(kind, own):
     if own:  # as a run wraps it; a copy, so the value is the copy's
         network = Own(network, "mine")(classes=2, channels=1, sides=(1, 2), seed=0, word=1, width=None)
         value = network.module[1]["part"].kept
-    assert changed(network, lambda: None) == []
-    assert changed(network, lambda: change(value)) == ["1.part.kept"]
+    assert find_changes(network, lambda: None) == []
+    assert find_changes(network, lambda: change(value)) == ["1.part.kept"]
 
 
 def test_what_is_set_anew_or_of_the_class_is_named(monkeypatch):
     network = inner(1)
     layer = network[1]["part"]
-    assert changed(network, lambda: setattr(layer, "kept", 1)) == []
-    assert changed(network, lambda: setattr(layer, "kept", 2)) == ["1.part.kept"]
-    assert changed(network, lambda: setattr(layer, "later", torch.zeros(2))) == ["1.part.later"]
-    assert changed(network, lambda: monkeypatch.setattr(Inner, "shared", 1)) == ["1.part.shared"]
-    assert changed(network, lambda: layer(torch.ones(2, 2))) == ["Inner.forward.CALLS"]
-    assert changed(network, lambda: setattr(layer, "last", layer.weight.sum())) == []  # of a graph
+    assert find_changes(network, lambda: setattr(layer, "kept", 1)) == []
+    assert find_changes(network, lambda: setattr(layer, "kept", 2)) == ["1.part.kept"]
+    assert find_changes(network, lambda: setattr(layer, "later", torch.zeros(2))) == ["1.part.later"]
+    assert find_changes(network, lambda: monkeypatch.setattr(Inner, "shared", 1)) == ["1.part.shared"]
+    assert find_changes(network, lambda: layer(torch.ones(2, 2))) == ["Inner.forward.CALLS"]
+    assert find_changes(network, lambda: setattr(layer, "last", layer.weight.sum())) == []  # of a graph
 
 
 def test_layers_of_torch_and_hooks_count_in_a_users_network():
@@ -97,16 +97,16 @@ def test_layers_of_torch_and_hooks_count_in_a_users_network():
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.1))
     network[0].register_forward_hook(lambda *_: None)
     network[1].register_forward_pre_hook(lambda *_: calls.append(0) if calls else None)
-    assert changed(network, lambda: network(torch.ones(3, 2)).sum().backward()) == []
-    assert changed(network, lambda: setattr(network[2], "p", 0.2)) == ["2.p"]
-    assert changed(network, lambda: setattr(network[1], "momentum", None)) == ["1.momentum"]
-    assert changed(network, lambda: network[2].register_forward_hook(lambda *_: None)) == ["2._forward_hooks"]
-    assert changed(network, lambda: network[2].register_forward_hook(lambda *_: None).remove()) == []
+    assert find_changes(network, lambda: network(torch.ones(3, 2)).sum().backward()) == []
+    assert find_changes(network, lambda: setattr(network[2], "p", 0.2)) == ["2.p"]
+    assert find_changes(network, lambda: setattr(network[1], "momentum", None)) == ["1.momentum"]
+    assert find_changes(network, lambda: network[2].register_forward_hook(lambda *_: None)) == ["2._forward_hooks"]
+    assert find_changes(network, lambda: network[2].register_forward_hook(lambda *_: None).remove()) == []
     calls.append(0)
-    assert changed(network, lambda: network(torch.ones(3, 2))) == ["1._forward_pre_hooks"]
+    assert find_changes(network, lambda: network(torch.ones(3, 2))) == ["1._forward_pre_hooks"]
     built_in = build("cnn", classes=2, channels=1, image_size=8, seed=0)
     layer = next(layer for layer in built_in.modules() if isinstance(layer, nn.Conv2d))
-    assert changed(built_in, lambda: setattr(layer, "other", 1)) == []
+    assert find_changes(built_in, lambda: setattr(layer, "other", 1)) == []
 
 
 class Usual(nn.Module):
@@ -151,7 +151,7 @@ def test_training_and_evaluation_change_nothing(make):
             network.module(torch.rand(3, 3, 8, 8))
             network.write(network.read())
 
-    assert changed(network.module, work) == []
+    assert find_changes(network.module, work) == []
     work()
     after = attributes(network.module)
     assert after == network.attributes
@@ -165,5 +165,5 @@ class Odd(dict):
 @pytest.mark.parametrize("value", [Odd(), threading.Lock(), lambda: 1, (n for n in ()), type("Local", (), {})()])
 def test_a_value_that_cannot_be_compared_is_no_error(value):
     network = inner(value)
-    assert changed(network, lambda: None) == []
-    assert changed(network, lambda: setattr(network[1]["part"], "other", 3)) == ["1.part.other"]
+    assert find_changes(network, lambda: None) == []
+    assert find_changes(network, lambda: setattr(network[1]["part"], "other", 3)) == ["1.part.other"]

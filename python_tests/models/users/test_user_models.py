@@ -38,7 +38,7 @@ class Plain(nn.Module):
         return self.head(x.view(len(x), -1))
 
 
-def staged(classes, channels):
+def make_sequence(classes, channels):
     """Modules one after another."""
     return nn.Sequential(
         nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
@@ -47,7 +47,7 @@ def staged(classes, channels):
 
 
 def holding(name, buffer, persistent=True):
-    module = staged(3, 3)
+    module = make_sequence(3, 3)
     module.register_buffer(name, buffer, persistent=persistent)
     return module
 
@@ -80,13 +80,13 @@ class Derived(nn.Linear):
 
 
 @pytest.fixture
-def known(registries):
+def register(registries):
     """Register networks for one test."""
     return fedkern.register_model
 
 
-def test_a_network_keeps_its_own_initial_weights_and_draws_from_the_seed(known):
-    known("plain")(Plain)
+def test_a_network_keeps_its_own_initial_weights_and_draws_from_the_seed(register):
+    register("plain")(Plain)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     network, again, reseeded = (build("plain", **SIZE, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -98,21 +98,21 @@ def test_a_network_keeps_its_own_initial_weights_and_draws_from_the_seed(known):
     assert 0 < float(network.head.weight.detach().abs().max()) <= 1 / 14  # nn.Linear's own, not fedkern's
 
 
-def test_a_function_gets_the_arguments_that_it_takes(known):
+def test_a_function_gets_the_arguments_that_it_takes(register):
     got = []
 
     def make(classes, *, width=5, seed, image_size, **unknown):
         got.append((classes, width, seed, image_size, unknown))
-        return staged(classes, 3)
+        return make_sequence(classes, 3)
 
-    known("takes")(make)
+    register("takes")(make)
     build("takes", **SIZE, seed=7)
     build("takes", **SIZE, seed=7, width=9)
     assert got == [(3, 5, 7, 16, {}), (3, 9, 7, 16, {})]
 
 
 @pytest.mark.parametrize(("make", "width", "said"), [
-    (staged, 4, "--width 4 is not for bad, which takes no argument width"),
+    (make_sequence, 4, "--width 4 is not for bad, which takes no argument width"),
     (lambda width: nn.Linear(width, 2), None, "needs a width: give one with --width"),
     (lambda: 3, None, "gives int, not an nn.Module"),
     (lambda: 1 / 0, None, "cannot be made: ZeroDivisionError"),
@@ -131,8 +131,8 @@ def test_a_function_gets_the_arguments_that_it_takes(known):
     (lambda: Derived(), None, r"eval\(\) of the model bad changes sum,"),
     (lambda: Merging(), None, r"eval\(\) of the model bad changes weight.*merge_weights=False"),
 ])  # fmt: skip
-def test_what_cannot_be_made_or_trained(known, make, width, said):
-    known("bad")(make)
+def test_what_cannot_be_made_or_trained(register, make, width, said):
+    register("bad")(make)
     with pytest.raises(UserError, match=said):
         build("bad", **SIZE, seed=0, width=width)
 
@@ -160,11 +160,11 @@ SLOW = ("OptimizedModule", "TopLevelTracedModule")
 @pytest.mark.parametrize(
     "wrapper", [pytest.param(wrapper, marks=pytest.mark.exhaustive if wrapper in SLOW else ()) for wrapper in WRAPPERS]
 )
-def test_wrapped_networks_are_refused(known, wrapper, deep):
+def test_wrapped_networks_are_refused(register, wrapper, deep):
     wrapped = WRAPPERS[wrapper](nn.Linear(8, 3))
     network = nn.Sequential(nn.Flatten(), nn.Sequential(wrapped)) if deep else wrapped
     part = r", its 1\.0," if deep else ""
-    known("mine")(lambda: network)
+    register("mine")(lambda: network)
     with available("module:Net", network):
         for name in ("mine", "module:Net"):  # made by code, and made by a script
             with pytest.raises(UserError, match=f"the model {name}{part} is wrapped in {wrapper}: give the module ins"):
@@ -194,30 +194,30 @@ def test_weights_of_another_program_are_named_by_their_prefix():
 
 
 @pytest.mark.exhaustive
-def test_a_network_that_compiles_in_place_keeps_its_names(known):
+def test_a_network_that_compiles_in_place_keeps_its_names(register):
     network = Plain()
     network.compile(backend="eager")
-    known("mine")(lambda: network)
+    register("mine")(lambda: network)
     assert [*build("mine", **SIZE, seed=0).state_dict()] == [*Plain().state_dict()]
 
 
-def test_names_are_taken_once(known):
-    known("mine")(Plain)
-    known("mine")(Plain)  # a notebook's cell, run again
+def test_names_are_taken_once(register):
+    register("mine")(Plain)
+    register("mine")(Plain)  # a notebook's cell, run again
     assert MODELS["mine"].description == "Functions between the layers, and view."
     with pytest.raises(UserError, match='there is a model "mine" already'):
-        known("mine")(staged)
+        register("mine")(make_sequence)
     with pytest.raises(UserError, match='there is a model "cnn" already'):
-        known("cnn")(staged)
+        register("cnn")(make_sequence)
     with pytest.raises(UserError, match="cannot be a model's name"):
-        known("net.py:Net")(staged)
+        register("net.py:Net")(make_sequence)
     with pytest.raises(UserError, match="needs the argument depth"):
-        known("deep")(lambda depth, classes: None)
+        register("deep")(lambda depth, classes: None)
     assert "deep" not in MODELS
 
 
-def test_the_state_dict_has_the_modules_own_names(known):
-    known("plain")(Plain)
+def test_the_state_dict_has_the_modules_own_names(register):
+    register("plain")(Plain)
     network = build("plain", **SIZE, seed=0)
     own = Plain()
     assert list(network.state_dict()) == list(own.state_dict())
@@ -234,8 +234,8 @@ def test_the_state_dict_has_the_modules_own_names(known):
         network.load_state_dict({"conv.weight": own.conv.weight})
 
 
-def test_images_arrive_contiguous_for_code_that_calls_view(known):
-    known("plain")(Plain)
+def test_images_arrive_contiguous_for_code_that_calls_view(register):
+    register("plain")(Plain)
     network = build("plain", **SIZE, seed=0)
     images = IMAGES.contiguous(memory_format=torch.channels_last)
     assert torch.equal(network(images), network(IMAGES))
@@ -256,9 +256,9 @@ def laid_out(x):
 @pytest.mark.parametrize(
     "shape", [(4, 1, 16, 16), (4, 3, 16, 16), (1, 1, 16, 16), (1, 3, 12, 16), (3, 3, 1, 1)], ids=str
 )
-def test_images_and_maps_have_the_strides_of_a_data_loader(known, make, shape):
+def test_images_and_maps_have_the_strides_of_a_data_loader(register, make, shape):
     """The networks raise where they do not: called whole, by stages, for features and in blocks."""
-    known("own")(make)
+    register("own")(make)
     network = build("own", classes=3, channels=shape[1], image_size=16, seed=0).eval()
     images = torch.randn(shape)
     expected = network(images)
@@ -289,10 +289,10 @@ class Scaling(Plain):
 
 
 @pytest.mark.parametrize(
-    "make", [Scaling, lambda: Scaling(hidden=True), lambda: nn.Sequential(nn.ReLU(inplace=True), *staged(3, 3))]
+    "make", [Scaling, lambda: Scaling(hidden=True), lambda: nn.Sequential(nn.ReLU(inplace=True), *make_sequence(3, 3))]
 )
-def test_a_forward_pass_in_place_does_not_reach_other_networks(known, make):
-    known("own")(make)
+def test_a_forward_pass_in_place_does_not_reach_other_networks(register, make):
+    register("own")(make)
     network = build("own", **SIZE, seed=0)
     for training in (True, False):
         network.train(training)
@@ -319,7 +319,7 @@ def test_a_batch_of_several_inputs_stays_as_it_is():
         assert (batch[0].tolist(), batch[1]["b"].tolist()) == ([-1, -1], [1, 1])
 
 
-def test_a_network_that_changes_nothing_gets_the_batch_itself(known):
+def test_a_network_that_changes_nothing_gets_the_batch_itself(register):
     seen = []
 
     class Watched(Plain):
@@ -327,7 +327,7 @@ def test_a_network_that_changes_nothing_gets_the_batch_itself(known):
             seen.append(x.data_ptr())
             return super().forward(x)
 
-    known("own")(Watched)
+    register("own")(Watched)
     network = build("own", **SIZE, seed=0)
     seen.clear()
     for _ in range(3):
@@ -335,9 +335,9 @@ def test_a_network_that_changes_nothing_gets_the_batch_itself(known):
     assert [pointer == IMAGES.data_ptr() for pointer in seen] == [False, True, True]
 
 
-def test_every_block_of_a_network_gets_such_maps(known):
+def test_every_block_of_a_network_gets_such_maps(register):
     """Adaptors before the blocks give others, and so would fedkern's convolutions in their place."""
-    known("own")(Looking)
+    register("own")(Looking)
     made = cut(build("own", **SIZE, seed=0), 3)
     assert not channels_last(made)
     shapes = [(3, 16, 16), *made.interfaces((3, 16, 16))]
@@ -346,9 +346,9 @@ def test_every_block_of_a_network_gets_such_maps(known):
             block(x)
 
 
-@pytest.mark.parametrize("make", [Plain, staged])
-def test_features_and_classifier_give_the_logits(known, make):
-    known("own")(make)
+@pytest.mark.parametrize("make", [Plain, make_sequence])
+def test_features_and_classifier_give_the_logits(register, make):
+    register("own")(make)
     network = build("own", **SIZE, seed=0)
     features = network.features(IMAGES)
     assert features.dim() == 2
@@ -362,8 +362,8 @@ def test_features_and_classifier_give_the_logits(known, make):
         assert frozen(network) is network
 
 
-def test_a_cut_network_is_a_staged_network(known):
-    known("own")(staged)
+def test_a_cut_network_is_a_staged_network(register):
+    register("own")(make_sequence)
     network = build("own", **SIZE, seed=0).eval()
     assert isinstance(network, StagedNetwork)
     assert level(network) == "stages"
@@ -420,15 +420,15 @@ def functional(classes, channels):
     )  # fmt: skip
 
 
-def pooled(classes, channels):
+def pooled_network(classes, channels):
     return nn.Sequential(nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("make", "maps"), [(no_convolution, 0), (one_axis, 0), (functional, 2), (pooled, 1)])
-def test_grad_cam_of_networks_with_other_layers_than_convolutions(make, maps, channels, known):
+@pytest.mark.parametrize(("make", "maps"), [(no_convolution, 0), (one_axis, 0), (functional, 2), (pooled_network, 1)])
+def test_grad_cam_of_networks_with_other_layers_than_convolutions(make, maps, channels, register):
     """A network has Grad-CAM where it has maps, whatever makes them."""
-    known("own")(make)
+    register("own")(make)
     network = build("own", classes=3, channels=channels, image_size=16, seed=0).eval()
     assert len(network.maps) == maps
     if maps:
@@ -436,14 +436,14 @@ def test_grad_cam_of_networks_with_other_layers_than_convolutions(make, maps, ch
         assert found.shape == (2, 16, 16)
 
 
-def test_an_ensemble_runs_users_networks_whole(known):
-    known("own")(staged)
+def test_an_ensemble_runs_users_networks_whole(register):
+    register("own")(make_sequence)
     members = [build("own", **SIZE, seed=seed).eval() for seed in (0, 1)]
     expected = torch.stack([member(IMAGES) for member in members]).mean(0)
     torch.testing.assert_close(Ensemble(members)(IMAGES), expected)
 
 
-def test_outputs_with_logits(known):
+def test_outputs_with_logits(register):
     class Output(nn.Module):
         """A network that answers as transformers' classifiers do."""
 
@@ -454,35 +454,35 @@ def test_outputs_with_logits(known):
         def forward(self, x):
             return {"logits": self.inner(x), "loss": None}
 
-    known("output")(Output)
+    register("output")(Output)
     network = build("output", **SIZE, seed=0)
     assert network(IMAGES).shape == (4, 3)
     assert network.head is network.module.inner.head
 
 
-def test_a_wrong_attribute_stages_is_said(known):
+def test_a_wrong_attribute_stages_is_said(register):
     class Declared(Plain):
         """Cannot be cut."""
 
         stages = {"layer1": "conv"}  # noqa: RUF012
 
-    known("declared")(Declared)
+    register("declared")(Declared)
     with pytest.raises(UserError, match="the model declared has an attribute stages, but cannot be cut there"):
         build("declared", **SIZE, seed=0)
 
 
-def test_a_subclass_of_fedkerns_networks_is_taken_as_it_is(known):
+def test_a_subclass_of_fedkerns_networks_is_taken_as_it_is(register):
     class Mine(StagedNetwork):
         """Two stages."""
 
         def __init__(self, classes):
             super().__init__([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)], width=4, classes=classes)
 
-    known("mine")(Mine)
+    register("mine")(Mine)
     assert type(build("mine", **SIZE, seed=0)) is Mine
 
 
-def test_a_given_module_is_copied(known):
+def test_a_given_module_is_copied(register):
     module = Plain()
     with available("module:Plain", module):
         network = build("module:Plain", **SIZE, seed=5)

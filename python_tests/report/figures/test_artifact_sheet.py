@@ -12,7 +12,7 @@ from fedkern.report.figures import artifact_sheet, pictures, plots
 from fedkern.settings.config import RunConfig
 
 
-def opened(path):
+def read_png(path):
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
@@ -34,9 +34,9 @@ def test_the_run_folder_gets_a_picture_for_every_name(tmp_path):
     log.write()
     written = [path.name for path in pictures.write_pictures(tmp_path, data=data, model=torch.nn.Identity())]
     assert written == ["accuracy.png", "partition.png", "generated.png", "teacher_weights.png", "accuracy_shown.png"]
-    pixels = opened(tmp_path / "generated.png").reshape(-1, 3)
+    pixels = read_png(tmp_path / "generated.png").reshape(-1, 3)
     assert (pixels == (255, 0, 0)).all(1).sum() > 6 * 50 * 50  # three red images in each of two rows
-    assert opened(tmp_path / "teacher_weights.png").std() > 10
+    assert read_png(tmp_path / "teacher_weights.png").std() > 10
 
 
 @pytest.mark.parametrize(("rows", "columns", "rounds"), [(1, 1, 1), (5, 10, 9), (20, 100, 1)])
@@ -46,7 +46,7 @@ def test_any_table_can_be_drawn(tmp_path, rows, columns, rounds):
     entries = [Artifact("t", r + 1, values * (r + 1), ("client", "class")) for r in range(rounds)]
     names = [f"class number {i}" for i in range(columns)]
     plots.save_png(artifact_sheet.draw_sheet(entries, title="t", classes=names), tmp_path / "t.png")
-    assert opened(tmp_path / "t.png").std() > 5
+    assert read_png(tmp_path / "t.png").std() > 5
 
 
 def test_equal_tables_are_drawn_once():

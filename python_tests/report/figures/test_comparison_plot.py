@@ -61,17 +61,17 @@ def test_curves_are_over_the_clock_where_a_run_is_asynchronous_and_all_have_one(
             [{"round": i, "accuracy": 0.1 * i, "clock": seed * step * i, **more} for i in (1, 2)] for seed in (1, 3)
         ]
 
-    def drawn(**groups):
+    def draw(**groups):
         axes = curves(groups, ["accuracy"]).axes[0]
         return axes.get_xlabel(), {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
 
-    label, lines = drawn(whole=records(10.0), stale=records(2.0, staleness=1.0))
+    label, lines = draw(whole=records(10.0), stale=records(2.0, staleness=1.0))
     assert label.startswith("virtual clock")
     assert lines == {"whole": [20, 40], "stale": [4, 8]}  # means over the seeds
     for groups in (
         {"whole": records(10.0), "other": records(2.0)},
         {"stale": records(2.0, staleness=1.0), "none": [[{"round": i, "accuracy": 0.1} for i in (1, 2)]]},
     ):
-        label, lines = drawn(**groups)
+        label, lines = draw(**groups)
         assert label == "communication round"
         assert [*lines.values()] == [[1, 2], [1, 2]]

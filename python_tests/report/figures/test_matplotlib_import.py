@@ -24,7 +24,7 @@ print("solid_capstyle" in Line2D.set.__doc__, "solid_capstyle" in kwdoc(Line2D))
 """
 
 
-def documented(last: bool, before: str = "", inside: str = "pass", **environment: str) -> str:
+def find_docs(last: bool, before: str = "", inside: str = "pass", **environment: str) -> str:
     """Return whether a line's properties are in its docstring, and whether matplotlib can tell them."""
     code = CODE.format(last=last, before=before, inside=inside)
     words, variables = [sys.executable, "-c", code], {**os.environ, **environment}
@@ -33,12 +33,12 @@ def documented(last: bool, before: str = "", inside: str = "pass", **environment
 
 @pytest.mark.parametrize("inside", ["import os; assert os.environ['MPLBACKEND'] == 'nonsense'", "raise KeyError"])
 def test_a_command_imports_it_without_tables_of_properties_and_needs_no_backend_of_the_user(inside):
-    assert documented(True, inside=inside, MPLBACKEND="nonsense") == "False True"
+    assert find_docs(True, inside=inside, MPLBACKEND="nonsense") == "False True"
 
 
 def test_a_script_has_them():
-    assert documented(False) == "True True"
+    assert find_docs(False) == "True True"
 
 
 def test_who_has_imported_it_keeps_them():
-    assert documented(True, before="import matplotlib.artist") == "True True"
+    assert find_docs(True, before="import matplotlib.artist") == "True True"

@@ -55,7 +55,7 @@ def save_model(model, folder: Path, name: str = "cnn") -> None:
     saved_model.write_model(folder / saved_model.MODEL, model, about)
 
 
-def opened(path: Path) -> np.ndarray:
+def read_png(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         assert (image.format, image.mode) == ("PNG", "RGB")  # without an alpha channel
         return np.asarray(image)
@@ -65,7 +65,7 @@ def test_a_run_gets_its_three_pictures(tmp_path, data):
     written = pictures.write_pictures(make_run(tmp_path, data), data=data)
     assert [path.name for path in written] == ["accuracy.png", "partition.png", "gradcam.png"]
     for path in written:
-        pixels = opened(path)
+        pixels = read_png(path)
         assert min(pixels.shape[:2]) > 300
         assert pixels.std() > 10
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
@@ -117,14 +117,14 @@ def test_data_that_are_loaded_again_are_those_of_the_run(tmp_path, data, monkeyp
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     seen = {}
 
-    def loaded(config, **_):
+    def note_root(config, **_):
         seen["root"] = config.data_root
         return data
 
     def draw(run, data, *_):
         seen["sets"] = list(data.tests)
 
-    monkeypatch.setattr(run_data, "load_data", loaded)
+    monkeypatch.setattr(run_data, "load_data", note_root)
     monkeypatch.setitem(answer_sheets.ANSWERS, "gradcam", draw)
     pictures.write_pictures(folder, data_root="/now")
     assert seen == {"root": "/now", "sets": ["id", "ood", "held_out"]}
@@ -141,7 +141,7 @@ def test_grey_images_without_masks(tmp_path):
     # Without the data they are loaded again.
     assert len(pictures.write_pictures(tmp_path)) == 3
     assert data.tests[""].masks is None
-    assert opened(tmp_path / "gradcam.png").std() > 10
+    assert read_png(tmp_path / "gradcam.png").std() > 10
 
 
 def apart(texts) -> bool:
@@ -178,7 +178,7 @@ def test_a_segmentation_is_laid_over_its_images(tmp_path):
     save_model(models.build("unet-small", classes=11, channels=3, image_size=32, seed=0), tmp_path, "unet-small")
     names = ["dice.png", "partition.png", "segmentation.png"]
     assert [path.name for path in pictures.write_pictures(tmp_path)] == names
-    assert all(opened(tmp_path / name).std() > 10 for name in names)
+    assert all(read_png(tmp_path / name).std() > 10 for name in names)
     colours = np.array([[1.0, 0, 0], [0, 1.0, 0]])
     laid = answer_sheets.over(np.full((1, 4, 3), 0.5), np.array([[0, 1, 2, -100]]), colours)
     np.testing.assert_allclose(laid[0], [[0.5] * 3, [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.25] * 3])
@@ -204,7 +204,7 @@ def test_rounds_and_samples_are_counted_in_whole_numbers():
 def test_the_curve_has_the_colours_of_both_test_sets(tmp_path):
     records = [{"round": i, "id_accuracy": 0.1 * i, "ood_accuracy": 0.05 * i} for i in range(1, 10)]
     plots.save_png(accuracy_curves(records, "accuracy", title="t"), tmp_path / "a.png")
-    pixels = opened(tmp_path / "a.png").reshape(-1, 3)
+    pixels = read_png(tmp_path / "a.png").reshape(-1, 3)
     for colour in (plots.BLUE, plots.ORANGE):
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(pixels - rgb).max(axis=1) < 3).sum() > 200
@@ -315,7 +315,7 @@ def test_any_partition_can_be_drawn(tmp_path, shape):
     counts = np.arange(shape[0] * shape[1]).reshape(shape)
     names = tuple(f"class number {i}" for i in range(shape[1]))
     plots.save_png(plots.partition_picture(PartitionStatistics(counts, names, "iid"), title="t"), tmp_path / "p.png")
-    assert opened(tmp_path / "p.png").std() > 10
+    assert read_png(tmp_path / "p.png").std() > 10
 
 
 def test_the_layout_leaves_out_the_numbers_of_a_partition_which_lie_in_their_axes():

@@ -17,7 +17,7 @@ def sheet(columns: int = 1) -> Sheet:
     return Sheet(columns, [0.0], side=SIDE, left=LEFT, title="t")
 
 
-def drawn(made: Sheet, folder) -> np.ndarray:
+def draw(made: Sheet, folder) -> np.ndarray:
     """Return the pixels of the first place, and of a margin of a tenth of its side around it."""
     save_png(made.figure, folder / "sheet.png")
     with Image.open(folder / "sheet.png") as image:
@@ -31,7 +31,7 @@ def drawn(made: Sheet, folder) -> np.ndarray:
 def test_pixels_are_scaled_to_even_squares(tmp_path):
     made = sheet()
     made.picture(0, 0, FOUR)
-    pixels = drawn(made, tmp_path)
+    pixels = draw(made, tmp_path)
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     assert {tuple(colour) for colour in colours.tolist()} == {WHITE, RED, GREEN, BLUE, BLACK}
     assert counts[:4].max() - counts[:4].min() <= 2 * DPI * SIDE  # a row and a column of the sheet's pixels
@@ -47,13 +47,13 @@ def test_numbers_from_0_to_1_are_colours_as_well(tmp_path):
     integers, fractions = sheet(), sheet()
     integers.picture(0, 0, FOUR)
     fractions.picture(0, 0, FOUR / 255)
-    np.testing.assert_array_equal(drawn(integers, tmp_path), drawn(fractions, tmp_path))
+    np.testing.assert_array_equal(draw(integers, tmp_path), draw(fractions, tmp_path))
 
 
 def test_an_oblong_picture_keeps_its_form_in_the_middle_of_its_place(tmp_path):
     made = sheet()
     made.picture(0, 0, np.zeros((1, 2, 3), dtype=np.uint8))
-    dark = drawn(made, tmp_path).sum(axis=2) == 0
+    dark = draw(made, tmp_path).sum(axis=2) == 0
     rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
     assert len(columns) == pytest.approx(DPI * SIDE, abs=1)
     assert len(rows) == pytest.approx(DPI * SIDE / 2, abs=1)
@@ -63,14 +63,14 @@ def test_an_oblong_picture_keeps_its_form_in_the_middle_of_its_place(tmp_path):
 def test_pictures_stand_side_by_side(tmp_path):
     made = sheet(2)
     made.picture(0, 1, FOUR)
-    assert (drawn(made, tmp_path) == 255).all()
+    assert (draw(made, tmp_path) == 255).all()
 
 
 def test_a_map_lies_over_its_picture_and_is_interpolated(tmp_path):
     made = sheet()
     made.picture(0, 0, np.full((1, 1, 3), 200, dtype=np.uint8))
     made.map(0, 0, np.array([[0.2, 1.0], [0.2, 1.0]], dtype=np.float32))
-    pixels = drawn(made, tmp_path)
+    pixels = draw(made, tmp_path)
     row = pixels[len(pixels) // 2, 6:-6]
     colours = colormaps["inferno"]
     for at, value in ((0, 0.2), (len(row) // 2, 0.6), (-1, 1.0)):
@@ -82,7 +82,7 @@ def test_a_map_lies_over_its_picture_and_is_interpolated(tmp_path):
 def test_the_points_of_a_map_are_the_middles_of_pixels(tmp_path):
     made = sheet()
     made.map(0, 0, np.array([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
-    light = drawn(made, tmp_path)[4:-4, 4:-4, 0]
+    light = draw(made, tmp_path)[4:-4, 4:-4, 0]
     rows, columns = np.nonzero(light == light.max())
     assert rows.mean() == pytest.approx(len(light) / 2, abs=2)
     assert columns.mean() == pytest.approx(len(light) / 2, abs=2)
@@ -94,7 +94,7 @@ def test_an_outline_goes_between_the_pixels_of_a_mask_and_others(tmp_path):
     mask = np.zeros((8, 8), dtype=bool)
     mask[2:5, 3:8] = True
     made.outline(0, 0, mask)
-    light = drawn(made, tmp_path)[4:-4, 4:-4].sum(axis=2) > 300
+    light = draw(made, tmp_path)[4:-4, 4:-4].sum(axis=2) > 300
     cell = len(light) / 8
     rows, columns = np.flatnonzero(light.any(1)) + 0.5, np.flatnonzero(light.any(0)) + 0.5
     assert [rows[0], rows[-1]] == pytest.approx([2 * cell, 5 * cell], abs=2)
@@ -107,4 +107,4 @@ def test_a_mask_of_the_whole_picture_has_no_outline(tmp_path):
     made = sheet()
     made.picture(0, 0, np.zeros((4, 4, 3), dtype=np.uint8))
     made.outline(0, 0, np.ones((4, 4), dtype=bool))
-    assert (drawn(made, tmp_path)[6:-6, 6:-6] == 0).all()
+    assert (draw(made, tmp_path)[6:-6, 6:-6] == 0).all()

@@ -43,7 +43,7 @@ def console() -> Console:
     return Console(file=io.StringIO(), force_jupyter=True, width=120)
 
 
-def started(trains: Sequence[str] = ("", "", ""), **given) -> Listener:
+def start(trains: Sequence[str] = ("", "", ""), **given) -> Listener:
     listener = display(quiet=False, json=False, console=console())
     config = RunConfig.make("fedavg", clients=2, rounds=len(trains), threads=1)
     plan = tuple(Round(trains=trained) for trained in trains)
@@ -66,7 +66,7 @@ def cells_of(html: str) -> list[list[str]]:
 
 
 def test_the_table_of_the_rounds_stays_and_the_bar_does_not(cells):
-    listener = started()
+    listener = start()
     assert type(listener) is notebook.Notebook
     for number in (1, 2, 3):
         listener.on_round_start(number, "train", [0, 1])
@@ -98,7 +98,7 @@ def test_the_table_of_the_rounds_stays_and_the_bar_does_not(cells):
 
 
 def test_a_run_that_stops_says_where(cells):
-    listener = started()
+    listener = start()
     listener.on_round(record(1, accuracy=0.3))
     listener.close()
     listener.close()
@@ -114,7 +114,7 @@ def test_a_run_that_was_finished_before_shows_nothing(cells):
 
 
 def test_private_records_have_no_loss_and_say_so(cells):
-    listener = started(private=True)
+    listener = start(private=True)
     listener.on_round({name: value for name, value in record(1, accuracy=0.3).items() if name != "loss"})
     assert cells_of(cells[0])[0] == ["round", "accuracy", "up", "down", "time"]
     assert progress_bar.UNSHOWN in Reader(cells[0]).text("p")
@@ -173,7 +173,7 @@ def test_results_as_html(tmp_path, monkeypatch):
 
 
 def test_the_line_says_what_a_round_trains_and_columns_name_test_sets(cells):
-    listener = started(("generator", "student"))
+    listener = start(("generator", "student"))
     listener.on_round_start(1, "distil", [0])
     assert Reader(cells[0]).text("p")[-1] == "round 1/2 (generator)"
     records = [record(1, north_accuracy=0.5, ood_accuracy=0.25)]

@@ -143,18 +143,18 @@ def test_the_time_left_is_that_of_rounds_that_train_the_same(monkeypatch):
     monkeypatch.setattr(progress_bar.time, "monotonic", lambda: time[0])
     clock = progress_bar.Clock(["generator"] * 3 + ["student"] * 3)
 
-    def played(done: int, seconds: float) -> float | None:
+    def play(done: int, seconds: float) -> float | None:
         clock.begin()
         time[0] += seconds
         return clock.remaining(done)
 
     time[0] += 100.0  # set-up rounds
-    assert played(1, 2.0) is None
-    assert played(2, 4.0) == 3.0 * 4
-    assert played(3, 3.0) == 3.0 * 3
-    assert played(4, 7.0) == 7.0 * 2
-    assert played(5, 5.0) == 6.0
-    assert played(6, 5.0) == 0.0
+    assert play(1, 2.0) is None
+    assert play(2, 4.0) == 3.0 * 4
+    assert play(3, 3.0) == 3.0 * 3
+    assert play(4, 7.0) == 7.0 * 2
+    assert play(5, 5.0) == 6.0
+    assert play(6, 5.0) == 0.0
 
 
 def test_the_first_round_of_a_plan_of_equal_rounds_tells_the_time_left(monkeypatch):

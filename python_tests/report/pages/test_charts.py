@@ -19,7 +19,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture
-def drawn(monkeypatch) -> list[Figure]:
+def figures(monkeypatch) -> list[Figure]:
     """Return the figures of the charts."""
     found = []
     monkeypatch.setattr(plots, "to_svg", lambda figure, name: found.append(figure) or to_svg(figure, name))
@@ -36,11 +36,11 @@ def texts(chart):
     return [text.text for text in ElementTree.fromstring(chart.svg).iter(f"{SVG}text")]
 
 
-def test_curves_have_colours_dashes_and_marks_of_their_own(drawn):
+def test_curves_have_colours_dashes_and_marks_of_their_own(figures):
     series = [Curve(f"client {k}", [1, 2, 3], [k, k + 0.5, math.nan]) for k in range(9)]
     chart = curves("a", "A", [Panel("loss", [*series, Curve("validation", [1], [2.0], SOFT)])])
     assert {"client 0", "client 8", "validation", "loss", "communication round"} <= {*texts(chart)}
-    *lines, validation = drawn[0].axes[0].get_lines()
+    *lines, validation = figures[0].axes[0].get_lines()
     assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 9
     assert (validation.get_color(), validation.get_linestyle(), validation.get_marker()) == (GREY, "--", "")
     assert chart.text.startswith("client 0: 0 in round 1, 0.5 in round 2; client 1: 1 in round 1")
@@ -49,25 +49,25 @@ def test_curves_have_colours_dashes_and_marks_of_their_own(drawn):
     assert chart.tables[0].rows[2][1] == "–"
 
 
-def test_a_loss_far_from_zero_fills_its_axis(drawn):
+def test_a_loss_far_from_zero_fills_its_axis(figures):
     series = [Curve("a", [1, 2], [5.01, 5.0]), Curve("b", [1, 2], [5.02, 5.0])]
     for zero in (False, True):
         curves("a", "A", [Panel("loss", series, zero=zero)])
-    free, from_zero = (figure.axes[0].get_ylim() for figure in drawn)
+    free, from_zero = (figure.axes[0].get_ylim() for figure in figures)
     assert 4.9 < free[0] < 5 < free[1] < 5.1
     assert from_zero[0] == 0
 
 
-def test_the_ticks_of_times_stand_apart(drawn):
+def test_the_ticks_of_times_stand_apart(figures):
     bars("a", "A", ["x", "y"], {"time": [201.0, 179.0]}, axis="time", unit="s")
-    drawn[0].draw_without_rendering()
-    boxes = [text.get_window_extent() for text in drawn[0].axes[0].get_xticklabels()]
+    figures[0].draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figures[0].axes[0].get_xticklabels()]
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
-def test_an_axis_has_its_whole_title(drawn):
+def test_an_axis_has_its_whole_title(figures):
     bars("a", "A", ["x"], {"r": [20.0]}, axis="image to text, recall at 1", unit="%")
-    assert drawn[0].axes[0].get_xlabel() == "image to text, recall at 1 (%)"
+    assert figures[0].axes[0].get_xlabel() == "image to text, recall at 1 (%)"
 
 
 def test_a_long_curve_is_small_and_its_table_says_what_it_leaves_out():
@@ -91,10 +91,10 @@ def test_bars_of_many_labels_are_the_lowest():
     assert chart.text == "lowest 1.0 % (class 99), highest 99.0 % (class 1)."
 
 
-def test_bars_of_equal_names_stay_apart(drawn):
+def test_bars_of_equal_names_stay_apart(figures):
     chart = bars("a", "A", ["same", "same"], {"x": [1, 2], "y": [3, None]}, axis="x")
     assert texts(chart).count("same") == 2
-    patches = drawn[0].axes[0].patches
+    patches = figures[0].axes[0].patches
     assert [patch.get_width() for patch in patches] == [1, 2, 3, 0]
     assert len({patch.get_y() for patch in patches}) == 4
     assert len({patch.get_facecolor() for patch in patches}) == 2
@@ -112,14 +112,14 @@ def test_counts_by_row_and_column():
     assert large.title == "number of samples; 30 of 500 rows; 20 of 100 columns"
 
 
-def test_dots_of_runs_and_their_mean(drawn):
+def test_dots_of_runs_and_their_mean(figures):
     chart = dots("a", "A", [("one", [10, 20], 15, 7.07), ("two", [30], 30, None)], axis="accuracy", unit="%")
     assert {"one", "two", "accuracy (%)"} <= {*texts(chart)}
-    runs = drawn[0].axes[0].get_lines()[0]
+    runs = figures[0].axes[0].get_lines()[0]
     assert (runs.get_xdata().tolist(), runs.get_ydata().tolist()) == ([10, 20], [0, 0])
-    ends = [(line[0][0], line[-1][0]) for line in drawn[0].axes[0].collections[0].get_segments()]
+    ends = [(line[0][0], line[-1][0]) for line in figures[0].axes[0].collections[0].get_segments()]
     assert ends == [pytest.approx((7.93, 22.07))]
-    assert len(drawn[0].axes[0].collections) == 1  # a single run has no deviation
+    assert len(figures[0].axes[0].collections) == 1  # a single run has no deviation
     assert chart.tables[0].rows[1] == ["two", "30.0 %", "30.0 %", "–"]
 
 

@@ -21,7 +21,7 @@ from python_tests.html_reader import Reader
 EVIL = "</script><script>alert(1)</script><img src=https://example.org/x.png>&amp;"
 
 
-def made(name="a name"):
+def make(name="a name"):
     blocks = [
         name, Code(name), Table([name, "value"], [[name, "1"]], name),
         curves("two", name, [Panel(name, [Curve(name, [1, 2], [0.5, 0.25])])]),
@@ -33,7 +33,7 @@ def made(name="a name"):
 
 @pytest.fixture(scope="module")
 def evil():
-    return html_page.render(made(EVIL))
+    return html_page.render(make(EVIL))
 
 
 def test_the_file_is_whole_and_names_nothing_outside(evil):
@@ -58,12 +58,12 @@ def test_names_are_texts(evil):
 
 
 def test_control_characters_are_escaped_and_code_keeps_its_lines():
-    odd = html_page.render(made("a\x1b[2J\u202eb"))
+    odd = html_page.render(make("a\x1b[2J\u202eb"))
     assert odd.replace("\n", "").isprintable()
     page = Reader(odd)
     assert page.text("h1") == [r"a\x1b[2J\u202eb"]
     assert r"a\x1b[2J\u202eb" in page.values("alt")
-    assert "<code>one\ntwo</code>" in html_page.render(made("one\ntwo"))
+    assert "<code>one\ntwo</code>" in html_page.render(make("one\ntwo"))
 
 
 def test_the_page_runs_and_loads_nothing(evil):
@@ -106,13 +106,13 @@ def test_a_report_is_written_over_an_older_one_or_not_at_all(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_bytes", full)
         with pytest.raises(UserError, match="the disk is full"):
-            html_page.write_page(made(), tmp_path)
+            html_page.write_page(make(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "old"
-    assert html_page.write_page(made(), tmp_path) == tmp_path / "report.html"
+    assert html_page.write_page(make(), tmp_path) == tmp_path / "report.html"
     text = (tmp_path / "report.html").read_bytes()
     assert text.startswith(b"<!doctype html>")
-    html_page.write_page(made(), tmp_path)
+    html_page.write_page(make(), tmp_path)
     assert (tmp_path / "report.html").read_bytes() == text
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -129,14 +129,14 @@ def test_a_section_says_what_it_lacks():
 
 
 def test_a_name_that_is_no_unicode_is_written(tmp_path):
-    html_page.write_page(made("\udcff"), tmp_path)
+    html_page.write_page(make("\udcff"), tmp_path)
     assert "\\udcff" in (tmp_path / "report.html").read_text()
 
 
 def test_a_folder_in_the_file_s_place(tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(UserError, match="is a folder, where the report is to be written"):
-        html_page.write_page(made(), tmp_path)
+        html_page.write_page(make(), tmp_path)
 
 
 def test_templates_are_part_of_the_package():

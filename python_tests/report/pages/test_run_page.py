@@ -34,19 +34,19 @@ def read(folder, **options):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     assert main(["fedavg", *TINY, "--client-test", "0.2", "--out", str(folder)]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def finished_page(finished):
-    return read(finished)
+def finished_page(finished_run):
+    return read(finished_run)
 
 
 @pytest.fixture
-def uncharted(monkeypatch):
+def empty_charts(monkeypatch):
     """Charts without their drawings.
 
     The run's own pictures are drawn, unlike with ``undrawn``.
@@ -55,17 +55,17 @@ def uncharted(monkeypatch):
 
 
 @pytest.fixture
-def folder(finished, tmp_path):
+def folder(finished_run, tmp_path):
     """Return a copy of the finished run, to be changed."""
-    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
+    return shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
 
 
-def test_the_headline_is_what_a_sceptic_concludes(finished, finished_page):
-    page, summary = finished_page, json.loads((finished / "summary.json").read_text())
+def test_the_headline_is_what_a_sceptic_concludes(finished_run, finished_page):
+    page, summary = finished_page, json.loads((finished_run / "summary.json").read_text())
     headline, *sentences = page.text("p")[1:8]
     accuracy = summary["metrics"]["accuracy"]
     assert headline == f"fedavg reaches an accuracy of {100 * accuracy:.1f} % on the test set after 2 rounds."
-    matrix = confusions.read(finished).matrices["test"]
+    matrix = confusions.read(finished_run).matrices["test"]
     baseline = f"Predicting the commonest class everywhere gives {100 * matrix.sum(1).max() / matrix.sum():.1f} %"
     assert any(text.startswith(baseline) for text in sentences)
     worst = summary["worst_client"]
@@ -77,8 +77,8 @@ def test_the_headline_is_what_a_sceptic_concludes(finished, finished_page):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_headline_tells_of_poor_figures_and_warnings(finished):
-    run = run_contents.read_run_folder(finished)
+def test_the_headline_tells_of_poor_figures_and_warnings(finished_run):
+    run = run_contents.read_run_folder(finished_run)
     for area, verdict in ((0.85, "AUROC is 85.0 % on the test set: the network tells classes apart."),
                           (0.5, "The network is hardly better.")):  # fmt: skip
         poor = {**run.summary, "metrics": {**run.summary["metrics"], "accuracy": 0.1, "auroc": area}}
@@ -101,8 +101,8 @@ def columns(chart):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_charts_hold_the_figures_of_the_run(finished):
-    run, records = run_contents.read_run_folder(finished), read_metrics(finished)
+def test_charts_hold_the_figures_of_the_run(finished_run):
+    run, records = run_contents.read_run_folder(finished_run), read_metrics(finished_run)
     found = charts(run_page.page(run))
     assert {"main", "loss", "labels", "client-final", "client-loss", "client-drift", "bytes", "phases", "class-recall",
             "confusion-0"} <= found.keys()  # fmt: skip
@@ -116,13 +116,13 @@ def test_charts_hold_the_figures_of_the_run(finished):
     by_client = columns(found["client-loss"])
     assert by_client["client 2"] == tuple(f"{r['clients']['2']['loss']:.3g}" for r in records)
     matrix = [[int(count) for count in row[1:]] for row in found["confusion-0"].tables[0].rows]
-    assert matrix == confusions.read(finished).matrices["test"].tolist()
+    assert matrix == confusions.read(finished_run).matrices["test"].tolist()
     counts = [sum(map(int, row[1:])) for row in found["labels"].tables[0].rows]
     assert counts == [record["samples"] for record in records[0]["clients"].values()]
 
 
-def test_curves_of_an_asynchronous_run_are_over_the_clock(finished, monkeypatch):
-    run, drawn = run_contents.read_run_folder(finished), []
+def test_curves_of_an_asynchronous_run_are_over_the_clock(finished_run, monkeypatch):
+    run, drawn = run_contents.read_run_folder(finished_run), []
     monkeypatch.setattr(run_page, "curves", lambda _, __, panels, **___: drawn.extend(panels))
     records = [{**record, "clock": 7.5 * record["round"], "staleness": 0.5} for record in run.records]
     run = dataclasses.replace(run, records=records)
@@ -133,7 +133,7 @@ def test_curves_of_an_asynchronous_run_are_over_the_clock(finished, monkeypatch)
     assert all(list(curve.at) == [7.5 * number for number in curve.rounds] for curve in curves)
 
 
-def test_the_file_has_every_chart_with_a_text_and_a_table(finished, finished_page):
+def test_the_file_has_every_chart_with_a_text_and_a_table(finished_run, finished_page):
     page = finished_page
     assert page.unclosed == []
     labels = [given for _, given, _ in page.elements if given.get("role") == "img"]
@@ -142,12 +142,12 @@ def test_the_file_has_every_chart_with_a_text_and_a_table(finished, finished_pag
     assert len(page.text("summary")) == len(page.text("svg")) == len(labels) >= 10
     ids = page.values("id")
     assert len(ids) == len(set(ids))
-    assert (finished / "report.html").stat().st_size < 1_000_000
+    assert (finished_run / "report.html").stat().st_size < 1_000_000
 
 
-def test_the_same_folder_gives_the_same_file(finished, finished_page):
-    report = (finished / "report.html").read_bytes()
-    assert run_page.write_report(finished).read_bytes() == report
+def test_the_same_folder_gives_the_same_file(finished_run, finished_page):
+    report = (finished_run / "report.html").read_bytes()
+    assert run_page.write_report(finished_run).read_bytes() == report
 
 
 def test_numbered_parts_of_a_phase_are_one():
@@ -210,7 +210,7 @@ def test_only_pictures_of_the_folder_are_embedded(folder, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.usefixtures("uncharted")
+@pytest.mark.usefixtures("empty_charts")
 def test_missing_pictures_are_drawn(folder):
     for name in ("pictures.json", "accuracy.png"):
         (folder / name).unlink()
@@ -258,8 +258,8 @@ def test_a_run_that_is_not_finished_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_of_many_clients_some_are_charted(finished):
-    run = run_contents.read_run_folder(finished)
+def test_of_many_clients_some_are_charted(finished_run):
+    run = run_contents.read_run_folder(finished_run)
     counts = np.random.default_rng(0).integers(1, 9, size=(10_000, 10))
     sizes = tuple(counts.sum(1).tolist())
     statistics = dataclasses.replace(run.facts.statistics, counts=counts, own_tests=(), samples=sizes)
@@ -272,7 +272,7 @@ def test_of_many_clients_some_are_charted(finished):
     assert text.startswith("10,000 clients with")
 
 
-@pytest.mark.usefixtures("uncharted")
+@pytest.mark.usefixtures("empty_charts")
 def test_private_records_tell_nothing_of_clients(tmp_path):
     folder = tmp_path / "run"
     assert main(["fedavg", *TINY, "--records", "private", "--out", str(folder)]) == 0

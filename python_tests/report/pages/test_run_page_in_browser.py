@@ -23,7 +23,7 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
          "--force-device-scale-factor=1")  # fmt: skip
 
 
-def found(*names: str) -> str | None:
+def find_program(*names: str) -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
@@ -33,7 +33,7 @@ def browser(tmp_path_factory):
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
-    chromium, driver = found("chromium", "chromium-browser", "google-chrome"), found("chromedriver")
+    chromium, driver = find_program("chromium", "chromium-browser", "google-chrome"), find_program("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("needs Chromium and its driver (Debian: chromium, chromium-driver)")
     options = webdriver.ChromeOptions()
@@ -65,7 +65,7 @@ def reports(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name / "report.html" for name in ("run", "comparison", "pairs", "begun")}
 
 
-def opened(browser, path: Path, *, width: int = WIDE, ground: str = "light") -> None:
+def open_page(browser, path: Path, *, width: int = WIDE, ground: str = "light") -> None:
     """Open a file at a width and on a ground."""
     phone = width < 600
     browser.execute_cdp_cmd(
@@ -97,7 +97,7 @@ def screenshot(browser, name: str) -> None:
 @pytest.mark.parametrize("width", [WIDE, PHONE])
 @pytest.mark.parametrize("name", ["run", "comparison", "pairs", "begun"])
 def test_a_report_opens_without_an_error_and_loads_nothing(browser, reports, name, width, ground):
-    opened(browser, reports[name], width=width, ground=ground)
+    open_page(browser, reports[name], width=width, ground=ground)
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "DEBUG"] == []
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [event["params"]["request"]["url"] for event in asked if event["method"] == "Network.requestWillBeSent"]
@@ -116,7 +116,7 @@ def test_a_report_opens_without_an_error_and_loads_nothing(browser, reports, nam
 
 
 def test_charts_follow_the_system_s_ground(browser, reports):
-    opened(browser, reports["run"])
+    open_page(browser, reports["run"])
     lines = "return [...document.querySelectorAll('#chart-main path')].map((line) => getComputedStyle(line).stroke)"
     light = browser.execute_script(lines)
     emulate(browser, "dark")
@@ -133,7 +133,7 @@ def test_figures_of_a_chart_open_and_a_name_runs_no_code(browser, reports, tmp_p
     text = reports["run"].read_text()
     page = tmp_path / "evil.html"
     page.write_text(text.replace("<h1>", "<script>window.ran = 1</script><h1 onclick='window.ran = 1'>", 1))
-    opened(browser, page)
+    open_page(browser, page)
     browser.find_element(By.TAG_NAME, "h1").click()
     assert browser.execute_script("return window.ran === undefined")
     assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
