@@ -86,12 +86,12 @@ def test_an_ordinary_error_of_the_server_keeps_its_type(tmp_path):
 @pytest.mark.parametrize("name", [name for name in ERRORS if name != "memory"])
 def test_a_failing_data_function_is_named(name, tmp_path):
     @register_data("failing-data")
-    def make_data_that_fails():
+    def load_failing():
         """Fail to make the data."""
         raise ERRORS[name]()
 
     try:
-        with pytest.raises(UserError, match=r"failing-data.*made") as failed:
+        with pytest.raises(UserError, match=r"failing-data.*load_failing") as failed:
             fedkern.simulate("fedavg", out=tmp_path / "run", **{**TINY, "data": "failing-data", "train_samples": None})
         assert len(str(failed.value)) < 2 * MESSAGE
     finally:

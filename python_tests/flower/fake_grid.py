@@ -77,11 +77,11 @@ class FakeGrid(Grid):
             reply = Message(made, reply_to=message)
             self.alive += 1
             self.most_alive = max(self.most_alive, self.alive)
-            weakref.finalize(reply, self._gone)
+            weakref.finalize(reply, self._note_gone)
             found.append(reply)
         return found
 
-    def _gone(self) -> None:
+    def _note_gone(self) -> None:
         self.alive -= 1
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

@@ -44,7 +44,7 @@ class Node:
     process: subprocess.Popen = field(repr=False)
     log: Path = field(repr=False)
 
-    def said(self) -> str:
+    def read_log(self) -> str:
         return self.log.read_text(errors="replace")
 
 
@@ -65,7 +65,7 @@ class Outcome:
     log: str
 
     @property
-    def completed(self) -> bool:
+    def is_completed(self) -> bool:
         return self.status == "finished:completed"
 
 
@@ -86,7 +86,7 @@ class Federation:
         try:
             commands(self.folder / "bin")
             self.superlink, self.superlink_log, self.port = self._superlink()
-            self.home = self._made("home")
+            self.home = self._make_folder("home")
             (self.home / "config.toml").write_text(
                 f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
                 f'address = "127.0.0.1:{self.port}"\ninsecure = true\n'
@@ -113,7 +113,7 @@ class Federation:
         """All processes of this federation."""
         return processes_of(self.folder)
 
-    def named(self, program: str) -> list[int]:
+    def pids_of(self, program: str) -> list[int]:
         """Return the processes of one of Flower's commands."""
         found = []
         for pid in self.processes():
@@ -126,7 +126,7 @@ class Federation:
         """Of Flower's processes: everything of their own, nothing sent, this interpreter with this fedkern."""
         return surroundings(self.folder / "bin") | {"FLWR_HOME": str(home)}
 
-    def _made(self, name: str) -> Path:
+    def _make_folder(self, name: str) -> Path:
         path = self.folder / name
         path.mkdir(parents=True, exist_ok=True)
         return path
@@ -142,7 +142,7 @@ class Federation:
 
     def _superlink(self):
         for attempt in range(TRIES):
-            port, home, log = free_port(), self._made("superlink"), self.folder / f"superlink-{attempt}.log"
+            port, home, log = free_port(), self._make_folder("superlink"), self.folder / f"superlink-{attempt}.log"
             words = ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
             process = self._started_process("flower-superlink", [*words, "--insecure"], home, log)
             if wait_for(process, log, r"Uvicorn running on"):
@@ -161,7 +161,7 @@ class Federation:
         """
         config = {"partition_id": number, **config}
         listed = " ".join(f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in config.items())
-        home = self._made(f"node-{number}")
+        home = self._make_folder(f"node-{number}")
         for _ in range(TRIES):
             log = self.folder / f"node-{number}-{len(self._started)}.log"
             words = ["--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port()), "--node-config", listed]
@@ -206,7 +206,7 @@ class Federation:
             capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def asked(self, *words: str) -> dict:
+    def ask(self, *words: str) -> dict:
         """Return the answer of one of Flower's commands."""
         done = self.flwr(*words, "--format", "json", timeout=180)
         answer = json.loads(done.stdout[done.stdout.index("{") :])
@@ -223,12 +223,12 @@ class Federation:
         """
         listed = [f"{name.replace('_', '-')}={json.dumps(value)}" for name, value in run_config.items()]
         words = [word for text in listed for word in ("--run-config", text)]
-        return str(self.asked("run", str(project), CONNECTION, *words)["run-id"])
+        return str(self.ask("run", str(project), CONNECTION, *words)["run-id"])
 
-    def ended(self, run: str, patience: float = 300) -> Outcome:
+    def wait_for(self, run: str, patience: float = 300) -> Outcome:
         """Wait for the end of a run."""
         limit = time.monotonic() + patience
-        while not (found := self.asked("ls", CONNECTION, "--run-id", run)["runs"][0])["status"].startswith("finished"):
+        while not (found := self.ask("ls", CONNECTION, "--run-id", run)["runs"][0])["status"].startswith("finished"):
             assert time.monotonic() < limit, found
             time.sleep(1)
         log = self.flwr("log", run, CONNECTION).stdout
@@ -236,7 +236,7 @@ class Federation:
 
     def run(self, project: Path, *, patience: float = 300, **run_config: object) -> Outcome:
         """Submit a project and wait for the end of its run."""
-        return self.ended(self.submit(project, **run_config), patience)
+        return self.wait_for(self.submit(project, **run_config), patience)
 
 
 def wait_for(process: subprocess.Popen, log: Path, pattern: str, patience: float = 90) -> re.Match | None:

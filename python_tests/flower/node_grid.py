@@ -82,14 +82,14 @@ class NodeGrid(FakeGrid):
         for name in sorted(message_ids, key=lambda name: -int(name.rpartition("-")[2])):
             if name not in self._waiting:
                 continue
-            reply = self._replied(self._waiting.pop(name))
+            reply = self._reply(self._waiting.pop(name))
             if reply is not None:
                 arrived, size = travel(reply)
                 self.size += size
                 found.append(arrived)
         return found
 
-    def _replied(self, message: Message) -> Message | None:
+    def _reply(self, message: Message) -> Message | None:
         k = message.metadata.dst_node_id - 100
         node_config = {"partition-id": k, "num-partitions": self._count, **self.nodes.get(k, {})}
         context = Context(1, 100 + k, node_config, RecordDict(), dict(self.run_config))

@@ -107,7 +107,7 @@ def reasons_of(folder: Path) -> dict[int, dict[int, str]]:
 
 
 def works(node: Node) -> bool:
-    return "Receiving: train message" in node.said()
+    return "Receiving: train message" in node.read_log()
 
 
 def test_a_killed_server_app_resumes_with_the_same_bits(tmp_path):
@@ -118,12 +118,12 @@ def test_a_killed_server_app_resumes_with_the_same_bits(tmp_path):
         federation.start_nodes(*configs(federation, 2))
         killed = federation.submit(made)
         wait_until(lambda: len(records(tmp_path)) >= 1, 120)
-        (server,) = federation.named("flwr-serverapp")
+        (server,) = federation.pids_of("flwr-serverapp")
         os.kill(server, signal.SIGKILL)
-        wait_until(lambda: not federation.named("flwr-serverapp"), 120)
+        wait_until(lambda: not federation.pids_of("flwr-serverapp"), 120)
         assert len(records(tmp_path)) < 3
         outcome = federation.run(made, resume=True)
-        assert outcome.completed, outcome.log
+        assert outcome.is_completed, outcome.log
         assert outcome.run != killed
     assert federation.processes() == []
     assert [record["round"] for record in records(tmp_path)] == [1, 2, 3]
@@ -151,7 +151,7 @@ def test_a_client_whose_process_is_killed_is_left_out_and_back_in_the_next_round
     with Federation(tmp_path / "federation") as federation:
         federation.start_nodes(*configs(federation, 2))
         outcome = federation.run(made)
-        assert outcome.completed, outcome.log
+        assert outcome.is_completed, outcome.log
     assert federation.processes() == []
     losses, second = reasons_of(tmp_path).values()
     assert list(losses) == [1]
@@ -169,8 +169,8 @@ def test_a_node_that_does_not_answer_costs_the_deadline_and_is_back_in_the_next_
         os.killpg(node.process.pid, signal.SIGSTOP)
         wait_until(lambda: len(records(tmp_path)) == 1, 120)
         os.killpg(node.process.pid, signal.SIGCONT)
-        outcome = federation.ended(run)
-        assert outcome.completed, outcome.log
+        outcome = federation.wait_for(run)
+        assert outcome.is_completed, outcome.log
     losses, second = reasons_of(tmp_path).values()
     assert list(losses) == [1]
     assert "had not answered after 40 seconds" in losses[1]

@@ -68,7 +68,7 @@ def test_faulty_replies_are_named_and_the_others_count(tmp_path, monkeypatch):
         federation.start_nodes(*({"fault": fault} for fault in faults))
         project = faulty(tmp_path / "project", len(faults))
         outcome = federation.run(project)
-        assert outcome.completed, outcome.log
+        assert outcome.is_completed, outcome.log
         assert len(federation.processes()) > 2 * len(faults)  # each SuperNode has its SuperExec
         reasons = {number: reason for _, number, reason in left_out(federation)}
         assert reasons == {1: "finite", 2: "shapes", 3: "size", 4: "size", 5: "keys", 6: "error"}

@@ -87,7 +87,7 @@ def test_ctrl_c_stops_the_run(tmp_path):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "stopping run" in err
-        (found,) = federation.asked("ls", CONNECTION)["runs"]
+        (found,) = federation.ask("ls", CONNECTION)["runs"]
         assert found["status"] == "finished:stopped"
 
 
@@ -101,7 +101,7 @@ def test_a_foreign_superlink_on_the_default_port_does_not_take_a_simulation(tmp_
         code, out, err = play(simulation | default, faulty(tmp_path / "project", 3), *nodes)
         assert code == 0, err
         assert "Round 1: 3 replies count, 0 do not." in out
-        assert foreign.asked("ls", CONNECTION)["runs"] == []
+        assert foreign.ask("ls", CONNECTION)["runs"] == []
         assert set(processes_of(tmp_path)) == before
 
 

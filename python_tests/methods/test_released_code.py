@@ -469,7 +469,7 @@ class Fusefl:
                 name.replace("blocks.0", block).replace("blocks.1", "block1"): value for name, value in changes.items()
             }
 
-    def fused(self, number):
+    def fuse_level(self, number):
         """Return the fused level of the clients' blocks as they are."""
         branches = []
         for m, network in enumerate(self.networks):
@@ -482,7 +482,7 @@ class Fusefl:
 
     def frozen(self):
         """Fused level 1 with the batch norms of ``frozen_bn=code``."""
-        frozen = FusedNetwork([self.fused(1)])
+        frozen = FusedNetwork([self.fuse_level(1)])
         frozen.normalise_by_batch()
         return frozen
 
@@ -533,7 +533,7 @@ def test_fusefl_fusion_and_calibration(play, precision, monkeypatch):
     plain = nn.Linear(16, 4)
     plain.load_state_dict(plain_head([network.head.state_dict() for network in play.networks], "sum"))
     assert_alike(dict(plain.named_parameters()), data.under(f"{precision}.plain_head."))
-    fused = FusedNetwork([play.fused(1), play.fused(2)], final="sum")
+    fused = FusedNetwork([play.fuse_level(1), play.fuse_level(2)], final="sum")
     features = [[fused.features(batch) for batch in images] for images in play.images]
     stacked = torch.stack([batch for client in features for batch in client])
     assert_alike(stacked, data[f"{precision}.features"])

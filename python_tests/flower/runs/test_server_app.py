@@ -501,11 +501,11 @@ def test_a_node_with_another_form_of_the_messages_is_refused(tmp_path, monkeypat
     class Mixed(NodeGrid):
         older = (101,)
 
-        def _replied(self, message):
+        def _reply(self, message):
             with monkeypatch.context() as patched:
                 if message.metadata.dst_node_id in self.older:
                     patched.setattr(node_client, "PROTOCOL", 3)
-                return super()._replied(message)
+                return super()._reply(message)
 
     forms = f"has form 3 of fedkern's messages, and the server has form {node_client.PROTOCOL}"
     sentence = f"Node 101 {forms}: install one version of fedkern on all machines; it takes no part."
