@@ -1,10 +1,10 @@
-"""Networks as people bring them to a first run, each with a habit of its own, for images of 32 pixels."""
+"""Networks as users bring them to a first run, each with a habit of its own, for images of 32 pixels."""
 
 from torch import nn
 
 
 class View(nn.Module):
-    """LeNet, as tutorials write it: ``view`` between convolutions and linear layers."""
+    """LeNet as tutorials write it, with ``view`` between convolutions and linear layers."""
 
     def __init__(self, classes, channels):
         super().__init__()
@@ -37,7 +37,7 @@ class InPlace(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """A residual block with torch's usual shortcut, a strided 1 × 1 convolution of few channels."""
+    """Residual block with torch's usual shortcut, a strided 1 × 1 convolution of few channels."""
 
     def __init__(self, classes, channels):
         super().__init__()
@@ -62,7 +62,7 @@ class Depthwise(nn.Sequential):
 
 
 class Rows(nn.Module):
-    """A GRU over the rows of an image: no convolution anywhere."""
+    """GRU over the rows of an image, without convolutions."""
 
     def __init__(self, classes, channels, image_size):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures of all tests, and the processes in which they run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from python_tests.workers_first import waiting_for_workers
 
 
 def _take_benchmarks_from_the_checkout() -> None:
-    """Pytest does not look there, so that the package is the installed one, and opacus installs "benchmarks" too."""
+    """Import "benchmarks" from the checkout, which is not on the path, instead of the package that opacus installs."""
     folder = Path(__file__).resolve().parents[1] / "benchmarks"
     spec = importlib.util.spec_from_file_location(
         "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -71,7 +71,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture
 def registries() -> Iterator[None]:
-    """Take back what a test registers."""
+    """Restore all registries after the test."""
     from fedkern.usercode import plugins
 
     tables = list(plugins._tables().values())
@@ -84,7 +84,7 @@ def registries() -> Iterator[None]:
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every worker process that is forked, in order."""
+    """Return the list of worker processes, which grows with every fork."""
     from fedkern.engine.executors.fork_server import ForkServer
 
     numbers, fork = [], ForkServer.fork
@@ -100,20 +100,23 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _waiting_for_workers() -> Iterator[None]:
-    """Yield the tests of the same bits on two workers would else compare a run without workers with another one."""
+    """Make every run wait for its workers.
+
+    Otherwise a short run ends before its workers are up, and tests compare runs without workers.
+    """
     with waiting_for_workers(), warm_python.warm_fork_servers():
         yield
 
 
 @pytest.fixture
 def warm_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pythons that a test starts have PyTorch and fedkern imported: it is about what they do later."""
+    """Fork the Python processes of a test from one that has imported PyTorch and fedkern."""
     monkeypatch.setattr(subprocess, "Popen", warm_python.Popen)
 
 
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are forked from this process, which has PyTorch loaded."""
+    """Fork workers from this process, which has loaded PyTorch, instead of the fork server."""
     from fedkern.messages.packets import NotPortable
 
     def refuse(setup: object) -> None:
@@ -124,7 +127,7 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def refuses(tmp_path: Path) -> Callable[..., AbstractContextManager[Any]]:
-    """Yield the context of a call that ends in a sentence before anything is written to its folder."""
+    """Return the context of a call that ends in a sentence before anything is written to its folder."""
     from fedkern.errors import UserError
 
     @contextmanager
@@ -146,7 +149,7 @@ def _undrawn() -> Iterator[None]:
 
 @pytest.fixture
 def undrawn() -> Iterator[None]:
-    """Yield the runs end without pictures, reports have empty charts: drawing takes longer than a small run."""
+    """Skip all pictures and charts, which take longer than a small run."""
     with _undrawn():
         yield
 
@@ -159,7 +162,7 @@ def undrawing() -> Callable[[], AbstractContextManager[None]]:
 
 @pytest.fixture(autouse=True)
 def _forks_beside_earlier_threads() -> None:
-    """Have threads that pytest-xdist and earlier tests left bar no fork of this test."""
+    """Rename the threads of pytest-xdist and earlier tests, which would otherwise keep runs from forking."""
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.name.startswith("fedkern-"):
             thread.name = f"fedkern-test {thread.name}"
@@ -167,16 +170,19 @@ def _forks_beside_earlier_threads() -> None:
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
-    """Seeds the global generator that tests draw their inputs from.
+    """Seed the global generator that tests draw their inputs from.
 
-    Without a GPU the CPU's alone: ``torch.manual_seed`` formats the stack for the GPU that it may find later.
+    Without a GPU only the CPU's: ``torch.manual_seed`` formats the stack for a GPU that may come later.
     """
     (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(0)
 
 
 @pytest.fixture(autouse=True)
 def _on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A GPU is for tests marked so: ``device="auto"`` would take it, where others compare bits with the CPU's."""
+    """Hide a GPU from tests that are not marked "gpu".
+
+    ``device="auto"`` would take the GPU where tests compare bits with the CPU's.
+    """
     if not torch.cuda.is_available() or request.node.get_closest_marker("gpu"):
         yield
         return
@@ -188,24 +194,24 @@ def _on_the_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> None:
-    """A shell starts background jobs with Ctrl-C ignored, and so would be the tests' own processes."""
+    """Restore Ctrl-C, which a shell ignores in background jobs and so in the tests' processes."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is there by now out of later collections of garbage, each of which would walk through all tests."""
+    """Exclude the collected tests from garbage collections, each of which would walk through all of them."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the benchmarks are ``exhaustive``: they say nothing of the package that is installed.
+    """Mark the benchmarks' tests as ``exhaustive``, because they do not test the installed package.
 
-    So are the cases that ``@pytest.mark.sampled`` leaves out: as many remain as its argument says, or as the longest
-    axis of the test's parameters has values, and these go through all axes at once.  Short axes are crossed as far as
-    there is room: of two dtypes and two backends each meets each.
+    Mark as ``exhaustive`` also the cases that ``@pytest.mark.sampled`` leaves out.  As many cases remain as its
+    argument says, or as the longest axis of the test's parameters has values, and these go through all axes at once.
+    Short axes are crossed as far as there is room: of two dtypes and two backends each meets each.
     """
     groups = defaultdict(list)
     folder = Path(__file__).parent / "benchmarks"

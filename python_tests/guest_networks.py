@@ -1,4 +1,4 @@
-"""Networks as their authors write them, in plain torch.nn: fifteen ways, and whole ones of the literature."""
+"""Networks as their authors write them in plain torch.nn: fifteen ways, and whole networks of the literature."""
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,9 @@ def sequential():
 
 
 class Functional(Head):
-    """Functions and methods, in place and not.
+    """Network of functions and methods, in place and not.
 
-    Pooling before and behind the ReLU. View.
+    It pools before and behind the ReLU, and uses a view.
     """
 
     def __init__(self):
@@ -87,7 +87,7 @@ class Bottleneck(Head):
 
 
 class Dropping(Head):
-    """Dropout and a bias before the norm."""
+    """Network with dropout and a bias before the norm."""
 
     def __init__(self):
         super().__init__(16)
@@ -100,7 +100,7 @@ class Dropping(Head):
 
 
 class Plain(Head):
-    """No norm."""
+    """Network without norms."""
 
     def __init__(self):
         super().__init__(16)
@@ -111,7 +111,7 @@ class Plain(Head):
 
 
 class PreActivation(Head):
-    """Norms before convolutions.
+    """Network with norms before convolutions.
 
     The stem's raw result is used twice.
     """
@@ -128,7 +128,7 @@ class PreActivation(Head):
 
 
 class Branching(TwoBlocks):
-    """A result that is used twice, and a branch on the data."""
+    """Network with a result that is used twice, and a branch on the data."""
 
     def maps(self, x):
         raw = self.b1(self.c1(x))
@@ -139,7 +139,7 @@ class Branching(TwoBlocks):
 
 
 class Looping(Head):
-    """A shared layer in a loop of a length that is drawn."""
+    """Network with a shared layer in a loop of random length."""
 
     def __init__(self):
         super().__init__(16)
@@ -154,7 +154,7 @@ class Looping(Head):
 
 
 class Asserting(TwoBlocks):
-    """Looks at shapes, strides and dtypes, and takes a strided view."""
+    """Network that looks at shapes, strides and dtypes, and takes a strided view."""
 
     def maps(self, x):
         out = self.c1(x)
@@ -169,7 +169,7 @@ class Asserting(TwoBlocks):
 
 
 class Squeezing(Head):
-    """Squeeze and excitation, group norm and a leaky ReLU."""
+    """Network with squeeze and excitation, group norm and a leaky ReLU."""
 
     def __init__(self):
         super().__init__(16)
@@ -184,7 +184,7 @@ class Squeezing(Head):
 
 
 class UNet(Head):
-    """Down and up again, with a shortcut."""
+    """Encoder and decoder with a shortcut."""
 
     def __init__(self):
         super().__init__(16)
@@ -197,7 +197,7 @@ class UNet(Head):
 
 
 class Unused(TwoBlocks):
-    """Results that nobody uses: their statistics move."""
+    """Network with unused results, whose statistics move."""
 
     def maps(self, x):
         x = F.relu(self.b1(self.c1(x)))
@@ -206,7 +206,7 @@ class Unused(TwoBlocks):
 
 
 class Stopping(TwoBlocks):
-    """A part without gradients."""
+    """Network with a part without gradients."""
 
     def maps(self, x):
         with torch.no_grad():
@@ -218,7 +218,7 @@ class Stopping(TwoBlocks):
 
 
 class Two(nn.Module):
-    """Several outputs, in a dict."""
+    """Network with several outputs, in a dict."""
 
     def __init__(self):
         super().__init__()
@@ -231,7 +231,7 @@ class Two(nn.Module):
 
 
 class Doubling(torch.autograd.Function):
-    """What torch's functions do not see."""
+    """Hidden doubling that torch's functions do not see."""
 
     @staticmethod
     def forward(ctx, given):
@@ -253,7 +253,7 @@ WAYS = {
 
 
 def played(network, images, seed=5):
-    """Return the outputs in both modes, gradients and buffers after a step in train mode."""
+    """Return the outputs in both modes, and gradients and buffers after a step in train mode."""
     network.train()
     network.zero_grad()
     torch.manual_seed(seed)
@@ -270,9 +270,9 @@ def played(network, images, seed=5):
 
 
 def equal(got, wanted, exact=True):
-    """Whether everything of :func:`played` has the same bits.
+    """Return whether two results of :func:`played` have the same bits.
 
-    Not ``exact``: but for gradients of several sums.
+    Unless ``exact``, gradients of several sums may differ by rounding.
     """
     pairs = [*zip(got[0], wanted[0], strict=True), *zip(got[1], wanted[1], strict=True)]
     pairs += [(got[3][name], wanted[3][name]) for name in got[3]]
@@ -284,9 +284,9 @@ def equal(got, wanted, exact=True):
 
 
 def close(got, wanted):
-    """Whether the numbers are those of other roundings.
+    """Check that two results differ by rounding only.
 
-    A ReLU that one flips changes a gradient.
+    A ReLU that rounding flips changes a gradient.
     """
     for a, b in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))

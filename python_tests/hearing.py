@@ -1,12 +1,12 @@
-"""A listener that keeps what a run tells."""
+"""Listener that keeps the events of a run."""
 
 from fedkern.listeners import Listener
 
 
 class Hearing(Listener):
-    """Keeps facts about the run, notices, warnings, participants of every round, records and the summary.
+    """Listener that keeps the run's facts, notices, warnings, participants of every round, records and summary.
 
-    Functions by the names of hooks take the place of the hooks.
+    Functions with the names of hooks replace the hooks.
     """
 
     def __init__(self, **hooks):

@@ -1,4 +1,4 @@
-"""Reading a report's HTML, for tests."""
+"""Reader of a report's HTML, for tests."""
 
 import re
 from html.parser import HTMLParser
@@ -7,7 +7,7 @@ VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Reader(HTMLParser):
-    """The elements of a page.
+    """Parser of the elements of a page.
 
     Attributes:
         elements: tag, attributes and own text of every element, in order.
@@ -39,7 +39,7 @@ class Reader(HTMLParser):
             self.elements[i][2].append(data)
 
     def text(self, tag: str, **attributes: str) -> list[str]:
-        """Texts of all elements of a tag with these attributes, white space joined."""
+        """Return the texts of all elements of a tag with these attributes, white space joined."""
         wanted = attributes.items()
         return [
             " ".join("".join(text).split())
@@ -48,16 +48,16 @@ class Reader(HTMLParser):
         ]
 
     def values(self, attribute: str) -> list[str]:
-        """All values of an attribute."""
+        """Return all values of an attribute."""
         return [given[attribute] or "" for _, given, _ in self.elements if attribute in given]
 
     @property
     def charts(self) -> set[str]:
-        """Names of the charts."""
+        """Return the names of the charts."""
         return {name.removeprefix("chart-") for name in self.values("id") if name.startswith("chart-")}
 
     @property
     def words(self) -> str:
-        """All text of the page's body."""
+        """Return all text of the page's body."""
         (body,) = [i for i, (name, _, _) in enumerate(self.elements) if name == "body"]
         return re.sub(r"\s+", " ", "".join(self.elements[body][2]))

@@ -1,4 +1,4 @@
-"""Images that tests of caches and of images on disk write, and which of them are decoded."""
+"""Images for tests of caches and of images on disk, and a record of which images are decoded."""
 
 import numpy as np
 from PIL import Image
@@ -8,10 +8,7 @@ from fedkern.files.image_rows import ImageStore
 
 
 def two_brightnesses(root, count):
-    """Grey images of nine by nine pixels, half of them, those of the class b, brighter than the others.
-
-    The folder.
-    """
+    """Write grey images of nine by nine pixels, those of the class b brighter, and return the folder."""
     rng = np.random.default_rng(0)
     for number in range(count):
         path = root / "ab"[number % 2] / f"{number}.png"
@@ -21,7 +18,7 @@ def two_brightnesses(root, count):
 
 
 def watched(monkeypatch, kind=ImageFiles):
-    """Return the files of a kind that are decoded from now on, in order."""
+    """Return the list of files of a kind that are decoded from now on, in order."""
     found = []
     read = kind.read
 
@@ -35,7 +32,7 @@ def watched(monkeypatch, kind=ImageFiles):
 
 
 def count_gathered(monkeypatch):
-    """Return a list to which every read of an image file adds its number of images from now on."""
+    """Return the list of images per read of an image file from now on."""
     counts = []
     gather = ImageStore.gather
 

@@ -1,4 +1,4 @@
-"""Work that is refused at once, where it might wait for a pipe or follow a loop for ever."""
+"""Check of work that must be refused at once, where it might wait for a pipe or follow a loop for ever."""
 
 import threading
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from fedkern.errors import UserError
 def in_time(work: Callable[[], Any], seconds: float = 20) -> str:
     """Return the sentence that ``work`` raises.
 
-    A thread that waits for a writer of a pipe is let go at the end.
+    A thread that waits for a pipe's writer is released at the end.
     """
     ends: list[BaseException | None] = []
 

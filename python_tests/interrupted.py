@@ -1,4 +1,4 @@
-"""Runs that are killed on the way, and what must be the same when they are resumed."""
+"""Runs that are killed on the way, and the outcome that must be the same once they are resumed."""
 
 import gc
 import json
@@ -23,14 +23,14 @@ TIMES = ("seconds", "round_seconds", "phases", "device", "wire")
 
 
 def outcome(out):
-    """Everything that must be the same bit for bit: the model, the metrics and the summary but for TIMES."""
+    """Return what must be the same bit for bit: the model, the metrics and the summary but for TIMES."""
     metrics = [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(out)]
     summary = {k: v for k, v in json.loads((out / "summary.json").read_text()).items() if k not in TIMES}
     return (out / "model.safetensors").read_bytes(), metrics, summary
 
 
 def wait_until(condition, seconds=60):
-    """Wait for a condition, and fail when the seconds are over."""
+    """Wait for a condition, and fail after the timeout."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -38,7 +38,7 @@ def wait_until(condition, seconds=60):
 
 
 def without(found, warning):
-    """Return an outcome without this warning, which a run has where what was lost had something to do."""
+    """Return an outcome without this warning, which a run has where the lost part had something to do."""
     model, metrics, summary = found
     told = dict(summary["diagnostics"])
     told.pop(warning, None)
@@ -46,7 +46,7 @@ def without(found, warning):
 
 
 def forge(out, change):
-    """Change every entry of a run's manifest, as whoever sends a run folder may: the entries' checksums are right."""
+    """Change every entry of a run's manifest and make its checksums right, as a forger would."""
     manifest = out / "checkpoints" / "manifest.json"
     content = json.loads(manifest.read_text())
     for entry in content["entries"]:
@@ -72,7 +72,7 @@ def unfinished(out):
 
 
 def unvouched(out):
-    """Take from a run's manifest what its results were when the run wrote them."""
+    """Remove from a run's manifest the results that it vouches for."""
 
     def forget(entry):
         if "results" in entry["info"]:
@@ -102,12 +102,12 @@ def lose(number):
 
 
 class Kill(BaseException):
-    """Stands for kill -9: nothing of ours may catch it."""
+    """Stand-in for kill -9, which no code of fedkern may catch."""
 
 
 @contextmanager
 def killed_at_rename(count, when):
-    """Kills whatever is inside before or after the ``count``-th rename of a file."""
+    """Kill the code inside before or after the ``count``-th rename of a file."""
     seen = []
     real = Path.replace
 
@@ -127,7 +127,7 @@ def killed_at_rename(count, when):
 
 
 def killed(config, *, at, **how):
-    """Plays a run that dies where it comes to a hook."""
+    """Play a run that dies at a hook."""
     with pytest.raises(Kill):
         run(config, listener=at, **how)
 
@@ -157,7 +157,7 @@ def check_interruption(config, folder, *, at, **how):
 
 
 class KillAt(Listener):
-    """Kills a run that comes to a hook once more than ``count`` times, in all or within one round."""
+    """Listener that kills a run at a hook after ``count`` calls, in all or within one round."""
 
     def __init__(self, hook, count=0, round=None):
         self.hook, self.count, self.round = hook, count, round

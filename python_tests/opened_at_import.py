@@ -18,7 +18,7 @@ def open_once():
 
 
 class Bytes(Dataset):
-    """Items that raise where another process has moved the position in the file."""
+    """Items that raise where another process has moved the file's position."""
 
     def __init__(self, kind, begin, count):
         self.kind, self.first, self.count = kind, begin, count

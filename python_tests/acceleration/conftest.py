@@ -1,4 +1,4 @@
-"""What tests of fedkern.accelerate share."""
+"""Fixtures of the tests of fedkern.accelerate."""
 
 import pytest
 

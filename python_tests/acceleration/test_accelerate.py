@@ -1,4 +1,4 @@
-"""fedkern.accelerate: the numbers of the network as written, served by operators, and nobody notices."""
+"""Tests of fedkern.accelerate: operators compute the numbers of the network as written, and nobody notices."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ def images():
 
 
 def fast(network):
-    """Return the network accelerated, whose calls nobody checks and counts."""
+    """Return the accelerated network, without checks and counts of its calls."""
     return fedkern.accelerate(network, check=False)
 
 
@@ -44,7 +44,7 @@ def made(name, seed=0):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_what_waits_has_the_bits_of_what_is_written(name, images, monkeypatch):
-    """With every step by torch's own layers nothing is told from the plain network."""
+    """Where torch's own layers compute every step, the results equal those of the plain network."""
     monkeypatch.setattr(calls, "_serve", lambda chain, dense: None)
     network = made(name)
     assert equal(played(fedkern.accelerate(copy.deepcopy(network)), images), played(network, images))
@@ -62,7 +62,7 @@ def test_operators_serve_what_they_can(name, images, served):
 @core
 @pytest.mark.parametrize(("taps", "expected"), [(3, 1), (1, 0)])
 def test_what_copies_would_cost_more_than_they_save_runs_as_written(taps, expected, images, served):
-    """A convolution of one tap between the network's own code has fewer products than its maps have to be moved for."""
+    """A 1 × 1 convolution amid the network's own code saves less than copying its maps costs."""
     torch.manual_seed(0)
     conv = nn.Conv2d(32, 32, taps, padding=taps // 2, bias=False)
     network = nn.Sequential(nn.Conv2d(3, 32, 7, padding=3), nn.GELU(), conv, nn.BatchNorm2d(32), nn.GELU())
@@ -259,7 +259,7 @@ def biased(frozen=False):
 
 @core
 def test_a_bias_that_the_norm_takes_out_again(images, served):
-    """It moves the running mean, is taken off in evaluation, and its gradient is zeros."""
+    """The running mean moves by the bias, evaluation takes the bias off, and its gradient is zero."""
     plain, accelerated = biased(), fast(biased())
     for _ in range(3):
         expected, found = played(plain, images), played(accelerated, images)
@@ -494,7 +494,7 @@ def test_fedkern_s_own_hooks_are_given_what_is_computed(images, served):
 
 
 class Table(dict):
-    """As transformers' results: entries that are attributes too."""
+    """Mapping like transformers' results, whose entries are attributes too."""
 
     def __init__(self, **given):
         super().__init__(given)
@@ -550,9 +550,9 @@ def rectifying(net, x):
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_cannot_wait_is_told(write, said, images):
-    """In a pass that differs from the rehearsal.
+    """A call that differs from the rehearsal is an error.
 
-    Where that saw it, nothing waits for it.
+    After a rehearsal with such a call no layer waits.
     """
     network, plain = fedkern.accelerate(made_of(write)), made_of(write)
     torch.testing.assert_close(network(images), plain(images), rtol=1e-4, atol=1e-4)

@@ -1,7 +1,7 @@
-"""Random networks and their use, drawn as program texts: accelerated they compute what they compute as written.
+"""Tests on random networks: accelerated programs compute what they compute as written.
 
 The network in float64 is the truth.  Rounding may put the accelerated network a few times as far from it as the plain
-one in fp32, or as rounding what its layers take and their gradients does.  Draws in which it decides a ReLU or a
+one in fp32, or as rounding what its layers take and their gradients does.  Draws in which rounding decides a ReLU or a
 maximum are left out.
 """
 

@@ -1,4 +1,4 @@
-"""What recording keeps, refuses and says about itself, on which machines, and which rows pages show."""
+"""Tests of recorded comparisons: what files keep and refuse, and which rows the pages show."""
 
 import json
 import subprocess
@@ -101,7 +101,7 @@ def test_a_change_of_other_kernels_leaves_no_row_out() -> None:
 
 
 def test_pages_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page, the check, and the table of operators."""
+    """Neither the page, the check nor the table of operators shows them."""
     node = "bench_blend.py::test_blend[(64, 256, 14, 14)-contiguous-permutation-1]"
     assert node in {name for name, _, _ in shown.nodes()}
     csrc = tmp_path / "csrc"
@@ -139,7 +139,7 @@ def test_pages_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeyp
 
 
 def test_the_rows_that_pages_show_exist_and_are_at_most_sixty() -> None:
-    """Collected, not measured: every name is that of a test."""
+    """The tests are collected, not run: every recorded name must be that of a test."""
     command = [sys.executable, "-m", "pytest", "benchmarks", "--shown", "--collect-only", "-q"]
     found = subprocess.run(command, cwd=sources.CSRC.parent, capture_output=True, text=True, timeout=300)
     collected = {line.rpartition("benchmarks/")[2] for line in found.stdout.splitlines() if "::" in line}

@@ -1,4 +1,4 @@
-"""The benchmarks' command line from recording to the gate, on a toy benchmark whose times are told, not measured."""
+"""The benchmarks' command line from recording to the gate, on a toy benchmark with simulated times."""
 
 import os
 import re
@@ -140,7 +140,7 @@ def test_report_makes_the_tables(folder: Path) -> None:
     ("slower", "load", "outcome"), [("1.2", "0", "4 passed"), ("1.3", "0", "4 failed"), ("1.3", "0.5", "4 skipped")]
 )
 def test_the_gate_fails_where_a_kernel_takes_30_percent_longer(folder, slower, load, outcome):
-    """With one thread and with two; but where other processes compute, it cannot tell."""
+    """The gate measures with one thread and with two, and skips where other processes compute."""
     gated = run(folder, "-m", "pytest", "benchmarks", "--gate-short", SLOWER=slower, OTHERS=load)
     assert gated.returncode == ("failed" in outcome), gated.stdout
     assert outcome in gated.stdout.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""What a measurement says about a floor, and the file of floors."""
+"""Tests of the gate: what a measurement says about a floor, and the file of floors."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`fifteen.sh` and every line of it, on a GPU that is only pretended: the CPU computes, and the CPU's clock counts."""
+"""Tests of `fifteen.sh`, line by line, on a pretended GPU: the CPU computes, and the CPU's clock counts."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def python(name: str, code: str) -> Stage:
 
 
 def words_of(name: str) -> list[str]:
-    """Return what a line's module is given."""
+    """Return the arguments of a line's module."""
     return list(LINES[name].command[3:])
 
 
@@ -61,7 +61,7 @@ def test_another_card_is_compared_with_itself_alone() -> None:
 
 @pytest.fixture
 def pretended(tmp_path, monkeypatch):
-    """Return a GPU that nvidia-smi would list, a folder beside the checkout, and three lines and a check."""
+    """Pretend a GPU that nvidia-smi lists, a folder beside the checkout, and three lines and a check."""
     monkeypatch.setattr(fifteen, "gpu", lambda: H200)
     monkeypatch.setattr(fifteen, "code", lambda: "code")
     monkeypatch.setattr(fifteen, "BESIDE", tmp_path / "beside")
@@ -121,7 +121,7 @@ def test_what_it_cannot_take_is_one_sentence(words, found, told, pretended, monk
 
 
 class Pretended(timing.CpuClock):
-    """The CPU's clock in the place of CUDA events."""
+    """Clock of the CPU in place of CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         pass
@@ -132,7 +132,7 @@ class Pretended(timing.CpuClock):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Return the kernels' cases in little, and on the CPU."""
+    """Return small cases of the kernels, on the CPU."""
     monkeypatch.setattr(kernels, "DEVICE", "cpu")
     monkeypatch.setattr(kernels, "CudaClock", Pretended)
     monkeypatch.setattr(kernels, "SAMPLES", 1)

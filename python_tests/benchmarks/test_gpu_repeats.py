@@ -1,4 +1,4 @@
-"""Two runs of one seed, compared: `python -m benchmarks.gpu.repeats`."""
+"""Tests of `python -m benchmarks.gpu.repeats`, which compares two runs of one seed."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ LITTLE = {"data": "digits", "train_samples": 60, "width": 2, "rounds": 2, "local
 
 
 def run_folder(path: Path, weight: float = 0.0, rounds: int = 2, **changes) -> Path:
-    """Return what a run of two rounds leaves, as far as it is compared.
+    """Write the files of a run of two rounds that are compared.
 
     ``changes`` go into the last round.
     """

@@ -1,4 +1,4 @@
-"""The stages for a machine with a GPU, as far as they can be tried without one."""
+"""Tests of the stages for a machine with a GPU, as far as a CPU can play them."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What a profiler's trace says about the host and the GPU, from traces made up and one of a run on the CPU."""
+"""Tests of the reader of profiler traces: made-up traces, and one of a run on the CPU."""
 
 import json
 

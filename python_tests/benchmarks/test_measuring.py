@@ -1,4 +1,4 @@
-"""Clocks, turns, peak memory: what the benchmarks measure with."""
+"""Tests of the benchmarks' instruments: clocks, turns, peak memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_thread_clock_does_not_count_waiting() -> None:
 
 
 def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of events, on a stand-in for the device."""
+    """The events come in this order on a stand-in for the device."""
     log: list[str] = []
 
     class Event:

@@ -1,4 +1,4 @@
-"""The table of where each method fits: paired gains, what is not played, and settings in order of preference."""
+"""Tests of the table of where each method fits: paired gains, missing runs, and the preferred settings."""
 
 import json
 import math

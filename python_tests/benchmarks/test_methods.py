@@ -1,4 +1,4 @@
-"""The plain methods compute what fedkern's compute, and whole runs are measured and judged as their page says."""
+"""Tests of the plain methods, which compute what fedkern's compute, and of whole runs as their page judges them."""
 
 import argparse
 import importlib
@@ -48,7 +48,10 @@ def received(model):
 
 
 def same_loss_and_gradients(theirs, ours, model):
-    """Both losses of ``model`` and their gradients, within 1e-4 of the largest entry: terms of a loss may cancel."""
+    """Check that two losses of ``model`` have the same gradients.
+
+    The tolerance is 1e-4 of the largest entry, because terms of a loss may cancel.
+    """
     torch.testing.assert_close(theirs, ours, **CLOSE)
     gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in (theirs, ours)]
     a, b = (torch.cat([g.flatten() for g in loss_gradients if g is not None]) for loss_gradients in gradients)
@@ -145,7 +148,7 @@ def test_fediod_has_the_losses_of_fedkern():
     ],
 )
 def test_a_run_of_whole_batches_ends_where_fedkern_ends(method, settings, options, tmp_path, monkeypatch):
-    """With one batch a client nothing is drawn but data and first weights, which are the same."""
+    """With one batch a client only the data and the first weights are drawn, and these are the same."""
     model = "resnet8" if method == "fusefl" else "cnn"
     config = RunConfig.make(
         method, data="digits", train_samples=60, clients=3, partition="iid", batch_size=64, model=model, width=4,
@@ -237,7 +240,7 @@ def test_what_the_plain_method_does_not_compute_is_refused(given, word, tmp_path
 
 
 def test_plain_variants_compute_without_the_kernels(monkeypatch):
-    """Their networks are fedkern's, which ask operators."""
+    """Their networks are fedkern's, which would call operators."""
     monkeypatch.setenv("FEDKERN_BACKEND", "cpu")
     for name in ("plain", "plain one core"):
         assert bench_methods.environment(name, None)["FEDKERN_BACKEND"] == "reference"
@@ -316,7 +319,7 @@ def test_cases_measured_again_replace_their_own_alone(tmp_path):
 
 
 def record_commands(monkeypatch):
-    """Have every command write the records of a round and do nothing else, and return the list of commands."""
+    """Replace every command by one that writes the records of a round, and return the list of commands."""
     asked, record = [], {"round_seconds": 1.0, "accuracy": 0.5}
 
     def fake(command, environment, folder):

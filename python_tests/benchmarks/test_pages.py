@@ -58,7 +58,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", BY_PATH)
 def test_a_changed_figure_is_found_wherever_it_stands(path, tmp_path):
-    """The first digit of a caption or table, changed one at a time."""
+    """The first digit of each caption or table is changed, one at a time."""
     page, text = BY_PATH[path], (pages.ROOT / path).read_text()
     for section in pages.SECTION.finditer(text):
         place = re.search(r"\d", section[0].partition("-->")[2].partition("[Table")[0])
@@ -130,9 +130,9 @@ TABLES = {
 
 @pytest.mark.parametrize("method", [method for method in COMMANDS if method in load("page_commands")])
 def test_a_pages_command_gave_its_tables_figure(method):
-    """Within two standard deviations of the table's three seeds, or the page says so.
+    """The figure is within two standard deviations of the table's three seeds, or the page says otherwise.
 
-    In the words that it prints.
+    The page uses the words that the command prints.
     """
     row, command = load("page_commands")[method], COMMANDS[method]
     assert row["command"] == command.text()

@@ -1,4 +1,4 @@
-"""What the audit recorded shows what the privacy page says."""
+"""Tests that the recorded audit shows what the privacy page says."""
 
 import json
 

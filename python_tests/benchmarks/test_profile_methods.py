@@ -1,4 +1,4 @@
-"""Every second of a profiled run belongs to one part, and what the profile marks is still there."""
+"""Tests of the profiler: every second belongs to one part, and all marked functions exist."""
 
 import importlib
 from dataclasses import dataclass

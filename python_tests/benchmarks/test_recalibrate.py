@@ -1,4 +1,4 @@
-"""Finished runs under another classifier."""
+"""Tests of finished runs under another classifier."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every result file names the commit that made it, or says that nobody recorded the commit."""
+"""Tests that every result file names the commit that made it, or says that nobody recorded the commit."""
 
 import json
 import re
@@ -14,9 +14,9 @@ FILES = [path for folder in (comparisons.RESULTS, RESULTS) for path in sorted(fo
 
 
 def commits(content: dict) -> list[str]:
-    """Return what a file says.
+    """Return the commits that a file names.
 
-    A study says it in every row that was played.
+    A study names one in every finished row.
     """
     if "rows" in content and "machine" not in content:
         builds = [row["fedkern"] for row in content["rows"] if row["ours"] is not None]

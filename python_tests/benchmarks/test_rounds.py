@@ -1,4 +1,4 @@
-"""bench_rounds: the task that all programs share, and the processes that play it."""
+"""Tests of bench_rounds: the task that all programs share, and the processes that play it."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ from python_tests.interrupted import wait_until
 
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
-    """Two clients of 20 synthetic images, two rounds."""
+    """Return a task of two clients, two rounds and 20 synthetic images."""
     monkeypatch.setattr(setting, "TEST", 500)
     folder = tmp_path / "task"
     folder.mkdir()
@@ -69,7 +69,7 @@ def test_a_program_that_fails_says_why_and_leaves_no_process_behind(task: Task, 
     status = Path("/proc") / left.read_text().strip() / "stat"
 
     def has_ended() -> bool:
-        """Return whether the process is gone, or waits for its new parent to look."""
+        """Return whether the process is gone or a zombie."""
         return not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
 
     wait_until(has_ended, 30)  # a killed process is still running until its memory is freed

@@ -1,4 +1,4 @@
-"""The gate fails where a real kernel takes 30 % longer, and passes the kernel as it is, on a quiet machine."""
+"""Tests of the gate on real kernels: it fails for one slowed by 30 %, on a quiet machine."""
 
 import os
 import subprocess
@@ -43,15 +43,15 @@ FLOORS = gate.read_floors()
 
 
 def steadiest_of_each_family() -> list[str]:
-    """Of every file of benchmarks the row that processes see most alike, of those that are held."""
+    """Return from every benchmark file the gated row with the least spread between processes."""
     rows = sorted(FLOORS.rows, key=lambda node: min(FLOORS.rows[node].ratios) / max(FLOORS.rows[node].ratios))
     return sorted({node.partition("::")[0]: node for node in rows if FLOORS.rows[node].held}.values())
 
 
 def gated(node: str, slowed: bool, path: Path) -> subprocess.CompletedProcess[str]:
-    """Return the gate over one row, in a process of its own.
+    """Run the gate over one row in a process of its own.
 
-    Those that it starts load the plugin too.
+    The processes that it starts load the plugin too.
     """
     command = [sys.executable, "-m", "pytest", "--gate-short", "-p", "no:cacheprovider", f"benchmarks/{node}"]
     plugin = {"PYTEST_ADDOPTS": "-p slowed_kernels"} if slowed else {}

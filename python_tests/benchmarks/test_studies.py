@@ -1,4 +1,4 @@
-"""Every cell of a study is a command that the program takes, and the runner stores what the pages read."""
+"""Tests of the studies: every cell is a valid command, and the runner stores what the pages read."""
 
 import json
 import shlex
@@ -97,9 +97,9 @@ def test_what_a_failing_program_says_last_is_repeated(tmp_path):
 
 
 def test_a_compressed_run_stands_beside_as_many_bytes_of_whole_uploads(monkeypatch):
-    """The first round that reaches them.
+    """The page names the first round whose uploads amount to these bytes.
 
-    A difference is of one seed.
+    Differences are taken per seed.
     """
 
     def row(up, *values):

@@ -1,4 +1,4 @@
-"""What a comparison shows while it plays."""
+"""Tests of the board that a comparison shows while it plays."""
 
 import io
 import re

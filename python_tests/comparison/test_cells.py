@@ -1,4 +1,4 @@
-"""Plan of a comparison: variants, cells, seeds, names of folders."""
+"""Tests of the plan of a comparison: variants, cells, seeds, names of folders."""
 
 import numpy as np
 import pytest

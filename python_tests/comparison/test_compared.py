@@ -1,4 +1,4 @@
-"""fedkern.compare: comparisons from Python."""
+"""Tests of fedkern.compare: comparisons from Python."""
 
 import csv
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_data_in_memory_and_one_folder_by_default(monkeypatch):
 
 
 def test_settings_that_a_method_does_not_read_are_named(tmp_path):
-    """They change nothing of its runs, which a comparison plays and a run of its own refuses."""
+    """A comparison plays them, since they change nothing, while a single run refuses them."""
     how = {name: value for name, value in TINY.items() if name not in OF_ROUNDS}
     how |= {"data": "digits", "rounds": 2, "local_epochs": 1, "seeds": 1}
     given = {"sample_fraction": 0.5, "lr_decay": 0.5, "optimizer_state": "keep"}

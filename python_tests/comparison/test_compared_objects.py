@@ -1,4 +1,4 @@
-"""fedkern.compare with classes of methods and objects of them."""
+"""Tests of fedkern.compare with classes of methods and objects of them."""
 
 import json
 import math
@@ -120,7 +120,7 @@ def test_finished_runs_of_an_edited_network_are_refused(tmp_path):
 
 
 class Blind(Slow):
-    """Without a figure where the server goes half of the way, as if logits had overflowed there."""
+    """Method with a NaN figure at share 0.5, as if logits had overflowed there."""
 
     def evaluate(self, model, data):
         return {**super().evaluate(model, data), **({"accuracy": math.nan} if self.options.share == 0.5 else {})}

@@ -1,4 +1,4 @@
-"""The report of a comparison: its table, curves with bands, and what a sceptic concludes."""
+"""Tests of the report of a comparison: its table, curves with bands, and careful conclusions."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Papers as files: the format, its refusals, the words of commands, and the papers that fedkern ships."""
+"""Tests of papers as files: the format, its refusals, the flags of commands, and the papers that fedkern ships."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Playing a paper's cells: budgets, sweeps, runs beforehand, what is played once, data that are not here."""
+"""Tests of playing a paper's cells: budgets, sweeps, earlier runs, shared runs, missing data."""
 
 import csv
 import os
@@ -55,7 +55,7 @@ minutes = 1
 
 @pytest.fixture
 def played(monkeypatch):
-    """Return the runs that are begun: method, learning rate and seed."""
+    """Return the list of started runs: method, learning rate and seed."""
     begun, real = [], cell_runner.run
 
     def run(config, **options):
@@ -67,7 +67,7 @@ def played(monkeypatch):
 
 
 def end_at_look(number, monkeypatch):
-    """Let the time be over when it is looked at for the ``number``-th time."""
+    """Let the budget's time end at the ``number``-th look at the clock."""
     looks, check = [], Deadline.check
 
     def out_of_time(deadline):

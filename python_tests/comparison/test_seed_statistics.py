@@ -1,4 +1,4 @@
-"""Mean, deviation, paired intervals and targets."""
+"""Tests of means, deviations, paired intervals and targets."""
 
 import math
 

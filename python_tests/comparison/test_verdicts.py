@@ -1,4 +1,4 @@
-"""Verdicts on numbers."""
+"""Tests of verdicts on reproduced numbers."""
 
 import math
 from dataclasses import replace
@@ -58,7 +58,7 @@ def test_nothing_published_has_no_verdict():
     ],
 )
 def test_the_ordering_at_a_smaller_scale(gain, published, verdict):
-    """Paired by seed: the figures differ far more between seeds than between cells."""
+    """Pairing by seed decides: the figures differ far more between seeds than between cells."""
     baseline = {0: 0.4, 1: 0.6, 2: 0.8}
     values = {0: 0.4 + gain, 1: 0.61 + gain, 2: 0.79 + gain}
     judged = judge_cell(SMALLER, Outcome(values), Outcome(baseline), published)

@@ -1,4 +1,4 @@
-"""Generated data files in the official layouts."""
+"""Writers of generated data files in the official layouts."""
 
 import gzip
 import struct
@@ -17,10 +17,7 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def write_idx() -> Callable[..., dict[str, np.ndarray]]:
-    """Write the four IDX files of a small MNIST-like set into a folder.
-
-    Returns what they hold.
-    """
+    """Write the four IDX files of a small MNIST-like set into a folder, and return their arrays."""
 
     def write(folder: Path, train: int = 120, test: int = 30, compressed: bool = False) -> dict[str, np.ndarray]:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Data sets of image files that tests write: images with labels, texts and masks, in tables and in folders."""
+"""Writers of image data sets: images with labels, texts and masks, in tables and in folders."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every loader on files that are cut off, overwritten or hostile: it succeeds, or says one sentence, and nothing else.
+"""Tests of every loader on truncated, overwritten and hostile files: success or one sentence, and nothing else.
 
 The quick version draws a few variants of every kind of file; the long one (``-m slow``) hundreds.
 """
@@ -52,7 +52,7 @@ TEXT = (
 
 
 def variants(content: bytes, rng: np.random.Generator, count: int) -> list[bytes]:
-    """A file cut off, with other bytes, with a stretch that is missing, twice or zero, and with more behind its end."""
+    """Return damaged copies: cut off, overwritten, a stretch removed, doubled or zeroed, more at the end."""
     made = [b"", content[:1], content + content, content + b"\0", bytes(len(content)), b"\xff" * 64]
     kinds = rng.integers(0, 6, count)
     for kind in kinds.tolist():
@@ -77,9 +77,9 @@ def variants(content: bytes, rng: np.random.Generator, count: int) -> list[bytes
 
 
 def harmless(work, *given):
-    """Call ``work``.
+    """Call ``work``, and return whether it succeeded.
 
-    Returns whether it succeeded.  Any error but a UserError of a readable length is a failure.
+    Any error but a UserError of a readable length is a failure.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -210,7 +210,7 @@ def test_many_data_files(tmp_path, name, seed):
 
 
 class Blind:
-    """A detector that sees nothing."""
+    """Detector that sees nothing."""
 
     identity: ClassVar = {"model": "blind"}
 

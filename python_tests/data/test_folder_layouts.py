@@ -1,4 +1,4 @@
-"""Folders in folders: sites or patients, and files that are left out."""
+"""Tests of nested folders: sites or patients, and skipped files."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Files that are not what they are called: other formats, bombs, pipes, loops, damaged ends.  Each is one sentence."""
+"""Tests of files with a wrong extension: other formats, bombs, pipes, loops, damaged ends.  Each is one sentence."""
 
 import gzip
 import os
@@ -45,7 +45,7 @@ def open_set(name, root, **options):
 
 
 def test_postscript_in_a_png_starts_no_other_program(tmp_path, monkeypatch):
-    """Pillow hands it to Ghostscript, which is a programming language."""
+    """Pillow would hand such a file to Ghostscript, a programming language."""
     called = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given: called.append(given))
     path = tmp_path / "image.png"
@@ -76,7 +76,7 @@ def test_six_formats_are_decoded_whatever_a_file_is_called(tmp_path):
 
 
 def huge_png(path, width=30_000, height=30_000):
-    """Return a header alone: a picture of so many pixels would be decoded from a few hundred kilobytes."""
+    """Return a PNG's header alone, of a picture that would be decoded from a few hundred kilobytes."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -227,7 +227,7 @@ def test_svhn_labels_that_are_no_digits(tmp_path, labels, words):
 
 
 def test_svhn_of_more_images_than_there_can_be(tmp_path):
-    """The sizes are looked at before anything is decompressed."""
+    """The sizes are checked before anything is decompressed."""
     for name in ("train_32x32.mat", "test_32x32.mat"):
         savemat(tmp_path / name, {"X": np.zeros((1, 1), np.uint8), "y": np.ones((2, 1))})
     raw = (tmp_path / "train_32x32.mat").read_bytes()
@@ -291,7 +291,7 @@ def test_other_files_that_are_pipes(tmp_path, name):
 
 
 def twice(root, name, link):
-    """Make one image of a data set stand under a second name."""
+    """List one image of a data set under a second name."""
     if name == "folder":
         class_folders(root)
         link(root / "a" / "0.png", root / "b" / "6.png")

@@ -1,4 +1,4 @@
-"""Identity of data: the same for every seed and partition, another for every change of what is learnt from."""
+"""Tests of the identity of data: the same for every seed and partition, another for every change of the contents."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The embedded digits and what `load` checks for every data set."""
+"""Tests of the embedded digits, and of the checks of `load` on every data set."""
 
 import re
 import sys

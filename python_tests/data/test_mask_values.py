@@ -1,4 +1,4 @@
-"""Masks as a viewer shows them, and the class numbers that are read from them: palettes, negatives."""
+"""Tests of masks as a viewer shows them, and of their class numbers: palettes, negatives."""
 
 import struct
 
@@ -16,7 +16,7 @@ VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128, 128, 0, 128, 0, 12
 
 
 def written(path, indices, palette, **options):
-    """An image of the mode P with ``palette``, the file's own size of it."""
+    """Write an image of the mode P with a ``palette`` of any length."""
     image = Image.frombytes("P", indices.shape[::-1], np.ascontiguousarray(indices, dtype=np.uint8).tobytes())
     image.putpalette(palette)
     image.save(path, **options)
@@ -82,7 +82,7 @@ NUMBERS = np.arange(23 * 37, dtype=np.int64).reshape(23, 37) % 250
 
 
 def tiff(path, array, order="<"):
-    """Return a TIFF of one band, uncompressed.
+    """Return an uncompressed TIFF of one band.
 
     ``order`` is the byte order of its numbers and of the file.
     """
@@ -148,7 +148,7 @@ def test_white_first_masks_have_the_objects_that_they_show(tmp_path, cached, suf
 
 
 def listed_masks(root, masks, table, suffix="png", **options):
-    """A set of these masks, in folders or listed in a table."""
+    """Write a set of these masks, in folders or listed in a table."""
     names = [f"{i}.{suffix}" for i in range(len(masks))]
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Masks of a segmentation in a cache folder or a temporary file: the same classes, decoded once."""
+"""Tests of segmentation masks in a cache folder or a temporary file: the same classes, decoded once."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def written(root, values, sites=("",)):
-    """Images of random sizes with masks of random pixels out of ``values``."""
+    """Write images of random sizes with masks of random pixels out of ``values``."""
     rng = np.random.default_rng(0)
     for number in range(IMAGES):
         base = root / sites[number % len(sites)]
@@ -51,7 +51,7 @@ def splits(data):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Return the masks that were decoded."""
+    """Return the list of decoded masks."""
     return watched(monkeypatch, MaskFiles)
 
 

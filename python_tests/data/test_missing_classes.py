@@ -1,4 +1,4 @@
-"""Classes that only some sets show: told where no client trains on them, no hindrance where a network is evaluated."""
+"""Tests of classes that only some sets show: a warning where no client trains on them, no error in evaluation."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ def sets(*labels):
 
 
 def masks(*values):
-    """Every mask shows the background and one other value in a single pixel."""
+    """Return masks that show the background and one other value in a single pixel."""
     found = np.zeros((len(values), SIDE, SIDE), np.int64)
     found[:, 3, 4] = values
     return pictures(len(values)), found
@@ -65,10 +65,7 @@ def test_a_class_that_no_client_trains_on_is_told(kind, where):
 
 
 def listed(root, rows, masked=()):
-    """Return a table of images.
-
-    The images and masks are written.
-    """
+    """Write images and masks, and return their table."""
     root.mkdir(exist_ok=True)
     for i, picture in enumerate(pictures(len(rows))):
         Image.fromarray(picture).save(root / f"{i}.png")
@@ -176,7 +173,7 @@ def test_masks_that_lack_the_last_classes():
 
 @pytest.mark.parametrize("values", [(1, 3), (2,), (0,), (1, 2, 3)])
 def test_masks_of_files_that_lack_classes(tmp_path, values):
-    """The network's classes are the names: which numbers a site's masks skip then does not matter."""
+    """The network's classes go by name: it does not matter which numbers a site's masks skip."""
     shown = [values[i % len(values)] for i in range(20)]
     root = listed(tmp_path, [(f"{i}.png", f"m{i}.png") for i in range(20)], shown)
     config = RunConfig.make("fedavg", data="segmentation", clients=2)

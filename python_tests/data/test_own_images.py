@@ -1,4 +1,4 @@
-"""Sets that users bring: folders of classes, CSV files, images with masks."""
+"""Tests of users' sets: folders of classes, CSV files, images with masks."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The public split: images that everybody may see and no client holds."""
+"""Tests of the public split: images that everybody may see and no client holds."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The real data sets, where FEDKERN_DATA_ROOT names a folder that holds them."""
+"""Tests on the real data sets, where FEDKERN_DATA_ROOT names a folder that holds them."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Files that hold several pictures, of which only the first would be read: refused in every source."""
+"""Tests of files that hold several pictures, of which only the first would be read: every source refuses them."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def write(path, *pictures):
 
 
 def tree(root, suffix):
-    """Twelve files for every source, of which one holds two pictures."""
+    """Write twelve files for every source, one of which holds two pictures."""
     for i in range(12):
         for folder in (root / "classes" / "ab"[i % 2], root / "cells/images", root / "cells/masks"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def test_one_picture_is_read(tmp_path, suffix):
 
 
 def test_the_first_picture_of_a_photograph_counts(tmp_path):
-    """Telephones write depth and brightness as further pictures of a JPEG file."""
+    """Telephones store depth and brightness as further pictures of a JPEG file."""
     Image.fromarray(FIRST).save(
         tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[Image.fromarray(SECOND)]
     )

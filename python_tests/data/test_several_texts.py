@@ -1,4 +1,4 @@
-"""Images with several captions: nothing that is held out shows an image that somebody trains on."""
+"""Tests of images with several captions: no held-out set shows an image that a client trains on."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ PARTITIONS = ["iid", "stratified", "dirichlet:0.5:min=2", "dirichlet:1:plain", "
 
 
 def write(root, images=40, texts=5, client=lambda i, j: "ABC"[i % 3]):
-    """Return the images' captions far from each other in the file."""
+    """Write captions, those of one image far from each other in the file."""
     lines = ["image,text,label,client"]
     for j in range(texts):
         for i in range(images):
@@ -132,7 +132,7 @@ def test_too_few_images_are_named(tmp_path):
 @pytest.mark.parametrize("seed", [0, 7])
 @pytest.mark.parametrize("spec", [*PARTITIONS, "attribute"])
 def test_distinct_images_are_drawn_as_ever(tmp_path, spec, seed):
-    """As in recorded runs: every draw is over the rows themselves."""
+    """Every draw is over the rows themselves, as in recorded runs."""
     path = write(tmp_path, images=120, texts=1)
     data = open_set(path, partition=spec, seed=seed)
     full = open_set(path, clients=1, seed=seed).clients[0]

@@ -1,4 +1,4 @@
-"""Sites that users' files name: a column of a CSV file or a folder for every site makes the clients."""
+"""Tests of sites in users' files: a column of a CSV file or a folder per site makes the clients."""
 
 import re
 from collections import Counter
@@ -114,7 +114,7 @@ def test_a_single_site_is_no_partition(tmp_path):
 
 
 def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
-    """Both patients of a site are patients of others too, who are held out."""
+    """Both patients of the site are also patients of other sites, and are held out."""
     line = "{i}.png,{label},{site},{i}"
     root = table(tmp_path, "path,label,site,patient", line=line)
     data = open_set("csv", root)
@@ -133,7 +133,7 @@ def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
 
 
 def by_site(root, name, counts, patients=1):
-    """Return a data set of sites with so many images each.
+    """Write a data set of sites with so many images each.
 
     Images of a patient follow each other.
     """

@@ -1,4 +1,4 @@
-"""Lines of a run's header on image files: depth, window, size and colour of every set, and of a network's input."""
+"""Tests of a run's header on image files: depth, window, size and colour of every set, and of the network's input."""
 
 import io
 
@@ -25,9 +25,9 @@ def image(kind, seed):
 
 
 def table(folder, kinds, count=6, splits=("",)):
-    """Return a CSV whose rows name site and split.
+    """Write a CSV file whose rows name site and split.
 
-    ``kinds`` are the files' by (split, site) or by site.
+    ``kinds`` are the kinds of files by (split, site) or by site.
     """
     lines = ["path,label,client,split" if splits != ("",) else "path,label,client"]
     for site in dict.fromkeys(key[1] if isinstance(key, tuple) else key for key in kinds):
@@ -133,7 +133,7 @@ def test_the_header_tells_it_of_sites_only_where_records_are_not_private(tmp_pat
 
 
 def test_evaluate_tells_images_and_patients_of_every_site(tmp_path):
-    """Of other files all images are judged where none names a split, and the test images where all do."""
+    """Other files are all judged where no row names a split, and else only their test images."""
     tables = {}
     for name, splits in {"own": ("train", "test"), "unsplit": ("",), "tests": ("test",)}.items():
         (tmp_path / name).mkdir()

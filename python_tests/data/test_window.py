@@ -1,4 +1,4 @@
-"""Windows of greys of more than eight bits: lesions of +35 HU that separate, and what a network keeps of them."""
+"""Tests of windows of greys of more than eight bits: lesions of +35 HU that separate, and what a network sees."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ HOW = {"model": "cnn", "width": 8, "clients": 2, "partition": "iid", "rounds": 1
 
 
 def scan(rng, lesion):
-    """Soft tissue of 40 HU with noise of 20, a lesion of +35 in every second one, and a table of metal below."""
+    """Write scans of soft tissue (40 HU, noise of 20) over a metal table, every second with a lesion of +35 HU."""
     values = 40 + AIR + rng.normal(0, 20, (SIDE, SIDE))
     y, x = rng.integers(6, SIDE - 6, 2)
     grid = np.mgrid[:SIDE, :SIDE]
@@ -93,7 +93,7 @@ def test_a_window_is_kept_in_prediction_evaluation_and_export(scans, tmp_path):
     ("pairs", {"crop": 8}), ("pairs", {"crop": 8, "size": 16}), ("pairs", {"size": 16}), ("segmentation", {"size": 16}),
 ])  # fmt: skip
 def test_other_images_are_seen_in_the_size_of_the_run(data, given, tmp_path):
-    """Also where its network sees parts of them."""
+    """Also where the run's network sees parts of images."""
     rng = np.random.default_rng(0)
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
@@ -150,7 +150,7 @@ def test_percentiles_are_of_the_training_files(scans):
 
 
 def test_percentiles_of_few_training_files_among_many(tmp_path, monkeypatch):
-    """The files of the header, evenly spread over all, may hold none of the training."""
+    """The header's files, evenly spread over all, may include no training file."""
     monkeypatch.setattr(greys, "LOOKED_AT", 4)
     for split, count in (("test", 44), ("train", 3)):
         for i in range(count):

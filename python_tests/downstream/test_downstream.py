@@ -1,4 +1,4 @@
-"""Downstream tasks on a finished run: with a network whose answers are known, and from the command line."""
+"""Tests of downstream tasks on a finished run: with a network of known answers, and from the command line."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ SMALL = {"test_samples": 12, "validation_samples": 6}
 
 
 class Oracle(PairNetwork):
-    """Knows the class that an image of one grey tone shows, and the one that a text names."""
+    """Network that knows the class of an image of one grey tone, and the class that a text names."""
 
     wrong = False  # takes every class for the next one
 

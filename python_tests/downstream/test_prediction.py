@@ -1,4 +1,4 @@
-"""Predictions of many images: a batch in memory at a time, and nothing half-written."""
+"""Tests of predictions of many images: a batch in memory at a time, and no half-written output."""
 
 import csv
 from pathlib import Path
@@ -22,7 +22,7 @@ CLASSES = ("dark", "bright", "other")
 
 
 class Brightness(nn.Module):
-    """Logits from the mean of an image, or of every pixel."""
+    """Network whose logits are the mean of an image, or every pixel."""
 
     def __init__(self, pixelwise: bool) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def predictor(task: str, side: int = SIDE) -> Predictor:
 
 @pytest.fixture
 def paths(tmp_path):
-    """Eleven grey images of different brightness and size."""
+    """Write eleven grey images of different brightness and size."""
     folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Linear probes, areas under the curve and the light decoder, against scikit-learn and by hand."""
+"""Tests of linear probes, areas under the curve and the light decoder, against scikit-learn and by hand."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Files are complete under their names or absent, and the way out is named."""
+"""Tests of atomic writes: files are complete under their names or absent, and errors name the way out."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Images in a file that take the place of a tensor: the same values, and rows that are read when they are needed."""
+"""Tests of images in a file in place of a tensor: the same values, and rows that are read when needed."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ COUNT, CHANNELS, HEIGHT, WIDTH = 12, 3, 6, 8
 
 
 def stored(path, channels=CHANNELS):
-    """Return a store of random images, and the tensor of them that a reader would make."""
+    """Return a store of random images, and the tensor that a reader would make."""
     images = np.random.default_rng(0).integers(0, 256, (COUNT, HEIGHT, WIDTH, channels), dtype=np.uint8)
     path.write_bytes(images.tobytes())
     store = ImageStore(os.open(path, os.O_RDONLY), images.shape)
@@ -31,14 +31,14 @@ def stored(path, channels=CHANNELS):
 
 @pytest.fixture
 def pair(tmp_path):
-    """Images in a file, and the same images in memory."""
+    """Return images in a file, and the same images in memory."""
     store, plain = stored(tmp_path / "images")
     return ImageRows.of(store, torch.arange(COUNT)), plain
 
 
 @pytest.fixture
 def read(monkeypatch):
-    """How many images every read took."""
+    """Return the list of images per read."""
     return count_gathered(monkeypatch)
 
 
@@ -169,7 +169,7 @@ STATUS = Path("/proc/self/status")
 
 
 def resident():
-    """Bytes of mapped files that count as this process's memory."""
+    """Return the bytes of mapped files that count as this process's memory."""
     with STATUS.open() as file:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssFile:"))
 
@@ -193,7 +193,7 @@ MEANING[255], MEANING[7] = 1, -100
 
 @pytest.fixture
 def classes(tmp_path):
-    """Classes of pixels in a file, and the same classes in memory."""
+    """Return classes of pixels in a file, and the same classes in memory."""
     masks = np.random.default_rng(1).choice(np.array([0, 3, 7, 255], dtype=np.uint8), (COUNT, HEIGHT, WIDTH, 1))
     (tmp_path / "masks").write_bytes(masks.tobytes())
     store = ImageStore(os.open(tmp_path / "masks", os.O_RDONLY), masks.shape)

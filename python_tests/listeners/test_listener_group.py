@@ -1,4 +1,4 @@
-"""The listeners of a run: one that raises is left out, and states of listeners are kept with the checkpoints."""
+"""Tests of a run's listeners: one that raises is dropped, and their states are kept with the checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from python_tests.interrupted import outcome
 
 
 class Keeping(Listener):
-    """Keeps the rounds that it heard of, and notes what it is given again."""
+    """Listener that keeps its rounds, and notes the states that it gets back."""
 
     def __init__(self):
         self.rounds, self.given, self.closed = [], None, 0
@@ -36,7 +36,7 @@ class Keeping(Listener):
 
 
 class Broken(Listener):
-    """Raises an error at one hook."""
+    """Listener that raises an error at one hook."""
 
     def __init__(self, hook, error=None, **own):
         def fail(*_):
@@ -56,7 +56,7 @@ class Warned(Listener):
 
 
 def told(group, rounds):
-    """Tells listeners of a run of so many rounds."""
+    """Send listeners the events of a run of so many rounds."""
     group.on_start(None)
     for number in rounds:
         group.on_round_start(number, "train", [0])
@@ -126,7 +126,7 @@ def test_errors_that_end_the_run(listener, error):
 
 
 class Changing(Listener):
-    """Changes everything that a listener gets, and the modes of the process."""
+    """Listener that changes everything that it gets, and the modes of the process."""
 
     def ruin(self, *arguments):
         for table in arguments:

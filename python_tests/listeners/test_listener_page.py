@@ -1,4 +1,4 @@
-"""The listeners' page: its ten lines run, and it leaves no event out."""
+"""Tests of the listeners' page: its ten lines run, and every event is listed."""
 
 import re
 from pathlib import Path

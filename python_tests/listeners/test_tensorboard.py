@@ -1,4 +1,4 @@
-"""TensorBoard event files: what stands in them, for any method, also after a kill and a resume."""
+"""Tests of TensorBoard event files: their contents, for any method, also after a kill and a resume."""
 
 from __future__ import annotations
 

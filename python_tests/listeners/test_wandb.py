@@ -1,4 +1,4 @@
-"""Runs logged to Weights & Biases: a stand-in with wandb's documented calls, and wandb offline where it is there."""
+"""Tests of runs logged to Weights & Biases: a stand-in with wandb's documented calls, and wandb offline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORDS = [
 
 
 class StandIn(types.ModuleType):
-    """``init``, ``Error``, and runs with ``log``, ``summary`` and ``finish``, as wandb documents them."""
+    """Stand-in for wandb: ``init``, ``Error``, and runs with ``log``, ``summary`` and ``finish``."""
 
     class Error(Exception):
         pass
@@ -59,7 +59,7 @@ def wandb(monkeypatch):
 
 
 def cut(monkeypatch, last, *words):
-    """A run that is killed once round ``last`` has been told to every listener."""
+    """Play a run that is killed after round ``last`` has reached every listener."""
     make = run.Listeners
     monkeypatch.setattr(run, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
     with pytest.raises(Kill):
@@ -91,7 +91,7 @@ def test_a_resumed_run_goes_on_with_the_same_curve(wandb, tmp_path, monkeypatch)
 
 
 def test_runs_with_curves_of_their_own(wandb, tmp_path, monkeypatch):
-    """Resumed from before the first checkpoint, and resumed for another project."""
+    """One run is resumed from before the first checkpoint, another for another project."""
     out = tmp_path / "run"
     cut(monkeypatch, 1, *WORDS, "--out", str(out), "--wandb", "demo")
     cut(monkeypatch, 3, "--resume", str(out), "--wandb", "demo")

@@ -1,4 +1,4 @@
-"""Containers of batches and outputs: made again in their own type, or handed over where nothing changes."""
+"""Tests of containers of batches and outputs: rebuilt in their own type, or passed on where nothing changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedkern.messages.leaves import join_batches, leaves, map_leaves, move_to_de
 
 
 class Output(collections.OrderedDict[str, Any]):
-    """As a ModelOutput of transformers: entries by key and as attributes, and a constructor of its own."""
+    """Output like transformers' ModelOutput: entries by key and as attributes, and a constructor of its own."""
 
     def __init__(self, logits: Any, **entries: Any) -> None:
         super().__init__(logits=logits, **entries)
@@ -62,7 +62,7 @@ CONTAINERS: dict[str, Any] = {
 
 
 def of_logits(value: Any) -> list[Tensor]:
-    """Return the logits by key and as an attribute, where a container has them."""
+    """Return the logits by key and as an attribute, where a container has both."""
     found = [value["logits"]] if isinstance(value, collections.abc.Mapping) else []
     return [*found, value.logits] if hasattr(value, "logits") else found
 

@@ -1,4 +1,4 @@
-"""States on disk, and fingerprints that see what changed in them."""
+"""Tests of states on disk, and of fingerprints that see every change."""
 
 import math
 

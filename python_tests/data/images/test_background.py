@@ -1,4 +1,4 @@
-"""Sources of object masks, and the boxes file."""
+"""Tests of the sources of object masks, and of the boxes file."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""The detection cache: each image is seen once, whatever the partition.
+"""Tests of the detection cache: the detector sees each image once, whatever the partition.
 
-Damage and full disks are said clearly.
+Damaged files and full disks are clear errors.
 """
 
 import json
@@ -20,9 +20,9 @@ CLASSES = tuple("0123456789")
 
 
 class Corner:
-    """Boxes the top left corner, wider for brighter images.
+    """Detector of boxes in the top left corner, wider for brighter images.
 
-    Finds nothing in images of "3". Counts what it sees.
+    It finds nothing in images of "3", and counts the images that it sees.
     """
 
     def __init__(self, model: str = "corner", box: float = 0.35, text: float = 0.25) -> None:
@@ -92,7 +92,7 @@ def test_options_reach_the_detector(tmp_path: Path) -> None:
 
 
 class Interrupted(Corner):
-    """Is stopped by the user after three batches."""
+    """Detector that the user interrupts after three batches."""
 
     def detect(self, images: Tensor, name: str) -> list[Tensor]:
         if len(self.seen) == 3:
@@ -115,7 +115,7 @@ def test_an_interrupted_detection_keeps_what_it_has(tmp_path: Path) -> None:
 
 @pytest.fixture
 def halves(tmp_path: Path) -> Iterator[list[Split]]:
-    """Two halves of a split, of both of which the cache must hold the boxes afterwards."""
+    """Return two halves of a split: the cache must hold the boxes of both afterwards."""
     split = load("digits", clients=1, partition="iid", train_samples=40).clients[0]
     yield [split.subset(torch.arange(20)), split.subset(torch.arange(20, 40))]
     last = Corner()
@@ -127,7 +127,7 @@ def test_two_runs_add_to_one_cache(tmp_path: Path, halves: list[Split]) -> None:
     half, two = halves
 
     class Slow(Corner):
-        """Meanwhile another run finishes its own images."""
+        """Detector during which another run finishes its own images."""
 
         def detect(self, images: Tensor, name: str) -> list[Tensor]:
             if not self.seen:
@@ -142,7 +142,7 @@ def test_a_run_that_writes_while_another_does_waits(tmp_path: Path, halves: list
     thread = threading.Thread(target=lambda: Detections(Corner(), tmp_path).boxes(two, CLASSES))
 
     class Writing(Detections):
-        """The other run comes between this one's last look at the file and its replacement."""
+        """Cache whose last look at the file and replacement have another run between them."""
 
         reads = 0
 

@@ -1,4 +1,4 @@
-"""The Dice of masks in the size in which they are given, whatever the size that a network sees."""
+"""Tests of the Dice of masks in their original size, whatever the size that a network sees."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ SIDES = (40, 40), (64, 48), (16, 16), (24, 72), (8, 12)
 
 
 def written(root, sides=SIDES, count=20):
-    """Images that show their masks: an object at random, and one thin line that a small mask may miss."""
+    """Write images that show their masks: a random object, and one thin line that a small mask may miss."""
     rng = np.random.default_rng(0)
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True)
@@ -47,7 +47,7 @@ def open_set(root, cache=None, **options):
 
 
 class Answer:
-    """A test set whose network answers random classes, the same for the same image."""
+    """Test set whose network answers random classes, always the same for one image."""
 
     def __init__(self, split):
         self.set = Images(split, ImageForm(split.images.shape[1:], (0.5,), (0.2,)), torch.device("cpu"), size=3)
@@ -64,7 +64,7 @@ class Answer:
 
 
 def slow(split, said, root, size):
-    """Counts of pixels of the files: every pixel takes the answer of the network's pixel that it was resized to."""
+    """Count pixels of the files: every pixel takes the answer of the network's pixel that it was resized to."""
     counts = {}
     for name, guess in zip(split.ids, said.numpy(), strict=True):
         mask = np.asarray(Image.open(root / "masks" / name.rpartition("/")[2]))
@@ -117,7 +117,7 @@ def test_a_line_that_the_small_masks_miss_counts(tmp_path):
 
 
 def test_padded_slices(tmp_path):
-    """Of a volume: padded to a square before it is resized."""
+    """The slices of a volume are padded to a square before they are resized."""
     classes = np.zeros((6, 12), np.int16)
     classes[2:4, 3:9] = 1
     store = MaskStore(lambda row: classes, 4, square=True)

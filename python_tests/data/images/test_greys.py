@@ -1,4 +1,4 @@
-"""Grey images of more than eight bits, as scanners export them."""
+"""Tests of grey images of more than eight bits, as scanners export them."""
 
 import json
 import struct
@@ -37,7 +37,7 @@ def write_all(root, suffix, top, kind):
 
 
 def big_endian(path, top):
-    """A TIFF of the other byte order: Pillow's mode I;16B."""
+    """Write a TIFF of the other byte order (Pillow's mode I;16B)."""
     Image.frombytes("I;16B", (16, 16), np.rint(RAMP * top).astype(">u2").tobytes()).save(path)
 
 
@@ -98,9 +98,9 @@ def test_values_without_a_known_range_are_refused(tmp_path, image, words):
 
 
 def write_flat(root, top, marker=None):
-    """Twelve images that hold one value, in every layout.
+    """Write twelve images of one value in every layout.
 
-    One has a brighter corner where there is a ``marker``.
+    With a ``marker`` one of them has a brighter corner.
     """
     lines = write_all(root, "png", 0, np.uint16)
     for i in range(12):
@@ -187,7 +187,7 @@ def test_a_negative_looks_as_in_a_viewer(tmp_path, mode, compression, colour):
 
 
 def test_a_run_scales_all_later_images_as_in_its_training(tmp_path, monkeypatch):
-    """Predictions, and the figures on other data, whose own values would tell another depth."""
+    """Predictions and figures on other data keep the run's depth, whatever depth the other images suggest."""
     write_all(tmp_path, "png", 4095, np.uint16)
     for i in range(12):
         values = np.rint(RAMP * 4095 if i % 2 else RAMP[::-1] * 4095).astype(np.uint16)
@@ -240,7 +240,7 @@ def test_sites_with_fewer_bits_are_named(tmp_path, tops, said):
 @pytest.mark.parametrize("extra", [None, 0, 1, 2])
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
 def test_a_fourth_band_is_transparency_where_the_file_says_so(tmp_path, extra, kind):
-    """Bytes of a TIFF as instruments write it: three bands of 200 and a fourth of 0, with or without what it means."""
+    """The TIFF has three bands of 200 and a fourth of 0, with or without a tag that says what it means."""
     scale = 257 if kind == np.uint16 else 1
     pixels = np.full((16, 16, 4), 200 * scale, kind)
     pixels[..., 3] = 0

@@ -1,4 +1,4 @@
-"""Decoded images in a cache folder or a temporary file: the same data, decoded once, and never a broken image."""
+"""Tests of decoded images in a cache folder or a temporary file: the same data, decoded once, never broken."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ IMAGES, SIDE = 24, 16
 
 @pytest.fixture
 def root(tmp_path):
-    """24 images of random sizes and colours, in two classes."""
+    """Write 24 images of random sizes and colours, in two classes."""
     rng = np.random.default_rng(0)
     for number in range(IMAGES):
         path = tmp_path / "root" / "ab"[number % 2] / f"{number}.png"
@@ -147,7 +147,7 @@ def test_an_interrupted_decoding_goes_on(root, tmp_path, monkeypatch, decoded):
 
 
 def edit(ending, change):
-    """Return a damage: a change of a file's content, of which an image or its size takes so many bytes."""
+    """Return a function that damages a file, in which an image or its size takes so many bytes."""
 
     def damage(path):
         content = bytearray(path.with_suffix(ending).read_bytes())
@@ -158,7 +158,7 @@ def edit(ending, change):
 
 
 def lose_sizes(path):
-    """As after a power cut before the sizes were written."""
+    """Lose the sizes, as in a power cut before they are written."""
     edit(".sizes", lambda content, _: content.__setitem__(HEAD, bytes(len(content[HEAD]))))(path)
     path.write_bytes(bytes(path.stat().st_size))
 

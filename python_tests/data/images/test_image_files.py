@@ -1,4 +1,4 @@
-"""Images as a viewer shows them: turned as their EXIF orientation says, on white where they have an alpha channel."""
+"""Tests of images as viewers show them: turned by their EXIF orientation, and on white behind an alpha channel."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ ORIENTATIONS = range(1, 9)
 
 
 def scene(width=24, height=16):
-    """Brighter to the right, and a corner of another colour, so that no turn looks like another."""
+    """Return an image that is brighter to the right and has a coloured corner, so that no turn equals another."""
     values = np.zeros((height, width, 3), np.uint8)
     values[..., 0] = np.linspace(0, 200, width)[None]
     values[: height // 2, : width // 2, 1] = 255
@@ -54,7 +54,7 @@ def test_an_image_is_turned_as_its_orientation_says(suffix, orientation, tmp_pat
 
 
 def test_a_large_jpeg_is_turned_too(tmp_path):
-    """Its size is told before it is decoded at a fraction of it."""
+    """Its size is known before it is decoded at a fraction."""
     path = save(scene(960, 640), tmp_path / "large.jpg", 6, quality=95)
     images, sizes = read(path)
     expected = ImageOps.exif_transpose(Image.open(path)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -88,7 +88,7 @@ def test_a_truncated_png_is_named(tmp_path):
 
 
 def see_through(mode):
-    """Return the left half hides white behind nothing, the middle shows half of a red, the right is red."""
+    """Return an image whose left half is transparent, the middle half-transparent red and the right opaque red."""
     alpha = np.repeat(np.array([0, 0, 128, 255], np.uint8), SIZE // 4)[None].repeat(SIZE, 0)
     red = Image.new("RGB", (SIZE, SIZE), (255, 0, 0))
     red.paste((10, 20, 30), (0, 0, SIZE // 2, SIZE))
@@ -143,7 +143,7 @@ def test_a_transparent_colour_is_white(suffix, tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
 @pytest.mark.parametrize("grey", [False, True])
 def test_nothing_else_changes(suffix, grey, tmp_path):
-    """An image without orientation, opaque or not, is what Pillow's conversion makes of it."""
+    """An image without orientation is, opaque or not, the result of Pillow's conversion."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (21, 33, 3), dtype=np.uint8))
     paths = [save(image, tmp_path / f"plain.{suffix}", quality=95)]

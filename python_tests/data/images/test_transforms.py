@@ -1,4 +1,4 @@
-"""Normalisation and augmentation: against plain per-sample code, exact fills, memory formats, seeds."""
+"""Tests of normalisation and augmentation: against plain per-sample code, exact fills, memory formats, seeds."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def images(batch=7, channels=3, height=9, width=13, dtype=torch.float32):
 
 
 def crop_slowly(batch: Tensor, rng: np.random.Generator, padding: int, flip: bool, fill: Tensor) -> Tensor:
-    """One sample after another, with the draws in the documented order."""
+    """Crop one sample after another, with draws in the documented order."""
     n, _, height, width = batch.shape
     top, left = rng.integers(0, 2 * padding + 1, size=n), rng.integers(0, 2 * padding + 1, size=n)
     coins = rng.random(n) < 0.5 if flip else np.zeros(n, dtype=bool)
@@ -104,7 +104,7 @@ def test_rotation_by_nothing_keeps_the_images() -> None:
 
 
 class _Quarter:
-    """A generator that always turns by 90 degrees."""
+    """Generator that always turns by 90 degrees."""
 
     def uniform(self, low: float, high: float, size: int) -> np.ndarray:
         return np.full(size, high)
@@ -165,7 +165,7 @@ def test_layout_is_kept_and_empty_batches_pass(kind: str, channels_last: bool) -
 def test_masks_follow_their_images(kind: str, channels_last: bool) -> None:
     """An image that shows its own class numbers still does afterwards.
 
-    The image is what it is without labels.
+    The image does not depend on whether labels are given.
     """
     rng = np.random.default_rng(3)
     labels = torch.from_numpy(rng.integers(1, 5, (6, 12, 12))).repeat_interleave(2, 1).repeat_interleave(2, 2)

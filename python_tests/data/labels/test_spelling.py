@@ -1,4 +1,4 @@
-"""Values that are written in several ways, and cells that say that a value is missing."""
+"""Tests of values that are spelt in several ways, and of cells that stand for a missing value."""
 
 import unicodedata
 
@@ -21,7 +21,7 @@ def picture(path, i):
 
 
 def read(name, root, lines, said=None, **settings):
-    """Return a data set of pictures 0.png, 1.png ... that a table lists, one a line."""
+    """Return a data set of pictures 0.png, 1.png, … that a table lists line by line."""
     for i in range(len(lines) - 1):
         picture(root / f"{i}.png", i)
     (root / "list.csv").write_text("\n".join(lines) + "\n")
@@ -187,7 +187,7 @@ def test_an_order_that_is_none_is_refused(tmp_path, column, order, wrong):
 
 @pytest.fixture
 def grades(monkeypatch):
-    """Another task with a class of every image, which needs their order."""
+    """Register another task with a class per image that needs the order of the classes."""
 
     class Grades(type(CLASSIFICATION)):
         name = "grades"

@@ -1,4 +1,4 @@
-"""Backdoors: half of the attacker's images carry patch and target label.
+"""Tests of backdoors: half of the attacker's images carry patch and target label.
 
 The attack is tested on all other classes.
 """
@@ -46,7 +46,7 @@ def test_the_table_counts_what_is_trained_on():
 
 
 def test_what_is_held_out_is_clean():
-    """Own test sets keep their labels, and the first client that trains is backdoored."""
+    """Clients' own test sets keep their labels, and the first client that trains is backdoored."""
     wanted = {"seed": 0, "client_test": 0.2, "held_out_client": "0", **CLIENTS}
     plain, attacked = (
         RunConfig.make("fedavg", data="digits", data_options=options, **wanted)

@@ -1,4 +1,4 @@
-"""Coloured backgrounds: exact masks, the tie between colour, class and client, and what the seed may change."""
+"""Tests of coloured backgrounds: exact masks, the tie between colour, class and client, and effects of the seed."""
 
 import numpy as np
 import pytest

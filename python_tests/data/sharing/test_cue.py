@@ -1,4 +1,4 @@
-"""Cues: the drawn shape tells the class on the cue clients and in ``cue_tied``, and nothing in ``cue_random``."""
+"""Tests of cues: the shape tells the class on the cue clients and in ``cue_tied``, and nothing in ``cue_random``."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ CLIENTS = {"clients": 3, "partition": "iid", "train_samples": 90}
 
 
 def drawn_shape(before, after, size=10):
-    """Return the shape that was drawn on each image, from the changed pixels alone (-1: none fits)."""
+    """Return the shape on each image, recognised by the changed pixels alone (-1: none fits)."""
     masks, found = shape_masks(size), []
     for a, b in zip(before, after, strict=True):
         changed = (a != b).any(0)

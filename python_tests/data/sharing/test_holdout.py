@@ -1,4 +1,4 @@
-"""Leaving one site out: no other set keeps an image of the client that is held out, whatever the data come from."""
+"""Tests of held-out sites: no other set keeps an image of the held-out client, whatever the data come from."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ SITES = ("Aachen", "Bonn", "Celle")
 
 
 def value(site, i):
-    """Return a grey value that tells the site."""
+    """Return a grey value that identifies the site."""
     return 80 * site + i
 
 
@@ -91,7 +91,7 @@ def plugin(root, splits, **settings):
 
 
 def pools_of_the_plugin():
-    """Images of three sites."""
+    """Return images of three sites."""
     return pools()
 
 

@@ -1,4 +1,4 @@
-"""Partitioners: disjoint, covering, reproducible, and clear when a rule cannot be met."""
+"""Tests of partitioners: disjoint, covering, reproducible, and clear when a rule cannot be met."""
 
 import time
 

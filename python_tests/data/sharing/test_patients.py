@@ -1,4 +1,4 @@
-"""Images of one patient: nothing that is held out shows somebody whom anybody trains on."""
+"""Tests of images of one patient: no held-out set shows a patient that a client trains on."""
 
 import re
 from dataclasses import replace
@@ -26,7 +26,7 @@ EACH = 5  # images of a patient
 
 
 def write(root, column="subject_id", patients=30, owner=lambda i: i % 30, header="", cell=lambda i: ""):
-    """Images of every patient far from each other in the file."""
+    """Write images, those of one patient far from each other in the file."""
     rows = [
         {"text": f"text {i} here", "label": "xyz"[i % 3], "owner and more": f"{owner(i)}{cell(i)}"}
         for i in range(patients * EACH)
@@ -42,7 +42,7 @@ def open_set(name, path, **settings):
 
 
 def people(split):
-    """Return the patients that the images of a split show, by their names."""
+    """Return the patients of a split's images, by their names."""
     return {int(name.split("#")[0].removesuffix(".png")) % 30 for name in split.ids}
 
 
@@ -103,7 +103,7 @@ def test_another_patient_in_the_file_changes_no_draw(tmp_path):
 
 @pytest.mark.parametrize("column", ["subject", "other"])
 def test_other_columns_say_nothing_of_patients(column, tmp_path):
-    """What an image is about is a subject too."""
+    """A column of the image's subject is no column of patients."""
     data = open_set("csv", write(tmp_path, column))
     assert data.clients[0].patients is None
     assert len(data.tests[""]) == 30
@@ -127,7 +127,7 @@ def test_a_column_without_names_changes_nothing(tmp_path):
 
 
 def test_the_tables_own_clients_and_splits_are_kept(tmp_path):
-    """A patient who was at two hospitals is at both."""
+    """A patient who was at two hospitals belongs to both."""
 
     def where(i):
         return f",{'AB'[i // 75]},{'test' if i % 10 == 9 else 'train'}"
@@ -150,7 +150,7 @@ def test_the_tables_own_clients_and_splits_are_kept(tmp_path):
     ids=str,
 )
 def test_a_run_says_who_is_both_held_out_and_trained_on(settings, told, tmp_path):
-    """Patients who were at both hospitals."""
+    """The warning counts patients who were at both hospitals."""
     path = write(tmp_path, header=",client", cell=lambda i: f",{'AB'[i // 75]}")
     heard = Hearing()
     options = {"size": 8, "colour": "grey"}

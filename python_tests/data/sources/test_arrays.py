@@ -1,4 +1,4 @@
-"""Arrays in memory: several labels an image, images without a class, floats."""
+"""Tests of arrays in memory: several labels per image, images without a class, floats."""
 
 import warnings
 
@@ -18,7 +18,7 @@ SMALL = {"model": "mlp", "threads": 1, "workers": 1, "grad_cam": 0, "progress": 
 
 
 def pair(count, seed=0, dtype=np.int64):
-    """Images whose bright halves are their labels, and the labels ``[count, 3]``."""
+    """Return images whose bright halves are their labels, and the labels ``[count, 3]``."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, (count, 3))
     pixels = rng.integers(0, 60, (count, 8, 8))
@@ -70,7 +70,7 @@ def test_labels_that_do_not_fit_are_said(change, sentence):
 
 @pytest.mark.parametrize("where", ["one client", "a test set", "nowhere"])
 def test_one_hot_labels_are_refused_with_both_ways_out(where):
-    """Rows with exactly one label look like classes, unless one row of any set has another number of labels."""
+    """Rows with exactly one label look like classes, unless a row of any set has another number of labels."""
     one_hot, multi = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]], np.array([[1, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0]])
     images = np.zeros((4, 4, 4), np.uint8)
     given = {
@@ -97,7 +97,7 @@ def test_a_task_that_labels_do_not_have_is_refused(task):
 
 @pytest.mark.parametrize("target", ["class", "labels", "pixels"])
 def test_another_task_of_such_labels_can_be_named(monkeypatch, target):
-    """Every part of the data has it, also a validation set that nobody gives, and whatever is made of the data."""
+    """Every part of the data has the task, also a default validation set, and all data made from these."""
     labels = {"class": [0, 1], "labels": [[0, 1], [1, 1]], "pixels": np.resize([0, 1], (2, 4, 4))}
     own = np.zeros((2, 4, 4), np.uint8), labels[target]
     usual = FederatedData.from_arrays([own], own).task
@@ -152,7 +152,7 @@ def classified(n):
 @pytest.mark.parametrize("label", [-100, -1, -7])
 @pytest.mark.parametrize("where", ["client b", "the test set", "validation", "registered", "by hand"])
 def test_an_image_without_a_class_is_refused_everywhere(label, where):
-    """It was left out of the training's loss, and ended in a traceback in the evaluation."""
+    """The loss left such an image out, and the evaluation ended in a traceback."""
     good, bad = classified(4), classified(4)
     bad[1][2] = label
     named = "" if where in ("by hand", "registered") else f"{where}: "

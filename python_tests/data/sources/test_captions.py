@@ -1,4 +1,4 @@
-"""The embedded captioned canvases: what is said is what is shown, and how clients differ."""
+"""Tests of the embedded captioned canvases: texts match images, and clients differ."""
 
 import dataclasses
 
@@ -50,9 +50,9 @@ def test_a_federation_of_images_and_texts(data):
 
 
 def test_labels_of_colours_are_those_of_the_captions(data):
-    """The same canvases, whose texts name the subject's colour first.
+    """These are the same canvases, whose texts name the subject's colour first.
 
-    Its prompts use every client's words.
+    The prompts use every client's words.
     """
     colours = captions(train_samples=200, options={"labels": "colour"})
     assert colours.classes == tuple(INK)
@@ -67,7 +67,7 @@ def test_labels_of_colours_are_those_of_the_captions(data):
 
 
 def test_every_partition_has_tests_of_its_clients():
-    """With subjects as the client trains on, so that its own loss is one of its distribution."""
+    """The test set has the client's own subjects, so that its loss is over the client's distribution."""
     data = captions(train_samples=200, partition="classes:2", options={"test_samples": 60})
     assert [len(split) for split in data.client_tests] == [60] * 5
     for own, test in zip(data.clients, data.client_tests, strict=True):
@@ -158,7 +158,7 @@ NOISY = {"minority_trait": "noise"}
 
 
 def roughness(images):
-    """Mean difference of neighbouring pixels."""
+    """Return the mean difference of neighbouring pixels."""
     return images.float().diff(dim=3).abs().mean()
 
 

@@ -1,4 +1,4 @@
-"""CIFAR binary files: layouts, content, and what a damaged file says."""
+"""Tests of CIFAR binary files: layouts, content, and errors of damaged files."""
 
 import gzip
 from pathlib import Path

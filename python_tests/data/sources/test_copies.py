@@ -1,4 +1,4 @@
-"""One image under two names: refused with two labels or masks, told otherwise."""
+"""Tests of one image under two names: refused with two labels or masks, otherwise a warning."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ def image(number, plain=False):
 
 
 def made(source, root, *, label="", client="", split="", plain=False, content=0):
-    """Images of the classes a and b at the sites A and B, and a copy of the first with another label, client or split.
+    """Write images of the classes a and b at the sites A and B, and a copy with another label, client or split.
 
     Returns the names of the first image and of its copy.
     """
@@ -98,7 +98,7 @@ def test_other_images_are_none(source, tmp_path):
 
 @pytest.mark.parametrize("settings", [{"train_samples": 15}, {"public_samples": 4}], ids=str)
 def test_every_image_of_the_run_is_compared(settings, tmp_path, monkeypatch):
-    """Also where a few images alone stand for the training images in the identity."""
+    """All images are compared, also where the data's identity rests on a few training images."""
     made("csv", tmp_path, content=COUNT)
     with (tmp_path / "list.csv").open("a") as table:
         for copy in "wxyz":

@@ -1,4 +1,4 @@
-"""Data sets that users register as functions."""
+"""Tests of data sets that users register as functions."""
 
 import dataclasses
 import re
@@ -69,7 +69,7 @@ def federated(clients=3, **changed):
 
 @pytest.fixture
 def registered(registries):
-    """Register functions for the length of a test."""
+    """Register functions during a test."""
     return register_data
 
 
@@ -84,7 +84,7 @@ def test_a_source_is_shared_out_like_fedkerns_own(registered):
 
     @registered("own", clients=4, partition="iid")
     def own(root=None, *, noise=0.5, name="x", size=SIDE):
-        """A source of a test."""
+        """Return a source of a test."""
         seen.update(root=root, noise=noise, name=name, size=size)
         return source()
 
@@ -131,7 +131,7 @@ def test_federated_data_keep_their_clients(registered):
 def test_a_function_may_take_clients_partition_and_seed(registered):
     @registered("own", clients=2, partition="iid")
     def own(clients, partition, seed):
-        """As many clients as asked for."""
+        """Return as many clients as asked for."""
         assert (partition, seed) == ("classes:1", 5)
         return federated(clients)
 
@@ -203,7 +203,7 @@ def test_several_labels_an_image(registered):
 
     @registered("mine", task="multilabel")
     def mine():
-        """Arrays."""
+        """Return arrays."""
         own = torch.zeros(6, 8, 8, dtype=torch.uint8), label_sets(6)
         return FederatedData.from_arrays({"north": own, "south": own}, own, classes=("a", "b"))
 
@@ -232,7 +232,7 @@ def test_wrong_sets_of_labels_are_one_sentence(registered, make, message):
 
 def test_registering_wrongly(registered):
     def plain():
-        """A source."""
+        """Return a source."""
 
     with pytest.raises(ValueError, match='data set "digits" is already registered'):
         registered("digits")(plain)
@@ -246,26 +246,26 @@ def test_registering_wrongly(registered):
 
         @registered("own")
         def common(test_samples=3):
-            """A source."""
+            """Return a source."""
 
     with pytest.raises(TypeError, match="expected a default for the option size"):
 
         @registered("own")
         def open_ended(size):
-            """A source."""
+            """Return a source."""
 
     for default in (True, None, (1, 2)):
         with pytest.raises(TypeError, match="expected a text, a number or an Option"):
 
             @registered("own")
             def odd(size=default):
-                """A source."""
+                """Return a source."""
 
     with pytest.raises(TypeError, match="expected options as named parameters"):
 
         @registered("own")
         def anything(**options):
-            """A source."""
+            """Return a source."""
 
     assert "own" not in DATASETS
     registered("own")(plain)
@@ -304,7 +304,7 @@ def test_a_named_function_keeps_what_its_decorator_says(registries, tmp_path):
 
 
 def test_image_files_in_another_layout(registries, tmp_path):
-    """The function of docs/plugins.md: decoded when needed, with the options of image files, sites and copies."""
+    """The function of docs/plugins.md decodes when needed, and has the options of image files, sites and copies."""
     page = (Path(__file__).resolve().parents[3] / "docs" / "plugins.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def wards" in block)
     (tmp_path / "mine.py").write_text(code)
@@ -333,7 +333,7 @@ def test_an_image_file_is_decoded_when_it_is_needed(registries, tmp_path, monkey
 
     @register_data("files", partition="iid", clients=2)
     def files(root, reading, colour=GREY):
-        """Files of a test."""
+        """Return files of a test."""
         paths = sorted(root.glob("*.png"))
         names, labels = tuple(path.name for path in paths), np.arange(len(paths)) % 2
         assert (reading.colour, reading.size) == (colour, 64)

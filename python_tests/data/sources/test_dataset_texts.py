@@ -1,4 +1,4 @@
-"""Data sets of images with texts: the retrieval of named image-text data, with its bits."""
+"""Tests of data sets of images with texts: retrieval has the bits of fedkern's own image-text data."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ SMALL = {
 
 
 class Pairs(Dataset):
-    """Images with texts: in items where ``form`` is ``"pair"``, else in an attribute."""
+    """Data set of images with texts: in its items where ``form`` is ``"pair"``, else in an attribute."""
 
     def __init__(self, split, form):
         self.split, self.form = split, form

@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST files: layouts, content, and what a damaged file says."""
+"""Tests of MNIST and Fashion-MNIST files: layouts, content, and errors of damaged files."""
 
 import gzip
 import struct

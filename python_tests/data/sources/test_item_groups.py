@@ -1,4 +1,4 @@
-"""Patients and sites of PyTorch data sets: they share out, are held out, and are found in train and test."""
+"""Tests of patients and sites of PyTorch data sets: shared out, held out, and found in train and test."""
 
 import copy
 from pathlib import Path
@@ -21,7 +21,7 @@ Capture = pytest.CaptureFixture
 
 
 class Scans(Dataset):
-    """Images or rows of patients of five samples, who have names."""
+    """Images or rows of patients with names and five samples each."""
 
     def __init__(self, count: int, begin: int = 0, shape: tuple[int, ...] = (1, 8, 8), form: str = "") -> None:
         draw = np.random.default_rng(begin)
@@ -45,7 +45,7 @@ class Scans(Dataset):
 
 
 class Column(Scans):
-    """Samples in a table with columns, as Hugging Face's are."""
+    """Samples in a table with columns, like Hugging Face's."""
 
     column_names = ("x", "who")
 

@@ -1,4 +1,4 @@
-"""Items of PyTorch data sets: how often they are read, and that no draw is ever frozen or another one."""
+"""Tests of items of PyTorch data sets: how often they are read, and that no random draw is frozen or changed."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def drawn_and_put_back():
 class Flipped(Dataset):
     """Items that draw where ``often`` divides their row.
 
-    ``reads`` counts them.
+    ``reads`` counts the reads.
     """
 
     def __init__(self, count, kind="nothing", often=1):
@@ -56,7 +56,7 @@ class Flipped(Dataset):
 
 
 class Several(Flipped):
-    """A data set that reads several items at once."""
+    """Data set that reads several items at once."""
 
     calls = 0
 
@@ -90,7 +90,7 @@ class Named(nn.Linear):
 
 
 class Reads(Listener):
-    """Counts reads before the first round, and in all rounds."""
+    """Counter of reads before the first round, and in all rounds."""
 
     def __init__(self, *sets):
         self.sets, self.counts = sets, []
@@ -129,7 +129,7 @@ def test_only_items_that_are_always_the_same_become_rows(kind, tmp_path):
 
 
 class Refilled(Flipped):
-    """A data set that gives one tensor, which it fills anew for every item."""
+    """Data set that gives one tensor, filled anew for every item."""
 
     place = torch.zeros(3)
 
@@ -144,7 +144,7 @@ def test_a_batch_of_one_item_has_its_values():
 
 
 class Augmented(Several):
-    """A data set that changes what the class below reads."""
+    """Data set that changes the items of the class below."""
 
     def __getitem__(self, row):
         return {**super().__getitem__(row), "labels": 7}

@@ -1,4 +1,4 @@
-"""One image or one patient in two places: two labels, masks, clients, patients or splits are refused."""
+"""Tests of one image or patient in two places: two labels, masks, clients, patients or splits are refused."""
 
 import pytest
 from PIL import Image
@@ -9,7 +9,10 @@ from python_tests.data.image_sets import COLUMNS, write_table
 
 
 def read(name, root, change=lambda line, row: None, again=(), said=None, rows=24, **options):
-    """A table of ``rows`` images, two of each patient, where ``change`` edits a row and ``again`` are rows more."""
+    """Read a table of ``rows`` images, two per patient.
+
+    ``change`` edits a row, and ``again`` holds further rows.
+    """
     listed = []
     for i in [*range(rows), *again]:
         row = {
@@ -32,7 +35,7 @@ def read(name, root, change=lambda line, row: None, again=(), said=None, rows=24
 
 
 def edited(**values):
-    """A change of the row that stands in line 6, that of image 4.png and patient p2, and of those that are added."""
+    """Return a change of the row in line 6 (image 4.png, patient p2) and of the further rows."""
 
     def change(line, row):
         if line == 5 or line > 24:

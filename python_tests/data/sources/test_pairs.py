@@ -1,4 +1,4 @@
-"""Images with captions, as users bring them."""
+"""Tests of images with captions, as users bring them."""
 
 import numpy as np
 import pytest
@@ -33,9 +33,9 @@ def test_proportions_are_kept(tmp_path):
 
 
 def test_a_window_of_every_image(tmp_path):
-    """Stored whole for training.
+    """Training images are stored whole.
 
-    Everything else, held-out clients and clients' own tests too, has the centre.
+    All other images have the centre, those of held-out clients and clients' own tests too.
     """
     lines = ["image,text,client,site"]
     ramp = np.broadcast_to(np.arange(24, dtype=np.uint8)[None, :], (24, 24))  # a pixel's value is its column

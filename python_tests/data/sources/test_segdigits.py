@@ -1,4 +1,4 @@
-"""The embedded segmentation set, and partitions of images with a class for every pixel."""
+"""Tests of the embedded segmentation set, and of partitions of images with a class per pixel."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""SVHN's MATLAB files: layouts, content, and what a damaged one says."""
+"""Tests of SVHN's MATLAB files: layouts, content, and errors of damaged files."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tables and texts as spreadsheets and other systems write them: encodings, workbooks, Excel's marks, long fields."""
+"""Tests of tables and texts as spreadsheets write them: encodings, workbooks, Excel's marks, long fields."""
 
 import csv
 import gzip
