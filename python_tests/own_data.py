@@ -38,7 +38,7 @@ def text():
 
 
 class Augmented(Dataset):
-    """Images with a bright channel. Every item draws from torch, NumPy and ``random``."""
+    """Images with a bright channel, whose items draw from torch, NumPy and ``random``."""
 
     def __init__(self, seed, rows=20):
         generator = torch.Generator().manual_seed(seed)
@@ -55,7 +55,7 @@ class Augmented(Dataset):
 
 
 def images():
-    """Return one set of images to be shared out, and a test set."""
+    """Return a set of images to be shared out, and a test set."""
     return Augmented(0, 60), Augmented(9)
 
 

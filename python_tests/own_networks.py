@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Plain(nn.Module):
-    """Functions between the layers, and view: its classifier can be found, its stages cannot."""
+    """Network with functions between the layers and a view: its classifier can be found, its stages cannot."""
 
     def __init__(self, classes=3, channels=3):
         super().__init__()
@@ -19,7 +19,7 @@ class Plain(nn.Module):
 
 
 class Small(nn.Module):
-    """A normalised backbone and a head, for any number of pixels."""
+    """Network of a normalised backbone and a head, for any number of pixels."""
 
     def __init__(self, classes=3, channels=3):
         super().__init__()
@@ -31,7 +31,7 @@ class Small(nn.Module):
 
 
 class Remembering(nn.Module):
-    """Changes buffers that are not persistent: a running mean and a count, beside one drawn from the seed."""
+    """Network that changes non-persistent buffers: a running mean and a count, beside one drawn from the seed."""
 
     def __init__(self):
         super().__init__()
@@ -53,9 +53,9 @@ def remembering(classes=3, channels=3):
 
 
 class Masked(Plain):
-    """Holds a mask of -inf among its buffers, as causal attention does.
+    """Network with a mask of -inf among its buffers, as in causal attention.
 
-    It adds nothing to the logits.
+    The mask adds nothing to the logits.
     """
 
     def __init__(self, classes=3, channels=3):
@@ -67,7 +67,7 @@ class Masked(Plain):
 
 
 class Staged(nn.Sequential):
-    """Modules one after another, with dropout."""
+    """Network of modules one after another, with dropout."""
 
     def __init__(self, classes=3, channels=3):
         super().__init__(
@@ -78,7 +78,7 @@ class Staged(nn.Sequential):
 
 
 class Looks(nn.Module):
-    """Ends the run where a map has other strides than those that a DataLoader and torch's layers on the CPU give."""
+    """Layer that ends the run where a map has other strides than a DataLoader's and torch's layers' on the CPU."""
 
     def forward(self, x):
         assert x.stride() == torch.empty(x.shape).stride(), f"{list(x.shape)} with strides {x.stride()}"
@@ -86,7 +86,7 @@ class Looks(nn.Module):
 
 
 class Looking(nn.Sequential):
-    """Staged, with looks at the images and at the maps, and torch's usual shortcut of few channels."""
+    """Staged network that looks at the images and at the maps, with torch's usual shortcut of few channels."""
 
     def __init__(self, classes, channels):
         super().__init__(
@@ -98,7 +98,7 @@ class Looking(nn.Sequential):
 
 
 class Whole(nn.Module):
-    """The same, which cannot be cut."""
+    """Network that cannot be cut around the layers of `Looking`."""
 
     def __init__(self, classes, channels):
         super().__init__()
@@ -109,7 +109,7 @@ class Whole(nn.Module):
 
 
 class Raw(nn.Module):
-    """Tied weights and a parameter of its own.
+    """Network with tied weights and a parameter of its own.
 
     Its logits are no layer's result.
     """
@@ -126,7 +126,7 @@ class Raw(nn.Module):
 
 
 class Pixels(nn.Module):
-    """Classes of pixels."""
+    """Network with classes of pixels."""
 
     def __init__(self, classes, channels):
         super().__init__()

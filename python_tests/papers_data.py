@@ -1,4 +1,4 @@
-"""The data functions of examples/papers, as tests name them."""
+"""Data functions of examples/papers, for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def open_all() -> None:
 
 
 def function(paper: str, name: str) -> Any:
-    """A function of a paper's file.  What the file registers is taken back: other tests list what a process knows."""
+    """Return a function of a paper's file, and take back what the file registers, since other tests list registries."""
     named = named_code.parse(f"{paper.rpartition(':')[0]}:{name}")
     assert named is not None
     before = dict(DATASETS)

@@ -1,4 +1,4 @@
-"""Plugins of the tests, and how a test leaves none of them behind."""
+"""Plugins of the tests, and their removal after a test."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ class Mine(FedAvg):
 
 
 class Executed:
-    """A plugin that writes a line into ``marker`` whenever it is executed."""
+    """Plugin that writes a line into ``marker`` whenever it is executed."""
 
     path: Path
     marker: Path
@@ -37,7 +37,7 @@ class Executed:
 
 
 class Marked(Executed):
-    """A file that registers a method, and says how often it was executed."""
+    """File that registers a method, and tells how often it was executed."""
 
     def __init__(self, folder: Path, name: str = "mine") -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,17 +79,14 @@ def check_refused(
 
 
 def unload_all() -> None:
-    """Forgets all plugins, as a new process would."""
+    """Forget all plugins, as a new process would."""
     for plugin in plugins.loaded_plugins():
         plugins.unload(plugin.name)
 
 
 @pytest.fixture
 def plugged(tmp_path_factory, monkeypatch) -> Iterator[None]:
-    """Yield a user who has run no plugin yet.
-
-    Afterwards nothing of a plugin is left in this process.
-    """
+    """Yield with no plugin loaded, and leave no plugin behind in this process."""
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     yield
     unload_all()

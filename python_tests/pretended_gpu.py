@@ -1,8 +1,9 @@
-"""A GPU that is only pretended: clients train on the meta device, which computes nothing, and waits are noted.
+"""Pretended GPU: clients train on the meta device, which computes nothing, and waits are noted.
 
-Meta tensors have shapes but no values, and a device of their own, so what would stop the host on a GPU stands out:
-reading a value, asking for a number of elements that depends on values, a copy from one device to the other that is not
-queued, and tensors of different devices in one operator.  The first three would only cost time, the last would fail.
+Meta tensors have shapes but no values, and a device of their own, so operations that would stop the host on a GPU stand
+out: reading a value, asking for a number of elements that depends on values, a copy from one device to the other that
+is not queued, and tensors of different devices in one operator.  The first three would only cost time, the last would
+fail.
 """
 
 import itertools
@@ -27,13 +28,13 @@ COUNTED = {"nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "eq
 
 
 class Waits(TorchDispatchMode):
-    """Notes in ``found`` what would stop the host in all training steps but the first one of every exchange.
+    """Record of operations that would stop the host, in all training steps but the first one of every exchange.
 
     The first step prepares what the others share: caches, frozen copies, banks.
 
     Attributes:
-        found: occurrences by what it was and where.
-        steps: number of steps that were looked at.
+        found: occurrences by operation and place.
+        steps: number of recorded steps.
     """
 
     def __init__(self) -> None:
@@ -79,7 +80,7 @@ class Waits(TorchDispatchMode):
 def pretend(monkeypatch) -> Waits:
     """Put all clients on the meta device.
 
-    The server, and what it gets from them (zeros), stay on the CPU.
+    The server and its inputs (zeros) stay on the CPU.
     """
     waits = Waits()
     made: dict[int, tuple[RunContext, RunContext]] = {}

@@ -1,4 +1,4 @@
-"""Names that users type or that files hold, as lines.
+"""List of names that users type or that files hold, as lines.
 
 A change of a line breaks a user's program, command or stored run.  Where that is meant::
 

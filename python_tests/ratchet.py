@@ -75,7 +75,7 @@ def count_code_lines(text: str, nodes: list[ast.AST]) -> int:
 
 
 def find_language(nodes: list[ast.AST]) -> Iterator[tuple[str, int, str]]:
-    """Yield kind, line number and wording of whatever ``KINDS`` counts."""
+    """Yield kind, line number and wording of each finding of ``KINDS``."""
     for node in nodes:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
             summary = (ast.get_docstring(node) or "").split("\n\n")[0]

@@ -1,4 +1,4 @@
-"""FedAvg that writes down its batches, so that plain PyTorch can train on the same ones."""
+"""FedAvg that records its batches, so that plain PyTorch can train on the same ones."""
 
 from typing import ClassVar
 
@@ -6,7 +6,7 @@ from fedkern.methods.baselines.fedavg import FedAvg
 
 
 class Recording(FedAvg):
-    """FedAvg that writes down the images and targets of every batch, by round and number of the client's samples."""
+    """FedAvg that records the images and targets of every batch, by round and number of the client's samples."""
 
     rows: ClassVar[list] = []
 

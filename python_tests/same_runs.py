@@ -1,4 +1,4 @@
-"""Plays every method on every task that it serves with two checkouts on this machine and tells where the runs differ.
+"""Comparison of two checkouts: every method on every task on this machine, and where the runs differ.
 
     python -m python_tests.same_runs OLD NEW [--only WORDS] [--modes MODE...] [--keep DIR]
     python -m python_tests.same_runs OLD NEW --only "fedavg, segmentation" --modes "one process" resumed
@@ -6,11 +6,11 @@
 OLD and NEW are checkouts with their compiled core built in place.  Bits differ between processors, so both are played
 here.  Every method in its smallest form runs in one process, in two workers, on two ranks of torchrun, on Flower's
 nodes, and killed and resumed; wrong commands are given to both.  Three methods train on users' data sets, which ranks
-and nodes do not take.  Compared are the files of the run folder and what is
-in them without times, the events of a listener, warnings, exit codes and what is printed on errors.  ``config.toml``
-may gain the settings and method options of `ADDED`.  A task that a method has lost counts as a difference, one that it
-has gained is named and not played.  Two costs are told as ratios: the peak memory of a run, and the processor time of
-``--help``.  The exit code is 1 where anything differs.
+and nodes do not take.  The comparison covers the files of the run folder and their contents without times, the events
+of a listener, warnings, exit codes and the printed errors.  ``config.toml`` may gain the settings and method options of
+`ADDED`.  A task that a method has lost counts as a difference, one that it has gained is named and not played.  Two
+costs are printed as ratios: the peak memory of a run, and the processor time of ``--help``.  The exit code is 1 where
+anything differs.
 """
 
 import argparse
@@ -138,14 +138,14 @@ server_app.play(NodeGrid(settings, range(4 if pairs else 3), lives=pairs), setti
 
 
 class Checkout:
-    """One of the two, and where its runs lie."""
+    """One of the two checkouts, and the folder of its runs."""
 
     def __init__(self, folder: Path, runs: Path) -> None:
         self.folder, self.runs = folder.resolve(), runs.resolve()
         runs.mkdir(parents=True)
 
     def served(self) -> set[tuple[str, str]]:
-        """Methods, each with a task that it serves."""
+        """Return pairs of a method and a task that it serves."""
         listed = subprocess.run(
             [sys.executable, "-P", "-c", SERVED, *TASKS], env={**os.environ, "PYTHONPATH": str(self.folder)},
             capture_output=True, text=True, check=True,
@@ -153,7 +153,7 @@ class Checkout:
         return {(method, task) for method, task in json.loads(listed.stdout)}
 
     def python(self, *words: str, out: str = "") -> tuple[int, str, int]:
-        """Exit code, standard error and peak memory in bytes of a Python process of this checkout."""
+        """Return exit code, standard error and peak memory in bytes of a Python process of this checkout."""
         tests = self.folder / "python_tests"
         path = os.pathsep.join(map(str, (self.folder, tests, tests / "flower")))
         environment = {
@@ -170,7 +170,7 @@ class Checkout:
             return process.returncode, said.read().replace(str(self.folder), "CHECKOUT"), 1024 * used.ru_maxrss
 
     def run(self, method: str, task: str, mode: str) -> tuple[dict[str, Any], int]:
-        """All that the run left behind, by name, and its peak memory."""
+        """Return all traces of a run, by name, and its peak memory."""
         out = f"{method}-{task}-{mode.replace(' ', '-')}"
         given = settings_of(method, task)
         if task == "multilabel":
@@ -214,7 +214,7 @@ def settings_of(method: str, task: str) -> dict[str, Any]:
 
 
 def write_labels(table: Path) -> None:
-    """A table of 60 images with a bright corner for each of their labels: none, one or two of three, at three sites."""
+    """Write a table of 60 images with a bright corner per label: none, one or two of three, at three sites."""
     rows = ["path,labels,client"]
     names = ("left", "right", "low")
     (table.parent / "images").mkdir(parents=True)
@@ -229,7 +229,7 @@ def write_labels(table: Path) -> None:
 
 
 def content(path: Path) -> Any:
-    """Return what a file says, without times and what follows from them."""
+    """Return a file's contents, without times and their consequences."""
     if path.suffix == ".safetensors":
         with safe_open(path, "numpy") as file:
             about = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
@@ -262,7 +262,7 @@ def without_folder(value: Any, folder: str) -> Any:
 
 
 def timeless(value: Any) -> Any:
-    """Return a JSON value without the entries that no two runs have alike."""
+    """Return a JSON value without the entries that differ between any two runs."""
     if isinstance(value, dict):
         return {name: timeless(member) for name, member in value.items() if name not in VOLATILE | SUMS}
     if isinstance(value, list):
@@ -271,7 +271,7 @@ def timeless(value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """Return where two JSON values differ, one line for each place."""
+    """Yield the places where two JSON values differ, one line for each."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}, key=str):
             if name not in old or name not in new:
@@ -287,7 +287,7 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
 
 
 def help_seconds(checkout: Checkout) -> float:
-    """Processor seconds of ``--help``."""
+    """Return the processor seconds of ``--help``."""
     before = os.times()
     checkout.python("-m", "fedkern.run", "--help")
     after = os.times()

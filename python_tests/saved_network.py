@@ -1,4 +1,4 @@
-"""The network that a run folder holds, and whether two runs saved the same bits."""
+"""Reader of the network in a run folder, and comparison of two networks bit for bit."""
 
 import torch
 from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""Settings that make a method small enough for a test, or show more of what it keeps from round to round."""
+"""Settings that make a method small enough for a test, or expose more of its state between rounds."""
 
 CALIBRATED = {"calibrate": True, "virtual_features": 20, "calibration_epochs": 1}
 DISTILLED = {"distill_batch": 4, "distill_epochs": 2, **CALIBRATED}

@@ -1,4 +1,4 @@
-"""Stand-ins for what the pieces of a run share, so that each piece is tested without a run."""
+"""Stand-ins for the shared objects of a run, so that each part is tested without a run."""
 
 import json
 from types import SimpleNamespace
@@ -20,12 +20,12 @@ SETTINGS = {
 
 
 class Context:
-    """Stands for a run's context.
+    """Stand-in for a run's context.
 
     Args:
         count: number of clients.
-        disclosure: what may be told; all of it where it is None.
-        **settings: of the run, beside or instead of those that do nothing.
+        disclosure: what may be disclosed; everything if None.
+        **settings: of the run, beside or instead of settings without effect.
     """
 
     def __init__(self, count=3, disclosure=None, **settings):
@@ -52,9 +52,9 @@ def run_objects(context=None, *, out=None, request=(), **given):
     """Return a stand-in for a run's objects.
 
     Args:
-        context: a `Context`, or one with what a part reads of it.
+        context: a `Context`, or a context with what a part reads of it.
         out: the run folder.
-        request: what the run was asked for.
+        request: the request of the run.
         **given: further objects; those of `STORED` are in the run's store.
     """
     store = SimpleNamespace(out=out, **{name: given.pop(name, value) for name, value in STORED.items()})
@@ -65,13 +65,13 @@ def run_objects(context=None, *, out=None, request=(), **given):
 
 
 class Executor:
-    """Stands for an executor.
+    """Stand-in for an executor.
 
     Args:
         work: a client's answer to a message.
         states: the states that clients have changed, by client.
         calls: gets ``(name, client)`` of every call.
-        here: the executor of the server's process; None: it is this one.
+        here: the executor of the server's process; None: this executor.
     """
 
     count, remote = 1, False
@@ -104,7 +104,7 @@ class Executor:
 
 
 class Checkpoints:
-    """Stands for the checkpoints: remembers which clients' states were written, and for which round of the plan.
+    """Stand-in for the checkpoints, which remembers the clients of every saved state and the plan's round.
 
     Args:
         states: the clients' states of round 0, by client.
@@ -136,12 +136,12 @@ def record(number=1, rounds=3, entry=None, **given):
 
 
 def values(record):
-    """Return what a record says, by name."""
+    """Return the values of a record, by name."""
     return {name: value for name, (_, value) in record.entries.items()}
 
 
 def about(record, kind):
-    """Names of the entries of a record that are about one kind of thing."""
+    """Return the names of a record's entries about one kind of thing."""
     return {name for name, (found, _) in record.entries.items() if found is kind}
 
 

@@ -1,4 +1,4 @@
-"""fedkern.simulate and fedkern.load: runs from Python."""
+"""Tests of fedkern.simulate and fedkern.load: runs from Python."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def sites(count=40, size=12):
-    """Three named clients whose classes are told by the brighter half of an image."""
+    """Return three named clients whose classes show in the brighter half of an image."""
     rng = np.random.default_rng(0)
 
     def pair(n):
@@ -232,7 +232,7 @@ def test_the_history_as_a_data_frame():
 
 
 def _page(code):
-    """Comparisons and methods of a script are played by other tests.
+    """Return a page's code as a case, exhaustive for comparisons and methods of a script, which other tests play.
 
     Four rounds or runs take seconds.
     """

@@ -1,4 +1,4 @@
-"""What was built and installed: the core's dependencies, its choice of ISA, life without it, sdist and wheel."""
+"""Tests of the build and the installation: the core's dependencies, its ISA level, life without it, sdist and wheel."""
 
 import os
 import shutil
@@ -51,7 +51,7 @@ def test_core_links_no_torch_and_no_openmp_runtime(name: str) -> None:
 
 
 def test_a_core_of_other_sources_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package in a checkout whose csrc/ moved on.
+    """The package lies in a checkout whose csrc/ has changed since.
 
     Without csrc/ beside the package there is nothing to compare.
     """
@@ -222,11 +222,11 @@ def test_a_source_distribution_holds_all_that_a_build_needs(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_wheel_twice_from_one_source_distribution(tmp_path: Path) -> None:
-    """What an sdist holds is built in isolation twice.
+    """The contents of an sdist are built in isolation twice.
 
     The second wheel holds the core and nothing stale.
 
-    In a folder whose name has what nvcc, CMake and shells trip on.
+    The folder's name has characters that trip nvcc, CMake and shells.
     """
     tmp_path = tmp_path / "it's an ünusual, odd folder"
     tmp_path.mkdir()

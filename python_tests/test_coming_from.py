@@ -1,4 +1,4 @@
-"""The programs of fedkern on the page for users of other frameworks."""
+"""Tests of fedkern's programs on the page for users of other frameworks."""
 
 import re
 import sys

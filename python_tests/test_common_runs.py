@@ -1,7 +1,7 @@
-"""Every network, fedkern's and people's, on gray and colour, and every method, to the end of every command.
+"""Tests of every network, fedkern's and users', on gray and colour, and every method, to the end of every command.
 
     pytest python_tests/test_common_runs.py -m slow -n 2
-    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 FEDKERN_CPU_ISA=avx2 pytest ...       # as on a processor of before
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 FEDKERN_CPU_ISA=avx2 pytest ...       # as on older processors
     LD_PRELOAD=libc_malloc_debug.so.0 MALLOC_CHECK_=3 pytest ...                           # ends what overwrites memory
 
 ``-k quick`` plays a minute's worth.  Each case is a process of its own, which a fault in native code ends alone.
@@ -50,9 +50,9 @@ def _cases(names: list[str]) -> list[object]:
 
 
 def _images(root: Path, mode: str, *, masks: bool) -> None:
-    """Three classes by brightness, 24 images to train with and 12 to test with.
+    """Return three classes by brightness, 24 images to train with and 12 to test with.
 
-    For masks a bright half.
+    The masks have a bright half.
     """
     rng = np.random.default_rng(0)
     for number in range(36):
@@ -72,7 +72,7 @@ def _images(root: Path, mode: str, *, masks: bool) -> None:
 
 
 def _play(tmp_path: Path, words: list[str], code: list[str], images: Path | None) -> None:
-    """A run with its pictures, and all that is done with a finished one.
+    """Play a run with its pictures, and every command on the finished run.
 
     ``evaluate`` must give the run's figures.
     """

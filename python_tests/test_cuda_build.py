@@ -1,4 +1,4 @@
-"""What nvcc made of the CUDA kernels: for which GPUs, with how many registers, and that nothing spilled."""
+"""Tests of nvcc's CUDA kernels: their GPUs and registers, and that nothing spilled."""
 
 import functools
 import importlib.util
@@ -40,7 +40,7 @@ STACKS = {
 
 
 def cuobjdump() -> str:
-    """On PATH, beside nvcc, or in the triton wheel."""
+    """Return the program on PATH, beside nvcc, or in the triton wheel."""
     folders = [Path(nvcc).resolve().parent for nvcc in [shutil.which("nvcc")] if nvcc]
     triton = importlib.util.find_spec("triton")
     for place in (triton.submodule_search_locations or []) if triton else []:
@@ -63,7 +63,7 @@ def dump(*options: str) -> str:
 
 
 def resources() -> list[tuple[str, str, dict[str, int]]]:
-    """(architecture, kernel, what it uses), for every kernel."""
+    """Return (architecture, kernel, its resources), for every kernel."""
     found = []
     architecture = kernel = ""
     for line in dump("--dump-resource-usage").splitlines():

@@ -1,4 +1,4 @@
-"""The operators' page and README.md: their code runs, tables are those of the results, and nothing is left out."""
+"""Tests of the operators' page and README.md: their code runs, tables match the results, and nothing is missing."""
 
 import re
 import subprocess
@@ -41,7 +41,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 
 
 class CtrlC(Listener):
-    """Interrupts a run after its second round."""
+    """Listener that interrupts a run after its second round."""
 
     def on_round(self, record: Mapping[str, Any]) -> None:
         if record["round"] == 2:

@@ -1,4 +1,4 @@
-"""Messages: whatever a file or a command line holds, one sentence of a length that can be read."""
+"""Tests of messages: whatever a file or a command line holds, the error is one sentence of a readable length."""
 
 from fedkern.errors import MESSAGE, UserError, make_printable, suggest_name
 from fedkern.run import main

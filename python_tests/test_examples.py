@@ -1,4 +1,4 @@
-"""Every script and notebook under examples/ runs as it stands, and is short."""
+"""Tests that every script and notebook under examples/ runs as it stands, and is short."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_an_example_runs(path: Path, tmp_path: Path) -> None:
 
 
 def _shown(notebook: Any) -> list[set[str]]:
-    """Kinds of content that every cell of code shows."""
+    """Return the kinds of content that every cell of code shows."""
     code = [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return [{kind for output in outputs for kind in output.get("data", {"error": ""})} for outputs in code]
 

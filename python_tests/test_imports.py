@@ -1,4 +1,4 @@
-"""No file of fedkern or of its benchmarks imports a file that imports it back, however long the way round."""
+"""Tests that no file of fedkern or of its benchmarks imports a file that imports it back, even indirectly."""
 
 import ast
 import functools
@@ -39,7 +39,7 @@ def import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 @functools.cache
 def imports(package: str) -> dict[str, set[str]]:
-    """The modules of a package that each of its files imports, also inside its functions and under TYPE_CHECKING."""
+    """Return the modules of a package that each of its files imports, also inside functions and under TYPE_CHECKING."""
     known = modules(package)
     return {name: imported(name, path, known) for name, path in known.items()}
 
@@ -59,7 +59,7 @@ def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
 
 
 def test_fedkern_is_the_installed_one() -> None:
-    """What is tested is what a user has.
+    """The tests use the package that users have.
 
     A developer may name the checkout, or install it in place.
     """

@@ -1,4 +1,4 @@
-"""Pages are short, and files that they and pyproject.toml name exist."""
+"""Tests of pages: they are short, and files that they and pyproject.toml name exist."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The Dataset of examples/own_dataset.py: every method for CIFAR-10 learns of it, with the bits of equal arrays."""
+"""Tests of the Dataset of examples/own_dataset.py: every method for CIFAR-10 learns, with the bits of equal arrays."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The pages on methods and plugins: their files are those of the examples, and their code runs."""
+"""Tests of the pages on methods and plugins: their files are those of the examples, and their code runs."""
 
 import re
 import shlex
@@ -21,10 +21,7 @@ SMALL = {"--train-samples": "60", "--clients": "5", "--local-epochs": "1", "--th
 
 
 def _case(block: str) -> Any:
-    """Return a block of a page.
-
-    Mark it where other tests play the same whole runs.
-    """
+    """Return a block of a page, marked if other tests play the same whole runs."""
     played = re.search(r"^fedkern (fedavgm|smoothed|compare|fedavg .*--aggregator)", block)
     return pytest.param(block, marks=[pytest.mark.exhaustive] if played else [])
 

@@ -1,4 +1,4 @@
-"""Public names: they change on purpose only, and what a user reads names nothing of fedkern's private packages."""
+"""Tests of public names: changes are deliberate, and texts for users name none of fedkern's private packages."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""Code and language stay below the ceilings of ``ratchet.toml``."""
+"""Tests that code and language stay below the ceilings of ``ratchet.toml``."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is released, for which Pythons and torches: the package, cibuildwheel, the workflow and the pages agree."""
+"""Tests of a release for its Pythons and torches: the package, cibuildwheel, the workflow and the pages agree."""
 
 import re
 import shutil
@@ -67,7 +67,7 @@ def test_the_checklist_names_the_toolkit_and_its_driver() -> None:
 
 
 def test_the_script_for_the_container_says_what_it_lacks(tmp_path: Path) -> None:
-    """Before it installs anything."""
+    """The script fails before it installs anything."""
     done = subprocess.run(
         [shutil.which("bash") or "/bin/bash", str(ROOT / ".ci" / "install-cuda")],
         env={"PATH": str(tmp_path)},

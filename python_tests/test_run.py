@@ -1,4 +1,4 @@
-"""How the process of a command ends: what is due at the interpreter's end happens, and modules are not taken apart."""
+"""Tests of the end of a command's process: exit handlers run, and modules are not taken apart."""
 
 import os
 import re
@@ -75,7 +75,7 @@ def own(logits, labels):
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return the environment of a process that buffers what it prints into a pipe."""
+    """Return the environment of a process that buffers its output into a pipe."""
     return {**{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}, **variables}
 
 
@@ -157,7 +157,7 @@ def test_a_command_with_torch_ends_its_process(words, code, seen):
 
 
 def test_the_console_script_says_that_torch_is_loading_and_ends_its_process(seen, tmp_path):
-    """A terminal that somebody looks at has a line at once.
+    """A terminal shows a line at once.
 
     The line is gone before the command's own output.
     """

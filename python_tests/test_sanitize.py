@@ -1,4 +1,4 @@
-"""The operator tests on a core built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""Tests of the operators on a core built with AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_preset_instruments_a_core_of_its_own() -> None:
-    """It must neither replace the core in use nor lose the sanitizers."""
+    """The preset must neither replace the core in use nor lose the sanitizers."""
     presets = {p["name"]: p for p in json.loads((ROOT / "csrc/CMakePresets.json").read_text())["configurePresets"]}
     variables = presets["sanitize"]["cacheVariables"]
     assert variables["FEDKERN_SANITIZE"] == "address,undefined"

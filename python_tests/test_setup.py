@@ -1,4 +1,4 @@
-"""What setup.py and CMake do before anything is compiled: switches, missing tools, an nvcc that does not work."""
+"""Tests of setup.py and CMake before anything is compiled: switches, missing tools, a broken nvcc."""
 
 import os
 import platform
@@ -95,7 +95,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_build_without_compiler(tmp_path: Path) -> None:
-    """It says what is missing and how to do without; so told, it needs no tool at all."""
+    """The error names the missing tool and the switch that does without, and with the switch no tool is needed."""
     pytest.importorskip("setuptools", "77")  # older ones do not read this pyproject.toml
     nothing = tmp_path / "nothing"
     nothing.mkdir()
@@ -129,7 +129,7 @@ ODD = "it's an ünusual, odd folder"
 
 @pytest.mark.exhaustive
 def test_a_checkout_and_an_environment_may_lie_anywhere(tmp_path: Path) -> None:
-    """nvcc cuts -I at commas: a file of every kind is compiled where paths have what nvcc, CMake or a shell trip on."""
+    """Since nvcc cuts -I at commas, a file of every kind is compiled on paths that trip nvcc, CMake or a shell."""
     pybind11 = pytest.importorskip("pybind11")
     if not (shutil.which("cmake") and shutil.which("ninja")):
         pytest.skip("cmake or ninja is not installed")
@@ -155,9 +155,9 @@ def test_a_checkout_and_an_environment_may_lie_anywhere(tmp_path: Path) -> None:
 
 
 def test_where_cmake_cannot_build_a_copy_is_built(script: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    """CMake writes paths with a double quote as they are.
+    """CMake writes paths with a double quote unescaped.
 
-    What it makes elsewhere is brought back.
+    The core is built elsewhere and copied back.
     """
     pytest.importorskip("pybind11")
     checkout = tmp_path / 'a "quoted" folder'
@@ -187,7 +187,7 @@ def test_where_cmake_cannot_build_a_copy_is_built(script: Any, monkeypatch: Any,
 
 
 def configure(folder: Path, nvcc: str, cuda: str) -> subprocess.CompletedProcess[str]:
-    """Return the configures the core with a script ``nvcc`` first on PATH."""
+    """Configure the core with a script ``nvcc`` first on PATH."""
     pybind11 = pytest.importorskip("pybind11")
     if not (shutil.which("cmake") and shutil.which("ninja")):
         pytest.skip("cmake or ninja is not installed")

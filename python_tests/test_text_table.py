@@ -1,4 +1,4 @@
-"""A table of texts on a terminal, in Markdown and in LaTeX."""
+"""Tests of a table of texts on a terminal, in Markdown and in LaTeX."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""A wheel as strangers install it: from an index, into an environment of its own, with no compiler on PATH."""
+"""Tests of a wheel as strangers install it: from an index, into a new environment, with no compiler on PATH."""
 
 import email
 import hashlib
@@ -31,7 +31,7 @@ print(*{row.backend for row in backend.status() if row.serves})
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """No setting of whoever runs the tests reaches pip, setup.py or the installed package."""
+    """Return an environment without the caller's settings of pip, setup.py and the installed package."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON", "FEDKERN_", "CXX", "CMAKE"))}
     return {**kept, "PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
 
@@ -46,7 +46,7 @@ def run(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedPr
 def setup(folder: Path, *commands: object, **variables: str) -> None:
     """Run setup.py in the checkout.
 
-    All that it writes but compiled objects lies in ``folder``.
+    All of its output but compiled objects lies in ``folder``.
     """
     pytest.importorskip("setuptools", "77")  # older ones do not read this pyproject.toml
     with one_writer(ROOT / "setup.py"):  # tests side by side share the folder of compiled objects
@@ -57,7 +57,7 @@ def setup(folder: Path, *commands: object, **variables: str) -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the wheel of this checkout with the CPU core alone.
 
-    Objects that an earlier build left are used.
+    Objects of an earlier build are used.
     """
     missing = [name for name in ("cmake", "ninja") if not shutil.which(name)]
     missing += [] if any(map(shutil.which, ("c++", "g++", "clang++"))) else ["a C++ compiler"]
@@ -96,7 +96,7 @@ def index(folder: Path, *files: Path) -> str:
 def bare(folder: Path, *start: str) -> Path:
     """Make an environment without fedkern and return its folder of programs.
 
-    Everything else that is installed here is seen through links: nothing is fetched.
+    All other installed packages are linked: nothing is fetched.
 
     Args:
         folder: where the environment will lie.
@@ -167,9 +167,9 @@ def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_elsewhere_the_source_distribution_installs_without_a_core(sources: Path, tmp_path: Path) -> None:
-    """On another processor, that is.
+    """A platform other than Linux on x86-64 has no core.
 
-    The same interpreter is made to say that it runs on one.
+    The same interpreter is made to report such a platform.
     """
     with tarfile.open(sources) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}

@@ -1,7 +1,7 @@
 """Python processes that begin with PyTorch and fedkern imported: forks of one process that has computed nothing.
 
-The imports take a process longer than most of what tests ask of it.  A test of how a process starts, or of what it
-imports, starts a real one.
+The imports take longer than most work of a test's process.  A test of how a process starts, or of what it imports,
+starts a real one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def warm_server(process_id: int) -> socket.socket:
 class Popen(StartedPopen):  # type: ignore[type-arg]
     """``subprocess.Popen`` whose ``[sys.executable, "-m", ...]`` is a fork of the warm process.
 
-    It is this process's child, as any other: what has forked it ends at once, and this process takes it in.
+    The fork is this process's child, as any other: its parent ends at once, and this process adopts it.
     """
 
     def _execute_child(self, args, *arguments) -> None:  # type: ignore[no-untyped-def]
@@ -84,7 +84,7 @@ class Popen(StartedPopen):  # type: ignore[type-arg]
 
 @contextmanager
 def warm_fork_servers() -> Iterator[None]:
-    """Have runs inside the block start their fork servers warm."""
+    """Start the fork servers of runs inside the block warm."""
     import pytest
 
     from fedkern.engine.executors import fork_server
@@ -112,7 +112,7 @@ def _serve(connection: socket.socket) -> None:
 
 
 def _become(connection: socket.socket, files: list[int]) -> NoReturn:
-    """Go on as ``python`` does that was started with the words of a request."""
+    """Go on as a ``python`` that was started with the arguments of a request."""
     with os.fdopen(files.pop(0), "rb") as file:
         file.seek(0)
         request = json.load(file)

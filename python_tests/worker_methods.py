@@ -1,4 +1,4 @@
-"""Methods that worker processes import, and whose clients do what tests want to see."""
+"""Methods that worker processes import, whose clients show tests what they do."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ from fedkern.models import CNN, ModelEntry
 
 
 def narrow(*, classes, channels, width, stem):
-    """Return a network that somebody else has put into the registry."""
+    """Return a network that another file has put into the registry."""
     return CNN(classes=classes, channels=channels, width=max(1, width // 2))
 
 
@@ -20,7 +20,7 @@ NARROW = ModelEntry("narrow", "a cnn of half the width", 8, 8, narrow)
 
 
 class Raising(FedAvg):
-    """Client 1 raises in the second round."""
+    """FedAvg whose client 1 raises in the second round."""
 
     def client_update(self, client, phase, message):
         if client.id == 1 and phase.round == 1:
@@ -29,7 +29,7 @@ class Raising(FedAvg):
 
 
 class Dying(FedAvg):
-    """Client 1 ends its process, every time."""
+    """FedAvg whose client 1 ends its process, every time."""
 
     def client_update(self, client, phase, message):
         if client.id == 1 and os.environ.get("FEDKERN_TEST_PARENT") != str(os.getpid()):
@@ -38,7 +38,7 @@ class Dying(FedAvg):
 
 
 class DyingOnce(FedAvg):
-    """Clients count their rounds in states that are written as a round ends.
+    """FedAvg whose clients count their rounds in states that are written as a round ends.
 
     Client 2 ends its worker process once.
     """
@@ -57,7 +57,7 @@ class DyingOnce(FedAvg):
 
 
 class Telling(FedAvg):
-    """Clients warn and notice, each with its own words."""
+    """FedAvg whose clients warn and notice, each with its own words."""
 
     def client_update(self, client, phase, message):
         client.warn("one-name", f"client {client.id} warned first")
@@ -67,7 +67,7 @@ class Telling(FedAvg):
 
 
 class Writing(FedAvg):
-    """Clients write into what they were sent, after their training."""
+    """FedAvg whose clients write into received messages, after their training."""
 
     def client_update(self, client, phase, message):
         result = super().client_update(client, phase, message)
@@ -76,14 +76,14 @@ class Writing(FedAvg):
 
 
 class Unportable(FedAvg):
-    """Clients answer with what no process can be sent."""
+    """FedAvg whose clients answer with an object that cannot be pickled."""
 
     def client_update(self, client, phase, message):
         return {**super().client_update(client, phase, message), "more": lambda: 0}
 
 
 class Counting(FedAvg):
-    """Clients say on how many threads they work."""
+    """FedAvg whose clients report their number of threads."""
 
     requires = FedAvg.requires
 
@@ -93,7 +93,7 @@ class Counting(FedAvg):
 
 
 class Sending(FedAvg):
-    """The server sends what no process can be sent, in the first round."""
+    """FedAvg whose server sends an object that cannot be pickled, in the first round."""
 
     def send(self, server, phase):
         message = super().send(server, phase)
@@ -104,7 +104,7 @@ class Sending(FedAvg):
 
 
 class Keeping(FedAvg):
-    """Keeps the server's ``notice`` and uses it where clients work."""
+    """FedAvg that keeps the server's ``notice`` and uses it where clients work."""
 
     def start(self, server):
         super().start(server)

@@ -11,7 +11,10 @@ import pytest
 
 @contextmanager
 def waiting_for_workers() -> Iterator[None]:
-    """Have a run inside the block that starts workers wait for them.  Every test of pytest's process is inside."""
+    """Make runs inside the block wait for the workers that they start.
+
+    Every test of pytest's process is inside.
+    """
     from fedkern.engine.executors.fork_server import ForkServer
 
     is_ready = ForkServer.ready

@@ -44,7 +44,7 @@ def made(name, seed=0):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_what_waits_has_the_bits_of_what_is_written(name, images, monkeypatch):
-    """Where torch's own layers compute every step, the results equal those of the plain network."""
+    """The results equal those of the plain network, because torch's own layers compute every step."""
     monkeypatch.setattr(calls, "_serve", lambda chain, dense: None)
     network = made(name)
     assert equal(played(fedkern.accelerate(copy.deepcopy(network)), images), played(network, images))

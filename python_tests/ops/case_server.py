@@ -1,8 +1,8 @@
-"""Runs the cases of :mod:`differential` in processes of their own, so that a crash is a failure like any other.
+"""Server of the cases of :mod:`differential` in processes of their own, so that a crash is an ordinary failure.
 
 ``python case_server.py`` loads torch and the core once, reads pickled ``(operator, case)`` from standard input and
-answers with the failure's text, "" for none.  Cases run in a fork, a batch of them in each: what a crash takes with it
-is the fork, and the case that it was at is known.
+answers with the failure's text, "" for none.  Forks run the cases in batches: a crash takes only the fork with it,
+and the case that it was at is known.
 """
 
 import ctypes
@@ -39,18 +39,18 @@ def _receive(stream: BinaryIO) -> Any:
 
 
 class Cases:
-    """A server of cases and the way to ask it."""
+    """Client of a server of cases."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
     def failure(self, operator: str, case: dict[str, Any], backend: str) -> str:
-        """Return what is wrong with a case, or "".
+        """Return the fault of a case, or "".
 
         Args:
             operator: a key of ``differential.OPERATORS``.
             case: drawn by its strategy.
-            backend: an ISA level of the CPU core, "reference", or "" for what is dispatched to.
+            backend: an ISA level of the CPU core, "reference", or "" for the default dispatch.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -94,7 +94,7 @@ def _run(operator: str, case: dict[str, Any], backend: str) -> str:
 
 
 class _Worker:
-    """A fork that runs cases one after another until it is told to end, or ends by itself."""
+    """Fork that runs cases one after another until it is told to end, or crashes."""
 
     def __init__(self) -> None:
         self.cases = 0
@@ -111,7 +111,7 @@ class _Worker:
         mine.settimeout(LIMIT_S)
 
     def failure(self, request: tuple[str, dict[str, Any], str]) -> tuple[str, bool]:
-        """Return what is wrong with a case, and whether this worker lives on."""
+        """Return the fault of a case, and whether this worker lives on."""
         self.cases += 1
         try:
             _send(self._stream, request)

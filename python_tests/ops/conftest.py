@@ -1,4 +1,4 @@
-"""What every operator test shares: which backends and ISA levels there are here, and how often the slowest one runs."""
+"""Fixtures of all operator tests: the available backends and ISA levels, and how often the slowest one runs."""
 
 import re
 from collections import defaultdict
@@ -18,17 +18,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest):
-    """Each available backend and ISA level in turn.
-
-    Active during the test.
-    """
+    """Yield each available backend and ISA level in turn, active during the test."""
     with operator_cases.using(request.param):
         yield request.param
 
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """On a busy machine torch's own operators, the oracle, crawl with two."""
+    """Run torch on one thread: on a busy machine its own operators, the oracle, crawl with two."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +43,7 @@ def _threads_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def cache_bytes() -> Iterator[Callable[[int], None]]:
-    """Set what the core takes for the size of the last-level cache."""
+    """Set the core's size of the last-level cache."""
     from fedkern.ops._core.backend import cpu_core
 
     core = cpu_core()
@@ -78,7 +75,7 @@ def _is_triton(item: pytest.Item) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves a few cases of each test to Triton's interpreter.
+    """Leave a few cases of each test to Triton's interpreter.
 
     ``pytest -m slow -k triton`` runs all of them.
 
@@ -105,14 +102,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _thin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for a test that walks through its cases itself."""
+    """Do the same for a test that walks through its cases itself."""
     if _is_triton(request.node) and not _in_full(request.config):
         monkeypatch.setattr(operator_cases, "THIN", True)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Skips what Triton does not implement, aloud."""
+    """Skip what Triton does not implement, and say so."""
     try:
         yield
     except RuntimeError as error:

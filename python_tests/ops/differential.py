@@ -1,4 +1,4 @@
-"""Random calls of every public operator beside its reference in float64: what to call, and how exactly both must agree.
+"""Random calls of every public operator beside its reference in float64, and the tolerances of the comparison.
 
 A case is drawn by hypothesis as plain numbers and names, so that it can be printed, sent to another process and shrunk.
 :func:`check` makes the tensors, calls the operator, and compares results and gradients with those of the reference.
@@ -46,7 +46,7 @@ positions = st.lists(st.sampled_from([1, 0, 2, 3, 5]), max_size=2)
 
 @st.composite
 def tensor(draw, shape, dtype=dtypes, values="normal", grad=True):
-    """Return a tensor as :func:`make` reads it."""
+    """Draw a tensor's description for :func:`make`."""
     return {
         "shape": list(shape),
         "dtype": dtype if isinstance(dtype, str) else draw(dtype),
@@ -58,7 +58,7 @@ def tensor(draw, shape, dtype=dtypes, values="normal", grad=True):
 
 
 def make(case: Case) -> Tensor:
-    """Return the tensor of a case: its values rounded to its dtype, in memory as its layout says."""
+    """Return the tensor of a case: its values rounded to its dtype, in its layout."""
     shape, kind = tuple(case["shape"]), case["values"]
     dtype = getattr(torch, case["dtype"])
     generator = torch.Generator().manual_seed(case["seed"])
@@ -141,16 +141,16 @@ def unchanged(case: Case, given: Arguments) -> Arguments:
 
 @dataclass(frozen=True)
 class Checked:
-    """How random calls of an operator are made and compared.
+    """Making and comparison of random calls of an operator.
 
     Attributes:
-        cases: draws arguments by name, tensors as :func:`make` reads them; what begins with "_" is no argument.
+        cases: draws arguments by name, tensors as :func:`make` reads them; a name with a leading "_" is no argument.
         tolerance: of :func:`compare`, by case and arguments; None where nothing can be compared.
-        prepare: gives the arguments of a case, before they are copied for the reference.
-        view: gives those of the call, in which logits may have their classes on another axis.
+        prepare: makes the arguments of a case, before they are copied for the reference.
+        view: makes the arguments of the call, in which logits may have their classes on another axis.
         dtype: names of arguments whose promoted dtype the first result has.
         changed: names of arguments that are results too.
-        call: what is called; None: the operator itself.
+        call: the called function; None: the operator itself.
         copy: makes the reference's arguments.
     """
 
@@ -194,7 +194,7 @@ def made(value: Any) -> Any:
 
 
 def leaves(given: Arguments) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors that want a gradient."""
+    """Yield names and tensors that require a gradient."""
     for name, value in given.items():
         for place, x in enumerate(tensors_in(value)):
             if x.requires_grad:
@@ -205,11 +205,11 @@ def compare(
     got, expected, inputs, *, absolute=1e-6, relative=1e-5, later=None, gradient=None, by_weights=1.0, coarse=False,
     unseen=False, along=None,
 ):  # fmt: skip
-    """Results, and the gradients of their product with random numbers, against the reference's.
+    """Compare results, and the gradients of their product with random numbers, with the reference's.
 
-    ``later``: the absolute tolerance of results after the first.  ``by_weights``: what the tolerance of the gradient of
-    weights is multiplied by (:func:`over_weights`).  ``coarse``: computed in fp32, whatever the dtype of a weight or a
-    scale and so of its gradient.  ``unseen``: what has weight 0 is not looked at, so that its weight gets no gradient.
+    ``later``: the absolute tolerance of results after the first.  ``by_weights``: a factor on the tolerance of the
+    gradient of weights (:func:`over_weights`).  ``coarse``: computed in fp32, whatever the dtype of a weight or a scale
+    and so of its gradient.  ``unseen``: samples of weight 0 are not read, so that their weight gets no gradient.
     ``along``: the gradient of the first result, in place of random numbers.
     """
     gradient = SLACK * (absolute if gradient is None else gradient)
@@ -264,19 +264,19 @@ def is_coarse(*computed: Tensor) -> bool:
 
 
 def spread(*logits: Tensor | None) -> float:
-    """Return the largest difference of finite logits, those of a student from its teacher's among them."""
+    """Return the largest difference of finite logits, including those of a student from its teacher."""
     finite = [x.detach().double().flatten() for x in logits if x is not None]
     values = torch.cat([x[x.isfinite()] for x in finite])
     return max(1.0, float(values.max() - values.min())) if values.numel() else 1.0
 
 
 def largest(*values: Tensor) -> float:
-    """Return the largest size of a number, at least 1."""
+    """Return the largest absolute value, at least 1."""
     return max([1.0, *(float(x.detach().abs().max()) for x in values if x.numel())])
 
 
 def over_weights(weights: Tensor | None) -> float:
-    """Gradients of weights are those of shares over the sum of the weights: one over the least sum, at least 1."""
+    """Return the factor of weights' gradients, shares over the sum of weights: one over the least sum, at least 1."""
     if weights is None:
         return 1.0
     sums = weights.detach().double().sum(0)
@@ -297,7 +297,7 @@ def rows(draw: st.DrawFn) -> list[int]:
 
 
 def turned(case: Case, given: Arguments) -> Arguments:
-    """Logits as views whose classes lie on axis ``dim``, and so weights with as many axes as the teachers."""
+    """Return logits as views whose classes lie on axis ``dim``, and so weights with as many axes as the teachers."""
     dim, found = case["dim"], dict(given)
     stacked = next((given[name] for name in STACKS if name in given and case["_stacked"]), None)
     for name, x in given.items():
@@ -308,7 +308,7 @@ def turned(case: Case, given: Arguments) -> Arguments:
 
 
 def masked(x: Tensor, share: float, axis: int) -> Tensor:
-    """``x`` with some classes at -inf, the first one never.
+    """Return ``x`` with some classes at -inf, the first one never.
 
     A leaf where x is one.
     """
@@ -349,7 +349,7 @@ def prepare_divergence(case: Case, given: Arguments) -> Arguments:
 
 
 def close_divergence(case: Case, given: Arguments) -> Limits:
-    """Tolerances that grow with the spread of the logits and with the number of divergences."""
+    """Return tolerances that grow with the spread of the logits and with the number of divergences."""
     logits = [given[name] for name in ("student", "a", "b", "teacher") if name in given]
     terms, T = len(logits) - 1, case["temperature"]
     size = terms * spread(*logits) * times(T)
@@ -583,7 +583,7 @@ def vectors_case(draw: st.DrawFn, weighted: bool | None = False, grad: bool = Fa
 
 
 def prepare_vectors(case: Case, given: Arguments) -> Arguments:
-    """Weights in a form of many, the first never 0."""
+    """Return weights in one of many forms, the first never 0."""
     if "weights" not in given:
         return given
     weights = given["weights"].detach().clone()
@@ -737,7 +737,7 @@ def prepare_clip(case: Case, given: Arguments) -> Arguments:
 
 
 def close_clip(case: Case, given: Arguments) -> Limits:
-    """The noise has fp32 resolution whatever the dtype."""
+    """Return tolerances: the noise has fp32 resolution whatever the dtype."""
     size, noise = largest(*tensors_in(given["vectors"])), case.get("noise", 0.0)
     absolute = 2e-6 * max(size, 7 * noise * case["max_norm"]) if noise else 1e-7 * size
     return {"relative": 1e-6, "absolute": absolute, "coarse": noise > 0}
@@ -816,7 +816,7 @@ def take_step(**given: Any) -> list[Tensor]:
 
 
 def close_step(case: Case, given: Arguments) -> Limits:
-    """Return what is rounded on the way is as large as this."""
+    """Return tolerances by the size of the intermediate numbers that are rounded."""
     rates = case["lr"] if isinstance(case["lr"], list) else [case["lr"]]
     return {"absolute": 4e-5 * max([1.0, *rates]) * (1 + case["proximal"]), "relative": 1e-5}
 
@@ -877,9 +877,9 @@ def pool_case(draw: st.DrawFn) -> Case:
 
 
 def close_conv(case: Case, given: Arguments) -> Limits:
-    """Tolerances by what differences of large numbers lose.
+    """Return tolerances by the digits that differences of large numbers lose.
 
-    0 as the gradient where rounding decides what passes.
+    The gradient is 0 where rounding decides what passes.
     """
     wide = {name: exact(x.detach()) if isinstance(x, Tensor) else x for name, x in given.items()}
     x, weight, bias, normed = wide["x"], wide["weight"], wide["bias"], "scale" in given

@@ -1,4 +1,4 @@
-"""Every operator on inputs without elements, each optional argument given and left out.
+"""Calls of every operator on inputs without elements, each optional argument given and left out.
 
 ``python -m python_tests.ops.empty_cases BACKEND N`` runs every N-th on one backend against the reference, in a process
 of its own because a kernel that goes wrong here takes the process with it. The last line printed names the case.
@@ -31,7 +31,7 @@ CONSTANT = {"boxes", "fill", "mean", "variance"}
 
 
 class Case(NamedTuple):
-    """One call: a public operator and its arguments by name."""
+    """Call of a public operator, with its arguments by name."""
 
     operator: str
     arguments: Mapping[str, Any]
@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return f"{self.operator}({', '.join(f'{name}={_text(value)}' for name, value in self.arguments.items())})"
 
     def leaves(self) -> list[tuple[str, int]]:
-        """Return the tensors that may ask for a gradient: argument, and place where that is a list (else -1)."""
+        """Return the tensors that may require a gradient: argument, and place where that is a list (else -1)."""
         found: list[tuple[str, int]] = []
         if self.operator not in DIFFERENTIABLE or self.arguments.get("out") is not None:
             return found
@@ -59,7 +59,10 @@ def _text(value: Any) -> str:
 
 
 def _draw(shape: Sequence[int], dtype: torch.dtype, layout: int, draw: torch.Generator) -> Tensor:
-    """Numbers of a layout: contiguous, of a larger tensor every second element of each axis, or the second axis last"""
+    """Return numbers of a layout.
+
+    Layouts: contiguous, every second element of each axis of a larger tensor, or the second axis last.
+    """
     if layout == 1:
         wide = torch.rand([2 * size + 1 for size in shape], generator=draw).to(dtype)
         return wide[tuple(slice(0, 2 * size, 2) for size in shape)]
@@ -68,7 +71,7 @@ def _draw(shape: Sequence[int], dtype: torch.dtype, layout: int, draw: torch.Gen
 
 
 def _subsets(operator: str) -> Iterator[list[str]]:
-    """Arguments of calls: all, those without a default, and all but each one that has a default."""
+    """Yield sets of arguments: all, those without a default, and all but each one that has a default."""
     parameters = inspect.signature(getattr(ops, operator)).parameters
     names = [*parameters]
     optional = [name for name in names if parameters[name].default is not inspect.Parameter.empty]
@@ -78,7 +81,7 @@ def _subsets(operator: str) -> Iterator[list[str]]:
 
 
 def cases() -> Iterator[Case]:
-    """All of them, the same every time."""
+    """Yield all cases, the same every time."""
     draw, number = torch.Generator().manual_seed(0), 0
     for operator, public in PUBLIC.items():
         given = {**public.arguments, "out": torch.zeros(6), "log_probs": True}
@@ -135,7 +138,7 @@ def outcome(case: Case, wanted: Sequence[tuple[str, int]], batched: bool = False
 
 
 def differs(got: Outcome, expected: Outcome) -> str | None:
-    """Return what is not as the reference has it."""
+    """Return the difference from the reference."""
     if got[0] != expected[0]:
         return f"{got[0] or 'a result'} instead of {expected[0] or 'a result'}"
     for place, (x, y) in enumerate(zip(got[1], expected[1], strict=True)):
@@ -151,7 +154,7 @@ def differs(got: Outcome, expected: Outcome) -> str | None:
 
 
 def patterns(case: Case) -> list[list[tuple[str, int]]]:
-    """Return which gradients are asked for: none, all, each alone."""
+    """Return sets of gradients to compute: none, all, each alone."""
     leaves = case.leaves()
     return [[], *([leaf] for leaf in leaves), *([leaves] if len(leaves) > 1 else [])]
 
@@ -161,9 +164,9 @@ ABSENT = ("does not implement", "has no kernel for", "cannot serve", "no kernel"
 
 
 def run(backend: Callable[[], contextlib.AbstractContextManager[Any]], stride: int) -> Iterator[str]:
-    """Run blend's cases and every ``stride``-th of the others, printing each before.
+    """Run blend's cases and every ``stride``-th other one, printing each before.
 
-    Yields what went wrong.
+    Yields the faults.
     """
     for number, case in enumerate(cases()):
         if number % stride and case.operator != "blend":

@@ -36,7 +36,7 @@ FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 def build() -> ModuleType:
     """Return the emulated ``fedkern._cuda``.
 
-    What was compiled before from the same sources is taken from build/.
+    A build of the same sources is taken from build/.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
@@ -84,9 +84,9 @@ def _located(path: Path) -> str:
 
 
 def _bindings() -> str:
-    """All binding files as one, which takes a sixth of their time: it is pybind11's headers that are slow to compile.
+    """Return all binding files as one, which takes a sixth of their time: compiling pybind11's headers is slow.
 
-    Names that files keep to themselves may be equal: each file's namespace becomes one of its own.
+    Private names of files may be equal: each file's namespace becomes one of its own.
     """
     includes, files = [], []
     for path in BINDINGS:
@@ -115,7 +115,7 @@ LOOKS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "
 
 
 class Blind:
-    """A kernel object whose methods may not look at a tensor's values, as on a GPU they must not."""
+    """Kernel object whose methods may not look at a tensor's values, as on a GPU."""
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel

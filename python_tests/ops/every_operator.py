@@ -1,4 +1,4 @@
-"""Every public operator under one signature: a new one is covered by the tests that run through all by a line here."""
+"""Every public operator under one signature: a line here adds a new one to the tests of all operators."""
 
 import functools
 import math
@@ -26,10 +26,10 @@ INDIRECT: set[str] = {
 
 @dataclass(frozen=True)
 class Operator:
-    """One way to call a public operator.
+    """A way to call a public operator.
 
     Attributes:
-        name: as in ``fedkern.ops``; a second entry of one operator adds what it sets after a space.
+        name: as in ``fedkern.ops``; a second entry of one operator adds its settings after a space.
         call: from floating tensors to a tensor or a tuple of them.
         shapes: of those tensors.
         large: the same, large enough for several threads.
@@ -37,7 +37,7 @@ class Operator:
         vmap: whether it has a batching rule; the others raise.
         positive: which tensors must not be negative (weights).
         changed: which tensors it writes to.
-        alike: whether what it writes to has the dtype of the others, and any strides.
+        alike: whether its changed tensors have the dtype of the others, and any strides.
         compiled: whether one core computes all of it.  Parts that torch's own operators compute have bits that depend
             on the number of threads.
         only_cpu: whether there are kernels for fp32 on a CPU with AVX2 alone, and no operator of torch.library: GPUs,
@@ -57,7 +57,7 @@ class Operator:
     only_cpu: bool = False
 
     def inputs(self, dtype: torch.dtype = torch.float32, *, large: bool = False, seed: int = 0) -> list[Tensor]:
-        """Seeded inputs."""
+        """Return seeded inputs."""
         draw = torch.Generator().manual_seed(seed)
         tensors = [torch.randn(shape, generator=draw) for shape in (self.large if large else self.shapes)]
         return [(x.abs() + 0.1 if i in self.positive else x).to(dtype) for i, x in enumerate(tensors)]
@@ -71,13 +71,13 @@ class Operator:
         return small, large
 
     def fresh(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """``tensors``, copied where the operator writes to them."""
+        """Return ``tensors``, copied where the operator writes to them."""
         return [x.clone() if i in self.changed else x for i, x in enumerate(tensors)]
 
     def results(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return what :attr:`call` gives, always as a tuple.
+        """Return the results of :attr:`call`, always as a tuple.
 
-        What it writes to is copied first.
+        Tensors that it changes are copied first.
         """
         given = self.call(*self.fresh(tensors))
         return tuple(given) if isinstance(given, (tuple, list)) else (given,)

@@ -43,7 +43,7 @@ FEW, LARGEST = 2, 20_000
 
 
 def few(cases: Sequence[Any], values: Callable[[Any], dict[str, Any]] = dict, count: int = FEW) -> list[Any]:
-    """Up to ``count`` of ``cases``, spread over them, none of more than about :data:`LARGEST` elements."""
+    """Return up to ``count`` of ``cases``, spread over them, none of more than about :data:`LARGEST` elements."""
 
     def elements(value: Any) -> int:
         if isinstance(value, (tuple, list)):
@@ -58,14 +58,14 @@ def few(cases: Sequence[Any], values: Callable[[Any], dict[str, Any]] = dict, co
 
 
 def thinned(cases: Sequence[Any]) -> list[Any]:
-    """``cases``, or :func:`few` of them where they are for Triton's interpreter."""
+    """Return ``cases``, or :func:`few` of them where they are for Triton's interpreter."""
     if not THIN:
         return list(cases)
     return few(cases, lambda case: case if isinstance(case, dict) else {"": case}, 2 * FEW)
 
 
 def backends(number: int, elements: int) -> list[str]:
-    """Who takes a case of this number and size where each goes to all: Triton's interpreter takes a few of them."""
+    """Return the backends for a case of this number and size: Triton's interpreter takes a few cases."""
     few_ = number % 10 == 0 and elements <= LARGEST
     return [name for name in BACKENDS if name != "triton" or few_]
 
@@ -79,7 +79,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device`` with the strides and the alignment that it has here, which ``to`` would not keep."""
+    """Return ``x`` on ``device`` with its strides and alignment, which ``to`` would not keep."""
     if device.type == "cpu" or 0 in x.shape or any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
         return x.to(device)
     size = x.storage_offset() + sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) + 1
@@ -101,7 +101,7 @@ def lay_out_map(x: Tensor, layout: str) -> Tensor:
 
 
 def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Cases in which every value of every two axes meets at least once, in fixed order.
+    """Return cases in which every value of every two axes meets at least once, in fixed order.
 
     :func:`thinned` for Triton.
     """
@@ -135,7 +135,7 @@ def describe(case: dict[str, Any]) -> str:
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance of neighbours in ``dtype`` at ``value`` (float64)."""
+    """Return the distance of neighbours in ``dtype`` at ``value`` (float64)."""
     info = torch.finfo(dtype)
     exponent = torch.floor(torch.log2(value.abs().clamp_min(info.tiny)))
     return torch.exp2(exponent) * info.eps

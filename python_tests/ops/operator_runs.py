@@ -1,4 +1,4 @@
-"""Running the operators of every_operator.py on a backend's device, as the CUDA and the Triton tests do."""
+"""Runs of the operators of every_operator.py on a backend's device, for the CUDA and the Triton tests."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,11 +19,11 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 class Named(Tensor):
-    """A subclass without any behaviour of its own."""
+    """Tensor subclass without any behaviour of its own."""
 
 
 class Calls(TorchDispatchMode):
-    """Remembers the calls of this project's operators."""
+    """Mode that records the calls of this project's operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Calls(TorchDispatchMode):
 
 
 def run(operator: Operator, inputs: Sequence[Tensor], gradient: bool) -> list[Tensor]:
-    """Results, and with ``gradient`` the inputs' gradients, of a loss that weighs every element differently."""
+    """Return results, and with ``gradient`` the inputs' gradients, of a loss that weighs every element differently."""
     leaves = [x.detach().requires_grad_(gradient) for x in inputs]
     results = operator.results(*leaves)
     if not gradient:
@@ -74,7 +74,7 @@ def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
 
 
 def check_graph(operator: Operator, gpu: torch.device, seeds: Sequence[int]) -> None:
-    """Captured once, replayed on other inputs: nothing is copied from the host, nothing waits."""
+    """Check a graph, captured once and replayed on other inputs: no copy from the host, no wait."""
     for gradient in gradients(operator):
         static = [x.to(gpu) for x in operator.inputs(large=True)]
         graph, results = capture(lambda static=static, gradient=gradient: run(operator, static, gradient))

@@ -1,4 +1,4 @@
-"""Every operator beside its reference: subsets of gradients, sizes 0 and 1, NaN and infinities, sure predictions."""
+"""Tests of every operator beside its reference: subsets of gradients, sizes 0 and 1, NaN, infinities, sure answers."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ CLASSES = 7
 
 @pytest.fixture(autouse=True)
 def _choose_for_convolutions(backend: str, operator: Operator) -> Iterator[None]:
-    """Leave the choice to operators that have kernels for some sizes of fp32 and AVX2 alone."""
+    """Force no backend where operators have kernels for some sizes of fp32 and AVX2 alone."""
     if operator.only_cpu and backend in ("cpu-portable", "triton"):
         pytest.skip("has kernels for AVX2 alone")
     with ops.use_backend(None) if operator.only_cpu and backend != "reference" else contextlib.nullcontext():
@@ -71,7 +71,7 @@ def outcome(operator: Operator, inputs: Sequence[Tensor]) -> Outcome:
 
 
 def check_beside_reference(operator: Operator, inputs: Sequence[Tensor]) -> None:
-    """Compare with the reference in float64, or in float32 for convolutions, whose padding meets NaN otherwise there.
+    """Compare with the reference in float64, or in float32 for convolutions, where NaN in padding differs.
 
     A gradient may be 0 in a place where the reference's is not finite, and the other way round: the loss is NaN there.
     """
@@ -94,7 +94,7 @@ def check_beside_reference(operator: Operator, inputs: Sequence[Tensor]) -> None
 
 
 def resized(operator: Operator) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """Yield the operator's shapes with each size 0 or 1 wherever it stands, and on each axis alone."""
+    """Yield the operator's shapes with each size 0 or 1 at all its places, and on each axis alone."""
     for new in (0, 1):
         for size in {size for shape in operator.shapes for size in shape}:
             yield tuple(tuple(new if n == size else n for n in shape) for shape in operator.shapes)
@@ -118,7 +118,7 @@ def test_sizes_of_nothing_and_of_one_on_every_axis(backend: str, operator: Opera
 @pytest.mark.sampled(12)
 @each_operator
 def test_one_value_or_sample_that_is_not_finite(backend: str, operator: Operator) -> None:
-    """Neither a NaN or infinite teacher nor another operand is hidden, or reaches what does not depend on it."""
+    """No NaN or infinity of a teacher or operand is hidden, or reaches results that do not depend on it."""
     # Of more classes than a vector of the CPU holds.
     shapes = tuple(tuple(40 if n == CLASSES else n for n in shape) for shape in operator.shapes)
     wide = dataclasses.replace(operator, shapes=shapes)

@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind, for every argument of every public operator: a sentence that names the argument."""
+"""Tests of arguments of the wrong kind, for every argument of every public operator: the error names the argument."""
 
 import inspect
 import math
@@ -168,7 +168,7 @@ KINDS = {
 
 
 class Public:
-    """A public operator: right arguments, and the kind of each by its name."""
+    """Public operator: right arguments, and the kind of each by its name."""
 
     def __init__(self, **given: tuple[Any, str]) -> None:
         self.arguments = {name: value for name, (value, _) in given.items()}

@@ -1,4 +1,4 @@
-"""Operators under torch.compile with numbers that change from call to call: few graphs, and eager's values."""
+"""Tests of operators under torch.compile with numbers that change from call to call: few graphs, and eager's values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -127,7 +127,7 @@ def compare(name: str, backend: str) -> None:
 
 
 def test_gradients_are_zeroed_within_the_operator() -> None:
-    """A compiler may let ``gradients`` and a clone of them share memory unless the schema says that they change."""
+    """A compiler may share the memory of ``gradients`` and a clone unless the schema says that they change."""
     schemas = [torch.ops.fedkern.optimiser_step, torch.ops.fedkern.optimiser_step_and_zero]
     written = [operator.default._schema.arguments[1].is_write for operator in schemas]
     assert written == [False, True]
@@ -147,10 +147,7 @@ def test_gradients_are_zeroed_within_the_operator() -> None:
 
 
 def test_the_gradient_of_a_compiled_function() -> None:
-    """torch.compile of torch.func.grad refuses custom operators.
-
-    Docs/ops.md names this way instead.
-    """
+    """Since torch.compile of torch.func.grad refuses custom operators, docs/ops.md names this way."""
     x, y = tensors((4, 5), (4, 5))
 
     def loss(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tensors on the CPU give results on the CPU, whatever torch's default device is or was at the import."""
+"""Tests that tensors on the CPU give results on the CPU, whatever torch's default device is or was at the import."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from python_tests.ops.operator_runs import run
 
 
 def check(operator: Operator, default: str) -> None:
-    """The same bits where the default device is another."""
+    """Check that the bits are the same under another default device."""
     inputs = operator.inputs()
     expected = run(operator, inputs, operator.gradient)
     with torch.device(default):

@@ -1,4 +1,4 @@
-"""Operands that are made of one another: derivatives beside forward mode, which records no backward pass."""
+"""Tests of operands that are made of one another: derivatives beside forward mode, which records no backward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def total(results: Sequence[Tensor]) -> Tensor:
 
 
 def dependent_loss(operator: Operator, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Return a loss whose operands are made of four numbers, and of the second operand, which is given as it is."""
+    """Return a loss whose operands are made of four numbers and of the second operand."""
     draw = torch.Generator().manual_seed(0)
     fixed = operator.inputs(dtype)
     maps = [torch.randn(x.numel(), 4, generator=draw).to(dtype) / 2 for x in fixed]

@@ -1,4 +1,4 @@
-"""Random calls of every public operator, each in another process, beside its reference in float64 (differential.py).
+"""Tests of random calls of every public operator, each in another process, beside its float64 reference.
 
 The seed changes from day to day and stands in pytest's header; ``FEDKERN_SEED=N`` repeats a day's cases.
 """
@@ -34,9 +34,9 @@ def server() -> Iterator[Cases]:
 
 
 def search(server: Cases, operator: str, seconds: float, start: int) -> int:
-    """Try cases for so long.
+    """Try cases for some seconds, and return their number.
 
-    Returns how many.  A failure is shrunk and printed with its case and backend.
+    A failure is shrunk and printed with its case and backend.
     """
     end = time.monotonic() + seconds
     tried = 0
@@ -68,7 +68,7 @@ def search(server: Cases, operator: str, seconds: float, start: int) -> int:
 
 
 class _TimeIsUp(BaseException):
-    """Ends a search: hypothesis counts examples, not seconds."""
+    """End of a search: hypothesis counts examples, not seconds."""
 
 
 def test_every_operator_has_cases() -> None:
@@ -95,7 +95,7 @@ def test_an_hour_of_random_calls(server: Cases, operator: str) -> None:
 
 @pytest.mark.exhaustive
 def test_a_wrong_result_and_a_crash_are_failures(server: Cases) -> None:
-    """What the search rests on: a case that fails or kills its process is told, and the next one runs."""
+    """The search relies on this: a case that fails or kills its process is reported, and the next one runs."""
     numbers = {"dtype": "float32", "values": "normal", "layout": "contiguous", "grad": True, "seed": 1, "shape": [2, 3]}
     right = {"logits": numbers, "reduction": "sum", "dim": 1, "_stacked": False}
     assert server.failure("entropy", right, "") == ""

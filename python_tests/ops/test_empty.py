@@ -1,4 +1,4 @@
-"""Inputs without elements: every operator, each optional argument given and left out, in every backend."""
+"""Tests of inputs without elements: every operator, each optional argument given and left out, in every backend."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ SOME, FEW = 3, 20
 
 
 def child(*arguments: str) -> None:
-    """Run Python in a process of its own: what goes wrong in these tests ends it."""
+    """Run Python in a process of its own, which a failure of these tests would end."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-P", *arguments]
     found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -61,7 +61,7 @@ def test_blend_of_no_rows_with_an_index_under_transforms() -> None:
 
 
 def test_boxes_of_no_images_of_any_stride(backend: str) -> None:
-    """contiguous() of a tensor without elements is itself, whatever its strides."""
+    """The result of contiguous() of a tensor without elements is the tensor itself, whatever its strides."""
     images = torch.zeros(2, 3, 8, 8)[:0, :, ::2, ::2].requires_grad_()
     for call in (ops.erase_boxes, ops.keep_boxes):
         result = call(images, [])

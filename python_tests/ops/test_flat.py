@@ -1,4 +1,4 @@
-"""FlatParameters: the module must not notice."""
+"""Tests of FlatParameters: the module must not notice."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
-    """A convolution, batch norm with its integer buffer, a tied pair and an odd buffer."""
+    """Network with a convolution, batch norm with its integer buffer, a tied pair and an odd buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_load_and_load_state_dict() -> None:
 
 @pytest.mark.parametrize("left_out", ["", "parameters", "buffers", "integers"])
 def test_load_vectors(left_out: str) -> None:
-    """Those that there are, each into its own place.
+    """Given vectors go to their own places.
 
     Other entries of a message are no vectors of the module.
     """
@@ -238,7 +238,7 @@ def test_a_pickle_holds_every_tensor_once() -> None:
 
 
 def test_the_storage_is_torchs_own() -> None:
-    """It can be given back and taken anew, as FSDP does with its parameters, and every tensor follows."""
+    """It can be freed and resized again, as FSDP does with its parameters, and every tensor follows."""
     module = net()
     flat = FlatParameters(module)
     before = flat.vector.clone()
@@ -522,7 +522,7 @@ def _optimiser(rule: str, module: nn.Module) -> torch.optim.Optimizer:
 
 
 def train_both(rule: str, flat: FlatParameters, plain: nn.Module, *, unused: bool = False) -> None:
-    """Take three steps with each, after the first of the convolution alone where the others are ``unused``."""
+    """Take three steps with each, after the first with the convolution alone if the others are ``unused``."""
     optimiser, gradients = _optimiser(rule, plain), flat.gradients()
     moments = torch.zeros_like(gradients), torch.zeros_like(gradients)
     for number in (1, 2, 3):
@@ -538,7 +538,7 @@ def train_both(rule: str, flat: FlatParameters, plain: nn.Module, *, unused: boo
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 @pytest.mark.parametrize("frozen", [["conv.weight"], ["norm.weight", "norm.bias"], ["encode.weight"], []])
 def test_steps_leave_frozen_parameters(rule: str, frozen: list[str]) -> None:
-    """As torch.optim, which skips them."""
+    """Frozen parameters are skipped, as in torch.optim."""
     plain, module = net(), net()
     for own in (plain, module):
         for name in frozen:
@@ -618,7 +618,7 @@ def test_what_cannot_be_personal() -> None:
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 def test_steps_take_an_unused_parameter_as_one_of_gradient_zero(rule: str) -> None:
-    """As torch.optim after ``zero_grad(set_to_none=False)``: gradients in one vector cannot be missing."""
+    """Gradients in one vector cannot be missing, like those of torch.optim after ``zero_grad(set_to_none=False)``."""
     plain, module = net(), net()
     train_both(rule, FlatParameters(module), plain, unused=True)
     for got, expected in zip(module.parameters(), plain.parameters(), strict=True):
@@ -695,7 +695,7 @@ def _saved(value: object) -> bytes:
 
 
 class Saved(Net):
-    """Bigger than what a file says of it."""
+    """Network of tensors that are large beside a file's own description."""
 
     def __init__(self) -> None:
         super().__init__()

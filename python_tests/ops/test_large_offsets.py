@@ -1,4 +1,4 @@
-"""Elements further apart than 2^31: offsets of 64 bits in every operator, on the way in and on the way out."""
+"""Tests of elements further apart than 2^31: 64-bit offsets in every operator, on the way in and on the way out."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,12 +28,12 @@ def available_gigabytes() -> float:
 
 @pytest.fixture(scope="module")
 def memory() -> Tensor:
-    """More than 2^31 elements, of which tests touch a few pages."""
+    """Return more than 2^31 elements, of which tests touch a few pages."""
     return torch.empty(FAR + 2**20, dtype=HALF)
 
 
 def far_apart(x: Tensor, memory: Tensor, place: int) -> Tensor:
-    """``x`` with its first axis stretched over more than 2^31 elements, at a place of its own."""
+    """Return ``x`` with its first axis stretched over more than 2^31 elements, at a place of its own."""
     if not x.dim() or x.shape[0] == 1:
         return x
     step = FAR // (x.shape[0] - 1) + 1
@@ -45,7 +45,7 @@ def far_apart(x: Tensor, memory: Tensor, place: int) -> Tensor:
 @pytest.mark.parametrize("axis", [0, -1])
 @each_operator
 def test_inputs_far_apart(operator: Operator, axis: int, memory: Tensor) -> None:
-    """Also through the backward pass."""
+    """This includes the backward pass."""
     if operator.only_cpu:
         pytest.skip("its kernel takes dense maps of fp32 alone")
     near = operator.inputs(HALF)
@@ -66,7 +66,7 @@ def test_inputs_far_apart(operator: Operator, axis: int, memory: Tensor) -> None
 
 
 def expanded(*shape: int, axis: int = 0) -> Tensor:
-    """bf16 of a shape in which one axis repeats a single slice."""
+    """Return a bf16 tensor of a shape in which one axis repeats a single slice."""
     stored = list(shape)
     stored[axis] = 1
     return torch.randn(stored, generator=torch.Generator().manual_seed(len(shape))).to(HALF).expand(shape)
@@ -98,7 +98,7 @@ def _kl_gradient() -> tuple[Tensor, Tensor]:
 
 
 def ends(compute: Callable[[int], Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
-    """The last three rows (axis -2) of the gradients of ``count`` rows, all alike, and those of three rows alone."""
+    """Return the last three rows (axis -2) of the gradients of ``count`` equal rows, and of three rows alone."""
     got, expected = (torch.stack([x[..., -3:, :].float() for x in compute(rows)]) for rows in (count, 3))
     return got, expected
 
@@ -116,7 +116,7 @@ def _entropy_gradient(rows: int) -> Sequence[Tensor]:
 
 
 def stack(rows: int) -> Tensor:
-    """Two teachers of ``rows`` rows, which are alike."""
+    """Return two teachers of ``rows`` equal rows."""
     return torch.stack((expanded(1, 8), expanded(1, 8).flip(1))).expand(2, rows, 8).requires_grad_()
 
 
@@ -211,7 +211,7 @@ LARGE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_results_beyond_two_to_the_31(name: str) -> None:
-    """bf16 and inputs of stride 0, so that hardly more than the result needs memory."""
+    """Inputs are bf16 of stride 0, so that hardly more than the result needs memory."""
     if available_gigabytes() < 12:
         pytest.skip("needs 12 GB of free memory")
     got, expected = LARGE[name]()

@@ -1,4 +1,4 @@
-"""Maps of every order and spacing: no operator may take one stride for granted to lead through the positions."""
+"""Tests of maps of every order and spacing: no operator may assume that one stride leads through the positions."""
 
 from collections.abc import Callable
 
@@ -53,7 +53,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], tuple[tup
 
 
 def _differentiated(operator: str, tensors: list[Tensor]) -> list[Tensor]:
-    """Results and gradients of a loss that weighs every element differently."""
+    """Return results and gradients of a loss that weighs every element differently."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     given = OPERATORS[operator][0](*leaves)
     results = given if isinstance(given, tuple) else (given,)
@@ -63,7 +63,7 @@ def _differentiated(operator: str, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def test_maps_of_any_strides(backend: str) -> None:
-    """One after the other: of parametrised cases Triton's interpreter would take a few."""
+    """The test loops over its cases, because Triton's interpreter would take only a few parametrised ones."""
     draw = torch.Generator().manual_seed(0)
     for operator, (_, shapes) in OPERATORS.items():
         for number, (name, lay_out) in enumerate(LAYOUTS.items()):

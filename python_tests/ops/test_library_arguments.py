@@ -1,4 +1,4 @@
-"""torch.ops.fedkern, which exported programs call without the checks of the public functions, with wrong arguments."""
+"""Tests of torch.ops.fedkern with wrong arguments: exported programs call it without the public functions' checks."""
 
 import os
 import subprocess

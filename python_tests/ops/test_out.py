@@ -1,4 +1,4 @@
-"""``out=``: the same bits whatever its strides, rounded once, to its own dtype."""
+"""Tests of ``out=``: the same bits whatever its strides, rounded once, to its own dtype."""
 
 import contextlib
 import inspect
@@ -72,7 +72,7 @@ def test_strides_of_out_do_not_matter(name: str, writer: str) -> None:
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_out_within_the_vectors_memory(writer: str) -> None:
-    """What the result is written over while others read it."""
+    """The result overwrites a vector while others read it."""
     draw = torch.randn(3, SIZE + 1)
     for start in (0, 1):
         memory = draw.clone()

@@ -1,4 +1,4 @@
-"""server_step: a state that shares memory with another argument is refused, with nothing written."""
+"""Tests of server_step: a state that shares memory with another argument is refused, and nothing is written."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What goes wrong between Python tensors and kernels that see pointers, for every operator."""
+"""Tests of the traps between Python tensors and kernels that see pointers, for every operator."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ def close(got: Any, expected: Any) -> None:
 
 
 def near(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Beside each one's largest value."""
+    """Compare relative to the largest value of each tensor."""
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * max(1.0, float(y.detach().abs().max())))
 
@@ -60,7 +60,7 @@ def test_every_public_operator_is_covered() -> None:
 @pytest.mark.sampled(4)
 @each_operator
 def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
-    """A kernel would drop the tangents without a word: the references have them, operators without gradient refuse."""
+    """A kernel would silently drop the tangents: the references keep them, operators without gradient refuse."""
     inputs = operator.inputs(torch.float64)
     expected = operator.results(*inputs)
     directions = tuple(torch.randn_like(x) for x in inputs)
@@ -96,7 +96,7 @@ def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
 
 @each_operator
 def test_tensors_that_outlived_a_transform(operator: Operator) -> None:
-    """What torch.func.grad's function has kept is still a wrapper, whose own pointer is an error."""
+    """A tensor kept by torch.func.grad's function is still a wrapper, whose own pointer is an error."""
     inputs = operator.inputs()
     kept: list[Tensor] = []
     sources = [x.clone().requires_grad_(operator.gradient) for x in inputs]
@@ -150,7 +150,7 @@ def test_inference_mode(operator: Operator) -> None:
 
 @each_differentiable
 def test_gradients_may_be_changed_while_their_graph_is_retained(operator: Operator) -> None:
-    """Also where the gradient was taken on the way forward and only waits to be asked for."""
+    """This includes gradients taken on the way forward that only wait to be asked for."""
     inputs = [x.requires_grad_() for x in operator.inputs()]
     results = operator.results(*inputs)
     loss = results[0] if results[0].dim() == 0 else sum(x.sum() for x in results)
@@ -178,7 +178,7 @@ def test_inputs_are_left_alone(operator: Operator) -> None:
 
 @each_differentiable
 def test_what_changes_before_the_backward_pass(operator: Operator) -> None:
-    """The gradients are those of the values that the call has seen, or an error says that they no longer are."""
+    """The gradients belong to the values during the call, or an error says that these have changed."""
 
     def leaves() -> list[Tensor]:
         return [x.clone().requires_grad_() for x in operator.inputs()]
@@ -416,7 +416,7 @@ def test_compiled_to_one_node_without_recompilation(operator: Operator) -> None:
 @pytest.mark.parametrize("forced", [None, "reference"])
 @each_differentiable
 def test_compiled_gradients(operator: Operator, forced: str | None) -> None:
-    """Also where no kernel serves: a compiler meets the plain reference inside the operator."""
+    """Compilers meet the plain reference inside an operator, also where no kernel serves."""
 
     def total(*tensors: Tensor) -> Tensor:
         return torch.stack([result.square().sum() for result in operator.results(*tensors)]).sum()
@@ -432,7 +432,7 @@ def test_compiled_gradients(operator: Operator, forced: str | None) -> None:
 
 @contextlib.contextmanager
 def served_by(name: str) -> Iterator[None]:
-    """What is chosen unforced, Triton's interpreter or the emulated CUDA core."""
+    """Yield the unforced choice, Triton's interpreter or the emulated CUDA core."""
     if name == "triton" and name not in BACKENDS:
         pytest.skip("Triton's interpreter is not there")
     with {"chosen": contextlib.nullcontext, "triton": lambda: using("triton"), "cuda": emulated}[name]():
@@ -442,7 +442,7 @@ def served_by(name: str) -> Iterator[None]:
 # Who has not compiled the emulated core yet waits a minute of processor time for it.
 @pytest.mark.parametrize("name", ["chosen", "triton", pytest.param("cuda", marks=pytest.mark.exhaustive)])
 def test_opcheck_of_every_library_operator(name: str) -> None:
-    """Each with the arguments that the public functions give it, the backward operators' included."""
+    """Each gets the arguments of the public functions, the backward operators too."""
     with served_by(name):
         check_library(name)
 

@@ -1,4 +1,4 @@
-"""Second derivatives beside weights of 0, against plain formulas in float64 that autograd differentiates twice."""
+"""Tests of second derivatives beside weights of 0, against plain formulas that autograd differentiates twice."""
 
 import math
 from collections.abc import Callable
@@ -76,14 +76,14 @@ def test_hessian_of_weighted_mean_at_a_weight_of_zero(name: str, loss: Loss, con
 
 @dataclass(frozen=True)
 class Case:
-    """A loss of (weights, tensor that they weigh, ...) with entries of weight 0.
+    """Loss of (weights, weighted tensor, ...) with entries of weight 0.
 
     Attributes:
         loss: by the operator.
         formula: the same in plain operations.
         weights: with zeros.
         shapes: of the other tensors.
-        weighed: how many of these, from the first on, hold what the weights weigh.
+        weighed: how many of these, from the first on, have the weights' axis.
         classes: their class axis.
     """
 
@@ -100,7 +100,7 @@ def kl(p: Tensor, q: Tensor, axis: int = -1) -> Tensor:
 
 
 def share(weights: Tensor) -> Tensor:
-    """Over the teachers, ``[K, B, 1]``."""
+    """Return shares over the teachers, ``[K, B, 1]``."""
     weights = weights.view(3, -1, 1).expand(3, 2, 1) if weights.dim() < 3 else weights
     return weights / weights.sum(0, keepdim=True)
 

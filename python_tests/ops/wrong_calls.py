@@ -1,4 +1,4 @@
-"""Calls torch.ops.fedkern operators with wrong arguments, in a process of its own: a wrong address would end it.
+"""Calls of torch.ops.fedkern operators with wrong arguments, in a process of its own that a wrong address would end.
 
 Every tensor of a right call is replaced by others of another size, rank or dtype, every whole number by others. A
 core refuses the call or computes what the reference does. Prints one line for each call.
@@ -23,7 +23,7 @@ MOST = 2
 
 
 def right_calls() -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments of right calls of every operator: those that the public functions call them with."""
+    """Return the arguments of right calls of every operator, as the public functions make them."""
     with Calls() as calls:
         for operator in OPERATORS:
             if not operator.only_cpu:
@@ -47,7 +47,7 @@ def _given(arguments: tuple[Any, ...]) -> int:
 
 
 def _others(value: Any) -> Iterator[Any]:
-    """Other values in the place of an argument's."""
+    """Yield other values in the place of an argument's."""
     if isinstance(value, Tensor):
         yield None
         yield value.flatten()
@@ -84,10 +84,7 @@ def _copied(arguments: Any) -> Any:
 
 
 def _outcome(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor] | Exception:
-    """Return the results and what was written.
-
-    The exception of a refusal.
-    """
+    """Return the results and the changed tensors, or a refusal's exception."""
     arguments = _copied(arguments)
     try:
         result = call(*arguments)
@@ -120,7 +117,7 @@ def _agree(name: str, ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 
 def main() -> None:
-    """Print each call, and after it what came of it: refused, right or wrong."""
+    """Print each call, and then its outcome: refused, right or wrong."""
     for name, calls in right_calls().items():
         operator = getattr(torch.ops.fedkern, name).default
         for number, right in enumerate(calls):

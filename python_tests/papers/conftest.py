@@ -1,4 +1,4 @@
-"""The data of the papers, and generated files in their official layouts."""
+"""Data of the papers, and generated files in their official layouts."""
 
 from collections.abc import Callable
 from pathlib import Path

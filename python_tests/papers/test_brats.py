@@ -1,4 +1,4 @@
-"""NIfTI volumes: slices, classes, intensities, whole cases.
+"""Tests of NIfTI volumes: slices, classes, intensities, whole cases.
 
 Every mistake is one sentence.
 """
@@ -32,7 +32,7 @@ def save(path, values, affine=None):
 
 
 def write_case(folder, number, modalities=("t1", "flair"), affine=None, separator="_", shape=SHAPE):
-    """A head of value 100 and more, with a tumour of three parts in slices 2 to 4, whose place tells the case."""
+    """Write a head of value 100 and more, with a tumour of three parts in slices 2 to 4 at the case's own place."""
     rng = np.random.default_rng(number)
     head = np.zeros(shape, np.float32)
     head[1:11, 1:9] = 100 + 20 * rng.random((10, 8, shape[2]))
@@ -311,7 +311,7 @@ def test_a_file_at_another_place_than_its_mask_is_refused(tmp_path, name, slices
 
 
 def test_rounded_affines_and_other_axes_are_one_place(tmp_path):
-    """A mask that is stored along other axes, as its affine says, and one whose affine is rounded."""
+    """One mask is stored along other axes, as its affine says, and one has a rounded affine."""
     place = moved((-88.123456, 40.2, 17.7), (0.9765625, 0.9765625, 3.0))
     write_cases(tmp_path, affine=place)
     expected = open_set(tmp_path)
@@ -396,7 +396,7 @@ def test_volumes_of_sizes_that_are_none(tmp_path, sides, words, ending):
 
 
 def test_folders_of_cases_that_loop(tmp_path):
-    """It made 246 cases of 6, with the slices of one patient in training and test."""
+    """Such folders once made 246 cases of 6, with the slices of one patient in training and test."""
     cases(tmp_path)
     cut_out(tmp_path)
     (tmp_path / "b").symlink_to(".")

@@ -1,4 +1,4 @@
-"""NICO protocols on a generated tree of classes x 10 contexts."""
+"""Tests of NICO protocols on a generated tree of classes × 10 contexts."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def contexts_of(split: Split) -> set[tuple[str, str]]:
 
 
 def expected(position: int) -> set[tuple[str, str]]:
-    """Every class's context at one position in sorted order."""
+    """Return every class's context at one position in sorted order."""
     return {(f"class{c}", f"context{position:02d} of {c}") for c in range(CLASSES)}
 
 

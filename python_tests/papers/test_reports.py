@@ -1,4 +1,4 @@
-"""Radiographs with reports in a CSV file, as MIMIC-CXR's tables have them."""
+"""Tests of radiographs with reports in a CSV file, like MIMIC-CXR's tables."""
 
 import json
 
@@ -189,7 +189,7 @@ def test_wrong_tables_of_reports(tmp_path, change, options, words):
 
 @pytest.mark.parametrize("partition", ["attribute", "stratified"])
 def test_feddra_learns_from_reports(tmp_path, partition):
-    """The real path: a CSV file of radiographs and reports, hospitals as clients or labels shared out."""
+    """This is the real path: a CSV file of radiographs and reports, with hospitals as clients or labels shared out."""
     root = write_reports(tmp_path / "set", rows=60)
     config = RunConfig.make("feddra", data=REPORTS, data_root=str(root), partition=partition, clients=2, rounds=1,
                             local_steps=2, batch_size=4, width=8, client_test=0.2, options={"alignment_steps": 1},

@@ -1,4 +1,4 @@
-"""Digits on crops of slides, here drawn ones: textures tied to class and client, exact masks, tests without ties."""
+"""Tests of digits on crops of drawn slides: textures tied to class and client, exact masks, tests without ties."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ for digit in range(10):
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Eight slides with spots of about twelve pixels, and digits that are bars."""
+    """Write eight slides with spots of about twelve pixels, and digits that are bars."""
     write_slides(tmp_path, [(300, 300)] * 8)
     for name, count in (("train", 1200), ("t10k", 400)):
         labels = np.arange(count) % 10
@@ -46,7 +46,7 @@ def texture(split: Split) -> torch.Tensor:
 
 
 def explained(splits: list[Split]) -> float:
-    """Share of the textures' variance that lies between the classes of the clients."""
+    """Return the share of the textures' variance that lies between the classes of the clients."""
     groups = [texture(split)[split.labels == label] for split in splits for label in range(10)]
     inside = sum(((group - group.mean(0)) ** 2).sum() for group in groups)
     rows = torch.cat(groups)

@@ -1,4 +1,4 @@
-"""Tiny-ImageNet's folders: content, and what is said where they are incomplete."""
+"""Tests of Tiny-ImageNet's folders: content, and errors of incomplete ones."""
 
 import os
 

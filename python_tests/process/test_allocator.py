@@ -1,4 +1,4 @@
-"""What is freed stays with the process, unless the user has said otherwise."""
+"""Tests of freed memory, which stays with the process unless the user has said otherwise."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a round takes of a GPU."""
+"""Tests of a round's use of a GPU."""
 
 import torch
 
@@ -6,7 +6,7 @@ from fedkern.process import device_use
 
 
 def test_what_a_round_takes_of_a_gpu(monkeypatch):
-    """The engine's side of it, with a GPU that is made up: none is needed to ask one."""
+    """A made-up GPU suffices for the engine's side."""
     assert device_use.figures(torch.device("cpu")) == {}
     gpu, reset = torch.device("cuda", 0), []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)

@@ -1,4 +1,4 @@
-"""The commands that install what a command lacks: pip takes them where they are told."""
+"""Tests of commands that install missing extras: pip accepts them in this form."""
 
 import re
 import tomllib
@@ -32,7 +32,7 @@ def test_a_package_of_no_extra_is_installed_by_its_name(monkeypatch):
 
 
 def test_no_sentence_installs_fedkern_from_an_index():
-    """No index has fedkern: whoever registers the name would own what such a command installs."""
+    """No index has fedkern: whoever registers the name would control what such a command installs."""
     folders = ("fedkern", "python_tests", "examples", "docs", "benchmarks")
     places = [path for name in folders for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".md", ".toml")]
     for path in [*places, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:

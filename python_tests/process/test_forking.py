@@ -1,4 +1,4 @@
-"""What a fork shares: positions in open files, until it opens them again; and which threads bar a fork."""
+"""Tests of forks: shared positions in open files, until they are opened again, and threads that forbid a fork."""
 
 import os
 import socket

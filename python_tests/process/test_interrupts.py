@@ -1,4 +1,4 @@
-"""Signals that arrive where Python loses an exception, and more than one of them: the run ends once, and in order."""
+"""Tests of signals that arrive where Python loses an exception, and of several signals: the run ends once, in order."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""torchrun's variables in a process that torchrun has not started."""
+"""Tests of torchrun's variables in a process that torchrun has not started."""
 
 import json
 import os
@@ -37,7 +37,7 @@ for name, words in json.loads(sys.argv[1]).items():
 
 
 def left_over(*words, cwd, **change):
-    """Python with these words, from a shell that has the variables of a torchrun which is gone."""
+    """Run Python with these arguments in a shell with the variables of a finished torchrun."""
     environment = {**os.environ, **LEFT, "OMP_NUM_THREADS": "1", **change}
     return subprocess.run(
         ["sh", "-c", '"$0" "$@"; exit $?', sys.executable, *words], cwd=cwd, env=environment, capture_output=True,

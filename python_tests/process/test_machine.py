@@ -1,4 +1,4 @@
-"""Cores and memory of a process: the limits of its control groups count, and those above them."""
+"""Tests of a process's cores and memory: the limits of its control groups count, and those above them."""
 
 import pytest
 

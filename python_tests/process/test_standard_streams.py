@@ -1,6 +1,6 @@
-"""Commands whose standard output or error is closed, as daemons have them, or full: they go on without a traceback.
+"""Tests of commands with a standard output or error that is closed, as in daemons, or full: no traceback.
 
-What is printed is lost on a full disk, which the exit code tells.
+A full disk loses the output, and the exit code says so.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Settings of PyTorch that a caller has made for its own work change no bit of a run, and are back afterwards."""
+"""Tests of a caller's PyTorch modes: they change no bit of a run, and are restored afterwards."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, 
 
 @contextmanager
 def holding(name, value):
-    """Set a mode of torch inside, and check that the block leaves the mode as it was."""
+    """Set a mode of torch in the block, and check that the code inside leaves the mode unchanged."""
     get, put = getattr(torch, f"get_{name}"), getattr(torch, f"set_{name}")
     before = None if name == "default_device" else get()
     put(value)
@@ -242,7 +242,7 @@ SETTINGS = {
 
 
 def attention():
-    """Attention's kernels that are enabled, the one that a GPU looks at first before the others."""
+    """Return attention's enabled kernels, a GPU's preferred one first."""
     return _cur_sdpa_kernel_backends(with_priority=True)
 
 
@@ -336,7 +336,7 @@ def test_what_a_caller_has_set_stays_where_users_code_sets_nothing():
 
 
 def attended():
-    """Attention and its gradients on the CPU, and the name of what computes them."""
+    """Return attention and its gradients on the CPU, and the name of the kernel that computes them."""
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(2, 3, 65, 16, generator=generator, requires_grad=True) for _ in range(3)]
     found = scaled_dot_product_attention(*given)

@@ -1,4 +1,4 @@
-"""Settings: defaults, TOML round trip, differences, messages."""
+"""Tests of settings: defaults, TOML round trip, differences, messages."""
 
 import math
 import tomllib

@@ -1,4 +1,4 @@
-"""Errors in Python name arguments where the command line names flags, and those over Flower keys."""
+"""Tests of the wording of errors: arguments in Python, flags on the command line, Flower's keys over Flower."""
 
 import pytest
 

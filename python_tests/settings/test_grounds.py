@@ -1,4 +1,4 @@
-"""Comparisons of runs on different data, code or files: refused, or groups of their own."""
+"""Tests of comparisons of runs on different data, code or files: refused, or groups of their own."""
 
 import json
 import linecache
@@ -123,7 +123,7 @@ def test_equal_data_elsewhere_are_the_same(kind):
 
 
 def changed(part, step, name="halved"):
-    """Return the settings of a comparison whose data, code or file differ from step to step under the same names."""
+    """Return the settings of a comparison whose data, code or file change from step to step under the same names."""
     if part == "one image":
         given = a_folder("folder", 0)
         if step:

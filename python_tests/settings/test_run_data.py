@@ -1,4 +1,4 @@
-"""Data of a run: a private run has no figure on validation sets that are drawn from the clients' images."""
+"""Tests of a run's data: a private run has no figure on validation sets that are drawn from the clients' images."""
 
 import pytest
 from PIL import Image
@@ -66,7 +66,7 @@ def test_a_drawn_validation_set_is_withheld(tmp_path, kind, name):
 
 @pytest.mark.parametrize("kind", PRIVATE)
 def test_a_validation_set_of_its_own_stays(tmp_path, kind):
-    """What a column names, the caller gives or a published data set has is taken for public, like test sets."""
+    """A set that a column names, the caller gives or a published data set has counts as public, like test sets."""
     named = listed("csv", tmp_path, ("train", "train", "train", "train", "val", "val", "test", "test"))
     train = named.clients[0]
     pair = train.images, train.labels

@@ -1,4 +1,4 @@
-"""The tiny federation of the engine's tests."""
+"""Fixture of the engine's tiny federation."""
 
 from python_tests.engine.conftest import make_config as make_config
 from python_tests.engine.conftest import make_data as make_data

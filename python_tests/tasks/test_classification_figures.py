@@ -1,4 +1,4 @@
-"""Figures of a classifier, against scikit-learn and by hand."""
+"""Tests of a classifier's figures, against scikit-learn and by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedkern.tasks import classification_figures as figures
 
 
 def answers(n=200, classes=6, seed=0, ties=False):
-    """Labels of all classes but the last, and probabilities that tell something of them."""
+    """Return labels of all classes but the last, and informative probabilities."""
     rng = np.random.default_rng(seed)
     labels = torch.from_numpy(np.minimum(rng.integers(0, classes, n), classes - 2))
     logits = torch.from_numpy(rng.normal(size=(n, classes))) + 2 * torch.eye(classes, dtype=torch.float64)[labels]
@@ -60,7 +60,7 @@ def test_two_classes_have_the_area_of_the_second():
 
 
 def test_calibration_error_by_hand():
-    """Four samples in two of four bins: |0.3 - 0| and |0.8 + 0.9 + 0.8 - 2|, over 4 samples."""
+    """Four samples lie in two of four bins: |0.3 - 0| and |0.8 + 0.9 + 0.8 - 2|, over 4 samples."""
     probabilities = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.8, 0.2, 0, 0], [0.05, 0.9, 0.05, 0], [0, 0, 0.8, 0.2]])
     labels = torch.tensor([3, 0, 1, 3])
     error = figures.calibration_error(probabilities.double(), labels, bins=4)

@@ -1,4 +1,4 @@
-"""Means over pixels on a GPU that is only pretended: PyTorch's, of losses that its kernel does not add up."""
+"""Tests of means over pixels on a pretended GPU: PyTorch's means of losses that its kernel does not reduce."""
 
 import pytest
 import torch
@@ -18,13 +18,13 @@ WEIGHT = torch.tensor([0.1, 2.0, 1.0, 0.0, 7.0])
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Every tensor of pixels is one of a GPU."""
+    """Pretend that every tensor of pixels is on a GPU."""
     for where in ("cross_entropy", "segmentation"):
         monkeypatch.setattr(f"fedkern.tasks.{where}.added_in_any_order", lambda logits: logits.dim() > 2)
 
 
 class Reductions(TorchDispatchMode):
-    """Which sums the kernels of losses take themselves."""
+    """Mode that records the reductions inside the kernels of losses."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Names of figures and test sets for people."""
+"""Tests of readable names of figures and test sets."""
 
 import pytest
 

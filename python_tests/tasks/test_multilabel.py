@@ -1,4 +1,4 @@
-"""Figures of several labels an image, against their plain definitions and scikit-learn."""
+"""Tests of figures of several labels per image, against their plain definitions and scikit-learn."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NONE = np.zeros(0, dtype=np.int64)
 
 
 def drawn(n=40, count=5, steps=6, seed=0):
-    """Scores with ties and labels.
+    """Return scores with ties, and labels.
 
-    The last label is one that no image has, the one before it all have.
+    No image has the last label, and all have the one before it.
     """
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-steps, steps, (n, count), generator=generator) / 3
@@ -31,13 +31,13 @@ def drawn(n=40, count=5, steps=6, seed=0):
 
 
 def pairs_area(scores, own):
-    """Share of pairs of an image with the label and one without that are in the right order."""
+    """Return the share of correctly ordered pairs of an image with the label and one without."""
     pairs = list(product(scores[own].tolist(), scores[~own].tolist()))
     return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
 
 
 def stepwise_precision(scores, own):
-    """Sum over thresholds, from the highest down, of precision times the gain in recall."""
+    """Return the sum over thresholds, from the highest down, of precision times the gain in recall."""
     total, before = 0.0, 0.0
     for threshold in sorted(set(scores.tolist()), reverse=True):
         chosen = scores >= threshold
@@ -92,7 +92,7 @@ def test_figures_leave_out_labels_without_a_definition():
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
 def test_no_figure_follows_from_logits_that_are_nan(order):
-    """Whatever the order of the images, by which NaNs would be ranked."""
+    """This holds for any order of the images, which would otherwise rank NaNs."""
     scores = torch.full((4, 2), math.nan)
     scores[:, 1] = torch.tensor([1.0, 2.0, math.inf, -math.inf])
     labels = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 0]], dtype=torch.uint8)[order]

@@ -1,4 +1,4 @@
-"""Ordinal classes: the cumulative-link loss against its formula, figures against scikit-learn's, and whole runs."""
+"""Tests of ordinal classes: the cumulative-link loss against its formula, figures against scikit-learn's, and runs."""
 
 import json
 import math
@@ -19,14 +19,14 @@ GRADES = ("none", "mild", "severe")
 
 
 class Score(torch.nn.Module):
-    """A network whose score is its input."""
+    """Network whose score is its input."""
 
     def forward(self, x):
         return x
 
 
 def link(classes, thresholds):
-    """Thresholds in fp64, as a link has them."""
+    """Return thresholds in fp64, as a link has them."""
     made = CumulativeLink(Score(), classes).double()
     steps = torch.tensor(thresholds, dtype=torch.float64)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_the_best_constant_is_the_median():
 
 
 def graded(folder, names, count=60):
-    """Grey squares whose brightness is the grade."""
+    """Return grey squares whose brightness is the grade."""
     rows, draw = ["path,label"], np.random.default_rng(0)
     for row in range(count):
         grade = row % len(names)

@@ -1,4 +1,4 @@
-"""Metrics that users register."""
+"""Tests of metrics that users register."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def metrics(registries):
 
 
 def top2(logits, labels):
-    """Share of samples whose class is among the two likeliest."""
+    """Return the share of samples whose class is among the two likeliest."""
     assert (logits.dtype, labels.dtype, logits.device.type) == (torch.float32, torch.int64, "cpu")
     return (logits.topk(2).indices == labels[:, None]).any(1).double().mean()
 
@@ -30,7 +30,7 @@ def test_a_metric_stands_beside_the_ordinary_figures(metrics, make_data, make_co
 
     @metrics("right")
     def right(logits, labels):
-        """The accuracy, computed again."""
+        """Return the accuracy, computed again."""
         seen.append(len(labels))
         return float((logits.argmax(1) == labels).sum()) / len(labels)
 
@@ -73,7 +73,7 @@ def test_a_metric_that_fails_leaves_no_run(metrics, make_data, make_config, refu
 def test_an_ensemble_has_the_metric_of_its_answer(metrics, make_data, make_config, tmp_path):
     @metrics("right")
     def right(logits, labels):
-        """The accuracy, computed again."""
+        """Return the accuracy, computed again."""
         return (logits.argmax(1) == labels).double().mean()
 
     run(make_config("ensemble", rounds=None), out=tmp_path / "run", data=make_data())
@@ -105,4 +105,4 @@ def test_registering_wrongly(metrics):
 
         @metrics("top2")
         def other(logits, labels):
-            """Another."""
+            """Return another metric."""

@@ -1,4 +1,4 @@
-"""Recall at k: against counting by hand, with ties, several captions per image, and galleries beyond one chunk."""
+"""Tests of recall at k: against counting by hand, with ties, several captions per image, and large galleries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def unit(*shape: int) -> torch.Tensor:
 
 
 def counted(queries: torch.Tensor, gallery: torch.Tensor, k: int, right: list[set[int]]) -> float:
-    """One query after another, by sorting."""
+    """Count the recall of one query after another, by sorting."""
     scores = queries.double() @ gallery.double().T
     hits = [bool(set(row.argsort(descending=True)[:k].tolist()) & own) for row, own in zip(scores, right, strict=True)]
     return sum(hits) / len(hits)

@@ -1,4 +1,4 @@
-"""Figures of a segmentation, and every method that learns one."""
+"""Tests of a segmentation's figures, and of every method that learns one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHODS_HERE = sorted(name for name, kind in METHODS.items() if kind.serves(SEGM
 
 
 class Told:
-    """A test set, and a network that answers what it is told to."""
+    """Test set, and a network of given answers."""
 
     task = SEGMENTATION
 
@@ -57,7 +57,7 @@ def masks(seed=0, n=5, classes=3, side=7):
 
 
 def slow_dice(predicted, truth, classes, cases):
-    """One case and class after another: those of the truth, and in a healthy case those that are predicted."""
+    """Compute the Dice by case and class: the truth's classes, and in a healthy case the predicted ones."""
     rows = []
     for case in cases.unique():
         p, t = predicted[cases == case], truth[cases == case]
@@ -125,7 +125,7 @@ def test_perfect_empty_and_missed():
     "predicted", [masks(seed=4), torch.full((5, 7, 7), 2), torch.zeros(5, 7, 7, dtype=torch.int64)]
 )
 def test_a_class_that_a_set_lacks_is_in_no_mean(cases, predicted):
-    """Whatever is predicted: the figures are those of the other classes."""
+    """The figures are those of the other classes, whatever the prediction."""
     truth = masks(seed=5).clamp(max=1)
     cases = None if cases is None else torch.tensor(cases)
     told, kept = Told(predicted, truth, cases=cases), []
@@ -152,7 +152,7 @@ def test_unknown_pixels_count_nowhere():
 
 
 def slow_hausdorff(a, b):
-    """Every outline pixel of one mask against every one of the other."""
+    """Compare every outline pixel of one mask with every one of the other."""
 
     def outline(mask):
         padded = np.pad(mask, 1)
@@ -189,7 +189,7 @@ def test_the_figures_are_those_of_the_task():
 
 
 def split(n, seed, classes=3, side=16):
-    """Squares of the brightness of their class on a dark ground."""
+    """Return squares of the brightness of their class on a dark ground."""
     rng = np.random.default_rng(seed)
     labels = torch.zeros(n, side, side, dtype=torch.int64)
     for i in range(n):
@@ -340,7 +340,7 @@ def test_scaffolds_gradient_at_the_received_model_counts_known_pixels():
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_the_best_constant_prediction_is_found(grouped):
-    """Against the figures of networks that say one class everywhere."""
+    """The comparison is with networks that predict one class everywhere."""
     truth = masks(seed=3, n=6, classes=4)
     truth[truth == 3] = IGNORE
     truth[:2, :, :5] = 2

@@ -1,4 +1,4 @@
-"""The tasks as objects: which method serves which, what travels of them, and who asks about them."""
+"""Tests of tasks as objects: which method serves which task, a task's messages, and questions about its kind."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_every_method_serves_the_tasks_that_it_can_learn():
 
 
 class Inheriting(FedAvg):
-    """A method that says nothing of its own."""
+    """Method that declares nothing of its own."""
 
 
 class Asking(Inheriting):
-    """One that needs the loss of a batch and nothing else."""
+    """Method that needs the loss of a batch and nothing else."""
 
     requires = frozenset({"loss"})
 
@@ -85,7 +85,7 @@ def is_task(node):
 
 
 def is_axes(node):
-    """Whether a side is the number of axes of labels or targets."""
+    """Return whether one side is the number of axes of labels or targets."""
     if isinstance(node, ast.Call) and called(node.func) == "len" and node.args:
         shape = node.args[0]
         return isinstance(shape, ast.Attribute) and shape.attr == "shape" and called(shape.value) in LABELS
@@ -94,7 +94,7 @@ def is_axes(node):
 
 
 def is_question(node):
-    """Whether a piece of code asks what kind of task there is."""
+    """Return whether a piece of code asks for the kind of the task."""
     if isinstance(node, ast.Compare):
         sides = [node.left, *node.comparators]
         absent = any(isinstance(side, ast.Constant) and side.value is None for side in sides)
@@ -128,7 +128,7 @@ def test_the_parser_knows_a_question(code, count):
 
 
 def test_few_ask_what_kind_of_task_there_is():
-    """Everything outside `fedkern.tasks` leaves it to the task's own methods, refusals excepted."""
+    """Code outside `fedkern.tasks` leaves decisions to the task's own methods, refusals excepted."""
     root = Path(fedkern.__file__).parent
     words = re.compile("|".join(("task", *LABELS, *TEXTS)))
     questions = [

@@ -1,4 +1,4 @@
-"""Losses and metrics of users' own: which figures a run has, and of what they are made."""
+"""Tests of user-defined losses and metrics: a run's figures, and their inputs."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -38,12 +38,12 @@ def simulate(out, method="fedavg", **given):
 
 
 def focal(outputs, targets):
-    """Return a loss of one's own, in which samples that are right count less."""
+    """Return a user-defined loss, in which correct samples count less."""
     return ((1 - outputs.softmax(1).gather(1, targets[:, None])) * F.cross_entropy(outputs, targets)).mean()
 
 
 class Counted:
-    """A figure in the form of torchmetrics, which writes into what it gets."""
+    """Figure in the form of torchmetrics, which writes into its inputs."""
 
     higher_is_better = True
 
@@ -217,7 +217,7 @@ TEXTS = ConcatDataset([TensorDataset(word % 5, word % 3) for word in WORDS])
     ids=["gradients", "lengths"],
 )
 def test_outputs_that_stay_apart(test, given, tmp_path):
-    """Outputs whose gradients the loss takes, and outputs of batches that have other lengths."""
+    """The loss takes gradients of some outputs, and batches of other outputs have other lengths."""
     heard, given = Hearing(), {"data": [ConcatDataset([test])] * 2, "test": test, "rounds": 1, **given, **HERE}
     run = fedkern.simulate("fedavg", **given, out=tmp_path / "run", listener=heard)
     rows, targets = given.get("collate_fn", default_collate)([test[row] for row in range(150)])
@@ -226,7 +226,7 @@ def test_outputs_that_stay_apart(test, given, tmp_path):
 
 
 class Rows:
-    """A metric without reset: the number of samples, from a model and a batch."""
+    """Metric without reset: the number of samples, from a model and a batch."""
 
     count = 0
 

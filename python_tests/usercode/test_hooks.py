@@ -1,4 +1,4 @@
-"""A misspelt hook of a user's class is one sentence with the hook's name, and a helper is none."""
+"""Tests of misspelt hooks of users' classes: an error with the hook's name, while helpers pass."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from fedkern.methods.baselines.fedavg import FedAvg
 
 
 class Helped(FedAvg):
-    """Names like those of hooks, which the class uses itself or its user does."""
+    """Method with names like those of hooks, which the class or its user calls."""
 
     losses = evaluate_all = classmethod(len)
 

@@ -1,4 +1,4 @@
-"""Identity of code and objects: a table by path that tells every change, and is the same in every process."""
+"""Tests of the identity of code and objects: a table by path that shows every change, the same in every process."""
 
 import collections
 import datetime
@@ -55,7 +55,7 @@ class Slots:
 
 
 class Members(set):
-    """A set of objects that hash by address."""
+    """Set of objects that hash by address."""
 
 
 def table(thing):

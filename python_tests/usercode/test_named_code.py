@@ -1,4 +1,4 @@
-"""Names of code: what is one, and what it is told from its later self by."""
+"""Tests of names of code: their form, and the identity of the code that they name."""
 
 import os
 import sys

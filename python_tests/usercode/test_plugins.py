@@ -1,4 +1,4 @@
-"""Loading plugins: files, modules, entry points, and what a plugin gets wrong."""
+"""Tests of loading plugins: files, modules, entry points, and mistakes of plugins."""
 
 import sys
 from importlib.metadata import EntryPoint

@@ -1,4 +1,4 @@
-"""Registries: who may have a name, and what describes an entry."""
+"""Tests of registries: who may have a name, and the description of an entry."""
 
 from types import ModuleType
 

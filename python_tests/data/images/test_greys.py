@@ -37,7 +37,7 @@ def write_all(root, suffix, top, kind):
 
 
 def big_endian(path, top):
-    """Write a TIFF of the other byte order (Pillow's mode I;16B)."""
+    """Write a TIFF of the other byte order, in Pillow's big-endian 16-bit mode."""
     Image.frombytes("I;16B", (16, 16), np.rint(RAMP * top).astype(">u2").tobytes()).save(path)
 
 

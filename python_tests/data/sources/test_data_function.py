@@ -82,12 +82,12 @@ def register_own(function, **settings):
 def test_a_source_is_shared_out_like_fedkerns_own(registered):
     seen = {}
 
-    @registered("own", clients=4, partition="iid")
     def own(root=None, *, noise=0.5, name="x", size=SIDE):
-        """Return a source of a test."""
         seen.update(root=root, noise=noise, name=name, size=size)
         return source()
 
+    own.__doc__ = "A source of a test."
+    registered("own", clients=4, partition="iid")(own)
     data = load("own", root="somewhere", options={"noise": "0.25", "size": "16"})
     assert seen == {"root": "somewhere", "noise": 0.25, "name": "x", "size": 16}
     assert data.name == "own"

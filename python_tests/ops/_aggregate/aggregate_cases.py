@@ -1,4 +1,4 @@
-"""What the tests of the aggregate operators share: vectors, weights and comparisons."""
+"""Cases of the aggregate operators: vectors, weights and comparisons."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_weights(kind: str, count: int, seed: int = 0) -> list[float]:
 
 
 def accumulate(vectors: Iterable[Tensor], weights: Iterable[float], exact: bool = True) -> Accumulator:
-    """Return an accumulator that has got these vectors."""
+    """Return an accumulator with these vectors."""
     vectors = list(vectors)
     accumulator = Accumulator(len(vectors[0]), exact=exact)
     for vector, weight in zip(vectors, weights, strict=True):
@@ -61,7 +61,7 @@ def accumulate(vectors: Iterable[Tensor], weights: Iterable[float], exact: bool 
 
 
 def exact_mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
-    """In fp64 with scaled weights, so that nothing overflows."""
+    """Return the mean in fp64, with scaled weights so that nothing overflows."""
     top = max(weights)
     shares = [weight / top for weight in weights]
     total = torch.zeros(len(vectors[0]), dtype=torch.float64)
@@ -71,9 +71,9 @@ def exact_mean(vectors: list[Tensor], weights: list[float]) -> Tensor:
 
 
 def close(given: Tensor, exact: Tensor) -> None:
-    """1e-6 relative in fp32.
+    """Compare results: fp32 within 1e-6, 16 bits within the rounded result plus one ulp.
 
-    16 bits: the rounded result, plus one ulp. What cancels to nothing, to fp64's rounding.
+    Terms that cancel to nothing may differ by fp64's rounding.
     """
     assert given.shape == exact.shape
     assert torch.equal(given.isnan(), exact.isnan())

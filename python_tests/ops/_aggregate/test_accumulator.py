@@ -1,4 +1,4 @@
-"""Accumulator: the exact sum, states, and what it refuses.
+"""Tests of Accumulator: the exact sum, states, and refusals.
 
 Test_mean.py compares its means.
 """
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def wild(count: int, size: int) -> tuple[list[Tensor], list[float]]:
-    """Vectors over the whole range of fp64, with infinities and NaN in places."""
+    """Return vectors over the whole range of fp64, with infinities and NaN in places."""
     torch.manual_seed(5)
     vectors = [
         torch.randn(size, dtype=torch.float64) * 10.0 ** torch.randint(-308, 290, (size,)).double()
@@ -177,7 +177,7 @@ def test_what_cannot_be_merged() -> None:
 
 
 def test_cancellation_is_exact() -> None:
-    """1e30 - 1e30 + 1 is 1 in whatever order, where a plain fp64 sum gives 0 in most."""
+    """1e30 - 1e30 + 1 is 1 in any order, where a plain fp64 sum mostly gives 0."""
     for order in itertools.permutations((1e15, -1e15, 1.0)):
         accumulator = Accumulator(1, exact=True)
         for value in order:
@@ -250,7 +250,7 @@ def test_wrong_arguments_of_the_accumulator() -> None:
 
 @pytest.mark.parametrize(("name", "exact"), [("reference", False), ("cpu", False), ("cpu", True)])
 def test_uploads_of_several_threads_all_count(name: str, exact: bool) -> None:
-    """So large that kernels and torch give up the interpreter's lock."""
+    """The vectors are so large that kernels and torch release the interpreter's lock."""
     vectors = [torch.full((60_000,), float(number)) for number in range(1, 9)]
     with using(name), ThreadPoolExecutor(8) as pool:
         total = Accumulator(60_000, exact)

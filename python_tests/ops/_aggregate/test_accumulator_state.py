@@ -1,4 +1,4 @@
-"""Accumulator.load_state_dict: a state that is none is refused in a sentence, and leaves the accumulator as it was."""
+"""Tests of Accumulator.load_state_dict: a wrong state is refused in a sentence and leaves the accumulator unchanged."""
 
 import math
 from collections.abc import Callable

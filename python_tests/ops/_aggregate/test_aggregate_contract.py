@@ -1,4 +1,4 @@
-"""What the aggregate operators refuse, and vectors of every layout."""
+"""Tests of the aggregate operators' refusals, and of vectors of every layout."""
 
 import functools
 import math

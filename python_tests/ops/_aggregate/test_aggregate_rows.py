@@ -1,4 +1,4 @@
-"""aggregate: what the short way to the CPU kernels takes, and what it must leave to the general one."""
+"""Tests of the short way to the aggregate CPU kernels: the calls that it takes, and those for the general way."""
 
 from typing import Any
 
@@ -90,7 +90,7 @@ def test_what_a_kernel_may_write_to() -> None:
 
 
 def test_vectors_that_change_during_a_call() -> None:
-    """What another thread may do to a list: kernels ask again."""
+    """Another thread may change the list, so kernels check it again."""
     core, target = backend.cpu_core(), torch.zeros(70)
     for wrong in ([torch.zeros(70), torch.zeros(69)], [torch.zeros(70), torch.zeros(70).double()], [], torch.zeros(70)):
         with pytest.raises((TypeError, ValueError), match="vector"):

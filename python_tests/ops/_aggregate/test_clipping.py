@@ -1,4 +1,4 @@
-"""clip_by_norm, clip_and_noise: against fp64, and the generator against known answers and the normal law."""
+"""Tests of clip_by_norm and clip_and_noise: against fp64, and the generator against known answers and its law."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ MOST = (1 << 64) - 1
 
 
 def noise_of(size: int, seed: int, offset: int = 0) -> Tensor:
-    """Return the standard normal numbers from the operator: zeros, clipped to 1."""
+    """Return the operator's standard normal numbers: noise on zeros, clipped to 1."""
     return clip_and_noise(torch.zeros(size), 1.0, 1.0, seed, offset)
 
 
@@ -30,7 +30,7 @@ def noise_of(size: int, seed: int, offset: int = 0) -> Tensor:
     ],
 )
 def test_philox_gives_the_published_words(counter: int, high: int, key: int, words: tuple[int, ...]) -> None:
-    """The known answers of Random123 for Philox4x32-10."""
+    """The words are Random123's known answers for Philox4x32-10."""
     signed = counter - (1 << 64) if counter >> 63 else counter
     assert tuple(int(word) for word in philox(torch.tensor([signed]), key, high)) == words
 
@@ -59,7 +59,7 @@ def test_tails_and_the_smallest_numbers(backend: str) -> None:
 def test_refined_radius_words_in_every_backend(backend: str) -> None:
     """The two numbers of a radius word in the lowest 2^-20 have 32 more bits.
 
-    Their neighbours are what they were.
+    Their neighbours do not change.
     """
     for place, counter, k in thinned(REFINED):
         start = place & ~63
@@ -82,7 +82,7 @@ def test_refined_radius_words_in_every_backend(backend: str) -> None:
 
 
 def test_the_tail_follows_the_exact_law_to_nine_deviations() -> None:
-    """P(radius > r) is exp(-r^2 / 2): the share of the 2^64 pairs of words, found by bisection, for every r."""
+    """P(radius > r) is exp(-r^2 / 2): for every r, bisection finds the share of the 2^64 pairs of words."""
 
     def radius(pair: int) -> float:
         u = uniform(torch.tensor([pair >> 32]), lambda places: torch.tensor([pair & 0xFFFFFFFF]))
@@ -137,7 +137,7 @@ def test_same_bits_for_every_isa_and_thread_count() -> None:
 
 
 def test_the_law_is_normal(backend: str) -> None:
-    """Moments, Kolmogorov-Smirnov and chi-squared at a level of 1e-6 each, and no correlation with neighbours."""
+    """Moments, Kolmogorov-Smirnov and chi-squared hold at a level of 1e-6 each, and neighbours do not correlate."""
     count = 1 << 19
     numbers = noise_of(count, 2024).double()
     root = math.sqrt(count)
@@ -185,7 +185,7 @@ def test_clipping(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_rounding_lifts_a_norm_above_the_bound(backend: str, dtype: torch.dtype) -> None:
-    """Also where every element rounds up, and at lengths that are scaled in one pass or in two."""
+    """The bound holds where every element rounds up, and at lengths that are scaled in one pass or in two."""
     step = 1 + torch.finfo(dtype).eps
     for size, bound in thinned(list(itertools.product((1, 3, 1000, 20_000), (1.0, 0.3, 7.7)))):
         for vector in (torch.full((size,), 3.0 * step), make_vectors(1, size, torch.float32, size)[0] + 2):
@@ -198,7 +198,7 @@ def test_no_rounding_lifts_a_norm_above_the_bound(backend: str, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_clipping_by_factors_below_the_range_of_fp32(backend: str, dtype: torch.dtype) -> None:
-    """The factor is not rounded to a float there, which would lift the norm by up to a half."""
+    """The factor is not rounded to a float there, which would raise the norm by up to a half."""
     for size, share in thinned(list(itertools.product((100, 20_000), (0.99, 0.01, 1e-6)))):
         vector = torch.full((size,), 2e38).to(dtype)
         norm = float(vector.double().norm())
@@ -216,7 +216,7 @@ def test_clipping_by_factors_below_the_range_of_fp32(backend: str, dtype: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_that_the_dtype_cannot_hold_is_refused(backend: str, dtype: torch.dtype) -> None:
-    """The largest number that the generator gives is 9.42: at the bound of what is taken nothing is infinite."""
+    """The generator's largest number is 9.42: nothing is infinite up to the largest noise that is accepted."""
     limit, zeros = torch.finfo(dtype).max / 9.5, torch.zeros(1, 2000, dtype=dtype)
     for given in (zeros, zeros[0], [zeros[0]] * 2):
         for bound, noise in ((1.0, limit), (limit, 1.0), (limit / 10, 10.0)):

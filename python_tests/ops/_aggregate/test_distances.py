@@ -1,4 +1,4 @@
-"""pairwise_distances, krum and geometric_median: every available backend and ISA level against plain loops."""
+"""Tests of pairwise_distances, krum and geometric_median: every available backend and ISA level against plain loops."""
 
 import itertools
 import math
@@ -38,7 +38,7 @@ def test_distances_of_long_vectors(backend: str) -> None:
 
 
 def test_near_equal_vectors(backend: str) -> None:
-    """One last bit apart, at a length of 1e4: squares of norms would differ in no digit."""
+    """They differ in one last bit at a length of 1e4: squares of norms would differ in no digit."""
     vector = make_vectors(1, 1000, torch.float32)[0] * 300
     raised, third = vector.clone(), vector.clone()
     raised[7] = torch.nextafter(vector[7], torch.tensor(math.inf))
@@ -59,7 +59,7 @@ def test_distances_neither_overflow_nor_vanish(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_an_infinity_in_all_vectors_keeps_none_apart(backend: str, dtype: torch.dtype, sign: int) -> None:
-    """A causal mask among the buffers: the results are those without it."""
+    """With a causal mask among the buffers, the results are those without it."""
     for size in (5, 300, 1100):
         finite = make_vectors(7, size, dtype, size)
         finite[0] = finite[0] * 100
@@ -84,7 +84,7 @@ def test_krum_refuses_where_no_score_is_finite(backend: str) -> None:
 
 
 def median_in_fp64(vectors: list[Tensor], weights: list[float]) -> Tensor:
-    """Plain Weiszfeld iterations from the median of every coordinate."""
+    """Compute the geometric median by plain Weiszfeld iterations from the median of every coordinate."""
     wide, given = torch.stack(vectors).double(), torch.tensor(weights, dtype=torch.float64)
     point = wide.median(0).values
     for _ in range(1000):

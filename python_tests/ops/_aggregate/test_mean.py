@@ -1,4 +1,4 @@
-"""weighted_mean, and Accumulator beside it: every available backend and ISA level against float64."""
+"""Tests of weighted_mean, and of Accumulator: every available backend and ISA level against float64."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def large() -> list[Tensor]:
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_weights_learn_beside_a_vector_of_weight_zero_that_is_not_finite(name: str) -> None:
-    """It is no part of the mean.
+    """The vector is no part of the mean.
 
     Only its own weight's gradient is not finite.
     """
@@ -198,7 +198,7 @@ def test_weights_learn_beside_a_vector_of_weight_zero_that_is_not_finite(name: s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", [(2**29 - 1, 2**29 - 3), (2**30 - 1, 2**30 - 3), (1 / 3, math.nextafter(1 / 3, 1))])
 def test_products_and_sums_are_rounded_one_by_one(name: str, dtype: torch.dtype, weights: tuple[float, float]) -> None:
-    """Vectors that cancel show a fused product, but where fp64 holds it: fp32's 24 binary digits and 29 of a weight."""
+    """Cancelling vectors reveal a fused product, unless fp64 holds it: fp32's 24 binary digits and a weight's 29."""
     vector = torch.randn(20_000).to(dtype)
     vectors, shares = [vector, -vector, torch.randn(20_000).to(dtype)], [*weights, min(weights) / 2**20]
     out = torch.empty(20_000, dtype=torch.float64)
@@ -223,7 +223,7 @@ def test_same_bits_for_every_run_thread_count_and_isa() -> None:
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_results_past_the_cache_are_the_same(name: str, dtype: torch.dtype, cache_bytes: Callable[[int], None]) -> None:
-    """Aligned and not: only whole lines can be written past it."""
+    """Only whole lines can be written past the cache, so results are aligned and not."""
     size = 70_001
     vectors, weights = [torch.randn(size).to(dtype) for _ in range(12)], [float(m + 1) for m in range(12)]
     results = []

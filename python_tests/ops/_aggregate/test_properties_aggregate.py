@@ -1,4 +1,4 @@
-"""What must hold whatever the numbers are: clients in any order, and trimming nothing."""
+"""Tests of properties for any numbers: clients in any order, and trimming nothing."""
 
 from collections.abc import Callable
 

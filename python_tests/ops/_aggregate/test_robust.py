@@ -1,4 +1,4 @@
-"""trimmed_mean and median: every available backend and ISA level against sorting each coordinate in Python."""
+"""Tests of trimmed_mean and median: every available backend and ISA level against sorting each coordinate in Python."""
 
 import math
 from fractions import Fraction
@@ -15,9 +15,9 @@ KINDS = ["none", "equal", "counts", "random", "zeros"]
 
 
 def in_order(column: list[float], weights: list[float]) -> list[tuple[float, float]]:
-    """Values with their weights, ascending.
+    """Return values with their weights, ascending.
 
-    NaN last, equal values as they came.
+    NaN comes last, equal values in their order.
     """
     pairs = list(zip(column, weights, strict=True))
     numbers = sorted((pair for pair in pairs if not math.isnan(pair[0])), key=lambda pair: pair[0])
@@ -31,7 +31,7 @@ def trimmed_in_python(column: list[float], weights: list[float], trim: int) -> f
 
 
 def median_in_python(column: list[float], weights: list[float]) -> float:
-    """With exact sums of weights, taken for one half within 2^-40."""
+    """Return the weighted median with exact sums of weights, where half of the weight is within 2^-40."""
     ordered = in_order(column, weights)
     half = sum(map(Fraction, weights)) / 2
     below, reached = Fraction(0), []
@@ -122,7 +122,7 @@ def test_median_of_one_and_of_equal_vectors(backend: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("weight", [0.1, 1 / 3, 1e-300, 7e200, 1e-323, 1e306])
 def test_equal_weights_give_the_plain_median(backend: str, weight: float) -> None:
-    """Ten times 0.1 is not 1 in floating point: half of the weight is half of it all the same."""
+    """Ten times 0.1 is not 1 in floating point, but half of the weight must still count as half."""
     for count in (2, 6, 10, 20, 33):
         vectors = make_vectors(count, 40, torch.float64)
         assert torch.equal(median(vectors, [weight] * count), median(vectors))

@@ -1,4 +1,4 @@
-"""server_step: every available backend and ISA level against Flower's NumPy formulas in fp64."""
+"""Tests of server_step: every available backend and ISA level against Flower's NumPy formulas in fp64."""
 
 import math
 
@@ -93,7 +93,7 @@ def check(rule, count, size, dtype, kind="counts", state=torch.float32, defaults
 
 @pytest.mark.parametrize("rule", RULES)
 def test_an_infinity_in_all_models_stays_and_changes_nothing(backend: str, rule: str) -> None:
-    """A causal mask among the buffers: everything else is as without it."""
+    """With a causal mask among the buffers, everything else is the same as without it."""
     for dtype, size in thinned([(dtype, size) for dtype in DTYPES for size in (5, 64, 300)]):
         vectors = make_vectors(5, size, dtype)
         (global_,) = make_vectors(1, size, dtype, 1000)
@@ -155,7 +155,7 @@ def test_a_client_of_weight_zero_is_only_measured(backend: str) -> None:
 
 
 def test_directions(backend: str) -> None:
-    """Along, against and across the mean delta, and no delta at all."""
+    """The directions are along, against and across the mean delta, and no delta at all."""
     global_ = torch.ones(100)
     step = torch.zeros(100)
     step[3] = 1.0

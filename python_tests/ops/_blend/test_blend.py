@@ -1,4 +1,4 @@
-"""blend: every available backend and ISA level against the float64 reference."""
+"""Tests of blend: every available backend and ISA level against the float64 reference."""
 
 import itertools
 
@@ -44,7 +44,7 @@ def make_alpha(kind: str, rows: int, dtype: torch.dtype, generator: torch.Genera
 
 
 def close(given: Tensor, exact: Tensor, dtype: torch.dtype, slack: float = 1.0) -> None:
-    """The project's tolerances: fp32 1e-5 relative + 1e-6 absolute.
+    """Compare at the project's tolerances: fp32 1e-5 relative + 1e-6 absolute.
 
     16 bits: the rounded result plus one ulp.
     """
@@ -62,7 +62,7 @@ def close(given: Tensor, exact: Tensor, dtype: torch.dtype, slack: float = 1.0) 
 
 
 def check(served_by, shape, dtype, index_kind, alpha_kind, seed=0, place=Tensor.clone):
-    """Result and gradients against float64.
+    """Compare result and gradients with float64.
 
     ``place`` gives maps other strides or another device.
     """

@@ -1,4 +1,4 @@
-"""Cases of contrastive for every backend: pairs of embeddings in many shapes, and what they must give."""
+"""Cases of contrastive for every backend: pairs of embeddings in many shapes, and the expected results."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ AXES: dict[str, Any] = {
 
 
 def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make calls of any size go a way that is meant for large ones."""
+    """Force a way that is meant for large calls on calls of any size."""
     if way == "tiles":
         for module in (contrast_kernels, contrast_tiled):
             monkeypatch.setattr(module, "HELD", 0)
@@ -40,7 +40,7 @@ def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def embeddings(pairs: int, size: int, length: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Partners that are nearer to each other than to others."""
+    """Return partners that are nearer to each other than to others."""
     draw = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(pairs, size, generator=draw, dtype=torch.float64) for _ in range(2))
     return normalize(x, dim=1) * length, normalize(x + y, dim=1) * length
@@ -55,7 +55,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def check(case: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients against the float64 reference of the very same inputs."""
+    """Compare loss and gradients with the float64 reference of the very same inputs."""
     choose(case["way"], monkeypatch)
     dtype, needs = case["dtype"], case["needs"]
     x, y = (lay_out(t.to(dtype), case["layout"]) for t in embeddings(case["pairs"], case["size"], case["length"]))

@@ -1,4 +1,4 @@
-"""contrastive on every backend against the float64 reference, and what its callers rely on."""
+"""Tests of contrastive on every backend against the float64 reference, and of guarantees for its callers."""
 
 import math
 from typing import Any
@@ -37,7 +37,7 @@ def test_loss_and_gradients(backend: str, case: dict[str, Any], monkeypatch: pyt
 @pytest.mark.parametrize(("way", "temperature"), [("held", 0.07), ("tiles", 0.07), ("held", 0.004)])
 @pytest.mark.parametrize("name", KERNELS)
 def test_more_than_a_chunk(name: str, way: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks of rows and strips of columns, softmaxes of one exponential and of two."""
+    """There are several chunks of rows and strips of columns, and softmaxes of one exponential and of two."""
     case = {"pairs": 1061, "size": 9, "dtype": torch.float32, "temperature": temperature, "length": 1.0}
     settings = {"learnt": True, "layout": "contiguous", "needs": "both", "way": way, "grad": 1.0}
     with using(name):
@@ -45,7 +45,7 @@ def test_more_than_a_chunk(name: str, way: str, temperature: float, monkeypatch:
 
 
 def test_no_worse_than_eager() -> None:
-    """Errors against float64 of the loss and of the gradients, over a few batches: at most eager's."""
+    """Over a few batches the errors of loss and gradients against float64 are at most eager's."""
     worst = {"ours": torch.zeros(3, dtype=torch.float64), "eager": torch.zeros(3, dtype=torch.float64)}
     for seed in range(4):
         exact = [t.requires_grad_() for t in embeddings(200, 64, 2.0, seed)]
@@ -110,7 +110,7 @@ def test_a_loss_scale_lifts_float16_gradients(backend: str) -> None:
 
 
 def test_second_derivatives_in_a_dispatch_mode() -> None:
-    """There the eager path's gradients come from an operator of their own."""
+    """In such a mode the eager path's gradients come from an operator of their own."""
     x, y = leaves(5, 3, torch.float64)
     with Calls():
         assert torch.autograd.gradgradcheck(ops.contrastive, (x, y), fast_mode=True)

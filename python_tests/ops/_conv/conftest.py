@@ -1,4 +1,4 @@
-"""What the tests of both convolutions share."""
+"""Fixtures of the tests of both convolutions."""
 
 import itertools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from python_tests.ops._conv.conv_cases import Served
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
-    """Return the calls of kernels during the test."""
+    """Return the list of kernel calls, which grows during the test."""
     seen = Served()
     for kernels, name in itertools.product((ConvKernels, PoolKernels), ("forward", "backward")):
         before = getattr(kernels, name)

@@ -69,7 +69,7 @@ def arguments(
     grouped: bool = False, stride: int = 1, side: int = 3, weight_last: bool = True, seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Given:  # fmt: skip
-    """Channels-last tensors for a call, all that have a gradient asking for it.
+    """Return channels-last tensors for a call, in which every tensor with a gradient requires it.
 
     ``grouped``: with groups.
     """
@@ -105,7 +105,7 @@ def pool_arguments(
     shape: tuple[int, ...] = (3, 1, 3, 8, 8, 8), batch: int = 4, *, bias: bool = True, last: bool = False,
     weight_last: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32,
 ) -> Given:  # fmt: skip
-    """Tensors for a call of conv_pool that all ask for a gradient, and its padding.
+    """Return tensors that require gradients for a call of conv_pool, and its padding.
 
     ``last``: channels-last.
     """
@@ -120,7 +120,7 @@ def pool_arguments(
 
 
 def pool_grad_for(given: Given, relu: bool = True, seed: int = 1) -> Tensor:
-    """As :func:`grad_for`, of conv_pool."""
+    """Return a gradient like :func:`grad_for`, of conv_pool."""
     wide = exact(given)
     with torch.no_grad():
         z = F.conv2d(wide["x"], wide["weight"], wide["bias"], padding=given["padding"])
@@ -136,12 +136,12 @@ def exact(given: Given) -> Given:
 
 
 def cut_off(given: Given) -> Given:
-    """Return the same tensors, none of which asks for a gradient."""
+    """Return the same tensors without gradients."""
     return {name: x.detach() if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
 def grad_for(given: Given, seed: int = 1, **settings: Any) -> Tensor:
-    """A gradient of the result: 0 where rounding could decide what the ReLU or the maximum of a window passes on."""
+    """Return a gradient of the result: 0 where rounding could decide what the ReLU or a window's maximum passes on."""
     plain = {**settings, "relu": False, "pool": 1, "update": False}
     with torch.no_grad(), ops.use_backend("reference"):
         z = ops.conv_norm(**exact(given), **plain)
@@ -149,9 +149,9 @@ def grad_for(given: Given, seed: int = 1, **settings: Any) -> Tensor:
 
 
 def grad_of(z: Tensor, relu: bool, pool: int, seed: int, near: float = 1e-4) -> Tensor:
-    """Return the same of what the ReLU and the pooling get.
+    """Return the same for the input of the ReLU and the pooling.
 
-    ``near``: what rounding may change.
+    ``near``: the effect of rounding.
     """
     clear = torch.ones_like(z, dtype=torch.bool)
     if relu:
@@ -198,7 +198,7 @@ def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], names: Sequence[str] | None = None) -> None:
-    """The same bits."""
+    """Check that both have the same bits."""
     for name in expected if names is None else names:
         assert torch.equal(got[name], expected[name]), name
 
@@ -207,7 +207,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], names: Sequ
 
 
 class Served(list[str]):
-    """Grows by "forward" or "backward" with every call of a kernel, whose last result is ``last``."""
+    """Record of kernel calls, "forward" or "backward" each, with the last call's result as ``last``."""
 
     last: Any = None
 
@@ -221,7 +221,7 @@ def leaves_of(given: Given) -> dict[str, Tensor]:
 
 
 def check_chosen_gradients(served, name, given, grad, limit, **settings):
-    """Check that gradients have the bits of a call for all, and that no other than those asked for is computed."""
+    """Check that chosen gradients have the bits of a call for all, and that no others are computed."""
     leaves, order = [*leaves_of(given)], [leaf for leaf in LEAVES if leaf in given]
     with using(name):
         full = results(given, grad, **settings)
@@ -259,7 +259,7 @@ def check_second_derivatives(given: Given, grad: Tensor, call: Callable[..., Ten
 
 
 def check_spreading(name, given, grad, label, call=ops.conv_norm, **settings):
-    """Check that what is not finite spreads as in torch, and nowhere else.
+    """Check that infinities and NaN spread as in torch, and no further.
 
     Returns the results with gradients, those without, and the reference's.
     """
@@ -309,7 +309,7 @@ def serving(**call: Any) -> ConvKernels | None:
 
 
 def check_never_served(serves: Callable[..., Any], given: Given) -> None:
-    """Compilers, transforms, tracing and exports meet no kernel, and are not disturbed where one is asked for."""
+    """Check that compilers, transforms, tracing and exports meet no kernel, and that asking does not disturb them."""
     asked: list[bool] = []
 
     def call(x: Tensor) -> Tensor:

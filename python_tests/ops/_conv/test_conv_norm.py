@@ -1,4 +1,4 @@
-"""conv_norm: results, gradients and running statistics of the kernels against the reference in float64."""
+"""Tests of conv_norm: results, gradients and running statistics of the kernels against the reference in float64."""
 
 import itertools
 import math
@@ -142,7 +142,7 @@ def test_bits_do_not_depend_on_threads(name: str, side: int, shape: tuple[int, i
 
 @each_kernel
 def test_bits_do_not_depend_on_how_many_sums_of_wide_weights_are_held(name: str) -> None:
-    """Partial sums of 8 MB, of which one thread holds one beside the total, and five threads all four."""
+    """Partial sums take 8 MB: one thread holds one beside the total, five threads hold all four."""
     given = arguments(32, 256, 528, 5, 6)
     with using(name):
         assert serving(**given) is not None
@@ -151,7 +151,7 @@ def test_bits_do_not_depend_on_how_many_sums_of_wide_weights_are_held(name: str)
 
 @each_kernel
 def test_two_values_per_channel_have_a_variance(name: str) -> None:
-    """The least that training takes.
+    """Two is the minimum in training.
 
     The unbiased variance is twice the batch's.
     """
@@ -167,7 +167,7 @@ def test_two_values_per_channel_have_a_variance(name: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
 def test_ties_in_windows_go_to_the_first(name: str, training: bool, relu: bool) -> None:
-    """Channels without weights: all of a window's values are equal, and above or below 0."""
+    """Channels without weights have equal values in every window, above or below 0."""
     given = arguments(3, 8, 16, 7, 6)
     with torch.no_grad():
         given["weight"][::2] = 0
@@ -197,7 +197,7 @@ ENDS = [{"pool": 2}, {"residual": True}, {"residual": True, "relu": False}, {"re
 @pytest.mark.parametrize("norm", [{"training": True}, {"training": False}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize(("stride", "side", "shape"), NOT_FINITE)
 def test_what_is_not_finite_spreads_as_in_torch(name, norm, stride, side, shape):
-    """Forward and backward.
+    """This holds forward and backward.
 
     A position that does not depend on an infinity stays a number.
     """
@@ -235,7 +235,7 @@ def test_finite_values_whose_tiles_overflow(name: str) -> None:
 @pytest.mark.parametrize("groups", [0, 8])
 @pytest.mark.parametrize("mean", [0, 100])
 def test_no_worse_than_eager(name: str, mean: float, groups: int) -> None:
-    """Stages of the default network, and images far from 0, whose variance is a small difference of large sums."""
+    """The cases are stages of the default network, and images far from 0 (their variance is a difference of sums)."""
     for shape in ((3, 32, 32, 32), (32, 64, 16, 16), (64, 128, 8, 8)):
         given, settings = arguments(8, *shape, grouped=groups > 0), {"pool": 2, "groups": groups}
         with torch.no_grad():

@@ -1,6 +1,6 @@
-"""conv_norm under autograd, transforms, compilers and modes.
+"""Tests of conv_norm under autograd, transforms, compilers and modes.
 
-What it refuses, and where its kernel serves.
+They also cover refusals, and the calls that its kernel serves.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def split(end: dict[str, Any], **shape: Any) -> tuple[dict[str, Any], dict[str, 
 @needs_core
 @pytest.mark.parametrize(("residual", "side"), [(False, 3), (True, 3), (False, 1)])
 def test_the_result_is_channels_last_where_x_or_the_weight_is(served: Served, residual: bool, side: int) -> None:
-    """As torch's.
+    """Torch's result is the same.
 
-    The kernel lays maps out anew where only the weight is, and leaves the rest to the reference.
+    The kernel rearranges maps only where the weight alone is channels-last, and leaves other cases to the reference.
 
-    Of one tap the weight may be both, and is left to the reference.
+    A weight of one tap may be both, and goes to the reference.
     """
     for last in itertools.product((True, False), repeat=3 if residual else 2):
         given = arguments(residual=residual, side=side)
@@ -121,7 +121,7 @@ def test_maps_of_any_strides() -> None:
 
 
 def test_vectors_with_strides() -> None:
-    """torch's own gradient of channels-last maps is wrong for them (2.13): the reference does without."""
+    """For them torch's own gradient of channels-last maps is wrong (2.13), and the reference avoids it."""
     for training in (True, False):
         given = arguments()
         for name in ("scale", "shift", "mean", "variance"):
@@ -255,7 +255,7 @@ def test_second_derivatives(end: dict[str, Any]) -> None:
 @pytest.mark.parametrize("channels", [8, 12])
 @pytest.mark.parametrize("end", ENDS, ids=str)
 def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], channels: int, name: str) -> None:
-    """As torch's layers: both may change before the backward pass, even to what is not finite."""
+    """Both may change before the backward pass, even to infinities or NaN, like torch's layers."""
     given, settings = split(end, batch=3, channels=channels, height=5, width=8)
     for frozen in ("x", "weight", "bias"):
         given[frozen] = None if given[frozen] is None else given[frozen].detach()
@@ -353,9 +353,9 @@ def test_autocast_runs_the_convolution_in_16_bits(norm: dict[str, int]) -> None:
 
 @pytest.mark.exhaustive
 def test_compiled() -> None:
-    """Without a graph break, statistics and gradients included.
+    """There is no graph break, statistics and gradients included.
 
-    The reference's own layers are what it sees.
+    The compiler sees the reference's own layers.
     """
     for norm in ({"training": True}, {"training": False}, {"groups": 4}):
         given = arguments(grouped="groups" in norm)
@@ -460,7 +460,7 @@ def test_maps_too_small() -> None:
 @pytest.mark.parametrize("name", CONV)
 @pytest.mark.parametrize("end", ENDS, ids=str)
 def test_only_the_gradients_that_are_asked_for(end: dict[str, Any], name: str, served: Served) -> None:
-    """Images have none, which would take as long as the convolution."""
+    """Images need no gradient, which would take as long as the convolution."""
     given, settings = split(end)
     check_chosen_gradients(served, name, given, grad_for(given, **settings), len(leaves_of(given)), **settings)
 

@@ -1,6 +1,6 @@
-"""conv_pool: results and gradients against the reference in float64.
+"""Tests of conv_pool: results and gradients against the reference in float64.
 
-Autograd, modes, and what is refused.
+They also cover autograd, modes and refusals.
 """
 
 import itertools
@@ -116,7 +116,7 @@ LAID: dict[str, Callable[[Tensor], Tensor]] = {
 @each_kernel
 @pytest.mark.parametrize("shape", [*FEW, (3, 1, 16, 1, 9, 8), (3, 0, 3, 16, 4, 4)], ids=str)
 def test_bits_do_not_depend_on_layouts(name: str, shape: tuple[int, ...]) -> None:
-    """Of the gradient, x and the weight.
+    """Layouts of the gradient, x and the weight vary.
 
     A kernel reads both layouts, and gradients of any strides.
     """
@@ -155,7 +155,7 @@ def wide(vector: Tensor) -> Tensor:
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("shape", [*FEW, (3, 1, 1, 8, 2, 3), (5, 2, 1, 32, 13, 14)], ids=str)
 def test_ties_go_to_the_first(name: str, shape: tuple[int, ...], relu: bool) -> None:
-    """Of whole numbers nothing rounds, and many windows have several maxima, some of them 0."""
+    """Whole numbers do not round, and many windows have several maxima, some of them 0."""
     for last in (False, True):
         given = pool_arguments(shape, 5, last=last)
         with torch.no_grad():
@@ -215,7 +215,7 @@ def test_infinities_of_both_signs_that_meet_in_the_biass_gradient(name: str) -> 
 @each_kernel
 @pytest.mark.parametrize("relu", [True, False])
 def test_a_window_with_nan_is_nan(name: str, relu: bool, served: Served) -> None:
-    """The kernel meets it in the bias.
+    """The kernel meets NaN in the bias.
 
     The gradient goes to the last NaN, as in torch.
     """
@@ -235,7 +235,7 @@ def test_a_window_with_nan_is_nan(name: str, relu: bool, served: Served) -> None
 @each_kernel
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_finite_values_that_overflow(name: str, shape: tuple[int, ...]) -> None:
-    """Winograd's tiles, which go back to torch; and infinities, of which a window's first has the gradient."""
+    """Winograd's tiles go back to torch, and a window's first infinity has the gradient."""
     given = pool_arguments(shape, 3)
     middle = shape[0] // 2
     with torch.no_grad():
@@ -257,9 +257,9 @@ def test_finite_values_that_overflow(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("out", [1, 8])
 def test_strides_are_torchs(channels: int, out: int, served: Served) -> None:
-    """Channels-last where x or the weight is.
+    """The result is channels-last where x or the weight is.
 
-    Of one channel strides alone say it.
+    With one channel the strides alone show it.
     """
 
     def lay_out(x: Tensor, last: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""A GPU or driver that cannot run the kernels is noticed before the first call, and another backend serves."""
+"""Tests of GPUs and drivers that cannot run the kernels: noticed before the first call, and another backend serves."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -117,7 +117,7 @@ def test_a_core_of_older_sources_is_a_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has chosen nothing yet and whose torch and CUDA core know CUDA.
+    """Pretend a process without choices yet, whose torch and CUDA core know CUDA.
 
     Triton's kernels are stand-ins.
     """

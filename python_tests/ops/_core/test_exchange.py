@@ -1,4 +1,4 @@
-"""What the CPU core says of tensors that it reads through torch's exchange table, against what torch says."""
+"""Tests of the CPU core's view of tensors through torch's exchange table, against torch's own."""
 
 import itertools
 import warnings

@@ -1,4 +1,4 @@
-"""Forked children after the thread pool has run: the lost threads must not be waited for."""
+"""Tests of forked children after the thread pool has run: they must not wait for the lost threads."""
 
 import os
 import select
@@ -24,7 +24,7 @@ SECONDS = 60
 
 @pytest.fixture
 def woken() -> list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]:
-    """Operators that the compiled core serves, with inputs and results.
+    """Return operators that the compiled core serves, with inputs and results.
 
     The thread pool has two threads and has run.
     """
@@ -40,7 +40,7 @@ def woken() -> list[tuple[Operator, list[Tensor], tuple[Tensor, ...]]]:
 
 
 def same(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    """Return the same bits, as NumPy sees them: without torch's own thread pool."""
+    """Return whether NumPy sees the same bits, without torch's own thread pool."""
     return all(bits(a) == bits(b) for a, b in zip(got, expected, strict=True))
 
 
@@ -49,10 +49,7 @@ def bits(x: Tensor) -> bytes:
 
 
 def in_a_child(cases: Sequence[tuple[str, Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...]]]) -> None:
-    """Run (name, call, expected) in a forked child.
-
-    Fails for the call that hangs, raises or gives other bits.
-    """
+    """Run (name, call, expected) in a forked child, and fail for the call that hangs, raises or gives other bits."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -132,7 +129,7 @@ def by(backend: str | None, function: Callable[..., Any], *given: Tensor) -> tup
 
 
 def torch_calls() -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
-    """Return what rests on torch's own operators, all over tensors that torch shares among threads."""
+    """Return calls that rest on torch's own operators, over tensors that torch shares among threads."""
     rows = torch.linspace(-3, 3, 4 * SIZE).view(4, SIZE)
     logits = torch.linspace(-3, 3, SIZE).view(-1, 100)
     yield "torch", lambda: (rows.square(),)
@@ -146,13 +143,13 @@ def torch_calls() -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
 
 @pytest.fixture
 def pool() -> None:
-    """A thread pool of two threads that has run."""
+    """Return a thread pool of two threads that has run."""
     torch.set_num_threads(2)
     torch.randn(1 << 20).add_(1)
 
 
 def with_results(calls):
-    """Add what a call gives on one thread: on two, torch may sum in another order."""
+    """Add a call's result on one thread: on two, torch may sum in another order."""
     found = []
     before = torch.get_num_threads()
     torch.set_num_threads(1)

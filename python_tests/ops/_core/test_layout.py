@@ -1,4 +1,4 @@
-"""Strides of maps, and strided 1x1 convolutions of few channels, whose gradient by oneDNN writes past its memory."""
+"""Tests of strides of maps, and of strided 1 × 1 convolutions of few channels, where oneDNN overruns its memory."""
 
 import os
 import subprocess
@@ -92,7 +92,7 @@ for part in (convolved, blocks, zoo, own):
 
 @pytest.mark.exhaustive
 def test_no_part_writes_past_its_memory() -> None:
-    """glibc's checks of its heap end the process where they find bytes that nobody asked for changed."""
+    """The heap checks of glibc end the process where bytes outside of an allocation have changed."""
     checks = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}
     done = subprocess.run(
         [sys.executable, "-c", PARTS], env=os.environ | checks, capture_output=True, text=True, timeout=300

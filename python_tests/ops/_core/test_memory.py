@@ -1,4 +1,4 @@
-"""Memory of large results: used again when they are freed, not before, and given back when asked."""
+"""Tests of the memory of large results: reused once they are freed, not before, and given back on request."""
 
 import copy
 import errno
@@ -27,7 +27,7 @@ MB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[_memory.Cache]:
-    """Yield a cache of 64 MB, for results of the compiled core from 4 MB on, as no other test has used it."""
+    """Yield an unused cache of 64 MB, for results of the compiled core from 4 MB on."""
     monkeypatch.setattr(_memory, "KEPT", 4 * MB)
     monkeypatch.setenv("FEDKERN_CACHE_MB", "64")
     _memory.cache.cache_clear()
@@ -41,7 +41,7 @@ def maps(batch: int = 64, seed: int = 0) -> list[Tensor]:
 
 
 def joined(batch: int = 64, seed: int = 0) -> Tensor:
-    """8 MB for a batch of 64."""
+    """Return a result of 8 MB for a batch of 64."""
     return ops.fuse_concat(maps(batch, seed))
 
 
@@ -174,7 +174,7 @@ def test_results_are_tensors_like_others() -> None:
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @each_operator
 def test_every_operator_in_used_memory(operator: Operator, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What others left where the second results are written is in none of them."""
+    """Results in reused memory hold nothing of what earlier results left there."""
     monkeypatch.setattr(_memory, "KEPT", 1 << 16)
     inputs, next_inputs = (operator.inputs(large=True, seed=seed) for seed in (0, 1))
     if last:

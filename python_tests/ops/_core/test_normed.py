@@ -1,4 +1,4 @@
-"""Batch norm's gradient where strides do not name a map's layout: a batch of one, maps of one row or column."""
+"""Tests of batch norm's gradient where strides do not show a map's layout: one sample, maps of one row or column."""
 
 import itertools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ READ: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def laid_out(x: Tensor, kind: torch.memory_format, unusual: bool) -> Tensor:
-    """``x`` with the strides of its format, or with unusual ones for axes of size 1."""
+    """Return ``x`` with the strides of its format, or with unusual ones for axes of size 1."""
     x = x.contiguous(memory_format=kind)
     strides = [1 if unusual and n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
     return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
@@ -61,7 +61,7 @@ def test_the_gradient_is_the_formulas(shape: tuple[int, ...], read: str, dtype: 
 
 
 def loss(x: Tensor) -> Tensor:
-    """Of a gradient that is channels-last in a contiguous map of a batch of one."""
+    """Return a loss whose gradient is channels-last in a contiguous map of a batch of one."""
     y = torch.relu_(apply_norm(F.batch_norm, x, None, None, None, None, True))
     return (y.squeeze(0).movedim(0, -1).contiguous() * torch.arange(120).view(4, 5, 6)).square().sum()
 
@@ -93,7 +93,7 @@ def test_under_a_compiler(compiler: str) -> None:
 
 
 def test_other_maps_are_given_as_they_are() -> None:
-    """The norm of a usual batch, without gradient or in a trace has nothing around it."""
+    """The norm of a usual batch, without gradient or in a trace is not wrapped."""
     norm = torch.nn.Identity()
     for shape in ((4, 6, 4, 5), (1, 6, 1, 1), (4, 6, 1, 1), (3, 6), (3, 6, 5)):
         x = torch.randn(shape)

@@ -1,4 +1,4 @@
-"""torch's private names: a missing one is named, changed ones are noticed, and all stand in one file."""
+"""Tests of torch's private names: missing ones are named, changed ones are noticed, and all stand in one file."""
 
 import ctypes
 import importlib.util
@@ -33,7 +33,7 @@ NAMES = [
 
 
 def again() -> Any:
-    """Return the module once more, as a new process would import it."""
+    """Import the module again, as a new process would."""
     spec = importlib.util.spec_from_file_location("private_torch_again", private_torch.__file__)
     assert spec is not None
     assert spec.loader is not None
@@ -98,7 +98,7 @@ def test_a_backward_pass_adds_up_and_refuses_what_torch_refuses() -> None:
 
 
 def capsule(**changed: Any) -> object:
-    """torch's own exchange table with other entries, kept alive for the whole process."""
+    """Return torch's exchange table with other entries, kept alive for the whole process."""
     table = private_torch._Table.from_address(
         private_torch._POINTER(private_torch.exchange_table(), b"dlpack_exchange_api")
     )
@@ -116,7 +116,7 @@ _KEPT: list[Any] = []
 
 
 def reading(change: Callable[[Any], int]) -> int:
-    """Address of torch's own function that describes a tensor, followed by ``change`` of the description."""
+    """Return the address of torch's function that describes a tensor, followed by ``change`` of the description."""
     table = private_torch._Table.from_address(
         private_torch._POINTER(private_torch.exchange_table(), b"dlpack_exchange_api")
     )
@@ -157,7 +157,7 @@ def test_an_exchange_table_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has chosen no kernel and told nothing yet."""
+    """Pretend a process that has chosen no kernel and printed no warning yet."""
     monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
     for name in ("_chosen", "_loaded", "_ordinary"):
         monkeypatch.setattr(backend, name, {})
@@ -180,7 +180,7 @@ def several() -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_other_machines_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere than on Linux on x86-64 there is no core, which is no choice of the user's."""
+    """Other platforms than Linux on x86-64 have no core, and the user cannot change that."""
     monkeypatch.setattr(loading.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(loading.platform, "machine", lambda: "arm64")
     monkeypatch.setattr(loading, "_installed_core", lambda name: None)

@@ -1,4 +1,4 @@
-"""What threads and processes leave a kernel: small stacks, little memory, flushed denormals."""
+"""Tests of kernels with scarce resources: small stacks, little memory, flushed denormals."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Two Python threads in the operators at once, each with its own number of torch threads."""
+"""Tests of operators in two Python threads at once, each with its own number of torch threads."""
 
 import threading
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ SAME_AT_EVERY_LEVEL = {"blend", "fuse_concat", "fuse_mean", "weighted_mean", "tr
 
 @pytest.mark.exhaustive
 def test_two_threads_at_once() -> None:
-    """All operators in opposite orders, forward and backward.
+    """All operators run in opposite orders, forward and backward.
 
-    The same bits as alone.
+    The bits are those of a single thread.
     """
     torch.set_num_threads(1)
     cases = []
@@ -56,7 +56,7 @@ def test_two_threads_at_once() -> None:
 
 
 def results(operator: Operator, inputs: list[Tensor], gradient: bool) -> list[Tensor]:
-    """Results, and with ``gradient`` the gradients of their sums."""
+    """Return results, and with ``gradient`` the gradients of their sums."""
     found = operator.results(*inputs)
     gradients = torch.autograd.grad([x.sum() for x in found], inputs) if gradient else ()
     return [x.detach() for x in (*found, *gradients)]
@@ -78,7 +78,7 @@ def check_same_bits(operator: Operator, places: Sequence[tuple[str, int]]) -> No
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_bits_do_not_depend_on_threads(name: str) -> None:
-    """Of every operator that one core computes, for 1, 2 and 5 threads."""
+    """Operators that one core computes give the same bits on 1, 2 and 5 threads."""
     for operator in OPERATORS:
         if operator.compiled and not (operator.only_cpu and name == "cpu-portable"):
             check_same_bits(operator, [(name, threads) for threads in (1, 2, 5)])
@@ -86,7 +86,7 @@ def test_bits_do_not_depend_on_threads(name: str) -> None:
 
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 def test_bits_do_not_depend_on_the_isa_level() -> None:
-    """Of operators that sum nothing along a vector, or in fp64."""
+    """This holds for operators that sum nothing along a vector, or in fp64."""
     for operator in OPERATORS:
         if operator.name.split()[0] in SAME_AT_EVERY_LEVEL:
             check_same_bits(operator, [(name, torch.get_num_threads()) for name in KERNELS])

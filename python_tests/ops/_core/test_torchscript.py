@@ -1,6 +1,6 @@
-"""torch.jit cannot record the operators and says so.
+"""Tests of torch.jit, which refuses to record the operators.
 
-Torch.export can, and records each as it is.
+Torch.export can record each of them.
 """
 
 import pytest
@@ -14,7 +14,7 @@ REFUSAL = r"cannot be recorded by torch\.jit\.trace or torch\.jit\.script.*use t
 
 
 class Calling(nn.Module):
-    """An operator as a module, which is what torch.export takes."""
+    """Operator as a module, which torch.export takes."""
 
     def __init__(self, operator: Operator) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Calling(nn.Module):
 @pytest.mark.sampled(12)
 @each_operator
 def test_trace_raises(operator: Operator) -> None:
-    """A recording would hold one ``aten::empty``, and its replay return whatever memory holds."""
+    """A recording would hold one ``aten::empty``, and its replay return uninitialised memory."""
     inputs = tuple(operator.inputs())
     for recorded in (operator.results, Calling(operator)):
         with pytest.raises(RuntimeError, match=REFUSAL):
@@ -82,7 +82,7 @@ def test_accumulator_cannot_be_traced() -> None:
 @each_operator
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_records_the_operator(operator: Operator, strict: bool) -> None:
-    """With the results of an eager call, also on other inputs than those it was recorded with."""
+    """The results are those of an eager call, also on other inputs than the recorded ones."""
     torch._dynamo.reset()
     program = torch.export.export(Calling(operator), tuple(operator.inputs()), strict=strict)
     nodes = [node for node in program.graph.nodes if "fedkern" in str(node.target)]

@@ -1,4 +1,4 @@
-"""Cases of ensemble_kl, js_div and consensus: stacks of K teachers in many shapes, and what they must give."""
+"""Cases of ensemble_kl, js_div and consensus: stacks of K teachers in many shapes, and the expected results."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def lay_out(values: Tensor, layout: str, rows: int) -> Tensor:
-    """The same logits, classes last, in another shape or with other strides, none of them copied by the operators."""
+    """Return the same logits, classes last, in another shape or with other strides that the operators do not copy."""
     if layout == "gaps":
         wide = values.new_full((*values.shape[:-1], 2 * values.shape[-1] + 3), 7.0)
         return wide[..., 1 : 2 * values.shape[-1] : 2].copy_(values)
@@ -53,7 +53,7 @@ def lay_out(values: Tensor, layout: str, rows: int) -> Tensor:
 
 
 def make_inputs(case: dict[str, Any], seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Student, teachers and weights (in a shape that the case names) of a case."""
+    """Return student, teachers and weights (in a shape that the case names) of a case."""
     generator = torch.Generator().manual_seed(seed)
     count, classes, rows = case["teachers"], case["classes"], case["rows"]
     if count * classes * rows > LARGEST:
@@ -143,7 +143,7 @@ def compare(case, names, compute, reference, tensors, needs, stacked=True):
 
 
 def strides(x: Tensor) -> list[int]:
-    """Those that matter: of axes longer than 1."""
+    """Return the strides of axes longer than 1."""
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
@@ -166,7 +166,7 @@ def ensemble(case: dict[str, Any], mask: Tensor | None) -> tuple[Callable[..., T
 
 
 def agreement(case: dict[str, Any]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """js_div, or both results of consensus, and the reference."""
+    """Return js_div, or both results of consensus, and the reference."""
     reduction = case["reduction"]
 
     def compute(_: None, stack: Tensor, weights: Tensor | None) -> Tensor:
@@ -201,7 +201,7 @@ NEEDS = {"student": (True, False, False), "teachers": (False, True, False), "all
 
 
 def run_ensemble(number: int, names: list[str], device: torch.device = CPU) -> None:
-    """Case ``number`` of :data:`ENSEMBLES` on the backends ``names``."""
+    """Run case ``number`` of :data:`ENSEMBLES` on the backends ``names``."""
     case = dict(ENSEMBLES[number])
     if case["mix"] == "mean":  # takes weights per teacher alone
         case["mask"] = False
@@ -231,7 +231,7 @@ NEEDS_OF_AGREEMENTS = {"logits": (False, True, False), "weights": (False, False,
 
 
 def run_agreement(number: int, names: list[str], device: torch.device = CPU) -> None:
-    """Case ``number`` of :data:`AGREEMENTS` on the backends ``names``."""
+    """Run case ``number`` of :data:`AGREEMENTS` on the backends ``names``."""
     case = AGREEMENTS[number]
     _, stack, weights = make_inputs(case, seed=number)
     needs = NEEDS_OF_AGREEMENTS["logits" if weights is None else case["needs"]]
@@ -249,14 +249,14 @@ PLAIN: dict[str, Any] = {
 
 
 def compare_on(device, name, case, mask, tensors):
-    """All gradients of a case on a backend."""
+    """Compare all gradients of a case on a backend."""
     given = [x if x is None else moved(x, device) for x in tensors]
     needs = (True, True, tensors[2] is not None)
     compare(case, [name], *ensemble(case, mask if mask is None else mask.to(device)), given, needs)
 
 
 def compare_little_mass(name, difference, classes, rows, device=CPU, **changes):
-    """Two teachers, each sure of the half of the classes that it is masked from: what is left is far below 1."""
+    """Compare two teachers, each sure of classes that it is masked from: the remaining mass is far below 1."""
     case = {**PLAIN, "classes": classes, **changes}
     low_half = torch.arange(classes) < classes // 2
     mask = torch.stack((~low_half, low_half))
@@ -272,7 +272,7 @@ def compare_little_mass(name, difference, classes, rows, device=CPU, **changes):
 
 
 def compare_random_masks(name: str, scale: float, rows: int, device: torch.device = CPU) -> None:
-    """Confident teachers under any mask: some rows keep little, in blocks with rows that keep much."""
+    """Compare confident teachers under random masks: some rows keep little, in blocks with rows that keep much."""
     for count, classes in ((2, 10), (3, 10), (3, 40)):
         student, teachers = scale / 2 * logits(rows, classes), scale / 2 * logits(count, rows, classes, seed=1)
         mask = torch.rand(count, classes, generator=torch.Generator().manual_seed(2)) < 0.4
@@ -281,7 +281,7 @@ def compare_random_masks(name: str, scale: float, rows: int, device: torch.devic
 
 
 def compare_dtypes_of_weights(name: str, device: torch.device = CPU) -> None:
-    """Weights of any dtype against logits of any other, in every shape, with a mask and without."""
+    """Compare weights of any dtype with logits of any other, in every shape, with a mask and without."""
     axes: dict[str, Any] = {
         "shape": ("K", "KB1", "K1C", "KBC"),
         "masked": (False, True),

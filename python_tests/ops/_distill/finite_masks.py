@@ -1,4 +1,4 @@
-"""Classes masked with a large finite number, as libraries of language models mask them, for every distill operator."""
+"""Cases of classes masked with a large finite number, as in language models, for every distill operator."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ EVERYBODY = torch.tensor([[True] * 3 + [False], [True] * 4, [False] + [True] * 3
 
 
 def _wide(mask: Tensor, classes: int) -> Tensor:
-    """Return the class mask of four classes for more of them, cyclically."""
+    """Repeat a mask of four classes cyclically for more classes."""
     return mask[:, torch.arange(classes) % 4]
 
 
@@ -22,7 +22,7 @@ def _stack(*rows: Tensor) -> Tensor:
 
 
 def _log_probs(*rows: Tensor) -> Tensor:
-    """Not in 16 bits, which would round them."""
+    """Return logarithms of probabilities, never in 16 bits, which would round them."""
     stack = torch.stack(rows)
     return stack.to(torch.promote_types(stack.dtype, torch.float32)).log_softmax(2)
 
@@ -57,7 +57,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 
 
 def compare(call: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Losses and gradients of finite masks on the backend in use, against ``-inf`` in the float64 reference."""
+    """Compare losses and gradients of finite masks on the backend in use with ``-inf`` in the float64 reference."""
     for shape in ((5, 5), (5, 40), (5, 9, 2)):
         generator = torch.Generator().manual_seed(shape[1])
         rows = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""js_div, consensus: every backend and ISA level against the float64 reference, and their further promises."""
+"""Tests of js_div and consensus: every backend and ISA level against the float64 reference, and their guarantees."""
 
 import math
 
@@ -79,9 +79,9 @@ KEPT = [  # shape, and whether samples come before teachers in memory
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", KERNELS)
 def test_gradients_from_what_consensus_kept(name: str, dtype: torch.dtype) -> None:
-    """Masked classes and teachers of weight 0 that hold NaN.
+    """Classes are masked, and teachers of weight 0 hold NaN.
 
-    The same bits on one thread and on two.
+    The bits are the same on one thread and on two.
     """
     relative, absolute = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-5, 2e-6)}.get(dtype, (1e-2, 1e-3))
     for number, (shape, samples_first) in enumerate(KEPT):

@@ -1,4 +1,4 @@
-"""kl_div, dual_kl, entropy: what they promise beyond numbers: gradients, transforms, determinism, errors."""
+"""Tests of kl_div, dual_kl and entropy beyond numbers: gradients, transforms, determinism, errors."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_a_loss_scale_lifts_float16_gradients() -> None:
 
 
 def test_sixteen_bits_beside_float64(backend: str) -> None:
-    """Computed in float64 and narrowed where a gradient is stored, which Triton's interpreter does not do at once."""
+    """Gradients are computed in float64 and narrowed when stored, which Triton's interpreter cannot do in one step."""
     for dtype in (torch.bfloat16, torch.float16):
         a, b, teacher = (x.requires_grad_() for x in logits(3, 4, 7))
         narrow = [a.detach().to(dtype).requires_grad_(), b.detach().to(dtype).requires_grad_()]

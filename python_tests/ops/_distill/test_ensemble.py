@@ -1,4 +1,4 @@
-"""ensemble_kl: every backend and ISA level against the float64 reference."""
+"""Tests of ensemble_kl: every backend and ISA level against the float64 reference."""
 
 import math
 from typing import Any
@@ -57,7 +57,7 @@ def test_every_case_in_tritons_interpreter(number: int) -> None:
 )
 @pytest.mark.parametrize("near", [None, 1e-2])
 def test_rows_longer_than_the_workspace(name: str, how: dict[str, Any], near: float | None) -> None:
-    """So long that all teachers' rows are read again for every pass."""
+    """The rows are so long that every pass reads all teachers' rows again."""
     case = {
         **{**PLAIN, "teachers": 3, "classes": 33_001, "rows": 1, "reduction": "batchmean", "near": near},
         **{"special": None, "zeros": True, "weights": "KB1", **how},
@@ -156,7 +156,7 @@ def test_weights_of_large_logits_of_one_class_have_no_gradient(backend: str) -> 
 @pytest.mark.parametrize("by", ["mask", "weights", "both"])
 @pytest.mark.parametrize("mix", ["probs", "logits"])
 def test_what_a_teacher_holds_in_classes_that_it_does_not_know(name: str, by: str, mix: str) -> None:
-    """NaN, infinities and a dtype's limits count as -inf: in losses and gradients, at every temperature."""
+    """NaN, infinities and a dtype's limits count as -inf in losses and gradients, at every temperature."""
     student, teachers = logits(6, 5), logits(3, 6, 5, seed=1)
     mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
     rows = mask[:, None, :].float().expand(3, 6, 5)

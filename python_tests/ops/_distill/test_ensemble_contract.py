@@ -1,4 +1,4 @@
-"""ensemble_kl: what it promises beyond numbers: shapes of weights, masks, edges, gradients, transforms, errors."""
+"""Tests of ensemble_kl beyond numbers: shapes of weights, masks, edges, gradients, transforms, errors."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def test_weights_of_every_shape_beside_positions(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-60, 1e-300, 5e-324, 1e38, 1.5e308])
 def test_float64_weights_of_any_scale(backend: str, scale: float, dtype: torch.dtype) -> None:
-    """Their shares, and the gradients that these give to weights, are those of small numbers."""
+    """Their shares, and the gradients of the weights, are those of small numbers."""
     student, teachers = logits(4, 5).to(dtype), logits(3, 4, 5, seed=1).to(dtype)
     plain = torch.tensor([1.0, 0.0, 1.0] if scale > 1e308 or scale < 1e-320 else [1.0, 0.25, 0.5], dtype=torch.float64)
 
@@ -94,7 +94,7 @@ def test_who_has_weight_zero_is_not_looked_at(backend: str) -> None:
 
 
 def test_log_probabilities_are_taken_as_they_are(backend: str) -> None:
-    """Half the mass of the second teacher is missing: it counts half."""
+    """The second teacher lacks half of its mass and counts half."""
     student, teachers = logits(6, 9), logits(3, 6, 9, seed=1)
     halved = teachers.log_softmax(2)
     halved[1] += math.log(0.5)

@@ -1,4 +1,4 @@
-"""Classes masked with a large finite number: a class of probability 0 adds the other row's probability alone."""
+"""Tests of finite masks: a class of probability 0 adds only the other row's probability."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_a_mask_of_the_student_may_be_infinite_where_the_teachers_is_finite(back
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_in_the_limit_a_finite_mask_is_a_number(backend: str, dtype: torch.dtype) -> None:
-    """Half a variance: that of the other classes where both rows are masked, past all numbers where one is."""
+    """The loss is half a variance over the other classes where both rows are masked, and past all numbers for one."""
     student, teacher = logits(2, 3, 8, dtype=dtype)
     wanted = 0.5 * torch.where(torch.arange(8) < 5, teacher - student, 0).var(1, unbiased=False).mean()
     for number in (torch.finfo(dtype).min, -1e30):

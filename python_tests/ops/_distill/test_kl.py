@@ -1,4 +1,4 @@
-"""kl_div, dual_kl, entropy: every backend and ISA level against the float64 reference."""
+"""Tests of kl_div, dual_kl and entropy: every backend and ISA level against the float64 reference."""
 
 import math
 from collections.abc import Callable
@@ -39,7 +39,7 @@ AXES: dict[str, Any] = {
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same logits ``[B, C]`` in another shape or with other strides, none of them copied by the operators."""
+    """Return the same logits ``[B, C]`` in another shape or with other strides that the operators do not copy."""
     rows, classes = values.shape
     if layout == "gaps":
         return values.new_full((rows, 2 * classes + 3), 7.0)[:, 1 : 2 * classes : 2].copy_(values)
@@ -58,7 +58,7 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
 
 
 def make_inputs(case: dict[str, Any], seed: int) -> tuple[list[Tensor], Tensor | None]:
-    """Logits (the first is the teacher) and weight of a case."""
+    """Return logits (the first is the teacher) and weight of a case."""
     generator = torch.Generator().manual_seed(seed)
     shape = (case["rows"], case["classes"])
     teacher = torch.randn(shape, generator=generator) * 2
@@ -165,7 +165,7 @@ def test_nearly_equal_rows_keep_their_digits(backend: str, classes: int, scale: 
 
 
 def compare_rows_far_apart(backend: str, device: str | torch.device, classes: int, shifted: str, offset: float) -> None:
-    """A softmax ignores what is added to all logits of a row, and so does the error."""
+    """Compare rows with large offsets: a softmax ignores what is added to a whole row, and so does the error."""
     generator = torch.Generator().manual_seed(0)
     teacher, student = (torch.randn(40, classes, generator=generator) for _ in range(2))
     teacher, student = (x + offset * (name == shifted) for x, name in ((teacher, "teacher"), (student, "student")))
@@ -245,7 +245,7 @@ def test_no_larger_error_than_eager_torch(backend: str, classes: int, scale: flo
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_offset_over_sentinels(name: str, dtype: torch.dtype) -> None:
-    """Misaligned loads and writes out of range, at every offset of a row's start."""
+    """Loads are misaligned and writes would be out of range, at every offset of a row's start."""
     rows, classes = 5, 101
     size = rows * classes
     torch.manual_seed(0)
@@ -271,7 +271,7 @@ def test_every_offset_over_sentinels(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", KERNELS)
 def test_exp_within_two_ulp(name: str) -> None:
-    """Every 499th float, then a dense sample of doubles."""
+    """The samples are every 499th float, then a dense set of doubles."""
     from fedkern.ops._core.backend import cpu_core
 
     with using(name):
@@ -296,7 +296,10 @@ def test_exp_within_two_ulp(name: str) -> None:
 @pytest.mark.parametrize("temperature", [1e-3, 0.3, 1.0, 2.0, 3.7, 1e4])
 @pytest.mark.parametrize("name", KERNELS)
 def test_exp_over_a_temperature_within_its_bound(name: str, temperature: float) -> None:
-    """Two ulp and the rounding of 1 / temperature: every 9973rd float from -0 to -inf and NaN, then doubles."""
+    """The bound is two ulp and the rounding of 1 / temperature.
+
+    The samples are every 9973rd float from -0 to -inf and NaN, then doubles.
+    """
     from fedkern.ops._core.backend import cpu_core
 
     with using(name):

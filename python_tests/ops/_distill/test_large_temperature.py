@@ -1,4 +1,4 @@
-"""From temperature 1 to infinity losses and gradients approach the limit without a jump and without losing digits."""
+"""Tests from temperature 1 to infinity: losses and gradients approach the limit without jumps or lost digits."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def _exact(call: str, student: Tensor, teachers: Tensor, temperature: float) -> float:
-    """T² KL with 150 digits."""
+    """Return T² KL with 150 digits."""
     with localcontext() as context:
         context.prec = 150
         # Of the limit: a temperature that is as good as infinite.
@@ -66,7 +66,7 @@ def test_every_temperature_keeps_its_digits(backend: str, call: str, dtype: torc
 
 @pytest.mark.parametrize("call", CALLS)
 def test_gradients_keep_their_digits(backend: str, call: str) -> None:
-    """Those of the limit, less than 1e-7 away at such temperatures."""
+    """They are the limit's, less than 1e-7 away at such temperatures."""
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(shape, generator=generator) for shape in ((5, 20), (3, 5, 20))]
 
@@ -111,7 +111,7 @@ def test_classes_that_a_teacher_does_not_know(backend: str) -> None:
 
 
 def test_a_large_temperature_in_transforms(backend: str) -> None:
-    """The torch.library operators, which mapped and compiled calls take."""
+    """Mapped and compiled calls take the torch.library operators."""
     student, teacher = torch.randn(3, 4, 9), torch.randn(3, 4, 9)
     for loss in (
         lambda s, t: ops.kl_div(s, t, 1e20, reduction="sum"),

@@ -1,4 +1,4 @@
-"""fuse_concat and fuse_mean: every available backend and ISA level against the float64 reference."""
+"""Tests of fuse_concat and fuse_mean: every available backend and ISA level against the float64 reference."""
 
 import itertools
 from collections.abc import Callable
@@ -19,10 +19,7 @@ needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core is not bu
 
 
 def check(function, features, scale=None, shift=None, activation=None):
-    """Compare result and gradients with the float64 reference.
-
-    Returns them.
-    """
+    """Compare result and gradients with the float64 reference, and return them."""
     ours, reference = FUNCTIONS[function]
     given = [t for t in (*features, scale, shift) if t is not None]
     leaves = [t.detach().requires_grad_() for t in given]

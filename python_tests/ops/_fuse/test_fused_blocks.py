@@ -1,4 +1,4 @@
-"""FusedBlocks: the outputs, gradients and states of the blocks themselves, and refusals by name."""
+"""Tests of FusedBlocks: the outputs, gradients and states of the blocks themselves, and refusals by name."""
 
 from collections.abc import Callable
 from typing import Any

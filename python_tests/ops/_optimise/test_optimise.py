@@ -1,4 +1,4 @@
-"""sgd_step and adamw_step: torch.optim's results, bits of torch's operations, terms, memory, and what is refused."""
+"""Tests of sgd_step and adamw_step: torch.optim's results, bits of torch's operations, terms, memory, refusals."""
 
 import functools
 import itertools
@@ -30,7 +30,7 @@ def same_products(isa: str) -> bool:
 
 
 def bits_of_torch(isa: str) -> list[str]:
-    """Return what differs from torch's own operations, in their order in the engine: names of tensors, by case."""
+    """Return differences from torch's own operations in the engine's order: names of tensors, by case."""
     differences = []
     with ops.use_isa(isa):
         for dtype, size, number in itertools.product((torch.float32, torch.float64), SIZES, range(16)):
@@ -69,9 +69,9 @@ def bits_of_torch(isa: str) -> list[str]:
 
 @pytest.mark.parametrize("isa", [name.removeprefix("cpu-") for name in KERNELS])
 def test_bits_are_those_of_torchs_operations(isa: str) -> None:
-    """Of SGD all.
+    """SGD has all bits.
 
-    Of AdamW the moments (torch takes the square roots of the rest from MKL, not correctly rounded).
+    Of AdamW the moments have them (torch takes other square roots from MKL, not correctly rounded).
     """
     if not same_products(isa):
         pytest.skip("torch fuses other products at its own ISA level")
@@ -129,9 +129,9 @@ def test_backends_give_the_reference(name: str, dtype: torch.dtype, shape: tuple
 @pytest.mark.parametrize("max_norm", [None, 5.0])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, None])
 def test_steps_are_those_of_torch_optim(momentum: float | None, max_norm: float | None) -> None:
-    """SGD's with ``momentum``, and AdamW's without.
+    """The steps are SGD's with ``momentum``, and AdamW's without.
 
-    Of gradients that torch clips or leaves.
+    Torch clips some of the gradients.
     """
     theta, *gradients = vectors(1001, 6)
     leaf = torch.nn.Parameter(theta.clone())

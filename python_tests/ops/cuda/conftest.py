@@ -1,4 +1,4 @@
-"""Where the CUDA tests run: on a GPU where there is one, and everywhere through the emulated core."""
+"""Devices of the CUDA tests: a GPU where there is one, and everywhere the emulated core."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture
 def gpu() -> Iterator[torch.device]:
-    """Yield a GPU, with the CUDA backend forced: what an emulation cannot show."""
+    """Yield a GPU, with the CUDA backend forced, for checks that an emulation cannot make."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     with use_backend("cuda"):

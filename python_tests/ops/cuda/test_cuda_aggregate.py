@@ -1,4 +1,4 @@
-"""The aggregate kernels on CUDA against plain PyTorch in float64."""
+"""Tests of the aggregate kernels on CUDA against plain PyTorch in float64."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -119,7 +119,7 @@ def test_against_plain(device: torch.device, kernels: AggregateKernels, number: 
 
 
 def special_rows(count: int, size: int, dtype: torch.dtype, largest: float) -> Tensor:
-    """Rows with ties, NaN and infinities of both signs, both zeros and the smallest number."""
+    """Return rows with ties, NaN and infinities of both signs, both zeros and the smallest number."""
     generator = torch.Generator().manual_seed(count)
     info = torch.finfo(dtype)
     values = torch.tensor([torch.nan, torch.inf, 0.0, info.smallest_normal * info.eps, largest], dtype=dtype)
@@ -203,9 +203,9 @@ def test_server_step(device: torch.device, kernels: AggregateKernels, number: in
 @pytest.mark.parametrize("count", [4, 5, 10, 12])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_server_step_of_full_tiles(device, kernels, dtype, count):
-    """Some of them with infinities that all models hold.
+    """Some tiles have infinities in all models.
 
-    At aligned and odd addresses.
+    Addresses are aligned and odd.
     """
     rows = torch.randn(count + 1, 4099, generator=torch.Generator().manual_seed(count)).to(dtype)
     rows[:, 1500:1600] = -torch.inf
@@ -261,7 +261,7 @@ def test_noise(device: torch.device, kernels: AggregateKernels, dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 7), (2, 5003), (2, 8192), (130, 9)])
 def test_clipping_a_list(device, kernels, dtype, count, size):
-    """The bits of a stack, wherever vectors lie, each in memory of its own.
+    """The bits are a stack's, wherever the vectors lie, each in memory of its own.
 
     A launch takes up to 128.
     """
@@ -308,7 +308,7 @@ def test_noise_is_one_stream(device: torch.device, kernels: AggregateKernels) ->
 
 @pytest.mark.parametrize(("place", "counter", "word"), REFINED)
 def test_refined_radius_words(device, kernels, place, counter, word):
-    """Those in the lowest 2^-20, which have 32 more bits.
+    """Words in the lowest 2^-20 have 32 more bits.
 
     The second number of the pair is 16 places on.
     """
@@ -351,7 +351,7 @@ def test_no_elements_of_more_vectors_than_one_launch_takes(device: torch.device)
 @pytest.mark.parametrize("case", ["plain", "far", "very far", "unused", "nan", "equal"])
 @pytest.mark.parametrize("count", [2, 7, 10, 33])
 def test_geometric_median(device: torch.device, count: int, case: str) -> None:
-    """Where vectors are drawn in before their products are taken, too ("very far")."""
+    """Vectors are also "very far", so that they are drawn in before their products are taken."""
     rows = torch.randn(count, 203, generator=torch.Generator().manual_seed(count))
     weights = [float(m % 3 + 1) for m in range(count)]
     if "far" in case and count > 2:
@@ -369,7 +369,7 @@ def test_geometric_median(device: torch.device, count: int, case: str) -> None:
 
 
 def special(rows: Tensor, kind: str) -> Tensor:
-    """Rows with NaN in one vector, an infinity in all (a causal mask), or infinities of one vector and of two."""
+    """Return rows with NaN in one vector, an infinity in all (a causal mask), or infinities in one and in two."""
     rows = rows.clone()
     if kind == "nan":
         rows[1, -1] = torch.nan
@@ -388,7 +388,7 @@ COUNTS = [(1, 2, 3, 5, 6, 9, 10, 11, 15, 20, 64), pytest.param(range(1, 65), mar
 @pytest.mark.parametrize("kind", ["plain", "nan", "mask", "infinities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_distances(device, kernels, dtype, kind, counts):
-    """Of vectors that lie side by side, of odd addresses and of other strides."""
+    """The vectors lie side by side, at odd addresses and with other strides."""
     all_rows = special(torch.randn(64, 607, generator=torch.Generator().manual_seed(5)).to(dtype), kind)
     longer = torch.zeros(64, 609, dtype=dtype, device=device)
     odd = longer[:, 1:608].copy_(all_rows)

@@ -1,4 +1,4 @@
-"""blend, erase_boxes and keep_boxes on CUDA against the float64 reference."""
+"""Tests of blend, erase_boxes and keep_boxes on CUDA against the float64 reference."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""contrastive on CUDA against the float64 reference."""
+"""Tests of contrastive on CUDA against the float64 reference."""
 
 from typing import Any
 
@@ -35,9 +35,9 @@ def test_similarities_of_minus_infinity_count_nothing(device: torch.device) -> N
 
 
 def test_a_temperature_that_is_not_above_zero_is_not_looked_at(device: torch.device) -> None:
-    """On a GPU that would wait.
+    """A GPU would have to wait for the check.
 
-    On the CPU it is an error.
+    On the CPU such a temperature is an error.
     """
     x, y = (t.float().to(device) for t in embeddings(5, 3))
     below = torch.tensor(0.0, device=device)

@@ -1,4 +1,4 @@
-"""kl_div, dual_kl and entropy on CUDA against the float64 reference."""
+"""Tests of kl_div, dual_kl and entropy on CUDA against the float64 reference."""
 
 import math
 from typing import Any
@@ -55,7 +55,7 @@ def test_classes_at_which_other_threads_take_a_row(device, classes, operator, dt
 @pytest.mark.parametrize("students", [0, 1, 2])
 @pytest.mark.parametrize("classes", [3, 10, 24, 100, 300, 700, 3000, 5000, 9001])
 def test_what_the_forward_pass_kept_changes_no_bit(device, classes, students, reverse, dtype):
-    """A row of weight 0 included, of which nothing is known."""
+    """One row has weight 0 and unknown contents."""
     generator = torch.Generator().manual_seed(classes)
     teacher, *given = (
         torch.randn(20 if classes < 1000 else 2, classes, generator=generator).to(device, dtype) for _ in range(3)
@@ -120,9 +120,9 @@ def test_few_long_rows_are_shared_between_blocks(device, operator, dtype, classe
 @pytest.mark.parametrize("held", [0.0, -1.0, math.nan])
 @pytest.mark.parametrize(("rows", "classes"), [(300, 10), (90, 100), (17, 5000), (2, 9001)])
 def test_a_total_does_not_depend_on_what_its_memory_held(device, monkeypatch, rows, classes, held):
-    """Blocks count there without clearing it first.
+    """Blocks count in that memory without clearing it first.
 
-    A recorded launch finds what it has left itself.
+    A recorded launch finds its own earlier counts.
     """
     generator = torch.Generator().manual_seed(rows)
     student, teacher = (torch.randn(rows, classes, generator=generator).to(device) for _ in range(2))
@@ -164,9 +164,9 @@ def test_nearly_equal_rows_keep_their_digits(device: torch.device, classes: int,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [24, 264, 2056])
 def test_nothing_beside_the_gradients_is_written(device: torch.device, dtype: torch.dtype, classes: int) -> None:
-    """At offsets that allow eight classes at once, and at others.
+    """The offsets allow eight classes at once, or do not.
 
-    Between rows and around the whole.
+    The test looks between rows and around the whole.
     """
     generator = torch.Generator().manual_seed(classes)
     logits = torch.randn(5, classes, generator=generator).to(device, dtype)

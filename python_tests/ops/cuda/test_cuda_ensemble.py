@@ -1,4 +1,4 @@
-"""ensemble_kl, js_div and consensus on CUDA against the float64 reference."""
+"""Tests of ensemble_kl, js_div and consensus on CUDA against the float64 reference."""
 
 import math
 from typing import Any
@@ -122,7 +122,7 @@ def test_weights_of_other_dtypes_than_the_logits(device: torch.device) -> None:
 @pytest.mark.parametrize("difference", [*DIFFERENCES, 1e3])
 @pytest.mark.parametrize("classes", [2, 40, 1030])
 def test_masks_that_leave_little_mass(device: torch.device, classes: int, difference: float) -> None:
-    """By a thread, a warp, a block.
+    """A thread, a warp and a block compute the rows.
 
     1e3 is too much for fp64 as well.
     """
@@ -144,7 +144,7 @@ def test_masks_on_teachers_who_are_sure(device: torch.device, scale: float) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", range(1, 8))
 def test_the_students_gradient_has_every_teacher(device, count, dtype, classes):
-    """Some numbers of teachers are read in several parts, and the gradient is not the last part's."""
+    """Some numbers of teachers are read in several parts, and the gradient covers more than the last part."""
     draw = torch.Generator().manual_seed(count)
     student, teachers = (torch.randn(*shape, classes, generator=draw).to(dtype) for shape in ((3,), (count, 3)))
     weights = torch.arange(1.0, count + 1)
@@ -168,7 +168,7 @@ def test_the_students_gradient_has_every_teacher(device, count, dtype, classes):
 @pytest.mark.parametrize(("count", "classes", "rows"), [(5, 4, 600), (20, 10, 9), (3, 200, 40), (2, 1030, 5)])
 @pytest.mark.parametrize("held", [0.0, -1.0, math.nan])
 def test_totals_whatever_the_memory_held(device, monkeypatch, count, classes, rows, held):
-    """Blocks count in a word of the workspace how many are done: nobody cleared it, and a second call finds it used."""
+    """Blocks count in an uncleared word of the workspace how many are done, and a second call finds it used."""
     memory: dict[Any, Tensor] = {}
 
     def old(*size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -216,7 +216,7 @@ def test_the_students_gradient_is_there_after_the_forward_pass(device, mix, coun
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_loss_scale_lifts_gradients_of_16_bits(device: torch.device, mix: str) -> None:
-    """They are multiples of 6e-8 where no scale lifts them, as they would be in the forward pass."""
+    """Without a scale they are multiples of 6e-8, as they would be in the forward pass."""
     generator = torch.Generator().manual_seed(3)
     student = torch.randn(512, 10, generator=generator).half()
     teachers = (student + 1e-2 * torch.randn(3, 512, 10, generator=generator)).half()

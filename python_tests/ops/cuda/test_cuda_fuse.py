@@ -1,4 +1,4 @@
-"""fuse_concat and fuse_mean on CUDA against the float64 reference."""
+"""Tests of fuse_concat and fuse_mean on CUDA against the float64 reference."""
 
 from typing import Any
 
@@ -103,7 +103,7 @@ def test_a_map_without_channels_alone_wants_a_gradient(device: torch.device) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 32])
 def test_a_mean_is_the_sum_divided_by_the_count(device: torch.device, dtype: torch.dtype, count: int) -> None:
-    """Bit for bit, also where it is a product, and among the smallest numbers."""
+    """Equality is bit for bit, also where a product computes it, and among the smallest numbers."""
     generator = torch.Generator().manual_seed(count)
     maps = [torch.randn(2, 8, 4, 4, generator=generator).to(dtype) for _ in range(count)]
     for x in maps:
@@ -122,7 +122,7 @@ def test_a_mean_is_the_sum_divided_by_the_count(device: torch.device, dtype: tor
 def test_channels_gradients_keep_their_digits(device: torch.device, dtype: torch.dtype, layout: str) -> None:
     """A few products of 16-bit maps are added in fp32, where they are exact.
 
-    What is left over counts too.
+    The remaining products count too.
     """
     generator = torch.Generator().manual_seed(0)
     for positions in ((3, 5), (16, 16), (40, 33)):

@@ -1,4 +1,4 @@
-"""Every public operator through the CUDA backend: against the reference, and what a GPU alone can show.
+"""Tests of every public operator through the CUDA backend: against the reference, and on a GPU alone.
 
 Memory errors and races that no comparison shows:
 ``compute-sanitizer --tool memcheck python -m pytest -m gpu python_tests/ops/cuda``, likewise with ``--tool racecheck``,
@@ -48,7 +48,7 @@ def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator)
 @pytest.mark.gpu
 @each_gpu_operator
 def test_operator_runs_on_the_current_stream(gpu: torch.device, operator: Operator) -> None:
-    """The inputs arrive late on that stream: who works on another one meets zeros."""
+    """The inputs arrive late on that stream: a kernel on another stream would read zeros."""
     late = [x.to(gpu) for x in operator.inputs(large=True)]
     for gradient in gradients(operator):
         expected = run(operator, late, gradient)
@@ -76,7 +76,7 @@ HUGE = 2**31 + 8
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_more_elements_than_32_bits_count(gpu: torch.device) -> None:
-    """Constant inputs of stride 0 where they may be, bf16 elsewhere: some 20 GB."""
+    """Inputs are constant with stride 0 where possible, else bf16: some 20 GB."""
     value = torch.tensor([1.5], dtype=torch.bfloat16, device=gpu)
     wide = value.expand(HUGE)
     mean = ops.weighted_mean([wide, 2 * value.expand(1).expand(HUGE)], [1.0, 1.0])

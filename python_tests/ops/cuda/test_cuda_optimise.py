@@ -1,4 +1,4 @@
-"""sgd_step and adamw_step on CUDA against the reference."""
+"""Tests of sgd_step and adamw_step on CUDA against the reference."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from fedkern.ops._core import backend
 
 
 def step(shape: tuple[int, ...], device: torch.device, adamw: bool, terms: bool) -> list[Tensor]:
-    """Return what a step writes to, and its results."""
+    """Return the tensors that a step writes to, and its results."""
     draw = torch.Generator().manual_seed(0)
     theta, g, moment, second, anchor, total = (torch.randn(shape, generator=draw).to(device) for _ in range(6))
     settings: dict[str, Any] = {"lr": 0.1}
@@ -51,9 +51,9 @@ def test_both_ways_to_the_kernel(device, monkeypatch, shape, adamw, terms):
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("size", [1000, 1030])
 def test_rows_of_one_block_tell_what_is_not_finite(device: torch.device, size: int, max_norm: float | None) -> None:
-    """One block leaves a row's results itself.
+    """A single block writes a row's results itself.
 
-    More leave them to another kernel.
+    Several blocks leave them to another kernel.
     """
     theta, g = torch.zeros(3, size, device=device), torch.full((3, size), 2.0, device=device)
     g[1, -1], theta[2, 0] = torch.inf, torch.nan

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for sm_90, without a GPU, and reports what ptxas says about each.
+"""Compiler of the Triton kernels for sm_90, without a GPU, that reports ptxas' words about each.
 
 ``python python_tests/ops/triton/compile_sm90.py [--full]`` calls the Triton launchers of ``fedkern/ops`` as
 :mod:`sm90_cases` lists, with a driver that names a target but has no device: Triton specialises and compiles every
@@ -30,7 +30,7 @@ PROCESSORS = 132
 
 
 class Driver:
-    """A device that can be compiled for."""
+    """Driver of a device that can be compiled for."""
 
     def get_current_device(self) -> int:
         return 0
@@ -43,7 +43,7 @@ class Driver:
 
 
 class Recorder:
-    """Takes the place of ``launch``: compiles what would be launched, each specialisation once."""
+    """Stand-in for ``launch``: compiles each launch, each specialisation once."""
 
     def __init__(self, registers: int | None) -> None:
         self.case = ""
@@ -68,7 +68,7 @@ class Recorder:
 
 
 def spills(log: str) -> dict[str, int]:
-    """Register and bytes spilled, from what ``ptxas -v`` printed."""
+    """Return registers and spilled bytes, from the output of ``ptxas -v``."""
     bytes_ = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.findall(r"Used (\d+) registers", log)
     if not bytes_ or not registers:

@@ -1,4 +1,4 @@
-"""Launches that stand for every kernel, element type and size class, as the launchers make them on a GPU."""
+"""Launches of every kernel, element type and size class, as the launchers make them on a GPU."""
 
 # Each case is called before the generator goes on, so what a function finds in a loop's variable is its own.
 # ruff: noqa: B023
@@ -36,7 +36,7 @@ def modules() -> list[ModuleType]:
 
 @contextlib.contextmanager
 def recorded(launch: Callable[..., None], processors: int) -> Iterator[None]:
-    """Hands every launch to ``launch``, which sees a device of so many ``processors``."""
+    """Hand every launch to ``launch``, which sees a device of so many ``processors``."""
     before = []
     replaced = {"launch": launch, "processors": lambda device: processors}
     try:
@@ -52,11 +52,11 @@ def recorded(launch: Callable[..., None], processors: int) -> Iterator[None]:
 
 
 def cases(full: bool) -> Iterator[Case]:
-    """Yield a name (its first word the family) and what to call.
+    """Yield a name (its first word the family) and its call.
 
     ``full``: each dtype in each size class, and odd sizes.
 
-    Otherwise some of them, spread over all, that compile in less than a minute.
+    Otherwise a spread of cases that compiles in less than a minute.
     """
     families = (
         blend_cases, contrast_cases, distill_cases, ensemble_cases, fuse_cases, size_one, places_cases,
@@ -66,7 +66,7 @@ def cases(full: bool) -> Iterator[Case]:
 
 
 def pick(full: bool, number: int) -> tuple[torch.dtype, ...]:
-    """Return the dtypes of a size class: all, or one, another each time."""
+    """Return the dtypes of a size class: all, or another one each time."""
     return DTYPES if full else (DTYPES[number % 4],)
 
 
@@ -212,7 +212,7 @@ def fuse_cases(full: bool) -> Iterator[Case]:
 
 
 def size_one(full: bool) -> Iterator[Case]:
-    """Triton hands kernels an argument that is 1 as a Python number, which has no ``.to()``."""
+    """Yield launches with arguments that are 1, which Triton passes as Python numbers without ``.to()``."""
     distill, fuse = TritonDistill(), TritonFuse()
     for shape in ((1, 100_000), (1, 1), (3, 1), (1, 3, 1, 1))[: 4 if full else 1]:
         x, g = torch.empty(shape), torch.empty(())
@@ -232,7 +232,7 @@ def size_one(full: bool) -> Iterator[Case]:
 
 
 def places_cases(full: bool) -> Iterator[Case]:
-    """Return where maps lie is data: other places must not need another kernel."""
+    """Yield launches at several addresses, which are data and must not need another kernel."""
     kernel, memory = TritonFuse(), torch.empty(8, 5000)
     together, separate = list(memory.flatten()[: 8 * 4096].view(8, 4, 1024)), [x[:4096].view(4, 1024) for x in memory]
     for maps in (together, separate, together[::-1], [*separate[2:], separate[0], separate[0]]):

@@ -1,4 +1,4 @@
-"""Triton among the backends: who is chosen, and what is said where it cannot serve."""
+"""Tests of Triton among the backends: the choice, and the message where it cannot serve."""
 
 import math
 import os
@@ -81,9 +81,9 @@ def test_what_triton_has_no_kernels_for_is_the_reference_and_told() -> None:
 
 
 def test_cuda_serves_where_both_can_and_triton_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for what only a GPU can load.
+    """Stand-ins replace what only a GPU can load.
 
-    Triton, which takes a third of a second, only where it serves.
+    Triton takes a third of a second to import, and is imported only where it serves.
     """
     built, loaded = [True], []
 

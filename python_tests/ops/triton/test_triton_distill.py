@@ -1,4 +1,4 @@
-"""The distill family in Triton's interpreter where the operators' own tests do not lead: rows in parts."""
+"""Tests of the distill family in Triton's interpreter beyond the operators' own tests: rows in parts."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("_parts")
 
 @pytest.fixture
 def _parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device of many processors, and rows that are not held whole: 150 classes make three parts."""
+    """Pretend a device of many processors that holds no row whole: 150 classes make three parts."""
     monkeypatch.setattr(rows, "processors", lambda device: 64)
     monkeypatch.setattr(rows, "WHOLE", 64)
 

@@ -1,4 +1,4 @@
-"""Every public operator through the Triton backend: in the interpreter, and on a GPU what that alone can show.
+"""Tests of every public operator through the Triton backend: in the interpreter, and on a GPU.
 
 ``python -m pytest -m gpu python_tests/ops/triton`` runs the compiled kernels; ``TRITON_INTERPRET`` must not be set.
 """

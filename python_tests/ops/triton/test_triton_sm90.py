@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_90 and spills no register.
+"""Tests that every Triton kernel compiles for sm_90 without spilling a register.
 
 No GPU is needed.
 """
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(spec is None or spec.origin is None, reason="tri
 
 
 def compile_all(*arguments: str) -> list[dict[str, Any]]:
-    """Return what ``compile_sm90.py`` prints, from a process of its own: this one may run the interpreter."""
+    """Return the output of ``compile_sm90.py``, from a process of its own: this one may run the interpreter."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     command = [sys.executable, str(HERE / "compile_sm90.py"), *arguments]
