@@ -36,7 +36,7 @@ from fedkern.streams import stream
 from fedkern.tasks.user_tasks import inner
 
 PERSONAL, BUFFERS = "personal", "buffers_local"
-"""Entries of a client's stored state: its personal parts, and the buffers of its own (``--buffers local``)."""
+"""Entries of a client's stored state: its personal parts, and its own buffers (``--buffers local``)."""
 
 
 class Client(Node):
@@ -54,35 +54,29 @@ class Client(Node):
         self._own_entries: dict[str, Message] = {name: state.pop(name) for name in (PERSONAL, BUFFERS) if name in state}
         check_own_entries(context, self._own_entries, self.label)
         self.state = state
-        self.phase: Phase = BEFORE  # the exchange that the client is asked in
+        self.phase: Phase = BEFORE  # of the present exchange
         self._batches_by_phase: dict[Phase, EpochBatches] = {}
         self.marks: set[str] = set()
-        self.on_gpu: tuple[str, ...] = ()  # vectors that train leaves there (see Encoder.on_gpu)
+        self.on_gpu: tuple[str, ...] = ()  # vectors that stay there after training (see Encoder.on_gpu)
         self.drift: Drift | None = None
-        # What train leaves to do when the GPU is done; None: train waits for it.
+        # Work to do when the GPU is done; None: train waits for the GPU.
         self.later: list[Callable[[], None]] | None = None
 
     @property
     def context(self) -> RunContext:
-        """Return what all clients share: for the engine, not for methods."""
         return self._context
 
     @property
     def _data(self) -> Any:
-        """The batches of the client's training samples."""
         return self._context.samples.of_client(self.id)
 
     @property
     def stored_state(self) -> State:
-        """Return what the checkpoint keeps of the client: the method's state, and the engine's own entries."""
+        """The state in the checkpoint: the method's, and the engine's own entries."""
         return {**self.state, **self._own_entries, **({STATES: self.encoded} if self.encoded else {})}
 
     def check_state(self) -> None:
-        """Take what a file cannot hold out of the state.
-
-        Raises:
-            UserError: something was taken out; the message names the first such entry.
-        """
+        """Remove entries that a file cannot hold from the state."""
         if not isinstance(self.state, dict):
             given, self.state = self.state, {}
             raise UserError(f"client.state must stay a dict, not {format_value(given)}: give it entries instead.")
@@ -171,7 +165,7 @@ class Client(Node):
         return result
 
     def _when_device_done(self, work: Callable[[], None]) -> None:
-        """Do what needs the GPU's results, now, waiting for them, or when it has them."""
+        """Run work that needs the GPU's results: now, after waiting, or when the lane is done."""
         if self.later is None:
             wait_for_stream(self.device)
             work()
@@ -179,10 +173,10 @@ class Client(Node):
             self.later.append(work)
 
     def _load_message(self, network: Network, message: Message) -> tuple[Message | None, Tensor | None]:
-        """Write a message, and what the client keeps to itself, into the network.
+        """Write a message, and the client's personal parts and buffers, into the network.
 
         Returns:
-            The buffers of the client's own, and the parameters on the device.
+            The client's own buffers, and the parameters on the device.
         """
         buffers = None
         if self._context.config.buffers != "average":
@@ -194,9 +188,9 @@ class Client(Node):
         return buffers, flat
 
     def _collect_upload(self, network: Network, trained: Network | Part, start: Tensor | None = None) -> Message:
-        """Return what a trained network, or a part of it, leaves: vectors that travel, and what the client keeps.
+        """Return the vectors to upload, and store personal parts and buffers.
 
-        They are on their way, as is the norm of an update of the parameters ``start`` that stays on the GPU.
+        Copies to the host are still under way, as is the norm of an update of ``start`` that stays on the GPU.
         """
         policy = self._context.config.buffers
         result: Message = trained.read()
@@ -222,7 +216,6 @@ class Client(Node):
         return self._batches_by_phase[phase]
 
     def left_marks(self) -> frozenset[str]:
-        """Return the marks that the client has left in this exchange."""
         return frozenset(self.marks | {"epochs" for batches in self._batches_by_phase.values() if batches.complete})
 
     @property
@@ -276,7 +269,7 @@ class Client(Node):
         return result
 
     def _cut_schedule(self, phase: Phase, rows: np.ndarray | None = None, **how: Any) -> Schedule:
-        """Return the schedule on the samples at ``rows``, cut short where the client is slow (``--straggler-rate``)."""
+        """Return the schedule on ``rows``, shortened for a straggler (``--straggler-rate``)."""
         samples = self.samples if rows is None else len(rows)
         schedule = self._schedule(phase, samples, **how)
         share = share_of_work(self._context.config, phase.round, self.id) if phase.round >= 0 else 1.0
@@ -391,10 +384,7 @@ class Client(Node):
         self, phase: Phase, samples: int, *, steps: int | None = None, epochs: int | None = None,
         first: int | None = None,
     ) -> Schedule:  # fmt: skip
-        """Return the schedule of ``epochs`` or of ``steps``, which begin as many epochs as they need.
-
-        Default the run's.
-        """
+        """Return a schedule of ``epochs``, or of as many as ``steps`` begin, by default the run's."""
         config, round = self._context.config, max(phase.round, 0)
         limit = config.local_steps if steps is None and epochs is None else steps
         if epochs is None:
@@ -402,10 +392,10 @@ class Client(Node):
             if limit is not None:
                 epochs = math.ceil(limit / len(batch_slices(samples, config.batch_size)))
         make = self._context.script.optimizer
-        # A user's optimiser has rates of its own, which the run's schedule multiplies.
+        # The run's schedule multiplies the rates of a user's optimiser.
         lr, drops = (config.lr if make is None else 1.0) * config.lr_decay**round, config.lr_epochs
         if limit is not None:
-            # A number of steps is another number of epochs at every client.  The rate drops by the run's rounds (or
+            # A number of steps is a different number of epochs at every client. The rate drops by rounds (or
             # rounds x local epochs) instead, so that it drops in the same round at every client.
             begun = round if config.local_steps is not None else round * config.local_epochs
             lr, drops = lr * config.lr_step_factor ** sum(drop <= begun for drop in drops), ()
@@ -451,7 +441,7 @@ class Client(Node):
 
 
 def check_own_entries(context: RunContext, entries: Mapping[str, object], client: object) -> None:
-    """Raise UserError where stored personal parts or buffers of a ``client`` are not those of the run's network."""
+    """Raise UserError if a client's stored personal parts or buffers do not fit the run's network."""
     for name, attribute in ((PERSONAL, "initial_personal"), (BUFFERS, "initial_buffers")):
         if name in entries and not _fits(entries[name], getattr(context.networks, attribute)):
             raise UserError(
@@ -469,7 +459,6 @@ def _fits(value: object, expected: Message) -> bool:
 
 
 def check_client(method: Any, client: Client) -> None:
-    """Raise UserError if a client's data lack what the method needs."""
     method.check(client)
     if method.masked and not client.objects_known:
         raise UserError(

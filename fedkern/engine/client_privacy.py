@@ -1,7 +1,7 @@
-"""Client-level differential privacy of a run (`fedkern.privacy.client_level`): who takes part, what epsilon is.
+"""Client-level differential privacy of a run (`fedkern.privacy.client_level`): mechanism, epsilon and checks.
 
-The server of a method sees no single upload.  In every round it gets one upload, the mean of the clients' clipped
-changes with noise on it (`fedkern.engine.uploads.private_mean`), so that whatever it does with it costs no more.
+The server of a method sees no single upload. Every round has one upload, the noised mean of the clients' clipped
+changes (`fedkern.engine.uploads.private_mean`), so whatever the server computes from it costs no more.
 """
 
 from __future__ import annotations
@@ -26,20 +26,10 @@ from fedkern.settings.config import RunConfig
 class ClientPrivacy:
     """Client-level differential privacy of one run.
 
-    Args:
-        config: the settings, with ``dp_clip`` and ``dp_noise``.
-        method: the method.
-        server: the server, as the method's ``start`` has left it.
-        context: the run's data.
-        participation: says who takes part in a round.
-
     Attributes:
         level: the mechanism.
-        amplified: whether the clients of a round are drawn in secret and keep no state; epsilon then counts the draw.
-        secret: 32 hexadecimal digits from which noise and draws follow; empty: they follow from the run's seed.
-
-    Raises:
-        UserError: the mechanism does not fit the method or the data, or dp-accounting is not installed.
+        amplified: whether epsilon uses amplification by sampling: clients are drawn in secret and keep no state.
+        secret: 32 hexadecimal digits that seed noise and draws; empty: the run's seed does.
     """
 
     def __init__(
@@ -60,11 +50,11 @@ class ClientPrivacy:
         plan = list(method.rounds(server.federation))
         are_drawn = config.sampled_clients < config.trained_clients
         sampled = are_drawn and all(entry.participants == "sampled" for entry in plan)
-        # Records of clients tell who took part, and so do numbers of uploads where the seed says who drops out.
+        # Records of clients reveal participants, and so do numbers of uploads if the seed decides who drops out.
         hidden = config.records == "private" and not config.dropout_rate and config.stragglers != "drop"
         stateless = method.stateless and config.buffers != "local" and config.optimizer_state != "keep"
         self.amplified = bool(self.level.noise) and sampled and hidden and stateless
-        # Number of rounds, by rounds done, for which the client was asked that was asked most often.
+        # The most rounds of any one client, by rounds done.
         self._most = list(range(len(plan) + 1))
         if not self.amplified and are_drawn:
             requests: Counter[int] = Counter()
@@ -74,7 +64,7 @@ class ClientPrivacy:
         self.planned = self.epsilon(len(plan)) if self.level.noise else math.inf
 
     def keep(self, secret: str) -> None:
-        """Has the noise, and the draw of clients where epsilon counts it, follow from a secret."""
+        """Seed the noise, and a draw of clients that epsilon counts, from a secret."""
         self.secret = secret
         if self.amplified:
             self._participation.secret = secret
@@ -82,17 +72,12 @@ class ClientPrivacy:
     # -- epsilon ---------------------------------------------------------------------------------------------------
 
     def epsilon(self, rounds: int) -> float:
-        """Epsilon of the first ``rounds`` rounds."""
         if self.amplified:
             config = self._config
             return self.level.epsilon(rounds, drawn=config.sampled_clients, of=config.trained_clients)
         return self.level.epsilon(self._most[rounds])
 
     def guarantee(self) -> ClientGuarantee | None:
-        """Return the run's guarantee.
-
-        None without noise.
-        """
         if not self.level.noise:
             return None
         conditions = ["the server, which gets every client's update as it is, is trusted and keeps checkpoints/"]
@@ -112,22 +97,11 @@ class ClientPrivacy:
         return guarantee
 
     def figures_after(self, rounds: int) -> dict[str, float]:
-        """Return the figure of the first ``rounds`` rounds by its name, for a record.
-
-        Empty without noise.
-        """
         guarantee = self.guarantee()
         return {} if guarantee is None else {guarantee.figure: self.epsilon(rounds)}
 
     def report(self, rounds: int) -> State:
-        """Return the ``privacy`` entry of summary.json after ``rounds`` rounds.
-
-        Empty without noise.
-
-        Its entries are ``epsilon`` (or ``epsilon_covered``), ``delta``, ``unit``, ``rounds``, ``covers`` and
-        ``leaves_uncovered`` as for every guarantee, ``clip`` and ``noise``, ``drawn`` and ``of`` where epsilon counts
-        the draw of so many clients, and ``statement``.
-        """
+        """Return the ``privacy`` entry of summary.json, empty without noise."""
         guarantee = self.guarantee()
         if guarantee is None:
             return {}
@@ -140,11 +114,7 @@ class ClientPrivacy:
 
 
 def check(config: RunConfig, method: Method, server: Server, context: RunContext) -> None:
-    """Check that the server of a method only adds vectors up, once a round, which noise on their sum covers.
-
-    Raises:
-        UserError: it does more with uploads, or other things travel.
-    """
+    """Check that the server of a method only adds vectors up, once a round, which noise on their sum covers."""
     name = config.method
     if method.guarantee(server) is not None:
         raise UserError(f"--dp-clip is not for {name}, which has differential privacy of its own: leave it out.")
@@ -173,7 +143,7 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
                     f'--dp-clip is not for {name} with these options, whose clients upload "{key}", which the server '
                     "does not only add up: leave it out, or choose other options."
                 )
-    if config.buffers == "pool":  # after what no setting mends: FedDRA has it by default
+    if config.buffers == "pool":  # last, because a setting mends it: FedDRA has pool by default
         raise UserError(
             "--buffers pool has clients upload sums over their samples, which --dp-clip does not bound: take --buffers "
             "average, local or drop."
@@ -186,10 +156,7 @@ def check(config: RunConfig, method: Method, server: Server, context: RunContext
 
 
 def size_of(due: object) -> int:
-    """Return the number of elements of a declared vector ``[P]``.
-
-    -1 for anything else.
-    """
+    """Return the length of a declared vector ``[P]``, or -1 for anything else."""
     declared = like(due) if isinstance(due, Tensor) else due
     shape = declared.shape if isinstance(declared, Values) else ()
     return shape[0] if len(shape) == 1 and isinstance(shape[0], int) else -1

@@ -1,4 +1,4 @@
-"""Views of all clients at once, which only a simulation has: states, networks and teachers."""
+"""Views of all clients at once, which only a simulation has."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from fedkern.methods.base import Method
 
 
 class AllClients(Mapping[int, Client]):
-    """All clients of a run, with their states from disk.
-
-    A state is read on first access.
-    """
+    """All clients of a run, with states read from disk on first access."""
 
     def __init__(self, context: RunContext, checkpoints: Checkpoints) -> None:
         self._context, self._checkpoints = context, checkpoints
@@ -36,13 +33,9 @@ class AllClients(Mapping[int, Client]):
 
 
 def check_teachers(method: Method, context: RunContext) -> None:
-    """Load every client's network of ``--teachers`` once, one after another, and keep none of them.
+    """Load every client's network of ``--teachers`` once, keeping none, before anything is written.
 
-    Called before anything is written.  A mistake in ``--teachers`` found in the middle of a run would leave a run
-    folder that can be resumed only with the same mistake.
-
-    Raises:
-        UserError: a network is missing, damaged, not finite or of another architecture.
+    A mistake found later would leave a run folder that can be resumed only with the same mistake.
     """
     networks: dict[tuple[Any, ...], Any] = {}
     for k in range(context.federation.clients if context.teachers is not None else 0):
@@ -54,7 +47,7 @@ def check_teachers(method: Method, context: RunContext) -> None:
 
 
 def compare_teachers(context: RunContext, fingerprint: int) -> None:
-    """Warns where ``--teachers`` is a run on data with another ``fingerprint`` than this run's."""
+    """Warn if the run of ``--teachers`` had data with another ``fingerprint``."""
     warning = None if context.teachers is None else context.teachers.other_data(context.config.to_dict(), fingerprint)
     if warning is not None:
         context.notices.warn("teachers-of-other-data", warning)

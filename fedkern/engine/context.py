@@ -1,4 +1,4 @@
-"""RunContext: what all clients and the server of a run share."""
+"""Run context that all clients and the server of a run share."""
 
 from __future__ import annotations
 
@@ -30,20 +30,14 @@ from fedkern.usercode.code_identity import identity_table
 
 
 class RunContext:
-    """What all clients and the server of a run share: settings, samples, networks and notices.
+    """Settings, samples, networks and notices that all clients and the server of a run share.
 
-    Pickled are the settings, the data and the disclosure.  Another process makes a context of its own from them, with
-    its own networks, and sets ``notices.on_notice``.
+    Only settings, data and disclosure are pickled. Another process makes its own networks from them, and sets
+    ``notices.on_notice``.
 
     Attributes:
-        config, data: of the run.
-        samples: the data in batches.
-        networks: how networks are made, and those of this process.
-        notices: warnings, and what may be told.
-        federation: sizes of the run.
-        script: the objects that a script gives; in another process without its network.
-        code: identities of the code that a script gives, by group.
-        teachers: the networks of ``--teachers``.
+        script: objects from a user's script; in another process without their network.
+        code: identities of the user's code, by group.
         uploaded: every client's raw data, for a pooled method.
     """
 
@@ -57,9 +51,9 @@ class RunContext:
         code: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
     ) -> None:
         self.config, self.script, self.code, self._described = config, script, code, described
-        self.device = torch.device(torch.device(config.device).type)  # its number is the current one (current_gpu)
+        self.device = torch.device(torch.device(config.device).type)  # the current GPU's number applies (current_gpu)
         self._take(data)
-        # Server warnings are open at first: before anything is received they follow from the settings alone.
+        # Server warnings are open at first: before any upload they follow from the settings alone.
         self.notices = Notices(Disclosure(clients=config.records != "private"), on_notice)
         self.teachers = None if config.teachers is None else ClientTeachers(config.teachers)
         self.uploaded: list[Message] = []
@@ -69,7 +63,7 @@ class RunContext:
         self.data = data
         self.networks = Networks(config, data, self.device, lambda: self.task_facts)
         self.samples = Samples(config, data, self.device, self.networks)
-        # The Outline of a finished run has no splits, only the sizes that were declared during the run.
+        # The Outline of a finished run has no splits, only the sizes declared during the run.
         sizes = tuple(map(self._declare_size, splits)) if splits else data.client_sizes
         self.federation = Federation(
             rounds=config.rounds, samples=sizes, classes=len(data.classes), local_epochs=config.local_epochs,
@@ -80,32 +74,28 @@ class RunContext:
         return _copy_of, (self.config, self.data, self.task_facts, self.script, self.notices.disclosure)
 
     def _declare_size(self, split: Any) -> int:
-        """Return the number of samples of a client, as everybody may know it.
+        """Return the public number of samples of a client.
 
-        With patients as the unit of privacy, the number of a patient's images is as private as the images.  Only the
-        number of patients and the largest number of images of a patient are public.
+        With patients as the unit of privacy, only the number of patients and the largest number of images of a patient
+        are public.
         """
         unit = self.config.unit
         return len(split) if unit.name == "image" else unit.images * len(np.unique(split.patients))
 
     def name_entry(self, client: int) -> dict[str, str]:
-        """Return a training client's name as an entry of a record.
-
-        Empty where clients have none.
-        """
+        """Return a training client's name as a record's entry, empty if clients have no names."""
         names = self.data.client_names
         return {} if names is None or self.data.client_label(client) == str(client) else {"name": names[client]}
 
     def pool(self) -> None:
-        """Put the data of all clients together, for a method that is not federated."""
         self.uploaded = [split.raw() for split in self.data.clients]
         self._take(self.data.pooled())
 
     def drawing(self, node: Client | Server, phase: Phase) -> AbstractContextManager[None]:
-        """Context of a client's or the server's work in an exchange.
+        """Seed global generators for a node's work in an exchange.
 
-        A user's network, loss, loop or method may draw from global generators (dropout).  They begin anew at a word of
-        the node's own stream, so that the bits depend neither on the number of workers nor on an interruption.
+        User code may draw from them (dropout). With a word of the node's own stream, bits depend neither on the number
+        of workers nor on interruptions.
         """
         built_in = self.config.kind.__module__.startswith("fedkern.") and not isinstance(self.data.validation, Items)
         if built_in and not self.script.functions and not self.networks.added_models:
@@ -114,18 +104,15 @@ class RunContext:
 
     @cached_property
     def task_facts(self) -> Description:
-        """What the task needs to build the network beside the settings, such as a vocabulary of the clients' texts."""
+        """Facts from which the task builds the network beside the settings, such as the clients' vocabulary."""
         return self.data.task.described(self) if self._described is None else self._described
 
     def words(self) -> tuple[list[Message], Message] | None:
-        """Every client's message and the server's that make a vocabulary which all share.
-
-        None without one.
-        """
+        """Return the clients' messages and the server's that make a shared vocabulary, or None."""
         return self.data.task.vocabulary_messages(self)
 
     def user_objects(self) -> dict[str, str]:
-        """Return an identity table of the user's functions and objects that clients work with, without large values."""
+        """Return identities of the user's functions and objects that clients work with, without large values."""
         task, split = self.data.task, next(iter(self.data.clients), None)
         things = {
             "task": None if type(task).__module__.startswith("fedkern.") else task,
@@ -137,12 +124,7 @@ class RunContext:
         return identity_table(given, limit=1 << 14, here=True)
 
     def tell_attributes(self, client: Client, objects: dict[str, str]) -> None:
-        """Warn, in a client's name, of Python state that has changed since this process began.
-
-        Args:
-            client: the client.
-            objects: what :meth:`user_objects` returned when the process began.
-        """
+        """Warn, in a client's name, of Python state that has changed since this process began."""
         local, current = self.networks.slots.get(("local", 0)), self.user_objects()
         before, held = ({}, {}) if local is None else (local.attributes, attributes(local.module))
         names = [name for name in held if held[name] != before.get(name)]

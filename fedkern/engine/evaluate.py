@@ -32,16 +32,12 @@ CPU_BATCH = 64
 
 
 def sets_by_prefix(data: FederatedData) -> dict[str, Split]:
-    """Return the test sets and the validation set, where there is one, by metric prefix."""
     splits = {f"{name}_" if name else "": split for name, split in data.tests.items()}
     return splits | ({"validation_": data.validation} if len(data.validation) else {})
 
 
 def compared_alike(sets: dict[int, Reader]) -> dict[int, Reader]:
-    """Return the sets, with contrastive losses over batches of one size.
-
-    Clients can then be compared.
-    """
+    """Give contrastive losses of all sets one batch size, so that clients can be compared."""
     smallest = min(map(len, sets.values()), default=LOSS_BATCH)
     for data in sets.values():
         data.loss_batch = min(LOSS_BATCH, smallest)
@@ -49,29 +45,20 @@ def compared_alike(sets: dict[int, Reader]) -> dict[int, Reader]:
 
 
 def batch_size(device: torch.device, statistics: bool) -> int:
-    """Images per evaluation batch.
-
-    Args:
-        device: of the network.
-        statistics: whether batch norm has running statistics.
-    """
-    # Activations of a small batch stay in a CPU's cache: batches of 500 take up to a quarter longer, and half as long
-    # again the first time.  Without running statistics the figures depend on the batch size, which then stays.
+    # Activations of a small batch stay in a CPU's cache: batches of 500 take up to a quarter longer, and 1.5 times as
+    # long the first time. Without running statistics the batch size changes the figures, so it stays.
     return CPU_BATCH if device.type == "cpu" and statistics else BATCH
 
 
 @contextmanager
 def evaluating(config: RunConfig, run_network: bool) -> Iterator[int]:
-    """Set the threads of an evaluation.
-
-    Yields how many sets or batches are evaluated side by side.
+    """Set the threads of an evaluation, and yield how many sets or batches run side by side.
 
     A run and the command ``evaluate`` both call it: the number of threads changes bits.
 
     Args:
-        config: the run's settings.
-        run_network: whether the network is the run's own, not a module of the method.  Such a module may be
-            traced at its first call, and torch.fx patches every module's call while it traces.
+        run_network: whether the network is the run's own. A module of the method may be traced at its first call, and
+            torch.fx then patches every module's call, so it is evaluated alone.
     """
     count = config.threads // config.client_threads if run_network and config.device == "cpu" else 1
     with cpu_threads(config.client_threads if count > 1 else config.threads):
@@ -92,18 +79,11 @@ def evaluate_clients(
     """Return the method's figures on every client's own test set, by client.
 
     Args:
-        method: gives the figures.
         network: in eval mode.
-        sets: every client's own test set.
-        at_once: number of sets that are evaluated side by side, in threads.
-        names: the clients' names, for messages.
-        code: names the method's part, and the client of the given label, in an exception.
-        client: a client with its state, asked for where the method may look at it.
-        seed: the run's.
+        at_once: number of sets evaluated side by side, in threads.
+        code: names the method's part, and the labelled client, in an exception.
+        client: gives a client with its state, if the method may look at it.
         keep: whether the sets keep the networks' answers (``Reader.kept``).
-
-    Raises:
-        UserError: a set is a single image, which the network cannot normalise.
     """
     looks, buffers = type(method).evaluate_own is not Method.evaluate_own, Buffers(network)
 
@@ -125,10 +105,10 @@ def evaluate_clients(
 def _without_chance(
     evaluate_all: Callable[[int], dict[Key, Value]], buffers: Buffers, sets: Collection[Reader], at_once: int
 ) -> dict[Key, Value]:
-    """Return what ``evaluate_all`` returns with ``at_once`` sets or batches side by side.
+    """Return the results of ``evaluate_all`` with ``at_once`` sets or batches side by side.
 
-    Where it draws from global generators, or changes buffers of the network while others read them, the sets are
-    evaluated once more, one after another, from their own words.
+    If an evaluation draws from global generators, or changes buffers while others read them, all sets are evaluated
+    again, one after another, from their own seeds.
     """
     if not any(data.draws for data in sets):
         with preserve_generators(next((data.device for data in sets), None)) as have_moved:
@@ -141,11 +121,7 @@ def _without_chance(
 
 
 class Buffers:
-    """A network's buffers as they are before an evaluation, which may change them.
-
-    Attributes:
-        changed: whether a set has changed them.
-    """
+    """A network's buffers before an evaluation, which may change them."""
 
     def __init__(self, network: nn.Module) -> None:
         buffers = [(layer, key, x) for layer in network.modules() for key, x in layer._buffers.items() if x is not None]
@@ -155,7 +131,6 @@ class Buffers:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Give the buffers that have changed their values from before."""
         for place, (layer, key, buffer, value) in enumerate(self._values):
             if layer._buffers.get(key) is not buffer or buffer._version != self._versions[place]:
                 layer._buffers[key], self.changed = buffer.copy_(value), True
@@ -172,18 +147,10 @@ def evaluate(
     seed: int,
     keep: bool = False,
 ) -> dict[str, float]:
-    """Return the method's figures on every set, by prefixed name.
+    """Return the method's figures on every set, by prefixed name (``id_accuracy``, ``validation_loss``, ...).
 
-    Names are ``id_accuracy``, ``ood_loss``, ``validation_accuracy`` ...
-
-    With ``keep``, the sets keep the networks' answers (``Reader.kept``).  ``code`` names the method's part in an
-    exception.  What an evaluation draws follows from the run's ``seed`` and the set.
-
-    ``at_once`` batches are evaluated side by side, in threads.  Where sets have few batches, the task takes one after
-    the other, or the method has its own ``evaluate``, whole sets are evaluated side by side.
-
-    Raises:
-        UserError: a set is a single image, which the network cannot normalise.
+    ``at_once`` batches are evaluated side by side, in threads. Whole sets are instead, if they have few batches, the
+    task needs its batches in order, or the method has its own ``evaluate``.
     """
 
     def figures(prefix: str) -> dict[str, float]:
@@ -207,7 +174,7 @@ def evaluate(
                 finally:
                     for data in sets.values():
                         data.pool = None
-        # The largest set first, so that no thread is left with it at the end.
+        # The largest set first, so that no thread starts it last.
         order = sorted(sets, key=lambda prefix: -len(sets[prefix]))
         return dict(zip(order, _side_by_side(figures, order, at_once), strict=True))
 
@@ -216,11 +183,9 @@ def evaluate(
 
 
 def _side_by_side(task: Callable[[Key], Value], keys: Sequence[Key], at_once: int) -> list[Value]:
-    """Return the results of ``task`` for all keys, in order.
+    """Return the results of ``task`` for all keys, in order, ``at_once`` at a time in threads.
 
-    ``at_once`` keys run side by side, in threads.
-
-    Each thread computes on as many CPU threads as the caller, so that the figures do not depend on ``at_once``.
+    Threads compute on as many CPU threads as the caller, so figures do not depend on ``at_once``.
     """
     if min(at_once, len(keys)) < 2:
         return [task(key) for key in keys]
@@ -231,13 +196,12 @@ def _side_by_side(task: Callable[[Key], Value], keys: Sequence[Key], at_once: in
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
-    """Return a pool of ``count`` threads, each of which computes on as many CPU threads as the caller."""
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 
 @contextmanager
 def _name_set(subject: str, data: Reader) -> Iterator[None]:
-    """Turn errors about a single image and about no known target into a UserError that names the set."""
+    """Name the set in errors about a single image or about no known target."""
     try:
         yield
     except ValueError as error:

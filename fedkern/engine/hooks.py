@@ -1,4 +1,4 @@
-"""The server's half of a method as the engine calls it: in its own random streams, and named where it raises."""
+"""Calls of the server's half of a method, in its random streams, with the method named in errors."""
 
 from __future__ import annotations
 
@@ -20,16 +20,10 @@ from fedkern.methods.uploads import all_finite, infinite_as_sent
 
 
 class MethodCode:
-    """Names method and round where a function of the method raises (see :func:`fedkern.errors.locate_errors`).
+    """Context that names method and round when the method's code raises (see :func:`fedkern.errors.locate_errors`).
 
-    An error that comes out of the uploads is that of the engine and of clients.  A UserError of fedkern's own methods
-    before the first round is about settings, and stands alone.
-
-    Args:
-        kind: the method's class.
-        name: the method's name.
-        progress: of the run.
-        what: what is of the class: the method, or a part or filter of a user.
+    Errors out of the uploads are the engine's and clients'. A built-in method's UserError before the first round is
+    about settings, and passes unchanged.
     """
 
     def __init__(self, kind: type, name: str, progress: Progress, role: str = "method") -> None:
@@ -57,36 +51,25 @@ class MethodCode:
 
 
 class Hooks:
-    """What the engine asks of a method's server, or of the pooling of statistics, in an exchange.
-
-    Args:
-        asker: name of the object in the executors' tables, ``"method"`` or ``"pooling"``.
-        handler: the object.
-        server: the server.
-        context: of the run.
-        code: names the method in an exception.
-    """
+    """Calls of a method's server, or of the pooling of statistics, in an exchange."""
 
     def __init__(self, asker: str, handler: Any, server: Server, context: RunContext, code: MethodCode) -> None:
         self.asker, self._asked, self._server, self._context, self._code = asker, handler, server, context, code
 
     @property
     def own(self) -> bool:
-        """Return whether the exchange is one of the method."""
         return self.asker == "method"
 
     def send(self, phase: Phase) -> object:
-        """Return what the server sends (see :meth:`messages`)."""
         with self._context.drawing(self._server, phase), self._code("send"):
             return self._asked.send(self._server, phase)
 
     def messages(self, outgoing: object, clients: Iterable[ClientId]) -> dict[ClientId, Message]:
-        """Return the clients' messages out of what :meth:`send` returned (see :func:`messages_for`)."""
         per_client = messages_for(outgoing, clients, getattr(self._asked, "may_skip_clients", False))
         messages = {k: message for k, message in per_client.items() if message is not None}
         if type(self._asked).__module__.startswith("fedkern."):
             return messages
-        # A user's server may write into the tensors of its state while other clients have yet to work.
+        # A user's server may write into its tensors while clients still have to work.
         copies: dict[int, Any] = {}
         for leaf in leaves(messages):
             if isinstance(leaf, Tensor) and id(leaf) not in copies:
@@ -95,16 +78,15 @@ class Hooks:
             return copy.deepcopy(messages, copies)
 
     def declare_upload(self, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        """Return the declaration of a client's upload."""
         with self._code("expects"):
             return self._asked.expects(self._server, phase, client, message)
 
     @property
     def on_gpu(self) -> tuple[str, ...]:
-        """Return the vectors of an upload that may stay on the GPU, as the server only adds them up.
+        """Vectors that may stay on the GPU, as the server only adds them up.
 
-        There are none where a ``client_update`` is user-defined, as it may compute with what ``train`` returned on the
-        CPU, and none of the pooling's.
+        None for a user-defined ``client_update``, which may compute on the CPU with what ``train`` returned, or for the
+        pooling.
         """
         update = getattr(self._asked, "client_update", None)
         # Not __module__, which functools.wraps copies.
@@ -114,10 +96,7 @@ class Hooks:
     def cohort_update(
         self, clients: Mapping[ClientId, Client], phase: Phase, sent: Mapping[ClientId, Message]
     ) -> dict[ClientId, Message] | None:
-        """Return the uploads of a cohort that works together.
-
-        None where its clients work on their own.
-        """
+        """Return the uploads of a cohort that works together, or None if its clients work on their own."""
         if not self.own:
             return None
         with self._context.drawing(self._server, phase), self._code("cohort_update"):
@@ -125,7 +104,6 @@ class Hooks:
             return None if uploads is None else dict(uploads)
 
     def server_update(self, phase: Phase, uploads: Iterator[Upload]) -> None:
-        """Hands the server all uploads of an exchange."""
         passing = self._code.passing(uploads)
         with self._context.drawing(self._server, phase), self._code("server_update"):
             self._asked.server_update(self._server, phase, passing)
@@ -133,22 +111,15 @@ class Hooks:
             pass
 
     def check_model(self) -> None:
-        """Check that the server's state and the vectors of its network are finite (see :func:`check_finite`)."""
         with self._code("vectors"):
             vectors = self._asked.vectors(self._server)
         check_finite({**self._server.state, **vectors}, self._code.progress.when(), self._context)
 
     def network(self) -> nn.Module | None:
-        """Return the network that the method evaluates and saves, in eval mode.
-
-        None while there is none.
-
-        Raises:
-            RunFailed: it is not finite.
-        """
+        """Return the network that the method evaluates and saves, in eval mode, or None if there is none yet."""
         with self._code("model"):
             network: nn.Module | None = self._asked.model(self._server)
-        # A flat one has been checked by :meth:`check_model`.
+        # :meth:`check_model` has checked a flat network.
         if network is not None and not self._context.networks.is_flat(network):
             network.eval()
             check_finite(network.state_dict(), f"in round {self._code.progress.done}", self._context)
@@ -156,18 +127,13 @@ class Hooks:
 
 
 def messages_for(outgoing: Any, clients: Iterable[int], may_skip_clients: bool = False) -> dict[int, Message | None]:
-    """Return the clients' messages out of what ``send`` returned: one message for all clients, or a dict by client id.
+    """Return the clients' messages out of ``send``: one message for all clients, or a dict by client id.
 
     Args:
-        outgoing: what ``send`` returned.
-        clients: ids of the clients.
-        may_skip_clients: whether ``send`` may leave clients out, or return None for all clients.  The message of such a
-            client is None.
-
-    Raises:
-        ValueError: a client has no message, and the method is not ``may_skip_clients``.
+        may_skip_clients: whether ``send`` may leave clients out, or return None for all. The message of such a client
+            is None.
     """
-    # Looked at once for all clients: a message for every client of a large federation is a long dict.
+    # Checked once for all clients: a message for every client of a large federation is a long dict.
     if not outgoing or not all(isinstance(key, int) for key in outgoing):
         return dict.fromkeys(clients, outgoing)
     messages: dict[int, Message | None] = {}
@@ -179,21 +145,11 @@ def messages_for(outgoing: Any, clients: Iterable[int], may_skip_clients: bool =
 
 
 def message_for(outgoing: Any, client: int, may_skip_clients: bool = False) -> Message | None:
-    """One client's message out of what ``send`` returned (see :func:`messages_for`)."""
     return messages_for(outgoing, [client], may_skip_clients)[client]
 
 
 def check_finite(tensors: Mapping[str, object], when: str, context: RunContext) -> None:
-    """Check a model.
-
-    Args:
-        tensors: its tensors by name; other values pass.
-        when: the round, for the message.
-        context: has the initial buffers, whose infinities may stay.
-
-    Raises:
-        RunFailed: a tensor is not finite.
-    """
+    """Check that a model's tensors are finite, except buffers infinite from the start."""
     for name, value in tensors.items():
         if isinstance(value, Tensor) and not all_finite(value):
             if name == "buffers" and infinite_as_sent(value, context.networks.initial_buffers[name]):

@@ -1,7 +1,7 @@
-"""Marks of what a method has used of a run, by which settings without effect are found.
+"""Marks of the features that a method has used of a run, to find settings without effect.
 
-A setting acts in one place: in the server's average, in an optimiser's step, in the batches, in the learning rate.  Who
-gets there leaves the mark of the place.  A client's marks travel with its answer.
+Code that reaches the place in which a setting acts, such as the server's average, leaves its mark. A client's marks
+travel with its answer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fedkern.settings.config import RunConfig
 
 TRAINED = frozenset({"step", "clip", "batches", "augmented", "epochs", "lr"})
-"""Marks of a training by the run's own loop."""
+"""Marks of training in the run's own loop."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Place:
 
     Attributes:
         settings: their names.
-        lacks: what a method lacks that never gets there, as the end of a sentence about the method.
-        way: what to do, in the imperative.
+        lacks: the end of a sentence about a method that never gets there.
+        way: advice, in the imperative.
     """
 
     settings: tuple[str, ...]
@@ -51,7 +51,7 @@ PLACES = {
 
 
 def find_unused(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
-    """Yield a sentence for each of the settings ``names`` that says something and whose mark is missing."""
+    """Yield a sentence for each given setting of ``names`` whose mark is missing."""
     subject, own = _code(config)
     factory = {"optimizer"} if config.training and not config.training.startswith("train ") else set()
     for mark, place in PLACES.items():
@@ -65,7 +65,7 @@ def find_unused(config: RunConfig, names: Collection[str], marks: Collection[str
 
 
 def comparison_notes(config: RunConfig, names: Collection[str], marks: Collection[str]) -> Iterator[str]:
-    """Yield sentences on settings without effect: those of ``names``, which a comparison gives, and defaults."""
+    """Yield sentences on settings without effect: a comparison's ``names``, and defaults."""
     for name, way in config.find_unused().items():
         yield from (f"{label} has no effect {way}." for label in config.given_flags(name) if name in names)
     yield from find_unused(config, names, marks)
@@ -75,7 +75,7 @@ def comparison_notes(config: RunConfig, names: Collection[str], marks: Collectio
 
 
 def _code(config: RunConfig) -> tuple[str, bool]:
-    """Return the class of the method, with the function that trains if there is one, and whether a user wrote them."""
+    """Return the method's class in words, and whether a user wrote it."""
     subject, script = config.kind.__name__, (config.training or "").startswith("train ")
     name = f"{subject} with the {config.training}" if script else subject
     return name, script or not config.kind.__module__.startswith("fedkern.")

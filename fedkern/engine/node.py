@@ -1,4 +1,4 @@
-"""Node: what the engine's client and server have in common (protocol: :class:`fedkern.methods.roles.Node`)."""
+"""Common base of the engine's client and server (protocol: :class:`fedkern.methods.roles.Node`)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fedkern.messages.leaves import move_to_device
 from fedkern.ops._core.checks import real
 from fedkern.tasks import Task
 
-# What the engine itself writes of a client.
+# The engine's own figures of a client.
 TAKEN = ("clipped", "name", "samples", "seconds", "staleness", "update_norm")
 
 
 class Node:
     """Base of :class:`~fedkern.engine.client.Client` and :class:`~fedkern.engine.server.Server`.
 
-    A method that goes to worker processes may have kept a client, the server or a function of theirs
-    (``server.notice``).  Only the context of a node is pickled.  In a worker a kept node thus shares the context of the
-    worker's own clients: it warns, gives notice and builds networks as they do.
+    A method that goes to worker processes may have kept a node or its function (``server.notice``). Only a node's
+    context is pickled, so that in a worker a kept node shares the context of the worker's clients: it warns, gives
+    notice and builds networks as they do.
     """
 
     def __init__(self, context: RunContext) -> None:
@@ -73,11 +73,7 @@ class Node:
 
 
 def figures(report: Mapping[str, object], owner: str, taken: Collection[str] = ()) -> dict[str, float]:
-    """Return a report's figures as Python's numbers.
-
-    Raises:
-        UserError: anything else, and for a name that is ``taken``.
-    """
+    """Return a report's figures as Python numbers."""
     numbers = {}
     for name, value in report.items():
         where = f'{owner}["{name}"]'

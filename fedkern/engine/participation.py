@@ -1,7 +1,7 @@
-"""Who takes part in a round: whom the server asks, and who of them fails or is slow, on one virtual clock.
+"""Participation in a round: clients that the server asks, that fail or that are slow, on one virtual clock.
 
-The clock's unit is the time that a client of usual speed needs for one of its local steps.  No measured time enters:
-all of this follows from the settings, the round and the client, on any machine and after an interruption.
+The clock's unit is the time of one local step at usual speed. No measured time enters: all follows from settings, round
+and client, on any machine and after an interruption.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedkern.streams import stream
 
 DROPPED_OUT = "it dropped out of the round"
 InFlight = dict[int, dict[int, Message]]
-"""Messages that wait for an answer, by the communication round that sent them and their number within the round."""
+"""Messages in flight, by the communication round that sent them and their number within the round."""
 DAMAGED = (
     "The checkpoint is damaged: what it says of the clients at work does not fit the run. Put the run's files back, or "
     "start the run again."
@@ -30,10 +30,7 @@ LATE = "it had not finished by the deadline"
 def sample_clients(config: RunConfig, round: int, secret: str = "") -> list[int]:
     """Return the clients of a round in ascending order, drawn from the round's own stream.
 
-    Args:
-        config: the run's settings.
-        round: communication round, from 0.
-        secret: mixed into the stream, so that nobody foresees the clients; empty: they follow from the seed.
+    A ``secret`` in the stream prevents anybody from foreseeing the clients.
     """
     count = config.sampled_clients
     if count >= config.trained_clients:
@@ -43,13 +40,7 @@ def sample_clients(config: RunConfig, round: int, secret: str = "") -> list[int]
 
 
 def speed(config: RunConfig, round: int, client: int) -> float:
-    """Return a client's speed in a round: 1, or with probability ``straggler_rate`` uniform in (0, 1).
-
-    Args:
-        config: the run's settings.
-        round: communication round, from 0.
-        client: client id.
-    """
+    """Return a client's speed in a round: 1, or with probability ``straggler_rate`` uniform in (0, 1)."""
     if not config.straggler_rate:
         return 1.0
     chance, lost = stream(config.seed, "stragglers", round=round, client=client).random(2)
@@ -59,27 +50,17 @@ def speed(config: RunConfig, round: int, client: int) -> float:
 def share_of_work(config: RunConfig, round: int, client: int) -> float:
     """Return the share of its local steps that a client does until the deadline, in (0, 1].
 
-    The deadline is a multiple of the time that the client would need at usual speed.
-
-    Args:
-        config: the run's settings.
-        round: communication round, from 0.
-        client: client id.
+    The deadline is a multiple of the client's time at usual speed.
     """
     if config.asynchronous is not None:
-        return 1.0  # nobody waits for it
+        return 1.0  # no deadline
     return min(1.0, speed(config, round, client) * config.deadline)
 
 
 def absent_clients(config: RunConfig, round: int, participants: Sequence[int]) -> dict[int, str]:
     """Return the clients of a round whose uploads never reach the server, with the reasons.
 
-    One client, drawn at random, stays where all would be missing.
-
-    Args:
-        config: the run's settings.
-        round: communication round, from 0.
-        participants: the clients that the server sends to.
+    One client, drawn at random, stays if all would be missing.
     """
     missing: dict[int, str] = {}
     for k in participants:
@@ -94,7 +75,6 @@ def absent_clients(config: RunConfig, round: int, participants: Sequence[int]) -
 
 
 def local_steps(config: RunConfig, samples: int) -> int:
-    """Return the local steps of a client with so many samples in a round, all of which it does at usual speed."""
     if config.local_steps is not None:
         return config.local_steps
     return config.local_epochs * len(batch_slices(samples, config.batch_size))
@@ -105,9 +85,9 @@ class Assignment:
     """The clients of a round.
 
     Attributes:
-        clients: those that the server asks, in ascending order.
-        absent: those of them whose uploads never reach the server, with the reasons.
-        began: the round in which a client was sent what it answers, of those that were sent it in an earlier round.
+        clients: clients that the server asks, in ascending order.
+        absent: clients among them whose uploads never reach the server, with the reasons.
+        began: the round that sent the message, of clients that answer an earlier round's.
     """
 
     clients: Sequence[ClientId]
@@ -116,17 +96,13 @@ class Assignment:
 
 
 class Participation:
-    """The policy of synchronous rounds, and the base of others.
+    """Policy of synchronous rounds, and the base of others.
 
-    The clients of a round begin with it.  The server waits for all of them, and for slow ones until the deadline.
-
-    Args:
-        config: the run's settings.
-        federation: sizes of the run.
+    The clients of a round begin with it. The server waits for all, and for slow ones until the deadline.
 
     Attributes:
         secret: mixed into the draws of clients; empty: they follow from the run's seed.
-        clock: when the round that was assigned last is over.
+        clock: end of the round that was assigned last.
     """
 
     def __init__(self, config: RunConfig, federation: Federation) -> None:
@@ -134,12 +110,6 @@ class Participation:
         self.secret, self.clock = "", 0.0
 
     def clients(self, entry: Round, round: int) -> Sequence[ClientId]:
-        """Return the clients that the server asks in a round, in ascending order.
-
-        Args:
-            entry: the round in the method's plan.
-            round: its number as a :class:`Phase` has it.
-        """
         if isinstance(entry.participants, tuple):
             return entry.participants
         if entry.participants == "all":
@@ -147,11 +117,9 @@ class Participation:
         return sample_clients(self._config, round, self.secret)
 
     def assign(self, entry: Round, round: int) -> Assignment:
-        """Says who takes part in the round that begins now.
+        """Assign clients to the round that begins now, once a round and in order.
 
-        Called once a round, in order.
-
-        Nobody fails or is slow in a one-off round, which takes no time.
+        In a one-off round nobody fails or is slow, and no time passes.
         """
         config, clients = self._config, self.clients(entry, round)
         if entry.one_off:
@@ -161,7 +129,6 @@ class Participation:
         return Assignment(clients, absent_clients(config, round, clients))
 
     def _time(self, round: int, client: ClientId) -> float:
-        """For how long the server waits for a client."""
         config = self._config
         steps = local_steps(config, self._federation.samples[client])
         return steps * min(1 / speed(config, round, client), config.deadline)
@@ -169,16 +136,10 @@ class Participation:
     def messages(
         self, clients: Sequence[ClientId], send: Callable[[Iterable[ClientId]], dict[ClientId, Message]]
     ) -> dict[ClientId, Message]:
-        """Return what clients of the round answer.
-
-        Args:
-            clients: the clients.
-            send: gives the messages that the server now has for clients; none for a client that it leaves out.
-        """
+        """Return the messages that clients of the round answer."""
         return send(clients)
 
     def fewest_uploads(self, plan: Iterable[Round]) -> int:
-        """Return the smallest number of uploads of any communication round of a plan, as far as absences decide."""
         config = self._config
         rounds = enumerate(entry for entry in plan if not entry.one_off)
         if not config.dropout_rate and (config.stragglers != "drop" or not config.straggler_rate):
@@ -188,37 +149,22 @@ class Participation:
         return min(counts, default=config.sampled_clients)
 
     def _size(self, entry: Round) -> int:
-        """Return how many clients the server asks in a round."""
         if entry.participants == "sampled":
             return min(self._config.sampled_clients, self._config.trained_clients)
         return len(self.clients(entry, 0))
 
     def figures(self) -> dict[str, float]:
-        """Return what the record of a round tells of it: ``clock``, where clients are of several speeds."""
         return {"clock": self.clock} if self._config.straggler_rate else {}
 
     def state(self) -> State:
-        """Return what a checkpoint keeps, in tensors, numbers, texts and dicts of these.
-
-        Empty: nothing.
-        """
+        """Return the state for a checkpoint, in tensors, numbers, texts and dicts."""
         return self.figures()
 
     def in_flight(self) -> InFlight:
-        """Return the messages that wait for an answer: those of a round never change."""
+        """Return the messages in flight, which never change."""
         return {}
 
     def restore(self, state: State, messages: InFlight, rounds: int) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            state: what :meth:`state` returned.
-            messages: what :meth:`in_flight` returned, or more.
-            rounds: communication rounds done.
-
-        Raises:
-            UserError: these are not of such a run.
-        """
         if not self._can_restore(state, messages, rounds):
             raise UserError(DAMAGED)
         self.clock = state.get("clock", 0.0)
@@ -228,5 +174,4 @@ class Participation:
 
 
 def is_time(value: object) -> bool:
-    """Return whether a stored value is a time of the virtual clock."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -1,4 +1,4 @@
-"""`run`: one federated run from its settings to its folder, resumable at any point."""
+"""One federated run from its settings to its folder, resumable at any point."""
 
 from __future__ import annotations
 
@@ -49,43 +49,35 @@ def run(
     rounds: int | None = None,
     at_once: int = 1,
 ) -> State:
-    """Run a method and return the summary that also stands in ``out/summary.json``.
+    """Run a method and return the summary of ``out/summary.json``.
 
-    With several threads, set ``GOMP_SPINCOUNT=10000`` in the environment before torch is imported, as the command line
-    does.  OpenMP's threads otherwise spin for milliseconds while they wait for each other, and on a machine that does
-    other work too a small network then trains several times slower than on one thread.
-
-    From here on, memory that this process frees stays with it (see
-    :func:`~fedkern.process.allocator.keep_freed_memory`).
+    With several threads, set ``GOMP_SPINCOUNT=10000`` before torch is imported, as the command line does. OpenMP's
+    threads otherwise spin while they wait, and on a busy machine a small network then trains several times slower than
+    on one thread. From here on, freed memory stays with this process
+    (:func:`~fedkern.process.allocator.keep_freed_memory`).
 
     Args:
-        config: all settings.  A resumed run must have its stored settings; only the data folder, the cache of
-            decoded images, the device and the number of workers may differ.
-        out: the run folder; unless ``resume`` it must hold nothing that a run writes.
-        resume: continue from the last checkpoint (round 0 where there is none); a finished run returns its summary.
-        listener: receives the run's events; several go into :class:`fedkern.listeners.Listeners`.
+        config: all settings. A resumed run needs its stored settings; only the data folder, the cache of decoded
+            images, the device and the number of workers may differ.
+        out: the run folder; for a new run it must hold no file of a run.
+        resume: continue from the last checkpoint (round 0 without one); a finished run returns its summary.
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe them.
-        trusted: code that a resumed run may import, such as ``["MODULE:NAME"]`` or the name of a plugin; any
-            other code that the run folder names is refused.
-        script: network and functions that a script gives; a resumed run needs them again.
-        profile: write a trace of one round to ``out/profile.json.gz``: the second round that is played, or the only
-            one.  All clients of that round work in this process.
-        predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification).
-            A finished run without this file is evaluated once more.
-        remote: makes the executor of clients that keep their data and states to themselves (see
-            :attr:`~fedkern.engine.executors.executor.Executor.remote`); None: clients work on this machine, or on the
-            ranks of torchrun.  With ``data``, their samples are not known here (:func:`declared_data`).
-        check: called with the effective settings, what was found in data and files included, before anything is
-            written; its UserError ends the run.
-        rounds: communication rounds in all that a resumed run, finished or not, is to have: more than before.  Nothing
-            of the run changes until it is certain that it can go on
+        trusted: code that a resumed run may import, such as ``["MODULE:NAME"]`` or the name of a plugin.
+        script: a script's network and functions; a resumed run needs them again.
+        profile: write a trace of one round to ``out/profile.json.gz``, in which all clients work in this process.
+        predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification). A
+            finished run without this file is evaluated again.
+        remote: makes the executor of remote clients (:attr:`~fedkern.engine.executors.executor.Executor.remote`). The
+            samples of ``data`` are then unknown here (:func:`declared_data`).
+        check: called with the effective settings before anything is written; its UserError ends the run.
+        rounds: total communication rounds of a resumed run, more than before, checked before anything changes
             (:func:`~fedkern.engine.store.extending.check_extension`).
-        at_once: most runs, this one included, that share the machine; the summary of more than one says so.
+        at_once: most runs, this one included, that share the machine; the summary reports more than one.
 
     Raises:
-        UserError: anything the user can put right.  No half-written file is left.  A new run that has done no round
-            leaves nothing at all.
-        interrupts.Terminated: SIGTERM arrived.  The last checkpoint stands, as after Ctrl-C or ``kill -9``.
+        UserError: anything the user can put right. No half-written file is left, and nothing of a new run without a
+            round.
+        interrupts.Terminated: SIGTERM arrived. The last checkpoint stands, as after Ctrl-C or ``kill -9``.
     """
     request = Request(
         Path(out), data, script, trusted, resume=resume, rounds=rounds, profile=profile, predictions=predictions,
@@ -117,7 +109,7 @@ def run(
                 own_fork_server(Setup.of(context, objects.handlers)),
                 writing(request.out, fresh=not resume) as check_lock,
                 closing(listeners),
-            ):  # closed first: what a listener takes back is gone then
+            ):  # listeners close first, so that their files are gone before the folder's clean-up
                 keep_settings(context.config, request.out, fresh=not resume)
                 try:
                     open_store(objects, check_lock)
@@ -128,7 +120,6 @@ def run(
 
 
 def _play(run: RunObjects) -> State:
-    """Play the rounds that are left, and return the summary."""
     store, listener, entry = run.store, run.listener, run.store.entry
     parts: list[Part] = []
     filters: list[Filter] = []

@@ -37,7 +37,7 @@ class Server(Node):
         self.aggregator = rule if rule.entry.function is not None else None
         optimiser = ServerRule(context.config.server_rule, context.config.server_lr)
         self.optimiser = None if optimiser.plain else optimiser
-        # Has an accumulator follow vectors that stay on the GPU.
+        # Makes an accumulator for vectors that stay on the GPU.
         self.summing: Callable[[ops.Accumulator], object] | None = None
 
     def warn(self, name: str, text: str) -> None:

@@ -1,1 +1,1 @@
-"""Nested values with tensors, packed: as files of states, and as packets between processes of one run."""
+"""Nested values with tensors, packed as files of states, and as packets between processes of one run."""

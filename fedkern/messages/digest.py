@@ -1,4 +1,4 @@
-"""Digests: two messages or states with the same digest hold the same, bit for bit."""
+"""Digests: two messages or states with the same digest are equal, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedkern.messages.leaves import leaves
 
 
 def digest(message: object) -> str:
-    """BLAKE2b of a message: names, dtypes, shapes and bits of all its contents."""
+    """Return the BLAKE2b of a message: names, dtypes, shapes and bits of all its contents."""
     total = hashlib.blake2b(digest_size=16)
 
     def put(value: object) -> None:
@@ -44,21 +44,19 @@ def digest(message: object) -> str:
 class Fingerprint:
     """Record of a state, by which a change is noticed.
 
-    Another tensor, or another version of one, counts as a change, and the contents are not read.  Writes through
-    ``.data``, NumPy's view or a fused optimiser leave both as they are: then the digests are compared.
+    Another tensor, or another version of one, is a change without reading. Writes through ``.data``, NumPy's view or a
+    fused optimiser change neither, so otherwise digests are compared.
     """
 
     def __init__(self, state: object) -> None:
         self._tensors, self._digest = _tensors_in(state), digest(state)
 
     def matches(self, state: object) -> bool:
-        """Return whether the state is unchanged."""
-        # The tensors of both are held, so that no new one has the place of an old one.
+        # Both hold their tensors, so that no new tensor gets the identity of an old one.
         pairs = zip_longest(_tensors_in(state), self._tensors, fillvalue=(None, 0))
         are_same = all(new is old and version == old_version for (new, version), (old, old_version) in pairs)
         return are_same and digest(state) == self._digest
 
 
 def _tensors_in(state: object) -> list[tuple[Tensor, int]]:
-    """Return the tensors of a state, each with its version."""
     return [(leaf, leaf._version) for leaf in leaves(state) if isinstance(leaf, Tensor)]

@@ -1,14 +1,13 @@
-"""Packets: objects sent between two processes of one machine, pickled, with their tensors in shared memory.
+"""Packets: pickled objects between two processes of one machine, with their tensors in shared memory.
 
-A packet is a pickle and the memory files (``memfd_create``) that hold its tensors.  A tensor that a :class:`Packer` has
-packed before is referred to, not written again; a reader that unpacks both packets gets the same tensor object.
+A packet is a pickle and the memory files (``memfd_create``) of its tensors. A tensor that a :class:`Packer` has packed
+before is only referred to, and its reader gets the same tensor object again.
 
-The files are sealed, so that no process can change what another process reads.  They are mapped privately, so that a
-process that writes to a tensor writes to its own copy.  They have no name in the file system: the memory is freed when
-the last process that maps it ends, however it ends.
+The files are sealed, so that no process can change what another reads, and mapped privately, so that a process writes
+to its own copy. They have no name: the memory is freed with the last process that maps it, however that ends.
 
-Both ends are processes of one run: a packet is never read from a file.  `engine/executors/shared_tensors.py` sends
-packets over a socket, `engine/transport/connection.py` over a network.  Nothing else in fedkern pickles.
+Both ends are processes of one run: a packet is never read from a file. `engine/executors/shared_tensors.py` sends
+packets over a socket, `engine/transport/connection.py` over a network. Nothing else in fedkern pickles.
 """
 
 from __future__ import annotations
@@ -32,19 +31,16 @@ from fedkern.errors import describe_error
 from fedkern.files.filesystem import fcntl
 
 _ALIGNED = 64
-_OPEN_FILES = 64  # files that a packer keeps open, those used last, where a message does not need more
+_OPEN_FILES = 64  # most recent files that a packer keeps open, unless a message needs more
 
 
 class NotPortable(Exception):
-    """Something cannot be sent to another process.
-
-    The message says what, as the subject of a sentence.
-    """
+    """Error whose message names what cannot be sent, as the subject of a sentence."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies: number of the memory file, offset in bytes, dtype, shape and stride."""
+    """Place of a tensor: number of the memory file, offset in bytes, dtype, shape and stride."""
 
     file: int
     offset: int
@@ -55,11 +51,7 @@ class _Place:
 
 @dataclass
 class Packet:
-    """A pickle and the memory files that hold its tensors, by file number: their descriptors, or their contents.
-
-    Attributes:
-        more: descriptors that travel beside the files, between processes of one machine.
-    """
+    """A pickle and the memory files of its tensors, by file number: their descriptors, or their contents."""
 
     payload: bytes
     files: dict[int, int] = field(default_factory=dict)
@@ -68,7 +60,6 @@ class Packet:
 
     @property
     def value(self) -> Any:
-        """The object, which holds no tensors."""
         return pickle.loads(self.payload)
 
 
@@ -81,38 +72,30 @@ class PacketStream:
     def send(self, packet: Packet) -> None:
         """Send a packet, with the memory files that the other end does not have yet.
 
-        A connection that is over takes packets and drops them: :meth:`receive` tells.
+        After the connection's end packets are dropped, and only :meth:`receive` raises.
         """
         raise NotImplementedError
 
     def receive(self) -> Packet:
-        """Return the next packet, however long it takes.
-
-        Raises where the other end is gone.
-        """
+        """Return the next packet, however long it takes, or raise if the other end is gone."""
         raise NotImplementedError
 
     def say(self, value: object, extra: Sequence[int] = ()) -> None:
-        """Send an object that holds no tensors, with ``more`` descriptors."""
+        """Send an object without tensors, with ``extra`` descriptors."""
         self.send(Packet(pickle.dumps(value), extra=extra))
 
     def receive_value(self) -> Any:
-        """Receives an object that the other end sent with :meth:`say`."""
         return self.receive().value
 
     def forget(self) -> None:
-        """Forgets which files the other end has.
-
-        Called when the other end drops them too.
-        """
+        """Forget which files the other end has, when it drops them too."""
         self._sent.clear()
 
 
 class Packer:
-    """Packs objects.  It holds the tensors packed last, and keeps their files open, until :meth:`clear`.
+    """Packs objects, and keeps the last tensors and their files open until :meth:`clear`.
 
-    A tensor that was not packed for long is packed anew, so that however many clients have states of their own, few
-    files are open.
+    Older tensors are packed again, so that few files are open, however many clients have states.
     """
 
     _numbers = itertools.count()  # file numbers, unique over all packers of the process
@@ -122,11 +105,7 @@ class Packer:
         self._files: dict[int, int] = {}
 
     def pack(self, value: object) -> Packet:
-        """Pickles ``value``.
-
-        Raises:
-            NotPortable: something in it is defined in ``__main__``, or cannot be pickled.
-        """
+        """Pickle ``value``."""
         pickler = _Pickler(self._known, next(self._numbers))
         try:
             pickler.dump(value)
@@ -140,15 +119,11 @@ class Packer:
         for tensor, place in pickler.placed:
             self._known[_key(tensor)] = place, tensor
         for number in sorted(pickler.used):
-            self._files[number] = self._files.pop(number)  # used last
+            self._files[number] = self._files.pop(number)  # most recently used
         self._close(list(self._files)[: -max(_OPEN_FILES, len(pickler.used))])
         return Packet(pickler.file.getvalue(), {number: self._files[number] for number in sorted(pickler.used)})
 
     def clear(self) -> None:
-        """Close the files.
-
-        A process that has mapped one keeps the memory.
-        """
         self._close([*self._files])
         self._known.clear()
 
@@ -162,10 +137,7 @@ class Packer:
 
 
 def check_portable(value: object) -> None:
-    """Raise NotPortable as :meth:`Packer.pack` does.
-
-    Tensors and arrays are not copied for it.
-    """
+    """Raise NotPortable as :meth:`Packer.pack` does, without copying tensors and arrays."""
     try:
         _Light(io.BytesIO(), protocol=5).dump(value)
     except NotPortable:
@@ -175,7 +147,7 @@ def check_portable(value: object) -> None:
 
 
 def only_code_bars(value: object) -> bool:
-    """Whether everything but functions, classes and modules could be sent, so that nothing open would be shared."""
+    """Return whether only functions, classes and modules prevent sending, so that a fork shares nothing open."""
     try:
         _Held(io.BytesIO(), protocol=5).dump(value)
     except Exception:  # an object may raise anything when it is pickled
@@ -245,12 +217,11 @@ class _Pickler(pickle.Pickler):
 
 
 def _key(tensor: Tensor) -> tuple[int, int]:
-    """Key of a held tensor: its identity and version, so that a changed tensor is packed again."""
+    """Return a held tensor's identity and version, so that a changed tensor is packed again."""
     return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
-    """Write the pieces to a sealed memory file and return its descriptor."""
     descriptor = os.memfd_create("fedkern", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(descriptor, size)
@@ -268,9 +239,7 @@ def _write(pieces: list[tuple[int, Tensor]], size: int) -> int:
 
 
 def map_file(descriptor: int) -> memoryview:
-    """Return the content of a memory file, mapped privately.
-
-    It stays when the descriptor is closed.
+    """Return the content of a memory file, mapped privately, which outlives its descriptor.
 
     Python's own ``mmap`` would hold a second descriptor for as long.
     """
@@ -280,14 +249,13 @@ def map_file(descriptor: int) -> memoryview:
 
 
 class Unpacker:
-    """Unpacks packets.  Until :meth:`clear`, a tensor that came before is the same object again."""
+    """Unpacks packets. Until :meth:`clear`, a tensor that came before is the same object again."""
 
     def __init__(self) -> None:
         self._maps: dict[int, memoryview] = {}
         self._tensors: dict[_Place, Tensor] = {}
 
     def unpack(self, packet: Packet) -> Any:
-        """Unpickles the packet's object and closes the packet's descriptors."""
         self._maps.update(packet.contents)
         for number, descriptor in packet.files.items():
             if number not in self._maps:
@@ -308,10 +276,6 @@ class Unpacker:
         return flat.as_strided(place.shape, place.stride)
 
     def clear(self) -> None:
-        """Forgets the tensors.
-
-        A tensor that is still in use keeps its memory.
-        """
         self._tensors.clear()
         self._maps.clear()
 
@@ -326,10 +290,6 @@ class _Unpickler(pickle.Unpickler):
 
 
 def portable(error: Exception) -> Exception:
-    """Return a copy of an exception that another process can raise.
-
-    A RuntimeError where pickling does not preserve it.
-    """
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,7 +1,4 @@
-"""Saved states: nested dicts of tensors, numbers and texts, as one safetensors file with a JSON tree.
-
-No pickle.
-"""
+"""Saved states: nested dicts of tensors, numbers and texts, as one safetensors file with a JSON tree."""
 
 from __future__ import annotations
 
@@ -25,13 +22,13 @@ from fedkern.ops._core.checks import python_number
 ABOUT = "fedkern"  # the file's only metadata key: the order of several keys in the file would be random
 FORMAT = 1
 DEEPEST = 64
-"""Most dicts and lists that stand in one another."""
+"""Most nested dicts and lists."""
 State = dict[str, Any]
-"""What a file keeps by name: tensors, numbers, texts, None, and lists and dicts of these."""
+"""Contents of a file by name: tensors, numbers, texts, None, and lists and dicts of these."""
 
 
 def save(path: Path, state: object) -> None:
-    """Write ``state`` to ``path``, completely or not at all.
+    """Write ``state`` to ``path`` atomically.
 
     ``state`` may hold tensors (any dtype of safetensors; saved contiguous, on the CPU), NumPy arrays, ``bool``,
     ``int``, ``float`` (NaN and infinities included), ``str``, ``None``, lists, tuples, and dicts with text or integer
@@ -45,17 +42,13 @@ def save(path: Path, state: object) -> None:
 
 
 class Packed:
-    """A copy of a state, which can be written while the state itself changes.
+    """A copy of a state (see :func:`save`), which can be written while the state itself changes.
 
     Args:
-        state: see :func:`save`.
-        durable: whether the file is on the disk when it is written; else the caller flushes file and folder.
+        durable: whether a written file is on the disk; else the caller flushes file and folder.
 
     Attributes:
         size: bytes of its tensors.
-
-    Raises:
-        TypeError: see :func:`save`.
     """
 
     def __init__(self, state: object, *, durable: bool = True) -> None:
@@ -75,11 +68,9 @@ class Packed:
         return name
 
     def state(self) -> State:
-        """Another copy, as :func:`load` reads it."""
         return value_of(json.loads(self._about)["tree"], lambda name: self._tensors[name].clone())
 
     def save(self, path: Path) -> None:
-        """Write the copy (see :func:`save`)."""
         atomic.write(
             path,
             lambda temporary: save_file(self._tensors, temporary, metadata={ABOUT: self._about}),
@@ -92,7 +83,7 @@ def load(path: Path) -> State:
 
     Raises:
         OtherFormat: the file has another format.
-        ValueError: the file is missing, damaged or not one of ours.
+        ValueError: the file is missing, damaged or foreign.
     """
     result = part(path)
     if not isinstance(result, dict):
@@ -101,16 +92,7 @@ def load(path: Path) -> State:
 
 
 def part(path: Path, *keys: str | int) -> Any:
-    """Return the value under the nested ``keys`` in the dict that :func:`save` wrote.
-
-    None where there is none.
-
-    Nothing else is read, so that reading one of many networks takes the memory of one.
-
-    Raises:
-        OtherFormat: the file has another format.
-        ValueError: the file is missing, damaged or not one of ours.
-    """
+    """Return the value under nested ``keys`` of a saved dict, or None, reading nothing else."""
     try:
         if kind := special(path):
             raise ValueError(f"it is {kind}, not a regular file")
@@ -127,7 +109,7 @@ def part(path: Path, *keys: str | int) -> Any:
 
 
 class TooDeep(TypeError):
-    """A value stands in too many dicts and lists, or in itself."""
+    """Error: a value is nested too deeply, or in itself."""
 
 
 def tree_of(
@@ -137,12 +119,9 @@ def tree_of(
 
     Args:
         where: name of the value in error messages.
-        tensor: gives what stands in the tree for a tensor or an array, from it and its place.
-        most: whole numbers, and their negatives, are smaller.
+        tensor: returns the entry of a tensor or an array, from it and its place.
+        bound: limit of absolute whole numbers.
         depth: number of dicts and lists around the value.
-
-    Raises:
-        TypeError: something has no form in the tree.
     """
     if isinstance(value, (Tensor, np.ndarray)):
         return {"array" if isinstance(value, np.ndarray) else "tensor": tensor(value, where)}
@@ -170,7 +149,7 @@ def tree_of(
 
 
 def check_tensor(value: Tensor | np.ndarray, where: str) -> None:
-    """Raise TypeError where a file cannot hold a tensor or an array, which error messages call ``where``."""
+    """Raise TypeError if a file cannot hold a tensor or an array, named ``where`` in messages."""
     if isinstance(value, Tensor) and value.is_inference():
         raise TypeError(f"{where} is an inference-mode tensor: clone it outside of torch.inference_mode()")
     try:
@@ -184,15 +163,6 @@ def check_tensor(value: Tensor | np.ndarray, where: str) -> None:
 
 
 def value_of(tree: object, tensor: Callable[[Any], Tensor], bound: float = math.inf, depth: int = 0) -> Any:
-    """Return the value that :func:`tree_of` made a tree of.
-
-    Args:
-        tensor: gives the tensor for what stands in the tree.
-        most, depth: see :func:`tree_of`.
-
-    Raises:
-        Malformed: the tree is none.
-    """
     if tree is None or isinstance(tree, (str, bool)) or (isinstance(tree, float) and math.isfinite(tree)):
         return tree
     if isinstance(tree, int):

@@ -1,1 +1,1 @@
-"""The process: what fedkern does with its own (memory, standard streams, interrupts, threads), and what it runs on."""
+"""Memory, standard streams, interrupts and threads of fedkern's process, and its machine."""

@@ -1,4 +1,4 @@
-"""The commit that fedkern's code is of."""
+"""Commit of fedkern's code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def commit(package: Path = PACKAGE) -> str:
-    """Return the short hash that setup.py noted in an installed package, or that of the checkout around ``package``.
+    """Return the hash noted by setup.py, or else by the checkout around ``package``.
 
-    Returns:
-        The hash, with "-dirty" where files differ from the commit; "" where nobody knows.
+    "-dirty" marks files that differ from the commit; "" is unknown.
     """
     with contextlib.suppress(OSError):
         return (package / "commit.txt").read_text().strip()

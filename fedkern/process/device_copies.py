@@ -1,4 +1,4 @@
-"""Tensors between the host and the device: small ones without waiting for it, vectors at the bus's speed."""
+"""Copies of tensors between host and device: small ones without waiting, vectors at the bus's speed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on the device.
+    """Return the tensor on the device, without waiting for the device's earlier work.
 
-    The host does not wait for the device's earlier work.
-
-    ``tensor.to("cuda")`` of ordinary memory returns when the copy is done, and the copy is queued behind every kernel
-    that was launched before: a training step that picks its batch so leaves the GPU idle while the host prepares the
-    next kernels.  From page-locked memory the copy is queued like a kernel.  Locking takes a copy on the host, so this
-    is for indices and a batch's figures, not for whole data sets.
-
-    Args:
-        tensor: any shape and dtype, on any device; a tensor that is on ``device`` already is returned as it is.
+    ``tensor.to("cuda")`` of ordinary memory waits for every kernel that was launched before, so the GPU idles while the
+    host prepares the next ones. From page-locked memory the copy is queued like a kernel. Locking takes a copy on the
+    host, so this is for indices and figures, not for whole data sets.
     """
     if tensor.device == device:
         return tensor
@@ -29,11 +23,10 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host_async(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the host without waiting for the device.
+    """Copy to the host without waiting, for use after :func:`wait_for_stream`.
 
-    The copy is valid after :func:`wait_for_stream`.  A tensor in the host's memory is returned itself.
-
-    From a GPU it comes in page-locked memory, several times as fast as in ordinary memory, and nothing waits for it.
+    From a GPU the copy is in page-locked memory, several times as fast. A tensor in the host's memory is returned
+    itself.
     """
     if tensor.device.type != "cuda":
         return tensor.cpu()
@@ -41,16 +34,12 @@ def to_host_async(tensor: Tensor) -> Tensor:
 
 
 def wait_for_stream(device: torch.device) -> None:
-    """Wait for the current stream's work."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 def fetch(tensor: Tensor) -> Tensor:
-    """Return the tensor in the host's memory.
-
-    As it is where it is there already.
-    """
+    """Return the tensor in the host's memory, itself if it is there."""
     copied = to_host_async(tensor)
     wait_for_stream(tensor.device)
     return copied

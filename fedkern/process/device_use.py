@@ -6,19 +6,16 @@ import torch
 
 
 def begin(device: torch.device) -> None:
-    """Begins a round: resets the counter of peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def figures(device: torch.device) -> dict[str, int | None]:
-    """GPU figures of the round.
-
-    Empty on a CPU.
+    """Return GPU figures of the round, empty on a CPU.
 
     Returns:
-        ``peak_bytes``, the peak memory of tensors; and ``utilisation``, of the last moments in per cent, as the driver
-        reports it (through NVML), or None where the driver does not.
+        ``peak_bytes``, the peak memory of tensors, and ``utilisation`` of the last moments in per cent, from the driver
+        (NVML), or None.
     """
     if device.type != "cuda":
         return {}

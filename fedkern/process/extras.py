@@ -1,4 +1,4 @@
-"""Packages that fedkern uses where they are installed, and asks for where they are not."""
+"""Optional packages, and advice to install them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fedkern.errors import UserError
 PACKAGES = {"foundation": "transformers", "flower": "'flwr>=1.26,<2'", "privacy": "dp-accounting opacus",
             "medical": "nibabel", "tensorboard": "tensorboard", "wandb": "wandb",
             "export": "onnx onnxscript"}  # fmt: skip
-"""The packages of an extra, as pip takes them."""
+"""Packages of each extra, as pip's arguments."""
 
 
 def install(extra: str) -> str:
-    """Return the command that installs an extra, or a package that is in none.
+    """Return the command that installs an extra or a package.
 
-    No package index has fedkern, so the extra can be named in a checkout alone; its packages can anywhere.
+    No package index has fedkern, so an extra can be named only in a checkout. Elsewhere its packages are listed.
     """
     checkout = Path("pyproject.toml").is_file() and Path("fedkern/process/extras.py").is_file()
     return (
@@ -26,11 +26,7 @@ def install(extra: str) -> str:
 
 
 def import_extra(purpose: str, extra: str, *modules: str) -> ModuleType:
-    """Return the first of the modules, all of which are imported.
-
-    Raises:
-        UserError: a module is not installed; ``what`` says what needs it, and the rest how to install ``extra``.
-    """
+    """Import all modules and return the first."""
     try:
         imports = [import_module(name) for name in modules]
     except ImportError:

@@ -1,4 +1,4 @@
-"""Forks of a process: which threads bar them, and how a fork gets positions in open files of its own."""
+"""Forks of a process: threads that prevent them, and separate positions in open files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fedkern.files.filesystem import fcntl
 def has_threads() -> bool:
     """Return whether threads that fedkern did not start run beside this one.
 
-    A lock that such a thread holds at the moment of a fork would be held for ever in the new process.
+    A lock that such a thread holds during a fork would be held forever in the new process.
     """
     names = ((thread.name, type(thread).__module__) for thread in threading.enumerate())
-    # The board of a comparison is drawn by a thread of rich.
+    # A thread of rich draws a comparison's board.
     return sum(not name.startswith("fedkern-") and not module.startswith("rich.") for name, module in names) > 1
 
 
 def read_positions() -> dict[int, int]:
-    """Return the position in every file that this process can read, by descriptor, without the standard streams."""
+    """Return the position in every readable file by descriptor, without standard streams."""
     positions: dict[int, int] = {}
     for descriptor in (int(link.name) for link in Path("/proc/self/fd").iterdir()):
-        with suppress(OSError):  # that of the listing itself
+        with suppress(OSError):  # the descriptor of the listing itself
             readable = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY
             if descriptor > 2 and readable and stat.S_ISREG(os.fstat(descriptor).st_mode):
                 positions[descriptor] = os.lseek(descriptor, 0, os.SEEK_CUR)
@@ -34,11 +34,7 @@ def read_positions() -> dict[int, int]:
 
 
 def reopen_files(positions: dict[int, int]) -> None:
-    """Give this process files of its own at ``positions``, by descriptor: reading moves no other process's position.
-
-    Raises:
-        OSError: a file may not be opened any more.
-    """
+    """Reopen files at ``positions`` by descriptor, so that reading moves no other process's position."""
     for descriptor in positions.keys() & read_positions().keys():  # garbage may have been collected since
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
         file = os.open(f"/proc/self/fd/{descriptor}", flags)
@@ -48,10 +44,7 @@ def reopen_files(positions: dict[int, int]) -> None:
 
 
 def cut_connections(kept: int) -> None:
-    """End this process's share in all sockets but the descriptor ``kept``.
-
-    Two processes that spoke over one connection would get each other's answers.
-    """
+    """Close all sockets but ``kept``: processes that share a connection would get each other's answers."""
     descriptors = [int(link.name) for link in Path("/proc/self/fd").iterdir() if link.is_socket()]
     end, peer = socket.socketpair()
     peer.close()

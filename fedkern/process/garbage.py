@@ -1,4 +1,4 @@
-"""The garbage collector during imports."""
+"""Garbage collector during imports."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from fedkern.process.interrupts import whole_process
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Keep the garbage collector off while the block imports modules, and from what was imported ever after.
+    """Keep the garbage collector off during imports in the block, and away from imported objects afterwards.
 
-    The collector would look through objects that stay, several times: a quarter of what the imports of torch and
-    fedkern take.  At exit it leaves out what is there by then.  In a process that goes on after a command, such as a
-    script's or a notebook's, nothing changes.
+    The collector would look through them several times: a quarter of the imports of torch and fedkern. In a process
+    that continues after a command, such as a script's or a notebook's, nothing changes.
     """
     if not whole_process() or not gc.isenabled():
         yield

@@ -1,10 +1,9 @@
 """Handler for Ctrl-C and SIGTERM: running work ends once and in order, however many signals arrive and wherever.
 
-Python calls a signal handler between any two lines.  Two places are dangerous.  In a weak reference's callback or a
-finaliser, an exception that the handler raises is printed and lost.  During the clean-up after a first signal, a second
-signal would cut the clean-up short.  The handler therefore remembers the first signal and raises nothing while the
-exception of that signal is being handled.  :func:`check` raises a lost exception again at the next place where a run
-can stop.
+Python calls a signal handler between any two lines. In a weak reference's callback or a finaliser, the handler's
+exception is printed and lost. During the clean-up after a first signal, a second would cut the clean-up short. So the
+handler remembers the first signal and raises nothing while its exception is being handled. :func:`check` raises a lost
+exception again at the next place where a run can stop.
 """
 
 from __future__ import annotations
@@ -17,17 +16,14 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: as after Ctrl-C, no work is completed and the last checkpoint stays.
-
-    Exit code 143.
-    """
+    """SIGTERM arrived: as after Ctrl-C, no work is completed and the last checkpoint stays. Exit code 143."""
 
 
 class Handler:
     """Signal handler for Ctrl-C and SIGTERM.
 
     Attributes:
-        pending: the exception of the first signal; None before a signal.
+        pending: the exception of the first signal, or None.
         over: whether the interrupted work has ended; further signals are then ignored.
         last: whether the process ends together with the guarded work.
     """
@@ -49,33 +45,28 @@ _current: Handler | None = None
 
 
 def check() -> None:
-    """Raise the pending exception of a signal, in case the exception was lost where the signal arrived."""
+    """Raise the pending exception of a signal, in case it was lost where the signal arrived."""
     if _current is not None and _current.pending is not None:
         raise _current.pending
 
 
 def mark_ended() -> None:
-    """Mark the work that a signal interrupted as ended.
-
-    Further signals are ignored.
-    """
     if _current is not None:
         _current.over = True
 
 
 def end_by(stop: KeyboardInterrupt) -> tuple[str, int]:
-    """Mark the work that a signal interrupted as ended, and return the word for that end and the exit code."""
+    """Mark interrupted work as ended, and return a word for its end and the exit code."""
     mark_ended()
     return ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
 
 
 def whole_process() -> bool:
-    """Whether the process exists for the guarded work alone and ends with it, as the command line's process does."""
+    """Return whether the process ends with the guarded work."""
     return _current is not None and _current.last
 
 
 def _is_handled(exception: BaseException) -> bool:
-    """Return whether an except or finally block, or a context manager, is currently handling ``exception``."""
     at, seen = sys.exception(), set[int]()
     while at is not None and id(at) not in seen:
         if at is exception:
@@ -87,10 +78,10 @@ def _is_handled(exception: BaseException) -> bool:
 
 @contextmanager
 def in_order(*, to_the_end: bool = False) -> Iterator[None]:
-    """Installs the handler for the block: SIGTERM raises :class:`Terminated`, Ctrl-C raises KeyboardInterrupt.
+    """Install the handler for the block: SIGTERM raises :class:`Terminated`, Ctrl-C raises KeyboardInterrupt.
 
-    Outside the main thread, and inside another such block, nothing changes.  Ctrl-C is left alone where it is ignored,
-    as in a shell's background jobs, or where the caller has installed a handler.
+    Outside the main thread, and inside another such block, nothing changes. Ctrl-C is left alone if it is ignored, as
+    in a shell's background jobs, or if the caller has a handler.
 
     Args:
         to_the_end: the process ends with this block: once a signal has arrived, later signals stay ignored.

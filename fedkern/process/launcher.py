@@ -1,7 +1,7 @@
-"""torchrun's variables in processes that torchrun has not started: children of a rank, and shells with leftovers.
+"""Variables of torchrun in processes that torchrun has not started: children of a rank, and shells with leftovers.
 
-Such a process would take itself for a rank. Tried with the variables of rank 3 of 8: ``fedkern list`` and a mistaken
-flag print nothing, as only the first rank speaks, and a run waits 600 seconds for the other ranks before it fails.
+Such a process would take itself for a rank. With the variables of rank 3 of 8, ``fedkern list`` and a mistaken flag
+print nothing, as only the first rank speaks, and a run waits 600 seconds for the other ranks before it fails.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ JOB = "TORCHELASTIC_RUN_ID"
 
 
 def _started_by_launcher() -> bool:
-    """Return whether the parent has PyTorch loaded and has set torchrun's variables itself.
+    """Return whether the parent has PyTorch loaded and has set torchrun's variables itself, or is unknown.
 
-    True where no system tells.
-
-    A process between torchrun and this one, such as a rank or a shell, was given the variables at its start, or has no
-    PyTorch.
+    A process in between, such as a rank or a shell, has inherited the variables, or has no PyTorch.
     """
     if not os.path.exists("/proc/self/environ"):  # noqa: PTH110 (pathlib takes milliseconds to import)
         return True
@@ -38,10 +35,7 @@ def _started_by_launcher() -> bool:
 
 @contextmanager
 def without_leftovers() -> Iterator[bool]:
-    """Hides torchrun's job inside the block where torchrun has not started this process.
-
-    Tells whether it did so.
-    """
+    """Hide a job of torchrun that has not started this process, and yield whether one was hidden."""
     if JOB not in os.environ or _started_by_launcher():
         yield False
         return

@@ -8,21 +8,18 @@ from contextlib import suppress
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
-"""Where control groups usually are."""
+"""Usual mount point of control groups."""
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: those of its affinity mask, at most the quota of its control group."""
+    """Return the cores of this process's affinity mask, at most the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota()
     return max(1, min(cores, int(quota))) if quota else cores
 
 
 def _quota() -> float:
-    """Smallest CPU quota of the control group and those above it, in CPUs.
-
-    0 for no limit.
-    """
+    """Return the smallest CPU quota of the control group and its parents, in CPUs, or 0."""
     quotas = []
     for folder in _groups(""):
         with suppress(OSError, ValueError, ZeroDivisionError):
@@ -39,11 +36,10 @@ _MEMORY = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-"""Files of a control group with its limit and its use, and the part of its use that gives way, by controller."""
+"""Files of a control group's limit and use, and the reclaimable part of its use, by controller."""
 
 
 def free_memory() -> int:
-    """Free memory in bytes: what the system has left, at most what the control group and those above it have left."""
     amounts = []
     with suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -66,7 +62,6 @@ def _statistic(folder: Path, name: str) -> int:
 
 
 def _groups(controller: str) -> list[Path]:
-    """Folders of this process's control group and of all above it (version 2, or of a controller of version 1)."""
     group, mounts = "/", {(str(GROUPS / controller), "/")}
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

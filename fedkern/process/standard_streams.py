@@ -1,4 +1,4 @@
-"""Standard output and error of a process that must not fail because nobody takes what it prints."""
+"""Standard output and error of a process that must not fail because nobody reads them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 _NAMES = ("stdin", "stdout", "stderr")
 _lost = set[int]()
-"""Descriptors on which something could not be written."""
+"""Descriptors with a failed write."""
 _out: tuple[int, Any] | None = None
 """Standard output within :func:`results_alone`: a copy of its descriptor, and its stream."""
 
 
 class _Lossy(io.FileIO):
-    """A descriptor whose writes succeed, even where the disk behind it is full.
+    """A descriptor whose writes succeed, even on a full disk.
 
-    A reader that has gone is an error all the same: a pipe such as ``| head`` ends the command.
+    A closed pipe is still an error: ``| head`` ends the command.
     """
 
     def write(self, content: Any) -> int:
@@ -37,14 +37,13 @@ class _Lossy(io.FileIO):
 
 
 def has_lost_output() -> bool:
-    """Return whether a part of what this process has printed on standard output could not be written."""
     return 1 in _lost
 
 
 def open_closed() -> None:
-    """Open the null device where a standard stream is closed, as daemons have them.
+    """Open the null device where a standard stream is closed, as in daemons.
 
-    A file that is opened later would otherwise get the stream's number, and what libraries print would go into it.
+    Otherwise a later file would get the stream's number and what libraries print.
     """
     for number, name in enumerate(_NAMES):
         try:
@@ -61,11 +60,11 @@ def open_closed() -> None:
 
 
 def tolerate() -> None:
-    """Has the process go on where its standard output or error is closed, cannot be written or lacks a letter."""
+    """Let the process continue if standard output or error is closed, cannot be written or cannot encode a letter."""
     open_closed()
     for number, name in enumerate(_NAMES[1:], start=1):
         stream = getattr(sys, name)
-        with suppress(OSError, ValueError, AttributeError):  # a stream that stands for another, such as a notebook's
+        with suppress(OSError, ValueError, AttributeError):  # a replaced stream, such as a notebook's
             if stream.fileno() != number:
                 continue
             with suppress(OSError):
@@ -80,9 +79,9 @@ def tolerate() -> None:
 
 @contextmanager
 def results_alone() -> Iterator[None]:
-    """Has standard output take only what is :func:`put` inside the block.
+    """Let standard output take only :func:`put` inside the block.
 
-    What users' code, C libraries and child processes print there goes to standard error.
+    Prints of users' code, C libraries and child processes go to standard error.
     """
     global _out
     _out = os.dup(1), sys.stdout
@@ -106,11 +105,11 @@ def put(result: object) -> None:
 
 @contextmanager
 def _first_descriptor(descriptor: int) -> Iterator[None]:
-    """Has descriptor 1 stand for the file of another one inside the block."""
+    """Redirect descriptor 1 to another one's file inside the block."""
     import ctypes
 
     before = os.dup(1)
-    ctypes.CDLL(None).fflush(None)  # what C libraries have printed
+    ctypes.CDLL(None).fflush(None)  # prints of C libraries
     os.dup2(descriptor, 1)
     try:
         yield

@@ -1,4 +1,4 @@
-"""PyTorch's process-wide settings: those of a run in place of its caller's, and those that its workers take over."""
+"""Process-wide settings of PyTorch: those of a run in place of its caller's, and those for its workers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from fedkern.ops._core.private_torch import sdp_order, set_sdp_order
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Context manager or decorator: what a caller has set for its own work changes no bit of the work inside.
+    """Protect the bits of the work inside from the caller's settings.
 
     fp32 is the default dtype and the precision of matrix products, the CPU the default device, gradients are recorded,
-    cuDNN takes its deterministic algorithms, and attention on a GPU is computed by matrix products and a softmax, since
-    the gradients of fused kernels are added up in any order.  The caller's settings are back afterwards.  Deterministic
-    algorithms, anomaly detection and function modes are tools of the caller's that stay.
+    cuDNN is deterministic, and attention on a GPU uses matrix products and a softmax, as fused kernels sum gradients in
+    any order. The caller's settings are restored. Deterministic algorithms, anomaly detection and function modes stay.
     """
     with keep_modes(), ExitStack() as modes:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        # By the order, which only GPUs look at: the CPU takes its own flash kernel wherever that one is enabled.
+        # Flash stays enabled, as the CPU needs it; only GPUs follow the order.
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_math_sdp(True)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
@@ -47,9 +46,9 @@ def reproducible() -> Iterator[None]:
 
 @contextmanager
 def keep_modes() -> Iterator[Callable[[], bool]]:
-    """Put modes and working folder back at the end of the block.
+    """Restore modes and working folder at the end of the block.
 
-    Yield a function that does so at once where a frequent mode has changed, and returns whether that is so.
+    Yields a function that restores at once if a frequently changed mode differs, and returns whether it did.
     """
     before, frequent = _read_all(), _read_frequent()
 
@@ -66,7 +65,7 @@ def keep_modes() -> Iterator[Callable[[], bool]]:
 
 
 def _read_frequent() -> tuple[object, ...]:
-    """Read in half a microsecond the modes that items of data sets have been seen to change."""
+    """Read, in half a microsecond, the modes that data sets' items are known to change."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), deterministic
 
@@ -87,7 +86,7 @@ def _read(get: Callable[[], object]) -> object:
 
 @contextmanager
 def current_gpu(device: str) -> Iterator[None]:
-    """Has ``cuda`` mean the GPU that ``device`` numbers, such as cuda:1."""
+    """Make ``cuda`` mean the numbered GPU of ``device``, such as cuda:1."""
     number = torch.device(device).index
     with nullcontext() if number is None else torch.cuda.device(number):
         yield
@@ -95,7 +94,7 @@ def current_gpu(device: str) -> Iterator[None]:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Run with ``count`` CPU threads and restore the caller's number.  The number changes the bits of a run."""
+    """Run with ``count`` CPU threads, which changes bits, and restore the caller's number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -105,7 +104,6 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def modes() -> dict[str, Any]:
-    """Return the process-wide settings of PyTorch that change bits, and that a run takes over from its caller."""
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -114,7 +112,6 @@ def modes() -> dict[str, Any]:
 
 
 def set_modes(settings: dict[str, Any]) -> None:
-    """Set the process-wide settings that :func:`modes` returned in another process."""
     current = modes()
     if (current["deterministic"], current["warn_only"]) != (settings["deterministic"], settings["warn_only"]):
         # Called only for a change: the call imports torch's compiler, which takes a second.

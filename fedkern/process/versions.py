@@ -13,7 +13,7 @@ from fedkern.process.commit import commit
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages and the platform that the run was made with, and fedkern's commit where it is known."""
+    """Return the versions of packages and platform, and fedkern's commit if known."""
     return {
         "fedkern": fedkern.__version__, **({"commit": commit()} if commit() else {}), "torch": torch.__version__,
         "numpy": np.__version__, "python": platform.python_version(), "platform": platform.platform(),
@@ -21,10 +21,10 @@ def versions() -> dict[str, str]:
 
 
 def kernels() -> dict[str, str]:
-    """Return the kernels that, beside the versions, determine the bits of a run.
+    """Return the kernels that, with the versions, determine the bits of a run.
 
     * ``backend``: the forced backend, or "auto".
-    * ``isa``: ISA level of the CPU core, or "none" where there is no core.
+    * ``isa``: ISA level of the CPU core, or "none" without a core.
     * ``torch``: PyTorch's own ISA level.
     """
     return {

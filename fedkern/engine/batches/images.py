@@ -1,4 +1,4 @@
-"""Images of a split in batches, with their labels and texts, and banks of their backgrounds."""
+"""Images of a split in batches, and banks of their backgrounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
 from fedkern.process.device_copies import send
 
 PICKED_BYTES = {"cuda": 1 << 26}
-"""Bytes of images up to which batches are picked at once: on a GPU that takes no longer than for one batch."""
+"""Bytes of images picked at once, which on a GPU takes no longer than picking one batch."""
 
 
 class BackgroundBank:
@@ -40,13 +40,7 @@ class BackgroundBank:
 
 
 class Images(Reader):
-    """Reader of a `fedkern.data.Split`.
-
-    Args:
-        augment: augmentation of training batches.
-        cache: whether normalised images stay in memory.
-        tokens: of the images' texts, where they have some.
-    """
+    """Reader of a `fedkern.data.Split`."""
 
     def __init__(
         self,
@@ -72,7 +66,7 @@ class Images(Reader):
         self._there = place_labels(split.labels, device)
         self.fresh = augment != "none"
         self.cases: Tensor | None = split.cases
-        self.full = None if split.full is None else split.full.load_masks()  # read now: later the files may be gone
+        self.full = None if split.full is None else split.full.load_masks()  # read now, as the files may vanish later
 
     @property
     def known(self) -> Tensor:
@@ -82,10 +76,7 @@ class Images(Reader):
         return self.pixels.take(indices, rng)
 
     def pairs(self, indices: np.ndarray | Tensor, rng: Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Images and labels at ``indices``, augmented when ``rng`` is given.
-
-        Labels of pixels move with the images.
-        """
+        """Return images and labels at ``indices``, augmented together when ``rng`` is given."""
         chosen = as_index(indices)
         index = self.pixels.send_index(chosen)
         return self._pick(self.pixels, index, self._labels(chosen, index), rng)
@@ -95,14 +86,10 @@ class Images(Reader):
         return send(load_rows(self._there.index_select(0, label_index)), self.device)
 
     def _with_masks(self, chosen: Tensor, rng: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and object masks bool [B, H, W] at ``chosen``.
-
-        Masks move with the images.
-        """
         index = self.pixels.send_index(chosen)
         masks = self._masks.index_select(0, send(index, self.device)).long()
         images, moved = images_and_labels(self.pixels, index, masks, rng)
-        return images, self._labels(chosen, index), moved > 0  # what comes from outside the image is no object
+        return images, self._labels(chosen, index), moved > 0  # padding is no object
 
     @cached_property
     def _masks(self) -> Tensor:
@@ -112,10 +99,7 @@ class Images(Reader):
     def planned(
         self, plan: Plan, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None, *, masked: bool = False
     ) -> Iterator[Batch]:
-        """Yield the batches of an epoch, made when they are asked for.
-
-        Their indices are sent to the device at once.
-        """
+        """Yield the batches of an epoch on demand, with their indices sent to the device at once."""
         sent = self.pixels.send_index(as_index(plan[0] if len(plan) == 1 else np.concatenate(plan)))
         sizes = [len(part) for part in plan]
         picked = PICKED_BYTES.get(self.device.type, 0) if rng is None else 0
@@ -138,17 +122,16 @@ class Images(Reader):
                 )
 
     def masked_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the first ``count`` images with their masks bool [B, H, W]."""
         for part in batch_slices(min(count, len(self)), self.size):
             masks = window(self.split.masks[part, None], self.form.shape[1:])[:, 0]
             yield self.pixels.take(np.arange(part.start, part.stop)), masks
 
     @cached_property
     def backgrounds(self) -> BackgroundBank:
-        """The images with a detected object, which is erased: 0 after normalisation, middle grey of uint8 images.
+        """The images with a detected object, erased to 0 after normalisation (middle grey of uint8 images).
 
         Raises:
-            ValueError: nothing is known about what is object and what is background.
+            ValueError: the split has no object masks.
         """
         split = self.split
         if split.masks is None:

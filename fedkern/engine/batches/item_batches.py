@@ -1,4 +1,4 @@
-"""Samples of a map-style data set in batches, read when a batch needs them."""
+"""Samples of a map-style data set in batches, read on demand."""
 
 from __future__ import annotations
 
@@ -16,17 +16,14 @@ from fedkern.methods.protocol import OUTSIDE, Batch, Phase
 from fedkern.streams import stream
 
 BYTES = 1 << 26
-"""Bytes of a batch outside of training: large items come in smaller batches."""
+"""Largest batch outside of training, in bytes."""
 
 
 class ItemReader(Reader):
     """Reader of `fedkern.data.sources.items.Items`.
 
-    Args:
-        seed: the run's seed.
-        client: the client that trains on the samples, or -1.  What an item draws begins at a word of seed, client,
-            round, exchange, epoch and row, and in evaluation of seed, set and row.  For a collation all rows of the
-            batch take the place of the row.
+    An item's random draws begin at a word of seed, client (or -1), round, exchange, epoch and row, and in evaluation of
+    seed, set and row. A collation has all rows of its batch instead of the row.
     """
 
     def __init__(self, split: Items, device: torch.device, *, seed: int, client: int = -1, size: int = BATCH) -> None:
@@ -42,7 +39,7 @@ class ItemReader(Reader):
 
     @property
     def labels(self) -> torch.Tensor:
-        """The targets of all samples: those that the last pass has seen, or else read."""
+        """Targets of all samples, from the last pass or else read now."""
         return self.split.labels if self._targets is None else self._targets.cpu()
 
     def batches(
@@ -66,7 +63,6 @@ class ItemReader(Reader):
         *,
         masked: bool = False,
     ) -> Iterator[Batch]:
-        """Yield the batches of an epoch, read when they are asked for."""
         purpose = f"items/{phase.exchange}/{epoch}" if phase != OUTSIDE else f"items/{self.split.name}"
         word = int(stream(self._seed, purpose, round=phase.round, client=self._client).integers(2**63))
         for indices, batch in zip(plan, self.split.batches(plan, word, self.reads), strict=True):
@@ -79,7 +75,7 @@ class ItemReader(Reader):
 
 
 def trial_batch(split: Items, rows: Sequence[int]) -> Batch:
-    """Return a batch before a run begins, for which an item need not be read that has been read once."""
+    """Return a batch before a run begins, reading each item at most once."""
     reader = ItemReader(split, torch.device("cpu"), seed=0)
     reader.reads = 1
     return next(reader.planned([np.asarray(rows, dtype=np.int64)]))

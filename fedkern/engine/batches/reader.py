@@ -1,4 +1,4 @@
-"""Reader: a split in batches, as training, evaluation and methods see it."""
+"""Split in batches, for training, evaluation and methods."""
 
 from __future__ import annotations
 
@@ -18,29 +18,25 @@ from fedkern.streams import mix_words, seed_generators, seeded_generators, strea
 from fedkern.tasks.retrieval import LOSS_BATCH
 
 BATCH = 500
-"""Samples per batch where a network does not train."""
+"""Samples per batch outside of training."""
 Plan = Sequence[np.ndarray]
-"""The samples of the batches of an epoch, int64."""
+"""Rows of each batch of an epoch, int64."""
 
 
 class Reader:
-    """Samples of a split (see :class:`fedkern.methods.protocol.Samples`).
-
-    Remembers the last evaluation on them.
+    """Samples of a split in batches (see :class:`fedkern.methods.protocol.Samples`), and their last evaluation.
 
     Attributes:
-        fresh: whether a training epoch's batches may have other inputs than another epoch's.
-        size: samples of a batch where nobody says a number.
+        fresh: whether inputs may differ between training epochs.
         predictions: predicted classes of the last evaluation, int64 [n] (segmentation: [n, H, W]), or None.
-        kept: what the last evaluation that keeps handed on: a network's logits [n, C], or its Dice of every class, fp64
-            [C], each with the network's client (None: the network is the run's).
-        keep: adds to ``kept``; None outside an evaluation that keeps.
+        kept: answers of the last keeping evaluation, each with the network's client (None: the run's network): logits
+            [n, C], or the Dice of every class, fp64 [C].
+        keep: adds to ``kept``; None outside a keeping evaluation.
         loss_batch: pairs per batch of a contrastive loss.
-        metrics: the run's own metrics.
-        pool: threads that evaluate batches side by side, where there are.
-        output_bytes: bytes of a network's outputs and targets for all samples, where a loss takes them at once, or 0.
-        draws: whether an evaluation has moved a global random generator or changed a network's buffers, so that none
-            may run beside another.
+        pool: threads that evaluate batches side by side, or None.
+        output_bytes: bytes of all outputs and targets, if a loss takes all at once, or 0.
+        draws: whether an evaluation has moved a global random generator or changed buffers, so that none may run beside
+            another.
     """
 
     fresh: bool
@@ -64,25 +60,17 @@ class Reader:
 
     @property
     def known(self) -> Tensor:
-        """Return how many targets are known, samples or, of a segmentation, pixels: a number of at least 1."""
+        """The number of known targets (samples, or pixels of a segmentation), at least 1."""
         raise NotImplementedError
 
     def planned(
         self, plan: Plan, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None, *, masked: bool = False
     ) -> Iterator[Batch]:
-        """Return the batches of an epoch, made when they are asked for.
-
-        Images are augmented where there is an ``rng``.
-
-        ``masked``: batches carry the objects' masks, which the images then have.
-        """
+        """Yield the batches of an epoch on demand, augmented by ``rng``, with object masks if ``masked``."""
         raise NotImplementedError
 
     def batch(self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None) -> Batch:
-        """Return the samples at ``indices`` (int64).
-
-        Augmented when there is an ``rng``.
-        """
+        """Return the samples at ``indices`` (int64), augmented by ``rng``."""
         return next(self.planned([indices], phase, epoch, rng))
 
     def batches(
@@ -98,18 +86,12 @@ class Reader:
             if self._word is not None:
                 seed_generators(mix_words(self._word, number), self.device)
             yield batch
-        if self._word is not None:  # for what takes all samples at once
+        if self._word is not None:  # for a loss of all samples at once
             seed_generators(mix_words(self._word, -1), self.device)
 
     @contextmanager
     def repeating(self, seed: int, name: str, client: int = -1) -> Iterator[None]:
-        """Have an evaluation that draws begin at a word of seed and set, and each of its batches at a word of its own.
-
-        Args:
-            seed: the run's.
-            name: of the set.
-            client: the client that the set belongs to, or -1.
-        """
+        """Seed an evaluation that draws from seed and set, and each batch from its number."""
         if not self.draws:
             yield
             return
@@ -122,7 +104,6 @@ class Reader:
                 self._word = None
 
     def slices(self, size: int) -> list[slice]:
-        """Return the samples of every batch of ``size``."""
         return batch_slices(len(self), size)
 
     def record(self, predictions: Tensor) -> None:
@@ -130,11 +111,6 @@ class Reader:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Inside, an evaluation keeps the networks' answers.
-
-        What an earlier one kept is dropped.
-        """
-
         def keep(answer: Tensor, client: int | None = None) -> None:
             self.kept.append((client, answer))
 
@@ -146,7 +122,7 @@ class Reader:
 
 
 def batch_plan(samples: int, batch_size: int, rng: Generator) -> list[np.ndarray]:
-    """Batches of one epoch: the samples in random order, in batches as ``batch_slices`` makes them.
+    """Return one epoch's batches in random order, cut by ``batch_slices``.
 
     A client with fewer samples than the batch size has one smaller batch.
     """

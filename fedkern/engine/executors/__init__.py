@@ -1,1 +1,1 @@
-"""Executors, in which a run's clients work.  The round loop gets the clients' answers from one, in client order."""
+"""Executors, which run clients and yield their answers to the round loop in client order."""

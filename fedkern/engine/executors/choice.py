@@ -1,4 +1,4 @@
-"""Which executor a run has: this process, workers of its own and how many, the ranks of torchrun, or remote clients."""
+"""Choice of a run's executor: this process, workers, ranks of torchrun, or remote clients."""
 
 from __future__ import annotations
 
@@ -30,10 +30,6 @@ NETWORKS = 8
 
 
 def executor_of(run: RunObjects) -> Executor:
-    """Choose the executor.
-
-    The rest of the plan says how often clients will be asked.
-    """
     if run.request.remote is not None:
         return run.request.remote(run)
     config, context = run.config, run.context
@@ -51,10 +47,7 @@ def executor_of(run: RunObjects) -> Executor:
 
 
 def _on_ranks(run: RunObjects, ranks: torchrun_group.TorchrunGroup, asks: int) -> Executor:
-    """Return the executor of several ranks.
-
-    This process alone, where others would have nothing to do.
-    """
+    """Return the executor of several ranks, or of this process if others would be idle."""
     config, context = run.config, run.context
     if config.workers != "1":
         _no_workers(config, context, "each rank of torchrun has its clients work one after another")
@@ -69,14 +62,7 @@ def _no_workers(config: RunConfig, context: RunContext, why: str) -> None:
 
 
 def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: int) -> int:
-    """Return the number of workers of a run.
-
-    Below 2 its clients work in the run's process.
-
-    Args:
-        asks: how often clients will be asked one by one, not as a cohort; with 0 a worker would have nothing to do.
-        parameters: number of parameters of the network.
-    """
+    """Return the number of workers, or 1 if clients work in the run's process."""
     if config.workers == "1" or not asks:
         return 1
     why = unavailable(config.device)
@@ -86,16 +72,13 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
     limit = config.clients_of_a_round
     if config.workers != "auto":
         return min(int(config.workers), limit)
-    # Fewer --threads than cores: the user leaves the others to other work.
+    # Fewer --threads than cores: the user reserves the others for other work.
     cores = min(machine.usable_cores(), config.threads)
     return min(limit, cores // config.client_threads, machine.free_memory() // worker_bytes(context, parameters))
 
 
 def unavailable(device: str) -> str:
-    """Return why there can be no workers, as a part of a sentence.
-
-    Empty where there can.
-    """
+    """Return why there can be no workers, as a part of a sentence, or an empty text."""
     if sys.platform != "linux" or not hasattr(os, "memfd_create"):
         return "workers need Linux"
     if device != "cpu":
@@ -104,7 +87,7 @@ def unavailable(device: str) -> str:
 
 
 def worker_bytes(context: RunContext, parameters: int) -> int:
-    """Estimated bytes of a worker, without the data, which all workers map."""
+    """Estimate the bytes of a worker, without the data, which all workers map."""
     data = context.data
     tests = (*data.tests.values(), data.validation, *data.client_tests) if context.config.own_networks else ()
     images = sum(split.memory for split in (*data.clients, *tests)) if context.samples.cache else 0
@@ -112,9 +95,9 @@ def worker_bytes(context: RunContext, parameters: int) -> int:
 
 
 def own_fork_server(setup: Setup) -> AbstractContextManager[None]:
-    """Context of a run whose fork server is forked from its process where what clients need cannot be sent to another.
+    """Fork the fork server from this process for a run whose setup cannot be sent to another.
 
-    The run has no thread of its own yet, and the fork server and its workers compute on one thread.
+    The run has no thread yet, and the fork server and its workers compute on one thread.
     """
     config = setup.context.config
     barred = unavailable(config.device) or torch.cuda.is_initialized()
@@ -124,7 +107,7 @@ def own_fork_server(setup: Setup) -> AbstractContextManager[None]:
             split = next(iter(setup.context.data.clients), None)
             needed = isinstance(split, Items) and _reads_open_files(split)
         except NotPortable:
-            # An object that is open, such as a connection, would be one for all processes.
+            # All processes would share an open object, such as a connection.
             needed = only_code_bars(setup)
         if needed:
             return fork_server.ahead(setup)
@@ -132,7 +115,7 @@ def own_fork_server(setup: Setup) -> AbstractContextManager[None]:
 
 
 def _reads_open_files(split: Items) -> bool:
-    """Return whether reading items moves the position in a file that is open, whose descriptor no other process has."""
+    """Return whether reading items moves the position in an open file, which no other process has."""
     positions = read_positions()
     for row in (0, len(split) - 1):
         next(split.read([row], 0))

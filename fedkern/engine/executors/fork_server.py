@@ -1,4 +1,4 @@
-"""The fork server: the process that forks workers.  It has all that clients need, and has never computed anything."""
+"""Fork server: the process that forks workers. It has all that clients need, and has never computed anything."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from fedkern.usercode import plugins
 
 
 class _Forked:
-    """A child process made with ``os.fork``."""
-
     def __init__(self, process: int) -> None:
         self._process = process
 
@@ -36,20 +34,11 @@ class _Forked:
 
 
 class Gone(Exception):
-    """The fork server is lost or could not be prepared.
-
-    The message says why, as a part of a sentence.
-    """
+    """Loss of the fork server, or its failed start, as a part of a sentence."""
 
 
 class ForkServer:
-    """Fork server process, which loads what clients need and forks workers (see `fedkern.engine.executors.worker`).
-
-    Args:
-        process: the process.
-        end: this process's end of the connection to it.
-        prepared: whether the process has what clients need from its beginning.
-    """
+    """Process that loads what clients need and forks workers (see `fedkern.engine.executors.worker`)."""
 
     def __init__(
         self, process: _Forked | subprocess.Popen[bytes], end: socket.socket, *, prepared: bool = False
@@ -57,11 +46,7 @@ class ForkServer:
         self._process, self.channel, self.prepared, self._ready = process, Channel(end), prepared, False
 
     def ready(self) -> bool:
-        """Return whether workers can be forked by now.
-
-        Raises:
-            Gone: they never can.
-        """
+        """Return whether workers can be forked now, or raise Gone if they never can."""
         if self._ready:
             return True
         if not select.select([self.channel], [], [], 0)[0]:
@@ -73,14 +58,7 @@ class ForkServer:
         return True
 
     def fork(self) -> tuple[int, socket.socket]:
-        """Forks a worker.
-
-        Returns:
-            Its process id, and this process's end of the connection to it.
-
-        Raises:
-            Gone: the fork server is lost.
-        """
+        """Fork a worker, and return its process id and this process's end of the connection to it."""
         ours, theirs = socket.socketpair()
         try:
             self.channel.say("fork", [theirs.fileno()])
@@ -107,14 +85,13 @@ class ForkServer:
             raise Gone("the process that starts workers was lost") from None
 
     def close(self) -> None:
-        """End the fork server, and with it all its workers."""
         self._process.kill()
         self._process.wait()
         self.channel.close()
 
 
 def describe_end(code: int | None) -> str:
-    """Return how a process ended, by its exit code, as a part of a sentence."""
+    """Describe a process's end, as a part of a sentence."""
     if code is None:
         return "it ended"
     if code == -signal.SIGKILL:
@@ -126,12 +103,7 @@ _ahead: list[ForkServer] = []
 
 
 def fork_server_of(setup: Setup) -> ForkServer:
-    """Return the fork server of a run: the one that was forked last, or else a new process.
-
-    Raises:
-        NotPortable: the setup cannot be sent to another process.
-        OSError: no process can be started.
-    """
+    """Return the run's fork server: the one that was forked last, or a new process."""
     if _ahead and _ahead[-1].prepared:
         return _ahead.pop()
     packer = Packer()
@@ -148,16 +120,14 @@ def fork_server_of(setup: Setup) -> ForkServer:
 
 @contextmanager
 def ahead(setup: Setup | None = None) -> Iterator[None]:
-    """Forks a fork server from this process for a run inside the block.
+    """Fork a fork server from this process for a run inside the block, which ends with the block if unused.
 
-    It ends with the block if no run takes it.
-
-    This process has PyTorch loaded; a new process needs seconds to load it.  Without ``setup``, only the command line
-    forks a fork server, before anything is computed: a process whose OpenMP threads have run cannot be forked.  A
-    user's script may have computed before it starts a run, so a run started there starts a new process.
+    A new process would need seconds to load PyTorch. Without ``setup``, only the command line may call this, before
+    anything is computed: a process whose OpenMP threads have run cannot be forked, and a user's script may have
+    computed already.
 
     Args:
-        setup: what clients need, where it cannot be sent.  The fork server has it from its beginning.
+        setup: what clients need, if it cannot be sent.
     """
     if (server := _fork(setup)) is not None:
         _ahead.append(server)
@@ -170,10 +140,6 @@ def ahead(setup: Setup | None = None) -> Iterator[None]:
 
 
 def _fork(setup: Setup | None) -> ForkServer | None:
-    """Return a forked fork server.
-
-    None where the system allows no process more, or where this process has threads.
-    """
     from fedkern.engine.executors import worker
 
     if has_threads():
@@ -200,7 +166,7 @@ def _fork(setup: Setup | None) -> ForkServer | None:
 
 
 def _start_process() -> ForkServer:
-    """Start the fork server as a new process, in a group of its own: a terminal's Ctrl-C must not reach it."""
+    """Start the fork server as a new process in its own group, which a terminal's Ctrl-C does not reach."""
     ours, theirs = socket.socketpair()
     folder = str(Path(fedkern.__file__).parents[1])
     paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

@@ -1,10 +1,10 @@
-"""Client order, replay of a round's messages and changed states: what all executors share whose clients work elsewhere.
+"""Client order, replay and changed states, for executors whose clients work in other processes.
 
-Answers are handed on in client order, whatever order they arrive in, so that the server sums them in that order.
+Answers are handed on in client order, so that the server sums them in that order.
 
-A client keeps its process within a round, because its ``round_cache`` is there.  A process that has not worked for the
-client in this round starts from the client's state at the beginning of the round, and plays the messages again that the
-client has answered since.  A message that cannot be sent to another process has the client work in this one.
+A client keeps its process within a round, because its ``round_cache`` is there. A process that is new to the client
+starts from the state at the beginning of the round and replays the answered messages. A client whose message cannot be
+sent works in this process.
 """
 
 from __future__ import annotations
@@ -24,14 +24,9 @@ from fedkern.process.interrupts import check
 
 
 class Ordered:
-    """An executor over a transport (see :class:`~fedkern.engine.executors.executor.Executor`).
+    """Executor over a transport (see :class:`~fedkern.engine.executors.executor.Executor`).
 
-    A transport derives from it: :meth:`_begin` and :meth:`_advance` send ``_requests`` and fill ``_replies``.
-
-    Args:
-        context: of the run.
-        serial: the executor of this process.
-        states: where a client's state comes from when the client first works in a round.
+    A transport overrides :meth:`_begin` and :meth:`_advance`, which send ``_requests`` and fill ``_replies``.
     """
 
     count = 1
@@ -39,22 +34,21 @@ class Ordered:
 
     def __init__(self, context: RunContext, serial: Serial, states: States) -> None:
         self.here, self._context, self._states = serial, context, states
-        self._processes: Sequence[PacketStream] = []  # packet streams to the other processes that clients work in
+        self._processes: Sequence[PacketStream] = []  # packet streams to other processes
         self._packer = Packer()
         # State of this round:
-        self._readers: dict[ClientId, Callable[[], State]] = {}  # of states that clients began the round with
-        self._at: dict[ClientId, Any] = {}  # the process that has begun a client's round; None: this process
+        self._readers: dict[ClientId, Callable[[], State]] = {}  # of states at the beginning of the round
+        self._at: dict[ClientId, Any] = {}  # each client's process in this round; None: this process
         self._played: dict[ClientId, list[Request]] = {}  # messages that a client has answered
         self._changed: dict[ClientId, State] = {}
         # State of this exchange:
         self._requests: dict[ClientId, Request] = {}
-        self._todo: list[ClientId] = []  # clients that nothing works for yet
-        self._replies: dict[ClientId, Done] = {}  # that wait for their turn
+        self._todo: list[ClientId] = []  # clients without a process in this exchange
+        self._replies: dict[ClientId, Done] = {}  # waiting for their turn
 
     def answers(
         self, asker: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
     ) -> Iterator[Answer]:
-        """See :class:`~fedkern.engine.executors.executor.Executor`."""
         encoders = encoders or {}
         self._requests = {k: (asker, phase, message, encoders.get(k)) for k, message in messages.items()}
         for k in messages:
@@ -67,7 +61,6 @@ class Ordered:
             yield self._answer(k)
 
     def _answer(self, k: ClientId) -> Answer:
-        """Return the answer of the next client in order."""
         while True:
             check()
             self._advance(k)
@@ -78,7 +71,7 @@ class Ordered:
             raise reply.failed
         if reply.state is not None:
             self._changed[k] = reply.state
-        if not self.remote:  # a remote client's node keeps what it may have to play again
+        if not self.remote:  # a remote client's node keeps messages to replay
             self._played.setdefault(k, []).append(self._requests[k])
         answer: Answer = reply.answer
         return answer
@@ -111,19 +104,16 @@ class Ordered:
     # -- what a transport does -------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Begins an exchange."""
+        """Begin an exchange."""
 
     def _advance(self, k: ClientId) -> None:
-        """Goes on with the exchange until there may be a reply of client ``k``, the next in order."""
+        """Continue the exchange until client ``k``, the next in order, may have replied."""
         raise NotImplementedError
 
     # -- what a transport uses -------------------------------------------------------------------------------------
 
     def _send(self, process: PacketStream, k: ClientId) -> bool:
-        """Has client ``k`` work in another process.
-
-        False where its message cannot be sent there.
-        """
+        """Give client ``k`` to another process, or return False if its message cannot be sent."""
         try:
             self._tell(process, self._job(k, process))
         except NotPortable:
@@ -133,27 +123,20 @@ class Ordered:
         return True
 
     def _work(self, k: ClientId) -> None:
-        """Has client ``k`` work in this process."""
         self._todo.remove(k)
         self._replies[k] = self.here.reply(self._job(k, None))
 
     def _job(self, k: ClientId, process: PacketStream | None) -> Job:
-        """Return what client ``k`` has to do.
-
-        It begins its round in ``process`` where it has not worked there yet.
-        """
+        """Return the client's job, with its state and earlier messages if it is new to ``process``."""
         begun = k in self.here.working() if process is None else self._at.get(k) is process
         self._at[k] = process
         if begun:
             return Job(k, self._requests[k])
-        self._changed.pop(k, None)  # of a process that was lost: the client's next state is a later one
+        self._changed.pop(k, None)  # the state of a lost process is stale
         return Job(k, self._requests[k], self._readers[k](), tuple(self._played.get(k, ())))
 
     def _read(self, packet: Packet) -> Done | None:
-        """Return the reply that another process has sent.
-
-        None where it has sent a notice, which is passed on.
-        """
+        """Return the reply from another process, or None for a notice, which is passed on."""
         message = Unpacker().unpack(packet)
         if isinstance(message, Notice):
             self._context.notices.notice(message.text)
@@ -165,7 +148,7 @@ class Ordered:
         process.send(self._packer.pack(message))
 
     def _clear(self, *, round_over: bool = False) -> None:
-        """Has no later packet refer to tensors of earlier ones, which all processes drop."""
+        """Make all processes drop tensors of earlier packets, to which no later packet refers."""
         self._packer.clear()
         for process in self._processes:
             process.forget()

@@ -1,7 +1,6 @@
-"""A rank of torchrun other than 0: it waits for the clients that rank 0 asks it to have at work.
+"""Rank of torchrun other than 0, where clients work that rank 0 asks.
 
-It loads no data and writes no file.  Rank 0 sends the settings, the data and the method, as a run's process sends them
-to its workers, and says what there is to say.
+It loads no data and writes no file. Rank 0 sends settings, data and method, and prints all messages.
 """
 
 from __future__ import annotations
@@ -25,13 +24,10 @@ FAILED = 1
 
 
 def serve(group: TorchrunGroup) -> int:
-    """Works until rank 0 ends.
+    """Work until rank 0 ends.
 
     Returns:
-        The exit code of rank 0; 1 where this rank has failed and rank 0 says so; 130 after Ctrl-C, 143 after SIGTERM.
-
-    Raises:
-        RunFailed: rank 0 was lost.
+        The exit code of rank 0; 1 if this rank failed and rank 0 says so; 130 after Ctrl-C, 143 after SIGTERM.
     """
     connection = group.connections[0]
     try:
@@ -43,7 +39,7 @@ def serve(group: TorchrunGroup) -> int:
         raise RunFailed(f"Rank {group.rank} lost rank 0, as {lost}: {GO_ON}.") from None
     except KeyboardInterrupt as stop:
         _, code = interrupts.end_by(stop)
-        with suppress(Ended, Lost):  # rank 0 has the same signal, and is not to take this rank for lost
+        with suppress(Ended, Lost):  # rank 0 has the same signal, and must not count this rank as lost
             _wait(connection)
         return code
     except Exception as error:
@@ -53,7 +49,7 @@ def serve(group: TorchrunGroup) -> int:
         group.leave(FAILED, reason)
         try:
             _wait(connection)
-        except Ended:  # rank 0 has heard it, and says it
+        except Ended:  # rank 0 prints the reason
             return FAILED
         except Lost:
             pass
@@ -71,7 +67,6 @@ def _serve(connection: Connection) -> None:
 
 
 def _wait(connection: Connection) -> None:
-    """Wait until rank 0 ends, which raises Ended or Lost, or `LEAVING` seconds."""
     until = time.monotonic() + LEAVING
     while time.monotonic() < until:
         connection.get(0.5)

@@ -1,12 +1,11 @@
 """Executor of torchrun: clients on all ranks, with the bits of :class:`Serial` for any number of ranks.
 
-Rank 0 runs the round loop and serves; its own share of the clients works between two answers of other ranks.  The other
-ranks (`fedkern.engine.executors.rank`) work as worker processes do and get the same messages.
+Rank 0 runs the round loop and the server. Its own clients work between two answers of other ranks, which work as worker
+processes do (`fedkern.engine.executors.rank`).
 
-The clients of a round are dealt out in turn, and keep their rank within the round (see
-`fedkern.engine.executors.ordered`).  A client's state comes with its first message of a round, and returns with its
-answer where it has changed: it is then in the checkpoint, from which torchrun's next attempt starts.  A lost rank is
-not replaced: the run ends, and torchrun starts all ranks again if it may.
+The clients of a round are dealt out in turn and keep their rank. A changed state returns with the answer, so that it is
+in the checkpoint from which torchrun's next attempt starts. A lost rank is not replaced: the run ends, and torchrun may
+start all ranks again.
 """
 
 from __future__ import annotations
@@ -32,19 +31,11 @@ from fedkern.settings.run_data import DataRecipe
 from fedkern.usercode import plugins
 
 AHEAD = 2
-"""Answers of rank 0's own clients that may wait for earlier clients on other ranks."""
+"""Most answers of rank 0's own clients that wait for earlier clients on other ranks."""
 
 
 class Ranks(Ordered):
-    """The executor of several ranks (see :class:`~fedkern.engine.executors.executor.Executor`).
-
-    Args:
-        context: of the run.
-        serial: the executor of this process, rank 0.
-        handlers: objects whose ``client_update`` may be called, by name.
-        states: where a client's state comes from when the client first works in a round.
-        group: the ranks.
-    """
+    """Executor of several ranks (see :class:`~fedkern.engine.executors.executor.Executor`)."""
 
     def __init__(
         self, context: RunContext, serial: Serial, handlers: Mapping[str, Handler], states: States, group: TorchrunGroup
@@ -84,11 +75,7 @@ class Ranks(Ordered):
         self._context.notices.notice(f"clients work on {self._group.size} ranks")
 
     def _pack(self, setup: Setup) -> Packet:
-        """Pack the setup, with a recipe in place of items that cannot be sent.
-
-        Raises:
-            NotPortable: something cannot be sent.
-        """
+        """Pack the setup, with a recipe in place of items that cannot be sent."""
         data = self._context.data
         try:
             return self._packer.pack(setup)
@@ -102,7 +89,6 @@ class Ranks(Ordered):
     # -- the executor ----------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """Deal the clients out, and send the other ranks what their clients are asked."""
         ranks = (None, *self._processes)
         for k in self._requests:
             rank = self._at[k] if k in self._at else ranks[len(self._at) % len(ranks)]
@@ -110,10 +96,7 @@ class Ranks(Ordered):
                 self._at[k] = None
 
     def _advance(self, k: ClientId) -> None:
-        """Hears the rank of the next client in order.
-
-        Meanwhile this rank goes on with its later clients.
-        """
+        """Listen to the next client's rank, and work for this rank's later clients meanwhile."""
         self._group.check()
         if (rank := self._at[k]) is not None:
             idle = bool(self._todo) and len(self._replies) < AHEAD
@@ -127,6 +110,5 @@ class Ranks(Ordered):
 
 
 def _in_a_file(data: FederatedData, tests: bool) -> bool:
-    """Return whether images or masks that other ranks need are read from a file when they are needed."""
     splits = (*data.clients, data.validation, *((*data.tests.values(), *data.client_tests) if tests else ()))
     return any(isinstance(part, FileRows) for split in splits for part in (split.images, split.labels))

@@ -1,4 +1,4 @@
-"""Serial executor: clients work in this process, one after another or in lanes, on networks that they share."""
+"""Serial executor: clients work in this process, one after another or in lanes, on shared networks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,7 @@ from fedkern.process.torch_modes import cpu_threads
 
 
 class Serial:
-    """The executor of one process (see :class:`~fedkern.engine.executors.executor.Executor`).
-
-    Args:
-        context: of the run.
-        handlers: objects whose ``client_update`` may be called, by name.
-        states: where a client's state comes from when the client first works in a round.
-        threads: CPU threads while a client works.
-    """
+    """Executor of one process (see :class:`~fedkern.engine.executors.executor.Executor`)."""
 
     count = 1
     remote = False
@@ -40,7 +33,7 @@ class Serial:
     def __init__(self, context: RunContext, handlers: Mapping[str, Handler], states: States, threads: int) -> None:
         self._context, self._handlers, self._states, self._threads = context, handlers, states, threads
         self._clients: dict[ClientId, Client] = {}
-        self._before: dict[ClientId, Fingerprint] = {}  # of their states, of clients that have worked since
+        self._before: dict[ClientId, Fingerprint] = {}  # fingerprints of states, of clients that have worked since
         self._asked = 0
         self._objects = context.user_objects()  # before any client has worked
 
@@ -49,7 +42,7 @@ class Serial:
         return self
 
     def client(self, k: ClientId) -> Client:
-        """Return client ``k`` in this round, made on first use: from now on changes of its state are noticed."""
+        """Return client ``k`` of this round, and notice changes of its state from now on."""
         if k not in self._clients:
             self.take(k, self._states(k)())
         if k not in self._before:
@@ -57,7 +50,7 @@ class Serial:
         return self._clients[k]
 
     def take(self, k: ClientId, state: State, played: Iterable[Request] = ()) -> None:
-        """Begins the round of client ``k`` with ``state``, and plays again the messages that it has answered."""
+        """Begin the client's round with ``state``, and replay messages that it has answered."""
         self._clients[k] = Client(self._context, k, state)
         self._before.pop(k, None)
         for request in played:
@@ -76,11 +69,10 @@ class Serial:
         yield from side_by_side(begun, count)
 
     def ask(self, k: ClientId, asker: str, phase: Phase, message: Message, encoder: Encoder | None = None) -> Answer:
-        """One client's answer to a message, which an encoder may change."""
         return self._begin(k, asker, phase, message, encoder)()
 
     def reply(self, job: Job) -> Done:
-        """Do a job.  The client's warnings and its exception are in the reply: they wait for its turn."""
+        """Do a job, keeping the client's warnings and its exception for its turn."""
         context = self._context
         earlier, context.notices.warnings = context.notices.warnings, {}
         try:
@@ -97,9 +89,10 @@ class Serial:
     def _begin(
         self, k: ClientId, asker: str, phase: Phase, message: Message, encoder: Encoder | None, lane: int | None = None
     ) -> Callable[[], Answer]:
-        """Has a client work, on a ``lane`` without waiting for the GPU.
+        """Start a client's work, on a ``lane`` without waiting for the GPU.
 
-        Returns what gets its answer.
+        Returns:
+            A function that waits for the answer.
         """
         start = time.perf_counter()
         context, client = self._context, self.client(k)
@@ -108,7 +101,7 @@ class Serial:
         client.later = None if lane is None else []
         answer, wait = Answer(k), None
         if lane is not None and isinstance(message.get("parameters"), Tensor):
-            context.networks.send(message["parameters"])  # sent once, before the lanes, which wait for it
+            context.networks.send(message["parameters"])  # sent once, before the lanes that need it
         with (
             self._problems(answer, asker),
             cpu_threads(self._threads),
@@ -153,7 +146,6 @@ class Serial:
 
     @contextmanager
     def _problems(self, answer: Answer, asker: str) -> Iterator[None]:
-        """Note what a client's work raises in its answer."""
         try:
             yield
         except Diverged as problem:
@@ -165,10 +157,7 @@ class Serial:
             answer.problem = ClientFailed.of(answer.client, error, code)
 
     def _beside(self, message: Message, upload: object) -> Message:
-        """Return a message whose parameters are read on the GPU.
-
-        Training has sent them there, if the upload's are there.
-        """
+        """Return the message with parameters on the GPU, where training has sent them, if the upload's are there."""
         sent, got = message.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
         if not isinstance(sent, Tensor) or not isinstance(got, Tensor) or got.device == sent.device:
             return message
@@ -179,7 +168,7 @@ class Serial:
         state = self._clients[client].stored_state if before is not None else {}
         if before is None or before.matches(state):
             return None
-        del self._before[client]  # taken anew where the client works again in this round
+        del self._before[client]  # taken anew if the client works again in this round
         return state
 
     def working(self) -> list[ClientId]:

@@ -1,4 +1,4 @@
-"""Connection between two processes of one machine: packets over a socket, whole."""
+"""Connection between two processes of one machine, for whole packets over a socket."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import struct
 
 from fedkern.messages.packets import Packet, PacketStream
 
-_HEADER = struct.Struct("<Q")  # bytes of the pickle that follows; 0: it is in the first file
+_HEADER = struct.Struct("<Q")  # bytes of the pickle that follows; 0: the first file holds it
 _INLINE = 1 << 15  # bytes; a longer pickle goes through a memory file, so that no message fills the socket's buffer
 _MOST_FILES = 250  # most files of one message (SCM_MAX_FD is 253)
 
@@ -24,14 +24,10 @@ class Channel(PacketStream):
         self._end = end
 
     def fileno(self) -> int:
-        """Return the connection's descriptor, for ``select``."""
         return self._end.fileno()
 
     def send(self, packet: Packet) -> None:
-        """See :meth:`PacketStream.send`.
-
-        The packet's further descriptors travel after those of its files.
-        """
+        """Send a packet, with its further descriptors after those of its files."""
         new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
         payload = pickle.dumps((list(new), packet.payload))
         spilt = len(payload) > _INLINE
@@ -51,11 +47,6 @@ class Channel(PacketStream):
         self._sent.update(new)
 
     def receive(self) -> Packet:
-        """See :meth:`PacketStream.receive`.
-
-        Raises:
-            EOFError: the other end is gone.
-        """
         try:
             data, rights, _, _ = self._end.recvmsg(
                 _HEADER.size, socket.CMSG_LEN(_MOST_FILES * 4), socket.MSG_CMSG_CLOEXEC
@@ -86,5 +77,4 @@ class Channel(PacketStream):
         return bytes(parts)
 
     def close(self) -> None:
-        """Close this end."""
         self._end.close()

@@ -1,17 +1,15 @@
 """Worker processes of a run: ``python -m fedkern.engine.executors.worker DESCRIPTOR PARENT``, started by the run alone.
 
-One process, the fork server, is started or forked from the command line's process.  It loads what clients need,
-receives the run's settings and data, and forks a worker on request.  PyTorch is thus loaded, and the data are mapped,
-once for all workers.  The fork server never computes: a process whose OpenMP threads have run cannot be forked.  It
-never sees the user's ``__main__``.
+The fork server receives the run's settings and data and forks workers, so that PyTorch is loaded and the data are
+mapped once. It never computes, because a process whose OpenMP threads have run cannot be forked, and never sees the
+user's ``__main__``.
 
-A worker has a network, the clients' data and their states of the round, and works as a
-:class:`~fedkern.engine.executors.serial.Serial` does.  It ends when its connection to the run's process closes, or when
-its parent ends.  It ignores SIGINT, which a terminal sends to every process in the foreground: the run's process
-handles that.
+A worker works as a :class:`~fedkern.engine.executors.serial.Serial` does. It ends with its connection to the run's
+process or with its parent. It ignores SIGINT, which a terminal sends to every process in the foreground: the run's
+process handles that.
 
-Message classes are in `fedkern.engine.executors.worker_messages`: run as ``__main__``, this module would define other
-classes than the run's process imports under its name.
+Message classes are in `fedkern.engine.executors.worker_messages`: as ``__main__``, this module would define other
+classes than the run's process imports.
 """
 
 from __future__ import annotations
@@ -48,8 +46,6 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Worker:
-    """Clients of this process, and the connection to the run's process."""
-
     def __init__(self, setup: Setup, channel: PacketStream) -> None:
         self._channel = channel
         set_modes(setup.modes)
@@ -63,10 +59,9 @@ class Worker:
         self._packer, self._unpacker = Packer(), Unpacker()
 
     def serve(self) -> None:
-        """Works until the other end of the connection is closed."""
         while True:
             packet = self._channel.receive()
-            self._heed(self._unpacker.unpack(packet))  # no reference stays: a message would live until the next one
+            self._heed(self._unpacker.unpack(packet))  # without a reference, as a message would live until the next one
 
     def _heed(self, request: Clear | Forget | Job) -> None:
         if isinstance(request, Clear):
@@ -97,12 +92,11 @@ class Worker:
 
 
 def end_with_parent() -> None:
-    """Has this process killed when its parent ends, however the parent ends."""
+    """Have the system kill this process when its parent ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def with_kernels(isa: str, backend_name: str | None) -> ExitStack:
-    """Return a context with the ISA level and the forced backend of another process."""
     forced = ExitStack()
     if isa != "none":
         forced.enter_context(backend.use_isa(isa))
@@ -113,15 +107,13 @@ def with_kernels(isa: str, backend_name: str | None) -> ExitStack:
 
 @contextmanager
 def as_in_the_run(setup: Setup) -> Iterator[None]:
-    """Compute with the kernels and the precision of the run's own process."""
     keep_freed_memory()
     with with_kernels(setup.isa, setup.backend), computing(setup.context.config.precision), reproducible():
         yield
 
 
 def _work(setup: Setup, end: socket.socket) -> None:
-    """Run a forked worker, from its beginning to its end."""
-    warnings.simplefilter("ignore", loading.Slower)  # the run's own process says it
+    warnings.simplefilter("ignore", loading.Slower)  # the run's own process warns
     with as_in_the_run(setup):
         if setup.context.config.client_threads > 1:
             backend.trust_fork()
@@ -132,21 +124,19 @@ def _work(setup: Setup, end: socket.socket) -> None:
 def serve(
     end: socket.socket, parent: int, setup: Setup | None = None, positions: dict[int, int] | None = None
 ) -> NoReturn:
-    """Run the fork server, which ends when its connection to the run's process closes.
+    """Run the fork server until its connection to the run's process closes.
 
-    The run's process sends, and the fork server answers:
+    Requests and their answers:
 
-    * the paths that modules are imported from, with the plugins, and the setup: "ready", or a sentence on what went
-      wrong;
+    * import paths with the plugins, then the setup: "ready", or a sentence on what went wrong;
     * "fork" with a connection: the process id of the new worker, which has that connection;
     * the process id of a worker: how the worker ended.
 
     Args:
-        end: this process's end of the connection to the run's process.
         parent: process id of the run's process.
-        setup: what clients need, where this process was forked with it.  It computes on one thread: OpenMP's threads
-            are not there after a fork.
-        positions: those of the files that the run's process had open when this process was forked; None: it was not.
+        setup: what clients need, if this process was forked with it. It then computes on one thread, as OpenMP's
+            threads do not survive a fork.
+        positions: positions in the files that the run's process had open at the fork, or None.
     """
     if setup is not None:
         torch.set_num_threads(1)
@@ -209,10 +199,7 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
 
 
 def _wait_for_end(process: int) -> int | None:
-    """Exit code of a worker (see ``os.waitstatus_to_exitcode``).
-
-    None where it has not ended, or is not known.
-    """
+    """Return a worker's exit code, or None if it is alive or unknown."""
     with suppress(ChildProcessError):
         for _ in range(50):  # the worker's connection closes a little before the worker has ended
             child, status = os.waitpid(process, os.WNOHANG)

@@ -21,12 +21,10 @@ class Setup:
     """Everything that a worker needs about the run, sent once.
 
     Attributes:
-        context: the settings, the federated data and what the records may tell.
         handlers: objects whose ``client_update`` may be called, by name.
-        methods: the class that a script gave as the run's method, by name.
-        entries: entries of ``fedkern.models.MODELS`` that the user added, and that the settings name.
-        backend: the forced backend of the operators; None where none is.
-        isa: the ISA level of the CPU core, "none" where there is no core.
+        methods, entries: the user-defined method class and networks, by name.
+        backend: the forced backend of the operators, or None.
+        isa: the ISA level of the CPU core, "none" without a core.
         modes: process-wide settings of PyTorch that change bits.
     """
 
@@ -40,7 +38,6 @@ class Setup:
 
     @classmethod
     def of(cls, context: RunContext, handlers: Mapping[str, Handler]) -> Setup:
-        """Return what clients need in order to work elsewhere as they would in this process."""
         entries, forced, name = context.networks.added_models, backend.forced_backend(), context.config.method
         methods = {name: method_registry.GIVEN[name]} if name in method_registry.GIVEN else {}
         return cls(context, dict(handlers), methods, entries, forced, backend.active_isa(), modes())
@@ -48,14 +45,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Job:
-    """A worker's job: one client answers one message.
+    """Job of a worker: one client answers one message.
 
     Attributes:
-        client: the client's id.
-        request: the message.
-        state: the client's state at the beginning of the round, where the client begins its round in this worker; else
-            None.
-        played: the client's earlier messages of the round, which a lost worker answered; they are played again first.
+        state: the client's state at the beginning of the round, if the client is new to this worker; else None.
+        played: the client's earlier messages of the round, which a lost worker answered, to replay first.
     """
 
     client: int
@@ -66,10 +60,7 @@ class Job:
 
 @dataclass
 class Done:
-    """A worker's reply to a job: the answer and, if the job changed it, the client's state; or an exception.
-
-    The run's process notes in ``size`` how many bytes of tensors have come.
-    """
+    """Reply to a job: an exception, or the answer and the client's state if the job changed it."""
 
     answer: Any
     state: State | None = None
@@ -79,24 +70,20 @@ class Done:
 
 @dataclass(frozen=True)
 class Notice:
-    """Progress of something long, passed on at once."""
+    """Progress of a long step, passed on at once."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Clear:
-    """Tells a worker that no later packet will refer to the memory files of earlier packets.
-
-    Attributes:
-        round_over: whether the clients of this round work no more.
-    """
+    """Request to forget memory files, to which no later packet will refer."""
 
     round_over: bool = False
 
 
 @dataclass(frozen=True)
 class Forget:
-    """Tells a worker to drop a client, which works no more in this round."""
+    """Request to drop a client."""
 
     client: int

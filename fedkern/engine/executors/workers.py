@@ -1,9 +1,8 @@
 """Parallel executor: clients in worker processes on the CPU, with the bits of :class:`Serial` for any worker count.
 
-A client keeps its worker within a round.  In the next round any worker may get the client.  If a worker is lost,
-another one begins its clients' round again (see `fedkern.engine.executors.ordered`).
-
-Until the workers have started (a second or two, to load PyTorch), clients work in this process.
+A client keeps its worker within a round. After a lost worker, another one begins its clients' round again (see
+`fedkern.engine.executors.ordered`). Until the workers have started (a second or two, to load PyTorch), clients work in
+this process.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from fedkern.methods.base import ClientId
 from fedkern.process.forking import has_threads
 
 HELD_BYTES = 1 << 30
-"""Limit on the bytes of uploads that wait for earlier clients.  Beyond it, only the next client in order gets a
+"""Limit on the bytes of uploads that wait for earlier clients. Beyond it, only the next client in order gets a
 worker."""
 
 LOSSES = 3
-"""The run ends when a client's worker is lost this many times in one round."""
+"""Losses of a client's worker in one round that end the run."""
 
 WORTH_STARTING = 3.0
-"""Seconds that the clients' remaining work must take in this process for ``--workers auto`` to start workers."""
+"""Seconds of remaining client work from which ``--workers auto`` starts workers."""
 
 
 class _Worker(Channel):
-    """A worker process: connection, process id, and the client it works for (None: idle)."""
+    """Worker process: connection, process id, and the client that it works for (None: idle)."""
 
     def __init__(self, process: int, end: socket.socket) -> None:
         super().__init__(end)
@@ -46,16 +45,10 @@ class _Worker(Channel):
 
 
 class Workers(Ordered):
-    """The executor of several processes (see :class:`~fedkern.engine.executors.executor.Executor`).
+    """Executor of several processes (see :class:`~fedkern.engine.executors.executor.Executor`).
 
     Args:
-        context: of the run.
-        serial: the executor of this process.
-        handlers: objects whose ``client_update`` may be called, by name.
-        states: where a client's state comes from when the client first works in a round.
-        count: number of workers.
-        asks: how often the plan will still ask clients in the whole run.  Workers are then started only if enough work
-            is left for them to pay.  None: they are started at once.
+        asks: how often the plan will still ask clients; workers start only if enough work is left. None: at once.
     """
 
     def __init__(
@@ -82,14 +75,13 @@ class Workers(Ordered):
     def _advance(self, k: ClientId) -> None:
         self._hear(0.0)
         self._hire()
-        self._hand_out(k)  # also where the reply is there, so that no worker is idle while the server is at work
+        self._hand_out(k)  # even with the reply, so that no worker idles while the server works
         if k in self._todo:
             self._work(k)
         elif k not in self._replies:
             self._hear(1.0)
 
     def _answer(self, k: ClientId) -> Answer:
-        """Count the answer, and start workers if enough work is left for them to pay."""
         answer = super()._answer(k)
         self._asked += 1
         self._seconds += answer.seconds
@@ -103,7 +95,6 @@ class Workers(Ordered):
         super().end_round()
 
     def close(self) -> None:
-        """End all processes, whatever they are doing: workers end with their fork server."""
         if self._fork_server is not None:
             self._fork_server.close()
             self._fork_server = None
@@ -133,7 +124,6 @@ class Workers(Ordered):
         )
 
     def _hire(self) -> None:
-        """Forks workers up to ``count``, once the fork server is ready."""
         if self._fork_server is None or len(self._processes) >= self.count:
             return
         try:
@@ -146,11 +136,10 @@ class Workers(Ordered):
             self._give_up(str(error), "")
 
     def _hand_out(self, next_client: ClientId) -> None:
-        """Give every idle worker the next client that it may have."""
         for worker in [worker for worker in self._processes if worker.client is None]:
             for k in list(self._todo):
                 if self._at.get(k, worker) is not worker:
-                    continue  # another worker or this process has the client in this round
+                    continue  # this client belongs to another process in this round
                 if k != next_client and sum(reply.size for reply in self._replies.values()) > HELD_BYTES:
                     break
                 if self._send(worker, k):
@@ -158,7 +147,6 @@ class Workers(Ordered):
                     break
 
     def _hear(self, seconds: float) -> None:
-        """Receives what workers have sent, waiting up to ``seconds`` for the first of it."""
         for worker in select.select(self._processes, [], [], seconds)[0]:
             try:
                 packet = worker.receive()
@@ -173,11 +161,7 @@ class Workers(Ordered):
                 self._replies[worker.client], worker.client = reply, None
 
     def _free_clients(self, worker: _Worker) -> None:
-        """Frees the clients of a worker that has ended, so that they begin their round again elsewhere.
-
-        Raises:
-            RunFailed: the worker of one client was lost `LOSSES` times in the round.
-        """
+        """Let the clients of a dead worker begin their round again in another process."""
         self._processes.remove(worker)
         worker.close()
         how = self._fork_server.how(worker.process) if self._fork_server is not None else "it ended"

@@ -1,7 +1,4 @@
-"""Figures of clients on their own test sets, compared and taken together.
-
-``sets`` are the clients' test sets (`fedkern.engine.batches.reader.Reader`), and ``by_client`` holds their figures.
-"""
+"""Figures of clients on their own test sets, compared and averaged."""
 
 from __future__ import annotations
 
@@ -13,11 +10,10 @@ from fedkern.tasks.figure_names import direction
 
 
 def over_clients(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> dict[str, float]:
-    """Mean and worst client of the clients' figures, as ``mean_client_...`` and ``worst_client_...``.
+    """Return mean and worst client of the `comparable` figures, as ``mean_client_...`` and ``worst_client_...``.
 
-    The figures are those of `comparable`.  ``worst_client_...`` is the largest value of a figure that is to fall, such
-    as the loss, and the smallest of any other.  Left out of both are clients without the figure, and those with NaN
-    where some have a number.
+    The worst value is the largest of a figure that is to fall, such as the loss. Clients without the figure are left
+    out, and those with NaN if others have a number.
     """
     metrics: dict[str, float] = {}
     for name in comparable(by_client, sets):
@@ -29,11 +25,7 @@ def over_clients(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int
 
 
 def comparable(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> list[str]:
-    """Names of the figures by which clients are compared: ``loss`` and those of the task.
-
-    A client may lack a figure: a Dice needs an object in some mask, an area under a ROC curve images with the label and
-    images without.
-    """
+    """Return the names of figures that compare clients: ``loss`` and those of the task."""
     compared = {"loss", *_compared_names(sets)}
     return [
         name for name in dict.fromkeys(name for figures in by_client.values() for name in figures) if name in compared
@@ -46,14 +38,12 @@ def _compared_names(sets: Mapping[int, TestSet]) -> tuple[str, ...]:
 
 
 def _falls(name: str, sets: Mapping[int, TestSet]) -> bool:
-    """Return whether a smaller figure is the better one."""
     return any(direction(name, data.task.directions) == "min" for data in sets.values())
 
 
 def with_undefined(
     by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, EvaluatedSet]
 ) -> dict[int, dict[str, float | None]]:
-    """Return the clients' figures, with None for NaN and for a main figure that is not defined on a client's set."""
     lacking = {k: {sets[k].task.main: None} for k in by_client if not sets[k].task.defined(sets[k])}
     numbers = {
         k: {name: None if math.isnan(value) else value for name, value in by_client[k].items()} for k in by_client
@@ -62,11 +52,9 @@ def with_undefined(
 
 
 def worst_client(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> tuple[int, str] | None:
-    """Return the client with the smallest main figure and that figure's name.
+    """Return the client with the worst main figure (or else loss), and that figure's name.
 
-    By the loss where there is no main figure.
-
-    Among equals the client with the largest loss.  None for fewer than two clients with the figure; NaN is no figure.
+    Among equals, the largest loss decides. None with fewer than two clients with the figure; NaN is no figure.
     """
     names = comparable(by_client, sets)
     figure = next((name for name in (*_compared_names(sets), "loss") if name in names), None)

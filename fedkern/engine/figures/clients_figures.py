@@ -1,4 +1,4 @@
-"""Means of the figures of all clients' own networks, which an exchange of the engine's own asks for."""
+"""Means of the figures of all clients' own networks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from fedkern.methods.common.personal import means
 
 
 class ClientsFigures:
-    """Asks all clients for the figures of their networks.
+    """Exchange that asks all clients for their networks' figures, even those that a round left out.
 
-    Those that a round left out too.
-
-    What a client's code changes in its state meanwhile is dropped.
+    State that a client's code changes meanwhile is dropped.
     """
 
     def __init__(self, run: RunObjects) -> None:
@@ -32,13 +30,10 @@ class ClientsFigures:
         """Return the means over all clients' networks, and every client's figures on its own test set.
 
         Args:
-            own: the attribute of the context that has these sets, or "".
+            own: attribute of the context that has the own test sets, or "".
             tests: whether to evaluate on the run's test sets.
             keep: whether these keep the networks' answers (``Reader.kept``).
             locally: whether all clients work in this process.
-
-        Raises:
-            UserError, RunFailed: a client's evaluation failed.
         """
         run, context, progress = self._run, self._run.context, self._run.progress
         executor = run.here if locally else run.executor
@@ -49,7 +44,7 @@ class ClientsFigures:
         of_clients: dict[int, dict[str, float]] = {}
         sets: dict[Any, Reader] = dict(context.samples.test_sets) | (getattr(context.samples, own) if own else {})
         kept: dict[Any, list[tuple[ClientId | None, Tensor]]] = {place: [] for place in sets}
-        # No more states are in memory at once than in a round.
+        # As many states in memory at once as in a round.
         clients, at_once = range(context.federation.clients), context.config.clients_of_a_round
         for start in clients[::at_once]:
             asked = dict.fromkeys(clients[start : start + at_once], message)

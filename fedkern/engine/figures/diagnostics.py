@@ -1,4 +1,4 @@
-"""Named one-sentence warnings for the failure signatures a user should know."""
+"""Warnings, by name, about typical signs of failed training."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ NOTHING = 0.05
 SMOOTH = {"linear", "bilinear", "bicubic", "trilinear"}
 CHANCE_FACTOR, CHANCE_MARGIN, CHANCE_REST = 1.5, 0.05, 0.1
 """A figure is near that of a constant prediction if it is below CHANCE_FACTOR times that figure, below that figure +
-CHANCE_MARGIN, and below that figure + CHANCE_REST of what is missing to 1.  The factor alone would not do: 1.5 times
-the figure is poor with 10 classes of equal size, but may be good with two.  Nor would the margin: where 90 % of the
-images are of one class, an accuracy of 95 % means half the errors."""
+CHANCE_MARGIN, and below that figure + CHANCE_REST of what is missing to 1. The factor alone fails with two classes,
+where 1.5 times the figure may be good. The margin alone fails with 90 % of the images in one class, where an accuracy
+of 95 % means half the errors."""
 
 RARE = "train longer, weight rare classes in the loss, or predict them from a lower probability on."
-"""Ways out of a network that tells classes apart and predicts the common ones."""
+"""Advice for a network that tells classes apart but predicts only the common ones."""
 
 
 class Judged(Protocol):
-    """Settings that name the main figure, and whether larger (``"max"``) or smaller (``"min"``) values are better."""
+    """Settings with the main figure, and whether larger (``"max"``) or smaller (``"min"``) values are better."""
 
     @property
     def main(self) -> str: ...
@@ -64,7 +64,6 @@ class Observations:
 
 
 def warn_emulated(precision: str, device: str) -> dict[str, str]:
-    """Warning about a precision for which the processor has no instructions."""
     if precision != "bf16":
         return {}
     if device != "cpu":
@@ -79,11 +78,7 @@ def warn_emulated(precision: str, device: str) -> dict[str, str]:
 
 
 def unrepeatable(find_network: Callable[[], nn.Module], shape: Sequence[int], device: torch.device) -> dict[str, str]:
-    """Warning about layers that upsample, whose gradient PyTorch adds up in another order every time on a GPU.
-
-    Args:
-        shape: of an image, empty for other samples.
-    """
+    """Return a warning about layers that upsample, whose gradient PyTorch sums in random order on a GPU."""
     if device.type == "cpu":
         return {}
     layers = list(find_network().modules())
@@ -100,7 +95,6 @@ def unrepeatable(find_network: Callable[[], nn.Module], shape: Sequence[int], de
 
 
 def telling_area(metrics: Mapping[str, float], test_set: str, config: Judged) -> str:
-    """Return a test set's AUROC in words, or an empty text where there is none or it is near that of chance."""
     value = metrics.get(f"{test_set}_auroc" if test_set else "auroc", math.nan)
     near = math.isnan(value) or hardly_better("auroc", value, 0.5, config)
     return "" if near else f"AUROC is {_format_figure('auroc', value)}"
@@ -109,7 +103,6 @@ def telling_area(metrics: Mapping[str, float], test_set: str, config: Judged) ->
 def collapsed_classes(
     sets: Mapping[str, EvaluatedSet], classes: Sequence[str], metrics: Mapping[str, float], config: Judged
 ) -> dict[str, str]:
-    """Return a warning about classes of a test set that were never predicted."""
     for prefix, data in sets.items():
         if data.predictions is None or prefix == "validation_":
             continue
@@ -132,14 +125,14 @@ def collapsed_classes(
 
 
 def unvaried_labels(sets: Mapping[str, EvaluatedSet]) -> dict[str, str]:
-    """Warning about a test set with several labels an image, on which every label is predicted alike everywhere."""
+    """Return a warning about a multi-label test set on which every label is predicted alike everywhere."""
     alike = [prefix for prefix, data in sets.items() if prefix != "validation_" and data.task.unvaried(data)]
     text = f"Every label is predicted for all images of the {set_noun(alike[0][:-1])} or for none: " if alike else ""
     return {"unvaried-labels": f"{text}train longer, or change the learning rate."} if alike else {}
 
 
 def outlying_drift(clients: Mapping[str, Mapping[str, float]], label: Callable[[int], str] = str) -> dict[str, str]:
-    """Warning about a client, shown by its ``label``, whose update is many times longer than the others'."""
+    """Return a warning about a client whose update is many times longer than the others'."""
     drifts = {name: entry["drift"] for name, entry in clients.items() if "drift" in entry}
     if len(drifts) < 3:
         return {}
@@ -155,16 +148,12 @@ def outlying_drift(clients: Mapping[str, Mapping[str, float]], label: Callable[[
 
 
 def constants(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> dict[str, Constant]:
-    """Return what predicting one class everywhere gives, by the prefix of the test set's figures.
-
-    Sets of pairs and sets with images of a single class are left out: nothing can be compared there.
-    """
+    """Return the figures of predicting one class everywhere, by the prefix of the test set."""
     by_set = {prefix: data.task.constant(data, classes) for prefix, data in sets.items()}
     return {prefix: constant for prefix, constant in by_set.items() if constant is not None}
 
 
 def hardly_better(figure: str, value: float, constant: float, config: Judged) -> bool:
-    """Return whether a figure is near that of a constant prediction, or above most of it where it is to fall."""
     if direction(figure, {config.main: config.better}) == "min":
         return value > (1 - CHANCE_REST) * constant
     low = min(CHANCE_FACTOR * constant, constant + CHANCE_MARGIN, constant + CHANCE_REST * (1 - constant))
@@ -182,16 +171,13 @@ def poor_metrics(
 ) -> dict[str, str]:
     """Return warnings about figures near those of a constant prediction, or far below their best in validation.
 
-    An accuracy of single clients, and one on a set that ``constant`` lacks, is compared with 1 / classes.  Where the
-    set's AUROC is above that of chance, the classes are told apart after all.
+    Accuracies of single clients, and on sets missing in ``constant``, are compared with 1 / classes. An AUROC above
+    chance shows that the classes are told apart after all.
 
     Args:
-        metrics: figures of the final network, by prefixed name.
-        best: the best validation figures of the run.
-        constant: see :func:`constants`.
-        config: has the name of the main figure and its direction.
+        metrics, best: figures of the final network, and the best validation figures, by prefixed name.
         tests: names of the test sets.
-        added: names of metrics that a user adds, of which chance is not known.
+        added: names of the user's metrics, whose chance level is unknown.
     """
     texts: dict[str, str] = {}
     retry = "train longer, or change the learning rate."
@@ -242,13 +228,6 @@ def _format_figure(figure: str, value: float) -> str:
 def missing_metrics(
     method: str, source: str, sets: Mapping[str, EvaluatedSet], figures: Mapping[str, float]
 ) -> dict[str, str]:
-    """Warnings about metrics of plugins that an evaluation did not compute.
-
-    Args:
-        method, source: names of the method and the data set.
-        sets: the test sets by the prefix of their figures' names.
-        figures: the figures of all test sets.
-    """
     expected = {metric.name: f"{prefix}{metric.name}" for prefix, data in sets.items() for metric in data.metrics}
     missing = sorted(name for name, figure in expected.items() if figure not in figures)
     if not missing:
@@ -263,12 +242,7 @@ def missing_metrics(
 def undefined_figures(
     sets: Mapping[str, EvaluatedSet], of_clients: Mapping[int, Mapping[str, float | None]], label: Callable[[int], str]
 ) -> dict[str, str]:
-    """Return warnings about main figures that are not defined on a test set, and figures that clients lack.
-
-    Args:
-        sets: the test sets by the prefix of their figures' names.
-        of_clients: the clients' figures, None where one is not defined (`client_figures.with_undefined`).
-    """
+    """Return warnings about main figures that are undefined on a test set or for clients."""
     texts: dict[str, str] = {}
     for prefix, task in [(prefix, data.task) for prefix, data in sets.items() if not data.task.defined(data)]:
         lacks = f"The {set_noun(prefix[:-1])} has {task.lacks}, and so no {short_title(task.main)}."
@@ -287,7 +261,6 @@ def undefined_figures(
 
 
 def missing_statistics(buffers: str, missing: bool) -> dict[str, str]:
-    """Warning about a saved network without running statistics."""
     if not missing:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Figures of the final network beyond those of every round: by class, areas under ROC curves, calibration."""
+"""Figures of the final network alone: by class, areas under ROC curves, calibration."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fedkern.methods.roles import EvaluatedSet
 class FinalFigures:
     """Figures of the final network on the test sets and the validation set.
 
-    Where clients have networks of their own, a figure is the mean of the networks', a matrix the sum.
+    Of clients' own networks, a figure is the mean and a matrix the sum.
 
     Attributes:
         metrics: figures by prefixed name, such as ``id_balanced_accuracy``.
-        per_class: test set, then figure, then class; None where the figure is not defined, as for a class without
-            samples.  Figures are ``recall`` and ``auroc``; ``dice`` of a segmentation; ``auroc`` and
-            ``average_precision`` where an image may have several labels.
+        per_class: figures by test set, figure and class; None if undefined, as for a class without samples. Figures are
+            ``recall`` and ``auroc``; ``dice`` of a segmentation; ``auroc`` and ``average_precision`` with several
+            labels an image.
         confusion: counts int64 [C, C] by test set, true class and predicted class; none of the validation set.
     """
 
@@ -30,11 +30,9 @@ class FinalFigures:
 
 
 def final_figures(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> FinalFigures:
-    """Return the figures that follow from what the last evaluation kept (``TestSet.kept``).
+    """Return figures of the answers that the last evaluation kept.
 
-    No network is asked again.
-
-    A set has none of them if it is of image-text pairs, or if the method's own ``evaluate`` kept no :func:`answers`.
+    Sets of image-text pairs, and sets for which the method kept no :func:`answers`, have none.
     """
     result = FinalFigures()
     names = unique_names(classes)
@@ -51,21 +49,17 @@ def final_figures(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> F
 
 
 def answers(data: EvaluatedSet, classes: int) -> list[tuple[int | None, Tensor]]:
-    """Return what ``data`` kept, if that has the shape that the task's figures of the run's end need."""
+    """Return what ``data`` kept if it has the shape that the task's final figures need, else nothing."""
     shape = data.task.kept_shape(data, classes)
     return data.kept if all(answer.shape == shape for _, answer in data.kept) else []
 
 
 def set_name(prefix: str) -> str:
-    """Name of a test set in files, from the prefix of its figures: ``"id_"`` is ``"id"``, and ``""`` is ``"test"``."""
+    """Return a test set's name in files from its prefix: ``"id_"`` is ``"id"``, ``""`` is ``"test"``."""
     return prefix.removesuffix("_") or "test"
 
 
 def unique_names(classes: Sequence[str]) -> list[str]:
-    """Names of the classes.
-
-    Each begins with its number where two classes have the same name.
-    """
     if len(set(classes)) == len(classes):
         return list(classes)
     return [f"{number} {name}" for number, name in enumerate(classes)]

@@ -1,12 +1,12 @@
 """95 % intervals of figures: how far other patients, cases or samples of the same kind would move them.
 
-The patients of a set are its units, or else its cases, or else its samples.  A bootstrap draws as many units as there
-are, with replacement and with all of their samples, and computes the figure of every draw.  The interval lies between
-two percentiles of these figures.  With few units the percentiles lie farther out, as Student's t does (the expanded
-percentile interval of Hesterberg, What Teachers Should Know About the Bootstrap, arXiv 1411.5279).
+A bootstrap draws units (patients, or else cases, or else samples) with replacement, with all their samples, and
+computes the figure of every draw. The interval lies between two percentiles of these figures. With few units the
+percentiles lie farther out, as Student's t does (the expanded percentile interval of Hesterberg, What Teachers Should
+Know About the Bootstrap, arXiv 1411.5279).
 
-The accuracy of a network on independent samples has Wilson's interval.  So has a fraction that all draws agree on, at
-the number of units.  The network is taken as given.
+The accuracy of a network on independent samples has Wilson's interval. So has a fraction that all draws agree on, at
+the number of units. The network is taken as fixed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LEVEL, DRAWS = 0.95, 2000
 LEAST = 5
 """Fewest units of an interval from draws."""
 MOST = 1 << 22
-"""Most numbers that are drawn at once."""
+"""Most numbers drawn at once."""
 Row = dict[str, Any]
 
 
@@ -46,16 +46,13 @@ def intervals(
 
     Args:
         sets: the test sets (`fedkern.engine.batches.reader.Reader`) by the prefix of their figures' names.
-        own_sets: the clients' own test sets; without any, the parts of ``sets`` that show a client's site.
-        federation: the data, which have the names of clients or sites.
-        seed: the run's.
-        own: whether a client is judged by its own network where clients have networks of their own.
+        own_sets: the clients' own test sets; if there are none, the parts of ``sets`` from a client's site.
+        own: whether a client is judged by its own network.
 
     Returns:
-        Rows with ``set``, for a client ``client``, the ``figure``, its ``value``, ``low`` and ``high``, the ``unit`` in
-        the plural, and numbers of ``units`` and ``samples``.  ``low`` and ``high`` are None with fewer than 5 units,
-        and where all draws agree on a figure that is no fraction.  Figures that are no function of what is kept, as
-        those of pairs and of users' metrics, have no row.
+        Rows with ``set``, possibly ``client``, ``figure``, ``value``, ``low``, ``high``, ``unit`` in the plural,
+        ``units`` and ``samples``. ``low`` and ``high`` are None with fewer than 5 units, and if all draws agree on a
+        figure that is no fraction. Figures of pairs and users' metrics have no row.
     """
     names = federation.client_names
     places = [
@@ -82,7 +79,6 @@ def intervals(
 
 
 def _interval(data: EvaluatedSet, name: str, outputs: Sequence[Tensor], rows: Rows, rng: np.random.Generator) -> Row:
-    """Return the interval of a figure, the mean over networks' ``outputs``, on rows of a set, int64 ``[n]``."""
     split, task, cases = data.split, data.task, getattr(data, "cases", None)
     labels = data.labels if task.target == "pixels" else data.labels.cpu()  # masks may be in a file
     groups, rows = split.units(), rows[rows < len(labels)]  # a collation may drop items
@@ -111,13 +107,12 @@ def _interval(data: EvaluatedSet, name: str, outputs: Sequence[Tensor], rows: Ro
 
 
 def _counts(rng: np.random.Generator, draws: int, units: int) -> Floats:
-    """Draw as many units as there are, with replacement: how often every draw has each, fp64 ``[draws, units]``."""
+    """Draw units with replacement, and count each in every draw, fp64 ``[draws, units]``."""
     places = rng.integers(0, units, (draws, units)) + units * np.arange(draws)[:, None]
     return np.bincount(places.ravel(), minlength=draws * units).reshape(draws, units).astype(np.float64)
 
 
 def _percentiles(figures: Floats, units: int) -> tuple[float, float]:
-    """Return the ends of the interval by the figures of the draws that have one."""
     from scipy.special import ndtr, stdtrit
 
     tail = float(ndtr(math.sqrt(units / (units - 1)) * stdtrit(units - 1, (1 - LEVEL) / 2)))

@@ -1,4 +1,4 @@
-"""Figures of the clients' own networks, each computed where its client works: an exchange of the engine's own."""
+"""Figures of the clients' own networks, computed where each client works."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from fedkern.methods.base import Message, Method, Phase
 from fedkern.methods.common.personal import ClientsNetworks
 
 NAME = "figures"
-"""The handler's name in the executors' tables, and that of the exchange."""
+"""Name of the handler in the executors' tables, and of the exchange."""
 
 
 class OwnFigures:
-    """Has a client evaluate its own network.
-
-    Args:
-        method: gives the figures.
-    """
+    """Handler with which a client evaluates its own network."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
@@ -27,8 +23,8 @@ class OwnFigures:
         """Return the client's figures.
 
         Args:
-            message: ``vectors`` of the global network; whether to evaluate on the ``tests`` and to ``keep`` the answers
-                to them; ``own``, the attribute of the samples that has the client's own test set, or "".
+            message: ``vectors`` of the global network; whether to evaluate on the ``tests`` and to ``keep`` the
+                answers; ``own``, the attribute of the samples that has the client's own test set, or "".
 
         Returns:
             ``figures``, names prefixed; ``own``, figures on the client's own test set, by client; ``kept`` answers by
@@ -40,7 +36,7 @@ class OwnFigures:
         tests = context.samples.test_sets if message["tests"] else {}
         sets = getattr(context.samples, message["own"]) if message["own"] else {}
         own, names = {k: sets[k]} if k in sets else {}, context.data.client_names
-        unnamed, itself = lambda _: nullcontext(), lambda _: client  # a failure is named where it arrives
+        unnamed, itself = lambda _: nullcontext(), lambda _: client  # the receiver names a failure
         networks = ClientsNetworks(self._method, [k], lambda _: network)
         return {
             "figures": evaluate(networks, network, tests, nullcontext, seed=seed, keep=message["keep"]),

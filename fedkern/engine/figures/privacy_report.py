@@ -1,4 +1,4 @@
-"""Differential privacy of a run: its guarantee, records included, and the figures from the clients' ledgers."""
+"""Differential privacy of a run: its guarantee, and figures from the clients' ledgers."""
 
 from __future__ import annotations
 
@@ -11,37 +11,26 @@ from fedkern.privacy import LEDGER, Accountant, Guarantee
 
 
 def guarantee(method: Method, server: Server, records: str | None) -> Guarantee | None:
-    """Return the method's guarantee, with the records as a further release unless ``--records private``.
-
-    None without one.
-    """
+    """Return the method's guarantee or None, with the records as a further release unless ``--records private``."""
     result = method.guarantee(server)
     return result if result is None or records == "private" else result.with_records()
 
 
 def privacy_figures(bound: Guarantee | None, state_of: Callable[[int], Message], clients: int) -> dict[str, object]:
-    """Return the ``privacy`` entry of summary.json.
-
-    Empty where the run has no guarantee.
-
-    Args:
-        state_of: a client's state, by the client's id.
+    """Return the ``privacy`` entry of summary.json, empty without a guarantee.
 
     Returns:
         These entries:
 
-        * ``epsilon``: the largest of any client; infinite where a release had no noise.
+        * ``epsilon``: the largest of any client; infinite if a release had no noise.
         * ``delta``.
-        * ``unit``: what one neighbour differs in, ``"image"``, or ``"patient"`` with at most ``patient_images``.
+        * ``unit``: what neighbours differ in, ``"image"``, or ``"patient"`` with at most ``patient_images``.
         * ``covers``, ``leaves_uncovered``: names of the releases.
         * ``channels``: the largest epsilon of each mechanism, alone at the whole delta.
         * ``clients``: every client's ``epsilon`` and ``channels``.
         * ``statement``: one sentence on what the figure covers and what not.
 
-        Where a release is left uncovered, both ``epsilon`` are called ``epsilon_covered``.
-
-    Raises:
-        UserError: dp-accounting is not installed.
+        With an uncovered release, both ``epsilon`` are called ``epsilon_covered``.
     """
     if bound is None:
         return {}

@@ -1,18 +1,17 @@
 """Steps of local training, replayed as CUDA graphs.
 
-A step of a small network is some hundred kernels.  The host starts them one by one, which takes longer than the GPU
-computes.  A CUDA graph holds all kernels of a step, and the host starts the graph in one call.  Kernels and their order
-stay those of the eager step, and so do the bits.
+A step of a small network is some hundred kernels, which the host starts more slowly than the GPU computes. A CUDA graph
+starts all of them in one call, in the order of the eager step, so that bits stay.
 
-The first batches of a shape run eagerly: they load kernels and make workspaces.  Then one step is recorded, which runs
-nothing, and serves every later batch of the shape, of this client or another.  Batches are made outside and laid into
-a table, as many at once as may be made ahead; a recorded step takes the next one out of it, and writes what is told of
-it into a table too, so that the host starts graphs one behind the other and looks at nothing between.  Of an optimiser
-with numbers that change from step to step (AdamW's) the forward and backward pass alone is recorded.
+The first batches of a shape run eagerly, which loads kernels and makes workspaces. Then one step is recorded, which
+runs nothing, and replayed for every later batch of the shape, of any client. Batches are laid into a table, as many as
+may be made ahead. A recorded step reads its batch from the table and writes its figures into another, so that the host
+reads nothing between graphs. If an optimiser has numbers that change from step to step (AdamW), only the forward and
+backward pass is recorded.
 
-fedkern's methods and networks say that they can be recorded (:attr:`fedkern.methods.roles.Objective.replayable`).  What
-others wrote may toss a coin on the host, or count, and a recording would repeat one toss.  So their eager step is taken
-twice, and a recorded one is compared with it bit for bit: on three batches, and on the first of every later exchange.
+Built-in methods and networks declare that they can be recorded (:attr:`fedkern.methods.roles.Objective.replayable`).
+User code may draw on the host or count, which a recording would repeat. So its eager step is run twice, and a recorded
+step is compared bit for bit: on three batches, and on the first of every later exchange.
 """
 
 from __future__ import annotations
@@ -41,25 +40,24 @@ from fedkern.ops._core.private_torch import foreach_add_
 EAGER = 2
 """Batches of a shape that run eagerly before a step is recorded."""
 LEAST = 5
-"""Fewest batches of a shape, still to come in the exchange, for which a step is recorded."""
+"""Fewest remaining batches of a shape in the exchange for which a step is recorded."""
 MOST = 16
-"""Recordings that are kept from one exchange to the next: each holds batches and what a step computes of one."""
+"""Recordings kept between exchanges, each of which holds a step's batches and results."""
 COMPARED = 3
-"""Batches on which a recorded step of somebody's own is compared with the step in Python."""
+"""Batches on which a recorded step of user code is compared with the step in Python."""
 AHEAD, AHEAD_BYTES = 64, 1 << 24
-"""Most batches that are laid into a table at once, and most bytes of them."""
+"""Most batches laid into a table at once, and their most bytes."""
 
 T = TypeVar("T")
 
 
 class Outcome(NamedTuple):
-    """What is told of a batch, or of n batches.
+    """Loss, gradient norm and figures of one batch, or of n batches.
 
     Attributes:
         loss: 0-d, or [n].
         squared_norm: of the gradient, likewise; None before the optimiser's step.
-        figures: what the method observed, one vector [f] or rows [n, f], or none.
-        names: of the figures.
+        figures: the method's, one vector [f] or rows [n, f], or none.
     """
 
     loss: Tensor
@@ -68,23 +66,19 @@ class Outcome(NamedTuple):
     names: tuple[str, ...]
 
     def parts(self) -> list[Tensor]:
-        """Return the tensors."""
         return [part for part in (self.loss, self.squared_norm, *self.figures) if part is not None]
 
 
 class Pass(Protocol):
-    """Forward and backward pass of a batch, which adds to the gradients, and the optimiser's step where it can be."""
+    """Forward and backward pass of a batch, ``collect``, and possibly the optimiser's step."""
 
-    def __call__(self, batch: Batch, received: Received, *, collect: Callable[[], None] | None = None) -> Outcome:
-        """``collect`` is called between the two."""
+    def __call__(self, batch: Batch, received: Received, *, collect: Callable[[], None] | None = None) -> Outcome: ...
 
 
 def replayable(kind: type[Objective], network: nn.Module | None = None) -> bool | None:
-    """Return whether a recorded step serves other batches.
+    """Return whether recorded steps fit other batches, or None if the classes do not declare it.
 
-    None: nobody says so.
-
-    A ``network`` of somebody's own may compute on the host.
+    A user-defined ``network`` may compute on the host.
     """
     flag: bool | None = getattr(kind, "replayable", False)
     known = network is None or all(_is_own_module(type(module)) for module in network.modules())
@@ -96,19 +90,18 @@ def _is_own_module(kind: type) -> bool:
 
 
 Play = Callable[[Iterable[Batch]], Iterator[Outcome]]
-"""Takes batches through their steps, in order; an outcome may be that of several batches."""
+"""Takes batches through their steps, in order; an outcome may cover several batches."""
 
 
 class Recorded(NamedTuple):
     """A recorded step.
 
     Attributes:
-        tables: [rows, elements], where a step reads the tensors of a batch from.
-        counter: int64 [1], the row that the next replay is for, which it moves by one.
-        records: fp64 [rows, values], where it writes what is told of the batch.
-        replay: runs the step.
-        outcome: an outcome's tensors of one batch, for their shapes, and its names.
-        lasting: whether the step does not depend on what the client received.
+        tables: [rows, elements], from which a step reads the tensors of a batch.
+        counter: int64 [1], the row of the next replay, which increments it.
+        records: fp64 [rows, values], into which it writes a batch's figures.
+        outcome: an outcome of one batch, for shapes and names.
+        lasting: whether the step is independent of what the client received.
     """
 
     tables: list[Tensor]
@@ -120,7 +113,6 @@ class Recorded(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Most batches at once."""
         return len(self.records)
 
     def __call__(self, batches: Sequence[Batch]) -> Outcome:
@@ -135,13 +127,13 @@ class Recorded(NamedTuple):
 
 
 class Graphs:
-    """The recorded steps of clients on one GPU, those of a lane.
+    """The recorded steps of a lane's clients on one GPU.
 
     All graphs share a pool of memory: they are never replayed side by side, and a graph's outcome is copied before
     another graph runs.
 
     Attributes:
-        off: whether a step could not be recorded; no other step is recorded then.
+        off: whether a step could not be recorded; then no other step is.
         held: see :meth:`hold`.
     """
 
@@ -151,12 +143,12 @@ class Graphs:
         self._of: tuple[Any, ...] = ()
         self._recorded: dict[Hashable, Recorded] = {}
         self._eager = Counter[Hashable]()
-        self._values: dict[Hashable, int] = {}  # numbers that are told of a batch
+        self._values: dict[Hashable, int] = {}  # numbers in a batch's record
         self.held: dict[str, Tensor] = {}
-        self._strangers: set[tuple[Any, type]] = set()  # networks and methods whose steps are not recorded
-        self._compare: dict[Hashable, int] = {}  # batches on which a stranger's step is still compared
+        self._strangers: set[tuple[Any, type]] = set()  # networks and methods whose steps cannot be recorded
+        self._compare: dict[Hashable, int] = {}  # batches on which an unverified step is still compared
         self._fleeting = False  # whether a step of this network and method depends on what was received
-        self._last: Any = None  # torch gives up a pool that no graph uses
+        self._last: Any = None  # kept, because torch frees a pool without graphs
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
@@ -168,10 +160,10 @@ class Graphs:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """Work on a stream of its own, after all earlier work and before all later work of the current stream.
+        """Work on a separate stream, after all earlier and before all later work of the current stream.
 
-        The default stream cannot be recorded, and autograd adds up a parameter's gradient on the stream of the
-        parameter's first use in a graph that is still alive.  So eager passes run on the stream of the recorded ones.
+        The default stream cannot be recorded, and autograd adds up a parameter's gradient on the stream of its first
+        use in a living graph. So eager passes run on the stream of the recorded ones.
         """
         outer = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(outer)
@@ -183,7 +175,7 @@ class Graphs:
 
     @contextmanager
     def ahead(self) -> Iterator[Callable[[], None]]:
-        """Work on the stream of its own, after all earlier work of the current stream, which goes on beside it.
+        """Work on the separate stream, after all earlier work of the current stream, which continues meanwhile.
 
         Yields a function that waits until the work is done.
         """
@@ -194,24 +186,22 @@ class Graphs:
             done.record(self._stream)
 
     def lasting(self) -> bool:
-        """Return whether a step has been recorded that serves all clients and rounds."""
         return bool(self._recorded) and not self._fleeting
 
     def hold(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a copy at the address of the last one of that name and size, where a recorded step will find it."""
+        """Copy a tensor to the address of the last one of its name and size, where recorded steps read it."""
         buffer = self.held.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             self.held[name] = buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         return buffer.copy_(tensor)
 
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Record what ``work`` starts on the GPU without running it: a function that runs it, and ``work``'s result.
+        """Record the GPU work that ``work`` starts, without running it.
 
-        Raises:
-            RuntimeError: ``work`` did what cannot be recorded, for example read a value of a tensor.
+        Returns a function that runs it, and ``work``'s result.
         """
         if self._last is None:
-            torch.cuda.empty_cache()  # memory that eager passes have freed cannot serve recorded ones
+            torch.cuda.empty_cache()  # recorded passes cannot use memory that eager ones have freed
         graph, pool = torch.cuda.CUDAGraph(), self._pool
         collects, syncs = gc.isenabled(), torch.cuda.get_sync_debug_mode()
         try:
@@ -245,18 +235,13 @@ class Graphs:
         settings: Hashable,
         strange: bool = False,
     ) -> Iterator[Play]:
-        """Context of an exchange's training: a function that takes its batches through ``run``, in order.
-
-        Steps are recorded where that is worth it.
+        """Yield a function that takes an exchange's batches through ``run``, in order, recording steps that pay.
 
         Args:
-            network: what is trained, in the mode it is trained in.
             sizes: number of batches of the exchange, by size.
-            failed: called with the reason where a step cannot be recorded.
-            ahead: whether a batch may be asked for before ``run`` is done with the one before, and nothing happens
-                between two of them.
-            settings: what ``run`` has beside tensors.
-            strange: whether nobody knows that ``run`` can be recorded.
+            failed: called with the reason if a step cannot be recorded.
+            ahead: whether batches may be made before ``run`` is done with earlier ones, with nothing between two steps.
+            strange: whether nobody declares that ``run`` can be recorded.
         """
         addresses = tuple((name, tensor.data_ptr()) for name, tensor in self.held.items())
         of = (network, method, ahead, settings, addresses, *_state(network))
@@ -274,10 +259,10 @@ class Graphs:
             remaining[size] = remaining.get(size, 0) - 1
             recording = self._recorded.pop(key, None)
             if recording is not None:
-                self._recorded[key] = recording  # the one that was used last is the last
+                self._recorded[key] = recording  # moved to the end, as the most recent
                 return recording
             self._eager[key] += 1
-            # Clients of few batches share a recording that lasts; whether one does is known once it is made.
+            # Clients of few batches share a lasting recording, and only making it shows whether it lasts.
             worth = remaining[size] + 1 >= LEAST or (self._eager[key] > EAGER + LEAST and not self._fleeting)
             allowed = not self.off and owner not in self._strangers
             if allowed and key is not None and self._eager[key] > EAGER and worth and self._room():
@@ -332,15 +317,15 @@ class Graphs:
             lasting = {key: recording for key, recording in self._recorded.items() if recording.lasting}
             if len(lasting) < len(self._recorded):
                 self._fleeting = True
-            if self._fleeting:  # the next recording may need what only an eager pass makes of the next message
+            if self._fleeting:  # the next recording may need an eager pass over the next message
                 self._eager.clear()
             self._recorded = dict(list(lasting.items())[-MOST:])
 
     def _check_repeats(self, run: Pass, batch: Batch, received: Received, network: Trained, method: Objective) -> None:
-        """Take a step twice, and back.
+        """Run a step twice, and undo it.
 
         Raises:
-            RuntimeError: it gives other numbers, draws on the host or changes what the network or the method holds.
+            RuntimeError: the runs differ, draw on the host or change attributes of the network or the method.
         """
         before = Snapshot(self._list_written(network), self.device)
         fields_before = {**attributes(network.module), **fields(method)}
@@ -365,7 +350,7 @@ class Graphs:
     def _compare_step(
         self, step: Recorded, run: Pass, batch: Batch, received: Received, network: Trained
     ) -> tuple[Outcome, bool]:
-        """Take a step in Python and recorded: the first's outcome and state, and whether the other's are the same."""
+        """Run a step in Python and recorded: return the first outcome, and whether the two agree."""
         before = Snapshot(self._list_written(network), self.device)
         outcome = run(batch, received)
         after = Snapshot(self._list_written(network), self.device)
@@ -376,12 +361,10 @@ class Graphs:
         return outcome, is_same
 
     def _list_written(self, network: Trained) -> list[Tensor]:
-        """Return what a step writes to."""
         module = network.module
         return [*module.parameters(), *module.buffers(), *network.gradient_vectors, *self.held.values()]
 
     def _room(self) -> bool:
-        """Return whether a second pass as large as the largest eager one fits: its memory is kept apart."""
         if self.device.type != "cuda":
             return True
         return 2 * torch.cuda.memory_reserved(self.device) < torch.cuda.get_device_properties(self.device).total_memory
@@ -427,7 +410,7 @@ def _same(left: Outcome, right: Outcome) -> bool:
 
 
 class _Unread:
-    """Stands for what changes from batch to batch without being a tensor: whoever looks at it is told so."""
+    """Placeholder of a non-tensor batch value that raises when read."""
 
     def __init__(self, name: str) -> None:
         self.__dict__["_name"] = name
@@ -441,8 +424,6 @@ class _Unread:
 
 
 class _Watched:
-    """Stands for what a client received and notes whether anything of it is read."""
-
     def __init__(self, received: Received) -> None:
         self._received, self.read = received, False
 
@@ -452,28 +433,22 @@ class _Watched:
 
 
 def _drawn_tensors(batch: Batch) -> dict[str, Tensor]:
-    """Return the tensors that were drawn for a batch."""
     return {name: value for name, value in batch.drawn.items() if isinstance(value, Tensor)}
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    """All tensors of a batch."""
     return [batch.inputs, batch.targets, *_drawn_tensors(batch).values()]
 
 
 def _constants(batch: Batch) -> dict[str, bool | int | float | str]:
-    """Return the numbers and words that were drawn for a batch."""
     return {name: value for name, value in batch.drawn.items() if isinstance(value, bool | int | float | str)}
 
 
 def _signature(batch: Batch, device: torch.device) -> Hashable:
-    """Equal for batches that one recorded step can serve.
-
-    None for a batch that none can serve.
-    """
+    """Return a key that is equal for batches of one recorded step, or None if no step can be recorded."""
     tensors = _tensors(batch)
     if not all(isinstance(tensor, Tensor) and tensor.device.type == device.type for tensor in tensors):
-        return None  # tokens of texts are no tensor: they are as long as the longest text of a batch
+        return None  # tokens are no tensor, as long as the longest text of a batch
     shapes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
     constants = tuple((name, type(value), repr(value)) for name, value in _constants(batch).items())
     return shapes, tuple(_drawn_tensors(batch)), tuple(batch.drawn), constants, batch.fresh
@@ -481,11 +456,9 @@ def _signature(batch: Batch, device: torch.device) -> Hashable:
 
 @contextmanager
 def _gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[], None]]:
-    """Inside, a backward pass leaves gradients of their own.
+    """Make a backward pass leave separate gradients, and yield a function that adds all to the old ones at once.
 
-    The function adds all of them to the old ones at once.
-
-    Else each is added by a kernel of its own.
+    Otherwise each is added by its own kernel.
     """
     flat = [parameter.grad for parameter in parameters]
 
@@ -508,7 +481,7 @@ def _gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[]
 
 
 def _state(network: Trained) -> tuple[object, ...]:
-    """Return what a recorded step has taken over from a network and from the process, beside the values of tensors."""
+    """Return what a recorded step has fixed of the network and the process, besides tensor values."""
     layers = list(network.module.modules())
     modules = tuple((id(module), module.training, getattr(module, "track_running_stats", None)) for module in layers)
     tensors = tuple(

@@ -1,4 +1,4 @@
-"""Networks that the clients bring (``--teachers``), from an earlier run or from the user's own files."""
+"""Networks that the clients bring (``--teachers``)."""
 
 from __future__ import annotations
 
@@ -27,29 +27,23 @@ OF_DATA = (
     "data", "data_options", "partition", "correlation", "clients", "train_samples", "public_samples",
     "held_out_client", "client_test", "seed",
 )  # fmt: skip
-"""The settings that say which images a client has."""
+"""Settings that decide which images a client has."""
 
 
 class ClientTeachers:
-    """The folder of ``--teachers``, read network by network.
+    """The folder of ``--teachers``, read network by network, on demand.
 
-    Nothing in it is read before a network is asked for.
-
-    The folder has ``client-K.safetensors``, ``client-K.pt`` or ``client-K.pth`` with a state dict for every client K
-    (from 0); or it is the folder of a run of FedIOD, which has teachers, or of ``ensemble``, which has members.
+    It has ``client-K.safetensors``, ``client-K.pt`` or ``client-K.pth`` with a state dict for every client K (from 0),
+    or is the folder of a run of FedIOD, which has teachers, or of ``ensemble``, which has members.
     """
 
     def __init__(self, folder: str) -> None:
         self.root = expand(folder)
-        self._sound: set[str] = set()  # checkpoint files whose checksums are right
-        self._asked_run = False  # whether a network was looked for in a run, not in a file of its own
+        self._sound: set[str] = set()  # checkpoint files with verified checksums
+        self._asked_run = False  # whether a run was searched for a network
 
     def load(self, client: int, module: nn.Module) -> None:
-        """Load a client's trained weights into ``module``, in place.
-
-        Raises:
-            UserError: the weights are missing, damaged, of another architecture or not finite.
-        """
+        """Load a client's trained weights into ``module``, in place."""
         paths = (self.root / f"client-{client}{suffix}" for suffix in SUFFIXES)
         path = next(filter(Path.exists, paths), None)
         if path is None:
@@ -65,14 +59,7 @@ class ClientTeachers:
                 )
 
     def other_data(self, config: Mapping[str, object], fingerprint: int) -> str | None:
-        """Return a warning where the networks are of a run on other data than this run's.
-
-        None where not, or not known.
-
-        Args:
-            config: this run's settings, as the manifest of a checkpoint has them.
-            fingerprint: of this run's data (see :func:`fedkern.data.identity.data_fingerprint`).
-        """
+        """Return a warning if the networks come from a run on other data, or None."""
         entry = self._checkpoint[0] if self._asked_run else None
         if entry is None or entry["info"]["data"] == fingerprint:
             return None
@@ -93,10 +80,6 @@ class ClientTeachers:
 
     @cached_property
     def _checkpoint(self) -> tuple[Entry | None, dict[int, str], dict[str, int]]:
-        """The newest checkpoint of the folder, its files of the clients' states, and the CRC-32 of all of its files.
-
-        The checkpoint is None where the folder is no run folder, or has none.
-        """
         checkpoints = Checkpoints(self.root)
         try:
             entry = checkpoints.peek()

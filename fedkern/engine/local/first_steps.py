@@ -1,4 +1,4 @@
-"""Watch over the first training steps of a process: mistakes in a user's code that raise nothing by themselves."""
+"""Checks of a process's first training steps, for mistakes in user code that raise nothing."""
 
 from __future__ import annotations
 
@@ -17,19 +17,16 @@ from fedkern.models import OwnNetwork
 from fedkern.tasks.user_tasks import inner
 
 STEPS = 2
-"""Steps that are watched: what a loss does once, such as adding a hook, is told by the second from what piles up."""
+"""Steps that are checked. The second one tells a hook that is added once from hooks that pile up."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class UnfitStep(UserError):
-    """A training step that cannot train the network as it should.
-
-    It ends the run, whichever client took it.
-    """
+    """A training step that cannot train the network as it should, which ends the run."""
 
 
 class FirstSteps(Objective):
-    """A method's ``loss`` whose first calls in this process are checked: the steps of a run, not steps beside it.
+    """A method's ``loss`` whose first calls in this process are checked.
 
     Args:
         keep_going: whether a loss that is not finite only leaves its client out (``--on-nan skip``).
@@ -42,18 +39,12 @@ class FirstSteps(Objective):
         self._clears = False  # whether the loss replaces gradients, as model.zero_grad() does
 
     def watch(self, client: Client, method: Objective, network: Network | Part | Trainable) -> Objective:
-        """Return an object with the method's ``loss``, for a client that trains ``network``."""
         if not self._left and not self._clears:
             return method
         self._client, self._method, self._network = client, method, network
         return self
 
     def loss(self, model: object, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Return the method's loss of a batch.
-
-        Raises:
-            UnfitStep: nothing of the network would be trained, or other parameters than the run's.
-        """
         recorded = self._client.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not self._left or recorded:
             result = self._method.loss(model, batch, received)
@@ -61,7 +52,7 @@ class FirstSteps(Objective):
                 self._network.attach_gradients()
             return result
         module, trained = inner(self._network.module), self._network.trained_parameters
-        flat = not isinstance(self._network, Trainable)  # whose buffers lie in no vector
+        flat = not isinstance(self._network, Trainable)  # a Trainable's buffers are in no vector
         before, hooks, gradients = _tensors(module, flat), _hooks(module), [tensor.grad for tensor in trained]
         frozen = self._sum_frozen()
         result = self._method.loss(model, batch, received)
@@ -73,7 +64,7 @@ class FirstSteps(Objective):
             )
         loss: Any = result[0] if isinstance(result, tuple) else result
         if isinstance(loss, Tensor) and loss.is_leaf and loss.requires_grad and not loss.any():
-            return result  # a batch that has nothing to learn from, such as one without pairs
+            return result  # nothing to learn from, such as a batch without pairs
         self._check_loss(loss, batch)
         after = _tensors(module, flat)
         if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
@@ -101,7 +92,7 @@ class FirstSteps(Objective):
         return 0 if frozen is None or not len(frozen) else int(frozen.view(torch.int32).sum())
 
     def take(self, client: Client, network: Network, model: nn.Module) -> None:
-        """Copy what a user's loop has left in ``model`` into the client's network, and warn of the first ones."""
+        """Copy the ``model`` of a user's loop into the client's network, and check the first ones."""
         received = [vector.clone() for vector in (network.parameters, network.personal)] if self._left else []
         network.take(model)
         if not received:
@@ -121,11 +112,7 @@ class FirstSteps(Objective):
             )
 
     def _check_loss(self, loss: object, batch: Batch) -> None:
-        """Check that a loss is a finite number that depends on trained parameters, and on no others.
-
-        Raises:
-            UnfitStep: it is not.
-        """
+        """Check that a loss is a finite number that depends on trained parameters, and on no others."""
         owner = next(kind for kind in type(self._method).__mro__ if "loss" in vars(kind))
         code = getattr(batch.task, "loss_code", type(batch.task))
         name = "The loss of the network's outputs" if is_shipped(code) else getattr(batch.task, "loss_name", "loss_fn")
@@ -133,7 +120,7 @@ class FirstSteps(Objective):
         if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
             kind = f"a tensor {list(loss.shape)} of {_kind(loss)}" if isinstance(loss, Tensor) else format_value(loss)
             raise UnfitStep(f"{name} must return one floating number, a tensor of no axes, and returns {kind}.")
-        # A loss of PyTorch's or fedkern's is right, so that the network's forward pass is wrong.
+        # PyTorch's and built-in losses are right, so the network's forward pass is wrong.
         shipped = is_shipped(code) and is_shipped(owner)
         forward = f"forward of {type(_of_user(self._network.module)).__name__}"
         if not loss.requires_grad:
@@ -142,7 +129,7 @@ class FirstSteps(Objective):
                 f"{result} without a graph, so that no gradient reaches the network: leave out "
                 "what cuts the graph off (detach, no_grad, item, argmax, NumPy)."
             )
-        # Later ones may diverge, and a GPU would have to wait.
+        # Later losses may diverge, and reading one makes a GPU wait.
         is_first = self._left == STEPS and batch.phase.round <= 0
         if is_first and not self._keep_going and not bool(torch.isfinite(loss)):
             raise UnfitStep(
@@ -152,7 +139,7 @@ class FirstSteps(Objective):
         found, opaque = _leaves_of(loss)
         known = {id(tensor) for tensor in (*self._network.module.parameters(), *leaves([batch.inputs, batch.data]))}
         outside = [leaf for leaf in found if id(leaf) not in known]
-        # A tensor that a loss makes for itself, to take its gradient, is another one in the next step.
+        # A tensor that a loss makes to take its gradient is a new one in the next step.
         own = [leaf for leaf in outside if isinstance(leaf, nn.Parameter) or any(leaf is old for old in self._outside)]
         self._outside = outside if self._left > 1 else []
         if not opaque and {id(x) for x in self._network.trained_parameters}.isdisjoint(id(leaf) for leaf in found):
@@ -176,12 +163,10 @@ class FirstSteps(Objective):
 
 
 def is_shipped(code: object) -> bool:
-    """Return whether an object, or its class, is code of fedkern or torch."""
     return str(getattr(code, "__module__", "")).partition(".")[0] in ("fedkern", "torch")
 
 
 def _of_user(network: nn.Module) -> nn.Module:
-    """Return the user's module in a network, or else the network."""
     wrappers = (module for module in network.modules() if isinstance(module, OwnNetwork))
     return next((wrapper.module for wrapper in wrappers), network)
 
@@ -200,7 +185,6 @@ def _tensors(module: nn.Module, buffers: bool) -> dict[str, tuple[object, ...]]:
 
 
 def _hooks(module: nn.Module) -> dict[str, int]:
-    """Return the number of hooks of every module and parameter, by name."""
     modules = {name: sum(len(getattr(layer, kind)) for kind in _HOOKS) for name, layer in module.named_modules()}
     return modules | {name: len(tensor._backward_hooks or ()) for name, tensor in module.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""Sets of a user's items: trials of their first batches, before a run begins."""
+"""Trials of the first batches of a user's items, before a run begins."""
 
 from __future__ import annotations
 
@@ -29,44 +29,32 @@ MODES = {
     "evaluation": ((False, False), (False, True)),
     "inputs": ((False, False), (False, True)),
 }
-"""Ways to call a network for a purpose: in training mode or not, and with gradients or not."""
+"""Training mode and gradients of a network's calls, by purpose."""
 CLIENT_HOOKS, SERVER_HOOKS = ("client_update", "loss"), ("evaluate", "evaluate_own")
-"""Functions of a method that may change a batch before the network has it, in training and in evaluation."""
+"""Functions of a method that may change a batch before the network, in training and in evaluation."""
 
 
 class Trial:
-    """Batches of a federation's sets on an untrained network, which tries a batch that differs from the usual.
-
-    Args:
-        data: federated data of items.
-        kind: the run's method. Where its hooks are not fedkern's, they may take batches that the network does not.
-        build: makes the run's network on the CPU.
-    """
+    """Trial of unusual batches of a federation's sets on an untrained network."""
 
     def __init__(self, data: FederatedData, kind: type, build: Callable[[], nn.Module]) -> None:
         self._data, self._task, self._kind, self._build, self._client = data, data.task, kind, build, data.clients[0]
-        self._offers, self._has_figures = data.task.offers, not data.task.code()  # fedkern's figures draw nothing
+        self._offers, self._has_figures = data.task.offers, not data.task.code()  # built-in figures draw nothing
         self._stated: dict[int, Tensor | None] = {}
         self._rows = range(min(2, len(self._client)))
         self._usual = trial_batch(self._client, self._rows)
 
     def check_clients(self, batch_size: int) -> None:
-        """Check the clients' sets, as :meth:`check_tests`, for training with batches of ``batch_size``."""
         for split in self._data.clients if self._ships(CLIENT_HOOKS) else ():
             self._check(split, "training", batch_size)
 
     def check_tests(self) -> None:
-        """Check the first items of all test and validation sets, and their classes where the sets state them.
-
-        Raises:
-            UserError: network or loss fail on a batch, and not on the first client's.
-        """
+        """Check the first items of all test and validation sets, and their classes if the sets state them."""
         sets = [self._data.validation, *(self._data.client_tests or self._data.tests.values())]
         for split in sets if self._ships(SERVER_HOOKS) else ():
             self._check(split, "evaluation", BATCH)
 
     def check_inputs(self, split: Items) -> None:
-        """Check the first inputs of a set that needs no targets, as :meth:`check_tests`."""
         if "criterion" in self._offers and self._ships(CLIENT_HOOKS + SERVER_HOOKS):
             self._check(split, "inputs", BATCH)
 
@@ -90,7 +78,7 @@ class Trial:
             if has_classes and stated is None:
                 self._check_classes(split, purpose, self._targets(split, batches[0].targets), rows)
             if rows[0]:
-                trial_batch(split, (rows[0] - 1, rows[0]))  # items of two sets stand in one batch
+                trial_batch(split, (rows[0] - 1, rows[0]))  # one batch with items of two sets
         self._check_classes(split, purpose, stated, range(len(split)))
 
     def _check_classes(self, split: Items, purpose: str, targets: Tensor | None, rows: Sequence[int]) -> None:
@@ -106,10 +94,6 @@ class Trial:
 
     @cached_property
     def _range(self) -> tuple[int, int] | None:
-        """The least and the largest class, or those of the first client.
-
-        None where no class is known.
-        """
         if "classes" in self._offers:
             return 0, len(self._data.classes) - 1
         by_class = "criterion" in self._offers and is_shipped(getattr(self._task, "loss_code", None))
@@ -131,13 +115,11 @@ class Trial:
         return None if targets is None else targets.masked_fill(targets == ignored, 0)
 
     def _try(self, split: Items, purpose: str, attempts: Sequence[Sequence[int]], odd: str, way: str) -> None:
-        """Raise UserError where all attempts fail, with words on what is odd and the way out."""
         errors = [self._failure(split, purpose, rows) for rows in attempts]
         if (error := errors[0]) and None not in errors and not self._failure(self._client, purpose, self._rows):
             raise UserError(f"{odd}, and the network or its loss fails there ({cause(error)}): {way}.") from error
 
     def _failure(self, split: Items, purpose: str, rows: Sequence[int]) -> BaseException | None:
-        """Return the exception of network and loss in the first mode, or None where they take it in a mode."""
         failures: list[BaseException] = []
         for training, gradients in MODES[purpose]:
             try:
@@ -154,17 +136,13 @@ class Trial:
                         if purpose == "training":
                             loss.backward()
                 return None
-            except RAISED as error:  # of other people's code
+            except RAISED as error:  # of users' code
                 failures.append(error)
         return failures[0]
 
 
 def check_apart(data: FederatedData) -> dict[str, str]:
-    """Return a warning about a test set that is the data set of a client in a list.
-
-    Raises:
-        UserError: a client with a name trains on a test set, as where splits are given as clients.
-    """
+    """Return a warning about a test set that is also the data set of a listed client."""
     holders: dict[int, list[Items]] = {}
     for split in data.clients:
         holders.setdefault(id(split.dataset), []).append(split)

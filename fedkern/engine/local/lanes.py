@@ -1,8 +1,8 @@
-"""Lanes: clients of one GPU that are at work at the same time, each on a stream with a network of its own.
+"""Lanes: clients of one GPU that work at the same time, each on its own stream and network.
 
-A client of a small network leaves most of a GPU idle.  The host starts a client's recorded steps in a fraction of the
-time that the GPU takes for them, so it starts the next clients before it takes the first one's upload.  There are no
-threads: clients are started, and their uploads taken, in client order.
+A client of a small network leaves most of a GPU idle. The host starts recorded steps much faster than the GPU runs
+them, so it starts the next clients before it takes the first one's upload. There are no threads: clients are started,
+and their uploads taken, in client order.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from fedkern.methods.base import LocalTraining
 from fedkern.methods.roles import Objective
 
 MOST = 8
-"""Clients at the same time."""
+"""Most clients at the same time."""
 
 DRAWING = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU
-"""Layers of torch's that draw from a generator which clients share."""
+"""PyTorch's layers that draw from a generator that clients share."""
 
 T = TypeVar("T")
 
 
 def lanes(context: RunContext, method: Handler) -> int:
-    """Return how many clients may be at work at the same time.
+    """Return how many clients may work at the same time.
 
-    One, unless all that a client's exchange reads and writes is its lane's or only read: ``client_update`` is
-    fedkern's, steps are recorded and need nothing that was computed for another client, and neither a client's state
-    nor a generator that clients share is drawn on.
+    More than one need a built-in ``client_update`` and recorded steps that depend on no other client, and neither
+    client state nor a shared generator may be used.
     """
     networks, config = context.networks, context.config
     graphs = networks.graphs
@@ -55,14 +54,14 @@ def lanes(context: RunContext, method: Handler) -> int:
 
 
 def room(device: torch.device) -> int:
-    """Return how many times the memory is free that the process holds on the device."""
+    """Return how many times the process's memory on the device is still free."""
     if device.type != "cuda":
         return MOST
     return int(torch.cuda.mem_get_info(device)[0] // max(1, torch.cuda.memory_reserved(device)))
 
 
 def side_by_side(begun: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
-    """Results in order, of work of which ``count`` pieces have begun before the first one's result is taken."""
+    """Yield results in order, with ``count`` pieces of work begun before the first result is taken."""
     waiting: list[Callable[[], T]] = []
     for finish in begun:
         waiting.append(finish)
@@ -74,6 +73,6 @@ def side_by_side(begun: Iterable[Callable[[], T]], count: int) -> Iterator[T]:
 
 
 def on_this_stream(value: object) -> None:
-    """Keep a tensor's memory from other work of the stream that made it until the current stream is done with it."""
+    """Keep a tensor's memory until the current stream is done with it."""
     if isinstance(value, Tensor) and value.is_cuda:
         value.record_stream(torch.cuda.current_stream(value.device))

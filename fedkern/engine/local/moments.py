@@ -1,4 +1,4 @@
-"""Snapshots of a training step, to compare with and to go back to: values of tensors and global random generators."""
+"""Snapshots of a training step, to compare with and to return to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from fedkern.streams import forget_spare_number, generator_states, restore_gener
 
 
 class Snapshot:
-    """The values that tensors have now, and the states of the global generators."""
-
     def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
         self._tensors = tensors
         self._values = [tensor.detach().clone() for tensor in tensors]
@@ -20,16 +18,14 @@ class Snapshot:
         self._host = generator_states()
 
     def moved_generator(self) -> str:
-        """Return the name of a generator on the host that has moved since, or ""."""
+        """Return the name of a host generator that has moved since, or ""."""
         current = generator_states()
         return next((name for name, state in self._host.items() if state != current[name]), "")
 
     def holds(self) -> bool:
-        """Return whether the tensors have the same bits now."""
         return all(alike(tensor.detach(), value) for tensor, value in zip(self._tensors, self._values, strict=True))
 
     def restore(self) -> None:
-        """Make everything as it was."""
         for tensor, value in zip(self._tensors, self._values, strict=True):
             tensor.detach().copy_(value)
         for device, state in self._gpu.items():
@@ -43,7 +39,7 @@ def alike(left: Tensor, right: Tensor) -> bool:
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """[n], a tensor's elements in the order of :func:`dense_stride`: a view, if they lie so."""
+    """Return a tensor's elements [n] in the order of :func:`dense_stride`, if possible as a view."""
     if not tensor.is_contiguous() and (stride := dense_stride(tensor)) != tensor.stride():
         tensor = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))

@@ -1,4 +1,4 @@
-"""A network whose parameters, buffers and gradients are flat vectors."""
+"""Network whose parameters, buffers and gradients are flat vectors."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from fedkern.tasks.user_tasks import inner
 
 
 class Network:
-    """A module on a device, flattened.  Convolutional weights are kept channels-last, so images should be too.
+    """A module on a device, flattened. Convolutional weights are channels-last, so images should be too.
 
     Attributes:
-        module: the network.
         parameters: fp32 [P], a view of the trained parameters that travel.
         personal: fp32 [A], a view of the trained parameters that a client keeps to itself.
-        frozen: fp32 [F], a view of the parameters that are not trained where others are; no message holds them.
+        frozen: fp32 [F], a view of the untrained parameters, which no message holds.
         buffers: fp32 [Q], a view of the floating buffers (running statistics) that travel.
         constants: layer, key, tensor and initial value of every buffer that no message holds.
-        statistics: False when the buffers hold nothing meaningful, so that eval mode must use the batch's statistics.
-        fixed: True where batch norm trains with the statistics in the buffers and leaves them as they are.
-        attributes: what users' modules hold in Python when the network is made.
+        statistics: False if the buffers hold nothing meaningful, so that eval mode must use the batch's statistics.
+        fixed: whether batch norm trains with the statistics in the buffers, unchanged.
+        attributes: Python state of users' modules when the network is made.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -50,49 +49,44 @@ class Network:
             self.constants.append((layer, key, layer.get_buffer(key), layer.get_buffer(key).clone()))
         self._still = frozen_norms(module) if len(self.frozen) else []
         self._gradients: tuple[Tensor, ...] = ()
-        # Of a causal mask, for example: no sign of training that diverged.
+        # A causal mask, for example, is infinite without divergence.
         infinite = self.buffers.isinf()
         self._infinite = infinite if bool(infinite.any()) else None
         self._personal_buffers = self._flat.personal_buffers
         self._infinite_personal = self._personal_buffers.isinf()
         self._lacking: list[tuple[_BatchNorm, bool]] = []
-        """Layers that evaluate by the batch's own statistics, and their ``track_running_stats`` before."""
+        """Layers that evaluate by the batch's statistics, and their ``track_running_stats`` before."""
         self.statistics = True
         self.fixed = self._untrained = False
         self.attributes = attributes(module)
 
     @property
     def places(self) -> dict[str, dict[str, slice]]:
-        """Return where each tensor lies in the vectors of :meth:`read`, by vector and name."""
+        """Slices of each tensor in the vectors of :meth:`read`, by vector and name."""
         return self._flat.places()
 
     @property
     def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters that are trained, views of ``parameters`` and ``personal``."""
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     @property
     def gradients(self) -> Tensor:
-        """fp32 [P], the gradients of ``parameters``.
-
-        Every parameter's ``.grad`` is a view of its part.
-        """
+        """Gradients of ``parameters``, fp32 [P]. Every parameter's ``.grad`` is a view of its part."""
         return self.gradient_vectors[0]
 
     @property
     def gradient_vectors(self) -> tuple[Tensor, ...]:
-        """``gradients``, and fp32 [A] those of ``personal`` where there are such parameters."""
+        """``gradients``, and the gradients fp32 [A] of ``personal``, if any."""
         if not self._gradients:
             self.attach_gradients()
         return self._gradients
 
     def attach_gradients(self) -> None:
-        """Make every ``.grad`` a view of ``gradient_vectors``, with its present values."""
         personal_gradients = (self._flat.personal_gradients(),) if len(self.personal) else ()
         self._gradients = (self._flat.gradients(), *personal_gradients)
 
     def finite(self) -> Tensor:
-        """Return bool 0-d: whether all parameters and buffers are finite, but for buffers infinite from the start."""
+        """Return bool 0-d: whether all parameters and buffers are finite, except buffers infinite from the start."""
         finite = all_finite(self.parameters) & (self.finite_buffers() if len(self.buffers) else True)
         kept = self._personal_buffers
         if len(self.personal) or len(kept):
@@ -102,17 +96,13 @@ class Network:
         return finite
 
     def finite_buffers(self, part: slice = slice(None)) -> Tensor:
-        """Return bool 0-d: whether the buffers' elements are finite numbers, or were infinite from the start."""
         buffers = self.buffers[part]
         if self._infinite is None:
             return all_finite(buffers)
         return (torch.isfinite(buffers) | (self._infinite[part] & ~buffers.isnan())).all()
 
     def read(self) -> dict[str, Tensor]:
-        """Return the copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R].
-
-        Empty ones are left out.
-        """
+        """Return copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q] and ``integers`` int64 [R], if not empty."""
         result = {"parameters": self.parameters.clone()}
         if self.buffers.numel():
             result["buffers"] = self.buffers.clone()
@@ -122,31 +112,19 @@ class Network:
         return result
 
     def write(self, message: Mapping[str, Tensor]) -> None:
-        """Copy the vectors of a message into the network, and give its ``constants`` their initial values.
-
-        Raises:
-            ValueError: a vector has another size than the network's.
-        """
+        """Copy a message's vectors into the network, and reset its ``constants``."""
         for layer, name, buffer, value in self.constants:
             layer._buffers[name] = buffer.copy_(value)
         self._flat.load_vectors(message)
 
     def read_personal(self) -> dict[str, Tensor]:
-        """Return the copies of the parameters and buffers that a client keeps to itself, by name."""
         return personal_parts.copies(self._own)
 
     def write_personal(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy what :meth:`read_personal` returned into the network."""
         personal_parts.write(self._own, tensors)
 
     def take(self, module: nn.Module) -> None:
-        """Copy a module's tensors into the network by name.
-
-        What is frozen stays as it is.
-
-        Raises:
-            UserError: a name or shape differs.
-        """
+        """Copy a module's tensors into the network by name, except frozen ones."""
         target = inner(self.module)
         state = target.state_dict()
         source = bare_names(inner(module).state_dict(), state)
@@ -156,11 +134,11 @@ class Network:
             raise UserError(f"The trained network is no longer the run's: {next(iter(unfit.values()))}.")
         target.load_state_dict({name: state[name] if name in fixed else source[name] for name in state})
 
-    @torch.no_grad()  # what a module derives in eval() is copied with it
+    @torch.no_grad()  # tensors that eval() derives must be copyable
     def eval_mode(self) -> None:
         """Put the module in eval mode.
 
-        Without meaningful running statistics, each batch norm that learns them uses the batch's own instead.
+        Without meaningful running statistics, each batch norm that learns them uses the batch's statistics.
         """
         self.train_mode()  # so that eval() derives others from the weights written since
         learning = [layer for layer in self.module.modules() if isinstance(layer, _BatchNorm) and layer.training]
@@ -170,10 +148,7 @@ class Network:
             layer.track_running_stats, layer.training = False, True
 
     def train_mode(self) -> None:
-        """Put the module in train mode.
-
-        Batch norm stays in eval mode where it is frozen or its statistics fixed.
-        """
+        """Put the module in train mode, but frozen batch norm and fixed statistics in eval mode."""
         for layer, tracks in self._lacking:
             layer.track_running_stats = tracks
         self._lacking.clear()
@@ -186,24 +161,20 @@ class Network:
             self.module.requires_grad_(False)  # a user's train() may thaw parts
 
     def freeze(self) -> None:
-        """Take the parameters out of autograd, unless some are frozen already: their places would be others."""
+        """Freeze all parameters, unless some are frozen already (offsets would change)."""
         if not len(self.frozen):
             self._untrained = True
             self.module.requires_grad_(False)
 
 
 class Part:
-    """The part of a network that is trained: submodules that are neighbours in the network's vectors.
+    """The trained part of a network: submodules that are neighbours in the network's vectors.
 
-    The other submodules stay as they are, in eval mode.  The method's loss has to keep gradients from them.
+    The other submodules stay in eval mode. The method's loss has to keep gradients from them.
 
     Attributes:
         module: the whole network.
-        parameters: fp32 [P'], a view of the part's parameters.
-        gradients: fp32 [P'], a view of their gradients.
-
-    Raises:
-        ValueError: the network has no such submodules, or other submodules lie between them.
+        parameters, gradients: fp32 [P'], views of the part's parameters and their gradients.
     """
 
     def __init__(self, network: Network, names: Sequence[str]) -> None:
@@ -219,29 +190,21 @@ class Part:
         self.attach_gradients = network.attach_gradients
 
     def train_mode(self) -> None:
-        """Put the part in train mode and everything else in eval mode."""
         self._network.train_mode()
         for name, child in self.module.named_children():
             if name not in self.names:
                 child.eval()
 
     def finite(self) -> Tensor:
-        """Return bool 0-d: whether the part's parameters and buffers are finite numbers."""
         return all_finite(self.parameters) & self._network.finite_buffers(self._stretches["buffers"])
 
     def read(self) -> dict[str, Tensor]:
-        """As :meth:`Network.read`, of the part alone."""
         vectors = self._network.read()
         result = {name: vectors[name][where].clone() for name, where in self._stretches.items() if name in vectors}
         return {name: vector for name, vector in result.items() if vector.numel()}
 
 
 def _stretch(places: Mapping[str, slice], names: tuple[str, ...]) -> slice:
-    """Return the slice of a vector that holds the tensors of the submodules ``names``.
-
-    Raises:
-        ValueError: tensors of other submodules lie between them.
-    """
     inside = [name.partition(".")[0] in names for name in places]
     if not any(inside):
         return slice(0, 0)
@@ -255,12 +218,8 @@ def _stretch(places: Mapping[str, slice], names: tuple[str, ...]) -> slice:
 class Trainable:
     """A module whose parameters that require gradients are one flat vector.
 
-    Everything else is left as it is.
-
     Attributes:
-        module: the given module.
-        parameters: fp32 [P], a view of the trained parameters.
-        gradients: fp32 [P], a view of their gradients.
+        parameters, gradients: fp32 [P], views of the trained parameters and their gradients.
         fixed: as for :class:`Network`.
     """
 
@@ -278,27 +237,21 @@ class Trainable:
         self.attach_gradients = self._flat.gradients
 
     def train_mode(self) -> None:
-        """Put the module in train mode.
-
-        Batch norm stays in eval mode where it is frozen or its statistics fixed.
-        """
         train_mode(self.module)
         if self.fixed:
             freeze_bn_after(self.module)
 
     def finite(self) -> Tensor:
-        """Return bool 0-d: whether the trained parameters and all floating buffers are finite numbers."""
         buffers = (buffer for buffer in self.module.buffers() if buffer.is_floating_point())
         return torch.stack([all_finite(tensor) for tensor in (self.parameters, *buffers)]).all()
 
     def release(self) -> None:
-        """Remove the gradients from the parameters."""
         for parameter in self.trained_parameters:
             parameter.grad = None
 
 
 Trained = Network | Part | Trainable
-"""What a training loop trains: a flat network, a part of it, or a module."""
+"""Object of a training loop: a flat network, a part of it, or a module."""
 
 
 def all_finite(tensor: Tensor) -> Tensor:
@@ -309,10 +262,7 @@ def all_finite(tensor: Tensor) -> Tensor:
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a module to a device.
-
-    Convolutional weights of fedkern's networks become channels-last, as the images.
-    """
+    """Move a module to a device, with channels-last convolutional weights in built-in networks."""
     if channels_last(module):
         return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module.to(device)

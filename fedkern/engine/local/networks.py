@@ -1,4 +1,4 @@
-"""Networks of a run in this process: how they are made, and what of them is on the run's device."""
+"""Construction of a run's networks, and their copies on the run's device."""
 
 from __future__ import annotations
 
@@ -29,22 +29,14 @@ from fedkern.tasks.user_tasks import inner
 
 
 class Networks:
-    """Networks of a run: one trains in every lane (`fedkern.engine.local.lanes`), one is frozen, one the server's.
+    """Networks of a run: one trained in every lane (`fedkern.engine.local.lanes`), one frozen, one the server's.
 
-    Each is made on first use and used again.
-
-    Args:
-        config: the settings.
-        data: the run's data, whose form and task say what a network takes and gives.
-        device: where the networks are.
-        describe: gives what the task needs to build the network beside the settings.
+    Each is made on first use and reused.
 
     Attributes:
-        device: as given.
-        lane: the lane that the host speaks of.
         slots: networks by name and lane.
         lane_graphs: recorded steps of local training by lane; None on the CPU.
-        unfit: a sentence on what of ``--init`` the network has not taken.
+        unfit: a sentence on the weights of ``--init`` that the network has not taken.
     """
 
     def __init__(
@@ -56,7 +48,9 @@ class Networks:
         self.slots: dict[tuple[str, int], Network] = {}
         self.lane_graphs: dict[int, Graphs | None] = {}
         self._first_steps: dict[tuple[str, str], FirstSteps] = {}
-        self._sent: tuple[Tensor, int, Tensor] | None = None  # a vector of a message, its version and it on the device
+        self._sent: tuple[Tensor, int, Tensor] | None = (
+            None  # a message's vector, its version and its copy on the device
+        )
         self._frozen: tuple[list[Any], Any] = [], None  # the vectors of a frozen network, and the network
 
     # -- making ----------------------------------------------------------------------------------------------------
@@ -64,12 +58,9 @@ class Networks:
     def build(
         self, *, model: str | None = None, width: int | None = None, classes: int | None = None, seed: int | None = None
     ) -> nn.Module:
-        """Make a network on the CPU, from the run's seed (always the same network) or another ``seed``.
+        """Build a network on the CPU, from the run's seed (always the same network) or another ``seed``.
 
         With ``--init`` the run's own network has the weights of that file or run, whatever the seed.
-
-        Raises:
-            UserError: there is no network ``model``, it is for another task, or the file does not fit it.
         """
         config, network = self._config, self._build_network(model, width, classes, seed)
         if model not in (None, config.model):
@@ -78,7 +69,7 @@ class Networks:
             weights, partial = self._initial_weights, config.init_partial
             self.unfit = load_by_name(network, weights, config.init, self.model_name, partial)
         if config.features or config.stages:
-            kind, *taps = self._taps  # first: only a user's network, which they are for, has a module
+            kind, *taps = self._taps  # before .module, which only a user's network has
             network = kind(network.module, *taps)
         if config.plan is not None:
             apply_plan(inner(network), config.plan)
@@ -101,64 +92,52 @@ class Networks:
         return self._data.form.build(task, about, config.seed if seed is None else seed)
 
     def _personal(self, network: nn.Module) -> list[str]:
-        """Names, or patterns of them, of what every client keeps to itself."""
         if self._config.personal is not None:
             return self._config.personal.split(",")
-        head = getattr(network, "head", None)  # not known of a user's network before its first samples
+        head = getattr(network, "head", None)  # unknown for a user's network before its first samples
         return [f"{name}.*" for name, module in inner(network).named_modules() if module is head]
 
     @cached_property
     def _initial_weights(self) -> Mapping[str, Tensor]:
-        """Weights of the file or run that ``--init`` names."""
         return initial_weights.read(str(self._config.init), self._config.init_sha256)
 
     @cached_property
     def _taps(self) -> tuple[Any, ...]:
-        """Return where ``--features`` and ``--stages`` take the results of the run's network."""
+        """Points where ``--features`` and ``--stages`` take the results of the run's network."""
         stages = [name.strip() for name in (self._config.stages or "").split(",") if name.strip()]
         network = self._build_network(None, None, None, None)
         return find_taps(network, stages, self._config.features, self._data.form, self.model_name)
 
     @property
     def model_name(self) -> str:
-        """Name of the network that the run trains, or of its two encoders."""
         return str(self._data.task.network_name(self._config))
 
     @cached_property
     def added_models(self) -> tuple[models.ModelEntry, ...]:
-        """The networks that the settings name and that are not fedkern's."""
         return list_added(" ".join(map(str, (self._config.model, *self._config.options.values()))))
 
     def initial(self) -> Message:
-        """Return the vectors of a fresh network."""
         return Network(self.build(), torch.device("cpu")).read()
 
     @cached_property
     def initial_buffers(self) -> Message:
-        """The ``buffers`` and ``integers`` of a fresh network, for clients that start from them."""
         return {name: value for name, value in self.initial().items() if name != "parameters"}
 
     @cached_property
     def initial_personal(self) -> Message:
-        """Return what every client keeps to itself as a fresh network has it, by name.
-
-        Empty where nothing is.
-        """
         return personal_parts.copies(personal_parts.tensors(inner(self.build()))) if self._config.keeps_parts else {}
 
     @property
     def trained_vectors(self) -> tuple[str, ...]:
-        """Return which of a trained network's vectors go to the server."""
+        """The vectors of a trained network that go to the server."""
         return VECTORS if self._config.buffers == "average" else ("parameters",)
 
     # -- on the device ---------------------------------------------------------------------------------------------
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Move a module to the run's device."""
         return place(module, self.device)
 
     def get(self, name: str) -> Network:
-        """Return the network called ``"local"`` (that of the lane), ``"frozen"`` or ``"server"``."""
         key = name, self.lane if name == "local" else 0
         if key not in self.slots:
             network = Network(self.build(), self.device)
@@ -168,13 +147,11 @@ class Networks:
         return self.slots[key]
 
     def is_flat(self, module: nn.Module) -> bool:
-        """Return whether ``module`` is the server's network, which its flat vectors describe."""
         server = self.slots.get(("server", 0))
         return server is not None and server.module is module
 
     @contextmanager
     def on_lane(self, lane: int) -> Iterator[None]:
-        """Inside, the network that trains and its recorded steps are the lane's."""
         self.lane = lane
         try:
             yield
@@ -183,28 +160,20 @@ class Networks:
 
     @property
     def graphs(self) -> Graphs | None:
-        """Recorded steps of local training, those of the lane.
-
-        None on the CPU.
-        """
         if self.lane not in self.lane_graphs:
             self.lane_graphs[self.lane] = Graphs(self.device) if self.device.type == "cuda" else None
         return self.lane_graphs[self.lane]
 
     def first_steps(self, phase: Phase) -> FirstSteps:
-        """Return the watch over this process's first steps of an exchange."""
         new = FirstSteps(keep_going=self._config.on_nan == "skip")
         return self._first_steps.setdefault((phase.name, phase.exchange), new)
 
     def begin_exchange(self) -> None:
-        """Forget the vectors that clients received before: their tensors may have changed without a new version."""
+        """Forget vectors received before, whose tensors may have changed without a new version."""
         self._frozen, self._sent = ([], None), None
 
     def send(self, vector: Tensor) -> Tensor:
-        """Return a message's vector on the device, for reading.
-
-        What all clients of a round get is sent once.
-        """
+        """Return a message's vector on the device, for reading, sent once for all clients of a round."""
         if self.device.type == "cpu" or vector.device.type != "cpu" or vector.is_inference():
             return vector.to(self.device)
         last = self._sent
@@ -219,16 +188,14 @@ class Networks:
         own_tensors: Mapping[str, Tensor] | None = None,
         client: int | None = None,
     ) -> nn.Module:
-        """Return the frozen copy of a received network, in eval mode.
+        """Return a received network, frozen, in eval mode.
 
         Clients that received the same vectors share the copy, unless the network has constant buffers, which its
         forward pass may change.
 
         Args:
-            message: what was received.
-            buffers: those of the client's own (``--buffers local``), or None.
-            own_tensors: what the client keeps to itself (``--personal``), by name, or None.
-            client: the client's number.
+            buffers: the client's own buffers (``--buffers local``), or None.
+            own_tensors: the client's personal parts (``--personal``) by name, or None.
         """
         network = self.get("frozen")
         vectors = (message["parameters"], *(buffers or {}).values(), *message.values(), *(own_tensors or {}).values())

@@ -1,4 +1,4 @@
-"""The steps of an optimiser that a user's factory makes."""
+"""Steps of a user-defined optimiser."""
 
 from __future__ import annotations
 
@@ -18,15 +18,11 @@ from fedkern.methods.terms import Terms
 from fedkern.usercode.code_execution import explain_errors
 
 Factory = Callable[[list[nn.Parameter]], object]
-"""Makes an optimiser of parameters, if it is right."""
+"""User's factory, which should return an optimiser of the parameters."""
 
 
 def make_optimizer(make: Factory, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the optimiser that a user's factory makes.
-
-    Raises:
-        UserError: it is none that a loop can step, or steps other parameters than those that it was given.
-    """
+    """Return the optimiser that a user's factory makes."""
     with explain_errors("optimizer", make):
         optimizer = make(parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -52,15 +48,11 @@ def make_optimizer(make: Factory, parameters: list[nn.Parameter]) -> torch.optim
 
 
 def stepped_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return the parameters of all groups of an optimiser."""
     return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
 def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
-    """Scales vectors of gradients to a joint norm of at most ``largest`` (0: any).
-
-    Returns the norm, fp64 0-d.
-    """
+    """Scale gradient vectors to a joint norm of at most ``largest`` (0: any), and return the norm, fp64 0-d."""
     norms = [torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in vectors]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     if largest:
@@ -70,21 +62,20 @@ def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
 
 
 def _of_groups(optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """Return the values of an optimiser's groups as texts, by name, but for parameters."""
     names = dict.fromkeys(name for group in optimizer.param_groups for name in group if name != "params")
     return {name: repr([group.get(name) for group in optimizer.param_groups]) for name in names}
 
 
 class _Rates:
-    """The learning rates of an optimiser's groups, which are multiplied while the optimiser steps.
+    """Learning rates of an optimiser's groups, multiplied while the optimiser steps.
 
-    Hooks of the factory find and change the rates without the factor.  A rate that ``step`` changes keeps the change.
+    Hooks of the factory see and change the rates without the factor. A rate that ``step`` changes keeps the change.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer, self._factor = optimizer, 1.0
         self._own: list[tuple[Any, float]] = []  # each group's own rate and the multiplied one; empty between steps
-        self._hooked = getattr(type(optimizer).step, "hooked", False)  # not where a class leaves out torch's __init__
+        self._hooked = getattr(type(optimizer).step, "hooked", False)  # missing if a class skips torch's __init__
         if self._hooked:
             optimizer.register_step_pre_hook(self._multiply)
             hook = optimizer.register_step_post_hook(self._restore)
@@ -114,9 +105,9 @@ class _Rates:
 
 
 class OwnStepper:
-    """Steps of the optimiser of ``schedule.make`` (arguments as of `fedkern.engine.local.training.stepper`).
+    """Steps of the optimiser of ``schedule.make`` (arguments of `fedkern.engine.local.training.stepper`).
 
-    The method's terms are added to the gradients, which are then clipped, as `fedkern.ops.sgd_step` does.  The learning
+    The method's terms are added to the gradients, which are then clipped, as in `fedkern.ops.sgd_step`. The learning
     rates are the optimiser's, times the schedule's.
     """
 
@@ -127,14 +118,13 @@ class OwnStepper:
         self._rates = _Rates(optimizer)
         if previous:
             self.switch(False)  # the state was kept in this mode
-            state = {int(k): copy.deepcopy(values) for k, values in previous.items()}  # steps change what is loaded
+            state = {int(k): copy.deepcopy(values) for k, values in previous.items()}  # steps change loaded tensors
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        self._begun = _of_groups(optimizer)  # of the copies that loading makes
+        self._begun = _of_groups(optimizer)  # after loading, which copies
         self.switch(True)
 
     @torch.no_grad()
     def step(self, factor: float | Tensor) -> ops.StepResult:
-        """Apply a batch's gradients at ``factor`` times the optimiser's rates, and zero them."""
         if self._terms is not None:
             self._terms.add_to(self._gradients, self._theta)
         norm = clip(self._vectors, self._schedule.clip_norm)
@@ -144,11 +134,6 @@ class OwnStepper:
         return ops.StepResult(torch.isfinite(norm), norm.square())
 
     def read_state(self) -> State:
-        """Return the state to keep.
-
-        Raises:
-            UserError: the optimiser has a value that cannot be kept.
-        """
         states = {
             str(index): {name: value for name, value in values.items() if value is not None}
             for index, values in self._optimizer.state_dict()["state"].items()
@@ -164,7 +149,7 @@ class OwnStepper:
         return states
 
     def switch(self, training: bool) -> None:
-        """Call the optimiser's own ``train()`` or ``eval()``, which schedule-free optimisers have."""
+        """Call ``train()`` or ``eval()`` of a schedule-free optimiser."""
         method = getattr(self._optimizer, "train" if training else "eval", None)
         if callable(method):
             with explain_errors("optimizer", self._schedule.make):

@@ -1,4 +1,4 @@
-"""The local training loop with differential privacy: Poisson-sampled batches, per-sample gradients, noise."""
+"""Local training with differential privacy: Poisson-sampled batches, per-sample gradients, noise."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ def train_privately(
     spending: DPSGD,
     rows: np.ndarray | None,
 ) -> dict[str, float]:
-    """Books the release in the client's ledger, then trains ``module`` in place on the client's samples at ``rows``.
+    """Book the release in the client's ledger, then train ``module`` in place on the client's samples at ``rows``.
 
-    Every step draws each sample independently with the same probability, batch size over samples.  There are as many
-    steps as in training without privacy.
+    Every step draws each sample independently with probability batch size / samples. There are as many steps as in
+    training without privacy.
 
-    Where a patient is the unit of privacy, patients are drawn, with all of their images, and the sum of a patient's
-    gradients is clipped.  The number of a patient's images affects neither the probability nor the number of steps.
+    With patients as the unit of privacy, patients are drawn with all of their images, and the sum of a patient's
+    gradients is clipped. The number of a patient's images affects neither the probability nor the number of steps.
 
     ``method.loss`` must be a mean over samples of losses that do not depend on the other samples; batches have
-    ``per_sample`` set to say so.  The usual segmentation loss, a mean over all known pixels of a batch, is not such a
-    mean: a sample's gradient is larger where fewer pixels of the other samples are known.
+    ``per_sample`` set to say so. The usual segmentation loss, a mean over all known pixels of a batch, is no such mean:
+    a sample's gradient is larger if fewer pixels of the other samples are known.
 
     Raises:
         UserError: the network has no gradient per sample, or opacus is not installed.
-        Diverged: a parameter is NaN or infinite at the end.  A loss that is not finite on the way raises nothing: the
-            fact, and its batch, would tell of the samples, while the parameters are differentially private.
+        Diverged: a parameter is NaN or infinite at the end. A non-finite loss on the way raises nothing, because the
+            error and its batch would leak samples, while the parameters are differentially private.
     """
     check_network(module, "this one")
     size = count_declared(len(data), rows, spending)
@@ -81,7 +81,7 @@ def train_privately(
     device = next(module.parameters()).device
     generator = generator_of(client.rng(stream_name("dp-sgd", secret), phase), device, whole=bool(secret))
     expected = rate * count
-    # Booked before the first step: however the training ends, and whatever is told of that, costs no more than this.
+    # Booked before the first step: however the training ends, and whatever is disclosed, costs no more.
     accountant = Accountant(client.state.get(LEDGER))
     accountant.dp_sgd(spending.channel, noise, rate=rate, steps=steps)
     client.state[LEDGER] = accountant.state
@@ -117,10 +117,7 @@ def train_privately(
 
 
 def count_declared(samples: int, rows: np.ndarray | None, spending: DPSGD) -> int:
-    """Return the number of samples that a schedule may depend on.
-
-    Every patient counts as the largest allowed number of images.
-    """
+    """Return the number of samples that a schedule may depend on, counting each patient's largest allowed number."""
     if spending.patients is None:
         return samples if rows is None else len(rows)
     patients = spending.patients if rows is None else spending.patients[rows]

@@ -1,4 +1,4 @@
-"""Access to the samples of a run in this process: clients, test sets, validation and public samples in batches."""
+"""Samples of a run in this process, in batches."""
 
 from __future__ import annotations
 
@@ -22,19 +22,12 @@ from fedkern.settings.config import RunConfig
 from fedkern.tasks.registered_metrics import metrics_of
 
 PREPARED = 1000
-"""Most clients whose prepared images are kept in memory, where a round has few of them; else those of ten rounds."""
+"""Most clients whose prepared images stay in memory, or else those of ten rounds."""
 
 
 @singledispatch
 def reader(split: AnySplit, form: Any, device: torch.device, *, seed: int, client: int = -1, **how: Any) -> Reader:
-    """Return the batches of a split of any kind.
-
-    Args:
-        form: of the split's samples.
-        seed: the run's.
-        client: the client that trains on the split, or -1.
-        how: of images ``augment``, ``cache`` and ``tokens``, see `Images`; ``size``, samples of a batch.
-    """
+    """Return the batches of a split of any kind, by a reader with arguments ``how``."""
     return Images(split, form, device, **how)
 
 
@@ -44,17 +37,7 @@ def _(split: Items, form: object, device: torch.device, *, seed: int, client: in
 
 
 class Samples:
-    """The samples of a run.
-
-    Args:
-        config: the settings.
-        data: federated data, or the outline of a finished run.
-        device: where batches are.
-        networks: their tokenizer reads texts.
-
-    Attributes:
-        cache: whether normalised images stay in memory.
-    """
+    """The samples of a run."""
 
     def __init__(self, config: RunConfig, data: FederatedData, device: torch.device, networks: Networks) -> None:
         self.config, self.data, self.device, self._networks = config, data, device, networks
@@ -63,26 +46,19 @@ class Samples:
         self._clients: dict[int, Reader] = {}
 
     def tokens(self, split: AnySplit) -> Any:
-        """Return the tokens of a split's texts, on the CPU.
-
-        None where there are no texts.
-        """
         return split.task.tokens(split, lambda: self._networks.get("server").module.tokenize)
 
     @property
     def augment(self) -> str:
-        """Augmentation of training batches."""
         return str(self.config.augment or self.data.form.augment)
 
     def reader(self, split: AnySplit, **how: Any) -> Reader:
-        """Return the batches of a split, see :func:`reader`."""
         tokens = self.tokens(split)
         batches = reader(split, self.data.form, self.device, seed=self.config.seed, tokens=tokens, **how)
         batches.output_bytes = len(split) * (self.config.output_bytes or 0)
         return batches
 
     def of_client(self, client: int) -> Reader:
-        """Return the batches of a client's training samples."""
         if client not in self._clients:
             split = self.data.clients[client]
             batches = self.reader(split, client=client, augment=self.augment, cache=self.cache)
@@ -95,23 +71,18 @@ class Samples:
 
     @cached_property
     def public(self) -> Reader | None:
-        """The public split."""
         public = self.data.public
         if isinstance(public, Items):
             Trial(self.data, self.config.kind, self._networks.build).check_inputs(public)
         return None if public is None else self.reader(public, augment=self.augment, cache=self.cache)
 
     def validation(self) -> Iterator[Batch]:
-        """Yield the validation split in batches.
-
-        None where it is empty.
-        """
         if len(self.data.validation):
             yield from self.reader(self.data.validation).batches()
 
     @cached_property
     def test_sets(self) -> dict[str, Reader]:
-        """The test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
+        """Test sets by metric prefix (``""``, ``"id_"``, ``"ood_"``), and ``"validation_"``."""
         sets = {prefix: self._test_set(split) for prefix, split in sets_by_prefix(self.data).items()}
         for reader in sets.values():
             reader.metrics = metrics_of(self.config.plugins)
@@ -119,14 +90,13 @@ class Samples:
 
     @cached_property
     def client_sets(self) -> dict[int, Reader]:
-        """Every client's own test set, where clients have one."""
         return compared_alike({k: self._test_set(split) for k, split in enumerate(self.data.client_tests)})
 
     @cached_property
     def site_sets(self) -> dict[int, Reader]:
-        """Every client's part of the run's test set, where its images name their sites.
+        """Every client's part of the run's test set, if the test images name their sites.
 
-        Left out is a client with fewer than two images, or without a pixel whose class is known.
+        Clients with fewer than two images, or without a pixel of known class, are left out.
         """
         test = self.data.tests.get("")
         if test is None or test.homes is None or self.data.client_names is None:

@@ -1,4 +1,4 @@
-"""Objects that only a script can give a run: a network, a training loop, a factory of optimisers."""
+"""Objects that only a script can give a run: network, training loop, optimiser factory."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ from fedkern.usercode.code_identity import digest, identity_table, only_code
 from fedkern.usercode.named_code import INSTANCE
 
 _PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
-"""What makes up a method's local training: a function replaces that of FedAvg, whatever the method's server does."""
+"""Functions of a method's local training. A user's function replaces FedAvg's, whatever the method's server does."""
 _UNREAD = {
     "train": ("momentum", "weight_decay", "clip_norm", "freeze_bn_after", "optimizer", "optimizer_state"),
     "optimizer": ("lr", "momentum", "weight_decay"),
 }
-"""Settings that a function takes the place of."""
+"""Settings that a user's function replaces."""
 
 
 def _check_arguments(name: str, function: Callable[..., object] | None, words: str, count: int) -> None:
-    """Raise UserError where a function cannot be called with ``count`` arguments, which ``words`` name."""
     try:
         if function is not None:
             inspect.signature(function).bind(*range(count))
-    except ValueError:  # it tells no signature
+    except ValueError:  # it has no signature
         return
     except TypeError as error:
         code = getattr(function, "__code__", None)
@@ -48,19 +47,16 @@ def _check_arguments(name: str, function: Callable[..., object] | None, words: s
 
 @dataclass(frozen=True)
 class ScriptObjects:
-    """Objects of a script beside settings and data.
+    """Objects of a script beside settings and data, which a resumed run needs again.
 
-    A run that goes on needs them again.
-
-    A loss, metrics and a collation of a script are in the task of the data.
+    A script's loss, metrics and collation are in the task of the data.
 
     Attributes:
-        network: the run's network, instead of the one that the settings name: a module whose weights are the initial
-            ones, which is copied; or a class or function that makes a module.
+        network: the run's network: a module, which is copied with its weights, or a class or function that makes one.
         train: ``train(model, client)`` in place of a method's local training.
         optimizer: ``optimizer(parameters)``, a factory for the run's loop.
-        began: identities of all code of the run when these objects were first used, by group, as objects may change
-            while they run; None: the objects count as they are.
+        began: identities of the run's code when these objects were first used, by group, as objects may change while
+            they run; None: the present ones count.
     """
 
     network: nn.Module | None = None
@@ -69,17 +65,11 @@ class ScriptObjects:
     began: dict[str, dict[str, str]] | None = field(default=None, repr=False)
 
     def __reduce__(self) -> tuple[type[ScriptObjects], tuple[object, ...]]:
-        return ScriptObjects, (None, self.train, self.optimizer)  # another process gets the network with its entry
+        return ScriptObjects, (None, self.train, self.optimizer)  # another process gets the network from MODELS
 
     @classmethod
     def of(cls, network: object, train: Any, settings: dict[str, Any]) -> ScriptObjects:
-        """Return the objects among the arguments of a run.
-
-        Takes a factory out of the ``settings``.
-
-        Raises:
-            UserError: a setting would be dropped, or ``train`` is no function.
-        """
+        """Return the objects among the arguments of a run, and remove an optimiser factory from ``settings``."""
         optimizer = settings.pop("optimizer") if callable(settings.get("optimizer")) else None
         if train is not None and not callable(train):
             raise UserError(f"train must be a function of a model and a client, not {format_value(train)}.")
@@ -93,11 +83,9 @@ class ScriptObjects:
 
     @property
     def functions(self) -> bool:
-        """Return whether functions of the script train."""
         return self.train is not None or self.optimizer is not None
 
     def code(self, config: RunConfig, data: FederatedData | None) -> dict[str, dict[str, str]]:
-        """Return the identities of all code that a script gives, by group, as far as there is some."""
         training = {"train": self.train, "optimizer": self.optimizer}
         groups: dict[str, dict[str, Any]] = {
             "method": {"method": config.kind} if config.method in method_registry.GIVEN else {},
@@ -108,7 +96,7 @@ class ScriptObjects:
         return {name: identity_table(things, weights=name != "network") for name, things in groups.items() if things}
 
     def code_at_begin(self, config: RunConfig, data: FederatedData | None) -> dict[str, dict[str, str]]:
-        """Return what :meth:`code` returned when these objects were first used, unless functions or classes differ."""
+        """Return the result of :meth:`code` at the first use of these objects, unless functions or classes differ."""
         current = self.code(config, data)
         for name, table in current.items() if self.began is not None else ():
             before = self.began.setdefault(name, table)  # type: ignore[union-attr]
@@ -117,7 +105,7 @@ class ScriptObjects:
         return current if self.began is None else {name: self.began[name] for name in current}
 
     def train_model(self, model: nn.Module, client: Client) -> nn.Module:
-        """Return the model after ``train``, which trains it in place."""
+        """Train the model in place with ``train``, and return it."""
         assert self.train is not None
         result: Any = self.train(model, client)
         if result is not None and result is not model:
@@ -128,11 +116,6 @@ class ScriptObjects:
         return model
 
     def describe_settings(self, config: RunConfig) -> RunConfig:
-        """Return the settings of a run with these objects.
-
-        Raises:
-            UserError: the functions would drop a part of the method, or the network cannot be trained or copied.
-        """
         kind, usual = config.kind, method_registry.get("fedavg")
         if self.functions and kind.is_private(config.method_options):
             raise UserError(f"{config.method} with differential privacy has an optimiser of its own: leave yours out.")
@@ -158,7 +141,7 @@ class ScriptObjects:
         return config.replace(model=name, width=None)
 
     def check_given(self, stored: RunConfig, out: Path) -> None:
-        """Raise UserError where a stored run needs a module or a function that is not here."""
+        """Raise UserError if a stored run needs a module or a function that is missing."""
         if stored.model.startswith(INSTANCE) and self.network is None:
             raise UserError(
                 f"The run in {out} trains a module that a script made ({stored.model.removeprefix(INSTANCE)}): go on "
@@ -174,12 +157,9 @@ class ScriptObjects:
     def describe_training(
         self, build: Callable[[], nn.Module], code: Mapping[str, Mapping[str, str]]
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Return settings that say in words and as a hash what the functions are, and warnings by name.
+        """Return settings that describe the functions in words and as a hash, and warnings by name.
 
-        An optimiser of the network that ``build`` makes is made once to be tried.
-
-        Raises:
-            UserError: a factory makes no optimiser, or one of other parameters.
+        An optimiser of the network that ``build`` makes is made once as a trial.
         """
         warnings: dict[str, str] = {}
         if not self.functions:

@@ -34,9 +34,9 @@ from fedkern.process.interrupts import check
 
 
 class Diverged(ArithmeticError):
-    """A client's loss, gradient or parameters became NaN or infinite.
+    """Error of a client whose loss, gradient or parameters are not finite.
 
-    ``batch`` counts from 1 within its exchange.
+    ``batch`` counts from 1 in its exchange.
     """
 
     def __init__(self, client: int, round: int, batch: int, reason: str) -> None:
@@ -49,16 +49,16 @@ class Diverged(ArithmeticError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The optimiser's settings of one exchange.
+    """Optimiser settings of one exchange.
 
     Attributes:
-        lr: learning rate, before any of the steps.
-        steps: epochs of the whole run, counted from 0; from each of them on the rate is multiplied by ``factor``.
-        first: the run's epoch that this exchange begins with.
+        lr: learning rate before any drop.
+        steps: epochs of the whole run, from 0, at each of which the rate is multiplied by ``factor``.
+        first: the run's epoch with which this exchange begins.
         limit: optimiser steps of the exchange, whatever number of epochs they take; None: all of ``epochs``.
-        optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999; its state begins anew in every exchange.
+        optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999, reset in every exchange.
         keep: whether the optimiser's state is kept in the client's.
-        make: a user's factory of the optimiser, whose learning rates ``lr`` multiplies; None: ``optimizer``.
+        make: a user's factory of the optimiser, whose learning rates ``lr`` multiplies, or None.
     """
 
     lr: float
@@ -76,13 +76,12 @@ class Schedule:
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
 
     def lr_at(self, epoch: int) -> float:
-        """Return the learning rate in epoch ``epoch`` of the exchange, counted from 0."""
         return self.lr * self.factor ** sum(step <= self.first + epoch for step in self.steps)
 
 
 @dataclass
 class ReceivedMessage:
-    """What a client received in this exchange (see :class:`fedkern.methods.protocol.Received`)."""
+    """Message that a client received in this exchange (see :class:`fedkern.methods.protocol.Received`)."""
 
     message: Message
     phase: Phase
@@ -95,21 +94,19 @@ class ReceivedMessage:
 
     @property
     def parameters(self) -> Tensor:
-        """The vector just received, on the client's device."""
         if self.flat is None:
             raise ValueError('received: expected a message with "parameters" fp32 [P], given none')
         return self.flat
 
     @property
     def model(self) -> Any:
-        """The frozen copy of the network just received."""
         if self.flat is None:
             raise ValueError('received: expected a message with "parameters" fp32 [P], given none')
         return self.frozen()
 
 
 Rate = float | Tensor
-"""A learning rate, fp64 0-d where a recorded step reads it."""
+"""A learning rate, fp64 0-d if a recorded step reads it."""
 
 
 class Stepper(NamedTuple):
@@ -135,12 +132,10 @@ def stepper(
 ) -> Stepper | OwnStepper:
     """Make the optimiser's steps.
 
-    Parameters that a client keeps to itself take the same step without the method's terms; gradients are clipped by
-    the norm of all.
+    Personal parameters take the same step without the method's terms. Gradients are clipped by the norm of all.
 
     Args:
-        previous: the state of the client's last exchange.
-        hold: where the step's tensors are from exchange to exchange (see :meth:`Graphs.hold`).
+        hold: keeps the step's tensors at one address in all exchanges (see :meth:`Graphs.hold`).
     """
     if schedule.make is not None:
         return OwnStepper(network, schedule, terms, previous)
@@ -173,7 +168,6 @@ def _steps(
     previous: State,
     hold: Callable[[str, Tensor], Tensor] | None = None,
 ) -> tuple[Callable[[Rate], ops.StepResult], Callable[[], State]]:
-    """As :func:`stepper`, of the parameters ``theta``, fp32 [P]."""
     settings: dict[str, Any] = {"weight_decay": schedule.weight_decay, "zero": True}
     if schedule.clip_norm:
         settings["max_norm"] = schedule.clip_norm
@@ -201,15 +195,12 @@ def _steps(
     def sgd(lr: Rate) -> ops.StepResult:
         return ops.sgd_step(theta, gradients, velocity, lr=lr, momentum=schedule.momentum, **settings)
 
-    # What is held is written to again in the next exchange.
+    # The next exchange overwrites held tensors, so they are copied.
     return sgd, lambda: state if hold is None else {name: value.clone() for name, value in state.items()}
 
 
 def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
-    """Yield the batches of every epoch of an exchange.
-
-    The last epoch ends where the limit of steps is reached.
-    """
+    """Yield the batches of every epoch of an exchange, up to its limit of steps."""
     if schedule.limit is None:
         for _ in range(schedule.epochs):
             yield batch_plan(count, schedule.batch_size, rng)
@@ -222,11 +213,7 @@ def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator
 
 
 class EpochBatches:
-    """The batches of an exchange for a loop of somebody's own, an epoch at a time: those that the run would take.
-
-    Attributes:
-        done: batches so far.
-    """
+    """The batches of an exchange for a user-defined loop, the same as in the run's loop, an epoch at a time."""
 
     def __init__(self, client: Client, data: Reader, schedule: Schedule, phase: Phase) -> None:
         self.schedule, self.done = schedule, 0
@@ -241,7 +228,6 @@ class EpochBatches:
 
     @property
     def complete(self) -> bool:
-        """Return whether the loop has taken as many epochs, or batches, as the run says."""
         limit = self.schedule.limit
         return self._epoch + self._amid == self.schedule.epochs if limit is None else self.done == limit
 
@@ -255,7 +241,6 @@ class EpochBatches:
 
 
 def batch_sizes(count: int, schedule: Schedule) -> Counter[int]:
-    """Return the number of an exchange's batches, by size."""
     sizes = [part.stop - part.start for part in batch_slices(count, schedule.batch_size)]
     steps = schedule.epochs * len(sizes) if schedule.limit is None else schedule.limit
     return Counter(islice(cycle(sizes), steps))
@@ -270,22 +255,18 @@ def one_pass(
     *,
     collect: Callable[[], None] | None = None,
 ) -> Outcome:
-    """Forward and backward pass of a batch, which adds to the module's gradients, and the step that ``apply`` takes.
-
-    ``collect`` is called between the two.
-    """
+    """Run forward and backward pass of a batch, ``collect``, and the step of ``apply``."""
     result = method.loss(module, batch, received)
     loss, observed = result if isinstance(result, tuple) else (result, {})
     backward(loss)
     if collect is not None:
         collect()
     squared = None if apply is None else apply().squared_norm
-    # One tensor of all figures would be of two dtypes, which takes 30 us a batch.
+    # Stacking figures with the loss would mix dtypes, which takes 30 us a batch.
     return Outcome(loss.detach(), squared, (torch.stack([*observed.values()]),) if observed else (), tuple(observed))
 
 
 def one_by_one(run: Callable[[Batch], Outcome], batches: Iterable[Batch]) -> Iterator[Outcome]:
-    """Take batches through their steps as they are made."""
     return map(run, batches)
 
 
@@ -301,21 +282,15 @@ def train_async(
     graphs: Graphs | None = None,
     first_steps: FirstSteps | None = None,
 ) -> Callable[[], dict[str, float]]:
-    """Trains ``network`` (a :class:`Network` already holding the received vectors) on the client's data.
-
-    Args:
-        rows: int64, the samples to train on; None for all.
-        first_steps: watches the loss of the first steps in this process.
+    """Train ``network``, which already holds the received vectors, on the client's data.
 
     Returns:
-        A function that returns the means over all batches of ``loss`` and of whatever the method observed, once the
-        device has done its work (:func:`~fedkern.process.device_copies.wait_for_stream`).  Nothing waits for it where
-        steps are recorded.
+        A function that returns the means over all batches of ``loss`` and the method's figures, once the device is done
+        (:func:`~fedkern.process.device_copies.wait_for_stream`).
 
     Raises:
-        Diverged: the loss or the gradient of a batch, or the parameters at the end, are NaN or infinite.  Losses and
-            gradients are checked from what every batch recorded, once per epoch, or on a GPU, which the host would
-            wait for, once at the end.
+        Diverged: the loss or the gradient of a batch, or the parameters at the end, are not finite. Losses and
+            gradients are checked once per epoch, or on a GPU, for which the host would wait, once at the end.
         UserError: a batch is a single sample, which batch norm cannot normalise.
     """
     network.train_mode()
@@ -333,7 +308,7 @@ def train_async(
         recordable = None
     if recordable is False:
         graphs = None
-    hold = None  # where the tensors of a step are that is recorded as a whole: AdamW's numbers are others every time
+    hold = None  # a whole recorded step keeps its tensors in place; AdamW's numbers change every time
     has_personal = len(network.gradient_vectors) > 1  # parameters that the client keeps to itself
     if (
         graphs is not None
@@ -430,11 +405,11 @@ def _too_small(client: Client) -> str:
 
 
 Groups = list[tuple[tuple[str, ...], int]]
-"""Names of the figures of batches in a row, and the number of those batches."""
+"""Names of the figures of consecutive batches, and the number of batches."""
 
 
 def _gather_records(records: list[Outcome], finite: Tensor | None = None) -> tuple[Groups, Tensor]:
-    """Batches' records as numbers in one fp64 vector, which ends with ``finite`` (bool 0-d)."""
+    """Flatten batches' records into one fp64 vector, which ends with ``finite`` (bool 0-d)."""
     columns: list[Tensor] = []
     groups: Groups = []
     for names, mates in groupby(records, lambda outcome: outcome.names):
@@ -455,13 +430,7 @@ def _digest(
     totals: dict[str, float],
     seen: dict[str, int],
 ) -> int:
-    """Add the records of :func:`_gathered` to the totals.
-
-    Returns how many batches were done by then.
-
-    Raises:
-        Diverged: for the first batch that is not finite, or as all is done and the network is not finite.
-    """
+    """Add the records of :func:`_gather_records` to the totals, and return the number of batches done."""
     values = iter(gathered.tolist())
     for names, count in groups:
         losses, squares = list(islice(values, count)), list(islice(values, count))
@@ -479,6 +448,5 @@ def _digest(
 
 
 def _columns(values: Iterator[float], rows: int, width: int) -> list[list[float]]:
-    """Return the columns of the next ``rows`` rows of numbers."""
     taken = list(islice(values, rows * width))
     return [taken[i::width] for i in range(width)]

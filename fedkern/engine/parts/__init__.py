@@ -1,4 +1,4 @@
-"""What a run does around its rounds, a file each.
+"""Parts of a run around its rounds, a file each.
 
 `fedkern.engine.setup.order` holds their order.
 """

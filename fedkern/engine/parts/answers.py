@@ -1,4 +1,4 @@
-"""The final network's answers on the test sets: confusion matrices, and ``predictions.csv`` where it is asked for."""
+"""Confusion matrices of the final network, and ``predictions.csv`` on request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedkern.engine.store import confusions, predictions
 
 @register_part("answers")
 class Answers(RunPart):
-    """Writes what the test sets have kept."""
+    """Part that writes the answers kept by the test sets."""
 
     def finish(self, summary: Summary) -> None:
         run = self._run

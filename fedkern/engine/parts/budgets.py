@@ -1,4 +1,4 @@
-"""``--max-seconds`` and ``--max-bytes``: the round that would pass the budget is not begun."""
+"""Budgets ``--max-seconds`` and ``--max-bytes``: a round that would exceed a budget is not begun."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from fedkern.messages.states import State
 
 
 class _Budget(RunPart):
-    """Ends the run before a communication round for which less is left than the most expensive one so far took.
+    """Ends the run before a communication round if less is left than the most expensive one so far took.
 
-    Nothing is known of the first round, which begins while anything is left.
-
-    Args:
-        run: has the budget among its settings, under the part's name, and tells what is spent.
+    The first round begins while anything is left. The budget is a setting under the part's name.
     """
 
     unit = ""
@@ -30,11 +27,9 @@ class _Budget(RunPart):
         return None if getattr(run.config, cls.name) is None else cls(run)
 
     def amount_spent(self) -> float:
-        """Return what the run has spent."""
         raise NotImplementedError
 
     def of_round(self, record: Record) -> float:
-        """Return what a round that is over took."""
         raise NotImplementedError
 
     def before_round(self, record: Record) -> Stop | None:
@@ -58,7 +53,7 @@ class _Budget(RunPart):
 
 @register_part("max_seconds")
 class MaxSeconds(_Budget):
-    """A budget of seconds of work, over all resumptions of the run."""
+    """Budget of seconds of work, over all resumptions."""
 
     unit = "seconds"
 
@@ -71,7 +66,7 @@ class MaxSeconds(_Budget):
 
 @register_part("max_bytes")
 class MaxBytes(_Budget):
-    """A budget of bytes that clients send and receive, set-up rounds included."""
+    """Budget of bytes that clients send and receive, set-up rounds included."""
 
     unit = "bytes"
 

@@ -1,4 +1,4 @@
-"""Checkpoints: when they are made, and what stands in them beside states."""
+"""Times of checkpoints, and their content beside states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedkern.messages.states import State
 
 @register_part("checkpoints")
 class Checkpointing(RunPart):
-    """Commits after every one-off round, every few communication rounds, and the last one."""
+    """Part that commits after every one-off round, every few communication rounds, and the last one."""
 
     def before_round(self, record: Record) -> None:
         self._run.store.check_lock()
@@ -34,7 +34,7 @@ class Checkpointing(RunPart):
                 before=store.metrics.sync, booked=run.ledger.changed_rows(),
             )  # fmt: skip
         except UserError as error:
-            # A run goes on where its disk had been full.
+            # After a full disk, a run must be resumable.
             if store.checkpoints.entries or isinstance(error, Unwritable):
                 raise
             raise NoEffect(str(error)) from None

@@ -1,4 +1,4 @@
-"""Warnings about the final network and about what clients reported (`fedkern.engine.figures.diagnostics`)."""
+"""Warnings about the final network and clients' reports (`fedkern.engine.figures.diagnostics`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedkern.messages.states import State
 
 @register_part("diagnoses")
 class Diagnoses(RunPart):
-    """Looks for the failure signatures that a user should know."""
+    """Part that looks for signs of failed training."""
 
     def __init__(self, run: RunObjects) -> None:
         super().__init__(run)
@@ -29,7 +29,7 @@ class Diagnoses(RunPart):
 
     def finish(self, summary: Summary) -> None:
         run, context, sets, config = self._run, self._run.context, self._run.sets, self._run.config
-        # Whether anything may be told that follows from what single clients have.
+        # Whether figures of single clients may be disclosed.
         public = context.notices.disclosure.clients
         classes, names, metrics = context.data.classes, [prefix[:-1] for prefix in sets], summary.metrics
         added = {name for data in sets.values() for name in getattr(data.task, "metrics", ())}

@@ -1,4 +1,4 @@
-"""Settings that the user gave and that have no effect: the run ends before its first communication round is kept."""
+"""Settings of the user without effect, which end the run in its first round."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fedkern.errors import NoEffect
 
 @register_part("effects")
 class Effects(RunPart):
-    """Refuses a run whose user gave settings that nothing has used in the first communication round.
+    """Part that refuses a run with given settings that nothing has used in the first communication round.
 
-    In a comparison, whose settings are for all its methods, these and unused defaults are a warning.
+    In a comparison, whose settings are for all methods, these and unused defaults are a warning.
     """
 
     def __init__(self, run: RunObjects) -> None:
@@ -25,7 +25,7 @@ class Effects(RunPart):
 
     @classmethod
     def build(cls, run: RunObjects) -> Part | None:
-        begun = run.store.entry is not None  # whose checkpoint tells what was given
+        begun = run.store.entry is not None  # its checkpoint lists the given settings
         config = run.config
         return cls(run) if begun or config.asked or config.training or config.common is not None else None
 

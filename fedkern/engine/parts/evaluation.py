@@ -1,4 +1,4 @@
-"""The global network's figures on the test sets, in the rounds after which it is evaluated and at the end."""
+"""Figures of the global network on the test sets, in evaluated rounds and at the end."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from fedkern.tasks.task import better_values
 
 @register_part("evaluation")
 class Evaluation(RunPart):
-    """Evaluates the network that the method hands out.
+    """Part that evaluates the method's network.
 
     Attributes:
         latest: the figures of the last evaluation, by name.
         best: the best finite value so far of the main figure, with any prefix: ``ood_accuracy``, ``vote_accuracy``.
-        of_clients: figures of every client on its own test set or its part of the run's; empty where they are private.
+        of_clients: figures of every client on its own test set or its part of the run's; empty if private.
     """
 
     def __init__(self, run: RunObjects) -> None:
         super().__init__(run)
         self._context = run.context
         self._client_sets, self._clients = run.samples.client_sets, run.notices.disclosure.clients
-        # None where the method's network is judged, and not those of the clients.
+        # None if the method's network is judged, not the clients'.
         self._networks = ClientsFigures(run) if run.config.own_networks else None
         self._kept = False  # whether the test sets have kept the present network's answers
         self.latest: dict[str, float] = {}
@@ -95,7 +95,7 @@ class Evaluation(RunPart):
             self._context.notices.warn(
                 "unnamed-outputs", text + "figures of classes are missing: name all in classes=."
             )
-        # The method's own figures come first, and stay where one has the name of a figure of ours.
+        # The method's figures come first, and win over built-in figures of the same name.
         summary.of_tests = {**self.latest, **summary.final.metrics, **self.latest, **self._gradcam(network)}
         summary.latest, summary.best = self.latest, self.best
         summary.metrics.update(summary.of_tests)
@@ -115,12 +115,7 @@ class Evaluation(RunPart):
         self.latest.update(state["latest"])
 
     def _evaluate(self, network: nn.Module, last: bool, locally: bool) -> None:
-        """Evaluate the network.
-
-        The test sets keep the answers to the last one, for the figures of the run's end.
-
-        With ``locally``, clients with networks of their own evaluate them in this process.
-        """
+        """Evaluate the network, and keep the ``last`` answers for the final figures."""
         if self._networks is None:
             code = partial(self._run.code, "evaluate")
             with self._at_once(network) as at_once:
@@ -146,19 +141,12 @@ class Evaluation(RunPart):
                 )
 
     def _client(self, k: int) -> Client:
-        """Return a client with its state."""
         return Client(self._context, k, self._run.store.checkpoints.client_state(k))
 
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
         return evaluating(self._run.config, self._context.networks.is_flat(network))
 
     def _of_clients(self, test_set: str, sets: dict[int, Reader]) -> State:
-        """Return the clients' figures on their own ``sets`` as entries of the summary.
-
-        Empty where nothing may be told.
-
-        ``test_set`` says what these sets are, as in evaluation.csv.
-        """
         if not self.of_clients:
             return {}
         names, worst = self._context.data.client_names, worst_client(self.of_clients, sets)
@@ -178,7 +166,6 @@ class Evaluation(RunPart):
         return entries
 
     def _directions(self, figures: Iterable[str]) -> dict[str, str | None]:
-        """Return which values of every figure are the better ones, None where that is not known."""
         known: dict[str, str | None] = {}
         for data in self._run.sets.values():
             known |= {metric.name: better_values(metric.function) for metric in getattr(data, "metrics", ())}

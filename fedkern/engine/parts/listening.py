@@ -12,7 +12,7 @@ from fedkern.models.state.freezing import frozen_norms
 
 @register_part("listeners")
 class Listening(RunPart):
-    """Tells the listeners what happens, and keeps their states."""
+    """Part that passes events to the listeners, and keeps their states."""
 
     def begin(self, resumed: bool) -> None:
         self._run.listener.on_start(_info(self._run))
@@ -34,7 +34,6 @@ class Listening(RunPart):
 
 
 def _info(run: RunObjects) -> RunInfo:
-    """Return what listeners are told before the first round that is played."""
     workers = run.executor.count
     return RunInfo(
         config=run.config, out=run.out, first_round=run.progress.done, samples=run.context.federation.samples,

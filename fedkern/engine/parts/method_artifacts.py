@@ -1,4 +1,4 @@
-"""What the server shows of a round (``Server.log_image``): pictures that the run keeps."""
+"""Pictures that the server shows of a round (``Server.log_image``), kept by the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedkern.messages.states import State
 
 @register_part("artifacts")
 class Artifacts(RunPart):
-    """Has the server show some rounds, evenly over the run, and keeps what it shows."""
+    """Part that lets the server show some rounds, evenly over the run, and keeps the pictures."""
 
     def __init__(self, run: RunObjects) -> None:
         super().__init__(run)

@@ -1,4 +1,4 @@
-"""Figures that only an experimenter can have, who sees all clients (``Method.oracle_metrics``)."""
+"""Figures that only an experimenter with a view of all clients has (``Method.oracle_metrics``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedkern.engine.setup.run_objects import RunObjects
 
 @register_part("oracle")
 class Oracle(RunPart):
-    """Adds these figures to the summary."""
+    """Part that adds these figures to the summary."""
 
     @classmethod
     def build(cls, run: RunObjects) -> Part | None:

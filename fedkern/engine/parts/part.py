@@ -1,4 +1,4 @@
-"""Base class of a run's parts, and what they read and write: the record of a round and the summary of a run."""
+"""Base class of a run's parts, and the record and summary that they share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedkern.usercode.registry import Registry
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a run ends before its plan does.
+    """Reason why a run ends before its plan does.
 
     Attributes:
         name: for programs, as in summary.json.
@@ -33,7 +33,7 @@ class Stop:
 
 @dataclass
 class Record:
-    """What is known of a round.
+    """Record of a round: participants, figures, timings.
 
     Attributes:
         entry: the round in the method's plan.
@@ -41,16 +41,15 @@ class Record:
         rounds: communication rounds of the plan.
         participants: the clients that the server asks.
         due: whether the network is evaluated at the round's end.
-        exchanges: names of its exchanges.
         in_server_process: whether all clients work in the server's process.
-        clients: what every client reported, by its id as a text; filled when the round is over.
-        reports: the same one exchange after another.
-        figures: those of the network that is evaluated at the round's end, by name.
-        seconds: by what was done in them, such as "train".
-        started: when the round began, as ``time.perf_counter`` has it.
-        entries: what the record says, by name; with what each entry is about.
-        public: the record as it may be told.
-        stop: why the run ends with this round; None where it goes on.
+        clients: every client's report by its id as a text, filled when the round is over.
+        reports: the same, one exchange after another.
+        figures: figures of the network, if evaluated, by name.
+        seconds: seconds by activity, such as "train".
+        started: start of the round, by ``time.perf_counter``.
+        entries: entries by name, with what each is about.
+        public: the record as disclosed.
+        stop: why the run ends with this round, or None.
     """
 
     entry: Round
@@ -71,28 +70,26 @@ class Record:
 
     @property
     def last(self) -> bool:
-        """Return whether it is the last communication round of the plan."""
         return self.number == self.rounds
 
     def put(self, figures: Mapping[str, object], about: About = About.RUN) -> None:
-        """Add entries."""
         self.entries.update({name: (about, value) for name, value in figures.items()})
 
 
 @dataclass
 class Summary:
-    """What is known of a run that has played its rounds.
+    """Summary of a run that has played its rounds.
 
     Attributes:
         network: the final network, in eval mode.
         metrics: all figures of the run by name.
-        of_tests: those of the network on the test sets and the validation set.
-        latest, best: the figures of the last evaluation, and the best of every main figure over all evaluations.
-        final: its further figures on the test sets.
-        of_clients: the clients' figures on their own test sets, None where one is not defined.
-        client_set: what these sets are, as in evaluation.csv.
+        of_tests: figures of the network on the test sets and the validation set.
+        latest, best: figures of the last evaluation, and the best of every main figure over all evaluations.
+        final: further figures of the final network on the test sets.
+        of_clients: the clients' figures on their own test sets, None if undefined.
+        client_set: kind of these sets, as in evaluation.csv.
         entries: the other entries of summary.json.
-        stop: why the run ended before its plan did; None where it did not.
+        stop: why the run ended before its plan did, or None.
     """
 
     network: nn.Module
@@ -110,10 +107,8 @@ class Summary:
 class Part:
     """A part of a run.
 
-    Every method does nothing until overridden.
-
-    Parts are asked in the order of the run's list.  A part knows no other part: it reads the record, the summary and
-    the objects that it is made with.
+    Every method does nothing until overridden. Parts are called in the order of the run's list. A part knows no other
+    part: it reads the record, the summary and the objects that it is made with.
 
     Attributes:
         name: as registered; its key in checkpoints.
@@ -123,59 +118,47 @@ class Part:
 
     @classmethod
     def build(cls, run: RunObjects) -> Part | None:
-        """Return the part of a run, made of the run's objects.
-
-        None where the run does without it.
-        """
+        """Return the part, made of the run's objects, or None if the run does without it."""
         return cls()
 
     def begin(self, resumed: bool) -> None:
         """Handle the start of a run.
 
-        What it goes on from, if it is ``resumed``, was restored.
+        The state of a ``resumed`` run is already restored.
         """
 
     def before_round(self, record: Record) -> Stop | None:
         """Handle the start of a round.
 
-        A :class:`Stop` ends the run without it.
+        A :class:`Stop` ends the run without this round.
         """
         return None
 
     def round_end(self, record: Record) -> Stop | None:
-        """Handle the end of a round.
+        """Handle the end of a round, even of a one-off round.
 
-        A :class:`Stop` ends the run with it.  One-off rounds end here too.
+        A :class:`Stop` ends the run with this round.
         """
         return None
 
     def finish(self, summary: Summary) -> None:
-        """All rounds are over."""
+        """Handle the end of all rounds."""
 
     def state(self) -> State:
-        """Return what a checkpoint keeps of this part, in plain values.
+        """Return the part's state for a checkpoint, in plain values.
 
-        Files that these tell of are on the disk.
+        Files that it names must be on the disk.
         """
         return {}
 
     def restore(self, state: State) -> None:
-        """Goes on from what :meth:`state` returned at a checkpoint.
-
-        Before :meth:`begin`.
-        """
+        """Continue from the :meth:`state` of a checkpoint, before :meth:`begin`."""
 
     def close(self) -> None:
         """Close what is open after a run, finished or not."""
 
 
 class RunPart(Part):
-    """A part that reads the run's objects.
-
-    Args:
-        run: the objects.
-    """
-
     def __init__(self, run: RunObjects) -> None:
         self._run = run
 
@@ -190,10 +173,18 @@ PartClass = TypeVar("PartClass", bound=type[Part])
 
 
 def register_part(name: str) -> Callable[[PartClass], PartClass]:
-    """Class decorator: registers a part of runs as ``name``, its key in checkpoints (see :meth:`Part.build`).
+    """Register a class as a part of runs under ``name``, its key in checkpoints (see :meth:`Part.build`).
 
     Raises:
         ValueError: another part has the name.
         TypeError: the class is not derived from :class:`Part`, or has no docstring.
+
+    Example:
+        >>> @register_part("rounds_printed")
+        ... class RoundsPrinted(Part):
+        ...     '''Prints the number of every finished round.'''
+        ...
+        ...     def round_end(self, record):
+        ...         print(record.number)
     """
     return register_class(PARTS, name, Part)

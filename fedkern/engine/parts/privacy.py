@@ -1,4 +1,4 @@
-"""Differential privacy of a run: what its releases need before they begin, and its figures in records and summary."""
+"""Differential privacy of a run: conditions of its releases, and figures in records and summary."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fedkern.privacy.guarantee import EPSILON, PART
 
 @register_part("privacy")
 class Privacy(RunPart):
-    """Keeps the promises of a run that has a guarantee, or whole clients of which are private."""
+    """Part that keeps the promises of a run with a guarantee or with private clients."""
 
     def __init__(self, run: RunObjects) -> None:
         super().__init__(run)
-        self._before: Mapping[str, Any] = {}  # what the run was planned for when it was begun
+        self._before: Mapping[str, Any] = {}  # rounds and epsilon planned at the run's start
 
     def begin(self, resumed: bool) -> None:
         run, store, private = self._run, self._run.store, self._run.private

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a record of every communication round."""
+"""Record of every communication round (metrics.jsonl)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedkern.process import device_use
 
 @register_part("records")
 class Records(RunPart):
-    """Completes a record and writes what of it may be told."""
+    """Part that completes a record and writes its public entries."""
 
     def begin(self, resumed: bool) -> None:
         if not resumed:

@@ -1,4 +1,4 @@
-"""What a run writes at its end: evaluation.csv, the model, summary.json."""
+"""Final files of a run: evaluation.csv, the model, summary.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedkern.process import versions
 
 @register_part("results")
 class Results(RunPart):
-    """Writes the results, and puts them into the summary as they stand in summary.json."""
+    """Part that writes the results, and puts them into the summary as in summary.json."""
 
     def finish(self, summary: Summary) -> None:
         run, context, config, done = self._run, self._run.context, self._run.config, self._run.progress.done
@@ -31,10 +31,6 @@ class Results(RunPart):
         record_files.write_summary(run.out, summary.entries)
 
     def _names(self) -> State:
-        """Return the clients' names as entries of the summary.
-
-        Empty where they have none.
-        """
         data = self._run.context.data
         if data.client_names is None:
             return {}

@@ -13,7 +13,7 @@ from fedkern.tasks.figure_names import FIGURE_NAMES, RECORD_NAMES
 
 @register_part("server")
 class ServerFigures(RunPart):
-    """Puts the server's figures into records and summary, where they may be told."""
+    """Part that puts the server's public figures into records and summary."""
 
     def round_end(self, record: Record) -> None:
         if record.entry.one_off:

@@ -1,4 +1,4 @@
-"""``--stop-at`` and ``--patience``: a run ends once a figure is reached, or no longer improves."""
+"""Early ends of a run (``--stop-at``, ``--patience``)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from fedkern.tasks.figure_names import check_reachable, split_metric
 
 @register_part("stop_at")
 class StopAt(RunPart):
-    """Ends the run with the first evaluated round in which a figure that may be told has reached a value.
-
-    Raises:
-        UserError: the target is something else, or a fraction never reaches it.
-    """
+    """Part that ends the run with the first evaluated round in which a public figure has reached a value."""
 
     def __init__(self, run: RunObjects) -> None:
         super().__init__(run)
@@ -62,10 +58,10 @@ class StopAt(RunPart):
 
 @register_part("patience")
 class Patience(RunPart):
-    """Ends the run once the main figure on the validation set has not improved for some evaluations.
+    """Part that ends the run once the main figure on the validation set has not improved for some evaluations.
 
-    The best round's network stays in ``best.safetensors`` beside the last round's.  Until the run ends it is in one of
-    two files, of which the other is written when a better one comes: a checkpoint finds the network that it tells of.
+    The best round's network ends in ``best.safetensors``. Until then it alternates between two files, so that a
+    checkpoint always finds the network that it names.
     """
 
     def __init__(self, run: RunObjects) -> None:
@@ -126,11 +122,10 @@ class Patience(RunPart):
         self._best["file"] = self._kept = files[0]
 
     def _main(self, metrics: State) -> tuple[str, float]:
-        """Return the main figure on the validation set."""
         main, figures = self._run.config.main, {}
         for name, value in metrics.items():
             test_set, figure = split_metric(name, self._run.context.data.tests)
-            if test_set == "validation" and figure.endswith(main):  # such as vote_accuracy, where no other is there
+            if test_set == "validation" and figure.endswith(main):  # such as vote_accuracy, if there is no other
                 figures[figure] = name, float(value)
         if figures:
             return figures.get(main) or next(iter(figures.values()))

@@ -1,4 +1,4 @@
-"""``--profile``: a trace of one round, the time that every operator took, to view in a browser."""
+"""Trace of one round (``--profile``)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fedkern.files import atomic
 
 @register_part("trace")
 class Trace(RunPart):
-    """Traces the second communication round that is played, or the only one, and writes a gzipped trace.
+    """Part that traces the second communication round of the process, or the only one, into a gzipped file.
 
-    It opens in chrome://tracing or ui.perfetto.dev.  All clients of the round work in the server's process.
+    The file opens in chrome://tracing or ui.perfetto.dev. All clients of the round work in the server's process.
     """
 
     def __init__(self, run: RunObjects) -> None:
@@ -36,7 +36,7 @@ class Trace(RunPart):
         if record.entry.one_off:
             return
         if self._wait == 0 or (record.last and self._wait > 0):
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library prints when it begins
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's library prints at its start
             cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
             self._running = profile(activities=[ProfilerActivity.CPU, *cuda])
             self._running.start()
@@ -44,11 +44,6 @@ class Trace(RunPart):
         self._wait -= 1
 
     def round_end(self, record: Record) -> None:
-        """Write the trace of this round.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
         if self._running is None:
             return
         seen, self._running = self._running, None

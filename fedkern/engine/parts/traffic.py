@@ -8,7 +8,7 @@ from fedkern.messages.states import State
 
 @register_part("traffic")
 class Traffic(RunPart):
-    """Tells the bytes of rounds and run, and books what travels before any round."""
+    """Part that reports bytes of rounds and run, and books messages before any round."""
 
     def begin(self, resumed: bool) -> None:
         if not resumed:
@@ -17,7 +17,6 @@ class Traffic(RunPart):
         self._run.server.traffic = self._run.ledger.rounds
 
     def _book_beforehand(self) -> None:
-        """Books raw data for a pooled method, and the words of a shared vocabulary."""
         ledger, context = self._run.ledger, self._run.context
         for k, raw in enumerate(context.uploaded):
             ledger.book(k, "up", raw)

@@ -1,4 +1,4 @@
-"""Warnings of a run: every name is told once."""
+"""Warnings of a run, one of each name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedkern.messages.states import State
 
 @register_part("warnings")
 class Warnings(RunPart):
-    """Tells the listeners the warnings of a round at its end."""
+    """Part that passes a round's warnings to the listeners at its end."""
 
     def __init__(self, run: RunObjects) -> None:
         super().__init__(run)
@@ -31,7 +31,7 @@ class Warnings(RunPart):
         self._told = {name for name, text in state.items() if text == self._run.notices.warnings[name]}
 
     def _tell(self) -> None:
-        for name, text in self._run.listener.warnings.items():  # told already, to the listeners that are left
+        for name, text in self._run.listener.warnings.items():  # already passed to the remaining listeners
             self._run.notices.warn(name, text)
             self._told.add(name)
         for name, text in self._run.notices.warnings.items():

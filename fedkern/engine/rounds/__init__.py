@@ -1,1 +1,1 @@
-"""The round loop: exchanges, their log, asynchronous rounds, and what a round leaves."""
+"""Round loop: exchanges, their log, asynchronous rounds, and client states."""

@@ -1,4 +1,4 @@
-"""What becomes of the clients' states of a round: when they go to the checkpoint, and which are dropped."""
+"""Client states of a round: when they are written, and which are dropped."""
 
 from __future__ import annotations
 
@@ -16,16 +16,10 @@ from fedkern.privacy import LEDGER
 
 
 class ClientStates:
-    """Writes states that have changed, as soon as their client is done.
-
-    At the end of rounds that ask for it.
+    """Writer of changed states, as soon as their client is done, or at the end of rounds that ask for it.
 
     Args:
-        executor: has the clients of the round; the run puts the one that it chooses in its place.
-        checkpoints: of the run.
-        context: of the run.
-        progress: of the run.
-        stateless: whether epsilon counts that clients keep no state.
+        stateless: whether epsilon relies on clients without state.
     """
 
     def __init__(
@@ -33,16 +27,14 @@ class ClientStates:
     ) -> None:
         self.executor, self._checkpoints, self._context = executor, checkpoints, context
         self._progress, self._stateless = progress, stateless
-        # Of clients whose states are written in this round: the file and the reader of what they began the round with.
+        # File and reader of the state before the round, of clients written in this round.
         self._begun: dict[ClientId, tuple[str | None, Callable[[], State]]] = {}
 
     @property
     def _late(self) -> bool:
-        """Return whether the states of this round are written at its end."""
         return self._progress.entry is not None and self._progress.entry.states == "round"
 
     def finish_exchange(self, k: ClientId) -> None:
-        """Note that a client has done its part of an exchange."""
         if self._late:
             return
         self._write(k)
@@ -50,12 +42,10 @@ class ClientStates:
             self.executor.forget(k)  # its state is on disk; its round_cache is needed no more
 
     def left_out(self, k: ClientId) -> None:
-        """Leave a client out of the rest of the round.
+        """Leave a client out of the rest of the round, with its state from before the round.
 
-        Its state is as before the round, with two exceptions.
-
-        These are a privacy ledger, as releases count in any case, and a round whose earlier exchanges are not written
-        yet.  The state is then the present one, but for those of encoders, which count uploads that have arrived.
+        Exceptions are a privacy ledger, as releases count in any case, and a round whose earlier exchanges are not
+        written yet. The state is then the present one, except for encoders, which count uploads that have arrived.
         """
         state, written = self.executor.changed_state(k), k in self._begun
         self.executor.forget(k)
@@ -74,7 +64,6 @@ class ClientStates:
             self._checkpoints.name_client(k, file)
 
     def end_round(self) -> None:
-        """End the round."""
         if self._late:
             for k in self.executor.working():
                 self._write(k)

@@ -1,4 +1,4 @@
-"""One exchange of a round: messages go out, and the clients' uploads come in through the run's filters."""
+"""One exchange of a round: messages out, and uploads in through the run's filters."""
 
 from __future__ import annotations
 
@@ -18,18 +18,7 @@ from fedkern.process.interrupts import check
 
 
 class Exchange:
-    """One exchange.
-
-    Args:
-        asked: what the clients are asked.
-        filters: what uploads pass, in order.
-        executor: has the clients at work.
-        log: of the round.
-        samples: declared number of training samples of every client.
-
-    Attributes:
-        seconds: that clients and filters took.
-    """
+    """One exchange."""
 
     def __init__(
         self,
@@ -44,12 +33,6 @@ class Exchange:
         self.seconds = 0.0
 
     def lose(self, messages: Mapping[ClientId, Message], absent: Mapping[ClientId, str]) -> None:
-        """Note clients that never answer.
-
-        Args:
-            messages: what they are sent.
-            absent: the reasons, by client.
-        """
         for k, why in absent.items():
             if k in messages:
                 self._leave(k, messages[k])
@@ -58,13 +41,8 @@ class Exchange:
     def uploads(self) -> Iterator[Upload]:
         """Yield the uploads in client order, lazily: the server is done with an upload before it gets the next one.
 
-        Uploads of clients that began in earlier rounds come first.
-        An upload that a filter refuses never gets to the server.  An empty upload that the method allows is not
-        yielded.
-
-        Raises:
-            UserError: the run is to stop because an upload is refused or a client diverged or failed; or no client is
-                left.
+        Uploads of clients that began in earlier rounds come first. Refused uploads, and empty ones that the method
+        allows, are not yielded.
         """
         uploads = self._each()
         for part in self._filters:
@@ -85,7 +63,7 @@ class Exchange:
             if upload is None:
                 left_out += 1
                 continue
-            # No reference stays here: while the next client trains, only the server may still hold this upload.
+            # Without a reference here, only the server may still hold this upload while the next client trains.
             handover = [upload] if upload.message is not None else []
             del upload
             if handover:
@@ -94,10 +72,7 @@ class Exchange:
             self._log.none_left()
 
     def _take_answer(self, answer: Answer) -> Upload | None:
-        """Return the upload of an answer, its message None where it is empty.
-
-        None where its client is left out.
-        """
+        """Return an answer's upload (an empty one has the message None), or None if its client is left out."""
         k = answer.client
         self._leave(k, self._asked.sent[k])
         self._log.heard(answer)
@@ -122,10 +97,6 @@ class Exchange:
             part.on_sent(self._asked, k, message)
 
     def _answers(self) -> Iterator[Answer]:
-        """Return the clients' answers.
-
-        The clients of a cohort may be asked at once.
-        """
         asked, coded = self._asked, encoders_of(self._filters, self._asked)
         if asked.entry.cohort and not self._executor.remote and asked.sent:
             start, serial = time.perf_counter(), self._executor.here
@@ -146,7 +117,7 @@ class Exchange:
         begun: dict[int, dict[ClientId, Message]] = {}
         for k, message in asked.sent.items():
             begun.setdefault(asked.phase.round - asked.staleness(k), {})[k] = message
-        # Clients that began together work side by side, each in the round that it began in.
+        # Clients that began together work side by side, in the round in which they began.
         return chain.from_iterable(
             self._executor.answers(asked.hooks.asker, replace(asked.phase, round=round), sent, coded)
             for round, sent in sorted(begun.items())

@@ -15,7 +15,7 @@ _COLUMNS = ("up", "down", "one_off_up", "one_off_down")
 
 
 def message_bytes(message: object) -> int:
-    """Bytes of a message's contents: its tensors' elements, 8 for a number, the UTF-8 length of a text."""
+    """Return the bytes of a message: its tensors' elements, 8 for a number, the UTF-8 length of a text."""
     if isinstance(message, Tensor):
         return message.numel() * message.element_size()
     if isinstance(message, Mapping):
@@ -31,9 +31,9 @@ def message_bytes(message: object) -> int:
 class Ledger:
     """Bytes per client: ``up`` (client to server) and ``down`` in rounds, and both in one-off exchanges.
 
-    ``exchanges`` holds the bytes of the rounds by name of the exchange, ``rounds`` those by name of the round, both
-    summed over clients; ``round_sums`` holds those of the present round by name of the exchange.  ``wire`` holds the
-    bytes that left and reached this machine; an executor of remote clients adds to them.
+    ``exchanges`` and ``rounds`` hold bytes of the rounds by name, summed over clients; ``round_sums`` holds the present
+    round's by exchange. ``wire`` holds the bytes that left and reached this machine, added by an executor of remote
+    clients.
     """
 
     clients: int
@@ -55,12 +55,6 @@ class Ledger:
         self._totals = dict.fromkeys(_COLUMNS, 0)
 
     def restore(self, sums: State, rows: Mapping[int, Sequence[int]]) -> None:
-        """Go on from what was stored.
-
-        Args:
-            sums: what :meth:`sums` returned.
-            rows: the last row of every client that has one, as :meth:`changed_rows` gave it.
-        """
         for k, row in rows.items():
             for name, value in zip(_COLUMNS, row, strict=True) if k < self.clients else ():
                 getattr(self, name)[k] = value
@@ -71,11 +65,7 @@ class Ledger:
         return [getattr(self, name)[client] for name in _COLUMNS]
 
     def book(self, client: int, direction: str, message: object, *, phase: Phase | None = None) -> int:
-        """Books a message from (``"up"``) or to (``"down"``) a client and returns its bytes.
-
-        Args:
-            phase: the communication round and the exchange; None for a one-off exchange.
-        """
+        """Book a message from (``"up"``) or to (``"down"``) a client, and return its bytes."""
         size = message_bytes(message)
         column = direction if phase is not None else f"one_off_{direction}"
         getattr(self, column)[client] += size
@@ -88,7 +78,6 @@ class Ledger:
         return size
 
     def begin_round(self) -> None:
-        """Begin a round."""
         self.round_sums = {}
 
     @property
@@ -101,25 +90,19 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        """All bytes so far, one-off exchanges included."""
         return sum(self._totals.values())
 
     def changed_rows(self) -> dict[int, list[int]]:
-        """``up``, ``down``, ``one_off_up`` and ``one_off_down`` of every client booked since the last call."""
+        """Return ``up``, ``down``, ``one_off_up``, ``one_off_down`` of every client booked since the last call."""
         rows = {k: self._row(k) for k in sorted(self._changed)}
         self._changed.clear()
         return rows
 
     def sums(self) -> State:
-        """Return what the ledger holds beside the clients' rows."""
         return {"exchanges": self.exchanges, "rounds": self.rounds}
 
     def summary(self) -> State:
-        """Totals: ``up`` and ``down`` of the rounds, ``one_off_up``, ``one_off_down``, and the ``total`` of these four.
-
-        ``clients`` holds the same four per client.  ``exchanges``, where there are several names of exchanges, holds
-        ``up`` and ``down`` of each.
-        """
+        """Return the totals of all clients and of each, and ``exchanges`` if there are several names."""
         return {
             **self._totals,
             "total": self.total,

@@ -1,4 +1,4 @@
-"""The round loop: plays a method's plan, exchange by exchange, and asks the run's parts around every round."""
+"""Round loop: plays a method's plan, and calls the run's parts around every round."""
 
 from __future__ import annotations
 
@@ -18,22 +18,11 @@ from fedkern.process.interrupts import check
 
 
 class Loop:
-    """The rounds of one run.
-
-    Args:
-        run: the run's objects, with the executor that has the clients at work.
-        filters: what uploads pass, in order.
-        parts: what is done around rounds, in order.
-    """
-
     def __init__(self, run: RunObjects, filters: Sequence[Filter], parts: Sequence[Part]) -> None:
         self._run, self._filters, self._parts = run, filters, parts
 
     def play(self) -> Stop | None:
-        """Plays the rounds that are left.
-
-        Returns why it ended before the plan did, or None.
-        """
+        """Play the remaining rounds, and return why the run ends before its plan, or None."""
         for entry in self._run.plan[self._run.progress.planned :]:
             check()
             self._run.progress.begin(entry)
@@ -50,7 +39,6 @@ class Loop:
         return None
 
     def finish(self, stop: Stop | None) -> Summary:
-        """Has the parts finish."""
         network = self._run.hooks["method"].network()
         if network is None:
             raise ValueError("model: expected a module at the end of the plan, given None")
@@ -60,7 +48,6 @@ class Loop:
         return summary
 
     def _record(self, entry: Round, assigned: Assignment) -> Record:
-        """Return the record of a round that is about to begin."""
         number, rounds, interval = self._run.progress.shown_number, self._run.rounds, self._run.config.eval_every
         due = not entry.one_off and (number % interval == 0 or number == rounds)
         return Record(entry, number, rounds, list(assigned.clients), due)
@@ -105,7 +92,6 @@ class Loop:
         record.put(run.participation.figures(), About.CLIENTS)
 
     def _at_work(self, record: Record) -> Executor:
-        """Return the executor of a round: this process's, where a cohort works together or a trace is made."""
         executor = self._run.executor
         together = (record.entry.cohort or record.in_server_process) and not executor.remote
         return executor.here if together else executor

@@ -1,4 +1,4 @@
-"""Where a run stands: its round and its exchange."""
+"""Progress of a run: its round and its exchange."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from fedkern.methods.base import Round
 
 @dataclass
 class Progress:
-    """Where a run stands.
-
-    The loop alone changes it.
+    """Progress of a run, which only the loop changes.
 
     Attributes:
         done: communication rounds done.
-        planned: rounds of the method's plan done, one-off ones included.
-        entry: the round being played, or the last one; None before this process plays its first.
-        index: number of that round as `Phase` has it: from 0, negative for one-off rounds.
-        exchange: name of the exchange.
-        last_exchange: whether it is the last one of its round.
+        planned: rounds of the method's plan done, one-off rounds included.
+        entry: the present or last round; None before this process plays its first.
+        index: number of that round as in `Phase`: from 0, negative for one-off rounds.
+        last_exchange: whether the exchange is the last of its round.
     """
 
     done: int = 0
@@ -30,7 +27,6 @@ class Progress:
     last_exchange: bool = True
 
     def begin(self, entry: Round) -> None:
-        """Begins a round."""
         self.entry, self.index = entry, -1 - self.planned if entry.one_off else self.done
 
     @property
@@ -39,11 +35,11 @@ class Progress:
         return self.index + 1 if self.index >= 0 else self.index
 
     def when(self, exchange: str | None = None) -> str:
-        """Return when something happens, as a part of a sentence.
+        """Return the round as a phrase, such as "in round 3".
 
         Args:
-            exchange: the exchange, to be named in the text; None names only set-up rounds.  Default names
-                (``"train"``, ``"update"``) are left out: where the exchange has one, the round is named instead.
+            exchange: an exchange to name. Default names (``"train"``, ``"update"``) are left out, and the round is
+                named instead.
         """
         entry = self.entry
         if entry is None or entry.one_off:
@@ -53,9 +49,5 @@ class Progress:
 
 
 def _in_brackets(entry: Round, exchange: str | None) -> str:
-    """Return the exchange or the round by a name of its own, in brackets.
-
-    Empty where neither has one.
-    """
     names = [name for name in (entry.name, exchange) if name not in ("train", "update", None)]
     return f' ("{names[-1]}")' if names else ""

@@ -1,4 +1,4 @@
-"""What happened to the clients of a round: who is done with which figures, who was left out and why."""
+"""Log of a round's clients: figures of finished clients, and reasons of dropped ones."""
 
 from __future__ import annotations
 
@@ -19,19 +19,14 @@ class RoundLog:
     """The clients of a round.
 
     Args:
-        context: gives settings, names of clients, and what may be told; takes warnings.
-        progress: of the run.
-        states: told which client is done or left out.
-        listener: told which client is done.
-        silent: whether nothing is told of a client that is left out: no noise covers that its upload was no good.
-        hint: end of the sentence about an upload that is not as declared, for the author of the method.
+        silent: whether to hide dropped clients, as no noise covers a drop.
+        hint: end of the sentence about an undeclared upload, for the method's author.
 
     Attributes:
-        clients: what each client reported in this round, by its id as a text.
-        reports: what clients reported in this round, one exchange after another.
-        left: clients of this round that are left out of the rest of it.
+        clients: each client's report in this round, by its id as a text.
+        reports: the reports, one exchange after another.
+        left: clients that are left out of the rest of the round.
         dropped: an entry for every client left out since the last record.
-        marks: what the clients' code has used of the run so far.
     """
 
     def __init__(
@@ -53,21 +48,15 @@ class RoundLog:
         self.marks: set[str] = set()
 
     def begin(self) -> None:
-        """Begin a round."""
         self.clients, self.reports, self.left = {}, [], set()
 
     # -- who is done -----------------------------------------------------------------------------------------------
 
     def heard(self, answer: Answer) -> None:
-        """Take in the warnings of a client's answer.
-
-        Called in client order.
-        """
         for name, text in answer.warnings.items():
             self._context.notices.warn(name, text)
 
     def note_done(self, k: ClientId, info: State, seconds: float) -> None:
-        """Note that a client's upload has passed all checks, with these figures."""
         self._states.finish_exchange(k)
         self.reports.append(info)
         self.clients.setdefault(str(k), {}).update(info)
@@ -75,21 +64,14 @@ class RoundLog:
         self._listener.on_client(self._progress.shown_number, k, entry)
 
     def note(self, k: ClientId, figures: Mapping[str, float]) -> None:
-        """Add figures to a client that is done."""
         self.clients[str(k)].update(figures)
 
     # -- who is left out -------------------------------------------------------------------------------------------
 
     def note_lost(self, k: ClientId, exchange: str, why: str) -> None:
-        """Note that a client was sent a message and never answers in this round."""
         self._note_dropped(k, {"exchange": exchange, "reason": why})
 
     def lacks(self, answer: Answer) -> None:
-        """No upload came from a client.
-
-        Raises:
-            UserError, ClientFailed: the run is to stop.
-        """
         if answer.absent:
             self._note_loss(answer.client, answer.absent)
         elif answer.problem is not None:
@@ -98,11 +80,7 @@ class RoundLog:
             self.note_refused(answer.client, answer.refused)
 
     def note_refused(self, k: ClientId, why: str) -> None:
-        """Note that a client's upload is not as declared, or larger than allowed.
-
-        Raises:
-            UserError: the run is to stop.
-        """
+        """Note that a client's upload is not as declared, or larger than allowed."""
         if self._silent or not self._context.notices.disclosure.server:
             why = "is not as declared"
         label, exchange = self._context.data.client_label(k), self._progress.exchange
@@ -113,7 +91,6 @@ class RoundLog:
         self._warn(f"refused-upload-{k}", f"{sentence}; it was left out.")
 
     def leave_out(self, k: ClientId, why: State) -> None:
-        """Leaves a client out of the rest of the round."""
         self._states.left_out(k)
         if self._silent:
             self.left.add(k)
@@ -121,9 +98,9 @@ class RoundLog:
             self._note_dropped(k, why)
 
     def none_left(self) -> None:
-        """Raise UserError where the round has no client left.
+        """Raise UserError because the round has no client left.
 
-        A set-up round of named clients may lose all of them: other clients remain for the run.
+        A set-up round of named clients may lose all of them, as the run has others.
         """
         entry = self._progress.entry
         if entry is None or not (entry.one_off and isinstance(entry.participants, tuple)):
@@ -136,14 +113,12 @@ class RoundLog:
             )
 
     def _note_loss(self, k: ClientId, why: str) -> None:
-        """Note that nothing came of a client that works elsewhere."""
         exchange = self._progress.exchange
         self.leave_out(k, {"exchange": exchange, "reason": why})
         label, when = self._context.data.client_label(k), self._progress.when(exchange)
         self._warn(f"missing-client-{k}", f"Client {label} was left out {when}, as {why}.")
 
     def _broke(self, k: ClientId, problem: Diverged | ClientFailed) -> None:
-        """Note that a client diverged or failed."""
         when, config = self._progress.when(), self._context.config
         label, public = self._context.data.client_label(k), self._context.notices.disclosure.clients
         why: State = {}

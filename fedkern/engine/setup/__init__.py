@@ -1,1 +1,1 @@
-"""What prepares a run: its objects, the user's parts, and whether data, network and method fit."""
+"""Preparation of a run: its objects, the user's parts, and checks that data, network and method fit."""

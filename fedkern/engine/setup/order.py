@@ -1,4 +1,4 @@
-"""Order of a run's parts, and of the filters that uploads pass: names, as each registers itself in its own file."""
+"""Order of a run's parts and upload filters, by registered names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedkern.usercode import plugins
 from fedkern.usercode.registry import Registry
 
 USERS = "..."
-"""Place of what users have registered."""
+"""Place of user-defined parts or filters."""
 PART_ORDER = (
     "effects", "traffic", "artifacts", "evaluation", "server", "oracle", "privacy", USERS, "stop_at", "patience",
     "max_seconds", "max_bytes", "diagnoses", "answers", "records", "warnings", "listeners", "results", "trace",
@@ -37,15 +37,10 @@ for package in (parts, uploads):
 
 
 def parts_of(run: RunObjects) -> list[Part]:
-    """Return the parts of a run, in order."""
     return _build_all(PARTS, PART_ORDER, run)
 
 
 def filters_of(run: RunObjects) -> list[Filter]:
-    """Return what uploads pass on their way to the server of a run, in order.
-
-    The run has its executor.
-    """
     filters: list[Filter] = _build_all(FILTERS, FILTER_ORDER, run)
     needs_whole = any(part.needs_whole_upload for part in filters)
     return [part for part in filters if not (needs_whole and part.keeps_on_device)]
@@ -59,9 +54,9 @@ def _build_all(table: Registry[Any], order: Sequence[str], run: RunObjects) -> l
 
 
 def states_of(parts: Sequence[Part], filters: Sequence[Filter]) -> State:
-    """Return the states of a run's parts and filters, as a checkpoint keeps them.
+    """Return the states of a run's parts and filters for a checkpoint.
 
-    What a user has registered is there without a state too, so that a resumed run knows that it needs it.
+    User-defined ones are listed even without a state, so that a resumed run requires them.
     """
     of_parts, of_filters = _states(parts, PART_ORDER), _states(filters, FILTER_ORDER)
     return {"parts": of_parts, **({"filters": of_filters} if of_filters else {})}
@@ -72,11 +67,7 @@ def _states(objects: Sequence[Part] | Sequence[Filter], order: Sequence[str]) ->
 
 
 def restore(kind: str, objects: Sequence[Part] | Sequence[Filter], run: RunObjects) -> None:
-    """Give ``"parts"`` or ``"filters"`` of a run the states of the checkpoint that it goes on from, if there is one.
-
-    Raises:
-        UserError: the run began with others that users have registered.
-    """
+    """Restore ``"parts"`` or ``"filters"`` of a run from its checkpoint, if there is one."""
     if run.store.entry is None:
         return
     states, names = run.store.entry["info"].get(kind, {}), [part.name for part in objects]

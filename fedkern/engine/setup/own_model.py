@@ -1,4 +1,4 @@
-"""A user's network in a run: whether it fits data and method, and whether it is the one that the run began with."""
+"""Checks of a user's network: it must fit data and method, and be that of the run's start."""
 
 from __future__ import annotations
 
@@ -37,22 +37,11 @@ def find_facts(
 ) -> tuple[State, FederatedData, list[str]]:
     """Try the network of a run and describe it.
 
-    A user's network gets two samples, and its output is looked at.  Its source and its tensors are described by
-    ``model_sha256`` and ``model_layout``.  A file of initial weights is described by ``init_sha256``.
-
-    Args:
-        config: the settings; ``MODELS`` has the network.
-        data: the run's data.
-        stored: the settings of the run that is resumed, or None.
-        out: the run folder.
-        known: whether the clients' samples are in this process.
+    ``model_sha256`` and ``model_layout`` describe a user's network, ``init_sha256`` a file of initial weights.
 
     Returns:
-        Settings that describe the network, the data with the classes that the network tells where nobody named them,
-        and sentences for the user.
-
-    Raises:
-        UserError: the network does not fit, or another one was meant when the run began.
+        Settings that describe the network, the data with the network's classes if nobody named them, and sentences for
+        the user.
     """
     facts: State = {}
     if config.init is not None:
@@ -101,12 +90,12 @@ def find_facts(
 
 @torch.no_grad()
 def gives_probabilities(context: RunContext) -> bool:
-    """Return whether a user's network ends in a softmax, although the loss is a cross-entropy, which takes logits."""
+    """Return whether a user's network ends in a softmax, although its loss is a cross-entropy of logits."""
     entry, form, takes_logits = MODELS.get(context.config.model), context.data.form, context.data.task.takes_logits
     if not takes_logits or not isinstance(getattr(entry, "make", None), Own):
         return False
     network = context.networks.build().eval()
-    with suppress(Exception), seeded_generators(0):  # a network's code may raise anything, which the run says itself
+    with suppress(Exception), seeded_generators(0):  # a network's code may raise anything, which the run itself reports
         rows = find_logits(network(form.noise(2, np.random.default_rng(0))))
         certain = torch.allclose(rows.sum(1), torch.ones(())) and bool((rows >= 0).all())
         return certain and rows.dim() > 1 and rows.shape[1] > 1
@@ -114,23 +103,17 @@ def gives_probabilities(context: RunContext) -> bool:
 
 
 def network_hash(make: Own) -> str | None:
-    """Return the hash of the weights of a module, or the identity of the file with the network's code, if any."""
     if isinstance(make.source, nn.Module):
         return digest(identity_table({"weights": dict(make.source.state_dict())}, limit=sys.maxsize))
     return make.sha256
 
 
 def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[FederatedData, int]:
-    """Return the data with the classes and the head that a network tells, and the bytes of a sample's outputs.
+    """Return the data with the network's classes and head, and the bytes of a sample's outputs.
 
-    The network gets samples of the first client.  The bytes are those of outputs and targets where a user's loss may
-    take those of a set at once, else 0.
-
-    The loss is looked at in the first training steps (`fedkern.engine.local.first_steps`): a call more would change a
-    loss that counts.  A loss of a model and a batch may call the network in any way: nothing is tried then.
-
-    Raises:
-        UserError: the network cannot take them, or tells other classes.
+    Bytes count outputs and targets if a user's loss may take a whole set at once, else 0. The loss is not called here
+    but checked in the first training steps (`fedkern.engine.local.first_steps`), as one more call would change a loss
+    that counts. With a loss of a model and a batch, which may call the network in any way, nothing is tried.
     """
     offers = data.task.offers
     if not offers & {"criterion", "classes"}:
@@ -172,11 +155,11 @@ def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[Fe
 
 
 def _with_classes(network: nn.Module, data: FederatedData) -> FederatedData:
-    """Return data of a user's data sets with the classes that the network tells, where they are numbers of fewer."""
+    """Return a user's data with as many numbered classes as the network has, if the data have fewer."""
     count = len(data.classes)
     if not data.sights or data.classes != tuple(map(str, range(count))):
         return data
-    with suppress(Exception), torch.no_grad(), seeded_generators(0):  # what fails is said by `check_output`
+    with suppress(Exception), torch.no_grad(), seeded_generators(0):  # `check_output` reports failures
         outputs = find_logits(network.eval()(data.form.noise(2, np.random.default_rng(0)))).shape[1]
         data = replace(data, classes=tuple(map(str, range(max(count, outputs)))))
     network.train()
@@ -184,7 +167,6 @@ def _with_classes(network: nn.Module, data: FederatedData) -> FederatedData:
 
 
 def _classes(outputs: object, targets: Tensor, text: str, ignored: int) -> int:
-    """Return the number of classes in the logits of a network."""
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(targets):
         shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise UserError(f"the network {text} must give logits, one row a sample, and gives {shape}: or give a loss_fn.")

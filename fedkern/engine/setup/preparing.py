@@ -1,4 +1,4 @@
-"""Everything that can fail because of what the user gave, before anything is written; and what comes of it."""
+"""Checks of all user input, before anything is written, and construction of method, server and plan."""
 
 from __future__ import annotations
 
@@ -43,18 +43,7 @@ from fedkern.usercode.code_identity import digest, left_out
 def make_context(
     request: Request, config: RunConfig, notice: Callable[[str], None], stored: RunConfig | None, entry: Entry | None
 ) -> RunContext:
-    """Load the data of a run, and complete its settings by all that data, network and functions decide.
-
-    Args:
-        request: what the run is asked for.
-        config: the settings that were given; ``MODELS`` has the network.
-        notice: told what the user should know of the data and the network.
-        stored: settings of the run that is resumed, or None.
-        entry: its newest checkpoint, or None.
-
-    Raises:
-        UserError: settings, data, network and functions do not fit together, or are not those that the run began with.
-    """
+    """Load the data of a run, and complete its settings by all that data, network and functions decide."""
     data, script, known, out = request.data, request.script, request.has_samples, request.out
     is_in_memory = bool(script.functions) or (data is not None and isinstance(data.validation, Items))
     if is_in_memory and torchrun_group.find_rank() is not None:
@@ -67,7 +56,7 @@ def make_context(
     if data is None:
         data = run_data.load_data(config, notice=notice, identify=entry is None)
     items = data = run_data.inspect_items(config, data) if known else data
-    has_identity = entry is not None or (are_loaded and data.identity)  # of a file, or of the checkpoint
+    has_identity = entry is not None or (are_loaded and data.identity)  # from a file, or the checkpoint
     identity = of_memory(data) if known and not has_identity else data.identity
 
     # The settings that the data decide, and the data that these leave.
@@ -125,24 +114,13 @@ def make_context(
 
 
 def _not_compared(code: Mapping[str, Mapping[str, str]], sight: Sight | None) -> list[str]:
-    """Return a sentence on values of code and items that no comparison looks at, if there are some."""
     paths = [path for table in code.values() for path in left_out(table)]
     paths += [] if sight is None else sight.left_out
     return [f"A run that goes on does not compare {first_of(paths, 3)}."] if paths else []
 
 
 def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, is_begun: bool) -> RunObjects:
-    """Make the objects of a run, and check them.
-
-    Args:
-        request: what the run is asked for.
-        context: of the run.
-        listener: of the run.
-        is_begun: whether the run goes on from a checkpoint.
-
-    Raises:
-        UserError: data, network or settings do not fit the method.
-    """
+    """Make the objects of a run, and check them."""
     config = context.config
     if config.kind.pooled:
         context.pool()
@@ -155,7 +133,7 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
         with code("check"):
             check_client(method, Client(context, k, {}))
     if context.task_facts:
-        network = context.networks.get("server")  # raises where an encoder's folder cannot be read
+        network = context.networks.get("server")  # raises if an encoder's folder cannot be read
         pooling.check(network.module)
     with context.drawing(server, BEFORE), code("start"):
         method.start(server)
@@ -176,7 +154,7 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
     warnings |= diagnostics.unrepeatable(lambda: context.networks.get("server").module, shape, context.device)
     for name, text in warnings.items():
         context.notices.warn(name, text)
-    if not is_begun:  # a run that goes on has loaded most of them already
+    if not is_begun:  # a resumed run has loaded most of them already
         check_teachers(method, context)
     with code("rounds"):
         plan = list(method.rounds(context.federation))
@@ -192,7 +170,6 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
 
 
 def _warn_of_samples(context: RunContext) -> None:
-    """Warn of a network and of items that a run can use, but that hardly give what their author wants."""
     if own_model.gives_probabilities(context):
         context.notices.warn(
             "probabilities",
@@ -217,7 +194,6 @@ def _warn_of_samples(context: RunContext) -> None:
 def _privacy(
     context: RunContext, method: Method, server: Server, code: MethodCode, participation: Participation
 ) -> tuple[ClientPrivacy | None, Guarantee | None]:
-    """Privacy of whole clients, and the guarantee of the run."""
     config, private = context.config, None
     run_guarantee: Guarantee | None
     if config.dp_clip is not None:

@@ -1,4 +1,4 @@
-"""Objects of a run: what its loop, parts and filters read, and the folder that it writes."""
+"""Objects of a run that its loop, parts and filters read, and its folder."""
 
 from __future__ import annotations
 
@@ -45,15 +45,12 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import read_code
 
 Remote = Callable[["RunObjects"], Executor]
-"""Makes the executor of clients that keep their data and states to themselves (see :attr:`Executor.remote`)."""
+"""Makes the executor of remote clients (see :attr:`Executor.remote`)."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a run is asked for beside its settings.
-
-    See :func:`fedkern.engine.run.run` for all attributes.
-    """
+    """Request for a run beside its settings (see :func:`fedkern.engine.run.run`)."""
 
     out: Path
     data: FederatedData | None = None
@@ -68,25 +65,18 @@ class Request:
 
     @property
     def has_samples(self) -> bool:
-        """Return whether the clients' samples are in this process."""
         return self.data is None or self.remote is None
 
 
 class RunStore:
     """The folder of a run.
 
-    Args:
-        out: the folder.
-        private: whether the run has a guarantee, so that releases leave digests.
-
     Attributes:
-        out: the folder.
-        checkpoints, metrics: of the run.
-        releases: digests of what is released; None without a guarantee.
-        entry: the checkpoint that the run goes on from; None: the run begins.
-        facts: what a resumed run is compared with; ``"data"`` is the fingerprint of the data that the server knows.
-        check_lock: raises where another process has taken over the folder.
-        part_states: gives the states of all parts and filters, as a checkpoint keeps them.
+        releases: digests of releases, or None without a guarantee.
+        entry: the checkpoint from which the run continues, or None.
+        facts: fingerprints that a resumed run is compared with; ``"data"`` is of the data that the server knows.
+        check_lock: raises if another process has taken over the folder.
+        part_states: returns the states of all parts and filters for a checkpoint.
     """
 
     def __init__(self, out: Path, private: bool) -> None:
@@ -101,24 +91,7 @@ class RunStore:
 
 @dataclass(frozen=True)
 class RunObjects:
-    """Objects that the loop, the parts and the filters of a run share.
-
-    Attributes:
-        request: what the run was asked for.
-        context: data, networks and notices.
-        listener: told what happens.
-        method, pooling: the method, and the pooling of statistics.
-        server: the server, as the method's ``start`` has left it.
-        progress: where the run stands.
-        code: names the method in an exception.
-        plan: the rounds, one-off ones included.
-        participation: says who takes part in a round.
-        private: privacy of whole clients; None without it.
-        guarantee: which of the run's releases its epsilon covers; None where it promises none.
-        store: the run folder.
-        ledger: bytes by client.
-        timing: the run's clock.
-    """
+    """Objects that the loop, the parts and the filters of a run share."""
 
     request: Request
     context: RunContext
@@ -138,83 +111,68 @@ class RunObjects:
 
     @property
     def config(self) -> RunConfig:
-        """The settings."""
         return self.context.config
 
     @property
     def notices(self) -> Notices:
-        """Warnings, and what may be told."""
         return self.context.notices
 
     @property
     def networks(self) -> Networks:
-        """Networks of this process."""
         return self.context.networks
 
     @property
     def samples(self) -> Samples:
-        """The data in batches."""
         return self.context.samples
 
     @property
     def out(self) -> Path:
-        """Make the run folder, or return the given one."""
         return self.request.out
 
     @property
     def rounds(self) -> int:
-        """Communication rounds of the plan."""
         return sum(not entry.one_off for entry in self.plan)
 
     @property
     def sets(self) -> dict[str, Reader]:
-        """The test sets by metric prefix."""
         return self.samples.test_sets
 
     @cached_property
     def network(self) -> nn.Module:
-        """A fresh network."""
         return self.networks.build()
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of a network."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     @cached_property
     def hooks(self) -> dict[str, Hooks]:
-        """Return what is asked of method and pooling in an exchange, by the names of the handlers."""
         targets = {"method": self.method, "pooling": self.pooling}
         return {name: Hooks(name, handler, self.server, self.context, self.code) for name, handler in targets.items()}
 
     @property
     def handlers(self) -> dict[str, Handler]:
-        """Objects whose ``client_update`` may be called, by name."""
         figures = {own_figures.NAME: own_figures.OwnFigures(self.method)} if self.config.own_networks else {}
         return {"method": self.method, "pooling": self.pooling, **figures}
 
     @property
     def hides_dropouts(self) -> bool:
-        """Return whether to hide dropped clients, because no noise covers that an upload was no good."""
+        """True if dropped clients are hidden, because no noise covers a drop."""
         return self.private is not None and not self.notices.disclosure.clients
 
     @property
     def samples_in_secret(self) -> bool:
-        """Return whether epsilon counts that nobody knows who takes part in a round."""
+        """True if epsilon uses amplification by secret sampling."""
         return self.private is not None and self.private.amplified
 
     @cached_property
     def states(self) -> ClientStates:
-        """Return what becomes of the clients' states.
-
-        Has the run's executor, that of this process at first.
-        """
+        """Client states, which hold the run's executor, at first this process's."""
         serial = Serial(self.context, self.handlers, self.store.checkpoints.reader, self.config.client_threads)
         return ClientStates(serial, self.store.checkpoints, self.context, self.progress, self.samples_in_secret)
 
     @cached_property
     def log(self) -> RoundLog:
-        """Return what happens to the clients of a round."""
         hint = ""  # for the author of a method that does not override Method.expects
         if type(self.method).expects is Method.expects:
             hint = f" ({self.config.method} declares no uploads of its own; Method.expects is where a method does.)"
@@ -223,22 +181,17 @@ class RunObjects:
 
     @property
     def executor(self) -> Executor:
-        """Has the clients at work: that of this process until the run has chosen one."""
+        """Executor of the clients, this process's until the run has chosen one."""
         return self.states.executor
 
     @property
     def here(self) -> Serial:
-        """The executor of this process."""
         executor: Serial = self.executor.here
         return executor
 
 
 def open_store(run: RunObjects, check_lock: Callable[[], object]) -> None:
-    """Open the folder of a run that begins, or go on from its last checkpoint, whose state the server then has.
-
-    Raises:
-        UserError: checkpoints are damaged, or of a run with other data or another method.
-    """
+    """Open the folder of a new run, or restore server and progress from its last checkpoint."""
     store, context, resume = run.store, run.context, run.request.resume
     store.check_lock = check_lock
     run.timing.begin()
@@ -249,7 +202,7 @@ def open_store(run: RunObjects, check_lock: Callable[[], object]) -> None:
     else:
         entry = change_rounds(entry, run.request.rounds)
         check_same(entry, facts, run.plan, store.out)
-        facts["code"] = read_code(entry["info"])  # that the run began with
+        facts["code"] = read_code(entry["info"])  # of the run's start
         run.server.state = store.checkpoints.server_state()
         messages = store.checkpoints.messages_in_flight()
         run.participation.restore(store.checkpoints.participation_state(), messages, entry["round"])

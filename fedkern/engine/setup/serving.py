@@ -1,4 +1,4 @@
-"""Whether a run accelerates a user's network: decided once, on copies and one batch, and stored with the run."""
+"""Acceleration of a user's network, decided once on copies and one batch, and stored with the run."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ from fedkern.streams import seeded_generators
 from fedkern.tasks.user_tasks import inner
 
 LEAST = 0.5
-"""Share of the products of a network's convolutions that operators have to serve: below, nothing is gained
-(benchmarks/bench_guest.py)."""
+"""Least share of the products of a network's convolutions from which operators pay (benchmarks/bench_guest.py)."""
 
 
 def decide_acceleration(context: RunContext, network: nn.Module) -> tuple[str, str | None]:
-    """Return the record of a run, and the plan if it is served.
+    """Return a sentence for the run's record, and the plan if the network is accelerated.
 
-    The record is ``"served 9 of 9 convolutions"``, or ``"as written: "`` and why.
+    The sentence is ``"served 9 of 9 convolutions"``, or ``"as written: "`` and why.
 
-    A copy plays a batch of the largest client in both modes, with the task's loss: plain twice; with every step
-    deferred but computed by torch's layers, which judges the mechanism; and with operators, which may differ by
-    roundings and by a ReLU that one of them flips.
+    A copy runs a batch of the largest client, with the task's loss: plain twice; with every step deferred but computed
+    by torch's layers, which checks the mechanism; and with operators, which may differ by roundings and a ReLU that one
+    of them flips.
     """
     try:
         return _check_served(context, copy.deepcopy(network))
@@ -77,7 +76,6 @@ def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
 
 
 def _rehearse(network: nn.Module, batch: Batch) -> str:
-    """Return the plan of a network's convolutions in all modes."""
     module = copy.deepcopy(network)
     accelerate(inner(module), check=False)
     for training, gradients in calls.MODES:
@@ -88,10 +86,7 @@ def _rehearse(network: nn.Module, batch: Batch) -> str:
 
 
 def worth(record: calls.Record) -> float:
-    """Return the share of products that operators serve, without what is computed again and what copies cost.
-
-    At least 0.
-    """
+    """Return the share of products that operators save, after recomputation and copies, at least 0."""
     served = dict(record[0])
     again = sum(products for _, products in record[0]) - sum(served.values())
     moved = calls.MOVE * sum(site.moved for site in served)
@@ -99,10 +94,6 @@ def worth(record: calls.Record) -> float:
 
 
 def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
-    """Return a finished run's module, whose own networks compute as they did in the run.
-
-    Returns it.
-    """
     for part in module.modules():
         if config.plan is not None and isinstance(part, OwnNetwork):
             calls.apply_plan(part.module, config.plan)
@@ -110,7 +101,6 @@ def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
 
 
 def _play_batch(network: nn.Module, batch: Batch) -> Found:
-    """Loss, gradients, buffers and evaluated outputs of a copy, by name."""
     module = copy.deepcopy(network)
     with seeded_generators(0):
         train_mode(module)

@@ -1,4 +1,4 @@
-"""A user's parts and filters: built, checked, and named where their code raises."""
+"""Construction of user-defined parts and filters, with checks and their names in errors."""
 
 from __future__ import annotations
 
@@ -24,17 +24,11 @@ _RETURNED: dict[str, tuple[type, str]] = {
     "encoders": (Mapping, "encoders by client"),
     "state": (dict, "a dict"),
 }
-"""What functions return, beside nothing."""
+"""Types and descriptions of results besides None."""
 
 
 def build(kind: Any, run: RunObjects) -> Any:
-    """Return the part or filter of a user's class that a run has, or None.
-
-    Its functions name it in what they raise.
-
-    Raises:
-        UserError: the class builds something else, or a filter that client-level privacy does not cover.
-    """
+    """Return the part or filter of a user's class, or None, with its name in all its errors."""
     base = Part if issubclass(kind, Part) else Filter
     code = MethodCode(kind, kind.name, run.progress, base.__name__.lower())
     with code("build"):
@@ -91,7 +85,7 @@ def _combine(
         answers = iter(function(asked, code.passing(uploads), note))
     while True:
         with code("combine"):
-            handover = [next(answers, None)]  # no reference stays here (see `fedkern.engine.rounds.exchange`)
+            handover = [next(answers, None)]  # without a reference here (see `fedkern.engine.rounds.exchange`)
         if handover[0] is None:
             return
         yield handover.pop()  # type: ignore[misc]

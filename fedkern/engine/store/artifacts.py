@@ -1,4 +1,4 @@
-"""Artifacts: images and tables that a method logs, kept in the run folder for a few rounds, for the report."""
+"""Artifacts: images and tables that a method logs, kept for a few rounds, for the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedkern.errors import UserError
 from fedkern.messages import states
 
 FILE = "shown.safetensors"
-ROUNDS = 8  # artifacts are kept of at most this many rounds and of round 1, whatever the length of the run
+ROUNDS = 8  # most rounds with kept artifacts, besides round 1, however long the run
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -24,11 +24,10 @@ class Artifact:
     """One artifact of one round.
 
     Attributes:
-        name: what the artifact shows; the stem of its picture's file name.
+        name: title of the artifact, and stem of its picture's file name.
         round: number of communication rounds done, this round included.
         value: uint8 ``[n, C, H, W]`` (images) or fp32 ``[rows, columns]`` (a table).
-        axes: what a table's rows, columns and, where a third one is given, values are, for example
-            ``("client", "class", "weight")``.
+        axes: titles of a table's rows, columns and optionally values, such as ``("client", "class", "weight")``.
     """
 
     name: str
@@ -38,19 +37,14 @@ class Artifact:
 
 
 def prepare_artifact(name: str, value: Tensor) -> Tensor:
-    """Return a copy of ``value`` on the CPU in the form in which it is kept: images in [0, 1] as uint8, tables as fp32.
-
-    Raises:
-        ValueError: ``value`` is neither ``[n, C, H, W]`` nor ``[rows, columns]``, or ``name`` is not made of lower-case
-            letters, digits and underscores.
-    """
+    """Return a copy on the CPU in the stored form: images in [0, 1] as uint8, tables as fp32."""
     if not _NAME.fullmatch(name):
         raise ValueError(f'log_image: expected a name of lower-case letters, digits and underscores, given "{name}"')
     value = value.detach().float().cpu()
     if value.dim() == 2:
         return value.clone(memory_format=torch.contiguous_format)
     if value.dim() == 4:
-        # Where the channels are no colours (four sequences of magnetic resonance), the first one is kept.
+        # Of channels that are no colours (four sequences of magnetic resonance), the first is kept.
         value = value if value.shape[1] in (1, 3) else value[:, :1]
         return (value.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
     raise ValueError(f"log_image: expected {name} to be images [n, C, H, W] or a table, given {list(value.shape)}")
@@ -59,11 +53,7 @@ def prepare_artifact(name: str, value: Tensor) -> Tensor:
 class ArtifactLog:
     """All artifacts of a run so far.
 
-    The rounds that are kept depend on the plan alone, so a resumed run has the artifacts of an uninterrupted run.
-
-    Args:
-        out: the run folder.
-        rounds: communication rounds of the plan.
+    The kept rounds depend on the plan alone, so a resumed run has the artifacts of an uninterrupted run.
     """
 
     def __init__(self, out: Path, rounds: int) -> None:
@@ -75,30 +65,19 @@ class ArtifactLog:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all artifacts so far, in hexadecimal."""
         return self._sum.hexdigest()
 
     def wants(self, round: int) -> bool:
-        """Return whether artifacts of this round, counted from 1, are kept."""
         return round in self._wanted
 
     def add(self, artifact: Artifact) -> None:
-        """Add an artifact of a round that is kept."""
         self._entries.append(artifact)
         self._sum.update(f"{artifact.name} {artifact.round} {artifact.axes} {list(artifact.value.shape)}".encode())
         self._sum.update(artifact.value.contiguous().numpy().tobytes())
         self._changed = True
 
     def restore(self, round: int, digest: str) -> None:
-        """Read the file again and drop the artifacts of rounds after ``round``.
-
-        Args:
-            round: communication rounds done at the checkpoint.
-            digest: :attr:`digest` at the checkpoint.
-
-        Raises:
-            UserError: the file is damaged, or is not the one that the run wrote.
-        """
+        """Read the file again up to ``round``, and compare it with a checkpoint's ``digest``."""
         self._entries, self._sum = [], hashlib.sha256()
         for entry in _entries(self.path):
             if entry.round <= round:
@@ -108,7 +87,6 @@ class ArtifactLog:
             raise UserError(f"{self.path} is not what the run wrote: delete it, only pictures are lost.")
 
     def write(self) -> None:
-        """Write the file, completely or not at all, where there are new artifacts."""
         if not self._changed:
             return
         rows = [[entry.name, entry.round, entry.value, list(entry.axes)] for entry in self._entries]
@@ -117,13 +95,6 @@ class ArtifactLog:
 
 
 def read(out: Path | str) -> list[Artifact]:
-    """Return the artifacts of a run, in the order of its rounds.
-
-    Empty where there are none.
-
-    Raises:
-        UserError: the file is damaged, or does not match the digest in the newest checkpoint.
-    """
     out = Path(out)
     entries, last = _entries(out / FILE), checkpoints.newest(out)
     if entries and last is not None:
@@ -148,10 +119,6 @@ def _entries(path: Path) -> list[Artifact]:
 
 
 def _sound(entry: Artifact) -> bool:
-    """Return whether an entry is a valid artifact.
-
-    Its name is checked because it becomes the name of a file.
-    """
     if not (isinstance(entry.name, str) and _NAME.fullmatch(entry.name) and type(entry.round) is int):
         return False
     value = entry.value

@@ -1,4 +1,4 @@
-"""Background writer: files are written during the next round, as a disk is slower than a small network's training."""
+"""Background writer: a disk is slower than a small network's training."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 PENDING_BYTES = 256 << 20
-"""Bytes of content that may wait to be written; beyond them, a call that wants to write more waits."""
+"""Bytes of content that may wait to be written, beyond which a call waits."""
 
 
 class BackgroundWriter:
-    """One thread that runs jobs in the order given.
+    """One thread that runs jobs in order, and none after a failure.
 
-    After a failure it runs no more jobs.
-
-    The content of a job must not change any more.  A job must not compute with torch: a second thread would have OpenMP
-    threads of its own.
+    A job's content must not change any more. A job must not compute with torch: a second thread would have its own
+    OpenMP threads.
     """
 
     def __init__(self) -> None:
@@ -25,7 +23,7 @@ class BackgroundWriter:
         self._failed: BaseException | None = None
 
     def give(self, job: Callable[[], object], size: int) -> Future[None]:
-        """Add a job whose content has ``size`` bytes, and return its future, which :meth:`settle` takes.
+        """Add a job with ``size`` bytes of content, and return its future for :meth:`settle`.
 
         Raises:
             What an earlier job raised; the new job is not run.
@@ -40,11 +38,7 @@ class BackgroundWriter:
         return future
 
     def settle(self, until: Future[None] | None = None) -> None:
-        """Wait until all jobs are done, or all jobs up to ``until``.
-
-        Raises:
-            What a job raised.
-        """
+        """Wait until all jobs, or all jobs up to ``until``, are done."""
         while self._pending and (until is None or not until.done()):
             self._first()
         self._check()
@@ -65,5 +59,4 @@ class BackgroundWriter:
             raise self._failed
 
     def close(self) -> None:
-        """Wait until the remaining jobs are done, and end the thread."""
         self._thread.shutdown(wait=True)

@@ -27,7 +27,7 @@ KEEP = 2
 _NAMED = ("server", "participation")
 _FILES = re.compile(rf"({'|'.join(_NAMED)})-\d{{6,}}\.safetensors")
 _MESSAGES = re.compile(r"messages-(\d{6,})\.safetensors")
-_TOLD = 3  # damaged files that a message names
+_TOLD = 3  # most damaged files named in a message
 
 
 class Entry(TypedDict):
@@ -50,27 +50,19 @@ class Checkpoints:
 
     * ``round``: communication rounds done.
     * ``plan``: rounds of the method's plan done, one-off rounds included.
-    * ``files``: CRC-32, by name, of the files that are new in this checkpoint or no client's.
-    * ``server``: file of the server's state.
-    * ``participation``: file of what is kept of who takes part; none where nothing is.
-    * ``table``: place of the :class:`ClientTable`, which names the files of the clients' states with their CRC-32.
-    * ``info``: what a resumed run is compared with, and the states of the run's parts by name.
-    * ``sum``: CRC-32 of all these.
+    * ``files``: CRC-32, by name, of the files that are new in this checkpoint or belong to no client.
+    * ``server``, ``participation``: files of these states. A run may have no participation state.
+    * ``table``: place of the :class:`ClientTable`, which names the clients' files with their CRC-32.
+    * ``info``: fingerprints that a resumed run is compared with, and the states of the run's parts by name.
+    * ``sum``: CRC-32 of all of these.
 
-    A commit writes and deletes no more than what has changed, however many clients are absent.
-
-    Messages of an asynchronous run that wait for an answer are written once, into ``messages-NNNNNN.safetensors`` of
-    the communication round that sent them.  The ``files`` of later checkpoints name the same file.
-
-    Files carry the round of the plan in their name and are never rewritten.  A file that no kept entry names is deleted
-    after the next commit.  Client states stay on disk and are read when their client takes part.
-
-    Args:
-        out: the run folder.
-        writer: writes files in the background; without it they are written at once.
+    Files carry the plan's round in their name and are never rewritten, so a commit writes only what has changed,
+    however many clients are absent. A file that no kept entry names is deleted after the next commit. Messages in
+    flight are written once, into ``messages-NNNNNN.safetensors`` of the communication round that sent them, which later
+    entries name again.
 
     Attributes:
-        skipped: names of the damaged parts of checkpoints that are newer than the opened one.
+        skipped: names of damaged parts of checkpoints that are newer than the opened one.
     """
 
     def __init__(self, out: Path, writer: BackgroundWriter | None = None) -> None:
@@ -86,26 +78,23 @@ class Checkpoints:
         self._table = ClientTable(self.folder)
         self._touched: set[int] = set()  # clients with another file than in the last commit
         self._unchecked: dict[str, int] = {}  # CRC-32 of files that another process wrote and nobody has read
-        self._named: list[str] = []  # the files of the last commit that are no client's
+        self._named: list[str] = []  # files of the last commit that belong to no client
         self._left: dict[str, None] = {}  # files written before, which the next commit does not need
-        self._due: list[list[str]] = []  # files that no kept entry needs once so many entries are newer
+        self._due: list[list[str]] = []  # unneeded files, by number of newer entries
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def open(self, *, fresh: bool = False, begun: bool = False) -> Entry | None:
-        """Return the newest intact entry, or None where nothing was committed yet.
-
-        Forgets everything after it.
-
-        The manifest of a new run is written at once, so that a missing one is noticed.
+        """Return the newest intact entry and delete everything newer, or None before the first commit.
 
         Args:
-            fresh: the run is new, so the folder must not exist yet.
+            fresh: the run is new, so the folder must not exist. Its manifest is written at once, so that a missing one
+                is noticed.
             begun: the run has written records, so there must be a manifest.
 
         Raises:
-            UserError: the manifest is missing, it or all of its checkpoints are damaged, or the folder is a link or
-                cannot be made.
+            UserError: the manifest or all checkpoints are damaged or missing, or the folder is a link or cannot be
+                made.
         """
         atomic.make_folder(self.folder, fresh=fresh)
         filesystem.drop_temporaries(self.folder, _ours)
@@ -137,40 +126,23 @@ class Checkpoints:
         return entries[-1]
 
     def peek(self) -> Entry | None:
-        """Return the newest undamaged entry, whose files are not checked.
-
-        None where nothing was committed.
-        """
+        """Return the newest undamaged entry without checking its files, or None."""
         entries = self._read_manifest()
         return entries[-1] if entries else None
 
     def last_server_state(self) -> State | None:
-        """Return the server's state of the last commit, read without changing the folder.
-
-        None where there is none.
-
-        Raises:
-            UserError: the state's file is missing or damaged.
-        """
+        """Return the server's state of the last commit without changing the folder, or None before the first."""
         entry = self.peek()
         self._unchecked = {} if entry is None else dict(entry["files"])
         return None if entry is None else self._load(entry["server"])
 
     def last_client_state(self, client: int) -> State:
-        """As :meth:`last_server_state`, a client's.
-
-        Empty where it has none.
-        """
         entry = self.peek()
         self.clients, self._unchecked = ({}, {}) if entry is None else self.files_of(entry)
         return self.client_state(client)
 
     def files_of(self, entry: Entry) -> tuple[dict[int, str], dict[str, int]]:
-        """Return the file of every client's state by client, and the CRC-32 of every file of an entry by name.
-
-        Raises:
-            UserError: the table of the clients is missing or damaged.
-        """
+        """Return the state file of every client, and the CRC-32 of every file of an entry by name."""
         try:
             rows = read_rows(self.folder, entry["table"])
         except ValueError as error:
@@ -180,15 +152,13 @@ class Checkpoints:
         return named, {**sums, **entry["files"]}
 
     def _list_needed(self, entry: Entry) -> set[str]:
-        """Names of all files of an entry, as far as they are known."""
         try:
             sums = self.files_of(entry)[1]
-        except UserError:  # an older entry, which cannot be resumed from
+        except UserError:  # an older entry, which cannot be resumed
             sums = entry["files"]
         return {*sums, entry["table"]["file"]}
 
     def ledger_rows(self) -> dict[int, Sequence[int]]:
-        """Return the row of the byte ledger of every client that has one."""
         return {k: row.booked for k, row in self._table.rows.items() if row.booked}
 
     def _read_manifest(self) -> list[Entry] | None:
@@ -204,10 +174,9 @@ class Checkpoints:
         return sound
 
     def _find_damaged(self, entry: Entry) -> list[str]:
-        """Names of files that are missing or damaged.
+        """List missing or damaged files.
 
-        The files that are new in the entry are read, and the others only looked for: an older entry needs them too, so
-        nothing is won by reading them before their clients work.
+        Only the entry's new files are read. Older entries need the others too, so reading those early gains nothing.
         """
         bad = [name for name, value in entry["files"].items() if checksum(self.folder / name) != value]
         try:
@@ -219,42 +188,30 @@ class Checkpoints:
         return bad if len(bad) <= _TOLD else [*bad[:_TOLD], f"{len(bad) - _TOLD:,} more"]
 
     def server_state(self) -> State:
-        """Return the server's state of the newest entry."""
         return self._load(self.entries[-1]["server"])
 
     def participation_state(self) -> State:
-        """Return what the newest entry keeps of who takes part.
-
-        Empty where it keeps nothing.
-        """
         return self._load(self.entries[-1]["participation"]) if "participation" in self.entries[-1] else {}
 
     def messages_in_flight(self) -> dict[int, dict[int, Message]]:
-        """Return the messages that wait for an answer, by communication round from 0, and by number."""
+        """Return the messages in flight by communication round, from 0, and by number."""
         names = [name for name in self.entries[-1]["files"] if _MESSAGES.fullmatch(name)]
         contents = {int(name.partition("-")[2].partition(".")[0]) - 1: self._load(name) for name in names}
         return cast(dict[int, dict[int, Message]], contents)
 
     def client_state(self, client: int) -> State:
-        """Return a client's state.
-
-        Empty for a client that has none yet.
-        """
         return self._load(self.clients[client]) if client in self.clients else {}
 
     def reader(self, client: int) -> Callable[[], State]:
-        """Return a function that reads a client's present state.
+        """Return a function that reads the client's present state.
 
-        It works until the next commit, also after newer writes.
+        The function works until the next commit, even after newer writes.
         """
         name = self.clients.get(client)
         return dict if name is None else lambda: self._load(name)
 
     def oldest(self, client: int) -> int | None:
-        """Return the rounds of the plan that were done when the oldest kept state of a client was written.
-
-        None without one.
-        """
+        """Return the plan round of the client's oldest kept state, or None without a state."""
         named = [self.clients[client]] if client in self.clients else []
         start = f"client-{client:05d}-"  # of files that older entries need
         named += [name for names in (*self._due, self._left) for name in names if name.startswith(start)]
@@ -275,24 +232,14 @@ class Checkpoints:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Wait until everything so far is on the disk.
-
-        Raises:
-            UserError: a file could not be written.
-        """
         if self._writer is not None:
             self._writer.settle()
 
     def write_at_once(self) -> None:
-        """Wait for the disk.
-
-        From now on every write is on the disk when its call returns.
-        """
         self.settle()
         self.close()
 
     def close(self) -> None:
-        """End the background writer, once it has written what it was given."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -304,15 +251,12 @@ class Checkpoints:
         return None
 
     def write_client(self, client: int, plan: int, content: State) -> None:
-        """Write a client's new state, which becomes part of the checkpoint with the next commit."""
+        """Write a client's new state, which the next commit includes."""
         name = f"client-{client:05d}-{plan:06d}.safetensors"
         self.name_client(client, self._write(name, content) if content else None)
 
     def name_client(self, client: int, file: str | None) -> None:
-        """Make a file, which ``clients`` has or had when the round began, the client's state.
-
-        None: it has none.
-        """
+        """Make a file, which ``clients`` has or had when the round began, the client's state (None: no state)."""
         before = self.clients.pop(client, None)
         if file is not None:
             self.clients[client] = file
@@ -320,7 +264,7 @@ class Checkpoints:
         self._leave(before, file)
 
     def _leave(self, old: str | None, new: str | None) -> None:
-        """Note that the next commit needs the file ``now`` in the place of ``before``."""
+        """Note that the next commit needs the file ``new`` instead of ``old``."""
         if old is not None:
             self._left[old] = None
         if new is not None:
@@ -338,16 +282,14 @@ class Checkpoints:
         before: Callable[[], object] = lambda: None,
         booked: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
-        """Write the server's state and make it, with all client states, the newest checkpoint.
+        """Write the server's state and commit it with all client states as the newest checkpoint.
 
         Args:
-            round, plan, info: of the entry.
-            server: the server's state.
-            participation: what is kept of who takes part; empty: nothing.
-            messages: those that wait for an answer, by communication round from 0.  A round that the last commit had is
-                not written again.
+            round, plan, info: see :class:`Checkpoints`.
+            messages: messages in flight by communication round, from 0. Rounds of the last commit are not written
+                again.
             before: called first; makes durable the other files that the entry refers to.
-            booked: the rows of the byte ledger that have changed since the last commit, by client.
+            booked: rows of the byte ledger that have changed since the last commit, by client.
         """
         if self._writer is not None and self._last is not None:
             self._writer.settle(self._last)  # at most one commit waits: a slow disk would fall ever further behind
@@ -383,11 +325,6 @@ class Checkpoints:
     def _add_rows(
         self, plan: int, changed: Mapping[int, str | None], booked: Mapping[int, Sequence[int]]
     ) -> tuple[Place, dict[str, int]]:
-        """Add to the table the files of clients that have changed, and rows of the ledger.
-
-        Returns:
-            The table's place, and the CRC-32 of the new files by name.
-        """
         rows = {}
         for k, file in changed.items():
             old = self._table.rows.get(k, Row())
@@ -397,10 +334,7 @@ class Checkpoints:
         return self._table.add(plan, rows), fresh
 
     def _leaving(self, named: list[str]) -> list[str]:
-        """Return the files that the next commit does not need, and the last one may.
-
-        ``named`` are the files that it has beside those of clients.
-        """
+        """Return the files that only the last commit may need, given the next commit's files of no client."""
         for name in self._named:
             self._leave(name, None)
         for name in named:
@@ -409,7 +343,6 @@ class Checkpoints:
         return files
 
     def _flush(self) -> None:
-        """Flushes files and their names to the disk that were written in the background."""
         loose, self._loose = self._loose, []
         for path in loose:
             atomic.flush(path)
@@ -417,18 +350,14 @@ class Checkpoints:
             filesystem.sync_folder(self.folder)
 
     def _drop(self, files: list[str]) -> None:
-        """Delete what no kept entry needs any more, after a commit that no longer needs the ``files``."""
-        self._sums.clear()  # those of clients are in the table now
+        self._sums.clear()  # the table has the clients' sums now
         self._due.append(files)
         while len(self._due) >= KEEP:
             for name in self._due.pop(0):
                 (self.folder / name).unlink(missing_ok=True)
 
     def amend(self, info: State) -> None:
-        """Replace ``info`` of the newest checkpoint, at once.
-
-        The checkpoint's files stay.
-        """
+        """Replace ``info`` of the newest checkpoint at once, and keep its files."""
         self.settle()
         entries = [*self.entries[:-1], Entry({**self.entries[-1], "info": info})]
         self._write_manifest(entries)
@@ -440,7 +369,7 @@ class Checkpoints:
         self.entries = entries
 
     def _write(self, name: str, content: State | dict[int, Message]) -> str:
-        # In the background the disk is waited for once, before the commit, and not for every file.
+        # The background writer waits for the disk once, before the commit, not for every file.
         path, at_once = self.folder / name, self._writer is None
         try:
             packed = states.Packed(content, durable=at_once)
@@ -463,13 +392,11 @@ class Checkpoints:
         return name
 
     def _collect(self, needed: Collection[str]) -> None:
-        """Delete checkpoint files that are not ``needed``."""
         for name in [path.name for path in self.folder.iterdir()]:
             if name not in needed and (_of_state(name) or TABLE.fullmatch(name)):  # other files are left alone
                 (self.folder / name).unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Delete the files of a run that has committed nothing, and the folder if nothing else is in it."""
         if self.folder.is_dir():
             self._collect(())
             for name in (MANIFEST, releases.NAME, server_secret.NAME):
@@ -478,13 +405,7 @@ class Checkpoints:
 
 
 def newest(out: Path) -> Entry | None:
-    """Return the newest checkpoint of a run folder, for its readers.
-
-    None where there is none, or no readable manifest.
-
-    Raises:
-        OtherFormat: the run folder has another format.
-    """
+    """Return the newest checkpoint of a run folder, or None without a readable manifest."""
     try:
         return Checkpoints(out).peek()
     except OtherFormat:
@@ -494,10 +415,10 @@ def newest(out: Path) -> Entry | None:
 
 
 def check_results(out: Path, needed: str) -> None:
-    """Compare what a finished run wrote at its end with the checksums in its checkpoint.
+    """Compare a finished run's final files with the checksums in its checkpoint.
 
     Raises:
-        UserError: one of these files was changed, or the file ``needed`` is missing.
+        UserError: a file was changed, or the file ``needed`` is missing.
     """
     entry = newest(out)
     if entry is None or not entry["info"]["finished"]:
@@ -513,27 +434,24 @@ def check_results(out: Path, needed: str) -> None:
 
 
 def again(out: Path | str) -> str:
-    """Advice for a damaged file that a run writes at its end, as a part of a sentence."""
+    """Return advice for a damaged final file, as a part of a sentence."""
     return f"delete it, and --resume {shlex.quote(str(out))} makes it again"
 
 
 def entry_sum(entry: Mapping[str, object]) -> int:
-    """CRC-32 of an entry of a manifest without its ``sum``."""
     return zlib.crc32(json.dumps({k: v for k, v in entry.items() if k != "sum"}, sort_keys=True).encode())
 
 
 def _of_state(name: object) -> bool:
-    """Whether a name is that of a file with a state: no other name of a manifest is ever joined to the folder."""
+    """Return whether a name, before it is joined to the folder, is a state file's."""
     return isinstance(name, str) and any(pattern.fullmatch(name) for pattern in (_FILES, _MESSAGES, STATE))
 
 
 def _ours(name: str) -> bool:
-    """Return whether a run writes a file with this name into the folder."""
     return _of_state(name) or bool(TABLE.fullmatch(name)) or name in (MANIFEST, releases.NAME, server_secret.NAME)
 
 
 def _sound(entry: object) -> bool:
-    """Return whether an entry of a manifest is undamaged and names no files but those that a run writes."""
     if not isinstance(entry, dict) or entry.get("sum") != entry_sum(entry):
         return False
     info, sums = entry.get("info"), entry.get("files")
@@ -551,10 +469,6 @@ def _sound(entry: object) -> bool:
 
 
 def checksum(path: Path) -> int | None:
-    """CRC-32 of a file's content.
-
-    None where it cannot be read.
-    """
     try:
         value = 0
         with open_regular(path) as file:

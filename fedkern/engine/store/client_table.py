@@ -1,11 +1,9 @@
 """Table of the clients in the checkpoints: a file that grows by the clients of a round, not by all clients.
 
-A manifest with all clients would be written anew at every commit, however few clients a round has.  The table is a file
-of JSON lines instead.  Its first line holds the row of every client that has one, and every commit adds a line with the
-rows that have changed.  The manifest says how many bytes of the file belong to a checkpoint.
-
-A table that has grown to twice its first line is begun anew in another file.  On average a commit therefore writes a
-few times the rows that have changed, and the file is at most a few times as long as the rows of all clients.
+A manifest with all clients would be rewritten at every commit, however few clients a round has. The first of the
+table's JSON lines holds the rows of all clients, and every commit adds a line with changed rows. The manifest has the
+table's length at a checkpoint. A table that has grown to twice its first line is started anew in another file, so a
+commit writes on average a few times the changed rows.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from fedkern.files import atomic
 from fedkern.files.inputs import line_ends, open_regular, parse_json
 
 SLACK = 1 << 16
-"""Bytes of changes that a table may hold whatever the length of its first line."""
+"""Bytes of changes that a table may hold, however short its first line is."""
 TABLE = re.compile(r"clients-\d{6,}\.jsonl")
 STATE = re.compile(r"client-\d{5,}-\d{6,}\.safetensors")
 
@@ -38,10 +36,10 @@ class Place(TypedDict):
 
 @dataclass(frozen=True)
 class Row:
-    """What a checkpoint knows of a client.
+    """A client's row in a checkpoint.
 
     Attributes:
-        file: name of the file with the client's state; None where the client has no state.
+        file: file of the client's state, or None without a state.
         sum: CRC-32 of that file.
         booked: the client's row of the byte ledger (`fedkern.engine.rounds.ledger.Ledger.changed_rows`).
     """
@@ -52,14 +50,7 @@ class Row:
 
 
 class ClientTable:
-    """The table of a run.
-
-    Args:
-        folder: the folder of the checkpoints.
-
-    Attributes:
-        rows: the present row of every client that has one.
-    """
+    """The table of a run, with the present ``rows`` by client."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -69,42 +60,16 @@ class ClientTable:
 
     @property
     def file(self) -> str | None:
-        """Name of the table's file.
-
-        None where there is none yet.
-        """
         return None if self._place is None else self._place["file"]
 
     def open(self, place: Place) -> None:
-        """Take the table as it was at a checkpoint.
-
-        What was added after it is dropped.
-
-        Args:
-            place: what :meth:`add` returned.
-
-        Raises:
-            ValueError: the file is missing or damaged.
-        """
+        """Read the table at a checkpoint, whose ``place`` :meth:`add` returned, and drop later rows."""
         content = _content(self._folder, place)
         self.rows, self._place = _rows(content, place), place
         self._first = content.find(b"\n") + 1
 
     def add(self, plan: int, rows: Mapping[int, Row]) -> Place:
-        """Add rows that have changed.
-
-        They are on the disk when the call returns.
-
-        Args:
-            plan: rounds of the plan done, for the name of a new file.
-            rows: the new rows by client.
-
-        Returns:
-            ``file``, the name of the file; ``bytes`` of it that belong to the table; ``sum``, their CRC-32.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Add changed rows durably, and return the table's new place."""
         self.rows.update(rows)
         line = _line(rows)
         place = self._place
@@ -123,20 +88,11 @@ class ClientTable:
 
 
 def read_rows(folder: Path, place: Place) -> dict[int, Row]:
-    """Return the rows of the table at a checkpoint, read without changing the folder.
-
-    Args:
-        folder: the folder of the checkpoints.
-        place: the checkpoint's entry ``table``.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
+    """Return the table's rows at a checkpoint, without changing the folder."""
     return _rows(_content(folder, place), place)
 
 
 def sound_place(place: object) -> TypeGuard[Place]:
-    """Return whether a checkpoint's entry ``table`` names a table's file, with its length and sum."""
     name, size, total = (place.get(key) if isinstance(place, dict) else None for key in ("file", "bytes", "sum"))
     return isinstance(name, str) and bool(TABLE.fullmatch(name)) and type(size) is int and type(total) is int
 

@@ -1,4 +1,4 @@
-"""confusion.json: how often every true class was predicted as every class, for the report."""
+"""Confusion matrices of the final network (confusion.json)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedkern.files.inputs import naming_damage, read_json, standing
 
 FILE = "confusion.json"
 LARGEST = 1 << 53
-"""Counts from here on are no exact numbers in the JSON of other programs; no test set is as large."""
+"""First count that other programs' JSON cannot hold exactly; no test set is as large."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,12 @@ class Confusions:
 
 
 def write(out: Path, classes: Sequence[str], matrices: Mapping[str, Tensor]) -> None:
-    """Write the matrices, int64 [C, C] by test set, completely or not at all."""
     sets = {name: matrix.tolist() for name, matrix in matrices.items()}
     atomic.write_bytes(out / FILE, (json.dumps({"classes": list(classes), "test_sets": sets}) + "\n").encode())
 
 
 def read(out: Path) -> Confusions | None:
-    """Return the matrices of a run folder.
-
-    None where the run wrote none.
-
-    Raises:
-        UserError: the file cannot be read, is not what the run wrote, or does not hold such matrices.
-    """
+    """Return the matrices of a run folder, or None."""
     path = out / FILE
     check_results(out, FILE)
     if standing(path) == "missing":

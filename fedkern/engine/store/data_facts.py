@@ -1,4 +1,4 @@
-"""facts.json: what the pages of a run tell of its data, which they do not read."""
+"""Facts about a run's data (facts.json) for the run's pages, which do not read the data."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ FILE = "facts.json"
 class DataFacts:
     """Facts about a run's data.
 
-    With private records none that the network and its figures do not tell.
+    Private records have only those that the network and its figures disclose.
 
     Attributes:
-        classes: class names, in label order.
-        form: what a network sees of a sample, as in model.safetensors.
+        form: form of a sample, as in model.safetensors.
         pictures: names of the pictures of test samples (`fedkern.tasks.Task.pictures`).
-        tests: a table by test set: ``samples``, ``groups`` (cases or patients, None where samples are independent) and
-            of images ``chance``, the main figure that needs no learning or None; empty tables with private records.
+        tests: a table by test set: ``samples``, ``groups`` (cases or patients, None if samples are independent) and of
+            images ``chance``, the main figure that needs no learning or None; empty tables with private records.
         validation: number of validation samples; None with private records.
         statistics: samples of every client, by class; None with private records.
     """
@@ -44,10 +43,7 @@ class DataFacts:
 
     @classmethod
     def of(cls, data: FederatedData, *, private: bool) -> DataFacts:
-        """Return the facts about data.
-
-        ``private``: only those that private records may tell.
-        """
+        """Return the facts about data, for ``private`` records only the public ones."""
         pictures = data.task.pictures if data.form.offers and data.form.is_scaled else ()
         if private:
             return cls(data.classes, data.form.about(), pictures, {name: {} for name in data.tests})
@@ -56,21 +52,14 @@ class DataFacts:
 
     @property
     def chance(self) -> dict[str, float | None]:
-        """The main figures that need no learning, by test set, of sets whose counts are known and may be told."""
         return {name: table["chance"] for name, table in self.tests.items() if "chance" in table}
 
     def write(self, out: Path) -> None:
-        """Write the file into a run folder, completely or not at all."""
         text = json.dumps(asdict(self), default=np.ndarray.tolist, ensure_ascii=False)
         atomic.write_bytes(out / FILE, (text + "\n").encode())
 
     @classmethod
     def read(cls, out: Path) -> DataFacts:
-        """Return the facts in a run folder.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
         way = f"--resume {shlex.quote(str(out))} writes it again"
         with naming_damage(f"{out / FILE} is missing or damaged", way):
             table = read_json(out / FILE)

@@ -1,4 +1,4 @@
-"""evaluation.csv: the final figures of a run on every test set, for spreadsheets and statistics programs."""
+"""Final figures of a run on every test set (evaluation.csv)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedkern.tasks.figure_names import OVER_CLIENTS
 EVALUATION = "evaluation.csv"
 COLUMNS = ("client", "test_set", "metric", "value")
 ONLY, OWN = "test", "own"
-"""Names in the column ``test_set``: the test set of a run with a single one, and a client's own test set."""
+"""Names in the column ``test_set``: a run's only test set, and a client's own test set."""
 _LEFT_OUT = ("validation_", *OVER_CLIENTS)
 
 Row = tuple[str, str, str, float | None]
@@ -30,11 +30,9 @@ def rows(
 
     Args:
         metrics: figures by name, with the prefix of their test set; figures over clients are left out.
-        prefixes: prefixes of the test sets (``""``, ``"id_"``); figures with the prefix ``validation_`` are left out.
-        by_client: figures by client, None where one is not defined; empty where there are none, or nothing of them may
-            be told.
-        names: the clients' names, or None: their numbers.
-        test_set: what ``by_client`` was computed on: `OWN`, or `ONLY` for every client's part of the run's test set.
+        prefixes: prefixes of the test sets (``""``, ``"id_"``); ``validation_`` is left out.
+        by_client: public figures by client, None if undefined.
+        test_set: `OWN`, or `ONLY` if ``by_client`` is of every client's part of the run's test set.
     """
     by_length = sorted({*prefixes, "", *_LEFT_OUT}, key=len, reverse=True)
     for name, value in metrics.items():
@@ -47,15 +45,7 @@ def rows(
 
 
 def write_evaluation(out: Path, table: Iterator[Row]) -> None:
-    """Write evaluation.csv, completely or not at all: a header, then one row per figure.
-
-    Floats in full precision.
-
-    The value of a figure that is not defined is empty.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Write evaluation.csv atomically: a header, then one row per figure, in full precision, empty if undefined."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

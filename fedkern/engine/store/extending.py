@@ -1,4 +1,4 @@
-"""More rounds for a run: its settings and its last checkpoint, so that resuming goes on."""
+"""Extension of a run by more rounds, in its settings and its last checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedkern.settings.stored import load_settings, stored_settings
 
 REPORT = "report.html"
 PICTURE_LIST = "pictures.json"
-"""File with the names of the pictures drawn, which depend on the run's task, network and method."""
+"""File with the names of the drawn pictures, which depend on the run's task, network and method."""
 _PICTURE = re.compile(r"[a-z0-9_]+\.png")
 OF_A_NETWORK = (
     *RESULTS, *ATTACKS.values(), REPORT, PICTURE_LIST,
@@ -32,29 +32,25 @@ OF_A_NETWORK = (
       for more in ("", ".json")),
     "evaluate.json", "evaluate-*.json",
 )  # fmt: skip
-"""Files in a run folder that tell of the run's last network, as patterns: the run's, and those of commands on it."""
+"""Patterns of files about the run's last network: the run's, and those of commands on the run."""
 
 
 def check_extension(out: Path, rounds: int | None, *, trusted: Collection[str] = ()) -> int | None:
-    """Check that a run, finished or not, may have more rounds.
+    """Check, without writing, that a run, finished or not, may have more rounds.
 
-    Nothing is written.
-
-    Where the method has no schedule over all rounds (``Method.schedule_note``), the network is then, bit for bit, that
-    of a run that had this number of rounds from the start.
+    Without a schedule over all rounds (``Method.schedule_note``), the extended network is, bit for bit, that of a run
+    with this number of rounds from the start.
 
     Args:
-        out: the run folder.
-        rounds: communication rounds in all; None: those of ``config.toml``, where an extension was interrupted.
-        trusted: plugins that may be executed in any case.
+        rounds: communication rounds in all; None: those of ``config.toml``, of an interrupted extension.
 
     Returns:
-        The communication rounds that the run is to have; None where it goes on with those that it has.
+        The run's future communication rounds, or None if they stay.
 
     Raises:
         UserError: there is no run with a checkpoint, its clients are on nodes of Flower, the method plans its own
-            rounds, the run promises differential privacy for its rounds, ``rounds`` is not larger than before, or the
-            rounds that were played would have been others in such a run.
+            rounds, the run promises differential privacy for its rounds, ``rounds`` is not larger than before, or such
+            a run would have begun with other rounds.
     """
     stored = load_settings(out, trusted=trusted, device="cpu")
     kind, options, entry = stored.kind, stored.method_options, Checkpoints(out).peek()
@@ -91,20 +87,12 @@ def check_extension(out: Path, rounds: int | None, *, trusted: Collection[str] =
 
 
 def write_extension(checkpoints: Checkpoints, entry: Entry, out: Path) -> bool:
-    """Give a run more rounds, and move what was made of the former network to a folder ``round-NNNN``.
+    """Give a run more rounds, move the former network's results to ``round-NNNN``, and return whether any moved.
 
     After an interruption between the three writes, ``config.toml`` has the new number of rounds and the last checkpoint
     the old one: the same command, or resuming, finishes the extension.
-
-    Args:
-        checkpoints: of the run, opened.
-        entry: the newest checkpoint :func:`~fedkern.engine.store.resuming.change_rounds`.
-        out: the run folder.
-
-    Returns:
-        Whether anything was moved.
     """
-    # From the file, not from the run's settings, whose device is this machine's.
+    # From the file, as the run's settings have this machine's device.
     text = toml.dumps({**stored_settings(out), "rounds": entry["info"]["config"]["rounds"]})
     atomic.write_bytes(out / SETTINGS, text.encode())
     set_aside(out, entry["round"])
@@ -113,10 +101,6 @@ def write_extension(checkpoints: Checkpoints, entry: Entry, out: Path) -> bool:
 
 
 def pictures(out: Path) -> list[str]:
-    """Names of the pictures that were drawn into a run folder, as its list says.
-
-    Empty without a list.
-    """
     try:
         return [name for name in read_json(out / PICTURE_LIST)["pictures"] if _PICTURE.fullmatch(name)]
     except (OSError, ValueError, KeyError, TypeError):
@@ -124,16 +108,12 @@ def pictures(out: Path) -> list[str]:
 
 
 def aside(out: Path, round: int) -> Path:
-    """Folder of a run for what was made of its network after ``round`` rounds, once the run has more."""
+    """Return the folder for results of a run's network after ``round`` rounds, once the run has more."""
     return out / f"round-{round:04d}"
 
 
 def set_aside(out: Path, round: int) -> None:
-    """Move what the run and the commands on it have made of the network after ``round`` rounds to :func:`aside`.
-
-    Raises:
-        UserError: the folder is a link, or cannot be made.
-    """
+    """Move the results of the network after ``round`` rounds, and of commands on it, to :func:`aside`."""
     names = [name for pattern in OF_A_NETWORK for name in sorted(path.name for path in out.glob(pattern))]
     for name in [*names, *pictures(out), *(f"{FOLDER}/{name}" for name in ATTACKS.values())]:
         if standing(out / name):
@@ -146,7 +126,6 @@ def set_aside(out: Path, round: int) -> None:
 
 
 def _plan(method: Method, config: RunConfig, rounds: int, done: int) -> list[Round]:
-    """Return the first ``done`` rounds of the plan of a run with this number of rounds."""
     federation = Federation(
         rounds=rounds, samples=(config.batch_size,) * config.trained_clients, classes=2,
         local_epochs=config.local_epochs, unit=config.unit, seed=config.seed,

@@ -23,15 +23,11 @@ from fedkern.settings.run_format import NAME as CONFIG
 MODEL = "model.safetensors"
 """File with the network of a finished run."""
 _GIVEN: dict[str, bytes] = {}
-"""Such files that are not written yet, by path."""
+"""Contents of such files that are not written yet, by path."""
 
 
 def _file(path: str) -> Path:
-    """Return the file of ``--init``: that file, or the network of the run in that folder.
-
-    Raises:
-        UserError: the folder holds no finished run, or its network is not as the run wrote it.
-    """
+    """Return the file of ``--init``, or the network's file in that folder of a run."""
     folder = Path(path)
     if standing(folder) != "a folder":
         return folder
@@ -49,10 +45,7 @@ def _file(path: str) -> Path:
 
 
 def of_module(module: nn.Module, folder: Path) -> str:
-    """Path of the file with a module's weights that :func:`keep` writes into a run folder.
-
-    It can be read before.
-    """
+    """Return the future path of a module's weights in a run folder, readable even before :func:`keep` writes it."""
     path = str((folder / INIT).absolute())
     _GIVEN[path] = save(
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
@@ -61,17 +54,11 @@ def of_module(module: nn.Module, folder: Path) -> str:
 
 
 def keep(path: str | None) -> None:
-    """Write the file of :func:`of_module`."""
     if path in _GIVEN:
         atomic.write_bytes(Path(path), _GIVEN.pop(path))
 
 
 def sha256(path: str) -> str:
-    """SHA-256 of the file, or of the network of the run in a folder.
-
-    Raises:
-        UserError: the file is missing, or no regular file; or the folder holds no finished run.
-    """
     if path in _GIVEN:
         return hashlib.sha256(_GIVEN[path]).hexdigest()
     with reading(f"--init {path}"), open_regular(_file(path)) as file:
@@ -79,16 +66,7 @@ def sha256(path: str) -> str:
 
 
 def read(path: str, expected: str | None) -> Mapping[str, Tensor]:
-    """Return the tensors of a file with a state dict, or of the network of a finished run, by name.
-
-    Args:
-        path: the file, or the run folder.
-        expected: SHA-256 that the file had when the run began; None: not compared.
-
-    Raises:
-        UserError: the file is missing, damaged or another one, or holds values that are not finite; or the folder holds
-            no finished run.
-    """
+    """Return the tensors of a state dict's file, or of a finished run's network, by name."""
     if sha256(path) != expected and expected is not None:
         holds, noun = ("does not hold", "network") if Path(path).is_dir() else ("is not", "file")
         raise UserError(f"--init {path} {holds} the {noun} that the run began with: put that {noun} back.")

@@ -1,4 +1,4 @@
-"""predictions.csv: what the final network says of every test image (``--predictions``)."""
+"""Predictions of the final network for every test image (predictions.csv)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,6 @@ COLUMNS = ("test_set", "sample", "true_class", "predicted_class")
 
 
 def check(task: Task, *, told: bool) -> None:
-    """Check, before a run, that its end can have predictions.
-
-    Args:
-        task: of the data.
-        told: whether the run may tell anything of single samples.
-
-    Raises:
-        UserError: the task is not classification, or the records are private.
-    """
     if not task.offers >= {"classes", "criterion"}:
         raise UserError(
             f"--predictions writes a class for every image, and these data are for {task.name}: leave it out, or take "
@@ -45,15 +36,14 @@ def write(
     names: Sequence[str],
     sets: Mapping[str, tuple[Sequence[str] | None, Tensor, Sequence[tuple[int | None, Tensor]]]],
 ) -> None:
-    """Write a row per sample (and client, where clients have networks of their own), completely or not at all.
+    """Write a row per sample (and client, if clients have networks of their own), atomically.
 
-    The columns are the test set, the sample's name, its true class, the predicted class and the probability of every
-    class (``p_NAME``), rounded to 8 digits.  Networks of clients add the column ``client`` behind the test set.
+    The columns are the test set, possibly the ``client``, the sample's name, its true class, the predicted class and
+    the probability of every class (``p_NAME``), rounded to 8 digits.
 
     Args:
-        names: class names, each once.
-        sets: by test set the images' names (None: their row numbers are written), labels int64 [n], and the logits
-            [n, C] of every network with its client.
+        sets: by test set the images' names (None: their row numbers), labels int64 [n], and the logits [n, C] of every
+            network with its client.
     """
     clients = any(client is not None for _, _, outputs in sets.values() for client, _ in outputs)
     text = io.StringIO()

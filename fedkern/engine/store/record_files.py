@@ -20,7 +20,7 @@ SUMMARY = "summary.json"
 
 
 def plain(value: object) -> Any:
-    """``value`` in terms of JSON: NaN and infinities become None, tuples become lists, keys become strings."""
+    """Return ``value`` as JSON: NaN and infinities become None, tuples become lists, keys become strings."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -31,10 +31,7 @@ def plain(value: object) -> Any:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object is appended per round, evaluated or not.
-
-    :meth:`sync` makes them durable.
-    """
+    """File metrics.jsonl, with one JSON object per round, evaluated or not, durable after :meth:`sync`."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
@@ -43,19 +40,10 @@ class Metrics:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file so far, in hexadecimal."""
         return self._sum.hexdigest()
 
     def check(self, size: int, digest: str) -> None:
-        """Compare the first ``size`` bytes of the file with what a checkpoint says of them.
-
-        Args:
-            size: bytes that the file had at the checkpoint.
-            digest: SHA-256 of these bytes.
-
-        Raises:
-            UserError: the file is missing, shorter than ``size``, different, or cannot be read.
-        """
+        """Compare the first ``size`` bytes of the file with their SHA-256 in a checkpoint."""
         present = self.path.stat().st_size if self.path.exists() else 0
         if present < size:
             raise UserError(
@@ -70,20 +58,12 @@ class Metrics:
             raise UserError(f"{self.path} is not what the run wrote{way}.")
 
     def check_entry(self, entry: checkpoints.Entry) -> int:
-        """Compare the file with what the entry of a checkpoint says of it, as :meth:`check`.
-
-        Returns the size.
-        """
         state = entry["info"]["parts"]["records"]
         self.check(state["bytes"], state["sha256"])
         return int(state["bytes"])
 
     def truncate(self, size: int, digest: str | None = None) -> None:
-        """Drop what was written after a checkpoint at which the file had ``size`` bytes (0: the whole file).
-
-        Raises:
-            UserError: as for :meth:`check`, or the file cannot be written.
-        """
+        """Drop lines after a checkpoint at which the file had ``size`` bytes."""
         if digest is not None:
             self.check(size, digest)
         with atomic.changing(self.path, "ab") as file:
@@ -91,7 +71,6 @@ class Metrics:
         self.size = size
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Add one line."""
         line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
         with atomic.changing(self.path, "ab") as file:
             file.write(line)
@@ -99,18 +78,13 @@ class Metrics:
         self._sum.update(line)
 
     def sync(self) -> None:
-        """Flushes everything added so far to the disk."""
         atomic.flush(self.path)
 
 
 def read_metrics(out: Path | str) -> list[State]:
-    """Return the records of a run folder, one per round, with metrics where the round was evaluated.
+    """Return the records of a run folder, one per round, with metrics if the round was evaluated.
 
     A last line cut off by a crash is left out.
-
-    Raises:
-        UserError: the folder has no such file, a line before the last is not JSON, or the file does not match the
-            newest checkpoint.
     """
     out = Path(out)
     path = out / METRICS
@@ -132,17 +106,12 @@ def read_metrics(out: Path | str) -> list[State]:
 
 
 def write_summary(out: Path, summary: Mapping[str, object]) -> None:
-    """Write summary.json, completely or not at all."""
     text = json.dumps(plain(summary), indent=2, allow_nan=False, ensure_ascii=False)
     atomic.write_bytes(out / SUMMARY, (text + "\n").encode())
 
 
 def read_summary(out: Path | str) -> State | None:
-    """summary.json of a finished run, or None where there is none.
-
-    Raises:
-        UserError: the file cannot be read, is no JSON object, or is not what the run wrote.
-    """
+    """Return the summary.json of a finished run, or None."""
     out = Path(out)
     path = out / SUMMARY
     checkpoints.check_results(out, SUMMARY)

@@ -1,16 +1,16 @@
 """Digests of the messages that left the clients of a private run after the checkpoints that it can be resumed from.
 
-A resumed run replays the rounds after its checkpoint, from the clients' states at the checkpoint and with the same
-noise.  If a replayed message equals the one that left before, bit for bit, nothing more is released, and the release
-counts once.  If the replayed message differs, both messages would be released, and that leaks more than epsilon says:
+A resumed run replays the rounds after its checkpoint, from the clients' states there and with the same noise. If a
+replayed message equals the earlier one bit for bit, nothing more is released. If it differs, both are released, which
+leaks more than epsilon says:
 
-* On another processor, device or version of PyTorch the same data give other last bits.  Under the same noise, the
+* On another processor, device or version of PyTorch the same data give other last bits. Under the same noise, the
   difference of the two messages is a function of the data that no noise covers.
-* A client whose secret bits were not yet in a checkpoint draws other bits.  Under other noise, the two messages are two
+* A client whose secret bits were not yet in a checkpoint draws other bits. Under other noise, the two messages are two
   releases.
 
-A digest of every message is therefore on the disk before the server gets the message, and a replay ends before it sends
-a message that differs.
+So every message's digest is on the disk before the server gets the message, and a replay ends before it sends a message
+that differs.
 """
 
 from __future__ import annotations
@@ -24,29 +24,20 @@ from fedkern.messages.digest import digest
 
 NAME = "releases.jsonl"
 DIVERGED = "diverged"
-"""Stands for the message of a client that diverged: that the client diverged is a release too."""
+"""Message of a client that diverged, as its divergence is a release too."""
 
 
 class Releases:
-    """The digests of a run's messages, as JSON lines ``[plan, exchange, client, digest]``.
-
-    The server is client -1.
-
-    Args:
-        folder: the folder of the checkpoints.
-    """
+    """Digests of a run's messages, as JSON lines ``[plan, exchange, client, digest]`` (the server is client -1)."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
         self._due: dict[tuple[int, str, int], str] = {}
 
     def open(self, plan: int) -> None:
-        """Read the digests that a run has to repeat which goes on with round ``plan`` of its method's plan.
+        """Read the digests that a run continuing with round ``plan`` has to repeat.
 
         An incomplete last line is dropped: its message never left the client.
-
-        Raises:
-            UserError: the file is damaged.
         """
         try:
             text = self._path.read_bytes() if self._path.exists() else b""
@@ -65,7 +56,7 @@ class Releases:
         """Write a message's digest to the disk, before the message leaves its client.
 
         Raises:
-            UserError: a different message left in its place before the run was interrupted, or the disk is full.
+            UserError: a different message left before the run was interrupted, or the disk is full.
         """
         key, message_digest = (plan, exchange, client), digest(message)
         before = self._due.pop(key, None)
@@ -83,7 +74,7 @@ class Releases:
             )
 
     def forget(self, plan: int) -> None:
-        """Drop the digests of rounds before ``plan``, which no kept checkpoint would replay."""
+        """Drop digests of rounds before ``plan``, which no kept checkpoint would replay."""
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -31,23 +31,13 @@ from fedkern.usercode import named_code, plugin_files, plugins
 from fedkern.usercode.code_identity import differences, digest, fold_table, is_unchanged
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
-"""Paths of files, which may be changed by hand in config.toml: the data that they lead to are compared instead."""
+"""Paths that may be changed by hand in config.toml: the data are compared instead."""
 
 
 def resumed_settings(
     config: RunConfig, out: Path, trusted: Collection[str], rounds: int | None = None
 ) -> tuple[RunConfig, RunConfig, Entry | None]:
-    """Return the settings that a stored run goes on with, its stored ones, and its newest checkpoint or None.
-
-    Args:
-        config: the settings given now.
-        out: the run folder.
-        trusted: code of the run that may be imported.
-        rounds: communication rounds in all that the run is to have; None: those that it has.
-
-    Raises:
-        UserError: there is no run, its settings are others, or were changed after it began.
-    """
+    """Return a resumed run's future settings, its stored settings, and its newest checkpoint or None."""
     stored = load_settings(out, trusted=trusted, device=config.device)  # the stored device may not exist here
     if rounds is not None:
         config, stored = config.replace(rounds=rounds), stored.replace(rounds=rounds)
@@ -66,16 +56,12 @@ def resumed_settings(
 
 
 def change_rounds(entry: Entry, rounds: int | None) -> Entry:
-    """Return a checkpoint as that of an unfinished run of so many communication rounds.
-
-    None: as it is.
-    """
     if rounds is None:
         return entry
     info = {**entry["info"], "config": {**entry["info"]["config"], "rounds": rounds}, "finished": False}
     info.pop("results", None)
     parts = dict(info["parts"])
-    ended = parts["diagnoses"]["final"]  # about a network that is not the final one any more
+    ended = parts["diagnoses"]["final"]  # about a network that is no longer the final one
     parts["diagnoses"] = {**parts["diagnoses"], "final": []}
     warned = parts.get("warnings", {})
     info["parts"] = {**parts, "warnings": {name: text for name, text in warned.items() if name not in ended}}
@@ -83,24 +69,12 @@ def change_rounds(entry: Entry, rounds: int | None) -> Entry:
 
 
 def check_settings(config: RunConfig, stored: RunConfig, out: Path) -> None:
-    """Raise UserError where a run in a folder was made with other settings."""
     if changed := config.differences(stored):
         raise UserError(f"{out} was made with other settings ({'; '.join(changed)}): resume it with its own.")
 
 
 def finished_summary(entry: Entry | None, out: Path, predicted: bool) -> State | None:
-    """Return the summary of a finished, undamaged run.
-
-    None where the run has to go on.
-
-    Args:
-        entry: the run's newest checkpoint, or None.
-        out: the run folder.
-        predicted: whether ``predictions.csv`` must be there.
-
-    Raises:
-        UserError: metrics.jsonl is not what the run wrote, and cannot be made again.
-    """
+    """Return the summary of a finished, undamaged run, or None if the run has to continue."""
     if entry is None or not entry["info"]["finished"]:
         return None
     record_files.Metrics(out).check_entry(entry)
@@ -118,16 +92,7 @@ def check_place(
     *,
     remote: bool,
 ) -> None:
-    """Raise UserError where a run cannot go on here: its clients' states are in another place, kernels or code differ.
-
-    Args:
-        stored: the run's settings.
-        entry: its newest checkpoint, or None.
-        device: the device on which it goes on.
-        out: the run folder.
-        trusted: code of the run that may be imported.
-        remote: whether its clients keep their states to themselves.
-    """
+    """Raise UserError if client states are in another place, or kernels or code differ."""
     is_remote = (out / NODES).exists()
     if entry is not None and is_remote and not remote:
         raise UserError(
@@ -142,16 +107,10 @@ def check_place(
 
 
 def check_unedited(stored: RunConfig, entry: Entry, out: Path) -> None:
-    """Compare the settings in config.toml with those that the run was started with.
-
-    Args:
-        stored: the settings in config.toml.
-        entry: the newest checkpoint.
-        out: the run folder.
+    """Compare the settings in config.toml with those at the run's start.
 
     Raises:
-        UserError: settings differ other than paths of data, the device and the number of workers; the message names
-            them.
+        UserError: settings differ, other than paths of data, the device and the number of workers.
     """
     begun = {name: value for name, value in entry["info"]["config"].items() if value is not None}
     try:
@@ -170,21 +129,11 @@ def check_unedited(stored: RunConfig, entry: Entry, out: Path) -> None:
 
 
 def with_identity(config: RunConfig, entry: Entry | None) -> RunConfig:
-    """Return the settings in config.toml with all that the run found in data and files.
-
-    Private records do not hide them here.
-
-    ``entry`` is the newest checkpoint; without one, the settings are returned as they are.
-    """
+    """Return config.toml's settings with the checkpoint's identities of data and files, which private records hide."""
     return config if entry is None else config.replace(identity=entry["info"]["config"].get("identity", {}))
 
 
 def load_unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any) -> RunConfig:
-    """Return the settings of a run folder as :func:`load_settings` reads them, for a reader of what the run has made.
-
-    Raises:
-        UserError: there is no run, or its settings were changed after it began.
-    """
     config = load_settings(out, trusted=trusted, **replaced)
     if (entry := newest(Path(out))) is not None:
         check_unedited(config, entry, Path(out))
@@ -192,10 +141,7 @@ def load_unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced:
 
 
 def facts_of(context: RunContext, fingerprint: int, out: Path) -> State:
-    """Return what checkpoints keep of a run.
-
-    The run then goes on with the same settings, data and kernels, or says so.
-    """
+    """Return the run's fingerprints for checkpoints: settings, data, code, names, versions and kernels."""
     config, data = context.config, context.data
     names = {"clients": data.client_names or (), "classes": data.classes}
     launched = torchrun_group.find_rank()
@@ -206,7 +152,7 @@ def facts_of(context: RunContext, fingerprint: int, out: Path) -> State:
         "names": {kind: zlib.crc32(json.dumps(list(words)).encode()) for kind, words in names.items()},
         "versions": versions.versions(),
         "kernels": versions.kernels(),
-        **({} if launched is None else {"torchrun": launched.job}),  # by which a restart knows the run
+        **({} if launched is None else {"torchrun": launched.job}),  # so that a restart recognises the run
     }
 
 
@@ -218,21 +164,11 @@ def same_code(
     out: Path,
     trusted: Collection[str],
 ) -> tuple[RunConfig, list[str]]:
-    """Compare method, network, training, loss and metrics of the user with those that a run began with.
+    """Compare the user's method, network, training, loss and metrics with those at the run's start.
 
     Args:
-        config: the settings, with the identities of network and functions as they are now.
-        stored: the run's settings.
-        entry: the checkpoint that the run goes on from, or None.
-        code: identities of the code of a script when it was first used in this process, by group.
-        out: the run folder.
-        trusted: code that may have changed: the name of a network, or of the argument that a script gives the code in.
-
-    Returns:
-        The settings with the identities that the run began with, and warnings on what has changed since.
-
-    Raises:
-        UserError: code that is not ``trusted`` has changed.
+        code: identities of a script's code at its first use in this process, by group.
+        trusted: code that may have changed: the name of a network, or of a script's argument.
     """
     began, current = stored.training or "none", config.training or "none"
     loss = "batch_loss" if "batch_loss" in code.get("loss_fn", {}) else "loss_fn"
@@ -265,17 +201,6 @@ def same_code(
 
 
 def check_same(entry: Entry, facts: State, plan: Sequence[Round], out: Path) -> None:
-    """Compare data and method with those that the run was started with.
-
-    Args:
-        entry: the checkpoint that the run goes on from.
-        facts: what :func:`facts_of` returns now.
-        plan: the method's rounds.
-        out: the run folder.
-
-    Raises:
-        UserError: the data, their names or the method's rounds are others.
-    """
     info = entry["info"]
     judged = ("main", "better")
     if info["data"] != facts["data"] or any(info["config"][key] != facts["config"][key] for key in judged):
@@ -294,20 +219,16 @@ def check_same(entry: Entry, facts: State, plan: Sequence[Round], out: Path) -> 
 
 
 FORCED = {"backend": "FEDKERN_BACKEND", "isa": "FEDKERN_CPU_ISA"}
-"""Properties of the kernels that can be chosen, and the environment variable that chooses each."""
+"""Selectable properties of the kernels, with the environment variable of each."""
 
 
 def check_kernels(info: State, device: str, out: Path) -> None:
-    """Compare the kernels with those that the run was made with, on which the run's bits depend.
+    """Compare the kernels with those of the run, on which its bits depend.
 
-    Args:
-        info: of the newest checkpoint.
-        device: the device on which the run goes on.  Nothing is compared on another device than before, as the bits
-            differ there anyway.
-        out: the run folder.
+    On another device than before nothing is compared, as the bits differ anyway.
 
     Raises:
-        UserError: the kernels differ, and this machine could have the same ones; the message says how.
+        UserError: the kernels differ, and this machine could have the same. The message says how.
     """
     current = versions.kernels()
     stored = info["kernels"]
@@ -328,10 +249,7 @@ def check_kernels(info: State, device: str, out: Path) -> None:
 
 
 def _choosable(name: str) -> dict[str, str]:
-    """Values that this machine could have for a name in `FORCED`, each with the value to set the variable to.
-
-    The variable's value is "" where the variable must be unset.
-    """
+    """Return possible values of a name in `FORCED`, each with its variable's value ("" to unset)."""
     if name == "backend":
         return {"auto": "", **{row.backend: row.backend for row in backend.status() if row.serves}}
     try:
@@ -341,12 +259,7 @@ def _choosable(name: str) -> dict[str, str]:
 
 
 def changes(info: State, config: RunConfig) -> dict[str, str]:
-    """Warnings, by name, about what makes the bits of a resumed run differ from those of an uninterrupted one.
-
-    Args:
-        info: of the checkpoint that the run goes on from.
-        config: the settings that the run goes on with.
-    """
+    """Return warnings, by name, about changes that make the bits of a resumed run differ."""
     warnings = {}
     theirs, device = info["versions"]["torch"], info["config"]["device"]
     if theirs != torch.__version__:
@@ -377,13 +290,6 @@ def changes(info: State, config: RunConfig) -> dict[str, str]:
 
 
 def repairs(checkpoints: Checkpoints, entry: Entry, out: Path) -> dict[str, str]:
-    """Warnings, by name, about damage in a run folder in spite of which the run goes on.
-
-    Args:
-        checkpoints: the run's checkpoints, opened.
-        entry: the checkpoint that the run goes on from.
-        out: the run folder.
-    """
     warnings = {}
     if checkpoints.skipped:
         warnings["damaged-checkpoint"] = (

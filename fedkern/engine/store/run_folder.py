@@ -1,4 +1,4 @@
-"""Run folder: checks that a new run can start here, and cleans up after a run that failed before its first round."""
+"""Run folder: checks before a new run, and clean-up after a failed start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fedkern.settings.stored import make_portable
 from fedkern.usercode import named_code, plugins
 
 RUNS = Path("runs")
-"""Folder of the runs that are given none."""
+"""Default parent of run folders."""
 ATTACKS = {"last": "attack.json", "best": "attack-best.json"}
 """Results of ``attack``, by network."""
 TRACE = "profile.json.gz"
@@ -39,7 +39,7 @@ BEST = "best.safetensors"
 """The network of the best round (``--patience``), and its files until the run ends."""
 BEST_SO_FAR = ("best-a.safetensors", "best-b.safetensors")
 NODES = "flower.json"
-"""File of a run whose clients are on nodes of Flower: the name under which the nodes keep their states."""
+"""File of a run with clients on nodes of Flower: the name under which the nodes keep their states."""
 NAMES = (
     config.NAME, FOLDER, record_files.METRICS, record_files.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
     *ATTACKS.values(), BEST, *BEST_SO_FAR, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
@@ -49,10 +49,6 @@ NAMES = (
 
 
 def check_vacant(out: Path) -> None:
-    """Raise UserError where a new run would overwrite anything.
-
-    Other files in the folder do not matter.
-    """
     if out.is_symlink() and not out.exists():
         raise UserError(
             f"{out} is a link to a folder that does not exist: make that folder, or choose another with --out."
@@ -67,7 +63,7 @@ def check_vacant(out: Path) -> None:
 
 
 def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None:
-    """Keep what a run is made of: its settings where it is ``fresh``, and what the user's cache notes of it."""
+    """Keep the settings of a ``fresh`` run, and note its plugins and data cache for the user."""
     plugins.remember(settings.plugins)
     if settings.cache is not None or fresh:
         used_cache.note_cache(out, settings.cache)
@@ -77,22 +73,12 @@ def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None
 
 
 def run_name(settings: config.RunConfig) -> str:
-    """Name of a new run's folder in `RUNS`: method, data set and time."""
     data = named_code.short(settings.data)
     return f"{method_registry.short(settings.method)}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def reserve(parent: Path, stem: str, way_out: str) -> Path:
-    """Make a new empty folder in ``parent``.
-
-    It is ``stem``, or ``stem-2`` and so on, and made at once, so that nobody else takes it.
-
-    Args:
-        way_out: end of the error's sentence, such as "name another run folder with --out".
-
-    Raises:
-        UserError: the folder cannot be made.
-    """
+    """Make a new empty folder ``stem``, or ``stem-2`` and so on, at once, so that nobody else takes the name."""
     for number in itertools.count(1):
         folder = parent / (stem if number == 1 else f"{stem}-{number}")
         try:
@@ -106,7 +92,6 @@ def reserve(parent: Path, stem: str, way_out: str) -> Path:
 
 
 def check_free(out: Path, names: tuple[str, ...]) -> None:
-    """Raise UserError where one of ``names``, which a new run writes, is in the folder already."""
     present = [name for name in names if (out / name).exists() or (out / name).is_symlink()]
     if present:
         raise UserError(
@@ -117,20 +102,13 @@ def check_free(out: Path, names: tuple[str, ...]) -> None:
 
 @contextmanager
 def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
-    """Make the run folder where it is missing, and lock it: inside, only this process writes to the folder.
+    """Make the run folder if missing, and lock it, so that only this process writes to it.
 
-    If a new run fails before its first record and its first checkpoint, the files that it wrote and the folders that it
-    made are deleted.  After an interruption everything stays, so that the run can be resumed.
-
-    Args:
-        out: the run folder.
-        fresh: the run is new, so the folder must be vacant.
+    If a new run fails before its first record and its first checkpoint, its files and folders are deleted. After an
+    interruption everything stays, so that the run can be resumed.
 
     Yields:
-        A function that raises UserError where another process has taken over the folder.
-
-    Raises:
-        UserError: the folder is not vacant, another process writes to it, or it cannot be written.
+        A function that raises UserError if another process has taken over the folder.
     """
     folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     begun = not fresh
@@ -164,7 +142,7 @@ def _came_to_something(out: Path) -> bool:
 
 
 def _take_back(out: Path) -> None:
-    """Delete what a new run wrote.  Nothing of another run is lost, as the folder was vacant before."""
+    """Delete a new run's files, whose folder was vacant before."""
     with suppress(OSError):
         checkpoints.Checkpoints(out).discard()
         for name in (*NAMES, folder_lock.NAME):

@@ -1,4 +1,4 @@
-"""model.safetensors: the network that a run has learnt (`fedkern.downstream.saved_network` reads it)."""
+"""File of the network that a run has learnt (model.safetensors, read by `fedkern.downstream.saved_network`)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,7 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def about_network(context: RunContext, config: RunConfig, rounds: int, flat: bool) -> State:
-    """Return the description that model.safetensors carries.
-
-    Args:
-        rounds: communication rounds done.
-        flat: whether the module is the run's own network, which can be built from its name.
-    """
+    """Return the description in model.safetensors."""
     data = context.data
     about = {
         "model": context.networks.model_name, "width": config.width, "task": data.task.name,
@@ -52,21 +47,20 @@ def about_network(context: RunContext, config: RunConfig, rounds: int, flat: boo
 
 
 def lacks_statistics(context: RunContext, config: RunConfig) -> bool:
-    """Whether the run's network has batch norm without running statistics of the global model (``--buffers``)."""
+    """Return whether the network has batch norm without the global model's running statistics (``--buffers``)."""
     return not config.statistics and context.networks.get("server").buffers.numel() > 0
 
 
 def write_model(path: Path, module: nn.Module, about: Mapping[str, object]) -> None:
     """Write a network, such as model.safetensors.
 
-    The tensors are contiguous, by state-dict key; format and ``about`` are JSON in the metadata.
-
-    Where ``about["statistics"]`` is ``"batch"``, running statistics are left out of each batch norm that evaluates by
-    the batch's own.
+    Tensors are contiguous, by state-dict key; format and ``about`` are JSON in the metadata. With
+    ``about["statistics"]`` of ``"batch"``, batch norms that evaluate by the batch's statistics are written without
+    running statistics.
     """
     # One metadata key only: the order of several keys in the file would be random.
     metadata = {"fedkern": json.dumps({"format": FORMAT, **about}, sort_keys=True)}
-    # Copies on the CPU, each with memory of its own: safetensors refuses tensors that share theirs.
+    # Copies on the CPU, each with its own memory, as safetensors refuses shared memory.
     state = module.state_dict().items()
     tensors = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in state}
     if about.get("statistics") == "batch":
@@ -77,25 +71,19 @@ def write_model(path: Path, module: nn.Module, about: Mapping[str, object]) -> N
 
 
 RESULTS = (MODEL, SUMMARY, EVALUATION, CONFUSION, PREDICTIONS)
-"""Files that a run writes at its end, the last two not in every run."""
+"""Files of a run's end, the last two not in every run."""
 
 
 def results(out: Path) -> dict[str, int | None]:
-    """CRC-32 of the files that a run wrote at its end, and of its facts about the data, by file name."""
+    """Return the CRC-32 of a run's final files and of its data facts, by file name."""
     return {name: checksum(out / name) for name in (*RESULTS, FACTS) if (out / name).exists()}
 
 
 def find_damaged(out: Path, entry: Entry) -> list[str]:
-    """Return the :func:`results` of a finished run that are missing or changed.
-
-    Args:
-        entry: the run's last checkpoint.
-    """
     return [name for name, value in entry["info"]["results"].items() if checksum(out / name) != value]
 
 
 def norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """Return the batch norms, with their names in the state dict."""
     if isinstance(module, models.OwnNetwork):
         module = module.module
     return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm))

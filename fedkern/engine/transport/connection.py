@@ -1,11 +1,10 @@
 """Links between rank 0 and the other ranks of torchrun: packets over TCP, whole and in order.
 
-Both ends are processes of one run, started by one torchrun: packets are pickles, as in torch.distributed's own object
-collectives, and nothing is read from a connection whose other end has not shown the run's token
-(`fedkern.engine.transport.torchrun_group`).
+Packets are pickles, as in torch.distributed's own object collectives. Nothing is read from a connection whose other end
+has not shown the run's token (`fedkern.engine.transport.torchrun_group`).
 
-A thread sends and a thread receives, so that no end waits for the other one to take what it sends.  Both ends send a
-heartbeat where they have nothing else to send, so that a machine that has vanished is noticed.
+One thread sends and one receives, so that no end waits for the other to take what it sends. Heartbeats reveal a machine
+that has vanished.
 """
 
 from __future__ import annotations
@@ -31,18 +30,14 @@ SILENCE = "FEDKERN_RANK_TIMEOUT"
 """Environment variable: seconds of silence after which a rank counts as lost."""
 
 WINDOW = 2
-"""Packets of a rank that wait on rank 0: later uploads wait where they were made."""
+"""Packets of a rank that wait on rank 0; later uploads wait on their rank."""
 
 _PACKET, _BEAT, _BYE = range(3)
-_TICK = 0.5  # seconds after which a waiting main thread looks around
+_TICK = 0.5  # seconds between checks of a waiting main thread
 
 
 def silence() -> float:
-    """Return the seconds of silence after which a rank counts as lost.
-
-    Raises:
-        UserError: the environment variable is no positive number.
-    """
+    """Return the seconds of silence after which a rank counts as lost."""
     text, seconds = os.environ.get(SILENCE, "600"), math.nan
     with suppress(ValueError):
         seconds = float(text)
@@ -52,22 +47,19 @@ def silence() -> float:
 
 
 _Frame = tuple[int, Any, dict[int, memoryview]]
-"""What is sent at once: kind, what is pickled, and the memory files that the other end lacks, by number."""
+"""Unit of sending: kind, pickled value, and new memory files by number."""
 
 
 class Lost(Exception):
-    """The other end is gone without a word.
-
-    The message says how, as a part of a sentence.
-    """
+    """Loss of the other end without a word, as a part of a sentence."""
 
 
 class Ended(Exception):
-    """The other end has said that it ends.
+    """Announced end of the other end.
 
     Attributes:
         code: its exit code.
-        said: why it failed, as one sentence; empty where it did not.
+        said: why it failed, as one sentence, or empty.
     """
 
     def __init__(self, code: int, reason: str) -> None:
@@ -79,11 +71,10 @@ class Connection(PacketStream):
     """One end of a connection between rank 0 and another rank (see :class:`PacketStream`).
 
     Args:
-        end: the socket.
         window: packets that may wait at this end; 0: any number.
 
     Attributes:
-        over: how the connection ended; None while it stands.
+        over: how the connection ended, or None.
     """
 
     def __init__(self, end: socket.socket, window: int = 0) -> None:
@@ -103,10 +94,6 @@ class Connection(PacketStream):
     # -- sending ---------------------------------------------------------------------------------------------------
 
     def send(self, packet: Packet) -> None:
-        """See :meth:`PacketStream.send`.
-
-        It does not wait.
-        """
         new = {number: descriptor for number, descriptor in packet.files.items() if number not in self._sent}
         self._sent.update(new)
         # The contents of memory files stay when the descriptors are closed.
@@ -114,25 +101,17 @@ class Connection(PacketStream):
         self._outgoing.put((_PACKET, packet.payload, files))
 
     def leave(self, code: int, reason: str = "") -> None:
-        """Tell the other end, before anything that still waits to be sent, that this end ends.
-
-        Args:
-            code: exit code of this process.
-            reason: why this end fails, as one sentence.
-        """
+        """Announce this process's end, with its exit code and a sentence, before anything that waits to be sent."""
         if self._leaving is None:
             self._leaving = _BYE, (code, reason), {}
             self._outgoing.put((_BEAT, None, {}))  # wakes the thread that sends
 
     def wait_until_told(self, until: float, *, heard: bool = False) -> None:
-        """Wait until the other end has been told, and with ``heard`` has ended or answered.
-
-        ``until`` is the time on the monotonic clock at which the wait ends in any case.
-        """
+        """Wait until the other end has been told, and with ``heard`` has ended or answered."""
         self._threads[0].join(max(0.0, until - time.monotonic()))
         with suppress(Lost, Ended):
             while heard and time.monotonic() < until:
-                self.get(0.01)  # makes room for the answer behind what nobody takes
+                self.get(0.01)  # drops the packets before the answer
 
     def _send_all(self) -> None:
         try:
@@ -154,14 +133,7 @@ class Connection(PacketStream):
     # -- receiving -------------------------------------------------------------------------------------------------
 
     def get(self, seconds: float) -> Packet | None:
-        """Return the next packet.
-
-        None where none comes within ``seconds``.
-
-        Raises:
-            Lost: the other end is gone.
-            Ended: the other end has said that it ends.
-        """
+        """Return the next packet, or None if none comes within ``seconds``."""
         if self.over is None:
             with suppress(queue.Empty):
                 return self._incoming.get(timeout=seconds)
@@ -170,11 +142,6 @@ class Connection(PacketStream):
         return None
 
     def receive(self) -> Packet:
-        """See :meth:`PacketStream.receive`.
-
-        Raises:
-            Lost, Ended: see :meth:`get`.
-        """
         while True:
             check()
             if (packet := self.get(_TICK)) is not None:

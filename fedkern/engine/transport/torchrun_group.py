@@ -1,4 +1,4 @@
-"""Ranks of one torchrun: which one this process is, how all meet, and how all end together."""
+"""Ranks of one torchrun: this process's rank, the connections of all, and their common end."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from fedkern.process.interrupts import check
 
 GO_ON = "go on from its last checkpoint with --resume, or have torchrun do so with --max-restarts"
 LEAVING = 10.0
-"""Seconds that an ending rank gives the others to hear of it."""
-_ADDRESS = "fedkern/address"  # entry of torchrun's store: where rank 0 listens, and its token
-_HELLO = 64  # bytes of a rank's first words, at most
-_LOOK = 0.1  # seconds between two looks for another rank
+"""Seconds that an ending rank gives the others to notice."""
+_ADDRESS = "fedkern/address"  # entry of torchrun's store: rank 0's address and token
+_HELLO = 64  # most bytes of a rank's greeting
+_LOOK = 0.1  # seconds between two checks for another rank
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class LaunchedRank:
     """This process among the ranks.
 
     Attributes:
-        rank, size: its rank, and the number of ranks.
         local, local_size: its number on this machine, and the number of ranks on this machine.
         restarts, max_restarts: how often torchrun has restarted the ranks, and how often it may.
         job: name of the torchrun, the same after a restart.
@@ -49,10 +48,6 @@ class LaunchedRank:
 
 
 def find_rank() -> LaunchedRank | None:
-    """Return this process among the ranks.
-
-    None where torchrun has not started it.
-    """
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
@@ -67,10 +62,6 @@ def find_rank() -> LaunchedRank | None:
 
 
 def _job() -> str:
-    """Return the id that torchrun was given or has drawn.
-
-    Where it has none, torchrun's process on this machine.
-    """
     name = os.environ["TORCHELASTIC_RUN_ID"]
     if name not in ("", "none"):
         return name
@@ -86,9 +77,9 @@ class TorchrunGroup:
     """The ranks, as this process sees them.
 
     Attributes:
-        launched: this process among them; ``rank`` and ``size`` are its own.
+        launched: this process among the ranks.
         connections: by rank: on rank 0 to all others, on another rank to rank 0.
-        odd: on rank 0, the ISA level of PyTorch on ranks where it is another, by rank (see `versions.kernels`).
+        odd: on rank 0, differing ISA levels of PyTorch by rank (see `versions.kernels`).
     """
 
     def __init__(self, launched: LaunchedRank) -> None:
@@ -97,13 +88,7 @@ class TorchrunGroup:
         self.odd: dict[int, str] = {}
 
     def meet(self, words: Sequence[str]) -> None:
-        """Connect the ranks and compare what they were started with.
-
-        Raises:
-            UserError: a rank was started with another command line, or has another version of fedkern or PyTorch; or
-                :func:`silence` is misstated.
-            RunFailed: the ranks cannot be connected.
-        """
+        """Connect the ranks and compare their command lines and versions."""
         global _met
         if not hasattr(os, "memfd_create"):
             raise UserError("Ranks of torchrun share memory as only Linux has it: start the run without torchrun.")
@@ -136,7 +121,7 @@ class TorchrunGroup:
                     f"Rank {rank} has {_list_versions(their_versions)}, and rank 0 {_list_versions(installed)}: "
                     "install the same versions on every machine."
                 )
-            # Rank 0 sends the others its own backend and instruction set to compute with.
+            # Backend and instruction set need no check: rank 0 sends its own to the others.
             if kernels["torch"] != ours["torch"]:
                 self.odd[rank] = kernels["torch"]
 
@@ -151,10 +136,6 @@ class TorchrunGroup:
         return accept_ranks(self._store, host if own == peer else own, self.size, until)
 
     def heard(self, connection: Connection, seconds: float) -> Packet | None:
-        """Return the next packet on a connection of rank 0, as `Connection.get` has it.
-
-        Raises as `check` for a lost rank.
-        """
         try:
             return connection.get(seconds)
         except (Lost, Ended):
@@ -162,10 +143,7 @@ class TorchrunGroup:
             raise
 
     def check(self) -> None:
-        """Raise RunFailed on rank 0 where another rank has failed or is lost.
-
-        After Ctrl-C its exception instead.
-        """
+        """Raise RunFailed on rank 0 if another rank has failed or is lost, or a pending interrupt."""
         check()
         for rank, connection in self.connections.items():
             if isinstance(connection.over, Ended):
@@ -174,9 +152,9 @@ class TorchrunGroup:
                 raise RunFailed(f"Rank {rank} was lost, as {connection.over}: {GO_ON}.")
 
     def leave(self, code: int, reason: str = "") -> None:
-        """Tells the other ranks that this one ends (see `Connection.leave`), and waits until they know.
+        """Announce this rank's end (see `Connection.leave`), and wait until the other ranks know.
 
-        Rank 0 also waits for their answer: a connection that closes too early may lose what it was told last.
+        Rank 0 also waits for their answer: a connection that closes too early may lose its last words.
         """
         for connection in self.connections.values():
             connection.leave(code, reason)
@@ -192,10 +170,7 @@ def _list_versions(versions: dict[str, str]) -> str:
 def accept_ranks(store: Store, address: str, size: int, until: float) -> dict[int, socket.socket]:
     """Return the connections of rank 0 to all others, by rank.
 
-    The others learn from the store where this process listens, and show the token that is there too.
-
-    Raises:
-        TimeoutError: a rank has not come until then.
+    The others find rank 0's address and token in the store, and have to show the token.
     """
     token, ends = secrets.token_hex(16), dict[int, socket.socket]()
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -220,11 +195,7 @@ def accept_ranks(store: Store, address: str, size: int, until: float) -> dict[in
 def find_rank_0(store: Store, rank: int, until: float) -> dict[int, socket.socket]:
     """Return the connection to rank 0, by its rank.
 
-    The store may still hold the address of an earlier start of the ranks: a rank believes an address once rank 0 says
-    there that all ranks have come.
-
-    Raises:
-        TimeoutError: rank 0 has not answered until then.
+    The store may hold the address of an earlier start, so an address counts once rank 0 answers there.
     """
     while (seconds := until - time.monotonic()) > 0:
         check()
@@ -244,7 +215,7 @@ _met = False
 
 
 def present() -> TorchrunGroup | None:
-    """Return the ranks that this process belongs to, where it is rank 0 of several."""
+    """Return this process's ranks if it is rank 0 of several."""
     return _present if _present is not None and _present.rank == 0 else None
 
 
@@ -255,10 +226,7 @@ def is_connected() -> bool:
 
 @contextmanager
 def join_ranks(launched: LaunchedRank) -> Iterator[TorchrunGroup]:
-    """Has this process belong to its ranks inside the block, whose end all other ranks learn on rank 0.
-
-    An exception is told to the other ranks as its exit code: rank 0 says it.
-    """
+    """Join the process group for the block, and notify the others of rank 0's error."""
     global _present
     _present = TorchrunGroup(launched)
     try:

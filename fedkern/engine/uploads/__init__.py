@@ -1,4 +1,4 @@
-"""What every upload passes on its way to the server, a file each.
+"""Filters of uploads on their way to the server, a file each.
 
 `fedkern.engine.setup.order` holds their order.
 """

@@ -1,12 +1,11 @@
-"""Asynchronous rounds (``--asynchronous``): clients work on, and the server steps when enough uploads have come.
+"""Asynchronous rounds (``--asynchronous``): the server steps when enough uploads have come, while clients work on.
 
-A round is a step of the server.  As many clients are at work as a round draws otherwise, none twice at once.  Where one
-is done, another begins with the network that the server has then; a client whose upload waits for the step rests.
-When a client is done follows from the virtual clock (`fedkern.engine.participation`), so that a run has the same bits
-on any machine.
+A round is a step of the server. As many clients are at work as a synchronous round draws. When one is done, another
+begins with the server's present network; a client whose upload waits for the step rests. The virtual clock
+(`fedkern.engine.participation`) decides when a client is done, so that bits are the same on any machine.
 
 FedBuff (arXiv 2106.06639) steps by the mean of the changes of ``buffer`` clients, each times (1 + s)^-``staleness``
-where the server has taken s steps since the client began.  FedAsync (arXiv 1903.03934) goes after every upload the part
+after s steps of the server since the client began. FedAsync (arXiv 1903.03934) goes after every upload the part
 ``mixing`` (1 + s)^-``staleness`` of the way to it.
 """
 
@@ -48,16 +47,7 @@ class Flight(NamedTuple):
 
 
 class Asynchronous(Participation):
-    """The policy of a run with ``--asynchronous``.
-
-    Args:
-        config: the run's settings.
-        federation: sizes of the run.
-
-    Attributes:
-        name: of the policy.
-        options: its options.
-    """
+    """Participation policy of a run with ``--asynchronous``."""
 
     def __init__(self, config: RunConfig, federation: Federation) -> None:
         super().__init__(config, federation)
@@ -65,7 +55,7 @@ class Asynchronous(Participation):
         self._buffer: int = self.options.get("buffer", 1)
         self._at_work: dict[ClientId, tuple[int, float]] = {}  # the rounds they began in, and when they are done
         self._sent: dict[ClientId, Message] = {}
-        self._numbers: dict[ClientId, int] = {}  # of their messages, among those that their round has sent
+        self._numbers: dict[ClientId, int] = {}  # of their messages within the round that sent them
         self._to_compare: list[Message] = []  # from a checkpoint, not yet compared with what the server sends
         self._started: list[ClientId] = []  # in this round
         self._begun = 0  # in the whole run
@@ -84,7 +74,6 @@ class Asynchronous(Participation):
         return Assignment(sorted(came), began={k: began for k, began in came.items() if began < round})
 
     def _start(self, round: int, resting: Collection[ClientId]) -> None:
-        """Has idle clients begin, drawn one by one, until enough are at work."""
         config = self._config
         idle = [k for k in range(config.trained_clients) if k not in self._at_work and k not in resting]
         while idle and len(self._at_work) < config.sampled_clients:
@@ -98,13 +87,13 @@ class Asynchronous(Participation):
     def messages(
         self, clients: Sequence[ClientId], send: Callable[[Iterable[ClientId]], dict[ClientId, Message]]
     ) -> dict[ClientId, Message]:
-        if not self._started:  # a one-off round: in every other one somebody begins
+        if not self._started:  # a one-off round; in all others somebody begins
             return send(clients)
         fresh = send(self._started)
         self._compare(next(iter(fresh.values())))
         self._sent.update(fresh)
         answered = {k: self._sent.pop(k) for k in clients}
-        # What is answered later is copied: the method may change the tensors of its server's state in place.
+        # Messages answered later are copied: the method may change the server's tensors in place.
         later = copy.deepcopy({k: self._sent[k] for k in self._started if k in self._sent})
         self._sent.update(later)
         places: dict[int, int] = {}  # clients that began together may share a message
@@ -112,11 +101,7 @@ class Asynchronous(Participation):
         return answered
 
     def _compare(self, fresh: Message) -> None:
-        """Compare messages that were read from a checkpoint with one that the server sends now.
-
-        Raises:
-            UserError: they have vectors of other networks.
-        """
+        """Compare messages from a checkpoint with one that the server sends now."""
         for message, name in product(self._to_compare, VECTORS):
             value, expected = message.get(name), fresh.get(name)
             if _form(value) != _form(expected):
@@ -176,13 +161,10 @@ def _form(vector: object) -> object:
 
 @register_filter("asynchronous")
 class StaleUploads(Filter):
-    """Has a stale upload change the network that the server has now, by less the staler it is.
+    """Filter that rebases a stale upload onto the current network, and scales it by its staleness.
 
-    Batch norm's running statistics are means: FedBuff's server takes the mean of those uploaded, FedAsync's mixes them
-    as it mixes the parameters.  Changes are never added to statistics, as variances could become negative.
-
-    Args:
-        policy: of the run.
+    Batch norm's running statistics are means: FedBuff's server averages the uploaded ones, FedAsync's mixes them like
+    parameters. Changes are never added to statistics, as variances could become negative.
     """
 
     def __init__(self, policy: Asynchronous) -> None:
@@ -214,12 +196,10 @@ class StaleUploads(Filter):
 
 
 def _move_towards(current: Tensor, start: Tensor, end: Tensor, weight: float) -> Tensor:
-    """``now`` moved by a part of the way from ``start`` to ``end``, in fp64 and then in the dtype of ``end``."""
     return (current.double() + weight * (end.double() - start.double())).to(end.dtype)
 
 
 def check_local(config: RunConfig) -> None:
-    """Raise UserError where a run of clients in other processes than workers is to be asynchronous."""
     if config.asynchronous is not None:
         raise UserError(
             "--asynchronous has clients work in an order that only a virtual clock gives, on one machine: leave it out "
@@ -228,7 +208,7 @@ def check_local(config: RunConfig) -> None:
 
 
 def check_plan(config: RunConfig, plan: Iterable[Round]) -> None:
-    """Raise UserError where ``--asynchronous`` does not fit a method's rounds, or where clients work."""
+    """Raise UserError if ``--asynchronous`` does not fit a method's rounds, or the run's processes."""
     if config.asynchronous is None:
         return
     if torchrun_group.find_rank() is not None:

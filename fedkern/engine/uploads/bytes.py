@@ -1,4 +1,4 @@
-"""Bytes of messages and uploads, booked as they travel."""
+"""Bytes of messages and uploads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from fedkern.methods.base import ClientId, Message
 
 @register_filter("bytes")
 class Bytes(Filter):
-    """Books messages and uploads of the rounds whose bytes count.
+    """Filter that books messages and uploads of counted rounds.
 
     Args:
-        ledger: the ledger.
-        hidden: whether it is secret which client has no upload: as many bytes are then booked as with one.
+        hidden: whether missing uploads are secret, and booked with the bytes of an upload.
     """
 
     needs_whole_upload = False

@@ -1,11 +1,11 @@
 """Compressed updates with error feedback (``--compress``), for methods whose server averages parameters.
 
-A client sends C(u + r) instead of its update u, the change of the parameters that it was sent, and keeps what was lost:
-r <- u + r - C(u + r), zero at first.  The server adds C(u + r) to the parameters that it had sent.  Every exchange has
-residuals of its own.  Only ``parameters`` of an upload are compressed.
+A client sends C(u + r) instead of its update u, the change of the sent parameters, and keeps the error: r <- u + r -
+C(u + r), zero at first. The server adds C(u + r) to the sent parameters. Every exchange has its own residuals. Only
+``parameters`` of an upload are compressed.
 
 - ``topk``: the share of the coordinates that are largest in absolute value, with memory of the rest (Stich et al.,
-  NeurIPS 2018, arXiv 1809.07599).  Of equal ones the first counts.
+  NeurIPS 2018, arXiv 1809.07599). Of equal ones the first counts.
 - ``int8``: stochastic rounding to 255 levels between -m and m, as in QSGD (Alistarh et al., NeurIPS 2017, arXiv
   1610.02132), with m the largest absolute value of every 1,024 coordinates.
 
@@ -37,26 +37,18 @@ CHUNK = 1024
 """Coordinates that share a scale."""
 LEVELS = 127
 Draw = Callable[[int], Tensor]
-"""Makes n uniform numbers in [0, 1), fp32 ``[n]``."""
+"""Returns n uniform numbers in [0, 1), fp32 ``[n]``."""
 
 
 class Compressor(Protocol):
     """A compression of vectors, fp32 ``[P]``."""
 
-    def declare(self, size: int) -> Declaration:
-        """Return the declaration of a compressed vector of ``size`` elements."""
-        ...
+    def declare(self, size: int) -> Declaration: ...
 
-    def compress(self, vector: Tensor, draw: Draw) -> Message:
-        """Return the compressed vector."""
-        ...
+    def compress(self, vector: Tensor, draw: Draw) -> Message: ...
 
     def restore(self, message: Message, size: int) -> Tensor:
-        """Return the vector that a compressed one stands for, fp32 ``[P]``.
-
-        Raises:
-            ValueError: it stands for none; the message is the end of a sentence about the upload.
-        """
+        """Return the vector fp32 ``[P]`` of a compressed message."""
         ...
 
 
@@ -76,7 +68,7 @@ class TopK:
 
     def compress(self, vector: Tensor, draw: Draw) -> Message:
         magnitude, count = vector.abs(), self._count(vector.numel())
-        # Nine times as fast as torch's topk, which does not say which of equal values it takes.
+        # Nine times as fast as torch's topk, which picks any of equal values.
         threshold = float(np.partition(magnitude.numpy(), -count)[-count])
         chosen = magnitude > threshold
         chosen[(magnitude == threshold).nonzero().squeeze(1)[: count - int(chosen.sum())]] = True
@@ -119,12 +111,7 @@ MADE: dict[str, Callable[..., Compressor]] = {"topk": TopK, "int8": Int8}
 
 @register_filter("compress")
 class Compression(Filter):
-    """Has clients compress their updates, and restores them at the server.
-
-    Args:
-        text: the compression and its options (``--compress``).
-        seed: the run's root seed.
-    """
+    """Filter whose clients compress their updates, which the server restores."""
 
     keeps_client_state = True
 
@@ -137,7 +124,7 @@ class Compression(Filter):
         name, options = with_options("--compress", text, COMPRESSORS)
         self._compressor = MADE[name](**options)
         self._text, self._seed = text, seed
-        self._starts: dict[ClientId, Tensor] = {}  # of this exchange: what updates are counted from
+        self._starts: dict[ClientId, Tensor] = {}  # parameters from which this exchange's updates count
 
     def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
         starts = {k: asked.declaration_of(k).get("parameters") for k in asked.sent} if asked.hooks.own else {}
@@ -152,7 +139,7 @@ class Compression(Filter):
     def decode(self, arrival: Arrival) -> str:
         start, message = self._starts.get(arrival.client), arrival.message
         if start is None or not isinstance(message, Mapping) or not isinstance(message.get("parameters"), Mapping):
-            return ""  # what does not fit has travelled as it is
+            return ""  # an upload that does not fit has travelled whole
         sent, size = message["parameters"], start.numel()
         if why := why_refused({"parameters": sent}, {"parameters": self._compressor.declare(size)}):
             return why
@@ -166,14 +153,7 @@ class Compression(Filter):
 
 @dataclass(frozen=True)
 class Compressing:
-    """Compresses one client's update.
-
-    Attributes:
-        compressor: how.
-        start: fp32 ``[P]``, the parameters that the update is counted from.
-        seed: the run's root seed.
-        phase: the exchange.
-    """
+    """Compression of one client's update, the change of ``start``, fp32 ``[P]``."""
 
     compressor: Compressor
     start: Tensor
@@ -182,14 +162,10 @@ class Compressing:
 
     @property
     def on_gpu(self) -> tuple[str, ...]:
-        """None: the host compresses."""
         return ()
 
     def encode(self, leaving: Departure) -> tuple[Any, None]:
-        """See :meth:`Encoder.encode`.
-
-        An upload that does not fit travels as it is, and the server says why.
-        """
+        """Compress an upload, or send one that does not fit whole, for the server to refuse."""
         message, start, name = leaving.message, self.start, self.phase.exchange
         trained = message.get("parameters") if isinstance(message, Mapping) else None
         if not _is_vector(trained) or trained.shape != start.shape:
@@ -206,7 +182,6 @@ class Compressing:
 
 
 def _is_vector(value: object) -> TypeGuard[Tensor]:
-    """Return whether a value is a vector fp32 ``[P]`` with elements."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
         return False
     return value.dim() == 1 and value.dtype == torch.float32 and value.numel() > 0

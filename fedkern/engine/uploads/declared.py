@@ -1,4 +1,4 @@
-"""Uploads are what the method declares, and finite: no server sees any other."""
+"""Check that uploads are finite and as the method declares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedkern.methods.uploads import is_alike, why_refused
 
 @register_filter("declared")
 class Declared(Filter):
-    """Refuses uploads of other names, kinds, shapes or dtypes than declared, and values that are not finite."""
+    """Filter that refuses uploads of undeclared names, kinds, shapes or dtypes, and values that are not finite."""
 
     needs_whole_upload = False
 
@@ -34,17 +34,13 @@ class Declared(Filter):
 def examine_upload(
     message: Message, answer: object, declared: Declaration, info: State, measured: Drift | None = None
 ) -> str:
-    """Check a client's upload against the method's declaration.
+    """Check a client's upload, and return why it is refused, or an empty text.
 
     Args:
         message: the message that the client was sent.
         answer: the upload.
-        declared: its declaration.
-        info: gets ``drift``, the norm of the update, where parameters were sent and came back.
-        measured: that norm where it is known.
-
-    Returns:
-        Why the upload is refused, else ``""``.
+        info: gets ``drift``, the norm of the update, if parameters were sent and came back.
+        measured: that norm, if known.
     """
     sent, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
     seen: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Digests of what a private run releases, on the disk before the server has it (`fedkern.engine.store.releases`)."""
+"""Digests of a private run's releases (`fedkern.engine.store.releases`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedkern.methods.base import ClientId, Upload
 
 @register_filter("client_digests")
 class ClientDigests(Filter):
-    """Clients release: every client's message, or that it has none, is noted before it is looked at."""
+    """Filter that notes every client's message, or its absence, before anything reads it, as clients release."""
 
     def __init__(self, releases: Releases) -> None:
         self._releases = releases
@@ -35,7 +35,7 @@ class ClientDigests(Filter):
 
 @register_filter("server_digests")
 class ServerDigests(Filter):
-    """The server releases: what the filters before this one hand on is noted before it goes on."""
+    """Filter that notes the results of the filters before, as the server releases."""
 
     def __init__(self, releases: Releases) -> None:
         self._releases = releases

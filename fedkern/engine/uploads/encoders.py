@@ -1,4 +1,4 @@
-"""The client's half of what an upload passes on its way to the server."""
+"""Encoders: the client's half of the upload filters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Message
 
 STATES = "encoders"
-"""Entry of a client's stored state that holds the states of its encoders; a method never sees it."""
+"""Entry of a client's stored state with the states of its encoders, hidden from methods."""
 
 
 class Encoder(Protocol):
@@ -24,7 +24,7 @@ class Encoder(Protocol):
     def on_gpu(self) -> tuple[str, ...]:
         """Names of trained vectors that are encoded on the GPU and stay there.
 
-        The others come to the host first.
+        Others come to the host first.
         """
         ...
 
@@ -32,17 +32,17 @@ class Encoder(Protocol):
         """Change an upload before it leaves.
 
         Returns:
-            What travels instead of the upload; and the figures of its check, where it was checked here, else None.
+            The upload to send, and the figures of its check, or None if the encoder does not check.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Drift:
-    """The norm of an update whose parameters stay on the GPU.
+    """Norm of an update whose parameters stay on the GPU.
 
     Attributes:
-        vector: the parameters as training left them, and their ``version`` then.
+        vector: the parameters after training, with their ``version``.
         norm: 0-d, in the host's memory.
     """
 
@@ -51,21 +51,19 @@ class Drift:
     norm: Tensor
 
     def of(self, vector: Tensor) -> Tensor | None:
-        """Return the norm, if ``vector`` is what training left."""
         return self.norm if vector is self.vector and vector._version == self.version else None
 
 
 @dataclass(frozen=True)
 class Departure:
-    """What leaves a client.
+    """Upload of a client before it leaves.
 
     Attributes:
-        client: the client's id.
         sent: the message that the client was sent.
-        message: what the client answered, not checked yet.
-        drift: the norm of the update, where the client has measured it.
-        state: what the encoder keeps at the client from round to round, like a client's state; dropped unless its
-            filter ``keeps_client_state`` any.  It is as before the round again where the upload is lost or refused.
+        message: the client's answer, not checked yet.
+        drift: the norm of the update, if measured.
+        state: the encoder's state at the client from round to round, dropped unless its filter ``keeps_client_state``.
+            If the upload is lost or refused, the state is reset to that before the round.
     """
 
     client: ClientId
@@ -77,26 +75,16 @@ class Departure:
 
 @dataclass(frozen=True)
 class Encoders:
-    """A client's encoders, one after another.
-
-    Attributes:
-        encoders: in the order in which they change the upload, each with the name of its state.  One without a name
-            keeps none.
-    """
+    """A client's encoders in their order, each with the name of its state, or "" without state."""
 
     encoders: tuple[tuple[str, Encoder], ...]
 
     @property
     def on_gpu(self) -> tuple[str, ...]:
-        """See :attr:`Encoder.on_gpu`: what stays there for every encoder."""
         (_, head), *tail = self.encoders
         return tuple(name for name in head.on_gpu if all(name in encoder.on_gpu for _, encoder in tail))
 
     def encode(self, leaving: Departure) -> tuple[Any, State | None]:
-        """See :meth:`Encoder.encode`.
-
-        ``leaving.state`` holds the states of all encoders by name.
-        """
         message, checked = leaving.message, None
         for name, encoder in self.encoders:
             state = leaving.state.get(name, {}) if name else {}

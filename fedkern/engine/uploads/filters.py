@@ -1,4 +1,4 @@
-"""Base class of the filters that uploads pass, and what a filter is told."""
+"""Base class of the upload filters, and the objects that filters receive."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fedkern.usercode.registry import Registry
 
 @dataclass(frozen=True)
 class ExchangeRequest:
-    """One exchange: what the clients of a round are asked.
+    """One exchange: the requests to the clients of a round.
 
     Attributes:
         phase: the exchange.
         entry: the round in the method's plan.
         plan: number of the round in the plan.
         clients: number of clients that the server asks, whoever answers.
-        participants: those of them that are expected to answer.
-        hooks: the method, or the pooling of statistics, whose exchange it is.
+        participants: clients among them that are expected to answer.
+        hooks: calls of the method, or of the pooling of statistics.
         sent: the message of every participant that gets one.
-        began: the round in which a participant was sent its message, where that was an earlier one.
+        began: the round that sent a participant's message, if it was an earlier one.
     """
 
     phase: Phase
@@ -40,30 +40,25 @@ class ExchangeRequest:
     began: Mapping[ClientId, int] = field(default_factory=dict)
 
     def staleness(self, client: ClientId) -> int:
-        """Return the number of rounds since the client was sent its message."""
         return self.phase.round - self.began.get(client, self.phase.round)
 
     def declaration_of(self, client: ClientId) -> Declaration:
-        """Return the declaration of a client's upload.
-
-        Its ``parameters``, from which an update counts, are what was sent.
-        """
+        """Return the declaration of a client's upload, with the sent ``parameters``, from which an update counts."""
         sent = self.sent.get(client, {})
         declared = self.hooks.declare_upload(self.phase, client, sent)
         if self.staleness(client) and "parameters" in declared and "parameters" in sent:
-            return {**declared, "parameters": sent["parameters"]}  # the method declares what its server has now
+            return {**declared, "parameters": sent["parameters"]}  # the method declares its server's present parameters
         return declared
 
 
 @dataclass
 class Arrival:
-    """What came from a client.
+    """Upload of a client at the server.
 
     Attributes:
         asked: the exchange.
-        client: the client's id.
-        message: the upload; a filter may replace it.  None: it is empty, as the method allows, or nothing came.
-        checked: figures of its check where it was checked at the client (:meth:`Encoder.encode`), else None.
+        message: the upload, which a filter may replace. None: it is empty, as the method allows, or nothing came.
+        checked: figures of a check at the client (:meth:`Encoder.encode`), or None.
         info: the client's entry in the round's record, to which filters add figures.
     """
 
@@ -75,28 +70,24 @@ class Arrival:
 
     @property
     def sent(self) -> Message:
-        """The message that the client was sent."""
         return self.asked.sent[self.client]
 
     @cached_property
     def declared(self) -> Declaration:
-        """The declaration of the upload."""
         return self.asked.declaration_of(self.client)
 
 
 class Filter:
-    """A part of an upload's way to the server.
+    """A filter of uploads on their way to the server.
 
-    Every method lets all pass until overridden.
-
-    Filters are asked in the order of the run's list.  Their encoders change an upload in the opposite order: what the
-    last filter of the list encodes first is decoded last.
+    Every method lets all pass until overridden. Filters are called in the order of the run's list, and their encoders
+    in the opposite order: the last filter of the list encodes first and decodes last.
 
     Attributes:
         name: as registered.
-        needs_whole_upload: whether the filter reads the vectors of uploads.  Where none of a run's filters does,
-            vectors that the server only adds up may stay on the GPU.
-        keeps_on_device: whether the filter leaves vectors there.  Runs with a filter that reads them do without it.
+        needs_whole_upload: whether the filter reads the vectors of uploads. If no filter of a run does, vectors that
+            the server only adds up may stay on the GPU.
+        keeps_on_device: whether the filter leaves vectors there. Runs with a filter that reads vectors do without it.
         keeps_client_state: whether the filter's encoders keep state at clients (:class:`Departure`).
     """
 
@@ -107,57 +98,47 @@ class Filter:
 
     @classmethod
     def build(cls, run: Any) -> Filter | None:
-        """Return the filter of a run, made of the run's objects.
-
-        None where the run does without it.
-        """
+        """Return the filter, made of the run's objects, or None if the run does without it."""
         return cls()
 
     def state(self) -> State:
-        """Return what a checkpoint keeps of the server's half, in plain values."""
+        """Return the server half's state for a checkpoint, in plain values."""
         return {}
 
     def restore(self, state: State) -> None:
-        """Goes on from what :meth:`state` returned at a checkpoint, before the first round that is played."""
+        """Continue from the :meth:`state` of a checkpoint, before the first round."""
 
     def on_sent(self, asked: ExchangeRequest, client: ClientId, message: Message) -> None:
         """Note that a message has left for a client, which may never answer."""
 
     def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
-        """Return the client's half, by client.
-
-        No entry where an upload travels as it is.
-        """
+        """Return the client's half for each client whose upload it changes."""
         return {}
 
     def on_missing(self, arrival: Arrival, failed: bool) -> None:
-        """No upload came from a client: it ``failed`` or diverged, or was not heard or not understood."""
+        """Note that no upload came: the client ``failed`` or diverged, or was not heard or not understood."""
 
     def decode(self, arrival: Arrival) -> str:
-        """Return the server's half: checks an upload, or changes it.
+        """Check an upload at the server, or change it.
 
         Returns:
-            Why the upload is refused, as the end of a sentence about it; empty where it is not.
+            Why the upload is refused, as the end of a sentence about the upload, or an empty text.
         """
         return ""
 
     def combine(
         self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
-        """All uploads of an exchange in client order, lazily.
-
-        Others in their place may be handed on.
+        """Yield all uploads of an exchange in client order, lazily, or others in their place.
 
         Args:
-            asked: the exchange.
-            uploads: what the filters before this one hand on.
+            uploads: results of the filters before this one.
             note: adds figures to a client's entry in the round's record.
         """
         return uploads
 
 
 def encoders_of(filters: Sequence[Filter], asked: ExchangeRequest) -> dict[ClientId, Encoders]:
-    """Return the encoders of every client whose upload does not travel as it is."""
     encoders: dict[ClientId, list[tuple[str, Encoder]]] = {}
     for part in reversed(filters):
         for k, encoder in (part.encoders(asked) or {}).items():
@@ -171,10 +152,18 @@ FilterClass = TypeVar("FilterClass", bound=type[Filter])
 
 
 def register_filter(name: str) -> Callable[[FilterClass], FilterClass]:
-    """Class decorator: registers a filter of uploads as ``name``, its key in checkpoints (see :meth:`Filter.build`).
+    """Register a class as a filter of uploads under ``name``, its key in checkpoints (see :meth:`Filter.build`).
 
     Raises:
         ValueError: another filter has the name.
         TypeError: the class is not derived from :class:`Filter`, or has no docstring.
+
+    Example:
+        >>> @register_filter("no_empty")
+        ... class NoEmpty(Filter):
+        ...     '''Refuses empty uploads.'''
+        ...
+        ...     def decode(self, arrival):
+        ...         return "" if arrival.message else "is empty"
     """
     return register_class(FILTERS, name, Filter, Encoder)

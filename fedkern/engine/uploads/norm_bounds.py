@@ -11,11 +11,11 @@ from fedkern.engine.uploads.filters import Arrival, Filter, register_filter
 
 @register_filter("norm_bounds")
 class NormBounds(Filter):
-    """Refuses or clips uploads whose update, the change of the sent parameters, has a larger norm than allowed.
+    """Filter that refuses or clips uploads whose update, the change of the sent parameters, has too large a norm.
 
     Args:
-        largest: the norm beyond which an upload is refused; 0: none is.
-        clip: the norm to which a longer update is clipped; 0: none is.
+        largest: the norm beyond which an upload is refused; 0: none.
+        clip: the norm to which a longer update is clipped; 0: none.
     """
 
     def __init__(self, largest: float, clip: float) -> None:

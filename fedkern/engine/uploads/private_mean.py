@@ -1,4 +1,4 @@
-"""Mean of a round's clipped changes with noise on it, in place of the uploads (`fedkern.engine.client_privacy`)."""
+"""Noised mean of a round's clipped changes, in place of the uploads (`fedkern.engine.client_privacy`)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,11 @@ from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
 
 RELEASED = -1
-"""Client id of the released mean: in its `Upload`, in its noise key and among the digests of releases."""
+"""Client id of the released mean, in its `Upload`, its noise key and the digests of releases."""
 
 
 class ClippedSum:
-    """Sum of what clients change, every client's whole change clipped to a norm.
-
-    Changes, norms and the sum are in fp64.
-
-    Args:
-        level: the mechanism.
-        start: fp32 ``[P_i]`` by name, the vectors from which the clients' are counted.
-    """
+    """Sum of the clients' changes in fp64, each clipped to a norm as a whole."""
 
     def __init__(self, level: ClientLevel, start: Mapping[str, Tensor]) -> None:
         self._level, self._start = level, dict(start)
@@ -42,7 +35,7 @@ class ClippedSum:
         """Add a client's vectors, fp32 ``[P_i]`` by name.
 
         Returns:
-            The norm of the client's change, and the factor in (0, 1] that the change is added with.
+            The norm of the client's change, and its clipping factor in (0, 1].
         """
         # Equal infinities, of a mask among the buffers, differ by nothing.
         change = torch.cat(
@@ -57,10 +50,7 @@ class ClippedSum:
         return norm, factor
 
     def release(self, clients: int, key: NoiseKey) -> Message:
-        """Return the vectors fp32 ``[P_i]`` by name.
-
-        They are the start plus the sum with noise over ``clients``, the number of clients.
-        """
+        """Return the start plus the noised sum over ``clients``, as vectors fp32 ``[P_i]`` by name."""
         total = self._sum.mean().mul_(self._sum.count) if self._sum.count else torch.zeros(self._sum.size).double()
         deviation = self._level.noise * self._level.clip
         if deviation:
@@ -74,14 +64,7 @@ class ClippedSum:
 
 @register_filter("private_mean")
 class PrivateMean(Filter):
-    """Hands the server the private mean of all uploads in their place.
-
-    Args:
-        privacy: of the run.
-        config: the settings.
-        method: the method.
-        server: the server.
-    """
+    """Filter that replaces all uploads by their private mean."""
 
     def __init__(self, privacy: ClientPrivacy, config: RunConfig, method: Method, server: Server) -> None:
         self._privacy, self._config, self._method, self._server = privacy, config, method, server
@@ -93,13 +76,7 @@ class PrivateMean(Filter):
     def combine(
         self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
-        """Yield one upload, the private mean of all of them.
-
-        See :meth:`Filter.combine`.
-
-        ``note`` gets ``update_norm`` and, where it is below 1, ``clipped``: the norm of a client's change and the
-        factor on it.
-        """
+        """Yield one upload, the private mean (see :meth:`Filter.combine`)."""
         return self._mean(asked, uploads, note) if asked.hooks.own else uploads
 
     def _mean(
@@ -122,10 +99,7 @@ class PrivateMean(Filter):
         yield Upload(RELEASED, 1, message, share=asked.clients / self._server.federation.clients)
 
     def _start(self, declared: Declaration) -> dict[str, Tensor]:
-        """Return what clients' vectors are counted from.
-
-        It is the global network's vector, zero for vectors that are changes already.
-        """
+        """Return the vectors from which changes count: the global network's, or zero for uploaded changes."""
         names = [name for name in self._method.reduce if name in declared]
         state = self._server.state
         return {name: state[name] if name in VECTORS else torch.zeros(size_of(declared[name])) for name in names}
@@ -137,12 +111,11 @@ class PrivateMean(Filter):
 
     @cached_property
     def _variances(self) -> Tensor:
-        """Return where the running variances of batch norm are in ``buffers``, bool ``[Q]``."""
         return variances(self._server.build())
 
 
 def variances(network: nn.Module) -> Tensor:
-    """Return where the running variances are among a network's floating buffers, bool ``[Q]``."""
+    """Return where running variances are among a network's floating buffers, bool ``[Q]``."""
     flat = personal_parts.flatten(network)
     mask = torch.zeros(len(flat.buffers), dtype=torch.bool)
     for name, place in flat.places()["buffers"].items():

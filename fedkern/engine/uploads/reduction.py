@@ -1,4 +1,4 @@
-"""Vectors of an upload that stay on the GPU where they were made (see `Method.reduce`)."""
+"""Vectors of an upload that stay on the GPU."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fedkern.ops import Accumulator
 from fedkern.process.device_copies import fetch
 
 BYTES_FREE = 128
-"""Bytes of free memory of the GPU, per parameter, with which uploads stay there."""
+"""Free bytes per parameter on the GPU from which uploads stay there."""
 
 
 @register_filter("reduction")
 class Reduction(Filter):
-    """Leave vectors that the method's server only adds up on the GPU on which all clients work, in this process."""
+    """Filter that leaves vectors, which the server only adds up, on the GPU if all clients work in this process."""
 
     needs_whole_upload, keeps_on_device = False, True
 
@@ -43,21 +43,13 @@ class Reduction(Filter):
 
 @dataclass(frozen=True)
 class Reducing:
-    """Checks an upload, vectors of which stay on the GPU.
-
-    Attributes:
-        on_gpu: names of these vectors (see :attr:`Encoder.on_gpu`).
-        declared: declaration of the upload, without tensors (see `fedkern.methods.uploads`).
-    """
+    """Check of an upload, vectors of which stay on the GPU."""
 
     on_gpu: tuple[str, ...]
     declared: Declaration
 
     def encode(self, leaving: Departure) -> tuple[Any, State | None]:
-        """See :meth:`Encoder.encode`.
-
-        An upload that does not fit travels whole, and the server says why.
-        """
+        """Check an upload, or send one that does not fit whole, for the server to refuse."""
         info: State = {}
         upload = leaving.message
         if examine_upload(leaving.sent, upload, self.declared, info, leaving.drift) or not upload:
@@ -66,44 +58,35 @@ class Reducing:
 
 
 def _without_tensors(declared: Any) -> Any:
-    """Return a declaration with the shapes and dtypes of its tensors in their place."""
     if isinstance(declared, Mapping):
         return {name: _without_tensors(value) for name, value in declared.items()}
     return like(declared) if isinstance(declared, Tensor) else declared
 
 
 def _fetch_upload(upload: object) -> object:
-    """Return what may not stay on the GPU."""
     if not isinstance(upload, Mapping):
         return upload
     return {name: fetch(value) if isinstance(value, Tensor) else value for name, value in upload.items()}
 
 
 class Following:
-    """An accumulator on the device of its first vector (compare :class:`fedkern.ops.Accumulator`).
-
-    Args:
-        accumulator: the accumulator, without vectors, that is made anew on that device.
-    """
+    """Accumulator that moves, while empty, to the device of its first vector (see :class:`fedkern.ops.Accumulator`)."""
 
     def __init__(self, accumulator: Accumulator) -> None:
         self._own = accumulator
 
     def add(self, vector: Tensor, weight: float | Tensor = 1.0) -> None:
-        """Add ``weight * vector``."""
         accumulator = self._own
         if not accumulator.count and vector.device != accumulator.device:
             self._own = accumulator = Accumulator(accumulator.size, accumulator.exact, device=vector.device)
         accumulator.add(vector.to(accumulator.device), weight)
 
     def mean(self) -> Tensor:
-        """Return the weighted mean of all vectors, ``[P]``, in the host's memory."""
         return fetch(self._own.mean())
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)  # a server_update of somebody's own may use all of an accumulator
+        return getattr(self._own, name)  # a user's server_update may use all of an accumulator
 
 
 def has_room(device: torch.device, parameters: int) -> bool:
-    """Return whether uploads of so many parameters and their sums can stay on a device."""
     return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > BYTES_FREE * parameters
