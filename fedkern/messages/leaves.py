@@ -47,11 +47,7 @@ def _attributes(value: object) -> Parts | None:
 
 
 def _remade(value: Any, parts: Parts) -> object:
-    """Rebuild a container of the type of ``value`` from other parts, without calling its constructor.
-
-    Raises:
-        UserError: the type stores its parts in a way that cannot be rebuilt.
-    """
+    """Rebuild a container of the type of ``value`` from other parts, without calling its constructor."""
     kind: Any = type(value)
     try:
         if (node := PYTREE_NODES.get(kind)) is not None:
@@ -95,7 +91,6 @@ def map_leaves(change: Callable[[Any], object], value: object, is_leaf: Callable
 
 
 def leaves(value: object) -> Iterator[Any]:
-    """Yield the leaves in order."""
     parts = _parts(value)
     if parts is None:
         yield value
@@ -129,7 +124,6 @@ def join_batches(values: list[Any], sizes: list[int]) -> Any:
 
 
 def _positions(values: list[Any], sizes: list[int]) -> bool:
-    """Return whether lists of batches hold tensors of all samples, position by position."""
     per_sample = all(
         isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size
         for leaves_of_batch, size in zip(values, sizes, strict=True)
