@@ -1,4 +1,4 @@
-"""All that depends on Flower: its classes, its grid, its arrays.  Nothing else in fedkern imports flwr.
+"""The only module that imports flwr: Flower's classes, grid and arrays.
 
 Written for flwr's message API: strategies for 1.26 and later, whole runs for :data:`TESTED`.
 """
@@ -41,7 +41,6 @@ def _check_version() -> None:
 
 
 def warn_of_version() -> None:
-    """Log a warning where whole runs are not tested on the version of flwr that is installed."""
     version = importlib.metadata.version("flwr")
     if ".".join(version.split(".")[:2]) not in TESTED:
         tested = " and ".join(TESTED)
@@ -96,26 +95,25 @@ __all__ = [
 ]  # fmt: skip
 
 _GROUP_BYTES = 4 << 20
-"""Most bytes of expected replies that are asked for at once: models larger than this come one at a time."""
+"""Most bytes of expected replies to ask for at once. Larger models come one at a time."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 3.0
-"""Seconds between two looks for replies: the pause grows while none comes, up to Flower's own."""
+"""Seconds between two looks for replies. The pause grows, up to Flower's own, while no reply comes."""
 
 F = TypeVar("F", bound=Callable[..., object])
 R = TypeVar("R")
 
 
 def streaming(method: F) -> F:
-    """Decorate an ``aggregate_train`` that goes through its replies once, in any order.
+    """Decorate an ``aggregate_train`` that reads its replies once, in any order.
 
-    Such a method gets the replies as they arrive, from an iterable that can be read once.  Another one gets a list
-    after the last reply has come, as from Flower.
+    The method gets replies as they arrive, instead of a list after the last reply.
     """
     method.streams = True  # type: ignore[attr-defined]
     return method
 
 
 class InformedStrategy(Protocol):
-    """Strategy that is told what is sent: `averaging.FedAvg`."""
+    """A strategy that is told which arrays and nodes a round has: `averaging.FedAvg`."""
 
     arrayrecord_key: str
     aggregate_train: Callable[..., object]
@@ -124,10 +122,7 @@ class InformedStrategy(Protocol):
 
 
 class StreamedGrid:
-    """A grid that gives a strategy the replies to training messages one by one, as they arrive.
-
-    The ``begin`` of an `averaging.FedAvg` is told what is sent.  Everything else is the grid's own.
-    """
+    """A grid that tells a strategy what it sends (``begin``), and hands on training replies as they arrive."""
 
     def __init__(self, grid: Grid, strategy: InformedStrategy) -> None:
         self._grid, self._strategy = grid, strategy
@@ -136,7 +131,7 @@ class StreamedGrid:
         return getattr(self._grid, name)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Send messages and give their replies: a list, or for training an iterable that waits for each reply."""
+        """Send messages and return a list of replies, or for training an iterable that waits for each reply."""
         sent = list(messages)
         kind = sent[0].metadata.message_type.partition(".")[0] if sent else ""
         if kind == MessageType.EVALUATE:
@@ -155,11 +150,9 @@ class StreamedGrid:
 
 
 class Arrivals:
-    """Replies to messages, which are sent at once.
+    """Replies to messages, which are sent on construction. Iteration waits for each reply and keeps none.
 
-    Iteration waits for each, and keeps none.
-
-    At most ``group`` replies are asked for at once.  After ``timeout`` seconds no more is waited for; None: no limit.
+    At most ``group`` replies are asked for at once, for ``timeout`` seconds (None: no limit).
     """
 
     def __init__(self, grid: Grid, messages: Sequence[Message], timeout: float | None, group: int) -> None:
@@ -191,7 +184,7 @@ class Arrivals:
             time.sleep(pause)
 
     def _name_nodes(self, replies: Sequence[Message]) -> None:
-        """Give errors that the SuperLink reports for unreachable nodes the numbers of these nodes, not its own."""
+        """Put the node's number, not the SuperLink's, into errors about unreachable nodes."""
         for reply in replies:
             node = self._asked.get(reply.metadata.reply_to_message_id)
             if node is not None and reply.has_error():
@@ -199,10 +192,7 @@ class Arrivals:
 
 
 def nodes(grid: Grid) -> list[int]:
-    """Return the connected nodes in the order in which they registered, then by id.
-
-    The grid may list them in another order.
-    """
+    """Return the connected nodes by registration, then id, because the grid's order may change."""
     try:
         listed = list(grid.get_nodes())
     except AttributeError:  # flwr below 1.38 tells ids alone
@@ -214,10 +204,7 @@ def nodes(grid: Grid) -> list[int]:
 def make_record(
     layout: Layout, vector: Tensor | Mapping[str, bytes], integers: Mapping[str, np.ndarray]
 ) -> ArrayRecord:
-    """Return a model as Flower's arrays.
-
-    They are its floating entries ``[P]``, or the bytes of their arrays by key, and the others.
-    """
+    """Return a model as Flower's arrays: floating entries ``[P]`` or their bytes by key, and ``integers``."""
     import numpy as np  # not above, as with torch: a process that only hands messages on needs neither
 
     from fedkern.flower.array_bytes import FLAT, FLOATS, LISTING, NUMPY, npy_bytes, raw_bytes
@@ -243,14 +230,12 @@ def make_record(
 def find_records(content: RecordDict, kind: type[R]) -> list[R]:
     """Return the records of a kind.
 
-    Flower's own properties for this (``array_records``) make a reference cycle that keeps the arrays alive until the
-    garbage collector comes by.
+    Flower's ``array_records`` makes a reference cycle, which keeps arrays alive until the next garbage collection.
     """
     return [value for value in content.values() if isinstance(value, kind)]
 
 
 def without_arrays(content: RecordDict) -> RecordDict:
-    """Return the metrics and settings of a reply, without its arrays."""
     return RecordDict({name: value for name, value in content.items() if not isinstance(value, ArrayRecord)})
 
 
@@ -265,14 +250,12 @@ _LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, Err
 
 @dataclass
 class NodeReply:
-    """A node's reply.
+    """A node's reply: ``packed``, unless there is an ``error`` or the content is ``malformed``.
 
     Attributes:
-        reply_to: name of the message that it answers.
-        packed: its content; None where there is an ``error`` or the content is ``malformed``.
-        error: why the node has not answered.
+        reply_to: name of the answered message.
         lost: whether node or message are gone, rather than that the node's app has failed.
-        malformed: why the content cannot be read, as the end of a sentence.
+        malformed: the reason, as the end of a sentence.
     """
 
     reply_to: str
@@ -283,10 +266,7 @@ class NodeReply:
 
 
 class NodeChannel:
-    """Messages to nodes, and their replies.
-
-    ``sent`` and ``received`` are bytes without what Flower adds.
-    """
+    """Messages to nodes and their replies. ``sent`` and ``received`` count bytes without Flower's overhead."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -294,19 +274,12 @@ class NodeChannel:
         self._last: tuple[bytes, ArrayRecord] | None = None  # of a packed message that several nodes get
 
     def nodes(self) -> list[int]:
-        """Return the connected nodes (see :func:`nodes`)."""
         return nodes(self._grid)
 
     def send(self, node: int, kind: str, header: str, packed: bytes, ttl: float | None) -> str | None:
-        """Send a message.
+        """Send a message and return its name, None if Flower has not taken it.
 
-        Args:
-            kind: `TRAIN` or `QUERY`.
-            header: text beside the packed message.
-            ttl: seconds after which message and reply are worthless; None: Flower's own, 12 hours.
-
-        Returns:
-            The message's name; None where Flower has not taken the message.
+        Message and reply expire after ``ttl`` seconds (None: Flower's 12 hours).
         """
         if self._last is None or self._last[0] is not packed:
             self._last = packed, _in_record(packed)
@@ -316,10 +289,7 @@ class NodeChannel:
         return named[0] if named and named[0] else None
 
     def collect_replies(self, names: Sequence[str]) -> list[NodeReply]:
-        """Return the replies that have come to some messages.
-
-        Each is handed on once.
-        """
+        """Return the replies that have arrived, each only once."""
         if not names:
             return []
         arrivals: list[NodeReply] = []
@@ -342,20 +312,16 @@ class NodeChannel:
 
 
 def for_one_message() -> bool:
-    """Return whether Flower has started this process for a single message, with packages that outlive the process.
+    """Return whether Flower started this process for one message, with packages that outlive the process.
 
-    A SuperNode does; the processes of a simulation stay.  With dependencies that are installed at run time Flower
-    deletes the packages when the process ends.
+    SuperNodes start such processes, simulations do not. Flower deletes dependencies installed at run time when the
+    process ends.
     """
     return Path(sys.argv[0]).stem == "flwr-clientapp" and "--allow-runtime-dependency-installation" not in sys.argv
 
 
 def unpack_message(message: Message) -> tuple[str, bytes]:
-    """Return the header and the packed message of a message or a reply.
-
-    Raises:
-        Malformed: its records are not as :meth:`NodeChannel.send` and :func:`make_reply` make them.
-    """
+    """Return header and packed message, or raise Malformed."""
     header, record = (message.content.get(name) for name in (_HEADER, _MESSAGE))
     text = header.get("header") if isinstance(header, ConfigRecord) else None
     array = record.get(_MESSAGE) if isinstance(record, ArrayRecord) else None

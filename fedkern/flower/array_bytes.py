@@ -1,7 +1,4 @@
-"""Arrays of Flower messages as tensors and back: bytes of ``.npy`` files, or one flat vector.
-
-No copy, no pickle.
-"""
+"""Arrays of Flower messages as tensors and back, without copies or pickle: ``.npy`` bytes, or one flat vector."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ LISTING = "fedkern.layout"
 """Name and encoding of the JSON that lists the entries of a flat record."""
 
 FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-"""Floating dtypes by name; bfloat16 exists in flat vectors alone."""
+"""Floating dtypes by name. Only flat vectors can be bfloat16."""
 
 _MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 10_000  # of NumPy's own limit, above which a header's evaluation may take too long
@@ -37,12 +34,7 @@ _new_bytes: Any = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_
 
 
 class Misfit(Exception):
-    """A reply that does not fit.
-
-    Attributes:
-        reason: one word for the kind of fault: "keys", "shapes", "dtypes", "size", "finite", "norm", "variance",
-            "weight", "records" or "error".
-    """
+    """A reply that does not fit, with a word for the fault as ``reason`` (see `averaging.LeftOut`)."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
@@ -50,8 +42,6 @@ class Misfit(Exception):
 
 
 class FlowerArray(Protocol):
-    """The attributes of Flower's ``Array`` that are read here."""
-
     dtype: str
     shape: tuple[int, ...]
     stype: str
@@ -59,10 +49,9 @@ class FlowerArray(Protocol):
 
 
 class Header(NamedTuple):
-    """Form of an array: the name of its dtype as in ``numpy.dtype.name`` ("bfloat16" too), its shape and its bytes.
+    """Form of an array: dtype as in ``numpy.dtype.name`` or "bfloat16", and shape.
 
-    ``order`` is that of the elements in memory, ``begin`` the place of the first one in the bytes.  Where
-    ``swapped``, the bytes of an element are in the other order than this machine's.
+    ``order`` is the memory order, ``begin`` the offset of the first element. ``swapped`` means the foreign byte order.
     """
 
     dtype: str
@@ -73,16 +62,11 @@ class Header(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
 
 def read_header(array: FlowerArray, name: str) -> Header:
-    """Return the form of an array, plain or a flat vector, checked against the length of its bytes.
-
-    Raises:
-        Misfit: the encoding, the header or the length is wrong; ``name`` is how the message calls the array.
-    """
+    """Return the form of an array, plain or flat, or raise Misfit if its bytes do not match it."""
     data = array.data
     if array.stype == FLAT:
         if array.dtype not in FLOATS or len(array.shape) != 1 or not is_shape(array.shape):
@@ -120,21 +104,16 @@ def _parse_header(data: bytes) -> tuple[Header, int]:
 
 
 def is_shape(sizes: Sequence[int]) -> bool:
-    """Return whether sizes that came with a message are those of an array that memory can hold.
-
-    Sizes of 0 count as 1.
-    """
+    """Return whether an array of these sizes can fit into memory. Sizes of 0 count as 1."""
     if len(sizes) > _MOST_SIZES or any(type(size) is not int or not 0 <= size <= _MOST_ELEMENTS for size in sizes):
         return False
     return math.prod(max(size, 1) for size in sizes) <= _MOST_ELEMENTS
 
 
 def as_tensor(array: FlowerArray, form: Header) -> Tensor:
-    """Return the elements of a floating array as a vector ``[n]`` that shares the array's memory.
+    """Return a floating array as a read-only vector ``[n]`` in the array's memory.
 
-    It may only be read.
-
-    Arrays in Fortran's order or in the other byte order are copied.
+    Arrays in Fortran order or foreign byte order are copied.
     """
     dtype, data, begin, count = FLOATS[form.dtype], array.data, form.begin, form.elements
     if form.order == "F" or form.swapped:
@@ -149,10 +128,7 @@ def as_tensor(array: FlowerArray, form: Header) -> Tensor:
 
 
 def join_tensors(arrays: Sequence[tuple[FlowerArray, Header]]) -> Tensor:
-    """:func:`tensor` of one floating array.
-
-    The elements of several one after another, copied.
-    """
+    """Join floating arrays into one vector. A single array is not copied."""
     if len(arrays) == 1:
         return as_tensor(*arrays[0])
     dtype = arrays[0][1].dtype
@@ -163,15 +139,10 @@ def join_tensors(arrays: Sequence[tuple[FlowerArray, Header]]) -> Tensor:
 
 
 def _address(data: bytes) -> int:
-    """Return the address of the first byte, of at least one."""
     return int(np.frombuffer(data, np.uint8).ctypes.data)
 
 
 def as_numpy(array: FlowerArray, form: Header) -> np.ndarray:
-    """Return the elements of an array in Flower's encoding, in their shape.
-
-    Not writable.
-    """
     dtype = np.dtype(form.dtype)
     stored = dtype.newbyteorder() if form.swapped else dtype
     if not form.elements:
@@ -181,10 +152,7 @@ def as_numpy(array: FlowerArray, form: Header) -> np.ndarray:
 
 
 def npy_bytes(vector: np.ndarray, shape: tuple[int, ...]) -> bytes:
-    """Return the bytes of a ``.npy`` file with the elements of a contiguous array, in a given shape.
-
-    One copy.
-    """
+    """Return a contiguous array as a ``.npy`` file of the given shape, with one copy."""
     flat: Any = vector.reshape(-1)
     return b"".join((npy_header(vector.dtype.str, shape), flat.view(np.uint8).data))
 
@@ -198,12 +166,10 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def allocate_bytes(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, Tensor]:
-    """Return new bytes that begin with ``head``, and the ``count`` elements behind it.
+    """Return new bytes that begin with ``head``, and a vector of ``count`` uninitialised elements in them.
 
-    The elements are a vector that shares their memory.
-
-    The elements hold nothing yet.  They may be written to only until somebody else sees the bytes: CPython allows that
-    for bytes that PyBytes_FromStringAndSize made without a string.
+    Write to the vector only until other code sees the bytes. CPython allows that for bytes that
+    PyBytes_FromStringAndSize made without a string.
     """
     if not count:
         return bytes(head), torch.empty(0, dtype=dtype)
@@ -214,7 +180,7 @@ def allocate_bytes(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, 
 
 
 def _share_memory(data: bytes, address: int, dtype: torch.dtype, count: int, begin: int) -> Tensor:
-    """Return a vector in the memory of ``data``, which lies at ``address`` and lives as long as the vector."""
+    """Return a vector in the memory of ``data`` at ``address``. The vector keeps ``data`` alive."""
     # torch warns of bytes that nobody may write to.
     memory: Any = (ctypes.c_char * len(data)).from_address(address)
     memory.owner = data
@@ -222,16 +188,8 @@ def _share_memory(data: bytes, address: int, dtype: torch.dtype, count: int, beg
 
 
 def raw_bytes(vector: Tensor) -> bytes:
-    """Return the elements of a contiguous vector as raw bytes.
-
-    One copy.
-    """
     return bytes(vector.view(torch.uint8).numpy().data) if vector.numel() else b""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a floating dtype, as in `FLOATS`.
-
-    Raises KeyError for another dtype.
-    """
     return _NAMES[dtype]

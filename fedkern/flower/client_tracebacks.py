@@ -1,4 +1,4 @@
-"""A mod for the ClientApps of Flower: the server learns an exception's traceback, not only its last line."""
+"""A mod for Flower's ClientApps that sends the server an exception's whole traceback."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ if TYPE_CHECKING:
 
 
 class ClientAppFailed(Exception):
-    """An exception of a ClientApp whose message is the traceback of the original one."""
+    """An exception of a ClientApp, with the original traceback as its message."""
 
 
 def with_traceback(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-    """Run the ClientApp.
+    """Run the ClientApp and send an exception's traceback to the server, as the error's reason.
 
-    An exception's traceback goes to the server as the error's reason.
-
-    Flower sends the exception's type and message, and the traceback stays in the SuperNode's log.  A traceback shows
-    paths, source lines and the exception's message, which may hold data: a site that keeps these to itself leaves the
-    mod out.
+    Flower sends only the exception's type and message, and the traceback stays in the SuperNode's log. A traceback
+    shows paths, source lines and the message, which may hold data. Leave the mod out at a site that keeps these
+    private.
 
     Returns:
         The reply of ``call_next``.
 
     Raises:
-        ClientAppFailed: the ClientApp raised an exception, which is its cause.
+        ClientAppFailed: the ClientApp raised an exception, which is the cause.
 
     Example:
         ``app = ClientApp(mods=[with_traceback])``

@@ -1,7 +1,7 @@
-"""Layout of a model in messages: which entries it has, and where each lies in one flat vector.
+"""Layout of a model in messages: its entries, and the place of each in one flat vector.
 
-A record is any mapping from names to arrays (see `array_bytes`).  It is plain, an array for every entry, or flat: one
-vector of all floating entries, and an array for every other entry.
+A plain record has an array for every entry. A flat record has one vector of all floating entries, and an array for
+every other entry.
 """
 
 from __future__ import annotations
@@ -32,12 +32,7 @@ _MOST_SHOWN = 80
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of a model.
-
-    Attributes:
-        dtype: name of the dtype, as in ``numpy.dtype.name``; "bfloat16" too.
-        begin, end: place in the flat vector; both 0 for an entry that is not floating.
-    """
+    """An entry of a model, at ``begin:end`` of the flat vector if it is floating."""
 
     key: str
     shape: tuple[int, ...]
@@ -47,17 +42,15 @@ class Entry:
 
     @property
     def floating(self) -> bool:
-        """Return whether the entry is part of the flat vector."""
         return self.dtype in FLOATS
 
     @property
     def variance(self) -> bool:
-        """Return whether the entry holds the running variances of a batch norm."""
         return self.floating and self.key.endswith(_VARIANCES)
 
     @property
     def statistic(self) -> bool:
-        """Return whether the entry holds running statistics of a batch norm, which no optimiser may move."""
+        """Return whether the entry holds batch norm statistics, which no optimiser may move."""
         return self.floating and self.key.endswith(_STATISTICS)
 
 
@@ -65,12 +58,12 @@ class Layout:
     """The entries of a model, in order.
 
     Args:
-        forms: key, shape and name of the dtype of every entry.
-        flat: None for a plain model; for a flat one the name of the vector's dtype.
+        forms: key, shape and dtype name of every entry.
+        flat: dtype name of a flat model's vector, None for a plain model.
 
     Attributes:
-        size: P, number of elements of all floating entries.
-        dtype: dtype of the flat vector: the widest of the floating entries (fp32 where there is none).
+        size: P, number of floating elements.
+        dtype: the widest floating dtype, fp32 without any.
     """
 
     def __init__(self, forms: Sequence[tuple[str, tuple[int, ...], str]], flat: str | None = None) -> None:
@@ -89,22 +82,19 @@ class Layout:
 
     @cached_property
     def floating(self) -> tuple[Entry, ...]:
-        """The floating entries."""
         return tuple(entry for entry in self.entries if entry.floating)
 
     @cached_property
     def whole(self) -> tuple[Entry, ...]:
-        """The entries of whole numbers and truth values."""
         return tuple(entry for entry in self.entries if not entry.floating)
 
     @cached_property
     def variances(self) -> tuple[Entry, ...]:
-        """The running variances of batch norms that have any."""
         return tuple(entry for entry in self.floating if entry.variance and entry.end > entry.begin)
 
     @cached_property
     def segments(self) -> tuple[tuple[Entry, ...], ...]:
-        """The floating entries in runs of one dtype: a large entry alone, small neighbours together."""
+        """Runs of floating entries of one dtype: a large entry by itself, small neighbours together."""
         runs: list[list[Entry]] = []
         for entry in self.floating:
             large = entry.end - entry.begin >= _LARGE
@@ -117,14 +107,10 @@ class Layout:
 
     @cached_property
     def listing(self) -> bytes:
-        """JSON of the entries, ``[[key, shape, dtype], ...]``."""
         return json.dumps([[entry.key, list(entry.shape), entry.dtype] for entry in self.entries]).encode()
 
     def form(self, key: str, array: FlowerArray) -> Header:
-        """`array_bytes.read_header` of an entry's array.
-
-        The arrays of a round mostly begin with the same bytes.
-        """
+        """Cache :func:`array_bytes.read_header`, as a round's arrays mostly begin with the same bytes."""
         data = array.data
         entry = self._known.get(key)
         plain = array.stype == NUMPY and type(data) is bytes
@@ -137,11 +123,7 @@ class Layout:
 
     @classmethod
     def of(cls, record: Mapping[str, FlowerArray]) -> Layout:
-        """Return the layout of a record.
-
-        Raises:
-            Misfit: an array's bytes, or the list of a flat record's entries, cannot be read.
-        """
+        """Return the layout of a record, or raise Misfit."""
         if FLAT not in record:
             forms = {key: array_bytes.read_header(array, _name(key)) for key, array in record.items()}
             return cls([(key, form.shape, form.dtype) for key, form in forms.items()])
@@ -151,7 +133,6 @@ class Layout:
 
 
 def _read_listing(record: Mapping[str, FlowerArray]) -> list[tuple[str, tuple[int, ...], str]]:
-    """Return the entries that a flat record lists."""
     if LISTING not in record:
         raise Misfit("keys", f"has {FLAT!r} but lacks {LISTING!r}")
     try:
@@ -166,15 +147,9 @@ def _read_listing(record: Mapping[str, FlowerArray]) -> list[tuple[str, tuple[in
 
 
 class Model:
-    """A record that fits a layout: its numbers, in the record's own memory.
+    """A record that fits a layout: its numbers, in the record's own memory. Raises Misfit otherwise.
 
-    Args:
-        record: the record, of which an array may have any floating dtype where the layout has one.
-        layout: the layout that the record must have.
-        sent: the model that was sent; an infinity that it holds may be in the same place here.
-
-    Raises:
-        Misfit: keys, shapes, dtypes or lengths differ.
+    Any floating dtype fits a floating entry. Infinities of the model ``sent`` may stand in the same places here.
     """
 
     def __init__(self, record: Mapping[str, FlowerArray], layout: Layout, sent: Model | None = None) -> None:
@@ -235,43 +210,34 @@ class Model:
         return keys
 
     def entry(self, entry: Entry) -> Tensor:
-        """Return the numbers of a floating entry, ``[n]``."""
         if self._vector is not None:
             return self._vector[entry.begin : entry.end]
         return array_bytes.as_tensor(*self._arrays[entry.key])
 
     def segment(self, run: Sequence[Entry]) -> Tensor:
-        """Return the numbers of neighbouring floating entries, ``[n]``.
-
-        Several arrays are copied together.
-        """
+        """Return the numbers of neighbouring floating entries, ``[n]``. Several arrays are copied together."""
         if self._vector is not None:
             return self._vector[run[0].begin : run[-1].end]
         return array_bytes.join_tensors([self._arrays[entry.key] for entry in run])
 
     def segments(self) -> Iterator[Tensor]:
-        """All segments of the layout, in order."""
         return (self.segment(run) for run in self._layout.segments)
 
     def vector(self) -> Tensor:
-        """All floating entries, ``[P]`` in the layout's dtype.
-
-        The record's own memory where it is such a vector.
-        """
+        """Return all floating entries, ``[P]`` in the layout's dtype, without a copy if possible."""
         if self._vector is not None:
             return self._vector.to(self._layout.dtype)
         parts = list(self.segments())
         return torch.cat(parts).to(self._layout.dtype) if parts else torch.empty(0, dtype=self._layout.dtype)
 
     def check_numbers(self) -> None:
-        """Raise Misfit where a number is not finite, or a running variance is negative."""
         self.check_finite()
         self.check_variances()
 
     def check_finite(self, but_for_sums: bool = False) -> None:
-        """Raise Misfit where a number is not finite in the new model's dtype, except for an infinity that was sent.
+        """Raise Misfit if a number is not finite in the new model's dtype, except for an infinity that was sent.
 
-        With ``but_for_sums`` nothing is checked where a sum in fp64 shows whether the numbers are good.
+        ``but_for_sums`` skips numbers whose faults show in a sum in fp64.
         """
         flat = self._layout.flat
         if but_for_sums and all(_shows_in_sums(FLOATS[old], FLOATS[flat or new]) for old, new in self._dtypes):
@@ -285,19 +251,11 @@ class Model:
                 raise Misfit("finite", f"holds NaN, infinite or too large values in {_name(bad.key)}")
 
     def _without_sent_infinities(self, entry: Entry) -> Tensor:
-        """Return the numbers of a floating entry, with 0 in the place of infinities that were sent.
-
-        A causal mask has them.
-        """
+        """Return a floating entry with 0 in place of infinities that were sent, as in a causal mask."""
         data = self.entry(entry)
         return data if self._sent is None else data.masked_fill(data.isinf() & (data == self._sent.entry(entry)), 0.0)
 
     def check_variances(self) -> None:
-        """Check that running variances are not negative.
-
-        Raises:
-            Misfit: they are, or numbers are not finite.
-        """
         entries = self._layout.variances
         if self._vector is None and entries:
             lowest = float(array_bytes.join_tensors([self._arrays[entry.key] for entry in entries]).min())
@@ -309,7 +267,7 @@ class Model:
                 raise Misfit("variance", f"has negative variances in {_name(entry.key)}")
 
     def distance(self, start: Model) -> float:
-        """Euclidean distance to another model over all floating entries, computed in fp64."""
+        """Return the Euclidean distance over all floating entries, in fp64."""
         parts = []
         for part, start_part in zip(self.segments(), start.segments(), strict=True):
             wide = torch.promote_types(part.dtype, start_part.dtype)
@@ -317,12 +275,11 @@ class Model:
         return math.hypot(*parts)
 
     def norm(self) -> float:
-        """Euclidean norm of all floating entries, computed in fp64."""
         return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in self.segments()))
 
 
 def _all_good(part: Tensor, kind: torch.dtype) -> bool:
-    """Return whether all numbers are finite, also in the new model's dtype ``kind``, and far from overflowing a sum."""
+    """Return whether all numbers are finite, also as ``kind``, and far from overflowing a sum."""
     if not part.numel():
         return True
     if part.dtype == torch.float64:
@@ -334,7 +291,6 @@ def _all_good(part: Tensor, kind: torch.dtype) -> bool:
 
 
 def _shows_in_sums(dtype: torch.dtype, kind: torch.dtype) -> bool:
-    """Return whether numbers that are no good make a sum in fp64 infinite or NaN."""
     return dtype != torch.float64 and (kind.itemsize > 2 or dtype == kind)
 
 

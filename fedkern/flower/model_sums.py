@@ -26,15 +26,9 @@ _GROWN = 10
 
 
 class NewModel:
-    """Memory for the floating entries of a new model.
+    """Memory for a new model's floating entries: a ``vector`` ``[P]``, or ``data``, the bytes of its arrays by key.
 
-    Args:
-        as_arrays: whether the entries are written straight to the bytes of new arrays, where their dtypes allow it.
-        dtype: dtype of a vector; None: the layout's.
-
-    Attributes:
-        vector: ``[P]``; None where the entries are in ``data``.
-        data: bytes of the arrays, by key; `array_bytes.FLAT` is that of a flat model's vector.
+    ``as_arrays`` asks for ``data``, which is used where dtypes allow.
     """
 
     def __init__(self, layout: Layout, as_arrays: bool, dtype: torch.dtype | None = None) -> None:
@@ -47,7 +41,6 @@ class NewModel:
         self._copied: list[tuple[tuple[Entry, ...], Tensor]] = []
 
     def part(self, run: tuple[Entry, ...]) -> Tensor:
-        """Return the memory for the numbers of a segment of the layout, ``[n]``."""
         begin, end = run[0].begin, run[-1].end
         if self.vector is not None:
             return self.vector[begin:end]
@@ -64,7 +57,7 @@ class NewModel:
         return part
 
     def finish(self) -> NewModel:
-        """Put small entries into arrays of their own, once all segments are written."""
+        """Copy small entries into their own arrays, once all segments are written."""
         for run, part in self._copied:
             for entry in run:
                 values = part[entry.begin - run[0].begin : entry.end - run[0].begin].numpy()
@@ -76,15 +69,10 @@ class NewModel:
 
 
 class RunningMean:
-    """Weighted mean of models that arrive one after another.
+    """Weighted mean of models that arrive one by one, with the same bits for every order of arrival.
 
-    Its bits do not depend on the order of arrival.
-
-    Memory: 25 bytes for each of P elements (:class:`fedkern.ops.Accumulator` with exact sums), however many models are
-    added.
-
-    Args:
-        start: the model that was sent; None: norms of updates are not wanted.
+    Memory: 25 bytes for each of P elements, for any number of models. Without ``start``, the model that was sent, no
+    norms of updates are computed.
     """
 
     def __init__(self, layout: Layout, start: Model | None = None) -> None:
@@ -97,10 +85,7 @@ class RunningMean:
         self._norms: list[float] = []
 
     def add(self, model: Model, weight: float, node: int) -> None:
-        """Add ``weight`` times a model.
-
-        A model of weight 0 is not read.
-        """
+        """Add ``weight`` times a model. A model of weight 0 is not read."""
         self.nodes.append(node)
         if self._start is not None:
             self._norms.append(model.distance(self._start))
@@ -111,7 +96,7 @@ class RunningMean:
         self._add_whole(model)
 
     def add_update(self, model: Model, start: Model, factor: float) -> None:
-        """Add ``factor * (model - start)`` with weight 1, computed in fp64."""
+        """Add ``factor * (model - start)`` with weight 1, in fp64."""
         for total, part, start_part in zip(self._sums, model.segments(), start.segments(), strict=True):
             # Equal infinities, of a mask among the buffers, differ by nothing.
             change = torch.where(part == start_part, 0.0, part.double() - start_part.double())
@@ -124,18 +109,13 @@ class RunningMean:
             self._whole[key] = take_rank([self._whole.get(key, array), array])
 
     def norms(self) -> list[float]:
-        """Euclidean norms of the updates, one for each of :attr:`nodes`.
-
-        Empty where they are not wanted.
-        """
+        """Return the norms of the updates in the order of :attr:`nodes`."""
         return self._norms
 
     def result(self, model: NewModel) -> tuple[NewModel, Whole] | None:
-        """Write the mean to ``model``.
+        """Write the mean to ``model``, and return model and other entries, None if no weight was added.
 
-        Gives it with the other entries, or None where no weight was added.
-
-        The sums are given up on the way, so that sums and mean are never whole at the same time.
+        Each sum is freed after its part of the mean, so that sums and mean never fill memory together.
         """
         if not self._some:
             return None
@@ -152,15 +132,9 @@ class _Held(NamedTuple):
 
 
 class AllModels:
-    """The models of a round in the memory in which they came.
+    """All models of a round, in the memory in which they came.
 
-    Memory: M models.
-
-    Args:
-        start: the model that was sent; None where it is not known.
-
-    Attributes:
-        refused: models that turned out not to be finite, by the place at which they were added.
+    ``refused`` holds the models that turned out not to be finite, by their place in the order of addition.
     """
 
     def __init__(self, layout: Layout, start: Model | None = None) -> None:
@@ -170,50 +144,42 @@ class AllModels:
         self.refused: dict[int, Misfit] = {}
 
     def add(self, model: Model, weight: float, node: int) -> None:
-        """Keep a model and its weight."""
         self._held.append(_Held(node, len(self._held), weight, model))
 
     def sort(self) -> None:
-        """Orders the models by node, so that nothing depends on the order of arrival."""
+        """Order the models by node, so that no bit depends on the order of arrival."""
         self._held.sort(key=lambda reply: reply[:2])
 
     @property
     def nodes(self) -> list[int]:
-        """The nodes, in order."""
         return [reply.node for reply in self._held]
 
     @property
     def weights(self) -> list[float]:
-        """The models' weights, in order."""
         return [reply.weight for reply in self._held]
 
     @property
     def vectors(self) -> list[Tensor]:
-        """The models, each ``[P]``, in order.
-
-        A plain model is copied.
-        """
+        """The models in order, each ``[P]``. A plain model is copied."""
         return [reply.model.vector() for reply in self._held]
 
     def rows(self, run: Sequence[Entry], chosen: Sequence[int] | None = None) -> list[Tensor]:
-        """Return the numbers of a segment of the chosen models (None: of all) in the layout's dtype: M vectors."""
+        """Return a segment of the chosen models (None: all) in the layout's dtype."""
         models = [self._held[i].model for i in (range(len(self._held)) if chosen is None else chosen)]
         return [model.segment(run).to(self.layout.dtype) for model in models]
 
     def by_coordinate(self, rule: Callable[[list[Tensor]], Tensor], chosen: Sequence[int] | None = None) -> Tensor:
-        """``[P]``: a rule that treats coordinates apart, over the chosen models (None: over all)."""
+        """Return a coordinate-wise rule over the chosen models (None: all): ``[P]``."""
         vector = torch.empty(self.layout.size, dtype=self.layout.dtype)
         for run in self.layout.segments:
             vector[run[0].begin : run[-1].end] = rule(self.rows(run, chosen))
         return vector
 
     def mean(self, as_arrays: bool) -> NewModel | None:
-        """Return the weighted mean of all models (see :class:`NewModel`).
+        """Return the weighted mean of all models, None if all weights are 0.
 
-        None where all weights are 0.
-
-        A model of NaN or infinity makes the mean infinite or NaN, so that only then all models are looked at.  Such
-        models move to :attr:`refused`.  Numbers of which the mean does not tell must have been checked before.
+        Only if the mean is not finite are all models checked, and bad models moved to :attr:`refused`. Faults that do
+        not show in the mean must have been checked before.
         """
         while any(self.weights):
             model = NewModel(self.layout, as_arrays)
@@ -223,10 +189,7 @@ class AllModels:
         return None
 
     def _refuse(self) -> bool:
-        """Take out the models that are not finite.
-
-        Returns whether there were any.
-        """
+        """Take out the models that are not finite, and return whether there were any."""
         before = len(self._held)
         for reply in list(self._held):
             try:
@@ -237,10 +200,6 @@ class AllModels:
         return len(self._held) < before
 
     def _mean_of(self, run: tuple[Entry, ...], model: NewModel) -> bool:
-        """Write the mean of a segment.
-
-        Returns whether it is finite.
-        """
         rows = [reply.model.segment(run) for reply in self._held]
         wide = functools.reduce(torch.promote_types, (row.dtype for row in rows))
         rows = [row.to(wide) for row in rows]
@@ -254,11 +213,9 @@ class AllModels:
         return math.isfinite(largest)
 
     def norms(self) -> list[float]:
-        """Euclidean norms of the updates, one for each of :attr:`nodes`.
+        """Return the norms of the updates in the order of :attr:`nodes`, empty without the model sent.
 
-        Empty where the model sent is not known.
-
-        Those of large models are estimated from a part of every segment, unless the mean shows that numbers have grown.
+        Norms of large models are estimated from a part of every segment, unless the mean shows that numbers have grown.
         """
         if self._start is None or not self._held:
             return []
@@ -269,7 +226,6 @@ class AllModels:
         return squares.sqrt().tolist()
 
     def _squared_norms(self, run: tuple[Entry, ...], sent: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        """Squared norms ``[M]`` of the updates in a segment, by a part of it where the model is large."""
         count = run[-1].end - run[0].begin
         part = self.layout.size > _MEASURED and not self._grown
         width = min(count, max(_WINDOW, count // _SHARE)) if part else count
@@ -281,27 +237,19 @@ class AllModels:
         return norms.square() * (count / width)
 
     def whole(self, chosen: Sequence[int] | None = None, rank: int = -1) -> Whole:
-        """Return the other entries of the chosen models (None: of all), element by element: see :func:`ranked`."""
         models = [self._held[i].model for i in (range(len(self._held)) if chosen is None else chosen)]
         keys = models[0].whole if models else ()
         return {key: take_rank([model.whole[key] for model in models], rank) for key in keys}
 
 
 def take_rank(rows: Sequence[np.ndarray], rank: int = -1) -> np.ndarray:
-    """Return the value of a rank among M arrays, element by element, in their own dtype.
-
-    -1: the largest, 0: the smallest.
-    """
+    """Return the value of a rank among M arrays, element by element (-1: the largest)."""
     if len(rows) == 1:
         return rows[0].copy()
     return np.sort(np.stack(rows), axis=0)[rank].astype(rows[0].dtype, copy=False)
 
 
 def _magnitude(part: Tensor) -> float:
-    """Return the largest absolute value.
-
-    NaN or infinite where a number is.
-    """
     if not part.numel():
         return 0.0
     low, high = part.aminmax()

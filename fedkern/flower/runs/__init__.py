@@ -1,1 +1,1 @@
-"""Whole runs of fedkern on Flower's nodes."""
+"""Whole fedkern runs on Flower's nodes."""

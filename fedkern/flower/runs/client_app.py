@@ -1,15 +1,15 @@
 """The ClientApp of a whole run over Flower: ``fedkern.flower.runs.client_app:app`` in a project's pyproject.toml.
 
-Flower runs it on every node, with these entries of ``--node-config``:
+Every node runs the app with these entries of ``--node-config``:
 
 | entry | holds |
 |---|---|
-| `partition-id`, `num-partitions` | which client this node is, from 0, and of how many; a simulation gives both |
-| `data-root` | folder of the data on this machine, instead of that of the run-config |
-| `state-dir` | folder of the client's states on this machine, instead of that of the run-config |
+| `partition-id`, `num-partitions` | the node's client, from 0, and the number of clients (given by a simulation) |
+| `data-root` | folder of the data on this machine, instead of the run-config's |
+| `state-dir` | folder of the client's states on this machine, instead of the run-config's |
 
-On a SuperNode Flower starts a process for every message.  It hands the message on to `client_daemon`, so what
-needs torch is imported where it is used.
+A SuperNode starts a process for every message, which hands the message on to `client_daemon`. So imports that need
+torch stand where they are used.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ app = ClientApp()
 
 @app.query()
 def introduce(message: Message, context: Context) -> Message:
-    """Says which client this node is and, where its folder holds its own data alone, what data they are.
-
-    Where the server says that its run has ended, this node's process of the run ends too.
-    """
+    """Say which client this node is, and describe its own data if asked. End the run's process when the run ends."""
     header, _ = unpack_message(message)
     request = parse_json(header)
     if isinstance(request, dict) and isinstance(request.get("end"), str):
@@ -48,7 +45,7 @@ def introduce(message: Message, context: Context) -> Message:
 
 @app.train()
 def answer(message: Message, context: Context) -> Message:
-    """Answers a message of the run's server."""
+    """Answer a message of the run's server."""
     header, packed = unpack_message(message)
     reply: bytes | None = None
     stays = _stays(context.run_config.get("flower.resident", STAYS))
@@ -73,10 +70,7 @@ def _end_run(run: str, context: Context) -> bytes:
 
 
 def _stays(value: bool | float | int | str) -> float:
-    """Seconds that a client daemon stays.
-
-    0 for what is no number of seconds, which reading the settings refuses.
-    """
+    """Return how many seconds a client daemon stays, 0 for an invalid value."""
     try:
         seconds = float(value)
     except (TypeError, ValueError):

@@ -1,12 +1,11 @@
 """A process that stays on a node and answers a client's messages, where Flower starts one process for each.
 
-Such a process would import torch, load the data, begin with the state on the disk and play the round's earlier messages
-again, for every message.  The first one starts a process that stays (*the client daemon*); it and all later ones hand
-their message on to the client daemon, and its answer back, without importing torch.  The bits are the same.
+Flower's process would import torch, load the data and replay the round for every message. Instead it hands the message
+to a *client daemon*, started by the first process, without importing torch. The bits are the same.
 
-A client daemon serves one run and one SuperNode.  It ends with its run, when no message has come for a while, and with
-the process that started its first message.  Both ends talk over an abstract Unix socket, so that nothing is left on the
-disk, and check that the other one belongs to the same user.  Only Linux has these sockets.
+A daemon works for one run and one SuperNode. It ends with its run, after a while without messages, and with the process
+that started its first message. Both ends talk over an abstract Unix socket (only on Linux), which leaves no file, and
+check that the other end belongs to the same user.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from fedkern.files.inputs import parse_json
 from fedkern.flower.runs.node_config import STAYS, UserConfig
 
 PATIENCE = 10.0
-"""Seconds that a client daemon waits for the bytes of a message that has begun; others wait behind that message."""
+"""Seconds to wait for the bytes of a message that has begun, while other messages queue."""
 _TRIES = 3
 _LOOKS, _PAUSE = 100, 0.02
 _MAIN = (
@@ -49,14 +48,11 @@ Notice = Callable[[str], None]
 
 
 class Lost(Exception):
-    """The client daemon has ended while it worked.
-
-    The text says so in a sentence.
-    """
+    """The client daemon ended while it worked."""
 
 
 class _Gone(Exception):
-    """The client daemon has ended before it took the message."""
+    """The client daemon ended before it took the message."""
 
 
 def ask_daemon(
@@ -67,17 +63,12 @@ def ask_daemon(
     notice: Notice,
     stays: float = STAYS,
 ) -> bytes | None:
-    """Return the answer of the client daemon (see `node_process.answer_message`), which is started where there is none.
-
-    A client daemon that is started now ends ``stays`` seconds after its last message.
-
-    Returns:
-        The answer; None where no client daemon can be had.
+    """Return the daemon's answer, None if no daemon can be had. Start a daemon if there is none.
 
     Raises:
-        Malformed, UserError: as `fedkern.flower.runs.node_process.answer_message`.
-        RuntimeError: another exception of it.
-        Lost: the client daemon has ended while it worked.
+        Malformed, UserError: as in `fedkern.flower.runs.node_process.answer_message`.
+        RuntimeError: any other exception there.
+        Lost: the daemon ended while it worked.
     """
     if not is_possible():
         return None
@@ -98,12 +89,10 @@ def ask_daemon(
 
 
 def is_possible() -> bool:
-    """Return whether this system has what client daemons need."""
     return sys.platform == "linux" and hasattr(os, "pidfd_open")
 
 
 def end_daemon(run: str, node: UserConfig) -> None:
-    """End the client daemon of a run on the node of this configuration, if there is one."""
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.connect(_name(run, node))
         if user_of(link) == os.geteuid():
@@ -116,7 +105,7 @@ def _run(header: str) -> str:
 
 
 def _name(run: str, node: UserConfig) -> bytes:
-    """Return the socket's name: another one for every run, configuration of the node, code, and SuperNode."""
+    """Return the socket's name, which differs by run, node configuration, code and SuperNode."""
     parent = os.getppid()
     started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     space = str(Path("/proc/self/ns/pid").readlink())  # containers may share sockets, and number processes alike
@@ -125,10 +114,7 @@ def _name(run: str, node: UserConfig) -> bytes:
 
 
 def _connect_daemon(name: bytes, stays: float) -> socket.socket | None:
-    """Return a connection to the client daemon.
-
-    None where the name is somebody else's, or nobody answers to it.
-    """
+    """Connect to the client daemon, None if the name is another user's or nobody answers."""
     for _ in range(_LOOKS):
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -149,10 +135,7 @@ def _connect_daemon(name: bytes, stays: float) -> socket.socket | None:
 
 
 def _start(name: bytes, stays: float) -> bool:
-    """Start a client daemon.
-
-    False where another process has taken the name.
-    """
+    """Start a client daemon, False if another process has taken the name."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
         try:
             door.bind(name)
@@ -204,24 +187,17 @@ def _exchange(
 
 
 def user_of(link: socket.socket) -> int:
-    """Return the user whose process is at the other end."""
     credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(credentials)[1])
 
 
 def send(link: socket.socket, values: Mapping[str, object], packed: bytes = b"") -> None:
-    """Send plain values and a packed message."""
     head = json.dumps(values).encode()
     link.sendall(_LENGTHS.pack(len(head), len(packed)) + head)
     link.sendall(packed)
 
 
 def receive(stream: BinaryIO) -> tuple[dict[str, Any], bytes]:
-    """Return what the other end has sent.
-
-    Raises:
-        EOFError: the other end is gone.
-    """
     head, size = _LENGTHS.unpack(_exactly(stream, _LENGTHS.size))
     return json.loads(_exactly(stream, head)), _exactly(stream, size)
 
@@ -237,9 +213,9 @@ def _exactly(stream: BinaryIO, size: int) -> bytes:
 
 
 def live(door: int, parent: int, stays: float) -> None:
-    """Answers messages at the listening socket ``door`` until none has come for ``stays`` seconds.
+    """Answer messages at the socket ``door`` until none has come for ``stays`` seconds or the process ``parent`` ends.
 
-    Both ``door`` and ``parent``, the process with which this one ends, are descriptors.
+    ``door`` and ``parent`` are descriptors.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the SuperNode decides, and this process follows it
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -266,10 +242,7 @@ def _end_with(process: int) -> None:
 
 
 def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., bytes]) -> bool:
-    """Answers one message.
-
-    False where the run has ended and no other will come.
-    """
+    """Answer one message, False if the run has ended."""
     request, packed = receive(requests)
     if request.get("end"):
         return False

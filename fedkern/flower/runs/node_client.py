@@ -1,9 +1,8 @@
 """A client on its own node: answers the server's messages from its own data, with its state on its own disk.
 
-A node makes settings, data and method by itself, as the process of a run does; only messages of the method travel.
-Each message names the state that the client's round begins with.  Where this process has not seen the round's earlier
-messages (`client_daemon` says when it has), the client begins with that state and answers them once more,
-from its disk.  The bits are those of a client that stays in memory.
+Only the method's messages travel. Each message names the state that the client's round begins with. A process that has
+not seen the round's earlier messages loads that state and replays the messages from its disk. The bits are those of a
+client that stays in memory.
 """
 
 from __future__ import annotations
@@ -46,31 +45,29 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_data, data_of_one, effective, inspect_items, kept_data, load_data
 
 PROTOCOL = 9
-"""Version of the messages; both ends must have the same."""
+"""Version of the messages, which both ends must share."""
 ASKERS = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200
-"""Most figures of a report and warnings of a reply, and most characters of the name of one."""
+"""Largest number of a reply's figures and warnings, and longest name of one, in characters."""
 LARGEST_FIGURE = 1e100
-"""Largest finite figure of a report: the server adds figures up."""
+"""Largest finite figure of a report, because the server adds figures up."""
 _NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
 class ClientRequest:
-    """Header of a server's message, beside the message of the method.
+    """Header of a server's message, beside the method's message.
 
     Attributes:
         run: name of the run, 32 hexadecimal digits.
-        attempt: name of the server's process; a resumed run has another one.
+        attempt: name of the server's process, new for a resumed run.
         asker: name of the object whose ``client_update`` is called.
-        phase: the exchange.
-        version: round of the plan, from 1, and number of the client's message in the round, from 0.
-        begin: name of the state that the round begins with; None: the client has none yet.
+        begin: name of the state that the round begins with, None for a client without state.
         oldest: oldest round of the plan whose states the server's checkpoints name.
-        last: whether no other message of the round will come.
+        last: whether this is the round's last message.
         threads, client_threads: CPU threads of the run, on which bits depend.
-        plan: how far convolutions of a user's network wait (`fedkern.acceleration`); "": it runs as written.
-        data: fingerprint of the server's data, which the node's must have too; None: the node has data of its own.
+        plan: how far convolutions of a user's network wait (`fedkern.acceleration`), "" to run as written.
+        data: fingerprint that the node's data must match, None if nodes have their own data.
     """
 
     run: str
@@ -88,16 +85,11 @@ class ClientRequest:
     data: int | None
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values, which :meth:`read` reads."""
         return {"protocol": PROTOCOL, **vars(self), "phase": [*astuple(self.phase)]}
 
     @classmethod
     def read(cls, values: object) -> ClientRequest:
-        """Check plain values and make a request of them.
-
-        Raises:
-            Malformed: they are not what :meth:`to_dict` makes.
-        """
+        """Check plain values and make a request of them, or raise Malformed."""
         protocol = values.get("protocol") if isinstance(values, dict) else None
         if protocol != PROTOCOL:
             raise Malformed(f"has the form {protocol!r} where this version of fedkern reads {PROTOCOL}")
@@ -121,7 +113,7 @@ _HEADER: dict[str, tuple[type, ...]] = {
 
 
 def _check_form(values: object, form: Mapping[str, tuple[type, ...]], problem: str) -> dict[str, Any]:
-    """Return the values, or raise Malformed, with the problem, unless they have these types, () for any."""
+    """Return the values, or raise Malformed with ``problem`` unless they have the types of ``form`` (empty: any)."""
     if not isinstance(values, dict) or values.keys() != form.keys():
         raise Malformed(problem)
     if not all(type(values[name]) in kinds for name, kinds in form.items() if kinds):
@@ -142,9 +134,9 @@ class NodeClients:
 
     Args:
         base: folder of the clients' states of all runs on this node.
-        notice: called with the progress of something long; may be set anew between messages.
-        own_data: whether this node's folder holds the data of its client alone.
-        half: whether replies travel as bf16 (:func:`~fedkern.flower.runs.portable.pack_value`).
+        notice: called with progress, may be replaced between messages.
+        own_data: whether this node's folder holds only its client's data.
+        half: whether replies travel as bf16.
     """
 
     config: RunConfig
@@ -158,12 +150,7 @@ class NodeClients:
     _known: set[int] = field(default_factory=set)  # clients whose data fit the method
 
     def answer(self, request: ClientRequest, packed: bytes) -> bytes:
-        """Return a client's answer to a message of the server, packed for :func:`read_reply`.
-
-        Raises:
-            UserError: data, settings or an earlier state are not as they must be on this node.
-            Malformed: the message is none of fedkern's.
-        """
+        """Return a client's answer to a message of the server, packed for :func:`read_reply`."""
         message = _unpack_message(packed)
         if self._serial is None:
             try:
@@ -183,7 +170,6 @@ class NodeClients:
         return reply
 
     def close(self) -> None:
-        """Leaves the precision and the networks that the settings name."""
         self._stack.close()
 
     # -- once in a process -----------------------------------------------------------------------------------------
@@ -216,7 +202,6 @@ class NodeClients:
         return Serial(context, handlers, lambda _: dict, context.config.client_threads)
 
     def _admit(self, k: int) -> None:
-        """Check a client that has not worked in this process yet."""
         if k in self._known:
             return
         clients = self._context.federation.clients
@@ -235,7 +220,7 @@ class NodeClients:
     # -- one message -----------------------------------------------------------------------------------------------
 
     def _go_to(self, request: ClientRequest, folder: NodeFolder) -> None:
-        """Brings the client to where it was before this message of the round."""
+        """Bring the client to its state before this message of the round."""
         assert self._serial is not None  # answer
         plan, number = request.version
         before = request.attempt, Version(plan, number - 1)
@@ -276,7 +261,7 @@ class NodeClients:
         return reply
 
     def _keep_digest(self, request: ClientRequest, answer: Answer, folder: NodeFolder) -> None:
-        """Keep the digest of a private run's message before the message leaves its client."""
+        """Store the digest of a private run's message before the message leaves its client."""
         releases = Releases(folder.path)
         releases.open(request.oldest)
         releases.add(
@@ -305,11 +290,8 @@ def pack_reply(
 ) -> bytes:
     """Return the reply of a client to a request.
 
-    Args:
-        public: whether the reply may tell more of the client than its upload.
-        changed: whether the client's state has changed.
-        ledger: the client's privacy ledger, or None.
-        half: see :func:`~fedkern.flower.runs.portable.pack_value`.
+    ``public`` is whether the reply may disclose more than the upload, ``changed`` whether the client's state has
+    changed.
     """
     problem: dict[str, Any] | None = None
     if isinstance(failure := answer.problem, Diverged):
@@ -346,12 +328,9 @@ _PROBLEMS: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, owner: int | None = None) -> RunContext:
-    """Return the context that all clients of a run share, for a client on a node of its own.
+    """Return the context of a run for a client on its own node.
 
-    ``owner`` is the client whose data alone this machine has; None: this machine has the data of all clients.
-
-    Raises:
-        UserError: the data, or the files that the settings name, are not on this machine.
+    ``owner`` is the client whose data alone this machine has (None: this machine has all data).
     """
     if owner is None:
         data = inspect_items(config, load_data(config, notice=notice))
@@ -371,13 +350,10 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, owne
 
 
 def read_reply(packed: bytes, client: int, version: Version) -> tuple[Answer, bool, object]:
-    """Unpack a reply and check everything but the upload itself, which the engine checks.
+    """Unpack a reply and check everything but the upload, which the engine checks. Raises Malformed.
 
     Returns:
         The answer, whether the client's state has changed, and the client's privacy ledger.
-
-    Raises:
-        Malformed: the reply is none of fedkern's, or answers another message.
     """
     values = _check_form(unpack_value(packed), _REPLY, "is no answer of a fedkern client")
     if values["client"] != client or values["version"] != list(version):
@@ -402,7 +378,6 @@ def read_reply(packed: bytes, client: int, version: Version) -> tuple[Answer, bo
 
 
 def _has_valid_names(table: dict[object, object], taken: tuple[str, ...] = ()) -> bool:
-    """Return whether a reply's table has few entries, with names that a record may show and none that is ``taken``."""
     names = all(isinstance(name, str) and len(name) <= LONGEST_NAME and name.isprintable() for name in table)
     return len(table) <= MOST_NAMES and names and table.keys().isdisjoint(taken)
 

@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from fedkern.errors import UserError
 
 UserConfig = Mapping[str, bool | float | int | str]
-"""A run-config, or the configuration of a node, as Flower gives them."""
+"""A run-config or a node's configuration, as Flower gives them."""
 STAYS = 600.0
-"""Seconds that a client daemon waits for the next message, where the run-config does not say."""
+"""Default seconds that a client daemon waits for the next message."""
 
 
 def own_client(node_config: UserConfig) -> int:
-    """Return the client that the node is.
-
-    Raises UserError where the node's configuration does not say it.
-    """
+    """Return the node's client, or raise UserError."""
     client, of = (node_config.get(name) for name in ("partition-id", "num-partitions"))
     if type(client) is not int or client < 0 or (of is not None and (type(of) is not int or client >= of)):
         raise UserError(
@@ -27,8 +24,4 @@ def own_client(node_config: UserConfig) -> int:
 
 
 def folder(node_config: UserConfig, name: str) -> str | None:
-    """Return the folder on this machine that an entry names.
-
-    None: that of the run-config.
-    """
     return str(node_config[name]) if node_config.get(name) else None

@@ -1,11 +1,10 @@
-"""Executor of Flower: every client works on its own node, with the bits of the serial executor.
+"""Flower's executor: every client works on its own node, with the bits of the serial executor.
 
-The messages of an exchange are sent at once.  A client's state stays on its node.  In its place the server's
-checkpoint has the name of the state, so that a resumed server tells every node which state the round begins with (see
-`fedkern.flower.runs.node_folder`).
+All messages of an exchange are sent at once. A client's state stays on its node, and the server's checkpoint holds only
+the state's name, with which a resumed server tells every node where the round begins.
 
-A client whose node is not connected, or that has not answered by the deadline, is left out of the round.  What comes
-from a node is checked: a reply that is none is refused by name, and so is an upload that is not as its method declares.
+A client whose node is not connected, or that misses the deadline, is left out of the round. Everything from a node is
+checked, and malformed replies and undeclared uploads are refused.
 """
 
 from __future__ import annotations
@@ -35,25 +34,22 @@ from fedkern.methods.base import ClientId, Message, Phase
 from fedkern.privacy import LEDGER, Accountant
 
 STATE = "flower"
-"""Entry of a checkpoint's client state that has the name of the state on the node."""
+"""Entry of a checkpoint's client state with the name of the state on the node."""
 MOST_ENTRIES = 1024
-"""Most entries of a client's privacy ledger: equal releases share one, and every entry is accounted for."""
+"""Most entries of a client's privacy ledger, as each costs accounting time. Equal releases share an entry."""
 FAREWELL = 10.0
-"""Seconds at the end of a run for the nodes to hear that it has ended: a SuperNode looks for messages every 3 s."""
+"""Seconds at the end of a run for the nodes to hear the end. A SuperNode looks for messages every 3 s."""
 _FIRST_PAUSE, _LAST_PAUSE = 0.01, 0.5
 _AT_ONCE = 16  # replies asked for at once
 
 
 class Nodes(Ordered):
-    """The executor of a run's clients on nodes of Flower (see :class:`~fedkern.engine.executors.executor.Executor`).
+    """The executor of a run's clients on Flower's nodes.
 
     Args:
-        deadline: seconds within which a client must answer; 0: no limit but Flower's own, 12 hours.
-        half: whether messages travel as bf16 (:func:`~fedkern.flower.runs.portable.pack_value`).
-        own_data: whether nodes have data of their own, which the server does not know.
-
-    Raises:
-        UserError: no node is connected, or the run folder does not say under which name the nodes know the run.
+        deadline: seconds within which a client must answer (0: only Flower's limit, 12 hours).
+        half: whether messages travel as bf16.
+        own_data: whether nodes have their own data, unknown to the server.
     """
 
     remote = True
@@ -142,7 +138,6 @@ class Nodes(Ordered):
         time.sleep(self._pause if self._end is None else min(self._pause, max(0.0, self._end - time.monotonic())))
 
     def _lacks(self, k: ClientId, why: str) -> None:
-        """Note that nothing comes from a client."""
         self._replies[k] = Done(Answer(k, absent=why))
 
     def _pack_message(self, message: Message) -> bytes:
@@ -168,13 +163,12 @@ class Nodes(Ordered):
         )  # fmt: skip
 
     def _collect_replies(self, next_client: ClientId) -> list[tuple[str, NodeReply]]:
-        """Return the replies that have come: of the next client in order, then of some of the others."""
+        """Return the replies that have arrived: of the next client in order, then of some others."""
         names = sorted(self._waiting, key=lambda name: self._waiting[name] != next_client)
         replies = [(reply.reply_to, reply) for reply in self._channel.collect_replies(names[:_AT_ONCE])]
         return [(name, reply) for name, reply in replies if name in self._waiting]
 
     def _reply(self, k: ClientId, arrived: NodeReply) -> Done:
-        """Check the reply of a node."""
         if arrived.lost:
             return Done(Answer(k, absent=f"its node was lost ({printable_name(arrived.error, 200)})"))
         if arrived.error:
@@ -196,10 +190,6 @@ class Nodes(Ordered):
         return Done(answer, state if is_changed else None)
 
     def _check_ledger(self, ledger: Any) -> dict[str, Any] | None:
-        """Return a client's privacy ledger, in the form of :class:`Accountant`.
-
-        None where the run has no guarantee.
-        """
         if ledger is None or self._run.guarantee is None:
             return None
         try:
@@ -225,7 +215,7 @@ class Nodes(Ordered):
                 self._booked[direction] = total
 
     def close(self) -> None:
-        """End the processes of this run on the nodes, which otherwise hold the run's data for a while longer."""
+        """End the run's processes on the nodes, which would otherwise hold its data for a while."""
         with suppress(Exception):  # the run has ended, whatever becomes of them
             header = json.dumps({"end": self._name})
             sent = [self._channel.send(node, QUERY, header, b"", FAREWELL) for node in self._registry.home.values()]

@@ -1,8 +1,7 @@
-"""Folder of one client on its node's disk: the states of its last rounds, and the messages of the present round.
+"""Folder of one client on its node's disk: the states of its last rounds, and the messages of the current round.
 
-A state is written before the answer that goes with it is sent, under the round of the plan and the number of the
-message within the round.  The server says which state a round begins with: it keeps, in its own checkpoints, the name
-of the last state whose answer it took.  So the node knows nothing of a server that was lost and resumed.
+A state is written before its answer is sent. The server names the state that a round begins with: its checkpoints keep
+the name of the last state whose answer arrived. So a node need not notice that a server was lost and resumed.
 """
 
 from __future__ import annotations
@@ -23,22 +22,19 @@ from fedkern.files.inputs import open_regular, parse_json
 from fedkern.messages import states
 
 KEPT_RUNS = 16
-"""Runs whose states stay on a node: those in which a client of the node has worked last."""
 _RUN = re.compile(r"[0-9a-f]{32}")
 _STATE = re.compile(r"state-(\d{6})-(\d{6})\.safetensors")
 _MESSAGE = re.compile(r"message-(\d{6})-(\d{6})\.packed")
 
 
 class Version(NamedTuple):
-    """Name of a state: round of the plan, from 1, and number of the message in this round, from 0."""
+    """Name of a state: round of the plan, from 1, and message number in this round, from 0."""
 
     plan: int
     number: int
 
 
 class NodeFolder:
-    """The folder of a client, in the folder ``base`` of all runs on this node."""
-
     def __init__(self, base: Path, run: str, client: int) -> None:
         self.path = base / run / f"client-{client:05d}"
         new = not (base / run).exists()
@@ -56,10 +52,6 @@ class NodeFolder:
     # -- states ----------------------------------------------------------------------------------------------------
 
     def read_state(self, version: Version | None) -> dict[str, object]:
-        """Return the state of that name, empty for None.
-
-        Raises UserError where it is missing or damaged.
-        """
         if version is None:
             return {}
         try:
@@ -70,7 +62,7 @@ class NodeFolder:
             ) from None
 
     def write_state(self, version: Version, content: dict[str, object], oldest: int) -> None:
-        """Write a state, and delete those that no checkpoint of the server can name: of rounds before ``oldest``."""
+        """Write a state, and delete states that no server checkpoint can name (of rounds before ``oldest``)."""
         states.save(self._state(version), content)
         names = [Version(*numbers) for numbers in self._list_versions(_STATE)]
         before = max((name for name in names if name.plan == version.plan and name < version), default=None)
@@ -85,15 +77,10 @@ class NodeFolder:
     # -- messages --------------------------------------------------------------------------------------------------
 
     def keep_message(self, version: Version, header: dict[str, object], packed: bytes) -> None:
-        """Keep a message, in case the client's next one of this round meets another process."""
+        """Store a message, in case another process gets the round's next message."""
         atomic.write_bytes(self._message(version), json.dumps(header).encode() + b"\n" + packed)
 
     def message(self, version: Version) -> tuple[dict[str, object], bytes]:
-        """Return a kept message.
-
-        Raises:
-            UserError: the message is missing or damaged.
-        """
         try:
             with open_regular(self._message(version)) as file:
                 return parse_json(file.readline().decode()), file.read()
@@ -101,7 +88,7 @@ class NodeFolder:
             raise UserError(f"An earlier message of this round cannot be read ({error}).") from None
 
     def drop_messages(self, plan: int) -> None:
-        """Delete the kept messages of rounds before ``plan``."""
+        """Delete the stored messages of rounds before ``plan``."""
         for numbers in self._list_versions(_MESSAGE):
             if numbers[0] < plan:
                 self._message(Version(*numbers)).unlink(missing_ok=True)
@@ -115,10 +102,6 @@ class NodeFolder:
 
 
 def _drop_runs(base: Path) -> None:
-    """Delete the states of all runs but the last `KEPT_RUNS`.
-
-    What else lies in the folder stays.
-    """
     runs = [path for path in base.iterdir() if _RUN.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
     for path in sorted(runs, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_RUNS]:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The clients of a process on a node: made at the first message of a run, and kept for its next ones."""
+"""The clients of a process on a node, made at the first message of a run and kept for the next ones."""
 
 from __future__ import annotations
 
@@ -24,19 +24,10 @@ _here: tuple[Any, NodeClients] | None = None  # of the last message of this proc
 
 
 def answer_message(header: str, packed: bytes, run_config: UserConfig, node: UserConfig, notice: Notice) -> bytes:
-    """Return the answer to a message of the run's server.
+    """Return the answer to a message of the run's server. A client that cannot answer says why.
 
-    A client that cannot answer says why in it.
-
-    Args:
-        header: a :class:`~fedkern.flower.runs.node_client.ClientRequest` as JSON text.
-        packed: the message.
-        run_config: settings of the run (`fedkern.flower.runs.run_settings`).
-        node: the node's configuration (`fedkern.flower.runs.node_config`).
-
-    Raises:
-        Malformed: the message is none of fedkern's, or is for another client.
-        UserError: the node's configuration does not say which client it is.
+    ``header`` is a :class:`~fedkern.flower.runs.node_client.ClientRequest` as JSON text. Raises Malformed for another
+    client's message.
     """
     request, client = ClientRequest.read(parse_json(header)), node_config.own_client(node)
     if request.client != client:
@@ -53,7 +44,7 @@ def answer_message(header: str, packed: bytes, run_config: UserConfig, node: Use
 
 
 def describe_data(run_config: UserConfig, node: UserConfig, notice: Notice) -> dict[str, object]:
-    """Return the number of samples and form of the data of a node whose folder holds its own data alone."""
+    """Return number of samples and form of a node's own data."""
     data = data_of_one(
         run_settings.read_run_config(run_config, node_config.folder(node, "data-root")).config, notice, node=True
     )
@@ -61,10 +52,7 @@ def describe_data(run_config: UserConfig, node: UserConfig, notice: Notice) -> d
 
 
 def _clients(request: ClientRequest, run_config: UserConfig, node: UserConfig, notice: Notice) -> NodeClients:
-    """Return the clients of this process.
-
-    Those of another run, or with other settings, are dropped.
-    """
+    """Return the clients of this process, after dropping clients of another run or other settings."""
     global _here
     alike = {name: value for name, value in node.items() if name != "partition-id"}
     owner = request.client if run_config.get("flower.own-data") else None
@@ -84,10 +72,7 @@ def _clients(request: ClientRequest, run_config: UserConfig, node: UserConfig, n
 
 
 def drop_clients(run: str | None = None) -> None:
-    """Drop the clients of this process, or those of a run.
-
-    The next message begins with what is on the disk.
-    """
+    """Drop the clients of this process or of a run. The next message begins with the state on the disk."""
     global _here
     if _here is not None and run in (None, _here[0][0]):
         _here[1].close()

@@ -1,4 +1,4 @@
-"""Which node of Flower is which client of a run: nodes are asked when they connect."""
+"""Table of Flower's nodes by client. Nodes are asked for their client when they connect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from fedkern.process.interrupts import check
 ACQUAINTED = 60.0
 """Seconds that a new node has to say which client it is, during the rounds."""
 MOST_FACTS = 32
-"""Most entries of what a node says of its data."""
 _FIRST_PAUSE, _PAUSE, _LAST_PAUSE = 0.01, 0.1, 0.5
 
 Warn = Callable[[str, str], None]
@@ -27,9 +26,9 @@ class NodeRegistry:
     """The nodes of a run's clients, for which :meth:`meet` waits ``wait`` seconds.
 
     Attributes:
-        count: number of clients; set before :meth:`meet`.
-        home: connected nodes by client; of several nodes of one client, the one that connected last.
-        facts: what a node says of its data, by client, where nodes are asked about them (``own_data``).
+        count: number of clients, set before :meth:`meet`.
+        home: connected nodes by client, the latest one if a client has several.
+        facts: nodes' descriptions of their own data, by client.
     """
 
     def __init__(self, channel: NodeChannel, *, wait: float, own_data: bool = False) -> None:
@@ -44,14 +43,9 @@ class NodeRegistry:
         self._refused = ""  # why the latest foreign node takes no part
 
     def meet(self, warn: Warn) -> None:
-        """Wait for the nodes of all clients.
+        """Wait for the nodes of all clients, and go on without some of them after ``wait`` seconds.
 
-        The run goes on without some of them.
-
-        From now on ``warn`` takes warnings, a name and a sentence.
-
-        Raises:
-            UserError: no node of a client is connected, or takes part.
+        Raises UserError if no node is connected. From now on ``warn`` takes warnings, a name and a sentence.
         """
         self._warn = warn
         end, pause = time.monotonic() + self._wait, _FIRST_PAUSE
@@ -75,10 +69,7 @@ class NodeRegistry:
             warn("clients-without-node", text)
 
     def find(self) -> None:
-        """Brings the table of nodes up to date.
-
-        Waits a little for new nodes to say which client they are.
-        """
+        """Update the table of nodes, waiting a little for new nodes to say which client they are."""
         self._get_acquainted()
         while any(time.monotonic() - self._asked[node] <= ACQUAINTED for node in self._waiting.values()):
             check()
@@ -86,7 +77,6 @@ class NodeRegistry:
             self._get_acquainted()
 
     def _get_acquainted(self) -> None:
-        """Asks nodes that are new which client they are, and forgets those that have left."""
         present = self._channel.nodes()
         for node in [node for node in self._asked if node not in present]:
             del self._asked[node]
@@ -116,10 +106,7 @@ class NodeRegistry:
                 self.home[k] = node
 
     def _read_introduction(self, node: int, arrived: NodeReply) -> ClientId | None:
-        """Return the client that a node says it is.
-
-        None where the node is not one of this run's.
-        """
+        """Return the client that a node says it is, None for a foreign node."""
         try:
             if arrived.packed is None:
                 raise Malformed(arrived.malformed or f"failed: {arrived.error}")

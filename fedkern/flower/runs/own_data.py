@@ -1,7 +1,7 @@
-"""Runs whose nodes have the data of one client each: what server and nodes must agree on before the first round.
+"""Runs whose nodes each have one client's data: what server and nodes must agree on before the first round.
 
-The server has a folder or a function of the same kind: its test and validation sets judge the network, its training
-samples are not used.  Of a client's data it learns the number of samples.
+The server's test and validation sets judge the network, its training samples are unused. The server learns only a
+client's number of samples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def form_of(data: FederatedData) -> dict[str, object]:
-    """Return the facts on data that server and nodes must have in common, as plain values."""
+    """Return the facts on data that server and nodes must share, as plain values."""
     form = data.form
     facts = {"task": data.task.name, "classes": list(data.classes)}
     if isinstance(form, SampleForm):  # a user's collation may make batches of several lengths
@@ -37,10 +37,9 @@ def form_of(data: FederatedData) -> dict[str, object]:
 
 
 def declare_federation(config: RunConfig, registry: NodeRegistry, warn: Callable[[str, str], None]) -> FederatedData:
-    """Return the federation as the server sees it: its own test sets, and the number of samples of every node.
+    """Return the federation as the server sees it: its own test sets, and every node's number of samples.
 
-    Raises:
-        UserError: a node is missing, or has data of another form.
+    Raises UserError if a node is missing or has data of another form.
     """
     data = data_of_one(config)
     registry.count = config.clients

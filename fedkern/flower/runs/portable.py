@@ -1,9 +1,7 @@
-"""Messages between a run's server and its clients' nodes: bytes of a safetensors file with a JSON tree.
+"""Messages between a run's server and its nodes: bytes of a safetensors file with a JSON tree, without pickle.
 
-No pickle.
-
-What arrives comes from another machine and is checked before anything is made of it.  A tensor keeps the order of its
-strides: channels-last images arrive as such, so that networks compute with the same kernels and give the same bits.
+The bytes come from another machine and are checked before use. Tensors keep the order of their strides, so that
+networks compute with the same kernels and give the same bits.
 """
 
 from __future__ import annotations
@@ -23,22 +21,14 @@ from fedkern.messages.states import ABOUT, check_tensor, tree_of, value_of
 LONGEST_TEXT = 4 << 20
 """Most bytes of a message beside its tensors."""
 LARGEST_WHOLE = 1 << 64
-"""Whole numbers of a message are smaller, and so are their negatives."""
 LEAST_HALVED = 1024
-"""Elements from which on an fp32 tensor may travel as bf16: small ones hold single figures, and weigh nothing."""
+"""Fewest elements of a tensor that may travel as bf16. Small tensors hold single figures and weigh nothing."""
 
 
 def pack_value(value: object, *, half: bool = False) -> bytes:
-    """Pack tensors, NumPy arrays, numbers, texts, None, and lists, tuples and dicts of these.
+    """Pack tensors, NumPy arrays, numbers, texts, None, and lists, tuples and dicts of these, or raise TypeError.
 
-    A tensor that stands in several places travels once.
-
-    Args:
-        half: whether fp32 tensors of at least `LEAST_HALVED` elements travel as bf16, rounded to nearest; they arrive
-            as fp32 again.
-
-    Raises:
-        TypeError: ``value`` holds something else; the message says where.
+    A tensor in several places travels once. With ``half``, large fp32 tensors travel as bf16 and arrive as fp32.
     """
     tensors: dict[str, Tensor] = {}
     # With the values, whose ids are then nobody else's.
@@ -65,11 +55,7 @@ def pack_value(value: object, *, half: bool = False) -> bytes:
 
 
 def unpack_value(data: bytes) -> object:
-    """Return the value that was packed, its tensors on the CPU, in memory of their own.
-
-    Raises:
-        Malformed: the bytes were not made by :func:`pack`.
-    """
+    """Return the packed value with new tensors on the CPU, or raise Malformed."""
     size = int.from_bytes(data[:8], "little")
     if size > LONGEST_TEXT:
         raise Malformed(f"has a text of {size:,} bytes where {LONGEST_TEXT:,} is the most")

@@ -1,7 +1,4 @@
-"""A Flower project that plays a fedkern run: pyproject.toml with the run-config, a README, and code that the run needs.
-
-Nothing here imports flwr: a project can be written where Flower is not installed.
-"""
+"""A Flower project for a fedkern run: pyproject.toml, README and the run's code, written without importing flwr."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ from fedkern.usercode import named_code
 
 SERVER_APP = "fedkern.flower.runs.server_app:app"
 GOES_ON = {"on_nan": "skip", "on_error": "skip"}
-"""Settings of a project where nobody gives them: on nodes, one client's mistake is not to end the run."""
+"""Default settings of a project, because one client's mistake should not end a run on nodes."""
 _WIDE = 60
 
 
@@ -42,11 +39,7 @@ _WIDE = 60
 class Project:
     """Contents of a project: what the user gave, without defaults (compare `fedkern.cli.request.Given`).
 
-    Attributes:
-        plugins: names of plugins: absolute paths of files, or modules.
-        out: the run folder; None: a new one for every run.
-        own_data: whether each node has the data of its client alone.
-        clients: names of the clients, or their numbers.
+    ``out`` None means a new run folder for every run.
     """
 
     method: str
@@ -61,11 +54,7 @@ class Project:
     clients: Sequence[str]
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the project, and return its files.
-
-        Raises:
-            UserError: the folder is not empty or cannot be written, or two files of code have one name.
-        """
+        """Write the project, and return its files."""
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not an empty folder: name a new one with --flower.")
         code = self._code()
@@ -88,7 +77,7 @@ class Project:
         return sorted(folder.iterdir())
 
     def _code(self) -> dict[str, Path]:
-        """Files of code that the project takes along, by the name that the settings have for them."""
+        """Return the code files to copy into the project, by their name in the settings."""
         files = {name: Path(name) for name in self.plugins if Path(name).is_absolute()}
         for named in (named_code.parse(str(self.settings.get(field) or "")) for field in CODE):
             if named is not None and named.file:
@@ -106,7 +95,6 @@ class Project:
     # -- pyproject.toml --------------------------------------------------------------------------------------------
 
     def pyproject(self, name: str) -> str:
-        """Text of pyproject.toml for a project of that name."""
         plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "fedkern-run"
         return f"""\
 # A run of fedkern over Flower; README.md has the commands.
@@ -155,7 +143,7 @@ clientapp = "fedkern.flower.runs.client_app:app"
         return rows
 
     def _portable(self, field: str, value: object) -> object:
-        """Return the value of a setting as it stands in the project, where its code has no folder."""
+        """Return a setting's value for the project, in which code has no folder."""
         if value is None:
             return ""
         named = named_code.parse(str(value)) if field in CODE else None
@@ -191,7 +179,6 @@ clientapp = "fedkern.flower.runs.client_app:app"
     # -- README.md ---------------------------------------------------------------------------------------------------
 
     def readme(self, folder: Path) -> str:
-        """Text of README.md."""
         count = len(self.clients)
         nodes = "\n".join(
             f"| {printable_name(str(name), 60).replace('|', '/')} | `--node-config 'partition-id={k} "
@@ -256,12 +243,9 @@ Files that settings name by a path (data, initial weights, teachers) must be on 
 
 
 def simulation_settings(folder: Path, options: Sequence[str]) -> list[str]:
-    """Flower's settings of a simulation of a project on this machine: fedkern's, then the user's ``options``.
+    """Return Flower's settings to simulate a project on this machine: fedkern's, then the user's ``options``.
 
-    In a :class:`Project`, each client needs a node; the folder may be that of any other Flower project too.
-
-    Raises:
-        UserError: Ray is not installed, or nobody says how many clients there are.
+    The folder may hold any Flower project. In a :class:`Project`, each client needs a node.
     """
     if importlib.util.find_spec("ray") is None:
         raise UserError(

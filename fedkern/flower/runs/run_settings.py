@@ -2,11 +2,11 @@
 
 | key | holds |
 |---|---|
-| `rounds`, `local-epochs`, ... | a setting, named as its flag; an empty text leaves it open |
+| `rounds`, `local-epochs`, ... | a setting, named as its flag (an empty text leaves it open) |
 | `method-option.NAME`, `data-option.NAME` | an option of the method or of the data set |
 | `plugins` | files of the project, or modules, separated by commas |
 | `out`, `resume`, `report`, `predictions` | as the flags of the command line |
-| `flower.deadline`, `flower.wait`, ... | what `FLOWER` says |
+| `flower.deadline`, `flower.wait`, ... | entries of `FLOWER` |
 """
 
 from __future__ import annotations
@@ -49,21 +49,15 @@ FLOWER = {
     ),
     "flower.state": Option("", "folder of the clients' states on their nodes; empty: a folder in the user's cache"),
 }
-"""Settings of a run over Flower."""
 JUDGING = {"test_share": 0.5, "validation_share": 0.9}
-"""Shares of the server's images, where nobody gives them and nodes have data of their own: none of them trains."""
+"""Default shares of the server's images if nodes have their own data: the server's images only judge."""
 LOCAL_ONLY = ("workers",)
-"""Settings that say nothing about a run over Flower."""
 CODE = ("model", "data")
-"""Settings that may name code, whose files the project takes along."""
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Values of a run-config: see `SWITCHES` and `FLOWER`.
-
-    Without a run folder ``out`` it is a new one in ``runs``.
-    """
+    """Values of a run-config. ``out`` None means a new folder in ``runs``."""
 
     config: RunConfig
     out: Path | None
@@ -78,17 +72,13 @@ class RunSettings:
 
 
 def setting_key(field: str) -> str:
-    """Key of a field of RunConfig: ``local_epochs`` -> ``local-epochs``."""
     return field.replace("_", "-")
 
 
 def read_run_config(run_config: UserConfig, data_root: str | None = None) -> RunSettings:
     """Read Flower's flat run-config, and load the plugins that it names.
 
-    ``data_root`` is the folder of the data on this machine, instead of that of the run-config.
-
-    Raises:
-        UserError: an unknown key, a value out of range, or a plugin or file that is not on this machine.
+    ``data_root`` is the folder of the data on this machine, instead of the run-config's.
     """
     values = {key: word for key, value in run_config.items() if (word := as_typed(value).strip())}
     fields = {setting_key(entry.field): entry.field for entry in RunConfig.declared() if entry.field not in LOCAL_ONLY}
@@ -131,7 +121,6 @@ def read_run_config(run_config: UserConfig, data_root: str | None = None) -> Run
 
 
 def check_portable(config: RunConfig) -> None:
-    """Raise UserError for a run that cannot be played over Flower."""
     if config.kind.pooled:
         raise UserError(f"{config.method} needs the data of all clients in one place, which Flower keeps apart.")
     check_local(config)
@@ -178,10 +167,7 @@ def _under(values: Mapping[str, str], prefix: str) -> Iterable[tuple[str, str]]:
 
 
 def _locate_file(name: str) -> str:
-    """Return the path of a file of the project, which Flower puts on ``sys.path``.
-
-    Another name is returned as it is.
-    """
+    """Find a project file, which Flower puts on ``sys.path``. Other names are returned unchanged."""
     path = Path(name)
     if path.is_absolute() or not name.endswith(".py"):
         return name

@@ -1,7 +1,7 @@
 """The ServerApp of a whole run over Flower: ``fedkern.flower.runs.server_app:app`` in a project's pyproject.toml.
 
-It plays the run as the command line does, with the same run folder, checkpoints and figures; only the clients are on
-their nodes (`fedkern.flower.runs.node_executor`).  Like the command line it may import everything below it.
+Run folder, checkpoints and figures are the command line's. Like the command line, this module may import everything
+below it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,13 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Plays the run that the run-config describes."""
     warn_of_version()
     play(grid, context.run_config)
 
 
 @key_words()
 def play(grid: Grid, run_config: UserConfig) -> Summary:
-    """Plays the run of a flat run-config (`fedkern.flower.runs.run_settings`), and returns its summary.
-
-    Raises:
-        UserError: anything that the user can put right.
-        RunFailed: the run was stopped, or failed without a result to keep.
-    """
+    """Run a flat run-config, and return the run's summary."""
     settings = run_settings.read_run_config(run_config)
     config, out, fresh = settings.config, settings.out, False
     run_settings.check_portable(config)
@@ -93,10 +87,7 @@ def _warn(name: str, text: str) -> None:
 
 
 def draw(out: Path, data: FederatedData | None, data_root: str | None, code: tuple[str, ...], report: bool) -> None:
-    """Draws the pictures of a finished run, and writes its report.
-
-    The run is complete without them.
-    """
+    """Draw the pictures of a finished run and write its report. The run is complete without them."""
     from fedkern.report.figures.pictures import finished_pictures
     from fedkern.report.pages.run_page import write_report
 
@@ -111,10 +102,7 @@ def draw(out: Path, data: FederatedData | None, data_root: str | None, code: tup
 
 
 class FlowerLog(Listener):
-    """Writes what happens in a run to Flower's log, a line each.
-
-    Keeps the run's ``data``, None before the start.
-    """
+    """Listener that writes a run's events to Flower's log, and keeps the run's ``data``."""
 
     data: Any = None
 

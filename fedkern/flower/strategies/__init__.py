@@ -1,6 +1,6 @@
-"""Strategies for Flower apps: in place of those of ``flwr.serverapp.strategy``, with the same names and arguments.
+"""Strategies for Flower apps, with the names and arguments of those of ``flwr.serverapp.strategy``.
 
-`docs/flower-reference.md` says what is the same and what is different.
+`docs/flower-reference.md` compares the two.
 """
 
 from fedkern.flower.adapter import Result, streaming

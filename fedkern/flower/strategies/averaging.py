@@ -1,7 +1,4 @@
-"""Flower's FedAvg and FedProx with fedkern's mean, which leaves bad replies out.
-
-The base of the other strategies.
-"""
+"""Flower's FedAvg and FedProx with fedkern's mean, which leaves bad replies out: the base of the other strategies."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ R = TypeVar("R")
 Gathered = RunningMean | AllModels
 
 LEFT_OUT = "left-out/"
-"""Beginning of the names of metrics that list nodes whose replies did not count, by reason."""
+"""Prefix of the metrics that list, by reason, nodes whose replies did not count."""
 
 _HEAVIEST = 2**53
 # An update of so many times the median norm is worth a warning.
@@ -69,9 +66,8 @@ class Combined(NamedTuple):
     """The models of a round, combined.
 
     Attributes:
-        vector: ``[P]``, the floating entries; or the bytes of their arrays (see `adapter.make_record`).
-        whole: the other entries.
-        nodes: nodes whose replies were combined; None for all.
+        vector: the floating entries, ``[P]``, or the bytes of their arrays (see `adapter.make_record`).
+        nodes: nodes whose replies were combined, None for all.
     """
 
     vector: Tensor | Mapping[str, bytes]
@@ -80,7 +76,7 @@ class Combined(NamedTuple):
 
 
 def constructed_like(original: Any, *extra: str) -> Callable[[C], C]:
-    """Decorate a strategy so that its signature shows the arguments of Flower's, ``extra`` ones and fedkern's own."""
+    """Decorate a strategy to show the arguments of Flower's strategy, ``extra`` ones and fedkern's."""
 
     def decorate(cls: C) -> C:
         inherited: Any = cls.__init__  # type: ignore[misc]
@@ -107,22 +103,22 @@ _OWN = {"seed": 0, "max_update_norm": 0.0, "low_memory": False}
 class FedAvg(flower.FedAvg):
     """Flower's ``FedAvg``: the same constructor and hooks, another aggregation.
 
-    Bad replies are left out, and named in the log, in :attr:`left_out` and in the round's metrics.  Entries of whole
-    numbers become the largest value of the replies.  The order in which replies arrive changes no bit.
+    Bad replies are left out, and named in the log, in :attr:`left_out` and in the round's metrics. Entries of integers
+    become the largest value of the replies. The order in which replies arrive changes no bit.
 
     Args:
         *args, **named: those of Flower's strategy of the same name.
         seed: chooses the nodes of every round, together with the round.
-        max_update_norm: largest Euclidean norm of a reply's model minus the model sent, over all floating entries; 0:
+        max_update_norm: largest Euclidean norm of a reply's model minus the model sent, over all floating entries. 0:
             no limit.
-        low_memory: whether replies are added to exact sums as they arrive, 25 bytes for every number of the model,
-            instead of being kept until the last is there; this is slower.  Rules that compare replies keep them.
+        low_memory: whether to add replies to exact sums as they arrive, 25 bytes for every number of the model, instead
+            of keeping them until the last one arrives. This is slower. Rules that compare replies always keep them.
 
     Attributes:
-        left_out: the replies that did not count, of all rounds, to messages of training and of evaluation.
+        left_out: the replies of all rounds that did not count, to training and evaluation messages.
 
     Raises:
-        UserError: an argument of fedkern's is out of range.
+        UserError: one of fedkern's own arguments is out of range.
         TypeError: as Flower's strategy.
     """
 
@@ -162,7 +158,7 @@ class FedAvg(flower.FedAvg):
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
         **named: Any,
     ) -> Result:
-        """See Flower's ``Strategy.start``, which gets arguments of other names too.
+        """Run the rounds as Flower's ``Strategy.start``, which passes on arguments of other names too.
 
         Raises:
             UserError: the arrays do not hold real numbers, or no reply of the first round has their form.
@@ -194,7 +190,7 @@ class FedAvg(flower.FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """See Flower's ``FedAvg.configure_train``."""
+        """Choose the nodes of a round and build their messages, as Flower's ``FedAvg.configure_train``."""
         if self.fraction_train == 0.0:
             return []
         chosen = self._choose_nodes(grid, self.fraction_train, self.min_train_nodes, server_round, "training")
@@ -204,7 +200,7 @@ class FedAvg(flower.FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """See Flower's ``FedAvg.configure_evaluate``."""
+        """Choose the nodes of an evaluation and build their messages, as Flower's ``FedAvg.configure_evaluate``."""
         if self.fraction_evaluate == 0.0:
             return []
         chosen = self._choose_nodes(grid, self.fraction_evaluate, self.min_evaluate_nodes, server_round, "evaluation")
@@ -218,10 +214,10 @@ class FedAvg(flower.FedAvg):
 
         Args:
             server_round: the round, from 1.
-            replies: the replies, which are read once; from :meth:`start` they come as they arrive.
+            replies: the replies, read once. From :meth:`start` they come as they arrive.
 
         Returns:
-            The new arrays in the layout of those sent, and the metrics; None where no reply counts.
+            The new arrays in the layout of those sent, and the metrics. None where no reply counts.
 
         Raises:
             UserError: no reply so far has had the form of the arrays sent.
@@ -272,9 +268,10 @@ class FedAvg(flower.FedAvg):
 
         Args:
             server_round: the round, from 1.
+            replies: the replies.
 
         Returns:
-            The metrics; None where no reply counts and none is left out.
+            The metrics. None where no reply counts and none is left out.
         """
         contents: list[_Content] = []
         faults: list[LeftOut] = []
@@ -294,7 +291,7 @@ class FedAvg(flower.FedAvg):
     # -- the nodes of a round ------------------------------------------------------------------------------------------
 
     def _choose_nodes(self, grid: Grid, fraction: float, minimum: int, server_round: int, purpose: str) -> list[int]:
-        """Nodes of a round, once enough are connected: a fraction of them, chosen by seed, purpose and round alone."""
+        """Wait for enough nodes and return a fraction of them, chosen by seed, purpose and round alone."""
         while True:
             connected = adapter.nodes(grid)
             count = max(int(len(connected) * fraction), minimum)
@@ -320,7 +317,7 @@ class FedAvg(flower.FedAvg):
         return messages
 
     def begin(self, arrays: ArrayRecord | None, nodes: Sequence[int]) -> None:
-        """Note the arrays and nodes of a round: replies must have the form of ``arrays``, or if None their own.
+        """Note the arrays and nodes of a round. Replies must have the form of ``arrays``, or of each other if None.
 
         Raises:
             UserError: the arrays do not hold real numbers.
@@ -338,13 +335,12 @@ class FedAvg(flower.FedAvg):
             self._sent, self._layout = arrays, layout
 
     def begin_evaluation(self, nodes: Sequence[int]) -> None:
-        """Note the nodes that an evaluation asks."""
+        """Note the nodes of an evaluation."""
         self._evaluating = list(nodes)
 
     # -- replies -------------------------------------------------------------------------------------------------------
 
     def _take(self, reply: Message, gathered: Gathered) -> _Content:
-        """Check a reply and add it to what the round keeps."""
         content, node = _content(reply), _node(reply)
         arrays = _only(content, ArrayRecord)
         weight = self._weight(content)
@@ -363,7 +359,6 @@ class FedAvg(flower.FedAvg):
         return _Content(node, adapter.without_arrays(content), weight)
 
     def _weight(self, content: RecordDict) -> float:
-        """Return the weight of a reply, whose metrics are checked."""
         metrics = _only(content, MetricRecord)
         weight = metrics.get(self.weighted_by_key)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
@@ -382,7 +377,6 @@ class FedAvg(flower.FedAvg):
         return float(weight)
 
     def _log(self, server_round: int, counted: int, faults: list[LeftOut], to: str) -> None:
-        """Log and note which replies counted."""
         faults.sort()
         self.left_out += faults
         adapter.log(adapter.INFO, "Round %s: %s %s count, %s do not.", server_round, counted, to, len(faults))
@@ -390,7 +384,7 @@ class FedAvg(flower.FedAvg):
             adapter.log(adapter.WARNING, "Round %s: the reply of node %s %s: left out.", *fault[:2], fault.text)
 
     def _tell(self, server_round: int, counted: int, faults: list[LeftOut]) -> None:
-        """Log which replies counted."""
+        """Log which replies counted, and fail if the app's replies can never fit."""
         self._log(server_round, counted, faults, "replies")
         self._ever_fitted |= bool(counted)
         if counted:
@@ -407,7 +401,6 @@ class FedAvg(flower.FedAvg):
             )
 
     def _warn_of_far(self, server_round: int, nodes: list[int], norms: list[float]) -> None:
-        """Warns of updates that count although they are far larger than the others."""
         if len(norms) < 2 or self._start is None:
             return
         median = sorted(norms)[(len(norms) - 1) // 2] or self._start.norm()
@@ -420,13 +413,11 @@ class FedAvg(flower.FedAvg):
                 )  # fmt: skip
 
     def _metrics(self, contents: list[_Content], faults: list[LeftOut]) -> MetricRecord | None:
-        """Return the metrics of a round's training."""
         return self._aggregate_replies(contents, faults, self.train_metrics_aggr_fn)
 
     def _aggregate_replies(
         self, contents: list[_Content], faults: list[LeftOut], rule: Callable[[list[RecordDict], str], MetricRecord]
     ) -> MetricRecord | None:
-        """Return the replies' own metrics, and the nodes left out by reason."""
         contents = _alike(contents)
         metrics: MetricRecord | None = None
         if any(content.weight for content in contents):
@@ -443,24 +434,20 @@ class FedAvg(flower.FedAvg):
     # -- what other strategies do differently --------------------------------------------------------------------------
 
     _averages = True
-    """Whether models are combined by their weighted mean, which shows where numbers are not finite."""
+    """Whether the rule is a weighted mean, in which non-finite numbers show."""
 
     def _describe_rule(self) -> str:
         kind = "exact sums of replies as they arrive" if self.low_memory else "all replies (memory: replies × model)"
         return f"weighted mean, {kind}"
 
     def _gather(self, layout: Layout) -> Gathered:
-        """Return an empty collection of a round's models."""
         return (RunningMean if self.low_memory else AllModels)(layout, self._start)
 
     def _add(self, gathered: Gathered, model: Model, weight: float, node: int) -> None:
         gathered.add(model, weight, node)
 
     def _combine(self, gathered: Gathered, server_round: int) -> Combined | None:
-        """Return the models combined.
-
-        None where their weights are all 0.
-        """
+        """Combine the models, None if all their weights are 0."""
         assert self._layout is not None
         as_arrays = type(self)._step is FedAvg._step
         if isinstance(gathered, RunningMean):
@@ -487,22 +474,20 @@ class FedProx(FedAvg, flower.FedProx):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """See Flower's ``FedProx.configure_train``."""
+        """Add ``proximal-mu`` to the messages, as Flower's ``FedProx.configure_train``."""
         config["proximal-mu"] = self.proximal_mu
         return super().configure_train(server_round, arrays, config, grid)
 
 
 def mean_of_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-    """Weighted mean of the replies' metrics, as Flower's default.
-
-    Its bits do not depend on the order of the replies.
+    """Average the replies' metrics by weight, as Flower's default, with the same bits for every order of replies.
 
     Args:
         contents: replies with one MetricRecord each, of the same names.
         weighted_by_key: name of the metric that is the weight, which the result leaves out.
 
     Returns:
-        Floats, and lists of floats.  No entries where the weights are all 0.
+        Floats, and lists of floats. No entries where the weights are all 0.
     """
     records = [_only(content, MetricRecord) for content in contents]
     weights = [float(record[weighted_by_key]) for record in records]
@@ -531,15 +516,13 @@ def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
 
 
 class _Content(NamedTuple):
-    """A reply that counts, without its arrays in training."""
-
     node: int
     record: RecordDict
     weight: float
 
 
 def _alike(contents: list[_Content]) -> list[_Content]:
-    """Return the replies whose metrics have the names and lengths that most have."""
+    """Return the replies whose metrics have the most common names and lengths."""
 
     def form(content: _Content) -> tuple[tuple[str, int], ...]:
         record = _only(content.record, MetricRecord)
@@ -559,21 +542,18 @@ def _alike(contents: list[_Content]) -> list[_Content]:
 
 
 def _content(reply: Message) -> RecordDict:
-    """Return the records of a reply."""
     if reply.has_error():
         raise Misfit("error", f"is an error: {reply.error.reason}")
     return reply.content
 
 
 def _left_out(server_round: int, reply: Message, error: Exception) -> LeftOut:
-    """Describe a reply that could not be read."""
     if not isinstance(error, Misfit):
         error = Misfit("unreadable", f"cannot be read ({type(error).__name__}: {printable_name(str(error), 200)})")
     return LeftOut(server_round, _node(reply), error.reason, make_printable(str(error)))
 
 
 def _too_large(number: float) -> bool:
-    """Return whether a whole number is beyond fp64."""
     return isinstance(number, int) and abs(number) > sys.float_info.max
 
 
@@ -589,7 +569,7 @@ def _only(content: RecordDict, kind: type[R]) -> R:
 
 
 def _layout_of_first(replies: Iterable[Message]) -> Layout | None:
-    """Return the form of the first reply that can be read, where nobody has told what was sent."""
+    """Return the form of the first readable reply, if the arrays sent are unknown."""
     for reply in replies:
         for arrays in () if reply.has_error() else adapter.find_records(reply.content, ArrayRecord):
             with contextlib.suppress(Misfit):
@@ -599,12 +579,10 @@ def _layout_of_first(replies: Iterable[Message]) -> Layout | None:
 
 @contextlib.contextmanager
 def _threads() -> Iterator[None]:
-    """One thread, where OpenMP's threads would spin between the parts of a sum.
+    """Use one thread, unless the environment sets how OpenMP's threads wait.
 
-    Else those of torch.
-
-    The processes of clients may keep all cores of a ServerApp's machine busy.  Threads that spin then cost more than
-    they bring.  They do not where the environment says how threads wait.
+    Client processes may keep all cores busy, and threads that spin between the parts of a sum then cost more than they
+    bring.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(before if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() else 1)
@@ -619,5 +597,5 @@ def _node(reply: Message) -> int:
 
 
 def like_states(layout: Layout) -> Tensor:
-    """Zeros ``[P]`` for an optimiser's moment: fp64 for fp64 models, else fp32."""
+    """Return zeros ``[P]`` for an optimiser's moment: fp64 for fp64 models, else fp32."""
     return torch.zeros(layout.size, dtype=torch.float64 if layout.dtype == torch.float64 else torch.float32)

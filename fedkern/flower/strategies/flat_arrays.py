@@ -17,20 +17,18 @@ __all__ = ["pack", "unpack"]
 
 
 def pack(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> adapter.ArrayRecord:
-    """Write a state dict as one vector of all floating entries.
-
-    Other entries stay arrays of their own.
+    """Write a state dict as one vector of all floating entries, and an array for every other entry.
 
     Args:
-        state: tensors by name, of any device: what ``module.state_dict()`` returns.
-        dtype: float32, float64, float16 or bfloat16, to which the vector is rounded; None: the widest dtype of the
+        state: tensors by name, on any device, as ``module.state_dict()`` returns them.
+        dtype: float32, float64, float16 or bfloat16, to which the vector is rounded. None: the widest dtype of the
             floating entries.
 
     Returns:
         A record that `fedkern.flower.strategies` and :func:`unpack` read.
 
     Raises:
-        UserError: an entry is no tensor of real numbers, or ``dtype`` is another one.
+        UserError: an entry is not a tensor of real numbers, or ``dtype`` is another one.
     """
     dtypes = tuple(FLOATS.values())
     if dtype is not None and dtype not in dtypes:

@@ -21,7 +21,7 @@ from fedkern.privacy.client_level import ClientLevel, keep_variances
 from fedkern.streams import stream
 
 EPSILON = "epsilon-of-arrays"
-"""Name of the metric: the epsilon of all arrays so far, which does not cover the clients' metrics."""
+"""Name of the metric with the epsilon of all arrays so far, which does not cover the clients' metrics."""
 
 _PIECE = 1 << 20
 
@@ -30,22 +30,22 @@ _PIECE = 1 << 20
 class DPFedAvg(FedAvg):
     """Federated averaging with node-level differential privacy on the server (arXiv 1710.06963).
 
-    A reply's update, its model minus the model sent, is scaled down to the norm C = ``clipping_norm``.  The new model
-    is the old one plus the sum of the updates over n, plus Gaussian noise of deviation ``noise_multiplier * C / n`` on
-    every floating entry.  n is the number of nodes asked, whoever answers.  All nodes weigh the same.  Other entries
-    stay as they are.  Batch norm variances fall to no less than a tenth of their old value.
+    A reply's update, its model minus the model sent, is scaled down to the norm C = ``clipping_norm``. The new model is
+    the old one plus the sum of the updates over n, plus Gaussian noise of deviation ``noise_multiplier * C / n`` on
+    every floating entry. n is the number of nodes asked, whoever answers. All nodes weigh the same. Other entries keep
+    their values. Batch norm variances fall to no less than a tenth of their old value.
 
-    The guarantee is about one node's whole data set being replaced.  A round is one release of the Gaussian mechanism
-    of sensitivity 2 C / n for every node asked; the choice of nodes is not secret and amplifies nothing.  The figure is
-    that of the node asked most often.  It covers the arrays, not the metrics that clients report, and not which
-    replies were left out.
+    The guarantee holds for the replacement of one node's whole data set. A round is one release of the Gaussian
+    mechanism of sensitivity 2 C / n for every node asked. The choice of nodes is not secret, so there is no
+    amplification by sampling. Epsilon is that of the node asked most often. It covers the arrays, not the metrics that
+    clients report, and not which replies were left out.
 
     Args:
         *args, **named: those of :class:`FedAvg`.
-        noise_multiplier: deviation of the noise on the sum of the updates over C; 0: no noise and no finite epsilon.
+        noise_multiplier: deviation of the noise on the sum of the updates over C. 0: no noise and no finite epsilon.
         clipping_norm: C, greater than 0.
         delta: the delta at which epsilon is reported.
-        noise_seed: seed of the noise, for tests; None: the operating system's randomness.  Whoever knows the seed can
+        noise_seed: seed of the noise, for tests. None: the operating system's randomness. Whoever knows the seed can
             take the noise away.
 
     Raises:
@@ -76,10 +76,7 @@ class DPFedAvg(FedAvg):
         self._level.epsilon(1)  # a missing package shows here, not after the first round
 
     def epsilon(self) -> float:
-        """Epsilon at ``delta`` of the arrays of all rounds so far.
-
-        0 before the first.
-        """
+        """Return epsilon at ``delta`` of the arrays of all rounds so far, 0 before the first round."""
         return self._level.epsilon(max(self._asked.values(), default=0))
 
     def _describe_rule(self) -> str:
@@ -89,7 +86,7 @@ class DPFedAvg(FedAvg):
         )
 
     def begin(self, arrays: ArrayRecord | None, nodes: Sequence[int]) -> None:
-        """See :meth:`FedAvg.begin`.
+        """Note the arrays and nodes of a round, as :meth:`FedAvg.begin`.
 
         Raises:
             UserError: the messages have no arrays, or a node is asked twice.

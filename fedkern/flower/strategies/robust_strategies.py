@@ -1,4 +1,4 @@
-"""Flower's robust strategies, and the geometric median: rules that compare all replies of a round."""
+"""Flower's robust strategies and the geometric median: rules that compare all replies of a round."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from fedkern.flower.strategies.averaging import Combined, FedAvg, Gathered, cons
 
 
 class _Robust(FedAvg):
-    """A rule over all models of a round.
+    """A rule over all models of a round, in replies × model of memory for any ``low_memory``.
 
-    Memory: replies × model, whatever ``low_memory`` is.  A weight that a client reports itself does not count, except
-    in the mean of the models that Multi-Krum has chosen; a reply of weight 0 is left out.
+    A client's reported weight only counts in Multi-Krum's mean of the chosen models. A reply of weight 0 is left out.
     """
 
     _averages = False
@@ -42,14 +41,11 @@ class _Robust(FedAvg):
         return Combined(models.by_coordinate(self._rule), models.whole(rank=self._rank(len(models.nodes))))
 
     def _rank(self, count: int) -> int:
-        """Rank of the value, among ``count``, that an entry of whole numbers becomes.
-
-        0: the smallest.
-        """
+        """Return the rank among ``count`` values that an integer entry takes."""
         return (count - 1) // 2
 
     def _rule(self, vectors: list[Tensor]) -> Tensor:
-        """Return the combination of at least one vector ``[n]``, which treats coordinates apart."""
+        """Combine at least one vector ``[n]`` coordinate by coordinate."""
         raise NotImplementedError
 
 
@@ -84,8 +80,8 @@ class GeometricMedian(_Robust):
 class MultiKrum(_Robust, flower.MultiKrum):
     """Flower's ``MultiKrum``: the weighted mean of the models closest to others (arXiv 1703.02757).
 
-    Distances are of the floating entries, taken between the models themselves in fp64.  So updates that are small
-    beside the weights are ranked rightly.
+    Distances are between the models' floating entries themselves, in fp64, so that updates much smaller than the
+    weights are ranked correctly.
     """
 
     def _apply_rule(self, models: AllModels) -> Combined | None:
@@ -95,10 +91,7 @@ class MultiKrum(_Robust, flower.MultiKrum):
         return Combined(vector, models.whole(chosen), frozenset(models.nodes[i] for i in chosen))
 
     def _closest(self, models: AllModels) -> list[int]:
-        """Positions of the ``num_nodes_to_select`` models of the smallest scores.
-
-        Of equal ones the first.
-        """
+        """Return the positions of the models of the smallest scores, the first of equal ones."""
         count = len(models.nodes)
         squares = torch.zeros(count, count, dtype=torch.float64)
         for run in models.layout.segments:
@@ -111,7 +104,4 @@ class MultiKrum(_Robust, flower.MultiKrum):
 
 @constructed_like(flower.Krum)
 class Krum(MultiKrum, flower.Krum):
-    """Flower's ``Krum``: the model that is closest to others.
-
-    See :class:`MultiKrum`.
-    """
+    """Flower's ``Krum``: the model that is closest to others (see :class:`MultiKrum`)."""

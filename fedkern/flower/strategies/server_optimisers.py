@@ -16,7 +16,7 @@ from fedkern.flower.strategies.averaging import FedAvg, constructed_like, like_s
 class _Optimised(FedAvg):
     """The running mean, and a step of `fedkern.ops.server_step` from the old model towards it.
 
-    Running statistics of batch norms are the mean itself: they are no parameters, and a step could make a variance
+    Running statistics of batch norms take the mean itself: they are no parameters, and a step could make a variance
     negative.
     """
 
@@ -28,7 +28,6 @@ class _Optimised(FedAvg):
         self._moments: list[Tensor] = []
 
     def _settings(self, server_round: int) -> dict[str, float]:
-        """Return the options of `fedkern.ops.server_step` in a round."""
         raise NotImplementedError
 
     def _step(self, vector: Tensor, server_round: int) -> Tensor:
@@ -48,10 +47,7 @@ class _Optimised(FedAvg):
 
 @constructed_like(flower.FedAvgM)
 class FedAvgM(_Optimised, flower.FedAvgM):
-    """Flower's ``FedAvgM``: momentum on the server (arXiv 1909.06335).
-
-    See :class:`FedAvg` for fedkern's arguments.
-    """
+    """Flower's ``FedAvgM``: momentum on the server (arXiv 1909.06335). See :class:`FedAvg` for fedkern's arguments."""
 
     rule, moments = "momentum", 1
 
@@ -76,10 +72,7 @@ class FedAdam(_Optimised, flower.FedAdam):
 
 @constructed_like(flower.FedYogi)
 class FedYogi(_Optimised, flower.FedYogi):
-    """Flower's ``FedYogi`` (arXiv 2003.00295).
-
-    See :class:`FedAvg` for fedkern's arguments.
-    """
+    """Flower's ``FedYogi`` (arXiv 2003.00295). See :class:`FedAvg` for fedkern's arguments."""
 
     rule = "yogi"
 
@@ -89,10 +82,7 @@ class FedYogi(_Optimised, flower.FedYogi):
 
 @constructed_like(flower.FedAdagrad)
 class FedAdagrad(_Optimised, flower.FedAdagrad):
-    """Flower's ``FedAdagrad`` (arXiv 2003.00295).
-
-    See :class:`FedAvg` for fedkern's arguments.
-    """
+    """Flower's ``FedAdagrad`` (arXiv 2003.00295). See :class:`FedAvg` for fedkern's arguments."""
 
     rule = "adagrad"
 
