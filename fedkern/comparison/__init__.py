@@ -1,1 +1,1 @@
-"""Comparison of methods over seeds and settings: the plan, its runs, their statistics and the files of the result."""
+"""Comparison of methods over seeds and settings: plan, runs, statistics and result files."""

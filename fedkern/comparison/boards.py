@@ -1,4 +1,4 @@
-"""Progress of a comparison: a line for every run, and on a terminal what is playing."""
+"""Progress of a comparison: a line for every run, and on a terminal the current run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from fedkern.report.tables import human_time
 
 
 class Board(Listener):
-    """Display of a comparison, which also hears the cell that runs.
+    """Display of a comparison and listener of the current cell. Without a console it shows nothing.
 
-    Without a console it shows nothing.
-
-    Every finished cell has a line, with the time left as this process's cells predict.
+    The line of a finished cell predicts the time left from this process's cells.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -38,10 +36,7 @@ class Board(Listener):
         self.tests, self.main = run.test_sets, run.config.main
 
     def on_cells(self, planned: Sequence[Cell]) -> None:
-        """Announce the next cells.
-
-        Some may be finished.
-        """
+        """Announce the next cells, some of which may be finished."""
         self.planned, self.done = planned, 0
 
     def focus(self, cell: Cell) -> None:
@@ -49,7 +44,6 @@ class Board(Listener):
         self.playing = f"{cell.variant.label}, seed {cell.seed}"
 
     def on_cell(self, cell: Cell) -> None:
-        """Announce a cell that starts or goes on."""
         self.began[cell.name] = time.monotonic()
         self.focus(cell)
         self._show("starts")
@@ -63,10 +57,7 @@ class Board(Listener):
             self.status.start()
 
     def on_cell_end(self, cell: Cell, run: FoundRun, *, again: bool) -> None:
-        """Announce a finished cell.
-
-        ``again`` if it was so before.
-        """
+        """Announce a finished cell. ``again`` means that it was finished before."""
         self.done += 1
         self.played += not again
         took = "finished before" if again else human_time(time.monotonic() - self.began[cell.name])
@@ -76,10 +67,6 @@ class Board(Listener):
         self._line(cell, f"{figures}  {took}" + f", about {human_time(left)} left" * bool(remaining and not again))
 
     def on_cell_failed(self, cell: Cell, message: str) -> None:
-        """Announce a failed cell.
-
-        The others go on.
-        """
         self.done += 1
         self.played += 1
         self._line(cell, f"failed: {' '.join(message.split())}")
@@ -88,15 +75,12 @@ class Board(Listener):
         print_line(self.console, f"{self.done}/{len(self.planned)}  {cell.variant.label}, seed {cell.seed}  {text}")
 
     def close(self) -> None:
-        """Restores the terminal.
-
-        Safe to call twice.
-        """
+        """Restore the terminal. Safe to call twice."""
         if self.status is not None:
             self.status.stop()
 
 
 def choose_board(*, quiet: bool, json: bool) -> Board:
-    """Chooses the display, which writes to standard error: none if ``quiet``, for ``json`` one on a terminal alone."""
+    """Choose the display on standard error: none if ``quiet``, with ``json`` only on a terminal."""
     console = make_console(stderr=True)
     return Board(None if quiet or (json and not console.is_terminal) else console)

@@ -1,7 +1,4 @@
-"""Runs the cells of a comparison, each into a folder of its own.
-
-Finished cells are not run again.
-"""
+"""Runs the cells of a comparison that are not finished, each into its own folder."""
 
 from __future__ import annotations
 
@@ -45,27 +42,25 @@ from fedkern.usercode.code_identity import differences, digest, fold_table, is_u
 COMPARISONS = Path("comparisons")
 """Folder of comparisons without ``out``."""
 _OPEN = ("threads", "client_threads")
-"""Settings whose default depends on the machine: where nobody gave them, a stored run keeps its own."""
+"""Settings whose default depends on the machine. Unless given, a stored run keeps its own values."""
 
 
 class OtherGrounds(UserError):
-    """A comparison that would go on with other data or code than its runs so far."""
+    """A comparison that would continue with other data or code than its runs so far."""
 
 
 @dataclass
 class Runner:
-    """The runs of a comparison, in folders in ``out``.
-
-    ``script`` as in :func:`fedkern.engine.run.run`.
+    """The runs of a comparison, in folders in ``out``. ``script`` is as in :func:`fedkern.engine.run.run`.
 
     Attributes:
-        data: gives the data of a run that are in memory, or None.
+        data: returns the in-memory data of a run, or None.
         settings: names of the settings that the user gave.
-        failures: what went wrong, by the cell's name.
+        failures: messages by cell name.
         tracebacks: of cells in which Python code failed.
         begun: run folders so far, with their settings.
-        listener: receives the events of the runs beside the board; with several jobs, none of them.
-        jobs: most runs that play at once, each in a process of its own.
+        listener: gets the events of the runs beside the board, but none with several jobs.
+        jobs: most runs at once, each in its own process.
     """
 
     out: Path
@@ -82,11 +77,11 @@ class Runner:
     _compared: set[Path] = field(default_factory=set)
 
     def plan(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
-        """Return the cells of some variants, whose run folders, where they exist, must be those of the same settings.
+        """Return the cells of some variants, whose existing run folders must have the same settings.
 
         Raises:
-            UserError: a setting that a method does not take, a run folder with other settings or without a run, or more
-                jobs than the machine has cores for.
+            UserError: a setting that a method does not take, a folder of other settings or without a run, or more jobs
+                than cores.
         """
         result = cells(variants, seeds, self.make)
         configs = []
@@ -104,24 +99,16 @@ class Runner:
         return result
 
     def folder(self, cell: Cell) -> Path:
-        """Return the cell's run folder."""
         return self.out / cell.name
 
     def read(self, cell: Cell) -> FoundRun:
-        """Return a finished cell's run."""
         return read_run(self.folder(cell), self._trusted_code(cell))
 
     def play(self, planned: Sequence[Cell], check: Callable[[Cell, FoundRun], None] | None = None) -> None:
-        """Run those cells that are not finished.
+        """Run the cells that are not finished. A failed cell is noted, and the others still run.
 
-        A failed cell is noted, and the others are run.
-
-        Args:
-            check: called with every finished cell and its run; its UserError ends the comparison.
-
-        Raises:
-            Exception: that of the cells, where every one failed for the same reason; or the UserError of ``check``.
-            OSError: the disk is full.
+        ``check`` is called with every finished cell and its run, and its UserError ends the comparison. If all cells
+        fail for the same reason, that exception is raised. So is OSError for a full disk.
         """
         self.board.on_cells(planned)
         outcomes: list[Exception | None] = []
@@ -149,7 +136,7 @@ class Runner:
             raise first_error
 
     def _play_all(self, planned: Sequence[Cell]) -> Generator[tuple[Cell, bool, Exception | None], None, None]:
-        """Yield cells as they end, with whether they were finished before and their errors, `jobs` of them at once."""
+        """Yield cells as they end, whether they were finished before, and their errors, with `jobs` at once."""
         waiting, running = [*planned], list[RunProcess]()
         with interrupts.in_order():
             try:
@@ -183,7 +170,7 @@ class Runner:
                     process.close()
 
     def _begin(self, cell: Cell) -> RunProcess | None:
-        """Play a cell that is not finished, or with several jobs return the process that does so."""
+        """Run an unfinished cell, or with several jobs return the process that runs it."""
         self.board.on_cell(cell)
         folder = self.folder(cell)
         resume = (folder / SETTINGS).exists()
@@ -211,7 +198,7 @@ class Runner:
         return [*(part for _, part in cell.config.code()), *cell.config.plugins]
 
     def _stored_config(self, cell: Cell) -> RunConfig:
-        """Return the settings to go on with a cell's run."""
+        """Return the settings to continue a cell's run."""
         folder = self.folder(cell)
         check_regular(folder)
         stored = load_settings(folder, trusted=self._trusted_code(cell), device=cell.config.device)
@@ -230,7 +217,7 @@ class Runner:
         return current
 
     def _check_identity(self, config: RunConfig, stored: RunConfig, folder: Path) -> None:
-        """Raise UserError where code, files or data in memory are not those that a stored run was made with."""
+        """Raise UserError unless code, files and in-memory data are those of a stored run."""
         data = self.data(config)
         code = self.script.code_at_begin(config, data)
         identity = {} if data is None else of_memory(data)
@@ -261,7 +248,7 @@ class Runner:
 
 
 def check_grounds(begun: list[tuple[Path, RunConfig]], folder: Path, config: RunConfig) -> None:
-    """Note a run in ``begun``, or raise OtherGrounds where it rests on other data or code than the runs before."""
+    """Note a run in ``begun``, or raise OtherGrounds if its data or code differ from the runs before."""
     for place, before in begun:
         if place != folder and (reason := difference(before, config)):
             raise OtherGrounds(
@@ -272,16 +259,15 @@ def check_grounds(begun: list[tuple[Path, RunConfig]], folder: Path, config: Run
 
 
 def pick_best(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:
-    """Return the best variant of every method, by the main figure on the validation set of one seed's runs.
+    """Return the best variant of every method by the main validation figure of one seed's runs.
 
-    Test figures choose nothing.  Of equally good variants the first is taken, one that failed never, nor one whose
-    figure is NaN.
+    Test figures choose nothing. The first of equally good variants wins, and failed or NaN variants never do.
 
     Returns:
         A variant for every method with a finished run, and a sentence for every method that had a choice.
 
     Raises:
-        UserError: a run has no figure on a validation set.
+        UserError: a run has no validation figure.
     """
     candidates = [variant for choices in by_method.values() if len(choices) > 1 for variant in choices]
     winners, sentences = [], []
@@ -320,7 +306,7 @@ def _point(variant: Variant) -> str:
 
 
 def check_out(out: Path) -> None:
-    """Raise UserError where runs cannot be put into folders of ``out``."""
+    """Raise UserError if runs cannot be put into folders of ``out``."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is no folder: name another --out.")
     if (out / SETTINGS).exists():
@@ -328,8 +314,4 @@ def check_out(out: Path) -> None:
 
 
 def reserve_folder() -> Path:
-    """Return a new empty folder in `COMPARISONS`.
-
-    Raises UserError where it cannot be made.
-    """
     return reserve(COMPARISONS, time.strftime("%Y%m%d-%H%M%S"), "name another folder with --out")

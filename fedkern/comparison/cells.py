@@ -25,14 +25,14 @@ _FIXED = {
     **dict.fromkeys((*RESUMABLE, "device"), "it changes no figure"),
     "data": "a comparison is on one data set",
 }
-"""Settings that cannot be swept, with the reason or the way out."""
+"""Settings that cannot be swept, with the reason or the alternative."""
 OF_ROUNDS = ("rounds", "local_steps")
 """Settings that one-shot methods, which plan their own rounds, do not take."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with the settings and options of a point of the sweep, and the options of a given object of it."""
+    """A method with the settings and options of a sweep point, and the options of a given method object."""
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -40,58 +40,48 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """Name of the variant for people: ``fedgid alpha=0.3``.
-
-        Of a class without a registered name its own.
-        """
+        """Name of the variant for people: ``fedgid alpha=0.3``. An unregistered class goes by its own name."""
         return " ".join(
             [method_registry.short(self.method), *(f"{name}={word(value)}" for name, value in self.swept.items())]
         )
 
     @property
     def swept(self) -> dict[str, object]:
-        """Swept settings and options together."""
         return {**self.settings, **self.options}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison."""
-
     variant: Variant
     seed: int
     config: RunConfig
 
     @property
     def name(self) -> str:
-        """Name of the run folder."""
         return run_name(self.variant, self.seed)
 
 
 def run_name(variant: Variant, seed: int) -> str:
-    """Name of the folder of a variant's run: ``fedgid_alpha=0.3_seed=0``."""
+    """Return the folder name of a variant's run: ``fedgid_alpha=0.3_seed=0``."""
     return folder_name([*variant.label.split(" "), f"seed={seed}"])
 
 
 def word(value: object) -> str:
-    """Return a setting's value as the command line takes it, a whole number without decimals."""
+    """Return a setting's value as the command line takes it, an integer without decimals."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
         return str(int(value))
     return as_typed(value)
 
 
 def folder_name(words: Iterable[str]) -> str:
-    """Join words into the name of a folder.
-
-    Names with replaced characters or too long ones end in a hash.
-    """
+    """Join words into a folder name. A name with replaced characters or cut to length ends in a hash."""
     text = "_".join(words)
     name = re.sub(r"[^A-Za-z0-9._=-]", "-", text)[:150]
     return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def check_methods(names: Sequence[str]) -> None:
-    """Raise UserError for no method, an unknown method or a method that is named twice."""
+    """Raise UserError for no method, an unknown method or a method given twice."""
     if not names:
         raise UserError("Nothing to compare: name methods, such as fedgid fedavg, or folders of runs.")
     for name in names:
@@ -101,10 +91,7 @@ def check_methods(names: Sequence[str]) -> None:
 
 
 def check_option(name: str, methods: Sequence[str], similar: Collection[str] = ()) -> None:
-    """Raise UserError for a method option that none of the methods has.
-
-    ``similar``: names that could be meant too.
-    """
+    """Raise UserError for a method option that no method has. ``similar`` are other names for the hint."""
     options = {option for method in methods for option in method_registry.option_names(method)}
     if name not in options:
         names = ", ".join(map(method_registry.short, methods))
@@ -115,7 +102,7 @@ def check_option(name: str, methods: Sequence[str], similar: Collection[str] = (
 
 
 def own_settings(method: str, settings: Mapping[str, T]) -> dict[str, T]:
-    """Return the common settings that a method takes: all, but for a one-shot method without those of `OF_ROUNDS`."""
+    """Return the settings that a method takes: all, or for a one-shot method all but `OF_ROUNDS`."""
     one_shot = method_registry.get(method).one_shot
     return {name: value for name, value in settings.items() if not (one_shot and name in OF_ROUNDS)}
 
@@ -123,16 +110,15 @@ def own_settings(method: str, settings: Mapping[str, T]) -> dict[str, T]:
 def variants(
     methods: Sequence[str], sweep: Mapping[str, Sequence[object]], singles: Iterable[str] = ()
 ) -> dict[str, list[Variant]]:
-    """Return the variants of every method: all combinations of those swept settings that the method has.
+    """Return the variants of every method: all combinations of the swept settings that the method has.
 
     Args:
         methods: names of methods.
-        sweep: values by the name of a run's setting or of a method option.  A name that both have means the run's.
+        sweep: values by name of a run's setting or of a method option. A name of both means the run's setting.
         singles: names of settings and options that are given with one value.
 
     Raises:
-        UserError: a name that nothing has or that cannot be swept, one that is given too, or a value that is wrong or
-            given twice.
+        UserError: an unknown, unsweepable or repeated name, or a wrong or repeated value.
     """
     declared = {setting.field: setting for setting in RunConfig.declared()}
     swept: dict[str, Sequence[Any]] = {}
@@ -171,7 +157,7 @@ def variants(
 
 
 def _distinct(option: Option, values: Sequence[object], name: str) -> list[Value]:
-    """Return the values as the setting's type."""
+    """Convert the values to the setting's type, and raise UserError for a repeated value."""
     result = [option.convert(value) for value in values]
     for value in result:
         if result.count(value) > 1:
@@ -180,7 +166,7 @@ def _distinct(option: Option, values: Sequence[object], name: str) -> list[Value
 
 
 def cells(choices: Iterable[Variant], seeds: Sequence[int], make: Callable[[Variant, int], RunConfig]) -> list[Cell]:
-    """Return the runs of some variants, seed by seed: after the first pass every variant has one.
+    """Return the runs of some variants, seed by seed: after the first pass every variant has a run.
 
     Raises:
         UserError: settings that a method does not take, or more than `MOST_CELLS` runs.
@@ -192,11 +178,7 @@ def cells(choices: Iterable[Variant], seeds: Sequence[int], make: Callable[[Vari
 
 
 def read_seeds(text: str | int | Sequence[int], first_seed: int = 0) -> tuple[int, ...]:
-    """Seeds from their number (``3``: the seeds ``first``, ``first + 1``, ``first + 2``) or their list (``0,4,7``).
-
-    Raises:
-        UserError: no positive number and no list of distinct integers.
-    """
+    """Return seeds from a number (``3``: three seeds from ``first_seed``) or a list (``0,4,7``), or raise UserError."""
     wrong = f'--seeds must be a number of seeds, at least 1, or a list such as 0,4,7, not "{text}".'
     try:
         if isinstance(text, str):
@@ -217,18 +199,11 @@ def read_seeds(text: str | int | Sequence[int], first_seed: int = 0) -> tuple[in
 
 
 def most_threads(configs: Iterable[RunConfig]) -> int:
-    """Return the CPU threads of the run that has most of them."""
     return max((max(config.threads, config.client_threads) for config in configs), default=1)
 
 
 def read_sweep(words: Iterable[str]) -> dict[str, list[str]]:
-    """Read sweeps ``NAME=VALUE,VALUE``.
-
-    Values that have commas themselves are parted by semicolons.
-
-    Raises:
-        UserError: a word of another form, or a name that is given twice.
-    """
+    """Read sweeps ``NAME=VALUE,VALUE``, or ``NAME=VALUE;VALUE`` if values have commas. Raises UserError."""
     sweep: dict[str, list[str]] = {}
     for sweep_word in words:
         name, equals, text = sweep_word.partition("=")

@@ -1,4 +1,4 @@
-"""Whole comparisons: of new runs (`play`), of runs that exist (`compare_found`), and `compare` for Python."""
+"""Whole comparisons: of new runs (`play_comparison`), of existing runs (`compare_found`), and `compare` for Python."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fedkern.typed_option import Value, flag
 
 T = TypeVar("T")
 Given = tuple[str, Mapping[str, Value]]
-"""Name of a method, and the options that an object of it was made with."""
+"""Name of a method, and the options of a given method object."""
 
 
 @dataclass
@@ -38,8 +38,9 @@ class Comparison:
     """A finished comparison.
 
     Attributes:
-        result: groups of runs, and what is told of them.
+        result: groups of runs, compared with the first group.
         folder: folder of ``comparison.csv``, ``comparison.md``, ``comparison.tex`` and ``comparison.png``.
+        files: paths of the files in ``folder``.
     """
 
     result: Result
@@ -57,12 +58,18 @@ class Comparison:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A row for every group (:attr:`fedkern.comparison.run_results.Result.table`)."""
+        """The table, a dict for every group with plain numbers, None where there is no value.
+
+        Every main figure has its mean under the figure's name, and ``FIGURE_std``, ``FIGURE_difference``,
+        ``FIGURE_low`` and ``FIGURE_high`` (the 95 % interval of the difference to the first group). The other keys are
+        ``group``, ``method``, ``seeds``, ``bytes`` and ``seconds``. A target adds ``reached``, ``rounds_to_target``,
+        ``bytes_to_target`` and ``seconds_to_target``.
+        """
         return self.result.table
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on what the table rests on: seeds, intervals, settings that differ, choices, warnings."""
+        """Sentences on the table: seeds, intervals, settings that differ, choices, warnings."""
         return self.result.sentences()
 
     @property
@@ -79,9 +86,9 @@ class Comparison:
         return import_extra("to_pandas needs pandas", "pandas", "pandas").DataFrame(self.table)
 
     def plot(self) -> list[Path]:
-        """Return the path of the picture of the curves, in a list that a notebook shows.
+        """Return the picture of the curves, as a list of paths that a notebook displays.
 
-        Empty where nothing was drawn.
+        The list is empty if nothing was drawn.
         """
         from fedkern.report.live.notebook import Pictures
 
@@ -104,10 +111,9 @@ class Plan:
 
     Attributes:
         variants: of every method.
-        seeds: the seeds; the first one serves for ``select``.
-        select: ``"validation"`` runs only the best variant of every method with all seeds; None runs all.
-        target: see :class:`~fedkern.comparison.run_results.Result`.
-        notes: sentences on settings and options that some methods do not read.
+        seeds: the seeds, of which the first is used for ``select``.
+        select: ``"validation"`` runs only the best variant of every method with all seeds, None runs all variants.
+        notes: sentences on settings and options that some methods ignore.
     """
 
     variants: Mapping[str, Sequence[Variant]]
@@ -122,12 +128,9 @@ class Plan:
         sweep: Mapping[str, Sequence[object]], seeds: str | int | Sequence[int], select: str | None, target: str | None,
         similar: Collection[str] = (),
     ) -> Plan:  # fmt: skip
-        """Return the plan for some methods, with the settings and options of all runs.
+        """Return the plan for some methods, with the settings and options of all runs, or raise UserError.
 
         ``similar``: see `check_option`.
-
-        Raises:
-            UserError: an option that no method has, or a wrong sweep, selection, target or number of seeds.
         """
         for name in options:
             cells.check_option(name, methods, similar)
@@ -140,13 +143,11 @@ class Plan:
 
 
 def play_comparison(runner: Runner, plan: Plan) -> Comparison:
-    """Run a comparison and write its files.
-
-    Finished runs in the folder are not run again.
+    """Run the unfinished runs of a comparison and write its files.
 
     Raises:
-        UserError: settings that cannot be run, a run folder of other settings, every run failed, or no round tells the
-            target's figure.
+        UserError: wrong settings, a run folder of other settings, every run failed, or no round has the target's
+            figure.
     """
     all_variants, target = [*chain(*plan.variants.values())], plan.target
     texts = [*plan.notes]
@@ -181,7 +182,7 @@ def play_comparison(runner: Runner, plan: Plan) -> Comparison:
 
 
 def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable[[Cell, FoundRun], None]:
-    """Return a check that ends a comparison once every method has a run and none tells the target's figure."""
+    """Return a check that ends a comparison once every method has a run and none has the target's figure."""
     runs: dict[str, FoundRun] = {}
 
     def check(_: Cell, run: FoundRun) -> None:
@@ -197,10 +198,10 @@ def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable
 
 
 def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: str | None) -> Comparison:
-    """Compare runs that exist, grouped by method and settings but for the seed, into ``out`` or a new folder.
+    """Compare existing runs, grouped by method and settings except the seed, into ``out`` or a new folder.
 
     Raises:
-        UserError: a folder without a finished run, a run given twice, or no round tells the target's figure.
+        UserError: a folder without a finished run, a run given twice, or no round has the target's figure.
     """
     runs, unfinished = read_runs(folders)
     notes = [f"Left out, as not finished: {first_of(unfinished, SHOWN)}."] if unfinished else []
@@ -213,7 +214,7 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: st
 
 
 def unread(methods: Sequence[str], settings: Collection[str], options: Iterable[str]) -> list[str]:
-    """Sentences on settings that some of the methods do not take, and on options that a method has not."""
+    """Return sentences on settings and options that some of the methods ignore."""
     names = [name for name in OF_ROUNDS if name in settings]
     one_shot = [method_registry.short(method) for method in methods if method_registry.get(method).one_shot]
     flags = " and ".join(map(flag, names))
@@ -241,28 +242,32 @@ def compare(
     jobs: int = 1,
     **settings: Any,
 ) -> Comparison:
-    """Compare methods over seeds, or run that exist, as ``fedkern compare`` does, and warn of runs that fail.
+    """Compare methods over seeds, or runs that exist, as ``fedkern compare`` does, and warn of runs that fail.
 
-    The same call again with the same ``out`` goes on where it stopped::
+    Call again with the same ``out`` to continue where the comparison stopped::
 
-        found = fedkern.compare(["fedgid", "fedavg"], seeds=3, data="digits", rounds=5, out="comparisons/x")
-        found.table[1]["accuracy_difference"]
+        result = fedkern.compare(["fedgid", "fedavg"], seeds=3, data="digits", rounds=5, out="comparisons/x")
+        result.table[1]["accuracy_difference"]
 
     Args:
         methods: names of methods, classes derived from :class:`fedkern.methods.Method` and objects of them, as in
-            :func:`fedkern.simulate`; or folders of finished runs.  Objects of one class are settings of one method.
+            :func:`fedkern.simulate`, or folders of finished runs. Several objects of one class are several settings of
+            one method.
         seeds: the number of seeds, or a list of seeds.
         sweep: values by the name of a setting or of a method option.
-        select: ``"validation"``: only the best setting of every method by its validation figure runs with all seeds.
-        target: ``"accuracy=0.8"``: rounds, bytes and seconds up to this figure.
-        out: folder of the runs and of the result; default ``comparisons/<time>``.
-        progress: show the progress on standard error.
-        jobs: how many runs play at once, each in a process of its own with the bits that it has alone.
-        **settings: settings of all runs, as in :func:`fedkern.simulate`, ``data`` and ``model`` included; options go to
+        select: ``"validation"`` runs all seeds only with each method's best setting by its validation figure.
+        target: ``"accuracy=0.8"`` counts rounds, bytes and seconds up to this figure.
+        out: folder of the runs and of the result, by default ``comparisons/<time>``.
+        progress: whether to show the progress on standard error.
+        jobs: how many runs to play at once, each in its own process, with the same bits as one after another.
+        **settings: settings of all runs, as in :func:`fedkern.simulate`, ``data`` and ``model`` included. Options go to
             the methods that have them.
 
+    Returns:
+        The finished :class:`Comparison`.
+
     Raises:
-        UserError: anything the caller can put right, or every run failed.
+        UserError: a mistake in the arguments, or every run failed.
     """
     from fedkern import api
     from fedkern.comparison.boards import choose_board
@@ -339,7 +344,7 @@ def compare(
 
 
 def _distinct_names(entries: Sequence[Given]) -> list[str]:
-    """Return the methods' names, each once, of names with the options that an object of the method was made with."""
+    """Return the methods' names, each once, or raise UserError for a repeated method or name."""
     plain = [name for name, options in entries if not options]
     cells.check_methods(plain if len(plain) == len(entries) else list(dict.fromkeys(name for name, _ in entries)))
     for entry in entries:
@@ -358,7 +363,7 @@ def _distinct_names(entries: Sequence[Given]) -> list[str]:
 def _of_objects(
     name: str, entries: Sequence[Given], swept: Sequence[Variant], options: Mapping[str, object]
 ) -> list[Variant]:
-    """Return the variants of a method: of every object that is given, with all points of the sweep."""
+    """Return the variants of a method: of every given object, with all points of the sweep."""
     beside = method_registry.given_options(
         name, {key: options[key] for key in method_registry.option_names(name) & options.keys()}
     )
@@ -375,7 +380,7 @@ def _of_objects(
 
 
 def check_select(select: str | None, sweep: Mapping[str, object] | None) -> None:
-    """Raise UserError for an unknown way of selection, or one without anything to select from."""
+    """Raise UserError for an unknown selection, or one without a sweep."""
     if select is None:
         return
     if select != "validation":
@@ -385,13 +390,7 @@ def check_select(select: str | None, sweep: Mapping[str, object] | None) -> None
 
 
 def in_folder(out: Path | None, begin: Callable[[Path], T]) -> T:
-    """Call ``begin`` with the comparison's folder.
-
-    A new folder that stays empty is removed.
-
-    Raises:
-        UserError: the folder cannot be used.
-    """
+    """Call ``begin`` with the comparison's folder. A new folder that stays empty is removed."""
     fresh = [] if out is None else [folder for folder in (out, *out.parents) if not folder.exists()]
     if out is not None:
         check_out(out)

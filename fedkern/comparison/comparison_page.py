@@ -1,4 +1,4 @@
-"""The report of a comparison: its table, curves with bands, runs and settings, as a page."""
+"""The report of a comparison as a page: table, curves with bands, runs and settings."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from fedkern.tasks.figure_names import figure_and_set, figure_title, number, sca
 from fedkern.text_table import Table
 
 TOLD = 6
-"""Most differences that the headline tells of."""
+"""Most differences in the headline."""
 FEW = 3
-"""Seeds from which on an interval says that groups differ."""
+"""Fewest seeds for which an interval can say that groups differ."""
 COLUMNS = 6
 """Most groups whose settings stand side by side."""
 
 
 def holds_runs(folder: Path) -> bool:
-    """Return whether a folder is that of a comparison: one with its files, or with folders of runs."""
+    """Return whether a folder is a comparison's: one with its files, or with folders of runs."""
     if (folder / SETTINGS).exists():
         return False
     return (folder / CSV).is_file() or any(folder.glob(f"*/{SETTINGS}"))
@@ -48,7 +48,7 @@ def read_comparison(folder: Path) -> Result:
     """Return the comparison in a folder: the groups of ``comparison.csv``, or all finished runs in the folder.
 
     Raises:
-        UserError: a run is missing, not finished or damaged, or ``comparison.csv`` is damaged.
+        UserError: a run is missing, unfinished or damaged, or ``comparison.csv`` is damaged.
     """
     if not (folder / CSV).exists():
         return Result(group_runs(read_runs([folder])[0]))
@@ -76,20 +76,13 @@ def read_comparison(folder: Path) -> Result:
 def write_report(folder: Path, result: Result, *, commands: Mapping[str, str] | None = None) -> Path:
     """Write ``report.html`` of a comparison into its folder, and return its path.
 
-    ``commands`` has the command that repeats a group's first run, by the group's name.
-
-    Raises:
-        UserError: the folder cannot be written.
+    ``commands`` has the command that repeats a group's first run, by group name.
     """
     html_page.check_target(folder)
     return html_page.write_page(page(folder, result, commands or {}), folder)
 
 
 def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
-    """Return the page of a comparison.
-
-    See :func:`write_report`.
-    """
     groups, runs = result.groups, result.runs
     first_run = read_contents(runs[0].folder)
     diagnostics: dict[str, list[str]] = {}
@@ -123,7 +116,7 @@ def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
 
 
 def headline(result: Result) -> list[str]:
-    """Return what a sceptic concludes from a comparison, sentence by sentence."""
+    """Return a sceptic's conclusions from a comparison, sentence by sentence."""
     if not result.figures:
         return ["The runs tell no main figure, so nothing is compared."]
     base_row, *other_rows = result.table
@@ -187,7 +180,7 @@ def _tiles(result: Result) -> list[tuple[str, str]]:
 
 
 def _table(folder: Path, result: Result) -> Iterator[Block]:
-    """Yield the comparison's own table and sentences, as ``comparison.md`` has them, or made again."""
+    """Yield the table and sentences of ``comparison.md``, or make them again, and a table of all final figures."""
     table = _stored_table(folder) or result.text_table(result.sentences())
     yield from table.notes
     yield replace(table, title="")
@@ -203,10 +196,7 @@ def _table(folder: Path, result: Result) -> Iterator[Block]:
 
 
 def _stored_table(folder: Path) -> Table | None:
-    """Return the table and sentences of ``comparison.md``.
-
-    None where the file does not have its usual form.
-    """
+    """Return table and sentences of ``comparison.md``, None unless the file has its usual form."""
     try:
         return Table.of_markdown(read_text(folder / MARKDOWN))
     except (OSError, UnicodeDecodeError):

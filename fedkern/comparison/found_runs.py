@@ -1,4 +1,4 @@
-"""Finished runs of a comparison: reading their folders, grouping them, and telling in which settings groups differ."""
+"""Finished runs of a comparison: reading their folders, grouping them, and naming the settings that differ."""
 
 from __future__ import annotations
 
@@ -30,15 +30,12 @@ _NO_GROUP |= {*RESUMABLE, *FINGERPRINTS}
 
 What was found in code and files parts groups by its hash."""
 _CODE = "code."
-"""Beginning of the names of such hashes."""
+"""Prefix of the names of code hashes among the settings."""
 SHOWN = 8
-"""Most settings that the sentence on differences names."""
 
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A finished run."""
-
     folder: Path
     config: RunConfig
     summary: Summary
@@ -46,21 +43,18 @@ class FoundRun:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The final figures that are numbers.  A privately recorded run has only those that it tells."""
+        """The final figures that are numbers. A privately recorded run has only those that it disclosed."""
         metrics = self.summary["metrics"]
         return {name: metrics[name] for name in sort_metrics(metrics, main=self.config.main)}
 
     def direction(self, figure: str) -> str | None:
-        """Return which values of a figure are the better ones, ``"max"`` or ``"min"``.
-
-        None where that is not known.
-        """
+        """Return whether high or low values of a figure are better, ``"max"`` or ``"min"``, None if unknown."""
         named, main = self.summary.get("better", {}), {self.config.main: self.config.better}
         return named[figure] if figure in named else direction(figure, main, self.summary.get("per_class", ()))
 
     @property
     def settings(self) -> dict[str, object]:
-        """Settings that part groups: plain values by name, method options as ``options.NAME``."""
+        """Settings that separate groups: plain values by name, method options as ``options.NAME``."""
         table = self.config.to_dict()
         plain = {name: value for name, value in table.items() if name not in _NO_GROUP}
         for part in ("options", "data_options"):
@@ -73,24 +67,20 @@ class FoundRun:
 
 @dataclass
 class Group:
-    """Runs of one method with the same settings, by seed and in its order, and the name of the group for people."""
+    """Runs of one method with the same settings, by seed and in seed order, and a label for people."""
 
     label: str
     method: str
     runs: dict[int, FoundRun] = field(default_factory=dict)
 
     def values(self, figure: str) -> dict[int, float]:
-        """Return a final figure by seed, of those runs that tell it."""
+        """Return a final figure by seed, of the runs that have the figure."""
         figures = {seed: run.metrics.get(figure) for seed, run in self.runs.items()}
         return {seed: value for seed, value in figures.items() if value is not None}
 
 
 def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
-    """Read a finished run's folder.
-
-    Raises:
-        UserError: there is no run, it is not finished, its settings were changed, or a file is damaged.
-    """
+    """Read a finished run's folder, or raise UserError if it is unfinished, edited or damaged."""
     path = Path(folder)
     config = load_unedited(path, trusted=trusted, device="cpu")
     summary = read_summary(path)
@@ -100,12 +90,10 @@ def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]:
-    """Read run folders, and all finished runs in folders of runs such as that of a comparison.
-
-    Names those left out.
+    """Read run folders, and all finished runs in folders of runs. Also return the unfinished ones.
 
     Raises:
-        UserError: a folder holds no finished run, a run is given twice or is not finished.
+        UserError: a folder holds no finished run, or a run is given twice.
     """
     runs: dict[Path, FoundRun] = {}
     unfinished: list[str] = []
@@ -125,14 +113,14 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]
 
 
 def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = None) -> list[Group]:
-    """Return the runs grouped by method and by all settings but the seed, in the order of each group's first run.
+    """Group runs by method and by all settings but the seed, in the order of each group's first run.
 
     Args:
-        label: name of a run's group; None: the method, and the settings in which its groups differ.
+        label: name of a run's group (None: the method, and the settings in which its groups differ).
 
     Raises:
-        UserError: two runs of a group have the same seed; runs whose settings name the same data were made on different
-            data; or, with ``label``, with different code or files.
+        UserError: two runs of a group have the same seed, runs under one data name differ in their data, or, with
+            ``label``, in code or files.
     """
     runs = list(runs)
     check_grounds(runs, code=label is not None)
@@ -163,7 +151,7 @@ def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None
 
 
 def check_grounds(runs: Sequence[FoundRun], *, code: bool) -> None:
-    """Raise UserError where runs rest on different data under one name and, with ``code``, on different code."""
+    """Raise UserError if runs under one data name have different data or, with ``code``, different code."""
     alike: dict[str, FoundRun] = {}  # a run for all that rest on the same
     for run in runs:
         alike.setdefault(repr((run.config.identity, code_identity(run.config), run.settings)), run)
@@ -180,9 +168,7 @@ def _names(tables: Iterable[Mapping[str, object]]) -> list[str]:
 
 
 def differing_settings(groups: Sequence[Group]) -> str:
-    """One sentence on the settings in which the groups differ besides the method.
-
-    Empty for a single group.
+    """Return a sentence on the settings besides the method in which the groups differ, or "".
 
     A method option that only one method has is no difference.
     """
@@ -205,11 +191,9 @@ def differing_settings(groups: Sequence[Group]) -> str:
 
 
 def main_figures(groups: Sequence[Group]) -> list[str]:
-    """Names of each run's main figure on the test sets that it tells.
+    """Return the names of each run's main figure on its test sets, without validation sets, which are no results.
 
-    The validation set's are no results.
-
-    Where clients of a run have networks of their own, the mean and the worst client on its own test set follow.
+    If clients of a run have their own networks, the mean and the worst client on its own test set follow.
     """
     runs, sets = [run for group in groups for run in group.runs.values()], own_sets(groups)
     main_names = {name: 0 for run in runs for name in run.metrics if name.endswith(run.config.main)}
@@ -221,5 +205,5 @@ def main_figures(groups: Sequence[Group]) -> list[str]:
 
 
 def own_sets(groups: Iterable[Group]) -> set[str]:
-    """Names of the test sets by which the runs tell figures of classes."""
+    """Return the names of the test sets for which the runs have figures of classes."""
     return {name for group in groups for run in group.runs.values() for name in run.summary.get("per_class", ())}

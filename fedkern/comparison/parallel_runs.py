@@ -1,4 +1,4 @@
-"""Runs of a comparison that play at once, each in a process of its own."""
+"""Runs of a comparison that play at once, each in its own process."""
 
 from __future__ import annotations
 
@@ -40,11 +40,7 @@ PATIENCE = 10.0
 
 
 def check_jobs(jobs: object, configs: Sequence[RunConfig]) -> None:
-    """Check that ``jobs`` runs of these settings can play at once.
-
-    Raises:
-        UserError: no number of runs, too few cores, several workers, or a system without the processes.
-    """
+    """Raise UserError unless ``jobs`` runs of these settings can play at once."""
     if type(jobs) is not int or jobs < 1:
         raise UserError(f'--jobs must be a whole number from 1 on, not "{jobs}".')
     workers = {f"the runs have --workers {config.workers}" for config in configs if config.workers not in _ONE_PROCESS}
@@ -73,16 +69,12 @@ class _Forwarder(Listener):
 
 
 class RunProcess:
-    """The process of a run.
+    """The process of a run. Raises UserError if the run cannot be sent to another process, or none can be started.
 
     Args:
-        cell: the run's.
         log: file of what the run prints.
         script: as in :func:`fedkern.engine.run.run`.
         play: that function with the settings and further arguments.
-
-    Raises:
-        UserError: something of the run cannot be sent to another process, or the system starts no process.
     """
 
     def __init__(self, cell: Cell, log: Path, script: ScriptObjects, play: partial[dict[str, Any]]) -> None:
@@ -124,7 +116,7 @@ class RunProcess:
         return self.connection.fileno()
 
     def receive(self) -> tuple[str, Any]:
-        """Return the next event and its value, of the last one ("end") the run's error or None."""
+        """Return the next event and its value. The last event, "end", has the run's error or None."""
         try:
             event, value = self.connection.recv()
         except (EOFError, OSError):
@@ -134,7 +126,7 @@ class RunProcess:
         return event, value
 
     def close(self) -> None:
-        """Wait for the end of the process for `PATIENCE` seconds, kill it then, and remove an empty log."""
+        """Wait `PATIENCE` seconds for the process to end, then kill it. Remove an empty log."""
         self.process.join(PATIENCE)
         self.process.kill()
         self.process.join()
@@ -147,11 +139,10 @@ class RunProcess:
 def play_run(
     end: Connection, log: Path, state: Sequence[Any], script: ScriptObjects, play: Callable[..., object]
 ) -> None:
-    """Play a run in this process, which exists for it, and send events and outcome over ``end``.
+    """Run in this process, which exists for the run, and send events and outcome over ``end``.
 
-    Args:
-        state: plugins, methods of a script, modes and kernels of the comparison's process, and the network of
-            ``script``, which another process gets without it.
+    ``state`` has plugins, a script's methods, modes and kernels of the comparison's process, and the network of
+    ``script``, which travels separately.
     """
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the comparison, which ends its runs

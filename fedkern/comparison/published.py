@@ -1,6 +1,6 @@
 """Published tables as data: every cell of a paper with its figure, its source and the command that plays it.
 
-A paper is a TOML file.  Its networks, splits and inputs stand in a Python file of the same name beside it::
+A paper is a TOML file. Its networks, splits and inputs stand in a Python file of the same name beside it::
 
     title = "FedAvg's first table"
     citation = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
@@ -36,29 +36,29 @@ Keys of a cell:
 
 - ``table``: number or name of the paper's table.
 - ``name``: name of the row, unique in the file and without a comma.
-- ``command``: METHOD and flags of a run, as behind ``python -m fedkern.run``.  No seed, no output and no data folder:
-  ``seeds``, ``--out`` and ``--data-root`` give these.  ``{NAME}`` is a text of ``words``, ``{before}`` the run folder
-  of ``before`` with the same seed.  ``FILE.py:NAME`` has its path from the folder of the TOML file,
-  ``package:NAME/FOLDER`` its path in an installed package; where there is none, the cell has no data here.
-- ``figure``: what is published.  A final figure of a run (``accuracy``, ``ood_accuracy``, ``dice``); or ``rounds``,
+- ``command``: METHOD and flags of a run, as behind ``python -m fedkern.run``, but without seed, output and data folder,
+  which ``seeds``, ``--out`` and ``--data-root`` give. ``{NAME}`` is a text of ``words``, ``{before}`` the run folder of
+  ``before`` with the same seed. The path in ``FILE.py:NAME`` starts at the folder of the TOML file, that in
+  ``package:NAME/FOLDER`` in an installed package. If either is missing, the cell has no data here.
+- ``figure``: the published figure. A final figure of a run (``accuracy``, ``ood_accuracy``, ``dice``), or ``rounds``,
   communication rounds to ``target`` on the curve of the best values so far, interpolated between evaluated rounds, as
   McMahan et al. count them.
-- ``target``: ``FIGURE=VALUE``, for ``rounds`` alone.
-- ``published``: the paper's value in the figure's own unit, 0.415 for an accuracy of 41.5 %.  Left out, the row has no
-  verdict: it may be a baseline, or a variant that the paper lacks.
-- ``source``: where the value stands, such as ``Table 1, row 2``.
-- ``baseline``: name of another cell, which this one is compared with, paired by seed.
-- ``scale``: ``paper`` (default): as published; ``smaller``: ``smaller`` says what was made smaller, and the verdict is
-  whether cell and baseline are ordered as in the paper.
+- ``target``: ``FIGURE=VALUE``, only for ``rounds``.
+- ``published``: the paper's value in the figure's own unit, 0.415 for an accuracy of 41.5 %. A row without one (a
+  baseline, or a variant of ours) has no verdict.
+- ``source``: place of the value, such as ``Table 1, row 2``.
+- ``baseline``: name of the cell to compare with, paired by seed.
+- ``scale``: ``paper`` (default), or ``smaller``, where ``smaller`` says what was reduced, and the verdict is whether
+  cell and baseline are ordered as in the paper.
 - ``tolerance``: at ``scale = "paper"``, the largest half width of an interval that is narrow enough for "reproduced",
   in the unit of ``published``.
-- ``seeds``: number of seeds from 0 on, or a list; default 3.
-- ``sweep``: list of ``NAME=VALUE,VALUE``, a setting or a method option.  All points run with the first seed; all seeds
-  run with the best point.
-- ``select``: what the best point is best in: ``figure`` (default), the cell's own, as papers do that tune on the test
-  set; ``validation``, the main figure on the validation set.
+- ``seeds``: number of seeds from 0 on, or a list, by default 3.
+- ``sweep``: list of ``NAME=VALUE,VALUE``, a setting or a method option. All points run with the first seed, the best
+  point with all seeds.
+- ``select``: what makes a point best: ``figure`` (default), the cell's own, as in papers that tune on the test set, or
+  ``validation``, the main figure on the validation set.
 - ``before``: name of an entry of ``before``, which has ``name``, ``command`` and ``minutes``.
-- ``minutes``: estimate for all runs of the cell together, on one core, without those of ``before``.
+- ``minutes``: estimate for all runs of the cell on one core, without those of ``before``.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ PAPERS = Path(__file__).parent / "papers"
 """Folder of the papers that fedkern ships."""
 PAPERS_PACKAGE = f"{__package__}.papers"
 ROUNDS = "rounds"
-"""The figure that is no final figure of a run: rounds up to a target."""
+"""The only figure that is not a run's final figure: rounds up to a target."""
 _CHOICES = {"scale": ("paper", "smaller"), "select": ("figure", "validation")}
 _TABLES = {"title": str, "citation": str, "note": str, "words": dict, "defaults": dict, "before": list, "cells": list}
 
 
 class NotHere(UserError):
-    """A file of code or a package that a cell names is not on this machine."""
+    """A code file or a package of a cell that is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,7 @@ class Before:
 
 @dataclass(frozen=True)
 class PublishedCell:
-    """A cell of a paper's table.
-
-    The attributes are the keys of the file.
-    """
+    """A cell of a paper's table. The attributes are the keys of the file."""
 
     table: str
     name: str
@@ -129,11 +126,10 @@ class PublishedCell:
 
     @property
     def goal(self) -> Target | None:
-        """The target of ``rounds``."""
         return Target.read(self.target) if self.target else None
 
     def check(self) -> None:
-        """Raise UserError where keys contradict each other."""
+        """Raise UserError if keys contradict each other."""
         for key, choices in _CHOICES.items():
             if (value := getattr(self, key)) not in choices:
                 raise UserError(f'{key} must be {" or ".join(choices)}, not "{value}".{suggest_name(value, choices)}')
@@ -150,11 +146,6 @@ class PublishedCell:
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper's cells.
-
-    ``folder`` is that of its file.
-    """
-
     name: str
     folder: Path
     cells: tuple[PublishedCell, ...]
@@ -171,13 +162,11 @@ class Paper:
         return command
 
     def words(self, command: str, before: Path | None = None) -> list[str]:
-        """Return the words of a command, with the run folder ``before``.
-
-        Files of code and folders by their place here.
+        """Return the words of a command, with the run folder ``before`` and the local paths of code and folders.
 
         Raises:
-            NotHere: a file of code or a package is not there.
-            UserError: the command has an open quote, or a name in braces that stands for nothing.
+            NotHere: a code file or a package is missing.
+            UserError: an open quote, or an unknown name in braces.
         """
         try:
             words = shlex.split(self.text(command))
@@ -203,10 +192,6 @@ class Paper:
         return f"{head}{equals}{path}{code.removeprefix(match['file'])}"
 
     def find(self, name: str) -> PublishedCell:
-        """Return the cell of a name.
-
-        Raises UserError where there is none.
-        """
         for cell in self.cells:
             if cell.name == name:
                 return cell
@@ -216,10 +201,7 @@ class Paper:
 
 
 def _folder_of_package(word: str) -> Path:
-    """Return the folder of ``package:NAME/FOLDER``.
-
-    None of the package's code is run.
-    """
+    """Return the folder of ``package:NAME/FOLDER`` without running the package's code."""
     match = re.fullmatch(r"package:(\w+)/([^/].*)", word)
     if match is None or ".." in Path(match[2]).parts:
         raise UserError(f'"{word}" must be package:NAME/FOLDER: the name of a module, and a folder in it without "..".')
@@ -236,16 +218,11 @@ Entry = TypeVar("Entry", Before, PublishedCell)
 
 
 def list_papers() -> list[str]:
-    """Names of the papers that fedkern ships."""
     return sorted(path.stem for path in PAPERS.glob("*.toml"))
 
 
 def read_paper(name: str) -> Paper:
-    """Return the paper of a name, or in the file ``NAME.toml``.
-
-    Raises:
-        UserError: there is no such paper or file, it is no TOML, or a cell is not in the format.
-    """
+    """Return the paper of a name, or in the file ``NAME.toml``, or raise UserError."""
     path = expand(name) if name.endswith(".toml") else PAPERS / f"{name}.toml"
     if not name.endswith(".toml") and name not in list_papers():
         raise UserError(
@@ -321,7 +298,7 @@ def _check_keys(table: Mapping[str, object], known: Mapping[str, object]) -> Non
 
 
 def _value(key: str, value: Any, kind: object) -> Any:
-    """Return a value of the file as the type that an attribute declares."""
+    """Convert a value of the file to the type that an attribute declares."""
     if key == "seeds":
         return read_seeds(value)
     if key == "sweep":

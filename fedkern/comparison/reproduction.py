@@ -1,4 +1,4 @@
-"""Plays the cells of a paper's table within a budget of time, and writes the published figures beside ours."""
+"""Plays the cells of a paper's table within a time budget, and writes the published figures beside ours."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import load_data
 
 REPRODUCTIONS = Path("reproductions")
-"""Folder of reproductions without ``out``; each is named by its paper, so that the same command goes on."""
+"""Folder of reproductions without ``out``, each named by its paper, so that the same command continues."""
 CSV, MARKDOWN = "reproduction.csv", "reproduction.md"
 
 
 @dataclass(frozen=True)
 class Command:
-    """Request of a cell's command: a method, the names of what they set, and the settings of a run."""
+    """Request of a cell's command: a method, the names of the given settings, and the settings of a run."""
 
     method: str
     names: frozenset[str]
@@ -57,17 +57,11 @@ class Command:
 
 
 class OutOfTime(KeyboardInterrupt):
-    """The budget is used up: the run stops as after Ctrl-C, and a later command goes on with it."""
+    """The budget is used up: the run stops as after Ctrl-C, and a later command continues."""
 
 
 class Deadline(Listener):
-    """Stops a run between two rounds once the budget of time is used up.
-
-    ``seconds`` None: there is no budget.
-
-    Attributes:
-        seconds_left: seconds of the budget that are left.
-    """
+    """Stops a run between two rounds once the time budget is used up (``seconds`` None: no budget)."""
 
     essential = True
 
@@ -79,7 +73,6 @@ class Deadline(Listener):
         self.check()
 
     def check(self) -> None:
-        """Raise OutOfTime once the budget is used up."""
         if self.seconds_left <= 0:
             raise OutOfTime
 
@@ -89,12 +82,11 @@ class Deadline(Listener):
 
 
 class Job:
-    """The runs of a command of a paper: all points of its sweep with the first seed, the best point with all seeds.
+    """The runs of a paper's command: all points of its sweep with the first seed, the best point with all seeds.
 
     The folder is named by the command, so that cells of the same command share their runs.
 
     Args:
-        paper: has the entry, and what is to be run before.
         entry: has the command.
         seeds: at least one.
         read: makes settings of the words of a command.
@@ -125,11 +117,9 @@ class Job:
         return self._commands[before]
 
     def folder_of(self, seed: int, point: Variant) -> Path:
-        """Return the run folder of a point and a seed."""
         return self.folder / run_name(point, seed)
 
     def is_finished(self, seed: int, point: Variant) -> bool:
-        """Return whether the run of a seed is finished."""
         return (self.folder_of(seed, point) / SUMMARY).exists()
 
     def failure_file(self, point: Variant) -> Path:
@@ -138,18 +128,12 @@ class Job:
 
     @property
     def total(self) -> int:
-        """Number of all runs.
-
-        Runs of points that are not the best one do not count.
-        """
+        """Number of runs, of which points that are not the best one have only their first seed."""
         return len(self.points) + len(self.seeds) - 1
 
     @property
     def runs_left(self) -> int:
-        """Number of the runs that are not finished.
-
-        Where every point of a sweep has failed, all are left.
-        """
+        """Number of unfinished runs. If every point of a sweep failed, all runs are left."""
         seed, *other_seeds = self.seeds
         swept = len(self.points) > 1
         over = [self.is_finished(seed, point) or (swept and self.failure_file(point).exists()) for point in self.points]
@@ -159,15 +143,15 @@ class Job:
 
     @property
     def seconds(self) -> float:
-        """Estimated time of the runs that are not finished, with those beforehand."""
+        """Estimated time of the unfinished runs, with those of ``before``."""
         before = 0.0 if self.before is None else self.before.seconds
         return before + 60 * self.entry.minutes * self.runs_left / self.total
 
     def play(self, deadline: Deadline) -> None:
-        """Plays the runs that are not finished.
+        """Run what is not finished.
 
         Raises:
-            InUse: another process plays them, or those beforehand.
+            InUse: another process plays these runs, or those of ``before``.
             UserError: a run cannot be played, or all failed.
             OutOfTime: the budget is used up.
         """
@@ -185,11 +169,9 @@ class Job:
             self.runner.play(self.runner.plan([point], self.seeds))
 
     def _play_points(self) -> None:
-        """Plays the points of the sweep with the first seed.
+        """Run the points of the sweep with the first seed. A point that fails is noted and not run again.
 
-        One that fails is noted and not played again.
-
-        Where all fail for the same reason, such as a missing package, no point is to blame and none is noted.
+        If all fail for the same reason, such as a missing package, no point is to blame and none is noted.
         """
         points = [point for point in self.points if not self.failure_file(point).exists()]
         firsts = self.runner.plan(points, self.seeds[:1])
@@ -204,10 +186,7 @@ class Job:
                     atomic.write_bytes(self.failure_file(cell.variant), text.encode())
 
     def best_point(self) -> Variant | None:
-        """Return the best point of the sweep, all of whose points are played.
-
-        None where all failed.
-        """
+        """Return the best point of a finished sweep, None if all failed."""
         if len(self.points) == 1:
             return self.points[0]
         assert isinstance(self.entry, PublishedCell)
@@ -223,14 +202,11 @@ class Job:
         return max(scores, key=lambda score: score[0], default=((), None))[1]
 
     def first_runs(self) -> list[tuple[Variant, FoundRun | None]]:
-        """Every point of the sweep with its run of the first seed.
-
-        None where that failed.
-        """
+        """Return every point of the sweep with its run of the first seed, None if that failed."""
         return [(point, self.runs(point).get(self.seeds[0])) for point in self.points]
 
     def histories(self) -> Groups:
-        """Return the records of the rounds of every run, finished or not, by the point of the sweep and the seed."""
+        """Return the round records of every run, finished or not, by sweep point and seed."""
         histories = {}
         for point in self.points:
             for seed in self.seeds:
@@ -253,12 +229,9 @@ class Reproduction:
         board: makes a receiver of a cell's progress.
         budget: seconds, or None.
         tell: receives lines for people.
-        absent: why cells have no data here, by the cell's name.
-        failures: what went wrong, by the cell's name.
+        absent: why cells have no data here, by cell name.
+        failures: messages by cell name.
         tracebacks: of runs in which Python code failed.
-
-    Raises:
-        UserError: a command is none, or run folders have other settings.
     """
 
     paper: Paper
@@ -285,13 +258,7 @@ class Reproduction:
                 raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
 
     def select(self, names: Sequence[str] = (), table: str | None = None) -> list[PublishedCell]:
-        """Return the cells whose names are among ``names``, which may be patterns such as ``2NN*``, in a table.
-
-        Or all.
-
-        Raises:
-            UserError: there is no such cell or table.
-        """
+        """Return the cells of a table whose names match one of ``names``, which may be patterns such as ``2NN*``."""
         cells = self.paper.cells
         tables = dict.fromkeys(cell.table for cell in cells)
         if table is not None and table not in tables:
@@ -311,9 +278,7 @@ class Reproduction:
         return chosen
 
     def plan(self, cells: Sequence[PublishedCell]) -> tuple[list[PublishedCell], list[str]]:
-        """Return the cells that have runs left, the dearest last.
-
-        And lines on all cells for people.
+        """Return the cells that have runs left, the most expensive last, and lines on all cells for people.
 
         Cells without data are noted as absent.
         """
@@ -339,9 +304,9 @@ class Reproduction:
         return planned, lines
 
     def play(self, cells: Sequence[PublishedCell]) -> None:
-        """Plays those cells whose estimates fit what is left of the budget, and writes the table after each.
+        """Run the cells whose estimates fit into the rest of the budget, and write the table after each.
 
-        Failed cells are noted.  Cells that another process plays are left to it.
+        Failed cells are noted. Cells that another process plays are skipped.
         """
         beyond = []
         try:
@@ -359,10 +324,7 @@ class Reproduction:
             self.tell(f"beyond the budget: {first_of(beyond, 3)}")
 
     def _play(self, cell: PublishedCell) -> bool:
-        """Plays a cell.
-
-        False where another process does.
-        """
+        """Run a cell, False if another process does."""
         job, board = self.jobs[cell.name], self.board()
         job.runner.board = board
         if job.before is not None:
@@ -383,10 +345,7 @@ class Reproduction:
         return True
 
     def _outcome(self, cell: PublishedCell, job: Job) -> Outcome | None:
-        """Return the outcome of a cell's runs.
-
-        None while one is not finished.
-        """
+        """Return the outcome of a cell's runs, None until all are finished."""
         if job.runs_left or (winner := job.best_point()) is None:
             return None
         runs = job.runs(winner)
@@ -406,10 +365,7 @@ class Reproduction:
         )
 
     def rows(self) -> list[Row]:
-        """Return a row for every cell of the paper.
-
-        What of it cannot be read is noted as a failure.
-        """
+        """Return a row for every cell of the paper, and note unreadable outcomes as failures."""
         outcomes, curves = dict[str, Outcome | None](), dict[str, Groups]()
         for cell in self.paper.cells:
             if (job := self.jobs.get(cell.name)) is not None:
@@ -436,11 +392,7 @@ class Reproduction:
         return rows
 
     def write(self) -> list[Path]:
-        """Write the table as Markdown, CSV and HTML, each completely or not at all, and return the files.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+        """Write the table as Markdown, CSV and HTML, each completely or not at all, and return the files."""
         rows = self.rows()
         with atomic.writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
@@ -455,16 +407,15 @@ class Reproduction:
 
 
 def _build(run: FoundRun) -> str:
-    """Return fedkern's version and commit in a run."""
     versions = run.summary["versions"]
     return " ".join(str(versions[name]) for name in ("fedkern", "commit") if name in versions)
 
 
 def _finish_day(run: FoundRun) -> str:
-    """Return the day on which a run was finished, in UTC.
+    """Return the UTC day on which a run was finished.
 
-    No file of a run tells a time, so this is the time of the summary's file, which a copy keeps only with ``cp -p`` or
-    ``rsync -t``.
+    No file of a run has a time, so this is the modification time of the summary, which a copy keeps only with ``cp -p``
+    or ``rsync -t``.
     """
     return datetime.fromtimestamp((run.folder / SUMMARY).stat().st_mtime, UTC).date().isoformat()
 
@@ -474,10 +425,7 @@ _OF_DATA = ("data", "data_options", "clients", "partition", "train_samples", "pu
 
 
 def _without_data(job: Job, reasons: dict[str, str]) -> str:
-    """Return why a job has no data here, or "".
-
-    ``reasons`` keeps the answers for jobs on the same data.
-    """
+    """Return why a job has no data here, or "". ``reasons`` caches answers for jobs on the same data."""
     config = job.runner.make(job.points[0], job.seeds[0])
     key = repr([(name, getattr(config, name)) for name in _OF_DATA])
     if key not in reasons:
@@ -494,10 +442,7 @@ def _point(point: Variant) -> str:
 
 
 def _reached_text(cell: PublishedCell, run: FoundRun | None) -> str:
-    """Return the figure of a run for people.
-
-    Where the run misses the target, its best value.
-    """
+    """Return the figure of a run for people, or its best value if the run misses the target."""
     if run is None:
         return "failed"
     value = figure_of(cell, run)

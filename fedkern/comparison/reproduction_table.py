@@ -25,9 +25,8 @@ class Row:
     """A cell of a paper with its verdict.
 
     Attributes:
-        outcome: of all runs; None where some are not finished.
-        folder: of the runs.
-        curves: of a cell with a target, the records of every run that is begun, by the name of its curve.
+        outcome: of all runs, None unless all are finished.
+        curves: of a cell with a target, the round records of every started run, by curve name.
     """
 
     cell: PublishedCell
@@ -50,7 +49,7 @@ class Row:
         return [cell.table, cell.name, published, ours, gap, seeds, effect, short]
 
     def values(self) -> dict[str, object]:
-        """Return the row as plain values by name, empty where there is none."""
+        """Return the row as plain values by name."""
         cell, verdict, outcome = self.cell, self.verdict, self.outcome
         keys = ("table", "name", "figure", "target", "baseline", "published")
         row = {key: getattr(cell, key) for key in keys}
@@ -67,17 +66,14 @@ class Row:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Return the table as CSV, a row for every cell."""
     return csv_text([row.values() for row in rows])
 
 
 def text_table(paper: Paper, rows: Sequence[Row]) -> Table:
-    """Return the table in texts, a row for every cell, with what it rests on below."""
     return Table(HEADER, [row.texts() for row in rows], _title(paper), notes=[summary(rows), *sentences(paper, rows)])
 
 
 def page(paper: Paper, rows: Sequence[Row]) -> Page:
-    """Return the page of a reproduction."""
     tables = dict.fromkeys(row.cell.table for row in rows)
     sections = [
         make_section(f"table-{number}", f"Table {name}", _table([row for row in rows if row.cell.table == name]))
@@ -91,13 +87,13 @@ def page(paper: Paper, rows: Sequence[Row]) -> Page:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One sentence with the number of cells of every verdict."""
+    """Return a sentence with the number of cells of every verdict."""
     counts = {kind: sum(row.verdict.kind == kind for row in rows) for kind in VERDICTS}
     return f"{join_words([f'{count} {kind}' for kind, count in counts.items() if count])}, of {len(rows)} cells."
 
 
 def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
-    """Return what the table rests on, sentence by sentence."""
+    """Return the table's sources and methods, sentence by sentence."""
     texts = [f"Published figures: {paper.citation}." if paper.citation else "", paper.note]
     sources = by_reason((row.cell.source, row.cell.name) for row in rows)
     texts += [f"{source}: {'; '.join(names)}." for source, names in sources.items()]
@@ -129,10 +125,7 @@ def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
 
 
 def by_reason(cells: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Names of cells by what is said of all of them, from pairs of both.
-
-    Where nothing is said, a cell is left out.
-    """
+    """Return names of cells by reason, from pairs of reason and name, without empty reasons."""
     names: dict[str, list[str]] = {}
     for reason, name in cells:
         if reason:

@@ -1,4 +1,4 @@
-"""Result of a comparison: a table over the groups, the sentences below it, and the files that hold both."""
+"""Result of a comparison: a table over the groups, the sentences below it, and the files of both."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.t
 TOLD = ("no-effect", "shared-machine")
 """Warnings of runs whose sentences stand below the table."""
 TAKEN = ("rounds", "bytes", "seconds")
-"""What reaching a target takes."""
+"""Costs of reaching a target."""
 
 
 @dataclass
 class Result:
-    """Groups of finished runs, at least one group and each with a run, compared with the first group.
+    """Groups of finished runs, at least one and none empty, compared with the first group.
 
-    Rounds, bytes and seconds are counted up to the ``target``.  ``notes`` tell how the groups came to be, as by chosen
-    settings; ``failures`` has a sentence for every failed run.
+    Rounds, bytes and seconds count up to the ``target``. ``notes`` say how the groups came about, as by chosen
+    settings. ``failures`` has a sentence for every failed run.
     """
 
     groups: list[Group]
@@ -55,7 +55,7 @@ class Result:
             self.target = self.target.with_direction([run.direction(self.target.figure) for run in self.runs])
 
     def check_target(self) -> None:
-        """Raise UserError where no round tells the target's figure, it never reaches the value, or has no direction."""
+        """Raise UserError if no round has the target's figure, or the figure cannot reach it or has no direction."""
         if self.target is None:
             return
         self.target.check(own_sets(self.groups))
@@ -72,15 +72,12 @@ class Result:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A row for every group, with plain numbers.
-
-        None where there is no value.
+        """A row for every group, with plain numbers, None where there is no value.
 
         Keys: ``group``, ``method``, ``seeds`` (number of runs); for every main figure its mean under the figure's name
-        and ``FIGURE_std``, ``FIGURE_difference``, ``FIGURE_low`` and ``FIGURE_high`` (to the first group);
-        ``bytes`` and ``seconds``, each with ``_std``; with a target ``reached`` (number of runs) and
-        ``rounds_to_target``, ``bytes_to_target`` and ``seconds_to_target``, each with
-        ``_std``, where all runs reach it.
+        and ``FIGURE_std``, ``FIGURE_difference``, ``FIGURE_low`` and ``FIGURE_high`` (to the first group); ``bytes``
+        and ``seconds``, each with ``_std``; with a target ``reached`` (number of runs) and ``rounds_to_target``,
+        ``bytes_to_target`` and ``seconds_to_target``, each with ``_std``, if all runs reach it.
         """
         base = self.groups[0]
         rows = []
@@ -108,10 +105,7 @@ class Result:
         return rows
 
     def run_rows(self) -> list[dict[str, object]]:
-        """Return a row for every run.
-
-        Columns are group, method, seed, all final figures, bytes, seconds, the target, and the folder.
-        """
+        """Return a row for every run: group, method, seed, final figures, bytes, seconds, target and folder."""
         rows = []
         for group in self.groups:
             for seed, run in group.runs.items():
@@ -124,7 +118,7 @@ class Result:
         return rows
 
     def sentences(self) -> list[str]:
-        """Return what the table rests on, sentence by sentence."""
+        """Return the notes below the table, sentence by sentence."""
         texts = [_seeds(self.groups)]
         if self.shared_start:
             texts.append(
@@ -148,14 +142,10 @@ class Result:
         return [*texts, *self.notes]
 
     def all_sentences(self) -> list[str]:
-        """:meth:`sentences`, and a sentence for every failed run."""
         return [*self.sentences(), *(f"Failed: {text}" for text in self.failures)]
 
     def text_table(self, notes: Sequence[str] = ()) -> Table:
-        """Return the table in texts, with a row for every group.
-
-        It has mean ± standard deviation, and differences with their interval.
-        """
+        """Return the table as texts: mean ± standard deviation, and differences with their interval."""
         rows = self.table
         columns: list[tuple[str, list[str]]] = [
             ("", [printable_name(row["group"], CELL) for row in rows]), ("seeds", [str(row["seeds"]) for row in rows]),
@@ -174,7 +164,6 @@ class Result:
         return Table(titles, [[*row] for row in zip(*cells, strict=True)], self.title(), notes=notes)
 
     def title(self) -> str:
-        """Title of the comparison."""
         data = list(dict.fromkeys(run.config.data for run in self.runs))
         methods = dict.fromkeys(short(group.method) for group in self.groups)
         start = ", all seeds start from the same weights" if self.shared_start else ""
@@ -182,16 +171,12 @@ class Result:
 
     @property
     def shared_start(self) -> bool:
-        """Return whether all seeds of a group train copies of one module, which has its weights already."""
+        """Return whether all seeds of a group train copies of one module, which already has its weights."""
         starts = [[run.config for run in group.runs.values()] for group in self.groups if len(group.runs) > 1]
         return any(start.model_sha256 and start.model.startswith(INSTANCE) for start in chain(*starts))
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the table's files and the picture, each completely or not at all, and return their paths.
-
-        Raises:
-            UserError: the disk is full or the folder cannot be written.
-        """
+        """Write the table's files and the picture, each completely or not at all, and return their paths."""
         from fedkern.report.figures.matplotlib_import import without_docstrings
 
         with without_docstrings():
@@ -214,14 +199,10 @@ class Result:
         return paths
 
     def histories(self) -> dict[str, list[Sequence[Record]]]:
-        """Return the records of the rounds of every run, by the group's name."""
         return {group.label: [run.records for run in group.runs.values()] for group in self.groups}
 
     def chance(self) -> dict[str, float]:
-        """Return the main figures that need no learning, by the first run.
-
-        Empty where runs are of several data sets.
-        """
+        """Return the main figures of a constant prediction, by the first run, empty for runs of several data sets."""
         if len({run.config.data for run in self.runs}) > 1:
             return {}
         first_run = self.runs[0]
@@ -230,7 +211,6 @@ class Result:
         return constant_figures(figure_tables, first_run.config.main, {}, confusion, 0)
 
     def to_json(self, folder: Path) -> str:
-        """Table, sentences and folder as JSON."""
         content = {"table": self.table, "notes": self.sentences(), "failures": self.failures, "folder": str(folder)}
         return json.dumps(record_files.plain(content), indent=2)
 
@@ -250,7 +230,6 @@ def _difference(figure: str, row: Mapping[str, Any]) -> str:
 
 
 def _target_text(name: str, row: Mapping[str, Any]) -> str:
-    """Return what reaching the target took, with its unit."""
     mean, deviation = row[f"{name}_to_target"], row[f"{name}_to_target_std"]
     if mean is None:
         return f"reached by {row['reached']} of {row['seeds']}" if name == "rounds" else "–"
@@ -297,7 +276,7 @@ def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as CSV, with all names that one of them has."""
+    """Return rows as CSV, with the union of their columns."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Statistics over seeds: mean, standard deviation, paired differences with their interval, and what a target takes."""
+"""Statistics over seeds: mean, standard deviation, paired differences with intervals, and the cost of a target."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ from fedkern.listeners.events import Record
 from fedkern.tasks.figure_names import check_reachable, direction
 
 LEVEL = 0.95
-"""Confidence level of intervals."""
 _TARGET = re.compile(r"\s*([^<>=]*[^<>=\s])\s*(<=|>=|=)\s*([^<>=]+)")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference of two methods, paired by seed, and the ends of its interval.
-
-    None with a single pair.
-    """
+    """Mean difference of two methods, paired by seed, and the ends of its interval (None for a single pair)."""
 
     mean: float
     low: float | None
@@ -30,33 +26,22 @@ class Difference:
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation (n - 1) of at least one value.
-
-    None as the deviation of a single value.
-    """
+    """Return mean and standard deviation (n - 1) of at least one value, None as the deviation of a single one."""
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
 def plus_minus(mean: float, deviation: float | None, text: Callable[[float], str]) -> str:
-    """Return a mean ± standard deviation, if it has one, for people.
-
-    ``text`` makes a value readable.
-    """
+    """Return a mean, and ± its standard deviation if any, formatted by ``text``."""
     return text(mean) if deviation is None else f"{text(mean)} ± {text(deviation)}"
 
 
 def interval_text(mean: float, low: float | None, high: float | None, text: Callable[[float], str]) -> str:
-    """Return a mean with its interval, if it has one, for people.
-
-    ``text`` makes a value readable.
-    """
+    """Return a mean, and its interval if any, formatted by ``text``."""
     return text(mean) if low is None or high is None else f"{text(mean)} [{text(low)}, {text(high)}]"
 
 
 def compare_pairs(values: Mapping[int, float], base_values: Mapping[int, float]) -> Difference | None:
-    """Return the differences ``own - other`` over the seeds that both have, with Student's t interval.
-
-    None without any.
+    """Return the differences ``values - base_values`` over shared seeds with Student's t interval, None without any.
 
     The interval assumes that the differences are normally distributed over seeds.
     """
@@ -75,9 +60,9 @@ def compare_pairs(values: Mapping[int, float], base_values: Mapping[int, float])
 
 @dataclass(frozen=True)
 class Target:
-    """A value that a figure of the rounds' records is to reach: at least this value, at most where it ``falls``.
+    """A value that a figure of the rounds' records is to reach: at least this value, at most if it ``falls``.
 
-    ``falls`` is None until the runs say so; where the user has, the target is ``fixed``.
+    ``falls`` is None until the runs determine it. A direction from the user is ``fixed``.
     """
 
     figure: str
@@ -87,11 +72,7 @@ class Target:
 
     @classmethod
     def read(cls, text: str) -> Target:
-        """Return the target in ``FIGURE=VALUE``, ``FIGURE<=VALUE`` or ``FIGURE>=VALUE``.
-
-        Raises:
-            UserError: another form, no finite number, or one out of reach.
-        """
+        """Return the target in ``FIGURE=VALUE``, ``FIGURE<=VALUE`` or ``FIGURE>=VALUE``, or raise UserError."""
         match = _TARGET.fullmatch(str(text))
         name, sign, number = match.groups() if match else ("", "", "nan")
         try:
@@ -106,12 +87,12 @@ class Target:
         return target
 
     def with_direction(self, directions: Collection[str | None]) -> Target:
-        """Return the target with the direction that all runs give its figure, unless the user has said it."""
+        """Return the target with the direction that all runs give its figure, unless the user gave one."""
         falls = {"min": True, "max": False}.get(next(iter(directions)) or "") if len({*directions}) == 1 else None
         return self if self.fixed else replace(self, falls=falls)
 
     def check_direction(self) -> None:
-        """Raise UserError where nobody has said which values of the figure are the better ones."""
+        """Raise UserError if it is unknown whether low or high values are better."""
         if self.falls is None:
             ways = f"--target {self.figure}<={self.value:g} or --target {self.figure}>={self.value:g}"
             raise UserError(
@@ -120,21 +101,16 @@ class Target:
             )
 
     def check(self, sets: Collection[str] = ()) -> None:
-        """Raise UserError where the figure is a fraction out of reach.
-
-        ``sets``: names of the runs' test sets.
-        """
+        """Raise UserError if the figure is a fraction out of reach. ``sets`` are the runs' test sets."""
         check_reachable("--target", self.figure, self.value, falls=bool(self.falls), own=sets)
 
     def __str__(self) -> str:
         return f"{self.figure} {'<=' if self.falls else '>='} {self.value:g}"
 
     def crossing(self, records: Sequence[Record]) -> float | None:
-        """Return the rounds up to the target on the curve of the best values so far.
+        """Return the rounds up to the target on the curve of the best values so far, None if it is never reached.
 
-        None where the curve stays below it.
-
-        Between evaluated rounds the curve is interpolated linearly (McMahan et al., arXiv 1602.05629, section 3).
+        The curve is interpolated linearly between evaluated rounds (McMahan et al., arXiv 1602.05629, section 3).
         """
         sign = -1 if self.falls else 1
         curve: tuple[float, float] | None = None  # the last evaluated round and the best value so far
@@ -150,10 +126,7 @@ class Target:
         return None
 
     def cost_of_target(self, records: Sequence[Record]) -> dict[str, float] | None:
-        """Round, bytes in both directions and seconds up to the first round that has the target.
-
-        None without one.
-        """
+        """Return round, bytes in both directions and seconds of the first round at the target, None without one."""
         for record in records:
             value = record.get(self.figure)
             if isinstance(value, (int, float)) and (value <= self.value if self.falls else value >= self.value):

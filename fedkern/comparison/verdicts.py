@@ -21,17 +21,15 @@ VERDICTS = (REPRODUCED, DIFFERS, UNDECIDED, SAME, REVERSED, BASELINE, UNPUBLISHE
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell all of whose runs are finished.
+    """A cell whose runs are all finished.
 
     Attributes:
-        values: the figure by seed, at least one; None where a seed does not reach the target.
+        values: the figure by seed, at least one, None for a seed that misses the target.
         rounds: rounds played, by seed.
         effect: the figure at every point of the sweep, for people.
-        seconds: time of the runs.
-        bytes: sent in both directions, mean of the runs.
-        up: those of them that clients sent.
+        bytes: sent in both directions, mean of the runs, and ``up`` those that clients sent.
         build: fedkern's version in the runs.
-        date: day on which the last run was finished, in UTC.
+        date: UTC day on which the last run finished.
     """
 
     values: Mapping[int, float | None]
@@ -45,19 +43,18 @@ class Outcome:
 
     @property
     def reached_values(self) -> dict[int, float]:
-        """The values of the seeds that have one."""
         return {seed: value for seed, value in self.values.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict, one of `VERDICTS`, and what it rests on.
+    """A verdict, one of `VERDICTS`, and its evidence.
 
     Attributes:
         detail: a few words, such as by how much the figure differs.
-        ours: mean of the figure over the seeds, with its interval; None where a seed has no figure.
-        gap: mean difference to the baseline, paired by seed, with its interval; None without a baseline.
-        published_gap: the paper's difference to its baseline; None where the paper does not tell.
+        ours: mean of the figure over the seeds with its interval, None if a seed has no figure.
+        gap: mean difference to the baseline, paired by seed, with its interval.
+        published_gap: the paper's difference to its baseline, None if unpublished.
     """
 
     kind: str
@@ -71,13 +68,7 @@ class Verdict:
 
 
 def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
-    """Return the cell's figure of a finished run.
-
-    None where the run does not reach the target.
-
-    Raises:
-        UserError: the run does not tell the figure.
-    """
+    """Return the cell's figure of a finished run, None if the run misses the target."""
     if cell.goal is not None:
         check_told(cell.goal.figure, run)
         return cell.goal.crossing(run.records)
@@ -87,10 +78,7 @@ def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
 
 
 def best_value(figure: str, run: FoundRun) -> float:
-    """Return the best value of a figure over the evaluated rounds.
-
-    Raises UserError where no round tells the figure.
-    """
+    """Return the best value of a figure over the evaluated rounds."""
     check_told(figure, run)
     values = [record[figure] for record in run.records if isinstance(record.get(figure), float)]
     finite = [value for value in values if math.isfinite(value)]
@@ -98,7 +86,7 @@ def best_value(figure: str, run: FoundRun) -> float:
 
 
 def check_told(figure: str, run: FoundRun) -> None:
-    """Raise UserError where no round of a run tells a figure."""
+    """Raise UserError if no round of a run has the figure."""
     figures = {name for record in run.records for name, value in record.items() if isinstance(value, float)}
     if figure not in figures:
         raise _untold(figure, run, figures)
@@ -112,24 +100,14 @@ def _untold(figure: str, run: FoundRun, figures: Mapping[str, float] | set[str])
 
 
 def falls(figure: str, run: FoundRun) -> bool:
-    """Return whether a lower figure is a better one.
-
-    Raises:
-        UserError: nothing says so.
-    """
+    """Return whether a lower figure is better, or raise UserError if unknown."""
     if (better := run.direction(figure)) is None and figure != ROUNDS:
         raise UserError(f'The run in {run.folder} does not say whether a low "{figure}" is a good one: choose another.')
     return better != "max"
 
 
 def rate_run(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
-    """Rate a run by what a sweep's best point is best in, the larger the better.
-
-    Without the target: worse.
-
-    Raises:
-        UserError: the run does not tell the figure.
-    """
+    """Rate a run for the choice of a sweep's best point: larger is better, and missing the target is worse."""
     name, reached = cell.figure, 1.0
     if cell.select == "validation":
         name = f"validation_{run.config.main}"
@@ -148,13 +126,9 @@ def rate_run(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
 def judge_cell(
     cell: PublishedCell, outcome: Outcome, baseline: Outcome | None = None, published_baseline: float | None = None
 ) -> Verdict:
-    """Return the verdict on a cell all of whose runs are finished.
+    """Return the verdict on a cell whose runs are all finished.
 
-    Args:
-        cell: the cell.
-        outcome: of its runs.
-        baseline: of the baseline's runs; None without a baseline or while it is not played.
-        published_baseline: the paper's value of the baseline.
+    ``baseline`` is the outcome of the baseline's runs, None without a baseline or until it has finished.
     """
     values, base_values = outcome.reached_values, {} if baseline is None else baseline.reached_values
     published, gap = cell.published, compare_pairs(values, base_values)
@@ -200,7 +174,7 @@ def _ordering(gap: Difference | None, published_gap: float | None, missing_words
 
 
 def _judge_missed_target(cell: PublishedCell, published: float, outcome: Outcome) -> tuple[str, str]:
-    """Return the verdict where seeds miss the target: they need more rounds than they played."""
+    """Return the verdict if seeds miss the target: they need more rounds than they played."""
     missing = [outcome.rounds[seed] for seed, value in outcome.values.items() if value is None]
     count = f"{len(missing)} of {len(outcome.values)} seeds miss {cell.goal} in {min(missing):,.0f} rounds"
     fewest = min([*missing, *outcome.reached_values.values()])
@@ -210,7 +184,7 @@ def _judge_missed_target(cell: PublishedCell, published: float, outcome: Outcome
 
 
 def figure_text(cell: PublishedCell, value: float, sign: str = "") -> str:
-    """Return a value of the cell's figure, or with ``sign`` "+" a difference, for people."""
+    """Format a value of the cell's figure, or with ``sign`` "+" a difference."""
     if cell.figure == ROUNDS:
         return f"{value:{sign},.0f}"
     if sign:
