@@ -1,4 +1,4 @@
-"""Command ``doctor``: versions, processor, GPU, and the operators' backends with the reasons why some do not serve."""
+"""Command ``doctor``: versions, processor, GPU, and the operators' backends with reasons for unusable ones."""
 
 from __future__ import annotations
 
@@ -30,10 +30,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, fedkern (with its commit) and packages it uses.
-
-    Absent packages are ``"not installed"``.
-    """
+    """Return versions of Python, fedkern (with its commit) and its packages, "not installed" if absent."""
     packages = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -47,10 +44,7 @@ def versions() -> dict[str, str]:
 
 
 def cpuinfo(path: Path) -> dict[str, str]:
-    """Entries of ``/proc/cpuinfo`` for the first processor.
-
-    None where there is no such file.
-    """
+    """Return the first processor's entries of ``/proc/cpuinfo``, empty without such a file."""
     entries: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in path.read_text(errors="replace").partition("\n\n")[0].splitlines():
@@ -61,10 +55,9 @@ def cpuinfo(path: Path) -> dict[str, str]:
 
 
 def processor() -> dict[str, object]:
-    """Return the CPU: ``name``, ``cores``, and the ISA levels of fedkern's compiled core.
+    """Return the CPU's ``name`` and ``cores``, and the ISA levels of the compiled core.
 
-    The levels are ``available``, ``active`` and ``forced`` (None if not forced).  If the compiled core cannot be used,
-    ``problem`` says why, instead of ``available`` and ``active``.
+    The levels are ``available``, ``active`` and ``forced``. An unusable core has a ``problem`` instead.
     """
     from fedkern.ops._core import backend, loading
 
@@ -97,10 +90,7 @@ def cuda_core() -> str:
 
 
 def threads() -> dict[str, object]:
-    """Return the number of PyTorch's threads and the settings that limit them.
-
-    fedkern's compiled core uses them too.
-    """
+    """Return the number of PyTorch's threads, which the compiled core uses too, and the settings that limit them."""
     import torch
 
     return {
@@ -113,11 +103,7 @@ def threads() -> dict[str, object]:
 
 
 def gpus() -> tuple[list[dict[str, object]], str]:
-    """GPUs that the NVIDIA driver lists through NVML, and the reason why there are none, empty if there are.
-
-    A GPU has ``name``, ``memory`` and ``used`` (bytes), ``utilisation`` (per cent, or None if the driver does not
-    report it) and ``driver``.
-    """
+    """Return the GPUs that NVML lists, and why there are none. Memory is in bytes, utilisation in per cent."""
     try:
         import pynvml
 
@@ -147,7 +133,7 @@ def gpus() -> tuple[list[dict[str, object]], str]:
 
 
 def collect_report() -> dict[str, Any]:
-    """Everything that :func:`show` prints, as JSON-ready values."""
+    """Return everything that :func:`print_report` prints, as JSON-ready values."""
     import torch
 
     import fedkern.ops  # registers the operators
@@ -171,7 +157,6 @@ def collect_report() -> dict[str, Any]:
 
 
 def print_report(console: Console, report: dict[str, Any] | None = None) -> None:
-    """Print the report: versions, processor, threads, GPU, and the backends that serve each operator."""
     report = collect_report() if report is None else report
     facts = TerminalTable(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")

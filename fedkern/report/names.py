@@ -10,36 +10,29 @@ from rich.text import Text
 from fedkern.errors import printable_name
 
 TITLE, TICK, CELL = 100, 24, 200
-"""Most characters of a picture's title, of a label in a picture, and of a table's cell."""
+"""Longest title of a picture, label in a picture, and table cell, in characters."""
 
 
 def label(name: object, limit: int = TICK) -> str:
-    """Return a name as a text in a picture.
-
-    :func:`fedkern.report.figures.plots.save_png` prevents parsing it as a formula.
-    """
+    """Return a name for a picture, in which :func:`fedkern.report.figures.plots.save_png` parses no formula."""
     return printable_name(str(name), limit)
 
 
 def capitalize(text: str) -> str:
-    """Return a text that begins with a capital letter."""
     return text[:1].upper() + text[1:]
 
 
 def entry(name: object, limit: int = TICK) -> str:
-    """:func:`label` in a legend, from which matplotlib leaves out texts that begin with "_"."""
+    """Return :func:`label` for a legend, from which matplotlib drops texts that begin with "_"."""
     text = label(name, limit)
     return f"\N{NO-BREAK SPACE}{text}" if text.startswith("_") else text
 
 
 def literal_text(name: object, style: str = "", limit: int = CELL) -> Text:
-    """Return a name as literal text in a table.
-
-    In a plain string rich reads ``[red]`` as a colour, ``:dog:`` as an emoji.
-    """
+    """Return a name as literal text: in a plain string rich reads ``[red]`` as a colour, ``:dog:`` as an emoji."""
     return Text(printable_name(str(name), limit), style=style)
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line with names in it literally and in full length."""
+    """Print a line literally and in full length."""
     console.print(literal_text(text, limit=sys.maxsize), soft_wrap=True)

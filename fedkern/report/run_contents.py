@@ -1,4 +1,4 @@
-"""A run folder as pictures and pages read it: settings, records, summary, facts about the data."""
+"""A run folder for pictures and pages: settings, records, summary, facts about the data."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ class Contents:
     """Contents of a run folder.
 
     Attributes:
-        summary: contents of ``summary.json``, or those that the rounds so far tell.
-        facts: what the run tells of its data.
-        confusion: confusion matrices, where the run has them.
-        artifacts: what the method logged.
+        summary: contents of ``summary.json``, or of the rounds so far.
+        facts: facts about the run's data.
+        artifacts: tensors that the method logged.
         built: versions that the run was made with.
     """
 
@@ -54,15 +53,12 @@ class Contents:
 
     @property
     def private(self) -> bool:
-        """Return whether nothing may be told of single clients and of counts of samples."""
+        """Return whether single clients and counts of samples must not be shown."""
         return self.config.records == "private"
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The final figures that are numbers.
-
-        Those of the last evaluated round where the run is not finished.
-        """
+        """The finite final figures, or those of the last evaluated round of an unfinished run."""
         metrics = self.summary["metrics"]
         names = sort_metrics(metrics, main=self.config.main)
         return {name: metrics[name] for name in names if math.isfinite(metrics[name])}
@@ -75,25 +71,19 @@ class Contents:
         return [name for name in names if self.split(name)[1] == main] or names[:1]
 
     def chance(self, records: Iterable[Record]) -> dict[str, float]:
-        """See :func:`constants`."""
         return constant_figures(records, self.config.main, self.facts.chance, self.confusion, len(self.facts.classes))
 
     def split(self, name: str) -> tuple[str, str]:
-        """Test set and figure of a name such as ``ood_accuracy``, also of test sets that a user has named."""
+        """Return test set and figure of a name such as ``ood_accuracy``, also for user-defined test sets."""
         return split_metric(name, self.facts.tests)
 
     def client(self, k: str) -> str:
-        """Return a client's name, or "client" with its number."""
         names = None if self.facts.statistics is None else self.facts.statistics.names
         return names[int(k)] if names is not None and int(k) < len(names) else f"client {k}"
 
 
 def read_run_folder(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents:
-    """Read a run folder.
-
-    Args:
-        run_dir: the run folder.
-        trusted: code that may be imported (see :func:`fedkern.load`).
+    """Read a run folder. ``trusted`` is code that may be imported (see :func:`fedkern.load`).
 
     Raises:
         UserError: there is no run, a file is damaged, or the settings were changed after the run began.
@@ -113,10 +103,7 @@ def read_run_folder(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents
 
 
 def _so_far(records: Sequence[Record], main: str) -> Summary:
-    """Return the summary of a run that is not finished.
-
-    Figures are those of the last evaluated round.
-    """
+    """Return the summary of an unfinished run, with the figures of its last evaluated round."""
     evaluated = (record for record in reversed(records) if any(name.endswith(main) for name in record))
     last = records[-1] if records else {}
     sent = {"total": last["bytes_up"] + last["bytes_down"]} if "bytes_up" in last else {}
@@ -126,7 +113,7 @@ def _so_far(records: Sequence[Record], main: str) -> Summary:
 
 
 def sum_phases(*tables: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by phase over all tables, where the numbered parts of a phase (``train/images 3``) are one."""
+    """Return seconds by phase over all tables, with the numbered parts of a phase (``train/images 3``) as one."""
     seconds: dict[str, float] = {}
     for name, value in (item for table in tables for item in table.items()):
         plain = re.sub(r" \d+$", "", name)
@@ -141,10 +128,10 @@ def constant_figures(
     confusion: Confusions | None,
     classes: int,
 ) -> dict[str, float]:
-    """Return the main figures in records that need no learning, such as those of predicting one class everywhere.
+    """Return the main figures of a constant prediction, such as one class everywhere, as far as known.
 
-    Those without a known constant are left out.  ``known`` are constants by test set, of data whose counts may be told.
-    The records have the numbers of candidates in retrieval.
+    ``known`` are constants by test set, of data whose counts may be shown. In retrieval the records have the number of
+    candidates.
     """
     metrics = {name: value for record in records for name, value in record.items()}
     tasks = [task for task in TASKS.values() if task.main == main]

@@ -22,13 +22,12 @@ _ORDER = (
     "gradcam_in_object", "loss",
 )  # fmt: skip
 CLIENTS = 12
-"""Most clients that a table lists."""
 _OF_A_CLIENT = ("t2i_r1", "iou", "loss")
-"""Figures of a client in the closing table, beside the main one; evaluation.csv has all."""
+"""Figures of a client in the closing table, beside the main one. evaluation.csv has all."""
 
 
 def human_bytes(count: float) -> str:
-    """Decimal units, three significant digits: 44695848 -> ``44.7 MB``."""
+    """Format bytes in decimal units with three significant digits: 44695848 -> ``44.7 MB``."""
     value, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         # From 999.5 on, a value would be printed with four digits.
@@ -41,7 +40,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Seconds as ``0.42 s``, ``12.3 s``, ``3 min 05 s`` or ``2 h 07 min``."""
+    """Format seconds as ``0.42 s``, ``12.3 s``, ``3 min 05 s`` or ``2 h 07 min``."""
     if seconds < 1:
         return f"{seconds:.2f} s"
     if seconds < 59.95:
@@ -53,13 +52,9 @@ def human_time(seconds: float) -> str:
 
 
 def in_unit(value: float | None, unit: str) -> str:
-    """Return a value as text.
+    """Format a value, None or a non-finite one as a dash.
 
-    None, and what is not finite, is a dash.
-
-    Args:
-        value: the value.
-        unit: ``"%"`` (one decimal), ``"B"``, ``"s"``, ``"images"`` (whole numbers), or ``""`` (three digits).
+    ``unit`` is ``"%"`` (one decimal), ``"B"``, ``"s"``, ``"images"`` (whole numbers), or ``""`` (three digits).
     """
     if value is None or not math.isfinite(value):
         return "–"
@@ -71,10 +66,7 @@ def in_unit(value: float | None, unit: str) -> str:
 
 
 def human_metric(name: str, value: float) -> str:
-    """Shares in per cent with one decimal, bytes and operations with their unit, whole numbers in full.
-
-    Everything else has three significant digits.
-    """
+    """Format a metric: shares in per cent, bytes and operations with their unit, large integers in full."""
     figure, (factor, unit) = split_metric(name)[1], scale(name)
     if unit:
         return f"{factor * value:.1f} {unit}"
@@ -96,17 +88,15 @@ def _rank(name: str, sets: Collection[str], main: str) -> tuple[int, int, str, i
 
 
 def sort_metrics(metrics: Mapping[str, object], sets: Collection[str] = (), main: str = "") -> list[str]:
-    """Names of the numeric ``metrics``, in order: the main figure first, in distribution before out of distribution."""
+    """Return the names of numeric ``metrics``: the main figure first, in distribution before out of distribution."""
     names = (name for name, value in metrics.items() if isinstance(value, (int, float)))
     return sorted(names, key=lambda name: _rank(name, sets, main))
 
 
 def describe_epsilon(private: Mapping[str, Any]) -> str:
-    """One line on what the epsilon of a run covers, so that nobody takes a partial epsilon for that of the release.
+    """Describe what a run's epsilon covers, so that nobody takes a partial epsilon for the whole release's.
 
-    Args:
-        private: the entry ``privacy`` of summary.json; before the run, only its ``covers`` and ``leaves_uncovered``,
-            and the planned figure of a guarantee for whole clients.
+    ``private`` is the entry ``privacy`` of summary.json, before the run only ``covers`` and ``leaves_uncovered``.
     """
     covers, leaves = (", ".join(private.get(name, ())) or "nothing" for name in ("covers", "leaves_uncovered"))
     name = PART if private.get("leaves_uncovered") else EPSILON
@@ -126,11 +116,9 @@ def describe_epsilon(private: Mapping[str, Any]) -> str:
 def figures_table(
     title: str, metrics: Mapping[str, float], sets: Collection[str], main: str, *, by_name: bool = False
 ) -> Table:
-    """Return a row for each figure and a column for each test set that has figures.
+    """Return a row for each figure and a column for each test set, without the validation set.
 
-    The validation set's are no results.
-
-    With ``by_name`` the Dice of single classes is left out, which a table of the classes has.
+    ``by_name`` leaves out the Dice of single classes, which a table of the classes has.
     """
     figures: dict[str, dict[str, str]] = {}
     for name in sort_metrics(metrics, sets, main):
@@ -145,11 +133,9 @@ def figures_table(
 
 
 def final_table(summary: Summary, main: str) -> Table:
-    """Return the closing table of a run's ``summary.json``.
+    """Return the closing table of a run: figures by test set, the ``main`` one first, then bytes and times.
 
-    Figures come by test set, the ``main`` one first, then bytes and times.
-
-    The validation set serves to choose settings.  Its figures are no results and are not shown.
+    The validation set chooses settings, so its figures are no results and are not shown.
     """
     rounds = max(int(summary.get("rounds", 1)), 1)
     rounds_ = f"{rounds} round{'s' * (rounds > 1)}"
@@ -165,10 +151,7 @@ def final_table(summary: Summary, main: str) -> Table:
 
 
 def cost_rows(summary: Summary) -> dict[str, str]:
-    """Bytes and time in a run's ``summary.json``, in words.
-
-    A run that is not finished has no bytes by direction.
-    """
+    """Return bytes and time of a ``summary.json`` by title. An unfinished run has no bytes by direction."""
     ways, sent = {"up": "sent to the server (up)", "down": "sent to the clients (down)"}, summary["bytes"]
     rows = {text: human_bytes(sent[way]) for way, text in ways.items() if way in sent}
     for way in ways:
@@ -181,14 +164,11 @@ def cost_rows(summary: Summary) -> dict[str, str]:
 
 
 ALL, LOWEST = 6, 3
-"""Classes up to which a terminal shows all, and the number of classes that it shows of more."""
+"""Classes up to which a terminal shows all, and the number shown of more."""
 
 
 def class_figures(summary: Summary) -> dict[str, dict[str, Mapping[str, float | None]]]:
-    """Recall, Dice or AUROC of every class or label by test set, by kind.
-
-    AUROC only where there is no recall.
-    """
+    """Return recall, Dice or AUROC by kind, test set and class. A set with recall has no AUROC."""
     tables = {name: table for name, table in summary.get("per_class", {}).items() if name != "validation"}
     figures = {
         kind: {name: table[kind] for name, table in tables.items() if table.get(kind)}
@@ -199,17 +179,13 @@ def class_figures(summary: Summary) -> dict[str, dict[str, Mapping[str, float | 
 
 
 def class_title(kind: str) -> str:
-    """Title of the :func:`class_figures` of a kind."""
     return f"{short_title(kind)} of every {'label' if kind == 'auroc' else 'class'}"
 
 
 def class_table(summary: Summary) -> Table | None:
-    """:func:`class_figures` of the first kind.
+    """Return :func:`class_figures` of the first kind, of many classes those with the lowest figures.
 
-    Of many classes those with the lowest figures.
-
-    A line below names classes without a figure, because a test set has no sample of them.  The figures of all classes
-    are in summary.json.  None where a summary has no such figures.
+    A note names classes of which a test set has no sample.
     """
     figure, tables = next(iter(class_figures(summary).items()), ("", {}))
     if not tables:
@@ -241,7 +217,7 @@ def class_table(summary: Summary) -> Table | None:
 
 
 def partition_table(statistics: PartitionStatistics, limit: int = CLIENTS) -> Table:
-    """Client x class counts of a partition's ``PartitionStatistics``, for at most ``limit`` clients."""
+    """Return client × class counts of a partition, for at most ``limit`` clients."""
     row_words = "client and class" if statistics.classes else "client"
     header = statistics.header()
     # More than twelve classes do not fit a terminal.
@@ -254,12 +230,7 @@ def partition_table(statistics: PartitionStatistics, limit: int = CLIENTS) -> Ta
 
 
 def own_tests_table(summary: Summary, main: str) -> Table:
-    """Return the ``main`` figure and a few more of the first clients.
-
-    They are on the clients' own test sets, or on their parts of the run's.
-
-    evaluation.csv lists all clients.
-    """
+    """Return the ``main`` figure and a few more of the first clients on their test sets."""
     clients = summary["client_metrics"]
     own_sets = summary.get("client_test_set") == "own"
     title = "own test sets of the clients" if own_sets else "the clients' parts of the test set"
@@ -275,7 +246,7 @@ def own_tests_table(summary: Summary, main: str) -> Table:
 
 
 def interval_texts(row: Row) -> list[str]:
-    """Return the ends of an interval in words, and the numbers that it rests on."""
+    """Return the ends of an interval in words, and the numbers of units and samples."""
     unit = row["unit"]
     counts = {unit: row["units"], "samples": row["samples"]}
     ends = f"none: {'too few' if row['units'] < LEAST else 'equal'} {unit}"
@@ -285,10 +256,7 @@ def interval_texts(row: Row) -> list[str]:
 
 
 def intervals_tables(rows: Sequence[Row], limit: int = CLIENTS) -> list[Table]:
-    """Return the table of intervals in a list that is empty without any.
-
-    Intervals on test sets come before those of clients.
-    """
+    """Return the table of intervals in a list, empty without any, test sets before clients."""
     texts = []
     for row in rows[:limit]:
         name, client = set_title(row["set"]), label(row.get("client", ""))
@@ -299,10 +267,7 @@ def intervals_tables(rows: Sequence[Row], limit: int = CLIENTS) -> list[Table]:
 
 
 def worst_client_line(summary: Summary) -> str:
-    """Return the client with the worst figure on its own test set, as a sentence.
-
-    Empty where there is none.
-    """
+    """Return a sentence on the client with the worst figure on its own test set, or ""."""
     worst = summary.get("worst_client")
     if worst is None:
         return ""
@@ -312,7 +277,7 @@ def worst_client_line(summary: Summary) -> str:
 
 
 def attack_table(attack: Mapping[str, Any], name: str) -> Table:
-    """Return the table of what `fedkern.downstream.membership_attack.attack` found about the run ``name``."""
+    """Return the table of a membership attack on the run ``name``."""
     unit, groups = attack["independent"], (attack["member_groups"], attack["other_groups"])
     interval = f"none: too few {unit}s" if attack["low"] is None else f"{attack['low']:.3f} to {attack['high']:.3f}"
     rows = {
@@ -334,10 +299,7 @@ def attack_table(attack: Mapping[str, Any], name: str) -> Table:
 
 
 def downstream_table(result: Mapping[str, Any]) -> Table:
-    """Return the table of a downstream task's figures, with a row for each test set.
-
-    Fractions are shown in per cent.
-    """
+    """Return the figures of a downstream task, with a row for each test set."""
     network_count = result["networks"]
     mean = f", mean over {network_count} networks" if network_count > 1 else ""
     columns = list(dict.fromkeys(name for row in result["rows"] for name in row))

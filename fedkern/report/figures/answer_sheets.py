@@ -1,6 +1,4 @@
-"""Figures of what a run's network answers to test samples: Grad-CAM, segmentation, captions.
-
-None where there is none.
+"""Figures of a network's answers to test samples: Grad-CAM, segmentation, captions. None if not applicable.
 
 Each takes the run, its data, its network and the code that may be imported.
 """
@@ -37,15 +35,15 @@ SIDE = 1.14
 SCALE = "Grad-CAM of the predicted class, relative to the largest value in the image"
 _NAMES = {"id": "in distribution", "ood": "out of distribution", "": "test"}
 LISTED = 20
-"""Most classes of a segmentation that are named; from the eleventh on, colours come again."""
+"""Most classes of a segmentation in the legend. Colours repeat from the eleventh on."""
 CAPTIONED, NEAREST, CAPTION = 6, 3, 140
-"""Images with captions, captions of each, and most characters of a caption."""
+"""Images with captions, captions of each, and longest caption in characters."""
 _WIDE = 5.2
 """Inches of the captions."""
 
 
 def choose(labels: Tensor, count: int) -> Tensor:
-    """Up to ``count`` rows of ``labels`` int64 ``[n]``: the first image of every class in turn, then the second."""
+    """Return up to ``count`` rows of ``labels`` int64 ``[n]``: the first image of every class, then the second."""
     order = labels.argsort(stable=True)
     grouped = labels[order]
     start = torch.searchsorted(grouped, grouped, right=False)
@@ -54,13 +52,13 @@ def choose(labels: Tensor, count: int) -> Tensor:
 
 
 def _answers(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the inputs where the network is and in its precision."""
+    """Move the inputs to the network's device and precision."""
     reference = next(model.parameters())
     return inputs.to(device=reference.device, dtype=reference.dtype)
 
 
 def gradcam(run: Contents, data: FederatedData, model: nn.Module, trusted: Collection[str] = ()) -> Figure | None:
-    """Two rows for every test set: images, and the same images with the model's Grad-CAM of the predicted class.
+    """Draw two rows for every test set: images, and the same images with Grad-CAM of the predicted class.
 
     If masks are known, a white line outlines the object, and a number gives the share of the map inside the object.
     """
@@ -108,10 +106,7 @@ def gradcam(run: Contents, data: FederatedData, model: nn.Module, trusted: Colle
 
 @torch.no_grad()
 def segmentation(run: Contents, data: FederatedData, model: nn.Module, trusted: Collection[str] = ()) -> Figure:
-    """Draw a column per image of the first test set.
-
-    Images stand under their true classes, and under the predicted classes.
-    """
+    """Draw images of the first test set above their true and their predicted classes."""
     split = next(iter(data.tests.values()))
     highest = torch.cat([part.flatten(1).amax(1) for part in in_parts(split.labels)])  # the class of an image
     split = split.subset(choose(highest, EXAMPLES))
@@ -132,7 +127,7 @@ def segmentation(run: Contents, data: FederatedData, model: nn.Module, trusted: 
 def over(
     image: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], colours: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Return the image with foreground pixels mixed with the colour of their class, and unlabelled ones darkened."""
+    """Mix foreground pixels with the colour of their class, and darken unlabelled ones."""
     result = image.copy()
     front = labels > 0
     result[front] = 0.4 * result[front] + 0.6 * colours[labels[front] - 1]
@@ -141,7 +136,7 @@ def over(
 
 
 def retrieval(run: Contents, data: FederatedData, model: nn.Module, trusted: Collection[str] = ()) -> Figure | None:
-    """Return a row for each of some images of the first test set, with the captions that the encoders find nearest."""
+    """Draw images of the first test set, with the captions that the encoders find nearest."""
     try:
         module, about = read_model(run.folder, trusted, model)
         finished = Finished(run.folder, run.config, module, about, data)
@@ -172,10 +167,7 @@ def retrieval(run: Contents, data: FederatedData, model: nn.Module, trusted: Col
 
 
 def caption_lines(text: str, own: bool) -> tuple[str, str]:
-    """Return a caption in at most two lines, and its colour.
-
-    ``own``: it is a caption of the image.
-    """
+    """Return a caption in at most two lines, and its colour. ``own`` marks a caption of the image."""
     lines = wrap_text("✓ " * own + label(text, CAPTION), 9, _WIDE - 0.4).split("\n")
     return "\n".join(lines[:2]) + " …" * (len(lines) > 2), GREEN if own else "#222222"
 
@@ -183,4 +175,4 @@ def caption_lines(text: str, own: bool) -> tuple[str, str]:
 ANSWERS: Mapping[str, Callable[..., Figure | None]] = {
     "gradcam": gradcam, "segmentation": segmentation, "retrieval": retrieval,
 }  # fmt: skip
-"""The figures by the name of their picture."""
+"""The figures by picture name."""

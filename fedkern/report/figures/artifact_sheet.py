@@ -18,7 +18,7 @@ TABLES = 4  # tables side by side, evenly over the run
 
 
 def draw_sheet(entries: Sequence[Artifact], *, title: str, classes: Sequence[str] = ()) -> Figure:
-    """Draws all artifacts of one name, in the order of their rounds: all images, or all tables.
+    """Draw all artifacts of one name, all images or all tables, in the order of their rounds.
 
     ``classes`` names the positions of an axis called ``"class"``.
     """
@@ -26,7 +26,7 @@ def draw_sheet(entries: Sequence[Artifact], *, title: str, classes: Sequence[str
 
 
 def images(entries: Sequence[Artifact], title: str) -> Figure:
-    """Draws a row of images for every round that was kept."""
+    """Draw a row of images for every kept round."""
     columns = max(len(entry.value) for entry in entries)
     sheet = Sheet(columns, [0.0] * len(entries), side=0.75, left=0.9, title=title)
     for row, entry in enumerate(entries):
@@ -37,10 +37,7 @@ def images(entries: Sequence[Artifact], title: str) -> Figure:
 
 
 def tables(entries: Sequence[Artifact], title: str, classes: Sequence[str]) -> Figure:
-    """Draws tables of up to four rounds as heat maps on one scale.
-
-    Equal tables one after another are drawn once.
-    """
+    """Draw tables of up to four rounds as heat maps on one scale, and consecutive equal tables once."""
     spans: list[list[Artifact]] = []
     for entry in entries:
         last = spans[-1][0].value if spans else None
@@ -88,10 +85,7 @@ def _number(value: float) -> str:
 
 
 def _names(axis: str, count: int, classes: Sequence[str]) -> list[str] | None:
-    """Names of the positions of a table's axis.
-
-    None where these are too many.
-    """
+    """Return the position names of a table's axis, None if too many."""
     if count > 20:
         return None
     return [*map(label, classes)] if axis == "class" and len(classes) == count else [*map(str, range(count))]

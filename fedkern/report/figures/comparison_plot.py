@@ -11,15 +11,11 @@ from fedkern.report.figures.curves import Curve, Panel, clock_of, levels, look
 from fedkern.tasks.figure_names import scale, set_title, short_title, split_metric
 
 Groups = Mapping[str, Sequence[Sequence[Record]]]
-"""Records of the rounds of every run, by the group's name."""
+"""Round records of every run, by group name."""
 
 
 def mean_curve(runs: Sequence[Sequence[Record]], figure: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a figure by round, of the records of several runs.
-
-    Returns:
-        int64 ``[n]``, the rounds in which every run that tells the figure does; fp64 ``[runs, n]``, its values.
-    """
+    """Return the rounds, int64 ``[n]``, that all runs with the figure share, and the values, fp64 ``[runs, n]``."""
     all_tables = [
         {int(r["round"]): float(r[figure]) for r in records if isinstance(r.get(figure), (int, float))}
         for records in runs
@@ -31,10 +27,7 @@ def mean_curve(runs: Sequence[Sequence[Record]], figure: str) -> tuple[np.ndarra
 
 
 def on_clock(groups: Groups) -> bool:
-    """Return whether curves are drawn over the virtual clock.
-
-    They are where some runs are asynchronous, and the records of all tell the clock.
-    """
+    """Return whether to draw over the virtual clock: if some runs are asynchronous and all records have the clock."""
     histories = [records for runs in groups.values() for records in runs]
     return any(map(clock_of, histories)) and all("clock" in record for records in histories for record in records)
 
@@ -42,14 +35,9 @@ def on_clock(groups: Groups) -> bool:
 def comparison_panels(
     groups: Groups, figures: Sequence[str], *, chance: Mapping[str, float] | None = None
 ) -> dict[str, Panel]:
-    """Draw a panel for every main figure that is told.
+    """Return a panel for every main figure, with a curve for each group and one standard deviation as its band.
 
-    It has a curve for each group, with one standard deviation as its band.
-
-    Args:
-        groups: records of the rounds of every run, by the group's name.
-        figures: names of the figures; shares are in per cent.
-        chance: see :func:`fedkern.report.run_contents.constant_figures`.
+    ``chance``: see :func:`fedkern.report.run_contents.constant_figures`.
     """
     clocks = {name: mean_curve(runs, "clock") for name, runs in groups.items()} if on_clock(groups) else {}
     panels = {}

@@ -1,4 +1,4 @@
-"""Confusion picture: for every test set, which class the images of every true class were taken for."""
+"""Confusion picture: predicted classes of the images of every true class, for every test set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedkern.report.names import TITLE, label
 from fedkern.tasks.figure_names import set_title
 
 NUMBERS = 20
-"""Classes up to which counts are written into the matrix; of more classes the commonest mistakes are listed."""
+"""Classes up to which the matrix has counts. Of more classes the commonest mistakes are listed."""
 MISTAKES = 5
 _TOP, _HEAD, _AXIS, _GAP, _LINE = 0.4, 0.5, 0.3, 0.35, 0.2  # inches: titles, names of axes, between panels, a line
 _LEAST = 0.08  # inches from one readable name to the next
@@ -26,7 +26,7 @@ _PAD = 2 / 72  # inches from a matrix to its names
 
 
 def draw_confusions(confusions: Confusions, *, title: str = "") -> Figure:
-    """Draws at least one matrix, of at least one class, on one scale of colours: the share of a true class's images."""
+    """Draw at least one matrix, of at least one class, on one scale: the share of a true class's images."""
     classes = len(confusions.classes)
     numbers = classes <= NUMBERS
     cell = max(0.42 if classes <= 10 else 0.36, 2.1 / classes) if numbers else min(max(6 / classes, 0.1), 16 / classes)
@@ -82,10 +82,7 @@ def draw_confusions(confusions: Confusions, *, title: str = "") -> Figure:
 
 
 def list_mistakes(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> list[str]:
-    """Return the most frequent mistakes of a matrix, as lines of text.
-
-    The lower class comes first among equal counts.
-    """
+    """Return the most frequent mistakes of a matrix as lines, the lower class first among equal counts."""
     wrong = matrix * (1 - np.eye(len(matrix), dtype=np.int64))
     order = np.argsort(-wrong, axis=None, kind="stable")[:MISTAKES]
     pairs = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[i, j]]
@@ -93,10 +90,7 @@ def list_mistakes(matrix: npt.NDArray[np.int64], classes: Sequence[str]) -> list
 
 
 def _matrix(axes: Axes, matrix: npt.NDArray[np.int64], points: float) -> None:
-    """One matrix.
-
-    ``points`` from one cell to the next, or 0 for no numbers.
-    """
+    """Draw one matrix. ``points`` is the cell size, or 0 for no numbers."""
     totals = matrix.sum(1, keepdims=True)
     share = np.ma.masked_invalid(np.where(totals > 0, matrix / np.maximum(totals, 1), np.nan))
     texts = {(i, j): str(matrix[i, j]) for i, j in np.argwhere(matrix)} if points else {}

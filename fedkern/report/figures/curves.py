@@ -1,4 +1,4 @@
-"""Curves over the communication rounds or the virtual clock: what a panel of them holds, and its one drawing."""
+"""Curves over the communication rounds or the virtual clock: their panels and their drawing."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _SETS = {
 }  # fmt: skip
 """Looks of the curves of known test sets, in their order."""
 NAMED, LEGEND = 24, 40
-"""Most curves of a panel in the legend, and most characters of a name there."""
+"""Most curves in a panel's legend, and longest name there, in characters."""
 
 CLIENTS = 12
-"""Most clients that have a curve each; of more clients the lowest, the middle and the highest value are drawn."""
+"""Most clients with a curve each. Of more clients the lowest, the middle and the highest value are drawn."""
 SPREAD: Mapping[str, Callable[[list[float]], float]] = {"highest": max, "middle": median, "lowest": min}
 WEIGHTS = {"weight": "client weight", "own_loss": "loss on held-out samples"}
 
@@ -58,16 +58,11 @@ Points = tuple[list[int], list[float]]
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve.
-
-    A value that is None or not finite leaves a gap.
+    """A curve, with gaps at values that are None or not finite.
 
     Attributes:
-        name: the name in the legend, the text and the table.
-        rounds: communication rounds.
-        values: a value for every round.
-        look: colour, dashes and marker; None: those of the curve's number in the panel.
-        at: where on the virtual clock every round was over; None draws over the rounds.
+        look: colour, dashes and marker (None: by the curve's number in the panel).
+        at: end of every round on the virtual clock (None: draw over the rounds).
         deviation: half the height of a band around every value.
     """
 
@@ -88,9 +83,8 @@ class Panel:
         unit: see :func:`fedkern.report.tables.in_unit`.
         zero: begin the axis at 0, which would flatten a loss that stays far above.
         ends: write the last value at the end of every curve.
-        levels: heights of dotted lines, with the colour of each.
-        level_name: name of these lines in the legend.
-        summary: curves of a text and a table in place of the drawn ones, where these are many.
+        levels: heights of dotted lines, with their colours.
+        summary: curves of a text and a table in place of many drawn ones.
     """
 
     axis: str
@@ -104,16 +98,13 @@ class Panel:
 
 
 def look(number: int) -> tuple[str, str, str]:
-    """Colour, dashes and marker by which the curve of a number can be told from others."""
+    """Return colour, dashes and marker of the curve of a number."""
     colours, markers = len(COLOURS), len(MARKERS)
     return COLOURS[number % colours], DASHES[number // colours % len(DASHES)], MARKERS[number % markers]
 
 
 def by_name(points: Iterable[tuple[str, int, object]], factor: float = 1) -> dict[str, Points]:
-    """Return the rounds and values, times a factor, by the name of their curve.
-
-    What is no number is left out.
-    """
+    """Return rounds and values, times a factor, by curve name. Values that are no numbers are left out."""
     curves: dict[str, Points] = {}
     for name, at, value in points:
         if isinstance(value, (int, float)):
@@ -140,16 +131,10 @@ def accuracy_panels(
     tests: Collection[str] = (),
     chance: Mapping[str, float] | None = None,
 ) -> list[Panel]:
-    """Return the main figure on every test set over the communication rounds, or over the clock of asynchronous ones.
+    """Return the main figure on every test set over the rounds, or over the clock of an asynchronous run.
 
-    Recall depends on the number of candidates: sets with other numbers have a panel of their own, which says the
-    number.
-
-    Args:
-        records: lines of ``metrics.jsonl``; lines without such a figure are skipped.
-        main: the figure's name.
-        tests: names of test sets.
-        chance: see :func:`fedkern.report.run_contents.constant_figures`.
+    Recall depends on the number of candidates, so sets with other numbers have their own panel. ``chance``: see
+    :func:`fedkern.report.run_contents.constant_figures`.
     """
     (factor, unit), entries = scale(main), [(r["round"], *item) for r in records for item in r.items()]
     split = [(*split_metric(name, tests), at, value) for at, name, value in entries]
@@ -170,10 +155,7 @@ def accuracy_panels(
 
 
 def levels(figure: str, values: Iterable[float | None]) -> dict[str, Any]:
-    """Arguments of a panel for dotted lines at figures that need no learning.
-
-    Equal ones once, None not at all.
-    """
+    """Return arguments of a panel for dotted lines at distinct figures of constant predictions."""
     factor, unit = scale(figure)
     lines = {round(factor * value, 1 if unit else 3): GREY for value in values if value is not None}
     names = {"accuracy": "commonest class", "dice": "one class everywhere"}
@@ -181,12 +163,7 @@ def levels(figure: str, values: Iterable[float | None]) -> dict[str, Any]:
 
 
 def client_panels(records: Sequence[Record], main: str) -> list[Panel]:
-    """Draw the main figure of the mean and the worst client on their own test sets.
-
-    Thin curves behind them are of single clients.
-
-    No panel where the records have no such figure, such as those of clients without test sets.
-    """
+    """Draw the main figure of the mean and the worst client on their own test sets, over curves of single clients."""
     factor, unit = scale(main)
     curves = by_name(
         ((f"{statistic} client", r["round"], r.get(f"{statistic}_client_{main}")) for statistic in ("mean", "worst")
@@ -202,17 +179,14 @@ def client_panels(records: Sequence[Record], main: str) -> list[Panel]:
 
 
 def thin_curves(points: Mapping[str, Points]) -> list[Curve]:
-    """Thin curves of at most `DRAWN` single clients, the first of which names them all."""
+    """Return thin curves of at most `DRAWN` clients, the first of which names all."""
     drawn_points = list(points.values())[:: -(-len(points) // DRAWN) or 1]
     name = "single clients" if len(drawn_points) == len(points) else f"{len(drawn_points)} of {len(points):,} clients"
     return [Curve("" if number else name, *client_points, THIN) for number, client_points in enumerate(drawn_points)]
 
 
 def client_curves(records: Sequence[Record], key: str) -> list[Curve]:
-    """Draw a figure's curve for every client.
-
-    Of many clients only the highest, middle and lowest ones have curves.
-    """
+    """Return a figure's curve for every client, of many clients only the highest, middle and lowest ones."""
     points = _points(records, key)
     if len(points) <= CLIENTS:
         names = _names(records)
@@ -226,13 +200,10 @@ def client_curves(records: Sequence[Record], key: str) -> list[Curve]:
 
 
 def weight_panels(records: Sequence[Record], *, by_samples: bool = False) -> list[Panel]:
-    """Every client's weight, and its loss on held-out samples, over the rounds.
+    """Draw every client's weight, and its loss on held-out samples, over the rounds.
 
-    None without weights.
-
-    Dotted lines are the initial weights: the clients' shares of the samples if ``by_samples``, otherwise equal.  Of
-    more than `CLIENTS` clients only the one with the largest final weight has a curve that stands out.
-    The ``clients`` of a record hold ``weight``, ``own_loss``, ``samples`` and, where clients have names, ``name``.
+    Dotted lines are the initial weights: the clients' shares of the samples if ``by_samples``, otherwise equal. Of more
+    than `CLIENTS` clients only the one with the largest final weight stands out.
     """
     weights = _points(records, "weight")
     if not weights:
@@ -269,7 +240,7 @@ def _names(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _shares(records: Sequence[Record]) -> dict[str, float]:
-    """Every client's share of all samples, including the samples of clients that never took part.
+    """Return every client's share of all samples, including samples of clients that never took part.
 
     In the first record the weights still are these shares, so samples over weights gives the sum of all samples.
     """
@@ -280,15 +251,12 @@ def _shares(records: Sequence[Record]) -> dict[str, float]:
 
 
 def clock_of(records: Iterable[Record]) -> dict[int, float]:
-    """Return the time on the virtual clock at the end of every round of an asynchronous run.
-
-    Empty for a run of synchronous rounds.
-    """
+    """Return the virtual time at the end of every round of an asynchronous run, otherwise empty."""
     return {int(record["round"]): float(record["clock"]) for record in records if "staleness" in record}
 
 
 def over_clock(records: Sequence[Record], panels: Sequence[Panel]) -> list[Panel]:
-    """Return the panels, their curves over the clock where the records are of an asynchronous run."""
+    """Move the curves of an asynchronous run to the clock."""
     if not (clock := clock_of(records)):
         return [*panels]
 
@@ -302,10 +270,7 @@ def over_clock(records: Sequence[Record], panels: Sequence[Panel]) -> list[Panel
 
 
 def draw_panels(panels: Sequence[Panel], *, title: str = "", stacked: bool = False, page: bool = False) -> Figure:
-    """Draws panels, at least one, for a file, side by side or ``stacked``.
-
-    Or for a ``page``, which has the title.
-    """
+    """Draw at least one panel, side by side or ``stacked`` for a file, or for a ``page``, which has the title."""
     down, across = (len(panels), 1) if page or stacked else (1, len(panels))
     wide = PAGE if page else 7.2 if across == 1 else 5.4 * across
     figure = new_figure(wide, 0.7 + 2.7 * down if page else 1.2 + 3.0 * down)
@@ -339,7 +304,6 @@ def draw_panels(panels: Sequence[Panel], *, title: str = "", stacked: bool = Fal
 
 
 def _draw_panel(axes: Axes, panel: Panel, room: float) -> None:
-    """Draws curves and dotted lines, and names the vertical axis in lines of ``room`` inches."""
     numbers, names = count(), count()
     for curve in panel.curves:
         colour, dashes, marker = curve.look or look(next(numbers))
@@ -364,7 +328,7 @@ def _draw_panel(axes: Axes, panel: Panel, room: float) -> None:
 
 
 def _write_ends(axes: Axes, panel: Panel) -> None:
-    """Write each curve's last value beside the curve's end, moved down if it would cover the value above."""
+    """Write each curve's last value beside its end, moved down if it would cover the value above."""
     lines = zip(axes.get_lines(), panel.curves, strict=False)
     ends = [(curve.values[-1], line.get_color()) for line, curve in lines if curve.look not in (SOFT, THIN)]
     top = axes.get_ylim()[1]
@@ -381,7 +345,7 @@ def _write_ends(axes: Axes, panel: Panel) -> None:
 
 
 def _highest(panels: Sequence[Panel]) -> float:
-    """Upper end of the vertical axes: a round share that leaves room above the values, or above other values."""
+    """Return the upper end of the vertical axes, which leaves room above the values."""
     heights = [value for panel in panels for curve in panel.curves for value in curve.values if value is not None]
     heights = [*filter(math.isfinite, heights), *(height for panel in panels for height in panel.levels)]
     highest = max(heights, default=0.0)

@@ -1,4 +1,4 @@
-"""Import of matplotlib at the end of a command."""
+"""Faster import of matplotlib at the end of a command."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from fedkern.process.interrupts import whole_process
 
 @contextmanager
 def without_docstrings() -> Iterator[None]:
-    """Has the block import matplotlib in two thirds of the time, in a process that ends with its command.
+    """Import matplotlib inside in two thirds of the time, in a process that ends with its command.
 
-    Matplotlib writes tables of the properties of its classes into docstrings while it is imported, for ``help`` in
-    scripts and notebooks.  The process of a command ends after the pictures.
-
-    Pictures need no display, so that the user's choice of one, ``MPLBACKEND``, is not read either: a wrong one would
-    fail the import.
+    Matplotlib's import writes property tables into docstrings, which only ``help`` needs. ``MPLBACKEND`` is not read,
+    as pictures need no display and a wrong backend would fail the import.
     """
     if not whole_process() or "matplotlib.artist" in sys.modules:
         yield

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from fedkern.report.figures.curves import Panel
 
 Samples = Callable[[], Any] | None
-"""Gives a run's data to pictures of test samples; None: no data are read."""
+"""Returns a run's data for pictures of test samples. None: read no data."""
 PICTURES = {name: f"{name}.png" for name in (
     "accuracy", "dice", "clients", "confusion", "partition", "gradcam", "weights", "segmentation", "retrieval",
 )}  # fmt: skip
 CURVES = {"dice": "dice"}
-"""Pictures of the main figure over the rounds, where it is not that of an accuracy."""
+"""Picture names of main figures other than accuracies."""
 
 
 def write_pictures(
@@ -47,27 +47,22 @@ def write_pictures(
     trusted: Collection[str] = (),
     warn: Callable[[str], object] = warnings.warn,
 ) -> list[Path]:
-    """Draws the pictures of a finished run into its folder, replacing older ones, and lists them in pictures.json.
+    """Draw the pictures of a finished run into its folder, replacing older ones, and list them in pictures.json.
 
     Args:
-        run_dir: the run folder.
-        data: the ``FederatedData`` of the run, without its holdout; None loads the data for pictures of test samples.
-        model: the global model; None loads ``model.safetensors``.
-        data_root: current folder of the data files, for loading them.
+        data: the ``FederatedData`` of the run, without its holdout (None: load it for pictures of test samples).
+        model: the global model (None: load ``model.safetensors``).
+        data_root: current folder of the data files.
         trusted: code that may be imported, see :func:`fedkern.load`.
-        warn: called with a sentence for every picture that cannot be drawn; the other pictures are.
+        warn: called with a sentence for every picture that cannot be drawn. The others are still drawn.
 
     Returns:
-        The files written: ``accuracy.png`` (or `CURVES`), ``clients.png`` if the clients have test sets,
-        ``confusion.png`` if the task has confusion matrices, ``partition.png``, ``weights.png`` if the method has
-        client weights, a picture per name of the method's artifacts (such as ``generated.png``), and the task's:
-        ``gradcam.png`` (not with ``grad_cam`` 0, of an MLP, or of a network without stages), ``segmentation.png`` or
-        ``retrieval.png``.  A run with private records has neither ``confusion.png`` nor ``partition.png``, which hold
-        exact counts; older ones are deleted.
+        The files written. A run with private records has neither ``confusion.png`` nor ``partition.png``, which hold
+            exact counts, and older ones are deleted.
 
     Raises:
-        UserError: a file of the run is missing, damaged or not written by the run, or the run's settings were changed;
-            or the records are private and the run is not finished; or the data that are needed cannot be loaded.
+        UserError: the run is damaged or changed, its records are private and it is unfinished, or needed data cannot be
+            loaded.
     """
     run = read_run_folder(run_dir, trusted=trusted)
     config = run.config if data_root is None else run.config.replace(data_root=data_root)
@@ -78,10 +73,7 @@ def write_pictures(
 def draw_pictures(
     run: Contents, samples: Samples, *, model: nn.Module | None, trusted: Collection[str], warn: Callable[[str], object]
 ) -> list[Path]:
-    """:func:`write_pictures` of a run folder that is read already.
-
-    Without ``samples`` pictures of test samples are missing, and ``warn`` is called.
-    """
+    """Draw the pictures of a run folder that is already read. Without ``samples`` none of test samples."""
     if run.private and read_summary(run.folder) is None:
         raise UserError(
             f"{run.folder} has no summary.json, and its records are private: finish the run with --resume "
@@ -116,10 +108,10 @@ def finished_pictures(
     trusted: Collection[str] = (),
     warn: Callable[[str], object],
 ) -> tuple[list[Path], str | None]:
-    """Draws the pictures at the end of a run, or without ``data`` finds those of a run that was finished before.
+    """Draw the pictures at the end of a run, or without ``data`` find those of an earlier end.
 
     Returns:
-        The pictures, and the reason, without a full stop, why they cannot be drawn or written, or None.
+        The pictures, and why they cannot be drawn or written, without a full stop, or None.
     """
     drawn_before = find_pictures(run_dir) if data is None else []
     if drawn_before:
@@ -133,10 +125,7 @@ def finished_pictures(
 def _draw(
     run: Contents, samples: Samples, model: nn.Module | None, trusted: Collection[str], failed: dict[str, str]
 ) -> list[Path]:
-    """Draws the pictures.
-
-    Those that fail, by name, get their reason in ``failed``.
-    """
+    """Draw the pictures, and note the reasons of those that fail in ``failed``."""
     with without_docstrings():
         from fedkern.report.figures import answer_sheets, confusion_sheet, curves, plots
 
@@ -189,10 +178,7 @@ def _draw(
 
 
 def _save(path: Path, make: Callable[[], Figure | None], failed: dict[str, str]) -> list[Path]:
-    """Save the figure that ``make`` draws, and return its path.
-
-    None where it draws none, or fails.
-    """
+    """Save the figure of ``make``, and return its path, empty if there is none."""
     from fedkern.report.figures import plots
 
     with warn_instead(partial(failed.setdefault, path.name)):
@@ -203,7 +189,7 @@ def _save(path: Path, make: Callable[[], Figure | None], failed: dict[str, str])
 
 
 def _answers(run: Contents) -> list[str]:
-    """Return the names of the pictures of what the network answers to test samples, as far as settings allow some."""
+    """Return the names of the pictures of the network's answers that the settings allow."""
     # A network of which clients keep parts to themselves answers nothing. Without running statistics a prediction
     # depends on the batch, so Grad-CAM of a few images would mislead.
     config = run.config
@@ -212,26 +198,19 @@ def _answers(run: Contents) -> list[str]:
 
 
 def find_pictures(run_dir: Path) -> list[Path]:
-    """Return the pictures that were drawn into a run folder, if all of them are still there.
-
-    Else none.
-    """
+    """Return the pictures in a run folder if all are still there, else none."""
     listed_paths = [run_dir / name for name in listed(run_dir)]
     return listed_paths if all(path.exists() for path in listed_paths) else []
 
 
 def artifact_path(folder: Path, name: str) -> Path:
-    """Return the path of the picture of the artifacts of a name."""
     return folder / f"{name if name not in PICTURES else name + '_shown'}.png"
 
 
 def draw_artifacts(
     entries: Iterable[Artifact], folder: Path, title: str, classes: Sequence[str], failed: dict[str, str]
 ) -> list[Path]:
-    """Draws the artifacts that a method logged, one picture per name, into ``folder``, and returns the pictures.
-
-    Those that fail, by name, get their reason in ``failed``.
-    """
+    """Draw a method's artifacts into ``folder``, one picture per name, and note failures in ``failed``."""
     from fedkern.report.figures import artifact_sheet
 
     groups: dict[str, list[Artifact]] = {}

@@ -1,7 +1,7 @@
 """Pieces of figures, the picture of a partition, and figures as PNG files and as SVG of a page.
 
-Figures use matplotlib's object interface: no display, and no global state outside of :func:`save` and :func:`svg`.  The
-colours are those of Okabe and Ito, which are safe for colour-blind readers.
+Figures use matplotlib's object interface: no display, and global state only in :func:`save_png` and :func:`to_svg`.
+Colours are Okabe and Ito's, safe for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ GRID = "#dddddd"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, "#E69F00", "#56B4E9", "#000000", GREY)
 MARKERS = "osD^v*PX"
 _ON_PAGE = {"#000000": "currentColor", GRID: "var(--line)", GREY: "var(--soft)", BLUE.lower(): "var(--blue)"}
-"""Colours that a page in dark mode changes, and what stands for them in an SVG (``templates/report.css``)."""
+"""Colours that a page changes in dark mode, with their variables in ``templates/report.css``."""
 PAGE = 5.2
-"""Inches of a chart on a page: so narrow that a phone shows the whole of it with letters large enough."""
+"""Inches of a chart on a page: narrow enough to fit a phone with readable letters."""
 DRAWN = 200
-"""Most clients in the picture of a partition; rows of more could not be told apart."""
+"""Most clients in the picture of a partition, beyond which rows are indistinguishable."""
 _LACKING: set[str] = set()  # names of pictures with letters that no font has
 _WARNED: set[str] = set()
 
 
 @lru_cache(maxsize=64)
 def _find_families(letters: str) -> tuple[list[str], bool]:
-    """Return the default font family and those for letters that it lacks, and whether none has some letter."""
+    """Return the default font family, those for its missing letters, and whether letters still lack a font."""
     families = [FontProperties().get_name()]
     usual = font_manager.get_font(findfont(FontProperties()))
     missing = {ord(letter) for letter in letters} - usual.get_charmap().keys()
@@ -62,7 +62,7 @@ def _find_families(letters: str) -> tuple[list[str], bool]:
 
 
 def tell_lacking(warn: Callable[[str], object]) -> None:
-    """Warn of saved pictures that have boxes in place of letters, once in a process of pictures of one name."""
+    """Warn of saved pictures with boxes in place of letters, once in a process for pictures of one name."""
     names = sorted(_LACKING - _WARNED)
     _WARNED.update(_LACKING)
     _LACKING.clear()
@@ -75,7 +75,7 @@ def tell_lacking(warn: Callable[[str], object]) -> None:
 
 @contextmanager
 def _literal_texts(figure: Figure) -> Iterator[None]:
-    """Drawing with literal texts, as a class may have ``$`` in its name, and a box for a character the font lacks."""
+    """Draw texts literally, as a class may have ``$`` in its name, and a box for a missing character."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
         text.set_usetex(False)
@@ -85,11 +85,7 @@ def _literal_texts(figure: Figure) -> Iterator[None]:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a PNG completely or not at all.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
+    """Write a PNG completely or not at all, or raise UserError."""
     canvas = FigureCanvasAgg(figure)
     texts = figure.findobj(Text)
     letters = {letter for text in texts for letter in text.get_text() if letter.isprintable() and not letter.isspace()}
@@ -109,11 +105,9 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """Return a figure as an SVG element of an HTML page, on the page's ground and in its font.
+    """Return a figure as SVG of an HTML page, on the page's ground and in its font. Equal figures give equal texts.
 
-    Equal figures give equal texts.
-
-    The grounds of the figure and its axes are taken away.  All ids inside begin with ``name``, one of a kind on a page.
+    All ids begin with ``name``, which is unique on a page.
     """
     figure.set_facecolor("none")
     for axes in figure.axes:
@@ -139,7 +133,7 @@ def to_svg(figure: Figure, name: str) -> str:
 
 @lru_cache(maxsize=4096)
 def width(text: str, size: float) -> float:
-    """Inches that one line of text takes at a font size in points."""
+    """Return the inches of one line of text at a font size in points."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
         points, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)
@@ -147,10 +141,7 @@ def width(text: str, size: float) -> float:
 
 
 def wrap_text(text: str, size: float, inches: float) -> str:
-    """Break a text into lines of at most ``inches``.
-
-    Lines end between words, or inside a word that is longer than a line.
-    """
+    """Break a text into lines of at most ``inches``, between words, or inside a word longer than a line."""
     lines = [""]
     for word in text.split(" "):
         line = f"{lines[-1]} {word}" if lines[-1] else word
@@ -167,25 +158,24 @@ def wrap_text(text: str, size: float, inches: float) -> str:
 
 
 def spread_evenly(count: int, limit: int) -> list[int]:
-    """At most ``most`` positions of ``count``, evenly spread, the first and the last among them."""
+    """Return at most ``limit`` evenly spread positions of ``count``, the first and the last among them."""
     if count <= limit:
         return list(range(count))
     return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)})
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of this size in inches, at 150 dots per inch, so that texts stay readable at half size."""
+    """Return a figure in inches, at 150 dots per inch, so that texts stay readable at half size."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def add_title(figure: Figure, text: str, below: str = "") -> None:
-    """Give the first axes of a figure a title, in as many lines as the figure's width asks for, and a line below."""
     title = wrap_text(label(text, TITLE), 13, figure.get_figwidth() - 1.0)
     figure.axes[0].set_title(f"{title}\n{below}".strip(), fontsize=13, loc="left")
 
 
 def legend_below(figure: Figure) -> None:
-    """Names all curves of a figure under its axes, where the names cover no curve, and makes room for the names."""
+    """Name all curves of a figure under its axes, and make room for the names."""
     entries = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = {text: handle for axes_entries in entries for handle, text in zip(*axes_entries, strict=True)}
     if not handles:
@@ -204,10 +194,7 @@ def heat_map(
     axes: Axes, values: npt.NDArray[Any], top: float, *, low: float = 0.0, texts: Mapping[tuple[int, int], str] = {},
     rows: Sequence[str] | None = None, columns: Sequence[str] | None = None, size: float = 10,
 ) -> AxesImage:  # fmt: skip
-    """Draws a matrix in blue from ``low`` to ``top``, grey where it has no value, with the texts of some cells.
-
-    Without their names rows and columns are numbered.
-    """
+    """Draw a matrix in blue from ``low`` to ``top``, grey for missing values, with texts in some cells."""
     colours = colormaps["Blues"].with_extremes(bad="#eeeeee")
     image = axes.imshow(values, cmap=colours, vmin=low, vmax=top, aspect="auto", interpolation="nearest")
     for (i, j), text in texts.items():
@@ -220,10 +207,7 @@ def heat_map(
 
 
 def name_cells(axes: Axes, rows: Sequence[str] | None, columns: Sequence[str] | None, length: float) -> None:
-    """Names rows and columns of a heat map, long columns at an angle.
-
-    ``length`` is that of ticks, in points.
-    """
+    """Name rows and columns of a heat map, long columns at an angle. ``length`` of ticks is in points."""
     if columns is not None:
         long = any(len(name) > 5 for name in columns)
         slant: dict[str, Any] = {"rotation": 40, "rotation_mode": "anchor", "ha": "right"} if long else {}
@@ -235,22 +219,20 @@ def name_cells(axes: Axes, rows: Sequence[str] | None, columns: Sequence[str] | 
 
 
 def whole_numbers() -> MaxNLocator:
-    """Return a locator of ticks at whole numbers only, even on a short axis."""
     return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def add_frame(axes: Axes) -> None:
-    """Give axes their grid, and leave out the upper and the right edge."""
     axes.tick_params(labelsize=11)
     axes.grid(True, color=GRID, lw=0.7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def partition_picture(statistics: PartitionStatistics, *, title: str = "") -> Figure:
-    """Draws how many training samples of each class every client holds, from ``PartitionStatistics``.
+    """Draw every client's number of training samples by class.
 
-    Of more than `DRAWN` clients as many are drawn, evenly spaced by size (`PartitionStatistics.spread`).  Of a coloured
-    data set a second panel has the background colour of every class of every client.
+    Of more than `DRAWN` clients as many are drawn, evenly spread by size. A coloured data set has a second panel with
+    the background colour of every class of every client.
     """
     rows = statistics.spread(DRAWN)
     counts = np.asarray(statistics.counts)[rows]
@@ -286,10 +268,7 @@ def partition_picture(statistics: PartitionStatistics, *, title: str = "") -> Fi
 
 
 def _colours(panel: Axes, statistics: PartitionStatistics, rows: npt.NDArray[np.int64]) -> None:
-    """Draws the background colour of every class of every client.
-
-    Nothing where a client has no image of the class.
-    """
+    """Draw the background colour of every class of every client, or nothing for a missing class."""
     assert statistics.colours is not None  # partition_picture
     present = (np.asarray(statistics.counts)[rows] > 0)[..., None]
     colours = statistics.colours[rows]

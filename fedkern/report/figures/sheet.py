@@ -19,7 +19,7 @@ from fedkern.report.figures.plots import width, wrap_text
 from fedkern.report.names import TITLE, label
 
 LINE = 0.15
-"""Inches from a line above or after a picture to the next."""
+"""Inches between lines above or after a picture."""
 _EDGE = 0.08  # inches around everything
 _LEGEND = 11  # points
 _MAP, _OPACITY = "inferno", 0.75  # colours of maps, and how much they hide of the picture below
@@ -38,12 +38,11 @@ class Sheet:
     Args:
         columns: most pictures in a row.
         rows: inches above the pictures of every row, for :meth:`above`.
-        side: the longer side of a picture, in inches.
+        side: inches of a picture's longer side.
         left: inches before the first column, for :meth:`beside`.
         right: inches after the last column, for :meth:`after`.
-        title: title of the sheet.
         legend: texts and their colours, under the last row.
-        scale: what maps show from 0 to 1, under the last row; empty for no such scale.
+        scale: meaning of maps from 0 to 1, under the last row (empty: none).
     """
 
     def __init__(
@@ -79,14 +78,14 @@ class Sheet:
         self.figure.text(x, y, text, transform=self._inches, **how)
 
     def _box(self, row: int, column: int, shape: Sequence[int]) -> _Box:
-        """Return the box of a picture of ``shape`` (rows and columns of pixels), centred in its place."""
+        """Return the box of a picture of ``shape`` in pixels, centred in its place."""
         high, wide = (self._side * n / max(shape[0], shape[1]) for n in shape[:2])
         x = self._lefts[column] + (self._side - wide) / 2
         y = self._tops[row] + (self._side - high) / 2
         return x, x + wide, y, y + high
 
     def _place(self, box: _Box, image: npt.NDArray[Any], opacity: float = 1.0) -> None:
-        """Draws an image ``[H, W, 3]`` in a box, or interpolated values ``[H, W]`` from 0 to 1 as colours."""
+        """Draw an image ``[H, W, 3]``, or interpolated values ``[H, W]`` from 0 to 1 as colours."""
         left, right, top, bottom = (round(self.figure.dpi * inches) for inches in box)
         how = Image.Resampling.BILINEAR if image.ndim == 2 else Image.Resampling.NEAREST
         pixels = np.asarray(Image.fromarray(image).resize((right - left, bottom - top), how))
@@ -96,19 +95,16 @@ class Sheet:
         self.figure.figimage(pixels, left, self._high - bottom, origin="upper")
 
     def picture(self, row: int, column: int, image: npt.NDArray[Any]) -> None:
-        """Draws an image ``[H, W, 3]``, uint8 or a float from 0 to 1."""
+        """Draw an image ``[H, W, 3]``, uint8 or a float from 0 to 1."""
         image = image if image.dtype == np.uint8 else (255 * image).astype(np.uint8)
         self._place(self._box(row, column, image.shape), image)
 
     def map(self, row: int, column: int, values: npt.NDArray[np.floating[Any]]) -> None:
-        """Lays a map ``[H, W]`` of values from 0 to 1 over a picture.
-
-        Between its points values are interpolated.
-        """
+        """Lay an interpolated map ``[H, W]`` of values from 0 to 1 over a picture."""
         self._place(self._box(row, column, values.shape), values.astype(np.float32), _OPACITY)
 
     def outline(self, row: int, column: int, mask: npt.NDArray[np.bool_]) -> None:
-        """Draws a white line around the True pixels of ``mask`` ``[H, W]``."""
+        """Draw a white line around the True pixels of ``mask`` ``[H, W]``."""
         left, right, top, bottom = self._box(row, column, mask.shape)
         high, wide = mask.shape
         x = left + (right - left) * (np.arange(wide) + 0.5) / wide
@@ -119,12 +115,10 @@ class Sheet:
         self.figure.add_artist(PathPatch(curves, transform=self._inches, **how))
 
     def above(self, row: int, column: int, text: str, *, color: str = "#222222") -> None:
-        """Write a text above a picture."""
         x, y = self._lefts[column] + self._side / 2, self._tops[row] - 0.05
         self._text(x, y, text, fontsize=9, color=color, ha="center", va="bottom")
 
     def beside(self, row: int, text: str, *, upright: bool = False) -> None:
-        """Write a text to the left of a row, rotated by 90 degrees if ``upright``."""
         x, y = self._lefts[0] - 0.1, self._tops[row] + self._side / 2
         how: dict[str, Any] = {"rotation": 90, "multialignment": "center"} if upright else {}
         self._text(x, y, text, fontsize=10, ha="right", va="center", **how)
@@ -138,7 +132,7 @@ class Sheet:
 
 
 def _flowing(texts: Sequence[str], wide: float) -> list[tuple[float, int]]:
-    """Left edge and line of every text of a legend that is ``wide`` inches."""
+    """Return left edge and line of every text of a legend that is ``wide`` inches."""
     places, x, line = [], _EDGE, 0
     for text in texts:
         needed = width(text, _LEGEND) + 0.2
@@ -150,9 +144,6 @@ def _flowing(texts: Sequence[str], wide: float) -> list[tuple[float, int]]:
 
 
 def to_rgb(image: npt.NDArray[Pixel]) -> npt.NDArray[Pixel]:
-    """Return an image ``[C, H, W]`` as ``[H, W, 3]``.
-
-    Unless C is 3, the first channel in grey.
-    """
+    """Return an image ``[C, H, W]`` as ``[H, W, 3]``, in grey from the first channel unless C is 3."""
     channels = image if len(image) == 3 else np.repeat(image[:1], 3, axis=0)
     return np.moveaxis(channels, 0, 2)

@@ -1,1 +1,1 @@
-"""Live output: what a run shows while it goes on."""
+"""Live output during a run."""

@@ -1,4 +1,4 @@
-"""Runs in a notebook: the display that leaves a table of the rounds, results as HTML, and pictures below a cell."""
+"""Runs in a notebook: a display with a table of the rounds, results as HTML, and pictures below a cell."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from fedkern.report.tables import final_table, human_bytes, human_time, worst_cl
 from fedkern.text_table import LINE, Table
 
 ROUNDS = 30
-"""Most rounds that a table lists."""
 PAUSE = 0.2
-"""Least seconds before the end of a client moves the bar again: the whole table travels to the browser."""
+"""Least seconds between two moves of the bar, because the whole table travels to the browser."""
 
 
 def run_table(summary: Summary, out: Path, main: str) -> str:
@@ -35,10 +34,7 @@ def run_table(summary: Summary, out: Path, main: str) -> str:
 def rounds_table(
     records: Sequence[Record], title: str, main: str, notes: Sequence[str] = (), tests: Collection[str] = ()
 ) -> str:
-    """Return the rounds with their ``main`` figure as HTML.
-
-    Of many rounds evaluated ones, evenly spaced, and the last one.
-    """
+    """Return the rounds with their ``main`` figure as HTML, of many rounds evenly spaced ones and the last."""
     complete = len(records) <= ROUNDS
     candidates = [
         record for record in records if complete or any(name.endswith(main) for name in record) or record is records[-1]
@@ -60,13 +56,12 @@ def rounds_table(
 
 
 class Output:
-    """A place below a cell whose content can be replaced, and which stays."""
+    """A place below a cell with replaceable content."""
 
     def __init__(self) -> None:
         self._handle: Any = None
 
     def update(self, content: str) -> None:
-        """Show an HTML text."""
         from IPython.display import HTML, display
 
         if self._handle is None:
@@ -76,7 +71,7 @@ class Output:
 
 
 class Notebook(progress_bar.Lines):
-    """Display of a run below a cell: a table of the rounds, which stays, and a bar that moves with every client."""
+    """Display of a run below a cell: a permanent table of the rounds, and a bar that moves with every client."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -149,7 +144,7 @@ class Notebook(progress_bar.Lines):
 
 
 class Pictures(list[Path]):
-    """Paths of pictures.  As the result of a cell they are shown below the cell."""
+    """Paths of pictures, which a notebook shows below a cell that returns them."""
 
     def _ipython_display_(self) -> None:
         from IPython.display import Image, display
@@ -162,9 +157,9 @@ class Pictures(list[Path]):
 
 
 def display(*, quiet: bool, json: bool, console: Console | None = None) -> progress_bar.Warnings:
-    """Chooses the display, which writes to standard error, so that standard output holds only results.
+    """Choose the display, on standard error, so that standard output holds only results.
 
-    Only warnings are shown if ``quiet``, and with ``json`` unless a person watches a terminal.
+    Only warnings are shown if ``quiet``, and with ``json`` except on a terminal.
     """
     console = console or progress_bar.make_console(stderr=True)
     if quiet:

@@ -1,4 +1,4 @@
-"""Progress of a run: a live display on a terminal and in a notebook, plain lines elsewhere."""
+"""Progress of a run: a live display on a terminal and in a notebook, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fedkern.tasks.figure_names import set_noun, short_set_title, short_title, s
 
 PIPE_WIDTH = 120
 WIDE = 100
-"""Least columns of a terminal whose bar has room for the bytes sent."""
+"""Fewest columns of a terminal whose bar shows the bytes sent."""
 SITES, STAGES = 8, 6
-"""Most sites, and most stretches of rounds that train the same, that the heading names."""
+"""Most sites, and most stages of training, in the heading."""
 UNSHOWN = (
     "Records are private: class counts, losses and accuracies of single clients are neither shown nor written, nor are "
     "partition.png and figures on a validation set that was drawn from their images; --records all tells them, outside "
@@ -35,7 +35,7 @@ UNSHOWN = (
 
 
 def run_headline(run: RunInfo) -> list[str]:
-    """Heading of a run: method, data, model, device, run folder and what epsilon covers, in two to eight lines."""
+    """Return the heading of a run: method, data, model, device, run folder and privacy, in two to eight lines."""
     config = run.config
     samples, clients = sum(run.samples), len(run.samples)
     tests = [
@@ -81,7 +81,7 @@ def run_headline(run: RunInfo) -> list[str]:
 
 
 def _local_training(config: RunConfig) -> str:
-    """Return a line on what a client trains with: optimiser, learning rate, momentum, batch size and passes."""
+    """Return a line on a client's optimiser, learning rate, momentum, batch size and epochs."""
     step_words = {"lr": f"learning rate {config.lr:g}", "momentum": f"momentum {config.momentum:g}"}
     ignored = {*config.find_unused()}
     if config.training:
@@ -98,7 +98,7 @@ def _frozen(run: RunInfo) -> str:
 
 
 def _resize_lines(data: FederatedData | None) -> list[str]:
-    """Return a line on the size in which images and masks of pixels are given, and the size that a network sees."""
+    """Return a line on the original size of images and masks, and the size that the network sees."""
     splits = () if data is None or not data.form.offers else (data.validation, *data.tests.values())
     masks = [split.full for split in splits if split.full is not None and len(split)]
     sizes = sorted({size for full in masks for size in full.sizes()}, key=lambda size: (max(size), size))
@@ -116,10 +116,7 @@ def _factor(factor: float) -> str:
 
 
 def _side_by_side(run: RunInfo) -> str:
-    """Threads and worker processes of the clients, if they differ from the server's.
-
-    Else empty.
-    """
+    """Return the clients' threads and worker processes if they differ from the server's, else ""."""
     client_threads = run.config.client_threads
     words = [f"{client_threads} of a client"] if client_threads and client_threads != run.config.threads else []
     if run.workers > 1:
@@ -129,20 +126,15 @@ def _side_by_side(run: RunInfo) -> str:
 
 
 def training_words(run: RunInfo) -> list[str]:
-    """Describe what every communication round trains.
-
-    Empty texts where all rounds train the same.
-    """
+    """Describe what every round trains, in empty texts if all rounds train the same."""
     words = [entry.trains or entry.name for entry in run.rounds]
     return words if len(set(words)) > 1 else [""] * len(words)
 
 
 def schedule(words: Sequence[str]) -> list[str]:
-    """Return a line on what is trained when.
+    """Return a line such as ``trained: generator (rounds 1 to 16), generator and student (rounds 17 to 32)``.
 
-    It is ``trained: generator (rounds 1 to 16), generator and student (rounds 17 to 32)``.
-
-    None where all rounds train the same, or where this changes more than `STAGES` times.
+    Empty if all rounds train the same, or if this changes more than `STAGES` times.
     """
     parts: list[str] = []
     start = 1
@@ -165,12 +157,11 @@ def figures_by_set(record: Record, main: str, tests: Collection[str] = ()) -> di
 
 
 def main_figures(record: Record, main: str, tests: Collection[str] = ()) -> str:
-    """:func:`figures_by_set` as a text: ``"ID 93.0 %  OOD 71.2 %"``."""
+    """Return :func:`figures_by_set` as a text: ``"ID 93.0 %  OOD 71.2 %"``."""
     return "  ".join(f"{title} {value}" for title, value in figures_by_set(record, main, tests).items())
 
 
 def line(record: Record, trains: str, figures: str, remaining: float | None) -> str:
-    """One line for a finished round, which trained ``what`` and has the main ``figures``."""
     width = len(str(record["rounds"]))
     parts = [f"round {record['round']:>{width}}/{record['rounds']}{_in_parentheses(trains)}"]
     parts += [figures] if figures else []
@@ -186,10 +177,10 @@ def _in_parentheses(trains: str) -> str:
 
 
 class Clock:
-    """Estimates the time left from the rounds of this process alone, as a resumed run may have changed machines.
+    """Estimator of the time left from the rounds of this process, as a resumed run may have changed machines.
 
-    Set-up rounds do not count.  A round is taken to last as long as those so far that trained the same (``words``), or,
-    where none did, as long as those that trained what the last one did.
+    Set-up rounds do not count. A round is taken to last as long as earlier rounds that trained the same (``words``),
+    or, without any, as long as rounds like the last one.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -198,15 +189,11 @@ class Clock:
         self.spent: dict[str, tuple[int, float]] = {}  # rounds and seconds
 
     def begin(self) -> None:
-        """Begin a communication round."""
         if not self.spent:
             self.since = time.monotonic()
 
     def remaining(self, done: int) -> float | None:
-        """Seconds left after ``done`` rounds.
-
-        None where a single round is known, and others train something else.
-        """
+        """Return the seconds left after ``done`` rounds, None if other rounds than the first train something else."""
         trains, remaining_rounds = self.words[done - 1], Counter(self.words[done:])
         count, seconds = self.spent.get(trains, (0, 0.0))
         before, self.since = self.since, time.monotonic()
@@ -218,7 +205,7 @@ class Clock:
 
 
 class Warnings(Listener):
-    """Display of warnings alone, for ``--quiet`` and ``--json``."""
+    """Display of warnings only, for ``--quiet`` and ``--json``."""
 
     essential = True  # where nobody reads standard error any more, the command ends
 
@@ -230,10 +217,7 @@ class Warnings(Listener):
         self.console.print(message, soft_wrap=True)
 
     def close(self) -> None:
-        """Restores the terminal.
-
-        Safe to call twice, and after an interruption.
-        """
+        """Restore the terminal. Safe to call twice, and after an interruption."""
 
 
 class Lines(Warnings):
@@ -269,10 +253,7 @@ class Lines(Warnings):
 
 
 class Live(Lines):
-    """Display on a terminal: a bar that moves with every client.
-
-    Accuracies, bytes, time left.
-    """
+    """Display on a terminal: a bar that moves with every client, accuracies, bytes, time left."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -325,19 +306,13 @@ class Live(Lines):
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Raise BrokenPipeError for the command line to handle.
-
-        Rich would exit with code 1 at once.
-        """
+        """Raise BrokenPipeError for the command line, where rich would exit with code 1."""
         raise BrokenPipeError
 
 
 @contextmanager
 def show_progress(total: int, doing: str) -> Iterator[Callable[[], None]]:
-    """Show on a terminal how far a long task has come.
-
-    Yields a function to call after every part.
-    """
+    """Show a long task's progress on a terminal. Yields a function to call after every part."""
     console = make_console(stderr=True)
     columns = (SpinnerColumn(), TextColumn(doing, markup=False), BarColumn(bar_width=30),
                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeRemainingColumn())  # fmt: skip
@@ -347,10 +322,7 @@ def show_progress(total: int, doing: str) -> Iterator[Callable[[], None]]:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Return the console to print on.
-
-    Lines in files and pipes have :data:`PIPE_WIDTH` columns, not rich's 80.
-    """
+    """Return the console to print on. Lines in files and pipes have :data:`PIPE_WIDTH` columns, not rich's 80."""
     stream = sys.stderr if stderr else sys.stdout
     # FORCE_COLOR and TTY_COMPATIBLE ask for colours; a bar that moves belongs on a terminal alone.
     console = _Console(stderr=stderr, force_terminal=None if stream.isatty() else False)

@@ -1,4 +1,4 @@
-"""Charts of a report: curves, bars and dots drawn as SVG, with a text and a table of the same figures each."""
+"""Charts of a report: curves, bars and dots as SVG, each with a text and a table of the same figures."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from fedkern.report.tables import in_unit
 from fedkern.text_table import Table
 
 ROWS, COLUMNS, TOLD = 30, 20, 6
-"""Most rows and columns of a chart's table, and curves that a chart's text tells of."""
+"""Most rows and columns of a chart's table, and most curves in a chart's text."""
 BARS = 40
-"""Most labels that have bars."""
 
 
 def curves(name: str, title: str, panels: Sequence[Panel], *, note: str = "") -> Chart:
-    """Panels of curves, at least one, with the first and the last value of each curve as text and a table each."""
+    """Return panels of curves, at least one, with the ends of each curve as text and a table for each panel."""
     tables, parts = [], []
     for panel in panels:
         lines = [curve for curve in panel.summary or panel.curves if curve.rounds and curve.look is not THIN]
@@ -46,11 +45,9 @@ def bars(
     name: str, title: str, labels: Sequence[str], series: Mapping[str, Sequence[float | None]], *, axis: str,
     unit: str = "", note: str = "", falls: bool = False,
 ) -> Chart:  # fmt: skip
-    """Horizontal bars, one of every series for every label.
+    """Return horizontal bars, one of every series for every label.
 
-    Of many labels those with the worst values.
-
-    These are the lowest values, or the highest ones where the figure ``falls``.
+    Of many labels those with the worst values are drawn: the lowest, or the highest if the figure ``falls``.
     """
     order = list(range(len(labels)))
     if len(order) > BARS:
@@ -102,10 +99,7 @@ def dots(
 def counts_table(
     counts: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequence[str], *, row: str, column: str
 ) -> Table:
-    """Numbers of images by row and column.
-
-    Of many rows or columns those evenly spread.
-    """
+    """Return counts by row and column, of many those evenly spread."""
     places, lines = plots.spread_evenly(len(columns), COLUMNS), plots.spread_evenly(len(rows), ROWS)
     body = [[rows[i], *(f"{int(counts[i][j]):,}" for j in places)] for i in lines]
     parts = [f"{len(lines)} of {len(rows)} rows" * (len(lines) < len(rows)),
@@ -115,10 +109,7 @@ def counts_table(
 
 
 def _rounds_table(series: Sequence[Curve], unit: str, caption: str) -> Table:
-    """Values of curves by round.
-
-    Of many rounds those evenly spread.
-    """
+    """Return values of curves by round, of many rounds those evenly spread."""
     rounds = sorted({x for curve in series for x in curve.rounds})
     shown_rounds = [rounds[i] for i in plots.spread_evenly(len(rounds), ROWS)]
     values = [dict(zip(curve.rounds, curve.values, strict=True)) for curve in series]
@@ -128,7 +119,6 @@ def _rounds_table(series: Sequence[Curve], unit: str, caption: str) -> Table:
 
 
 def chart(name: str, title: str, text: str, figure: Figure, tables: Sequence[Table], note: str = "") -> Chart:
-    """Return a chart of a figure, with its title in upper case."""
     return Chart(name, capitalize(title), text, plots.to_svg(figure, name), tables, note)
 
 

@@ -1,7 +1,7 @@
-"""A report as one HTML file: its parts as plain data, and the file made of them.
+"""A report as one HTML file: its parts as plain data, and the rendering.
 
-The file holds everything it shows: charts as SVG, pictures as data URIs, and one style sheet.  Its content security
-policy allows nothing else, so that the file loads nothing and runs no code that a name or a caption brings.
+The file holds its charts as SVG, its pictures as data URIs, and one style sheet. The content security policy allows
+nothing else, so that the file loads nothing and runs no code from a name or a caption.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, with a text and tables for readers who cannot see it, and a sentence below it.
+    """A chart as an SVG element, with a text and tables for readers who cannot see it, and a sentence below it.
 
-    Its name is unique on the page: lower-case letters, digits, hyphens.  ``svg`` is the chart as an SVG element.
+    The name is unique on the page: lower-case letters, digits, hyphens.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI, with its title and, for readers who cannot see it, a sentence."""
+    """A picture as a data URI, with a title and an alternative text."""
 
     title: str
     alt: str
@@ -47,21 +47,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class Code:
-    """A command in full, in a type of equal widths."""
+    """A command in a monospaced font."""
 
     text: str
 
 
 Block = str | Code | Table | Chart | Picture
-"""A part of a section; a text is a paragraph."""
+"""A part of a section. A text is a paragraph."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a page.
-
-    One without any block is left out.  Its name is unique on the page.
-    """
+    """A section of a page, left out without blocks. The name is unique on the page."""
 
     name: str
     title: str
@@ -72,8 +69,8 @@ class Section:
 class Page:
     """A report.
 
-    The headline is what a sceptic concludes, sentence by sentence; the first one is the result.  Warnings have a name
-    and a text, tiles the name and the value of a main figure.
+    The headline has a sceptic's conclusions, first the result. Warnings have a name and a text, tiles the name and the
+    value of a main figure.
     """
 
     title: str
@@ -85,10 +82,7 @@ class Page:
 
 
 def make_section(name: str, title: str, blocks: Iterable[Block]) -> Section:
-    """Return a section of these blocks.
-
-    Where making one fails, a sentence stands in its place and ends the section.
-    """
+    """Return a section of these blocks. If making a block fails, a sentence replaces the rest."""
     content: list[Block] = []
     with warn_instead(lambda why: content.append(f"The rest of this section is missing: {why}.")):
         content.extend(blocks)
@@ -96,7 +90,7 @@ def make_section(name: str, title: str, blocks: Iterable[Block]) -> Section:
 
 
 def versions_table(builds: Iterable[Mapping[str, object]]) -> Table:
-    """Versions that runs were made with, a mapping for each run, and the version that writes the report."""
+    """Return the versions of all runs and of the report."""
     packages: dict[str, dict[str, None]] = {}
     for build in builds:
         for name, version in build.items():
@@ -106,19 +100,17 @@ def versions_table(builds: Iterable[Mapping[str, object]]) -> Table:
 
 
 def check_target(folder: Path) -> None:
-    """Raise UserError where the report cannot replace what stands at its place in ``folder``."""
+    """Raise UserError if the report cannot be written into ``folder``."""
     path = folder / REPORT
     if path.is_dir():
         raise UserError(f"{path} is a folder, where the report is to be written: move it away.")
 
 
 def data_uri(content: bytes) -> str:
-    """Return a PNG file's content as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def render(page: Page) -> str:
-    """Return the HTML text of a page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # charts without a page need none
 
     environment = Environment(
@@ -133,21 +125,14 @@ def render(page: Page) -> str:
 
 
 def _text(value: object) -> object:
-    """Return a value as the template shows it: a text, which may hold names of users, without control characters.
-
-    HTML as it is.
-    """
+    """Remove control characters from a text, which may hold user names, but leave HTML as it is."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return "\n".join(printable_name(line, sys.maxsize) for line in value.split("\n"))
 
 
 def write_page(page: Page, folder: Path) -> Path:
-    """Write a page into ``folder``, completely or not at all, over an older report, and return its path.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
+    """Write a page into ``folder``, completely or not at all, over an older report, and return its path."""
     check_target(folder)
     text = render(page)
     path = folder / REPORT

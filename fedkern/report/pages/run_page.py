@@ -1,4 +1,4 @@
-"""The report of a run: what its folder holds, as a page."""
+"""The report of a run folder as a page."""
 
 from __future__ import annotations
 
@@ -69,28 +69,20 @@ from fedkern.typed_option import as_typed
 from fedkern.usercode.named_code import INSTANCE
 
 LISTED = 100
-"""Most clients in the table."""
 _LARGEST = 32 << 20
-"""Bytes of a picture from which on it is left out."""
+"""Bytes from which on a picture is left out."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PRIVATE = "The records are private: nothing is told of single clients."
 
 
 def in_memory(config: RunConfig) -> bool:
-    """Return whether a run's data, network or method were in the memory of a Python program.
-
-    No command repeats such a run.
-    """
+    """Return whether data, network or method came from a Python program, so that no command repeats the run."""
     code = config.model.startswith(INSTANCE) or config.method.startswith(method_registry.CLASS)
     return code or config.data == ARRAYS or config.data not in DATASETS
 
 
 def stored_device(run_dir: Path) -> str:
-    """Return the device that a run was made with, which this machine may lack.
-
-    Raises:
-        UserError: ``config.toml`` cannot be read.
-    """
+    """Return the device that a run was made with, which this machine may lack."""
     return str(stored_settings(run_dir).get("device", "cpu"))
 
 
@@ -104,16 +96,12 @@ def write_report(
 ) -> Path:
     """Write ``report.html`` of a run, finished or not, into its folder, and return its path.
 
-    Pictures that a finished run lacks are drawn first, those of test samples only from ``data``.
+    Missing pictures of a finished run are drawn first, those of test samples only from ``data``.
 
     Args:
-        run_dir, trusted: see :func:`read`.
-        data: the run's ``FederatedData``, where they are in memory; None: no data are read.
-        model: the run's network, where it was a module of a script.
-        command: the command that repeats the run; may be empty.
-
-    Raises:
-        UserError: a file of the run is damaged, or the folder cannot be written.
+        data: the run's in-memory ``FederatedData`` (None: read no data).
+        model: the run's network, if it was a module of a script.
+        command: the command that repeats the run, may be empty.
     """
     html_page.check_target(run_dir)
     run = read_run_folder(run_dir, trusted=trusted)
@@ -128,10 +116,7 @@ def write_report(
 
 
 def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Page:
-    """Return the page of a run.
-
-    ``undrawn`` are sentences on pictures that could not be drawn.
-    """
+    """Return the page of a run. ``undrawn`` are sentences on pictures that could not be drawn."""
     config, count, rounds = run.config, run.config.trained_clients, run.summary["rounds"]
     about = (
         f"seed {config.seed} · {count} client{'s' * (count != 1)} · {rounds} round{'s' * (rounds != 1)} · "
@@ -160,7 +145,7 @@ def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Pa
 
 
 def headline(run: Contents) -> Iterator[str]:
-    """Yield what a sceptic concludes from a run, sentence by sentence."""
+    """Yield a sceptic's conclusions from a run, sentence by sentence."""
     summary, rounds = run.summary, run.summary["rounds"]
     values = join_words(_values(run)) if run.main else ""
     if not run.finished:
@@ -206,12 +191,7 @@ def _on(test_set: str) -> str:
 
 
 def describe_baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
-    """Yield the sentence on what predicting one class everywhere gives.
-
-    None where a run that goes on does not tell.
-
-    If ``judged``, a second sentence says whether the run's network is hardly better.
-    """
+    """Yield a sentence on the constant prediction and, if ``judged``, one on a network that is hardly better."""
     constants = run.chance([run.metrics])
     values = {name: constants[name] for name in run.main if name in constants}
     if not values:
@@ -253,7 +233,7 @@ def _worst(run: Contents) -> Iterator[str]:
 
 
 def _certainty(run: Contents) -> Iterator[str]:
-    """Yield how sure the figures are: the test set's size, and the number of seeds."""
+    """Yield the uncertainty of the figures: the test set's size, and the number of seeds."""
     rows = {(row["set"], row["figure"]): row for row in run.summary.get("intervals", ()) if "client" not in row}
     texts, unit = [], "samples"
     for test_set, figure in map(run.split, run.main):
@@ -322,7 +302,7 @@ def _training_loss(record: Record, main: str) -> float | None:
 
 
 def clients(run: Contents) -> Iterator[Block]:
-    """Return who the clients are: sizes, label distribution, figures and losses of each."""
+    """Yield size, label distribution, figures and losses of each client."""
     if run.private:
         yield _PRIVATE
         return
@@ -375,7 +355,6 @@ def _label_distribution(run: Contents, statistics: PartitionStatistics) -> Itera
 
 
 def _client_table(run: Contents) -> Iterator[Block]:
-    """Yield a row for every client: size, skew, figures, bytes."""
     columns: dict[str, list[str]] = {}
     statistics, keys = run.facts.statistics, [str(k) for k in range(run.config.trained_clients)]
     latest: dict[str, Mapping[str, Any]] = {}
@@ -501,10 +480,7 @@ def _scale_values(values: Iterable[float | None], factor: float) -> list[float |
 
 
 def _picture(path: Path, title: str, alt: str) -> Iterator[Picture]:
-    """Yield a picture of the run folder.
-
-    None where there is none, or it is no PNG.
-    """
+    """Yield a picture of the run folder, if it is a PNG."""
     try:
         with open_regular(path) as file:
             content = file.read(_LARGEST + 1)
