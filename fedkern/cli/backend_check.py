@@ -1,4 +1,4 @@
-"""The check of the variables that choose kernels, before a command does any work."""
+"""Early check of the variables that choose kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fedkern.errors import UserError
 
 
 def check_backend() -> None:
-    """Raise UserError where ``FEDKERN_BACKEND`` or ``FEDKERN_CPU_ISA`` names what this machine cannot use."""
+    """Raise UserError if ``FEDKERN_BACKEND`` or ``FEDKERN_CPU_ISA`` names what this machine cannot use."""
     from fedkern.ops._core import backend, loading
 
     try:

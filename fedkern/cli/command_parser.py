@@ -1,7 +1,8 @@
 """The tree of commands: the first word names a file of `fedkern.cli.commands`, or all words are those of a run.
 
-A command's file is imported when its command is asked for.  Its functions are ``add_flags(parser)``, ``play(request)``,
-which returns the exit code, and where the values of the flags need it ``check_request(request, parser)``.
+A command's file is imported on demand. Its functions are ``add_flags(parser)``, ``play(request)``, which returns the
+exit code, and optionally ``check_request(request, parser)``, which checks the values of the flags and returns the
+request.
 """
 
 from __future__ import annotations
@@ -18,31 +19,24 @@ from fedkern.errors import UserError, suggest_name
 from fedkern.process.standard_streams import put
 
 SETTINGS = ("rounds", "data_root", "cache", "workers", "model")
-"""Flags that are settings of a run; ``data`` is one where it does not name other data than the run's."""
+"""Flags that are settings of a run, as is ``data`` unless it names other data than the run's."""
 
 
 def find_command(words: Sequence[str]) -> str:
-    """Return the command that the words name.
+    """Return the command that the words name, or "run".
 
-    "run" where they name none.
-
-    Only ``--json`` and ``--help`` may stand before it: after another flag the word is that flag's value.
+    Only ``--json`` and ``--help`` may stand before it. After another flag the word is that flag's value.
     """
     first_word = next((word for word in words if word not in ("--json", "-h", "--help")), "")
     return first_word if first_word in COMMANDS else "run"
 
 
 def load_command(name: str) -> ModuleType:
-    """Return the module of a command."""
     return importlib.import_module(f"fedkern.cli.commands.{'run' if name == 'resume' else name}")
 
 
 def parse_words(words: Sequence[str]) -> Request:
-    """Read the words after ``python -m fedkern.run``.
-
-    Raises:
-        UserError: an unknown method, command or flag, or a value that its flag does not take.
-    """
+    """Read the words after ``python -m fedkern.run``, or raise UserError."""
     name = find_command(words)
     if name == "run":
         return flags.parse_run(words)
@@ -69,10 +63,7 @@ def parse_words(words: Sequence[str]) -> Request:
 
 
 def play_request(request: Request) -> int:
-    """Do what a request asks.
-
-    Returns the exit code.
-    """
+    """Carry out a request and return the exit code."""
     if request.command == "help":
         put(request.help)
         return 0

@@ -1,4 +1,4 @@
-"""Plugins on the command line: loaded before the other words are read, which may name what a plugin registers."""
+"""Plugins on the command line, loaded before the other words are read, which may name registered things."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from fedkern.usercode import plugins
 
 
 def load_plugins(words: Sequence[str]) -> None:
-    """Load the plugins of installed packages, of ``--plugin``, of the ``--config`` file and of the ``--resume`` run.
-
-    Raises:
-        UserError: a plugin cannot be loaded, or may not be executed (:func:`fedkern.usercode.plugins.restore`).
-    """
+    """Load the plugins of installed packages, of ``--plugin``, of the ``--config`` file and of the ``--resume`` run."""
     plugins.load_installed(_warn)
     for name in flag_values(words, "--plugin"):
         if not name.strip():
@@ -45,10 +41,7 @@ def flag_values(words: Sequence[str], flag: str) -> Iterator[str]:
 
 
 def _read_plugin_names(path: Path) -> dict[str, str]:
-    """Return the plugins in a file of settings.
-
-    None where the file is missing or damaged, which its reader says later.
-    """
+    """Return the plugins in a settings file, none if it is missing or damaged, which its reader reports later."""
     from fedkern.settings.stored import read_settings  # here, since the front page is printed without torch
 
     try:

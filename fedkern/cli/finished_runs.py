@@ -1,4 +1,4 @@
-"""Helpers of commands on a finished run: the run's folder, its network, its code, and how results are told."""
+"""Helpers of commands on a finished run: its folder, network and code, and the output of results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from fedkern.process.standard_streams import put
 
 
 def add_data(parser: Parser, options: str = "an option of that other data set") -> None:
-    """Add the flags of another data set than the run's own.
-
-    ``options`` is the help of ``--data-option``.
-    """
+    """Add the flags of another data set than the run's own. ``options`` is the help of ``--data-option``."""
     cache = "folder that keeps the decoded images; by default the run's own data are read from that of the run"
     add_arguments(parser, {
         "data": ("NAME", "another data set than the run's own"),
@@ -26,10 +23,9 @@ def add_data(parser: Parser, options: str = "an option of that other data set") 
 
 
 def add_network(parser: Parser, printed: str = "what was written", *, choice: bool = True) -> None:
-    """Add the flags about the run's network and code, and ``--json``, which prints what ``printed`` names.
+    """Add the flags about the run's network and code, and ``--json``, which prints ``printed``.
 
-    Args:
-        choice: whether the best round's network can be had.
+    ``choice`` is whether the best round's network is available.
     """
     if choice:
         text = "the network of the last round, or of the best one of a run with --patience; default last"
@@ -43,7 +39,6 @@ def add_network(parser: Parser, printed: str = "what was written", *, choice: bo
 
 
 def run_folder(request: Request) -> Path:
-    """Return the run's folder."""
     assert request.folder is not None
     return request.folder
 
@@ -54,10 +49,7 @@ def trusted_code(request: Request) -> tuple[str, ...]:
 
 
 def publish_result(request: Request, result: Mapping[str, object], table: object, path: Path) -> int:
-    """Print a command's result, as JSON or as its table, and write it to ``path``.
-
-    Returns 0.
-    """
+    """Print a command's result, as JSON or as its table, and write it to ``path``. Returns 0."""
     from fedkern.files import atomic
     from fedkern.report.live.progress_bar import make_console
 

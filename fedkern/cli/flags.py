@@ -24,7 +24,7 @@ from fedkern.typed_option import Option, as_typed, flag
 from fedkern.usercode.named_code import absolute
 
 FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers", "init")
-"""Flags that name a folder or a file; an empty value would mean the current folder, or none."""
+"""Flags that name a folder or a file. An empty value would mean the current folder, or none."""
 METAVARS = {
     "data_root": "DIR", "cache": "DIR", "partition": "SPEC", "clients": "N", "rounds": "R", "local_epochs": "E",
     "local_steps": "S", "held_out_client": "NAME|K", "seed": "S", "lr_steps": "E,...", "aggregator": "RULE",
@@ -58,17 +58,17 @@ RUN_FLAGS: dict[str, tuple[Any, ...]] = {
     "quiet": ("", "no display; only the run folder at the end"),
     "json": ("", "print the summary, as JSON, and nothing else"),
 }
-"""Flags of a run that are no settings of it, as `add` takes them."""
+"""Flags of a run that are not settings, as `add_arguments` takes them."""
 TRACKERS = ("tensorboard", "wandb")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser, of a command or of a run, that raises :class:`UserError` instead of exiting.
+    """An argument parser of a command or a run that raises :class:`UserError` instead of exiting.
 
     Attributes:
-        command: name of the command; "" for a run.
+        command: name of the command, "" for a run.
         folder_of: what has to be in the folders that the command needs.
-        rest: the words that are none of its flags; None where there may not be any.
+        rest: words that are none of its flags, None if such words are errors.
     """
 
     def __init__(self, command: str = "") -> None:
@@ -80,13 +80,13 @@ class Parser(argparse.ArgumentParser):
         self.rest: list[str] | None = None
 
     def add_folder(self, of: str, help: str = "", metavar: str = "DIR", *, several: bool = False) -> None:
-        """Add the folder, or the folders, without which the command does nothing."""
+        """Add the folder, or the folders, that the command requires."""
         self.folder_of = of
         name, count = ("folders", "*") if several else ("folder", "?")
         self.add_argument(name, nargs=count, metavar=metavar, help=help or f"folder of {of}")
 
     def begin(self, text: str) -> None:
-        """Begins the help with a text, printed as it is, instead of the usage."""
+        """Start the help with a literal text instead of the usage."""
         self.usage, self.description = argparse.SUPPRESS, text
         self.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110)
 
@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
 def add_arguments(group: argparse._ActionsContainer, flags: Mapping[str, tuple[Any, ...]]) -> None:
     """Add flags by name, each with the name of its value ("" for a switch) and its help.
 
-    A third entry is its default; that of a flag which may be given several times is ``[]``.
+    A third entry is the default, ``[]`` for a repeatable flag.
     """
     for name, (metavar, text, *default) in flags.items():
         kind: dict[str, Any] = {"metavar": metavar} if metavar else {"action": "store_true"}
@@ -164,7 +164,7 @@ def _parser(method: str | None, data: str) -> Parser:
 
 
 def _sections() -> dict[str, list[Option]]:
-    """Return the settings by section, whose name is that of its file."""
+    """Return the settings by section, named by its file."""
     declared = {entry.field: entry for entry in RunConfig.declared() if entry.field != "method"}
     sections = {
         section.__module__.rpartition(".")[2]: [declared[name] for name in get_annotations(section) if name in declared]
@@ -197,11 +197,7 @@ def check_filled(values: Mapping[str, str | None]) -> None:
 
 
 def key_values(words: Sequence[str], name: str) -> dict[str, str]:
-    """Return the pairs ``key=value`` of a repeatable flag.
-
-    Raises:
-        UserError: a word of another form, or a key that is given twice.
-    """
+    """Return the pairs ``key=value`` of a repeatable flag, or raise UserError."""
     pairs: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -235,12 +231,7 @@ def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
 
 
 def parse_run(argv: Sequence[str], *around: Parser) -> Request:
-    """Read the words after ``python -m fedkern.run``, or a run's words in a command with a parser ``around`` them.
-
-    Raises:
-        UserError: an unknown method, command or flag (the nearest one is suggested), a value of the wrong type or out
-            of range, or flags that exclude each other.
-    """
+    """Read the words of a run, in a command with a parser ``around`` them, or raise UserError."""
     named = next((word for word in argv if word in METHODS), None)
     data = _named_data(argv, named)
     parser = _parser(named, data)
@@ -269,13 +260,7 @@ def parse_run(argv: Sequence[str], *around: Parser) -> Request:
 
 
 def as_request(values: dict[str, Any], settings: Iterable[str], command: str) -> Request:
-    """Return the request of flags' values.
-
-    They are ``settings`` of a run, fields of a request, and arguments, which are all others.
-
-    Raises:
-        UserError: a value of the wrong type or out of range, or a data option that is given twice.
-    """
+    """Return the request of flags' values: ``settings`` of a run, fields of a request, and other arguments."""
     read = RunConfig.read({name: value for name in settings if (value := values.pop(name, None)) is not None})
     # Other data than the run's are named as they are typed.
     other_data = {"data": values.pop("data")} if "data" in values else {}
@@ -308,5 +293,5 @@ def _check(request: Request) -> None:
 
 
 def as_word(value: object) -> str:
-    """Return a value quoted as one word of the shell."""
+    """Quote a value as one word of the shell."""
     return shlex.quote(as_typed(value))

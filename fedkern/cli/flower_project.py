@@ -10,12 +10,7 @@ from fedkern.settings.run_data import find_decided, kept_data, load_data
 
 
 def write_project(request: Request) -> int:
-    """Write the project that a command line describes, and print its files.
-
-    Raises:
-        UserError: a setting is wrong, the method needs all data in one place, the data are not on this machine and
-            nobody says how many clients there are, or the folder is not empty.
-    """
+    """Write the project that a command line describes, and print its files."""
     assert request.flower is not None
     choices = read_given(request)
     config = choices.config()

@@ -22,7 +22,7 @@ _USAGE = {
 }
 COMMANDS = {words.split()[0]: text for words, text in _USAGE.items()}
 USAGE = {words.split()[0]: words for words in _USAGE}
-"""Every command with the words that it needs."""
+"""Every command with its required words."""
 
 _COMMANDS = f"""\
 {PROGRAM} METHOD [flags]              train and evaluate a federated method
@@ -32,12 +32,11 @@ _COMMANDS = f"""\
 
 
 def front_page() -> str:
-    """Return the commands, and the methods, those of loaded plugins among them."""
     return "\n".join([_COMMANDS, "methods:", *(f"  {name:<16}{text}" for name, text in sorted(_methods().items()))])
 
 
 def _methods() -> dict[str, str]:
-    """Names and descriptions: registered ones, or what fedkern's own files say, since importing them loads torch."""
+    """Return names and descriptions: registered ones, or parsed from fedkern's files, as importing them loads torch."""
     if registry := sys.modules.get("fedkern.methods"):
         return {name: method.description for name, method in registry.METHODS.items()}
     files = (Path(__file__).parents[1] / "methods").rglob("*.py")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _section(field: dataclasses.Field[object]) -> int:
-    """Place of a setting's section in a command."""
+    """Return the place of a setting's section in a command."""
     order = (DataSettings, FederationSettings, TrainingSettings, ModelSettings)
     return next((i for i, section in enumerate(order) if field.name in section.__annotations__), len(order))
 
@@ -32,7 +32,7 @@ def _section(field: dataclasses.Field[object]) -> int:
 def command_line(method: str, config: RunConfig) -> str:
     """Return the shortest command that runs ``method`` with the settings of ``config``.
 
-    Method options that the user changed are repeated if ``method`` has them too, and so are all plugins.
+    The command repeats all plugins, and changed method options that ``method`` has too.
     """
     base = RunConfig.make(config.method, data=config.data)
     target = RunConfig.make(method, data=config.data)
@@ -69,10 +69,7 @@ def command_line(method: str, config: RunConfig) -> str:
 
 
 def repeat_command(folder: Path) -> str:
-    """Return the command that repeats a run.
-
-    Empty where data or network were in the memory of a Python program.
-    """
+    """Return the command that repeats a run, "" if data or network came from a Python program."""
     from fedkern.report.pages.run_page import in_memory, stored_device
 
     config = load_settings(folder, device="cpu")
@@ -83,6 +80,6 @@ def repeat_command(folder: Path) -> str:
 
 
 def first_commands(result: Result) -> dict[str, str]:
-    """Return the command that repeats the first run of every group of a comparison, by the group's name."""
+    """Return the command that repeats the first run of every group of a comparison, by group name."""
     firsts = {group.label: next(iter(group.runs.values())).folder for group in result.groups}
     return {label: text for label, run in firsts.items() if (text := repeat_command(run))}

@@ -21,17 +21,15 @@ from fedkern.usercode import plugins as plugin_room
 
 @dataclass(frozen=True)
 class Request:
-    """A parsed command line.
-
-    The flags of a run are in `fedkern.cli.flags.RUN_FLAGS`.
+    """A parsed command line, with the flags of a run in `fedkern.cli.flags.RUN_FLAGS`.
 
     Attributes:
         command: ``"run"``, ``"resume"``, ``"help"`` or a name in `fedkern.cli.front_page.COMMANDS`.
-        settings: ``RunConfig`` fields that were given as flags, converted.
+        settings: ``RunConfig`` fields from flags, converted.
         options: ``key=value`` method options.
         folder: the run folder of a command about a finished run.
         arguments: values of a command's own flags.
-        plugins: names of plugins, which are loaded already.
+        plugins: names of plugins, already loaded.
     """
 
     command: str
@@ -71,9 +69,8 @@ def one_shot(method: str | None) -> bool:
 class Given:
     """Choices for a new run from the ``--config`` file and the flags, without defaults.
 
-    Plugins have their identities.
-
-    ``names`` are the settings that somebody chose: a file that a run wrote has all settings.
+    ``plugins`` have their identities. ``names`` are the settings that the user chose, as a file that a run wrote has
+    all settings.
     """
 
     method: str
@@ -84,18 +81,14 @@ class Given:
     names: frozenset[str]
 
     def config(self) -> RunConfig:
-        """Return the settings of the run: these, and defaults."""
+        """Return the settings of the run: the choices and the defaults."""
         plugin_room.load_installed()
         loaded = plugin_room.load_given(self.plugins)
         return RunConfig.complete(self.method, self.settings, self.options, self.data_options, loaded)
 
 
 def effective_config(request: Request) -> RunConfig:
-    """Make the settings of a new run: defaults, then the ``--config`` file, then the flags.
-
-    Raises:
-        UserError: the file is missing or not TOML, or a setting is unknown or out of range.
-    """
+    """Make the settings of a new run: defaults, then the ``--config`` file, then the flags."""
     choices = read_given(request)
     config = choices.config()
     check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
@@ -105,11 +98,7 @@ def effective_config(request: Request) -> RunConfig:
 
 
 def read_given(request: Request) -> Given:
-    """Read the choices for a new run: the ``--config`` file, then the flags.
-
-    Raises:
-        UserError: the file is missing or not TOML, or a setting is unknown or out of range.
-    """
+    """Read the choices for a new run: the ``--config`` file, then the flags."""
     table: dict[str, Any] = {}
     names: set[str] = set()
     if request.config is not None:
@@ -139,9 +128,7 @@ def read_given(request: Request) -> Given:
 
 
 def find_trusted_code(folder: Path, options: Sequence[str], settings: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the code that a stored run may import.
-
-    It is the code named by options and by --model that the command line repeats.
+    """Return the code that a stored run may import: of options and --model that the command line repeats.
 
     Raises:
         UserError: the folder holds no run, or a run with other values of these options.

@@ -14,17 +14,11 @@ from fedkern.settings.run_format import NAME
 from fedkern.settings.stored import load_settings
 
 RUNS = ("run", "resume", "extend")
-"""Commands that play a run.  Any other command is for rank 0 alone."""
+"""Commands that play a run. Any other command is for rank 0 alone."""
 
 
 def play_on_ranks(request: Request, words: Sequence[str], done: Callable[[Request], int]) -> int:
-    """Has a request ``done``, on all ranks where torchrun has started this process.
-
-    Returns the exit code.
-
-    Raises:
-        UserError: the ranks do not fit together, or the run cannot go on.
-    """
+    """Handle a request with ``done``, under torchrun on all ranks, and return the exit code."""
     launched = torchrun_group.find_rank()
     if launched is None:
         return done(request)
@@ -48,7 +42,7 @@ def play_on_ranks(request: Request, words: Sequence[str], done: Callable[[Reques
 
 
 def _take_gpu(request: Request, launched: LaunchedRank) -> None:
-    """Give this rank the GPU of its number on this machine, where there are GPUs."""
+    """Give this rank the GPU of its number on this machine, if any."""
     import torch
 
     device = request.settings.get("device", "auto")
@@ -66,10 +60,7 @@ def _take_gpu(request: Request, launched: LaunchedRank) -> None:
 
 
 def _again(request: Request, launched: LaunchedRank) -> Request:
-    """Return the request of this start of the ranks.
-
-    After a restart, it goes on with the run which was begun before.
-    """
+    """Return the request of this start of the ranks, which after a restart continues the earlier run."""
     if request.command == "run":
         if request.out is None:
             if not launched.max_restarts:

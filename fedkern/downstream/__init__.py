@@ -1,4 +1,4 @@
-"""What finished runs are good for: predictions, files for other programs, and tasks of image-text networks."""
+"""Uses of finished runs: predictions, files for other programs, and tasks of image-text networks."""
 
 from fedkern.downstream.finished import Finished
 from fedkern.downstream.tasks import decode, probe, retrieve, zero_shot

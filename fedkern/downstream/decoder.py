@@ -14,15 +14,14 @@ from fedkern.streams import stream
 from fedkern.tasks.cross_entropy import cross_entropy
 
 WIDTH = 48
-"""Channels of the decoder's first convolution."""
 BATCH, LR = 32, 3e-3
 
 
 class TokenDecoder(nn.Module):
     """Decoder from the frozen image encoder's patch tokens to logits of every pixel of images of ``image_size``.
 
-    Two 3x3 convolutions, each with ReLU and bilinear upsampling, then a 1x1 convolution.  The pair's image encoder is
-    used and never trained.
+    Two 3x3 convolutions, each with ReLU and bilinear upsampling, then a 1x1 convolution. The image encoder is never
+    trained.
     """
 
     def __init__(self, network: PairNetwork, classes: int, image_size: Sequence[int]) -> None:
@@ -35,7 +34,7 @@ class TokenDecoder(nn.Module):
         self.last = nn.Conv2d(WIDTH // 2, classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``[B, C, H, W]`` to logits ``[B, classes, H, W]``."""
+        """Map normalised images ``[B, C, H, W]`` to logits ``[B, classes, H, W]``."""
         network = self._encoder[0]
         with torch.no_grad():
             tokens = network.encode_image(images)[:, 1:]
@@ -50,16 +49,13 @@ class TokenDecoder(nn.Module):
 def train_decoder(
     network: PairNetwork, images: Sequence[Tensor], labels: Tensor, classes: int, *, epochs: int, seed: int
 ) -> TokenDecoder:
-    """Trains a decoder with AdamW on the cross-entropy of pixels.
+    """Train a decoder with AdamW on the cross-entropy of pixels, and return it in eval mode.
 
     Args:
         network: a pair in eval mode.
         images: normalised images in consecutive parts.
-        labels: int64 ``[n, H, W]`` of all images; negative labels are unknown.
+        labels: int64 ``[n, H, W]`` of all images, negative for unknown pixels.
         seed: draws the initial weights and the order.
-
-    Returns:
-        The decoder in eval mode.
     """
     decoder = TokenDecoder(network, classes, labels.shape[1:])
     initialise(decoder, torch.Generator().manual_seed(int(stream(seed, "decoder").integers(2**63))))

@@ -32,10 +32,9 @@ class Finished:
     """A finished run and the data of one of its downstream tasks.
 
     Attributes:
-        networks: the global pair of encoders, or every client's own pair where there is no global one; in eval mode.
+        networks: the global pair of encoders, or without one every client's pair, in eval mode.
         data: the run's federated data, or another data set.
-        form: of its images, as the networks see them.
-        device: where the networks run.
+        form: form of the images, as the networks see them.
     """
 
     def __init__(self, out: Path, config: RunConfig, model: nn.Module, about: Description, data: FederatedData) -> None:
@@ -68,17 +67,14 @@ class Finished:
         """Read a run folder, and the run's own data or another data set.
 
         Args:
-            data: another data set for the downstream task; all of its training samples form one pool.  Without
-                ``data_root`` and ``data_options`` the code of the run's own data means these.
-            data_root: folder of the data's files; for the run's own data the folder where they are now.
-            data_options: options of the other data set.  For the run's own data only ``labels``, which moves no sample
+            data: another data set for the downstream task, whose training samples form one pool. Without ``data_root``
+                and ``data_options`` the code of the run's own data means these.
+            data_root: folder of the data's files, for the run's own data the current one.
+            data_options: options of the other data set. The run's own data only take ``labels``, which moves no sample
                 to another client or split.
-            cache: folder that keeps decoded images; None: for the run's own data the folder that the run used.
-            trusted: what may be imported, see :func:`fedkern.load`.
-            best: read the network of the best round (``--patience``) instead.
-
-        Raises:
-            UserError: the folder has no finished run of a pair of encoders, or the data cannot be used.
+            cache: folder of decoded images (None: for the run's own data the run's folder).
+            trusted: code that may be imported, see :func:`fedkern.load`.
+            best: read the network of the best round (``--patience``).
         """
         config = load_unedited(out, trusted=trusted, device="cpu")
         module, about = read_model(out, trusted, best=best)
@@ -90,29 +86,26 @@ class Finished:
 
     @property
     def sets(self) -> dict[str, Split]:
-        """The test sets by name.
-
-        The test set of the training clients' distribution is ``"seen"``.
-        """
+        """The test sets by name, ``"seen"`` for that of the training clients' distribution."""
         return {name or SEEN: split for name, split in self.data.tests.items()}
 
     def train(self) -> Split:
-        """All clients' training samples at the networks' image size, for probes and decoders on the frozen encoders."""
+        """Return all clients' training samples at the networks' image size, for probes and decoders."""
         return central(join_splits(self.data.clients), self.data.form.shape[1:])
 
     def images(self, split: Split) -> Iterator[Tensor]:
-        """Yield the images of a split in batches, normalised as in the run's training: fp32, channels-last."""
+        """Yield the images of a split in batches, normalised as in training: fp32, channels-last."""
         for rows in batch_slices(len(split), BATCH):
             yield self.form.normalise_images(split.images[rows].to(self.device))
 
     @torch.no_grad()
     def image_embeddings(self, network: PairNetwork, split: Split) -> Tensor:
-        """Return the unit vectors fp32 ``[n, 128]``."""
+        """Return unit vectors fp32 ``[n, 128]``."""
         return torch.cat([network.image_embedding(images) for images in self.images(split)])
 
     @torch.no_grad()
     def text_embeddings(self, network: PairNetwork, texts: tuple[str, ...] | list[str]) -> Tensor:
-        """Return the unit vectors fp32 ``[n, 128]``."""
+        """Return unit vectors fp32 ``[n, 128]``."""
         tokens = network.tokenize(texts)
         parts = []
         all_rows = torch.arange(len(texts))
@@ -123,11 +116,11 @@ class Finished:
 
     @torch.no_grad()
     def features(self, network: PairNetwork, split: Split, kind: str) -> Tensor:
-        """Features of every image for a probe, fp32 ``[n, d]``.
+        """Return features of every image for a probe, fp32 ``[n, d]``.
 
         Args:
-            kind: ``"token"``: the first token after the alignment layer.  ``"mean"``: the mean of the encoder's patch
-                tokens.  ``"embedding"``: the unit vector of the shared space.
+            kind: ``"token"`` (the first token after the alignment layer), ``"mean"`` (of the encoder's patch tokens),
+                or ``"embedding"`` (the unit vector of the shared space).
         """
 
         def of(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a network that was trained on images of one shape can see those of a data set."""
+"""Check of a data set's image shape against a trained network's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedkern.tasks.protocols import Description
 
 
 def check_shape(data: FederatedData, about: Description, out: Path) -> None:
-    """Raise UserError where the images of a data set have other channels, height or width than ``about`` tells."""
+    """Raise UserError unless the images have the channels, height, width and dtype in ``about``."""
     expected, dtype = (about["channels"], *about["image_size"]), about.get("dtype", "uint8")
     if data.form.dtype != dtype:
         raise UserError(f'Images of "{data.name}" are {data.form.dtype}, and the run in {out} saw {dtype}: give these.')
@@ -23,7 +23,7 @@ def check_shape(data: FederatedData, about: Description, out: Path) -> None:
 
 
 def _way_out(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """Advice for images that are not ``expected``: the data set's options that match them, or another data set."""
+    """Return advice for images that are not ``expected``: matching data options, or another data set."""
     options = DATASETS[name].options if name in DATASETS else {}
     values = {}
     if shape[1:] != expected[1:]:

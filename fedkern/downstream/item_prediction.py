@@ -1,4 +1,4 @@
-"""What the network of a finished run says of samples that are no images."""
+"""Outputs of a finished run's network for samples that are no images."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ from fedkern.process.torch_modes import reproducible
 @reproducible()
 @torch.no_grad()
 def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) -> object:
-    """Return the network's outputs on the CPU: probabilities of the classes, or all that a user's own task has it give.
+    """Return the network's outputs on the CPU: class probabilities, or all outputs of a user-defined task.
 
     Args:
-        module: in eval mode.
-        data: the run's.
-        given: a map-style data set; or a network's inputs: a tensor, a tuple of them, or a dict by argument.
-        size: samples of a batch of a data set.
+        samples: a map-style data set, or a network's inputs: a tensor, a tuple of them, or a dict by argument.
+        size: batch size of a data set.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device).eval()
@@ -48,10 +46,7 @@ def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) 
 
 
 def _inputs(reader: ItemReader, data: FederatedData) -> Iterator[tuple[object, int]]:
-    """Yield the network's inputs of every batch, and its number of samples.
-
-    The samples may have no targets.
-    """
+    """Yield the network's inputs of every batch, which may have no targets, and its number of samples."""
     takes = 0 if data.form.inputs is None else len(data.form.inputs["args"])
     for batch in reader.batches():
         inputs_only = isinstance(batch.data, (tuple, list)) and len(batch.data) == takes > 1

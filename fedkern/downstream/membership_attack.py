@@ -46,26 +46,25 @@ def attack(
     model: nn.Module | None = None,
     best: bool = False,
 ) -> Result:
-    """Attacks the model of a finished run: members are the clients' training samples, the others are test images.
+    """Attack the model of a finished run: members are the clients' training samples, the others are test images.
 
-    Samples that the run holds out (``--client-test``, ``--held-out-client``) are neither.  Samples that a method keeps
-    from the training (see ``Method.untrained``), such as FedIOD's hold-out, are neither as well: other parts of the
-    method may have seen them.
+    Samples that the run holds out (``--client-test``, ``--held-out-client``) are neither. So are samples that a method
+    keeps from the training (see ``Method.untrained``), such as FedIOD's hold-out, because other parts of the method may
+    have seen them.
 
-    The test set is the one of the training distribution (``id``, where there are several).  If the clients' samples
-    follow another distribution than the test set, the area differs from 0.5 for that reason alone.
+    The test set is that of the training distribution (``id``, if there are several). If the clients' samples follow
+    another distribution, the area differs from 0.5 for that reason alone.
 
-    The images of a patient, or else of a case, depend on each other.  Where the data name patients or cases, these are
-    the groups of :func:`fedkern.privacy.membership_attack`.
+    Images of one patient or case depend on each other. If the data name patients or cases, these are the groups of
+    :func:`fedkern.privacy.membership_attack`.
 
     Args:
-        out: the run folder.
-        data: the federated data of the run in memory, instead of loading them.
-        data_root: where the data files are now.
+        data: the in-memory federated data of the run.
+        data_root: current folder of the data files.
         keep: write the result into the run folder (see :func:`write`).
         trusted: code that may be imported (see :func:`fedkern.load`).
         model: a module like the one that the run was given instead of a network's name.
-        best: attack the network of the best round (see :meth:`fedkern.Run.model`).
+        best: attack the network of the best round.
 
     Returns:
         These entries:
@@ -74,14 +73,10 @@ def attack(
         * ``auc``, ``low``, ``high``, ``tpr``, ``tpr_low``, ``tpr_high``, ``fpr``, ``members``, ``test_losses``,
           ``member_groups``, ``other_groups``: see :class:`fedkern.privacy.Attack`.
         * ``independent``: the unit that the intervals take as independent, "image", "patient" or "case".
-        * ``member_loss``, ``other_loss``: means in nats; infinite means are null in the file.
+        * ``member_loss``, ``other_loss``: means in nats, null in the file if infinite.
         * ``clients``: the area for each client's members alone.
-        * ``left_out``: number of images left out because none of their pixels is known, where there are any.
-        * ``untrained``: number of samples left out because the method kept them from the training, where there are any.
-
-    Raises:
-        UserError: the run is not finished or damaged, its data are gone, its networks tell no classes, there are fewer
-            than two members or others, a loss of the model is NaN, or the result cannot be written.
+        * ``left_out``: number of images without a known pixel, if any.
+        * ``untrained``: number of samples that the method kept from the training, if any.
     """
     out = Path(out)
     moved = {} if data_root is None else {"data_root": data_root}
@@ -116,7 +111,7 @@ def attack(
 
 
 def find_trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], int]:
-    """Every client's samples except those that the method keeps from the training, and the number of the latter."""
+    """Return every client's samples without those that the method keeps from the training, and their number."""
     # A network of --teachers may have trained on any sample.
     if config.kind.untrained is Method.untrained or config.teachers is not None:
         return list(data.clients), 0
@@ -132,11 +127,7 @@ def find_trained(config: RunConfig, data: FederatedData) -> tuple[list[Split], i
 
 
 def group_samples(members: Sequence[Split], test: Split) -> tuple[str, tuple[Tensor, Tensor] | None]:
-    """Return the independent unit ("image", "patient" or "case"), and the groups of all images with a loss.
-
-    Returns:
-        The unit's name, and the group numbers of the members' and the others' images; None where images are the unit.
-    """
+    """Return the independent unit, and the groups of the members' and the others' images (None: images)."""
     splits = (*members, test)
     loss_rows = [torch.cat([(part[:, None] >= 0).flatten(1).any(1) for part in in_parts(own.labels)]) for own in splits]
     for name, numbers in (("patient", [s.patients for s in splits]), ("case", [s.cases for s in splits])):
@@ -150,21 +141,13 @@ def group_samples(members: Sequence[Split], test: Split) -> tuple[str, tuple[Ten
 
 
 def place(out: Path | str, network: str = "last") -> Path:
-    """Path of a run's attack.json: in the run folder.
-
-    With ``--records private`` in checkpoints/, which is not public.
-
-    The file of the best network is attack-best.json.
-
-    Raises:
-        UserError: there is no run in the folder.
-    """
+    """Return the path of a run's attack.json, with ``--records private`` in checkpoints/, which is not public."""
     private = load_settings(out, device="cpu").records == "private"
     return Path(out) / (FOLDER if private else "") / ATTACKS[network]
 
 
 def write(out: Path | str, result: Result) -> None:
-    """Write what :func:`attack` found to attack.json (see :func:`place`), completely or not at all."""
+    """Write the result of :func:`attack` to attack.json, completely or not at all."""
     text, path = json.dumps(plain(result), indent=2, allow_nan=False), place(out, result["network"])
     if path.parent != Path(out):
         atomic.make_folder(path.parent)
@@ -173,11 +156,9 @@ def write(out: Path | str, result: Result) -> None:
 
 @torch.no_grad()
 def losses(model: nn.Module, split: Split, data: FederatedData) -> Tensor:
-    """Return the cross-entropy of every image of a split, fp64 [n].
+    """Return the cross-entropy of every image, for segmentation the mean over known pixels, fp64 ``[n]``.
 
-    For segmentation the mean over the image's known pixels.
-
-    Images without a known pixel have no loss and are left out, so that n is then less than the split's length.
+    Images without a known pixel are left out, so that n may be less than the split's length.
     """
     values = []
     for rows in batch_slices(len(split), BATCH):
@@ -187,7 +168,7 @@ def losses(model: nn.Module, split: Split, data: FederatedData) -> Tensor:
 
 
 def _check(members: Tensor, test_losses: Tensor, out: Path) -> None:
-    """Raise UserError where there are too few losses to compare, or a loss is NaN."""
+    """Raise UserError for too few losses or a NaN."""
     for values, noun in ((members, "training samples"), (test_losses, "test images")):
         if len(values) < 2:
             raise UserError(

@@ -32,19 +32,15 @@ from fedkern.tasks.protocols import Description
 from fedkern.tasks.user_tasks import inner
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
-"""Formats, and how the names of their files end."""
+"""Formats, with their file suffixes."""
 SUFFIXES = {**{suffix: kind for kind, suffix in FORMATS.items()}, ".pth": "state-dict"}
 ABOUT = ".json"
 TOLERANCE = 1e-4
-"""By how much the exported network's outputs may differ from the run's, in their largest value or 1."""
+"""Largest allowed difference of the exported network's outputs, relative to their largest value or 1."""
 
 
 def find_format(kind: str | None, out: Path | str | None) -> str:
-    """Return the format of a file, which its suffix names where ``kind`` is None.
-
-    Raises:
-        UserError: there is no such format, the suffix names none, or the two contradict each other.
-    """
+    """Return the format of a file, if ``kind`` is None by its suffix, or raise UserError."""
     if kind is not None and kind not in FORMATS:
         hint = suggest_name(str(kind), FORMATS)
         raise UserError(f'--format must be one of {", ".join(FORMATS)}, not "{kind}".{hint}')
@@ -73,7 +69,7 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` (``[B, classes, H, W]`` for segmentation) of fp32 ``[B, C, H, W]`` in [0, 1]."""
+        """Map fp32 ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``, for segmentation ``[B, classes, H, W]``."""
         if images.dtype == torch.uint8:  # of a network of the user's own
             return self.module(images)
         return self.module((images - self.mean) / self.std)
@@ -81,18 +77,18 @@ class Deployed(nn.Module):
 
 @dataclass(frozen=True)
 class Exportable:
-    """A network as it is exported.
+    """A network ready for export.
 
     Attributes:
         network: the module whose tensors a state dict holds.
-        program: the module that other files hold, in eval mode.
-        args, kwargs: what it takes for two samples.  A batch of one would be taken for a constant.
-        judged: what of an output is compared: of images the probabilities of the classes.
+        program: the module in other files, in eval mode.
+        args, kwargs: inputs for two samples, as a batch of one would be taken for a constant.
+        judged: part of an output to compare: for images the class probabilities.
         about: entries of the JSON file.
-        raw: what of them the ``input`` of a state dict is, whose network does not normalise.
-        names: of the inputs in an ``onnx`` file; empty: as the exporter names them.
-        unfit: why only a state dict can be written; else empty.
-        lengths: whether other axes than the first may have any length too, as far as the network takes it.
+        raw: entry ``input`` of a state dict, whose network does not normalise.
+        names: input names in an ``onnx`` file (empty: the exporter's).
+        unfit: why only a state dict can be written, else empty.
+        lengths: whether other axes than the first may also have any length that the network takes.
     """
 
     network: nn.Module
@@ -107,7 +103,6 @@ class Exportable:
     lengths: bool = False
 
     def __call__(self) -> object:
-        """Return the program's output for the two samples."""
         return self.program(*self.args, **self.kwargs)
 
 
@@ -115,10 +110,7 @@ class Exportable:
 def exportable(
     out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None, *, best: bool = False
 ) -> Exportable:
-    """Return the network of a run folder.
-
-    Arguments and errors are those of :meth:`Predictor.open`.
-    """
+    """Return the network of a run folder (see :meth:`Predictor.open`)."""
     module, about = read_model(out, trusted, model, best=best)
     return of_items(module, about) if "items" in about else of_images(Predictor.of(out, module, about, trusted))
 
@@ -145,7 +137,7 @@ def of_images(predictor: Predictor) -> Exportable:
 
 
 def of_items(module: nn.Module, about: Description) -> Exportable:
-    """Return a user's network of samples that are no images: the user's own module."""
+    """Return a user-defined network of samples that are no images: the user's own module."""
     form: Any = form_of(about)
     network, unfit = inner(module), ""
     description = {"task": about["task"], "classes": about["classes"], "input": about["inputs"]}
@@ -166,19 +158,14 @@ def of_items(module: nn.Module, about: Description) -> Exportable:
 
 @reproducible()
 def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
-    """Write the network to a file in one of the `FORMATS`, and what it is to a JSON file beside it.
+    """Write the network in one of the `FORMATS` and its description as JSON, and return both paths.
 
-    Returns both.
+    ``onnx`` and ``torch-export`` files take any number of samples, images as fp32 ``[B, C, H, W]`` in [0, 1], and
+    return logits. A ``state-dict`` file holds only the tensors, and its images are normalised by ``mean`` and ``std``
+    of the JSON file.
 
-    ``onnx`` and ``torch-export`` files take any number of samples; those of images fp32 ``[B, C, H, W]`` in [0, 1], and
-    return logits.  A ``state-dict`` file holds the tensors of the network alone, for ``torch.load``; its images are
-    normalised by the ``mean`` and ``std`` that the JSON file has.
-
-    What is written is read again before it takes its name, an ``onnx`` file by onnxruntime where that is installed.
-
-    Raises:
-        UserError: a package for the format is missing, the network cannot be written in it or read again, or a file
-            cannot be written; nothing is then left.
+    The file is read again before it takes its name, an ``onnx`` file with onnxruntime if installed. UserError leaves no
+    file.
     """
     writers: dict[str, Callable[..., None]] = {"onnx": _onnx, "torch-export": _program}
     about = bundle.about | {"format": kind} | ({"input": bundle.raw} if kind == "state-dict" else {})
@@ -217,11 +204,11 @@ def _ones(leaf: Tensor) -> Tensor:
 
 
 Shapes = dict[str, Any] | tuple[Any, ...]
-"""Free axes, as torch.export takes them."""
+"""Free axes for torch.export."""
 
 
 def _trace_network(bundle: Exportable) -> tuple[ExportedProgram, Shapes]:
-    """Return the exported program, with free lengths where the network takes several, and its dynamic shapes."""
+    """Return the exported program, with free lengths if the network takes several, and its dynamic shapes."""
     if bundle.lengths:
         with suppress(Exception):  # exporters raise many kinds where a length cannot be free
             program, shapes = _export(bundle, torch.export.Dim.AUTO)
@@ -231,7 +218,7 @@ def _trace_network(bundle: Exportable) -> tuple[ExportedProgram, Shapes]:
 
 
 def _export(bundle: Exportable, length: object) -> tuple[ExportedProgram, Shapes]:
-    """Return the exported program and its dynamic shapes: the number of samples, and ``length`` for all other axes."""
+    """Export with a free number of samples, and ``length`` for all other axes."""
     batch = torch.export.Dim("batch", min=1)
 
     def axes_of(leaf: Tensor) -> dict[int, object]:
@@ -245,13 +232,13 @@ def _export(bundle: Exportable, length: object) -> tuple[ExportedProgram, Shapes
 
 
 def _sizes(program: ExportedProgram) -> list[list[str]]:
-    """Return the sizes of every input of a program, of which numbers are fixed."""
+    """Return the sizes of every input of a program. Fixed sizes are numbers."""
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     return [[*map(str, values[name].shape)] for name in program.graph_signature.user_inputs]
 
 
 def _takes_other_lengths(bundle: Exportable, program: ExportedProgram) -> bool:
-    """Return whether a program gives the network's outputs for another length of its free axes, if it has some."""
+    """Return whether the program gives the network's outputs for other lengths of its free axes."""
     for change in (lambda size: 2 * size, lambda size: size + 1, lambda size: size - 1):
         inputs = iter(_sizes(program))
 
@@ -310,13 +297,13 @@ def _onnx(bundle: Exportable, exported: ExportedProgram, axes: Shapes, path: Pat
 
 
 def _of_the_network(record: logging.LogRecord) -> bool:
-    """Whether a line of the exporter's log is not about torchvision, which a network that needs it has imported."""
+    """Drop the exporter's line about torchvision, which a network that needs torchvision has imported."""
     return not str(record.msg).startswith("torchvision is not installed")
 
 
 @torch.no_grad()
 def check(outputs: object, bundle: Exportable) -> None:
-    """Raise UserError where what a file says of the two samples is not what the network says."""
+    """Raise UserError if the file's outputs for the two samples differ from the network's."""
     for pair in zip(leaves(outputs), leaves(bundle()), strict=True):
         if not isinstance(pair[1], Tensor):
             continue

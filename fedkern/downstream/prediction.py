@@ -1,4 +1,4 @@
-"""The network of a finished run, applied to images of one's own."""
+"""The network of a finished run, applied to the user's images."""
 
 from __future__ import annotations
 
@@ -35,24 +35,23 @@ Row = tuple[Path, Tensor, Tensor]
 """A file, its probabilities, and its size (width, height) before resizing."""
 
 BATCH = 250
-"""Most images that a network sees at once; a batch may have one image more (see ``batch_slices``)."""
+"""Largest batch, plus one image (see ``batch_slices``)."""
 PIXELS = 1 << 20
-"""Pixels per batch of larger images, so that feature maps take the same memory whatever the images' size."""
+"""Pixels per batch of larger images, so that memory does not depend on the images' size."""
 PREDICTED = "predicted"
-"""Column of the predicted class; the columns behind it are the classes' probabilities."""
+"""Column of the predicted class, before the columns of the probabilities."""
 
 
 class Predictor:
-    """The network of a finished run, with the reading of images that its training had.
+    """The network of a finished run, which reads images as its training did.
 
     Attributes:
         module: the network, in eval mode.
         classes: names of the classes, in the order of the logits.
-        task: what the run learnt.
-        image_shape: channels, height and width of the images that the network sees.
+        image_shape: channels, height and width of the network's images.
         mean, std: per channel, of images in [0, 1].
         grey_bits, window: as in `fedkern.data.forms.ImageForm`.
-        batch: images that the network sees at once.
+        batch: batch size.
     """
 
     def __init__(self, module: nn.Module, about: Description, where: Path | str = "The run") -> None:
@@ -76,17 +75,16 @@ class Predictor:
     def open(
         cls, out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None, *, best: bool = False
     ) -> Self:
-        """Read the network of a run folder, as :meth:`fedkern.api.Run.model` does of :func:`fedkern.load`'s run.
+        """Read the network of a run folder, as :meth:`fedkern.api.Run.model`.
 
         Raises:
-            UserError: the folder has no finished run, a run of image-text pairs, or one whose network saw parts of
-                images.
+            UserError: no finished run, a run of image-text pairs, or a network that saw parts of images.
         """
         return cls.of(out, *read_model(out, trusted, model, best=best), trusted)
 
     @classmethod
     def of(cls, out: Path | str, module: nn.Module, about: Description, trusted: Collection[str] = ()) -> Self:
-        """Return the network that has been read from a run folder, as :meth:`open`."""
+        """Return the predictor of a network that is already read."""
         if "items" in about:
             raise UserError(
                 f"The network in {out} is for samples that are no images: give them in Python, "
@@ -105,13 +103,10 @@ class Predictor:
 
     @reproducible()
     def read(self, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
-        """Decode image files as the run's training did: whole, resized, in the network's colours.
+        """Decode image files as in training: whole, resized, in the network's colours.
 
         Returns:
             uint8 ``[n, C, H, W]``, and int64 ``[n, 2]``, width and height before resizing.
-
-        Raises:
-            UserError: an image that cannot be decoded or is too large.
         """
         channels, height, width = self.image_shape
         if height != width:
@@ -122,18 +117,13 @@ class Predictor:
     @reproducible()
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
-        """Probabilities of the classes.
-
-        Where an image may have several labels, of every label for itself.
+        """Return probabilities of the classes, or of every label by itself for multi-label images.
 
         Args:
-            images: uint8 ``[n, C, H, W]``; of a run on float images of a data set also these, float32.
+            images: uint8 ``[n, C, H, W]``, or float32 for a run on float images.
 
         Returns:
             fp32 ``[n, classes]``, for segmentation ``[n, classes, H, W]``, on the CPU.
-
-        Raises:
-            UserError: images of another shape or dtype.
         """
         kind, sides = str(images.dtype).removeprefix("torch."), ", ".join(map(str, self.image_shape))
         is_bytes = kind == "uint8" and self.form.is_scaled
@@ -151,14 +141,14 @@ class Predictor:
         return torch.cat(parts)
 
     def check_window(self, paths: Sequence[Path]) -> None:
-        """Warn where most pixels of the files lie outside of the window of the training."""
+        """Warn if most pixels of the files lie outside the grey window of the training."""
         looks = looked_at(paths, MAX_PIXELS, True) if self.window is not None else {}
         if text := pixels_outside(self.window, looks.values(), "store the greys of these files as in the training"):
             warnings.warn(text, stacklevel=2)
 
     @reproducible()
     def probabilities_of(self, paths: Sequence[Path]) -> Tensor:
-        """Probabilities of the images in some files, as :meth:`probabilities`, decoding a batch at a time."""
+        """Return the probabilities of image files, decoding a batch at a time."""
         self.check_window(paths)
         slices = batch_slices(len(paths), self.batch) if paths else [slice(0, 0)]
         return torch.cat([self.probabilities(self.read(paths[rows])[0]) for rows in slices])
@@ -175,7 +165,7 @@ def found_images(paths: Sequence[Path]) -> list[Path]:
     """Return the given image files, and all image files in the given folders and their subfolders.
 
     Raises:
-        UserError: a path that does not exist, a folder without images, or two paths to one file.
+        UserError: a missing path, a folder without images, or two paths to one file.
     """
     images: list[Path] = []
     for path in paths:
@@ -196,21 +186,15 @@ def found_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def find_repeat(values: Sequence[Value]) -> Value | None:
-    """Return the first value that comes more than once, or None."""
+    """Return the first repeated value, or None."""
     return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
 def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
     """Write a CSV file with the columns ``path``, ``predicted`` (several labels joined by ``|``) and probabilities.
 
-    Classes get ``p_`` before their names where one of them is called ``path`` or ``predicted``.  Rows are
-    written as they come, into a file beside ``out`` that takes its place at the end.
-
-    Args:
-        rows: every file with its probabilities, fp32 ``[classes]``, and its size.
-
-    Raises:
-        UserError: the file cannot be written, or that of ``rows``; nothing is then left behind.
+    Classes get a prefix ``p_`` if one is called ``path`` or ``predicted``. Rows are written as they come, into a file
+    beside ``out`` that replaces it at the end. An error leaves nothing behind.
     """
 
     classes = predictor.classes
@@ -233,17 +217,10 @@ def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
 
 
 def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> None:
-    """Write the predicted class of every pixel as a grey PNG of the image's own size, named as the image.
+    """Write the predicted class of every pixel as a grey PNG of the image's own size and name.
 
-    Masks are written as they come, into a folder beside ``folder`` that takes its place at the end.
-
-    Args:
-        folder: is made; it must not exist.
-        rows: every image with its probabilities, fp32 ``[classes, H, W]``, and its size, in the order of ``paths``.
-
-    Raises:
-        UserError: two images have one name, the folder cannot be written, or that of ``rows``; nothing is then left
-            behind.
+    Masks are written as they come, into a folder beside ``folder``, which must not exist, that replaces it at the end.
+    An error leaves nothing behind. ``rows`` are in the order of ``paths``.
     """
     names = [f"{path.stem}.png" for path in paths]
     if twice := find_repeat(names):
@@ -279,4 +256,4 @@ WRITERS: Mapping[str, tuple[str, int, Callable[[Path, Predictor, Sequence[Path],
     "classes": ("predictions.csv", 5, lambda out, predictor, paths, rows: write_table(out, predictor, rows)),
     "pixels": ("masks", 0, lambda out, predictor, paths, rows: write_masks(out, paths, rows)),
 }
-"""By what the network gives: default name, rows that are printed, and what writes the answers."""
+"""Default name, printed rows and writer of the answers, by kind of network."""

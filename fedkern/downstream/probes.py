@@ -14,7 +14,7 @@ from fedkern.streams import stream
 from fedkern.tasks.classification_figures import macro_auc
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Penalties from which the validation set chooses; few-shot probes have no validation set and take `FEW_SHOT`."""
+"""Penalties for the validation set to choose from. Few-shot probes have no validation set and take `FEW_SHOT`."""
 FEW_SHOT = 1e-2
 
 
@@ -25,7 +25,7 @@ class LinearProbe:
 
     Args:
         features: ``[n, d]``.
-        labels: int64 ``[n]`` in ``[0, classes)``; a class without samples gets a weight like any other.
+        labels: int64 ``[n]`` in ``[0, classes)``. A class without samples gets a weight like any other.
         penalty: above 0.
     """
 
@@ -52,12 +52,12 @@ class LinearProbe:
         self.weight, self.bias = weight.detach(), bias.detach()
 
     def logits(self, features: Tensor) -> Tensor:
-        """fp64 ``[n, C]`` of features ``[n, d]``."""
+        """Return fp64 ``[n, C]`` for features ``[n, d]``."""
         return ((features.double() - self._mean) / self._scale) @ self.weight + self.bias
 
 
 def few_shot_rows(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
-    """``shots`` random rows of every class (all rows of a class with fewer), sorted, int64."""
+    """Return ``shots`` random rows of every class (all rows of a smaller class), sorted, int64."""
     rng = stream(seed, f"few-shot/{shots}", round=draw)
     values = labels.cpu().numpy()
     rows = [rng.permutation(np.flatnonzero(values == label))[:shots] for label in np.unique(values)]
@@ -65,10 +65,7 @@ def few_shot_rows(labels: Tensor, shots: int, seed: int, draw: int) -> Tensor:
 
 
 def figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """``accuracy`` and ``auc`` of logits ``[n, C]``.
-
-    Without ``auc`` where all labels are the same.
-    """
+    """Return ``accuracy`` and, unless all labels are equal, ``auc`` of logits ``[n, C]``."""
     result = {"accuracy": float((logits.argmax(1) == labels).double().mean())}
     area = macro_auc(F.softmax(logits.double(), 1), labels)
     return result if math.isnan(area) else {**result, "auc": area}

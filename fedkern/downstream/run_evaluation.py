@@ -1,4 +1,4 @@
-"""The figures of a finished run's network, on the run's own test sets or on those of another data set."""
+"""Figures of a finished run's network, on the run's own test sets or on those of another data set."""
 
 from __future__ import annotations
 
@@ -58,11 +58,10 @@ def evaluate_run(
     own_tests: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, float], tuple[str, ...], list[Row]]:
-    """Evaluate the network of a finished run: its figures, the names of the test sets, and intervals.
+    """Evaluate the network of a finished run: return its figures, the names of the test sets, and intervals.
 
-    Data, their options, cache, result and errors are those of :meth:`fedkern.api.Run.evaluate`; ``trusted`` and
-    ``model`` are those of :func:`fedkern.load`; ``best`` is that of :meth:`fedkern.api.Run.model`; with ``own_tests``
-    intervals are given on the clients' own test sets too.
+    Arguments are those of :meth:`fedkern.api.Run.evaluate`, :meth:`fedkern.api.Run.model` and :func:`fedkern.load`.
+    ``own_tests`` adds intervals on the clients' own test sets.
     """
     has_own = not best and _own_networks(out, trusted)
     module, about = read_model(out, trusted, model, best=best, client=0 if has_own else None)
@@ -119,12 +118,11 @@ def read_data(
     progress: Callable[[str], None] | None,
     training: bool = False,
 ) -> FederatedData:
-    """Read the data to try a run's network on: the run's own, or others sized and coloured as these.
+    """Read the data to try a run's network on: the run's own, or others with the same size and colours.
 
     Args:
-        config: the run's settings.
         about: description of the network, see :func:`read_model`.
-        training: whether training samples are wanted too; the run's own data may then get other ``labels``.
+        training: whether training samples are needed too. The run's own data may then get other ``labels``.
     """
     options = dict(data_options or {})
     if isinstance(data, FederatedData):
@@ -159,7 +157,7 @@ def read_data(
 
 
 def _same_files(root: str, stored: str | None) -> bool:
-    """Return whether two data roots are one file or folder, or a file and the folder that holds it."""
+    """Return whether two data roots are one file or folder, or a file and its folder."""
     if stored is None:
         return False
     pair = [Path(absolute(path)).resolve() for path in (root, stored)]
@@ -167,10 +165,7 @@ def _same_files(root: str, stored: str | None) -> bool:
 
 
 def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
-    """Return whether a run is judged by networks of its clients.
-
-    What is wrong with its folder is said elsewhere.
-    """
+    """Return whether a run is judged by its clients' networks. Errors of its folder are reported later."""
     try:
         return load_unedited(out, trusted=trusted, device="cpu").own_networks
     except UserError:
@@ -178,7 +173,7 @@ def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
 
 
 def list_sets(data: FederatedData) -> Iterator[str]:
-    """Yield a line on every test set: its images and patients, and those of every site that it shows."""
+    """Yield a line on every test set: its images and patients, in all and by site."""
     for name, split in data.tests.items():
         all_rows, names = torch.arange(len(split)), data.client_names or data.form.sites
         sites = [] if split.homes is None else [(site, split.homes == k) for k, site in enumerate(names)]
@@ -192,7 +187,7 @@ def list_sets(data: FederatedData) -> Iterator[str]:
 
 
 def _as_trained(data: str, about: Description, config: RunConfig) -> dict[str, object]:
-    """Return the options by which images are sized, coloured and scaled and labels read as in the training."""
+    """Return the options that size, colour and scale images and read labels as in the training."""
     values: dict[str, object] = {}
     options, (height, width) = lookup(data).options, about["image_size"] if "items" not in about else (0, 1)
     if "bits" in options:
@@ -210,7 +205,6 @@ def _as_trained(data: str, about: Description, config: RunConfig) -> dict[str, o
 
 
 def _sets(splits: Mapping[Key, Split], module: nn.Module, about: Description, config: RunConfig) -> dict[Key, Reader]:
-    """Return a reader of every split, by the same keys."""
     device = torch.device(config.device)
     size = batch_size(device, config.statistics)
     form = form_of(about)
@@ -225,7 +219,7 @@ def _sets(splits: Mapping[Key, Split], module: nn.Module, about: Description, co
 
 
 def _fit_classes(data: FederatedData, about: Description, out: Path) -> FederatedData:
-    """Return the data, whose test sets and validation set get the network's classes: the data may lack some of them."""
+    """Map labels of all test sets to the network's classes, some of which the data may not have."""
     task, classes = data.task, list(about["classes"])
     if data.task.name != about["task"]:
         raise UserError(f'The run in {out} is for {about["task"]}, and the data set "{data.name}" is for {task.name}.')

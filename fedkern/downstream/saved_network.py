@@ -1,4 +1,4 @@
-"""The networks of a finished run, read from model.safetensors and best.safetensors as modules."""
+"""Networks of a finished run, read from model.safetensors and best.safetensors as modules."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fedkern.usercode import named_code
 
 @dataclass(frozen=True)
 class Outline:
-    """Stand-in for a run's federated data without images: what a method needs to build its module again."""
+    """Stand-in for a run's federated data without images: enough for a method to build its module."""
 
     classes: tuple[str, ...]
     form: Any
@@ -53,8 +53,8 @@ def describe(text: str | None, path: Path) -> dict[str, Any]:
     """Return the description in model.safetensors, from the JSON of its metadata.
 
     Raises:
-        OtherFormat: the file at ``path`` has another format.
-        ValueError: the text is no JSON object that names a network.
+        OtherFormat: the file has another format.
+        ValueError: the text is not a JSON object that names a network.
     """
     about = None if text is None else parse_json(text)
     if not isinstance(about, dict):
@@ -76,26 +76,24 @@ def read_model(
 ) -> tuple[nn.Module, Description]:
     """Read the network that a finished run evaluated last, in eval mode on the CPU.
 
-    The run's own network is built from its name alone.  Any other module (fused clients, an ensemble) is built by the
-    method from the checkpoint in the run folder, and then loads the tensors of model.safetensors.  A network that was
-    evaluated without running statistics (``--buffers drop`` or ``local``) has none: its batch norm uses those of each
-    batch.
+    The run's own network is built from its name alone. Any other module (fused clients, an ensemble) is built by the
+    method from the checkpoint, and then loads the tensors of model.safetensors. A network evaluated without running
+    statistics (``--buffers drop`` or ``local``) uses each batch's statistics.
 
     Args:
         trusted: code that may be imported (see :func:`fedkern.load`).
         model: a module like the one that the run was given instead of a network's name.
-        best: read the network of the best round (``--patience``) instead.
-        client: read the network of this client, by number, where clients have networks of their own.
+        best: read the network of the best round (``--patience``).
+        client: read this client's own network.
 
     Returns:
         The module, and its description: ``classes``, ``channels``, ``image_size``, ``mean`` and ``std`` (of images in
-        [0, 1]), ``model``, ``width``, ``method`` and ``rounds``; for image-text data also ``pair``, the arguments of
-        ``build_pair``.
+            [0, 1]), ``model``, ``width``, ``method`` and ``rounds``, and for image-text data ``pair``, the arguments of
+            ``build_pair``.
 
     Raises:
-        UserError: the folder does not exist or has no finished run, the file is missing, damaged or of another network,
-            the method would run code that only the folder names, or its state that ``best`` needs is gone; the network
-            is a part without a ``client``, whose clients keep the rest to themselves.
+        UserError: no finished run, a missing, damaged or foreign file, untrusted code, no state for ``best``, or a
+            network that needs a ``client``, whose clients keep the rest.
     """
     if best and client is not None:
         raise UserError("best=True is the global network, without what clients keep to themselves: leave client out.")
@@ -154,7 +152,7 @@ def read_model(
 
 
 def _check_code(path: Path, name: str, trusted: Collection[str], model: nn.Module | None) -> None:
-    """Raise UserError where a network is made by code that only the file names, or was a module of a script."""
+    """Raise UserError if only the file names the network's code, or the network was a script's module."""
     if named_code.parse(name) is not None and not named_code.trusts(trusted, name):
         raise named_code.refuse_untrusted(path, name, "it again", f"--model {shlex.quote(name)}")
     if model is None and name.startswith(named_code.INSTANCE):
@@ -165,7 +163,7 @@ def _check_code(path: Path, name: str, trusted: Collection[str], model: nn.Modul
 
 
 def _forget_statistics(module: nn.Module, state: Collection[str]) -> None:
-    """Let each batch norm without running statistics in a state dict use the batch's own."""
+    """Let each batch norm without running statistics in the state dict use the batch's own."""
     for name, layer in norms(module):
         if f"{name}.running_mean".removeprefix(".") not in state:
             layer.track_running_stats = False
@@ -182,7 +180,7 @@ def _plain(about: Description, out: Path, trusted: Collection[str]) -> nn.Module
 
 
 def _rebuilt(out: Path, about: Description, trusted: Collection[str]) -> nn.Module:
-    """Return the module that the method makes of the server's state at the end of the run."""
+    """Build the method's module from the server's state at the end of the run."""
     context = _context(out, about, trusted, about["samples"])
     state = Checkpoints(out).last_server_state()
     if state is None:
@@ -195,7 +193,7 @@ def _rebuilt(out: Path, about: Description, trusted: Collection[str]) -> nn.Modu
 
 
 def _context(out: Path, about: Description, trusted: Collection[str], sizes: Sequence[int]) -> RunContext:
-    """Return the context of a finished run, without data, whose clients have as many samples as ``sizes`` says."""
+    """Return the context of a finished run, without data, whose clients have ``sizes`` samples."""
     config = load_unedited(out, trusted=trusted, device="cpu")
     config.check_code(out, trusted)
     config = config.replace(init=None)  # the weights are the run's, and that file may be gone
@@ -204,11 +202,7 @@ def _context(out: Path, about: Description, trusted: Collection[str], sizes: Seq
 
 
 def _of_client(network: nn.Module, about: Description, out: Path, trusted: Collection[str], client: int) -> nn.Module:
-    """Return the network that a client uses at the end of a run with the global ``network``.
-
-    Raises:
-        UserError: there is no such client, its state is damaged, or clients have no networks of their own.
-    """
+    """Return a client's network at the end of a run with the global ``network``."""
     config = load_unedited(out, trusted=trusted, device="cpu")
     count = config.trained_clients
     if not config.own_networks or "samples" in about:

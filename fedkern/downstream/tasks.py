@@ -32,13 +32,10 @@ Row = dict[str, Any]
 
 @reproducible()
 def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
-    """Image-to-text and text-to-image recall at k on every test set, and on the clients' own test sets, if any.
+    """Measure image-to-text and text-to-image recall at k on every test set, and on the clients' own.
 
-    Rows ``{"set", "i2t_r1", ..., "t2i_r1", ..., "gallery"}``; for the clients' own sets one row with the mean and one
-    with the worst.
-
-    Raises:
-        UserError: the data have no texts.
+    Rows have ``set``, ``i2t_r1``, ..., ``t2i_r1``, ..., ``gallery``. The clients' own sets give one row with the mean
+    and one with the worst.
     """
     if "pairs" not in run.data.task.offers:
         raise UserError(f'data set "{run.data.name}" has no texts to retrieve.')
@@ -64,14 +61,9 @@ def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
 
 @reproducible()
 def zero_shot(run: Finished, prompts: str = "") -> list[Row]:
-    """Classification by the nearest prompt: rows ``{"set", "accuracy", "auc"}``.
+    """Classify by the nearest prompt. Rows have ``set``, ``accuracy``, ``auc``.
 
-    Args:
-        run: the run; its data have labels.
-        prompts: see :func:`fedkern.models.teachers.prompts.read_prompts`; empty for the data set's own.
-
-    Raises:
-        UserError: fewer than two classes, or prompts that do not fit them.
+    ``prompts``: see :func:`fedkern.models.teachers.prompts.read_prompts` (empty: the data set's own).
     """
     classes = _classes(run)
     default_prompts = lookup(run.data.name).prompts
@@ -91,17 +83,13 @@ def zero_shot(run: Finished, prompts: str = "") -> list[Row]:
 def probe(
     run: Finished, shots: Sequence[int] = (1, 5, 10, 0), *, features: str = "token", draws: int = 3, seed: int = 0
 ) -> list[Row]:
-    """Logistic regression on frozen features of the clients' training images: rows ``{"set", "shots", ...}``.
+    """Fit logistic regression on frozen features of the clients' training images. Rows have ``set``, ``shots``, ...
 
     Args:
-        run: the run; its data have labels.
-        shots: numbers of images of every class; 0 for all (a linear probe, whose penalty the validation set chooses).
+        shots: images of every class, 0 for all (a linear probe, whose penalty the validation set chooses).
         features: the probe's input, one of `FEATURES` (see :meth:`Finished.features`).
-        draws: number of random choices of the shots, whose figures are averaged.
+        draws: random choices of the shots to average.
         seed: draws these choices.
-
-    Raises:
-        UserError: fewer than two classes, or no validation set where ``shots`` has a 0.
     """
     classes = _classes(run)
     train, validation = run.train(), run.data.validation
@@ -125,18 +113,12 @@ def probe(
 
 @reproducible()
 def decode(run: Finished, *, epochs: int = 10, samples: int = 0, seed: int = 0) -> list[Row]:
-    """Train a light decoder on frozen image tokens with the clients' masks.
-
-    Returns rows ``{"set", "dice", "iou", ...}``.
+    """Train a light decoder on frozen image tokens with the clients' masks. Rows have ``set``, ``dice``, ``iou``, ...
 
     Args:
-        run: the run; its data have object masks, or a class for every pixel.
         epochs: passes over the training images.
-        samples: training images used (a random choice), 0 for all.
-        seed: draws the training images used, the initial weights and the order.
-
-    Raises:
-        UserError: the data have no masks.
+        samples: randomly chosen training images, 0 for all.
+        seed: draws the training images, the initial weights and the order.
     """
     train = run.train()
     _pixels(run, train)
@@ -168,7 +150,7 @@ def _classes(run: Finished) -> tuple[str, ...]:
 
 
 def _judge_classifiers(run: Finished, classifiers: Sequence[Callable[[Split], Tensor]]) -> list[Row]:
-    """Figures on every test set of classifiers (functions from a split to logits), averaged over the classifiers."""
+    """Average the figures of classifiers (functions from a split to logits) on every test set."""
     rows = []
     for name, split in run.sets.items():
         results = [probes.figures(logits(split).cpu(), split.labels) for logits in classifiers]
@@ -185,7 +167,7 @@ def _apply_probe(
 def _choose_probe(
     run: Finished, network: PairNetwork, seen: Tensor, labels: Tensor, validation: Split, classes: int, features: str
 ) -> probes.LinearProbe:
-    """Return the probe on all training images, with the penalty of the lowest cross-entropy on the validation set."""
+    """Return the probe on all training images, with the penalty of the lowest validation cross-entropy."""
     embeddings = run.features(network, validation, features)
     truth = validation.labels.to(run.device)
     fitted = [probes.LinearProbe(seen, labels, classes, penalty) for penalty in probes.PENALTIES]

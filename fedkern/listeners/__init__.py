@@ -1,4 +1,4 @@
-"""Listeners that hand the figures of a run to trackers, and the base class of one's own (docs/listeners.md)."""
+"""Listeners that hand a run's figures to trackers, and the base class of user-defined listeners (docs/listeners.md)."""
 
 from __future__ import annotations
 

@@ -32,12 +32,13 @@ class RunInfo:
         test_sets: sizes of the test sets by name ("" for a single one).
         data: the federated data, for pictures and tables of its partition.
         rounds: the communication rounds planned, in order.
-        private: ``--records private``: nothing of a single client's data may be shown.
-        guarantee: what the run's epsilon covers and what not; None where the run has no epsilon.
-        model: name of the network, or of its two encoders; empty: the name in ``config``.
-        workers: processes in which clients may work side by side; 1 where they work one after another.
-        frozen, frozen_norms: how many of the parameters are not trained, and the batch norms that stay in eval mode.
+        private: ``--records private``: a listener must not show anything of a single client's data.
+        guarantee: what the run's epsilon covers and leaves uncovered. None without an epsilon.
+        model: name of the network, or of its two encoders. Empty: the name in ``config``.
+        workers: processes in which clients may work side by side. 1: one client after another.
         worker_bytes: estimated memory of a worker, without the data, which all workers map.
+        frozen: number of parameters that are not trained.
+        frozen_norms: number of batch norms that stay in eval mode.
     """
 
     config: RunConfig
@@ -62,15 +63,21 @@ class RunInfo:
 
 
 class Listener:
-    """Base class of listeners (displays, trackers).
-
-    Every method does nothing until overridden.
+    """Base class of listeners (displays, trackers). Every method does nothing until overridden.
 
     An exception of a listener does not end the run: the listener is left out from then on, and a warning has its name
-    and the error.  A :class:`~fedkern.errors.UserError` of :meth:`restore` or :meth:`on_start` does end the run.
+    and the error. A :class:`~fedkern.errors.UserError` of :meth:`restore` or :meth:`on_start` does end the run.
 
-    Listeners get copies, and a run puts back the modes of PyTorch and the working folder after every call.  The data in
+    Listeners get copies, and a run restores the modes of PyTorch and the working folder after every call. The data in
     ``RunInfo`` are not copied.
+
+    Example::
+
+        class Losses(fedkern.listeners.Listener):
+            def on_round(self, record):
+                print(record["round"], record.get("loss"))
+
+        fedkern.simulate("fedavg", data="digits", rounds=5, listener=Losses())
 
     Attributes:
         essential: whether an exception of this listener ends the run after all.
@@ -79,19 +86,15 @@ class Listener:
     essential = False
 
     def state(self) -> dict[str, Any]:
-        """Plain values to keep in the checkpoint, such as a tracker's run id.
-
-        Asked at every commit.
+        """Return plain values to keep in the checkpoint, such as a tracker's run id. Called at every commit.
 
         Returns:
-            A dict of texts, numbers, booleans, None, lists and such dicts.  An empty one is not kept.
+            A dict of texts, numbers, booleans, None, lists and such dicts. An empty dict is not kept.
         """
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint that keeps a state of a listener of this class.
-
-        Before :meth:`on_start`.
+        """Continue from a checkpoint with a state of a listener of this class. Called before :meth:`on_start`.
 
         Args:
             state: what :meth:`state` returned at that checkpoint.
@@ -101,20 +104,25 @@ class Listener:
         """Handle the start of a run, when data and model are ready."""
 
     def on_notice(self, text: str) -> None:
-        """Progress of something long (a detector looking for objects, a set-up round, a teacher that is trained)."""
+        """Handle progress of a long step (a detector looking for objects, a set-up round, a teacher in training)."""
 
     def on_round_start(self, round: int, name: str, participants: Sequence[int]) -> None:
-        """Begin a round.
+        """Handle the start of a round.
 
-        ``round`` is negative for one-off set-up rounds.
+        Args:
+            round: the round, negative for one-off set-up rounds.
+            name: the round's name in the plan.
+            participants: numbers of the clients that take part.
         """
 
     def on_client(self, round: int, client: int, info: Mapping[str, Any]) -> None:
         """Handle a client that is done.
 
-        ``info`` has ``samples``, ``seconds``, ``loss`` (mean of its batches), ``drift``, observations.
-
-        ``info`` is empty with ``--records private``.
+        Args:
+            round: the round.
+            client: the client's number.
+            info: ``samples``, ``seconds``, ``loss`` (mean of its batches), ``drift`` and observations. Empty with
+                ``--records private``.
         """
 
     def on_round(self, record: Mapping[str, Any]) -> None:
@@ -122,43 +130,37 @@ class Listener:
 
         Keys of ``record``:
 
-        * ``round``: rounds done, from 1; ``rounds``: rounds planned; ``name``: the round's name in the plan.
-        * ``seconds``: since the start of the run, over all its resumptions; ``phases``: of this round, by phase.
-        * ``bytes_up``, ``bytes_down``: so far; ``round_bytes_up``, ``round_bytes_down``: of this round.
+        * ``round``: rounds done, from 1. ``rounds``: rounds planned. ``name``: the round's name in the plan.
+        * ``seconds``: since the start of the run, over all its resumptions. ``phases``: of this round, by phase.
+        * ``bytes_up``, ``bytes_down``: so far. ``round_bytes_up``, ``round_bytes_down``: of this round.
         * ``loss``: mean training loss of the round.
         * The figures that the server reported, by name.
-        * ``evaluated``: whether the round was evaluated; if so, the metrics by name.
+        * ``evaluated``: whether the round was evaluated. If so, the metrics by name.
 
         With ``--records private``, ``loss`` and everything else that no epsilon covers is left out.
         """
 
     def on_warning(self, name: str, text: str) -> None:
-        """Handle a named diagnostic.
-
-        Every name comes once.
-        """
+        """Handle a named diagnostic. Every name comes once."""
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """Handle the end of a run, when everything is on disk.
 
-        :meth:`on_start` does not come before where the run was finished already.
+        If the run was already finished, no :meth:`on_start` comes before.
         """
 
     def close(self) -> None:
-        """Close the listener after a run, finished or not.
-
-        This is the last call, and it may come twice.
-        """
+        """Close the listener after a run, finished or not. This is the last call, and it may come twice."""
 
 
 class Listeners(Listener):
-    """Several listeners as one.
+    """Several listeners as one. A listener that fails is left out alone, and each has its own state.
 
     Args:
-        listeners: each is looked after on its own: one that fails is left out, and each has a state of its own.
+        listeners: the listeners, which get every event in this order.
 
     Attributes:
-        info: what the run announced; None before its start.
+        info: the run's :class:`RunInfo`. None before its start.
     """
 
     def __init__(self, *listeners: Listener) -> None:
@@ -168,7 +170,7 @@ class Listeners(Listener):
     def _each(self, hook: str, call: Callable[[Listener], object], *, early: bool = False) -> None:
         """Pass the event ``hook`` to every listener.
 
-        Subclasses read ``early``: a UserError in it is for the user.
+        Subclasses read ``early``: whether a UserError is for the user.
         """
         for listener in self.listeners:
             call(listener)

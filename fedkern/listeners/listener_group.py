@@ -1,4 +1,4 @@
-"""The listeners of a run: an error of a listener does not end the run, and checkpoints keep the listeners' states."""
+"""The listeners of a run: their errors do not end the run, and checkpoints keep their states."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from fedkern.usercode.code_execution import host_code
 
 
 class ListenerGroup(Listeners):
-    """Passes the events of a run to its listeners.
+    """Passes the events of a run to its listeners, including each one of a :class:`Listeners`.
 
-    The parts of a :class:`Listeners` are looked after one by one.
-
-    A listener that raises is left out from then on, and one of ``warnings`` has its name and the error.  Three errors
+    A listener that raises is left out from then on, and one of ``warnings`` has its name and the error. Three errors
     pass:
 
-    * anything that code does not raise by mistake, such as ``KeyboardInterrupt``;
-    * an error of an ``essential`` listener;
+    * an exception that code does not raise by mistake, such as ``KeyboardInterrupt``,
+    * an error of an ``essential`` listener,
     * a :class:`UserError` of ``restore`` or ``on_start``, when nothing of a run can be lost yet.
     """
 
@@ -38,7 +36,7 @@ class ListenerGroup(Listeners):
         self.warnings: dict[str, str] = {}
 
     def _each(self, hook: str, call: Callable[[Listener], object], *, early: bool = False) -> None:
-        """Call every listener.  ``early``: a UserError is for the user and ends the run."""
+        """Call every listener. ``early``: a UserError ends the run."""
         for member in [*self._present]:
             if member not in self._present:  # a warning about another listener was too much for this one
                 continue
@@ -66,10 +64,7 @@ class ListenerGroup(Listeners):
                 listener.close()
 
     def restore_all(self, states: Mapping[str, dict[str, Any]]) -> None:
-        """Give every listener its state of a checkpoint.
-
-        States of absent listeners stay for a later resumption.
-        """
+        """Restore every listener's state. States of absent listeners stay for a later resumption."""
         self._states = dict(states)
 
         def give(member: Listener) -> None:
@@ -80,10 +75,7 @@ class ListenerGroup(Listeners):
         self._each("restore", give, early=True)
 
     def states(self) -> dict[str, dict[str, Any]]:
-        """Return the states of all listeners by name.
-
-        The last one of a listener that was left out.
-        """
+        """Return the states of all listeners by name, the last one of a listener that was left out."""
 
         def ask(member: Listener) -> None:
             state = member.state()
@@ -121,7 +113,7 @@ def _parts(listener: Listener) -> Iterator[Listener]:
 
 
 def _number_name(name: str, names: Iterable[str]) -> str:
-    """``name``, with a number behind it where another listener of the same class came before."""
+    """Return ``name``, numbered if it is taken."""
     taken, candidate, number = set(names), name, 2
     while candidate in taken:
         candidate, number = f"{name}-{number}", number + 1

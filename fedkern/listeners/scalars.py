@@ -8,18 +8,16 @@ from typing import Any
 from fedkern.errors import printable_name
 
 TAG = 200
-"""Most characters of a tag."""
+"""Longest tag, in characters."""
 _NOT_FIGURES = {"round", "rounds", "name", "evaluated", "clients", "dropped", "phases"}
 _BOOKKEEPING = {"clock", "seconds", "round_seconds", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down"}
 _NOT_OF_CLIENTS = {"samples", "seconds"}
 
 
 def scalars(record: Mapping[str, Any], sets: Collection[str] = ()) -> dict[str, float]:
-    """Return the figures of a round's record by tag.
+    """Return the figures of a round's record by tag. ``sets`` are the names of the run's test sets.
 
-    ``sets`` are the names of the run's test sets.
-
-    Metrics and losses keep their names, with the test set before a slash.  Times and bytes stand under ``run/``, means
+    Metrics and losses keep their names, with the test set before a slash. Times and bytes are under ``run/``, means
     over the clients of the round under ``clients/``.
     """
     from fedkern.tasks.figure_names import split_metric

@@ -16,11 +16,7 @@ FOLDER = "tensorboard"
 
 
 def check() -> Any:
-    """Return the class ``torch.utils.tensorboard.SummaryWriter``.
-
-    Raises:
-        UserError: tensorboard is not installed.
-    """
+    """Return the class ``torch.utils.tensorboard.SummaryWriter``, or raise UserError if not installed."""
     what = "TensorBoard files (--tensorboard) need tensorboard"
     return import_extra(what, "tensorboard", "torch.utils.tensorboard").SummaryWriter
 
@@ -28,9 +24,9 @@ def check() -> Any:
 class TensorBoard(Listener):
     """Writes every communication round's figures into ``<run folder>/tensorboard``.
 
-    Metrics and losses keep their names, with the test set before a slash (``id/accuracy``).  Under ``clients/`` are the
-    clients' figures, averaged over the clients of the round; under ``run/`` times and bytes; under ``final/`` the
-    summary's figures.  A resumed run hides the figures that the interrupted run wrote after its last checkpoint.
+    Metrics and losses keep their names, with the test set before a slash (``id/accuracy``). Under ``clients/`` are the
+    clients' figures, averaged over the clients of the round, under ``run/`` times and bytes, under ``final/`` the
+    summary's figures. A resumed run hides the figures that the interrupted run wrote after its last checkpoint.
 
     Raises:
         UserError: the package tensorboard is not installed.
@@ -72,10 +68,7 @@ class TensorBoard(Listener):
         self.close()
 
     def close(self) -> None:
-        """Write pending figures.
-
-        Safe to call twice.
-        """
+        """Write pending figures. Safe to call twice."""
         if self._writer is not None:
             self._writer.close()
         self._writer = self._run = None

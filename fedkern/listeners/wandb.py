@@ -17,32 +17,26 @@ from fedkern.listeners.scalars import scalars
 from fedkern.process.extras import import_extra
 
 FOLDER, LOGGED = "wandb", "fedkern.json"
-"""wandb's folder in the run folder, and the file in it with the last round that was logged."""
+"""wandb's folder in the run folder, and its file with the last logged round."""
 
 
 def check() -> Any:
-    """Return the module ``wandb``.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Return the module ``wandb``, or raise UserError if not installed."""
     return import_extra("Weights & Biases (--wandb) needs wandb", "wandb", "wandb")
 
 
 class WandB(Listener):
-    """Logs every communication round's figures to Weights & Biases.
+    """Logs every communication round's figures to Weights & Biases, with the round as ``step``.
 
-    ``step`` is the round.
+    Tags are those of :class:`TensorBoard`. The settings of the run are the config, the final figures the summary, under
+    ``final/``. wandb's own files are in ``<run folder>/wandb``. wandb reads its environment variables itself. With
+    ``WANDB_MODE=offline`` nothing leaves the machine.
 
-    Tags are those of TensorBoard (:func:`fedkern.listeners.scalars.scalars`).  The settings of the run are its config,
-    the final figures its summary, under ``final/``.  wandb's own files are in ``<run folder>/wandb``.  wandb reads its
-    environment variables itself; with ``WANDB_MODE=offline`` nothing leaves the machine.
-
-    The checkpoint keeps the id of wandb's run, so that a resumed run goes on with the same curve.  Rounds that the
+    The checkpoint keeps the id of wandb's run, so that a resumed run continues the same curve. Rounds that the
     interrupted run logged after its last checkpoint are not logged again.
 
-    Of a run with private records, wandb gets the figures that metrics.jsonl has, the settings, and nothing that wandb
-    finds out itself about the machine.
+    For a run with private records, wandb gets the figures of metrics.jsonl and the settings, but nothing that wandb
+    itself finds out about the machine.
 
     Args:
         project: ``PROJECT`` or ``ENTITY/PROJECT``.
@@ -111,10 +105,7 @@ class WandB(Listener):
             self._finish(0)
 
     def close(self) -> None:
-        """End wandb's run, which then counts as failed.
-
-        Does nothing after :meth:`on_end`.
-        """
+        """End wandb's run, which then counts as failed. Does nothing after :meth:`on_end`."""
         self._finish(1)
         if self._folder is not None and self._made and self._logged == 0:
             shutil.rmtree(self._folder, ignore_errors=True)  # a run that did no round leaves nothing
@@ -127,10 +118,7 @@ class WandB(Listener):
 
 
 def _last(file: Path, id: str) -> int:
-    """Return the last round logged to the run of that id.
-
-    0 where that is not known.
-    """
+    """Return the last round logged to the run of that id, 0 if unknown."""
     try:
         state = read_json(file)
     except (OSError, ValueError):

@@ -1,1 +1,1 @@
-"""The commands, a file each, as `fedkern.cli.command_parser` asks for them."""
+"""The commands, a file each (see `fedkern.cli.command_parser`)."""

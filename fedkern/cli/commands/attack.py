@@ -10,14 +10,12 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags."""
     parser.add_folder("a finished run")
     add_arguments(parser, {"data_root": ("DIR", "where the data files are, if not where the run found them")})
     add_network(parser)
 
 
 def play(request: Request) -> int:
-    """Attacks the network, prints the result and keeps it in the run folder."""
     from fedkern.downstream import membership_attack
 
     out, best = run_folder(request), request.arguments["network"] == "best"

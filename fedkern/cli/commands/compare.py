@@ -34,7 +34,7 @@ _NOT_HERE = {
     "profile": "use it with a single run",
     "predictions": "give it to a finished run, --resume DIR --predictions",
 }
-"""Flags of a run that a comparison does not take, with the way out."""
+"""Flags of a run that a comparison does not take, with the alternative."""
 
 USAGE = f"""\
 {PROGRAM} compare METHOD METHOD... [flags]    run methods with several seeds, then compare them
@@ -46,10 +46,7 @@ methods that have it. The same command with the same --out goes on where it stop
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags.
-
-    Methods and their flags, or folders, are words around them.
-    """
+    """Add the flags. Methods and their flags, or folders, are words around them."""
     parser.begin(USAGE)
     parser.rest = []
     add_arguments(parser, {
@@ -71,10 +68,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """Return the request for the methods or folders.
-
-    Raises UserError where these and the flags do not go together.
-    """
+    """Return the request for the methods or folders, or raise UserError."""
     from fedkern.comparison.cells import check_methods, read_sweep
     from fedkern.comparison.compared import Plan
 
@@ -122,10 +116,7 @@ def _settings(method: str, run_words: Sequence[str], parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Compare methods or finished runs.
-
-    Returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM.
-    """
+    """Compare methods or finished runs. Returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM."""
     from fedkern.cli.backend_check import check_backend
     from fedkern.comparison import compared
     from fedkern.comparison.boards import choose_board
@@ -176,7 +167,7 @@ def play(request: Request) -> int:
 
 
 def _write_script(request: Request, configs: Sequence[RunConfig], out: Path) -> None:
-    """Write the array script of a comparison's runs, and tell how to go on."""
+    """Write the array script of a comparison's runs, and say how to continue."""
     from fedkern.comparison.cells import most_threads
 
     words = [word for word in request.arguments["words"] if word != "--slurm"]
@@ -200,16 +191,13 @@ exec {command} --task "$SLURM_ARRAY_TASK_ID"
 
 
 def _again(words: Sequence[str], out: Path) -> str:
-    """Return the command that goes on with the comparison in ``out``."""
+    """Return the command that continues the comparison in ``out``."""
     named = any(word == "--out" or word.startswith("--out=") for word in words)
     return " ".join([PROGRAM, *map(as_word, words), *([] if named else ["--out", as_word(out)])])
 
 
 def config_of(request: Request, variant: Variant, seed: int) -> RunConfig:
-    """Return the settings of one run.
-
-    They are the common ones, the variant's, and those of ``arguments["options"]`` that the method has.
-    """
+    """Return the settings of one run: common ones, the variant's, and the options that the method has."""
     from fedkern.comparison.cells import own_settings, word
 
     method, options = variant.method, request.arguments["options"]
@@ -243,10 +231,7 @@ def print_outcome(
     request: Request, folder: Path, as_json: Callable[[], object], table: Table, sentences: Iterable[str],
     tracebacks: Mapping[str, str], failures: Collection[str],
 ) -> int:  # fmt: skip
-    """Print the result of many runs, as the request wants to have it, and their failures.
-
-    Returns the exit code.
-    """
+    """Print the result of many runs and their failures, and return the exit code."""
     from fedkern.report.live.progress_bar import make_console
     from fedkern.report.names import print_line
 

@@ -1,4 +1,4 @@
-"""``doctor``: what serves on this machine."""
+"""``doctor``: the state of the installation and the backends of this machine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags."""
     add_arguments(parser, {"json": ("", "print the report as JSON")})
 
 
 def play(request: Request) -> int:
-    """Print the state of the installation."""
     from fedkern.report import doctor_page
     from fedkern.report.live.progress_bar import make_console
 

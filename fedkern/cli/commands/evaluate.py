@@ -30,7 +30,6 @@ FLAGS: dict[str, tuple[str, str, str]] = {
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags."""
     parser.add_folder("a finished run")
     add_data(parser, "an option of that other data set; with --task also labels=... of the run's own")
     add_network(parser, "the figures")
@@ -44,15 +43,11 @@ def add_flags(parser: Parser) -> None:
 
 
 def _tasks_with(name: str) -> list[str]:
-    """Return the tasks that take an argument."""
     return [task for task, function in TASKS.items() if name in signature(function).parameters]
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """Return the request with the task's ``settings``.
-
-    Raises UserError for a flag of another task or a wrong value.
-    """
+    """Return the request with the task's ``settings``, or raise UserError."""
     arguments = request.arguments
     words, settings = {name: arguments.pop(name) for name in FLAGS}, {}
     for name, word in words.items():
@@ -66,10 +61,6 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def _argument(name: str, value: str) -> str | int | tuple[int, ...]:
-    """Return the value of one of `FLAGS`.
-
-    Raises UserError for one that the flag does not take.
-    """
     if name == "features" and value not in FEATURES:
         raise UserError(f"--features must be one of {', '.join(FEATURES)}, not {value}.")
     if name in ("prompts", "features"):
@@ -88,7 +79,7 @@ def _number(name: str, word: str, lowest: int) -> int:
 
 
 def result_path(request: Request) -> Path:
-    """File of a result: ``evaluate[-TASK][-best][-DATA][-LABELS].json`` in the run folder."""
+    """Return the file of a result: ``evaluate[-TASK][-best][-DATA][-LABELS].json`` in the run folder."""
     data, labels = named_code.short(request.settings.get("data") or ""), request.data_options.get("labels")
     task, network = (request.arguments[name] for name in ("task", "network"))
     words = ["evaluate", task, network.replace("last", ""), data, labels if task else None]
@@ -96,7 +87,7 @@ def result_path(request: Request) -> Path:
 
 
 def play(request: Request) -> int:
-    """Evaluate the network, print its figures and write them into the run folder (:func:`result_path`)."""
+    """Evaluate the network, print its figures and write them into the run folder."""
     from rich.console import Group
 
     from fedkern.cli.backend_check import check_backend

@@ -15,7 +15,6 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags."""
     parser.add_folder("a finished run")
     add_arguments(parser, {
         "format": ("|".join(model_export.FORMATS), "form of the file; default by the end of --out, else torch-export"),
@@ -25,16 +24,11 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """Return the request.
-
-    Raises UserError where the format is unknown.
-    """
     model_export.find_format(request.arguments["format"], request.out)
     return request
 
 
 def play(request: Request) -> int:
-    """Write the network in another form, and print the files."""
     kind, best = (
         model_export.find_format(request.arguments["format"], request.out),
         request.arguments["network"] == "best",

@@ -12,7 +12,6 @@ from fedkern.errors import UserError
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags."""
     parser.add_folder("a finished run")
     add_arguments(parser, {
         "rounds": ("R", "communication rounds in all, those done included"),
@@ -26,10 +25,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """Return the request.
-
-    Raises UserError where the number of rounds is missing.
-    """
     if "rounds" not in request.settings:
         raise UserError(f"{parser.prog} needs --rounds R, the communication rounds in all.")
     settings = {**request.settings}
@@ -37,5 +32,4 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Give the run more rounds and go on with it."""
     return run.play(dataclasses.replace(request, command="resume", resume=run_folder(request), folder=None))

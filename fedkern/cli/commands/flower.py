@@ -1,6 +1,6 @@
 """``flower PROJECT_DIR``: ``flwr run --stream`` that ends as the run does.
 
-In flwr 1.41 and 1.42 ``flwr run`` returns 0 for a run that fails, leaves the run alone at Ctrl-C, and sends a
+In flwr 1.41 and 1.42 ``flwr run`` returns 0 for a run that fails, does not stop the run at Ctrl-C, and sends a
 simulation to whatever answers at a fixed port, else to a SuperLink that outlives the command.
 """
 
@@ -35,7 +35,6 @@ _SUPERLINK = ("-c", "from flwr.superlink.cli import flower_superlink as main; ma
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags."""
     parser.description = f"Runs a Flower project to its end. Needs {install('flower')}."
     parser.usage = f"{parser.prog} PROJECT_DIR [flags]"
     parser.add_folder("a Flower project", "folder of the Flower project", "PROJECT_DIR")
@@ -51,7 +50,9 @@ def add_flags(parser: Parser) -> None:
 def play(request: Request) -> int:
     """Run the project.
 
-    Raises UserError where Flower refuses it, and RunFailed where the run fails or is stopped.
+    Raises:
+        UserError: Flower refuses the project.
+        RunFailed: the run fails or is stopped.
     """
     importlib.import_module("fedkern.flower.adapter")  # says which flwr is needed
     project, arguments = run_folder(request), request.arguments
@@ -67,10 +68,7 @@ def play(request: Request) -> int:
 
 
 def _is_simulation(name: str | None) -> bool:
-    """Return whether a connection of Flower's configuration is a simulation on this machine.
-
-    None stands for its default connection.
-    """
+    """Return whether a connection of Flower's configuration (None: its default) simulates on this machine."""
     with suppress(OSError, ValueError, LookupError, AttributeError):  # Flower writes the file, or says what is wrong
         path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
         connections = tomllib.loads(path.read_text(encoding="utf-8"))["superlink"]
@@ -80,10 +78,7 @@ def _is_simulation(name: str | None) -> bool:
 
 @contextmanager
 def _simulator() -> Iterator[None]:
-    """Run a SuperLink that simulates its nodes.
-
-    Within the block, Flower's local connections lead to it.
-    """
+    """Run a SuperLink that simulates its nodes, and point Flower's local connections at it inside the block."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = os.environ["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] = str(probe.getsockname()[1])
     with tempfile.NamedTemporaryFile() as log, _python([*_SUPERLINK, port], log.file) as process:
@@ -101,10 +96,7 @@ def _simulator() -> Iterator[None]:
 
 
 def _play(words: Sequence[str], where: Sequence[str]) -> None:
-    """Submit a run, print its log and wait for its end.
-
-    Stops it at Ctrl-C.
-    """
+    """Submit a run, print its log and wait for its end. Ctrl-C stops the run."""
     with _python([*_FLWR, "run", "--stream", *words]) as process:
         run, output = "", bytearray()
         try:
@@ -122,10 +114,7 @@ def _play(words: Sequence[str], where: Sequence[str]) -> None:
 
 
 def _await_run_number(process: subprocess.Popen[bytes], output: bytearray) -> str:
-    """Return the number of the run, from what Flower has said and says.
-
-    Raises UserError where Flower refuses the run.
-    """
+    """Return the number of the run from Flower's output, or raise UserError if Flower refuses the run."""
     while not (match := re.search(r"Successfully started run (\d+)", text := output.decode(errors="replace"))):
         for line in process.stdout or ():
             output += line
@@ -136,10 +125,7 @@ def _await_run_number(process: subprocess.Popen[bytes], output: bytearray) -> st
 
 
 def _end(run: str, where: Sequence[str]) -> None:
-    """Wait for the end of a run, whose log ends before it where the connection is lost.
-
-    Raises RunFailed.
-    """
+    """Wait for the end of a run, whose log ends earlier if the connection is lost. Raises RunFailed."""
     record = {"status": ""}
     while not record["status"].startswith("finished"):
         # Flower takes a folder that has the connection's name for a project.
@@ -155,10 +141,7 @@ def _end(run: str, where: Sequence[str]) -> None:
 def _python(
     words: Sequence[str], output: int | IO[bytes] = subprocess.PIPE, cwd: str | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start Python.
-
-    Ctrl-C at the terminal reaches this process alone, which then decides.
-    """
+    """Start Python in its own session, so that a terminal's Ctrl-C only reaches this process."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     return subprocess.Popen(

@@ -9,16 +9,12 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags."""
     text = "code whose methods, data sets ... are listed too; repeatable"
     add_arguments(parser, {"plugin": ("FILE.py|MODULE", text, []), "json": ("", "print the names as JSON")})
 
 
 def catalogue() -> dict[str, dict[str, str]]:
-    """Names and one-line descriptions of the methods, data sets, models, encoders, partitioners and aggregators.
-
-    Metrics, parts and filters of plugins are among them where there are any.
-    """
+    """Return names and one-line descriptions of everything that can be named, including plugins."""
     from fedkern.data import DATASETS, PARTITIONERS
     from fedkern.methods import AGGREGATORS, METHODS, METRICS
     from fedkern.methods.aggregators import Rule
@@ -42,7 +38,6 @@ def catalogue() -> dict[str, dict[str, str]]:
 
 
 def play(request: Request) -> int:
-    """Print the catalogue."""
     sections = catalogue()
     if request.json:
         put(sections)

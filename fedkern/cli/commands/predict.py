@@ -15,7 +15,6 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags."""
     parser.add_folder("a finished run")
     parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")
     text = "CSV file to write; for segmentation a new folder of masks. Default predictions.csv, masks"
@@ -24,10 +23,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """Return the request.
-
-    Raises UserError where no image is named.
-    """
     if not (paths := request.arguments["paths"]):
         raise UserError(f"{parser.prog} needs images behind the run folder: files, or folders of files.")
     request.arguments["paths"] = [expand(path) for path in paths]
@@ -35,10 +30,7 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Write a table of classes, or for segmentation masks.
-
-    Prints a few rows.
-    """
+    """Write a table of classes, or for segmentation masks, and print a few rows."""
     from fedkern.downstream import prediction
     from fedkern.report.live.progress_bar import show_progress
 

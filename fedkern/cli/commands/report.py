@@ -15,7 +15,6 @@ from fedkern.settings.stored import check_run_folder
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags."""
     parser.usage = f"{parser.prog} DIR [DIR ...] [flags]"
     text = "folder of a run, finished or not, or of a comparison; report.html is written into each"
     parser.add_folder("a run or of a comparison", text, several=True)
@@ -23,7 +22,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def play(request: Request) -> int:
-    """Write the report of every folder, and print the files."""
     from fedkern.report.figures.matplotlib_import import without_docstrings
 
     with without_docstrings():
@@ -53,7 +51,6 @@ def play(request: Request) -> int:
 
 
 def _check(folder: Path) -> None:
-    """Raise UserError where a folder holds no run."""
     if folder.is_dir() and not (folder / "config.toml").exists():
         raise UserError(
             f"{folder} holds neither a run nor a comparison: name a folder that has a config.toml or a comparison.csv."

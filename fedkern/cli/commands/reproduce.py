@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedkern.comparison.reproduction import Command, Reproduction
 
 DATA_ROOT = "FEDKERN_DATA_ROOT"
-"""Environment variable with the folder of the data files, where ``--data-root`` is not given."""
+"""Environment variable with the default of ``--data-root``."""
 _UNITS = {"h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}
 _OTHERWISE = {
     "seed": "the key seeds gives the seeds",
@@ -32,7 +32,7 @@ _OTHERWISE = {
         "it is for a single run",
     ),
 }
-"""Flags of a run that a cell's command does not take, with the way out."""
+"""Flags of a run that a cell's command does not take, with the alternative."""
 
 USAGE = f"""\
 {PROGRAM} reproduce NAME|FILE.toml [flags]    play a paper's table, and write published figures beside ours
@@ -43,7 +43,6 @@ NAME is a paper that fedkern ships, FILE.toml one of your own (docs/reproducing.
 
 
 def add_flags(parser: Parser) -> None:
-    """Add the flags."""
     parser.begin(USAGE)
     parser.add_argument("paper", nargs="?", metavar="NAME|FILE.toml", help="a paper that fedkern ships, or your own")
     add_arguments(parser, {
@@ -61,10 +60,7 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """Return the request.
-
-    Raises UserError where no paper is named or the budget is none.
-    """
+    """Return the request, or raise UserError without a paper or with a wrong budget."""
     from fedkern.comparison import published
 
     arguments = request.arguments
@@ -80,10 +76,7 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def read_budget(text: str) -> float:
-    """Seconds of a time such as ``2h``, ``90m`` or ``0``.
-
-    Raises UserError for another text.
-    """
+    """Return the seconds of a time such as ``2h``, ``90m`` or ``0``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(h|min|m|s)?\s*", text)
     if match is None or (match[2] is None and float(match[1])):
         raise UserError(f'--budget must be a time such as 2h, 90m or 30s, not "{text}".')
@@ -91,10 +84,7 @@ def read_budget(text: str) -> float:
 
 
 def play(request: Request) -> int:
-    """Plays what the budget allows.
-
-    Returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM.
-    """
+    """Run what the budget allows. Returns 0, 1 if a run failed, 130 after Ctrl-C and 143 after SIGTERM."""
     from fedkern.cli.backend_check import check_backend
     from fedkern.comparison import published
     from fedkern.comparison.boards import choose_board

@@ -57,10 +57,7 @@ def _folder(request: Request, config: RunConfig) -> Iterator[Path]:
 
 
 def play(request: Request) -> int:
-    """Plays a run or, with ``--flower``, writes a project.
-
-    Returns 0, or 130 after Ctrl-C and 143 after SIGTERM.
-    """
+    """Play a run or, with ``--flower``, write a project. Returns 0, or 130 after Ctrl-C and 143 after SIGTERM."""
     if request.flower is not None:
         return flower_project.write_project(request)
     check_backend()
@@ -70,7 +67,7 @@ def play(request: Request) -> int:
 
 
 def _workers_ahead(config: RunConfig) -> AbstractContextManager[None]:
-    """Forks the process that starts workers, if the run may use workers, before this process computes anything."""
+    """Fork the process that starts workers, if the run may use workers, before this process computes anything."""
     from fedkern.engine.executors import choice, fork_server
     from fedkern.engine.transport import torchrun_group
 
@@ -123,7 +120,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
 def _illustrate(
     request: Request, config: RunConfig, out: Path, data: object, code: tuple[str, ...], view: Listener
 ) -> None:
-    """Draws the pictures of a finished run, and writes its report where it was asked for."""
+    """Draw the pictures of a finished run, and write its report if asked for."""
     from fedkern.report.figures.pictures import finished_pictures
     from fedkern.report.live.progress_bar import make_console
     from fedkern.report.names import print_line
@@ -153,7 +150,6 @@ def _illustrate(
 
 
 def trackers(request: Request) -> list[Listener]:
-    """Return the trackers that ``--tensorboard`` and ``--wandb`` name."""
     listeners: list[Listener] = []
     if request.tensorboard:
         from fedkern.listeners import TensorBoard
@@ -169,7 +165,7 @@ def trackers(request: Request) -> list[Listener]:
 def _load_stored_config(request: Request) -> RunConfig:
     """Return the settings of the run to resume.
 
-    Flags may repeat stored settings.  Only --data-root, --cache, --device, --keep-items and --workers may differ.
+    Flags may repeat stored settings. Only --data-root, --cache, --device, --keep-items and --workers may differ.
     """
     assert request.resume is not None
     changes = dict(request.settings)
@@ -194,7 +190,6 @@ def _load_stored_config(request: Request) -> RunConfig:
 
 
 def _close(request: Request, config: RunConfig, out: Path, summary: Summary) -> None:
-    """Print the result of a finished run."""
     if request.json:
         put(plain(summary))
         return
