@@ -1,8 +1,8 @@
 """fedkern: fast kernels for federated learning, and five published methods built on them.
 
-``fedkern.ops`` holds the operators and ``fedkern.methods`` the methods.  :func:`fedkern.simulate` runs a method, as the
-command ``fedkern`` does, :func:`fedkern.load` opens the folder of a run, and :func:`fedkern.compare` compares methods
-over seeds.  The decorators of a plugin (docs/plugins.md) are here too.
+``fedkern.ops`` holds the operators and ``fedkern.methods`` the methods. :func:`fedkern.simulate` runs a method, as the
+command ``fedkern`` does. :func:`fedkern.load` opens the folder of a run, and :func:`fedkern.compare` compares methods
+over seeds. The decorators for plugins (docs/plugins.md) are here too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LAZY = {
     "UserError": "fedkern.errors",
     "register_model": "fedkern.models",
 }
-"""Names that are imported on first use, with their modules: torch takes a second to load."""
+"""Names that are imported on first use, with their modules, because torch takes a second to load."""
 
 
 def __getattr__(name: str) -> Any:

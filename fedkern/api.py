@@ -1,4 +1,4 @@
-"""The Python door: :func:`simulate` runs a method, :func:`load` opens the folder of a run."""
+"""The Python interface: :func:`simulate` runs a method, :func:`load` opens the folder of a run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ from fedkern.usercode.hook_checks import check_hooks
 
 
 class History:
-    """The records of a run's rounds, in order."""
+    """The records of a run's rounds, in order.
+
+    A figure by name, ``history["accuracy"]``, is a list with a value for every round. A notebook shows the history as a
+    table.
+    """
 
     def __init__(self, records: Sequence[Record], main: str, tests: Collection[str] = ()) -> None:
         self.records = [dict(record) for record in records]
@@ -75,7 +79,7 @@ class History:
 
     @property
     def names(self) -> list[str]:
-        """Names of the figures that a round may have."""
+        """Names of the figures that at least one round has."""
         return list(dict.fromkeys(name for record in self.records for name in record))
 
     def to_pandas(self) -> Any:
@@ -90,7 +94,7 @@ class History:
 
 
 class Run:
-    """The folder of a run.
+    """The folder of a run, from :func:`simulate` or :func:`load`.
 
     Attributes:
         out: the folder.
@@ -125,14 +129,11 @@ class Run:
                 open_code(name)
 
     def _kept_data(self) -> FederatedData | None:
-        """Return the run's data in memory without what it holds out.
-
-        None where a data set's name says where they are.
-        """
+        """Return the run's in-memory data without its holdout, None if a data set's name locates the data."""
         return None if self._data is None else kept_data(self.config, self._data)
 
     def _give_method(self) -> None:
-        """Put the run's own class in the place of one of its name that a notebook has defined since."""
+        """Register the run's own class again, in case a notebook has since defined another one of its name."""
         if self._kind is not None:
             script_methods.give_again(self._kind, self.config.method, self.out)
 
@@ -159,7 +160,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The final figures."""
+        """The final figures by name, as in ``summary.json``."""
         return dict(self.summary["metrics"])
 
     @property
@@ -170,56 +171,54 @@ class Run:
 
     @python_words()
     def model(self, *, best: bool = False, client: int | None = None) -> nn.Module:
-        """Return the network of the finished run, in eval mode on the CPU.  Images must be normalised.
+        """Return the network of the finished run, in eval mode on the CPU. Images must be normalised.
 
         A user-defined network is a module of its own class, with the names and frozen parameters of its state dict.
 
         Args:
-            best: the network of the round with the best validation figure, which a run with ``patience`` keeps, instead
-                of that of the last round.
-            client: the network of this client, by number, where clients keep parts of the network (``personal``) or
+            best: return the network of the round with the best validation figure, which a run with ``patience`` keeps,
+                instead of the last round's.
+            client: return the network of this client, by number, if clients keep parts of the network (``personal``) or
                 whole networks to themselves.
 
         Raises:
-            UserError: the run is not finished, has kept no such network, or a file is damaged; clients keep parts to
+            UserError: the run is not finished, has kept no such network, or a file is damaged. Or clients keep parts to
                 themselves, and no ``client`` is named.
         """
         self._give_method()
         return inner(self._network(best=best, client=client))
 
     def _network(self, *, best: bool = False, client: int | None = None) -> nn.Module:
-        """Return the network as runs call it."""
         return read_model(self.out, self._trusted, self._script.network, best=best, client=client)[0]
 
     @property
     def _sees_images(self) -> bool:
-        """Return whether the network of the finished run takes images."""
         return "items" not in DataFacts.read(self.out).form
 
     @property
     def predicts(self) -> str:
-        """``"probabilities"`` or ``"outputs"`` of the network: what :meth:`predict` returns."""
+        """``"probabilities"`` or ``"outputs"``: what :meth:`predict` returns."""
         data = self._data
         return "outputs" if data and "classes" not in data.offers and not self._sees_images else "probabilities"
 
     @python_words()
     def predict(self, images: Any) -> Any:
-        """Return probabilities of the classes, or the network's outputs where a loss of the user's tells no classes.
+        """Return probabilities of the classes, or the network's outputs if a user-defined loss has no classes.
 
         :attr:`predicts` says which of the two.
 
         Args:
-            images: uint8 ``[n, C, H, W]``, a tensor or an array, of the run's image size; or an image file or a
-                sequence of them, which are read and resized as in the run's training.  Where the run is of PyTorch
-                data sets: such a data set, or a network's inputs, a tensor, a tuple of them or a dict by argument.
+            images: uint8 ``[n, C, H, W]``, a tensor or an array, of the run's image size. Or an image file or a
+                sequence of files, which are read and resized as in the run's training. If the run is of PyTorch data
+                sets: such a data set, or a network's inputs, a tensor, a tuple of them or a dict by argument.
 
         Returns:
-            fp32 ``[n, classes]``; for segmentation ``[n, classes, H, W]``.  Of several labels an image, every one has a
-            probability of its own.  Outputs have the form that the network gives them.
+            fp32 ``[n, classes]``, for segmentation ``[n, classes, H, W]``. In multi-label tasks, every label has its
+                own probability. Outputs have the form that the network gives them.
 
         Raises:
-            UserError: the run is not finished or is for image-text pairs, images have another shape or dtype, or a
-                file cannot be read.
+            UserError: the run is not finished or is for image-text pairs, images have another shape or dtype, or a file
+                cannot be read.
         """
         from fedkern.downstream.prediction import Predictor
 
@@ -242,25 +241,23 @@ class Run:
 
     @python_words()
     def export(self, out: str | Path, format: str | None = None, *, best: bool = False) -> list[Path]:
-        """Write the network for other programs, and a JSON file that describes it.
+        """Write the network for other programs, and a JSON file that describes it, and return both paths.
 
-        Return both paths.
-
-        Files of ``torch.export`` and ONNX take images in [0, 1] and return logits.  Of samples that are no images they
-        hold the user's module as it is.  Texts, waves and other inputs take any length that the network takes.  The
-        JSON file has the classes, the image size and the inputs, such as ``int64 [B, L]``, where a number is the only
-        length, and ``grey_bits`` where image files have more than 8 bits.  The file is read again before it takes its
-        name, an ONNX file with onnxruntime where that is installed.
+        Files of ``torch.export`` and ONNX take images in [0, 1] and return logits. For samples that are no images they
+        hold the user's module unchanged. Texts, waves and other inputs take any length that the network takes. The JSON
+        file has the classes, the image size and the inputs, such as ``int64 [B, L]``, where a number is the only
+        length, and ``grey_bits`` if image files have more than 8 bits. The file is read again before it takes its name,
+        an ONNX file with onnxruntime if that is installed.
 
         Args:
             out: the file, which must not exist.
-            format: ``"torch-export"``, ``"onnx"`` or ``"state-dict"``. None: as the name ends, in ``.pt2``, ``.onnx``,
-                ``.pt`` or ``.pth``.
+            format: ``"torch-export"``, ``"onnx"`` or ``"state-dict"``. None: by the suffix ``.pt2``, ``.onnx``, ``.pt``
+                or ``.pth``.
             best: see :meth:`model`.
 
         Raises:
-            UserError: the name contradicts the format or tells none, a package for the format is missing, the network
-                cannot be written in it or read again, or the file exists or cannot be written; nothing is then left.
+            UserError: the suffix contradicts the format or names none, a package for the format is missing, the network
+                cannot be written in it or read again, or the file exists or cannot be written. No file is left then.
         """
         from fedkern.downstream.model_export import export, exportable, find_format
 
@@ -282,20 +279,20 @@ class Run:
         """Return the network's figures on the run's test sets, or on those of other ``data``.
 
         Args:
-            data: name of another data set, or federated data in memory, with the run's classes or some of them; of a
-                run on PyTorch data sets, another one; None: the run's own.  Only the test sets and the validation set
-                are looked at.
-            data_root: folder of the data's files; for the run's own data the folder where they are now.
+            data: name of another data set, or federated data in memory, with the run's classes or some of them. For a
+                run on PyTorch data sets, another one. None: the run's own. Only the test sets and the validation set
+                are read.
+            data_root: folder of the data's files, for the run's own data the current one.
             data_options: options of the other data set.
-            cache: folder that keeps decoded images.  None: for the run's own data the folder that the run used, if it
-                is there.
+            cache: folder of decoded images. None: for the run's own data the folder that the run used, if it still
+                exists.
 
         Returns:
             The figures by test set, as in ``summary.json``: ``accuracy``, ``id_auroc``, ``validation_loss`` ...
 
         Raises:
-            UserError: the run is not finished, the data have other classes, another image size or another task, or
-                there is a cache for data in memory.
+            UserError: the run is not finished, the data have other classes, another image size or another task, or a
+                cache is given for data in memory.
         """
         from fedkern.downstream.run_evaluation import evaluate_run
 
@@ -320,11 +317,12 @@ class Run:
         workers: str | int = "auto",
         cache: str | Path | None = None,
     ) -> Run:
-        """Goes on with an interrupted run.
-
-        A finished one stays as it is.  Returns the run itself.
+        """Continue an interrupted run, and return the run. A finished run does not change.
 
         Display, listeners, pictures, workers and the cache of decoded images are those of :func:`simulate`.
+
+        Raises:
+            UserError: the run's code, data or files have changed, or ``cache`` or ``workers`` is wrong.
         """
         return self._go_on({"workers": workers, "cache": cache}, progress, listener, pictures)
 
@@ -339,15 +337,15 @@ class Run:
         workers: str | int = "auto",
         cache: str | Path | None = None,
     ) -> Run:
-        """Give the run, finished or not, more rounds: ``rounds`` communication rounds in all.  Returns the run.
+        """Give the run, finished or not, more rounds: ``rounds`` communication rounds in all. Returns the run.
 
-        Where the method has no schedule over all rounds, the network is then, bit for bit, that of a run that had this
-        number of rounds from the start.  What was made of the former network, such as the pictures, is moved to a
-        folder ``round-NNNN`` of the run folder.  Other arguments are those of :meth:`resume`.
+        If the method has no schedule over all rounds, the network is then, bit for bit, that of a run that had this
+        number of rounds from the start. Files of the former network, such as the pictures, are moved to a folder
+        ``round-NNNN`` of the run folder. Other arguments are those of :meth:`resume`.
 
         Raises:
-            UserError: the run has no checkpoint, or not fewer rounds; or its method plans its own rounds, its rounds
-                depend on their number, or it promises differential privacy for them.
+            UserError: the run has no checkpoint, or already has as many rounds. Or its method plans its own rounds,
+                depends on their number, or promises differential privacy for them.
         """
         moved = {"workers": workers, "cache": cache, "rounds": rounds}
         try:
@@ -369,16 +367,16 @@ class Run:
         return self
 
     def _network_for_pictures(self) -> nn.Module | None:
-        """Return the network for pictures, where it was a module of a script and clients share the whole of it."""
+        """Return the network for pictures, if it was a script's module that clients share as a whole."""
         return None if self._script.network is None or self.config.keeps_parts else self._network()
 
     @python_words()
     @reproducible()
     def plot(self) -> list[Path]:
-        """Draws the run's pictures into its folder, over older ones.
+        """Draw the run's pictures into its folder, over older ones.
 
         Returns:
-            Their paths, in a list that a notebook shows as pictures where it is the result of a cell.
+            Their paths, in a list that a notebook displays as pictures.
         """
         from fedkern.report.figures.pictures import write_pictures
         from fedkern.report.live.notebook import Pictures
@@ -435,30 +433,34 @@ def simulate(
     Settings, names and defaults are those of the command line::
 
         run = fedkern.simulate("fedgid", data="digits", rounds=5, clients=4, alpha=0.5, out="runs/x")
+        run.metrics["accuracy"]
 
     Args:
-        method: name of the method; or a class derived from :class:`fedkern.methods.Method`, or an object of one, whose
-            options are those it was made with.  A class needs no registered name.
+        method: name of the method, or a class derived from :class:`fedkern.methods.Method`, or an object of one, whose
+            options are those it was made with. A class needs no registered name.
         data: name of a data set, federated data in memory, or map-style PyTorch data sets: a dict by client's name, a
-            list with one a client, or a single one, which ``partition`` shares out among ``clients``.
+            list with one for each client, or a single one, which ``partition`` divides among ``clients``.
         test, validation, public, loss_fn, batch_loss, metrics, collate_fn: for PyTorch data sets, see
             :meth:`fedkern.FederatedData.from_datasets`.
         main, better, task, classes, normalize, groups: for PyTorch data sets too.
-        model: name of a network, its code (``FILE.py:NAME``); a module, which is copied and whose weights are the
-            initial ones; or a class or function that makes a module, whose weights then follow from the seed.
+        model: name of a network, its code (``FILE.py:NAME``), a module, which is copied with its weights as the initial
+            ones, or a class or function that makes a module, whose weights then follow from the seed.
         train: ``train(model, client)`` in place of the local training of FedAvg's family: an ordinary loop over
-            ``client.batches()``; what it leaves in the model is the upload (docs/training.md).
-        out: the run folder; default ``runs/<method>-<data>-<time>``.
-        progress: show the run's progress on standard error.
-        listener: receives the run's events too (docs/listeners.md); one, or a list.
-        pictures: draw the pictures into the run folder at the end.  A picture that fails is a warning.
-        **settings: settings of the run (``fedkern METHOD --help``), options of the method, and
-            ``data_options`` and ``options`` as dicts, and ``plugins``, a list of files and modules.  Paths may be
-            texts or ``Path``.  ``optimizer`` may be a factory, ``lambda parameters: torch.optim.AdamW(parameters)``,
-            and ``init`` a module.  A name that both the run and the method have means the run's.
+            ``client.batches()``, after which the model's parameters are the upload (docs/training.md).
+        out: the run folder, by default ``runs/<method>-<data>-<time>``.
+        progress: whether to show the run's progress on standard error.
+        listener: a listener or a list of listeners, which also get the run's events (docs/listeners.md).
+        pictures: whether to draw the pictures into the run folder at the end. A picture that fails is a warning.
+        **settings: settings of the run (``fedkern METHOD --help``), options of the method, ``data_options`` and
+            ``options`` as dicts, and ``plugins``, a list of files and modules. Paths may be texts or ``Path``.
+            ``optimizer`` may be a factory, ``lambda parameters: torch.optim.AdamW(parameters)``, and ``init`` a module.
+            A name that both the run and the method have means the run's.
+
+    Returns:
+        The finished :class:`Run`.
 
     Raises:
-        UserError: anything the caller can put right, such as an unknown name or a value out of range.
+        UserError: a mistake in the arguments, such as an unknown name or a value out of range.
     """
     from fedkern.report.figures.pictures import PICTURE_LIST, PICTURES
 
@@ -502,12 +504,10 @@ _LOADERS = {
 
 
 def federate(data: Any, about: Mapping[str, object], settings: Mapping[str, object]) -> str | FederatedData | None:
-    """Return the federated data of an argument ``data`` that is PyTorch data sets.
-
-    Other data are returned as they are.
+    """Make federated data of PyTorch data sets in ``data``, and return other data unchanged.
 
     Raises:
-        UserError: arguments about data sets stand beside other data, or something is no data set.
+        UserError: arguments about data sets stand beside other data, or an item is not a data set.
     """
     arguments: dict[str, Any] = {name: value for name, value in about.items() if value is not None}
     if unknown := [name for name in arguments if name not in ABOUT]:
@@ -541,11 +541,7 @@ def read_request(
     model: str | Callable[..., nn.Module] | None,
     arguments: Mapping[str, Any],
 ) -> tuple[RunConfig, FederatedData | None]:
-    """Return the settings of a run with the arguments of :func:`simulate`, and its data where they are in memory.
-
-    Raises:
-        UserError: an unknown name or a value out of range.
-    """
+    """Return the settings of a run with the arguments of :func:`simulate`, and its in-memory data."""
     settings = dict(arguments)
     settings |= {table: table_of(settings.get(table), table) for table in ("options", "data_options")}
     settings["plugins"] = plugins_of(settings.get("plugins"))
@@ -586,18 +582,11 @@ def read_request(
 
 
 def plugins_of(value: object) -> list[str]:
-    """Return the names in an argument ``plugins``.
-
-    Raises UserError where it is no list of files and modules.
-    """
     return [] if value is None else _paths(value, "plugins must be a list of files and modules")
 
 
 def _paths(value: object, must: str) -> list[str]:
-    """Texts of a list of texts and paths.
-
-    Raises UserError, beginning with ``must``, where it is none.
-    """
+    """Return a list of texts and paths as texts, or raise UserError beginning with ``must``."""
     paths = None if isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable) else [*value]
     if paths is None or not all(isinstance(path, (str, os.PathLike)) for path in paths):
         raise UserError(f"{must}, not {format_value(value)}.")
@@ -605,10 +594,7 @@ def _paths(value: object, must: str) -> list[str]:
 
 
 def table_of(value: object, name: str) -> dict[str, Any]:
-    """Return a copy of the values by name in an argument.
-
-    Raises UserError where it is no dict of these.
-    """
+    """Return a copy of a dict argument, or raise UserError."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -617,10 +603,7 @@ def table_of(value: object, name: str) -> dict[str, Any]:
 
 
 def folder_of(out: object) -> Path:
-    """Return the path in an argument ``out``.
-
-    Raises UserError where it is none, or empty: that is the current folder.
-    """
+    """Return the path of an argument ``out``, or raise UserError. An empty path would be the current folder."""
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise UserError(f"out must be the path of a folder, not {format_value(out)}.")
     check_text(str(out), "the folder")
@@ -628,11 +611,7 @@ def folder_of(out: object) -> Path:
 
 
 def find_method(method: str | Method | type[Method]) -> tuple[str, dict[str, Value]]:
-    """Return the name of a run's method, and the options that an object of it was made with.
-
-    Raises:
-        UserError: there is no such method, or a run cannot make it from its options.
-    """
+    """Return the name of a run's method, and the options of a given method object."""
     if isinstance(method, str):
         method_registry.get(method)
         return method, {}
@@ -641,7 +620,6 @@ def find_method(method: str | Method | type[Method]) -> tuple[str, dict[str, Val
 
 
 def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, Value]]:
-    """Return the class of a method that the caller gives, and the options that an object of it was made with."""
     if isinstance(method, Method):
         return type(method), dict(script_methods.options_of(method))
     if isinstance(method, type) and issubclass(method, Method):
@@ -666,16 +644,25 @@ def load(
 ) -> Run:
     """Open the folder of a run.
 
+    Example::
+
+        run = fedkern.load("runs/x")
+        run.summary["metrics"]
+
     Args:
         out: the run folder.
-        method: the run's method, where it was a class of a script: the class, or an object with the run's options.
-        data: the run's data, where they were in memory; the name of the code that makes them, where it was code.
-        model: the run's network, where it was a module of a script, or a class or function that makes one.
+        method: the run's method, if it was a class of a script: the class, or an object with the run's options.
+        data: the run's data, if they were in memory, or the name of the code that makes them.
+        model: the run's network, if it was a module of a script, or a class or function that makes one.
         train, optimizer: functions that the run trains with, for :meth:`Run.resume`.
-        trusted: code that the folder names and that may be imported, such as ``["MODULE:NAME"]``.  Code that has
-            changed since the run began is refused, and goes on with a warning where it is named here: by that name, or
-            as ``"method"``, ``"model"``, ``"train"``, ``"optimizer"``, ``"loss_fn"`` or ``"batch_loss"`` (with metrics
-            and collation).
+        trusted: code that the folder names and that may be imported, such as ``["MODULE:NAME"]``. Code that has changed
+            since the run began is refused, unless it is named here, which gives a warning: by that name, or as
+            ``"method"``, ``"model"``, ``"train"``, ``"optimizer"``, ``"loss_fn"`` or ``"batch_loss"`` (with metrics and
+            collation).
+        **about: arguments of :func:`simulate` about PyTorch data sets, if ``data`` are such.
+
+    Returns:
+        The :class:`Run`, finished or not.
 
     Raises:
         UserError: there is no run, or ``method`` is not the run's.
@@ -738,7 +725,6 @@ def _play(
 
 
 def _listeners(listener: Listener | Sequence[Listener] | None) -> list[Listener]:
-    """Return the listeners of an argument ``listener``."""
     listeners = [] if listener is None else [listener] if isinstance(listener, Listener) else listener
     for item in listeners if isinstance(listeners, (list, tuple)) else [listeners]:
         if not isinstance(item, Listener):

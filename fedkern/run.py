@@ -23,14 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the words after ``fedkern``; None takes them from ``sys.argv``.
+        argv: the words after ``fedkern`` (None: of ``sys.argv``).
 
     Returns:
         The exit code (1 and 2 with one sentence on standard error):
 
         - 0: success.
-        - 1: a run that failed, for example because the model is not finite; or standard output could not be written,
-          as on a full disk.
+        - 1: a failed run, for example because the model is not finite, or a failed write to standard output, as on a
+          full disk.
         - 2: an error that the user can correct.
         - 130: Ctrl-C.
         - 141: the reader of standard output has gone.
@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command() -> int:
     """Run the command of this process, as ``python -m fedkern.run`` and ``fedkern`` do, and end the process.
 
-    Where torch is loaded the interpreter takes 0.4 seconds to take all modules apart, which leaves nothing behind.
-    This function then ends the process itself.
+    With torch loaded the interpreter takes 0.4 seconds to take all modules apart, so this function ends the process
+    itself.
 
     Returns:
-        The exit code of :func:`main`, where the interpreter has to end the process: torch is not loaded, something
-        else is done after the command, or code that is not of this package may count on how the interpreter ends.
+        The exit code of :func:`main` if the interpreter has to end the process: torch is not loaded, work follows the
+            command, or foreign code may count on how the interpreter ends.
     """
     code = main()
     if _nothing_follows() and _modules_need_no_end():
@@ -64,9 +64,9 @@ def command() -> int:
 
 
 def _nothing_follows() -> bool:
-    """Return whether the process ends when the caller's caller has ended, a module that ``python`` was started with.
+    """Return whether the process ends after the caller's caller, a module that ``python`` was started with.
 
-    A profiler or a debugger that runs the module has something to do afterwards, as has ``python -i``.
+    A profiler or a debugger that runs the module still has work to do, as has ``python -i``.
     """
     if sys.flags.inspect or "PYTHONINSPECT" in os.environ:
         return False
@@ -79,8 +79,7 @@ def _nothing_follows() -> bool:
 def _modules_need_no_end() -> bool:
     """Return whether torch is loaded, and no module has work left for the interpreter's end.
 
-    Libraries of a plugin, such as HDF5 with its open files, and profilers of CUDA write what they hold when the C
-    library ends the process.
+    Libraries of a plugin, such as HDF5, and profilers of CUDA write their data when the C library ends the process.
     """
     torch, plugins = sys.modules.get("torch"), sys.modules.get("fedkern.usercode.plugins")
     if torch is None or torch.cuda.is_initialized():
@@ -89,7 +88,7 @@ def _modules_need_no_end() -> bool:
 
 
 def _end_process(code: int) -> NoReturn:
-    """End the process as the interpreter does, except for taking modules apart and for what C registered for exit."""
+    """End the process as the interpreter does, but without taking modules apart and without C's exit handlers."""
     with suppress(KeyboardInterrupt):  # as in the interpreter, Ctrl-C only ends the wait
         threading._shutdown()  # type: ignore[attr-defined]  # joins threads, those of executors as well
     atexit._run_exitfuncs()
@@ -97,7 +96,7 @@ def _end_process(code: int) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """End the process at once, with all that it has printed."""
+    """End the process at once, after flushing its output."""
     import ctypes
 
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
@@ -108,7 +107,7 @@ def _exit(code: int) -> NoReturn:
 
 
 def _run_guarded(words: list[str], leftover: bool) -> int:
-    """Run one command and turn the exception that ended the command into a sentence and an exit code."""
+    """Run one command and turn the exception that ended it into a sentence and an exit code."""
     from fedkern.errors import NO_MEMORY, UserError
     from fedkern.files.filesystem import check_working_folder
     from fedkern.process.interrupts import end_by
@@ -159,7 +158,7 @@ def _run_guarded(words: list[str], leftover: bool) -> int:
 
 
 def _shorten_waits() -> None:
-    """Have OpenMP threads spin for about 0.1 ms between parallel regions, unless the user has chosen otherwise.
+    """Make OpenMP threads spin for about 0.1 ms between parallel regions, unless the user has chosen otherwise.
 
     By default they spin for milliseconds, and two threads on two busy cores train a small network over 3 times slower.
     If they slept at once, a FedIOD round with two threads would take 1.4 times as long on an idle machine.
@@ -206,7 +205,7 @@ def _dispatch(words: list[str], leftover: bool) -> int:
 
 @contextmanager
 def _show_waiting(text: str) -> Iterator[None]:
-    """Show ``text`` while the block runs, where somebody looks at a terminal."""
+    """Show ``text`` on a terminal while the block runs."""
     if "torch" in sys.modules or not sys.stderr.isatty() or not _first():
         yield
         return
@@ -228,19 +227,19 @@ def _say(text: str, code: int = USAGE) -> int:
 
 
 def _first() -> bool:
-    """Return whether this process is no rank of torchrun but the first, which alone says what all have to say."""
+    """Return whether this process is torchrun's rank 0, which alone prints common messages, or not under torchrun."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _ranks() -> ModuleType | None:
-    """Return the module of this process's fellow ranks, where torchrun has started it and it has come so far."""
+    """Return torchrun's module if it is already imported under torchrun."""
     return sys.modules.get("fedkern.engine.transport.torchrun_group") if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def _told_elsewhere() -> bool:
-    """Return whether another rank tells this error.
+    """Return whether another rank reports this error.
 
-    Before ranks meet, all have the error, and the first of a machine tells it.
+    Before ranks meet, all have the error, and the first of a machine reports it.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
         return False

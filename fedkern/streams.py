@@ -1,4 +1,4 @@
-"""Counter-based random streams, one per (seed, purpose, round, client), and words for the global generators."""
+"""Counter-based random streams, one per (seed, purpose, round, client), and states of the global generators."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 
 
 def stream(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> np.random.Generator:
-    """Return the generator that belongs to one purpose, round and client of a run.
+    """Return the generator of one purpose, round and client of a run.
 
-    The stream is Philox keyed by a hash of seed, purpose, round and client, so it depends on nothing drawn before.  The
+    Philox is keyed by a hash of seed, purpose, round and client, so the stream does not depend on earlier draws. The
     order and number of workers, an interruption with resume, or an added client change no other stream.
 
     Args:
         seed: the run's root seed, any integer.
-        purpose: what is drawn, for example ``"partition"``, ``"batches"`` or ``"augmentation"``.
+        purpose: for example ``"partition"``, ``"batches"`` or ``"augmentation"``.
         round: communication round, from 0; -1 before the first round.
         client: client id, from 0; -1 for the server.
     """
@@ -31,7 +31,7 @@ def stream(seed: int, purpose: str, *, round: int = 0, client: int = -1) -> np.r
 
 
 def mix_words(word: int, number: int) -> int:
-    """Return a word of 63 bits that no other word and number (from -2) are likely to give (SplitMix64)."""
+    """Mix a word and a number (from -2) into a word of 63 bits (SplitMix64)."""
     z = (word + (number + 2) * 0x9E3779B97F4A7C15) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
@@ -47,17 +47,17 @@ def seed_generators(word: int, device: torch.device | None = None, names: Collec
 
 
 def generator_states() -> dict[str, object]:
-    """Return the states of the global generators of the CPU by name, which differ once a generator has moved."""
+    """Return the states of the CPU's global generators by name."""
     return {name: get() for name, (get, _, _) in GENERATORS.items()}
 
 
 def forget_spare_number() -> None:
-    """Have NumPy's state be read in full next: a spare number may stand at a key and position that had none before."""
+    """Read NumPy's state in full next, as a spare number may have appeared without a move of key and position."""
     _spareless[0] = b""
 
 
 def restore_generators(states: Mapping[str, Any]) -> set[str]:
-    """Put the generators back that have moved since the states were taken, and return their names."""
+    """Restore the generators that have moved, and return their names."""
     moved = {name for name, (get, _, _) in GENERATORS.items() if name != "NumPy" and get() != states[name]}
     # Key and position show almost every move; the spare number takes longer to read.
     if _numpy_words() != states["NumPy"][0] or _read_numpy() != states["NumPy"]:
@@ -70,7 +70,7 @@ def restore_generators(states: Mapping[str, Any]) -> set[str]:
 def _read_numpy() -> tuple[bytes, tuple[int, float]]:
     """Return key and position of NumPy's generator, and the spare number of normal draws, which moves neither.
 
-    NumPy takes 50 microseconds to give all. A spare number appears only where the generator moves.
+    A full read takes 50 microseconds, and a spare number appears only if the generator moves.
     """
     words = _numpy_words()
     if words != _spareless[0]:
@@ -108,15 +108,12 @@ GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
         torch.default_generator.manual_seed,
     ),
 }
-"""How to read, restore and seed the global generators of the CPU."""
+"""Functions that read, restore and seed the CPU's global generators."""
 
 
 @contextmanager
 def preserve_generators(device: torch.device | None = None) -> Iterator[Callable[[], bool]]:
-    """Put the global generators back at the end of the block.
-
-    Yield a function that tells whether they have moved.
-    """
+    """Restore the global generators at the end of the block. Yields a function that says whether they have moved."""
     cuda = [device] if device is not None and device.type == "cuda" else []
     forget_spare_number()
     before, on_gpu = generator_states(), [torch.cuda.get_rng_state(gpu) for gpu in cuda]
@@ -135,10 +132,7 @@ def preserve_generators(device: torch.device | None = None) -> Iterator[Callable
 
 @contextmanager
 def seeded_generators(word: int, device: torch.device | None = None) -> Iterator[None]:
-    """Have the global generators begin at ``word`` inside the block, and put them back afterwards.
-
-    A user's code draws from them: initial weights, dropout, items.
-    """
+    """Seed the global generators inside the block, for user code (initial weights, dropout, items), then restore."""
     with preserve_generators(device):
         seed_generators(word, device)
         yield

@@ -1,4 +1,4 @@
-"""A table of texts, described once: for a terminal, a notebook, a page, Markdown and LaTeX."""
+"""A table of texts for a terminal, a notebook, a page, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -16,24 +16,21 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 CELL, LINE = 200, 2000
-"""Most characters of a cell, and of a line above or below the table in a notebook."""
+"""Longest cell, and longest line above or below the table in a notebook, in characters."""
 NO_BREAK = "\u00a0"
-"""A space at which a number is not parted from its unit."""
+"""The space between a number and its unit."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts, with the columns' titles and as many cells in every row.
-
-    The first ``words`` columns hold words.  The others hold numbers and are set to the right.
+    """A table of texts. The first ``words`` columns hold words, the others right-aligned numbers.
 
     Attributes:
         header: titles of the columns.
-        rows: the texts; a ``Text`` has a style of its own on a terminal.
-        title: one line or several, so names in it are ``printable_name``; may be empty.
-        words: number of the columns of words.
+        rows: the texts, of which a ``Text`` has its own style on a terminal.
+        title: may have several lines, so names in it must be ``printable_name``.
         notes: lines below the table.
-        breaks: positions of rows before which a terminal leaves a line free.
+        breaks: rows before which a terminal leaves a line free.
         bold: whether the numbers stand out on a terminal.
         bare: whether a terminal leaves the header out.
     """
@@ -70,10 +67,7 @@ class Table:
         return Group(*titles, table, *(plain(note, MESSAGE) for note in self.notes))
 
     def html(self) -> str:
-        """Return the table in a notebook's own colours, where the title's first line stands out.
-
-        None without a header.
-        """
+        """Return the table as HTML in a notebook's own colours."""
 
         def text(name: str, limit: int = LINE) -> str:
             return escape(printable_name(name, limit))
@@ -99,7 +93,6 @@ class Table:
         return "\n".join(["<div>", *filter(None, parts), "</div>"])
 
     def markdown(self) -> str:
-        """Title, table and notes as Markdown."""
         lines = ["| " + " | ".join(_markdown(str(cell)) for cell in row) + " |" for row in (self.header, *self.rows)]
         lines.insert(1, "|---|" + "---:|" * (len(self.header) - 1))
         notes = (f"{_markdown(note)}\n" for note in self.notes)
@@ -107,10 +100,7 @@ class Table:
 
     @classmethod
     def of_markdown(cls, text: str) -> Table | None:
-        """Header, rows and notes of a :meth:`markdown`.
-
-        None where the text does not have this form.
-        """
+        """Read header, rows and notes of a :meth:`markdown`, None if the text has another form."""
         lines = text.splitlines()
         body = [line for line in lines if line.startswith("| ")]
         rows = [[_of_markdown(cell) for cell in line[2:-2].split(" | ")] for line in body]
@@ -120,10 +110,7 @@ class Table:
         return cls(rows[0], rows[1:], notes=[_of_markdown(line) for line in after if line.strip()])
 
     def latex(self) -> str:
-        """Return the table as LaTeX (package booktabs).
-
-        Title and notes are comments.
-        """
+        """Return the table as LaTeX (package booktabs), with title and notes as comments."""
         lines = [f"% {_line(text)}" for text in (self.title, *self.notes)]
         lines += [f"\\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", "\\toprule", _latex(self.header)]
         lines += ["\\midrule", *map(_latex, self.rows), "\\bottomrule", "\\end{tabular}"]
@@ -131,12 +118,12 @@ class Table:
 
 
 def _line(text: str) -> str:
-    """Return a text of a file: one line without control characters, of any length."""
+    """Return a text as one line without control characters, of any length."""
     return printable_name(" ".join(text.split()), sys.maxsize)
 
 
 _ACTIVE = re.compile(r"[|*_`<>\\~$]|\](?=[(:\[])|:(?=//)|(?<=www)\.|&(?=#?\w+;)", re.IGNORECASE)
-"""Characters that make a text in Markdown anything else than text: a link, code, a formula, an entity."""
+"""Characters that make a text in Markdown a link, code, a formula or an entity."""
 
 
 def _markdown(text: str) -> str:

@@ -1,6 +1,6 @@
-"""Options: values that a person gives a run, a method or a data set, each with its kind, range and line of help.
+"""Options: values of a run, a method or a data set, each with its type, range and line of help.
 
-A word is converted once, where it enters; what is stored, copied or handed on has the option's type already.
+A word is converted once, on entry. What is stored, copied or handed on already has the option's type.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ from fedkern.ops._core.checks import python_number
 Value = bool | int | float | str
 
 LARGEST = 1e30
-"""Largest value of a float option: it has to fit fp32, also after a division by a bias correction."""
+"""Largest value of a float option, which has to fit fp32, also after a division by a bias correction."""
 MOST = 2**31 - 1
-"""Largest count: larger sizes overflow in torch and NumPy."""
+"""Largest count. Larger sizes overflow in torch and NumPy."""
 
 _WORDS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option, read by ``list``, the command line, the range checks and the documentation.
+    """One option, for ``list``, the command line, the range checks and the documentation.
 
     Attributes:
-        default: the value of an option that is not given; ``bool``, ``int``, ``float`` or ``str``.
-        text: one line for the user, or a function that makes it where it names what is registered then.
-        low, high: inclusive range of a number.  Without ``high``, a float is at most `LARGEST`, and an integer with a
-            lower bound is at most `MOST`.
+        default: the value of an option that is not given: ``bool``, ``int``, ``float`` or ``str``.
+        text: one line for the user, or a function that returns the line if it names what is registered then.
+        low, high: inclusive range of a number. Without ``high``, a float is at most 1e30, and an integer with a lower
+            bound is at most 2^31 - 1.
         above: exclusive lower bound of a number.
-        choices: the only values allowed, texts in any case; ``:N`` at the end of one stands for a number.
-        type: the type; that of the default where it is not given.  An option whose default is ``None`` (left open) may
-            be ``None``.
+        choices: the only values allowed, texts in any case. ``:N`` at the end of one stands for a number.
+        type: the type, by default that of ``default``. An option whose default is ``None`` (left open) may be ``None``.
         infinite: whether a float may be infinite.
-        path: function that makes a path in the value absolute; a stored run keeps the function's result.
-        code: function that returns the parts of a value that name code to import and run, each as written.  A stored
-            run executes that code only if the option is given again.
+        path: function that makes a path in the value absolute. A stored run keeps the function's result.
+        code: function that returns the parts of a value that name code to import and run, as written. A stored run
+            executes that code only if the option is given again.
         name: as users write it.
-        field: the attribute that holds it.
-        label: how error messages name it.
+        field: the attribute that holds the value.
+        label: name in error messages.
     """
 
     default: Value | None
@@ -68,17 +67,14 @@ class Option:
             object.__setattr__(self, "type", builtins.type(self.default))
 
     def named(self, field: str, label: str) -> Self:
-        """Return the option of a field.
-
-        ``{}`` in its label stands for its name, in a flag's with hyphens.
-        """
+        """Return the option of a field. ``{}`` in ``label`` stands for the option's name, with hyphens in a flag."""
         name = self.name or field
         label = label.format(name.replace("_", "-") if label.startswith("--") else name)
         return dataclasses.replace(self, name=name, field=field, label=label)
 
     @property
     def help(self) -> str:
-        """The line for the user."""
+        """The line of help for the user."""
         return self.text if isinstance(self.text, str) else self.text()
 
     @property
@@ -119,10 +115,10 @@ class Option:
         return result
 
     def read(self, value: object) -> Value:
-        """As :meth:`convert`, of what a person gives now, whose paths are made absolute.
+        """Convert user input and make its paths absolute.
 
         Raises:
-            UserError: as there, or a path begins with the home folder of an unknown user.
+            UserError: as :meth:`convert`, or a path begins with the home folder of an unknown user.
         """
         return self.absolute(self.convert(value))
 
@@ -131,7 +127,7 @@ class Option:
         return self.path(value) if self.path is not None and isinstance(value, str) and value else value
 
     def check(self, value: Value) -> None:
-        """Raise UserError when ``value`` is outside the allowed range."""
+        """Raise UserError if ``value`` is outside the allowed range."""
         if isinstance(value, (str, bool)):
             if isinstance(value, str):
                 self._find_choice(value)
@@ -155,7 +151,6 @@ class Option:
             raise UserError(f"{self.label} must be {self.range or 'a number'}, not {text}.")
 
     def _find_choice(self, value: str) -> str:
-        """Return the one of the choices that a word means."""
         if self.choices is None:
             return value
         head, _, number = value.partition(":")
@@ -168,7 +163,7 @@ class Option:
         return names[value.lower()]
 
     def _several(self, value: object) -> str:
-        """Return a hint where several values are given for one: words with commas between them, or a list."""
+        """Return a hint for several values in place of one: words with commas between them, or a list."""
         words = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
         listed = ",".join(map(str, words)) if self.field else ""
         return (
@@ -178,10 +173,7 @@ class Option:
         )
 
     def _most(self, value: int | float) -> int | float | None:
-        """Upper bound of a number whose option declares none.
-
-        None: unbounded.
-        """
+        """Return the upper bound of a number whose option declares none, None if unbounded."""
         if isinstance(value, float):
             return LARGEST if math.isfinite(value) else None
         return MOST if self.low is not None else None  # an integer without a lower bound, such as a seed, is no count
@@ -190,9 +182,19 @@ class Option:
 def option(default: Value | None, text: str | Callable[[], str], **limits: Any) -> Any:
     """Declare an :class:`Option` as a field of a dataclass.
 
-    ``limits`` are the option's further attributes.
+    Example::
 
-    ``name`` is the published name where Python forbids it as a field name (``lambda`` for the field ``lam``).
+        @fedkern.register("fedhalf")
+        class FedHalf(FedAvg):
+            @dataclass(frozen=True)
+            class Options(FedAvg.Options):
+                share: float = fedkern.option(0.5, "share of the update that counts", low=0, high=1)
+
+    Args:
+        default: the value of an option that is not given.
+        text: the line of help.
+        **limits: further attributes of the :class:`Option`. ``name`` is the published name where Python forbids it as a
+            field name (``lambda`` for the field ``lam``).
     """
     return dataclasses.field(default=default, metadata={"option": Option(default, text, **limits)})
 
@@ -200,8 +202,7 @@ def option(default: Value | None, text: str | Callable[[], str], **limits: Any) 
 class OptionTable:
     """Base of dataclasses that have options among their fields.
 
-    Attributes:
-        label: how error messages name an option; ``{}`` stands for the option's name.
+    ``label`` is an option's name in error messages, with ``{}`` for its published name.
     """
 
     label: ClassVar[str] = "--{}"
@@ -211,7 +212,7 @@ class OptionTable:
         """Return the options in the order of their declaration.
 
         Raises:
-            UserError: a default is no value of its option, or the class is not decorated as a dataclass.
+            UserError: a default is not a value of its option, or the class is not decorated as a dataclass.
         """
         table: Any = cls
         return _list_options(table)
@@ -230,16 +231,9 @@ def _list_options(cls: Any) -> tuple[Option, ...]:
 
 
 def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) -> tuple[str, dict[str, Value | None]]:
-    """Read a value of the form ``NAME`` or ``NAME:key=value,...``.
+    """Read ``NAME`` or ``NAME:key=value,...``, and return the name and the values of all its options.
 
-    Args:
-        entries: the options of every name.
-
-    Returns:
-        The name, and the values of all its options.
-
-    Raises:
-        UserError: an unknown name or option, an option given twice, or a value of another type or out of range.
+    ``entries`` are the options of every name.
     """
     name, colon, words = text.strip().partition(":")
     if name not in entries:
@@ -260,23 +254,20 @@ def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) 
 
 
 def spell_options(name: str, options: Mapping[str, object]) -> str:
-    """Return what :func:`with_options` reads, with all options: the same for every text that means the same."""
+    """Return a text for :func:`with_options` with all options, the same for equal values."""
     text = ",".join(f"{key}={as_typed(value)}" for key, value in options.items())
     return f"{name}:{text}" if text else name
 
 
 def named_options(flag: str, **options: Option) -> tuple[Option, ...]:
-    """Return the options of a value of ``flag`` such as ``--aggregator trimmed_mean``.
-
-    What they refuse names the flag.
-    """
+    """Return the options of a value of ``flag``, such as ``--aggregator trimmed_mean``, which errors then name."""
     return tuple(
         dataclasses.replace(entry, name=key, label=f'Option "{key}" of {flag}') for key, entry in options.items()
     )
 
 
 def flag(name: str) -> str:
-    """``train_samples`` -> ``--train-samples``."""
+    """Return the flag of a setting: ``train_samples`` -> ``--train-samples``."""
     return "--" + name.replace("_", "-")
 
 
