@@ -203,7 +203,7 @@ def most_threads(configs: Iterable[RunConfig]) -> int:
 
 
 def read_sweep(words: Iterable[str]) -> dict[str, list[str]]:
-    """Read sweeps ``NAME=VALUE,VALUE``, or ``NAME=VALUE;VALUE`` if values have commas. Raises UserError."""
+    """Read sweeps ``NAME=VALUE,VALUE``, with semicolons between values that have commas, or raise UserError."""
     sweep: dict[str, list[str]] = {}
     for sweep_word in words:
         name, equals, text = sweep_word.partition("=")

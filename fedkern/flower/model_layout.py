@@ -85,7 +85,7 @@ class Layout:
         return tuple(entry for entry in self.entries if entry.floating)
 
     @cached_property
-    def whole(self) -> tuple[Entry, ...]:
+    def integers(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if not entry.floating)
 
     @cached_property
@@ -159,7 +159,7 @@ class Model:
         self._dtypes: set[tuple[str, str]] = set()  # of the entries, as they came and as the layout has them
         self.nbytes = 0
         """Bytes of the floating entries."""
-        self.whole: dict[str, np.ndarray] = {}
+        self.integers: dict[str, np.ndarray] = {}
         """The entries that are not floating, by key."""
         keys = set(record)
         if FLAT in keys:
@@ -179,7 +179,7 @@ class Model:
                 self._dtypes.add((form.dtype, entry.dtype))
                 self.nbytes += len(array.data) - form.begin
             elif form.dtype == entry.dtype:
-                self.whole[entry.key] = array_bytes.as_numpy(array, form)
+                self.integers[entry.key] = array_bytes.as_numpy(array, form)
             else:
                 expected = "a floating dtype" if entry.floating else entry.dtype
                 raise Misfit("dtypes", f"has {_name(entry.key)} of {form.dtype} where {expected} is expected")
@@ -198,7 +198,7 @@ class Model:
                     raise Misfit("shapes", f"has {name} of shape {list(shape)} where {list(entry.shape)} is expected")
                 if floating != entry.floating:
                     raise Misfit("dtypes", f"has {name} of {dtype[:20]} where {entry.dtype} is expected")
-        _check_keys(keys - {FLAT, LISTING}, {entry.key for entry in layout.whole})
+        _check_keys(keys - {FLAT, LISTING}, {entry.key for entry in layout.integers})
         form = array_bytes.read_header(record[FLAT], FLAT)
         if record[FLAT].stype != FLAT:
             raise Misfit("dtypes", f"has {FLAT!r} in another encoding than its own")

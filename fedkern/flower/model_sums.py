@@ -16,7 +16,7 @@ from fedkern.flower import array_bytes
 from fedkern.flower.array_bytes import FLAT, FLOATS, Misfit
 from fedkern.flower.model_layout import Entry, Layout, Model
 
-Whole = dict[str, np.ndarray]
+Integers = dict[str, np.ndarray]
 
 # Norms of updates are estimated from a part of models with more elements than this: that part costs less than the mean.
 _MEASURED = 1 << 17
@@ -78,7 +78,7 @@ class RunningMean:
     def __init__(self, layout: Layout, start: Model | None = None) -> None:
         self._layout, self._start = layout, start
         self._sums = [ops.Accumulator(run[-1].end - run[0].begin, exact=True, device="cpu") for run in layout.segments]
-        self._whole: Whole = {}
+        self._integers: Integers = {}
         self._some = False
         self.nodes: list[int] = []
         """The models' nodes, in the order of arrival."""
@@ -93,7 +93,7 @@ class RunningMean:
             return
         for total, part in zip(self._sums, model.segments(), strict=True):
             total.add(part, weight)
-        self._add_whole(model)
+        self._add_integers(model)
 
     def add_update(self, model: Model, start: Model, factor: float) -> None:
         """Add ``factor * (model - start)`` with weight 1, in fp64."""
@@ -101,18 +101,18 @@ class RunningMean:
             # Equal infinities, of a mask among the buffers, differ by nothing.
             change = torch.where(part == start_part, 0.0, part.double() - start_part.double())
             total.add(change * factor)
-        self._add_whole(model)
+        self._add_integers(model)
 
-    def _add_whole(self, model: Model) -> None:
+    def _add_integers(self, model: Model) -> None:
         self._some = True
-        for key, array in model.whole.items():
-            self._whole[key] = take_rank([self._whole.get(key, array), array])
+        for key, array in model.integers.items():
+            self._integers[key] = take_rank([self._integers.get(key, array), array])
 
     def norms(self) -> list[float]:
         """Return the norms of the updates in the order of :attr:`nodes`."""
         return self._norms
 
-    def result(self, model: NewModel) -> tuple[NewModel, Whole] | None:
+    def result(self, model: NewModel) -> tuple[NewModel, Integers] | None:
         """Write the mean to ``model``, and return model and other entries, None if no weight was added.
 
         Each sum is freed after its part of the mean, so that sums and mean never fill memory together.
@@ -121,7 +121,7 @@ class RunningMean:
             return None
         for run in reversed(self._layout.segments):
             self._sums.pop().mean(out=model.part(run))
-        return model.finish(), self._whole
+        return model.finish(), self._integers
 
 
 class _Held(NamedTuple):
@@ -236,10 +236,10 @@ class AllModels:
         norms = ops.server_step(sent, rows, [1.0] * len(rows), "mean").norms
         return norms.square() * (count / width)
 
-    def whole(self, chosen: Sequence[int] | None = None, rank: int = -1) -> Whole:
+    def integers(self, chosen: Sequence[int] | None = None, rank: int = -1) -> Integers:
         models = [self._held[i].model for i in (range(len(self._held)) if chosen is None else chosen)]
-        keys = models[0].whole if models else ()
-        return {key: take_rank([model.whole[key] for model in models], rank) for key in keys}
+        keys = models[0].integers if models else ()
+        return {key: take_rank([model.integers[key] for model in models], rank) for key in keys}
 
 
 def take_rank(rows: Sequence[np.ndarray], rank: int = -1) -> np.ndarray:

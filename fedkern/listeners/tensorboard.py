@@ -17,8 +17,8 @@ FOLDER = "tensorboard"
 
 def check() -> Any:
     """Return the class ``torch.utils.tensorboard.SummaryWriter``, or raise UserError if not installed."""
-    what = "TensorBoard files (--tensorboard) need tensorboard"
-    return import_extra(what, "tensorboard", "torch.utils.tensorboard").SummaryWriter
+    purpose = "TensorBoard files (--tensorboard) need tensorboard"
+    return import_extra(purpose, "tensorboard", "torch.utils.tensorboard").SummaryWriter
 
 
 class TensorBoard(Listener):

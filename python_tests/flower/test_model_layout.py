@@ -49,7 +49,7 @@ def test_places_lie_one_after_another_and_small_neighbours_share_a_segment():
         ["conv.weight"], ["bn.weight", "bn.running_var", "head"]
     ]  # fmt: skip
     assert (LAYOUT.size, LAYOUT.dtype) == (10_016, torch.float32)
-    assert [entry.key for entry in LAYOUT.whole] == ["bn.num_batches_tracked"]
+    assert [entry.key for entry in LAYOUT.integers] == ["bn.num_batches_tracked"]
     assert [entry.key for entry in LAYOUT.floating if entry.variance] == ["bn.running_var"]
 
 
@@ -60,7 +60,7 @@ def test_a_model_gives_the_same_numbers_plain_and_flat(sent):
     wanted = np.concatenate([value.ravel() for value in MODEL.values() if value.dtype.kind == "f"])
     assert np.array_equal(model.vector().numpy(), wanted)
     assert np.array_equal(torch.cat(list(model.segments())).numpy(), wanted)
-    assert model.whole["bn.num_batches_tracked"] == 7
+    assert model.integers["bn.num_batches_tracked"] == 7
     assert np.array_equal(model.entry(LAYOUT.floating[3]).numpy(), np.arange(6))
 
 

@@ -57,7 +57,7 @@ def test_the_order_changes_no_bit(form):
     for order in list(itertools.permutations(range(5)))[::17]:
         models = gather(MODELS, order, form=form)
         assert same(models.mean(as_arrays=False).vector)
-        assert int(models.whole()["bn.num_batches_tracked"]) == 4
+        assert int(models.integers()["bn.num_batches_tracked"]) == 4
         total = RunningMean(LAYOUT)
         for node in order:
             total.add(Model(form(MODELS[node]), LAYOUT), WEIGHTS[node], node)
@@ -100,7 +100,7 @@ def test_models_that_are_not_finite_leave_no_trace(key, values):
         weights.insert(place, 77.0)
     made = gather(models, list(range(7))[::-1], weights=weights)
     assert same(made.mean(as_arrays=False).vector)
-    assert int(made.whole()["bn.num_batches_tracked"]) == 4  # not that of the bad ones
+    assert int(made.integers()["bn.num_batches_tracked"]) == 4  # not that of the bad ones
     assert {place: misfit.reason for place, misfit in made.refused.items()} == {3: "finite", 5: "finite"}
     assert all(repr(key) in str(misfit) for misfit in made.refused.values())
 

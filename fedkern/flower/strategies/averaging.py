@@ -21,7 +21,7 @@ from fedkern.flower import adapter
 from fedkern.flower.adapter import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, RecordDict, Result, flower
 from fedkern.flower.array_bytes import Misfit
 from fedkern.flower.model_layout import Layout, Model
-from fedkern.flower.model_sums import AllModels, NewModel, RunningMean, Whole
+from fedkern.flower.model_sums import AllModels, Integers, NewModel, RunningMean
 from fedkern.ops._core.checks import check_count, check_flag, check_number
 from fedkern.streams import stream
 
@@ -71,7 +71,7 @@ class Combined(NamedTuple):
     """
 
     vector: Tensor | Mapping[str, bytes]
-    whole: Whole
+    integers: Integers
     nodes: frozenset[int] | None = None
 
 
@@ -255,7 +255,7 @@ class FedAvg(flower.FedAvg):
                 vector = combined.vector
                 if isinstance(vector, Tensor):
                     vector = self._step(vector, server_round)
-                arrays = adapter.make_record(self._layout, vector, combined.whole)
+                arrays = adapter.make_record(self._layout, vector, combined.integers)
         contents.sort(key=lambda content: content.node)
         if combined is not None and combined.nodes is not None:
             contents = [content for content in contents if content.node in combined.nodes]
@@ -456,7 +456,7 @@ class FedAvg(flower.FedAvg):
             gathered.sort()
             model = gathered.mean(as_arrays)
             counted = [i for i, weight in enumerate(gathered.weights) if weight]
-            averaged = None if model is None else (model, gathered.whole(counted))
+            averaged = None if model is None else (model, gathered.integers(counted))
         if averaged is None:
             return None
         model, integer_arrays = averaged

@@ -44,7 +44,7 @@ def pack(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> adapt
     layout.flat = dtype_name(dtype or layout.dtype)
     parts = [state[entry.key].detach().cpu().reshape(-1).to(FLOATS[layout.flat]) for entry in layout.floating]
     vector = torch.cat(parts) if parts else torch.empty(0, dtype=FLOATS[layout.flat])
-    integer_arrays = {entry.key: state[entry.key].detach().cpu().numpy() for entry in layout.whole}
+    integer_arrays = {entry.key: state[entry.key].detach().cpu().numpy() for entry in layout.integers}
     return adapter.make_record(layout, vector, integer_arrays)
 
 
@@ -70,5 +70,5 @@ def unpack(record: adapter.ArrayRecord) -> OrderedDict[str, Tensor]:
         if entry.floating:
             state[entry.key] = model.entry(entry).to(FLOATS[entry.dtype], copy=True).reshape(entry.shape)
         else:
-            state[entry.key] = torch.from_numpy(model.whole[entry.key].copy())
+            state[entry.key] = torch.from_numpy(model.integers[entry.key].copy())
     return state

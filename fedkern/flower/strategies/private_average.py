@@ -126,7 +126,7 @@ class DPFedAvg(FedAvg):
         for entry in self._layout.floating:
             if entry.variance:
                 keep_variances(vector[entry.begin : entry.end], old[entry.begin : entry.end])
-        return Combined(vector.to(self._layout.dtype), self._start.whole)
+        return Combined(vector.to(self._layout.dtype), self._start.integers)
 
     def _noise(self, server_round: int) -> np.random.Generator:
         if self.noise_seed is not None:

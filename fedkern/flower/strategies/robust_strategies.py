@@ -38,7 +38,7 @@ class _Robust(FedAvg):
         return self._apply_rule(gathered)
 
     def _apply_rule(self, models: AllModels) -> Combined | None:
-        return Combined(models.by_coordinate(self._rule), models.whole(rank=self._rank(len(models.nodes))))
+        return Combined(models.by_coordinate(self._rule), models.integers(rank=self._rank(len(models.nodes))))
 
     def _rank(self, count: int) -> int:
         """Return the rank among ``count`` values that an integer entry takes."""
@@ -73,7 +73,7 @@ class GeometricMedian(_Robust):
     """The point with the least sum of distances to the replies' models (RFA, arXiv 1912.13445)."""
 
     def _apply_rule(self, models: AllModels) -> Combined | None:
-        return Combined(ops.geometric_median(models.vectors), models.whole(rank=self._rank(len(models.nodes))))
+        return Combined(ops.geometric_median(models.vectors), models.integers(rank=self._rank(len(models.nodes))))
 
 
 @constructed_like(flower.MultiKrum)
@@ -88,7 +88,7 @@ class MultiKrum(_Robust, flower.MultiKrum):
         chosen = self._closest(models)
         weights = [models.weights[i] for i in chosen]
         vector = models.by_coordinate(lambda rows: ops.weighted_mean(rows, weights), chosen)
-        return Combined(vector, models.whole(chosen), frozenset(models.nodes[i] for i in chosen))
+        return Combined(vector, models.integers(chosen), frozenset(models.nodes[i] for i in chosen))
 
     def _closest(self, models: AllModels) -> list[int]:
         """Return the positions of the models of the smallest scores, the first of equal ones."""
