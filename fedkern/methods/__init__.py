@@ -1,4 +1,4 @@
-"""Federated methods: one file each, written against the protocol of :mod:`fedkern.methods.base`."""
+"""Federated methods, written against the protocol of :class:`Method`, and the registries of methods and aggregators."""
 
 from fedkern.methods.aggregators import AGGREGATORS, register_aggregator
 from fedkern.methods.base import LocalTraining, Method

@@ -1,4 +1,4 @@
-"""Aggregators: rules by which a server that averages combines its clients' networks (``--aggregator``)."""
+"""Aggregators: rules that combine the clients' networks on an averaging server (``--aggregator``)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 
 @dataclass(frozen=True)
 class Aggregator:
-    """An entry of ``AGGREGATORS``.
+    """Entry of ``AGGREGATORS``.
 
     Attributes:
-        name: the name on the command line.
         description: one line.
         function: ``function(vectors, weights, **options)``; None for the mean, which needs no list of vectors.
-        options: the options, as the command line reads them.
-        own: whether a user has registered the rule.
+        own: whether the rule is user-defined.
     """
 
     name: str
@@ -46,24 +44,32 @@ AGGREGATORS: Registry[Aggregator] = Registry("aggregator", code=lambda entry: en
 
 
 def register_aggregator(name: str) -> Callable[[F], F]:
-    """Decorate a rule that combines the clients' networks, so that ``--aggregator NAME`` knows it.
+    """Register a rule that combines the clients' networks, for ``--aggregator NAME``.
 
     The rule is called once a round with all uploads, as ``rule(vectors, weights, **options)``:
 
     - ``vectors``: a list of M tensors fp32 ``[P]`` in the order of the clients: a network's parameters, followed by
-      batch norm's running statistics where these travel;
+      batch norm's running statistics if these travel;
     - ``weights``: fp64 ``[M]``, the clients' weights in the average (``weighting``);
     - every further parameter is an option, given as ``--aggregator NAME:key=value,...``; its default is a text, a
       number, True or False.
 
-    It returns the new network, ``[P]``.
+    The rule returns the new network, ``[P]``.
 
     Args:
-        name: the rule's name; the docstring's first line is what ``list`` says of it.
+        name: the rule's name; the docstring's first line is its description in ``list``.
 
     Raises:
         ValueError: another rule has the name.
         TypeError: there is no docstring, or a parameter cannot be an option.
+
+    Example::
+
+        @register_aggregator("clipped_mean")
+        def clipped_mean(vectors, weights, low: float = 0.1):
+            "Weighted mean in which every client weighs at least ``low``."
+            shares = weights.clamp_min(low).to(vectors[0])
+            return torch.stack(vectors).T @ (shares / shares.sum())
     """
 
     def add(function: F) -> F:
@@ -89,7 +95,7 @@ def _options(name: str, function: Callable[..., object]) -> tuple[Option, ...]:
 
 
 class Rule:
-    """An aggregator with its options, as a text names them: ``NAME`` or ``NAME:key=value,...``.
+    """Aggregator with its options, from a text ``NAME`` or ``NAME:key=value,...``.
 
     Raises:
         UserError: an unknown aggregator or option, an option given twice, or a value of another type.
@@ -103,15 +109,11 @@ class Rule:
 
     @property
     def text(self) -> str:
-        """The name with all options, the same for every text that names this rule."""
+        """The name with all options, equal for all spellings of the rule."""
         return spell_options(self.entry.name, self.options)
 
     def __call__(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """Return the combination, in the dtype of ``vectors``, a list of M tensors ``[P]``.
-
-        Raises:
-            UserError: the rule cannot combine so many vectors, raises another exception, or does not return ``[P]``.
-        """
+        """Return the combination of M vectors ``[P]`` in their dtype, or raise UserError if the rule fails."""
         assert self.entry.function is not None
         self.used = True
         try:
@@ -134,16 +136,13 @@ class Rule:
         return mixed.detach().to(vectors[0])
 
     def check(self, uploads: int) -> None:
-        """Raise UserError where a rule of fedkern's own cannot combine this number of uploads."""
+        """Raise UserError if a built-in rule cannot combine this number of uploads."""
         if self.entry.function is not None and not self.entry.own:
             self([torch.zeros(1)] * uploads, [1.0] * uploads)
 
 
 class Gathered:
-    """The uploads of a round, kept until all are there: a robust rule compares every upload with the others.
-
-    Memory: M vectors of a network's parameters and running statistics, M the number of clients in a round.
-    """
+    """Uploads of a round, all kept in memory: a robust rule compares every upload with the others."""
 
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
@@ -152,17 +151,14 @@ class Gathered:
         self._weights: list[float] = []
 
     def add(self, message: Mapping[str, Tensor], weight: float) -> None:
-        """Add the `VECTORS` of an upload, as one vector: a rule that chooses a client chooses its whole network."""
+        """Add the `VECTORS` of an upload as one vector: a rule that chooses a client chooses its whole network."""
         vectors = {name: message[name] for name in VECTORS if name in message}
         self._sizes = {name: vector.numel() for name, vector in vectors.items()}
         self._vectors.append(torch.cat(list(vectors.values())))
         self._weights.append(weight)
 
     def result(self) -> dict[str, Tensor]:
-        """Return the combined vectors by name.
-
-        Empty where nothing was added.
-        """
+        """Return the combined vectors by name, empty without uploads."""
         if not self._vectors:
             return {}
         mixed = self._rule(self._vectors, self._weights)

@@ -1,8 +1,8 @@
-"""The base classes of a federated method: which messages travel, and what the server and the clients do with them.
+"""Base classes of federated methods: the messages that travel, and the work of the server and the clients.
 
-A *round* has one or more named *exchanges* (server -> clients -> server).  A *message* is a dict of named tensors and
-numbers.  A method does not know where it runs: it never writes a file, prints, picks a device, draws from a global
-generator or counts bytes.  The engine hands it a :class:`Server` and one :class:`Client` at a time.
+A *round* has one or more named *exchanges* (server -> clients -> server). A *message* is a dict of named tensors and
+numbers. A method never writes a file, prints, picks a device, draws from a global generator or counts bytes. The engine
+hands it a :class:`Server` and one :class:`Client` at a time.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ VOUCHED: Mapping[str, tuple[tuple[str, ...], Any]] = {
 
 
 class Method:
-    """A federated method.
+    """Base class of federated methods.
 
     Subclasses are registered with :func:`register`.
 
     A one-shot method (``one_shot = True``) has its own plan: the user gives no number of rounds, and
     ``federation.local_epochs`` is a client's whole budget, to be divided over the plan.
 
-    A pooled method (``pooled = True``) is not federated: a single client holds the data of all clients.  The byte
-    ledger counts one upload of every client's raw images and labels.
+    A pooled method (``pooled = True``) is not federated: a single client holds the data of all clients. The byte ledger
+    counts one upload of every client's raw images and labels.
 
-    The flags in `VOUCHED` vouch for hooks of the class that declares them.  A subclass that overrides such a hook and
+    The flags in `VOUCHED` vouch for hooks of the class that declares them. A subclass that overrides such a hook and
     does not declare the flag again loses the flag.
     """
 
@@ -105,7 +105,7 @@ class Method:
 
     @dataclass(frozen=True)
     class Options(BaseOptions):
-        """The method's options."""
+        """Options of the method."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -147,42 +147,42 @@ class Method:
 
     @property
     def needs(self) -> str:
-        """Requirements of the method on the run's network, one of four words.
+        """The requirement on the run's network, one of four words.
 
-        They are ``"logits"``, ``"features"`` (also ``features(images)`` and a ``head`` on them), ``"maps"`` (also
-        ``stages`` and ``tail``) or ``"stages"`` (all that a :class:`fedkern.models.StagedNetwork` has).
+        ``"logits"``, ``"features"`` (also ``features(images)`` and a ``head`` on them), ``"maps"`` (also ``stages`` and
+        ``tail``) or ``"stages"`` (everything that a :class:`fedkern.models.StagedNetwork` has).
 
-        A user's network that lacks it is refused before the run begins.
+        A user's network without the required parts is refused before the run begins.
         """
         return "logits"
 
     @property
     def takes_personal(self) -> bool:
-        """Return whether clients may keep parts of the network to themselves (``--personal``).
+        """True if clients may keep parts of the network to themselves (``--personal``).
 
-        Vectors of messages and of ``adjust_gradient`` and ``terms`` then have the length of what is shared.
+        Vectors of messages and of ``adjust_gradient`` and ``terms`` then have the length of the shared part.
         """
         return self.averages is not False and not self.one_shot
 
     @property
     def takes_buffers(self) -> bool:
-        """Return whether ``--buffers`` says what becomes of the running statistics of the clients' batch norms."""
+        """True if ``--buffers`` controls the running statistics of the clients' batch norms."""
         return True
 
     @property
     def allows_server_rule(self) -> bool:
-        """Return whether the server averages the whole network once a round, as ``--server-rule`` needs."""
+        """True if the server averages the whole network once a round, as ``--server-rule`` needs."""
         return self.averages is not False and not self.one_shot
 
     def architecture(self, client: ClientId) -> Architecture:
-        """Arguments of ``Client.network`` for this client's network, trained or loaded.
+        """Return the arguments of ``Client.network`` for a client's network, trained or loaded.
 
         Empty: the run's network.
         """
         return {}
 
     def check(self, client: Client) -> None:
-        """Raise UserError if a client's data lack what the method needs.
+        """Raise UserError if a client's data do not fit the method.
 
         Called before anything is written.
         """
@@ -193,13 +193,16 @@ class Method:
     def rounds(self, federation: Federation) -> Iterator[Round]:
         """Yield the plan: set-up rounds first (``one_off=True``), then the communication rounds.
 
-        It is made several times in a run and must be the same each time: draw from ``federation.rng``.
+        The engine makes the plan several times in a run, and all plans must be equal: draw from ``federation.rng``.
         """
         for _ in range(federation.rounds):
             yield Round()
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message] | None:
-        """One message for all participants, or one for each (a dict whose keys are client ids)."""
+        """Return one message for all participants, or a dict of messages by client id.
+
+        With ``may_skip_clients`` the dict may leave clients out, and None leaves all of them out.
+        """
         raise NotImplementedError
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
@@ -209,12 +212,12 @@ class Method:
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         """Return the declaration of a client's upload (see `fedkern.methods.uploads`).
 
-        By default the tensors that it was sent.
+        The default: the tensors of the message that the client was sent.
 
-        The engine checks the keys, shapes, dtypes and finite values of every upload before ``server_update`` sees it.
-        An upload that does not fit is refused, and the reason names the client.  If the method ``averages`` and the
-        declaration has the broadcast tensor itself under ``parameters``, the difference between the uploaded and the
-        broadcast tensor is the client's update.
+        The engine checks the keys, shapes, dtypes and finite values of every upload before ``server_update`` sees the
+        upload. An upload that does not fit is refused, and the reason names the client. If the method ``averages`` and
+        the declaration has the broadcast tensor itself under ``parameters``, the difference between the uploaded and
+        the broadcast tensor is the client's update.
 
         Args:
             server: the server; earlier uploads of this exchange may have changed its state.
@@ -225,7 +228,7 @@ class Method:
         return {name: value for name, value in message.items() if isinstance(value, Tensor)}
 
     def cohort_update(self, clients: Mapping[ClientId, Client], phase: Phase, messages: Messages) -> Messages | None:
-        """Answers of all clients of a ``cohort`` round, computed together.
+        """Return the answers of all clients of a ``cohort`` round, computed together.
 
         None asks the engine to call the clients one after another, in the same process.
 
@@ -241,7 +244,7 @@ class Method:
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         """Update the server's state from the uploads, which arrive one by one and need not be kept.
 
-        Every upload fits the declaration of ``expects``.  An upload is empty only where nothing is expected.
+        Every upload fits the declaration of ``expects``. An upload is empty only if the declaration requires nothing.
         """
         raise NotImplementedError
 
@@ -256,7 +259,7 @@ class Method:
         raise NotImplementedError
 
     def vectors(self, server: Server) -> Message:
-        """Flat vectors of the network that is evaluated, for methods with a single network."""
+        """Return the flat vectors of the evaluated network, for methods with a single network."""
         return vectors_of(server.state)
 
     def weight(self, server: Server, upload: Upload) -> float:
@@ -267,32 +270,32 @@ class Method:
         return 1.0
 
     def statistics_at(self, entry: Round) -> int | None:
-        """Index of the exchange before which batch norm's statistics are pooled.
+        """Return the index of the exchange before which batch norm's statistics are pooled.
 
         None: only before an evaluation.
         """
         return None
 
     def statistics_rows(self, client: Client) -> np.ndarray:
-        """Return the indices, int64, of the client's samples that the pooled batch-norm statistics are computed on."""
+        """Return the indices, int64, of the client's samples for the pooled batch-norm statistics."""
         return np.arange(client.samples)
 
     def untrained(self, client: Client) -> np.ndarray:
         """Return the indices, int64, of samples that the local training never uses.
 
-        Other parts of the method may use them.
+        Other parts of the method may use these samples.
         """
         return np.zeros(0, dtype=np.int64)
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
-        """Figures of ``model`` on a test set.
+        """Return the figures of ``model`` on a test set.
 
         ``data.batches()`` yields a :class:`Batch` at a time, in order.
 
-        The engine may call this from several threads, each with its own test set.  An override that does not ask
-        ``super`` calls ``data.keep`` with the logits [n, C] of all samples on the CPU, where that attribute is not
-        None: the figures of the run's end (AUROC, recall of every class ...) come from them.  Where every client has a
-        network of its own, the override calls ``data.keep(logits, client=k)`` for each.
+        The engine may call this method from several threads, each with its own test set. An override that does not call
+        ``super`` calls ``data.keep`` with the logits [n, C] of all samples on the CPU, if that attribute is not None:
+        the figures of the run's end (AUROC, recall of every class ...) come from the logits. If every client has its
+        own network, the override calls ``data.keep(logits, client=k)`` for each client.
 
         Returns:
             The figures of the task (``data.task.figures``), the main one first.
@@ -301,29 +304,29 @@ class Method:
         return data.task.figures(model, judged)
 
     def own_vectors(self, client: Client, message: Message) -> Message:
-        """Flat vectors of the network that a client uses, from its state and the global network's in ``message``.
+        """Return the flat vectors of a client's network, from its state and the global network's in ``message``.
 
-        A method that overrides this is judged by its clients' networks: a figure of a test set is their mean.
+        A method that overrides this method is judged by its clients' networks: a figure of a test set is their mean.
         """
         return message
 
     def evaluate_own(self, model: nn.Module, data: TestSet, client: Client) -> dict[str, float]:
-        """Figures, as :meth:`evaluate` returns them, of the network that this client would use on its own test set.
+        """Return the figures, as :meth:`evaluate`, of a client's network on the client's own test set.
 
-        Changes of ``client.state`` are dropped.  Where every client has a network of its own, ``model`` is that
-        network, and the call is made where the client works.  Elsewhere it is made where the server is, possibly from
-        several threads; over Flower ``client.state`` is empty there, since nodes keep it.
+        Changes of ``client.state`` are dropped. If every client has its own network, ``model`` is that network, and the
+        call is made where the client works. Otherwise the server makes the call, possibly from several threads; over
+        Flower ``client.state`` is empty then, since nodes keep it.
         """
         return self.evaluate(model, data)
 
     def oracle_metrics(
         self, server: Server, clients: Mapping[ClientId, Client], sets: Mapping[str, TestSet]
     ) -> dict[str, float]:
-        """Figures for the run's summary that only a simulation can compute, because they need every client's data.
+        """Return figures that only a simulation can compute, because they need every client's data.
 
-        The engine calls this once at the end and counts no bytes for it.  With private records (``--records``) the
-        summary keeps only the ``derived_figures`` of the method's :class:`fedkern.privacy.Guarantee`, and no figure
-        unless the guarantee covers every release.
+        The engine calls this method once at the end, for the run's summary, and counts no bytes. With private records
+        (``--records``) the summary keeps only the ``derived_figures`` of the method's
+        :class:`fedkern.privacy.Guarantee`, and no figure unless the guarantee covers every release.
 
         Args:
             sets: the test sets (see :meth:`evaluate`) by the prefix of their figures' names.
@@ -331,15 +334,16 @@ class Method:
         return {}
 
     def diagnose(self, observed: Mapping[str, Observed]) -> dict[str, str]:
-        """Named one-sentence warnings from the scalars that clients reported (``loss`` and ``client.report``)."""
+        """Return named one-sentence warnings from the scalars that clients reported.
+
+        The scalars are those of ``loss`` and ``client.report``.
+        """
         return {}
 
     def guarantee(self, server: Server) -> Guarantee | None:
-        """Return the method's differential privacy guarantee: what it covers and what not.
+        """Return the method's differential-privacy guarantee: the releases that it covers, and the others.
 
-        None without privacy options.
-
-        The engine calls this after :meth:`start`.
+        None without privacy options. Called after :meth:`start`.
         """
         return None
 
@@ -356,12 +360,12 @@ class LocalTraining(Objective, Method):
     them travel, ``buffers`` fp32 [Q] (running statistics) and ``integers`` int64 [R].
 
     The server averages parameters and running statistics with the same weights, in fp64 and in client order
-    (`fedkern.ops.Accumulator`).  The mean of equal networks is that network.  Of ``num_batches_tracked`` the largest
-    value of the participants is taken.  Buffers that are not persistent, and running statistics of frozen batch norms,
-    do not travel.
+    (`fedkern.ops.Accumulator`). The mean of equal networks is that network. For ``num_batches_tracked`` the server
+    takes the participants' largest value. Buffers that are not persistent, and running statistics of frozen batch
+    norms, do not travel.
 
-    A client's samples are the number that the client declares.  With ``--privacy-unit patient`` that is patients times
-    images per patient.
+    A client's weight uses its declared number of samples. With ``--privacy-unit patient`` that is patients times images
+    per patient.
     """
 
     @dataclass(frozen=True)
@@ -399,8 +403,8 @@ class LocalTraining(Objective, Method):
     def average(self, server: Server, uploads: Iterable[Upload]) -> Message:
         """Return the uploads' weighted means of ``parameters`` and ``buffers``, and the largest ``integers``.
 
-        With ``--aggregator`` another rule takes the place of the mean.  With ``--server-rule`` the parameters are those
-        after a step of a server optimiser from ``server.state["parameters"]`` towards them.
+        ``--aggregator`` replaces the mean by another rule. With ``--server-rule`` the parameters result from a step of
+        a server optimiser from ``server.state["parameters"]`` towards the mean.
         """
         means: dict[str, Summing] = {}
         server.marks.update(("average", "server_step"))

@@ -1,26 +1,25 @@
 """FedDRA (arXiv 2404.03854, TMLR): federated vision-language pre-training with distributionally robust client weights.
 
-The objective of client k (docs/methods/feddra.md, section 5), where S are the similarities of the unit embeddings
-divided by tau = 0.07, and the anchors z* are the unit embeddings of the frozen global model:
+The objective of client k (docs/methods/feddra.md, section 5), with S the similarities of the unit embeddings over tau =
+0.07, and the anchors z* the unit embeddings of the frozen global model:
 
     L_k = lambda1 (CE(S, diag) + CE(S^T, diag)) + mu (MSE(z*_x, z_x) + MSE(z*_y, z_y))
 
 A round has three exchanges:
 
-- ``alignment``: clients train the alignment layers and heads with frozen encoders, and upload only these modules.
-- ``joint``: clients train everything, starting from their own alignment modules or, with ``joint_start=average``, from
-  the average.  The anchor model has the encoders from the start of the round and the averaged alignment modules.
-  Without anchors and with ``joint_start=own`` no client needs that average, and the alignment modules are not uploaded.
-- ``losses``: every client reports the new model's contrastive loss on samples that it never trains on.  The losses
-  determine the client weights of the next round's averages (`fedkern.methods.common.dro`).  The anchor model equals
-  the evaluated model here, so the anchor term is zero.
+- ``alignment``: clients train and upload only the alignment layers and heads, with frozen encoders.
+- ``joint``: clients train everything, from their own alignment modules or, with ``joint_start=average``, from the
+  average. The anchor model has the round's first encoders and the averaged alignment modules. Without anchors and with
+  ``joint_start=own`` the alignment modules are not uploaded.
+- ``losses``: every client reports the new model's contrastive loss on held-out samples, for the next round's client
+  weights (`fedkern.methods.common.dro`). The anchor term is zero here, as the anchor model is the evaluated one.
 
-A client keeps the model that it got with ``losses`` and needs no other model in the next round.  A round costs the
-alignment modules and the model once each way, and a few numbers.
+A client keeps the model of ``losses`` for the next round, so a round costs the alignment modules and the model once
+each way.
 
 With ``--buffers pool``, the default on image-text data, clients get the new model before ``losses``, to estimate batch
-norm's statistics under that model (`fedkern.methods.common.pooling`); ``losses`` then sends only the statistics.
-``--buffers average`` is the published form: the client weights then follow losses that mostly reflect wrong statistics.
+norm's statistics (`fedkern.methods.common.pooling`), and ``losses`` sends only the statistics. ``--buffers average`` is
+the published form, but there the client weights follow losses that mostly reflect wrong statistics.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ ALIGNMENT = PARTS[2:]
 
 @register("feddra")
 class FedDRA(Robust):
-    """Trains image and text encoders in two stages, with anchors and robust client weights (arXiv 2404.03854)."""
+    """Image and text encoders trained in two stages, with anchors and robust client weights (arXiv 2404.03854)."""
 
     requires = frozenset({"loss", "pairs", "images"})
     averages = True
@@ -101,7 +100,7 @@ class FedDRA(Robust):
 
     @property
     def paired(self) -> bool:
-        """Return whether a round has both stages."""
+        """True if a round has both stages."""
         return bool(self.options.stages == "two" and self.options.stage_schedule == "per_round")
 
     @property
@@ -114,7 +113,7 @@ class FedDRA(Robust):
 
     @property
     def averaged(self) -> bool:
-        """Whether the first stage's average is used: not if the second stage of the round overwrites it unread."""
+        """True unless the second stage overwrites the first stage's average unread."""
         return bool(not self.paired or self.options.anchors or self.options.joint_start == "average")
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
@@ -218,7 +217,7 @@ class FedDRA(Robust):
 
 
 def part_sizes(network: nn.Module) -> dict[str, int]:
-    """Return the number of elements, by vector, that belong to the submodules of the first stage (`ALIGNMENT`)."""
+    """Return the number of elements of the first stage's submodules (`ALIGNMENT`), by vector."""
     sizes = {}
     for vector, places in personal_parts.flatten(network).places().items():
         slices = [place for name, place in places.items() if name.partition(".")[0] in ALIGNMENT]
@@ -227,7 +226,7 @@ def part_sizes(network: nn.Module) -> dict[str, int]:
 
 
 def splice_ends(model: Mapping[str, Tensor], part: Mapping[str, Tensor]) -> Message:
-    """Return the vectors of a network with their ends replaced by ``part``, the vectors of the last submodules."""
+    """Return a network's vectors with their ends replaced by ``part``, the vectors of the last submodules."""
     return {
         name: torch.cat([model[name][: -len(part[name])], part[name]]) if name in part else model[name]
         for name in VECTORS

@@ -1,17 +1,17 @@
 """FedGID (arXiv 2504.00850): global intervention and distillation against attribute skew.
 
 Intervention: a client mixes the frozen global encoder's features of random backgrounds into its own features and keeps
-the label.  Distillation: the client pulls both its own and the mixed features towards the global encoder's features:
+the label. Distillation: the client pulls its own and the mixed features towards the global encoder's features:
 
     L = CE(z_I, y) + CE(z_INV, y) + lambda T^2 [KL_T(f_I || f_G) + KL_T(f_INV || f_G)]
 
-with KL_T(u || g) = KL(softmax(u / T) || softmax(g / T)) over the d feature channels, batch mean.  T is 1 in the paper;
+with KL_T(u || g) = KL(softmax(u / T) || softmax(g / T)) over the d feature channels, batch mean. T is 1 in the paper;
 T^2 keeps the gradient's size for other temperatures.
 
-``intervene=image`` is a variant of ours: f_INV are the features of the sample's object on a random background, composed
-in the image, so that nothing of the sample's own background is left in them.
+``intervene=image`` is not in the paper: f_INV are the features of the sample's object on a random background, composed
+in the image, so that nothing of the sample's own background is left.
 
-Only the model travels, so every round costs the bytes of FedAvg.
+Only the model travels.
 """
 
 from __future__ import annotations
@@ -97,16 +97,12 @@ class FedGID(LocalTraining):
 
     @property
     def _mixes(self) -> bool:
-        """Return whether backgrounds are mixed in.
-
-        With an alpha of 1 a mixture is the sample itself.
-        """
         return bool(self.options.intervention and self.options.alpha < 1)
 
     # -- the client ------------------------------------------------------------------------------------------------
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> Drawn:
-        """Return a random background for every sample."""
+        """Draw a random background for every sample."""
         if not self._mixes:
             return {}
         if "bank" not in client.round_cache:
@@ -168,11 +164,10 @@ class FedGID(LocalTraining):
     # -- the frozen global encoder ---------------------------------------------------------------------------------
 
     def prepare(self, model: StagedNetwork, batch: Batch, received: Received) -> Drawn:
-        """Return ``maps`` of backgrounds and ``rows``, int64 [B], of every sample's map (absent: in order).
+        """Return ``anchor``, and the backgrounds' ``maps`` with ``rows``, or ``composed`` images.
 
-        ``anchor``.
-
-        ``composed`` [B, C, H, W] instead of maps with ``intervene=image``.
+        ``rows`` int64 [B] is every sample's map (absent: in order). ``composed`` [B, C, H, W] replaces the maps with
+        ``intervene=image``.
         """
         tensors: Drawn = {}
         if self.options.distillation and self.options.lam:
@@ -184,10 +179,7 @@ class FedGID(LocalTraining):
         return tensors
 
     def _compose(self, batch: Batch) -> Tensor:
-        """Every sample's object on its background.
-
-        A sample of which no object is known stays as it is.
-        """
+        """Return every sample's object, or without a known object the whole sample, on its background."""
         drawn, masks = batch.drawn, batch.masks
         assert masks is not None
         backgrounds = drawn["images"] if "images" in drawn else drawn["bank"].take(drawn["index"])
@@ -216,7 +208,7 @@ class FedGID(LocalTraining):
         return {"maps": received.model.stages(bank.take(index), upto=stage)}
 
     def _anchor(self, batch: Batch, received: Received) -> Tensor:
-        """Return the global model's answer to the samples: features, or logits with ``distill_on=logits``."""
+        """Return the global model's features of the samples, or logits with ``distill_on=logits``."""
 
         def answer() -> Tensor:
             features: Tensor = received.model.features(batch.inputs)
@@ -253,7 +245,7 @@ class FedGID(LocalTraining):
 
 @contextmanager
 def batch_statistics_only(model: nn.Module) -> Iterator[None]:
-    """Batch norm in train mode normalises by the batch and does not update its running statistics."""
+    """Make batch norm in train mode keep its running statistics."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not model.training:
         layers = []

@@ -1,14 +1,13 @@
 """Fed-LPFM (arXiv 2311.08479): private foundation models teach the lightweight network that the clients share.
 
-Every client has a frozen teacher (CLIP zero-shot in the paper), which is never sent.  Only the proxy z, the lightweight
-network, is trained, communicated and used:
+Every client has a frozen teacher (CLIP zero-shot in the paper), which is never sent. Only the proxy z, the lightweight
+network, is trained and communicated:
 
     L = (1 - lambda) CE(z, y) + lambda T^2 KL(softmax(t / T) || softmax(z / T))        ("convex"; batch mean)
     L = CE(z, y) + lambda T^2 KL(...)                                                  ("additive")
 
-The KL is over all classes, including those that a client never sees: the gain under class splits comes from these.  The
-teacher's logits t are those of the images before augmentation, computed once and kept in the client's state.  A round
-costs the bytes of FedAvg on the proxy.
+The KL is over all classes, including classes that a client never sees, from which the gain under class splits comes.
+The teacher's logits t are of the images before augmentation, computed once and kept in the client's state.
 """
 
 from __future__ import annotations
@@ -157,7 +156,7 @@ class FedLPFM(LocalTraining):
     def divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
         """Return the distillation loss of proxy logits [B, C] against teachers' logits.
 
-        One teacher has [B, C], several have [K, B, C].
+        ``teacher`` is [B, C] for one teacher, [K, B, C] for several.
         """
         o = self.options
         temperature = float(o.temperature)
@@ -188,11 +187,13 @@ class FedLPFM(LocalTraining):
                     self._teachers[index].logits(batch.inputs)
 
     def _has_augmented(self, client: Client) -> bool:
-        """Return whether the proxy trains on augmented images."""
         return next(client.in_order(1, augment=True, rng=client.rng("look", BEFORE))).fresh
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        """Plan of FedAvg, with a set-up round for tuned teachers, which uploads only a figure for the experimenter."""
+        """Yield FedAvg's plan, with a set-up round for tuned teachers.
+
+        That round uploads only a figure for the experimenter.
+        """
         if self.options.lam and self.options.teacher_tuning != "zero-shot":
             yield Round(TUNE, exchanges=(TUNE,), participants="all", one_off=True, counted=False, trains="teachers")
         yield from super().rounds(federation)
@@ -212,10 +213,7 @@ class FedLPFM(LocalTraining):
             server.report["validation_tuned_teacher_accuracy"] = sum(right) / len(right)
 
     def _tune(self, client: Client) -> Message:
-        """Tunes the teachers that the client may use.
-
-        Uploads their mean validation accuracy as ``right``, if any.
-        """
+        """Tune the client's teachers, and return their mean validation accuracy as ``right``, if any."""
         each_round = self.options.backbone == "random-each-round"
         for index in self._used() if each_round else self.backbones(client, BEFORE):
             self._own_logits(client, index)
@@ -247,7 +245,7 @@ class FedLPFM(LocalTraining):
         return {"teacher": logits.index_select(logits.dim() - 2, send(torch.from_numpy(batch.indices), logits.device))}
 
     def backbones(self, client: Client, phase: Phase) -> list[int]:
-        """Positions of the teachers that a client uses in this round."""
+        """Return the positions of a client's teachers in this round."""
         o = self.options
         if o.backbone == "consistent":
             return list(range(o.teachers))
@@ -256,10 +254,9 @@ class FedLPFM(LocalTraining):
         return sorted(int(index) for index in drawn)
 
     def _mixture(self, logits: Tensor) -> Tensor:
-        """Teacher logits [K, B, C] in the form that the divergence takes.
+        """Return teacher logits [K, B, C] in the form for the divergence.
 
-        One teacher: [B, C].  Several teachers with KL: [K, B, C] unchanged.  Several teachers with another divergence:
-        [B, C], the logits of the teachers' mean probabilities.
+        One teacher: [B, C]. Several teachers: [K, B, C] with KL, else the logits [B, C] of their mean probabilities.
         """
         if len(logits) == 1:
             return logits[0]
@@ -269,10 +266,7 @@ class FedLPFM(LocalTraining):
         return temperature * (torch.logsumexp(log_softmax(logits / temperature, 2), 0) - math.log(len(logits)))
 
     def _own_logits(self, client: Client, index: int) -> Tensor:
-        """Return a teacher's logits [n, C] of the client's samples in stored order.
-
-        Computed once in a run.
-        """
+        """Return a teacher's logits [n, C] of the client's samples in stored order, computed once in a run."""
         answers: dict[int, Tensor] = client.state.setdefault("teacher_logits", {})
         if index not in answers:
             answers[index] = self._compute(client, index)
@@ -301,7 +295,7 @@ class FedLPFM(LocalTraining):
         return logits
 
     def _live(self, client: Client, index: int, batch: Batch) -> Tensor:
-        """Return a teacher's logits of a batch, of the same (augmented) images as the proxy sees."""
+        """Return a teacher's logits of the same (augmented) images as the proxy's."""
         teacher = self._teachers[index]
         if self.options.teacher_tuning == "zero-shot":
             return teacher.logits(batch.inputs).to(batch.inputs.device)
@@ -313,10 +307,7 @@ class FedLPFM(LocalTraining):
     # -- teachers --------------------------------------------------------------------------------------------------
 
     def _install(self, place: Client | Server, build: Callable[..., nn.Module]) -> None:
-        """Set the teachers' settings once.
-
-        The teachers themselves are built on first use.
-        """
+        """Set the teachers' settings once. Teachers are built on first use."""
         if hasattr(self, "_teachers"):
             return
         o = self.options
@@ -333,7 +324,7 @@ class FedLPFM(LocalTraining):
         )  # fmt: skip
 
     def _used(self) -> range:
-        """Positions of the teachers that some client may have."""
+        """Return the positions of teachers that some client may have."""
         return range(self.options.teachers if self.options.backbone == "consistent" else len(self._teachers.specs))
 
     # -- the server ------------------------------------------------------------------------------------------------
@@ -366,12 +357,12 @@ class FedLPFM(LocalTraining):
             self._proxy = trained_teacher(network, "proxy", len(server.classes), server.device)
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
-        """Figures of the proxy, and ``teacher_accuracy`` and ``public_proxy_accuracy`` where they can be computed.
+        """Return the proxy's figures, and if possible ``teacher_accuracy`` and ``public_proxy_accuracy``.
 
         - ``teacher_accuracy``: accuracy of the ensemble of the teachers that every client has; if clients draw their
-          teachers, the mean of the teachers' accuracies.  Missing with stored logits.  Tuned teachers count as they
-          were before tuning; ``validation_tuned_teacher_accuracy`` has the clients' mean accuracy of tuned teachers on
-          the validation split.
+          teachers, the mean of the teachers' accuracies. Missing with stored logits. Tuned teachers count as they were
+          before tuning; ``validation_tuned_teacher_accuracy`` has the clients' mean accuracy of tuned teachers on the
+          validation split.
         - ``public_proxy_accuracy``: accuracy of the proxy trained on the public images alone, like the embedded
           teacher.
         """
@@ -428,7 +419,7 @@ class FedLPFM(LocalTraining):
 
 @computing("fp32")  # in bf16 a teacher computes with a copy of its layers, whose calls are not counted
 def teacher_mflops(teacher: Teacher, images: Tensor) -> float:
-    """Millions of operations (matrix products and convolutions) of a teacher per image."""
+    """Return millions of operations (matrix products, convolutions) of a teacher per image."""
     with count_flops(teacher.network) as counter:
         teacher.logits(images)
     return counter.flops / len(images) / 1e6

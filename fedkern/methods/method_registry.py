@@ -1,4 +1,4 @@
-"""Registry of methods by name, and of the classes without a registered name that a script gave to a run."""
+"""Registry of methods by name, and of unregistered classes that a script gave to a run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,15 @@ M = TypeVar("M", bound="type[Method]")
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator that registers a method as ``name``.
+    """Register a class as the method ``name``.
 
-    The docstring's first line becomes its description.
+    The first line of the class's docstring becomes its description.
+
+    Example::
+
+        @register("mine")
+        class Mine(LocalTraining):
+            "FedAvg with my loss."
     """
 
     def add(cls: M) -> M:
@@ -63,18 +69,18 @@ def get(name: str) -> type[Method]:
 
 
 def unknown_method(name: str, likely: Iterable[str]) -> UserError:
-    """Return the error for a name that no method has, with the nearest of the ``likely`` words."""
+    """Return the error for an unknown method, with the nearest of the ``likely`` words."""
     known = f"Known methods: {', '.join(sorted(METHODS))}"
     return UserError(f'Unknown method "{name}".{suggest_name(name, likely)} {known}; --plugin FILE.py adds others.')
 
 
 def option_names(method: str) -> set[str]:
-    """Names under which a method option can be given."""
+    """Return the names under which a method option can be given."""
     return {name for entry in get(method).Options.declared() for name in (entry.name, entry.field)}
 
 
 def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> dict[str, Value]:
-    """Return the given method options by published name, converted, without defaults and with absolute paths.
+    """Return the given method options by published name, converted, with absolute paths, without defaults.
 
     Raises:
         UserError: an unknown option, a value out of range, or a path in the home folder of an unknown user.
@@ -85,31 +91,18 @@ def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> d
 
 
 def owners(option: str) -> str:
-    """Return a hint that names the methods with an option.
-
-    Empty where none has it.
-    """
+    """Return a hint that names the methods with an option, empty if none has it."""
     methods = [method for method in METHODS if option in option_names(method)]
     return f" It is a method option of {first_of(methods, 3)}." if methods else ""
 
 
 def short(name: str) -> str:
-    """Return a method's name.
-
-    That of a class without its module.
-    """
+    """Return a method's name, of a class without its module."""
     return name.rpartition(":")[2].rpartition(".")[2] if name.startswith(CLASS) else name
 
 
 def check_network(method: str, needs: str, network: nn.Module, data: Offering, text: str) -> None:
-    """Raise UserError where a method needs more of a network than this one has.
-
-    Args:
-        method: name of the method.
-        needs: a name in `LEVELS`.
-        data: what the method learns of, with what it ``offers``.
-        text: the network's name, for the message.
-    """
+    """Raise UserError if a method needs (a name in `LEVELS`) more of a network than the network has."""
     has = level(network)
     if LEVELS.index(needs) <= LEVELS.index(has):
         return

@@ -1,4 +1,4 @@
-"""Options of a method: one dataclass that the command line, the config file, ``list`` and the range checks read."""
+"""Options of a method: one dataclass for the command line, the config file, ``list`` and the range checks."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ class Options(OptionTable):
         """Make the options from ``["alpha=0.6", "lambda=1"]`` or from a mapping of published or field names.
 
         Raises:
-            UserError: an unknown name (the message suggests the nearest one), a value of the wrong type or out of
-                range, a word without ``=``, or the same option twice.
+            UserError: an unknown name, a wrong value, a word without ``=``, or an option given twice.
         """
         pairs: list[tuple[str, object]] = []
         if isinstance(options, Mapping):
@@ -66,7 +65,7 @@ class Options(OptionTable):
 
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Self:
-        """Make the options of values by published name that are converted already."""
+        """Make the options from converted values by published name."""
         fields = {entry.name: entry.field for entry in cls.declared()}
         options = cls()
         for name, value in values.items():
@@ -76,14 +75,13 @@ class Options(OptionTable):
         return options
 
     def code(self) -> list[tuple[str, str]]:
-        """Code that the given values name and a run imports: pairs of an option's published name and the code's."""
+        """Return the code that given values import: pairs of an option's published name and the code's name."""
         given = [(entry, entry.code) for entry in self.declared() if entry.field in self._given]
         return [(entry.name, part) for entry, code in given if code for part in code(getattr(self, entry.field))]
 
     def given(self) -> dict[str, Value]:
-        """Return the values that this object was constructed with, without defaults, by published name."""
+        """Return the given values by published name, without defaults."""
         return {entry.name: getattr(self, entry.field) for entry in self.declared() if entry.field in self._given}
 
     def to_dict(self) -> dict[str, Value]:
-        """All option values by published name."""
         return {entry.name: getattr(self, entry.field) for entry in self.declared()}

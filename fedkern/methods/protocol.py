@@ -34,8 +34,8 @@ class Round:
         states: when the clients' states are written: after every ``"exchange"``, or once at the end of the ``"round"``
             (for rounds of many exchanges).
         cohort: whether all clients are computed together in the server's process (:meth:`Method.cohort_update`).
-        trains: what the round trains or sets up, in words for displays: ``"generator"``.  Rounds that train the same
-            take about the same time, from which displays estimate the time left.  Rounds are equal whatever it says.
+        trains: words for displays on what the round trains or sets up, such as ``"generator"``. Displays estimate the
+            time left from rounds with equal words. Comparisons of rounds ignore the words.
     """
 
     name: str = "train"
@@ -48,7 +48,7 @@ class Round:
     trains: str = field(default="", compare=False)
 
     def counts(self, exchange: str) -> bool:
-        """Return whether the messages of an exchange count."""
+        """Return whether the messages of an exchange count as communication."""
         return exchange in self.counted if isinstance(self.counted, tuple) else self.counted
 
 
@@ -72,15 +72,15 @@ BEFORE = Phase(-1, "", "update")
 
 @dataclass(frozen=True)
 class Upload:
-    """One client's upload to the server.
+    """Upload of one client to the server.
 
     ``samples`` is the client's number of training samples.
 
     With client-level differential privacy a round has a single upload, the released mean of its clients: ``client_id``
-    is -1, ``samples`` is 1, and ``share`` is the share of all clients that were asked.  Else ``share`` is None.
+    is -1, ``samples`` is 1, and ``share`` is the share of all clients that were asked. Else ``share`` is None.
 
-    ``staleness`` is the number of steps that the server has taken since it sent what the client trained: 0 in
-    synchronous rounds.
+    ``staleness`` is the number of steps that the server has taken since it sent the network that the client trained: 0
+    in synchronous rounds.
     """
 
     client_id: ClientId
@@ -92,14 +92,12 @@ class Upload:
 
 @dataclass(frozen=True)
 class Federation:
-    """Sizes that a plan may depend on.
-
-    No data.
+    """Sizes that a plan may depend on, without data.
 
     Attributes:
         rounds: communication rounds that the user asked for.
-        samples: public number of training samples per client.  Where patients are the unit of privacy, this is the
-            number of patients times the largest number of images of a patient.
+        samples: public number of training samples per client. With patients as the unit of privacy, the number of
+            patients times the largest number of images of a patient.
         classes: number of classes.
         local_epochs: epochs per round (for one-shot methods a client's whole budget).
         unit: the unit of privacy.
@@ -121,13 +119,14 @@ class Federation:
     def rng(self, purpose: str) -> np.random.Generator:
         """Return a generator for the draws of a plan.
 
-        It begins anew at every call, so that a plan is the same whenever it is made: on a resume, and in every process.
+        The generator begins anew at every call, so that all plans of a run are equal: on a resume, and in every
+        process.
         """
         return stream(self.seed, f"plan/{purpose}", round=-1)
 
 
 class Backgrounds(Protocol):
-    """Bank of training images whose objects are erased.
+    """Bank of training images with erased objects.
 
     Attributes:
         labels: int64 [N] (NumPy), the classes of the images that the backgrounds come from.
@@ -142,17 +141,14 @@ class Backgrounds(Protocol):
     def take(self, indices: np.ndarray | None, rng: np.random.Generator | None = None) -> Tensor:
         """Return the images at ``indices`` (None: all), fp32 [B, C, H, W], normalised.
 
-        Augmented when ``rng`` is given.
+        Augmented if ``rng`` is given.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Summary of a scalar that clients reported over the run.
-
-    A loss counts as a client's mean over its batches.
-    """
+    """Summary of a scalar that clients reported over the run, a loss as a client's mean over its batches."""
 
     count: int
     mean: float
@@ -165,19 +161,18 @@ class Batch:
     """One mini-batch.
 
     Attributes:
-        inputs: what the network is called with: images fp32 [B, C, H, W], augmented and normalised, on the client's
-            device.
-        targets: labels as the task has them, int64 [B] or [B, H, W] (negative: unknown) or uint8 [B, L]; of image-text
+        inputs: the network's inputs: images fp32 [B, C, H, W], augmented and normalised, on the client's device.
+        targets: labels in the task's form, int64 [B] or [B, H, W] (negative: unknown) or uint8 [B, L]; for image-text
             pairs the tokenised texts (``fedkern.models.pretrained.vocabulary.Tokens``).
         indices: int64 [B] (NumPy), the samples' positions in the client's split.
         phase: the round and exchange that the batch is trained in.
         epoch: local epoch within the round, from 0.
-        fresh: whether the same index gives other inputs in every epoch, as where images are augmented.
-        drawn: what the method's ``draw`` and ``prepare`` returned for this batch.
-        per_sample: whether the loss must be a mean over samples of independent per-sample losses, as DP-SGD needs.  A
+        fresh: whether the same index gives other inputs in every epoch, as with augmented images.
+        drawn: the results of the method's ``draw`` and ``prepare`` for this batch.
+        per_sample: whether the loss must be a mean over samples of independent per-sample losses, as DP-SGD needs. A
             mean over all known pixels of the batch is not.
         raw: see ``data``.
-        masks: bool [B, H, W], the pixels of ``inputs`` that are objects, moved with them; only for methods that are
+        masks: bool [B, H, W], the pixels of ``inputs`` that are objects, augmented alike; only for methods that are
             ``masked``, else None.
         task: the run's task; ``batch.task.loss(model, batch)`` is its loss.
     """
@@ -196,15 +191,15 @@ class Batch:
 
     @property
     def data(self) -> Any:
-        """Return what ``collate_fn`` made of the samples, on the device.
+        """The result of ``collate_fn`` on the device.
 
-        Of images the pair of inputs and targets.
+        For images the pair of inputs and targets.
         """
         return (self.inputs, self.targets) if self.raw is None else self.raw
 
     @property
     def known(self) -> Tensor | int:
-        """Return how many of its targets are known: samples or, of a segmentation, pixels."""
+        """The number of known targets: samples or, for a segmentation, pixels."""
         return self.task.known(self)
 
     def __iter__(self) -> NoReturn:
@@ -233,13 +228,13 @@ class Samples(Protocol):
     def batches(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        """All samples in stored order, ``size`` at a time, normalised.
+        """Yield all samples in stored order, ``size`` at a time, normalised.
 
         Augmented only if ``augment``.
 
-        The last batch may be smaller.  A last batch of a single sample joins the batch before it, which then has
-        ``size + 1`` samples, because batch norm in train mode cannot normalise a single value per channel.  Batches of
-        one sample occur only with ``size`` 1 or with a single sample in all.
+        The last batch may be smaller. A last batch of a single sample joins the batch before it, which then has ``size
+        + 1`` samples, because batch norm in train mode cannot normalise a single value per channel. Batches of one
+        sample occur only with ``size`` 1 or with a single sample in all.
 
         Raises:
             ValueError: ``augment`` without ``rng``.
@@ -249,7 +244,7 @@ class Samples(Protocol):
     def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         """Return the images at ``indices``, fp32 [B, C, H, W], normalised.
 
-        Augmented when ``rng`` is given.
+        Augmented if ``rng`` is given.
 
         Augmentation moves pixel labels too; only `batches` returns the moved labels.
         """
@@ -257,7 +252,7 @@ class Samples(Protocol):
 
 
 class Received(Protocol):
-    """A client's input of this exchange, as ``loss`` and ``adjust_gradient`` see it."""
+    """Input of a client in this exchange, for ``loss`` and ``adjust_gradient``."""
 
     message: Message
     phase: Phase
@@ -285,12 +280,10 @@ class Received(Protocol):
 
 
 def batch_slices(count: int, size: int) -> list[slice]:
-    """Slices of ``count`` samples in consecutive batches of ``size``.
+    """Return slices of ``count`` samples in consecutive batches of ``size``, the last one possibly smaller.
 
-    The last batch may be smaller.
-
-    A last batch of a single sample joins the batch before it, which then has ``size + 1`` samples, because batch norm
-    cannot normalise a single value per channel.  Batches of one sample occur only with ``count`` 1 or ``size`` 1.
+    A last batch of one sample joins the batch before it, because batch norm cannot normalise a single value per
+    channel.
     """
     starts = list(range(0, count, size))
     if len(starts) > 1 and count - starts[-1] == 1 and size > 1:

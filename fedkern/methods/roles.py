@@ -22,21 +22,21 @@ Drawn = dict[str, Any]
 
 
 class Architecture(TypedDict, total=False):
-    """Arguments of ``Client.network`` and ``Server.build``: the name of a network, and channels of its first stage."""
+    """Arguments of ``Client.network`` and ``Server.build``: a network's name, and the channels of its first stage."""
 
     model: str | None
     width: int | None
 
 
 class Offering(Protocol):
-    """A task, or data with their task, and what these offer to methods."""
+    """Task, or data with their task, and the features that they offer to methods."""
 
     @property
     def offers(self) -> frozenset[str]: ...
 
 
 class TestSet(Protocol):
-    """Samples that a network is evaluated on, in batches of known targets."""
+    """Samples for an evaluation, in batches with known targets."""
 
     @property
     def task(self) -> Task: ...
@@ -44,18 +44,18 @@ class TestSet(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self) -> Iterator[Batch]:
-        """Return the samples in order."""
+        """Yield the samples in order."""
         ...
 
 
 class EvaluatedSet(JudgedSet, Protocol):
-    """A test set of the run, with what its last evaluation kept (`fedkern.engine.batches.reader.Reader`).
+    """Test set of the run, with the answers of its last evaluation (`fedkern.engine.batches.reader.Reader`).
 
     Attributes:
         split: the samples.
-        kept: the networks' answers, each with the network's client (None: the network is the run's).
+        kept: pairs of a network's client (None: the run's network) and answers.
         predictions: predicted classes of the last evaluation, int64 [n] (segmentation: [n, H, W]), or None.
-        metrics: the run's own metrics.
+        metrics: the run's user-defined metrics.
     """
 
     predictions: Tensor | None
@@ -79,35 +79,32 @@ class Objective:
 
     @property
     def masked(self) -> bool:
-        """Return whether training batches carry the objects' ``masks``.
+        """True if training batches carry the objects' ``masks``.
 
-        The client's images then have masks.
+        The client's images then must have masks.
         """
         return False
 
     def loss(self, model: Any, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the local objective of one batch, a scalar, by default the task's loss.
 
-        Optionally with named scalars whose means are recorded.
+        Optionally with a dict of named scalars, whose means are recorded.
         """
         return batch.task.loss(model, batch)
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> Drawn:
-        """Random draws of a batch.
-
-        The result becomes ``batch.drawn``.
-        """
+        """Return random draws for a batch, which become ``batch.drawn``."""
         return {}
 
     def prepare(self, model: Any, batch: Batch, received: Received) -> Drawn:
-        """Return what the loss takes from elsewhere than the trained network, such as answers of frozen ones, by name.
+        """Return inputs of the loss beside the trained network, by name, such as a frozen network's outputs.
 
         Called before ``loss``, without gradients; the result joins ``batch.drawn``.
         """
         return {}
 
     def terms(self, received: Received) -> Terms | None:
-        """Terms added to the gradient of every step of the exchange.
+        """Return the terms added to the gradient of every step of the exchange.
 
         Called once, before the first step.
         """
@@ -116,7 +113,7 @@ class Objective:
     def adjust_gradient(self, parameters: Tensor, gradients: Tensor, received: Received) -> None:
         """Change ``gradients`` [P] in place, after the backward pass and before the optimiser.
 
-        Override this method for changes that :meth:`terms` cannot express.  The default adds the terms; an override
+        Override this method for changes that :meth:`terms` cannot express. The default adds the terms; an override
         replaces them.
         """
         terms = self.terms(received)
@@ -125,14 +122,12 @@ class Objective:
 
 
 class Node(Protocol):
-    """Base of client and server: the device and the run's task and data.
+    """Base of client and server: the device, and the run's task and data.
 
     Attributes:
-        device: the device of networks and batches.
-        task: what the run learns.
         classes: the class names, in label order.
         image_shape: channels, height and width of a network's input.
-        image_dtype: of stored images, uint8, or float32 of a Dataset that gives floats.
+        image_dtype: of stored images, uint8, or float32 for a Dataset of floats.
         mean, std: per channel, of images in [0, 1]; a normalised image is ``(image - mean) / std``.
         public: public labelled images, which no client holds (``--public-samples``), or None.
     """
@@ -157,11 +152,11 @@ class Node(Protocol):
     def public(self) -> Samples | None: ...
 
     def noise(self, samples: int, rng: np.random.Generator) -> object:
-        """Return the inputs of a network for so many samples, of normally distributed numbers, on the device."""
+        """Return normally distributed inputs of a network for ``samples`` samples, on the device."""
         ...
 
     def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
-        """Return the client's (or the server's) own random stream for a purpose, round and exchange."""
+        """Return the node's own random stream for a purpose, round and exchange."""
         ...
 
     def warn(self, name: str, text: str) -> None:
@@ -169,27 +164,24 @@ class Node(Protocol):
         ...
 
     def notice(self, text: str) -> None:
-        """Show the progress of a long operation to the user at once.
-
-        The text is not stored.
-        """
+        """Show the progress of a long operation to the user at once, without storing the text."""
         ...
 
 
 class Client(Node, Protocol):
-    """A client as its method sees it.
+    """Interface of a client to its method.
 
     Attributes:
-        label: the client in messages: its number and, where the data name clients, its name, ``1 (Berlin)``.
+        label: the client in messages: its number and, if the data name clients, its name, ``1 (Berlin)``.
         samples: number of training samples, n.
-        declared: public number of training samples (``Federation.samples``), which weights and schedules use.
-        labels: int64 [n], or [n, H, W] for segmentation, on the CPU; samples that are no images have none.
-        known: how many targets are known, samples or, of a segmentation, pixels.
-        state: kept from round to round: tensors, numbers, strings and dicts of these, read back on the CPU.  A private
+        declared: public number of training samples (``Federation.samples``), for weights and schedules.
+        labels: int64 [n], or [n, H, W] for segmentation, on the CPU. Samples other than images have no labels.
+        known: number of known targets, samples or, for a segmentation, pixels.
+        state: kept from round to round: tensors, numbers, strings and dicts of these, read back on the CPU. A private
             method keeps the ``state`` of the client's :class:`fedkern.privacy.Accountant` under
-            ``fedkern.privacy.LEDGER``.  The names ``personal``, ``buffers_local`` and ``encoders`` are taken.
+            ``fedkern.privacy.LEDGER``. The names ``personal``, ``buffers_local`` and ``encoders`` are taken.
         round_cache: kept between the exchanges of a round and dropped after the round.
-        report: figures of the client in the round's record: numbers by names of their own (not ``samples``).
+        report: figures of the client in the round's record: numbers under new names (not ``samples``).
     """
 
     id: ClientId
@@ -211,7 +203,7 @@ class Client(Node, Protocol):
 
     @property
     def groups(self) -> np.ndarray | None:
-        """Group of every sample (patient, case or image), int64 [n], counted from 0.
+        """The group of every sample (patient, case or image), int64 [n], counted from 0.
 
         None if all groups are single.
 
@@ -221,7 +213,7 @@ class Client(Node, Protocol):
 
     @property
     def patients(self) -> np.ndarray | None:
-        """Patient of every sample, int64 [n], counted from 0.
+        """The patient of every sample, int64 [n], counted from 0.
 
         None unless patients are the unit of privacy.
         """
@@ -234,15 +226,12 @@ class Client(Node, Protocol):
 
     @property
     def own_buffers(self) -> Message:
-        """The buffers that training left at the client (``--buffers local``).
-
-        Empty where there are none.
-        """
+        """The buffers that training left at the client (``--buffers local``), or an empty dict."""
         ...
 
     @property
     def objects_known(self) -> bool:
-        """Return whether the client's images have object masks."""
+        """True if the client's images have object masks."""
         ...
 
     def network(
@@ -255,14 +244,14 @@ class Client(Node, Protocol):
     ) -> Any:
         """Return a freshly initialised network, in train mode, channels-last, on ``device``.
 
-        The run's random stream gives the initial weights, the same at every client and every call.  With ``stream``,
-        the client's own stream of that name gives them: the same at every call, but different between clients.
+        The run's random stream gives the initial weights, the same at every client and every call. With ``stream``, the
+        client's own stream of that name gives them: the same at every call, but different between clients.
 
         Args:
             model: name of another architecture than the run's.
             width: channels of the first stage (default: the run's width, or the default of ``model``).
             classes: number of outputs.
-            stream: name of the client's stream for initial weights of its own.
+            stream: name of the client's stream for its own initial weights.
 
         Raises:
             UserError: there is no such network.
@@ -281,36 +270,34 @@ class Client(Node, Protocol):
         anchor: Message | None = None,
         extras: Mapping[str, object] | None = None,
     ) -> Message:
-        """Return the engine's training loop: local epochs on ``method.loss`` from the received parameters.
+        """Run the engine's training loop: local epochs on ``method.loss`` from the received parameters.
 
         Args:
-            parts: names of the submodules to train, which must be adjacent in the network's vectors.  The other
+            parts: names of the submodules to train, which must be adjacent in the network's vectors. The other
                 submodules keep their values and stay in eval mode; ``method.loss`` must not send gradients into them.
             steps: optimiser steps instead of the run's local budget.
             rows: int64, the samples to train on; None for all.
             anchor: flat vectors of ``received.model``, if that differs from the network that training starts from.
-            extras: what the method's ``loss``, ``terms`` or ``adjust_gradient`` finds in ``received.extras``.
+            extras: the mapping that the method's ``loss``, ``terms`` or ``adjust_gradient`` finds in
+                ``received.extras``.
 
         Returns:
             ``{"parameters": fp32 [P], ...}`` with ``"buffers"`` fp32 [Q] and ``"integers"`` int64 [R] if the buffer
-            policy lets them travel; with ``parts``, the vectors of these submodules alone.  All are on the CPU: only
-            for fedkern's own methods they may stay on the GPU (see `Method.reduce`).
+            policy lets them travel; with ``parts``, the vectors of these submodules alone. All are on the CPU: only for
+            built-in methods they may stay on the GPU (see `Method.reduce`).
         """
         ...
 
     def statistics_fixed(self, phase: Phase) -> bool:
-        """Whether batch norm trains with the statistics that it starts from in this round (``--freeze-bn-after``).
+        """Return whether batch norm trains with the round's initial statistics (``--freeze-bn-after``).
 
-        With ``--buffers local`` not in a client's first round, which has to measure some.
+        With ``--buffers local`` False in a client's first round, which has to measure statistics.
         """
         ...
 
     @property
     def personal(self) -> Message:
-        """Return what the client keeps to itself of the network (``--personal``), tensors by name.
-
-        Empty without that.
-        """
+        """The client's own parts of the network (``--personal``), tensors by name, or an empty dict."""
         ...
 
     def frozen(self, message: Message) -> Any:
@@ -318,14 +305,14 @@ class Client(Node, Protocol):
 
         The next call overwrites the network.
 
-        With ``--personal`` the rest of it is the client's own.
+        With ``--personal`` the personal parts are the client's own.
         """
         ...
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
         """Return the client's own samples at ``indices`` (int64).
 
-        Augmented when ``rng`` is given.
+        Augmented if ``rng`` is given.
         """
         ...
 
@@ -340,11 +327,11 @@ class Client(Node, Protocol):
         rows: np.ndarray | None = None,
         first: int | None = None,
     ) -> dict[str, float]:
-        """Trains any module in place with the loop of :meth:`train`: all its parameters that require gradients.
+        """Train any module in place with the loop of :meth:`train`: all its parameters that require gradients.
 
         The loop minimises ``method.loss(module, batch, received)`` with the run's optimiser settings, a fresh optimiser
-        state and the random streams of ``phase``.  It calls ``module.train()`` first: a module whose frozen parts must
-        stay in eval mode overrides ``train``; batch norms whose parameters are frozen do.  ``adjust_gradient`` sees the
+        state and the random streams of ``phase``. It calls ``module.train()`` first: a module whose frozen parts must
+        stay in eval mode overrides ``train``; batch norms whose parameters are frozen do. ``adjust_gradient`` sees the
         trained parameters as one vector.
 
         Args:
@@ -372,11 +359,11 @@ class Client(Node, Protocol):
         *,
         rows: np.ndarray | None = None,
     ) -> dict[str, float]:
-        """Like :meth:`fit`, with DP-SGD on the samples at ``rows``.
+        """Train a module like :meth:`fit`, with DP-SGD on the samples at ``rows``.
 
         Books the release in the client's privacy ledger.
 
-        The clipping norm of ``spending`` takes the place of the run's ``clip_norm``.
+        The clipping norm of ``spending`` replaces the run's ``clip_norm``.
 
         ``method.loss`` gets batches with ``per_sample`` set, and must be a mean over independent per-sample losses.
 
@@ -388,7 +375,8 @@ class Client(Node, Protocol):
     def load_pretrained(self, module: nn.Module) -> bool:
         """Load the client's pretrained weights (``--teachers``) into ``module``.
 
-        False without ``--teachers``.
+        Returns:
+            False without ``--teachers``, else True.
 
         Raises:
             UserError: the weights are missing, damaged, not finite or of another architecture.
@@ -398,12 +386,12 @@ class Client(Node, Protocol):
     def in_order(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
-        """All samples of the client in stored order, like :meth:`Samples.batches`."""
+        """Yield all samples of the client in stored order, like :meth:`Samples.batches`."""
         ...
 
     @property
     def lr(self) -> float:
-        """Learning rate of the epoch that :meth:`batches` is in, or that it begins next."""
+        """Learning rate of the epoch that :meth:`batches` is in or begins next."""
         ...
 
     @property
@@ -416,24 +404,24 @@ class Client(Node, Protocol):
         ...
 
     def batches(self, phase: Phase | None = None) -> Iterator[Batch]:
-        """Return the next epoch of the batches that :meth:`train` takes in an exchange, for an own loop.
+        """Yield the next epoch of the batches that :meth:`train` takes in an exchange, for your own loop.
 
-        None is this exchange.
+        ``phase``: the exchange; None: this exchange.
 
-        With ``--local-steps``, and where a slow client is cut short, no batch follows the last step.  A user's own
-        network gets inputs as a DataLoader gives them.
+        With ``--local-steps``, and if a slow client is cut short, no batch follows the last step. A user's own network
+        gets inputs as a DataLoader gives them.
         """
         ...
 
     def model(self, message: Message) -> Any:
         """Return a copy of the network with the vectors of a message, in train mode.
 
-        It is the user's own module or fedkern's.
+        The network is the user's own module or a built-in one.
         """
         ...
 
     def upload(self, model: nn.Module) -> Message:
-        """Return the vectors of what :meth:`model` has returned, trained or replaced, as :meth:`train` returns them.
+        """Return the vectors of a trained or replaced :meth:`model`, in the form of :meth:`train`.
 
         Raises:
             UserError: the module has other tensors than the run's network.
@@ -442,7 +430,7 @@ class Client(Node, Protocol):
         ...
 
     def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:
-        """Accuracy of ``answer`` (images to logits [B, classes]) on the validation images.
+        """Return the accuracy of ``answer`` (images to logits [B, classes]) on the validation images.
 
         None if there are none.
 
@@ -456,7 +444,7 @@ class Client(Node, Protocol):
 
 
 class Summing(Protocol):
-    """A streaming weighted mean of vectors."""
+    """Streaming weighted mean of vectors."""
 
     def add(self, vector: Tensor, weight: float) -> None:
         """Add a vector with its weight."""
@@ -466,7 +454,7 @@ class Summing(Protocol):
 
 
 class Server(Node, Protocol):
-    """The server as its method sees it.
+    """Interface of the server to its method.
 
     Attributes:
         trained_vectors: names of the flat vectors that `Client.train` returns: ``parameters``, and ``buffers`` and
@@ -479,7 +467,7 @@ class Server(Node, Protocol):
             over clients and over rounds of that name.
         marks: names of the settings that the method has used.
         aggregator: rule that combines the clients' networks instead of their mean (``--aggregator``), or None.
-        optimiser: step towards the clients' average (``--server-rule``), or None where the server takes the average.
+        optimiser: step towards the clients' average (``--server-rule``), or None if the server takes the average.
     """
 
     federation: Federation
@@ -521,15 +509,15 @@ class Server(Node, Protocol):
                 picture.
             value: images in [0, 1], fp ``[n, C, H, W]``, or a table, fp ``[rows, columns]``; or a function that returns
                 either, called only in a round whose pictures are kept.
-            axes: labels of a table's rows, columns and values, for example ``("client", "class", "weight")``; without
-                a third one the values are labelled with the name.
+            axes: labels of a table's rows, columns and values, for example ``("client", "class", "weight")``; without a
+                third one the values are labelled with the name.
 
         Another shape, a name that is no file name, and an error in the function are a warning: the picture is missing.
         """
         ...
 
     def refuse(self, client: ClientId, reason: str) -> None:
-        """Refuses a client's upload for a reason that ``Method.expects`` cannot declare.
+        """Refuse a client's upload for a reason that ``Method.expects`` cannot declare.
 
         The refusal ends the run; with ``--on-nan skip`` the client is left out of the rest of the round instead.
 

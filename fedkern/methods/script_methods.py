@@ -1,8 +1,8 @@
-"""Method classes that a script gives to a run as they are, without a registered name.
+"""Unregistered method classes that a script gives to a run.
 
-A run stores such a class as ``class:MODULE:NAME``, with a fingerprint: the SHA-256 of the source of the class and of
-its bases outside fedkern.  A folder cannot hold the class, so whoever goes on with the run gives it again.  The module
-may be another one then: a script that was ``__main__`` is a module where another script imports it.
+A run stores such a class as ``class:MODULE:NAME``, with the SHA-256 of the source of the class and of its bases outside
+fedkern. A folder cannot hold the class, so a resuming script gives it again. The module may differ then: ``__main__``
+becomes a module when another script imports it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,7 @@ def name_of(kind: type[Method]) -> str:
 
 
 def give(kind: type[Method]) -> str:
-    """Make a class known to the runs of this process, and return its name.
-
-    A registered class keeps its own.
-
-    Raises:
-        UserError: the class cannot be made from its options, as a run makes it.
-    """
+    """Make a class known to the runs of this process, and return its name."""
     name = name_of(kind)
     if name.startswith(CLASS):
         _check(kind)
@@ -46,11 +40,7 @@ def give(kind: type[Method]) -> str:
 
 
 def give_again(kind: type[Method], name: str, folder: str | os.PathLike[str]) -> None:
-    """Make the class of a stored run, whose method has this name, known to this process.
-
-    Raises:
-        UserError: the run has another method.
-    """
+    """Make the class of a stored run known to this process, or raise UserError if the run has another method."""
     if name.startswith(CLASS):
         _check(kind)
         if kind.__name__ != short(name):
@@ -71,16 +61,11 @@ def check(
     folder: str | os.PathLike[str],
     trusted: Collection[str] = (),
 ) -> None:
-    """Check that the method of a stored run is known, and that its class is the one that the run began with.
+    """Raise UserError if the class of a stored run's method is not given, or changed since the run began.
 
     Args:
-        name: of the run's method.
-        sha256, stored: hash and identity of its class.
-        folder: the run folder.
-        trusted: has ``"method"`` where the class may have changed.
-
-    Raises:
-        UserError: the method is a class that is not given here, or whose code has changed.
+        sha256, stored: hash and identity of the class.
+        trusted: contains ``"method"`` if the class may have changed.
     """
     if not name.startswith(CLASS):
         return
@@ -100,7 +85,7 @@ def options_of(method: Method) -> dict[str, Value]:
     """Return the options that an object was made with, without defaults, by published name.
 
     Raises:
-        UserError: the object has values beside its options: a run makes its method anew, from the options alone.
+        UserError: the object has values beside its options, and a run makes its method anew from the options alone.
     """
     kind = type(method)
     options = getattr(method, "options", None)
@@ -121,12 +106,12 @@ def options_of(method: Method) -> dict[str, Value]:
 
 
 def fingerprint(kind: type[Method]) -> str:
-    """Return the hash of a class, of its bases outside fedkern and of what their code names."""
+    """Return the hash of a class, of its bases outside fedkern and of the code that they name."""
     return digest(identity_table({"method": kind}))
 
 
 def _check(kind: type[Method]) -> None:
-    """Raise UserError where a class declares its options wrongly or cannot be made from them."""
+    """Raise UserError if a class declares its options wrongly or cannot be made from them."""
     name = kind.__name__
     check_hooks(kind)
     if not issubclass(kind.Options, Options):

@@ -1,4 +1,4 @@
-"""Rules by which a server steps from its network towards the clients' average (``--server-rule``)."""
+"""Server rules: steps from the server's network towards the clients' average (``--server-rule``)."""
 
 from __future__ import annotations
 
@@ -35,15 +35,12 @@ SERVER_RULES: dict[str, tuple[Option, ...]] = {
 
 
 class ServerRule:
-    """A server optimiser (:func:`fedkern.ops.server_step`): FedAvgM, FedAdam, FedYogi or FedAdagrad.
+    """Server optimiser (:func:`fedkern.ops.server_step`): FedAvgM, FedAdam, FedYogi or FedAdagrad.
 
     Args:
         text: the rule and its options, as ``NAME`` or ``NAME:key=value,...``.
         learning_rate: the server's learning rate; None: 1 for the mean and momentum, 0.1, 0.01 and 0.1 for Adam, Yogi
             and Adagrad.
-
-    Raises:
-        UserError: an unknown rule or option, an option given twice, or a value out of range.
     """
 
     def __init__(self, text: str, learning_rate: float | None = None) -> None:
@@ -52,24 +49,19 @@ class ServerRule:
 
     @property
     def text(self) -> str:
-        """The name with all options, the same for every text that names this rule."""
+        """The name with all options, equal for all spellings of the rule."""
         return spell_options(self.name, self.options)
 
     @property
     def plain(self) -> bool:
-        """Return whether the rule takes the average as it is."""
+        """True if the server takes the average unchanged."""
         return self.name == MEAN and self.learning_rate in (None, 1.0)
 
     def step(self, state: dict[str, Tensor], average: Tensor) -> Tensor:
-        """Return the new network.
+        """Return the new network fp32 [P], from the clients' ``average`` fp32 [P].
 
-        Args:
-            state: the server's state, with ``parameters`` fp32 [P]; keeps the moments, ``server_first`` and
-                ``server_second``, fp32 [P], zeros at first.
-            average: the clients' average, fp32 [P].
-
-        Returns:
-            fp32 [P].
+        ``state``, the server's, has ``parameters`` and keeps the moments ``server_first`` and ``server_second``, fp32
+        [P].
         """
         self.used = True
         moments = {}

@@ -1,4 +1,4 @@
-"""Terms that a method adds to the gradient of every local step, in the form that the optimiser kernels take."""
+"""Terms that a method adds to the gradient of every local step, in the form of the optimiser kernels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Terms:
         v  = momentum v + g
         parameters -= lr v
 
-    The recorded loss is that of the batch, without these terms.
+    The recorded loss is the batch's, without these terms.
 
     Attributes:
         correction: fp32 [P], added to the gradient.

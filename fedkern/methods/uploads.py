@@ -1,7 +1,7 @@
 """Declarations of client uploads, and the check of an upload against its declaration.
 
-A declaration has the keys of the expected message.  Each value is a tensor (whose shape and dtype are expected),
-`Values`, a `Number`, a `Maybe` of one of these, or another dict.  Every tensor and number must be finite.
+A declaration has the keys of the expected message. Each value is a tensor (for its shape and dtype), `Values`, a
+`Number`, a `Maybe` of one of these, or another dict. Every tensor and number must be finite.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Values:
 class Number:
     """Declaration of a Python number, an integer if ``integer``.
 
-    ``low`` and ``high`` bound it as in `Values`.
+    ``low`` and ``high`` bound the number as in `Values`.
     """
 
     low: float | None = None
@@ -52,7 +52,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Maybe:
-    """Declaration of an entry that an upload may lack."""
+    """Declaration of an optional entry of an upload."""
 
     of: Tensor | Values | Number | Declaration
 
@@ -75,10 +75,7 @@ def is_alike(value: Tensor, tensor: Tensor) -> bool:
 
 
 def make_once(round_cache: Cache, key: str, make: Callable[[], T]) -> T:
-    """Return the result of ``make()``, computed once a round.
-
-    For declarations that need a network to be built.
-    """
+    """Return the result of ``make()``, computed once a round, for declarations that build a network."""
     name = ("declared", key)
     if name not in round_cache:
         round_cache[name] = make()
@@ -93,12 +90,9 @@ def needs_something(declared: Declaration) -> bool:
 
 
 def why_refused(message: object, declared: Declaration, known_finite: Tensor | None = None) -> str:
-    """Reason why an upload does not fit its declaration, as the end of a sentence.
+    """Return the reason why an upload does not fit its declaration, as the end of a sentence, or "".
 
-    Empty if the upload fits.
-
-    Args:
-        known_finite: a tensor of the upload that is already known to be finite.
+    ``known_finite``: a tensor of the upload that was already checked.
     """
     sizes: dict[str, int] = {}
     return next(_faults(message, declared, "", sizes, known_finite), "")
@@ -164,7 +158,7 @@ def _tensor(
 
 
 def infinite_as_sent(came: Tensor, due: Tensor | Values) -> bool:
-    """Whether all elements are finite, or the same infinities as were sent: a causal mask of -inf among the buffers."""
+    """Return whether all infinities were sent so, such as a causal mask of -inf among the buffers."""
     if not isinstance(due, Tensor) or due.is_meta:
         return False
     return bool((came.isfinite() | (came == due.to(came.device))).all())
@@ -183,10 +177,7 @@ def _number(came: object, due: Number, name: str) -> Iterator[str]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether no element is NaN or infinite.
-
-    One pass that writes nothing, unless the sum overflows.
-    """
+    """Return whether no element is NaN or infinite, in one pass that writes nothing (unless the sum overflows)."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return True
     tensor = tensor.detach()

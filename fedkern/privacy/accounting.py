@@ -1,7 +1,7 @@
-"""Ledger of one client's releases, and their epsilon in total and by channel, by Google's dp-accounting.
+"""Privacy ledger of a client, and its epsilon in total and by channel, by Google's dp-accounting.
 
 Neighbouring data sets differ in one *replaced* record, the unit of privacy, so the number of records is public.
-`fedkern.privacy.bounds` says how releases are accounted for.
+`fedkern.privacy.bounds` holds the bounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EXACT = 1e-3  # relative width at which the search for noise ends
 
 @dataclass(frozen=True)
 class Figure:
-    """A client's epsilon at one delta: of all channels together, and of each channel alone at the whole delta."""
+    """Epsilon of a client at one delta: of all channels together, and of each channel alone at the whole delta."""
 
     epsilon: float
     delta: float
@@ -29,10 +29,10 @@ class Figure:
 
 
 class Accountant:
-    """The ledger of one client: its releases by channel, and their epsilon.
+    """Privacy ledger of a client: releases by channel, and their epsilon.
 
     Args:
-        state: an earlier value of :attr:`state`, for example from ``client.state``; None or empty: no releases yet.
+        state: an earlier value of :attr:`state`, for example from ``client.state``. None or empty: no releases yet.
 
     Raises:
         ValueError: ``state`` holds an entry that no release books.
@@ -50,26 +50,23 @@ class Accountant:
 
     @property
     def state(self) -> dict[str, list[list[str | float]]]:
-        """The ledger as plain lists.
-
-        Equal releases share one entry, so they do not make it longer.
-        """
+        """The ledger as plain lists, one entry per kind of equal releases."""
         return {name: [[e.kind, e.noise, e.rate, e.steps] for e in rows] for name, rows in self._entries.items()}
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """The channels in which something was released, in the order of their first releases."""
+        """The channels with releases, in the order of their first releases."""
         return tuple(self._entries)
 
     def gaussian(self, channel: str, noise: float, *, shards: int = 1, drawn: int = 1, steps: int = 1) -> None:
-        """Books ``steps`` releases of the Gaussian mechanism.
+        """Book ``steps`` releases of the Gaussian mechanism.
 
         Args:
             channel: the name under which the releases are reported.
-            noise: standard deviation of the noise over the sensitivity.  The sensitivity is the largest Euclidean
-                change of the whole release when one record is replaced.  0 protects nothing.
-            shards: number of shards of the data, of which ``drawn`` serve the release.  They must be drawn at random,
-                without replacement and in secret for each step.  No other release, then or later, may depend on the
+            noise: standard deviation of the noise over the sensitivity. The sensitivity is the largest Euclidean change
+                of the whole release when one record is replaced. 0 protects nothing.
+            shards: number of shards of the data, of which a release uses ``drawn``. They must be drawn at random,
+                without replacement and in secret for each step. No other release, then or later, may depend on the
                 draw.
             drawn: how many shards are drawn, at most ``shards``.
             steps: number of such releases.
@@ -85,7 +82,7 @@ class Accountant:
         self._book(channel, Entry(GAUSSIAN, float(noise), drawn / shards, steps))
 
     def dp_sgd(self, channel: str, noise: float, *, rate: float, steps: int) -> None:
-        """Books steps of DP-SGD: Poisson-sampled batches, per-sample gradients clipped, noise on their sum.
+        """Book steps of DP-SGD: Poisson-sampled batches, per-sample gradients clipped, noise on their sum.
 
         Args:
             channel: the name under which the steps are reported.
@@ -111,7 +108,7 @@ class Accountant:
     def epsilon(self, delta: float, channel: str | None = None) -> float:
         """Return the epsilon at ``delta`` of all channels together, or of one.
 
-        Infinite where a release had no noise.
+        Infinite if a release had no noise.
 
         Raises:
             ValueError: ``delta`` is not in (0, 1).
@@ -124,7 +121,7 @@ class Accountant:
         )
 
     def figure(self, delta: float) -> Figure:
-        """Return the epsilon of all channels together and of each alone."""
+        """Return the epsilon of all channels together and of each channel alone."""
         return Figure(self.epsilon(delta), delta, {name: self.epsilon(delta, name) for name in self._entries})
 
 
@@ -147,7 +144,6 @@ def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: f
 
     @functools.cache
     def excess(logarithm: float) -> float:
-        """Logarithm of epsilon over its target, kept finite for the bracketed search."""
         value = account(math.exp(logarithm)).epsilon(delta)
         return min(math.log(value / epsilon), 50.0) if value > 0 else -50.0
 

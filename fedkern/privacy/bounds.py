@@ -1,18 +1,16 @@
 """Epsilon of Gaussian releases at one delta, one record replaced: the least of several valid bounds.
 
-Three accountants, each for the kinds of release that it supports:
+    Accountant  Releases that it supports
+    exact       all data: together one Gaussian mechanism, whose curve is known (Balle and Wang, ICML 2018)
+    PLD         all data, and Poisson-sampled: privacy loss distributions, rounded up (Doroshenko et al., PETS 2022),
+                of q N(-1, s^2) + (1 - q) N(0, s^2) against q N(1, s^2) + (1 - q) N(0, s^2)
+    RDP         all data, and n shards in m without replacement: Renyi differential privacy (Mironov, CSF 2017; Wang,
+                Balle and Kasiviswanathan, AISTATS 2019)
+                Poisson-sampled, a record added or removed: a replacement is one removal and one addition, which turns
+                (epsilon, delta) into (2 epsilon, (1 + exp(epsilon)) delta)
 
-    exact   Releases of all data: together one Gaussian mechanism, whose curve is known (Balle and Wang, ICML 2018).
-    PLD     Releases of all data and Poisson-sampled releases, by privacy loss distributions, rounded up (Doroshenko et
-            al., PETS 2022).  Where a record is replaced, the distributions are those of
-            q N(-1, s^2) + (1 - q) N(0, s^2) against q N(1, s^2) + (1 - q) N(0, s^2).
-    RDP     Releases of all data and releases of n shards in m, drawn without replacement, which PLD does not support:
-            by Renyi differential privacy (Mironov, CSF 2017; Wang, Balle and Kasiviswanathan, AISTATS 2019).
-            Poisson-sampled releases where a record is added or removed.  A replacement is one removal and one addition,
-            which turns (epsilon, delta) into (2 epsilon, (1 + exp(epsilon)) delta).
-
-Releases that no single accountant supports share delta (basic composition).  Every split of delta gives a valid bound.
-The splits that are tried do not depend on data, so the least of these bounds is valid too.
+Releases that no single accountant supports share delta (basic composition). Every split of delta gives a valid bound,
+and so does the least of them, because the splits do not depend on data.
 """
 
 from __future__ import annotations
@@ -44,8 +42,8 @@ class Entry:
     """Equal releases.
 
     Attributes:
-        kind: ``GAUSSIAN``, with the change by a replaced record as sensitivity, or ``DP_SGD``, with the change by an
-            added record as sensitivity, half of the former.
+        kind: ``GAUSSIAN``, whose sensitivity is the change by a replaced record, or ``DP_SGD``, whose sensitivity is
+            the change by an added record, half as large.
         noise: standard deviation of the noise over this sensitivity.
         rate: shards drawn over all shards, or the probability that a record is in a batch.
         steps: number of releases.
@@ -70,13 +68,7 @@ def need_accounting() -> ModuleType:
 
 
 def bound_replaced(entries: Entries, delta: float) -> float:
-    """Return the epsilon of all releases at ``delta``, one record replaced.
-
-    Infinite where a release has no noise.
-
-    Raises:
-        UserError: dp-accounting is not installed.
-    """
+    """Return the epsilon of all releases at ``delta``, one record replaced (infinite without noise)."""
     entries = tuple(entry for entry in entries if entry.steps)
     if not entries:
         return 0.0
@@ -100,11 +92,7 @@ def bound_replaced(entries: Entries, delta: float) -> float:
 
 
 def added_or_removed(entries: Entries, delta: float) -> float:
-    """Return the epsilon of DP-SGD by RDP, one record added or removed, as libraries quote it.
-
-    Raises:
-        UserError: dp-accounting is not installed.
-    """
+    """Return the epsilon of DP-SGD by RDP, one record added or removed, as libraries quote it."""
     return _rdp(entries, "ADD_OR_REMOVE_ONE", delta)
 
 
@@ -112,7 +100,6 @@ def added_or_removed(entries: Entries, delta: float) -> float:
 
 
 def _together(unsampled: Entries, sampled: Entries, delta: float) -> float:
-    """Return the epsilon of releases of all data and Poisson-sampled releases together."""
     if not sampled:
         return _exact(unsampled, delta)
     bounds = [_losses(unsampled, sampled, delta)]
@@ -124,7 +111,7 @@ def _together(unsampled: Entries, sampled: Entries, delta: float) -> float:
 
 
 def _exact(unsampled: Entries, delta: float) -> float:
-    """Return the epsilon of Gaussian releases of noise z_i, which are together one of noise (sum of z_i^-2)^-1/2."""
+    """Return the epsilon of Gaussian releases of noise z_i: together one release of noise (sum of z_i^-2)^-1/2."""
     if not unsampled:
         return 0.0
     noise = math.fsum(entry.steps / entry.noise**2 for entry in unsampled) ** -0.5
@@ -134,7 +121,7 @@ def _exact(unsampled: Entries, delta: float) -> float:
 def _losses(unsampled: Entries, sampled: Entries, delta: float) -> float:
     """Return the epsilon by PLD.
 
-    Infinite where PLD is not tried, or does not support the releases under this relation.
+    Infinite if PLD is not tried, or does not support the releases under this relation.
     """
     rough = added_or_removed(sampled, TYPICAL) + _exact(unsampled, TYPICAL)
     if not rough < LARGEST:
@@ -148,7 +135,7 @@ def _losses(unsampled: Entries, sampled: Entries, delta: float) -> float:
 
 @functools.lru_cache(maxsize=16)
 def _distribution(unsampled: Entries, sampled: Entries, width: float) -> Any:
-    """Return the library's accountant of these releases, or None where it does not support them."""
+    """Return the library's accountant of the releases, or None if unsupported."""
     dp = need_accounting()
     import dp_accounting.pld
 
@@ -177,11 +164,9 @@ def _rdp(entries: Entries, relation: str, delta: float) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _curve(entry: Entry, relation: str) -> tuple[Any, Any]:
-    """Return the library's orders, and the Renyi divergences of one release at them.
+    """Return the library's orders, and the Renyi divergences of one release at the orders.
 
-    Divergences add up over releases.
-
-    Cached: a curve takes tenths of a second, an epsilon no time.
+    Cached: a curve takes tenths of a second. Divergences add up over releases.
     """
     dp = need_accounting()
     accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation[relation])
@@ -202,7 +187,7 @@ def _curve(entry: Entry, relation: str) -> tuple[Any, Any]:
 
 
 def _hop(sampled: Entries, delta: float) -> float:
-    """Return the epsilon of DP-SGD, one record replaced: one removal and one addition lead to the neighbour."""
+    """Return the epsilon of DP-SGD, one record replaced, by one removal and one addition."""
 
     def fits(logarithm: float) -> bool:
         inner = added_or_removed(sampled, math.exp(logarithm))

@@ -1,17 +1,17 @@
 """Client-level (user-level) differential privacy: DP-FedAvg of McMahan et al. (ICLR 2018, arXiv 1710.06963).
 
-A trusted server releases the clients' mean update.  One round is one release of the Gaussian mechanism:
+A trusted server releases the clients' mean update. A round is one release of the Gaussian mechanism:
 
     release = start + (sum over k of u_k min(1, C / |u_k|) + N(0, (Z C)^2 I)) / n
 
-u_k is the whole update of client k, n the number of clients asked, whoever answers; C is ``clip`` and Z is ``noise``.
+u_k is the whole update of client k, n the number of clients asked, whoever answers, C is ``clip`` and Z is ``noise``.
 
-Neighbouring federations differ in one client's whole data set, which is *replaced* by any other.  The sum then changes
-by at most 2 C, so a round's noise is Z / 2 sensitivities.  The paper has a client added or removed, which changes the
-sum by C: its epsilon is about half of this one.
+Neighbouring federations differ in one client's whole data set, which is *replaced* by another one. The sum then changes
+by at most 2 C, so a round's noise is Z / 2 sensitivities. The paper adds or removes a client, which changes the sum by
+C, so its epsilon is about half of this one.
 
-If the n clients of a round are drawn in secret and independently of other rounds, uniformly and without replacement out
-of N, a release is one of a sampled Gaussian mechanism (Wang, Balle and Kasiviswanathan, AISTATS 2019).
+If the n clients of a round are drawn out of N in secret, uniformly, without replacement and independently of other
+rounds, a release is one of a sampled Gaussian mechanism (Wang, Balle and Kasiviswanathan, AISTATS 2019).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ LEAST_VARIANCE = 0.1
 
 @dataclass(frozen=True)
 class ClientLevel:
-    """The mechanism of client-level differential privacy, and its accounting.
+    """Mechanism of client-level differential privacy, and its accounting.
 
     Attributes:
         clip: C, the largest Euclidean norm of a client's update, above 0.
         noise: Z, the standard deviation of the noise on the sum of the updates over C; 0: no noise.
-        delta: the delta at which epsilon is told, in (0, 1).
+        delta: the delta at which epsilon is reported, in (0, 1).
     """
 
     clip: float
@@ -55,14 +55,15 @@ class ClientLevel:
         return self.noise * self.clip / clients
 
     def epsilon(self, releases: int, *, drawn: int = 1, of: int = 1) -> float:
-        """Epsilon at :attr:`delta` of rounds together.
+        """Return the epsilon of several rounds together, at :attr:`delta`.
 
         0 without rounds, infinite without noise.
 
         Args:
-            releases: number of rounds; without a draw, of those for which the client was asked.
-            drawn, of: ``drawn`` clients out of ``of`` were drawn in every round, as the module's text demands.  The
-                smaller of the epsilons with and without this draw is returned, as both bounds hold.
+            releases: number of rounds. Without a draw, only the rounds in which the client was asked.
+            drawn, of: ``drawn`` clients out of ``of`` were drawn in every round, secretly, uniformly, without
+                replacement and independently of other rounds. The smaller of the epsilons with and without this draw is
+                returned, as both bounds hold.
 
         Raises:
             UserError: dp-accounting is not installed.
@@ -86,7 +87,7 @@ def keep_variances(new: Tensor, old: Tensor) -> None:
 
 @dataclass(frozen=True)
 class ClientGuarantee(Guarantee):
-    """The guarantee of a run with client-level differential privacy.
+    """Guarantee of a run with client-level differential privacy.
 
     ``planned``: epsilon of all planned ``rounds``.
     """
@@ -100,11 +101,11 @@ class ClientGuarantee(Guarantee):
 
     @property
     def neighbour(self) -> str:
-        """For whom the figure holds, as a part of a sentence."""
+        """The replacement that the epsilon is about, as a part of a sentence."""
         return "when the whole data set of one client is replaced"
 
     def to_dict(self) -> dict[str, object]:
-        """Return the releases as for every guarantee, and the planned figure."""
+        """Return the names of the releases, the unit, and the planned epsilon, delta and rounds."""
         return {
             **super().to_dict(), "unit": self.unit.name, self.figure: self.planned, "delta": self.delta,
             "rounds": self.rounds,

@@ -1,4 +1,4 @@
-"""Rules on what a run may tell (``--records``), on screen and in its folder except checkpoints/."""
+"""Rules on what a run may disclose (``--records``), on screen and in its folder except checkpoints/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class About(Enum):
-    """What an entry of a record or a summary tells of."""
+    """Subject of an entry in a record or a summary."""
 
     RUN = "the run and its network"
     SERVER = "what the server computes from the clients' messages"
@@ -22,14 +22,14 @@ class About(Enum):
 
 @dataclass(frozen=True)
 class Disclosure:
-    """What metrics.jsonl, summary.json, pictures and displays may tell.
+    """Rules for metrics.jsonl, summary.json, pictures and displays.
 
-    Figures of the run's network on test sets are always told: the network is released.
+    Figures of the run's network on test sets are always disclosed, because the network is released.
 
     Attributes:
-        clients: whether anything may be told about a single client, or computed from data that clients did not send.
-        server: whether what the server computes from the clients' messages may be told: figures, pictures, warnings.
-        derived_figures: names of the figures of ``Method.oracle_metrics`` that may be told; None: all.
+        clients: whether to disclose facts of a single client, or facts from data that clients did not send.
+        server: whether to disclose what the server computes from the clients' messages: figures, pictures, warnings.
+        derived_figures: names of the figures of ``Method.oracle_metrics`` to disclose; None: all.
     """
 
     clients: bool = True
@@ -38,7 +38,7 @@ class Disclosure:
 
     @classmethod
     def of(cls, records: str | None, guarantee: Guarantee | None) -> Disclosure:
-        """Return the rules for a value of ``--records``, where ``guarantee`` is the run's privacy guarantee."""
+        """Return the rules for a value of ``--records`` and the run's privacy guarantee."""
         if records != "private":
             return cls()
         covered = guarantee is not None and guarantee.complete
@@ -49,20 +49,17 @@ class Disclosure:
         )
 
     def oracle_metrics(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
-        """Return the figures of ``Method.oracle_metrics`` that may be told, on any test set."""
+        """Return the figures of ``Method.oracle_metrics`` that may be disclosed, on any test set."""
         if self.derived_figures is None:
             return dict(figures)
         names = {prefix + name for prefix in prefixes for name in self.derived_figures}
         return {name: value for name, value in figures.items() if name in names}
 
     def filter_entries(self, entries: Mapping[str, tuple[About, T]]) -> dict[str, T]:
-        """Return the entries that may be told, by name, of those that parts of the run have written."""
+        """Return the entries that may be disclosed, without their subjects."""
         withheld = {About.RUN: False, About.SERVER: not self.server, About.CLIENTS: not self.clients}
         return {name: value for name, (about, value) in entries.items() if not withheld[about]}
 
     def client(self, info: Mapping[str, T]) -> dict[str, T]:
-        """Return a client's report.
-
-        Empty where nothing of it may be told.
-        """
+        """Return a client's report, empty if clients' facts are withheld."""
         return dict(info) if self.clients else {}

@@ -28,12 +28,13 @@ class DPSGD:
     """Settings of a network's training with differential privacy.
 
     Attributes:
-        max_norm: clipping norm, the largest Euclidean norm of a sample's gradient or of the sum of a patient's.
-        noise: function of the probability that a sample (or patient) is in a batch and of the number of steps.  It
-            returns the standard deviation of the noise on the sum of gradients, over ``max_norm``.
+        max_norm: clipping norm, the largest Euclidean norm of a sample's gradient, or of the sum over a patient's
+            samples.
+        noise: function ``noise(rate, steps)`` of the probability that a sample (or patient) is in a batch and of the
+            number of steps. Returns the standard deviation of the noise on the sum of gradients, over ``max_norm``.
         channel: the channel of the training in the client's ledger.
-        secret: mixed into the streams of sampling and noise; empty: the streams follow from the run's seed.
-        patients: int64 [n], the patient of every sample: patients are drawn and clipped.  None: samples are.
+        secret: mixed into the streams of sampling and noise. Empty: the streams follow from the run's seed.
+        patients: int64 [n], the patient of every sample; patients are drawn and clipped. None: samples are.
         images: the largest number of samples of a patient.
     """
 
@@ -46,20 +47,14 @@ class DPSGD:
 
 
 def need_opacus() -> ModuleType:
-    """Return the package ``opacus``.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Return the package ``opacus``, or raise UserError if it is not installed."""
     return import_extra("Training with DP-SGD needs opacus", "privacy", "opacus", "opacus.optimizers")
 
 
 def check_network(module: nn.Module, name: str) -> None:
-    """Check that a network, which the user calls ``name``, has per-sample gradients.
+    """Raise UserError if a network, which the user calls ``name``, has no per-sample gradients.
 
-    Raises:
-        UserError: the network has batch norm or other layers that keep statistics, or layers that opacus has instead
-            of torch's, or opacus is not installed.
+    Reasons are layers that keep statistics, such as batch norm, and layers that opacus replaces by its own.
     """
     opacus = need_opacus()
     if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
@@ -93,11 +88,11 @@ def private_steps(
     batch: float,
     generator: torch.Generator,
 ) -> Iterator[Any]:
-    """Run Opacus's optimiser around ``optimizer``: after a backward pass of a mean loss, ``step()`` is private.
+    """Wrap ``optimizer`` in opacus's: after a backward pass of a mean loss, ``step()`` is private.
 
     Args:
-        module: the network; opacus's hooks on it are removed at the end.
-        max_norm: clipping norm, the largest norm of a sample's gradient.
+        module: the network; opacus's hooks are removed at the end.
+        max_norm: clipping norm of a sample's gradient.
         noise: standard deviation of the noise on the sum over ``max_norm``.
         batch: expected number of samples in a Poisson-sampled batch, by which the sum is divided.
         generator: draws the noise, on the module's device.
@@ -124,9 +119,9 @@ def private_steps(
 
 
 def _optimizer(optimizer: torch.optim.Optimizer, deviation: float, **settings: object) -> Any:
-    """Opacus's optimiser with noise drawn in fp64.
+    """Return opacus's optimiser with noise drawn in fp64.
 
-    opacus draws in the gradients' fp32.  There torch's Box-Muller transform on the CPU has too few bits for the radius,
+    opacus draws in the gradients' fp32. There torch's Box-Muller transform on the CPU has too few bits for the radius,
     so that the noise has no tail beyond a limit:
 
     dtype   bits   limit, standard deviations   a normal number is beyond it with probability
@@ -148,23 +143,20 @@ def _optimizer(optimizer: torch.optim.Optimizer, deviation: float, **settings: o
 
 
 def stream_name(purpose: str, secret: str) -> str:
-    """Name of a random stream that nobody can foresee without the secret.
-
-    Just ``purpose`` where that is empty.
-    """
+    """Return the name of a random stream, unpredictable without the ``secret`` unless that is empty."""
     return f"{purpose}/{secret}" if secret else purpose
 
 
 def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bool) -> torch.Generator:
-    """Return a torch generator on ``device`` whose state follows from a stream with a key of 128 bits.
+    """Return a torch generator on ``device`` seeded from a stream with a key of 128 bits.
 
     Neither torch's Mersenne twister nor its Philox is a cryptographic generator.
 
     Args:
-        whole: whether to take as many bits as the device's generator can hold.  On the CPU the stream then sets all 624
-            words of the generator, so that an attacker must guess the 128 bits of the stream's key.  Of a seed torch
-            only takes 32 bits there, which can be tried out one by one.  On a GPU the generator's key has 64 bits, and
-            the stream gives all of them.
+        full_state: whether to take as many bits as the device's generator can hold. On the CPU the stream then sets all
+            624 words of the generator, so that an attacker must guess the 128 bits of the stream's key. Of a seed torch
+            only takes 32 bits there, few enough to try all. On a GPU the generator's key has 64 bits, all from the
+            stream.
     """
     if whole and device.type != "cpu":
         return torch.Generator(device).manual_seed(int(stream.integers(1 << 64, dtype=np.uint64)))
@@ -182,11 +174,10 @@ def _plain(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Te
 
 
 def check_rows(module: nn.Module, samples: int) -> None:
-    """Check that every parameter got one gradient per sample, after the backward pass of a batch of ``samples``.
+    """Raise UserError unless the backward pass of a batch gave every parameter one gradient per sample.
 
-    Raises:
-        UserError: it did not.  A network that folds patches into the batch axis gives one per patch: each of them is
-            clipped by itself, so that the norm of the sample's gradient is not bounded.
+    A network that folds patches into the batch axis gives a gradient per patch. opacus clips each patch, which does not
+    bound the norm of the sample's gradient.
     """
     for name, parameter in module.named_parameters():
         rows = getattr(parameter, "grad_sample", None)
@@ -199,9 +190,9 @@ def check_rows(module: nn.Module, samples: int) -> None:
 
 
 def keep_finite(module: nn.Module) -> None:
-    """Zeroes a sample's gradients where any of them is not finite, after the backward pass of the batch.
+    """Zero the gradients of samples with a non-finite gradient, after the backward pass of the batch.
 
-    Clipping does not bound NaN: one such sample would make the parameters NaN, which reveals that it is there.
+    Clipping does not bound NaN: one such sample would make the parameters NaN, which reveals its presence.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     finite = torch.stack([torch.isfinite(p.grad_sample.flatten(1)).all(1) for p in trained]).all(0)  # type: ignore[attr-defined]
@@ -211,11 +202,9 @@ def keep_finite(module: nn.Module) -> None:
 
 
 def sum_patients(module: nn.Module, patients: np.ndarray) -> None:
-    """Sum the gradients of each patient's samples after a backward pass.
+    """Replace per-sample gradients by sums over each patient's samples, after a backward pass.
 
-    Rows of ``grad_sample`` become patients.
-
-    ``patients`` int64 ``[B]`` has the patient of every sample of the batch.
+    ``patients`` int64 ``[B]`` is the patient of every sample of the batch.
     """
     position = torch.from_numpy(np.unique(patients, return_inverse=True)[1])
     for parameter in module.parameters():
@@ -227,7 +216,7 @@ def sum_patients(module: nn.Module, patients: np.ndarray) -> None:
 
 
 def empty_batch(module: nn.Module) -> None:
-    """Take the place of the backward pass for a batch without samples: its step is noise alone."""
+    """Stand in for the backward pass of an empty batch, whose step is pure noise."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Differential-privacy guarantee of a method: what it covers, and the sentences that a run prints about it."""
+"""Differential-privacy guarantee of a method: the covered releases, and the sentences that a run prints."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ RECORDS = "records"
 
 @dataclass(frozen=True)
 class Guarantee:
-    """The releases of a client that are covered and those that are not.
+    """Releases of a client that are covered by noise, and releases that are not.
 
     The figures come from the clients' ledgers.
 
     Attributes:
         delta: the delta at which epsilon is reported.
         covers: the releases that the figure covers, from name to a few words that continue a sentence.
-        leaves: the releases that the figure does not cover, in the same form.  Every release is in ``covers`` or in
-            ``leaves``; there is an ``epsilon`` only where ``leaves`` is empty.
+        leaves: the releases that the figure does not cover, in the same form. Every release is in ``covers`` or in
+            ``leaves``; the figure is called ``epsilon`` only if ``leaves`` is empty.
         conditions: what the figure depends on, at least one clause that continues "while".
         unit: the unit of privacy, in which neighbouring data sets differ.
-        follows: what the server computes from the releases, which is covered where all of them are.
+        follows: what the server computes from the releases, which is covered if all releases are.
         advice: a clause on how to cover more.
         derived_figures: figures of ``Method.oracle_metrics`` that follow from the releases alone.
     """
@@ -57,7 +57,7 @@ class Guarantee:
 
     @property
     def complete(self) -> bool:
-        """Return whether everything that a client releases is covered."""
+        """True if every release of a client is covered."""
         return not self.leaves
 
     @property
@@ -67,7 +67,7 @@ class Guarantee:
 
     @property
     def neighbour(self) -> str:
-        """For whom the figure holds, as a part of a sentence."""
+        """The replacement that the epsilon is about, as a part of a sentence."""
         return f"the largest of any client when one of its {self.unit} is replaced"
 
     def with_records(self) -> Guarantee:
@@ -75,11 +75,11 @@ class Guarantee:
         return replace(self, leaves={**self.leaves, RECORDS: "what the records tell of single clients"})
 
     def to_dict(self) -> dict[str, object]:
-        """``covers`` and ``leaves_uncovered``, names of releases."""
+        """Return the names of the releases, as ``covers`` and ``leaves_uncovered``."""
         return {"covers": list(self.covers), "leaves_uncovered": list(self.leaves)}
 
     def statement(self, epsilon: float) -> str:
-        """One sentence: for whom, for which files and on what condition the figure holds, and what it covers."""
+        """Return a sentence on ``epsilon``: its neighbours, files and conditions, and what it covers."""
         finite = math.isfinite(epsilon)
         figure = f"Epsilon {epsilon:.3g}" if finite else "No finite epsilon"
         of = f"{self.public if self.complete else self.part} "

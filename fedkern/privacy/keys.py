@@ -1,19 +1,17 @@
 """Noise keys: every release has its own key, made from a client's secret.
 
-BLAKE2b (RFC 7693), keyed with the secret, gives a key that reveals neither the secret nor another release's key.  The
+BLAKE2b (RFC 7693), keyed with the secret, gives a key that reveals neither the secret nor another release's key. The
 noise itself comes from Philox (:func:`fedkern.ops.clip_and_noise`), which is not a cryptographic generator and has a
-key of 64 bits.  Whoever finds one key, by trying up to 2^64 of them, has the noise of one release and of no other.
+key of 64 bits. An attacker who finds a key, in up to 2^64 trials, has the noise of one release only.
 
-Generators and keys:
+    Random numbers                                   Generator         Bits of key
+    Noise on gradients, class counts, client means   Philox4x32-10     64 a release, and 57 of place in the stream
+    Noise of DP-SGD on a CPU                         Mersenne twister  128 a training, spread over the whole state
+    Noise of DP-SGD on a GPU                         Philox4x32-10     64 a training
+    Samples of a batch, and the shard in use         Philox4x64-10     128 a training and a step
 
-- Noise on gradients, class counts and means of clients: Philox4x32-10.  A release has 64 bits of key, and 57 bits of
-  place in the stream.
-- Noise of DP-SGD on a CPU: torch's Mersenne twister, with 128 bits for a training, spread over its whole state.
-- Noise of DP-SGD on a GPU: torch's Philox4x32-10, with 64 bits for a training.
-- Samples of a batch, and the shard that serves: numpy's Philox4x64-10, with 128 bits for a training and a step.
-
-No generator is cryptographic: the guarantee takes their numbers for random.  FedIOD's noise follows the normal law to
-9.5 standard deviations and DP-SGD's to 8.5.  A normal number lies beyond with probability 2^-68 and 2^-55.
+No generator is cryptographic: the guarantee assumes that their numbers are random. FedIOD's noise follows the normal
+law to 9.5 standard deviations and DP-SGD's to 8.5, beyond which a normal number lies with probability 2^-68 and 2^-55.
 """
 
 from __future__ import annotations
@@ -25,12 +23,12 @@ SECRET_BYTES = 16
 
 
 class NoiseKey(NamedTuple):
-    """The key from which :func:`fedkern.ops.clip_and_noise` draws one release's noise.
+    """Key from which :func:`fedkern.ops.clip_and_noise` draws the noise of a release.
 
     Attributes:
         seed: the 64 bits of Philox's key.
-        offset: place in Philox's stream where the release begins: one of 2^57 multiples of 64 below 2^63.  Without an
-            offset a key could be looked up in a table of all keys' first numbers.
+        offset: start in Philox's stream, one of 2^57 multiples of 64 below 2^63. Without an offset a table of all keys'
+            first numbers would reveal a key.
     """
 
     seed: int
@@ -41,12 +39,8 @@ def noise_key(secret: bytes, client: int, channel: str, release: int) -> NoiseKe
     """Return the key of a client's release.
 
     Args:
-        secret: 16 bytes that nobody else knows.
-        channel: the channel of the release.
+        secret: 16 bytes known to nobody else.
         release: number of earlier releases in the channel; no number may be used twice.
-
-    Raises:
-        ValueError: ``secret`` has another length, or ``release`` is negative.
     """
     if len(secret) != SECRET_BYTES or release < 0:
         text = f"{len(secret)} bytes and release {release}"

@@ -1,11 +1,11 @@
-"""The loss-threshold membership-inference attack on a released model (Yeom et al., CSF 2018, arXiv 1709.01604).
+"""Loss-threshold membership-inference attack on a released model (Yeom et al., CSF 2018, arXiv 1709.01604).
 
-A model tends to have a lower loss on records that it was trained on.  The attacker has the model and a record, and
-calls the record a member where its loss is below a threshold.  All thresholds together give a ROC curve:
+A model tends to have a lower loss on its training records. The attacker has the model and a record, and calls the
+record a member if its loss is below a threshold. All thresholds together give a ROC curve:
 
-* The area says how well members can be told from others (0.5: not at all).
-* The true-positive rate at few false positives says how many members can be told while hardly any other record is
-  called a member (Carlini et al., arXiv 2112.03570).
+* The area says how well losses separate members from others (0.5: not at all).
+* The true-positive rate at few false positives says how many members are found while hardly any other record is called
+  a member (Carlini et al., arXiv 2112.03570).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LEAST = 5
 
 @dataclass(frozen=True)
 class Attack:
-    """How well losses tell members from others.
+    """Result of a membership attack.
 
     Attributes:
         auc: area under the ROC curve, ties counting half.
         low, high: its confidence interval; None with fewer than 5 groups of a kind.
         tpr: share of the members called members, at the highest threshold at which at most 1 % of the others are.
         tpr_low, tpr_high: Clopper-Pearson interval of ``tpr``, with the threshold taken as given.
-        fpr: share of the others called members at that threshold: 0 with fewer than 100 others.  This is the observed
+        fpr: share of the others called members at that threshold: 0 with fewer than 100 others. This is the observed
             share, not a bound on the rate among further records.
         members, others: number of records of each kind.
         member_groups, other_groups: number of independent groups of each kind.
@@ -56,22 +56,22 @@ class Attack:
 
 
 def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, Tensor] | None = None) -> Attack:
-    """Return the attack from the losses of records that were trained on and of records that were not.
+    """Attack a model by the losses of training records and of records that were not trained on.
 
     The interval of the area takes, on each side, the wider limit of two intervals:
 
     * An interval on the logit scale with the variance of DeLong, DeLong and Clarke-Pearson (Biometrics 1988), or with
       groups its extension to clusters by Obuchowski (Biometrics 1997).
     * Newcombe's score interval (method 5, Statistics in Medicine 2006), with groups at Kish's effective numbers of
-      records.  This interval has a width where the first has none: at an area of 0 or 1, and where all losses tie.
+      records. This interval has a width where the first has none: at an area of 0 or 1, and where all losses tie.
 
     Both intervals are about the choice of records from the same distribution; the model is taken as given.
 
     Args:
         members: losses fp ``[n]`` of training records, n >= 2.
         others: losses fp ``[m]`` of records that were never trained on, of the same distribution, m >= 2.
-        groups: int64 ``[n]`` and ``[m]``, the group of every record.  Records of one group number, members or others,
-            depend on each other.  None: every record is independent of all others.
+        groups: int64 ``[n]`` and ``[m]``, the group of every record. Records of one group number, members or others,
+            depend on each other. None: every record is independent of all others.
 
     Raises:
         ValueError: there are fewer than two records of a kind, or an argument has a wrong shape or a NaN.
@@ -110,9 +110,9 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
 
 
 def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others: np.ndarray) -> float:
-    """Obuchowski's variance of the area from every record's part in it.
+    """Return Obuchowski's variance of the area, from every record's part in the area.
 
-    DeLong's where each group is one record.
+    DeLong's variance if each group is one record.
     """
     count = max(int(members.max()), int(others.max())) + 1
     a, b = np.bincount(members, beats, count) / len(beats), np.bincount(others, beaten, count) / len(beaten)
@@ -123,10 +123,7 @@ def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others
 
 
 def _score_limit(auc: float, edge: float, z: float, members: float, others: float) -> float:
-    """Return the area that is z standard errors (Hanley-McNeil) away from ``auc``.
-
-    It lies between ``auc`` and ``edge``, 0 or 1.
-    """
+    """Return the area between ``auc`` and ``edge`` (0 or 1) that is z standard errors (Hanley-McNeil) from ``auc``."""
     near, far = auc, edge
     more = (members + others) / 2 - 1
     for _ in range(60):
@@ -167,7 +164,6 @@ def _check_losses(losses: Tensor, name: str) -> np.ndarray:
 
 
 def _midranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values sharing the mean of theirs."""
     from scipy.stats import rankdata
 
     return np.asarray(rankdata(values, method="average"))

@@ -1,7 +1,7 @@
 """The server's secret bits, from which the noise of client-level differential privacy follows.
 
-They are on the disk before anything is released, so that a resumed run repeats its noise.  They stand in the folder of
-the checkpoints, which is not published.
+The secret is on the disk before the first release, so that a resumed run repeats its noise. It lies beside the
+checkpoints, which are not published.
 """
 
 from __future__ import annotations
@@ -20,20 +20,14 @@ _DIGITS = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}\n")
 
 
 def draw(folder: Path) -> str:
-    """Draws the secret of a new run and writes it to the folder of its checkpoints.
-
-    32 hexadecimal digits.
-    """
+    """Draw the secret of a new run, 32 hexadecimal digits, and write it to the folder of its checkpoints."""
     secret = secrets.token_hex(SECRET_BYTES)
     atomic.write_bytes(folder / NAME, f"{secret}\n".encode())
     return secret
 
 
 def read(folder: Path) -> str:
-    """Return the secret that :func:`draw` has written.
-
-    Raises UserError where the file is missing or damaged.
-    """
+    """Return the secret in a folder, or raise UserError if the file is missing or damaged."""
     path = folder / NAME
     try:
         text = read_text(path, "ascii")
@@ -48,9 +42,5 @@ def read(folder: Path) -> str:
 
 
 def load_or_create(folder: Path, *, begun: bool) -> str:
-    """Return the secret of a run whose checkpoints are in ``folder``, drawn where the run has not ``begun``.
-
-    Raises:
-        UserError: see :func:`read`.
-    """
+    """Return the secret of a run, drawn unless the run has ``begun`` or the file exists."""
     return read(folder) if begun or (folder / NAME).exists() else draw(folder)

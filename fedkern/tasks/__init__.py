@@ -1,7 +1,4 @@
-"""Tasks: what a run's networks learn, how they are judged, and what of it can be shown.
-
-A file each.
-"""
+"""Tasks: the losses that networks learn by, the figures that judge them, and the pictures that can be shown."""
 
 from __future__ import annotations
 
@@ -24,10 +21,7 @@ TASKS: dict[str, Task] = {task.name: task for task in list(globals().values()) i
 
 
 def task_named(name: str) -> Task:
-    """Return the task of this name.
-
-    A user's own has none here, and its network gives what the user's code makes of it.
-    """
+    """Return the built-in task of this name, or for another name a plain user-defined task."""
     return TASKS.get(name, OwnTask())
 
 
@@ -36,9 +30,9 @@ def task_of(labels: Tensor | np.ndarray, texts: object = None, pixels: object = 
 
     Args:
         labels: ``[n]``, ``[n, L]`` for several labels a sample, or ``[n, H, W]`` for a class of every pixel.
-        texts: the samples' texts, if they have some.
-        pixels: anything but None where ``labels`` stand for classes of pixels.
-        said: the user's word for it, the name of a task; ``"auto"``: as the samples tell.
+        texts: the samples' texts, or None.
+        pixels: anything but None if ``labels`` stand for classes of pixels.
+        said: the name of a task that the user gave; ``"auto"``: by the samples.
 
     Raises:
         ValueError: samples of this kind have no such task.

@@ -22,10 +22,9 @@ MATRIX = 1000
 
 
 class Classification(Task):
-    """One class of every sample, by softmax.
+    """Classification by softmax, one class of every sample.
 
-    Attributes:
-        ignored: the class of samples that do not count.
+    ``ignored`` is the class of samples that do not count.
     """
 
     name, main, sampled = "classification", "accuracy", "accuracy"
@@ -50,20 +49,17 @@ class Classification(Task):
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Return ``accuracy``, ``loss`` (nats) and ``confidence``, the mean probability of the true class.
 
-        Predictions are int64 [n], and the answers kept are the logits [n, C] on the CPU.  ``data.metrics``, where it
-        exists, holds further metrics (see `registered_metrics`), whose values are added by name.
+        Predictions are int64 [n], and the answers kept are the logits [n, C] on the CPU. Registered metrics in
+        ``data.metrics`` are added by name.
         """
         return self.figures_of(answers(model, data), data)
 
     def figures_of(
         self, pairs: Iterable[tuple[Tensor, Tensor]], data: object, client: int | None = None
     ) -> dict[str, float]:
-        """Return the figures of outputs and labels of batches.
+        """Return the figures of pairs of logits ``[B, C]`` and classes ``[B]``.
 
-        Args:
-            pairs: logits ``[B, C]`` and classes ``[B]``.
-            data: the set.
-            client: whose own network gives the outputs; None: the run's network.
+        ``client``: owner of the network that gave the logits; None: the run's network.
         """
         correct, loss, confidence, total = 0, 0.0, 0.0, 0
         predictions, all_outputs = [], []
@@ -175,7 +171,7 @@ class Classification(Task):
 
 
 class Unlabelled(Classification):
-    """Classification of images whose classes nobody knows: labels are -1, and the images are no test set."""
+    """Classification of images without known classes: labels are -1, and the images are no test set."""
 
     name = "unlabelled"
 
@@ -188,7 +184,7 @@ UNLABELLED = Unlabelled()
 
 
 def _summarise_logits(logits: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """One network's figures from its logits [n, C], and those of every class, fp64 [C]."""
+    """Return a network's figures from its logits [n, C], and the figures of every class, fp64 [C]."""
     logits = logits.double()
     classes = logits.shape[1]
     predicted = logits.argmax(1)

@@ -1,7 +1,7 @@
 """Figures of a classifier beyond its accuracy: by class, areas under ROC curves, calibration.
 
-Every figure is defined as in scikit-learn, and the tests compare both.  The few lines are here because importing
-``sklearn.metrics`` takes longer than the rest of a short run's start.
+Definitions are scikit-learn's, and the tests compare both. Importing ``sklearn.metrics`` would take longer than the
+rest of a short run's start.
 """
 
 from __future__ import annotations
@@ -17,26 +17,18 @@ BINS = 15
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Return the counts int64 [C, C] of samples by true class (row) and predicted class (column).
-
-    Args:
-        labels: int64 [n] in [0, C).
-        predicted: int64 [n] in [0, C).
-    """
+    """Return the counts int64 [C, C] of samples by true class (row) and predicted class (column)."""
     return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
 
 
 def recalls(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Share of every class's samples that are predicted as this class, fp64 [C].
-
-    NaN for a class without samples.
-    """
+    """Return the recall of every class, fp64 [C], NaN without samples."""
     right = torch.bincount(labels[labels == predicted], minlength=classes).double()
     return right / torch.bincount(labels, minlength=classes)  # 0 / 0 is NaN
 
 
 def macro_f1(labels: Tensor, predicted: Tensor, classes: int) -> float:
-    """Mean F1 of the classes that have samples (``f1_score(average="macro", labels=numpy.unique(labels))``)."""
+    """Return the mean F1 of classes with samples (``f1_score(average="macro", labels=numpy.unique(labels))``)."""
     right = torch.bincount(labels[labels == predicted], minlength=classes).double()
     true = torch.bincount(labels, minlength=classes)
     either = true + torch.bincount(predicted, minlength=classes)
@@ -46,10 +38,10 @@ def macro_f1(labels: Tensor, predicted: Tensor, classes: int) -> float:
 def areas(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the area under the ROC curve of every label, fp64 ``[L]``.
 
-    NaN where all images have the label, or none has.
+    NaN if all images have the label, or none, or if a score is NaN.
 
     Args:
-        scores: ``[n, L]``, larger where a label is more likely; ties count one half.  A label with a NaN has no area.
+        scores: ``[n, L]``, larger where a label is more likely; ties count one half.
         labels: 0 and 1, ``[n, L]``.
     """
     result = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
@@ -63,20 +55,12 @@ def areas(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def roc_areas(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the area under the ROC curve of every class against all others, fp64 [C], as :func:`areas`.
-
-    Args:
-        scores: ``[n, C]``, larger where a class is more likely.
-        labels: int64 ``[n]`` in [0, C).
-    """
+    """Return the area under the ROC curve of every class against all others, fp64 [C], as :func:`areas`."""
     return areas(scores, one_hot(labels, scores.shape[1]))
 
 
 def macro_auc(scores: Tensor, labels: Tensor) -> float:
-    """Mean of :func:`roc_areas` over the classes that have one.
-
-    NaN where fewer than two classes occur.
-    """
+    """Return the mean of :func:`roc_areas` over classes with an area, NaN with fewer than two classes."""
     areas = [area for area in roc_areas(scores, labels).tolist() if not math.isnan(area)]
     return sum(areas) / len(areas) if areas else math.nan
 
@@ -84,16 +68,9 @@ def macro_auc(scores: Tensor, labels: Tensor) -> float:
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
     """Return the expected calibration error, in [0, 1].
 
-    It is the mean distance of confidence and accuracy over bins of confidence.
-
-    The confidence is the largest probability.  Bins are of equal width, (0, 1/B], (1/B, 2/B] and so on, and weigh as
-    much as they have samples (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, arXiv 1706.04599,
-    equations 2 and 3).  scikit-learn has no such figure.
-
-    Args:
-        probabilities: fp64 [n, C].
-        labels: int64 [n].
-        bins: B.
+    Mean distance of confidence (the largest probability) and accuracy over B ``bins`` of equal width, (0, 1/B], (1/B,
+    2/B] and so on, weighted by their samples (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, arXiv
+    1706.04599, equations 2 and 3). Not in scikit-learn.
     """
     confidence, predicted = probabilities.max(1)
     place = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
@@ -102,7 +79,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -
 
 
 def mean_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, equal values sharing the mean of theirs, fp64 ``[n]``."""
+    """Return the ranks from 1, fp64 ``[n]``, where equal values share their mean rank."""
     _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
     return ((2 * last - counts + 1).double() / 2)[group]

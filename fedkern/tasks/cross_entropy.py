@@ -1,4 +1,4 @@
-"""The mean cross-entropy of samples or pixels, whose bits repeat on a GPU too."""
+"""Mean cross-entropy of samples or pixels, with the same bits every time, on a GPU too."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """PyTorch's mean, a scalar in nats.
+    """Return PyTorch's mean cross-entropy, a scalar in nats.
 
     Args:
         logits: fp ``[B, C, ...]``.
         targets: int64 ``[B, ...]``, or probabilities as ``logits``.
-        weight: fp ``[C]``: a pixel counts as much as its class; None: all the same.
+        weight: fp ``[C]``, weight of a pixel by its class; None: equal weights.
         ignore_index: class of samples or pixels that the mean leaves out.
-        label_smoothing: share of a target that all classes have in common.
+        label_smoothing: as in PyTorch.
     """
     loss = partial(F.cross_entropy, logits, targets, weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if targets.shape == logits.shape or not added_in_any_order(logits):
@@ -41,7 +41,7 @@ def cross_entropy(
 
 
 def check_classes(logits: Tensor, targets: Tensor) -> None:
-    """Raise UserError where a network has no output for a target."""
+    """Raise UserError if a network has no output for a target."""
     low, high = int(targets.min()), int(targets.max())
     if high >= logits.shape[1]:
         raise UserError(too_few(logits, high, "the network"))
@@ -50,21 +50,18 @@ def check_classes(logits: Tensor, targets: Tensor) -> None:
 
 
 def too_few(logits: Tensor, largest: int, network: str) -> str:
-    """Return the sentence on a network that lacks outputs for classes."""
+    """Return the sentence on a network with fewer outputs than classes."""
     lack = f"{logits.shape[1]} outputs for {1 + largest} classes, as a target is {largest}"
     return f"{network} has {lack}: give it as many outputs."
 
 
 def added_in_any_order(logits: Tensor) -> bool:
-    """Return whether PyTorch's kernel adds a sum or mean of these pixels' losses up in another order every time."""
+    """Return whether PyTorch's kernel sums the losses of these pixels in an order that changes from call to call."""
     return logits.is_cuda and logits.dim() > 2
 
 
 def repeatable(loss: Callable[..., object], outputs: object) -> Callable[..., object]:
-    """Return a loss whose sum of ``outputs`` repeats.
-
-    PyTorch's module of the mean cross-entropy becomes :func:`cross_entropy` where its own sum does not repeat.
-    """
+    """Return a loss with the same bits every time: PyTorch's module becomes :func:`cross_entropy` if needed."""
     if type(loss) is not nn.CrossEntropyLoss or loss.reduction != "mean":
         return loss
     if not (isinstance(outputs, Tensor) and added_in_any_order(outputs)):

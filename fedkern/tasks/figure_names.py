@@ -1,4 +1,4 @@
-"""Names of figures and test sets for people: ``ood_macro_f1`` is F1, mean of the classes, out of distribution."""
+"""Display names of figures and test sets: ``ood_macro_f1`` is F1, mean of the classes, out of distribution."""
 
 from __future__ import annotations
 
@@ -81,11 +81,7 @@ _ENDINGS = {
 def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
     """Split ``"ood_accuracy"`` into test set ``"ood"`` and figure ``"accuracy"``.
 
-    The only test set is ``""``.
-
-    Args:
-        name: the figure's whole name.
-        own: names of test sets that the user chose.
+    The only test set of a run is ``""``. ``own`` holds the names of user-defined test sets.
     """
     for test_set in () if name.startswith(OVER_CLIENTS) else (*sorted(own, key=len, reverse=True), *TEST_SETS):
         if test_set and name.startswith(f"{test_set}_"):
@@ -94,12 +90,12 @@ def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
 
 
 def direction(name: str, directions: Mapping[str, str | None], own: Collection[str] = ()) -> str | None:
-    """Return which values of a figure are the better ones, ``"max"`` or ``"min"``, or None where nobody has said so.
+    """Return whether larger (``"max"``) or smaller (``"min"``) values of a figure are better, or None if unknown.
 
     Args:
         name: the figure's whole name.
-        directions: those of the task, by figure (`fedkern.tasks.Task.directions`).
-        own: names of test sets that the user chose.
+        directions: of the task, by figure (`fedkern.tasks.Task.directions`).
+        own: names of user-defined test sets.
     """
     figure = split_metric(name, own)[1].removeprefix("mean_client_").removeprefix("worst_client_")
     for stem in (figure, re.sub("^(lowest|highest)_", "", figure)):
@@ -109,7 +105,7 @@ def direction(name: str, directions: Mapping[str, str | None], own: Collection[s
 
 
 def check_metric_names(metrics: Collection[str]) -> None:
-    """Raise UserError where users' metrics have the names of other figures or of entries of records."""
+    """Raise UserError if user-defined metrics have the names of other figures or of entries of records."""
     for name in metrics:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
         stem = re.sub("^(lowest|highest)_", "", name)
@@ -123,7 +119,7 @@ def check_metric_names(metrics: Collection[str]) -> None:
 
 
 def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> None:
-    """Raise UserError where figures of a test set, users' ``metrics`` included, would have the names of others'."""
+    """Raise UserError if figures of a test set, user-defined ``metrics`` included, would collide with other figures."""
     figures = ("dice_1", *FIGURE_NAMES, *metrics)
     other_sets = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
     sets = {f"{name}_" if name else "": f"the {set_noun(name)}{'' if name else ' without a name'}" for name in names}
@@ -141,9 +137,9 @@ def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> No
 
 
 def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Collection[str] = ()) -> None:
-    """Raise UserError where a figure is a fraction of fedkern's own, and no fraction reaches the value of ``flag``.
+    """Raise UserError if a built-in figure is a fraction, and no fraction reaches the value of ``flag``.
 
-    ``own`` is as in :func:`split_metric`; ``falls`` says whether a lower figure is a better one.
+    ``falls``: whether lower values are better.
     """
     figure = split_metric(name, own)[1].removeprefix("mean_client_").removeprefix("worst_client_")
     if (figure in FRACTIONS or re.fullmatch(r"dice_\d+", figure)) and (value < 0 if falls else value > 1):
@@ -154,13 +150,13 @@ def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Col
 
 
 def scale(name: str) -> tuple[int, str]:
-    """Return the factor and the unit with which a figure is shown: shares in per cent, others without a unit."""
+    """Return the factor and the unit for display: shares in per cent, other figures without a unit."""
     figure = split_metric(name)[1]
     return (100, "%") if figure.endswith(_SHARES) or figure.startswith("dice_") else (1, "")
 
 
 def number(name: str, value: float, sign: str = "") -> str:
-    """Return a figure's value in its unit, or with ``sign`` "+" a difference.
+    """Return a figure's value, or with ``sign`` "+" a difference, as text in its unit.
 
     A share has one decimal, other values have three digits.
     """
@@ -169,21 +165,21 @@ def number(name: str, value: float, sign: str = "") -> str:
 
 
 def figure_title(name: str) -> str:
-    """Return a figure's name for people: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``.
+    """Return the display name of a figure: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``.
 
-    An unknown name stays, but for what it ends in: ``"lowest_hd95"`` is ``"lowest: Hausdorff distance (95 %) ..."``.
+    An unknown name keeps its prefix: ``"lowest_hd95"`` is ``"lowest: Hausdorff distance (95 %) ..."``.
     """
     return _title_of(name, _FIGURES)
 
 
 def figure_and_set(name: str, own: Collection[str] = ()) -> str:
-    """Return a figure's name for people with its test set: ``"accuracy, out of distribution"``."""
+    """Return the display name of a figure with its test set: ``"accuracy, out of distribution"``."""
     test_set, figure = split_metric(name, own)
     return f"{figure_title(figure)}, {set_title(test_set)}" if test_set else figure_title(figure)
 
 
 def short_title(name: str) -> str:
-    """Return a figure's name for a line, an axis or a column."""
+    """Return a figure's display name for a line, an axis or a column."""
     return _title_of(name, {**_FIGURES, **_SHORT})
 
 
@@ -197,20 +193,17 @@ def _title_of(name: str, titles: Mapping[str, str]) -> str:
 
 
 def set_title(name: str) -> str:
-    """Return a test set's name for people: ``"id"`` is ``"in distribution"``.
-
-    A name without a longer one stays.
-    """
+    """Return a test set's display name, ``"in distribution"`` for ``"id"``, or the name itself."""
     return _TEST_SETS.get(name, name)
 
 
 def short_set_title(name: str) -> str:
-    """Return a test set's name for a line or a column: ``"ID"``, ``"OOD"``, ``"held-out client"``."""
+    """Return a test set's display name for a line or a column: ``"ID"``, ``"OOD"``, ``"held-out client"``."""
     return name.upper() if name in ("id", "ood") else set_title(name)
 
 
 def set_noun(name: str) -> str:
-    """Return a test set behind an article.
+    """Return the words for a test set that follow an article.
 
     Such as ``"in-distribution test set"``, ``"held-out client"``, ``'test set "north"'``.
     """

@@ -1,4 +1,4 @@
-"""Several labels of a sample, or none.
+"""Multi-label classification: several labels of a sample, or none.
 
 AUROC and average precision are defined as in scikit-learn, and the tests compare both.
 """
@@ -23,10 +23,7 @@ MAIN = "macro_auroc"
 
 
 class Multilabel(Task):
-    """Several labels of a sample or none, uint8 ``[n, L]`` of 0 and 1.
-
-    A logit for every label.
-    """
+    """Multi-label classification: labels uint8 ``[n, L]`` of 0 and 1, and a logit for every label."""
 
     name, main, sampled = "multilabel", MAIN, MAIN
     target, partition = "labels", "iid"
@@ -157,19 +154,19 @@ MULTILABEL = Multilabel()
 
 
 def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Figures over all labels.
+    """Return the figures over all labels.
 
-    One that is not defined for any label is left out.  All are NaN where a logit is.
+    A figure that is undefined for every label is left out. All are NaN if a logit is.
 
     Args:
-        logits: ``[n, L]``; a label is predicted where its logit is above 0, a probability above one half.
+        logits: ``[n, L]``; a label is predicted if its logit is above 0.
         labels: 0 and 1, ``[n, L]``.
 
     Returns:
         - ``macro_auroc``: mean of :func:`areas` over the labels that have one;
         - ``mean_average_precision``: mean of :func:`average_precisions` over the labels that occur;
         - ``macro_f1``: mean F1 of the labels that occur;
-        - ``exact_match``: share of the images all of whose labels are right (subset accuracy).
+        - ``exact_match``: share of the images with all labels right (subset accuracy).
     """
     predicted, true = logits > 0, labels.bool()
     f1 = 2 * (predicted & true).sum(0).double() / (predicted.sum(0) + true.sum(0))
@@ -185,15 +182,9 @@ def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the average precision of every label, fp64 ``[L]``.
+    """Return the average precision of every label, fp64 ``[L]``, NaN without positives or with a NaN score.
 
-    NaN where no image has the label.
-
-    It is the sum over thresholds of precision times the gain in recall; images with equal scores share a threshold.
-
-    Args:
-        scores: ``[n, L]``, larger where a label is more likely.  A label with a NaN has no average precision.
-        labels: 0 and 1, ``[n, L]``.
+    The sum over thresholds of precision times the gain in recall; images with equal scores share a threshold.
     """
     result = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
     for column in range(scores.shape[1]):

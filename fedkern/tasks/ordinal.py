@@ -1,4 +1,4 @@
-"""Ordinal classification: classes in an order, such as grades or ages, where a near miss is better than a far one."""
+"""Ordinal classification: ordered classes, such as grades or ages, where a near miss is better than a far one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ UNIT = 0.5413248546129181
 
 
 class CumulativeLink(nn.Module):
-    """A network of one output between K - 1 learnt thresholds: the proportional odds model (McCullagh, 1980).
+    """Network with one output between K - 1 learnt thresholds: the proportional odds model (McCullagh, 1980).
 
-    P(y <= k) = sigmoid(threshold_k - score).  The output is the logarithm of every class's probability, fp32
-    ``[n, K]``.
+    P(y <= k) = sigmoid(threshold_k - score). The output is the logarithm of every class's probability, fp32 ``[n, K]``.
 
     Args:
         network: gives a score, ``[n, 1]``.
@@ -38,7 +37,7 @@ class CumulativeLink(nn.Module):
 
     @property
     def thresholds(self) -> Tensor:
-        """fp32 ``[K - 1]``, increasing."""
+        """The thresholds, fp32 ``[K - 1]``, increasing."""
         return torch.cat([self.steps[:1], F.softplus(self.steps[1:])]).cumsum(0)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -54,10 +53,7 @@ class CumulativeLink(nn.Module):
 
 
 class Ordinal(Task):
-    """Classes in an order, int64 ``[n]``.
-
-    The figures count how far a prediction is off, in classes.
-    """
+    """Ordinal classification, int64 ``[n]``, by the distance of predictions in classes."""
 
     name, main, better, sampled = "ordinal", "mae", "min", "mae"
     offers = frozenset({"loss", "criterion", "images"})
@@ -72,8 +68,8 @@ class Ordinal(Task):
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Return ``mae`` (mean absolute error in classes), ``kappa``, ``accuracy`` and ``loss`` (nats).
 
-        ``kappa`` has quadratic weights, and is left out where all samples and predictions are of one class.
-        Predictions are the likeliest classes; the answers kept are the logarithms of the probabilities, [n, K].
+        ``kappa`` has quadratic weights, and is left out if all samples and predictions are of one class. Predictions
+        are the likeliest classes; the answers kept are the logarithms of the probabilities, [n, K].
         """
         parts = [(outputs.double(), labels) for outputs, labels in answers(model, data)]
         if not parts:
@@ -128,9 +124,9 @@ class Ordinal(Task):
 
 
 def quadratic_kappa(confusion: Tensor) -> float | None:
-    """Cohen's kappa with quadratic weights, as scikit-learn has it, of counts ``[K, K]``.
+    """Return Cohen's kappa with quadratic weights, as in scikit-learn, of counts ``[K, K]``.
 
-    None where it is 0 / 0.
+    None if the kappa is 0 / 0.
     """
     counts = confusion.double()
     numbers = torch.arange(len(counts), device=counts.device, dtype=torch.float64)

@@ -20,18 +20,19 @@ class PartitionStatistics:
     """Client x class counts of a partition.
 
     Attributes:
-        counts: int64 ``[clients, classes]``, number of training samples; of images with several labels, of every label.
+        counts: int64 ``[clients, classes]``, number of training samples; for images with several labels, of every
+            label.
         classes: class names, in label order.
         partition: specification of the partition, for example ``"dirichlet:0.5"``.
-        names: name of every client, or None where the data name none.
-        own_tests: samples of every client's own test set, which it does not train on; empty where the table does not
-            list them.
-        held_out: name (or number before it was taken out) of the client that never trains, and how many samples it has;
-            None where all clients train.
-        colours: uint8 ``[clients, classes, 3]``, the background colour that a client's images of a class mostly have;
-            None where backgrounds have no such colours.
+        names: name of every client, or None if the data name none.
+        own_tests: samples of every client's own test set, which the client does not train on; empty if the table does
+            not list them.
+        held_out: name (or number before it was taken out) and number of samples of the client that never trains; None
+            if all clients train.
+        colours: uint8 ``[clients, classes, 3]``, the background colour that most of a client's images of a class have;
+            None if backgrounds have no such colours.
         tied: share of the images that have that colour; the others have random ones.
-        samples: training samples of every client; None where they are the sums of ``counts``.
+        samples: training samples of every client; None if they are the sums of ``counts``.
     """
 
     counts: npt.NDArray[np.int64]
@@ -54,10 +55,10 @@ class PartitionStatistics:
 
     @staticmethod
     def of_table(table: Mapping[str, Any]) -> PartitionStatistics:
-        """Return the statistics of a table that JSON holds.
+        """Return the statistics stored as a JSON table.
 
         Raises:
-            KeyError, TypeError, ValueError: the table is none of statistics.
+            KeyError, TypeError, ValueError: the table does not hold statistics.
         """
         values: dict[str, Any] = {name: tuple(cell) if isinstance(cell, list) else cell for name, cell in table.items()}
         counts = np.array(table["counts"], dtype=np.int64).reshape(len(table["counts"]), len(table["classes"]))
@@ -66,11 +67,11 @@ class PartitionStatistics:
         return PartitionStatistics(**values)
 
     def recounted(self, splits: Sequence[Any], own_tests: Sequence[int] | None = None) -> PartitionStatistics:
-        """Return the same partition with the samples that the clients train on after some were set aside.
+        """Return the same partition with new sample counts, after some samples were set aside.
 
         Args:
             splits: a `fedkern.data.Split` of every client.
-            own_tests: samples of every client's own test set; None keeps what the table lists.
+            own_tests: samples of every client's own test set; None keeps the table's.
         """
         test_sizes = self.own_tests if own_tests is None else tuple(own_tests)
         samples = tuple(map(len, splits))
@@ -126,13 +127,14 @@ class PartitionStatistics:
 
     @property
     def labels(self) -> list[str]:
-        """Every client by its name, or by its number where it has none."""
+        """The name of every client, or its number if clients have no names."""
         return list(self.names) if self.names is not None else [str(k) for k in range(len(self.counts))]
 
     def spread(self, limit: int) -> npt.NDArray[np.int64]:
-        """Clients that stand for all in a picture, int64: all in their order, or ``limit`` of them by size.
+        """Return the clients to show in a picture, int64: all in order, or ``limit`` of them by size.
 
-        Of more clients those evenly spaced in the order of their samples, the largest first and the smallest last.
+        With more clients than ``limit``, clients are evenly spaced in the order of their samples, the largest first and
+        the smallest last.
         """
         count = len(self.counts)
         if count <= limit:
@@ -142,11 +144,11 @@ class PartitionStatistics:
 
     @property
     def untrained(self) -> bool:
-        """Return whether the table has the column ``own test``: samples of clients that no client trains on."""
+        """True if the table has the column ``own test``: samples of clients that no client trains on."""
         return bool(self.own_tests) or self.held_out is not None
 
     def header(self) -> list[str]:
-        """Column names of `rows`."""
+        """Return the column names of `rows`."""
         named = ["name"] if self.names is not None else []
         skew = ["skew"] if self.classes else []
         return ["client", *named, "samples", *(["own test"] if self.untrained else []), *skew, *self.classes]

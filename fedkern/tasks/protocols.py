@@ -1,4 +1,4 @@
-"""Protocols of what tasks read: batches, sets of samples, networks and runs, whoever makes them."""
+"""Protocols of a task's inputs: batches, sets of samples, networks and runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TaskBatch(Protocol):
 
 
 class SampleSet(Protocol):
-    """Samples with labels: a split, or a reader of one."""
+    """Samples with labels: a split, or a reader of a split."""
 
     @property
     def labels(self) -> Tensor: ...
@@ -57,7 +57,7 @@ class Members(Protocol):
 
 
 class RunFacts(Protocol):
-    """Facts on a run that describe its network: `fedkern.engine.context.RunContext`."""
+    """Facts of a run that describe its network: `fedkern.engine.context.RunContext`."""
 
     data: Any
     config: Any

@@ -1,4 +1,4 @@
-"""Metrics of classification that users register: ``@register_metric("name")``."""
+"""User-defined metrics of classification: ``@register_metric("name")``."""
 
 from __future__ import annotations
 
@@ -20,18 +20,14 @@ F = TypeVar("F", bound=Callable[..., float])
 
 @dataclass(frozen=True)
 class Metric:
-    """A registered metric: its name, a line of description, and ``function(logits, labels)``."""
+    """Registered metric: its name, a line of description, and ``function(logits, labels)``."""
 
     name: str
     description: str
     function: Callable[[Tensor, Tensor], float]
 
     def __call__(self, logits: Tensor, labels: Tensor) -> float:
-        """Return the metric's value.
-
-        Raises:
-            UserError: the function raises an exception, or does not return a number.
-        """
+        """Return the metric's value, or raise UserError if the function fails."""
         try:
             return float(self.function(logits, labels))
         except MemoryError:
@@ -48,17 +44,24 @@ METRICS: Registry[Metric] = Registry("metric", code=lambda metric: metric.functi
 
 
 def register_metric(name: str) -> Callable[[F], F]:
-    """Decorate a metric, which every evaluation of a classification then compute on every test set.
+    """Register a metric, which every evaluation of a classifier then computes on every test set.
 
     The function is called as ``function(logits, labels)`` with all samples of a test set, fp32 ``[n, C]`` and int64
     ``[n]`` on the CPU, and returns a number.
 
     Args:
-        name: the figure's name: lower-case letters, digits and "_"; the docstring's first line describes it.
+        name: the figure's name: lower-case letters, digits and "_". The docstring's first line describes the figure.
 
     Raises:
         ValueError: the name has other characters, is that of another figure, or begins like a test set's figures.
         TypeError: there is no docstring.
+
+    Example::
+
+        @register_metric("top3")
+        def top3(logits, labels):
+            "Share of samples whose class is among the three likeliest."
+            return (logits.topk(3).indices == labels[:, None]).any(1).float().mean()
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f'metric "{name}": expected lower-case letters, digits and "_" in the name')
@@ -73,16 +76,12 @@ def register_metric(name: str) -> Callable[[F], F]:
 
 
 def metrics_of(stored: Mapping[str, str]) -> tuple[Metric, ...]:
-    """Return the metrics of a run: those of its plugins, and those that a script has registered itself.
-
-    Args:
-        stored: the run's plugins, identities by name.
-    """
+    """Return a run's metrics: from its plugins (``stored``, identities by name), and from the script itself."""
     return tuple(METRICS[name] for name in plugins.of_run(METRICS, stored))
 
 
 class Answers:
-    """The logits and labels of a test set, gathered batch by batch where there are metrics to compute of them."""
+    """Logits and labels of a test set, gathered batch by batch if there are metrics."""
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self._metrics = metrics
@@ -95,11 +94,6 @@ class Answers:
             self._labels.append(labels.cpu())
 
     def figures(self) -> dict[str, float]:
-        """Return the metrics' values by name.
-
-        Raises:
-            UserError: a metric fails.
-        """
         if not self._metrics:
             return {}
         logits, labels = torch.cat(self._logits), torch.cat(self._labels)

@@ -1,7 +1,4 @@
-"""Retrieval: the right text of an image, and the right image of a text.
-
-Recall at k, in both directions.
-"""
+"""Image-text retrieval in both directions, by recall at k."""
 
 from __future__ import annotations
 
@@ -27,17 +24,14 @@ CHUNK = 512  # queries scored at once, so that memory holds only [CHUNK, gallery
 
 
 class Retrieval(Task):
-    """Image-text pairs.
-
-    A network is a pair of encoders, and the targets of a batch are the tokens of its texts.
-    """
+    """Image-text retrieval: a network is a pair of encoders, and the targets of a batch are its texts' tokens."""
 
     name, main = "retrieval", "i2t_r1"
     target, network, pictures = "text", "pairs", ("retrieval",)
     offers = frozenset({"loss", "pairs", "images"})
 
     def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
-        """Contrastive loss, the sum of both directions (docs/methods/feddra.md, section 5).
+        """Return the contrastive loss, the sum of both directions (docs/methods/feddra.md, section 5).
 
         Raises:
             ValueError: a batch has ``per_sample`` set, but the loss compares the samples.
@@ -54,15 +48,11 @@ class Retrieval(Task):
 
     @torch.no_grad()
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
-        """Figures of a pair of encoders.
+        """Return the figures of a pair of encoders.
 
-        Args:
-            data: ``data.split`` has the ``texts`` and ``ids``; ``data.loss_batch`` is the number of pairs per batch of
-                the loss.
+        ``data.split`` has the ``texts`` and ``ids``; ``data.loss_batch`` is the number of pairs per batch of the loss.
 
         Returns:
-            A dict with
-
             - ``i2t_r1``, ``i2t_r5``, ``i2t_r10``: recall of the right text for an image, fractions;
             - ``t2i_r1``, ``t2i_r5``, ``t2i_r10``: recall of the right image for a text, fractions;
             - ``gallery``: the number of texts to choose from;
@@ -93,10 +83,7 @@ class Retrieval(Task):
         return labels[:0]
 
     def described(self, context: RunFacts) -> Description:
-        """``pair``, the arguments of ``build_pair``.
-
-        A vocabulary is learnt from the clients' texts.
-        """
+        """Return ``pair``, the arguments of ``build_pair``, with a vocabulary of the clients' texts."""
         data, config = context.data, context.config
         channels, *size = data.form.shape
         texts = (text for split in data.clients for text in split.texts or ())
@@ -144,10 +131,10 @@ RETRIEVAL = Retrieval()
 
 
 def contrastive_among(images: Tensor, texts: Tensor, size: int) -> float:
-    """Mean contrastive loss of unit vectors [n, D] in batches of exactly min(``size``, n) pairs.
+    """Return the mean contrastive loss of unit vectors [n, D] in batches of exactly min(``size``, n) pairs.
 
     A batch holds every (n // size)-th pair, so that neighbouring pairs, which may be similar, are not each other's
-    negatives.  Leftover pairs are excluded, because the loss of a smaller batch is smaller.
+    negatives. Leftover pairs are excluded, because the loss of a smaller batch is smaller.
     """
     n = len(images)
     count = max(1, n // size)
@@ -170,7 +157,7 @@ class Gallery:
 
     @staticmethod
     def of(ids: Sequence[str] | None, texts: Sequence[str]) -> Gallery:
-        """Gallery of rows: rows of equal id are one image with several captions.
+        """Return the gallery of rows, where rows of equal id are one image with several captions.
 
         Equal texts share their images.
         """
@@ -191,7 +178,7 @@ class Gallery:
 def recalls(
     image_embeddings: Tensor, text_embeddings: Tensor, ks: Sequence[int] = (1, 5, 10), *, pairs: Tensor | None = None
 ) -> dict[str, float]:
-    """Recall at k in both directions: the share of queries with a partner among the k nearest of the whole gallery.
+    """Return the recall at k in both directions: the share of queries with a partner among the k nearest.
 
     Ties count as the expectation over a random order, so embeddings that have collapsed to one point score k / gallery
     and not 1.
@@ -200,14 +187,11 @@ def recalls(
         image_embeddings: fp32 ``[I, d]``, unit vectors.
         text_embeddings: fp32 ``[T, d]``, unit vectors.
         ks: each at least 1; a k beyond the gallery's size counts as the whole gallery.
-        pairs: int64 ``[P, 2]``, (image, text) of every matching pair; by default image i matches text i only.  A query
+        pairs: int64 ``[P, 2]``, (image, text) of every matching pair; by default image i matches text i only. A query
             without a partner does not count.
 
     Returns:
         ``i2t_r1``, ``i2t_r5``, ... and ``t2i_r1``, ...: fractions in [0, 1].
-
-    Raises:
-        ValueError: shapes that do not fit, no images or no texts, a pair out of range, or a k below 1.
     """
     images, texts = len(image_embeddings), len(text_embeddings)
     if image_embeddings.dim() != 2 or image_embeddings.shape[1:] != text_embeddings.shape[1:]:
@@ -261,7 +245,7 @@ def _recalls(queries: Tensor, gallery: Tensor, ks: Sequence[int], pairs: Tensor)
 
 
 def _among(drawn: Tensor, tied: Tensor, right: Tensor) -> Tensor:
-    """Probability that ``drawn`` random candidates out of ``tied`` equal ones include one of the ``right`` ones."""
+    """Return the probability that ``drawn`` of ``tied`` candidates, drawn at random, include a ``right`` one."""
     drawn, wrong = drawn.clamp(min=0), tied - right
     # C(wrong, drawn) / C(tied, drawn), computed with log-factorials.
     of_wrong, of_all = (

@@ -1,26 +1,20 @@
-"""Segmentation: a class of every pixel.  Its figures are Dice, intersection over union and Hausdorff distance.
+"""Segmentation: a class of every pixel, by Dice, intersection over union and Hausdorff distance.
 
-Class 0 is the background and is excluded from all means.  Unknown pixels (`IGNORE`, any negative label)
-are ignored everywhere.
+Class 0 is the background and is excluded from all means. Unknown pixels (`IGNORE`, any negative label) are ignored
+everywhere. A class that the truth of a whole test set lacks has no figure.
 
-Dice follows MONAI's ``DiceMetric`` with its defaults, healthy cases excepted.  2 |P ∩ T| / (|P| + |T|) is computed for
-every case and every class that the case's truth T contains; a class that T lacks has no Dice there.  In a case without
-any object, every class that is predicted has Dice 0, as in nnU-Net, so that false alarms count.  The mean is taken over
-cases, then over classes.  A case is an image, or all slices of a volume or tiles of a picture
-(`fedkern.data.Split.cases`).
+Dice is MONAI's ``DiceMetric`` with its defaults, healthy cases excepted: 2 |P ∩ T| / (|P| + |T|) of every case and
+every class in the case's truth T, mean over cases, then over classes. In a case without any object every predicted
+class has Dice 0, as in nnU-Net, so that false alarms count. A case is an image, or all slices of a volume or tiles of a
+picture (`fedkern.data.Split.cases`).
 
-The intersection over union is that of PASCAL VOC: |P ∩ T| / |P ∪ T| over all pixels of the test set at once, then the
-mean over classes.
+The intersection over union is PASCAL VOC's: |P ∩ T| / |P ∪ T| over all pixels of the test set at once, mean over
+classes.
 
-A class that the truth of a whole test set lacks has no figure, and no mean counts it.
-
-Dice and intersection over union count the pixels of the masks in the size in which they are given
-(`fedkern.data.Split.full`): a pixel that a network sees counts for all pixels that were resized to it.  The other
-figures are of the resized masks.
+Both count pixels in the masks' original size (`fedkern.data.Split.full`). The other figures are of the resized masks.
 
 The Hausdorff distance is the 95th percentile of the distances from one mask's outline to the other's, in pixels, the
-larger of both directions.  If a class is not found at all, the distance is the image's diagonal, as BraTS counts a
-missed tumour.
+larger of both directions. A class that is not found at all has the image's diagonal, as BraTS counts a missed tumour.
 """
 
 from __future__ import annotations
@@ -47,10 +41,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Segmentation(Task):
-    """A class of every pixel, int64 ``[n, H, W]``, negative where it is unknown.
-
-    Logits ``[n, C, H, W]``.
-    """
+    """Segmentation: a class of every pixel, int64 ``[n, H, W]``, negative if unknown, by logits ``[n, C, H, W]``."""
 
     name, main, sampled = "segmentation", "dice", "dice"
     target, network, pictures = "pixels", "pixels", ("segmentation",)
@@ -117,7 +108,7 @@ class Segmentation(Task):
         return "a class for every pixel, none for an image" if classes < 3 else ""
 
     def shared_classes(self, labels: np.ndarray, classes: int) -> tuple[npt.NDArray[np.int64], int]:
-        """Return where every image holds an object, no image counts as background, which is then no class."""
+        """Drop the background from the classes if every image holds an object."""
         has_no_background = int(labels.min(initial=1) > 0)
         return labels - has_no_background, classes - has_no_background
 
@@ -142,13 +133,13 @@ SEGMENTATION = Segmentation()
 
 
 def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) -> Tensor:
-    """Cross-entropy of the pixels whose class is known, a scalar in nats.
+    """Return the cross-entropy of pixels with known classes, a scalar in nats.
 
     Args:
         logits: fp [B, C, H, W].
-        labels: int64 [B, H, W], negative where unknown.
+        labels: int64 [B, H, W], negative if unknown.
         per_sample: True: the mean over samples of each sample's mean (0 without known pixels), so that a sample's
-            gradient does not depend on the other samples' known pixels.  False: the mean over all known pixels.
+            gradient does not depend on the other samples' known pixels. False: the mean over all known pixels.
     """
     valid = labels >= 0
     labels = labels.masked_fill(~valid, IGNORE)
@@ -163,19 +154,18 @@ def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) 
 
 @torch.no_grad()
 def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
-    """Figures of a network with logits [B, C, H, W].
+    """Return the figures of a network with logits [B, C, H, W].
 
     Args:
         model: in eval mode.
-        data: ``data.batches()`` yields batches with labels int64 [B, H, W] as targets.  ``data.cases`` int64 [n], if
-            present and not None, gives the case of every image.  ``data.record``, if present, receives the predicted
-            classes [n, H, W] in order, and ``data.keep``, if present and not None, the Dice of every case and
-            class, fp64 [cases, C], the background's first (NaN where the case does not count for the class).
+        data: ``data.batches()`` yields labels int64 [B, H, W] as targets. ``data.cases`` int64 [n], if present and not
+            None, gives the case of every image. ``data.record``, if present, receives the predicted classes [n, H, W]
+            in order. ``data.keep``, if present and not None, receives the Dice of every case and class, fp64 [cases,
+            C], the background's first (NaN if the case does not count for the class).
 
     Returns:
         ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, with more than one foreground
-        class, ``dice_1`` and so on by class number.  A class that no truth contains has no figure.  If no truth
-        contains any foreground class, there is neither ``dice`` nor ``iou`` nor ``hd95``.
+        class, ``dice_1`` and so on by class number. Without any foreground in the truth only ``loss``.
 
     Raises:
         ValueError: no pixel has a label.
@@ -222,21 +212,18 @@ def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
 
 
 def largest_classes(labels: Tensor) -> Tensor:
-    """Return the object class with most pixels of every image, int64 ``[n]``.
-
-    0 where an image has no object.
-    """
+    """Return the object class with most pixels of every image, int64 ``[n]``, 0 without an object."""
     top = int(labels.max()) if labels.numel() else 0
     counts = torch.stack([(labels == label).sum((1, 2)) for label in range(1, max(top, 1) + 1)], 1)
     return torch.where(counts.any(1), counts.argmax(1) + 1, 0)
 
 
 def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
-    """Pixel counts of every image and class (in both, predicted, true): int64 [B, 3, C] on the CPU.
+    """Count the pixels of every image and class (in both, predicted, true): int64 [B, 3, C] on the CPU.
 
     Args:
         predicted: int64 [B, *positions].
-        truth: int64 of the same shape; pixels of a negative class are left out of all three counts.
+        truth: int64 of the same shape; no count includes pixels of a negative class.
     """
     rows = torch.arange(len(truth), device=truth.device).repeat_interleave(truth[0].numel() if len(truth) else 0)
     guess, label = predicted.reshape(-1), truth.reshape(-1)
@@ -251,22 +238,14 @@ def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 
 def dice(counts: Tensor) -> Tensor:
-    """Mean over cases of :func:`case_dice` for every class, fp64 [C].
-
-    NaN for a class that no truth contains.
-    """
+    """Return the mean over cases of :func:`case_dice`, fp64 [C], NaN for a class that no truth contains."""
     return case_dice(counts).nanmean(0)
 
 
 def case_dice(counts: Tensor) -> Tensor:
-    """2 |P ∩ T| / (|P| + |T|) of every case and class, fp64 [n, C].
+    """Return 2 |P ∩ T| / (|P| + |T|) of every case and class, fp64 [n, C], from counts int64 [n, 3, C].
 
-    NaN where a case does not count for a class.
-
-    A case counts for the classes of its truth; without any object, for the classes that are predicted.
-
-    Args:
-        counts: int64 [n, 3, C], as from :func:`overlaps`.
+    A case counts for the classes of its truth (without any object, for the predicted classes), else NaN.
     """
     common, guesses, true = counts.double().unbind(1)
     healthy = true[:, 1:].sum(1, keepdim=True) == 0
@@ -292,20 +271,10 @@ def constant_dice(data: SampleSet, classes: int) -> tuple[float, int]:
 
 
 def hausdorff95(predicted: Mask, truth: Mask) -> float:
-    """Return the 95th percentile of the surface distances between two masks.
+    """Return the 95th percentile of the surface distances between two bool masks of one shape, in pixels.
 
-    Masks have any dimension, and the larger of both directions counts.
-
-    A mask's surface is the set of its positions with a neighbour (along an axis) outside the mask or the image.
-
-    Args:
-        predicted, truth: bool, same shape.
-
-    Returns:
-        The distance in pixels; 0 if both masks are empty, the image's diagonal if one mask is empty.
-
-    Raises:
-        ValueError: the shapes differ.
+    The larger of both directions; 0 if both masks are empty, the image's diagonal if one is. A mask's surface is the
+    set of its positions with a neighbour (along an axis) outside the mask or the image.
     """
     from scipy import ndimage
 
@@ -322,7 +291,7 @@ def hausdorff95(predicted: Mask, truth: Mask) -> float:
 
 
 def _distances(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> list[float]:
-    """Hausdorff distances of every image and every foreground class in the image's truth."""
+    """Return the Hausdorff distances of every image and every foreground class in the image's truth."""
     distances = []
     for guess, label in zip(predicted, truth, strict=True):
         valid = label >= 0

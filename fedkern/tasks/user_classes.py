@@ -1,4 +1,4 @@
-"""Classification with a user's loss or metrics: they add figures, and the task stays what it is."""
+"""Classification with a user-defined loss or additional metrics."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TAKEN = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "aur
 
 
 class OwnClassification(OwnTask, Classification):
-    """A classification with a user's loss of logits and classes, or with metrics.
+    """Classification with a user-defined loss of logits and classes, or with user-defined metrics.
 
     Args:
-        loss_fn, metrics: as in `OwnTask`.  Outputs are logits, of NLL logarithms of probabilities.
-        main: name of the main figure.  None: the accuracy.
-        better: which values of ``main`` are the better ones.
+        loss_fn, metrics: as in `OwnTask`. Outputs are logits, for NLL logarithms of probabilities.
+        main: name of the main figure. None: the accuracy.
+        better: the better values of ``main``.
     """
 
     name, target, network, noun = "classification", "class", "classes", "samples"

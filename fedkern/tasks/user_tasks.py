@@ -1,4 +1,4 @@
-"""A user's own task: a loss, figures of all outputs and targets, and which of them is the main one."""
+"""User-defined tasks: a loss, figures of all outputs and targets, and the choice of the main figure."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def cross_entropy(outputs: object, targets: Tensor) -> Tensor:
-    """Return the loss of whole-number targets where nobody gives one."""
+    """Return the default loss of whole-number targets."""
     classes = targets.long() if targets.dtype in INTEGERS else targets
     return mean_cross_entropy(find_logits(outputs), classes)
 
 
 class OwnTask(Task):
-    """A task by a loss and figures.
+    """Task by a user-defined loss and metrics.
 
     Args:
-        loss_fn: ``loss_fn(outputs, targets)``, a function or a module.  None: the cross-entropy.
+        loss_fn: ``loss_fn(outputs, targets)``, a function or a module. None: the cross-entropy.
         metrics: by name: ``metric(outputs, targets)`` of all samples of a set, on the CPU; or an object with
-            ``update(outputs, targets)`` and ``compute()``, as those of torchmetrics.  With ``batch_loss`` they take a
-            model and a batch, and a function's values are averaged over batches.
-        main: name of the main figure.  Open: the first metric that says ``higher_is_better``, else ``"loss"``.
-        better: whether larger (``"max"``) or smaller (``"min"``) values of the main figure are the better ones.  Open:
-            as its ``higher_is_better`` says, else ``"min"`` for the loss and ``"max"`` for a metric.
-        batch_loss: ``batch_loss(model, batch)`` in place of ``loss_fn``, which calls the network itself.  ``batch`` is
-            what ``collate_fn`` returned.
+            ``update(outputs, targets)`` and ``compute()``, such as torchmetrics'. With ``batch_loss`` they take a model
+            and a batch, and a function's values are averaged over batches.
+        main: name of the main figure. Default: the first metric that has ``higher_is_better``, else ``"loss"``.
+        better: whether larger (``"max"``) or smaller (``"min"``) values of the main figure are better. Default: by
+            ``higher_is_better``, else ``"min"`` for the loss and ``"max"`` for a metric.
+        batch_loss: ``batch_loss(model, batch)`` instead of ``loss_fn``; it calls the network itself. ``batch`` is what
+            ``collate_fn`` returned.
 
     Attributes:
         loss_name, loss_code: the argument that gives the loss, and the loss.
         takes_batches: whether the loss is a ``batch_loss``.
 
     Raises:
-        UserError: ``main`` is no figure, or something is no function, or a function of other arguments.
+        UserError: ``main`` is not a figure, or a loss or metric is not a function of these arguments.
     """
 
     name, target, network, noun = "own", "own", "any", "samples"
@@ -146,7 +146,7 @@ class OwnTask(Task):
         return size
 
     def check_size(self, size: int) -> None:
-        """Raise UserError where metrics are functions of more bytes of outputs and targets than can be put together."""
+        """Raise UserError if metrics are functions of more bytes than can be concatenated."""
         functions = [name for name, metric in self.metrics.items() if not _stateful(metric)]
         if size > MOST and functions:
             raise UserError(
@@ -176,7 +176,7 @@ class OwnTask(Task):
         return value
 
     def _place_loss(self, function: Callable[..., object], arguments: tuple[object, ...]) -> Callable[..., object]:
-        """Return a loss that is a module with tensors (weights of classes) on the device of what it is given."""
+        """Return the loss, moved to the arguments' device if it is a module with tensors (class weights)."""
         if not isinstance(function, nn.Module):
             return function
         weight = next(iter(function.state_dict().values()), None)
@@ -188,7 +188,7 @@ class OwnTask(Task):
         return self._copies[device]
 
     def evaluate_batch(self, model: nn.Module, batch: TaskBatch, *, lossless: bool = False) -> tuple[object, float]:
-        """Return the outputs of a batch, None where the loss calls the network, and the loss, 0 where ``lossless``."""
+        """Return outputs (None with a ``batch_loss``) and loss (0 if ``lossless``) of a batch."""
 
         def play() -> tuple[object, float]:
             if self.takes_batches:
@@ -216,7 +216,7 @@ class OwnTask(Task):
                     parameter.requires_grad_(False)
 
     def set_loss(self, outputs: object, targets: object) -> float | None:
-        """Return the loss of a whole set, or None where it takes gradients of the network."""
+        """Return the loss of a whole set, or None if the loss takes gradients of the network."""
         for gradients in (False, True):
             try:
                 with torch.set_grad_enabled(gradients):
@@ -227,11 +227,11 @@ class OwnTask(Task):
         return None
 
     def share(self, targets: object, content: object, samples: int) -> float:
-        """Return what a batch counts in means over batches: its targets, without ignored ones, by their weights.
+        """Return a batch's weight in means over batches: its counted targets, by their class weights.
 
         Args:
-            targets, content: of the batch, and all that it holds.
-            samples: of which the batch was made.
+            targets, content: the targets, and all contents of the batch.
+            samples: number of samples in the batch.
         """
         if isinstance(targets, Tensor) and targets.dim() and targets.dtype in INTEGERS:
             _, weight, ignored = torch_loss(self.loss_code) or TorchLoss()
@@ -242,7 +242,6 @@ class OwnTask(Task):
 
     @torch.no_grad()
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
-        """Return the metrics' values by name, and ``loss``."""
         evaluation = SetEvaluation(self, model, data)
         with evaluation.turn:
             for _ in evaluation.batches():
@@ -252,17 +251,11 @@ class OwnTask(Task):
 
 
 class SetEvaluation:
-    """Pass of a network over a set, for a user's loss and metrics.
+    """Pass of a network over a set, for a user-defined loss and metrics.
 
-    The loss is that of all samples at once where their outputs fit, else a mean over batches by their shares.
-
-    Args:
-        task: gives loss and metrics.
-        model: the network.
-        data: the set.  ``data.output_bytes`` are those of all outputs and targets, 0 where batches stay apart.
-
-    Attributes:
-        turn: held during the pass, as sets may be evaluated side by side, in threads.
+    The loss is of all samples at once if their outputs fit, else a mean over batches by their shares.
+    ``data.output_bytes``: bytes of all outputs and targets, 0 if batches are not concatenated. Hold ``turn`` during the
+    pass, as threads evaluate sets side by side.
     """
 
     def __init__(self, task: OwnTask, model: nn.Module, data: JudgedSet) -> None:
@@ -347,7 +340,7 @@ class SetEvaluation:
 
 
 class TorchLoss(NamedTuple):
-    """Options of torch's cross-entropy or NLL, for which outputs are ``logarithms`` of probabilities."""
+    """Options of torch's cross-entropy, or of NLL, where outputs are ``logarithms`` of probabilities."""
 
     logarithms: bool = False
     weight: Tensor | None = None
@@ -355,7 +348,7 @@ class TorchLoss(NamedTuple):
 
 
 def torch_loss(loss: object) -> TorchLoss | None:
-    """Return the options of torch's cross-entropy or NLL, a module, function or partial, or None for another loss."""
+    """Return the options of torch's cross-entropy or NLL (module, function or partial), or None."""
     function, options = (loss.func, loss.keywords) if isinstance(loss, partial) and not loss.args else (loss, {})
     if type(loss) is nn.NLLLoss or type(loss) is nn.CrossEntropyLoss:
         function = F.nll_loss if type(loss) is nn.NLLLoss else F.cross_entropy
@@ -366,25 +359,24 @@ def torch_loss(loss: object) -> TorchLoss | None:
 
 
 def sample_form(values: object) -> tuple[tuple[object, ...], ...]:
-    """Return dtype and shape of a sample in tensors of batches, or nothing where some have other numbers of samples."""
+    """Return dtype and shape of a sample in tensors of batches, empty if sample counts differ."""
     found = [leaf for leaf in leaves(values) if leaf is not None]
     is_per_sample = all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(found[0]) for leaf in found)
     return tuple((leaf.dtype, *leaf.shape[1:]) for leaf in found) if is_per_sample else ()
 
 
 def tensors(values: object) -> Iterator[Tensor]:
-    """Yield the tensors among nested values."""
     return (leaf for leaf in leaves(values) if isinstance(leaf, Tensor))
 
 
 def check_object(name: str, value: object) -> None:
-    """Raise UserError for a class where an object of the class is meant."""
+    """Raise UserError for a class instead of an object."""
     if isinstance(value, type):
         raise UserError(f"{name} is the class {value.__name__}: make an object of it, {value.__name__}().")
 
 
 def check_metrics(metrics: object) -> None:
-    """Raise UserError for metrics that are no functions or objects by name."""
+    """Raise UserError unless metrics are functions or objects by name."""
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) and name.strip() for name in metrics):
         raise UserError(f'metrics must be a dict by name, such as {{"mae": FUNCTION}}, not {format_value(metrics)}.')
     for name, metric in metrics.items():
@@ -407,7 +399,7 @@ def _copy(leaf: object) -> object:
 
 
 def _copies(pair: tuple[object, object]) -> tuple[object, object]:
-    """Return outputs and targets that a metric may change, where their types can be made again."""
+    """Return copies of outputs and targets, which a metric may change, or the originals if not copyable."""
     with suppress(UserError):
         copies: tuple[object, object] = map_leaves(_copy, pair)
         return copies
@@ -426,7 +418,7 @@ _FIRST = {
 
 
 def _check_loss(name: str, loss: object) -> None:
-    """Raise UserError where a loss is no function, or by the name of its first parameter one of other arguments."""
+    """Raise UserError if a loss is not callable, or its first parameter is named like the other kind's."""
     check_object(name, loss)
     if not callable(loss):
         raise UserError(f"{name} must be a function or a module, not an object of type {type(loss).__name__}.")

@@ -1,1 +1,1 @@
-"""Baselines: published methods that the five papers are compared with, a file each."""
+"""Baselines: published methods to compare the five papers with, a file each."""

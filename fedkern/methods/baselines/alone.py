@@ -21,12 +21,12 @@ class Local(Objective, Method):
     """Not federated: every client trains its own network alone.
 
     A client trains as in FedAvg, with the same initial network, rounds, local epochs and batches, but keeps its own
-    network from round to round.  With one client this equals FedAvg.  All clients take part in every round, whatever
+    network from round to round. With one client this equals FedAvg. All clients take part in every round, whatever
     ``--sample-fraction`` is.
 
-    The figures are means over the clients' networks.  ``lowest_accuracy`` and ``highest_accuracy`` are those of the
-    worst and the best client.  Nothing travels, so no bytes are booked.  The server holds the networks only to evaluate
-    and save them, as the members of an ensemble.  ``--buffers local`` and ``drop`` are refused, because a client keeps
+    The figures are means over the clients' networks. ``lowest_accuracy`` and ``highest_accuracy`` are those of the
+    worst and the best client. Nothing travels, so no bytes are booked. The server holds the networks only to evaluate
+    and save them, as the members of an ensemble. ``--buffers local`` and ``drop`` are refused, because a client keeps
     its whole network.
     """
 
@@ -72,7 +72,7 @@ class Local(Objective, Method):
         return Personal(dict(enumerate(members))).requires_grad_(False)  # pairs have no joint prediction
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
-        """Return the usual figures of every client's own network on the whole test set, averaged over clients.
+        """Return the task's figures of every client's own network on the whole test set, averaged over clients.
 
         ``lowest_accuracy`` and ``highest_accuracy`` (``lowest_i2t_r1`` and so on) are the figures of the worst and the
         best client.

@@ -50,13 +50,7 @@ class DENSE(Distilled):
 
     @dataclass(frozen=True)
     class Options(Distilled.Options):
-        """Options of DENSE.
-
-        Defaults of the released code: 200 epochs, SGD 0.005, T 20, weights 1.
-
-        The released code starts the student from fresh weights (``student_init=fresh``).  Here the default is the
-        average of the clients, as for every distilled student.
-        """
+        """Options of DENSE, with the defaults of the released code except for ``student_init``."""
 
         distill_epochs: int = option(
             200,

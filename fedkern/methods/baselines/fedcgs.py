@@ -90,12 +90,7 @@ class FedCGS(OneShot):
 
 
 class FeatureStatistics:
-    """Counts and sums of features per class, and the scatter of all features, exact for any partition of the samples.
-
-    Args:
-        classes: number of classes C.
-        width: number of features d.
-    """
+    """Counts and sums of features per class, and the scatter of all features, exact for any partition."""
 
     def __init__(self, classes: int, width: int) -> None:
         self.counts = torch.zeros(classes, dtype=torch.int64)
@@ -104,7 +99,6 @@ class FeatureStatistics:
 
     @property
     def samples(self) -> int:
-        """Number of samples of all classes."""
         return int(self.counts.sum())
 
     def add(self, features: Tensor, labels: Tensor) -> None:
@@ -129,11 +123,7 @@ class FeatureStatistics:
         }
 
     def merge(self, message: Mapping[str, Tensor]) -> None:
-        """Add a client's :meth:`message`.
-
-        Raises:
-            ValueError: the means are not those of the classes counted, or see :meth:`ClassStatistics.merge`.
-        """
+        """Add a client's :meth:`message`, or raise ValueError (see :meth:`ClassStatistics.merge`)."""
         counts, means = message["counts"].long(), message["means"].double()
         present = counts > 0
         if len(means) != int(present.sum()):
@@ -146,13 +136,8 @@ class FeatureStatistics:
     def classifier(self, *, shrinkage: bool) -> nn.Linear:
         """Return the linear classifier of these statistics, fp32 [d] to [C].
 
-        A class without samples has the mean of all features and the prior of half a sample.
-
-        Args:
-            shrinkage: of the covariance, see `fedkern.methods.common.calibration.shrunk`.
-
-        Raises:
-            UserError: the covariance is singular, as it is where samples are fewer than features.
+        A class without samples has the mean of all features and the prior of half a sample. UserError if the covariance
+        is singular, as with fewer samples than features.
         """
         covariance = (shrunk(self.total) if shrinkage else self.total.covariances())[0]
         present = (self.counts > 0)[:, None]

@@ -60,6 +60,6 @@ class FedNTD(LocalTraining):
 
 
 def not_true(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits [B, C] with every sample's own class masked: probability 0, no gradient."""
+    """Return logits [B, C] with every sample's own class masked: probability 0, no gradient."""
     mask = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
     return logits.masked_fill(mask, -math.inf)

@@ -88,7 +88,7 @@ class FedProto(LocalTraining):
         return em + self.options.lam * distance, {"loss_em": em.detach(), "loss_proto": distance.detach()}
 
     def prepare(self, model: Classifier, batch: Batch, received: Received) -> Drawn:
-        """Return the global prototypes ``means`` [C, d], and which of them there are, ``known`` bool [C]."""
+        """Return the global prototypes ``means`` [C, d], and ``known`` bool [C] for the classes that have one."""
         if not self.options.lam or "prototypes" not in received.message:
             return {}
         if "targets" not in received.round_cache:
@@ -215,10 +215,7 @@ class FedProto(LocalTraining):
 class Nearest(nn.Module):
     """Nearest-prototype classifier: logits ``-||f(x) - C^(j)||^2``, ``-inf`` for a class without a prototype.
 
-    Args:
-        network: a network with ``features`` [B, d].
-        means: fp32 [C, d].
-        present: bool [C].
+    ``means`` is fp32 [C, d], ``present`` bool [C].
     """
 
     means: Tensor
@@ -237,17 +234,12 @@ class Nearest(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, C] of images."""
         distances = torch.cdist(self.network.features(images), self.means).square()
         return -distances.masked_fill(~self.known, torch.inf)
 
 
 def prototypes(network: Classifier, client: Client) -> Message:
-    """Return the mean feature of each of the client's classes.
-
-    Returns:
-        ``classes`` int64 [C'] ascending, ``means`` fp32 [C', d], ``counts`` int64 [C'].
-    """
+    """Return ``classes`` int64 [C'] ascending, their ``means`` fp32 [C', d] and ``counts`` int64 [C']."""
     present, counts = client.labels.unique(return_counts=True)
     row = torch.full((int(present.max()) + 1,), -1)
     row[present] = torch.arange(len(present))
@@ -263,7 +255,7 @@ def prototypes(network: Classifier, client: Client) -> Message:
 
 
 def table(message: Message | None, classes: int, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Prototypes of all classes: ``means`` fp32 [C, d], zero without a prototype, and ``known`` bool [C]."""
+    """Return the prototypes of all classes: ``means`` fp32 [C, d], zero if missing, and ``known`` bool [C]."""
     size = width if message is None else message["means"].shape[1]
     means, present = torch.zeros(classes, size or 0), torch.zeros(classes, dtype=torch.bool)
     if message is not None:

@@ -90,7 +90,6 @@ class FML(LocalTraining):
         self._build_private(server.build)  # raises on an unknown private model before the run starts
 
     def _private(self, client: Client) -> nn.Module:
-        """Return the client's private model from the last round, or a fresh one."""
         # Its own initial weights: equal networks that train on the same batches could not teach each other.
         return own_network(client, "private", self._build_private(partial(client.network, stream="private")))
 

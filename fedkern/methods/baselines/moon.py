@@ -70,7 +70,7 @@ class Moon(LocalTraining):
         return em + self.options.mu * contrast, {"loss_em": em.detach(), "loss_con": contrast.detach()}
 
     def prepare(self, model: Classifier, batch: Batch, received: Received) -> Drawn:
-        """Features of the batch by the global model and by the client's last local model."""
+        """Return the features of the batch by the global model and by the client's last local model."""
         if not self.options.mu or "previous" not in received.extras:
             return {}
         glob = cached_rows("global", batch, received, lambda: received.model.features(batch.inputs))
@@ -78,7 +78,6 @@ class Moon(LocalTraining):
         return {"global": glob, "previous": prev}
 
     def _previous(self, received: Received) -> Classifier:
-        """Return the client's last local model, built once per exchange."""
         if "network" not in received.round_cache:
             received.round_cache["network"] = frozen_copy(received.model, received.extras["previous"])
         network: Classifier = received.round_cache["network"]

@@ -97,7 +97,7 @@ class Scaffold(FedAvg):
         return Terms(correction=received.extras["correction"], gradient_sum=received.extras["path"])
 
     def gradient(self, client: Client, phase: Phase, message: Message) -> Tensor:
-        """Gradient of the client's mean loss over all its samples at the received model, fp32 [P]."""
+        """Return the gradient of the client's mean loss over all its samples at the received model, fp32 [P]."""
         network = client.network()
         flat = with_vectors(network, message, client)
         if client.statistics_fixed(phase):

@@ -1,1 +1,1 @@
-"""Parts that several methods share: objectives, figures, calibration, one-shot training, robust weights."""
+"""Shared parts of methods: objectives, figures, calibration, one-shot training, robust weights."""

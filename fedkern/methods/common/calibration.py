@@ -1,12 +1,8 @@
-"""Classifier calibration from class statistics (CCVR, arXiv 2106.05001; FuseFL, arXiv 2410.20380, section 4.5).
+"""Classifier calibration from class statistics (CCVR).
 
-Every client sends, per class, the count, mean and scatter of its features.  The server pools these statistics exactly,
-samples virtual features from one Gaussian per class and trains only the classifier on the virtual features.
-
-    client:   statistics = ClassStatistics(classes, width)
-              statistics.add(features, labels)                         # batch by batch
-              return statistics.message()
-    server:   head = calibrate_head(server, phase, uploads, head, options)
+Every client sends, per class, the count, mean and scatter of its features. The server pools these statistics exactly,
+samples virtual features from one Gaussian per class and trains only the classifier on them (arXiv 2106.05001, and
+FuseFL, arXiv 2410.20380, section 4.5).
 """
 
 from __future__ import annotations
@@ -50,16 +46,15 @@ class CalibrationOptions(Options):
 class ClassStatistics:
     """Counts, means and scatters of features per class, exact for any partition of the samples.
 
-    The update of Chan et al. (1979), which never subtracts large moments, merges parts.  So the covariance of any
-    number of merged uploads is the sample covariance of their concatenated features.
+    Parts are merged by the update of Chan et al. (1979), which never subtracts large moments.
 
     Args:
         classes: number of classes C.
         width: number of features d.
         diagonal: keep variances only (d numbers a class, not d (d + 1) / 2).
-        compat: merge as FuseFL's released code does.  From population covariances S_k / n_k it forms
-            ``sum (n_k - 1) S_k / n_k + sum n_k mu_k mu_k^T`` over ``n - 1`` and never subtracts the mean's outer
-            product (its factor is written ``n / n - 1``): an uncentred second moment.
+        compat: merge as FuseFL's released code: from population covariances S_k / n_k it forms ``sum (n_k - 1) S_k /
+            n_k + sum n_k mu_k mu_k^T`` over ``n - 1`` and never subtracts the mean's outer product (its factor is
+            written ``n / n - 1``), an uncentred second moment.
 
     Attributes:
         counts: int64 [C].
@@ -76,11 +71,7 @@ class ClassStatistics:
 
     @torch.no_grad()
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B].
-
-        Raises:
-            ValueError: a label is out of range.
-        """
+        """Add a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B]."""
         wide, labels = features.detach().double(), labels.to(features.device)
         for c in labels.unique().tolist():
             if not 0 <= c < self.classes:
@@ -92,10 +83,10 @@ class ClassStatistics:
             self._chan(c, len(rows), mean.cpu(), scatter.cpu())
 
     def message(self) -> Message:
-        """Return a client's upload, with means and scatters only of the C' of C classes that the client has.
+        """Return a client's upload, with means and scatters of the C' of C classes that the client has.
 
         ``counts`` int32 [C], ``means`` fp32 [C', d], ``scatters`` fp32 [C', d (d + 1) / 2] (upper triangles by rows;
-        [C', d] with ``diagonal``): at most C (d + d (d + 1) / 2 + 1) numbers of 4 bytes.
+        [C', d] with ``diagonal``).
         """
         present = self.counts > 0
         scatters = self.scatters[present]
@@ -108,8 +99,8 @@ class ClassStatistics:
         """Add a client's :meth:`message`, which fits :func:`statistics_of`.
 
         Raises:
-            ValueError: what a declaration cannot say: there are not as many means as classes, or a squared deviation is
-                negative; the statistics are then unchanged.
+            ValueError: faults beyond the declaration: other means than classes, or a negative squared deviation.
+                Nothing changes then.
         """
         counts, means, scatters = (message[name].cpu() for name in ("counts", "means", "scatters"))
         self._check(int((counts > 0).sum()), scatters)
@@ -126,7 +117,7 @@ class ClassStatistics:
                 self._chan(c, n, mean, scatter)
 
     def covariances(self) -> Tensor:
-        """fp64 [C, d, d], or [C, d] with ``diagonal``: scatter / (n - 1), zero where n is 1 or 0."""
+        """Return scatter / (n - 1), fp64 [C, d, d], or [C, d] with ``diagonal``, zero if n is 1 or 0."""
         degrees = (self.counts - 1).clamp_min(1).double()
         return self.scatters / degrees.reshape(-1, *[1] * (self.scatters.dim() - 1))
 
@@ -159,11 +150,7 @@ class ClassStatistics:
 def collect(
     features: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: int, options: CalibrationOptions
 ) -> Message:
-    """Return a client's upload: statistics of ``features(images)`` ``[B, d]`` over its batches.
-
-    Raises:
-        ValueError: there is no batch.
-    """
+    """Return a client's upload: statistics of ``features(images)`` ``[B, d]`` over its batches."""
     statistics: ClassStatistics | None = None
     with torch.no_grad():
         for batch in batches:
@@ -177,7 +164,7 @@ def collect(
 
 
 def statistics_of(head: nn.Linear, options: CalibrationOptions) -> Declaration:
-    """Declare a client's statistics (`ClassStatistics.message`) of the features that ``head`` reads."""
+    """Declare a client's statistics (`ClassStatistics.message`) of the inputs of ``head``."""
     width = head.in_features
     size = width if options.covariance == "diagonal" else width * (width + 1) // 2
     return {
@@ -188,7 +175,7 @@ def statistics_of(head: nn.Linear, options: CalibrationOptions) -> Declaration:
 
 
 def pool(server: Server, uploads: Iterable[Upload], merge: Callable[[Message], None]) -> None:
-    """Hands the clients' statistics to ``merge`` one by one, and refuses uploads that it cannot use (ValueError)."""
+    """Pass the clients' statistics to ``merge`` one by one, and refuse uploads that raise ValueError."""
     for upload in uploads:
         try:
             merge(upload.message)
@@ -200,11 +187,7 @@ def pool(server: Server, uploads: Iterable[Upload], merge: Callable[[Message], N
 def calibrate_head(
     server: Server, phase: Phase, uploads: Iterable[Upload], head: nn.Linear, options: CalibrationOptions
 ) -> nn.Linear:
-    """Return the classifier ``head`` trained on what the clients' statistics of the features that it reads tell.
-
-    Raises:
-        UserError: no upload could be used.
-    """
+    """Return ``head`` trained on the clients' statistics, or raise UserError if all uploads were refused."""
     diagonal = options.covariance == "diagonal"
     pooled = ClassStatistics(head.out_features, head.in_features, diagonal=diagonal, compat=options.ccvr_compat)
     pool(server, uploads, pooled.merge)
@@ -214,15 +197,11 @@ def calibrate_head(
 
 
 def shrunk(statistics: ClassStatistics) -> Tensor:
-    """Covariances shrunk towards their mean variance, more strongly for classes with few samples.
+    """Return covariances shrunk towards their mean variance, fp64, zero for absent classes.
 
     ``(1 - rho_c) Sigma_c + rho_c (tr Sigma_c / d) I`` with rho_c of the oracle approximating shrinkage (Chen et al.,
-    arXiv 0907.4698, eq. 23), which vanishes like 1 / n_c.  For diagonal statistics rho_c is
-    ``2 / (n + 1) sum v^2 / sum (v - mean v)^2``.  A class with a single sample takes the mean variance of the other
-    classes.
-
-    Returns:
-        fp64 [C, d, d], or [C, d] where the statistics are diagonal; zero for absent classes.
+    arXiv 0907.4698, eq. 23), which vanishes like 1 / n_c. For diagonal statistics rho_c is ``2 / (n + 1) sum v^2 / sum
+    (v - mean v)^2``. A class with one sample takes the mean variance of the other classes.
     """
     covariances, d = statistics.covariances(), statistics.width
     variances = covariances if statistics.diagonal else covariances.diagonal(dim1=1, dim2=2)
@@ -248,14 +227,10 @@ def shrunk(statistics: ClassStatistics) -> Tensor:
 def virtual_features(
     statistics: ClassStatistics, rng: np.random.Generator, per_class: int, *, compat: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draws ``per_class`` features of every class that has samples, in shuffled portions of bounded size.
+    """Yield shuffled portions of ``per_class`` drawn features of every class with samples.
 
-    Args:
-        statistics: pooled over the clients.
-        compat: use the covariances unchanged, neither shrunk nor raised by ``JITTER``.
-
-    Yields:
-        features fp32 [n, d] and labels int64 [n]; every portion has equally many features of every class.
+    Features are fp32 [n, d] and labels int64 [n], equally many of every class in each portion. ``compat`` leaves the
+    covariances unchanged, neither shrunk nor raised by ``JITTER``.
     """
     present = torch.nonzero(statistics.counts).flatten().tolist()
     covariances = statistics.covariances() if compat else shrunk(statistics)
@@ -273,10 +248,7 @@ def virtual_features(
 
 
 def _root(covariance: Tensor, jitter: float) -> Tensor:
-    """R with R R^T = covariance + jitter I.
-
-    For variances, the elementwise square root.
-    """
+    """Return R with R R^T = covariance + jitter I, of variances elementwise."""
     if covariance.dim() == 1:
         return (covariance + jitter).clamp_min(0).sqrt()
     raised = covariance + jitter * torch.eye(len(covariance), dtype=covariance.dtype)
@@ -291,10 +263,9 @@ def _root(covariance: Tensor, jitter: float) -> Tensor:
 def calibrate(
     head: nn.Linear, statistics: ClassStatistics, rng: np.random.Generator, options: CalibrationOptions
 ) -> nn.Linear:
-    """Return a copy of the classifier ``head`` trained on virtual features: SGD without momentum, cross-entropy.
+    """Return a copy of ``head`` trained on virtual features: SGD without momentum, cross-entropy.
 
-    Classes without samples at any client get no virtual features.  ``options.ccvr_compat`` makes one pass at learning
-    rate 0.01.
+    ``options.ccvr_compat`` makes one pass at learning rate 0.01.
     """
     compat = options.ccvr_compat
     trained = copy.deepcopy(head).requires_grad_(True)

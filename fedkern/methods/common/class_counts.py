@@ -1,7 +1,7 @@
-"""Counts of every class at a client, by which an ensemble weighs its members class by class (FedIOD, arXiv 2312.14478).
+"""Class counts of a client, the class weights of an ensemble's members (FedIOD, arXiv 2312.14478).
 
-FedIOD's clients tell their counts by default, those of the methods that keep the clients' networks with
-``class_weights=counts``, so that both can be compared on what they are told.
+FedIOD's clients disclose them by default, clients of `MemberNetworks` only with ``class_weights=counts``, so that both
+can be compared with equal knowledge.
 """
 
 from __future__ import annotations

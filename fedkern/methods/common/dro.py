@@ -2,13 +2,12 @@
 
     min_theta max_{w in Q} sum_k w_k L_k(theta)
 
-After a round every client reports the loss l_k of the new model on samples that it never trains on.  The server
-projects ``v_k = w_k exp(eta l_k)`` onto the set Q of mixtures around a centre
-(`fedkern.methods.common.robust_weights`).  The weights act in the next round, by default as the weights of the
-average: local SGD on ``sum_k w_k L_k``.
+After a round every client reports the loss l_k of the new model on held-out samples. The server projects ``v_k = w_k
+exp(eta l_k)`` onto the set Q of mixtures around a centre (`fedkern.methods.common.robust_weights`). The weights act in
+the next round, by default in the average: local SGD on ``sum_k w_k L_k``.
 
-The step moves weight among the round's participants alone; the projection may move all weights.  A client keeps the
-model that it evaluated and trains it in the next round, so the losses cost a few numbers and no further download.
+The step moves weight among the round's participants; the projection may move all weights. A client trains the evaluated
+model in the next round, so the losses need no further download.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ LEAST = 1e-12
 class Robust(LocalTraining):
     """Base of methods whose server weighs clients by the losses that they report in the exchange `LOSSES`.
 
-    Client k judges ``max(2, round(loss_share n_k))`` samples, the same in every round.  The batch size is the smaller
-    of ``loss_batch`` and the least such number of any client, and incomplete batches are left out.
+    Client k computes its loss on ``max(2, round(loss_share n_k))`` samples, the same in every round. The batch size is
+    the smaller of ``loss_batch`` and any client's least number of such samples. Incomplete batches are left out.
 
     ``dro_apply`` decides where the weights w act, with the centre c of the set (`centre`):
 
     - ``aggregate``: in the average, where client k weighs w_k, at least 1e-12 / N.
     - ``loss``: the local loss is multiplied by w_k / c_k, and client k weighs c_k in the average.
-    - ``loss_code``: the local loss is multiplied by w_k, and all clients weigh alike, as in the released code.
+    - ``loss_code``: the local loss is multiplied by w_k, with equal weights in the average, as in the released code.
     """
 
     averages = True
@@ -117,7 +116,7 @@ class Robust(LocalTraining):
     # -- the weights -----------------------------------------------------------------------------------------------
 
     def centre(self, server: Server) -> Weights:
-        """Centre of the set of client weights, float64 [N]: the weights before any loss is known."""
+        """Return the centre of the set of client weights, float64 [N], with which the weights start."""
         samples = np.asarray(server.federation.samples, dtype=np.float64)
         even = np.full(len(samples), 1 / len(samples))
         return even if self.options.weighting == "uniform" else samples / samples.sum()
@@ -128,7 +127,6 @@ class Robust(LocalTraining):
         server.state["current"] = []  # clients that already hold the global model
 
     def weights(self, server: Server) -> Weights:
-        """Return the current client weights, float64 [N]."""
         vector: Tensor = server.state["weights"]
         return vector.numpy()
 
@@ -139,13 +137,13 @@ class Robust(LocalTraining):
         return max(float(vector[upload.client_id]) * len(vector), LEAST)
 
     def assign(self, server: Server) -> dict[ClientId, Message]:
-        """Messages of the training exchange: a client's weight, and the model unless the client already holds it."""
+        """Return the training messages: a client's weight, and the model unless the client holds it."""
         vectors = vectors_of(server.state)
         holders = set(server.state["current"])
         return {k: share if k in holders else {**vectors, **share} for k, share in self.shares(server).items()}
 
     def shares(self, server: Server) -> dict[ClientId, Message]:
-        """Every client's weight and, if the weights act on local losses, the factor on the client's loss."""
+        """Return every client's weight and, if the weights act on local losses, the factor on the client's loss."""
         result: dict[ClientId, Message] = {k: {"weight": w} for k, w in enumerate(self.weights(server).tolist())}
         if self.options.dro_apply != "aggregate":
             is_relative, centre = self.options.dro_apply == "loss", self.centre(server)
@@ -154,7 +152,7 @@ class Robust(LocalTraining):
         return result
 
     def ask(self, server: Server) -> Message:
-        """Message of the exchange ``losses``: the model and the batch size of the losses, the same for all clients."""
+        """Return the message of ``losses``: the model and the batch size, the same for all clients."""
         fewest = min(self.judged(n) for n in server.federation.samples)
         vectors = vectors_of(server.state)
         if "asked" in server.round_cache:  # pooling has sent the model already; only its statistics are new
@@ -166,7 +164,7 @@ class Robust(LocalTraining):
         return super().average(server, uploads)
 
     def learn(self, server: Server, uploads: Iterable[Upload]) -> None:
-        """Update the weights with one ascent step on the reported losses, and report figures of both."""
+        """Update the weights by one ascent step on the reported losses, and report figures of both."""
         losses = np.full(server.federation.clients, np.nan)
         current: list[int] = []
         server.state["current"] = current
@@ -191,7 +189,7 @@ class Robust(LocalTraining):
     # -- the clients -----------------------------------------------------------------------------------------------
 
     def judged(self, samples: int) -> int:
-        """Least number of a client's samples on which its loss is computed."""
+        """Return the least number of samples for a client's loss."""
         return max(2, round(self.options.loss_share * samples))
 
     def check(self, client: Client) -> None:
@@ -204,11 +202,10 @@ class Robust(LocalTraining):
             )
 
     def rows(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
-        """int64 rows of the client's training samples and of the samples of its loss, the same in every round.
+        """Return int64 rows of the client's training samples and of the samples of its loss, fixed for the run.
 
-        With ``loss_split=holdout`` all samples of a patient and all texts of an image are in one of both.  The second
-        array first has one sample of every patient or image, then second samples and so on, so that a batch seldom
-        holds one of them twice.
+        With ``loss_split=holdout`` samples of a patient or of an image stay together. The second array has one sample
+        of every patient or image first, then second samples and so on, so that a batch seldom holds two of one.
         """
         units, count = client.groups, self.judged(client.samples)
         if units is None:
@@ -231,11 +228,11 @@ class Robust(LocalTraining):
         return np.setdiff1d(judged, trained)
 
     def held(self, client: Client, message: Message) -> Message:
-        """Return the vectors of the global model, from the message or from the model that the client last evaluated."""
+        """Return the vectors of the global model, from the message or the client's last evaluation."""
         return vectors_of(message) or client.state["model"]
 
     def own_loss(self, client: Client, message: Message) -> Message:
-        """Mean loss of the received model, in eval mode, over full batches of the client's samples for the loss."""
+        """Return the mean loss of the received model, in eval mode, over full batches of the loss samples."""
         model = {**vectors_of(client.round_cache.get("asked", {})), **vectors_of(message)}
         client.state["model"] = model
         network = client.frozen(model)
@@ -247,9 +244,9 @@ class Robust(LocalTraining):
         return {"loss": loss}
 
     def running(self, client: Client, loss: float, samples: int) -> float:
-        """Mean of a loss over this round's samples and those of the latest rounds, until there are `loss_samples`.
+        """Return the mean of this and the latest rounds' losses that together cover `loss_samples` samples.
 
-        The rounds' samples are the same ones: the mean smooths what the models' last steps did to few of them.
+        The rounds use the same few samples: the mean smooths the effect of the models' last steps.
         """
         wanted = self.options.loss_samples
         if samples >= wanted:
@@ -261,21 +258,14 @@ class Robust(LocalTraining):
         return float((latest[:, 0] * latest[:, 1]).sum() / latest[:, 1].sum())
 
     def judge(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Loss of a batch, a scalar, that determines the client weights."""
+        """Return the loss of a batch, a scalar, that determines the client weights."""
         return batch.task.loss(model, batch)
 
     def scaled(self, loss: Tensor, received: Received) -> Tensor:
-        """Return the local loss times the client's factor.
-
-        Unchanged unless the weights act on local losses.
-        """
+        """Return the local loss times the client's factor, if the weights act on local losses."""
         factor = float(received.message.get("scale", 1.0))
         return loss if factor == 1 else loss * factor
 
 
 def _batches_of(rows: np.ndarray, size: int) -> Sequence[np.ndarray]:
-    """``rows`` in batches of exactly ``size``.
-
-    An incomplete last batch is left out.
-    """
     return [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]

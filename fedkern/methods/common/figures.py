@@ -1,4 +1,4 @@
-"""Figures of a network on its test sets beside those of its task."""
+"""Figures of a network on its test sets beside the task's figures."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from fedkern.models.precision import computing
 
 @computing("fp32")
 def gradcam(network: nn.Module, sets: Mapping[str, EvaluatedSet], count: int) -> dict[str, float]:
-    """Return the share of Grad-CAM mass inside the object.
-
-    It is that of the first ``count`` images of every test set with masks.
-    """
+    """Return the share of Grad-CAM mass inside the object, on the first ``count`` images of sets with masks."""
     metrics: dict[str, float] = {}
     if not count or not isinstance(network, StagedNetwork) or not network.maps:
         return metrics
@@ -32,7 +29,7 @@ def gradcam(network: nn.Module, sets: Mapping[str, EvaluatedSet], count: int) ->
 
 
 class _BatchAtHand:
-    """A test set whose batches are answered one after another, with the targets of the latest."""
+    """Test set with the targets of the latest batch, which has to be answered before the next one."""
 
     pool = None
     targets: Tensor
@@ -55,9 +52,9 @@ def with_accuracies(
     """Return the task's figures of a network, and the accuracies of other predictions of the same passes.
 
     Args:
-        names: of these accuracies.
-        answer: gives the network's logits ``[B, C]`` of a batch's inputs, and the other predictions
-            ``[len(names), B]``.
+        names: names of the accuracies.
+        answer: returns the network's logits ``[B, C]`` of a batch's inputs, and the other predictions ``[len(names),
+            B]``.
         data: a test set of a classification.
     """
     test_set: Any = _BatchAtHand(data)

@@ -24,18 +24,13 @@ CACHE_BYTES = 1 << 30
 def cached_rows(
     name: str, batch: Batch, received: Received, compute: Callable[[], Tensor], network: nn.Module | None = None
 ) -> Tensor:
-    """``compute()`` without gradients, cached over the epochs of the exchange.
+    """Return ``compute()`` without gradients, a row per sample, cached over the epochs of the exchange.
 
-    One row per sample of the batch.
-
-    If images are not augmented, ``compute`` runs in the first epoch only, and later epochs read the cached rows (maps
-    channels-last).  So ``compute`` must be a frozen function of each sample, where batch norm of the network reads
-    running statistics.  Where there are none (``--buffers drop``), it runs for every batch.
+    Without augmentation ``compute`` runs in the first epoch only, so it must be a function of each sample. With batch
+    norms that normalise by the batch (``--buffers drop``) it runs for every batch.
 
     Args:
         name: cache key, unique within a loss.
-        batch: the batch; its ``indices`` are the rows of the cache.
-        received: its ``round_cache`` holds the cache.
         compute: returns ``[B, ...]`` for ``batch.inputs``.
         network: the frozen network; None: the received one.
     """
@@ -57,16 +52,12 @@ def cached_rows(
 
 
 def normalises_by_batch(model: nn.Module) -> bool:
-    """Whether an output of a frozen network depends on the batch: a batch norm has no running statistics to read."""
+    """Return whether a frozen network's output depends on the batch: a batch norm lacks running statistics."""
     return any(isinstance(layer, _BatchNorm) and layer.training for layer in model.modules())
 
 
 def frozen_copy(model: N, vectors: Mapping[str, Tensor]) -> N:
-    """Return a copy of a frozen network, in the same mode, with other flat vectors.
-
-    Raises:
-        ValueError: a vector's size differs from the network's.
-    """
+    """Return a copy of a frozen network, in the same mode, with other flat vectors."""
     network = copy.deepcopy(model)
     if precision.lower() is not None:
         network.float()  # the received network's weights are already in lower precision

@@ -1,10 +1,8 @@
 """Base of one-shot methods: every client trains its whole budget once.
 
-``--local-epochs`` is a client's whole budget, so that all one-shot methods train equally long.  With ``calibrate``, a
-second round replaces the classifier.  Clients send class statistics of the features of the first round's model, and the
-server trains the classifier on features drawn from these statistics (CCVR, arXiv 2106.05001).  The calibration is the
-same for every method, so that comparisons differ only in the calibrated model.  The records of earlier rounds hold the
-figures without calibration.
+With ``calibrate``, a second round replaces the classifier: clients send class statistics of the features of the first
+round's model, and the server trains the classifier on features drawn from the statistics (CCVR, arXiv 2106.05001). The
+records of earlier rounds hold the figures without calibration.
 """
 
 from __future__ import annotations
@@ -34,9 +32,9 @@ PROBES = 16
 class OneShot(FedAvg):
     """Base of one-shot methods: one round of training, and a second round with ``calibrate``.
 
-    ``--local-epochs`` is a client's whole budget, by default 20.  All clients take part.  ``--sample-fraction``,
-    ``--rounds``, ``--local-steps`` and ``--freeze-bn-after`` are refused.  ``--teachers DIR`` takes the trained
-    networks of an earlier run instead of training.
+    ``--local-epochs`` is a client's whole budget, by default 20. All clients take part. ``--sample-fraction``,
+    ``--rounds``, ``--local-steps`` and ``--freeze-bn-after`` are refused. ``--teachers DIR`` takes the trained networks
+    of an earlier run instead of training.
     """
 
     @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class OneShot(FedAvg):
 
     @property
     def calibrates(self) -> bool:
-        """Return whether the server replaces the classifier by what class statistics tell."""
+        """True if the server replaces the classifier by one from class statistics."""
         return bool(self.options.calibrate)
 
     @property
@@ -109,14 +107,11 @@ class OneShot(FedAvg):
     # -- the calibrated model: the averaged network, unless a method overrides these -------------------------------
 
     def publish(self, server: Server) -> Message | dict[ClientId, Message]:
-        """Return the message from which clients compute the features for their statistics.
-
-        One for all, or one per client.
-        """
+        """Return the message, or one per client, from which clients compute the features for their statistics."""
         return vectors_of(server.state)
 
     def published(self, client: Client, message: Message) -> Any:
-        """Return the network whose ``features`` the statistics describe, in eval mode, on the client's device."""
+        """Return the network of the statistics' ``features``, in eval mode, on the client's device."""
         return load(flatten(client.network()), message).eval()
 
     def head(self, server: Server) -> nn.Linear:
@@ -137,17 +132,16 @@ class OneShot(FedAvg):
 class MemberNetworks(OwnNetworks, OneShot):
     """Base of one-shot methods whose server keeps every client's network.
 
-    ``models`` gives the clients different architectures, in turn.  The server refuses a network whose logits on 16
-    images of noise are not finite.  For networks with batch norm ``--buffers local`` and ``drop`` are refused.
+    ``models`` gives the clients different architectures, in turn. For networks with batch norm ``--buffers local`` and
+    ``drop`` are refused.
 
-    The ensemble is the mean of the members' logits t_k, as published.  ``class_weights=counts`` takes FedIOD's ensemble
+    The ensemble is the mean of the members' logits t_k, as published. ``class_weights=counts`` takes FedIOD's ensemble
     instead, with n_kc samples (labelled pixels) of class c at client k, and n_c at all clients:
 
         m_c(x) = sum_k n_kc / n_c log softmax(t_k(x))_c
 
-    In a class that no client has, all members weigh alike.  Every client then uploads its class counts, 4 C bytes,
-    beside its network.  The counts are exact, and these methods claim no privacy.  Noise on counts
-    (``histogram_noise``) is FedIOD's alone.
+    In a class that no client has, all members have equal weights. Every client then uploads its exact class counts, 4 C
+    bytes. These methods claim no privacy; noise on counts (``histogram_noise``) is FedIOD's alone.
     """
 
     @dataclass(frozen=True)
@@ -172,17 +166,13 @@ class MemberNetworks(OwnNetworks, OneShot):
         return "features"
 
     def build_members(self, build: Callable[..., nn.Module], messages: Mapping[ClientId, Message]) -> list[nn.Module]:
-        """Return networks with these vectors in eval mode, in ascending order of client ids.
-
-        Args:
-            build: ``Server.build`` or ``Client.network``.
-        """
+        """Return networks with these vectors in eval mode, by ascending client id."""
         return [load(flatten(build(**self.architecture(k))), messages[k]).eval() for k in sorted(messages)]
 
     def collect_members(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> Iterator[Upload]:
-        """Store and yield every upload whose network has finite logits, and refuse the others.
+        """Store and yield every upload whose network has finite logits on images of noise, and refuse the others.
 
-        The networks stay in ``server.state["members"]`` by client id: vectors, number of samples and class counts.
+        ``server.state["members"]`` keeps vectors, number of samples and class counts by client id.
 
         Raises:
             UserError: an upload is refused with ``--on-nan stop``, or no upload is left.
@@ -205,14 +195,11 @@ class MemberNetworks(OwnNetworks, OneShot):
 
     @property
     def by_class(self) -> bool:
-        """Return whether clients tell their class counts, by which their networks are weighed class by class."""
+        """True if clients disclose their class counts, by which their networks are weighed."""
         return bool(self.options.class_weights == "counts")
 
     def member_weights(self, server: Server) -> Tensor | None:
-        """Return the members' class counts ``[M, C]``, which are their weights in an ensemble.
-
-        None where all weigh alike.
-        """
+        """Return the members' class counts ``[M, C]``, their weights, or None for equal weights."""
         if not self.by_class:
             return None
         members = server.state["members"]
@@ -260,6 +247,6 @@ class MemberNetworks(OwnNetworks, OneShot):
 
 
 def exhaust(uploads: Iterable[Upload]) -> None:
-    """Run through the uploads of an exchange without using them, so that every client does its part."""
+    """Run through the uploads of an exchange, so that every client does its part."""
     for _ in uploads:
         pass

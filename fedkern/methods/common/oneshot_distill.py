@@ -29,21 +29,21 @@ from fedkern.typed_option import option
 class Distilled(MemberNetworks):
     """Base of methods that average the clients' networks and distil their ensemble into the average.
 
-    The plan has separate rounds, so that a run interrupted during the distillation keeps the clients' training:
+    Separate rounds keep the clients' training if the distillation is interrupted:
 
-    1. ``train``: after it the model is the average (one-shot FedAvg).
+    1. ``train``: its model is the average (one-shot FedAvg).
     2. ``distil``: nothing travels.
-    3. ``calibrate``, with the option of that name.
+    3. ``calibrate``, with that option.
 
-    Members are in eval mode and the student in train mode.  The student starts from the average of the members with the
-    student's architecture, and from fresh weights where no member has it.
+    Members are in eval mode and the student in train mode. The student starts from the average of the members with its
+    architecture, or from fresh weights without such members.
     """
 
     @dataclass(frozen=True)
     class Options(MemberNetworks.Options):
         """Options of every method that distils an ensemble on the server.
 
-        From ``nz`` on they are the generator's; its first five have the published settings of DENSE as defaults.
+        Options from ``nz`` on are the generator's; the first five default to DENSE's published settings.
         """
 
         student_init: str = option(
@@ -62,10 +62,7 @@ class Distilled(MemberNetworks):
 
     @abstractmethod
     def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
-        """Trains ``student`` in place on the logits of ``teachers``.
-
-        Both are on the server's device.
-        """
+        """Train ``student`` in place on the logits of ``teachers``, both on the server's device."""
 
     def follow(
         self,
@@ -75,13 +72,13 @@ class Distilled(MemberNetworks):
         optimiser: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> dict[str, float]:
-        """Trains the student for an epoch on batches of images [B, C, H, W] and the members' logits [K, B, C].
+        """Train the student for an epoch on batches of images [B, C, H, W] and the members' logits [K, B, C].
 
         The loss is ``T^2 KL(softmax(mean_k t_k / T) || softmax(s / T))``, a mean by the teachers' weights.
 
         Returns:
-            ``distil_loss`` and ``teacher_agreement``, the share of images on which student and ensemble predict the
-            same class.
+            ``distil_loss`` and ``teacher_agreement``, the share of images with equal predictions of student and
+            ensemble.
         """
         running = Means()
         for images, answers in batches:
@@ -107,7 +104,6 @@ class Distilled(MemberNetworks):
         return network.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def synthesis(self, **settings: Any) -> Synthesis:
-        """Return the settings of the image synthesis, from the options."""
         o = self.options
         return Synthesis(
             steps=o.generator_steps, size=o.synthesis_batch, lr=o.generator_lr, batch_norm=o.bn_weight, **settings
@@ -155,7 +151,7 @@ class Distilled(MemberNetworks):
 
 
 def torch_stream(node: Node, purpose: str, phase: Phase) -> torch.Generator:
-    """Return a CPU ``torch.Generator``, seeded by the server's or a client's own stream for a purpose and round."""
+    """Return a CPU generator seeded by a node's stream for a purpose and round."""
     return torch.Generator().manual_seed(int(node.rng(purpose, phase).integers(2**63)))
 
 
@@ -177,7 +173,7 @@ class Pool:
 
     @torch.no_grad()
     def add(self, inputs: Any) -> None:
-        """Add inputs of a network: normalised images fp32 [n, C, H, W], or tensors [n, ...] however nested."""
+        """Add inputs of a network: normalised images fp32 [n, C, H, W], or nested tensors [n, ...]."""
         logits, begin = self._teachers.logits(inputs), self._count
         end = begin + logits.shape[1]
         if not begin:
@@ -199,9 +195,9 @@ class Pool:
         )
 
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
-        """Positions of one epoch in random order, in batches of ``size``.
+        """Yield positions of one epoch in random order, in batches of ``size``.
 
-        A last batch of a single image is left out: batch norm cannot normalise a single value per channel.
+        A last batch of one image is left out: batch norm cannot normalise a single value per channel.
         """
         for batch in torch.randperm(len(self), generator=draw).split(size):
             if len(batch) > 1:
@@ -209,7 +205,7 @@ class Pool:
 
 
 def _to_rows(leaf: Tensor) -> Tensor:
-    """Images in NHWC, so that selecting rows keeps channels-last and copies whole images."""
+    """Return images in NHWC, so that selecting rows keeps channels-last and copies whole images."""
     return leaf.permute(0, 2, 3, 1) if leaf.dim() == 4 else leaf
 
 
@@ -218,22 +214,17 @@ def _from_rows(rows: Tensor) -> Tensor:
 
 
 class Means:
-    """Means of named figures, each over its own number of values.
-
-    Adding a value does not wait for the device.
-    """
+    """Means of named figures, each over its own number of values, without waiting for the device."""
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, **figures: Tensor) -> None:
-        """Add one scalar to each of these figures."""
         for name, value in figures.items():
             total = self._totals.get(name)
             self._totals[name] = value.detach() if total is None else total + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
-        """Return the means so far."""
         return {name: float(total) / self._counts[name] for name, total in self._totals.items()}

@@ -1,4 +1,4 @@
-"""Networks of the clients' own architectures, and modules as flat vectors."""
+"""Networks with the clients' own architectures, and modules as flat vectors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,7 @@ have no width."""
 
 
 def parse_models(text: str) -> Architectures:
-    """Parse ``"resnet8:16,cnn"`` into (name, width) of the clients' networks in turn.
-
-    An empty text means the run's own network for all clients.
-
-    Raises:
-        UserError: an unknown network, or a width that is not a positive number.
-    """
+    """Parse ``"resnet8:16,cnn"`` into (name, width) of the clients' networks in turn, "" into the run's network."""
     if not text:
         return (None,)
     result: list[tuple[str, int | None] | None] = []
@@ -43,7 +37,7 @@ def parse_models(text: str) -> Architectures:
 
 
 class OwnNetworks(Objective, Method):
-    """Methods whose clients may have different architectures, given by the option ``models``."""
+    """Base of methods with an architecture per client, given by the option ``models``."""
 
     def __init__(self, options: Options | None = None, **values: object) -> None:
         super().__init__(options, **values)
@@ -55,17 +49,14 @@ class OwnNetworks(Objective, Method):
 
 
 def flatten(module: nn.Module) -> FlatParameters:
-    """Return the module as flat vectors, in the engine's memory layout.
-
-    Convolutions of fedkern's networks are channels-last.
-    """
+    """Return the module as flat vectors, in the engine's memory layout (channels-last if built-in)."""
     if channels_last(module):
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return personal_parts.flatten(module)
 
 
 def vectors(flat: FlatParameters) -> Message:
-    """CPU copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R], without empty vectors."""
+    """Return CPU copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R], unless empty."""
     tensors = {"parameters": flat.parameters, "buffers": flat.buffers, "integers": flat.integers}
     return {name: value.detach().cpu().clone() for name, value in tensors.items() if value.numel()}
 

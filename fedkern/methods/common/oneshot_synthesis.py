@@ -21,10 +21,9 @@ from fedkern.process.device_copies import send
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and variance of every channel of ``[N, C, H, W]``, faster than ``torch.var_mean`` in channels-last.
+    """Mean and variance of every channel of ``[N, C, H, W]``.
 
-    Generators and teachers use channels-last.  The forward pass is 4 times as fast, the backward pass (one sweep) 6
-    times.
+    In channels-last the forward pass is 4 times as fast as ``torch.var_mean``, the backward pass (one sweep) 6 times.
     """
 
     @staticmethod
@@ -47,7 +46,7 @@ class BatchNormStatistics:
     """Distance of a batch's statistics from the running statistics at every batch norm of frozen networks.
 
     ``sum over layers of ||mean(x) - running_mean||_2 + ||var(x) - running_var||_2``, averaged over the networks
-    (DeepInversion, arXiv 1912.08795; DENSE's L_BN).  Inside the ``with`` block, hooks read the layers' inputs.
+    (DeepInversion, arXiv 1912.08795; DENSE's L_BN). Hooks read the layers' inputs inside the ``with`` block.
     """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
@@ -74,10 +73,7 @@ class BatchNormStatistics:
         self._terms.append(torch.linalg.vector_norm(var - layer.running_var))
 
     def take(self) -> Tensor | float:
-        """Return the distance summed over all forward passes since the last call.
-
-        0 without batch norms.
-        """
+        """Return the distance summed over forward passes since the last call, 0 without batch norms."""
         terms, self._terms = self._terms, []
         return torch.stack(terms).sum() / len(self._networks) if terms else 0.0
 
@@ -106,10 +102,9 @@ class Synthesis:
 
 
 def divergence(student: Tensor, teachers: Tensor, weights: Tensor) -> Tensor:
-    """Return the term that a generator maximises: mean over images of ``KL(ensemble || student)`` at their boundary.
+    """Return the mean over images of ``KL(ensemble || student)`` at their boundary, which a generator maximises.
 
-    Only images count on which ensemble and student predict different classes (DENSE, equation 5).  Gradients reach both
-    ``student`` and ``teachers``.
+    Only images with different predictions of ensemble and student count (DENSE, equation 5). Gradients reach both.
 
     Args:
         student: logits [B, C].
@@ -135,19 +130,15 @@ def synthesise(
 
         L = cross_entropy CE(t(x), y) + batch_norm L_BN(x) - adversarial D(t(x) || s(x))
 
-    L_BN is :class:`BatchNormStatistics` and D :func:`divergence`.  Adam trains with betas 0.5 and 0.999.  Teachers and
+    L_BN is :class:`BatchNormStatistics` and D :func:`divergence`. Adam trains with betas 0.5 and 0.999. Teachers and
     student are in eval mode and do not change.
 
     Args:
-        generator: the generator, on the teachers' device.
-        student: the network of the adversarial term, for which the images should be hard; None: no such term.
+        student: network for which the images should be hard; None: no adversarial term.
         draw: CPU random generator of noise, labels and new weights.
 
     Returns:
-        normalised images fp32 [size, C, H, W] and their target labels int64 [size].
-
-    Raises:
-        UserError: no step had a finite loss, or the student has diverged.
+        Normalised images fp32 [size, C, H, W] and their target labels int64 [size].
     """
     if student is not None:
         refuse_diverged(student)
@@ -182,17 +173,14 @@ def synthesise(
 
 
 def refuse_diverged(student: nn.Module) -> None:
-    """Raise UserError where a parameter or a running statistic of the student is not finite."""
+    """Raise UserError if a parameter or a running statistic of the student is not finite."""
     if not all(bool(torch.isfinite(x).all()) for x in (*student.parameters(), *student.buffers())):
         raise UserError("The student diverged: lower the method option distill_lr.")
 
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Context in which a network is in eval mode without parameter gradients.
-
-    Leaving it restores both.
-    """
+    """Keep a network in eval mode without parameter gradients inside the block."""
     training, needed = network.training, [p.requires_grad for p in network.parameters()]
     network.eval().requires_grad_(False)
     try:

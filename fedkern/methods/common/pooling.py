@@ -1,22 +1,18 @@
 """Batch norm's statistics of the averaged network, pooled over the clients' samples (``--buffers pool``).
 
-The average of the clients' running statistics matches no data: every client's statistics belong to its own network,
-and none contains the variance between clients.  With differing clients, the averaged heads of an image-text pair are
-then evaluated far from their training statistics.  So clients compute statistics of the new global network, in two
-exchanges:
+The average of the clients' running statistics matches no data: they belong to the clients' own networks, and lack the
+variance between clients. So clients compute statistics of the new global network, in two exchanges:
 
-- ``statistics``: the server sends the network.  Clients return sums of the inputs, and of their squares, at the first
+- ``statistics``: the server sends the network. Clients return sums of the inputs, and of their squares, at the first
   batch norm of both heads.
-- ``normalised``: the server sends the pooled statistics.  Clients return the same sums at the second batch norm, whose
+- ``normalised``: the server sends the pooled statistics. Clients return the same sums at the second batch norm, whose
   inputs depend on the first.
 
 The resulting mean and variance are exactly those of the mixture of the clients' samples, with the weights of the
-average.  No client's own running statistics travel.  The pooling is the same for every method and does not change the
-training, which uses the statistics of its batches alone.
+average. The pooling does not change the training, which uses only the statistics of its batches.
 
-The pooling costs a download of the network and a few numbers, in the rounds after which the network is evaluated
-(``--eval-every``).  Methods whose clients evaluate the network (`Method.statistics_at`) pool in every round, at no
-further cost, because clients keep the downloaded network.
+The pooling costs a download of the network, in the rounds after which the network is evaluated (``--eval-every``).
+Methods whose clients evaluate the network (`Method.statistics_at`) pool in every round without that cost.
 """
 
 from __future__ import annotations
@@ -46,16 +42,13 @@ CHUNK = 128
 
 
 class Pooling:
-    """The two pooling exchanges for the network that ``method`` evaluates.
-
-    None unless ``on``.
-    """
+    """Pooling exchanges for the network that ``method`` evaluates, unless ``on`` is False."""
 
     def __init__(self, method: Method, on: bool = True) -> None:
         self.method, self.on = method, on and method.pools_statistics
 
     def check(self, network: nn.Module) -> None:
-        """Raise UserError for a pair of encoders with batch norm outside its heads, or with frozen ones alone."""
+        """Raise UserError for encoders with batch norm outside the pair's heads, or with only frozen ones."""
         norms = {name for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)}
         if self.on and norms and norms <= {name.rpartition(".")[0] for name in constant_buffers(network)}:
             raise UserError(
@@ -70,10 +63,9 @@ class Pooling:
                 )
 
     def exchanges(self, entry: Round, evaluated: bool) -> list[tuple[str, str]]:
-        """Return the exchanges of a round, each with whose it is: ``"method"``, or ``"pooling"`` for this object.
+        """Return the exchanges of a round, each with its owner, ``"method"`` or ``"pooling"``.
 
-        Args:
-            evaluated: whether the network is evaluated at the end of the round.
+        ``evaluated``: whether the network is evaluated at the end of the round.
         """
         exchanges = [(name, "method") for name in entry.exchanges]
         if not self.on or entry.one_off:
@@ -92,7 +84,7 @@ class Pooling:
         return {"buffers": server.state["buffers"]}
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        """Return ``samples``, and by batch norm name fp64 [2, features]: the sums of its inputs and of their squares.
+        """Return ``samples``, and fp64 [2, features] by batch norm: sums of its inputs and of their squares.
 
         The received network and the heads' inputs stay in ``round_cache`` (``asked``, ``heads``).
         """
@@ -124,8 +116,6 @@ class Pooling:
         return {"image_head": torch.cat(images), "text_head": torch.cat(texts)}
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        """Return the declaration of the upload of `client_update`."""
-
         def declare() -> Declaration:
             network: Any = server.build()
             due: dict[str, Any] = {"samples": Number(low=1, integer=True)}
@@ -161,5 +151,4 @@ class Pooling:
 
 
 def _batch_norms(head: nn.Sequential) -> list[str]:
-    """Names of a head's batch norms, in order."""
     return [name for name, layer in head.named_children() if isinstance(layer, _BatchNorm)]

@@ -1,4 +1,4 @@
-"""FedIOD's clients in stage 2: their answers to images and gradients, for one client or all of a process at once."""
+"""Client side of FedIOD's stage 2: answers to images and gradients, for one client or all clients of a process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedkern.models.teachers.teacher_stack import TeacherStack
 
 @dataclass
 class Pending:
-    """State that is kept from the exchange of images until the gradients of the logits arrive."""
+    """State between the exchange of images and the arrival of the logits' gradients."""
 
     iteration: int  # within the round
     images: Tensor  # an autograd leaf
@@ -31,9 +31,7 @@ class Pending:
 class Answers:
     """Teachers and discriminators of some clients, for one round.
 
-    Args:
-        clients: the clients, in the order of every axis K below.
-        bank: the clients' teachers.
+    ``clients`` has the order of every axis K below, and of the teachers in ``bank``.
     """
 
     def __init__(self, clients: Sequence[Client], bank: TeacherStack, options: IODOptions) -> None:
@@ -47,10 +45,10 @@ class Answers:
     # -- the three exchanges ---------------------------------------------------------------------------------------
 
     def images(self, phase: Phase, iteration: int, messages: Messages) -> dict[ClientId, Message]:
-        """Trains the discriminators on the images, then answers with logits and confidences.
+        """Train the discriminators on the images, then answer with logits and confidences.
 
-        A client with shards trains one discriminator, which is public, and another one may serve the gradients, which
-        is secret: see `fedkern.methods.fediod.private_messages`.
+        With shards, one public discriminator trains and another, secret one may serve the gradients: see
+        `fedkern.methods.fediod.private_messages`.
         """
         self._pending = None
         present = [self.slots[k] for k in messages]
@@ -77,13 +75,12 @@ class Answers:
         return self._answers(messages, logits.detach(), figures[1].detach())
 
     def gradients(self, phase: Phase, messages: Messages) -> dict[ClientId, Message]:
-        """Gradients with respect to the images: through the discriminator, and of the logits through the teacher.
+        """Return gradients with respect to the images, through the discriminator and through the teacher.
 
-        Both gradients are multiplied by B; the server divides their sum by B.  A cohort without privacy sums its
-        clients' gradients: the first client's message holds the sum and the others hold zeros.  The server only uses
-        the sum of all messages, so the result is the same.
+        Both are multiplied by B; the server divides their sum by B. In a cohort without privacy the first client's
+        message holds the sum of all clients' gradients and the others hold zeros, since the server only uses the sum.
 
-        A client that has lost its state of the exchange of images answers with an empty message, as if it were absent.
+        A client that has lost its state of the exchange of images answers with an empty message.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -103,9 +100,9 @@ class Answers:
         return {k: {"gradients": zero if i else total} for i, k in enumerate(messages)}
 
     def _realism_rows(self, pending: Pending, k: ClientId) -> Tensor | None:
-        """Return a client's gradient ``[B, C, H, W]`` through its discriminator, a row for every image.
+        """Return a client's gradient ``[B, C, H, W]`` through its discriminator, or None without a realism loss.
 
-        Without the 1 / B of a mean over images and the client's weight.  None where the loss has no realism.
+        Without the 1 / B of a mean over images and the client's weight.
         """
         if not self.options.w_real:
             return None
@@ -124,8 +121,8 @@ class Answers:
     def _measure(self, phase: Phase, pending: Pending, messages: Messages) -> None:
         """Report the median norm of one client's rows, from which to choose the clipping norm of a private run.
 
-        The clients take turns, one a round, in the last iteration in which the client trains a discriminator.  One
-        client's gradients alone cost as much as the sum over all clients, so only one client is measured.
+        Clients take turns, one a round, in the last iteration in which the client trains a discriminator: one client's
+        gradients cost as much as the sum over all clients.
         """
         client = self.clients[phase.round % len(self.clients)]
         last = private.trainings(client, self.options) - 1
@@ -136,7 +133,7 @@ class Answers:
 
     @torch.no_grad()
     def distil(self, phase: Phase, iteration: int, messages: Messages) -> dict[ClientId, Message]:
-        """Answer with logits and confidences on the images that the student learns from."""
+        """Answer with logits and confidences on the student's images."""
         images = prepare_images(next(iter(messages.values()))["images"], self.clients[0])
         scores: Tensor | None = None
         if self.options.tells_scores:
@@ -159,10 +156,7 @@ class Answers:
         return answers
 
     def _count(self, row: int, values: Tensor, slots: Sequence[int]) -> None:
-        """Add the values ``[K]`` of the clients in ``slots`` to a figure's sums.
-
-        Other clients' values are ignored.
-        """
+        """Add the values ``[K]`` of the clients in ``slots`` to a figure's sums."""
         if len(slots) == len(self.clients):
             self._seen[row] += values
         else:

@@ -20,7 +20,7 @@ KEEP_BYTES = 1 << 30
 
 
 class Panel(nn.Module):
-    """The teachers' logits on a test set, in the place of both model and data of ``Method.evaluate``.
+    """Teachers' logits on a test set, as both model and data of ``Method.evaluate``.
 
     :meth:`batches` runs the teachers, and a call returns ``answer`` of the current batch and its teachers' logits.
     """
@@ -39,10 +39,7 @@ class Panel(nn.Module):
         return len(self._data)
 
     def batches(self) -> Iterator[Batch]:
-        """Yield the test set's batches.
-
-        Keeps the teachers' logits for the next pass.
-        """
+        """Yield the test set's batches, and keep the teachers' logits for the next pass."""
         cache, size = self._cache if self._full else None, 0
         fresh: list[Tensor] = []
         for i, batch in enumerate(self._data.batches()):
@@ -66,12 +63,12 @@ def compare_teachers(
 ) -> dict[str, float]:
     """Return ``best_teacher``, ``mean_teacher``, ``ensemble_uniform`` and ``ensemble_weighted`` on a test set.
 
-    Each figure is the accuracy, or the Dice for segmentation.
+    Accuracies, or Dice for segmentation.
 
     * ``best_teacher`` is chosen by this very figure, which nobody in the federation could do.
     * ``ensemble_uniform`` is the plain mean of all teachers' log-probabilities.
-    * ``ensemble_weighted`` has the weights that the student learnt with. A test set of a single image, of which the
-      discriminators' last map has one position, has no confidences: the class weights alone count there.
+    * ``ensemble_weighted`` has the weights that the student learnt with, without confidences on a single image whose
+      last discriminator map has one position.
     """
     o, device, ids = method.options, server.device, list(members)
     panel = Panel(lambda images: teacher_log_probs(bank.logits(images)), data)

@@ -1,4 +1,4 @@
-"""The clients' discriminators, which train at their clients and are never sent."""
+"""Discriminators of the clients, which train at their clients and are never sent."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from fedkern.process.device_copies import send
 
 
 class Discriminators:
-    """The discriminators of some clients side by side: of one client, or of a whole cohort.
+    """Discriminators of one client or of a cohort, side by side.
 
-    ``client.state["critics"]`` holds every shard's parameters, Adam moments and step count.  For the shard in use these
+    ``client.state["critics"]`` holds every shard's parameters, Adam moments and step count. For the shard in use these
     are views of the live tensors, so that nothing is copied during a round.
     """
 
@@ -49,7 +49,7 @@ class Discriminators:
             self._load(slot, 0)
 
     def _fresh(self, client: Client, shard: int) -> dict[str, Any]:
-        """State of an untrained discriminator."""
+        """Return the state of an untrained discriminator."""
         layout, drawn = self.module, [torch_stream(client, f"critic/{shard}", BEFORE)]
         weights = PatchDiscriminators(drawn, channels=layout.channels, ndf=layout.ndf, layers=layout.layers).parts()[0]
         mean, square = ({name: torch.zeros_like(tensor) for name, tensor in weights.items()} for _ in range(2))
@@ -58,9 +58,9 @@ class Discriminators:
     # -- shards: a client's slot holds one discriminator at a time -------------------------------------------------
 
     def bring(self, choice: Callable[[Client], int]) -> None:
-        """Load, for every client, the discriminator of the shard that ``choice`` names into the client's slot.
+        """Load the discriminator of the shard ``choice(client)`` into every client's slot.
 
-        A discriminator that is in the slot already is stored and loaded again, so that the time does not reveal it.
+        A discriminator already in the slot is stored and loaded again, so that the time does not reveal the choice.
         """
         for slot, client in enumerate(self._clients):
             if len(self._shards[slot]) > 1:
@@ -98,12 +98,10 @@ class Discriminators:
     # -- training and answers --------------------------------------------------------------------------------------
 
     def real(self, slot: int, phase: Phase, iteration: int) -> Tensor | None:
-        """Return the client's real images of an iteration, ``[batch, C, H, W]``.
+        """Return a client's real images of an iteration, ``[batch, C, H, W]``, or None when its samples are used up.
 
-        None when its samples are used up.
-
-        A round goes once through the client's samples in random order; the last batch is filled up from the start.
-        With shards, every batch is drawn anew from the shard whose discriminator is loaded.
+        A round goes once through the client's samples in random order; the last batch is filled up from the start. With
+        shards, every batch is drawn anew from the loaded discriminator's shard.
         """
         client, size = self._clients[slot], self._options.batch
         batches = self._options.count_batches(client.declared)
@@ -123,12 +121,10 @@ class Discriminators:
         return client.batch(chosen, augmentation).inputs
 
     def train(self, fake: Tensor, real: dict[int, Tensor], lr: float) -> Tensor | None:
-        """One step of the discriminators that have real images (by slot).
-
-        All share the fake ones ``[B, C, H, W]``.
+        """Take one step of the discriminators with ``real`` images (by slot), against the same ``fake`` ones.
 
         Returns:
-            Losses ``[K]``, 0 for discriminators without real images; None where ``real`` is empty.
+            Losses ``[K]``, 0 for discriminators without real images; None if ``real`` is empty.
         """
         if not real:
             return None
@@ -159,12 +155,9 @@ class Discriminators:
         return losses.detach()
 
     def judge(self, images: Tensor) -> Tensor | None:
-        """Confidences ``[K, n]`` of any number of images, in slices of a step's batch size (see ``batch_slices``).
+        """Return confidences ``[K, n]`` of any number of images, in slices for batch norm (see ``batch_slices``).
 
-        Batch norm uses the statistics of each slice.
-
-        Returns:
-            The confidences; None for a single image whose last map has one position, which batch norm cannot normalise.
+        None for a single image whose last map has one position, which batch norm cannot normalise.
         """
         count, layers = len(images), self.module.layers
         if count * (images.shape[2] >> layers) * (images.shape[3] >> layers) == 1:
@@ -172,9 +165,6 @@ class Discriminators:
         return torch.cat([self.look(images[part])[1] for part in batch_slices(count, self._options.batch)], 1)
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Realism losses and confidences, both ``[K, B]``, of images ``[B, C, H, W]``.
-
-        Gradients reach the images.
-        """
+        """Return realism losses and confidences, both ``[K, B]``, with gradients to the images."""
         patches = self.module(images)
         return against(patches, True), confidence(patches)

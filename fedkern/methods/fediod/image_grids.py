@@ -1,4 +1,4 @@
-"""Pictures that FedIOD logs of a round: generated images, teacher weights and the agreement between teachers."""
+"""Pictures of a FedIOD round: generated images, teacher weights and the agreement between teachers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ def log_pictures(server: Server, generator: Generator | None, options: IODOption
     """Log the three pictures of the last iteration of a round.
 
     Args:
-        generator: the generator that makes the student's images, in train mode; None with ``mode=public``.
-        ensemble: the clients that answered and their teachers' logits on the student's images. None where no client
-            answered: then only the generated images are logged.
+        generator: in train mode; None with ``mode=public``.
+        ensemble: the answers on the student's images; None if no client answered.
     """
     everyone = server.federation.clients
     if generator is not None:
@@ -46,16 +45,13 @@ def log_pictures(server: Server, generator: Generator | None, options: IODOption
 
 
 def agreement(logits: Tensor) -> Tensor:
-    """Share of images (pixels) on which two teachers predict one class: ``[K, K]`` from logits ``[K, B, C, ...]``."""
+    """Return the share of images (pixels) with equal predictions of two teachers: ``[K, K]`` of ``[K, B, C, ...]``."""
     classes = logits.argmax(2).flatten(1)
     return torch.stack([(classes == row).float().mean(1) for row in classes])
 
 
 def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
-    """Return the table with a row for every client.
-
-    The rows of clients that did not answer are NaN.
-    """
+    """Return the table with a row for every client, NaN for clients that did not answer."""
     rows = table.new_full((count, table.shape[1]), float("nan"))
     rows[ids] = table
     return rows

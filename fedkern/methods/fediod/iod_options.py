@@ -1,7 +1,7 @@
-"""FedIOD's options, and what follows from them: the plan's numbers, and which releases epsilon covers.
+"""FedIOD's options, and their consequences: the plan's numbers, and the releases that epsilon covers.
 
-docs/fediod.md says what each option was measured to do.  This module sees no data; the mechanisms of privacy are in
-`fedkern.methods.fediod.private_messages`.
+docs/fediod.md has the measured effect of each option; `fedkern.methods.fediod.private_messages` has the mechanisms of
+privacy.
 """
 
 from __future__ import annotations
@@ -121,46 +121,43 @@ class IODOptions(Method.Options):
 
     @property
     def makes_images(self) -> bool:
-        """Return whether the run has a generator, for whose images the clients send gradients."""
+        """True if the run has a generator, for whose images the clients send gradients."""
         return self.mode == "generator"
 
     @property
     def noises_gradients(self) -> bool:
-        """Return whether the clients' gradients are clipped and noised, so that each client's are needed alone."""
+        """True if the clients' gradients are clipped and noised, so that each client's are needed alone."""
         return self.makes_images and self.epsilon is not None
 
     @property
     def tells_counts(self) -> bool:
-        """Return whether clients disclose their class counts."""
         return self.class_weights != "uniform"
 
     @property
     def noises_counts(self) -> bool:
-        """Return whether clients disclose class counts with noise."""
         return self.histogram_noise > 0 and self.tells_counts
 
     @property
     def tells_scores(self) -> bool:
-        """Return whether clients send the discriminators' mean confidence in every image, in (0, 1), to the server.
+        """True if clients send the discriminators' mean confidence in every image, in (0, 1).
 
-        Noise that covers B confidences at every step would be tens of times larger than the confidences.  So a private
-        client withholds them, and the ensemble's weights follow the classes alone.
+        A private client withholds the confidences: noise that covers them at every step would be tens of times larger.
         """
         return self.makes_images and self.disc_weight and not self.noises_gradients
 
     @property
     def needs_realism(self) -> bool:
-        """Return whether the generator's loss uses the discriminators at all."""
+        """True if the generator's loss uses the discriminators."""
         return self.makes_images and self.w_real > 0
 
     @property
     def claims_privacy(self) -> bool:
-        """Return whether the options ask for differential privacy of anything."""
+        """True if the options ask for differential privacy of anything."""
         return self.epsilon is not None or self.noises_counts
 
     @property
     def draws_secrets(self) -> bool:
-        """Return whether the clients' noise is drawn from secrets of their own."""
+        """True if the clients' noise is drawn from their own secrets."""
         return self.noise != "seed" and self.claims_privacy
 
     def count_batches(self, samples: int) -> int:
@@ -172,7 +169,7 @@ class IODOptions(Method.Options):
         return self.iterations or self.count_batches(max(federation.samples))
 
     def count_steps(self, federation: Federation) -> int:
-        """Return the number of iterations of the whole run, each of which asks every client for its gradient once."""
+        """Return the run's number of iterations, each of which asks every client for its gradient once."""
         return federation.rounds * self.count_iterations(federation)
 
     def find_first_taught(self, federation: Federation) -> int:
@@ -180,10 +177,7 @@ class IODOptions(Method.Options):
         return int(self.warmup * self.count_steps(federation)) if self.makes_images else 0
 
     def guarantee(self, unit: Unit = IMAGE) -> Guarantee | None:
-        """Return the guarantee of a run: which of a client's releases epsilon covers and which not.
-
-        None where nothing is private.  ``teacher_dp`` covers everything that is computed from the teachers.
-        """
+        """Return the guarantee of a run, or None if nothing is private."""
         if not self.claims_privacy:
             return None
         covers: dict[str, str] = {}

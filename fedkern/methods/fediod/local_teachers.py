@@ -20,7 +20,7 @@ without a hold-out the teachers equal these members bit for bit."""
 
 
 class Held:
-    """Some of a client's samples, as a test set."""
+    """Test set of some of a client's samples."""
 
     def __init__(self, client: Client, rows: np.ndarray) -> None:
         self._client, self._rows = client, rows
@@ -31,7 +31,7 @@ class Held:
 
     @property
     def can_be_scored(self) -> bool:
-        """Return whether these samples can be scored: at least one sample (segmentation: pixel) has a known class."""
+        """True if at least one sample (segmentation: pixel) has a known class."""
         return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
 
     def batches(self) -> Iterator[Batch]:
@@ -41,15 +41,13 @@ class Held:
 
 
 def split_holdout(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the samples that train the teacher, and of the held-out samples.
+    """Return the positions of the samples that train the teacher, at least one, and of the held-out samples.
 
-    At least one sample trains.
+    Samples of one group (patient, case or image) stay on one side. The hold-out takes as many groups as fit into
+    ``share`` of the samples, but at least one if the share comes to a sample.
 
-    Samples of one group (patient, case or image) stay on one side.  The hold-out takes whole groups: as many as fit
-    into ``share`` of the samples, but at least one group where the share comes to a sample or more.
-
-    Where patients are the unit of privacy, ``share`` is a share of the patients.  How many images a patient has then
-    does not influence which other patients are held out.
+    With patients as the unit of privacy, ``share`` is a share of the patients: a patient's number of images must not
+    influence which other patients are held out.
     """
     if client.patients is not None:  # a share of the patients, however many images each has
         parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.patients)
@@ -65,11 +63,10 @@ def split_holdout(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]
 
 
 def make_teacher(method: OwnNetworks, client: Client) -> None:
-    """Trains the client's teacher, or loads a pretrained one, and keeps it in ``client.state["teacher"]``.
+    """Train the client's teacher, or load a pretrained one, and keep it in ``client.state["teacher"]``.
 
-    The state has ``parameters``, ``buffers`` and ``integers``.  It also has ``holdout``, the figure on the client's own
-    hold-out, where a held-out sample has a known class.  A pretrained teacher has no such figure, because it may have
-    trained on any of the client's samples.
+    The state also has ``holdout``, the figure on the hold-out, unless no held-out class is known or the teacher is
+    pretrained, since it may have trained on these samples.
     """
     module = build_network(method, client)
     rows, out = split_holdout(client, method.options.holdout)

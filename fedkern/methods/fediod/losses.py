@@ -1,7 +1,7 @@
-"""FedIOD's weights and losses as functions of logits (docs/methods/fediod.md, sections 5 and 6; arXiv 2312.14478).
+"""Weights and losses of FedIOD as functions of logits (docs/methods/fediod.md, sections 5 and 6; arXiv 2312.14478).
 
-K clients, B images, C classes.  Logits are ``[K, B, C]`` or, for segmentation, ``[K, B, C, *positions]``.  For
-segmentation every term is the mean over images and positions.
+K clients, B images, C classes. Logits are ``[K, B, C]`` or, for segmentation, ``[K, B, C, *positions]``, with terms
+that are means over images and positions.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from fedkern import ops
 def scalar_of(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """Return a scalar whose gradients with respect to ``outputs`` are ``gradients``, to the last bit.
 
-    The alternative, ``grad_outputs`` of ``torch.autograd.grad``, imports sympy at its first call: a third of a second.
+    ``grad_outputs`` of ``torch.autograd.grad`` would import sympy at its first call, a third of a second.
     """
     with torch.enable_grad():
         return torch.stack([(x * gradient).sum() for x, gradient in zip(outputs, gradients, strict=True)]).sum()
 
 
 def teacher_log_probs(logits: Tensor) -> Tensor:
-    """Return the teachers' answers that the ensemble averages, of logits ``[K, B, C, *positions]``.
+    """Return the teachers' log-probabilities, which the ensemble averages, of logits ``[K, B, C, *positions]``.
 
-    These are log-probabilities: the ensemble is the logarithmic opinion pool, class by class.  A softmax ignores a
-    constant that is added to all of its logits, and how sure a network is of classes that it has never seen.  A mean
-    that weighs the teachers differently for every class does depend on both.
+    A softmax ignores a constant added to all its logits, and how sure a network is of classes that it has never seen. A
+    mean with different weights for every class depends on both, so the ensemble is the logarithmic opinion pool.
     """
     return logits.log_softmax(2)
 
@@ -39,7 +38,7 @@ def teacher_log_probs(logits: Tensor) -> Tensor:
 
 
 def importance(by_class: Tensor, scores: Tensor | None) -> Tensor:
-    """Weights of the teachers for :func:`fedkern.ops.ensemble_kl`, which normalises them over the clients.
+    """Return the teachers' weights for :func:`fedkern.ops.ensemble_kl`, which normalises them over the clients.
 
     Args:
         by_class: class weights ``v_kc``, ``[K, C]``.
@@ -56,10 +55,7 @@ def importance(by_class: Tensor, scores: Tensor | None) -> Tensor:
 
 
 def normalise_weights(weights: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Weights ``[K, B or 1, C]`` over their sum over the clients.
-
-    1/K where ``mask`` [K, C] leaves a sum of 0.
-    """
+    """Divide weights ``[K, B or 1, C]`` by their sum over clients, 1/K if ``mask`` [K, C] leaves a sum of 0."""
     if mask is not None:
         weights = weights * mask[:, None]
     total = weights.sum(0, keepdim=True)
@@ -82,7 +78,7 @@ def against(patches: Tensor, real: bool) -> Tensor:
 
 
 def confidence(patches: Tensor) -> Tensor:
-    """``r_k(x)``, the mean over patches of the probability of being real, ``[K, B]``."""
+    """Return ``r_k(x)``, the mean over patches of the probability of being real, ``[K, B]``."""
     return patches.sigmoid().mean((2, 3))
 
 
@@ -98,16 +94,14 @@ def distillation(student: Tensor, logits: Tensor, weights: Tensor, mask: Tensor 
 
 
 def balance(logits: Tensor, pi: Tensor) -> Tensor:
-    """``sum_k pi_k sum_c q_kc log2 q_kc``: minus the entropy in bits of a teacher's batch mean prediction q_k."""
+    """Return ``sum_k pi_k sum_c q_kc log2 q_kc``: minus the entropy in bits of the batch mean predictions q_k."""
     p = logits.softmax(2).movedim(2, -1).flatten(1, -2).mean(1)
     p = p.clamp_min(torch.finfo(p.dtype).tiny)  # the slope is infinite at 0, a class that a teacher rules out
     return (pi * torch.special.entr(p).sum(1)).sum() / (-math.log(2) * pi.sum())
 
 
 def teacher_terms(logits: Tensor, pi: Tensor, w_balance: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the terms of the generator's loss ``L_G`` that use the teachers' logits.
-
-    They are their weighted sum, and each by name.
+    """Return the sum of the generator's loss terms ``L_G`` on the teachers' logits, and each term by name.
 
     Args:
         logits: the teachers' logits ``[K, B, C, *positions]``; gradients reach them.

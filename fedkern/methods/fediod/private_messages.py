@@ -1,28 +1,26 @@
 """Differential privacy of FedIOD's messages: clipping, noise and booking (docs/methods/fediod.md, section 12).
 
-All of FedIOD's privacy mechanisms are in this module.  The other files call its functions wherever a client answers;
-without privacy the answers pass through unchanged.
+All of FedIOD's privacy mechanisms are here. Without privacy the answers pass through unchanged.
 
-A client's gradient for the generator comes through two networks.  Each *discriminator* is trained on one of m disjoint
-shards of the client's data, and one random shard serves a step.  Its gradient is clipped and noised row by row (one
-row is one generated image).  Replacing a record may change every row of a batch of B by twice the clipping norm C.
-Noise of sigma C in every entry is therefore a Gaussian mechanism whose noise is sigma / (2 sqrt(B)) times its
-sensitivity.  The *teacher* is trained on all of the data, and DP-SGD covers all that comes from it.
+A client's gradient for the generator comes through two networks. Each *discriminator* is trained on one of m disjoint
+shards of the client's data, and one random shard serves a step. Its gradient is clipped and noised row by row (one row
+is one generated image). Replacing a record may change every row of a batch of B by twice the clipping norm C, so noise
+of sigma C in every entry is a Gaussian mechanism whose noise is sigma / (2 sqrt(B)) times its sensitivity. The
+*teacher* is trained on all of the data, and DP-SGD covers its answers and gradients.
 
-The accountant treats a step as this mechanism on a shard drawn without replacement.  That holds only if nothing else
-depends on the draw, whatever the steps before released:
+The accountant treats a step as this mechanism on a shard drawn without replacement. That holds only if nothing else
+depends on the draw:
 
 * Which discriminator *trains* follows a public schedule, round robin over the shards.
-* Which discriminator *serves* the gradients is drawn in secret and independently for every step.  A discriminator is
+* Which discriminator *serves* the gradients is drawn in secret and independently for every step. A discriminator is
   thus a function of its own shard and of the images, never of which discriminators served before.
-* A released confidence or realism is that of the discriminator that trains.  That of the serving discriminator would
-  reveal the draw.
+* A released confidence or realism is of the discriminator that trains; the serving one's would reveal the draw.
 
-Noise and secret draws follow from 128 bits that every client draws itself and keeps in its own state (:func:`secret`).
-The run's root seed would not do: it is in config.toml, and whoever knows the source of the noise can subtract it.
-Every release has its own key (`fedkern.privacy.keys`), made from these bits and a release number that is never used
-again.  With ``noise=seed`` noise and draws follow from the root seed instead.  The run can then be repeated, and the
-guarantee holds only while the seed is secret.
+Noise and secret draws follow from 128 bits that every client draws itself and keeps in its own state (:func:`secret`):
+the run's root seed is in config.toml, and whoever knows the source of the noise can subtract it. Every release has its
+own key (`fedkern.privacy.keys`), made from these bits and a release number that is never used again. With
+``noise=seed`` everything follows from the root seed: the run can be repeated, but the guarantee holds only while the
+seed is secret.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ TEACHER_CLIP = 1.0
 
 
 def prepare(server: Server, options: IODOptions) -> None:
-    """Find the noise before anything is written (in ``Method.start``) and keep it in ``server.state["privacy"]``.
+    """Find the noise before anything is written and keep it in ``server.state["privacy"]``.
 
     Raises:
         UserError: dp-accounting is not installed, no noise meets the target, or there are no gradients to noise.
@@ -80,10 +78,7 @@ def prepare(server: Server, options: IODOptions) -> None:
 
 
 def _plan_releases(options: IODOptions, sigma: float, steps: int, unit: Unit) -> Accountant:
-    """Books a client's noised releases of a whole run, all but a private teacher's.
-
-    ``steps`` are generator steps.
-    """
+    """Book a client's noised releases of ``steps`` generator steps, except a private teacher's."""
     accountant = Accountant()
     if options.needs_realism and sigma:
         accountant.gaussian(DISCRIMINATOR, multiplier(sigma, options.batch), shards=options.shards, steps=steps)
@@ -93,12 +88,12 @@ def _plan_releases(options: IODOptions, sigma: float, steps: int, unit: Unit) ->
 
 
 def _count_multiplier(options: IODOptions, unit: Unit) -> float:
-    """Noise over sensitivity of the class counts (see :func:`release_histogram`)."""
+    """Return the noise over the sensitivity of the class counts (see :func:`release_histogram`)."""
     return float(options.histogram_noise / (math.sqrt(2) * unit.images))
 
 
 def multiplier(sigma: float, rows: int) -> float:
-    """Noise over sensitivity of ``rows`` rows clipped to C, with noise ``sigma`` C.
+    """Return the noise over the sensitivity of ``rows`` rows clipped to C, with noise ``sigma`` C.
 
     One record may change all rows.
     """
@@ -115,12 +110,10 @@ def agree(client: Client, message: Mapping[str, Any]) -> None:
 
 
 def secret(client: Client, options: IODOptions) -> str:
-    """Return the client's secret, which is mixed into its private streams: hexadecimal digits.
+    """Return the client's secret in hexadecimal digits, mixed into its private streams, or "" with the seed.
 
-    "" where the seed is used.
-
-    Drawn at the first call and kept in the client's state, so that a resumed run has the same secret.  The secret must
-    not appear in any message, report or error.
+    Kept in the client's state, so that a resumed run has the same secret. It must not appear in any message, report or
+    error.
     """
     if not options.draws_secrets:
         return ""
@@ -130,10 +123,7 @@ def secret(client: Client, options: IODOptions) -> str:
 
 
 def next_key(client: Client, channel: str, options: IODOptions) -> NoiseKey:
-    """Return the key of the client's next release in a channel.
-
-    No key is given twice, not even by a resumed client.
-    """
+    """Return the key of the client's next release in a channel, never the same twice, even after a resume."""
     digits = secret(client, options)
     # With noise=seed the 16 bytes follow from the run's seed: whoever knows the seed has them.
     material = bytes.fromhex(digits) if digits else client.rng("privacy", OUTSIDE).bytes(SECRET_BYTES)
@@ -144,15 +134,9 @@ def next_key(client: Client, channel: str, options: IODOptions) -> NoiseKey:
 
 
 def shards(client: Client, options: IODOptions) -> Sequence[np.ndarray]:
-    """Return the client's samples in disjoint shards, one for each discriminator.
+    """Return the client's samples in disjoint shards, int64 positions, one for each discriminator.
 
-    Positions are int64, in the client's split.
-
-    The shards are the same at every call of a run and do not depend on the data.  Patients stay whole where they are
-    the unit of privacy.
-
-    Raises:
-        UserError: the client has fewer samples, or patients, than shards.
+    Fixed for the run and independent of the data. Patients stay whole if they are the unit of privacy.
     """
     if options.shards == 1:
         return [np.arange(client.samples)]
@@ -168,21 +152,18 @@ def shards(client: Client, options: IODOptions) -> Sequence[np.ndarray]:
 
 
 def trainings(client: Client, options: IODOptions) -> int:
-    """Return the number of iterations in which the client trains a discriminator.
-
-    These are the first ones of a round.
-    """
+    """Return the number of iterations, a round's first, in which the client trains a discriminator."""
     count = options.count_batches(client.declared)
     return min(options.iterations or count, count)
 
 
 def training(client: Client, round: int, iteration: int, options: IODOptions) -> int:
-    """Shard whose discriminator trains: round robin over the client's trainings of the run, a public schedule."""
+    """Return the shard whose discriminator trains: round robin over the client's trainings, a public schedule."""
     return (round * trainings(client, options) + iteration) % options.shards
 
 
 def serving(client: Client, phase: Phase, options: IODOptions) -> int:
-    """Shard whose discriminator gives the gradients of ``phase``: drawn in secret, from a stream of its own."""
+    """Return the shard whose discriminator gives the gradients of ``phase``, drawn in secret."""
     if options.shards == 1:
         return 0
     return int(client.rng(stream_name("serving", secret(client, options)), phase).integers(options.shards))
@@ -192,14 +173,14 @@ def serving(client: Client, phase: Phase, options: IODOptions) -> int:
 
 
 def release_histogram(client: Client, histogram: Tensor, options: IODOptions) -> Tensor:
-    """Return the client's class counts fp32 [C] (samples, or pixels for segmentation) as sent to the server, once.
+    """Return the client's class counts fp32 [C] (samples, or pixels for segmentation) for the server, once.
 
-    The noise is measured in records.  A record has a count of N: 1 for classification, all pixels of an image for
-    segmentation.  Pixels of unknown class are part of N, because how many are known is itself private.
+    The noise is measured in records. A record has a count of N: 1 for classification, all pixels of an image for
+    segmentation, including those of unknown class, because how many are known is itself private.
 
-    Replacing a record removes counts c >= 0 with a sum of at most N and adds other counts c'.  In the Euclidean norm
-    the counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N, which is sqrt(2) records.  The bound is
-    reached where all N move from one class to another.  A patient with at most k images counts as k records.
+    Replacing a record removes counts c >= 0 with a sum of at most N and adds other counts c'. In the Euclidean norm the
+    counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N, reached if all N move from one class to
+    another. A patient with at most k images counts as k records.
     """
     if not options.noises_counts:
         return histogram  # sent as it is, or not at all
@@ -211,21 +192,15 @@ def release_histogram(client: Client, histogram: Tensor, options: IODOptions) ->
 
 
 def sanitise(client: Client, u_d: Tensor | None, options: IODOptions) -> Tensor | None:
-    """Return the gradient of a generator step through the private discriminator, as sent to the server.
+    """Return the gradient of a generator step through the private discriminator, clipped and noised row by row.
 
-    A row that is not finite is released as noise around 0: a NaN in the answer would reveal something about the data.
+    A row that is not finite is released as noise around 0, because a NaN would leak. The client sends ``pi_k (w_real
+    u_d + u_t)``.
 
     Args:
-        u_d: fp32 [B, C, H, W], row b the gradient of the batch's realism with respect to image b; None where the
-            generator's loss has no realism.  It does not include the 1 / B of a mean over images or the client's weight
-            pi_k.  Both factors are public and applied after the noise, so that a row's size depends neither on the
-            batch nor on the number of clients.
-
-    Returns:
-        The gradient clipped and noised row by row; the client sends ``pi_k (w_real u_d + u_t)``.
-
-    Raises:
-        ValueError: the client has not received the noise terms.
+        u_d: fp32 [B, C, H, W], row b the gradient of the batch's realism with respect to image b, or None without a
+            realism loss. The 1 / B of a mean over images and the client's weight pi_k are public and applied after the
+            noise, so that a row's size depends neither on the batch nor on the number of clients.
     """
     if not options.noises_gradients:
         return u_d
@@ -242,7 +217,7 @@ def sanitise(client: Client, u_d: Tensor | None, options: IODOptions) -> Tensor 
 
 
 def _noise(client: Client, channel: str, rows: Tensor, bound: float, noise: float, options: IODOptions) -> Tensor:
-    """One release: rows clipped to ``bound`` plus noise from a key of its own."""
+    """Return one release: rows clipped to ``bound``, plus noise from a new key."""
     key = next_key(client, channel, options)
     return clip_and_noise(rows, bound, noise, key.seed, key.offset)
 
@@ -257,14 +232,9 @@ def _book(client: Client, channel: str, noise: float, shards: int = 1) -> None:
 
 
 def check(client: Client, make: Callable[[], nn.Module], options: IODOptions) -> None:
-    """Check a client before anything is written.
+    """Raise UserError if a client has too little data for its shards, or its teacher cannot be private.
 
-    Args:
-        make: builds the client's teacher, untrained.
-
-    Raises:
-        UserError: the client has too little data for its shards, or a teacher that is to be private cannot be: it has
-            batch norm, or is pretrained.
+    ``make`` builds the client's teacher, untrained.
     """
     shards(client, options)
     if not options.teacher_dp:
@@ -279,11 +249,7 @@ def check(client: Client, make: Callable[[], nn.Module], options: IODOptions) ->
 
 
 def train_teacher(method: OwnNetworks, client: Client, phase: Phase, module: nn.Module, rows: np.ndarray) -> bool:
-    """Trains the client's teacher with DP-SGD on the samples at ``rows``, in place.
-
-    Returns:
-        False where the teacher is to be trained without privacy.
-    """
+    """Train the client's teacher with DP-SGD in place, or return False if it is to be trained without privacy."""
     options, epsilon = method.options, method.options.epsilon
     if not options.teacher_dp or epsilon is None:
         return False

@@ -1,4 +1,4 @@
-"""FedIOD's server: the generator and the student during a round (docs/methods/fediod.md, section 4)."""
+"""Server of FedIOD: the generator and the student during a round (docs/methods/fediod.md, section 4)."""
 
 from __future__ import annotations
 
@@ -39,32 +39,26 @@ STUDENT_MOMENTUM, STUDENT_DECAY, STUDENT_LR_END = 0.9, 3e-5, 1e-5
 
 
 def stack_class_counts(server: Server, ids: Sequence[ClientId]) -> Tensor:
-    """Return the class counts as the clients disclosed them, fp32 ``[K, C]``.
-
-    Ones ``[K, 1]`` without any.
-    """
+    """Return the disclosed class counts of clients, fp32 ``[K, C]``, or ones ``[K, 1]`` without any."""
     return torch.stack([server.state["classes"][k].float() for k in ids])
 
 
 def prepare_images(images: Tensor, node: Node) -> Tensor:
-    """Normalise images as they were sent for the networks: fp32, channels-last, on the node's device."""
+    """Normalise sent images for the networks: fp32, channels-last, on the node's device."""
     if images.dtype == torch.uint8:
         images = normalise(images, node.mean, node.std)
     return images.detach().to(node.device, memory_format=torch.channels_last)
 
 
 def cosine(start: float, end: float, progress: float) -> float:
-    """Return a learning rate that falls from ``start`` to ``end``.
-
-    It follows half a cosine while ``progress`` goes from 0 to 1.
-    """
+    """Return a learning rate that falls from ``start`` to ``end`` along half a cosine of ``progress``, 0 to 1."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_generator(server: Server, options: IODOptions, draw: torch.Generator) -> Generator:
     """Return a fresh generator for the images of the run, on the server's device.
 
-    The first images have the data's mean colour.  Teachers may be sure of grey images, and leaving these can take half
+    The first images have the data's mean colour. Teachers may be sure of grey images, and leaving these can take half
     of a short training: on MNIST (Dirichlet 0.1, seed 2) the student reached 38 % from grey images, 73 % from the mean.
     """
     channels, height, width = server.image_shape
@@ -76,14 +70,13 @@ def make_generator(server: Server, options: IODOptions, draw: torch.Generator) -
 
 
 class Learner(Generic[N]):
-    """A network of the server with an optimiser over all its parameters as one tensor: one kernel a step.
+    """Network of the server with an optimiser over all its parameters as one tensor: one kernel a step.
 
     Args:
         module: a fresh network, which gets the vectors of ``state``.
         optimise: makes the optimiser of the tensor.
         state: the server's state.
-        key: of the network's vectors in the state.
-        moments: key of the optimiser's state.
+        key, moments: keys in the state of the network's vectors and of the optimiser's state.
     """
 
     def __init__(
@@ -107,7 +100,6 @@ class Learner(Generic[N]):
             self._optimiser.state.setdefault(self._vector, {})[name] = value.to(place, copy=True)
 
     def step(self, loss: Tensor, lr: float) -> None:
-        """Take one step down the gradient of ``loss``."""
         assert self._vector.grad is not None
         self._vector.grad.zero_()
         loss.backward()
@@ -116,7 +108,6 @@ class Learner(Generic[N]):
         self._flat.mark_changed()
 
     def is_finite(self) -> bool:
-        """Return whether all parameters are finite."""
         return bool(torch.isfinite(self._flat.parameters).all())
 
     def store(self) -> None:
@@ -128,12 +119,12 @@ class Learner(Generic[N]):
 
 @dataclass
 class Ensemble:
-    """The answers of the K clients of an exchange, in the order of their ids.
+    """Answers of the K clients of an exchange, in the order of their ids.
 
     Attributes:
         logits: ``[K, B, C, *positions]``.
         pi: client weights ``[K]``, which sum to 1.
-        shares: the same numbers, which nobody has to wait for.
+        shares: the same numbers on the host, readable without waiting for the device.
         weights: the teachers' weights in the mixture, ``[K, 1 or B, C]``.
         mask: classes that each client knows ``[K, C]``, or None.
     """
@@ -147,12 +138,7 @@ class Ensemble:
 
 
 class Workshop:
-    """Generator, student, their optimisers and averages: read from ``server.state``, written back by :meth:`keep`.
-
-    Args:
-        server: its state has ``student``, ``generator`` and the optimiser states of the rounds before.
-        options: the method's options.
-    """
+    """Generator, student, optimisers and averages, read from ``server.state`` and written back by :meth:`keep`."""
 
     def __init__(self, server: Server, options: IODOptions) -> None:
         self.server, self.options, self.total = server, options, options.count_steps(server.federation)
@@ -175,19 +161,16 @@ class Workshop:
 
     @property
     def progress(self) -> float:
-        """Share of the run's iterations that are done, in [0, 1)."""
+        """Share of the run's finished iterations, in [0, 1)."""
         return self.iteration / self.total
 
     @property
     def teaches(self) -> bool:
-        """Return whether the warm-up is over, so that the student learns in this iteration."""
+        """True after the warm-up: the student learns in this iteration."""
         return self.iteration >= self._first_taught
 
     def generate(self, draw: torch.Generator) -> Tensor:
-        """Images for the discriminators and the generator, as they are sent.
-
-        Their graph stays in ``x``.
-        """
+        """Return images for the discriminators and the generator, encoded; their graph stays in ``x``."""
         z = send(torch.randn(self.options.batch, NOISE, generator=draw), self.server.device)
         assert self.generator is not None
         with torch.enable_grad():
@@ -200,7 +183,7 @@ class Workshop:
 
     @torch.no_grad()
     def examples(self, draw: torch.Generator) -> Tensor:
-        """Return the student's images of an iteration, for all steps one after another, as they are sent."""
+        """Return the student's images of an iteration, for all steps one after another, encoded."""
         o = self.options
         zs = [send(torch.randn(o.batch, NOISE, generator=draw), self.server.device) for _ in range(o.student_steps)]
         assert self.generator is not None
@@ -217,7 +200,7 @@ class Workshop:
     # -- the generator's step --------------------------------------------------------------------------------------
 
     def gather(self, answers: Mapping[int, Message]) -> Ensemble:
-        """Stacks the clients' answers of an exchange."""
+        """Stack the clients' answers of an exchange."""
         device, ids = self.server.device, sorted(answers)
         logits = torch.stack([answers[k]["logits"].to(device) for k in ids])
         samples = torch.tensor([float(self.server.federation.samples[k]) for k in ids])
@@ -233,8 +216,8 @@ class Workshop:
         """Compute the generator's losses on the clients' answers, and the messages that ask for gradients.
 
         Returns:
-            For every client its weight ``share`` (pi_k, which is public) and B times the gradient of the losses with
-            respect to its logits, ``[B, C, *positions]``.
+            For every client its public weight ``share`` (pi_k) and B times the gradient of the losses with respect to
+            its logits, ``[B, C, *positions]``.
         """
         ensemble = self.gather(answers)
         logits = ensemble.logits.detach().requires_grad_()
@@ -246,7 +229,7 @@ class Workshop:
         return {k: {"share": ensemble.shares[i], "logits": gradient[i] * batch} for i, k in enumerate(ensemble.ids)}
 
     def improve(self, gradients: list[Tensor]) -> None:
-        """One step of the generator with the sum of the clients' gradients with respect to the images."""
+        """Take one step of the generator with the sum of the clients' gradients with respect to the images."""
         x, self.x = self.x, None
         if x is None or self.generator is None or not gradients:
             return
@@ -259,11 +242,7 @@ class Workshop:
     # -- the student's steps ---------------------------------------------------------------------------------------
 
     def teach(self, images: Tensor, ensemble: Ensemble, size: int) -> None:
-        """Train the student towards the ensemble on sent images, ``size`` images a step.
-
-        With public images the last step may be smaller, but it has at least two images where ``images`` has two (see
-        ``batch_slices``).
-        """
+        """Train the student towards the ensemble on sent images, ``size`` images a step (see ``batch_slices``)."""
         progress = (self.iteration - self._first_taught) / (self.total - self._first_taught)
         lr = cosine(self.options.student_lr, STUDENT_LR_END, progress)
         per_image = ensemble.weights.shape[1] > 1
@@ -289,8 +268,8 @@ class Workshop:
     def keep(self) -> None:
         """Write everything back into the server's state, and the round's means into the server's report.
 
-        Warns in the second half of the run of a generator whose images hardly differ.  In the first half new weights
-        give such images too.
+        Warns of a generator whose images hardly differ, only in the second half of the run, since new weights give such
+        images too.
 
         Raises:
             UserError: a parameter of the student or the generator is not finite.

@@ -1,4 +1,4 @@
-"""FuseFL's parts that do not depend on rounds: what a client trains, widths, message sizes and classifiers."""
+"""FuseFL's parts that do not depend on rounds: local modules, widths, message sizes and classifiers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fedkern.models.state.freezing import constant_buffers
 
 
 class LocalPart(nn.Module):
-    """The module that a client trains at a level: its adaptor, its blocks from this level on and its classifier.
+    """Module that a client trains at a level: its adaptor, its blocks from this level on and its classifier.
 
-    The frozen levels before only give its inputs and are no part of the module.  So nothing trains them, puts them in
-    train mode or computes gradients for them.
+    The frozen levels before only give inputs and are not in the module, so nothing trains them or puts them in train
+    mode.
 
     Args:
         frozen: the fused levels before; None at level 1.
@@ -37,16 +37,14 @@ class LocalPart(nn.Module):
 
     @property
     def frozen(self) -> FusedNetwork | None:
-        """The fused levels before."""
         return self._frozen[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of the frozen levels' joined results, or of images at level 1."""
+        """Return logits ``[B, classes]`` of the frozen levels' joined results, or of images at level 1."""
         return self.head(self.features(x))
 
     @autocasts
     def features(self, x: Tensor) -> Tensor:
-        """Features ``[B, d]`` of the same."""
         x = self.adaptor(x)
         for block in self.blocks:
             x = block(x)
@@ -54,18 +52,15 @@ class LocalPart(nn.Module):
 
 
 def base_width(network: nn.Module) -> int:
-    """Channels of a network's first stage: the outputs of its first convolution."""
+    """Return the channels of a network's first stage: the outputs of its first convolution."""
     return next(layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d))
 
 
 def scaled_width(option: str, network: nn.Module, clients: int) -> int:
-    """Return the clients' width: a number as given, or for ``"auto"`` round(w / sqrt(M)) of a network of width w.
+    """Return the clients' width: a given number, or for ``"auto"`` round(w / sqrt(M)) of a network of width w.
 
-    M branches of width w' hold about M (w' / w)^2 times the parameters of one network of width w.  With ``"auto"`` the
-    fused model is therefore about as large as one ordinary model, adaptors aside (docs/methods/fusefl.md, section 4).
-
-    Raises:
-        UserError: ``option`` is neither ``"auto"`` nor a number from 1.
+    M branches of width w' have about M (w' / w)^2 times the parameters of the network, so with ``"auto"`` the fused
+    model is about as large as one ordinary model, without adaptors (docs/methods/fusefl.md, section 4).
     """
     if option == "auto":
         return max(1, round(base_width(network) / math.sqrt(clients)))
@@ -75,7 +70,7 @@ def scaled_width(option: str, network: nn.Module, clients: int) -> int:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's state dict as it is sent: contiguous copies on the CPU."""
+    """Return a module's state dict for a message: contiguous copies on the CPU."""
     return {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in module.state_dict().items()
@@ -83,7 +78,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def sent_state(network: nn.Module, level: int) -> dict[str, Tensor]:
-    """Return the state dict of a level's block without what is frozen, which does not travel."""
+    """Return the state dict of a level's block without frozen tensors, which do not travel."""
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
     unsent, path = {*constant_buffers(network), *frozen}, f"blocks.{level - 1}"
     block = network.get_submodule(path).state_dict()
@@ -91,9 +86,10 @@ def sent_state(network: nn.Module, level: int) -> dict[str, Tensor]:
 
 
 def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, Tensor]:
-    """Return the clients' classifiers merged into one, before calibration, for features that are fused by ``final``.
+    """Return the clients' classifiers merged into one, before calibration, for features fused by ``final``.
 
-    The uniform average; with ``concat`` its logits on all branches' features side by side are the mean of the clients'.
+    The uniform average; with ``concat`` a classifier whose logits on all branches' features are the mean of the
+    clients'.
     """
     names = ("weight", "bias")
     head = {name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in names}

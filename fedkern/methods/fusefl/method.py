@@ -1,16 +1,16 @@
 """FuseFL (arXiv 2410.20380): one-shot federated learning by progressive model fusion.
 
-Networks are cut into K blocks.  At level l = 1 ... K every client m trains
+Networks are cut into K blocks. At level l = 1 ... K every client m trains
 
     fused levels 1 ... l-1 (frozen)  ->  adaptor  ->  its own blocks l ... K  ->  its own classifier
 
-on the cross-entropy of the logits and sends (adaptor, block l).  The server sends the M pairs to all clients; side by
-side they are fused level l.  In the end the last level's M features are fused and the classifiers averaged.  The
-average is calibrated on class statistics of the fused features (:mod:`fedkern.methods.common.calibration`).  All
-uploads of a client together are about one model.
+on the cross-entropy of the logits and sends (adaptor, block l). The server sends the M pairs to all clients; side by
+side they are fused level l. In the end the last level's M features are fused, and the classifiers averaged and
+calibrated on class statistics of the fused features (:mod:`fedkern.methods.common.calibration`). All uploads of a
+client together are about one model.
 
-A client's whole budget (``local_epochs``) is divided over the levels.  Remaining epochs go to the first levels, one
-each, because everything else builds on these.
+The levels share a client's budget (``local_epochs``). Remaining epochs go to the first levels, on which the others
+build.
 """
 
 from __future__ import annotations
@@ -119,10 +119,7 @@ class FuseFL(Objective, Method):
         server.state.update({"widths": widths, "levels": {}, "heads": {}, "seen": {}})
 
     def _widths(self, networks: Sequence[nn.Module], clients: int) -> list[int]:
-        """Return the width of every kind of network.
-
-        0 for a user's network, which has no other width than its own.
-        """
+        """Return the width of every kind of network, 0 for a user-defined one without a width."""
         scale = [getattr(network, "scales", True) for network in networks]
         if self.options.width != "auto" and not all(scale):
             raise UserError(
@@ -139,15 +136,12 @@ class FuseFL(Objective, Method):
             yield Round(CALIBRATE, participants="all", trains="classifier")
 
     def epochs(self, level: int, budget: int) -> int:
-        """Local epochs of a level (counted from 1) out of a client's whole budget."""
+        """Return the local epochs of a level (counted from 1) out of a client's whole budget."""
         epochs, remainder = divmod(budget, self.options.blocks)
         return epochs + (level <= remainder)
 
     def _models(self) -> list[str | None]:
-        """Names of the clients' networks in turn.
-
-        None is the run's own network.
-        """
+        """Return the names of the clients' networks in turn, None for the run's network."""
         if not self.options.models:
             return [None]
         names = [name.strip() for name in self.options.models.split(",")]
@@ -162,7 +156,7 @@ class FuseFL(Objective, Method):
 
         The same at the server and at every client.
 
-        Override this method to use blocks of your own.  All clients' networks need the same number of blocks and, block
+        Override this method to use blocks of your own. All clients' networks need the same number of blocks and, block
         by block, results of the same shape.
         """
         kind = client % len(widths)
@@ -175,9 +169,8 @@ class FuseFL(Objective, Method):
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
         """Send every client the other clients' (adaptor, block) pairs of the level before.
 
-        It has kept its own.
-
-        A client that missed a level (``--on-nan skip``) gets all levels since its last upload.
+        The client has kept its own pair. A client that missed a level (``--on-nan skip``) gets all levels since its
+        last upload.
         """
         level, state = phase.round + 1, server.state
         messages: dict[ClientId, Message] = {}
@@ -241,7 +234,7 @@ class FuseFL(Objective, Method):
         return cross_entropy(model(batch.drawn["inputs"]), batch.targets)
 
     def prepare(self, model: LocalPart, batch: Batch, received: Received) -> Drawn:
-        """Return the frozen levels' joined results on the batch, computed once where they stay the same."""
+        """Return the frozen levels' joined results on the batch, computed once if they stay the same."""
         frozen, x = model.frozen, batch.inputs
         if frozen is None:
             return {"inputs": x}
@@ -314,10 +307,7 @@ class FuseFL(Objective, Method):
     # -- the fused model -------------------------------------------------------------------------------------------
 
     def model(self, server: Server) -> nn.Module | None:
-        """Return the fused network once its last level is there.
-
-        None before, when there is no common model.
-        """
+        """Return the fused network once its last level is complete, None before."""
         state = server.state
         if len(state["levels"]) < self.options.blocks:
             return None
@@ -330,7 +320,7 @@ class FuseFL(Objective, Method):
         return FusedNetwork(frozen, head or plain, final=self.options.final_fuse, plain_head=plain_head)
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
-        """Return the usual figures and ``uncalibrated_accuracy``.
+        """Return the task's figures and ``uncalibrated_accuracy``.
 
         That is the accuracy of the averaged classifier before calibration.
         """
@@ -361,7 +351,7 @@ class FuseFL(Objective, Method):
 
 
 class _Networks:
-    """The clients' networks in blocks, built once for each entry of ``widths``."""
+    """Cache of the clients' networks in blocks, built once for each entry of ``widths``."""
 
     def __init__(self, method: FuseFL, place: Client | Server, widths: list[int]) -> None:
         self._method, self._place, self._widths = method, place, widths
@@ -375,7 +365,7 @@ class _Networks:
         return self._made[kind]
 
     def shapes(self, client: ClientId) -> list[tuple[int, ...]]:
-        """Output shapes of the client's blocks for one image."""
+        """Return output shapes of the client's blocks for one image."""
         kind = client % len(self._widths)
         if kind not in self._shapes:
             self._shapes[kind] = self.of(client).interfaces(self._place.image_shape)
@@ -383,7 +373,7 @@ class _Networks:
 
 
 def _gather_levels(client: Client, message: Message) -> dict[int, dict[ClientId, Message]]:
-    """All pairs of the levels so far: those that the client kept, its own last one, and the others' in the message."""
+    """Return all pairs so far: the client's kept levels, its own last pair, and the message's."""
     levels = {i: dict(pairs) for i, pairs in client.state.get("levels", {}).items()}
     last = client.state.get("own", {"level": 0})
     for i, received in message["others"].items():
