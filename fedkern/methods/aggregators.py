@@ -1,4 +1,4 @@
-"""Aggregators: rules that combine the clients' networks on an averaging server (``--aggregator``)."""
+"""Rules that combine the clients' networks on an averaging server (``--aggregator``)."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ class Rule:
 
     @property
     def text(self) -> str:
-        """The name with all options, equal for all spellings of the rule."""
+        """The name with all options, however the user spelled them."""
         return spell_options(self.entry.name, self.options)
 
     def __call__(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """Return the combination of M vectors ``[P]`` in their dtype, or raise UserError if the rule fails."""
+        """Return the combination of M vectors ``[P]`` in their dtype, or raise UserError."""
         assert self.entry.function is not None
         self.used = True
         try:
@@ -136,13 +136,13 @@ class Rule:
         return mixed.detach().to(vectors[0])
 
     def check(self, uploads: int) -> None:
-        """Raise UserError if a built-in rule cannot combine this number of uploads."""
+        """Raise UserError if a built-in rule cannot combine so many uploads."""
         if self.entry.function is not None and not self.entry.own:
             self([torch.zeros(1)] * uploads, [1.0] * uploads)
 
 
 class Gathered:
-    """Uploads of a round, all kept in memory: a robust rule compares every upload with the others."""
+    """Uploads of a round, all in memory: a robust rule compares every upload with the others."""
 
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
@@ -151,14 +151,14 @@ class Gathered:
         self._weights: list[float] = []
 
     def add(self, message: Mapping[str, Tensor], weight: float) -> None:
-        """Add the `VECTORS` of an upload as one vector: a rule that chooses a client chooses its whole network."""
+        """Add the `VECTORS` of an upload as one: a rule that chooses a client chooses its whole network."""
         vectors = {name: message[name] for name in VECTORS if name in message}
         self._sizes = {name: vector.numel() for name, vector in vectors.items()}
         self._vectors.append(torch.cat(list(vectors.values())))
         self._weights.append(weight)
 
     def result(self) -> dict[str, Tensor]:
-        """Return the combined vectors by name, empty without uploads."""
+        """Return the combined vectors by name, if any."""
         if not self._vectors:
             return {}
         mixed = self._rule(self._vectors, self._weights)

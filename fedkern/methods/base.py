@@ -1,8 +1,7 @@
-"""Base classes of federated methods: the messages that travel, and the work of the server and the clients.
+"""Base classes of federated methods.
 
 A *round* has one or more named *exchanges* (server -> clients -> server). A *message* is a dict of named tensors and
-numbers. A method never writes a file, prints, picks a device, draws from a global generator or counts bytes. The engine
-hands it a :class:`Server` and one :class:`Client` at a time.
+numbers. A method never writes a file, prints, picks a device, draws from a global generator or counts bytes.
 """
 
 from __future__ import annotations
@@ -125,9 +124,6 @@ class Method:
         Args:
             options: an object of ``Options``; None: the defaults.
             **values: options by name instead, ``FedProx(mu=0.1)``.
-
-        Raises:
-            UserError: an unknown option, a value out of range, or ``options`` of another type.
         """
         name = type(self).__name__
         if options is not None and not isinstance(options, BaseOptions):

@@ -1,25 +1,17 @@
 """FedDRA (arXiv 2404.03854, TMLR): federated vision-language pre-training with distributionally robust client weights.
 
-The objective of client k (docs/methods/feddra.md, section 5), with S the similarities of the unit embeddings over tau =
-0.07, and the anchors z* the unit embeddings of the frozen global model:
+Formulas, exchanges and options are in docs/methods/feddra.md. A round has three exchanges:
 
-    L_k = lambda1 (CE(S, diag) + CE(S^T, diag)) + mu (MSE(z*_x, z_x) + MSE(z*_y, z_y))
+- ``alignment``: clients train and upload the alignment layers and heads, with frozen encoders. Without anchors and with
+  ``joint_start=own`` nobody needs their average, and nothing is uploaded.
+- ``joint``: clients train everything. The anchor model has the round's first encoders and the averaged alignment
+  modules.
+- ``losses``: clients report the new model's contrastive loss, for the next round's weights
+  (`fedkern.methods.common.dro`), and keep the model.
 
-A round has three exchanges:
-
-- ``alignment``: clients train and upload only the alignment layers and heads, with frozen encoders.
-- ``joint``: clients train everything, from their own alignment modules or, with ``joint_start=average``, from the
-  average. The anchor model has the round's first encoders and the averaged alignment modules. Without anchors and with
-  ``joint_start=own`` the alignment modules are not uploaded.
-- ``losses``: every client reports the new model's contrastive loss on held-out samples, for the next round's client
-  weights (`fedkern.methods.common.dro`). The anchor term is zero here, as the anchor model is the evaluated one.
-
-A client keeps the model of ``losses`` for the next round, so a round costs the alignment modules and the model once
-each way.
-
-With ``--buffers pool``, the default on image-text data, clients get the new model before ``losses``, to estimate batch
-norm's statistics (`fedkern.methods.common.pooling`), and ``losses`` sends only the statistics. ``--buffers average`` is
-the published form, but there the client weights follow losses that mostly reflect wrong statistics.
+With ``--buffers pool`` clients get the new model before ``losses``, to estimate batch norm's statistics
+(`fedkern.methods.common.pooling`). With ``--buffers average``, as published, the client weights follow losses that
+mostly reflect wrong statistics.
 """
 
 from __future__ import annotations
@@ -217,7 +209,7 @@ class FedDRA(Robust):
 
 
 def part_sizes(network: nn.Module) -> dict[str, int]:
-    """Return the number of elements of the first stage's submodules (`ALIGNMENT`), by vector."""
+    """Return the sizes of the first stage's submodules (`ALIGNMENT`), by vector."""
     sizes = {}
     for vector, places in personal_parts.flatten(network).places().items():
         slices = [place for name, place in places.items() if name.partition(".")[0] in ALIGNMENT]
@@ -226,7 +218,7 @@ def part_sizes(network: nn.Module) -> dict[str, int]:
 
 
 def splice_ends(model: Mapping[str, Tensor], part: Mapping[str, Tensor]) -> Message:
-    """Return a network's vectors with their ends replaced by ``part``, the vectors of the last submodules."""
+    """Return a network's vectors with their ends replaced by ``part``."""
     return {
         name: torch.cat([model[name][: -len(part[name])], part[name]]) if name in part else model[name]
         for name in VECTORS

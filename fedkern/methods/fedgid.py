@@ -5,13 +5,8 @@ the label. Distillation: the client pulls its own and the mixed features towards
 
     L = CE(z_I, y) + CE(z_INV, y) + lambda T^2 [KL_T(f_I || f_G) + KL_T(f_INV || f_G)]
 
-with KL_T(u || g) = KL(softmax(u / T) || softmax(g / T)) over the d feature channels, batch mean. T is 1 in the paper;
-T^2 keeps the gradient's size for other temperatures.
-
-``intervene=image`` is not in the paper: f_INV are the features of the sample's object on a random background, composed
-in the image, so that nothing of the sample's own background is left.
-
-Only the model travels.
+T is 1 in the paper; T^2 keeps the gradient's size. ``intervene=image`` is not in the paper: the object on a random
+background, composed in the image, keeps nothing of its own background (docs/methods/fedgid.md).
 """
 
 from __future__ import annotations
@@ -208,7 +203,7 @@ class FedGID(LocalTraining):
         return {"maps": received.model.stages(bank.take(index), upto=stage)}
 
     def _anchor(self, batch: Batch, received: Received) -> Tensor:
-        """Return the global model's features of the samples, or logits with ``distill_on=logits``."""
+        """Return the global model's features, or logits with ``distill_on=logits``."""
 
         def answer() -> Tensor:
             features: Tensor = received.model.features(batch.inputs)
@@ -245,7 +240,7 @@ class FedGID(LocalTraining):
 
 @contextmanager
 def batch_statistics_only(model: nn.Module) -> Iterator[None]:
-    """Make batch norm in train mode keep its running statistics."""
+    """Keep batch norm's running statistics unchanged in train mode."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not model.training:
         layers = []

@@ -1,13 +1,12 @@
 """Fed-LPFM (arXiv 2311.08479): private foundation models teach the lightweight network that the clients share.
 
-Every client has a frozen teacher (CLIP zero-shot in the paper), which is never sent. Only the proxy z, the lightweight
-network, is trained and communicated:
+Every client has a frozen teacher, which is never sent. Only the proxy z is trained and communicated:
 
     L = (1 - lambda) CE(z, y) + lambda T^2 KL(softmax(t / T) || softmax(z / T))        ("convex"; batch mean)
     L = CE(z, y) + lambda T^2 KL(...)                                                  ("additive")
 
-The KL is over all classes, including classes that a client never sees, from which the gain under class splits comes.
-The teacher's logits t are of the images before augmentation, computed once and kept in the client's state.
+The KL is over all classes: the gain under class splits comes from classes that a client never sees. The teacher's
+logits t are of the images before augmentation, computed once (docs/methods/fedlpfm.md).
 """
 
 from __future__ import annotations
@@ -213,7 +212,7 @@ class FedLPFM(LocalTraining):
             server.report["validation_tuned_teacher_accuracy"] = sum(right) / len(right)
 
     def _tune(self, client: Client) -> Message:
-        """Tune the client's teachers, and return their mean validation accuracy as ``right``, if any."""
+        """Tune the client's teachers, and return their mean validation accuracy as ``right``."""
         each_round = self.options.backbone == "random-each-round"
         for index in self._used() if each_round else self.backbones(client, BEFORE):
             self._own_logits(client, index)
@@ -254,9 +253,9 @@ class FedLPFM(LocalTraining):
         return sorted(int(index) for index in drawn)
 
     def _mixture(self, logits: Tensor) -> Tensor:
-        """Return teacher logits [K, B, C] in the form for the divergence.
+        """Return teacher logits [K, B, C] for the divergence.
 
-        One teacher: [B, C]. Several teachers: [K, B, C] with KL, else the logits [B, C] of their mean probabilities.
+        Several teachers with another divergence than KL become the logits [B, C] of their mean probabilities.
         """
         if len(logits) == 1:
             return logits[0]
@@ -266,7 +265,7 @@ class FedLPFM(LocalTraining):
         return temperature * (torch.logsumexp(log_softmax(logits / temperature, 2), 0) - math.log(len(logits)))
 
     def _own_logits(self, client: Client, index: int) -> Tensor:
-        """Return a teacher's logits [n, C] of the client's samples in stored order, computed once in a run."""
+        """Return a teacher's logits [n, C] of the client's samples, computed once in a run."""
         answers: dict[int, Tensor] = client.state.setdefault("teacher_logits", {})
         if index not in answers:
             answers[index] = self._compute(client, index)
@@ -295,7 +294,7 @@ class FedLPFM(LocalTraining):
         return logits
 
     def _live(self, client: Client, index: int, batch: Batch) -> Tensor:
-        """Return a teacher's logits of the same (augmented) images as the proxy's."""
+        """Return a teacher's logits of the proxy's (augmented) images."""
         teacher = self._teachers[index]
         if self.options.teacher_tuning == "zero-shot":
             return teacher.logits(batch.inputs).to(batch.inputs.device)
@@ -324,7 +323,7 @@ class FedLPFM(LocalTraining):
         )  # fmt: skip
 
     def _used(self) -> range:
-        """Return the positions of teachers that some client may have."""
+        """Return the positions of teachers in use by any client."""
         return range(self.options.teachers if self.options.backbone == "consistent" else len(self._teachers.specs))
 
     # -- the server ------------------------------------------------------------------------------------------------
@@ -419,7 +418,7 @@ class FedLPFM(LocalTraining):
 
 @computing("fp32")  # in bf16 a teacher computes with a copy of its layers, whose calls are not counted
 def teacher_mflops(teacher: Teacher, images: Tensor) -> float:
-    """Return millions of operations (matrix products, convolutions) of a teacher per image."""
+    """Return millions of operations of a teacher per image."""
     with count_flops(teacher.network) as counter:
         teacher.logits(images)
     return counter.flops / len(images) / 1e6

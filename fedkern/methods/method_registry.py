@@ -1,4 +1,4 @@
-"""Registry of methods by name, and of unregistered classes that a script gave to a run."""
+"""Registry of methods by name, and of unregistered classes from scripts."""
 
 from __future__ import annotations
 
@@ -75,23 +75,18 @@ def unknown_method(name: str, likely: Iterable[str]) -> UserError:
 
 
 def option_names(method: str) -> set[str]:
-    """Return the names under which a method option can be given."""
     return {name for entry in get(method).Options.declared() for name in (entry.name, entry.field)}
 
 
 def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> dict[str, Value]:
-    """Return the given method options by published name, converted, with absolute paths, without defaults.
-
-    Raises:
-        UserError: an unknown option, a value out of range, or a path in the home folder of an unknown user.
-    """
+    """Return the given method options by published name, converted, with absolute paths, without defaults."""
     kind = get(method).Options
     options = {entry.name: entry for entry in kind.declared()}
     return {name: options[name].absolute(value) for name, value in kind.parse(texts, method=method).given().items()}
 
 
 def owners(option: str) -> str:
-    """Return a hint that names the methods with an option, empty if none has it."""
+    """Return a hint on the methods with an option, if any."""
     methods = [method for method in METHODS if option in option_names(method)]
     return f" It is a method option of {first_of(methods, 3)}." if methods else ""
 
@@ -102,7 +97,7 @@ def short(name: str) -> str:
 
 
 def check_network(method: str, needs: str, network: nn.Module, data: Offering, text: str) -> None:
-    """Raise UserError if a method needs (a name in `LEVELS`) more of a network than the network has."""
+    """Raise UserError if a method needs more of a network than the network has (`LEVELS`)."""
     has = level(network)
     if LEVELS.index(needs) <= LEVELS.index(has):
         return

@@ -1,4 +1,4 @@
-"""Options of a method: one dataclass for the command line, the config file, ``list`` and the range checks."""
+"""Options of a method, for the command line, the config file, ``list`` and the range checks."""
 
 from __future__ import annotations
 

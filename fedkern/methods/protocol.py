@@ -148,7 +148,7 @@ class Backgrounds(Protocol):
 
 @dataclass(frozen=True)
 class Observed:
-    """Summary of a scalar that clients reported over the run, a loss as a client's mean over its batches."""
+    """Summary of a scalar that clients reported over the run, a loss by its mean over a client's batches."""
 
     count: int
     mean: float
@@ -280,7 +280,7 @@ class Received(Protocol):
 
 
 def batch_slices(count: int, size: int) -> list[slice]:
-    """Return slices of ``count`` samples in consecutive batches of ``size``, the last one possibly smaller.
+    """Return slices of ``count`` samples in batches of ``size``.
 
     A last batch of one sample joins the batch before it, because batch norm cannot normalise a single value per
     channel.

@@ -22,14 +22,14 @@ Drawn = dict[str, Any]
 
 
 class Architecture(TypedDict, total=False):
-    """Arguments of ``Client.network`` and ``Server.build``: a network's name, and the channels of its first stage."""
+    """Arguments of ``Client.network``: a network's name, and the channels of its first stage."""
 
     model: str | None
     width: int | None
 
 
 class Offering(Protocol):
-    """Task, or data with their task, and the features that they offer to methods."""
+    """Task, or data with their task."""
 
     @property
     def offers(self) -> frozenset[str]: ...
@@ -43,18 +43,15 @@ class TestSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield the samples in order."""
-        ...
+    def batches(self) -> Iterator[Batch]: ...
 
 
 class EvaluatedSet(JudgedSet, Protocol):
     """Test set of the run, with the answers of its last evaluation (`fedkern.engine.batches.reader.Reader`).
 
     Attributes:
-        split: the samples.
         kept: pairs of a network's client (None: the run's network) and answers.
-        predictions: predicted classes of the last evaluation, int64 [n] (segmentation: [n, H, W]), or None.
+        predictions: predicted classes, int64 [n] (segmentation: [n, H, W]), or None.
         metrics: the run's user-defined metrics.
     """
 
@@ -152,7 +149,7 @@ class Node(Protocol):
     def public(self) -> Samples | None: ...
 
     def noise(self, samples: int, rng: np.random.Generator) -> object:
-        """Return normally distributed inputs of a network for ``samples`` samples, on the device."""
+        """Return normally distributed inputs of a network, on the device."""
         ...
 
     def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
@@ -164,7 +161,7 @@ class Node(Protocol):
         ...
 
     def notice(self, text: str) -> None:
-        """Show the progress of a long operation to the user at once, without storing the text."""
+        """Show progress to the user at once, without storing the text."""
         ...
 
 

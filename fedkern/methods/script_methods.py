@@ -1,8 +1,8 @@
-"""Unregistered method classes that a script gives to a run.
+"""Unregistered method classes from scripts.
 
 A run stores such a class as ``class:MODULE:NAME``, with the SHA-256 of the source of the class and of its bases outside
-fedkern. A folder cannot hold the class, so a resuming script gives it again. The module may differ then: ``__main__``
-becomes a module when another script imports it.
+fedkern, and a resuming script gives the class again. The module may differ then: ``__main__`` becomes a module when
+another script imports it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def give(kind: type[Method]) -> str:
 
 
 def give_again(kind: type[Method], name: str, folder: str | os.PathLike[str]) -> None:
-    """Make the class of a stored run known to this process, or raise UserError if the run has another method."""
+    """Make the class of a stored run known, or raise UserError if the run has another method."""
     if name.startswith(CLASS):
         _check(kind)
         if kind.__name__ != short(name):
@@ -61,11 +61,9 @@ def check(
     folder: str | os.PathLike[str],
     trusted: Collection[str] = (),
 ) -> None:
-    """Raise UserError if the class of a stored run's method is not given, or changed since the run began.
+    """Raise UserError if a stored run's class was not given, or has changed since the run began.
 
-    Args:
-        sha256, stored: hash and identity of the class.
-        trusted: contains ``"method"`` if the class may have changed.
+    ``trusted`` contains ``"method"`` if the class may have changed.
     """
     if not name.startswith(CLASS):
         return
@@ -82,7 +80,7 @@ def check(
 
 
 def options_of(method: Method) -> dict[str, Value]:
-    """Return the options that an object was made with, without defaults, by published name.
+    """Return the options that an object was made with, by published name.
 
     Raises:
         UserError: the object has values beside its options, and a run makes its method anew from the options alone.

@@ -1,4 +1,4 @@
-"""Server rules: steps from the server's network towards the clients' average (``--server-rule``)."""
+"""Steps of a server from its network towards the clients' average (``--server-rule``)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ class ServerRule:
 
     Args:
         text: the rule and its options, as ``NAME`` or ``NAME:key=value,...``.
-        learning_rate: the server's learning rate; None: 1 for the mean and momentum, 0.1, 0.01 and 0.1 for Adam, Yogi
-            and Adagrad.
+        learning_rate: None: 1 for the mean and momentum, 0.1, 0.01 and 0.1 for Adam, Yogi and Adagrad.
     """
 
     def __init__(self, text: str, learning_rate: float | None = None) -> None:
@@ -49,7 +48,7 @@ class ServerRule:
 
     @property
     def text(self) -> str:
-        """The name with all options, equal for all spellings of the rule."""
+        """The name with all options, however the user spelled them."""
         return spell_options(self.name, self.options)
 
     @property
@@ -58,11 +57,7 @@ class ServerRule:
         return self.name == MEAN and self.learning_rate in (None, 1.0)
 
     def step(self, state: dict[str, Tensor], average: Tensor) -> Tensor:
-        """Return the new network fp32 [P], from the clients' ``average`` fp32 [P].
-
-        ``state``, the server's, has ``parameters`` and keeps the moments ``server_first`` and ``server_second``, fp32
-        [P].
-        """
+        """Return the new network fp32 [P], and keep the moments ``server_first`` and ``server_second`` in ``state``."""
         self.used = True
         moments = {}
         for name, rules in _MOMENTS.items():

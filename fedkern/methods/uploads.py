@@ -1,4 +1,4 @@
-"""Declarations of client uploads, and the check of an upload against its declaration.
+"""Declarations of client uploads, and the check of an upload.
 
 A declaration has the keys of the expected message. Each value is a tensor (for its shape and dtype), `Values`, a
 `Number`, a `Maybe` of one of these, or another dict. Every tensor and number must be finite.
@@ -75,7 +75,7 @@ def is_alike(value: Tensor, tensor: Tensor) -> bool:
 
 
 def make_once(round_cache: Cache, key: str, make: Callable[[], T]) -> T:
-    """Return the result of ``make()``, computed once a round, for declarations that build a network."""
+    """Return the result of ``make()``, computed once a round."""
     name = ("declared", key)
     if name not in round_cache:
         round_cache[name] = make()
@@ -84,16 +84,13 @@ def make_once(round_cache: Cache, key: str, make: Callable[[], T]) -> T:
 
 
 def needs_something(declared: Declaration) -> bool:
-    """Return whether the declaration has a required entry, so that an empty upload does not fit."""
+    """Return whether an entry is required, so that an empty upload does not fit."""
     return any(needs_something(entry) if isinstance(entry, Mapping) else not isinstance(entry, Maybe)
                for entry in declared.values())  # fmt: skip
 
 
 def why_refused(message: object, declared: Declaration, known_finite: Tensor | None = None) -> str:
-    """Return the reason why an upload does not fit its declaration, as the end of a sentence, or "".
-
-    ``known_finite``: a tensor of the upload that was already checked.
-    """
+    """Return why an upload does not fit its declaration, as the end of a sentence, or ""."""
     sizes: dict[str, int] = {}
     return next(_faults(message, declared, "", sizes, known_finite), "")
 
@@ -158,7 +155,7 @@ def _tensor(
 
 
 def infinite_as_sent(came: Tensor, due: Tensor | Values) -> bool:
-    """Return whether all infinities were sent so, such as a causal mask of -inf among the buffers."""
+    """Return whether all infinities were sent so, such as a causal mask of -inf."""
     if not isinstance(due, Tensor) or due.is_meta:
         return False
     return bool((came.isfinite() | (came == due.to(came.device))).all())

@@ -1,4 +1,4 @@
-"""Tasks: the losses that networks learn by, the figures that judge them, and the pictures that can be shown."""
+"""Tasks: losses, figures and pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASKS: dict[str, Task] = {task.name: task for task in list(globals().values()) i
 
 
 def task_named(name: str) -> Task:
-    """Return the built-in task of this name, or for another name a plain user-defined task."""
+    """Return the built-in task of this name, or a plain user-defined task."""
     return TASKS.get(name, OwnTask())
 
 
@@ -32,7 +32,7 @@ def task_of(labels: Tensor | np.ndarray, texts: object = None, pixels: object = 
         labels: ``[n]``, ``[n, L]`` for several labels a sample, or ``[n, H, W]`` for a class of every pixel.
         texts: the samples' texts, or None.
         pixels: anything but None if ``labels`` stand for classes of pixels.
-        said: the name of a task that the user gave; ``"auto"``: by the samples.
+        said: a task's name, or ``"auto"``.
 
     Raises:
         ValueError: samples of this kind have no such task.

@@ -22,7 +22,7 @@ MATRIX = 1000
 
 
 class Classification(Task):
-    """Classification by softmax, one class of every sample.
+    """Classification by softmax.
 
     ``ignored`` is the class of samples that do not count.
     """
@@ -49,18 +49,15 @@ class Classification(Task):
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Return ``accuracy``, ``loss`` (nats) and ``confidence``, the mean probability of the true class.
 
-        Predictions are int64 [n], and the answers kept are the logits [n, C] on the CPU. Registered metrics in
-        ``data.metrics`` are added by name.
+        Predictions are int64 [n], and kept answers are logits [n, C] on the CPU. Registered metrics in ``data.metrics``
+        are added.
         """
         return self.figures_of(answers(model, data), data)
 
     def figures_of(
         self, pairs: Iterable[tuple[Tensor, Tensor]], data: object, client: int | None = None
     ) -> dict[str, float]:
-        """Return the figures of pairs of logits ``[B, C]`` and classes ``[B]``.
-
-        ``client``: owner of the network that gave the logits; None: the run's network.
-        """
+        """Return the figures of pairs of logits ``[B, C]`` and classes ``[B]``, of a client's network if given."""
         correct, loss, confidence, total = 0, 0.0, 0.0, 0
         predictions, all_outputs = [], []
         keep = getattr(data, "keep", None)
@@ -184,7 +181,7 @@ UNLABELLED = Unlabelled()
 
 
 def _summarise_logits(logits: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return a network's figures from its logits [n, C], and the figures of every class, fp64 [C]."""
+    """Return a network's figures from its logits [n, C], and every class's, fp64 [C]."""
     logits = logits.double()
     classes = logits.shape[1]
     predicted = logits.argmax(1)

@@ -1,7 +1,6 @@
 """Figures of a classifier beyond its accuracy: by class, areas under ROC curves, calibration.
 
-Definitions are scikit-learn's, and the tests compare both. Importing ``sklearn.metrics`` would take longer than the
-rest of a short run's start.
+Definitions are scikit-learn's, whose import would take longer than the rest of a short run's start.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ BINS = 15
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Return the counts int64 [C, C] of samples by true class (row) and predicted class (column)."""
+    """Return the counts int64 [C, C] by true class (row) and predicted class (column)."""
     return torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
 
 
@@ -28,7 +27,7 @@ def recalls(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 
 def macro_f1(labels: Tensor, predicted: Tensor, classes: int) -> float:
-    """Return the mean F1 of classes with samples (``f1_score(average="macro", labels=numpy.unique(labels))``)."""
+    """Return the mean F1 of classes with samples."""
     right = torch.bincount(labels[labels == predicted], minlength=classes).double()
     true = torch.bincount(labels, minlength=classes)
     either = true + torch.bincount(predicted, minlength=classes)
@@ -38,11 +37,8 @@ def macro_f1(labels: Tensor, predicted: Tensor, classes: int) -> float:
 def areas(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the area under the ROC curve of every label, fp64 ``[L]``.
 
-    NaN if all images have the label, or none, or if a score is NaN.
-
-    Args:
-        scores: ``[n, L]``, larger where a label is more likely; ties count one half.
-        labels: 0 and 1, ``[n, L]``.
+    NaN if all images have the label, or none, or if a score is NaN. Ties count one half. ``scores`` and ``labels`` are
+    ``[n, L]``.
     """
     result = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
     for column in range(scores.shape[1]):
@@ -55,12 +51,12 @@ def areas(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def roc_areas(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the area under the ROC curve of every class against all others, fp64 [C], as :func:`areas`."""
+    """Return the area under the ROC curve of every class against all others, fp64 [C]."""
     return areas(scores, one_hot(labels, scores.shape[1]))
 
 
 def macro_auc(scores: Tensor, labels: Tensor) -> float:
-    """Return the mean of :func:`roc_areas` over classes with an area, NaN with fewer than two classes."""
+    """Return the mean of :func:`roc_areas`, NaN with fewer than two classes."""
     areas = [area for area in roc_areas(scores, labels).tolist() if not math.isnan(area)]
     return sum(areas) / len(areas) if areas else math.nan
 
@@ -68,9 +64,8 @@ def macro_auc(scores: Tensor, labels: Tensor) -> float:
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
     """Return the expected calibration error, in [0, 1].
 
-    Mean distance of confidence (the largest probability) and accuracy over B ``bins`` of equal width, (0, 1/B], (1/B,
-    2/B] and so on, weighted by their samples (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, arXiv
-    1706.04599, equations 2 and 3). Not in scikit-learn.
+    Mean distance of confidence (the largest probability) and accuracy over ``bins`` of equal width, (0, 1/B] and so on,
+    by their samples (Guo et al., ICML 2017, arXiv 1706.04599, equations 2 and 3). Not in scikit-learn.
     """
     confidence, predicted = probabilities.max(1)
     place = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)

@@ -1,4 +1,4 @@
-"""Mean cross-entropy of samples or pixels, with the same bits every time, on a GPU too."""
+"""Mean cross-entropy of samples or pixels with the same bits every time."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def cross_entropy(
     Args:
         logits: fp ``[B, C, ...]``.
         targets: int64 ``[B, ...]``, or probabilities as ``logits``.
-        weight: fp ``[C]``, weight of a pixel by its class; None: equal weights.
-        ignore_index: class of samples or pixels that the mean leaves out.
-        label_smoothing: as in PyTorch.
+        weight: fp ``[C]``, weight of a pixel by its class.
     """
     loss = partial(F.cross_entropy, logits, targets, weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if targets.shape == logits.shape or not added_in_any_order(logits):
@@ -56,12 +54,12 @@ def too_few(logits: Tensor, largest: int, network: str) -> str:
 
 
 def added_in_any_order(logits: Tensor) -> bool:
-    """Return whether PyTorch's kernel sums the losses of these pixels in an order that changes from call to call."""
+    """Return whether PyTorch's kernel sums these pixels' losses in a changing order."""
     return logits.is_cuda and logits.dim() > 2
 
 
 def repeatable(loss: Callable[..., object], outputs: object) -> Callable[..., object]:
-    """Return a loss with the same bits every time: PyTorch's module becomes :func:`cross_entropy` if needed."""
+    """Replace PyTorch's module by :func:`cross_entropy` if its bits change from call to call."""
     if type(loss) is not nn.CrossEntropyLoss or loss.reduction != "mean":
         return loss
     if not (isinstance(outputs, Tensor) and added_in_any_order(outputs)):

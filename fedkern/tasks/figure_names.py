@@ -1,4 +1,4 @@
-"""Display names of figures and test sets: ``ood_macro_f1`` is F1, mean of the classes, out of distribution."""
+"""Display names of figures and test sets."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ _ENDINGS = {
 
 
 def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
-    """Split ``"ood_accuracy"`` into test set ``"ood"`` and figure ``"accuracy"``.
+    """Split ``"ood_accuracy"`` into test set ``"ood"`` (a run's only one is ``""``) and figure ``"accuracy"``.
 
-    The only test set of a run is ``""``. ``own`` holds the names of user-defined test sets.
+    ``own`` holds the names of user-defined test sets.
     """
     for test_set in () if name.startswith(OVER_CLIENTS) else (*sorted(own, key=len, reverse=True), *TEST_SETS):
         if test_set and name.startswith(f"{test_set}_"):
@@ -90,12 +90,9 @@ def split_metric(name: str, own: Collection[str] = ()) -> tuple[str, str]:
 
 
 def direction(name: str, directions: Mapping[str, str | None], own: Collection[str] = ()) -> str | None:
-    """Return whether larger (``"max"``) or smaller (``"min"``) values of a figure are better, or None if unknown.
+    """Return whether larger (``"max"``) or smaller (``"min"``) values of a figure are better, or None.
 
-    Args:
-        name: the figure's whole name.
-        directions: of the task, by figure (`fedkern.tasks.Task.directions`).
-        own: names of user-defined test sets.
+    ``directions`` are the task's, ``own`` names of user-defined test sets.
     """
     figure = split_metric(name, own)[1].removeprefix("mean_client_").removeprefix("worst_client_")
     for stem in (figure, re.sub("^(lowest|highest)_", "", figure)):
@@ -105,7 +102,7 @@ def direction(name: str, directions: Mapping[str, str | None], own: Collection[s
 
 
 def check_metric_names(metrics: Collection[str]) -> None:
-    """Raise UserError if user-defined metrics have the names of other figures or of entries of records."""
+    """Raise UserError if user-defined metrics have taken names."""
     for name in metrics:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
         stem = re.sub("^(lowest|highest)_", "", name)
@@ -119,7 +116,7 @@ def check_metric_names(metrics: Collection[str]) -> None:
 
 
 def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> None:
-    """Raise UserError if figures of a test set, user-defined ``metrics`` included, would collide with other figures."""
+    """Raise UserError if figures of a test set, with user-defined ``metrics``, would collide with others."""
     figures = ("dice_1", *FIGURE_NAMES, *metrics)
     other_sets = {"validation_": "the validation set", **dict.fromkeys(OVER_CLIENTS, "the clients")}
     sets = {f"{name}_" if name else "": f"the {set_noun(name)}{'' if name else ' without a name'}" for name in names}
@@ -137,10 +134,7 @@ def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> No
 
 
 def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Collection[str] = ()) -> None:
-    """Raise UserError if a built-in figure is a fraction, and no fraction reaches the value of ``flag``.
-
-    ``falls``: whether lower values are better.
-    """
+    """Raise UserError if a built-in fraction never reaches the value of ``flag``."""
     figure = split_metric(name, own)[1].removeprefix("mean_client_").removeprefix("worst_client_")
     if (figure in FRACTIONS or re.fullmatch(r"dice_\d+", figure)) and (value < 0 if falls else value > 1):
         raise UserError(
@@ -150,13 +144,13 @@ def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Col
 
 
 def scale(name: str) -> tuple[int, str]:
-    """Return the factor and the unit for display: shares in per cent, other figures without a unit."""
+    """Return the factor and the unit for display, per cent for shares."""
     figure = split_metric(name)[1]
     return (100, "%") if figure.endswith(_SHARES) or figure.startswith("dice_") else (1, "")
 
 
 def number(name: str, value: float, sign: str = "") -> str:
-    """Return a figure's value, or with ``sign`` "+" a difference, as text in its unit.
+    """Return a value, or with ``sign`` "+" a difference, as text in its unit.
 
     A share has one decimal, other values have three digits.
     """
@@ -165,21 +159,18 @@ def number(name: str, value: float, sign: str = "") -> str:
 
 
 def figure_title(name: str) -> str:
-    """Return the display name of a figure: ``"hd95"`` is ``"Hausdorff distance (95 %) in pixels"``.
-
-    An unknown name keeps its prefix: ``"lowest_hd95"`` is ``"lowest: Hausdorff distance (95 %) ..."``.
-    """
+    """Return a display name: ``"lowest_hd95"`` is ``"lowest: Hausdorff distance (95 %) in pixels"``."""
     return _title_of(name, _FIGURES)
 
 
 def figure_and_set(name: str, own: Collection[str] = ()) -> str:
-    """Return the display name of a figure with its test set: ``"accuracy, out of distribution"``."""
+    """Return a display name with the test set: ``"accuracy, out of distribution"``."""
     test_set, figure = split_metric(name, own)
     return f"{figure_title(figure)}, {set_title(test_set)}" if test_set else figure_title(figure)
 
 
 def short_title(name: str) -> str:
-    """Return a figure's display name for a line, an axis or a column."""
+    """Return a display name for a line, an axis or a column."""
     return _title_of(name, {**_FIGURES, **_SHORT})
 
 
@@ -193,20 +184,17 @@ def _title_of(name: str, titles: Mapping[str, str]) -> str:
 
 
 def set_title(name: str) -> str:
-    """Return a test set's display name, ``"in distribution"`` for ``"id"``, or the name itself."""
+    """Return a test set's display name: ``"in distribution"`` for ``"id"``."""
     return _TEST_SETS.get(name, name)
 
 
 def short_set_title(name: str) -> str:
-    """Return a test set's display name for a line or a column: ``"ID"``, ``"OOD"``, ``"held-out client"``."""
+    """Return a test set's short display name: ``"OOD"``, ``"held-out client"``."""
     return name.upper() if name in ("id", "ood") else set_title(name)
 
 
 def set_noun(name: str) -> str:
-    """Return the words for a test set that follow an article.
-
-    Such as ``"in-distribution test set"``, ``"held-out client"``, ``'test set "north"'``.
-    """
+    """Return a test set's name after an article: ``"in-distribution test set"``, ``'test set "north"'``."""
     title = set_title(name)
     if name not in TEST_SETS:
         return f'test set "{name}"'

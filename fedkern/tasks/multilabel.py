@@ -1,7 +1,4 @@
-"""Multi-label classification: several labels of a sample, or none.
-
-AUROC and average precision are defined as in scikit-learn, and the tests compare both.
-"""
+"""Multi-label classification, with AUROC and average precision as in scikit-learn."""
 
 from __future__ import annotations
 
@@ -39,10 +36,7 @@ class Multilabel(Task):
 
     @torch.no_grad()
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
-        """Return ``loss`` (mean binary cross-entropy in nats) and the figures of `label_figures`.
-
-        The answers kept are the logits [n, L] on the CPU.
-        """
+        """Return ``loss`` (mean binary cross-entropy in nats) and `label_figures`, and keep logits [n, L]."""
         pairs = [(model(batch.inputs), batch.targets) for batch in data.batches()]
         if not pairs:
             raise ValueError("data: expected at least one sample, given none")
@@ -154,17 +148,14 @@ MULTILABEL = Multilabel()
 
 
 def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return the figures over all labels.
+    """Return the figures over all labels, without undefined ones.
 
-    A figure that is undefined for every label is left out. All are NaN if a logit is.
-
-    Args:
-        logits: ``[n, L]``; a label is predicted if its logit is above 0.
-        labels: 0 and 1, ``[n, L]``.
+    All are NaN if a logit is. ``logits`` and ``labels`` (0 and 1) are ``[n, L]``; a label is predicted if its logit is
+    above 0.
 
     Returns:
-        - ``macro_auroc``: mean of :func:`areas` over the labels that have one;
-        - ``mean_average_precision``: mean of :func:`average_precisions` over the labels that occur;
+        - ``macro_auroc``: mean of :func:`areas`;
+        - ``mean_average_precision``: mean of :func:`average_precisions`;
         - ``macro_f1``: mean F1 of the labels that occur;
         - ``exact_match``: share of the images with all labels right (subset accuracy).
     """
@@ -199,6 +190,6 @@ def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def predicts_alike(logits: Tensor) -> bool:
-    """Return whether every label is predicted for all images alike."""
+    """Return whether every label is predicted for all images or none."""
     predicted = logits > 0
     return bool((predicted == predicted[:1]).all())

@@ -1,4 +1,4 @@
-"""Ordinal classification: ordered classes, such as grades or ages, where a near miss is better than a far one."""
+"""Ordinal classification: ordered classes, such as grades or ages."""
 
 from __future__ import annotations
 
@@ -22,11 +22,8 @@ UNIT = 0.5413248546129181
 class CumulativeLink(nn.Module):
     """Network with one output between K - 1 learnt thresholds: the proportional odds model (McCullagh, 1980).
 
-    P(y <= k) = sigmoid(threshold_k - score). The output is the logarithm of every class's probability, fp32 ``[n, K]``.
-
-    Args:
-        network: gives a score, ``[n, 1]``.
-        classes: K, at least 2.
+    P(y <= k) = sigmoid(threshold_k - score). The output is the logarithm of every class's probability, fp32 ``[n, K]``,
+    of ``network``'s score ``[n, 1]``.
     """
 
     def __init__(self, network: nn.Module, classes: int) -> None:
@@ -68,8 +65,7 @@ class Ordinal(Task):
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Return ``mae`` (mean absolute error in classes), ``kappa``, ``accuracy`` and ``loss`` (nats).
 
-        ``kappa`` has quadratic weights, and is left out if all samples and predictions are of one class. Predictions
-        are the likeliest classes; the answers kept are the logarithms of the probabilities, [n, K].
+        Predictions are the likeliest classes; kept answers are log-probabilities, [n, K].
         """
         parts = [(outputs.double(), labels) for outputs, labels in answers(model, data)]
         if not parts:
@@ -124,10 +120,7 @@ class Ordinal(Task):
 
 
 def quadratic_kappa(confusion: Tensor) -> float | None:
-    """Return Cohen's kappa with quadratic weights, as in scikit-learn, of counts ``[K, K]``.
-
-    None if the kappa is 0 / 0.
-    """
+    """Return Cohen's kappa with quadratic weights, as in scikit-learn, or None if 0 / 0."""
     counts = confusion.double()
     numbers = torch.arange(len(counts), device=counts.device, dtype=torch.float64)
     weights = (numbers[:, None] - numbers).square()
@@ -136,7 +129,7 @@ def quadratic_kappa(confusion: Tensor) -> float | None:
 
 
 def _errors(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return the mean absolute error of predicting each class everywhere, by the samples of every class."""
+    """Return the mean absolute error of always predicting a class, for each class."""
     numbers = np.arange(len(counts))
     return np.abs(numbers[:, None] - numbers) @ counts / counts.sum()
 

@@ -1,4 +1,4 @@
-"""Partition statistics: class counts and label skew of every client, for the partition table and its plot."""
+"""Class counts and label skew of every client, for the partition table and its plot."""
 
 from __future__ import annotations
 

@@ -76,12 +76,12 @@ def register_metric(name: str) -> Callable[[F], F]:
 
 
 def metrics_of(stored: Mapping[str, str]) -> tuple[Metric, ...]:
-    """Return a run's metrics: from its plugins (``stored``, identities by name), and from the script itself."""
+    """Return a run's metrics, from its plugins (``stored``) and from the script."""
     return tuple(METRICS[name] for name in plugins.of_run(METRICS, stored))
 
 
 class Answers:
-    """Logits and labels of a test set, gathered batch by batch if there are metrics."""
+    """Logits and labels of a test set, gathered if there are metrics."""
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self._metrics = metrics

@@ -24,7 +24,7 @@ CHUNK = 512  # queries scored at once, so that memory holds only [CHUNK, gallery
 
 
 class Retrieval(Task):
-    """Image-text retrieval: a network is a pair of encoders, and the targets of a batch are its texts' tokens."""
+    """Image-text retrieval by a pair of encoders, where the targets of a batch are its texts' tokens."""
 
     name, main = "retrieval", "i2t_r1"
     target, network, pictures = "text", "pairs", ("retrieval",)
@@ -50,13 +50,11 @@ class Retrieval(Task):
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Return the figures of a pair of encoders.
 
-        ``data.split`` has the ``texts`` and ``ids``; ``data.loss_batch`` is the number of pairs per batch of the loss.
-
         Returns:
             - ``i2t_r1``, ``i2t_r5``, ``i2t_r10``: recall of the right text for an image, fractions;
             - ``t2i_r1``, ``t2i_r5``, ``t2i_r10``: recall of the right image for a text, fractions;
             - ``gallery``: the number of texts to choose from;
-            - ``loss``: the mean contrastive loss.
+            - ``loss``: the mean contrastive loss of ``data.loss_batch`` pairs.
         """
         embeddings = [model(batch.inputs, batch.targets) for batch in data.batches(even=True)]
         if not embeddings:
@@ -133,8 +131,8 @@ RETRIEVAL = Retrieval()
 def contrastive_among(images: Tensor, texts: Tensor, size: int) -> float:
     """Return the mean contrastive loss of unit vectors [n, D] in batches of exactly min(``size``, n) pairs.
 
-    A batch holds every (n // size)-th pair, so that neighbouring pairs, which may be similar, are not each other's
-    negatives. Leftover pairs are excluded, because the loss of a smaller batch is smaller.
+    A batch holds every (n // size)-th pair, so that similar neighbours are not each other's negatives, and leftover
+    pairs are excluded, because smaller batches have smaller losses.
     """
     n = len(images)
     count = max(1, n // size)
@@ -157,9 +155,9 @@ class Gallery:
 
     @staticmethod
     def of(ids: Sequence[str] | None, texts: Sequence[str]) -> Gallery:
-        """Return the gallery of rows, where rows of equal id are one image with several captions.
+        """Return the gallery of rows.
 
-        Equal texts share their images.
+        Rows of equal id are one image with several captions, and equal texts share their images.
         """
         names = [str(row) for row in range(len(texts))] if ids is None else ids
         place: dict[str, int] = {}
@@ -186,7 +184,6 @@ def recalls(
     Args:
         image_embeddings: fp32 ``[I, d]``, unit vectors.
         text_embeddings: fp32 ``[T, d]``, unit vectors.
-        ks: each at least 1; a k beyond the gallery's size counts as the whole gallery.
         pairs: int64 ``[P, 2]``, (image, text) of every matching pair; by default image i matches text i only. A query
             without a partner does not count.
 
@@ -245,7 +242,7 @@ def _recalls(queries: Tensor, gallery: Tensor, ks: Sequence[int], pairs: Tensor)
 
 
 def _among(drawn: Tensor, tied: Tensor, right: Tensor) -> Tensor:
-    """Return the probability that ``drawn`` of ``tied`` candidates, drawn at random, include a ``right`` one."""
+    """Return the probability that ``drawn`` of ``tied`` random candidates include a ``right`` one."""
     drawn, wrong = drawn.clamp(min=0), tied - right
     # C(wrong, drawn) / C(tied, drawn), computed with log-factorials.
     of_wrong, of_all = (

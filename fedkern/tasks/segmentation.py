@@ -1,20 +1,18 @@
 """Segmentation: a class of every pixel, by Dice, intersection over union and Hausdorff distance.
 
-Class 0 is the background and is excluded from all means. Unknown pixels (`IGNORE`, any negative label) are ignored
-everywhere. A class that the truth of a whole test set lacks has no figure.
+Class 0, the background, is excluded from all means, and unknown pixels (`IGNORE`, any negative label) from everything.
+A class that the truth of a whole test set lacks has no figure.
 
-Dice is MONAI's ``DiceMetric`` with its defaults, healthy cases excepted: 2 |P ∩ T| / (|P| + |T|) of every case and
-every class in the case's truth T, mean over cases, then over classes. In a case without any object every predicted
-class has Dice 0, as in nnU-Net, so that false alarms count. A case is an image, or all slices of a volume or tiles of a
-picture (`fedkern.data.Split.cases`).
+Dice is MONAI's ``DiceMetric`` with its defaults, mean over cases, then over classes. But in a case without any object
+every predicted class has Dice 0, as in nnU-Net, so that false alarms count. A case is an image, or all slices of a
+volume or tiles of a picture (`fedkern.data.Split.cases`).
 
 The intersection over union is PASCAL VOC's: |P ∩ T| / |P ∪ T| over all pixels of the test set at once, mean over
 classes.
 
-Both count pixels in the masks' original size (`fedkern.data.Split.full`). The other figures are of the resized masks.
+Both count pixels in the masks' original size (`fedkern.data.Split.full`), the other figures in the resized masks.
 
-The Hausdorff distance is the 95th percentile of the distances from one mask's outline to the other's, in pixels, the
-larger of both directions. A class that is not found at all has the image's diagonal, as BraTS counts a missed tumour.
+A class that is not found at all has the image's diagonal as Hausdorff distance, as BraTS counts a missed tumour.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Segmentation(Task):
-    """Segmentation: a class of every pixel, int64 ``[n, H, W]``, negative if unknown, by logits ``[n, C, H, W]``."""
+    """Segmentation, int64 ``[n, H, W]``, negative if unknown, by logits ``[n, C, H, W]``."""
 
     name, main, sampled = "segmentation", "dice", "dice"
     target, network, pictures = "pixels", "pixels", ("segmentation",)
@@ -108,7 +106,7 @@ class Segmentation(Task):
         return "a class for every pixel, none for an image" if classes < 3 else ""
 
     def shared_classes(self, labels: np.ndarray, classes: int) -> tuple[npt.NDArray[np.int64], int]:
-        """Drop the background from the classes if every image holds an object."""
+        """Drop the background if every image holds an object."""
         has_no_background = int(labels.min(initial=1) > 0)
         return labels - has_no_background, classes - has_no_background
 
@@ -135,11 +133,8 @@ SEGMENTATION = Segmentation()
 def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) -> Tensor:
     """Return the cross-entropy of pixels with known classes, a scalar in nats.
 
-    Args:
-        logits: fp [B, C, H, W].
-        labels: int64 [B, H, W], negative if unknown.
-        per_sample: True: the mean over samples of each sample's mean (0 without known pixels), so that a sample's
-            gradient does not depend on the other samples' known pixels. False: the mean over all known pixels.
+    ``logits`` are fp [B, C, H, W], ``labels`` int64 [B, H, W]. ``per_sample``: the mean over samples of each sample's
+    mean, so that a sample's gradient does not depend on the other samples' known pixels.
     """
     valid = labels >= 0
     labels = labels.masked_fill(~valid, IGNORE)
@@ -154,21 +149,17 @@ def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) 
 
 @torch.no_grad()
 def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
-    """Return the figures of a network with logits [B, C, H, W].
+    """Return the figures of a network, in eval mode, with logits [B, C, H, W].
 
     Args:
-        model: in eval mode.
-        data: ``data.batches()`` yields labels int64 [B, H, W] as targets. ``data.cases`` int64 [n], if present and not
-            None, gives the case of every image. ``data.record``, if present, receives the predicted classes [n, H, W]
-            in order. ``data.keep``, if present and not None, receives the Dice of every case and class, fp64 [cases,
-            C], the background's first (NaN if the case does not count for the class).
+        data: ``data.cases`` int64 [n], if present and not None, gives the case of every image. ``data.record``, if
+            present, receives the predicted classes [n, H, W] in order, and ``data.keep``, if present and not None, the
+            Dice of every case and class, fp64 [cases, C], the background's first (NaN if the case does not count for
+            the class).
 
     Returns:
         ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, with more than one foreground
-        class, ``dice_1`` and so on by class number. Without any foreground in the truth only ``loss``.
-
-    Raises:
-        ValueError: no pixel has a label.
+        class, ``dice_1`` and so on. Without any foreground in the truth only ``loss``.
     """
     loss, pixels = 0.0, 0
     full = getattr(data, "full", None)
@@ -221,9 +212,7 @@ def largest_classes(labels: Tensor) -> Tensor:
 def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Count the pixels of every image and class (in both, predicted, true): int64 [B, 3, C] on the CPU.
 
-    Args:
-        predicted: int64 [B, *positions].
-        truth: int64 of the same shape; no count includes pixels of a negative class.
+    ``truth`` is int64 [B, *positions]; no count includes pixels of a negative class.
     """
     rows = torch.arange(len(truth), device=truth.device).repeat_interleave(truth[0].numel() if len(truth) else 0)
     guess, label = predicted.reshape(-1), truth.reshape(-1)
@@ -238,14 +227,14 @@ def overlaps(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 
 def dice(counts: Tensor) -> Tensor:
-    """Return the mean over cases of :func:`case_dice`, fp64 [C], NaN for a class that no truth contains."""
+    """Return the mean of :func:`case_dice` over cases, fp64 [C]."""
     return case_dice(counts).nanmean(0)
 
 
 def case_dice(counts: Tensor) -> Tensor:
     """Return 2 |P ∩ T| / (|P| + |T|) of every case and class, fp64 [n, C], from counts int64 [n, 3, C].
 
-    A case counts for the classes of its truth (without any object, for the predicted classes), else NaN.
+    NaN unless a case counts for a class: the classes of its truth, without any object the predicted ones.
     """
     common, guesses, true = counts.double().unbind(1)
     healthy = true[:, 1:].sum(1, keepdim=True) == 0
@@ -254,7 +243,7 @@ def case_dice(counts: Tensor) -> Tensor:
 
 
 def constant_dice(data: SampleSet, classes: int) -> tuple[float, int]:
-    """Return the largest ``dice`` that predicting one class for every pixel gives, and that class."""
+    """Return the largest ``dice`` of predicting one class everywhere, and that class."""
     labels, cases, full = data.labels, getattr(data, "cases", None), getattr(data, "full", None)
     if full is None:
         counts = torch.cat([overlaps(part, part, classes) for part in in_parts(labels)])
@@ -291,7 +280,7 @@ def hausdorff95(predicted: Mask, truth: Mask) -> float:
 
 
 def _distances(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> list[float]:
-    """Return the Hausdorff distances of every image and every foreground class in the image's truth."""
+    """Return the distances of every image and every foreground class in its truth."""
     distances = []
     for guess, label in zip(predicted, truth, strict=True):
         valid = label >= 0
@@ -301,7 +290,7 @@ def _distances(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -
 
 
 def _case_rows(images: int, cases: Tensor | None) -> npt.NDArray[np.int64]:
-    """Return the first image of every case, int64 ``[cases]``, in the order of the cases' numbers."""
+    """Return the first image of every case, int64 ``[cases]``, by case number."""
     return np.arange(images) if cases is None else np.unique(cases.cpu().numpy(), return_index=True)[1]
 
 

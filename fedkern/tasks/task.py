@@ -1,4 +1,4 @@
-"""Base of the tasks: the loss of a batch, the figures of an evaluation, and the networks and labels that fit."""
+"""Base of the tasks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Constant:
 
     Attributes:
         figures: the best figure that a single class gives, by name.
-        name: the class that gives the best accuracy or Dice; empty if several give the same.
+        name: the class with the best accuracy or Dice; empty if several tie.
     """
 
     figures: Mapping[str, float]
@@ -54,22 +54,19 @@ class Constant:
 
 
 def better_values(metric: object) -> str | None:
-    """Return the better values of a user-defined metric, by its ``higher_is_better``, or None."""
+    """Return ``"max"`` or ``"min"`` by a user-defined metric's ``higher_is_better``, or None."""
     return {True: "max", False: "min"}.get(getattr(metric, "higher_is_better", None))  # type: ignore[arg-type]
 
 
 class Task:
     """Base of the tasks: a loss, figures, and the networks and labels that fit.
 
-    The built-in tasks are objects in `fedkern.tasks`.
-
     Attributes:
-        name: the task's name in files and messages.
         main: name of the main figure.
         better: ``"max"`` or ``"min"``: the better values of the main figure.
         noun: word for samples, in the plural.
         target: the label of a sample: ``"class"``, ``"labels"`` (0 or 1 for each), ``"pixels"`` or ``"text"``.
-        partition: default partition of data that name none; empty: the data's usual partition.
+        partition: default partition; empty: the data's usual one.
         network: meaning of a network's output (``fedkern.models.ModelEntry.gives``).
         pictures: pictures of a finished run's answers, in `fedkern.report.figures.pictures`.
         offers: features that methods may ask for (``Method.requires``):
@@ -84,8 +81,8 @@ class Task:
         outside: most samples of a batch outside of training.
         concurrent: whether several batches of a set may be evaluated at once.
         takes_logits: whether the loss is a cross-entropy, which takes a softmax of the outputs.
-        sampled: name of the figure that :meth:`resampled` computes from kept answers; empty without one.
-        lacks: words for what a set without the main figure lacks, such as "no mask with an object".
+        sampled: name of the figure of :meth:`resampled`, if any.
+        lacks: words for the lack of a set without the main figure, such as "no mask with an object".
     """
 
     name: ClassVar[str]
@@ -113,19 +110,19 @@ class Task:
         return self.criterion(model(batch.inputs), batch)
 
     def read_targets(self, targets: object) -> object:
-        """Return the targets of a batch of items in the form that the loss takes."""
+        """Return a batch's targets in the form that the loss takes."""
         return targets
 
     def criterion(self, outputs: Tensor, batch: TaskBatch) -> Tensor:
-        """Return the loss of a batch by the network's outputs, a scalar."""
+        """Return the loss of a batch from the network's outputs, a scalar."""
         raise NotImplementedError
 
     def with_loss_copied(self) -> Task:
-        """Return the task with a copy of the loss, whose calls do not change the loss of the run."""
+        """Return the task with a copy of the loss, for calls without side effects on the run."""
         return self
 
     def known(self, batch: TaskBatch) -> Tensor | int:
-        """Count the known targets of a batch: samples or, of a segmentation, pixels."""
+        """Count the known targets of a batch: samples or, for a segmentation, pixels."""
         return (batch.targets >= 0).sum()
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -137,27 +134,24 @@ class Task:
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Return the figures of a network in eval mode on a test set, the main figure first.
 
-        ``data.batches()`` yields batches in order. ``data.record(predictions)``, if present, receives the predicted
-        classes in order. ``data.keep(answers)``, if present and not None, receives the answers for :meth:`final`.
-
-        Raises:
-            ValueError: no sample has a known target.
+        ``data.record(predictions)``, if present, receives the predicted classes in order, and ``data.keep(answers)``,
+        if present and not None, the answers for :meth:`final`.
         """
         raise NotImplementedError
 
     @property
     def directions(self) -> dict[str, str | None]:
-        """The better values (``"max"``, ``"min"`` or None) by figure: the main figure and user-defined metrics."""
+        """``"max"``, ``"min"`` or None for the main figure and user-defined metrics."""
         metrics = {name: better_values(metric) for name, metric in getattr(self, "metrics", {}).items()}
         return {**metrics, self.main: self.better}
 
     def score(self, figures: Mapping[str, float]) -> float:
-        """Return the number to compare networks by, larger for a better one: the main figure, or else the loss."""
+        """Return the number to compare networks by, larger for a better one."""
         value = figures.get(self.main)
         return -figures["loss"] if value is None else value if self.better == "max" else -value
 
     def member_figures(self, model: Members, data: JudgedSet) -> dict[str, float]:
-        """Return the means of the figures of ``model.members``, and the lowest and highest main figure."""
+        """Return the members' mean figures, and their lowest and highest main figure."""
         rows = [self.figures_of_client(member, data, k) for k, member in enumerate(model.members)]
         shared = [name for name in rows[0] if all(name in row for row in rows)]
         means = {name: sum(row[name] for row in rows) / len(rows) for name in shared}
@@ -168,14 +162,13 @@ class Task:
         return self.figures(model, data)
 
     def final(self, data: SampleSet, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
-        """Return the figures of the run's end from the last evaluation's answers, one entry for every network."""
+        """Return figures from the last evaluation's answers, one entry for every network."""
         return Figures()
 
     def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
         """Return the samples' parts in the figure ``sampled``, fp64 ``[n, k]``, NaN if a sample has none.
 
-        The figure is the mean over samples, and then of the k means. ``output`` is an answer that :meth:`figures` kept;
-        ``labels`` and ``cases`` are on the CPU.
+        The figure is the mean over samples, and then of the k means. ``output`` is an answer that :meth:`figures` kept.
         """
         raise NotImplementedError
 
@@ -199,7 +192,7 @@ class Task:
         return figures
 
     def kept_shape(self, data: SampleSet, classes: int) -> tuple[int, ...]:
-        """Return the shape of the answers that :meth:`figures` keeps of a network."""
+        """Return the shape of the answers that :meth:`figures` keeps."""
         return len(data), classes
 
     def batch_size(self, size: int, positions: int) -> int:
@@ -215,7 +208,7 @@ class Task:
         return True
 
     def constant(self, data: SampleSet, classes: Sequence[str]) -> Constant | None:
-        """Return the figures of predicting one class everywhere, or None if there is nothing to compare."""
+        """Return the figures of predicting one class everywhere, if there is a choice."""
         return None
 
     def chance(
@@ -235,7 +228,7 @@ class Task:
         return False
 
     def unfit(self, split: SampleSet) -> str:
-        """Return words for what a set without any figures lacks, such as "no pixel whose class is known"."""
+        """Return words for the lack of a set without any figures, such as "no pixel whose class is known"."""
         return ""
 
     def output_bytes(
@@ -253,16 +246,14 @@ class Task:
     def header(self, output_bytes: int, sizes: Mapping[str, int]) -> list[str]:
         """Return lines for the header of a run on how its figures are made.
 
-        Args:
-            output_bytes: bytes of a sample's outputs and targets; 0: unknown.
-            sizes: samples by test set.
+        ``sizes`` are samples by test set, ``output_bytes`` a sample's (0: unknown).
         """
         return []
 
     # -- labels ----------------------------------------------------------------------------------------------------
 
     def checked(self, labels: Tensor) -> Tensor:
-        """Return labels of any whole numbers in the task's dtype, or raise ValueError."""
+        """Return whole-number labels in the task's dtype, or raise ValueError."""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"labels must be whole numbers, but are {str(labels.dtype).removeprefix('torch.')}")
         return labels.to(torch.int64)
@@ -277,7 +268,7 @@ class Task:
             )
 
     def check_range(self, labels: Tensor, classes: int, where: str) -> None:
-        """Raise ValueError if labels ``where`` (words) are not among ``classes`` classes."""
+        """Raise ValueError if labels are not among ``classes`` classes."""
         if labels.dtype != torch.int64:
             raise ValueError(f"labels of {labels.dtype} in {where}, expected int64")
         wrong = {int(end) for end in labels.aminmax()} - {*range(classes)} if labels.numel() else ()
@@ -288,7 +279,7 @@ class Task:
         """Raise UserError if the task cannot have these classes, ``ordered`` if their order has a meaning."""
 
     def blank(self, samples: int, classes: int) -> Tensor:
-        """Return placeholder labels of samples of which only the number is known."""
+        """Return placeholder labels."""
         return torch.zeros(samples, dtype=torch.int64)
 
     def counts(self, labels: np.ndarray, classes: int) -> npt.NDArray[np.int64]:
@@ -296,26 +287,26 @@ class Task:
         return np.bincount(labels, minlength=classes)
 
     def classless(self, classes: int) -> str:
-        """Return words for what samples have instead of a class to partition by, empty if they have a class."""
+        """Return words for samples without a class to partition by, else ""."""
         return ""
 
     def shared_classes(self, labels: np.ndarray, classes: int) -> tuple[npt.NDArray[np.int64], int]:
-        """Return the class ``[n]`` that partitions share samples out by, and the number of classes."""
+        """Return the class ``[n]`` to partition by, and the number of classes."""
         return labels, classes
 
     def kinds(self, labels: np.ndarray, rare: bool) -> npt.NDArray[np.int64]:
         """Return the strata for held-out sampling, ``[n]``: equal numbers for interchangeable samples.
 
-        ``rare``: merge sets of labels that a single sample has into one stratum.
+        ``rare``: sets of labels of a single sample are one stratum.
         """
         return labels
 
     def image_labels(self, labels: Tensor) -> Tensor:
-        """Return the label of every image, int64 ``[n]``, or several labels, uint8 ``[n, L]``."""
+        """Return every image's label, int64 ``[n]``, or labels, uint8 ``[n, L]``."""
         return labels.reshape(len(labels))
 
     def shown_classes(self, labels: Tensor) -> Tensor:
-        """Return the numbers of the classes that occur in the labels, int64."""
+        """Return the numbers of the classes that occur, int64."""
         return (labels.flatten().clamp(min=-1) + 1).bincount()[1:].nonzero().flatten()
 
     def label_text(self, label: Label, classes: Sequence[str]) -> str:
@@ -327,22 +318,22 @@ class Task:
         return f"two labels, {' and '.join(self.label_text(label, classes) for label in labels)}"
 
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
-        """Return the labels with class k replaced by ``places[k]``, of ``classes`` classes."""
+        """Return the labels with class k replaced by ``places[k]``."""
         return torch.tensor(places)[labels]
 
     def places(self, classes: Sequence[str], network_classes: Sequence[str]) -> Sequence[int] | None:
-        """Return the positions of data's classes among the network's, or None if the data do not fit."""
+        """Return the positions of data's classes among the network's, or None if they do not fit."""
         places = [network_classes.index(name) for name in classes if name in network_classes]
         return places if len(places) == len(classes) and len({*network_classes}) == len(network_classes) else None
 
     # -- networks --------------------------------------------------------------------------------------------------
 
     def code(self) -> dict[str, object]:
-        """Return the objects that a user gave for the task, by name."""
+        """Return a user-defined task's objects by name."""
         return {} if type(self).__module__.startswith("fedkern.") else {"task": self}
 
     def described(self, context: RunFacts) -> Description:
-        """Return the facts that :meth:`build` needs beside the network's name and sizes, for model.safetensors."""
+        """Return the facts that :meth:`build` needs beside the network's name and sizes."""
         return {}
 
     def build(self, about: Description, seed: int) -> nn.Module:
@@ -361,11 +352,11 @@ class Task:
         return str(config.model)
 
     def vocabulary_messages(self, context: RunFacts) -> tuple[list[Words], Words] | None:
-        """Return every client's message and the server's that make a shared vocabulary, or None."""
+        """Return the clients' messages and the server's that make a shared vocabulary, or None."""
         return None
 
     def tokens(self, split: Any, tokenise: Callable[[], Callable[[Sequence[str]], Tokens]]) -> Tokens | None:
-        """Return the tokens of a split's texts on the CPU, by the tokeniser ``tokenise()``, or None without texts."""
+        """Return the tokens of a split's texts on the CPU, or None without texts."""
         return None
 
     def targets(self, labels: Tensor, tokens: Tokens | None, rows: Tensor) -> Tensor | Tokens:
@@ -385,12 +376,11 @@ class Task:
         return classes[int(probabilities.argmax())]
 
     def said(self, probabilities: Tensor, classes: Sequence[str]) -> str:
-        """Return the answer to a sample in words, from the classes' probabilities."""
+        """Return the answer to a sample in words."""
         return f"{self.predicted(probabilities, classes)}  {float(probabilities.max()):.3f}"
 
 
 def check_shape(labels: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
-    """Raise ValueError if a split's labels have another dtype or shape."""
     expected, actual = (f"{kind} {[*axes]}"[6:] for kind, axes in ((dtype, shape), (labels.dtype, labels.shape)))
     if actual != expected:
         raise ValueError(f"labels: expected {expected}, got {actual}")
@@ -399,7 +389,7 @@ def check_shape(labels: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Non
 def answers(model: nn.Module, data: JudgedSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a network's outputs for ``data.batches()`` with the targets, in order.
 
-    If ``data.pool`` is a pool of threads, several batches run at once; the outputs are the same as with one thread.
+    With a pool of threads in ``data.pool`` several batches run at once, with the same outputs.
     """
     pool: ThreadPoolExecutor | None = getattr(data, "pool", None)
     if pool is None:

@@ -1,4 +1,4 @@
-"""User-defined tasks: a loss, figures of all outputs and targets, and the choice of the main figure."""
+"""User-defined tasks."""
 
 from __future__ import annotations
 
@@ -58,9 +58,6 @@ class OwnTask(Task):
     Attributes:
         loss_name, loss_code: the argument that gives the loss, and the loss.
         takes_batches: whether the loss is a ``batch_loss``.
-
-    Raises:
-        UserError: ``main`` is not a figure, or a loss or metric is not a function of these arguments.
     """
 
     name, target, network, noun = "own", "own", "any", "samples"
@@ -146,7 +143,7 @@ class OwnTask(Task):
         return size
 
     def check_size(self, size: int) -> None:
-        """Raise UserError if metrics are functions of more bytes than can be concatenated."""
+        """Raise UserError if metrics are functions of too many bytes to concatenate."""
         functions = [name for name, metric in self.metrics.items() if not _stateful(metric)]
         if size > MOST and functions:
             raise UserError(
@@ -176,7 +173,7 @@ class OwnTask(Task):
         return value
 
     def _place_loss(self, function: Callable[..., object], arguments: tuple[object, ...]) -> Callable[..., object]:
-        """Return the loss, moved to the arguments' device if it is a module with tensors (class weights)."""
+        """Return the loss on the arguments' device, if it is a module with tensors."""
         if not isinstance(function, nn.Module):
             return function
         weight = next(iter(function.state_dict().values()), None)
@@ -216,7 +213,7 @@ class OwnTask(Task):
                     parameter.requires_grad_(False)
 
     def set_loss(self, outputs: object, targets: object) -> float | None:
-        """Return the loss of a whole set, or None if the loss takes gradients of the network."""
+        """Return the loss of a whole set, or None if it takes gradients of the network."""
         for gradients in (False, True):
             try:
                 with torch.set_grad_enabled(gradients):
@@ -227,12 +224,7 @@ class OwnTask(Task):
         return None
 
     def share(self, targets: object, content: object, samples: int) -> float:
-        """Return a batch's weight in means over batches: its counted targets, by their class weights.
-
-        Args:
-            targets, content: the targets, and all contents of the batch.
-            samples: number of samples in the batch.
-        """
+        """Return a batch's weight in means over batches: its counted targets, by their class weights."""
         if isinstance(targets, Tensor) and targets.dim() and targets.dtype in INTEGERS:
             _, weight, ignored = torch_loss(self.loss_code) or TorchLoss()
             counted = targets[targets != ignored]
@@ -253,9 +245,8 @@ class OwnTask(Task):
 class SetEvaluation:
     """Pass of a network over a set, for a user-defined loss and metrics.
 
-    The loss is of all samples at once if their outputs fit, else a mean over batches by their shares.
-    ``data.output_bytes``: bytes of all outputs and targets, 0 if batches are not concatenated. Hold ``turn`` during the
-    pass, as threads evaluate sets side by side.
+    The loss is of all samples at once if their outputs (``data.output_bytes``) fit, else a mean over batches by their
+    shares. Hold ``turn`` during the pass, as threads evaluate sets side by side.
     """
 
     def __init__(self, task: OwnTask, model: nn.Module, data: JudgedSet) -> None:
@@ -273,7 +264,7 @@ class SetEvaluation:
             getattr(metric, "reset", lambda: None)()
 
     def batches(self) -> Iterator[tuple[object, object]]:
-        """Evaluate the batches in order, and yield the outputs and targets of each."""
+        """Evaluate the batches in order, and yield their outputs and targets."""
         takes_batches = self._task.takes_batches
         for batch in self._data.batches():
             outputs, loss = self._task.evaluate_batch(self._model, batch, lossless=self._lossless)
@@ -348,7 +339,7 @@ class TorchLoss(NamedTuple):
 
 
 def torch_loss(loss: object) -> TorchLoss | None:
-    """Return the options of torch's cross-entropy or NLL (module, function or partial), or None."""
+    """Return the options of torch's cross-entropy or NLL, in any form, or None."""
     function, options = (loss.func, loss.keywords) if isinstance(loss, partial) and not loss.args else (loss, {})
     if type(loss) is nn.NLLLoss or type(loss) is nn.CrossEntropyLoss:
         function = F.nll_loss if type(loss) is nn.NLLLoss else F.cross_entropy
@@ -359,7 +350,7 @@ def torch_loss(loss: object) -> TorchLoss | None:
 
 
 def sample_form(values: object) -> tuple[tuple[object, ...], ...]:
-    """Return dtype and shape of a sample in tensors of batches, empty if sample counts differ."""
+    """Return dtype and shape of a sample in batched tensors, empty if sample counts differ."""
     found = [leaf for leaf in leaves(values) if leaf is not None]
     is_per_sample = all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == len(found[0]) for leaf in found)
     return tuple((leaf.dtype, *leaf.shape[1:]) for leaf in found) if is_per_sample else ()
@@ -399,7 +390,7 @@ def _copy(leaf: object) -> object:
 
 
 def _copies(pair: tuple[object, object]) -> tuple[object, object]:
-    """Return copies of outputs and targets, which a metric may change, or the originals if not copyable."""
+    """Return copies of outputs and targets, which a metric may change, if possible."""
     with suppress(UserError):
         copies: tuple[object, object] = map_leaves(_copy, pair)
         return copies

@@ -107,7 +107,7 @@ class Ensemble(MemberNetworks):
     # -- calibration: one classifier on the features of all members ------------------------------------------------
 
     def publish(self, server: Server) -> dict[ClientId, Message]:
-        """Return the other clients' networks for every client, and ``left_out`` if the client's own was refused."""
+        """Return the other clients' networks for every client, with ``left_out`` if its own was refused."""
         members = {k: vectors_of(member) for k, member in sorted(server.state["members"].items())}
         messages: dict[ClientId, Message] = {}
         for k in range(server.federation.clients):
@@ -131,7 +131,6 @@ class Ensemble(MemberNetworks):
     # -- figures ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
-        """Return the mean logits' figures, with ``vote_accuracy`` and ``probability_accuracy`` in classification."""
         if not isinstance(model, models.Ensemble) or data.task.network != "classes":
             return super().evaluate(model, data)
 
@@ -144,7 +143,7 @@ class Ensemble(MemberNetworks):
 
 
 def vote(logits: Tensor) -> Tensor:
-    """Return the majority vote, int64 [B], of logits [M, B, C], with ties broken by the mean probability."""
+    """Return the majority vote, int64 [B], of logits [M, B, C], ties broken by the mean probability."""
     p = F.softmax(logits.double(), 2)
     counts = F.one_hot(logits.argmax(2), logits.shape[2]).sum(0)
     return (counts + p.mean(0) / 2).argmax(1)

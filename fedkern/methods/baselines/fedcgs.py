@@ -90,7 +90,7 @@ class FedCGS(OneShot):
 
 
 class FeatureStatistics:
-    """Counts and sums of features per class, and the scatter of all features, exact for any partition."""
+    """Feature counts and sums per class, and the scatter of all features, exact for any partition."""
 
     def __init__(self, classes: int, width: int) -> None:
         self.counts = torch.zeros(classes, dtype=torch.int64)
@@ -102,7 +102,7 @@ class FeatureStatistics:
         return int(self.counts.sum())
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B]."""
+        """Add ``features`` [B, d] with ``labels`` int64 [B]."""
         self.total.add(features, torch.zeros_like(labels))
         self.counts += torch.bincount(labels.cpu(), minlength=len(self.counts))
         self.sums.index_add_(0, labels.cpu(), features.double().cpu())
@@ -110,8 +110,8 @@ class FeatureStatistics:
     def message(self) -> Message:
         """Return a client's upload.
 
-        ``counts`` int32 [C], ``means`` fp32 [C', d] of the C' classes that the client has, ``mean`` fp32 [d] and
-        ``scatter`` fp32 [d (d + 1) / 2] (upper triangle by rows) of all features.
+        ``counts`` int32 [C], ``means`` fp32 [C', d] of the client's C' classes, ``mean`` fp32 [d] and ``scatter`` fp32
+        [d (d + 1) / 2] (upper triangle by rows) of all features.
         """
         present = self.counts > 0
         total = self.total.message()
@@ -123,7 +123,7 @@ class FeatureStatistics:
         }
 
     def merge(self, message: Mapping[str, Tensor]) -> None:
-        """Add a client's :meth:`message`, or raise ValueError (see :meth:`ClassStatistics.merge`)."""
+        """Add a client's :meth:`message`, or raise ValueError."""
         counts, means = message["counts"].long(), message["means"].double()
         present = counts > 0
         if len(means) != int(present.sum()):
@@ -134,10 +134,9 @@ class FeatureStatistics:
         self.sums[present] += means * counts[present, None]
 
     def classifier(self, *, shrinkage: bool) -> nn.Linear:
-        """Return the linear classifier of these statistics, fp32 [d] to [C].
+        """Return the linear classifier of these statistics, or raise UserError if the covariance is singular.
 
-        A class without samples has the mean of all features and the prior of half a sample. UserError if the covariance
-        is singular, as with fewer samples than features.
+        A class without samples has the mean of all features and the prior of half a sample.
         """
         covariance = (shrunk(self.total) if shrinkage else self.total.covariances())[0]
         present = (self.counts > 0)[:, None]

@@ -239,7 +239,7 @@ class Nearest(nn.Module):
 
 
 def prototypes(network: Classifier, client: Client) -> Message:
-    """Return ``classes`` int64 [C'] ascending, their ``means`` fp32 [C', d] and ``counts`` int64 [C']."""
+    """Return ``classes`` int64 [C'] ascending, ``means`` fp32 [C', d] and ``counts`` int64 [C']."""
     present, counts = client.labels.unique(return_counts=True)
     row = torch.full((int(present.max()) + 1,), -1)
     row[present] = torch.arange(len(present))
@@ -255,7 +255,7 @@ def prototypes(network: Classifier, client: Client) -> Message:
 
 
 def table(message: Message | None, classes: int, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the prototypes of all classes: ``means`` fp32 [C, d], zero if missing, and ``known`` bool [C]."""
+    """Return ``means`` fp32 [C, d], zero without a prototype, and ``known`` bool [C]."""
     size = width if message is None else message["means"].shape[1]
     means, present = torch.zeros(classes, size or 0), torch.zeros(classes, dtype=torch.bool)
     if message is not None:

@@ -21,8 +21,6 @@ from fedkern.typed_option import option
 
 
 class Pair(nn.Module):
-    """Module that holds the private model and the proxy."""
-
     def __init__(self, private: nn.Module, proxy: nn.Module) -> None:
         super().__init__()
         self.private, self.proxy = private, proxy

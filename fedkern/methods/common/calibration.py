@@ -1,8 +1,7 @@
-"""Classifier calibration from class statistics (CCVR).
+"""Classifier calibration from class statistics (CCVR, arXiv 2106.05001, and FuseFL, arXiv 2410.20380, section 4.5).
 
-Every client sends, per class, the count, mean and scatter of its features. The server pools these statistics exactly,
-samples virtual features from one Gaussian per class and trains only the classifier on them (arXiv 2106.05001, and
-FuseFL, arXiv 2410.20380, section 4.5).
+The server pools the clients' counts, means and scatters of features per class exactly, draws virtual features from one
+Gaussian per class and trains only the classifier.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ PORTION_BYTES = 64 << 20  # virtual features in memory at a time
 
 @dataclass(frozen=True)
 class CalibrationOptions(Options):
-    """Options of every method that calibrates its classifier."""
+    """Options of calibrating methods."""
 
     calibrate: bool = option(True, "train the classifier anew on features drawn from pooled class statistics (CCVR)")
     calibration_epochs: int = option(5, "passes over the virtual features", low=1)
@@ -49,12 +48,9 @@ class ClassStatistics:
     Parts are merged by the update of Chan et al. (1979), which never subtracts large moments.
 
     Args:
-        classes: number of classes C.
-        width: number of features d.
-        diagonal: keep variances only (d numbers a class, not d (d + 1) / 2).
-        compat: merge as FuseFL's released code: from population covariances S_k / n_k it forms ``sum (n_k - 1) S_k /
-            n_k + sum n_k mu_k mu_k^T`` over ``n - 1`` and never subtracts the mean's outer product (its factor is
-            written ``n / n - 1``), an uncentred second moment.
+        diagonal: keep variances only.
+        compat: merge as FuseFL's released code: ``sum (n_k - 1) S_k / n_k + sum n_k mu_k mu_k^T`` over ``n - 1``, an
+            uncentred second moment (its factor is written ``n / n - 1``).
 
     Attributes:
         counts: int64 [C].
@@ -71,7 +67,7 @@ class ClassStatistics:
 
     @torch.no_grad()
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Add a batch: ``features`` [B, d] of any floating type, ``labels`` int64 [B]."""
+        """Add ``features`` [B, d] with ``labels`` int64 [B]."""
         wide, labels = features.detach().double(), labels.to(features.device)
         for c in labels.unique().tolist():
             if not 0 <= c < self.classes:
@@ -83,10 +79,10 @@ class ClassStatistics:
             self._chan(c, len(rows), mean.cpu(), scatter.cpu())
 
     def message(self) -> Message:
-        """Return a client's upload, with means and scatters of the C' of C classes that the client has.
+        """Return a client's upload, with means and scatters of its C' classes.
 
-        ``counts`` int32 [C], ``means`` fp32 [C', d], ``scatters`` fp32 [C', d (d + 1) / 2] (upper triangles by rows;
-        [C', d] with ``diagonal``).
+        ``counts`` int32 [C], ``means`` fp32 [C', d], ``scatters`` fp32 [C', d (d + 1) / 2] (upper triangles by rows) or
+        [C', d].
         """
         present = self.counts > 0
         scatters = self.scatters[present]
@@ -96,11 +92,10 @@ class ClassStatistics:
         return {"counts": self.counts.int(), "means": self.means[present].float(), "scatters": scatters.float()}
 
     def merge(self, message: Mapping[str, Tensor]) -> None:
-        """Add a client's :meth:`message`, which fits :func:`statistics_of`.
+        """Add a declared :meth:`message`.
 
         Raises:
-            ValueError: faults beyond the declaration: other means than classes, or a negative squared deviation.
-                Nothing changes then.
+            ValueError: other means than classes, or a negative squared deviation. Nothing changes then.
         """
         counts, means, scatters = (message[name].cpu() for name in ("counts", "means", "scatters"))
         self._check(int((counts > 0).sum()), scatters)
@@ -117,7 +112,7 @@ class ClassStatistics:
                 self._chan(c, n, mean, scatter)
 
     def covariances(self) -> Tensor:
-        """Return scatter / (n - 1), fp64 [C, d, d], or [C, d] with ``diagonal``, zero if n is 1 or 0."""
+        """Return scatter / (n - 1), zero if n is 1 or 0."""
         degrees = (self.counts - 1).clamp_min(1).double()
         return self.scatters / degrees.reshape(-1, *[1] * (self.scatters.dim() - 1))
 
@@ -150,7 +145,7 @@ class ClassStatistics:
 def collect(
     features: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: int, options: CalibrationOptions
 ) -> Message:
-    """Return a client's upload: statistics of ``features(images)`` ``[B, d]`` over its batches."""
+    """Return a client's upload: statistics of ``features(images)`` ``[B, d]``."""
     statistics: ClassStatistics | None = None
     with torch.no_grad():
         for batch in batches:
@@ -164,7 +159,7 @@ def collect(
 
 
 def statistics_of(head: nn.Linear, options: CalibrationOptions) -> Declaration:
-    """Declare a client's statistics (`ClassStatistics.message`) of the inputs of ``head``."""
+    """Declare a client's statistics of the inputs of ``head``."""
     width = head.in_features
     size = width if options.covariance == "diagonal" else width * (width + 1) // 2
     return {
@@ -175,7 +170,7 @@ def statistics_of(head: nn.Linear, options: CalibrationOptions) -> Declaration:
 
 
 def pool(server: Server, uploads: Iterable[Upload], merge: Callable[[Message], None]) -> None:
-    """Pass the clients' statistics to ``merge`` one by one, and refuse uploads that raise ValueError."""
+    """Pass the clients' statistics to ``merge``, and refuse uploads that raise ValueError."""
     for upload in uploads:
         try:
             merge(upload.message)
@@ -187,7 +182,7 @@ def pool(server: Server, uploads: Iterable[Upload], merge: Callable[[Message], N
 def calibrate_head(
     server: Server, phase: Phase, uploads: Iterable[Upload], head: nn.Linear, options: CalibrationOptions
 ) -> nn.Linear:
-    """Return ``head`` trained on the clients' statistics, or raise UserError if all uploads were refused."""
+    """Return ``head`` trained on the clients' statistics, or UserError if all were refused."""
     diagonal = options.covariance == "diagonal"
     pooled = ClassStatistics(head.out_features, head.in_features, diagonal=diagonal, compat=options.ccvr_compat)
     pool(server, uploads, pooled.merge)
@@ -197,11 +192,11 @@ def calibrate_head(
 
 
 def shrunk(statistics: ClassStatistics) -> Tensor:
-    """Return covariances shrunk towards their mean variance, fp64, zero for absent classes.
+    """Return covariances shrunk towards their mean variance, zero for absent classes.
 
     ``(1 - rho_c) Sigma_c + rho_c (tr Sigma_c / d) I`` with rho_c of the oracle approximating shrinkage (Chen et al.,
-    arXiv 0907.4698, eq. 23), which vanishes like 1 / n_c. For diagonal statistics rho_c is ``2 / (n + 1) sum v^2 / sum
-    (v - mean v)^2``. A class with one sample takes the mean variance of the other classes.
+    arXiv 0907.4698, eq. 23), for diagonal statistics ``2 / (n + 1) sum v^2 / sum (v - mean v)^2``. A class with one
+    sample takes the mean variance of the other classes.
     """
     covariances, d = statistics.covariances(), statistics.width
     variances = covariances if statistics.diagonal else covariances.diagonal(dim1=1, dim2=2)
@@ -227,10 +222,9 @@ def shrunk(statistics: ClassStatistics) -> Tensor:
 def virtual_features(
     statistics: ClassStatistics, rng: np.random.Generator, per_class: int, *, compat: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield shuffled portions of ``per_class`` drawn features of every class with samples.
+    """Yield shuffled portions of ``per_class`` drawn features of every class, fp32 [n, d], and labels int64 [n].
 
-    Features are fp32 [n, d] and labels int64 [n], equally many of every class in each portion. ``compat`` leaves the
-    covariances unchanged, neither shrunk nor raised by ``JITTER``.
+    ``compat`` leaves the covariances unchanged, neither shrunk nor raised by ``JITTER``.
     """
     present = torch.nonzero(statistics.counts).flatten().tolist()
     covariances = statistics.covariances() if compat else shrunk(statistics)
@@ -248,7 +242,7 @@ def virtual_features(
 
 
 def _root(covariance: Tensor, jitter: float) -> Tensor:
-    """Return R with R R^T = covariance + jitter I, of variances elementwise."""
+    """Return R with R R^T = covariance + jitter I."""
     if covariance.dim() == 1:
         return (covariance + jitter).clamp_min(0).sqrt()
     raised = covariance + jitter * torch.eye(len(covariance), dtype=covariance.dtype)
@@ -263,7 +257,7 @@ def _root(covariance: Tensor, jitter: float) -> Tensor:
 def calibrate(
     head: nn.Linear, statistics: ClassStatistics, rng: np.random.Generator, options: CalibrationOptions
 ) -> nn.Linear:
-    """Return a copy of ``head`` trained on virtual features: SGD without momentum, cross-entropy.
+    """Return a copy of ``head`` trained on virtual features by SGD without momentum.
 
     ``options.ccvr_compat`` makes one pass at learning rate 0.01.
     """

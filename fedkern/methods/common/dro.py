@@ -3,11 +3,9 @@
     min_theta max_{w in Q} sum_k w_k L_k(theta)
 
 After a round every client reports the loss l_k of the new model on held-out samples. The server projects ``v_k = w_k
-exp(eta l_k)`` onto the set Q of mixtures around a centre (`fedkern.methods.common.robust_weights`). The weights act in
-the next round, by default in the average: local SGD on ``sum_k w_k L_k``.
-
-The step moves weight among the round's participants; the projection may move all weights. A client trains the evaluated
-model in the next round, so the losses need no further download.
+exp(eta l_k)`` onto the set Q (`fedkern.methods.common.robust_weights`), for the next round. The step moves weight among
+the round's participants, the projection among all. A client trains the evaluated model in the next round, so the losses
+need no further download.
 """
 
 from __future__ import annotations
@@ -35,16 +33,16 @@ LEAST = 1e-12
 
 
 class Robust(LocalTraining):
-    """Base of methods whose server weighs clients by the losses that they report in the exchange `LOSSES`.
+    """Base of methods whose server weighs clients by their losses, reported in the exchange `LOSSES`.
 
-    Client k computes its loss on ``max(2, round(loss_share n_k))`` samples, the same in every round. The batch size is
-    the smaller of ``loss_batch`` and any client's least number of such samples. Incomplete batches are left out.
+    Client k computes its loss on ``max(2, round(loss_share n_k))`` samples, in full batches of the smaller of
+    ``loss_batch`` and any client's least number of such samples.
 
     ``dro_apply`` decides where the weights w act, with the centre c of the set (`centre`):
 
     - ``aggregate``: in the average, where client k weighs w_k, at least 1e-12 / N.
-    - ``loss``: the local loss is multiplied by w_k / c_k, and client k weighs c_k in the average.
-    - ``loss_code``: the local loss is multiplied by w_k, with equal weights in the average, as in the released code.
+    - ``loss``: on the local loss, times w_k / c_k, with c_k in the average.
+    - ``loss_code``: on the local loss, times w_k, with equal weights in the average, as in the released code.
     """
 
     averages = True
@@ -87,7 +85,6 @@ class Robust(LocalTraining):
 
     @property
     def radius(self) -> float:
-        """The radius rho of the set of client weights."""
         raise NotImplementedError
 
     # -- the exchanges: one for training, one for the losses -------------------------------------------------------
@@ -116,7 +113,7 @@ class Robust(LocalTraining):
     # -- the weights -----------------------------------------------------------------------------------------------
 
     def centre(self, server: Server) -> Weights:
-        """Return the centre of the set of client weights, float64 [N], with which the weights start."""
+        """Return the centre of the set of client weights, float64 [N], their initial value."""
         samples = np.asarray(server.federation.samples, dtype=np.float64)
         even = np.full(len(samples), 1 / len(samples))
         return even if self.options.weighting == "uniform" else samples / samples.sum()
@@ -137,13 +134,13 @@ class Robust(LocalTraining):
         return max(float(vector[upload.client_id]) * len(vector), LEAST)
 
     def assign(self, server: Server) -> dict[ClientId, Message]:
-        """Return the training messages: a client's weight, and the model unless the client holds it."""
+        """Return every client's weight, and the model unless the client holds it."""
         vectors = vectors_of(server.state)
         holders = set(server.state["current"])
         return {k: share if k in holders else {**vectors, **share} for k, share in self.shares(server).items()}
 
     def shares(self, server: Server) -> dict[ClientId, Message]:
-        """Return every client's weight and, if the weights act on local losses, the factor on the client's loss."""
+        """Return every client's weight and, unless ``aggregate``, the factor on its loss."""
         result: dict[ClientId, Message] = {k: {"weight": w} for k, w in enumerate(self.weights(server).tolist())}
         if self.options.dro_apply != "aggregate":
             is_relative, centre = self.options.dro_apply == "loss", self.centre(server)
@@ -152,7 +149,7 @@ class Robust(LocalTraining):
         return result
 
     def ask(self, server: Server) -> Message:
-        """Return the message of ``losses``: the model and the batch size, the same for all clients."""
+        """Return the model and the batch size of the losses, the same for all clients."""
         fewest = min(self.judged(n) for n in server.federation.samples)
         vectors = vectors_of(server.state)
         if "asked" in server.round_cache:  # pooling has sent the model already; only its statistics are new
@@ -164,7 +161,7 @@ class Robust(LocalTraining):
         return super().average(server, uploads)
 
     def learn(self, server: Server, uploads: Iterable[Upload]) -> None:
-        """Update the weights by one ascent step on the reported losses, and report figures of both."""
+        """Update the weights by one ascent step on the reported losses."""
         losses = np.full(server.federation.clients, np.nan)
         current: list[int] = []
         server.state["current"] = current
@@ -204,8 +201,8 @@ class Robust(LocalTraining):
     def rows(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
         """Return int64 rows of the client's training samples and of the samples of its loss, fixed for the run.
 
-        With ``loss_split=holdout`` samples of a patient or of an image stay together. The second array has one sample
-        of every patient or image first, then second samples and so on, so that a batch seldom holds two of one.
+        With ``loss_split=holdout`` samples of a patient or image stay together. The second array takes turns among
+        patients or images, so that a batch seldom holds two of one.
         """
         units, count = client.groups, self.judged(client.samples)
         if units is None:
@@ -228,11 +225,11 @@ class Robust(LocalTraining):
         return np.setdiff1d(judged, trained)
 
     def held(self, client: Client, message: Message) -> Message:
-        """Return the vectors of the global model, from the message or the client's last evaluation."""
+        """Return the global model's vectors, from the message or the client's last evaluation."""
         return vectors_of(message) or client.state["model"]
 
     def own_loss(self, client: Client, message: Message) -> Message:
-        """Return the mean loss of the received model, in eval mode, over full batches of the loss samples."""
+        """Return the received model's mean loss, in eval mode, over full batches of the loss samples."""
         model = {**vectors_of(client.round_cache.get("asked", {})), **vectors_of(message)}
         client.state["model"] = model
         network = client.frozen(model)
@@ -244,7 +241,7 @@ class Robust(LocalTraining):
         return {"loss": loss}
 
     def running(self, client: Client, loss: float, samples: int) -> float:
-        """Return the mean of this and the latest rounds' losses that together cover `loss_samples` samples.
+        """Return the mean of the latest rounds' losses that cover `loss_samples` samples.
 
         The rounds use the same few samples: the mean smooths the effect of the models' last steps.
         """
@@ -258,11 +255,11 @@ class Robust(LocalTraining):
         return float((latest[:, 0] * latest[:, 1]).sum() / latest[:, 1].sum())
 
     def judge(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of a batch, a scalar, that determines the client weights."""
+        """Return the loss of a batch that determines the client weights."""
         return batch.task.loss(model, batch)
 
     def scaled(self, loss: Tensor, received: Received) -> Tensor:
-        """Return the local loss times the client's factor, if the weights act on local losses."""
+        """Return the local loss times the client's factor, if any."""
         factor = float(received.message.get("scale", 1.0))
         return loss if factor == 1 else loss * factor
 

@@ -1,4 +1,4 @@
-"""Figures of a network on its test sets beside the task's figures."""
+"""Figures of a network beside the task's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedkern.models.precision import computing
 
 @computing("fp32")
 def gradcam(network: nn.Module, sets: Mapping[str, EvaluatedSet], count: int) -> dict[str, float]:
-    """Return the share of Grad-CAM mass inside the object, on the first ``count`` images of sets with masks."""
+    """Return the share of Grad-CAM mass inside the object, on ``count`` images of every set with masks."""
     metrics: dict[str, float] = {}
     if not count or not isinstance(network, StagedNetwork) or not network.maps:
         return metrics
@@ -29,7 +29,7 @@ def gradcam(network: nn.Module, sets: Mapping[str, EvaluatedSet], count: int) ->
 
 
 class _BatchAtHand:
-    """Test set with the targets of the latest batch, which has to be answered before the next one."""
+    """Test set that remembers the targets of the current batch."""
 
     pool = None
     targets: Tensor
@@ -49,13 +49,9 @@ class _BatchAtHand:
 def with_accuracies(
     names: Sequence[str], answer: Callable[[Tensor], tuple[Tensor, Tensor]], data: TestSet
 ) -> dict[str, float]:
-    """Return the task's figures of a network, and the accuracies of other predictions of the same passes.
+    """Return the task's figures of a network, and the accuracies of further predictions of the same passes.
 
-    Args:
-        names: names of the accuracies.
-        answer: returns the network's logits ``[B, C]`` of a batch's inputs, and the other predictions ``[len(names),
-            B]``.
-        data: a test set of a classification.
+    ``answer`` returns the logits ``[B, C]`` of a batch's inputs, and further predictions ``[len(names), B]``.
     """
     test_set: Any = _BatchAtHand(data)
     right, total = torch.zeros(len(names), dtype=torch.int64), 0

@@ -1,4 +1,4 @@
-"""Cached outputs and copies of frozen networks, for losses that compare the training network with a frozen one."""
+"""Cached outputs and copies of frozen networks, for losses that compare with a frozen network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def cached_rows(
 
     Args:
         name: cache key, unique within a loss.
-        compute: returns ``[B, ...]`` for ``batch.inputs``.
         network: the frozen network; None: the received one.
     """
     if batch.fresh or received.epochs == 1:
@@ -52,12 +51,12 @@ def cached_rows(
 
 
 def normalises_by_batch(model: nn.Module) -> bool:
-    """Return whether a frozen network's output depends on the batch: a batch norm lacks running statistics."""
+    """Return whether a batch norm has no running statistics, so that outputs depend on the batch."""
     return any(isinstance(layer, _BatchNorm) and layer.training for layer in model.modules())
 
 
 def frozen_copy(model: N, vectors: Mapping[str, Tensor]) -> N:
-    """Return a copy of a frozen network, in the same mode, with other flat vectors."""
+    """Return a copy of a frozen network, in the same mode, with other vectors."""
     network = copy.deepcopy(model)
     if precision.lower() is not None:
         network.float()  # the received network's weights are already in lower precision

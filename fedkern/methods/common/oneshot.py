@@ -1,8 +1,7 @@
 """Base of one-shot methods: every client trains its whole budget once.
 
-With ``calibrate``, a second round replaces the classifier: clients send class statistics of the features of the first
-round's model, and the server trains the classifier on features drawn from the statistics (CCVR, arXiv 2106.05001). The
-records of earlier rounds hold the figures without calibration.
+With ``calibrate``, a second round replaces the classifier by one from class statistics of the first round's model
+(`fedkern.methods.common.calibration`).
 """
 
 from __future__ import annotations
@@ -32,9 +31,8 @@ PROBES = 16
 class OneShot(FedAvg):
     """Base of one-shot methods: one round of training, and a second round with ``calibrate``.
 
-    ``--local-epochs`` is a client's whole budget, by default 20. All clients take part. ``--sample-fraction``,
-    ``--rounds``, ``--local-steps`` and ``--freeze-bn-after`` are refused. ``--teachers DIR`` takes the trained networks
-    of an earlier run instead of training.
+    ``--local-epochs`` is a client's whole budget, by default 20. All clients take part. ``--teachers DIR`` takes the
+    trained networks of an earlier run.
     """
 
     @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class OneShot(FedAvg):
 
     @property
     def calibrates(self) -> bool:
-        """True if the server replaces the classifier by one from class statistics."""
         return bool(self.options.calibrate)
 
     @property
@@ -107,11 +104,11 @@ class OneShot(FedAvg):
     # -- the calibrated model: the averaged network, unless a method overrides these -------------------------------
 
     def publish(self, server: Server) -> Message | dict[ClientId, Message]:
-        """Return the message, or one per client, from which clients compute the features for their statistics."""
+        """Return the message, or one per client, for the features of the statistics."""
         return vectors_of(server.state)
 
     def published(self, client: Client, message: Message) -> Any:
-        """Return the network of the statistics' ``features``, in eval mode, on the client's device."""
+        """Return the network of the statistics' ``features``, in eval mode."""
         return load(flatten(client.network()), message).eval()
 
     def head(self, server: Server) -> nn.Linear:
@@ -121,7 +118,6 @@ class OneShot(FedAvg):
 
     @torch.no_grad()
     def replace_head(self, server: Server, head: nn.Linear) -> None:
-        """Put the calibrated classifier into the server's state."""
         flat = flatten(server.build())
         network: Any = load(flat, server.state)
         network.head.weight.copy_(head.weight)
@@ -130,23 +126,22 @@ class OneShot(FedAvg):
 
 
 class MemberNetworks(OwnNetworks, OneShot):
-    """Base of one-shot methods whose server keeps every client's network.
+    """Base of one-shot methods whose server keeps every client's network, with an architecture from ``models``.
 
-    ``models`` gives the clients different architectures, in turn. For networks with batch norm ``--buffers local`` and
-    ``drop`` are refused.
+    For networks with batch norm ``--buffers local`` and ``drop`` are refused.
 
-    The ensemble is the mean of the members' logits t_k, as published. ``class_weights=counts`` takes FedIOD's ensemble
-    instead, with n_kc samples (labelled pixels) of class c at client k, and n_c at all clients:
+    The ensemble is the mean of the members' logits t_k, as published. ``class_weights=counts`` takes FedIOD's instead,
+    with n_kc samples (labelled pixels) of class c at client k, and n_c at all clients:
 
         m_c(x) = sum_k n_kc / n_c log softmax(t_k(x))_c
 
-    In a class that no client has, all members have equal weights. Every client then uploads its exact class counts, 4 C
-    bytes. These methods claim no privacy; noise on counts (``histogram_noise``) is FedIOD's alone.
+    Members have equal weights in a class that no client has. The clients upload exact counts: these methods claim no
+    privacy.
     """
 
     @dataclass(frozen=True)
     class Options(OneShot.Options):
-        """Options of every method that keeps the clients' networks."""
+        """Options of methods that keep the clients' networks."""
 
         models: str = option(
             "", "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all"
@@ -166,16 +161,13 @@ class MemberNetworks(OwnNetworks, OneShot):
         return "features"
 
     def build_members(self, build: Callable[..., nn.Module], messages: Mapping[ClientId, Message]) -> list[nn.Module]:
-        """Return networks with these vectors in eval mode, by ascending client id."""
+        """Return networks with these vectors, in eval mode, by ascending client id."""
         return [load(flatten(build(**self.architecture(k))), messages[k]).eval() for k in sorted(messages)]
 
     def collect_members(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> Iterator[Upload]:
-        """Store and yield every upload whose network has finite logits on images of noise, and refuse the others.
+        """Store in ``server.state["members"]`` and yield the uploads whose networks have finite logits on noise.
 
-        ``server.state["members"]`` keeps vectors, number of samples and class counts by client id.
-
-        Raises:
-            UserError: an upload is refused with ``--on-nan stop``, or no upload is left.
+        The server refuses the others. UserError if no upload is left, or a refusal stops the run.
         """
         members = server.state["members"] = {}
         for upload in uploads:
@@ -195,11 +187,10 @@ class MemberNetworks(OwnNetworks, OneShot):
 
     @property
     def by_class(self) -> bool:
-        """True if clients disclose their class counts, by which their networks are weighed."""
         return bool(self.options.class_weights == "counts")
 
     def member_weights(self, server: Server) -> Tensor | None:
-        """Return the members' class counts ``[M, C]``, their weights, or None for equal weights."""
+        """Return the members' class counts ``[M, C]``, or None for equal weights."""
         if not self.by_class:
             return None
         members = server.state["members"]
@@ -247,6 +238,6 @@ class MemberNetworks(OwnNetworks, OneShot):
 
 
 def exhaust(uploads: Iterable[Upload]) -> None:
-    """Run through the uploads of an exchange, so that every client does its part."""
+    """Run through unused uploads, so that every client does its part."""
     for _ in uploads:
         pass

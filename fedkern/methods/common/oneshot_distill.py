@@ -1,4 +1,4 @@
-"""Base of one-shot methods that distil the clients' ensemble into one network on the server."""
+"""Base of one-shot methods that distil the clients' ensemble on the server."""
 
 from __future__ import annotations
 
@@ -29,19 +29,14 @@ from fedkern.typed_option import option
 class Distilled(MemberNetworks):
     """Base of methods that average the clients' networks and distil their ensemble into the average.
 
-    Separate rounds keep the clients' training if the distillation is interrupted:
-
-    1. ``train``: its model is the average (one-shot FedAvg).
-    2. ``distil``: nothing travels.
-    3. ``calibrate``, with that option.
-
-    Members are in eval mode and the student in train mode. The student starts from the average of the members with its
-    architecture, or from fresh weights without such members.
+    The rounds ``train`` (whose model is the average) and ``distil`` (without messages) keep the clients' training if
+    the distillation is interrupted. Members are in eval mode and the student in train mode. The student starts from the
+    average of the members with its architecture, if any.
     """
 
     @dataclass(frozen=True)
     class Options(MemberNetworks.Options):
-        """Options of every method that distils an ensemble on the server.
+        """Options of methods that distil an ensemble on the server.
 
         Options from ``nz`` on are the generator's; the first five default to DENSE's published settings.
         """
@@ -62,7 +57,7 @@ class Distilled(MemberNetworks):
 
     @abstractmethod
     def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
-        """Train ``student`` in place on the logits of ``teachers``, both on the server's device."""
+        """Train ``student`` in place on the logits of ``teachers``."""
 
     def follow(
         self,
@@ -74,11 +69,8 @@ class Distilled(MemberNetworks):
     ) -> dict[str, float]:
         """Train the student for an epoch on batches of images [B, C, H, W] and the members' logits [K, B, C].
 
-        The loss is ``T^2 KL(softmax(mean_k t_k / T) || softmax(s / T))``, a mean by the teachers' weights.
-
-        Returns:
-            ``distil_loss`` and ``teacher_agreement``, the share of images with equal predictions of student and
-            ensemble.
+        The loss is ``T^2 KL(softmax(mean_k t_k / T) || softmax(s / T))``, a mean by the teachers' weights. Return it as
+        ``distil_loss``, and the share of images with equal predictions as ``teacher_agreement``.
         """
         running = Means()
         for images, answers in batches:
@@ -94,7 +86,7 @@ class Distilled(MemberNetworks):
         return running.read()
 
     def generator(self, server: Server, draw: torch.Generator) -> Generator:
-        """Return a fresh generator for the data's image size, on the server's device."""
+        """Return a fresh generator for the data's image size."""
         o = self.options
         channels, height, width = server.image_shape
         network = Generator(
@@ -151,7 +143,7 @@ class Distilled(MemberNetworks):
 
 
 def torch_stream(node: Node, purpose: str, phase: Phase) -> torch.Generator:
-    """Return a CPU generator seeded by a node's stream for a purpose and round."""
+    """Return a CPU generator, seeded by a node's stream."""
     return torch.Generator().manual_seed(int(node.rng(purpose, phase).integers(2**63)))
 
 
@@ -173,7 +165,7 @@ class Pool:
 
     @torch.no_grad()
     def add(self, inputs: Any) -> None:
-        """Add inputs of a network: normalised images fp32 [n, C, H, W], or nested tensors [n, ...]."""
+        """Add normalised images fp32 [n, C, H, W], or nested tensors [n, ...]."""
         logits, begin = self._teachers.logits(inputs), self._count
         end = begin + logits.shape[1]
         if not begin:
@@ -195,17 +187,14 @@ class Pool:
         )
 
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
-        """Yield positions of one epoch in random order, in batches of ``size``.
-
-        A last batch of one image is left out: batch norm cannot normalise a single value per channel.
-        """
+        """Yield an epoch's random positions in batches, without a last batch of one, for batch norm."""
         for batch in torch.randperm(len(self), generator=draw).split(size):
             if len(batch) > 1:
                 yield batch
 
 
 def _to_rows(leaf: Tensor) -> Tensor:
-    """Return images in NHWC, so that selecting rows keeps channels-last and copies whole images."""
+    """Return images in NHWC: selecting rows keeps channels-last and copies whole images."""
     return leaf.permute(0, 2, 3, 1) if leaf.dim() == 4 else leaf
 
 
@@ -214,7 +203,7 @@ def _from_rows(rows: Tensor) -> Tensor:
 
 
 class Means:
-    """Means of named figures, each over its own number of values, without waiting for the device."""
+    """Means of named figures, each over its own values, without waiting for the device."""
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}

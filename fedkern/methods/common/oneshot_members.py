@@ -1,4 +1,4 @@
-"""Networks with the clients' own architectures, and modules as flat vectors."""
+"""Networks of the clients' own architectures, and modules as flat vectors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ have no width."""
 
 
 def parse_models(text: str) -> Architectures:
-    """Parse ``"resnet8:16,cnn"`` into (name, width) of the clients' networks in turn, "" into the run's network."""
+    """Parse ``"resnet8:16,cnn"`` into the clients' (name, width) in turn, None for the run's network."""
     if not text:
         return (None,)
     result: list[tuple[str, int | None] | None] = []
@@ -37,7 +37,7 @@ def parse_models(text: str) -> Architectures:
 
 
 class OwnNetworks(Objective, Method):
-    """Base of methods with an architecture per client, given by the option ``models``."""
+    """Base of methods with an architecture per client (option ``models``)."""
 
     def __init__(self, options: Options | None = None, **values: object) -> None:
         super().__init__(options, **values)
@@ -49,14 +49,14 @@ class OwnNetworks(Objective, Method):
 
 
 def flatten(module: nn.Module) -> FlatParameters:
-    """Return the module as flat vectors, in the engine's memory layout (channels-last if built-in)."""
+    """Return the module as flat vectors, a built-in one in channels-last."""
     if channels_last(module):
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return personal_parts.flatten(module)
 
 
 def vectors(flat: FlatParameters) -> Message:
-    """Return CPU copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R], unless empty."""
+    """Return CPU copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R], if any."""
     tensors = {"parameters": flat.parameters, "buffers": flat.buffers, "integers": flat.integers}
     return {name: value.detach().cpu().clone() for name, value in tensors.items() if value.numel()}
 

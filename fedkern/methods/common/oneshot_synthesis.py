@@ -1,4 +1,4 @@
-"""Data-free image synthesis: a generator trained against frozen teachers (DENSE, arXiv 2112.12371, section 3.1)."""
+"""Data-free image synthesis by a generator (DENSE, arXiv 2112.12371, section 3.1)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ from fedkern.process.device_copies import send
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and variance of every channel of ``[N, C, H, W]``.
-
-    In channels-last the forward pass is 4 times as fast as ``torch.var_mean``, the backward pass (one sweep) 6 times.
-    """
+    """Mean and variance of every channel, in channels-last 4 to 6 times as fast as ``torch.var_mean``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +43,7 @@ class BatchNormStatistics:
     """Distance of a batch's statistics from the running statistics at every batch norm of frozen networks.
 
     ``sum over layers of ||mean(x) - running_mean||_2 + ||var(x) - running_var||_2``, averaged over the networks
-    (DeepInversion, arXiv 1912.08795; DENSE's L_BN). Hooks read the layers' inputs inside the ``with`` block.
+    (DeepInversion, arXiv 1912.08795). Hooks read the layers' inputs inside the ``with`` block.
     """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
@@ -73,7 +70,7 @@ class BatchNormStatistics:
         self._terms.append(torch.linalg.vector_norm(var - layer.running_var))
 
     def take(self) -> Tensor | float:
-        """Return the distance summed over forward passes since the last call, 0 without batch norms."""
+        """Return the distance since the last call, 0 without batch norms."""
         terms, self._terms = self._terms, []
         return torch.stack(terms).sum() / len(self._networks) if terms else 0.0
 
@@ -85,10 +82,8 @@ class Synthesis:
     Attributes:
         steps: steps of the generator per batch.
         size: images per batch.
-        lr: Adam's learning rate, for the generator and for the noise, which is learned too.
-        cross_entropy: weight of the ensemble's cross-entropy to the random labels.
-        batch_norm: weight of :class:`BatchNormStatistics`.
-        adversarial: weight of ``-KL(ensemble || student)``.
+        lr: Adam's learning rate, also for the noise, which is learned too.
+        cross_entropy, batch_norm, adversarial: weights of the terms in :func:`synthesise`.
         restart: draw new weights for the generator before every batch.
     """
 
@@ -102,14 +97,9 @@ class Synthesis:
 
 
 def divergence(student: Tensor, teachers: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean over images of ``KL(ensemble || student)`` at their boundary, which a generator maximises.
+    """Return the mean of ``KL(ensemble || student)`` over images with different predictions (DENSE, equation 5).
 
-    Only images with different predictions of ensemble and student count (DENSE, equation 5). Gradients reach both.
-
-    Args:
-        student: logits [B, C].
-        teachers: logits [K, B, C].
-        weights: the teachers' weights in the mean of the logits, [K] or [K, 1, C].
+    Gradients reach both. ``student`` is [B, C], ``teachers`` [K, B, C], ``weights`` [K] or [K, 1, C].
     """
     rows = ops.ensemble_kl(student, teachers, weights, mix="logits", reduction="none")
     mixed = mean_logits(teachers.detach(), weights)
@@ -130,12 +120,8 @@ def synthesise(
 
         L = cross_entropy CE(t(x), y) + batch_norm L_BN(x) - adversarial D(t(x) || s(x))
 
-    L_BN is :class:`BatchNormStatistics` and D :func:`divergence`. Adam trains with betas 0.5 and 0.999. Teachers and
-    student are in eval mode and do not change.
-
-    Args:
-        student: network for which the images should be hard; None: no adversarial term.
-        draw: CPU random generator of noise, labels and new weights.
+    L_BN is :class:`BatchNormStatistics` and D :func:`divergence`. Teachers and student are in eval mode and do not
+    change. ``student`` None: no adversarial term.
 
     Returns:
         Normalised images fp32 [size, C, H, W] and their target labels int64 [size].
@@ -173,14 +159,14 @@ def synthesise(
 
 
 def refuse_diverged(student: nn.Module) -> None:
-    """Raise UserError if a parameter or a running statistic of the student is not finite."""
+    """Raise UserError if the student has non-finite tensors."""
     if not all(bool(torch.isfinite(x).all()) for x in (*student.parameters(), *student.buffers())):
         raise UserError("The student diverged: lower the method option distill_lr.")
 
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Keep a network in eval mode without parameter gradients inside the block."""
+    """Freeze a network, in eval mode, inside the block."""
     training, needed = network.training, [p.requires_grad for p in network.parameters()]
     network.eval().requires_grad_(False)
     try:

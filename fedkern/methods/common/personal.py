@@ -1,4 +1,4 @@
-"""Personal networks of clients: kept from round to round, and evaluated instead of one global network."""
+"""Personal networks of clients, evaluated instead of one global network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedkern.tasks.user_tasks import inner
 
 
 def own_network(client: Client, key: str, fresh: nn.Module) -> nn.Module:
-    """Return ``fresh`` with the tensors that :func:`keep_network` kept under ``key``, if any."""
+    """Return ``fresh`` with the tensors kept under ``key``, if any."""
     if key in client.state:
         fresh.load_state_dict(client.state[key])
     return fresh
@@ -29,7 +29,7 @@ def keep_network(client: Client, key: str, network: nn.Module) -> None:
 
 
 def with_vectors(network: nn.Module, message: Message, client: Client) -> FlatParameters:
-    """Write a message's vectors and the client's personal parts into a network, returned as flat vectors."""
+    """Write a message's vectors and the client's personal parts into a network."""
     flat = personal_parts.flatten(network)
     flat.load_vectors(message)
     personal_parts.write(personal_parts.tensors(inner(network)), client.personal)
@@ -37,7 +37,7 @@ def with_vectors(network: nn.Module, message: Message, client: Client) -> FlatPa
 
 
 class Personal(nn.Module):
-    """The clients' own networks, by client id, with the mean of their logits as joint prediction."""
+    """The clients' own networks, with the mean of their logits as joint prediction."""
 
     def __init__(self, members: Mapping[ClientId, nn.Module]) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Personal(nn.Module):
 
 
 class OfClient:
-    """Test set for the answers of one of several clients, or None to keep no answers."""
+    """Test set for one of several clients, or None to keep no answers."""
 
     def __init__(self, data: TestSet, client: ClientId | None) -> None:
         keep = getattr(data, "keep", None)
@@ -70,19 +70,18 @@ def mean_figures(
     networks: Iterable[tuple[ClientId, nn.Module]],
     data: TestSet,
 ) -> dict[str, float]:
-    """Return the means of the figures of the clients' networks on a test set."""
+    """Return the mean figures of the clients' networks on a test set."""
     return means([figures(network, OfClient(data, client)) for client, network in networks])
 
 
 def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the means of figures that all clients have."""
     return {name: sum(row[name] for row in figures) / len(figures) for name in figures[0]}
 
 
 class ClientsNetworks:
-    """Figures of the clients' own networks, of all clients, instead of a method's global network.
+    """Figures of all clients' own networks, instead of a global network's.
 
-    ``network(client)`` returns a client's own network, in eval mode; the next call may overwrite the network.
+    The next call of ``network(client)`` may overwrite the network.
     """
 
     def __init__(self, method: Method, clients: Collection[ClientId], network: Callable[[ClientId], nn.Module]) -> None:

@@ -8,11 +8,9 @@ variance between clients. So clients compute statistics of the new global networ
 - ``normalised``: the server sends the pooled statistics. Clients return the same sums at the second batch norm, whose
   inputs depend on the first.
 
-The resulting mean and variance are exactly those of the mixture of the clients' samples, with the weights of the
-average. The pooling does not change the training, which uses only the statistics of its batches.
-
-The pooling costs a download of the network, in the rounds after which the network is evaluated (``--eval-every``).
-Methods whose clients evaluate the network (`Method.statistics_at`) pool in every round without that cost.
+The result is exactly the mean and variance of the mixture of the clients' samples, with the weights of the average.
+Training is unchanged: it uses its batches' statistics. The pooling costs a download of the network before an
+evaluation, unless the clients evaluate the network anyway (`Method.statistics_at`).
 """
 
 from __future__ import annotations
@@ -42,13 +40,13 @@ CHUNK = 128
 
 
 class Pooling:
-    """Pooling exchanges for the network that ``method`` evaluates, unless ``on`` is False."""
+    """Pooling exchanges for the network that ``method`` evaluates, if ``on``."""
 
     def __init__(self, method: Method, on: bool = True) -> None:
         self.method, self.on = method, on and method.pools_statistics
 
     def check(self, network: nn.Module) -> None:
-        """Raise UserError for encoders with batch norm outside the pair's heads, or with only frozen ones."""
+        """Raise UserError for batch norms outside the heads of a pair, or only frozen ones."""
         norms = {name for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)}
         if self.on and norms and norms <= {name.rpartition(".")[0] for name in constant_buffers(network)}:
             raise UserError(
@@ -63,10 +61,7 @@ class Pooling:
                 )
 
     def exchanges(self, entry: Round, evaluated: bool) -> list[tuple[str, str]]:
-        """Return the exchanges of a round, each with its owner, ``"method"`` or ``"pooling"``.
-
-        ``evaluated``: whether the network is evaluated at the end of the round.
-        """
+        """Return the exchanges of a round, each with its owner, ``"method"`` or ``"pooling"``."""
         exchanges = [(name, "method") for name in entry.exchanges]
         if not self.on or entry.one_off:
             return exchanges
@@ -77,17 +72,14 @@ class Pooling:
         return [*exchanges[:at], *((name, "pooling") for name in EXCHANGES), *exchanges[at:]]
 
     def send(self, server: Server, phase: Phase) -> Message:
-        """Return the network in the first exchange, only the statistics in the second."""
+        """Return the network in the first exchange, the statistics in the second."""
         if phase.exchange == EXCHANGES[0]:
             server.round_cache["asked"] = True
             return self.method.vectors(server)
         return {"buffers": server.state["buffers"]}
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        """Return ``samples``, and fp64 [2, features] by batch norm: sums of its inputs and of their squares.
-
-        The received network and the heads' inputs stay in ``round_cache`` (``asked``, ``heads``).
-        """
+        """Return ``samples``, and fp64 [2, features] by batch norm: sums of its inputs and of their squares."""
         if phase.exchange == EXCHANGES[0]:
             client.round_cache["asked"] = message
             client.round_cache["heads"] = self._heads(client, client.frozen(message), phase)
@@ -103,7 +95,7 @@ class Pooling:
         return answer
 
     def _heads(self, client: Client, network: PairNetwork, phase: Phase) -> dict[str, Tensor]:
-        """Return the inputs of both heads, fp32 [n, d], for the samples drawn for this round."""
+        """Return both heads' inputs, fp32 [n, d], of the round's samples."""
         rows = self.method.statistics_rows(client)
         if len(rows) > SAMPLES:
             rows = np.sort(client.rng("statistics", phase).choice(rows, SAMPLES, replace=False))
@@ -128,7 +120,7 @@ class Pooling:
         return make_once(server.round_cache, phase.exchange, declare)
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
-        """Write mean and variance of the mixture of clients into ``server.state["buffers"]``."""
+        """Write the mixture's mean and variance into ``server.state["buffers"]``."""
         total = 0.0
         pooled: dict[str, Tensor] = {}
         for upload in uploads:

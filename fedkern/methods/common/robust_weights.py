@@ -1,11 +1,11 @@
-"""Client weights for the worst mixture of clients: exponentiated gradient and the projection on a chi-square ball.
+"""Client weights for the worst mixture of clients: exponentiated gradient and projection on a chi-square ball.
 
 The set of weights is the ball around the centre c, uniform or by samples (docs/methods/feddra.md, section 7):
 
     Q = { p : p >= 0, sum p = 1, sum_k (p_k - c_k)^2 / c_k <= 2 rho },    for c = 1/N:  N sum p^2 <= 2 rho + 1
 
-With rho = 0, Q is the centre. Around 1/N and from rho = (N - 1) / 2 on, Q is the whole simplex, as in agnostic
-federated learning (Mohri et al., 2019, arXiv 1902.00146). All computations are in float64 and deterministic.
+Around 1/N and from rho = (N - 1) / 2 on, Q is the whole simplex, as in agnostic federated learning (Mohri et al., 2019,
+arXiv 1902.00146). All computations are in float64.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ SHARPNESS = 1e-12
 def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights:
     """Return ``v_k = w_k exp(eta l_k)``, normalised: the ascent step of the mixture's loss in the entropy's geometry.
 
-    A client with an unknown loss (NaN) keeps its weight. If all known losses are equal, no weight changes, not even
-    zero.
+    A client with an unknown loss (NaN) keeps its weight, and equal losses keep all weights, even zeros.
     """
     judged = ~np.isnan(losses)
     result = weights.copy()
@@ -40,14 +39,12 @@ def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights
 
 
 def project(point: Weights, rho: float, centre: Weights | None = None) -> Weights:
-    """Return the nearest point of the ball Q (radius ``rho``, possibly infinite), in the Euclidean distance.
+    """Return the nearest point of the ball Q around ``centre`` (None: uniform) in the Euclidean distance.
 
-    Around uniform weights there is a closed form in O(N log N) (docs/methods/feddra.md, section 7). The m largest
-    entries become ``1/m + sqrt(R / V) (v_i - mean)`` with ``R = (2 rho + 1) / N - 1/m`` and their scatter V, where m is
-    the largest number that keeps all of them at least 0; the others become 0. Around other centres a bisection finds
-    the multiplier of the ball to 1e-12; each of its steps is a weighted simplex projection in closed form.
-
-    ``centre`` is float64 [N], positive, of sum 1; None is uniform.
+    Around uniform weights the m largest entries become ``1/m + sqrt(R / V) (v_i - mean)`` with ``R = (2 rho + 1) / N -
+    1/m`` and their scatter V, where m is the largest number that keeps all of them at least 0; the others become 0.
+    Around other centres a bisection finds the multiplier of the ball to 1e-12, by weighted simplex projections in
+    closed form.
     """
     v = np.asarray(point, dtype=np.float64)
     n = len(v)
@@ -62,7 +59,7 @@ def project(point: Weights, rho: float, centre: Weights | None = None) -> Weight
 
 
 def distance(weights: Weights, centre: Weights | None = None) -> float:
-    """Return the smallest rho whose ball contains the weights: half the chi-square divergence from the centre."""
+    """Return the smallest rho whose ball contains the weights."""
     c = np.full(len(weights), 1 / len(weights)) if centre is None else centre
     return (_spread(weights, c) - 1) / 2
 
@@ -96,7 +93,7 @@ def _around_uniform(v: Weights, bound: float) -> Weights:
 
 
 def _around(v: Weights, c: Weights, bound: float) -> Weights:
-    """Project a point outside of ``sum p^2 / c <= bound``, with the multiplier ``(1 - t) / t``."""
+    """Project a point outside of ``sum p^2 / c <= bound``, with multiplier ``(1 - t) / t``."""
     order = np.argsort(-v, kind="stable")
     v_sorted, c_sorted = v[order], c[order]
 

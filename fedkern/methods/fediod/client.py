@@ -1,4 +1,4 @@
-"""Client side of FedIOD's stage 2: answers to images and gradients, for one client or all clients of a process."""
+"""Client side of FedIOD's stage 2, for one client or all clients of a process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedkern.models.teachers.teacher_stack import TeacherStack
 
 @dataclass
 class Pending:
-    """State between the exchange of images and the arrival of the logits' gradients."""
+    """State between the exchange of images and the gradients of the logits."""
 
     iteration: int  # within the round
     images: Tensor  # an autograd leaf
@@ -29,10 +29,7 @@ class Pending:
 
 
 class Answers:
-    """Teachers and discriminators of some clients, for one round.
-
-    ``clients`` has the order of every axis K below, and of the teachers in ``bank``.
-    """
+    """Teachers (``bank``) and discriminators of some clients, for one round."""
 
     def __init__(self, clients: Sequence[Client], bank: TeacherStack, options: IODOptions) -> None:
         self.clients, self.bank, self.options = list(clients), bank, options
@@ -47,8 +44,8 @@ class Answers:
     def images(self, phase: Phase, iteration: int, messages: Messages) -> dict[ClientId, Message]:
         """Train the discriminators on the images, then answer with logits and confidences.
 
-        With shards, one public discriminator trains and another, secret one may serve the gradients: see
-        `fedkern.methods.fediod.private_messages`.
+        With shards, one public discriminator trains and another, secret one may serve the gradients
+        (`private_messages`).
         """
         self._pending = None
         present = [self.slots[k] for k in messages]
@@ -75,12 +72,10 @@ class Answers:
         return self._answers(messages, logits.detach(), figures[1].detach())
 
     def gradients(self, phase: Phase, messages: Messages) -> dict[ClientId, Message]:
-        """Return gradients with respect to the images, through the discriminator and through the teacher.
+        """Return the images' gradients, through the discriminator and through the teacher, times B.
 
-        Both are multiplied by B; the server divides their sum by B. In a cohort without privacy the first client's
-        message holds the sum of all clients' gradients and the others hold zeros, since the server only uses the sum.
-
-        A client that has lost its state of the exchange of images answers with an empty message.
+        In a cohort without privacy the first message holds the sum of all clients' gradients, since the server only
+        uses the sum. A client that has lost its state of the images answers with an empty message.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -119,10 +114,9 @@ class Answers:
         return {"gradients": message["share"] * total}
 
     def _measure(self, phase: Phase, pending: Pending, messages: Messages) -> None:
-        """Report the median norm of one client's rows, from which to choose the clipping norm of a private run.
+        """Report a client's median row norm, from which to choose the clipping norm of a private run.
 
-        Clients take turns, one a round, in the last iteration in which the client trains a discriminator: one client's
-        gradients cost as much as the sum over all clients.
+        Clients take turns, one a round, since a client's own gradients cost as much as the sum over all clients.
         """
         client = self.clients[phase.round % len(self.clients)]
         last = private.trainings(client, self.options) - 1
@@ -156,7 +150,7 @@ class Answers:
         return answers
 
     def _count(self, row: int, values: Tensor, slots: Sequence[int]) -> None:
-        """Add the values ``[K]`` of the clients in ``slots`` to a figure's sums."""
+        """Add the values of the clients in ``slots`` to a figure's sums."""
         if len(slots) == len(self.clients):
             self._seen[row] += values
         else:
@@ -165,7 +159,7 @@ class Answers:
             self._counts[row][slot] += 1
 
     def _report(self) -> None:
-        """Write the round's means so far into the clients' reports."""
+        """Write the round's means into the clients' reports."""
         rows = self._seen.tolist()
         for slot, client in enumerate(self.clients):
             for name, row, counts in zip(("critic_loss", "realism"), rows, self._counts, strict=True):

@@ -1,4 +1,4 @@
-"""Baselines of the student on a test set: every teacher alone, and the teachers' ensembles."""
+"""Baselines of the student on a test set: teachers and their ensembles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEEP_BYTES = 1 << 30
 class Panel(nn.Module):
     """Teachers' logits on a test set, as both model and data of ``Method.evaluate``.
 
-    :meth:`batches` runs the teachers, and a call returns ``answer`` of the current batch and its teachers' logits.
+    A call returns ``answer`` of the current batch of :meth:`batches` and its teachers' logits.
     """
 
     def __init__(self, ask: Callable[[Tensor], Tensor], data: TestSet) -> None:
@@ -63,12 +63,8 @@ def compare_teachers(
 ) -> dict[str, float]:
     """Return ``best_teacher``, ``mean_teacher``, ``ensemble_uniform`` and ``ensemble_weighted`` on a test set.
 
-    Accuracies, or Dice for segmentation.
-
-    * ``best_teacher`` is chosen by this very figure, which nobody in the federation could do.
-    * ``ensemble_uniform`` is the plain mean of all teachers' log-probabilities.
-    * ``ensemble_weighted`` has the weights that the student learnt with, without confidences on a single image whose
-      last discriminator map has one position.
+    Nobody in the federation could choose ``best_teacher``. ``ensemble_weighted`` has the student's weights, without
+    confidences on a single image whose last discriminator map has one position.
     """
     o, device, ids = method.options, server.device, list(members)
     panel = Panel(lambda images: teacher_log_probs(bank.logits(images)), data)

@@ -1,4 +1,4 @@
-"""Discriminators of the clients, which train at their clients and are never sent."""
+"""Discriminators of the clients, which never leave them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fedkern.process.device_copies import send
 class Discriminators:
     """Discriminators of one client or of a cohort, side by side.
 
-    ``client.state["critics"]`` holds every shard's parameters, Adam moments and step count. For the shard in use these
-    are views of the live tensors, so that nothing is copied during a round.
+    ``client.state["critics"]`` holds every shard's state, for the shard in use as views of the live tensors, so that
+    nothing is copied during a round.
     """
 
     def __init__(self, clients: Sequence[Client], options: IODOptions) -> None:
@@ -49,7 +49,6 @@ class Discriminators:
             self._load(slot, 0)
 
     def _fresh(self, client: Client, shard: int) -> dict[str, Any]:
-        """Return the state of an untrained discriminator."""
         layout, drawn = self.module, [torch_stream(client, f"critic/{shard}", BEFORE)]
         weights = PatchDiscriminators(drawn, channels=layout.channels, ndf=layout.ndf, layers=layout.layers).parts()[0]
         mean, square = ({name: torch.zeros_like(tensor) for name, tensor in weights.items()} for _ in range(2))
@@ -60,7 +59,7 @@ class Discriminators:
     def bring(self, choice: Callable[[Client], int]) -> None:
         """Load the discriminator of the shard ``choice(client)`` into every client's slot.
 
-        A discriminator already in the slot is stored and loaded again, so that the time does not reveal the choice.
+        Also if it is there already, so that the time does not reveal the choice.
         """
         for slot, client in enumerate(self._clients):
             if len(self._shards[slot]) > 1:
@@ -100,8 +99,8 @@ class Discriminators:
     def real(self, slot: int, phase: Phase, iteration: int) -> Tensor | None:
         """Return a client's real images of an iteration, ``[batch, C, H, W]``, or None when its samples are used up.
 
-        A round goes once through the client's samples in random order; the last batch is filled up from the start. With
-        shards, every batch is drawn anew from the loaded discriminator's shard.
+        A round goes once through the samples in random order, filled up from the start. With shards, every batch is
+        drawn anew from the loaded discriminator's shard.
         """
         client, size = self._clients[slot], self._options.batch
         batches = self._options.count_batches(client.declared)
@@ -123,8 +122,7 @@ class Discriminators:
     def train(self, fake: Tensor, real: dict[int, Tensor], lr: float) -> Tensor | None:
         """Take one step of the discriminators with ``real`` images (by slot), against the same ``fake`` ones.
 
-        Returns:
-            Losses ``[K]``, 0 for discriminators without real images; None if ``real`` is empty.
+        Return losses ``[K]``, 0 without real images, or None if ``real`` is empty.
         """
         if not real:
             return None
@@ -155,7 +153,7 @@ class Discriminators:
         return losses.detach()
 
     def judge(self, images: Tensor) -> Tensor | None:
-        """Return confidences ``[K, n]`` of any number of images, in slices for batch norm (see ``batch_slices``).
+        """Return confidences ``[K, n]`` of any number of images, in slices for batch norm.
 
         None for a single image whose last map has one position, which batch norm cannot normalise.
         """
@@ -165,6 +163,6 @@ class Discriminators:
         return torch.cat([self.look(images[part])[1] for part in batch_slices(count, self._options.batch)], 1)
 
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return realism losses and confidences, both ``[K, B]``, with gradients to the images."""
+        """Return realism losses and confidences ``[K, B]``, with gradients to the images."""
         patches = self.module(images)
         return against(patches, True), confidence(patches)

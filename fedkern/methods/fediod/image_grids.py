@@ -1,4 +1,4 @@
-"""Pictures of a FedIOD round: generated images, teacher weights and the agreement between teachers."""
+"""Pictures of a FedIOD round: images, teacher weights and teachers' agreement."""
 
 from __future__ import annotations
 
@@ -20,12 +20,7 @@ SHOWN = 8
 
 
 def log_pictures(server: Server, generator: Generator | None, options: IODOptions, ensemble: Ensemble | None) -> None:
-    """Log the three pictures of the last iteration of a round.
-
-    Args:
-        generator: in train mode; None with ``mode=public``.
-        ensemble: the answers on the student's images; None if no client answered.
-    """
+    """Log the pictures of a round's last iteration, from what there is of generator and ensemble."""
     everyone = server.federation.clients
     if generator is not None:
         server.log_image("generated", lambda: _images(server, generator, options))
@@ -45,13 +40,13 @@ def log_pictures(server: Server, generator: Generator | None, options: IODOption
 
 
 def agreement(logits: Tensor) -> Tensor:
-    """Return the share of images (pixels) with equal predictions of two teachers: ``[K, K]`` of ``[K, B, C, ...]``."""
+    """Return the share of images with equal predictions of two teachers, ``[K, K]``."""
     classes = logits.argmax(2).flatten(1)
     return torch.stack([(classes == row).float().mean(1) for row in classes])
 
 
 def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
-    """Return the table with a row for every client, NaN for clients that did not answer."""
+    """Return the table with NaN rows for clients that did not answer."""
     rows = table.new_full((count, table.shape[1]), float("nan"))
     rows[ids] = table
     return rows
@@ -59,7 +54,7 @@ def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
 
 @torch.no_grad()
 def _images(server: Server, generator: Generator, options: IODOptions) -> Tensor:
-    """Return the generated images in [0, 1] from the same noise in every round."""
+    """Return generated images in [0, 1], from the same noise in every round."""
     draw = torch_stream(server, "shown", BEFORE)
     z = torch.randn(options.batch, NOISE, generator=draw).to(server.device)
     # A copy: a forward pass in train mode would change the running statistics of batch norm.

@@ -1,7 +1,6 @@
-"""FedIOD's options, and their consequences: the plan's numbers, and the releases that epsilon covers.
+"""Options of FedIOD, the plan's numbers and the releases that epsilon covers.
 
-docs/fediod.md has the measured effect of each option; `fedkern.methods.fediod.private_messages` has the mechanisms of
-privacy.
+docs/fediod.md has the measured effect of each option.
 """
 
 from __future__ import annotations
@@ -121,12 +120,12 @@ class IODOptions(Method.Options):
 
     @property
     def makes_images(self) -> bool:
-        """True if the run has a generator, for whose images the clients send gradients."""
+        """True if the run has a generator."""
         return self.mode == "generator"
 
     @property
     def noises_gradients(self) -> bool:
-        """True if the clients' gradients are clipped and noised, so that each client's are needed alone."""
+        """True if gradients are clipped and noised, each client's alone."""
         return self.makes_images and self.epsilon is not None
 
     @property
@@ -139,41 +138,37 @@ class IODOptions(Method.Options):
 
     @property
     def tells_scores(self) -> bool:
-        """True if clients send the discriminators' mean confidence in every image, in (0, 1).
+        """True if clients send the discriminators' confidences in every image.
 
-        A private client withholds the confidences: noise that covers them at every step would be tens of times larger.
+        Noise that covers them at every step would be tens of times larger, so a private client withholds them.
         """
         return self.makes_images and self.disc_weight and not self.noises_gradients
 
     @property
     def needs_realism(self) -> bool:
-        """True if the generator's loss uses the discriminators."""
         return self.makes_images and self.w_real > 0
 
     @property
     def claims_privacy(self) -> bool:
-        """True if the options ask for differential privacy of anything."""
         return self.epsilon is not None or self.noises_counts
 
     @property
     def draws_secrets(self) -> bool:
-        """True if the clients' noise is drawn from their own secrets."""
+        """True if the noise is drawn from the clients' own secrets."""
         return self.noise != "seed" and self.claims_privacy
 
     def count_batches(self, samples: int) -> int:
-        """Return the number of batches that a client's samples fill: its most discriminator steps in a round."""
+        """Return the batches of a client's samples: its most discriminator steps in a round."""
         return math.ceil(samples / self.batch)
 
     def count_iterations(self, federation: Federation) -> int:
-        """Return the number of iterations of a round."""
         return self.iterations or self.count_batches(max(federation.samples))
 
     def count_steps(self, federation: Federation) -> int:
-        """Return the run's number of iterations, each of which asks every client for its gradient once."""
+        """Return the iterations of a run, which each ask a client for one gradient."""
         return federation.rounds * self.count_iterations(federation)
 
     def find_first_taught(self, federation: Federation) -> int:
-        """Return the run's first iteration in which the student learns."""
         return int(self.warmup * self.count_steps(federation)) if self.makes_images else 0
 
     def guarantee(self, unit: Unit = IMAGE) -> Guarantee | None:

@@ -1,4 +1,4 @@
-"""Stage 1 of FedIOD: every client trains its own teacher and keeps it (docs/methods/fediod.md, section 4)."""
+"""Stage 1 of FedIOD: every client trains and keeps its own teacher (docs/methods/fediod.md, section 4)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Held:
 
     @property
     def can_be_scored(self) -> bool:
-        """True if at least one sample (segmentation: pixel) has a known class."""
+        """True if a sample (segmentation: pixel) has a known class."""
         return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
 
     def batches(self) -> Iterator[Batch]:
@@ -43,11 +43,9 @@ class Held:
 def split_holdout(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions of the samples that train the teacher, at least one, and of the held-out samples.
 
-    Samples of one group (patient, case or image) stay on one side. The hold-out takes as many groups as fit into
-    ``share`` of the samples, but at least one if the share comes to a sample.
-
-    With patients as the unit of privacy, ``share`` is a share of the patients: a patient's number of images must not
-    influence which other patients are held out.
+    Groups (patient, case or image) stay on one side: as many as fit into ``share`` of the samples, but at least one if
+    the share comes to a sample. With patients as the unit of privacy, ``share`` is of patients: a patient's number of
+    images must not influence who else is held out.
     """
     if client.patients is not None:  # a share of the patients, however many images each has
         parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.patients)
@@ -63,10 +61,9 @@ def split_holdout(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]
 
 
 def make_teacher(method: OwnNetworks, client: Client) -> None:
-    """Train the client's teacher, or load a pretrained one, and keep it in ``client.state["teacher"]``.
+    """Train the client's teacher, or load a pretrained one, into ``client.state["teacher"]``.
 
-    The state also has ``holdout``, the figure on the hold-out, unless no held-out class is known or the teacher is
-    pretrained, since it may have trained on these samples.
+    A pretrained teacher has no ``holdout`` figure, since it may have trained on these samples.
     """
     module = build_network(method, client)
     rows, out = split_holdout(client, method.options.holdout)
@@ -82,7 +79,7 @@ def make_teacher(method: OwnNetworks, client: Client) -> None:
 
 
 def build_network(method: OwnNetworks, client: Client) -> nn.Module:
-    """Return a fresh network of the client's architecture, in train mode on its device."""
+    """Return a fresh network of the client's architecture."""
     return client.network(**method.architecture(client.id))
 
 

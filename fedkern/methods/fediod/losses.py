@@ -1,7 +1,7 @@
-"""Weights and losses of FedIOD as functions of logits (docs/methods/fediod.md, sections 5 and 6; arXiv 2312.14478).
+"""Weights and losses of FedIOD as functions of logits (arXiv 2312.14478, docs/methods/fediod.md, sections 5 and 6).
 
-K clients, B images, C classes. Logits are ``[K, B, C]`` or, for segmentation, ``[K, B, C, *positions]``, with terms
-that are means over images and positions.
+K clients, B images, C classes: logits are ``[K, B, C]``, for segmentation ``[K, B, C, *positions]`` with means over
+positions too.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fedkern import ops
 
 
 def scalar_of(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Return a scalar whose gradients with respect to ``outputs`` are ``gradients``, to the last bit.
+    """Return a scalar whose gradients with respect to ``outputs`` are exactly ``gradients``.
 
-    ``grad_outputs`` of ``torch.autograd.grad`` would import sympy at its first call, a third of a second.
+    ``grad_outputs`` of ``torch.autograd.grad`` would import sympy, a third of a second.
     """
     with torch.enable_grad():
         return torch.stack([(x * gradient).sum() for x, gradient in zip(outputs, gradients, strict=True)]).sum()
 
 
 def teacher_log_probs(logits: Tensor) -> Tensor:
-    """Return the teachers' log-probabilities, which the ensemble averages, of logits ``[K, B, C, *positions]``.
+    """Return the teachers' log-probabilities, which the ensemble averages.
 
     A softmax ignores a constant added to all its logits, and how sure a network is of classes that it has never seen. A
     mean with different weights for every class depends on both, so the ensemble is the logarithmic opinion pool.
@@ -38,14 +38,9 @@ def teacher_log_probs(logits: Tensor) -> Tensor:
 
 
 def importance(by_class: Tensor, scores: Tensor | None) -> Tensor:
-    """Return the teachers' weights for :func:`fedkern.ops.ensemble_kl`, which normalises them over the clients.
+    """Return the ensemble's weights ``v_kc r_k(x)`` ``[K, B, C]``, or ``v_kc`` ``[K, 1, C]`` without scores.
 
-    Args:
-        by_class: class weights ``v_kc``, ``[K, C]``.
-        scores: the discriminators' mean confidence in every image ``r_k(x)``, ``[K, B]``, or None.
-
-    Returns:
-        ``v_kc r_k(x)`` ``[K, B, C]``, or ``v_kc`` ``[K, 1, C]`` without scores.
+    ``by_class`` is ``v_kc`` ``[K, C]``, ``scores`` the discriminators' confidence in every image ``r_k(x)`` ``[K, B]``.
     """
     if scores is None:
         return by_class[:, None]
@@ -63,7 +58,7 @@ def normalise_weights(weights: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def mixture(logits: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the ensemble's logits ``[B, C, *positions]``, the weighted mean of the teachers' answers."""
+    """Return the ensemble's logits ``[B, C, *positions]``, the teachers' weighted mean."""
     share = normalise_weights(weights, mask)
     share = share.reshape(*share.shape, *[1] * (logits.dim() - 3))
     return (share * logits).sum(0)
@@ -73,7 +68,7 @@ def mixture(logits: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def against(patches: Tensor, real: bool) -> Tensor:
-    """Return the binary cross-entropy ``[K, B]`` of patch logits ``[K, B, h, w]`` for one label, mean over patches."""
+    """Return the mean over patches of the binary cross-entropy ``[K, B]`` of patch logits ``[K, B, h, w]``."""
     return F.softplus(-patches if real else patches).mean((2, 3))
 
 
@@ -86,7 +81,7 @@ def confidence(patches: Tensor) -> Tensor:
 
 
 def distillation(student: Tensor, logits: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
-    """Return ``KD(student(x), m(x))`` of student logits ``[B, C, *positions]`` against the weighted ensemble, a scalar.
+    """Return ``KD(student(x), m(x))`` of student logits ``[B, C, *positions]`` against the weighted ensemble.
 
     Half the variance of the logit difference: the limit of the divergence at high temperature.
     """
@@ -101,11 +96,9 @@ def balance(logits: Tensor, pi: Tensor) -> Tensor:
 
 
 def teacher_terms(logits: Tensor, pi: Tensor, w_balance: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum of the generator's loss terms ``L_G`` on the teachers' logits, and each term by name.
+    """Return the sum of the terms of ``L_G`` on the teachers' logits, and each term by name.
 
-    Args:
-        logits: the teachers' logits ``[K, B, C, *positions]``; gradients reach them.
-        pi: client weights ``[K]``.
+    ``pi`` are the client weights ``[K]``.
     """
     mixed, clarity = ops.consensus(logits, pi)
     terms = {"clarity": clarity, "diversity": mixed - clarity}

@@ -2,23 +2,14 @@
 
 Every client trains its own teacher, of any architecture. Then a generator G on the server learns images that look real
 to every client's discriminator (realism), that the teachers are sure of (clarity) and on which they differ (diversity).
-A student learns the answers of the weighted ensemble of the teachers to these images. An iteration of a round has three
-exchanges:
+A student learns the ensemble's answers to these images. An iteration of a round has three exchanges:
 
     images      down: x = G(z)              up: logits t_k(x), confidence r_k(x), after a step of D_k on x
     gradients   down: dL_G/dt_k             up: the gradient with respect to x, through D_k and T_k
     distil      down: the student's images  up: logits, confidences
 
-Teachers and discriminators never leave their clients. The ensemble is, class by class, the mean of the teachers'
-answers with weights w_kc(x) (section 5). With ``mode=public`` the teachers answer once on public images, without
-generator and discriminators.
-
-Bytes per client and iteration, fp32 (section 4):
-
-    down    1 + student_steps batches of images, one batch of gradients of logits
-    up      1 + student_steps batches of logits and confidences, one batch of gradients of images
-
-FedIOD protects data but does not save bytes.
+Teachers and discriminators never leave their clients. With ``mode=public`` the teachers answer once on public images,
+without generator and discriminators.
 """
 
 from __future__ import annotations

@@ -1,25 +1,22 @@
 """Differential privacy of FedIOD's messages: clipping, noise and booking (docs/methods/fediod.md, section 12).
 
-All of FedIOD's privacy mechanisms are here. Without privacy the answers pass through unchanged.
+Without privacy the answers pass through unchanged.
 
 A client's gradient for the generator comes through two networks. Each *discriminator* is trained on one of m disjoint
-shards of the client's data, and one random shard serves a step. Its gradient is clipped and noised row by row (one row
-is one generated image). Replacing a record may change every row of a batch of B by twice the clipping norm C, so noise
-of sigma C in every entry is a Gaussian mechanism whose noise is sigma / (2 sqrt(B)) times its sensitivity. The
-*teacher* is trained on all of the data, and DP-SGD covers its answers and gradients.
+shards of the client's data, and one random shard serves a step. Replacing a record may change every row (one generated
+image) of a batch of B by twice the clipping norm C, so noise of sigma C in every entry is a Gaussian mechanism whose
+noise is sigma / (2 sqrt(B)) times its sensitivity. The *teacher* is trained on all of the data, under DP-SGD.
 
-The accountant treats a step as this mechanism on a shard drawn without replacement. That holds only if nothing else
-depends on the draw:
+The accountant assumes a shard drawn without replacement. That holds only if nothing else depends on the draw:
 
 * Which discriminator *trains* follows a public schedule, round robin over the shards.
-* Which discriminator *serves* the gradients is drawn in secret and independently for every step. A discriminator is
-  thus a function of its own shard and of the images, never of which discriminators served before.
+* Which discriminator *serves* the gradients is drawn in secret and independently for every step, so that no
+  discriminator depends on which ones served before.
 * A released confidence or realism is of the discriminator that trains; the serving one's would reveal the draw.
 
-Noise and secret draws follow from 128 bits that every client draws itself and keeps in its own state (:func:`secret`):
-the run's root seed is in config.toml, and whoever knows the source of the noise can subtract it. Every release has its
-own key (`fedkern.privacy.keys`), made from these bits and a release number that is never used again. With
-``noise=seed`` everything follows from the root seed: the run can be repeated, but the guarantee holds only while the
+Noise and secret draws follow from 128 bits that every client draws and keeps (:func:`secret`): the run's seed is in
+config.toml, and whoever knows the source of the noise can subtract it. Every release has its own key
+(`fedkern.privacy.keys`). With ``noise=seed`` everything follows from the seed, so the guarantee holds only while the
 seed is secret.
 """
 
@@ -56,11 +53,7 @@ TEACHER_CLIP = 1.0
 
 
 def prepare(server: Server, options: IODOptions) -> None:
-    """Find the noise before anything is written and keep it in ``server.state["privacy"]``.
-
-    Raises:
-        UserError: dp-accounting is not installed, no noise meets the target, or there are no gradients to noise.
-    """
+    """Find the noise before anything is written and keep it in ``server.state["privacy"]``."""
     if not options.claims_privacy:
         return
     if options.noises_gradients and not options.w_real and not options.teacher_dp:
@@ -88,15 +81,12 @@ def _plan_releases(options: IODOptions, sigma: float, steps: int, unit: Unit) ->
 
 
 def _count_multiplier(options: IODOptions, unit: Unit) -> float:
-    """Return the noise over the sensitivity of the class counts (see :func:`release_histogram`)."""
+    """Return the noise over the sensitivity of the class counts (:func:`release_histogram`)."""
     return float(options.histogram_noise / (math.sqrt(2) * unit.images))
 
 
 def multiplier(sigma: float, rows: int) -> float:
-    """Return the noise over the sensitivity of ``rows`` rows clipped to C, with noise ``sigma`` C.
-
-    One record may change all rows.
-    """
+    """Return the noise over the sensitivity of ``rows`` rows clipped to C, all changed by one record."""
     return sigma / (2 * math.sqrt(rows))
 
 
@@ -104,16 +94,15 @@ def multiplier(sigma: float, rows: int) -> float:
 
 
 def agree(client: Client, message: Mapping[str, Any]) -> None:
-    """Keep the noise terms of the server (:func:`prepare`), which every client needs before its first step."""
+    """Keep the server's noise terms, which every client needs before its first step."""
     if message.get("privacy"):
         client.state[TERMS] = {name: float(value) for name, value in message["privacy"].items()}
 
 
 def secret(client: Client, options: IODOptions) -> str:
-    """Return the client's secret in hexadecimal digits, mixed into its private streams, or "" with the seed.
+    """Return the client's secret in hexadecimal digits, or "" with the seed.
 
-    Kept in the client's state, so that a resumed run has the same secret. It must not appear in any message, report or
-    error.
+    Kept in the client's state for a resumed run. It must not appear in any message, report or error.
     """
     if not options.draws_secrets:
         return ""
@@ -134,9 +123,9 @@ def next_key(client: Client, channel: str, options: IODOptions) -> NoiseKey:
 
 
 def shards(client: Client, options: IODOptions) -> Sequence[np.ndarray]:
-    """Return the client's samples in disjoint shards, int64 positions, one for each discriminator.
+    """Return the client's samples in disjoint shards, int64 positions, independent of the data.
 
-    Fixed for the run and independent of the data. Patients stay whole if they are the unit of privacy.
+    Patients stay whole if they are the unit of privacy.
     """
     if options.shards == 1:
         return [np.arange(client.samples)]
@@ -158,12 +147,12 @@ def trainings(client: Client, options: IODOptions) -> int:
 
 
 def training(client: Client, round: int, iteration: int, options: IODOptions) -> int:
-    """Return the shard whose discriminator trains: round robin over the client's trainings, a public schedule."""
+    """Return the shard whose discriminator trains, by a public schedule."""
     return (round * trainings(client, options) + iteration) % options.shards
 
 
 def serving(client: Client, phase: Phase, options: IODOptions) -> int:
-    """Return the shard whose discriminator gives the gradients of ``phase``, drawn in secret."""
+    """Return the shard whose discriminator serves the gradients of ``phase``, drawn in secret."""
     if options.shards == 1:
         return 0
     return int(client.rng(stream_name("serving", secret(client, options)), phase).integers(options.shards))
@@ -173,14 +162,12 @@ def serving(client: Client, phase: Phase, options: IODOptions) -> int:
 
 
 def release_histogram(client: Client, histogram: Tensor, options: IODOptions) -> Tensor:
-    """Return the client's class counts fp32 [C] (samples, or pixels for segmentation) for the server, once.
+    """Return the client's class counts fp32 [C] for the server, once.
 
-    The noise is measured in records. A record has a count of N: 1 for classification, all pixels of an image for
-    segmentation, including those of unknown class, because how many are known is itself private.
-
-    Replacing a record removes counts c >= 0 with a sum of at most N and adds other counts c'. In the Euclidean norm the
-    counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N, reached if all N move from one class to
-    another. A patient with at most k images counts as k records.
+    The noise is measured in records, each a count of N: 1 for classification, all pixels of an image for segmentation,
+    also unknown ones, whose number is itself private. Replacing a record removes counts c >= 0 with a sum of at most N
+    and adds c'. In the Euclidean norm the counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N, reached
+    if all N move from one class to another. A patient with at most k images counts as k records.
     """
     if not options.noises_counts:
         return histogram  # sent as it is, or not at all
@@ -194,13 +181,12 @@ def release_histogram(client: Client, histogram: Tensor, options: IODOptions) ->
 def sanitise(client: Client, u_d: Tensor | None, options: IODOptions) -> Tensor | None:
     """Return the gradient of a generator step through the private discriminator, clipped and noised row by row.
 
-    A row that is not finite is released as noise around 0, because a NaN would leak. The client sends ``pi_k (w_real
-    u_d + u_t)``.
+    A row that is not finite is released as noise around 0, because a NaN would leak.
 
     Args:
         u_d: fp32 [B, C, H, W], row b the gradient of the batch's realism with respect to image b, or None without a
-            realism loss. The 1 / B of a mean over images and the client's weight pi_k are public and applied after the
-            noise, so that a row's size depends neither on the batch nor on the number of clients.
+            realism loss. The 1 / B of a mean and the client's weight pi_k are public and applied after the noise, so
+            that a row's size depends neither on the batch nor on the number of clients.
     """
     if not options.noises_gradients:
         return u_d
@@ -232,10 +218,7 @@ def _book(client: Client, channel: str, noise: float, shards: int = 1) -> None:
 
 
 def check(client: Client, make: Callable[[], nn.Module], options: IODOptions) -> None:
-    """Raise UserError if a client has too little data for its shards, or its teacher cannot be private.
-
-    ``make`` builds the client's teacher, untrained.
-    """
+    """Raise UserError if a client has too little data for its shards, or its teacher cannot be private."""
     shards(client, options)
     if not options.teacher_dp:
         return
@@ -249,7 +232,7 @@ def check(client: Client, make: Callable[[], nn.Module], options: IODOptions) ->
 
 
 def train_teacher(method: OwnNetworks, client: Client, phase: Phase, module: nn.Module, rows: np.ndarray) -> bool:
-    """Train the client's teacher with DP-SGD in place, or return False if it is to be trained without privacy."""
+    """Train the client's teacher with DP-SGD in place, or return False without privacy."""
     options, epsilon = method.options, method.options.epsilon
     if not options.teacher_dp or epsilon is None:
         return False

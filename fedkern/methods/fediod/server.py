@@ -1,4 +1,4 @@
-"""Server of FedIOD: the generator and the student during a round (docs/methods/fediod.md, section 4)."""
+"""Server of FedIOD: generator and student during a round (docs/methods/fediod.md, section 4)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STUDENT_MOMENTUM, STUDENT_DECAY, STUDENT_LR_END = 0.9, 3e-5, 1e-5
 
 
 def stack_class_counts(server: Server, ids: Sequence[ClientId]) -> Tensor:
-    """Return the disclosed class counts of clients, fp32 ``[K, C]``, or ones ``[K, 1]`` without any."""
+    """Return the disclosed class counts, fp32 ``[K, C]``, or ones ``[K, 1]``."""
     return torch.stack([server.state["classes"][k].float() for k in ids])
 
 
@@ -51,12 +51,12 @@ def prepare_images(images: Tensor, node: Node) -> Tensor:
 
 
 def cosine(start: float, end: float, progress: float) -> float:
-    """Return a learning rate that falls from ``start`` to ``end`` along half a cosine of ``progress``, 0 to 1."""
+    """Return a learning rate on half a cosine from ``start`` to ``end``."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def make_generator(server: Server, options: IODOptions, draw: torch.Generator) -> Generator:
-    """Return a fresh generator for the images of the run, on the server's device.
+    """Return a fresh generator for the images of the run.
 
     The first images have the data's mean colour. Teachers may be sure of grey images, and leaving these can take half
     of a short training: on MNIST (Dirichlet 0.1, seed 2) the student reached 38 % from grey images, 73 % from the mean.
@@ -72,11 +72,7 @@ def make_generator(server: Server, options: IODOptions, draw: torch.Generator) -
 class Learner(Generic[N]):
     """Network of the server with an optimiser over all its parameters as one tensor: one kernel a step.
 
-    Args:
-        module: a fresh network, which gets the vectors of ``state``.
-        optimise: makes the optimiser of the tensor.
-        state: the server's state.
-        key, moments: keys in the state of the network's vectors and of the optimiser's state.
+    ``key`` and ``moments`` are the keys in ``state`` of the network's vectors and of the optimiser's state.
     """
 
     def __init__(
@@ -166,11 +162,11 @@ class Workshop:
 
     @property
     def teaches(self) -> bool:
-        """True after the warm-up: the student learns in this iteration."""
+        """True after the warm-up."""
         return self.iteration >= self._first_taught
 
     def generate(self, draw: torch.Generator) -> Tensor:
-        """Return images for the discriminators and the generator, encoded; their graph stays in ``x``."""
+        """Return images for discriminators and generator, whose graph stays in ``x``."""
         z = send(torch.randn(self.options.batch, NOISE, generator=draw), self.server.device)
         assert self.generator is not None
         with torch.enable_grad():
@@ -183,7 +179,7 @@ class Workshop:
 
     @torch.no_grad()
     def examples(self, draw: torch.Generator) -> Tensor:
-        """Return the student's images of an iteration, for all steps one after another, encoded."""
+        """Return the student's images of all steps of an iteration."""
         o = self.options
         zs = [send(torch.randn(o.batch, NOISE, generator=draw), self.server.device) for _ in range(o.student_steps)]
         assert self.generator is not None
@@ -200,7 +196,6 @@ class Workshop:
     # -- the generator's step --------------------------------------------------------------------------------------
 
     def gather(self, answers: Mapping[int, Message]) -> Ensemble:
-        """Stack the clients' answers of an exchange."""
         device, ids = self.server.device, sorted(answers)
         logits = torch.stack([answers[k]["logits"].to(device) for k in ids])
         samples = torch.tensor([float(self.server.federation.samples[k]) for k in ids])
@@ -215,9 +210,7 @@ class Workshop:
     def criticise(self, answers: Mapping[int, Message]) -> dict[int, Message]:
         """Compute the generator's losses on the clients' answers, and the messages that ask for gradients.
 
-        Returns:
-            For every client its public weight ``share`` (pi_k) and B times the gradient of the losses with respect to
-            its logits, ``[B, C, *positions]``.
+        These have a client's weight ``share`` (pi_k) and B times the gradient with respect to its logits.
         """
         ensemble = self.gather(answers)
         logits = ensemble.logits.detach().requires_grad_()
@@ -229,7 +222,7 @@ class Workshop:
         return {k: {"share": ensemble.shares[i], "logits": gradient[i] * batch} for i, k in enumerate(ensemble.ids)}
 
     def improve(self, gradients: list[Tensor]) -> None:
-        """Take one step of the generator with the sum of the clients' gradients with respect to the images."""
+        """Take one step of the generator by the sum of the clients' gradients."""
         x, self.x = self.x, None
         if x is None or self.generator is None or not gradients:
             return
@@ -242,7 +235,7 @@ class Workshop:
     # -- the student's steps ---------------------------------------------------------------------------------------
 
     def teach(self, images: Tensor, ensemble: Ensemble, size: int) -> None:
-        """Train the student towards the ensemble on sent images, ``size`` images a step (see ``batch_slices``)."""
+        """Train the student towards the ensemble on sent images, ``size`` images a step."""
         progress = (self.iteration - self._first_taught) / (self.total - self._first_taught)
         lr = cosine(self.options.student_lr, STUDENT_LR_END, progress)
         per_image = ensemble.weights.shape[1] > 1
@@ -266,13 +259,10 @@ class Workshop:
     # -- the end of a round ----------------------------------------------------------------------------------------
 
     def keep(self) -> None:
-        """Write everything back into the server's state, and the round's means into the server's report.
+        """Write the server's state and the round's means.
 
-        Warns of a generator whose images hardly differ, only in the second half of the run, since new weights give such
-        images too.
-
-        Raises:
-            UserError: a parameter of the student or the generator is not finite.
+        A warning of images that hardly differ comes only in the second half of the run, since new weights give such
+        images too. UserError if a parameter is not finite.
         """
         self.server.state["iteration"] = self.iteration
         for name, learner in (("student", self.student), ("generator", self.generator)):

@@ -1,4 +1,4 @@
-"""FuseFL's parts that do not depend on rounds: local modules, widths, message sizes and classifiers."""
+"""FuseFL's parts that do not depend on rounds."""
 
 from __future__ import annotations
 
@@ -15,15 +15,10 @@ from fedkern.models.state.freezing import constant_buffers
 
 
 class LocalPart(nn.Module):
-    """Module that a client trains at a level: its adaptor, its blocks from this level on and its classifier.
+    """Module that a client trains at a level: adaptor, blocks from this level on and classifier.
 
-    The frozen levels before only give inputs and are not in the module, so nothing trains them or puts them in train
-    mode.
-
-    Args:
-        frozen: the fused levels before; None at level 1.
-        adaptor: the client's adaptor in front of this level's block; None at level 1.
-        blocks: this level's block and the later ones.
+    The fused levels before (``frozen``, None at level 1) are not in the module, so nothing trains them or puts them in
+    train mode.
     """
 
     def __init__(
@@ -40,7 +35,7 @@ class LocalPart(nn.Module):
         return self._frozen[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``[B, classes]`` of the frozen levels' joined results, or of images at level 1."""
+        """Return logits ``[B, classes]`` of the frozen levels' results (level 1: of images)."""
         return self.head(self.features(x))
 
     @autocasts
@@ -52,15 +47,15 @@ class LocalPart(nn.Module):
 
 
 def base_width(network: nn.Module) -> int:
-    """Return the channels of a network's first stage: the outputs of its first convolution."""
+    """Return the output channels of a network's first convolution."""
     return next(layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d))
 
 
 def scaled_width(option: str, network: nn.Module, clients: int) -> int:
     """Return the clients' width: a given number, or for ``"auto"`` round(w / sqrt(M)) of a network of width w.
 
-    M branches of width w' have about M (w' / w)^2 times the parameters of the network, so with ``"auto"`` the fused
-    model is about as large as one ordinary model, without adaptors (docs/methods/fusefl.md, section 4).
+    M branches of width w' have about M (w' / w)^2 times its parameters, so the fused model is about as large as one
+    ordinary model (docs/methods/fusefl.md, section 4).
     """
     if option == "auto":
         return max(1, round(base_width(network) / math.sqrt(clients)))
@@ -70,7 +65,7 @@ def scaled_width(option: str, network: nn.Module, clients: int) -> int:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's state dict for a message: contiguous copies on the CPU."""
+    """Return a module's state dict for a message: contiguous CPU copies."""
     return {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in module.state_dict().items()
@@ -78,7 +73,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def sent_state(network: nn.Module, level: int) -> dict[str, Tensor]:
-    """Return the state dict of a level's block without frozen tensors, which do not travel."""
+    """Return the state dict of a level's block without frozen tensors."""
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
     unsent, path = {*constant_buffers(network), *frozen}, f"blocks.{level - 1}"
     block = network.get_submodule(path).state_dict()

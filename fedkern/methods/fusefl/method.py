@@ -1,16 +1,12 @@
-"""FuseFL (arXiv 2410.20380): one-shot federated learning by progressive model fusion.
+"""FuseFL (arXiv 2410.20380): one-shot federated learning by progressive model fusion (docs/methods/fusefl.md).
 
 Networks are cut into K blocks. At level l = 1 ... K every client m trains
 
     fused levels 1 ... l-1 (frozen)  ->  adaptor  ->  its own blocks l ... K  ->  its own classifier
 
-on the cross-entropy of the logits and sends (adaptor, block l). The server sends the M pairs to all clients; side by
-side they are fused level l. In the end the last level's M features are fused, and the classifiers averaged and
-calibrated on class statistics of the fused features (:mod:`fedkern.methods.common.calibration`). All uploads of a
-client together are about one model.
-
-The levels share a client's budget (``local_epochs``). Remaining epochs go to the first levels, on which the others
-build.
+and sends (adaptor, block l). The M pairs side by side are fused level l. In the end the last level's M features are
+fused, and the classifiers averaged and calibrated (:mod:`fedkern.methods.common.calibration`). Remaining epochs of the
+budget go to the first levels, on which the others build.
 """
 
 from __future__ import annotations
@@ -141,7 +137,7 @@ class FuseFL(Objective, Method):
         return epochs + (level <= remainder)
 
     def _models(self) -> list[str | None]:
-        """Return the names of the clients' networks in turn, None for the run's network."""
+        """Return the names of the clients' networks in turn, None for the run's."""
         if not self.options.models:
             return [None]
         names = [name.strip() for name in self.options.models.split(",")]
@@ -296,7 +292,7 @@ class FuseFL(Objective, Method):
         return expected
 
     def _report_traffic(self, server: Server) -> None:
-        """Report the mean bytes per client of every round so far, and their sums over the levels."""
+        """Report the mean bytes per client of every round, and their sums."""
         report, clients = server.report, server.federation.clients
         for name, ways in server.traffic.items():
             report.update({f"{name}_{way}_bytes": total / clients for way, total in ways.items()})
@@ -338,7 +334,7 @@ class FuseFL(Objective, Method):
         return linear_of(plain_head(list(server.state["heads"].values()), self.options.final_fuse), server.device)
 
     def _fuse(self, place: Client | Server, networks: _Networks, levels: Levels) -> FusedNetwork:
-        """Return the given levels 1, 2, ... as one frozen network."""
+        """Return the given levels as one frozen network."""
         frozen: list[FusedLevel] = []
         for level, pairs in sorted(levels.items()):
             shapes = networks.shapes(next(iter(pairs)))[max(0, level - 2) : level]
@@ -351,7 +347,7 @@ class FuseFL(Objective, Method):
 
 
 class _Networks:
-    """Cache of the clients' networks in blocks, built once for each entry of ``widths``."""
+    """Cache of the clients' networks in blocks, one per entry of ``widths``."""
 
     def __init__(self, method: FuseFL, place: Client | Server, widths: list[int]) -> None:
         self._method, self._place, self._widths = method, place, widths
@@ -365,7 +361,7 @@ class _Networks:
         return self._made[kind]
 
     def shapes(self, client: ClientId) -> list[tuple[int, ...]]:
-        """Return output shapes of the client's blocks for one image."""
+        """Return the output shapes of the client's blocks for one image."""
         kind = client % len(self._widths)
         if kind not in self._shapes:
             self._shapes[kind] = self.of(client).interfaces(self._place.image_shape)
@@ -387,7 +383,7 @@ def _gather_levels(client: Client, message: Message) -> dict[int, dict[ClientId,
 def _with_statistics(
     levels: Levels, statistics: Mapping[int, Mapping[ClientId, Mapping[str, Tensor]]]
 ) -> dict[int, dict[ClientId, Message]]:
-    """Return the levels with the given buffers in their blocks."""
+    """Return the levels with these buffers in their blocks."""
     changed = {i: dict(pairs) for i, pairs in levels.items()}
     for i, by_client in statistics.items():
         for j, buffers in by_client.items():
@@ -396,7 +392,7 @@ def _with_statistics(
 
 
 def _statistics(fused: FusedNetwork, levels: Levels) -> dict[int, dict[ClientId, dict[str, Tensor]]]:
-    """Return the frozen blocks' buffers after training, by level and client."""
+    """Return the frozen blocks' buffers by level and client."""
     parts: list[Any] = list(fused.levels)
     return {
         i: dict(zip(levels[i], level.statistics(), strict=True)) for i, level in zip(sorted(levels), parts, strict=True)
