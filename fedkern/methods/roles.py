@@ -119,13 +119,13 @@ class Objective:
 
 
 class Node(Protocol):
-    """Base of client and server: the device, and the run's task and data.
+    """Base of client and server.
 
     Attributes:
         classes: the class names, in label order.
         image_shape: channels, height and width of a network's input.
         image_dtype: of stored images, uint8, or float32 for a Dataset of floats.
-        mean, std: per channel, of images in [0, 1]; a normalised image is ``(image - mean) / std``.
+        mean, std: per channel, of images in [0, 1].
         public: public labelled images, which no client holds (``--public-samples``), or None.
     """
 

@@ -1,7 +1,6 @@
-"""Privacy ledger of a client, and its epsilon in total and by channel, by Google's dp-accounting.
+"""Privacy ledger of a client and its epsilon, by Google's dp-accounting (`fedkern.privacy.bounds`).
 
 Neighbouring data sets differ in one *replaced* record, the unit of privacy, so the number of records is public.
-`fedkern.privacy.bounds` holds the bounds.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
 """Epsilon of Gaussian releases at one delta, one record replaced: the least of several valid bounds.
 
-    Accountant  Releases that it supports
-    exact       all data: together one Gaussian mechanism, whose curve is known (Balle and Wang, ICML 2018)
-    PLD         all data, and Poisson-sampled: privacy loss distributions, rounded up (Doroshenko et al., PETS 2022),
-                of q N(-1, s^2) + (1 - q) N(0, s^2) against q N(1, s^2) + (1 - q) N(0, s^2)
-    RDP         all data, and n shards in m without replacement: Renyi differential privacy (Mironov, CSF 2017; Wang,
-                Balle and Kasiviswanathan, AISTATS 2019)
-                Poisson-sampled, a record added or removed: a replacement is one removal and one addition, which turns
-                (epsilon, delta) into (2 epsilon, (1 + exp(epsilon)) delta)
+    exact   all data: together one Gaussian mechanism, whose curve is known (Balle and Wang, ICML 2018)
+    PLD     all data, and Poisson-sampled: privacy loss distributions, rounded up (Doroshenko et al., PETS 2022), of
+            q N(-1, s^2) + (1 - q) N(0, s^2) against q N(1, s^2) + (1 - q) N(0, s^2)
+    RDP     all data, and n shards in m without replacement: Renyi differential privacy (Mironov, CSF 2017; Wang, Balle
+            and Kasiviswanathan, AISTATS 2019)
+            Poisson-sampled, a record added or removed: a replacement is one removal and one addition, which turns
+            (epsilon, delta) into (2 epsilon, (1 + exp(epsilon)) delta)
 
-Releases that no single accountant supports share delta (basic composition). Every split of delta gives a valid bound,
-and so does the least of them, because the splits do not depend on data.
+Releases that no accountant supports together share delta (basic composition). The splits of delta do not depend on
+data, so the least bound is valid.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ class Entry:
     """Equal releases.
 
     Attributes:
-        kind: ``GAUSSIAN``, whose sensitivity is the change by a replaced record, or ``DP_SGD``, whose sensitivity is
-            the change by an added record, half as large.
+        kind: ``GAUSSIAN``, whose sensitivity is the change by a replaced record, or ``DP_SGD``, by an added record,
+            half as large.
         noise: standard deviation of the noise over this sensitivity.
         rate: shards drawn over all shards, or the probability that a record is in a batch.
         steps: number of releases.
@@ -68,7 +67,7 @@ def need_accounting() -> ModuleType:
 
 
 def bound_replaced(entries: Entries, delta: float) -> float:
-    """Return the epsilon of all releases at ``delta``, one record replaced (infinite without noise)."""
+    """Return the epsilon of all releases, one record replaced (infinite without noise)."""
     entries = tuple(entry for entry in entries if entry.steps)
     if not entries:
         return 0.0
@@ -111,7 +110,7 @@ def _together(unsampled: Entries, sampled: Entries, delta: float) -> float:
 
 
 def _exact(unsampled: Entries, delta: float) -> float:
-    """Return the epsilon of Gaussian releases of noise z_i: together one release of noise (sum of z_i^-2)^-1/2."""
+    """Return the epsilon of Gaussian releases of noise z_i, together one of noise (sum of z_i^-2)^-1/2."""
     if not unsampled:
         return 0.0
     noise = math.fsum(entry.steps / entry.noise**2 for entry in unsampled) ** -0.5
@@ -119,10 +118,7 @@ def _exact(unsampled: Entries, delta: float) -> float:
 
 
 def _losses(unsampled: Entries, sampled: Entries, delta: float) -> float:
-    """Return the epsilon by PLD.
-
-    Infinite if PLD is not tried, or does not support the releases under this relation.
-    """
+    """Return the epsilon by PLD, infinite if not tried or unsupported."""
     rough = added_or_removed(sampled, TYPICAL) + _exact(unsampled, TYPICAL)
     if not rough < LARGEST:
         return math.inf
@@ -164,9 +160,9 @@ def _rdp(entries: Entries, relation: str, delta: float) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _curve(entry: Entry, relation: str) -> tuple[Any, Any]:
-    """Return the library's orders, and the Renyi divergences of one release at the orders.
+    """Return the library's orders, and one release's Renyi divergences, which add up over releases.
 
-    Cached: a curve takes tenths of a second. Divergences add up over releases.
+    Cached: a curve takes tenths of a second.
     """
     dp = need_accounting()
     accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation[relation])

@@ -1,17 +1,13 @@
 """Client-level (user-level) differential privacy: DP-FedAvg of McMahan et al. (ICLR 2018, arXiv 1710.06963).
 
-A trusted server releases the clients' mean update. A round is one release of the Gaussian mechanism:
+A round of a trusted server is one release of the Gaussian mechanism:
 
     release = start + (sum over k of u_k min(1, C / |u_k|) + N(0, (Z C)^2 I)) / n
 
-u_k is the whole update of client k, n the number of clients asked, whoever answers, C is ``clip`` and Z is ``noise``.
-
-Neighbouring federations differ in one client's whole data set, which is *replaced* by another one. The sum then changes
-by at most 2 C, so a round's noise is Z / 2 sensitivities. The paper adds or removes a client, which changes the sum by
-C, so its epsilon is about half of this one.
-
-If the n clients of a round are drawn out of N in secret, uniformly, without replacement and independently of other
-rounds, a release is one of a sampled Gaussian mechanism (Wang, Balle and Kasiviswanathan, AISTATS 2019).
+u_k is the whole update of client k, n the number of clients asked, whoever answers, C is ``clip`` and Z is ``noise``. A
+client's data set is *replaced*, which changes the sum by at most 2 C, so a round's noise is Z / 2 sensitivities. The
+paper adds or removes a client, so its epsilon is about half of this one. With clients drawn in secret, a release is one
+of a sampled Gaussian mechanism (Wang, Balle and Kasiviswanathan, AISTATS 2019).
 """
 
 from __future__ import annotations
@@ -81,7 +77,7 @@ class ClientLevel:
 
 
 def keep_variances(new: Tensor, old: Tensor) -> None:
-    """Raise running variances ``new`` fp ``[n]``, in place, to at least a tenth of ``old`` fp ``[n]``."""
+    """Raise running variances ``new``, in place, to at least a tenth of ``old``."""
     torch.maximum(new, old.to(new.dtype) * LEAST_VARIANCE, out=new)
 
 

@@ -1,4 +1,4 @@
-"""Rules on what a run may disclose (``--records``), on screen and in its folder except checkpoints/."""
+"""Rules on what a run may disclose outside checkpoints/ (``--records``)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Disclosure:
     Figures of the run's network on test sets are always disclosed, because the network is released.
 
     Attributes:
-        clients: whether to disclose facts of a single client, or facts from data that clients did not send.
-        server: whether to disclose what the server computes from the clients' messages: figures, pictures, warnings.
+        clients: whether to disclose facts of single clients, or from data that clients did not send.
+        server: whether to disclose what the server computes from the clients' messages.
         derived_figures: names of the figures of ``Method.oracle_metrics`` to disclose; None: all.
     """
 
@@ -38,7 +38,7 @@ class Disclosure:
 
     @classmethod
     def of(cls, records: str | None, guarantee: Guarantee | None) -> Disclosure:
-        """Return the rules for a value of ``--records`` and the run's privacy guarantee."""
+        """Return the rules for a value of ``--records`` and the run's guarantee."""
         if records != "private":
             return cls()
         covered = guarantee is not None and guarantee.complete
@@ -49,14 +49,14 @@ class Disclosure:
         )
 
     def oracle_metrics(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
-        """Return the figures of ``Method.oracle_metrics`` that may be disclosed, on any test set."""
+        """Return the disclosed figures of ``Method.oracle_metrics``."""
         if self.derived_figures is None:
             return dict(figures)
         names = {prefix + name for prefix in prefixes for name in self.derived_figures}
         return {name: value for name, value in figures.items() if name in names}
 
     def filter_entries(self, entries: Mapping[str, tuple[About, T]]) -> dict[str, T]:
-        """Return the entries that may be disclosed, without their subjects."""
+        """Return the disclosed entries, without their subjects."""
         withheld = {About.RUN: False, About.SERVER: not self.server, About.CLIENTS: not self.clients}
         return {name: value for name, (about, value) in entries.items() if not withheld[about]}
 

@@ -1,4 +1,4 @@
-"""DP-SGD (Abadi et al., arXiv 1607.00133) on opacus: the check of a network, private steps and their generators."""
+"""DP-SGD (Abadi et al., arXiv 1607.00133) on opacus."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class DPSGD:
 
 
 def need_opacus() -> ModuleType:
-    """Return the package ``opacus``, or raise UserError if it is not installed."""
+    """Return the package ``opacus``, or raise UserError without it."""
     return import_extra("Training with DP-SGD needs opacus", "privacy", "opacus", "opacus.optimizers")
 
 
 def check_network(module: nn.Module, name: str) -> None:
-    """Raise UserError if a network, which the user calls ``name``, has no per-sample gradients.
+    """Raise UserError if a network, called ``name``, has no per-sample gradients.
 
-    Reasons are layers that keep statistics, such as batch norm, and layers that opacus replaces by its own.
+    Causes are layers that keep statistics, such as batch norm, and layers that opacus replaces by its own.
     """
     opacus = need_opacus()
     if any(isinstance(layer, _BatchNorm) for layer in module.modules()):
@@ -91,7 +91,6 @@ def private_steps(
     """Wrap ``optimizer`` in opacus's: after a backward pass of a mean loss, ``step()`` is private.
 
     Args:
-        module: the network; opacus's hooks are removed at the end.
         max_norm: clipping norm of a sample's gradient.
         noise: standard deviation of the noise on the sum over ``max_norm``.
         batch: expected number of samples in a Poisson-sampled batch, by which the sum is divided.
@@ -153,10 +152,9 @@ def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bo
     Neither torch's Mersenne twister nor its Philox is a cryptographic generator.
 
     Args:
-        full_state: whether to take as many bits as the device's generator can hold. On the CPU the stream then sets all
-            624 words of the generator, so that an attacker must guess the 128 bits of the stream's key. Of a seed torch
-            only takes 32 bits there, few enough to try all. On a GPU the generator's key has 64 bits, all from the
-            stream.
+        full_state: take as many bits as the device's generator can hold. On the CPU all 624 words of the generator, so
+            that an attacker must guess the 128 bits of the key: of a seed torch only takes 32 bits there, few enough to
+            try all. On a GPU the generator's key has 64 bits.
     """
     if whole and device.type != "cpu":
         return torch.Generator(device).manual_seed(int(stream.integers(1 << 64, dtype=np.uint64)))
@@ -174,10 +172,10 @@ def _plain(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Te
 
 
 def check_rows(module: nn.Module, samples: int) -> None:
-    """Raise UserError unless the backward pass of a batch gave every parameter one gradient per sample.
+    """Raise UserError unless a backward pass gave every parameter one gradient per sample.
 
-    A network that folds patches into the batch axis gives a gradient per patch. opacus clips each patch, which does not
-    bound the norm of the sample's gradient.
+    A network that folds patches into the batch axis gives one per patch. Clipping these does not bound the norm of the
+    sample's gradient.
     """
     for name, parameter in module.named_parameters():
         rows = getattr(parameter, "grad_sample", None)
@@ -190,7 +188,7 @@ def check_rows(module: nn.Module, samples: int) -> None:
 
 
 def keep_finite(module: nn.Module) -> None:
-    """Zero the gradients of samples with a non-finite gradient, after the backward pass of the batch.
+    """Zero the gradients of samples with a non-finite one, after the backward pass.
 
     Clipping does not bound NaN: one such sample would make the parameters NaN, which reveals its presence.
     """
@@ -202,10 +200,7 @@ def keep_finite(module: nn.Module) -> None:
 
 
 def sum_patients(module: nn.Module, patients: np.ndarray) -> None:
-    """Replace per-sample gradients by sums over each patient's samples, after a backward pass.
-
-    ``patients`` int64 ``[B]`` is the patient of every sample of the batch.
-    """
+    """Sum per-sample gradients over each patient's samples, after a backward pass."""
     position = torch.from_numpy(np.unique(patients, return_inverse=True)[1])
     for parameter in module.parameters():
         if parameter.requires_grad:

@@ -1,17 +1,17 @@
 """Noise keys: every release has its own key, made from a client's secret.
 
-BLAKE2b (RFC 7693), keyed with the secret, gives a key that reveals neither the secret nor another release's key. The
-noise itself comes from Philox (:func:`fedkern.ops.clip_and_noise`), which is not a cryptographic generator and has a
-key of 64 bits. An attacker who finds a key, in up to 2^64 trials, has the noise of one release only.
+BLAKE2b (RFC 7693), keyed with the secret, gives a key that reveals neither the secret nor another release's key. Philox
+(:func:`fedkern.ops.clip_and_noise`) makes the noise from a key of 64 bits. An attacker who finds a key, in up to 2^64
+trials, has the noise of one release only.
 
     Random numbers                                   Generator         Bits of key
-    Noise on gradients, class counts, client means   Philox4x32-10     64 a release, and 57 of place in the stream
-    Noise of DP-SGD on a CPU                         Mersenne twister  128 a training, spread over the whole state
-    Noise of DP-SGD on a GPU                         Philox4x32-10     64 a training
-    Samples of a batch, and the shard in use         Philox4x64-10     128 a training and a step
+    noise on gradients, class counts, client means   Philox4x32-10     64 a release, and 57 of place in the stream
+    noise of DP-SGD on a CPU                         Mersenne twister  128 a training, spread over the whole state
+    noise of DP-SGD on a GPU                         Philox4x32-10     64 a training
+    samples of a batch, and the shard in use         Philox4x64-10     128 a training and a step
 
-No generator is cryptographic: the guarantee assumes that their numbers are random. FedIOD's noise follows the normal
-law to 9.5 standard deviations and DP-SGD's to 8.5, beyond which a normal number lies with probability 2^-68 and 2^-55.
+No generator is cryptographic: the guarantee assumes random numbers. FedIOD's noise follows the normal law to 9.5
+standard deviations and DP-SGD's to 8.5, with probability 2^-68 and 2^-55 beyond.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SECRET_BYTES = 16
 
 
 class NoiseKey(NamedTuple):
-    """Key from which :func:`fedkern.ops.clip_and_noise` draws the noise of a release.
+    """Key of a release's noise for :func:`fedkern.ops.clip_and_noise`.
 
     Attributes:
         seed: the 64 bits of Philox's key.
-        offset: start in Philox's stream, one of 2^57 multiples of 64 below 2^63. Without an offset a table of all keys'
+        offset: start in the stream, one of 2^57 multiples of 64 below 2^63. Without an offset a table of all keys'
             first numbers would reveal a key.
     """
 
@@ -36,11 +36,9 @@ class NoiseKey(NamedTuple):
 
 
 def noise_key(secret: bytes, client: int, channel: str, release: int) -> NoiseKey:
-    """Return the key of a client's release.
+    """Return the key of a client's release, from a secret of 16 bytes.
 
-    Args:
-        secret: 16 bytes known to nobody else.
-        release: number of earlier releases in the channel; no number may be used twice.
+    ``release`` counts earlier releases in the channel; no number may be used twice.
     """
     if len(secret) != SECRET_BYTES or release < 0:
         text = f"{len(secret)} bytes and release {release}"

@@ -1,11 +1,9 @@
 """Loss-threshold membership-inference attack on a released model (Yeom et al., CSF 2018, arXiv 1709.01604).
 
-A model tends to have a lower loss on its training records. The attacker has the model and a record, and calls the
-record a member if its loss is below a threshold. All thresholds together give a ROC curve:
-
-* The area says how well losses separate members from others (0.5: not at all).
-* The true-positive rate at few false positives says how many members are found while hardly any other record is called
-  a member (Carlini et al., arXiv 2112.03570).
+A model tends to have a lower loss on its training records, so the attacker calls a record a member if its loss is below
+a threshold. All thresholds give a ROC curve: its area says how well losses separate members from others (0.5: not at
+all), its true-positive rate at few false positives how many members are found while hardly any other record is called a
+member (Carlini et al., arXiv 2112.03570).
 """
 
 from __future__ import annotations
@@ -110,10 +108,7 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
 
 
 def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others: np.ndarray) -> float:
-    """Return Obuchowski's variance of the area, from every record's part in the area.
-
-    DeLong's variance if each group is one record.
-    """
+    """Return Obuchowski's variance of the area (DeLong's if each group is one record)."""
     count = max(int(members.max()), int(others.max())) + 1
     a, b = np.bincount(members, beats, count) / len(beats), np.bincount(others, beaten, count) / len(beaten)
     of_a, of_b = (len(np.unique(numbers)) for numbers in (members, others))
@@ -123,7 +118,7 @@ def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others
 
 
 def _score_limit(auc: float, edge: float, z: float, members: float, others: float) -> float:
-    """Return the area between ``auc`` and ``edge`` (0 or 1) that is z standard errors (Hanley-McNeil) from ``auc``."""
+    """Return the area between ``auc`` and ``edge`` that is z standard errors (Hanley-McNeil) from ``auc``."""
     near, far = auc, edge
     more = (members + others) / 2 - 1
     for _ in range(60):
@@ -137,7 +132,7 @@ def _score_limit(auc: float, edge: float, z: float, members: float, others: floa
 
 
 def _clopper_pearson(share: float, count: float) -> tuple[float, float]:
-    """Return the exact binomial interval (Biometrika 1934) of a share of ``count`` records."""
+    """Return the exact binomial interval (Biometrika 1934) of a share."""
     from scipy.special import betaincinv
 
     hits, tail = share * count, (1 - CONFIDENCE) / 2

@@ -1,7 +1,7 @@
-"""The server's secret bits, from which the noise of client-level differential privacy follows.
+"""Secret bits of the server, from which the noise of client-level differential privacy follows.
 
-The secret is on the disk before the first release, so that a resumed run repeats its noise. It lies beside the
-checkpoints, which are not published.
+The secret is on the disk before the first release, so that a resumed run repeats its noise, and beside the checkpoints,
+which are not published.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DIGITS = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}\n")
 
 
 def draw(folder: Path) -> str:
-    """Draw the secret of a new run, 32 hexadecimal digits, and write it to the folder of its checkpoints."""
+    """Draw the secret of a new run, 32 hexadecimal digits, into the folder of its checkpoints."""
     secret = secrets.token_hex(SECRET_BYTES)
     atomic.write_bytes(folder / NAME, f"{secret}\n".encode())
     return secret

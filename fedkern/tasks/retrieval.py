@@ -131,8 +131,8 @@ RETRIEVAL = Retrieval()
 def contrastive_among(images: Tensor, texts: Tensor, size: int) -> float:
     """Return the mean contrastive loss of unit vectors [n, D] in batches of exactly min(``size``, n) pairs.
 
-    A batch holds every (n // size)-th pair, so that similar neighbours are not each other's negatives, and leftover
-    pairs are excluded, because smaller batches have smaller losses.
+    Every (n // size)-th pair, so that similar neighbours are not each other's negatives. Leftover pairs are excluded,
+    because smaller batches have smaller losses.
     """
     n = len(images)
     count = max(1, n // size)
@@ -182,13 +182,9 @@ def recalls(
     and not 1.
 
     Args:
-        image_embeddings: fp32 ``[I, d]``, unit vectors.
-        text_embeddings: fp32 ``[T, d]``, unit vectors.
+        image_embeddings, text_embeddings: fp32 ``[I, d]`` and ``[T, d]``, unit vectors.
         pairs: int64 ``[P, 2]``, (image, text) of every matching pair; by default image i matches text i only. A query
             without a partner does not count.
-
-    Returns:
-        ``i2t_r1``, ``i2t_r5``, ... and ``t2i_r1``, ...: fractions in [0, 1].
     """
     images, texts = len(image_embeddings), len(text_embeddings)
     if image_embeddings.dim() != 2 or image_embeddings.shape[1:] != text_embeddings.shape[1:]:

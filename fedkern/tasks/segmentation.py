@@ -7,12 +7,9 @@ Dice is MONAI's ``DiceMetric`` with its defaults, mean over cases, then over cla
 every predicted class has Dice 0, as in nnU-Net, so that false alarms count. A case is an image, or all slices of a
 volume or tiles of a picture (`fedkern.data.Split.cases`).
 
-The intersection over union is PASCAL VOC's: |P ∩ T| / |P ∪ T| over all pixels of the test set at once, mean over
-classes.
-
-Both count pixels in the masks' original size (`fedkern.data.Split.full`), the other figures in the resized masks.
-
-A class that is not found at all has the image's diagonal as Hausdorff distance, as BraTS counts a missed tumour.
+The intersection over union is PASCAL VOC's, over all pixels of the test set at once, mean over classes. Both count
+pixels in the masks' original size (`fedkern.data.Split.full`), the other figures in the resized masks. A class that is
+not found at all has the image's diagonal as Hausdorff distance, as BraTS counts a missed tumour.
 """
 
 from __future__ import annotations
@@ -151,11 +148,9 @@ def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) 
 def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
     """Return the figures of a network, in eval mode, with logits [B, C, H, W].
 
-    Args:
-        data: ``data.cases`` int64 [n], if present and not None, gives the case of every image. ``data.record``, if
-            present, receives the predicted classes [n, H, W] in order, and ``data.keep``, if present and not None, the
-            Dice of every case and class, fp64 [cases, C], the background's first (NaN if the case does not count for
-            the class).
+    ``data.cases`` int64 [n] gives the case of every image, ``data.record`` receives the predicted classes [n, H, W] in
+    order, and ``data.keep`` the Dice of every case and class, fp64 [cases, C], the background's first (NaN if the case
+    does not count for the class).
 
     Returns:
         ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, with more than one foreground
@@ -262,8 +257,8 @@ def constant_dice(data: SampleSet, classes: int) -> tuple[float, int]:
 def hausdorff95(predicted: Mask, truth: Mask) -> float:
     """Return the 95th percentile of the surface distances between two bool masks of one shape, in pixels.
 
-    The larger of both directions; 0 if both masks are empty, the image's diagonal if one is. A mask's surface is the
-    set of its positions with a neighbour (along an axis) outside the mask or the image.
+    The larger of both directions; 0 if both masks are empty, the image's diagonal if one is. A surface has the
+    positions with a neighbour (along an axis) outside the mask or the image.
     """
     from scipy import ndimage
 

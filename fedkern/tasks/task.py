@@ -73,14 +73,14 @@ class Task:
 
             - ``"loss"``: the loss of a batch, :meth:`loss`;
             - ``"criterion"``: a loss that is a mean over samples of a loss of the sample's output and target;
-            - ``"classes"``: the targets are classes, and the outputs are logits of the classes, of a sample or a pixel;
+            - ``"classes"``: the outputs are logits of the target's classes, of a sample or a pixel;
             - ``"pixels"``: targets and outputs are of pixels;
             - ``"pairs"``: the targets are the samples' texts;
             - ``"images"``: the inputs are images;
             - ``"features"``: the outputs are linear in one feature vector of a sample.
         outside: most samples of a batch outside of training.
         concurrent: whether several batches of a set may be evaluated at once.
-        takes_logits: whether the loss is a cross-entropy, which takes a softmax of the outputs.
+        takes_logits: whether the loss is a cross-entropy.
         sampled: name of the figure of :meth:`resampled`, if any.
         lacks: words for the lack of a set without the main figure, such as "no mask with an object".
     """
@@ -236,10 +236,8 @@ class Task:
     ) -> int:
         """Return the bytes of a sample's outputs and targets, or 0 if the loss never takes a whole set.
 
-        Args:
-            pair: outputs and targets of a client's first samples.
-            play_last: returns the pair of the last samples.
-            largest: samples of the largest set that is evaluated.
+        ``pair`` has outputs and targets of a client's first samples, ``play_last()`` of the last ones; ``largest`` is
+        the size of the largest set.
         """
         return 0
 

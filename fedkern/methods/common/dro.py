@@ -35,8 +35,8 @@ LEAST = 1e-12
 class Robust(LocalTraining):
     """Base of methods whose server weighs clients by their losses, reported in the exchange `LOSSES`.
 
-    Client k computes its loss on ``max(2, round(loss_share n_k))`` samples, in full batches of the smaller of
-    ``loss_batch`` and any client's least number of such samples.
+    All clients' losses are in full batches of the smaller of ``loss_batch`` and any client's least number of loss
+    samples.
 
     ``dro_apply`` decides where the weights w act, with the centre c of the set (`centre`):
 
@@ -199,10 +199,10 @@ class Robust(LocalTraining):
             )
 
     def rows(self, client: Client) -> tuple[np.ndarray, np.ndarray]:
-        """Return int64 rows of the client's training samples and of the samples of its loss, fixed for the run.
+        """Return int64 rows of the client's training samples and of its loss samples, fixed for the run.
 
-        With ``loss_split=holdout`` samples of a patient or image stay together. The second array takes turns among
-        patients or images, so that a batch seldom holds two of one.
+        With ``loss_split=holdout`` samples of a patient or image stay together, and the second array takes turns among
+        them, so that a batch seldom holds two of one.
         """
         units, count = client.groups, self.judged(client.samples)
         if units is None:

@@ -26,12 +26,9 @@ def cached_rows(
 ) -> Tensor:
     """Return ``compute()`` without gradients, a row per sample, cached over the epochs of the exchange.
 
-    Without augmentation ``compute`` runs in the first epoch only, so it must be a function of each sample. With batch
-    norms that normalise by the batch (``--buffers drop``) it runs for every batch.
-
-    Args:
-        name: cache key, unique within a loss.
-        network: the frozen network; None: the received one.
+    Without augmentation ``compute`` runs in the first epoch only, so it must be a function of each sample; for batch
+    norms that normalise by the batch (``--buffers drop``) it runs every time. ``name`` is the cache key, ``network``
+    the frozen network (None: the received one).
     """
     if batch.fresh or received.epochs == 1:
         return compute()

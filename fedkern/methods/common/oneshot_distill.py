@@ -29,9 +29,8 @@ from fedkern.typed_option import option
 class Distilled(MemberNetworks):
     """Base of methods that average the clients' networks and distil their ensemble into the average.
 
-    The rounds ``train`` (whose model is the average) and ``distil`` (without messages) keep the clients' training if
-    the distillation is interrupted. Members are in eval mode and the student in train mode. The student starts from the
-    average of the members with its architecture, if any.
+    A round of its own for the distillation keeps the clients' training if it is interrupted. Members are in eval mode,
+    the student in train mode. The student starts from the average of the members with its architecture, if any.
     """
 
     @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class Distilled(MemberNetworks):
     ) -> dict[str, float]:
         """Train the student for an epoch on batches of images [B, C, H, W] and the members' logits [K, B, C].
 
-        The loss is ``T^2 KL(softmax(mean_k t_k / T) || softmax(s / T))``, a mean by the teachers' weights. Return it as
-        ``distil_loss``, and the share of images with equal predictions as ``teacher_agreement``.
+        The loss is ``T^2 KL(softmax(mean_k t_k / T) || softmax(s / T))``. ``teacher_agreement`` is the share of images
+        with equal predictions of student and ensemble.
         """
         running = Means()
         for images, answers in batches:

@@ -1,16 +1,16 @@
 """Batch norm's statistics of the averaged network, pooled over the clients' samples (``--buffers pool``).
 
 The average of the clients' running statistics matches no data: they belong to the clients' own networks, and lack the
-variance between clients. So clients compute statistics of the new global network, in two exchanges:
+variance between clients. So clients compute statistics of the new global network:
 
 - ``statistics``: the server sends the network. Clients return sums of the inputs, and of their squares, at the first
   batch norm of both heads.
 - ``normalised``: the server sends the pooled statistics. Clients return the same sums at the second batch norm, whose
   inputs depend on the first.
 
-The result is exactly the mean and variance of the mixture of the clients' samples, with the weights of the average.
-Training is unchanged: it uses its batches' statistics. The pooling costs a download of the network before an
-evaluation, unless the clients evaluate the network anyway (`Method.statistics_at`).
+The result is exactly the mean and variance of the mixture of the clients' samples, with the weights of the average. It
+costs a download of the network before an evaluation, unless clients evaluate the network anyway
+(`Method.statistics_at`).
 """
 
 from __future__ import annotations

@@ -42,9 +42,8 @@ def project(point: Weights, rho: float, centre: Weights | None = None) -> Weight
     """Return the nearest point of the ball Q around ``centre`` (None: uniform) in the Euclidean distance.
 
     Around uniform weights the m largest entries become ``1/m + sqrt(R / V) (v_i - mean)`` with ``R = (2 rho + 1) / N -
-    1/m`` and their scatter V, where m is the largest number that keeps all of them at least 0; the others become 0.
-    Around other centres a bisection finds the multiplier of the ball to 1e-12, by weighted simplex projections in
-    closed form.
+    1/m`` and their scatter V, for the largest m that keeps all of them at least 0, and the others 0. Around other
+    centres a bisection finds the multiplier of the ball to 1e-12.
     """
     v = np.asarray(point, dtype=np.float64)
     n = len(v)

@@ -43,9 +43,8 @@ class Held:
 def split_holdout(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions of the samples that train the teacher, at least one, and of the held-out samples.
 
-    Groups (patient, case or image) stay on one side: as many as fit into ``share`` of the samples, but at least one if
-    the share comes to a sample. With patients as the unit of privacy, ``share`` is of patients: a patient's number of
-    images must not influence who else is held out.
+    Groups (patient, case or image) stay on one side. With patients as the unit of privacy, ``share`` is of patients: a
+    patient's number of images must not influence who else is held out.
     """
     if client.patients is not None:  # a share of the patients, however many images each has
         parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.patients)

@@ -1,11 +1,9 @@
 """Differential privacy of FedIOD's messages: clipping, noise and booking (docs/methods/fediod.md, section 12).
 
-Without privacy the answers pass through unchanged.
-
-A client's gradient for the generator comes through two networks. Each *discriminator* is trained on one of m disjoint
-shards of the client's data, and one random shard serves a step. Replacing a record may change every row (one generated
-image) of a batch of B by twice the clipping norm C, so noise of sigma C in every entry is a Gaussian mechanism whose
-noise is sigma / (2 sqrt(B)) times its sensitivity. The *teacher* is trained on all of the data, under DP-SGD.
+A client's gradient for the generator comes through two networks. The *teacher* is trained on all of the data, under
+DP-SGD. Each *discriminator* is trained on one of m disjoint shards, and one random shard serves a step. Replacing a
+record may change every row (one generated image) of a batch of B by twice the clipping norm C, so noise of sigma C in
+every entry is a Gaussian mechanism whose noise is sigma / (2 sqrt(B)) times its sensitivity.
 
 The accountant assumes a shard drawn without replacement. That holds only if nothing else depends on the draw:
 
@@ -15,9 +13,7 @@ The accountant assumes a shard drawn without replacement. That holds only if not
 * A released confidence or realism is of the discriminator that trains; the serving one's would reveal the draw.
 
 Noise and secret draws follow from 128 bits that every client draws and keeps (:func:`secret`): the run's seed is in
-config.toml, and whoever knows the source of the noise can subtract it. Every release has its own key
-(`fedkern.privacy.keys`). With ``noise=seed`` everything follows from the seed, so the guarantee holds only while the
-seed is secret.
+config.toml, and whoever knows the source of the noise can subtract it.
 """
 
 from __future__ import annotations
@@ -165,9 +161,9 @@ def release_histogram(client: Client, histogram: Tensor, options: IODOptions) ->
     """Return the client's class counts fp32 [C] for the server, once.
 
     The noise is measured in records, each a count of N: 1 for classification, all pixels of an image for segmentation,
-    also unknown ones, whose number is itself private. Replacing a record removes counts c >= 0 with a sum of at most N
-    and adds c'. In the Euclidean norm the counts change by ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N, reached
-    if all N move from one class to another. A patient with at most k images counts as k records.
+    also unknown ones, whose number is itself private. Replacing a record turns counts c >= 0 with a sum of at most N
+    into c', and ||c' - c|| <= sqrt(||c||^2 + ||c'||^2) <= sqrt(2) N, reached if all N move from one class to another. A
+    patient with at most k images counts as k records.
     """
     if not options.noises_counts:
         return histogram  # sent as it is, or not at all
@@ -181,12 +177,9 @@ def release_histogram(client: Client, histogram: Tensor, options: IODOptions) ->
 def sanitise(client: Client, u_d: Tensor | None, options: IODOptions) -> Tensor | None:
     """Return the gradient of a generator step through the private discriminator, clipped and noised row by row.
 
-    A row that is not finite is released as noise around 0, because a NaN would leak.
-
-    Args:
-        u_d: fp32 [B, C, H, W], row b the gradient of the batch's realism with respect to image b, or None without a
-            realism loss. The 1 / B of a mean and the client's weight pi_k are public and applied after the noise, so
-            that a row's size depends neither on the batch nor on the number of clients.
+    A row that is not finite is released as noise around 0, because a NaN would leak. ``u_d`` is fp32 [B, C, H, W], row
+    b the gradient of the batch's realism with respect to image b. The 1 / B of a mean and the client's weight pi_k are
+    public and applied after the noise, so that a row's size depends neither on the batch nor on the number of clients.
     """
     if not options.noises_gradients:
         return u_d
