@@ -26,10 +26,8 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 class Aggregator:
     """Entry of ``AGGREGATORS``.
 
-    Attributes:
-        description: one line.
-        function: ``function(vectors, weights, **options)``; None for the mean, which needs no list of vectors.
-        own: whether the rule is user-defined.
+    ``function(vectors, weights, **options)`` is None for the mean, which needs no list of vectors. ``own``: whether the
+    rule is user-defined.
     """
 
     name: str
@@ -95,11 +93,7 @@ def _options(name: str, function: Callable[..., object]) -> tuple[Option, ...]:
 
 
 class Rule:
-    """Aggregator with its options, from a text ``NAME`` or ``NAME:key=value,...``.
-
-    Raises:
-        UserError: an unknown aggregator or option, an option given twice, or a value of another type.
-    """
+    """Aggregator with its options, from a text ``NAME`` or ``NAME:key=value,...``."""
 
     def __init__(self, text: str) -> None:
         entries = {name: entry.options for name, entry in AGGREGATORS.items()}
@@ -158,7 +152,6 @@ class Gathered:
         self._weights.append(weight)
 
     def result(self) -> dict[str, Tensor]:
-        """Return the combined vectors by name, if any."""
         if not self._vectors:
             return {}
         mixed = self._rule(self._vectors, self._weights)

@@ -1,17 +1,16 @@
 """FedDRA (arXiv 2404.03854, TMLR): federated vision-language pre-training with distributionally robust client weights.
 
-Formulas, exchanges and options are in docs/methods/feddra.md. A round has three exchanges:
+A round has three exchanges (docs/methods/feddra.md, sections 4 and 5):
 
-- ``alignment``: clients train and upload the alignment layers and heads, with frozen encoders. Without anchors and with
-  ``joint_start=own`` nobody needs their average, and nothing is uploaded.
+- ``alignment``: clients train the alignment layers and heads, with frozen encoders, and upload them if anchors or
+  ``joint_start=average`` need their average.
 - ``joint``: clients train everything. The anchor model has the round's first encoders and the averaged alignment
   modules.
 - ``losses``: clients report the new model's contrastive loss, for the next round's weights
   (`fedkern.methods.common.dro`), and keep the model.
 
-With ``--buffers pool`` clients get the new model before ``losses``, to estimate batch norm's statistics
-(`fedkern.methods.common.pooling`). With ``--buffers average``, as published, the client weights follow losses that
-mostly reflect wrong statistics.
+With ``--buffers average``, as published, the client weights follow losses that mostly reflect wrong statistics of batch
+norm. ``--buffers pool`` estimates these before ``losses`` (`fedkern.methods.common.pooling`).
 """
 
 from __future__ import annotations

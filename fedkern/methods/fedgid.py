@@ -1,12 +1,12 @@
 """FedGID (arXiv 2504.00850): global intervention and distillation against attribute skew.
 
-Intervention: a client mixes the frozen global encoder's features of random backgrounds into its own features and keeps
-the label. Distillation: the client pulls its own and the mixed features towards the global encoder's features:
+A client mixes the frozen global encoder's features of random backgrounds into its own features, and pulls its own and
+the mixed features towards the global encoder's (docs/methods/fedgid.md):
 
     L = CE(z_I, y) + CE(z_INV, y) + lambda T^2 [KL_T(f_I || f_G) + KL_T(f_INV || f_G)]
 
-T is 1 in the paper; T^2 keeps the gradient's size. ``intervene=image`` is not in the paper: the object on a random
-background, composed in the image, keeps nothing of its own background (docs/methods/fedgid.md).
+``intervene=image`` is not in the paper: the object on a random background, composed in the image, keeps nothing of its
+own background.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Fed-LPFM (arXiv 2311.08479): private foundation models teach the lightweight network that the clients share.
 
-Every client has a frozen teacher, which is never sent. Only the proxy z is trained and communicated:
+Every client has a frozen teacher. Only the proxy z is trained and communicated (docs/methods/fedlpfm.md):
 
     L = (1 - lambda) CE(z, y) + lambda T^2 KL(softmax(t / T) || softmax(z / T))        ("convex"; batch mean)
     L = CE(z, y) + lambda T^2 KL(...)                                                  ("additive")
 
 The KL is over all classes: the gain under class splits comes from classes that a client never sees. The teacher's
-logits t are of the images before augmentation, computed once (docs/methods/fedlpfm.md).
+logits t are of the images before augmentation, computed once.
 """
 
 from __future__ import annotations
@@ -294,7 +294,6 @@ class FedLPFM(LocalTraining):
         return logits
 
     def _live(self, client: Client, index: int, batch: Batch) -> Tensor:
-        """Return a teacher's logits of the proxy's (augmented) images."""
         teacher = self._teachers[index]
         if self.options.teacher_tuning == "zero-shot":
             return teacher.logits(batch.inputs).to(batch.inputs.device)
@@ -323,7 +322,6 @@ class FedLPFM(LocalTraining):
         )  # fmt: skip
 
     def _used(self) -> range:
-        """Return the positions of teachers in use by any client."""
         return range(self.options.teachers if self.options.backbone == "consistent" else len(self._teachers.specs))
 
     # -- the server ------------------------------------------------------------------------------------------------
@@ -418,7 +416,6 @@ class FedLPFM(LocalTraining):
 
 @computing("fp32")  # in bf16 a teacher computes with a copy of its layers, whose calls are not counted
 def teacher_mflops(teacher: Teacher, images: Tensor) -> float:
-    """Return millions of operations of a teacher per image."""
     with count_flops(teacher.network) as counter:
         teacher.logits(images)
     return counter.flops / len(images) / 1e6

@@ -69,7 +69,6 @@ def get(name: str) -> type[Method]:
 
 
 def unknown_method(name: str, likely: Iterable[str]) -> UserError:
-    """Return the error for an unknown method, with the nearest of the ``likely`` words."""
     known = f"Known methods: {', '.join(sorted(METHODS))}"
     return UserError(f'Unknown method "{name}".{suggest_name(name, likely)} {known}; --plugin FILE.py adds others.')
 

@@ -33,11 +33,7 @@ class Options(OptionTable):
 
     @classmethod
     def parse(cls, options: Iterable[str] | Mapping[str, object], *, method: str = "this method") -> Self:
-        """Make the options from ``["alpha=0.6", "lambda=1"]`` or from a mapping of published or field names.
-
-        Raises:
-            UserError: an unknown name, a wrong value, a word without ``=``, or an option given twice.
-        """
+        """Make the options from ``["alpha=0.6", "lambda=1"]`` or from a mapping of published or field names."""
         pairs: list[tuple[str, object]] = []
         if isinstance(options, Mapping):
             pairs = list(options.items())

@@ -52,7 +52,6 @@ class EvaluatedSet(JudgedSet, Protocol):
     Attributes:
         kept: pairs of a network's client (None: the run's network) and answers.
         predictions: predicted classes, int64 [n] (segmentation: [n, H, W]), or None.
-        metrics: the run's user-defined metrics.
     """
 
     predictions: Tensor | None
@@ -122,7 +121,6 @@ class Node(Protocol):
     """Base of client and server.
 
     Attributes:
-        classes: the class names, in label order.
         image_shape: channels, height and width of a network's input.
         image_dtype: of stored images, uint8, or float32 for a Dataset of floats.
         mean, std: per channel, of images in [0, 1].
@@ -156,9 +154,7 @@ class Node(Protocol):
         """Return the node's own random stream for a purpose, round and exchange."""
         ...
 
-    def warn(self, name: str, text: str) -> None:
-        """Add a named diagnostic to the run's summary."""
-        ...
+    def warn(self, name: str, text: str) -> None: ...
 
     def notice(self, text: str) -> None:
         """Show progress to the user at once, without storing the text."""

@@ -82,8 +82,7 @@ def check(
 def options_of(method: Method) -> dict[str, Value]:
     """Return the options that an object was made with, by published name.
 
-    Raises:
-        UserError: the object has values beside its options, and a run makes its method anew from the options alone.
+    UserError for values beside the options, as a run makes its method anew from the options alone.
     """
     kind = type(method)
     options = getattr(method, "options", None)
@@ -109,7 +108,6 @@ def fingerprint(kind: type[Method]) -> str:
 
 
 def _check(kind: type[Method]) -> None:
-    """Raise UserError if a class declares its options wrongly or cannot be made from them."""
     name = kind.__name__
     check_hooks(kind)
     if not issubclass(kind.Options, Options):

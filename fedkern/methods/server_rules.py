@@ -37,9 +37,7 @@ SERVER_RULES: dict[str, tuple[Option, ...]] = {
 class ServerRule:
     """Server optimiser (:func:`fedkern.ops.server_step`): FedAvgM, FedAdam, FedYogi or FedAdagrad.
 
-    Args:
-        text: the rule and its options, as ``NAME`` or ``NAME:key=value,...``.
-        learning_rate: None: 1 for the mean and momentum, 0.1, 0.01 and 0.1 for Adam, Yogi and Adagrad.
+    ``learning_rate`` None is 1 for the mean and momentum, 0.1, 0.01 and 0.1 for Adam, Yogi and Adagrad.
     """
 
     def __init__(self, text: str, learning_rate: float | None = None) -> None:

@@ -45,7 +45,6 @@ class Entry:
             half as large.
         noise: standard deviation of the noise over this sensitivity.
         rate: shards drawn over all shards, or the probability that a record is in a batch.
-        steps: number of releases.
     """
 
     kind: str
@@ -131,7 +130,6 @@ def _losses(unsampled: Entries, sampled: Entries, delta: float) -> float:
 
 @functools.lru_cache(maxsize=16)
 def _distribution(unsampled: Entries, sampled: Entries, width: float) -> Any:
-    """Return the library's accountant of the releases, or None if unsupported."""
     dp = need_accounting()
     import dp_accounting.pld
 

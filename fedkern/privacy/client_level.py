@@ -6,8 +6,7 @@ A round of a trusted server is one release of the Gaussian mechanism:
 
 u_k is the whole update of client k, n the number of clients asked, whoever answers, C is ``clip`` and Z is ``noise``. A
 client's data set is *replaced*, which changes the sum by at most 2 C, so a round's noise is Z / 2 sensitivities. The
-paper adds or removes a client, so its epsilon is about half of this one. With clients drawn in secret, a release is one
-of a sampled Gaussian mechanism (Wang, Balle and Kasiviswanathan, AISTATS 2019).
+paper adds or removes a client, so its epsilon is about half of this one.
 """
 
 from __future__ import annotations

@@ -49,17 +49,14 @@ class Disclosure:
         )
 
     def oracle_metrics(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
-        """Return the disclosed figures of ``Method.oracle_metrics``."""
         if self.derived_figures is None:
             return dict(figures)
         names = {prefix + name for prefix in prefixes for name in self.derived_figures}
         return {name: value for name, value in figures.items() if name in names}
 
     def filter_entries(self, entries: Mapping[str, tuple[About, T]]) -> dict[str, T]:
-        """Return the disclosed entries, without their subjects."""
         withheld = {About.RUN: False, About.SERVER: not self.server, About.CLIENTS: not self.clients}
         return {name: value for name, (about, value) in entries.items() if not withheld[about]}
 
     def client(self, info: Mapping[str, T]) -> dict[str, T]:
-        """Return a client's report, empty if clients' facts are withheld."""
         return dict(info) if self.clients else {}

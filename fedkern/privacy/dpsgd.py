@@ -47,7 +47,6 @@ class DPSGD:
 
 
 def need_opacus() -> ModuleType:
-    """Return the package ``opacus``, or raise UserError without it."""
     return import_extra("Training with DP-SGD needs opacus", "privacy", "opacus", "opacus.optimizers")
 
 
@@ -90,11 +89,8 @@ def private_steps(
 ) -> Iterator[Any]:
     """Wrap ``optimizer`` in opacus's: after a backward pass of a mean loss, ``step()`` is private.
 
-    Args:
-        max_norm: clipping norm of a sample's gradient.
-        noise: standard deviation of the noise on the sum over ``max_norm``.
-        batch: expected number of samples in a Poisson-sampled batch, by which the sum is divided.
-        generator: draws the noise, on the module's device.
+    ``noise`` is the standard deviation on the sum over ``max_norm``. ``batch`` is the expected number of samples in a
+    Poisson-sampled batch, by which the sum is divided. ``generator`` draws the noise, on the module's device.
     """
     opacus = need_opacus()
     # opacus unfolds a convolution's input as if its strides were contiguous: with channels-last inputs, also of one
@@ -149,12 +145,9 @@ def stream_name(purpose: str, secret: str) -> str:
 def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bool) -> torch.Generator:
     """Return a torch generator on ``device`` seeded from a stream with a key of 128 bits.
 
-    Neither torch's Mersenne twister nor its Philox is a cryptographic generator.
-
-    Args:
-        full_state: take as many bits as the device's generator can hold. On the CPU all 624 words of the generator, so
-            that an attacker must guess the 128 bits of the key: of a seed torch only takes 32 bits there, few enough to
-            try all. On a GPU the generator's key has 64 bits.
+    ``full_state``: take as many bits as the device's generator can hold, on the CPU all its 624 words, so that an
+    attacker must guess the 128 bits of the key. Of a seed torch only takes 32 bits there, few enough to try all. On a
+    GPU the generator's key has 64 bits. Neither generator is cryptographic.
     """
     if whole and device.type != "cpu":
         return torch.Generator(device).manual_seed(int(stream.integers(1 << 64, dtype=np.uint64)))

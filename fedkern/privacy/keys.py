@@ -1,8 +1,8 @@
 """Noise keys: every release has its own key, made from a client's secret.
 
-BLAKE2b (RFC 7693), keyed with the secret, gives a key that reveals neither the secret nor another release's key. Philox
-(:func:`fedkern.ops.clip_and_noise`) makes the noise from a key of 64 bits. An attacker who finds a key, in up to 2^64
-trials, has the noise of one release only.
+BLAKE2b (RFC 7693), keyed with the secret, gives a key that reveals neither the secret nor another release's key. An
+attacker who finds a key of Philox (:func:`fedkern.ops.clip_and_noise`), in up to 2^64 trials, has the noise of one
+release only.
 
     Random numbers                                   Generator         Bits of key
     noise on gradients, class counts, client means   Philox4x32-10     64 a release, and 57 of place in the stream

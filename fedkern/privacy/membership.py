@@ -1,9 +1,8 @@
 """Loss-threshold membership-inference attack on a released model (Yeom et al., CSF 2018, arXiv 1709.01604).
 
-A model tends to have a lower loss on its training records, so the attacker calls a record a member if its loss is below
-a threshold. All thresholds give a ROC curve: its area says how well losses separate members from others (0.5: not at
-all), its true-positive rate at few false positives how many members are found while hardly any other record is called a
-member (Carlini et al., arXiv 2112.03570).
+The attacker calls a record a member if its loss is below a threshold. All thresholds give a ROC curve: its area says
+how well losses separate members from others (0.5: not at all), its true-positive rate at few false positives how many
+members are found while hardly any other record is called a member (Carlini et al., arXiv 2112.03570).
 """
 
 from __future__ import annotations

@@ -26,16 +26,13 @@ def task_named(name: str) -> Task:
 
 
 def task_of(labels: Tensor | np.ndarray, texts: object = None, pixels: object = None, said: str = "auto") -> Task:
-    """Return the task of samples.
+    """Return the task of samples, or raise ValueError for a task that does not fit.
 
     Args:
         labels: ``[n]``, ``[n, L]`` for several labels a sample, or ``[n, H, W]`` for a class of every pixel.
         texts: the samples' texts, or None.
         pixels: anything but None if ``labels`` stand for classes of pixels.
         said: a task's name, or ``"auto"``.
-
-    Raises:
-        ValueError: samples of this kind have no such task.
     """
     usual = {2: MULTILABEL, 3: SEGMENTATION}.get(labels.ndim, CLASSIFICATION)
     usual = RETRIEVAL if texts is not None else usual if pixels is None else SEGMENTATION

@@ -21,10 +21,7 @@ def cross_entropy(
 ) -> Tensor:
     """Return PyTorch's mean cross-entropy, a scalar in nats.
 
-    Args:
-        logits: fp ``[B, C, ...]``.
-        targets: int64 ``[B, ...]``, or probabilities as ``logits``.
-        weight: fp ``[C]``, weight of a pixel by its class.
+    ``logits`` are fp ``[B, C, ...]``, ``targets`` int64 ``[B, ...]`` or probabilities, ``weight`` fp ``[C]``.
     """
     loss = partial(F.cross_entropy, logits, targets, weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
     if targets.shape == logits.shape or not added_in_any_order(logits):
@@ -39,7 +36,6 @@ def cross_entropy(
 
 
 def check_classes(logits: Tensor, targets: Tensor) -> None:
-    """Raise UserError if a network has no output for a target."""
     low, high = int(targets.min()), int(targets.max())
     if high >= logits.shape[1]:
         raise UserError(too_few(logits, high, "the network"))
@@ -48,7 +44,6 @@ def check_classes(logits: Tensor, targets: Tensor) -> None:
 
 
 def too_few(logits: Tensor, largest: int, network: str) -> str:
-    """Return the sentence on a network with fewer outputs than classes."""
     lack = f"{logits.shape[1]} outputs for {1 + largest} classes, as a target is {largest}"
     return f"{network} has {lack}: give it as many outputs."
 

@@ -102,7 +102,6 @@ def direction(name: str, directions: Mapping[str, str | None], own: Collection[s
 
 
 def check_metric_names(metrics: Collection[str]) -> None:
-    """Raise UserError if user-defined metrics have taken names."""
     for name in metrics:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
         stem = re.sub("^(lowest|highest)_", "", name)

@@ -148,10 +148,9 @@ MULTILABEL = Multilabel()
 
 
 def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return the figures over all labels, without undefined ones.
+    """Return the figures over all labels, without undefined ones, or all NaN if a logit is.
 
-    All are NaN if a logit is. ``logits`` and ``labels`` (0 and 1) are ``[n, L]``; a label is predicted if its logit is
-    above 0.
+    ``logits`` and ``labels`` (0 and 1) are ``[n, L]``; a label is predicted if its logit is above 0.
 
     Returns:
         - ``macro_auroc``: mean of :func:`areas`;
@@ -175,7 +174,7 @@ def label_figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
 def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the average precision of every label, fp64 ``[L]``, NaN without positives or with a NaN score.
 
-    The sum over thresholds of precision times the gain in recall; images with equal scores share a threshold.
+    Images with equal scores share a threshold.
     """
     result = torch.full((scores.shape[1],), math.nan, dtype=torch.float64)
     for column in range(scores.shape[1]):

@@ -27,7 +27,6 @@ class Metric:
     function: Callable[[Tensor, Tensor], float]
 
     def __call__(self, logits: Tensor, labels: Tensor) -> float:
-        """Return the metric's value, or raise UserError if the function fails."""
         try:
             return float(self.function(logits, labels))
         except MemoryError:
@@ -76,7 +75,6 @@ def register_metric(name: str) -> Callable[[F], F]:
 
 
 def metrics_of(stored: Mapping[str, str]) -> tuple[Metric, ...]:
-    """Return a run's metrics, from its plugins (``stored``) and from the script."""
     return tuple(METRICS[name] for name in plugins.of_run(METRICS, stored))
 
 

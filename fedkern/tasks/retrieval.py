@@ -31,11 +31,7 @@ class Retrieval(Task):
     offers = frozenset({"loss", "pairs", "images"})
 
     def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
-        """Return the contrastive loss, the sum of both directions (docs/methods/feddra.md, section 5).
-
-        Raises:
-            ValueError: a batch has ``per_sample`` set, but the loss compares the samples.
-        """
+        """Return the contrastive loss, the sum of both directions (docs/methods/feddra.md, section 5)."""
         if batch.per_sample:
             raise ValueError(
                 "batch: expected labelled images where losses are per sample, given pairs, whose loss compares them"
@@ -50,11 +46,10 @@ class Retrieval(Task):
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Return the figures of a pair of encoders.
 
-        Returns:
-            - ``i2t_r1``, ``i2t_r5``, ``i2t_r10``: recall of the right text for an image, fractions;
-            - ``t2i_r1``, ``t2i_r5``, ``t2i_r10``: recall of the right image for a text, fractions;
-            - ``gallery``: the number of texts to choose from;
-            - ``loss``: the mean contrastive loss of ``data.loss_batch`` pairs.
+        - ``i2t_r1``, ``i2t_r5``, ``i2t_r10``: recall of the right text for an image, fractions;
+        - ``t2i_r1``, ``t2i_r5``, ``t2i_r10``: recall of the right image for a text;
+        - ``gallery``: the number of texts to choose from;
+        - ``loss``: the mean contrastive loss of ``data.loss_batch`` pairs.
         """
         embeddings = [model(batch.inputs, batch.targets) for batch in data.batches(even=True)]
         if not embeddings:
@@ -183,7 +178,7 @@ def recalls(
 
     Args:
         image_embeddings, text_embeddings: fp32 ``[I, d]`` and ``[T, d]``, unit vectors.
-        pairs: int64 ``[P, 2]``, (image, text) of every matching pair; by default image i matches text i only. A query
+        pairs: int64 ``[P, 2]``, (image, text) of every matching pair; default: image i matches text i only. A query
             without a partner does not count.
     """
     images, texts = len(image_embeddings), len(text_embeddings)

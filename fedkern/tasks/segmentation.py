@@ -3,13 +3,11 @@
 Class 0, the background, is excluded from all means, and unknown pixels (`IGNORE`, any negative label) from everything.
 A class that the truth of a whole test set lacks has no figure.
 
-Dice is MONAI's ``DiceMetric`` with its defaults, mean over cases, then over classes. But in a case without any object
-every predicted class has Dice 0, as in nnU-Net, so that false alarms count. A case is an image, or all slices of a
-volume or tiles of a picture (`fedkern.data.Split.cases`).
-
-The intersection over union is PASCAL VOC's, over all pixels of the test set at once, mean over classes. Both count
-pixels in the masks' original size (`fedkern.data.Split.full`), the other figures in the resized masks. A class that is
-not found at all has the image's diagonal as Hausdorff distance, as BraTS counts a missed tumour.
+Dice is MONAI's ``DiceMetric`` with its defaults, mean over cases (`fedkern.data.Split.cases`), then over classes. But
+in a case without any object every predicted class has Dice 0, as in nnU-Net, so that false alarms count. The
+intersection over union is PASCAL VOC's, over all pixels of the test set at once, mean over classes. Both count pixels
+in the masks' original size (`fedkern.data.Split.full`), the other figures in the resized masks. A class that is not
+found at all has the image's diagonal as Hausdorff distance, as BraTS counts a missed tumour.
 """
 
 from __future__ import annotations

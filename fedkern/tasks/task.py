@@ -134,8 +134,8 @@ class Task:
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         """Return the figures of a network in eval mode on a test set, the main figure first.
 
-        ``data.record(predictions)``, if present, receives the predicted classes in order, and ``data.keep(answers)``,
-        if present and not None, the answers for :meth:`final`.
+        ``data.record``, if present, receives the predicted classes in order, and ``data.keep``, if present and not
+        None, the answers for :meth:`final`.
         """
         raise NotImplementedError
 
@@ -179,7 +179,7 @@ class Task:
 
         Args:
             output, labels, cases: see :meth:`parts`.
-            rows, units: int64 ``[n]``, the samples to draw from, and the unit of each, counted from 0.
+            rows, units: int64 ``[n]``, the samples to draw from, and the unit of each.
             counts: fp64 ``[m, units]``, how often a draw has each unit, with all of its samples.
         """
         parts = self.parts(output, labels, cases).numpy()[rows]
@@ -216,10 +216,8 @@ class Task:
     ) -> float | None:
         """Return the main figure that needs no learning, or None if unknown.
 
-        Args:
-            data: the set, or None if the set must not be disclosed.
-            counts: samples of every class, instead of the set.
-            candidates: texts to choose from in retrieval; 0: unknown.
+        ``data`` is None if the set must not be disclosed. Then ``counts`` are the samples of every class, and
+        ``candidates`` the texts to choose from in retrieval.
         """
         return None
 
@@ -308,11 +306,9 @@ class Task:
         return (labels.flatten().clamp(min=-1) + 1).bincount()[1:].nonzero().flatten()
 
     def label_text(self, label: Label, classes: Sequence[str]) -> str:
-        """Return an image's label in words."""
         return classes[int(label)]
 
     def both_labels(self, labels: Sequence[Label], classes: Sequence[str]) -> str:
-        """Return words for two different labels of one image."""
         return f"two labels, {' and '.join(self.label_text(label, classes) for label in labels)}"
 
     def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:

@@ -23,8 +23,7 @@ class OwnClassification(OwnTask, Classification):
 
     Args:
         loss_fn, metrics: as in `OwnTask`. Outputs are logits, for NLL logarithms of probabilities.
-        main: name of the main figure. None: the accuracy.
-        better: the better values of ``main``.
+        main, better: the main figure (None: the accuracy) and its better values.
     """
 
     name, target, network, noun = "classification", "class", "classes", "samples"

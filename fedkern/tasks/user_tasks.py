@@ -143,7 +143,6 @@ class OwnTask(Task):
         return size
 
     def check_size(self, size: int) -> None:
-        """Raise UserError if metrics are functions of too many bytes to concatenate."""
         functions = [name for name, metric in self.metrics.items() if not _stateful(metric)]
         if size > MOST and functions:
             raise UserError(
@@ -264,7 +263,6 @@ class SetEvaluation:
             getattr(metric, "reset", lambda: None)()
 
     def batches(self) -> Iterator[tuple[object, object]]:
-        """Evaluate the batches in order, and yield their outputs and targets."""
         takes_batches = self._task.takes_batches
         for batch in self._data.batches():
             outputs, loss = self._task.evaluate_batch(self._model, batch, lossless=self._lossless)
@@ -293,7 +291,6 @@ class SetEvaluation:
         self._task.check_size(self._bytes)
 
     def figures(self) -> dict[str, float]:
-        """Return the metrics' values by name, and ``loss``."""
         if not self._count:
             raise ValueError("data: expected at least one sample, given none")
         values = {name: value / self._shares if self._shares else math.nan for name, value in self._sums.items()}
@@ -361,13 +358,11 @@ def tensors(values: object) -> Iterator[Tensor]:
 
 
 def check_object(name: str, value: object) -> None:
-    """Raise UserError for a class instead of an object."""
     if isinstance(value, type):
         raise UserError(f"{name} is the class {value.__name__}: make an object of it, {value.__name__}().")
 
 
 def check_metrics(metrics: object) -> None:
-    """Raise UserError unless metrics are functions or objects by name."""
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) and name.strip() for name in metrics):
         raise UserError(f'metrics must be a dict by name, such as {{"mae": FUNCTION}}, not {format_value(metrics)}.')
     for name, metric in metrics.items():
@@ -376,7 +371,6 @@ def check_metrics(metrics: object) -> None:
 
 
 def inner(model: nn.Module) -> nn.Module:
-    """Return the user's own module."""
     wrapper: Any = model
     return wrapper.module if getattr(model, "own", False) is True else model
 

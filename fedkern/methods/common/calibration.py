@@ -1,7 +1,7 @@
 """Classifier calibration from class statistics (CCVR, arXiv 2106.05001, and FuseFL, arXiv 2410.20380, section 4.5).
 
-The server pools the clients' counts, means and scatters of features per class exactly, draws virtual features from one
-Gaussian per class and trains only the classifier.
+The server pools the clients' statistics of features, draws virtual features from one Gaussian per class and trains only
+the classifier.
 """
 
 from __future__ import annotations
@@ -45,12 +45,9 @@ class CalibrationOptions(Options):
 class ClassStatistics:
     """Counts, means and scatters of features per class, exact for any partition of the samples.
 
-    Parts are merged by the update of Chan et al. (1979), which never subtracts large moments.
-
-    Args:
-        diagonal: keep variances only.
-        compat: merge as FuseFL's released code: ``sum (n_k - 1) S_k / n_k + sum n_k mu_k mu_k^T`` over ``n - 1``, an
-            uncentred second moment (its factor is written ``n / n - 1``).
+    Parts are merged by the update of Chan et al. (1979), which never subtracts large moments; with ``compat`` as in
+    FuseFL's released code: ``sum (n_k - 1) S_k / n_k + sum n_k mu_k mu_k^T`` over ``n - 1``, an uncentred second moment
+    (its factor is written ``n / n - 1``).
 
     Attributes:
         counts: int64 [C].
@@ -92,11 +89,7 @@ class ClassStatistics:
         return {"counts": self.counts.int(), "means": self.means[present].float(), "scatters": scatters.float()}
 
     def merge(self, message: Mapping[str, Tensor]) -> None:
-        """Add a declared :meth:`message`.
-
-        Raises:
-            ValueError: other means than classes, or a negative squared deviation. Nothing changes then.
-        """
+        """Add a declared :meth:`message`, or change nothing and raise ValueError."""
         counts, means, scatters = (message[name].cpu() for name in ("counts", "means", "scatters"))
         self._check(int((counts > 0).sum()), scatters)
         for row, c in enumerate(torch.nonzero(counts).flatten().tolist()):
@@ -196,7 +189,7 @@ def shrunk(statistics: ClassStatistics) -> Tensor:
 
     ``(1 - rho_c) Sigma_c + rho_c (tr Sigma_c / d) I`` with rho_c of the oracle approximating shrinkage (Chen et al.,
     arXiv 0907.4698, eq. 23), for diagonal statistics ``2 / (n + 1) sum v^2 / sum (v - mean v)^2``. A class with one
-    sample takes the mean variance of the other classes.
+    sample takes the other classes' mean variance.
     """
     covariances, d = statistics.covariances(), statistics.width
     variances = covariances if statistics.diagonal else covariances.diagonal(dim1=1, dim2=2)

@@ -2,10 +2,9 @@
 
     min_theta max_{w in Q} sum_k w_k L_k(theta)
 
-After a round every client reports the loss l_k of the new model on held-out samples. The server projects ``v_k = w_k
-exp(eta l_k)`` onto the set Q (`fedkern.methods.common.robust_weights`), for the next round. The step moves weight among
-the round's participants, the projection among all. A client trains the evaluated model in the next round, so the losses
-need no further download.
+After a round every client reports the loss l_k of the new model on held-out samples, and keeps the model for the next
+round. The server projects ``v_k = w_k exp(eta l_k)`` onto the set Q (`fedkern.methods.common.robust_weights`). The step
+moves weight among the round's participants, the projection among all.
 """
 
 from __future__ import annotations
@@ -35,10 +34,8 @@ LEAST = 1e-12
 class Robust(LocalTraining):
     """Base of methods whose server weighs clients by their losses, reported in the exchange `LOSSES`.
 
-    All clients' losses are in full batches of the smaller of ``loss_batch`` and any client's least number of loss
-    samples.
-
-    ``dro_apply`` decides where the weights w act, with the centre c of the set (`centre`):
+    Losses are in full batches of one size for all clients. ``dro_apply`` decides where the weights w act, with the
+    centre c of the set (`centre`):
 
     - ``aggregate``: in the average, where client k weighs w_k, at least 1e-12 / N.
     - ``loss``: on the local loss, times w_k / c_k, with c_k in the average.
@@ -255,11 +252,9 @@ class Robust(LocalTraining):
         return float((latest[:, 0] * latest[:, 1]).sum() / latest[:, 1].sum())
 
     def judge(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of a batch that determines the client weights."""
         return batch.task.loss(model, batch)
 
     def scaled(self, loss: Tensor, received: Received) -> Tensor:
-        """Return the local loss times the client's factor, if any."""
         factor = float(received.message.get("scale", 1.0))
         return loss if factor == 1 else loss * factor
 

@@ -27,8 +27,7 @@ def cached_rows(
     """Return ``compute()`` without gradients, a row per sample, cached over the epochs of the exchange.
 
     Without augmentation ``compute`` runs in the first epoch only, so it must be a function of each sample; for batch
-    norms that normalise by the batch (``--buffers drop``) it runs every time. ``name`` is the cache key, ``network``
-    the frozen network (None: the received one).
+    norms that normalise by the batch (``--buffers drop``) it runs every time.
     """
     if batch.fresh or received.epochs == 1:
         return compute()

@@ -1,8 +1,4 @@
-"""Base of one-shot methods: every client trains its whole budget once.
-
-With ``calibrate``, a second round replaces the classifier by one from class statistics of the first round's model
-(`fedkern.methods.common.calibration`).
-"""
+"""Base of one-shot methods: every client trains its whole budget once."""
 
 from __future__ import annotations
 
@@ -31,8 +27,8 @@ PROBES = 16
 class OneShot(FedAvg):
     """Base of one-shot methods: one round of training, and a second round with ``calibrate``.
 
-    ``--local-epochs`` is a client's whole budget, by default 20. All clients take part. ``--teachers DIR`` takes the
-    trained networks of an earlier run.
+    The second round replaces the classifier by one from class statistics (`fedkern.methods.common.calibration`).
+    ``--local-epochs`` is a client's whole budget, and all clients take part.
     """
 
     @dataclass(frozen=True)
@@ -112,7 +108,6 @@ class OneShot(FedAvg):
         return load(flatten(client.network()), message).eval()
 
     def head(self, server: Server) -> nn.Linear:
-        """Return the classifier to calibrate."""
         network: Any = load(flatten(server.build()), server.state)
         return network.head
 
@@ -128,15 +123,12 @@ class OneShot(FedAvg):
 class MemberNetworks(OwnNetworks, OneShot):
     """Base of one-shot methods whose server keeps every client's network, with an architecture from ``models``.
 
-    For networks with batch norm ``--buffers local`` and ``drop`` are refused.
-
     The ensemble is the mean of the members' logits t_k, as published. ``class_weights=counts`` takes FedIOD's instead,
     with n_kc samples (labelled pixels) of class c at client k, and n_c at all clients:
 
         m_c(x) = sum_k n_kc / n_c log softmax(t_k(x))_c
 
-    Members have equal weights in a class that no client has. The clients upload exact counts: these methods claim no
-    privacy.
+    The clients upload exact counts: these methods claim no privacy.
     """
 
     @dataclass(frozen=True)

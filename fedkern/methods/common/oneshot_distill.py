@@ -85,7 +85,6 @@ class Distilled(MemberNetworks):
         return running.read()
 
     def generator(self, server: Server, draw: torch.Generator) -> Generator:
-        """Return a fresh generator for the data's image size."""
         o = self.options
         channels, height, width = server.image_shape
         network = Generator(

@@ -77,14 +77,10 @@ class BatchNormStatistics:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """Settings of the synthesis of one batch of images.
+    """Settings of the synthesis of a batch of ``size`` images in ``steps`` steps of the generator.
 
-    Attributes:
-        steps: steps of the generator per batch.
-        size: images per batch.
-        lr: Adam's learning rate, also for the noise, which is learned too.
-        cross_entropy, batch_norm, adversarial: weights of the terms in :func:`synthesise`.
-        restart: draw new weights for the generator before every batch.
+    ``lr`` is Adam's learning rate, also for the noise, which is learned too; ``restart`` draws new weights for the
+    generator before every batch. See :func:`synthesise` for the weights.
     """
 
     steps: int
@@ -120,8 +116,7 @@ def synthesise(
 
         L = cross_entropy CE(t(x), y) + batch_norm L_BN(x) - adversarial D(t(x) || s(x))
 
-    L_BN is :class:`BatchNormStatistics` and D :func:`divergence`. Teachers and student are in eval mode and do not
-    change. ``student`` None: no adversarial term.
+    L_BN is :class:`BatchNormStatistics` and D :func:`divergence`. Teachers and student (None: no D) are in eval mode.
 
     Returns:
         Normalised images fp32 [size, C, H, W] and their target labels int64 [size].
@@ -159,7 +154,6 @@ def synthesise(
 
 
 def refuse_diverged(student: nn.Module) -> None:
-    """Raise UserError if the student has non-finite tensors."""
     if not all(bool(torch.isfinite(x).all()) for x in (*student.parameters(), *student.buffers())):
         raise UserError("The student diverged: lower the method option distill_lr.")
 

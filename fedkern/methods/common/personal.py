@@ -70,7 +70,6 @@ def mean_figures(
     networks: Iterable[tuple[ClientId, nn.Module]],
     data: TestSet,
 ) -> dict[str, float]:
-    """Return the mean figures of the clients' networks on a test set."""
     return means([figures(network, OfClient(data, client)) for client, network in networks])
 
 

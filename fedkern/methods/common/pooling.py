@@ -1,12 +1,8 @@
 """Batch norm's statistics of the averaged network, pooled over the clients' samples (``--buffers pool``).
 
 The average of the clients' running statistics matches no data: they belong to the clients' own networks, and lack the
-variance between clients. So clients compute statistics of the new global network:
-
-- ``statistics``: the server sends the network. Clients return sums of the inputs, and of their squares, at the first
-  batch norm of both heads.
-- ``normalised``: the server sends the pooled statistics. Clients return the same sums at the second batch norm, whose
-  inputs depend on the first.
+variance between clients. So clients return sums of the inputs, and of their squares, at the first batch norm of both
+heads (exchange ``statistics``), then at the second one, whose inputs depend on the first (``normalised``).
 
 The result is exactly the mean and variance of the mixture of the clients' samples, with the weights of the average. It
 costs a download of the network before an evaluation, unless clients evaluate the network anyway

@@ -41,9 +41,8 @@ def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights
 def project(point: Weights, rho: float, centre: Weights | None = None) -> Weights:
     """Return the nearest point of the ball Q around ``centre`` (None: uniform) in the Euclidean distance.
 
-    Around uniform weights the m largest entries become ``1/m + sqrt(R / V) (v_i - mean)`` with ``R = (2 rho + 1) / N -
-    1/m`` and their scatter V, for the largest m that keeps all of them at least 0, and the others 0. Around other
-    centres a bisection finds the multiplier of the ball to 1e-12.
+    Around uniform weights in closed form (docs/methods/feddra.md, section 7), around other centres by bisection to
+    1e-12.
     """
     v = np.asarray(point, dtype=np.float64)
     n = len(v)
@@ -69,7 +68,11 @@ def _spread(p: Weights, c: Weights) -> float:
 
 
 def _around_uniform(v: Weights, bound: float) -> Weights:
-    """Project a point outside of ``sum p^2 <= bound``."""
+    """Project a point outside of ``sum p^2 <= bound``.
+
+    The m largest entries become ``1/m + sqrt(R / V) (v_i - mean)`` with ``R = bound - 1/m`` and their scatter V, for
+    the largest m that keeps all of them at least 0, and the others 0.
+    """
     n = len(v)
     order = np.argsort(-v, kind="stable")
     high = v[order] - 1 / n  # centred near zero, so that the scatter of close values keeps its precision

@@ -127,7 +127,6 @@ class Answers:
 
     @torch.no_grad()
     def distil(self, phase: Phase, iteration: int, messages: Messages) -> dict[ClientId, Message]:
-        """Answer with logits and confidences on the student's images."""
         images = prepare_images(next(iter(messages.values()))["images"], self.clients[0])
         scores: Tensor | None = None
         if self.options.tells_scores:
@@ -150,7 +149,6 @@ class Answers:
         return answers
 
     def _count(self, row: int, values: Tensor, slots: Sequence[int]) -> None:
-        """Add the values of the clients in ``slots`` to a figure's sums."""
         if len(slots) == len(self.clients):
             self._seen[row] += values
         else:
@@ -159,7 +157,6 @@ class Answers:
             self._counts[row][slot] += 1
 
     def _report(self) -> None:
-        """Write the round's means into the clients' reports."""
         rows = self._seen.tolist()
         for slot, client in enumerate(self.clients):
             for name, row, counts in zip(("critic_loss", "realism"), rows, self._counts, strict=True):

@@ -85,7 +85,6 @@ class Discriminators:
         self._point(slot)
 
     def _point(self, slot: int) -> None:
-        """Make the client's state views of the live tensors."""
         part, state = self._parts[slot], self._adam.state
         self._clients[slot].state["critics"][self._here[slot]] = {
             "weights": dict(part),

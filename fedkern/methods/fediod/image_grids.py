@@ -46,7 +46,6 @@ def agreement(logits: Tensor) -> Tensor:
 
 
 def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
-    """Return the table with NaN rows for clients that did not answer."""
     rows = table.new_full((count, table.shape[1]), float("nan"))
     rows[ids] = table
     return rows

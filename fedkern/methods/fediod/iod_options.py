@@ -120,7 +120,6 @@ class IODOptions(Method.Options):
 
     @property
     def makes_images(self) -> bool:
-        """True if the run has a generator."""
         return self.mode == "generator"
 
     @property
@@ -154,7 +153,6 @@ class IODOptions(Method.Options):
 
     @property
     def draws_secrets(self) -> bool:
-        """True if the noise is drawn from the clients' own secrets."""
         return self.noise != "seed" and self.claims_privacy
 
     def count_batches(self, samples: int) -> int:

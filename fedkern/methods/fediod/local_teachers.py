@@ -35,7 +35,6 @@ class Held:
         return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
 
     def batches(self) -> Iterator[Batch]:
-        """Yield the samples in order, not augmented."""
         for part in batch_slices(len(self), min(self.task.outside, 500)):
             yield self._client.batch(self._rows[part])
 
@@ -78,10 +77,8 @@ def make_teacher(method: OwnNetworks, client: Client) -> None:
 
 
 def build_network(method: OwnNetworks, client: Client) -> nn.Module:
-    """Return a fresh network of the client's architecture."""
     return client.network(**method.architecture(client.id))
 
 
 def load_teacher(method: OwnNetworks, client: Client) -> nn.Module:
-    """Return the client's trained teacher, frozen, in eval mode."""
     return load(flatten(build_network(method, client)), client.state["teacher"]).eval().requires_grad_(False)

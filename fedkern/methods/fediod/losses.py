@@ -40,7 +40,7 @@ def teacher_log_probs(logits: Tensor) -> Tensor:
 def importance(by_class: Tensor, scores: Tensor | None) -> Tensor:
     """Return the ensemble's weights ``v_kc r_k(x)`` ``[K, B, C]``, or ``v_kc`` ``[K, 1, C]`` without scores.
 
-    ``by_class`` is ``v_kc`` ``[K, C]``, ``scores`` the discriminators' confidence in every image ``r_k(x)`` ``[K, B]``.
+    ``by_class`` is ``v_kc`` ``[K, C]``, ``scores`` is ``r_k(x)`` ``[K, B]``.
     """
     if scores is None:
         return by_class[:, None]

@@ -2,13 +2,11 @@
 
 Every client trains its own teacher. Then a generator G on the server learns images that look real to every client's
 discriminator (realism), that the teachers are sure of (clarity) and on which they differ (diversity), and a student
-learns the ensemble's answers to these images. An iteration of a round has three exchanges:
+learns the ensemble's answers:
 
     images      down: x = G(z)              up: logits t_k(x), confidence r_k(x), after a step of D_k on x
     gradients   down: dL_G/dt_k             up: the gradient with respect to x, through D_k and T_k
     distil      down: the student's images  up: logits, confidences
-
-With ``mode=public`` the teachers answer once on public images, without generator and discriminators.
 """
 
 from __future__ import annotations

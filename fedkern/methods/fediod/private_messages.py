@@ -1,9 +1,9 @@
 """Differential privacy of FedIOD's messages: clipping, noise and booking (docs/methods/fediod.md, section 12).
 
-A client's gradient for the generator comes through two networks. The *teacher* is trained on all of the data, under
-DP-SGD. Each *discriminator* is trained on one of m disjoint shards, and one random shard serves a step. Replacing a
-record may change every row (one generated image) of a batch of B by twice the clipping norm C, so noise of sigma C in
-every entry is a Gaussian mechanism whose noise is sigma / (2 sqrt(B)) times its sensitivity.
+A client's gradient comes through two networks. The *teacher* is trained under DP-SGD. Each *discriminator* is trained
+on one of m disjoint shards, and one random shard serves a step. Replacing a record may change every row (one generated
+image) of a batch of B by twice the clipping norm C, so noise of sigma C in every entry is a Gaussian mechanism whose
+noise is sigma / (2 sqrt(B)) times its sensitivity.
 
 The accountant assumes a shard drawn without replacement. That holds only if nothing else depends on the draw:
 
@@ -12,8 +12,8 @@ The accountant assumes a shard drawn without replacement. That holds only if not
   discriminator depends on which ones served before.
 * A released confidence or realism is of the discriminator that trains; the serving one's would reveal the draw.
 
-Noise and secret draws follow from 128 bits that every client draws and keeps (:func:`secret`): the run's seed is in
-config.toml, and whoever knows the source of the noise can subtract it.
+Noise and secret draws follow from each client's :func:`secret`: the run's seed is in config.toml, and whoever knows the
+source of the noise can subtract it.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def sanitise(client: Client, u_d: Tensor | None, options: IODOptions) -> Tensor 
 
     A row that is not finite is released as noise around 0, because a NaN would leak. ``u_d`` is fp32 [B, C, H, W], row
     b the gradient of the batch's realism with respect to image b. The 1 / B of a mean and the client's weight pi_k are
-    public and applied after the noise, so that a row's size depends neither on the batch nor on the number of clients.
+    public and applied after the noise, so that a row's size depends on neither.
     """
     if not options.noises_gradients:
         return u_d
@@ -196,7 +196,6 @@ def sanitise(client: Client, u_d: Tensor | None, options: IODOptions) -> Tensor 
 
 
 def _noise(client: Client, channel: str, rows: Tensor, bound: float, noise: float, options: IODOptions) -> Tensor:
-    """Return one release: rows clipped to ``bound``, plus noise from a new key."""
     key = next_key(client, channel, options)
     return clip_and_noise(rows, bound, noise, key.seed, key.offset)
 

@@ -107,7 +107,6 @@ class Learner(Generic[N]):
         return bool(torch.isfinite(self._flat.parameters).all())
 
     def store(self) -> None:
-        """Write copies of the network and of the optimiser's state into the server's state."""
         self._state[self._key] = vectors(self._flat)
         if learnt := self._optimiser.state.get(self._vector):
             self._state[self._moments] = {name: value.detach().cpu().clone() for name, value in learnt.items()}
@@ -162,7 +161,6 @@ class Workshop:
 
     @property
     def teaches(self) -> bool:
-        """True after the warm-up."""
         return self.iteration >= self._first_taught
 
     def generate(self, draw: torch.Generator) -> Tensor:
@@ -179,7 +177,6 @@ class Workshop:
 
     @torch.no_grad()
     def examples(self, draw: torch.Generator) -> Tensor:
-        """Return the student's images of all steps of an iteration."""
         o = self.options
         zs = [send(torch.randn(o.batch, NOISE, generator=draw), self.server.device) for _ in range(o.student_steps)]
         assert self.generator is not None
@@ -222,7 +219,6 @@ class Workshop:
         return {k: {"share": ensemble.shares[i], "logits": gradient[i] * batch} for i, k in enumerate(ensemble.ids)}
 
     def improve(self, gradients: list[Tensor]) -> None:
-        """Take one step of the generator by the sum of the clients' gradients."""
         x, self.x = self.x, None
         if x is None or self.generator is None or not gradients:
             return

@@ -47,7 +47,6 @@ class LocalPart(nn.Module):
 
 
 def base_width(network: nn.Module) -> int:
-    """Return the output channels of a network's first convolution."""
     return next(layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d))
 
 

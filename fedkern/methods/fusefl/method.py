@@ -5,8 +5,7 @@ Networks are cut into K blocks. At level l = 1 ... K every client m trains
     fused levels 1 ... l-1 (frozen)  ->  adaptor  ->  its own blocks l ... K  ->  its own classifier
 
 and sends (adaptor, block l). The M pairs side by side are fused level l. In the end the last level's M features are
-fused, and the classifiers averaged and calibrated (:mod:`fedkern.methods.common.calibration`). Remaining epochs of the
-budget go to the first levels, on which the others build.
+fused, and the classifiers averaged and calibrated (:mod:`fedkern.methods.common.calibration`).
 """
 
 from __future__ import annotations
@@ -132,12 +131,14 @@ class FuseFL(Objective, Method):
             yield Round(CALIBRATE, participants="all", trains="classifier")
 
     def epochs(self, level: int, budget: int) -> int:
-        """Return the local epochs of a level (counted from 1) out of a client's whole budget."""
+        """Return the local epochs of a level (counted from 1) out of a client's whole budget.
+
+        Remaining epochs go to the first levels, on which the others build.
+        """
         epochs, remainder = divmod(budget, self.options.blocks)
         return epochs + (level <= remainder)
 
     def _models(self) -> list[str | None]:
-        """Return the names of the clients' networks in turn, None for the run's."""
         if not self.options.models:
             return [None]
         names = [name.strip() for name in self.options.models.split(",")]
@@ -292,7 +293,6 @@ class FuseFL(Objective, Method):
         return expected
 
     def _report_traffic(self, server: Server) -> None:
-        """Report the mean bytes per client of every round, and their sums."""
         report, clients = server.report, server.federation.clients
         for name, ways in server.traffic.items():
             report.update({f"{name}_{way}_bytes": total / clients for way, total in ways.items()})
@@ -334,7 +334,6 @@ class FuseFL(Objective, Method):
         return linear_of(plain_head(list(server.state["heads"].values()), self.options.final_fuse), server.device)
 
     def _fuse(self, place: Client | Server, networks: _Networks, levels: Levels) -> FusedNetwork:
-        """Return the given levels as one frozen network."""
         frozen: list[FusedLevel] = []
         for level, pairs in sorted(levels.items()):
             shapes = networks.shapes(next(iter(pairs)))[max(0, level - 2) : level]
@@ -361,7 +360,6 @@ class _Networks:
         return self._made[kind]
 
     def shapes(self, client: ClientId) -> list[tuple[int, ...]]:
-        """Return the output shapes of the client's blocks for one image."""
         kind = client % len(self._widths)
         if kind not in self._shapes:
             self._shapes[kind] = self.of(client).interfaces(self._place.image_shape)
@@ -383,7 +381,6 @@ def _gather_levels(client: Client, message: Message) -> dict[int, dict[ClientId,
 def _with_statistics(
     levels: Levels, statistics: Mapping[int, Mapping[ClientId, Mapping[str, Tensor]]]
 ) -> dict[int, dict[ClientId, Message]]:
-    """Return the levels with these buffers in their blocks."""
     changed = {i: dict(pairs) for i, pairs in levels.items()}
     for i, by_client in statistics.items():
         for j, buffers in by_client.items():
@@ -392,7 +389,6 @@ def _with_statistics(
 
 
 def _statistics(fused: FusedNetwork, levels: Levels) -> dict[int, dict[ClientId, dict[str, Tensor]]]:
-    """Return the frozen blocks' buffers by level and client."""
     parts: list[Any] = list(fused.levels)
     return {
         i: dict(zip(levels[i], level.statistics(), strict=True)) for i, level in zip(sorted(levels), parts, strict=True)
