@@ -46,7 +46,7 @@ def make_data():
 
 @pytest.fixture(scope="module")
 def played_once(tmp_path_factory):
-    """Folders of runs that several tests of a module look at: plays a run where its name is new."""
+    """Return the folder of a run that several tests of a module read, and play the run if its name is new."""
     folders = {}
 
     def get(name, play):
@@ -61,7 +61,7 @@ def played_once(tmp_path_factory):
 
 @pytest.fixture
 def commit():
-    """Return the commits checkpoint ``number`` with new states of some clients."""
+    """Return a function that commits checkpoint ``number`` with new states of some clients."""
 
     def commit(checkpoints, number, clients=()):
         for k in clients:
@@ -75,7 +75,7 @@ WORDS = ("red", "green", "blue", "dark", "bright", "small", "large", "round", "f
 
 
 def pairs(samples, seed, concepts=CLASSES):
-    """Images of a coloured square each, and texts that say which and where."""
+    """Return images of one coloured square each, with texts that name its colour and place."""
     rng = np.random.default_rng(seed)
     labels = torch.from_numpy(rng.integers(0, concepts, samples))
     images = torch.from_numpy(rng.integers(0, 60, (samples, 3, PAIR_SIDE, PAIR_SIDE)).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""The engine under a one-shot method with modules of its own: fit, public data, reports, any module saved and read."""
+"""A one-shot method with its own modules: fit, public data, reports, and any module saved and read."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ WIDTHS = (2, 3, 2)
 
 
 class Together(nn.Module):
-    """The mean of the logits of networks that need not be alike."""
+    """The mean of the logits of networks of any architecture."""
 
     def __init__(self, networks):
         super().__init__()
@@ -34,7 +34,7 @@ class Together(nn.Module):
 
 
 class Stack(Objective, Method):
-    """Two levels: the clients train networks of their own, then their heads.
+    """Two levels: the clients train their own networks, then their heads.
 
     Nothing is averaged.
     """
@@ -161,7 +161,7 @@ def test_rounds_are_not_a_setting_of_a_one_shot_method(stack, make_config):
 
 
 class Weighted(FedAvg):
-    """Changes its gradient, and looks at what it got."""
+    """A method that changes its gradient, and looks at the received message."""
 
     def adjust_gradient(self, parameters, gradients, received):
         gradients.add_(parameters - received.parameters, alpha=0.1)
@@ -204,7 +204,7 @@ def test_fit_trains_what_requires_gradients_alone(make_data, make_config):
 
 def test_without_flat_vectors_nothing_was_received(make_data, make_config):
     class Looks(FedAvg):
-        """Asks for the received network."""
+        """A method that asks for the received network."""
 
         def loss(self, model, batch, received):
             return super().loss(received.model, batch, received)

@@ -1,4 +1,4 @@
-"""``--dp-clip`` and ``--dp-noise``: clipping, noise, epsilon and secrecy of runs, and every refused combination."""
+"""``--dp-clip`` and ``--dp-noise``: clipping, noise, epsilon and secret sampling of runs, and refused combinations."""
 
 import dataclasses
 
@@ -78,7 +78,7 @@ def test_the_noise_has_the_promised_deviation_and_comes_from_its_key():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("noise", "low", "high"), [(2.0, 0.85, 1.0), (1.0, 1.7, 2.0)])
 def test_an_audit_finds_what_is_claimed(noise, low, high):
-    """One client's long change points one way, in the neighbour the opposite way: a release is 2 / noise-GDP."""
+    """One client's long update points in opposite directions in two neighbouring runs: a release is 2 / noise-GDP."""
     level, start = ClientLevel(0.5, noise, 1e-5), {"parameters": torch.zeros(2)}
     settled = [{"parameters": torch.tensor([0.1, 3.0])}, {"parameters": torch.tensor([-9.0, 0.0])}]
     scores = []
@@ -111,7 +111,7 @@ def test_variances_are_found_where_the_flat_vector_has_them():
 
 
 def watch_rounds(monkeypatch, name):
-    """Return a method of this name that notes every round's start, its clients' uploads and what its server got."""
+    """Register a method that notes every round's start, its uploads and the server's result, and return the notes."""
     kind, seen = METHODS[name], []
 
     class Seeing(kind):
@@ -221,9 +221,9 @@ MORE = 'whose clients upload more \\("{}"\\) than a change'
 
 
 def refusal(config):
-    """Why a method is refused, by what it declares.
+    """Return why a method is refused, from its declarations.
 
-    Empty where it runs.
+    Empty if the method runs.
     """
     method = config.new_method()
     if not method.averages:
@@ -337,7 +337,7 @@ def test_a_method_whose_server_weighs_clients_is_refused(make_data, make_config,
 
 @pytest.fixture
 def constant(monkeypatch):
-    """Return the secret that a run draws."""
+    """Fix the secret that a run draws."""
     monkeypatch.setattr(server_secret.secrets, "token_hex", lambda count: "5a" * count)
 
 
@@ -376,7 +376,7 @@ def test_a_secret_run_does_not_follow_from_its_seed(make_data, make_config, tmp_
 
 @needs_accounting
 def test_another_release_in_the_place_of_the_first_ends_the_run(make_data, make_config, tmp_path):
-    """Round 2 was released after the last checkpoint, and with another secret its noise would be other noise."""
+    """Round 2 was released after the last checkpoint, and another secret would give other noise."""
     config = make_config("fedavg", rounds=4, checkpoint_every=3, **{**NOISED, "dp_draws": "secret"})
     out = tmp_path / "run"
     killed(config, out=out, data=make_data(), at=KillAt("round", 1))
@@ -476,7 +476,7 @@ def test_clients_that_remember_against_the_word_of_their_method(make_data, make_
 def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_path, monkeypatch):
 
     class Ailing(FedAvg):
-        """FedAvg one of whose clients diverges, and another of which sends nonsense."""
+        """FedAvg with one client that diverges, and one that sends nonsense."""
 
         def client_update(self, client, phase, message):
             made = super().client_update(client, phase, message)

@@ -1,4 +1,4 @@
-"""Code of a method, data set or listener that raises anything: named, bounded, and never taken for the machine's."""
+"""Methods, data sets and listeners that raise: named, bounded, and never mistaken for the machine's failures."""
 
 import errno
 import traceback
@@ -21,7 +21,7 @@ TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 1, 
 
 
 class NoText(Exception):
-    """An exception whose text cannot be made."""
+    """An exception whose ``__str__`` raises."""
 
     def __str__(self):
         raise ValueError("no text")
@@ -221,9 +221,9 @@ def cases():
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capfd, undrawn):
-    """Run the failing method, and return exit code and standard error.
+    """Return a function that runs the failing method.
 
-    The summary where there is one.
+    The function returns exit code and standard error, and the summary if there is one.
     """
     plugin = tmp_path / "failing.py"
     plugin.write_text(FAILING)

@@ -1,4 +1,4 @@
-"""Networks of which a part neither trains nor travels: frozen layers, and buffers that are not persistent."""
+"""Networks with parts that neither train nor travel: frozen layers, and buffers that are not persistent."""
 
 import copy
 import dataclasses
@@ -111,9 +111,9 @@ def test_freeze_is_requires_grad(make_data, tmp_path):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", ["resnet8", "cnn"])
 def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
-    """Bits in two workers, and the frozen stage as it began.
+    """Two workers give the same bits, the frozen stage stays as it began.
 
-    The others have the gradients that they always have.
+    The other layers have their usual gradients.
     """
     settings = {"width": 4, "freeze": "layer1.*"}
     own, two = (play(tmp_path / str(n), model, make_data, workers=n, **settings).model().state_dict() for n in (1, 2))
@@ -152,7 +152,7 @@ def test_a_frozen_module_trains_nothing(make_data, tmp_path):
 @pytest.mark.parametrize("freeze", [None, "backbone.*"])
 @pytest.mark.parametrize("method", sorted(name for name, kind in METHODS.items() if kind.serves(CLASSIFICATION)))
 def test_every_client_begins_with_what_does_not_travel(make_data, make_public, tmp_path, method, freeze):
-    """In one process and in two, and the run's own evaluation is that of the network read again."""
+    """One process and two agree, and the run's evaluation is that of the saved network."""
     data = make_public(dataclasses.replace(make_data(), name="arrays"), 12)
     settings = {"rounds": None if METHODS[method].one_shot else 2, "seed": 5, **smallest.SETTINGS.get(method, {})}
     settings["options"] = {**settings.get("options", {}), **({"blocks": 2} if method == "fusefl" else {})}

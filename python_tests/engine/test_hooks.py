@@ -1,4 +1,4 @@
-"""Messages of an exchange: which client gets which."""
+"""Messages of an exchange, by client."""
 
 import pytest
 

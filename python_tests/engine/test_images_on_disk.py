@@ -1,4 +1,4 @@
-"""Runs whose images are in a file: the bits of a run in memory, and few images in memory at once."""
+"""Runs with images on disk: the bits of a run in memory, and few images in memory at once."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def on_disk(monkeypatch, tmp_path):
-    """Images are in a temporary file, and no normalised image is kept."""
+    """Put images into a temporary file, and keep no normalised image."""
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "home"))
 
     def change(yes=True):
@@ -67,7 +67,7 @@ def test_the_bits_of_a_run_in_memory(root, on_disk, tmp_path, monkeypatch, colou
 
 
 def masks(root):
-    """Masks beside the images: a bright square on some, and unknown pixels."""
+    """Write masks beside the images: a bright square on some, and unknown pixels."""
     rng = np.random.default_rng(1)
     for name in ("images", "masks"):
         (root / name).mkdir(parents=True, exist_ok=True)

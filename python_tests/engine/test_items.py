@@ -1,4 +1,4 @@
-"""Runs on PyTorch data sets: the rounds of plain PyTorch, whatever workers, interruptions and kinds of samples."""
+"""Runs on PyTorch data sets: the rounds of plain PyTorch, for all workers, interruptions and kinds of samples."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ HERE = {**QUIET, "threads": 1, "client_threads": 1}
 
 
 class Recorded(FedAvg):
-    """FedAvg that writes down what every client was given."""
+    """FedAvg that notes the samples of every client."""
 
     requires = frozenset({"loss"})
     seen: ClassVar[list] = []
@@ -66,7 +66,7 @@ def call(network, inputs):
 
 
 def plainly(network, sizes, loss_fn, lr, momentum):
-    """Return the rounds of `Recorded`, written as everybody writes FedAvg."""
+    """Return the rounds of `Recorded` in plain PyTorch."""
     rounds = 1 + max(turn for turn, *_ in Recorded.seen)
     for turn in range(rounds):
         uploads = []
@@ -169,7 +169,7 @@ DRAWN = []
 
 
 def hiding(items):
-    """Hide values of a batch, and note what was drawn."""
+    """Hide values of a batch, and note the draws."""
     inputs, targets = default_collate(items)
     hidden = torch.rand(inputs.shape) < 0.3
     DRAWN.append((len(items), bytes(hidden.numpy()), float(np.random.rand()), random.random()))  # noqa: NPY002
@@ -207,7 +207,7 @@ def test_every_batch_of_a_collation_has_draws_of_its_own(kind, tmp_path):
 
 
 class Sampled(nn.Linear):
-    """An encoder that samples, as a VAE's does, whatever the mode."""
+    """An encoder that samples as a VAE's does, in every mode."""
 
     def forward(self, x):
         mean = super().forward(x)
@@ -224,7 +224,7 @@ def jitter_loss(outputs, targets):
 
 
 class Shaken:
-    """A metric that draws, from all outputs."""
+    """A metric of all outputs that draws."""
 
     def __call__(self, outputs, targets):
         return float((outputs[torch.randperm(len(outputs))] - targets).abs().mean())
@@ -316,7 +316,7 @@ for count, threads in ((1, 1), (2, 1), (2, 2)):
 
 @pytest.mark.exhaustive
 def test_what_cannot_be_sent_is_forked(tmp_path):
-    """Classes and lambdas of a script that has computed on two threads."""
+    # Classes and lambdas of a script that has computed on two threads.
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     lines = subprocess.run(
@@ -344,7 +344,7 @@ class Listed(Dataset):
 
 
 def pad_rows(items):
-    """Ragged rows, which torch's own collation refuses."""
+    """Pad ragged rows, which torch's own collation refuses."""
     rows = nn.utils.rnn.pad_sequence([item["row"] for item in items], batch_first=True)
     return {"row": rows, "labels": torch.stack([item["labels"] for item in items])}
 
@@ -359,7 +359,7 @@ class Mean(nn.Module):
 
 
 class Two(nn.Module):
-    """Two inputs."""
+    """A network with two inputs."""
 
     def __init__(self):
         super().__init__()
@@ -380,7 +380,7 @@ def triples(count):
 
 
 def masked_loss(outputs, targets):
-    """Return the loss of the targets that are known."""
+    """Return the loss of the known targets."""
     known = targets.isfinite()
     return ((outputs - targets.nan_to_num()) * known).square().sum() / known.sum().clamp_min(1)
 
@@ -482,7 +482,7 @@ def test_one_set_is_shared_out(tmp_path):
 
 
 class Stated(Drawing):
-    """Samples beside which an attribute states classes."""
+    """Samples with an attribute that names classes."""
 
     def __init__(self, count, targets):
         super().__init__(count, 0)
@@ -671,7 +671,7 @@ def test_items_of_any_kind_have_hashes(item, changed):
 
 
 class Opened(Dataset):
-    """Items of an open file, whose position processes would share."""
+    """Items of an open file, whose position forked processes would share."""
 
     def __init__(self, path, count):
         self.file, self.count = path.open("rb"), count
@@ -1012,7 +1012,7 @@ def test_sets_of_another_form_are_named_before_the_run(odd_set, said, place, tmp
 
 
 class Unloaded(Drawing):
-    """Samples whose classes nobody can state before they are read."""
+    """Samples whose classes are unknown until all are read."""
 
     @property
     def targets(self):
@@ -1020,7 +1020,7 @@ class Unloaded(Drawing):
 
 
 class Lenient(nn.Linear):
-    """A network that takes several dtypes, and inputs that it does not need."""
+    """A network that takes several dtypes, and optional inputs."""
 
     def __init__(self):
         super().__init__(4, 4)
@@ -1107,7 +1107,7 @@ def test_every_method_learns_it_or_says_what_it_misses(method, tmp_path):
 
 
 class Hidden(nn.Module):
-    """A network whose activation is a function."""
+    """A network whose activation is a function, not a module."""
 
     def __init__(self, parts):
         super().__init__()
@@ -1147,7 +1147,7 @@ def test_a_softmax_before_a_cross_entropy_is_told(last, loss_fn, tmp_path):
 
 
 class Leaving(Listed):
-    """Items that change modes, and the working folder, and leave a thread."""
+    """Items that change modes and the working folder, and leave a thread running."""
 
     end = threading.Event()
 
@@ -1193,7 +1193,7 @@ def test_methods_are_compared_on_it(tmp_path):
 
 
 class Named(nn.Linear):
-    """A network of several inputs by name, which gives several outputs."""
+    """A network with several named inputs and several outputs."""
 
     def forward(self, x, scale):
         return {"logits": super().forward(x) * scale[:, None], "scale": scale}
@@ -1248,7 +1248,7 @@ def test_its_network_is_exported(make, network, given, tmp_path):
 
 
 class Words(nn.Module):
-    """A network on words or, without a table of them, on waves."""
+    """A network on words or, without an embedding table, on waves."""
 
     def __init__(self, table, fixed=0):
         super().__init__()
@@ -1324,7 +1324,7 @@ def test_every_seed_of_a_comparison_shares_a_set_out_anew(tmp_path):
 def test_a_registered_function_may_return_it(registries, tmp_path):
     @fedkern.register_data("clinics", clients=2)
     def clinics(seed=0):
-        """Two tables."""
+        """Return two tables."""
         return fedkern.FederatedData.from_datasets({"a": table(30, seed), "b": table(20, 1)}, table(12, 2))
 
     @fedkern.register_data("both", clients=2)
@@ -1377,7 +1377,7 @@ def test_what_cannot_go_on_moves_nothing(is_cut, tmp_path):
 class Counts(Task):
     """Counts of events.
 
-    The network gives the logarithm of their expectation.
+    The network's output is the logarithm of their expectation.
     """
 
     name, main, better, network = "counts", "deviance", "min", "any"

@@ -1,4 +1,4 @@
-"""Runs with many clients of which few work in a round: what a round costs does not depend on those that are absent."""
+"""Runs with many clients and few per round: absent clients cost nothing."""
 
 import gc
 import json
@@ -46,7 +46,7 @@ STATEFUL = {"buffers": "local", "grad_cam": 0, "eval_every": 50, "batch_size": 2
 
 @pytest.fixture
 def make_many(make_data):
-    """Clients of one or two samples each."""
+    """Return a function that makes clients of one or two samples each."""
 
     def make(clients):
         return make_data(sizes=tuple(1 + k % 2 for k in range(clients)), masked=False)
@@ -65,7 +65,7 @@ def small(make_config):
 
 @pytest.fixture
 def writes(monkeypatch):
-    """Names and bytes of everything that is written completely or not at all, and of what tables are lengthened by."""
+    """Return names and sizes of later atomic writes and of additions to client tables."""
     found = []
     rename, add = filesystem.replace, ClientTable.add
 
@@ -124,7 +124,7 @@ def test_files_are_those_of_the_states(slack, make_many, small, tmp_path, monkey
 
 
 def lengths(run):
-    """Return the length of every list, dict, set and deque that a run's own objects hold, by attribute."""
+    """Return the length of every list, dict, set and deque in a run's own objects, by attribute."""
     found, seen, todo = {}, set(), deque([("run", run)])
     while todo:
         where, value = todo.popleft()
@@ -214,7 +214,7 @@ def test_killed_around_every_file(when, make_many, small, tmp_path):
 
 @pytest.fixture
 def cut(played_once, make_many, small, tmp_path):
-    """Return the run of 300 clients and six rounds, killed in the last."""
+    """Return a run of 300 clients and six rounds, killed in its last round."""
 
     def play(out):
         killed(small(300, rounds=6), out=out, data=make_many(300), at=KillAt("round-start", 5))
@@ -358,7 +358,7 @@ def test_ten_thousand_clients(make_many, small, tmp_path):
 
 @pytest.mark.slow
 def test_a_thousand_rounds(make_many, small, tmp_path):
-    """Memory, descriptors, files and the time of a round are those of round 300 in round 1,000."""
+    """Round 1,000 needs no more memory, descriptors, files and time than round 300."""
 
     class Meter(Listener):
         essential = True

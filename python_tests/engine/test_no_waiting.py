@@ -1,4 +1,4 @@
-"""A training step on a GPU does not make the host wait, looked at on a GPU that is only pretended."""
+"""Training steps never make the host wait for the GPU, checked on a pretended GPU."""
 
 import dataclasses
 from contextlib import suppress

@@ -20,7 +20,7 @@ from fedkern.privacy.disclosure import Disclosure
 
 
 def send(value):
-    """Return the value as another process gets it."""
+    """Return the value as another process receives it."""
     return Unpacker().unpack(Packer().pack(value))
 
 
@@ -57,7 +57,7 @@ def test_warnings_that_may_be_told(context, disclosure, told):
 
 @pytest.mark.parametrize("name", ["state", "report", "round_cache"])
 def test_what_would_be_lost_is_not_there(context, name):
-    """A worker's changes would not come back to the client or the server of the run."""
+    """A worker's changes would not reach the run's client or server."""
     _, *nodes = send((context, Server(context, {"kept": 1}), Client(context, 1, {"kept": 1})))
     for node in nodes:
         with pytest.raises(AttributeError, match=name):
@@ -65,7 +65,7 @@ def test_what_would_be_lost_is_not_there(context, name):
 
 
 class Reporting:
-    """A method whose clients report something."""
+    """A method whose clients report something given."""
 
     def __init__(self, report):
         self.report = report
@@ -76,7 +76,7 @@ class Reporting:
 
 
 def ask(context, report):
-    """Return the answer of a client that reports this."""
+    """Return the answer of a client with this report."""
     serial = Serial(context, {"method": Reporting(report)}, lambda k: dict, 1)
     return serial.ask(1, "method", Phase(0, "train", "update"), {})
 

@@ -1,4 +1,4 @@
-"""Who takes part in a round, who drops out of it or is slow, and what a policy of these keeps."""
+"""Participation: sampled clients, dropouts, stragglers, and the state of a policy."""
 
 import json
 from dataclasses import replace
@@ -98,7 +98,7 @@ def test_who_is_missing_or_slow_in_an_assignment():
 
 
 def test_the_clock_counts_steps_of_clients_of_usual_speed():
-    """A round takes as long as its last client, and slow ones at most until the deadline: with it, everybody does."""
+    """A round lasts as long as its slowest client, and a client at most its usual time times the deadline."""
     for deadline in (1.0, 1.5, 1e9):
         asked, clock = policy(straggler_rate=0.5, deadline=deadline), 0.0
         for number in range(4):
@@ -150,7 +150,7 @@ def test_settings_that_do_not_fit_are_refused(method, settings, message):
 
 
 def steps_of(config, data, out, monkeypatch):
-    """Return the numbers of batches that every client trained on, by round."""
+    """Return every client's number of training batches, by round."""
     found = {}
 
     class Counting(FedAvg):
@@ -211,7 +211,7 @@ def test_the_clock_of_a_run_and_the_shares_of_its_clients(make_data, make_config
 
 
 class Belated(Participation):
-    """Has every client answer what was sent a round before."""
+    """A policy in which every client answers the message of the round before."""
 
     def __init__(self, *given):
         super().__init__(*given)
@@ -236,7 +236,7 @@ class Belated(Participation):
 
 
 def heard_by(monkeypatch, method="fedavg"):
-    """Return the uploads that the server gets, as (client, staleness)."""
+    """Return the server's uploads, as (client, staleness)."""
     heard = []
 
     class Seeing(METHODS[method]):

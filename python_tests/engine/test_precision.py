@@ -1,4 +1,4 @@
-"""--precision: networks in bf16, everything else as it is in fp32."""
+"""--precision: networks in bf16, everything else in fp32."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ BF16 = {"precision": "bf16"}
 
 
 def tensors(value):
-    """All tensors in nested dicts."""
+    """Yield all tensors in nested dicts."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [x for entry in value.values() for x in tensors(entry)] if isinstance(value, dict) else []
@@ -162,7 +162,7 @@ def test_emulated_bf16_is_told(lacking, make_data, make_config, tmp_path, monkey
 
 
 def test_a_step_is_seen_inside_a_callers_autocast():
-    """Autocast would go on with its copies of the weights, which the step on the flat vector does not touch."""
+    """Autocast would use its cached copies of the weights, which steps on the flat vector do not touch."""
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     network = Network(models.build("cnn", classes=3, channels=3, image_size=8, width=8, seed=0), torch.device("cpu"))
     with torch.autocast("cpu", dtype=torch.bfloat16), computing("bf16"):
@@ -246,7 +246,7 @@ def test_what_a_loss_sees_is_fp32_but_for_maps(make_data, make_config, tmp_path,
 
 
 class Products(torch.nn.Linear):
-    """Writes down the dtypes of its products."""
+    """A linear layer that notes the dtypes of its products."""
 
     seen: ClassVar[list] = []
 

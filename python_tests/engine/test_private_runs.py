@@ -1,4 +1,4 @@
-"""Whole private runs of FedIOD: a target is met, a killed run ends with the same bits, pictures and figures."""
+"""Complete private runs of FedIOD: the target is met, and a killed run ends with the same bits, pictures and figures."""
 
 import json
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ WHOLE = {**SMALL, "epsilon": 8.0, "teacher_dp": True}
 
 @pytest.fixture
 def bits(monkeypatch):
-    """Secret bytes that can be foreseen: 1, 2, 3 and so on since the last call of what this gives."""
+    """Make secret bytes predictable: 1, 2, 3 and so on since the last call of the returned function."""
     drawn = []
 
     def token_hex(count):
@@ -54,7 +54,7 @@ def test_private_teachers_have_a_clipping_norm_of_their_own(make_data, make_conf
 @pytest.mark.parametrize("options", [NOISED, WHOLE], ids=["noised", "private teachers"])
 @pytest.mark.parametrize("teachers", [False, True], ids=["between rounds", "while teachers train"])
 def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_data, make_config, tmp_path):
-    """Also where some teachers have released their histograms and others have not: their secrets were kept before."""
+    """Secrets are stored before a release, also if only some teachers have released their histograms."""
     options = {**options, "noise": noise}
     if "teacher_dp" in options:
         pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")

@@ -1,4 +1,4 @@
-"""Runs whose clients work elsewhere: what the engine makes of answers that do not come, or cannot be read."""
+"""Remote clients: answers that are missing or cannot be read."""
 
 from typing import ClassVar
 

@@ -109,7 +109,7 @@ def test_adding_a_client_changes_no_other_clients_draws(make_data, make_config, 
     seen = {}
 
     class Spy(METHODS["fedgid"]):
-        """Records what every client draws."""
+        """A method that notes every client's draws."""
 
         def draw(self, client, batch, rng):
             drawn = super().draw(client, batch, rng)
@@ -137,7 +137,7 @@ def test_the_server_holds_one_upload_at_a_time(make_data, make_config, tmp_path,
     alive, held = [], []
 
     class Spy(FedAvg):
-        """Counts the uploads that are alive whenever a client has finished."""
+        """A method that counts the living uploads when a client has finished."""
 
         def client_update(self, client, phase, message):
             held.append(sum(ref() is not None for ref in alive))
@@ -154,7 +154,7 @@ def test_a_server_that_reads_nothing_still_lets_clients_work(make_data, make_con
     worked = []
 
     class Deaf(FedAvg):
-        """FedAvg whose server keeps what it began with."""
+        """FedAvg whose server keeps the initial network."""
 
         def client_update(self, client, phase, message):
             worked.append(client.id)

@@ -1,4 +1,4 @@
-"""Uploads that are not as declared: refused before any server sees them, and the client that sent them is named."""
+"""Uploads that break their declaration: refused before the server sees them, with their client named."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from fedkern.methods.uploads import Maybe, all_finite, why_refused
 
 
 def first(message):
-    """Return the path of the first tensor or number in nested dicts, and what stands there."""
+    """Return the path of the first tensor or number in nested dicts, and the value there."""
     for key, value in message.items():
         if isinstance(value, dict) and not value:
             continue
@@ -74,7 +74,7 @@ def hostile(message):
 def test_every_method_refuses_hostile_uploads(method, make_small, tmp_path, monkeypatch):
     """Honest uploads of every exchange pass.
 
-    Nothing else does, and no server sees it.
+    Every other upload is refused before a server sees it.
     """
     seen = {}
     decode = Declared.decode

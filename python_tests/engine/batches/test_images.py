@@ -22,13 +22,13 @@ COUNT, SIDE = 12, 8
 
 @pytest.fixture
 def split(make_data):
-    """Images with labels and masks."""
+    """Return images with labels and masks."""
     return make_data((COUNT,)).clients[0]
 
 
 @pytest.fixture
 def sparse(split):
-    """Return the same images, of which two have no object, and one is nothing but an object."""
+    """Return the same images, two without an object, and one that is nothing but an object."""
     masks = split.masks.clone()
     masks[[0, 5]] = False
     masks[3] = True
@@ -48,7 +48,7 @@ def held_out(split, **more):
 
 
 def plain(images):
-    """Normalised in fp64, as torchvision does it."""
+    """Normalise in fp64, as torchvision does."""
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (MEAN, STD))
     return (images.double() / 255 - mean) / std
 

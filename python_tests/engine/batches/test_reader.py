@@ -1,4 +1,4 @@
-"""Batches of samples: their order, and none of a single sample, which batch norm may not be able to normalise."""
+"""Batches of samples: their order, and no batch of a single sample, which batch norm cannot normalise."""
 
 import dataclasses
 import itertools

@@ -12,7 +12,7 @@ from python_tests.stand_ins import Checkpoints, Context, Executor
 
 
 class Process:
-    """Adds up what each of its clients is sent, as the client's state."""
+    """A process that adds up the messages of each client, as the client's state."""
 
     def __init__(self):
         self.sums, self.jobs = {}, []
@@ -21,7 +21,7 @@ class Process:
         self.sums[k] = state.get("sum", 0) + sum(message["x"] for _, _, message, _ in played)
 
     def forget(self):
-        """As :class:`~fedkern.messages.packets.PacketStream` forgets files."""
+        """Forget files, as :class:`~fedkern.messages.packets.PacketStream` does."""
 
     def ask(self, k, asker, phase, message, encoder=None):
         if message["x"] is None:
@@ -30,7 +30,7 @@ class Process:
         return Answer(k, {"sum": self.sums[k]})
 
     def reply(self, job):
-        """As :class:`~fedkern.engine.executors.serial.Serial` does a job."""
+        """Do a job, as :class:`~fedkern.engine.executors.serial.Serial` does."""
         self.jobs.append(job)
         if job.state is not None:
             self.take(job.client, job.state, job.played)
@@ -41,7 +41,7 @@ class Process:
 
 
 class Here(Process, Executor):
-    """The process of the run, in which a client's state is asked for and not sent."""
+    """The run's own process, which asks for a client's state instead of receiving it."""
 
     def __init__(self):
         Executor.__init__(self)
@@ -58,10 +58,10 @@ class Here(Process, Executor):
 
 
 class Transport(Ordered):
-    """Two processes, which have as many clients each and whose replies come last client first.
+    """Two processes with as many clients each, whose replies come last client first.
 
     Attributes:
-        told: what a process was told, beside its jobs.
+        told: messages to a process, besides its jobs.
         cleared: processes that were told to drop earlier tensors, and whether the round was over.
     """
 
@@ -106,7 +106,7 @@ def transport(checkpoints):
 
 
 def exchange(transport, x, clients=range(4)):
-    """Return the answers to ``x``, or to an entry of it for each client."""
+    """Return the answers to ``x``, or to each client's entry of ``x``."""
     messages = x if isinstance(x, dict) else dict.fromkeys(clients, x)
     return transport.answers("method", Phase(0, "train", "update"), {k: {"x": value} for k, value in messages.items()})
 
@@ -158,7 +158,7 @@ def test_processes_drop_what_an_exchange_has_brought(transport):
 
 @pytest.mark.parametrize("lost", [1, 2])
 def test_the_round_of_a_client_whose_process_is_lost_begins_again(transport, checkpoints, lost):
-    """In another process, or in the run's own where none is left."""
+    """The round moves to another process, or to the run's own if none is left."""
     assert sums(exchange(transport, 1)) == {k: 100 * k + 1 for k in range(4)}
     for k in range(4):  # what is written within the round is not what the round begins with
         checkpoints.write_client(k, 1, transport.changed_state(k))

@@ -97,7 +97,7 @@ def run_torchrun(ranks, words, *, restarts=0, seconds=170, **environment):
 
 
 def start_ranks(*words, **environment):
-    """Start a rank for every command line, as torchrun would, and return the processes."""
+    """Start a rank for each command line, as torchrun would, and return the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -115,7 +115,7 @@ def start_ranks(*words, **environment):
 
 
 def wait_for_ranks(processes, seconds=100):
-    """Exit code, output and errors of every process."""
+    """Return exit code, output and errors of every process."""
     found = [(*process.communicate(timeout=seconds), process.returncode) for process in processes]
     return [(code, out, err) for out, err, code in found]
 

@@ -42,7 +42,7 @@ EVERY = [method if method in SHORT else pytest.param(method, marks=pytest.mark.s
 
 
 class At(Listener):
-    """Does something after a client is done, counted over the run."""
+    """A listener that acts after the n-th client of the run."""
 
     def __init__(self, count, act):
         self.left, self.act = count, act
@@ -54,7 +54,7 @@ class At(Listener):
 
 
 def living(processes, within=10.0):
-    """Return the processes that have not ended in time. Zombies count as ended."""
+    """Return the processes that have not ended in time, where zombies count as ended."""
     deadline = time.monotonic() + within
     while True:
         found = [process for process in processes if not _has_ended(process)]
@@ -71,7 +71,7 @@ def _has_ended(process):
 
 
 def compare_workers(config, data, folder, listener=None):
-    """Return the outcomes of a run with one worker and with two, but for what was said of lost workers."""
+    """Return the outcomes of a run with one worker and with two, without warnings about lost workers."""
     run(config.replace(workers="1"), out=folder / "serial", data=data)
     run(config.replace(workers="2"), out=folder / "workers", data=data, listener=listener)
     return outcome(folder / "serial"), outcome(folder / "workers")
@@ -134,7 +134,7 @@ def test_states_of_a_lost_workers_earlier_clients_are_written(make_data, make_co
 
 @pytest.mark.exhaustive
 def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config, tmp_path, monkeypatch, processes):
-    """Its client is played again, also when sending the message, not a missing reply, reveals the loss."""
+    """The client is played again also if sending the message, not a missing reply, reveals the loss."""
     forget, killed = Workers.forget, []
 
     def late(self, client):
@@ -153,7 +153,7 @@ def test_a_worker_that_is_lost_while_it_is_told_something(make_data, make_config
 
 @pytest.mark.parametrize("make", [pytest.param(worker_methods.narrow, marks=pytest.mark.exhaustive), None])
 def test_a_network_of_the_users_own(make, make_data, make_config, tmp_path, monkeypatch, processes):
-    """One that cannot be sent is forked."""
+    """A network that cannot be sent is forked."""
     entry = dataclasses.replace(worker_methods.NARROW, make=make or (lambda **given: worker_methods.narrow(**given)))
     monkeypatch.setitem(MODELS, "narrow", entry)
     serial, side_by_side = compare_workers(make_config(model="narrow"), make_data(), tmp_path)
@@ -174,7 +174,7 @@ def test_a_worker_that_is_lost_every_time(make_data, make_config, tmp_path, monk
 
 @pytest.mark.exhaustive
 def test_the_process_that_forks_is_lost(make_data, make_config, tmp_path, monkeypatch, processes):
-    """Its workers end with it, and the run goes on in its own process."""
+    """The workers end with their forking process, and the run continues in its own process."""
     nurseries = []
     ready = ForkServer.ready
     monkeypatch.setattr(ForkServer, "ready", lambda self: nurseries.append(self) or ready(self))
@@ -217,7 +217,7 @@ def test_what_cannot_be_sent_out_stays(make_data, make_config, tmp_path, monkeyp
 
 @pytest.mark.usefixtures("forked_workers")
 def test_clients_tell(make_data, make_config, tmp_path, monkeypatch, processes):
-    """Diagnostics are those of the first client in order, notices arrive."""
+    """Diagnostics come from the first client in order, and notices arrive."""
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Telling)
     heard = Hearing()
     serial, side_by_side = compare_workers(make_config(), make_data(), tmp_path, heard)
@@ -229,7 +229,7 @@ def test_clients_tell(make_data, make_config, tmp_path, monkeypatch, processes):
 
 @pytest.mark.exhaustive
 def test_a_notice_that_was_kept(make_data, make_config, tmp_path, monkeypatch, processes):
-    """A method that keeps ``notice`` where it starts can be sent to workers, whatever listens, and is heard there."""
+    """A method that keeps ``notice`` in ``start`` can be sent to workers, and its notices arrive."""
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Keeping)
     heard = Hearing(lock=threading.RLock())
     run(make_config(workers="2", rounds=1), out=tmp_path / "run", data=make_data(), listener=heard)
@@ -239,9 +239,9 @@ def test_a_notice_that_was_kept(make_data, make_config, tmp_path, monkeypatch, p
 
 @pytest.mark.usefixtures("forked_workers")
 def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path, monkeypatch):
-    """It changes nothing of the server's.
+    """The server's message stays the same.
 
-    What the next client of the same worker gets is the method's own fault.
+    A changed message for the next client of the same worker is the method's own fault.
     """
     monkeypatch.setitem(METHODS, "fedavg", worker_methods.Writing)
     run(make_config(workers="2", rounds=1), out=tmp_path / "run", data=make_data())
@@ -249,7 +249,7 @@ def test_a_client_that_writes_into_its_message(make_data, make_config, tmp_path,
 
 @pytest.mark.usefixtures("forked_workers")
 def test_held_uploads_are_bounded(make_data, make_config, tmp_path, monkeypatch):
-    """With room for none, a worker that is done waits until the server has seen what comes before."""
+    """With room for none, a finished worker waits until the server has seen all earlier uploads."""
     monkeypatch.setattr(module, "HELD_BYTES", 0)
     held = []
     unwatched = Workers._hear
@@ -303,7 +303,7 @@ def test_threads_of_clients(workers, make_data, make_config, tmp_path, monkeypat
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
-    """The bits of one after another, predictions too, whatever precision a network computes in."""
+    """Bits and predictions are those of one batch after another, in every precision."""
     monkeypatch.setattr(evaluation, "CPU_BATCH", 3)
     bench = RunContext(make_config(), make_data(), lambda text: None)
     network, method = bench.networks.build().eval(), METHODS["fedavg"](METHODS["fedavg"].Options())
@@ -333,7 +333,7 @@ def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["fedavg", "fedlpfm", "feddra"])
 def test_test_sets_side_by_side(method, make_data, make_pairs, make_public, make_config, tmp_path, monkeypatch):
-    """Two test sets at a time give the figures of one at a time, of clients' own sets too."""
+    """Two test sets at a time give the figures of one at a time, also on clients' own sets."""
     plan = {"rounds": None} if METHODS[method].one_shot else {"rounds": 2}
     settings = {**plan, "grad_cam": 0, "client_test": 0.3, **SETTINGS.get(method, {})}
     config = make_config(method, **settings)
@@ -383,7 +383,7 @@ def test_how_many(settings, cores, memory, count, make_data, make_config, monkey
 
 @pytest.mark.exhaustive
 def test_long_runs_begin_without_them(make_data, make_config, tmp_path, monkeypatch, processes):
-    """With ``auto`` the first client works in the run's process, and tells how long the run will take."""
+    """With ``auto`` the first client works in the run's process, and shows how long the run will take."""
     monkeypatch.setattr("fedkern.engine.executors.choice.workers_for", lambda *_: 2)
     monkeypatch.setattr(module, "WORTH_STARTING", 0.0)
     config, data = make_config(rounds=3), make_data()
@@ -405,7 +405,7 @@ LONG = ["fedavg", "--rounds", "500", "--train-samples", "200", "--model", "cnn",
 
 
 def start_run(out, *flags):
-    """Return a run in a process group of its own, whose workers have begun, and their numbers."""
+    """Return a run in its own process group, once its workers have begun, and the workers' pids."""
     words = [sys.executable, "-m", "fedkern.run", *LONG, "--workers", "2", "--quiet", "--out", str(out), *flags]
     process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
@@ -441,7 +441,7 @@ def test_nothing_is_left_after_kill(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_group_ends_in_order(number, code, tmp_path):
-    """A terminal sends Ctrl-C to every process of the group: the run alone answers, in a line."""
+    """A terminal sends Ctrl-C to the whole group, but only the run answers, in one line."""
     process, workers = start_run(tmp_path / "run")
     os.killpg(process.pid, signal.SIGINT) if number == signal.SIGINT else process.terminate()
     assert process.wait(60) == code
@@ -455,7 +455,7 @@ def test_an_interrupted_group_ends_in_order(number, code, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", ["scaffold", pytest.param("feddyn", marks=pytest.mark.exhaustive)])
 def test_open_files_do_not_follow_the_clients(method, make_data, make_config, tmp_path, processes):
-    """Many clients in one exchange, with states of their own: few descriptors in every process, and Serial's bits."""
+    """Many clients with states in one exchange need few descriptors in every process, and give Serial's bits."""
     clients, open_files = 130, []
     data = make_data(sizes=(2,) * clients)
 

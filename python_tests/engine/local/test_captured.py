@@ -1,6 +1,6 @@
 """Recorded passes of local training: tapes stand for CUDA graphs on the CPU.
 
-On a GPU graphs are compared with none.
+On a GPU, runs with graphs are compared with runs without.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ VOLATILE = ("seconds", "phases", "time", "device")
 
 
 class Tape(TorchDispatchMode):
-    """Notes the operators that run and repeats them on the same memory, as a CUDA graph repeats kernels."""
+    """A record of operators that runs them again on the same memory, as a CUDA graph does with kernels."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ class Tape(TorchDispatchMode):
 
 
 class Tapes(Graphs):
-    """Tapes in the place of CUDA graphs."""
+    """Tapes instead of CUDA graphs."""
 
     def __init__(self):
         super().__init__(torch.device("cpu"))
@@ -334,7 +334,7 @@ def test_a_strangers_loss_is_recorded_and_compared(make_data, make_config, tmp_p
 
 
 class Turning(Stranger):
-    """Another loss in the second round, of which nothing that is looked at tells."""
+    """A loss that changes in the second round, which nothing reveals that a recording looks at."""
 
     def client_update(self, client, phase, message):
         TURN["round"] = phase.round
@@ -424,7 +424,7 @@ def test_a_whole_step_is_recorded_and_a_client_is_waited_for_once(make_data, mak
 
 @contextlib.contextmanager
 def unread(may=lambda tensor: False):
-    """Refuses to read the values of tensors but those that ``may`` be read."""
+    """Refuse to read the values of tensors, except those that ``may`` be read."""
 
     def refusing(read):
         def refuse(tensor, *all):
@@ -441,7 +441,7 @@ def unread(may=lambda tensor: False):
 
 
 class Lane(Tapes):
-    """Tapes of a lane, whose copies arrive in the host's memory when they are waited for, and can be read then."""
+    """Tapes of a lane whose copies arrive in the host's memory only when the host waits for them."""
 
     open = 0
 
@@ -473,9 +473,9 @@ class Lane(Tapes):
 
 @contextlib.contextmanager
 def late():
-    """Lanes work as late as they can, the last one first, and what is left to do then reads nothing but what arrived.
+    """Let lanes work as late as they can, the last lane first, and read only what has arrived by then.
 
-    The host goes on meanwhile: what it changes before the work is done, the work sees changed.
+    The host continues meanwhile, so late work sees whatever the host has changed.
     """
     begin, waiting = Serial._begin, []
 
@@ -542,9 +542,9 @@ def test_a_client_that_diverges_in_a_lane_is_told_and_the_others_go_on(make_data
 
 
 class Drawing(FedAvg):
-    """Draws for every batch what a recording can read and what it cannot.
+    """A method that draws for every batch, in ways that a recording can read and cannot.
 
-    Looks at what was received.
+    Its loss looks at the received message.
     """
 
     replayable = True
@@ -579,16 +579,16 @@ def test_drawn_tensors_rates_and_figures(model, make_data, make_config, tmp_path
 
 
 class Looking(FedAvg):
-    """Its loss looks at what its client received."""
+    """A method whose loss looks at the received message."""
 
     def loss(self, model, batch, received):
         return super().loss(model, batch, received) * len(received.message)
 
 
 def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
-    """Return the tapes after exchanges of clients with so many samples.
+    """Return the tapes after exchanges of clients of these sizes, and which passes ran.
 
-    What ran: e(ager), r(ecording), p(layed again).
+    The passes are letters: e(ager), r(ecording), p(layed again).
     """
     bench, tapes, line = RunContext(make_config(**{**SMALL, **settings}), make_data(sizes)), Tapes(), []
     bench.networks.lane_graphs[0] = tapes
@@ -672,7 +672,7 @@ def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_conf
 
 
 class Graph:
-    """Stands for ``torch.cuda.CUDAGraph``: its end fails where the driver has given the recording up."""
+    """A stand-in for ``torch.cuda.CUDAGraph`` whose end fails after the driver has given the recording up."""
 
     made, broken = 0, False
 
@@ -717,7 +717,7 @@ def test_after_a_recording_the_process_is_as_before(monkeypatch):
 
 
 class Randomly(FedAvg):
-    """Trains a network with dropout of its own."""
+    """A method that trains a network with its own dropout."""
 
     replayable = True
 
@@ -732,7 +732,7 @@ class Randomly(FedAvg):
 
 
 def on_the_gpu(config, data, kind, exchanges, graphs):
-    """Return the answers and figures of clients' exchanges on a GPU, with graphs or without."""
+    """Return answers and figures of clients' exchanges on a GPU, with graphs or without."""
     found = []
     with reproducible(), computing(config.precision):
         bench = RunContext(config, data)

@@ -1,4 +1,4 @@
-"""Networks that clients bring (``--teachers``): what is wrong with them is said before anything is written."""
+"""Networks that clients bring (``--teachers``): errors are found before anything is written."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def data(make_data, make_public):
 
 @pytest.fixture
 def attempt(data, make_config, tmp_path):
-    """Run a method with the folder ``tmp_path / "given"``."""
+    """Return a function that runs a method with the folder ``tmp_path / "given"``."""
 
     def go(method="ensemble", *, out="out", teachers="given", data=data, model="cnn", options=None, **settings):
         config = make_config(
@@ -56,7 +56,7 @@ def network(model="cnn", width=2, seed=0):
 
 @pytest.fixture
 def teacher_files(tmp_path):
-    """Three sound networks as files."""
+    """Write three sound networks as files."""
     folder = tmp_path / "given"
     folder.mkdir()
     for k in range(3):
@@ -205,7 +205,7 @@ def test_a_run_on_other_data_is_named(attempt, data, make_data, make_public, tmp
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["ccvr", "dense", "ensemble", "feddf"])
 def test_networks_of_a_run_are_as_good_as_those_trained_in_it(method, attempt, tmp_path):
-    """Bit for bit, with everything that comes after the training."""
+    """The runs are equal bit for bit, with everything after the training."""
     attempt("ensemble", out="given", teachers=None)
     summaries = [attempt(method, out=out, teachers=where) for out, where in (("trained", None), ("brought", "given"))]
     states = [read_model(tmp_path / out)[0].state_dict() for out in ("trained", "brought")]

@@ -1,4 +1,4 @@
-"""The watch over a process's first training steps: what would train nothing, or something else, is one sentence."""
+"""Checks of a process's first training steps: one sentence names a loop that trains nothing, or something else."""
 
 import copy
 import re
@@ -49,7 +49,7 @@ class Weighted(nn.Module):
 
 
 class Changing(nn.Module):
-    """Changes its own parameters in its first training step."""
+    """A network that changes its own parameters in its first training step."""
 
     def __init__(self, change):
         super().__init__()
@@ -76,7 +76,7 @@ class Closed(nn.Linear):
 
 
 class Listed(nn.Linear):
-    """Has a layer in a list, which registers nothing."""
+    """A network with a layer in a list, which registers nothing."""
 
     def __init__(self):
         super().__init__(4, 2)
@@ -153,7 +153,7 @@ def hooking_once(model, batch):
 
 
 class OwnParameters(FedAvg):
-    """Has a parameter beside the network."""
+    """A method with a parameter besides the network's."""
 
     requires = frozenset({"loss"})
 
@@ -261,7 +261,7 @@ class Force(nn.Module):
 
 
 class Freezing(nn.Module):
-    """Freezes its first layer in train(), as fine-tuning does."""
+    """A network that freezes its first layer in train(), as fine-tuning does."""
 
     def __init__(self):
         super().__init__()

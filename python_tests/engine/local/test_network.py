@@ -36,7 +36,7 @@ class Norms(nn.Module):
 
 
 class Kept(Norms):
-    """Keeps a batch norm in eval mode, by a method whose mode has no default."""
+    """A network that keeps a batch norm in eval mode, by a method whose mode has no default."""
 
     def train(self, mode):
         super().train(mode)
@@ -50,7 +50,7 @@ class Frozen(Norms):
 
 
 class Adaptive(Norms):
-    """Evaluates by the statistics of each batch."""
+    """A network that evaluates with the statistics of each batch."""
 
     def train(self, mode=True):
         super().train(mode)
@@ -58,7 +58,7 @@ class Adaptive(Norms):
 
 
 class ByFunction(Norms):
-    """Calls the function with the statistics, and so in the mode, that it names."""
+    """A network that passes statistics, and so the mode, to the function."""
 
     statistics = ("running_mean", "running_var")
 
@@ -95,7 +95,7 @@ def test_statistics_that_nobody_learns_stay_where_others_are_dropped(kind, buffe
 
 
 class Product(nn.Module):
-    """Computes a weight anew in every call."""
+    """A network that computes a weight in every call."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ class Product(nn.Module):
 
 
 class Cached(Product):
-    """Computes the weight once where it is evaluated, as adapters that merge into a cache."""
+    """A network that computes the weight once for evaluation, as adapters that merge into a cache do."""
 
     weight = None
 

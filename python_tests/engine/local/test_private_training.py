@@ -75,7 +75,7 @@ def take_steps(module, optimizer, batch, count):
 
 
 def test_without_noise_and_clipping_it_is_plain_gradient_descent(data):
-    """Every sample is in every batch here, so the steps are those of the whole data."""
+    """Every sample is in every batch here, so the steps are those of gradient descent on all data."""
     module, plain = network(), network()
     train(module, data, epochs=3, momentum=0.9, weight_decay=0.01)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -88,7 +88,7 @@ def test_without_noise_and_clipping_it_is_plain_gradient_descent(data):
 @pytest.mark.parametrize("side", [1, 2, 5])
 @pytest.mark.parametrize(("channels", "kernel"), [(1, 3), (3, 3), (8, 3), (8, 1)])
 def test_gradients_of_samples_are_right_for_every_stride_of_a_map(side, channels, kernel):
-    """Also of one pixel, as in the last stages of networks on small images, where opacus would read other values."""
+    """Maps of one pixel occur in the last stages on small images, where opacus would read wrong values."""
     x = torch.randn(4, side, side, channels).permute(0, 3, 1, 2)
     layer = nn.Conv2d(channels, 2, kernel, padding=kernel // 2)
     expected = [torch.autograd.grad(layer(row[None].clone()).pow(2).sum(), layer.weight)[0] for row in x]
@@ -100,7 +100,7 @@ def test_gradients_of_samples_are_right_for_every_stride_of_a_map(side, channels
 
 
 def test_a_segmentation_network_and_adamw():
-    """Per-sample gradients of transposed convolutions, pixels' cross-entropy, another optimiser."""
+    """Transposed convolutions, cross-entropy of pixels, and another optimiser have per-sample gradients."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 8, 8), generator=generator).to(torch.uint8)
     split = Split(images, torch.randint(0, 3, (3, 8, 8), generator=generator))
@@ -117,7 +117,7 @@ def test_a_segmentation_network_and_adamw():
 
 
 def test_a_samples_gradient_is_clipped(data):
-    """One sample in the data or not: the step differs by at most lr C / batch size, and by exactly that here."""
+    """One sample changes the step by at most lr C / batch size, and by exactly that here."""
     clipped, two = network(), network()
     start = vector(clipped)
     rows = np.arange(4)
@@ -157,7 +157,7 @@ def test_sampling_and_noise_follow_from_a_secret_too(data):
 
 
 def test_the_noise_of_a_secret_has_more_than_the_32_bits_of_a_seed():
-    """Streams that start with the same seed and differ after it."""
+    """Streams with the same seed differ if the rest of their keys does."""
     draws = []
     for word in (1, 2):
         numbers = iter([7, np.full(624, word, dtype=np.uint64)])
@@ -171,7 +171,7 @@ def test_the_noise_of_a_secret_has_more_than_the_32_bits_of_a_seed():
 
 
 def test_the_noise_of_a_step_is_not_cut_at_the_tail_of_fp32():
-    """A generator whose numbers are the largest there are: torch's normal numbers of fp32 end at 5.77."""
+    """The generator returns the largest numbers there are, where torch's normal numbers of fp32 end at 5.77."""
     word = 0x12DD9BB3  # of the Mersenne twister's state, which tempers it to 32 ones
     tempered = word ^ word >> 11
     tempered ^= tempered << 7 & 0x9D2C5680
@@ -195,7 +195,6 @@ def test_the_noise_of_a_step_is_not_cut_at_the_tail_of_fp32():
 
 
 def test_on_a_gpu_all_64_bits_of_the_key_are_the_streams(monkeypatch):
-    """63 of them used to be."""
     given = []
 
     class Generator:
@@ -215,7 +214,7 @@ def test_on_a_gpu_all_64_bits_of_the_key_are_the_streams(monkeypatch):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_sample_that_is_not_finite_counts_for_nothing_and_stops_nothing(data, value):
-    """It neither ends the training nor makes the parameters NaN, both of which would tell that it is there."""
+    """An end of the training or NaN parameters would reveal that the sample is in the data."""
 
     class Broken(Supervised):
         def loss(self, model, batch, received):
@@ -240,7 +239,7 @@ def test_parameters_that_are_not_finite_are_told_at_the_end_and_paid_for(data):
 
 
 def test_steps_are_paid_for_before_the_first_one(data):
-    """Whatever ends the training."""
+    """The ledger counts them whatever ends the training."""
 
     class Broken(Supervised):
         def loss(self, model, batch, received):
@@ -299,7 +298,7 @@ def test_a_layer_that_opacus_has_in_its_own_form_is_named(kind):
 
 
 class Patches(nn.Module):
-    """Classifies the quarters of an image, each in its own row of the batch, and takes the mean of their logits."""
+    """A network that classifies the quarters of an image as rows of the batch, and averages their logits."""
 
     def __init__(self):
         super().__init__()
@@ -311,7 +310,7 @@ class Patches(nn.Module):
 
 
 class Positions(nn.Module):
-    """Adds a position's embedding, of one row for the whole batch."""
+    """A network that adds a position's embedding, one row for the whole batch."""
 
     def __init__(self):
         super().__init__()
@@ -335,7 +334,7 @@ class Idle(nn.Module):
     ("kind", "parameter"), [(Patches, "fc.weight"), (Positions, "position.weight"), (Idle, "idle.weight")]
 )
 def test_a_parameter_without_one_gradient_per_sample_ends_the_training_before_a_step(data, kind, parameter):
-    """A sample's patches would each be clipped by itself, and the sample counts for as many times the norm."""
+    """Each patch would be clipped by itself, so that a sample counts for several times the norm."""
     module = kind()
     start = vector(module)
     with pytest.raises(UserError, match=f"the parameter {parameter} of the network does not have one per sample"):
@@ -351,7 +350,7 @@ class Buffered(nn.Module):
 
 
 def partly_known():
-    """Three images of 8 x 8 pixels: all known, a quarter known, nothing known."""
+    """Return three images of 8 x 8 pixels: all known, a quarter known, nothing known."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 8, 8), generator=generator).to(torch.uint8)
     labels = torch.randint(0, 3, (3, 8, 8), generator=generator)
@@ -361,14 +360,14 @@ def partly_known():
 
 
 class Methods(Objective):
-    """With the loss that the methods have."""
+    """An objective with the methods' own loss."""
 
     def loss(self, model, batch, received):
         return METHODS["fediod"].loss(None, model, batch, received)
 
 
 def test_a_samples_gradient_does_not_depend_on_what_is_known_of_the_others():
-    """Unknown pixels of the neighbours, which are private, would make a sample count for more than its clipping."""
+    """Unknown pixels of other samples, which are private, would raise a sample's weight above its clipping."""
     data, found = partly_known(), {}
     for rows in ((0, 1, 2), (0, 2), (0,), (1,), (2,)):
         torch.manual_seed(0)
@@ -403,9 +402,9 @@ def test_private_training_takes_every_images_own_mean():
 
 
 def test_a_signal_that_got_lost_ends_the_steps_that_are_booked(data, monkeypatch):
-    """It arrives in the second of six steps, where Python loses its exception.
+    """The signal comes in the second of six steps, where Python loses its exception.
 
-    No third one is made.
+    No third step is made.
     """
     steps = []
 

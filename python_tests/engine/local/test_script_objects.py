@@ -1,4 +1,4 @@
-"""Loops and optimisers of a user's own: the bits of the run's own training, and sentences where they do not fit."""
+"""User-defined loops and optimisers: the bits of the built-in training, and sentences where they do not fit."""
 
 import dataclasses
 import json
@@ -93,7 +93,7 @@ def test_a_loop_like_fedavg_has_its_bits(settings, kind, play):
 
 
 class Trainer:
-    """A trainer as libraries have them: it asks the module for optimiser and loss, and reads its loader every epoch."""
+    """A trainer as in libraries: it asks the module for optimiser and loss, and reads its loader every epoch."""
 
     def fit(self, module, loader, epochs):
         optimizer = module.optimizer()
@@ -129,7 +129,7 @@ def fit(model, client):
 
 
 def in_halves(model, client):
-    """Gradients of two halves of a batch, accumulated."""
+    """Accumulate the gradients of two halves of a batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=client.lr, momentum=0.5)
     for _ in range(client.epochs):
         for batch in client.batches():
@@ -142,7 +142,7 @@ def in_halves(model, client):
 
 
 def in_bf16(model, client):
-    """AMP with a scaler and a scheduler of the exchange."""
+    """Train with AMP, a scaler, and a scheduler that lives for one exchange."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, client.epochs)
     scaler = torch.amp.GradScaler("cpu")
@@ -216,7 +216,7 @@ def test_every_change_of_code_is_in_the_diagnostics(digits, tmp_path):
 
 @pytest.fixture
 def digits(make_data):
-    """Return the data in memory that have the name of a data set."""
+    """Return a function that makes data in memory under the name of a data set."""
     return lambda: dataclasses.replace(make_data(), name="digits")
 
 
@@ -296,7 +296,7 @@ def test_a_method_s_own_update_has_the_same_words(play, monkeypatch):
 
 
 def count_in_place(model, client):
-    """Change the state in ways that move the version of no tensor."""
+    """Change the state in ways that change no tensor's version counter."""
     counts = client.state.setdefault("counts", {"data": torch.zeros(2), "numpy": torch.zeros(1), "array": np.zeros(1)})
     counts["data"].data.add_(1)
     counts["numpy"].numpy()[0] += 1
@@ -482,7 +482,7 @@ def test_the_run_s_schedule_multiplies_the_rates(play):
 
 
 class Doubling(torch.optim.SGD):
-    """Doubles its rate in every step, as a warm-up does."""
+    """An optimiser that doubles its rate in every step, as a warm-up does."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -491,7 +491,7 @@ class Doubling(torch.optim.SGD):
 
 
 def schedule_by(make, kind=float):
-    """Return a factory whose schedule takes a step behind each of the optimiser's."""
+    """Return a factory whose schedule steps after each step of the optimiser."""
 
     def factory(parameters):
         optimizer = torch.optim.SGD(parameters, lr=kind(0.05))
@@ -503,7 +503,7 @@ def schedule_by(make, kind=float):
 
 
 class Halving(torch.optim.SGD):
-    """Steps in its train mode, and halves the parameters in its eval mode."""
+    """An optimiser that steps in train mode, and halves the parameters in eval mode."""
 
     def train(self):
         self.trains = True
@@ -531,7 +531,7 @@ FACTORIES = {
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("name", list(FACTORIES))
 def test_a_factory_keeps_its_own_schedule(name, decay, play):
-    """A rate of SGD is multiplied as its gradients are."""
+    """Multiplying the rate of SGD is multiplying its gradients."""
 
     def as_pytorch(model, client):
         optimizer, factor = FACTORIES[name](list(model.parameters())), decay**client.phase.round
@@ -571,7 +571,7 @@ def test_a_kept_state_goes_on_in_the_next_round(factory, settings, play, make_co
 
 
 class Counting(torch.optim.SGD):
-    """Counts its steps in its group, as schedule-free optimisers do."""
+    """An optimiser that counts steps in its group, as schedule-free optimisers do."""
 
     def step(self, closure=None):
         self.param_groups[0]["steps"] = self.param_groups[0].get("steps", 0) + 1
@@ -579,7 +579,7 @@ class Counting(torch.optim.SGD):
 
 
 class Remembering(torch.optim.SGD):
-    """Keeps a list for every parameter."""
+    """An optimiser that keeps a list for every parameter."""
 
     def step(self, closure=None):
         for parameter in self.param_groups[0]["params"]:
@@ -588,7 +588,7 @@ class Remembering(torch.optim.SGD):
 
 
 class Marked(torch.optim.SGD):
-    """Has an object in its group whose copies have other texts."""
+    """An optimiser with an object in its group whose copies have other texts."""
 
     def __init__(self, parameters):
         super().__init__(parameters, lr=0.05, momentum=0.9)
@@ -602,7 +602,7 @@ def test_an_object_in_a_group_is_no_change_of_it(play):
 
 @pytest.mark.parametrize(("kind", "name"), [(Counting, "steps"), (Remembering, "norms"), (Doubling, "lr")])
 def test_a_state_that_cannot_be_kept_is_refused(kind, name, play):
-    """Else the optimiser would begin the next round with a part of it."""
+    """The optimiser would otherwise begin the next round with a part of its state."""
     script = ScriptObjects(optimizer=lambda parameters: kind(parameters, lr=0.05))
     with pytest.raises(UserError, match=f"optimizer_state keep: {kind.__name__} has {name}, which cannot be kept"):
         play("keep", script=script, optimizer_state="keep", rounds=1)
@@ -610,7 +610,7 @@ def test_a_state_that_cannot_be_kept_is_refused(kind, name, play):
 
 
 def test_kept_states_cost_the_secrecy_of_draws(play):
-    """Epsilon of client-level privacy counts then that a client's state tells when it was drawn."""
+    """A client's state reveals when it was drawn, so epsilon of client-level privacy counts without secret sampling."""
     how = {"dp_clip": 0.5, "dp_noise": 1.0, "sample_fraction": 0.4, "buffers": "drop"}
     told = {}
     for state in ("new", "keep"):

@@ -1,4 +1,4 @@
-"""The training loop against torch.optim.SGD, and what it does when a client diverges."""
+"""The training loop against torch.optim.SGD, and clients that diverge."""
 
 import copy
 
@@ -105,7 +105,7 @@ def test_gradients_are_channels_last_views_of_one_vector(make_data, make_config)
 
 
 class Drawing(FedAvg):
-    """Draws something for every batch."""
+    """A method that draws a number for every batch."""
 
     def draw(self, client, batch, rng):
         return {"number": rng.random()}
@@ -121,7 +121,7 @@ def test_only_a_method_that_draws_has_a_stream_for_it(method, draws, make_data, 
 
 
 class Observing(FedAvg):
-    """Observes a count, one tensor that changes in place, in every ``every``-th batch."""
+    """A method that observes a count, one tensor changed in place, in every ``period``-th batch."""
 
     period = 1
 
@@ -143,7 +143,7 @@ def test_figures_are_means_over_the_batches_that_have_them(period, mean, make_da
 
 
 class Bomb(FedAvg):
-    """Diverges at a chosen client, round and batch."""
+    """A method that diverges at a chosen client, round and batch."""
 
     where = (1, 1, 3)  # client, round and batch, rounds from 0 and batches from 1
     kind = "loss"
@@ -178,7 +178,7 @@ def test_a_diverging_client_stops_the_run_and_is_named(kind, make_data, make_con
 
 def test_divergence_in_the_last_step_is_seen(make_data, make_config):
     class Steep(FedAvg):
-        """A finite gradient that is too much for the learning rate."""
+        """A method with a finite gradient that is too large for the learning rate."""
 
         def loss(self, model, batch, received):
             return 1e12 * super().loss(model, batch, received)

@@ -4,9 +4,9 @@ from fedkern.listeners.events import Listener
 
 
 class Hearing(Listener):
-    """Notes its events.
+    """A listener that notes its events.
 
-    Fails in one of them.
+    It fails in one of them, if asked.
     """
 
     def __init__(self, fails=""):

@@ -1,4 +1,4 @@
-"""A network, a method and sets of images of two classes, for parts that tell of figures."""
+"""A network, a method and sets of images of two classes, for parts that report figures."""
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ class Judged(Method):
 
 
 def brightness_set(levels, labels, **more):
-    """Return a set of an image of four pixels for every brightness, from 0 to 1."""
+    """Return a set of images of four equal pixels, one for each brightness from 0 to 1."""
     images = (torch.tensor(levels) * 255).to(torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2).clone()
     return Images(Split(images, torch.tensor(labels), **more), FORM, CPU, cache=True)
 

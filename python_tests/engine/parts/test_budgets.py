@@ -25,9 +25,9 @@ def at_most_100(ledger):
 
 
 def play_round(part, ledger, size, *, one_off=False):
-    """Return a round in which a client is sent as many bytes.
+    """Play a round in which a client is sent ``size`` bytes.
 
-    The stop before it, if it is not begun.
+    Returns the reason to stop before the round, or None after playing it.
     """
     entry = Round(one_off=one_off)
     if (stop := part.before_round(record(entry))) is not None:

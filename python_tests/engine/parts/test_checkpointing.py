@@ -1,4 +1,4 @@
-"""When checkpoints are made and what stands in them, without a run."""
+"""Times and contents of checkpoints, without a run."""
 
 import math
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from python_tests.stand_ins import Context, record, run_objects
 
 
 class Checkpoints:
-    """Notes the checkpoints that are made."""
+    """A store that notes the checkpoints."""
 
     def __init__(self, calls):
         self._calls, self.commits, self.info = calls, [], None
@@ -36,7 +36,7 @@ class Checkpoints:
 
 
 class Bench:
-    """The part with what it is made of."""
+    """The checkpointing part with stand-ins for its run."""
 
     def __init__(self, out, interval=3, releases=False):
         self.calls, self.progress, self.timing = [], Progress(), Timing()
@@ -54,10 +54,7 @@ class Bench:
         self.part = Checkpointing(self.run)
 
     def round(self, number=1, rounds=10, stop=None):
-        """Plays a round of the plan.
-
-        Returns whether a checkpoint was made.
-        """
+        """Play a round of the plan, and return whether a checkpoint was made."""
         made = len(self.checkpoints.commits)
         noted = record(number, rounds, Round(one_off=number < 0), stop=stop)
         self.part.before_round(noted)

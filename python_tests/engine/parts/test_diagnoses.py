@@ -19,7 +19,7 @@ def diagnoses(*, clients=True):
 
 
 def report_rounds(part):
-    """Has a set-up round and two communication rounds report, the last one with a client far from the others."""
+    """Report a set-up round and two communication rounds, the last round with one client far from the others."""
     part.round_end(record(-1, reports=[{"loss": 8.0, "samples": 3}], clients={"0": {"drift": 100.0}}))
     part.round_end(record(1, reports=[{"loss": 1.0}, {"loss": math.nan}]))
     drifts = {str(k): {"drift": drift} for k, drift in enumerate((1.0, 1.0, 90.0))}

@@ -1,4 +1,4 @@
-"""Settings that the user gave: a run refuses those that nothing in the method has used, and keeps nothing of itself."""
+"""Settings that the user gave: a run refuses unused settings, and keeps nothing."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ TINY = {"model": "cnn", "width": 2, "progress": False, "pictures": False, "grad_
 
 
 class Loop(FedAvg):
-    """A loop of one epoch at a rate of its own."""
+    """A loop of one epoch at its own rate."""
 
     rate = 0.05
 
@@ -54,14 +54,14 @@ class Rows(FedAvg):
 
 
 class Summing(FedAvg):
-    """A server that means uploads by itself."""
+    """A method whose server averages uploads by itself."""
 
     def server_update(self, server, phase, uploads):
         server.state["parameters"] = torch.stack([upload.message["parameters"] for upload in uploads]).mean(0)
 
 
 class Stepping(Summing):
-    """A server that means uploads by itself, and steps by the server's rule."""
+    """A method whose server averages uploads by itself, and steps by the server's rule."""
 
     def server_update(self, server, phase, uploads):
         before = server.state["parameters"]
@@ -71,7 +71,7 @@ class Stepping(Summing):
 
 
 class Watching(FedAvg):
-    """A server that looks at uploads and averages as FedAvg."""
+    """A method whose server looks at uploads and averages as FedAvg does."""
 
     def server_update(self, server, phase, uploads):
         super().server_update(server, phase, uploads)
@@ -87,7 +87,7 @@ class Everybody(FedAvg):
 
 
 class Prepared(Loop):
-    """The loop after a set-up round, which is kept."""
+    """The loop after a set-up round that stores something."""
 
     def rounds(self, federation):
         yield Round("set-up", participants="all", one_off=True)

@@ -1,4 +1,4 @@
-"""The part that tells listeners of rounds."""
+"""The part that informs listeners of rounds."""
 
 from torch import nn
 

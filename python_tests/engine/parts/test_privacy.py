@@ -1,4 +1,4 @@
-"""The part of privacy: secrets, figures and what more rounds cost."""
+"""The part of privacy: secrets, figures, and the cost of more rounds."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ GUARANTEE = Guarantee(1e-5, {"networks": "the networks"})
 
 
 class Kept:
-    """A part of privacy with what it is made of."""
+    """The part of privacy with stand-ins for its run."""
 
     def __init__(self, out, *, said=GUARANTEE, private=True, rounds=3, draws="seed"):
         self.calls, self.context = [], Context(dp_draws=draws, trained_clients=2)

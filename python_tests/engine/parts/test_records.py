@@ -16,7 +16,7 @@ from python_tests.stand_ins import PRIVATE, Context, about, record, run_objects,
 
 
 class Noted:
-    """A part of records with what it is made of."""
+    """The part of records with stand-ins for its run."""
 
     def __init__(self, out, **context):
         self.context, self.log, self.timing = Context(**context), SimpleNamespace(dropped=[]), Timing()
@@ -25,10 +25,7 @@ class Noted:
         self.part = Records(run)
 
     def round(self, number, **given):
-        """Plays a round.
-
-        Returns its record.
-        """
+        """Play a round and return its record."""
         played = record(number, seconds={"train": 2.0}, clients={"1": {"loss": 0.5}}, **given)
         self.part.before_round(played)
         self.part.round_end(played)

@@ -1,4 +1,4 @@
-"""``--stop-at`` and ``--patience``: when a run ends, what it keeps, and that an interrupted one ends alike."""
+"""``--stop-at`` and ``--patience``: the end of a run, its results, and the same end after an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--profile``: which round is traced, and what the trace holds."""
+"""``--profile``: the traced round, and the contents of the trace."""
 
 import gzip
 import json
@@ -74,7 +74,7 @@ def test_a_trace_of_one_round(make_config, make_data, tmp_path):
 
 
 def test_private_records_have_no_trace(make_config, make_data, tmp_path):
-    """From a trace a client's number of steps can be read."""
+    """A trace would show a client's number of steps."""
     with pytest.raises(UserError, match="--profile writes what every client computed"):
         run(make_config(rounds=1, records="private"), out=tmp_path / "run", data=make_data(), profile=True)
     assert not any((tmp_path / "run").glob("*"))

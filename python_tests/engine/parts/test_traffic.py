@@ -1,4 +1,4 @@
-"""The part that books bytes."""
+"""The part that counts bytes."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ TRAIN = Phase(0, "train", "update")
 
 
 class Booked:
-    """A part of traffic of two clients with what it is made of."""
+    """The part of traffic of two clients, with stand-ins for its run."""
 
     def __init__(self, *, rows=None, wire=None, secret=False, shared_words=False):
         self.ledger, self.context, self.server = Ledger(2), Context(2), SimpleNamespace(traffic=None)

@@ -1,4 +1,4 @@
-"""The part that tells of warnings."""
+"""The part that reports warnings."""
 
 from torch import nn
 

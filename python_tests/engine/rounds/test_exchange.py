@@ -1,4 +1,4 @@
-"""An exchange, the log of a round and the clients' states, each on its own: no run is played."""
+"""An exchange, the log of a round and the clients' states, each without a run."""
 
 import weakref
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ WARNINGS = {
 
 
 class Hooks:
-    """An exchange in which every client returns what it was sent.
+    """An exchange in which every client returns its message.
 
     ``together`` has the answers of a cohort.
     """
@@ -65,7 +65,7 @@ class Hooks:
 
 
 class Watching(Filter):
-    """Notes what it is told, and refuses the uploads of some clients."""
+    """A filter that notes its calls, and refuses the uploads of some clients."""
 
     def __init__(self, name, calls, refuses=()):
         self._name, self._calls, self._refuses = name, calls, refuses
@@ -98,7 +98,7 @@ class Watching(Filter):
 
 
 class Bench:
-    """An exchange of three clients, of whom those that ``given`` does not name return what they were sent."""
+    """An exchange of three clients that return their messages, unless ``given`` names their answers."""
 
     def __init__(self, given=None, *, filters=(), entry=None, clients=(0, 1, 2), hooks=None, silent=False, **context):
         self.calls, self.context, self.checkpoints = [], Context(**context), Checkpoints()
@@ -289,7 +289,7 @@ def test_a_cohort_is_asked_at_once(remote):
 
 
 class Reporting(Hooks):
-    """A cohort in which client 1 reports something, and the others nothing."""
+    """A cohort in which only client 1 reports something."""
 
     def __init__(self, report):
         self._report = report

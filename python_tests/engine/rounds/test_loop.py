@@ -1,4 +1,4 @@
-"""The round loop with a plan, parts and clients that only note what they are asked: no run is played."""
+"""The round loop with a plan, parts and clients that only note their calls, without a run."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ PLAN = (Round("setup", one_off=True, participants=(0,)), Round("train"), Round("
 
 
 class Hooks:
-    """The method or the pooling: notes what it is asked, and sends one message to all clients, or to some."""
+    """The method or the pooling: notes its calls, and sends one message to all clients, or to some."""
 
     own = True
 
@@ -60,10 +60,7 @@ class Hooks:
 
 
 class Noting(Part):
-    """Notes the rounds that it is asked about.
-
-    Stops the run before or after one of them.
-    """
+    """A part that notes the rounds, and stops the run before or after one of them."""
 
     def __init__(self, name, calls, before=None, after=None):
         self.name, self._calls, self._before, self._after = name, calls, before, after
@@ -85,7 +82,7 @@ class Noting(Part):
 
 
 class Watching(Filter):
-    """Keeps what clients are asked, and the messages of clients that never answer."""
+    """A filter that keeps requests, and the messages of clients that never answer."""
 
     def __init__(self):
         self.asked, self.lost = [], []
@@ -100,7 +97,7 @@ class Watching(Filter):
 
 
 class Given(Participation):
-    """Has given assignments, by round, and client 2 answer what it was sent before."""
+    """A policy with given assignments by round, in which client 2 answers the message before."""
 
     def __init__(self, given):
         self._given, self._before, self.asked = given, {}, []
@@ -118,7 +115,7 @@ class Given(Participation):
 
 
 class Bench:
-    """A loop over three clients that return what they are sent, but for those with an answer in ``given``."""
+    """A loop over three clients that return their messages, unless ``given`` has their answers."""
 
     def __init__(self, plan=PLAN, parts=(), *, given=None, pooling=None, policy=None, planned=0, done=0, **settings):
         self.calls, self.context, self.given = [], Context(**settings), given or {}

@@ -1,4 +1,4 @@
-"""The walls of the engine: how much a class holds, how much the loop knows, and which piece knows which other."""
+"""The structure of the engine: sizes of classes, imports of the loop, and allowed imports between its pieces."""
 
 import ast
 
@@ -22,7 +22,7 @@ KNOWN = {
 
 
 def find_attributes(kind: ast.ClassDef) -> set[str]:
-    """Names that a class annotates or that its methods assign to ``self``."""
+    """Return the names that a class annotates or that its methods assign to ``self``."""
     names = {node.target.id for node in kind.body if isinstance(node, ast.AnnAssign)}
     for node in ast.walk(kind):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -31,7 +31,7 @@ def find_attributes(kind: ast.ClassDef) -> set[str]:
 
 
 def find_imports(name: str) -> set[str]:
-    """Return the modules of fedkern that a module of the engine imports, those of the engine without its name."""
+    """Return the fedkern modules that a module of the engine imports, without the prefix ``fedkern.engine.``."""
     found = imported(f"fedkern.engine.{name}", ENGINE[name], FILES)
     return {name.removeprefix("fedkern.engine.") for name in found}
 

@@ -1,4 +1,4 @@
-"""Runs of networks that users bring: by file, by module, by registered name, and as a module."""
+"""Runs of user-defined networks: by file, by module, by registered name, and as a module."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ HAS = {STAGED: "stages", PLAIN: "features", RAW: "logits"}
 
 @pytest.fixture
 def own(make_config):
-    """Return the settings of a run of a network that has no width."""
+    """Return a function for the settings of a run whose network has no width."""
     return lambda method="fedavg", **settings: make_config(method, **{"width": None, "model": STAGED, **settings})
 
 
@@ -73,7 +73,7 @@ def test_a_mask_of_infinities_travels_as_any_buffer(own, make_data, tmp_path, se
 
 
 class Scaling(nn.Module):
-    """Scales its input in place, or a copy of it."""
+    """A network that scales its input in place, or a copy of the input."""
 
     def __init__(self, copies):
         super().__init__()
@@ -137,7 +137,7 @@ def test_methods_train_it(method, model, settings, own, make_data, tmp_path):
 def test_its_images_and_maps_have_the_strides_of_a_data_loader(
     method, model, settings, channels, own, make_data, tmp_path
 ):
-    """Trained, tried, evaluated and with Grad-CAM: these networks raise where a map has others."""
+    """These networks raise on other strides: in training, trials, evaluation and Grad-CAM."""
 
     def first(split):
         return dataclasses.replace(split, images=split.images[:, :channels])
@@ -202,7 +202,7 @@ def test_tied_weights_stay_tied(own, make_data, tmp_path):
 
 
 class Wrong(nn.Module):
-    """Gives what it is told to."""
+    """A network whose output is given."""
 
     def __init__(self, give):
         super().__init__()
@@ -494,7 +494,7 @@ def test_a_module_as_start_hides_no_setting_without_effect(make_data, refuses, t
 
 
 def test_a_wrapped_or_accelerated_module_is_the_run_s_network(make_data, make_config, tmp_path):
-    """Workers get the network by a pickle, which is plain."""
+    """Workers get the plain network, which can be pickled."""
     torch.manual_seed(5)
     plain, network = Staged(), fedkern.accelerate(Staged())
     network.load_state_dict(plain.state_dict())

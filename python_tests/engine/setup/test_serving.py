@@ -1,4 +1,4 @@
-"""Runs that accelerate a user's network: the decision, the record, and the bits that follow from it alone."""
+"""Runs that accelerate a user's network: the decision, its record, and bits that depend on nothing else."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ class Guest(Head):
 
 
 class Rows(nn.Sequential):
-    """Modules one after another."""
+    """A network of modules one after another."""
 
     def __init__(self, classes=3):
         super().__init__(
@@ -45,7 +45,7 @@ class Rows(nn.Sequential):
 
 
 class Drawing(Guest):
-    """Draws from a generator of its own."""
+    """A network that draws from its own generator."""
 
     generator = torch.Generator().manual_seed(0)
 
@@ -59,7 +59,7 @@ class Custom(Guest):
 
 
 class Wide(Guest):
-    """Most of its products are of a layer that nothing serves."""
+    """A network whose products are mostly of a layer that nothing accelerates."""
 
     def __init__(self, classes=3):
         super().__init__(classes)

@@ -1,4 +1,4 @@
-"""Parts and filters of users: their order, equal bits on workers and resumed, and what is refused."""
+"""User-defined parts and filters: their order, equal bits on workers and after a resume, and refusals."""
 
 import json
 from importlib.metadata import EntryPoint
@@ -93,7 +93,7 @@ def file(tmp_path):
 
 
 def note_schedules(monkeypatch):
-    """Return the names of the filters and parts of the runs that are played from now on, of one after another."""
+    """Return a list that gets the names of the filters and parts of each later run."""
     found = []
 
     def loop(*given):
@@ -186,7 +186,7 @@ def test_several_plugins_stand_in_the_order_of_the_run(tmp_path, make_config, ma
 def test_vectors_stay_on_the_gpu_where_no_filter_sees_them(needs_whole, make_data, make_config, tmp_path, monkeypatch):
     @fedkern.register_filter("looking")
     class Looking(fedkern.Filter):
-        """Looks at uploads, or at their figures alone."""
+        """A filter that looks at uploads, or at their figures only."""
 
     Looking.needs_whole_upload = needs_whole
     monkeypatch.setattr(reduction, "has_room", lambda *_: True)

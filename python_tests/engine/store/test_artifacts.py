@@ -25,7 +25,7 @@ from python_tests.interrupted import KillAt, killed, unvouched
 
 
 class Telling(FedAvg):
-    """FedAvg that shows its round's number and releases something."""
+    """FedAvg that shows its round's number and releases something private."""
 
     made = 0
 
@@ -175,7 +175,7 @@ def test_no_noise_is_said_in_words():
 
 @pytest.mark.exhaustive
 def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_config, tmp_path):
-    """Every file of a finished private run, unreadable or readable but another, for every reader of it."""
+    """Every reader refuses every file of a finished private run that is unreadable or replaced."""
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     data, out = make_data(), tmp_path / "run"
     config = make_config("telling", rounds=2, records="all", grad_cam=0)

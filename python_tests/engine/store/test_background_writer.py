@@ -1,4 +1,4 @@
-"""Files written beside the rounds: in order, nothing after a failure, and read before they are on the disk."""
+"""Files written in the background: in order, nothing after a failure, and readable before they are on disk."""
 
 import json
 import threading
@@ -132,7 +132,7 @@ def test_the_entry_comes_after_what_it_speaks_of(tmp_path, writer):
 
 
 def test_never_more_than_one_commit_behind(tmp_path, writer, monkeypatch, commit):
-    """A disk that is slower than the rounds holds them up, instead of falling ever more behind."""
+    """A disk that is slower than the rounds delays them, and does not fall further behind."""
     save, written = Packed.save, []
 
     def slow(self, path):
@@ -162,7 +162,7 @@ def test_settling_up_to_a_job(writer):
 
 
 def test_a_state_that_a_round_writes_twice(tmp_path, writer, commit):
-    """Once for each of its exchanges, under one name: the first file's end takes nothing from the second one."""
+    """Two exchanges write one name, and finishing the first file takes nothing from the second."""
     checkpoints, go = Checkpoints(tmp_path, writer), threading.Event()
     checkpoints.open()
     writer.give(lambda: go.wait(10), 0)

@@ -1,4 +1,4 @@
-"""Checkpoints: what one names, and the way back when a file is damaged."""
+"""Checkpoints: their files, and the fallback when a file is damaged."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The table of many clients: rows come back, commits write what has changed, and damage is named."""
+"""The table of many clients: rows come back, commits write only changes, and damage is named."""
 
 import json
 

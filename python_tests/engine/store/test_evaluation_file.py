@@ -1,4 +1,4 @@
-"""evaluation.csv: every figure under the test set that it is of."""
+"""evaluation.csv: every figure in the row of its test set."""
 
 import pytest
 

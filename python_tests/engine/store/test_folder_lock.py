@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process at a time, also where the file system knows no locks."""
+"""The lock of a run folder: one process at a time, also on file systems without locks."""
 
 import errno
 import fcntl
@@ -59,7 +59,7 @@ def of_another_machine(path):
 
 @pytest.mark.parametrize("lock", ["the system's", *LOCKS, "no fcntl"])
 def test_exclusive_and_released(lock, tmp_path, monkeypatch):
-    """Also where the file system knows no locks, where they stay on one machine, and where the system has none."""
+    """Locks may be missing in the file system or the operating system, or stay on one machine."""
     if lock in LOCKS:
         monkeypatch.setattr(fcntl, "flock", LOCKS[lock])
     elif lock == "no fcntl":

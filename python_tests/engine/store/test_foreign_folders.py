@@ -1,4 +1,4 @@
-"""A run folder from elsewhere: nothing outside it is deleted or written, whatever its files name or lead to."""
+"""Foreign run folders: nothing outside is deleted or written, whatever names and links they hold."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def victim(tmp_path):
 
 @pytest.fixture
 def folder(make_data, make_config, tmp_path):
-    """Return a run that was killed in its third round."""
+    """Return the folder of a run that was killed in its third round."""
     killed(make_config("scaffold", rounds=4), out=tmp_path / "run", data=make_data(), at=KillAt("round", 2))
     return tmp_path / "run"
 
@@ -95,7 +95,7 @@ REPLACED = ("summary.json", "model.safetensors", "evaluation.csv", "confusion.js
 
 
 def lead(path, victim, kind):
-    """Put a link to the victim in the place of a file, whose content the victim gets where the file is read."""
+    """Replace a file by a link to the victim, which gets the file's content if the run reads the file."""
     if path.exists():
         victim.write_bytes(path.read_bytes())
         path.unlink()

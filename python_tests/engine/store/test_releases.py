@@ -1,4 +1,4 @@
-"""A private run that goes on releases again what it released before it was interrupted, or ends before it does."""
+"""A resumed private run repeats the releases before the interruption, or ends before it releases anything."""
 
 import json
 import shutil
@@ -66,7 +66,7 @@ def test_secrets_are_kept_before_the_first_round_that_may_be_cut(cut):
 
 
 def test_another_processor_device_or_version_is_refused_before_anything_leaves(cut, monkeypatch):
-    """Their last bits differ: the same noise on both values would tell the difference."""
+    """The last bits would differ, and the same noise on both values would reveal the difference."""
     out, go_on = cut
     handed, rows, before = [], fediod_client.Answers._realism_rows, read_releases(out)
 
@@ -129,7 +129,7 @@ def test_a_digest_tells_names_kinds_shapes_and_bits_apart():
 
 
 def test_what_a_client_spent_before_it_diverged_stays_booked(make_data, make_config, tmp_path, monkeypatch):
-    """With --on-nan skip it is left out, and its noise is spent: the figure of the run counts it."""
+    """With --on-nan skip the client is left out, but its noise counts in the run's figure."""
     pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     train = engine_client.train_privately

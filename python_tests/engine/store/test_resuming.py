@@ -135,7 +135,7 @@ def test_a_damaged_entry_falls_back_to_the_one_before(key, cut, make_data, make_
 
 
 def swap(path, old, new):
-    """Replace something by as many other bytes."""
+    """Replace bytes by as many others."""
     content = path.read_bytes()
     assert old in content
     assert len(old) == len(new)
@@ -151,7 +151,7 @@ def test_records_of_the_same_length_are_told(cut, make_data):
 
 
 def windows(path):
-    """Give a file the line ends that git gives it where core.autocrlf is on."""
+    """Convert line ends as git does with core.autocrlf."""
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
 
 
@@ -161,14 +161,14 @@ WAY_BACK = (
 
 
 def mend(told):
-    """Do what a sentence says."""
+    """Follow the sentence's advice."""
     command = re.search(WAY_BACK, str(told.value))
     assert command, told.value
     subprocess.run(command[1], shell=True, check=True)
 
 
 def test_line_ends_of_windows_are_named_with_the_way_back(cut, make_data):
-    """Of an interrupted run, with lines beyond its last checkpoint."""
+    # An interrupted run has lines beyond its last checkpoint.
     path = cut / "metrics.jsonl"
     before = path.read_bytes()
     path.write_bytes(before + b'{"round": 2, "cut off')

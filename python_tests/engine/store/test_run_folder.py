@@ -57,7 +57,7 @@ def test_a_new_run_never_goes_on_from_the_checkpoint_of_another(make_data, make_
 
 
 class Unstorable(FedAvg):
-    """Puts what no file holds into the server's state."""
+    """A method that puts values into the server's state that no file can hold."""
 
     requires = FedAvg.requires
 
@@ -85,7 +85,7 @@ def test_a_run_that_comes_to_nothing_leaves_nothing(exists, method, make_data, m
 
 
 def test_a_run_that_came_to_something_stays(make_data, make_config, tmp_path):
-    """Rounds that are on record are worth keeping though they are in no checkpoint."""
+    """Recorded rounds are worth keeping, even if no checkpoint has them."""
     data, out = make_data(), tmp_path / "run"
     run(make_config(rounds=3), out=tmp_path / "whole", data=data)
 
@@ -112,9 +112,9 @@ def test_a_link_that_leads_nowhere_is_named(make_data, make_config, tmp_path):
 @pytest.mark.parametrize("name", [".lock", "config.toml", "server-000001.safetensors", "manifest.json", "summary.json"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES], ids=["full", "forbidden"])
 def test_the_way_out_of_a_folder_that_cannot_be_written(name, number, make_data, make_config, tmp_path, monkeypatch):
-    """A run that is on record goes on with --resume.
+    """A run with recorded rounds goes on with --resume.
 
-    One that is not starts again, and has left nothing behind.
+    A run without starts again, and has left nothing behind.
     """
     out = tmp_path / "run"
     data, config = make_data(), make_config(rounds=1)

@@ -124,7 +124,7 @@ def test_every_command_says_so(folder, capsys):
 
 
 def test_what_a_method_builds_again_is_looked_at_too(make_data, make_config, tmp_path):
-    """The ensemble's tensors, and tables that are whole but of other clients or images."""
+    # The ensemble's tensors, and complete tables of other clients or images.
     data, out = make_data(), tmp_path / "run"
     run(make_config("ensemble", rounds=None), out=out, data=data)
     unvouched(out)

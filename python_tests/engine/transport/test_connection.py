@@ -1,4 +1,4 @@
-"""Ranks that talk to each other, without torchrun: connections over sockets, and ranks that meet."""
+"""Connections between ranks over sockets, and the meeting of ranks, without torchrun."""
 
 import contextlib
 import socket
@@ -148,9 +148,9 @@ def teams(size):
 
 @pytest.fixture
 def meet(ends, monkeypatch):
-    """Has two ranks meet.
+    """Return a function that lets two ranks meet.
 
-    ``entries`` are what `fedkern.process.versions` tells otherwise on rank 1.
+    ``entries`` replace fields of `fedkern.process.versions` on rank 1.
     """
     monkeypatch.setattr(torchrun_group, "_met", False)
     monkeypatch.setattr(TorchrunGroup, "_connect", lambda self, seconds: {1 - self.rank: ends[self.rank]})

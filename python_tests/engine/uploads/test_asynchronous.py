@@ -1,4 +1,4 @@
-"""Asynchronous rounds: who is at work, how a stale upload counts, and equal bits whatever the machine."""
+"""Asynchronous rounds: clients at work, weights of stale uploads, and equal bits on every machine."""
 
 import shutil
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def policy(text="fedbuff:buffer=3", **settings):
 
 
 def send(number):
-    """One message for all clients, as a server has it in a round."""
+    """Return one message for all clients, as a server sends in a round."""
     message = {"parameters": torch.full((2,), float(number))}
     return lambda clients: dict.fromkeys(clients, message)
 
@@ -44,9 +44,9 @@ def send(number):
 @pytest.mark.parametrize("fraction", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("text", ["fedbuff:buffer=3", "fedasync"])
 def test_who_is_at_work(text, fraction):
-    """The earliest finished are at work next, none twice at once.
+    """The earliest finished clients are at work next, none twice at once.
 
-    Each answers what was sent when it began.
+    Each answers the message of the time when it began.
     """
     asked, buffer, count = policy(text, sample_fraction=fraction), 3 if "buffer" in text else 1, round(10 * fraction)
     at_work, seen = {}, []
@@ -130,7 +130,7 @@ class Hooks:
 
 
 def combine(text, stale, entry=None):
-    """Return the parameters and buffers that the server gets of an upload."""
+    """Return the parameters and buffers of an upload as the server gets them."""
     asked = ExchangeRequest(
         Phase(5, "train", "update"), entry or Round(), 5, 1, (0,), Hooks(), {0: {"parameters": SENT}}, {0: 5 - stale}
     )
@@ -180,7 +180,7 @@ def test_fedbuff_that_waits_for_all_is_fedavg(make_data, make_config, tmp_path):
 
 
 class Own(FedAvg):
-    """A method of somebody's own that takes stale uploads."""
+    """A user-defined method that accepts stale uploads."""
 
     asynchronous = True
 
@@ -329,7 +329,7 @@ def test_running_variances_stay_positive_and_figures_finite(make_data, make_conf
 
 
 class Inheriting(FedAvg):
-    """A method that says nothing of stale uploads for its own server."""
+    """A method with its own server that does not declare how it treats stale uploads."""
 
     def server_update(self, server, phase, uploads):
         super().server_update(server, phase, uploads)

@@ -1,4 +1,4 @@
-"""Compressed updates with error feedback: what travels, what stays at the client, and the bits of whole runs."""
+"""Compressed updates with error feedback: messages, residuals, and the bits of complete runs."""
 
 import json
 import os
@@ -26,7 +26,7 @@ AVERAGING = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options
 
 
 class Hooks:
-    """An exchange in which every client returns what it was sent."""
+    """An exchange in which every client returns its message."""
 
     own = True
 
@@ -126,7 +126,7 @@ def test_what_is_lost_comes_later(text):
 
 
 def test_an_update_that_is_sent_often_arrives_whole():
-    """Without memory the small coordinates would never travel."""
+    """Without error feedback the small coordinates would never travel."""
     update = torch.linspace(1, 2, 20)
     found, _ = encode("topk:share=0.1", update.repeat(400, 1), torch.zeros(20))
     torch.testing.assert_close(found.mean(0), update, rtol=0.1, atol=0)
@@ -221,7 +221,7 @@ def bytes_up(out):
 
 
 def read_states(out):
-    """Return the states of all clients that have one."""
+    """Return the stored client states."""
     checkpoints = Checkpoints(out)
     checkpoints.open()
     return {k: checkpoints.client_state(k) for k in checkpoints.clients}
@@ -269,7 +269,7 @@ def test_bytes_are_those_that_travel(make_data, make_config, tmp_path):
     "method", ["fedavg", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("scaffold", "feddra"))]
 )
 def test_workers_and_interruptions_change_no_bit(method, settle, tmp_path):
-    """FedDRA has two exchanges with parameters in a round, with residuals of their own."""
+    """FedDRA has two exchanges with parameters in a round, each with its own residuals."""
     config, data = settle(method, rounds=3, compress="int8")
     run(config, out=tmp_path / "whole", data=data)
     run(config.replace(workers="2"), out=tmp_path / "two", data=data)
