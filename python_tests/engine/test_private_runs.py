@@ -1,4 +1,4 @@
-"""Complete private runs of FedIOD: the target is met, and a killed run ends with the same bits, pictures and figures."""
+"""Complete private runs of FedIOD: the target is met, and a killed run ends with the same bits and figures."""
 
 import json
 from types import SimpleNamespace

@@ -93,7 +93,7 @@ def test_killed_at_a_hook(settings, hook, count, make_data, make_config, tmp_pat
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("count", range(0, 15, 2))
 def test_killed_around_every_file(count, when, make_data, make_config, tmp_path, reference):
-    """The run dies before or after the rename of the count-th file: server, client states, manifest, model, summary ..."""
+    """The run dies before or after the rename of the count-th file: server, clients, manifest, model, summary ..."""
     data, config = make_data(), make_config("fedgid", **{**STATEFUL, "rounds": 2})
     expected = reference("files", config, data)
     with killed_at_rename(count, when):

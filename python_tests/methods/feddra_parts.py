@@ -1,4 +1,4 @@
-"""FedDRA's two sides without the engine's loop."""
+"""FedDRA's server and clients without the engine's loop."""
 
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
@@ -31,7 +31,7 @@ class Parts:
         return sent, uploads
 
     def sizes(self):
-        """Elements of the vector of parameters up to the encoders' end, and of the rest."""
+        """Return the numbers of parameters up to the encoders' end, and after it."""
         flat = FlatParameters(self.bench.networks.build())
         begin = min(place.start for name, place in flat.places()["parameters"].items() if name.startswith(PARTS[2:]))
         return begin, len(flat.parameters) - begin

@@ -71,7 +71,7 @@ def same(a, b):
 
 
 def cleared_and_live(world, rounds, **options):
-    """Two worlds after some rounds: one that begins each with the states alone, one whose server keeps what is live."""
+    """Return two worlds after some rounds: in one every round begins from states, in one the server keeps its objects."""
     cleared, live = (world(**options) for _ in range(2))
     for number in range(rounds):
         cleared.play(cleared.round(), number)

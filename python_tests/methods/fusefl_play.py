@@ -1,4 +1,4 @@
-"""FuseFL by hand: its settings on a tiny federation, and a run whose messages can be looked at."""
+"""FuseFL by hand: its settings on a tiny federation, and a run whose messages can be inspected."""
 
 import copy
 
@@ -17,7 +17,7 @@ def config_of(make_config, options=None, **settings):
 
 
 class Play:
-    """A run by hand: the method, its server and clients, and what travelled."""
+    """A run by hand: the method, its server and clients, and the messages."""
 
     def __init__(self, config, data, order=None, backwards=False):
         self.bench = RunContext(config, data)

@@ -1,4 +1,4 @@
-"""A proxy whose logits are its parameters, beside teachers' logits: what tests of distilled losses look at."""
+"""A proxy whose logits are its parameters, beside teachers' logits, for tests of distillation losses."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ PHASE = Phase(0, "train", "update")
 
 
 class Fixed(torch.nn.Module):
-    """A proxy that gives the logits it was made with."""
+    """A proxy with given logits."""
 
     def __init__(self, logits):
         super().__init__()

@@ -1,4 +1,4 @@
-"""--aggregator: robust rules in place of the mean."""
+"""--aggregator: robust rules instead of the mean."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def train(make_data, make_config, out, **settings):
 
 
 class Hostile(FedAvg):
-    """FedAvg with a client whose upload is far away."""
+    """FedAvg with a client whose upload is an outlier."""
 
     def client_update(self, client, phase, message):
         answer = super().client_update(client, phase, message)

@@ -1,4 +1,4 @@
-"""Flags of a method that vouch for its hooks hold for the class that declares them."""
+"""Flags that vouch for a method's hooks hold only for the class that declares them."""
 
 import pytest
 

@@ -171,7 +171,7 @@ def test_training_samples_as_in_the_released_code(parts):
 
 
 def test_bytes_of_a_round_are_those_of_the_notes(parts):
-    """Method notes 3.10: alignment modules and model once each way, and a number each."""
+    """Method notes 3.10: alignment modules and model once each way, and one number each."""
     p = parts(settings={"buffers": "average"})
     encoders, alignment = p.sizes()
     extra = {name: len(p.server.state[name]) for name in ("buffers", "integers")}  # all of them of the heads
@@ -188,7 +188,7 @@ def test_bytes_of_a_round_are_those_of_the_notes(parts):
 
 
 def test_an_average_that_nobody_uses_does_not_travel(parts, monkeypatch):
-    """Without anchors, clients that go on from their own alignment modules train as if they had got their average."""
+    """Without anchors, clients that keep their own alignment modules train as if they had got the average."""
 
     def play():
         p = parts(anchors=False)

@@ -31,7 +31,7 @@ def network(seed, model="cnn", width=4, side=16, dtype=torch.float32):
 
 
 class Scene:
-    """A local and a global network, a batch, and a bank, in float64 so that oracles can be compared closely."""
+    """A local and a global network, a batch and a bank in float64, for close comparison with oracles."""
 
     def __init__(self, make_data, make_config, model="cnn", shared=False, phase=PHASE, epochs=1, **options):
         self.method = FedGID(FedGID.Options.parse(options))

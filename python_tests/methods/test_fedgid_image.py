@@ -1,4 +1,4 @@
-"""FedGID with ``intervene=image``: the sample's own background is replaced in the image, by object masks."""
+"""FedGID with ``intervene=image``: object masks replace the sample's own background in the image."""
 
 import copy
 import dataclasses
@@ -46,7 +46,7 @@ def scene(make_data, make_config):
 
 
 def compose(scene):
-    """Pixel by pixel: the object stays, all else is the background.
+    """Compose pixel by pixel: the object stays, the rest comes from the background.
 
     An image without an object stays.
     """
@@ -99,7 +99,7 @@ def test_running_statistics_ignore_composed_images(scene):
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
 @pytest.mark.parametrize("sides", [(32, 32), (21, 25)])
 def test_masks_move_with_their_images(kind, sides):
-    """An image that shows its own mask still does.
+    """An image that shows its own mask still matches the mask.
 
     Images, labels and draws are those of batches without masks.
     """
@@ -157,7 +157,7 @@ def test_a_network_may_see_windows(augment, options, make_data, make_config, tmp
 
 
 def twice(pixels):
-    """Pixels [..., H, W] of twice the height and width."""
+    """Return pixels [..., H, W] with twice the height and width."""
     return pixels.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 

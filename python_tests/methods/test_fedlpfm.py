@@ -142,7 +142,7 @@ def test_operations_of_a_teacher_are_the_same_in_either_precision(data, make_con
 
 
 def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):
-    """The cached teacher, asked by hand."""
+    """The figure equals that of the cached teacher, computed by hand."""
     summary = run(small(make_config), out=tmp_path / "run", data=data)
     bench = RunContext(small(make_config), data)
     method = FedLPFM(FedLPFM.Options.parse({**SMALL, "lambda": 0.5}))
@@ -257,7 +257,7 @@ def test_resumed_it_ends_alike_even_when_the_cache_is_gone(tuning, data, make_co
 
 @pytest.mark.exhaustive
 def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, make_public, make_config, tmp_path):
-    """One class per client: only the teacher's probabilities tell the other classes apart."""
+    """Each client has one class, and only the teacher's probabilities teach it the others."""
     data = make_public(make_data((30, 30, 30)), samples=60)
     splits = []
     for k, split in enumerate(make_data((90, 90, 90)).clients):

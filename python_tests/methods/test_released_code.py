@@ -58,7 +58,7 @@ def arrays():
 
 @pytest.fixture(params=DTYPES)
 def precision(request) -> Iterator[str]:
-    """Name of a precision, which tensors without a dtype have meanwhile."""
+    """Set a precision for tensors without a dtype, and return its name."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[request.param])
     yield request.param
@@ -66,7 +66,7 @@ def precision(request) -> Iterator[str]:
 
 
 def gap(ours, theirs):
-    """Largest difference of two arrays, relative to the largest entry of the second one."""
+    """Return the largest difference of two arrays, relative to the second array's largest entry."""
     ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).double()
     assert ours.shape == theirs.shape
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
@@ -90,7 +90,7 @@ def assert_each_alike(ours, theirs):
 def changes_by_name(module, step, flat, lr):
     """Take a step on the flat parameters.
 
-    What it changed in each parameter of the module, over the learning rate.
+    Returns the change of each parameter of the module, over the learning rate.
     """
     theta, places = flat.parameters.detach(), flat.places()["parameters"]
     start = theta.clone()
@@ -164,7 +164,7 @@ STAGES = {"alignment": "stage1", "joint": "stage2"}
 
 @pytest.mark.parametrize("exchange", STAGES)
 def test_feddra_losses_and_gradients(exchange, precision, arrays):
-    """With the anchors in eval mode.
+    """The anchors are in eval mode.
 
     The released code leaves them in train mode.
     """
@@ -192,7 +192,7 @@ def test_feddra_anchors_in_train_mode_are_the_released_ones(exchange, precision,
 
 @pytest.mark.parametrize("precision", ["f64"], indirect=True)
 def test_feddra_update(precision, arrays):
-    """A step of AdamW, which makes the rounding of a gradient that is 0 as large as any other: fp64 alone."""
+    """AdamW makes the rounding of a zero gradient as large as any other, so only fp64 is compared."""
     data = arrays["feddra"]
     network, parts, lr = feddra_loss(data, "joint")
     flat = ops.FlatParameters(network)
@@ -248,7 +248,7 @@ def test_feddra_client_weights(arrays):
 
 
 def test_feddra_projection_leaves_no_small_ball(arrays):
-    """The released bisection does, where rho is small."""
+    """The released bisection leaves the ball for small rho."""
     data = arrays["feddra"]
     feasible = []
     for point, rho, released in zip(
@@ -284,7 +284,7 @@ HOT = 10001.0  # the temperature of the released scripts
 def test_fediod_losses_of_logits(precision, arrays):
     """The ensemble and KD at three temperatures, with gradients for teachers and student.
 
-    In fp32 the released KD at the scripts' temperature has lost its digits: there fedkern's is compared with fp64's.
+    In fp32 the released KD at the scripts' temperature has lost its digits, so fedkern's is compared with fp64.
     """
     data = arrays["fediod"]
     counts = data["counts"].to(torch.get_default_dtype())
@@ -308,7 +308,7 @@ PATCHES = 4
 
 
 class Fediod:
-    """Three clients of one iteration and the images that they answer to, with stored networks, noise and real images.
+    """Three clients in one iteration, with stored networks, noise, synthetic and real images.
 
     With ``released`` the generator's second upsampling is bilinear, and the discriminators' last layers keep a bias
     of 0, as in the released code.
@@ -369,7 +369,7 @@ LAYERS = {
 
 
 def rename(values):
-    """Values of the released generator by fedkern's names."""
+    """Return the released generator's values under fedkern's names."""
     return {name.replace("l1.0.", "project.").replace("conv_blocks.", "body."): v for name, v in values.items()}
 
 
@@ -377,7 +377,7 @@ PHASE = Phase(0, "distil", "update")
 
 
 def test_fediod_losses_of_the_generator(precision, arrays, monkeypatch):
-    """The terms that both have: realism, clarity and balance."""
+    """The common terms are realism, clarity and balance."""
     data, world = arrays["fediod"], Fediod(arrays["fediod"], monkeypatch)
     logits = world.answer()
     discriminator, realism = PATCHES * world.answers._seen
@@ -421,7 +421,7 @@ def test_fediod_networks_differ_from_the_released_ones(precision, arrays, monkey
 
 
 class Fusefl:
-    """Three clients with a ResNet-10 of width 2 in two blocks, trained level by level as the released options say."""
+    """Three clients with a ResNet-10 of width 2 in two blocks, trained level by level with the released options."""
 
     method = FuseFL(final_fuse="sum", adaptor_init="random", frozen_bn="code", ccvr_compat=True)
 
@@ -442,7 +442,7 @@ class Fusefl:
         self.losses, self.updates = [], {}
 
     def level(self, number, frozen):
-        """Trains all clients for an epoch at a level.
+        """Train all clients for an epoch at a level.
 
         ``frozen`` is the fused level before.
         """
@@ -470,7 +470,7 @@ class Fusefl:
             }
 
     def fuse_level(self, number):
-        """Return the fused level of the clients' blocks as they are."""
+        """Return the fused level of the clients' current blocks."""
         branches = []
         for m, network in enumerate(self.networks):
             block, adaptor = network.blocks[number - 1], self.adaptors[m]
@@ -481,7 +481,7 @@ class Fusefl:
         return FusedLevel(branches)
 
     def frozen(self):
-        """Fused level 1 with the batch norms of ``frozen_bn=code``."""
+        """Return fused level 1 with the batch norms of ``frozen_bn=code``."""
         frozen = FusedNetwork([self.fuse_level(1)])
         frozen.normalise_by_batch()
         return frozen
@@ -489,9 +489,9 @@ class Fusefl:
 
 @pytest.fixture
 def play(precision, arrays):
-    """Both levels trained.
+    """Train both levels.
 
-    One object of level 1 serves all clients, as in the released code.
+    One object of level 1 is shared by all clients, as in the released code.
     """
     play = Fusefl(arrays["fusefl"])
     play.level(1, None)
@@ -510,9 +510,9 @@ def test_fusefl_levels(play, precision):
 
 @pytest.mark.parametrize("precision", ["f64"], indirect=True)
 def test_fusefl_statistics_of_frozen_levels_are_not_quite_the_released_ones(play, precision):
-    """There a client begins with the statistics that the client before it left.
+    """In the released code a client begins with the statistics that the client before it left.
 
-    In fedkern with the owners'.
+    In fedkern every client begins with the owners' statistics.
     """
     network = play.frozen()
     for images in play.images[2]:

@@ -1,4 +1,4 @@
-"""Methods whose own batches could end in a single sample, with networks whose last maps have a single position."""
+"""Batches that could end in a single sample, with networks whose last maps have a single position."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ PUBLIC = {"mode": "public", "batch": 4, "student_steps": 2, "iterations": 2}
     ("method", "settings"), [("scaffold", {"options": {"control": "I"}}), ("fedproto", {"buffers": "drop"})]
 )
 def test_a_client_looks_at_all_its_samples(method, settings, make_data, make_config, tmp_path):
-    """501 samples, looked at by 500 in train mode."""
+    """501 samples are evaluated in train mode, in batches of 500."""
     config = make_config(method, model="mlp", batch_size=64, rounds=1, grad_cam=0, **settings)
     summary = run(config, out=tmp_path, data=make_data((501, 13, 9), two_tests=False))
     assert 0 <= summary["metrics"]["accuracy"] <= 1

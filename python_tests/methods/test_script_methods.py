@@ -31,7 +31,7 @@ QUIET = {"progress": False, "pictures": False, "workers": 1}
 
 
 class Slow(FedAvg):
-    """FedAvg whose server goes only a share of the way."""
+    """FedAvg whose server goes only a part of the way."""
 
     @dataclass(frozen=True)
     class Options(FedAvg.Options):
@@ -56,7 +56,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def memory():
-    """Two clients whose classes are told by the brighter half of an image."""
+    """Return two clients whose classes are the brighter halves of images."""
     rng = np.random.default_rng(0)
 
     def pair(n):
@@ -78,7 +78,7 @@ def text(weight):
 
 
 def define(weight):
-    """Return a class without a file of its own, as a notebook defines it."""
+    """Return a class without a file, as a notebook defines it."""
     scope = {"FedAvg": FedAvg}
     exec(text(weight), scope)
     return scope["Slow"]
@@ -183,7 +183,7 @@ def test_what_differs_is_said(monkeypatch):
 
 
 class Beside(FedAvg):
-    """Takes something that is no option."""
+    """A method with an argument that is no option."""
 
     def __init__(self, mu=0.1):
         super().__init__()
@@ -191,21 +191,21 @@ class Beside(FedAvg):
 
 
 class Needing(FedAvg):
-    """Takes two things."""
+    """A method with two arguments."""
 
     def __init__(self, left, second):
         super().__init__()
 
 
 class Bare(FedAvg):
-    """Has options that are no dataclass."""
+    """A method whose options are no dataclass."""
 
     class Options(FedAvg.Options):
         share: float = option(1.0, "share of the way")
 
 
 class Foreign(FedAvg):
-    """Has options of its own kind."""
+    """A method whose options have their own kind of class."""
 
     class Options:
         share = 1.0

@@ -1,4 +1,4 @@
-"""Cutting networks into blocks: the published cuts, what they compute, lists of the user's own, mistakes."""
+"""Cutting networks into blocks: the published cuts, their results, user-defined lists, mistakes."""
 
 import pytest
 import torch

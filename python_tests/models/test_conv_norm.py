@@ -1,4 +1,4 @@
-"""Networks run convolution, norm, ReLU and pooling by one operator, or their layers where these are in the way."""
+"""Networks run convolution, norm, ReLU and pooling by one operator, or layer by layer if something is in the way."""
 
 import copy
 import functools
@@ -27,9 +27,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Call of the operator, which serves ordinary tensors of any size.
+    """Return the settings of later calls of the operator.
 
-    The settings of each.
+    The operator takes ordinary tensors of any size meanwhile.
     """
     found: list[dict[str, object]] = []
 
@@ -251,7 +251,7 @@ def test_padding_by_its_size_alone(calls):
 
 @pytest.mark.parametrize("scale_and_shift", [{"affine": False}, {"bias": False}])
 def test_a_norm_without_scale_and_shift(scale_and_shift, monkeypatch):
-    """The operator itself says what it takes: here the real one is asked."""
+    """The real operator decides here."""
     module = stage(**scale_and_shift)
     expected = learnt(plain(module))
     monkeypatch.setattr(ops, "conv_norm", None)

@@ -46,7 +46,7 @@ def test_nothing_is_counted_behind_the_end():
 
 
 def test_gradients_are_counted_where_there_are_any():
-    """The first convolution is frozen, and so neither its weights nor its output have a gradient."""
+    """The first convolution is frozen, so neither its weights nor its output have a gradient."""
     images = torch.zeros(2, 3, 32, 32)
     network = make("cnn")
     next(layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The ensemble: one pass for all members gives what each of them says."""
+"""The ensemble: one pass for all members gives every member's result."""
 
 import copy
 import math
@@ -49,7 +49,7 @@ def test_weights_and_order():
 
 
 class Constant(torch.nn.Module):
-    """A network that says the same of every image."""
+    """A network with the same logits for every image."""
 
     def __init__(self, logits):
         super().__init__()
@@ -62,7 +62,7 @@ class Constant(torch.nn.Module):
 
 
 def test_weights_by_class_by_hand():
-    """Log-probabilities in ln 2 and ln 3, with the weights 3/4 and 1/4, 0 and 1, 1/2 and 1/2 of the two members."""
+    """The members' log-probabilities are in ln 2 and ln 3, with weights 3/4 and 1/4, 0 and 1, 1/2 and 1/2."""
     two, three = math.log(2), math.log(3)
     halved = [-two, -2 * two, -2 * two]  # of 1/2, 1/4, 1/4
     second = [-3 * two, -3 * two, three - 2 * two]  # of 1/8, 1/8, 3/4

@@ -1,4 +1,4 @@
-"""Folders of networks that bring Python code: it is not run, whatever is answered on standard input."""
+"""Folders of networks with Python code: it never runs, whatever the answer on standard input."""
 
 import ast
 import builtins
@@ -37,7 +37,7 @@ Tokenizer = Processor = Model
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder whose every file names its code, and a user who says yes to everything."""
+    """Return a folder whose every file names its code, and let the user answer yes to everything."""
     path = tmp_path / "network"
     path.mkdir()
     named = {kind: "code.Config" if kind == "AutoConfig" else "code.Model" for kind in KINDS}
@@ -83,10 +83,7 @@ def test_code_of_a_folder_is_not_run(folder: Path, load: Any) -> None:
 
 
 def test_code_of_a_tokenizer_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network is there.
-
-    Its tokenizer alone is foreign.
-    """
+    """The network has no code, only its tokenizer."""
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     network = transformers.BertModel(transformers.BertConfig(**small, vocab_size=8))
     monkeypatch.setattr(pretrained_pair, "_network", lambda *_: network)
@@ -96,7 +93,7 @@ def test_code_of_a_tokenizer_is_not_run(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_code_of_a_part_is_not_run(folder: Path) -> None:
-    """A part is made by ``from_config``, which is not told what the whole was told, and asks."""
+    """``from_config`` makes the part without the arguments of the whole, and asks the user."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     class Foreign(transformers.PretrainedConfig):  # type: ignore[misc, name-defined]
@@ -170,7 +167,7 @@ def test_folders_that_hold_no_network(tmp_path: Path, load: Any, monkeypatch: py
 
 
 def test_everything_is_loaded_without_code() -> None:
-    """Whatever is loaded from files, anywhere in the package, is loaded in the one way that runs nothing."""
+    """All loading from files, anywhere in the package, goes through the one function that runs no code."""
     seen = {"from_pretrained": 0, "load": 0, "open": 0}
     words = re.compile(r"pickle|dill|joblib|shelve|marshal|from_pretrained|torch\.load|Image\.open")
     for path in Path(fedkern.__file__).parent.rglob("*.py"):

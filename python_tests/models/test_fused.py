@@ -1,4 +1,4 @@
-"""Fused levels: one pass against separate calls, adaptors, other depths, transformers, the sizes of section 4.6."""
+"""Fused levels: one pass against separate calls, adaptors, other depths, transformers, sizes of section 4.6."""
 
 import copy
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, Pool, make_ad
 
 
 class Setup(NamedTuple):
-    """M clients' networks, their adaptors (none at level 1), and the fused network made of them."""
+    """M clients' networks, their adaptors (none at level 1), and the network fused from them."""
 
     networks: list[BlockNetwork]
     adaptors: list[list[nn.Module]]
@@ -54,7 +54,7 @@ def fuse(names, blocks, *, kind="cnn1x1", width=6, size=16, final="mean") -> Set
 
 
 def by_hand(setup: Setup, x: torch.Tensor, kind: str) -> torch.Tensor:
-    """Separate calls of every block on what plain PyTorch makes of the results before."""
+    """Call every block by itself, and combine the results in plain PyTorch."""
     results = [x]
     for i in range(len(setup.networks[0].blocks)):
         after = []
@@ -178,7 +178,7 @@ def test_frozen_levels_stay_frozen_until_told_otherwise():
 
 
 def parameters(blocks: int, clients: int, width: int) -> int:
-    """Of M networks of this width in K blocks with cnn1x1 adaptors and one classifier."""
+    """Count M networks of this width in K blocks, with cnn1x1 adaptors and one classifier."""
     network = cut(models.build("resnet18", classes=10, channels=3, image_size=32, seed=0, width=width), blocks)
     c = [channels(shape) for shape in network.interfaces((3, 32, 32))]
     own = sum(p.numel() for block in network.blocks for p in block.parameters())

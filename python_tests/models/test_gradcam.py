@@ -1,4 +1,4 @@
-"""Grad-CAM against its formula, and the share of it on the object."""
+"""Grad-CAM against its formula, and its share on the object."""
 
 import copy
 
@@ -61,7 +61,7 @@ def test_the_stage_is_the_last_with_seven_positions():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", ["vit-tiny", "mlp", "cnn", "mobilenetv2"])
 def test_the_size_of_images_is_asked_of_images_not_of_parameters(name, channels):
-    """ViT's positions are a parameter of four axes, and no convolution's."""
+    """ViT's positions are a parameter with four axes, but not a convolution's."""
     model = models.build(name, classes=4, channels=channels, image_size=32, seed=0).eval()
     images = torch.randn(2, channels, 32, 32, generator=torch.Generator().manual_seed(1))
     cam, classes = grad_cam(model, images)

@@ -43,7 +43,7 @@ def test_mobile_networks_have_the_published_size():
 
 
 def test_mobile_networks_keep_enough_positions():
-    """Method notes 5.5: fewer strides for 32 pixels, the papers' own for large images."""
+    """Method notes 5.5: fewer strides for 32 pixels, the papers' strides for large images."""
     for name, small, large in (("mobilenetv2", 4, 3), ("efficientnet-b0", 2, 3)):
         with torch.no_grad():
             assert make(name, width=8).eval().stages(torch.zeros(1, 3, 32, 32), "layer7").shape[2:] == (small, small)
@@ -52,7 +52,7 @@ def test_mobile_networks_keep_enough_positions():
 
 
 def test_a_mobile_network_learns_at_a_small_width():
-    """Every layer gets a gradient, gates and depthwise convolutions included, and the loss falls."""
+    """Every layer gets a gradient, also gates and depthwise convolutions, and the loss falls."""
     for name in ("mobilenetv2", "efficientnet-b0"):
         model = make(name, width=4, image_size=16, classes=4).to(memory_format=torch.channels_last)
         generator = torch.Generator().manual_seed(4)

@@ -1,4 +1,4 @@
-"""The networks with group norm: the same but for their norms, and no sample looks at another."""
+"""Networks with group norm: equal except for their norms, and samples do not affect each other."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Optimisers against torch.optim, to the last bit."""
+"""Optimisers against torch.optim, bit for bit."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Parts of a network that every client keeps to itself: they train, never travel, and the run is judged by them."""
+"""Personal parts of a network: they train, never travel, and count in the run's evaluation."""
 
 import copy
 import dataclasses
@@ -228,7 +228,7 @@ def test_an_absent_client_has_the_parts_of_a_fresh_network(make_data, tmp_path):
 
 
 class Large(FedAvg):
-    """FedAvg whose client 1 uploads too much in the second round."""
+    """FedAvg whose client 1 uploads too large an update in the second round."""
 
     def client_update(self, client, phase, message):
         result = super().client_update(client, phase, message)
@@ -284,7 +284,7 @@ def test_a_run_ends_by_the_clients_figures(make_data, tmp_path):
 
 
 class Told(FedAvg):
-    """FedAvg whose clients count their rounds, and tell the count and their process in the figures on their own set."""
+    """FedAvg whose clients report their number of rounds and their process, as figures on their own set."""
 
     stateless = False
 
@@ -305,7 +305,7 @@ def read(run, name):
 
 
 def nameless(found):
-    """Return an outcome without the numbers of processes."""
+    """Return an outcome without process ids."""
     model, metrics, summary = found
     for record in (*metrics, summary):
         for figures in record.get("client_metrics", {}).values():
@@ -345,7 +345,7 @@ def test_a_method_with_one_network_sees_the_clients_states_too(make_data, own_se
 
 
 def test_a_run_that_is_resumed_at_its_end_has_its_figures(make_data, own_sets, tmp_path):
-    """It evaluates after the workers are gone."""
+    """The evaluation comes after the workers have ended."""
     settings = {"data": own_sets, "personal": "head.*", "rounds": 2}
     uncut = play(tmp_path / "whole", make_data, **settings)
     with pytest.raises(Kill):

@@ -1,4 +1,4 @@
-"""Networks in bf16: what they answer, how near it is to fp32, and which weights are cast."""
+"""Networks in bf16: dtypes of answers, distance to fp32, and cast weights."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_teachers_together(kinds, width, grad):
 
 
 class Doubled(type(build("cnn"))):
-    """A network of one's own that makes more of its logits."""
+    """A user-defined network that doubles its logits."""
 
     def forward(self, x):
         return 2 * super().forward(x)

@@ -1,4 +1,4 @@
-"""Teachers, their cached logits, their training, and how they are named."""
+"""Teachers, their cached logits, their training, and their names."""
 
 import sys
 import time
@@ -39,7 +39,7 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
 
 class Public:
-    """Three classes by brightness."""
+    """Images of three classes by brightness."""
 
     def __init__(self, count: int = 30) -> None:
         self.labels = torch.arange(count) % 3
@@ -54,7 +54,7 @@ class Public:
 
 
 class Counting(Teacher):
-    """Remembers how many images it saw."""
+    """A teacher that counts its images."""
 
     def __init__(self, **options: Any) -> None:
         self.seen = 0

@@ -232,7 +232,7 @@ def test_a_built_in_text_encoder_needs_words() -> None:
 
 
 def test_equal_texts_give_no_gradient_out_of_rounding() -> None:
-    """Behind batch norm nothing is left of rows that are equal but rounding, which must not become a direction."""
+    """Behind batch norm equal rows differ only by rounding, which must not become a direction."""
     network = make().train()
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

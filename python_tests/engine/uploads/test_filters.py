@@ -1,4 +1,4 @@
-"""The filters that uploads pass, each on its own: no run is played."""
+"""The filters of uploads, each without a run."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ START = torch.tensor([1.0, 2.0, 2.0])
 
 
 class Hooks:
-    """An exchange in which every client returns the parameters that it was sent."""
+    """An exchange in which every client returns the parameters of its message."""
 
     own, asker = True, "method"
     on_gpu = ("parameters",)
@@ -44,7 +44,7 @@ def arrive(upload, **given):
 
 
 def test_an_update_counts_from_what_its_client_was_sent():
-    """The method declares what its server has now, from which a stale upload has not begun."""
+    """The method declares the server's current vectors, but a stale upload began with older ones."""
 
     class Now(Hooks):
         def declare_upload(self, phase, client, message):
@@ -143,7 +143,7 @@ def test_set_up_rounds_are_booked_apart_and_others_not_at_all():
 
 
 def test_a_round_is_booked_exchange_by_exchange():
-    """A client's figures of a network are bookkeeping, the update beside them is communication."""
+    """A client's figures of a network are bookkeeping, and the update beside them is communication."""
     ledger, entry = Ledger(2), Round(exchanges=("update", "figures"), counted=("update",))
     booking = Bytes(ledger, hidden=True)
     for name in entry.exchanges:
@@ -178,7 +178,7 @@ def test_where_the_server_releases_every_upload_is_noted_before_it_goes_on(tmp_p
 
 
 class Marking:
-    """An encoder that adds its mark to a text, and counts in its state how often it did."""
+    """An encoder that adds its mark to a text, and counts its calls in its state."""
 
     def __init__(self, mark, on_gpu=(), checked=None):
         self.mark, self.on_gpu, self.checked = mark, on_gpu, checked

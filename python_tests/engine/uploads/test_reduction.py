@@ -1,4 +1,4 @@
-"""Uploads that stay on the GPU: the runs are those of uploads that come to the host, and only what fits stays."""
+"""Uploads that stay on the GPU: runs have the bits of uploads from the host, and only suitable uploads stay."""
 
 import math
 from functools import wraps
@@ -24,7 +24,7 @@ STAYING = ("fedavg", "scaffold", "moon", "feddyn", "fedgid")
 
 
 def play(name, stays, data, make_config, out, monkeypatch, **more):
-    """Return the vectors that the trainings of a run left, the final model and the clients' figures."""
+    """Return the vectors that stayed on the device in a run, the final model and the clients' figures."""
     seen, train = [], Client.train
     with monkeypatch.context() as patch:
         patch.setattr(reduction, "has_room", lambda *_: stays)
@@ -61,7 +61,7 @@ def test_what_somebody_else_looks_at_comes_to_the_host(options, make_data, make_
 
 
 def test_what_was_trained_elsewhere_is_compared_there(make_data, make_config, tmp_path, monkeypatch):
-    """FML trains two networks of its own and uploads from the host."""
+    """FML trains two networks and uploads from the host."""
     monkeypatch.setattr(Networks, "send", lambda self, vector: vector.to("meta"))
     _, _, figures = play("fml", True, make_data((8, 8, 8)), make_config, tmp_path, monkeypatch)
     assert all(record[k]["drift"] > 0 for record in figures for k in "012")

@@ -1,4 +1,4 @@
-"""The ensemble of the clients' networks: members, votes, calibration, and who is refused."""
+"""The ensemble of the clients' networks: members, votes, calibration, and refused members."""
 
 import dataclasses
 
@@ -101,9 +101,9 @@ def test_calibrated_on_all_features(plain, make_data, make_config, tmp_path):
 
 
 def test_bytes_of_calibration(make_data, make_config, tmp_path, monkeypatch):
-    """AllClients gets all members but its own.
+    """A client gets all members except its own network.
 
-    One whose own was refused is told so.
+    A client whose network was refused is told so.
     """
     data, options = make_data(), {"calibrate": True, **FAST}
     config = make_config("ensemble", model="cnn", rounds=None, options=options)

@@ -18,7 +18,7 @@ from python_tests.personal_runs import SETTINGS, played, same
 
 
 class Recording(Ditto):
-    """Ditto that writes down the images of every batch of the personal networks."""
+    """Ditto that notes the images of every batch of the personal networks."""
 
     rows: ClassVar[list] = []
 

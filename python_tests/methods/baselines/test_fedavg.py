@@ -97,7 +97,7 @@ def test_fedprox_adds_the_gradient_of_its_proximal_term():
     ("fedgid", {"intervention": False, "lambda": 0}, {}),
 ])  # fmt: skip
 def test_without_its_term_a_method_is_fedavg_bit_for_bit(method, without, settings, make_data, make_config, tmp_path):
-    """With the term its network is another one, and the bytes are the same."""
+    """With the term the network differs, and the bytes are the same."""
     data = make_data()
     configs = make_config("fedavg"), make_config(method, options=without), make_config(method, options=settings)
     sent = [run(config, out=tmp_path / str(number), data=data)["bytes"] for number, config in enumerate(configs)]

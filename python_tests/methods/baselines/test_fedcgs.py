@@ -18,9 +18,9 @@ SIZES = (40, 1, 23, 64)
 
 
 def clients(offset=3.0):
-    """Features with means far from zero, and labels.
+    """Return features with means far from zero, and labels.
 
-    Class 3 nowhere.
+    No client has class 3.
     """
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(WIDTH, WIDTH, generator=generator)

@@ -1,4 +1,4 @@
-"""FedDyn's two sides against algorithm 1 of the paper."""
+"""FedDyn's client and server against algorithm 1 of the paper."""
 
 import types
 
@@ -16,7 +16,7 @@ ALPHA = 0.3
 
 
 class Server:
-    """Stands for the server of four clients and a network of six parameters."""
+    """A stand-in for the server of four clients and a network of six parameters."""
 
     def __init__(self, rounds):
         self.state, self.round_cache, self.marks = {}, {}, set()
@@ -107,7 +107,7 @@ def _network(make_config, data):
 
 
 def test_statistics_are_weighted_as_the_models_are(make_pairs, make_config):
-    """``--buffers pool`` takes the weights of the average, which is uniform whatever ``weighting`` is."""
+    """``--buffers pool`` uses the weights of the average, which are uniform for any ``weighting``."""
     for weighting in ("samples", "uniform"):
         method = FedDyn(FedDyn.Options(weighting=weighting))
         assert method.weight(None, Upload(0, 30, {})) == method.weight(None, Upload(1, 10, {}))

@@ -1,4 +1,4 @@
-"""FedProto's loss, prototypes and what travels, against its equations."""
+"""FedProto's loss, prototypes and messages, against its equations."""
 
 from types import SimpleNamespace
 

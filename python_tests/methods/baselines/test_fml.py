@@ -1,7 +1,4 @@
-"""FML's losses against their equations.
-
-What it sends and keeps.
-"""
+"""FML's losses against their equations, its messages and its state."""
 
 import math
 
@@ -57,7 +54,7 @@ def test_fml_sends_the_proxy_alone_and_keeps_private_models(make_data, make_conf
 
 
 def test_fml_private_models_begin_apart(make_data, make_config):
-    """From the shared one and from each other, and the same at every call."""
+    """They differ from the shared model and from each other, and are the same at every call."""
     bench = RunContext(make_config("fml"), make_data())
     clients = [Client(bench, k, {}) for k in range(2)]
     shared = clients[0].network().state_dict()
@@ -72,7 +69,7 @@ def test_fml_private_models_begin_apart(make_data, make_config):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("buffers", ["average", "local"])
 def test_fml_without_mutual_terms_is_fedavg(buffers, make_data, make_config, tmp_path):
-    """With alpha = beta = 1 nothing passes between the two, and the proxy is trained as FedAvg's network."""
+    """With alpha = beta = 1 neither network affects the other, and the proxy trains as FedAvg's network."""
     data = make_data()
     run(make_config("fedavg", buffers=buffers, **EQUAL), out=tmp_path / "a", data=data)
     run(make_config("fml", options={"alpha": 1, "beta": 1}, buffers=buffers, **EQUAL), out=tmp_path / "b", data=data)

@@ -1,4 +1,4 @@
-"""MOON's loss against its equations, and what becomes of a client's previous model."""
+"""MOON's loss against its equations, and the fate of a client's previous model."""
 
 import copy
 import types

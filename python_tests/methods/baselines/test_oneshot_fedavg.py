@@ -1,4 +1,4 @@
-"""One-shot FedAvg and CCVR: one round, one average, and a classifier that alone is calibrated."""
+"""One-shot FedAvg and CCVR: one round, one average, and calibration of the classifier only."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_calibration_changes_the_classifier_alone(make_data, make_config, tmp_pa
 
 
 def test_bytes_of_calibration(make_data, make_config, tmp_path):
-    """Counts, means and scatters of the classes a client has.
+    """Clients send counts, means and scatters of their classes.
 
     The averaged network goes down a second time.
     """

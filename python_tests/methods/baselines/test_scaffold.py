@@ -19,9 +19,9 @@ LR = 0.05
 
 
 def train(make_data, make_config, option, **settings):
-    """One client's exchange with a control variate of its own.
+    """Play a client's exchange with its own control variate.
 
-    Returns what went in, what came out, and the bench.
+    Returns the message, the control variate, the answer, the client and the run's context.
     """
     config = make_config("scaffold", lr=LR, momentum=0.0, **settings)
     bench = RunContext(config, make_data())
@@ -48,7 +48,7 @@ def test_option_two_is_the_published_quotient_under_plain_sgd(weight_decay, make
 
 @pytest.mark.parametrize(("settings", "atol"), [({}, 1e-6), ({"model": "resnet8", "freeze_bn_after": 0}, 1e-5)])
 def test_option_one_is_the_gradient_at_the_received_model(settings, atol, make_data, make_config):
-    """With the statistics that were received where they are fixed."""
+    """Fixed statistics are the received ones."""
     message, _, _, client, bench = train(make_data, make_config, "I", **settings)
     network = Network(bench.networks.build(), torch.device("cpu"))
     network.write(message)

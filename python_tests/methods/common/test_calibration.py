@@ -20,7 +20,10 @@ SIZES = (40, 1, 23, 64)
 
 
 def samples(offset: float = 3.0):
-    """Clients' features with means far from zero, and labels: class 3 nowhere, class 2 once, at one client."""
+    """Return clients' features and labels: class 3 nowhere, class 2 once, at one client.
+
+    The means are far from zero.
+    """
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(WIDTH, WIDTH, generator=generator)
     clients = []

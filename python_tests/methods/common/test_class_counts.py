@@ -1,4 +1,4 @@
-"""Class counts that clients tell, and the ensembles that weigh their networks by them as FedIOD does."""
+"""Class counts from clients, and ensembles weighted by them as in FedIOD."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ def test_counts_are_of_known_labels():
 
 
 def test_the_ensemble_is_that_of_fediods_teachers(data, make_config, tmp_path):
-    """The same networks, the same counts: the figure that FedIOD calls its weighted ensemble."""
+    """The same networks and counts give the figure that FedIOD calls its weighted ensemble."""
     settings = {"model": "cnn", "grad_cam": 0}
     config = make_config("ensemble", rounds=None, options=COUNTS, local_epochs=2, **settings)
     summary = run(config, out=tmp_path / "ensemble", data=data)
@@ -72,9 +72,9 @@ def test_counts_travel_once_and_cost_four_bytes_a_class(method, data, make_confi
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["feddf", "dense"])
 def test_students_follow_an_ensemble_weighed_by_counts(method, data, make_config, tmp_path, monkeypatch):
-    """Networks of two architectures.
+    """The networks have two architectures.
 
-    A client's network was refused, and its counts with it.
+    The counts of a client whose network was refused do not count.
     """
     weights = []
     real, trained = Distilled.follow, Distilled.client_update

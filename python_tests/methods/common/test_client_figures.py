@@ -1,4 +1,4 @@
-"""Figures that a set cannot have, as the Dice of masks without an object: none, in no mean, and the user is told."""
+"""Undefined figures, such as the Dice of masks without an object: in no mean, and with a warning."""
 
 import csv
 import dataclasses
@@ -21,9 +21,9 @@ rng = np.random.default_rng(0)
 
 
 def segmentation(n, objects):
-    """Images of noise.
+    """Return images of noise.
 
-    Those with objects have one in every mask.
+    Sets with objects have one in every mask.
     """
     masks = np.zeros((n, 8, 8), np.int64)
     if objects:
@@ -39,9 +39,9 @@ def multilabel(n, varied):
 
 
 def federation(make, lacking, where):
-    """Three clients with test sets of their own, or with parts of the run's test set.
+    """Return three clients with their own test sets, or with parts of the run's test set.
 
-    ``lacking`` has no figure.
+    The client ``lacking`` has no figure.
     """
     data = FederatedData.from_arrays(
         {name: make(6, True) for name in ("Bern", "Graz", "Ulm")}, make(6, True), validation=make(4, True),

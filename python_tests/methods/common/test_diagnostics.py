@@ -1,4 +1,4 @@
-"""The named warnings: each appears where it should and only there."""
+"""Named warnings: each appears where it should and nowhere else."""
 
 import dataclasses
 import math
@@ -162,7 +162,7 @@ def test_a_set_with_images_of_one_class_is_compared_with_chance():
 
 
 def test_a_dice_is_compared_with_that_of_a_single_class():
-    """Membranes are a quarter of the pixels: who finds cell everywhere has a Dice of 2 x 3/4 / (1 + 3/4) = 6/7."""
+    """Membranes are a quarter of the pixels, so predicting cell everywhere has a Dice of 2 x 3/4 / (1 + 3/4) = 6/7."""
     labels = torch.ones(4, 8, 8, dtype=torch.int64)
     labels[:, ::4] = 0
     data = types.SimpleNamespace(labels=labels, task=SEGMENTATION, cases=torch.tensor([0, 0, 1, 1]), full=None)
@@ -177,7 +177,7 @@ def test_a_dice_is_compared_with_that_of_a_single_class():
 
 
 def test_a_run_that_always_says_the_same_is_warned_of(make_data, make_config, tmp_path):
-    """Nine of ten test images are of one class, so that its accuracy is far above one in three."""
+    """Nine of ten test images have one class, so the accuracy is far above one in three."""
     data = make_data(two_tests=False)
     labels = torch.zeros(16, dtype=torch.int64)
     labels[:2] = torch.tensor([1, 2])

@@ -1,4 +1,4 @@
-"""Client weights for the worst mixture: what moves them, where they act, and a saddle point that can be computed."""
+"""Client weights for the worst mixture: their updates, their effect, and a saddle point that can be computed."""
 
 import math
 import types
@@ -70,7 +70,7 @@ def test_a_round_of_clients_without_weight_still_has_a_mean(parts):
 def test_one_sgd_step_on_weighted_losses_is_the_weighted_average(parts):
     """Method notes 3.6.
 
-    Batch norm's statistics aside, which are averaged with other weights.
+    Batch norm's statistics are averaged with other weights.
     """
     results = {}
     sgd = {"optimizer": "sgd", "momentum": 0.0, "local_steps": 1, "lr": 0.05}
@@ -100,7 +100,7 @@ def test_adamw_does_not_see_the_weights_of_the_released_code(parts):
 
 
 def report_losses(p, values):
-    """Return the loss that every client reports of models whose loss is each of ``values`` in turn, by client."""
+    """Return every client's reported losses of models with the losses ``values``, by client."""
     told = {client.id: [] for client in p.clients}
     for value in values:
         p.method.judge = lambda model, batch, value=value: torch.tensor(value)
@@ -193,7 +193,7 @@ class Quadratic(AFL):
 
 
 def best_weights(rho):
-    """Return the weights of the saddle point: those at which the least mixed loss is largest."""
+    """Return the weights of the saddle point, where the least mixed loss is largest."""
 
     def least(w):
         return -(w @ (OFFSETS + (OPTIMA**2).sum(1) / 2) - ((w @ OPTIMA) ** 2).sum() / 2)

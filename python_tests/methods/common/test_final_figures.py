@@ -1,4 +1,4 @@
-"""Figures of the final network: which runs have them, that they describe what was saved, and predictions.csv."""
+"""Figures of the final network: runs that have them, agreement with the saved model, and predictions.csv."""
 
 import csv
 import dataclasses
@@ -32,7 +32,7 @@ def rows(folder):
 
 
 def read_figures(folder):
-    """Return what a folder says of its final network."""
+    """Return all figures and files of a folder's final network."""
     summary = read_summary(folder)
     files = [(folder / name).read_bytes() for name in FILES[1:] if (folder / name).exists()]
     return summary["metrics"], summary["per_class"], files
@@ -119,7 +119,7 @@ def test_a_method_that_keeps_nothing_says_so(make_data, make_config, tmp_path):
 
         @register("mute")
         class Mute(FedAvg):
-            """Evaluates without a word on its logits."""
+            """A method that evaluates without recording logits."""
 
             def evaluate(self, model, data):
                 right = [(model(batch.inputs).argmax(1) == batch.targets).sum() for batch in data.batches()]

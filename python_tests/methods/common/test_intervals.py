@@ -1,4 +1,4 @@
-"""Intervals: figures of drawn units are those of the samples drawn, and the interval covers what it should."""
+"""Intervals: resampled figures are those of the drawn samples, and the interval has its coverage."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ FEDERATION = SimpleNamespace(client_names=("Ulm", "Bonn"), classes=("a", "b"))
 
 
 class Kept(SimpleNamespace):
-    """A set whose evaluation has kept the ``output``.
+    """A set with the ``output`` of its evaluation.
 
     ``patients`` are int64 ``[n]`` or None.
     """

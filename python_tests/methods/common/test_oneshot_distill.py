@@ -56,7 +56,7 @@ def test_labels_of_public_images_are_not_looked_at(data, make_config, tmp_path):
 
 
 def test_feddf_follows_the_ensemble(data, make_config, tmp_path):
-    """Enough distillation makes the student's answers on the public images those of the ensemble."""
+    """With enough distillation the student's answers on public images are the ensemble's."""
     run(make_config("ensemble", model="cnn", rounds=None, local_epochs=4), out=tmp_path / "ensemble", data=data)
     images = data.public.images
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
@@ -91,9 +91,9 @@ def test_feddf_needs_public_images_or_a_generator(make_data, make_config, tmp_pa
 
 
 def test_networks_may_differ(make_data, make_config, tmp_path):
-    """A student of the run's own network.
+    """The student has the run's own network.
 
-    The average is of the members that have it.
+    The average is over the members with the same architecture.
     """
     data = make_data()
     options = {**SMALL, "models": "cnn:2,resnet8:2"}
@@ -106,7 +106,7 @@ def test_networks_may_differ(make_data, make_config, tmp_path):
 
 
 def student_starts(config, data, out):
-    """Return the runs, and returns the student's weights at the beginning of each epoch of distillation."""
+    """Play the run, and return the student's weights at the beginning of each epoch of distillation."""
     starts = []
     real = Distilled.follow
 
@@ -121,7 +121,7 @@ def student_starts(config, data, out):
 
 
 def test_no_client_may_have_the_students_architecture(data, make_config, tmp_path):
-    """There is nothing to average then: the student starts from the run's fresh network."""
+    """Without a network to average, the student starts from the run's fresh network."""
     options = {**OPTIONS["feddf"], "models": "resnet8:2"}
     starts = student_starts(make_config("feddf", model="cnn", rounds=None, options=options), data, tmp_path)
     initial = models.build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2).parameters()

@@ -1,4 +1,4 @@
-"""Images from an ensemble: the losses are what they say, and nothing but the generator and its noise changes."""
+"""Images from an ensemble: the losses are as declared, and only the generator and its noise change."""
 
 import copy
 

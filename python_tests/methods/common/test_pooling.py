@@ -1,4 +1,4 @@
-"""Batch norm's statistics of the averaged network over all clients' samples (``--buffers pool``)."""
+"""Batch norm statistics of the averaged network over all clients' samples (``--buffers pool``)."""
 
 import numpy as np
 import pytest

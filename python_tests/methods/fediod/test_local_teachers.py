@@ -1,4 +1,4 @@
-"""Teachers of FedIOD: those of an earlier run, of one's own, and how they are trained."""
+"""Teachers of FedIOD: from an earlier run, user-defined, and their training."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""FedIOD's weights and losses: what they are by hand, and what must hold of them whatever the logits."""
+"""FedIOD's weights and losses: results by hand, and invariants for all logits."""
 
 import math
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_no_gradient_goes_through_the_confidence():
 
 
 def test_mixture_is_what_ensemble_kl_distils(logits):
-    """A student that says what the mixture says has no loss, by class, image and mask."""
+    """A student that answers as the mixture has no loss, by class, image and mask."""
     weights = losses.importance(torch.rand(K, C, dtype=torch.float64), torch.rand(K, B, dtype=torch.float64))
     mask = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
     said = losses.mixture(logits, weights, mask)
@@ -107,9 +107,9 @@ def test_terms_by_hand(logits):
 
 
 def test_the_generator_seeks_images_on_which_teachers_differ(logits):
-    """The sign of the paper's diversity.
+    """The sign is that of the paper's diversity.
 
-    The clarity alone would be a part of the same gradient.
+    The clarity would be a part of the same gradient.
     """
     x = logits.clone().requires_grad_()
     total, terms = losses.teacher_terms(x, PI, 0.0)
@@ -127,7 +127,7 @@ def test_discriminators_loss_and_confidence():
 
 
 def test_gradients_of_teachers_that_rule_classes_out(logits):
-    """Probabilities that are 0 in single precision: a teacher that is sure never saw the class."""
+    """A teacher that is sure that it never saw a class has probabilities of 0 in single precision."""
     sure = logits.float()
     sure[1, :, 2] -= 200
     sure.requires_grad_()
@@ -149,14 +149,14 @@ def test_distilling_teachers_that_rule_classes_out(logits):
 
 
 def test_scores_of_nothing_leave_the_classes_their_weights():
-    """Discriminators that are sure an image is made up do not hand its classes to clients that never saw them."""
+    """Discriminators that are sure that an image is synthetic do not move its classes to clients without them."""
     by_class = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     weights = losses.importance(by_class, torch.zeros(2, 1))
     assert torch.equal(losses.normalise_weights(weights)[:, 0], by_class)
 
 
 def settings_of(study, cell, *chosen):
-    """Return the settings of a study's cell and the names of what its command sets."""
+    """Return the settings of a study's cell, and the names of the settings in its command."""
     cells = read_study(study)
     words = [*cells.words(cells.find(cell).command, Path("teachers")), *chosen]
     config = effective_config(parse_run(words))
@@ -174,7 +174,7 @@ def test_masks_of_ones_own_are_learnt_with_the_settings_of_the_study():
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10"])
 def test_data_of_ones_own_are_learnt_with_the_settings_of_the_study(data):
-    """docs/fediod.md's figures are what `fediod --data mnist` is about."""
+    """docs/fediod.md reports figures of `fediod --data mnist`."""
     cell = {"mnist": "MNIST 0.1: FedIOD", "cifar10": "CIFAR-10 0.1: FedIOD"}[data]
     chosen = ("--method-option", "critic_lr=0.0002", "--method-option", "disc_weight=false")
     study, _ = settings_of("fediod_rivals", cell, *chosen)

@@ -1,4 +1,4 @@
-"""FedIOD end to end: the plan of messages, who changes what, what travels, who may be absent, whose teachers."""
+"""FedIOD end to end: the plan of messages, updates, traffic, absent clients, and teachers."""
 
 import dataclasses
 import gc
@@ -60,7 +60,7 @@ def test_reports_are_means_over_what_a_client_took_part_in(world):
 
 
 def test_messages_give_the_gradient_of_a_single_graph(world):
-    """L_G as one autograd graph from the noise through every discriminator and teacher."""
+    """L_G is one autograd graph from the noise through every discriminator and teacher."""
     w = world(models=MIXED, batched=False, **EVERY_TERM)
     images, gradients = w.phases(w.round(), 0)[:2]
     w.exchange(images)
@@ -87,9 +87,9 @@ def test_messages_give_the_gradient_of_a_single_graph(world):
 
 
 def test_an_exchange_changes_what_it_may(world):
-    """D by images alone, G by gradients alone, S by distillation alone.
+    """Images change only D, gradients only G, distillation only S.
 
-    A teacher by nothing.
+    Nothing changes a teacher.
     """
     w = world(**EVERY_TERM)
     probe = torch.randn(3, *w.bench.data.form.shape)
@@ -121,7 +121,7 @@ def test_an_exchange_changes_what_it_may(world):
 def test_a_client_trains_its_discriminator_as_long_as_its_samples_last(world):
     """Clients of 20, 13 and 9 samples have 5, 4 and 3 batches of four in a round.
 
-    They teach on after that.
+    After that they only answer.
     """
     w = world(iterations=6)
     w.play(w.round(), 0)
@@ -202,7 +202,7 @@ def test_a_client_without_a_class_has_no_say_in_it(world, make_data):
 
 
 def test_bytes_are_those_of_the_specification(make_data, make_config, tmp_path):
-    """2.8: six batches of images down, six of logits and confidences and one of gradients up, here with two steps."""
+    """Section 2.8: six batches of images down, six of logits and confidences and one of gradients up, in two steps."""
     run(make_config("fediod", model="cnn", grad_cam=0, options=TINY), out=tmp_path, data=make_data())
     booked = json.loads((tmp_path / "summary.json").read_text())["bytes"]
     batch, classes, pixels, iterations = 4, 3, 3 * 8 * 8, 2 * 3
@@ -224,7 +224,7 @@ def test_images_of_a_byte_per_channel(make_data, make_config, tmp_path):
 
 
 def test_the_student_begins_after_the_warm_up(world):
-    """Until then nobody is asked for it, and its learning rate falls over its own iterations."""
+    """Before that nobody is asked for the student, and its learning rate falls over its own iterations."""
     w = world(warmup=0.5, iterations=4)  # two rounds: eight iterations
     plan = [entry for entry in w.method.rounds(w.bench.federation) if not entry.one_off]
     assert [entry.trains for entry in plan] == ["generator", "generator and student"]
@@ -264,7 +264,7 @@ def test_a_round_goes_on_where_the_one_before_ended(world, optimizer, kept):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("bias", [0.0, 50.0, -50.0])
 def test_a_saturated_generator_is_told_of(world, bias):
-    """All white or all black: the sigmoid lets no gradient through, and the run would end at chance without a word."""
+    """With all-white or all-black images the sigmoid has no gradient, and the run would end at chance in silence."""
     w = world()
     flat = flatten(make_generator(w.server, w.method.options, torch.Generator()))
     module = load(flat, w.server.state["generator"])
@@ -307,7 +307,7 @@ def test_three_architectures_in_one_federation(make_data, make_config, tmp_path)
 
 
 def test_outputs_alone(make_data, make_public, make_config, tmp_path):
-    """Public images, no generator: the teachers answer once, of whatever architecture."""
+    """With public images and no generator, teachers of any architecture answer once."""
     options = {"mode": "public", "models": MIXED, "batch": 4, "student_steps": 2, "iterations": 2}
     data = make_public(make_data(), samples=10)
     summary = run(

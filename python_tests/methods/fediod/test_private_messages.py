@@ -22,7 +22,7 @@ PHASE = Phase(0, "round", "gradients")
 
 
 def options_of(**settings):
-    """FedIOD's, with small steps and noise that can be repeated."""
+    """Return FedIOD's options with small steps and repeatable noise."""
     return IODOptions(**{"disc_weight": True, "batch": 8, "iterations": 5, "noise": "seed", **settings})
 
 
@@ -34,7 +34,7 @@ def method(options):
 
 
 class Client:
-    """A client with a stream and a state, as the engine's."""
+    """A client with a stream and a state, like the engine's."""
 
     def __init__(self, id=0, samples=50, state=None, seed=0, sides=()):
         self.id, self.label, self.samples, self.state, self._seed = id, str(id), samples, state or {}, seed
@@ -80,7 +80,7 @@ def test_off_is_the_identity():
 
 
 def test_rows_are_clipped_before_the_noise():
-    """Two data sets, the same noise: what differs is at most twice the clipping norm in every row."""
+    """Two data sets with the same noise differ by at most twice the clipping norm in every row."""
     options, bound = options_of(**NOISED, clip_d=2.0), 2.0
     noise = privacy.sanitise(make_client(1.5), torch.zeros_like(gradients()), options)
     for rows, is_clipped in ((gradients(scale=10.0), True), (gradients(scale=1e-3, seed=1), False)):
@@ -103,9 +103,9 @@ def test_the_noise_has_the_scale_of_sigma_times_the_norm():
 
 
 def test_a_row_that_is_not_finite_is_released_as_noise():
-    """NaN would tell that a network, and so its data, gave it.
+    """NaN would reveal that a network, and so its data, produced the row.
 
-    The other rows go as they would without it.
+    The other rows stay the same.
     """
     options, broken, zeroed = options_of(**NOISED, clip_d=2.0), gradients(), gradients()
     broken[1, 0, 3, 4], broken[4, 2] = float("nan"), float("inf")
@@ -131,9 +131,9 @@ def test_no_noise_is_used_twice_and_a_resumed_client_goes_on_with_the_same():
 
 
 def test_every_release_has_a_key_of_its_own(monkeypatch):
-    """Keys of clients, channels and releases, before and after a resume.
+    """Keys differ between clients, channels and releases, before and after a resume.
 
-    One alone would be found in 2^64 trials.
+    A single key would be found in 2^64 trials.
     """
     options, keys = options_of(**NOISED, histogram_noise=2.0, noise="secret"), []
     draw = privacy.clip_and_noise
@@ -162,7 +162,7 @@ def test_with_the_seed_the_keys_are_the_runs():
 
 
 def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
-    """Two clients of the same seed and id: nothing secret is the same, and all of it is again from the same bits."""
+    """Two clients of one seed and id share no secret, and equal bits repeat everything."""
     options = options_of(**NOISED, shards=5, histogram_noise=2.0, noise="secret")
 
     def release_all(client):
@@ -232,7 +232,7 @@ def test_shards_are_disjoint_and_whole_and_fixed():
 
 
 def test_who_serves_is_drawn_evenly_and_independently_of_who_trains():
-    """Of seven shards each serves a seventh of the steps, and as often in those in which one of them trains."""
+    """Each of seven shards serves a seventh of the steps, whichever shard trains."""
     options, client = options_of(**NOISED, shards=7, iterations=0), Client(samples=50)
     assert privacy.trainings(client, options) == 7  # batches of eight
     table = np.zeros((7, 7))
@@ -248,7 +248,7 @@ def test_who_serves_is_drawn_evenly_and_independently_of_who_trains():
 def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, trainings):
     """A client trains while its samples last.
 
-    Over the rounds the turns go on where they stopped.
+    The turns continue over the rounds.
     """
     options = options_of(**NOISED, shards=5, iterations=iterations)
     turns = []
@@ -273,7 +273,7 @@ def test_class_counts_are_noised_in_records_also_where_a_record_is_many_pixels()
 
 
 def test_the_noise_on_the_counts_covers_a_record_of_which_everything_is_known():
-    """However little is known of a client's images, another image may replace one: sqrt(2) times all its pixels."""
+    """Another image may replace an image of unknown pixels: sqrt(2) times all its pixels."""
     options, sides = options_of(histogram_noise=2.0), (4, 5)
     labels = torch.full((3, *sides), IGNORE)
     labels[0], labels[1, 0, 0] = 0, 1

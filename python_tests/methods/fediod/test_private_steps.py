@@ -1,4 +1,4 @@
-"""FedIOD's private steps in a federation: which rows are clipped, which shard trains, which serves, what is told."""
+"""FedIOD's private steps in a federation: clipped rows, shards that train and serve, and reports."""
 
 import copy
 from collections import Counter
@@ -27,9 +27,9 @@ def norms(rows):
 
 
 def test_a_row_is_the_gradient_of_an_images_own_loss(world):
-    """Neither the batch nor the number of clients is in it.
+    """Neither the batch nor the number of clients affects a row.
 
-    Told are the medians of the rows that would be clipped.
+    The report has the median norm of the rows before clipping.
     """
     w = world(w_real=8.0, iterations=3)
     for phase in w.phases(w.round(), 0):
@@ -48,7 +48,7 @@ def test_a_row_is_the_gradient_of_an_images_own_loss(world):
 
 @needs_accounting
 def test_the_rows_that_are_clipped_are_those_whose_norms_are_told(world, monkeypatch):
-    """The same step with and without privacy: the median is that of the rows before the noise."""
+    """The same step with and without privacy reports the median of the rows before the noise."""
     given = []
     monkeypatch.setattr(privacy, "sanitise", lambda client, rows, options: given.append(rows) or rows)
     open_, private = world(iterations=1, disc_weight=False), world(iterations=1, disc_weight=False, epsilon=50.0)
@@ -116,7 +116,7 @@ def test_shards_train_in_turn_whichever_serves(world, monkeypatch, serves):
 
 @needs_accounting
 def test_a_discriminator_does_not_remember_who_served(world, monkeypatch):
-    """With the same images the states after training are the same, bit for bit, whichever shards served."""
+    """With the same images the states after training are equal bit for bit, for all serving shards."""
     states = kept_whoever_serves(world, monkeypatch, iterations=4)
     assert [list(state) for state in states] == [[0, 1, 2]] * 2  # in this order, too
     assert all(kept["steps"] for kept in states[0].values())
@@ -133,7 +133,7 @@ def test_a_discriminator_that_has_not_trained_does_not_tell_whether_it_served(wo
 
 @needs_accounting
 def test_what_is_reported_does_not_tell_who_serves(world, monkeypatch):
-    """The realism in the records is that of the shard whose turn it is to train."""
+    """The recorded realism is that of the shard whose turn it is to train."""
     told = []
     for serves in (0, 1, 2):
         monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
@@ -176,7 +176,7 @@ def test_a_cohort_with_shards_gives_the_numbers_of_messages(world):
 
 @needs_accounting
 def test_a_round_with_shards_goes_on_where_the_one_before_ended(world):
-    """Rounds of two iterations and three shards: whose turn it is follows from the iteration, not from what is live."""
+    """With two iterations and three shards the turn follows from the iteration, not from cached state."""
     worlds = cleared_and_live(world, 3, iterations=2, **SHARDED)
     assert same(worlds[0].server.state, worlds[1].server.state)
     for k in range(3):

@@ -1,4 +1,4 @@
-"""FedIOD killed in the middle of its second stage and resumed: bit for bit an uninterrupted run."""
+"""FedIOD killed in the middle of its second stage and resumed: the bits of an uninterrupted run."""
 
 import shutil
 
@@ -35,7 +35,7 @@ def reference(tmp_path_factory):
 @pytest.mark.parametrize("name", ["open", "private"])
 @pytest.mark.parametrize(("round", "answers"), [(1, 4), (2, 0), (2, 9), (3, 13)])
 def test_killed_in_the_second_stage(round, answers, name, make_data, make_config, tmp_path, reference):
-    """Of three architectures.
+    """The networks have three architectures.
 
     The warm-up ends within the second round.
     """

@@ -22,7 +22,7 @@ def logits(seed=0):
 
 
 def by_pixel(tensor, classes):
-    """``[..., B, C, H, W]`` with every pixel as a sample of its own."""
+    """Return ``[..., B, C, H, W]`` with every pixel as its own sample."""
     return tensor.movedim(classes, -1).flatten(classes - 1, -2)
 
 
@@ -43,7 +43,7 @@ def test_weights_count_pixels():
 
 
 def test_one_confidence_for_all_pixels_of_an_image():
-    """r_k(x) is averaged over the image: every pixel has the weights w_kc r_k(x), which sum to one."""
+    """r_k(x) is averaged over the image, so every pixel has the weights w_kc r_k(x), which sum to one."""
     counts = torch.tensor([[5.0, 2, 0, 1], [5, 0, 0, 1], [5, 1, 0, 2]], dtype=torch.float64)
     scores = torch.rand(K, B, dtype=torch.float64) + 0.1
     weights = importance(counts, scores)  # normalised over the clients below, as the operator does
@@ -59,9 +59,9 @@ def test_one_confidence_for_all_pixels_of_an_image():
 
 
 def test_every_term_is_the_mean_over_pixels():
-    """Losses with positions are those of the pixels as samples, gradients included.
+    """Losses with positions are those of the pixels as samples, also their gradients.
 
-    The balance is over all of them.
+    The balance is over all pixels.
     """
     pi = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     weights = torch.rand(K, 1, C, dtype=torch.float64) + 0.1
@@ -117,7 +117,7 @@ def test_one_client_alone_is_its_own_ensemble(tmp_path):
 
 
 def test_a_hold_out_of_which_nothing_is_known_has_no_figure(tmp_path):
-    """A tenth of nine images is one, which may be unknown as a whole."""
+    """A tenth of nine images is one image, which may have no known pixel."""
     config = segmented.settings("fediod", options={**OPTIONS, "holdout": 0.1}, rounds=1)
     data = segmented.federation((12, 9, 7))
     held = split_holdout(Client(RunContext(config, data), 1, {}), 0.1)[1]

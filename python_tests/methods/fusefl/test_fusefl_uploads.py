@@ -1,4 +1,4 @@
-"""FuseFL's refusals: uploads that cannot be used, and what the user gets wrong."""
+"""FuseFL's refusals: unusable uploads, and users' mistakes."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_no_statistics_left_is_an_error(make_data, make_config):
 
 
 def test_a_backdoored_block_is_one_branch_and_touches_no_other(make_data, make_config):
-    """Right shape and finite: it cannot be told, but other clients' blocks of that level are what they were."""
+    """The block has the right shape and is finite, so it is accepted, but other clients' blocks stay the same."""
     config, data = config_of(make_config, {"blocks": 2, "width": "2"}), make_data()
     honest, attacked = Play(config, data), Play(config, data)
     honest.round(0, "level1")
@@ -126,9 +126,9 @@ def test_mistakes_are_named_first(settings, options, said, make_data, make_confi
 
 
 def test_a_client_with_one_sample(make_data, make_config, tmp_path):
-    """Batch norm over many positions can do with it.
+    """Batch norm over many positions can handle one sample.
 
-    Over one position (an MLP's) it cannot, in one sentence.
+    Over one position (an MLP's) it cannot, and one sentence says so.
     """
     data, options = make_data(sizes=(1, 9, 8)), {"blocks": 2, "width": "2"}
     summary = run(config_of(make_config, options, local_epochs=2), out=tmp_path / "cnn", data=data)

@@ -1,4 +1,4 @@
-"""FuseFL: its levels, what travels, and the invariants of docs/methods/fusefl.md, section 9."""
+"""FuseFL: its levels, its traffic, and the invariants of docs/methods/fusefl.md, section 9."""
 
 import copy
 
@@ -69,7 +69,7 @@ def test_order_of_clients_changes_nothing(make_data, make_config):
 
 
 def test_what_a_client_trains_is_the_fused_network_before_it_is_fused(make_data, make_config):
-    """Level 2's features at a client, from its own part, are its branch of the fused level 2."""
+    """A client computes level 2's features from its own part, and they equal its branch of the fused level 2."""
     play = Play(config_of(make_config, {"blocks": 2, "width": "2", "calibrate": False}), make_data()).go()
     model = play.method.model(play.server)
     x = torch.randn(4, 3, 8, 8)
@@ -203,7 +203,7 @@ def test_only_cnn1x1_adaptors_travel(make_data, make_config):
 def test_statistics_of_frozen_levels(make_data, make_config):
     """Batch statistics leave no trace.
 
-    As in the released code, those of the last client to train stay.
+    As in the released code, the statistics of the last client stay.
     """
     models = {}
     for mode in ("owner", "batch", "code"):

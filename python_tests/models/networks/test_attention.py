@@ -1,4 +1,4 @@
-"""The transformer layer's short way to its first token."""
+"""The transformer layer's shortcut for its first token."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""FedIOD's patch discriminators: sizes, and K side by side against K alone."""
+"""FedIOD's patch discriminators: sizes, and K side by side against K one by one."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_side_by_side_is_one_by_one(own, layers):
 
 @pytest.mark.parametrize("layers", [2, 3])
 def test_what_a_logit_sees(layers):
-    """The pixels that move the middle logit, where batch norm does not look at the whole image."""
+    """These pixels move the middle logit, when batch norm does not look at the whole image."""
     module = PatchDiscriminators(draws(1), channels=1, ndf=2, layers=layers).double()
     for number in range(2, layers + 1):
         module.get_parameter(f"conv{number}").data.abs_()  # nothing cancels
@@ -70,7 +70,7 @@ def test_parts_are_views_that_training_changes():
 
 
 def test_teacher_of_the_paper():
-    """FedIOD's ResNet-8 in use: 4.91 million parameters at ten classes, 2,048 features."""
+    """FedIOD's ResNet-8 has 4.91 million parameters at ten classes, and 2,048 features."""
     model = models.build("resnet8-t", classes=10, channels=3, image_size=32, seed=0)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 4.91
     assert model.head.in_features == 2048

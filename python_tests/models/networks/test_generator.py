@@ -1,4 +1,4 @@
-"""The generator: sizes, parameters, range, and where its randomness comes from."""
+"""The generator: sizes, parameters, range, and the source of its randomness."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""U-Net: sizes, any image size, what a pixel sees, initialisation, learning."""
+"""U-Net: sizes, any image size, receptive field, initialisation, learning."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def parameters(model):
 
 
 def count_parameters(width, depth, channels, classes):
-    """Two convolutions and norms at every size down and up, the up-convolutions, and the head."""
+    """Count two convolutions and norms at every size down and up, the up-convolutions, and the head."""
     widths = [width * 2**i for i in range(depth + 1)]
     total = width * classes + classes
     for before, w in zip([channels, *widths], widths, strict=False):
@@ -65,7 +65,7 @@ def test_layout_does_not_change_the_result():
 
 
 def test_every_size_reaches_every_pixel():
-    """Through the shortcut at its own position, through the bottom far around it."""
+    """The shortcut reaches a pixel's own position, the bottom a wide area around it."""
     model = make().double().eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(model(x)[0, 0, 32, 32], x)

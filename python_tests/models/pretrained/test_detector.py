@@ -1,4 +1,4 @@
-"""Grounding DINO through transformers, on a tiny randomly initialised model that the test saves itself."""
+"""Grounding DINO through transformers, on a tiny randomly initialised model that the test saves."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def forwards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Batch sizes of every pass through the network."""
+    """Return a list that gets the batch size of every pass through the network."""
     from transformers import GroundingDinoForObjectDetection
 
     counted: list[int] = []
@@ -136,7 +136,7 @@ def test_the_thresholds_filter_scores(folder: Path) -> None:
 
 
 def test_boxes_agree_with_the_processor_of_transformers(folder: Path) -> None:
-    """Same boxes as transformers' own post-processing, given the same network output."""
+    """The boxes are those of transformers' own post-processing of the same output."""
     transformers = pytest.importorskip("transformers", reason="needs the extra [foundation]")
     images = load("digits", clients=1, partition="iid", train_samples=6).clients[0].images.expand(-1, 3, -1, -1)
     detector = GroundingDino(folder, 0.5, 0.0)

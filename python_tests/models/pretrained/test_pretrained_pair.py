@@ -1,4 +1,4 @@
-"""Encoders through transformers, on tiny randomly initialised networks that the tests save themselves."""
+"""Encoders through transformers, on tiny randomly initialised networks that the tests save."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Networks made on the meta device get memory as torch's to_empty gives it, without what that imports."""
+"""Networks from the meta device get memory as from torch's to_empty, without its imports."""
 
 import pytest
 import torch

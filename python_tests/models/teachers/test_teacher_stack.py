@@ -1,4 +1,4 @@
-"""A bank of frozen networks: the logits and input gradients of the networks themselves."""
+"""A bank of frozen networks: logits and input gradients are those of the single networks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Cutting a user's network: stages and classifier that give the network's own logits, or a reason."""
+"""Cutting user-defined networks: stages and classifier that give the network's own logits, or a reason."""
 
 import types
 from collections import OrderedDict
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """Built as torchvision's ResNet is: a stem, layers, pooling, flatten in forward, a classifier."""
+    """A network like torchvision's ResNet: a stem, layers, pooling, flatten in forward, a classifier."""
 
     def __init__(self, classes=3):
         super().__init__()
@@ -45,7 +45,7 @@ class Residual(nn.Module):
 
 
 class Tutorial(nn.Module):
-    """Activations and pooling are functions, and maps become features by view."""
+    """A network whose activations and pooling are functions, and whose maps become features by view."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ def test_stages_that_do_not_exist(declared, said):
 
 
 class Pairs(nn.Module):
-    """A module that another one hands more than a tensor."""
+    """A module that is called with more than a tensor."""
 
     class Part(nn.Linear):
         def forward(self, pair):
@@ -145,7 +145,7 @@ class Pairs(nn.Module):
 
 
 class Zero(Tutorial):
-    """Its classifier starts at zero, so that all networks would give the same logits."""
+    """A network whose classifier starts at zero, so that every cut would have the same logits."""
 
     def __init__(self):
         super().__init__()
@@ -173,7 +173,7 @@ class Tied(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Changes images until a pass without its scaling gives the same."""
+    """A network that zeroes its images in place, so that a later pass without this step agrees."""
 
     def __init__(self):
         super().__init__()

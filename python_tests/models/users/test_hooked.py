@@ -1,4 +1,4 @@
-"""Features and stages of networks whose forward is a function: by hooks, equal to the same network as a sequence."""
+"""Features and stages of networks whose forward is a function: hooks give the results of a sequence."""
 
 import copy
 
@@ -36,7 +36,7 @@ class Functional(nn.Module):
 
 
 def sequence(network):
-    """Return the same network as modules one after another, cut at the same places."""
+    """Return the same network as a sequence of modules, cut at the same places."""
     made = nn.Sequential(
         network.conv1, network.norm1, nn.ReLU(), nn.MaxPool2d(2), network.conv2, network.norm2, nn.ReLU(),
         nn.MaxPool2d(2), nn.Flatten(), network.fc1, nn.ReLU(), nn.Dropout(0.2), network.fc2,
@@ -46,14 +46,14 @@ def sequence(network):
 
 
 class Scaled(Functional):
-    """Logits that no linear layer gives."""
+    """A network whose logits are not a linear layer's."""
 
     def forward(self, x):
         return 3 * super().forward(x)
 
 
 class Skipping(Functional):
-    """A shortcut around the second convolution."""
+    """A network with a shortcut around the second convolution."""
 
     def forward(self, x):
         maps = F.relu(self.conv1(x))
@@ -62,7 +62,7 @@ class Skipping(Functional):
 
 
 class Rectified(Functional):
-    """The same with in-place activations."""
+    """The network with in-place activations."""
 
     def forward(self, x):
         x = F.max_pool2d(F.relu(self.norm1(self.conv1(x)), inplace=True), 2)
@@ -72,7 +72,7 @@ class Rectified(Functional):
 
 
 class InPlace(Functional):
-    """Activations and dropout that change their inputs."""
+    """A network whose activations and dropout change their inputs."""
 
     def forward(self, x):
         x = F.dropout(self.norm1(self.conv1(x)), 0.2, self.training, inplace=True)
@@ -82,7 +82,7 @@ class InPlace(Functional):
 
 
 class Doubled(Functional):
-    """In-place steps of which a second one would show, on the images too."""
+    """A network with in-place steps on maps and images, where a second pass would show."""
 
     def forward(self, x):
         x = self.conv1(x.sub_(0.5)).mul_(2)
@@ -91,7 +91,7 @@ class Doubled(Functional):
 
 
 class EvalOnly(Functional):
-    """A layer that is skipped in training."""
+    """A network with a layer that training skips."""
 
     def forward(self, x):
         x = F.max_pool2d(self.conv1(x), 2)
@@ -126,7 +126,7 @@ def images():
 
 @pytest.mark.parametrize("stage", ["conv1", "conv2"])
 def test_a_pass_from_a_stage_on_is_that_of_the_sequence(stage, network, images):
-    """Values, gradients and running statistics: the part before is run again, and leaves no trace."""
+    """The part before the stage runs again without a trace in values, gradients and running statistics."""
     plain, parts = network.train(), sequence(network).train()
     front, back = parts[: 1 if stage == "conv1" else 5], parts[1 if stage == "conv1" else 5 :]
     found = cut_at(plain, ["conv1", "conv2"]).train()
@@ -154,7 +154,7 @@ def test_a_pass_from_a_stage_on_is_that_of_the_sequence(stage, network, images):
 @pytest.mark.parametrize("stage", ["norm1", "norm2", "fc1"])
 @pytest.mark.parametrize("training", [True, False])
 def test_results_stay_as_they_are_before_in_place_layers(stage, training, images):
-    """A method mixes the maps that a stage gives, not what an in-place ReLU makes of them."""
+    """A method mixes the maps of a stage, not the result of an in-place ReLU on them."""
     torch.manual_seed(0)
     found = cut_at(InPlace(), [stage]).train(training)
     torch.manual_seed(2)
@@ -186,7 +186,7 @@ def test_items_may_be_changed_in_place():
 
 
 def test_a_sequence_leaves_maps_as_they_are(images):
-    """Also where a stage ends before an in-place ReLU."""
+    # Also if a stage ends before an in-place ReLU.
     parts = sequence(Functional())
     parts[2], parts[6] = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
     parts.stages = {"norm1": "1", "norm2": "5"}
@@ -200,7 +200,7 @@ def test_a_sequence_leaves_maps_as_they_are(images):
 
 
 class Xception(nn.Module):
-    """A block that begins with an in-place ReLU, as Xception's do."""
+    """A network with a block that begins with an in-place ReLU, as Xception's do."""
 
     def __init__(self):
         super().__init__()
@@ -212,7 +212,7 @@ class Xception(nn.Module):
 
 @pytest.mark.parametrize("before", [[], [nn.Dropout(0.2)]])
 def test_a_sequence_leaves_the_input_of_a_block_as_it_is(before, images):
-    """Also behind a layer that hands its input on, such as dropout in evaluation."""
+    # Also behind a layer that returns its input, such as dropout in evaluation.
     parts = nn.Sequential(
         nn.Conv2d(3, 4, 3), *before, Xception(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     )

@@ -1,4 +1,4 @@
-"""Python attributes of users' networks: which of them are compared, and what a run says of those that change."""
+"""Python attributes of user-defined networks: the compared attributes, and warnings when they change."""
 
 import collections
 import functools
@@ -20,7 +20,7 @@ CALLS = []
 
 
 class Inner(nn.Linear):
-    """A layer of torch's with something of a user's."""
+    """A layer of torch with an attribute of the user."""
 
     shared = 0
 
@@ -110,7 +110,7 @@ def test_layers_of_torch_and_hooks_count_in_a_users_network():
 
 
 class Usual(nn.Module):
-    """Layers whose attributes torch changes, also under a user's name, and attributes that nothing can compare."""
+    """A network with attributes that torch changes, also under a user's name, and that nothing can compare."""
 
     class Norm(nn.BatchNorm2d):
         pass

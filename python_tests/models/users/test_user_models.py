@@ -1,4 +1,4 @@
-"""Networks that users bring: how they are made, and that they are the user's module with what methods need."""
+"""User-defined networks: how they are built, and that they stay the user's module with the methods' additions."""
 
 import copy
 import random
@@ -26,7 +26,7 @@ IMAGES = torch.randn(4, 3, 16, 16)
 
 
 class Plain(nn.Module):
-    """Functions between the layers, and view."""
+    """A network with functions between its layers, and view."""
 
     def __init__(self, classes=3, channels=3):
         super().__init__()
@@ -39,7 +39,7 @@ class Plain(nn.Module):
 
 
 def make_sequence(classes, channels):
-    """Modules one after another."""
+    """Return a network of modules one after another."""
     return nn.Sequential(
         nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes),
@@ -53,7 +53,7 @@ def holding(name, buffer, persistent=True):
 
 
 class Merging(nn.Linear):
-    """An adapter that begins at zero and is merged into the frozen weight in eval mode."""
+    """An adapter that starts at zero, and is merged into the frozen weight in eval mode."""
 
     def __init__(self):
         super().__init__(768, 3)
@@ -68,7 +68,7 @@ class Merging(nn.Linear):
 
 
 class Derived(nn.Linear):
-    """Keeps a sum of its weights in a new buffer in every eval()."""
+    """A layer that keeps a sum of its weights in a new buffer at every eval()."""
 
     def __init__(self):
         super().__init__(768, 3)
@@ -81,7 +81,7 @@ class Derived(nn.Linear):
 
 @pytest.fixture
 def register(registries):
-    """Register networks for one test."""
+    """Return the function that registers networks, for one test."""
     return fedkern.register_model
 
 
@@ -245,7 +245,7 @@ def test_images_arrive_contiguous_for_code_that_calls_view(register):
 
 
 def laid_out(x):
-    """Return the same values in the strides of fedkern's batches, of a slice and of a new tensor."""
+    """Return the same values with the strides of fedkern's batches, of a slice and of a new tensor."""
     wide = torch.randn(2 * len(x), *x.shape[1:])
     wide[::2] = x
     return torch.empty(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1).copy_(x), wide[::2], x
@@ -257,7 +257,7 @@ def laid_out(x):
     "shape", [(4, 1, 16, 16), (4, 3, 16, 16), (1, 1, 16, 16), (1, 3, 12, 16), (3, 3, 1, 1)], ids=str
 )
 def test_images_and_maps_have_the_strides_of_a_data_loader(register, make, shape):
-    """The networks raise where they do not: called whole, by stages, for features and in blocks."""
+    """These networks raise on other strides: called whole, by stages, for features and in blocks."""
     register("own")(make)
     network = build("own", classes=3, channels=shape[1], image_size=16, seed=0).eval()
     images = torch.randn(shape)
@@ -277,7 +277,7 @@ def test_images_and_maps_have_the_strides_of_a_data_loader(register, make, shape
 
 
 class Scaling(Plain):
-    """Scales its input in place, by one of two ways."""
+    """A network that scales its input in place, in one of two ways."""
 
     def __init__(self, hidden=False):
         super().__init__()
@@ -336,7 +336,7 @@ def test_a_network_that_changes_nothing_gets_the_batch_itself(register):
 
 
 def test_every_block_of_a_network_gets_such_maps(register):
-    """Adaptors before the blocks give others, and so would fedkern's convolutions in their place."""
+    """Adaptors before the blocks give other strides, and so would fedkern's convolutions instead."""
     register("own")(Looking)
     made = cut(build("own", **SIZE, seed=0), 3)
     assert not channels_last(made)
@@ -385,7 +385,7 @@ def test_a_cut_network_is_a_staged_network(register):
 
 
 class Functional(nn.Module):
-    """A convolution that is a call, behind a parameter of four axes that is none."""
+    """A network whose convolution is a function, with a parameter of four axes that is no kernel."""
 
     def __init__(self, classes, channels):
         super().__init__()
@@ -397,7 +397,7 @@ class Functional(nn.Module):
 
 
 class Rows(nn.Module):
-    """Rows of pixels as steps of a sequence."""
+    """A network that reads rows of pixels as steps of a sequence."""
 
     def forward(self, x):
         return x.flatten(1, 2)
@@ -427,7 +427,7 @@ def pooled_network(classes, channels):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("make", "maps"), [(no_convolution, 0), (one_axis, 0), (functional, 2), (pooled_network, 1)])
 def test_grad_cam_of_networks_with_other_layers_than_convolutions(make, maps, channels, register):
-    """A network has Grad-CAM where it has maps, whatever makes them."""
+    """Grad-CAM needs maps, from any kind of layer."""
     register("own")(make)
     network = build("own", classes=3, channels=channels, image_size=16, seed=0).eval()
     assert len(network.maps) == maps
