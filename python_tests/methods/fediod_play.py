@@ -71,7 +71,7 @@ def same(a, b):
 
 
 def cleared_and_live(world, rounds, **options):
-    """Return two worlds after some rounds: in one every round begins from states, in one the server keeps its objects."""
+    """Return two worlds after some rounds: one restarts from states every round, in one the server keeps objects."""
     cleared, live = (world(**options) for _ in range(2))
     for number in range(rounds):
         cleared.play(cleared.round(), number)

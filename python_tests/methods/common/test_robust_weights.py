@@ -15,7 +15,7 @@ def spread(p, c):
 
 
 def cases(count, seed=0):
-    """Yield (point, rho, centre): few and many clients, radii from 0 to beyond the simplex, ties, corners, even points."""
+    """Yield (point, rho, centre): few and many clients, small and huge radii, ties, corners, even points."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         n = int(rng.integers(2, 7))
