@@ -7,7 +7,7 @@ from fedkern.run import main
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Every test in an empty folder of its own, free of the caller's environment."""
+    """Run every test in an empty folder, without the caller's environment."""
     monkeypatch.chdir(tmp_path)
     for name in ("FEDKERN_BACKEND", "FEDKERN_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
@@ -15,7 +15,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fails(capsys):
-    """Run a command that must end in one sentence and exit code 2, and return the sentence."""
+    """Return a function that runs a command that must fail with exit code 2, and returns its one sentence."""
 
     def run(*argv: str) -> str:
         assert main(list(argv)) == 2
@@ -32,7 +32,7 @@ def fails(capsys):
 
 @pytest.fixture
 def result(capsys):
-    """Run a command that must succeed and return what it wrote to standard output and to standard error."""
+    """Return a function that runs a command that must succeed, and returns its standard output and standard error."""
 
     def run(*argv: str) -> tuple[str, str]:
         assert main(list(argv)) == 0

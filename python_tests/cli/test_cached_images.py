@@ -25,7 +25,7 @@ SMALL = {"partition": "iid", "clients": 2, "rounds": 1, "local_steps": 1, "threa
 
 @pytest.fixture(autouse=True)
 def root(tmp_path, monkeypatch):
-    """Sixty images of two classes, and a cache folder of the user."""
+    """Return sixty images of two classes, and a cache folder of the user."""
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "home"))
     return two_brightnesses(tmp_path / "root", IMAGES)
 

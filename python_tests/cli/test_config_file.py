@@ -1,4 +1,4 @@
-"""The file of ``--config``: what it says, and what is wrong with it."""
+"""The file of ``--config``: its contents and its mistakes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Figures of a finished run are told only as the run wrote them."""
+"""Figures of a finished run are shown only if unchanged."""
 
 import shutil
 

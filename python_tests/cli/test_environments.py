@@ -1,4 +1,4 @@
-"""The command line under Python's options, variables of the terminal, and in a folder that is gone."""
+"""The command line under Python's options, terminal variables, and in a deleted folder."""
 
 import itertools
 import json

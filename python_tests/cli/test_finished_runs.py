@@ -1,4 +1,4 @@
-"""predict and export: the network of a finished run on images of one's own, and as a file for other programs."""
+"""predict and export: a finished run's network on the user's images, and as a file for other programs."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ TINY = ["--train-samples", "200", "--clients", "2", "--rounds", "2", "--threads"
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory, undrawing):
-    """Return a run on the embedded digits, and the first images of its test set as files in a folder of folders."""
+    """Return a run on the embedded digits, and the first images of its test set as files in nested folders."""
     folder = tmp_path_factory.mktemp("digits")
     with undrawing():
         assert main(["fedavg", "--data", "digits", *TINY, "--model", "mlp", "--out", str(folder / "run")]) == 0
@@ -73,7 +73,7 @@ OF_THREADS = [
 
 @pytest.mark.parametrize("given", OF_THREADS, ids=lambda given: "-".join(map(str, given.values())))
 def test_evaluate_repeats_a_run_of_two_threads_also_one_that_went_on(given, tmp_path):
-    """Sets or batches side by side, each on one thread: 1x1 maps and sums depend on both, and on the memory format."""
+    """Sets or batches run side by side on one thread each: 1x1 maps and sums depend on it, and on the memory format."""
     settings = {"method": "fedavg", "rounds": 1, "clients": 2, "train_samples": 320, "local_epochs": 1, "threads": 2,
                 "client_threads": 1, "workers": 1, "grad_cam": 0, **given}  # fmt: skip
     run = fedkern.simulate(out=tmp_path / "run", progress=False, pictures=False, **settings)
@@ -310,7 +310,7 @@ def test_an_export_that_cannot_be_read_again_leaves_nothing(name, broken, said, 
 
 @pytest.fixture
 def exporter(monkeypatch):
-    """Stands for the packages of ONNX: logs as the exporter does, and writes a file that the checker looks at."""
+    """Replace the packages of ONNX: the exporter logs, and writes a file for the checker."""
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
 
     class Program:

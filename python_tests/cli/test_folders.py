@@ -1,4 +1,4 @@
-"""Run folders as the command line names them: taken, given back, empty, misnamed, finished, not writable."""
+"""Run folders on the command line: taken, returned, empty, misnamed, finished, not writable."""
 
 import errno
 import json
@@ -88,7 +88,7 @@ def test_a_folder_called_like_a_command():
 
 
 def test_a_finished_run_without_gradcam_keeps_its_pictures(result, fails, finished_run, monkeypatch):
-    """Neither its data nor a minute of drawing are needed again, and flags that repeat its settings are welcome."""
+    """Neither data nor a minute of drawing are needed again, and flags may repeat the run's settings."""
     names = json.loads((finished_run / "pictures.json").read_text())["pictures"]
     assert names == ["accuracy.png", "confusion.png", "partition.png"]
     before = (finished_run / "accuracy.png").stat().st_mtime_ns

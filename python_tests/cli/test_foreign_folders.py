@@ -1,4 +1,4 @@
-"""A run folder is data: what its config.toml names is not run, unless the option is given again."""
+"""Run folders are data: code that config.toml names runs only if the option is given again."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_a_finished_run_is_looked_at_without_its_code(lpfm, marker, capsys):
 
 
 def rebuilt_by_its_method(out: Path) -> None:
-    """Make model.safetensors say that its module is for the method to build, as whoever sends it may."""
+    """Declare in model.safetensors that the method builds the module, as a sender could."""
     unvouched(out)
     path = out / "model.safetensors"
     tensors = load_file(path)
@@ -144,7 +144,7 @@ def test_the_library_asks_too(lpfm, marker):
 
 
 def test_every_option_that_imports_says_so():
-    """An option whose help offers MODULE:NAME, or takes it, is one that a stored run is asked about."""
+    """An option that offers or takes MODULE:NAME is one that a stored run must confirm."""
     found = set()
     for name, kind in METHODS.items():
         for option in kind.Options.declared():

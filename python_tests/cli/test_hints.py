@@ -1,4 +1,4 @@
-"""Words of other programs, of other commands and of Python: the answer names what says the same here."""
+"""Words of other programs, other commands and Python: the answer names fedkern's word."""
 
 import pytest
 

@@ -41,7 +41,7 @@ def test_networks_that_the_data_do_not_have(words, said, offered, fails):
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_file_of_all_settings_is_still_read(result, fails):
-    """It names a model too, as config.toml of every run does."""
+    """Like config.toml of every run, the file names a model too."""
     sizes = {"test_samples": 10, "validation_samples": 10}
     settings = {"train_samples": 60, "clients": 2, "rounds": 1, "width": 4, "local_steps": 1}
     text = RunConfig.make("fedavg", data="captions", **settings, data_options=sizes).to_toml()

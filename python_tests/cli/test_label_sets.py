@@ -23,7 +23,7 @@ NAMES = ("left", "right", "top")
 
 
 def write_list(folder, column, cells, separator=","):
-    """Write black images and a table of them, whose ``column`` holds ``cells``."""
+    """Write black images and their table, whose ``column`` holds ``cells``."""
     folder.mkdir(exist_ok=True)
     for i, _ in enumerate(cells):
         Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
@@ -37,9 +37,9 @@ def cell(i):
 
 @pytest.fixture
 def label_folder(tmp_path):
-    """Images whose bright halves are their labels, of two sites.
+    """Write images of two sites whose bright halves are their labels.
 
-    Every eighth has no label.
+    Every eighth image has no label.
     """
     folder = tmp_path / "set"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Runs whose clients are named sites, as a user starts them: what is shown, written, refused and resumed."""
+"""Runs whose clients are named sites, as a user starts them: output, files, refusals and resumption."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ TINY = ("--rounds", "1", "--local-epochs", "1", "--threads", "1", "--width", "2"
 
 @pytest.fixture
 def csv_root(tmp_path):
-    """Return a CSV file with a column hospital."""
+    """Return the folder of a CSV file with a column hospital."""
     folder = tmp_path / "set"
     folder.mkdir()
     lines = ["path,label,hospital"]
@@ -36,7 +36,7 @@ def csv_root(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """SITE/train|test/CLASS/image."""
+    """Return images in SITE/train|test/CLASS/image."""
     for s, site in enumerate(SITES):
         for split, count in (("train", 12), ("test", 4)):
             for c, name in enumerate(("cat", "dog")):
@@ -110,7 +110,7 @@ def test_a_held_out_site_is_shown_as_held_out(csv_root, result, tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 def test_parts_of_the_test_set_tell_the_sites_apart(csv_root, result, tmp_path):
-    """Without test sets of their own, clients are compared on the test images of their site."""
+    """Clients without their own test sets are compared on the test images of their site."""
     out = tmp_path / "run"
     words = ("fedavg", "--data", "csv", "--data-root", str(csv_root), *TINY, "--out", str(out))
     told, _ = result(*words)
@@ -214,7 +214,7 @@ def test_resumed_runs_are_the_same(csv_root, tmp_path):
 
 
 def test_a_stored_partition_stays_though_the_data_name_sites(csv_root, tmp_path):
-    """A run folder from before sites were read names its partition, and is resumed with it."""
+    """A run folder from older versions, which did not read sites, names its partition, and keeps it when resumed."""
     config = RunConfig.make("fedavg", data="csv", data_root=str(csv_root), rounds=1, local_epochs=1, width=2, threads=1,
                             grad_cam=0, model="cnn", partition="dirichlet:0.5", clients=5,
                             data_options={"size": 8})  # fmt: skip

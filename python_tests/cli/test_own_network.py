@@ -1,4 +1,4 @@
-"""A network of one's own on the command line: --model FILE.py:NAME and --init, from the first round to the last."""
+"""User-defined networks on the command line: --model FILE.py:NAME and --init, from the first round to the last."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Every command line in the README, the pages and the data functions of papers is one that the command line takes."""
+"""Command lines in the README, the pages and the papers' data functions: all are accepted."""
 
 import ast
 import re
@@ -65,7 +65,7 @@ def test_the_pages_have_commands():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("page", ["first-run", "repeatability"])
 def test_a_pages_commands_and_python_run(page, tmp_path, monkeypatch):
-    """Runs commands in the order of the page, with fewer rounds and steps."""
+    """The commands run in the order of the page, with fewer rounds and steps."""
     monkeypatch.chdir(tmp_path)
     text = re.sub(r"--rounds \d+|--report|\\\n", "", (ROOT / "docs" / f"{page}.md").read_text())
     for line in re.findall(r"^fedkern (?!doctor)(.*)$", text, re.MULTILINE):

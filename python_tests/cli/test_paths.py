@@ -1,4 +1,4 @@
-"""Paths on the command line: home folders, from where they count, and names that only look like them."""
+"""Paths on the command line: home folders, relative paths, and names that only look like paths."""
 
 import json
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_a_run_resumed_elsewhere_uses_the_same_cache(tmp_path, monkeypatch, resu
 
 
 def test_data_and_runs_may_lie_anywhere(tmp_path, result):
-    """Folders whose names have spaces, commas, quotes, letters beyond ASCII and what TOML, globs and shells read."""
+    """Folders' names have spaces, commas, quotes, letters beyond ASCII, and characters of TOML, globs and shells."""
     odd = tmp_path / 'it\'s a "ünüsual", [odd] #1 \\ folder'
     for part, count in (("train", 12), ("test", 4)):
         for label in ("a", "b"):

@@ -1,4 +1,4 @@
-"""Files that a plugin imports from its own folder: no run folder executes them after they have changed."""
+"""Files that a plugin imports from its own folder: no run folder executes them after a change."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ WEIGHTS = {weights}
 
 
 class Pair(Executed):
-    """A plugin and the module that it imports, which says how often it was executed."""
+    """A plugin and the module that it imports, which counts its executions."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)

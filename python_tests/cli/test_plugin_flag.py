@@ -1,4 +1,4 @@
-"""``--plugin``: what a plugin registers is known like fedkern's own, and no run folder executes one by itself."""
+"""``--plugin``: plugins' names work like built-in names, and no run folder executes a plugin by itself."""
 
 import json
 import shutil
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_with_its_plugin(result, cut, plugin, tmp_path):
 
 
 def check_untouched(fails, cut, plugin, runs, *parts):
-    """Every command ends in one sentence, executes nothing and leaves the folder as it is."""
+    """Check that every command ends in one sentence, executes nothing and leaves the folder unchanged."""
     commands = [["--resume", str(cut)], ["--resume", str(cut), "mine"], ["attack", str(cut)]]
     check_refused(fails, cut, commands, parts, readers=(load_settings, attack))
     assert plugin.runs == runs

@@ -41,7 +41,7 @@ PICTURES = {"contourpy", "matplotlib"}
 
 
 def command(*words: str) -> tuple[str, set[str]]:
-    """Return what a command prints in a process of its own, and the modules that it imports."""
+    """Return a command's output in a new process, and the modules that it imports."""
     done = subprocess.run([sys.executable, "-c", LOADED, *words], capture_output=True, text=True, check=True)
     return done.stdout, set(done.stderr.split())
 
@@ -65,7 +65,7 @@ def test_help_needs_no_torch(help_page):
     ("given", "kept"), [("", True), pytest.param("sys.argv[1:]", False, marks=pytest.mark.exhaustive)]
 )
 def test_a_command_imports_its_own_file_and_the_collector_leaves_that_out(given, kept):
-    """Of a script the collector leaves nothing out."""
+    """For a script the collector leaves nothing out."""
     words = [sys.executable, "-c", COLLECTED.format(given=given), "doctor", "--help"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-2:] == [f"{kept} True", str(kept)]

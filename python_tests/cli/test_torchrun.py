@@ -1,4 +1,4 @@
-"""Commands on the ranks of torchrun: which run a restart of the ranks goes on with."""
+"""Commands on the ranks of torchrun: the run that a restart of the ranks resumes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Flower in tests: nothing leaves the machine, and its files lie in a folder of the tests' own."""
+"""Flower in tests: nothing leaves the machine, and all its files are in the tests' folder."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 @pytest.fixture
 def audible():
-    """Flower's logger does not propagate, so that caplog would hear nothing."""
+    """Let Flower's logger propagate, so that caplog hears it."""
     logger = logging.getLogger("flwr")
     before, logger.propagate = logger.propagate, True
     yield
@@ -24,9 +24,9 @@ def audible():
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch, audible):
-    """States lie in the test's folder, nothing of a node is left.
+    """Put states into the test's folder, and leave nothing of a node behind.
 
-    No picture is drawn, as that takes long.
+    No picture is drawn, as drawing takes long.
     """
     from fedkern.flower.runs import node_process, server_app
 

@@ -1,4 +1,4 @@
-"""A Flower grid without a network: nodes are functions, whose replies arrive in a given order."""
+"""A Flower grid without a network: nodes are functions, and their replies arrive in a given order."""
 
 import contextlib
 import weakref
@@ -18,10 +18,10 @@ with contextlib.suppress(ImportError):  # flwr below 1.38 writes no task into me
 
 
 class FakeGrid(Grid):
-    """Implements Flower's Grid.
+    """An implementation of Flower's Grid.
 
     Args:
-        clients: what a node makes of a message, by node: a reply's content, an error, or None for no reply.
+        clients: functions from a message to a reply's content, an error, or None for no reply, by node.
         order: positions of the sent messages in the order in which their replies arrive; None: as sent.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""A real SuperLink and real SuperNodes for a test: processes on free ports, with all their files in one folder."""
+"""A real SuperLink and real SuperNodes for tests: processes on free ports, with all files in one folder."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Federation:
     """A SuperLink and its SuperNodes, which end with the block.
 
     Args:
-        folder: an existing folder for everything that they write; the SuperLink's working folder, so that what a
-            ServerApp writes into its own lies there.
+        folder: an existing folder for all their files, and the SuperLink's working folder, so that a ServerApp's own
+            files are there too.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -110,7 +110,7 @@ class Federation:
     # -- processes -----------------------------------------------------------------------------------------------------
 
     def processes(self) -> list[int]:
-        """All processes of this federation."""
+        """Return all processes of this federation."""
         return processes_of(self.folder)
 
     def pids_of(self, program: str) -> list[int]:
@@ -123,7 +123,7 @@ class Federation:
         return found
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Of Flower's processes: everything of their own, nothing sent, this interpreter with this fedkern."""
+        """Return Flower's environment: separate files, nothing sent, this interpreter, this fedkern."""
         return surroundings(self.folder / "bin") | {"FLWR_HOME": str(home)}
 
     def _make_folder(self, name: str) -> Path:
@@ -189,7 +189,7 @@ class Federation:
         return [self._nodes[number] for number in sorted(self._nodes)]
 
     def node(self, id: int) -> Node:
-        """Return the SuperNode with this number of Flower's."""
+        """Return the SuperNode with this number in Flower."""
         return next(node for node in self._nodes.values() if node.id == id)
 
     def _end(self, process: subprocess.Popen) -> None:
@@ -242,7 +242,7 @@ class Federation:
 def wait_for(process: subprocess.Popen, log: Path, pattern: str, patience: float = 90) -> re.Match | None:
     """Wait for words in a log.
 
-    None where the process ends before, or nothing comes.
+    Returns None if the process ends before, or the time is over.
     """
     limit = time.monotonic() + patience
     while time.monotonic() < limit:
@@ -282,7 +282,7 @@ def surroundings(programs: Path) -> dict[str, str]:
 
 
 def commands(folder: Path) -> None:
-    """Write Flower's commands for this interpreter: those on PATH may belong to another environment."""
+    """Write Flower's commands for this interpreter, as those on PATH may belong to another environment."""
     folder.mkdir(parents=True)
     for entry in importlib.metadata.distribution("flwr").entry_points:
         if entry.group == "console_scripts":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on at the moment."""
+    """Return a port of this machine without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -32,10 +32,10 @@ def end_all(home: Path) -> None:
 
 
 def processes_of(home: Path) -> list[int]:
-    """Living processes of this user whose ``FLWR_HOME`` is this folder or lies in it, and their descendants.
+    """Return the living processes of this user whose ``FLWR_HOME`` is this folder or in it, and their descendants.
 
     Returns:
-        Their numbers in ascending order, without this process; empty where the system has no ``/proc``.
+        Their numbers in ascending order, without this process; empty if the system has no ``/proc``.
     """
     mark = f"FLWR_HOME={home}".encode()
     parents: dict[int, int] = {}

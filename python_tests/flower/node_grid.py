@@ -1,6 +1,6 @@
-"""Flower without a network for whole runs: every message goes through Flower's serialisation to a node made anew.
+"""Flower without a network for complete runs: every message passes Flower's serialisation to a fresh node.
 
-A node keeps nothing but what is on its disk, as where Flower starts a process for every message.
+A node keeps only what is on its disk, as when Flower starts a process for every message.
 """
 
 import itertools
@@ -22,7 +22,7 @@ Fault = Callable[[Message, Context], Message | None]
 
 
 def travel(message: Message) -> tuple[Message, int]:
-    """Return the message as it arrives elsewhere, and the bytes of all its parts."""
+    """Return the message as it arrives at the other side, and the bytes of all its parts."""
     contents = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
     size = sum(map(len, contents.values()))
     name = message.object_id
@@ -33,12 +33,12 @@ def travel(message: Message) -> tuple[Message, int]:
 
 
 class NodeGrid(FakeGrid):
-    """Implements Flower's Grid: node ``100 + k`` is client k.
+    """An implementation of Flower's Grid, where node ``100 + k`` is client k.
 
     Args:
         run_config: of the run.
         clients: ids of the clients whose nodes are connected.
-        faults: what happens instead of the app, by client and number of its message in the run, from 0.
+        faults: functions instead of the app, by client and number of its message in the run, from 0.
         lives: whether nodes stay in memory between messages, as in Flower's simulation.
         nodes: further entries of the nodes' configurations, by client.
 
@@ -77,7 +77,7 @@ class NodeGrid(FakeGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies, the last first: in another order than they are used."""
+        """Return the replies, the last first: not in the order in which they are used."""
         found = []
         for name in sorted(message_ids, key=lambda name: -int(name.rpartition("-")[2])):
             if name not in self._waiting:
@@ -117,5 +117,5 @@ def silent(message: Message, context: Context) -> None:
 
 
 def report_gone(message: Message, context: Context) -> Message:
-    """Return a node of which Flower says that it is gone."""
+    """Return Flower's error for a node that is gone."""
     return Message(Error(code=ErrorCode.NODE_UNAVAILABLE, reason="Error: Node Unavailable"), reply_to=message)

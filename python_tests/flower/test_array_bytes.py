@@ -1,4 +1,4 @@
-"""Arrays of Flower messages without Flower: bytes of .npy files and flat vectors, as hostile clients send them too."""
+"""Arrays of Flower messages without Flower: bytes of .npy files and flat vectors, also from hostile clients."""
 
 import io
 from typing import NamedTuple

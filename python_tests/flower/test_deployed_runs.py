@@ -1,4 +1,4 @@
-"""Whole fedkern runs on a real SuperLink and real SuperNodes, and what may go wrong on the way."""
+"""Complete fedkern runs on a real SuperLink and real SuperNodes, and their failures."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def project(folder: Path, method: str, *words: str) -> Path:
 
 
 def plugin_project(folder: Path, method: str, code: str, *words: str) -> Path:
-    """Return a project of a plugin's method, made by another process: in this one the plugin would stay registered."""
+    """Return a project of a plugin's method, made by another process, as plugins stay registered."""
     (folder / f"{method}.py").write_text(code)
     given = ["--plugin", str(folder / f"{method}.py"), *words, "--out", str(folder / "run")]
     subprocess.run(
@@ -80,13 +80,13 @@ def plugin_project(folder: Path, method: str, code: str, *words: str) -> Path:
 
 
 def in_one_process(folder: Path, method: str, *words: str) -> bytes:
-    """Return the network that the same run gives in this process."""
+    """Return the network of the same run in this process."""
     assert main([method, *SMALL, *words, "--workers", "1", "--quiet", "--out", str(folder / "alone")]) == 0
     return (folder / "alone/model.safetensors").read_bytes()
 
 
 def configs(federation: Federation, count: int) -> list[dict]:
-    """Return the ``node_config`` of the clients' nodes, each with a folder of its own for states."""
+    """Return the ``node_config`` of the clients' nodes, each with its own folder for states."""
     return [
         {"num_partitions": count, "state_dir": str(federation.folder / f"states-{k}")} for k in range(count)
     ]  # fmt: skip
@@ -98,7 +98,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def reasons_of(folder: Path) -> dict[int, dict[int, str]]:
-    """Reasons of the clients that were left out, by round and client."""
+    """Return the reasons of left-out clients, by round and client."""
     found: dict[int, dict[int, str]] = {record["round"]: {} for record in records(folder)}
     for record in records(folder):
         for entry in record.get("dropped", []):

@@ -1,4 +1,4 @@
-"""Flower apps with fedkern's strategies on a real SuperLink and real SuperNodes, and what may go wrong there."""
+"""Flower apps with fedkern's strategies on a real SuperLink and real SuperNodes, and their failures."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def faulty(folder: Path, nodes: int, **config) -> Path:
 
 
 def left_out(federation: Federation) -> list[tuple[int, int, str]]:
-    """Round, place of the SuperNode and reason of every reply that did not count."""
+    """Return round, SuperNode's place and reason of every reply that did not count."""
     found = json.loads((federation.folder / "left_out.json").read_text())
     return [(round, federation.node(node).number, reason) for round, node, reason, _ in found]
 

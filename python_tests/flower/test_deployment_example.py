@@ -1,4 +1,4 @@
-"""The script in examples/flower_deployment runs as it stands, and gives the bits of one process with all data."""
+"""The script in examples/flower_deployment runs unchanged, and gives the bits of one process with all data."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""One reply that ends no app: hostile arrays, lists and metrics, in training and in evaluation."""
+"""Single replies cannot end an app: hostile arrays, lists and metrics, in training and in evaluation."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def npy(shape, data=b"", descr="<f4"):
 
 
 def with_array(key, array):
-    """Return a reply of which one array is another."""
+    """Return a reply with one array replaced."""
 
     def reply(message):
         made = content(model(9), loss=1.0)
@@ -60,7 +60,7 @@ def with_array(key, array):
 
 
 def with_listing(text):
-    """Return a flat reply that lists its entries in other words."""
+    """Return a flat reply with a changed list of its entries."""
 
     def reply(message):
         flat = pack({key: torch.from_numpy(np.array(value)) for key, value in model(9).items()})
@@ -72,7 +72,7 @@ def with_listing(text):
 
 
 def with_metrics(**metrics):
-    """Return a reply whose metrics no check of Flower's has seen."""
+    """Return a reply with metrics that Flower has not checked."""
 
     def reply(message):
         made = content(model(9), loss=1.0)
@@ -152,7 +152,7 @@ def test_a_hostile_reply_to_training_is_left_out_by_name(attack, name):
 
 
 def trainer(evaluated):
-    """Return a node that trains well, and answers an evaluation as told."""
+    """Return a node that trains well, and answers evaluations by a function."""
     return lambda message: content(START, 5) if message.metadata.message_type == "train" else evaluated(message)
 
 

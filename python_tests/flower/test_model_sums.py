@@ -1,4 +1,4 @@
-"""Means of models without Flower: every order, kept or added as they come, and models that do not count."""
+"""Means of models without Flower: in every order, kept or added on arrival, and rejected models."""
 
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""The page's two lines on an app of Flower's quickstart shape: before and after, in one process and in a simulation."""
+"""The page's two lines on an app like Flower's quickstart: before and after, in one process and in a simulation."""
 
 import importlib.util
 import os
@@ -46,7 +46,7 @@ def module(name, path, monkeypatch):
 
 
 def nodes(client_app):
-    """Three nodes that run the ClientApp, each with its own partition."""
+    """Return three nodes that run the ClientApp, each with its own partition."""
 
     def node(partition):
         context = Context(1, 10 + partition, {"partition-id": partition}, RecordDict(), {})
@@ -56,7 +56,7 @@ def nodes(client_app):
 
 
 def play(code, folder, monkeypatch):
-    """Return the network that the app leaves, and the module's result."""
+    """Return the app's final network, and the module's result."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     (folder / "server_app.py").write_text(code)

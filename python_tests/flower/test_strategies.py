@@ -43,7 +43,7 @@ WEIGHTS = [3, 10, 1, 7, 22, 5]
 
 
 def learners(count=6):
-    """Nodes that move what they are sent by a step of their own."""
+    """Return nodes that move each received model by their own step."""
 
     def learner(i):
         return lambda message: content(
@@ -222,7 +222,7 @@ def test_one_reply_is_held_at_a_time():
 
 
 class Noted(strategies.FedAvg):
-    """An override as apps have it: it looks at all replies, and calls the original."""
+    """A strategy with an override as in apps: it looks at all replies, and calls the original."""
 
     def aggregate_train(self, server_round, replies):
         self.nodes = [reply.metadata.src_node_id for reply in replies]
@@ -231,7 +231,7 @@ class Noted(strategies.FedAvg):
 
 
 class Streamed(strategies.FedAvg):
-    """An override that only passes the replies on, and says so."""
+    """A strategy whose override only passes the replies on, and declares it."""
 
     @strategies.streaming
     def aggregate_train(self, server_round, replies):
@@ -540,9 +540,9 @@ def test_an_optimiser_leaves_running_statistics_their_mean():
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("name", [*PAIRS, "FedAvg low_memory", "FedAvg max_update_norm", "GeometricMedian", "DPFedAvg"])
 def test_a_mask_of_infinities_leaves_no_reply_out(name, flat):
-    """A causal mask that the model sent holds stays, and everything else is as without it.
+    """A causal mask in the sent model stays, and everything else is as without the mask.
 
-    Others are left out.
+    Replies with other masks are left out.
     """
     mask = {"mask": np.triu(np.full((5, 5), -np.inf, np.float32), 1)}
     needs = {

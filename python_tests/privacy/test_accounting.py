@@ -63,9 +63,9 @@ def test_an_unsampled_gaussian_has_its_closed_form(z, steps):
 
 @pytest.mark.parametrize(("z", "steps"), [(2.0, 4), (5.0, 100)])
 def test_losses_have_the_closed_form_where_every_record_is_in_every_batch(z, steps):
-    """A replaced record moves the sum by 2 where an added one moves it by 1.
+    """A replaced record moves the sum by 2, an added record by 1.
 
-    Alone, and beside other releases.
+    The bound holds without other releases and with them.
     """
     sampled = (Entry(DP_SGD, z, 1.0, steps),)
     mu = 2 * math.sqrt(steps) / z
@@ -93,7 +93,7 @@ def test_losses_are_tighter_than_renyi_and_no_tighter_than_one_record_added(z, r
 
 
 def test_losses_bound_what_one_step_can_tell():
-    """Poisson sampling, one step: the hockey-stick divergence of the two mixtures, integrated."""
+    """The exact value for one step with Poisson sampling is the hockey-stick divergence of the two mixtures."""
     z, q, e = 1.0, 0.3, 1.0
     normal = lambda x, m: math.exp(-((x - m) ** 2) / (2 * z**2)) / (z * math.sqrt(2 * math.pi))  # noqa: E731
     grid = [i / 2000 for i in range(-24_000, 24_000)]
@@ -113,7 +113,7 @@ def test_an_accountant_that_refuses_leaves_the_figure_to_renyi(monkeypatch):
 
 
 def test_parts_of_several_accountants_share_delta():
-    """Shards, which PLD has not, beside DP-SGD: never above half and half, and never below either part alone."""
+    """Shards, which PLD does not support, and DP-SGD: at most half of delta each, and at least either part alone."""
     shards, full_batch = Entry(GAUSSIAN, 2.5, 1 / 50, 10_000), Entry(GAUSSIAN, 50.0, 1.0, 1)
     sampled = Entry(DP_SGD, 1.0, 0.05, 400)
     found = bound_replaced((shards, full_batch, sampled), DELTA)
@@ -137,7 +137,7 @@ def test_every_kind_is_monotone(entry):
 
 
 def test_two_channels_compose_as_one():
-    """Gaussian releases of z1 and z2 cost together what one of (z1^-2 + z2^-2)^(-1/2) costs."""
+    """Gaussian releases of z1 and z2 cost together as much as one release of (z1^-2 + z2^-2)^(-1/2)."""
     split, single = Accountant(), Accountant()
     split.gaussian("a", 3.0, steps=2)
     split.gaussian("b", 5.0)

@@ -1,4 +1,4 @@
-"""The audit: its bounds on mechanisms whose mu is known, and the mechanisms of the methods against their ledgers.
+"""The audit: its bounds on mechanisms with known mu, and the methods' mechanisms against their ledgers.
 
 The program of the page (benchmarks/studies/privacy_audit.py) runs them with fewer repeats and fixed seeds.
 """
@@ -37,9 +37,9 @@ def test_the_bound_is_near_mu_of_a_gaussian_mechanism_and_below(mu):
 
 
 def test_the_bound_is_wrong_as_seldom_as_it_says():
-    """500 audits at 80 %: at most a fifth above mu, but for 5 deviations.
+    """Of 500 audits at 80 % at most a fifth is above mu, up to 5 deviations.
 
-    The choice of the threshold costs nothing.
+    Choosing the threshold costs nothing.
     """
     wrong = sum(audit(*gaussian(1.0, 200, seed), confidence=0.8).lower > 1.0 for seed in range(500))
     assert 0 < wrong < 100 + 5 * math.sqrt(500 * 0.2 * 0.8)
@@ -102,7 +102,7 @@ def test_mu_of_a_ledger_without_sampling():
 @needs_accounting
 @pytest.mark.parametrize("false_positives", [0.01, 0.1, 0.3])
 def test_mu_of_a_sampled_release_is_no_less_than_the_best_test_has(false_positives):
-    """A fifth of the releases is N(1, 1 / 4), or N(-1, 1 / 4) with the record replaced, the others N(0, 1 / 4)."""
+    """A fifth of the releases is N(1, 1 / 4), or N(-1, 1 / 4) with the record replaced, and the rest N(0, 1 / 4)."""
     ledger = {"discriminator": [["gaussian", 0.25, 0.2, 1]]}  # over the change, which is 2
 
     def above(threshold, mean):
@@ -155,7 +155,7 @@ def test_dp_sgd_gives_away_what_it_books_and_half_its_noise_is_caught(name):
 
 
 def test_noise_that_is_used_twice_is_caught():
-    """Four releases of opposite directions, whose noise cancels: there is no end to what they tell."""
+    """Noise cancels between four releases in opposite directions, which reveals everything."""
     runs, mu = PLAIN["discriminators, four releases"]
 
     def reuse_noise(max_norm, noise, seed, offset):

@@ -48,7 +48,7 @@ def test_with_a_draw_epsilon_is_that_of_the_sampled_gaussian_mechanism(noise, ro
 
 
 def test_a_draw_never_costs_more_than_none():
-    """The bound of sampling is loose for large shares, where the mechanism without a draw is the better bound."""
+    """The bound of sampling is loose for large shares, where the mechanism without sampling has the better bound."""
     pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     level = ClientLevel(1.0, 1.0, DELTA)
     assert level.epsilon(3, drawn=9, of=10) == level.epsilon(3)

@@ -1,4 +1,4 @@
-"""``--records``: what a run tells of single clients, and that a private one tells nothing that nobody paid for."""
+"""``--records``: figures of single clients, and private runs, which publish nothing outside the guarantee."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ OF_THE_MODEL = {f"{split}{name}" for split in ("", "validation_") for name in FI
 
 
 class Everything(Listener):
-    """Every figure that a client has reported, as a run with all records tells it."""
+    """A listener that gets every figure of every client, as in a run with all records."""
 
     def __init__(self):
         self.figures, self.warnings, self.infos = {}, {}, []
@@ -65,7 +65,7 @@ class Both(Listener):
 
 
 def play(config, data, out):
-    """Return a run with everything that writes or shows something: pictures, event files, a display."""
+    """Return a run with all outputs: pictures, event files, a display."""
     seen, console = Everything(), Console(file=io.StringIO(), force_terminal=True, width=200)
     boards = []
     if find_spec("tensorboard") is not None:
@@ -104,7 +104,7 @@ def hits(out, said, values):
 @needs_accounting
 @pytest.mark.parametrize("options", [PARTLY, WHOLE], ids=["a part is covered", "all is covered"])
 def test_no_file_of_a_private_run_tells_a_clients_figure(options, make_data, make_config, tmp_path):
-    """The same run twice, with all records and with private ones: what only the first tells stands nowhere."""
+    """Values that only a run with all records shows appear nowhere in the same run with private records."""
     if "teacher_dp" in options:
         pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)
@@ -171,7 +171,7 @@ def test_an_epsilon_of_the_whole_release_is_told_with_private_records_alone(make
 
 
 class Talking(FedAvg):
-    """FedAvg that says at every turn what it should not."""
+    """FedAvg that reports everything it should not."""
 
     def client_update(self, client, phase, message):
         client.warn("client-said", f"client {client.id} has {len(client.labels)} samples")
@@ -269,7 +269,7 @@ def test_what_is_of_no_client_is_always_told():
 
 
 def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config, tmp_path):
-    """It is made of the clients' samples."""
+    """The attack needs the clients' samples."""
     data = make_data(two_tests=False)
     for records in ("all", "private"):
         out = tmp_path / records
@@ -285,7 +285,7 @@ def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config,
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("cut", [1, 2])
 def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, make_data, make_config, tmp_path):
-    """Also of a run that is interrupted in its first round, before there is a checkpoint, or in its second."""
+    # Also for a run interrupted in its first round, before there is a checkpoint, or in its second.
     data, out = make_data(two_tests=False), tmp_path / "run"
     found = of_memory(data)
     run(make_config("fedavg", rounds=1, records="all"), out=tmp_path / "all", data=data)

@@ -1,4 +1,4 @@
-"""Keys of noise: what they are made of, and that every part of it counts."""
+"""Keys of noise: their parts, and that every part counts."""
 
 import hashlib
 
@@ -19,7 +19,7 @@ def test_a_key_is_a_hash_of_all_that_it_belongs_to():
 
 
 def test_every_bit_of_the_secret_and_every_part_of_the_name_counts():
-    """All 128 bits: of the noise of one channel with one seed, an attacker who finds the seed had it all."""
+    """If the noise followed from a seed alone, an attacker who finds the seed would have all of it."""
     keys = {noise_key(SECRET, 0, "a", 0)}
     number = int.from_bytes(SECRET, "big")
     keys |= {noise_key((number ^ 1 << bit).to_bytes(16, "big"), 0, "a", 0) for bit in range(128)}

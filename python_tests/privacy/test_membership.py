@@ -1,4 +1,4 @@
-"""The membership attack: against the definitions, and on models that are known to remember or not."""
+"""The membership attack: against the definitions, and on models that are known to memorise or not."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ FORM = ImageForm((1, 8, 8), (0.5,), (0.3,))
 
 
 def brute(x, y):
-    """Return the area and DeLong's variance from the kernel of every pair, as the paper writes them."""
+    """Return the area and DeLong's variance from the kernel of every pair, as in the paper."""
     psi = [[1.0 if a < b else 0.5 if a == b else 0.0 for b in y] for a in x]
     psi = np.array(psi)
     v10, v01 = psi.mean(1), psi.mean(0)
@@ -88,9 +88,9 @@ def test_with_groups_the_variance_is_that_of_clusters(monkeypatch):
 
 
 def test_copies_of_a_record_say_nothing_more():
-    """Every record four times over: told so, the interval is hardly narrower.
+    """With groups, four copies of every record hardly narrow the interval.
 
-    Not told, it is of four times as many.
+    Without groups, the interval is that of four times as many records.
     """
     rng = np.random.default_rng(2)
     x, y = (torch.from_numpy(rng.normal(at, 1, n)) for at, n in ((0, 30), (1, 20)))
@@ -110,7 +110,7 @@ def test_copies_of_a_record_say_nothing_more():
 @pytest.mark.parametrize(("members", "strangers"), [(60, 80), (6, 5), (100, 10)])
 @pytest.mark.parametrize("distance", [0.0, 1.0, 3.0])
 def test_the_interval_covers_as_often_as_it_says(members, strangers, distance):
-    """Losses of two normal laws some deviations apart: the area is Phi(apart / sqrt(2)), 0.98 for 3."""
+    """Losses are normal with means some deviations apart: the area is Phi(distance / sqrt(2)), 0.98 for 3."""
     rng = np.random.default_rng(0)
     truth = 0.5 * (1 + math.erf(distance / 2))
     hits = 0
@@ -122,7 +122,7 @@ def test_the_interval_covers_as_often_as_it_says(members, strangers, distance):
 
 
 def test_the_interval_covers_with_groups_too():
-    """Four images of each of 15 and 12 patients, who differ twice as much as their images do."""
+    """There are four images of each of 15 and 12 patients, who differ twice as much as their images do."""
     rng = np.random.default_rng(0)
     truth = 0.5 * (1 + math.erf(0.5 / math.sqrt(1 + 4)))
     groups = torch.arange(15).repeat_interleave(4), torch.arange(12).repeat_interleave(4) + 15
@@ -196,14 +196,14 @@ def noise(samples, seed):
 
 @pytest.fixture(scope="module")
 def data():
-    """Images and labels that have nothing to do with each other: what is learnt is remembered."""
+    """Return images with random labels, so that learning is memorising."""
     clients = (noise(40, 1), noise(60, 2))
     statistics = PartitionStatistics.of([c.labels.numpy() for c in clients], tuple("abcd"), "iid")
     return FederatedData("noise", tuple("abcd"), clients, noise(10, 3), {"": noise(300, 4)}, FORM, statistics)
 
 
 def release(folder, data, steps):
-    """Return a run folder whose model was trained on both clients' images for so many steps."""
+    """Return the folder of a run whose model was trained on both clients' images for ``steps`` steps."""
     model = models.build("mlp", classes=4, channels=1, image_size=8, seed=0, width=64)
     images = normalise(torch.cat([c.images for c in data.clients]), data.form.mean, data.form.std)
     labels = torch.cat([c.labels for c in data.clients])
@@ -243,7 +243,7 @@ def test_pixels_count_as_one_record(data):
 
 
 class Sure(torch.nn.Module):
-    """Answers class 0 everywhere, with so much confidence."""
+    """A network that answers class 0 everywhere, with a given confidence."""
 
     def __init__(self, confidence):
         super().__init__()
@@ -256,7 +256,7 @@ class Sure(torch.nn.Module):
 
 
 def segment(data, seed, n):
-    """Return a split with labels of pixels: half an image of class 1, the rest of class 0."""
+    """Return a split with pixel labels: half an image of class 1, the rest of class 0."""
     labels = torch.zeros(n, 8, 8, dtype=torch.int64)
     labels[:, 4:] = 1
     return dataclasses.replace(noise(n, seed), labels=labels, task=SEGMENTATION)
@@ -363,9 +363,9 @@ def test_what_a_run_set_aside_was_never_trained_on(tmp_path, data):
 
 
 def test_images_of_a_patient_are_one_group(tmp_path, data, monkeypatch, capsys):
-    """Named patients are the groups, else cases.
+    """The groups are named patients, or else cases.
 
-    Where the test images name none, all are taken as independent.
+    If the test images name none, all count as independent.
     """
     folder = release(tmp_path / "run", data, 3)
 
@@ -404,9 +404,9 @@ def test_too_few_patients_have_no_interval(tmp_path, data, monkeypatch, capsys):
 
 
 def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monkeypatch, capsys):
-    """FedIOD's hold-out and the samples that client weights are learnt on.
+    """FedIOD's hold-out and the samples for client weights are set aside.
 
-    Not a training sample of either.
+    No training uses them.
     """
     folder = release(tmp_path / "run", data, 3)
     unreduced = attacking.attack(folder, data=data)

@@ -1,4 +1,4 @@
-"""A missing package ends in one sentence that names the extra."""
+"""Missing packages end in one sentence that names the extra."""
 
 import sys
 

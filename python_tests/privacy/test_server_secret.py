@@ -1,4 +1,4 @@
-"""The server's secret bits: drawn once, kept, never drawn anew for a run that has begun."""
+"""The server's secret bits: drawn once, stored, never drawn again for a run that has begun."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Patients as the unit of privacy: what one of them can change, what is drawn, what is public, what is said."""
+"""Patients as the unit of privacy: their effect, their sampling, public counts, and reports."""
 
 import dataclasses
 import io
@@ -42,9 +42,9 @@ COUNTS = (1, 4, 2, 6, 3, 5, 4, 2, 1, 4)
 
 
 def patients(counts, offset=0, extreme=(), seed=0):
-    """So many images of each patient.
+    """Return ``counts`` images of each patient.
 
-    Those of patients in ``extreme`` are white and of the last class.
+    Images of patients in ``extreme`` are white and of the last class.
     """
     owner = np.repeat(np.arange(len(counts)) + offset, counts)
     rng = np.random.default_rng(seed)
@@ -97,9 +97,9 @@ def train(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NORM,
 
 @pytest.mark.parametrize("replacement", [6, 1])
 def test_a_patient_replaced_moves_the_sum_by_twice_the_norm_and_without_the_unit_by_more(replacement):
-    """All images of patient 3 are others, and may be fewer.
+    """All images of patient 3 are replaced, possibly by fewer.
 
-    Everybody is in the batch, no noise.
+    Every patient is in the batch, without noise.
     """
     original = patients(COUNTS)
     altered = patients([n if k != 3 else replacement for k, n in enumerate(COUNTS)], extreme=(3,))
@@ -157,7 +157,7 @@ def test_at_most_so_many_images_of_a_patient_stay(federation):
 
 
 def test_a_patients_draw_depends_on_no_other_patient(federation):
-    """One patient's images replaced by fewer: those that stay of the others are the same."""
+    """When one patient's images are replaced by fewer, the same images of the others stay."""
     client = federation.clients[0]
     owner = client.patients.numpy()
     patient = int(owner[np.argmax(np.bincount(owner)[owner])])

@@ -1,4 +1,4 @@
-"""Data that a network answers, without a run."""
+"""Data for a network's answers, without a run."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from fedkern.data.forms import ImageForm
 
 
 def data_of(images: Tensor, labels: Tensor, classes, sets=("",), **more) -> SimpleNamespace:
-    """Test sets of the same uint8 images ``[n, C, H, W]``, which a network sees as numbers from 0 to 1."""
+    """Return test sets of the same uint8 images ``[n, C, H, W]``, which a network gets scaled to 0 to 1."""
     channels = images.shape[1]
     form = ImageForm(tuple(images.shape[1:]), (0.0,) * channels, (1.0,) * channels)
     return SimpleNamespace(tests=dict.fromkeys(sets, Split(images, labels, **more)), form=form, classes=classes)

@@ -1,4 +1,4 @@
-"""The doctor works with everything missing, and says why."""
+"""The doctor works with everything missing, and gives the reasons."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Names that users choose (classes, data, rounds, settings): drawn or cut wherever they stand, never interpreted."""
+"""Names that users choose (classes, data, rounds, settings): drawn or cut everywhere, never interpreted."""
 
 import io
 import re
@@ -50,7 +50,7 @@ def name(request) -> str:
 
 @pytest.fixture
 def texts(monkeypatch, tmp_path) -> list[Text]:
-    """Return the texts of what is drawn, which ends in no warning."""
+    """Return a list that gets the texts of later drawings."""
     found: list[Text] = []
     draw = plots.FigureCanvasAgg.draw
 
@@ -131,7 +131,7 @@ def print_text(renderable) -> str:
 
 
 def beginning_of(name: str) -> str:
-    """Return how a name begins on a terminal."""
+    """Return the beginning of a name as a terminal shows it."""
     key = next(key for key, value in NAMES.items() if value is name)
     return SHOWN.get(key, name).strip()[:10]
 
@@ -211,7 +211,7 @@ def test_tensorboard(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["options", "data_options"])
 def test_settings_survive_config_toml(name, kind, monkeypatch):
-    """In a file of UTF-8 there is no surrogate, so a setting has none from the start."""
+    """A file of UTF-8 has no surrogates, so settings have none from the beginning."""
     make = RunConfig.make("fedlpfm" if kind == "options" else "fedavg")
     changed = {**getattr(make, kind), "teacher" if kind == "options" else "x": name}
     if name == NAMES["surrogate"]:
@@ -226,7 +226,7 @@ def test_settings_survive_config_toml(name, kind, monkeypatch):
 
 
 def named_curves(name):
-    """Return a figure with a legend of every kind, in which a client, set, class or group has the name."""
+    """Return a figure with a legend of every kind that names a client, set, class or group."""
     x, y = [1, 2], [0.5, 0.6]
     records = [
         {"round": r, "accuracy": 0.1, f"{name}_accuracy": 0.2, "clients": {"0": {"weight": 0.4, "name": name},

@@ -1,4 +1,4 @@
-"""Numbers for people, and the tables made of them."""
+"""Numbers for people, and tables of them."""
 
 import io
 import re

@@ -23,7 +23,7 @@ TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model
 
 @pytest.fixture
 def cores(monkeypatch):
-    """Four cores, whatever the machine has."""
+    """Pretend that the machine has four cores."""
     monkeypatch.setattr(machine, "usable_cores", lambda: 4)
 
 
@@ -73,7 +73,7 @@ def test_sigterm_inside_a_run_says_how_to_go_on(jobs, cores, capsys, tmp_path):
 
 @pytest.mark.parametrize("threads", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
 def test_runs_that_play_at_once_have_the_bits_of_runs_alone(threads, cores, capsys, tmp_path):
-    """On one thread a run is a fork of this process. On two, where OpenMP bars that, it is a new process."""
+    """On one thread a run is a fork of this process. On two, where OpenMP forbids forks, it is a new process."""
     words = ["compare", "fedavg", *TINY, "--threads", threads, "--seeds", "2", "--sweep", "lr=0.05,1e30", "--out"]
     assert main([*words, "x"]) == 1
     lines = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""extend: more rounds for a run, with the bits of a run that had them from the start."""
+"""extend: more rounds for a run, with the bits of a run that had them from the beginning."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def start(result):
 
 
 def figures(out):
-    """Every record without times."""
+    """Return every record without times."""
     timed = ("seconds", "round_seconds", "phases")
     return [{name: value for name, value in row.items() if name not in timed} for row in read_metrics(out)]
 

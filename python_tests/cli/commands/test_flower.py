@@ -1,4 +1,4 @@
-"""The command ``flower`` as it is typed, and what it makes of the answers of ``flwr``, for which a script stands in."""
+"""The command ``flower``, and its reading of answers of ``flwr``, which a script replaces."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ print((here.parent / f"{sys.argv[1]}-{number}.txt").read_text(), end="")
 
 @pytest.fixture
 def flwr(tmp_path, monkeypatch):
-    """Lets a script stand in for ``flwr``: sets its answers, and tells what it was asked."""
+    """Replace ``flwr`` by a script, and return functions that set its answers and list its calls."""
     script = tmp_path / "flwr.py"
     script.write_text(FLWR)
     script.with_suffix("").mkdir()

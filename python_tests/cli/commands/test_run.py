@@ -1,4 +1,4 @@
-"""The command line: help, list, doctor, mistakes, and what flags mean."""
+"""The command line: help, list, doctor, mistakes, and the meaning of flags."""
 
 import dataclasses
 import gzip

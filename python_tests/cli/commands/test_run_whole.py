@@ -1,4 +1,4 @@
-"""Whole runs from the command line: what they print and leave, and how they stop and go on."""
+"""Complete runs from the command line: output, files, interruption and resumption."""
 
 import errno
 import io
@@ -29,7 +29,7 @@ TINY = [*SMALL, "--rounds", "2", "--grad-cam", "8"]
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """One finished FedGID run, its output and its folder."""
+    """Return the folder of a finished FedGID run, its output and its errors."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         assert main(["fedgid", *TINY, "--out", str(folder)]) == 0

@@ -1,4 +1,4 @@
-"""The ClientApp of the quickstart shape."""
+"""A ClientApp like the quickstart's."""
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict

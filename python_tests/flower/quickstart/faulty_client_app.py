@@ -1,4 +1,4 @@
-"""The quickstart's ClientApp on nodes that misbehave, as the entry "fault" of their node_config says."""
+"""The quickstart's ClientApp on nodes that misbehave as the entry "fault" of their node_config says."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A ServerApp of the quickstart shape with a deadline, which writes down whose replies did not count."""
+"""A ServerApp like the quickstart's with a deadline, which notes the replies that did not count."""
 
 import json
 from pathlib import Path

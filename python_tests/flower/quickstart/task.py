@@ -1,6 +1,6 @@
-"""A small network and its data, as Flower's quickstart apps have them.
+"""A small network and its data, as in Flower's quickstart apps.
 
-Data are drawn, not downloaded.
+The data are random, not downloaded.
 """
 
 import torch

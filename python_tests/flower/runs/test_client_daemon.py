@@ -1,4 +1,4 @@
-"""The process that stays on a node: its answers, how long it lives, and what becomes of lost ones.  Needs no Flower."""
+"""The process that stays on a node: its answers, its lifetime, and lost processes.  Needs no Flower."""
 
 import contextlib
 import itertools
@@ -55,7 +55,7 @@ def header(client=1, round=0, run="0" * 32):
 
 @pytest.fixture(scope="module")
 def message(tmp_path_factory):
-    """Return what a server sends in the first round."""
+    """Return the server's message of the first round."""
     from fedkern.engine.server import Server
     from fedkern.flower.runs.node_client import on_node
     from fedkern.methods import method_registry
@@ -73,7 +73,7 @@ def message(tmp_path_factory):
 
 
 def daemons(of: str = "parent", number: int = 0) -> list[int]:
-    """Return the daemons that have not ended: children of this process, or those of a process group."""
+    """Return the living daemons: children of this process, or members of a process group."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
@@ -175,7 +175,7 @@ def test_what_a_node_refuses_is_refused_by_the_daemon(message, tmp_path):
 
 
 def test_a_daemon_ends_with_the_process_that_starts_messages(message, tmp_path):
-    """A SuperNode works like this: one process starts a short one for each message, and is killed later."""
+    """Like a SuperNode, one process starts a short one for each message, and is killed later."""
     told_of = tmp_path / "message.json"
     told_of.write_text(json.dumps([header(), message.hex(), RUN, node(tmp_path), 60]))
     script = (
@@ -230,7 +230,7 @@ def test_notices_reach_whoever_asks(ends):
 
 @pytest.mark.parametrize(("begun", "error"), [(False, client_daemon._Gone), (True, client_daemon.Lost)])
 def test_a_daemon_that_is_lost(ends, begun, error):
-    """Before it has taken the message another one may answer.
+    """Another daemon may answer before this one has taken the message.
 
     Afterwards only the server can ask again.
     """
@@ -258,7 +258,7 @@ def test_what_a_daemon_raises_is_raised_where_it_was_asked(ends, error):
 
 
 def test_nobody_waits_for_an_answer(ends):
-    """A daemon whose asker is killed ends the work in peace, and hears the next one."""
+    """A daemon whose asker is killed finishes its work, and hears the next one."""
     ours, replies, theirs, requests = ends
     client_daemon.send(ours, {"header": "", "run_config": {}, "node": {}}, PARCEL)
 

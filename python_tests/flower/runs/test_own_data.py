@@ -1,4 +1,4 @@
-"""Runs whose nodes have the data of one client each, in a folder of their own."""
+"""Runs whose nodes have the data of one client each, in separate folders."""
 
 import re
 import shutil
@@ -35,7 +35,7 @@ RUN = {
 
 @pytest.fixture
 def folders(tmp_path):
-    """Return a folder of images for the server and for every client, with another number of images in each."""
+    """Return a folder of images for the server and for every client, with different numbers of images."""
     rng = np.random.default_rng(0)
     for name, count in SIZES.items():
         for part, number in (("train", count), ("test", 4 if name == "server" else 1)):
@@ -155,9 +155,9 @@ def _stop():
 
 @pytest.mark.parametrize("source", ["folder", "folder without splits", "csv", "csv without splits"])
 def test_nobody_holds_images_out_that_nobody_looks_at(folders, source):
-    """A node trains on all images that no file calls test images.
+    """A node trains on all images that no file declares as test images.
 
-    All of the server's judge the network.
+    All images of the server test the network.
     """
     name, _, bare = source.partition(" ")
     for machine in map(str, SIZES):
@@ -195,7 +195,7 @@ def test_data_that_do_not_fit_together(folders):
 
 
 def test_windows_of_every_folder_s_own_percentiles_do_not_fit_together(folders):
-    """The same grey would be another one to every client."""
+    """The same grey value would mean something else at every client."""
     rng = np.random.default_rng(0)
     for k, machine in enumerate(map(str, SIZES)):
         for path in sorted((folders / machine).rglob("*.png")):
@@ -207,7 +207,7 @@ def test_windows_of_every_folder_s_own_percentiles_do_not_fit_together(folders):
 
 
 def test_a_node_has_the_server_s_data_where_nobody_says_that_it_has_its_own(folders):
-    """``flower.own-data`` forgotten: every site would train on a part of its own images."""
+    """Without ``flower.own-data`` every site would train on a part of its own images."""
     with pytest.raises(UserError, match=r"data on this node are other than the server's.*set flower\.own-data=true"):
         over_flower(folders, **{"flower.own-data": False, "partition": "iid"})
 

@@ -1,4 +1,4 @@
-"""Packed messages: the same values, bits and strides on the other side, and nothing that is not one."""
+"""Packed messages: equal values, bits and strides on the other side, and refusals of anything else."""
 
 import json
 import math
@@ -98,7 +98,7 @@ def test_what_cannot_travel(value, why):
 
 
 def forge(tree, **tensors):
-    """Make a message of a tree, or of its text."""
+    """Return a message of a tree, or of its text."""
     return save(tensors, {ABOUT: tree if isinstance(tree, str) else json.dumps(tree)})
 
 

@@ -1,4 +1,4 @@
-"""Flower projects that the command line writes: the same settings, and the code that they need."""
+"""Flower projects that the command line writes: equal settings, and all code that they need."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _without_plugins(monkeypatch):
 
 
 def flat(table, above=""):
-    """Return a table as Flower flattens it."""
+    """Flatten a table as Flower does."""
     found = {}
     for key, value in table.items():
         found.update(flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value})

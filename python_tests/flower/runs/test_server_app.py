@@ -1,4 +1,4 @@
-"""Whole runs over Flower against the same runs in one process, through nodes of which only the disk survives."""
+"""Complete runs over Flower against the same runs in one process, through nodes that keep only their disk."""
 
 import contextlib
 import json
@@ -84,10 +84,7 @@ def in_one_process(run_config, out):
 
 
 def over_flower(run_config, out, clients=range(3), faults=None, **options):
-    """Plays a run.
-
-    Returns the grid.
-    """
+    """Play a run and return the grid."""
     grid = NodeGrid({**run_config, "out": str(out)}, clients, faults, **options)
     server_app.play(grid, grid.run_config)
     return grid
@@ -106,7 +103,7 @@ def dropped_clients(out):
 
 
 class Killed(BaseException):
-    """Stands for kill -9 of the server."""
+    """A stand-in for kill -9 of the server."""
 
 
 def killing(message, context):
@@ -174,7 +171,7 @@ def test_nodes_that_stay_in_memory(method, tmp_path):
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_run_s_end_ends_its_processes_on_the_nodes(ends, tmp_path):
-    """Also where the run fails."""
+    # Also if the run fails.
     faults = (
         {} if ends else {(1, 0): replied_with(problem={"kind": "failed", "what": "", "traceback": ""}, message=None)}
     )
@@ -196,9 +193,9 @@ def test_a_node_keeps_the_states_of_its_last_runs(tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_a_private_run_tells_no_more_than_in_one_process(tmp_path):
-    """The noise is the clients' secret, so that no two runs are equal.
+    """The noise is the clients' secret, so two runs differ.
 
-    A resumed run releases the same again.
+    A resumed run repeats its releases.
     """
     pytest.importorskip("dp_accounting")
     options = {"method-option.epsilon": 8.0, "method-option.teacher_dp": True}
@@ -315,7 +312,7 @@ def changed_reply(change):
 
 
 def with_text(change):
-    """Return a node whose reply has another JSON tree beside its tensors."""
+    """Return a node whose reply has a changed JSON tree beside its tensors."""
 
     def change_text(packed):
         text = head_of(packed)["__metadata__"][ABOUT]
@@ -353,9 +350,9 @@ REFUSED = {
 
 
 def replied_with(**changed):
-    """Return a node whose reply has other entries.
+    """Return a node whose reply has changed entries.
 
-    A callable makes an entry of the true one.
+    A callable gets the original entry.
     """
 
     def change(packed):
@@ -370,7 +367,7 @@ def in_text(old, new):
 
 
 def with_tensor(shape):
-    """Return a node whose upload has an empty tensor of that shape beside it."""
+    """Return a node whose upload has an additional empty tensor of that shape."""
 
     def change(packed):
         head = head_of(packed)
@@ -463,7 +460,7 @@ def test_names_of_all_replies_are_few(tmp_path, monkeypatch):
     ids=["silent", "lost"],
 )  # fmt: skip
 def test_a_node_that_never_answers(fault, why, tmp_path):
-    """The rounds after it are those of a run in which the client dropped out of this round."""
+    """The later rounds are those of a run in which the client dropped out of this round."""
     over_flower(settings("scaffold", rounds=3), tmp_path / "run", faults={(1, 1): fault})
     (entry,) = dropped_clients(tmp_path / "run")
     assert (entry["round"], entry["client"]) == (2, 1)
@@ -474,7 +471,7 @@ def test_a_node_that_never_answers(fault, why, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_node_that_is_late_keeps_its_state(tmp_path):
-    """The server drops a late answer, and the client goes on from the state before it."""
+    """The server drops a late answer, and the client continues from its state before."""
 
     def late(message, context):
         client_app.app(message, context)
@@ -522,9 +519,9 @@ def test_a_node_with_another_form_of_the_messages_is_refused(tmp_path, monkeypat
 
 
 def test_a_node_that_comes_back_as_another(tmp_path):
-    """Of two nodes of one client the later one works, with the client's state.
+    """The later node of a client works, with the client's state.
 
-    The SuperLink lists the lost one on.
+    The SuperLink still lists the lost one.
     """
     run_config = settings("scaffold", rounds=3, out=str(tmp_path / "run"))
     expected = in_one_process(run_config, tmp_path / "here")
@@ -543,7 +540,7 @@ def test_a_node_that_comes_back_as_another(tmp_path):
 
 
 def test_a_failing_client(tmp_path, monkeypatch, caplog):
-    """Stops the run or is left out, as --on-error says.
+    """The client stops the run or is left out, as --on-error says.
 
     The server shows the client's traceback.
     """
@@ -589,7 +586,7 @@ def test_what_cannot_be_played_over_flower_is_refused(setting, why, refuses, tmp
 
 
 class Untrained(FedAvg):
-    """Clients that return what they were sent."""
+    """A method whose clients return their message."""
 
     def client_update(self, client, phase, message):
         return client.upload(client.model(message))
@@ -604,7 +601,7 @@ def test_a_setting_that_no_node_uses_is_refused(refuses, tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_messages_to_the_wrong_client(tmp_path):
-    """A node answers for its own client alone, and takes no message of another form."""
+    """A node answers only for its own client, and refuses messages of another form."""
 
     def elsewhere(message, context):
         context.node_config["partition-id"] = 0
@@ -617,7 +614,7 @@ def test_messages_to_the_wrong_client(tmp_path):
 
 @pytest.mark.exhaustive
 def test_the_bytes_on_the_wire(tmp_path):
-    """Above a megabyte, Flower's messages hold little beside the tensors that the ledger counts."""
+    """Above a megabyte, Flower's messages hold little more than the tensors in the ledger."""
     grid = over_flower(settings("fedavg", rounds=1, width=64), tmp_path / "run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     counted, wire = summary["bytes"], summary["wire"]
@@ -630,9 +627,9 @@ def test_the_bytes_on_the_wire(tmp_path):
 
 @pytest.mark.exhaustive
 def test_half_the_bytes(tmp_path):
-    """bf16 on the wire, fp32 in the sums.
+    """Messages are bf16, sums are fp32.
 
-    A killed server goes on with the same bits here too.
+    A killed server continues with the same bits here too.
     """
     run_config = settings("fedavg", width=8, **{"flower.transport": "bf16"})
     grid = over_flower(run_config, tmp_path / "half")

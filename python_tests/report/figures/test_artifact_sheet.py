@@ -1,4 +1,4 @@
-"""Pictures of what a method showed: drawn from the run folder, for any number of rounds, images and clients."""
+"""Pictures of a method's artifacts: drawn from the run folder, for any number of rounds, images and clients."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The confusion picture: readable with few and with many classes, and never in the way of a run."""
+"""The confusion picture: readable with few and with many classes, and never the end of a run."""
 
 import json
 from pathlib import Path

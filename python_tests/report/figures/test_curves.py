@@ -38,7 +38,7 @@ def weights_picture(records, *, by_samples=False, page=False):
 
 
 def centre_lines(monkeypatch):
-    """Heights of the dotted lines that are drawn."""
+    """Return the heights of the dotted lines."""
     found = []
     drawn = Axes.axhline
     monkeypatch.setattr(Axes, "axhline", lambda self, y, **style: found.append(y) or drawn(self, y, **style))
@@ -54,7 +54,7 @@ def test_the_line_of_equal_weights(monkeypatch):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("settings", [{}, {"sample_fraction": 0.67}])
 def test_the_lines_of_weights_by_samples(settings, tmp_path, monkeypatch):
-    """They are where the weights of a real run begin, also where a client takes no part in the first round."""
+    """The lines are the weights at the beginning of a real run, also if a client misses the first round."""
     found = centre_lines(monkeypatch)
     small = {"train_samples": 90, "rounds": 3, "local_epochs": 1, "width": 2, "grad_cam": 0, **settings}
     options = {"weighting": "samples"}

@@ -1,4 +1,4 @@
-"""Import of matplotlib at the end of a command, and in a process that goes on."""
+"""Import of matplotlib at the end of a command, and in a process that continues."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ print("solid_capstyle" in Line2D.set.__doc__, "solid_capstyle" in kwdoc(Line2D))
 
 
 def find_docs(last: bool, before: str = "", inside: str = "pass", **environment: str) -> str:
-    """Return whether a line's properties are in its docstring, and whether matplotlib can tell them."""
+    """Return whether a line's properties are in its docstring, and whether matplotlib can list them."""
     code = CODE.format(last=last, before=before, inside=inside)
     words, variables = [sys.executable, "-c", code], {**os.environ, **environment}
     return subprocess.run(words, env=variables, capture_output=True, text=True, check=True).stdout.strip()

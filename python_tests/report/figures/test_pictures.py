@@ -93,7 +93,7 @@ def test_a_run_with_private_records_has_no_counts(tmp_path, data):
 
 
 def test_pictures_are_listed_and_missed(tmp_path, data):
-    """Without running statistics there is no gradcam.png, and none is waited for."""
+    """Without running statistics there is no gradcam.png, and nothing waits for it."""
     folder = make_run(tmp_path, data)
     assert pictures.find_pictures(folder) == []
     config = load_settings(folder)
@@ -109,7 +109,7 @@ def test_pictures_are_listed_and_missed(tmp_path, data):
 
 
 def test_data_that_are_loaded_again_are_those_of_the_run(tmp_path, data, monkeypatch):
-    """From where they are now, on a machine without the GPU of the run, and without the client that was held out."""
+    """The data may have moved, the run's GPU may be missing, and the held-out client is left out."""
     folder = make_run(tmp_path, data)
     config = load_settings(folder).replace(held_out_client=1, data_root="/before")
     text = config.to_toml().replace(f'device = "{config.device}"', 'device = "cuda"')
@@ -145,7 +145,7 @@ def test_grey_images_without_masks(tmp_path):
 
 
 def apart(texts) -> bool:
-    """Return whether no text lies over another, and all are inside their picture."""
+    """Return whether texts do not overlap, and all are inside their picture."""
     boxes = [text.get_window_extent() for text in texts]
     inside = texts[0].figure.bbox.padded(1)
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 for box in boxes)

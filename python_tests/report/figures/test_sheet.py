@@ -1,4 +1,4 @@
-"""Pictures on a sheet: where they stand, how they are scaled, and what lies over them."""
+"""Pictures on a sheet: their places, their scale, and their overlays."""
 
 import numpy as np
 import pytest

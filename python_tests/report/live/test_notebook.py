@@ -23,7 +23,7 @@ from python_tests.html_reader import Reader
 
 @pytest.fixture
 def cells(monkeypatch):
-    """Return the outputs of a cell, as a module that stands for IPython.display lists them."""
+    """Return the outputs of a cell, collected by a stand-in for IPython.display."""
     shown: list[dict] = []
 
     def display(content, display_id=False):

@@ -1,4 +1,4 @@
-"""The displays: what each shows where."""
+"""Displays: the content of each."""
 
 import dataclasses
 import io

@@ -27,9 +27,9 @@ def figures(monkeypatch) -> list[Figure]:
 
 
 def texts(chart):
-    """Texts of a chart's SVG.
+    """Return the texts of a chart's SVG.
 
-    Checks that it is well-formed, and its tables.
+    The SVG must be well-formed, and the tables must have the figures.
     """
     for table in chart.tables:
         assert all(len(row) == len(table.header) for row in table.rows)

@@ -1,4 +1,4 @@
-"""A report's file: what it holds, what it forbids, and how it is written."""
+"""A report's file: its contents, its restrictions, and its writing."""
 
 import re
 import tomllib
@@ -83,7 +83,7 @@ def test_every_chart_has_a_sentence_and_a_table(evil):
 
 
 def test_a_page_follows_the_ground_of_the_system(evil):
-    """Black, greys and blue of a chart are names of colours, which the style sheet has for both grounds."""
+    """A chart names black, greys and blue, and the style sheet defines them for light and dark."""
     (style,) = Reader(evil).text("style")
     light, dark = style.split("@media (prefers-color-scheme: dark)", 1)
     chart = evil[evil.index("<svg") : evil.index("</svg>")]

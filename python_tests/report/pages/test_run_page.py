@@ -1,4 +1,4 @@
-"""The report of a run: its headline, charts and pictures are those of the run folder."""
+"""The report of a run: headline, charts and pictures are those of the run folder."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def finished_page(finished_run):
 
 @pytest.fixture
 def empty_charts(monkeypatch):
-    """Charts without their drawings.
+    """Leave charts empty.
 
     The run's own pictures are drawn, unlike with ``undrawn``.
     """
@@ -56,7 +56,7 @@ def empty_charts(monkeypatch):
 
 @pytest.fixture
 def folder(finished_run, tmp_path):
-    """Return a copy of the finished run, to be changed."""
+    """Return a copy of the finished run, for changes."""
     return shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("report.html"))
 
 
@@ -89,13 +89,13 @@ def test_the_headline_tells_of_poor_figures_and_warnings(finished_run):
 
 
 def charts(page):
-    """Charts of a page by name."""
+    """Return the charts of a page by name."""
     blocks = [block for section in page.sections for block in section.blocks]
     return {block.name: block for block in blocks if isinstance(block, Chart)}
 
 
 def columns(chart):
-    """Columns of a chart's first table, by title."""
+    """Return the columns of a chart's first table, by title."""
     table = chart.tables[0]
     return dict(zip(table.header, zip(*table.rows, strict=True), strict=True))
 

@@ -1,6 +1,6 @@
 """Reports in a headless Chromium: no error, nothing loaded, light and dark, a phone's width.
 
-``FEDKERN_SCREENSHOTS=DIR`` keeps the screenshots, to be looked at.
+``FEDKERN_SCREENSHOTS=DIR`` keeps the screenshots.
 """
 
 import base64
@@ -48,7 +48,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, Path]:
-    """Return the reports of a short FedGID run, a comparison, image-text pairs and a run that is not finished."""
+    """Return the reports of a short FedGID run, a comparison, image-text pairs and an unfinished run."""
     folder = tmp_path_factory.mktemp("reports")
     small = ["--train-samples", "300", "--clients", "4", "--threads", "1", "--workers", "1", "--quiet", "--report"]
     gid = ["fedgid", *small, "--rounds", "4", "--client-test", "0.2", "--grad-cam", "0", "--out", str(folder / "run")]
@@ -66,7 +66,7 @@ def reports(tmp_path_factory) -> dict[str, Path]:
 
 
 def open_page(browser, path: Path, *, width: int = WIDE, ground: str = "light") -> None:
-    """Open a file at a width and on a ground."""
+    """Open a file at a width, in light or dark."""
     phone = width < 600
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
