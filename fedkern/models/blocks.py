@@ -1,4 +1,4 @@
-"""Networks cut into blocks that are trained, sent and fused one after another (FuseFL, arXiv 2410.20380)."""
+"""Division of networks into blocks that are trained, sent and fused one after another (FuseFL, arXiv 2410.20380)."""
 
 from __future__ import annotations
 
@@ -26,24 +26,20 @@ CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {
 
 
 class OwnBlock(nn.Sequential):
-    """A block of a user's network.
-
-    Its input has the strides that the network's has.
-    """
+    """Block of a user-defined network, with the strides of the network's input for its own input."""
 
     own = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layers one after another."""
         return super().forward(x if isinstance(x, fx.Proxy) else plain_strides(x))
 
 
 class BlockNetwork(nn.Module):
-    """Blocks one after another and a linear classifier on the last block's result.
+    """Blocks one after another, and a linear classifier on the last block's result.
 
     Args:
-        blocks: K >= 1 modules.  The first block takes images, every other block the result of the one before: a map
-            ``[B, C, H, W]``, tokens ``[B, N, C]`` or features ``[B, d]``.  The last block gives features ``[B, d]``.
+        blocks: K >= 1 modules.  The first takes images, the others the result before: a map ``[B, C, H, W]``, tokens
+            ``[B, N, C]`` or features ``[B, d]``.  The last gives features ``[B, d]``.
     """
 
     head: nn.Linear
@@ -57,21 +53,19 @@ class BlockNetwork(nn.Module):
 
     @autocasts
     def features(self, x: Tensor) -> Tensor:
-        """Return the last block's result ``[B, d]`` on images ``[B, C, H, W]``."""
         for block in self.blocks:
             x = block(x)
         return full(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""
+        """Return logits ``[B, classes]`` of images ``[B, C, H, W]``."""
         return self.head(self.features(x))
 
     @torch.no_grad()
     def interfaces(self, image_shape: Sequence[int]) -> list[tuple[int, ...]]:
-        """Shape of every block's result for one image of ``image_shape`` (C, H, W).
+        """Return the shape of every block's result for one image of ``image_shape`` (C, H, W).
 
-        Runs two zero images on the CPU: on the meta device nothing would be computed, but torch's compiler would be
-        imported, which takes a second.
+        Two zero images run on the CPU, because the meta device would import torch's compiler, which takes a second.
 
         Raises:
             UserError: a block cannot take the result of the block before, or the classifier that of the last block.
@@ -98,7 +92,7 @@ class BlockNetwork(nn.Module):
 
 
 def _explain(block: nn.Module, shape: tuple[int, ...]) -> str:
-    """Return the reason for the error if the block's first layer takes another number of channels; else empty."""
+    """Return the reason for an error in the block's first layer if the number of channels is wrong, else ""."""
     layer = next(module for module in block.modules() if not any(True for _ in module.children()))
     if isinstance(layer, nn.Conv2d) and len(shape) == 3 and layer.in_channels != shape[0]:
         return f", as its first layer takes {layer.in_channels} channels"
@@ -113,7 +107,7 @@ def channels(shape: Sequence[int]) -> int:
 
 
 def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
-    """Raise UserError if blocks of one level differ in the shape they give, so that they cannot be fused."""
+    """Raise UserError if blocks of one level differ in the shape of their results, so that they cannot be fused."""
     for k, shapes in enumerate(interfaces):
         for level, (shape, expected) in enumerate(zip(shapes, interfaces[0], strict=True), start=1):
             if shape != expected:
@@ -127,8 +121,8 @@ def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
 def layers(model: StagedNetwork) -> list[nn.Module]:
     """Return the smallest parts of a network that cutting keeps whole, in order, without the average pooling.
 
-    Such a part is a composite module of a stage (a residual block, a transformer layer), or a run of plain layers (a
-    stem, a stage without blocks).
+    A part is a composite module of a stage (a residual block, a transformer layer), or a run of plain layers (a stem, a
+    stage without blocks).
     """
     parts: list[nn.Module] = []
     joined = nn.Sequential if isinstance(model, OwnNetwork) else ConvSequential
@@ -150,9 +144,7 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
 
 
 def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
-    """Return the layers behind which ``model`` is cut into ``blocks`` blocks.
-
-    The pooling counts as the last layer.
+    """Return the layers behind which ``model`` is cut into ``blocks`` blocks, counting the pooling as the last layer.
 
     Raises:
         UserError: the network has too few layers.
@@ -172,14 +164,12 @@ def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
 
 
 def cut(model: StagedNetwork, blocks: int) -> BlockNetwork:
-    """Cuts a network into blocks, which share its parameters.
+    """Divide a network into ``blocks`` blocks, which share its parameters.
 
-    Args:
-        model: the network; its average pooling ends the last block.
-        blocks: number of blocks, see :func:`cut_points`.
+    The average pooling ends the last block.
 
     Raises:
-        UserError: the network has too few layers.
+        UserError: the network has too few layers (see :func:`cut_points`).
     """
     parts = [*layers(model), model.pooling]
     ends = [*(point + 1 for point in cut_points(model, blocks)), len(parts)]

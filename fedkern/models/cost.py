@@ -24,10 +24,10 @@ class Counted:
     flops: int = 0
 
     def add(self, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Forward hook of a linear layer or an ungrouped convolution.
+        """Count a call of a linear layer or an ungrouped convolution, as a forward hook.
 
-        If the output requires a gradient, the backward pass is added: as much again for the weights and for the input,
-        if these require a gradient.
+        If the output requires a gradient, the backward pass adds as much again for the weights and for the input, if
+        these require a gradient.
         """
         # Every weight is used once per position of the output, which has as many channels as the weight has rows.
         operations = 2 * output.numel() * layer.weight.numel() // layer.weight.shape[0]
@@ -38,9 +38,7 @@ class Counted:
 
 @contextmanager
 def count_flops(module: nn.Module | None) -> Iterator[Counted]:
-    """Count the operations inside it.
-
-    What it yields has them at its end.
+    """Count the operations inside the block, for a result that is valid at its end.
 
     Args:
         module: the network that runs inside; None if it is not known.
@@ -59,7 +57,7 @@ def count_flops(module: nn.Module | None) -> Iterator[Counted]:
 
 @contextmanager
 def hook_layers(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """Context in which ``hook(layer, inputs, output)`` is called after every layer."""
+    """Call ``hook(layer, inputs, output)`` after every layer, inside the block."""
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
         yield
@@ -72,14 +70,13 @@ def hook_layers(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Itera
 class Cost:
     """Cost of a network per image.
 
-    A multiplication and an addition are two operations.  Only matrix products and convolutions are counted.
+    Only matrix products and convolutions are counted; a multiplication and an addition are two operations.
 
     Attributes:
         inference_flops: operations of a forward pass.
         training_flops: operations of a forward and a backward pass.
-        inference_bytes: parameters, buffers, and the input and output of the layer where their sum is largest.
-        training_bytes: parameters, buffers, gradients, momentum, and the tensors that the backward pass of one image
-            needs.
+        inference_bytes: parameters, buffers, and the largest sum of a layer's input and output.
+        training_bytes: parameters, buffers, gradients, momentum, and the tensors for the backward pass of one image.
     """
 
     parameters: int
@@ -90,22 +87,22 @@ class Cost:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
+    """Return the bytes of all parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
 def memory_ratio(evaluated: nn.Module, ordinary: nn.Module) -> float:
-    """Memory of a method's evaluated model over that of one ordinary network, in parameters and buffers.
+    """Return the parameters and buffers of a method's evaluated model over those of one ordinary network, in bytes.
 
-    The ratio is measured before calibration, which replaces the classifier by another of about the same size.
+    Measure before calibration, which replaces the classifier by another of about the same size.
     """
     return stored_bytes(evaluated) / stored_bytes(ordinary)
 
 
 def cost(module: nn.Module, images: Tensor) -> Cost:
-    """Measures the cost of ``module`` per image of ``images`` ``[B, C, H, W]`` (B >= 2: batch norm trains on them).
+    """Measure the cost of ``module`` per image of ``images`` ``[B, C, H, W]`` (B >= 2 for batch norm).
 
-    Give a copy: the module's running statistics change, and it is left in train mode with all gradients required.
+    Give a copy: running statistics change, and the module is left in train mode with all gradients required.
     """
     count = len(images)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())

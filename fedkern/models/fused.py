@@ -25,14 +25,14 @@ State = Mapping[str, Tensor]
 
 
 class Pool(nn.Module):
-    """The adaptor without parameters: the mean (or the sum) of the joined results of ``branches`` blocks."""
+    """Adaptor without parameters: the mean (or the sum) of the joined results of ``branches`` blocks."""
 
     def __init__(self, branches: int, *, total: bool = False) -> None:
         super().__init__()
         self.branches, self.total = branches, total
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, M * C, H, W]`` (or tokens, features) to ``[B, C, H, W]``."""
+        """Map ``[B, M * C, H, W]`` (or tokens, features) to ``[B, C, H, W]``."""
         channels = 2 if x.dim() == 3 else 1
         if channels == 2 or torch.compiler.is_exporting():  # a program for others has PyTorch's operators alone
             mean = x.unflatten(channels, (self.branches, -1)).mean(channels)
@@ -47,18 +47,14 @@ class Pool(nn.Module):
 def make_adaptor(
     kind: AdaptorKind, shape: Sequence[int], branches: int, *, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """Return the adaptor between a level of ``branches`` blocks and the next block.
+    """Return the adaptor between a level of M = ``branches`` blocks and the next block.
 
-    Each of them gives ``shape``, and so does the adaptor.
-
-    ``"cnn1x1"`` is a 1x1 convolution with bias (for tokens and features a linear layer over their channels) of
-    M c^2 + c parameters.  ``"avg"`` and ``"sum"`` have no parameters.
+    ``"cnn1x1"`` is a 1x1 convolution with bias (for tokens and features a linear layer over their channels) of M c^2 +
+    c parameters.  ``"avg"`` and ``"sum"`` have no parameters.
 
     Args:
-        shape: shape of one block's result: (C, H, W), (N, C) or (d,).
-        branches: M.
-        generator: draws random initial values, uniform in ±1 / sqrt(M c); None makes it the exact mean,
-            ``[I ... I] / M``.
+        shape: of one block's result and of the adaptor's: (C, H, W), (N, C) or (d,).
+        generator: draws initial values, uniform in ±1 / sqrt(M c); None makes the exact mean, ``[I ... I] / M``.
     """
     if kind != "cnn1x1":
         return Pool(branches, total=kind == "sum")
@@ -80,10 +76,9 @@ class Branch(NamedTuple):
     """One client's part of a level.
 
     Attributes:
-        block: a module of the block's structure, with the values of what does not travel.
-        adaptor: a module of the adaptor's structure, likewise; None at level 1.
-        states: the state dicts: ``"block"``, which has the rest from the module, and, if the adaptor has parameters,
-            ``"adaptor"``.
+        block: a module of the block's structure, with the values that do not travel.
+        adaptor: likewise for the adaptor; None at level 1.
+        states: state dicts that replace the modules' values: ``"block"``, and ``"adaptor"`` if it has parameters.
     """
 
     block: nn.Module
@@ -92,11 +87,7 @@ class Branch(NamedTuple):
 
 
 class FusedLevel(nn.Module):
-    """The frozen (adaptor, block) pairs of all clients at one level, as one module on joined results.
-
-    Args:
-        branches: one per client, in the order of the clients.
-    """
+    """Frozen (adaptor, block) pairs of all clients at one level, as one module on joined results."""
 
     def __init__(self, branches: Sequence[Branch]) -> None:
         super().__init__()
@@ -113,7 +104,6 @@ class FusedLevel(nn.Module):
 
     @autocasts
     def forward(self, x: Tensor) -> Tensor:
-        """Map the joined results of the level before (images at level 1) to the joined results of this level."""
         x = self.shared(x)
         results = [branch(x) for branch in self.branches]
         channels = 2 if results[0].dim() == 3 else 1
@@ -121,7 +111,7 @@ class FusedLevel(nn.Module):
         return torch.cat(results, dim=channels) if joined else fuse_concat(results)
 
     def statistics(self) -> list[dict[str, Tensor]]:
-        """Every block's buffers (running statistics and counts) as they are now, copied to the CPU."""
+        """Return copies of every block's buffers (running statistics and counts) on the CPU."""
         states = [branch.state_dict() for branch in self.branches]
         return [
             {name: state[f"block.{name}"].detach().cpu().clone() for name in names}
@@ -151,15 +141,14 @@ def _flat(branch: Branch, like: nn.Module) -> dict[str, Tensor]:
 class FusedNetwork(nn.Module):
     """Fused levels one after another, the fusion of the last level's features, and a classifier.
 
-    The network always stays in eval mode and without gradients, except after :meth:`normalise_by_batch`, which does
-    what FuseFL's released code does.
+    The network stays in eval mode without gradients, except after :meth:`normalise_by_batch`, for FuseFL's released
+    code.
 
     Args:
-        levels: at least one level.
         head: the classifier on the fused features; None while later levels are still to be trained.
-        final: how the last level's features are fused: ``"mean"``, ``"sum"`` (the released code), or ``"concat"``, side
-            by side, for a classifier of M times the width.
-        plain_head: the classifier before calibration, kept for comparison.
+        final: fusion of the last level's features: ``"mean"``, ``"sum"`` (the released code), or ``"concat"``, side by
+            side, for a classifier of M times the width.
+        plain_head: the classifier before calibration, for comparison.
     """
 
     def __init__(
@@ -178,32 +167,29 @@ class FusedNetwork(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> FusedNetwork:
-        """Do nothing: the levels are frozen."""
         return self
 
     def normalise_by_batch(self) -> None:
-        """Lets batch norms use batch statistics from now on, which also update the running statistics."""
+        """Let batch norms use batch statistics from now on, and update the running statistics."""
         super().train(True)
 
     def run_levels(self, x: Tensor) -> Tensor:
-        """Return the last level's results on images ``[B, C, H, W]``, side by side."""
+        """Return the last level's joined results on images ``[B, C, H, W]``."""
         for level in self.levels:
             x = level(x)
         return x
 
     def fuse(self, joined: Tensor) -> Tensor:
-        """Fuses joined features ``[B, M * d]`` to what the classifier reads: ``[B, d]``, or unchanged ("concat")."""
+        """Fuse joined features ``[B, M * d]`` for the classifier: ``[B, d]``, or unchanged ("concat")."""
         if self.final == "concat":
             return joined
         parts = joined.unflatten(1, (cast(FusedLevel, self.levels[-1]).count, -1))
         return parts.mean(1) if self.final == "mean" else parts.sum(1)
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the features that the classifier reads (:meth:`fuse`), of images ``[B, C, H, W]``."""
         return self.fuse(full(self.run_levels(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, C, H, W]``."""
         if self.head is None:
             raise ValueError("this network has levels to come and no classifier yet")
         return self.head(self.features(x))

@@ -1,4 +1,4 @@
-"""Grad-CAM (Selvaraju et al., arXiv 1610.02391): where a network looks, and how much of that is the object."""
+"""Grad-CAM (Selvaraju et al., arXiv 1610.02391): image regions that a network uses, and the object's share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ SMALLEST_MAP = 7
 
 
 def gradcam_stage(model: StagedNetwork, images: Tensor) -> str:
-    """Return the stage whose map Grad-CAM weighs for images ``[B, C, H, W]`` of this size.
+    """Return the last stage with a map of at least 7x7 positions, or the first stage, for images ``[B, C, H, W]``.
 
-    This is the last stage with a map of at least 7x7 positions, the size in the paper (``layer4`` of a ResNet-18 at 224
-    pixels).  Small images have coarser last maps, so an earlier stage is taken (``layer2`` of the small CNN at 32
-    pixels, 8x8).  If no map is that large, it is the first stage.
+    7x7 is the size in the paper (``layer4`` of a ResNet-18 at 224 pixels).  Small images have coarser last maps, so an
+    earlier stage is taken (``layer2`` of the small CNN at 32 pixels, 8x8).
     """
     best = model.stage_names[0]
     training = model.training
@@ -39,19 +38,18 @@ def gradcam_stage(model: StagedNetwork, images: Tensor) -> str:
 def grad_cam(model: StagedNetwork, images: Tensor, *, stage: str | None = None) -> tuple[Tensor, Tensor]:
     """Compute the class activation map of every image's predicted class, in eval mode.
 
-    The model's state and gradients stay as they are.
-
-    With h the map of ``stage`` and z the logit of the class, the channel weights are the spatial mean of dz/dh and the
-    map is relu(sum over channels of weight times h), enlarged bilinearly to the image.
+    The model's state and gradients do not change.  With h the map of ``stage`` and z the logit of the class, the
+    channel weights are the spatial mean of dz/dh and the map is relu(sum over channels of weight times h), enlarged
+    bilinearly to the image.
 
     Args:
         model: a staged network.
         images: normalised images ``[B, C, H, W]``, in the model's dtype and on its device.
-        stage: a map stage of the model; None chooses by :func:`gradcam_stage`.
+        stage: a map stage of the model; None takes the last one with at least 7x7 positions, or the first.
 
     Returns:
         The maps ``[B, H, W]``, non-negative, in the model's dtype and not scaled, and the predicted classes, int64
-        ``[B]``.
+            ``[B]``.
 
     Raises:
         ValueError: ``stage`` is unknown or is ``"feature"``, which has no positions.
@@ -97,7 +95,7 @@ def mass_inside(cam: Tensor, masks: Tensor) -> Tensor:
 
 
 def object_share(model: StagedNetwork, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Averages the Grad-CAM mass inside the object over a test set with exact masks, explaining the predicted class.
+    """Average the Grad-CAM mass of the predicted class inside the object over a test set with exact masks.
 
     Args:
         model: a staged network.
@@ -105,8 +103,8 @@ def object_share(model: StagedNetwork, batches: Iterable[tuple[Tensor, Tensor]])
 
     Returns:
         ``gradcam_in_object``: the mean share in [0, 1].  ``object_area``: the mean share of the image that the object
-        covers, which is the score of an even map.  Images without an object or with an empty map are left out; the
-        result is empty if no image is left.
+            covers, which is the score of an even map.  Images without an object or with an empty map are left out; the
+            result is empty if no image is left.
     """
     shares: list[Tensor] = []
     areas: list[Tensor] = []

@@ -39,18 +39,18 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A network in ``MODELS``: what the command ``list`` shows of it, and how :func:`build` makes it.
+    """Network in ``MODELS``: its line in the command ``list``, and how :func:`build` makes it.
 
     Attributes:
         name: the name on the command line.
         description: one line.
-        width: default number of channels of the first stage; None for a user's network.
+        width: default number of channels of the first stage; None for a user-defined network.
         smallest: smallest image side in pixels that leaves every stage at least one position.
-        make: builds the module: ``make(classes=, channels=, width=, stem=)``.  An
-            :class:`~fedkern.models.users.user_models.Own` initialises the module too.
+        make: builds the module: ``make(classes=, channels=, width=, stem=)``.  A :class:`fedkern.models.Own`
+            initialises the module too.
         sized: whether ``make`` also takes ``image_size=``, the images' smaller side.
-        gives: logits of ``"classes"`` of an image, of ``"pixels"``, or ``"any"``: a user's network, whose output is
-            looked at.
+        gives: logits of ``"classes"`` of an image, of ``"pixels"``, or ``"any"`` for a user-defined network, whose
+            output is checked.
     """
 
     name: str
@@ -68,7 +68,7 @@ class ModelEntry:
 
 
 def _any_size(make: Callable[..., Network]) -> Callable[..., Network]:
-    """Wrap the ``make`` of a network whose first layers are the same for images of any size."""
+    """Wrap the ``make`` of a network with the same first layers for images of any size."""
 
     def make_without_stem(*, stem: Stem, **settings: Any) -> Network:
         return make(**settings)
@@ -84,8 +84,8 @@ _resnet8, _resnet10, _resnet18 = (partial(ResNet, blocks) for blocks in ((1, 1, 
 def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
     """Wrap ``make`` to give the same network with group norm (Wu and He, arXiv 1803.08494) in place of batch norm.
 
-    Samples of a batch are then independent, which per-sample gradients need.  A layer has at most 32 groups, of at
-    least four channels each.
+    Samples of a batch are then independent, as per-sample gradients need.  A layer has at most 32 groups, of at least
+    four channels each.
     """
 
     def make_with_groups(**settings: Any) -> Network:
@@ -143,8 +143,9 @@ F = TypeVar("F", bound=Callable[..., nn.Module])
 def register_model(name: str) -> Callable[[F], F]:
     """Decorate a class or function that makes a network, so that ``--model NAME`` and ``RunConfig.make`` know it.
 
-    It is called with those of the arguments ``classes``, ``channels``, ``image_size``, ``width`` and ``seed`` that its
-    signature has, and returns an ``nn.Module`` with logits ``[B, classes]`` (``[B, classes, H, W]`` for segmentation).
+    The function is called with those of the arguments ``classes``, ``channels``, ``image_size``, ``width`` and ``seed``
+    that its signature has.  It returns an ``nn.Module`` with logits ``[B, classes]`` (``[B, classes, H, W]`` for
+    segmentation).
 
     Args:
         name: letters, digits, ``_``, ``-`` and ``.``; no other model may have it.
@@ -167,12 +168,12 @@ def register_model(name: str) -> Callable[[F], F]:
 
 @contextmanager
 def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
-    """Context in which ``MODELS`` has the network of a run, where it is not registered.
+    """Add a run's unregistered network to ``MODELS`` inside the block.
 
     Args:
         name: a registered name; code, ``FILE.py:NAME`` or ``MODULE:NAME``, which is imported; or the name that
             ``module`` gets.
-        module: a user's network, or a class or function that makes one.
+        module: a user-defined network, or a class or function that makes one.
 
     Raises:
         UserError: the code cannot be imported.
@@ -190,17 +191,14 @@ def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
 
 
 def list_added(settings: str) -> tuple[ModelEntry, ...]:
-    """Return the entries of ``MODELS`` that somebody added or replaced.
-
-    Their names are part of the text ``settings``.
-    """
+    """Return the added or replaced entries of ``MODELS`` with names in the text ``settings``."""
     entries = [entry for name, entry in MODELS.items() if entry is not _SHIPPED.get(name) and name in settings]
     # First those whose file another process runs: the file may define the others.
     return tuple(sorted(entries, key=lambda entry: not isinstance(entry.make, Own) or entry.make.named is None))
 
 
 def unknown(name: str, title: str | None = None) -> str:
-    """Sentence on a name that ``MODELS`` does not have."""
+    """Return the sentence on a name that ``MODELS`` does not have."""
     if named_code.parse(name) is not None:
         return (
             f"{name} is code: register that network with @fedkern.register_model(NAME) and give its name here, or give "
@@ -255,10 +253,9 @@ def build(
 ) -> Any:
     """Build a network with float32 parameters on the CPU.
 
-    The global random generators are neither read nor moved.
-
-    The network is a :class:`StagedNetwork`, or a :class:`UNet` if ``MODELS[name].gives`` is ``"pixels"``.  A
-    user's network has the initial weights that its own code gives it, with global generators that begin at ``seed``.
+    The global random generators are neither read nor moved.  The network is a :class:`StagedNetwork`, or a
+    :class:`UNet` if ``MODELS[name].gives`` is ``"pixels"``.  A user-defined network has the initial weights of its own
+    code, with global generators that begin at ``seed``.
 
     Args:
         name: a name of ``MODELS``.
@@ -267,7 +264,7 @@ def build(
         image_size: the smaller image side in pixels, which decides the stem.
         seed: the run's root seed (the weights come from its own stream), or a CPU generator to draw from.
         width: channels of the first stage; None is the network's default.
-        sides: height and width of the images, on which a user's network is tried; None for square images.
+        sides: height and width of the images, on which a user-defined network is tried; None for square images.
 
     Raises:
         UserError: the name is unknown, the images are too small, or a number is not positive.
@@ -303,14 +300,17 @@ def build_any(
     name: str, *, classes: int, width: int | None, seed: int | torch.Generator, head: str | None, raw: bool,
     inputs: str,
 ) -> Any:  # fmt: skip
-    """Build a user's network for samples of any kind.
+    """Build a user-defined network for samples of any kind.
 
-    See :func:`build` and `ItemNetwork`.
-
-    ``inputs`` are those of a sample, in words.
+    Args:
+        name: a registered user-defined network.
+        classes, width, seed: see :func:`build`.
+        head: name of the linear layer that gives the logits, or None.
+        raw: whether a user-defined loss takes the whole output, instead of the logits.
+        inputs: a sample's inputs, in words, for the error message.
 
     Raises:
-        UserError: the network is unknown, or one of fedkern's, which are for images.
+        UserError: the network is unknown, or a built-in one, which is for images.
     """
     entry = MODELS.get(name)
     if entry is None or not isinstance(entry.make, Own):
@@ -323,22 +323,19 @@ def build_any(
 
 
 def _word(seed: int | torch.Generator) -> int:
-    """Return the first word of a generator, or of a run's stream of initial weights.
-
-    Torch takes seeds of 64 bits.
-    """
+    """Return the first 63 bits of a generator, or of a run's stream of initial weights."""
     if isinstance(seed, torch.Generator):
         return int(torch.randint(2**63 - 1, (), generator=seed))
     return int(stream(seed, "model", round=-1).integers(2**63))
 
 
 def check_gives(model: str, needed: str, data: str, where: str) -> None:
-    """Raise UserError where a network does not give what the data need, with the names of the networks that do.
+    """Raise UserError if a network does not give what the data need, with the names of networks that do.
 
     Args:
         model: the network's name; a name that is not in ``MODELS`` passes.
-        needed: what the network must give, as ``ModelEntry.gives`` has it.
-        where: how the user names another network, for the error message.
+        needed: as ``ModelEntry.gives``.
+        where: the flag for another network, for the error message.
     """
     fitting = [name for name, entry in MODELS.items() if entry.gives in (needed, "any")]
     if needed in ("classes", "pixels") and model in MODELS and model not in fitting:

@@ -20,8 +20,8 @@ class _Optimiser:
     """Base class of both optimisers.
 
     Attributes:
-        lr: the learning rate of the next step; it may be changed.
-        state: state tensors by parameter; a parameter is missing before its first step.
+        lr: learning rate of the next step, which may be changed.
+        state: state tensors by parameter, from its first step on.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
@@ -30,25 +30,16 @@ class _Optimiser:
         self._parameters = list(parameters)
 
     def _with_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the parameters that have a gradient, and their gradients."""
         pairs = [(p, p.grad) for p in self._parameters if p.grad is not None]
         return [p for p, _ in pairs], [gradient for _, gradient in pairs]
 
     def zero_grad(self) -> None:
-        """Set all gradients to None."""
         for parameter in self._parameters:
             parameter.grad = None
 
 
 class SGD(_Optimiser):
-    """``torch.optim.SGD`` without dampening.
-
-    Args:
-        parameters: tensors with ``grad``, of one dtype and device.
-        momentum: momentum factor; 0 keeps no momentum buffer.
-        weight_decay: this times the parameter is added to the gradient.
-        nesterov: whether to use Nesterov momentum.
-    """
+    """``torch.optim.SGD`` without dampening, for parameters of one dtype and device."""
 
     def __init__(
         self,
@@ -64,7 +55,6 @@ class SGD(_Optimiser):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the parameters against their gradients, which stay as they are."""
         parameters, gradients = self._with_gradients()
         if not parameters:
             return
@@ -88,11 +78,9 @@ class Adam(_Optimiser):
     """``torch.optim.Adam(fused=True)``, or ``AdamW(fused=True)`` with ``decoupled``.
 
     Args:
-        parameters: tensors with ``grad``, of one dtype and device.
-        betas: decay rates of the two moments.
-        weight_decay: see ``decoupled``.
-        decoupled: whether parameters shrink by the factor ``1 - lr * weight_decay``, as in AdamW (arXiv 1711.05101).
-            Otherwise ``weight_decay`` times the parameter is added to the gradient.
+        parameters: of one dtype and device.
+        decoupled: whether parameters shrink by the factor ``1 - lr * weight_decay``, as in AdamW (arXiv 1711.05101),
+            instead of an addition of ``weight_decay`` times the parameter to the gradient.
     """
 
     def __init__(
@@ -110,7 +98,6 @@ class Adam(_Optimiser):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the parameters against their gradients, which stay as they are."""
         parameters, gradients = self._with_gradients()
         if not parameters:
             return

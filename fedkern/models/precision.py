@@ -1,6 +1,6 @@
-"""The precision that networks compute in: fp32, or bf16 by autocast inside the networks.
+"""Precision of networks: fp32, or bf16 by autocast inside the networks.
 
-Weights are fp32 in both.  Under ``computing("bf16")`` the methods that ``autocasts`` decorates (stages and encoders)
+Weights are fp32 in both.  Under ``compute_in("bf16")`` the methods that ``autocasts`` decorates (stages and encoders)
 run under ``torch.autocast``: convolutions and matrix products in bf16, statistics of norms in fp32.  The outputs of a
 network (features, logits, embeddings, images) are fp32.  Classifiers, and all code outside networks (losses,
 optimisers, averages, noise), never run under autocast.
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @contextmanager
 def computing(precision: str) -> Iterator[None]:
-    """Context manager or decorator: networks compute in ``precision``, one of ``PRECISIONS``.
+    """Let networks compute in ``precision``, one of ``PRECISIONS`` (a context manager or decorator).
 
     A caller's own autocast is off inside: its cached copies of the weights would not follow training steps.
     """
@@ -46,10 +46,7 @@ def computing(precision: str) -> Iterator[None]:
 
 
 def lower() -> torch.dtype | None:
-    """Return the reduced dtype that networks compute in now.
-
-    None in fp32.
-    """
+    """Return the reduced dtype of networks, or None in fp32."""
     return _dtype.get()
 
 
@@ -78,7 +75,6 @@ def autocast_on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def full(x: Tensor) -> Tensor:
-    """Return a network's output as fp32."""
     return x if _dtype.get() is None else x.float()
 
 
@@ -87,10 +83,10 @@ MATRICES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 def frozen(module: N) -> N:
-    """Casts the weights of a frozen network once, where autocast would cast them at every call.
+    """Cast the weights of a frozen network once, where autocast would cast them at every call.
 
-    Returns ``module`` itself in fp32, else a copy whose output has the same bits.  Heads stay fp32, as they run outside
-    autocast.  A user's own module is returned as it is: its code may use a layer's weights in other ways.
+    Returns ``module`` itself in fp32, else a copy with the same output bits.  Heads stay fp32, as they run outside
+    autocast.  A user-defined module is returned unchanged: its code may use a layer's weights in other ways.
     """
     dtype = _dtype.get()
     if dtype is None or getattr(module, "own", False) is True:
@@ -103,10 +99,7 @@ def frozen(module: N) -> N:
 
 
 def trunk(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Casts ``module`` to ``dtype`` in place and returns ``module``.
-
-    Batch norms stay fp32, for their statistics.
-    """
+    """Cast ``module`` to ``dtype`` in place, except for batch norms and their statistics, and return it."""
     for layer in module.modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
             for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):

@@ -60,17 +60,17 @@ class PairNetwork(nn.Module):
         return cast(Any, self.image_encoder).grid
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token numbers and mask ``[B, L]`` of texts, on the CPU."""
+        """Return token numbers and mask ``[B, L]`` of texts, on the CPU."""
         return cast(Any, self.text_encoder).tokenize(texts)
 
     @autocasts
     def encode_image(self, images: Tensor) -> Tensor:
-        """Normalised images fp32 ``[B, C, H, W]`` to the encoder's tokens ``[B, 1 + N, d]``."""
+        """Map normalised images fp32 ``[B, C, H, W]`` to the encoder's tokens ``[B, 1 + N, d]``."""
         return self.image_encoder(images)
 
     @autocasts
     def encode_text(self, tokens: Tokens) -> Tensor:
-        """Tokens ``[B, L]`` to the encoder's vectors ``[B, L, d]``."""
+        """Map tokens ``[B, L]`` to the encoder's vectors ``[B, L, d]``."""
         return self.text_encoder(tokens)
 
     def project_image(self, sequence: Tensor) -> Tensor:
@@ -82,11 +82,11 @@ class PairNetwork(nn.Module):
         return _unit(self.text_head(self.text_align.first(sequence, mask)))
 
     def image_embedding(self, images: Tensor) -> Tensor:
-        """Normalised images fp32 ``[B, C, H, W]`` to unit vectors ``[B, 128]``."""
+        """Map normalised images fp32 ``[B, C, H, W]`` to unit vectors ``[B, 128]``."""
         return self.project_image(self.encode_image(images))
 
     def text_embedding(self, tokens: Tokens) -> Tensor:
-        """Tokens ``[B, L]`` to unit vectors ``[B, 128]``."""
+        """Map tokens ``[B, L]`` to unit vectors ``[B, 128]``."""
         return self.project_text(self.encode_text(tokens), tokens.mask)
 
     def forward(self, images: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -99,12 +99,10 @@ SHORTEST = 0.1
 
 
 def _unit(projected: Tensor) -> Tensor:
-    """Scales rows ``[B, 128]`` to norm 1.
+    """Scale rows ``[B, 128]`` to norm 1, or less for rows shorter than :data:`SHORTEST`.
 
-    Rows with a norm below :data:`SHORTEST` get a norm below 1.
-
-    In a batch of equal images or equal texts, batch norm leaves nothing but rounding errors of a row.  Scaled to norm
-    1, they would give a gradient ten orders of magnitude too large.
+    In a batch of equal images or texts, batch norm leaves only rounding errors of a row.  Scaled to norm 1, they would
+    give a gradient ten orders of magnitude too large.
     """
     return functional.normalize(projected, dim=1, eps=SHORTEST)
 
@@ -134,13 +132,13 @@ def build_pair(
 ) -> PairNetwork:
     """Build a pair with float32 parameters on the CPU.
 
-    The global random generators are neither read nor moved.
-
-    ``build_pair(**network.about)`` gives the same modules, into which a state dict can be loaded.
+    The global random generators are neither read nor moved.  ``build_pair(**network.about)`` gives the same modules,
+    into which a state dict can be loaded.
 
     Args:
         image_encoder: a name of ``IMAGE_ENCODERS``, or a local folder that transformers can read.
         text_encoder: a name of ``TEXT_ENCODERS``, or a local folder that transformers can read.
+        channels: channels of the images.
         image_size: height and width of the images in pixels.
         mean, std: normalisation of the images, per channel.
         vocabulary: tokens of the built-in text encoders, ``learn_vocabulary(texts, kind).tokens``.
@@ -191,7 +189,7 @@ def build_pair(
 
 
 def _check_name(name: str, kind: str, names: Mapping[str, str]) -> None:
-    """Raise UserError for a name that is neither a built-in encoder nor looks like a folder."""
+    """Raise UserError for a name that is no built-in encoder and does not look like a folder."""
     looks_like_path = expand(name).is_dir() or name.startswith((".", "~")) or "/" in name
     if name not in names and not looks_like_path:
         hint = suggest_name(name, names)

@@ -19,8 +19,7 @@ def head_count(width: int) -> int:
 class TransformerLayer(nn.Module):
     """Self-attention and a feed-forward network with residual connections (arXiv 1706.03762), without dropout.
 
-    It has one head for every 64 channels (:func:`head_count`) and ``4 width`` hidden units.  With ``width`` 768 it has
-    7,087,872 parameters.
+    The layer has :func:`head_count` heads, ``4 width`` hidden units, and 7,087,872 parameters with ``width`` 768.
 
     Args:
         width: d, channels of a token.
@@ -46,12 +45,11 @@ class TransformerLayer(nn.Module):
 
     @autocasts
     def first(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the first token ``[B, d]`` of the result of :meth:`forward`, without computing the other tokens.
+        """Return the first token ``[B, d]`` of :meth:`forward`'s result without computing the other tokens.
 
-        A single query needs neither keys nor values of the other tokens.  With ``k = W x + b`` its scores are
-        ``(q W) x`` plus a constant that softmax ignores, and the weighted mean of the values is the value matrix times
-        the weighted mean of the tokens.  That takes ``2 h d`` multiplications per token (h heads) instead of
-        ``12 d^2``.
+        A single query needs neither keys nor values of the other tokens.  With ``k = W x + b`` its scores are ``(q W)
+        x`` plus a constant that softmax ignores, and the mean of the values is the value matrix times the mean of the
+        tokens: ``2 h d`` multiplications per token (h heads) instead of ``12 d^2``.
         """
         x = self.norm1(tokens) if self.norm_first else tokens
         query_weight, key_weight, value_weight = self.qkv.weight.unflatten(0, (3, self.heads, -1))
@@ -72,10 +70,7 @@ class TransformerLayer(nn.Module):
         return self.narrow(F.gelu(self.widen(tokens)))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map tokens fp32 ``[B, N, d]``.
-
-        Attention sees only tokens where ``mask`` (bool ``[B, N]``) is True.
-        """
+        """Map tokens fp32 ``[B, N, d]``, with attention to tokens where ``mask`` (bool ``[B, N]``) is True."""
         if self.norm_first:
             tokens = tokens + self._attend(self.norm1(tokens), mask)
             return tokens + self._fed(self.norm2(tokens))

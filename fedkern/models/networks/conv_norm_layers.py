@@ -1,7 +1,7 @@
 """Convolution, batch norm, ReLU and max pooling of networks as one operator, :func:`fedkern.ops.conv_norm`.
 
-Layers of torch stay the modules of a network, with their names, states and hooks.  Where calling them would do nothing
-but what the operator does, the operator runs in their place.
+PyTorch's layers stay the modules of a network, with their names, states and hooks.  The operator runs in their place
+where calling them would have no other effect.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run_conv_norm(
     pool: nn.Module | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``pool(relu(norm(conv(x)) + residual))``, by the operator if the layers are what it serves and nothing watches.
+    """Compute ``pool(relu(norm(conv(x)) + residual))``, by the operator if it supports the layers and no hook watches.
 
     Args:
         x: fp32 ``[B, C, H, W]``.
@@ -54,10 +54,7 @@ def run_conv_norm(
 def _run_operator(
     x: Tensor, conv: nn.Module, norm: nn.Module, relu: object, pool: nn.Module | None, residual: Tensor | None
 ) -> Tensor | None:
-    """Return the operator's result.
-
-    None where the layers have to run.
-    """
+    """Return the operator's result, or None if the layers have to run."""
     called: list[nn.Module] = [conv, norm]
     if relu is not None and relu is not F.relu:
         if type(relu) is not nn.ReLU:
@@ -100,20 +97,18 @@ def _run_operator(
 
 
 class NormSequential(nn.Sequential):
-    """``nn.Sequential`` whose batch norms have the right gradient, see :func:`fedkern.ops._core.layout.apply_norm`."""
+    """``nn.Sequential`` with the correct gradient of batch norms, see :func:`fedkern.ops._core.layout.apply_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layers one after another."""
         for layer in self:
             x = apply_norm(layer, x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
         return x
 
 
 class ConvSequential(nn.Sequential):
-    """``nn.Sequential`` that runs convolution, batch norm, ReLU and max pooling in a row by :func:`run_conv_norm`."""
+    """``nn.Sequential`` that runs convolution, batch norm, ReLU and max pooling by :func:`run_conv_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layers one after another."""
         layers: list[Any] = [*self, None, None, None]
         at = 0
         while (layer := layers[at]) is not None:
@@ -132,11 +127,11 @@ class ConvSequential(nn.Sequential):
 
 
 class ConvNorm(nn.Module):
-    """A 3x3 convolution, batch norm, ReLU and max pooling, ``pool(relu(norm(conv(x)) + residual))``.
+    """3x3 convolution, batch norm, ReLU and max pooling, ``pool(relu(norm(conv(x)) + residual))``.
 
     On the CPU in fp32 :func:`fedkern.ops.conv_norm` computes all of them at once, forward and backward.  The layers run
-    where the operator does not serve: under autocast, ``torch.compile`` and transforms of ``torch.func``, and with
-    hooks on a layer or other layers in their places.
+    one by one under autocast, ``torch.compile`` and transforms of ``torch.func``, with hooks on a layer, and if a layer
+    was replaced by one of another type.
 
     Attributes:
         conv: 3x3 convolution of stride 1 and padding 1, without bias.
@@ -145,8 +140,8 @@ class ConvNorm(nn.Module):
 
     Args:
         channels_in, channels_out: channels of the input and of the result.
-        relu: whether there is a ReLU.
-        pool: side of the pooling's windows, 1 for no pooling.  The operator serves 1 and 2.
+        relu: whether to add a ReLU.
+        pool: side of the pooling's windows, 1 for no pooling.  The operator supports 1 and 2.
     """
 
     def __init__(self, channels_in: int, channels_out: int, *, relu: bool = True, pool: int = 1) -> None:

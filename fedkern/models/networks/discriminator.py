@@ -1,4 +1,4 @@
-"""FedIOD's patch discriminators, any number of them side by side."""
+"""FedIOD's patch discriminators, K side by side."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ from fedkern.ops._core.layout import apply_norm
 class PatchDiscriminators(nn.Module):
     """K discriminators that tell real images from generated ones patch by patch (FedIOD, arXiv 2312.14478).
 
-    Each is a 4x4 convolution of stride 2 to ``ndf`` channels with LeakyReLU 0.2, another to ``2 ndf`` with batch norm
-    and LeakyReLU, and a 1x1 convolution to one logit: 0.53 million parameters at 3 channels and ``ndf`` 128.  Batch
-    norm always uses batch statistics; there are no running statistics.
+    A discriminator is a 4x4 convolution of stride 2 to ``ndf`` channels with LeakyReLU 0.2, another to ``2 ndf`` with
+    batch norm and LeakyReLU, and a 1x1 convolution to one logit: 0.53 million parameters at 3 channels and ``ndf`` 128.
+    Batch norm always uses batch statistics.  Further layers are like the second, with twice the channels (at most ``8
+    ndf``).
 
-    The receptive field of a logit is then 10 x 10 pixels.  Every further layer is like the second, with twice the
-    channels (at most ``8 ndf``), and extends the receptive field to 22, 46 ... pixels a side; see :func:`whole_image`.
-
-    Discriminator k has the rows ``k * n`` to ``(k + 1) * n`` of every parameter's first axis; see :meth:`parts`.
+    Discriminator k has the rows ``k * n`` to ``(k + 1) * n`` of every parameter's first axis.
 
     Args:
-        generators: K CPU generators, one per discriminator.  Each draws initial weights from N(0, 0.02) and batch
-            norm's scales from N(1, 0.02); the global generator is neither read nor moved.
+        generators: K CPU generators, which draw weights from N(0, 0.02) and scales of batch norm from N(1, 0.02).
         ndf: channels of the first map.
         layers: at least two convolutions of stride 2; images must have at least ``2 ** layers`` pixels a side.
     """
@@ -45,15 +42,15 @@ class PatchDiscriminators(nn.Module):
     last_bias: nn.Parameter
 
     def parts(self) -> list[dict[str, Tensor]]:
-        """Return the parameters of each of the K discriminators, by name, as views of this module's parameters."""
+        """Return each discriminator's parameters by name, as views."""
         cut = {name: value.detach().tensor_split(self.count) for name, value in self.named_parameters()}
         return [{name: pieces[k] for name, pieces in cut.items()} for k in range(self.count)]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Patch logits ``[K, B, h, w]``.
+        """Return patch logits ``[K, B, h, w]``.
 
         Args:
-            images: normalised images, ``[B, C, H, W]`` for all discriminators or ``[K, B, C, H, W]``, B for each.
+            images: ``[B, C, H, W]`` for all discriminators, or ``[K, B, C, H, W]``.
         """
         count = self.count
         if images.dim() == 5:
@@ -74,14 +71,14 @@ class PatchDiscriminators(nn.Module):
 
 
 def receptive_field(layers: int) -> int:
-    """Receptive field of a logit after this many layers, in pixels a side."""
+    """Return the side in pixels of a logit's receptive field: 10 after 2 layers, then 22, 46 ..."""
     return 3 * 2**layers - 2
 
 
 def whole_image(height: int, width: int) -> int:
-    """Return the number of layers after which a logit sees the whole image.
+    """Return the number of layers, at least 2, after which a logit sees the whole image.
 
-    It is at least 2, and at most what the shorter side allows.
+    The shorter side limits the number.
     """
     layers = 2
     while receptive_field(layers) < max(height, width) and 2 ** (layers + 1) <= min(height, width):
@@ -90,8 +87,6 @@ def whole_image(height: int, width: int) -> int:
 
 
 def draw_parts(generator: torch.Generator, channels: int, ndf: int, layers: int) -> dict[str, Tensor]:
-    """Return the initial weights of one discriminator, by parameter name."""
-
     def normal(*shape: int, mean: float = 0.0) -> Tensor:
         return torch.empty(shape).normal_(mean, 0.02, generator=generator)
 

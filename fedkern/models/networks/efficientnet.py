@@ -21,7 +21,7 @@ STAGES = (
 
 
 class SqueezeExcitation(nn.Module):
-    """Scales every channel by a gate computed from all channels' means (Hu et al., arXiv 1709.01507)."""
+    """Gate of every channel, computed from all channels' means (Hu et al., arXiv 1709.01507)."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -30,16 +30,12 @@ class SqueezeExcitation(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to the same."""
         gate: Tensor = self.gate(x.mean(dim=(2, 3), keepdim=True))
         return x * gate
 
 
 def mbconv(channels_in: int, channels_out: int, *, size: int, stride: int, expansion: int) -> InvertedResidual:
-    """Return an inverted residual with squeeze and excitation.
-
-    The squeezed width is a quarter of ``channels_in``.
-    """
+    """Return an inverted residual with squeeze and excitation to a quarter of ``channels_in``."""
     gate = partial(SqueezeExcitation, squeezed=max(1, channels_in // 4))
     return InvertedResidual(
         channels_in, channels_out, stride=stride, expansion=expansion, size=size, activation=nn.SiLU, gate=gate
@@ -47,11 +43,9 @@ def mbconv(channels_in: int, channels_out: int, *, size: int, stride: int, expan
 
 
 class EfficientNetB0(StagedNetwork):
-    """A stem and seven stages of MBConv blocks.
+    """A stem and seven stages of MBConv blocks, 4,020,358 parameters with ten classes and the default width.
 
-    4,020,358 parameters with ten classes and the default width.
-
-    Without the paper's dropout and stochastic depth: a run's bits must not depend on the global generator.
+    The paper's dropout and stochastic depth are left out: a run's bits must not depend on the global generator.
 
     Args:
         width: channels of the stem; every layer scales with width / 32, rounded to multiples of 8.
@@ -59,7 +53,7 @@ class EfficientNetB0(StagedNetwork):
             stem, so that 32-pixel images end in 2x2 maps (methods note 5.5).
 
     Attributes:
-        activation, block: make the activations outside of blocks, and the blocks.
+        activation, block: makers of the activations outside of blocks, and of the blocks.
     """
 
     activation: ClassVar[type[nn.Module]] = nn.SiLU

@@ -1,4 +1,4 @@
-"""A generator of images from noise, for distillation without data."""
+"""Generator of images from noise, for distillation without data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BASE = 8  # largest side of the first map: larger images add doublings, not a la
 
 
 class Generator(nn.Module):
-    """A DCGAN-like generator: a linear map of the noise, then doublings of the size, each with a 3x3 convolution.
+    """DCGAN-like generator: a linear map of the noise, then doublings of the size, each with a 3x3 convolution.
 
     The maps have ``widths[0] * ngf`` channels before the first doubling and ``widths[i] * ngf`` after the i-th.  A last
     convolution and a sigmoid make pixels in [0, 1].
@@ -85,7 +85,7 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Draws new weights: N(0, 0.02) for convolutions and the linear map, N(1, 0.02) for batch norm's scales.
+        """Draw new weights: N(0, 0.02) for convolutions and the linear map, N(1, 0.02) for batch norm's scales.
 
         The bias of the last convolution puts the pixels around ``pixel_mean``; all other biases are 0.
         """
@@ -105,11 +105,11 @@ class Generator(nn.Module):
 
     @autocasts
     def pixels(self, z: Tensor) -> Tensor:
-        """Images in [0, 1], fp32 ``[B, C, H, W]``, from noise ``[B, nz]``."""
+        """Generate images in [0, 1], fp32 ``[B, C, H, W]``, from noise ``[B, nz]``."""
         x = self.body(self.project(z).unflatten(1, self.base))
         height, width = self.image_size
         return F.sigmoid(full(x[:, :, :height, :width]))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Normalised images ``[B, C, H, W]`` from noise ``[B, nz]``."""
+        """Generate normalised images ``[B, C, H, W]`` from noise ``[B, nz]``."""
         return (self.pixels(z) - self.mean) / self.std

@@ -1,4 +1,4 @@
-"""A multi-layer perceptron whose hidden layers are 1x1 feature maps."""
+"""Multi-layer perceptron with 1x1 feature maps as hidden layers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fedkern.models.networks.staged import StagedNetwork
 
 
 class MLP(StagedNetwork):
-    """Three hidden layers of ``width`` units with batch norm and ReLU.
+    """Three hidden layers of ``width`` units with batch norm and ReLU, each a stage.
 
-    Every layer is a stage.  Units are the channels of maps ``[B, width, 1, 1]``, so methods that mix, send or fuse
-    feature maps work on them.  The first layer is a convolution as large as the image, the others are 1x1 convolutions.
+    Units are the channels of maps ``[B, width, 1, 1]``, so methods that mix, send or fuse feature maps work on them.
+    The first layer is a convolution as large as the image, the others are 1x1 convolutions.
 
     Args:
         width: units of every hidden layer.

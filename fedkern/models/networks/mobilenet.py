@@ -25,10 +25,7 @@ def divisible(channels: float) -> int:
 def conv_norm(
     channels_in: int, channels_out: int, size: int, *, stride: int = 1, groups: int = 1, activation: nn.Module | None
 ) -> list[nn.Module]:
-    """Return a convolution of odd ``size`` with batch norm and the activation.
-
-    It keeps the map's size (over ``stride``).
-    """
+    """Return a convolution of odd ``size`` with batch norm and activation, padded to keep the map's size."""
     layers: list[nn.Module] = [
         nn.Conv2d(channels_in, channels_out, size, stride=stride, padding=size // 2, groups=groups, bias=False),
         nn.BatchNorm2d(channels_out),
@@ -40,12 +37,11 @@ class InvertedResidual(nn.Module):
     """1x1 expansion, depthwise convolution and linear 1x1 projection, with a shortcut if the shape stays the same.
 
     Args:
-        channels_in, channels_out: channels of the block's input and output.
         stride: of the depthwise convolution.
         expansion: expanded channels over ``channels_in``; 1 leaves the expansion out.
         size: of the depthwise convolution's kernel.
         activation: makes the activations after the expansion and after the depthwise convolution.
-        gate: makes a layer before the projection, from the number of expanded channels; None: no such layer.
+        gate: makes a layer before the projection from the number of expanded channels, or None.
     """
 
     def __init__(
@@ -72,23 +68,20 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and channels_in == channels_out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, channels_in, H, W]`` to ``[B, channels_out, H / stride, W / stride]``."""
         y: Tensor = self.layers(x)
         return x + y if self.residual else y
 
 
 class MobileNetV2(StagedNetwork):
-    """A stem and seven stages of inverted residuals.
+    """A stem and seven stages of inverted residuals, 2,236,682 parameters with ten classes and the default width.
 
-    2,236,682 parameters with ten classes and the default width.
-
-    Without the paper's dropout: a run's bits must not depend on the global generator.
+    The paper's dropout is left out: a run's bits must not depend on the global generator.
 
     Args:
         width: channels of the stem.  width / 32 is the paper's width multiplier; channels are rounded to multiples of
-            8, and there are always at least 1280 features.
-        stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the
-            stem and the second stage, so that 32-pixel images end in 4x4 maps (methods note 5.5).
+            8, with at least 1280 features.
+        stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the stem
+            and the second stage, so that 32-pixel images end in 4x4 maps (methods note 5.5).
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = WIDTH, stem: Stem = "cifar") -> None:

@@ -12,23 +12,17 @@ from fedkern.models.state.allocate import linear_of
 
 
 def mean_logits(logits: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean ``[B, C, *positions]`` of logits by weights ``[M]`` or ``[M, 1, C]``.
-
-    Logits are ``[M, B, C, *positions]``.
-    """
+    """Return the mean ``[B, C, *positions]`` of ``[M, B, C, *positions]`` by weights ``[M]`` or ``[M, 1, C]``."""
     if weights.dim() > 1:
         return torch.einsum("mc,mbc...->bc...", weights[:, 0], logits)
     return torch.einsum("m,mbc...->bc...", weights, logits)
 
 
 class Ensemble(nn.Module):
-    """Frozen networks whose logits are averaged.
+    """Frozen networks with averaged logits, always in eval mode.
 
-    Always in eval mode.
-
-    With weights by class the members' logits are their log-probabilities: a softmax ignores a constant that is added to
-    all logits of a member, and a mean that weighs the members differently for every class does not (FedIOD, arXiv
-    2312.14478).
+    With weights by class the members' logits are their log-probabilities.  A softmax ignores a constant that is added
+    to all logits of a member, and a mean with other weights for every class does not (FedIOD, arXiv 2312.14478).
 
     Attributes:
         weights: the normalised weights, ``[M]``, or ``[M, 1, C]`` by class.
@@ -37,7 +31,7 @@ class Ensemble(nn.Module):
     Args:
         members: M >= 1 networks with ``features`` and a linear ``head``, of any architecture, with the same classes.
         weights: numbers of at least 0, the members' weights in the mean, M or ``[M, C]`` by class; normalised to sum 1
-            over the members, by default equal. A class in which no member has a weight weighs all alike.
+            over the members, by default equal.  A class in which no member has a weight weighs all alike.
         pool: :meth:`features` concatenates the members' features or takes their mean (members of one width).
 
     Raises:
@@ -77,17 +71,14 @@ class Ensemble(nn.Module):
     def parts(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the members' features, M times ``[B, d_m]``, and logits ``[M, B, C]``.
 
-        With ``*positions`` for U-Nets.
+        The features and logits of U-Nets also have ``*positions``.
         """
         features = [member.features(x) for member in self.members]  # type: ignore[operator]
         logits = torch.stack([member.head(f) for member, f in zip(self.members, features, strict=True)])  # type: ignore[operator]
         return features, logits if self.weights.dim() == 1 else logits.log_softmax(2)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Every member's logits ``[M, B, C]``.
-
-        Gradients reach ``x``.
-        """
+        """Return every member's logits ``[M, B, C]``, with gradients to ``x``."""
         return self.parts(x)[1]
 
     def features(self, x: Tensor) -> Tensor:
@@ -95,7 +86,7 @@ class Ensemble(nn.Module):
         return self.gather(self.parts(x)[0])
 
     def gather(self, features: list[Tensor]) -> Tensor:
-        """Concatenates or averages the members' features, as :meth:`features` does."""
+        """Concatenate or average the members' features, as :meth:`features` does."""
         return torch.cat(features, 1) if self.pool == "concat" else torch.stack(features).mean(0)
 
     def mix(self, logits: Tensor) -> Tensor:
@@ -103,7 +94,7 @@ class Ensemble(nn.Module):
         return mean_logits(logits, self.weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, C]``: the weighted mean of the members' logits, or those of :attr:`head`."""
+        """Return logits ``[B, C]``: the weighted mean of the members' logits, or those of :attr:`head`."""
         return self.answer(*self.parts(x))
 
     def answer(self, features: list[Tensor], logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ Stem = Literal["cifar", "imagenet"]
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm and a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions with batch norm and a shortcut, a 1x1 convolution where the shape changes."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
         super().__init__()
@@ -29,13 +29,12 @@ class BasicBlock(nn.Module):
             self.shortcut = _shortcut(channels_in, channels_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, channels_in, H, W]`` to ``[B, channels_out, H / stride, W / stride]``."""
         y = run_conv_norm(x, self.conv1, self.bn1, F.relu)
         return run_conv_norm(y, self.conv2, self.bn2, F.relu, residual=self.shortcut(x))
 
 
 def _shortcut(channels_in: int, channels_out: int, stride: int) -> ConvSequential:
-    """Return a 1x1 convolution with batch norm, called ``"0"`` and ``"1"``."""
+    """Return a 1x1 convolution with batch norm, called ``"0"`` and ``"1"`` in the state dict."""
     layers: dict[str, nn.Module] = {}
     if stride != 1 and channels_in < NARROW:  # the same as ``ops._core.layout.conv2d``, as a layer
         layers["pixels"] = nn.AvgPool2d(1, stride)
@@ -57,9 +56,7 @@ def _stem(kind: Stem, channels: int, width: int) -> list[nn.Module]:
 
 
 class ResNet(StagedNetwork):
-    """A stem and stages of basic blocks.
-
-    Between stages the width doubles and the size halves.
+    """A stem and stages of basic blocks, each stage of twice the width and half the size.
 
     Args:
         blocks: basic blocks per stage: ``(1, 1, 1)`` is ResNet-8, ``(2, 2, 2, 2)`` ResNet-18.

@@ -1,7 +1,4 @@
-"""Small image and text encoders that need no download.
-
-The first token represents the whole image or text.
-"""
+"""Small image and text encoders that need no download, with a first token that represents the whole image or text."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ LONGEST = 112  # tokens of a text (docs/methods/feddra.md, 6)
 
 
 class _Positions(nn.Module):
-    """A learnt token in front of a sequence, and learnt positions for all: ``[B, N, d]`` to ``[B, 1 + N, d]``."""
+    """Learnt positions, and a learnt token in front: ``[B, N, d]`` to ``[B, 1 + N, d]``."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
@@ -29,7 +26,6 @@ class _Positions(nn.Module):
         self.position = nn.Parameter(torch.empty(1, 1 + count, width))
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draws both from a normal distribution of standard deviation 0.02."""
         nn.init.normal_(self.cls, std=0.02, generator=generator)
         nn.init.normal_(self.position, std=0.02, generator=generator)
 
@@ -50,16 +46,14 @@ class ImageEncoder(nn.Module):
 
 
 class ConvTokens(ImageEncoder):
-    """Convolutions with group norm.
+    """Convolutions with group norm, and the positions of the last map as tokens.
 
-    The tokens are the positions of the last map.
-
-    Batch norm would need running statistics averaged over clients, whose backgrounds differ.  The last map is at most
+    Batch norm would need running statistics averaged over clients with different backgrounds.  The last map is at most
     8x8: two stages halve it, and one more for every doubling of the image above 32 pixels.  Channels double from
     ``width / 4`` up to ``width``.
 
     Args:
-        width: d, channels of a token; a multiple of 4.
+        width: d, a multiple of 4.
         image_size: height and width in pixels.
     """
 
@@ -83,16 +77,12 @@ class ConvTokens(ImageEncoder):
         self.positions = _Positions(self.grid[0] * self.grid[1], width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
+        """Map images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
         return self.positions(self.stages(images).flatten(2).transpose(1, 2))
 
 
 class PatchTokens(ImageEncoder):
-    """A small vision transformer (arXiv 2010.11929): patches as tokens, four layers and a norm.
-
-    Args:
-        channels, width, image_size: as for :class:`ConvTokens`.
-    """
+    """Small vision transformer (arXiv 2010.11929): patches as tokens, four layers and a norm."""
 
     def __init__(self, *, channels: int, width: int, image_size: Sequence[int]) -> None:
         super().__init__()
@@ -104,7 +94,7 @@ class PatchTokens(ImageEncoder):
         self.layers = nn.Sequential(*(TransformerLayer(width) for _ in range(IMAGE_LAYERS)), nn.LayerNorm(width))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
+        """Map images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
         return self.layers(self.positions(self.project(images).flatten(2).transpose(1, 2)))
 
 
@@ -117,7 +107,6 @@ class WordEmbedding(nn.Module):
         self.position = nn.Parameter(torch.empty(longest, width))
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draws both from a normal distribution of standard deviation 0.02."""
         nn.init.normal_(self.word, std=0.02, generator=generator)
         nn.init.normal_(self.position, std=0.02, generator=generator)
 
@@ -126,10 +115,9 @@ class WordEmbedding(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """A small transformer over words or word pieces, ``[CLS]`` in front.
+    """Small transformer over words or word pieces, ``[CLS]`` in front.
 
     Args:
-        vocabulary: maps tokens to numbers.
         width: d, channels of a token.
         longest: most tokens of a text, ``[CLS]`` included; longer texts are cut.
     """
@@ -142,14 +130,11 @@ class TextTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token numbers and mask ``[B, L]`` of texts, on the CPU."""
+        """Return token numbers and mask ``[B, L]`` of texts, on the CPU."""
         return self.vocabulary.tokenize(texts, self.longest)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Tokens ``[B, L]`` to vectors ``[B, L, d]``.
-
-        The vectors at padding are meaningless.
-        """
+        """Map tokens ``[B, L]`` to vectors ``[B, L, d]``, meaningless at padding."""
         x = self.embedding(tokens.ids)
         for layer in self.layers:
             x = layer(x, tokens.mask)

@@ -1,7 +1,4 @@
-"""Base classes of the classifiers: features and a linear head.
-
-The features' named stages.
-"""
+"""Base classes of the classifiers: features with named stages, and a linear head."""
 
 from __future__ import annotations
 
@@ -13,12 +10,11 @@ from fedkern.models.precision import autocasts, lower
 
 
 class Classifier(nn.Module):
-    """A network with features ``[B, d]`` and a linear classifier, ``head``, on them."""
+    """Network with features ``[B, d]`` and a linear classifier, ``head``, on them."""
 
     head: nn.Linear
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the features ``[B, d]`` of images ``[B, C, H, W]``."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,12 +23,12 @@ class Classifier(nn.Module):
 
 
 class StagedNetwork(Classifier):
-    """A convolutional network that can be entered and left between its stages.
+    """Convolutional network that can be entered and left between its stages.
 
     ``features(x) == tail(stages(x, upto=s), after=s)`` for every stage ``s``.  Mixing feature maps (FedGID, arXiv
     2504.00850) and sending part of a network (FuseFL) need this.  The stages are ``"layer1"``, ..., ``"layerN"`` (maps
     ``[B, C, H, W]``) and ``"feature"`` (the global average of the last map, ``[B, d]``).  The stem belongs to
-    ``"layer1"``.  Under ``computing("bf16")`` maps are bf16, pooled features fp32.
+    ``"layer1"``.  Under ``compute_in("bf16")`` maps are bf16, pooled features fp32.
 
     Attributes:
         stage_names: ``("layer1", ..., "layerN", "feature")``.
@@ -76,12 +72,12 @@ class StagedNetwork(Classifier):
 
     @property
     def pooling(self) -> nn.Module:
-        """A module that makes the last map stage's result the features ``[B, d]``."""
+        """Module that maps the last map stage's result to the features ``[B, d]``."""
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     @property
     def maps(self) -> tuple[str, ...]:
-        """The stages, from the first, whose results are maps ``[B, C, H, W]``."""
+        """Names of the leading stages with maps ``[B, C, H, W]`` as results."""
         return self.stage_names[:-1]
 
     def stages(self, x: Tensor, upto: str) -> Tensor:
@@ -100,7 +96,7 @@ class StagedNetwork(Classifier):
         return self._run(x, 0, self._position(upto))
 
     def tail(self, h: Tensor, after: str) -> Tensor:
-        """Continues from the output of stage ``after`` to the pooled features.
+        """Continue from the output of stage ``after`` to the pooled features.
 
         Args:
             h: the output of stage ``after``.

@@ -1,4 +1,4 @@
-"""U-Net (Ronneberger et al., 2015, arXiv 1505.04597) with batch norm, for a class at every pixel."""
+"""U-Net (Ronneberger et al., 2015, arXiv 1505.04597) with batch norm, for the classes of pixels."""
 
 from __future__ import annotations
 
@@ -13,41 +13,34 @@ from fedkern.models.precision import autocasts, full
 
 
 class PixelHead(nn.Conv2d):
-    """The linear classifier of every pixel: a 1x1 convolution with the attributes of ``nn.Linear``.
-
-    Attributes:
-        in_features, out_features: channels of the map, number of classes.
-    """
+    """Linear classifier of every pixel: a 1x1 convolution with the attributes of ``nn.Linear``."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, 1)
         self.in_features, self.out_features = in_features, out_features
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draws initial values as a linear layer does, uniform in ±1 / sqrt(fan_in): no class starts far ahead."""
+        """Draw initial values as a linear layer does, uniform in ±1 / sqrt(fan_in): no class starts far ahead."""
         bound = 1 / math.sqrt(self.in_features)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
 class UpConvolution(nn.ConvTranspose2d):
-    """The 2x2 transposed convolution of stride 2 that doubles the size: every output pixel sees one input pixel."""
+    """2x2 transposed convolution of stride 2, which doubles the size."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 2, stride=2)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draws normal weights of variance 1 / channels_in, which keep the variance of the input.
-
-        Zero bias.
-        """
+        """Draw normal weights of variance 1 / channels_in (every output pixel sees one input pixel) and zero bias."""
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_channels), generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
 def double(channels_in: int, channels_out: int) -> ConvSequential:
-    """Two 3x3 convolutions with batch norm and ReLU, which keep the map's size."""
+    """Return two 3x3 convolutions with batch norm and ReLU, which keep the map's size."""
     layers: list[nn.Module] = []
     for entering in (channels_in, channels_out):
         layers += [nn.Conv2d(entering, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
@@ -67,7 +60,7 @@ class UNet(nn.Module):
     Args:
         classes: number of classes, the background included.
         width: channels of the largest maps; they double whenever the size halves.  The paper's network has 64.
-        depth: how many times the size halves; 4 in the paper's network.
+        depth: number of times that the size halves; 4 in the paper's network.
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = 64, depth: int = 4) -> None:

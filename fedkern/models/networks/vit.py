@@ -13,9 +13,9 @@ DEPTH, STAGES = 12, 4
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts images into patches and adds learned positions: ``[B, C, H, W]`` to ``[B, width, H / patch, W / patch]``.
+    """Patches of images with learnt positions: ``[B, C, H, W]`` to ``[B, width, H / patch, W / patch]``.
 
-    Positions are learned for ``grid`` by ``grid`` patches and interpolated for images of another shape.
+    Positions are learnt for ``grid`` by ``grid`` patches and interpolated for images of another shape.
     """
 
     def __init__(self, channels: int, width: int, patch: int, grid: int) -> None:
@@ -24,7 +24,6 @@ class PatchEmbedding(nn.Module):
         self.position = nn.Parameter(torch.empty(1, width, grid, grid))
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draws the positions from a normal distribution of standard deviation 0.02."""
         nn.init.normal_(self.position, std=0.02, generator=generator)
 
     def interpolates(self, height: int, width: int) -> bool:
@@ -41,12 +40,10 @@ class PatchEmbedding(nn.Module):
 
 
 class Encoder(TransformerLayer):
-    """A pre-norm transformer layer on maps whose positions are the tokens.
+    """Pre-norm transformer layer on maps ``[B, width, H, W]``, channels-last, with positions as tokens.
 
-    With ``last``, a norm follows.
-
-    Input and output are ``[B, width, H, W]``, channels-last.  Tokens stay positions of a map between layers, so a
-    transformer can be cut, mixed and fused like a convolutional network.
+    Tokens stay positions of a map between layers, so a transformer can be cut, mixed and fused like a convolutional
+    network.  With ``last``, a norm follows.
     """
 
     def __init__(self, width: int, *, last: bool = False) -> None:
@@ -59,9 +56,7 @@ class Encoder(TransformerLayer):
 
 
 class ViT(StagedNetwork):
-    """Patches and twelve encoder layers, three per stage.
-
-    The classifier reads the average token.
+    """Patches and twelve encoder layers, three per stage, and a classifier of the average token.
 
     With ``width`` 192 (DeiT-Ti, arXiv 2012.12877), patches of 4 pixels on 32-pixel images and ten classes there are
     5,362,378 parameters.
@@ -83,10 +78,7 @@ class ViT(StagedNetwork):
 
 
 def patch_size(image_size: int) -> int:
-    """Side of a patch: 16 pixels for images above 64 pixels, as published.
-
-    4 from 16 pixels on. 2 for smaller ones.
-    """
+    """Return the side of a patch: 16 pixels for images above 64 pixels, as published, else 4, or 2 below 16 pixels."""
     if image_size > 64:
         return 16
     return 4 if image_size >= 16 else 2

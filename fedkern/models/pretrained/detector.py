@@ -1,4 +1,4 @@
-"""Grounding DINO through transformers: boxes of the objects that a prompt names (FedGID's decoupler)."""
+"""Grounding DINO through transformers: boxes of named objects (FedGID's decoupler)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedkern.models.pretrained.safe_loading import Pretrained
 
 
 class GroundingDino:
-    """A frozen Grounding DINO, prompted with ``"<class>."`` and loaded on the first call of :meth:`detect`.
+    """Frozen Grounding DINO, prompted with ``"<class>."`` and loaded on the first call of :meth:`detect`.
 
     Args:
         model: see :class:`fedkern.models.pretrained.safe_loading.Pretrained`.
@@ -47,14 +47,10 @@ class GroundingDino:
 
     @torch.no_grad()
     def detect(self, images: Tensor, name: str) -> list[Tensor]:
-        """Find the objects called ``name``.
-
-        Args:
-            images: uint8 ``[B, 3, H, W]``.
-            name: class name; underscores are read as spaces.
+        """Find the objects called ``name``, with underscores as spaces, in images uint8 ``[B, 3, H, W]``.
 
         Returns:
-            Boxes float32 ``[n_i, 4]`` per image, xyxy in pixels, clipped to the image; empty where nothing was found.
+            Boxes float32 ``[n_i, 4]`` per image, xyxy in pixels, clipped to the image.
         """
         self._load()
         prompt = f"{name.replace('_', ' ').strip().lower()}."
@@ -77,7 +73,7 @@ class GroundingDino:
         return [found[keep] for found, keep in zip(boxes, selected.cpu(), strict=True)]
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """Resizes and normalises as preprocessor_config.json says, float32 ``[B, 3, h, w]``."""
+        """Resize and normalise according to preprocessor_config.json, to float32 ``[B, 3, h, w]``."""
         size = self._settings.get("size", {})
         shortest, longest = int(size.get("shortest_edge", 800)), int(size.get("longest_edge", 1333))
         height, width = images.shape[-2:]

@@ -1,4 +1,4 @@
-"""Preprocessing for pre-trained image networks, as their preprocessor_config.json says, without torchvision."""
+"""Preprocessing for pre-trained image networks according to preprocessor_config.json, without torchvision."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ WHOLE = 384  # from this side on, ConvNeXt resizes the whole image and does not 
 
 
 class Preprocessing:
-    """Turns the data's normalised images into a network's input: resized, cropped and normalised for the network.
+    """Map from the data's normalised images to a network's input: resized, cropped and normalised for the network.
 
-    The resize matches that of Pillow: antialiased, along one direction and then the other, rounded to whole bytes after
-    each.
+    The resize matches Pillow's: antialiased, along one direction and then the other, rounded to whole bytes after each.
 
     Args:
         settings: contents of preprocessor_config.json.
@@ -81,7 +80,7 @@ class Preprocessing:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Images fp32 ``[B, 1 or 3, H, W]`` to fp32 ``[B, 3, h, w]``."""
+        """Map images fp32 ``[B, 1 or 3, H, W]`` to fp32 ``[B, 3, h, w]``."""
         # Whole bytes as floats: sums that end in one half are then exact, and rounded up as Pillow does.
         pixels = _round_bytes(to_pixels(images, self.mean, self.std) * 255)
         pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
@@ -119,10 +118,7 @@ def _resize(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def _nearest(before: int, after: int) -> Tensor:
-    """Return the indices ``[after]`` of the pixels that Pillow takes.
-
-    At ties its accumulated rounding errors decide.
-    """
+    """Return the indices ``[after]`` of Pillow's nearest pixels, with its accumulated rounding errors at ties."""
     steps = torch.full((after,), before / after, dtype=torch.float64)
     steps[0] /= 2
     return steps.cumsum(0).long()
@@ -148,6 +144,6 @@ def _proportional(shortest: int, height: int, width: int) -> tuple[int, int]:
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised images as fp32 in [0, 1] (up to rounding), a copy."""
+    """Return a copy of normalised images as fp32 in [0, 1] (up to rounding)."""
     scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
     return images.float() * scale + torch.tensor(mean, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)

@@ -27,13 +27,13 @@ from fedkern.models.pretrained.vocabulary import Tokens
 
 
 class PretrainedImage(ImageEncoder):
-    """An image network of transformers (ViT, DeiT, DINOv2, CLIP's image side, Swin, ResNet ...) that gives tokens.
+    """Image network of transformers (ViT, DeiT, DINOv2, CLIP's image side, Swin, ResNet ...) that gives tokens.
 
-    The first token is the class token, or the mean of the patch tokens if the network has no class token.
+    The first token is the class token, or the mean of the patch tokens of a network without class token.
 
     Args:
         network: the base model, without a head.
-        preprocessing: turns the data's images into the network's input.
+        preprocessing: from the data's images to the network's input.
     """
 
     def __init__(self, network: Any, preprocessing: Preprocessing, image_size: Sequence[int], channels: int) -> None:
@@ -58,7 +58,7 @@ class PretrainedImage(ImageEncoder):
         return torch.cat([front, patches], 1), grid
 
     def _layout(self, count: int, height: int, width: int) -> tuple[tuple[int, int], int]:
-        """Rows and columns of the patches among ``count`` tokens, and the number of tokens in front of the patches."""
+        """Return rows and columns of patches among ``count`` tokens, and the number of tokens before them."""
         patch = getattr(self.network.config, "patch_size", None)
         sides = (patch, patch) if isinstance(patch, int) else patch
         has_front = any(name.endswith(("cls_token", "class_embedding")) for name, _ in self.network.named_parameters())
@@ -71,19 +71,18 @@ class PretrainedImage(ImageEncoder):
         return (rows, count // rows), 0
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the data's images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
+        """Map the data's images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
         return self._run(images)[0]
 
 
 class PretrainedText(nn.Module):
-    """A text network of transformers (BERT and its kin, sentence embedders, CLIP's text side ...) that gives tokens.
+    """Text network of transformers (BERT and its kin, sentence embedders, CLIP's text side ...) that gives tokens.
 
-    The first token represents the text.  It is ``[CLS]``, or the mean of all tokens if a sentence-embedding checkpoint
-    asks for mean pooling (in 1_Pooling/config.json) or the tokenizer has no ``[CLS]``.
+    The first token represents the text: ``[CLS]``, or the mean of all tokens if a sentence-embedding checkpoint asks
+    for mean pooling (in 1_Pooling/config.json) or the tokenizer has no ``[CLS]``.
 
     Args:
         network: the base model, without a head.
-        tokenizer: the network's tokenizer.
         longest: most tokens of a text; longer texts are cut.
         pooled: whether to put the mean of all tokens in front.
     """
@@ -95,7 +94,7 @@ class PretrainedText(nn.Module):
         self.longest = longest
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token numbers and mask ``[B, L]`` of texts, on the CPU."""
+        """Return token numbers and mask ``[B, L]`` of texts, on the CPU."""
         if not texts:
             return Tokens(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1, dtype=torch.bool))
         longest = self.longest - self.pooled
@@ -107,7 +106,7 @@ class PretrainedText(nn.Module):
         return Tokens(ids, mask)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Tokens ``[B, L]`` to vectors ``[B, L, d]``."""
+        """Map tokens ``[B, L]`` to vectors ``[B, L, d]``."""
         ids, mask = (tokens.ids[:, 1:], tokens.mask[:, 1:]) if self.pooled else tokens
         out = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         if not self.pooled:
@@ -198,9 +197,7 @@ def _existing(folder: str | Path, kind: str) -> Path:
 
 
 def _network(path: Path, kind: str, part: str) -> nn.Module:
-    """Return the base model in a folder, in float32, without pooler and dropout.
-
-    Of an image-text model only its ``part``.
+    """Return the base model in a folder (of an image-text model its ``part``) in float32, without pooler and dropout.
 
     Dropout would draw from the global generator, and a resumed run would not repeat its draws.
     """
@@ -228,10 +225,7 @@ def _remove_dropout(config: object) -> None:
 
 
 def _mean_pooled(path: Path) -> bool | None:
-    """Return whether a sentence-embedding folder asks for the mean of all tokens.
-
-    None if the folder has no pooling file.
-    """
+    """Return whether a sentence-embedding folder asks for the mean of all tokens, or None without a pooling file."""
     file = path / "1_Pooling" / "config.json"
     if not file.is_file():
         return None

@@ -27,9 +27,9 @@ _UNADAPTED = (
 
 
 class Loaded(NamedTuple):
-    """A network of transformers, its tokenizer, and the contents of its preprocessor_config.json.
+    """Network of transformers, its tokenizer, and the contents of its preprocessor_config.json.
 
-    ``missing`` are the names of the tensors that its weights lack.
+    ``missing`` are the names of tensors without weights in the files.
     """
 
     network: Any
@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
 
 
 class Pretrained:
-    """A network of transformers that answers images under texts: a local folder, or a name that transformers resolves.
+    """Image-text network of transformers: a local folder, or a name that transformers resolves.
 
     A folder has config.json, model.safetensors or pytorch_model.bin (loaded with ``weights_only=True``), tokenizer
     files and preprocessor_config.json; a network by name has safetensors.
@@ -49,7 +49,7 @@ class Pretrained:
         role: kind of network, for messages.
 
     Raises:
-        UserError: ``model`` is written as a folder and there is none.
+        UserError: ``model`` is written as a folder that does not exist.
     """
 
     def __init__(self, model: str | Path, role: str) -> None:
@@ -81,9 +81,9 @@ class Pretrained:
         """Load the network as transformers' class ``kind``.
 
         Args:
-            user: what needs the network, for messages.
+            user: the thing that needs the network, for messages.
             title: the network with its article, for messages.
-            hint: what to say of a name that cannot be loaded.
+            hint: addition to the message about a name that cannot be loaded.
 
         Raises:
             UserError: transformers is not installed, or there is no such network.
@@ -106,24 +106,20 @@ class Pretrained:
 
 
 def without_code(*, local: bool) -> dict[str, bool]:
-    """Arguments of every ``from_pretrained``: no Python code of a folder is run.
-
-    ``local`` forbids downloads.
-    """
+    """Return arguments of every ``from_pretrained``: no Python code of a folder, no downloads if ``local``."""
     return {"local_files_only": local, "trust_remote_code": False}
 
 
 def weights(*, local: bool) -> dict[str, bool | None]:
-    """Arguments of ``from_pretrained`` for a network's weights.
+    """Return arguments of ``from_pretrained`` for a network's weights.
 
-    The weights are model.safetensors or, in a ``local`` folder without that file, pytorch_model.bin (loaded with
-    ``weights_only=True``).
+    Only a ``local`` folder may have pytorch_model.bin instead of model.safetensors, loaded with ``weights_only=True``.
     """
     return {**without_code(local=local), "use_safetensors": None if local else True, "weights_only": True}
 
 
 def check_folder(folder: Path, kind: str) -> None:
-    """Raise UserError for a folder with files that are not regular, or that refers to code or weights elsewhere.
+    """Raise UserError for a folder with irregular files, or with references to code or weights in other places.
 
     transformers would wait for a named pipe.  It would also load a kernel that config.json names on the hub, or the
     base network of a PEFT adapter.
@@ -146,7 +142,7 @@ def check_folder(folder: Path, kind: str) -> None:
 
 
 def _find_texts(value: object, ending: str) -> Iterator[str]:
-    """Yield the strings in a JSON value, at any depth, whose keys end in ``ending``."""
+    """Yield the strings in a JSON value, at any depth, with keys that end in ``ending``."""
     waiting = [value]
     while waiting:
         entry = waiting.pop()
@@ -159,14 +155,10 @@ def _find_texts(value: object, ending: str) -> Iterator[str]:
 
 @contextmanager
 def loading(title: str, user: str, where: str | Path) -> Iterator[ModuleType]:
-    """Give transformers, silenced.
+    """Import transformers, silence it, and turn its errors into one sentence.
 
-    Its errors become one sentence.
-
-    Args:
-        title: the network with its article, for messages.
-        user: what needs the network, for messages.
-        where: folder or name of the network, for messages.
+    The arguments are for messages: ``title`` is the network with its article, ``user`` the thing that needs the
+    network, ``where`` its folder or name.
 
     Raises:
         UserError: transformers is not installed, or raised.
@@ -189,13 +181,13 @@ def first_line(error: Exception) -> str:
 
 
 def check_complete(name: str, network: nn.Module, used: nn.Module, missing: Collection[str]) -> None:
-    """Raise UserError if the folder lacks tensors of ``used``, which transformers then initialises at random.
+    """Raise UserError if the folder has no values for tensors of ``used``, which transformers initialises at random.
 
     Args:
         name: kind and folder, for the error.
         network: the network that was loaded.
         used: ``network`` or a part of it.
-        missing: names in ``network`` of the tensors that the folder lacks (``missing_keys`` of the loading report).
+        missing: names in ``network`` of the missing tensors (``missing_keys`` of the loading report).
     """
     needed = {id(tensor) for tensor in used.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
     state = network.state_dict(keep_vars=True)
@@ -211,7 +203,7 @@ def check_complete(name: str, network: nn.Module, used: nn.Module, missing: Coll
 
 @contextmanager
 def quiet(transformers: ModuleType) -> Iterator[None]:
-    """Silences transformers and the hub's client, as fedkern reports failures itself, and keeps them from asking.
+    """Silence transformers and the hub's client, because fedkern reports failures itself, and keep them from asking.
 
     For a sub-network that config.json names, transformers asks on standard input whether to run its code, even with
     ``trust_remote_code=False``.  With no time for an answer it raises instead.

@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Return where the tokens are."""
+        """Device of the tokens."""
         return self.ids.device
 
     def take(self, rows: Tensor) -> Tokens:
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
         return Tokens(self.ids[rows, :length], mask[:, :length])
 
     def to(self, device: torch.device | str) -> Tokens:
-        """Return the same tokens on ``device``, without waiting for it.
+        """Return the same tokens on ``device``, without waiting for the copy.
 
         See :func:`fedkern.process.device_copies.send`.
         """
@@ -60,7 +60,7 @@ class Vocabulary:
 
     Args:
         tokens: tokens without the special ones; token i has the number ``len(SPECIAL) + i``.
-        kind: what a word that is not among the tokens becomes.  ``"words"``: ``[UNK]``.  ``"wordpieces"``: pieces, all
+        kind: treatment of a word that is not among the tokens.  ``"words"``: ``[UNK]``.  ``"wordpieces"``: pieces, all
             but the first with the prefix ``##``; ``[UNK]`` if no pieces match.
     """
 
@@ -98,7 +98,7 @@ class Vocabulary:
         return [number for word in split_words(text) for number in self._word(word)]
 
     def tokenize(self, texts: Sequence[str], longest: int) -> Tokens:
-        """``[CLS]`` and then each text's tokens, together at most ``longest``, padded to the longest text."""
+        """Return ``[CLS]`` and each text's tokens, together at most ``longest``, padded to the longest text."""
         rows = [[CLS, *self.encode(text)[: longest - 1]] for text in texts]
         length = max((len(row) for row in rows), default=1)
         ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows], dtype=torch.int64).view(-1, length)

@@ -1,4 +1,4 @@
-"""Weights of networks in files of the user's own: read without running code, and loaded where they fit."""
+"""User-defined files of weights, read without running code and loaded into networks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def read_state_dict(path: Path, source: str) -> Mapping[str, Tensor]:
 
 
 def bare_names(tensors: Mapping[str, Tensor], names: Container[str]) -> Mapping[str, Tensor]:
-    """Return the tensors by a network's ``names``, where DataParallel or torch.compile has put a prefix before them."""
+    """Return the tensors by a network's ``names``, without the prefixes of DataParallel and torch.compile."""
     if any("_orig_mod." in name for name in tensors):
         tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
     while tensors and all(name.startswith("module.") and name not in names for name in tensors):
@@ -65,7 +65,7 @@ def bare_names(tensors: Mapping[str, Tensor], names: Container[str]) -> Mapping[
 
 
 def misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Parts of sentences, by name, on names, shapes and dtypes in which given tensors differ from a network's own."""
+    """Describe the names, shapes and dtypes in which tensors differ from a network's own, by name."""
     why: dict[str, str] = {}
     for name, tensor in state.items():
         if name not in tensors:
@@ -83,19 +83,18 @@ def misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[
 def load_by_name(
     module: nn.Module, tensors: Mapping[str, Tensor], path: str, network: str, partial: bool = False
 ) -> str:
-    """Copy the tensors into a network whose state dict has exactly their names and shapes.
+    """Copy the tensors into a network with exactly their names and shapes in its state dict.
 
     Args:
-        tensors: by name in the state dict.
-        path: the file or folder they are from, for messages.
+        path: source of the tensors, for messages.
         network: the network's name, for messages.
         partial: copy those that fit.
 
     Returns:
-        A sentence that lists what does not fit; empty where all does.
+        A sentence that lists what does not fit, or "".
 
     Raises:
-        UserError: a name or shape differs; the message names the first that does.  Where it is ``partial``: none fits.
+        UserError: a name or shape differs, or with ``partial`` nothing fits.
     """
     state = module.state_dict()
     named = bare_names(tensors, state)

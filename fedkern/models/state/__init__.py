@@ -1,1 +1,1 @@
-"""Parts of a network's state that do not travel, and memory for it."""
+"""Frozen and personal parts of a network, and memory for its tensors."""

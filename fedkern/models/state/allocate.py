@@ -1,4 +1,4 @@
-"""Memory for networks that were made on the meta device."""
+"""Memory for networks made on the meta device."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ SMALL = 1 << 28
 
 
 def make_empty(kind: Callable[..., Layer], *arguments: int, device: torch.device | str | None = None) -> Layer:
-    """Return a layer with uninitialised parameters, as ``torch.nn.utils.skip_init`` makes it.
+    """Return a layer with uninitialised parameters, as ``torch.nn.utils.skip_init`` does.
 
     Args:
-        kind: the layer's class, or a function that makes the layer on its argument ``device``.
-        device: device of the layer; None is the CPU.
+        kind: the layer's class, or a function with the argument ``device``.
     """
     module = kind(*arguments, device="meta")
     allocate(module)
@@ -30,7 +29,6 @@ def make_empty(kind: Callable[..., Layer], *arguments: int, device: torch.device
 
 
 def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Linear:
-    """Return a classifier with these weights."""
     classes, width = state["weight"].shape
     head = make_empty(nn.Linear, width, classes, device=device)
     head.load_state_dict(state)
@@ -38,14 +36,14 @@ def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -
 
 
 def allocate(module: nn.Module) -> None:
-    """Give every parameter and buffer that is on the meta device uninitialised memory on the CPU.
+    """Give all parameters and buffers on the meta device uninitialised memory on the CPU.
 
     ``module.to_empty(device="cpu")`` does the same, but its first call imports torch's symbolic shapes and sympy, which
-    would cost every command and every worker half a second.
+    takes half a second.
 
     Raises:
-        UserError: the machine has not the memory for the tensors and one copy, which every use of a network needs.  The
-            system would give out the memory, and kill the process while it is filled.
+        UserError: the memory does not suffice for the tensors and one copy.  Without this check the system would kill
+            the process while the tensors are filled.
     """
     size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.is_meta)
     if size > SMALL and 2 * size > (free := machine.free_memory()):

@@ -15,7 +15,7 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
-    """Take the parameters whose names match a pattern (``backbone.*``) out of training.
+    """Freeze the parameters with names that match a pattern (``backbone.*``).
 
     Raises:
         UserError: a pattern matches no name, or nothing of the network ``text`` would be trained.
@@ -28,11 +28,10 @@ def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
 
 
 def matching(module: nn.Module, patterns: Sequence[str], names: Sequence[str], flag: str, kind: str) -> set[str]:
-    """Return the names of a module's tensors that match a pattern of ``flag``.
+    """Return those of ``names`` that match a pattern of ``flag``.
 
     Args:
-        names: those to choose from.
-        kind: what the names are of, for the error.
+        kind: the named things, for the error.
 
     Raises:
         UserError: a pattern matches no name.
@@ -51,7 +50,7 @@ def matching(module: nn.Module, patterns: Sequence[str], names: Sequence[str], f
 
 
 def frozen_norms(module: nn.Module) -> list[_BatchNorm]:
-    """Batch norms that have parameters, all of them frozen: their running statistics belong to these and stay too."""
+    """Return the batch norms with frozen parameters only, whose running statistics must stay, too."""
     norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     parameters = {layer: [*layer.parameters(recurse=False)] for layer in norms}
     return [layer for layer in norms if parameters[layer] and not any(p.requires_grad for p in parameters[layer])]
@@ -72,10 +71,7 @@ def constant_buffers(module: nn.Module) -> list[str]:
 
 
 def train_mode(module: N) -> N:
-    """Put a module in train mode, but for its :func:`frozen_norms`.
-
-    Returns it.
-    """
+    """Put a module in train mode, except for its :func:`frozen_norms`, and return the module."""
     module.train(True)
     for layer in frozen_norms(module):
         layer.eval()
@@ -83,7 +79,7 @@ def train_mode(module: N) -> N:
 
 
 def freeze_bn_after(module: nn.Module) -> None:
-    """Put a module's batch norms in eval mode: they use their running statistics without updating them (FixBN).
+    """Put a module's batch norms in eval mode, so that running statistics are used but not updated (FixBN).
 
     Scale and shift are still trained.  ``module.train()`` undoes this.
     """

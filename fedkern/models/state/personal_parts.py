@@ -1,4 +1,4 @@
-"""Personal parts of a network: parameters and buffers that every client keeps to itself, and no message holds."""
+"""Personal parts of a network: parameters and buffers that stay at every client."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _MARK = "_fedkern_personal"
 
 
 def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
-    """Mark trained parameters and buffers whose names match a pattern (``head.*``) as personal.
+    """Mark trained parameters and buffers with names that match a pattern (``head.*``) as personal.
 
-    The marks belong to the layers: they stay in deep copies, and where a layer is put into another module.
+    The marks belong to the layers: deep copies have them, and other modules that get a layer.
 
     Raises:
         UserError: a pattern matches no name, or nothing of the network ``text`` would be shared.
@@ -39,31 +39,28 @@ def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
 
 
 def names(module: nn.Module) -> list[str]:
-    """Names of the personal parameters and buffers of a module."""
+    """Return the names of a module's personal parameters and buffers."""
     return [
         f"{path}.{key}" if path else key for path, layer in module.named_modules() for key in vars(layer).get(_MARK, ())
     ]
 
 
 def flatten(module: nn.Module) -> FlatParameters:
-    """Return the module as flat vectors, with its personal tensors and constant buffers apart."""
+    """Return the module as flat vectors without its personal tensors and constant buffers."""
     return FlatParameters(module, {*names(module), *constant_buffers(module)})
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the personal parameters and buffers, by name."""
     chosen = names(module)
     named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())} if chosen else {}
     return {name: named[name] for name in chosen}
 
 
 def copies(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the copies of :func:`tensors`."""
     return {name: tensor.detach().clone() for name, tensor in named.items()}
 
 
 @torch.no_grad()
 def write(named: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy ``values`` into the :func:`tensors` of a network."""
     for name, value in values.items():
         named[name].copy_(value)

@@ -1,1 +1,1 @@
-"""Frozen teachers: networks that answer, their cache on disk, and their training."""
+"""Frozen teachers: networks that give logits, their cache on disk, and their training."""

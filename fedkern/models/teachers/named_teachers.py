@@ -1,4 +1,4 @@
-"""Teachers by name: parses ``teacher=...`` and makes the teachers."""
+"""Teachers by name: parsing ``teacher=...`` and making the teachers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHOICES = 3
 
 @dataclass(frozen=True)
 class Spec:
-    """One teacher as the user names it: ``kind:source``, or the name of code alone."""
+    """Name of a teacher: ``kind:source``, or the name of code alone."""
 
     kind: str
     source: str
@@ -69,10 +69,7 @@ def parse(text: str) -> list[Spec]:
 
 
 def absolute(text: str) -> str:
-    """Return the same list with absolute paths.
-
-    Names, and paths whose absolute form has a comma, stay as they are.
-    """
+    """Return the list with absolute paths, except for names and for paths with a comma in the absolute form."""
     words = []
     for spec in parse(text):
         paths = {
@@ -85,7 +82,7 @@ def absolute(text: str) -> str:
 
 
 def code(text: str) -> list[str]:
-    """Return the teachers in a list that are Python code: making such a teacher imports, and so runs, a module."""
+    """Return the teachers in a list that are Python code, which is imported and so run."""
     return [str(spec) for spec in parse(text) if spec.kind == CODE]
 
 
@@ -93,7 +90,7 @@ _EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE
 
 
 def expand(specs: Sequence[Spec], build: Callable[..., nn.Module]) -> list[Spec]:
-    """Return the list with plain ``pretrained`` replaced by up to three networks that are larger than the run's own.
+    """Replace plain ``pretrained`` by up to three networks that are larger than the run's own.
 
     Raises:
         UserError: no candidate is larger.
@@ -120,15 +117,13 @@ def expand(specs: Sequence[Spec], build: Callable[..., nn.Module]) -> list[Spec]
 
 @dataclass
 class Teachers:
-    """The teachers of a run, by position in a list, made on first use.
+    """Teachers of a run, by position in a list, made on first use.
 
     Attributes:
-        specs: the list, see :func:`parse` and :func:`expand`.
-        cache: of their logits and of the weights of embedded (``pretrained``) ones; it has the images' normalisation.
-        classes: class names of the data.
+        cache: of the teachers' logits and the weights of embedded (``pretrained``) ones; has the images' normalisation.
         build: makes a freshly initialised network: ``build(model=, width=)``.
-        public: public images that embedded teachers are trained on; None if there are none.
-        prompts: prompts of zero-shot (``clip``) teachers.
+        public: public images for the training of embedded teachers, or None.
+        prompts: of zero-shot (``clip``) teachers.
         recipe: for the training of embedded teachers.
         made: the teachers so far.
     """
@@ -149,9 +144,7 @@ class Teachers:
         return self.made[index]
 
     def make(self, spec: Spec) -> Teacher:
-        """Make a teacher.
-
-        An embedded one is trained, or read from the cache.
+        """Make a teacher, with training or the cached weights of an embedded one.
 
         Raises:
             UserError: the teacher cannot be made as the user named it.
@@ -183,10 +176,7 @@ class Teachers:
         return trained_teacher(network, name, len(self.classes), self.device)
 
     def _import_teacher(self, spec: Spec) -> Teacher:
-        """Return the callable or :class:`Teacher` of a name.
-
-        With an attribute ``identity`` its logits are cached.
-        """
+        """Import a callable or :class:`Teacher`, with cached logits if it has an attribute ``identity``."""
         named = named_code.parse(spec.source)
         assert named is not None  # parse has looked
         thing: Any = named_code.load(named, "the teacher")[0]

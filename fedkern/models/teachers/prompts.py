@@ -14,19 +14,16 @@ PLACES = ("{class}", "{}")
 
 
 def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
-    """Return the prompts of every class, at least one each.
-
-    The teacher averages the features of several prompts.
+    """Return the prompts of every class, at least one each, for a mean of their features.
 
     Args:
-        prompts: one of three: a template with ``{class}`` or ``{}`` in place of the class name; a text file with a
-            template on every line (empty lines and lines that begin with ``#`` are skipped); a JSON file that maps
-            every class to a prompt or a list of prompts.
+        prompts: a template with ``{class}`` or ``{}`` in place of the class name; a text file with a template on every
+            line (empty lines and lines that begin with ``#`` are skipped); or a JSON file that maps every class to a
+            prompt or a list of prompts.
         classes: class names; in templates, underscores become spaces.
 
     Raises:
-        UserError: no such file, a template without a place for the class name, or a JSON file whose classes are not
-            those of the data.
+        UserError: no such file, a template without a place for the class name, or a JSON file of other classes.
     """
     if any(place in prompts for place in PLACES):
         return _fill([prompts], classes)
@@ -50,10 +47,7 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
 
 
 def absolute(prompts: str) -> str:
-    """Return the absolute path of a prompts file.
-
-    A template is returned unchanged.
-    """
+    """Return the absolute path of a prompts file, or a template unchanged."""
     return prompts if any(place in prompts for place in PLACES) else filesystem.absolute(prompts)
 
 

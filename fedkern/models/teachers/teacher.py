@@ -23,19 +23,18 @@ UNTUNABLE = (
 
 
 class Teacher:
-    """A frozen network that answers: normalised images ``[B, C, H, W]`` to logits ``[B, classes]``.
+    """Frozen network from normalised images ``[B, C, H, W]`` to logits ``[B, classes]``.
 
-    The network is made on first use, so a teacher whose logits are all cached costs nothing.
+    The network is made on first use, so a teacher with all logits in the cache costs nothing.
 
     Args:
         name: name in messages.
-        classes: number of classes C of the data.
         load: makes the network, or another callable from images to logits.  A module is frozen, in eval mode, on
             ``device``.
-        identity: everything that decides the logits of an image; names the cache file.  None if that is not known:
-            then no logits are cached on disk.
+        identity: everything that decides the logits of an image, for the name of the cache file.  None if unknown: then
+            no logits are cached on disk.
         batch: images per pass.
-        untunable: what to say of a teacher whose network is no :class:`Classifier`, after its name.
+        untunable: message about a teacher that is no :class:`Classifier`, after its name.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Teacher:
         """The network.
 
         Raises:
-            UserError: it cannot be loaded, or has another number of classes.
+            UserError: the network cannot be loaded, or has another number of classes.
         """
         network = self._load()
         if isinstance(network, nn.Module):
@@ -68,10 +67,10 @@ class Teacher:
 
     @property
     def classifier(self) -> Classifier:
-        """The network, where it can be tuned.
+        """The network as a classifier that can be tuned.
 
         Raises:
-            UserError: it gives logits without features.
+            UserError: the network gives logits without features.
         """
         if not isinstance(self.network, Classifier):
             raise UserError(f"the teacher {self.name} {self._untunable}")
@@ -79,12 +78,11 @@ class Teacher:
 
     @cached_property
     def _low_precision(self) -> Classifier:
-        """The network, its weights cast for computing in the lower precision."""
         return frozen(self.classifier)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Number of parameters, 0 of a callable."""
         return sum(p.numel() for p in self.network.parameters()) if isinstance(self.network, nn.Module) else 0
 
     @torch.no_grad()
@@ -99,7 +97,7 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Logits fp32 ``[B, classes]`` of normalised images ``[B, C, H, W]``.
+        """Return logits fp32 ``[B, classes]`` of normalised images ``[B, C, H, W]``.
 
         Raises:
             UserError: the network fails, or the logits have another shape or are not finite.
@@ -118,7 +116,7 @@ class Teacher:
         return self.check_logits(answer, len(images))
 
     def check_logits(self, logits: object, count: int) -> Tensor:
-        """``logits`` as fp32 ``[count, classes]``.
+        """Return ``logits`` as fp32 ``[count, classes]``.
 
         Raises:
             UserError: ``logits`` is no tensor, has another shape, or is not finite.
@@ -134,7 +132,6 @@ class Teacher:
 
 
 def wrong_classes(name: str, count: int, expected: int) -> UserError:
-    """Return the error for a teacher whose number of classes is not that of the data."""
     return UserError(
         f"the teacher {name} knows {count} classes and the data have {expected}: take a teacher for these data."
     )
@@ -160,15 +157,12 @@ def _return_it(network: F) -> F:  # unlike a lambda it can be pickled
 
 
 def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> Teacher:
-    """Return a trained network as a teacher.
-
-    The hash of its weights is part of its identity.
-    """
+    """Return a trained network as a teacher with the hash of its weights in its identity."""
     return teacher_of(network, name, classes, device, {"model": name, "weights": content(network)})
 
 
 def content(module: nn.Module) -> str:
-    """Hash of a module's state, independent of device and memory format."""
+    """Return a hash of a module's state, independent of device and memory format."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in module.state_dict().items():
         digest.update(f"{name}{list(value.shape)}".encode())

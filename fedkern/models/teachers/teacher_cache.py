@@ -1,4 +1,4 @@
-"""Teacher logits on disk: a foundation model sees every image of a data set only once."""
+"""Teacher logits on disk, so that a foundation model sees every image of a data set only once."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ TELL_EVERY = 5.0  # seconds between two notices
 
 
 class LogitsCache:
-    """Cache of teacher logits, keyed by image content, so that runs with any partition and seed share them.
+    """Cache of teacher logits, keyed by image content, which runs with any partition and seed share.
 
-    A teacher has a file of ``"logits"``, and one of ``"weights"`` where fedkern trained it.
+    A teacher has a file of ``"logits"``, and one of ``"weights"`` if fedkern trained it.
 
     Args:
-        folder: folder of the files (default: ``fedkern/teachers`` in the user's cache folder).  If the
-            default folder cannot be written, nothing is cached; if a named folder cannot be written, that is an error.
-        mean, std: normalisation of the images, per channel.  Keys are taken from the images before normalisation.
-        notice: called with the progress of a long computation, and when a file is damaged.
+        folder: folder of the files (default: ``fedkern/teachers`` in the user's cache folder).  If the default folder
+            cannot be written, nothing is cached; if a named folder cannot be written, that is an error.
+        mean, std: normalisation of the images, per channel, which the keys undo.
+        notice: called with the progress of a long computation, and about a damaged file.
     """
 
     def __init__(
@@ -56,10 +56,7 @@ class LogitsCache:
         self.notice = notice
 
     def path(self, kind: str, identity: Identity) -> Path:
-        """Return the path of a teacher's file of a kind.
-
-        The name has the kind, the last part of the model's name, and the hash of the whole identity.
-        """
+        """Return the path of a teacher's file: kind, last part of the model's name, and hash of the identity."""
         text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
         model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(identity.get("model", "teacher"))).name).strip("-")
         code = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -67,12 +64,10 @@ class LogitsCache:
 
     @computing("fp32")  # runs of either precision read the cached logits
     def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
-        """Return the teacher's logits fp32 ``[n, classes]`` (CPU) of all images.
-
-        Only those that the file lacks are computed.
+        """Return the teacher's logits fp32 ``[n, classes]`` (CPU) of all images, and compute those not yet in the file.
 
         Args:
-            teacher: the teacher; without an identity, nothing is cached and all logits are computed.
+            teacher: without an identity, nothing is cached.
             batches: normalised images ``[B, C, H, W]`` each.
             total: number of images, for the notices.
 
@@ -107,18 +102,12 @@ class LogitsCache:
         return torch.stack([rows[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
 
     def read_logits(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
-        """Logits in a teacher's file by image key.
-
-        Empty if the file is missing or damaged, or has another number of classes.
-        """
+        """Return the logits in a teacher's file by image key, or {} without an intact file of these classes."""
         stored = self.read("logits", identity)
         return {} if stored is None or stored["logits"].shape[1] != classes else by_key(stored)
 
     def write_logits(self, identity: Identity, rows: Mapping[bytes, Tensor]) -> None:
-        """Add logits to a teacher's file.
-
-        Another run may add logits to the same file at the same time.
-        """
+        """Add logits to a teacher's file, which another run may do at the same time."""
         classes = next(iter(rows.values())).numel()
 
         def merge() -> dict[str, Tensor]:
@@ -129,10 +118,7 @@ class LogitsCache:
         self.write("logits", identity, merge)
 
     def read(self, kind: str, identity: Identity) -> dict[str, Tensor] | None:
-        """Return the tensors in a teacher's file, as they were written.
-
-        None if the file is missing or damaged.
-        """
+        """Return the tensors in a teacher's file, or None if the file is missing or damaged."""
         path = self.path(kind, identity)
         if not path.exists():
             return None
@@ -144,9 +130,7 @@ class LogitsCache:
             return None
 
     def write(self, kind: str, identity: Identity, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Write a teacher's file completely or not at all.
-
-        Its metadata has the identity.
+        """Write a teacher's file completely or not at all, with the identity in its metadata.
 
         ``tensors`` gives the content; it is called while no other process writes in this folder.
 
@@ -170,13 +154,11 @@ class LogitsCache:
 
 
 def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> Teacher:
-    """Return a teacher given by a file of its logits, in the cache's format.
-
-    The file may come from another machine.
+    """Return a teacher given by a file of its logits in the cache's format, perhaps from another machine.
 
     Args:
         file: safetensors file with ``keys`` uint8 [n, 16] (:func:`image_keys`) and ``logits`` [n, classes].
-        mean, std: normalisation of the images that the teacher gets, per channel.
+        mean, std: normalisation of the teacher's input images, per channel.
 
     Raises:
         UserError: the file is missing, is damaged, or has another number of classes.
@@ -208,7 +190,7 @@ def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Se
 
 
 def limit_notices(notice: Callable[[str], None] | None, since: float = -math.inf) -> Callable[[str], None]:
-    """``notice`` at most once in :data:`TELL_EVERY` seconds, the first time that long after ``since``."""
+    """Limit ``notice`` to one call in :data:`TELL_EVERY` seconds, the first time that long after ``since``."""
 
     def tell(text: str) -> None:
         nonlocal since
@@ -220,10 +202,7 @@ def limit_notices(notice: Callable[[str], None] | None, since: float = -math.inf
 
 
 def image_keys(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[bytes]:
-    """Hash of every image's shape and uint8 pixels.
-
-    Undoes the normalisation of ``images`` ``[B, C, H, W]`` first.
-    """
+    """Return hashes of every image's shape and uint8 pixels, after undoing the normalisation of ``[B, C, H, W]``."""
     pixels = to_pixels(images, mean, std).mul_(255).round_().clamp_(0, 255).to(torch.uint8).cpu()
     shape = str(tuple(pixels.shape[1:])).encode()
     rows = pixels.contiguous().flatten(1).numpy()
@@ -236,7 +215,7 @@ def by_key(tensors: Mapping[str, Tensor]) -> dict[bytes, Tensor]:
 
 
 def check_logits(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for tensors that are no ``keys`` uint8 [n, 16] with finite ``logits`` [n, classes]."""
+    """Raise ValueError for tensors other than ``keys`` uint8 [n, 16] with finite ``logits`` [n, classes]."""
     keys, logits = tensors.get("keys"), tensors.get("logits")
     if keys is None or logits is None or keys.dim() != 2 or keys.shape[1] != KEY or keys.dtype != torch.uint8:
         raise ValueError("it does not hold keys and logits")
@@ -248,12 +227,12 @@ def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]
     """Return the tensors of a file that :meth:`LogitsCache.write` wrote.
 
     Args:
-        identity: of a cache file; None: a file that the user names, which another program may have written.
+        identity: of a cache file; None for a file that the user names, perhaps written by another program.
 
     Raises:
         FileNotFoundError: no such file.
         OtherFormat: the file has another format.
-        ValueError: the file is damaged, is not as it was written, or has another identity.
+        ValueError: the file is damaged, changed, or has another identity.
     """
     if kind := special(path):
         raise ValueError(f"it is {kind}, not a regular file")
@@ -279,7 +258,6 @@ def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]
 
 
 def _sum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 of tensors by name."""
     total = 0
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)

@@ -1,4 +1,4 @@
-"""Stack of frozen teachers: the logits of all of them at once, with gradients for the images."""
+"""Logits of several frozen teachers at once, with gradients for the images."""
 
 from __future__ import annotations
 
@@ -21,29 +21,24 @@ CHUNK = 64
 
 
 class TeacherStack:
-    """K frozen networks of any architectures on the same images.
-
-    Logits ``[K, B, C, *positions]``.
+    """K frozen networks of any architectures on the same images, with logits ``[K, B, C, *positions]``.
 
     Batch norms are folded into the convolutions before them, and ReLUs and sums run in place.
 
     Args:
-        networks: networks in eval mode on one device; they are copied and not changed.
+        networks: networks in eval mode on one device; copies are used.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         self._teachers = [_Teacher(fold_norms(network)) for network in networks]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits ``[K, B, C, *positions]`` of normalised images ``[B, C, H, W]``.
-
-        Gradients reach the images.
-        """
+        """Return logits of normalised images ``[B, C, H, W]``, with gradients to the images."""
         return torch.stack([teacher.logits(images) for teacher in self._teachers])
 
 
 class _Teacher:
-    """A folded network, whose trunk computes in the current precision."""
+    """Folded network with a trunk that computes in the current precision."""
 
     def __init__(self, network: nn.Module) -> None:
         # Another forward than these may do more than head(features), so that it stays in fp32.
@@ -64,7 +59,6 @@ class _Teacher:
 
 
 def _headless(network: nn.Module) -> nn.Module:
-    """Return a copy that gives the features instead of the logits."""
     body = copy.copy(network)
     body._modules = {**network._modules, "head": nn.Identity()}
     return body
@@ -72,10 +66,10 @@ def _headless(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def fold_norms(network: nn.Module) -> nn.Module:
-    """Return a frozen copy in eval mode, with batch norms folded into the convolutions before them where that is safe.
+    """Return a frozen copy in eval mode, with batch norms folded into the convolutions before them if that is safe.
 
-    A batch norm is folded if torch.fx sees that it alone reads a convolution's result and that both are called once.
-    A network that torch.fx cannot trace is copied unfolded.
+    A batch norm is folded if torch.fx sees that it alone reads a convolution's result and that both are called once. A
+    network that torch.fx cannot trace is copied unfolded.
     """
     frozen = copy.deepcopy(network).eval().requires_grad_(False)
     try:
@@ -99,7 +93,7 @@ def fold_norms(network: nn.Module) -> nn.Module:
 
 
 def overwriting(network: nn.Module) -> nn.Module:
-    """Return the same frozen network with in-place ReLUs and sums, wherever nothing else reads their input.
+    """Return the same frozen network with in-place ReLUs and sums where nothing else reads their input.
 
     A new map costs page faults and evicts the CPU's cache.  Gradients for the input stay right: the backward pass of a
     convolution does not need its result, and that of a ReLU needs only its own.  A network that torch.fx cannot trace
@@ -112,7 +106,7 @@ def overwriting(network: nn.Module) -> nn.Module:
     modules = dict(graph.named_modules())
 
     def fresh(value: object) -> bool:
-        """Return whether a value is the result of a convolution or of an in-place sum, and only one node reads it."""
+        """Return whether one node alone reads a value, the result of a convolution or an in-place sum."""
         if not isinstance(value, fx.Node) or len(value.users) != 1:
             return False
         if value.op == "call_module":

@@ -1,4 +1,4 @@
-"""Training of teachers: on public images before a run, and on a client's own images (linear probe, fine-tuning)."""
+"""Training of teachers on public images before a run, and on a client's own images (linear probe, fine-tuning)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ PROBE_LR, FINETUNE_LR = 1e-3, 1e-5
 
 
 class Labelled(Protocol):
-    """Labelled images: ``labels`` int64 [n] (CPU), and ``take``, which gives normalised images by index.
-
-    The images are augmented if ``take`` gets an ``rng``.
-    """
+    """Labels int64 [n] (CPU), and ``take`` for normalised images by index, augmented with ``rng``."""
 
     labels: Tensor
 
@@ -40,10 +37,7 @@ class Labelled(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum and weight decay.
-
-    The learning rate falls to 0 along half a cosine.
-    """
+    """SGD with Nesterov momentum, weight decay, and a learning rate that falls to 0 along half a cosine."""
 
     epochs: int = 20
     batch_size: int = 32
@@ -55,7 +49,7 @@ class Recipe:
 def pretrain(
     network: nn.Module, data: Labelled, recipe: Recipe, seed: int, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Trains ``network`` in place on all of ``data``, with the data set's augmentation, and leaves it in eval mode.
+    """Train ``network`` in place on all of ``data`` with the data set's augmentation, and leave it in eval mode.
 
     ``progress`` is called at the start of every epoch with the epoch's number, from 0.
 
@@ -99,7 +93,7 @@ def pretrain(
 def load_or_pretrain(
     network: StagedNetwork, data: Labelled, cache: LogitsCache, *, name: str, recipe: Recipe, seed: int = 0
 ) -> None:
-    """Give ``network`` the weights that :func:`pretrain` makes, from the cache if they are there.
+    """Give ``network`` the weights of :func:`pretrain`, from the cache if possible.
 
     The cache key holds everything that decides the bits of the weights: network, images, labels, augmentation, recipe,
     seed, device type, CPU threads, and the versions of torch and fedkern.
@@ -138,7 +132,7 @@ def tune(
     epochs: int,
     lr: float,
 ) -> tuple[nn.Module, Tensor]:
-    """Trains a copy of the teacher on a client's images with AdamW and batches of at most 128.
+    """Train a copy of the teacher on a client's images with AdamW and batches of at most 128.
 
     The copy stays in eval mode: batch norm keeps the teacher's running statistics, and dropout is off.
 
@@ -174,7 +168,7 @@ def tune(
 
 
 def _digest(data: Labelled, mean: Sequence[float], std: Sequence[float], seed: int) -> str:
-    """Hash of the labels, of all images without augmentation, and of the first eight images with augmentation."""
+    """Hash the labels, all images without augmentation, and the first eight with augmentation."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(data.labels.numpy().tobytes())
     for start in range(0, len(data), 500):

@@ -1,1 +1,1 @@
-"""Networks that users bring: how they are made, cut and kept."""
+"""User-defined networks: how they are made, cut and kept."""

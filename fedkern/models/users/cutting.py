@@ -1,8 +1,8 @@
-"""Cutting a user's network: its classifier, and the stages that run one after another.
+"""Division of a user-defined network into its classifier and the stages that run one after another.
 
-A network is cut by trying: it runs whole and in pieces on random images, and a cut counts only where both give the same
-logits, in eval and in train mode.  Before that its parameters are moved a little, because a classifier or a residual
-block that starts at zero would hide what the pieces leave out.
+The network runs whole and in pieces on random images, and a cut counts only if both give the same logits, in eval and
+in train mode.  The parameters are moved a little first, because a classifier or a residual block that starts at zero
+would hide what the pieces leave out.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ FLATTEN = ""
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a network is cut.
+    """Stages and classifier of a divided network.
 
     Attributes:
-        stages: names of the stages in order, each with the names of its submodules in order (or ``FLATTEN``); the last
-            stage is ``"feature"``, whose result ``[B, d]`` the classifier takes.
+        stages: stages in order, each with the names of its submodules in order (or ``FLATTEN``); the last is
+            ``"feature"``, with the result ``[B, d]`` that the classifier takes.
         head: name of the classifier.
-        maps: number of leading stages whose result is a map ``[B, C, H, W]``.
-        changed: names of stages whose results a later submodule changes in place (an in-place ReLU).
+        maps: number of leading stages with a map ``[B, C, H, W]`` as result.
+        changed: stages with results that a later submodule changes in place (an in-place ReLU).
     """
 
     stages: tuple[tuple[str, tuple[str, ...]], ...]
@@ -41,10 +41,7 @@ class Cut:
 
 
 class NotCut(Exception):
-    """A network that cannot be cut.
-
-    The message says why, as a part of a sentence.
-    """
+    """Error for a network that cannot be cut, with the reason as a part of a sentence."""
 
 
 def find_logits(output: object) -> Any:
@@ -55,14 +52,7 @@ def find_logits(output: object) -> Any:
 
 
 def find_head(module: nn.Module, images: Tensor) -> str | None:
-    """Name of the linear layer whose result are the logits ``[B, C]``.
-
-    None where there is no such layer.
-
-    Args:
-        module: in any mode; a copy is run.
-        images: ``[B, C, H, W]``.
-    """
+    """Return the name of the linear layer that gives the logits ``[B, C]``, or None."""
     tried = move_weights(module)
     tried.eval()  # whose train() may be the user's and return nothing
     calls: dict[str, list[Tensor]] = {}
@@ -126,15 +116,12 @@ def _read_stages(declared: object) -> dict[str, str]:
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the submodules in order.
-
-    One that stands twice, such as an activation, is there twice.
-    """
+    """Return the submodules in order, with repeated ones such as an activation."""
     return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
 def _pieces(module: nn.Module, opened: set[str], prefix: str = "") -> list[str]:
-    """Names of the submodules in order: those in ``opened``, a single child and a last Sequential are taken apart."""
+    """List the submodules in order, and open those in ``opened``, a single child and a last Sequential."""
     names: list[str] = []
     children = _children(module)
     for name, child in children:
@@ -149,7 +136,6 @@ def _pieces(module: nn.Module, opened: set[str], prefix: str = "") -> list[str]:
 
 
 def _open_sequentials(module: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the same pieces with every Sequential taken apart."""
     opened: list[str] = []
     for name in names:
         child = module.get_submodule(name)
@@ -159,7 +145,7 @@ def _open_sequentials(module: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _begins(layer: nn.Module) -> bool:
-    """Return whether a stage can begin with this layer: one with parameters that is no norm."""
+    """Return whether a stage can begin with this layer: it has parameters and is no norm."""
     norm = isinstance(layer, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
     return any(True for _ in layer.parameters()) and not norm
 
@@ -178,7 +164,7 @@ def _check_shared(module: nn.Module, names: Sequence[str]) -> None:
 
 
 def move_weights(module: nn.Module) -> nn.Module:
-    """Return a copy whose parameters are moved a little."""
+    """Return a copy with slightly moved parameters."""
     twin = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -189,9 +175,11 @@ def move_weights(module: nn.Module) -> nn.Module:
 
 
 def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str], list[Tensor], set[int]]:
-    """Return the pieces with ``FLATTEN`` where it is needed, and the results.
+    """Run the pieces one after another.
 
-    Also returns which of them later pieces changed in place.
+    Returns:
+        The pieces with ``FLATTEN`` where it is needed, their results, and the numbers of those that later pieces
+            changed in place.
     """
     used: list[str] = []
     results: list[Tensor] = []
@@ -216,9 +204,10 @@ def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str],
 def _try_pieces(
     module: nn.Module, names: Sequence[str], images: Tensor
 ) -> tuple[list[str], list[tuple[int, ...]], set[int]]:
-    """Return the pieces with ``FLATTEN``, the shapes of their results and which change.
+    """Check that the pieces give the network's logits.
 
-    The pieces must be the network.
+    Returns:
+        The pieces with ``FLATTEN``, the shapes of their results, and the numbers of results changed in place.
     """
     used: list[str] = []
     results: list[Tensor] = []
@@ -272,9 +261,8 @@ def _divide_automatically(
 ) -> list[tuple[str, tuple[str, ...]]]:
     """Return a stage for every piece with weights.
 
-    What stands before the first block, such as a stem, belongs to it.
-
-    What follows the last map of more than one pixel is no stage, but makes the features.
+    Pieces before the first block, such as a stem, belong to the first stage.  Pieces after the last map of more than
+    one pixel make the features.
     """
     maps = [i for i in range(len(names)) if len(shapes[i]) == 4 and shapes[i][2] * shapes[i][3] > 1]
     last = maps[-1] + 1 if maps else len(names)

@@ -1,4 +1,4 @@
-"""Features and stages of any network by forward hooks, where its submodules are not run one after another."""
+"""Features and stages by forward hooks, for networks with submodules that do not run one after another."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class _Stop(BaseException):
 
 
 class Hooked(OwnNetwork):
-    """A user's network with stages and features at named submodules.
+    """User-defined network with stages and features at named submodules.
 
-    A pass from a stage on runs the whole network on zeros, without gradients and in eval mode up to the stage, whose
-    result is then replaced: it costs the part before the stage once more.  What a pass has found is remembered for the
-    next step, so that ``tail(stages(x, s), s)`` and ``head(features(x))`` are one pass.
+    A pass from a stage on runs the whole network on zeros, without gradients and in eval mode up to the stage, and
+    replaces the stage's result.  It costs the part before the stage once more.  The results of a pass are remembered
+    for the next step, so that ``tail(stages(x, s), s)`` and ``head(features(x))`` are one pass.
 
     Args:
         head: name of the linear layer that gives the logits, or None.
         stages: names of submodules in order.
-        features: name of the submodule that gives the features; None: they are what ``head`` takes.
+        features: name of the submodule that gives the features; None: they are the input of ``head``.
         blank: zeros in the form of a network's inputs, of one sample.
         widths: numbers of features and logits.
-        changed: the stages whose results the network changes in place later (an in-place ReLU): it gets copies of them.
+        changed: stages with results that the network changes in place later (an in-place ReLU): it gets copies.
 
     Attributes:
         stage_names: the stages, then ``"feature"``.
         results: results of the last call: of stages, features and logits.
-        calls: how often each was met in it.
+        calls: number of calls of every stage in it.
     """
 
     def __init__(
@@ -60,11 +60,9 @@ class Hooked(OwnNetwork):
     def call(
         self, x: Any, *, stop: str = "", put: tuple[str, Tensor, Callable[[], None]] | None = None
     ) -> dict[str, Tensor]:
-        """Return a call of the network up to the stage ``stop``.
+        """Call the network up to the stage ``stop``, and return the results so far.
 
-        Returns what it has found.
-
-        ``put`` is a stage, what its result is replaced by, and what is called there.
+        ``put`` is a stage, the replacement of its result, and a function to call there.
         """
         results, calls = dict[str, Tensor](), Counter[str]()
 
@@ -96,7 +94,7 @@ class Hooked(OwnNetwork):
         return results
 
     def again(self, stage: str, h: Tensor) -> dict[str, Tensor]:
-        """Return a pass from a stage on, with ``h`` for its result."""
+        """Run the network from a stage on, with ``h`` for the stage's result."""
         modes, grad = [(layer, layer.training) for layer in self.module.modules()], torch.is_grad_enabled()
 
         def resume() -> None:
@@ -114,10 +112,7 @@ class Hooked(OwnNetwork):
             resume()
 
     def after(self, stage: str, h: Tensor) -> dict[str, Tensor]:
-        """Return what follows a stage's result.
-
-        It is known from the last call where ``h`` is of it, else found by another one.
-        """
+        """Return the results after a stage: of the last call if ``h`` comes from there, else of a new one."""
         results = self.results
         return results if results.get(stage) is h and LOGITS in results else self.again(stage, h)
 
@@ -130,12 +125,12 @@ class Hooked(OwnNetwork):
         return h if after == FEATURE else self.after(after, h)[FEATURE]
 
     def features(self, x: object) -> Tensor:
-        """Return the features ``[B, d]``: the named submodule's result, flattened, or what the classifier takes."""
+        """Return the features ``[B, d]``: the named submodule's result, flattened, or the classifier's input."""
         return self.stages(x, FEATURE)
 
     @property
     def head(self) -> Any:
-        """The linear classifier, or what follows the named features."""
+        """The linear classifier, or everything after the named features."""
         return super().head if self._rest is None else self._rest
 
     def __getstate__(self) -> dict[str, object]:
@@ -143,11 +138,11 @@ class Hooked(OwnNetwork):
 
 
 class HookedItems(Hooked, ItemNetwork):
-    """A user's network for samples of any kind, with features at a named submodule."""
+    """User-defined network for samples of any kind, with features at a named submodule."""
 
 
 class Rest:
-    """What follows the features of a network, called as its classifier."""
+    """The head: everything after the features, callable like a classifier."""
 
     def __init__(self, network: Hooked, in_features: int, out_features: int) -> None:
         self._network, self.in_features, self.out_features = network, in_features, out_features
@@ -157,7 +152,7 @@ class Rest:
 
 
 def find_taps(network: Any, stages: Sequence[str], features: str | None, form: Any, text: str) -> tuple[Any, ...]:
-    """Return the class of a user's ``network`` called ``text`` with these taps, and what it takes beside the module.
+    """Return the class of a user-defined ``network`` called ``text`` with these taps, and its other arguments.
 
     A copy is tried on two samples of the ``form`` (see `fedkern.data.forms`).
 

@@ -1,4 +1,4 @@
-"""Python attributes and hooks of users' networks, which no vector holds: they go from client to client of a process."""
+"""Python attributes and hooks of user-defined networks, passed from client to client within a process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL = 1 << 20
 
 
 class _Pickler(pickle.Pickler):
-    """Writes values without modules and parameters, which are compared elsewhere."""
+    """Pickler without modules and parameters, which have hashes of their own."""
 
     def persistent_id(self, value: object) -> object:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -33,11 +33,11 @@ class _Pickler(pickle.Pickler):
 
 
 def attributes(network: nn.Module) -> dict[str, int]:
-    """Return hashes of what modules and their classes hold beside what ``nn.Module`` itself keeps, by dotted name.
+    """Return hashes of the attributes of modules and their classes beyond those of ``nn.Module``, by dotted name.
 
-    In a user's network the attributes of PyTorch's layers count too, such as a dropout's ``p``, and hooks; of all
-    classes of users also what their code names, such as a counter of the module.  Left out
-    are fedkern's own layers, cached properties and tensors of a graph.
+    In a user-defined network the attributes of PyTorch's layers count too, such as a dropout's ``p``, and hooks; of all
+    user-defined classes also the values that their code names, such as a counter of the module.  fedkern's own layers,
+    cached properties and tensors of a graph are left out.
     """
     kinds = dict.fromkeys(map(type, network.modules()))
     code = identity_table({"classes": [*kinds]}, weights=False, limit=1 << 14, here=True)  # what their code names
@@ -53,17 +53,15 @@ def attributes(network: nn.Module) -> dict[str, int]:
 
 
 def _hash_hooks(hooks: Sequence[object]) -> int:
-    """Return a hash of the number of hooks and of what those of the user hold."""
+    """Return a hash of the number of hooks and of the contents of user-defined ones."""
     of_user = [hook for hook in hooks if getattr(hook, "__module__", "").partition(".")[0] not in _SHIPPED]
     return hash((len(hooks), digest(identity_table({"hooks": of_user}, weights=False, here=True)) if of_user else ""))
 
 
 def fields(thing: object, *, shipped: bool = False) -> dict[str, int]:
-    """Return hashes of what an object of a user's class, and the class, hold, by name (see :func:`attributes`).
+    """Return hashes of the attributes of an object of a user-defined class, and of the class (see :func:`attributes`).
 
-    Args:
-        thing: the object.
-        shipped: whether an object of a class of PyTorch counts too.
+    Objects of PyTorch's classes count only if ``shipped``.
     """
     kinds = [kind for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] not in _SHIPPED]
     of_classes = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}

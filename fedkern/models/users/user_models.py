@@ -1,4 +1,4 @@
-"""Networks that users bring: any module as a classifier of the run, and how such a module is made."""
+"""User-defined networks: making any module, and using it as a classifier of the run."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ that can be left and entered; stages that are modules."""
 
 
 class OwnNetwork(nn.Module):
-    """A user's module as a classifier.  The state dict has the module's own names.
+    """User-defined module as a classifier.
 
-    Its parameters keep their memory format, and images arrive with the strides that a DataLoader gives: a user's code
-    may call ``view`` on all maps.
+    The state dict has the module's own names.  The parameters keep their memory format, and images arrive with the
+    strides that a DataLoader gives: a user's code may call ``view`` on all maps.
 
     Attributes:
         module: the user's module.
 
     Args:
         module: gives logits, or an object or mapping with ``logits``.
-        head: name of the linear layer whose result are the logits, or None.
+        head: name of the linear layer that gives the logits, or None.
     """
 
     own = True
@@ -94,11 +94,11 @@ class OwnNetwork(nn.Module):
         return output
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` (or ``[B, classes, H, W]``) of images ``[B, C, H, W]``."""
+        """Return logits ``[B, classes]`` (or ``[B, classes, H, W]``) of images ``[B, C, H, W]``."""
         return full(self._logits(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """Return what the classifier takes, ``[B, d]``, of images ``[B, C, H, W]``."""
+        """Return the classifier's input ``[B, d]`` for images ``[B, C, H, W]``."""
         taken: list[Tensor] = []
 
         def remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -120,10 +120,10 @@ class OwnNetwork(nn.Module):
 
 
 class ItemNetwork(OwnNetwork):
-    """A user's module for samples of any kind, which may take several inputs.
+    """User-defined module for samples of any kind, with one or several inputs.
 
     Args:
-        raw: whether the output is all that the module gives, which a user's loss takes; else it is the logits.
+        raw: whether a user-defined loss takes the module's whole output, instead of the logits.
     """
 
     def __init__(self, module: nn.Module, head: str | None, raw: bool = False) -> None:
@@ -141,7 +141,6 @@ class ItemNetwork(OwnNetwork):
         return self.module(**x) if isinstance(x, Keywords) else self.module(x)
 
     def forward(self, x: Any) -> Any:
-        """Return what the module gives for a batch's inputs."""
         output = self._logits(x)
         if lower() is None:
             return output
@@ -151,7 +150,7 @@ class ItemNetwork(OwnNetwork):
 
 
 class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
-    """A user's module whose submodules run one after another, so that it can be entered and left between stages."""
+    """User-defined module of submodules that run one after another, which can be entered and left between stages."""
 
     def __init__(self, module: nn.Module, cut: Cut) -> None:
         super().__init__(module, cut.head)
@@ -160,7 +159,6 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
         self.width = self.head.in_features
 
     def stage(self, name: str) -> nn.Sequential:
-        """Return the submodules of a stage, which share their parameters with the network."""
         pieces = dict(self._cut.stages)[name]
         return nn.Sequential(*(self.module.get_submodule(piece) if piece else nn.Flatten() for piece in pieces))
 
@@ -189,7 +187,6 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
         return x
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the features ``[B, d]`` of images ``[B, C, H, W]``."""
         return StagedNetwork.features(self, x)
 
 
@@ -198,7 +195,7 @@ def _tensors(x: object) -> list[Tensor]:
 
 
 def _comparable(x: object) -> bool:
-    """Return whether the values of a batch's inputs can be read here: not while a call is traced or recorded."""
+    """Return whether the values of a batch can be read now: not while a call is traced or recorded."""
     tensors = _tensors(x)
     if not tensors or torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_active():
         return False
@@ -208,7 +205,7 @@ def _comparable(x: object) -> bool:
 
 
 def level(network: nn.Module) -> str:
-    """Return what a method can use of a network, one of ``LEVELS``."""
+    """Return the best of ``LEVELS`` that a network offers to methods."""
     if isinstance(network, StagedNetwork):
         return "stages"
     if len(getattr(network, "stage_names", ())) > 1:
@@ -217,14 +214,14 @@ def level(network: nn.Module) -> str:
 
 
 class Own:
-    """Makes a user's network from a class, a function or a module.
+    """Maker of a user-defined network from a class, a function or a module.
 
-    Pickled, it is the name of its code, which the other process imports.
+    A pickle holds the name of the code, which the other process imports.
 
     Attributes:
         source: a class or function that returns a module, or the module itself, which is copied with its weights.
         text: the network's name in messages.
-        named: where the code was found; None for a registered class or function, and for a module.
+        named: location of the code; None for a registered class or function, and for a module.
         sha256: of the file with the code, if any.
 
     Raises:
@@ -276,7 +273,6 @@ class Own:
         """Make the network, on the CPU.
 
         Args:
-            classes, channels: of the data.
             sides: height and width of the images.
             word: seed of the initial weights.
             width: ``--width``, or None.
@@ -297,20 +293,17 @@ class Own:
     def on_items(
         self, *, classes: int, seed: int, word: int, width: int | None, head: str | None, raw: bool
     ) -> ItemNetwork:
-        """Make the network for samples of any kind, on the CPU.
-
-        Arguments are also those of `ItemNetwork`.
-        """
+        """Make the network for samples of any kind, on the CPU, with `ItemNetwork`'s arguments."""
         return self._mark_scalable(ItemNetwork(self._copy(classes, None, None, seed, word, width), head, raw))
 
     def _mark_scalable(self, network: N) -> N:
-        """Return the network with ``scales``: whether it can be made wider and narrower."""
+        """Set ``scales``: whether the network can be made wider and narrower."""
         convolutions = any(isinstance(layer, nn.Conv2d) for layer in network.modules())
         setattr(network, "scales", "width" in self.takes and convolutions)  # noqa: B010 (no tensor or module)
         return network
 
     def _copy(self, *arguments: Any) -> nn.Module:
-        """Return a copy of :meth:`_module`, as the code may take long, for example to read pretrained weights."""
+        """Return a copy of :meth:`_module`, because the code may be slow, for example to read pretrained weights."""
         if self._latest is None or self._latest[0] != arguments:
             module = self._module(*arguments)
             _check_modes(self._copy_module(module), self.text)
@@ -381,7 +374,6 @@ class Own:
 
 
 def _open_again(named: Named, sha256: str | None) -> Own:
-    """Return the same maker in another process."""
     maker = load_maker(named)
     if maker.sha256 != sha256:
         raise UserError(f"the model {named} has changed since the run began")
@@ -389,9 +381,7 @@ def _open_again(named: Named, sha256: str | None) -> Own:
 
 
 def load_maker(named: Named) -> Own:
-    """Return the maker of the network that code makes.
-
-    Imports the code.
+    """Import code, and return the maker of its network.
 
     Raises:
         UserError: the code cannot be imported, or is no class or function that can be called.
@@ -403,14 +393,14 @@ def load_maker(named: Named) -> Own:
 
 
 def unwrap(module: Any) -> Any:
-    """Return the module inside of DataParallel and torch.compile, whose names its state dict shall have."""
+    """Return the module inside of DataParallel and torch.compile, for the names of its state dict."""
     while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
         module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
     return module
 
 
 def check_bare(module: nn.Module, text: str) -> None:
-    """Raise UserError where a part of a module is wrapped: every name in the state dict would have the prefix."""
+    """Raise UserError if a part of a module is wrapped, which adds a prefix to every name in the state dict."""
     wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule
     for name, part in module.named_modules():
         if isinstance(part, wrappers) or hasattr(part, "_orig_mod"):
@@ -421,7 +411,7 @@ def check_bare(module: nn.Module, text: str) -> None:
 
 
 def check_module(module: nn.Module, text: str) -> None:
-    """Raise UserError where a module's parameters and buffers cannot be one vector of fp32 that is trained."""
+    """Raise UserError if a module's parameters and buffers cannot be one trainable fp32 vector."""
     check_bare(module, text)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
@@ -449,11 +439,7 @@ def check_module(module: nn.Module, text: str) -> None:
 
 
 def _check_modes(module: nn.Module, text: str) -> None:
-    """Raise UserError where ``eval()`` changes the module's tensors, which messages are written into.
-
-    Args:
-        module: a copy, which is changed.
-    """
+    """Raise UserError if ``eval()`` changes the tensors of the module (a copy), which messages are written into."""
     modes = [getattr(layer, name) for layer in module.modules() for name in ("train", "eval")]
     if all(getattr(mode, "__func__", mode) in (nn.Module.train, nn.Module.eval) for mode in modes):
         return
@@ -482,13 +468,11 @@ def _memory_of(module: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def check_output(network: nn.Module, text: str, form: Any, output: Sequence[int], classes: int, source: str) -> None:
-    """Raise UserError where a network has no logits for the classes of the data.
+    """Raise UserError if a network has no logits for the classes of the data, and leave it in train mode.
 
     Args:
-        network: is left in train mode.
-        form: that of the images.
+        form: of the images.
         output: shape of the logits of one image.
-        classes: number of classes that the network is to tell.
     """
     images = form.noise(2, np.random.default_rng(0))
     network.eval()
@@ -521,7 +505,7 @@ def check_output(network: nn.Module, text: str, form: Any, output: Sequence[int]
 
 
 def channels_last(module: nn.Module) -> bool:
-    """Return whether a network's convolutions are kept channels-last: not those of networks that users bring."""
+    """Return whether a network's convolutions are kept channels-last, as in all but user-defined networks."""
     if any(getattr(part, "own", False) is True for part in module.modules()):
         return False
     return any(parameter.dim() == 4 for parameter in module.parameters())
