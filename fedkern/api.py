@@ -34,7 +34,7 @@ from fedkern.process.extras import import_extra
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import NETWORKS
-from fedkern.settings.doors import is_data_option, python_words
+from fedkern.settings.error_wording import is_data_option, python_words
 from fedkern.settings.in_memory import check_in_memory
 from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings

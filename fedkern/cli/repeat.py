@@ -13,7 +13,7 @@ from fedkern.engine.marks import PLACES, TRAINED
 from fedkern.settings.config import RunConfig
 from fedkern.settings.data import DataSettings
 from fedkern.settings.federation import FederationSettings
-from fedkern.settings.found import FINGERPRINTS
+from fedkern.settings.fingerprints import FINGERPRINTS
 from fedkern.settings.model import ModelSettings
 from fedkern.settings.stored import load_settings
 from fedkern.settings.training import TrainingSettings

@@ -13,7 +13,7 @@ from fedkern.files.inputs import read_text
 from fedkern.methods import METHODS
 from fedkern.methods.method_registry import given_options
 from fedkern.settings.config import RunConfig
-from fedkern.settings.found import FINGERPRINTS
+from fedkern.settings.fingerprints import FINGERPRINTS
 from fedkern.settings.model import check_networks
 from fedkern.settings.stored import load_settings, read_settings
 from fedkern.usercode import plugins as plugin_room

@@ -32,7 +32,7 @@ from fedkern.models import MODELS, Own, available
 from fedkern.process import interrupts
 from fedkern.report.tables import human_metric
 from fedkern.settings.config import RunConfig
-from fedkern.settings.grounds import difference, files_identity
+from fedkern.settings.provenance import describe_difference, files_identity
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.run_format import stored_code
 from fedkern.settings.stored import check_regular, load_settings
@@ -236,7 +236,7 @@ class Runner:
             maker = getattr(MODELS.get(config.model), "make", None)
             if isinstance(maker, Own):
                 found["model_sha256"] = network_hash(maker)
-        if reason := difference(stored, config.replace(identity=identity, **found)):
+        if reason := describe_difference(stored, config.replace(identity=identity, **found)):
             tables = stored_code(folder)
             words = [
                 text for group in tables.keys() & code for text in differences(tables[group], fold_table(code[group]))
@@ -250,7 +250,7 @@ class Runner:
 def check_grounds(begun: list[tuple[Path, RunConfig]], folder: Path, config: RunConfig) -> None:
     """Note a run in ``begun``, or raise OtherGrounds if its data or code differ from the runs before."""
     for place, before in begun:
-        if place != folder and (reason := difference(before, config)):
+        if place != folder and (reason := describe_difference(before, config)):
             raise OtherGrounds(
                 f"{place} was made with {reason} than this command would run with: name another --out, or put the "
                 "former data and code back."

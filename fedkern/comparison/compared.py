@@ -23,7 +23,7 @@ from fedkern.files.filesystem import expand
 from fedkern.methods import METHODS, Method, method_registry
 from fedkern.process.extras import import_extra
 from fedkern.settings.config import RunConfig
-from fedkern.settings.doors import python_words
+from fedkern.settings.error_wording import python_words
 from fedkern.settings.in_memory import check_in_memory
 from fedkern.tasks.figure_names import direction, split_metric
 from fedkern.typed_option import Value, flag

@@ -19,8 +19,8 @@ from fedkern.listeners.events import Record, Summary
 from fedkern.methods.method_registry import short
 from fedkern.report.tables import sort_metrics
 from fedkern.settings.config import RESUMABLE, RunConfig
-from fedkern.settings.found import FINGERPRINTS
-from fedkern.settings.grounds import code_identity, difference, other_data
+from fedkern.settings.fingerprints import FINGERPRINTS
+from fedkern.settings.provenance import code_identity, describe_difference, other_data
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import OVER_CLIENTS, direction, split_metric
 
@@ -156,7 +156,9 @@ def check_grounds(runs: Sequence[FoundRun], *, code: bool) -> None:
     for run in runs:
         alike.setdefault(repr((run.config.identity, code_identity(run.config), run.settings)), run)
     for run, other_run in combinations(alike.values(), 2):
-        if (code or other_data(run.config, other_run.config)) and (reason := difference(run.config, other_run.config)):
+        if (code or other_data(run.config, other_run.config)) and (
+            reason := describe_difference(run.config, other_run.config)
+        ):
             raise UserError(
                 f"{run.folder} and {other_run.folder} were made with {reason}, and are no runs of one comparison: "
                 "compare runs of the same data and code."

@@ -121,7 +121,7 @@ class RunContext:
             "train": self.script.train, "optimizer": self.script.optimizer,
         }  # fmt: skip
         given = {name: thing for name, thing in things.items() if thing is not None}
-        return identity_table(given, limit=1 << 14, here=True)
+        return identity_table(given, limit=1 << 14, local=True)
 
     def tell_attributes(self, client: Client, objects: dict[str, str]) -> None:
         """Warn, in a client's name, of Python state that has changed since this process began."""

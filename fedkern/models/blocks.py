@@ -1,4 +1,4 @@
-"""Division of networks into blocks that are trained, sent and fused one after another (FuseFL, arXiv 2410.20380)."""
+"""Division of networks into blocks that are fused one after another in FuseFL (arXiv 2410.20380)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {
 
 
 class OwnBlock(nn.Sequential):
-    """Block of a user-defined network, with the strides of the network's input for its own input."""
+    """Block of a user-defined network, with the input strides of the network."""
 
     own = True
 
@@ -35,11 +35,9 @@ class OwnBlock(nn.Sequential):
 
 
 class BlockNetwork(nn.Module):
-    """Blocks one after another, and a linear classifier on the last block's result.
+    """Blocks one after another, and a linear classifier on the last block's features ``[B, d]``.
 
-    Args:
-        blocks: K >= 1 modules.  The first takes images, the others the result before: a map ``[B, C, H, W]``, tokens
-            ``[B, N, C]`` or features ``[B, d]``.  The last gives features ``[B, d]``.
+    The first block takes images, the others a map ``[B, C, H, W]``, tokens ``[B, N, C]`` or features ``[B, d]``.
     """
 
     head: nn.Linear
@@ -58,17 +56,13 @@ class BlockNetwork(nn.Module):
         return full(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits ``[B, classes]`` of images ``[B, C, H, W]``."""
         return self.head(self.features(x))
 
     @torch.no_grad()
     def interfaces(self, image_shape: Sequence[int]) -> list[tuple[int, ...]]:
         """Return the shape of every block's result for one image of ``image_shape`` (C, H, W).
 
-        Two zero images run on the CPU, because the meta device would import torch's compiler, which takes a second.
-
-        Raises:
-            UserError: a block cannot take the result of the block before, or the classifier that of the last block.
+        The CPU runs two zero images: the meta device would import torch's compiler, which takes a second.
         """
         x = torch.zeros(2, *image_shape)
         shapes: list[tuple[int, ...]] = []
@@ -92,7 +86,7 @@ class BlockNetwork(nn.Module):
 
 
 def _explain(block: nn.Module, shape: tuple[int, ...]) -> str:
-    """Return the reason for an error in the block's first layer if the number of channels is wrong, else ""."""
+    """Return the reason for an error by a wrong number of channels, else ""."""
     layer = next(module for module in block.modules() if not any(True for _ in module.children()))
     if isinstance(layer, nn.Conv2d) and len(shape) == 3 and layer.in_channels != shape[0]:
         return f", as its first layer takes {layer.in_channels} channels"
@@ -102,12 +96,11 @@ def _explain(block: nn.Module, shape: tuple[int, ...]) -> str:
 
 
 def channels(shape: Sequence[int]) -> int:
-    """Return the channels of a block's result: last axis of features and tokens, first of a map."""
     return shape[0] if len(shape) == 3 else shape[-1]
 
 
 def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
-    """Raise UserError if blocks of one level differ in the shape of their results, so that they cannot be fused."""
+    """Raise UserError if blocks of one level differ in the shape of their results."""
     for k, shapes in enumerate(interfaces):
         for level, (shape, expected) in enumerate(zip(shapes, interfaces[0], strict=True), start=1):
             if shape != expected:
@@ -121,8 +114,7 @@ def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
 def layers(model: StagedNetwork) -> list[nn.Module]:
     """Return the smallest parts of a network that cutting keeps whole, in order, without the average pooling.
 
-    A part is a composite module of a stage (a residual block, a transformer layer), or a run of plain layers (a stem, a
-    stage without blocks).
+    A part is a composite module (a residual block, a transformer layer), or a run of plain layers (a stem).
     """
     parts: list[nn.Module] = []
     joined = nn.Sequential if isinstance(model, OwnNetwork) else ConvSequential
@@ -144,11 +136,7 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
 
 
 def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
-    """Return the layers behind which ``model`` is cut into ``blocks`` blocks, counting the pooling as the last layer.
-
-    Raises:
-        UserError: the network has too few layers.
-    """
+    """Return the layers behind which ``model`` is cut into blocks, with the pooling as the last layer."""
     count = len(layers(model))
     if not 1 <= blocks <= count + 1:
         raise UserError(
@@ -164,13 +152,7 @@ def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
 
 
 def cut(model: StagedNetwork, blocks: int) -> BlockNetwork:
-    """Divide a network into ``blocks`` blocks, which share its parameters.
-
-    The average pooling ends the last block.
-
-    Raises:
-        UserError: the network has too few layers (see :func:`cut_points`).
-    """
+    """Divide a network into blocks that share its parameters, the last with the average pooling."""
     parts = [*layers(model), model.pooling]
     ends = [*(point + 1 for point in cut_points(model, blocks)), len(parts)]
     starts, block = [0, *ends[:-1]], OwnBlock if isinstance(model, OwnNetwork) else nn.Sequential

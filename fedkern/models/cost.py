@@ -15,19 +15,14 @@ _PLAIN = {f"fedkern.models.networks.{name}" for name in ("cnn", "mlp", "resnet",
 
 @dataclass
 class Counted:
-    """Floating-point operations of matrix products and convolutions: a multiplication and an addition are two.
-
-    Attributes:
-        flops: operations of the forward passes and of the backward passes that follow them.
-    """
+    """Operations of matrix products and convolutions (a multiplication and an addition are two), backward included."""
 
     flops: int = 0
 
     def add(self, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
         """Count a call of a linear layer or an ungrouped convolution, as a forward hook.
 
-        If the output requires a gradient, the backward pass adds as much again for the weights and for the input, if
-        these require a gradient.
+        The backward pass takes as much again for the weights and for the input, if they require gradients.
         """
         # Every weight is used once per position of the output, which has as many channels as the weight has rows.
         operations = 2 * output.numel() * layer.weight.numel() // layer.weight.shape[0]
@@ -38,11 +33,7 @@ class Counted:
 
 @contextmanager
 def count_flops(module: nn.Module | None) -> Iterator[Counted]:
-    """Count the operations inside the block, for a result that is valid at its end.
-
-    Args:
-        module: the network that runs inside; None if it is not known.
-    """
+    """Count the operations of ``module`` (None if unknown) inside the block, with a result at its end."""
     counted = Counted()
     if module is None or type(module).__module__ not in _PLAIN:
         from torch.utils.flop_counter import FlopCounterMode  # imports Triton and torch's compiler, which takes seconds
@@ -70,11 +61,7 @@ def hook_layers(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Itera
 class Cost:
     """Cost of a network per image.
 
-    Only matrix products and convolutions are counted; a multiplication and an addition are two operations.
-
     Attributes:
-        inference_flops: operations of a forward pass.
-        training_flops: operations of a forward and a backward pass.
         inference_bytes: parameters, buffers, and the largest sum of a layer's input and output.
         training_bytes: parameters, buffers, gradients, momentum, and the tensors for the backward pass of one image.
     """
@@ -87,12 +74,11 @@ class Cost:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
 def memory_ratio(evaluated: nn.Module, ordinary: nn.Module) -> float:
-    """Return the parameters and buffers of a method's evaluated model over those of one ordinary network, in bytes.
+    """Return the bytes of a method's evaluated model over those of one ordinary network.
 
     Measure before calibration, which replaces the classifier by another of about the same size.
     """
@@ -102,7 +88,7 @@ def memory_ratio(evaluated: nn.Module, ordinary: nn.Module) -> float:
 def cost(module: nn.Module, images: Tensor) -> Cost:
     """Measure the cost of ``module`` per image of ``images`` ``[B, C, H, W]`` (B >= 2 for batch norm).
 
-    Give a copy: running statistics change, and the module is left in train mode with all gradients required.
+    Give a copy: running statistics change, and all gradients are required.
     """
     count = len(images)
     weights = sum(p.numel() * p.element_size() for p in module.parameters())

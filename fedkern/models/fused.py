@@ -1,8 +1,8 @@
 """Fused levels: the blocks of all clients side by side behind adaptors (FuseFL, arXiv 2410.20380, section 4.3).
 
-Level l maps the M results X of level l - 1 to ``{b_j(a_j(X)) for every client j}``, with adaptors a_j and blocks b_j.
-Level 1 has no adaptors: every block sees the image.  Results are passed on *joined*, concatenated on the channels:
-``[B, M * C, H, W]`` for maps, ``[B, N, M * C]`` for tokens, ``[B, M * d]`` for features.
+Level l maps the M results X of level l - 1 to ``{b_j(a_j(X)) for every client j}``, with adaptors a_j (none at level 1)
+and blocks b_j.  Results are *joined*, concatenated on the channels: maps ``[B, M * C, H, W]``, tokens ``[B, N, M *
+C]``, features ``[B, M * d]``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class Pool(nn.Module):
         self.branches, self.total = branches, total
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, M * C, H, W]`` (or tokens, features) to ``[B, C, H, W]``."""
         channels = 2 if x.dim() == 3 else 1
         if channels == 2 or torch.compiler.is_exporting():  # a program for others has PyTorch's operators alone
             mean = x.unflatten(channels, (self.branches, -1)).mean(channels)
@@ -49,8 +48,8 @@ def make_adaptor(
 ) -> nn.Module:
     """Return the adaptor between a level of M = ``branches`` blocks and the next block.
 
-    ``"cnn1x1"`` is a 1x1 convolution with bias (for tokens and features a linear layer over their channels) of M c^2 +
-    c parameters.  ``"avg"`` and ``"sum"`` have no parameters.
+    ``"cnn1x1"`` is a 1x1 convolution with bias (for tokens and features a linear layer) of M c^2 + c parameters,
+    ``"avg"`` and ``"sum"`` have none.
 
     Args:
         shape: of one block's result and of the adaptor's: (C, H, W), (N, C) or (d,).
@@ -73,13 +72,7 @@ def make_adaptor(
 
 
 class Branch(NamedTuple):
-    """One client's part of a level.
-
-    Attributes:
-        block: a module of the block's structure, with the values that do not travel.
-        adaptor: likewise for the adaptor; None at level 1.
-        states: state dicts that replace the modules' values: ``"block"``, and ``"adaptor"`` if it has parameters.
-    """
+    """One client's part of a level: modules (no adaptor at level 1) and the state dicts of their uploaded values."""
 
     block: nn.Module
     adaptor: nn.Module | None
@@ -111,7 +104,7 @@ class FusedLevel(nn.Module):
         return torch.cat(results, dim=channels) if joined else fuse_concat(results)
 
     def statistics(self) -> list[dict[str, Tensor]]:
-        """Return copies of every block's buffers (running statistics and counts) on the CPU."""
+        """Return copies of every block's buffers on the CPU."""
         states = [branch.state_dict() for branch in self.branches]
         return [
             {name: state[f"block.{name}"].detach().cpu().clone() for name in names}
@@ -139,15 +132,11 @@ def _flat(branch: Branch, like: nn.Module) -> dict[str, Tensor]:
 
 
 class FusedNetwork(nn.Module):
-    """Fused levels one after another, the fusion of the last level's features, and a classifier.
-
-    The network stays in eval mode without gradients, except after :meth:`normalise_by_batch`, for FuseFL's released
-    code.
+    """Fused levels one after another, the fusion of the last level's features, and a classifier, in eval mode.
 
     Args:
-        head: the classifier on the fused features; None while later levels are still to be trained.
-        final: fusion of the last level's features: ``"mean"``, ``"sum"`` (the released code), or ``"concat"``, side by
-            side, for a classifier of M times the width.
+        head: None while later levels are still to be trained.
+        final: fusion of the last level's features: ``"mean"``, ``"sum"`` (the released code), or ``"concat"``.
         plain_head: the classifier before calibration, for comparison.
     """
 
@@ -170,17 +159,16 @@ class FusedNetwork(nn.Module):
         return self
 
     def normalise_by_batch(self) -> None:
-        """Let batch norms use batch statistics from now on, and update the running statistics."""
+        """Let batch norms use and update statistics from now on, as FuseFL's released code does."""
         super().train(True)
 
     def run_levels(self, x: Tensor) -> Tensor:
-        """Return the last level's joined results on images ``[B, C, H, W]``."""
         for level in self.levels:
             x = level(x)
         return x
 
     def fuse(self, joined: Tensor) -> Tensor:
-        """Fuse joined features ``[B, M * d]`` for the classifier: ``[B, d]``, or unchanged ("concat")."""
+        """Fuse joined features ``[B, M * d]`` to ``[B, d]``, or leave them ("concat")."""
         if self.final == "concat":
             return joined
         parts = joined.unflatten(1, (cast(FusedLevel, self.levels[-1]).count, -1))

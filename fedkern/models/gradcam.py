@@ -17,8 +17,7 @@ SMALLEST_MAP = 7
 def gradcam_stage(model: StagedNetwork, images: Tensor) -> str:
     """Return the last stage with a map of at least 7x7 positions, or the first stage, for images ``[B, C, H, W]``.
 
-    7x7 is the size in the paper (``layer4`` of a ResNet-18 at 224 pixels).  Small images have coarser last maps, so an
-    earlier stage is taken (``layer2`` of the small CNN at 32 pixels, 8x8).
+    The paper's map has 7x7 (``layer4`` of a ResNet-18 at 224 pixels).  Small images need an earlier stage.
     """
     best = model.stage_names[0]
     training = model.training

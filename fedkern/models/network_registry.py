@@ -1,4 +1,4 @@
-"""Registry of networks by name: building and initialising them."""
+"""Registry of networks by name, which builds and initialises them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ModelEntry:
 
 
 def _any_size(make: Callable[..., Network]) -> Callable[..., Network]:
-    """Wrap the ``make`` of a network with the same first layers for images of any size."""
+    """Drop the argument ``stem`` of networks with the same first layers for images of any size."""
 
     def make_without_stem(*, stem: Stem, **settings: Any) -> Network:
         return make(**settings)
@@ -84,8 +84,8 @@ _resnet8, _resnet10, _resnet18 = (partial(ResNet, blocks) for blocks in ((1, 1, 
 def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
     """Wrap ``make`` to give the same network with group norm (Wu and He, arXiv 1803.08494) in place of batch norm.
 
-    Samples of a batch are then independent, as per-sample gradients need.  A layer has at most 32 groups, of at least
-    four channels each.
+    Samples are then independent, as per-sample gradients need.  A layer has at most 32 groups, of at least four
+    channels.
     """
 
     def make_with_groups(**settings: Any) -> Network:
@@ -323,19 +323,16 @@ def build_any(
 
 
 def _word(seed: int | torch.Generator) -> int:
-    """Return the first 63 bits of a generator, or of a run's stream of initial weights."""
+    """Return 63 bits of a generator, or of a run's stream of initial weights."""
     if isinstance(seed, torch.Generator):
         return int(torch.randint(2**63 - 1, (), generator=seed))
     return int(stream(seed, "model", round=-1).integers(2**63))
 
 
 def check_gives(model: str, needed: str, data: str, where: str) -> None:
-    """Raise UserError if a network does not give what the data need, with the names of networks that do.
+    """Raise UserError if a network does not give the output that the data need, and list networks that do.
 
-    Args:
-        model: the network's name; a name that is not in ``MODELS`` passes.
-        needed: as ``ModelEntry.gives``.
-        where: the flag for another network, for the error message.
+    Names that are not in ``MODELS`` pass.
     """
     fitting = [name for name, entry in MODELS.items() if entry.gives in (needed, "any")]
     if needed in ("classes", "pixels") and model in MODELS and model not in fitting:

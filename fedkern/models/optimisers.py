@@ -1,7 +1,6 @@
 """SGD, Adam and AdamW for networks other than the clients', bit for bit as in ``torch.optim``.
 
-The first ``torch.optim`` optimiser of a process imports torch's compiler, which takes a second.  Clients train with
-:func:`fedkern.ops.sgd_step` and :func:`fedkern.ops.adamw_step`, on flat buffers.
+The first ``torch.optim`` optimiser of a process imports torch's compiler, which takes a second.
 """
 
 from __future__ import annotations
@@ -17,12 +16,7 @@ EPSILON = 1e-8
 
 
 class _Optimiser:
-    """Base class of both optimisers.
-
-    Attributes:
-        lr: learning rate of the next step, which may be changed.
-        state: state tensors by parameter, from its first step on.
-    """
+    """Base class of both optimisers, with state tensors by parameter from its first step on."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
         self.lr = lr
@@ -75,13 +69,7 @@ class SGD(_Optimiser):
 
 
 class Adam(_Optimiser):
-    """``torch.optim.Adam(fused=True)``, or ``AdamW(fused=True)`` with ``decoupled``.
-
-    Args:
-        parameters: of one dtype and device.
-        decoupled: whether parameters shrink by the factor ``1 - lr * weight_decay``, as in AdamW (arXiv 1711.05101),
-            instead of an addition of ``weight_decay`` times the parameter to the gradient.
-    """
+    """``torch.optim.Adam(fused=True)``, or ``AdamW(fused=True)`` with ``decoupled`` (arXiv 1711.05101)."""
 
     def __init__(
         self,

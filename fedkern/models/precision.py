@@ -1,9 +1,8 @@
 """Precision of networks: fp32, or bf16 by autocast inside the networks.
 
-Weights are fp32 in both.  Under ``compute_in("bf16")`` the methods that ``autocasts`` decorates (stages and encoders)
-run under ``torch.autocast``: convolutions and matrix products in bf16, statistics of norms in fp32.  The outputs of a
-network (features, logits, embeddings, images) are fp32.  Classifiers, and all code outside networks (losses,
-optimisers, averages, noise), never run under autocast.
+Weights and outputs of networks (features, logits, embeddings, images) are always fp32.  Under ``compute_in("bf16")``
+the methods that ``autocasts`` decorates (stages and encoders) run under ``torch.autocast``: convolutions and matrix
+products in bf16, statistics of norms in fp32.  Classifiers, and all code outside networks, never do.
 """
 
 from __future__ import annotations
@@ -85,8 +84,8 @@ MATRICES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 def frozen(module: N) -> N:
     """Cast the weights of a frozen network once, where autocast would cast them at every call.
 
-    Returns ``module`` itself in fp32, else a copy with the same output bits.  Heads stay fp32, as they run outside
-    autocast.  A user-defined module is returned unchanged: its code may use a layer's weights in other ways.
+    The output bits stay the same.  Heads stay fp32, as they run outside autocast, and so do user-defined modules, which
+    may use weights in other ways.
     """
     dtype = _dtype.get()
     if dtype is None or getattr(module, "own", False) is True:

@@ -101,8 +101,8 @@ SHORTEST = 0.1
 def _unit(projected: Tensor) -> Tensor:
     """Scale rows ``[B, 128]`` to norm 1, or less for rows shorter than :data:`SHORTEST`.
 
-    In a batch of equal images or texts, batch norm leaves only rounding errors of a row.  Scaled to norm 1, they would
-    give a gradient ten orders of magnitude too large.
+    In a batch of equal images or texts, batch norm leaves only rounding errors of a row, whose gradient at norm 1 would
+    be ten orders of magnitude too large.
     """
     return functional.normalize(projected, dim=1, eps=SHORTEST)
 
@@ -189,7 +189,6 @@ def build_pair(
 
 
 def _check_name(name: str, kind: str, names: Mapping[str, str]) -> None:
-    """Raise UserError for a name that is no built-in encoder and does not look like a folder."""
     looks_like_path = expand(name).is_dir() or name.startswith((".", "~")) or "/" in name
     if name not in names and not looks_like_path:
         hint = suggest_name(name, names)

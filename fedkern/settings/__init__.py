@@ -1,1 +1,1 @@
-"""Settings of a run: their defaults, their checks, and the file that keeps them."""
+"""Settings of a run: their defaults, their checks, and the file that stores them."""

@@ -1,4 +1,4 @@
-"""Every effective setting of a run, composed of sections and written to ``config.toml``."""
+"""All effective settings of a run, composed of sections and written to ``config.toml``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedkern.settings import toml
 from fedkern.settings.data import DATA_DEPENDENT
 from fedkern.settings.defaults import default_data, defaults
 from fedkern.settings.execution import ExecutionSettings
-from fedkern.settings.found import FINGERPRINTS, Found
+from fedkern.settings.fingerprints import FINGERPRINTS, Fingerprints
 from fedkern.settings.model import check_networks
 from fedkern.settings.privacy import PrivacySettings
 from fedkern.settings.run_format import NAME
@@ -39,24 +39,14 @@ UNSTORED = ("cache",)
 
 
 @dataclass(frozen=True)
-class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
-    """The settings of one run.
-
-    Make it with :meth:`make`, which fills in the defaults, :meth:`of`, or
-    :func:`~fedkern.settings.stored.load_settings`.
-    """
+class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettings):
+    """Settings of one run, made by :meth:`make`, :meth:`of` or :func:`~fedkern.settings.stored.load_settings`."""
 
     plugins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, values: Mapping[str, object], *, stored: bool = False) -> Values:
-        """Values, words among them, in the types of their settings.
-
-        Those that are not ``stored`` with absolute paths.
-
-        Raises:
-            UserError: a value of the wrong type, out of range or empty.
-        """
+        """Convert values to the types of their settings, with absolute paths unless ``stored``."""
         options = {entry.field: entry for entry in cls.declared()}
         take = Option.convert if stored else Option.read
         result = {name: take(options[name], value) if name in options else value for name, value in values.items()}
@@ -67,13 +57,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Self:
-        """Return the settings with these values of all that have no default.
-
-        What follows from others is filled in.
-
-        Raises:
-            UserError: an unknown method, a value of the wrong type or out of range, or settings that do not fit.
-        """
+        """Return settings with these values, and derive all that depend on others."""
         values = cls.read(values, stored=True)
         kind = method_registry.get(method := values.get("method", cls.method))
         return cls._make(values, kind.Options.parse(values.get("options", {}), method=method))
@@ -100,15 +84,10 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         """Make the settings of a run: the given ones, and for the rest the method's defaults on the data set.
 
         Args:
-            method: a registered method.
             options: method options, a mapping or ``key=value`` words.
             data_options: options of the data set (for example ``protocol``, ``boxes``, ``detector``).
-            plugins: files and modules to load first (:func:`plugins.load_given`).  The run stores these, and those
-                loaded before that registered what the run uses.
+            plugins: files and modules to load first.  The run stores them, and loaded plugins that it uses.
             **settings: any other field; ``None`` means not given.
-
-        Raises:
-            UserError: an unknown name, a value out of range, or a plugin that cannot be loaded.
         """
         plugin_room.load_installed()
         loaded = plugin_room.load_given(plugins)
@@ -129,18 +108,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         data_options: Mapping[str, object],
         plugins: Mapping[str, str],
     ) -> Self:
-        """Complete settings that are converted already by the method's defaults on the data set.
-
-        Args:
-            method: a registered method.
-            values: settings by name.
-            options: method options by published name.
-            data_options: options of the data set, as they were given.
-            plugins: those that are loaded, with their identities.
-
-        Raises:
-            UserError: settings that do not fit together, or a wrong data option.
-        """
+        """Add the method's defaults on the data set to converted settings, with ``options`` by published name."""
         kind = method_registry.get(method)
         if kind.one_shot and "rounds" in values:
             raise UserError(
@@ -164,7 +132,7 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         merged = {**default_options, **options}
         merged_data = given_options(str(base["data"]), data_options)
         rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
-        used = plugin_room.used(
+        used = plugin_room.find_used(
             {"method": method, "data set": str(base["data"]), "model": str(base["model"]), "aggregator": rule}
         )
         config = {**base, "method": method, "data_options": merged_data, "plugins": {**plugins, **used}}
@@ -177,17 +145,11 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
 
     @classmethod
     def names(cls) -> set[str]:
-        """Names of the settings in a config file.
-
-        A run stores all but those of `UNSTORED`.
-        """
+        """Return the names of the settings in a config file, `UNSTORED` ones included."""
         return {f.name for f in dataclasses.fields(cls)} - {"unset", "asked", "common"}
 
     def to_dict(self) -> Values:
-        """Plain values.
-
-        Settings that are ``None``, and those of `UNSTORED`, are left out.
-        """
+        """Return plain values, without settings that are ``None`` or in `UNSTORED`."""
         names = self.names() - set(UNSTORED)
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
         tables = {name: table.pop(name) for name in ("options", "data_options", "plugins", "identity")}
@@ -197,9 +159,9 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         return {name: value for name, value in table.items() if value is not None}
 
     def to_publish(self) -> Values:
-        """Return what may be published of :meth:`to_dict`: with private records, hashes and sizes of data are left out.
+        """Return :meth:`to_dict`, with private records without hashes and sizes of data.
 
-        Whoever guesses the last unknown label could otherwise check the guess.  Checkpoints keep them.
+        A hash would confirm a guess of the last unknown label.
         """
         table = self.to_dict()
         if self.records == "private":
@@ -207,10 +169,6 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         return {name: value for name, value in table.items() if name != "identity" or value}
 
     def to_toml(self) -> str:
-        """TOML text, for ``config.toml``, of the settings that :meth:`to_publish` tells.
-
-        :func:`~fedkern.settings.stored.read_settings` reads it.
-        """
         return toml.dumps(self.to_publish())
 
     def check(self) -> None:
@@ -221,15 +179,9 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
                 check_text(value, f"the setting {name}")
 
     def for_user(self, names: Collection[str]) -> Self:
-        """Return the settings with the names of those that the user gave.
+        """Mark the settings with ``names`` as the user's own, and refuse one without effect.
 
-        A run refuses one without effect.
-
-        Args:
-            names: a stored run or a config file of one names all settings, and is not meant.
-
-        Raises:
-            UserError: a setting has no effect beside the others.
+        A stored run or a config file names all settings, and must not count.
         """
         for name, way in self.find_unused().items():
             for label in self.given_flags(name) if name in names else ():
@@ -237,43 +189,34 @@ class RunConfig(Found, ExecutionSettings, TrainingSettings, PrivacySettings):
         return self.replace(asked=frozenset(names))
 
     def not_default(self) -> frozenset[str]:
-        """Return the names of the settings that are not at their defaults.
-
-        None of data that only a script has.
-        """
+        """Return the names of the settings not at their defaults, none for data that only a script has."""
         with suppress(UserError):
             usual = {field.name: field.default for field in dataclasses.fields(self)} | defaults(self.method, self.data)
             return frozenset(name for name in self.names() if getattr(self, name) != usual[name])
         return frozenset()
 
     def check_code(self, folder: str | os.PathLike[str], trusted: Collection[str]) -> None:
-        """Raise UserError where the settings of a run folder name code that is not ``trusted``.
-
-        A run folder is data and may come from anyone.
-        """
+        """Raise UserError if a run folder, which may come from anyone, names code that is not ``trusted``."""
         for option, code in self.code():
             if not named_code.trusts(trusted, code):
                 raise named_code.refuse_untrusted(Path(folder) / NAME, code, "the option again", option)
 
     def code(self) -> list[tuple[str, str]]:
-        """Code that the settings name and a run imports: pairs of the flag that names the code, and the code's name."""
+        """Return the code that the settings name, as pairs of flag and code."""
         options = [(shlex.quote(f"{name}={self.options[name]}"), part) for name, part in self.method_options.code()]
         pairs = [(f"--method-option {text}", part) for text, part in options]
         is_code = named_code.parse(self.model) is not None
         return [*pairs, *([(f"--model {shlex.quote(self.model)}", self.model)] if is_code else [])]
 
     def differences(self, stored: RunConfig) -> list[str]:
-        """Differences from a stored run, as ``name: stored -> now``.
-
-        Empty where there are none.
+        """Return the differences from a stored run, as ``name: stored -> now``.
 
         Not compared are:
 
         * the method options of two different methods;
         * the data folder, which may have moved: a resumed run compares the data themselves;
-        * the plugins: :func:`fedkern.usercode.plugins.restore` checks those of a stored run;
-        * the number of workers and the cache of decoded images, which change no bit;
-        * what was found in files that the settings name.
+        * the plugins, which :func:`fedkern.usercode.plugins.restore` checks;
+        * settings that change no bit, and fingerprints.
         """
         mine, theirs = (flat({**config.to_dict(), "plugins": {}, "identity": {}}) for config in (self, stored))
         if self.method != stored.method:

@@ -1,4 +1,4 @@
-"""Settings of the data: which, how many, and how clients share them."""
+"""Settings of the data: data set, amount, and partition over clients."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ PARTS = {"backdoor_target": "backdoor_clients", "backdoor_size": "backdoor_clien
 
 @dataclass(frozen=True)
 class DataSettings(Section):
-    """The data.
+    """Settings of the data.
 
-    ``unset`` are the settings of `DATA_DEPENDENT` that nobody gave: they hold the data set's usual defaults until the
-    data are loaded.  ``asked`` are the settings that the user gave, which the run must use; ``common`` are those that a
-    comparison gives to all its methods, None in a run of its own.
+    ``unset`` are those of `DATA_DEPENDENT` that nobody gave, ``asked`` those that the user gave, which the run must
+    use, ``common`` those that a comparison gives to all its methods (None in a single run).
     """
 
     data: str = option(
@@ -82,10 +81,7 @@ class DataSettings(Section):
                 raise UserError(f"Data option {name} has no effect without {parent}: give that too, or leave it out.")
 
     def replace(self, **settings: Any) -> Self:
-        """Return a copy with some settings changed, which are then no longer left open.
-
-        Nothing is converted or checked.
-        """
+        """Return a copy with some settings changed and thereby set, without conversion or checks."""
         copy = dataclasses.replace(self, **{"unset": self.unset - set(settings), **settings})
         if {"method", "options"}.isdisjoint(settings):
             vars(copy).update({name: vars(self)[name] for name in OF_METHOD if name in vars(self)})
@@ -93,5 +89,4 @@ class DataSettings(Section):
 
     @property
     def trained_clients(self) -> int:
-        """The clients that take part in the training."""
         return self.clients - (self.held_out_client is not None)

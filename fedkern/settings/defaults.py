@@ -1,4 +1,4 @@
-"""All default settings: common ones, those of a data set, of a method, and of a method on a data set."""
+"""Default settings: common ones, those of a data set, of a method, and of a method on a data set."""
 
 from __future__ import annotations
 
@@ -129,18 +129,11 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
 
 
 def default_data(method: str) -> str:
-    """Return the data set that a method runs on when none is named."""
     return str(METHOD.get(method, {}).get("data", COMMON["data"]))
 
 
 def defaults(method: str, data: str) -> dict[str, Any]:
-    """Return the default settings of a run of ``method`` on ``data``.
-
-    ``options`` are the method options that differ.
-
-    Raises:
-        UserError: an unknown data set.
-    """
+    """Return the default settings of a run, with differing method options as ``options``."""
     info = lookup(data)
     data_defaults = {"clients": info.clients, "partition": info.partition, "correlation": info.correlation}
     tables = METHOD.get(method, {}), METHOD_ON.get((method, data), {})

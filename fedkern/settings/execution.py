@@ -17,7 +17,7 @@ MOST_WORKERS = 1024
 
 @dataclass(frozen=True)
 class ExecutionSettings(FederationSettings):
-    """The program."""
+    """Settings of the program."""
 
     checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
     grad_cam: int = option(200, "test images for the share of Grad-CAM inside the object; 0: no Grad-CAM", low=0)
@@ -56,7 +56,7 @@ class ExecutionSettings(FederationSettings):
             raise UserError(f'--workers must be auto, or a number in [1, {MOST_WORKERS}], not "{self.workers}".')
 
     def with_client_threads(self) -> Self:
-        """Return the settings with ``client_threads`` filled in, which depends on how many clients the data have."""
+        """Return the settings with ``client_threads``, which depends on the number of clients in the data."""
         if self.client_threads:
             return self
         return self.replace(client_threads=max(1, self.threads // self.clients_of_a_round))

@@ -1,4 +1,4 @@
-"""Settings of what goes wrong: clients that fail, are slow or diverge, and uploads that are too large."""
+"""Settings of faults: clients that fail, are slow or diverge, and uploads that are too large."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedkern.typed_option import flag, option
 
 @dataclass(frozen=True)
 class FaultSettings(FederationSettings):
-    """What goes wrong."""
+    """Settings of faults."""
 
     on_nan: str = option(
         "stop",

@@ -1,4 +1,4 @@
-"""Settings of the rounds: how many, with whom, how the server combines uploads, and when the run ends."""
+"""Settings of the rounds: number, participants, aggregation, and end of the run."""
 
 from __future__ import annotations
 
@@ -38,11 +38,7 @@ _TARGET = re.compile(r"\s*([A-Za-z]\w*)\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[
 
 
 def stop_target(text: str) -> tuple[str, str, float]:
-    """Return the figure, ``>=`` or ``<=``, and the value of ``--stop-at``.
-
-    Raises:
-        UserError: it is something else.
-    """
+    """Return the figure, ``>=`` or ``<=``, and the value of ``--stop-at``."""
     if (match := _TARGET.fullmatch(text)) is None:
         raise UserError(f'--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as accuracy>=0.9, not "{text}".')
     return match[1], match[2], float(match[3])
@@ -50,7 +46,7 @@ def stop_target(text: str) -> tuple[str, str, float]:
 
 @dataclass(frozen=True)
 class FederationSettings(DataSettings):
-    """The rounds and the server."""
+    """Settings of the rounds and the server."""
 
     sample_fraction: float = option(1.0, "share of the clients that takes part in a round", above=0, high=1)
     rounds: int = option(COMMON["rounds"], "communication rounds", low=1, high=100_000)
@@ -136,7 +132,7 @@ class FederationSettings(DataSettings):
             self._check_asynchronous()
 
     def _check_asynchronous(self) -> None:
-        """Raise UserError where the method cannot take stale uploads, or a step needs more clients than there are."""
+        """Raise UserError if the method cannot take stale uploads, or the run has too few clients for a step."""
         if not (self.kind.asynchronous and self.method_instance.averages):
             able = ", ".join(name for name, kind in method_registry.METHODS.items() if kind.asynchronous)
             silent = self.kind.asynchronous is None or self.method_instance.averages is None
@@ -153,7 +149,7 @@ class FederationSettings(DataSettings):
             )
 
     def check_whole_rounds(self, name: str, given: bool) -> None:
-        """Raise UserError where ``--asynchronous`` forbids a setting, which is about rounds that end for all."""
+        """Raise UserError if ``--asynchronous`` forbids a setting about rounds that end for all."""
         if given and self.asynchronous is not None:
             raise UserError(
                 f"{name} is about rounds that all their clients begin and end, and --asynchronous has none: leave one "
@@ -161,9 +157,9 @@ class FederationSettings(DataSettings):
             )
 
     def check_able(self, able: bool | None, deed: str, *names: str) -> None:
-        """Raise UserError for settings of methods that do ``what`` where the method is not ``able`` to.
+        """Raise UserError for given settings of methods that do ``deed`` if the method is not ``able`` to.
 
-        ``able`` is None where the method's class has hooks of its own and does not declare ``averages`` again.
+        None: the method's class overrides hooks and does not declare ``averages`` again.
         """
         if not able and (name := next(self.given_flags(*names), None)):
             why = f"which {self.method} with these options does not do: leave it out."
@@ -176,18 +172,13 @@ class FederationSettings(DataSettings):
 
     @property
     def policy(self) -> tuple[str, Values]:
-        """The policy of ``asynchronous`` and its options."""
         return cast(tuple[str, Values], with_options("--asynchronous", self.asynchronous or "", POLICIES))
 
     @property
     def sampled_clients(self) -> int:
-        """Return how many of the trained clients a round draws."""
         return max(1, math.floor(self.sample_fraction * self.trained_clients + 0.5))
 
     @property
     def clients_of_a_round(self) -> int:
-        """Number of clients in a round.
-
-        1 for a pooled method, whose single client has all data.
-        """
+        """Number of clients in a round, 1 for a pooled method."""
         return 1 if self.kind.pooled else self.sampled_clients

@@ -1,4 +1,4 @@
-"""Settings that have no effect on data and networks that a Python program has in memory."""
+"""Settings without effect on data and networks that a Python program has in memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ _READING = ("data_root", "cache", "public_samples", "correlation")
 
 
 def check_in_memory(data: Any, model: object, settings: Mapping[str, Any]) -> None:
-    """Raise UserError where a setting would be ignored, and the user would take the result for its own.
-
-    Args:
-        data: as the caller gives them: a name, federated data or PyTorch data sets.
-        model: a name or a module.
-        given: the settings by name.
-    """
+    """Raise UserError if data or model in memory would ignore a setting."""
     values = {name: value for name, value in settings.items() if value is not None}
     if isinstance(model, nn.Module) and "width" in values:
         raise UserError("width has no effect on a module: leave it out, or name code that takes a width.")

@@ -25,7 +25,7 @@ def _encoder(name: str) -> str:
 
 @dataclass(frozen=True)
 class ModelSettings(Section):
-    """The network."""
+    """Settings of the network."""
 
     model: str = option(COMMON["model"], lambda: f"network: {', '.join(MODELS)}, {FORMS}", path=named_code.absolute)
     width: int | None = option(
@@ -124,25 +124,21 @@ class ModelSettings(Section):
 
     @property
     def keeps_parts(self) -> bool:
-        """Return whether every client keeps parts of the network to itself."""
+        """True if every client keeps parts of the network to itself."""
         return self.personal is not None or self.kind.keeps_head
 
     @property
     def own_networks(self) -> bool:
-        """Return whether every client has a network of its own, by which the run is judged."""
+        """True if the run is judged by a network of every client."""
         return self.keeps_parts or self.kind.own_vectors is not Method.own_vectors
 
     @property
     def statistics(self) -> bool:
-        """Return whether the global network has running statistics."""
         return self.buffers in ("average", "pool")
 
 
 def check_networks(settings: Mapping[str, object], data: str) -> None:
-    """Raise UserError where ``settings`` choose a kind of network that the data set ``data`` does not use.
-
-    Such a setting would have no effect, and the user would take the result for that network's.
-    """
+    """Raise UserError if ``settings`` choose a kind of network that the data set does not use."""
     pairs = [name for name, info in DATASETS.items() if "pairs" in info.task.offers]
     if data in pairs and "model" in settings:
         raise UserError(

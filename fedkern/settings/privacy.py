@@ -20,7 +20,7 @@ USUAL_DELTA = 1e-5
 
 @dataclass(frozen=True)
 class PrivacySettings(FaultSettings, ModelSettings):
-    """Privacy."""
+    """Settings of privacy."""
 
     dp_clip: float | None = option(
         None,
@@ -84,10 +84,7 @@ class PrivacySettings(FaultSettings, ModelSettings):
             raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
 
     def _check_client_level(self) -> None:
-        """Raise UserError where settings of client-level privacy do not fit together.
-
-        What depends on the method's plan is checked before the run starts.
-        """
+        """Raise UserError if settings of client-level privacy do not fit together."""
         if (self.dp_clip is None) != (self.dp_noise is None):
             name, needed = ("--dp-clip", "--dp-noise") if self.dp_noise is None else ("--dp-noise", "--dp-clip")
             raise UserError(f"{name} needs {needed}: give both, or leave both out.")
@@ -136,10 +133,9 @@ class PrivacySettings(FaultSettings, ModelSettings):
 
     @property
     def unit(self) -> Unit:
-        """The unit of privacy."""
         return Unit("patient", self.patient_images or PATIENT_IMAGES) if self.privacy_unit == "patient" else IMAGE
 
     @property
     def delta(self) -> float:
-        """The delta of epsilon: ``dp_delta``, or where that is open 1e-5 or clients^-1.1, the smaller."""
+        """The delta of epsilon, by default the smaller of 1e-5 and clients^-1.1."""
         return min(USUAL_DELTA, self.trained_clients**-1.1) if self.dp_delta is None else self.dp_delta

@@ -1,4 +1,4 @@
-"""The data of a run: loaded as the settings say, completed by what they decide, and checked."""
+"""Data of a run: loading them, completing the settings by them, and checking both."""
 
 from __future__ import annotations
 
@@ -49,15 +49,9 @@ def load_data(
     progress: Callable[[str], None] | None = None,
     identify: bool = False,
 ) -> FederatedData:
-    """Return the federated data that the settings name, before :func:`kept_data` holds samples out and adds a backdoor.
+    """Return the federated data of the settings, before :func:`kept_data` holds samples out and adds a backdoor.
 
-    Args:
-        config: every setting; a detector runs on its device.
-        masks: False leaves out the boxes file or detector that finds the objects of the training images.
-        notice, progress, identify: see :func:`fedkern.data.load`.
-
-    Raises:
-        UserError: see :func:`fedkern.data.load`.
+    Without ``masks`` no detector or boxes file finds objects in the training images.
     """
 
     def detector(name: str, box_threshold: float, text_threshold: float) -> Any:
@@ -81,10 +75,7 @@ def load_data(
 
 
 def find_decided(config: RunConfig, data: FederatedData) -> Values:
-    """Return what the loaded data decide where nobody gave it: partition, clients, ``client_test``.
-
-    Own test sets that the data have stay, unless the user asks for others.
-    """
+    """Return the settings that the loaded data decide if nobody gave them: partition, clients, ``client_test``."""
     facts: Values = {"partition": data.statistics.partition, "clients": len(data.clients)}
     if data.client_tests:
         facts["client_test"] = 0.0
@@ -92,17 +83,13 @@ def find_decided(config: RunConfig, data: FederatedData) -> Values:
 
 
 def inspect_items(config: RunConfig, data: FederatedData) -> FederatedData:
-    """Return the data, with sights of their data sets where samples are items (see `inspect`)."""
+    """Return the data, with sights of their data sets if samples are items."""
     is_new = isinstance(data.validation, Items) and not data.sights
     return inspect(data, config.keep_items, CACHE_BYTES) if is_new else data
 
 
 def with_images(config: RunConfig, data: FederatedData) -> FederatedData:
-    """Return the data, with images in place of items where method, network or augmentation need them.
-
-    Raises:
-        UserError: see :func:`fedkern.data.sources.dataset_images.as_images`.
-    """
+    """Return the data, with images in place of items if method, network or augmentation need them."""
     if not can_be_images(data):
         return data
     entry = MODELS.get(config.model)
@@ -122,16 +109,10 @@ def with_images(config: RunConfig, data: FederatedData) -> FederatedData:
 
 
 def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
-    """Return the data of a run.
+    """Return a run's data without held-out samples and excess images of patients, and with backdoors.
 
-    Samples that the settings hold out (``--held-out-client``, ``--client-test``) are removed.  Where patients are the
-    unit of privacy, a patient's images beyond the limit (``--patient-images``) are removed too.  With private records
-    there is no validation set where its images were drawn from the clients': no noise covers figures on them.  Clients
-    are backdoored last, so that no sample that is held out carries the attacker's label.
-
-    Raises:
-        UserError: see :func:`with_images`, :func:`fedkern.data.sharing.holdout.hold_out`,
-            :func:`fedkern.data.sharing.patients.limit_patients` and :func:`fedkern.data.sharing.backdoor.add_backdoor`.
+    With private records a validation set drawn from the clients' images is dropped: no noise covers figures on it.
+    Clients are backdoored last, so that no held-out sample has the attacker's label.
     """
     data = with_images(config, data)
     data = hold_out(data, held_out=config.held_out_client, share=config.client_test, seed=config.seed)
@@ -146,16 +127,9 @@ def kept_data(config: RunConfig, data: FederatedData) -> FederatedData:
 def finished_data(
     config: RunConfig, out: str | Path, *, cache: str | None = None, progress: Callable[[str], None] | None = None
 ) -> FederatedData:
-    """Return the training data of a run in a folder, without masks of objects that would have to be found.
+    """Return the training data of a run in a folder, without masks of objects that would need a detector.
 
-    Args:
-        config: the run's settings.
-        out: the run folder.
-        cache: folder that keeps decoded images; None: the folder that the run used, if it is there.
-        progress: called with the progress of a long decoding.
-
-    Raises:
-        UserError: see :func:`load_data` and :func:`kept_data`.
+    ``cache`` is the folder of decoded images, by default the run's if it exists.
     """
     config = config.replace(cache=cache or used_cache.recall_cache(out))
     return kept_data(config, load_data(config, masks=False, progress=progress))
@@ -163,11 +137,7 @@ def finished_data(
 
 @reproducible()
 def reload_data(config: RunConfig, form: SampleForm, classes: tuple[str, ...], fingerprint: int) -> FederatedData:
-    """Load the data of a run in another process than its own, with the form and classes that the run has found.
-
-    Raises:
-        UserError: see :func:`load_data`, or the data are other ones.
-    """
+    """Load the data of a run in another process, with the form and classes that the run has found."""
     data = kept_data(config, inspect_items(config, load_data(config)))
     if data_fingerprint(data) != fingerprint:
         raise UserError(
@@ -178,7 +148,7 @@ def reload_data(config: RunConfig, form: SampleForm, classes: tuple[str, ...], f
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Federated data without their samples, which unpickles as the data themselves: see :func:`reload_data`."""
+    """Federated data without their samples, which :func:`reload_data` loads when unpickled."""
 
     config: RunConfig
     data: FederatedData
@@ -188,9 +158,9 @@ class DataRecipe:
 
 
 def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, *, node: bool = False) -> FederatedData:
-    """Return the data in this machine's folder or of its function, with all training samples as those of one client.
+    """Return the data in this machine's folder or of its function, with all training samples at one client.
 
-    On a node nothing is held out of them: no set but the server's judges the network.
+    On a node nothing is held out: only the server's sets judge the network.
     """
     if node:
         shares = [name for name in ("test_share", "validation_share") if name in lookup(config.data).options]
@@ -200,12 +170,7 @@ def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, 
 
 
 def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
-    """Federated data whose clients' samples are elsewhere: of each client only the number of samples is known.
-
-    Args:
-        data: gives everything but the clients, test sets included.
-        samples: number of training samples of every client.
-    """
+    """Return federated data with clients on other machines, of which only the number of samples is known."""
     count = len(data.classes)
 
     def stand_in(n: int) -> AnySplit:
@@ -220,13 +185,9 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
 
 
 def effective(config: RunConfig, data: FederatedData, *, are_loaded: bool) -> RunConfig:
-    """Return the settings, completed by what follows from the data.
+    """Complete the settings by clients, main figure, augmentation and client threads of the data.
 
-    These are clients, main figure, augmentation and client threads; of data that ``are_loaded`` as the settings say
-    also what the data decide.
-
-    Raises:
-        UserError: settings do not fit together with what the data decide.
+    Data that ``are_loaded`` also decide partition and ``client_test``.
     """
     facts = find_decided(config, data) if are_loaded else {}
     facts |= {"clients": len(data.clients), "main": data.task.main, "better": data.task.better}
@@ -235,10 +196,10 @@ def effective(config: RunConfig, data: FederatedData, *, are_loaded: bool) -> Ru
     return config
 
 
-def check_data(config: RunConfig, data: FederatedData, alone: int | None = None) -> None:
-    """Raise UserError where settings, method and data do not fit.
+def check_data(config: RunConfig, data: FederatedData, only_client: int | None = None) -> None:
+    """Raise UserError if settings, method and data do not fit.
 
-    ``alone``: the only client with samples here.
+    ``only_client`` is the only client with samples on this machine.
     """
     kind = config.kind
     if len(data.classes) == 1 and "pairs" not in data.task.offers:
@@ -280,10 +241,10 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
         _check_varied(data, {"the training set": data.clients})
         clients = {f"client {data.client_label(k)}": [split] for k, split in enumerate(data.clients)}
         _check_varied(data, clients, blank=True)
-    if alone is None and not all(map(len, data.tests.values())):
+    if only_client is None and not all(map(len, data.tests.values())):
         raise UserError(f"There are no test {data.form.noun}: name a test split in the data, or a test_share above 0.")
     for k, split in enumerate(data.clients):
-        if len(split) == 0 and alone in (None, k):
+        if len(split) == 0 and only_client in (None, k):
             raise UserError(
                 f"Client {data.client_label(k)} has no training samples: use fewer clients, more samples, or another "
                 f'--partition than "{config.partition}".'
@@ -291,10 +252,7 @@ def check_data(config: RunConfig, data: FederatedData, alone: int | None = None)
 
 
 def _check_varied(data: FederatedData, sets: Mapping[str, Sequence[Split]], *, blank: bool = False) -> None:
-    """Raise UserError for a set of several images that are all equal.
-
-    With ``blank`` only where all pixels are.
-    """
+    """Raise UserError for a set of several equal images, or with ``blank`` of equal pixels."""
     for name, splits in sets.items() if data.form.offers else ():
         parts = (load_rows(split.images[row : row + 4]) for split in splits for row in range(0, len(split), 4))
         head, count = next(parts, None), sum(map(len, splits))
@@ -309,7 +267,7 @@ def _check_varied(data: FederatedData, sets: Mapping[str, Sequence[Split]], *, b
 
 
 def _check_pairs(config: RunConfig, data: FederatedData) -> None:
-    """Raise UserError where encoders would train on a single image-text pair: batch norm in their heads needs two."""
+    """Raise UserError for training on a single image-text pair: batch norm in the heads needs two."""
     if "pairs" not in data.task.offers:
         return
     if config.batch_size < 2:
@@ -326,7 +284,7 @@ def _check_pairs(config: RunConfig, data: FederatedData) -> None:
 
 
 def _overlaps(data: FederatedData, marks: Callable[[Split], Collection[object]]) -> str:
-    """Return the sets that judge the network and have marks of training samples, with their numbers, in words."""
+    """Name the sets that judge the network and share marks with training samples, with their numbers."""
     splits = (*data.clients, *(() if data.public is None else (data.public,)))
     trained = {mark for split in splits for mark in marks(split)}
     sets = {f"the {set_noun(name)}": [split] for name, split in {**data.tests, "validation": data.validation}.items()}
@@ -339,7 +297,6 @@ def _overlaps(data: FederatedData, marks: Callable[[Split], Collection[object]])
 
 
 def _shared_patients(data: FederatedData) -> list[str]:
-    """Return a sentence on patients of training images who are also in a set that judges the network."""
     noun = data.form.noun
     overlaps = _overlaps(data, lambda split: set() if split.patients is None else set(split.patients.tolist()))
     return [
@@ -349,7 +306,7 @@ def _shared_patients(data: FederatedData) -> list[str]:
 
 
 def equal_samples(data: FederatedData) -> list[str]:
-    """Return a sentence on training samples that are also in a set that judges the network, with their numbers."""
+    """Return a sentence on training samples that are also in a set that judges the network."""
     overlaps = _overlaps(data, lambda split: sample_hashes(split, data.sights))
     return [
         f"Equal {data.form.noun} are trained on and in {overlaps}, so that figures there are not those of "
@@ -358,7 +315,7 @@ def equal_samples(data: FederatedData) -> list[str]:
 
 
 def caveats(data: FederatedData) -> list[str]:
-    """Sentences on patients and on classes whose figures on the test sets are not what they seem."""
+    """Return sentences on patients and classes with misleading figures on the test sets."""
     sentences = _shared_patients(data)
     if data.statistics.counts.any() and data.form.offers:  # no sample is counted where clients are elsewhere
         classes = set(range(len(data.classes)))
@@ -370,10 +327,7 @@ def caveats(data: FederatedData) -> list[str]:
 
 
 def _unseen(classes: set[int], splits: Sequence[Split]) -> set[int]:
-    """Those of the classes that no image of the splits shows.
-
-    Little is read once all have been seen.
-    """
+    """Return the classes that no image shows, reading only until all were seen."""
     unseen = set(classes)
     parts = ((split.task, rows) for split in splits for part in in_parts(split.labels) for rows in part.split(64))
     for task, labels in takewhile(lambda _: unseen, parts):
@@ -382,10 +336,7 @@ def _unseen(classes: set[int], splits: Sequence[Split]) -> set[int]:
 
 
 def check_sets(data: FederatedData, plugins: Mapping[str, str]) -> None:
-    """Raise UserError where a set has no figures of its own, before the training is lost.
-
-    Its name may be taken, or it may be of a segmentation and have no pixel whose class is known.
-    """
+    """Raise UserError before the training if a set's name is taken, or its figures are undefined."""
     metrics = [*getattr(data.task, "metrics", ()), *(metric.name for metric in metrics_of(plugins))]
     check_metric_names(metrics)
     check_set_names(data.tests, metrics)

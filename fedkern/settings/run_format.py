@@ -1,4 +1,4 @@
-"""Format of a run folder, named by the manifest of its checkpoints."""
+"""Format of a run folder, stated in the manifest of its checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 15
 
 
 def read_manifest(path: Path) -> State:
-    """Return a manifest of this format, whose entries are not checked.
+    """Return a manifest of this format, with unchecked entries.
 
     Raises:
         OtherFormat: the manifest has another format.
@@ -31,29 +31,19 @@ def read_manifest(path: Path) -> State:
 
 
 def check_format(out: Path) -> None:
-    """Raise OtherFormat where a run folder has another format.
-
-    A missing or damaged manifest says nothing.
-    """
+    """Raise OtherFormat if a run folder has another format, and ignore a missing or damaged manifest."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         read_manifest(out / FOLDER / MANIFEST)
 
 
 def stored_code(out: Path) -> dict[str, dict[str, str]]:
-    """Return the identities, by group, of the code that a script gave a run.
-
-    Empty where the folder has none.
-    """
+    """Return the identities, by group, of the code that a script gave a run."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         return read_code(read_manifest(out / FOLDER / MANIFEST)["entries"][-1]["info"])
     return {}
 
 
 def read_code(info: Any) -> dict[str, dict[str, str]]:
-    """Return the identities of code in what a checkpoint says of a run.
-
-    Empty where it says nothing of the kind.
-    """
     with suppress(LookupError, TypeError, AttributeError):
         tables = info["code"].items()
         return {group: {path: str(text) for path, text in table.items()} for group, table in tables}

@@ -22,54 +22,47 @@ OF_METHOD = ("method_options", "method_instance")
 
 @dataclass(frozen=True)
 class Section(OptionTable):
-    """What every section knows of a run: its method.
+    """Base of all sections, which are one object, :class:`fedkern.settings.config.RunConfig`.
 
-    The sections of a run are one object, :class:`fedkern.settings.config.RunConfig`.  A method of a section that
-    another section has too begins with ``super()``, so that each is asked, a section after those that it derives from.
+    A method that several sections have begins with ``super()``: all are called, a section after its bases.
     """
 
     method: str = option("fedavg", "name of the method")
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def resolve(self) -> Values:
-        """Return the settings that follow from the others, in the place of what was given."""
+        """Return the settings that follow from others, to replace the given ones."""
         return {}
 
     def check(self) -> None:
-        """Raise UserError where settings do not fit together, or not the method.
+        """Raise UserError if settings do not fit together or to the method.
 
-        A forbidden pair stands in the section of the setting that forbids it.
+        A forbidden pair is checked in the section of the setting that forbids it.
         """
 
     def find_unused(self) -> dict[str, str]:
-        """Return the settings that have no effect beside the others, each with why and the way out."""
+        """Return the settings without effect beside the others, with the reason and the way out."""
         return dict.fromkeys(self.kind.ignored_settings, f"on {self.method}, whose clients train once: leave it out")
 
     @property
     def kind(self) -> type[Method]:
-        """The method's class."""
         return method_registry.get(self.method)
 
     @cached_property
     def method_options(self) -> Options:
-        """The method's options."""
         return self.kind.Options.parse(self.options, method=self.method)
 
     @cached_property
     def method_instance(self) -> Method:
-        """The method, to ask what it is able to.
-
-        A run plays a :meth:`new_method`.
-        """
+        """Instance for questions about the method's abilities, while a run uses :meth:`new_method`."""
         return self.new_method()
 
     def new_method(self) -> Method:
-        """Return the method, made from the options."""
         return self.kind(self.method_options)
 
     def __getstate__(self) -> Values:
         return {name: value for name, value in vars(self).items() if name not in OF_METHOD}
 
     def given_flags(self, *names: str) -> Iterator[str]:
-        """Return the flags of those of the settings that say anything."""
+        """Yield the flags of those settings that are not at neutral values."""
         return (flag(name) for name in names if getattr(self, name) not in ("mean", None, 0, _NEUTRAL.get(name)))

@@ -19,11 +19,7 @@ from fedkern.usercode import plugins
 
 
 def read_settings(text: str, *, source: str = NAME) -> Values:
-    """Return the settings named in TOML text, for ``make(**table)`` of a partial config file.
-
-    Raises:
-        UserError: not TOML or an unknown key.
-    """
+    """Return the settings in TOML text, for ``make(**table)`` of a partial config file."""
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
@@ -46,11 +42,6 @@ def read_settings(text: str, *, source: str = NAME) -> Values:
 
 
 def stored_settings(folder: str | os.PathLike[str]) -> Values:
-    """Return the settings named in ``config.toml`` of a run folder.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
     path = Path(folder) / NAME
     try:
         text = read_text(path, "utf-8-sig")
@@ -62,20 +53,10 @@ def stored_settings(folder: str | os.PathLike[str]) -> Values:
 def load_settings(
     folder: str | os.PathLike[str], *, trusted: Collection[str] = (), given: type[Method] | None = None, **replaced: Any
 ) -> RunConfig:
-    """Return the settings of a run folder, some of them ``replaced``.
+    """Load a run's plugins, and return the settings of its folder, some of them ``replaced``.
 
-    Loads the run's plugins.
-
-    Args:
-        trusted: plugins that may be executed in any case (see :func:`fedkern.usercode.plugins.restore`), and
-            ``"method"`` where the class may have changed.
-        given: the class of the run's method, where a script gave it (`fedkern.methods.script_methods`).
-        **replaced: settings.
-
-    Raises:
-        UserError: there is no such folder, it holds no run or one of another format, its ``config.toml`` is
-            damaged, a plugin of the run may not be executed or cannot be loaded, or the run's method is a class
-            that nobody gives or that has other code now.
+    ``trusted`` plugins may be executed in any case, and ``"method"`` there trusts a changed class.  ``given`` is the
+    class of the run's method if a script gave it.
     """
     check_run_folder(folder)
     check_format(Path(folder))
@@ -93,18 +74,12 @@ def load_settings(
 
 
 def make_portable(config: RunConfig, folder: str | os.PathLike[str]) -> RunConfig:
-    """Return settings as a run folder stores them: the path of its own file of weights is a name."""
+    """Replace the path of a run folder's own file of weights by its name, for storage."""
     return config.replace(init=INIT) if config.init == str(Path(folder).absolute() / INIT) else config
 
 
 def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
-    """Load the plugins of a run folder.
-
-    Does nothing where its ``config.toml`` is missing or damaged.
-
-    Raises:
-        UserError: see :func:`fedkern.usercode.plugins.restore`.
-    """
+    """Load the plugins of a run folder, none if its ``config.toml`` is missing or damaged."""
     try:
         table = stored_settings(folder)
     except UserError:
@@ -114,7 +89,7 @@ def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) 
 
 
 def _plugin_table(value: object, source: str) -> dict[str, str]:
-    """Identities of plugins by name, from a table of a config file or from a list of names there."""
+    """Return identities of plugins by name, from a table or a list."""
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return dict.fromkeys(value, "")
     if not isinstance(value, Mapping) or not all(isinstance(identity, str) for identity in value.values()):
@@ -123,14 +98,14 @@ def _plugin_table(value: object, source: str) -> dict[str, str]:
 
 
 def check_regular(folder: str | os.PathLike[str]) -> None:
-    """Raise UserError where a run folder has a named pipe, a socket or a device: reading it might block for ever."""
+    """Raise UserError for a run folder with a named pipe, a socket or a device, which might block for ever."""
     for path in (*Path(folder).glob("*"), *Path(folder).glob("checkpoints/*")):
         if kind := special(path):
             raise UserError(f"{path} is {kind}, not a regular file: remove it, or put back the run's own file.")
 
 
 def check_run_folder(folder: str | os.PathLike[str]) -> None:
-    """Raise UserError where the folder is missing, holds no run, or holds anything but files and folders."""
+    """Raise UserError if the folder is missing, holds no run, or holds anything but files and folders."""
     check_regular(folder)
     if not Path(folder).exists():
         raise UserError(f"The run folder {folder} does not exist: name one that a run was written to with --out.")

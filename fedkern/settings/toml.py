@@ -8,10 +8,7 @@ from collections.abc import Mapping
 
 
 def dumps(table: Mapping[str, object]) -> str:
-    """Return TOML text.
-
-    Values are strings, numbers, booleans, lists of such, and one level of sub-tables.
-    """
+    """Return strings, numbers, booleans, lists of them, and one level of sub-tables as TOML text."""
     plain = [f"{_key(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
     parts = ["\n".join(plain)]
     for key, value in table.items():
@@ -23,7 +20,6 @@ def dumps(table: Mapping[str, object]) -> str:
 
 
 def line(key: str, value: object) -> str:
-    """Return a line ``key = value`` of TOML."""
     return f"{_key(key)} = {_value(value)}"
 
 
@@ -32,7 +28,6 @@ def _key(key: str) -> str:
 
 
 def quote_text(text: str) -> str:
-    """Return a text as a string of TOML."""
     # JSON's escapes are TOML's, except that TOML also wants DEL escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 

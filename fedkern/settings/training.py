@@ -14,7 +14,7 @@ from fedkern.typed_option import option
 
 @dataclass(frozen=True)
 class TrainingSettings(Section):
-    """The clients' local training."""
+    """Settings of the clients' local training."""
 
     local_epochs: int = option(COMMON["local_epochs"], "epochs a client trains per round", low=1)
     local_steps: int | None = option(
@@ -71,7 +71,6 @@ class TrainingSettings(Section):
 
     @property
     def lr_epochs(self) -> tuple[int, ...]:
-        """``lr_steps`` as numbers."""
         words = [word.strip() for word in (self.lr_steps or "").split(",")] if self.lr_steps is not None else []
         epochs = [int(word) if word.isdecimal() else 0 for word in words]
         if any(epoch < 1 for epoch in epochs) or sorted(set(epochs)) != epochs:

@@ -75,7 +75,7 @@ def register_metric(name: str) -> Callable[[F], F]:
 
 
 def metrics_of(stored: Mapping[str, str]) -> tuple[Metric, ...]:
-    return tuple(METRICS[name] for name in plugins.of_run(METRICS, stored))
+    return tuple(METRICS[name] for name in plugins.names_of_run(METRICS, stored))
 
 
 class Answers:

@@ -1,1 +1,1 @@
-"""Code that a user names: plugins, names of functions and classes, and the identity of their code."""
+"""User-defined code: plugins, names of functions and classes, and the identity of their code."""

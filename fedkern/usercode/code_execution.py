@@ -1,4 +1,4 @@
-"""Execution of users' code: a file as a module of its own, and what the code cannot change of the process."""
+"""Execution of user-defined code: a file as a module, and protection of the process's state."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from fedkern.errors import RAISED, UserError, describe_error, error_origin, user
 
 @contextmanager
 def host_code(file: str = "") -> Iterator[None]:
-    """Context of users' code: it can import the modules beside its ``file``, as a script can, and changes no mode.
-
-    The modes of PyTorch and NumPy and the working folder are afterwards what they were: other code runs after it.
-    """
+    """Let code import modules beside its ``file``, and restore modes and the working folder afterwards."""
     from fedkern.process.torch_modes import keep_modes  # here, since the front page is printed without torch
 
     folder = str(Path(file).parent) if file else ""
@@ -37,7 +34,7 @@ def host_code(file: str = "") -> Iterator[None]:
 
 @contextmanager
 def explain_errors(name: str, code: object) -> Iterator[None]:
-    """Context in which an exception of the user's function, class or object is named with its file and line."""
+    """Name an exception in the user's function, class or object with file and line."""
     try:
         yield
     except MemoryError:
@@ -56,10 +53,10 @@ def module_name(file: str, source: bytes) -> str:
 
 
 def run(module: str, file: str = "", source: bytes = b"") -> ModuleType:
-    """Import a module; or execute the ``source`` of a file, whatever the file holds by now, once under that name.
+    """Import a module, or execute ``source``, perhaps an older content of the file, once under the module's name.
 
     Raises:
-        Exception, SystemExit: whatever the code raises.
+        Exception, SystemExit: raised by the code.
     """
     with host_code(file):
         if not file or module in sys.modules:

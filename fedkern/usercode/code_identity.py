@@ -1,30 +1,29 @@
-"""Identity of what a user gives: a table of texts by path, which tells an object from a changed one.
+"""Identity of user-defined objects: a table of texts by path, which differs for changed objects.
 
-:func:`identity_table` walks through an object and writes a row for every value below it, such as ``loss_fn.weight``.
-A plain value of up to `READABLE` characters is its own text, every other one a SHA-256.  An equal object has an equal
-table in every process: no address, no ``hash()`` and no order of a set is in it.
+:func:`identity_table` writes a row for every value below an object, such as ``loss_fn.weight``: a plain value of up to
+`READABLE` characters as text, any other as SHA-256.  Equal objects have equal tables in every process, without
+addresses, ``hash()`` and orders of sets.
 
-* **Plain values** count by value: numbers, texts, bytes, ranges, dates, paths, decimals, fractions, UUIDs, patterns,
-  dtypes, devices.
+* **Plain values** count by value: numbers, texts, bytes, ranges, dates, paths, UUIDs, patterns, dtypes, devices ...
 * **Containers**: lists, tuples, deques and dicts in their order, sets sorted; of subclasses also class and attributes.
 * **Tensors and arrays**: dtype, shape and values, whatever the strides.  Sparse and quantised tensors, masked arrays
-  and arrays of objects count by their parts, tensors on ``meta`` without values.
+and arrays of objects count by their parts, tensors on ``meta`` without values.
 * **Objects**: class and attributes, private ones and ``__slots__`` too, without cached properties.  An enum counts by
-  name and value.  An object of C, or of an installed package that says how it is pickled, counts by what pickle keeps.
+name and value.  An object of C, or of a package that defines its pickling, counts by its pickled state.
 * **nn.Module**: parameters, buffers (persistent or not), submodules, attributes and hooks, without the training mode.
 * **Classes**: bases and members of a class and of its bases, outside of Python, torch, fedkern and installed packages.
-* **Functions**: bytecode without line numbers; defaults, closures, attributes and what a decorator wraps; functions,
-  classes and values of the module that the code names; those of the user's other modules that it names as ``MODULE.X``;
-  the files of the user's modules that the code imports by itself.
+* **Functions**: bytecode without line numbers; defaults, closures, attributes and wrapped functions; values of the
+module that the code names; names ``MODULE.X`` of the user's other modules; files of modules that the code imports by
+itself.
 * **Partials, bound methods, callable objects**: function, arguments and object.
-* **Modules and code of packages** count by name and version.  Python, torch and fedkern have no version here: a run
-  compares those by itself.
+* **Modules and code of packages** count by name and version, Python, torch and fedkern by name: a run compares those
+versions by itself.
 
-A value counts up to `LIMIT` bytes, nested objects up to `DEEP` levels, a table up to `NODES` values.  What lies beyond
-and what cannot be read (locks, open files, objects of C without pickling) has a row that begins with `NOT_COMPARED`.
-An object that is met again, also in a cycle, has a row with the path where it was met first.
+A value counts up to `LIMIT` bytes, nested objects up to `DEEP` levels, a table up to `NODES` values.  Anything beyond,
+and unreadable values (locks, open files), have rows that begin with `NOT_COMPARED`.  A repeated object has a row with
+its first path.
 
-PyTorch is imported where values are walked, since the front page of the command line is printed without it.
+PyTorch is imported where values are walked: the command line's front page does without it.
 """
 
 from __future__ import annotations
@@ -90,19 +89,19 @@ _PICKLING = ("__reduce_ex__", "__reduce__", "__getstate__")
 
 
 def identity_table(
-    things: Mapping[str, object], *, weights: bool = True, limit: int = LIMIT, code: bool = True, here: bool = False
+    things: Mapping[str, object], *, weights: bool = True, limit: int = LIMIT, code: bool = True, local: bool = False
 ) -> dict[str, str]:
-    """Return the texts by which objects are told from changed ones, by path.
+    """Return texts by path that differ for changed objects.
 
     Args:
-        things: any objects, by the first part of their paths.
+        things: objects by the first part of their paths.
         weights: whether parameters and persistent buffers of modules count.
-        limit: most bytes of a value that count.
+        limit: largest number of bytes of a value that count.
         code: whether the code of functions and classes counts, or their name alone.
-        here: whether the table is compared in this process alone, before and after a use of the objects.  Tensors of a
-            graph, which a use leaves behind, do not count then, and of a tensor over ``limit`` the version does too.
+        local: whether only this process compares the table, before and after a use of the objects.  Tensors of a graph,
+            which a use leaves behind, do not count then, and the version of a tensor over ``limit`` does.
     """
-    walk = _Walk(weights, limit, code, here)
+    walk = _Walk(weights, limit, code, local)
     for name, thing in things.items():
         walk.visit(thing, name, DEEP)
     if any(text.startswith("code ") for text in walk.table.values()):
@@ -111,16 +110,13 @@ def identity_table(
 
 
 def digest(table: Mapping[str, str]) -> str:
-    """Return the SHA-256 of a table in hexadecimal.
-
-    "" for an empty table.
-    """
+    """Return the SHA-256 of a table, or "" for an empty one."""
     text = "\n".join(f"{path}\0{table[path]}" for path in sorted(table))
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() if table else ""
 
 
 def left_out(table: Mapping[str, str]) -> list[str]:
-    """Return the paths at which nothing is compared, each with the reason."""
+    """Return the paths at which nothing is compared, with the reasons."""
     texts = {path: text.removeprefix(NOT_COMPARED) for path, text in table.items() if text.startswith(NOT_COMPARED)}
     return [f"`{path}` ({why})" for path, why in texts.items()]
 
@@ -131,38 +127,35 @@ def only_code(table: Mapping[str, str]) -> dict[str, str]:
 
 
 def note_change(before: Mapping[str, str], after: Mapping[str, str]) -> None:
-    """Note that objects have changed while a run used them, so that they count as the former ones in this process."""
+    """Note that a run changed objects while it used them, so that they count as the former ones in this process."""
     if before != after:
         known = {digest(before), *_CHANGED.get(digest(before), ())}
         _CHANGED.setdefault(digest(after), set()).update(known)
 
 
-def is_unchanged(stored: str | None, now: str) -> bool:
-    """Return whether a stored digest is that of a table now, or of what the objects were when a run began here."""
-    return stored in (None, now) or stored in _CHANGED.get(now, ())
+def is_unchanged(stored: str | None, current: str) -> bool:
+    """Return whether a stored digest is the current one, or that of the objects when a run began here."""
+    return stored in (None, current) or stored in _CHANGED.get(current, ())
 
 
-def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return what differs between two tables, readable values first: ``"`loss_fn.w` changed from 2.0 to 3.0"``.
-
-    What lies below a path that differs is left out where it is new or gone.
-    """
-    paths = {path for path in {*then, *now} if then.get(path) != now.get(path)}
-    values, others = [], []
+def differences(old_table: Mapping[str, str], new_table: Mapping[str, str]) -> list[str]:
+    """Describe the differences of two tables, readable values first, without rows below a new or missing path."""
+    paths = {path for path in {*old_table, *new_table} if old_table.get(path) != new_table.get(path)}
+    changed_values, other_changes = [], []
     for path in sorted(paths):
-        before, after = then.get(path), now.get(path)
+        before, after = old_table.get(path), new_table.get(path)
         if before is None or after is None:
             if path != _PYTHON and not any(path.startswith((f"{above}.", f"{above}[")) for above in paths):
-                others.append(f"`{path}` is {'new' if before is None else 'gone'}")
+                other_changes.append(f"`{path}` is {'new' if before is None else 'gone'}")
         elif any(text.startswith(("code ", "sha256:")) for text in (before, after)):
-            others.append(f"`{path}` changed")
+            other_changes.append(f"`{path}` changed")
         else:
-            values.append(f"`{path}` changed from {before} to {after}")
-    return [*values, *others]
+            changed_values.append(f"`{path}` changed from {before} to {after}")
+    return [*changed_values, *other_changes]
 
 
 def fold_table(table: Mapping[str, str], rows: int = ROWS) -> dict[str, str]:
-    """Return a table of at most ``rows`` rows, if possible, in which a hash stands for all below a path."""
+    """Fold a table to at most ``rows`` rows, if possible, with hashes for all rows below a path."""
     parts = {path: re.split(r"(?=[.\[])", path) for path in table}
     groups: dict[str, Table] = {}
     for depth in range(max(map(len, parts.values()), default=0), 0, -1):
@@ -178,32 +171,28 @@ def fold_table(table: Mapping[str, str], rows: int = ROWS) -> dict[str, str]:
 
 
 class _Walk:
-    """A walk through an object that fills ``table``."""
-
-    def __init__(self, weights: bool, limit: int, code: bool, here: bool) -> None:
+    def __init__(self, weights: bool, limit: int, code: bool, local: bool) -> None:
         self.table: Table = {}
-        self._weights, self._limit, self._code, self._here, self._left = weights, limit, code, here, NODES
+        self._weights, self._limit, self._code, self._local, self._left = weights, limit, code, local, NODES
         self._paths: dict[int, tuple[str, Any]] = {}  # of objects by id, with the objects, so that no id is used again
         self._classes: dict[int, type] = {}
 
     def write(self, path: str, text: str) -> str:
-        """Add a row, with a prime where the path is taken, and return its path."""
+        """Add a row, with a prime if the path is taken, and return its path."""
         while path in self.table:
             path += "'"
         self.table[path] = text
         return path
 
-    def _hash(self, path: str, about: str, content: bytes, whole: int) -> None:
-        """Add the hash of the first bytes of a value that has ``whole`` bytes."""
+    def _hash(self, path: str, about: str, content: bytes, total: int) -> None:
         self.write(path, f"sha256:{hashlib.sha256(about.encode() + content).hexdigest()}")
-        if whole > len(content):
+        if total > len(content):
             self.write(f"{path}[...]", f"{NOT_COMPARED}all after its first {len(content):,} bytes")
 
     def visit(self, value: object, path: str, deep: int) -> None:
-        """Add the rows of a value and of all below it."""
         try:
             text = _text(value, self._limit)
-            if text is None or (self._here and text == "{}"):  # a table that may get tensors of a graph
+            if text is None or (self._local and text == "{}"):  # a table that may get tensors of a graph
                 self._visit(value, path, deep)
             elif len(text) <= READABLE:
                 self.write(path, text)
@@ -231,7 +220,7 @@ class _Walk:
     def _rows(self, values: Iterable[tuple[object, object]], path: str, deep: int, form: str = ".{}") -> None:
         """Visit values by name, until the table is full."""
         for name, value in values:
-            if not (self._here and getattr(value, "grad_fn", None) is not None):
+            if not (self._local and getattr(value, "grad_fn", None) is not None):
                 self.visit(value, path + form.format(name), deep)
             if self._left < 0:
                 return
@@ -291,9 +280,9 @@ class _Walk:
             elif tensor.numel() <= _FEW:
                 self.write(path, f"{about} {tensor.tolist()}")
             else:
-                few = tensor.reshape(-1)[: max(1, self._limit // tensor.element_size())].resolve_conj().resolve_neg()
-                about += f" {tensor._version}" if self._here and few.numel() < tensor.numel() else ""
-                self._hash(path, about, few.cpu().contiguous().view(torch.uint8).numpy().tobytes(), tensor.nbytes)
+                head = tensor.reshape(-1)[: max(1, self._limit // tensor.element_size())].resolve_conj().resolve_neg()
+                about += f" {tensor._version}" if self._local and head.numel() < tensor.numel() else ""
+                self._hash(path, about, head.cpu().contiguous().view(torch.uint8).numpy().tobytes(), tensor.nbytes)
             return
         about = f"{value.dtype} {list(value.shape)}"
         if isinstance(value, np.ma.MaskedArray):
@@ -314,11 +303,11 @@ class _Walk:
         base: Any = None if kind in _TEXTS else next((base for base in kind.__mro__ if base in _TEXTS), None)
         size = f" of {len(value)}" if isinstance(value, (*_SEQUENCES, dict, set, frozenset)) else ""
         maker = next(part for part in kind.__mro__ if any(name in vars(part) for name in _PICKLING))
-        whole = isinstance(value, (nn.Module, enum.Enum, MappingProxyType)) or bool(base or size)
-        pickled = not whole and maker is not object and _package(maker.__module__, maker) is not None
+        has_own_rules = isinstance(value, (nn.Module, enum.Enum, MappingProxyType)) or bool(base or size)
+        pickled = not has_own_rules and maker is not object and _package(maker.__module__, maker) is not None
         attributes = [] if pickled and not user else [*_attributes(value)]
         reduced: Any = ""
-        if pickled or (not whole and maker is object and not (user and attributes)):
+        if pickled or (not has_own_rules and maker is object and not (user and attributes)):
             try:
                 reduced = value.__reduce_ex__(4)
             except TypeError:  # the object has fields of C
@@ -326,7 +315,7 @@ class _Walk:
                     raise
                 self.write(f"{path}[...]", f"{NOT_COMPARED}fields of C")
             reduced = "" if not pickled and (attributes or getattr(value, "__dict__", None)) else reduced
-        self.write(path, _class_text(kind) + ("" if self._here else size))  # here the rows tell
+        self.write(path, _class_text(kind) + ("" if self._local else size))  # here the rows tell
         self._class(kind, deep)
         if isinstance(value, nn.Module):
             self._module(dict(attributes), path, deep)
@@ -348,7 +337,7 @@ class _Walk:
         self._visit_pickled(reduced, kind, path, deep)
 
     def _visit_pickled(self, reduced: Any, kind: type, path: str, deep: int) -> None:
-        """Add the rows of what ``__reduce_ex__`` has returned: a name, or arguments, state and content."""
+        """Add the rows of the result of ``__reduce_ex__``."""
         if isinstance(reduced, str):
             self._rows([("name", reduced)] if reduced else [], path, deep)
             return
@@ -359,10 +348,10 @@ class _Walk:
         self._rows([pair for pair in zip(names, parts, strict=False) if pair[1] is not None], path, deep)
 
     def _key(self, key: object, deep: int) -> str:
-        """Return the text of a key or of a member of a set, which does not depend on those before it."""
+        """Return the text of a key or of a member of a set, independent of the others."""
         text = _text(key, self._limit)
         if text is None:
-            walk = _Walk(self._weights, self._limit, code=False, here=self._here)
+            walk = _Walk(self._weights, self._limit, code=False, local=self._local)
             walk._left, walk._paths = self._left, dict(self._paths)
             walk.visit(key, "", deep)
             self._left = walk._left
@@ -387,7 +376,6 @@ class _Walk:
     # -- code ----------------------------------------------------------------------------------------------------------
 
     def _class(self, kind: type, deep: int) -> None:
-        """Add the rows of the members of a class and of its bases."""
         bases: tuple[type, ...] = (*kind.__mro__, *inspect.getmro(type(kind))) if self._code else ()
         for base in bases:
             if id(base) in self._classes or _package(base.__module__, base) is not None:
@@ -421,22 +409,22 @@ class _Walk:
         self._rows((function.__kwdefaults__ or {}).items(), path, deep)
         named = _names(code)
         for name, value in cells:
-            self._named(value, f"{path}.{name}", named.attributes, deep)
+            self._visit_named(value, f"{path}.{name}", named.attributes, deep)
         for name in named.globals:
             if name in function.__globals__:
-                self._named(function.__globals__[name], f"{path}.{name}", named.attributes, deep)
+                self._visit_named(function.__globals__[name], f"{path}.{name}", named.attributes, deep)
         for name in named.imports:
             if _package(name) is None:
                 file = Path(_origin(name))
                 self.write(f"{path}.{name}", content_hash(file.read_bytes()) if file.is_file() else "no file")
         self._rows(attributes.items(), path, deep)
 
-    def _named(self, value: object, path: str, attributes: frozenset[str], deep: int) -> None:
-        """Add the rows of a value that code names, of a user's module also those of what the code names in it."""
+    def _visit_named(self, value: object, path: str, attributes: frozenset[str], deep: int) -> None:
+        """Add the rows of a value that code names, and if it is a user's module, of the names in it."""
         self.visit(value, path, deep)
         if isinstance(value, ModuleType) and _package(value.__name__) is None and deep > 0:
             for name in sorted(attributes & vars(value).keys()):
-                self._named(vars(value)[name], f"{path}.{name}", attributes, deep - 1)
+                self._visit_named(vars(value)[name], f"{path}.{name}", attributes, deep - 1)
 
 
 _SEQUENCES = (list, tuple, deque)
@@ -444,7 +432,7 @@ _FORMS: dict[type, str] = {list: "[{}]", tuple: "({})", dict: "{{{}}}", set: "se
 
 
 def _text(value: Any, limit: int, deep: int = _FEW) -> str | None:
-    """Return the text of a plain value, or of containers of them, up to some characters over the limit; else None."""
+    """Return the text of a plain value or of a container of them, a little over the limit at most, else None."""
     kind = type(value)
     if kind in _TEXTS:
         zone = getattr(value, "tzinfo", None)
@@ -506,7 +494,7 @@ def _attributes(value: object) -> Iterator[tuple[str, Any]]:
 
 
 def _of_process(value: object) -> str | None:
-    """Return what a value is that belongs to the process and differs between processes; else None."""
+    """Describe a value that belongs to the process, else return None."""
     import numpy as np
     import torch
 
@@ -518,7 +506,7 @@ def _of_process(value: object) -> str | None:
 
 
 def _counts(name: str, member: object) -> bool:
-    """Return whether a member of a class can change what its objects do."""
+    """Return whether a member of a class can affect its objects."""
     if isinstance(member, (MemberDescriptorType, GetSetDescriptorType)) or name in _UNTOLD:
         return False
     special = name.startswith("__") and name.endswith("__")
@@ -547,7 +535,7 @@ def _class_text(kind: type) -> str:
 
 
 class _Named(NamedTuple):
-    """Names in a piece of code: of globals, of attributes, and of modules that it imports."""
+    """Names in a piece of code: of globals, of attributes, and of imported modules."""
 
     globals: list[str]
     attributes: frozenset[str]
@@ -555,7 +543,6 @@ class _Named(NamedTuple):
 
 
 def _names(code: CodeType) -> _Named:
-    """Return the names in a piece of code and in the functions and classes that it defines."""
     steps = [step for part in _pieces(code) for step in dis.get_instructions(part)]
     read = {step.argval for step in steps if step.opname.startswith("LOAD_") and step.opname.endswith(_READS)}
     imports = {step.argval for step in steps if step.opname == "IMPORT_NAME" and step.argval}
@@ -573,7 +560,7 @@ def _pieces(code: CodeType) -> Iterator[CodeType]:
 
 
 def _code_hash(code: CodeType) -> str:
-    """Return a hash of what code does, without line numbers and names of files."""
+    """Return a hash of code without line numbers and names of files."""
     about = hashlib.sha256()
     for part in _pieces(code):
         about.update(part.co_code + part.co_exceptiontable)
@@ -584,15 +571,9 @@ def _code_hash(code: CodeType) -> str:
 
 
 def _package(module: str, kind: type | None = None) -> str | None:
-    """Return the name and version of the installed package of a module.
+    """Return name and version of a module's package, None for a user's, "" for Python's, torch's and fedkern's.
 
-    None for a module of the user.
-
-    That of Python, torch and fedkern is "".
-
-    Args:
-        module: name of the module.
-        kind: a class of the module, since a class that ``exec`` makes is one of ``builtins``.
+    ``kind`` is a class: those made by ``exec`` claim to be of ``builtins``.
     """
     top = module.partition(".")[0]
     if top == "builtins" and kind is not None:
@@ -636,11 +617,7 @@ def _origin(name: str) -> str:
 
 
 def module_identity(name: str) -> str:
-    """Return version, hash and path of the file of a module, which is found without importing it.
-
-    Raises:
-        ModuleNotFoundError: there is no such module.
-    """
+    """Return version, hash and path of the file of a module, without importing it."""
     spec = _spec(name)
     if spec is None:
         raise ModuleNotFoundError(f"No module named {name!r}")
@@ -672,19 +649,12 @@ def _spec(name: str) -> ModuleSpec | None:
 
 
 def content_hash(content: bytes) -> str:
-    """Return ``sha256:HEX`` of the content of a file."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def content(path: str | Path, what: str = "") -> bytes:
-    """Return the content of a file of code.
-
-    ``what`` names it in the error, by default as one that a plugin imports.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    with reading(what or f"{path}, which a plugin imports,"), open_regular(path) as file:
+def content(path: str | Path, subject: str = "") -> bytes:
+    """Return the content of a file of code, called ``subject`` in the error."""
+    with reading(subject or f"{path}, which a plugin imports,"), open_regular(path) as file:
         return file.read()
 
 

@@ -1,4 +1,4 @@
-"""Misspelt hooks of users' classes, which nothing would ever call."""
+"""Checks of user-defined classes for misspelt hooks, which would never be called."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ ALIKE, ALIKE_EVENTS = 0.8, 0.5
 
 
 def check_hooks(kind: type, protocol: type = object) -> None:
-    """Raise UserError where a user's class has a name that is nearly a hook's and that its own code never reads.
+    """Raise UserError for a user-defined class with an unread name that is nearly a hook's.
 
-    Names that begin with "_", and names from bases outside of fedkern, are the user's own.  An object of the class may
-    follow ``protocol`` too.
+    Names that begin with "_" and names from bases outside of fedkern pass, and those of ``protocol``.
     """
     shipped = [part for part in kind.__mro__ if part.__module__.partition(".")[0] == "fedkern"]
     if not shipped:
@@ -35,7 +34,7 @@ def check_hooks(kind: type, protocol: type = object) -> None:
         if (
             name.startswith("_")
             or name in foreign
-            or any(name in names for other, _, names in members if other != name)
+            or any(name in names for owner, _, names in members if owner != name)
         ):
             continue
         is_event = name.startswith("on_") and not words.isdisjoint(name.split("_"))
@@ -69,12 +68,11 @@ def _names_in(function: object) -> set[str]:
 
 
 def register_class(table: Registry[Any], name: str, base: type, protocol: type = object) -> Callable[[Kind], Kind]:
-    """Return a class decorator that registers a class derived from ``base`` as ``name``, its attribute from then on.
+    """Return a decorator that registers a class derived from ``base`` as ``name``, its attribute from then on.
 
     Raises:
         ValueError: another class has the name.
         TypeError: the class is not derived from ``base``, or has no docstring.
-        UserError: the class misspells a hook of ``base`` or ``protocol``.
     """
 
     def register(kind: Kind) -> Kind:

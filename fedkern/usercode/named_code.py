@@ -1,4 +1,4 @@
-"""Code that a user names: FILE.py:NAME, or MODULE:NAME."""
+"""Names of user-defined code: FILE.py:NAME, or MODULE:NAME."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ INSTANCE = "module:"
 
 @dataclass(frozen=True)
 class Named:
-    """The name of a class or function in a Python file, by its absolute path, or in a module.
-
-    The other one is "".
-    """
+    """Name of a class or function in a Python file (absolute path) or in a module."""
 
     name: str
     file: str = ""
@@ -36,10 +33,7 @@ class Named:
 
 
 def parse(text: str) -> Named | None:
-    """Return the class or function that ``text`` names.
-
-    None where the text has neither form.
-    """
+    """Return the class or function that ``text`` names, or None."""
     place, _, name = text.rpartition(":")
     if not name.isidentifier() or text.startswith(INSTANCE):
         return None
@@ -49,42 +43,32 @@ def parse(text: str) -> Named | None:
 
 
 def absolute(text: str) -> str:
-    """Return the same text with an absolute path.
-
-    A text that names no file is returned unchanged.
-    """
+    """Return the text with an absolute path if it names a file."""
     named = parse(text)
     return text if named is None else str(named)
 
 
 def short(text: str) -> str:
-    """Return the name alone of code, for titles and names of files.
-
-    A text that names none is returned unchanged.
-    """
+    """Return the name of code alone, for titles and names of files, and any other text unchanged."""
     named = parse(text)
     return text if named is None else named.name
 
 
 def again(text: object, stored: str, *others: Any) -> bool:
-    """Whether ``text`` names the code that a run has stored, and nothing is given beside it: no other files or options.
+    """Return whether ``text`` names the stored code of a run, without other files or options.
 
-    A run folder may not name code alone, so a user names the code of a run's own data again.
+    A run folder may not name code alone, so a user has to.
     """
     return isinstance(text, str) and parse(text) is not None and absolute(text) == stored and not any(others)
 
 
 def trusts(trusted: Iterable[str], code: str) -> bool:
-    """Return whether the user has named code, in whatever way it spells the path."""
+    """Return whether the user has named code, with any spelling of the path."""
     return absolute(code) in {absolute(part) for part in trusted}
 
 
 def refuse_untrusted(file: object, code: str, again: str, flag: str) -> UserError:
-    """Return the refusal of code that only a file of a run folder names.
-
-    Args:
-        again: what the user is to give again, and ``flag`` how the command line names it.
-    """
+    """Return the error for code that only a file of a run folder names, and the user has to give ``again``."""
     name = code.removeprefix("the plugin ")
     return UserError(
         f"{file} names code to run, {code}, and a run folder may come from anyone: where you trust that code, give "
@@ -93,42 +77,38 @@ def refuse_untrusted(file: object, code: str, again: str, flag: str) -> UserErro
 
 
 def trust(name: str) -> str:
-    """Return how Python trusts code of a stored run."""
+    """Return the words by which Python trusts code of a stored run."""
     return f"trusted=[{json.dumps(name)}] to fedkern.load"
 
 
-def refuse_changed(what: str, out: object, differences: Sequence[str], again: str) -> UserError:
-    """Return the refusal to go on with code that is not as it was when the run in ``out`` began.
+def refuse_changed(subject: str, out: object, differences: Sequence[str], again: str) -> UserError:
+    """Return the error for untrusted code that has changed since the run in ``out`` began.
 
-    Nobody has trusted it.
-
-    Args:
-        what: the code, as the subject of a sentence.
-        differences: what differs, in words; empty where nothing is known.
-        again: what the user is to give to go on with the code as it is now.
+    ``again`` is the argument that accepts the changed code.
     """
     differ = f" ({first_of(differences, 3)})" if differences else ""
     return UserError(
-        f"{what} has changed since the run in {out} began{differ}: put back the former one, or give {again} to go on "
-        "with the changed one."
+        f"{subject} has changed since the run in {out} began{differ}: put back the former one, or give {again} to go "
+        "on with the changed one."
     )
 
 
-def as_it_is(what: str) -> str:
+def warn_of_change(code: str) -> str:
     """Return the warning on changed code that the user has trusted."""
     return (
-        f"The run goes on with {what} as it is now, not as the run was started with: its bits may differ from an "
+        f"The run goes on with {code} as it is now, not as the run was started with: its bits may differ from an "
         "uninterrupted one."
     )
 
 
-def load(named: Named, what: str) -> tuple[Any, str]:
-    """Import the module, or run the file, and return what it calls by that name.
+def load(named: Named, subject: str) -> tuple[Any, str]:
+    """Import the module, or run the file, and return the named object.
 
     A file is run once for each identity, as a module of its own; modules beside the file can be imported.
 
     Args:
-        what: subject of the error messages, such as ``"the teacher"``.
+        named: name of the code.
+        subject: subject of the error messages, such as ``"the teacher"``.
 
     Returns:
         The object, and the identity of its file, with those that it imports from its own folder, or of its module.
@@ -139,7 +119,7 @@ def load(named: Named, what: str) -> tuple[Any, str]:
     try:
         if named.file:
             file = Path(os.path.realpath(named.file))
-            code = plugin_files.read_code(file, f"{what} {named}")
+            code = plugin_files.read_code(file, f"{subject} {named}")
             identity, name = code.identity, module_name(named.file, code.source)
             plugin_files.forget_changed(file, code, name)
             module = run(name, named.file, code.source)
@@ -152,10 +132,10 @@ def load(named: Named, what: str) -> tuple[Any, str]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
-        raise UserError(f"{what} {named} cannot be imported: {type(error).__name__}: {error}.") from None
+        raise UserError(f"{subject} {named} cannot be imported: {type(error).__name__}: {error}.") from None
     try:
         return getattr(module, named.name), identity
     except AttributeError:
         hint = suggest_name(named.name, [name for name in vars(module) if not name.startswith("_")])
         where = named.file or named.module
-        raise UserError(f'{what} {named} cannot be imported: {where} has no "{named.name}".{hint}') from None
+        raise UserError(f'{subject} {named} cannot be imported: {where} has no "{named.name}".{hint}') from None

@@ -1,8 +1,8 @@
-"""Files that a plugin imports from its own folder, which belong to the plugin's identity.
+"""Files that a plugin imports from its own folder, as parts of the plugin's identity.
 
-They are found in the source, which is not executed: the ``import`` statements of the plugin, of what it imports, and so
-on, also those inside functions; what a plugin imports in another way (``importlib``, a path of its own) does not count.
-Neither do installed packages, the standard library and fedkern, even if they lie in the plugin's folder.
+They are found by the ``import`` statements in the source of the plugin, of its imports, and so on; nothing is executed,
+and other ways to import (``importlib``) do not count.  Neither do installed packages, the standard library and fedkern,
+even in the plugin's folder.
 
 An identity is ``sha256:HEX`` of the plugin, followed by ``; PATH sha256:HEX`` for every neighbour, with the path
 relative to the plugin's folder.
@@ -28,11 +28,10 @@ _PART = re.compile(r"(?:(?P<path>.+?) )??(?P<hash>sha256:[0-9a-f]{64})(?:; |$)",
 
 @dataclass(frozen=True)
 class CodeFile:
-    """A file of code as it is now.
+    """Current content of a file of code.
 
     Attributes:
-        source: its content.
-        hashes: by path from its folder, those of the files there that it imports, and its own under ``""``.
+        hashes: of the imported files in its folder by relative path, and its own under ``""``.
         modules: names of the modules that it imports from its folder.
     """
 
@@ -45,18 +44,12 @@ class CodeFile:
         return "; ".join(f"{path} {text}".lstrip() for path, text in self.hashes.items())
 
 
-def read_code(file: Path, what: str, source: bytes | None = None) -> CodeFile:
-    """Read a file of code, and the files that it imports from its own folder, without executing anything.
+def read_code(file: Path, subject: str, source: bytes | None = None) -> CodeFile:
+    """Read a file of code and its imports from its own folder, without executing anything.
 
-    Args:
-        file: the file, by its absolute path.
-        what: what the error calls the file.
-        source: content that stands for the file's.
-
-    Raises:
-        UserError: a file cannot be read.
+    ``source`` replaces the file's content.
     """
-    source = content(file, what) if source is None else source
+    source = content(file, subject) if source is None else source
     neighbours = imported_modules(file, source)
     paths = sorted((path.relative_to(file.parent).as_posix(), path) for path in neighbours)
     hashes = {"": content_hash(source), **{name: content_hash(content(path)) for name, path in paths}}
@@ -64,19 +57,19 @@ def read_code(file: Path, what: str, source: bytes | None = None) -> CodeFile:
 
 
 def forget_changed(file: Path, code: CodeFile, module: str) -> None:
-    """Have a file's ``module``, and those beside it, made anew where a file has changed since this process ran it."""
-    now = {module: code.identity, **{str(file.parent / path): text for path, text in code.hashes.items() if path}}
-    if any(_SEEN.get(name, text) != text for name, text in now.items()):
+    """Unload a file's ``module``, and those beside it, if a file has changed since this process ran it."""
+    identities = {
+        module: code.identity,
+        **{str(file.parent / path): text for path, text in code.hashes.items() if path},
+    }
+    if any(_SEEN.get(name, text) != text for name, text in identities.items()):
         for name in (module, *loaded_modules(file.parent, code.modules)):
             sys.modules.pop(name, None)
-    _SEEN.update(now)
+    _SEEN.update(identities)
 
 
 def parse_identity(text: str) -> dict[str, str]:
-    """Hashes by relative path, that of the plugin under ``""``.
-
-    Empty where the text is no identity of a file.
-    """
+    """Return the hashes by relative path, the plugin's under ``""``, or {} if the text is no identity."""
     parts: dict[str, str] = {}
     at = 0
     while at < len(text):
@@ -88,17 +81,13 @@ def parse_identity(text: str) -> dict[str, str]:
 
 
 def loaded_modules(folder: Path, names: Iterable[str]) -> list[str]:
-    """Names of modules that this process has loaded from files in the folder or below."""
+    """Return the modules that this process has loaded from the folder or below."""
     files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names}
     return [name for name, file in files.items() if file and Path(os.path.realpath(file)).is_relative_to(folder)]
 
 
 def imported_modules(file: Path, source: bytes) -> dict[Path, str]:
-    """Modules by file, in the plugin's folder or below, that import statements lead to, from one file to the next.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """Return modules by file, in the plugin's folder or below, that import statements lead to."""
     folder, foreign = file.parent, _foreign(file.parent)
     modules: dict[Path, str] = {}
     todo = [(file, source)]
@@ -116,21 +105,21 @@ def imported_modules(file: Path, source: bytes) -> dict[Path, str]:
 
 
 def _files(stem: Path) -> Iterator[Path]:
-    """Yield the files that the import of a module may load, by its path without ending."""
+    """Yield the files that the import of a module may load."""
     for suffix in all_suffixes():
         yield stem.with_name(f"{stem.name}{suffix}")
         yield stem / f"__init__{suffix}"
 
 
 def _foreign(folder: Path) -> list[Path]:
-    """Folders of installed code that lie in a folder: an environment may, or a checkout of fedkern."""
+    """Return folders of installed code inside a folder: of an environment, or a checkout of fedkern."""
     places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     folders = [os.path.realpath(place) for place in (str(Path(__file__).parents[1]), *places) if place]
     return [Path(path) for path in folders if Path(path).is_relative_to(folder)]
 
 
 def _names(file: Path, source: bytes, folder: Path) -> Iterator[str]:
-    """Dotted names that a file may import, with the packages above them, as seen from the folder."""
+    """Yield dotted names that a file may import, with their packages, as seen from the folder."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):  # its execution says so
@@ -138,8 +127,8 @@ def _names(file: Path, source: bytes, folder: Path) -> Iterator[str]:
     package = file.parent.relative_to(folder).parts
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for each in node.names:
-                yield from _with_parents(each.name.split("."))
+            for alias in node.names:
+                yield from _with_parents(alias.name.split("."))
         elif isinstance(node, ast.ImportFrom):
             above = package[: max(0, len(package) - node.level + 1)] if node.level else ()
             base = [*above, *(node.module.split(".") if node.module else ())]

@@ -1,9 +1,8 @@
-"""Plugins: files and modules of a user that register methods, models, data sets, metrics, parts of runs and so on.
+"""Plugins: files and modules that register methods, models, data sets, metrics, parts of runs and so on.
 
-A plugin is named by the user, as ``--plugin FILE.py|MODULE`` or with :func:`load`, or by an installed package, as an
-entry point of the group ``fedkern.plugins``.  What a plugin registers is then known by name everywhere, like fedkern's
-own.  A run stores its plugins in ``config.toml``, each with an identity: the SHA-256 of a file and of what it imports
-from its own folder (`fedkern.usercode.plugin_files`), or the version, SHA-256 and origin of a module.
+The user names a plugin, as ``--plugin FILE.py|MODULE`` or with :func:`load`, or an installed package does, as an entry
+point of the group ``fedkern.plugins``.  A run stores its plugins in ``config.toml`` with identities: the SHA-256 of a
+file and of its imports from its own folder, or the version, SHA-256 and origin of a module.
 
 A run folder may come from anyone.  :func:`restore` therefore executes a stored plugin only if its identity is unchanged
 and this user has started a run with it on this machine before (:func:`remember`), or if the user names it again.
@@ -51,16 +50,15 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Plugin:
-    """A loaded plugin.
+    """Loaded plugin.
 
     Attributes:
         name: absolute path of the file, or name of the module.
-        identity: ``sha256:...`` of a file and of its neighbours; version, SHA-256 and origin of a module.
         source: content of the file; None for a module.
         given: whether the user named the plugin, rather than an entry point or a run folder.
         installed: whether an entry point names the plugin.
-        added: names that the plugin has registered, by kind (a key of `REGISTRIES`).
-        modules: names of modules in the folder of a file that it imports.
+        added: names that the plugin has registered, by kind.
+        modules: names of modules that a file imports from its folder.
     """
 
     name: str
@@ -82,15 +80,15 @@ _installed = False
 def load(name: str) -> Plugin:
     """Execute a plugin, so that everything that it registers is known by name.
 
-    A module is executed once in a process, and so is a file until the file changes.  A changed file replaces what its
-    former content registered.
+    A module is executed once in a process, and so is a file until the file changes.  A changed file replaces the
+    entries that its former content registered.
 
     Args:
         name: path of a Python file (with a folder or the ending ``.py``), or name of a module that can be imported.
 
     Raises:
-        UserError: there is no such plugin, it raises an exception, it registers nothing, or it registers a name that
-            is taken.  Nothing that it registered is kept then.
+        UserError: there is no such plugin, it raises an exception, it registers nothing, or it registers a name that is
+            taken.  Nothing that it registered is kept then.
     """
     name, path = _locate_plugin(name)
     plugin = _LOADED.get(name)
@@ -107,10 +105,7 @@ def load(name: str) -> Plugin:
 
 
 def load_installed(warn: Callable[[str], None] = warnings.warn) -> None:
-    """Load the plugins of installed packages (entry points of `GROUP`), once in a process.
-
-    Calls ``warn`` with a sentence for every plugin that cannot be loaded; the others are loaded all the same.
-    """
+    """Load the plugins of installed packages once in a process, and ``warn`` of those that fail."""
     global _installed
     if _installed:
         return
@@ -132,10 +127,6 @@ def load_installed(warn: Callable[[str], None] = warnings.warn) -> None:
 
 
 def unload(name: str) -> None:
-    """Forgets a plugin and everything that it has registered.
-
-    Does nothing if the plugin is not loaded.
-    """
     plugin = _LOADED.pop(name, None)
     if plugin is None:
         return
@@ -147,14 +138,13 @@ def unload(name: str) -> None:
 
 
 def _forget(plugin: Plugin, kept: Collection[str] = ()) -> None:
-    """Have a plugin's module, and those beside it that it imports, loaded anew, but for those ``kept``."""
+    """Unload a plugin's module, and those beside it that it imports, except for ``kept`` ones."""
     names = plugin_files.loaded_modules(Path(plugin.name).parent, plugin.modules)
     for name in {_module_name(plugin), *names} - {*kept}:
         sys.modules.pop(name, None)
 
 
 def loaded_plugins() -> tuple[Plugin, ...]:
-    """Return the plugins of this process, in the order in which they were loaded."""
     return tuple(_LOADED.values())
 
 
@@ -182,7 +172,6 @@ def _module_identity(name: str) -> str:
 
 
 def _module_name(plugin: Plugin) -> str:
-    """Name of the plugin's module in ``sys.modules``."""
     return plugin.name if plugin.source is None else module_name(plugin.name, plugin.source)
 
 
@@ -193,12 +182,7 @@ def _tables() -> Mapping[str, Registry[Any]]:
 
 
 def _execute(plugin: Plugin) -> Plugin:
-    """Run a plugin's code.
-
-    Returns the plugin with what it registers.
-
-    An exception leaves nothing registered.
-    """
+    """Run a plugin's code, and return the plugin with its entries, of which an exception leaves none."""
     tables, module = _tables(), _module_name(plugin)
     _check_apart(plugin)
     before = {kind: dict(table) for kind, table in tables.items()}
@@ -221,14 +205,14 @@ def _execute(plugin: Plugin) -> Plugin:
 
 
 def _check_apart(plugin: Plugin) -> None:
-    """Raise UserError where a plugin imports a module that a plugin of another folder has loaded by the same name."""
-    for other in _LOADED.values():
-        folder = Path(other.name).parent
-        shared = plugin_files.loaded_modules(folder, {*other.modules} & {*plugin.modules})
+    """Raise UserError if a plugin of another folder has loaded an imported module's name."""
+    for loaded in _LOADED.values():
+        folder = Path(loaded.name).parent
+        shared = plugin_files.loaded_modules(folder, {*loaded.modules} & {*plugin.modules})
         if shared and folder != Path(plugin.name).parent:
             raise UserError(
                 f"The plugin {plugin.name} imports {shared[0]}, and another {shared[0]} is loaded already, of the "
-                f"plugin {other.name}: rename one of the two."
+                f"plugin {loaded.name}: rename one of the two."
             )
 
 
@@ -248,10 +232,7 @@ def _run(plugin: Plugin, name: str) -> None:
 
 
 def _line(error: BaseException, plugin: Plugin) -> str:
-    """Return where in the plugin's file an exception arose, as `` (line N)``.
-
-    "" where that is not known.
-    """
+    """Return the line of the plugin's file that raised an exception, as `` (line N)``, or ""."""
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})" if error.filename == plugin.name else ""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == plugin.name]
@@ -261,7 +242,6 @@ def _line(error: BaseException, plugin: Plugin) -> str:
 def _registered_names(
     plugin: Plugin, before: Mapping[str, Mapping[str, object]], tables: Mapping[str, Mapping[str, object]]
 ) -> dict[str, tuple[str, ...]]:
-    """Return the names that a plugin has registered, by kind."""
     added: dict[str, tuple[str, ...]] = {}
     for kind, table in tables.items():
         replaced = [name for name, entry in before[kind].items() if table.get(name, entry) is not entry]
@@ -285,16 +265,9 @@ def _registered_names(
 
 
 def load_given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
-    """Load plugins that the user names for a run.
+    """Load plugins that the user names, and return their identities by full name.
 
-    Args:
-        names: names of plugins; or their identities by name, "" for any identity.
-
-    Returns:
-        The identities by the plugins' full names, as a run stores them.
-
-    Raises:
-        UserError: a plugin cannot be loaded (:func:`load`), or has another identity.
+    A mapping has the required identities, "" for any.
     """
     identities = names if isinstance(names, Mapping) else dict.fromkeys(names, "")
     result = {}
@@ -309,10 +282,10 @@ def load_given(names: Iterable[str] | Mapping[str, str]) -> dict[str, str]:
     return result
 
 
-def used(names: Mapping[str, str]) -> dict[str, str]:
-    """Identities, by name, of the loaded plugins that registered one of ``names`` (by kind), or a metric.
+def find_used(names: Mapping[str, str]) -> dict[str, str]:
+    """Return identities of the loaded plugins that registered one of ``names`` (by kind), or a metric.
 
-    Those of installed packages that registered a part or a filter are among them: no setting names these.
+    Installed plugins that registered a part or a filter are included: no setting names these.
     """
     return {
         plugin.name: plugin.identity
@@ -323,36 +296,27 @@ def used(names: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def of_run(table: Registry[Any], stored: Mapping[str, str]) -> list[str]:
-    """Names in a registry that a run has: those of its plugins in their order, then those that no plugin has added.
-
-    Args:
-        stored: the run's plugins, identities by name.
-    """
+def names_of_run(table: Registry[Any], stored: Mapping[str, str]) -> list[str]:
+    """Return a run's names in a registry: those of its ``stored`` plugins in order, then those of no plugin."""
     of_all = {name for plugin in _LOADED.values() for name in plugin.added.get(table.kind, ())}
-    of_run = [name for plugin in sent_plugins(stored) for name in plugin.added.get(table.kind, ())]
-    return [*of_run, *(name for name in table if name not in of_all)]
+    names = [name for plugin in sent_plugins(stored) for name in plugin.added.get(table.kind, ())]
+    return [*names, *(name for name in table if name not in of_all)]
 
 
 def describe_plugins(kind: str) -> dict[str, str]:
-    """Return the first lines of docstrings, by name, of the classes of a kind that loaded plugins have registered."""
+    """Return the first docstring lines, by name, of a kind's classes from plugins."""
     names = [name for plugin in _LOADED.values() for name in plugin.added.get(kind, ())]
     return {name: docstring(_tables()[kind][name]).splitlines()[0] for name in names}
 
 
-def now(stored: Mapping[str, str]) -> dict[str, str]:
-    """Return the loaded plugins that stand for those of a stored run, as identities by name."""
+def current_identities(stored: Mapping[str, str]) -> dict[str, str]:
+    """Return the identities of the loaded plugins that stand for a run's ``stored`` ones."""
     plugins = [_stand_in(name, identity) or Plugin(name, identity) for name, identity in stored.items()]
     return {plugin.name: plugin.identity for plugin in plugins}
 
 
 def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
     """Load the plugins of a stored run, as far as they may be executed.
-
-    Args:
-        stored: identities by name, as in the run's ``config.toml``.
-        folder: the run folder, for error messages.
-        trusted: names of plugins that may be executed whatever the folder is and even if they have changed.
 
     Raises:
         UserError: a plugin is missing, has changed, or was never used by this user on this machine, and is neither
@@ -384,12 +348,15 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
 
 
 def _differences(name: str, path: Path | None, identity: str, source: bytes | None = None) -> list[str]:
-    """Return what has changed of a plugin since it had an identity, in words, without executing anything."""
-    then, now = {"": identity}, {"": "" if path is not None else _module_identity(name)}
+    """Describe the changes of a plugin since it had an identity, without executing anything."""
+    old_table, new_table = {"": identity}, {"": "" if path is not None else _module_identity(name)}
     if path is not None:
         code = plugin_files.read_code(path, f"The plugin {path}", source)
-        then, now = plugin_files.parse_identity(identity) or then, code.hashes
-    tables = ({str(Path(name).parent / part) if part else name: table[part] for part in table} for table in (then, now))
+        old_table, new_table = plugin_files.parse_identity(identity) or old_table, code.hashes
+    tables = (
+        {str(Path(name).parent / part) if part else name: table[part] for part in table}
+        for table in (old_table, new_table)
+    )
     return [_short(text) for text in differences(*tables)]
 
 
@@ -398,7 +365,7 @@ def _short(identity: str) -> str:
 
 
 def check_given(names: Iterable[str], stored: Mapping[str, str], folder: str | os.PathLike[str]) -> None:
-    """Raise UserError where a plugin that is given to resume a run is none of that run."""
+    """Raise UserError if a plugin that is given to resume a run does not belong to it."""
     for text in names:
         plugin = load(text)
         if not any(_stands_for(plugin, name, identity) for name, identity in stored.items()):
@@ -409,10 +376,10 @@ def check_given(names: Iterable[str], stored: Mapping[str, str], folder: str | o
 
 
 def _stand_in(name: str, identity: str) -> Plugin | None:
-    """Return the loaded plugin that is a stored one: the same content, or one that the user has named in its place."""
-    same = _LOADED.get(name)
-    if same is not None and (same.given or same.identity == identity):
-        return same
+    """Return the loaded plugin for a stored one: the same content, or one that the user has named."""
+    namesake = _LOADED.get(name)
+    if namesake is not None and (namesake.given or namesake.identity == identity):
+        return namesake
     return next((plugin for plugin in _LOADED.values() if plugin.given and _stands_for(plugin, name, identity)), None)
 
 
@@ -428,7 +395,7 @@ def _stands_for(plugin: Plugin, name: str, identity: str) -> bool:
 def remember(plugins: Mapping[str, str]) -> None:
     """Note in the user's cache folder that a run of this user executes these plugins.
 
-    Without a cache folder that can be written to, a resumed run asks for ``--plugin`` again.
+    Without a writable cache folder, a resumed run asks for ``--plugin`` again.
     """
     for name, identity in plugins.items():
         with suppress(OSError, UserError):
@@ -453,19 +420,12 @@ def _note(name: str, identity: str) -> Path:
 
 
 def sent_plugins(stored: Mapping[str, str]) -> list[Plugin]:
-    """Return the plugins of a run for another process.
-
-    That process gets the content of files as this one has executed it.
-    """
+    """Return the plugins of a run for another process, with files as this process has executed them."""
     return [plugin for name, identity in stored.items() if (plugin := _stand_in(name, identity)) is not None]
 
 
 def receive(plugins: Iterable[Plugin]) -> None:
-    """Load plugins that another process has :func:`sent_plugins`.
-
-    Raises:
-        UserError: see :func:`load`; or a file that a plugin imports has changed meanwhile.
-    """
+    """Load plugins from another process's :func:`sent_plugins`, unless an imported file has changed."""
     for plugin in plugins:
         if plugin.name in _LOADED:
             continue

@@ -1,4 +1,4 @@
-"""Registries by name, of fedkern's own entries and of those that users add, and what a registered function declares."""
+"""Registries of built-in and user-defined entries by name, and options of registered functions."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Registry(dict[str, Entry]):
     """Entries of one kind by name.
 
     Args:
-        kind: what messages call an entry, such as ``"data set"``.
-        entries: those of fedkern's own.
-        code: gives the class or function that an entry was made of, or None for one that nobody may replace.
+        kind: word for an entry in messages, such as ``"data set"``.
+        entries: built-in ones.
+        code: gives the class or function of an entry, or None for one that nobody may replace.
     """
 
     def __init__(
@@ -33,18 +33,15 @@ class Registry(dict[str, Entry]):
         REGISTRIES[kind] = self
 
     def takes(self, name: str, code: object) -> bool:
-        """Whether a class or function can have a name: it is free, or a notebook's cell or a file is run again."""
+        """Return whether a name is free, or holds the same class or function of a re-run cell or file."""
         return name not in self or _place(self._code(self[name])) == _place(code)
 
     def describe(self, name: str, code: object, otherwise: str = "") -> str:
-        """Return the first line of the docstring of a class or function that is to be registered as ``name``.
-
-        Args:
-            otherwise: the description where there is no docstring.
+        """Return the first line of the docstring of a class or function to be registered as ``name``.
 
         Raises:
             ValueError: another class or function has the name.
-            TypeError: there is no description.
+            TypeError: there is no docstring and no description ``otherwise``.
         """
         if not self.takes(name, code):
             holder = self._code(self[name])
@@ -57,10 +54,7 @@ class Registry(dict[str, Entry]):
 
 
 def _place(code: object) -> tuple[str, str] | None:
-    """File and name of a class or function.
-
-    Its module's name where that has no file, as a notebook's.
-    """
+    """Return file (or module, such as a notebook's) and name of a class or function."""
     if code is None:
         return None
     module = sys.modules.get(code.__module__)
@@ -69,15 +63,11 @@ def _place(code: object) -> tuple[str, str] | None:
 
 
 def name_of(code: object) -> str:
-    """Return the qualified name of a class or function, or that of an object's class."""
     return str(getattr(code, "__qualname__", type(code).__qualname__))
 
 
 def docstring(thing: Any) -> str:
-    """Return the docstring of a function or class, read from its source under ``-OO``.
-
-    Empty where there is none.
-    """
+    """Return the docstring of a function or class, read from its source under ``-OO``, or ""."""
     if thing.__doc__ or sys.flags.optimize < 2:
         return inspect.cleandoc(thing.__doc__ or "")
     try:
@@ -88,13 +78,7 @@ def docstring(thing: Any) -> str:
 
 
 def keyword_options(function: Callable[..., Any], exclusions: Collection[str]) -> dict[str, Any]:
-    """Return the keyword parameters of a registered function with their defaults.
-
-    fedkern's own (``exclusions``) are left out.
-
-    Raises:
-        TypeError: a parameter has no default, or the function takes any keywords or any further arguments.
-    """
+    """Return the keyword parameters of a registered function with their defaults, without ``exclusions``."""
     options = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in exclusions:

@@ -47,7 +47,7 @@ def filters_of(run: RunObjects) -> list[Filter]:
 
 
 def _build_all(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[Any]:
-    user_names = [name for name in plugins.of_run(table, run.config.plugins) if name not in order]
+    user_names = [name for name in plugins.names_of_run(table, run.config.plugins) if name not in order]
     names = [entry for name in order for entry in (user_names if name == USERS else [name])]
     objects = (user_parts.build(table[name], run) if name in user_names else table[name].build(run) for name in names)
     return [part for part in objects if part is not None]

@@ -36,7 +36,7 @@ from fedkern.privacy import Guarantee
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings import run_data
 from fedkern.settings.config import RunConfig
-from fedkern.settings.grounds import files_identity
+from fedkern.settings.provenance import files_identity
 from fedkern.usercode.code_identity import digest, left_out
 
 

@@ -42,7 +42,8 @@ def resumed_settings(
     if rounds is not None:
         config, stored = config.replace(rounds=rounds), stored.replace(rounds=rounds)
     config = config.replace(
-        client_threads=config.client_threads or stored.client_threads, plugins=plugins.now(stored.plugins)
+        client_threads=config.client_threads or stored.client_threads,
+        plugins=plugins.current_identities(stored.plugins),
     )
     config = config.replace(**{name: getattr(stored, name) for name in config.unset})
     check_settings(config if config.augment else config.replace(augment=stored.augment), stored, out)
@@ -195,7 +196,7 @@ def same_code(
     for subject, name, words in changed:
         if not named_code.trusts(trusted, name):
             raise named_code.refuse_changed(subject, out, words, f'trusted=["{name}"] to fedkern.load')
-        warnings.append(named_code.as_it_is(subject))
+        warnings.append(named_code.warn_of_change(subject))
     kept = {name: getattr(stored, name) for name in ("model_sha256", "training", "training_sha256")}
     return config.replace(**kept), warnings
 
@@ -275,7 +276,7 @@ def changes(info: State, config: RunConfig) -> dict[str, str]:
     before = info["config"].get("plugins") or {}
     replaced = [name for name, identity in config.plugins.items() if identity not in before.values()]  # a file may move
     if replaced:
-        warnings["other-plugin"] = named_code.as_it_is(", ".join(replaced))
+        warnings["other-plugin"] = named_code.warn_of_change(", ".join(replaced))
     current = versions.kernels()
     stored = info["kernels"]
     differ = [

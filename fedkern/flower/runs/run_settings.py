@@ -134,7 +134,7 @@ def check_portable(config: RunConfig) -> None:
             f"--compress {config.compress} is not for runs over Flower, whose nodes send uploads whole: leave it out, "
             'or have them travel as bf16 with flower.transport="bf16".'
         )
-    for name in plugins.of_run(FILTERS, config.plugins):
+    for name in plugins.names_of_run(FILTERS, config.plugins):
         if name not in FILTER_ORDER and FILTERS[name].encoders is not Filter.encoders:
             raise UserError(
                 f"The filter {name} has encoders, and nodes of Flower send uploads as they are: leave its plugin out."

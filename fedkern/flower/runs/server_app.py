@@ -22,7 +22,7 @@ from fedkern.flower.runs.node_executor import Nodes
 from fedkern.flower.runs.node_registry import NodeRegistry
 from fedkern.flower.runs.own_data import declare_federation
 from fedkern.listeners.events import Listener, Record, RunInfo, Summary
-from fedkern.settings.doors import key_words
+from fedkern.settings.error_wording import key_words
 
 app = ServerApp()
 

@@ -1,4 +1,4 @@
-"""Transformer layer over token sequences, for alignment layers and for the small encoders."""
+"""Transformer layer over token sequences."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ HEAD_WIDTH = 64
 
 
 def head_count(width: int) -> int:
-    """Return the largest number of heads that divides ``width`` into at least 64 channels (12 for 768), or 1."""
+    """Return the largest number of heads of at least 64 channels that divides ``width``, or 1."""
     return max(heads for heads in range(1, max(1, width // HEAD_WIDTH) + 1) if width % heads == 0)
 
 
 class TransformerLayer(nn.Module):
     """Self-attention and a feed-forward network with residual connections (arXiv 1706.03762), without dropout.
 
-    The layer has :func:`head_count` heads, ``4 width`` hidden units, and 7,087,872 parameters with ``width`` 768.
-
-    Args:
-        width: d, channels of a token.
-        norm_first: layer norms before attention and feed-forward (vision transformers) or after both (BERT).
+    There are ``4 width`` hidden units.  ``norm_first`` puts layer norms before attention and feed-forward (vision
+    transformers), else after both (BERT).
     """
 
     def __init__(self, width: int, *, norm_first: bool = True) -> None:
@@ -49,7 +46,7 @@ class TransformerLayer(nn.Module):
 
         A single query needs neither keys nor values of the other tokens.  With ``k = W x + b`` its scores are ``(q W)
         x`` plus a constant that softmax ignores, and the mean of the values is the value matrix times the mean of the
-        tokens: ``2 h d`` multiplications per token (h heads) instead of ``12 d^2``.
+        tokens.
         """
         x = self.norm1(tokens) if self.norm_first else tokens
         query_weight, key_weight, value_weight = self.qkv.weight.unflatten(0, (3, self.heads, -1))
@@ -70,7 +67,7 @@ class TransformerLayer(nn.Module):
         return self.narrow(F.gelu(self.widen(tokens)))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map tokens fp32 ``[B, N, d]``, with attention to tokens where ``mask`` (bool ``[B, N]``) is True."""
+        """Map tokens fp32 ``[B, N, d]``, with attention to those where ``mask`` (bool ``[B, N]``) is True."""
         if self.norm_first:
             tokens = tokens + self._attend(self.norm1(tokens), mask)
             return tokens + self._fed(self.norm2(tokens))

@@ -1,7 +1,6 @@
 """Convolution, batch norm, ReLU and max pooling of networks as one operator, :func:`fedkern.ops.conv_norm`.
 
-PyTorch's layers stay the modules of a network, with their names, states and hooks.  The operator runs in their place
-where calling them would have no other effect.
+PyTorch's layers keep their names, states and hooks.  The operator replaces them if calling them has no other effect.
 """
 
 from __future__ import annotations
@@ -35,10 +34,7 @@ def run_conv_norm(
 ) -> Tensor:
     """Compute ``pool(relu(norm(conv(x)) + residual))``, by the operator if it supports the layers and no hook watches.
 
-    Args:
-        x: fp32 ``[B, C, H, W]``.
-        relu: a module, ``F.relu``, or None for no activation.
-        residual: a tensor like the norm's result, or None.
+    ``relu`` is a module, ``F.relu``, or None.
     """
     served = None if torch.compiler.is_compiling() else _run_operator(x, conv, norm, relu, pool, residual)
     if served is not None:

@@ -14,16 +14,12 @@ from fedkern.ops._core.layout import apply_norm
 class PatchDiscriminators(nn.Module):
     """K discriminators that tell real images from generated ones patch by patch (FedIOD, arXiv 2312.14478).
 
-    A discriminator is a 4x4 convolution of stride 2 to ``ndf`` channels with LeakyReLU 0.2, another to ``2 ndf`` with
-    batch norm and LeakyReLU, and a 1x1 convolution to one logit: 0.53 million parameters at 3 channels and ``ndf`` 128.
-    Batch norm always uses batch statistics.  Further layers are like the second, with twice the channels (at most ``8
-    ndf``).
-
+    A discriminator is a 4x4 convolution of stride 2 to ``ndf`` channels with LeakyReLU 0.2, more to ``2 ndf``, ... (at
+    most ``8 ndf``) with batch norm by batch statistics and LeakyReLU, and a 1x1 convolution to one logit.
     Discriminator k has the rows ``k * n`` to ``(k + 1) * n`` of every parameter's first axis.
 
     Args:
         generators: K CPU generators, which draw weights from N(0, 0.02) and scales of batch norm from N(1, 0.02).
-        ndf: channels of the first map.
         layers: at least two convolutions of stride 2; images must have at least ``2 ** layers`` pixels a side.
     """
 
@@ -47,11 +43,7 @@ class PatchDiscriminators(nn.Module):
         return [{name: pieces[k] for name, pieces in cut.items()} for k in range(self.count)]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return patch logits ``[K, B, h, w]``.
-
-        Args:
-            images: ``[B, C, H, W]`` for all discriminators, or ``[K, B, C, H, W]``.
-        """
+        """Return patch logits ``[K, B, h, w]`` of images ``[B, C, H, W]``, or ``[K, B, C, H, W]``."""
         count = self.count
         if images.dim() == 5:
             x = torch.cat([F.conv2d(*layer, stride=2, padding=1) for layer in self._own(images)], 1)
@@ -71,15 +63,12 @@ class PatchDiscriminators(nn.Module):
 
 
 def receptive_field(layers: int) -> int:
-    """Return the side in pixels of a logit's receptive field: 10 after 2 layers, then 22, 46 ..."""
+    """Return the side in pixels of a logit's receptive field."""
     return 3 * 2**layers - 2
 
 
 def whole_image(height: int, width: int) -> int:
-    """Return the number of layers, at least 2, after which a logit sees the whole image.
-
-    The shorter side limits the number.
-    """
+    """Return the number of layers, at least 2, after which a logit sees the whole image, if the shorter side allows."""
     layers = 2
     while receptive_field(layers) < max(height, width) and 2 ** (layers + 1) <= min(height, width):
         layers += 1

@@ -49,11 +49,7 @@ class EfficientNetB0(StagedNetwork):
 
     Args:
         width: channels of the stem; every layer scales with width / 32, rounded to multiples of 8.
-        stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the
-            stem, so that 32-pixel images end in 2x2 maps (methods note 5.5).
-
-    Attributes:
-        activation, block: makers of the activations outside of blocks, and of the blocks.
+        stem: ``"imagenet"`` has the paper's strides, ``"cifar"`` stride 1 in the stem (methods note 5.5).
     """
 
     activation: ClassVar[type[nn.Module]] = nn.SiLU

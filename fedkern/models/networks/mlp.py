@@ -11,11 +11,7 @@ class MLP(StagedNetwork):
     """Three hidden layers of ``width`` units with batch norm and ReLU, each a stage.
 
     Units are the channels of maps ``[B, width, 1, 1]``, so methods that mix, send or fuse feature maps work on them.
-    The first layer is a convolution as large as the image, the others are 1x1 convolutions.
-
-    Args:
-        width: units of every hidden layer.
-        image_size: side of the images in pixels; images of another shape are first averaged to this size.
+    Images of another shape than ``image_size`` are first averaged.
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = 256, image_size: int = 32) -> None:

@@ -17,7 +17,7 @@ FEATURES = 1280
 
 
 def divisible(channels: float) -> int:
-    """Return ``channels`` rounded to a multiple of 8, at least 8 and never more than a tenth smaller."""
+    """Round to a multiple of 8, at least 8 and never more than a tenth smaller."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
 
@@ -36,12 +36,7 @@ def conv_norm(
 class InvertedResidual(nn.Module):
     """1x1 expansion, depthwise convolution and linear 1x1 projection, with a shortcut if the shape stays the same.
 
-    Args:
-        stride: of the depthwise convolution.
-        expansion: expanded channels over ``channels_in``; 1 leaves the expansion out.
-        size: of the depthwise convolution's kernel.
-        activation: makes the activations after the expansion and after the depthwise convolution.
-        gate: makes a layer before the projection from the number of expanded channels, or None.
+    ``expansion`` 1 leaves the expansion out.  ``gate`` makes a layer before the projection from the number of channels.
     """
 
     def __init__(
@@ -78,10 +73,9 @@ class MobileNetV2(StagedNetwork):
     The paper's dropout is left out: a run's bits must not depend on the global generator.
 
     Args:
-        width: channels of the stem.  width / 32 is the paper's width multiplier; channels are rounded to multiples of
-            8, with at least 1280 features.
-        stem: ``"imagenet"`` has the paper's strides.  ``"cifar"``, for images up to 64 pixels, has stride 1 in the stem
-            and the second stage, so that 32-pixel images end in 4x4 maps (methods note 5.5).
+        width: channels of the stem, 32 times the paper's width multiplier.
+        stem: ``"imagenet"`` has the paper's strides, ``"cifar"`` stride 1 in the stem and the second stage (methods
+            note 5.5).
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = WIDTH, stem: Stem = "cifar") -> None:

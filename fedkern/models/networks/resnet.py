@@ -60,9 +60,7 @@ class ResNet(StagedNetwork):
 
     Args:
         blocks: basic blocks per stage: ``(1, 1, 1)`` is ResNet-8, ``(2, 2, 2, 2)`` ResNet-18.
-        width: channels of the stem and the first stage.
-        stem: ``"cifar"``, one 3x3 convolution, for images up to 64 pixels; ``"imagenet"``, a 7x7 convolution of stride
-            2 and 3x3 max pooling of stride 2, for larger images.
+        stem: ``"cifar"``, one 3x3 convolution, or ``"imagenet"``, a 7x7 convolution and 3x3 max pooling of stride 2.
     """
 
     def __init__(

@@ -13,12 +13,8 @@ from fedkern.models.networks.staged import StagedNetwork
 class ResNet8T(StagedNetwork):
     """ResNet-8 with a last map pooled to 2x2, so that its head reads four times as many features.
 
-    FedIOD's teachers and student (arXiv 2312.14478) have width 128: a stem of 128 channels, basic blocks of 128, 256
-    and 512 channels, 2,048 features, and 4.91 million parameters for ten classes.
-
-    Args:
-        width: channels of the stem and the first block.
-        stem: as for :class:`fedkern.models.networks.resnet.ResNet`.
+    FedIOD's teachers and student (arXiv 2312.14478) have width 128: basic blocks of 128, 256 and 512 channels, 2,048
+    features, and 4.91 million parameters for ten classes.
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = 128, stem: Stem = "cifar") -> None:

@@ -34,27 +34,17 @@ class _Positions(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Base class of image encoders.
-
-    Attributes:
-        width: d, channels of a token.
-        grid: rows and columns of the patch tokens behind the first token.
-    """
+    """Base class of image encoders: tokens of ``width`` channels in a ``grid`` behind the first token."""
 
     width: int
     grid: tuple[int, int]
 
 
 class ConvTokens(ImageEncoder):
-    """Convolutions with group norm, and the positions of the last map as tokens.
+    """Convolutions with group norm, and the positions of the last map, at most 8x8, as tokens.
 
-    Batch norm would need running statistics averaged over clients with different backgrounds.  The last map is at most
-    8x8: two stages halve it, and one more for every doubling of the image above 32 pixels.  Channels double from
-    ``width / 4`` up to ``width``.
-
-    Args:
-        width: d, a multiple of 4.
-        image_size: height and width in pixels.
+    Batch norm would need running statistics averaged over clients with different backgrounds.  Channels double from
+    ``width / 4`` up to ``width``, a multiple of 4.
     """
 
     def __init__(self, *, channels: int, width: int, image_size: Sequence[int]) -> None:
@@ -77,7 +67,6 @@ class ConvTokens(ImageEncoder):
         self.positions = _Positions(self.grid[0] * self.grid[1], width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
         return self.positions(self.stages(images).flatten(2).transpose(1, 2))
 
 
@@ -94,7 +83,6 @@ class PatchTokens(ImageEncoder):
         self.layers = nn.Sequential(*(TransformerLayer(width) for _ in range(IMAGE_LAYERS)), nn.LayerNorm(width))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
         return self.layers(self.positions(self.project(images).flatten(2).transpose(1, 2)))
 
 
@@ -115,12 +103,7 @@ class WordEmbedding(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Small transformer over words or word pieces, ``[CLS]`` in front.
-
-    Args:
-        width: d, channels of a token.
-        longest: most tokens of a text, ``[CLS]`` included; longer texts are cut.
-    """
+    """Small transformer over words or word pieces, ``[CLS]`` in front."""
 
     def __init__(self, vocabulary: Vocabulary, *, width: int, longest: int = LONGEST) -> None:
         super().__init__()

@@ -18,7 +18,6 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits ``[B, classes]`` of images ``[B, C, H, W]``."""
         return self.head(self.features(x))
 
 

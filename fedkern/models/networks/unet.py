@@ -20,27 +20,24 @@ class PixelHead(nn.Conv2d):
         self.in_features, self.out_features = in_features, out_features
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw initial values as a linear layer does, uniform in ±1 / sqrt(fan_in): no class starts far ahead."""
+        """Draw initial values as a linear layer does, so that no class starts far ahead."""
         bound = 1 / math.sqrt(self.in_features)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
 class UpConvolution(nn.ConvTranspose2d):
-    """2x2 transposed convolution of stride 2, which doubles the size."""
-
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 2, stride=2)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw normal weights of variance 1 / channels_in (every output pixel sees one input pixel) and zero bias."""
+        """Draw weights of variance 1 / channels_in, because every output pixel sees one input pixel."""
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_channels), generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
 def double(channels_in: int, channels_out: int) -> ConvSequential:
-    """Return two 3x3 convolutions with batch norm and ReLU, which keep the map's size."""
     layers: list[nn.Module] = []
     for entering in (channels_in, channels_out):
         layers += [nn.Conv2d(entering, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]

@@ -15,7 +15,7 @@ DEPTH, STAGES = 12, 4
 class PatchEmbedding(nn.Module):
     """Patches of images with learnt positions: ``[B, C, H, W]`` to ``[B, width, H / patch, W / patch]``.
 
-    Positions are learnt for ``grid`` by ``grid`` patches and interpolated for images of another shape.
+    Positions are interpolated for images of another shape.
     """
 
     def __init__(self, channels: int, width: int, patch: int, grid: int) -> None:
@@ -27,7 +27,6 @@ class PatchEmbedding(nn.Module):
         nn.init.normal_(self.position, std=0.02, generator=generator)
 
     def interpolates(self, height: int, width: int) -> bool:
-        """Return whether the positions are interpolated for images of this shape."""
         patch = self.project.stride[0]
         return (height // patch, width // patch) != self.position.shape[2:]
 
@@ -42,8 +41,7 @@ class PatchEmbedding(nn.Module):
 class Encoder(TransformerLayer):
     """Pre-norm transformer layer on maps ``[B, width, H, W]``, channels-last, with positions as tokens.
 
-    Tokens stay positions of a map between layers, so a transformer can be cut, mixed and fused like a convolutional
-    network.  With ``last``, a norm follows.
+    As maps, transformers can be cut, mixed and fused like convolutional networks.  With ``last``, a norm follows.
     """
 
     def __init__(self, width: int, *, last: bool = False) -> None:
@@ -60,10 +58,6 @@ class ViT(StagedNetwork):
 
     With ``width`` 192 (DeiT-Ti, arXiv 2012.12877), patches of 4 pixels on 32-pixel images and ten classes there are
     5,362,378 parameters.
-
-    Args:
-        width: channels of a token; a head has 64 of them (more or fewer if 64 does not divide ``width``).
-        image_size: side of the images in pixels.
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = 192, image_size: int = 32) -> None:

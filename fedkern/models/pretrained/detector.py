@@ -18,11 +18,8 @@ class GroundingDino:
 
     Args:
         model: see :class:`fedkern.models.pretrained.safe_loading.Pretrained`.
-        box_threshold: a box is kept only if its best token scores more than this.
-        text_threshold: a box is kept only if a token of the class name itself scores more than this.
-
-    Raises:
-        UserError: transformers is not installed, or the folder holds no Grounding DINO.
+        box_threshold: the best token of a box must score more than this.
+        text_threshold: a token of the class name must score more than this.
     """
 
     def __init__(
@@ -41,7 +38,7 @@ class GroundingDino:
 
     @property
     def identity(self) -> Mapping[str, str | float]:
-        """Everything that the boxes depend on: model, content hash (of a local folder) and thresholds."""
+        """Everything that the boxes depend on."""
         thresholds = {"box_threshold": self.box_threshold, "text_threshold": self.text_threshold}
         return {**self._source.identity, **thresholds}
 
@@ -73,7 +70,7 @@ class GroundingDino:
         return [found[keep] for found, keep in zip(boxes, selected.cpu(), strict=True)]
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """Resize and normalise according to preprocessor_config.json, to float32 ``[B, 3, h, w]``."""
+        """Resize and normalise according to preprocessor_config.json."""
         size = self._settings.get("size", {})
         shortest, longest = int(size.get("shortest_edge", 800)), int(size.get("longest_edge", 1333))
         height, width = images.shape[-2:]
@@ -86,7 +83,7 @@ class GroundingDino:
         return (values - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
     def _name_tokens(self, input_ids: Tensor) -> Tensor:
-        """Return bool ``[L]``: True at the tokens of the class name, False at special tokens and the full stop."""
+        """Return bool ``[L]``: True at the tokens of the class name, not at special tokens and the full stop."""
         stop = self._tokenizer.convert_tokens_to_ids(".")
         special = {*self._tokenizer.all_special_ids, stop} - {self._tokenizer.unk_token_id}
         return torch.tensor([token not in special for token in input_ids.tolist()], device=self.device)

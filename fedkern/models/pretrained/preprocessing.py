@@ -19,14 +19,11 @@ WHOLE = 384  # from this side on, ConvNeXt resizes the whole image and does not 
 
 
 class Preprocessing:
-    """Map from the data's normalised images to a network's input: resized, cropped and normalised for the network.
+    """Map from the data's normalised images to a network's input.
 
     The resize matches Pillow's: antialiased, along one direction and then the other, rounded to whole bytes after each.
-
-    Args:
-        settings: contents of preprocessor_config.json.
-        mean, std: normalisation of the data's images, per channel.
-        side: the network's image side, used if the settings name no size.
+    ``settings`` are those of preprocessor_config.json, ``mean`` and ``std`` those of the data's images, ``side`` is the
+    image side without a size there.
     """
 
     def __init__(self, settings: Mapping[str, Any], mean: Sequence[float], std: Sequence[float], side: int) -> None:
@@ -62,13 +59,7 @@ class Preprocessing:
 
     @classmethod
     def read(cls, folder: Path, mean: Sequence[float], std: Sequence[float], side: int) -> Preprocessing:
-        """Read ``folder/preprocessor_config.json``.
-
-        Without that file images get a shortest side of ``side`` pixels and values in [-1, 1].
-
-        Raises:
-            UserError: the file is not JSON, or asks for a step that is not supported.
-        """
+        """Read ``folder/preprocessor_config.json``, or take sides of ``side`` pixels and values in [-1, 1]."""
         path = folder / "preprocessor_config.json"
         try:
             settings = read_json(path) if path.is_file() else {}

@@ -29,11 +29,7 @@ from fedkern.models.pretrained.vocabulary import Tokens
 class PretrainedImage(ImageEncoder):
     """Image network of transformers (ViT, DeiT, DINOv2, CLIP's image side, Swin, ResNet ...) that gives tokens.
 
-    The first token is the class token, or the mean of the patch tokens of a network without class token.
-
-    Args:
-        network: the base model, without a head.
-        preprocessing: from the data's images to the network's input.
+    The first token is the class token, or else the mean of the patch tokens.
     """
 
     def __init__(self, network: Any, preprocessing: Preprocessing, image_size: Sequence[int], channels: int) -> None:
@@ -78,13 +74,8 @@ class PretrainedImage(ImageEncoder):
 class PretrainedText(nn.Module):
     """Text network of transformers (BERT and its kin, sentence embedders, CLIP's text side ...) that gives tokens.
 
-    The first token represents the text: ``[CLS]``, or the mean of all tokens if a sentence-embedding checkpoint asks
-    for mean pooling (in 1_Pooling/config.json) or the tokenizer has no ``[CLS]``.
-
-    Args:
-        network: the base model, without a head.
-        longest: most tokens of a text; longer texts are cut.
-        pooled: whether to put the mean of all tokens in front.
+    The first token represents the text: ``[CLS]``, or if ``pooled`` the mean of all tokens, which a sentence-embedding
+    checkpoint asks for in 1_Pooling/config.json.  Texts are cut after ``longest`` tokens.
     """
 
     def __init__(self, network: Any, tokenizer: Any, longest: int, *, pooled: bool) -> None:
@@ -94,7 +85,6 @@ class PretrainedText(nn.Module):
         self.longest = longest
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Return token numbers and mask ``[B, L]`` of texts, on the CPU."""
         if not texts:
             return Tokens(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1, dtype=torch.bool))
         longest = self.longest - self.pooled
@@ -106,7 +96,6 @@ class PretrainedText(nn.Module):
         return Tokens(ids, mask)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Map tokens ``[B, L]`` to vectors ``[B, L, d]``."""
         ids, mask = (tokens.ids[:, 1:], tokens.mask[:, 1:]) if self.pooled else tokens
         out = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         if not self.pooled:
@@ -119,13 +108,7 @@ class PretrainedText(nn.Module):
 def image_encoder(
     folder: str | Path, *, channels: int, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
 ) -> PretrainedImage:
-    """Read an image network from a local folder (config.json, weights, preprocessor_config.json).
-
-    The weights are model.safetensors or, without that file, pytorch_model.bin (loaded with ``weights_only=True``).
-
-    Raises:
-        UserError: transformers is not installed, or the folder holds no image network.
-    """
+    """Read an image network from a local folder (config.json, weights, preprocessor_config.json)."""
     path = _existing(folder, "image")
     network = _network(path, "image", "vision_model")
     side = getattr(network.config, "image_size", 224)
@@ -137,11 +120,7 @@ def image_encoder(
 
 
 def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
-    """Read a text network and its tokenizer from a local folder, as :func:`image_encoder` does.
-
-    Raises:
-        UserError: transformers is not installed, or the folder holds no text network or no tokenizer.
-    """
+    """Read a text network and its tokenizer from a local folder."""
     path = _existing(folder, "text")
     network = _network(path, "text", "text_model")
     with loading("a tokenizer", f"text encoder {path}", path) as transformers:
@@ -225,7 +204,7 @@ def _remove_dropout(config: object) -> None:
 
 
 def _mean_pooled(path: Path) -> bool | None:
-    """Return whether a sentence-embedding folder asks for the mean of all tokens, or None without a pooling file."""
+    """Return whether a sentence-embedding folder asks for the mean of all tokens, or None if nothing says so."""
     file = path / "1_Pooling" / "config.json"
     if not file.is_file():
         return None

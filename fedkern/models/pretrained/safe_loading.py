@@ -1,4 +1,4 @@
-"""Safe loading of pre-trained networks through transformers: checks of their folders and of the loaded weights."""
+"""Safe loading of pre-trained networks through transformers, with checks of folders and loaded weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ _UNADAPTED = (
 
 
 class Loaded(NamedTuple):
-    """Network of transformers, its tokenizer, and the contents of its preprocessor_config.json.
-
-    ``missing`` are the names of tensors without weights in the files.
-    """
+    """Network of transformers with ``missing`` tensors, tokenizer, and contents of preprocessor_config.json."""
 
     network: Any
     missing: Collection[str]
@@ -41,15 +38,7 @@ class Loaded(NamedTuple):
 class Pretrained:
     """Image-text network of transformers: a local folder, or a name that transformers resolves.
 
-    A folder has config.json, model.safetensors or pytorch_model.bin (loaded with ``weights_only=True``), tokenizer
-    files and preprocessor_config.json; a network by name has safetensors.
-
-    Args:
-        model: folder or name.
-        role: kind of network, for messages.
-
-    Raises:
-        UserError: ``model`` is written as a folder that does not exist.
+    A folder may have pytorch_model.bin (loaded with ``weights_only=True``), a network by name must have safetensors.
     """
 
     def __init__(self, model: str | Path, role: str) -> None:
@@ -59,12 +48,11 @@ class Pretrained:
 
     @property
     def identity(self) -> dict[str, str]:
-        """The name and, of a local folder, the hash of its content."""
         return {"model": self.name, **({"content": self._content} if self.folder.is_dir() else {})}
 
     @functools.cached_property
     def _content(self) -> str:
-        """Hash of the folder's weights and settings, so that a folder with new weights gets a new cache."""
+        """Hash of the folder's weights and settings, so that new weights get a new cache."""
         files = sorted(path for path in self.folder.iterdir() if path.is_file())
         # With safetensors present, transformers does not read pytorch_model.bin.
         safe = any(path.suffix == ".safetensors" for path in files)
@@ -80,13 +68,8 @@ class Pretrained:
     def load(self, kind: str, user: str, title: str, hint: str = "") -> Loaded:
         """Load the network as transformers' class ``kind``.
 
-        Args:
-            user: the thing that needs the network, for messages.
-            title: the network with its article, for messages.
-            hint: addition to the message about a name that cannot be loaded.
-
-        Raises:
-            UserError: transformers is not installed, or there is no such network.
+        For messages: ``user`` needs the network, ``title`` is the network with its article, ``hint`` is added for
+        names.
         """
         local = self.folder.is_dir()
         if local:
@@ -111,18 +94,14 @@ def without_code(*, local: bool) -> dict[str, bool]:
 
 
 def weights(*, local: bool) -> dict[str, bool | None]:
-    """Return arguments of ``from_pretrained`` for a network's weights.
-
-    Only a ``local`` folder may have pytorch_model.bin instead of model.safetensors, loaded with ``weights_only=True``.
-    """
+    """Return arguments of ``from_pretrained`` that allow pickled weights in ``local`` folders alone."""
     return {**without_code(local=local), "use_safetensors": None if local else True, "weights_only": True}
 
 
 def check_folder(folder: Path, kind: str) -> None:
     """Raise UserError for a folder with irregular files, or with references to code or weights in other places.
 
-    transformers would wait for a named pipe.  It would also load a kernel that config.json names on the hub, or the
-    base network of a PEFT adapter.
+    transformers would wait for a named pipe, and load kernels named in config.json or the base network of an adapter.
     """
     for path in (*folder.iterdir(), *folder.glob("*/*")):
         if fault := special(path):
@@ -155,14 +134,7 @@ def _find_texts(value: object, ending: str) -> Iterator[str]:
 
 @contextmanager
 def loading(title: str, user: str, where: str | Path) -> Iterator[ModuleType]:
-    """Import transformers, silence it, and turn its errors into one sentence.
-
-    The arguments are for messages: ``title`` is the network with its article, ``user`` the thing that needs the
-    network, ``where`` its folder or name.
-
-    Raises:
-        UserError: transformers is not installed, or raised.
-    """
+    """Import transformers, silence it, and turn its errors into one sentence."""
     transformers = import_extra(f"the {user} needs transformers", "foundation", "transformers")
     try:
         with quiet(transformers):
@@ -183,11 +155,7 @@ def first_line(error: Exception) -> str:
 def check_complete(name: str, network: nn.Module, used: nn.Module, missing: Collection[str]) -> None:
     """Raise UserError if the folder has no values for tensors of ``used``, which transformers initialises at random.
 
-    Args:
-        name: kind and folder, for the error.
-        network: the network that was loaded.
-        used: ``network`` or a part of it.
-        missing: names in ``network`` of the missing tensors (``missing_keys`` of the loading report).
+    ``used`` is ``network`` or a part of it, ``missing`` the ``missing_keys`` of the loading report.
     """
     needed = {id(tensor) for tensor in used.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
     state = network.state_dict(keep_vars=True)
@@ -205,7 +173,7 @@ def check_complete(name: str, network: nn.Module, used: nn.Module, missing: Coll
 def quiet(transformers: ModuleType) -> Iterator[None]:
     """Silence transformers and the hub's client, because fedkern reports failures itself, and keep them from asking.
 
-    For a sub-network that config.json names, transformers asks on standard input whether to run its code, even with
+    For a sub-network in config.json, transformers asks on standard input whether to run its code, even with
     ``trust_remote_code=False``.  With no time for an answer it raises instead.
     """
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]

@@ -22,14 +22,7 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 
 
 def read_state_dict(path: Path, source: str) -> Mapping[str, Tensor]:
-    """Return the state dict in a file: safetensors, or saved with torch.save and read with `weights_only`.
-
-    Args:
-        source: flag and file, for messages.
-
-    Raises:
-        UserError: the file is missing, damaged or no regular file, or holds anything but tensors by name.
-    """
+    """Return the state dict in a file: safetensors, or saved with torch.save and read with `weights_only`."""
     if kind := special(path):
         raise UserError(f"{source} is {kind}, not a regular file: put the file there.")
     try:
@@ -65,7 +58,7 @@ def bare_names(tensors: Mapping[str, Tensor], names: Container[str]) -> Mapping[
 
 
 def misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Describe the names, shapes and dtypes in which tensors differ from a network's own, by name."""
+    """Describe by name how tensors differ from a network's own in names, shapes and dtypes."""
     why: dict[str, str] = {}
     for name, tensor in state.items():
         if name not in tensors:
@@ -83,18 +76,9 @@ def misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[
 def load_by_name(
     module: nn.Module, tensors: Mapping[str, Tensor], path: str, network: str, partial: bool = False
 ) -> str:
-    """Copy the tensors into a network with exactly their names and shapes in its state dict.
+    """Copy the tensors into a network with exactly their names and shapes, or with ``partial`` those that fit.
 
-    Args:
-        path: source of the tensors, for messages.
-        network: the network's name, for messages.
-        partial: copy those that fit.
-
-    Returns:
-        A sentence that lists what does not fit, or "".
-
-    Raises:
-        UserError: a name or shape differs, or with ``partial`` nothing fits.
+    Returns a sentence that lists the others, or "".
     """
     state = module.state_dict()
     named = bare_names(tensors, state)

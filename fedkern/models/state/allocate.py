@@ -18,11 +18,7 @@ SMALL = 1 << 28
 
 
 def make_empty(kind: Callable[..., Layer], *arguments: int, device: torch.device | str | None = None) -> Layer:
-    """Return a layer with uninitialised parameters, as ``torch.nn.utils.skip_init`` does.
-
-    Args:
-        kind: the layer's class, or a function with the argument ``device``.
-    """
+    """Return a layer with uninitialised parameters, as ``torch.nn.utils.skip_init`` does."""
     module = kind(*arguments, device="meta")
     allocate(module)
     return module if device is None else module.to(device)
@@ -38,12 +34,9 @@ def linear_of(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -
 def allocate(module: nn.Module) -> None:
     """Give all parameters and buffers on the meta device uninitialised memory on the CPU.
 
-    ``module.to_empty(device="cpu")`` does the same, but its first call imports torch's symbolic shapes and sympy, which
-    takes half a second.
-
-    Raises:
-        UserError: the memory does not suffice for the tensors and one copy.  Without this check the system would kill
-            the process while the tensors are filled.
+    The first call of ``module.to_empty(device="cpu")`` would import sympy, which takes half a second.  Too little
+    memory for the tensors and one copy raises UserError: the system would kill the process while the tensors are
+    filled.
     """
     size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.is_meta)
     if size > SMALL and 2 * size > (free := machine.free_memory()):

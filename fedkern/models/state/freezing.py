@@ -15,11 +15,7 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
-    """Freeze the parameters with names that match a pattern (``backbone.*``).
-
-    Raises:
-        UserError: a pattern matches no name, or nothing of the network ``text`` would be trained.
-    """
+    """Freeze the parameters with names that match a pattern (``backbone.*``)."""
     named = dict(module.named_parameters())
     for name in matching(module, patterns, [*named], "--freeze", f"parameter of {text}"):
         named[name].requires_grad_(False)
@@ -28,14 +24,7 @@ def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
 
 
 def matching(module: nn.Module, patterns: Sequence[str], names: Sequence[str], flag: str, kind: str) -> set[str]:
-    """Return those of ``names`` that match a pattern of ``flag``.
-
-    Args:
-        kind: the named things, for the error.
-
-    Raises:
-        UserError: a pattern matches no name.
-    """
+    """Return those of ``names`` that match a pattern of ``flag``, called ``kind`` in the error."""
     chosen: set[str] = set()
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
@@ -59,7 +48,7 @@ def frozen_norms(module: nn.Module) -> list[_BatchNorm]:
 def constant_buffers(module: nn.Module) -> list[str]:
     """Return the names of the buffers that no message holds: non-persistent ones, and those of :func:`frozen_norms`.
 
-    The norms of a module that is frozen as a whole count as trained.
+    The norms of an entirely frozen module count as trained.
     """
     mixed = any(parameter.requires_grad for parameter in module.parameters())
     frozen = {id(norm) for norm in frozen_norms(module)} if mixed else set()
@@ -79,7 +68,7 @@ def train_mode(module: N) -> N:
 
 
 def freeze_bn_after(module: nn.Module) -> None:
-    """Put a module's batch norms in eval mode, so that running statistics are used but not updated (FixBN).
+    """Put batch norms in eval mode, so that running statistics are used but not updated (FixBN).
 
     Scale and shift are still trained.  ``module.train()`` undoes this.
     """

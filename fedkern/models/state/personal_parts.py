@@ -18,10 +18,7 @@ _MARK = "_fedkern_personal"
 def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
     """Mark trained parameters and buffers with names that match a pattern (``head.*``) as personal.
 
-    The marks belong to the layers: deep copies have them, and other modules that get a layer.
-
-    Raises:
-        UserError: a pattern matches no name, or nothing of the network ``text`` would be shared.
+    The marks belong to the layers, also in deep copies and in other modules.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     constants = constant_buffers(module)
@@ -39,7 +36,6 @@ def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
 
 
 def names(module: nn.Module) -> list[str]:
-    """Return the names of a module's personal parameters and buffers."""
     return [
         f"{path}.{key}" if path else key for path, layer in module.named_modules() for key in vars(layer).get(_MARK, ())
     ]

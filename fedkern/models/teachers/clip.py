@@ -39,15 +39,7 @@ def clip_teacher(
     """Return a frozen CLIP that classifies by prompts: logits ``s cos(v, u_c)``.
 
     ``v`` is the image feature, ``u_c`` the normalised mean of the normalised text features of the class's prompts
-    (prompt ensembling), ``s`` CLIP's own logit scale.
-
-    Args:
-        model: see :class:`fedkern.models.pretrained.safe_loading.Pretrained`.
-        mean, std: normalisation of the teacher's input images, per channel.
-        prompts: see :func:`fedkern.models.teachers.prompts.read_prompts`.
-
-    Raises:
-        UserError: transformers is not installed, the folder holds no CLIP, or the prompts do not fit the classes.
+    (prompt ensembling), ``s`` CLIP's own logit scale.  ``mean`` and ``std`` are those of the input images.
     """
     name, source = f"clip:{model}", Pretrained(model, "CLIP")
     texts = read_prompts(prompts or DEFAULT, classes)

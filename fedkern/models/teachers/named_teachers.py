@@ -46,11 +46,6 @@ class Spec:
 
 
 def parse(text: str) -> list[Spec]:
-    """Return the teachers in a comma-separated list.
-
-    Raises:
-        UserError: an unknown kind, or a kind without the name that it needs.
-    """
     specs = []
     for word in text.split(","):
         kind, _, source = word.strip().partition(":")
@@ -69,7 +64,7 @@ def parse(text: str) -> list[Spec]:
 
 
 def absolute(text: str) -> str:
-    """Return the list with absolute paths, except for names and for paths with a comma in the absolute form."""
+    """Return the list with absolute paths, except for names and paths with commas."""
     words = []
     for spec in parse(text):
         paths = {
@@ -90,11 +85,7 @@ _EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE
 
 
 def expand(specs: Sequence[Spec], build: Callable[..., nn.Module]) -> list[Spec]:
-    """Replace plain ``pretrained`` by up to three networks that are larger than the run's own.
-
-    Raises:
-        UserError: no candidate is larger.
-    """
+    """Replace plain ``pretrained`` by up to three networks that are larger than the run's own."""
     result: list[Spec] = []
     for spec in specs:
         if spec.kind != "pretrained" or spec.source:
@@ -120,12 +111,10 @@ class Teachers:
     """Teachers of a run, by position in a list, made on first use.
 
     Attributes:
-        cache: of the teachers' logits and the weights of embedded (``pretrained``) ones; has the images' normalisation.
+        cache: of logits and the weights of embedded (``pretrained``) teachers, with the images' normalisation.
         build: makes a freshly initialised network: ``build(model=, width=)``.
         public: public images for the training of embedded teachers, or None.
-        prompts: of zero-shot (``clip``) teachers.
-        recipe: for the training of embedded teachers.
-        made: the teachers so far.
+        recipe: of this training.
     """
 
     specs: Sequence[Spec]
@@ -144,11 +133,7 @@ class Teachers:
         return self.made[index]
 
     def make(self, spec: Spec) -> Teacher:
-        """Make a teacher, with training or the cached weights of an embedded one.
-
-        Raises:
-            UserError: the teacher cannot be made as the user named it.
-        """
+        """Make a teacher, with training or the cached weights of an embedded one."""
         scale = {"mean": self.cache.mean, "std": self.cache.std}
         if spec.kind == "clip":
             return clip_teacher(spec.source, self.classes, **scale, prompts=self.prompts, device=self.device)
@@ -176,7 +161,7 @@ class Teachers:
         return trained_teacher(network, name, len(self.classes), self.device)
 
     def _import_teacher(self, spec: Spec) -> Teacher:
-        """Import a callable or :class:`Teacher`, with cached logits if it has an attribute ``identity``."""
+        """Import a callable, with cached logits if it has an attribute ``identity``, or a :class:`Teacher`."""
         named = named_code.parse(spec.source)
         assert named is not None  # parse has looked
         thing: Any = named_code.load(named, "the teacher")[0]
@@ -187,5 +172,4 @@ class Teachers:
 
 
 def size(network: nn.Module) -> int:
-    """Return the number of parameters."""
     return sum(p.numel() for p in network.parameters())

@@ -17,13 +17,9 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
     """Return the prompts of every class, at least one each, for a mean of their features.
 
     Args:
-        prompts: a template with ``{class}`` or ``{}`` in place of the class name; a text file with a template on every
-            line (empty lines and lines that begin with ``#`` are skipped); or a JSON file that maps every class to a
-            prompt or a list of prompts.
-        classes: class names; in templates, underscores become spaces.
-
-    Raises:
-        UserError: no such file, a template without a place for the class name, or a JSON file of other classes.
+        prompts: a template with ``{class}`` or ``{}`` in place of the class name (underscores become spaces); a text
+            file with a template on every line (``#`` for comments); or a JSON file that maps every class to a prompt or
+            a list of prompts.
     """
     if any(place in prompts for place in PLACES):
         return _fill([prompts], classes)

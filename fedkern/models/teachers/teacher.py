@@ -28,11 +28,8 @@ class Teacher:
     The network is made on first use, so a teacher with all logits in the cache costs nothing.
 
     Args:
-        name: name in messages.
-        load: makes the network, or another callable from images to logits.  A module is frozen, in eval mode, on
-            ``device``.
-        identity: everything that decides the logits of an image, for the name of the cache file.  None if unknown: then
-            no logits are cached on disk.
+        load: makes the network, or another callable from images to logits.
+        identity: everything that decides the logits of an image, for the cache on disk.  None: no such cache.
         batch: images per pass.
         untunable: message about a teacher that is no :class:`Classifier`, after its name.
     """
@@ -53,11 +50,6 @@ class Teacher:
 
     @cached_property
     def network(self) -> Any:
-        """The network.
-
-        Raises:
-            UserError: the network cannot be loaded, or has another number of classes.
-        """
         network = self._load()
         if isinstance(network, nn.Module):
             network.to(self.device).eval().requires_grad_(False)
@@ -67,11 +59,7 @@ class Teacher:
 
     @property
     def classifier(self) -> Classifier:
-        """The network as a classifier that can be tuned.
-
-        Raises:
-            UserError: the network gives logits without features.
-        """
+        """The network, as a classifier that can be tuned."""
         if not isinstance(self.network, Classifier):
             raise UserError(f"the teacher {self.name} {self._untunable}")
         return self.network
@@ -82,26 +70,15 @@ class Teacher:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, 0 of a callable."""
         return sum(p.numel() for p in self.network.parameters()) if isinstance(self.network, nn.Module) else 0
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Return the features fp32 ``[B, d]`` of normalised images ``[B, C, H, W]``.
-
-        Raises:
-            UserError: the teacher gives logits without features.
-        """
         network = self.classifier if lower() is None else self._low_precision
         return network.features(images.to(self.device)).float()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits fp32 ``[B, classes]`` of normalised images ``[B, C, H, W]``.
-
-        Raises:
-            UserError: the network fails, or the logits have another shape or are not finite.
-        """
         network = self.network
         try:
             if isinstance(network, Classifier):
@@ -116,11 +93,7 @@ class Teacher:
         return self.check_logits(answer, len(images))
 
     def check_logits(self, logits: object, count: int) -> Tensor:
-        """Return ``logits`` as fp32 ``[count, classes]``.
-
-        Raises:
-            UserError: ``logits`` is no tensor, has another shape, or is not finite.
-        """
+        """Return ``logits`` as fp32 ``[count, classes]``."""
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
             given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UserError(f"the teacher {self.name} must give logits [{count}, {self.classes}], but gave {given}.")
@@ -140,11 +113,6 @@ def wrong_classes(name: str, count: int, expected: int) -> UserError:
 def teacher_of(
     function: object, name: str, classes: int, device: torch.device | str = "cpu", identity: Identity | None = None
 ) -> Teacher:
-    """Return a function or module from normalised images to logits as a teacher.
-
-    Raises:
-        UserError: ``function`` cannot be called.
-    """
     if not callable(function):
         raise UserError(
             f"the teacher {name} is of type {type(function).__name__}: name a function or module that takes images."
@@ -157,7 +125,7 @@ def _return_it(network: F) -> F:  # unlike a lambda it can be pickled
 
 
 def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> Teacher:
-    """Return a trained network as a teacher with the hash of its weights in its identity."""
+    """Return a trained network as a teacher, with the hash of its weights in its identity."""
     return teacher_of(network, name, classes, device, {"model": name, "weights": content(network)})
 
 

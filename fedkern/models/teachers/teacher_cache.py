@@ -37,8 +37,7 @@ class LogitsCache:
     A teacher has a file of ``"logits"``, and one of ``"weights"`` if fedkern trained it.
 
     Args:
-        folder: folder of the files (default: ``fedkern/teachers`` in the user's cache folder).  If the default folder
-            cannot be written, nothing is cached; if a named folder cannot be written, that is an error.
+        folder: None for the user's cache folder, which may be impossible to write, unlike a named folder.
         mean, std: normalisation of the images, per channel, which the keys undo.
         notice: called with the progress of a long computation, and about a damaged file.
     """
@@ -64,15 +63,9 @@ class LogitsCache:
 
     @computing("fp32")  # runs of either precision read the cached logits
     def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
-        """Return the teacher's logits fp32 ``[n, classes]`` (CPU) of all images, and compute those not yet in the file.
+        """Return the teacher's logits fp32 ``[n, classes]`` (CPU), and compute those not yet in the file.
 
-        Args:
-            teacher: without an identity, nothing is cached.
-            batches: normalised images ``[B, C, H, W]`` each.
-            total: number of images, for the notices.
-
-        Raises:
-            UserError: raised by the teacher, or a named folder cannot be written.
+        Without an identity, nothing is cached.  ``total`` is the number of images, for notices.
         """
         identity = teacher.identity
         if identity is None:
@@ -102,7 +95,7 @@ class LogitsCache:
         return torch.stack([rows[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
 
     def read_logits(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
-        """Return the logits in a teacher's file by image key, or {} without an intact file of these classes."""
+        """Return the logits by image key, or {} without an intact file of these classes."""
         stored = self.read("logits", identity)
         return {} if stored is None or stored["logits"].shape[1] != classes else by_key(stored)
 
@@ -132,10 +125,7 @@ class LogitsCache:
     def write(self, kind: str, identity: Identity, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Write a teacher's file completely or not at all, with the identity in its metadata.
 
-        ``tensors`` gives the content; it is called while no other process writes in this folder.
-
-        Raises:
-            UserError: a file in a named folder cannot be written.
+        ``tensors`` is called while no other process writes in this folder.
         """
         path = self.path(kind, identity)
         try:
@@ -154,14 +144,9 @@ class LogitsCache:
 
 
 def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Sequence[float]) -> Teacher:
-    """Return a teacher given by a file of its logits in the cache's format, perhaps from another machine.
+    """Return a teacher given by a file of its logits, perhaps from another machine.
 
-    Args:
-        file: safetensors file with ``keys`` uint8 [n, 16] (:func:`image_keys`) and ``logits`` [n, classes].
-        mean, std: normalisation of the teacher's input images, per channel.
-
-    Raises:
-        UserError: the file is missing, is damaged, or has another number of classes.
+    The file has ``keys`` uint8 [n, 16] (:func:`image_keys`) and ``logits`` [n, classes].
     """
     path = expand(file)
     try:
@@ -210,7 +195,6 @@ def image_keys(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> l
 
 
 def by_key(tensors: Mapping[str, Tensor]) -> dict[bytes, Tensor]:
-    """Return the content of a file of logits: image key to logits fp32 ``[classes]``."""
     return dict(zip((row.tobytes() for row in tensors["keys"].numpy()), tensors["logits"].float(), strict=True))
 
 
@@ -226,8 +210,7 @@ def check_logits(tensors: Mapping[str, Tensor]) -> None:
 def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]:
     """Return the tensors of a file that :meth:`LogitsCache.write` wrote.
 
-    Args:
-        identity: of a cache file; None for a file that the user names, perhaps written by another program.
+    A file without ``identity`` is the user's, perhaps written by another program.
 
     Raises:
         FileNotFoundError: no such file.

@@ -23,10 +23,7 @@ CHUNK = 64
 class TeacherStack:
     """K frozen networks of any architectures on the same images, with logits ``[K, B, C, *positions]``.
 
-    Batch norms are folded into the convolutions before them, and ReLUs and sums run in place.
-
-    Args:
-        networks: networks in eval mode on one device; copies are used.
+    Copies have batch norms folded into the convolutions before them, and ReLUs and sums in place.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
@@ -68,8 +65,8 @@ def _headless(network: nn.Module) -> nn.Module:
 def fold_norms(network: nn.Module) -> nn.Module:
     """Return a frozen copy in eval mode, with batch norms folded into the convolutions before them if that is safe.
 
-    A batch norm is folded if torch.fx sees that it alone reads a convolution's result and that both are called once. A
-    network that torch.fx cannot trace is copied unfolded.
+    A batch norm must be the only reader of a convolution's result, and both be called once.  A network that torch.fx
+    cannot trace is copied unfolded.
     """
     frozen = copy.deepcopy(network).eval().requires_grad_(False)
     try:
@@ -95,9 +92,8 @@ def fold_norms(network: nn.Module) -> nn.Module:
 def overwriting(network: nn.Module) -> nn.Module:
     """Return the same frozen network with in-place ReLUs and sums where nothing else reads their input.
 
-    A new map costs page faults and evicts the CPU's cache.  Gradients for the input stay right: the backward pass of a
-    convolution does not need its result, and that of a ReLU needs only its own.  A network that torch.fx cannot trace
-    is returned unchanged.
+    A new map costs page faults and evicts the CPU's cache.  Gradients stay right: the backward pass of a convolution
+    does not need its result, and that of a ReLU needs only its own.
     """
     try:
         graph = fx.symbolic_trace(network)
@@ -106,7 +102,7 @@ def overwriting(network: nn.Module) -> nn.Module:
     modules = dict(graph.named_modules())
 
     def fresh(value: object) -> bool:
-        """Return whether one node alone reads a value, the result of a convolution or an in-place sum."""
+        """Return whether one node alone reads the result of a convolution or an in-place sum."""
         if not isinstance(value, fx.Node) or len(value.users) != 1:
             return False
         if value.op == "call_module":

@@ -49,12 +49,9 @@ class Recipe:
 def pretrain(
     network: nn.Module, data: Labelled, recipe: Recipe, seed: int, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Train ``network`` in place on all of ``data`` with the data set's augmentation, and leave it in eval mode.
+    """Train ``network`` in place on augmented ``data``, and leave it in eval mode.
 
-    ``progress`` is called at the start of every epoch with the epoch's number, from 0.
-
-    Raises:
-        UserError: fewer than two images, images without a class, or the weights became NaN or infinite.
+    ``progress`` gets the number of every epoch, from 0, at its start.
     """
     if len(data) < 2:
         raise UserError(
@@ -95,8 +92,7 @@ def load_or_pretrain(
 ) -> None:
     """Give ``network`` the weights of :func:`pretrain`, from the cache if possible.
 
-    The cache key holds everything that decides the bits of the weights: network, images, labels, augmentation, recipe,
-    seed, device type, CPU threads, and the versions of torch and fedkern.
+    The cache key holds everything that decides the bits of the weights.
     """
     device = next(network.parameters()).device
     identity: Identity = {
@@ -134,13 +130,8 @@ def tune(
 ) -> tuple[nn.Module, Tensor]:
     """Train a copy of the teacher on a client's images with AdamW and batches of at most 128.
 
-    The copy stays in eval mode: batch norm keeps the teacher's running statistics, and dropout is off.
-
-    Args:
-        batches: normalised images ``[B, C, H, W]``, together as many as ``labels``.
-        labels: int64 [n] (CPU).
-        rng: draws the order of the samples.
-        head_only: linear probe: trains the head alone, on the teacher's features.
+    The copy stays in eval mode: batch norm keeps the teacher's running statistics, and dropout is off.  ``head_only``
+    trains the head alone, on the teacher's features (linear probe).
 
     Returns:
         The trained copy (images to logits; of a probe: features to logits), and its logits fp32 ``[n, classes]`` (CPU).

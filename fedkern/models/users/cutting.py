@@ -1,8 +1,7 @@
 """Division of a user-defined network into its classifier and the stages that run one after another.
 
-The network runs whole and in pieces on random images, and a cut counts only if both give the same logits, in eval and
-in train mode.  The parameters are moved a little first, because a classifier or a residual block that starts at zero
-would hide what the pieces leave out.
+A cut counts only if the network and its pieces give the same logits on random images, in eval and in train mode.
+Parameters are moved a little first: a classifier or a residual block that starts at zero would hide missing pieces.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ class Cut:
     """Stages and classifier of a divided network.
 
     Attributes:
-        stages: stages in order, each with the names of its submodules in order (or ``FLATTEN``); the last is
-            ``"feature"``, with the result ``[B, d]`` that the classifier takes.
+        stages: stages in order, each with the names of its submodules (or ``FLATTEN``); the last is ``"feature"``, the
+            classifier's input ``[B, d]``.
         head: name of the classifier.
         maps: number of leading stages with a map ``[B, C, H, W]`` as result.
         changed: stages with results that a later submodule changes in place (an in-place ReLU).
@@ -45,7 +44,7 @@ class NotCut(Exception):
 
 
 def find_logits(output: object) -> Any:
-    """Return the logits in a network's output: the tensor, or the entry ``logits`` of an object or a mapping."""
+    """Return the logits in a network's output: the tensor, or the entry ``logits``."""
     if isinstance(output, (Tensor, fx.Proxy)):
         return output
     return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -66,17 +65,14 @@ def find_head(module: nn.Module, images: Tensor) -> str | None:
 
 
 def find_cut(module: nn.Module, images: Tensor, declared: object = None) -> Cut:
-    """Return the cut of a network.
+    """Return the cut of a network, tried on ``images`` ``[B, C, H, W]`` with B of at least 2.
 
     Args:
-        module: in any mode; copies are run.
-        images: ``[B, C, H, W]`` with B of at least 2.
         declared: the network's attribute ``stages``: names of stages, each with the submodule that ends the stage, or a
             list of submodules.  None: a stage for every child of the network that has parameters.
 
     Raises:
         NotCut: the pieces do not give the network's logits.
-        UserError: ``declared`` names submodules that do not exist or that do not follow each other.
     """
     paths = _read_stages(declared)
     names = _pieces(module, set(paths.values()))
@@ -164,7 +160,6 @@ def _check_shared(module: nn.Module, names: Sequence[str]) -> None:
 
 
 def move_weights(module: nn.Module) -> nn.Module:
-    """Return a copy with slightly moved parameters."""
     twin = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -175,12 +170,7 @@ def move_weights(module: nn.Module) -> nn.Module:
 
 
 def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str], list[Tensor], set[int]]:
-    """Run the pieces one after another.
-
-    Returns:
-        The pieces with ``FLATTEN`` where it is needed, their results, and the numbers of those that later pieces
-            changed in place.
-    """
+    """Return the pieces with ``FLATTEN`` where needed, their results, and which change in place later."""
     used: list[str] = []
     results: list[Tensor] = []
     versions: list[int] = []
@@ -204,11 +194,7 @@ def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str],
 def _try_pieces(
     module: nn.Module, names: Sequence[str], images: Tensor
 ) -> tuple[list[str], list[tuple[int, ...]], set[int]]:
-    """Check that the pieces give the network's logits.
-
-    Returns:
-        The pieces with ``FLATTEN``, the shapes of their results, and the numbers of results changed in place.
-    """
+    """Check that the pieces give the network's logits, and return what :func:`_run` does, with shapes for results."""
     used: list[str] = []
     results: list[Tensor] = []
     changed: set[int] = set()

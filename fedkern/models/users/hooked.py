@@ -34,17 +34,10 @@ class Hooked(OwnNetwork):
     for the next step, so that ``tail(stages(x, s), s)`` and ``head(features(x))`` are one pass.
 
     Args:
-        head: name of the linear layer that gives the logits, or None.
-        stages: names of submodules in order.
         features: name of the submodule that gives the features; None: they are the input of ``head``.
-        blank: zeros in the form of a network's inputs, of one sample.
+        blank: zeros in the form of one sample.
         widths: numbers of features and logits.
         changed: stages with results that the network changes in place later (an in-place ReLU): it gets copies.
-
-    Attributes:
-        stage_names: the stages, then ``"feature"``.
-        results: results of the last call: of stages, features and logits.
-        calls: number of calls of every stage in it.
     """
 
     def __init__(
@@ -117,15 +110,13 @@ class Hooked(OwnNetwork):
         return results if results.get(stage) is h and LOGITS in results else self.again(stage, h)
 
     def stages(self, x: object, upto: str) -> Tensor:
-        """See :meth:`fedkern.models.StagedNetwork.stages`."""
         return self.call(x, stop="" if torch.is_grad_enabled() else upto)[upto]
 
     def tail(self, h: Tensor, after: str) -> Tensor:
-        """See :meth:`fedkern.models.StagedNetwork.tail`."""
         return h if after == FEATURE else self.after(after, h)[FEATURE]
 
     def features(self, x: object) -> Tensor:
-        """Return the features ``[B, d]``: the named submodule's result, flattened, or the classifier's input."""
+        """Return the named submodule's result, flattened to ``[B, d]``, or the classifier's input."""
         return self.stages(x, FEATURE)
 
     @property
@@ -152,14 +143,7 @@ class Rest:
 
 
 def find_taps(network: Any, stages: Sequence[str], features: str | None, form: Any, text: str) -> tuple[Any, ...]:
-    """Return the class of a user-defined ``network`` called ``text`` with these taps, and its other arguments.
-
-    A copy is tried on two samples of the ``form`` (see `fedkern.data.forms`).
-
-    Raises:
-        UserError: a submodule is missing, is not called once, or gives no tensor; or the logits depend on more of the
-            samples than its result.
-    """
+    """Return the class of a ``network`` with these taps and its other arguments, after a trial on two samples."""
     items = isinstance(network, ItemNetwork)
     if not isinstance(network, OwnNetwork) or (items and network.raw):
         raise UserError(

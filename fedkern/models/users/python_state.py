@@ -36,11 +36,11 @@ def attributes(network: nn.Module) -> dict[str, int]:
     """Return hashes of the attributes of modules and their classes beyond those of ``nn.Module``, by dotted name.
 
     In a user-defined network the attributes of PyTorch's layers count too, such as a dropout's ``p``, and hooks; of all
-    user-defined classes also the values that their code names, such as a counter of the module.  fedkern's own layers,
-    cached properties and tensors of a graph are left out.
+    user-defined classes also the values that their code names.  fedkern's own layers, cached properties and tensors of
+    a graph do not.
     """
     kinds = dict.fromkeys(map(type, network.modules()))
-    code = identity_table({"classes": [*kinds]}, weights=False, limit=1 << 14, here=True)  # what their code names
+    code = identity_table({"classes": [*kinds]}, weights=False, limit=1 << 14, local=True)  # what their code names
     hashes = {path: hash(text) for path, text in code.items() if path.count(".") > 1}  # members are fields, see below
     user_defined = getattr(network, "own", False) is True or type(network).__module__.partition(".")[0] != "fedkern"
     for path, module in network.named_modules():
@@ -53,16 +53,12 @@ def attributes(network: nn.Module) -> dict[str, int]:
 
 
 def _hash_hooks(hooks: Sequence[object]) -> int:
-    """Return a hash of the number of hooks and of the contents of user-defined ones."""
     of_user = [hook for hook in hooks if getattr(hook, "__module__", "").partition(".")[0] not in _SHIPPED]
-    return hash((len(hooks), digest(identity_table({"hooks": of_user}, weights=False, here=True)) if of_user else ""))
+    return hash((len(hooks), digest(identity_table({"hooks": of_user}, weights=False, local=True)) if of_user else ""))
 
 
 def fields(thing: object, *, shipped: bool = False) -> dict[str, int]:
-    """Return hashes of the attributes of an object of a user-defined class, and of the class (see :func:`attributes`).
-
-    Objects of PyTorch's classes count only if ``shipped``.
-    """
+    """Return hashes of the attributes of a user-defined (or ``shipped``) object and its class."""
     kinds = [kind for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] not in _SHIPPED]
     of_classes = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}
     hashes: dict[str, int] = {}
@@ -78,5 +74,5 @@ def fields(thing: object, *, shipped: bool = False) -> dict[str, int]:
                 _Pickler(file).dump(value)
                 hashes[name] = hash(file.getvalue())
         except Exception:  # a value may be anything
-            hashes[name] = hash(digest(identity_table({name: value}, weights=False, code=False, here=True)))
+            hashes[name] = hash(digest(identity_table({name: value}, weights=False, code=False, local=True)))
     return hashes

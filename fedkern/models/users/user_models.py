@@ -79,8 +79,7 @@ class OwnNetwork(nn.Module):
     def _call_on_copy(self, call: Callable[[X], Y], x: X, part: object = None) -> Y:
         """Call ``module``, or a part of it, so that its changes to the inputs in place do not reach the caller.
 
-        Other networks read the same batch.  The first call of a kind works on a copy and finds out whether later calls
-        need one.
+        The first call of a kind works on a copy and finds out whether later calls need one.
         """
         kind = part, self.training, torch.is_grad_enabled()
         changes = self._changes_inputs.get(kind)
@@ -120,11 +119,7 @@ class OwnNetwork(nn.Module):
 
 
 class ItemNetwork(OwnNetwork):
-    """User-defined module for samples of any kind, with one or several inputs.
-
-    Args:
-        raw: whether a user-defined loss takes the module's whole output, instead of the logits.
-    """
+    """User-defined module for samples of any kind, with ``raw`` output for a user-defined loss, or logits."""
 
     def __init__(self, module: nn.Module, head: str | None, raw: bool = False) -> None:
         super().__init__(module, head)
@@ -270,16 +265,7 @@ class Own:
     def __call__(
         self, *, classes: int, channels: int, sides: Sequence[int], seed: int, word: int, width: int | None
     ) -> Any:
-        """Make the network, on the CPU.
-
-        Args:
-            sides: height and width of the images.
-            word: seed of the initial weights.
-            width: ``--width``, or None.
-
-        Raises:
-            UserError: the code raises an exception, or makes something that cannot be trained.
-        """
+        """Make the network on the CPU, with initial weights from the seed ``word``."""
         module = self._copy(classes, channels, min(sides), seed, word, width)
         if isinstance(module, (StagedNetwork, UNet)):
             return self._mark_scalable(module)
@@ -297,7 +283,6 @@ class Own:
         return self._mark_scalable(ItemNetwork(self._copy(classes, None, None, seed, word, width), head, raw))
 
     def _mark_scalable(self, network: N) -> N:
-        """Set ``scales``: whether the network can be made wider and narrower."""
         convolutions = any(isinstance(layer, nn.Conv2d) for layer in network.modules())
         setattr(network, "scales", "width" in self.takes and convolutions)  # noqa: B010 (no tensor or module)
         return network
@@ -381,11 +366,6 @@ def _open_again(named: Named, sha256: str | None) -> Own:
 
 
 def load_maker(named: Named) -> Own:
-    """Import code, and return the maker of its network.
-
-    Raises:
-        UserError: the code cannot be imported, or is no class or function that can be called.
-    """
     source, digest = named_code.load(named, "the model")
     if isinstance(source, nn.Module):
         raise UserError(f"the model {named} is a module, not a class or function: write a function that returns it.")
@@ -400,7 +380,7 @@ def unwrap(module: Any) -> Any:
 
 
 def check_bare(module: nn.Module, text: str) -> None:
-    """Raise UserError if a part of a module is wrapped, which adds a prefix to every name in the state dict."""
+    """Raise UserError if a part of a module is wrapped, which adds a prefix to names in the state dict."""
     wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule
     for name, part in module.named_modules():
         if isinstance(part, wrappers) or hasattr(part, "_orig_mod"):
@@ -468,12 +448,7 @@ def _memory_of(module: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def check_output(network: nn.Module, text: str, form: Any, output: Sequence[int], classes: int, source: str) -> None:
-    """Raise UserError if a network has no logits for the classes of the data, and leave it in train mode.
-
-    Args:
-        form: of the images.
-        output: shape of the logits of one image.
-    """
+    """Raise UserError if a network has no logits for the classes of the data, and leave it in train mode."""
     images = form.noise(2, np.random.default_rng(0))
     network.eval()
     try:
@@ -505,7 +480,6 @@ def check_output(network: nn.Module, text: str, form: Any, output: Sequence[int]
 
 
 def channels_last(module: nn.Module) -> bool:
-    """Return whether a network's convolutions are kept channels-last, as in all but user-defined networks."""
     if any(getattr(part, "own", False) is True for part in module.modules()):
         return False
     return any(parameter.dim() == 4 for parameter in module.parameters())

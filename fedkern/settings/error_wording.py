@@ -1,6 +1,6 @@
-"""Sentences of errors in the words of the door that settings came through.
+"""Wording of errors for Python and for Flower's run-config.
 
-Where the command line has ``--batch-size 8``, Python has ``batch_size=8`` and a run-config of Flower ``batch-size=8``.
+The command line's ``--batch-size 8`` is ``batch_size=8`` in Python and ``batch-size=8`` in a run-config of Flower.
 """
 
 from __future__ import annotations
@@ -33,20 +33,19 @@ def _reword(words: Callable[[str], str]) -> Iterator[None]:
 
 @contextmanager
 def python_words() -> Iterator[None]:
-    """Context, or decorator, in which the sentences of UserErrors name arguments in place of flags."""
+    """Name arguments in place of flags in UserErrors (a context or decorator)."""
     with _reword(to_python_words):
         yield
 
 
 @contextmanager
 def key_words() -> Iterator[None]:
-    """Context, or decorator, in which the sentences of UserErrors name keys of a run-config in place of flags."""
+    """Name keys of a run-config in place of flags in UserErrors (a context or decorator)."""
     with _reword(lambda sentence: _FLAG.sub(_key, sentence)):
         yield
 
 
 def to_python_words(sentence: str) -> str:
-    """Return a sentence for the command line in Python's words."""
     return _FLAG.sub(_argument, _COMPARED.sub(r"fedkern.compare(METHOD, \1)", _SAID.sub(r"\1", sentence)))
 
 
@@ -83,7 +82,7 @@ def is_data_option(name: str) -> bool:
 
 
 def _is_value(flag: str, word: str) -> bool:
-    """Return whether the word behind a flag is its value: a number, a placeholder, a path, or one of the choices."""
+    """Return whether the word behind a flag is its value: a number, a placeholder, a path, or a choice."""
     named: dict[str, Collection[Any]] = {"data": DATASETS, "model": MODELS}
     choices = named.get(flag) or next(
         (entry.choices for entry in RunConfig.declared() if entry.label == f"--{flag}"), None

@@ -1,4 +1,4 @@
-"""What a run's figures rest on besides its settings: data, code, files and version, which comparisons look at."""
+"""Provenance of a run: hashes of data, code and files, and the version, which comparisons check."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ELSEWHERE = ("data_root", "cache", "init", "model", "data_options.detector_cach
 
 
 def settings_by_name(config: RunConfig) -> Values:
-    """Every setting of a run, options as ``options.NAME``."""
+    """Return all settings of a run, options as ``options.NAME``."""
     table = config.to_dict()
     for part in ("options", "data_options", "identity", "plugins"):
         table.update({f"{part}.{name}": value for name, value in table.pop(part, {}).items()})
@@ -31,11 +31,7 @@ def settings_by_name(config: RunConfig) -> Values:
 
 
 def files_identity(config: RunConfig) -> dict[str, str]:
-    """Hashes of files, folders and code that settings name, by setting, and fedkern's version.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """Return hashes of files, folders and code by the setting that names them, and fedkern's version."""
     identity = {"version": fedkern.__version__}
     for name, value in settings_by_name(config).items():
         if isinstance(value, str) and name not in _ELSEWHERE and Path(value).is_absolute():
@@ -52,10 +48,7 @@ def files_identity(config: RunConfig) -> dict[str, str]:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the file itself, or the files in a folder.
-
-    Of a run folder those of its checkpoints, which no report changes.
-    """
+    """Return the file itself, or the files in a folder, of a run folder the checkpoints, which no report changes."""
     if path.is_dir():
         top = path / FOLDER if (path / NAME).exists() else path
         return sorted(path for path in top.rglob("*") if path.is_file())
@@ -63,7 +56,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def code_identity(config: RunConfig) -> dict[str, str]:
-    """Hashes of code and files that a run rests on, by the name of the setting, and fedkern's version."""
+    """Return hashes of a run's code and files by setting, and fedkern's version."""
     named = {"model": config.model_sha256, "layout": config.model_layout, "init": config.init_sha256}
     named |= {"method": config.method_sha256, "training": config.training_sha256}
     named |= {f"plugins.{name}": value for name, value in config.plugins.items()}
@@ -72,7 +65,7 @@ def code_identity(config: RunConfig) -> dict[str, str]:
 
 
 def other_data(mine: RunConfig, theirs: RunConfig) -> list[str]:
-    """In what the data of two runs differ, though their settings call them the same."""
+    """Return the parts in which two runs' data differ under the same settings."""
     own, other_identity = mine.identity, theirs.identity
     if mine.data != theirs.data or mine.data_options != theirs.data_options:
         return []
@@ -81,25 +74,22 @@ def other_data(mine: RunConfig, theirs: RunConfig) -> list[str]:
     return [name for name in names if own[name] != other_identity[name]]
 
 
-def other_code(first: RunConfig, second: RunConfig) -> list[str]:
-    """Return the settings that name the same code or file in two runs, of which each run had another one."""
-    one, two = settings_by_name(first), settings_by_name(second)
-    mine, theirs = code_identity(first), code_identity(second)
+def other_code(mine: RunConfig, theirs: RunConfig) -> list[str]:
+    """Return the settings that name the same code or file in two runs, but with other content."""
+    settings, other_settings = settings_by_name(mine), settings_by_name(theirs)
+    identity, other_identity = code_identity(mine), code_identity(theirs)
 
-    def same(name: str) -> bool:
+    def is_same(name: str) -> bool:
         setting = "model" if name == "layout" else name
-        alike = first.method == second.method or not name.startswith(("options.", "method"))
-        return alike and (name.startswith("plugins.") or one.get(setting) == two.get(setting))
+        alike = mine.method == theirs.method or not name.startswith(("options.", "method"))
+        return alike and (name.startswith("plugins.") or settings.get(setting) == other_settings.get(setting))
 
-    changed = [name for name in mine if name in theirs and mine[name] != theirs[name] and same(name)]
+    changed = [name for name, text in identity.items() if other_identity.get(name, text) != text and is_same(name)]
     return list(dict.fromkeys("model" if name == "layout" else name for name in changed))
 
 
-def difference(mine: RunConfig, theirs: RunConfig) -> str:
-    """Return what two runs that are to be compared rest on differently, in words.
-
-    Empty where they do not.
-    """
+def describe_difference(mine: RunConfig, theirs: RunConfig) -> str:
+    """Describe the differences in data and code of two runs, or return ""."""
     parts = [f"different data ({', '.join(data)})"] if (data := other_data(mine, theirs)) else []
     code = [_in_words(name, mine) for name in other_code(mine, theirs)]
     return " and ".join([*parts, *([f"another {', '.join(code)}"] if code else [])])

@@ -1,4 +1,4 @@
-"""What a run finds in the data, files and code that its settings name, kept among the settings."""
+"""Fingerprints of the data, files and code that settings name, stored among the settings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from fedkern.settings.section import Section
 
 
 @dataclass(frozen=True)
-class Found(Section):
-    """What was found.
+class Fingerprints(Section):
+    """Fingerprints, and facts about data and network.
 
-    ``served`` says whether the run accelerates its network, and ``plan`` how, as `fedkern.acceleration` has it.
-    ``main`` and ``better`` are those of the data's task (`fedkern.tasks`), and those of classification until the data
-    are loaded.
+    ``served`` says whether the run accelerates its network, and ``plan`` how.  ``main`` and ``better`` are
+    classification's until the data are loaded.
     """
 
     model_sha256: str | None = None
@@ -31,5 +30,5 @@ class Found(Section):
     better: str = "max"
 
 
-FINGERPRINTS = tuple(field.name for field in fields(Found) if field.name not in ("method", "options"))
+FINGERPRINTS = tuple(field.name for field in fields(Fingerprints) if field.name not in ("method", "options"))
 """Names of what was found; a resumed run compares them by itself."""

@@ -3,7 +3,7 @@
 import pytest
 
 from fedkern.errors import UserError
-from fedkern.settings.doors import key_words, python_words, to_python_words
+from fedkern.settings.error_wording import key_words, python_words, to_python_words
 
 
 @pytest.mark.parametrize(
