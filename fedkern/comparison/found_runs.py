@@ -156,9 +156,8 @@ def check_grounds(runs: Sequence[FoundRun], *, code: bool) -> None:
     for run in runs:
         alike.setdefault(repr((run.config.identity, code_identity(run.config), run.settings)), run)
     for run, other_run in combinations(alike.values(), 2):
-        if (code or other_data(run.config, other_run.config)) and (
-            reason := describe_difference(run.config, other_run.config)
-        ):
+        configs = run.config, other_run.config
+        if (code or other_data(*configs)) and (reason := describe_difference(*configs)):
             raise UserError(
                 f"{run.folder} and {other_run.folder} were made with {reason}, and are no runs of one comparison: "
                 "compare runs of the same data and code."

@@ -31,7 +31,8 @@ class OwnBlock(nn.Sequential):
     own = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if isinstance(x, fx.Proxy) else plain_strides(x))
+        y: Tensor = super().forward(x if isinstance(x, fx.Proxy) else plain_strides(x))
+        return y
 
 
 class BlockNetwork(nn.Module):
@@ -56,7 +57,8 @@ class BlockNetwork(nn.Module):
         return full(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
+        logits: Tensor = self.head(self.features(x))
+        return logits
 
     @torch.no_grad()
     def interfaces(self, image_shape: Sequence[int]) -> list[tuple[int, ...]]:

@@ -34,7 +34,7 @@ class Pool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         channels = 2 if x.dim() == 3 else 1
         if channels == 2 or torch.compiler.is_exporting():  # a program for others has PyTorch's operators alone
-            mean = x.unflatten(channels, (self.branches, -1)).mean(channels)
+            mean: Tensor = x.unflatten(channels, (self.branches, -1)).mean(channels)
         else:
             mean = fuse_mean(x.tensor_split(self.branches, dim=1))
         return mean * self.branches if self.total else mean
@@ -171,7 +171,7 @@ class FusedNetwork(nn.Module):
         """Fuse joined features ``[B, M * d]`` to ``[B, d]``, or leave them ("concat")."""
         if self.final == "concat":
             return joined
-        parts = joined.unflatten(1, (cast(FusedLevel, self.levels[-1]).count, -1))
+        parts: Tensor = joined.unflatten(1, (cast(FusedLevel, self.levels[-1]).count, -1))
         return parts.mean(1) if self.final == "mean" else parts.sum(1)
 
     def features(self, x: Tensor) -> Tensor:
@@ -180,4 +180,5 @@ class FusedNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.head is None:
             raise ValueError("this network has levels to come and no classifier yet")
-        return self.head(self.features(x))
+        logits: Tensor = self.head(self.features(x))
+        return logits

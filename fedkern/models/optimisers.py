@@ -36,14 +36,9 @@ class SGD(_Optimiser):
     """``torch.optim.SGD`` without dampening, for parameters of one dtype and device."""
 
     def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        lr: float,
-        momentum: float = 0.0,
-        *,
-        weight_decay: float = 0.0,
+        self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.0, *, weight_decay: float = 0.0,
         nesterov: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(parameters, lr)
         self._momentum, self._decay, self._nesterov = momentum, weight_decay, nesterov
 
@@ -63,8 +58,8 @@ class SGD(_Optimiser):
                 else:
                     velocity = state["momentum_buffer"].mul_(self._momentum).add_(gradient)
                 velocities.append(velocity)
-            ahead = self._nesterov
-            gradients = list(foreach_add(gradients, velocities, alpha=self._momentum)) if ahead else velocities
+            nesterov = self._nesterov
+            gradients = list(foreach_add(gradients, velocities, alpha=self._momentum)) if nesterov else velocities
         foreach_add_(parameters, gradients, alpha=-self.lr)
 
 
@@ -72,14 +67,9 @@ class Adam(_Optimiser):
     """``torch.optim.Adam(fused=True)``, or ``AdamW(fused=True)`` with ``decoupled`` (arXiv 1711.05101)."""
 
     def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        *,
-        weight_decay: float = 0.0,
-        decoupled: bool = False,
-    ) -> None:
+        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.999), *,
+        weight_decay: float = 0.0, decoupled: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(parameters, lr)
         self._betas, self._decay = betas, weight_decay
         self._fused = fused_adamw if decoupled else fused_adam

@@ -25,6 +25,8 @@ _dtype: ContextVar[torch.dtype | None] = ContextVar("precision", default=None)
 N = TypeVar("N", bound=nn.Module)
 P = ParamSpec("P")
 T = TypeVar("T")
+Layer = Callable[[Tensor], Tensor]
+"""A module from a tensor to a tensor, for type hints: ``nn.Module.__call__`` itself returns Any."""
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from fedkern.errors import UserError, suggest_name
 from fedkern.files.filesystem import expand
 from fedkern.models.network_registry import initialise
 from fedkern.models.networks.attention import TransformerLayer
-from fedkern.models.networks.small_encoders import LONGEST, WIDTH, ConvTokens, PatchTokens, TextTransformer
+from fedkern.models.networks.small_encoders import LENGTH, WIDTH, ConvTokens, ImageEncoder, PatchTokens, TextTransformer
 from fedkern.models.precision import autocasts
 from fedkern.models.pretrained import pretrained_pair
 from fedkern.models.pretrained.vocabulary import Kind, Tokens, Vocabulary
 from fedkern.models.state.allocate import allocate
 from fedkern.streams import stream
 
+TextEncoder = TextTransformer | pretrained_pair.PretrainedText
 EMBEDDING = 128
 IMAGE_ENCODERS = {"conv": "convolutions with group norm, 8x8 tokens", "vit": "vision transformer of four layers"}
 TEXT_ENCODERS = {
@@ -44,10 +45,10 @@ class PairNetwork(nn.Module):
     """
 
     def __init__(
-        self, image_encoder: nn.Module, text_encoder: nn.Module, *, about: Mapping[str, object] | None = None
+        self, image_encoder: ImageEncoder, text_encoder: TextEncoder, *, about: Mapping[str, object] | None = None
     ) -> None:
         super().__init__()
-        widths = [int(cast(Any, encoder).width) for encoder in (image_encoder, text_encoder)]
+        widths = int(image_encoder.width), int(text_encoder.width)
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         self.image_align = TransformerLayer(widths[0])
         self.text_align = TransformerLayer(widths[1], norm_first=False)
@@ -57,21 +58,23 @@ class PairNetwork(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the image's tokens behind the first one."""
-        return cast(Any, self.image_encoder).grid
+        return self.image_encoder.grid
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Return token numbers and mask ``[B, L]`` of texts, on the CPU."""
-        return cast(Any, self.text_encoder).tokenize(texts)
+        return self.text_encoder.tokenize(texts)
 
     @autocasts
     def encode_image(self, images: Tensor) -> Tensor:
         """Map normalised images fp32 ``[B, C, H, W]`` to the encoder's tokens ``[B, 1 + N, d]``."""
-        return self.image_encoder(images)
+        tokens: Tensor = self.image_encoder(images)
+        return tokens
 
     @autocasts
     def encode_text(self, tokens: Tokens) -> Tensor:
         """Map tokens ``[B, L]`` to the encoder's vectors ``[B, L, d]``."""
-        return self.text_encoder(tokens)
+        vectors: Tensor = self.text_encoder(tokens)
+        return vectors
 
     def project_image(self, sequence: Tensor) -> Tensor:
         """Map the output of :meth:`encode_image` to unit vectors ``[B, 128]``."""
@@ -127,7 +130,7 @@ def build_pair(
     std: Sequence[float],
     vocabulary: Sequence[str] | None = None,
     width: int | None = None,
-    longest: int = LONGEST,
+    longest: int = LENGTH,
     seed: int = 0,
 ) -> PairNetwork:
     """Build a pair with float32 parameters on the CPU.
@@ -165,8 +168,8 @@ def build_pair(
         "image_size": list(image_size), "mean": list(mean), "std": list(std),
         "vocabulary": list(vocabulary or ()) if named[1] else None, "width": width, "longest": longest,
     }  # fmt: skip
-    images: nn.Module
-    texts: nn.Module
+    images: ImageEncoder
+    texts: TextEncoder
     if not named[0]:
         images = pretrained_pair.image_encoder(image_encoder, **picture, mean=mean, std=std)
     if not named[1]:

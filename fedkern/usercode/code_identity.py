@@ -7,17 +7,17 @@ addresses, ``hash()`` and orders of sets.
 * **Plain values** count by value: numbers, texts, bytes, ranges, dates, paths, UUIDs, patterns, dtypes, devices ...
 * **Containers**: lists, tuples, deques and dicts in their order, sets sorted; of subclasses also class and attributes.
 * **Tensors and arrays**: dtype, shape and values, whatever the strides.  Sparse and quantised tensors, masked arrays
-and arrays of objects count by their parts, tensors on ``meta`` without values.
+  and arrays of objects count by their parts, tensors on ``meta`` without values.
 * **Objects**: class and attributes, private ones and ``__slots__`` too, without cached properties.  An enum counts by
-name and value.  An object of C, or of a package that defines its pickling, counts by its pickled state.
+  name and value.  An object of C, or of a package that defines its pickling, counts by its pickled state.
 * **nn.Module**: parameters, buffers (persistent or not), submodules, attributes and hooks, without the training mode.
 * **Classes**: bases and members of a class and of its bases, outside of Python, torch, fedkern and installed packages.
 * **Functions**: bytecode without line numbers; defaults, closures, attributes and wrapped functions; values of the
-module that the code names; names ``MODULE.X`` of the user's other modules; files of modules that the code imports by
-itself.
+  module that the code names; names ``MODULE.X`` of the user's other modules; files of modules that the code imports by
+  itself.
 * **Partials, bound methods, callable objects**: function, arguments and object.
 * **Modules and code of packages** count by name and version, Python, torch and fedkern by name: a run compares those
-versions by itself.
+  versions by itself.
 
 A value counts up to `LIMIT` bytes, nested objects up to `DEEP` levels, a table up to `NODES` values.  Anything beyond,
 and unreadable values (locks, open files), have rows that begin with `NOT_COMPARED`.  A repeated object has a row with

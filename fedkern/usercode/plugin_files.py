@@ -58,14 +58,11 @@ def read_code(file: Path, subject: str, source: bytes | None = None) -> CodeFile
 
 def forget_changed(file: Path, code: CodeFile, module: str) -> None:
     """Unload a file's ``module``, and those beside it, if a file has changed since this process ran it."""
-    identities = {
-        module: code.identity,
-        **{str(file.parent / path): text for path, text in code.hashes.items() if path},
-    }
-    if any(_SEEN.get(name, text) != text for name, text in identities.items()):
+    hashes = {module: code.identity, **{str(file.parent / path): text for path, text in code.hashes.items() if path}}
+    if any(_SEEN.get(name, text) != text for name, text in hashes.items()):
         for name in (module, *loaded_modules(file.parent, code.modules)):
             sys.modules.pop(name, None)
-    _SEEN.update(identities)
+    _SEEN.update(hashes)
 
 
 def parse_identity(text: str) -> dict[str, str]:

@@ -309,7 +309,7 @@ def describe_plugins(kind: str) -> dict[str, str]:
     return {name: docstring(_tables()[kind][name]).splitlines()[0] for name in names}
 
 
-def current_identities(stored: Mapping[str, str]) -> dict[str, str]:
+def identify_loaded(stored: Mapping[str, str]) -> dict[str, str]:
     """Return the identities of the loaded plugins that stand for a run's ``stored`` ones."""
     plugins = [_stand_in(name, identity) or Plugin(name, identity) for name, identity in stored.items()]
     return {plugin.name: plugin.identity for plugin in plugins}
@@ -349,14 +349,11 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
 
 def _differences(name: str, path: Path | None, identity: str, source: bytes | None = None) -> list[str]:
     """Describe the changes of a plugin since it had an identity, without executing anything."""
-    old_table, new_table = {"": identity}, {"": "" if path is not None else _module_identity(name)}
+    old, new = {"": identity}, {"": "" if path is not None else _module_identity(name)}
     if path is not None:
         code = plugin_files.read_code(path, f"The plugin {path}", source)
-        old_table, new_table = plugin_files.parse_identity(identity) or old_table, code.hashes
-    tables = (
-        {str(Path(name).parent / part) if part else name: table[part] for part in table}
-        for table in (old_table, new_table)
-    )
+        old, new = plugin_files.parse_identity(identity) or old, code.hashes
+    tables = ({str(Path(name).parent / part) if part else name: table[part] for part in table} for table in (old, new))
     return [_short(text) for text in differences(*tables)]
 
 

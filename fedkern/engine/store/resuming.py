@@ -42,8 +42,7 @@ def resumed_settings(
     if rounds is not None:
         config, stored = config.replace(rounds=rounds), stored.replace(rounds=rounds)
     config = config.replace(
-        client_threads=config.client_threads or stored.client_threads,
-        plugins=plugins.current_identities(stored.plugins),
+        client_threads=config.client_threads or stored.client_threads, plugins=plugins.identify_loaded(stored.plugins)
     )
     config = config.replace(**{name: getattr(stored, name) for name in config.unset})
     check_settings(config if config.augment else config.replace(augment=stored.augment), stored, out)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.models.precision import autocasts, full
+from fedkern.models.precision import Layer, autocasts, full
 
 HEAD_WIDTH = 64
 
@@ -29,10 +29,10 @@ class TransformerLayer(nn.Module):
         self.norm_first = norm_first
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
+        self.project: Layer = nn.Linear(width, width)
+        self.norm2: Layer = nn.LayerNorm(width)
         self.widen = nn.Linear(width, 4 * width)
-        self.narrow = nn.Linear(4 * width, width)
+        self.narrow: Layer = nn.Linear(4 * width, width)
 
     def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

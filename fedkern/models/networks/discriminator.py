@@ -64,7 +64,7 @@ class PatchDiscriminators(nn.Module):
 
 def receptive_field(layers: int) -> int:
     """Return the side in pixels of a logit's receptive field."""
-    return 3 * 2**layers - 2
+    return (3 << layers) - 2
 
 
 def whole_image(height: int, width: int) -> int:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fedkern.models.networks.attention import TransformerLayer
 from fedkern.models.networks.vit import patch_size
+from fedkern.models.precision import Layer
 from fedkern.models.pretrained.vocabulary import Tokens, Vocabulary
 
 WIDTH = 96
 IMAGE_LAYERS, TEXT_LAYERS = 4, 2
-LONGEST = 112  # tokens of a text (docs/methods/feddra.md, 6)
+LENGTH = 112  # most tokens of a text (docs/methods/feddra.md, 6)
 
 
 class _Positions(nn.Module):
@@ -64,7 +65,7 @@ class ConvTokens(ImageEncoder):
         height, across = image_size
         self.grid = height >> halvings, across >> halvings
         self.width = width
-        self.positions = _Positions(self.grid[0] * self.grid[1], width)
+        self.positions: Layer = _Positions(self.grid[0] * self.grid[1], width)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.positions(self.stages(images).flatten(2).transpose(1, 2))
@@ -79,8 +80,8 @@ class PatchTokens(ImageEncoder):
         self.project = nn.Conv2d(channels, width, patch, stride=patch)
         self.grid = image_size[0] // patch, image_size[1] // patch
         self.width = width
-        self.positions = _Positions(self.grid[0] * self.grid[1], width)
-        self.layers = nn.Sequential(*(TransformerLayer(width) for _ in range(IMAGE_LAYERS)), nn.LayerNorm(width))
+        self.positions: Layer = _Positions(self.grid[0] * self.grid[1], width)
+        self.layers: Layer = nn.Sequential(*(TransformerLayer(width) for _ in range(IMAGE_LAYERS)), nn.LayerNorm(width))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(self.positions(self.project(images).flatten(2).transpose(1, 2)))
@@ -105,12 +106,12 @@ class WordEmbedding(nn.Module):
 class TextTransformer(nn.Module):
     """Small transformer over words or word pieces, ``[CLS]`` in front."""
 
-    def __init__(self, vocabulary: Vocabulary, *, width: int, longest: int = LONGEST) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, width: int, longest: int = LENGTH) -> None:
         super().__init__()
         self.vocabulary, self.width, self.longest = vocabulary, width, longest
         self.embedding = WordEmbedding(len(vocabulary), longest, width)
         self.layers = nn.ModuleList(TransformerLayer(width) for _ in range(TEXT_LAYERS))
-        self.norm = nn.LayerNorm(width)
+        self.norm: Layer = nn.LayerNorm(width)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Return token numbers and mask ``[B, L]`` of texts, on the CPU."""

@@ -18,7 +18,8 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
+        logits: Tensor = self.head(self.features(x))
+        return logits
 
 
 class StagedNetwork(Classifier):
@@ -66,8 +67,7 @@ class StagedNetwork(Classifier):
 
     def stage(self, name: str) -> nn.Module:
         """Return the module of a map stage, which shares its parameters with the network."""
-        module: nn.Module = getattr(self, name)
-        return module
+        return self.get_submodule(name)
 
     @property
     def pooling(self) -> nn.Module:

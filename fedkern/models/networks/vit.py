@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedkern.models.networks.attention import TransformerLayer
 from fedkern.models.networks.staged import StagedNetwork
+from fedkern.models.precision import Layer
 
 DEPTH, STAGES = 12, 4
 
@@ -31,7 +32,7 @@ class PatchEmbedding(nn.Module):
         return (height // patch, width // patch) != self.position.shape[2:]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.project(x)
+        y: Tensor = self.project(x)
         position: Tensor = self.position
         if y.shape[2:] != position.shape[2:]:
             position = F.interpolate(position, size=y.shape[2:], mode="bicubic", align_corners=False)
@@ -46,11 +47,11 @@ class Encoder(TransformerLayer):
 
     def __init__(self, width: int, *, last: bool = False) -> None:
         super().__init__(width)
-        self.norm: nn.Module = nn.LayerNorm(width) if last else nn.Identity()
+        self.norm: Layer = nn.LayerNorm(width) if last else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        tokens = super().forward(x.permute(0, 2, 3, 1).flatten(1, 2))
-        return self.norm(tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        maps: Tensor = self.norm(super().forward(x.permute(0, 2, 3, 1).flatten(1, 2))).unflatten(1, x.shape[2:])
+        return maps.permute(0, 3, 1, 2)
 
 
 class ViT(StagedNetwork):

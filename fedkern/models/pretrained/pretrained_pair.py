@@ -97,7 +97,7 @@ class PretrainedText(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         ids, mask = (tokens.ids[:, 1:], tokens.mask[:, 1:]) if self.pooled else tokens
-        out = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        out: Tensor = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         if not self.pooled:
             return out
         share = mask[..., None].to(out.dtype)
@@ -190,11 +190,11 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
     complete = network
     if getattr(network.config, "is_encoder_decoder", False):
         network = network.get_encoder()
-    network = getattr(network, part, network)
-    if isinstance(getattr(network, "pooler", None), nn.Module):
-        network.pooler = nn.Identity()  # the pooler's output is not used, so the pooler would never learn
-    check_complete(f"{kind} encoder {path}", complete, network, report["missing_keys"])
-    return network.float()
+    base: nn.Module = getattr(network, part, network)
+    if isinstance(getattr(base, "pooler", None), nn.Module):
+        base.pooler = nn.Identity()  # the pooler's output is not used, so the pooler would never learn
+    check_complete(f"{kind} encoder {path}", complete, base, report["missing_keys"])
+    return base.float()
 
 
 def _remove_dropout(config: object) -> None:

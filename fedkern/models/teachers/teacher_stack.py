@@ -52,7 +52,8 @@ class _Teacher:
         at_once = len(images) <= CHUNK or not images.is_cpu or (torch.is_grad_enabled() and images.requires_grad)
         parts = (images,) if at_once else images.split(CHUNK)
         answers = [self._network(part) for part in parts]
-        return self._head(answers[0] if at_once else torch.cat(answers))
+        logits: Tensor = self._head(answers[0] if at_once else torch.cat(answers))
+        return logits
 
 
 def _headless(network: nn.Module) -> nn.Module:

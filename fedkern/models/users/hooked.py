@@ -23,7 +23,7 @@ FEATURE, LOGITS = "feature", "logits"
 
 
 class _Stop(BaseException):
-    pass
+    """Signal that ends a pass at a stage, of a kind that user-defined code does not catch."""
 
 
 class Hooked(OwnNetwork):
@@ -60,7 +60,7 @@ class Hooked(OwnNetwork):
         results, calls = dict[str, Tensor](), Counter[str]()
 
         def keep_result(stage: str, layer: nn.Module, inputs: tuple[Tensor, ...], *output: Tensor) -> Tensor:
-            result = compute_pending((output or inputs)[0])
+            result: Tensor = compute_pending((output or inputs)[0])
             calls[stage] += 1
             if put is not None and put[0] == stage:
                 put[2]()
