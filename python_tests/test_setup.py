@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedkern.files.filesystem import one_writer
+from fedkern.files.filesystem import hold_lock
 from fedkern.process import versions
 from fedkern.process.commit import commit
 from fedkern.report import doctor_page
@@ -88,7 +88,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     command = ["setup.py", "-q", "egg_info", "--egg-base", str(folder), "build", "--build-base", str(folder)]
     kept = {name: value for name, value in os.environ.items() if name not in ("FEDKERN_CPU", "FEDKERN_CUDA", "CXX")}
-    with one_writer(ROOT / "setup.py"):  # tests side by side share the folder of compiled objects
+    with hold_lock(ROOT / "setup.py"):  # tests side by side share the folder of compiled objects
         return subprocess.run(
             [sys.executable, *command], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=300
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedkern.files.filesystem import one_writer
+from fedkern.files.filesystem import hold_lock
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,7 +49,7 @@ def setup(folder: Path, *commands: object, **variables: str) -> None:
     All of its output but compiled objects lies in ``folder``.
     """
     pytest.importorskip("setuptools", "77")  # older ones do not read this pyproject.toml
-    with one_writer(ROOT / "setup.py"):  # tests side by side share the folder of compiled objects
+    with hold_lock(ROOT / "setup.py"):  # tests side by side share the folder of compiled objects
         run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, *commands, cwd=ROOT, **variables)
 
 

@@ -37,11 +37,11 @@ from torch import Tensor
 from fedkern import UserError, register_data
 from fedkern.data import READING, Listing, Option, Pool, Reading, Source
 from fedkern.data.images.full_masks import FullMasks, MaskStore
-from fedkern.data.images.image_files import MAX_PIXELS, each, is_hidden, subfolders
+from fedkern.data.images.image_files import MAX_PIXELS, is_hidden, run_in_threads, subfolders
 from fedkern.data.labels.spelling import SHOWN, sort_names
 from fedkern.data.sources.found_files import gunzip, need_root
 from fedkern.data.sources.listing import SPLITS, split_rows
-from fedkern.data.sources.site_folders import left_out
+from fedkern.data.sources.site_folders import describe_unread_files
 from fedkern.errors import first_of
 from fedkern.files.inputs import open_regular, real_file
 from fedkern.process.extras import import_extra
@@ -138,7 +138,7 @@ def brats(
     def read(i: int) -> None:
         voxels[i], grids[i] = classes_of(cases[i].mask, list(values.values()), max_image_pixels)
 
-    each(read, len(cases))
+    run_in_threads(read, len(cases))
     rows = [
         (i, z)
         for i, case in enumerate(cases)
@@ -164,7 +164,7 @@ def brats(
         groups=len(sites) if len(sites) > 1 else None,
         sites=tuple(site or "." for site in sites) if len(sites) > 1 else (),
         drawn_validation=not {"test", "validation"} <= {case.split for case in cases},
-        notices=tuple(left_out(base)),
+        notices=tuple(describe_unread_files(base)),
     )
 
 
@@ -424,7 +424,7 @@ def _slices(
             slices = torch.from_numpy(to_bytes(values)[planes])
             images[torch.from_numpy(rows), channel] = square(slices, size, smooth=True)
 
-    each(read, len(present))
+    run_in_threads(read, len(present))
     return images
 
 

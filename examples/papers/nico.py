@@ -38,7 +38,7 @@ from fedkern.data.images.image_files import (
     subfolders,
 )
 from fedkern.data.sources.found_files import need_root
-from fedkern.data.sources.site_folders import left_out
+from fedkern.data.sources.site_folders import describe_unread_files
 from fedkern.streams import stream
 
 CLIENTS = 7
@@ -128,7 +128,7 @@ def nico(
         std=IMAGENET_STD,
         augment="nico",
         groups=CLIENTS,
-        notices=tuple(left_out(folder)),
+        notices=tuple(describe_unread_files(folder)),
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fedkern import UserError, register_data
 from fedkern.data import Option, Reading, Source, to_source
-from fedkern.data.labels.spelling import number
+from fedkern.data.labels.spelling import parse_number
 from fedkern.data.sources.table import AUTO, Table, open_table
 
 IMAGE = ("image", "path", "image_path", "filename", "file")
@@ -193,7 +193,7 @@ def _labels(table: Table) -> list[str]:
         return [UNLABELLED] * len(table.rows)
     labels, uncertain = [], 0
     for row in table.rows:
-        values = {name: number(row[name]) for name in findings}
+        values = {name: parse_number(row[name]) for name in findings}
         label = next((name for name, value in values.items() if value == 1), None)
         unsure = label is None and -1 in values.values()
         uncertain += unsure

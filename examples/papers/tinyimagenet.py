@@ -22,8 +22,8 @@ from fedkern import UserError, register_data
 from fedkern.data import READING, Listing, Reading, Source, to_source
 from fedkern.data.images.image_files import list_images
 from fedkern.data.sources.found_files import find_folder, read_file
-from fedkern.data.sources.site_folders import left_out
-from fedkern.files.inputs import standing
+from fedkern.data.sources.site_folders import describe_unread_files
+from fedkern.files.inputs import describe_file_kind
 
 SIDE = 64
 _FOLDERS = ("tiny-imagenet-200", "tinyimagenet", "tiny-imagenet")
@@ -66,7 +66,7 @@ def tinyimagenet(root: str | Path | None = None, *, max_image_pixels: int = READ
         path = folder / "val" / "images" / name
         if wnid not in label_of:
             raise UserError(f'data set "tinyimagenet": {annotations}, line {number}, names no class of wnids.txt')
-        if what := standing(path):
+        if what := describe_file_kind(path):
             raise UserError(f'data set "tinyimagenet": the image {path} of {annotations}, line {number}, is {what}')
         paths.append(path)
         labels.append(label_of[wnid])
@@ -78,7 +78,7 @@ def tinyimagenet(root: str | Path | None = None, *, max_image_pixels: int = READ
         labels=np.array(labels, dtype=np.int64),
         splits=["train"] * trained + ["test"] * (len(paths) - trained),
         clients=[""] * len(paths),
-        notices=left_out(folder),
+        notices=describe_unread_files(folder),
     )
     reading = Reading(SIDE, "rgb", test_share=0.0, validation_share=0.1, max_image_pixels=max_image_pixels)
     source = to_source("tinyimagenet", listing, _names(folder, wnids), reading)

@@ -16,7 +16,7 @@ from fedkern.comparison.cells import Cell, Variant, cells
 from fedkern.comparison.found_runs import FoundRun, read_run
 from fedkern.comparison.parallel_runs import RunProcess, check_jobs
 from fedkern.data import FederatedData
-from fedkern.data.identity import of_memory
+from fedkern.data.identity import identify_memory
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
 from fedkern.engine.setup.own_model import network_hash
@@ -220,7 +220,7 @@ class Runner:
         """Raise UserError unless code, files and in-memory data are those of a stored run."""
         data = self.data(config)
         code = self.script.code_at_begin(config, data)
-        identity = {} if data is None else of_memory(data)
+        identity = {} if data is None else identify_memory(data)
         identity |= {name: text for name, text in files_identity(config).items() if name != "version"}
         hashes = {group: digest(table) for group, table in code.items()}
         before = {**stored.identity, "method": stored.method_sha256}

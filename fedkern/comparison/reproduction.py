@@ -155,7 +155,7 @@ class Job:
             UserError: a run cannot be played, or all failed.
             OutOfTime: the budget is used up.
         """
-        with atomic.writing(self.folder):
+        with atomic.report_unwritable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with FolderLock(self.folder):
             if self.before is not None and self.before.runs_left:
@@ -394,7 +394,7 @@ class Reproduction:
     def write(self) -> list[Path]:
         """Write the table as Markdown, CSV and HTML, each completely or not at all, and return the files."""
         rows = self.rows()
-        with atomic.writing(self.out):
+        with atomic.report_unwritable(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
         table = reproduction_table.text_table(self.paper, rows)
         texts = {MARKDOWN: table.markdown(), CSV: reproduction_table.to_csv(rows)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern import models
-from fedkern.data.images.transforms import central, normalise
+from fedkern.data.images.transforms import cut_central_windows, normalise
 from fedkern.data.split import Split
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, leaves, map_leaves, split_targets
@@ -104,7 +104,7 @@ class ImageForm:
 
     def central(self, split: Split) -> Split:
         """Return a split that is not augmented: central windows of the network's input size."""
-        return central(split, self.shape[1:])
+        return cut_central_windows(split, self.shape[1:])
 
     def about(self) -> dict[str, object]:
         """Return the form's entries in model.safetensors."""

@@ -31,18 +31,18 @@ COMPARED_BYTES = 1 << 28
 Sets = Mapping[str, Sequence[Split]]
 
 
-def of_memory(data: FederatedData) -> dict[str, str]:
+def identify_memory(data: FederatedData) -> dict[str, str]:
     """Return the identity of data in memory, independent of how clients share them (see `identity`)."""
     sets: dict[str, list[Any]] = {"train": list(data.clients), "validation": [data.validation]}
     sets |= {f"test {name}".strip(): [split] for name, split in data.tests.items()}
     if isinstance(data.validation, Items):
-        return _of_items(data, sets)
+        return _identify_items(data, sets)
     public = [] if data.public is None else [data.public]
     sets |= {"train": [*data.clients, *public], "client tests": list(data.client_tests)}
     return identity(data.classes, sets, sets)
 
 
-def _of_items(data: FederatedData, sets: Mapping[str, list[Any]]) -> dict[str, str]:
+def _identify_items(data: FederatedData, sets: Mapping[str, list[Any]]) -> dict[str, str]:
     datasets = {
         name: {id(part.dataset): replace(part, rows=None) for part in parts if len(part)}.values()
         for name, parts in sets.items()
@@ -56,7 +56,7 @@ def _of_items(data: FederatedData, sets: Mapping[str, list[Any]]) -> dict[str, s
     }
 
 
-def of_source(source: Source, contents: Sets, pixels: list[bytes]) -> dict[str, str]:
+def identify_source(source: Source, contents: Sets, pixels: list[bytes]) -> dict[str, str]:
     """Return the identity of a source: names and labels of whole pools, images of ``contents``."""
     tests = {f"test {name}".strip(): [pool] for name, pool in source.tests.items()}
     pools = {"train": [source.train], "validation": [source.validation], **tests}
@@ -118,7 +118,7 @@ def identity(
                     pixels.append(_hash(*image).digest())
     for name, pools in sets.items():
         names += [_hash(_text(f"{name}\0{row}")).digest() for part in pools for row in part.ids or ()]
-        if not _alike(contents.get(name, ()), pools):  # else their labels have been read with the images
+        if not _covers_pools(contents.get(name, ()), pools):  # else their labels have been read with the images
             labels[name] = [hasher.digest() for part in pools for hasher in _hash_labels(name, part)]
     sizes = {name: sum(map(len, parts)) for name, parts in sets.items()}
     return {
@@ -130,7 +130,7 @@ def identity(
     }
 
 
-def _alike(read: Sequence[Split], pools: Sequence[Split | Pool]) -> bool:
+def _covers_pools(read: Sequence[Split], pools: Sequence[Split | Pool]) -> bool:
     """Return whether ``read`` covers all samples of the pools, with labels of the same form."""
     forms = {(part.labels.shape[1:], part.labels.dtype) for part in (*read, *pools) if len(part)}
     return sum(map(len, read)) == sum(map(len, pools)) and len(forms) < 2
@@ -171,7 +171,7 @@ def _digest(rows: Iterable[bytes]) -> str:
     return hasher.hexdigest()
 
 
-def code_of(data: FederatedData) -> dict[str, object]:
+def list_user_code(data: FederatedData) -> dict[str, object]:
     """Return the user's objects beside the data: loss and metrics or a task, and collation."""
     collate = getattr(data.clients[0], "collate", default_collate)
     return {**data.task.code(), **({} if collate is default_collate else {"collate_fn": collate})}

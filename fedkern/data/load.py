@@ -14,18 +14,18 @@ from torch import Tensor
 from fedkern.data.data_option import DETECTION_OPTIONS, CommonOptions, check_single
 from fedkern.data.dataset_registry import DATASETS, DatasetInfo, lookup, read_options
 from fedkern.data.forms import ImageForm
-from fedkern.data.identity import of_memory, of_source, pixel_hashes, sample_pool
+from fedkern.data.identity import identify_memory, identify_source, pixel_hashes, sample_pool
 from fedkern.data.images.background import MaskSource, extract_background
 from fedkern.data.images.boxes_file import BoxesFile
 from fedkern.data.images.detections import Detections, Detector
 from fedkern.data.images.image_cache import stored_images, tell_unused
-from fedkern.data.images.transforms import central
+from fedkern.data.images.transforms import cut_central_windows
 from fedkern.data.sharing.backdoor import add_backdoor
 from fedkern.data.sharing.coloured import paint
 from fedkern.data.sharing.cue import add_cues
 from fedkern.data.sharing.groups import grouped_rows, training_cases, unit_noun
 from fedkern.data.sharing.partition import PartitionSpec, parse_partition, share_samples
-from fedkern.data.sources.copies import copies
+from fedkern.data.sources.copies import find_copies
 from fedkern.data.sources.items import Items
 from fedkern.data.split import Split, rows_of
 from fedkern.data.types import DataRequest, FederatedData, Pool, Source
@@ -119,7 +119,7 @@ def load(
         data = _share_out(name, info, data, request, spec, notice, **shares)
     else:
         if identify and drawn is None and not isinstance(data.validation, Items):  # a run inspects items itself
-            data = dataclasses.replace(data, identity=of_memory(data))
+            data = dataclasses.replace(data, identity=identify_memory(data))
         tell_unused(cache, progress)
         data = _subsample_sets(data, common)
     if identify and drawn is not None:
@@ -184,7 +184,7 @@ def _share_out(
     # Coloured sets are identified by their grey images, as the seed draws the colours.
     identity: dict[str, str] = {}
     if is_identified and info.palette:
-        identity = of_source(source, {"train": samples, "test": [sample_pool(source.tests[""])]}, [])
+        identity = identify_source(source, {"train": samples, "test": [sample_pool(source.tests[""])]}, [])
     elif is_identified:
         identity = _identify(name, source, splits, sets, samples, names or (), notice)
 
@@ -216,7 +216,7 @@ def _center_cropped(source: Source, split: Split, are_clients: bool) -> Split:
     Homes are dropped unless ``are_clients``: only then do the sites that the data name match the clients.
     """
     split = split if are_clients else dataclasses.replace(split, homes=None)
-    return central(split, (source.crop, source.crop)) if source.crop else split
+    return cut_central_windows(split, (source.crop, source.crop)) if source.crop else split
 
 
 def _identify(
@@ -235,12 +235,12 @@ def _identify(
     used = [*clients, sets["public"]]
     contents = {"train": samples or used} | {key: [split] for key, split in sets.items() if key != "public"}
     pixels: list[bytes] = []
-    identity = of_source(source, contents, pixels)
+    identity = identify_source(source, contents, pixels)
     if source.compared:
         if samples:  # the hashes so far are those of the sample
             pixels = pixel_hashes(used) + pixels
             contents["train"] = [*used, *samples]
-        for text in copies(name, source.classes, contents, pixels, sites, source.files.get("outside", "")):
+        for text in find_copies(name, source.classes, contents, pixels, sites, source.files.get("outside", "")):
             notice(text)
     return identity
 

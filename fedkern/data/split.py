@@ -147,10 +147,10 @@ def rows_of(column: Any, rows: Tensor) -> Any:
 
 def join_splits(splits: Sequence[Split]) -> Split:
     """Concatenate splits, with None for columns that are None in any of them."""
-    return Split(**{field.name: _together([getattr(split, field.name) for split in splits]) for field in fields(Split)})
+    return Split(**{field.name: _concat([getattr(split, field.name) for split in splits]) for field in fields(Split)})
 
 
-def _together(parts: list[Any]) -> Any:
+def _concat(parts: list[Any]) -> Any:
     if any(part is None for part in parts):
         return None
     if isinstance(parts[0], FullMasks):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData, Split
-from fedkern.data.images.transforms import central
+from fedkern.data.images.transforms import cut_central_windows
 from fedkern.data.split import join_splits
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.run_evaluation import read_data
@@ -91,7 +91,7 @@ class Finished:
 
     def train(self) -> Split:
         """Return all clients' training samples at the networks' image size, for probes and decoders."""
-        return central(join_splits(self.data.clients), self.data.form.shape[1:])
+        return cut_central_windows(join_splits(self.data.clients), self.data.form.shape[1:])
 
     def images(self, split: Split) -> Iterator[Tensor]:
         """Yield the images of a split in batches, normalised as in training: fp32, channels-last."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkern.data import FederatedData
 from fedkern.data.sources.datasets import is_dataset, items_like
-from fedkern.data.sources.items import cause
+from fedkern.data.sources.items import name_cause
 from fedkern.engine.batches.item_batches import ItemReader
 from fedkern.errors import RAISED, UserError
 from fedkern.messages.leaves import Keywords, Positional, join_batches, map_leaves, move_to_device
@@ -33,7 +33,7 @@ def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) 
         try:
             return map_leaves(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, module(inputs))
         except RAISED as error:  # the user's own network may raise anything
-            raise UserError(f"the network fails on the samples ({cause(error)}).") from error
+            raise UserError(f"the network fails on the samples ({name_cause(error)}).") from error
 
     if is_dataset(samples):
         reader = ItemReader(items_like(data.clients[0], samples, "the samples"), device, seed=0, size=size)

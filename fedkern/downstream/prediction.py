@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fedkern.data.forms import form_of
-from fedkern.data.images.greys import looked_at, pixels_outside
+from fedkern.data.images.greys import inspect_files, pixels_outside
 from fedkern.data.images.image_files import MAX_PIXELS, ImageFiles, list_images
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.setup.serving import as_in_the_run
@@ -24,7 +24,7 @@ from fedkern.engine.store.resuming import load_unedited
 from fedkern.errors import UserError
 from fedkern.files import atomic, filesystem
 from fedkern.files.filesystem import check_text
-from fedkern.files.inputs import standing
+from fedkern.files.inputs import describe_file_kind
 from fedkern.methods.protocol import batch_slices
 from fedkern.process.torch_modes import reproducible
 from fedkern.tasks import TASKS, Task
@@ -142,7 +142,7 @@ class Predictor:
 
     def check_window(self, paths: Sequence[Path]) -> None:
         """Warn if most pixels of the files lie outside the grey window of the training."""
-        looks = looked_at(paths, MAX_PIXELS, True) if self.window is not None else {}
+        looks = inspect_files(paths, MAX_PIXELS, True) if self.window is not None else {}
         if text := pixels_outside(self.window, looks.values(), "store the greys of these files as in the training"):
             warnings.warn(text, stacklevel=2)
 
@@ -171,7 +171,7 @@ def found_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         check_text(str(path), "the path")
         if not path.is_dir():
-            if problem := standing(path):
+            if problem := describe_file_kind(path):
                 raise UserError(f"{path} is {problem}: name image files, or folders of image files.")
             images.append(path)
             continue

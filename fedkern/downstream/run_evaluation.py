@@ -16,7 +16,7 @@ from torch import nn
 from fedkern.data import FederatedData, load
 from fedkern.data.dataset_registry import lookup
 from fedkern.data.forms import form_of
-from fedkern.data.images.greys import as_text
+from fedkern.data.images.greys import format_window
 from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
@@ -191,7 +191,7 @@ def _as_trained(data: str, about: Description, config: RunConfig) -> dict[str, o
     values: dict[str, object] = {}
     options, (height, width) = lookup(data).options, about["image_size"] if "items" not in about else (0, 1)
     if "bits" in options:
-        values = {"bits": about["grey_bits"], "window": as_text(about["window"])}
+        values = {"bits": about["grey_bits"], "window": format_window(about["window"])}
     if {"size", "colour"} <= {*options} and height == width:
         values |= {"size": height, "colour": "grey" if about["channels"] == 1 else "rgb"}
         trained = lookup(config.data).options  # of a user's data set they may have other names

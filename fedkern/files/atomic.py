@@ -18,7 +18,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def report_unwritable(path: Path) -> Iterator[None]:
     """Turn an error of the file or folder ``path`` into an Unwritable."""
     try:
         yield
@@ -31,14 +31,14 @@ def write(path: Path, fill: Callable[[Path], object], *, durable: bool = True) -
 
     Without ``durable`` the file is complete or absent unless the machine itself stops.
     """
-    with writing(path):
+    with report_unwritable(path):
         filesystem.replace(path, fill, durable=durable)
 
 
 @contextmanager
-def changing(path: Path, mode: str, *, durable: bool = False) -> Iterator[BinaryIO]:
+def open_in_place(path: Path, mode: str, *, durable: bool = False) -> Iterator[BinaryIO]:
     """Open a file to change it in place, see :func:`filesystem.open_to_change`, and flush at the end if ``durable``."""
-    with writing(path), filesystem.open_to_change(path, mode) as file:
+    with report_unwritable(path), filesystem.open_to_change(path, mode) as file:
         yield file
         if durable:
             file.flush()
@@ -47,7 +47,7 @@ def changing(path: Path, mode: str, *, durable: bool = False) -> Iterator[Binary
 
 def flush(path: Path) -> None:
     """Flush a file to the disk, or raise Unwritable."""
-    with writing(path), path.open("rb") as file:
+    with report_unwritable(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 
@@ -57,7 +57,7 @@ def make_folder(path: Path, *, fresh: bool = False) -> None:
     Raises:
         Unwritable: the folder is a link, or cannot be made.
     """
-    with writing(path):
+    with report_unwritable(path):
         if path.is_symlink():
             raise OSError(errno.ELOOP, filesystem.LINK, str(path))
         path.mkdir(parents=True, exist_ok=not fresh)

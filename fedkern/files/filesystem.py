@@ -156,7 +156,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def one_writer(lock: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
+def hold_lock(lock: Path, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold a lock between processes, after waiting for its current holder.
 
     The lock file is never removed; the system releases the lock when the process ends.  File systems without locks are

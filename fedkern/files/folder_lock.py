@@ -47,11 +47,11 @@ class FolderLock:
         self._beats = 0
 
     def __enter__(self) -> FolderLock:
-        with atomic.writing(self.path):
+        with atomic.report_unwritable(self.path):
             file = filesystem.open_to_change(self.path, "r+b", make=True)
             try:
                 sure = self._take_lock(file)
-                if not _dead(before := self._read()):
+                if not _is_dead(before := self._read()):
                     self._watch(before)
                     sure = False
                 self._owner = f"{os.getpid()}\n{platform.node()}\n{_machine()}\n{secrets.token_hex(8)}\n"
@@ -138,7 +138,7 @@ def _machine() -> str:
     return platform.node()
 
 
-def _dead(content: bytes) -> bool:
+def _is_dead(content: bytes) -> bool:
     """Return whether a lock file names no process, or an ended process of this machine."""
     if not content:
         return True

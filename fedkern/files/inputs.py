@@ -18,7 +18,7 @@ from fedkern.errors import UserError
 SPECIAL = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
-def standing(path: Path) -> str:
+def describe_file_kind(path: Path) -> str:
     """Name the kind of a file, links followed, or return ``""`` for a regular file."""
     try:
         return _kind(path.stat().st_mode)
@@ -26,9 +26,9 @@ def standing(path: Path) -> str:
         return "a link to nothing" if os.path.islink(path) else "missing"  # noqa: PTH114 (the name may be too long)
 
 
-def special(path: Path) -> str:
+def describe_special_file(path: Path) -> str:
     """Name a pipe, socket or device, ``""`` for anything else: opening a pipe would wait for a writer."""
-    kind = standing(path)
+    kind = describe_file_kind(path)
     return kind if kind in SPECIAL.values() else ""
 
 
@@ -49,7 +49,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 @contextmanager
-def reading(subject: object) -> Iterator[None]:
+def report_unreadable(subject: object) -> Iterator[None]:
     """Turn a read error into a UserError that names ``subject``."""
     try:
         yield
@@ -58,7 +58,7 @@ def reading(subject: object) -> Iterator[None]:
 
 
 @contextmanager
-def naming_damage(sentence: str, way: str) -> Iterator[None]:
+def report_damage(sentence: str, way: str) -> Iterator[None]:
     """Turn an error about a file's content into a UserError: ``sentence``, reason, ``way`` out."""
     try:
         yield
@@ -73,7 +73,7 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
         return file.read()
 
 
-def line_ends(path: Path, checksum: Callable[[bytes], object], due: object, size: int | None = None) -> str:
+def explain_line_ends(path: Path, checksum: Callable[[bytes], object], due: object, size: int | None = None) -> str:
     """Return advice if only CRLF line ends make a file differ, else ``""``.
 
     ``due`` is the ``checksum`` of the first ``size`` bytes as written.

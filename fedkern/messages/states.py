@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkern.errors import Malformed, require_format
 from fedkern.files import atomic
-from fedkern.files.inputs import parse_json, special
+from fedkern.files.inputs import describe_special_file, parse_json
 from fedkern.ops._core.checks import python_number
 
 ABOUT = "fedkern"  # the file's only metadata key: the order of several keys in the file would be random
@@ -94,7 +94,7 @@ def load(path: Path) -> State:
 def part(path: Path, *keys: str | int) -> Any:
     """Return the value under nested ``keys`` of a saved dict, or None, reading nothing else."""
     try:
-        if kind := special(path):
+        if kind := describe_special_file(path):
             raise ValueError(f"it is {kind}, not a regular file")
         with safe_open(path, framework="pt") as file:
             about = parse_json((file.metadata() or {})[ABOUT])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import fedkern
-from fedkern.files.inputs import open_regular, reading
+from fedkern.files.inputs import open_regular, report_unreadable
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FOLDER, NAME
 from fedkern.settings.section import Values
@@ -38,7 +38,7 @@ def files_identity(config: RunConfig) -> dict[str, str]:
             digest = hashlib.sha256()
             for path in _files(Path(value)):
                 digest.update(f"{path.relative_to(value)}\0".encode(errors="surrogateescape"))
-                with reading(path), open_regular(path) as file:
+                with report_unreadable(path), open_regular(path) as file:
                     digest.update(hashlib.file_digest(cast(Any, file), "sha256").digest())
                 identity[name] = digest.hexdigest()
     for name, text in {"data": config.data, **dict(config.method_options.code())}.items():

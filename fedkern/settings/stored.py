@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.errors import UserError, suggest_name
-from fedkern.files.inputs import read_text, special
+from fedkern.files.inputs import describe_special_file, read_text
 from fedkern.methods import script_methods
 from fedkern.methods.base import Method
 from fedkern.settings.config import UNSTORED, RunConfig
@@ -100,7 +100,7 @@ def _plugin_table(value: object, source: str) -> dict[str, str]:
 def check_regular(folder: str | os.PathLike[str]) -> None:
     """Raise UserError for a run folder with a named pipe, a socket or a device, which might block for ever."""
     for path in (*Path(folder).glob("*"), *Path(folder).glob("checkpoints/*")):
-        if kind := special(path):
+        if kind := describe_special_file(path):
             raise UserError(f"{path} is {kind}, not a regular file: remove it, or put back the run's own file.")
 
 

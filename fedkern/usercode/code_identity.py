@@ -62,7 +62,7 @@ from types import (
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from fedkern.files.inputs import open_regular, reading
+from fedkern.files.inputs import open_regular, report_unreadable
 
 PLAIN = (bool, int, float, str)
 LIMIT, DEEP, NODES, READABLE, ROWS = 1 << 20, 40, 1 << 14, 60, 200
@@ -654,7 +654,7 @@ def content_hash(content: bytes) -> str:
 
 def content(path: str | Path, subject: str = "") -> bytes:
     """Return the content of a file of code, called ``subject`` in the error."""
-    with reading(subject or f"{path}, which a plugin imports,"), open_regular(path) as file:
+    with report_unreadable(subject or f"{path}, which a plugin imports,"), open_regular(path) as file:
         return file.read()
 
 

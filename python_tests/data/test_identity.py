@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedkern.data import FederatedData, load
-from fedkern.data.identity import of_memory
+from fedkern.data.identity import identify_memory
 
 
 def identity(name="digits", **settings):
@@ -57,7 +57,7 @@ def made(change=None, order=slice(None), parts=3, test=None):
 
 
 def test_samples_in_memory_may_lie_with_any_client():
-    assert of_memory(made()) == of_memory(made(order=slice(None, None, -1), parts=2))
+    assert identify_memory(made()) == identify_memory(made(order=slice(None, None, -1), parts=2))
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_samples_in_memory_may_lie_with_any_client():
      ("fewer", {"sizes", "labels", "images"})],
 )  # fmt: skip
 def test_what_changed_is_told(change, parts):
-    before, two = of_memory(made()), of_memory(made(change))
+    before, two = identify_memory(made()), identify_memory(made(change))
     assert {name for name in before if before[name] != two[name]} == parts
 
 
 @pytest.mark.parametrize("change", ["image", "label"])
 def test_test_sets_count(change):
-    before, two = of_memory(made()), of_memory(made(test=change))
+    before, two = identify_memory(made()), identify_memory(made(test=change))
     assert before["images"] != two["images"]
 
 
@@ -85,4 +85,4 @@ def test_names_texts_and_patients_count():
     }.items():  # fmt: skip
         named = dataclasses.replace(split, **{field: value})
         renamed = dataclasses.replace(data, clients=(named, *data.clients[1:]))
-        assert of_memory(renamed)["labels"] != of_memory(data)["labels"], field
+        assert identify_memory(renamed)["labels"] != identify_memory(data)["labels"], field

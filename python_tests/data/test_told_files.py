@@ -114,7 +114,7 @@ def test_a_set_is_named_however_few_files_it_has(tmp_path):
 )  # fmt: skip
 def test_depth_and_colour_are_those_of_the_file(mode, kind, tmp_path):
     Image.new(mode, (5, 3)).save(tmp_path / "one.tif")
-    (look,) = greys.looked_at([tmp_path / "one.tif"], 100, True).values()
+    (look,) = greys.inspect_files([tmp_path / "one.tif"], 100, True).values()
     assert (look.kind, look.size) == (kind, (5, 3))
 
 

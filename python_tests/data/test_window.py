@@ -14,7 +14,7 @@ from PIL import Image
 import fedkern
 from fedkern.data import load, lookup
 from fedkern.data.images import greys
-from fedkern.data.images.greys import as_text, looked_at, window_of
+from fedkern.data.images.greys import format_window, inspect_files, window_of
 from fedkern.downstream import run_evaluation
 from fedkern.downstream.run_evaluation import _as_trained
 from fedkern.errors import UserError
@@ -209,11 +209,11 @@ def test_a_window_without_effect_is_told(tmp_path):
 
 def test_percentiles_are_of_the_pixels(scans):
     paths = sorted(scans.rglob("*.png"))
-    looks = looked_at(paths[::2], 10**6, True).values()
+    looks = inspect_files(paths[::2], 10**6, True).values()
     low, high = window_of("0%,100%", looks)
     chosen = [np.asarray(Image.open(path)) for path in paths[::2]]
     assert (low, high) == (min(image.min() for image in chosen), max(image.max() for image in chosen))
-    assert window_of(as_text((low, high)), looks) == (low, high)
+    assert window_of(format_window((low, high)), looks) == (low, high)
     assert window_of("", looks) is None
 
 

@@ -27,9 +27,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 import fedkern
 from fedkern.data import DATASETS
-from fedkern.data.identity import of_memory
+from fedkern.data.identity import identify_memory
 from fedkern.data.sharing.holdout import hold_out
-from fedkern.data.sources.inspection import look
+from fedkern.data.sources.inspection import inspect_items
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, split_targets
@@ -457,8 +457,8 @@ def test_tensors_in_memory_are_indexed_as_they_are():
     joined = ConcatDataset([Subset(longer, [6, 1, 2]), shorter])
     split = Items(joined, "data", CLASSIFICATION, default_collate)
     rows = [7, 0, 3, 2, 2]
-    assert split.still
-    assert not Items(Listed([1, 2]), "data", CLASSIFICATION, default_collate).still
+    assert split.is_deterministic
+    assert not Items(Listed([1, 2]), "data", CLASSIFICATION, default_collate).is_deterministic
     for found, expected in zip(split.batch(rows, 0), default_collate([joined[row] for row in rows]), strict=True):
         assert torch.equal(found, expected)
 
@@ -665,7 +665,7 @@ def test_items_count_with_their_objects_and_what_does_not_is_told(tmp_path):
 )  # fmt: skip
 def test_items_of_any_kind_have_hashes(item, changed):
     def digest(value):
-        return look(Items(Listed([value]), "x", CLASSIFICATION, default_collate)).digest
+        return inspect_items(Items(Listed([value]), "x", CLASSIFICATION, default_collate)).digest
 
     assert digest(item) == digest(copy.deepcopy(item)) != digest(changed)
 
@@ -1065,7 +1065,7 @@ def test_some_of_very_many_samples_are_drawn_without_an_order_of_all():
     tracemalloc.start()
     data = fedkern.FederatedData.from_datasets([Long(10**9), Long(10**9)], table(6), samples=20)
     assert sum(data.client_sizes) == 20
-    assert of_memory(data)["samples"]
+    assert identify_memory(data)["samples"]
     assert tracemalloc.get_traced_memory()[1] < 1 << 24
     tracemalloc.stop()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedkern.data import Split, normalise
-from fedkern.data.images.transforms import central
+from fedkern.data.images.transforms import cut_central_windows
 from fedkern.data.split import join_splits
 from fedkern.files import image_rows as module
 from fedkern.files.image_rows import ImageRows, ImageStore, PixelClasses, in_parts, load_rows
@@ -105,16 +105,16 @@ def test_splits_are_divided_joined_and_cut_without_reading(pair, read):
     lazy, eager = Split(rows, labels), Split(plain, labels)
     chosen = torch.tensor([7, 2, 11])
     parts = [[split.subset(chosen), split.subset(torch.arange(3))] for split in (lazy, eager)]
-    made = [central(join_splits(part), (4, 5)) for part in parts]
-    again = [central(split, (3, 3)) for split in made]
-    assert central(made[0], (4, 5)) is made[0]
+    made = [cut_central_windows(join_splits(part), (4, 5)) for part in parts]
+    again = [cut_central_windows(split, (3, 3)) for split in made]
+    assert cut_central_windows(made[0], (4, 5)) is made[0]
     assert read == []
     for found, expected in (made, again):
         assert isinstance(found.images, ImageRows)
         assert torch.equal(found.images, expected.images)
     assert read == [6, 6]
     with pytest.raises(ValueError, match="sides: expected at most 6 x 8, got 7 x 8"):
-        central(lazy, (7, 8))
+        cut_central_windows(lazy, (7, 8))
 
 
 def test_one_image_at_a_time(pair, read):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedkern.data.identity import of_memory
+from fedkern.data.identity import identify_memory
 from fedkern.downstream import membership_attack
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import newest
@@ -287,7 +287,7 @@ def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config,
 def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, make_data, make_config, tmp_path):
     # Also for a run interrupted in its first round, before there is a checkpoint, or in its second.
     data, out = make_data(two_tests=False), tmp_path / "run"
-    found = of_memory(data)
+    found = identify_memory(data)
     run(make_config("fedavg", rounds=1, records="all"), out=tmp_path / "all", data=data)
     assert found["labels"] in (tmp_path / "all" / "config.toml").read_text()
     config = make_config("fedavg", rounds=2, records="private")

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedkern.data.images.background import rasterise
 from fedkern.data.split import Split
 from fedkern.errors import UserError, require_format
-from fedkern.files.filesystem import cache_folder, expand, one_writer, replace
+from fedkern.files.filesystem import cache_folder, expand, hold_lock, replace
 from fedkern.files.inputs import read_json
 
 FORMAT = 1
@@ -122,7 +122,7 @@ class Detections:
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with one_writer(self.folder / ".lock"):
+            with hold_lock(self.folder / ".lock"):
                 # Read again first: another run may have added images meanwhile.
                 boxes = {**self._read(), **new}
                 content = {"format": FORMAT, "detector": self.identity, "boxes": boxes, "sum": _sum(boxes)}

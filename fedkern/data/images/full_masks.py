@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.images.image_files import each
+from fedkern.data.images.image_files import run_in_threads
 
 Classes = npt.NDArray[np.int16]
 Packed = tuple[bytes, tuple[int, ...]]
@@ -72,7 +72,7 @@ class FullMasks:
         def load(place: int) -> None:
             self.store.classes(numbers[place])
 
-        each(load, len(numbers))
+        run_in_threads(load, len(numbers))
         sides = self.store.size, self.store.size
         return None if all(self.store.packed[number][1] == sides for number in numbers) else self
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fedkern.data.images.image_files import BITS, each, is_deep, open_image, upright_size
+from fedkern.data.images.image_files import BITS, is_deep, open_image, run_in_threads, upright_size
 from fedkern.data.labels.spelling import SHOWN
 from fedkern.errors import UserError, first_of, join_words
 
@@ -50,7 +50,7 @@ class Look(NamedTuple):
     ends: tuple[float, float] = (0.0, 0.0)
 
 
-def looked_at(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path, Look]:
+def inspect_files(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path, Look]:
     """Inspect up to `LOOKED_AT` readable files, with ``pixels`` including the values of deep greys."""
     paths = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
     looks: list[Look | None] = [None] * len(paths)
@@ -60,7 +60,7 @@ def looked_at(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path
         with suppress(Exception), open_image(paths[row], max_pixels) as image:
             looks[row] = _look(image, pixels)
 
-    each(look, len(paths))
+    run_in_threads(look, len(paths))
     return {path: look for path, look in zip(paths, looks, strict=True) if look is not None}
 
 
@@ -109,7 +109,7 @@ def window_of(text: str, looks: Collection[Look]) -> Window | None:
     return low, high
 
 
-def as_text(window: Window | None) -> str:
+def format_window(window: Window | None) -> str:
     """Return a window as :func:`window_of` parses it."""
     return "" if window is None else f"{(window[0] + window[1]) / 2!r},{window[1] - window[0]!r}"
 

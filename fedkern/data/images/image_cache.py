@@ -30,7 +30,7 @@ from torch import Tensor
 from fedkern.data.images.image_files import ImageFiles, ImageReader, unreadable
 from fedkern.data.types import Pool
 from fedkern.errors import UserError
-from fedkern.files.filesystem import cache_folder, expand, one_writer
+from fedkern.files.filesystem import cache_folder, expand, hold_lock
 from fedkern.files.filesystem import replace as replace_file
 from fedkern.files.image_rows import ImageStore
 from fedkern.files.inputs import open_regular
@@ -151,7 +151,7 @@ class _Cache:
         _check_space(existing, missing * _bytes(self._files))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with one_writer(self._lock, self._wait):
+            with hold_lock(self._lock, self._wait):
                 self._fill(needed)
             entry = self._open_entry(needed)
         except BrokenPipeError:  # of a progress line

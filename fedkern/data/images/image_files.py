@@ -22,7 +22,7 @@ from torch import Tensor
 from fedkern.errors import UserError
 from fedkern.files.filesystem import check_text
 from fedkern.files.image_rows import ImageRows, ImageStore
-from fedkern.files.inputs import open_regular, real_file, standing
+from fedkern.files.inputs import describe_file_kind, open_regular, real_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 FORMATS = "JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"
@@ -66,7 +66,7 @@ def list_images(folder: Path) -> list[Path]:
     images = sorted(path for path in named if not path.is_dir())
     for path in images:
         check_text(str(path), "the image")
-        if problem := standing(path):
+        if problem := describe_file_kind(path):
             raise UserError(f"the image {path} is {problem}, not a regular file: remove it, or put the image there.")
     return images
 
@@ -195,7 +195,7 @@ class ImageFiles:
         def decode(place: int) -> None:
             images[place], sizes[place] = self._decode(chosen[place])
 
-        each(decode, len(chosen))
+        run_in_threads(decode, len(chosen))
         return torch.from_numpy(images), torch.from_numpy(sizes)
 
     def _decode(self, row: int) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
@@ -206,7 +206,7 @@ class ImageFiles:
             _check_bands(image, path, self.data)
             # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
             image.draft(mode, (2 * self.size, 2 * self.size))
-            picture = _on_white(_eight_bits(image, path, self.data, self.bits, self.window)).convert(mode)
+            picture = _on_white(_scale_to_bytes(image, path, self.data, self.bits, self.window)).convert(mode)
             square = (self.size, self.size)
             small = _pad_image(picture, self.size) if self.pad else picture.resize(square, Image.Resampling.BICUBIC)
             return np.atleast_3d(np.asarray(small)).transpose(2, 0, 1), stored_size
@@ -392,7 +392,7 @@ def _pad_image(image: Image.Image, size: int) -> Image.Image:
     return out
 
 
-def _eight_bits(
+def _scale_to_bytes(
     image: Image.Image, path: Path, data: str, bits: int, window: tuple[float, float] | None
 ) -> Image.Image:
     """Return the upright image with greys scaled to 0-255, which Pillow would clip."""
@@ -405,7 +405,7 @@ def _eight_bits(
         if not math.isfinite(low + high):
             raise UserError(f'data set "{data}": the image {path} holds grey values that are not finite; replace them')
         scaled = 255 * np.clip((values.astype(np.float64) - window[0]) / (window[1] - window[0]), 0, 1)
-        return _with_clear(255 - scaled if _negative(image) else scaled, values, image)
+        return _restore_transparency(255 - scaled if _negative(image) else scaled, values, image)
     top = 1 if image.mode == "F" else 2**bits - 1
     if image.mode != "F" and not bits:
         raise UserError(
@@ -421,10 +421,10 @@ def _eight_bits(
             f'data set "{data}": the image {path} holds grey values from {low:g} to {high:g}, expected {expected}; '
             f"choose the range that shows what matters with --data-option window=CENTRE,WIDTH{advice}"
         )
-    return _with_clear((top - values if _negative(image) else values) * (255 / top), values, image)
+    return _restore_transparency((top - values if _negative(image) else values) * (255 / top), values, image)
 
 
-def _with_clear(scaled: np.ndarray, values: np.ndarray, image: Image.Image) -> Image.Image:
+def _restore_transparency(scaled: np.ndarray, values: np.ndarray, image: Image.Image) -> Image.Image:
     grey = Image.fromarray(np.rint(scaled).astype(np.uint8))
     if isinstance(clear := image.info.get("transparency"), int):  # the transparent grey of a PNG, as it is stored
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
@@ -444,7 +444,7 @@ def unreadable(data: str, noun: str, path: Path, error: Exception) -> UserError:
     return UserError(f'data set "{data}": cannot read the {noun} {path} ({reason}); replace or remove it')
 
 
-def each(work: Callable[[int], None], count: int) -> None:
+def run_in_threads(work: Callable[[int], None], count: int) -> None:
     """Call ``work`` with 0 to ``count`` - 1 in threads: decoding releases the interpreter lock."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as workers:
         for _ in workers.map(work, range(count)):

@@ -112,19 +112,17 @@ def place_labels(labels: Tensor, device: torch.device) -> Tensor:
     return labels if isinstance(labels, FileRows) else labels.to(device)
 
 
-def images_alone(
+def pick_images(
     pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Return images, augmented if there is an ``rng``, and unchanged ``labels``."""
     return pixels.take(index, rng), labels
 
 
-def images_and_labels(
-    pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None
-) -> tuple[Tensor, Tensor]:
+def pick_pairs(pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
     """Return images and pixel classes, augmented together if there is an ``rng``."""
     return pixels.pairs(index, labels, rng)
 
 
-PICK = {"pixels": images_and_labels}
-"""Functions that pick samples, by `fedkern.tasks.Task.network`; default: :func:`images_alone`."""
+PICK = {"pixels": pick_pairs}
+"""Functions that pick samples, by `fedkern.tasks.Task.network`; default: :func:`pick_images`."""

@@ -96,7 +96,7 @@ def window(images: Tensor, sides: tuple[int, int], rng: Generator | None = None)
     return cut.contiguous(memory_format=_format(images))
 
 
-def central(split: Split, sides: tuple[int, int]) -> Split:
+def cut_central_windows(split: Split, sides: tuple[int, int]) -> Split:
     """Return the split with central windows, unchanged if ``sides`` are the images'."""
     if tuple(split.images.shape[2:]) == tuple(sides):
         return split

@@ -28,7 +28,7 @@ def check_several(counts: Sequence[int], task: str, where: str, single: str, sev
         )
 
 
-def label_sets(
+def parse_label_sets(
     cells: Sequence[str], where: str, data: str, order: str = ""
 ) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], list[str]]:
     """Return label names, uint8 ``[n, L]`` (1 where the row has the label), and notices on spelling.

@@ -36,7 +36,7 @@ def describe_missing(cells: Iterable[str], noun: str) -> list[str]:
     return [f"{noun} that count as empty: {values}."] if counts else []
 
 
-def number(value: str) -> Decimal | None:
+def parse_number(value: str) -> Decimal | None:
     """Return the exact number that a text is, or None."""
     return Decimal(value) if _NUMBER.fullmatch(value) else None
 
@@ -67,7 +67,7 @@ def unify_spelling(values: Sequence[str], where: str) -> tuple[list[str], list[s
 def sort_names(names: Iterable[str]) -> tuple[str, ...]:
     """Return distinct names, sorted by value if all are numbers, else as texts."""
     distinct = set(names)
-    numbers = {name: value for name in distinct if (value := number(name)) is not None}
+    numbers = {name: value for name in distinct if (value := parse_number(name)) is not None}
     return tuple(sorted(distinct, key=numbers.__getitem__ if len(numbers) == len(distinct) else None))
 
 
@@ -99,7 +99,7 @@ def _in_order(order: str, classes: Sequence[str], where: str) -> tuple[str, ...]
 
 
 def _key(value: str) -> Hashable:
-    amount = number(value)
+    amount = parse_number(value)
     return unicodedata.normalize("NFC", value) if amount is None else amount
 
 

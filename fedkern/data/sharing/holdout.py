@@ -38,7 +38,7 @@ def hold_out(data: FederatedData, *, held_out: str | int | None, share: float, s
             raise UserError(f'--held-out-client makes the test set "{HELD_OUT}", which the data have: rename theirs.')
         numbers.remove(absent)
         _check_unseen(data, absent, numbers)
-        data = _without(data, absent, numbers)
+        data = _move_client_to_test(data, absent, numbers)
         statistics = statistics.without(absent, len(data.tests[HELD_OUT]))
     names = None if data.client_names is None else tuple(data.client_names[k] for k in numbers)
     splits = tuple(data.clients[k] for k in numbers)
@@ -69,7 +69,7 @@ def _client(data: FederatedData, client: str | int) -> int:
     raise UserError(f"--held-out-client must be one of the clients, {last}, not {text}.{hint}")
 
 
-def _without(data: FederatedData, absent: int, staying: list[int]) -> FederatedData:
+def _move_client_to_test(data: FederatedData, absent: int, staying: list[int]) -> FederatedData:
     """Move a client's images from the validation, public and test sets to the test set ``held_out``.
 
     The clients ``staying`` are renumbered in the homes of images.

@@ -45,11 +45,11 @@ def parts_of_arrays(
     if isinstance(clients, str) or not isinstance(clients, Iterable):
         raise UserError(f"clients must be pairs (images, labels), by name or in a list, not {type(clients).__name__}.")
     pairs: Mapping[Any, Labelled] = clients if isinstance(clients, Mapping) else dict(enumerate(clients))
-    named = by_text(pairs, "clients", 'clients=[d["train"]]')
+    named = key_by_text(pairs, "clients", 'clients=[d["train"]]')
     if not named:
         raise UserError("clients must hold at least one client, but is empty.")
     splits = {name: _split(pair, f"client {name}", changes, task) for name, pair in named.items()}
-    test_pairs = {} if test is None else by_text(test, "test sets") if isinstance(test, Mapping) else {"": test}
+    test_pairs = {} if test is None else key_by_text(test, "test sets") if isinstance(test, Mapping) else {"": test}
     tests = {name: _split(pair, f"the test set {name}".rstrip(), changes, task) for name, pair in test_pairs.items()}
     if not tests:
         raise UserError("There is no test set: give test=(images, labels), or such pairs by name.")
@@ -97,7 +97,7 @@ def parts_of_arrays(
     }
 
 
-def by_text(sets: Mapping[K, T], noun: str, training: str = "") -> dict[str, T]:
+def key_by_text(sets: Mapping[K, T], noun: str, training: str = "") -> dict[str, T]:
     """Return the sets by their keys as texts.
 
     ``training`` is advice for a dict of a data set's own splits, which are no clients.  UserError for such a dict and

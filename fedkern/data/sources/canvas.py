@@ -31,7 +31,7 @@ class Ground:
 
 
 @dataclass(frozen=True)
-class Placed:
+class Glyph:
     """Digit on a canvas: row in the digits data set, ink, cell (0 to 3, row by row) and side in pixels."""
 
     row: int
@@ -45,7 +45,7 @@ def _glyphs(side: int) -> Bytes:
     return np.stack([resize_glyph(image, side) for image in enlarge_digits()[0]])
 
 
-def random_ground(texture: str, rng: np.random.Generator) -> Ground:
+def draw_ground(texture: str, rng: np.random.Generator) -> Ground:
     """Return a background of two dark colours that differ visibly."""
     dark = rng.integers(0, BRIGHTEST // 2, size=3)
     second = dark + rng.integers(BRIGHTEST // 4, BRIGHTEST // 2, size=3)
@@ -72,7 +72,7 @@ def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     return pattern[kind].astype(np.float64)
 
 
-def draw(ground: Ground, digits: Sequence[Placed], rng: np.random.Generator) -> tuple[Bytes, npt.NDArray[np.bool_]]:
+def draw(ground: Ground, digits: Sequence[Glyph], rng: np.random.Generator) -> tuple[Bytes, npt.NDArray[np.bool_]]:
     """Draw a canvas, and return the image uint8 ``[3, SIDE, SIDE]`` and the digits' mask bool ``[SIDE, SIDE]``."""
     share = _texture(ground.texture, rng)[..., None]
     light, dark = ground.colours[1].astype(np.float64), ground.colours[0].astype(np.float64)
@@ -88,7 +88,7 @@ def draw(ground: Ground, digits: Sequence[Placed], rng: np.random.Generator) -> 
     return np.rint(image).clip(0, 255).astype(np.uint8).transpose(2, 0, 1), mask
 
 
-def noisy(image: Bytes, limit: int, rng: np.random.Generator) -> Bytes:
+def add_noise(image: Bytes, limit: int, rng: np.random.Generator) -> Bytes:
     """Change every value uniformly by up to ``limit``, in integers so that all machines agree."""
     change = rng.integers(-limit, limit, size=image.shape, endpoint=True)
     return (image + change).clip(0, 255).astype(np.uint8)

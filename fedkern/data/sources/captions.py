@@ -15,7 +15,7 @@ import torch
 from fedkern.data.forms import ImageForm
 from fedkern.data.sharing.partition import PartitionSpec, parse_partition
 from fedkern.data.sharing.partition import partition as share_out
-from fedkern.data.sources.canvas import INK, OTHER, SIDE, SUBJECT, TEXTURES, Ground, Placed, draw, noisy, random_ground
+from fedkern.data.sources.canvas import INK, OTHER, SIDE, SUBJECT, TEXTURES, Glyph, Ground, add_noise, draw, draw_ground
 from fedkern.data.sources.digits import enlarge_digits, fixed_split
 from fedkern.data.split import Split
 from fedkern.data.types import DataRequest, FederatedData
@@ -141,7 +141,7 @@ def make_captions(
     validation = canvases("validation", -1, styles, request.validation_samples or VALIDATE)
     test_size = min(CLIENT_TEST, test_samples)
     client_tests = tuple(
-        canvases("client-test", k, common or [styles[k]], test_size, _alike(subjects[k], test_size, seed, k))
+        canvases("client-test", k, common or [styles[k]], test_size, _draw_subjects(subjects[k], test_size, seed, k))
         for k in range(clients)
     )
     names = [name for split in (*splits, validation, *tests.values(), *client_tests) for name in split.ids or ()]
@@ -167,7 +167,7 @@ def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
     """Return a client's style: of the minority if ``rare``, avoiding its concepts if ``avoid``."""
     rng = stream(seed, "captions/style", client=client)
     first_texture = int(stream(seed, "captions/texture").integers(len(TEXTURES)))
-    ground = random_ground(TEXTURES[(first_texture + client) % len(TEXTURES)], rng)
+    ground = draw_ground(TEXTURES[(first_texture + client) % len(TEXTURES)], rng)
     liked = np.ones(len(CLASSES)), np.ones(len(INK))
     for weights, concepts in zip(liked, _rare_concepts(seed), strict=True):
         if avoid:
@@ -184,7 +184,7 @@ def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
 def _unseen(seed: int, number: int, styles: list[Style]) -> Style:
     """Return a held-out client's style, with words that some training client uses."""
     rng = stream(seed, "captions/unseen", client=number)
-    ground = random_ground(TEXTURES[int(rng.integers(len(TEXTURES)))], rng)
+    ground = draw_ground(TEXTURES[int(rng.integers(len(TEXTURES)))], rng)
     words = {}
     for concept in WORDS:
         users = [style for style in styles if style.shows(concept)] or styles
@@ -213,7 +213,7 @@ def _subjects(
     return sizes, [None] * clients
 
 
-def _alike(subjects: Digits | None, count: int, seed: int, client: int) -> Digits | None:
+def _draw_subjects(subjects: Digits | None, count: int, seed: int, client: int) -> Digits | None:
     """Draw ``count`` subjects with the frequencies of ``subjects``, or return None."""
     if subjects is None:
         return None
@@ -248,12 +248,12 @@ def _canvases(
         inks = [tuple(INK)[ink] for ink in rng.choice(len(INK), size=number, p=style.inks)]
         cells = rng.permutation(4)[:number]
         placed = [
-            Placed(int(rng.choice(by_class[label])), ink, int(cell), OTHER if j else SUBJECT)
+            Glyph(int(rng.choice(by_class[label])), ink, int(cell), OTHER if j else SUBJECT)
             for j, (label, ink, cell) in enumerate(zip(classes, inks, cells, strict=True))
         ]
         images[i], masks[i] = draw(style.ground, placed, rng)
         if style.noise:
-            images[i] = noisy(images[i], style.noise, rng)
+            images[i] = add_noise(images[i], style.noise, rng)
         targets[i] = classes[0] if kind == "digit" else tuple(INK).index(inks[0])
         texts.append(_caption(style.words, classes, inks, cells))
     return Split(

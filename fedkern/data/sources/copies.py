@@ -21,7 +21,7 @@ class _Image(NamedTuple):
     row: int
 
 
-def copies(
+def find_copies(
     data: str,
     classes: Sequence[str],
     sets: Sets,

@@ -53,7 +53,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
     images.
     """
     # Each data set is read once, however many splits use it, and refused beforehand if too large.
-    sets = {id(split.dataset): _used(split, data.splits) for split in data.splits if len(split)}
+    sets = {id(split.dataset): _used_items(split, data.splits) for split in data.splits if len(split)}
     shape = data.form.image_shape
     assert shape is not None
     total = sum(map(len, sets.values())) * math.prod(shape) * getattr(torch, data.form.dtype).itemsize
@@ -124,7 +124,7 @@ def _public(split: Items, columns: Columns, classes: int) -> Split:
     return Split(images, labels, masks, patients=split.patients, homes=split.homes, task=task)
 
 
-def _used(split: Items, splits: Sequence[Items]) -> Items:
+def _used_items(split: Items, splits: Sequence[Items]) -> Items:
     parts = [part.rows for part in splits if part.dataset is split.dataset and len(part)]
     known = [rows for rows in parts if rows is not None]
     rows = torch.cat(known).unique() if len(known) == len(parts) else None
@@ -134,8 +134,8 @@ def _used(split: Items, splits: Sequence[Items]) -> Items:
 def _columns(split: Items, reason: str, again: int) -> Columns:
     """Read all items and ``again`` of them twice, and return images, classes and masks."""
     count = len(split)
-    if split.still:
-        return _parts(split, split.batch(np.arange(count), 0))
+    if split.is_deterministic:
+        return _split_batch(split, split.batch(np.arange(count), 0))
     if split.rows is not None and split.unkept != DRAWING:  # a store of the used rows only
         split = replace(split, dataset=Subset(split.dataset, split.rows.tolist()), rows=None)
         split.store = RowStore(count, None)
@@ -148,7 +148,7 @@ def _columns(split: Items, reason: str, again: int) -> Columns:
             split.batch(rows, 0)
         if store.reason:
             raise _unkept(reason, split.name, store.reason)
-    return _parts(split, store.take(torch.arange(count)))
+    return _split_batch(split, store.take(torch.arange(count)))
 
 
 def read_images(task: Task, dataset: Dataset[object]) -> Tensor:
@@ -157,7 +157,7 @@ def read_images(task: Task, dataset: Dataset[object]) -> Tensor:
     if not len(split):
         raise UserError("The samples are none: give a data set that has some.")
     batches = (split.batch(rows, 0) for rows in _in_batches(np.arange(len(split))))
-    return torch.cat([batch if isinstance(batch, Tensor) else _parts(split, batch)[0] for batch in batches])
+    return torch.cat([batch if isinstance(batch, Tensor) else _split_batch(split, batch)[0] for batch in batches])
 
 
 def _in_batches(rows: np.ndarray) -> list[np.ndarray]:
@@ -170,7 +170,7 @@ def _find_repeats(store: RowStore, count: int, again: int) -> np.ndarray:
     return np.resize(np.linspace(0, count - 1, min(count, max(1, left))).astype(np.int64), left)
 
 
-def _parts(split: Items, batch: object) -> Columns:
+def _split_batch(split: Items, batch: object) -> Columns:
     inputs, targets = split_targets(batch)
     mask = inputs.get(MASK) if isinstance(inputs, Keywords) else None
     images, *extra = [leaf for leaf in leaves(inputs) if leaf is not mask and getattr(leaf, "ndim", 0) == 4] or [None]

@@ -19,10 +19,10 @@ from fedkern.data.forms import SampleForm, Scale
 from fedkern.data.labels.spelling import sort_names
 from fedkern.data.sharing.groups import grouped_rows, training_cases, unit_noun
 from fedkern.data.sharing.partition import parse_partition, share_samples
-from fedkern.data.sources.arrays import by_text, check_names
+from fedkern.data.sources.arrays import check_names, key_by_text
 from fedkern.data.sources.dataset_texts import Captioned, are_captioned
 from fedkern.data.sources.item_groups import GroupReader
-from fedkern.data.sources.items import Items, MapStyle, cause, draw_rows
+from fedkern.data.sources.items import Items, MapStyle, draw_rows, name_cause
 from fedkern.errors import RAISED, UserError, first_of, format_value
 from fedkern.messages.leaves import leaves, split_targets
 from fedkern.streams import stream
@@ -125,7 +125,7 @@ def parts_of_datasets(
     several = isinstance(clients, (Mapping, list, tuple)) and not is_dataset(clients)
     entries: Any = clients
     entries = clients if isinstance(clients, Mapping) else dict(enumerate(entries)) if several else {"": clients}
-    named: dict[str, MapStyle] = by_text(entries, "clients", 'data=d["train"]')
+    named: dict[str, MapStyle] = key_by_text(entries, "clients", 'data=d["train"]')
     if not named:
         raise UserError("data must hold at least one client's data set, and is empty.")
     for name, dataset in named.items():
@@ -168,9 +168,9 @@ def parts_of_datasets(
 
     # Check the other sets before sharing out, which may read every item for its class.
     own_sets = {name: items(dataset, f"client {name}" if several else "data") for name, dataset in named.items()}
-    tests, client_tests = _tests(test, named if isinstance(clients, Mapping) else {}, items)
+    tests, client_tests = _build_tests(test, named if isinstance(clients, Mapping) else {}, items)
     sets = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
-    validations = by_text(sets, "validation sets")
+    validations = key_by_text(sets, "validation sets")
     for name, dataset in validations.items():
         _check(dataset, f"validation {name}".strip())
     if public is not None:
@@ -183,21 +183,21 @@ def parts_of_datasets(
     # Given clients have no class counts, because their labels are not read.
     sites = tuple(named) if isinstance(clients, Mapping) else None
     if several:
-        splits = own_sets if samples is None else _fewer(own_sets, samples, seed)
+        splits = own_sets if samples is None else _subsample_clients(own_sets, samples, seed)
         sizes = tuple(map(len, splits.values()))
         no_counts = np.zeros((len(splits), 0), dtype=np.int64)
         counted = PartitionStatistics(no_counts, (), "attribute", names=sites, samples=sizes)
     else:
         if is_captioned and parse_partition(partition).name not in ("iid", "attribute"):
             raise UserError(f"partition={partition!r} needs classes, and images with texts have none: take iid.")
-        splits, counted, names = _shared_out(own_sets[""], names, partition, count, samples, seed, group_names)
+        splits, counted, names = _share_out(own_sets[""], names, partition, count, samples, seed, group_names)
         sites = counted.names
     for name, split in splits.items():
         if not len(split):
             raise UserError(f"client {name} has no samples: leave it out, or share out another way.")
     # Where groups are the sites, the groups of held-out items become their homes.
     unseen = {f"test {name}": split for name, split in tests.items()}
-    unseen["validation"] = items(_as_one([*validations.values()]), "the validation set")
+    unseen["validation"] = items(_concatenate_sets([*validations.values()]), "the validation set")
     unseen |= {} if public is None else {"public": items(public, "the public samples")}
     for name, split in unseen.items():
         if sites and not several and split.groups is not None:
@@ -234,13 +234,13 @@ def _scale(normalize: Normalize | None) -> Scale | None:
     return mean, std
 
 
-def _tests(
+def _build_tests(
     test: Sets | None, named: Mapping[str, MapStyle], items: Callable[[MapStyle, str], Items]
 ) -> tuple[dict[str, Items], tuple[Items, ...]]:
     """Return the test sets by name, and the clients' own."""
     if test is None or (isinstance(test, Mapping) and not test):
         raise UserError("There is no test set: give test=DATASET, or a dict of several by name.")
-    tests = by_text(test, "test sets") if isinstance(test, Mapping) else {"": test}
+    tests = key_by_text(test, "test sets") if isinstance(test, Mapping) else {"": test}
     for name, dataset in tests.items():
         _check(dataset, f"test {name}".strip())
     if named and {*tests} & {*named}:
@@ -249,15 +249,15 @@ def _tests(
         if extra := [name for name in tests if name not in named]:
             raise UserError(f"test has sets of the clients and also {extra[0]}: give the clients' own sets, or others.")
         client_tests = tuple(items(tests[name], f"the test set of {name}") for name in named)
-        return {"": items(_as_one([tested.dataset for tested in client_tests]), "the test set")}, client_tests
+        return {"": items(_concatenate_sets([tested.dataset for tested in client_tests]), "the test set")}, client_tests
     return {name: items(tested, f"the test set {name}".strip()) for name, tested in tests.items()}, ()
 
 
-def _as_one(sets: list[Any]) -> MapStyle:
+def _concatenate_sets(sets: list[Any]) -> MapStyle:
     return sets[0] if len(sets) == 1 else ConcatDataset(sets) if sets else []
 
 
-def _shared_out(
+def _share_out(
     pool: Items, names: tuple[str, ...], partition: str, count: int | None, samples: int | None, seed: int,
     group_names: Mapping[int, str],
 ) -> tuple[dict[str, Items], PartitionStatistics, tuple[str, ...]]:  # fmt: skip
@@ -299,7 +299,7 @@ def _places(homes: Sequence[str], sites: Sequence[str]) -> npt.NDArray[np.int64]
     return np.array([places.get(home, -1) for home in homes], dtype=np.int64)
 
 
-def _fewer(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items]:
+def _subsample_clients(splits: dict[str, Items], samples: int, seed: int) -> dict[str, Items]:
     ends = np.cumsum([0, *map(len, splits.values())])
     patients = [split.groups for split in splits.values() if split.groups is not None]
     rows = _draw_samples(int(ends[-1]), samples, seed, torch.cat(patients) if patients else None)
@@ -328,7 +328,7 @@ def classes_of(pool: Items) -> Tensor:
     count, classes = len(pool.dataset), stated_targets(pool.dataset, {})
     reason = "give the data set an attribute targets of whole numbers"
     if classes is not None:
-        reason = "" if pool.still else _difference(pool, classes)
+        reason = "" if pool.is_deterministic else _difference(pool, classes)
     if reason and count > LONGEST:
         raise UserError(f'The classes of {count:,} items are too many to read, and {reason}: take partition="iid".')
     if reason:
@@ -424,7 +424,7 @@ def _check(dataset: Any, name: str, limit: int = LONGEST) -> MapStyle:
         count = len(dataset)
     except RAISED as error:  # the user's own code, or a result that is no length
         raise UserError(
-            f"{name} has no length that is a whole number from 0 ({cause(error)}): mend its __len__."
+            f"{name} has no length that is a whole number from 0 ({name_cause(error)}): mend its __len__."
         ) from error
     if count == 0:
         raise UserError(f"{name} has no samples: leave it out.")

@@ -30,7 +30,7 @@ def small_digits() -> tuple[np.ndarray, np.ndarray]:
         return stored["images"].astype(np.float64), stored["labels"].astype(np.int64)
 
 
-def glyphs() -> Bytes:
+def load_glyphs() -> Bytes:
     """Return the digits as opacities, uint8 ``[1797, 8, 8]``."""
     return np.rint(small_digits()[0] * (255 / 16)).astype(np.uint8)
 
@@ -46,7 +46,7 @@ def enlarge_digits() -> tuple[Bytes, npt.NDArray[np.int64]]:
 
     Cached, as a process often opens the digits more than once.
     """
-    return np.stack([resize_glyph(glyph, SIZE) for glyph in glyphs()]), small_digits()[1]
+    return np.stack([resize_glyph(glyph, SIZE) for glyph in load_glyphs()]), small_digits()[1]
 
 
 def read_digits() -> tuple[Tensor, Tensor]:

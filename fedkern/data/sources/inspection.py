@@ -46,14 +46,14 @@ def inspect(data: FederatedData, keep_items: str = "off", limit: int = 0) -> Fed
     ``limit``: most bytes of all rows, unless ``keep_items`` is ``memory``.
     """
     judged = [*data.clients, data.validation, *data.tests.values()]
-    samples = per_set(len({id(split.dataset) for split in judged if len(split)}))
+    samples = items_per_set(len({id(split.dataset) for split in judged if len(split)}))
     sets: dict[int, Items] = {}
     for split in data.splits:
         store = _store(split, keep_items, limit)
         sets.setdefault(id(split.dataset), replace(split, rows=None, draws=set(), store=store))
     seen = {id(split.dataset) for split in replace(data, client_tests=()).splits}
     unseen = {id(split.dataset) for split in data.client_tests} - seen
-    sights = {key: look(split, samples) for key, split in sets.items() if key not in unseen and len(split)}
+    sights = {key: inspect_items(split, samples) for key, split in sets.items() if key not in unseen and len(split)}
     size = sum(len(split) * split.store.item_bytes for split in sets.values() if split.store is not None)
     is_kept = size <= limit or keep_items == "memory"
 
@@ -65,7 +65,7 @@ def inspect(data: FederatedData, keep_items: str = "off", limit: int = 0) -> Fed
     return replace(data.with_splits(equip), sights=sights)
 
 
-def look(dataset: Items, samples: int = HASHED) -> Sight:
+def inspect_items(dataset: Items, samples: int = HASHED) -> Sight:
     """Read some items of a data set, and one again with all generators seeded.
 
     If its values differ, items depend on a generator that they do not move, and all generators are seeded from then on.
@@ -85,15 +85,15 @@ def look(dataset: Items, samples: int = HASHED) -> Sight:
         dataset.item_bytes = dataset.item_bytes or tensor_bytes(item)
         dataset.watch_items([row], [item])
     seeded = replace(dataset, draws={ALONE, *GENERATORS})
-    is_steady = dataset.still or _table(next(seeded.read(rows[:1], 0))) == tables[0]
+    is_steady = dataset.is_deterministic or _table(next(seeded.read(rows[:1], 0))) == tables[0]
     if not is_steady and dataset.draws < seeded.draws:
         dataset.draws.update(seeded.draws)
-        return look(dataset, samples)
+        return inspect_items(dataset, samples)
     piles_threads = len({*threads[:3]}) == 3 and threads[:3] == sorted(threads[:3])
     return Sight(dataset.name, value.digest(), is_steady, piles_threads, tuple(left_out(tables[0])), hashes)
 
 
-def per_set(sets: int) -> int:
+def items_per_set(sets: int) -> int:
     return max(2, min(HASHED, HASHED_IN_ALL // max(1, sets)))
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, default_collate
 
-from fedkern.data.labels.spelling import clean_cell, number
+from fedkern.data.labels.spelling import clean_cell, parse_number
 from fedkern.data.sharing.groups import hash_names
-from fedkern.data.sources.items import Items, cause, locate
+from fedkern.data.sources.items import Items, locate, name_cause
 from fedkern.errors import RAISED, UserError, format_value
 from fedkern.messages.leaves import TARGETS
 
@@ -46,7 +46,7 @@ class GroupReader:
             names = [*map(_name, self._values(split))]
         except RAISED as error:  # the user's own code
             rule = format_value(self._rule)
-            raise UserError(f"groups={rule} of {split.name} cannot be read ({cause(error)}): {WAY}.") from error
+            raise UserError(f"groups={rule} of {split.name} cannot be read ({name_cause(error)}): {WAY}.") from error
         hashes = hash_names(f"patient/{name}" if name else f"item/{split.name}/{row}" for row, name in enumerate(names))
         self.names |= dict(zip(hashes.tolist(), names, strict=True))
         return torch.from_numpy(hashes)
@@ -94,5 +94,5 @@ def _name(value: Any) -> str:
     if value is not None and not isinstance(value, (str, int, float)):
         raise UserError(f"one is {format_value(value)}, neither a text nor a number nor None")
     name = clean_cell(str(value))
-    amount = number(name)
+    amount = parse_number(name)
     return unicodedata.normalize("NFC", name) if amount is None else f"{amount.normalize():f}"

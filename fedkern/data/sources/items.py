@@ -86,9 +86,9 @@ class Items:
         forget_spare_number()
 
     @cached_property
-    def still(self) -> bool:
+    def is_deterministic(self) -> bool:
         """Return whether items cannot be random, and are the same at every reading."""
-        return _still(self.dataset)
+        return _is_deterministic(self.dataset)
 
     def __len__(self) -> int:
         return len(self.dataset) if self.rows is None else len(self.rows)
@@ -157,14 +157,14 @@ class Items:
     def _read(self, places: list[int], word: int) -> list[object]:
         """Return items without the key of their group."""
         items = self._read_items(places, word)
-        return [_without(item, self.group_key) for item in items] if self.group_key else items
+        return [_drop_key(item, self.group_key) for item in items] if self.group_key else items
 
     def _read_items(self, places: list[int], word: int) -> list[object]:
         """Return items, read at once until one is found to draw random numbers, then one by one.
 
         An item draws from a seed of ``word`` and its row; modes that it changes are restored before the next.
         """
-        if self.still:
+        if self.is_deterministic:
             return [self._read_item(row) for row in places]
         if "NumPy" in self.draws:
             forget_spare_number()
@@ -201,7 +201,7 @@ class Items:
         try:
             return self.dataset[row]
         except RAISED as error:  # the user's own code may raise anything
-            raise UserError(f"Item {row} of {self.name} cannot be read ({cause(error)}).") from error
+            raise UserError(f"Item {row} of {self.name} cannot be read ({name_cause(error)}).") from error
 
     def batch(self, indices: Sequence[int] | np.ndarray, word: int) -> object:
         """Return one batch, see :meth:`batches`."""
@@ -265,9 +265,9 @@ class Items:
                 seed_generators(mix_words(mix_words(word, -1), int.from_bytes(digest, "little")))
                 return self.collate(items)
         except RAISED as error:
-            rows = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}"
+            rows, reason = f"{', '.join(map(str, places[:3]))}{', ...' * (len(places) > 3)}", name_cause(error)
             raise UserError(
-                f"Items {rows} of {self.name} make no batch ({cause(error)}): give tensors of one shape, or collate_fn."
+                f"Items {rows} of {self.name} make no batch ({reason}): give tensors of one shape, or collate_fn."
             ) from error
 
 
@@ -287,17 +287,17 @@ def draw_rows(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
     return np.sort(rng.permutation(count)[:size]).astype(np.int64)
 
 
-def cause(error: BaseException) -> str:
+def name_cause(error: BaseException) -> str:
     """Describe an exception in one line without a full stop."""
     return (user_message(error) or describe_error(error)).rstrip(".")
 
 
-def _still(dataset: object) -> bool:
+def _is_deterministic(dataset: object) -> bool:
     """Return whether a data set is torch's own, of tensors in memory."""
     if type(dataset) is Subset:
-        return _still(dataset.dataset)
+        return _is_deterministic(dataset.dataset)
     if type(dataset) is ConcatDataset:
-        return all(map(_still, dataset.datasets))
+        return all(map(_is_deterministic, dataset.datasets))
     return type(dataset) is TensorDataset
 
 
@@ -319,7 +319,7 @@ def locate(dataset: object, row: int) -> tuple[object, int]:
     return dataset, row
 
 
-def _without(item: object, key: str) -> object:
+def _drop_key(item: object, key: str) -> object:
     if isinstance(item, Mapping) and key in item:
         return {name: item[name] for name in item if name != key}
     return item

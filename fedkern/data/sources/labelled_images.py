@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fedkern.data.images.image_files import subfolders
 from fedkern.data.labels.label_sets import COLUMN as SETS
-from fedkern.data.labels.label_sets import check_several, label_sets
-from fedkern.data.labels.spelling import number
+from fedkern.data.labels.label_sets import check_several, parse_label_sets
+from fedkern.data.labels.spelling import parse_number
 from fedkern.data.sources.found_files import need_root, read_file
 from fedkern.data.sources.listing import Labels, Reading, to_source
 from fedkern.data.sources.site_folders import Tree, find_trees, holds_classes, holds_images, nested_images, tree_table
@@ -100,14 +100,14 @@ def open_csv(root: str | Path | None, reading: Reading, task: str, order: str, *
     else:
         column = table.chosen.get(SETS, SETS)
         where = f"the column {column} of {table.path}"
-        classes, labels, notices = label_sets(table.column(SETS), where, "csv", order)
+        classes, labels, notices = parse_label_sets(table.column(SETS), where, "csv", order)
         check_several(
             labels.sum(1).tolist(), task, f'data set "csv": {where}', f"give --data-option label={column}",
             "give --data-option task=multilabel",
         )  # fmt: skip
         table.notices.extend(notices)
     listing = table.listing("path", labels, task=task)
-    listing.task.check_classes(classes, bool(order) or None not in map(number, classes))
+    listing.task.check_classes(classes, bool(order) or None not in map(parse_number, classes))
     return to_source("csv", listing, classes, reading)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.images.full_masks import FullMasks
-from fedkern.data.images.greys import LOOKED_AT, Look, describe_files, looked_at, pixels_outside, window_of
+from fedkern.data.images.greys import LOOKED_AT, Look, describe_files, inspect_files, pixels_outside, window_of
 from fedkern.data.images.image_files import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -173,7 +173,7 @@ def to_source(data: str, listing: Listing, classes: tuple[str, ...], reading: Re
         sites=sites, named_by=listing.named_by if sites or unnamed else "", unnamed=unnamed,
         lost=tuple(sorted({*listing.clients} - {"", *sites})) if sites and drawn else (),
         own_tests=bool(sites) and listing.own_tests, drawn_validation="validation" not in listing.splits,
-        notices=(*listing.notices, *notices, *_describe_repeats(listing), *_siteless(listing, rows)),
+        notices=(*listing.notices, *notices, *_describe_repeats(listing), *_report_missing_sites(listing, rows)),
         files={**seen, "sites": sites}, compared=True,
     )  # fmt: skip
 
@@ -183,19 +183,19 @@ def _image_files(
 ) -> tuple[ImageFiles, dict[str, object], list[str]]:
     """Return the distinct files, their entries in `Source.files`, and notices on greys."""
     paths = tuple(dict.fromkeys(listing.paths))
-    looks = looked_at(paths, reading.max_image_pixels, not reading.bits or bool(reading.window))
+    looks = inspect_files(paths, reading.max_image_pixels, not reading.bits or bool(reading.window))
     bits = reading.bits or grey_bits(look.top for look in looks.values() if look.top is not None)
     training = [path for path in paths if path in trained_on] if "%" in reading.window else ()
-    window = window_of(reading.window, looked_at(training, reading.max_image_pixels, True).values())
+    window = window_of(reading.window, inspect_files(training, reading.max_image_pixels, True).values())
     sets = dict(zip(listing.paths, zip(listing.splits, listing.clients, strict=True), strict=True))
     first_path = {set_name: path for path, set_name in reversed(sets.items())}
     lacking = [first_path[name] for name in first_path.keys() - {sets[path] for path in looks}]
-    all_looks = looks | looked_at(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
+    all_looks = looks | inspect_files(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
     sides = " of ".join(f"{side} x {side}" for side in dict.fromkeys((reading.crop or reading.size, reading.size)))
     grey = reading.colour == "grey"
     seen = describe_files(sets, all_looks, (sides, "grey" if grey else "RGB"), bits, window)
     files = ImageFiles(paths, reading.size, data, grey, reading.pad, reading.max_image_pixels, bits, window)
-    sentences = [*_darker(listing, looks, bits)] if window is None else []
+    sentences = [*_report_darker_sites(listing, looks, bits)] if window is None else []
     if reading.window and all_looks and not any(look.mode.startswith(("I", "F")) for look in all_looks.values()):
         sentences.append(f"The data option window={reading.window} has no effect: no file has greys of over 8 bits.")
     outside = pixels_outside(window, looks.values())
@@ -206,7 +206,7 @@ def _targets(masks: Masks, rows: Tensor) -> Tensor:
     return masks[rows] if isinstance(masks, Tensor) else torch.from_numpy(masks[rows.numpy()]).long()
 
 
-def _darker(listing: Listing, looks: Mapping[Path, Look], bits: int) -> Iterator[str]:
+def _report_darker_sites(listing: Listing, looks: Mapping[Path, Look], bits: int) -> Iterator[str]:
     """Yield a notice on sites whose deep greys have fewer bits than the data set's."""
     tops: dict[str, list[int]] = {}
     for path, site in zip(listing.paths, listing.clients, strict=True):
@@ -226,7 +226,7 @@ def _describe_repeats(listing: Listing) -> Iterator[str]:
         yield f"Images that are listed more than once count as often: {first_of(repeated, SHOWN)}."
 
 
-def _siteless(listing: Listing, rows: dict[str, Tensor]) -> Iterator[str]:
+def _report_missing_sites(listing: Listing, rows: dict[str, Tensor]) -> Iterator[str]:
     """Yield a notice per held-out set that names sites but misses some of the training set's."""
     sites = {name: {listing.clients[row] for row in chosen.tolist()} - {""} for name, chosen in rows.items()}
     for name in ("test", "validation"):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedkern.data.sources.digits import digit_source, glyphs, resize_glyph, small_digits
+from fedkern.data.sources.digits import digit_source, load_glyphs, resize_glyph, small_digits
 from fedkern.data.types import Source
 from fedkern.streams import stream
 
@@ -34,7 +34,7 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
     images = np.empty((len(digits), SIZE, SIZE, 3), dtype=np.uint8)
     labels = np.zeros((len(digits), SIZE, SIZE), dtype=np.int64)
     rng = stream(0, "segdigits")
-    for i, glyph in enumerate(glyphs()):
+    for i, glyph in enumerate(load_glyphs()):
         ground, ink = _brightness(rng)
         side = int(rng.integers(SMALLEST, LARGEST + 1))
         top, left = rng.integers(0, SIZE - side + 1, size=2)

@@ -174,7 +174,7 @@ def tree_table(
                 for name, value in image.items()
             }
             rows.append({owner: tree.site, **texts, "split": tree.split})
-    return Table(data, base, rows, notices=left_out(base, used))
+    return Table(data, base, rows, notices=describe_unread_files(base, used))
 
 
 def nested_images(folder: Path, layout: str) -> list[tuple[Path, str]]:
@@ -198,7 +198,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(place), sorted(names)
 
 
-def left_out(base: Path, used: Iterable[Path] | None = None) -> list[str]:
+def describe_unread_files(base: Path, used: Iterable[Path] | None = None) -> list[str]:
     """Describe files under ``base`` that are not in ``used``, by suffix, except hidden files and texts.
 
     macOS metadata files are counted too, and without ``used`` only these.

@@ -22,7 +22,7 @@ from fedkern.data.sources.found_files import read_file
 from fedkern.data.sources.listing import SPLITS, Labels, Listing
 from fedkern.errors import UserError, suggest_name
 from fedkern.files.filesystem import expand
-from fedkern.files.inputs import standing
+from fedkern.files.inputs import describe_file_kind
 from fedkern.tasks import task_of
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -87,7 +87,7 @@ class Table:
         for path, value, line in zip(
             paths, values, self.lines, strict=False
         ):  # a tree has no lines, and its files exist
-            if flaw := standing(path):
+            if flaw := describe_file_kind(path):
                 file = path if len(value) <= SHOWN else folder / f"{' '.join(value[:SHOWN].split())}..."
                 slashes = value.replace("\\", "/")
                 hint = f"; names of folders end with / and not with \\: write {slashes}" if slashes != value else ""

@@ -13,7 +13,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from fedkern.data.forms import ImageForm
-from fedkern.data.images.pixels import PICK, Pixels, as_index, images_alone, images_and_labels, place_labels
+from fedkern.data.images.pixels import PICK, Pixels, as_index, pick_images, pick_pairs, place_labels
 from fedkern.data.images.transforms import window
 from fedkern.engine.batches.reader import BATCH, Plan, Reader
 from fedkern.files.image_rows import in_parts, load_rows
@@ -61,7 +61,7 @@ class Images(Reader):
         )  # fmt: skip
         self._make_pixels = make
         self.pixels = make(split.images)
-        self._pick = PICK.get(self.task.network, images_alone)
+        self._pick = PICK.get(self.task.network, pick_images)
         self.labels: Tensor = split.labels
         self._there = place_labels(split.labels, device)
         self.fresh = augment != "none"
@@ -88,7 +88,7 @@ class Images(Reader):
     def _with_masks(self, chosen: Tensor, rng: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         index = self.pixels.send_index(chosen)
         masks = self._masks.index_select(0, send(index, self.device)).long()
-        images, moved = images_and_labels(self.pixels, index, masks, rng)
+        images, moved = pick_pairs(self.pixels, index, masks, rng)
         return images, self._labels(chosen, index), moved > 0  # padding is no object
 
     @cached_property

@@ -29,7 +29,7 @@ class ItemReader(Reader):
     def __init__(self, split: Items, device: torch.device, *, seed: int, client: int = -1, size: int = BATCH) -> None:
         item_bytes = split.item_bytes or tensor_bytes(next(split.read([0], 0)))
         super().__init__(split, device, min(size, max(1, BYTES // max(1, item_bytes))))
-        self.fresh = not split.still or split.collate is not default_collate
+        self.fresh = not split.is_deterministic or split.collate is not default_collate
         self._seed, self._client, self.reads = seed, client, 2
         self._targets: torch.Tensor | None = None
 

@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset
 
 from fedkern.data.forms import in_words
 from fedkern.data.sources.datasets import stated_targets
-from fedkern.data.sources.items import Items, cause
+from fedkern.data.sources.items import Items, name_cause
 from fedkern.data.types import FederatedData
 from fedkern.engine.batches.item_batches import trial_batch
 from fedkern.engine.batches.reader import BATCH
@@ -117,7 +117,7 @@ class Trial:
     def _try(self, split: Items, purpose: str, attempts: Sequence[Sequence[int]], odd: str, way: str) -> None:
         errors = [self._failure(split, purpose, rows) for rows in attempts]
         if (error := errors[0]) and None not in errors and not self._failure(self._client, purpose, self._rows):
-            raise UserError(f"{odd}, and the network or its loss fails there ({cause(error)}): {way}.") from error
+            raise UserError(f"{odd}, and the network or its loss fails there ({name_cause(error)}): {way}.") from error
 
     def _failure(self, split: Items, purpose: str, rows: Sequence[int]) -> BaseException | None:
         failures: list[BaseException] = []

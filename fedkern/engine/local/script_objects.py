@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedkern.data import FederatedData
-from fedkern.data.identity import code_of
+from fedkern.data.identity import list_user_code
 from fedkern.engine.local.own_optimizer import make_optimizer, stepped_by
 from fedkern.errors import UserError, first_of, format_value
 from fedkern.methods import method_registry
@@ -91,7 +91,7 @@ class ScriptObjects:
             "method": {"method": config.kind} if config.method in method_registry.GIVEN else {},
             "network": {} if self.network is None else {"model": self.network},
             "training": {name: function for name, function in training.items() if function is not None},
-            "loss_fn": {} if data is None else code_of(data),
+            "loss_fn": {} if data is None else list_user_code(data),
         }
         return {name: identity_table(things, weights=name != "network") for name, things in groups.items() if things}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData
-from fedkern.data.sources.items import cause
+from fedkern.data.sources.items import name_cause
 from fedkern.engine.batches.item_batches import trial_batch
 from fedkern.engine.context import RunContext
 from fedkern.engine.setup import serving
@@ -136,8 +136,8 @@ def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[Fe
     except RAISED as error:  # a network's code may raise anything
         raise UserError(
             f"the network {make.text} fails on two samples of {split.name}, {', '.join(data.form.shapes)} "
-            f"({cause(error)}){error_origin(error, type(inner(network)))}: it gets an item's parts but the last, or "
-            "a dict's keys but its label; a collate_fn that returns (inputs, targets) picks others."
+            f"({name_cause(error)}){error_origin(error, type(inner(network)))}: it gets an item's parts but the last, "
+            "or a dict's keys but its label; a collate_fn that returns (inputs, targets) picks others."
         ) from error
     network.train()
     if "classes" in offers:

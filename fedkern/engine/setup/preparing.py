@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fedkern.data.identity import of_memory
+from fedkern.data.identity import identify_memory
 from fedkern.data.sources.inspection import Sight
 from fedkern.data.sources.items import Items
 from fedkern.engine.client import Client, check_client
@@ -57,7 +57,7 @@ def make_context(
         data = run_data.load_data(config, notice=notice, identify=entry is None)
     items = data = run_data.inspect_items(config, data) if known else data
     has_identity = entry is not None or (are_loaded and data.identity)  # from a file, or the checkpoint
-    identity = of_memory(data) if known and not has_identity else data.identity
+    identity = identify_memory(data) if known and not has_identity else data.identity
 
     # The settings that the data decide, and the data that these leave.
     data = run_data.with_images(config, data)

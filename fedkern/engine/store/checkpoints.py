@@ -16,7 +16,7 @@ from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.client_table import STATE, TABLE, ClientTable, Place, Row, read_rows, sound_place
 from fedkern.errors import OtherFormat, UserError
 from fedkern.files import atomic, filesystem
-from fedkern.files.inputs import line_ends, naming_damage, open_regular, standing
+from fedkern.files.inputs import describe_file_kind, explain_line_ends, open_regular, report_damage
 from fedkern.messages import states
 from fedkern.messages.states import State
 from fedkern.methods.protocol import Message
@@ -165,7 +165,7 @@ class Checkpoints:
         path = self.folder / MANIFEST
         if not path.exists():
             return None
-        with naming_damage(f"{path} is damaged", "the run cannot be resumed, start it again"):
+        with report_damage(f"{path} is damaged", "the run cannot be resumed, start it again"):
             entries = list(read_manifest(path)["entries"])
         sound = [entry for entry in entries if _sound(entry)]
         if entries and not sound:
@@ -426,8 +426,8 @@ def check_results(out: Path, needed: str) -> None:
     for name, value in entry["info"]["results"].items():
         if checksum(out / name) == value:
             continue
-        if standing(out / name) != "missing":
-            way = line_ends(out / name, zlib.crc32, value)
+        if describe_file_kind(out / name) != "missing":
+            way = explain_line_ends(out / name, zlib.crc32, value)
             raise UserError(f"{out / name} is not what the run wrote{way or f': {again(out)}'}.")
         if name == needed:
             raise UserError(f"{out / name} is missing: --resume {shlex.quote(str(out))} makes it again.")

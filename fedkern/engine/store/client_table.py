@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypedDict, TypeGuard
 
 from fedkern.files import atomic
-from fedkern.files.inputs import line_ends, open_regular, parse_json
+from fedkern.files.inputs import explain_line_ends, open_regular, parse_json
 
 SLACK = 1 << 16
 """Bytes of changes that a table may hold, however short its first line is."""
@@ -79,7 +79,7 @@ class ClientTable:
             atomic.write_bytes(self._folder / place["file"], line)
             self._first = len(line)
         else:
-            with atomic.changing(self._folder / place["file"], "r+b", durable=True) as file:
+            with atomic.open_in_place(self._folder / place["file"], "r+b", durable=True) as file:
                 file.truncate(place["bytes"])  # an interrupted commit may have left a line
                 file.seek(place["bytes"])
                 file.write(line)
@@ -105,7 +105,7 @@ def _content(folder: Path, place: Place) -> bytes:
         with open_regular(folder / name) as file:
             content = file.read(size) if 0 < size <= os.fstat(file.fileno()).st_size else b""
         if not content or zlib.crc32(content) != total:
-            way = line_ends(folder / name, zlib.crc32, total, size)
+            way = explain_line_ends(folder / name, zlib.crc32, total, size)
             raise ValueError(f"it is not what the run wrote{way}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / name} is missing or damaged: {error}") from None

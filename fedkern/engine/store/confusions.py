@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkern.engine.store.checkpoints import check_results
 from fedkern.files import atomic
-from fedkern.files.inputs import naming_damage, read_json, standing
+from fedkern.files.inputs import describe_file_kind, read_json, report_damage
 
 FILE = "confusion.json"
 LARGEST = 1 << 53
@@ -42,9 +42,9 @@ def read(out: Path) -> Confusions | None:
     """Return the matrices of a run folder, or None."""
     path = out / FILE
     check_results(out, FILE)
-    if standing(path) == "missing":
+    if describe_file_kind(path) == "missing":
         return None
-    with naming_damage(f"{path} is damaged", "delete it, only a picture is lost"):
+    with report_damage(f"{path} is damaged", "delete it, only a picture is lost"):
         content = read_json(path)
         classes, sets = content["classes"], content["test_sets"]
         if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):

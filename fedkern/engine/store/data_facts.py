@@ -13,7 +13,7 @@ import numpy as np
 
 from fedkern.data.types import AnySplit, FederatedData
 from fedkern.files import atomic
-from fedkern.files.inputs import naming_damage, read_json
+from fedkern.files.inputs import read_json, report_damage
 from fedkern.tasks.partition_statistics import PartitionStatistics
 
 FILE = "facts.json"
@@ -61,7 +61,7 @@ class DataFacts:
     @classmethod
     def read(cls, out: Path) -> DataFacts:
         way = f"--resume {shlex.quote(str(out))} writes it again"
-        with naming_damage(f"{out / FILE} is missing or damaged", way):
+        with report_damage(f"{out / FILE} is missing or damaged", way):
             table = read_json(out / FILE)
             statistics = None if table["statistics"] is None else PartitionStatistics.of_table(table["statistics"])
             names = {name: tuple(table[name]) for name in ("classes", "pictures")}

@@ -14,7 +14,7 @@ from fedkern.engine.store.run_folder import ATTACKS, NODES
 from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.files.inputs import read_json, standing
+from fedkern.files.inputs import describe_file_kind, read_json
 from fedkern.methods.base import Federation, Method, Round
 from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
@@ -116,12 +116,12 @@ def set_aside(out: Path, round: int) -> None:
     """Move the results of the network after ``round`` rounds, and of commands on it, to :func:`aside`."""
     names = [name for pattern in OF_A_NETWORK for name in sorted(path.name for path in out.glob(pattern))]
     for name in [*names, *pictures(out), *(f"{FOLDER}/{name}" for name in ATTACKS.values())]:
-        if standing(out / name):
+        if describe_file_kind(out / name):
             continue
         target = aside(out, round) / name
         atomic.make_folder(aside(out, round))
         atomic.make_folder(target.parent)
-        with atomic.writing(target):
+        with atomic.report_unwritable(target):
             (out / name).replace(target)
 
 

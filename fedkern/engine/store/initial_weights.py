@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkern.engine.store.checkpoints import check_results, newest
 from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.files.inputs import open_regular, reading, standing
+from fedkern.files.inputs import describe_file_kind, open_regular, report_unreadable
 from fedkern.models.pretrained.weight_files import read_state_dict
 from fedkern.settings.run_format import INIT
 from fedkern.settings.run_format import NAME as CONFIG
@@ -29,7 +29,7 @@ _GIVEN: dict[str, bytes] = {}
 def _file(path: str) -> Path:
     """Return the file of ``--init``, or the network's file in that folder of a run."""
     folder = Path(path)
-    if standing(folder) != "a folder":
+    if describe_file_kind(folder) != "a folder":
         return folder
     entry = newest(folder)
     begun = (folder / CONFIG).exists() and not (folder / MODEL).exists()
@@ -61,7 +61,7 @@ def keep(path: str | None) -> None:
 def sha256(path: str) -> str:
     if path in _GIVEN:
         return hashlib.sha256(_GIVEN[path]).hexdigest()
-    with reading(f"--init {path}"), open_regular(_file(path)) as file:
+    with report_unreadable(f"--init {path}"), open_regular(_file(path)) as file:
         return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from fedkern.engine.store import checkpoints
 from fedkern.errors import UserError
-from fedkern.files import atomic
-from fedkern.files.inputs import line_ends, naming_damage, parse_json, read_json, read_text, reading, standing
+from fedkern.files import atomic, inputs
 from fedkern.messages.states import State
 
 METRICS = "metrics.jsonl"
@@ -50,10 +49,10 @@ class Metrics:
                 f"{self.path} has lost rounds that the checkpoint has ({present:,} of {size:,} bytes are there): put "
                 "the file back, or start the run again with another --out."
             )
-        with reading(self.path):
+        with inputs.report_unreadable(self.path):
             self._sum = hashlib.sha256(self.path.read_bytes()[:size] if size else b"")
         if self.digest != digest:
-            way = line_ends(self.path, lambda content: hashlib.sha256(content).hexdigest(), digest, size)
+            way = inputs.explain_line_ends(self.path, lambda content: hashlib.sha256(content).hexdigest(), digest, size)
             way = way or ": put the file back, or start the run again with another --out"
             raise UserError(f"{self.path} is not what the run wrote{way}.")
 
@@ -66,13 +65,13 @@ class Metrics:
         """Drop lines after a checkpoint at which the file had ``size`` bytes."""
         if digest is not None:
             self.check(size, digest)
-        with atomic.changing(self.path, "ab") as file:
+        with atomic.open_in_place(self.path, "ab") as file:
             file.truncate(size)
         self.size = size
 
     def append(self, record: Mapping[str, object]) -> None:
         line = (json.dumps(plain(record), allow_nan=False) + "\n").encode()
-        with atomic.changing(self.path, "ab") as file:
+        with atomic.open_in_place(self.path, "ab") as file:
             file.write(line)
         self.size += len(line)
         self._sum.update(line)
@@ -93,12 +92,12 @@ def read_metrics(out: Path | str) -> list[State]:
         size = Metrics(out).check_entry(entry)
         if entry["info"]["finished"] and path.stat().st_size != size:
             raise UserError(f"{path} has lines that the run did not write: put the file back.")
-    with reading(path):
-        lines = read_text(path).splitlines()
+    with inputs.report_unreadable(path):
+        lines = inputs.read_text(path).splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(parse_json(line))
+            records.append(inputs.parse_json(line))
         except ValueError:
             if number < len(lines):
                 raise UserError(f"{path}, line {number}, is damaged: expected one JSON object per line.") from None
@@ -115,10 +114,10 @@ def read_summary(out: Path | str) -> State | None:
     out = Path(out)
     path = out / SUMMARY
     checkpoints.check_results(out, SUMMARY)
-    if standing(path) == "missing":
+    if inputs.describe_file_kind(path) == "missing":
         return None
-    with naming_damage(f"{path} is damaged", checkpoints.again(out)):
-        summary = read_json(path)
+    with inputs.report_damage(f"{path} is damaged", checkpoints.again(out)):
+        summary = inputs.read_json(path)
         if not isinstance(summary, dict):
             raise ValueError("it is no JSON object")
     return summary

@@ -62,7 +62,7 @@ class Releases:
         before = self._due.pop(key, None)
         if before is None:
             line = json.dumps([*key, message_digest]) + "\n"
-            with atomic.changing(self._path, "ab", durable=True) as file:
+            with atomic.open_in_place(self._path, "ab", durable=True) as file:
                 file.write(line.encode())
         elif before != message_digest:
             sender, given = ("the server", "the mean of a round") if client < 0 else (f"client {client}", "its answer")

@@ -113,7 +113,7 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
     folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     begun = not fresh
     try:
-        with atomic.writing(out):
+        with atomic.report_unwritable(out):
             out.mkdir(parents=True, exist_ok=True)
         with folder_lock.FolderLock(out) as lock:
             if fresh:

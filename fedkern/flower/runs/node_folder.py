@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.files.filesystem import one_writer
+from fedkern.files.filesystem import hold_lock
 from fedkern.files.inputs import open_regular, parse_json
 from fedkern.messages import states
 
@@ -46,7 +46,7 @@ class NodeFolder:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other process works for this client."""
-        with one_writer(self.path / "lock"):
+        with hold_lock(self.path / "lock"):
             yield
 
     # -- states ----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Project:
             raise UserError(f"{folder} exists and is not an empty folder: name a new one with --flower.")
         code = self._code()
         fresh = not folder.exists()
-        with atomic.writing(folder):
+        with atomic.report_unwritable(folder):
             folder.mkdir(parents=True, exist_ok=True)
         try:
             for path in code.values():

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
-from fedkern.files.inputs import read_json, special, standing
+from fedkern.files.inputs import describe_file_kind, describe_special_file, read_json
 from fedkern.process.extras import import_extra
 
 ADAPTER = "adapter_config.json"
@@ -104,9 +104,9 @@ def check_folder(folder: Path, kind: str) -> None:
     transformers would wait for a named pipe, and load kernels named in config.json or the base network of an adapter.
     """
     for path in (*folder.iterdir(), *folder.glob("*/*")):
-        if fault := special(path):
+        if fault := describe_special_file(path):
             raise UserError(f"the folder {folder} of the {kind} has {fault}, {path.name}: put a regular file there.")
-    if standing(folder / ADAPTER) != "missing":
+    if describe_file_kind(folder / ADAPTER) != "missing":
         raise UserError(f"the folder {folder} of the {kind} holds {_UNADAPTED}.")
     try:
         config = read_json(folder / "config.json")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedkern.errors import UserError, first_of
-from fedkern.files.inputs import special
+from fedkern.files.inputs import describe_special_file
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 """Endings of files that torch.save has written; others are safetensors."""
@@ -23,7 +23,7 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 
 def read_state_dict(path: Path, source: str) -> Mapping[str, Tensor]:
     """Return the state dict in a file: safetensors, or saved with torch.save and read with `weights_only`."""
-    if kind := special(path):
+    if kind := describe_special_file(path):
         raise UserError(f"{source} is {kind}, not a regular file: put the file there.")
     try:
         if path.suffix not in PICKLED:

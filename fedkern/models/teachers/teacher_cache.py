@@ -20,7 +20,7 @@ from torch import Tensor
 from fedkern.errors import UserError, require_format
 from fedkern.files import filesystem
 from fedkern.files.filesystem import cache_folder, expand
-from fedkern.files.inputs import parse_json, special
+from fedkern.files.inputs import describe_special_file, parse_json
 from fedkern.models.precision import computing
 from fedkern.models.pretrained.preprocessing import to_pixels
 from fedkern.models.teachers.teacher import Identity, Teacher, wrong_classes
@@ -130,7 +130,7 @@ class LogitsCache:
         path = self.path(kind, identity)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with filesystem.one_writer(path.parent / ".lock"):
+            with filesystem.hold_lock(path.parent / ".lock"):
                 content = dict(tensors())
                 about = {"format": FORMAT, "identity": dict(identity), "sum": _sum(content)}
                 metadata = {"fedkern": json.dumps(about, sort_keys=True)}
@@ -217,7 +217,7 @@ def read_file(path: Path, identity: Identity | None = None) -> dict[str, Tensor]
         OtherFormat: the file has another format.
         ValueError: the file is damaged, changed, or has another identity.
     """
-    if kind := special(path):
+    if kind := describe_special_file(path):
         raise ValueError(f"it is {kind}, not a regular file")
     try:
         with safe_open(path, framework="pt") as file:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedkern.data import Split, load, lookup
-from fedkern.data.sources.canvas import CELL, INK, SIDE, Ground, Placed, draw, noisy
+from fedkern.data.sources.canvas import CELL, INK, SIDE, Glyph, Ground, add_noise, draw
 from fedkern.data.sources.captions import CLASSES, WORDS
 from fedkern.data.sources.digits import read_digits
 from fedkern.data.split import join_splits
@@ -112,7 +112,7 @@ def test_relations_are_those_of_the_picture(cells, said):
 
 def test_a_canvas_shows_the_digit_where_the_mask_says():
     ground = Ground("plain", np.array([[10, 20, 30], [10, 20, 30]], dtype=np.uint8))
-    image, mask = draw(ground, [Placed(5, "white", 3, CELL)], np.random.default_rng(0))
+    image, mask = draw(ground, [Glyph(5, "white", 3, CELL)], np.random.default_rng(0))
     assert image.shape == (3, SIDE, SIDE)
     assert mask.any()
     assert not mask[:CELL].any()
@@ -164,11 +164,11 @@ def roughness(images):
 
 def test_noise_is_even_and_bounded():
     image = np.full((3, 64, 64), 100, dtype=np.uint8)
-    change = noisy(image, 40, np.random.default_rng(0)).astype(int) - 100
+    change = add_noise(image, 40, np.random.default_rng(0)).astype(int) - 100
     assert sorted(set(change.flatten().tolist())) == list(range(-40, 41))
     assert abs(change.mean()) < 1
     assert change.std() == pytest.approx(np.sqrt(81**2 / 12), rel=0.02)
-    assert noisy(image + 140, 40, np.random.default_rng(0)).max() == 255
+    assert add_noise(image + 140, 40, np.random.default_rng(0)).max() == 255
 
 
 def test_unseen_clients_speak_with_known_words():
