@@ -365,8 +365,8 @@ class Two(nn.Module):
         super().__init__()
         self.one, self.two = nn.Linear(2, 2), nn.Linear(3, 2)
 
-    def forward(self, first, second):
-        return self.one(first) + self.two(second)
+    def forward(self, left, right):
+        return self.one(left) + self.two(right)
 
 
 def rows_of(count, seed):
@@ -448,7 +448,7 @@ def test_parts_of_a_batch():
     assert split_targets({"x": x}) == ({"x": x}, None)
     pair = ItemNetwork(Two(), None, raw=False)
     inputs = torch.rand(2, 2), torch.rand(2, 3)
-    assert torch.equal(pair(Positional(inputs)), pair(Keywords(first=inputs[0], second=inputs[1])))
+    assert torch.equal(pair(Positional(inputs)), pair(Keywords(left=inputs[0], right=inputs[1])))
 
 
 def test_tensors_in_memory_are_indexed_as_they_are():
