@@ -13,10 +13,10 @@ from fedkern.process.standard_streams import put
 
 def add_data(parser: Parser, options: str = "an option of that other data set") -> None:
     """Add the flags of another data set than the run's own. ``options`` is the help of ``--data-option``."""
-    cache = "folder that keeps the decoded images; by default the run's own data are read from that of the run"
+    cache = "folder that keeps decoded images; by default the run's, for the run's own data"
     add_arguments(parser, {
         "data": ("NAME", "another data set than the run's own"),
-        "data_root": ("DIR", "where the data files are"),
+        "data_root": ("DIR", "folder of the data files"),
         "cache": ("DIR", cache),
         "data_option": ("key=value", f"{options}; repeatable", []),
     })  # fmt: skip
@@ -28,11 +28,11 @@ def add_network(parser: Parser, printed: str = "what was written", *, choice: bo
     ``choice`` is whether the best round's network is available.
     """
     if choice:
-        text = "the network of the last round, or of the best one of a run with --patience; default last"
+        text = "network of the last round, or of the best round of a run with --patience; default last"
         parser.add_argument("--network", choices=("last", "best"), default="last", metavar="last|best", help=text)
     add_arguments(parser, {
-        "model": ("NAME", "the run's network again, where it names code that may run"),
-        "method_option": ("key=value", "an option of the run again, where it names code that may run; repeatable", []),
+        "model": ("NAME", "the run's network again, if it names code that may run"),
+        "method_option": ("key=value", "an option of the run again, if it names code that may run; repeatable", []),
         "plugin": ("FILE.py|MODULE", "code that registers the run's method, network or data; repeatable", []),
         "json": ("", f"print {printed} as JSON"),
     })  # fmt: skip

@@ -8,17 +8,17 @@ from pathlib import Path
 
 PROGRAM = "python -m fedkern.run"
 _USAGE = {
-    "attack DIR": "how well a finished run's model tells who was in its training data",
-    "evaluate DIR": "a finished run's figures, also on other data or of another task",
-    "predict DIR IMAGE...": "classes or masks of your own images, by a finished run",
-    "export DIR": "a finished run's network as a file for other programs",
-    "extend DIR --rounds R": "more rounds for a run",
-    "compare METHOD METHOD...": "several methods over seeds and settings, or finished runs",
-    "reproduce NAME|FILE.toml": "a paper's published table beside the figures of runs on this machine",
-    "report DIR...": "one HTML file of a run or a comparison, to read in a browser",
-    "flower PROJECT_DIR": "a Flower project, run to its end on a SuperLink or in a simulation",
+    "attack DIR": "measure whether a finished run's model reveals who was in its training data",
+    "evaluate DIR": "evaluate a finished run's network, also on other data or another task",
+    "predict DIR IMAGE...": "predict classes or masks of your own images with a finished run",
+    "export DIR": "write a finished run's network for other programs",
+    "extend DIR --rounds R": "give a run more rounds",
+    "compare METHOD METHOD...": "compare methods over seeds and settings, or finished runs",
+    "reproduce NAME|FILE.toml": "run a paper's table and compare it with the published figures",
+    "report DIR...": "write a run or a comparison as one HTML file, to read in a browser",
+    "flower PROJECT_DIR": "run a Flower project to its end, on a SuperLink or in a simulation",
     "list": "show methods, data sets, models, encoders, partitioners, aggregators",
-    "doctor": "show versions, processor, GPU and what serves",
+    "doctor": "show versions, processor, GPU and the usable backends",
 }
 COMMANDS = {words.split()[0]: text for words, text in _USAGE.items()}
 USAGE = {words.split()[0]: words for words in _USAGE}

@@ -15,19 +15,19 @@ from fedkern.typed_option import Option, OptionTable, option
 class CommonOptions(OptionTable):
     """Options that every data set accepts."""
 
-    test_samples: int = option(0, "images kept of every test set, 0 for all (a fixed random choice)", low=0)
+    test_samples: int = option(0, "images of every test set to use, a fixed random choice; 0: all", low=0)
     validation_samples: int = option(
-        0, "images kept of the validation set, 0 for its usual share of the training samples", low=0
+        0, "images of the validation set to use; 0: its usual fraction of the training samples", low=0
     )
     cue_clients: int = option(
-        0, "the first so many clients see a coloured shape that tells the class; tests cue_tied, cue_random", low=0
+        0, "show the first N clients a coloured shape that reveals the class; test sets cue_tied, cue_random", low=0
     )
-    cue_size: int = option(10, "side of those shapes in pixels", low=3)
+    cue_size: int = option(10, "side of these shapes in pixels", low=3)
     backdoor_clients: int = option(
-        0, "on the first so many clients a white patch says backdoor_target; test backdoor: its success", low=0
+        0, "poison the first N clients: a white patch means --backdoor-target; test set backdoor: its success", low=0
     )
-    backdoor_target: int = option(0, "the class, by position, that the patch says", low=0)
-    backdoor_size: int = option(4, "side of that patch in pixels", low=1)
+    backdoor_target: int = option(0, "class that the patch means, by position", low=0)
+    backdoor_size: int = option(4, "side of the patch in pixels", low=1)
     boxes: str = option("", "JSON or CSV file with the object boxes of the training images", path=absolute)
     detector: str = option(
         "", "folder or name of a Grounding DINO that finds the objects of the training images", path=absolute_folder
@@ -45,9 +45,7 @@ SIDE = 8192
 """Largest side of an image in pixels: a thousand images of this side take 200 GB."""
 
 READING = {
-    "max_image_pixels": Option(
-        MAX_PIXELS, "a file that announces a larger image (or volume, in voxels) is not decoded", low=1
-    ),
+    "max_image_pixels": Option(MAX_PIXELS, "largest image in pixels (or volume in voxels) that is decoded", low=1),
     "bits": Option(
         0, "bits of a grey value in files with more than 8, alike in all images; 0: as the values need", low=0, high=16
     ),

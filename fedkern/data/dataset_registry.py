@@ -98,7 +98,7 @@ def _columns(*options: str) -> dict[str, Option]:
             AUTO, "CSV column with the patients, auto: found by its name, empty: no column names patients"
         ),
         "client_column": Option(
-            "", "CSV column that names every row's client; by default client, site or hospital where there is one"
+            "", "CSV column with the client of every row; by default client, site or hospital, if present"
         ),
     }
 

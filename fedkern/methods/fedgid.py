@@ -61,7 +61,7 @@ class FedGID(LocalTraining):
         lam: float = option(1.0, "weight of the distillation loss", low=0, name="lambda")
         temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)
         intervene: str = option(
-            "map", "where a sample meets a background: in its features, or in the image, by object masks",
+            "map", "where a sample is mixed with a background: in its features, or in the image, by object masks",
             choices=("map", "image"),
         )  # fmt: skip
         mix_stage: str = option(

@@ -34,14 +34,14 @@ class DataSettings(Section):
     data: str = option(
         COMMON["data"], lambda: f"data set: {', '.join(data_names())}, {FORMS}", path=named_code.absolute
     )
-    data_root: str | None = option(None, "folder that holds the data files", type=str, path=absolute)
+    data_root: str | None = option(None, "folder of the data files", type=str, path=absolute)
     cache: str | None = option(
-        None, "folder that keeps the decoded images of a data set of image files, for later runs and runs beside this",
+        None, "folder that keeps decoded images of image files, for later and parallel runs",
         type=str, path=absolute,
     )  # fmt: skip
     keep_items: str = option(
-        "auto", "items of PyTorch data sets as rows in memory: auto where equal whenever read and within 1 GB; memory: "
-        "of any size, or an error; off: read for every batch", choices=("auto", "memory", "off"),
+        "auto", "keep items of PyTorch data sets in memory: auto (if they never change and fit into 1 GB), memory (of "
+        "any size, else fail), off (read them for every batch)", choices=("auto", "memory", "off"),
     )  # fmt: skip
     train_samples: int | None = option(None, "number of training samples to use instead of all", low=1, type=int)
     public_samples: int = option(
@@ -49,21 +49,21 @@ class DataSettings(Section):
     )
     partition: str | None = option(
         None,
-        "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, attribute (the default where "
-        "the data name sites)",
+        "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, attribute (the default if the "
+        "data name sites)",
         type=str,
     )
     clients: int = option(
-        DATASETS[COMMON["data"]].clients, "number of clients; that of the sites, where the data name sites", low=1
+        DATASETS[COMMON["data"]].clients, "number of clients; data that name sites have one client a site", low=1
     )
     correlation: float | None = option(
-        None, "how strongly the background colour tells the class", low=0, high=1, type=float
+        None, "how strongly the background colour predicts the class", low=0, high=1, type=float
     )
     held_out_client: str | None = option(
         None, "name or number of a client that never trains; its data become the test set held_out", type=str
     )
     client_test: float = option(
-        COMMON["client_test"], "share of every client's samples set aside as its own test set; 0 leaves the data set's",
+        COMMON["client_test"], "fraction of every client's samples for its own test set; 0: as in the data set",
         low=0, high=0.9,
     )  # fmt: skip
     augment: str | None = option(

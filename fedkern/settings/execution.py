@@ -19,23 +19,21 @@ MOST_WORKERS = 1024
 class ExecutionSettings(FederationSettings):
     """Settings of the program."""
 
-    checkpoint_every: int = option(1, "write a checkpoint every so many rounds", low=1)
-    grad_cam: int = option(200, "test images for the share of Grad-CAM inside the object; 0: no Grad-CAM", low=0)
-    seed: int = option(0, "root of all random streams")
+    checkpoint_every: int = option(1, "write a checkpoint every N rounds", low=1)
+    grad_cam: int = option(200, "test images for the fraction of Grad-CAM inside the object; 0: no Grad-CAM", low=0)
+    seed: int = option(0, "seed of all random streams")
     device: str = option(
-        "auto", "device to run on; auto: cuda where there is a GPU", choices=("auto", "cpu", "cuda", "cuda:N")
+        "auto", "device to run on; auto: cuda if there is a GPU", choices=("auto", "cpu", "cuda", "cuda:N")
     )
-    threads: int = option(
-        0, "CPU threads of the server's work and of evaluations; 0 for PyTorch's own choice", low=0, high=1024
-    )
+    threads: int = option(0, "CPU threads of the server and of evaluations; 0: PyTorch's choice", low=0, high=1024)
     client_threads: int = option(
-        0, "CPU threads while a client works; 0 for the threads divided by the clients of a round, at least 1", low=0,
+        0, "CPU threads of a client; 0: --threads divided by the clients of a round, at least 1", low=0,
         high=1024,
     )  # fmt: skip
     workers: str = option(
         "auto",
-        "processes in which clients work side by side; the bits are the same for any number. auto: by threads, "
-        "cores, memory and the length of the run",
+        "processes that train clients in parallel, with the same bits for any number; auto: by threads, cores, "
+        "memory and length of the run",
     )
 
     def resolve(self) -> Values:

@@ -15,40 +15,40 @@ class FaultSettings(FederationSettings):
 
     on_nan: str = option(
         "stop",
-        "reaction to a client that diverges (NaN or Inf) or whose upload is refused: stop the run, or skip the client",
+        "when a client diverges (NaN or Inf) or its upload is refused: stop the run, or skip the client",
         choices=("stop", "skip"),
     )
     on_error: str = option(
         "stop",
-        "reaction to an exception in a client's part of the method: stop the run, or skip the client",
+        "when a client's part of the method raises an exception: stop the run, or skip the client",
         choices=("stop", "skip"),
     )
     max_update_norm: float = option(
         0.0,
-        "averaging methods: largest Euclidean norm of a client's update (its parameters minus those sent); a "
-        "larger update is refused; 0: no limit",
+        "averaging methods: refuse a client's update (its parameters minus those sent) above this Euclidean norm; "
+        "0: no limit",
         low=0,
     )
     clip_update_norm: float = option(
         0.0,
-        "averaging methods: largest Euclidean norm of a client's update; a larger update is scaled down; 0: no limit",
+        "averaging methods: scale a client's update down to at most this Euclidean norm; 0: no limit",
         low=0,
     )
     dropout_rate: float = option(
-        0.0, "averaging methods: chance that a client of a round fails before it uploads", low=0, high=1
+        0.0, "averaging methods: probability that a client fails in a round before its upload", low=0, high=1
     )
     straggler_rate: float = option(
         0.0,
-        "averaging methods: chance that a client is slow in a round, at a speed drawn from (0, 1) of the others'",
+        "averaging methods: probability that a client is slow in a round, at a random fraction of the others' speed",
         low=0,
         high=1,
     )
     deadline: float = option(
-        1.0, "end of a round for slow clients, in multiples of the time that the others need", low=1
+        1.0, "when a round ends for slow clients, in multiples of the time that the others need", low=1
     )
     stragglers: str = option(
         "keep",
-        "what a slow client has done by the deadline: keep the part, or drop the client from the round",
+        "at the deadline, keep what a slow client has trained so far, or drop the client from the round",
         choices=("keep", "drop"),
     )
 

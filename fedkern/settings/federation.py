@@ -48,12 +48,11 @@ def stop_target(text: str) -> tuple[str, str, float]:
 class FederationSettings(DataSettings):
     """Settings of the rounds and the server."""
 
-    sample_fraction: float = option(1.0, "share of the clients that takes part in a round", above=0, high=1)
+    sample_fraction: float = option(1.0, "fraction of the clients that train in each round", above=0, high=1)
     rounds: int = option(COMMON["rounds"], "communication rounds", low=1, high=100_000)
     compress: str | None = option(
         None,
-        "averaging methods: compression of a client's update, with what is lost added to its next update: topk:share=S "
-        "or int8",
+        "averaging methods: compress the clients' updates, with error feedback: topk:share=S or int8",
         type=str,
     )
     aggregator: str = option(
@@ -70,34 +69,37 @@ class FederationSettings(DataSettings):
     )
     server_lr: float | None = option(
         None,
-        "averaging methods: learning rate of the server; open: 1 for mean and momentum, 0.1 for adam and adagrad, 0.01 "
-        "for yogi",
+        "averaging methods: learning rate of the server; if left out, 1 for mean and momentum, 0.1 for adam and "
+        "adagrad, 0.01 for yogi",
         above=0,
         type=float,
     )
     asynchronous: str | None = option(
         None,
-        "averaging methods: the server waits for no round but steps when uploads come, as fedbuff:buffer=K,staleness=A "
-        "or fedasync:mixing=M,staleness=A; a round is a step",
+        "averaging methods: let the server step as uploads arrive, without waiting for whole rounds: "
+        "fedbuff:buffer=K,staleness=A or fedasync:mixing=M,staleness=A; every step counts as a round",
         type=str,
     )
-    eval_every: int = option(1, "evaluate every so many rounds, and always after the last", low=1)
+    eval_every: int = option(1, "evaluate every N rounds, and always after the last", low=1)
     stop_at: str | None = option(
-        None, "figure of the records and its value with which the run ends: accuracy>=0.9, loss<=0.1", type=str
+        None, "end the run once a figure of the records reaches this value: accuracy>=0.9, loss<=0.1", type=str
     )
     patience: int | None = option(
         None,
-        "evaluations without a better main figure on the validation set after which the run ends; the best round's "
-        "network stays in best.safetensors",
+        "end the run after N evaluations without a better main figure on the validation set; best.safetensors keeps "
+        "the network of the best round",
         low=1,
         type=int,
     )
     max_seconds: float | None = option(
-        None, "seconds of work, over all resumptions: a round that would pass them is not begun", above=0, type=float
+        None,
+        "most seconds of work, over all resumptions; a round that would exceed them is not run",
+        above=0,
+        type=float,
     )
     max_bytes: float | None = option(
         None,
-        "bytes up and down, set-up rounds included: a round that would pass them is not begun",
+        "most bytes up and down, set-up rounds included; a round that would exceed them is not run",
         above=0,
         type=float,
     )

@@ -30,7 +30,7 @@ class ModelSettings(Section):
     model: str = option(COMMON["model"], lambda: f"network: {', '.join(MODELS)}, {FORMS}", path=named_code.absolute)
     width: int | None = option(
         None,
-        "channels of the network's first stage, or of a token of the built-in encoders",
+        "channels of the network's first stage, or size of a token of the built-in encoders",
         low=1,
         high=65536,
         type=int,
@@ -42,26 +42,26 @@ class ModelSettings(Section):
         type=str,
         path=absolute,
     )
-    init_partial: bool = option(False, "take what of --init fits the network, and list what does not")
+    init_partial: bool = option(False, "load only the tensors of --init that fit the network, and list the others")
     freeze: str | None = option(
         None,
-        "parameters of the network that stay as they are and never travel, by name: backbone.*,head.bias",
+        "parameters of the network that are neither trained nor sent, by name: backbone.*,head.bias",
         type=str,
     )
     personal: str | None = option(
         None,
-        "averaging methods: parameters and buffers of the network that every client keeps to itself, by name: "
+        "averaging methods: parameters and buffers of the network that never leave their client, by name: "
         "head.*,norm1.*",
         type=str,
     )
     features: str | None = option(
-        None, "submodule of your own network whose output is the features of methods that compare them", type=str
+        None, "submodule of your own network whose output is the features, for methods that compare features", type=str
     )
     stages: str | None = option(
-        None, "submodules of your own network, in order, after which feature maps can be mixed: conv1,conv2", type=str
+        None, "submodules of your own network after which feature maps can be mixed, in order: conv1,conv2", type=str
     )
     accelerate: str = option(
-        "auto", "your own network's convolutions computed with what follows them: auto, where right and faster, or off",
+        "auto", "fuse your own network's convolutions with the next layers: auto (where correct and faster) or off",
         choices=("auto", "off"),
     )  # fmt: skip
     image_encoder: str = option(
@@ -77,17 +77,17 @@ class ModelSettings(Section):
     buffers: str = option(
         "average",
         "batch norm's running statistics: average, local (every client keeps its own), drop, or pool (image-text"
-        " data: computed anew for the global network over all clients' samples)",
+        " data: recomputed for the global network over all clients' samples)",
         choices=("average", "local", "drop", "pool"),
     )
     freeze_bn_after: int | None = option(
         None,
-        "rounds after which batch norm trains with the received running statistics, which then stay (FixBN)",
+        "rounds after which batch norm normalises by the received running statistics and keeps them (FixBN)",
         low=0,
         type=int,
     )
     precision: str = option(
-        "fp32", "what networks compute in: fp32, or bf16 by autocast with fp32 weights", choices=PRECISIONS
+        "fp32", "number format of the computation: fp32, or bf16 by autocast with fp32 weights", choices=PRECISIONS
     )
 
     def check(self) -> None:

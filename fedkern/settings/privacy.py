@@ -24,45 +24,44 @@ class PrivacySettings(FaultSettings, ModelSettings):
 
     dp_clip: float | None = option(
         None,
-        "averaging methods: differential privacy of whole clients, with --dp-noise. Largest Euclidean norm of all that "
-        "a client changes in a round; a larger change is scaled down to it, and all clients weigh the same. Choose it "
-        "near the median change: a run on public data of the same kind with --dp-noise 0 tells every client's as "
-        "update_norm in metrics.jsonl",
+        "averaging methods: client-level differential privacy, with --dp-noise. A client's change in a round is scaled "
+        "down to at most this Euclidean norm, and all clients weigh the same. Choose it near the median change: a run "
+        "on similar public data with --dp-noise 0 writes every client's change as update_norm into metrics.jsonl",
         above=0,
         type=float,
     )
     dp_noise: float | None = option(
         None,
         "averaging methods: standard deviation of the Gaussian noise that the server adds to the sum of the clients' "
-        "changes, in multiples of --dp-clip; 0 only clips and promises nothing. More noise makes epsilon smaller; more "
-        "clients in a round make the noise on their mean smaller",
+        "changes, in multiples of --dp-clip. 0 only clips and gives no guarantee. More noise makes epsilon smaller, "
+        "and more clients in a round make the noise on their mean smaller",
         low=0,
         type=float,
     )
     dp_delta: float | None = option(
-        None, "delta at which the epsilon of --dp-noise is told; open: 1e-5, or clients^-1.1 where that is smaller",
+        None, "delta at which epsilon is reported; if left out, the smaller one of 1e-5 and clients^-1.1",
         above=0, high=0.5, type=float,
     )  # fmt: skip
     dp_draws: str = option(
         "secret",
-        "source of the noise of --dp-noise: 128 bits that the server draws and keeps, or the run's seed. With the seed "
-        "a run can be repeated, and epsilon holds only while the seed is secret",
+        "seed of the noise of --dp-noise: 128 secret random bits, or the run's seed. With the run's seed a run can be "
+        "repeated, but epsilon only holds while nobody else knows the seed",
         choices=("secret", "seed"),
     )
     privacy_unit: str = option(
         UNITS[0],
-        "unit that differential privacy protects: an image, or a patient with all images. The data must name "
-        "patients; an image without a patient counts as a patient of its own",
+        "unit that differential privacy protects: an image, or a patient with all images. For patients the data must "
+        "name them, and an image without a patient counts as a separate patient",
         choices=UNITS,
     )
     patient_images: int | None = option(
-        None, f"images of a patient that are used at most, drawn once, with --privacy-unit patient; {PATIENT_IMAGES} "
-        "where open", low=1, type=int,
+        None, f"most images of a patient, drawn once, with --privacy-unit patient; if left out, {PATIENT_IMAGES}",
+        low=1, type=int,
     )  # fmt: skip
     records: str | None = option(
         None,
-        "what records, pictures and the terminal show: all, or private (nothing of single clients and nothing "
-        "outside epsilon). Open: private where a method option or --dp-noise asks for differential privacy",
+        "what records, pictures and the terminal show: all, or private (nothing about single clients and nothing that "
+        "epsilon does not cover). If left out: private with differential privacy, else all",
         choices=("all", "private"),
         type=str,
     )

@@ -16,30 +16,30 @@ from fedkern.typed_option import option
 class TrainingSettings(Section):
     """Settings of the clients' local training."""
 
-    local_epochs: int = option(COMMON["local_epochs"], "epochs a client trains per round", low=1)
-    local_steps: int | None = option(
-        None, "optimiser steps a client trains per round, instead of local epochs", low=1, type=int
-    )
+    local_epochs: int = option(COMMON["local_epochs"], "local epochs per round", low=1)
+    local_steps: int | None = option(None, "local optimiser steps per round, instead of local epochs", low=1, type=int)
     batch_size: int = option(COMMON["batch_size"], "samples per mini-batch", low=1)
     optimizer: str = option(COMMON["optimizer"], "optimiser of the clients", choices=("sgd", "adamw"))
     optimizer_state: str = option(
-        "new", "the optimiser's momenta in the next round: new, or those that the client keeps", choices=("new", "keep")
+        "new", "optimiser state at the start of a round: new, or kept from the last one", choices=("new", "keep")
     )
     lr: float = option(COMMON["lr"], "learning rate of the clients' optimiser", above=0)
-    lr_decay: float = option(1.0, "factor on the learning rate after every round", above=0, high=1)
+    lr_decay: float = option(1.0, "factor by which the learning rate changes after every round", above=0, high=1)
     lr_steps: str | None = option(
         None,
-        "epochs of the whole run (round x local epochs + epoch), with --local-steps rounds, at which the learning rate "
-        "drops: 200,400",
+        "epochs of the whole run (round x local epochs + epoch), or rounds with --local-steps, at which the learning "
+        "rate drops: 200,400",
         type=str,
     )
-    lr_step_factor: float = option(0.1, "factor on the learning rate at each of the lr-steps", above=0, high=1)
+    lr_step_factor: float = option(
+        0.1, "factor by which the learning rate changes at each of --lr-steps", above=0, high=1
+    )
     momentum: float = option(COMMON["momentum"], "momentum of the clients' SGD", low=0, high=1)
     weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' optimiser", low=0)
-    clip_norm: float = option(0.0, "largest gradient norm of a step; 0 clips nothing", low=0)
+    clip_norm: float = option(0.0, "largest gradient norm of a step; 0: no clipping", low=0)
     teachers: str | None = option(
         None,
-        "trained networks of the clients, which then do not train: a run folder, or a folder with "
+        "use networks that the clients have already trained, and skip training: a run folder, or a folder with "
         "client-0.safetensors, client-1.safetensors, ...",
         type=str,
         path=absolute,

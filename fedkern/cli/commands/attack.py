@@ -11,7 +11,7 @@ from fedkern.process.standard_streams import put
 
 def add_flags(parser: Parser) -> None:
     parser.add_folder("a finished run")
-    add_arguments(parser, {"data_root": ("DIR", "where the data files are, if not where the run found them")})
+    add_arguments(parser, {"data_root": ("DIR", "folder of the data files, if they have moved")})
     add_network(parser)
 
 

@@ -38,10 +38,10 @@ _NOT_HERE = {
 
 USAGE = f"""\
 {PROGRAM} compare METHOD METHOD... [flags]    run methods with several seeds, then compare them
-{PROGRAM} compare DIR DIR...                  compare finished runs, by method and settings but for the seed
+{PROGRAM} compare DIR DIR...                  compare finished runs, grouped by method and settings
 
-All settings of {PROGRAM} METHOD --help follow the methods and hold for all of them. A method option goes to the
-methods that have it. The same command with the same --out goes on where it stopped.
+The settings of {PROGRAM} METHOD --help follow the methods and apply to all of them. A method option goes to the
+methods that have it. Repeat the command with the same --out to continue where it stopped.
 """
 
 
@@ -51,19 +51,19 @@ def add_flags(parser: Parser) -> None:
     parser.rest = []
     add_arguments(parser, {
         "seeds": ("N", "number of seeds, from --seed on, or a list such as 0,4,7; default 3"),
-        "sweep": ("NAME=V,V", "values of a setting or a method option; repeatable, all combinations are run; values "
-                              "with commas are parted by ;", []),
-        "select": ("validation", "run a sweep with the first seed only, and all seeds with every method's best setting "
+        "sweep": ("NAME=V,V", "values of a setting or a method option; repeatable, all combinations are run; separate "
+                              "values that have commas by ;", []),
+        "select": ("validation", "run a sweep with the first seed only, all seeds with every method's best setting "
                                  "by its validation figure"),
-        "target": ("FIGURE=VALUE", "tell rounds, bytes and seconds up to this figure of a round, such as accuracy=0.8"),
+        "target": ("FIGURE=VALUE", "report rounds, bytes and seconds up to this figure, such as accuracy=0.8"),
         "method_option": ("key=value", "an option of the methods that have it; repeatable", []),
-        "jobs": ("N", "runs that play at once, each in a process of its own with the same bits; default 1"),
-        "slurm": ("", "play nothing; write slurm.sh, an array script for sbatch with one task a run"),
-        "task": ("K", "play run K alone, counted from 0, and write no result; a task of an array"),
+        "jobs": ("N", "runs at once, each in its own process, with the same bits; default 1"),
+        "slurm": ("", "run nothing, but write slurm.sh, an array script for sbatch with one task for each run"),
+        "task": ("K", "run only run K, counted from 0, as a task of the array, and write no result"),
         "out": ("DIR", "folder of the runs and of comparison.csv, .md, .tex and .png; default comparisons/<time>"),
         "report": ("", "write report.html of the comparison"),
-        "quiet": ("", "no display; only the folder at the end"),
-        "json": ("", "print the table as JSON, and nothing else"),
+        "quiet": ("", "print nothing but the folder at the end"),
+        "json": ("", "print only the table, as JSON"),
     })  # fmt: skip
 
 

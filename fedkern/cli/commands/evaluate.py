@@ -31,7 +31,7 @@ FLAGS: dict[str, tuple[str, str, str]] = {
 
 def add_flags(parser: Parser) -> None:
     parser.add_folder("a finished run")
-    add_data(parser, "an option of that other data set; with --task also labels=... of the run's own")
+    add_data(parser, "an option of that data set; with --task also labels=... of the run's own data")
     add_network(parser, "the figures")
     group = parser.add_argument_group("tasks of image-text runs")
     text = ("find an image's text and a text's image; classify by prompts; classify by a linear probe of the frozen "

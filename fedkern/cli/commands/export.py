@@ -17,7 +17,7 @@ from fedkern.process.standard_streams import put
 def add_flags(parser: Parser) -> None:
     parser.add_folder("a finished run")
     add_arguments(parser, {
-        "format": ("|".join(model_export.FORMATS), "form of the file; default by the end of --out, else torch-export"),
+        "format": ("|".join(model_export.FORMATS), "file format; default by the suffix of --out, else torch-export"),
         "out": ("FILE", "file to write; default model.onnx, model.pt2 or model.pt in the run folder"),
     })  # fmt: skip
     add_network(parser)

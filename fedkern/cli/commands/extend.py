@@ -14,11 +14,11 @@ from fedkern.errors import UserError
 def add_flags(parser: Parser) -> None:
     parser.add_folder("a finished run")
     add_arguments(parser, {
-        "rounds": ("R", "communication rounds in all, those done included"),
-        "data_root": ("DIR", "where the data files are, if they have moved"),
-        "data": ("FILE.py:NAME", "the run's data again, where they name code"),
-        "cache": ("DIR", "folder that keeps the decoded images"),
-        "workers": ("N", "processes in which clients work side by side"),
+        "rounds": ("R", "communication rounds in total, including those done"),
+        "data_root": ("DIR", "folder of the data files, if they have moved"),
+        "data": ("FILE.py:NAME", "the run's data again, if they are code"),
+        "cache": ("DIR", "folder that keeps decoded images"),
+        "workers": ("N", "processes that train clients in parallel"),
         **{name: RUN_FLAGS[name] for name in (*TRACKERS, "quiet")},
     })  # fmt: skip
     add_network(parser, choice=False)

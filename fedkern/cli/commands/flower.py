@@ -35,11 +35,11 @@ _SUPERLINK = ("-c", "from flwr.superlink.cli import flower_superlink as main; ma
 
 
 def add_flags(parser: Parser) -> None:
-    parser.description = f"Runs a Flower project to its end. Needs {install('flower')}."
+    parser.description = f"Run a Flower project to its end. Needs {install('flower')}."
     parser.usage = f"{parser.prog} PROJECT_DIR [flags]"
     parser.add_folder("a Flower project", "folder of the Flower project", "PROJECT_DIR")
     add_arguments(parser, {
-        "superlink": ("NAME", "a connection of Flower's configuration, not its default"),
+        "superlink": ("NAME", "connection of Flower's configuration, instead of its default"),
         "run_config": ("'key=value ...'", "settings of the project, in TOML; repeatable", []),
         "federation_config": (
             "'key=value ...'", "settings of a simulation, such as num-supernodes=3, in TOML; repeatable", []

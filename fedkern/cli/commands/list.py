@@ -9,7 +9,7 @@ from fedkern.process.standard_streams import put
 
 
 def add_flags(parser: Parser) -> None:
-    text = "code whose methods, data sets ... are listed too; repeatable"
+    text = "code whose methods, data sets ... to list too; repeatable"
     add_arguments(parser, {"plugin": ("FILE.py|MODULE", text, []), "json": ("", "print the names as JSON")})
 
 

@@ -17,7 +17,7 @@ from fedkern.process.standard_streams import put
 def add_flags(parser: Parser) -> None:
     parser.add_folder("a finished run")
     parser.add_argument("paths", nargs="*", metavar="IMAGE", help="image files, or folders of image files")
-    text = "CSV file to write; for segmentation a new folder of masks. Default predictions.csv, masks"
+    text = "CSV file to write, or for segmentation a new folder of masks; default predictions.csv or masks"
     add_arguments(parser, {"out": ("FILE", text)})
     add_network(parser)
 

@@ -35,7 +35,7 @@ _OTHERWISE = {
 """Flags of a run that a cell's command does not take, with the alternative."""
 
 USAGE = f"""\
-{PROGRAM} reproduce NAME|FILE.toml [flags]    play a paper's table, and write published figures beside ours
+{PROGRAM} reproduce NAME|FILE.toml [flags]    run a paper's table and compare it with the published figures
 
 NAME is a paper that fedkern ships, FILE.toml one of your own (docs/reproducing.md). The same command with the same
 --out goes on where it stopped, and plays nothing twice; two such commands may run side by side.
@@ -46,16 +46,16 @@ def add_flags(parser: Parser) -> None:
     parser.begin(USAGE)
     parser.add_argument("paper", nargs="?", metavar="NAME|FILE.toml", help="a paper that fedkern ships, or your own")
     add_arguments(parser, {
-        "table": ("T", "cells of one table alone"),
-        "cells": ("NAME,NAME", "cells of these names alone; a name may be a pattern such as 'CNN*'"),
-        "budget": ("2h", "time to spend, such as 2h, 90m or 30s: cells whose estimates fit are played, the dearest "
-                         "last, and a run stops between two rounds once the time is used up; 0 plays nothing"),
-        "data_root": ("DIR", f"folder of the data files; default the environment variable {DATA_ROOT}"),
-        "cache": ("DIR", "folder that keeps the decoded images"),
-        "workers": ("N", "processes in which the clients of a run work side by side"),
+        "table": ("T", "only the cells of one table"),
+        "cells": ("NAME,NAME", "only the cells of these names, which may be patterns such as 'CNN*'"),
+        "budget": ("2h", "time limit, such as 2h, 90m or 30s: only cells whose estimates fit are run, the longest "
+                         "last, and a run stops between two rounds when the time is up; 0 runs nothing"),
+        "data_root": ("DIR", f"folder of the data files; default {DATA_ROOT} of the environment"),
+        "cache": ("DIR", "folder that keeps decoded images"),
+        "workers": ("N", "processes that train the clients of a run in parallel"),
         "out": ("DIR", "folder of the runs and of the table; default reproductions/<name>"),
-        "quiet": ("", "no display; only the folder at the end"),
-        "json": ("", "print the table as JSON, and nothing else"),
+        "quiet": ("", "print nothing but the folder at the end"),
+        "json": ("", "print only the table, as JSON"),
     })  # fmt: skip
 
 
