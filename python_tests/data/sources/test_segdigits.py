@@ -14,7 +14,7 @@ from fedkern.settings.config import RunConfig
 
 
 @pytest.fixture(scope="module")
-def whole():
+def digits_set():
     return read_segdigits()
 
 
