@@ -230,11 +230,12 @@ class SampleForm:
         return x["args"][0] if len(x["args"]) == 1 else Positional(x["args"])
 
     def build(self, task: Task, about: Description, seed: int) -> nn.Module:
-        return models.build_any(
+        network: nn.Module = models.build_any(
             about["model"], classes=about["classes"], width=about["width"], seed=seed, head=self.head,
             raw=task.network == "any",
             inputs=self.input_words() + ", and targets are no classes" * (task.target != "class"),
         )  # fmt: skip
+        return network
 
 
 def _outline_inputs(value: object) -> object:

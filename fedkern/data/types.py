@@ -280,12 +280,13 @@ class FederatedData:
     @property
     def task(self) -> Task:
         """Task of the data."""
-        return self.validation.task
+        task: Task = self.validation.task
+        return task
 
     @property
     def offers(self) -> frozenset[str]:
         """Data offered to methods (`fedkern.tasks.Task.offers`)."""
-        return self.task.offers - (ImageForm.offers - self.form.offers)
+        return frozenset(self.task.offers - (ImageForm.offers - self.form.offers))
 
     @property
     def splits(self) -> list[Any]:

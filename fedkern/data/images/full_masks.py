@@ -68,11 +68,7 @@ class FullMasks:
         UserError for a mask that cannot be read or holds no class.
         """
         numbers = sorted(set(self.rows.tolist()))
-
-        def load(place: int) -> None:
-            self.store.classes(numbers[place])
-
-        run_in_threads(load, len(numbers))
+        run_in_threads(lambda place: self.store.classes(numbers[place]), len(numbers))
         sides = self.store.size, self.store.size
         return None if all(self.store.packed[number][1] == sides for number in numbers) else self
 

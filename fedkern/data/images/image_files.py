@@ -444,7 +444,7 @@ def unreadable(data: str, noun: str, path: Path, error: Exception) -> UserError:
     return UserError(f'data set "{data}": cannot read the {noun} {path} ({reason}); replace or remove it')
 
 
-def run_in_threads(work: Callable[[int], None], count: int) -> None:
+def run_in_threads(work: Callable[[int], object], count: int) -> None:
     """Call ``work`` with 0 to ``count`` - 1 in threads: decoding releases the interpreter lock."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as workers:
         for _ in workers.map(work, range(count)):

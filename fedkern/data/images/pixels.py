@@ -87,15 +87,13 @@ class Pixels:
 
     def take(self, indices: np.ndarray | Tensor | None, rng: np.random.Generator | None = None) -> Tensor:
         """Return images [B, C, H, W], channels-last, augmented if there is an ``rng``."""
-        if self.augment == "none":
-            rng = None
+        rng = None if self.augment == "none" else rng
         images = self._window(self._whole(indices), rng)
         return images if rng is None else transforms.augment(images, self.augment, rng)
 
     def pairs(self, index: Tensor, labels: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
         """Return :meth:`take`'s images and their pixel ``labels`` int64, transformed alike."""
-        if self.augment == "none":
-            rng = None
+        rng = None if self.augment == "none" else rng
         images = self._whole(index)
         if self._sides is not None:  # a window of both: class numbers are exact as a last channel
             stacked = self._window(torch.cat([images, labels[:, None].to(images.dtype)], 1), rng)

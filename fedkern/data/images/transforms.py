@@ -271,7 +271,7 @@ def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     index = (image * height + rows) * width + columns
     # index_select copies whole pixels, in a fifth of the time that indexing by three tensors takes.
     values = pixels.flatten(0, 2).index_select(0, index.flatten())
-    return values.unflatten(0, index.shape).permute(0, 3, 1, 2)
+    return values.reshape(*index.shape, values.shape[1]).permute(0, 3, 1, 2)
 
 
 def _format(images: Tensor) -> torch.memory_format:

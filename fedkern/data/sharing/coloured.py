@@ -87,7 +87,8 @@ def ink_is_white(colours: Colours, palette: Palette) -> npt.NDArray[np.bool_]:
     """Return whether ink on these backgrounds is white (else black), bool ``[n]``."""
     if not palette.contrast:
         return np.ones(len(colours), dtype=np.bool_)
-    return colours.astype(np.int64) @ np.array(_LUMINANCE) <= 127_500
+    luminance: npt.NDArray[np.int64] = colours.astype(np.int64) @ np.array(_LUMINANCE)
+    return luminance <= 127_500
 
 
 def colourise(grey: Tensor, colours: Colours, palette: Palette) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,8 @@ def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     if kind == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
         along = np.cos(angle) * x + np.sin(angle) * y
-        return (along - along.min()) / (along.max() - along.min())
+        share: npt.NDArray[np.float64] = (along - along.min()) / (along.max() - along.min())
+        return share
     if kind == "speckles":
         return (rng.random((SIDE, SIDE)) < 0.35).astype(np.float64)
     pattern = {"rows": wave(y), "columns": wave(x), "diagonal": wave((x + y) / np.sqrt(2)), "checks": wave(x) ^ wave(y)}

@@ -154,8 +154,9 @@ def make_captions(
 
 
 def _mixture(size: int, rng: np.random.Generator, liked: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    shares = rng.dirichlet(np.full(size, 2.0)) * liked
-    return shares / shares.sum()
+    shares: npt.NDArray[np.float64] = rng.dirichlet(np.full(size, 2.0)) * liked
+    shares /= shares.sum()
+    return shares
 
 
 def _rare_concepts(seed: int) -> tuple[Digits, Digits]:

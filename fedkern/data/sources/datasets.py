@@ -254,7 +254,8 @@ def _build_tests(
 
 
 def _concatenate_sets(sets: list[Any]) -> MapStyle:
-    return sets[0] if len(sets) == 1 else ConcatDataset(sets) if sets else []
+    joined: MapStyle = sets[0] if len(sets) == 1 else ConcatDataset(sets) if sets else []
+    return joined
 
 
 def _share_out(
@@ -433,7 +434,8 @@ def _check(dataset: Any, name: str, limit: int = LONGEST) -> MapStyle:
             f"{name} has {count:,} samples, and at most {limit:,} fit into an epoch: take some of a client's with "
             "train_samples=N, and of another set with torch.utils.data.Subset."
         )
-    return dataset
+    checked: MapStyle = dataset
+    return checked
 
 
 def _check_floats(batch: object) -> None:

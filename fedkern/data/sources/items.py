@@ -123,9 +123,8 @@ class Items:
     def labels(self) -> Tensor:
         """Targets of all samples, for which every item is read."""
         batches = (self.batch(rows, 0) for rows in np.array_split(np.arange(len(self)), -(-len(self) // 256)))
-        return torch.as_tensor(
-            self.task.read_targets(torch.cat([torch.as_tensor(split_targets(batch)[1]) for batch in batches]))
-        )
+        targets = torch.cat([torch.as_tensor(split_targets(batch)[1]) for batch in batches])
+        return torch.as_tensor(self.task.read_targets(targets))
 
     @property
     def image_labels(self) -> Tensor:

@@ -67,4 +67,4 @@ def _texture(brightness: int, rng: np.random.Generator) -> npt.NDArray[np.int64]
     period = int(rng.integers(24, 65))
     y, x = np.mgrid[:SIZE, :SIZE]
     values += int(rng.integers(0, 17)) * (2 * ((across * x + down * y) // period % 2) - 1)[..., None]
-    return np.clip(values, 0, 255)
+    return np.clip(values, 0, 255, out=values)
