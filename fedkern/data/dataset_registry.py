@@ -289,8 +289,8 @@ def register_data(
         name: the data set's name; ``list`` shows the first line of the docstring.
         clients: default number of clients.
         partition: default partition; None: ``dirichlet:0.5``, and ``iid`` for several labels per image.
-        task: a name in `fedkern.tasks.TASKS`, such as ``"segmentation"``; labels for ``"multilabel"`` are uint8 ``[n,
-            L]``, 1 where an image has the label.
+        task: a name in `fedkern.tasks.TASKS`, such as ``"segmentation"``; labels for ``"multilabel"`` are uint8
+            ``[n, L]``, 1 where an image has the label.
         prompts: template of zero-shot prompts, with ``{class}`` for a class's name.
 
     Raises:

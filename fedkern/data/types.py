@@ -335,8 +335,8 @@ class FederatedData:
             classes: names of the classes, or of the L labels; default: their numbers.
             mean, std: per channel, of images in [0, 1]; default 0.5 and 0.25.
             augment: augmentation of training batches: a name in `fedkern.data.images.transforms.AUGMENTATIONS`.
-            task: name of a task with such labels: ``"multilabel"`` where every image has exactly one of labels ``[n,
-                L]``.
+            task: name of a task with such labels: ``"multilabel"`` where every image has exactly one of labels
+                ``[n, L]``.
 
         Returns:
             Data with a client for every pair, for :func:`fedkern.simulate`.
