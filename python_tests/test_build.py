@@ -164,8 +164,8 @@ from fedkern.process.torch_modes import modes, set_modes
 assert fedkern.run.main(['list']) == 0
 for name in ("cnn", "unet", "resnet8"):
     network = build(name, classes=3, channels=3, image_size=32, seed=0)
-cost.cost(network, torch.zeros(2, 3, 32, 32))
-blocks.cut(network, 2).interfaces((3, 32, 32))
+cost.measure_cost(network, torch.zeros(2, 3, 32, 32))
+blocks.cut_network(network, 2).interfaces((3, 32, 32))
 x = torch.ones(3)
 x.grad = x.clone()
 optimisers.SGD([x], 0.1, 0.9).step()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.plain import common
-from fedkern.models.blocks import cut
+from fedkern.models.blocks import cut_network
 
 FLAGS: dict[str, Any] = {
     "blocks": 2, "calibration_epochs": 5, "calibration_lr": 0.01, "virtual_features": 5000,
@@ -161,7 +161,7 @@ def main() -> None:
     source, count = federation.source, len(federation.clients)
     full = common.build_model(args, source)
     width = round(next(m for m in full.modules() if isinstance(m, nn.Conv2d)).out_channels / math.sqrt(count))
-    networks = [cut(common.build_model(args, source, args.model, width), args.blocks) for _ in range(count)]
+    networks = [cut_network(common.build_model(args, source, args.model, width), args.blocks) for _ in range(count)]
     interfaces = networks[0].interfaces(source.form.shape)
 
     records = common.Records(args)

@@ -14,7 +14,7 @@ import torch
 from benchmarks.page import RESULTS
 from benchmarks.recorded import recorded_versions
 from fedkern.models import build
-from fedkern.models.cost import cost
+from fedkern.models.cost import measure_cost
 from fedkern.models.teachers.efficientnet_lite import NAME, SIDE, EfficientNetLite0
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     }
     figures = {}
     for name, (network, side) in networks.items():
-        costs = cost(network, torch.zeros(2, 3, side, side))
+        costs = measure_cost(network, torch.zeros(2, 3, side, side))
         figures[name] = {"side": side, "parameters": costs.parameters, "flops": costs.inference_flops}
     text = json.dumps({"networks": figures, "versions": recorded_versions()}, indent=1)
     (RESULTS / "inference_cost.json").write_text(text + "\n")

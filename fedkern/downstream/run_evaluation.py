@@ -34,7 +34,7 @@ from fedkern.errors import UserError, first_of, locate_errors
 from fedkern.files.filesystem import absolute
 from fedkern.methods.base import Method
 from fedkern.methods.common.personal import ClientsNetworks
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets, finished_data, with_images
@@ -93,7 +93,7 @@ def evaluate_run(
     usual = own_tests and type(method).evaluate_own is Method.evaluate_own  # else a client's state is needed
     own = _sets(dict(enumerate(loaded.client_tests if usual else ())), module, about, config)
     code = partial(locate_errors, f"The method's evaluate of {config.method}", config.kind)
-    with cpu_threads(config.threads), computing(config.precision):
+    with cpu_threads(config.threads), compute_in(config.precision):
         if isinstance(loaded.validation, Items):
             Trial(loaded, config.kind, lambda: deepcopy(module).cpu()).check_tests()
         threads = config.client_threads if has_own else config.threads  # as in the run
@@ -135,7 +135,7 @@ def read_data(
             "FederatedData.from_datasets([DATASET], DATASET)."
         )
     folder = None if cache is None else absolute(str(cache))
-    if data is None or named_code.again(data, config.data, data_root, options):
+    if data is None or named_code.names_stored_code(data, config.data, data_root, options):
         if options.keys() - ({"labels"} if training else ()):
             way = "of the run's own data only labels may change" if training else "the run's own data keep theirs"
             raise UserError(f"--data-option is for another data set, named with --data: {way}.")

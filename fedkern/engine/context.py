@@ -21,7 +21,7 @@ from fedkern.engine.notices import Notices
 from fedkern.messages.states import State
 from fedkern.methods.base import Federation, Message, Phase
 from fedkern.methods.roles import Client, Server
-from fedkern.models.users.python_state import attributes
+from fedkern.models.users.python_state import hash_attributes
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings.config import RunConfig
 from fedkern.streams import seeded_generators
@@ -126,7 +126,7 @@ class RunContext:
     def tell_attributes(self, client: Client, objects: dict[str, str]) -> None:
         """Warn, in a client's name, of Python state that has changed since this process began."""
         local, current = self.networks.slots.get(("local", 0)), self.user_objects()
-        before, held = ({}, {}) if local is None else (local.attributes, attributes(local.module))
+        before, held = ({}, {}) if local is None else (local.attributes, hash_attributes(local.module))
         names = [name for name in held if held[name] != before.get(name)]
         paths = sorted(path for path in {*objects, *current} if objects.get(path) != current.get(path))
         if names or paths:

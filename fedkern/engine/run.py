@@ -25,7 +25,7 @@ from fedkern.listeners.events import Listener
 from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.messages.states import State
 from fedkern.models import available
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 from fedkern.process.allocator import keep_freed_memory
 from fedkern.process.interrupts import in_order
 from fedkern.process.torch_modes import cpu_threads, current_gpu, reproducible
@@ -98,7 +98,7 @@ def run(
             check_vacant(request.out)
         keep_freed_memory()
         with (
-            cpu_threads(config.threads), in_order(), computing(config.precision), current_gpu(config.device),
+            cpu_threads(config.threads), in_order(), compute_in(config.precision), current_gpu(config.device),
             available(config.model, script.network),
         ):  # fmt: skip
             context = make_context(request, config, listeners.on_notice, stored, entry)

@@ -42,8 +42,8 @@ from fedkern.methods.protocol import (
 )
 from fedkern.methods.roles import Client, Drawn, Server, TestSet
 from fedkern.methods.uploads import Declaration, Maybe, Number
-from fedkern.models.cost import cost, count_flops
-from fedkern.models.precision import computing
+from fedkern.models.cost import count_flops, measure_cost
+from fedkern.models.precision import compute_in
 from fedkern.models.teachers import named_teachers
 from fedkern.models.teachers import prompts as templates
 from fedkern.models.teachers.prompts import DEFAULT
@@ -332,7 +332,7 @@ class FedLPFM(LocalTraining):
             return
         self._install(server, server.build)
         images = torch.zeros(2, *server.image_shape, device=server.device)
-        costs = cost(server.build(), images)
+        costs = measure_cost(server.build(), images)
         server.report["proxy_parameters"] = costs.parameters
         server.report["proxy_inference_mflops"] = costs.inference_flops / 1e6
         server.report["proxy_training_mflops"] = costs.training_flops / 1e6
@@ -414,7 +414,7 @@ class FedLPFM(LocalTraining):
         return notes
 
 
-@computing("fp32")  # in bf16 a teacher computes with a copy of its layers, whose calls are not counted
+@compute_in("fp32")  # in bf16 a teacher computes with a copy of its layers, whose calls are not counted
 def teacher_mflops(teacher: Teacher, images: Tensor) -> float:
     with count_flops(teacher.network) as counter:
         teacher.logits(images)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from fedkern.errors import UserError, first_of, suggest_name
-from fedkern.models.users.user_models import LEVELS, level
+from fedkern.models.users.user_models import LEVELS, find_level
 from fedkern.typed_option import Value
 from fedkern.usercode.hook_checks import check_hooks
 from fedkern.usercode.registry import Registry
@@ -97,7 +97,7 @@ def short(name: str) -> str:
 
 def check_network(method: str, needs: str, network: nn.Module, data: Offering, text: str) -> None:
     """Raise UserError if a method needs more of a network than the network has (`LEVELS`)."""
-    has = level(network)
+    has = find_level(network)
     if LEVELS.index(needs) <= LEVELS.index(has):
         return
     fitting = sorted(

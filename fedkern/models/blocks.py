@@ -13,7 +13,7 @@ from fedkern.errors import UserError
 from fedkern.models.networks.conv_norm_layers import ConvSequential
 from fedkern.models.networks.resnet import ResNet
 from fedkern.models.networks.staged import StagedNetwork
-from fedkern.models.precision import autocasts, full
+from fedkern.models.precision import autocasts, to_fp32
 from fedkern.models.users.user_models import OwnNetwork
 from fedkern.ops._core.layout import plain_strides
 
@@ -54,7 +54,7 @@ class BlockNetwork(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        return full(x)
+        return to_fp32(x)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(x))
@@ -97,7 +97,7 @@ def _explain(block: nn.Module, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def channels(shape: Sequence[int]) -> int:
+def count_channels(shape: Sequence[int]) -> int:
     return shape[0] if len(shape) == 3 else shape[-1]
 
 
@@ -113,7 +113,7 @@ def check_alike(interfaces: Sequence[Sequence[tuple[int, ...]]]) -> None:
                 )
 
 
-def layers(model: StagedNetwork) -> list[nn.Module]:
+def list_layers(model: StagedNetwork) -> list[nn.Module]:
     """Return the smallest parts of a network that cutting keeps whole, in order, without the average pooling.
 
     A part is a composite module (a residual block, a transformer layer), or a run of plain layers (a stem).
@@ -139,7 +139,7 @@ def layers(model: StagedNetwork) -> list[nn.Module]:
 
 def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
     """Return the layers behind which ``model`` is cut into blocks, with the pooling as the last layer."""
-    count = len(layers(model))
+    count = len(list_layers(model))
     if not 1 <= blocks <= count + 1:
         raise UserError(
             f"{type(model).__name__} here has {count} layers and a pooling and can be cut into 1 to {count + 1} "
@@ -153,9 +153,9 @@ def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
     return tuple(int(part[-1]) for part in np.array_split(np.arange(count), blocks)[:-1])
 
 
-def cut(model: StagedNetwork, blocks: int) -> BlockNetwork:
+def cut_network(model: StagedNetwork, blocks: int) -> BlockNetwork:
     """Divide a network into blocks that share its parameters, the last with the average pooling."""
-    parts = [*layers(model), model.pooling]
+    parts = [*list_layers(model), model.pooling]
     ends = [*(point + 1 for point in cut_points(model, blocks)), len(parts)]
     starts, block = [0, *ends[:-1]], OwnBlock if isinstance(model, OwnNetwork) else nn.Sequential
     return BlockNetwork([block(*parts[a:b]) for a, b in zip(starts, ends, strict=True)], model.head)

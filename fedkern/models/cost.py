@@ -85,7 +85,7 @@ def memory_ratio(evaluated: nn.Module, ordinary: nn.Module) -> float:
     return stored_bytes(evaluated) / stored_bytes(ordinary)
 
 
-def cost(module: nn.Module, images: Tensor) -> Cost:
+def measure_cost(module: nn.Module, images: Tensor) -> Cost:
     """Measure the cost of ``module`` per image of ``images`` ``[B, C, H, W]`` (B >= 2 for batch norm).
 
     Give a copy: running statistics change, and all gradients are required.

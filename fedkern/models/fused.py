@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fedkern.models.blocks import channels
-from fedkern.models.precision import autocasts, full
+from fedkern.models.blocks import count_channels
+from fedkern.models.precision import autocasts, to_fp32
 from fedkern.models.state.allocate import make_empty
 from fedkern.ops import fuse_concat, fuse_mean
 
@@ -57,7 +57,7 @@ def make_adaptor(
     """
     if kind != "cnn1x1":
         return Pool(branches, total=kind == "sum")
-    width, joined = channels(shape), branches * channels(shape)
+    width, joined = count_channels(shape), branches * count_channels(shape)
     adaptor = make_empty(nn.Conv2d, joined, width, 1) if len(shape) == 3 else make_empty(nn.Linear, joined, width)
     weight, bias = adaptor.weight, cast(Tensor, adaptor.bias)
     with torch.no_grad():
@@ -175,7 +175,7 @@ class FusedNetwork(nn.Module):
         return parts.mean(1) if self.final == "mean" else parts.sum(1)
 
     def features(self, x: Tensor) -> Tensor:
-        return self.fuse(full(self.run_levels(x)))
+        return self.fuse(to_fp32(self.run_levels(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.head is None:

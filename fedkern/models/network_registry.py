@@ -197,7 +197,7 @@ def list_added(settings: str) -> tuple[ModelEntry, ...]:
     return tuple(sorted(entries, key=lambda entry: not isinstance(entry.make, Own) or entry.make.named is None))
 
 
-def unknown(name: str, title: str | None = None) -> str:
+def explain_unknown(name: str, title: str | None = None) -> str:
     """Return the sentence on a name that ``MODELS`` does not have."""
     if named_code.parse(name) is not None:
         return (
@@ -270,7 +270,7 @@ def build(
         UserError: the name is unknown, the images are too small, or a number is not positive.
     """
     if name not in MODELS:
-        raise UserError(unknown(name))
+        raise UserError(explain_unknown(name))
     entry = MODELS[name]
     if isinstance(entry.make, Own):
         return entry.make(

@@ -30,7 +30,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def computing(precision: str) -> Iterator[None]:
+def compute_in(precision: str) -> Iterator[None]:
     """Let networks compute in ``precision``, one of ``PRECISIONS`` (a context manager or decorator).
 
     A caller's own autocast is off inside: its cached copies of the weights would not follow training steps.
@@ -46,7 +46,7 @@ def computing(precision: str) -> Iterator[None]:
         _dtype.reset(token)
 
 
-def lower() -> torch.dtype | None:
+def reduced_dtype() -> torch.dtype | None:
     """Return the reduced dtype of networks, or None in fp32."""
     return _dtype.get()
 
@@ -75,7 +75,7 @@ def autocast_on(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
-def full(x: Tensor) -> Tensor:
+def to_fp32(x: Tensor) -> Tensor:
     return x if _dtype.get() is None else x.float()
 
 
@@ -83,7 +83,7 @@ MATRICES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 """The layers whose weights autocast casts."""
 
 
-def frozen(module: N) -> N:
+def cast_frozen(module: N) -> N:
     """Cast the weights of a frozen network once, where autocast would cast them at every call.
 
     The output bits stay the same.  Heads stay fp32, as they run outside autocast, and so do user-defined modules, which
@@ -99,7 +99,7 @@ def frozen(module: N) -> N:
     return twin
 
 
-def trunk(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_trunk(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast ``module`` to ``dtype`` in place, except for batch norms and their statistics, and return it."""
     for layer in module.modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm):

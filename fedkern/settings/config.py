@@ -218,7 +218,7 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
         * the plugins, which :func:`fedkern.usercode.plugins.restore` checks;
         * settings that change no bit, and fingerprints.
         """
-        mine, theirs = (flat({**config.to_dict(), "plugins": {}, "identity": {}}) for config in (self, stored))
+        mine, theirs = (flatten_table({**config.to_dict(), "plugins": {}, "identity": {}}) for config in (self, stored))
         if self.method != stored.method:
             mine, theirs = (
                 {name: value for name, value in table.items() if not name.startswith("options.")}
@@ -232,7 +232,7 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
         ]
 
 
-def flat(table: Mapping[str, object]) -> Values:
+def flatten_table(table: Mapping[str, object]) -> Values:
     """Return the settings by name, those of a table such as ``options`` as ``options.NAME``."""
     result: dict[str, Any] = {}
     for name, value in table.items():

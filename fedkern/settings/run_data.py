@@ -184,7 +184,7 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
     return replace(data, clients=tuple(map(stand_in, samples)), statistics=statistics)
 
 
-def effective(config: RunConfig, data: FederatedData, *, are_loaded: bool) -> RunConfig:
+def complete_settings(config: RunConfig, data: FederatedData, *, are_loaded: bool) -> RunConfig:
     """Complete the settings by clients, main figure, augmentation and client threads of the data.
 
     Data that ``are_loaded`` also decide partition and ``client_test``.
@@ -314,7 +314,7 @@ def equal_samples(data: FederatedData) -> list[str]:
     ] * bool(overlaps)
 
 
-def caveats(data: FederatedData) -> list[str]:
+def list_caveats(data: FederatedData) -> list[str]:
     """Return sentences on patients and classes with misleading figures on the test sets."""
     sentences = _shared_patients(data)
     if data.statistics.counts.any() and data.form.offers:  # no sample is counted where clients are elsewhere

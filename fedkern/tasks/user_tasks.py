@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError, describe_error, format_value
 from fedkern.files.filesystem import check_text
 from fedkern.messages.leaves import join_batches, leaves, map_leaves, move_to_device
-from fedkern.models.precision import autocast_on, full
+from fedkern.models.precision import autocast_on, to_fp32
 from fedkern.models.users.cutting import find_logits
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
@@ -156,7 +156,7 @@ class OwnTask(Task):
     def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
         if self.takes_batches:
             with autocast_on(next(model.parameters()).device):
-                return full(self._call_loss(inner(model), batch.data))
+                return to_fp32(self._call_loss(inner(model), batch.data))
         return self.criterion(model(batch.inputs), batch)
 
     def criterion(self, outputs: object, batch: TaskBatch) -> Tensor:

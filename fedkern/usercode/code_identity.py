@@ -652,13 +652,13 @@ def content_hash(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def content(path: str | Path, subject: str = "") -> bytes:
+def read_content(path: str | Path, subject: str = "") -> bytes:
     """Return the content of a file of code, called ``subject`` in the error."""
     with report_unreadable(subject or f"{path}, which a plugin imports,"), open_regular(path) as file:
         return file.read()
 
 
-def layout(tensors: Mapping[str, Any]) -> str:
+def hash_layout(tensors: Mapping[str, Any]) -> str:
     """Return the SHA-256 of names, dtypes and shapes of tensors."""
     lines = (f"{name} {tensor.dtype} {list(tensor.shape)};" for name, tensor in tensors.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -48,13 +48,13 @@ def absolute(text: str) -> str:
     return text if named is None else str(named)
 
 
-def short(text: str) -> str:
+def short_name(text: str) -> str:
     """Return the name of code alone, for titles and names of files, and any other text unchanged."""
     named = parse(text)
     return text if named is None else named.name
 
 
-def again(text: object, stored: str, *others: Any) -> bool:
+def names_stored_code(text: object, stored: str, *others: Any) -> bool:
     """Return whether ``text`` names the stored code of a run, without other files or options.
 
     A run folder may not name code alone, so a user has to.

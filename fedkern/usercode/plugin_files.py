@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.machinery import all_suffixes
 from pathlib import Path
 
-from fedkern.usercode.code_identity import content, content_hash
+from fedkern.usercode.code_identity import content_hash, read_content
 
 _SEEN: dict[str, str] = {}  # identities of the files that this process has run, by module, and of those beside them
 _PART = re.compile(r"(?:(?P<path>.+?) )??(?P<hash>sha256:[0-9a-f]{64})(?:; |$)", re.DOTALL)
@@ -49,10 +49,10 @@ def read_code(file: Path, subject: str, source: bytes | None = None) -> CodeFile
 
     ``source`` replaces the file's content.
     """
-    source = content(file, subject) if source is None else source
+    source = read_content(file, subject) if source is None else source
     neighbours = imported_modules(file, source)
     paths = sorted((path.relative_to(file.parent).as_posix(), path) for path in neighbours)
-    hashes = {"": content_hash(source), **{name: content_hash(content(path)) for name, path in paths}}
+    hashes = {"": content_hash(source), **{name: content_hash(read_content(path)) for name, path in paths}}
     return CodeFile(source, hashes, tuple(dict.fromkeys(neighbours.values())))
 
 
@@ -97,7 +97,7 @@ def imported_modules(file: Path, source: bytes) -> dict[Path, str]:
                 if path.is_file():
                     modules[path] = name
                     if path.suffix == ".py":
-                        todo.append((path, content(path)))
+                        todo.append((path, read_content(path)))
     return modules
 
 

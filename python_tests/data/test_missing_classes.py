@@ -13,7 +13,7 @@ from fedkern.data import FederatedData, load
 from fedkern.downstream.run_evaluation import _as_trained, _fit_classes
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import caveats, check_data, declared_data
+from fedkern.settings.run_data import check_data, declared_data, list_caveats
 
 RNG = np.random.default_rng(0)
 SIDE = 8
@@ -55,13 +55,13 @@ def test_a_class_that_no_client_trains_on_is_told(kind, where):
     data = FederatedData.from_arrays(
         {"A": common, "B": two}, tests, validation=rare if where == "validation" else None, classes=["a", "b", "rare"]
     )
-    assert caveats(data) == ["No client trains on an image of rare, which a test set or the validation set shows."]
+    assert list_caveats(data) == ["No client trains on an image of rare, which a test set or the validation set shows."]
     trained = replace(
         data, clients=(*data.clients, data.validation if where == "validation" else [*data.tests.values()][-1])
     )
-    assert caveats(trained) == []
+    assert list_caveats(trained) == []
     unshown = replace(data, tests={"": data.clients[0]}, validation=data.clients[1])
-    assert caveats(unshown) == []
+    assert list_caveats(unshown) == []
 
 
 def listed(root, rows, masked=()):
@@ -80,7 +80,7 @@ def test_the_classes_of_test_rows_of_a_table_and_of_masks(tmp_path):
     rows = [(f"{i}.png", "ab"[i % 2], "train" if i < 20 else "test") for i in range(30)]
     rows[25] = ("25.png", "c", "test")
     data = load("csv", root=listed(tmp_path, rows), clients=2, partition="iid", options={"size": SIDE})
-    assert caveats(data) == ["No client trains on an image of c, which a test set or the validation set shows."]
+    assert list_caveats(data) == ["No client trains on an image of c, which a test set or the validation set shows."]
     root = tmp_path / "masks"
     shown = [1 + i % 2 for i in range(20)]
     listed(root, [(f"{i}.png", f"m{i}.png") for i in range(20)], shown)
@@ -89,16 +89,18 @@ def test_the_classes_of_test_rows_of_a_table_and_of_masks(tmp_path):
     (root / "list.csv").write_text("\n".join(["image,mask,split", *split]))
     for cache in (None, tmp_path / "cache"):
         data = load("segmentation", root=root, clients=2, options={"size": SIDE}, cache=cache)
-        assert caveats(data) == ["No client trains on an image of 2, which a test set or the validation set shows."]
+        assert list_caveats(data) == [
+            "No client trains on an image of 2, which a test set or the validation set shows."
+        ]
 
 
 def test_nothing_is_told_where_classes_are_not_trained_for_or_the_clients_are_elsewhere():
     common, two, rare = KINDS["images"]
     data = FederatedData.from_arrays([common], rare, validation=two)
-    assert len(caveats(data)) == 1
+    assert len(list_caveats(data)) == 1
     pairs = [replace(split, texts=("x",) * len(split), task=None) for split in (data.validation, data.tests[""])]
-    assert caveats(replace(data, validation=pairs[0], tests={"": pairs[1]})) == []
-    assert caveats(declared_data(data, [5, 7])) == []
+    assert list_caveats(replace(data, validation=pairs[0], tests={"": pairs[1]})) == []
+    assert list_caveats(declared_data(data, [5, 7])) == []
 
 
 @pytest.mark.parametrize("kind", ["csv", "folder", "labels"])

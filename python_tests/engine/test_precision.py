@@ -22,7 +22,7 @@ from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import ClientFailed, UserError
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.fedgid import FedGID
-from fedkern.models.precision import DTYPES, computing, lower
+from fedkern.models.precision import DTYPES, compute_in, reduced_dtype
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
@@ -109,7 +109,7 @@ def test_it_is_stored_and_a_run_goes_on_in_its_own(make_data, make_config, tmp_p
         run(config.replace(precision="fp32"), out=tmp_path / "cut", resume=True, data=make_data())
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=make_data())
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-    assert lower() is None  # nothing of it is left behind
+    assert reduced_dtype() is None  # nothing of it is left behind
 
 
 def test_an_unknown_one_is_refused(make_config):
@@ -133,7 +133,7 @@ def test_draws_are_the_same(make_data, make_config, tmp_path, monkeypatch):
 
     def loss(self, model, batch, received):
         own = [batch.indices, batch.drawn["index"], batch.inputs.numpy()]
-        drawn[str(lower())].append(own)
+        drawn[str(reduced_dtype())].append(own)
         return real(self, model, batch, received)
 
     monkeypatch.setattr(FedGID, "loss", loss)
@@ -165,7 +165,7 @@ def test_a_step_is_seen_inside_a_callers_autocast():
     """Autocast would use its cached copies of the weights, which steps on the flat vector do not touch."""
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     network = Network(models.build("cnn", classes=3, channels=3, image_size=8, width=8, seed=0), torch.device("cpu"))
-    with torch.autocast("cpu", dtype=torch.bfloat16), computing("bf16"):
+    with torch.autocast("cpu", dtype=torch.bfloat16), compute_in("bf16"):
         before = network.module(images)
         network.parameters.detach().mul_(1.5)
         after = network.module(images)
@@ -189,7 +189,7 @@ def test_the_received_network_is_cast_once_and_anew_for_every_message(make_data,
     bench = RunContext(make_config(**BF16), make_data())
     images = torch.randn(4, 3, 8, 8)
     message = bench.networks.initial()
-    with computing("bf16"):
+    with compute_in("bf16"):
         own = bench.networks.get("server")
         own.write(message)
         own.eval_mode()
@@ -214,7 +214,7 @@ def test_differential_privacy_trains_in_fp32(make_data, make_config, tmp_path, m
 
     def loss(self, model, batch, received):
         with torch.no_grad():
-            seen.add((lower(), model.stages(batch.inputs, upto="layer1").dtype))
+            seen.add((reduced_dtype(), model.stages(batch.inputs, upto="layer1").dtype))
         return real(self, model, batch, received)
 
     monkeypatch.setattr(fediod, "loss", loss)

@@ -20,7 +20,7 @@ from fedkern.errors import UserError
 from fedkern.methods import Batch, FedLPFM, Phase
 from fedkern.methods.fedlpfm import teacher_mflops
 from fedkern.methods.protocol import BEFORE
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 from fedkern.models.teachers.teacher import teacher_of
 from fedkern.models.teachers.teacher_training import tune
 from fedkern.settings.stored import load_settings
@@ -136,7 +136,7 @@ def test_operations_of_a_teacher_are_the_same_in_either_precision(data, make_con
     teacher = start(data, small(make_config))[0]._teachers[0]
     images = torch.zeros(2, *data.clients[0].images.shape[1:])
     expected = teacher_mflops(teacher, images)
-    with computing("bf16"):
+    with compute_in("bf16"):
         teacher.logits(images)
         assert teacher_mflops(teacher, images) == expected > 0
 

@@ -23,7 +23,7 @@ from fedkern.methods.fediod import losses
 from fedkern.methods.fediod.client import Answers
 from fedkern.methods.fusefl.levels import LocalPart, plain_head, tensors_of
 from fedkern.methods.protocol import Batch
-from fedkern.models.blocks import cut
+from fedkern.models.blocks import cut_network
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
 from fedkern.models.networks.generator import Generator
 from fedkern.models.networks.resnet import ResNet
@@ -430,7 +430,7 @@ class Fusefl:
         self.images, self.labels = data["images"].to(self.dtype), data["labels"]
         self.networks = []
         for m in range(3):
-            network = cut(ResNet((1, 1, 1, 1), classes=4, channels=3, width=2), 2)
+            network = cut_network(ResNet((1, 1, 1, 1), classes=4, channels=3, width=2), 2)
             for i, block in enumerate(network.blocks):
                 missing = block.load_state_dict(data.under(f"block{i}.", self.dtype), strict=False).missing_keys
                 assert all("running" in name or "num_batches" in name for name in missing)

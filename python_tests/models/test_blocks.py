@@ -6,7 +6,7 @@ from torch import nn
 
 from fedkern import models
 from fedkern.errors import UserError
-from fedkern.models.blocks import BlockNetwork, check_alike, cut, cut_points, layers
+from fedkern.models.blocks import BlockNetwork, check_alike, cut_network, cut_points, list_layers
 
 
 def make(name: str, *, image_size: int = 32, **options):
@@ -19,12 +19,12 @@ def sizes(network: BlockNetwork) -> list[int]:
 
 def test_resnet18_is_cut_as_published():
     model = make("resnet18")
-    assert len(layers(model)) == 9
+    assert len(list_layers(model)) == 9
     assert [cut_points(model, k) for k in (2, 3, 4, 8)] == [(4,), (0, 4), (0, 4, 6), (0, 1, 2, 3, 5, 7, 8)]
-    assert sizes(cut(model, 2)) == [675_392, 10_493_440]
-    assert sizes(cut(model, 4)) == [1_856, 673_536, 2_099_712, 8_393_728]
-    assert sizes(cut(model, 8))[-1] == 0  # the pooling alone
-    assert sum(sizes(cut(model, 8))) == 11_173_962 - 5_130
+    assert sizes(cut_network(model, 2)) == [675_392, 10_493_440]
+    assert sizes(cut_network(model, 4)) == [1_856, 673_536, 2_099_712, 8_393_728]
+    assert sizes(cut_network(model, 8))[-1] == 0  # the pooling alone
+    assert sum(sizes(cut_network(model, 8))) == 11_173_962 - 5_130
 
 
 @pytest.mark.parametrize(("name", "cuts"), [
@@ -45,8 +45,8 @@ def test_every_network_cut_computes_what_it_computes(name):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model.features(x)
-        for k in (1, 2, 3, len(layers(model)) + 1):
-            network = cut(model, k)
+        for k in (1, 2, 3, len(list_layers(model)) + 1):
+            network = cut_network(model, k)
             assert len(network.blocks) == k
             torch.testing.assert_close(network.features(x), expected, rtol=1e-5, atol=1e-6)
             shapes = network.interfaces((3, 32, 32))
@@ -59,7 +59,8 @@ def test_every_network_cut_computes_what_it_computes(name):
 
 def test_depths_that_agree_can_be_fused():
     shapes = [
-        [cut(make(name, width=4), k).interfaces((3, 32, 32)) for name in ("resnet18", "resnet10")] for k in (2, 4)
+        [cut_network(make(name, width=4), k).interfaces((3, 32, 32)) for name in ("resnet18", "resnet10")]
+        for k in (2, 4)
     ]
     for own in shapes:
         check_alike(own)
@@ -87,4 +88,4 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match=r"last block gives \[4, 8, 8\], but the classifier takes features \[4\]"):
         BlockNetwork([nn.Conv2d(3, 4, 1)], head).interfaces((3, 8, 8))
     with pytest.raises(UserError, match="has 4 layers and a pooling and can be cut into 1 to 5 blocks, not 6"):
-        cut(make("resnet8", width=4), 6)
+        cut_network(make("resnet8", width=4), 6)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedkern import models, ops
-from fedkern.models.blocks import cut
+from fedkern.models.blocks import cut_network
 from fedkern.models.cost import count_flops
 from fedkern.models.networks import conv_norm_layers
 from fedkern.models.networks.conv_norm_layers import ConvSequential, run_conv_norm
@@ -397,7 +397,7 @@ def test_names_are_those_of_plain_layers():
 
 @pytest.mark.parametrize(("name", "blocks"), [("cnn", 3), ("resnet8", 5)])
 def test_blocks_that_train_alone(name, blocks, calls):
-    made = cut(network(name), blocks)
+    made = cut_network(network(name), blocks)
     made(images(2, 3, 32, 32))
     assert len(calls) == SERVED[name]
 

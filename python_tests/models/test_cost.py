@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedkern.models import build
 from fedkern.models import cost as module
-from fedkern.models.cost import cost, count_flops
+from fedkern.models.cost import count_flops, measure_cost
 
 NAMES = ["cnn", "mlp", "resnet8", "resnet18", "resnet8-t", "resnet8-gn", "vit-tiny", "mobilenetv2"]
 
@@ -21,9 +21,9 @@ def make(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_operations_are_torchs(name, monkeypatch):
     images = torch.zeros(2, 3, 32, 32)
-    found = cost(make(name), images)
+    found = measure_cost(make(name), images)
     monkeypatch.setattr(module, "_PLAIN", set())  # torch counts all networks
-    assert found == cost(make(name), images)
+    assert found == measure_cost(make(name), images)
     assert found.training_flops > found.inference_flops > 0
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedkern import models
-from fedkern.models.blocks import BlockNetwork, channels, cut
+from fedkern.models.blocks import BlockNetwork, count_channels, cut_network
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, Pool, make_adaptor
 
 
@@ -24,7 +24,7 @@ def fuse(names, blocks, *, kind="cnn1x1", width=6, size=16, final="mean") -> Set
     networks = []
     for k, name in enumerate(names):
         built = models.build(name, classes=3, channels=3, image_size=size, seed=k, width=width)
-        network = cut(built, blocks)
+        network = cut_network(built, blocks)
         for layer in network.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.running_mean.normal_(0, 0.3)
@@ -133,7 +133,7 @@ def test_tokens_are_fused_over_their_channels():
 
 @torch.no_grad()
 def test_one_client_behind_identity_adaptors_is_its_own_network():
-    network = cut(models.build("resnet18", classes=3, channels=3, image_size=16, seed=0, width=4), 8).eval()
+    network = cut_network(models.build("resnet18", classes=3, channels=3, image_size=16, seed=0, width=4), 8).eval()
     shapes = network.interfaces((3, 16, 16))
     levels = []
     for i, block in enumerate(network.blocks):
@@ -146,7 +146,7 @@ def test_one_client_behind_identity_adaptors_is_its_own_network():
 
 @pytest.mark.parametrize("shape", [(6, 4, 4), (7, 6), (6,)])
 def test_a_fresh_adaptor_is_the_mean(shape):
-    m, c = 3, channels(shape)
+    m, c = 3, count_channels(shape)
     adaptor, pool = make_adaptor("cnn1x1", shape, m), make_adaptor("avg", shape, m)
     assert sum(p.numel() for p in adaptor.parameters()) == m * c * c + c
     assert isinstance(pool, Pool)
@@ -179,8 +179,8 @@ def test_frozen_levels_stay_frozen_until_told_otherwise():
 
 def parameters(blocks: int, clients: int, width: int) -> int:
     """Count M networks of this width in K blocks, with cnn1x1 adaptors and one classifier."""
-    network = cut(models.build("resnet18", classes=10, channels=3, image_size=32, seed=0, width=width), blocks)
-    c = [channels(shape) for shape in network.interfaces((3, 32, 32))]
+    network = cut_network(models.build("resnet18", classes=10, channels=3, image_size=32, seed=0, width=width), blocks)
+    c = [count_channels(shape) for shape in network.interfaces((3, 32, 32))]
     own = sum(p.numel() for block in network.blocks for p in block.parameters())
     adaptors = sum(clients * n * n + n for n in c[:-1])
     return clients * (own + adaptors) + sum(p.numel() for p in network.head.parameters())
@@ -199,7 +199,7 @@ def test_the_fused_network_has_these_parameters():
     for blocks in (2, 4):
         setup = fuse(["resnet18"] * 3, blocks, width=3, size=8)
         network = setup.networks[0]
-        c = [channels(shape) for shape in network.interfaces((3, 8, 8))]
+        c = [count_channels(shape) for shape in network.interfaces((3, 8, 8))]
         own = sum(p.numel() for block in network.blocks for p in block.parameters())
         expected = 3 * (own + sum(3 * n * n + n for n in c[:-1])) + sum(p.numel() for p in network.head.parameters())
         assert sum(p.numel() for p in setup.fused.parameters()) == expected

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from fedkern import models
 from fedkern.models import Ensemble
-from fedkern.models.blocks import cut
+from fedkern.models.blocks import cut_network
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork
 from fedkern.models.networks.generator import Generator
 from fedkern.models.networks.unet import UNet
-from fedkern.models.precision import autocasts, computing, frozen, lower
+from fedkern.models.precision import autocasts, cast_frozen, compute_in, reduced_dtype
 from fedkern.models.teachers.teacher import trained_teacher
 from fedkern.models.teachers.teacher_cache import LogitsCache
 from fedkern.models.teachers.teacher_stack import TeacherStack, fold_norms
@@ -39,7 +39,7 @@ def test_every_networks_answers_are_fp32_and_near(name):
     own, x = build(name, 24 if name == "vit-tiny" else 16, side=side).eval(), images(side=side)
     with torch.no_grad():
         exact = own(x)
-        with computing("bf16"):
+        with compute_in("bf16"):
             given = own(x)
             features = own.features(x)
             maps = None if isinstance(own, UNet) else own.stages(x, upto="layer2")
@@ -58,7 +58,7 @@ def test_one_steps_gradient_is_near(name):
     found = []
     for precision in ("fp32", "bf16"):
         own.zero_grad()
-        with computing(precision):
+        with compute_in(precision):
             loss = F.cross_entropy(own(x), labels)
         assert loss.dtype == torch.float32
         loss.backward()
@@ -71,7 +71,7 @@ def test_one_steps_gradient_is_near(name):
 
 def test_stages_and_tail_are_the_features():
     own, x = build("resnet8").eval(), images()
-    with torch.no_grad(), computing("bf16"):
+    with torch.no_grad(), compute_in("bf16"):
         for stage in own.stage_names:
             assert torch.equal(own.tail(own.stages(x, upto=stage), after=stage), own.features(x))
 
@@ -80,9 +80,9 @@ def test_stages_and_tail_are_the_features():
 def test_a_frozen_copy_answers_with_the_same_bits(name):
     own, x = build(name, 24).eval(), images()
     before = {key: value.clone() for key, value in own.state_dict().items()}
-    assert frozen(own) is own
-    with torch.no_grad(), computing("bf16"):
-        copy = frozen(own)
+    assert cast_frozen(own) is own
+    with torch.no_grad(), compute_in("bf16"):
+        copy = cast_frozen(own)
         assert torch.equal(copy(x), own(x))
     kinds = {p.dtype for p in copy.parameters()}
     assert kinds == {torch.float32, BF16}
@@ -95,7 +95,7 @@ def test_generated_images_are_fp32_and_near():
     z = torch.randn(4, 8)
     with torch.no_grad():
         exact = made(z)
-        with computing("bf16"):
+        with compute_in("bf16"):
             given = made(z)
     assert given.dtype == torch.float32
     assert not torch.equal(given, exact)
@@ -111,7 +111,7 @@ def test_teachers_together(kinds, width, grad):
     x = images(80 if not grad else 6).requires_grad_(grad)
     exact = torch.stack([network(x) for network in networks])
     before = [p.clone() for network in networks for p in network.parameters()]
-    with computing("bf16"):
+    with compute_in("bf16"):
         bank = TeacherStack(networks)
         given = bank.logits(x)
     assert given.dtype == torch.float32
@@ -135,7 +135,7 @@ def test_teachers_of_another_kind_keep_what_they_make_of_their_logits():
     own = Doubled(classes=4, width=8).eval().requires_grad_(False)
     with torch.no_grad():
         exact = own(images())
-        with computing("bf16"):
+        with compute_in("bf16"):
             assert near(TeacherStack([own]).logits(images())[0], exact)
 
 
@@ -144,7 +144,7 @@ def test_an_ensemble_in_either_precision():
     ensemble, x = Ensemble(members), images()
     with torch.no_grad():
         exact = ensemble(x)
-        with computing("bf16"):
+        with compute_in("bf16"):
             given = ensemble(x)
         assert torch.equal(ensemble(x), exact)  # what was made for bf16 does not serve fp32
     assert given.dtype == torch.float32
@@ -155,12 +155,12 @@ def test_an_ensemble_in_either_precision():
 
 @pytest.mark.parametrize("name", ["cnn", "vit-tiny"])
 def test_fused_levels_in_either_precision(name):
-    networks = [cut(build(name, 24, seed=k).eval(), 1) for k in range(2)]
+    networks = [cut_network(build(name, 24, seed=k).eval(), 1) for k in range(2)]
     branches = [Branch(n.blocks[0], None, {"block": n.blocks[0].state_dict()}) for n in networks]
     fused, x = FusedNetwork([FusedLevel(branches)], networks[0].head), images()
     with torch.no_grad():
         exact = fused(x)
-        with computing("bf16"):
+        with compute_in("bf16"):
             given = fused(x)
         assert torch.equal(fused(x), exact)
     assert given.dtype == torch.float32
@@ -168,14 +168,14 @@ def test_fused_levels_in_either_precision(name):
     assert near(given, exact)
     kept = {key: value.clone() for key, value in fused.state_dict().items()}
     assert BF16 not in {value.dtype for value in kept.values()}
-    with torch.no_grad(), computing("bf16"):
+    with torch.no_grad(), compute_in("bf16"):
         fused.load_state_dict({key: value * 2 if key.endswith("weight") else value for key, value in kept.items()})
         assert not torch.equal(fused(x), given)
 
 
 def test_batch_norms_statistics_stay_fp32():
     own = fold_norms(build("cnn").train())
-    with computing("bf16"):
+    with compute_in("bf16"):
         trained = build("cnn").train()
         trained(images())
     assert trained.layer1[1].running_mean.dtype == torch.float32
@@ -187,7 +187,7 @@ def test_a_teachers_kept_answers_are_those_of_fp32(tmp_path):
     cache = LogitsCache(str(tmp_path), (0.5,) * 3, (0.2,) * 3)
     x = images()
     exact = teacher.logits(x)
-    with computing("bf16"):
+    with compute_in("bf16"):
         assert torch.equal(cache.logits(teacher, [x]), exact)
         live = teacher.logits(x)
     assert live.dtype == torch.float32
@@ -200,11 +200,11 @@ def test_the_precision_ends_with_its_block():
     class Sum(torch.nn.Module):
         @autocasts
         def forward(self, x):
-            return lower(), torch.is_autocast_enabled("cpu")
+            return reduced_dtype(), torch.is_autocast_enabled("cpu")
 
-    with computing("bf16"):
+    with compute_in("bf16"):
         assert Sum()(torch.zeros(1)) == (BF16, True)
-        with computing("fp32"):
+        with compute_in("fp32"):
             assert Sum()(x=torch.zeros(1)) == (None, False)
         assert not torch.is_autocast_enabled("cpu")
     assert Sum()(torch.zeros(1)) == (None, False)

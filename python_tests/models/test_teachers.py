@@ -15,7 +15,7 @@ from torch import nn
 
 from fedkern import models
 from fedkern.errors import UserError
-from fedkern.models.cost import cost
+from fedkern.models.cost import measure_cost
 from fedkern.models.teachers import named_teachers, teacher_cache
 from fedkern.models.teachers.teacher import Teacher, teacher_of, trained_teacher
 from fedkern.models.teachers.teacher_cache import LogitsCache, image_keys, read_file, stored_logits
@@ -418,7 +418,7 @@ def test_no_public_images(tmp_path: Path) -> None:
 
 def test_cost_of_a_network() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
-    made = cost(network, torch.zeros(2, 1, 8, 8))
+    made = measure_cost(network, torch.zeros(2, 1, 8, 8))
     assert made.parameters == 36 + 768 + 3
     assert made.inference_flops == 2 * (36 * 64 + 768)
     # The backward pass costs the weights' gradients, and the inputs' but for the first layer.

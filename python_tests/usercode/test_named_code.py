@@ -20,13 +20,13 @@ def test_names(monkeypatch, tmp_path):
     assert parse("package.module:Net") == Named("Net", module="package.module")
     assert str(parse("net.py:Net")) == f"{tmp_path}/net.py:Net"
     assert str(parse("package.module:Net")) == "package.module:Net"
-    assert named_code.short("package.module:Net") == "Net"
+    assert named_code.short_name("package.module:Net") == "Net"
 
 
 @pytest.mark.parametrize("text", ["cnn", "resnet:18", "clip:openai/clip", ".math:floor", ":f", "a:b:c", "module:Net"])
 def test_other_words_name_no_code(text):
     assert parse(text) is None
-    assert named_code.absolute(text) == named_code.short(text) == text
+    assert named_code.absolute(text) == named_code.short_name(text) == text
 
 
 def identity(text):

@@ -80,7 +80,7 @@ def _number(name: str, word: str, lowest: int) -> int:
 
 def result_path(request: Request) -> Path:
     """Return the file of a result: ``evaluate[-TASK][-best][-DATA][-LABELS].json`` in the run folder."""
-    data, labels = named_code.short(request.settings.get("data") or ""), request.data_options.get("labels")
+    data, labels = named_code.short_name(request.settings.get("data") or ""), request.data_options.get("labels")
     task, network = (request.arguments[name] for name in ("task", "network"))
     words = ["evaluate", task, network.replace("last", ""), data, labels if task else None]
     return run_folder(request) / f"{'-'.join(str(word) for word in words if word)}.json"

@@ -34,7 +34,7 @@ from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job, N
 from fedkern.messages.packets import NotPortable, Packer, PacketStream, Unpacker, portable
 from fedkern.methods import method_registry
 from fedkern.models import MODELS
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 from fedkern.ops._core import backend, loading
 from fedkern.process.allocator import keep_freed_memory
 from fedkern.process.forking import cut_connections, has_threads, read_positions, reopen_files
@@ -108,7 +108,7 @@ def with_kernels(isa: str, backend_name: str | None) -> ExitStack:
 @contextmanager
 def as_in_the_run(setup: Setup) -> Iterator[None]:
     keep_freed_memory()
-    with with_kernels(setup.isa, setup.backend), computing(setup.context.config.precision), reproducible():
+    with with_kernels(setup.isa, setup.backend), compute_in(setup.context.config.precision), reproducible():
         yield
 
 

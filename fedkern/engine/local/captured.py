@@ -32,8 +32,8 @@ from fedkern.engine.local.moments import Snapshot, alike, in_memory
 from fedkern.engine.local.network import Trained
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.roles import Objective
-from fedkern.models.precision import lower
-from fedkern.models.users.python_state import attributes, fields
+from fedkern.models.precision import reduced_dtype
+from fedkern.models.users.python_state import hash_attributes, hash_fields
 from fedkern.ops._core.layout import dense_stride
 from fedkern.ops._core.private_torch import foreach_add_
 
@@ -328,13 +328,13 @@ class Graphs:
             RuntimeError: the runs differ, draw on the host or change attributes of the network or the method.
         """
         before = Snapshot(self._list_written(network), self.device)
-        fields_before = {**attributes(network.module), **fields(method)}
+        fields_before = {**hash_attributes(network.module), **hash_fields(method)}
         objects = [(thing, dict(vars(thing))) for thing in (*network.module.modules(), method)]
         try:
             outcome = run(batch, received)
             if moved := before.moved_generator():
                 raise RuntimeError(f"it draws from the generator of {moved} on the host")
-            fields_now = {**attributes(network.module), **fields(method)}
+            fields_now = {**hash_attributes(network.module), **hash_fields(method)}
             if changed := [name for name, value in fields_now.items() if fields_before.get(name) != value]:
                 raise RuntimeError(f"it changes {', '.join(changed)}")
             after = Snapshot(self._list_written(network), self.device)
@@ -490,7 +490,7 @@ def _state(network: Trained) -> tuple[object, ...]:
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None
     )
-    return lower(), network.gradients.data_ptr(), modules, tensors
+    return reduced_dtype(), network.gradients.data_ptr(), modules, tensors
 
 
 def _set_sync_debug_mode(mode: int) -> None:

@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
-from fedkern.models.pretrained.weight_files import bare_names, misfits
+from fedkern.models.pretrained.weight_files import bare_names, describe_misfits
 from fedkern.models.state import personal_parts
 from fedkern.models.state.freezing import constant_buffers, freeze_bn_after, frozen_norms, train_mode
-from fedkern.models.users.python_state import attributes
+from fedkern.models.users.python_state import hash_attributes
 from fedkern.models.users.user_models import channels_last
 from fedkern.tasks.user_tasks import inner
 
@@ -58,7 +58,7 @@ class Network:
         """Layers that evaluate by the batch's statistics, and their ``track_running_stats`` before."""
         self.statistics = True
         self.fixed = self._untrained = False
-        self.attributes = attributes(module)
+        self.attributes = hash_attributes(module)
 
     @property
     def places(self) -> dict[str, dict[str, slice]]:
@@ -130,7 +130,7 @@ class Network:
         source = bare_names(inner(module).state_dict(), state)
         fixed = {name for name, parameter in target.named_parameters() if not parameter.requires_grad}
         fixed |= {*constant_buffers(target)}
-        if unfit := misfits(state, source):
+        if unfit := describe_misfits(state, source):
             raise UserError(f"The trained network is no longer the run's: {next(iter(unfit.values()))}.")
         target.load_state_dict({name: state[name] if name in fixed else source[name] for name in state})
 

@@ -19,7 +19,7 @@ from fedkern.engine.local.network import Network, place
 from fedkern.engine.store import initial_weights
 from fedkern.methods.base import VECTORS, Message, Phase
 from fedkern.models.network_registry import check_gives, list_added
-from fedkern.models.precision import frozen
+from fedkern.models.precision import cast_frozen
 from fedkern.models.pretrained.weight_files import load_by_name
 from fedkern.models.state import personal_parts
 from fedkern.models.state.freezing import freeze
@@ -210,5 +210,5 @@ class Networks:
             network.write_personal(own_tensors or {})
             network.statistics = self._config.statistics or bool(buffers)
             network.eval_mode()
-            self._frozen = key, frozen(network.module)
+            self._frozen = key, cast_frozen(network.module)
         return self._frozen[1]

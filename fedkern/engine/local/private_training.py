@@ -12,7 +12,7 @@ from torch import nn
 from fedkern.engine.batches.reader import Reader
 from fedkern.engine.local.training import Diverged, ReceivedMessage, Schedule
 from fedkern.methods.base import Client, Objective, Phase
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 from fedkern.privacy import DPSGD, LEDGER, Accountant
 from fedkern.privacy.dpsgd import (
     check_network,
@@ -27,7 +27,7 @@ from fedkern.privacy.dpsgd import (
 from fedkern.process.interrupts import check
 
 
-@computing("fp32")  # clipping bounds the computed gradients, so they are not rounded to bf16 before it
+@compute_in("fp32")  # clipping bounds the computed gradients, so they are not rounded to bf16 before it
 def train_privately(
     client: Client,
     method: Objective,

@@ -22,14 +22,14 @@ from fedkern.errors import RAISED, UserError, error_origin
 from fedkern.messages.states import State
 from fedkern.methods import method_registry
 from fedkern.models import MODELS, Own
-from fedkern.models.network_registry import unknown
+from fedkern.models.network_registry import explain_unknown
 from fedkern.models.users.cutting import find_head, find_logits
 from fedkern.models.users.user_models import check_output
 from fedkern.settings.config import RunConfig
 from fedkern.streams import seeded_generators
 from fedkern.tasks.cross_entropy import too_few
 from fedkern.tasks.user_tasks import inner
-from fedkern.usercode.code_identity import digest, identity_table, layout
+from fedkern.usercode.code_identity import digest, hash_layout, identity_table
 
 
 def find_facts(
@@ -49,7 +49,7 @@ def find_facts(
         config = config.replace(**facts)
     entry = MODELS.get(config.model)
     if entry is None:
-        raise UserError(unknown(config.model))
+        raise UserError(explain_unknown(config.model))
     from_user = isinstance(entry.make, Own)
     is_of_images = bool(data.form.offers)
     if not from_user and not (config.init or config.features or config.stages) and is_of_images:
@@ -69,7 +69,7 @@ def find_facts(
         classes, form = len(data.classes), data.form
         check_output(network, make.text, form, data.task.output(classes, form.shape[1:]), classes, config.data)
     method_registry.check_network(config.method, config.method_instance.needs, network, data, make.text)
-    facts["model_layout"], facts["model_sha256"] = layout(network.state_dict()), network_hash(make)
+    facts["model_layout"], facts["model_sha256"] = hash_layout(network.state_dict()), network_hash(make)
     if stored is not None:
         if stored.model_layout not in (None, facts["model_layout"]):
             raise UserError(

@@ -61,7 +61,7 @@ def make_context(
 
     # The settings that the data decide, and the data that these leave.
     data = run_data.with_images(config, data)
-    config = run_data.effective(config, data, are_loaded=are_loaded)
+    config = run_data.complete_settings(config, data, are_loaded=are_loaded)
     data = run_data.kept_data(config, data)
     code = script.code_at_begin(config, data)
     if entry is None:
@@ -92,7 +92,7 @@ def make_context(
     if stored is not None:
         config, changed = same_code(config, stored, entry, code, out, request.trusted)
     for sentence in (
-        *run_data.caveats(data),
+        *run_data.list_caveats(data),
         *(run_data.equal_samples(data) if is_compared and not alike else ()),
         *notes,
         *_not_compared(code, next(iter(data.sights.values()), None)),

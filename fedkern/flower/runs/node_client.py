@@ -36,13 +36,13 @@ from fedkern.methods.base import Message, Phase
 from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.protocol import BEFORE
 from fedkern.models import available
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 from fedkern.privacy import LEDGER
 from fedkern.privacy.disclosure import Disclosure
 from fedkern.process.allocator import keep_freed_memory
 from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
-from fedkern.settings.run_data import check_data, data_of_one, effective, inspect_items, kept_data, load_data
+from fedkern.settings.run_data import check_data, complete_settings, data_of_one, inspect_items, kept_data, load_data
 
 PROTOCOL = 9
 """Version of the messages, which both ends must share."""
@@ -183,7 +183,7 @@ class NodeClients:
         enter = self._stack.enter_context
         enter(cpu_threads(config.threads))
         enter(reproducible())
-        enter(computing(config.precision))
+        enter(compute_in(config.precision))
         enter(available(config.model, None))
         context = self._context = on_node(config, self._tell, request.client if self.own_data else None)
         if request.data is not None and data_fingerprint(context.data) != request.data:
@@ -334,14 +334,14 @@ def on_node(config: RunConfig, notice: Callable[[str], None] | None = None, owne
     """
     if owner is None:
         data = inspect_items(config, load_data(config, notice=notice))
-        config = effective(config, data, are_loaded=True)
+        config = complete_settings(config, data, are_loaded=True)
         data = kept_data(config, data)
     else:
         data = data_of_one(config, notice=notice, node=True)
         (split,) = data.clients
         no_samples = split.subset(torch.zeros(0, dtype=torch.int64))
         data = replace(data, clients=tuple(split if k == owner else no_samples for k in range(config.clients)))
-        config = effective(config, data, are_loaded=False)
+        config = complete_settings(config, data, are_loaded=False)
     if notice is not None and data.form.seen:
         notice(data.form.seen[0])
     check_data(config, data, owner)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fedkern.methods.protocol import Batch
 from fedkern.methods.roles import EvaluatedSet, TestSet
 from fedkern.models import StagedNetwork, object_share
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 
 
-@computing("fp32")
+@compute_in("fp32")
 def gradcam(network: nn.Module, sets: Mapping[str, EvaluatedSet], count: int) -> dict[str, float]:
     """Return the share of Grad-CAM mass inside the object, on ``count`` images of every set with masks."""
     metrics: dict[str, float] = {}

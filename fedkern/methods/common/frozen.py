@@ -54,7 +54,7 @@ def normalises_by_batch(model: nn.Module) -> bool:
 def frozen_copy(model: N, vectors: Mapping[str, Tensor]) -> N:
     """Return a copy of a frozen network, in the same mode, with other vectors."""
     network = copy.deepcopy(model)
-    if precision.lower() is not None:
+    if precision.reduced_dtype() is not None:
         network.float()  # the received network's weights are already in lower precision
     modes = [(layer, layer.training) for layer in network.modules()]
     network.train()
@@ -64,4 +64,4 @@ def frozen_copy(model: N, vectors: Mapping[str, Tensor]) -> N:
     network.eval()  # a user's module may derive tensors from its weights there
     for layer, training in modes:
         layer.training = training
-    return precision.frozen(network.requires_grad_(False))
+    return precision.cast_frozen(network.requires_grad_(False))

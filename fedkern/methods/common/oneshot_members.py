@@ -11,7 +11,7 @@ from fedkern.methods.base import VECTORS, Method
 from fedkern.methods.options import Options
 from fedkern.methods.protocol import ClientId, Message
 from fedkern.methods.roles import Architecture, Objective
-from fedkern.models.network_registry import unknown
+from fedkern.models.network_registry import explain_unknown
 from fedkern.models.state import personal_parts
 from fedkern.models.users.user_models import channels_last
 from fedkern.ops import FlatParameters
@@ -29,7 +29,7 @@ def parse_models(text: str) -> Architectures:
     for entry in text.split(","):
         name, colon, width = (part.strip() for part in entry.partition(":"))
         if name not in models.MODELS:
-            raise UserError(f'Method option "models": {unknown(entry.strip(), name)}')
+            raise UserError(f'Method option "models": {explain_unknown(entry.strip(), name)}')
         if colon and not (width.isdecimal() and int(width) > 0):
             raise UserError(f'Method option "models": the width of {name} must be a positive number, not "{width}".')
         result.append((name, int(width) if colon else models.MODELS[name].width))

@@ -15,7 +15,7 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.models.networks.generator import Generator
 from fedkern.models.networks.network_ensemble import Ensemble, mean_logits
-from fedkern.models.precision import full
+from fedkern.models.precision import to_fp32
 from fedkern.models.state.freezing import train_mode
 from fedkern.process.device_copies import send
 
@@ -65,7 +65,7 @@ class BatchNormStatistics:
         self._terms.clear()
 
     def _look(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        mean, var = _Moments.apply(full(inputs[0]))
+        mean, var = _Moments.apply(to_fp32(inputs[0]))
         self._terms.append(torch.linalg.vector_norm(mean - layer.running_mean))
         self._terms.append(torch.linalg.vector_norm(var - layer.running_var))
 

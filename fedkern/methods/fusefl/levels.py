@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.models.fused import FusedNetwork
-from fedkern.models.precision import autocasts, full
+from fedkern.models.precision import autocasts, to_fp32
 from fedkern.models.state.freezing import constant_buffers
 
 
@@ -43,7 +43,7 @@ class LocalPart(nn.Module):
         x = self.adaptor(x)
         for block in self.blocks:
             x = block(x)
-        return full(x)
+        return to_fp32(x)
 
 
 def base_width(network: nn.Module) -> int:

@@ -29,10 +29,10 @@ from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase
 from fedkern.methods.roles import Client, Drawn, Objective, Server, TestSet
 from fedkern.methods.uploads import Declaration, make_once
 from fedkern.models import MODELS
-from fedkern.models.blocks import BlockNetwork, check_alike, cut
+from fedkern.models.blocks import BlockNetwork, check_alike, cut_network
 from fedkern.models.cost import memory_ratio
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
-from fedkern.models.network_registry import unknown
+from fedkern.models.network_registry import explain_unknown
 from fedkern.models.state.allocate import linear_of
 from fedkern.typed_option import option
 
@@ -145,7 +145,7 @@ class FuseFL(Objective, Method):
         for name in names:
             if name not in MODELS:
                 hint = " Widths are given by the method option width." if ":" in name else ""
-                raise UserError(f'Method option "models": {unknown(name)}{hint}')
+                raise UserError(f'Method option "models": {explain_unknown(name)}{hint}')
         return list(names)
 
     def network(self, place: Client | Server, client: ClientId, widths: list[int]) -> BlockNetwork:
@@ -159,7 +159,7 @@ class FuseFL(Objective, Method):
         kind = client % len(widths)
         build: Any = getattr(place, "build", place.network)
         built = build(model=self._models()[kind], width=widths[kind] or None)
-        return cut(built, self.options.blocks)
+        return cut_network(built, self.options.blocks)
 
     # -- what travels ----------------------------------------------------------------------------------------------
 

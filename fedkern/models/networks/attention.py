@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedkern.models.precision import Layer, autocasts, full
+from fedkern.models.precision import Layer, autocasts, to_fp32
 
 HEAD_WIDTH = 64
 
@@ -59,9 +59,9 @@ class TransformerLayer(nn.Module):
         attended = torch.einsum("bhd,hed->bhe", mixed, value_weight) + value_bias
         token = tokens[:, 0] + self.project(attended.flatten(1))
         if self.norm_first:
-            return full(token + self._fed(self.norm2(token)))
+            return to_fp32(token + self._fed(self.norm2(token)))
         token = self.norm1(token)
-        return full(self.norm2(token + self._fed(token)))
+        return to_fp32(self.norm2(token + self._fed(token)))
 
     def _fed(self, tokens: Tensor) -> Tensor:
         return self.narrow(F.gelu(self.widen(tokens)))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.models.networks.conv_norm_layers import ConvSequential
-from fedkern.models.precision import autocasts, full
+from fedkern.models.precision import autocasts, to_fp32
 from fedkern.models.state.allocate import allocate
 
 BASE = 8  # largest side of the first map: larger images add doublings, not a larger linear map
@@ -108,7 +108,7 @@ class Generator(nn.Module):
         """Generate images in [0, 1], fp32 ``[B, C, H, W]``, from noise ``[B, nz]``."""
         x = self.body(self.project(z).unflatten(1, self.base))
         height, width = self.image_size
-        return F.sigmoid(full(x[:, :, :height, :width]))
+        return F.sigmoid(to_fp32(x[:, :, :height, :width]))
 
     def forward(self, z: Tensor) -> Tensor:
         """Generate normalised images ``[B, C, H, W]`` from noise ``[B, nz]``."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError, suggest_name
-from fedkern.models.precision import autocasts, lower
+from fedkern.models.precision import autocasts, reduced_dtype
 
 
 class Classifier(nn.Module):
@@ -62,7 +62,7 @@ class StagedNetwork(Classifier):
                 x = getattr(self, name)(x)
             else:
                 # As NHWC: the gradient of mean(dim=(2, 3)) is not channels-last, and the last stage would convert it.
-                x = x.permute(0, 2, 3, 1).mean(dim=(1, 2), dtype=None if lower() is None else torch.float32)
+                x = x.permute(0, 2, 3, 1).mean(dim=(1, 2), dtype=None if reduced_dtype() is None else torch.float32)
         return x
 
     def stage(self, name: str) -> nn.Module:

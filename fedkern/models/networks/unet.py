@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fedkern.models.networks.conv_norm_layers import ConvSequential
-from fedkern.models.precision import autocasts, full
+from fedkern.models.precision import autocasts, to_fp32
 
 
 class PixelHead(nn.Conv2d):
@@ -37,7 +37,7 @@ class UpConvolution(nn.ConvTranspose2d):
             nn.init.zeros_(self.bias)
 
 
-def double(channels_in: int, channels_out: int) -> ConvSequential:
+def double_conv(channels_in: int, channels_out: int) -> ConvSequential:
     layers: list[nn.Module] = []
     for entering in (channels_in, channels_out):
         layers += [nn.Conv2d(entering, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
@@ -63,9 +63,9 @@ class UNet(nn.Module):
     def __init__(self, *, classes: int, channels: int = 3, width: int = 64, depth: int = 4) -> None:
         super().__init__()
         widths = [width * 2**i for i in range(depth + 1)]
-        self.down = nn.ModuleList(double(a, b) for a, b in zip([channels, *widths[:-1]], widths, strict=True))
+        self.down = nn.ModuleList(double_conv(a, b) for a, b in zip([channels, *widths[:-1]], widths, strict=True))
         self.up = nn.ModuleList(UpConvolution(2 * w, w) for w in reversed(widths[:-1]))
-        self.join = nn.ModuleList(double(2 * w, w) for w in reversed(widths[:-1]))
+        self.join = nn.ModuleList(double_conv(2 * w, w) for w in reversed(widths[:-1]))
         self.head = PixelHead(width, classes)
         self.width, self.depth = width, depth
 
@@ -82,7 +82,7 @@ class UNet(nn.Module):
             skipped.append(x)
         for up, join, shortcut in zip(self.up, self.join, reversed(skipped[:-1]), strict=True):
             x = join(torch.cat([shortcut, up(x)], 1))
-        return full(x[:, :, :height, :width])
+        return to_fp32(x[:, :, :height, :width])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits ``[B, classes, H, W]`` of images ``[B, C, H, W]``."""

@@ -19,8 +19,8 @@ from fedkern.models.pretrained.safe_loading import (
     check_complete,
     check_folder,
     first_line,
-    loading,
-    weights,
+    import_transformers,
+    weight_args,
     without_code,
 )
 from fedkern.models.pretrained.vocabulary import Tokens
@@ -123,7 +123,7 @@ def text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     """Read a text network and its tokenizer from a local folder."""
     path = _existing(folder, "text")
     network = _network(path, "text", "text_model")
-    with loading("a tokenizer", f"text encoder {path}", path) as transformers:
+    with import_transformers("a tokenizer", f"text encoder {path}", path) as transformers:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **without_code(local=True))
     _check_words(path, tokenizer, network)
     if tokenizer.pad_token is None:
@@ -180,12 +180,12 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
 
     Dropout would draw from the global generator, and a resumed run would not repeat its draws.
     """
-    with loading(f"the {kind} encoder", f"{kind} encoder {path}", path) as transformers:
+    with import_transformers(f"the {kind} encoder", f"{kind} encoder {path}", path) as transformers:
         config = transformers.AutoConfig.from_pretrained(str(path), **without_code(local=True))
         for part_config in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
             _remove_dropout(part_config)
         network, report = transformers.AutoModel.from_pretrained(
-            str(path), config=config, dtype=torch.float32, output_loading_info=True, **weights(local=True)
+            str(path), config=config, dtype=torch.float32, output_loading_info=True, **weight_args(local=True)
         )
     complete = network
     if getattr(network.config, "is_encoder_decoder", False):

@@ -75,11 +75,11 @@ class Pretrained:
         if local:
             check_folder(self.folder, self.role)
         where = str(self.folder) if local else self.name
-        with loading(title, user, where if local else f"{where}{hint}") as transformers:
+        with import_transformers(title, user, where if local else f"{where}{hint}") as transformers:
             if not local and transformers.utils.find_adapter_config_file(where) is not None:
                 raise ValueError(f"it is {_UNADAPTED}.")
             network_class = getattr(transformers, kind)
-            network, report = network_class.from_pretrained(where, output_loading_info=True, **weights(local=local))
+            network, report = network_class.from_pretrained(where, output_loading_info=True, **weight_args(local=local))
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
             file = transformers.utils.cached_file(
                 where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
@@ -93,7 +93,7 @@ def without_code(*, local: bool) -> dict[str, bool]:
     return {"local_files_only": local, "trust_remote_code": False}
 
 
-def weights(*, local: bool) -> dict[str, bool | None]:
+def weight_args(*, local: bool) -> dict[str, bool | None]:
     """Return arguments of ``from_pretrained`` that allow pickled weights in ``local`` folders alone."""
     return {**without_code(local=local), "use_safetensors": None if local else True, "weights_only": True}
 
@@ -133,7 +133,7 @@ def _find_texts(value: object, ending: str) -> Iterator[str]:
 
 
 @contextmanager
-def loading(title: str, user: str, where: str | Path) -> Iterator[ModuleType]:
+def import_transformers(title: str, user: str, where: str | Path) -> Iterator[ModuleType]:
     """Import transformers, silence it, and turn its errors into one sentence."""
     transformers = import_extra(f"the {user} needs transformers", "foundation", "transformers")
     try:

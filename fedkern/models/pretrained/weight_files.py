@@ -57,7 +57,7 @@ def bare_names(tensors: Mapping[str, Tensor], names: Container[str]) -> Mapping[
     return tensors
 
 
-def misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def describe_misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Describe by name how tensors differ from a network's own in names, shapes and dtypes."""
     why: dict[str, str] = {}
     for name, tensor in state.items():
@@ -82,7 +82,7 @@ def load_by_name(
     """
     state = module.state_dict()
     named = bare_names(tensors, state)
-    unfit = misfits(state, named)
+    unfit = describe_misfits(state, named)
     fitting = {name: tensor for name, tensor in named.items() if name not in unfit}
     if unfit and not (partial and fitting):
         way = "" if partial or not fitting else "; --init-partial takes what fits"

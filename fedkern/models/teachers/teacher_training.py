@@ -18,8 +18,8 @@ from fedkern import __version__
 from fedkern.errors import UserError
 from fedkern.models.networks.staged import StagedNetwork
 from fedkern.models.optimisers import SGD
-from fedkern.models.precision import computing
-from fedkern.models.teachers.teacher import Identity, Teacher, content
+from fedkern.models.precision import compute_in
+from fedkern.models.teachers.teacher import Identity, Teacher, hash_state
 from fedkern.models.teachers.teacher_cache import LogitsCache, image_keys, limit_notices
 
 PROBE_LR, FINETUNE_LR = 1e-3, 1e-5
@@ -86,7 +86,7 @@ def pretrain(
         raise UserError("the teacher's training on the public images diverged: take another teacher, or more images.")
 
 
-@computing("fp32")  # runs of either precision read the cached weights
+@compute_in("fp32")  # runs of either precision read the cached weights
 def load_or_pretrain(
     network: StagedNetwork, data: Labelled, cache: LogitsCache, *, name: str, recipe: Recipe, seed: int = 0
 ) -> None:
@@ -100,7 +100,7 @@ def load_or_pretrain(
         "data": _digest(data, cache.mean, cache.std, seed),
         "seed": seed,
         **asdict(recipe),
-        "initial": content(network),
+        "initial": hash_state(network),
         "fedkern": __version__,
         "torch": str(torch.__version__),
         "device": device.type,

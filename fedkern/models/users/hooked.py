@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkern.acceleration.pending import compute_pending
 from fedkern.errors import UserError, suggest_name
 from fedkern.messages.leaves import map_leaves
-from fedkern.models.precision import full
+from fedkern.models.precision import to_fp32
 from fedkern.models.users.cutting import find_head, move_weights
 from fedkern.models.users.user_models import ItemNetwork, OwnNetwork
 
@@ -80,9 +80,9 @@ class Hooked(OwnNetwork):
                 else:  # the features are what the classifier takes
                     hooks.enter_context(super().head.register_forward_pre_hook(partial(keep_result, stage)))
             with suppress(_Stop):
-                results[LOGITS] = full(self._logits(x))
+                results[LOGITS] = to_fp32(self._logits(x))
         if FEATURE in results:
-            results[FEATURE] = full(results[FEATURE].flatten(1))
+            results[FEATURE] = to_fp32(results[FEATURE].flatten(1))
         self.results, self.calls = results, calls
         return results
 

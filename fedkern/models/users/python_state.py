@@ -32,7 +32,7 @@ class _Pickler(pickle.Pickler):
         return "" if isinstance(value, (Tensor, nn.Module)) else None
 
 
-def attributes(network: nn.Module) -> dict[str, int]:
+def hash_attributes(network: nn.Module) -> dict[str, int]:
     """Return hashes of the attributes of modules and their classes beyond those of ``nn.Module``, by dotted name.
 
     In a user-defined network the attributes of PyTorch's layers count too, such as a dropout's ``p``, and hooks; of all
@@ -45,7 +45,7 @@ def attributes(network: nn.Module) -> dict[str, int]:
     user_defined = getattr(network, "own", False) is True or type(network).__module__.partition(".")[0] != "fedkern"
     for path, module in network.named_modules():
         counts = user_defined and type(module).__module__.partition(".")[0] != "fedkern"
-        of_module = fields(module, shipped=counts)
+        of_module = hash_fields(module, shipped=counts)
         for name in HOOKS if counts else ():
             of_module[name] = _hash_hooks([*getattr(module, name).values()])
         hashes |= {f"{path}.{name}".removeprefix("module.").removeprefix("."): x for name, x in of_module.items()}
@@ -57,7 +57,7 @@ def _hash_hooks(hooks: Sequence[object]) -> int:
     return hash((len(hooks), digest(identity_table({"hooks": of_user}, weights=False, local=True)) if of_user else ""))
 
 
-def fields(thing: object, *, shipped: bool = False) -> dict[str, int]:
+def hash_fields(thing: object, *, shipped: bool = False) -> dict[str, int]:
     """Return hashes of the attributes of a user-defined (or ``shipped``) object and its class."""
     kinds = [kind for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] not in _SHIPPED]
     of_classes = {name: value for kind in reversed(kinds) for name, value in vars(kind).items()}

@@ -18,7 +18,7 @@ from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, leaves, map_leaves
 from fedkern.models.networks.staged import StagedNetwork
 from fedkern.models.networks.unet import UNet
-from fedkern.models.precision import autocasts, full, lower
+from fedkern.models.precision import autocasts, reduced_dtype, to_fp32
 from fedkern.models.users.cutting import Cut, NotCut, find_cut, find_head, find_logits, move_weights
 from fedkern.ops._core.layout import plain_strides
 from fedkern.ops._core.private_torch import functorch_active
@@ -94,7 +94,7 @@ class OwnNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[B, classes]`` (or ``[B, classes, H, W]``) of images ``[B, C, H, W]``."""
-        return full(self._logits(x))
+        return to_fp32(self._logits(x))
 
     def features(self, x: Tensor) -> Tensor:
         """Return the classifier's input ``[B, d]`` for images ``[B, C, H, W]``."""
@@ -106,7 +106,7 @@ class OwnNetwork(nn.Module):
         remember.takes_computed = True  # type: ignore[attr-defined]
         with self.head.register_forward_pre_hook(remember):
             self._logits(x)
-        return full(taken[-1])
+        return to_fp32(taken[-1])
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the module's own state dict."""
@@ -137,10 +137,10 @@ class ItemNetwork(OwnNetwork):
 
     def forward(self, x: Any) -> Any:
         output = self._logits(x)
-        if lower() is None:
+        if reduced_dtype() is None:
             return output
         return map_leaves(
-            lambda leaf: full(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, output
+            lambda leaf: to_fp32(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, output
         )
 
 
@@ -173,7 +173,7 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
             x = self._call_on_copy(lambda x: call_parts(self.module, self._pieces, x, 0, last), plain_strides(x), last)
         else:
             x = call_parts(self.module, self._pieces, x, begin, last)
-        return full(x) if last == len(self.stage_names) - 1 else x
+        return to_fp32(x) if last == len(self.stage_names) - 1 else x
 
     def _pieces(self, x: Tensor, begin: int, last: int) -> Tensor:
         for _, pieces in self._cut.stages[begin : last + 1]:
@@ -199,7 +199,7 @@ def _comparable(x: object) -> bool:
     return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def level(network: nn.Module) -> str:
+def find_level(network: nn.Module) -> str:
     """Return the best of ``LEVELS`` that a network offers to methods."""
     if isinstance(network, StagedNetwork):
         return "stages"

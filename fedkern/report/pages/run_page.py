@@ -51,7 +51,7 @@ from fedkern.report.tables import (
     interval_texts,
     intervals_tables,
 )
-from fedkern.settings.config import RunConfig, flat
+from fedkern.settings.config import RunConfig, flatten_table
 from fedkern.settings.stored import stored_settings
 from fedkern.tasks.figure_names import (
     OVER_CLIENTS,
@@ -466,7 +466,7 @@ def _settings(run: Contents, command: str) -> Iterator[Block]:
     else:
         yield "The command that repeats this run:"
         yield Code(command or f"python -m fedkern.run --config {shlex.quote(str(run.folder / 'config.toml'))}")
-    settings = flat({**run.config.to_dict(), "device": stored_device(run.folder)})
+    settings = flatten_table({**run.config.to_dict(), "device": stored_device(run.folder)})
     rows = [[name, printable_name(as_typed(value), 1000)] for name, value in settings.items()]
     yield Table(["setting", "value"], rows, "Every setting, as in config.toml", words=2)
     yield versions_table([run.built])

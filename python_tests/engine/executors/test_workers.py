@@ -28,7 +28,7 @@ from fedkern.errors import ClientFailed, RunFailed
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 from fedkern.process import machine
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
@@ -318,14 +318,14 @@ def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
     found = []
     for at_once in (1, 2, 3):
         sets = Samples(bench.config, bench.data, bench.device, bench.networks).test_sets
-        with computing(precision):
+        with compute_in(precision):
             figures = evaluation.evaluate(method, network, sets, nullcontext, at_once, seed=0)
         found.append((figures, {name: data.predictions.tolist() for name, data in sets.items()}))
         assert all(data.pool is None for data in sets.values())
         assert at_once == 1 or threading.get_ident() not in begun
         begun.clear()
     assert found[0] == found[1] == found[2]
-    with computing("fp32"):
+    with compute_in("fp32"):
         figures = evaluation.evaluate(method, network, sets, nullcontext, seed=0)
     assert (figures == found[0][0]) == (precision == "fp32")
 

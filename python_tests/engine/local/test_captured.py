@@ -33,7 +33,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Phase
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 from fedkern.ops import use_backend
 from fedkern.process.torch_modes import reproducible
 from python_tests.saved_network import same_network
@@ -666,7 +666,7 @@ def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_conf
                 bench.config = make_config(**{**SMALL, "model": "resnet8", "freeze_bn_after": 1})
             if change == "method":
                 method = FedAvg()
-            with computing(precision):
+            with compute_in(precision):
                 method.client_update(Client(bench, 0, {}), Phase(i, "train", "update"), bench.networks.initial())
     assert tapes.recorded == 2
 
@@ -734,7 +734,7 @@ class Randomly(FedAvg):
 def on_the_gpu(config, data, kind, exchanges, graphs):
     """Return answers and figures of clients' exchanges on a GPU, with graphs or without."""
     found = []
-    with reproducible(), computing(config.precision):
+    with reproducible(), compute_in(config.precision):
         bench = RunContext(config, data)
         if not graphs:
             bench.networks.lane_graphs[0] = None

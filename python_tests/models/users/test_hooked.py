@@ -11,7 +11,7 @@ from fedkern.data.forms import ImageForm, SampleForm
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
 from fedkern.errors import UserError
-from fedkern.models.precision import computing
+from fedkern.models.precision import compute_in
 from fedkern.models.users.hooked import find_taps
 from fedkern.models.users.user_models import ItemNetwork, Own, OwnNetwork
 from fedkern.settings.config import RunConfig
@@ -255,7 +255,7 @@ def test_features_are_what_the_named_module_gives(module, images):
 
 
 def test_bf16(network, images):
-    with computing("bf16"):
+    with compute_in("bf16"):
         found = cut_at(network.eval(), ["conv1"])
         own = found.stages(images, upto="conv1")
         assert own.dtype is torch.bfloat16

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedkern.engine.local.network import Network
 from fedkern.models import build
-from fedkern.models.users.python_state import SMALL, attributes
+from fedkern.models.users.python_state import SMALL, hash_attributes
 from fedkern.models.users.user_models import Own, OwnNetwork
 from python_tests import own_networks
 
@@ -38,9 +38,9 @@ def inner(value):
 
 
 def find_changes(network, change):
-    before = attributes(network)
+    before = hash_attributes(network)
     change()
-    after = attributes(network)
+    after = hash_attributes(network)
     return [name for name in after if after[name] != before.get(name)]
 
 
@@ -153,7 +153,7 @@ def test_training_and_evaluation_change_nothing(make):
 
     assert find_changes(network.module, work) == []
     work()
-    after = attributes(network.module)
+    after = hash_attributes(network.module)
     assert after == network.attributes
 
 

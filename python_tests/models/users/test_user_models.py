@@ -14,10 +14,10 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Positional
 from fedkern.models import MODELS, Ensemble, Own, OwnNetwork, StagedNetwork, available, build, grad_cam
-from fedkern.models.blocks import cut
-from fedkern.models.precision import computing, frozen
+from fedkern.models.blocks import cut_network
+from fedkern.models.precision import cast_frozen, compute_in
 from fedkern.models.pretrained.weight_files import bare_names, load_by_name
-from fedkern.models.users.user_models import ItemNetwork, channels_last, check_module, level
+from fedkern.models.users.user_models import ItemNetwork, channels_last, check_module, find_level
 from fedkern.usercode import named_code
 from python_tests.own_networks import Looking, Whole
 
@@ -266,14 +266,14 @@ def test_images_and_maps_have_the_strides_of_a_data_loader(register, make, shape
         if len(x) > 1:
             copy.deepcopy(network).train()(x).sum().backward()
         assert torch.equal(network(x), expected)
-        with computing("bf16"):
+        with compute_in("bf16"):
             assert network(x).dtype is torch.float32
         network.features(x)
         if make is Whole or shape[2] == 1:  # one pixel has no stages
             continue
         torch.testing.assert_close(network.head(network.tail(network.stages(x, "layer1"), "layer1")), expected)
         grad_cam(network, x)
-        torch.testing.assert_close(cut(network, 2)(x), expected)
+        torch.testing.assert_close(cut_network(network, 2)(x), expected)
 
 
 class Scaling(Plain):
@@ -338,7 +338,7 @@ def test_a_network_that_changes_nothing_gets_the_batch_itself(register):
 def test_every_block_of_a_network_gets_such_maps(register):
     """Adaptors before the blocks give other strides, and so would fedkern's convolutions instead."""
     register("own")(Looking)
-    made = cut(build("own", **SIZE, seed=0), 3)
+    made = cut_network(build("own", **SIZE, seed=0), 3)
     assert not channels_last(made)
     shapes = [(3, 16, 16), *made.interfaces((3, 16, 16))]
     for block, shape in zip(made.blocks, shapes, strict=False):
@@ -356,17 +356,17 @@ def test_features_and_classifier_give_the_logits(register, make):
     network.head(features).sum().backward()
     assert network.head.weight.grad is not None
     assert next(network.parameters()).grad is not None
-    with computing("bf16"):
+    with compute_in("bf16"):
         features = network.features(IMAGES)
         assert features.dtype == network(IMAGES).dtype == torch.float32
-        assert frozen(network) is network
+        assert cast_frozen(network) is network
 
 
 def test_a_cut_network_is_a_staged_network(register):
     register("own")(make_sequence)
     network = build("own", **SIZE, seed=0).eval()
     assert isinstance(network, StagedNetwork)
-    assert level(network) == "stages"
+    assert find_level(network) == "stages"
     assert network.stage_names == ("layer1", "layer2", "feature")
     assert network.width == 6
     logits = network(IMAGES)
@@ -375,7 +375,7 @@ def test_a_cut_network_is_a_staged_network(register):
         torch.testing.assert_close(network.head(network.tail(half, after=name)), logits)
     maps, _ = grad_cam(network, IMAGES)
     assert maps.shape == (4, 16, 16)
-    blocks = cut(network, 3)
+    blocks = cut_network(network, 3)
     assert len(blocks.blocks) == 3
     torch.testing.assert_close(blocks.eval()(IMAGES), logits)
     twin = copy.deepcopy(network)
