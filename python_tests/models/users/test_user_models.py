@@ -204,7 +204,7 @@ def test_a_network_that_compiles_in_place_keeps_its_names(register):
 def test_names_are_taken_once(register):
     register("mine")(Plain)
     register("mine")(Plain)  # a notebook's cell, run again
-    assert MODELS["mine"].description == "Functions between the layers, and view."
+    assert MODELS["mine"].description == "A network with functions between its layers, and view."
     with pytest.raises(UserError, match='there is a model "mine" already'):
         register("mine")(make_sequence)
     with pytest.raises(UserError, match='there is a model "cnn" already'):
