@@ -18,7 +18,7 @@ from fedkern.data.identity import identify_memory, identify_source, pixel_hashes
 from fedkern.data.images.background import MaskSource, extract_background
 from fedkern.data.images.boxes_file import BoxesFile
 from fedkern.data.images.detections import Detections, Detector
-from fedkern.data.images.image_cache import stored_images, tell_unused
+from fedkern.data.images.image_cache import report_unused, stored_images
 from fedkern.data.images.transforms import cut_central_windows
 from fedkern.data.sharing.backdoor import add_backdoor
 from fedkern.data.sharing.coloured import paint
@@ -120,7 +120,7 @@ def load(
     else:
         if identify and drawn is None and not isinstance(data.validation, Items):  # a run inspects items itself
             data = dataclasses.replace(data, identity=identify_memory(data))
-        tell_unused(cache, progress)
+        report_unused(cache, progress)
         data = _subsample_sets(data, common)
     if identify and drawn is not None:
         data = dataclasses.replace(data, identity=drawn)

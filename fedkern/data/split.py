@@ -19,13 +19,13 @@ from fedkern.data.sharing.groups import grouped_rows
 from fedkern.files.image_rows import in_parts
 from fedkern.tasks import Task, task_of
 
-MOST = 32
+MAX_PIXEL_CLASSES = 32
 """Most pixel classes without names: soft edges and photographs have more values."""
 
 
 def are_classes(values: Sequence[int]) -> bool:
-    """Return whether sorted pixel values are class numbers from 0 without a gap, at most `MOST`."""
-    return 0 < len(values) <= MOST and values[-1] == len(values) - 1
+    """Return whether sorted pixel values are class numbers from 0 without a gap, at most `MAX_PIXEL_CLASSES`."""
+    return 0 < len(values) <= MAX_PIXEL_CLASSES and values[-1] == len(values) - 1
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_the_training_and_the_test_set_differ(tmp_path):
 def test_a_set_is_named_however_few_files_it_has(tmp_path):
     path = table(tmp_path, {"Ulm": DEEP.replace("96", "8")}, count=2)
     lines = path.read_text().splitlines()
-    for i in range(2 * greys.LOOKED_AT):
+    for i in range(2 * greys.MAX_FILES):
         Image.fromarray(np.full((4, 4), i % 256, np.uint8)).save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png,{'ab'[i % 2]},Bonn")
     path.write_text("\n".join([lines[0], *lines[3:], lines[1], lines[2]]))

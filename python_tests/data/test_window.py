@@ -151,7 +151,7 @@ def test_percentiles_are_of_the_training_files(scans):
 
 def test_percentiles_of_few_training_files_among_many(tmp_path, monkeypatch):
     """The header's files, evenly spread over all, may include no training file."""
-    monkeypatch.setattr(greys, "LOOKED_AT", 4)
+    monkeypatch.setattr(greys, "MAX_FILES", 4)
     for split, count in (("test", 44), ("train", 3)):
         for i in range(count):
             folder = tmp_path / split / "ab"[i % 2]

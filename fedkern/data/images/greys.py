@@ -19,9 +19,9 @@ Window = tuple[float, float]
 """Stored values that become black and white."""
 Set = tuple[str, str]
 """Split and site of a file, empty if unknown."""
-LOOKED_AT = 128
-"""Most files, evenly spread, that represent a data set."""
-EACH = 4096
+MAX_FILES = 128
+"""Most files, evenly spread, that are inspected of a data set."""
+MAX_SAMPLED = 4096
 """Most pixels of a file, evenly spread, for percentiles."""
 LINES = 4
 """Most lines on sets of files that differ."""
@@ -51,8 +51,8 @@ class Look(NamedTuple):
 
 
 def inspect_files(paths: Sequence[Path], max_pixels: int, pixels: bool) -> dict[Path, Look]:
-    """Inspect up to `LOOKED_AT` readable files, with ``pixels`` including the values of deep greys."""
-    paths = paths[:: max(1, -(-len(paths) // LOOKED_AT))]
+    """Inspect up to `MAX_FILES` readable files, with ``pixels`` including the values of deep greys."""
+    paths = paths[:: max(1, -(-len(paths) // MAX_FILES))]
     looks: list[Look | None] = [None] * len(paths)
 
     def look(row: int) -> None:
@@ -76,7 +76,7 @@ def _look(image: Image.Image, pixels: bool) -> Look:
     low, high = float(values.min()), float(values.max())
     if deep:
         top = int(high) if low >= 0 else 2 ** BITS[-1]  # refused when it is decoded
-    spread = values[:: max(1, -(-len(values) // EACH))].astype(np.float64)
+    spread = values[:: max(1, -(-len(values) // MAX_SAMPLED))].astype(np.float64)
     return flat._replace(values=spread, top=top, ends=(low, high))
 
 

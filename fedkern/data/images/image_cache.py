@@ -63,7 +63,7 @@ def stored_images(reads: Sequence[tuple[Pool, Tensor]], cache: str | Path | None
         if isinstance(pool.read, ImageReader):
             places.setdefault(pool.read.files, []).append(pool.read.places[rows].numpy())
     if not places:
-        tell_unused(cache, notice)
+        report_unused(cache, notice)
     try:
         for files, chosen in places.items():
             store_files(files, np.unique(np.concatenate(chosen)), cache, notice)
@@ -87,7 +87,7 @@ def store_files(
         files.stored = _temporary(files, needed, notice)
 
 
-def tell_unused(cache: str | Path | None, notice: Notice) -> None:
+def report_unused(cache: str | Path | None, notice: Notice) -> None:
     """Report that this data set does not use the given cache folder."""
     if cache is not None and notice is not None:
         notice("--cache is not used: the images of this data set are not decoded from files one by one.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedkern.data.forms import ImageForm
 from fedkern.data.labels.label_sets import check_several
-from fedkern.data.split import MOST, Split, are_classes
+from fedkern.data.split import MAX_PIXEL_CLASSES, Split, are_classes
 from fedkern.errors import UserError, first_of, format_value, quote_value
 from fedkern.tasks import task_of
 from fedkern.tasks.partition_statistics import PartitionStatistics
@@ -140,7 +140,7 @@ def _pixel_names(splits: Mapping[str, Split], classes: Sequence[str] | None, tas
     if classes is None and not are_classes(values):
         raise UserError(
             f"labels of pixels hold {first_of([*map(str, values)], 6)}, expected class numbers from 0 to at most "
-            f"{MOST - 1} without a gap: name all classes with classes=[...], or number them."
+            f"{MAX_PIXEL_CLASSES - 1} without a gap: name all classes with classes=[...], or number them."
         )
     return class_names(splits, classes, task)
 

@@ -13,7 +13,7 @@ from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import open_regular
 
-MOST = 1 << 32
+MAX_CONTENT_BYTES = 1 << 32
 """Most bytes from a ``.gz`` file, whatever its header announces."""
 
 
@@ -102,7 +102,7 @@ def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int) -> bytes:
         with gzip.GzipFile(fileobj=file) as unzipped:
             content = unzipped.read(header)
             if len(content) == header:
-                limit = min(due(content), MOST)
+                limit = min(due(content), MAX_CONTENT_BYTES)
                 content += unzipped.read(max(0, limit + 1 - header))
                 if len(content) > limit:
                     raise ValueError(f"it holds more than the {limit:,} bytes that are due")

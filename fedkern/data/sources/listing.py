@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.images.full_masks import FullMasks
-from fedkern.data.images.greys import LOOKED_AT, Look, describe_files, inspect_files, pixels_outside, window_of
+from fedkern.data.images.greys import MAX_FILES, Look, describe_files, inspect_files, pixels_outside, window_of
 from fedkern.data.images.image_files import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -190,7 +190,7 @@ def _image_files(
     sets = dict(zip(listing.paths, zip(listing.splits, listing.clients, strict=True), strict=True))
     first_path = {set_name: path for path, set_name in reversed(sets.items())}
     lacking = [first_path[name] for name in first_path.keys() - {sets[path] for path in looks}]
-    all_looks = looks | inspect_files(sorted(lacking)[:LOOKED_AT], reading.max_image_pixels, False)
+    all_looks = looks | inspect_files(sorted(lacking)[:MAX_FILES], reading.max_image_pixels, False)
     sides = " of ".join(f"{side} x {side}" for side in dict.fromkeys((reading.crop or reading.size, reading.size)))
     grey = reading.colour == "grey"
     seen = describe_files(sets, all_looks, (sides, "grey" if grey else "RGB"), bits, window)

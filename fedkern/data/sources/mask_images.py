@@ -20,7 +20,7 @@ from fedkern.data.images.image_files import MaskFiles, list_images
 from fedkern.data.sources.listing import Reading, check_one, to_source
 from fedkern.data.sources.site_folders import Tree, find_trees, tree_table
 from fedkern.data.sources.table import Table, open_table
-from fedkern.data.split import MOST, are_classes
+from fedkern.data.split import MAX_PIXEL_CLASSES, are_classes
 from fedkern.data.types import Source
 from fedkern.errors import UserError, first_of
 from fedkern.files.image_rows import PixelClasses, in_parts
@@ -41,7 +41,7 @@ def open_segmentation(
     and ``label``, as in public microscopy sets) with files of the same names, in optional splits and sites.
 
     Masks hold class numbers, 0 for the background, or 0 and 255.  Without ``names``, joined by ``|``, all masks
-    together hold every number up to the largest, at most `MOST` of them.
+    together hold every number up to the largest, at most `MAX_PIXEL_CLASSES` of them.
     """
     table = open_table(root, "segmentation", ("image", "mask"), chosen, tree=_tree, layout=layout)
     table.require("image", "mask")
@@ -164,9 +164,9 @@ def _classes(
             raise UserError(f'data set "segmentation": the mask {path} holds {top}, expected 0 to {count - 1}{void}')
         raise UserError(
             f'data set "segmentation": the masks hold {first_of([*map(str, present)], SHOWN)} ({top} in {path}), '
-            f"expected 0 and 255, or class numbers from 0 to at most {MOST - 1} without a gap; name all classes, also "
-            "those that no mask shows, with --data-option names=a|b|c; values between those of classes come from soft "
-            f"edges, so save masks without interpolation{void}"
+            f"expected 0 and 255, or class numbers from 0 to at most {MAX_PIXEL_CLASSES - 1} without a gap; name all "
+            "classes, also those that no mask shows, with --data-option names=a|b|c; values between those of classes "
+            f"come from soft edges, so save masks without interpolation{void}"
         )
     return tuple(classes or (str(number) for number in range(count))), meaning
 

@@ -17,7 +17,7 @@ from fedkern.errors import UserError
 
 VALIDATION_SHARE = 10
 SIDE = 32
-MOST = 1_000_000  # images in a file
+MAX_IMAGES = 1_000_000  # in a file
 
 
 def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
@@ -27,12 +27,12 @@ def read_mat(folder: Path, name: str) -> tuple[Tensor, Tensor]:
     """
     from scipy.io import loadmat, whosmat  # slow to import, so only when needed
 
-    raw, path = read_bytes(folder, name, "svhn", lambda head, path: 2 * MOST * 3 * SIDE * SIDE)
+    raw, path = read_bytes(folder, name, "svhn", lambda head, path: 2 * MAX_IMAGES * 3 * SIDE * SIDE)
     try:
         # Check the announced size before anything is decompressed.
         announced = {variable: shape for variable, shape, _ in whosmat(io.BytesIO(raw)) if variable in ("X", "y")}
-        if any(math.prod(int(side) for side in shape) > MOST * 3 * SIDE * SIDE for shape in announced.values()):
-            raise ValueError(f"it announces more than {MOST:,} images")
+        if any(math.prod(int(side) for side in shape) > MAX_IMAGES * 3 * SIDE * SIDE for shape in announced.values()):
+            raise ValueError(f"it announces more than {MAX_IMAGES:,} images")
         content = loadmat(io.BytesIO(raw), variable_names=("X", "y"))
         pixels, labels = np.asarray(content["X"]), np.asarray(content["y"]).reshape(-1)
     except MemoryError:

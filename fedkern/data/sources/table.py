@@ -38,7 +38,7 @@ SHOWN = 200
 """Most characters of a value in a message, as a misplaced text may be a whole report."""
 AUTO = "auto"
 """Value of the option ``patient`` that finds the column by name; an empty value reads none."""
-LOOKED_AT = 50
+MAX_SNIFFED = 50
 """Most rows that decide the separator."""
 
 
@@ -274,7 +274,7 @@ def _separator(text: str) -> str:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         counts: list[int] = []
         with suppress(csv.Error):  # an unclosed field: the rows before it decide
-            for values in islice(filter(None, rows), LOOKED_AT):
+            for values in islice(filter(None, rows), MAX_SNIFFED):
                 counts.append(len(values))
         header, *rows_below = counts or [0]
         return header > 1, sum(count == header for count in rows_below), header
